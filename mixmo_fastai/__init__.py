@@ -1,0 +1,31 @@
+"""MixMo training for fastai: an ensemble's accuracy and calibration at the price of one network.
+
+The names below are imported when first used, so that `import mixmo_fastai` loads neither torch nor
+fastai.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "MixMoCallback": "callback",
+    "MixMoLoss": "losses",
+    "MixMoModel": "models",
+    "create_model": "models",
+    "mixmo_learner": "learner",
+    "evaluate_logits": "evaluation",
+    "Recipe": "recipe",
+}
+__all__ = ["__version__", *_HOMES]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,37 @@
+"""Errors that a person can act on, and the nearest-name suggestion they carry."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class InputError(ValueError):
+    """A value that came from the user cannot be used.
+
+    The message is one to three lines: what was wrong, what is allowed, what to do. The command
+    line prints it without a traceback and exits with code 2.
+    """
+
+
+def nearest(name: str, choices: Iterable[str]) -> str | None:
+    """Find the choice that `name` most probably meant, or None where nothing is close."""
+    by_folded = {_fold(choice): choice for choice in choices}
+    matches = get_close_matches(_fold(name), by_folded, n=1, cutoff=0.6)
+    return by_folded[matches[0]] if matches else None
+
+
+def unknown(what: str, name: str, choices: Iterable[str]) -> InputError:
+    """Build the error for a name that is not among the choices.
+
+    Args:
+        what: the kind of thing that was named, as in "mask kind".
+        name: what was received.
+        choices: the names that are allowed, in the order in which to list them.
+    """
+    choices = list(choices)
+    guess = nearest(name, choices)
+    hint = f" Did you mean {guess!r}?" if guess else ""
+    return InputError(f"Unknown {what} {name!r}.{hint}\nAllowed: {', '.join(choices)}.")
+
+
+def _fold(name: str) -> str:
+    return name.lower().replace("_", "-").replace(" ", "-")

@@ -1,0 +1,10 @@
+"""Networks: MixMo around any encoders, core and heads, and the published backbones.
+
+A new backbone is a file beside these that returns encoders, core and heads, and a branch of
+`create_model`.
+"""
+
+from mixmo_fastai.models.create import create_model
+from mixmo_fastai.models.mixmo_model import MixMoModel
+
+__all__ = ["MixMoModel", "create_model"]

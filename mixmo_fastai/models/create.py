@@ -1,0 +1,53 @@
+"""Architecture names to networks."""
+
+import torch
+from torch import nn
+
+from mixmo_fastai.errors import InputError
+from mixmo_fastai.models import preact_resnet, wide_resnet
+from mixmo_fastai.models.initialization import initialize
+from mixmo_fastai.models.mixmo_model import MixMoModel
+from mixmo_fastai.names import parse_architecture
+
+PREACT_HEAD_STD = 0.01
+
+
+def create_model(
+    arch: str,
+    num_classes: int,
+    num_members: int = 2,
+    in_channels: int = 3,
+    *,
+    generator: torch.Generator | None = None,
+) -> MixMoModel:
+    """Build a network by name, with the published initialisation.
+
+    Args:
+        arch: "wrn<depth>_<width>" as in wrn28_10, or "preact_resnet18_<width>".
+        num_classes: K, two or more.
+        num_members: M; 1 is the vanilla network on the same code path.
+        in_channels: C.
+        generator: of the initial weights.
+
+    Raises:
+        InputError: the name or a number is not allowed.
+    """
+    parsed = parse_architecture(arch)
+    limits = {"num_classes": (num_classes, 2), "num_members": (num_members, 1)}
+    limits["in_channels"] = (in_channels, 1)
+    for name, (value, lowest) in limits.items():
+        if value < lowest:
+            raise InputError(f"{name} must be {lowest} or more; got {value}.")
+    core: wide_resnet.WideResNetCore | preact_resnet.PreActResNetCore
+    if parsed.family == "wrn":
+        stem, core = wide_resnet.stem, wide_resnet.WideResNetCore(parsed.depth, parsed.width)
+    else:
+        stem, core = preact_resnet.stem, preact_resnet.PreActResNetCore(parsed.width)
+    encoders = [stem(in_channels) for _ in range(num_members)]
+    heads = [nn.Linear(core.out_features, num_classes) for _ in range(num_members)]
+    model = MixMoModel(encoders, core, heads)
+    initialize(model, generator)
+    if parsed.family == "preact_resnet":
+        for head in heads:
+            nn.init.normal_(head.weight, std=PREACT_HEAD_STD, generator=generator)
+    return model

@@ -1,0 +1,144 @@
+"""The network with several inputs and several outputs.
+
+Shapes: B batch, M members, C image channels, H W image size, D feature channels, h w feature size
+after the encoder, K classes.
+Source: Ramé, Sun, Cord, "MixMo", ICCV 2021, section 3.
+"""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from mixmo_fastai.errors import InputError
+
+
+class MixMoModel(nn.Module):
+    """M encoders, one core, M heads.
+
+    Trained with one image per member and masks that mix their features; asked with one image, it
+    is an ensemble of M members at the price of one network. The arguments decide which, not the
+    training mode.
+
+    Args:
+        encoders: M modules (B, C, H, W) -> (B, D, h, w), the first convolution once per member.
+        core: a module (B, D, h, w) -> (B, features).
+        heads: M modules (B, features) -> (B, K), the last linear layer once per member.
+
+    Raises:
+        InputError: the number of encoders is not that of heads, or zero.
+    """
+
+    def __init__(
+        self, encoders: Iterable[nn.Module], core: nn.Module, heads: Iterable[nn.Module]
+    ) -> None:
+        super().__init__()
+        self.encoders = nn.ModuleList(encoders)
+        self.core = core
+        self.heads = nn.ModuleList(heads)
+        if not len(self.encoders) == len(self.heads) >= 1:
+            raise InputError(
+                "MixMoModel needs one encoder and one head per member; "
+                f"got {len(self.encoders)} encoders and {len(self.heads)} heads."
+            )
+        self._mask_shapes: dict[tuple[int, int], tuple[int, int, int]] = {}
+
+    @property
+    def num_members(self) -> int:
+        """M."""
+        return len(self.encoders)
+
+    @property
+    def in_channels(self) -> int:
+        """C, of the first layer that says so."""
+        for module in self.encoders.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                return module.weight.shape[1]
+        raise InputError("The encoders hold no convolution that tells the number of channels.")
+
+    def forward(self, inputs: Tensor, masks: Tensor | None = None) -> Tensor:
+        """Predict.
+
+        Args:
+            inputs: (B, C, H, W) for the ensemble, or (B, M, C, H, W), an image per member, with
+                masks.
+            masks: (B, M, 1 or D, h, w), summing to one over the members.
+
+        Returns:
+            Ensemble logits (B, K), the mean of the members' logits; member logits (B, M, K) where
+            masks are given.
+        """
+        if masks is None:
+            return self.member_logits(inputs).mean(dim=1)
+        return self._decode(self._mix(inputs, masks))
+
+    def member_logits(self, x: Tensor) -> Tensor:
+        """Show every member the same image: (B, C, H, W) -> (B, M, K)."""
+        features = self.encoders[0](x)
+        for encoder in self.encoders[1:]:
+            features = features + encoder(x)
+        return self._decode(features)
+
+    def mask_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Tell the shape (D, h, w) of an encoder's output for images of this size."""
+        if (height, width) not in self._mask_shapes:
+            encoder = copy.deepcopy(self.encoders[0]).to("meta")
+            image = torch.empty(1, self.in_channels, height, width, device="meta")
+            dim, mask_height, mask_width = encoder(image).shape[1:]
+            self._mask_shapes[height, width] = (dim, mask_height, mask_width)
+        return self._mask_shapes[height, width]
+
+    def fuse(self) -> nn.Module:
+        """Collapse the ensemble into a plain network with the same logits.
+
+        Σ_i c_i(x) is one convolution with the summed weights, and the mean of the heads is one
+        linear layer with the mean weights, so the collapse is exact up to rounding.
+
+        Returns:
+            A new network (B, C, H, W) -> (B, K), with one encoder, the core and one head.
+
+        Raises:
+            InputError: an encoder is not one convolution, or a head not one linear layer.
+        """
+        for part in (*self.encoders, *self.heads):
+            if type(part) not in (nn.Conv2d, nn.Linear):
+                raise InputError(
+                    f"fuse() needs convolutions as encoders and linear layers as heads; "
+                    f"found {type(part).__name__}."
+                )
+        return nn.Sequential(
+            OrderedDict(
+                encoder=_combine(self.encoders, torch.sum),
+                core=copy.deepcopy(self.core),
+                head=_combine(self.heads, torch.mean),
+            )
+        )
+
+    def _mix(self, inputs: Tensor, masks: Tensor) -> Tensor:
+        # Member by member, so that no stack of features is ever held; `mixing.mix_features` is the
+        # plain form. The factor M goes into the masks, which are small.
+        scaled = masks * self.num_members
+        mixed: Tensor | None = None
+        for i, encoder in enumerate(self.encoders):
+            features = encoder(inputs[:, i])
+            mask = scaled[:, i].to(features.dtype)
+            mixed = mask * features if mixed is None else torch.addcmul(mixed, mask, features)
+        assert mixed is not None
+        return mixed
+
+    def _decode(self, features: Tensor) -> Tensor:
+        """(B, D, h, w) -> member logits (B, M, K)."""
+        embedding = self.core(features)
+        return torch.stack([head(embedding) for head in self.heads], dim=1)
+
+
+@torch.no_grad()
+def _combine(layers: nn.ModuleList, reduce: object) -> nn.Module:
+    """Make one layer whose parameters are the reduction of the members' parameters."""
+    combined = copy.deepcopy(layers[0])
+    for name, parameter in combined.named_parameters():
+        members = torch.stack([layer.get_parameter(name) for layer in layers])
+        parameter.copy_(reduce(members, dim=0))  # type: ignore[operator]
+    return combined

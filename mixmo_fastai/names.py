@@ -1,0 +1,108 @@
+"""Names a user may type, and the facts that hang on them. Standard library only.
+
+The command line and the recipes check names here, before torch or fastai is imported.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from mixmo_fastai.errors import InputError, unknown
+
+MASK_KINDS = ("sum", "linear", "cutmix")
+"""How features are mixed; drawn by `mixmo_fastai.mixing.draw_masks`."""
+
+SCHEDULES = ("one-cycle", "published")
+LOADERS = ("auto", "resident", "streaming")
+DEVICES = ("auto", "cpu", "cuda")
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What is known of a named data set before it is read.
+
+    Attributes:
+        num_classes: number of classes K.
+        image_shape: (C, H, W) of one image.
+        num_images: images in the training and in the test part.
+        mean, std: per channel, of pixels in [0, 1]; the published values where there are some.
+        crop_padding: pixels of zero padding before the random crop.
+        flip: whether a mirrored image keeps its label.
+    """
+
+    num_classes: int
+    image_shape: tuple[int, int, int]
+    num_images: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_padding: int = 4
+    flip: bool = True
+
+
+_CIFAR_MEAN, _CIFAR_STD = (0.4914, 0.4822, 0.4467), (0.2023, 0.1994, 0.2010)
+
+DATASETS = {
+    "digits": DatasetInfo(
+        10, (1, 8, 8), (1438, 359), mean=(0.305,), std=(0.376,), crop_padding=1, flip=False
+    ),
+    "cifar10": DatasetInfo(10, (3, 32, 32), (50_000, 10_000), _CIFAR_MEAN, _CIFAR_STD),
+    "cifar100": DatasetInfo(100, (3, 32, 32), (50_000, 10_000), _CIFAR_MEAN, _CIFAR_STD),
+    "tinyimagenet": DatasetInfo(
+        200, (3, 64, 64), (100_000, 10_000), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
+    ),
+}
+
+ARCHITECTURE_FAMILIES = {
+    "wrn<depth>_<width>": "WideResNet, depth 6n+4 (wrn28_10)",
+    "preact_resnet18_<width>": "PreActResNet-18, width 1 is 64 to 512 channels (preact_resnet18_3)",
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A parsed architecture name: its family, depth and width factor."""
+
+    family: Literal["wrn", "preact_resnet"]
+    depth: int
+    width: int
+
+
+def parse_architecture(name: str) -> Architecture:
+    """Read an architecture name such as "wrn28_10" or "preact_resnet18_3".
+
+    Raises:
+        InputError: the name is of no family, or its depth or width is impossible.
+    """
+    if match := re.fullmatch(r"wrn(\d{1,4})_(\d{1,3})", name):
+        depth, width = int(match[1]), int(match[2])
+        if depth < 10 or (depth - 4) % 6:
+            lower = max(10, depth - (depth - 4) % 6)
+            raise InputError(
+                f"Architecture {name!r}: the depth of a WideResNet is 6n+4 with n ≥ 1.\n"
+                f"Nearest: wrn{lower}_{width} or wrn{lower + 6}_{width}."
+            )
+        if width < 1:
+            raise InputError(f"Architecture {name!r}: the width must be 1 or more.")
+        return Architecture("wrn", depth, width)
+    if match := re.fullmatch(r"preact_resnet(\d{1,4})_(\d{1,3})", name):
+        depth, width = int(match[1]), int(match[2])
+        if depth != 18 or width < 1:
+            raise InputError(
+                f"Architecture {name!r}: PreActResNet has depth 18 and width 1 or more, "
+                "as in preact_resnet18_3."
+            )
+        return Architecture("preact_resnet", depth, width)
+    raise InputError(
+        str(unknown("architecture", name, _EXAMPLE_ARCHITECTURES)).replace("Allowed:", "Such as:")
+    )
+
+
+_EXAMPLE_ARCHITECTURES = (
+    "wrn28_10",
+    "wrn16_4",
+    "wrn10_2",
+    "preact_resnet18_1",
+    "preact_resnet18_2",
+    "preact_resnet18_3",
+)

@@ -1,0 +1,84 @@
+"""Pairing: which member sees which image.
+
+Shapes: n distinct images, b batch repetitions, M members, B = b·n positions in the batch that the
+network sees. Copies of the images live in M·B *slots*, and slot s shows image s mod n. Member i
+draws from its own B slots, so that with fresh augmentation per slot no two positions share pixels.
+
+Source: Havasi et al., "MIMO", ICLR 2021, appendix (batch and input repetition); MixMo, section 4.1.
+"""
+
+import torch
+from torch import Tensor
+
+from mixmo_fastai.errors import InputError
+
+
+def num_copies(num_members: int, batch_repetitions: int) -> int:
+    """Count the copies of each image that one batch needs."""
+    return num_members * batch_repetitions
+
+
+def draw_pairing(
+    num_images: int,
+    num_members: int,
+    batch_repetitions: int = 4,
+    input_repetition: float = 0.0,
+    *,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Draw the slot that each member sees at each position.
+
+    Every member sees every image exactly `batch_repetitions` times, in an independent uniformly
+    random order. At round(input_repetition · B) positions all members see the same slot, so the
+    same pixels, as in inference.
+
+    Args:
+        num_images: n distinct images.
+        num_members: M.
+        batch_repetitions: b; 4 as published, 1 pairs each image once.
+        input_repetition: share of positions at which all members see the same image; 0 as
+            published.
+        generator: on `device`.
+        device: where the slots are drawn and returned.
+
+    Returns:
+        slots (B, M) int64 in [0, M·B), with B = b·n; slot s shows image s mod n.
+
+    Raises:
+        InputError: a count is below one, or the share is outside [0, 1].
+    """
+    check_pairing(num_members, batch_repetitions, input_repetition)
+    if num_images < 1:
+        raise InputError(f"num_images must be 1 or more; got {num_images}.")
+    batch = batch_repetitions * num_images
+    num_free = batch - round(input_repetition * batch)
+    main = _permutations(1, batch, generator, device)[0]  # member 0: (B,)
+    orders = _permutations(num_members - 1, num_free, generator, device)  # (M-1, num_free)
+    own_block = batch * torch.arange(1, num_members, device=device)[:, None]
+    free = main[:num_free][orders] + own_block  # the same images, in each member's own slots
+    shared = main[num_free:].expand(num_members - 1, -1)
+    others = torch.cat([free, shared], dim=1)  # (M-1, B)
+    return torch.cat([main[None], others]).T
+
+
+def check_pairing(num_members: int, batch_repetitions: int, input_repetition: float) -> None:
+    """Check the constants of a pairing.
+
+    Raises:
+        InputError: a count is below one, or the share is outside [0, 1].
+    """
+    if num_members < 1:
+        raise InputError(f"num_members must be 1 or more; got {num_members}.")
+    if batch_repetitions < 1:
+        raise InputError(f"batch_repetitions must be 1 or more; got {batch_repetitions}.")
+    if not 0 <= input_repetition <= 1:
+        raise InputError(f"input_repetition must be from 0 to 1; got {input_repetition}.")
+
+
+def _permutations(
+    count: int, length: int, generator: torch.Generator | None, device: torch.device | str | None
+) -> Tensor:
+    """Draw independent uniform permutations (count, length), all in one sort."""
+    keys = torch.rand((count, length), generator=generator, device=device, dtype=torch.float64)
+    return keys.argsort(dim=1)

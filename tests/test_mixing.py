@@ -1,0 +1,225 @@
+import json
+import math
+
+import golden
+import numpy as np
+import oracle
+import pytest
+import torch
+
+from mixmo_fastai.errors import InputError
+from mixmo_fastai.mixing import (
+    BINARY_KINDS,
+    MASK_KINDS,
+    draw_lam,
+    draw_masks,
+    loss_weights,
+    mix_features,
+)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+class TestDrawLam:
+    @pytest.mark.parametrize("num_members", [1, 2, 3, 5])
+    @pytest.mark.parametrize("alpha", [0.01, 0.5, 2.0, 50.0])
+    def test_rows_are_ratios_with_dirichlet_moments(self, num_members, alpha):
+        lam = draw_lam(40_000, num_members, alpha, generator=generator())
+        assert lam.shape == (40_000, num_members)
+        assert bool((lam >= 0).all())
+        torch.testing.assert_close(lam.sum(1), torch.ones(40_000))
+        mean = 1 / num_members
+        variance = mean * (1 - mean) / (num_members * alpha + 1)
+        sampling_error = 4 * math.sqrt(variance / 40_000) + 1e-6
+        assert lam.mean(0) == pytest.approx(torch.full((num_members,), mean), abs=sampling_error)
+        assert lam.var(0).mean().item() == pytest.approx(variance, rel=0.05, abs=1e-6)
+
+    def test_follows_its_generator(self):
+        assert torch.equal(
+            draw_lam(9, 2, 2.0, generator=generator(1)), draw_lam(9, 2, 2.0, generator=generator(1))
+        )
+
+    @pytest.mark.parametrize("alpha", [0.0, -1.0, math.inf, math.nan])
+    def test_alpha_out_of_range(self, alpha):
+        with pytest.raises(InputError, match="alpha must be positive"):
+            draw_lam(4, 2, alpha)
+
+
+@pytest.mark.parametrize("kind", MASK_KINDS)
+@pytest.mark.parametrize("num_members", [2, 3, 4])
+class TestEveryKind:
+    def test_masks_partition_unity_and_lam_is_their_mean(self, kind, num_members):
+        lam = draw_lam(64, num_members, 1.0, generator=generator())
+        masks, corrected = draw_masks(kind, lam, (16, 9, 12), generator=generator(1))
+        assert masks.shape == (64, num_members, 1, 9, 12)
+        assert bool(((masks >= 0) & (masks <= 1)).all())
+        torch.testing.assert_close(masks.sum(1), torch.ones(64, 1, 9, 12))
+        torch.testing.assert_close(corrected, masks.mean((2, 3, 4)))
+
+    def test_follows_its_generator_and_leaves_the_global_one(self, kind, num_members):
+        before = torch.random.get_rng_state()
+        lam = draw_lam(8, num_members, 2.0, generator=generator())
+        first, second = (draw_masks(kind, lam, (1, 8, 8), generator=generator(5))[0] for _ in "ab")
+        assert torch.equal(first, second)
+        assert torch.equal(torch.random.get_rng_state(), before)
+
+    def test_double_precision_is_kept(self, kind, num_members):
+        lam = draw_lam(8, num_members, 2.0).double()
+        assert draw_masks(kind, lam, (1, 8, 8))[0].dtype == torch.float64
+
+
+def test_sum_masks_ignore_lam():
+    masks, lam = draw_masks("sum", draw_lam(4, 3, 2.0), (1, 2, 2))
+    assert torch.equal(masks, torch.full((4, 3, 1, 2, 2), 1 / 3))
+    torch.testing.assert_close(lam, torch.full((4, 3), 1 / 3))
+
+
+def test_linear_masks_are_lam_everywhere():
+    lam = draw_lam(5, 3, 2.0)
+    masks, corrected = draw_masks("linear", lam, (8, 4, 6))
+    assert torch.equal(masks, lam[:, :, None, None, None].expand(5, 3, 1, 4, 6))
+    torch.testing.assert_close(corrected, lam)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (9, 14), (1, 1), (2, 5)])
+def test_every_box_is_one_that_the_paper_allows(size):
+    """Each mask equals the oracle's box for some centre on the map."""
+    lam = draw_lam(60, 2, 1.0, generator=generator())
+    masks, _ = draw_masks("cutmix", lam, (1, *size), generator=generator(1), shuffle_roles=False)
+    for ratio, mask in zip(lam[:, 0].numpy(), masks[:, 0, 0].numpy(), strict=True):
+        boxes = [
+            oracle.box_mask(*size, ratio, row, column)
+            for row in range(size[0])
+            for column in range(size[1])
+        ]
+        assert any(np.array_equal(mask, box) for box in boxes)
+
+
+def test_box_centres_are_uniform_over_the_map():
+    lam = torch.tensor([[0.04, 0.96]]).repeat(40_000, 1)  # floor(10·√0.04) = 2: half a side is 1
+    masks, _ = draw_masks("cutmix", lam, (1, 10, 10), generator=generator(), shuffle_roles=False)
+    boxes = masks[:, 0, 0]
+    last_row_share = (boxes[:, 9].sum(1) > 0).float().mean().item()
+    assert last_row_share == pytest.approx(0.1, abs=0.01)  # only the centre in the last row
+    first_row_share = (boxes[:, 0].sum(1) > 0).float().mean().item()
+    assert first_row_share == pytest.approx(0.2, abs=0.01)  # centres 0 and 1
+
+
+def test_three_members_share_the_complement_in_proportion():
+    lam = draw_lam(20, 3, 2.0, generator=generator())
+    masks, _ = draw_masks("cutmix", lam, (1, 8, 8), generator=generator(1), shuffle_roles=False)
+    for b in range(20):
+        expected = oracle.complement_shares(masks[b, 0, 0].numpy(), lam[b].numpy())
+        np.testing.assert_allclose(masks[b, :, 0].numpy(), expected, atol=1e-6)
+
+
+def test_a_member_without_share_gets_nothing_and_no_nan():
+    lam = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.0, 0.5]])
+    masks, corrected = draw_masks("cutmix", lam, (1, 8, 8), shuffle_roles=False)
+    assert bool(torch.isfinite(masks).all())
+    torch.testing.assert_close(corrected.sum(1), torch.ones(2))
+    assert corrected[1, 1] == 0
+
+
+def test_roles_are_shuffled_per_batch_and_members_keep_their_lam():
+    lam = torch.tensor([[0.9, 0.05, 0.05]]).repeat(16, 1)
+    winners = set()
+    for seed in range(30):
+        masks, _ = draw_masks("cutmix", lam, (1, 8, 8), generator=generator(seed))
+        binary = [m for m in range(3) if bool(((masks[:, m] == 0) | (masks[:, m] == 1)).all())]
+        boxed = min(binary, key=lambda m: -masks[:, m].max())
+        winners.add(boxed)
+        if boxed != 0:  # a small box: the member with lam 0.9 has almost all of the rest
+            assert bool((masks[:, 0].mean((1, 2, 3)) > 0.5).all())
+    assert winners == {0, 1, 2}
+
+
+@golden.needs_golden
+def test_box_areas_agree_with_the_published_statistics():
+    published = json.loads((golden.GOLDEN / "mask_statistics_alpha2_32x32.json").read_text())
+    expected = published["cutmix"]
+    num_draws = 200_000
+    lam = draw_lam(num_draws, 2, 2.0, generator=generator())
+    _, corrected = draw_masks(
+        "cutmix", lam, (1, 32, 32), generator=generator(1), shuffle_roles=False
+    )
+    areas = corrected[:, 0]
+    # Both samples have an error; the published one, of 20,000 draws, has the larger one.
+    standard_error = expected["std_area"] * math.sqrt(1 / expected["draws"] + 1 / num_draws)
+    assert areas.mean().item() == pytest.approx(expected["mean_area"], abs=3 * standard_error)
+    assert areas.std().item() == pytest.approx(expected["std_area"], rel=0.02)
+    quantiles = areas.quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
+    assert quantiles == pytest.approx(expected["quantiles_10_50_90"], abs=0.012)
+    correlation = torch.corrcoef(torch.stack([areas, lam[:, 0]]))[0, 1].item()
+    assert correlation == pytest.approx(expected["corr_with_lambda"], abs=0.012)
+
+
+@golden.needs_golden
+def test_linear_ratios_agree_with_the_published_statistics():
+    published = json.loads((golden.GOLDEN / "mask_statistics_alpha2_32x32.json").read_text())
+    expected = published["mixup"]
+    lam = draw_lam(200_000, 2, 2.0, generator=generator())[:, 0]
+    assert lam.std().item() == pytest.approx(expected["std_area"], rel=0.02)
+    assert lam.mean().item() == pytest.approx(expected["mean_area"], abs=0.006)
+
+
+@pytest.mark.parametrize("root", [1, 2, 3, 10])
+def test_loss_weights_against_the_oracle(root):
+    lam = draw_lam(50, 3, 0.5, generator=generator())
+    expected = np.stack([oracle.weights(row, root) for row in lam.double().numpy()])
+    np.testing.assert_allclose(loss_weights(lam, root).numpy(), expected, rtol=2e-5, atol=1e-6)
+
+
+def test_loss_weights_at_the_ends():
+    lam = torch.tensor([[0.0, 1.0], [0.3, 0.7]])
+    assert torch.equal(loss_weights(lam, math.inf), torch.ones(2, 2))
+    torch.testing.assert_close(loss_weights(lam, 1), 2 * lam)
+    with pytest.raises(InputError, match="weight_root must be 1 or more"):
+        loss_weights(lam, 0.5)
+
+
+def test_mix_features_against_the_oracle():
+    features = torch.randn(3, 3, 4, 5, 6, generator=generator(), dtype=torch.float64)
+    lam = draw_lam(3, 3, 1.0, generator=generator())
+    masks, _ = draw_masks("cutmix", lam, (4, 5, 6), generator=generator(1))
+    masks = masks.double()
+    expected = oracle.mix(features.numpy(), masks.numpy())
+    np.testing.assert_allclose(mix_features(features, masks).numpy(), expected)
+
+
+def test_mixing_keeps_the_type_of_the_features():
+    features = torch.ones(1, 2, 4, 5, 5, dtype=torch.bfloat16)
+    masks, _ = draw_masks("cutmix", draw_lam(1, 2, 1.0), (4, 5, 5))
+    assert mix_features(features, masks).dtype == torch.bfloat16
+
+
+def test_binary_kinds_are_binary():
+    for kind in BINARY_KINDS:
+        masks, _ = draw_masks(kind, draw_lam(16, 2, 1.0), (1, 8, 8))
+        assert bool(((masks == 0) | (masks == 1)).all())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("cutmx", (4, 2), (1, 8, 8), {}), "Did you mean 'cutmix'"),
+        (("cutmix", (4, 1), (1, 8, 8), {}), "needs two members"),
+        (("linear", (4, 1), (1, 8, 8), {}), "needs two members"),
+        (("cutmix", (4,), (1, 8, 8), {}), r"\(B, M\)"),
+        (("cutmix", (4, 2), (8, 8), {}), r"\(D, h, w\)"),
+        (("cutmix", (4, 2), (1, 0, 8), {}), "1 or more"),
+        (("cutmix", (4, 2), (1, 8, 8), {"sigma": 2}), "'sigma' of mask kind 'cutmix'"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    kind, lam_shape, shape, options = arguments
+    with pytest.raises(InputError, match=message):
+        draw_masks(kind, torch.rand(lam_shape), shape, **options)
+
+
+def test_one_member_is_left_whole_by_sum():
+    masks, lam = draw_masks("sum", torch.ones(4, 1), (1, 8, 8))
+    assert torch.equal(masks, torch.ones(4, 1, 1, 8, 8))
+    assert torch.equal(lam, torch.ones(4, 1))

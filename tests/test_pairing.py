@@ -1,0 +1,67 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mixmo_fastai.errors import InputError
+from mixmo_fastai.pairing import draw_pairing, num_copies
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    num_images=st.integers(1, 9),
+    members=st.integers(1, 4),
+    repetitions=st.integers(1, 5),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 1000),
+)
+def test_every_member_sees_every_image_equally_often(num_images, members, repetitions, share, seed):
+    slots = draw_pairing(
+        num_images, members, repetitions, share, generator=torch.Generator().manual_seed(seed)
+    )
+    batch = num_images * repetitions
+    assert slots.shape == (batch, members)
+    assert 0 <= slots.min() <= slots.max() < num_images * num_copies(members, repetitions)
+    images = slots % num_images
+    for member in range(members):
+        counts = images[:, member].bincount(minlength=num_images)
+        assert counts.tolist() == [repetitions] * num_images
+    shared = int((slots == slots[:, :1]).all(1).sum())
+    assert shared >= round(share * batch)
+    if members > 1:
+        assert shared == round(share * batch)
+
+
+def test_without_input_repetition_no_two_positions_share_pixels():
+    slots = draw_pairing(16, 2, 4)
+    assert slots.flatten().unique().numel() == 128
+
+
+def test_orders_are_independent_and_uniform():
+    """Over many draws, each pair of images meets equally often."""
+    meetings = torch.zeros(4, 4)
+    for seed in range(3000):
+        slots = draw_pairing(4, 2, 1, generator=torch.Generator().manual_seed(seed)) % 4
+        meetings[slots[:, 0], slots[:, 1]] += 1
+    assert meetings.sum() == 12_000
+    assert bool(((meetings - 750).abs() < 4 * 750**0.5).all())
+
+
+def test_follows_its_generator():
+    first, second = (draw_pairing(8, 3, generator=torch.Generator().manual_seed(2)) for _ in "ab")
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((4, 0), "num_members"),
+        ((4, 2, 0), "batch_repetitions"),
+        ((4, 2, 4, 1.5), "input_repetition must be from 0 to 1; got 1.5"),
+        ((4, 2, 4, float("nan")), "input_repetition"),
+        ((0, 2), "num_images"),
+    ],
+)
+def test_numbers_out_of_range(arguments, message):
+    with pytest.raises(InputError, match=message):
+        draw_pairing(*arguments)
