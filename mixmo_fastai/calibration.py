@@ -1,0 +1,301 @@
+"""Calibration: does a confidence of 80 % mean right four times in five?
+
+Shapes: N samples, K classes, Q bins. Logits are (N, K), labels (N,) integers in [0, K).
+Sources: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017 (ECE, temperature);
+Nixon et al., "Measuring Calibration in Deep Learning", CVPR workshops 2019 (TACE); as reported by
+Ramé, Sun, Cord, "MixMo", ICCV 2021, section 4.
+
+Probabilities are softmax(logits) in float64, which Apple's MPS lacks: bring such logits to the CPU
+first. To score probabilities, for instance a mean over members, give their logarithms as logits.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mixmo_fastai.errors import InputError
+
+NUM_BINS = 15
+"""Bins of ECE and TACE, as published."""
+
+TEMPERATURE_BOUNDS = (1e-3, 1e3)
+"""Temperatures between which `fit_temperature` searches."""
+
+
+def nll(logits: Tensor, labels: Tensor) -> Tensor:
+    """Compute the negative log-likelihood: mean over n of -log p_n[y_n], in nats.
+
+    Args:
+        logits: (N, K).
+        labels: (N,).
+
+    Returns:
+        A scalar in float64.
+
+    Raises:
+        InputError: wrong shapes, labels out of range or logits that are not finite.
+    """
+    check_logits(logits, labels)
+    return F.cross_entropy(logits.double(), labels.long())
+
+
+def brier(logits: Tensor, labels: Tensor) -> Tensor:
+    """Compute the Brier score: mean over n of Σ_k (p_nk - [k = y_n])², in [0, 2].
+
+    The sum over classes is Brier's own definition. The published implementation prints the mean
+    over classes, which is this divided by K.
+
+    Args:
+        logits: (N, K).
+        labels: (N,).
+
+    Returns:
+        A scalar in float64.
+
+    Raises:
+        InputError: wrong shapes, labels out of range or logits that are not finite.
+    """
+    check_logits(logits, labels)
+    errors = _probabilities(logits) - F.one_hot(labels.long(), logits.shape[1])  # (N, K)
+    return errors.square().sum(dim=1).mean()
+
+
+def top_predictions(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Take each sample's likeliest class: how sure it is, and whether it is right.
+
+    Of classes that tie, the first is predicted.
+
+    Args:
+        logits: (N, K).
+        labels: (N,).
+
+    Returns:
+        confidence (N,) in float64, the largest probability, and correct (N,) bool.
+
+    Raises:
+        InputError: wrong shapes, labels out of range or logits that are not finite.
+    """
+    check_logits(logits, labels)
+    return _probabilities(logits).amax(dim=1), logits.argmax(dim=1) == labels
+
+
+@dataclass(frozen=True, eq=False)
+class ReliabilityBins:
+    """Samples grouped by confidence: bin q holds confidences in (q/Q, (q + 1)/Q].
+
+    Attributes:
+        counts: (Q,) samples per bin.
+        confidence: (Q,) mean confidence per bin, zero where the bin is empty.
+        accuracy: (Q,) share of right predictions per bin, zero where the bin is empty.
+    """
+
+    counts: Tensor
+    confidence: Tensor
+    accuracy: Tensor
+
+    @property
+    def expected_error(self) -> Tensor:
+        """The mean over samples of their bin's |accuracy - confidence|, which is the ECE."""
+        gaps = (self.accuracy - self.confidence).abs()
+        return (self.counts * gaps).sum() / self.counts.sum()
+
+
+def reliability_bins(logits: Tensor, labels: Tensor, num_bins: int = NUM_BINS) -> ReliabilityBins:
+    """Group samples by confidence into bins of equal width, closed on the right.
+
+    So a confidence of one is in the last bin; zero, were it possible, would be in the first.
+
+    Args:
+        logits: (N, K).
+        labels: (N,).
+        num_bins: Q.
+
+    Raises:
+        InputError: as for `nll`, or `num_bins` is below one.
+    """
+    _check_num_bins(num_bins)
+    confidence, correct = top_predictions(logits, labels)
+    # Division rounds each edge correctly, so that 1/3 lies on the edge 5/15 and not beside it.
+    edges = torch.arange(1, num_bins, dtype=torch.float64, device=logits.device) / num_bins
+    members = F.one_hot(torch.bucketize(confidence, edges), num_bins).double()  # (N, Q)
+    counts = members.sum(dim=0)
+    sizes = counts.clamp(min=1)
+    return ReliabilityBins(
+        counts=counts.long(),
+        confidence=confidence @ members / sizes,
+        accuracy=correct.double() @ members / sizes,
+    )
+
+
+def expected_calibration_error(logits: Tensor, labels: Tensor, num_bins: int = NUM_BINS) -> Tensor:
+    """Compute the ECE: Σ_q (n_q / N) · |accuracy_q - confidence_q| (Guo et al., equation 3).
+
+    Args:
+        logits: (N, K).
+        labels: (N,).
+        num_bins: Q, of equal width.
+
+    Returns:
+        A scalar in [0, 1], in float64.
+
+    Raises:
+        InputError: as for `nll`, or `num_bins` is below one.
+    """
+    return reliability_bins(logits, labels, num_bins).expected_error
+
+
+def thresholded_adaptive_calibration_error(
+    logits: Tensor, labels: Tensor, num_bins: int = NUM_BINS, threshold: float = 1e-3
+) -> Tensor:
+    """Compute the TACE: Σ_k Σ_q n_kq · |frequency_kq - probability_kq| / (N · K).
+
+    For each class k, its probabilities above the threshold are sorted and cut into Q bins of
+    floor(n_k / Q) samples; the last bin also takes the remainder. In a bin, the mean probability
+    of k is held against the share of samples that are of class k.
+
+    As in the published evaluation, the divisor counts the samples under the threshold too, and
+    fewer than Q probabilities make one bin. Equal probabilities keep the order of the samples.
+
+    Args:
+        logits: (N, K).
+        labels: (N,).
+        num_bins: Q, of equal mass.
+        threshold: probabilities up to this one are left out.
+
+    Returns:
+        A scalar in [0, 1], in float64.
+
+    Raises:
+        InputError: as for `nll`, or `num_bins` is below one.
+    """
+    check_logits(logits, labels)
+    _check_num_bins(num_bins)
+    num_samples, num_classes = logits.shape
+    probabilities, order = _probabilities(logits).T.sort(dim=1, stable=True)  # (K, N)
+    classes = torch.arange(num_classes, device=logits.device)[:, None]
+    excess = probabilities - (labels[order] == classes).double()
+    num_kept = (probabilities > threshold).sum(dim=1, keepdim=True)  # (K, 1)
+    # Sorted bins are contiguous: their sums are differences of one running sum.
+    running = F.pad(excess.cumsum(dim=1), (1, 0))  # (K, N + 1)
+    bin_sums = running.gather(1, _equal_mass_edges(num_kept, num_samples, num_bins)).diff(dim=1)
+    return bin_sums.abs().sum() / (num_samples * num_classes)
+
+
+def fit_temperature(logits: Tensor, labels: Tensor) -> float:
+    """Find the temperature T that minimises nll(logits / T, labels) (Guo et al., section 4.2).
+
+    In s = 1 / T the problem is convex: with margins d_nk = z_nk - z_ny, the NLL is the mean over
+    n of log Σ_k exp(s · d_nk). Newton steps on its derivative, in float64 and kept inside a bracket
+    of the root, solve it to a relative 1e-10.
+
+    The result lies within `TEMPERATURE_BOUNDS`: logits that separate the classes perfectly
+    get the lower bound, as no temperature is low enough for them, and logits that predict worse
+    than chance the upper one. It is 1 where 1 already is a minimum to machine precision, as for
+    constant logits.
+
+    Args:
+        logits: (N, K), of samples that the reported figures do not use.
+        labels: (N,).
+
+    Raises:
+        InputError: wrong shapes, labels out of range or logits that are not finite.
+    """
+    check_logits(logits, labels)
+    logits = logits.detach().double()
+    margins = logits - logits.gather(1, labels.long()[:, None])  # (N, K)
+    slope, _ = _nll_derivatives(margins, 1.0)
+    if slope == 0:
+        return 1.0
+    lowest, highest = TEMPERATURE_BOUNDS
+    bound = lowest if slope < 0 else highest
+    slope_at_bound, _ = _nll_derivatives(margins, 1 / bound)
+    if (slope > 0) == (slope_at_bound > 0):
+        return bound
+    return 1 / _find_root(margins, *sorted((1.0, 1 / bound)))
+
+
+def check_logits(
+    logits: Tensor, labels: Tensor | None = None, *, axes: str = "(N, K)", name: str = "logits"
+) -> None:
+    """Check that logits, and labels where given, can be scored.
+
+    Args:
+        logits: of shape `axes`; no axis may be empty and K must be 2 or more.
+        labels: (N,), integers.
+        axes: the shape that is wanted, one name per axis.
+        name: what the caller's argument is called.
+
+    Raises:
+        InputError: wrong shapes, labels out of range or logits that are not finite.
+    """
+    shape = tuple(logits.shape)
+    if len(shape) != axes.count(",") + 1 or min(shape) < 1 or shape[-1] < 2:
+        raise InputError(f"{name} must have shape {axes}, none empty and K ≥ 2; got {shape}.")
+    if labels is not None:
+        _check_labels(labels, shape[0], shape[-1])
+    finite = logits.isfinite()
+    if not finite.all():
+        place = tuple((~finite).nonzero()[0].tolist())
+        value = logits[place].item()
+        raise InputError(f"{name} must be finite; got {value} at index {place}.")
+
+
+def _check_labels(labels: Tensor, num_samples: int, num_classes: int) -> None:
+    if tuple(labels.shape) != (num_samples,):
+        raise InputError(
+            f"labels must have shape (N,) with N = {num_samples}, one class per row of logits; "
+            f"got {tuple(labels.shape)}."
+        )
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise InputError(f"labels must be integers; got {labels.dtype}.")
+    outside = (labels < 0) | (labels >= num_classes)
+    if outside.any():
+        place = int(outside.nonzero()[0])
+        raise InputError(
+            f"labels must be in 0 … {num_classes - 1}, as the logits have {num_classes} classes; "
+            f"got {int(labels[place])} at index {place}."
+        )
+
+
+def _check_num_bins(num_bins: int) -> None:
+    if num_bins < 1:
+        raise InputError(f"num_bins must be 1 or more; got {num_bins}.")
+
+
+def _probabilities(logits: Tensor) -> Tensor:
+    return logits.double().softmax(dim=1)
+
+
+def _equal_mass_edges(num_kept: Tensor, num_samples: int, num_bins: int) -> Tensor:
+    """Place the bins' edges among sorted samples: (K, 1) counts kept at the end -> (K, Q + 1)."""
+    steps = torch.arange(num_bins + 1, device=num_kept.device)
+    edges = num_samples - num_kept + num_kept // num_bins * steps
+    edges[:, -1] = num_samples
+    return edges
+
+
+def _nll_derivatives(margins: Tensor, inverse: float) -> tuple[float, float]:
+    """Differentiate the NLL by s = 1 / T, once and twice: the margins' mean and variance."""
+    # Margins, not logits: no rounding then hides the sign of a vanishing slope.
+    probabilities = (inverse * margins).softmax(dim=1)
+    mean = (probabilities * margins).sum(dim=1)
+    variance = (probabilities * (margins - mean[:, None]).square()).sum(dim=1)
+    return mean.mean().item(), variance.mean().item()
+
+
+def _find_root(margins: Tensor, low: float, high: float, tolerance: float = 1e-10) -> float:
+    """Find the s in (low, high) at which the NLL's slope changes its sign."""
+    current, step = 1.0, high - low
+    for _ in range(200):
+        slope, curvature = _nll_derivatives(margins, current)
+        low, high = (low, current) if slope > 0 else (current, high)
+        proposal = current - slope / curvature if curvature > 0 else high
+        # Newton crawls where the slope decays exponentially: its step must halve at least.
+        trusted = low < proposal < high and abs(proposal - current) < abs(step) / 2
+        following = proposal if trusted else (low * high) ** 0.5
+        step, current = following - current, following
+        if abs(step) <= tolerance * current:
+            break
+    return current

@@ -1,0 +1,152 @@
+"""A slow twin of the figures in NumPy: loops over samples, written from the definitions."""
+
+from itertools import combinations
+
+import numpy as np
+
+
+def softmax(logits):
+    """p_k = exp(z_k) / Σ_j exp(z_j) for one sample, logits (K,)."""
+    powers = np.exp(np.asarray(logits, dtype=np.float64) - np.max(logits))
+    return powers / powers.sum()
+
+
+def nll(logits, labels):
+    return np.mean([-np.log(softmax(z)[y]) for z, y in zip(logits, labels, strict=True)])
+
+
+def brier(logits, labels):
+    total = 0.0
+    for z, y in zip(logits, labels, strict=True):
+        for k, probability in enumerate(softmax(z)):
+            total += (probability - (k == y)) ** 2
+    return total / len(labels)
+
+
+def top(logits, labels):
+    """Confidence and correctness of each sample's likeliest class, the first of a tie."""
+    confidence = np.array([softmax(z).max() for z in logits])
+    correct = np.array([int(np.argmax(z)) == y for z, y in zip(logits, labels, strict=True)])
+    return confidence, correct
+
+
+def top5(logits, labels):
+    """Of classes that tie, the first is the likelier."""
+    hits = 0
+    for z, y in zip(logits, labels, strict=True):
+        ranking = sorted(range(len(z)), key=lambda k, z=z: (-z[k], k))
+        hits += int(y) in ranking[:5]
+    return hits / len(labels)
+
+
+def bins(confidence, correct, num_bins=15):
+    """Count, mean confidence and accuracy of each bin (q/Q, (q + 1)/Q]; zero joins the first."""
+    rows = []
+    for q in range(num_bins):
+        low = -1 if q == 0 else q / num_bins
+        inside = [i for i, c in enumerate(confidence) if low < c <= (q + 1) / num_bins]
+        means = (confidence[inside].mean(), correct[inside].mean()) if inside else (0, 0)
+        rows.append((len(inside), *means))
+    return rows
+
+
+def ece(confidence, correct, num_bins=15):
+    rows = bins(confidence, correct, num_bins)
+    return sum(n * abs(accuracy - mean) for n, mean, accuracy in rows) / len(confidence)
+
+
+def tace(logits, labels, num_bins=15, threshold=1e-3):
+    probabilities = np.array([softmax(z) for z in logits])
+    num_samples, num_classes = probabilities.shape
+    total = 0.0
+    for k in range(num_classes):
+        kept = [(p, y == k) for p, y in zip(probabilities[:, k], labels, strict=True)]
+        kept = sorted((pair for pair in kept if pair[0] > threshold), key=lambda pair: pair[0])
+        size = len(kept) // num_bins
+        for q in range(num_bins):
+            group = kept[q * size :] if q == num_bins - 1 else kept[q * size : (q + 1) * size]
+            if group:
+                gap = np.mean([p for p, _ in group]) - np.mean([hit for _, hit in group])
+                total += len(group) * abs(gap)
+    return total / (num_samples * num_classes)
+
+
+def temperature(logits, labels, low=1e-3, high=1e3):
+    """Bisect the slope of the NLL over s = 1 / T, until the bracket is a rounding error wide."""
+
+    def slope(s):
+        return np.mean(
+            [softmax(s * (z - z[y])) @ (z - z[y]) for z, y in zip(logits, labels, strict=True)]
+        )
+
+    smallest, largest = 1 / high, 1 / low
+    if slope(smallest) > 0:
+        return high
+    if slope(largest) < 0:
+        return low
+    for _ in range(70):
+        middle = np.sqrt(smallest * largest)
+        smallest, largest = (smallest, middle) if slope(middle) > 0 else (middle, largest)
+    return 1 / middle
+
+
+def member_accuracy(member_logits, labels):
+    num_members = member_logits.shape[1]
+    return [np.mean(member_logits[:, m].argmax(1) == labels) for m in range(num_members)]
+
+
+def ratio_error(member_logits, labels):
+    ratios = []
+    for i, j in combinations(range(member_logits.shape[1]), 2):
+        by_one = by_both = 0
+        for logits, y in zip(member_logits, labels, strict=True):
+            wrong = [int(np.argmax(logits[m])) != y for m in (i, j)]
+            by_one += sum(wrong) == 1
+            by_both += sum(wrong) == 2
+        ratios.append(by_one / by_both)
+    return np.mean(ratios)
+
+
+def disagreement(member_logits):
+    shares = []
+    for i, j in combinations(range(member_logits.shape[1]), 2):
+        shares.append(np.mean([np.argmax(row[i]) != np.argmax(row[j]) for row in member_logits]))
+    return np.mean(shares)
+
+
+def entropy(probabilities):
+    return -sum(p * np.log(p) for p in probabilities if p > 0)
+
+
+def mutual_information(member_logits):
+    total = 0.0
+    for row in member_logits:
+        probabilities = [softmax(logits) for logits in row]
+        total += entropy(np.mean(probabilities, axis=0))
+        total -= np.mean([entropy(p) for p in probabilities])
+    return total / len(member_logits)
+
+
+def failure_auroc(confidence, correct):
+    """Every right prediction against every wrong one; a tie counts half."""
+    wins = [
+        float(right > wrong) + 0.5 * float(right == wrong)
+        for right in confidence[correct]
+        for wrong in confidence[~correct]
+    ]
+    return np.mean(wins)
+
+
+def risk(confidence, correct):
+    """Expected share of errors among the i surest, i = 1 … N, chance deciding between ties."""
+    risks = []
+    for i in range(1, len(confidence) + 1):
+        border = sorted(confidence, reverse=True)[i - 1]
+        surer, tied = confidence > border, confidence == border
+        errors = np.sum(~correct[surer]) + (i - surer.sum()) * np.mean(~correct[tied])
+        risks.append(errors / i)
+    return np.array(risks)
+
+
+def aurc(confidence, correct):
+    return risk(confidence, correct).mean()

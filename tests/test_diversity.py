@@ -1,0 +1,124 @@
+import math
+
+import numpy as np
+import oracle_metrics as oracle
+import pytest
+import torch
+from golden import arrays, facts, needs_golden
+
+from mixmo_fastai.diversity import (
+    disagreement,
+    member_accuracies,
+    mutual_information,
+    ratio_error,
+)
+from mixmo_fastai.errors import InputError
+
+
+def draw(num_samples, num_members, num_classes, seed=0):
+    random = torch.Generator().manual_seed(seed)
+    logits = torch.randn(num_samples, num_members, num_classes, generator=random)
+    return logits, torch.randint(num_classes, (num_samples,), generator=random)
+
+
+def vote(predictions, num_classes=3):
+    """Member logits (N, M, K) that predict the given classes (N, M)."""
+    return torch.nn.functional.one_hot(torch.tensor(predictions), num_classes).float()
+
+
+@pytest.mark.parametrize("size", [(40, 2, 3), (60, 3, 4), (90, 5, 10)])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_figures_against_the_oracle(size, seed):
+    logits, labels = draw(*size, seed=seed)
+    z, y = logits.numpy(), labels.numpy()
+    accuracies = member_accuracies(logits, labels)
+    assert accuracies.tolist() == pytest.approx(oracle.member_accuracy(z, y))
+    assert ratio_error(logits, labels).item() == pytest.approx(oracle.ratio_error(z, y))
+    assert disagreement(logits).item() == pytest.approx(oracle.disagreement(z))
+    information = mutual_information(logits).item()
+    assert information == pytest.approx(oracle.mutual_information(z), rel=1e-10)
+
+
+@needs_golden
+@pytest.mark.parametrize("name", ["metrics_k10_m2", "metrics_k20_m3"])
+def test_published_figures(name):
+    stored, expected = arrays(name), facts(name)
+    logits, labels = stored["member_logits"], stored["labels"]
+    ratio = ratio_error(logits, labels).item()
+    assert ratio == pytest.approx(expected["diversity_ratioerrors"], abs=1e-9)
+    accuracies = member_accuracies(logits, labels).tolist()
+    published = [expected[f"accuracy_{m}"] for m in range(logits.shape[1])]
+    assert accuracies == pytest.approx(published, abs=1e-9)
+    assert np.mean(accuracies) == pytest.approx(expected["accuracy_mean"], abs=1e-9)
+
+
+def test_ratio_by_hand():
+    labels = torch.tensor([0, 0, 0, 0, 0])
+    logits = vote([[1, 1], [1, 2], [0, 1], [0, 2], [1, 0]])  # two common errors, three lone ones
+    assert ratio_error(logits, labels).item() == 1.5
+    assert disagreement(logits).item() == 0.8
+    assert member_accuracies(logits, labels).tolist() == [0.4, 0.2]
+
+
+def test_members_in_another_order_are_as_diverse():
+    logits, labels = draw(80, 4, 5)
+    turned = logits[:, [2, 0, 3, 1]]
+    assert ratio_error(turned, labels).item() == pytest.approx(ratio_error(logits, labels).item())
+    assert disagreement(turned).item() == pytest.approx(disagreement(logits).item())
+
+
+def test_members_that_agree_have_no_diversity():
+    logits, labels = draw(30, 1, 4)
+    twins = logits.expand(30, 3, 4)
+    assert ratio_error(twins, labels).item() == 0
+    assert disagreement(twins).item() == 0
+    assert mutual_information(logits).item() == 0
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_information_is_never_negative(seed):
+    logits, _ = draw(1, 1, 4, seed=seed)
+    assert 0 <= mutual_information(logits.expand(1, 3, 4)).item() < 1e-12
+
+
+def test_information_is_the_logarithm_of_members_that_are_sure_of_different_classes():
+    logits = 1e4 * torch.eye(3).expand(7, 3, 3)
+    assert mutual_information(logits).item() == pytest.approx(math.log(3), rel=1e-12)
+
+
+def test_one_member_has_nothing_to_differ_from():
+    logits, labels = draw(5, 1, 3)
+    with pytest.raises(InputError, match=r"ratio_error compares members.*got 1"):
+        ratio_error(logits, labels)
+    with pytest.raises(InputError, match=r"disagreement compares members.*got 1"):
+        disagreement(logits)
+
+
+@pytest.mark.parametrize(
+    "predictions",
+    [
+        [[0, 0], [0, 0]],  # no error at all
+        [[0, 1], [1, 0]],  # none in common
+        [[1, 1, 0], [1, 1, 0]],  # one pair of three has some
+    ],
+)
+def test_without_common_errors_the_ratio_is_undefined(predictions):
+    with pytest.raises(InputError, match="got a pair that shares none"):
+        ratio_error(vote(predictions), torch.tensor([0, 0]))
+
+
+@pytest.mark.parametrize("figure", [member_accuracies, ratio_error])
+def test_labels_are_checked(figure):
+    logits, labels = draw(6, 2, 3)
+    with pytest.raises(InputError, match=r"labels must be in 0 … 2.*got 5 at index 5"):
+        figure(logits, labels.index_fill(0, torch.tensor([5]), 5))
+    with pytest.raises(InputError, match=r"labels must have shape.*N = 6"):
+        figure(logits, labels[:4])
+
+
+@pytest.mark.parametrize("figure", [disagreement, mutual_information])
+def test_logits_are_checked(figure):
+    with pytest.raises(InputError, match=r"member_logits must have shape \(N, M, K\).*\(6, 3\)"):
+        figure(torch.zeros(6, 3))
+    with pytest.raises(InputError, match=r"member_logits must be finite; got inf.*\(0, 1, 0\)"):
+        figure(torch.tensor([[[0.0, 0.0], [torch.inf, 0.0]]]))

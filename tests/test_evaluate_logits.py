@@ -1,0 +1,199 @@
+import json
+import math
+
+import numpy as np
+import oracle_metrics as oracle
+import pytest
+import torch
+from golden import arrays, facts, needs_golden
+from sklearn.metrics import top_k_accuracy_score
+
+from mixmo_fastai.errors import InputError
+from mixmo_fastai.evaluation import evaluate_logits
+
+FIGURES = [
+    "accuracy",
+    "top5",
+    "nll",
+    "brier",
+    "ece",
+    "tace",
+    "failure_auroc",
+    "aurc",
+    "member_accuracy",
+    "ratio_error",
+    "disagreement",
+    "temperature",
+    "nll_calibrated",
+    "ece_calibrated",
+]
+
+
+def draw(num_samples, num_members, num_classes, *, signal=1.5, seed=0):
+    random = torch.Generator().manual_seed(seed)
+    labels = torch.randint(num_classes, (num_samples,), generator=random)
+    logits = torch.randn(num_samples, num_members, num_classes, generator=random)
+    logits[torch.arange(num_samples), :, labels] += signal
+    return logits, labels
+
+
+def by_the_oracle(member_logits, labels):
+    member_logits, labels = member_logits.double().numpy(), labels.numpy()
+    logits = member_logits.mean(1)
+    confidence, correct = oracle.top(logits, labels)
+    temperature = oracle.temperature(logits, labels)
+    return {
+        "accuracy": correct.mean(),
+        "top5": oracle.top5(logits, labels),
+        "nll": oracle.nll(logits, labels),
+        "brier": oracle.brier(logits, labels),
+        "ece": oracle.ece(confidence, correct),
+        "tace": oracle.tace(logits, labels),
+        "failure_auroc": oracle.failure_auroc(confidence, correct),
+        "aurc": oracle.aurc(confidence, correct),
+        "member_accuracy": oracle.member_accuracy(member_logits, labels),
+        "ratio_error": oracle.ratio_error(member_logits, labels),
+        "disagreement": oracle.disagreement(member_logits),
+        "temperature": temperature,
+        "nll_calibrated": oracle.nll(logits / temperature, labels),
+        "ece_calibrated": oracle.ece(*oracle.top(logits / temperature, labels)),
+    }
+
+
+@pytest.mark.parametrize("size", [(80, 2, 6), (150, 3, 10), (200, 4, 25)])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_every_figure_against_the_oracle(size, seed):
+    member_logits, labels = draw(*size, seed=seed)
+    found = evaluate_logits(member_logits, labels)
+    assert list(found) == FIGURES
+    for name, expected in by_the_oracle(member_logits, labels).items():
+        assert found[name] == pytest.approx(expected, rel=1e-8, abs=1e-8), name
+
+
+@needs_golden
+@pytest.mark.parametrize("name", ["metrics_k10_m2", "metrics_k20_m3"])
+def test_published_figures(name):
+    stored, published = arrays(name), facts(name)
+    num_members, num_classes = stored["member_logits"].shape[1:]
+    found = evaluate_logits(stored["member_logits"], stored["labels"])
+    expected = {
+        "accuracy": published["accuracy"],
+        "top5": published["accuracytop5"],
+        "nll": published["nll"],
+        "brier": published["brier"] * num_classes,
+        "ece": published["ece"],
+        "tace": published["tace"],
+        "failure_auroc": published["auc"],
+        "ratio_error": published["diversity_ratioerrors"],
+        "member_accuracy": [published[f"accuracy_{m}"] for m in range(num_members)],
+        "temperature": published["optimal_temperature"],
+        "nll_calibrated": published["nll_at_optimal_temperature"],
+    }
+    for figure, value in expected.items():
+        assert found[figure] == pytest.approx(value, abs=1e-6), figure
+
+
+def test_figures_are_plain_numbers():
+    found = evaluate_logits(*draw(50, 2, 8))
+    accuracies = found.pop("member_accuracy")
+    assert all(type(value) is float for value in [*found.values(), *accuracies])
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_top5_against_scikit_learn_and_its_ties():
+    member_logits, labels = draw(200, 2, 12, signal=0.5)
+    scores = member_logits.mean(dim=1).numpy()
+    expected = top_k_accuracy_score(labels.numpy(), scores, k=5, labels=range(12))
+    assert evaluate_logits(member_logits, labels)["top5"] == pytest.approx(expected)
+    tied = evaluate_logits(torch.zeros(8, 1, 8), torch.arange(8))
+    assert tied["top5"] == 5 / 8
+    assert tied["accuracy"] == 1 / 8
+
+
+def test_one_member():
+    member_logits, labels = draw(60, 1, 6)
+    found = evaluate_logits(member_logits, labels)
+    assert set(found["absent"]) == {"ratio_error", "disagreement"}
+    assert all("two or more; got 1" in reason for reason in found["absent"].values())
+    assert found["member_accuracy"] == [found["accuracy"]]
+
+
+def test_one_sample():
+    found = evaluate_logits(torch.tensor([[[0.0] * 6 + [2.0]] * 2]), torch.tensor([6]))
+    assert set(found["absent"]) == {"failure_auroc", "ratio_error"}
+    assert "1 right and 0 wrong" in found["absent"]["failure_auroc"]
+    assert found["accuracy"] == 1
+    assert found["aurc"] == 0
+    assert found["nll"] == pytest.approx(math.log(1 + 6 * math.exp(-2)))
+
+
+def test_five_classes_have_no_top5():
+    found = evaluate_logits(*draw(60, 2, 5))
+    assert found["absent"] == {"top5": "top5 is always 1 with five classes or fewer; got 5."}
+
+
+def test_no_errors():
+    found = evaluate_logits(4 * torch.eye(7)[:, None].expand(7, 2, 7), torch.arange(7))
+    assert set(found["absent"]) == {"failure_auroc", "ratio_error"}
+    assert found["accuracy"] == found["top5"] == 1
+    assert found["nll_calibrated"] == found["ece_calibrated"] == 0
+
+
+def test_nothing_but_errors():
+    found = evaluate_logits(torch.eye(7)[:, None].expand(7, 2, 7), torch.arange(7).roll(1))
+    assert list(found["absent"]) == ["failure_auroc"]
+    assert "0 right and 7 wrong" in found["absent"]["failure_auroc"]
+    assert found["accuracy"] == found["ratio_error"] == 0
+    assert found["aurc"] == 1
+    assert found["nll_calibrated"] < found["nll"]
+
+
+@pytest.mark.parametrize(
+    "member_logits",
+    [
+        torch.zeros(6, 2, 7),  # every class ties
+        torch.tensor([900.0] + [0.0] * 6).expand(6, 2, 7),  # one class, confidence exactly one
+        1e30 * torch.randn(6, 2, 7, generator=torch.Generator().manual_seed(0)),
+    ],
+)
+def test_no_figure_is_ever_nan(member_logits):
+    found = evaluate_logits(member_logits, torch.tensor([0, 0, 1, 2, 3, 6]))
+    absent = found.pop("absent", {})
+    assert sorted([*found, *absent]) == sorted(FIGURES)
+    assert all(np.isfinite(value).all() for value in found.values())
+
+
+def test_the_ensemble_is_the_mean_of_logits():
+    member_logits, labels = draw(100, 3, 6)
+    mean = member_logits.double().mean(dim=1, keepdim=True)
+    ensemble, single = evaluate_logits(member_logits, labels), evaluate_logits(mean, labels)
+    for name in set(single) - {"absent", "member_accuracy"}:
+        assert ensemble[name] == pytest.approx(single[name], abs=1e-12), name
+
+
+def test_gradients_and_precision_of_the_input_do_not_matter():
+    member_logits, labels = draw(40, 2, 6)
+    expected = evaluate_logits(member_logits, labels)
+    tracked = member_logits.clone().requires_grad_()
+    assert evaluate_logits(tracked, labels.to(torch.int32)) == expected
+    half = member_logits.bfloat16()
+    assert evaluate_logits(half, labels) == evaluate_logits(half.double(), labels)
+
+
+@pytest.mark.parametrize(
+    ("member_logits", "labels", "message"),
+    [
+        (torch.zeros(4, 3), torch.zeros(4).long(), r"member_logits must have shape \(N, M, K\)"),
+        (torch.zeros(0, 2, 3), torch.zeros(0).long(), r"none empty.*got \(0, 2, 3\)"),
+        (torch.zeros(4, 0, 3), torch.zeros(4).long(), r"none empty.*got \(4, 0, 3\)"),
+        (torch.zeros(4, 2, 1), torch.zeros(4).long(), r"K ≥ 2; got \(4, 2, 1\)"),
+        (torch.zeros(4, 2, 3), torch.zeros(3).long(), r"labels must have shape.*N = 4.*\(3,\)"),
+        (torch.zeros(2, 2, 3), torch.tensor([0, 3]), r"labels must be in 0 … 2.*got 3 at index 1"),
+        (torch.zeros(2, 2, 3), torch.zeros(2), r"labels must be integers"),
+        (torch.full((2, 2, 3), torch.nan), torch.zeros(2).long(), r"member_logits must be finite"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused(member_logits, labels, message):
+    with pytest.raises(InputError, match=message) as raised:
+        evaluate_logits(member_logits, labels)
+    assert len(str(raised.value).splitlines()) <= 3
