@@ -1,0 +1,213 @@
+"""MixMo in any fastai Learner: pairs the images of a batch and mixes their features.
+
+Shapes: n images from the loader, M members, b batch repetitions, B = b·n batch that the network
+sees, C channels, H W image size, D feature channels, h w feature size after the encoder.
+Source: Ramé, Sun, Cord, "MixMo", ICCV 2021.
+"""
+
+from typing import Any
+
+import torch
+from fastai.callback.core import Callback
+from fastai.callback.mixup import MixHandler
+from torch import Tensor, nn
+
+from mixmo_fastai.data.expansion import expand
+from mixmo_fastai.errors import InputError
+from mixmo_fastai.losses import MixMoLoss
+from mixmo_fastai.mixing import BINARY_KINDS, check_kind, draw_lam, draw_masks, loss_weights
+from mixmo_fastai.models.mixmo_model import MixMoModel
+from mixmo_fastai.pairing import check_pairing, draw_pairing, num_copies
+from mixmo_fastai.randomness import Stream, make_generator
+
+
+class MixMoCallback(Callback):
+    """Pair and mix the training batches of a Learner whose model is a `MixMoModel`.
+
+    Each training batch (n, C, H, W) becomes inputs (B, M, C, H, W) with masks (B, M, 1 or D, h, w),
+    and targets (B, M) with weights (B, M). Batches of evaluation are left alone, and so is the
+    Learner's loss, but for being wrapped once, for good, in `MixMoLoss`.
+
+    The network sees B = batch_repetitions · n images per step, each image b times with fresh
+    augmentation: a loader with 16 images a batch gives the published batch of 64.
+
+    Args:
+        mix: mask kind, one of `mixing.MASK_KINDS`; "sum" is MIMO, and the only kind for one member.
+        alpha: concentration of the mixing ratios, lam ~ Dirichlet(alpha).
+        mix_prob: probability that a batch is mixed with `mix` where that is a binary kind; it is
+            mixed linearly otherwise.
+        decay_start: share of training after which mix_prob falls linearly to 0 at the end.
+        weight_root: r of the loss weights; 1 weighs members by lam, infinity alike.
+        batch_repetitions: b.
+        input_repetition: share of positions at which all members see the same image.
+        msda: mixed-sample augmentation inside each member; None for none.
+        msda_alpha: its Beta(alpha, alpha).
+        msda_prob: its probability per sample.
+        seed: of all draws; None takes torch's initial seed, which `set_seed` sets, when a fit
+            begins.
+
+    Raises:
+        InputError: an argument is out of range; when a fit begins, the model is not a `MixMoModel`,
+            the loss cannot be weighed, or one of fastai's own Mix callbacks is there as well.
+    """
+
+    # After callbacks that read self.x, before mixed precision (10) opens its autocast region.
+    order, run_valid = 9, False
+
+    def __init__(
+        self,
+        mix: str = "cutmix",
+        *,
+        alpha: float = 2.0,
+        mix_prob: float = 0.5,
+        decay_start: float = 11 / 12,
+        weight_root: float = 3.0,
+        batch_repetitions: int = 4,
+        input_repetition: float = 0.0,
+        msda: str | None = None,
+        msda_alpha: float = 1.0,
+        msda_prob: float = 0.5,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        check_kind(mix, num_members=2)
+        check_pairing(1, batch_repetitions, input_repetition)
+        _check_shares(mix_prob=mix_prob, decay_start=decay_start, msda_prob=msda_prob)
+        loss_weights(torch.ones(1, 1), weight_root)
+        draw_lam(1, 1, alpha)
+        if msda is not None:
+            raise InputError(f"msda={msda!r} is not available yet; leave it out.")
+        self.mix, self.alpha, self.mix_prob, self.decay_start = mix, alpha, mix_prob, decay_start
+        self.weight_root, self.batch_repetitions = weight_root, batch_repetitions
+        self.input_repetition, self.seed = input_repetition, seed
+        self.msda, self.msda_alpha, self.msda_prob = msda, msda_alpha, msda_prob
+        self.epochs_trained = 0  # over all fits; a search for a learning rate does not count
+        self.fit_seed = seed
+
+    def before_fit(self) -> None:
+        """Check what the Learner is made of, and wrap its loss once."""
+        network = unwrap(self.learn.model)
+        if not isinstance(network, MixMoModel):
+            raise InputError(
+                f"MixMoCallback needs a MixMoModel; the Learner has a {type(network).__name__}.\n"
+                "Build it with mixmo_learner(dls, arch) or create_model(arch, num_classes)."
+            )
+        check_kind(self.mix, network.num_members)
+        for other in self.learn.cbs:
+            if isinstance(other, MixHandler):
+                raise InputError(
+                    f"fastai's {type(other).__name__} cannot be combined with MixMoCallback: "
+                    "both replace the targets.\nRemove it."
+                )
+        if not isinstance(self.learn.loss_func, MixMoLoss):
+            device = next(network.parameters()).device
+            self.learn.loss_func = MixMoLoss(self.learn.loss_func).to(device)
+
+    def before_train(self) -> None:
+        """Let the epoch's loader give every image as often as the members need it."""
+        if self.fit_seed is None or self.learn.epoch == 0:
+            self.fit_seed = torch.initial_seed() if self.seed is None else self.seed
+        loader = self.learn.dl
+        if hasattr(loader, "set_epoch"):
+            loader.set_epoch(self.epochs_trained)
+        # `Learner.dl` is set anew for every pass, so this view never outlives the epoch.
+        self.learn.dl = expand(loader, self._copies)
+
+    def before_batch(self) -> None:
+        """Replace inputs and targets by pairs, masks and weights."""
+        if len(self.learn.xb) != 1 or len(self.learn.yb) != 1:
+            raise InputError(
+                "MixMoCallback needs batches of one input and one target; "
+                f"got {len(self.learn.xb)} and {len(self.learn.yb)}."
+            )
+        x, y = (part[0].as_subclass(Tensor) for part in (self.learn.xb, self.learn.yb))
+        masks, weights = self.draw_mixing(x)
+        num_images = len(x) // self._copies
+        slots = draw_pairing(
+            num_images,
+            self._num_members,
+            self.batch_repetitions,
+            self.input_repetition,
+            generator=self._generator("pairing", x.device),
+            device=x.device,
+        )
+        # Gathered member by member, so that each encoder finds its batch contiguous.
+        inputs = x[slots.T].transpose(0, 1)
+        self.learn.xb, self.learn.yb = (inputs, masks), (y[slots], weights)
+
+    def after_train(self) -> None:
+        """Count the epochs that trained."""
+        if not hasattr(self.learn, "lr_finder"):
+            self.epochs_trained += 1
+
+    def draw_mixing(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Draw the masks (B, M, 1 or D, h, w) and loss weights (B, M) of a batch of copies."""
+        batch = len(x) // self._num_members
+        lam = draw_lam(
+            batch,
+            self._num_members,
+            self.alpha,
+            generator=self._generator("lam", x.device),
+            device=x.device,
+        )
+        masks, lam = draw_masks(
+            self.kind_of_batch(),
+            lam,
+            unwrap(self.learn.model).mask_shape(*x.shape[-2:]),
+            generator=self._generator("masks", x.device),
+        )
+        return masks, loss_weights(lam, self.weight_root)
+
+    def kind_of_batch(self) -> str:
+        """Decide, on the host, how this batch is mixed: the binary kind or linearly."""
+        if self.mix not in BINARY_KINDS:
+            return self.mix
+        chance = torch.rand((), generator=self._generator("schedule", "cpu")).item()
+        return self.mix if chance < self.current_mix_prob() else "linear"
+
+    def current_mix_prob(self) -> float:
+        """Tell the scheduled probability of the binary kind; a rate search sees no decay."""
+        if hasattr(self.learn, "lr_finder"):
+            return self.mix_prob
+        return scheduled_mix_prob(self.learn.pct_train, self.mix_prob, self.decay_start)
+
+    @property
+    def _num_members(self) -> int:
+        return int(unwrap(self.learn.model).num_members)
+
+    @property
+    def _copies(self) -> int:
+        return num_copies(self._num_members, self.batch_repetitions)
+
+    def _generator(self, stream: Stream, device: torch.device | str) -> torch.Generator:
+        assert self.fit_seed is not None
+        return make_generator(
+            self.fit_seed, stream, self.epochs_trained, self.learn.iter, device=device
+        )
+
+
+def scheduled_mix_prob(progress: float, mix_prob: float, decay_start: float) -> float:
+    """Give mix_prob until `decay_start` of training, then a line down to 0 at its end.
+
+    Args:
+        progress: share of training done, in [0, 1].
+        mix_prob: the probability before the decay.
+        decay_start: share of training at which the decay begins; 1 for none.
+    """
+    if progress <= decay_start:
+        return mix_prob
+    return mix_prob * max(0.0, 1 - progress) / (1 - decay_start)
+
+
+def unwrap(model: nn.Module) -> Any:
+    """Find the network inside wrappers of distributed training and of torch.compile."""
+    for attribute in ("module", "_orig_mod"):
+        if not isinstance(model, MixMoModel):
+            model = getattr(model, attribute, model)
+    return model
+
+
+def _check_shares(**shares: float) -> None:
+    for name, value in shares.items():
+        if not 0 <= value <= 1:
+            raise InputError(f"{name} must be from 0 to 1; got {value}.")

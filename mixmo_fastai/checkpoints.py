@@ -1,0 +1,120 @@
+"""Saving and restoring the state of a run: tensors and text only, nothing that runs code.
+
+Every random draw is a function of seed, epoch and step, and schedules are functions of progress, so
+weights, optimizer state and the number of epochs are all the state there is.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from fastai.learner import Learner
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mixmo_fastai.callback import unwrap
+from mixmo_fastai.errors import InputError
+from mixmo_fastai.runs import RunFolder
+
+FORMAT = 1
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Write a network's tensors, replacing the file in one step."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    tensors = {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in unwrap(model).state_dict().items()
+    }
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    temporary.replace(path)
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Read a network's tensors.
+
+    Raises:
+        InputError: the file is missing, damaged or of another network.
+    """
+    try:
+        tensors = load_file(path)
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing: the run is not finished. Continue it first.") from None
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} cannot be read: {error}.") from error
+    try:
+        unwrap(model).load_state_dict(tensors)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise InputError(f"{path} holds another network than the recipe says: {first}") from error
+
+
+def save_checkpoint(run: RunFolder, learn: Learner, num_epochs: int) -> None:
+    """Save the state after an epoch; the one before is there until this one is complete."""
+    fresh = run.path / ".checkpoint.new"
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir()
+    save_weights(learn.model, fresh / "model.safetensors")
+    buffers = _momentum_buffers(learn)
+    save_file(buffers, fresh / "optimizer.safetensors")
+    state = {"format": FORMAT, "num_epochs": num_epochs}
+    (fresh / "state.json").write_text(json.dumps(state))
+    old = run.path / ".checkpoint.old"
+    shutil.rmtree(old, ignore_errors=True)
+    if run.checkpoint.exists():
+        run.checkpoint.rename(old)
+    fresh.rename(run.checkpoint)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_checkpoint(run: RunFolder, learn: Learner) -> int:
+    """Restore the state of a run into a Learner that was built from its recipe.
+
+    Returns:
+        the number of epochs that are done.
+
+    Raises:
+        InputError: there is no checkpoint, or it is damaged or of another run.
+    """
+    folder = next(
+        (f for f in (run.checkpoint, run.path / ".checkpoint.old") if f.is_dir()), run.checkpoint
+    )
+    try:
+        state: dict[str, Any] = json.loads((folder / "state.json").read_text())
+        buffers = load_file(folder / "optimizer.safetensors")
+    except FileNotFoundError:
+        raise InputError(
+            f"{run.path} has no checkpoint to resume from: no epoch was finished.\nStart it anew."
+        ) from None
+    except (OSError, SafetensorError, ValueError) as error:
+        raise InputError(f"The checkpoint in {folder} is damaged: {error}.") from error
+    if state.get("format") != FORMAT:
+        raise InputError(f"{folder} has format {state.get('format')!r}; this version reads {FORMAT}.")
+    load_weights(learn.model, folder / "model.safetensors")
+    if learn.opt is None:
+        learn.create_opt()
+    _restore_momentum(learn, buffers, folder)
+    learn.mix_mo.epochs_trained = state["num_epochs"]
+    return int(state["num_epochs"])
+
+
+def _momentum_buffers(learn: Learner) -> dict[str, Tensor]:
+    state = learn.opt.opt.state
+    return {
+        name: state[parameter]["momentum_buffer"].detach().cpu().contiguous()
+        for name, parameter in unwrap(learn.model).named_parameters()
+        if state.get(parameter, {}).get("momentum_buffer") is not None
+    }
+
+
+def _restore_momentum(learn: Learner, buffers: dict[str, Tensor], folder: Path) -> None:
+    parameters = dict(unwrap(learn.model).named_parameters())
+    if buffers.keys() - parameters.keys():
+        raise InputError(f"The optimizer's state in {folder} is of another network.")
+    for name, buffer in buffers.items():
+        parameter = parameters[name]
+        if buffer.shape != parameter.shape:
+            raise InputError(f"The optimizer's state in {folder} is of another network: {name}.")
+        learn.opt.opt.state[parameter]["momentum_buffer"] = buffer.to(parameter.device)

@@ -1,0 +1,108 @@
+"""Learners: one line for fastai users, and what a recipe describes."""
+
+from functools import partial
+from inspect import signature
+from typing import Any
+
+import torch
+from fastai.data.core import DataLoaders
+from fastai.data.transforms import get_c
+from fastai.learner import Learner
+from fastai.metrics import accuracy
+from fastai.optimizer import OptimWrapper
+
+from mixmo_fastai.callback import MixMoCallback
+from mixmo_fastai.losses import MixMoLoss
+from mixmo_fastai.metrics import MemberAccuracy
+from mixmo_fastai.models import create_model
+from mixmo_fastai.randomness import make_generator
+from mixmo_fastai.recipe import Recipe
+
+CALLBACK_ARGUMENTS = tuple(signature(MixMoCallback.__init__).parameters)[2:]  # after self and mix
+
+
+def sgd(momentum: float = 0.9, nesterov: bool = True, weight_decay: float = 6e-4) -> partial[Any]:
+    """Give fastai the published optimizer: torch's SGD with Nesterov's momentum.
+
+    Its decay reaches all parameters, BatchNorm's included; fastai's own SGD spares those and has no
+    Nesterov.
+    """
+    return partial(
+        OptimWrapper,
+        opt=torch.optim.SGD,
+        momentum=momentum,
+        nesterov=nesterov,
+        weight_decay=weight_decay,
+    )
+
+
+def mixmo_learner(
+    dls: DataLoaders, arch: str, *, mix: str = "cutmix", num_members: int = 2, **kwargs: Any
+) -> Learner:
+    """Build a fastai Learner that trains a MixMo network.
+
+    Args:
+        dls: loaders of batches of one image and one target; a batch of n images becomes one of
+            batch_repetitions · n for the network.
+        arch: network by name, as in "wrn28_10".
+        mix: how features are mixed, see `MixMoCallback`; "sum" where num_members is 1.
+        num_members: M.
+        kwargs: of `MixMoCallback` (alpha, mix_prob, batch_repetitions, seed, …) and of fastai's
+            `Learner` (loss_func, opt_func, metrics, cbs, …). A seed also fixes the initial weights.
+
+    Returns:
+        A Learner whose figures in evaluation are those of the ensemble.
+
+    Raises:
+        InputError: a name or number is not allowed.
+    """
+    mixing = {name: kwargs.pop(name) for name in CALLBACK_ARGUMENTS if name in kwargs}
+    callback = MixMoCallback(mix, **mixing)
+    seed = torch.initial_seed() if callback.seed is None else callback.seed
+    model = create_model(
+        arch, get_c(dls), num_members, _num_channels(dls), generator=make_generator(seed, "init")
+    )
+    kwargs.setdefault("loss_func", getattr(dls.train_ds, "loss_func", None))
+    kwargs["loss_func"] = _as_mixmo_loss(kwargs["loss_func"])
+    kwargs.setdefault("opt_func", sgd())
+    kwargs.setdefault("metrics", [accuracy, MemberAccuracy()])
+    cbs = kwargs.pop("cbs", None) or []
+    cbs = [*cbs] if isinstance(cbs, list | tuple) else [cbs]
+    return Learner(dls, model, cbs=[callback, *cbs], **kwargs)
+
+
+def learner_from_recipe(recipe: Recipe, dls: DataLoaders, **kwargs: Any) -> Learner:
+    """Build the Learner that a recipe describes.
+
+    Args:
+        recipe: what to train.
+        dls: from `make_dataloaders`.
+        kwargs: of fastai's `Learner`.
+    """
+    mix = recipe.mix
+    optimizer = recipe.optimizer
+    return mixmo_learner(
+        dls,
+        recipe.model.arch,
+        mix=mix.kind,
+        num_members=recipe.model.num_members,
+        alpha=mix.alpha,
+        mix_prob=mix.mix_prob,
+        decay_start=mix.decay_start,
+        weight_root=mix.weight_root,
+        batch_repetitions=mix.batch_repetitions,
+        input_repetition=mix.input_repetition,
+        seed=recipe.train.seed,
+        lr=recipe.lr,
+        opt_func=sgd(optimizer.momentum, optimizer.nesterov, optimizer.weight_decay),
+        **kwargs,
+    )
+
+
+def _as_mixmo_loss(loss: Any) -> MixMoLoss:
+    return loss if isinstance(loss, MixMoLoss) else MixMoLoss(loss)
+
+
+def _num_channels(dls: DataLoaders) -> int:
+    images = getattr(dls.train, "images", None)
+    return int(images.image_shape[0] if images is not None else dls.one_batch()[0].shape[1])

@@ -1,0 +1,456 @@
+"""Recipes: everything that defines a training run, as typed, strict, nested settings.
+
+A recipe is a TOML file that says only what makes it itself; all defaults are here. Standard library
+only, so that a wrong key or value is refused before torch is imported.
+"""
+
+import dataclasses
+import math
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from mixmo_fastai.errors import InputError, nearest
+from mixmo_fastai.names import (
+    DATASETS,
+    DEVICES,
+    LOADERS,
+    MASK_KINDS,
+    PRECISIONS,
+    SCHEDULES,
+    parse_architecture,
+)
+
+
+def _number(default: Any, low: float, high: float = math.inf, *, open_low: bool = False) -> Any:
+    return field(default=default, metadata={"low": low, "high": high, "open_low": open_low})
+
+
+def _choice(default: str, choices: Iterable[str]) -> Any:
+    return field(default=default, metadata={"choices": tuple(choices)})
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is trained on.
+
+    Attributes:
+        dataset: a named data set, or the path of an image folder.
+        valid_split: share of each class of the training set that validates instead of training.
+        limit: at most so many training images, balanced over the classes; 0 for all.
+        image_size: height and width to which an image folder is scaled; 0 for its own.
+        crop_padding: pixels of padding before the random crop; the data set's where not given.
+        flip: whether images are mirrored at random; the data set's where not given.
+        loader: "resident" on the device, "streaming" by workers, "auto" resident where it fits.
+        num_workers: processes that read images for the streaming loader.
+    """
+
+    dataset: str = "digits"
+    valid_split: float = _number(0.02, 0, 0.9)
+    limit: int = _number(0, 0)
+    image_size: int = _number(0, 0, 4096)
+    crop_padding: int | None = _number(None, 0, 64)
+    flip: bool | None = None
+    loader: str = _choice("auto", LOADERS)
+    num_workers: int = _number(2, 0, 256)
+
+
+@dataclass(frozen=True)
+class Model:
+    """The network.
+
+    Attributes:
+        arch: as in "wrn28_10" or "preact_resnet18_3".
+        num_members: subnetworks M; 1 is the vanilla network.
+    """
+
+    arch: str = "wrn28_10"
+    num_members: int = _number(2, 1, 64)
+
+
+@dataclass(frozen=True)
+class Mix:
+    """How images are paired and features mixed; see `MixMoCallback`."""
+
+    kind: str = _choice("cutmix", MASK_KINDS)
+    alpha: float = _number(2.0, 0, open_low=True)
+    mix_prob: float = _number(0.5, 0, 1)
+    decay_start: float = _number(11 / 12, 0, 1)
+    weight_root: float = _number(3.0, 1)
+    batch_repetitions: int = _number(4, 1, 1024)
+    input_repetition: float = _number(0.0, 0, 1)
+
+
+@dataclass(frozen=True)
+class Train:
+    """How long, on what.
+
+    Attributes:
+        epochs: passes of the loader; each shows every image batch_repetitions times per member.
+        batch_size: images that the network sees per step, repetitions included.
+        seed: of everything random.
+        device: "auto" takes CUDA where there is one.
+        precision: "auto" is bfloat16 on CUDA and float32 elsewhere.
+    """
+
+    epochs: int = _number(300, 1, 1_000_000)
+    batch_size: int = _number(64, 1, 65_536)
+    seed: int = _number(0, 0, 2**63 - 1)
+    device: str = _choice("auto", DEVICES)
+    precision: str = _choice("auto", PRECISIONS)
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """SGD.
+
+    Attributes:
+        base_lr: the published learning rate, for a batch of 64 without repetition.
+        lr: overrides the rate that follows from base_lr; the peak of it under one-cycle.
+        momentum: under the published schedule; one-cycle has `schedule.momentums`.
+        nesterov: Nesterov's momentum.
+        weight_decay: on all parameters, BatchNorm included, as published: 3e-4 · Σ W² in the loss
+            has the gradient 6e-4 · W.
+    """
+
+    base_lr: float = _number(0.05, 0, open_low=True)
+    lr: float | None = _number(None, 0, open_low=True)
+    momentum: float = _number(0.9, 0, 1)
+    nesterov: bool = True
+    weight_decay: float = _number(6e-4, 0)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate over time.
+
+    Attributes:
+        kind: "one-cycle" (cosine up, cosine down) or "published" (warm-up, then steps).
+        peak: one-cycle: highest rate over the published one, which is held for a third of training.
+        pct_start: one-cycle: share of training that goes up.
+        div: one-cycle: peak over start.
+        div_final: one-cycle: peak over end.
+        momentums: one-cycle: momentum at start, peak and end.
+        milestones: published: shares of training after which the rate is multiplied by gamma.
+        gamma: published: that factor.
+        warmup_epochs: published: epochs of linear warm-up, per step.
+    """
+
+    kind: str = _choice("one-cycle", SCHEDULES)
+    peak: float = _number(2.0, 0, open_low=True)
+    pct_start: float = _number(0.25, 0, 1)
+    div: float = _number(25.0, 1)
+    div_final: float = _number(1e5, 1)
+    momentums: tuple[float, ...] = _number((0.95, 0.85, 0.95), 0, 1)
+    milestones: tuple[float, ...] = _number((101 / 300, 201 / 300, 226 / 300), 0, 1)
+    gamma: float = _number(0.1, 0, 1, open_low=True)
+    warmup_epochs: float = _number(1.0, 0)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The published figure, for comparison; nothing is trained differently for it.
+
+    Attributes:
+        accuracy: top-1 in [0, 1].
+        source: where it was published.
+        arch: the network that it belongs to.
+    """
+
+    accuracy: float | None = _number(None, 0, 1)
+    source: str = ""
+    arch: str = ""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A complete description of a run. Read one with `load_recipe` or `recipe_from_mapping`."""
+
+    name: str = ""
+    title: str = ""
+    data: Data = Data()
+    model: Model = Model()
+    mix: Mix = Mix()
+    train: Train = Train()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    expected: Expected = Expected()
+
+    @property
+    def lr(self) -> float:
+        """The learning rate: base_lr · batch_size / 64 / batch_repetitions, times the peak.
+
+        The rate falls with the repetitions, as published, since b copies of an image carry less
+        than b images do. The peak counts under one-cycle only.
+        """
+        if self.optimizer.lr is not None:
+            return self.optimizer.lr
+        scale = self.train.batch_size / 64 / self.mix.batch_repetitions
+        peak = self.schedule.peak if self.schedule.kind == "one-cycle" else 1.0
+        return self.optimizer.base_lr * scale * peak
+
+    @property
+    def loader_batch_size(self) -> int:
+        """Distinct images per batch."""
+        return self.train.batch_size // self.mix.batch_repetitions
+
+    @property
+    def crop_padding(self) -> int:
+        """Crop padding, the data set's own where the recipe says nothing."""
+        if self.data.crop_padding is not None:
+            return self.data.crop_padding
+        info = DATASETS.get(self.data.dataset)
+        return info.crop_padding if info else 4
+
+    @property
+    def flip(self) -> bool:
+        """Whether images are mirrored, the data set's own where the recipe says nothing."""
+        if self.data.flip is not None:
+            return self.data.flip
+        info = DATASETS.get(self.data.dataset)
+        return info.flip if info else True
+
+
+def recipe_from_mapping(values: Mapping[str, Any], where: str) -> Recipe:
+    """Build a recipe from nested values, checking every key, type and range.
+
+    Args:
+        values: as read from TOML.
+        where: what errors name as their place, such as a file.
+
+    Raises:
+        InputError: naming place, key, allowed values and the nearest name.
+    """
+    recipe = _build(Recipe, values, where, "")
+    _check_together(recipe, where)
+    return recipe
+
+
+def override(recipe: Recipe, assignments: Iterable[str], where: str = "--set") -> Recipe:
+    """Apply assignments such as "optimizer.lr=0.05"; a value that is not TOML is a string.
+
+    Raises:
+        InputError: an assignment has no "=", or names an unknown key or an impossible value.
+    """
+    values = to_mapping(recipe)
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key.strip():
+            raise InputError(
+                f"{where} {assignment!r}: write section.key=value, as in train.epochs=5."
+            )
+        *path, last = key.strip().split(".")
+        section = values
+        for name in path:
+            section = section.setdefault(name, {})
+            if not isinstance(section, dict):
+                raise InputError(f"{where} {assignment!r}: {name!r} is not a section.")
+        section[last] = _parse_value(text.strip())
+    return recipe_from_mapping(values, where)
+
+
+def load_recipe(name_or_file: str | Path) -> Recipe:
+    """Read a recipe by its name, such as "cifar100/cut-mixmo", or from a TOML file.
+
+    Raises:
+        InputError: there is none, or it is not a valid recipe.
+    """
+    path = find_recipe(name_or_file)
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"Recipe {path} is not valid TOML: {error}.") from error
+    except OSError as error:
+        raise InputError(f"Recipe {path} cannot be read: {error.strerror}.") from error
+    if path.is_relative_to(recipe_home()):
+        values.setdefault("name", path.relative_to(recipe_home()).with_suffix("").as_posix())
+    return recipe_from_mapping(values, f"Recipe {path}")
+
+
+def find_recipe(name_or_file: str | Path) -> Path:
+    """Find the file of a recipe.
+
+    Raises:
+        InputError: neither a known name nor an existing file.
+    """
+    text = str(name_or_file)
+    if text in recipe_names():
+        return recipe_home() / f"{text}.toml"
+    path = Path(text).expanduser()
+    if path.is_file():
+        return path
+    guess = nearest(text, recipe_names())
+    hint = f" Did you mean {guess!r}?" if guess else ""
+    raise InputError(
+        f"There is no recipe {text!r}.{hint}\n"
+        "Give one that `mixmo recipes` lists, or the path of a TOML file."
+    )
+
+
+def recipe_names() -> list[str]:
+    """List the recipes that come with the package."""
+    home = recipe_home()
+    return sorted(p.relative_to(home).with_suffix("").as_posix() for p in home.rglob("*.toml"))
+
+
+def recipe_home() -> Path:
+    """Find the folder of recipes: inside an installed package, beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    installed = package / "recipes"
+    return installed if installed.is_dir() else package.parent / "recipes"
+
+
+def to_mapping(recipe: Recipe) -> dict[str, Any]:
+    """Give all settings but those that are None, nested as in TOML."""
+
+    def compact(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: compact(part) for key, part in value.items() if part is not None}
+        return value
+
+    compacted: dict[str, Any] = compact(dataclasses.asdict(recipe))
+    return compacted
+
+
+def to_toml(recipe: Recipe) -> str:
+    """Write a recipe with every setting, so that it can be run again."""
+    lines = []
+    for key, value in to_mapping(recipe).items():
+        if isinstance(value, dict):
+            lines += ["", f"[{key}]", *(f"{k} = {_toml_value(v)}" for k, v in value.items())]
+        else:
+            lines.append(f"{key} = {_toml_value(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def _build(kind: type, values: Mapping[str, Any], where: str, prefix: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    known = {f.name: f for f in fields(kind)}
+    built = {}
+    for key, value in values.items():
+        if key not in known:
+            raise _unknown_key(f"{prefix}{key}", where)
+        if dataclasses.is_dataclass(hints[key]):
+            if not isinstance(value, Mapping):
+                raise InputError(f"{where}: {prefix}{key} must be a section, not {value!r}.")
+            built[key] = _build(typing.cast(type, hints[key]), value, where, f"{prefix}{key}.")
+        else:
+            place = f"{where}: {prefix}{key}"
+            built[key] = _checked(value, hints[key], known[key].metadata, place)
+    return kind(**built)
+
+
+def _unknown_key(key: str, where: str) -> InputError:
+    names = [
+        f"{f.name}.{g.name}" if dataclasses.is_dataclass(f.default) else f.name
+        for f in fields(Recipe)
+        for g in (fields(f.default) if dataclasses.is_dataclass(f.default) else [f])
+    ]
+    guess = nearest(key, names) or nearest(
+        key.rpartition(".")[2], [n.split(".")[-1] for n in names]
+    )
+    whole = next((n for n in names if n == guess or n.endswith(f".{guess}")), None)
+    hint = f" Did you mean {whole!r}?" if whole else ""
+    section = key.rpartition(".")[0]
+    allowed = [n for n in names if n.rpartition(".")[0] == section] if section else []
+    choices = allowed or sorted({n.partition(".")[0] for n in names})
+    return InputError(f"{where}: unknown key {key!r}.{hint}\nAllowed: {', '.join(choices)}.")
+
+
+def _checked(value: Any, hint: Any, metadata: Mapping[str, Any], place: str) -> Any:
+    value = _typed(value, hint, place)
+    numbers = value if isinstance(value, tuple) else (value,)
+    if "choices" in metadata and value not in metadata["choices"]:
+        guess = nearest(str(value), metadata["choices"])
+        asked = f" Did you mean {guess!r}?" if guess else ""
+        allowed = ", ".join(metadata["choices"])
+        raise InputError(f"{place} is {value!r}.{asked}\nAllowed: {allowed}.")
+    if "low" in metadata and value is not None:
+        for number in numbers:
+            _check_range(number, metadata, place)
+    return value
+
+
+def _check_range(number: float, metadata: Mapping[str, Any], place: str) -> None:
+    low, high = metadata["low"], metadata["high"]
+    above = number > low if metadata["open_low"] else number >= low
+    if above and number <= high:
+        return
+    relation = "above" if metadata["open_low"] else "at least"
+    upper = f" and at most {high}" if high < math.inf else ""
+    raise InputError(f"{place} is {number!r}; it must be {relation} {low}{upper}.")
+
+
+def _typed(value: Any, hint: Any, place: str) -> Any:
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for kind in kinds:
+        if typing.get_origin(kind) is tuple:
+            if isinstance(value, list | tuple) and all(_is_float(v) for v in value):
+                return tuple(float(v) for v in value)
+        elif kind is float and _is_float(value):
+            return float(value)
+        elif kind is not float and type(value) is kind:
+            return value
+    wanted = " or ".join(
+        _TYPE_NAMES.get(k, "a list of numbers") for k in kinds if k is not type(None)
+    )
+    raise InputError(f"{place} is {value!r}; it must be {wanted}.")
+
+
+_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _check_together(recipe: Recipe, where: str) -> None:
+    """Check what no single key shows."""
+    mix, train = recipe.mix, recipe.train
+    try:
+        parse_architecture(recipe.model.arch)
+    except InputError as error:
+        raise InputError(f"{where}: model.arch: {error}") from None
+    if mix.kind != "sum" and recipe.model.num_members < 2:
+        raise InputError(
+            f"{where}: mix.kind={mix.kind!r} needs model.num_members of 2 or more; got 1.\n"
+            "A network of one member takes mix.kind='sum' and mix.batch_repetitions=1."
+        )
+    if train.batch_size % mix.batch_repetitions:
+        lower = max(1, train.batch_size // mix.batch_repetitions) * mix.batch_repetitions
+        raise InputError(
+            f"{where}: train.batch_size={train.batch_size} is not a multiple of "
+            f"mix.batch_repetitions={mix.batch_repetitions}.\nNearest: {lower}."
+        )
+    if len(recipe.schedule.momentums) != 3:
+        raise InputError(f"{where}: schedule.momentums must be three numbers: start, peak, end.")
+    if list(recipe.schedule.milestones) != sorted(recipe.schedule.milestones):
+        raise InputError(f"{where}: schedule.milestones must rise.")
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return '"' + "".join(_TOML_ESCAPES.get(c, c) for c in value) + '"'
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(_toml_value(v) for v in value)}]"
+    return repr(value)
+
+
+_TOML_ESCAPES = {
+    "\\": "\\\\",
+    '"': '\\"',
+    **{chr(code): f"\\u{code:04x}" for code in [*range(32), 127]},
+}

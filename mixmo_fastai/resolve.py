@@ -1,0 +1,91 @@
+"""From what a user says to one recipe: data set, recipe, flags and assignments, in that order.
+
+Standard library only, so that a wrong word is refused before torch is imported.
+"""
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mixmo_fastai.errors import InputError, unknown
+from mixmo_fastai.names import DATASETS, MASK_KINDS
+from mixmo_fastai.recipe import (
+    Recipe,
+    load_recipe,
+    override,
+    recipe_from_mapping,
+    recipe_names,
+    to_mapping,
+)
+
+METHODS = {"cutmix": "cut-mixmo", "linear": "linear-mixmo", "sum": "mimo"}
+"""The recipe that stands for a mask kind; one member alone is "vanilla"."""
+
+
+def resolve_recipe(
+    dataset: str | None = None,
+    recipe: str | None = None,
+    flags: Mapping[str, Any] | None = None,
+    assignments: Iterable[str] = (),
+) -> Recipe:
+    """Decide what is to be run.
+
+    Args:
+        dataset: a named data set or a folder; the recipe's where not given, and "digits" without
+            a recipe.
+        recipe: a name or a file; where not given, the recipe of the data set and mask kind if there
+            is one, and the defaults otherwise.
+        flags: settings such as {"model.arch": "wrn28_10"}; None leaves one as it is.
+        assignments: such as "optimizer.lr=0.05".
+
+    Raises:
+        InputError: a name is unknown or a value impossible.
+    """
+    given = {key: value for key, value in (flags or {}).items() if value is not None}
+    if dataset is not None:
+        check_dataset(dataset)
+    base = load_recipe(recipe) if recipe else default_recipe(dataset or "digits", given)
+    if dataset is not None:
+        given["data.dataset"] = dataset
+    flagged = _with_flags(base, given)
+    return override(flagged, assignments)
+
+
+def default_recipe(dataset: str, flags: Mapping[str, Any]) -> Recipe:
+    """Find the recipe of a data set and mask kind; the defaults where there is none."""
+    kind = flags.get("mix.kind")
+    if kind is not None and kind not in MASK_KINDS:
+        raise unknown("mask kind", str(kind), MASK_KINDS)
+    single = flags.get("model.num_members") == 1 and kind in (None, "sum")
+    method = "vanilla" if single else METHODS.get(kind or "cutmix")
+    if f"{dataset}/{method}" in recipe_names():
+        return load_recipe(f"{dataset}/{method}")
+    mix = {"kind": "sum", "batch_repetitions": 1} if single else {}
+    members = {"num_members": 1} if single else {}
+    return recipe_from_mapping({"mix": mix, "model": members}, "defaults")
+
+
+def check_dataset(dataset: str) -> None:
+    """Check that a data set has a known name or is a folder.
+
+    Raises:
+        InputError: with the nearest name.
+    """
+    if dataset in DATASETS or Path(dataset).expanduser().is_dir():
+        return
+    if os.sep in dataset or dataset.startswith((".", "~")) or Path(dataset).exists():
+        raise InputError(
+            f"There is no folder {dataset!r}.\n"
+            "Give a folder with train/<class>/… and test/<class>/…, or one of: "
+            f"{', '.join(DATASETS)}."
+        )
+    raise InputError(f"{unknown('data set', dataset, DATASETS)} Or the path of an image folder.")
+
+
+def _with_flags(base: Recipe, given: Mapping[str, Any]) -> Recipe:
+    values = to_mapping(base)
+    for key, value in given.items():
+        section, name = key.split(".")
+        values[section][name] = value
+    return recipe_from_mapping(values, "Command line")

@@ -1,0 +1,216 @@
+"""The run folder: everything that a run leaves, readable without this project.
+
+    recipe.toml        resolved, everything needed to run it again
+    environment.json   versions, device, command, seed, git revision
+    history.csv        one row per epoch
+    metrics.json       final figures
+    model.safetensors  weights
+    checkpoint/        state to resume from
+    log.txt            what was printed
+"""
+
+import csv
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from mixmo_fastai.errors import InputError
+from mixmo_fastai.recipe import Recipe, load_recipe, to_toml
+
+PACKAGES = ("mixmo-fastai", "torch", "torchvision", "fastai", "numpy", "safetensors")
+
+
+class RunFolder:
+    """One run's folder. Make one with `create_run` or `open_run`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def weights(self) -> Path:
+        """The file of trained weights."""
+        return self.path / "model.safetensors"
+
+    @property
+    def checkpoint(self) -> Path:
+        """The folder of the state to resume from."""
+        return self.path / "checkpoint"
+
+    def recipe(self) -> Recipe:
+        """Read the resolved recipe."""
+        return load_recipe(self.path / "recipe.toml")
+
+    def metrics(self) -> dict[str, Any]:
+        """Read the final figures.
+
+        Raises:
+            InputError: the run is not finished, or the file is damaged.
+        """
+        try:
+            figures: dict[str, Any] = json.loads((self.path / "metrics.json").read_text())
+        except FileNotFoundError:
+            raise InputError(f"{self.path} has no final figures: the run is not finished.") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise InputError(f"{self.path / 'metrics.json'} is damaged: {error}.") from error
+        return figures
+
+    def history(self) -> list[dict[str, str]]:
+        """Read the rows of history.csv."""
+        path = self.path / "history.csv"
+        if not path.is_file():
+            return []
+        with path.open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+
+    def append_history(self, row: Mapping[str, Any]) -> None:
+        """Add one epoch to history.csv."""
+        path = self.path / "history.csv"
+        is_new = not path.exists()
+        with path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(row))
+            if is_new:
+                writer.writeheader()
+            writer.writerow(row)
+
+    def truncate_history(self, num_epochs: int) -> None:
+        """Drop rows of epochs that a resumed run trains again."""
+        kept = [row for row in self.history() if int(row["epoch"]) <= num_epochs]
+        (self.path / "history.csv").unlink(missing_ok=True)
+        for row in kept:
+            self.append_history(row)
+
+    def log(self, line: str) -> None:
+        """Add a line to log.txt."""
+        with (self.path / "log.txt").open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def write_metrics(self, figures: Mapping[str, Any]) -> None:
+        """Write the final figures."""
+        write_atomically(self.path / "metrics.json", json.dumps(figures, indent=2) + "\n")
+
+
+def create_run(recipe: Recipe, path: Path | None = None, *, device: str = "") -> RunFolder:
+    """Make a new run folder and write down what will be run, and where.
+
+    Args:
+        recipe: resolved.
+        path: the folder itself; where not given, the first free `runs/<data set>-<name>-<n>`.
+        device: what it runs on, in words.
+
+    Raises:
+        InputError: the folder exists and holds something, or cannot be made.
+    """
+    try:
+        folder = _claim(path) if path is not None else _claim_next(Path("runs"), run_label(recipe))
+        write_atomically(folder / "recipe.toml", to_toml(recipe))
+        environment = describe_environment(recipe, device)
+        write_atomically(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
+    except OSError as error:
+        raise InputError(
+            f"Cannot write the run folder {path or 'runs/'}: {error.strerror}.\n"
+            "Choose another place with --out DIR."
+        ) from error
+    return RunFolder(folder)
+
+
+def open_run(path: Path | str) -> RunFolder:
+    """Open an existing run folder.
+
+    Raises:
+        InputError: the path is not a folder, or not one of a run.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise InputError(f"There is no run folder {str(path)!r}. Runs lie in runs/ by default.")
+    if not (folder / "recipe.toml").is_file():
+        raise InputError(
+            f"{str(path)!r} is not a run folder: it has no recipe.toml.\n"
+            "Give a folder that `mixmo fit` made."
+        )
+    return RunFolder(folder)
+
+
+def run_label(recipe: Recipe) -> str:
+    """Name a run: its data set, and its recipe or mask kind."""
+    dataset = Path(recipe.data.dataset).name or "data"
+    method = recipe.name.rpartition("/")[2] or recipe.mix.kind
+    return f"{dataset}-{method}"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that a reader finds the old text or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def describe_environment(recipe: Recipe, device: str) -> dict[str, Any]:
+    """Tell what a run is made with."""
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "seed": recipe.train.seed,
+        "device": device,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "git": _git_revision(),
+    }
+
+
+def _claim(path: Path) -> Path:
+    path = path.expanduser()
+    if path.is_dir() and any(path.iterdir()):
+        kind = "already a run" if (path / "recipe.toml").exists() else "not empty"
+        raise InputError(
+            f"The folder {str(path)!r} is {kind}; nothing in it was changed.\n"
+            "Choose another --out DIR, or continue a run with --resume RUN."
+        )
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _claim_next(parent: Path, label: str) -> Path:
+    parent.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while True:
+        try:
+            (parent / f"{label}-{number}").mkdir()
+        except FileExistsError:
+            number += 1
+        else:
+            return parent / f"{label}-{number}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    """The revision of this package's own checkout, where it runs from one."""
+    try:
+        answer = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()

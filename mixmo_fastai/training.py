@@ -1,0 +1,264 @@
+"""Training: from a recipe to a finished run folder."""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from fastai.callback.core import Callback
+from fastai.callback.fp16 import AMPMode, MixedPrecision
+from fastai.callback.progress import ProgressCallback
+from fastai.callback.schedule import ParamScheduler
+from fastai.learner import Learner
+
+from mixmo_fastai.callback import unwrap
+from mixmo_fastai.checkpoints import load_checkpoint, save_checkpoint, save_weights
+from mixmo_fastai.data.dataloaders import make_dataloaders
+from mixmo_fastai.data.image_sets import DataSource
+from mixmo_fastai.data.loaders import Augmentation
+from mixmo_fastai.data.sources import load_source
+from mixmo_fastai.errors import InputError
+from mixmo_fastai.evaluation import evaluate_loaders
+from mixmo_fastai.learner import learner_from_recipe
+from mixmo_fastai.recipe import Recipe
+from mixmo_fastai.runs import RunFolder
+from mixmo_fastai.schedule import one_cycle, published_steps
+
+TEST_SET = 2
+"""Place of the test loader in the DataLoaders of `make_dataloaders`."""
+
+
+class TrainingDivergedError(RuntimeError):
+    """The training loss is not finite."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """A run that is ready to start: everything is read, nothing is trained or written yet.
+
+    Attributes:
+        recipe: what is trained.
+        source: the data.
+        learn: the Learner with its loaders and network.
+    """
+
+    recipe: Recipe
+    source: DataSource
+    learn: Learner
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches per epoch."""
+        return len(self.learn.dls.train)
+
+    @property
+    def images_seen(self) -> int:
+        """Images that the network sees in all, repetitions included."""
+        return self.recipe.train.epochs * self.steps_per_epoch * self.recipe.train.batch_size
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the network."""
+        return sum(p.numel() for p in self.learn.model.parameters())
+
+    @property
+    def device(self) -> torch.device:
+        """Where it trains."""
+        return torch.device(self.learn.dls.device)
+
+
+def prepare(recipe: Recipe, data_dir: Path | None = None) -> Training:
+    """Read the data and build the Learner of a recipe.
+
+    Raises:
+        InputError: the data, a name or a value cannot be used.
+    """
+    device = choose_device(recipe.train.device)
+    source = load_source(recipe.data.dataset, data_dir, image_size=recipe.data.image_size or None)
+    dls = make_dataloaders(
+        source,
+        batch_size=recipe.loader_batch_size,
+        valid_split=recipe.data.valid_split,
+        limit=recipe.data.limit,
+        augmentation=Augmentation(recipe.crop_padding, recipe.flip),
+        seed=recipe.train.seed,
+        device=device,
+        loader=recipe.data.loader,
+        num_workers=recipe.data.num_workers,
+    )
+    learn = learner_from_recipe(recipe, dls, cbs=_precision(recipe.train.precision, device))
+    learn.remove_cbs(ProgressCallback)  # the caller brings its own display
+    learn.model.to(device)
+    return Training(recipe, source, learn)
+
+
+def train(
+    training: Training, run: RunFolder, *, cbs: Sequence[Callback] = (), resume: bool = False
+) -> dict[str, Any]:
+    """Train, evaluate on the test set once, and write the run folder.
+
+    Args:
+        training: from `prepare`.
+        run: where everything goes.
+        cbs: more fastai callbacks, such as a display.
+        resume: continue from the run's checkpoint.
+
+    Returns:
+        the final figures, as in metrics.json.
+
+    Raises:
+        InputError: there is nothing to resume from, or it is of another run.
+        TrainingDivergedError: the loss is not finite.
+    """
+    recipe, learn = training.recipe, training.learn
+    start_epoch = load_checkpoint(run, learn) if resume else 0
+    run.truncate_history(start_epoch)
+    history = HistoryCallback(run, training)
+    scheduler = ParamScheduler(schedules(recipe, training.steps_per_epoch))
+    began = time.perf_counter()
+    with learn.no_logging():
+        learn.fit(
+            recipe.train.epochs,
+            lr=recipe.lr,
+            wd=recipe.optimizer.weight_decay,
+            cbs=[scheduler, history, CheckpointCallback(run), *cbs],
+            start_epoch=start_epoch,
+        )
+    seconds = time.perf_counter() - began
+    save_weights(learn.model, run.weights)
+    figures = {
+        "recipe": recipe.name,
+        "epochs": recipe.train.epochs,
+        "images_seen": training.images_seen,
+        "parameters": training.num_parameters,
+        "seconds": round(seconds, 1),
+        **evaluate_loaders(learn.model, valid=learn.dls.valid, test=learn.dls[TEST_SET]),
+    }
+    run.write_metrics(figures)
+    return figures
+
+
+def schedules(recipe: Recipe, steps_per_epoch: int) -> dict[str, Any]:
+    """Give the schedules of learning rate and momentum, as fastai's ParamScheduler takes them."""
+    schedule = recipe.schedule
+    if schedule.kind == "published":
+        lr = published_steps(
+            recipe.lr,
+            epochs=recipe.train.epochs,
+            steps_per_epoch=steps_per_epoch,
+            milestones=schedule.milestones,
+            gamma=schedule.gamma,
+            warmup_epochs=schedule.warmup_epochs,
+        )
+        return {"lr": lr}
+    lr = one_cycle(
+        recipe.lr / schedule.div, recipe.lr, recipe.lr / schedule.div_final, schedule.pct_start
+    )
+    start, peak, end = schedule.momentums
+    return {"lr": lr, "mom": one_cycle(start, peak, end, schedule.pct_start)}
+
+
+def choose_device(name: str) -> torch.device:
+    """Turn "auto", "cpu" or "cuda" into a device.
+
+    Raises:
+        InputError: CUDA is asked for where there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            "device is 'cuda', but torch finds no CUDA device here.\n"
+            "Use --device cpu, or --device auto to take what there is."
+        )
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def _precision(precision: str, device: torch.device) -> list[Callback]:
+    if device.type != "cuda":
+        if precision == "bfloat16":
+            raise InputError("precision 'bfloat16' needs a CUDA device; use --precision float32.")
+        return []
+    return [] if precision == "float32" else [MixedPrecision(AMPMode.BF16)]
+
+
+class HistoryCallback(Callback):
+    """Write one row per trained epoch; stop where the loss is not finite.
+
+    The training loss is divided by the number of members, so that it compares with the validation
+    loss, which is one cross-entropy.
+    """
+
+    order, run_valid = 55, False  # after the Recorder
+
+    def __init__(self, run: RunFolder, training: Training) -> None:
+        super().__init__()
+        self.run_folder, self.plan = run, training
+        self.latest: dict[str, Any] = {}
+        self.trained = False
+
+    def before_epoch(self) -> None:
+        """Start the clock."""
+        self.trained, self.began = False, time.perf_counter()
+
+    def after_train(self) -> None:
+        """Stop where the loss is not finite."""
+        self.trained = True
+        self.train_seconds = time.perf_counter() - self.began
+        if not math.isfinite(float(self.recorder.smooth_loss.value)):
+            raise TrainingDivergedError(
+                f"The training loss is not finite in epoch {self.learn.epoch + 1}.\n"
+                "Lower the learning rate, as in --lr "
+                f"{self.plan.recipe.lr / 4:.3g}; `mixmo lr-find` suggests one."
+            )
+
+    def after_epoch(self) -> None:
+        """Write the row of an epoch that was trained here."""
+        if not self.trained:
+            return
+        loss, valid_loss, *metrics = self.learn.final_record
+        names = ("accuracy", "member_accuracy")
+        images = self.plan.steps_per_epoch * self.plan.recipe.train.batch_size
+        epoch = self.learn.epoch + 1
+        self.latest = {
+            "epoch": epoch,
+            "train_loss": _rounded(loss / unwrap(self.learn.model).num_members),
+            "valid_loss": _rounded(valid_loss),
+            **{name: _rounded(value) for name, value in zip(names, metrics, strict=True)},
+            "lr": f"{self.learn.opt.hypers[-1]['lr']:.6g}",
+            "images_seen": epoch * images,
+            "seconds": round(time.perf_counter() - self.began, 2),
+            "images_per_second": round(images / self.train_seconds, 1),
+        }
+        self.run_folder.append_history(self.latest)
+
+
+class CheckpointCallback(Callback):
+    """Save the state after each epoch."""
+
+    order, run_valid = 65, False
+
+    def __init__(self, run: RunFolder) -> None:
+        super().__init__()
+        self.run_folder = run
+        self.trained = False
+
+    def before_epoch(self) -> None:
+        """Forget the epoch before."""
+        self.trained = False
+
+    def after_train(self) -> None:
+        """Note that there is something to save."""
+        self.trained = True
+
+    def after_epoch(self) -> None:
+        """Save the state of an epoch that was trained here."""
+        if self.trained:
+            save_checkpoint(self.run_folder, self.learn, self.learn.epoch + 1)
+
+
+def _rounded(value: Any) -> float | str:
+    return "" if value is None else round(float(value), 6)
