@@ -41,7 +41,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
     try:
         tensors = load_file(path)
     except FileNotFoundError:
-        raise InputError(f"{path} is missing: the run is not finished. Continue it first.") from None
+        raise InputError(
+            f"{path} is missing: the run is not finished. Continue it first."
+        ) from None
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} cannot be read: {error}.") from error
     try:
@@ -91,7 +93,9 @@ def load_checkpoint(run: RunFolder, learn: Learner) -> int:
     except (OSError, SafetensorError, ValueError) as error:
         raise InputError(f"The checkpoint in {folder} is damaged: {error}.") from error
     if state.get("format") != FORMAT:
-        raise InputError(f"{folder} has format {state.get('format')!r}; this version reads {FORMAT}.")
+        raise InputError(
+            f"{folder} has format {state.get('format')!r}; this version reads {FORMAT}."
+        )
     load_weights(learn.model, folder / "model.safetensors")
     if learn.opt is None:
         learn.create_opt()

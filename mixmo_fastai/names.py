@@ -44,7 +44,7 @@ _CIFAR_MEAN, _CIFAR_STD = (0.4914, 0.4822, 0.4467), (0.2023, 0.1994, 0.2010)
 
 DATASETS = {
     "digits": DatasetInfo(
-        10, (1, 8, 8), (1438, 359), mean=(0.305,), std=(0.376,), crop_padding=1, flip=False
+        10, (1, 8, 8), (1442, 355), mean=(0.305,), std=(0.376,), crop_padding=1, flip=False
     ),
     "cifar10": DatasetInfo(10, (3, 32, 32), (50_000, 10_000), _CIFAR_MEAN, _CIFAR_STD),
     "cifar100": DatasetInfo(100, (3, 32, 32), (50_000, 10_000), _CIFAR_MEAN, _CIFAR_STD),

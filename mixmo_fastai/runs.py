@@ -1,15 +1,16 @@
 """The run folder: everything that a run leaves, readable without this project.
 
-    recipe.toml        resolved, everything needed to run it again
-    environment.json   versions, device, command, seed, git revision
-    history.csv        one row per epoch
-    metrics.json       final figures
-    model.safetensors  weights
-    checkpoint/        state to resume from
-    log.txt            what was printed
+recipe.toml        resolved, everything needed to run it again
+environment.json   versions, device, command, seed, git revision
+history.csv        one row per epoch
+metrics.json       final figures
+model.safetensors  weights
+checkpoint/        state to resume from
+log.txt            what was printed
 """
 
 import csv
+import itertools
 import json
 import os
 import platform
@@ -56,7 +57,9 @@ class RunFolder:
         try:
             figures: dict[str, Any] = json.loads((self.path / "metrics.json").read_text())
         except FileNotFoundError:
-            raise InputError(f"{self.path} has no final figures: the run is not finished.") from None
+            raise InputError(
+                f"{self.path} has no final figures: the run is not finished."
+            ) from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise InputError(f"{self.path / 'metrics.json'} is damaged: {error}.") from error
         return figures
@@ -120,6 +123,41 @@ def create_run(recipe: Recipe, path: Path | None = None, *, device: str = "") ->
     return RunFolder(folder)
 
 
+def check_free(path: Path | None) -> None:
+    """Check that a run folder can be made at a path.
+
+    Raises:
+        InputError: there is something already.
+    """
+    if path is None:
+        return
+    path = path.expanduser()
+    if path.is_dir() and any(path.iterdir()):
+        kind = "already a run" if (path / "recipe.toml").exists() else "not empty"
+        raise InputError(
+            f"The folder {str(path)!r} is {kind}; nothing in it was changed.\n"
+            "Choose another --out DIR, or continue a run with --resume RUN."
+        )
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{str(path)!r} is a file; --out takes a folder to make.")
+
+
+def free_file(path: Path | None, stem: str, suffix: str) -> Path:
+    """Choose a file that does not exist yet: the given one, or the first free name of a stem.
+
+    Raises:
+        InputError: the given one exists, or its folder does not.
+    """
+    if path is None:
+        names = itertools.chain([stem], (f"{stem}-{n}" for n in itertools.count(2)))
+        return next(p for p in (Path(f"{name}{suffix}") for name in names) if not p.exists())
+    if path.exists():
+        raise InputError(f"{str(path)!r} exists and was not changed. Choose another --out.")
+    if not path.parent.is_dir():
+        raise InputError(f"There is no folder {str(path.parent)!r} for --out {path.name}.")
+    return path
+
+
 def open_run(path: Path | str) -> RunFolder:
     """Open an existing run folder.
 
@@ -170,13 +208,8 @@ def describe_environment(recipe: Recipe, device: str) -> dict[str, Any]:
 
 
 def _claim(path: Path) -> Path:
+    check_free(path)
     path = path.expanduser()
-    if path.is_dir() and any(path.iterdir()):
-        kind = "already a run" if (path / "recipe.toml").exists() else "not empty"
-        raise InputError(
-            f"The folder {str(path)!r} is {kind}; nothing in it was changed.\n"
-            "Choose another --out DIR, or continue a run with --resume RUN."
-        )
     path.mkdir(parents=True, exist_ok=True)
     return path
 

@@ -1,6 +1,8 @@
 """Training: from a recipe to a finished run folder."""
 
+import dataclasses
 import math
+import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +17,12 @@ from fastai.callback.schedule import ParamScheduler
 from fastai.learner import Learner
 
 from mixmo_fastai.callback import unwrap
-from mixmo_fastai.checkpoints import load_checkpoint, save_checkpoint, save_weights
+from mixmo_fastai.checkpoints import (
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+    save_weights,
+)
 from mixmo_fastai.data.dataloaders import make_dataloaders
 from mixmo_fastai.data.image_sets import DataSource
 from mixmo_fastai.data.loaders import Augmentation
@@ -68,6 +75,13 @@ class Training:
     def device(self) -> torch.device:
         """Where it trains."""
         return torch.device(self.learn.dls.device)
+
+    @property
+    def device_name(self) -> str:
+        """Where it trains, in words."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def prepare(recipe: Recipe, data_dir: Path | None = None) -> Training:
@@ -139,6 +153,36 @@ def train(
     }
     run.write_metrics(figures)
     return figures
+
+
+def evaluate_run(
+    run: RunFolder, data_dir: Path | None = None, *, device: str | None = None
+) -> dict[str, Any]:
+    """Evaluate a trained run anew.
+
+    Args:
+        run: a finished run.
+        data_dir: where its data lies, if not where it was looked for in training.
+        device: where to evaluate; the recipe's where not given.
+
+    Returns:
+        the figures, as `evaluation.evaluate_loaders` gives them.
+
+    Raises:
+        InputError: the run is not finished or damaged, or its data is not there.
+    """
+    recipe = run.recipe()
+    if device is not None:
+        recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, device=device))
+    if not run.weights.is_file():
+        raise InputError(
+            f"{run.path} has no weights yet: the run is not finished.\n"
+            f"Continue it: mixmo fit --resume {run.path}"
+        )
+    training = prepare(recipe, data_dir)
+    load_weights(training.learn.model, run.weights)
+    loaders = training.learn.dls
+    return evaluate_loaders(training.learn.model, valid=loaders.valid, test=loaders[TEST_SET])
 
 
 def schedules(recipe: Recipe, steps_per_epoch: int) -> dict[str, Any]:

@@ -1,0 +1,43 @@
+"""Where a command's words go: people read the console, programs read JSON."""
+
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+
+from mixmo_fastai.runs import RunFolder
+
+
+class Output:
+    """The console of one command.
+
+    Args:
+        as_json: the result alone goes to standard output, and words to standard error.
+        quiet: no words but the result.
+    """
+
+    def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
+        self.as_json, self.quiet = as_json, quiet
+        self.console = Console(stderr=as_json, highlight=False, soft_wrap=True)
+        self.run: RunFolder | None = None
+
+    def say(self, line: str = "", style: str | None = None) -> None:
+        """Say one thing on the way; the run's log keeps it as well."""
+        if not self.quiet:
+            self.console.print(line, style=style, markup=False)
+        self._log(line)
+
+    def result(self, lines: list[str], value: Mapping[str, Any]) -> None:
+        """Give the result: lines for people, or the value as JSON."""
+        if self.as_json:
+            sys.stdout.write(json.dumps(value, indent=2) + "\n")
+        for line in lines:
+            if not self.as_json:
+                self.console.print(line, markup=False)
+            self._log(line)
+
+    def _log(self, line: str) -> None:
+        if self.run is not None:
+            self.run.log(line)

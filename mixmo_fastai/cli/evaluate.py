@@ -1,0 +1,33 @@
+"""`mixmo eval`: the figures of a trained run."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mixmo_fastai.cli import options as opt
+from mixmo_fastai.cli.console import Output
+from mixmo_fastai.cli.render import figure_lines
+from mixmo_fastai.names import DEVICES
+from mixmo_fastai.runs import open_run
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A run folder that `mixmo fit` made.")],
+    data_dir: opt.DataDir = None,
+    device: opt.Device = None,
+    as_json: opt.Json = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Evaluate a trained run on its test set, calibrated on its validation split."""
+    folder = open_run(run)
+    recipe = folder.recipe()
+    if device is not None and device not in DEVICES:
+        raise typer.BadParameter(f"--device {device!r} must be one of {', '.join(DEVICES)}.")
+
+    from mixmo_fastai.training import evaluate_run
+
+    figures = evaluate_run(folder, data_dir, device=device)
+    output = Output(as_json=as_json)
+    output.result([f"{folder.path}: {recipe.model.arch} on {recipe.data.dataset}", "",
+                   *figure_lines(figures, recipe)], {"run": str(folder.path), **figures})  # fmt: skip

@@ -1,0 +1,79 @@
+"""`mixmo lr-find`: suggest a learning rate."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mixmo_fastai.cli import options as opt
+from mixmo_fastai.cli.console import Output
+from mixmo_fastai.cli.render import align, plan_lines
+from mixmo_fastai.resolve import resolve_recipe
+from mixmo_fastai.runs import free_file, run_label
+
+
+def lr_find(
+    dataset: opt.Dataset = None,
+    recipe: opt.RecipeName = None,
+    arch: opt.Arch = None,
+    mix: opt.Mix = None,
+    members: opt.Members = None,
+    assignments: opt.Assignments = None,
+    data_dir: opt.DataDir = None,
+    valid_split: opt.ValidSplit = None,
+    limit: opt.Limit = None,
+    batch_size: opt.BatchSize = None,
+    repeat: opt.Repeat = None,
+    seed: opt.Seed = None,
+    device: opt.Device = None,
+    precision: opt.Precision = None,
+    steps: Annotated[
+        int,
+        typer.Option(help="Steps of the test.", min=20, max=10_000, rich_help_panel=opt.TRAINING),
+    ] = 100,
+    start: Annotated[
+        float,
+        typer.Option(help="First learning rate.", min=1e-12, rich_help_panel=opt.TRAINING),
+    ] = 1e-6,
+    end: Annotated[
+        float, typer.Option(help="Last learning rate.", rich_help_panel=opt.TRAINING)
+    ] = 10.0,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="PNG of the curve. Default: the first free lr-find-<data set>-<method>.png.",
+            rich_help_panel=opt.OUTPUT,
+        ),
+    ] = None,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Raise the learning rate step by step, and suggest one from how the loss falls."""
+    settings = opt.flags(
+        arch=arch, mix=mix, members=members, valid_split=valid_split, limit=limit,
+        batch_size=batch_size, repeat=repeat, seed=seed, device=device, precision=precision,
+    )  # fmt: skip
+    if not start < end:
+        raise typer.BadParameter(f"--start {start:g} must be below --end {end:g}.")
+    resolved = resolve_recipe(dataset, recipe, settings, assignments or ())
+    picture = free_file(out, f"lr-find-{run_label(resolved)}", ".png")
+
+    from mixmo_fastai.figures import plot_lr_search
+    from mixmo_fastai.lr_search import search_lr
+    from mixmo_fastai.training import prepare
+
+    output = Output(as_json=as_json, quiet=quiet)
+    training = prepare(resolved, data_dir)
+    for line in plan_lines(training):
+        output.say(line)
+    search = search_lr(training, num_steps=steps, start=start, end=end)
+    plot_lr_search(search, picture, f"Learning-rate range test, {resolved.model.arch}")
+    rows = [(name, f"{rate:.3g}") for name, rate in search.suggestions.items()]
+    output.result(
+        ["", *align([("method", "suggested peak learning rate"), *rows]), "",
+         f"The recipe has {resolved.lr:.3g}. Curve: {picture}",
+         f"Train with it: mixmo fit … --lr {search.suggestions['valley']:.3g}"],
+        {"suggestions": search.suggestions, "recipe_lr": resolved.lr, "curve": str(picture),
+         "lrs": search.lrs, "losses": search.losses},
+    )  # fmt: skip

@@ -1,0 +1,96 @@
+"""The program `mixmo`: its commands, and what becomes of errors.
+
+A new command is a module beside this one and a line in `_COMMANDS`.
+"""
+
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+
+import typer
+
+from mixmo_fastai import __version__
+from mixmo_fastai.cli import datasets, evaluate, fit, lr_find, recipes
+from mixmo_fastai.errors import InputError
+
+DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+app = typer.Typer(
+    name="mixmo",
+    help="MixMo for fastai: the accuracy of an ensemble at the price of one network.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+_COMMANDS = {
+    "fit": fit.fit,
+    "lr-find": lr_find.lr_find,
+    "eval": evaluate.evaluate,
+    "recipes": recipes.recipes,
+    "datasets": datasets.datasets,
+}
+for _name, _command in _COMMANDS.items():
+    app.command(_name)(_command)
+
+# Typer carries its own copy of click in some versions; its exceptions are found by descent.
+UsageError = typer.BadParameter.__mro__[1]
+ClickException = typer.BadParameter.__mro__[2]
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", help="Print the version.", is_eager=True),
+) -> None:
+    if version:
+        typer.echo(f"mixmo {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the program and leave with its exit code."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(args: Sequence[str]) -> int:
+    """Run one command line.
+
+    Returns:
+        0 done, 2 the user's input, 130 interrupted, 1 anything else.
+    """
+    debug = "--debug" in args
+    if not debug:
+        # Third parties warn their developers, not the people who train.
+        for category in (FutureWarning, DeprecationWarning):
+            warnings.filterwarnings("ignore", category=category)
+    try:
+        command = typer.main.get_command(app)
+        return int(command.main(args=list(args), prog_name="mixmo", standalone_mode=False) or DONE)
+    except Exception as error:
+        if debug and not isinstance(error, ClickException):
+            traceback.print_exc()
+        return _report(error)
+    except KeyboardInterrupt:
+        return _say("Interrupted.", INTERRUPTED)
+
+
+def _report(error: Exception) -> int:
+    """Say in one to three lines what went wrong."""
+    if isinstance(error, InputError):
+        return _say(str(error), BAD_INPUT)
+    if isinstance(error, typer.Abort):
+        return _say("Interrupted.", INTERRUPTED)
+    if isinstance(error, UsageError):
+        context = getattr(error, "ctx", None)
+        path = context.command_path if context else "mixmo"
+        return _say(f"{error.format_message()}\n`{path} --help` lists what there is.", BAD_INPUT)
+    if isinstance(error, ClickException):
+        return _say(error.format_message(), BAD_INPUT)
+    first_lines = "\n".join(str(error).splitlines()[:2]) or "no message"
+    return _say(f"{type(error).__name__}: {first_lines}\n--debug shows where.", FAILED)
+
+
+def _say(message: str, code: int) -> int:
+    prefix = "" if code == INTERRUPTED else "Error: "
+    print(f"{prefix}{message}", file=sys.stderr)  # noqa: T201
+    return code

@@ -1,0 +1,108 @@
+"""Flags that several commands share: one name and one meaning each."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+DATA, NETWORK, TRAINING, OUTPUT = "Data", "Method and network", "Training", "Output"
+
+Dataset = Annotated[
+    str | None,
+    typer.Argument(
+        help="digits, cifar10, cifar100, tinyimagenet, or a folder with train/ and test/. "
+        "Default: digits.",
+        show_default=False,
+    ),
+]
+DataDir = Annotated[
+    Path | None,
+    typer.Option(help="Where data sets lie. [env: MIXMO_DATA_DIR]", rich_help_panel=DATA),
+]
+ValidSplit = Annotated[
+    float | None,
+    typer.Option(help="Share of the training set that validates.", rich_help_panel=DATA),
+]
+Limit = Annotated[
+    int | None,
+    typer.Option(help="At most N training images, balanced.", metavar="N", rich_help_panel=DATA),
+]
+RecipeName = Annotated[
+    str | None,
+    typer.Option("--recipe", help="A name of `mixmo recipes`, or a file.", rich_help_panel=NETWORK),
+]
+Assignments = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="Any setting of the recipe; may be repeated.",
+        metavar="SECTION.KEY=VALUE",
+        rich_help_panel=NETWORK,
+    ),
+]
+Arch = Annotated[
+    str | None,
+    typer.Option(help="Network, as wrn28_10 or preact_resnet18_3.", rich_help_panel=NETWORK),
+]
+Mix = Annotated[
+    str | None,
+    typer.Option(
+        help="How features are mixed: cutmix, linear, or sum (MIMO).",
+        metavar="KIND",
+        rich_help_panel=NETWORK,
+    ),
+]
+Members = Annotated[
+    int | None,
+    typer.Option(help="Subnetworks in one; 1 is the vanilla network.", rich_help_panel=NETWORK),
+]
+Epochs = Annotated[int | None, typer.Option(help="Passes of the loader.", rich_help_panel=TRAINING)]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(
+        help="Images the network sees per step, repeats included.", rich_help_panel=TRAINING
+    ),
+]
+Repeat = Annotated[
+    int | None,
+    typer.Option(help="Times each image is in a batch, per member.", rich_help_panel=TRAINING),
+]
+Lr = Annotated[
+    float | None,
+    typer.Option(help="Learning rate, or its peak under one-cycle.", rich_help_panel=TRAINING),
+]
+Seed = Annotated[int | None, typer.Option(help="Of everything random.", rich_help_panel=TRAINING)]
+Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.", rich_help_panel=TRAINING)]
+Precision = Annotated[
+    str | None, typer.Option(help="auto, float32 or bfloat16.", rich_help_panel=TRAINING)
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=OUTPUT)
+]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", help="Print only the result.", rich_help_panel=OUTPUT)
+]
+Debug = Annotated[
+    bool, typer.Option("--debug", help="Show tracebacks and warnings.", rich_help_panel=OUTPUT)
+]
+
+
+def flags(**values: Any) -> dict[str, Any]:
+    """Name each flag's setting in the recipe."""
+    return {_SETTINGS[name]: value for name, value in values.items()}
+
+
+_SETTINGS = {
+    "valid_split": "data.valid_split",
+    "limit": "data.limit",
+    "arch": "model.arch",
+    "members": "model.num_members",
+    "mix": "mix.kind",
+    "repeat": "mix.batch_repetitions",
+    "epochs": "train.epochs",
+    "batch_size": "train.batch_size",
+    "seed": "train.seed",
+    "device": "train.device",
+    "precision": "train.precision",
+    "lr": "optimizer.lr",
+}

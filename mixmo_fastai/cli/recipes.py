@@ -1,0 +1,41 @@
+"""`mixmo recipes`: list the recipes, or show one resolved."""
+
+from typing import Annotated
+
+import typer
+
+from mixmo_fastai.cli import options as opt
+from mixmo_fastai.cli.console import Output
+from mixmo_fastai.recipe import load_recipe, recipe_names, to_mapping, to_toml
+
+
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="A recipe to show, or a file.")] = None,
+    as_json: opt.Json = False,
+    debug: opt.Debug = False,
+) -> None:
+    """List the recipes with their published figures, or show one with every setting."""
+    output = Output(as_json=as_json)
+    if name is not None:
+        recipe = load_recipe(name)
+        output.result([to_toml(recipe).rstrip()], to_mapping(recipe))
+        return
+    known = [load_recipe(known_name) for known_name in recipe_names()]
+    rows = [("recipe", "network", "members", "mix", "epochs", "published")]
+    rows += [
+        (
+            recipe.name,
+            recipe.model.arch,
+            str(recipe.model.num_members),
+            recipe.mix.kind,
+            str(recipe.train.epochs),
+            f"{100 * recipe.expected.accuracy:.2f} %" if recipe.expected.accuracy else "-",
+        )
+        for recipe in known
+    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)) for row in rows]
+    output.result(
+        [*(line.rstrip() for line in lines), "", "Train one: mixmo fit --recipe NAME"],
+        {recipe.name: to_mapping(recipe) for recipe in known},
+    )

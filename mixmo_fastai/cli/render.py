@@ -1,0 +1,131 @@
+"""Plans and figures as lines that a person reads."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from mixmo_fastai.recipe import Recipe, to_mapping
+
+METHOD_NAMES = {"cutmix": "Cut-MixMo", "linear": "Linear-MixMo", "sum": "MIMO"}
+
+
+def align(rows: Iterable[tuple[str, str]]) -> list[str]:
+    """Set labels and texts in two columns."""
+    rows = list(rows)
+    width = max(len(label) for label, _ in rows)
+    return [f"{label:<{width}}  {text}" for label, text in rows]
+
+
+def method_name(recipe: Recipe) -> str:
+    """Say what method a recipe is."""
+    if recipe.model.num_members == 1:
+        return "Vanilla"
+    return METHOD_NAMES.get(recipe.mix.kind, f"MixMo ({recipe.mix.kind})")
+
+
+def expectation(recipe: Recipe) -> str:
+    """Say what was published for this recipe, and where this run departs from it."""
+    expected = recipe.expected
+    if expected.accuracy is None:
+        return "none for this recipe"
+    text = f"{100 * expected.accuracy:.2f} % top-1 with {expected.arch} ({expected.source})"
+    if expected.arch and recipe.model.arch != expected.arch:
+        text += f"; this run trains {recipe.model.arch}, which is another network"
+    return text
+
+
+def plan_lines(training: Any) -> list[str]:
+    """Say what a run is going to do."""
+    recipe, source = training.recipe, training.source
+    shape = "x".join(map(str, source.train.image_shape))
+    loaders = training.learn.dls
+    counts = [len(loader.images) for loader in loaders.loaders]
+    mix, train = recipe.mix, recipe.train
+    schedule = f"{recipe.schedule.kind}, learning rate {recipe.lr:.4g}"
+    mixing = f", {mix.kind} masks with probability {mix.mix_prob:g}" if mix.kind == "cutmix" else ""
+    members = f"{recipe.model.num_members} member" + "s" * (recipe.model.num_members > 1)
+    rows = [
+        (
+            "Data",
+            f"{source.name}: {counts[0]:,} training, {counts[1]:,} validation and {counts[2]:,} "
+            f"test images of {shape}, {len(source.classes)} classes",
+        ),
+        ("Network", f"{recipe.model.arch}, {members}, {training.num_parameters:,} parameters"),
+        ("Method", f"{method_name(recipe)}, every image {mix.batch_repetitions}x a batch{mixing}"),
+        (
+            "Training",
+            f"{train.epochs} epochs of {training.steps_per_epoch} steps with "
+            f"{train.batch_size} images: {training.images_seen:,} images seen",
+        ),
+        ("Schedule", f"{schedule}; SGD, weight decay {recipe.optimizer.weight_decay:g}"),
+        ("Device", f"{training.device}, seed {train.seed}"),
+        ("Published", expectation(recipe)),
+    ]
+    return align(rows)
+
+
+def recipe_lines(recipe: Recipe) -> list[str]:
+    """Show every setting of a resolved recipe, a line per section."""
+    sections = [
+        (k, v)
+        for k, v in to_mapping(recipe).items()
+        if dataclasses.is_dataclass(getattr(recipe, k)) and k != "expected"
+    ]
+    return align(
+        (f"[{name}]", ", ".join(f"{key}={_brief(value)}" for key, value in section.items()))
+        for name, section in sections
+    )
+
+
+def figure_lines(figures: Mapping[str, Any], recipe: Recipe) -> list[str]:
+    """Show the figures of a run."""
+    test = figures["test"]
+    rows = [("Test accuracy", f"{_percent(test['accuracy'])} (ensemble, mean of the logits)")]
+    members = ", ".join(_percent(value) for value in test["member_accuracy"])
+    rows.append(("Members", members))
+    if recipe.expected.accuracy is not None:
+        rows.append(("Published", expectation(recipe)))
+    for name, label, show in _FIGURES:
+        if name in test:
+            rows.append((label, show(test[name])))
+        elif name in test.get("absent", {}):
+            rows.append((label, f"none: {test['absent'][name]}"))
+    calibrated = figures.get("calibrated")
+    if calibrated:
+        rows.append(
+            (
+                "Calibrated",
+                f"NLL {calibrated['nll']:.4f}, ECE {_percent(calibrated['ece'])} at temperature "
+                f"{calibrated['temperature']:.3f}, fitted on the validation split",
+            )
+        )
+    return align(rows)
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.2f} %"
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}"
+
+
+_FIGURES = (
+    ("top5", "Top-5", _percent),
+    ("nll", "NLL", _number),
+    ("brier", "Brier", _number),
+    ("ece", "ECE", _percent),
+    ("tace", "TACE", _percent),
+    ("failure_auroc", "Failure AUROC", _number),
+    ("aurc", "AURC", _number),
+    ("ratio_error", "Ratio of errors", _number),
+    ("disagreement", "Disagreement", _percent),
+)
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, tuple | list):
+        return f"({', '.join(_brief(v) for v in value)})"
+    return str(value)

@@ -1,0 +1,82 @@
+"""From a data source to fastai DataLoaders: split, limit, augment, load."""
+
+import torch
+from fastai.data.core import DataLoaders
+
+from mixmo_fastai.data.image_sets import DataSource, ImageSet
+from mixmo_fastai.data.loaders import Augmentation, BatchLoader, ResidentLoader, StreamingLoader
+from mixmo_fastai.data.splits import limit_images, split_validation
+from mixmo_fastai.errors import InputError
+
+HOST_BUDGET = 8 * 2**30
+"""Bytes of decoded images that are kept in the main memory at most."""
+GPU_SHARE = 0.25
+"""Share of the free memory of a GPU that decoded images may take."""
+EVALUATION_BATCH = 256
+
+
+def make_dataloaders(
+    source: DataSource,
+    *,
+    batch_size: int,
+    valid_split: float = 0.02,
+    limit: int = 0,
+    augmentation: Augmentation | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    loader: str = "auto",
+    num_workers: int = 2,
+) -> DataLoaders:
+    """Build the loaders of training, validation and test; the test set is number 2.
+
+    Args:
+        source: from `load_source`.
+        batch_size: distinct images per training batch, before any repetition.
+        valid_split: share of each class of the training set that validates; 0 for none, and the
+            validation loader is then empty.
+        limit: at most so many training images, balanced; 0 for all.
+        augmentation: of training; the source's own where not given.
+        seed: of order and augmentation.
+        device: where batches are made.
+        loader: "resident", "streaming", or "auto" for resident where the images fit.
+        num_workers: of the streaming loader.
+
+    Raises:
+        InputError: fewer than two classes, or too few images for one batch.
+    """
+    if len(source.classes) < 2:
+        raise InputError(
+            f"{source.name} has {len(source.classes)} class; a classifier needs two or more."
+        )
+    train, valid = split_validation(source.train, valid_split)
+    train = limit_images(train, limit)
+    if len(train) < batch_size:
+        raise InputError(
+            f"{len(train)} training images do not fill one batch of {batch_size} distinct images.\n"
+            "Lower the batch size, or raise the limit or the number of repetitions."
+        )
+    augmentation = augmentation or Augmentation(source.crop_padding, source.flip)
+    kind = _loader_kind(loader, (train, valid, source.test), torch.device(device))
+    settings = {
+        "classes": source.classes,
+        "mean": source.mean,
+        "std": source.std,
+        "seed": seed,
+        "device": device,
+        "num_workers": num_workers,
+    }
+    training = kind(train, bs=batch_size, shuffle=True, augmentation=augmentation, **settings)
+    evaluation = (kind(part, bs=EVALUATION_BATCH, **settings) for part in (valid, source.test))
+    return DataLoaders(training, *evaluation, device=device)
+
+
+def _loader_kind(
+    loader: str, parts: tuple[ImageSet, ...], device: torch.device
+) -> type[BatchLoader]:
+    if loader != "auto":
+        return {"resident": ResidentLoader, "streaming": StreamingLoader}[loader]
+    needed = sum(len(part) * torch.Size(part.image_shape).numel() for part in parts)
+    budget = HOST_BUDGET
+    if device.type == "cuda":
+        budget = int(torch.cuda.mem_get_info(device)[0] * GPU_SHARE)
+    return ResidentLoader if needed <= budget else StreamingLoader

@@ -1,0 +1,159 @@
+"""What every data source gives: images and labels of a training and a test part.
+
+Shapes: N images of C channels, H × W pixels, uint8.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mixmo_fastai.data.decoding import decode_batches, decode_image
+from mixmo_fastai.names import DATASETS
+
+
+class ImageSet(Protocol):
+    """One part, training or test, of a data set."""
+
+    @property
+    def labels(self) -> Tensor:
+        """Class indices, (N,) int64."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W), the same for every image."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Give one image, (C, H, W) uint8."""
+
+    def tensor(self) -> Tensor:
+        """Give all images, (N, C, H, W) uint8, contiguous; not to be written to."""
+
+    def name(self, index: int) -> str:
+        """Name an image in messages and reports: its file, or such as "train/123"."""
+
+
+@dataclass(frozen=True, eq=False)
+class ArrayImages:
+    """Decoded images, in memory or mapped from a file.
+
+    Attributes:
+        pixels: (N, C, H, W) uint8, contiguous.
+        labels: (N,) int64.
+        names: one per image.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+    names: tuple[str, ...]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        channels, height, width = self.pixels.shape[1:]
+        return channels, height, width
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.pixels[index]
+
+    def tensor(self) -> Tensor:
+        """Give all images, (N, C, H, W) uint8, without a copy."""
+        return self.pixels
+
+    def name(self, index: int) -> str:
+        """Name an image in messages and reports."""
+        return self.names[index]
+
+
+@dataclass(frozen=True, eq=False)
+class FileImages:
+    """Image files, decoded at each access to RGB of one size.
+
+    Attributes:
+        root: the folder that the names are relative to.
+        names: paths below the root, one per image, with forward slashes.
+        labels: (N,) int64.
+        size: (H, W) of the decoded images.
+    """
+
+    root: Path
+    names: tuple[str, ...]
+    labels: Tensor
+    size: tuple[int, int]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(3, H, W)."""
+        return 3, *self.size
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that all images take when decoded."""
+        return len(self) * 3 * self.size[0] * self.size[1]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return decode_image(self.root / self.names[index], self.size)
+
+    def batches(self) -> Iterator[Tensor]:
+        """Iterate over batches (n, 3, H, W) of the decoded images, in order."""
+        return decode_batches([self.root / name for name in self.names], self.size)
+
+    def tensor(self) -> Tensor:
+        """Decode all images, in threads, to (N, 3, H, W) uint8."""
+        pixels = torch.empty((len(self), *self.image_shape), dtype=torch.uint8)
+        start = 0
+        for batch in self.batches():
+            pixels[start : start + len(batch)] = batch
+            start += len(batch)
+        return pixels
+
+    def name(self, index: int) -> str:
+        """Name an image in messages and reports: its path below the root."""
+        return self.names[index]
+
+
+@dataclass(frozen=True, eq=False)
+class DataSource:
+    """A data set, ready for a loader.
+
+    Attributes:
+        name: of the data set, or of the folder.
+        classes: class names, in the order of the labels.
+        train, test: its two parts. The test part is for the last figures only.
+        mean, std: per channel, of pixels in [0, 1].
+        crop_padding: pixels of zero padding before the random crop.
+        flip: whether a mirrored image keeps its label.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train: ImageSet
+    test: ImageSet
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_padding: int
+    flip: bool
+
+
+def named_source(
+    name: str, classes: tuple[str, ...], train: ImageSet, test: ImageSet
+) -> DataSource:
+    """Build the source of a named data set, with the facts that `DATASETS` holds of it."""
+    info = DATASETS[name]
+    return DataSource(name, classes, train, test, info.mean, info.std, info.crop_padding, info.flip)
+
+
+def numbered(part: str, count: int) -> tuple[str, ...]:
+    """Name images that have no file: "train/0", "train/1", and so on."""
+    return tuple(f"{part}/{index}" for index in range(count))

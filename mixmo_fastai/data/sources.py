@@ -1,0 +1,153 @@
+"""Data sets by name or folder: where they are looked for, and how they are read."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from mixmo_fastai.data.archives import Archive, Unpacked, archive_damage, fetch
+from mixmo_fastai.data.cifar import CIFAR10, CIFAR100, read_cifar10, read_cifar100
+from mixmo_fastai.data.digits import read_digits
+from mixmo_fastai.data.image_folder import read_image_folder
+from mixmo_fastai.data.image_sets import ArrayImages, DataSource, FileImages, ImageSet
+from mixmo_fastai.data.tiny_imagenet import TINY_IMAGENET, read_tiny_imagenet
+from mixmo_fastai.errors import InputError, unknown
+from mixmo_fastai.names import DATASETS
+
+__all__ = [
+    "SOURCES",
+    "ArrayImages",
+    "DataSource",
+    "DatasetStatus",
+    "FileImages",
+    "ImageSet",
+    "NamedSource",
+    "data_home",
+    "dataset_status",
+    "load_source",
+]
+
+
+@dataclass(frozen=True)
+class NamedSource:
+    """How a named data set is had.
+
+    Attributes:
+        read: builds it from its unpacked archive, or from nothing where there is no archive.
+        archive: what is downloaded, checked and unpacked first; None for data of a library.
+    """
+
+    read: Callable[..., DataSource]
+    archive: Archive | None = None
+
+    def load(self, home: Path, *, download: bool) -> DataSource:
+        """Read the data set from a data folder; see `fetch` for what is done before."""
+        if self.archive is None:
+            return self.read()
+        return self.read(fetch(self.archive, home, download=download))
+
+
+SOURCES = {
+    "digits": NamedSource(read_digits),
+    "cifar10": NamedSource(read_cifar10, CIFAR10),
+    "cifar100": NamedSource(read_cifar100, CIFAR100),
+    "tinyimagenet": NamedSource(read_tiny_imagenet, TINY_IMAGENET),
+}
+"""Every data set that has a name. What is known of it before reading is in `names.DATASETS`."""
+
+
+def load_source(
+    dataset: str | Path,
+    data_dir: Path | None = None,
+    *,
+    image_size: int | None = None,
+    download: bool = True,
+) -> DataSource:
+    """Read a data set, which is downloaded where it is missing.
+
+    Args:
+        dataset: a name of `SOURCES`, or the path of an image folder; a name goes before a folder
+            of the same name.
+        data_dir: the data folder; see `data_home`.
+        image_size: height and width to which an image folder is scaled; None for its own.
+        download: whether an archive may be downloaded.
+
+    Raises:
+        InputError: the data set is unknown, missing, damaged or not of the right form.
+    """
+    home = data_home(data_dir)
+    if dataset in SOURCES:
+        _require_own_size(str(dataset), image_size)
+        return SOURCES[dataset].load(home, download=download)
+    if isinstance(dataset, str) and not _is_path(dataset):
+        raise InputError(
+            f"{unknown('data set', dataset, SOURCES)}\n"
+            "Or the path of a folder with train/ and test/, as in ./flowers."
+        )
+    return read_image_folder(Path(dataset).expanduser(), home, image_size=image_size)
+
+
+def data_home(data_dir: Path | None = None) -> Path:
+    """Find the data folder: the argument, else $MIXMO_DATA_DIR, else fastai's data folder."""
+    chosen = data_dir or os.environ.get("MIXMO_DATA_DIR")
+    fastai_home = os.environ.get("FASTAI_HOME") or "~/.fastai"
+    return Path(chosen or Path(fastai_home) / "data").expanduser()
+
+
+@dataclass(frozen=True)
+class DatasetStatus:
+    """Whether a named data set can be read.
+
+    Attributes:
+        name: of the data set.
+        place: the folder or file that was looked at; None for data of a library.
+        state: whether it is there and intact.
+        detail: a line that says more.
+    """
+
+    name: str
+    place: Path | None
+    state: Literal["present", "absent", "damaged"]
+    detail: str
+
+
+def dataset_status(name: str, data_dir: Path | None = None) -> DatasetStatus:
+    """Look for a named data set and compare its files with their checksums; nothing is changed.
+
+    Raises:
+        InputError: there is no data set of that name.
+    """
+    if name not in SOURCES:
+        raise unknown("data set", name, SOURCES)
+    archive, home = SOURCES[name].archive, data_home(data_dir)
+    if archive is None:
+        return DatasetStatus(name, None, "present", "comes with scikit-learn")
+    unpacked = Unpacked(archive, home)
+    if unpacked.folder.is_dir():
+        problem = unpacked.damage()
+        return _status(name, unpacked.folder, problem, "intact")
+    file = home / archive.file_name
+    if file.is_file():
+        return _status(name, file, archive_damage(archive, home), "unpacked at the first use")
+    return DatasetStatus(name, unpacked.folder, "absent", "downloaded at the first use")
+
+
+def _status(name: str, place: Path, problem: str | None, detail: str) -> DatasetStatus:
+    if problem:
+        return DatasetStatus(name, place, "damaged", problem)
+    return DatasetStatus(name, place, "present", detail)
+
+
+def _require_own_size(dataset: str, image_size: int | None) -> None:
+    own = DATASETS[dataset].image_shape[-1]
+    if image_size not in (None, own):
+        raise InputError(
+            f"image_size is {image_size}, but images of {dataset!r} are {own} x {own} pixels.\n"
+            "Leave image_size out; it is for image folders."
+        )
+
+
+def _is_path(dataset: str) -> bool:
+    has_separator = "/" in dataset or os.sep in dataset
+    return has_separator or dataset.startswith((".", "~")) or Path(dataset).exists()

@@ -1,0 +1,82 @@
+"""Tiny ImageNet in its official layout: 200 classes of ImageNet at 64 × 64 pixels.
+
+    tiny-imagenet-200/wnids.txt  words.txt
+                      train/<wnid>/images/*.JPEG
+                      val/images/*.JPEG  val/val_annotations.txt
+
+A wnid names a class of WordNet, as in n01443537. The labels of the official test images are not
+published, so the validation part is the test part here, as in every published figure.
+"""
+
+from pathlib import Path
+
+import torch
+
+from mixmo_fastai.data.archives import Archive, Unpacked
+from mixmo_fastai.data.cache import cache_entry
+from mixmo_fastai.data.decoding import list_images
+from mixmo_fastai.data.image_sets import DataSource, FileImages, named_source
+from mixmo_fastai.errors import InputError
+
+TINY_IMAGENET = Archive(
+    "tinyimagenet",
+    "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+    "90528d7ca1a48142e341f4ef8d21d0de",
+    "tiny-imagenet-200",
+    dict.fromkeys(("wnids.txt", "words.txt", "train", "val/images", "val/val_annotations.txt")),
+)
+
+_SIZE = 64
+
+
+def read_tiny_imagenet(unpacked: Unpacked) -> DataSource:
+    """Read Tiny ImageNet, decoded once and kept in the cache.
+
+    Raises:
+        InputError: a file is missing, is not in the official format or cannot be decoded.
+    """
+    root = unpacked.folder
+    # Sorted, as by every reader that lists the class folders: published networks count so.
+    wnids = sorted((root / "wnids.txt").read_text(encoding="utf-8").split())
+    train, test = _train_images(root, wnids), _val_images(root, wnids)
+    entry = cache_entry(unpacked.home, "tinyimagenet", root, train.names + test.names, _SIZE)
+    return named_source("tinyimagenet", _class_names(root, wnids), *entry.decoded(train, test))
+
+
+def _train_images(root: Path, wnids: list[str]) -> FileImages:
+    labels_by_name: dict[str, int] = {}
+    for label, wnid in enumerate(wnids):
+        folder = root / "train" / wnid / "images"
+        names = list_images(folder) if folder.is_dir() else []
+        if not names:
+            raise InputError(f"Tiny ImageNet: no images in {folder}.\nUnpack its archive again.")
+        labels_by_name |= {f"train/{wnid}/images/{name}": label for name in names}
+    return _file_images(root, labels_by_name)
+
+
+def _val_images(root: Path, wnids: list[str]) -> FileImages:
+    """Read the labels from lines of file name, wnid and four box coordinates, tabs between."""
+    path = root / "val" / "val_annotations.txt"
+    label_of = {wnid: label for label, wnid in enumerate(wnids)}
+    labels_by_name = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        name, _, rest = line.partition("\t")
+        wnid = rest.partition("\t")[0]
+        if wnid not in label_of:
+            raise InputError(
+                f"Tiny ImageNet: line {number} of {path} names no class of wnids.txt: {wnid!r}.\n"
+                "Unpack its archive again."
+            )
+        labels_by_name[f"val/images/{name}"] = label_of[wnid]
+    return _file_images(root, labels_by_name)
+
+
+def _file_images(root: Path, labels_by_name: dict[str, int]) -> FileImages:
+    labels = torch.tensor(list(labels_by_name.values()), dtype=torch.int64)
+    return FileImages(root, tuple(labels_by_name), labels, (_SIZE, _SIZE))
+
+
+def _class_names(root: Path, wnids: list[str]) -> tuple[str, ...]:
+    lines = (root / "words.txt").read_text(encoding="utf-8").splitlines()
+    words = dict(line.split("\t", 1) for line in lines if "\t" in line)
+    return tuple(words.get(wnid, wnid).partition(",")[0] for wnid in wnids)

@@ -1,0 +1,405 @@
+import dataclasses
+import functools
+import http.server
+import io
+import os
+import pickle
+import re
+import subprocess
+import sys
+import tarfile
+import threading
+import urllib.error
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import (
+    CIFAR10_CLASSES,
+    class_images,
+    describe,
+    write_cifar10,
+    write_cifar100,
+    write_tiny_imagenet,
+)
+
+from mixmo_fastai.data.archives import Unpacked, extract, fetch
+from mixmo_fastai.data.cifar import CIFAR10, CIFAR100, read_cifar10, read_cifar100
+from mixmo_fastai.data.sources import SOURCES, data_home, dataset_status, load_source
+from mixmo_fastai.data.statistics import channel_statistics
+from mixmo_fastai.data.tiny_imagenet import TINY_IMAGENET, read_tiny_imagenet
+from mixmo_fastai.errors import InputError
+from mixmo_fastai.names import DATASETS
+
+REAL_TINY = Path(__file__).resolve().parents[2] / "shared/data/tiny-imagenet-200-small.tar.xz"
+WRITERS = {
+    "cifar10": write_cifar10,
+    "cifar100": write_cifar100,
+    "tinyimagenet": write_tiny_imagenet,
+}
+
+
+@pytest.fixture
+def register(monkeypatch):
+    """Let a data set's name stand for a generated archive."""
+
+    def replace(archive):
+        source = dataclasses.replace(SOURCES[archive.dataset], archive=archive)
+        monkeypatch.setitem(SOURCES, archive.dataset, source)
+
+    return replace
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    def refuse(*_, **__):
+        raise urllib.error.URLError("Name or service not known")
+
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", refuse)
+
+
+@pytest.fixture
+def server(tmp_path):
+    """Serve a folder from this machine; gives the folder and its address."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    handler = functools.partial(Quiet, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        yield folder, f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+        thread.join()
+
+
+def test_every_name_has_a_source_and_facts():
+    assert list(SOURCES) == list(DATASETS)
+
+
+def test_digits_are_as_their_facts_say():
+    source = load_source("digits")
+    facts = DATASETS["digits"]
+    assert (len(source.train), len(source.test)) == facts.num_images
+    assert source.train.image_shape == source.test.image_shape == facts.image_shape
+    assert source.classes == tuple("0123456789")
+    assert source.train.name(3) == "train/3"
+    assert source.train.tensor().max() == 255
+    mean, std = channel_statistics(source.train.tensor())
+    assert source.mean == pytest.approx(mean, abs=5e-4)
+    assert source.std == pytest.approx(std, abs=5e-4)
+
+
+def test_digits_are_split_within_each_class():
+    from sklearn.datasets import load_digits
+
+    source, target = load_source("digits"), load_digits().target
+    for label in range(10):
+        count = int((target == label).sum())
+        assert (source.test.labels == label).sum() == count // 5
+        assert (source.train.labels == label).sum() == count - count // 5
+
+
+def test_digits_take_every_fifth_image_of_a_class():
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    zeros = np.rint(digits.images[digits.target == 0] * 255 / 16)
+    source = load_source("digits")
+    of_test = source.test.tensor()[source.test.labels == 0][:, 0].numpy()
+    assert np.array_equal(of_test, zeros[4::5])
+
+
+def test_cifar10_gives_the_written_images(tmp_path):
+    source = read_cifar10(Unpacked(write_cifar10(tmp_path), tmp_path))
+    assert source.classes == CIFAR10_CLASSES
+    assert (len(source.train), len(source.test)) == (100, 20)
+    assert source.train.labels.tolist() == list(range(10)) * 10
+    third = class_images(np.arange(20) % 10, 10, (32, 32), seed=2)
+    pixels = source.train.tensor()
+    assert np.array_equal(pixels[40:60].permute(0, 2, 3, 1).numpy(), third)
+    assert torch.equal(source.train[41], pixels[41])
+    assert pixels.dtype == torch.uint8
+    assert pixels.is_contiguous()
+    assert source.train.labels.dtype == torch.int64
+    assert (source.mean, source.flip) == (DATASETS["cifar10"].mean, True)
+
+
+def test_cifar100_gives_fine_labels(tmp_path):
+    source = read_cifar100(Unpacked(write_cifar100(tmp_path), tmp_path))
+    assert (len(source.train), len(source.test)) == (200, 100)
+    assert source.test.labels.tolist() == list(range(100))
+    assert source.classes[99] == "fine_99"
+    assert source.train.image_shape == DATASETS["cifar100"].image_shape
+
+
+def test_cifar_pickled_by_python_3_is_read_too(tmp_path):
+    write_cifar100(tmp_path)
+    rows = np.arange(2 * 3072).astype(np.uint8).reshape(2, 3072)
+    content = pickle.dumps({"data": rows, "fine_labels": [3, 1]}, protocol=4)
+    (tmp_path / "cifar-100-python" / "test").write_bytes(content)
+    source = read_cifar100(Unpacked(describe(CIFAR100, tmp_path), tmp_path))
+    assert np.array_equal(source.test.tensor().flatten(1).numpy(), rows)
+
+
+def test_a_changed_cifar_file_is_refused(tmp_path):
+    archive = write_cifar10(tmp_path)
+    path = tmp_path / archive.folder / "data_batch_3"
+    path.write_bytes(path.read_bytes() + b" ")
+    with pytest.raises(InputError, match="'cifar10' is damaged: data_batch_3 differs") as caught:
+        read_cifar10(Unpacked(archive, tmp_path))
+    assert str(path.parent) in str(caught.value)
+    assert len(str(caught.value).splitlines()) <= 3
+
+
+def test_no_byte_is_unpickled_before_its_checksum(tmp_path):
+    write_cifar100(tmp_path)
+    marker = tmp_path / "ran"
+    (tmp_path / "cifar-100-python" / "train").write_bytes(calling("os", "mkdir", str(marker)))
+    with pytest.raises(InputError, match="differs from its checksum"):
+        load_source("cifar100", tmp_path)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("call", [("os", "mkdir"), ("numpy", "load"), ("builtins", "open")])
+def test_a_pickle_calls_nothing_even_with_the_right_checksum(tmp_path, call):
+    write_cifar100(tmp_path)
+    marker = tmp_path / "ran"
+    (tmp_path / "cifar-100-python" / "train").write_bytes(calling(*call, str(marker)))
+    with pytest.raises(InputError, match=rf"not in the official format.*{call[0]}\.{call[1]}"):
+        read_cifar100(Unpacked(describe(CIFAR100, tmp_path), tmp_path))
+    assert not marker.exists()
+
+
+def calling(module, name, argument):
+    text = argument.encode()
+    return b"".join(
+        (b"\x80\x02c", f"{module}\n{name}\n".encode(), b"U", bytes([len(text)]), text, b"\x85R.")
+    )
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x02", b"\x80\x02].", b"text\n", b"\x80\x02}."])
+def test_a_pickle_of_another_form_is_refused(tmp_path, content):
+    write_cifar100(tmp_path)
+    (tmp_path / "cifar-100-python" / "meta").write_bytes(content)
+    with pytest.raises(InputError, match="meta is not in the official format"):
+        read_cifar100(Unpacked(describe(CIFAR100, tmp_path), tmp_path))
+
+
+def test_tiny_imagenet_gives_sorted_classes(tmp_path):
+    source = read_tiny_imagenet(Unpacked(write_tiny_imagenet(tmp_path), tmp_path))
+    assert source.classes[:2] == ("name n00000000", "name n00000001")
+    assert source.train.labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
+    assert source.test.labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert source.train.image_shape == DATASETS["tinyimagenet"].image_shape
+    assert source.train.name(4) == "train/n00000001/images/n00000001_1.JPEG"
+    assert source.test.name(4) == "val/images/val_4.JPEG"
+    grey = source.train[0]
+    assert torch.equal(grey[0], grey[2])
+    assert (tmp_path / "mixmo-cache").is_dir()
+
+
+def test_tiny_imagenet_names_what_is_missing(tmp_path):
+    root = tmp_path / write_tiny_imagenet(tmp_path).folder
+    (root / "val" / "images" / "val_3.JPEG").unlink()
+    with pytest.raises(InputError, match=r"val_3\.JPEG"):
+        load_source("tinyimagenet", tmp_path)
+    for image in (root / "train" / "n00000002" / "images").iterdir():
+        image.unlink()
+    with pytest.raises(InputError, match=r"no images in .*n00000002"):
+        load_source("tinyimagenet", tmp_path)
+    (root / "words.txt").unlink()
+    with pytest.raises(InputError, match=r"damaged: words\.txt is missing"):
+        load_source("tinyimagenet", tmp_path)
+
+
+def test_tiny_imagenet_names_an_unknown_class(tmp_path):
+    root = tmp_path / write_tiny_imagenet(tmp_path).folder
+    with (root / "val" / "val_annotations.txt").open("a") as file:
+        file.write("val_0.JPEG\tn77\t0\t0\t0\t0\n")
+    with pytest.raises(InputError, match=r"line 9 of .*val_annotations\.txt.*'n77'"):
+        load_source("tinyimagenet", tmp_path)
+
+
+@pytest.mark.skipif(not REAL_TINY.exists(), reason=f"{REAL_TINY} is not there")
+def test_real_images_of_tiny_imagenet(tmp_path):
+    def wanted(member):
+        return re.match(r"[^/]+/([^/]+\.txt$|val/|train/n01)", member.name)
+
+    with tarfile.open(REAL_TINY) as archive:
+        archive.extractall(tmp_path, [m for m in archive if wanted(m)], filter="data")
+    root = tmp_path / TINY_IMAGENET.folder
+    wnids = sorted(path.name for path in (root / "train").iterdir())
+    annotations = (root / "val" / "val_annotations.txt").read_text().splitlines()
+    kept = [line for line in annotations if line.split("\t")[1] in wnids]
+    (root / "wnids.txt").write_text("\n".join(wnids))
+    (root / "val" / "val_annotations.txt").write_text("\n".join(kept))
+
+    source = load_source("tinyimagenet", tmp_path)
+    assert source.classes[0] == "goldfish"
+    assert (len(source.train), len(source.test)) == (50 * len(wnids), 10 * len(wnids))
+    assert source.train.labels.bincount().tolist() == [50] * len(wnids)
+    goldfish = source.train.tensor()[source.train.labels == 0].float().mean((0, 2, 3))
+    assert goldfish[0] > goldfish[2] + 30  # more red than blue
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_an_archive_is_checked_and_unpacked(tmp_path, register, name):
+    archive = WRITERS[name](tmp_path, packed=True)
+    register(archive)
+    assert dataset_status(name, tmp_path).detail == "unpacked at the first use"
+    source = load_source(name, tmp_path, download=False)
+    assert len(source.train) > len(source.test) > 0
+    assert dataset_status(name, tmp_path).detail == "intact"
+    left = {path.name for path in tmp_path.iterdir()} - {"mixmo-cache"}
+    assert left == {archive.folder, archive.file_name}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_an_archive_with_another_checksum_is_not_unpacked(tmp_path, name):
+    archive = WRITERS[name](tmp_path, packed=True)
+    with pytest.raises(InputError, match="differs from its checksum") as caught:
+        load_source(name, tmp_path)
+    assert archive.file_name in str(caught.value)
+    assert dataset_status(name, tmp_path).state == "damaged"
+    assert not (tmp_path / archive.folder).exists()
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_without_network_the_message_says_which_file_goes_where(tmp_path, offline, name):
+    with pytest.raises(InputError, match="Name or service not known") as caught:
+        load_source(name, tmp_path)
+    archive = SOURCES[name].archive
+    for part in (archive.file_name, archive.url, str(tmp_path)):
+        assert part in str(caught.value)
+    assert len(str(caught.value).splitlines()) <= 3
+
+
+def test_downloading_can_be_off(tmp_path):
+    with pytest.raises(InputError, match=r"downloading is off(.|\n)*cifar-10-python\.tar\.gz"):
+        load_source("cifar10", tmp_path / "missing", download=False)
+    assert not (tmp_path / "missing").exists()
+
+
+def test_an_archive_is_downloaded(tmp_path, server):
+    folder, address = server
+    archive = write_cifar100(folder, packed=True)
+    archive = dataclasses.replace(archive, url=f"{address}/{archive.file_name}")
+    home = tmp_path / "home"
+    source = read_cifar100(fetch(archive, home))
+    assert len(source.train) == 200
+    assert {path.name for path in home.iterdir()} == {archive.file_name, archive.folder}
+
+
+def test_a_download_with_another_checksum_is_removed(tmp_path, server):
+    folder, address = server
+    archive = write_cifar100(folder, packed=True)
+    wrong = dataclasses.replace(archive, url=f"{address}/{archive.file_name}", md5="0" * 32)
+    with pytest.raises(InputError, match="downloading it failed"):
+        fetch(wrong, tmp_path / "home")
+    assert list((tmp_path / "home").iterdir()) == []
+
+
+def test_a_data_folder_that_is_a_file_is_explained(tmp_path, offline):
+    (tmp_path / "home").touch()
+    with pytest.raises(InputError, match="downloading it failed"):
+        load_source("cifar10", tmp_path / "home")
+
+
+@pytest.mark.parametrize("name", ["../out", "/tmp/out", "a/../../out", "..\\out", "C:out"])
+def test_an_archive_writes_nothing_outside_its_folder(tmp_path, name):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr(name, "x")
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as archive:
+        archive.addfile(tarfile.TarInfo(name), io.BytesIO())
+    for file in ("a.zip", "a.tar.gz"):
+        with pytest.raises(InputError, match="leads out of its folder"):
+            extract(tmp_path / file, tmp_path / "in")
+    assert {path.name for path in tmp_path.iterdir()} <= {"a.zip", "a.tar.gz", "in"}
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
+def test_an_archive_holds_files_only(tmp_path, kind):
+    member = tarfile.TarInfo("member")
+    member.type, member.linkname = kind, "/etc/passwd"
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        archive.addfile(member)
+    with pytest.raises(InputError, match="'member' is not a file"):
+        extract(tmp_path / "a.tar", tmp_path / "in")
+
+
+def test_the_state_of_every_data_set_can_be_told(tmp_path, register):
+    assert dataset_status("digits", tmp_path).state == "present"
+    for name in WRITERS:
+        status = dataset_status(name, tmp_path)
+        assert (status.state, status.place) == ("absent", tmp_path / SOURCES[name].archive.folder)
+    register(write_cifar10(tmp_path))
+    assert dataset_status("cifar10", tmp_path).state == "present"
+    (tmp_path / "cifar-10-batches-py" / "test_batch").write_bytes(b"")
+    status = dataset_status("cifar10", tmp_path)
+    assert status.state == "damaged"
+    assert "test_batch differs" in status.detail
+    with pytest.raises(InputError, match="Did you mean 'cifar10'"):
+        dataset_status("cifar-10", tmp_path)
+
+
+def test_official_checksums_are_those_of_torchvision():
+    from torchvision import datasets
+
+    for ours, theirs in ((CIFAR10, datasets.CIFAR10), (CIFAR100, datasets.CIFAR100)):
+        expected = dict(theirs.train_list + theirs.test_list)
+        expected[theirs.meta["filename"]] = theirs.meta["md5"]
+        assert ours.members == expected
+        assert (ours.url, ours.md5, ours.folder) == (theirs.url, theirs.tgz_md5, theirs.base_folder)
+
+
+def test_an_unknown_name_is_answered_with_the_nearest():
+    with pytest.raises(InputError, match="Did you mean 'cifar100'") as caught:
+        load_source("cifar_100")
+    assert "train/ and test/" in str(caught.value)
+    assert len(str(caught.value).splitlines()) <= 3
+
+
+@pytest.mark.parametrize("path", ["./no-such", "no/such", "~/no-such-folder"])
+def test_a_path_is_told_from_a_name(path, tmp_path):
+    with pytest.raises(InputError, match=r"Image folder .* does not exist"):
+        load_source(path, tmp_path)
+
+
+def test_a_named_data_set_keeps_its_size():
+    assert load_source("digits", image_size=8).train.image_shape == (1, 8, 8)
+    with pytest.raises(InputError, match="image_size is 32, but images of 'digits' are 8 x 8"):
+        load_source("digits", image_size=32)
+
+
+def test_the_data_folder_is_chosen_in_order(monkeypatch, tmp_path):
+    for variable in ("MIXMO_DATA_DIR", "FASTAI_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    assert data_home() == Path("~/.fastai/data").expanduser()
+    monkeypatch.setenv("FASTAI_HOME", str(tmp_path / "fastai"))
+    assert data_home() == tmp_path / "fastai" / "data"
+    monkeypatch.setenv("MIXMO_DATA_DIR", str(tmp_path / "mixmo"))
+    assert data_home() == tmp_path / "mixmo"
+    assert data_home(Path("given")) == Path("given")
+
+
+def test_reading_data_needs_no_fastai():
+    code = (
+        "import sys, mixmo_fastai.data; assert 'torch' not in sys.modules, 'torch'\n"
+        "import mixmo_fastai.data.sources; assert 'fastai' not in sys.modules, 'fastai'"
+    )
+    root = str(Path(__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")

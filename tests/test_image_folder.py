@@ -1,0 +1,276 @@
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from datasets import write_image_folder
+from PIL import Image
+
+from mixmo_fastai.data import decoding, image_folder, image_sets
+from mixmo_fastai.data.image_folder import own_size, read_image_folder
+from mixmo_fastai.data.sources import ArrayImages, FileImages, load_source
+from mixmo_fastai.data.statistics import channel_statistics
+from mixmo_fastai.errors import InputError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_image_folder(tmp_path / "pets")
+
+
+@pytest.fixture
+def home(tmp_path):
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def no_decoding(monkeypatch):
+    """Give a function after whose call no image can be decoded any more."""
+
+    def refuse(*_):
+        raise AssertionError("an image was decoded")
+
+    def forbid():
+        for module in (decoding, image_sets):
+            monkeypatch.setattr(module, "decode_image", refuse)
+        monkeypatch.setattr(image_sets, "decode_batches", refuse)
+
+    return forbid
+
+
+def pixels_of(path):
+    return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
+
+
+def entry_of(home):
+    (entry,) = (home / "mixmo-cache").iterdir()
+    return entry
+
+
+def test_images_labels_and_names_belong_together(folder, home):
+    source = load_source(folder, home)
+    assert source.name == "pets"
+    assert source.classes == ("cat", "dog")
+    assert source.train.labels.tolist() == [0] * 4 + [1] * 4
+    assert source.test.labels.tolist() == [0, 0, 1, 1]
+    assert source.train.labels.dtype == torch.int64
+    assert source.train.name(5) == "train/dog/001.png"
+    assert source.train.image_shape == (3, 32, 32)
+    for images in (source.train, source.test):
+        assert images.tensor().is_contiguous()
+        for index in range(len(images)):
+            expected = pixels_of(folder / images.name(index))
+            assert torch.equal(images[index], expected)
+            assert torch.equal(images.tensor()[index], expected)
+
+
+@pytest.mark.parametrize("test_name", ["test", "val", "valid"])
+def test_the_test_part_has_three_names(tmp_path, home, test_name):
+    folder = write_image_folder(tmp_path / "pets", test_name=test_name)
+    assert load_source(str(folder), home).test.name(0) == f"{test_name}/cat/000.png"
+
+
+def test_of_several_test_parts_the_first_counts(folder, home):
+    write_image_folder(folder, test_name="val", num_test=3)
+    assert load_source(folder, home).test.name(0).startswith("test/")
+
+
+def test_padding_is_an_eighth_and_mirroring_is_on(folder, home):
+    source = load_source(folder, home)
+    assert source.crop_padding == 4
+    assert source.flip is True
+
+
+def test_mean_and_deviation_are_those_of_the_training_images(folder, home):
+    source = load_source(folder, home)
+    pixels = source.train.tensor().double() / 255
+    mean, std = pixels.mean((0, 2, 3)), pixels.std((0, 2, 3), correction=0)
+    assert source.mean == pytest.approx(mean.tolist(), abs=1e-12)
+    assert source.std == pytest.approx(std.tolist(), abs=1e-12)
+
+
+def test_mean_and_deviation_of_more_than_a_batch():
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (1100, 2, 3, 3), np.uint8))
+    pixels[600:, 1] //= 4
+    scaled = pixels.double() / 255
+    mean, std = channel_statistics(pixels)
+    assert mean == pytest.approx(scaled.mean((0, 2, 3)).tolist(), abs=1e-12)
+    assert std == pytest.approx(scaled.std((0, 2, 3), correction=0).tolist(), abs=1e-12)
+
+
+def test_the_deviation_of_one_colour_can_be_divided_by():
+    mean, std = channel_statistics(torch.full((3, 1, 4, 4), 255, dtype=torch.uint8))
+    assert mean == pytest.approx((1.0,))
+    assert std == pytest.approx((1 / 255,))
+
+
+def test_hidden_and_other_files_are_ignored(folder, home):
+    (folder / "train" / ".cache").mkdir()
+    (folder / "train" / "readme.txt").touch()
+    (folder / "train" / "cat" / ".hidden.png").touch()
+    (folder / "train" / "cat" / "Thumbs.db").touch()
+    assert len(load_source(folder, home).train) == 8
+
+
+def test_a_size_that_is_asked_for_is_square(folder, home):
+    source = load_source(folder, home, image_size=24)
+    assert source.train.image_shape == source.test.image_shape == (3, 24, 24)
+    assert source.crop_padding == 3
+
+
+def test_the_most_frequent_training_size_is_taken(tmp_path, home):
+    folder = write_image_folder(tmp_path / "pets", size=(20, 28))
+    Image.new("RGB", (99, 77)).save(folder / "train" / "cat" / "000.png")
+    Image.new("RGB", (99, 77)).save(folder / "test" / "cat" / "000.png")
+    source = load_source(folder, home)
+    assert source.train.image_shape == source.test.image_shape == (3, 20, 28)
+
+
+def test_large_images_are_scaled_down(tmp_path):
+    Image.new("RGB", (300, 100)).save(tmp_path / "wide.png")
+    assert own_size([tmp_path / "wide.png"]) == (100, 224)
+
+
+def test_a_size_must_be_positive(folder, home):
+    with pytest.raises(InputError, match="image_size is 0"):
+        load_source(folder, home, image_size=0)
+
+
+def remove(path):
+    for below in sorted(path.rglob("*"), reverse=True):
+        below.rmdir() if below.is_dir() else below.unlink()
+    path.rmdir()
+
+
+DAMAGES = {
+    "does not exist": remove,
+    "has no folder train/": lambda pets: remove(pets / "train"),
+    "has neither test/ nor val/ nor valid/": lambda pets: remove(pets / "test"),
+    "train is empty": lambda pets: [remove(pets / "train" / name) for name in ("cat", "dog")],
+    "test is empty": lambda pets: [remove(pets / "test" / name) for name in ("cat", "dog")],
+    "only one class, 'dog'": lambda pets: remove(pets / "train" / "cat"),
+    "outside of class folders, such as 1.png": lambda pets: (pets / "train" / "1.png").touch(),
+    "outside of class folders, such as 2.png": lambda pets: (pets / "test" / "2.png").touch(),
+    "test has the class 'dig'": lambda pets: (pets / "test" / "dog").rename(pets / "test" / "dig"),
+    "train has the class 'dog'": lambda pets: remove(pets / "test" / "dog"),
+    "train/cat has no images": lambda pets: [
+        path.unlink() for path in (pets / "train" / "cat").iterdir()
+    ],
+    "dog/001.png": lambda pets: (pets / "train" / "dog" / "001.png").write_bytes(b"damaged"),
+    "cat/000.png": lambda pets: (pets / "test" / "cat" / "000.png").write_bytes(b"damaged"),
+}
+
+
+@pytest.mark.parametrize("message", DAMAGES)
+def test_a_folder_of_another_form_is_explained(folder, home, message):
+    DAMAGES[message](folder)
+    with pytest.raises(InputError) as caught:
+        load_source(folder, home)
+    assert message in str(caught.value).replace(os.sep, "/")
+    assert str(folder) in str(caught.value)
+    assert 2 <= len(str(caught.value).splitlines()) <= 3
+
+
+def test_a_file_is_not_a_folder(tmp_path, home):
+    (tmp_path / "pets").touch()
+    with pytest.raises(InputError, match="is not a folder"):
+        load_source(tmp_path / "pets", home)
+
+
+def test_the_second_time_nothing_is_decoded(folder, home, no_decoding):
+    first = load_source(folder, home)
+    no_decoding()
+    second = load_source(folder, home)
+    assert torch.equal(first.train.tensor(), second.train.tensor())
+    assert torch.equal(first.test.tensor(), second.test.tensor())
+    assert (first.mean, first.std) == (second.mean, second.std)
+
+
+def test_a_changed_image_is_decoded_anew(tmp_path, home):
+    folder = write_image_folder(tmp_path / "pets", extension=".bmp")  # the file keeps its size
+    load_source(folder, home)
+    Image.new("RGB", (32, 32), "red").save(folder / "train" / "cat" / "000.bmp")
+    assert load_source(folder, home).train[0].flatten(1)[:, 0].tolist() == [255, 0, 0]
+
+
+def test_each_size_has_its_own_cache(folder, home):
+    assert load_source(folder, home, image_size=8).train.image_shape == (3, 8, 8)
+    assert load_source(folder, home, image_size=9).train.image_shape == (3, 9, 9)
+    assert len(list((home / "mixmo-cache").iterdir())) == 2
+
+
+def test_the_cache_is_not_changed_through_the_tensor(folder, home):
+    pixels = load_source(folder, home).train.tensor()
+    expected = pixels.clone()
+    pixels.zero_()
+    assert torch.equal(load_source(folder, home).train.tensor(), expected)
+
+
+def cut(entry):
+    content = (entry / "train.npy").read_bytes()
+    (entry / "train.npy").write_bytes(content[:-1])
+
+
+CACHE_DAMAGES = {
+    "truncated": cut,
+    "emptied": lambda entry: (entry / "train.npy").write_bytes(b""),
+    "no array": lambda entry: (entry / "train.npy").write_bytes(b"no array" * 99),
+    "other shape": lambda entry: np.save(entry / "train.npy", np.zeros((2, 3, 4, 4), np.uint8)),
+    "other type": lambda entry: np.save(entry / "train.npy", np.zeros((8, 3, 32, 32), np.int8)),
+    "removed": lambda entry: (entry / "train.npy").unlink(),
+    "facts cut": lambda entry: (entry / "facts.json").write_text('{"size": [3'),
+    "facts of another kind": lambda entry: (entry / "facts.json").write_text("[]"),
+}
+
+
+@pytest.mark.parametrize("damage", CACHE_DAMAGES)
+def test_a_damaged_cache_is_made_again(folder, home, damage, no_decoding):
+    expected = load_source(folder, home)
+    pixels = expected.train.tensor().clone()
+    CACHE_DAMAGES[damage](entry_of(home))
+    repaired = load_source(folder, home)
+    assert torch.equal(repaired.train.tensor(), pixels)
+    assert repaired.mean == expected.mean
+    no_decoding()
+    assert torch.equal(load_source(folder, home).train.tensor(), pixels)
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(folder, home):
+    home.mkdir()
+    (home / "mixmo-cache").touch()
+    source = load_source(folder, home)
+    assert isinstance(source.train, ArrayImages)
+    assert torch.equal(source.train[0], pixels_of(folder / "train" / "cat" / "000.png"))
+
+
+def test_a_failed_decoding_leaves_no_file_behind(folder, home):
+    (folder / "train" / "dog" / "003.png").write_bytes(b"damaged")
+    with pytest.raises(InputError):
+        load_source(folder, home, image_size=32)
+    assert list(entry_of(home).iterdir()) == []
+
+
+def test_facts_are_plain_json(folder, home):
+    source = load_source(folder, home)
+    facts = json.loads((entry_of(home) / "facts.json").read_text())
+    assert facts == {"size": [32, 32], "mean, std": [list(source.mean), list(source.std)]}
+
+
+def test_above_the_limit_images_are_decoded_at_each_access(folder, home):
+    within = read_image_folder(folder, home)
+    above = read_image_folder(folder, home / "other", cache_limit=12 * 3 * 32 * 32 - 1)
+    assert isinstance(above.train, FileImages)
+    assert above.train.image_shape == within.train.image_shape
+    assert torch.equal(above.train[5], within.train[5])
+    assert torch.equal(above.train.tensor(), within.train.tensor())
+    assert above.train.name(5) == within.train.name(5)
+    assert (above.mean, above.std) == (within.mean, within.std)
+    assert not list((home / "other").rglob("*.npy"))
+
+
+def test_above_the_limit_a_sample_gives_mean_and_deviation(folder, home, monkeypatch):
+    monkeypatch.setattr(image_folder, "_STATISTICS_SAMPLE", 3)
+    source = read_image_folder(folder, home, cache_limit=0)
+    expected = channel_statistics(source.train.tensor()[::3])
+    assert (source.mean, source.std) == expected
