@@ -5,11 +5,11 @@ sees, C channels, H W image size, D feature channels, h w feature size after the
 Source: Ramé, Sun, Cord, "MixMo", ICCV 2021.
 """
 
+import sys
 from typing import Any
 
 import torch
 from fastai.callback.core import Callback
-from fastai.callback.mixup import MixHandler
 from torch import Tensor, nn
 
 from mixmo_fastai.data.expansion import expand
@@ -94,7 +94,7 @@ class MixMoCallback(Callback):
             )
         check_kind(self.mix, network.num_members)
         for other in self.learn.cbs:
-            if isinstance(other, MixHandler):
+            if _is_fastai_mix(other):
                 raise InputError(
                     f"fastai's {type(other).__name__} cannot be combined with MixMoCallback: "
                     "both replace the targets.\nRemove it."
@@ -205,6 +205,13 @@ def unwrap(model: nn.Module) -> Any:
         if not isinstance(model, MixMoModel):
             model = getattr(model, attribute, model)
     return model
+
+
+def _is_fastai_mix(callback: Callback) -> bool:
+    # Importing fastai's module, which brings its tabular part along, would double the start-up;
+    # where nobody has imported it, nobody has one of its callbacks.
+    module = sys.modules.get("fastai.callback.mixup")
+    return module is not None and isinstance(callback, module.MixHandler)
 
 
 def _check_shares(**shares: float) -> None:

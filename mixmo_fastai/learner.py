@@ -4,6 +4,8 @@ from functools import partial
 from inspect import signature
 from typing import Any
 
+import fastai.callback.progress
+import fastai.callback.schedule  # noqa: F401  # gives every Learner fit_one_cycle and lr_find
 import torch
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import get_c

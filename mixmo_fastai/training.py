@@ -105,7 +105,8 @@ def prepare(recipe: Recipe, data_dir: Path | None = None) -> Training:
     )
     learn = learner_from_recipe(recipe, dls, cbs=_precision(recipe.train.precision, device))
     learn.remove_cbs(ProgressCallback)  # the caller brings its own display
-    learn.model.to(device)
+    # Convolutions are faster with the channels innermost, on a CPU as on a GPU.
+    learn.model.to(device, memory_format=torch.channels_last)
     return Training(recipe, source, learn)
 
 

@@ -40,6 +40,6 @@ class LabelOf(Transform):
 def as_items(images: ImageSet, classes: tuple[str, ...]) -> Datasets:
     """View an image set as fastai's `Datasets` of (image, category)."""
     categorize = Categorize(vocab=list(classes), sort=False)
-    return Datasets(
-        list(range(len(images))), [[OpenImage(images)], [LabelOf(images, classes), categorize]]
-    )
+    pipelines = [[OpenImage(images)], [LabelOf(images, classes), categorize]]
+    # Setting up asks for a first item; the vocabulary is known without.
+    return Datasets(list(range(len(images))), pipelines, do_setup=len(images) > 0)

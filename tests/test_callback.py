@@ -1,0 +1,417 @@
+import gc
+
+import pytest
+import torch
+from fastai.callback.core import Callback, CancelTrainException, event
+from fastai.callback.mixup import MixUp
+from fastai.callback.schedule import minimum
+from fastai.learner import Learner, load_learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.metrics import accuracy
+from fasttransform import Transform
+from synthetic import foreign_dls, mixmo_dls
+from torch import nn
+
+from mixmo_fastai import metrics
+from mixmo_fastai.callback import MixMoCallback, scheduled_mix_prob
+from mixmo_fastai.errors import InputError
+from mixmo_fastai.learner import mixmo_learner
+from mixmo_fastai.losses import MixMoLoss
+from mixmo_fastai.models import create_model
+from mixmo_fastai.training import CheckpointCallback, HistoryCallback
+
+
+def learner(dls=None, *, cbs=(), callback=None, num_members=2, seed=0, **kwargs):
+    """An existing Learner, as a user builds it, with the callback added."""
+    dls = dls or mixmo_dls()
+    random = torch.Generator().manual_seed(3)
+    model = create_model("wrn10_1", dls.c, num_members, generator=random)
+    callback = callback or MixMoCallback(seed=seed)
+    kwargs.setdefault("loss_func", CrossEntropyLossFlat())
+    learn = Learner(dls, model, cbs=[callback, *cbs], metrics=[accuracy], **kwargs)
+    learn.remove_cb(learn.progress)
+    learn.logger = lambda *_: None
+    return learn
+
+
+class Spy(Callback):
+    """Keep what the network and the loss see."""
+
+    order, run_valid = 1000, False
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def after_pred(self):
+        self.seen.append((*self.learn.xb, *self.learn.yb, self.learn.pred.detach()))
+
+
+class StopAt(Callback):
+    """Raise something in the middle of an epoch."""
+
+    run_valid = False
+
+    def __init__(self, error, step=2):
+        super().__init__()
+        self.error, self.step = error, step
+
+    def after_pred(self):
+        if self.learn.train_iter == self.step:
+            raise self.error
+
+
+def state(learn):
+    return {name: tensor.clone() for name, tensor in learn.model.state_dict().items()}
+
+
+def equal(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+class TestWhatTheNetworkSees:
+    def test_shapes(self):
+        spy = Spy()
+        learner(cbs=[spy]).fit(1, 0.01)
+        inputs, masks, targets, weights, pred = spy.seen[0]
+        assert inputs.shape == (48, 2, 3, 8, 8)  # 12 images, each 4 times, for 2 members
+        assert masks.shape == (48, 2, 1, 8, 8)
+        assert targets.shape == weights.shape == (48, 2)
+        assert pred.shape == (48, 2, 3)
+        torch.testing.assert_close(masks.sum(1), torch.ones(48, 1, 8, 8))
+        torch.testing.assert_close(weights.sum(1), torch.full((48,), 2.0))
+
+    @pytest.mark.parametrize("make", [mixmo_dls, foreign_dls])
+    def test_every_member_sees_every_image_and_its_label_as_often(self, make):
+        spy = Spy()
+        learner(make(), cbs=[spy]).fit(1, 0.01)
+        for inputs, _, targets, _, _ in spy.seen:
+            # The class of a block is its strongest colour, whatever crop and flip did to it.
+            assert torch.equal(inputs.mean((3, 4)).argmax(2), targets)
+            counts = [targets[:, member].bincount(minlength=3) for member in range(2)]
+            assert torch.equal(*counts)
+
+    def test_each_copy_is_augmented_afresh_by_our_loader(self):
+        spy = Spy()
+        learner(cbs=[spy]).fit(1, 0.01)
+        inputs = spy.seen[0][0]
+        distinct = inputs.flatten(0, 1).flatten(1).unique(dim=0)
+        assert len(distinct) > 12 * 8 * 0.6  # 12 images, 8 copies; 18 crops and flips exist
+
+    def test_each_copy_is_augmented_afresh_by_a_users_batch_transforms(self):
+        class AddNoise(Transform):
+            def encodes(self, x: torch.Tensor):
+                return x + torch.rand_like(x) * 0.1 if x.is_floating_point() else x
+
+        dls, spy = foreign_dls(after_batch=[AddNoise()]), Spy()
+        learner(dls, cbs=[spy]).fit(1, 0.01)
+        inputs = spy.seen[0][0]
+        assert len(inputs.flatten(0, 1).flatten(1).unique(dim=0)) == 12 * 8
+        assert len(dls.train.one_batch()[0]) == 12  # the user's loader is as before
+
+    def test_kinds_without_boxes(self):
+        for mix, expected in (("sum", 1), ("linear", 48)):
+            spy = Spy()
+            learner(cbs=[spy], callback=MixMoCallback(mix, seed=0)).fit(1, 0.01)
+            masks = spy.seen[0][1]
+            assert masks[:, 0, 0].flatten(1).unique(dim=0).shape[0] == expected
+            assert bool((masks == masks[..., :1, :1]).all())  # the same at every place
+
+    def test_half_of_the_batches_are_mixed_with_boxes(self):
+        callback = MixMoCallback(seed=0, batch_repetitions=1)
+        spy = Spy()
+        learner(mixmo_dls(batch_size=2), cbs=[spy], callback=callback).fit(4, 0.01)
+        binary = [bool(((m == 0) | (m == 1)).all()) for _, m, *_ in spy.seen[: len(spy.seen) // 2]]
+        assert len(binary) > 70
+        assert 0.3 < sum(binary) / len(binary) < 0.7
+
+    def test_one_member_is_the_plain_network(self):
+        spy = Spy()
+        callback = MixMoCallback("sum", batch_repetitions=1, seed=0)
+        learner(cbs=[spy], callback=callback, num_members=1).fit(1, 0.01)
+        inputs, masks, _, weights, _ = spy.seen[0]
+        assert inputs.shape == (12, 1, 3, 8, 8)
+        assert bool((masks == 1).all())
+        assert bool((weights == 1).all())
+
+    def test_three_members(self):
+        spy = Spy()
+        learner(cbs=[spy], num_members=3).fit(1, 0.01)
+        assert spy.seen[0][0].shape == (48, 3, 3, 8, 8)
+
+
+class TestDeterminism:
+    def test_two_fits_with_one_seed_are_bit_equal(self):
+        first, second = learner(seed=5), learner(seed=5)
+        for learn in (first, second):
+            learn.fit(2, 0.01)
+        assert equal(state(first), state(second))
+        other = learner(seed=6)
+        other.fit(2, 0.01)
+        assert not equal(state(first), state(other))
+
+    def test_whatever_ran_in_between(self, tmp_path):
+        plain, disturbed = learner(), learner(path=tmp_path)
+        plain.fit(1, 0.01)
+        plain.fit(1, 0.01)
+
+        disturbed.lr_find(num_it=12, show_plot=False, suggest_funcs=minimum, stop_div=False)
+        torch.rand(17)
+        disturbed.fit(1, 0.01)
+        disturbed.get_preds()
+        disturbed.validate()
+        disturbed.dls.train.one_batch()
+        torch.manual_seed(99)
+        disturbed.fit(1, 0.01)
+        assert equal(state(plain), state(disturbed))
+
+    def test_a_second_fit_goes_on_with_new_draws(self):
+        spy = Spy()
+        learn = learner(cbs=[spy])
+        learn.fit(1, 0.0)
+        learn.fit(1, 0.0)
+        half = len(spy.seen) // 2
+        assert not torch.equal(spy.seen[0][1], spy.seen[half][1])
+        assert learn.mix_mo.epochs_trained == 2
+
+    def test_the_seed_of_fastai_is_taken_where_none_is_given(self):
+        draws = []
+        for seed in (1, 1, 2):
+            torch.manual_seed(seed)
+            spy = Spy()
+            learner(cbs=[spy], callback=MixMoCallback()).fit(1, 0.01)
+            draws.append(spy.seen[0][1])
+        assert torch.equal(draws[0], draws[1])
+        assert not torch.equal(draws[0], draws[2])
+
+    def test_the_global_generator_is_left_alone(self):
+        learn = learner()
+        before = torch.random.get_rng_state()
+        learn.fit(1, 0.01)
+        assert torch.equal(torch.random.get_rng_state(), before)
+
+
+class TestNothingLeaks:
+    def test_the_loss_is_wrapped_once_for_good(self):
+        base = CrossEntropyLossFlat()
+        learn = learner(loss_func=base)
+        learn.fit(1, 0.01)
+        wrapped = learn.loss_func
+        assert isinstance(wrapped, MixMoLoss)
+        assert wrapped.base is base
+        learn.fit(1, 0.01)
+        assert learn.loss_func is wrapped
+
+    @pytest.mark.parametrize("make", [mixmo_dls, foreign_dls])
+    @pytest.mark.parametrize(
+        "error", [KeyboardInterrupt(), RuntimeError("boom"), CancelTrainException()]
+    )
+    def test_after_an_interruption_a_fit_is_like_a_first(self, make, error):
+        interrupted = learner(make(), cbs=[StopAt(error)])
+        before = {name: vars(dl).get("after_batch") for name, dl in loaders(interrupted)}
+        if isinstance(error, CancelTrainException):
+            interrupted.fit(1, 0.01)
+            return_epochs(interrupted)
+        else:
+            with pytest.raises(type(error)):
+                interrupted.fit(1, 0.01)
+        gc.collect()
+        assert {name: vars(dl).get("after_batch") for name, dl in loaders(interrupted)} == before
+        assert len(interrupted.dls.train.one_batch()[0]) == 12
+        assert interrupted.loss_func.reduction == "mean"
+
+        fresh = learner(make())
+        for learn in (interrupted, fresh):
+            learn.remove_cbs(StopAt)
+            reset(learn)
+            learn.fit(1, 0.01)
+        assert equal(state(interrupted), state(fresh))
+
+    def test_an_interruption_while_a_batch_is_fetched(self):
+        dls = foreign_dls()
+        calls = []
+
+        def interrupt(batch):
+            calls.append(1)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return batch
+
+        dls.train.after_batch.add(Transform(interrupt))
+        own = vars(dls.train)["after_batch"]
+        learn = learner(dls)
+        with pytest.raises(KeyboardInterrupt):
+            learn.fit(1, 0.01)
+        assert vars(dls.train)["after_batch"] is own
+
+    def test_evaluation_sees_plain_batches(self):
+        learn = learner()
+        learn.fit(1, 0.01)
+        preds, targets = learn.get_preds()
+        assert preds.shape == (len(learn.dls.valid.images), 3)
+        torch.testing.assert_close(preds.sum(1), torch.ones(len(preds)))
+        assert targets.ndim == 1
+        _, _, losses = learn.get_preds(with_loss=True)
+        assert losses.shape == targets.shape
+        assert learn.loss_func.reduction == "mean"
+        loss, ensemble_accuracy = learn.validate()
+        assert loss == pytest.approx(losses.mean().item(), rel=1e-4)
+        assert ensemble_accuracy == pytest.approx(
+            (preds.argmax(1) == targets).float().mean().item()
+        )
+
+    def test_a_search_for_a_learning_rate_keeps_the_schedule(self, tmp_path):
+        class SeeProbability(Callback):
+            order, run_valid = 1000, False
+            probabilities = ()
+
+            def before_batch(self):
+                self.probabilities += (self.learn.mix_mo.current_mix_prob(),)
+
+        watcher = SeeProbability()
+        learn = learner(cbs=[watcher], path=tmp_path)
+        learn.lr_find(num_it=20, show_plot=False, suggest_funcs=minimum, stop_div=False)
+        assert set(watcher.probabilities) == {0.5}
+        assert learn.mix_mo.epochs_trained == 0
+
+    @pytest.mark.filterwarnings("ignore:load_learner. uses Python's insecure pickle")
+    def test_the_learner_is_exported_and_loaded(self, tmp_path):
+        learn = learner(path=tmp_path)
+        learn.fit(1, 0.01)
+        x = learn.dls.valid.one_batch()[0]
+        expected = learn.model.eval()(x)
+        learn.export("learner.pkl")
+        loaded = load_learner(tmp_path / "learner.pkl")
+        torch.testing.assert_close(loaded.model.eval()(x), expected)
+
+
+def loaders(learn):
+    return [("train", learn.dls.train), ("valid", learn.dls.valid)]
+
+
+def return_epochs(learn):
+    """A cancelled epoch counts as trained; begin again for the comparison."""
+    learn.mix_mo.epochs_trained = 0
+
+
+def reset(learn):
+    random = torch.Generator().manual_seed(3)
+    learn.model.load_state_dict(
+        create_model("wrn10_1", learn.dls.c, 2, generator=random).state_dict()
+    )
+    learn.opt = None
+    learn.dls.train.rng.seed(0) if hasattr(learn.dls.train, "rng") else None
+
+
+class TestSchedule:
+    def test_probability_is_flat_and_then_falls_to_zero(self):
+        assert scheduled_mix_prob(0.0, 0.5, 11 / 12) == 0.5
+        assert scheduled_mix_prob(11 / 12, 0.5, 11 / 12) == 0.5
+        assert scheduled_mix_prob(23 / 24, 0.5, 11 / 12) == pytest.approx(0.25)
+        assert scheduled_mix_prob(1.0, 0.5, 11 / 12) == 0
+        assert scheduled_mix_prob(1 + 1e-9, 0.5, 11 / 12) == 0
+        assert scheduled_mix_prob(1.0, 0.7, 1.0) == 0.7
+
+    def test_it_is_followed_in_training(self):
+        callback = MixMoCallback(mix_prob=1.0, decay_start=0.0, seed=0)
+        spy = Spy()
+        learner(mixmo_dls(batch_size=2), cbs=[spy], callback=callback).fit(2, 0.01)
+        binary = [bool(((m == 0) | (m == 1)).all()) for _, m, *_ in spy.seen]
+        third = len(binary) // 3
+        assert sum(binary[:third]) > 2 * sum(binary[-third:])
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"mix": "cutmx"}, "Did you mean 'cutmix'"),
+            ({"alpha": 0}, "alpha"),
+            ({"mix_prob": 1.5}, "mix_prob must be from 0 to 1; got 1.5"),
+            ({"decay_start": -0.1}, "decay_start"),
+            ({"weight_root": 0.5}, "weight_root"),
+            ({"batch_repetitions": 0}, "batch_repetitions"),
+            ({"input_repetition": 2}, "input_repetition"),
+        ],
+    )
+    def test_arguments_out_of_range(self, arguments, message):
+        with pytest.raises(InputError, match=message):
+            MixMoCallback(**arguments)
+
+    def test_another_model(self):
+        learn = Learner(foreign_dls(), nn.Linear(2, 2), loss_func=nn.CrossEntropyLoss())
+        learn.add_cb(MixMoCallback())
+        with pytest.raises(InputError, match="needs a MixMoModel; the Learner has a Linear"):
+            learn.fit(1)
+
+    def test_fastais_own_mixup(self):
+        with pytest.raises(InputError, match="MixUp cannot be combined"):
+            learner(cbs=[MixUp()]).fit(1)
+
+    def test_a_mixing_kind_with_one_member(self):
+        with pytest.raises(InputError, match="needs two members"):
+            learner(num_members=1).fit(1)
+
+
+class TestMixmoLearner:
+    def test_it_learns(self):
+        learn = mixmo_learner(mixmo_dls(), "wrn10_1", seed=0)
+        learn.remove_cb(learn.progress)
+        with learn.no_logging():
+            learn.fit_one_cycle(4, 0.05)
+        _, ensemble, members = learn.validate()
+        assert ensemble > 0.9
+        assert members > 0.9
+
+    def test_arguments_reach_callback_and_learner(self):
+        learn = mixmo_learner(
+            mixmo_dls(), "wrn10_1", mix="linear", num_members=3, alpha=5.0, seed=1, lr=0.25, wd=0.1
+        )
+        assert (learn.mix_mo.mix, learn.mix_mo.alpha, learn.lr, learn.wd) == (
+            "linear",
+            5,
+            0.25,
+            0.1,
+        )
+        assert learn.model.num_members == 3
+        assert isinstance(learn.loss_func, MixMoLoss)
+
+    def test_the_optimizer_is_the_published_one(self):
+        learn = mixmo_learner(mixmo_dls(), "wrn10_1", seed=1)
+        learn.create_opt()
+        group = learn.opt.opt.param_groups[0]
+        assert isinstance(learn.opt.opt, torch.optim.SGD)
+        assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (0.9, True, 6e-4)
+        assert len(group["params"]) == len(list(learn.model.parameters()))
+
+    def test_a_seed_fixes_the_initial_weights(self):
+        first, second = (mixmo_learner(mixmo_dls(), "wrn10_1", seed=4) for _ in "ab")
+        assert equal(state(first), state(second))
+
+    def test_greyscale_and_foreign_loaders(self):
+        learn = mixmo_learner(foreign_dls(), "wrn10_1", loss_func=CrossEntropyLossFlat())
+        assert learn.model.in_channels == 3
+
+
+class TestMemberAccuracy:
+    def test_it_is_the_mean_of_the_members_accuracies(self):
+        learn = learner()
+        learn.metrics = [accuracy, metrics.MemberAccuracy()]
+        learn.fit(1, 0.01)
+        _, _, value = learn.validate(ds_idx=2)
+        right, seen = 0.0, 0
+        learn.model.eval()
+        for x, y in learn.dls[2]:
+            logits = learn.model.member_logits(x)
+            right += (logits.argmax(2) == y[:, None]).float().mean(1).sum().item()
+            seen += len(y)
+        assert value == pytest.approx(right / seen)
+        assert not any(head._forward_hooks for head in learn.model.heads)
+
+
+@pytest.mark.parametrize("kind", [MixMoCallback, HistoryCallback, CheckpointCallback])
+def test_public_methods_are_events_or_documented_extras(kind):
+    """fastai ignores a misspelt event in silence."""
+    extras = {"draw_mixing", "kind_of_batch", "current_mix_prob"}
+    own = {name for name, value in vars(kind).items() if callable(value) and name[0] != "_"}
+    assert own - extras <= set(vars(event))

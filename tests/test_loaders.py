@@ -1,0 +1,196 @@
+import pytest
+import torch
+from synthetic import image_arrays, mixmo_dls, source
+
+from mixmo_fastai.data.dataloaders import make_dataloaders
+from mixmo_fastai.data.expansion import PlainCopies, expand
+from mixmo_fastai.data.loaders import Augmentation, ResidentLoader, StreamingLoader
+from mixmo_fastai.data.splits import limit_images, split_validation
+from mixmo_fastai.errors import InputError
+
+
+def loader(kind=ResidentLoader, *, bs=10, augmentation=Augmentation(1, True), seed=0, **kwargs):  # noqa: B008
+    data = source()
+    return kind(
+        data.train,
+        classes=data.classes,
+        mean=data.mean,
+        std=data.std,
+        bs=bs,
+        shuffle=augmentation is not None,
+        augmentation=augmentation,
+        seed=seed,
+        **kwargs,
+    )
+
+
+def batches(dl, copies=1):
+    return [(x.clone(), y.clone()) for x, y in expand(dl, copies)]
+
+
+def same(first, second):
+    pairs = zip(first, second, strict=True)
+    return all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in pairs)
+
+
+class TestBothLoaders:
+    @pytest.mark.parametrize("copies", [1, 4])
+    def test_streaming_gives_what_resident_gives(self, copies):
+        resident, streaming = loader(), loader(StreamingLoader)
+        assert same(batches(resident, copies), batches(streaming, copies))
+
+    @pytest.mark.parametrize("num_workers", [1, 2])
+    def test_the_number_of_workers_does_not_matter(self, num_workers):
+        alone = loader(StreamingLoader)
+        helped = loader(StreamingLoader, num_workers=num_workers)
+        assert same(batches(alone), batches(helped))
+
+    @pytest.mark.parametrize("kind", [ResidentLoader, StreamingLoader])
+    def test_an_epoch_shows_every_image_once_but_for_the_rest(self, kind):
+        seen = torch.cat([y for _, y in loader(kind)])
+        assert len(seen) == 90  # 96 images, batches of 10
+        assert len(loader(kind)) == 9
+
+    @pytest.mark.parametrize("kind", [ResidentLoader, StreamingLoader])
+    def test_evaluation_is_in_order_and_what_fastai_would_give(self, kind):
+        ours = loader(kind, augmentation=None)
+        fastais = ours.new(num_workers=0)
+        assert type(fastais).__name__ == "TfmdDL"
+        for (x, y), (x_item, y_item) in zip(ours, fastais, strict=True):
+            torch.testing.assert_close(torch.Tensor(x), torch.Tensor(x_item), atol=1e-5, rtol=1e-5)
+            assert torch.equal(torch.Tensor(y), torch.Tensor(y_item))
+            assert type(x) is type(x_item)
+
+    def test_normalisation_uses_the_data_sets_figures(self):
+        x, _ = loader(augmentation=None).one_batch()
+        pixels, _ = image_arrays(96)
+        torch.testing.assert_close(torch.Tensor(x), (pixels[:10] / 255 - 0.3) / 0.25)
+
+
+class TestOrder:
+    def test_epochs_differ_and_can_be_called_back(self):
+        dl = loader()
+        first, second = batches(dl), batches(dl)
+        assert not same(first, second)
+        dl.set_epoch(0)
+        assert same(batches(dl), first)
+        assert same(batches(dl), second)
+
+    def test_a_look_at_one_batch_moves_nothing(self):
+        looked, plain = loader(), loader()
+        looked.one_batch()
+        assert same(batches(looked), batches(plain))
+
+    def test_seeds_differ(self):
+        assert not same(batches(loader(seed=0)), batches(loader(seed=1)))
+
+
+class TestExpansion:
+    def test_copies_are_of_the_same_images_in_the_same_places(self):
+        for x, y in expand(loader(augmentation=Augmentation()), 3):
+            assert len(x) == 30
+            assert torch.equal(y.view(3, 10), y[:10].expand(3, 10))
+            assert torch.equal(x[:10], x[20:])  # nothing to augment
+
+    def test_one_copy_is_the_loader_itself(self):
+        dl = loader()
+        assert expand(dl, 1) is dl
+
+    def test_plain_loaders_are_repeated_as_they_come(self):
+        plain = [(torch.arange(3), torch.arange(3) + 10)]
+        (x, y), *rest = list(expand(plain, 2))
+        assert x.tolist() == [0, 1, 2, 0, 1, 2]
+        assert y.tolist() == [10, 11, 12, 10, 11, 12]
+        assert not rest
+        assert isinstance(expand(plain, 2), PlainCopies)
+
+
+class TestSplits:
+    def test_validation_takes_the_same_share_of_every_class(self):
+        data = source(num_train=300)
+        train, valid = split_validation(data.train, 0.2)
+        assert valid.labels.bincount().tolist() == [20, 20, 20]
+        assert sorted([*train.indices.tolist(), *valid.indices.tolist()]) == list(range(300))
+        assert torch.equal(valid.tensor(), data.train.tensor()[valid.indices])
+
+    def test_the_split_is_the_same_for_every_run(self):
+        first, second = (split_validation(source().train, 0.2)[1].indices for _ in "ab")
+        assert torch.equal(first, second)
+
+    def test_nothing_is_set_aside_by_a_share_of_zero(self):
+        data = source()
+        train, valid = split_validation(data.train, 0)
+        assert train is data.train
+        assert len(valid) == 0
+
+    def test_a_class_of_one_image_keeps_it_for_training(self):
+        data = source(num_train=4)  # labels 0 1 2 0
+        train, valid = split_validation(data.train, 0.5)
+        assert sorted(train.labels.tolist()) == [0, 1, 2]
+        assert valid.labels.tolist() == [0]
+
+    @pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
+    def test_shares_out_of_range(self, share):
+        with pytest.raises(InputError, match="valid_split"):
+            split_validation(source().train, share)
+
+    @pytest.mark.parametrize(("limit", "counts"), [(30, [10, 10, 10]), (31, [11, 10, 10])])
+    def test_a_limit_is_balanced(self, limit, counts):
+        limited = limit_images(source().train, limit)
+        assert sorted(limited.labels.bincount().tolist(), reverse=True) == counts
+
+    def test_no_limit(self):
+        data = source()
+        assert limit_images(data.train, 0) is data.train
+        assert limit_images(data.train, 1000) is data.train
+
+
+class TestMakeDataloaders:
+    def test_three_parts(self):
+        dls = mixmo_dls()
+        assert [len(dl.images) for dl in dls.loaders] == [87, 9, 30]
+        assert dls.c == 3
+        assert list(dls.vocab) == ["red", "green", "blue"]
+
+    def test_without_validation_split(self):
+        dls = mixmo_dls(valid_split=0)
+        assert len(dls.valid) == 0
+        assert list(dls.valid) == []
+
+    def test_the_validation_split_does_not_depend_on_the_limit(self):
+        whole, limited = mixmo_dls(), mixmo_dls(limit=30)
+        assert torch.equal(whole.valid.images.indices, limited.valid.images.indices)
+
+    def test_choice_of_the_loader(self, monkeypatch):
+        assert isinstance(mixmo_dls().train, ResidentLoader)
+        assert isinstance(mixmo_dls(loader="streaming").train, StreamingLoader)
+        monkeypatch.setattr("mixmo_fastai.data.dataloaders.HOST_BUDGET", 1000)
+        assert isinstance(mixmo_dls().train, StreamingLoader)
+
+    def test_too_few_images_for_a_batch(self):
+        with pytest.raises(InputError, match="87 training images do not fill one batch of 100"):
+            make_dataloaders(source(), batch_size=100, valid_split=0.1)
+
+
+class TestFastaisViews:
+    def test_predict_takes_an_image_and_gives_a_class(self):
+        from mixmo_fastai.learner import mixmo_learner
+
+        learn = mixmo_learner(mixmo_dls(), "wrn10_1", seed=0)
+        learn.remove_cb(learn.progress)
+        with learn.no_logging():
+            learn.fit_one_cycle(4, 0.05)
+        name, index, probabilities = learn.predict(3)  # the fourth image of the set
+        assert name == ["red", "green", "blue"][int(index)]
+        assert probabilities.sum().item() == pytest.approx(1, abs=1e-5)
+        pixels = learn.dls.valid.images[3]
+        by_file, *_ = learn.predict(pixels.permute(1, 2, 0).numpy())
+        assert by_file == name
+
+    def test_batches_are_shown(self):
+        import matplotlib as mpl
+
+        mpl.use("agg")
+        mixmo_dls().train.show_batch(max_n=4)
+        assert len(mpl.pyplot.gcf().axes) == 4
+        mpl.pyplot.close("all")
