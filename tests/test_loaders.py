@@ -188,9 +188,13 @@ class TestFastaisViews:
         assert by_file == name
 
     def test_batches_are_shown(self):
+        import fastai.vision.data  # noqa: F401
         import matplotlib as mpl
+        import matplotlib.pyplot as plt
 
         mpl.use("agg")
         mixmo_dls().train.show_batch(max_n=4)
-        assert len(mpl.pyplot.gcf().axes) == 4
-        mpl.pyplot.close("all")
+        titles = [axes.get_title() for axes in plt.gcf().axes]
+        plt.close("all")
+        assert len(titles) == 4
+        assert set(titles) <= {"red", "green", "blue"}

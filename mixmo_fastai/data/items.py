@@ -42,4 +42,7 @@ def as_items(images: ImageSet, classes: tuple[str, ...]) -> Datasets:
     categorize = Categorize(vocab=list(classes), sort=False)
     pipelines = [[OpenImage(images)], [LabelOf(images, classes), categorize]]
     # Setting up asks for a first item; the vocabulary is known without.
-    return Datasets(list(range(len(images))), pipelines, do_setup=len(images) > 0)
+    datasets = Datasets(list(range(len(images))), pipelines, do_setup=len(images) > 0)
+    # `Learner.predict` skips transforms by the type of its item; OpenImage takes all of them.
+    datasets.tls[0].types = [object]
+    return datasets

@@ -105,7 +105,8 @@ class BatchLoader(TfmdDL):
         epoch = self.epoch
         order = self.order(epoch)
         num_kept = len(order) - (len(order) % self.bs if self.drop_last else 0)
-        for step, batch in enumerate(self.raw_batches(order[:num_kept].split(self.bs))):
+        chunks = order[:num_kept].split(self.bs) if num_kept else ()
+        for step, batch in enumerate(self.raw_batches(chunks)):
             generator = make_generator(self.seed, "augment", epoch, step, device=self.device)
             yield self._finish(*batch, copies=copies, generator=generator)
         self.epoch = epoch + 1
