@@ -1,0 +1,96 @@
+"""Imports point down only."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mixmo_fastai
+
+PACKAGE = Path(mixmo_fastai.__file__).parent
+STDLIB, MATHEMATICS, FASTAI, ASSEMBLY, SHELL = range(5)
+
+LAYERS = {
+    "__init__": STDLIB,
+    "errors": STDLIB,
+    "names": STDLIB,
+    "recipe": STDLIB,
+    "resolve": STDLIB,
+    "runs": STDLIB,
+    "schedule": STDLIB,
+    "augment": MATHEMATICS,
+    "calibration": MATHEMATICS,
+    "diversity": MATHEMATICS,
+    "losses": MATHEMATICS,
+    "mixing": MATHEMATICS,
+    "models": MATHEMATICS,
+    "pairing": MATHEMATICS,
+    "randomness": MATHEMATICS,
+    "selective": MATHEMATICS,
+    "callback": FASTAI,
+    "data": FASTAI,
+    "metrics": FASTAI,
+    "checkpoints": ASSEMBLY,
+    "evaluation": ASSEMBLY,
+    "learner": ASSEMBLY,
+    "lr_search": ASSEMBLY,
+    "training": ASSEMBLY,
+    "figures": SHELL,
+    "cli": SHELL,
+    "__main__": SHELL,
+}
+ALLOWED_FROM_ELSEWHERE = {
+    STDLIB: set(),
+    MATHEMATICS: {"torch", "numpy"},
+    FASTAI: {"torch", "numpy", "fastai", "fasttransform", "torchvision", "PIL", "sklearn"},
+    ASSEMBLY: {"torch", "numpy", "fastai", "safetensors"},
+    SHELL: {"fastai", "rich", "typer", "matplotlib"},
+}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def part_of(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_down(path):
+    layer = LAYERS[part_of(path)]
+    for name in imports(path):
+        top, *inside = name.split(".")
+        if top == "mixmo_fastai":
+            own = inside[0] if inside and inside[0] in LAYERS else "__init__"
+            assert LAYERS[own] <= layer, f"{path.name} imports {name} from above"
+        elif top not in sys.stdlib_module_names:
+            allowed = ALLOWED_FROM_ELSEWHERE[layer]
+            assert top in allowed, f"{path.name} imports {top}; its layer has {sorted(allowed)}"
+
+
+def test_every_module_has_a_layer():
+    assert {part_of(path) for path in FILES} == set(LAYERS)
+
+
+def test_importing_the_package_loads_neither_torch_nor_fastai():
+    program = (
+        "import sys, mixmo_fastai, mixmo_fastai.cli, mixmo_fastai.data;"
+        "sys.exit(bool({'torch', 'fastai', 'numpy', 'matplotlib'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_public_names_are_there():
+    for name in mixmo_fastai.__all__:
+        assert getattr(mixmo_fastai, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'mixup'"):
+        mixmo_fastai.mixup  # noqa: B018
