@@ -1,0 +1,93 @@
+"""What the README names exists, and what it shows runs."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from mixmo_fastai.cli.main import _COMMANDS
+from mixmo_fastai.names import DATASETS, MASK_KINDS
+from mixmo_fastai.recipe import Recipe, load_recipe, to_mapping
+from mixmo_fastai.resolve import resolve_recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CODE = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+TREE = re.search(r"```\n(mixmo_fastai/.*?)```", README, flags=re.DOTALL)[1]
+
+
+def tree_paths():
+    for line in TREE.splitlines():
+        name = line.split()[0]
+        yield f"mixmo_fastai/{name}" if line.startswith("  ") else name
+
+
+@pytest.mark.parametrize("path", list(tree_paths()))
+def test_files_of_the_tree_exist(path):
+    assert (ROOT / path).exists()
+
+
+def test_the_tree_is_complete():
+    listed = {path.rstrip("/") for path in tree_paths()}
+    modules = {
+        f"mixmo_fastai/{path.name}"
+        for path in (ROOT / "mixmo_fastai").iterdir()
+        if not path.name.startswith("__")
+    }
+    assert modules <= listed
+
+
+def test_linked_files_exist():
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_commands_are_those_of_the_program():
+    named = set(re.findall(r"^\| `mixmo ([\w-]+)", README, flags=re.MULTILINE))
+    assert named == set(_COMMANDS)
+
+
+def test_names_are_those_of_the_program():
+    for name in (*DATASETS, *MASK_KINDS):
+        assert f"`{name}`" in README, name
+
+
+def test_the_two_commands_for_a_fresh_machine():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert "pip install . && mixmo fit" in README
+    assert 'pip install -e ".[dev]" && pytest' in README
+    assert "mixmo" in project["scripts"]
+    assert "dev" in project["optional-dependencies"]
+
+
+@pytest.mark.parametrize(
+    "line", re.findall(r"^    (mixmo (?:fit|lr-find).*)$", README, re.MULTILINE)
+)
+def test_command_lines_resolve(line, tmp_path, monkeypatch):
+    (tmp_path / "path/to/images").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    words = line.split()[2:]
+    dataset = words.pop(0) if words and not words[0].startswith("-") else None
+    pairs = dict(zip(words[::2], words[1::2], strict=True))
+    settings = {"--arch": "model.arch", "--mix": "mix.kind", "--epochs": "train.epochs"}
+    values = {settings[k]: v for k, v in pairs.items() if k in settings}
+    if "train.epochs" in values:
+        values["train.epochs"] = int(values["train.epochs"])
+    assignments = [pairs["--set"]] if "--set" in pairs else []
+    recipe = resolve_recipe(dataset, pairs.get("--recipe"), values, assignments)
+    assert isinstance(recipe, Recipe)
+
+
+def test_the_headline_command_is_the_published_recipe():
+    recipe = resolve_recipe("cifar100", None, {"model.arch": "wrn28_10", "mix.kind": "cutmix"})
+    assert to_mapping(recipe) == to_mapping(load_recipe("cifar100/cut-mixmo"))
+
+
+def test_code_runs():
+    names = {}
+    for block in CODE:
+        quick = block.replace("fit_one_cycle(3,", "fit_one_cycle(1,")
+        exec(compile(quick, "README.md", "exec"), names)  # noqa: S102
+    assert names["learn"].model.num_members == 2
+    assert names["learn"].mix_mo.epochs_trained == 1
