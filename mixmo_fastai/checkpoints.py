@@ -7,7 +7,6 @@ weights, optimizer state and the number of epochs are all the state there is.
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 from fastai.learner import Learner
 from safetensors import SafetensorError
@@ -84,7 +83,7 @@ def load_checkpoint(run: RunFolder, learn: Learner) -> int:
         (f for f in (run.checkpoint, run.path / ".checkpoint.old") if f.is_dir()), run.checkpoint
     )
     try:
-        state: dict[str, Any] = json.loads((folder / "state.json").read_text())
+        state = _read_state(folder / "state.json")
         buffers = load_file(folder / "optimizer.safetensors")
     except FileNotFoundError:
         raise InputError(
@@ -92,16 +91,21 @@ def load_checkpoint(run: RunFolder, learn: Learner) -> int:
         ) from None
     except (OSError, SafetensorError, ValueError) as error:
         raise InputError(f"The checkpoint in {folder} is damaged: {error}.") from error
-    if state.get("format") != FORMAT:
-        raise InputError(
-            f"{folder} has format {state.get('format')!r}; this version reads {FORMAT}."
-        )
     load_weights(learn.model, folder / "model.safetensors")
     if learn.opt is None:
         learn.create_opt()
     _restore_momentum(learn, buffers, folder)
     learn.mix_mo.epochs_trained = state["num_epochs"]
-    return int(state["num_epochs"])
+    return state["num_epochs"]
+
+
+def _read_state(path: Path) -> dict[str, int]:
+    state = json.loads(path.read_text())
+    if not isinstance(state, dict) or type(state.get("num_epochs")) is not int:
+        raise ValueError(f"{path.name} does not say how many epochs are done")
+    if state.get("format") != FORMAT:
+        raise ValueError(f"it has format {state.get('format')!r}; this version reads {FORMAT}")
+    return state
 
 
 def _momentum_buffers(learn: Learner) -> dict[str, Tensor]:

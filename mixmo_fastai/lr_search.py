@@ -59,7 +59,7 @@ def search_lr(
                 show_plot=False,
                 suggest_funcs=SUGGESTIONS,
             )
-        except (IndexError, ValueError, RuntimeError) as error:
+        except IndexError as error:  # fastai's methods found too few points
             raise InputError(
                 f"The loss ran off within the first steps from {start:g}.\n"
                 f"Start lower, as in --start {start / 100:g}, or take more --steps."
@@ -67,9 +67,10 @@ def search_lr(
         finally:
             learn.path = before
     num_members = training.recipe.model.num_members
-    losses = torch.stack([torch.as_tensor(v) for v in learn.recorder.losses]).flatten()
+    losses = torch.stack([torch.as_tensor(v) for v in learn.recorder.losses]).flatten().cpu()
+    num_finite = int(losses.isfinite().cumprod(0).sum())  # up to where the loss ran off
     return LrSearch(
-        lrs=[float(rate) for rate in learn.recorder.lrs],
-        losses=(losses.cpu() / num_members).tolist(),
+        lrs=[float(rate) for rate in learn.recorder.lrs[:num_finite]],
+        losses=(losses[:num_finite] / num_members).tolist(),
         suggestions={name: float(rate) for name, rate in suggested._asdict().items()},
     )

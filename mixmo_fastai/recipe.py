@@ -6,9 +6,11 @@ only, so that a wrong key or value is refused before torch is imported.
 
 import dataclasses
 import math
+import os
 import tomllib
 import types
 import typing
+import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -148,7 +150,7 @@ class Schedule:
     momentums: tuple[float, ...] = _number((0.95, 0.85, 0.95), 0, 1)
     milestones: tuple[float, ...] = _number((101 / 300, 201 / 300, 226 / 300), 0, 1)
     gamma: float = _number(0.1, 0, 1, open_low=True)
-    warmup_epochs: float = _number(1.0, 0)
+    warmup_epochs: float = _number(1.0, 0, 1_000_000)
 
 
 @dataclass(frozen=True)
@@ -225,7 +227,7 @@ def recipe_from_mapping(values: Mapping[str, Any], where: str) -> Recipe:
     Raises:
         InputError: naming place, key, allowed values and the nearest name.
     """
-    recipe = _build(Recipe, values, where, "")
+    recipe: Recipe = _build(Recipe, values, where, "")
     _check_together(recipe, where)
     return recipe
 
@@ -248,7 +250,15 @@ def override(recipe: Recipe, assignments: Iterable[str], where: str = "--set") -
         for name in path:
             section = section.setdefault(name, {})
             if not isinstance(section, dict):
-                raise InputError(f"{where} {assignment!r}: {name!r} is not a section.")
+                raise InputError(
+                    f"{where} {assignment!r}: {name!r} is not a section.\n"
+                    "Write section.key=value, as in train.epochs=5."
+                )
+        if isinstance(section.get(last), dict):  # or its other keys would fall back to defaults
+            raise InputError(
+                f"{where} {assignment!r}: {last!r} is a section.\n"
+                "Set its keys one by one, as in train.epochs=5."
+            )
         section[last] = _parse_value(text.strip())
     return recipe_from_mapping(values, where)
 
@@ -262,12 +272,16 @@ def load_recipe(name_or_file: str | Path) -> Recipe:
     path = find_recipe(name_or_file)
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"Recipe {path} is not valid TOML: {error}.") from error
     except OSError as error:
         raise InputError(f"Recipe {path} cannot be read: {error.strerror}.") from error
-    if path.is_relative_to(recipe_home()):
-        values.setdefault("name", path.relative_to(recipe_home()).with_suffix("").as_posix())
+    except _NOT_TOML as error:
+        raise InputError(
+            f"Recipe {path} is not valid TOML: {error}.\n"
+            "`mixmo recipes NAME` shows one that is, with every setting."
+        ) from error
+    if path.resolve().is_relative_to(recipe_home()):
+        name = path.resolve().relative_to(recipe_home()).with_suffix("").as_posix()
+        values.setdefault("name", name)
     return recipe_from_mapping(values, f"Recipe {path}")
 
 
@@ -280,9 +294,9 @@ def find_recipe(name_or_file: str | Path) -> Path:
     text = str(name_or_file)
     if text in recipe_names():
         return recipe_home() / f"{text}.toml"
-    path = Path(text).expanduser()
-    if path.is_file():
-        return path
+    path = os.path.expanduser(text)
+    if os.path.isfile(path):  # unlike pathlib's, it takes any text
+        return Path(path)
     guess = nearest(text, recipe_names())
     hint = f" Did you mean {guess!r}?" if guess else ""
     raise InputError(
@@ -336,7 +350,10 @@ def _build(kind: type, values: Mapping[str, Any], where: str, prefix: str) -> An
             raise _unknown_key(f"{prefix}{key}", where)
         if dataclasses.is_dataclass(hints[key]):
             if not isinstance(value, Mapping):
-                raise InputError(f"{where}: {prefix}{key} must be a section, not {value!r}.")
+                raise InputError(
+                    f"{where}: {prefix}{key} must be a section, not {_shown(value)}.\n"
+                    f"Give its keys one by one, as in {prefix}{key}.{fields(hints[key])[0].name}."
+                )
             built[key] = _build(typing.cast(type, hints[key]), value, where, f"{prefix}{key}.")
         else:
             place = f"{where}: {prefix}{key}"
@@ -368,7 +385,7 @@ def _checked(value: Any, hint: Any, metadata: Mapping[str, Any], place: str) -> 
         guess = nearest(str(value), metadata["choices"])
         asked = f" Did you mean {guess!r}?" if guess else ""
         allowed = ", ".join(metadata["choices"])
-        raise InputError(f"{place} is {value!r}.{asked}\nAllowed: {allowed}.")
+        raise InputError(f"{place} is {_shown(value)}.{asked}\nAllowed: {allowed}.")
     if "low" in metadata and value is not None:
         for number in numbers:
             _check_range(number, metadata, place)
@@ -378,34 +395,59 @@ def _checked(value: Any, hint: Any, metadata: Mapping[str, Any], place: str) -> 
 def _check_range(number: float, metadata: Mapping[str, Any], place: str) -> None:
     low, high = metadata["low"], metadata["high"]
     above = number > low if metadata["open_low"] else number >= low
-    if above and number <= high:
+    if above and number <= high and number < math.inf:
         return
     relation = "above" if metadata["open_low"] else "at least"
-    upper = f" and at most {high}" if high < math.inf else ""
-    raise InputError(f"{place} is {number!r}; it must be {relation} {low}{upper}.")
+    upper = f" and at most {high}" if high < math.inf else " and finite"
+    raise InputError(f"{place} is {_shown(number)}; it must be {relation} {low}{upper}.")
 
 
 def _typed(value: Any, hint: Any, place: str) -> Any:
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     for kind in kinds:
         if typing.get_origin(kind) is tuple:
-            if isinstance(value, list | tuple) and all(_is_float(v) for v in value):
-                return tuple(float(v) for v in value)
-        elif kind is float and _is_float(value):
-            return float(value)
+            if isinstance(value, list | tuple) and all(_is_number(v) for v in value):
+                return tuple(_as_float(v) for v in value)
+        elif kind is float and _is_number(value):
+            return _as_float(value)
+        elif kind is str and isinstance(value, str):
+            return _plain_text(value, place)
         elif kind is not float and type(value) is kind:
             return value
     wanted = " or ".join(
         _TYPE_NAMES.get(k, "a list of numbers") for k in kinds if k is not type(None)
     )
-    raise InputError(f"{place} is {value!r}; it must be {wanted}.")
+    raise InputError(f"{place} is {_shown(value)}; it must be {wanted}.")
 
 
 _TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
-def _is_float(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _as_float(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        return math.inf if value > 0 else -math.inf
+
+
+def _plain_text(value: str, place: str) -> str:
+    """Refuse what neither a file name nor a line of text can hold."""
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in value):
+        raise InputError(f"{place} is {_shown(value)}; it must be text without control characters.")
+    return value
+
+
+def _shown(value: Any) -> str:
+    """Show a value as briefly as an error message wants it."""
+    try:
+        text = repr(value)
+    except ValueError:  # a whole number of thousands of digits
+        return "a huge number"
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _check_together(recipe: Recipe, where: str) -> None:
@@ -427,16 +469,31 @@ def _check_together(recipe: Recipe, where: str) -> None:
             f"mix.batch_repetitions={mix.batch_repetitions}.\nNearest: {lower}."
         )
     if len(recipe.schedule.momentums) != 3:
-        raise InputError(f"{where}: schedule.momentums must be three numbers: start, peak, end.")
+        raise InputError(
+            f"{where}: schedule.momentums is {recipe.schedule.momentums}; "
+            "it must be three numbers: start, peak, end."
+        )
     if list(recipe.schedule.milestones) != sorted(recipe.schedule.milestones):
-        raise InputError(f"{where}: schedule.milestones must rise.")
+        raise InputError(
+            f"{where}: schedule.milestones is {recipe.schedule.milestones}; it must rise."
+        )
+    if recipe.optimizer.nesterov and recipe.optimizer.momentum == 0:
+        raise InputError(
+            f"{where}: optimizer.momentum=0 leaves Nesterov's momentum nothing to work on.\n"
+            "Raise it, or take optimizer.nesterov=false."
+        )
 
 
 def _parse_value(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        parsed = tomllib.loads(f"value = {text}")
+    except _NOT_TOML:
         return text
+    return parsed["value"] if len(parsed) == 1 else text
+
+
+_NOT_TOML = (ValueError, RecursionError)
+"""What tomllib raises: its own error, and others on endless digits, nesting or broken bytes."""
 
 
 def _toml_value(value: Any) -> str:

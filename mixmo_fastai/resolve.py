@@ -5,7 +5,6 @@ Standard library only, so that a wrong word is refused before torch is imported.
 
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from mixmo_fastai.errors import InputError, unknown
@@ -48,8 +47,9 @@ def resolve_recipe(
     base = load_recipe(recipe) if recipe else default_recipe(dataset or "digits", given)
     if dataset is not None:
         given["data.dataset"] = dataset
-    flagged = _with_flags(base, given)
-    return override(flagged, assignments)
+    resolved = override(_with_flags(base, given), assignments)
+    check_dataset(resolved.data.dataset)  # a recipe or an assignment may name it as well
+    return resolved
 
 
 def default_recipe(dataset: str, flags: Mapping[str, Any]) -> Recipe:
@@ -72,9 +72,10 @@ def check_dataset(dataset: str) -> None:
     Raises:
         InputError: with the nearest name.
     """
-    if dataset in DATASETS or Path(dataset).expanduser().is_dir():
+    # The functions of os.path take any text; pathlib's raise on some that are no path.
+    if dataset in DATASETS or os.path.isdir(os.path.expanduser(dataset)):
         return
-    if os.sep in dataset or dataset.startswith((".", "~")) or Path(dataset).exists():
+    if os.sep in dataset or dataset.startswith((".", "~")) or os.path.exists(dataset):
         raise InputError(
             f"There is no folder {dataset!r}.\n"
             "Give a folder with train/<class>/… and test/<class>/…, or one of: "

@@ -77,17 +77,19 @@ class RunFolder:
         path = self.path / "history.csv"
         is_new = not path.exists()
         with path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(row))
+            writer = csv.DictWriter(file, list(row), lineterminator="\n")
             if is_new:
                 writer.writeheader()
             writer.writerow(row)
 
     def truncate_history(self, num_epochs: int) -> None:
         """Drop rows of epochs that a resumed run trains again."""
-        kept = [row for row in self.history() if int(row["epoch"]) <= num_epochs]
-        (self.path / "history.csv").unlink(missing_ok=True)
-        for row in kept:
-            self.append_history(row)
+        path = self.path / "history.csv"
+        if num_epochs == 0:
+            path.unlink(missing_ok=True)
+        elif path.is_file():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            write_atomically(path, "".join(lines[: num_epochs + 1]))
 
     def log(self, line: str) -> None:
         """Add a line to log.txt."""
@@ -124,37 +126,42 @@ def create_run(recipe: Recipe, path: Path | None = None, *, device: str = "") ->
 
 
 def check_free(path: Path | None) -> None:
-    """Check that a run folder can be made at a path.
+    """Check that a run folder can be made at a path, or below `runs/` where none is given.
 
     Raises:
-        InputError: there is something already.
+        InputError: there is something already, or nothing can be written there.
     """
     if path is None:
+        _check_writable(Path("runs"))
         return
-    path = path.expanduser()
+    path = _expanded(path)
     if path.is_dir() and any(path.iterdir()):
         kind = "already a run" if (path / "recipe.toml").exists() else "not empty"
         raise InputError(
             f"The folder {str(path)!r} is {kind}; nothing in it was changed.\n"
             "Choose another --out DIR, or continue a run with --resume RUN."
         )
-    if path.exists() and not path.is_dir():
-        raise InputError(f"{str(path)!r} is a file; --out takes a folder to make.")
+    _check_writable(path)
 
 
 def free_file(path: Path | None, stem: str, suffix: str) -> Path:
     """Choose a file that does not exist yet: the given one, or the first free name of a stem.
 
     Raises:
-        InputError: the given one exists, or its folder does not.
+        InputError: the given one exists, has another suffix, or its folder does not exist.
     """
     if path is None:
         names = itertools.chain([stem], (f"{stem}-{n}" for n in itertools.count(2)))
         return next(p for p in (Path(f"{name}{suffix}") for name in names) if not p.exists())
-    if path.exists():
+    path = _expanded(path)
+    if os.path.lexists(path):
         raise InputError(f"{str(path)!r} exists and was not changed. Choose another --out.")
+    if path.suffix.lower() != suffix:
+        raise InputError(f"--out {str(path)!r} must end in {suffix}.")
     if not path.parent.is_dir():
-        raise InputError(f"There is no folder {str(path.parent)!r} for --out {path.name}.")
+        raise InputError(
+            f"There is no folder {str(path.parent)!r} for --out {path.name}.\nMake it first."
+        )
     return path
 
 
@@ -164,9 +171,9 @@ def open_run(path: Path | str) -> RunFolder:
     Raises:
         InputError: the path is not a folder, or not one of a run.
     """
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        raise InputError(f"There is no run folder {str(path)!r}. Runs lie in runs/ by default.")
+    folder = _expanded(path)
+    if not os.path.isdir(folder):
+        raise InputError(f"There is no run folder {str(path)!r}.\nBy default, runs lie in runs/.")
     if not (folder / "recipe.toml").is_file():
         raise InputError(
             f"{str(path)!r} is not a run folder: it has no recipe.toml.\n"
@@ -207,9 +214,25 @@ def describe_environment(recipe: Recipe, device: str) -> dict[str, Any]:
     }
 
 
+def _expanded(path: Path | str) -> Path:
+    return Path(os.path.expanduser(path))  # pathlib's own raises where there is no such user
+
+
+def _check_writable(path: Path) -> None:
+    """Check that a folder is or can be made at a path, from what exists of it."""
+    existing = next(place for place in (path, *path.parents) if os.path.exists(place))
+    if existing.is_dir() and os.access(existing, os.W_OK):
+        return
+    problem = "cannot be written to" if existing.is_dir() else "is not a folder"
+    raise InputError(
+        f"Cannot make the run folder {str(path)!r}: {str(existing)!r} {problem}.\n"
+        "Choose another place with --out DIR."
+    )
+
+
 def _claim(path: Path) -> Path:
     check_free(path)
-    path = path.expanduser()
+    path = _expanded(path)
     path.mkdir(parents=True, exist_ok=True)
     return path
 

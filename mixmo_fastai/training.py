@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import ParamScheduler
@@ -133,7 +133,6 @@ def train(
     run.truncate_history(start_epoch)
     history = HistoryCallback(run, training)
     scheduler = ParamScheduler(schedules(recipe, training.steps_per_epoch))
-    began = time.perf_counter()
     with learn.no_logging():
         learn.fit(
             recipe.train.epochs,
@@ -142,14 +141,15 @@ def train(
             cbs=[scheduler, history, CheckpointCallback(run), *cbs],
             start_epoch=start_epoch,
         )
-    seconds = time.perf_counter() - began
+    if history.diverged:
+        raise _diverged(recipe, learn.epoch + 1)
     save_weights(learn.model, run.weights)
     figures = {
         "recipe": recipe.name,
         "epochs": recipe.train.epochs,
         "images_seen": training.images_seen,
         "parameters": training.num_parameters,
-        "seconds": round(seconds, 1),
+        "seconds": round(sum(float(row["seconds"]) for row in run.history()), 1),
         **evaluate_loaders(learn.model, valid=learn.dls.valid, test=learn.dls[TEST_SET]),
     }
     run.write_metrics(figures)
@@ -233,8 +233,9 @@ def _precision(precision: str, device: torch.device) -> list[Callback]:
 class HistoryCallback(Callback):
     """Write one row per trained epoch; stop where the loss is not finite.
 
-    The training loss is divided by the number of members, so that it compares with the validation
-    loss, which is one cross-entropy.
+    The training loss is the mean over the epoch's steps: fastai's smooth one reaches back into the
+    epochs before, which a resumed run has not seen. It is divided by the number of members, so that
+    it compares with the validation loss, which is one cross-entropy.
     """
 
     order, run_valid = 55, False  # after the Recorder
@@ -243,28 +244,30 @@ class HistoryCallback(Callback):
         super().__init__()
         self.run_folder, self.plan = run, training
         self.latest: dict[str, Any] = {}
-        self.trained = False
+        self.trained = self.diverged = False
 
     def before_epoch(self) -> None:
-        """Start the clock."""
-        self.trained, self.began = False, time.perf_counter()
+        """Start the clock and the sum of losses."""
+        self.trained, self.began, self.loss_sum = False, time.perf_counter(), torch.tensor(0.0)
+
+    def after_batch(self) -> None:
+        """Add up the loss where it is, so that a GPU does not wait."""
+        self.loss_sum = self.loss_sum + self.learn.loss.detach().as_subclass(torch.Tensor)
 
     def after_train(self) -> None:
         """Stop where the loss is not finite."""
         self.trained = True
         self.train_seconds = time.perf_counter() - self.began
-        if not math.isfinite(float(self.recorder.smooth_loss.value)):
-            raise TrainingDivergedError(
-                f"The training loss is not finite in epoch {self.learn.epoch + 1}.\n"
-                "Lower the learning rate, as in --lr "
-                f"{self.plan.recipe.lr / 4:.3g}; `mixmo lr-find` suggests one."
-            )
+        self.diverged = not math.isfinite(float(self.loss_sum))
+        if self.diverged:  # fastai would mangle the message of any other error
+            raise CancelFitException
 
     def after_epoch(self) -> None:
         """Write the row of an epoch that was trained here."""
         if not self.trained:
             return
-        loss, valid_loss, *metrics = self.learn.final_record
+        _, valid_loss, *metrics = self.learn.final_record
+        loss = float(self.loss_sum) / self.plan.steps_per_epoch
         names = ("accuracy", "member_accuracy")
         images = self.plan.steps_per_epoch * self.plan.recipe.train.batch_size
         epoch = self.learn.epoch + 1
@@ -303,6 +306,15 @@ class CheckpointCallback(Callback):
         """Save the state of an epoch that was trained here."""
         if self.trained:
             save_checkpoint(self.run_folder, self.learn, self.learn.epoch + 1)
+
+
+def _diverged(recipe: Recipe, epoch: int) -> TrainingDivergedError:
+    own = dataclasses.replace(recipe, optimizer=dataclasses.replace(recipe.optimizer, lr=None))
+    return TrainingDivergedError(
+        f"The training loss is not finite in epoch {epoch}.\n"
+        f"Lower the learning rate, as in --lr {min(recipe.lr / 4, own.lr):.3g}; "
+        "`mixmo lr-find` suggests one."
+    )
 
 
 def _rounded(value: Any) -> float | str:

@@ -10,6 +10,10 @@ from rich.console import Console
 from mixmo_fastai.runs import RunFolder
 
 
+class RunInterruptedError(Exception):
+    """A person stopped a run; the message says how to continue it."""
+
+
 class Output:
     """The console of one command.
 

@@ -29,5 +29,5 @@ def evaluate(
 
     figures = evaluate_run(folder, data_dir, device=device)
     output = Output(as_json=as_json)
-    output.result([f"{folder.path}: {recipe.model.arch} on {recipe.data.dataset}", "",
-                   *figure_lines(figures, recipe)], {"run": str(folder.path), **figures})  # fmt: skip
+    title = f"{folder.path}: {recipe.model.arch} on {recipe.data.dataset}"
+    output.result([title, "", *figure_lines(figures, recipe)], {"run": str(folder.path), **figures})

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from mixmo_fastai.cli import options as opt
-from mixmo_fastai.cli.console import Output
+from mixmo_fastai.cli.console import Output, RunInterruptedError
 from mixmo_fastai.cli.render import figure_lines, plan_lines, recipe_lines
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.resolve import resolve_recipe
@@ -15,6 +15,7 @@ from mixmo_fastai.runs import check_free, create_run, open_run
 
 def fit(
     dataset: opt.Dataset = None,
+    *,
     recipe: opt.RecipeName = None,
     arch: opt.Arch = None,
     mix: opt.Mix = None,
@@ -83,9 +84,9 @@ def fit(
     try:
         figures = train(training, run, cbs=[display], resume=resume is not None)
     except KeyboardInterrupt:
-        display.close()
-        output.say(_interrupted(run.path, run.checkpoint.is_dir()))
-        raise typer.Exit(130) from None
+        message = _interrupted(run.path, run.checkpoint.is_dir())
+        run.log(message)
+        raise RunInterruptedError(message) from None
     finally:
         display.close()
     output.result(

@@ -14,6 +14,7 @@ from mixmo_fastai.runs import free_file, run_label
 
 def lr_find(
     dataset: opt.Dataset = None,
+    *,
     recipe: opt.RecipeName = None,
     arch: opt.Arch = None,
     mix: opt.Mix = None,
@@ -29,14 +30,15 @@ def lr_find(
     precision: opt.Precision = None,
     steps: Annotated[
         int,
-        typer.Option(help="Steps of the test.", min=20, max=10_000, rich_help_panel=opt.TRAINING),
+        typer.Option(help="Steps of the test.", min=30, max=10_000, rich_help_panel=opt.TRAINING),
     ] = 100,
     start: Annotated[
         float,
         typer.Option(help="First learning rate.", min=1e-12, rich_help_panel=opt.TRAINING),
     ] = 1e-6,
     end: Annotated[
-        float, typer.Option(help="Last learning rate.", rich_help_panel=opt.TRAINING)
+        float,
+        typer.Option(help="Last learning rate.", max=1e6, rich_help_panel=opt.TRAINING),
     ] = 10.0,
     out: Annotated[
         Path | None,

@@ -12,6 +12,7 @@ import typer
 
 from mixmo_fastai import __version__
 from mixmo_fastai.cli import datasets, evaluate, fit, lr_find, recipes
+from mixmo_fastai.cli.console import RunInterruptedError
 from mixmo_fastai.errors import InputError
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -19,7 +20,6 @@ DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 app = typer.Typer(
     name="mixmo",
     help="MixMo for fastai: the accuracy of an ensemble at the price of one network.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
@@ -38,13 +38,19 @@ UsageError = typer.BadParameter.__mro__[1]
 ClickException = typer.BadParameter.__mro__[2]
 
 
-@app.callback()
-def _options(
-    version: bool = typer.Option(False, "--version", help="Print the version.", is_eager=True),
-) -> None:
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         typer.echo(f"mixmo {__version__}")
         raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(
+        False, "--version", help="Print the version.", callback=_print_version, is_eager=True
+    ),
+) -> None:
+    """Options of the program itself."""
 
 
 def main() -> None:
@@ -65,7 +71,10 @@ def run(args: Sequence[str]) -> int:
             warnings.filterwarnings("ignore", category=category)
     try:
         command = typer.main.get_command(app)
-        return int(command.main(args=list(args), prog_name="mixmo", standalone_mode=False) or DONE)
+        arguments = list(args) or ["--help"]
+        code = command.main(args=arguments, prog_name="mixmo", standalone_mode=False) or DONE
+        # Typer turns Ctrl-C into this code without a word.
+        return _say("Interrupted.", INTERRUPTED) if code == INTERRUPTED else int(code)
     except Exception as error:
         if debug and not isinstance(error, ClickException):
             traceback.print_exc()
@@ -78,6 +87,8 @@ def _report(error: Exception) -> int:
     """Say in one to three lines what went wrong."""
     if isinstance(error, InputError):
         return _say(str(error), BAD_INPUT)
+    if isinstance(error, RunInterruptedError):
+        return _say(str(error), INTERRUPTED)
     if isinstance(error, typer.Abort):
         return _say("Interrupted.", INTERRUPTED)
     if isinstance(error, UsageError):

@@ -38,7 +38,7 @@ class TrainingDisplay(Callback):
         self.output, self.images_per_step = output, images_per_step
         self.progress = _make_progress(output)
         self.task: Any = None
-        self.steps_here, self.train_seconds, self.first_epoch = 0, 0.0, None
+        self.steps_here, self.first_epoch = 0, None
 
     def before_train(self) -> None:
         """Start the bar at the first epoch that trains."""
@@ -75,9 +75,9 @@ class TrainingDisplay(Callback):
         self.progress.stop()
 
     def _left(self) -> str:
-        total = self.learn.n_epoch * len(self.learn.dls.train)
-        done = self.learn.epoch * len(self.learn.dls.train) + self.learn.iter + 1
-        seconds = (time.perf_counter() - self.began) / self.steps_here * (total - done)
+        total = (self.learn.n_epoch - self.first_epoch) * len(self.learn.dls.train)
+        left = total - self.steps_here
+        seconds = (time.perf_counter() - self.began) / self.steps_here * left
         return str(timedelta(seconds=round(seconds)))
 
 

@@ -1,0 +1,310 @@
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+from datasets import write_cifar100, write_image_folder
+from safetensors.torch import load_file
+
+import mixmo_fastai
+from mixmo_fastai.cli import run
+from mixmo_fastai.cli.progress import TrainingDisplay
+from mixmo_fastai.data.sources import SOURCES
+from mixmo_fastai.names import DATASETS
+from mixmo_fastai.recipe import load_recipe, recipe_names, to_mapping
+from mixmo_fastai.runs import open_run
+
+TINY = ("--arch", "wrn10_1", "--limit", "48", "--batch-size", "16", "--device", "cpu")
+FILES = {
+    "recipe.toml",
+    "environment.json",
+    "history.csv",
+    "metrics.json",
+    "model.safetensors",
+    "checkpoint",
+    "log.txt",
+}
+
+
+@pytest.fixture(autouse=True)
+def folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("MIXMO_DATA_DIR", str(tmp_path / "data"))
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "work"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished run of two epochs."""
+    path = tmp_path_factory.mktemp("trained") / "run"
+    assert run(["fit", *TINY, "--epochs", "2", "--quiet", "--out", str(path)]) == 0
+    return open_run(path)
+
+
+def names(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def test_fit_leaves_a_complete_run_folder(folder, capsys):
+    assert run(["fit", *TINY, "--epochs", "2"]) == 0
+    out = capsys.readouterr().out
+    made = open_run(folder / "runs" / "digits-cut-mixmo-1")
+    assert names(made.path) == FILES
+    assert names(folder) == {"runs"}
+    assert len(made.history()) == 2
+    recipe = made.recipe()
+    assert (recipe.model.arch, recipe.train.epochs, recipe.data.limit) == ("wrn10_1", 2, 48)
+    accuracy = made.metrics()["test"]["accuracy"]
+    for part in (f"{100 * accuracy:.2f} %", "1/2", "2/2", "runs/digits-cut-mixmo-1", "48 training"):
+        assert part in out
+    log = (made.path / "log.txt").read_text()
+    assert f"{100 * accuracy:.2f} %" in log
+    assert "[train]" in log
+
+
+def test_default_runs_are_numbered(folder):
+    for _ in range(2):
+        assert run(["fit", *TINY, "--epochs", "1", "--quiet"]) == 0
+    assert names(folder / "runs") == {"digits-cut-mixmo-1", "digits-cut-mixmo-2"}
+
+
+def test_json_alone_is_on_standard_output(folder, capsys):
+    assert run(["fit", *TINY, "--epochs", "1", "--out", "here", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"run": "here", **open_run("here").metrics()}
+    assert "1/1" in err
+    assert names(folder) == {"here"}
+
+
+def test_quiet_says_the_result_only(capsys):
+    arguments = ["fit", *TINY, "--epochs", "1", "--out", "here", "--quiet"]
+    assert run(arguments) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "Test accuracy" in out
+    assert "1/1" not in out
+    assert "1/1" in (open_run("here").path / "log.txt").read_text()
+
+
+def test_flags_and_assignments_reach_the_recipe(trained):
+    arguments = ["--members", "3", "--repeat", "2", "--lr", "0.02", "--seed", "4", "--epochs", "1"]
+    more = ["--valid-split", "0.2", "--mix", "linear", "--set", "optimizer.nesterov=false"]
+    assert run(["fit", *TINY, *arguments, *more, "--out", "here", "--quiet"]) == 0
+    recipe = open_run("here").recipe()
+    assert (recipe.model.num_members, recipe.mix.batch_repetitions, recipe.lr) == (3, 2, 0.02)
+    assert (recipe.train.seed, recipe.data.valid_split, recipe.mix.kind) == (4, 0.2, "linear")
+    assert not recipe.optimizer.nesterov
+    assert len(open_run("here").metrics()["test"]["member_accuracy"]) == 3
+
+
+def test_one_member_is_the_vanilla_network():
+    assert run(["fit", *TINY, "--members", "1", "--epochs", "1", "--out", "a", "--quiet"]) == 0
+    figures = open_run("a").metrics()["test"]
+    assert figures["member_accuracy"] == [figures["accuracy"]]
+    assert "disagreement" in figures["absent"]
+
+
+def test_eval_gives_the_figures_of_the_run(trained, capsys):
+    assert run(["eval", str(trained.path), "--json"]) == 0
+    out, err = capsys.readouterr()
+    figures = json.loads(out)
+    assert err == ""
+    assert figures.pop("run") == str(trained.path)
+    assert figures == {name: trained.metrics()[name] for name in ("valid", "calibrated", "test")}
+    assert run(["eval", str(trained.path), "--device", "cpu"]) == 0
+    accuracy = f"Test accuracy    {100 * figures['test']['accuracy']:.2f} %"
+    assert accuracy in capsys.readouterr().out
+
+
+def test_an_interrupted_run_is_continued_to_the_same_end(monkeypatch, capsys):
+    arguments = ["fit", *TINY, "--epochs", "3", "--quiet"]
+    assert run([*arguments, "--out", "whole"]) == 0
+
+    after_batch = TrainingDisplay.after_batch
+
+    def interrupt(display):
+        after_batch(display)
+        if display.learn.epoch == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TrainingDisplay, "after_batch", interrupt)
+        capsys.readouterr()
+        assert run(["fit", *TINY, "--epochs", "3", "--out", "part", "--json"]) == 130
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "mixmo fit --resume part" in err
+    assert "Traceback" not in err
+    assert len(open_run("part").history()) == 2
+
+    assert run(["fit", "--resume", "part", "--quiet"]) == 0
+    whole, part = open_run("whole"), open_run("part")
+    assert whole.weights.read_bytes() == part.weights.read_bytes()
+    times = ("seconds", "images_per_second")
+    rows = [[{**row, **dict.fromkeys(times)} for row in r.history()] for r in (whole, part)]
+    assert rows[0] == rows[1]
+    assert whole.metrics()["test"] == part.metrics()["test"]
+
+
+def test_interrupted_before_the_first_epoch_there_is_nothing_to_continue(monkeypatch, capsys):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TrainingDisplay, "after_batch", interrupt)
+    assert run(["fit", *TINY, "--epochs", "1", "--out", "part"]) == 130
+    assert "nothing is saved in part" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert run(["fit", "--resume", "part"]) == 2
+
+
+def test_a_diverging_run_fails_with_advice(capsys):
+    assert run(["fit", *TINY, "--epochs", "1", "--lr", "1e30", "--json"]) == 1
+    out, err = capsys.readouterr()
+    message = err[err.index("Error: ") :]
+    assert out == ""
+    assert "not finite in epoch 1" in message
+    assert "--lr 0.00625" in message
+    assert "Traceback" not in err
+    assert len(message.splitlines()) <= 3
+
+
+def test_a_failure_shows_its_place_under_debug(monkeypatch, capsys):
+    def fail(*_):
+        raise RuntimeError("the first line\nthe second\nthe third")
+
+    monkeypatch.setattr("mixmo_fastai.training.prepare", fail)
+    assert run(["fit", *TINY]) == 1
+    message = "Error: RuntimeError: the first line\nthe second\n--debug shows where.\n"
+    assert capsys.readouterr().err == message
+    assert run(["fit", *TINY, "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_cifar100_trains_from_the_official_format(tmp_path, monkeypatch):
+    source = dataclasses.replace(SOURCES["cifar100"], archive=write_cifar100(tmp_path / "cifar"))
+    monkeypatch.setitem(SOURCES, "cifar100", source)
+    place = ["--data-dir", str(tmp_path / "cifar"), "--out", "here", "--quiet"]
+    arguments = ["fit", "cifar100", *TINY, "--mix", "cutmix", "--epochs", "1", *place]
+    assert run(arguments) == 0
+    made = open_run("here")
+    assert made.recipe().name == "cifar100/cut-mixmo"
+    assert 0 <= made.metrics()["test"]["top5"] <= 1
+    assert load_file(made.weights)
+
+
+def test_an_image_folder_trains(tmp_path):
+    root = write_image_folder(tmp_path / "pets", num_train=12, size=(16, 16))
+    arguments = ["--arch", "wrn10_1", "--batch-size", "16", "--epochs", "1", "--quiet"]
+    assert run(["fit", str(root), *arguments]) == 0
+    assert open_run("runs/pets-cutmix-1").recipe().data.dataset == str(root)
+
+
+def test_lr_find_draws_and_suggests(folder, capsys):
+    assert run(["lr-find", *TINY, "--steps", "40", "--quiet"]) == 0
+    assert names(folder) == {"lr-find-digits-cut-mixmo.png"}
+    assert (folder / "lr-find-digits-cut-mixmo.png").read_bytes().startswith(b"\x89PNG")
+    out = capsys.readouterr().out
+    assert "valley" in out
+    assert "lr-find-digits-cut-mixmo.png" in out
+
+
+def test_lr_find_gives_json_where_the_loss_runs_off(folder, capsys):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    arguments = ["--steps", "60", "--start", "1e-4", "--end", "1e6", "--out", "a.png", "--json"]
+    assert run(["lr-find", *TINY, *arguments]) == 0
+    found = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert names(folder) == {"a.png"}
+    assert set(found["suggestions"]) == {"valley", "slide", "steep", "minimum"}
+    assert all(1e-4 / 10 <= rate <= 1e6 for rate in found["suggestions"].values())
+    assert len(found["lrs"]) == len(found["losses"]) > 15
+    assert found["lrs"] == sorted(found["lrs"])
+    assert found["recipe_lr"] == load_recipe("digits/cut-mixmo").lr
+
+
+def test_recipes_are_listed_with_their_figures(capsys):
+    assert run(["recipes"]) == 0
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line}
+    assert set(recipe_names()) <= set(rows)
+    assert "85.40 %" in rows["cifar100/cut-mixmo"]
+    assert run(["recipes", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert list(listed) == recipe_names()
+
+
+def test_a_shown_recipe_is_a_recipe(folder, capsys):
+    assert run(["recipes", "cifar100/mimo"]) == 0
+    (folder / "mine.toml").write_text(capsys.readouterr().out)
+    assert load_recipe("mine.toml") == load_recipe("cifar100/mimo")
+    assert run(["recipes", "mine.toml", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown == json.loads(json.dumps(to_mapping(load_recipe("cifar100/mimo"))))
+
+
+def test_datasets_are_listed_with_their_state(tmp_path, capsys):
+    assert run(["datasets"]) == 0
+    out = capsys.readouterr().out
+    assert str(tmp_path / "data") in out
+    lines = {line.split()[0]: line for line in out.splitlines() if line}
+    assert "present" in lines["digits"]
+    assert "absent" in lines["cifar100"]
+    assert run(["datasets", "--json"]) == 0
+    assert list(json.loads(capsys.readouterr().out)) == list(DATASETS)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["fit", "--help"]])
+def test_help_is_no_error(arguments, capsys):
+    assert run(arguments) == 0
+    out, err = capsys.readouterr()
+    assert "Usage: mixmo" in out
+    assert err == ""
+
+
+def python(*arguments, cwd):
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_module_is_the_program(folder):
+    done = python("-m", "mixmo_fastai", "--version", cwd=folder)
+    assert done.stdout == f"mixmo {mixmo_fastai.__version__}\n"
+    assert (done.returncode, done.stderr) == (0, "")
+    assert python("-m", "mixmo_fastai", "fit", "cifra10", cwd=folder).returncode == 2
+
+
+WRONG_WORDS = [
+    ["fit", "cifra10"],
+    ["fit", "--recipe", "cifar100/cutmixmo"],
+    ["fit", "--arch", "wrn28_1o"],
+    ["fit", "--mix", "cutmx"],
+    ["fit", "--set", "train.epocs=3"],
+    ["fit", "--set", "data.dataset=cifra10"],
+    ["fit", "--epochs", "0"],
+    ["fit", "--out", "file/run"],
+    ["fit", "--resume", "none"],
+    ["lr-find", "cifra10"],
+    ["lr-find", "--out", "file"],
+    ["eval", "none"],
+    ["recipes", "none"],
+]
+
+
+def test_wrong_words_are_refused_before_torch_is_imported(folder):
+    (folder / "file").touch()
+    code = (
+        "import sys, mixmo_fastai\n"
+        "from mixmo_fastai.cli import run\n"
+        "assert run(['--help']) == 0\n"
+        "assert run(['recipes']) == 0\n"
+        f"for words in {WRONG_WORDS!r}:\n"
+        "    assert run(words) == 2, words\n"
+        "    heavy = {'torch', 'fastai', 'numpy', 'matplotlib'} & set(sys.modules)\n"
+        "    assert not heavy, (words, heavy)\n"
+    )
+    done = python("-c", code, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("Error: ") == len(WRONG_WORDS)

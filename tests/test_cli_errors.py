@@ -1,0 +1,191 @@
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import write_image_folder
+
+from mixmo_fastai.cli import run
+from mixmo_fastai.recipe import load_recipe
+from mixmo_fastai.runs import create_run
+
+HINT = "--help` lists what there is"
+
+# arguments, then what the message must say: what is wrong, and what to do
+NAMES = [
+    ("fit cifra10", "data set 'cifra10'", "Did you mean 'cifar10'"),
+    ("fit ./none", "no folder './none'", "Give a folder with train/"),
+    ("fit file", "no folder 'file'", "or one of: digits"),
+    ("fit --arch wrn28_1o", "architecture 'wrn28_1o'", "Did you mean 'wrn28_10'"),
+    ("fit --arch wrn29_10", "6n+4", "Nearest: wrn28_10 or wrn34_10"),
+    ("fit --arch preact_resnet34_1", "depth 18", "preact_resnet18_3"),
+    ("fit --mix cutmx", "mask kind 'cutmx'", "Did you mean 'cutmix'"),
+    ("fit --recipe cifar100/cutmixmo", "no recipe", "Did you mean 'cifar100/cut-mixmo'"),
+    ("fit --recipe none.toml", "no recipe 'none.toml'", "mixmo recipes"),
+    ("fit --recipe broken.toml", "not valid TOML", "mixmo recipes NAME"),
+    ("fit --recipe wrong.toml", "unknown key 'train.epocs'", "Did you mean 'train.epochs'"),
+    ("fit --device tpu", "'tpu'", "Allowed: auto, cpu, cuda"),
+    ("fit --precision half", "'half'", "Allowed: auto, float32, bfloat16"),
+    ("recipes cifar10/vanila", "no recipe", "Did you mean 'cifar10/vanilla'"),
+    ("train", "No such command 'train'", HINT),
+    ("fit --eppochs 3", "--eppochs", "--epochs"),
+    ("eval", "Missing argument", HINT),
+    ("eval trained --device tpu", "'tpu'", "auto, cpu, cuda"),
+]
+ASSIGNMENTS = [
+    ("fit --set train.epocs=3", "unknown key 'train.epocs'", "Did you mean 'train.epochs'"),
+    ("fit --set optimiser.lr=3", "unknown key 'optimiser'", "Did you mean 'optimizer"),
+    ("fit --set lr", "'lr'", "write section.key=value"),
+    ("fit --set train.epochs=many", "'many'", "must be a whole number"),
+    ("fit --set train.epochs=1.5", "1.5", "must be a whole number"),
+    ("fit --set mix.alpha=-1", "mix.alpha is -1", "must be above 0"),
+    ("fit --set data.flip=maybe", "'maybe'", "true or false"),
+    ("fit --set train=3", "'train' is a section", "train.epochs=5"),
+    ("fit --set optimizer.momentum=0", "Nesterov", "optimizer.nesterov=false"),
+    ("fit --set data.dataset=cifra10", "data set 'cifra10'", "Did you mean 'cifar10'"),
+    ("fit --set data.image_size=16", "image_size is 16", "Leave image_size out"),
+]
+NUMBERS = [
+    ("fit --epochs 0", "train.epochs is 0", "at least 1"),
+    ("fit --epochs x", "--epochs", "integer"),
+    ("fit --batch-size 0", "train.batch_size is 0", "at least 1"),
+    ("fit --batch-size 30", "not a multiple of mix.batch_repetitions=4", "Nearest: 28"),
+    ("fit --batch-size 64 --repeat 5", "mix.batch_repetitions=5", "Nearest: 60"),
+    ("fit --batch-size 65536", "do not fill one batch of 16384", "Lower the batch size"),
+    ("fit --repeat 0", "mix.batch_repetitions is 0", "at least 1"),
+    ("fit --members 0", "model.num_members is 0", "at least 1"),
+    ("fit --members 65", "model.num_members is 65", "at most 64"),
+    ("fit --members 1 --mix cutmix", "needs model.num_members of 2", "takes mix.kind='sum'"),
+    ("fit --lr 0", "optimizer.lr is 0.0", "above 0"),
+    ("fit --lr -1", "optimizer.lr is -1.0", "above 0"),
+    ("fit --lr nan", "optimizer.lr is nan", "above 0"),
+    ("fit --lr inf", "optimizer.lr is inf", "finite"),
+    ("fit --seed -1", "train.seed is -1", "at least 0"),
+    ("fit --limit -1", "data.limit is -1", "at least 0"),
+    ("fit --limit 3", "3 training images do not fill", "raise the limit"),
+    ("fit --valid-split 1", "data.valid_split is 1.0", "at most 0.9"),
+    ("fit --valid-split -0.5", "data.valid_split is -0.5", "at least 0"),
+    ("lr-find --batch-size 30", "not a multiple", "Nearest: 28"),
+    ("lr-find --steps 5", "--steps", "30"),
+    ("lr-find --start 0", "--start", "greater than or equal to"),
+    ("lr-find --start 1 --end 0.1", "--start 1 must be below --end 0.1", HINT),
+    ("lr-find --end nan", "--end", "less than or equal to 1000000"),
+    ("lr-find --end inf", "--end", "less than or equal to 1000000"),
+]
+DEVICES = [
+    ("fit --device cuda", "no CUDA device", "--device cpu"),
+    ("lr-find --device cuda", "no CUDA device", "--device cpu"),
+    ("fit --precision bfloat16", "needs a CUDA device", "--precision float32"),
+]
+PLACES = [
+    ("fit --out trained", "already a run", "--resume RUN"),
+    ("fit --out notes", "not empty", "--out DIR"),
+    ("fit --out file", "'file' is not a folder", "--out DIR"),
+    ("fit --out file/run", "'file' is not a folder", "--out DIR"),
+    ("fit --out file/deep/run", "'file' is not a folder", "--out DIR"),
+    ("lr-find --out picture.png", "exists and was not changed", "another --out"),
+    ("lr-find --out none/a.png", "no folder 'none'", "Make it first"),
+    ("lr-find --out file/a.png", "no folder 'file'", "Make it first"),
+    ("lr-find --out a.jpg", "'a.jpg'", "must end in .png"),
+    ("eval none", "no run folder 'none'", "runs/"),
+    ("eval file", "no run folder 'file'", "runs/"),
+    ("eval notes", "no recipe.toml", "mixmo fit"),
+    ("eval trained", "no weights yet", "mixmo fit --resume trained"),
+    ("eval damaged", "not valid TOML", "mixmo recipes NAME"),
+    ("fit --resume none", "no run folder 'none'", "runs/"),
+    ("fit --resume notes", "no recipe.toml", "mixmo fit"),
+    ("fit --resume trained --epochs 3", "takes every setting", "leave the others out"),
+    ("fit digits --resume trained", "takes every setting", "leave the others out"),
+    ("fit --resume trained --set train.epochs=3", "takes every setting", "leave the others out"),
+    ("fit --resume trained --out other", "takes every setting", "leave the others out"),
+]
+FOLDERS = [
+    ("fit {folders}/one-class", "has only one class, 'cat'", "two classes or more"),
+    ("fit {folders}/empty", "has no folder train/", "An image folder holds"),
+    ("fit {folders}/no-images", "has no images", "Put images"),
+    ("fit {folders}/no-test", "neither test/ nor val/", "An image folder holds"),
+    ("fit {folders}/other-classes", "class 'fish'", "same classes"),
+    ("fit {folders}/loose", "outside of class folders, such as stray.png", "Move each"),
+    ("fit {folders}/undecodable --batch-size 8", "002.png", "Replace it"),
+    ("lr-find {folders}/undecodable --batch-size 8", "002.png", "Replace it"),
+]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Image folders, each wrong in its own way."""
+    root = tmp_path_factory.mktemp("folders")
+    write_image_folder(root / "one-class", classes=["cat"])
+    (root / "empty").mkdir()
+    write_image_folder(root / "no-images")
+    for image in (root / "no-images/train/dog").iterdir():
+        image.unlink()
+    write_image_folder(root / "no-test", test_name="tset")
+    write_image_folder(root / "other-classes")
+    (root / "other-classes/test/dog").rename(root / "other-classes/test/fish")
+    write_image_folder(root / "loose")
+    (root / "loose/train/cat/000.png").rename(root / "loose/train/stray.png")
+    write_image_folder(root / "undecodable")
+    (root / "undecodable/train/dog/002.png").write_bytes(b"no image")
+    return root
+
+
+@pytest.fixture
+def folder(monkeypatch, tmp_path):
+    """A folder to work in, with a few things that must stay as they are."""
+    monkeypatch.setenv("MIXMO_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    work = tmp_path / "work"
+    (work / "notes").mkdir(parents=True)
+    monkeypatch.chdir(work)
+    for name in ("file", "picture.png", "notes/today.txt"):
+        (work / name).write_text("precious")
+    (work / "broken.toml").write_text("[train\n")
+    (work / "wrong.toml").write_text("[train]\nepocs = 3\n")
+    for name in ("trained", "damaged"):
+        create_run(load_recipe("digits/cut-mixmo"), work / name)
+    (work / "damaged" / "recipe.toml").write_text("[train\n")
+    return work
+
+
+def contents(folder: Path):
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("more", [[], ["--json"]], ids=["plain", "json"])
+@pytest.mark.parametrize("case", [*NAMES, *ASSIGNMENTS, *NUMBERS, *DEVICES, *PLACES, *FOLDERS])
+def test_wrong_input_is_explained_and_leaves_no_trace(folder, folders, capsys, case, more):
+    words, wrong, remedy = case
+    before = contents(folder), contents(folders)
+    assert run([*words.format(folders=folders).split(), *more]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("Error: ")
+    assert "Traceback" not in err
+    assert wrong in err
+    assert remedy in err
+    lines = err.splitlines()
+    assert len(lines) <= 3
+    assert all(len(line.replace(str(folders), "…")) <= 200 for line in lines)
+    assert (contents(folder), contents(folders)) == before
+
+
+def test_a_run_without_an_epoch_cannot_be_resumed(folder, capsys):
+    before = (folder / "trained" / "recipe.toml").read_bytes()
+    assert run(["fit", "--resume", "trained", "--json"]) == 2
+    out, err = capsys.readouterr()
+    message = err[err.index("Error: ") :]
+    assert out == ""
+    assert "no checkpoint to resume from" in message
+    assert len(message.splitlines()) <= 3
+    assert (folder / "trained" / "recipe.toml").read_bytes() == before
+
+
+def test_ctrl_c_while_the_data_is_read_leaves_nothing(folder, monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = contents(folder)
+    monkeypatch.setattr("mixmo_fastai.training.prepare", interrupt)
+    assert run(["fit"]) == 130
+    assert "Interrupted." in capsys.readouterr().err
+    assert contents(folder) == before

@@ -1,0 +1,314 @@
+import dataclasses
+import math
+import tomllib
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mixmo_fastai.errors import InputError
+from mixmo_fastai.recipe import (
+    Recipe,
+    find_recipe,
+    load_recipe,
+    override,
+    recipe_from_mapping,
+    recipe_home,
+    recipe_names,
+    to_mapping,
+    to_toml,
+)
+
+DEFAULTS = Recipe()
+SECTIONS = [f.name for f in dataclasses.fields(Recipe) if dataclasses.is_dataclass(f.default)]
+SETTINGS = {
+    f"{section}.{f.name}": getattr(getattr(DEFAULTS, section), f.name)
+    for section in SECTIONS
+    for f in dataclasses.fields(getattr(DEFAULTS, section))
+}
+
+# (setting, value as TOML, part of the message)
+WRONG_VALUES = [
+    ("train.epochs", "0", "at least 1"),
+    ("train.epochs", "1.5", "a whole number"),
+    ("train.epochs", "true", "a whole number"),
+    ("train.epochs", "many", "a whole number"),
+    ("train.batch_size", "0", "at least 1 and at most 65536"),
+    ("train.seed", "-1", "at least 0"),
+    ("train.seed", f"0x{'f' * 5000}", "a huge number"),
+    ("train.device", "cud", "Did you mean 'cuda'"),
+    ("train.device", "1", "text"),
+    ("train.precision", "float16", "Allowed: auto, float32, bfloat16"),
+    ("data.valid_split", "0.95", "at most 0.9"),
+    ("data.valid_split", "-0.1", "at least 0"),
+    ("data.limit", "-1", "at least 0"),
+    ("data.flip", "1", "true or false"),
+    ("data.loader", "stream", "Did you mean 'streaming'"),
+    ("data.crop_padding", "-1", "at least 0"),
+    ("data.dataset", '"a\\nb"', "without control characters"),
+    ("model.num_members", "0", "at least 1"),
+    ("model.arch", "wrn28_1o", "Did you mean 'wrn28_10'"),
+    ("model.arch", "wrn29_10", "Nearest: wrn28_10 or wrn34_10"),
+    ("mix.kind", "cutmx", "Did you mean 'cutmix'"),
+    ("mix.alpha", "0", "above 0"),
+    ("mix.alpha", "nan", "above 0"),
+    ("mix.mix_prob", "1.1", "at most 1"),
+    ("mix.weight_root", "0.5", "at least 1"),
+    ("mix.weight_root", "inf", "finite"),
+    ("mix.batch_repetitions", "0", "at least 1"),
+    ("optimizer.lr", "0", "above 0"),
+    ("optimizer.lr", "inf", "finite"),
+    ("optimizer.lr", "9" * 400, "finite"),
+    ("optimizer.base_lr", "-1e-3", "above 0"),
+    ("optimizer.nesterov", "yes", "true or false"),
+    ("schedule.kind", "onecycle", "Did you mean 'one-cycle'"),
+    ("schedule.gamma", "0", "above 0"),
+    ("schedule.momentums", "0.9", "a list of numbers"),
+    ("schedule.momentums", "[0.9, 'x', 0.9]", "a list of numbers"),
+    ("schedule.momentums", "[0.9, 0.8]", "three numbers"),
+    ("schedule.momentums", "[0.9, 0.8, 1.1]", "at most 1"),
+    ("schedule.milestones", "[0.5, 0.2]", "must rise"),
+    ("expected.accuracy", "85.4", "at most 1"),
+]
+
+UNKNOWN_KEYS = [
+    ("train.epocs", "Did you mean 'train.epochs'"),
+    ("optimiser.lr", "Did you mean 'optimizer"),
+    ("epochs", "Did you mean 'train.epochs'"),
+    ("lr", "Did you mean 'optimizer.lr'"),
+    ("mix.kinds", "Did you mean 'mix.kind'"),
+    ("train.zzzzzz", "Allowed: train.epochs, train.batch_size"),
+    ("a.b.c", "Allowed: data, expected, mix"),
+    ("train.", "unknown key 'train.'"),
+    (".", "unknown key"),
+]
+
+
+@pytest.mark.parametrize(("setting", "value", "part"), WRONG_VALUES)
+def test_a_wrong_value_is_explained(setting, value, part):
+    with pytest.raises(InputError) as caught:
+        override(DEFAULTS, [f"{setting}={value}"], "here")
+    message = str(caught.value)
+    assert message.startswith(f"here: {setting}")
+    assert part in message
+    assert len(message.splitlines()) <= 3
+    assert max(map(len, message.splitlines())) <= 200
+
+
+@pytest.mark.parametrize(("key", "part"), UNKNOWN_KEYS)
+def test_an_unknown_key_is_answered_with_the_nearest(key, part):
+    with pytest.raises(InputError, match="unknown key") as caught:
+        override(DEFAULTS, [f"{key}=1"])
+    assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "part"),
+    [
+        ("lr", "write section.key=value"),
+        ("=3", "write section.key=value"),
+        ("train.epochs.more=3", "'epochs' is not a section"),
+        ("name.more=3", "'name' is not a section"),
+        ("train={epochs=3}", "'train' is a section"),
+        ("train=3", "'train' is a section"),
+    ],
+)
+def test_an_assignment_of_another_form_is_refused(assignment, part):
+    with pytest.raises(InputError, match=part) as caught:
+        override(DEFAULTS, [assignment])
+    assert "train.epochs=5" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "part"),
+    [
+        ({"train": {"batch_size": 30}}, "Nearest: 28"),
+        ({"train": {"batch_size": 2}}, "Nearest: 4"),
+        ({"model": {"num_members": 1}}, "takes mix.kind='sum'"),
+        ({"optimizer": {"momentum": 0}}, "optimizer.nesterov=false"),
+        ({"data": 3}, "data must be a section, not 3"),
+        ({"data": {"dataset": {}}}, "data.dataset is {}; it must be text"),
+    ],
+)
+def test_values_are_checked_together(values, part):
+    with pytest.raises(InputError, match=r"^file\.toml: ") as caught:
+        recipe_from_mapping(values, "file.toml")
+    assert part in str(caught.value)
+
+
+def test_a_long_value_is_cut_in_the_message():
+    with pytest.raises(InputError) as caught:
+        recipe_from_mapping({"train": {"epochs": "x" * 10_000}}, "here")
+    assert len(str(caught.value)) < 200
+
+
+def test_the_learning_rate_follows_from_batch_and_repetitions():
+    assert pytest.approx(0.05 * 64 / 64 / 4 * 2) == DEFAULTS.lr
+    published = override(DEFAULTS, ["schedule.kind=published", "train.batch_size=128"])
+    assert published.lr == pytest.approx(0.05 * 128 / 64 / 4)
+    single = override(DEFAULTS, ["mix.batch_repetitions=1", "schedule.peak=3"])
+    assert single.lr == pytest.approx(0.05 * 3)
+    assert override(DEFAULTS, ["optimizer.lr=0.7", "schedule.peak=3"]).lr == 0.7
+
+
+def test_the_loader_gives_a_share_of_the_batch():
+    assert (DEFAULTS.loader_batch_size, DEFAULTS.train.batch_size) == (16, 64)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "padding", "flip"),
+    [("digits", 1, False), ("cifar100", 4, True), ("./any/folder", 4, True)],
+)
+def test_augmentation_is_the_data_sets_own_unless_said(dataset, padding, flip):
+    recipe = recipe_from_mapping({"data": {"dataset": dataset}}, "here")
+    assert (recipe.crop_padding, recipe.flip) == (padding, flip)
+    said = override(recipe, ["data.crop_padding=0", f"data.flip={str(not flip).lower()}"])
+    assert (said.crop_padding, said.flip) == (0, not flip)
+
+
+def test_an_override_leaves_everything_else():
+    recipe = load_recipe("cifar100/mimo")
+    changed = override(recipe, ["train.epochs = 5", "expected.source=some text", "name=other"])
+    assert (changed.train.epochs, changed.expected.source, changed.name) == (
+        5,
+        "some text",
+        "other",
+    )
+    assert override(changed, ["train.epochs=300", f"name={recipe.name}"]) == dataclasses.replace(
+        recipe, expected=changed.expected
+    )
+
+
+def test_an_assignment_sets_one_key_only():
+    with pytest.raises(InputError, match=r"train\.epochs is '3\\ntrain"):
+        override(DEFAULTS, ["train.epochs=3\ntrain.seed=4"])
+
+
+@pytest.mark.parametrize("extra", [[], ["optimizer.lr=1e-7", "data.flip=false", 'title=a"\\é€😀']])
+def test_a_written_recipe_reads_as_the_same(tmp_path, extra):
+    recipe = override(load_recipe("cifar100/cut-mixmo"), extra)
+    (tmp_path / "recipe.toml").write_text(to_toml(recipe), encoding="utf-8")
+    assert load_recipe(tmp_path / "recipe.toml") == recipe
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        (b"train", "is not valid TOML"),
+        (b"\xff", "is not valid TOML"),
+        (b"value = " + b"9" * 5000, "is not valid TOML"),
+        (b"value = " + b"[" * 5000, "is not valid TOML"),
+        (b"[train]\nepocs = 3", "Did you mean 'train.epochs'"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_named(tmp_path, content, part):
+    path = tmp_path / "mine.toml"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=part) as caught:
+        load_recipe(path)
+    assert str(path) in str(caught.value)
+    assert len(str(caught.value).splitlines()) <= 3
+
+
+@pytest.mark.parametrize(
+    "name", ["cifar100/cutmixmo", "cut-mixmo", "", ".", "~nobody/x", "a" * 300]
+)
+def test_a_recipe_that_is_not_there_is_said_so(name):
+    with pytest.raises(InputError, match=r"There is no recipe(.|\n)*mixmo recipes"):
+        load_recipe(name)
+
+
+def test_the_nearest_recipe_is_suggested():
+    with pytest.raises(InputError, match="Did you mean 'cifar100/cut-mixmo'"):
+        find_recipe("cifar100/cutmixmo")
+
+
+def test_a_shipped_recipe_has_its_name_by_path_too(monkeypatch):
+    monkeypatch.chdir(recipe_home())
+    by_path = load_recipe("cifar10/mimo.toml")
+    assert by_path.name == "cifar10/mimo"
+    assert by_path == load_recipe("cifar10/mimo")
+
+
+def test_a_mapping_leaves_out_what_is_not_set():
+    assert "lr" not in to_mapping(DEFAULTS)["optimizer"]
+    assert to_mapping(DEFAULTS)["expected"] == {"source": "", "arch": ""}
+    assert recipe_from_mapping(to_mapping(DEFAULTS), "here") == DEFAULTS
+
+
+def test_every_default_is_allowed():
+    assert recipe_from_mapping({}, "here") == DEFAULTS
+    for name in recipe_names():
+        assert load_recipe(name).name == name
+
+
+PLAIN_TEXT = st.text(st.characters(exclude_categories=("Cc", "Cs")), max_size=20)
+ANY_VALUE = st.recursive(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(),
+        st.floats(),
+        st.text(max_size=8),
+        st.dates(),
+        st.sampled_from([10**400, -(10**400), math.inf, math.nan]),
+        st.sampled_from([value for value in SETTINGS.values() if value is not None]),
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=4), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+KEYS = st.one_of(
+    st.sampled_from([name.rpartition(".")[2] for name in SETTINGS]), st.text(max_size=6)
+)
+SECTION = st.one_of(st.dictionaries(KEYS, ANY_VALUE, max_size=4), ANY_VALUE)
+ANY_MAPPING = st.dictionaries(
+    st.one_of(st.sampled_from([*SECTIONS, "name", "title"]), st.text(max_size=6)),
+    SECTION,
+    max_size=4,
+)
+
+
+def recipe_or_refusal(make):
+    try:
+        recipe = make()
+    except InputError as refusal:
+        message = str(refusal)
+    else:
+        message = "none"
+        assert recipe_from_mapping(tomllib.loads(to_toml(recipe)), "again") == recipe
+    assert 1 <= len(message.splitlines()) <= 3
+
+
+@settings(deadline=None)
+@given(ANY_MAPPING)
+def test_any_mapping_is_a_recipe_or_refused(values):
+    recipe_or_refusal(lambda: recipe_from_mapping(values, "here"))
+
+
+@settings(deadline=None)
+@given(st.sampled_from(sorted(SETTINGS)), ANY_VALUE)
+def test_any_value_of_a_known_key_is_allowed_or_refused(setting, value):
+    section, name = setting.split(".")
+    recipe_or_refusal(lambda: recipe_from_mapping({section: {name: value}}, "here"))
+
+
+@settings(deadline=None)
+@given(st.text(max_size=30))
+def test_any_text_is_an_assignment_or_refused(text):
+    recipe_or_refusal(lambda: override(DEFAULTS, [text]))
+
+
+@settings(deadline=None)
+@given(st.sampled_from(sorted(SETTINGS)), st.one_of(PLAIN_TEXT, st.text(), st.floats().map(str)))
+def test_any_text_is_a_value_or_refused(setting, text):
+    recipe_or_refusal(lambda: override(DEFAULTS, [f"{setting}={text}"]))
+
+
+@settings(deadline=None)
+@given(title=PLAIN_TEXT, lr=st.floats(min_value=0, exclude_min=True, allow_infinity=False))
+def test_any_text_and_number_survive_the_file(title, lr):
+    recipe = recipe_from_mapping({"title": title, "optimizer": {"lr": lr}}, "here")
+    assert (recipe.title, recipe.lr) == (title, lr)
+    assert recipe_from_mapping(tomllib.loads(to_toml(recipe)), "again") == recipe

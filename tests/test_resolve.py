@@ -1,0 +1,99 @@
+import pytest
+
+from mixmo_fastai.errors import InputError
+from mixmo_fastai.names import DATASETS
+from mixmo_fastai.recipe import Recipe, load_recipe, override, recipe_from_mapping
+from mixmo_fastai.resolve import check_dataset, resolve_recipe
+
+
+def test_nothing_said_is_cut_mixmo_on_the_digits():
+    assert resolve_recipe() == load_recipe("digits/cut-mixmo")
+
+
+def test_the_headline_command_is_the_published_recipe():
+    flags = {"model.arch": "wrn28_10", "mix.kind": "cutmix", "train.epochs": None}
+    recipe = resolve_recipe("cifar100", flags=flags)
+    assert recipe == load_recipe("cifar100/cut-mixmo")
+    assert recipe.expected.accuracy == 0.8540
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
+@pytest.mark.parametrize(
+    ("flags", "method"),
+    [
+        ({}, "cut-mixmo"),
+        ({"mix.kind": "cutmix"}, "cut-mixmo"),
+        ({"mix.kind": "linear"}, "linear-mixmo"),
+        ({"mix.kind": "sum"}, "mimo"),
+        ({"model.num_members": 2}, "cut-mixmo"),
+        ({"model.num_members": 1}, "vanilla"),
+        ({"model.num_members": 1, "mix.kind": "sum"}, "vanilla"),
+    ],
+)
+def test_the_mask_kind_chooses_the_recipe(dataset, flags, method):
+    assert resolve_recipe(dataset, flags=flags) == load_recipe(f"{dataset}/{method}")
+
+
+def test_a_data_set_without_recipe_has_the_defaults(tmp_path):
+    recipe = resolve_recipe(str(tmp_path), flags={"mix.kind": "linear"})
+    values = {"data": {"dataset": str(tmp_path)}, "mix": {"kind": "linear"}}
+    assert recipe == recipe_from_mapping(values, "here")
+    single = resolve_recipe("tinyimagenet", flags={"model.num_members": 1})
+    assert (single.mix.kind, single.mix.batch_repetitions) == ("sum", 1)
+    assert single.train == Recipe().train
+
+
+def test_assignments_go_before_flags_and_flags_before_the_recipe(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text("[train]\nepochs = 7\nseed = 7\nbatch_size = 80\n")
+    flags = {"train.epochs": 8, "train.seed": 8, "train.device": None}
+    recipe = resolve_recipe(None, str(path), flags, ["train.epochs=9"])
+    assert (recipe.train.epochs, recipe.train.seed, recipe.train.batch_size) == (9, 8, 80)
+    assert recipe.train.device == "auto"
+
+
+def test_a_given_data_set_goes_before_the_recipes():
+    recipe = resolve_recipe("digits", "cifar100/mimo")
+    assert recipe == override(load_recipe("cifar100/mimo"), ["data.dataset=digits"])
+
+
+@pytest.mark.parametrize("name", [*DATASETS, "."])
+def test_a_known_data_set_or_folder_is_let_through(name):
+    assert check_dataset(name) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("cifra10", "Did you mean 'cifar10'"),
+        ("zzz", "Allowed: digits, cifar10, cifar100, tinyimagenet"),
+        ("./none", r"no folder '\./none'"),
+        ("~nobody/x", "no folder '~nobody/x'"),
+        ("a" * 300, "Unknown data set"),
+        ("a\0b", "Unknown data set"),
+        ("", "Unknown data set ''"),
+    ],
+)
+def test_a_data_set_that_is_not_there_is_said_so(name, part):
+    with pytest.raises(InputError, match=part):
+        resolve_recipe(name)
+
+
+def test_a_file_is_no_data_set(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="There is no folder"):
+        check_dataset(str(tmp_path / "file"))
+
+
+def test_a_data_set_is_checked_wherever_it_was_said(tmp_path):
+    with pytest.raises(InputError, match="Did you mean 'cifar10'"):
+        resolve_recipe(assignments=["data.dataset=cifra10"])
+    (tmp_path / "mine.toml").write_text('[data]\ndataset = "cifra10"\n')
+    with pytest.raises(InputError, match="Did you mean 'cifar10'"):
+        resolve_recipe(recipe=str(tmp_path / "mine.toml"))
+
+
+@pytest.mark.parametrize("recipe", [None, "cifar100/mimo"])
+def test_a_wrong_mask_kind_is_answered_with_the_nearest(recipe):
+    with pytest.raises(InputError, match="Did you mean 'cutmix'"):
+        resolve_recipe(None, recipe, {"mix.kind": "cutmx"})

@@ -1,0 +1,74 @@
+import itertools
+
+import fastai.callback.schedule
+import pytest
+import torch
+from fastai.callback.schedule import combined_cos
+
+from mixmo_fastai.schedule import one_cycle, published_steps
+
+PUBLISHED = {"milestones": (101 / 300, 201 / 300, 226 / 300), "gamma": 0.1, "warmup_epochs": 1.0}
+BOUNDS = (1, 101, 201, 226, 300)  # epochs: end of the warm-up, drops, end
+
+
+@pytest.mark.parametrize("pct_start", [0.1, 0.25, 0.3, 0.5, 0.9])
+@pytest.mark.parametrize(("start", "peak", "end"), [(0.004, 0.1, 1e-6), (0.95, 0.85, 0.95)])
+def test_one_cycle_is_fastais(monkeypatch, pct_start, start, peak, end):
+    def in_double(values):  # fastai's own tensor is of single precision
+        return torch.tensor(list(values), dtype=torch.float64)
+
+    monkeypatch.setattr(fastai.callback.schedule, "tensor", in_double)
+    ours, theirs = one_cycle(start, peak, end, pct_start), combined_cos(pct_start, start, peak, end)
+    for point in range(2000):
+        progress = point / 2000
+        assert ours(progress) == pytest.approx(float(theirs(progress)), abs=1e-12), progress
+
+
+def test_one_cycle_starts_peaks_and_ends_as_told():
+    schedule = one_cycle(0.1, 1.0, 0.01, 0.25)
+    assert (schedule(0), schedule(0.25)) == (pytest.approx(0.1), 1.0)
+    assert schedule(1.0) == pytest.approx(0.01)
+    values = [schedule(point / 100) for point in range(101)]
+    assert values[:26] == sorted(values[:26])
+    assert values[25:] == sorted(values[25:], reverse=True)
+
+
+@pytest.mark.parametrize(("pct_start", "first", "last"), [(0, 1.0, 0.01), (1, 0.1, 1.0)])
+def test_one_cycle_can_be_one_half_alone(pct_start, first, last):
+    schedule = one_cycle(0.1, 1.0, 0.01, pct_start)
+    assert (schedule(0.0), schedule(1.0)) == (pytest.approx(first), pytest.approx(last))
+
+
+def test_published_warm_up_is_linear_per_step():
+    schedule = published_steps(0.4, epochs=300, steps_per_epoch=8, **PUBLISHED)
+    rates = [schedule(step / 2400) for step in range(10)]
+    assert rates == pytest.approx([0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.4, 0.4])
+
+
+def test_published_rate_drops_after_epochs_101_201_and_226():
+    steps = 7
+    schedule = published_steps(0.1, epochs=300, steps_per_epoch=steps, **PUBLISHED)
+    rates = [schedule(step / (300 * steps)) for step in range(300 * steps)]
+    held = [rates[begin * steps : end * steps] for begin, end in itertools.pairwise(BOUNDS)]
+    for rate, stretch in zip([0.1, 0.01, 0.001, 0.0001], held, strict=True):
+        assert stretch == pytest.approx([rate] * len(stretch), rel=1e-12)
+
+
+def test_drops_are_exact_where_progress_is_a_sum():
+    epochs, steps = 300, 195
+    schedule = published_steps(1.0, epochs=epochs, steps_per_epoch=steps, **PUBLISHED)
+    for epoch in (100, 101, 200, 201, 225, 226):
+        progress = epoch / epochs  # as fastai counts: from the epoch's start, step by step
+        for _ in range(steps):
+            drops = (epoch >= 101) + (epoch >= 201) + (epoch >= 226)
+            assert schedule(progress) == pytest.approx(0.1**drops, rel=1e-12), epoch
+            progress += 1 / (steps * epochs)
+
+
+@pytest.mark.parametrize(("warmup_epochs", "first"), [(0, 1.0), (0.5, 0.2), (2, 0.05)])
+def test_warm_up_may_be_absent_or_a_part_of_an_epoch(warmup_epochs, first):
+    schedule = published_steps(
+        1.0, epochs=10, steps_per_epoch=10, milestones=(), gamma=0.1, warmup_epochs=warmup_epochs
+    )
+    assert schedule(0.0) == pytest.approx(first)
+    assert schedule(0.5) == 1.0

@@ -1,0 +1,321 @@
+import json
+
+import pytest
+import torch
+from fastai.callback.core import Callback
+from safetensors.torch import load_file, save_file
+
+from mixmo_fastai.checkpoints import load_checkpoint, load_weights
+from mixmo_fastai.errors import InputError
+from mixmo_fastai.lr_search import search_lr
+from mixmo_fastai.recipe import override, recipe_from_mapping
+from mixmo_fastai.runs import create_run, open_run
+from mixmo_fastai.schedule import one_cycle
+from mixmo_fastai.training import (
+    TrainingDivergedError,
+    choose_device,
+    evaluate_run,
+    prepare,
+    schedules,
+    train,
+)
+
+TINY = recipe_from_mapping(
+    {
+        "name": "tiny",
+        "data": {"dataset": "digits", "limit": 48, "valid_split": 0.05},
+        "model": {"arch": "wrn10_1"},
+        "train": {"epochs": 3, "batch_size": 32, "device": "cpu"},
+        # The published schedule drops after the first and the second epoch.
+        "schedule": {"milestones": [0.3, 0.6]},
+    },
+    "here",
+)
+TIMES = {"seconds", "images_per_second"}
+
+
+class Watch(Callback):
+    """Note what each step trains with; press Ctrl-C in a given epoch, counted from 1."""
+
+    order, run_valid = 100, False
+
+    def __init__(self, interrupt_in=0):
+        super().__init__()
+        self.interrupt_in, self.steps = interrupt_in, []
+
+    def after_batch(self):
+        hypers = self.learn.opt.hypers[-1]
+        self.steps.append((self.learn.epoch + 1, hypers["lr"], hypers["mom"]))
+        if self.learn.epoch + 1 == self.interrupt_in:
+            raise KeyboardInterrupt
+
+
+def fit(recipe, folder, *, resume=False, interrupt_in=0):
+    """Train into a folder; give the run and what each step trained with."""
+    run = open_run(folder) if resume else create_run(recipe, folder)
+    watch = Watch(interrupt_in)
+    train(prepare(recipe), run, cbs=[watch], resume=resume)
+    return run, watch.steps
+
+
+def untimed(rows):
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+
+
+def assert_same_weights(one, other):
+    ours, theirs = load_file(one.weights), load_file(other.weights)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+@pytest.fixture(scope="module", params=["one-cycle", "published"])
+def whole(request, tmp_path_factory):
+    """An uninterrupted run, with what each of its steps trained with."""
+    recipe = override(TINY, [f"schedule.kind={request.param}"])
+    return fit(recipe, tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return fit(override(TINY, ["train.epochs=1"]), tmp_path_factory.mktemp("run"))[0]
+
+
+def test_the_same_seed_gives_the_same_weights(whole, tmp_path):
+    first, steps = whole
+    again, again_steps = fit(first.recipe(), tmp_path / "again")
+    assert_same_weights(first, again)
+    assert steps == again_steps
+    assert untimed(first.history()) == untimed(again.history())
+    assert first.metrics()["test"] == again.metrics()["test"]
+
+
+def test_another_seed_gives_other_weights(whole, tmp_path):
+    first, _ = whole
+    other, _ = fit(override(first.recipe(), ["train.seed=1"]), tmp_path / "other")
+    ours, theirs = load_file(first.weights), load_file(other.weights)
+    filters = [name for name, tensor in ours.items() if tensor.ndim == 4]
+    assert filters
+    assert not any(torch.equal(ours[name], theirs[name]) for name in filters)
+
+
+@pytest.mark.parametrize("interrupt_in", [2, 3])
+def test_a_resumed_run_ends_as_if_never_interrupted(whole, tmp_path, interrupt_in):
+    uninterrupted, steps = whole
+    recipe = uninterrupted.recipe()
+    with pytest.raises(KeyboardInterrupt):
+        fit(recipe, tmp_path / "run", interrupt_in=interrupt_in)
+    run = open_run(tmp_path / "run")
+    assert len(run.history()) == interrupt_in - 1
+    assert not run.weights.exists()
+
+    run, resumed_steps = fit(recipe, run.path, resume=True)
+    assert_same_weights(uninterrupted, run)
+    assert untimed(run.history()) == untimed(uninterrupted.history())
+    assert resumed_steps == [step for step in steps if step[0] >= interrupt_in]
+    assert untimed([run.metrics()]) == untimed([uninterrupted.metrics()])
+
+
+def test_a_row_without_its_checkpoint_is_trained_again(whole, tmp_path):
+    uninterrupted, _ = whole
+    with pytest.raises(KeyboardInterrupt):
+        fit(uninterrupted.recipe(), tmp_path / "run", interrupt_in=3)
+    run = open_run(tmp_path / "run")
+    run.append_history({**run.history()[-1], "epoch": 3})  # interrupted before it was saved
+    fit(run.recipe(), run.path, resume=True)
+    assert untimed(run.history()) == untimed(uninterrupted.history())
+
+
+def test_resuming_a_finished_run_changes_nothing(whole, tmp_path):
+    recipe = override(whole[0].recipe(), ["train.epochs=1"])
+    run, _ = fit(recipe, tmp_path / "run")
+    before = {name: (run.path / name).read_bytes() for name in ("metrics.json", "history.csv")}
+    weights = load_file(run.weights)
+    _, steps = fit(recipe, run.path, resume=True)
+    assert steps == []
+    assert {name: (run.path / name).read_bytes() for name in before} == before
+    assert all(torch.equal(tensor, load_file(run.weights)[n]) for n, tensor in weights.items())
+
+
+def test_each_step_trains_with_its_scheduled_rate(whole):
+    run, steps = whole
+    recipe = run.recipe()
+    rates = [lr for _, lr, _ in steps]
+    assert len(steps) == 3 * (48 // 8)
+    if recipe.schedule.kind == "one-cycle":
+        lr = one_cycle(recipe.lr / 25, recipe.lr, recipe.lr / 1e5, 0.25)
+        momentum = one_cycle(0.95, 0.85, 0.95, 0.25)
+        assert rates == pytest.approx([lr(step / 18) for step in range(18)])
+        assert [m for *_, m in steps] == pytest.approx([momentum(step / 18) for step in range(18)])
+    else:
+        warm_up = [(step + 1) / 6 for step in range(6)]
+        factors = [*warm_up, *[0.1] * 6, *[0.01] * 6]
+        assert rates == pytest.approx([recipe.lr * factor for factor in factors])
+        assert {m for *_, m in steps} == {0.9}
+
+
+def test_a_run_leaves_its_history(whole):
+    run, steps = whole
+    rows = run.history()
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    assert [row["images_seen"] for row in rows] == ["192", "384", "576"]
+    for row in rows:
+        last = [lr for epoch, lr, _ in steps if epoch == int(row["epoch"])][-1]
+        assert float(row["lr"]) == pytest.approx(last, rel=1e-5)
+        assert 0 <= float(row["accuracy"]) <= 1
+        assert 0 <= float(row["member_accuracy"]) <= 1
+        # Both are one cross-entropy over ten classes, and nothing is learnt yet.
+        assert 1 < float(row["train_loss"]) < 5
+        assert 1 < float(row["valid_loss"]) < 5
+
+
+def test_a_run_leaves_its_figures(whole):
+    run, _ = whole
+    figures = run.metrics()
+    assert (figures["recipe"], figures["epochs"], figures["images_seen"]) == ("tiny", 3, 576)
+    model = prepare(run.recipe()).learn.model
+    assert figures["parameters"] == sum(p.numel() for p in model.parameters())
+    assert figures["seconds"] == round(sum(float(row["seconds"]) for row in run.history()), 1)
+    assert len(figures["test"]["member_accuracy"]) == 2
+    assert figures["calibrated"]["temperature"] == figures["valid"]["temperature"]
+
+
+def test_a_run_evaluates_to_its_own_figures(whole):
+    run, _ = whole
+    figures = evaluate_run(run)
+    assert figures == {name: run.metrics()[name] for name in ("valid", "calibrated", "test")}
+
+
+def test_a_rate_search_changes_no_later_run(run, tmp_path):
+    training = prepare(run.recipe())
+    search = search_lr(training, num_steps=40)
+    assert len(search.losses) > 15
+    later = create_run(run.recipe(), tmp_path / "later")
+    train(training, later)
+    assert_same_weights(run, later)
+
+
+def test_a_rate_search_ends_where_the_loss_is_no_number(run):
+    class RunOff(Callback):
+        def after_loss(self):
+            if self.learn.train_iter >= 35:
+                self.learn.loss = self.learn.loss * float("nan")
+
+    training = prepare(run.recipe())
+    training.learn.add_cb(RunOff())
+    search = search_lr(training, num_steps=40)
+    assert len(search.lrs) == len(search.losses) == 35
+    assert torch.tensor(search.losses).isfinite().all()
+
+
+def test_a_rate_search_that_sees_nothing_says_where_to_start(run):
+    with pytest.raises(InputError, match="--start 10000,"):
+        search_lr(prepare(run.recipe()), num_steps=30, start=1e6, end=1e7)
+
+
+def test_without_validation_split_there_are_no_validation_figures(tmp_path):
+    run, _ = fit(override(TINY, ["train.epochs=1", "data.valid_split=0"]), tmp_path / "run")
+    assert [run.history()[0][name] for name in ("valid_loss", "accuracy")] == ["", ""]
+    assert run.metrics().keys().isdisjoint({"valid", "calibrated"})
+    assert "accuracy" in run.metrics()["test"]
+
+
+def test_a_diverging_run_is_told_a_lower_rate(tmp_path):
+    recipe = override(TINY, ["optimizer.lr=1e30"])
+    run = create_run(recipe, tmp_path / "run")
+    with pytest.raises(TrainingDivergedError) as caught:
+        train(prepare(recipe), run)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "The training loss is not finite in epoch 1."
+    suggested = float(lines[1].partition("--lr ")[2].split(";")[0])
+    assert suggested == pytest.approx(0.05 * 32 / 64 / 4 * 2)
+    assert run.history() == []
+    assert not run.checkpoint.exists()
+    assert not run.weights.exists()
+
+
+def test_momentum_is_left_alone_by_the_published_schedule():
+    published = override(TINY, ["schedule.kind=published"])
+    assert set(schedules(published, 6)) == {"lr"}
+    assert set(schedules(TINY, 6)) == {"lr", "mom"}
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
+    with pytest.raises(InputError, match="--device cpu"):
+        choose_device("cuda")
+    with pytest.raises(InputError, match="--precision float32"):
+        prepare(override(TINY, ["train.precision=bfloat16"]))
+
+
+def copy_of(run, folder):
+    """Copy what resuming needs."""
+    copy = create_run(run.recipe(), folder)
+    copy.checkpoint.mkdir()
+    for path in run.checkpoint.iterdir():
+        (copy.checkpoint / path.name).write_bytes(path.read_bytes())
+    return copy
+
+
+def test_a_checkpoint_holds_tensors_and_text(run):
+    names = {path.name for path in run.checkpoint.iterdir()}
+    assert names == {"model.safetensors", "optimizer.safetensors", "state.json"}
+    assert json.loads((run.checkpoint / "state.json").read_text())["num_epochs"] == 1
+    assert not list(run.path.glob(".checkpoint*"))
+
+
+@pytest.mark.parametrize("name", ["state.json", "optimizer.safetensors", "model.safetensors"])
+@pytest.mark.parametrize("content", [b"", b"\xff{", b"[1]", b'{"format": 99, "num_epochs": 1}'])
+def test_a_damaged_checkpoint_is_refused(run, tmp_path, name, content):
+    copy = copy_of(run, tmp_path / "copy")
+    (copy.checkpoint / name).write_bytes(content)
+    with pytest.raises(InputError, match=r"damaged|cannot be read") as caught:
+        load_checkpoint(copy, prepare(copy.recipe()).learn)
+    assert str(copy.checkpoint) in str(caught.value)
+    assert len(str(caught.value).splitlines()) <= 3
+
+
+def test_a_checkpoint_of_another_network_is_refused(run, tmp_path):
+    copy = copy_of(run, tmp_path / "copy")
+    wider = override(copy.recipe(), ["model.arch=wrn10_2"])
+    with pytest.raises(InputError, match="another network") as caught:
+        load_checkpoint(copy, prepare(wider).learn)
+    assert len(str(caught.value).splitlines()) <= 3
+
+
+@pytest.mark.parametrize("change", [{"other": torch.zeros(1)}, None])
+def test_momentum_of_another_network_is_refused(run, tmp_path, change):
+    copy = copy_of(run, tmp_path / "copy")
+    path = copy.checkpoint / "optimizer.safetensors"
+    buffers = {name: torch.zeros(1, 2, 3) for name in load_file(path)}
+    save_file(change or buffers, path)
+    with pytest.raises(InputError, match=r"optimizer's state .* another network"):
+        load_checkpoint(copy, prepare(copy.recipe()).learn)
+
+
+def test_the_checkpoint_before_serves_where_saving_was_interrupted(run, tmp_path):
+    copy = copy_of(run, tmp_path / "copy")
+    copy.checkpoint.rename(copy.path / ".checkpoint.old")
+    learn = prepare(copy.recipe()).learn
+    assert load_checkpoint(copy, learn) == 1
+    saved = load_file(run.checkpoint / "model.safetensors")
+    state = learn.model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in saved.items())
+
+
+def test_a_run_without_a_finished_epoch_cannot_be_resumed(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        fit(TINY, tmp_path / "run", interrupt_in=1)
+    with pytest.raises(InputError, match="no checkpoint to resume from"):
+        fit(TINY, tmp_path / "run", resume=True)
+
+
+def test_weights_that_are_missing_or_damaged_are_refused(run, tmp_path):
+    model = prepare(run.recipe()).learn.model
+    with pytest.raises(InputError, match="is missing"):
+        load_weights(model, tmp_path / "none.safetensors")
+    (tmp_path / "half.safetensors").write_bytes(run.weights.read_bytes()[:100])
+    with pytest.raises(InputError, match="cannot be read"):
+        load_weights(model, tmp_path / "half.safetensors")
+    assert all(p.isfinite().all() for p in model.parameters())
