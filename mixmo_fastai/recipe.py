@@ -28,8 +28,16 @@ from mixmo_fastai.names import (
 )
 
 
-def _number(default: Any, low: float, high: float = math.inf, *, open_low: bool = False) -> Any:
-    return field(default=default, metadata={"low": low, "high": high, "open_low": open_low})
+def _number(
+    default: Any,
+    low: float,
+    high: float = math.inf,
+    *,
+    open_low: bool = False,
+    finite: bool = True,
+) -> Any:
+    limits = {"low": low, "high": high, "open_low": open_low, "finite": finite}
+    return field(default=default, metadata=limits)
 
 
 def _choice(default: str, choices: Iterable[str]) -> Any:
@@ -82,7 +90,7 @@ class Mix:
     alpha: float = _number(2.0, 0, open_low=True)
     mix_prob: float = _number(0.5, 0, 1)
     decay_start: float = _number(11 / 12, 0, 1)
-    weight_root: float = _number(3.0, 1)
+    weight_root: float = _number(3.0, 1, finite=False)
     batch_repetitions: int = _number(4, 1, 1024)
     input_repetition: float = _number(0.0, 0, 1)
 
@@ -395,7 +403,7 @@ def _checked(value: Any, hint: Any, metadata: Mapping[str, Any], place: str) -> 
 def _check_range(number: float, metadata: Mapping[str, Any], place: str) -> None:
     low, high = metadata["low"], metadata["high"]
     above = number > low if metadata["open_low"] else number >= low
-    if above and number <= high and number < math.inf:
+    if above and number <= high and (number < math.inf or not metadata["finite"]):
         return
     relation = "above" if metadata["open_low"] else "at least"
     upper = f" and at most {high}" if high < math.inf else " and finite"

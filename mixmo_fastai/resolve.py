@@ -5,11 +5,13 @@ Standard library only, so that a wrong word is refused before torch is imported.
 
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from mixmo_fastai.errors import InputError, unknown
 from mixmo_fastai.names import DATASETS, MASK_KINDS
 from mixmo_fastai.recipe import (
+    Expected,
     Recipe,
     load_recipe,
     override,
@@ -49,7 +51,27 @@ def resolve_recipe(
         given["data.dataset"] = dataset
     resolved = override(_with_flags(base, given), assignments)
     check_dataset(resolved.data.dataset)  # a recipe or an assignment may name it as well
-    return resolved
+    return _renamed(_with_whole_path(resolved), base)
+
+
+def _with_whole_path(recipe: Recipe) -> Recipe:
+    """A run is evaluated from other folders than the one it was started in."""
+    if recipe.data.dataset in DATASETS:
+        return recipe
+    whole = os.path.abspath(os.path.expanduser(recipe.data.dataset))
+    return replace(recipe, data=replace(recipe.data, dataset=whole))
+
+
+def _renamed(recipe: Recipe, base: Recipe) -> Recipe:
+    """Take name and published figure from a recipe that flags turned into another method."""
+    same_method = (recipe.mix.kind, recipe.model.num_members) == (
+        base.mix.kind,
+        base.model.num_members,
+    )
+    named = {recipe.data.dataset, base.data.dataset} <= set(DATASETS)
+    if same_method and (recipe.data.dataset == base.data.dataset or not named):
+        return recipe
+    return replace(recipe, name="", title="", expected=Expected())
 
 
 def default_recipe(dataset: str, flags: Mapping[str, Any]) -> Recipe:

@@ -1,9 +1,11 @@
 import pytest
 import torch
+from datasets import write_image_folder
 from synthetic import image_arrays, mixmo_dls, source
 
 from mixmo_fastai.data.dataloaders import make_dataloaders
 from mixmo_fastai.data.expansion import PlainCopies, expand
+from mixmo_fastai.data.image_folder import read_image_folder
 from mixmo_fastai.data.loaders import Augmentation, ResidentLoader, StreamingLoader
 from mixmo_fastai.data.splits import limit_images, split_validation
 from mixmo_fastai.errors import InputError
@@ -198,3 +200,22 @@ class TestFastaisViews:
         plt.close("all")
         assert len(titles) == 4
         assert set(titles) <= {"red", "green", "blue"}
+
+
+class TestDamage:
+    @pytest.mark.parametrize("num_workers", [0, 2])
+    def test_an_image_that_cannot_be_read_is_named_from_a_worker_too(self, tmp_path, num_workers):
+        folder = write_image_folder(tmp_path / "images")
+        images = read_image_folder(folder, tmp_path, cache_limit=0).train
+        dl = StreamingLoader(
+            images,
+            classes=("a", "b"),
+            mean=(0.5,) * 3,
+            std=(0.5,) * 3,
+            bs=2,
+            num_workers=num_workers,
+        )
+        (folder / images.names[-1]).write_bytes(b"no image")
+        with pytest.raises(InputError, match=images.names[-1]) as caught:
+            list(dl)
+        assert len(str(caught.value).splitlines()) <= 3

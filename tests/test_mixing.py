@@ -140,7 +140,7 @@ def test_roles_are_shuffled_per_batch_and_members_keep_their_lam():
 def test_box_areas_agree_with_the_published_statistics():
     published = json.loads((golden.GOLDEN / "mask_statistics_alpha2_32x32.json").read_text())
     expected = published["cutmix"]
-    num_draws = 200_000
+    num_draws = 50_000
     lam = draw_lam(num_draws, 2, 2.0, generator=generator())
     _, corrected = draw_masks(
         "cutmix", lam, (1, 32, 32), generator=generator(1), shuffle_roles=False

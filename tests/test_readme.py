@@ -88,6 +88,6 @@ def test_code_runs():
     names = {}
     for block in CODE:
         quick = block.replace("fit_one_cycle(3,", "fit_one_cycle(1,")
-        exec(compile(quick, "README.md", "exec"), names)  # noqa: S102
+        exec(compile(quick, "README.md", "exec"), names)
     assert names["learn"].model.num_members == 2
     assert names["learn"].mix_mo.epochs_trained == 1

@@ -54,7 +54,7 @@ WRONG_VALUES = [
     ("mix.alpha", "nan", "above 0"),
     ("mix.mix_prob", "1.1", "at most 1"),
     ("mix.weight_root", "0.5", "at least 1"),
-    ("mix.weight_root", "inf", "finite"),
+    ("mix.weight_root", "nan", "at least 1"),
     ("mix.batch_repetitions", "0", "at least 1"),
     ("optimizer.lr", "0", "above 0"),
     ("optimizer.lr", "inf", "finite"),

@@ -2,7 +2,7 @@ import pytest
 
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.names import DATASETS
-from mixmo_fastai.recipe import Recipe, load_recipe, override, recipe_from_mapping
+from mixmo_fastai.recipe import Recipe, load_recipe, recipe_from_mapping
 from mixmo_fastai.resolve import check_dataset, resolve_recipe
 
 
@@ -54,7 +54,9 @@ def test_assignments_go_before_flags_and_flags_before_the_recipe(tmp_path):
 
 def test_a_given_data_set_goes_before_the_recipes():
     recipe = resolve_recipe("digits", "cifar100/mimo")
-    assert recipe == override(load_recipe("cifar100/mimo"), ["data.dataset=digits"])
+    own = load_recipe("cifar100/mimo")
+    assert recipe.data.dataset == "digits"
+    assert (recipe.model, recipe.mix, recipe.train) == (own.model, own.mix, own.train)
 
 
 @pytest.mark.parametrize("name", [*DATASETS, "."])
@@ -97,3 +99,37 @@ def test_a_data_set_is_checked_wherever_it_was_said(tmp_path):
 def test_a_wrong_mask_kind_is_answered_with_the_nearest(recipe):
     with pytest.raises(InputError, match="Did you mean 'cutmix'"):
         resolve_recipe(None, recipe, {"mix.kind": "cutmx"})
+
+
+def test_another_method_than_the_recipes_has_neither_its_name_nor_its_figure():
+    changed = resolve_recipe("cifar100", "cifar100/cut-mixmo", {"mix.kind": "linear"})
+    assert changed.expected.accuracy is None
+    assert changed.name == ""
+    moved = resolve_recipe("cifar10", "cifar100/cut-mixmo")
+    assert moved.expected.accuracy is None
+    kept = resolve_recipe("cifar100", "cifar100/cut-mixmo", {"model.arch": "wrn16_4"})
+    assert kept.expected.accuracy == 0.8540
+
+
+def test_a_folder_is_remembered_with_its_whole_path(tmp_path, monkeypatch):
+    (tmp_path / "flowers").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert resolve_recipe("flowers").data.dataset == str(tmp_path / "flowers")
+
+
+def test_weight_root_may_be_infinite():
+    recipe = resolve_recipe("digits", None, None, ["mix.weight_root=inf"])
+    assert recipe.mix.weight_root == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ({"mix.kind": "linear"}, "digits/linear-mixmo"),
+        ({"mix.kind": "sum"}, "digits/mimo"),
+        ({"model.num_members": 1}, "digits/vanilla"),
+        ({}, "digits/cut-mixmo"),
+    ],
+)
+def test_digits_have_a_recipe_for_each_method(flags, name):
+    assert resolve_recipe(None, None, flags).name == name

@@ -44,6 +44,7 @@ def plan_lines(training: Any) -> list[str]:
     schedule = f"{recipe.schedule.kind}, learning rate {recipe.lr:.4g}"
     mixing = f", {mix.kind} masks with probability {mix.mix_prob:g}" if mix.kind == "cutmix" else ""
     members = f"{recipe.model.num_members} member" + "s" * (recipe.model.num_members > 1)
+    times = f"{mix.batch_repetitions} times" if mix.batch_repetitions > 1 else "once"
     rows = [
         (
             "Data",
@@ -51,7 +52,7 @@ def plan_lines(training: Any) -> list[str]:
             f"test images of {shape}, {len(source.classes)} classes",
         ),
         ("Network", f"{recipe.model.arch}, {members}, {training.num_parameters:,} parameters"),
-        ("Method", f"{method_name(recipe)}, every image {mix.batch_repetitions}x a batch{mixing}"),
+        ("Method", f"{method_name(recipe)}, every image {times} in a batch{mixing}"),
         (
             "Training",
             f"{train.epochs} epochs of {training.steps_per_epoch} steps with "
@@ -80,15 +81,19 @@ def recipe_lines(recipe: Recipe) -> list[str]:
 def figure_lines(figures: Mapping[str, Any], recipe: Recipe) -> list[str]:
     """Show the figures of a run."""
     test = figures["test"]
-    rows = [("Test accuracy", f"{_percent(test['accuracy'])} (ensemble, mean of the logits)")]
-    members = ", ".join(_percent(value) for value in test["member_accuracy"])
-    rows.append(("Members", members))
+    rows = [
+        ("Test accuracy", _percent(test["accuracy"]) + _ENSEMBLE * (recipe.model.num_members > 1))
+    ]
+    if recipe.model.num_members > 1:
+        members = ", ".join(_percent(value) for value in test["member_accuracy"])
+        rows.append(("Members", members))
     if recipe.expected.accuracy is not None:
         rows.append(("Published", expectation(recipe)))
+    alone = _OF_SEVERAL if recipe.model.num_members == 1 else ()
     for name, label, show in _FIGURES:
         if name in test:
             rows.append((label, show(test[name])))
-        elif name in test.get("absent", {}):
+        elif name in test.get("absent", {}) and name not in alone:
             rows.append((label, f"none: {test['absent'][name]}"))
     calibrated = figures.get("calibrated")
     if calibrated:
@@ -110,6 +115,8 @@ def _number(value: float) -> str:
     return f"{value:.4f}"
 
 
+_ENSEMBLE = " (ensemble, mean of the logits)"
+_OF_SEVERAL = ("ratio_error", "disagreement")
 _FIGURES = (
     ("top5", "Top-5", _percent),
     ("nll", "NLL", _number),

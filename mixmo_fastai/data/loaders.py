@@ -20,6 +20,7 @@ from torch import Tensor
 from mixmo_fastai.augment import crop, draw_crops, draw_flips, flip, normalize, pad
 from mixmo_fastai.data.items import as_items
 from mixmo_fastai.data.sources import ImageSet
+from mixmo_fastai.errors import InputError
 from mixmo_fastai.randomness import make_generator
 
 
@@ -174,7 +175,10 @@ class StreamingLoader(BatchLoader):
         reader = DataLoader(
             _ChunkReader(self.images, chunks), num_workers=self.workers, pin_memory=pinned
         )
-        for pixels, labels in reader:
+        for batch in reader:
+            if isinstance(batch, InputError):
+                raise batch
+            pixels, labels = batch
             padded = pad(
                 pixels.to(self.device, non_blocking=pinned), self.augmentation.crop_padding
             )
@@ -204,6 +208,10 @@ class _ChunkReader:
     def __len__(self) -> int:
         return len(self.chunks)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | InputError:
         chunk = self.chunks[index]
-        return torch.stack([self.images[i] for i in chunk.tolist()]), self.images.labels[chunk]
+        try:
+            pixels = torch.stack([self.images[i] for i in chunk.tolist()])
+        except InputError as error:
+            return error  # raised in a worker, it would come back as a traceback in text
+        return pixels, self.images.labels[chunk]

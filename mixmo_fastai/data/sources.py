@@ -92,7 +92,8 @@ def data_home(data_dir: Path | None = None) -> Path:
     """Find the data folder: the argument, else $MIXMO_DATA_DIR, else fastai's data folder."""
     chosen = data_dir or os.environ.get("MIXMO_DATA_DIR")
     fastai_home = os.environ.get("FASTAI_HOME") or "~/.fastai"
-    return Path(chosen or Path(fastai_home) / "data").expanduser()
+    # pathlib's own expansion raises where there is no such user.
+    return Path(os.path.expanduser(chosen or Path(fastai_home) / "data"))
 
 
 @dataclass(frozen=True)
