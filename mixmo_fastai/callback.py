@@ -15,8 +15,17 @@ from torch import Tensor, nn
 from mixmo_fastai.data.expansion import expand
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.losses import MixMoLoss
-from mixmo_fastai.mixing import BINARY_KINDS, check_kind, draw_lam, draw_masks, loss_weights
+from mixmo_fastai.mixing import BLEND_KINDS, check_kind, draw_lam, draw_masks, loss_weights
 from mixmo_fastai.models.mixmo_model import MixMoModel
+from mixmo_fastai.msda import (
+    MsdaDraw,
+    check_msda,
+    draw_msda,
+    label_shares,
+    make_own_image_major,
+    mix_images,
+    take_partners,
+)
 from mixmo_fastai.pairing import check_pairing, draw_pairing, num_copies
 from mixmo_fastai.randomness import Stream, make_generator
 
@@ -40,9 +49,10 @@ class MixMoCallback(Callback):
         weight_root: r of the loss weights; 1 weighs members by lam, infinity alike.
         batch_repetitions: b.
         input_repetition: share of positions at which all members see the same image.
-        msda: mixed-sample augmentation inside each member; None for none.
-        msda_alpha: its Beta(alpha, alpha).
-        msda_prob: its probability per sample.
+        msda: "cutmix" or "mixup" mixes each member's image with another one of the same member, and
+            its label by what the mask lets through; None for neither.
+        msda_alpha: the own image's ratio is Beta(msda_alpha, msda_alpha).
+        msda_prob: probability of it, per sample and member.
         seed: of all draws; None takes torch's initial seed, which `set_seed` sets, when a fit
             begins.
 
@@ -76,7 +86,7 @@ class MixMoCallback(Callback):
         loss_weights(torch.ones(1, 1), weight_root)
         draw_lam(1, 1, alpha)
         if msda is not None:
-            raise InputError(f"msda={msda!r} is not available yet; leave it out.")
+            check_msda(msda, msda_alpha, msda_prob)
         self.mix, self.alpha, self.mix_prob, self.decay_start = mix, alpha, mix_prob, decay_start
         self.weight_root, self.batch_repetitions = weight_root, batch_repetitions
         self.input_repetition, self.seed = input_repetition, seed
@@ -132,8 +142,14 @@ class MixMoCallback(Callback):
             device=x.device,
         )
         # Gathered member by member, so that each encoder finds its batch contiguous.
-        inputs = x[slots.T].transpose(0, 1)
-        self.learn.xb, self.learn.yb = (inputs, masks), (y[slots], weights)
+        inputs, targets = x[slots.T].transpose(0, 1), y[slots]
+        if self.msda is None:
+            self.learn.xb, self.learn.yb = (inputs, masks), (targets, weights)
+            return
+        draw, shares = self.draw_msda(inputs, masks)
+        pasted_targets = take_partners(targets, draw.partners)
+        self.learn.xb = (mix_images(inputs, draw), masks)
+        self.learn.yb = (targets, weights, pasted_targets, shares)
 
     def after_train(self) -> None:
         """Count the epochs that trained."""
@@ -158,9 +174,24 @@ class MixMoCallback(Callback):
         )
         return masks, loss_weights(lam, self.weight_root)
 
+    def draw_msda(self, inputs: Tensor, masks: Tensor) -> tuple[MsdaDraw, Tensor]:
+        """Draw the mixing of pixels, and the shares (B, M) that it leaves the own labels."""
+        assert self.msda is not None
+        draw = draw_msda(
+            self.msda,
+            *inputs.shape[:2],
+            size=inputs.shape[-2:],
+            alpha=self.msda_alpha,
+            prob=self.msda_prob,
+            generator=self._generator("msda", inputs.device),
+            device=inputs.device,
+        )
+        shares = label_shares(draw.masks, masks)
+        return make_own_image_major(draw, shares) if self._num_members > 1 else (draw, shares)
+
     def kind_of_batch(self) -> str:
         """Decide, on the host, how this batch is mixed: the binary kind or linearly."""
-        if self.mix not in BINARY_KINDS:
+        if self.mix in BLEND_KINDS:
             return self.mix
         chance = torch.rand((), generator=self._generator("schedule", "cpu")).item()
         return self.mix if chance < self.current_mix_prob() else "linear"

@@ -45,20 +45,36 @@ class MixMoLoss(nn.Module):
     def reduction(self, value: str) -> None:
         self.base.reduction = value
 
-    def forward(self, pred: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        pred: Tensor,
+        targets: Tensor,
+        weights: Tensor | None = None,
+        pasted_targets: Tensor | None = None,
+        shares: Tensor | None = None,
+    ) -> Tensor:
         """Compute the loss.
+
+        Images that were mixed inside a member have two targets. Cross-entropy is linear in the
+        target, so their mixture needs no one-hot tensor: s · CE(target) + (1 - s) · CE(pasted).
 
         Args:
             pred: member logits (B, M, K), or ensemble logits (B, K) where `weights` is not given.
             targets: (B, M) classes or (B, M, K) soft; (B,) or (B, K) for ensemble logits.
             weights: (B, M) from `mixing.loss_weights`.
+            pasted_targets: like `targets`, of the pasted images; None where nothing was pasted.
+            shares: (B, M), the share of `targets`; goes with `pasted_targets`.
 
         Returns:
             A scalar, or (B,) where `reduction` is "none".
         """
         if weights is None:
             return self._base_for(pred, targets)(pred, targets)
-        losses = (weights * self.member_losses(pred, targets)).sum(dim=1)  # (B,)
+        member_losses = self.member_losses(pred, targets)  # (B, M)
+        if pasted_targets is not None and shares is not None:
+            pasted_losses = self.member_losses(pred, pasted_targets)
+            member_losses = shares * member_losses + (1 - shares) * pasted_losses
+        losses = (weights * member_losses).sum(dim=1)  # (B,)
         if self.reduction == "none":
             return losses
         return losses.sum() if self.reduction == "sum" else losses.mean()

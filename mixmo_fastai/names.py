@@ -9,8 +9,23 @@ from typing import Literal
 
 from mixmo_fastai.errors import InputError, unknown
 
-MASK_KINDS = ("sum", "linear", "cutmix")
+MASK_KINDS = (
+    "sum",
+    "linear",
+    "cutmix",
+    "horizontal",
+    "vertical",
+    "patchup",
+    "patchup-soft",
+    "cow",
+    "channel",
+    "channel-stack",
+    "noise",
+)
 """How features are mixed; drawn by `mixmo_fastai.mixing.draw_masks`."""
+
+MSDA_KINDS = ("cutmix", "mixup")
+"""Mixed-sample augmentation of the pixels, inside each member; drawn by `mixmo_fastai.msda`."""
 
 SCHEDULES = ("one-cycle", "published")
 LOADERS = ("auto", "resident", "streaming")

@@ -19,6 +19,7 @@ Stream = Literal[
     "pairing",  # which member sees which image
     "schedule",  # whether a batch is mixed with the binary kind or linearly
     "lam",  # mixing ratios
+    "msda",  # which images are mixed with which, and where
     "masks",  # boxes, seeds, noise and roles of the members
 ]
 """A named purpose of random draws. Two streams never share numbers by design."""

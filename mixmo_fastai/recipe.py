@@ -22,6 +22,7 @@ from mixmo_fastai.names import (
     DEVICES,
     LOADERS,
     MASK_KINDS,
+    MSDA_KINDS,
     PRECISIONS,
     SCHEDULES,
     parse_architecture,
@@ -93,6 +94,9 @@ class Mix:
     weight_root: float = _number(3.0, 1, finite=False)
     batch_repetitions: int = _number(4, 1, 1024)
     input_repetition: float = _number(0.0, 0, 1)
+    msda: str = _choice("none", ("none", *MSDA_KINDS))
+    msda_alpha: float = _number(1.0, 0, open_low=True)
+    msda_prob: float = _number(0.5, 0, 1)
 
 
 @dataclass(frozen=True)

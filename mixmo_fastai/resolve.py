@@ -21,7 +21,9 @@ from mixmo_fastai.recipe import (
 )
 
 METHODS = {"cutmix": "cut-mixmo", "linear": "linear-mixmo", "sum": "mimo"}
-"""The recipe that stands for a mask kind; one member alone is "vanilla"."""
+"""The recipe that stands for a mask kind of several members."""
+SINGLE_METHODS = {None: "vanilla", "none": "vanilla", "cutmix": "cutmix", "mixup": "mixup"}
+"""The recipe that stands for the mixing of pixels, for a network of one member."""
 
 
 def resolve_recipe(
@@ -64,28 +66,29 @@ def _with_whole_path(recipe: Recipe) -> Recipe:
 
 def _renamed(recipe: Recipe, base: Recipe) -> Recipe:
     """Take name and published figure from a recipe that flags turned into another method."""
-    same_method = (recipe.mix.kind, recipe.model.num_members) == (
-        base.mix.kind,
-        base.model.num_members,
-    )
+    methods = {(r.mix.kind, r.mix.msda, r.model.num_members) for r in (recipe, base)}
     named = {recipe.data.dataset, base.data.dataset} <= set(DATASETS)
-    if same_method and (recipe.data.dataset == base.data.dataset or not named):
+    if len(methods) == 1 and (recipe.data.dataset == base.data.dataset or not named):
         return recipe
     return replace(recipe, name="", title="", expected=Expected())
 
 
 def default_recipe(dataset: str, flags: Mapping[str, Any]) -> Recipe:
-    """Find the recipe of a data set and mask kind; the defaults where there is none."""
-    kind = flags.get("mix.kind")
+    """Find the recipe that is nearest to what was asked for; the defaults for other data."""
+    kind, msda = flags.get("mix.kind"), flags.get("mix.msda")
     if kind is not None and kind not in MASK_KINDS:
         raise unknown("mask kind", str(kind), MASK_KINDS)
-    single = flags.get("model.num_members") == 1 and kind in (None, "sum")
-    method = "vanilla" if single else METHODS.get(kind or "cutmix")
-    if f"{dataset}/{method}" in recipe_names():
-        return load_recipe(f"{dataset}/{method}")
-    mix = {"kind": "sum", "batch_repetitions": 1} if single else {}
-    members = {"num_members": 1} if single else {}
-    return recipe_from_mapping({"mix": mix, "model": members}, "defaults")
+    if flags.get("model.num_members") == 1 and kind in (None, "sum"):
+        candidates = [SINGLE_METHODS.get(msda), "vanilla"]
+        fallback = {"mix": {"kind": "sum", "batch_repetitions": 1}, "model": {"num_members": 1}}
+    else:
+        method = METHODS.get(kind or "cutmix", "cut-mixmo")
+        candidates = [f"{method}-{msda}" if msda else method, method, "cut-mixmo"]
+        fallback = {}
+    names = recipe_names()
+    found = (f"{dataset}/{name}" for name in candidates if f"{dataset}/{name}" in names)
+    name = next(found, None)
+    return load_recipe(name) if name else recipe_from_mapping(fallback, "defaults")
 
 
 def check_dataset(dataset: str) -> None:

@@ -65,3 +65,41 @@ def crop(image, row, column, padding):
             if 0 <= source_y < height and 0 <= source_x < width:
                 window[:, y, x] = image[:, source_y, source_x]
     return window
+
+
+def grown_blocks(seeds, block_size):
+    """Every seed becomes a square around itself, cut at the border: (h, w) bool -> (h, w)."""
+    height, width = seeds.shape
+    reach = block_size // 2
+    region = np.zeros((height, width))
+    for row, column in zip(*np.nonzero(seeds), strict=True):
+        rows = slice(max(0, row - reach), row + reach + 1)
+        region[rows, max(0, column - reach) : column + reach + 1] = 1
+    return region
+
+
+def blur(noise, sigma):
+    """Gaussian blur, place by place, with weights that sum to one within the map."""
+    height, width = noise.shape
+    smooth = np.zeros_like(noise)
+    for row in range(height):
+        for column in range(width):
+            down = np.exp(-((np.arange(height) - row) ** 2) / (2 * sigma**2))
+            across = np.exp(-((np.arange(width) - column) ** 2) / (2 * sigma**2))
+            kernel = np.outer(down / down.sum(), across / across.sum())
+            smooth[row, column] = (kernel * noise).sum()
+    return smooth
+
+
+def label_share(msda_mask, mask):
+    """mean(msda_mask · m) / mean(m) for one member; (H, W) is averaged down to m's (D, h, w)."""
+    _, height, width = mask.shape
+    rows, columns = msda_mask.shape[0] // height, msda_mask.shape[1] // width
+    total = 0.0
+    for row in range(height):
+        for column in range(width):
+            patch = msda_mask[
+                row * rows : (row + 1) * rows, column * columns : (column + 1) * columns
+            ]
+            total += patch.mean() * mask[:, row, column].mean()
+    return total / (height * width) / mask.mean()

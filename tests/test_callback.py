@@ -412,6 +412,6 @@ class TestMemberAccuracy:
 @pytest.mark.parametrize("kind", [MixMoCallback, HistoryCallback, CheckpointCallback])
 def test_public_methods_are_events_or_documented_extras(kind):
     """fastai ignores a misspelt event in silence."""
-    extras = {"draw_mixing", "kind_of_batch", "current_mix_prob"}
+    extras = {"draw_mixing", "draw_msda", "kind_of_batch", "current_mix_prob"}
     own = {name for name, value in vars(kind).items() if callable(value) and name[0] != "_"}
     assert own - extras <= set(vars(event))

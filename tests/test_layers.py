@@ -25,6 +25,7 @@ LAYERS = {
     "diversity": MATHEMATICS,
     "losses": MATHEMATICS,
     "mixing": MATHEMATICS,
+    "msda": MATHEMATICS,
     "models": MATHEMATICS,
     "pairing": MATHEMATICS,
     "randomness": MATHEMATICS,

@@ -53,9 +53,10 @@ class TestEveryKind:
     def test_masks_partition_unity_and_lam_is_their_mean(self, kind, num_members):
         lam = draw_lam(64, num_members, 1.0, generator=generator())
         masks, corrected = draw_masks(kind, lam, (16, 9, 12), generator=generator(1))
-        assert masks.shape == (64, num_members, 1, 9, 12)
+        channels = 16 if kind.startswith("channel") else 1
+        assert masks.shape == (64, num_members, channels, 9, 12)
         assert bool(((masks >= 0) & (masks <= 1)).all())
-        torch.testing.assert_close(masks.sum(1), torch.ones(64, 1, 9, 12))
+        torch.testing.assert_close(masks.sum(1), torch.ones(64, channels, 9, 12))
         torch.testing.assert_close(corrected, masks.mean((2, 3, 4)))
 
     def test_follows_its_generator_and_leaves_the_global_one(self, kind, num_members):
@@ -140,7 +141,7 @@ def test_roles_are_shuffled_per_batch_and_members_keep_their_lam():
 def test_box_areas_agree_with_the_published_statistics():
     published = json.loads((golden.GOLDEN / "mask_statistics_alpha2_32x32.json").read_text())
     expected = published["cutmix"]
-    num_draws = 50_000
+    num_draws = 20_000
     lam = draw_lam(num_draws, 2, 2.0, generator=generator())
     _, corrected = draw_masks(
         "cutmix", lam, (1, 32, 32), generator=generator(1), shuffle_roles=False
@@ -160,7 +161,7 @@ def test_box_areas_agree_with_the_published_statistics():
 def test_linear_ratios_agree_with_the_published_statistics():
     published = json.loads((golden.GOLDEN / "mask_statistics_alpha2_32x32.json").read_text())
     expected = published["mixup"]
-    lam = draw_lam(200_000, 2, 2.0, generator=generator())[:, 0]
+    lam = draw_lam(50_000, 2, 2.0, generator=generator())[:, 0]
     assert lam.std().item() == pytest.approx(expected["std_area"], rel=0.02)
     assert lam.mean().item() == pytest.approx(expected["mean_area"], abs=0.006)
 

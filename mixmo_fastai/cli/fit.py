@@ -19,6 +19,7 @@ def fit(
     recipe: opt.RecipeName = None,
     arch: opt.Arch = None,
     mix: opt.Mix = None,
+    msda: opt.Msda = None,
     members: opt.Members = None,
     assignments: opt.Assignments = None,
     data_dir: opt.DataDir = None,
@@ -53,8 +54,9 @@ def fit(
     Without arguments: Cut-MixMo on the embedded digits, in about a minute.
     """
     settings = opt.flags(
-        arch=arch, mix=mix, members=members, valid_split=valid_split, limit=limit, epochs=epochs,
-        batch_size=batch_size, repeat=repeat, lr=lr, seed=seed, device=device, precision=precision,
+        arch=arch, mix=mix, msda=msda, members=members, valid_split=valid_split, limit=limit,
+        epochs=epochs, batch_size=batch_size, repeat=repeat, lr=lr, seed=seed, device=device,
+        precision=precision,
     )  # fmt: skip
     if resume is not None:
         given = [dataset, recipe, assignments, out, *settings.values()]

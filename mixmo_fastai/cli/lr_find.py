@@ -18,6 +18,7 @@ def lr_find(
     recipe: opt.RecipeName = None,
     arch: opt.Arch = None,
     mix: opt.Mix = None,
+    msda: opt.Msda = None,
     members: opt.Members = None,
     assignments: opt.Assignments = None,
     data_dir: opt.DataDir = None,
@@ -53,7 +54,7 @@ def lr_find(
 ) -> None:
     """Raise the learning rate step by step, and suggest one from how the loss falls."""
     settings = opt.flags(
-        arch=arch, mix=mix, members=members, valid_split=valid_split, limit=limit,
+        arch=arch, mix=mix, msda=msda, members=members, valid_split=valid_split, limit=limit,
         batch_size=batch_size, repeat=repeat, seed=seed, device=device, precision=precision,
     )  # fmt: skip
     if not start < end:

@@ -47,7 +47,15 @@ Arch = Annotated[
 Mix = Annotated[
     str | None,
     typer.Option(
-        help="How features are mixed: cutmix, linear, or sum (MIMO).",
+        help="How features are mixed: cutmix, linear, sum (MIMO), or another mask kind.",
+        metavar="KIND",
+        rich_help_panel=NETWORK,
+    ),
+]
+Msda = Annotated[
+    str | None,
+    typer.Option(
+        help="Mix the pixels inside each member: cutmix, mixup or none.",
         metavar="KIND",
         rich_help_panel=NETWORK,
     ),
@@ -98,6 +106,7 @@ _SETTINGS = {
     "arch": "model.arch",
     "members": "model.num_members",
     "mix": "mix.kind",
+    "msda": "mix.msda",
     "repeat": "mix.batch_repetitions",
     "epochs": "train.epochs",
     "batch_size": "train.batch_size",

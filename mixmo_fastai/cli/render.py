@@ -6,6 +6,7 @@ from typing import Any
 
 from mixmo_fastai.recipe import Recipe, to_mapping
 
+PIXEL_NAMES = {"cutmix": "CutMix", "mixup": "Mixup"}
 METHOD_NAMES = {"cutmix": "Cut-MixMo", "linear": "Linear-MixMo", "sum": "MIMO"}
 
 
@@ -18,9 +19,11 @@ def align(rows: Iterable[tuple[str, str]]) -> list[str]:
 
 def method_name(recipe: Recipe) -> str:
     """Say what method a recipe is."""
+    name = METHOD_NAMES.get(recipe.mix.kind, f"MixMo ({recipe.mix.kind})")
     if recipe.model.num_members == 1:
-        return "Vanilla"
-    return METHOD_NAMES.get(recipe.mix.kind, f"MixMo ({recipe.mix.kind})")
+        name = "Vanilla"
+    pixels = PIXEL_NAMES.get(recipe.mix.msda)
+    return f"{name} + {pixels}" if pixels else name
 
 
 def expectation(recipe: Recipe) -> str:

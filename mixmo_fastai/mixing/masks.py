@@ -1,0 +1,130 @@
+"""Masks of every kind, for any number of members.
+
+Shapes: B batch, M members, D feature channels, h w feature size after the encoder.
+
+A new kind is a function in `regions.py` with its line in `REGIONS`, and its name in
+`names.MASK_KINDS`.
+"""
+
+import inspect
+
+import torch
+from torch import Tensor
+
+from mixmo_fastai.errors import InputError, unknown
+from mixmo_fastai.mixing.regions import REGIONS, SOFT_REGIONS, Shape
+from mixmo_fastai.names import MASK_KINDS
+
+BLEND_KINDS = ("sum", "linear")
+"""Kinds that blend the members alike at all places."""
+BINARY_KINDS = tuple(kind for kind in REGIONS if kind not in SOFT_REGIONS)
+"""Kinds that give each place to role 0 or to the others."""
+
+
+def draw_masks(
+    kind: str,
+    lam: Tensor,
+    shape: Shape,
+    *,
+    generator: torch.Generator | None = None,
+    shuffle_roles: bool = True,
+    **options: float,
+) -> tuple[Tensor, Tensor]:
+    """Draw the mask of each member for each sample.
+
+    Kinds:
+        sum: 1/M everywhere, whatever lam is (MIMO).
+        linear: lam everywhere (Linear-MixMo).
+        cutmix: one member inside a box (Cut-MixMo).
+        horizontal, vertical: one member in the first rows or columns.
+        patchup, patchup-soft: one member in 7x7 blocks, alone or blended by lam.
+        cow: one member in irregular spots.
+        channel, channel-stack: one member in random or the first channels, at all places.
+        noise: blended at each place by uniform noise with mean lam.
+
+    All but the first two are regions of one member, in role 0; with M > 2 the others share the rest
+    in proportion to their lam, which is CutMix(A, Mixup(B, C, …)) for `cutmix`. The functions in
+    `regions.py` say what each does and which options it takes.
+
+    Args:
+        kind: one of `MASK_KINDS`.
+        lam: (B, M) from `draw_lam`; masks are made on its device and in its type.
+        shape: (D, h, w) of the features to be mixed.
+        generator: on lam's device.
+        shuffle_roles: let chance decide, once per batch, which member is in role 0; otherwise it is
+            member 0.
+        options: of the kind, such as block_size=5 for patchup.
+
+    Returns:
+        masks (B, M, 1 or D, h, w) in [0, 1], summing to one over the members, and lam (B, M)
+        corrected to the mean of each mask.
+
+    Raises:
+        InputError: unknown kind or option, wrong shapes, or a kind that needs two members has one.
+    """
+    _check_lam_and_shape(lam, shape)
+    check_kind(kind, lam.shape[1])
+    check_options(kind, options)
+    if kind in BLEND_KINDS:
+        masks = _blend(kind, lam)
+    else:
+        roles = torch.arange(lam.shape[1], device=lam.device)
+        if shuffle_roles:
+            roles = torch.randperm(lam.shape[1], generator=generator, device=lam.device)
+        # Role r is played by member roles[r]; members keep their own lam whatever role they play.
+        by_role = lam[:, roles]
+        region = REGIONS[kind](by_role[:, 0], shape, generator, **options)
+        masks = _share(region, by_role)[:, roles.argsort()]
+    # Means are taken before places that are alike are repeated.
+    return masks.expand(-1, -1, -1, *shape[1:]), masks.mean(dim=(2, 3, 4))
+
+
+def check_kind(kind: str, num_members: int) -> None:
+    """Check that a mask kind exists and suits the number of members.
+
+    Raises:
+        InputError: the kind is unknown, or it mixes and there is nothing to mix.
+    """
+    if kind not in MASK_KINDS:
+        raise unknown("mask kind", kind, MASK_KINDS)
+    if kind != "sum" and num_members < 2:
+        raise InputError(
+            f"mix={kind!r} needs two members or more; got num_members={num_members}.\n"
+            "Use num_members=2, or mix='sum' for a network of one member."
+        )
+
+
+def check_options(kind: str, options: dict[str, float]) -> None:
+    """Check that a mask kind takes the options.
+
+    Raises:
+        InputError: naming the option and those that the kind takes.
+    """
+    allowed = list(inspect.signature(REGIONS[kind]).parameters)[3:] if kind in REGIONS else []
+    for name in options:
+        if name not in allowed:
+            takes = f"it takes {', '.join(allowed)}" if allowed else "it takes no options"
+            raise InputError(f"Unknown option {name!r} of mask kind {kind!r}: {takes}.")
+
+
+def _blend(kind: str, lam: Tensor) -> Tensor:
+    shares = lam if kind == "linear" else torch.full_like(lam, 1.0 / lam.shape[1])
+    return shares[:, :, None, None, None]
+
+
+def _share(region: Tensor, lam: Tensor) -> Tensor:
+    """Give `region` to role 0 and share the rest: (B, 1 or D, …) -> (B, M, 1 or D, …)."""
+    if lam.shape[1] == 2:
+        return torch.stack([region, 1 - region], dim=1)
+    others = lam[:, 1:]
+    total = others.sum(dim=1, keepdim=True)
+    equal = torch.full_like(others, 1.0 / others.shape[1])
+    shares = torch.where(total > 0, others / total, equal)[:, :, None, None, None]  # (B, M-1, …)
+    return torch.cat([region[:, None], shares * (1 - region)[:, None]], dim=1)
+
+
+def _check_lam_and_shape(lam: Tensor, shape: Shape) -> None:
+    if lam.ndim != 2:
+        raise InputError(f"lam must have shape (B, M); got {tuple(lam.shape)}.")
+    if len(shape) != 3 or min(shape) < 1:
+        raise InputError(f"shape must be (D, h, w), each 1 or more; got {tuple(shape)}.")

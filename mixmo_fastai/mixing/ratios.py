@@ -1,0 +1,71 @@
+"""Mixing ratios, and the weights that the loss makes of them.
+
+Shapes: B batch, M members.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from mixmo_fastai.errors import InputError
+
+
+def draw_lam(
+    num_samples: int,
+    num_members: int,
+    alpha: float,
+    *,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Draw mixing ratios, one set per sample: lam ~ Dirichlet(alpha, …, alpha).
+
+    A Dirichlet draw is a normalised vector of Gamma(alpha) draws. They are made as
+    Gamma(alpha + 1) · U^(1/alpha) and normalised as logarithms, so that no alpha underflows.
+
+    Args:
+        num_samples: B.
+        num_members: M.
+        alpha: concentration; 2 as published, 1 is uniform on the simplex, large is near 1/M.
+        generator: on `device`.
+        device: where lam is drawn and returned.
+
+    Returns:
+        lam (B, M) in [0, 1], each row summing to one.
+
+    Raises:
+        InputError: a count is below one or alpha is not positive and finite.
+    """
+    _check_count("num_samples", num_samples)
+    _check_count("num_members", num_members)
+    if not 0 < alpha < math.inf:
+        raise InputError(f"alpha must be positive and finite; got {alpha}.")
+    size = (num_samples, num_members)
+    gamma = torch._standard_gamma(torch.full(size, alpha + 1.0, device=device), generator=generator)
+    uniform = 1.0 - torch.rand(size, generator=generator, device=device)  # (0, 1]: log is finite
+    return torch.softmax(gamma.log() + uniform.log() / alpha, dim=1)
+
+
+def loss_weights(lam: Tensor, root: float) -> Tensor:
+    """Weigh each member's loss: w_i = M · lam_i^(1/root) / Σ_j lam_j^(1/root).
+
+    Args:
+        lam: (B, M) mask means, in [0, 1].
+        root: r; 1 weighs by lam, 3 as published, infinity weighs all members alike.
+
+    Returns:
+        weights (B, M), each row summing to M.
+
+    Raises:
+        InputError: `root` is below one.
+    """
+    if not root >= 1:
+        raise InputError(f"weight_root must be 1 or more (infinity is allowed); got {root}.")
+    powers = lam.pow(1.0 / root)
+    return lam.shape[1] * powers / powers.sum(dim=1, keepdim=True)
+
+
+def _check_count(name: str, value: int) -> None:
+    if value < 1:
+        raise InputError(f"{name} must be 1 or more; got {value}.")

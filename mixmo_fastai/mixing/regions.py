@@ -1,0 +1,197 @@
+"""Regions: where, and how strongly, the member in role 0 is seen.
+
+Shapes: B batch, D feature channels, h w feature size after the encoder.
+
+Each function draws regions in [0, 1] that broadcast to (B, D, h, w), from the share `area` (B,) of
+role 0, the shape (D, h, w) and one generator; options are keyword arguments. Everything happens for
+the whole batch on the device of `area`, and nothing is read back.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mixmo_fastai.errors import InputError
+
+Shape = tuple[int, int, int]
+Generator = torch.Generator | None
+
+
+def box(area: Tensor, shape: Shape, generator: Generator) -> Tensor:
+    """Draw a box with sides floor(h·√area) and floor(w·√area), clipped to the map (CutMix).
+
+    The centre is uniform over the map and the extent is centre ± side // 2.
+
+    Returns:
+        (B, 1, h, w), binary.
+    """
+    rows = _span(area, shape[1], generator)  # (B, h)
+    columns = _span(area, shape[2], generator)  # (B, w)
+    return (rows[:, None, :, None] & columns[:, None, None, :]).to(area.dtype)
+
+
+def horizontal(area: Tensor, shape: Shape, generator: Generator) -> Tensor:
+    """Take the first floor(h·area) rows: (B, 1, h, 1), binary."""
+    return _first(area, shape[1])[:, None, :, None]
+
+
+def vertical(area: Tensor, shape: Shape, generator: Generator) -> Tensor:
+    """Take the first floor(w·area) columns: (B, 1, 1, w), binary."""
+    return _first(area, shape[2])[:, None, None, :]
+
+
+def blocks(area: Tensor, shape: Shape, generator: Generator, *, block_size: int = 7) -> Tensor:
+    """Grow Bernoulli seeds to square blocks (PatchUp).
+
+    As published, seeds lie anywhere on the map, with the probability
+    area / block² · h·w / ((h - block + 1)·(w - block + 1)); overlaps and borders leave a little
+    less than `area` on average.
+    Source: Faramarzi et al., "PatchUp", AAAI 2022, with DropBlock's seed probability.
+
+    Args:
+        area: (B,).
+        shape: (D, h, w).
+        generator: on area's device.
+        block_size: side of a block, odd; larger ones than the map are cut down to it.
+
+    Returns:
+        (B, 1, h, w), binary.
+    """
+    if block_size < 1 or block_size % 2 == 0:
+        raise InputError(f"block_size must be odd and 1 or more; got {block_size}.")
+    height, width = shape[1:]
+    side = min(block_size, _odd_at_most(height), _odd_at_most(width))
+    inner = (height - side + 1) * (width - side + 1)
+    probability = area / side**2 * (height * width / inner)
+    draws = torch.rand((len(area), 1, height, width), generator=generator, device=area.device)
+    seeds = (draws < probability[:, None, None, None]).to(area.dtype)
+    return torch.max_pool2d(seeds, side, stride=1, padding=side // 2)
+
+
+def soft_blocks(area: Tensor, shape: Shape, generator: Generator, *, block_size: int = 7) -> Tensor:
+    """Blend by `area` inside the blocks, and leave the outside to the others (soft PatchUp).
+
+    Returns:
+        (B, 1, h, w) with values 0 and area.
+    """
+    return area[:, None, None, None] * blocks(area, shape, generator, block_size=block_size)
+
+
+def cow(
+    area: Tensor,
+    shape: Shape,
+    generator: Generator,
+    *,
+    sigma_min: float = 4.0,
+    sigma_max: float = 16.0,
+    area_min: float = 0.2,
+    area_max: float = 0.8,
+) -> Tensor:
+    """Threshold Gaussian-blurred noise to irregular spots (CowMask).
+
+    The area is drawn anew, uniformly; `area` only tells batch, type and device. The threshold takes
+    the blurred noise for normal, so the area is met on average.
+    Source: French, Oliver, Salimans, "Milking CowMask", 2020.
+
+    Args:
+        area: (B,).
+        shape: (D, h, w).
+        generator: on area's device.
+        sigma_min: lower end of the blur's deviation in places, which is log-uniform.
+        sigma_max: upper end of it.
+        area_min: lower end of the area share, which is uniform.
+        area_max: upper end of it.
+
+    Returns:
+        (B, 1, h, w), binary.
+    """
+    _check_interval("sigma", sigma_min, sigma_max, above=0.0, to=math.inf)
+    _check_interval("area", area_min, area_max, above=-1e-9, to=1.0)
+    uniform = torch.rand((2, len(area)), generator=generator, device=area.device)
+    sigma = sigma_min * (sigma_max / sigma_min) ** uniform[0]
+    share = (area_min + (area_max - area_min) * uniform[1])[:, None, None]
+    noise = torch.randn((len(area), *shape[1:]), generator=generator, device=area.device)
+    # Gaussian blur is separable: one matrix for the rows and one for the columns of each sample.
+    rows, columns = _blur_matrix(sigma, shape[1]), _blur_matrix(sigma, shape[2])
+    smooth = rows @ noise @ columns.transpose(1, 2)  # (B, h, w)
+    mean, std = smooth.mean((1, 2), keepdim=True), smooth.std((1, 2), keepdim=True)
+    threshold = mean + std * math.sqrt(2) * torch.erfinv(2 * share - 1)
+    return (smooth < threshold)[:, None].to(area.dtype)
+
+
+def channels(area: Tensor, shape: Shape, generator: Generator) -> Tensor:
+    """Take round(D·area) random channels, whole: (B, D, 1, 1), binary."""
+    keys = torch.rand((len(area), shape[0]), generator=generator, device=area.device)
+    ranks = keys.argsort(dim=1).argsort(dim=1)
+    count = (shape[0] * area).round()[:, None]
+    return (ranks < count).to(area.dtype)[:, :, None, None]
+
+
+def first_channels(area: Tensor, shape: Shape, generator: Generator) -> Tensor:
+    """Take the first round(D·area) channels, whole: (B, D, 1, 1), binary."""
+    count = (shape[0] * area).round()[:, None]
+    places = torch.arange(shape[0], device=area.device)
+    return (places < count).to(area.dtype)[:, :, None, None]
+
+
+def noise(area: Tensor, shape: Shape, generator: Generator) -> Tensor:
+    """Draw each place uniformly, from the widest interval in [0, 1] with mean `area`.
+
+    Returns:
+        (B, 1, h, w) in [0, 1].
+    """
+    low, high = (2 * area - 1).clamp(min=0), (2 * area).clamp(max=1)
+    size = (len(area), 1, *shape[1:])
+    uniform = torch.rand(size, generator=generator, device=area.device, dtype=area.dtype)
+    return low[:, None, None, None] + (high - low)[:, None, None, None] * uniform
+
+
+REGIONS: dict[str, Callable[..., Tensor]] = {
+    "cutmix": box,
+    "horizontal": horizontal,
+    "vertical": vertical,
+    "patchup": blocks,
+    "patchup-soft": soft_blocks,
+    "cow": cow,
+    "channel": channels,
+    "channel-stack": first_channels,
+    "noise": noise,
+}
+"""Every mask kind that is a region of role 0, by name."""
+SOFT_REGIONS = ("patchup-soft", "noise")
+"""Those of them whose values are not only 0 and 1."""
+
+
+def _span(area: Tensor, length: int, generator: Generator) -> Tensor:
+    """Draw one side of a box of the given area share: (B,) -> (B, length) bool."""
+    half = (length * area.sqrt()).long().div(2, rounding_mode="floor")
+    centre = torch.randint(length, area.shape, generator=generator, device=area.device)
+    places = torch.arange(length, device=area.device)
+    # Comparing places that exist clips the box to the map.
+    return (places >= (centre - half)[:, None]) & (places < (centre + half)[:, None])
+
+
+def _first(area: Tensor, length: int) -> Tensor:
+    places = torch.arange(length, device=area.device)
+    return (places < (length * area).floor()[:, None]).to(area.dtype)
+
+
+def _odd_at_most(length: int) -> int:
+    return length - 1 + length % 2
+
+
+def _blur_matrix(sigma: Tensor, length: int) -> Tensor:
+    """Give the blur along one axis: (B,) -> (B, length, length), each row a Gaussian of sum 1."""
+    places = torch.arange(length, device=sigma.device, dtype=sigma.dtype)
+    distance = places[:, None] - places
+    return torch.softmax(-(distance**2) / (2 * sigma[:, None, None] ** 2), dim=2)
+
+
+def _check_interval(name: str, low: float, high: float, *, above: float, to: float) -> None:
+    if not above < low <= high <= to:
+        raise InputError(
+            f"{name}_min and {name}_max must rise, from {max(above, 0):g} to {to:g}; "
+            f"got {low:g} and {high:g}."
+        )

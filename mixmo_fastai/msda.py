@@ -1,0 +1,136 @@
+"""Mixed-sample data augmentation (MSDA) on the pixels, inside each member.
+
+Each member's image is mixed with another image of the same member: by a box of CutMix, or by Mixup.
+The label of the pasted image counts only as far as the MixMo mask lets its pixels through.
+
+Shapes: B batch, M members, C image channels, H W image size, D feature channels, h w feature size.
+Source: Ramé, Sun, Cord, "MixMo", ICCV 2021, section 4.2; Yun et al., "CutMix", ICCV 2019; Zhang et
+al., "mixup", ICLR 2018.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mixmo_fastai.errors import InputError, unknown
+from mixmo_fastai.mixing.ratios import draw_lam
+from mixmo_fastai.mixing.regions import box
+from mixmo_fastai.names import MSDA_KINDS
+
+
+class MsdaDraw(NamedTuple):
+    """What was drawn for a batch.
+
+    Attributes:
+        masks: where each member's own image is seen, (B, M, 1, H, W) in [0, 1].
+        partners: the position in the batch of the image that is pasted, (B, M) int64.
+    """
+
+    masks: Tensor
+    partners: Tensor
+
+
+def draw_msda(
+    kind: str,
+    num_samples: int,
+    num_members: int,
+    size: tuple[int, int],
+    *,
+    alpha: float = 1.0,
+    prob: float = 0.5,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> MsdaDraw:
+    """Draw which images are mixed, with what, and where.
+
+    Args:
+        kind: "cutmix" or "mixup".
+        num_samples: B.
+        num_members: M.
+        size: (H, W).
+        alpha: the own image's ratio is Beta(alpha, alpha), per sample and member.
+        prob: probability per sample and member that there is any mixing.
+        generator: on `device`.
+        device: where everything is drawn and returned.
+
+    Raises:
+        InputError: unknown kind, or a number out of range.
+    """
+    check_msda(kind, alpha, prob)
+    total = num_samples * num_members
+    pasted = draw_lam(total, 2, alpha, generator=generator, device=device)[:, 1]  # Beta
+    chosen = torch.rand(total, generator=generator, device=device) < prob
+    pasted = torch.where(chosen, pasted, 0.0)
+    if kind == "cutmix":
+        region = box(pasted, (1, *size), generator)  # (B·M, 1, H, W)
+    else:
+        region = pasted[:, None, None, None].expand(-1, 1, *size)
+    keys = torch.rand((num_samples, num_members), generator=generator, device=device)
+    masks = (1 - region).reshape(num_samples, num_members, 1, *size)
+    return MsdaDraw(masks, keys.argsort(dim=0))
+
+
+def label_shares(msda_masks: Tensor, masks: Tensor) -> Tensor:
+    """Weigh each member's own label: mean(msda_mask · mask_i) / mean(mask_i).
+
+    Args:
+        msda_masks: (B, M, 1, H, W); average pooling reduces them to h x w.
+        masks: MixMo's (B, M, 1 or D, h, w).
+
+    Returns:
+        shares (B, M) in [0, 1]; 1 where the member is not seen at all.
+    """
+    height, width = masks.shape[-2:]
+    pooled = F.adaptive_avg_pool2d(msda_masks.flatten(0, 1), (height, width))
+    pooled = pooled.reshape(*masks.shape[:2], 1, height, width)
+    seen = masks.mean(dim=(2, 3, 4))
+    shares = (pooled * masks).mean(dim=(2, 3, 4)) / seen
+    return torch.where(seen > 0, shares, 1.0).clamp(0, 1)
+
+
+def make_own_image_major(draw: MsdaDraw, shares: Tensor) -> tuple[MsdaDraw, Tensor]:
+    """Swap the images where the own one would be the minor one, as published for several members.
+
+    Args:
+        draw: from `draw_msda`.
+        shares: (B, M) from `label_shares`.
+
+    Returns:
+        the draw with masks turned inside out where shares are below one half, and the new shares.
+    """
+    minor = shares < 0.5
+    masks = torch.where(minor[:, :, None, None, None], 1 - draw.masks, draw.masks)
+    return MsdaDraw(masks, draw.partners), torch.where(minor, 1 - shares, shares)
+
+
+def mix_images(inputs: Tensor, draw: MsdaDraw) -> Tensor:
+    """Mix each member's images: (B, M, C, H, W) -> (B, M, C, H, W)."""
+    masks = draw.masks.to(inputs.dtype)
+    return masks * inputs + (1 - masks) * take_partners(inputs, draw.partners)
+
+
+def take_partners(values: Tensor, partners: Tensor) -> Tensor:
+    """Take, for each position and member, the value of the same member at the partner's position.
+
+    Args:
+        values: (B, M, …), such as images or labels.
+        partners: (B, M) int64.
+    """
+    members = torch.arange(partners.shape[1], device=partners.device)
+    return values[partners, members]
+
+
+def check_msda(kind: str, alpha: float, prob: float) -> None:
+    """Check the constants of MSDA.
+
+    Raises:
+        InputError: unknown kind, or a number out of range.
+    """
+    if kind not in MSDA_KINDS:
+        raise unknown("MSDA", kind, MSDA_KINDS)
+    if not 0 < alpha < float("inf"):
+        raise InputError(f"msda_alpha must be positive and finite; got {alpha}.")
+    if not 0 <= prob <= 1:
+        raise InputError(f"msda_prob must be from 0 to 1; got {prob}.")

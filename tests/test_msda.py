@@ -1,0 +1,143 @@
+import numpy as np
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from synthetic import mixmo_dls
+from test_callback import Spy, learner
+
+from mixmo_fastai.callback import MixMoCallback
+from mixmo_fastai.errors import InputError
+from mixmo_fastai.losses import MixMoLoss
+from mixmo_fastai.mixing import draw_lam, draw_masks, loss_weights
+from mixmo_fastai.msda import (
+    MsdaDraw,
+    draw_msda,
+    label_shares,
+    make_own_image_major,
+    mix_images,
+    take_partners,
+)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("kind", ["cutmix", "mixup"])
+@pytest.mark.parametrize("num_members", [1, 2, 3])
+class TestDraw:
+    def test_shapes_and_ranges(self, kind, num_members):
+        draw = draw_msda(kind, 20, num_members, (8, 10), generator=generator())
+        assert draw.masks.shape == (20, num_members, 1, 8, 10)
+        assert bool(((draw.masks >= 0) & (draw.masks <= 1)).all())
+        for member in range(num_members):
+            assert sorted(draw.partners[:, member].tolist()) == list(range(20))
+
+    def test_it_happens_with_its_probability(self, kind, num_members):
+        draw = draw_msda(kind, 3000, num_members, (8, 8), prob=0.3, generator=generator())
+        changed = (draw.masks < 1).flatten(2).any(dim=2).float().mean().item()
+        # A CutMix box may be empty; a ratio of Mixup is never 1.
+        assert 0.2 < changed < 0.33
+        never = draw_msda(kind, 50, num_members, (8, 8), prob=0, generator=generator())
+        assert bool((never.masks == 1).all())
+
+    def test_shares_against_the_oracle(self, kind, num_members):
+        mask_kind = "cutmix" if num_members > 1 else "sum"
+        lam = draw_lam(12, num_members, 2.0, generator=generator())
+        masks, _ = draw_masks(mask_kind, lam, (4, 4, 5), generator=generator(1))
+        draw = draw_msda(kind, 12, num_members, (8, 10), prob=1, generator=generator(2))
+        shares = label_shares(draw.masks, masks)
+        for b in range(12):
+            for i in range(num_members):
+                if masks[b, i].sum() == 0:
+                    assert shares[b, i] == 1
+                    continue
+                expected = oracle.label_share(
+                    draw.masks[b, i, 0].double().numpy(), masks[b, i].double().numpy()
+                )
+                assert shares[b, i].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_mixup_ratios_are_uniform_for_alpha_one():
+    masks = draw_msda("mixup", 20_000, 1, (1, 1), prob=1, generator=generator()).masks
+    quantiles = masks.flatten().quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
+    assert quantiles == pytest.approx([0.1, 0.5, 0.9], abs=0.012)
+
+
+def test_mixed_images_are_made_place_by_place():
+    inputs = torch.rand(5, 2, 3, 4, 4, generator=generator())
+    draw = draw_msda("cutmix", 5, 2, (4, 4), prob=1, generator=generator(1))
+    mixed = mix_images(inputs, draw)
+    for b in range(5):
+        for i in range(2):
+            own, pasted = inputs[b, i], inputs[draw.partners[b, i], i]
+            expected = np.where(draw.masks[b, i].numpy() == 1, own.numpy(), pasted.numpy())
+            np.testing.assert_array_equal(mixed[b, i].numpy(), expected)
+
+
+def test_the_own_image_becomes_the_major_one():
+    draw = draw_msda("mixup", 30, 2, (4, 4), prob=1, generator=generator())
+    masks = torch.full((30, 2, 1, 4, 4), 0.5)
+    shares = label_shares(draw.masks, masks)
+    assert bool((shares < 0.5).any())
+    swapped, new_shares = make_own_image_major(draw, shares)
+    assert bool((new_shares >= 0.5).all())
+    torch.testing.assert_close(label_shares(swapped.masks, masks), new_shares)
+    assert torch.equal(swapped.partners, draw.partners)
+
+
+def test_a_member_that_is_not_seen_keeps_its_label():
+    masks = torch.stack([torch.ones(1, 4, 4), torch.zeros(1, 4, 4)])[None]
+    shares = label_shares(torch.zeros(1, 2, 1, 8, 8), masks)
+    assert shares.tolist() == [[0.0, 1.0]]
+
+
+def test_loss_of_two_targets_is_that_of_the_mixed_one():
+    pred = torch.randn(6, 2, 5, generator=generator())
+    first, second = torch.randint(5, (2, 6, 2), generator=generator())
+    shares = torch.rand(6, 2, generator=generator())
+    weights = loss_weights(draw_lam(6, 2, 2.0, generator=generator()), 3)
+    hot = [F.one_hot(t, 5).float() for t in (first, second)]
+    soft = shares[..., None] * hot[0] + (1 - shares[..., None]) * hot[1]
+    loss = MixMoLoss()
+    torch.testing.assert_close(
+        loss(pred, first, weights, second, shares), loss(pred, soft, weights)
+    )
+
+
+@pytest.mark.parametrize("num_members", [1, 2, 3])
+@pytest.mark.parametrize("msda", ["cutmix", "mixup"])
+def test_training_sees_mixed_images_with_both_targets(num_members, msda):
+    spy = Spy()
+    mix = "cutmix" if num_members > 1 else "sum"
+    callback = MixMoCallback(mix, msda=msda, msda_prob=1.0, seed=0)
+    learn = learner(mixmo_dls(), cbs=[spy], callback=callback, num_members=num_members)
+    learn.fit(1, 0.01)
+    _, _, targets, _, pasted, shares, _ = spy.seen[0]
+    assert targets.shape == pasted.shape == shares.shape == (48, num_members)
+    assert bool((shares < 1).any())
+    if num_members > 1:
+        assert bool((shares >= 0.5).all())
+    assert not torch.equal(targets, pasted)
+
+
+def test_partners_are_of_the_same_member():
+    values = torch.arange(10).view(5, 2)
+    partners = torch.tensor([[4, 0], [3, 1], [2, 2], [1, 3], [0, 4]])
+    expected = [[8, 1], [6, 3], [4, 5], [2, 7], [0, 9]]
+    assert take_partners(values, partners).tolist() == expected
+    assert isinstance(MsdaDraw(values, partners).masks, torch.Tensor)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"msda": "cutmx"}, "Did you mean 'cutmix'"),
+        ({"msda": "mixup", "msda_alpha": 0}, "msda_alpha"),
+        ({"msda": "mixup", "msda_prob": 2}, "msda_prob"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(InputError, match=message):
+        MixMoCallback(**arguments)
