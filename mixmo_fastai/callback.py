@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 from fastai.callback.core import Callback
-from torch import Tensor, nn
+from fastai.torch_core import rank_distrib
+from torch import Tensor
 
 from mixmo_fastai.data.expansion import expand
+from mixmo_fastai.data.loaders import BatchLoader
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.losses import MixMoLoss
 from mixmo_fastai.mixing import BLEND_KINDS, check_kind, draw_lam, draw_masks, loss_weights
-from mixmo_fastai.models.mixmo_model import MixMoModel
+from mixmo_fastai.models.mixmo_model import MixMoModel, unwrap
 from mixmo_fastai.msda import (
     MsdaDraw,
     check_msda,
@@ -37,8 +39,9 @@ class MixMoCallback(Callback):
     and targets (B, M) with weights (B, M). Batches of evaluation are left alone, and so is the
     Learner's loss, but for being wrapped once, for good, in `MixMoLoss`.
 
-    The network sees B = batch_repetitions · n images per step, each image b times with fresh
-    augmentation: a loader with 16 images a batch gives the published batch of 64.
+    The network sees B = batch_repetitions · n images per step: a loader with 16 images a batch
+    gives the published batch of 64. Each copy of an image goes through the loader's batch
+    transforms by itself; what a loader does item by item is done once per image.
 
     Args:
         mix: mask kind, one of `mixing.MASK_KINDS`; "sum" is MIMO, and the only kind for one member.
@@ -53,8 +56,8 @@ class MixMoCallback(Callback):
             its label by what the mask lets through; None for neither.
         msda_alpha: the own image's ratio is Beta(msda_alpha, msda_alpha).
         msda_prob: probability of it, per sample and member.
-        seed: of all draws; None takes torch's initial seed, which `set_seed` sets, when a fit
-            begins.
+        seed: of all draws; None draws one from torch's global generator, which `set_seed` sets,
+            when the first fit begins.
 
     Raises:
         InputError: an argument is out of range; when a fit begins, the model is not a `MixMoModel`,
@@ -93,6 +96,15 @@ class MixMoCallback(Callback):
         self.msda, self.msda_alpha, self.msda_prob = msda, msda_alpha, msda_prob
         self.epochs_trained = 0  # over all fits; a search for a learning rate does not count
         self.fit_seed = seed
+        self.copies_in_batch = 1
+
+    def __call__(self, event_name: str) -> Any:
+        """Run an event; fastai's preface to errors is taken off those that a person can act on."""
+        try:
+            return super().__call__(event_name)
+        except InputError as error:
+            _, _, message = str(error).rpartition(f"`{event_name}`:\n\t")
+            raise InputError(message) from None
 
     def before_fit(self) -> None:
         """Check what the Learner is made of, and wrap its loss once."""
@@ -115,13 +127,14 @@ class MixMoCallback(Callback):
 
     def before_train(self) -> None:
         """Let the epoch's loader give every image as often as the members need it."""
-        if self.fit_seed is None or self.learn.epoch == 0:
-            self.fit_seed = torch.initial_seed() if self.seed is None else self.seed
+        if self.fit_seed is None:  # one draw, of the seed; all others follow from it
+            self.fit_seed = int(torch.randint(2**63 - 1, ()))
         loader = self.learn.dl
-        if hasattr(loader, "set_epoch"):
-            loader.set_epoch(self.epochs_trained)
+        if isinstance(loader, BatchLoader):
+            loader.set_epoch(self._epoch)
         # `Learner.dl` is set anew for every pass, so this view never outlives the epoch.
-        self.learn.dl = expand(loader, self._copies)
+        copies = num_copies(self._num_members, self.batch_repetitions)
+        self.learn.dl, self.copies_in_batch = expand(loader, copies)
 
     def before_batch(self) -> None:
         """Replace inputs and targets by pairs, masks and weights."""
@@ -131,16 +144,8 @@ class MixMoCallback(Callback):
                 f"got {len(self.learn.xb)} and {len(self.learn.yb)}."
             )
         x, y = (part[0].as_subclass(Tensor) for part in (self.learn.xb, self.learn.yb))
-        masks, weights = self.draw_mixing(x)
-        num_images = len(x) // self._copies
-        slots = draw_pairing(
-            num_images,
-            self._num_members,
-            self.batch_repetitions,
-            self.input_repetition,
-            generator=self._generator("pairing", x.device),
-            device=x.device,
-        )
+        slots = self.draw_slots(x)
+        masks, weights = self.draw_mixing(len(slots), x)
         # Gathered member by member, so that each encoder finds its batch contiguous.
         inputs, targets = x[slots.T].transpose(0, 1), y[slots]
         if self.msda is None:
@@ -156,11 +161,23 @@ class MixMoCallback(Callback):
         if not hasattr(self.learn, "lr_finder"):
             self.epochs_trained += 1
 
-    def draw_mixing(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw the masks (B, M, 1 or D, h, w) and loss weights (B, M) of a batch of copies."""
-        batch = len(x) // self._num_members
+    def draw_slots(self, x: Tensor) -> Tensor:
+        """Draw which position of the loader's batch each member sees: (B, M)."""
+        num_images = len(x) // self.copies_in_batch
+        slots = draw_pairing(
+            num_images,
+            self._num_members,
+            self.batch_repetitions,
+            self.input_repetition,
+            generator=self._generator("pairing", x.device),
+            device=x.device,
+        )
+        return slots if self.copies_in_batch > 1 else slots % num_images
+
+    def draw_mixing(self, batch_size: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Draw masks (B, M, 1 or D, h, w) and loss weights (B, M) for images like those of `x`."""
         lam = draw_lam(
-            batch,
+            batch_size,
             self._num_members,
             self.alpha,
             generator=self._generator("lam", x.device),
@@ -207,13 +224,17 @@ class MixMoCallback(Callback):
         return int(unwrap(self.learn.model).num_members)
 
     @property
-    def _copies(self) -> int:
-        return num_copies(self._num_members, self.batch_repetitions)
+    def _epoch(self) -> int:
+        """Epochs trained before this one; a search for a learning rate goes on from there."""
+        searched = self.learn.epoch if hasattr(self.learn, "lr_finder") else 0
+        return self.epochs_trained + searched
 
     def _generator(self, stream: Stream, device: torch.device | str) -> torch.Generator:
         assert self.fit_seed is not None
+        # All ranks must agree on how a batch is mixed, and each pairs images of its own.
+        rank = 0 if stream == "schedule" else rank_distrib()
         return make_generator(
-            self.fit_seed, stream, self.epochs_trained, self.learn.iter, device=device
+            self.fit_seed, stream, self._epoch, self.learn.iter, rank, device=device
         )
 
 
@@ -225,17 +246,9 @@ def scheduled_mix_prob(progress: float, mix_prob: float, decay_start: float) -> 
         mix_prob: the probability before the decay.
         decay_start: share of training at which the decay begins; 1 for none.
     """
-    if progress <= decay_start:
+    if progress <= decay_start or decay_start == 1:
         return mix_prob
     return mix_prob * max(0.0, 1 - progress) / (1 - decay_start)
-
-
-def unwrap(model: nn.Module) -> Any:
-    """Find the network inside wrappers of distributed training and of torch.compile."""
-    for attribute in ("module", "_orig_mod"):
-        if not isinstance(model, MixMoModel):
-            model = getattr(model, attribute, model)
-    return model
 
 
 def _is_fastai_mix(callback: Callback) -> bool:

@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mixmo_fastai.callback import unwrap
 from mixmo_fastai.errors import InputError
+from mixmo_fastai.models.mixmo_model import unwrap
 from mixmo_fastai.runs import RunFolder
 
 FORMAT = 1

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mixmo_fastai.calibration import (
+    TEMPERATURE_BOUNDS,
     brier,
     check_logits,
     expected_calibration_error,
@@ -60,20 +61,29 @@ def evaluate_loaders(model: Any, *, valid: Any, test: Any) -> dict[str, Any]:
 
     Returns:
         "test" and, where there is a validation split, "valid", each as `evaluate_logits` gives it,
-        and "calibrated": the test figures at the temperature fitted on the validation split.
+        and "calibrated": the test figures at the temperature fitted on the validation split. Where
+        that cannot be told, "absent" maps its name to the reason.
     """
     figures: dict[str, Any] = {}
     test_logits, test_labels = collect_member_logits(model, test) or _refuse_empty()
     validation = collect_member_logits(model, valid)
     if validation is not None:
         figures["valid"] = evaluate_logits(*validation)
-        temperature = figures["valid"]["temperature"]
-        scaled = evaluate_logits(test_logits / temperature, test_labels)
-        figures["calibrated"] = {
-            "temperature": temperature,
-            **{name: scaled[name] for name in ("nll", "brier", "ece")},
-        }
+        figures |= _calibrated(figures["valid"]["temperature"], test_logits, test_labels)
     return {**figures, "test": evaluate_logits(test_logits, test_labels)}
+
+
+def _calibrated(temperature: float, logits: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Compute the figures at a temperature that was fitted on other images."""
+    if not TEMPERATURE_BOUNDS[0] < temperature < TEMPERATURE_BOUNDS[1]:
+        reason = (
+            "every validation image is right, or none better than chance, so that no temperature "
+            "is best; a larger validation split would tell"
+        )
+        return {"absent": {"calibrated": reason}}
+    scaled = evaluate_logits(logits / temperature, labels)
+    figures = {name: scaled[name] for name in ("nll", "brier", "ece")}
+    return {"calibrated": {"temperature": temperature, **figures}}
 
 
 def _refuse_empty() -> NoReturn:

@@ -8,14 +8,18 @@ import fastai.callback.progress
 import fastai.callback.schedule  # noqa: F401  # gives every Learner fit_one_cycle and lr_find
 import torch
 from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
 from fastai.data.transforms import get_c
 from fastai.learner import Learner
 from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper
 
 from mixmo_fastai.callback import MixMoCallback
+from mixmo_fastai.data.loaders import BatchLoader
+from mixmo_fastai.errors import InputError
 from mixmo_fastai.losses import MixMoLoss
 from mixmo_fastai.metrics import MemberAccuracy
+from mixmo_fastai.mixing import check_kind
 from mixmo_fastai.models import create_model
 from mixmo_fastai.randomness import make_generator
 from mixmo_fastai.recipe import Recipe
@@ -39,7 +43,13 @@ def sgd(momentum: float = 0.9, nesterov: bool = True, weight_decay: float = 6e-4
 
 
 def mixmo_learner(
-    dls: DataLoaders, arch: str, *, mix: str = "cutmix", num_members: int = 2, **kwargs: Any
+    dls: DataLoaders,
+    arch: str,
+    *,
+    mix: str = "cutmix",
+    num_members: int = 2,
+    num_classes: int | None = None,
+    **kwargs: Any,
 ) -> Learner:
     """Build a fastai Learner that trains a MixMo network.
 
@@ -49,8 +59,10 @@ def mixmo_learner(
         arch: network by name, as in "wrn28_10".
         mix: how features are mixed, see `MixMoCallback`; "sum" where num_members is 1.
         num_members: M.
+        num_classes: K; what the loaders say where not given.
         kwargs: of `MixMoCallback` (alpha, mix_prob, batch_repetitions, seed, …) and of fastai's
-            `Learner` (loss_func, opt_func, metrics, cbs, …). A seed also fixes the initial weights.
+            `Learner` (loss_func, opt_func, metrics, cbs, …). A seed also fixes the initial weights;
+            without one they differ from Learner to Learner, and follow `set_seed`.
 
     Returns:
         A Learner whose figures in evaluation are those of the ensemble.
@@ -59,18 +71,22 @@ def mixmo_learner(
         InputError: a name or number is not allowed.
     """
     mixing = {name: kwargs.pop(name) for name in CALLBACK_ARGUMENTS if name in kwargs}
+    check_kind(mix, num_members)
     callback = MixMoCallback(mix, **mixing)
-    seed = torch.initial_seed() if callback.seed is None else callback.seed
+    seed = int(torch.randint(2**63 - 1, ())) if callback.seed is None else callback.seed
     model = create_model(
-        arch, get_c(dls), num_members, _num_channels(dls), generator=make_generator(seed, "init")
+        arch,
+        _num_classes(dls) if num_classes is None else num_classes,
+        num_members,
+        _num_channels(dls),
+        generator=make_generator(seed, "init"),
     )
-    kwargs.setdefault("loss_func", getattr(dls.train_ds, "loss_func", None))
-    kwargs["loss_func"] = _as_mixmo_loss(kwargs["loss_func"])
+    loss_func = kwargs.pop("loss_func", getattr(_dataset(dls), "loss_func", None))
     kwargs.setdefault("opt_func", sgd())
     kwargs.setdefault("metrics", [accuracy, MemberAccuracy()])
     cbs = kwargs.pop("cbs", None) or []
     cbs = [*cbs] if isinstance(cbs, list | tuple) else [cbs]
-    return Learner(dls, model, cbs=[callback, *cbs], **kwargs)
+    return Learner(dls, model, _as_mixmo_loss(loss_func), cbs=[callback, *cbs], **kwargs)
 
 
 def learner_from_recipe(recipe: Recipe, dls: DataLoaders, **kwargs: Any) -> Learner:
@@ -109,5 +125,20 @@ def _as_mixmo_loss(loss: Any) -> MixMoLoss:
 
 
 def _num_channels(dls: DataLoaders) -> int:
-    images = getattr(dls.train, "images", None)
-    return int(images.image_shape[0] if images is not None else dls.one_batch()[0].shape[1])
+    if isinstance(dls.train, BatchLoader):
+        return dls.train.images.image_shape[0]
+    batch = dls.train.one_batch() if isinstance(dls.train, DataLoader) else next(iter(dls.train))
+    return int(batch[0].shape[1])
+
+
+def _num_classes(dls: DataLoaders) -> int:
+    number = get_c(dls) if isinstance(dls.train, DataLoader) else 0
+    if not number:
+        raise InputError(
+            "The loaders do not say how many classes there are. Say it: num_classes=10."
+        )
+    return int(number)
+
+
+def _dataset(dls: DataLoaders) -> Any:
+    return getattr(dls.train, "dataset", None)

@@ -2,7 +2,7 @@
 
 A generator is a function of (seed, stream, epoch, step, rank) and of nothing else. So no draw
 depends on what ran before it: a run resumes at any step without saved random states, `lr_find` or
-an evaluation in between changes nothing, and ranks draw differently.
+an evaluation in between changes nothing, and ranks draw alike or differently as the caller says.
 """
 
 import hashlib

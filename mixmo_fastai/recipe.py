@@ -18,7 +18,6 @@ from typing import Any
 
 from mixmo_fastai.errors import InputError, nearest
 from mixmo_fastai.names import (
-    DATASETS,
     DEVICES,
     LOADERS,
     MASK_KINDS,
@@ -88,14 +87,14 @@ class Mix:
     """How images are paired and features mixed; see `MixMoCallback`."""
 
     kind: str = _choice("cutmix", MASK_KINDS)
-    alpha: float = _number(2.0, 0, open_low=True)
+    alpha: float = _number(2.0, 1e-3, 1e6)
     mix_prob: float = _number(0.5, 0, 1)
     decay_start: float = _number(11 / 12, 0, 1)
     weight_root: float = _number(3.0, 1, finite=False)
     batch_repetitions: int = _number(4, 1, 1024)
     input_repetition: float = _number(0.0, 0, 1)
     msda: str = _choice("none", ("none", *MSDA_KINDS))
-    msda_alpha: float = _number(1.0, 0, open_low=True)
+    msda_alpha: float = _number(1.0, 1e-3, 1e6)
     msda_prob: float = _number(0.5, 0, 1)
 
 
@@ -131,11 +130,11 @@ class Optimizer:
             has the gradient 6e-4 · W.
     """
 
-    base_lr: float = _number(0.05, 0, open_low=True)
-    lr: float | None = _number(None, 0, open_low=True)
+    base_lr: float = _number(0.05, 0, 1e30, open_low=True)
+    lr: float | None = _number(None, 0, 1e30, open_low=True)
     momentum: float = _number(0.9, 0, 1)
     nesterov: bool = True
-    weight_decay: float = _number(6e-4, 0)
+    weight_decay: float = _number(6e-4, 0, 1e30)
 
 
 @dataclass(frozen=True)
@@ -155,10 +154,10 @@ class Schedule:
     """
 
     kind: str = _choice("one-cycle", SCHEDULES)
-    peak: float = _number(2.0, 0, open_low=True)
+    peak: float = _number(2.0, 0, 1e6, open_low=True)
     pct_start: float = _number(0.25, 0, 1)
-    div: float = _number(25.0, 1)
-    div_final: float = _number(1e5, 1)
+    div: float = _number(25.0, 1, 1e12)
+    div_final: float = _number(1e5, 1, 1e12)
     momentums: tuple[float, ...] = _number((0.95, 0.85, 0.95), 0, 1)
     milestones: tuple[float, ...] = _number((101 / 300, 201 / 300, 226 / 300), 0, 1)
     gamma: float = _number(0.1, 0, 1, open_low=True)
@@ -211,22 +210,6 @@ class Recipe:
     def loader_batch_size(self) -> int:
         """Distinct images per batch."""
         return self.train.batch_size // self.mix.batch_repetitions
-
-    @property
-    def crop_padding(self) -> int:
-        """Crop padding, the data set's own where the recipe says nothing."""
-        if self.data.crop_padding is not None:
-            return self.data.crop_padding
-        info = DATASETS.get(self.data.dataset)
-        return info.crop_padding if info else 4
-
-    @property
-    def flip(self) -> bool:
-        """Whether images are mirrored, the data set's own where the recipe says nothing."""
-        if self.data.flip is not None:
-            return self.data.flip
-        info = DATASETS.get(self.data.dataset)
-        return info.flip if info else True
 
 
 def recipe_from_mapping(values: Mapping[str, Any], where: str) -> Recipe:

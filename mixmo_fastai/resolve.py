@@ -67,10 +67,28 @@ def _with_whole_path(recipe: Recipe) -> Recipe:
 def _renamed(recipe: Recipe, base: Recipe) -> Recipe:
     """Take name and published figure from a recipe that flags turned into another method."""
     methods = {(r.mix.kind, r.mix.msda, r.model.num_members) for r in (recipe, base)}
-    named = {recipe.data.dataset, base.data.dataset} <= set(DATASETS)
-    if len(methods) == 1 and (recipe.data.dataset == base.data.dataset or not named):
+    if len(methods) == 1 and recipe.data.dataset == base.data.dataset:
         return recipe
     return replace(recipe, name="", title="", expected=Expected())
+
+
+def departures(recipe: Recipe) -> list[str]:
+    """List the settings in which a recipe departs from the shipped one of its name.
+
+    Seed, place and loader are left out: they do not decide what figure to expect.
+    """
+    if recipe.name not in recipe_names():
+        return []
+    own, shipped = to_mapping(recipe), to_mapping(load_recipe(recipe.name))
+    return [
+        f"{section}.{key}"
+        for section in ("data", "model", "mix", "train", "optimizer", "schedule")
+        for key in sorted(own[section].keys() | shipped[section].keys())
+        if own[section].get(key) != shipped[section].get(key) and key not in _INDIFFERENT
+    ]
+
+
+_INDIFFERENT = ("seed", "device", "precision", "loader", "num_workers")
 
 
 def default_recipe(dataset: str, flags: Mapping[str, Any]) -> Recipe:

@@ -215,7 +215,12 @@ def describe_environment(recipe: Recipe, device: str) -> dict[str, Any]:
 
 
 def _expanded(path: Path | str) -> Path:
-    return Path(os.path.expanduser(path))  # pathlib's own raises where there is no such user
+    whole = Path(os.path.expanduser(path))  # pathlib's own raises where there is no such user
+    if longest := next((part for part in whole.parts if len(os.fsencode(part)) > 255), None):
+        raise InputError(
+            f"The name {longest[:40]!r}… is too long for a file. Choose a shorter one."
+        )
+    return whole
 
 
 def _check_writable(path: Path) -> None:

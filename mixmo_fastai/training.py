@@ -1,5 +1,6 @@
 """Training: from a recipe to a finished run folder."""
 
+import copy
 import dataclasses
 import math
 import platform
@@ -15,27 +16,31 @@ from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import ParamScheduler
 from fastai.learner import Learner
+from torch import nn
 
-from mixmo_fastai.callback import unwrap
 from mixmo_fastai.checkpoints import (
     load_checkpoint,
     load_weights,
     save_checkpoint,
     save_weights,
 )
-from mixmo_fastai.data.dataloaders import make_dataloaders
+from mixmo_fastai.data.dataloaders import make_dataloaders, make_evaluation_loaders
 from mixmo_fastai.data.image_sets import DataSource
 from mixmo_fastai.data.loaders import Augmentation
 from mixmo_fastai.data.sources import load_source
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.evaluation import evaluate_loaders
 from mixmo_fastai.learner import learner_from_recipe
+from mixmo_fastai.models import create_model
+from mixmo_fastai.models.mixmo_model import unwrap
 from mixmo_fastai.recipe import Recipe
 from mixmo_fastai.runs import RunFolder
 from mixmo_fastai.schedule import one_cycle, published_steps
 
 TEST_SET = 2
 """Place of the test loader in the DataLoaders of `make_dataloaders`."""
+SMALLEST_SAFE_SIZE = 32
+"""Height and width from which on every network here takes an image."""
 
 
 class TrainingDivergedError(RuntimeError):
@@ -91,22 +96,22 @@ def prepare(recipe: Recipe, data_dir: Path | None = None) -> Training:
         InputError: the data, a name or a value cannot be used.
     """
     device = choose_device(recipe.train.device)
-    source = load_source(recipe.data.dataset, data_dir, image_size=recipe.data.image_size or None)
+    source = _load_source(recipe, data_dir)
     dls = make_dataloaders(
         source,
         batch_size=recipe.loader_batch_size,
         valid_split=recipe.data.valid_split,
         limit=recipe.data.limit,
-        augmentation=Augmentation(recipe.crop_padding, recipe.flip),
+        augmentation=_augmentation(recipe, source),
         seed=recipe.train.seed,
         device=device,
         loader=recipe.data.loader,
         num_workers=recipe.data.num_workers,
     )
     learn = learner_from_recipe(recipe, dls, cbs=_precision(recipe.train.precision, device))
+    _check_image_size(recipe, source, learn.model)
     learn.remove_cbs(ProgressCallback)  # the caller brings its own display
-    # Convolutions are faster with the channels innermost, on a CPU as on a GPU.
-    learn.model.to(device, memory_format=torch.channels_last)
+    _placed(learn.model, device)
     return Training(recipe, source, learn)
 
 
@@ -173,17 +178,24 @@ def evaluate_run(
         InputError: the run is not finished or damaged, or its data is not there.
     """
     recipe = run.recipe()
-    if device is not None:
-        recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, device=device))
     if not run.weights.is_file():
         raise InputError(
             f"{run.path} has no weights yet: the run is not finished.\n"
             f"Continue it: mixmo fit --resume {run.path}"
         )
-    training = prepare(recipe, data_dir)
-    load_weights(training.learn.model, run.weights)
-    loaders = training.learn.dls
-    return evaluate_loaders(training.learn.model, valid=loaders.valid, test=loaders[TEST_SET])
+    place = choose_device(device or recipe.train.device)
+    source = _load_source(recipe, data_dir)
+    valid, test = make_evaluation_loaders(
+        source,
+        valid_split=recipe.data.valid_split,
+        device=place,
+        loader=recipe.data.loader,
+        num_workers=recipe.data.num_workers,
+    )
+    channels, *_ = source.test.image_shape
+    model = create_model(recipe.model.arch, len(source.classes), recipe.model.num_members, channels)
+    load_weights(model, run.weights)
+    return evaluate_loaders(_placed(model, place), valid=valid, test=test)
 
 
 def schedules(recipe: Recipe, steps_per_epoch: int) -> dict[str, Any]:
@@ -222,12 +234,45 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def _load_source(recipe: Recipe, data_dir: Path | None) -> DataSource:
+    return load_source(recipe.data.dataset, data_dir, image_size=recipe.data.image_size or None)
+
+
+def _augmentation(recipe: Recipe, source: DataSource) -> Augmentation:
+    """Take what the recipe says, and what the data set says where the recipe is silent."""
+    padding, flip = recipe.data.crop_padding, recipe.data.flip
+    return Augmentation(
+        source.crop_padding if padding is None else padding, source.flip if flip is None else flip
+    )
+
+
+def _placed(model: nn.Module, device: torch.device) -> nn.Module:
+    # Convolutions are faster with the channels innermost, on a CPU as on a GPU.
+    return model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _check_image_size(recipe: Recipe, source: DataSource, model: nn.Module) -> None:
+    """Show the network one image where it may be too small for all the strides."""
+    channels, height, width = source.train.image_shape
+    if min(height, width) >= SMALLEST_SAFE_SIZE:
+        return
+    try:
+        with torch.inference_mode():
+            copy.deepcopy(model).eval()(torch.zeros(1, channels, height, width))
+    except RuntimeError as error:
+        raise InputError(
+            f"Images of {height}x{width} are too small for {recipe.model.arch}.\n"
+            "Take a larger data.image_size, or another network."
+        ) from error
+
+
 def _precision(precision: str, device: torch.device) -> list[Callback]:
-    if device.type != "cuda":
-        if precision == "bfloat16":
-            raise InputError("precision 'bfloat16' needs a CUDA device; use --precision float32.")
-        return []
-    return [] if precision == "float32" else [MixedPrecision(AMPMode.BF16)]
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if precision == "bfloat16" and not fast:
+        raise InputError(
+            "precision 'bfloat16' needs a CUDA device that has it; use --precision float32."
+        )
+    return [MixedPrecision(AMPMode.BF16)] if fast and precision != "float32" else []
 
 
 class HistoryCallback(Callback):

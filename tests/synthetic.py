@@ -29,14 +29,17 @@ def source(num_train=96, num_test=30, size=8):
 
 
 def mixmo_dls(batch_size=12, **kwargs):
-    return make_dataloaders(source(), batch_size=batch_size, **{"valid_split": 0.1, **kwargs})
+    settings = {"valid_split": 0.1, "device": "cpu", **kwargs}
+    return make_dataloaders(source(), batch_size=batch_size, **settings)
 
 
 class _Items:
+    """As fastai's own data sets, they know whether they are of training (0) or validation (1)."""
+
     def __init__(self, count, seed):
         pixels, labels = image_arrays(count, seed=seed)
         self.pixels, self.labels = pixels.float() / 255, labels
-        self.vocab, self.c = list(CLASSES), len(CLASSES)
+        self.vocab, self.c, self.split_idx = list(CLASSES), len(CLASSES), seed
 
     def __len__(self):
         return len(self.labels)
@@ -45,14 +48,14 @@ class _Items:
         return TensorImage(self.pixels[i]), TensorCategory(self.labels[i])
 
 
-def foreign_dls(batch_size=12, after_batch=None, num_train=96):
+def foreign_dls(batch_size=12, after_batch=None, num_train=96, num_workers=0):
     """Plain fastai loaders, as a user has them."""
     train = TfmdDL(
         _Items(num_train, 0),
         bs=batch_size,
         shuffle=True,
         drop_last=True,
-        num_workers=0,
+        num_workers=num_workers,
         after_batch=after_batch,
     )
     valid = TfmdDL(_Items(30, 1), bs=16, num_workers=0)

@@ -3,11 +3,14 @@ import gc
 import pytest
 import torch
 from fastai.callback.core import Callback, CancelTrainException, event
+from fastai.callback.hook import ActivationStats
 from fastai.callback.mixup import MixUp
 from fastai.callback.schedule import minimum
+from fastai.data.core import DataLoaders
 from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
+from fastai.vision.augment import RandomErasing
 from fasttransform import Transform
 from synthetic import foreign_dls, mixmo_dls
 from torch import nn
@@ -109,6 +112,30 @@ class TestWhatTheNetworkSees:
         assert len(inputs.flatten(0, 1).flatten(1).unique(dim=0)) == 12 * 8
         assert len(dls.train.one_batch()[0]) == 12  # the user's loader is as before
 
+    def test_transforms_of_training_alone_run_on_a_users_copies(self):
+        """fastai tells a pipeline at the start of a pass that it is of training."""
+        spy = Spy()
+        learner(
+            foreign_dls(after_batch=[RandomErasing(p=1.0, sl=0.2, min_aspect=1.0)]), cbs=[spy]
+        ).fit(1, 0.01)
+        for inputs, *_ in spy.seen:
+            assert len(inputs.flatten(0, 1).flatten(1).unique(dim=0)) == 12 * 8
+
+    def test_a_torch_loader(self):
+        foreign = foreign_dls()
+        pairs = [(torch.Tensor(x), torch.tensor(int(y))) for x, y in foreign.train_ds]
+        torch_dl = torch.utils.data.DataLoader(pairs, batch_size=12, shuffle=True, drop_last=True)
+        dls, spy = DataLoaders(torch_dl, torch_dl, device=torch.device("cpu")), Spy()
+        learn = mixmo_learner(
+            dls, "wrn10_1", num_classes=3, loss_func=CrossEntropyLossFlat(), cbs=spy
+        )
+        learn.remove_cb(learn.progress)
+        with learn.no_logging():
+            learn.fit(1, 0.01)
+        inputs, _, targets, *_ = spy.seen[0]
+        assert inputs.shape == (48, 2, 3, 8, 8)
+        assert torch.equal(inputs.mean((3, 4)).argmax(2), targets)
+
     def test_kinds_without_boxes(self):
         for mix, expected in (("sum", 1), ("linear", 48)):
             spy = Spy()
@@ -183,6 +210,22 @@ class TestDeterminism:
             draws.append(spy.seen[0][1])
         assert torch.equal(draws[0], draws[1])
         assert not torch.equal(draws[0], draws[2])
+
+    def test_without_a_seed_learners_differ(self):
+        torch.manual_seed(0)
+        first, second = (mixmo_learner(mixmo_dls(), "wrn10_1") for _ in "ab")
+        assert not equal(state(first), state(second))
+        torch.manual_seed(0)
+        again = mixmo_learner(mixmo_dls(), "wrn10_1")
+        assert equal(state(first), state(again))
+
+    def test_a_search_for_a_learning_rate_sees_new_draws_in_each_epoch(self, tmp_path):
+        spy = Spy()
+        learn = learner(mixmo_dls(batch_size=40), cbs=[spy], path=tmp_path)  # two steps an epoch
+        learn.lr_find(num_it=8, show_plot=False, suggest_funcs=minimum, stop_div=False)
+        first_steps = [masks.flatten(1) for _, masks, *_ in spy.seen[::2]]
+        distinct = {tuple(m[:, ::7].flatten().tolist()) for m in first_steps}
+        assert len(distinct) == len(first_steps) == 4
 
     def test_the_global_generator_is_left_alone(self):
         learn = learner()
@@ -311,6 +354,7 @@ class TestSchedule:
         assert scheduled_mix_prob(1.0, 0.5, 11 / 12) == 0
         assert scheduled_mix_prob(1 + 1e-9, 0.5, 11 / 12) == 0
         assert scheduled_mix_prob(1.0, 0.7, 1.0) == 0.7
+        assert scheduled_mix_prob(1 + 1e-9, 0.7, 1.0) == 0.7
 
     def test_it_is_followed_in_training(self):
         callback = MixMoCallback(mix_prob=1.0, decay_start=0.0, seed=0)
@@ -341,7 +385,7 @@ class TestBadInput:
     def test_another_model(self):
         learn = Learner(foreign_dls(), nn.Linear(2, 2), loss_func=nn.CrossEntropyLoss())
         learn.add_cb(MixMoCallback())
-        with pytest.raises(InputError, match="needs a MixMoModel; the Learner has a Linear"):
+        with pytest.raises(InputError, match=r"\AMixMoCallback needs a MixMoModel; .* Linear"):
             learn.fit(1)
 
     def test_fastais_own_mixup(self):
@@ -351,6 +395,14 @@ class TestBadInput:
     def test_a_mixing_kind_with_one_member(self):
         with pytest.raises(InputError, match="needs two members"):
             learner(num_members=1).fit(1)
+        with pytest.raises(InputError, match="needs two members"):
+            mixmo_learner(mixmo_dls(), "wrn10_1", num_members=1)
+
+    def test_loaders_that_do_not_say_their_classes(self):
+        plain = torch.utils.data.DataLoader([(torch.zeros(3, 8, 8), 0)] * 4, batch_size=2)
+        dls = DataLoaders(plain, plain)
+        with pytest.raises(InputError, match="num_classes=10"):
+            mixmo_learner(dls, "wrn10_1", loss_func=CrossEntropyLossFlat())
 
 
 class TestMixmoLearner:
@@ -388,6 +440,12 @@ class TestMixmoLearner:
         first, second = (mixmo_learner(mixmo_dls(), "wrn10_1", seed=4) for _ in "ab")
         assert equal(state(first), state(second))
 
+    @pytest.mark.filterwarnings("ignore:You are shadowing an attribute")
+    def test_hooks_that_look_at_values(self):
+        learn = learner(cbs=[ActivationStats(with_hist=False)])
+        learn.fit(1, 0.01)
+        assert len(learn.activation_stats.stats) > 0
+
     def test_greyscale_and_foreign_loaders(self):
         learn = mixmo_learner(foreign_dls(), "wrn10_1", loss_func=CrossEntropyLossFlat())
         assert learn.model.in_channels == 3
@@ -406,12 +464,26 @@ class TestMemberAccuracy:
             right += (logits.argmax(2) == y[:, None]).float().mean(1).sum().item()
             seen += len(y)
         assert value == pytest.approx(right / seen)
-        assert not any(head._forward_hooks for head in learn.model.heads)
+
+    def test_nothing_is_left_by_an_interrupted_validation(self):
+        class Interrupt(Callback):
+            run_train = False
+
+            def after_pred(self):
+                raise KeyboardInterrupt
+
+        learn = learner()
+        learn.metrics = [metrics.MemberAccuracy()]
+        with pytest.raises(KeyboardInterrupt):
+            learn.fit(1, 0.01, cbs=Interrupt())
+        assert not any(module._forward_hooks for module in learn.model.modules())
+        seen = learn.model.latest_member_logits
+        assert seen is None or seen.grad_fn is None
 
 
 @pytest.mark.parametrize("kind", [MixMoCallback, HistoryCallback, CheckpointCallback])
 def test_public_methods_are_events_or_documented_extras(kind):
     """fastai ignores a misspelt event in silence."""
-    extras = {"draw_mixing", "draw_msda", "kind_of_batch", "current_mix_prob"}
+    extras = {"draw_slots", "draw_mixing", "draw_msda", "kind_of_batch", "current_mix_prob"}
     own = {name for name, value in vars(kind).items() if callable(value) and name[0] != "_"}
     assert own - extras <= set(vars(event))

@@ -1,14 +1,19 @@
+from multiprocessing import get_context
+
 import pytest
 import torch
 from datasets import write_image_folder
-from synthetic import image_arrays, mixmo_dls, source
+from fastai.vision.augment import RandomErasing
+from PIL import Image
+from synthetic import foreign_dls, image_arrays, mixmo_dls, source
 
 from mixmo_fastai.data.dataloaders import make_dataloaders
-from mixmo_fastai.data.expansion import PlainCopies, expand
+from mixmo_fastai.data.expansion import expand
 from mixmo_fastai.data.image_folder import read_image_folder
 from mixmo_fastai.data.loaders import Augmentation, ResidentLoader, StreamingLoader
 from mixmo_fastai.data.splits import limit_images, split_validation
 from mixmo_fastai.errors import InputError
+from mixmo_fastai.learner import mixmo_learner
 
 
 def loader(kind=ResidentLoader, *, bs=10, augmentation=Augmentation(1, True), seed=0, **kwargs):  # noqa: B008
@@ -27,7 +32,7 @@ def loader(kind=ResidentLoader, *, bs=10, augmentation=Augmentation(1, True), se
 
 
 def batches(dl, copies=1):
-    return [(x.clone(), y.clone()) for x, y in expand(dl, copies)]
+    return [(x.clone(), y.clone()) for x, y in expand(dl, copies).loader]
 
 
 def same(first, second):
@@ -89,22 +94,36 @@ class TestOrder:
 
 class TestExpansion:
     def test_copies_are_of_the_same_images_in_the_same_places(self):
-        for x, y in expand(loader(augmentation=Augmentation()), 3):
+        view, copies = expand(loader(augmentation=Augmentation()), 3)
+        assert copies == 3
+        for x, y in view:
             assert len(x) == 30
             assert torch.equal(y.view(3, 10), y[:10].expand(3, 10))
             assert torch.equal(x[:10], x[20:])  # nothing to augment
 
     def test_one_copy_is_the_loader_itself(self):
         dl = loader()
-        assert expand(dl, 1) is dl
+        assert expand(dl, 1) == (dl, 1)
 
-    def test_plain_loaders_are_repeated_as_they_come(self):
-        plain = [(torch.arange(3), torch.arange(3) + 10)]
-        (x, y), *rest = list(expand(plain, 2))
-        assert x.tolist() == [0, 1, 2, 0, 1, 2]
-        assert y.tolist() == [10, 11, 12, 10, 11, 12]
-        assert not rest
-        assert isinstance(expand(plain, 2), PlainCopies)
+    def test_loaders_that_cannot_augment_copies_stay_as_they_are(self):
+        plain = torch.utils.data.DataLoader(torch.arange(6), batch_size=3)
+        assert expand(plain, 4) == (plain, 1)
+
+    def test_fastais_loaders_repeat_before_their_batch_transforms(self):
+        dl = foreign_dls(after_batch=[RandomErasing(p=1.0, sl=0.2, min_aspect=1.0)]).train
+        view, copies = expand(dl, 4)
+        assert (len(view), copies) == (len(dl), 4)
+        for x, y in view:
+            assert torch.equal(y.view(4, 12), y[:12].expand(4, 12))
+            assert len(x.flatten(1).unique(dim=0)) == 48
+        assert len(dl.one_batch()[0]) == 12
+
+    @pytest.mark.parametrize("start", ["fork", "spawn"])
+    def test_fastais_workers_are_started_either_way(self, start, monkeypatch):
+        dl = foreign_dls(num_workers=1).train
+        monkeypatch.setattr("fastai.data.load.multiprocessing", get_context(start))
+        sizes = [len(x) for x, _ in expand(dl, 2).loader]
+        assert sizes == [24] * 8
 
 
 class TestSplits:
@@ -147,6 +166,35 @@ class TestSplits:
         assert limit_images(data.train, 1000) is data.train
 
 
+class TestSubsets:
+    def test_only_the_chosen_files_are_decoded(self, tmp_path, monkeypatch):
+        folder = write_image_folder(tmp_path / "images", num_train=20)
+        images = read_image_folder(folder, tmp_path, cache_limit=0).train
+        decoded = []
+        monkeypatch.setattr(
+            "mixmo_fastai.data.decoding.decode_image",
+            lambda path, *_: decoded.append(path) or torch.zeros(3, 32, 32, dtype=torch.uint8),
+        )
+        limited = limit_images(split_validation(images, 0.1)[0], 6)
+        assert limited.tensor().shape == (6, 3, 32, 32)
+        assert len(decoded) == 6
+
+    def test_a_subset_of_a_subset(self):
+        data = source()
+        train, _ = split_validation(data.train, 0.2)
+        limited = limit_images(train, 9)
+        whole = train.indices[limited.indices]
+        assert torch.equal(limited.tensor(), data.train.tensor()[whole])
+
+
+class TestGlobalState:
+    @pytest.mark.parametrize("num_workers", [0, 1])
+    def test_streaming_leaves_the_global_generator_alone(self, num_workers):
+        before = torch.random.get_rng_state()
+        list(loader(StreamingLoader, num_workers=num_workers))
+        assert torch.equal(torch.random.get_rng_state(), before)
+
+
 class TestMakeDataloaders:
     def test_three_parts(self):
         dls = mixmo_dls()
@@ -175,19 +223,35 @@ class TestMakeDataloaders:
 
 
 class TestFastaisViews:
-    def test_predict_takes_an_image_and_gives_a_class(self):
-        from mixmo_fastai.learner import mixmo_learner
-
+    def test_predict_shows_the_network_an_image_like_those_of_training(self, tmp_path):
         learn = mixmo_learner(mixmo_dls(), "wrn10_1", seed=0)
         learn.remove_cb(learn.progress)
         with learn.no_logging():
             learn.fit_one_cycle(4, 0.05)
-        name, index, probabilities = learn.predict(3)  # the fourth image of the set
-        assert name == ["red", "green", "blue"][int(index)]
-        assert probabilities.sum().item() == pytest.approx(1, abs=1e-5)
-        pixels = learn.dls.valid.images[3]
-        by_file, *_ = learn.predict(pixels.permute(1, 2, 0).numpy())
-        assert by_file == name
+        pixels = learn.dls.valid.images[3].permute(1, 2, 0).numpy()
+        label = ["red", "green", "blue"][int(learn.dls.valid.images.labels[3])]
+        big = Image.fromarray(pixels).resize((40, 40), Image.Resampling.NEAREST)
+        big.save(tmp_path / "big.png")
+        for item in (pixels, big, tmp_path / "big.png", str(tmp_path / "big.png")):
+            name, index, probabilities = learn.predict(item)
+            assert name == label == ["red", "green", "blue"][int(index)]
+            assert probabilities.sum().item() == pytest.approx(1, abs=1e-5)
+        shown = learn.dls.test_dl([big, pixels], num_workers=0).one_batch()[0]
+        assert shown.shape == (2, 3, 8, 8)
+
+    def test_an_exported_learner_leaves_the_images_behind(self, tmp_path):
+        data = source(num_train=3000, num_test=30, size=32)
+        dls = make_dataloaders(data, batch_size=16, device="cpu")
+        learn = mixmo_learner(dls, "wrn10_1", seed=0, path=tmp_path)
+        learn.export("learner.pkl")
+        assert (tmp_path / "learner.pkl").stat().st_size < 2**20  # the images take 9 MB
+
+    def test_a_loader_moves_with_all_it_holds(self):
+        for kind in (ResidentLoader, StreamingLoader):
+            dl = loader(kind)
+            dl.to("meta")
+            assert dl.mean.device.type == dl.std.device.type == "meta"
+        assert dl.device.type == "meta"
 
     def test_batches_are_shown(self):
         import fastai.vision.data  # noqa: F401

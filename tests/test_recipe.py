@@ -50,15 +50,15 @@ WRONG_VALUES = [
     ("model.arch", "wrn28_1o", "Did you mean 'wrn28_10'"),
     ("model.arch", "wrn29_10", "Nearest: wrn28_10 or wrn34_10"),
     ("mix.kind", "cutmx", "Did you mean 'cutmix'"),
-    ("mix.alpha", "0", "above 0"),
-    ("mix.alpha", "nan", "above 0"),
+    ("mix.alpha", "0", "at least 0.001"),
+    ("mix.alpha", "nan", "at least 0.001"),
     ("mix.mix_prob", "1.1", "at most 1"),
     ("mix.weight_root", "0.5", "at least 1"),
     ("mix.weight_root", "nan", "at least 1"),
     ("mix.batch_repetitions", "0", "at least 1"),
     ("optimizer.lr", "0", "above 0"),
-    ("optimizer.lr", "inf", "finite"),
-    ("optimizer.lr", "9" * 400, "finite"),
+    ("optimizer.lr", "inf", "at most"),
+    ("optimizer.lr", "9" * 400, "at most"),
     ("optimizer.base_lr", "-1e-3", "above 0"),
     ("optimizer.nesterov", "yes", "true or false"),
     ("schedule.kind", "onecycle", "Did you mean 'one-cycle'"),
@@ -153,17 +153,6 @@ def test_the_learning_rate_follows_from_batch_and_repetitions():
 
 def test_the_loader_gives_a_share_of_the_batch():
     assert (DEFAULTS.loader_batch_size, DEFAULTS.train.batch_size) == (16, 64)
-
-
-@pytest.mark.parametrize(
-    ("dataset", "padding", "flip"),
-    [("digits", 1, False), ("cifar100", 4, True), ("./any/folder", 4, True)],
-)
-def test_augmentation_is_the_data_sets_own_unless_said(dataset, padding, flip):
-    recipe = recipe_from_mapping({"data": {"dataset": dataset}}, "here")
-    assert (recipe.crop_padding, recipe.flip) == (padding, flip)
-    said = override(recipe, ["data.crop_padding=0", f"data.flip={str(not flip).lower()}"])
-    assert (said.crop_padding, said.flip) == (0, not flip)
 
 
 def test_an_override_leaves_everything_else():
@@ -307,7 +296,7 @@ def test_any_text_is_a_value_or_refused(setting, text):
 
 
 @settings(deadline=None)
-@given(title=PLAIN_TEXT, lr=st.floats(min_value=0, exclude_min=True, allow_infinity=False))
+@given(title=PLAIN_TEXT, lr=st.floats(min_value=0, exclude_min=True, max_value=1e30))
 def test_any_text_and_number_survive_the_file(title, lr):
     recipe = recipe_from_mapping({"title": title, "optimizer": {"lr": lr}}, "here")
     assert (recipe.title, recipe.lr) == (title, lr)

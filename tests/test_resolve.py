@@ -3,7 +3,7 @@ import pytest
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.names import DATASETS
 from mixmo_fastai.recipe import Recipe, load_recipe, recipe_from_mapping
-from mixmo_fastai.resolve import check_dataset, resolve_recipe
+from mixmo_fastai.resolve import check_dataset, departures, resolve_recipe
 
 
 def test_nothing_said_is_cut_mixmo_on_the_digits():
@@ -38,9 +38,37 @@ def test_a_data_set_without_recipe_has_the_defaults(tmp_path):
     recipe = resolve_recipe(str(tmp_path), flags={"mix.kind": "linear"})
     values = {"data": {"dataset": str(tmp_path)}, "mix": {"kind": "linear"}}
     assert recipe == recipe_from_mapping(values, "here")
-    single = resolve_recipe("tinyimagenet", flags={"model.num_members": 1})
+    single = resolve_recipe(str(tmp_path), flags={"model.num_members": 1})
     assert (single.mix.kind, single.mix.batch_repetitions) == ("sum", 1)
     assert single.train == Recipe().train
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ({"model.num_members": 1, "mix.msda": "cutmix"}, "cutmix"),
+        ({"model.num_members": 1, "mix.msda": "mixup"}, "mixup"),
+        ({"mix.msda": "cutmix"}, "cut-mixmo-cutmix"),
+        ({"mix.kind": "linear", "mix.msda": "cutmix"}, "linear-mixmo-cutmix"),
+    ],
+)
+def test_every_row_is_found_by_its_flags(flags, name):
+    assert resolve_recipe("cifar100", flags=flags).name == f"cifar100/{name}"
+
+
+def test_a_kind_without_recipe_trains_like_the_data_sets_own():
+    cow = resolve_recipe("digits", flags={"mix.kind": "cow"})
+    own = load_recipe("digits/cut-mixmo")
+    assert (cow.mix.kind, cow.name) == ("cow", "")
+    assert (cow.train, cow.model, cow.optimizer) == (own.train, own.model, own.optimizer)
+
+
+def test_departures_from_the_shipped_recipe_are_listed():
+    recipe = resolve_recipe(
+        "cifar10", None, {"train.epochs": 1, "data.limit": 100, "train.seed": 7}, ["mix.alpha=1"]
+    )
+    assert departures(recipe) == ["data.limit", "mix.alpha", "train.epochs"]
+    assert departures(load_recipe("cifar10/mimo")) == []
 
 
 def test_assignments_go_before_flags_and_flags_before_the_recipe(tmp_path):

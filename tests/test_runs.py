@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -108,11 +109,26 @@ def test_the_home_folder_of_nobody_is_a_name_like_any_other(folder):
     assert open_run("~nobody-at-all").recipe() == RECIPE
 
 
-@pytest.mark.parametrize("path", ["missing", "file", "a" * 300, "a\0b"])
+@pytest.mark.parametrize("path", ["missing", "file", "a\0b"])
 def test_a_missing_run_is_said_so(folder, path):
     (folder / "file").touch()
     with pytest.raises(InputError, match="There is no run folder"):
         open_run(path)
+
+
+USES = [
+    open_run,
+    lambda path: check_free(Path(path)),
+    lambda path: free_file(Path(path), "a", ".png"),
+]
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("path", ["a" * 300, "new/" + "a" * 300])
+def test_names_that_no_file_can_have(folder, use, path):
+    with pytest.raises(InputError, match="too long for a file"):
+        use(path)
+    assert files(folder) == set()
 
 
 def test_a_folder_of_something_else_is_no_run(folder):

@@ -177,13 +177,17 @@ def test_a_run_leaves_its_figures(whole):
     assert figures["parameters"] == sum(p.numel() for p in model.parameters())
     assert figures["seconds"] == round(sum(float(row["seconds"]) for row in run.history()), 1)
     assert len(figures["test"]["member_accuracy"]) == 2
-    assert figures["calibrated"]["temperature"] == figures["valid"]["temperature"]
+    # So few validation images may be right or wrong altogether, and then no temperature is best.
+    calibrated = figures.get("calibrated", {"temperature": figures["valid"]["temperature"]})
+    assert calibrated["temperature"] == figures["valid"]["temperature"]
+    assert ("calibrated" in figures) != ("calibrated" in figures.get("absent", {}))
 
 
 def test_a_run_evaluates_to_its_own_figures(whole):
     run, _ = whole
     figures = evaluate_run(run)
-    assert figures == {name: run.metrics()[name] for name in ("valid", "calibrated", "test")}
+    assert {"valid", "test"} <= figures.keys()
+    assert figures == {name: run.metrics()[name] for name in figures}
 
 
 def test_a_rate_search_changes_no_later_run(run, tmp_path):

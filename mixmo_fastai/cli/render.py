@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mixmo_fastai.recipe import Recipe, to_mapping
+from mixmo_fastai.resolve import departures
 
 PIXEL_NAMES = {"cutmix": "CutMix", "mixup": "Mixup"}
 METHOD_NAMES = {"cutmix": "Cut-MixMo", "linear": "Linear-MixMo", "sum": "MIMO"}
@@ -32,9 +33,8 @@ def expectation(recipe: Recipe) -> str:
     if expected.accuracy is None:
         return "none for this recipe"
     text = f"{100 * expected.accuracy:.2f} % top-1 with {expected.arch} ({expected.source})"
-    if expected.arch and recipe.model.arch != expected.arch:
-        text += f"; this run trains {recipe.model.arch}, which is another network"
-    return text
+    changed = departures(recipe)
+    return f"{text}; not to be expected here, for {', '.join(changed)}" if changed else text
 
 
 def plan_lines(training: Any) -> list[str]:
@@ -98,6 +98,8 @@ def figure_lines(figures: Mapping[str, Any], recipe: Recipe) -> list[str]:
             rows.append((label, show(test[name])))
         elif name in test.get("absent", {}) and name not in alone:
             rows.append((label, f"none: {test['absent'][name]}"))
+    if reason := figures.get("absent", {}).get("calibrated"):
+        rows.append(("Calibrated", f"none: {reason}"))
     calibrated = figures.get("calibrated")
     if calibrated:
         rows.append(

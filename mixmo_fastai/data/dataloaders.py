@@ -1,7 +1,10 @@
 """From a data source to fastai DataLoaders: split, limit, augment, load."""
 
+from typing import Any
+
 import torch
 from fastai.data.core import DataLoaders
+from fastai.torch_core import default_device
 
 from mixmo_fastai.data.image_sets import DataSource, ImageSet
 from mixmo_fastai.data.loaders import Augmentation, BatchLoader, ResidentLoader, StreamingLoader
@@ -23,7 +26,7 @@ def make_dataloaders(
     limit: int = 0,
     augmentation: Augmentation | None = None,
     seed: int = 0,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     loader: str = "auto",
     num_workers: int = 2,
 ) -> DataLoaders:
@@ -37,13 +40,50 @@ def make_dataloaders(
         limit: at most so many training images, balanced; 0 for all.
         augmentation: of training; the source's own where not given.
         seed: of order and augmentation.
-        device: where batches are made.
+        device: where batches are made; fastai's default device where not given.
         loader: "resident", "streaming", or "auto" for resident where the images fit.
         num_workers: of the streaming loader.
 
     Raises:
         InputError: fewer than two classes, or too few images for one batch.
     """
+    train, valid = _training_parts(source, batch_size, valid_split, limit)
+    device = torch.device(default_device() if device is None else device)
+    kind = _loader_kind(loader, (train, valid, source.test), device)
+    settings = _settings(source, seed=seed, device=device, num_workers=num_workers)
+    training = kind(
+        train,
+        bs=batch_size,
+        shuffle=True,
+        augmentation=augmentation or Augmentation(source.crop_padding, source.flip),
+        **settings,
+    )
+    evaluation = (kind(part, bs=EVALUATION_BATCH, **settings) for part in (valid, source.test))
+    return DataLoaders(training, *evaluation, device=device)
+
+
+def make_evaluation_loaders(
+    source: DataSource,
+    *,
+    valid_split: float = 0.02,
+    device: torch.device | str | None = None,
+    loader: str = "auto",
+    num_workers: int = 2,
+) -> tuple[BatchLoader, BatchLoader]:
+    """Build the loaders of validation and test alone; the arguments are `make_dataloaders`'s."""
+    _, valid = split_validation(source.train, valid_split)
+    device = torch.device(default_device() if device is None else device)
+    kind = _loader_kind(loader, (valid, source.test), device)
+    settings = _settings(source, seed=0, device=device, num_workers=num_workers)
+    valid_loader, test_loader = (
+        kind(part, bs=EVALUATION_BATCH, **settings) for part in (valid, source.test)
+    )
+    return valid_loader, test_loader
+
+
+def _training_parts(
+    source: DataSource, batch_size: int, valid_split: float, limit: int
+) -> tuple[ImageSet, ImageSet]:
     if len(source.classes) < 2:
         raise InputError(
             f"{source.name} has {len(source.classes)} class; a classifier needs two or more."
@@ -55,19 +95,11 @@ def make_dataloaders(
             f"{len(train)} training images do not fill one batch of {batch_size} distinct images.\n"
             "Lower the batch size, or raise the limit or the number of repetitions."
         )
-    augmentation = augmentation or Augmentation(source.crop_padding, source.flip)
-    kind = _loader_kind(loader, (train, valid, source.test), torch.device(device))
-    settings = {
-        "classes": source.classes,
-        "mean": source.mean,
-        "std": source.std,
-        "seed": seed,
-        "device": device,
-        "num_workers": num_workers,
-    }
-    training = kind(train, bs=batch_size, shuffle=True, augmentation=augmentation, **settings)
-    evaluation = (kind(part, bs=EVALUATION_BATCH, **settings) for part in (valid, source.test))
-    return DataLoaders(training, *evaluation, device=device)
+    return train, valid
+
+
+def _settings(source: DataSource, **settings: Any) -> dict[str, Any]:
+    return {"classes": source.classes, "mean": source.mean, "std": source.std, **settings}
 
 
 def _loader_kind(

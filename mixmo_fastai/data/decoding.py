@@ -49,11 +49,23 @@ def decode_image(path: Path, size: tuple[int, int] | None = None, *, channels: i
         InputError: the file is missing, truncated or not an image; the message names it.
     """
     with _opened(path) as image:
-        image.load()  # before the orientation is asked for, whose errors are overlooked
-        plain = _opaque(_eight_bit(_upright(image))).convert("L" if channels == 1 else "RGB")
-        if size is not None and plain.size != size[::-1]:
-            plain = ImageOps.fit(plain, size[::-1], Image.Resampling.BILINEAR)
-        pixels = torch.from_numpy(np.array(plain))  # (H, W) or (H, W, 3)
+        return image_to_tensor(image, size, channels=channels)
+
+
+def image_to_tensor(
+    image: Image.Image, size: tuple[int, int] | None = None, *, channels: int = 3
+) -> Tensor:
+    """Turn an opened image into (C, H, W) uint8; see `decode_image`.
+
+    Raises:
+        ValueError: it has 32 bits per pixel.
+        OSError: it is truncated.
+    """
+    image.load()  # before the orientation is asked for, whose errors are overlooked
+    plain = _opaque(_eight_bit(_upright(image))).convert("L" if channels == 1 else "RGB")
+    if size is not None and plain.size != size[::-1]:
+        plain = ImageOps.fit(plain, size[::-1], Image.Resampling.BILINEAR)
+    pixels = torch.from_numpy(np.array(plain))  # (H, W) or (H, W, 3)
     return pixels[None] if channels == 1 else pixels.permute(2, 0, 1).contiguous()
 
 

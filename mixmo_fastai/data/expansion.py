@@ -8,58 +8,72 @@ interruption.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastai.data.load import DataLoader
+from fasttransform import Pipeline, Transform
 from torch import Tensor
 
+from mixmo_fastai.data.loaders import BatchLoader
 
-def expand(loader: Any, copies: int) -> Any:
-    """View a loader so that each batch holds every image `copies` times.
 
-    A batch of n images becomes one of copies·n, in which position s shows image s mod n. The
-    number of batches stays.
+class Expansion(NamedTuple):
+    """A view of a loader, and how often each image is in its batches.
+
+    In a batch of n distinct images, position s shows image s mod n.
+    """
+
+    loader: Any
+    copies: int
+
+
+def expand(loader: Any, copies: int) -> Expansion:
+    """View a loader so that each batch holds every image `copies` times, each augmented afresh.
 
     Args:
-        loader: one of this package's loaders, which augment each copy afresh; any other fastai
-            loader, whose batch transforms then run on the copies; or any iterable of batches, which
-            are copied as they come.
-        copies: how often each image is to be there; with 1 the loader itself is returned.
+        loader: one of this package's loaders, or another fastai loader, whose batch transforms then
+            run on the copies. What it does item by item is done once per image. A loader of another
+            kind, such as torch's, cannot augment copies; it is given back as it is, with one copy.
+        copies: how often each image is to be there.
     """
     if copies == 1:
-        return loader
-    if hasattr(loader, "expanded"):
-        return loader.expanded(copies)
-    kind = TransformedCopies if isinstance(loader, DataLoader) else PlainCopies
-    return kind(loader, copies)
+        return Expansion(loader, 1)
+    if isinstance(loader, BatchLoader):
+        return Expansion(loader.expanded(copies), copies)
+    if isinstance(loader, DataLoader) and isinstance(loader.after_batch, Pipeline):
+        return Expansion(TransformedCopies(loader, copies), copies)
+    return Expansion(loader, 1)
 
 
-class PlainCopies:
-    """A loader whose batches are repeated as they come: all copies of an image are alike."""
+class RepeatBatch(Transform):
+    """Repeat every tensor of a batch along its first axis, before all other batch transforms."""
 
-    def __init__(self, loader: Any, copies: int) -> None:
+    order = -1000
+
+    def __init__(self, copies: int) -> None:
+        super().__init__()
+        self.copies = copies
+
+    def __call__(self, batch: Any, **kwargs: Any) -> Any:
+        return repeat_batch(batch, self.copies)
+
+
+class TransformedCopies:
+    """A fastai loader whose batches are repeated before its batch transforms."""
+
+    def __init__(self, loader: DataLoader, copies: int) -> None:
         self.loader, self.copies = loader, copies
 
     def __len__(self) -> int:
         return len(self.loader)
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "loader":  # not there yet while unpickling
-            raise AttributeError(name)
-        return getattr(self.loader, name)
-
-    def __iter__(self) -> Iterator[Any]:
-        for batch in self.loader:
-            yield repeat_batch(batch, self.copies)
-
-
-class TransformedCopies(PlainCopies):
-    """A fastai loader whose batches are repeated before its batch transforms."""
-
     def __iter__(self) -> Iterator[Any]:
         batches = iter(self.loader)
+        # One pipeline for the whole pass: fastai tells it at the start that it is of training.
+        own = self.loader.after_batch
+        repeating = Pipeline([RepeatBatch(self.copies), *own.fs], split_idx=own.split_idx)
         while True:
-            with self._repeating():
+            with self._transforming_with(repeating):
                 try:
                     batch = next(batches)
                 except StopIteration:
@@ -67,18 +81,12 @@ class TransformedCopies(PlainCopies):
             yield batch
 
     @contextmanager
-    def _repeating(self) -> Iterator[None]:
-        """Put the repetition in front of `after_batch`, for as long as one batch is fetched."""
-        own = vars(self.loader)
-        transform, had_own = self.loader.after_batch, "after_batch" in own
-        own["after_batch"] = lambda batch: transform(repeat_batch(batch, self.copies))
+    def _transforming_with(self, pipeline: Pipeline) -> Iterator[None]:
+        own, self.loader.after_batch = self.loader.after_batch, pipeline
         try:
             yield
         finally:
-            if had_own:
-                own["after_batch"] = transform
-            else:
-                del own["after_batch"]
+            self.loader.after_batch = own
 
 
 def repeat_batch(batch: Any, copies: int) -> Any:

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -154,5 +153,5 @@ def _file_images(folder: Path, part: _NamesByClass, size: tuple[int, int]) -> Fi
 def _statistics(images: ImageSet) -> tuple[tuple[float, ...], tuple[float, ...]]:
     if isinstance(images, FileImages):
         step = -(-len(images) // _STATISTICS_SAMPLE)
-        images = replace(images, names=images.names[::step], labels=images.labels[::step])
+        images = images.chosen(torch.arange(0, len(images), step))
     return channel_statistics(images.tensor())

@@ -4,7 +4,7 @@ Shapes: N images of C channels, H × W pixels, uint8.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -31,8 +31,8 @@ class ImageSet(Protocol):
     def __getitem__(self, index: int) -> Tensor:
         """Give one image, (C, H, W) uint8."""
 
-    def tensor(self) -> Tensor:
-        """Give all images, (N, C, H, W) uint8, contiguous; not to be written to."""
+    def tensor(self, indices: Tensor | None = None) -> Tensor:
+        """Give all images, or those chosen: (N, C, H, W) uint8, not to be written to."""
 
     def name(self, index: int) -> str:
         """Name an image in messages and reports: its file, or such as "train/123"."""
@@ -64,9 +64,9 @@ class ArrayImages:
     def __getitem__(self, index: int) -> Tensor:
         return self.pixels[index]
 
-    def tensor(self) -> Tensor:
-        """Give all images, (N, C, H, W) uint8, without a copy."""
-        return self.pixels
+    def tensor(self, indices: Tensor | None = None) -> Tensor:
+        """Give all images without a copy, or those chosen: (N, C, H, W) uint8."""
+        return self.pixels if indices is None else self.pixels[indices]
 
     def name(self, index: int) -> str:
         """Name an image in messages and reports."""
@@ -109,14 +109,21 @@ class FileImages:
         """Iterate over batches (n, 3, H, W) of the decoded images, in order."""
         return decode_batches([self.root / name for name in self.names], self.size)
 
-    def tensor(self) -> Tensor:
-        """Decode all images, in threads, to (N, 3, H, W) uint8."""
+    def tensor(self, indices: Tensor | None = None) -> Tensor:
+        """Decode all images, or those chosen, in threads, to (N, 3, H, W) uint8."""
+        if indices is not None:
+            return self.chosen(indices).tensor()
         pixels = torch.empty((len(self), *self.image_shape), dtype=torch.uint8)
         start = 0
         for batch in self.batches():
             pixels[start : start + len(batch)] = batch
             start += len(batch)
         return pixels
+
+    def chosen(self, indices: Tensor) -> "FileImages":
+        """Give the set of some of the images."""
+        names = tuple(self.names[i] for i in indices.tolist())
+        return replace(self, names=names, labels=self.labels[indices])
 
     def name(self, index: int) -> str:
         """Name an image in messages and reports: its path below the root."""

@@ -14,12 +14,12 @@ import torch
 from fastai.data.core import TfmdDL
 from fastai.data.load import DataLoader
 from fastai.data.transforms import IntToFloatTensor, Normalize, ToTensor
-from fastai.torch_core import TensorCategory, TensorImage
+from fastai.torch_core import TensorCategory, TensorImage, rank_distrib
 from torch import Tensor
 
 from mixmo_fastai.augment import crop, draw_crops, draw_flips, flip, normalize, pad
+from mixmo_fastai.data.image_sets import ImageSet
 from mixmo_fastai.data.items import as_items
-from mixmo_fastai.data.sources import ImageSet
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.randomness import make_generator
 
@@ -83,6 +83,11 @@ class BatchLoader(TfmdDL):
         )
         self._n_inp, self._types = 1, {tuple: [TensorImage, TensorCategory]}
 
+    def to(self, device: torch.device | str) -> None:
+        """Move what batches are made of."""
+        super().to(device)
+        self.mean, self.std = self.mean.to(self.device), self.std.to(self.device)
+
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch the next pass is, counted from the start of training."""
         self.epoch = epoch
@@ -104,11 +109,13 @@ class BatchLoader(TfmdDL):
         Position s of a batch shows image s mod n. A complete pass moves on to the next epoch.
         """
         epoch = self.epoch
-        order = self.order(epoch)
+        order = self._placed(self.order(epoch))
         num_kept = len(order) - (len(order) % self.bs if self.drop_last else 0)
         chunks = order[:num_kept].split(self.bs) if num_kept else ()
         for step, batch in enumerate(self.raw_batches(chunks)):
-            generator = make_generator(self.seed, "augment", epoch, step, device=self.device)
+            generator = make_generator(
+                self.seed, "augment", epoch, step, rank_distrib(), device=self.device
+            )
             yield self._finish(*batch, copies=copies, generator=generator)
         self.epoch = epoch + 1
 
@@ -118,6 +125,10 @@ class BatchLoader(TfmdDL):
             return torch.arange(len(self.images))
         generator = make_generator(self.seed, "order", epoch)
         return torch.randperm(len(self.images), generator=generator)
+
+    def _placed(self, order: Tensor) -> Tensor:
+        """Bring an epoch's order to where `raw_batches` wants it."""
+        return order
 
     def raw_batches(self, chunks: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Give each chunk of indices its pixels.
@@ -159,11 +170,18 @@ class ResidentLoader(BatchLoader):
         self.padded = pad(images.tensor().to(self.device), self.augmentation.crop_padding)
         self.labels = images.labels.to(self.device)
 
+    def to(self, device: torch.device | str) -> None:
+        """Move the data set."""
+        super().to(device)
+        self.padded, self.labels = self.padded.to(self.device), self.labels.to(self.device)
+
+    def _placed(self, order: Tensor) -> Tensor:
+        return order.to(self.device)  # once per epoch, so that no step waits for a copy
+
     def raw_batches(self, chunks: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Point at the chunk's images in the resident data set."""
         for chunk in chunks:
-            places = chunk.to(self.device, non_blocking=True)
-            yield self.padded, places, self.labels[places]
+            yield self.padded, chunk, self.labels[chunk]
 
 
 class StreamingLoader(BatchLoader):
@@ -175,6 +193,8 @@ class StreamingLoader(BatchLoader):
         reader = DataLoader(
             _ChunkReader(self.images, chunks), num_workers=self.workers, pin_memory=pinned
         )
+        # Torch seeds its workers, which draw nothing here; not from the global generator.
+        reader.fake_l.generator = torch.Generator()
         for batch in reader:
             if isinstance(batch, InputError):
                 raise batch

@@ -44,9 +44,9 @@ class Subset:
     def __getitem__(self, index: int) -> Tensor:
         return self.images[int(self.indices[index])]
 
-    def tensor(self) -> Tensor:
-        """All images of the subset, (n, C, H, W) uint8."""
-        return self.images.tensor()[self.indices]
+    def tensor(self, indices: Tensor | None = None) -> Tensor:
+        """Give all images of the subset, or those chosen: (n, C, H, W) uint8."""
+        return self.images.tensor(self.indices if indices is None else self.indices[indices])
 
     def name(self, index: int) -> str:
         """Name an image as the whole set does."""

@@ -8,6 +8,7 @@ Source: Ramé, Sun, Cord, "MixMo", ICCV 2021, section 3.
 import copy
 from collections import OrderedDict
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,8 @@ class MixMoModel(nn.Module):
                 f"got {len(self.encoders)} encoders and {len(self.heads)} heads."
             )
         self._mask_shapes: dict[tuple[int, int], tuple[int, int, int]] = {}
+        # (B, M, K) of the last batch in evaluation mode, for metrics of the members.
+        self.latest_member_logits: Tensor | None = None
 
     @property
     def num_members(self) -> int:
@@ -70,9 +73,12 @@ class MixMoModel(nn.Module):
             Ensemble logits (B, K), the mean of the members' logits; member logits (B, M, K) where
             masks are given.
         """
-        if masks is None:
-            return self.member_logits(inputs).mean(dim=1)
-        return self._decode(self._mix(inputs, masks))
+        if masks is not None:
+            return self._decode(self._mix(inputs, masks))
+        logits = self.member_logits(inputs)
+        if not self.training:
+            self.latest_member_logits = logits.detach()
+        return logits.mean(dim=1)
 
     def member_logits(self, x: Tensor) -> Tensor:
         """Show every member the same image: (B, C, H, W) -> (B, M, K)."""
@@ -84,9 +90,8 @@ class MixMoModel(nn.Module):
     def mask_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Tell the shape (D, h, w) of an encoder's output for images of this size."""
         if (height, width) not in self._mask_shapes:
-            encoder = copy.deepcopy(self.encoders[0]).to("meta")
             image = torch.empty(1, self.in_channels, height, width, device="meta")
-            dim, mask_height, mask_width = encoder(image).shape[1:]
+            dim, mask_height, mask_width = _dry_run(self.encoders[0], image).shape[1:]
             self._mask_shapes[height, width] = (dim, mask_height, mask_width)
         return self._mask_shapes[height, width]
 
@@ -128,10 +133,30 @@ class MixMoModel(nn.Module):
         assert mixed is not None
         return mixed
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "latest_member_logits": None}  # no user's data in an export
+
     def _decode(self, features: Tensor) -> Tensor:
         """(B, D, h, w) -> member logits (B, M, K)."""
         embedding = self.core(features)
         return torch.stack([head(embedding) for head in self.heads], dim=1)
+
+
+def unwrap(model: nn.Module) -> Any:
+    """Find the network inside wrappers of distributed training and of torch.compile."""
+    for attribute in ("module", "_orig_mod"):
+        if not isinstance(model, MixMoModel):
+            model = getattr(model, attribute, model)
+    return model
+
+
+def _dry_run(encoder: nn.Module, image: Tensor) -> Tensor:
+    """Run an encoder on the meta device, without its hooks, which may look at values."""
+    if isinstance(encoder, nn.Conv2d):
+        out: Tensor = encoder._conv_forward(image, encoder.weight.to("meta"), None)
+    else:
+        out = copy.deepcopy(encoder).to("meta").forward(image)
+    return out
 
 
 @torch.no_grad()
