@@ -4,15 +4,10 @@ A recipe is a TOML file that says only what makes it itself; all defaults are he
 only, so that a wrong key or value is refused before torch is imported.
 """
 
-import dataclasses
-import math
 import os
 import tomllib
-import types
-import typing
-import unicodedata
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +21,27 @@ from mixmo_fastai.names import (
     SCHEDULES,
     parse_architecture,
 )
+from mixmo_fastai.settings import (
+    NOT_TOML,
+    build,
+    choice,
+    number,
+    parse_value,
+    to_mapping,
+    to_toml,
+)
 
-
-def _number(
-    default: Any,
-    low: float,
-    high: float = math.inf,
-    *,
-    open_low: bool = False,
-    finite: bool = True,
-) -> Any:
-    limits = {"low": low, "high": high, "open_low": open_low, "finite": finite}
-    return field(default=default, metadata=limits)
-
-
-def _choice(default: str, choices: Iterable[str]) -> Any:
-    return field(default=default, metadata={"choices": tuple(choices)})
+__all__ = [
+    "Recipe",
+    "find_recipe",
+    "load_recipe",
+    "override",
+    "recipe_from_mapping",
+    "recipe_home",
+    "recipe_names",
+    "to_mapping",
+    "to_toml",
+]
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,13 @@ class Data:
     """
 
     dataset: str = "digits"
-    valid_split: float = _number(0.02, 0, 0.9)
-    limit: int = _number(0, 0)
-    image_size: int = _number(0, 0, 4096)
-    crop_padding: int | None = _number(None, 0, 64)
+    valid_split: float = number(0.02, 0, 0.9)
+    limit: int = number(0, 0)
+    image_size: int = number(0, 0, 4096)
+    crop_padding: int | None = number(None, 0, 64)
     flip: bool | None = None
-    loader: str = _choice("auto", LOADERS)
-    num_workers: int = _number(2, 0, 256)
+    loader: str = choice("auto", LOADERS)
+    num_workers: int = number(2, 0, 256)
 
 
 @dataclass(frozen=True)
@@ -79,23 +79,23 @@ class Model:
     """
 
     arch: str = "wrn28_10"
-    num_members: int = _number(2, 1, 64)
+    num_members: int = number(2, 1, 64)
 
 
 @dataclass(frozen=True)
 class Mix:
     """How images are paired and features mixed; see `MixMoCallback`."""
 
-    kind: str = _choice("cutmix", MASK_KINDS)
-    alpha: float = _number(2.0, 1e-3, 1e6)
-    mix_prob: float = _number(0.5, 0, 1)
-    decay_start: float = _number(11 / 12, 0, 1)
-    weight_root: float = _number(3.0, 1, finite=False)
-    batch_repetitions: int = _number(4, 1, 1024)
-    input_repetition: float = _number(0.0, 0, 1)
-    msda: str = _choice("none", ("none", *MSDA_KINDS))
-    msda_alpha: float = _number(1.0, 1e-3, 1e6)
-    msda_prob: float = _number(0.5, 0, 1)
+    kind: str = choice("cutmix", MASK_KINDS)
+    alpha: float = number(2.0, 1e-3, 1e6)
+    mix_prob: float = number(0.5, 0, 1)
+    decay_start: float = number(11 / 12, 0, 1)
+    weight_root: float = number(3.0, 1, finite=False)
+    batch_repetitions: int = number(4, 1, 1024)
+    input_repetition: float = number(0.0, 0, 1)
+    msda: str = choice("none", ("none", *MSDA_KINDS))
+    msda_alpha: float = number(1.0, 1e-3, 1e6)
+    msda_prob: float = number(0.5, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -110,11 +110,11 @@ class Train:
         precision: "auto" is bfloat16 on CUDA and float32 elsewhere.
     """
 
-    epochs: int = _number(300, 1, 1_000_000)
-    batch_size: int = _number(64, 1, 65_536)
-    seed: int = _number(0, 0, 2**63 - 1)
-    device: str = _choice("auto", DEVICES)
-    precision: str = _choice("auto", PRECISIONS)
+    epochs: int = number(300, 1, 1_000_000)
+    batch_size: int = number(64, 1, 65_536)
+    seed: int = number(0, 0, 2**63 - 1)
+    device: str = choice("auto", DEVICES)
+    precision: str = choice("auto", PRECISIONS)
 
 
 @dataclass(frozen=True)
@@ -130,11 +130,11 @@ class Optimizer:
             has the gradient 6e-4 · W.
     """
 
-    base_lr: float = _number(0.05, 0, 1e30, open_low=True)
-    lr: float | None = _number(None, 0, 1e30, open_low=True)
-    momentum: float = _number(0.9, 0, 1)
+    base_lr: float = number(0.05, 0, 1e30, open_low=True)
+    lr: float | None = number(None, 0, 1e30, open_low=True)
+    momentum: float = number(0.9, 0, 1)
     nesterov: bool = True
-    weight_decay: float = _number(6e-4, 0, 1e30)
+    weight_decay: float = number(6e-4, 0, 1e30)
 
 
 @dataclass(frozen=True)
@@ -153,15 +153,15 @@ class Schedule:
         warmup_epochs: published: epochs of linear warm-up, per step.
     """
 
-    kind: str = _choice("one-cycle", SCHEDULES)
-    peak: float = _number(2.0, 0, 1e6, open_low=True)
-    pct_start: float = _number(0.25, 0, 1)
-    div: float = _number(25.0, 1, 1e12)
-    div_final: float = _number(1e5, 1, 1e12)
-    momentums: tuple[float, ...] = _number((0.95, 0.85, 0.95), 0, 1)
-    milestones: tuple[float, ...] = _number((101 / 300, 201 / 300, 226 / 300), 0, 1)
-    gamma: float = _number(0.1, 0, 1, open_low=True)
-    warmup_epochs: float = _number(1.0, 0, 1_000_000)
+    kind: str = choice("one-cycle", SCHEDULES)
+    peak: float = number(2.0, 0, 1e6, open_low=True)
+    pct_start: float = number(0.25, 0, 1)
+    div: float = number(25.0, 1, 1e12)
+    div_final: float = number(1e5, 1, 1e12)
+    momentums: tuple[float, ...] = number((0.95, 0.85, 0.95), 0, 1)
+    milestones: tuple[float, ...] = number((101 / 300, 201 / 300, 226 / 300), 0, 1)
+    gamma: float = number(0.1, 0, 1, open_low=True)
+    warmup_epochs: float = number(1.0, 0, 1_000_000)
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ class Expected:
         arch: the network that it belongs to.
     """
 
-    accuracy: float | None = _number(None, 0, 1)
+    accuracy: float | None = number(None, 0, 1)
     source: str = ""
     arch: str = ""
 
@@ -222,7 +222,7 @@ def recipe_from_mapping(values: Mapping[str, Any], where: str) -> Recipe:
     Raises:
         InputError: naming place, key, allowed values and the nearest name.
     """
-    recipe: Recipe = _build(Recipe, values, where, "")
+    recipe: Recipe = build(Recipe, values, where)
     _check_together(recipe, where)
     return recipe
 
@@ -254,7 +254,7 @@ def override(recipe: Recipe, assignments: Iterable[str], where: str = "--set") -
                 f"{where} {assignment!r}: {last!r} is a section.\n"
                 "Set its keys one by one, as in train.epochs=5."
             )
-        section[last] = _parse_value(text.strip())
+        section[last] = parse_value(text.strip())
     return recipe_from_mapping(values, where)
 
 
@@ -269,7 +269,7 @@ def load_recipe(name_or_file: str | Path) -> Recipe:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"Recipe {path} cannot be read: {error.strerror}.") from error
-    except _NOT_TOML as error:
+    except NOT_TOML as error:
         raise InputError(
             f"Recipe {path} is not valid TOML: {error}.\n"
             "`mixmo recipes NAME` shows one that is, with every setting."
@@ -313,138 +313,6 @@ def recipe_home() -> Path:
     return installed if installed.is_dir() else package.parent / "recipes"
 
 
-def to_mapping(recipe: Recipe) -> dict[str, Any]:
-    """Give all settings but those that are None, nested as in TOML."""
-
-    def compact(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: compact(part) for key, part in value.items() if part is not None}
-        return value
-
-    compacted: dict[str, Any] = compact(dataclasses.asdict(recipe))
-    return compacted
-
-
-def to_toml(recipe: Recipe) -> str:
-    """Write a recipe with every setting, so that it can be run again."""
-    lines = []
-    for key, value in to_mapping(recipe).items():
-        if isinstance(value, dict):
-            lines += ["", f"[{key}]", *(f"{k} = {_toml_value(v)}" for k, v in value.items())]
-        else:
-            lines.append(f"{key} = {_toml_value(value)}")
-    return "\n".join(lines) + "\n"
-
-
-def _build(kind: type, values: Mapping[str, Any], where: str, prefix: str) -> Any:
-    hints = typing.get_type_hints(kind)
-    known = {f.name: f for f in fields(kind)}
-    built = {}
-    for key, value in values.items():
-        if key not in known:
-            raise _unknown_key(f"{prefix}{key}", where)
-        if dataclasses.is_dataclass(hints[key]):
-            if not isinstance(value, Mapping):
-                raise InputError(
-                    f"{where}: {prefix}{key} must be a section, not {_shown(value)}.\n"
-                    f"Give its keys one by one, as in {prefix}{key}.{fields(hints[key])[0].name}."
-                )
-            built[key] = _build(typing.cast(type, hints[key]), value, where, f"{prefix}{key}.")
-        else:
-            place = f"{where}: {prefix}{key}"
-            built[key] = _checked(value, hints[key], known[key].metadata, place)
-    return kind(**built)
-
-
-def _unknown_key(key: str, where: str) -> InputError:
-    names = [
-        f"{f.name}.{g.name}" if dataclasses.is_dataclass(f.default) else f.name
-        for f in fields(Recipe)
-        for g in (fields(f.default) if dataclasses.is_dataclass(f.default) else [f])
-    ]
-    guess = nearest(key, names) or nearest(
-        key.rpartition(".")[2], [n.split(".")[-1] for n in names]
-    )
-    whole = next((n for n in names if n == guess or n.endswith(f".{guess}")), None)
-    hint = f" Did you mean {whole!r}?" if whole else ""
-    section = key.rpartition(".")[0]
-    allowed = [n for n in names if n.rpartition(".")[0] == section] if section else []
-    choices = allowed or sorted({n.partition(".")[0] for n in names})
-    return InputError(f"{where}: unknown key {key!r}.{hint}\nAllowed: {', '.join(choices)}.")
-
-
-def _checked(value: Any, hint: Any, metadata: Mapping[str, Any], place: str) -> Any:
-    value = _typed(value, hint, place)
-    numbers = value if isinstance(value, tuple) else (value,)
-    if "choices" in metadata and value not in metadata["choices"]:
-        guess = nearest(str(value), metadata["choices"])
-        asked = f" Did you mean {guess!r}?" if guess else ""
-        allowed = ", ".join(metadata["choices"])
-        raise InputError(f"{place} is {_shown(value)}.{asked}\nAllowed: {allowed}.")
-    if "low" in metadata and value is not None:
-        for number in numbers:
-            _check_range(number, metadata, place)
-    return value
-
-
-def _check_range(number: float, metadata: Mapping[str, Any], place: str) -> None:
-    low, high = metadata["low"], metadata["high"]
-    above = number > low if metadata["open_low"] else number >= low
-    if above and number <= high and (number < math.inf or not metadata["finite"]):
-        return
-    relation = "above" if metadata["open_low"] else "at least"
-    upper = f" and at most {high}" if high < math.inf else " and finite"
-    raise InputError(f"{place} is {_shown(number)}; it must be {relation} {low}{upper}.")
-
-
-def _typed(value: Any, hint: Any, place: str) -> Any:
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    for kind in kinds:
-        if typing.get_origin(kind) is tuple:
-            if isinstance(value, list | tuple) and all(_is_number(v) for v in value):
-                return tuple(_as_float(v) for v in value)
-        elif kind is float and _is_number(value):
-            return _as_float(value)
-        elif kind is str and isinstance(value, str):
-            return _plain_text(value, place)
-        elif kind is not float and type(value) is kind:
-            return value
-    wanted = " or ".join(
-        _TYPE_NAMES.get(k, "a list of numbers") for k in kinds if k is not type(None)
-    )
-    raise InputError(f"{place} is {_shown(value)}; it must be {wanted}.")
-
-
-_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _as_float(value: float) -> float:
-    try:
-        return float(value)
-    except OverflowError:  # a whole number of hundreds of digits
-        return math.inf if value > 0 else -math.inf
-
-
-def _plain_text(value: str, place: str) -> str:
-    """Refuse what neither a file name nor a line of text can hold."""
-    if any(unicodedata.category(character) in ("Cc", "Cs") for character in value):
-        raise InputError(f"{place} is {_shown(value)}; it must be text without control characters.")
-    return value
-
-
-def _shown(value: Any) -> str:
-    """Show a value as briefly as an error message wants it."""
-    try:
-        text = repr(value)
-    except ValueError:  # a whole number of thousands of digits
-        return "a huge number"
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
 def _check_together(recipe: Recipe, where: str) -> None:
     """Check what no single key shows."""
     mix, train = recipe.mix, recipe.train
@@ -477,32 +345,3 @@ def _check_together(recipe: Recipe, where: str) -> None:
             f"{where}: optimizer.momentum=0 leaves Nesterov's momentum nothing to work on.\n"
             "Raise it, or take optimizer.nesterov=false."
         )
-
-
-def _parse_value(text: str) -> Any:
-    try:
-        parsed = tomllib.loads(f"value = {text}")
-    except _NOT_TOML:
-        return text
-    return parsed["value"] if len(parsed) == 1 else text
-
-
-_NOT_TOML = (ValueError, RecursionError)
-"""What tomllib raises: its own error, and others on endless digits, nesting or broken bytes."""
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        return '"' + "".join(_TOML_ESCAPES.get(c, c) for c in value) + '"'
-    if isinstance(value, tuple | list):
-        return f"[{', '.join(_toml_value(v) for v in value)}]"
-    return repr(value)
-
-
-_TOML_ESCAPES = {
-    "\\": "\\\\",
-    '"': '\\"',
-    **{chr(code): f"\\u{code:04x}" for code in [*range(32), 127]},
-}

@@ -2,38 +2,30 @@
 
 import copy
 import dataclasses
-import math
-import platform
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from fastai.callback.core import Callback, CancelFitException
-from fastai.callback.fp16 import AMPMode, MixedPrecision
+from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import ParamScheduler
 from fastai.learner import Learner
 from torch import nn
 
-from mixmo_fastai.checkpoints import (
-    load_checkpoint,
-    load_weights,
-    save_checkpoint,
-    save_weights,
-)
+from mixmo_fastai.checkpoints import load_checkpoint, load_weights, save_weights
 from mixmo_fastai.data.dataloaders import make_dataloaders, make_evaluation_loaders
 from mixmo_fastai.data.image_sets import DataSource
 from mixmo_fastai.data.loaders import Augmentation
 from mixmo_fastai.data.sources import load_source
+from mixmo_fastai.devices import choose_device, describe_device, place, precision_callbacks
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.evaluation import evaluate_loaders
 from mixmo_fastai.learner import learner_from_recipe
 from mixmo_fastai.models import create_model
-from mixmo_fastai.models.mixmo_model import unwrap
 from mixmo_fastai.recipe import Recipe
+from mixmo_fastai.recording import CheckpointCallback, HistoryCallback
 from mixmo_fastai.runs import RunFolder
 from mixmo_fastai.schedule import one_cycle, published_steps
 
@@ -84,9 +76,7 @@ class Training:
     @property
     def device_name(self) -> str:
         """Where it trains, in words."""
-        if self.device.type == "cuda":
-            return torch.cuda.get_device_name(self.device)
-        return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+        return describe_device(self.device)
 
 
 def prepare(recipe: Recipe, data_dir: Path | None = None) -> Training:
@@ -108,10 +98,12 @@ def prepare(recipe: Recipe, data_dir: Path | None = None) -> Training:
         loader=recipe.data.loader,
         num_workers=recipe.data.num_workers,
     )
-    learn = learner_from_recipe(recipe, dls, cbs=_precision(recipe.train.precision, device))
+    learn = learner_from_recipe(
+        recipe, dls, cbs=precision_callbacks(recipe.train.precision, device)
+    )
     _check_image_size(recipe, source, learn.model)
     learn.remove_cbs(ProgressCallback)  # the caller brings its own display
-    _placed(learn.model, device)
+    place(learn.model, device)
     return Training(recipe, source, learn)
 
 
@@ -136,7 +128,7 @@ def train(
     recipe, learn = training.recipe, training.learn
     start_epoch = load_checkpoint(run, learn) if resume else 0
     run.truncate_history(start_epoch)
-    history = HistoryCallback(run, training)
+    history = HistoryCallback(run, recipe.train.batch_size)
     scheduler = ParamScheduler(schedules(recipe, training.steps_per_epoch))
     with learn.no_logging():
         learn.fit(
@@ -183,19 +175,19 @@ def evaluate_run(
             f"{run.path} has no weights yet: the run is not finished.\n"
             f"Continue it: mixmo fit --resume {run.path}"
         )
-    place = choose_device(device or recipe.train.device)
+    chosen = choose_device(device or recipe.train.device)
     source = _load_source(recipe, data_dir)
     valid, test = make_evaluation_loaders(
         source,
         valid_split=recipe.data.valid_split,
-        device=place,
+        device=chosen,
         loader=recipe.data.loader,
         num_workers=recipe.data.num_workers,
     )
     channels, *_ = source.test.image_shape
     model = create_model(recipe.model.arch, len(source.classes), recipe.model.num_members, channels)
     load_weights(model, run.weights)
-    return evaluate_loaders(_placed(model, place), valid=valid, test=test)
+    return evaluate_loaders(place(model, chosen), valid=valid, test=test)
 
 
 def schedules(recipe: Recipe, steps_per_epoch: int) -> dict[str, Any]:
@@ -218,22 +210,6 @@ def schedules(recipe: Recipe, steps_per_epoch: int) -> dict[str, Any]:
     return {"lr": lr, "mom": one_cycle(start, peak, end, schedule.pct_start)}
 
 
-def choose_device(name: str) -> torch.device:
-    """Turn "auto", "cpu" or "cuda" into a device.
-
-    Raises:
-        InputError: CUDA is asked for where there is none.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError(
-            "device is 'cuda', but torch finds no CUDA device here.\n"
-            "Use --device cpu, or --device auto to take what there is."
-        )
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
-
-
 def _load_source(recipe: Recipe, data_dir: Path | None) -> DataSource:
     return load_source(recipe.data.dataset, data_dir, image_size=recipe.data.image_size or None)
 
@@ -244,11 +220,6 @@ def _augmentation(recipe: Recipe, source: DataSource) -> Augmentation:
     return Augmentation(
         source.crop_padding if padding is None else padding, source.flip if flip is None else flip
     )
-
-
-def _placed(model: nn.Module, device: torch.device) -> nn.Module:
-    # Convolutions are faster with the channels innermost, on a CPU as on a GPU.
-    return model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def _check_image_size(recipe: Recipe, source: DataSource, model: nn.Module) -> None:
@@ -266,93 +237,6 @@ def _check_image_size(recipe: Recipe, source: DataSource, model: nn.Module) -> N
         ) from error
 
 
-def _precision(precision: str, device: torch.device) -> list[Callback]:
-    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if precision == "bfloat16" and not fast:
-        raise InputError(
-            "precision 'bfloat16' needs a CUDA device that has it; use --precision float32."
-        )
-    return [MixedPrecision(AMPMode.BF16)] if fast and precision != "float32" else []
-
-
-class HistoryCallback(Callback):
-    """Write one row per trained epoch; stop where the loss is not finite.
-
-    The training loss is the mean over the epoch's steps: fastai's smooth one reaches back into the
-    epochs before, which a resumed run has not seen. It is divided by the number of members, so that
-    it compares with the validation loss, which is one cross-entropy.
-    """
-
-    order, run_valid = 55, False  # after the Recorder
-
-    def __init__(self, run: RunFolder, training: Training) -> None:
-        super().__init__()
-        self.run_folder, self.plan = run, training
-        self.latest: dict[str, Any] = {}
-        self.trained = self.diverged = False
-
-    def before_epoch(self) -> None:
-        """Start the clock and the sum of losses."""
-        self.trained, self.began, self.loss_sum = False, time.perf_counter(), torch.tensor(0.0)
-
-    def after_batch(self) -> None:
-        """Add up the loss where it is, so that a GPU does not wait."""
-        self.loss_sum = self.loss_sum + self.learn.loss.detach().as_subclass(torch.Tensor)
-
-    def after_train(self) -> None:
-        """Stop where the loss is not finite."""
-        self.trained = True
-        self.train_seconds = time.perf_counter() - self.began
-        self.diverged = not math.isfinite(float(self.loss_sum))
-        if self.diverged:  # fastai would mangle the message of any other error
-            raise CancelFitException
-
-    def after_epoch(self) -> None:
-        """Write the row of an epoch that was trained here."""
-        if not self.trained:
-            return
-        _, valid_loss, *metrics = self.learn.final_record
-        loss = float(self.loss_sum) / self.plan.steps_per_epoch
-        names = ("accuracy", "member_accuracy")
-        images = self.plan.steps_per_epoch * self.plan.recipe.train.batch_size
-        epoch = self.learn.epoch + 1
-        self.latest = {
-            "epoch": epoch,
-            "train_loss": _rounded(loss / unwrap(self.learn.model).num_members),
-            "valid_loss": _rounded(valid_loss),
-            **{name: _rounded(value) for name, value in zip(names, metrics, strict=True)},
-            "lr": f"{self.learn.opt.hypers[-1]['lr']:.6g}",
-            "images_seen": epoch * images,
-            "seconds": round(time.perf_counter() - self.began, 2),
-            "images_per_second": round(images / self.train_seconds, 1),
-        }
-        self.run_folder.append_history(self.latest)
-
-
-class CheckpointCallback(Callback):
-    """Save the state after each epoch."""
-
-    order, run_valid = 65, False
-
-    def __init__(self, run: RunFolder) -> None:
-        super().__init__()
-        self.run_folder = run
-        self.trained = False
-
-    def before_epoch(self) -> None:
-        """Forget the epoch before."""
-        self.trained = False
-
-    def after_train(self) -> None:
-        """Note that there is something to save."""
-        self.trained = True
-
-    def after_epoch(self) -> None:
-        """Save the state of an epoch that was trained here."""
-        if self.trained:
-            save_checkpoint(self.run_folder, self.learn, self.learn.epoch + 1)
-
-
 def _diverged(recipe: Recipe, epoch: int) -> TrainingDivergedError:
     own = dataclasses.replace(recipe, optimizer=dataclasses.replace(recipe.optimizer, lr=None))
     return TrainingDivergedError(
@@ -360,7 +244,3 @@ def _diverged(recipe: Recipe, epoch: int) -> TrainingDivergedError:
         f"Lower the learning rate, as in --lr {min(recipe.lr / 4, own.lr):.3g}; "
         "`mixmo lr-find` suggests one."
     )
-
-
-def _rounded(value: Any) -> float | str:
-    return "" if value is None else round(float(value), 6)

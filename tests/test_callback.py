@@ -21,7 +21,7 @@ from mixmo_fastai.errors import InputError
 from mixmo_fastai.learner import mixmo_learner
 from mixmo_fastai.losses import MixMoLoss
 from mixmo_fastai.models import create_model
-from mixmo_fastai.training import CheckpointCallback, HistoryCallback
+from mixmo_fastai.recording import CheckpointCallback, HistoryCallback
 
 
 def learner(dls=None, *, cbs=(), callback=None, num_members=2, seed=0, **kwargs):

@@ -9,7 +9,7 @@ from fastai.callback.core import Callback
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mixmo_fastai.cli.console import Output
-from mixmo_fastai.training import HistoryCallback
+from mixmo_fastai.recording import HistoryCallback
 
 COLUMNS = (
     ("epoch", "epoch", 9),

@@ -1,0 +1,53 @@
+"""Where a network trains, and in what precision."""
+
+import platform
+
+import torch
+from fastai.callback.core import Callback
+from fastai.callback.fp16 import AMPMode, MixedPrecision
+from torch import nn
+
+from mixmo_fastai.errors import InputError
+
+
+def choose_device(name: str) -> torch.device:
+    """Turn "auto", "cpu" or "cuda" into a device.
+
+    Raises:
+        InputError: CUDA is asked for where there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            "device is 'cuda', but torch finds no CUDA device here.\n"
+            "Use --device cpu, or --device auto to take what there is."
+        )
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def describe_device(device: torch.device) -> str:
+    """Name a device for people."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def place(model: nn.Module, device: torch.device) -> nn.Module:
+    """Move a network to where it trains, in the memory format that is fastest there."""
+    # Convolutions are faster with the channels innermost, on a CPU as on a GPU.
+    return model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def precision_callbacks(precision: str, device: torch.device) -> list[Callback]:
+    """Give the callbacks that train in a precision; "auto" is bfloat16 on GPUs that have it.
+
+    Raises:
+        InputError: bfloat16 is asked for where there is none.
+    """
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if precision == "bfloat16" and not fast:
+        raise InputError(
+            "precision 'bfloat16' needs a CUDA device that has it; use --precision float32."
+        )
+    return [MixedPrecision(AMPMode.BF16)] if fast and precision != "float32" else []
