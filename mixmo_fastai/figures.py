@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from mixmo_fastai.lr_search import LrSearch
+from mixmo_fastai.preview import Preview
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # told apart by colour-blind readers
 
@@ -36,3 +39,34 @@ def plot_lr_search(search: LrSearch, path: Path, title: str) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path)
+
+
+def plot_preview(preview: Preview, path: Path, title: str) -> None:
+    """Draw a row per position: each member's image and mask, then the mixture."""
+    num_rows, num_members = preview.inputs.shape[:2]
+    num_columns = 2 * num_members + 1
+    figure = Figure(figsize=(1.7 * num_columns, 1.75 * num_rows + 0.9), dpi=120)
+    figure.set_layout_engine("constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(num_rows, num_columns, squeeze=False)
+    for row in range(num_rows):
+        for member in range(num_members):
+            _show_image(grid[row][2 * member], preview.inputs[row, member])
+            grid[row][2 * member].set_title(preview.labels[row][member], fontsize=8)
+            mask = grid[row][2 * member + 1]
+            mask.imshow(preview.masks[row, member], cmap="gray", vmin=0, vmax=1)
+            mask.set_title(f"{100 * preview.masks[row, member].mean():.0f} %", fontsize=8)
+        _show_image(grid[row][-1], preview.mixed[row])
+    headings = [name for m in range(num_members) for name in (f"member {m + 1}", "its mask")]
+    for axes, heading in zip(grid[0], [*headings, "mixture"], strict=True):
+        axes.set_title(f"{heading}\n{axes.get_title()}", fontsize=8)
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_color("#999999")  # or a white mask would have no border
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path)
+
+
+def _show_image(axes: Axes, image: Tensor) -> None:
+    pixels = image.permute(1, 2, 0)  # (H, W, C)
+    axes.imshow(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels[:, :, :3], cmap="gray")

@@ -38,6 +38,7 @@ LAYERS = {
     "evaluation": ASSEMBLY,
     "learner": ASSEMBLY,
     "lr_search": ASSEMBLY,
+    "preview": ASSEMBLY,
     "training": ASSEMBLY,
     "recording": ASSEMBLY,
     "devices": ASSEMBLY,
@@ -50,7 +51,7 @@ ALLOWED_FROM_ELSEWHERE = {
     MATHEMATICS: {"torch", "numpy"},
     FASTAI: {"torch", "numpy", "fastai", "fasttransform", "torchvision", "PIL", "sklearn"},
     ASSEMBLY: {"torch", "numpy", "fastai", "safetensors"},
-    SHELL: {"fastai", "rich", "typer", "matplotlib"},
+    SHELL: {"torch", "fastai", "rich", "typer", "matplotlib"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

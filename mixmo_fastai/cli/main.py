@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import typer
 
 from mixmo_fastai import __version__
-from mixmo_fastai.cli import datasets, evaluate, fit, lr_find, recipes
+from mixmo_fastai.cli import datasets, evaluate, fit, import_, lr_find, recipes, show
 from mixmo_fastai.cli.console import RunInterruptedError
 from mixmo_fastai.errors import InputError
 
@@ -27,6 +27,8 @@ _COMMANDS = {
     "fit": fit.fit,
     "lr-find": lr_find.lr_find,
     "eval": evaluate.evaluate,
+    "show": show.show,
+    "import": import_.import_,
     "recipes": recipes.recipes,
     "datasets": datasets.datasets,
 }

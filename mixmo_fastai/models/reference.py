@@ -2,10 +2,13 @@
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from mixmo_fastai.errors import InputError
+from mixmo_fastai.models.create import create_model
 from mixmo_fastai.models.mixmo_model import MixMoModel
 
 _RENAMES = (
@@ -47,6 +50,55 @@ def load_reference_state_dict(model: MixMoModel, state_dict: Mapping[str, Tensor
             "Check the architecture, the number of members and the number of classes."
         )
     model.load_state_dict(renamed)
+
+
+def import_reference(
+    state_dict: Mapping[str, Tensor], arch: str, num_classes: int, in_channels: int = 3
+) -> MixMoModel:
+    """Build the network that a published state dict is of, with its weights.
+
+    Args:
+        state_dict: published names to tensors; it tells the number of members.
+        arch: as in "wrn28_10".
+        num_classes: K.
+        in_channels: C.
+
+    Raises:
+        InputError: the tensors are of another architecture or number of classes.
+    """
+    heads = {match[1] for name in state_dict if (match := re.match(r"list_fc\.(\d+)\.", name))}
+    model = create_model(arch, num_classes, max(1, len(heads)), in_channels)
+    load_reference_state_dict(model, state_dict)
+    return model
+
+
+def read_reference_checkpoint(path: Path) -> dict[str, Tensor]:
+    """Read the network's tensors from a checkpoint of the published implementation.
+
+    Only tensors and plain containers are read; code that a pickle may hold is refused, never run.
+
+    Raises:
+        InputError: the file is missing, damaged, holds anything else, or has no network in it.
+    """
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise InputError(f"Cannot read {path}: {error.strerror or error}.") from error
+    except Exception as error:  # an unpickler may raise anything on other content
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"{path} is not a checkpoint that can be read safely: {reason[:120]}\n"
+            "Give a checkpoint of the published implementation, with tensors only."
+        ) from error
+    tensors = stored.get(_STATE_KEY) if isinstance(stored, Mapping) else None
+    if not isinstance(tensors, Mapping) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
+    ):
+        raise InputError(f"{path} has no {_STATE_KEY!r}; it is no published checkpoint of MixMo.")
+    return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+
+
+_STATE_KEY = "classifier_state_dict"
 
 
 def rename(name: str) -> str:

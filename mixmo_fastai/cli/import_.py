@@ -1,0 +1,52 @@
+"""`mixmo import`: a published checkpoint becomes a run."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mixmo_fastai.cli import options as opt
+from mixmo_fastai.cli.console import Output
+from mixmo_fastai.errors import InputError
+from mixmo_fastai.names import DATASETS
+from mixmo_fastai.resolve import resolve_recipe
+from mixmo_fastai.runs import check_free, create_run
+
+
+def import_(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A file of the published implementation (.ckpt).")
+    ],
+    *,
+    arch: Annotated[str, typer.Option(help="Its network, as wrn28_10.")],
+    dataset: Annotated[str, typer.Option(help="What it was trained on, as cifar100.")],
+    recipe: opt.RecipeName = None,
+    out: Annotated[Path | None, typer.Option(help="The run folder to make.")] = None,
+    as_json: opt.Json = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Turn a published checkpoint into a run, to evaluate it; only its tensors are read."""
+    if dataset not in DATASETS:
+        raise InputError(f"--dataset {dataset!r} must be one of {', '.join(DATASETS)}.")
+    resolve_recipe(dataset, recipe, {"model.arch": arch})  # before torch is imported
+    check_free(out)
+
+    from mixmo_fastai.checkpoints import save_weights
+    from mixmo_fastai.models.reference import import_reference, read_reference_checkpoint
+
+    info = DATASETS[dataset]
+    tensors = read_reference_checkpoint(checkpoint)
+    model = import_reference(tensors, arch, info.num_classes, info.image_shape[0])
+    settings = {"model.arch": arch, "model.num_members": model.num_members}
+    if model.num_members == 1:
+        settings["mix.kind"] = "sum"
+    run = create_run(resolve_recipe(dataset, recipe, settings), out)
+    save_weights(model, run.weights)
+    Output(as_json=as_json).result(
+        [
+            f"{checkpoint.name}: {arch}, members: {model.num_members}, classes: {info.num_classes}",
+            f"Run folder: {run.path}",
+            f"Evaluate it: mixmo eval {run.path}",
+        ],
+        {"run": str(run.path), "num_members": model.num_members},
+    )

@@ -1,0 +1,52 @@
+"""`mixmo show`: a picture of what training sees."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mixmo_fastai.cli import options as opt
+from mixmo_fastai.cli.console import Output
+from mixmo_fastai.cli.render import method_name
+from mixmo_fastai.resolve import resolve_recipe
+from mixmo_fastai.runs import free_file, run_label
+
+
+def show(
+    dataset: opt.Dataset = None,
+    *,
+    recipe: opt.RecipeName = None,
+    mix: opt.Mix = None,
+    msda: opt.Msda = None,
+    members: opt.Members = None,
+    assignments: opt.Assignments = None,
+    data_dir: opt.DataDir = None,
+    limit: opt.Limit = None,
+    repeat: opt.Repeat = None,
+    seed: opt.Seed = None,
+    count: Annotated[int, typer.Option(help="Positions of the batch to show.", min=1, max=16)] = 6,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The PNG. Default: the first free show-<data set>-<method>.png.",
+            rich_help_panel=opt.OUTPUT,
+        ),
+    ] = None,
+    as_json: opt.Json = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Draw pairs, masks and mixtures of the first training batch."""
+    settings = opt.flags(
+        mix=mix, msda=msda, members=members, limit=limit, repeat=repeat, seed=seed, device="cpu"
+    )
+    resolved = resolve_recipe(dataset, recipe, settings, assignments or ())
+    picture = free_file(out, f"show-{run_label(resolved)}", ".png")
+
+    from mixmo_fastai.figures import plot_preview
+    from mixmo_fastai.preview import preview_batch
+    from mixmo_fastai.training import prepare
+
+    training = prepare(resolved, data_dir)
+    title = f"{method_name(resolved)}: {resolved.mix.kind} masks on {training.source.name}"
+    plot_preview(preview_batch(training, count), picture, title)
+    Output(as_json=as_json).result([f"Picture: {picture}"], {"picture": str(picture)})

@@ -1,0 +1,71 @@
+"""What training sees: pairs, masks and their mixture, as pixels."""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from mixmo_fastai.training import Training
+
+
+@dataclass(frozen=True)
+class Preview:
+    """Some positions of a training batch.
+
+    Attributes:
+        inputs: what each member sees, (n, M, C, H, W) in [0, 1].
+        masks: MixMo's, (n, M, H, W) in [0, 1]; the mean over channels where it has several.
+        mixed: Σ mask · input, (n, C, H, W) in [0, 1]; the network mixes features the same way.
+        labels: class names of each position, one list per position.
+    """
+
+    inputs: Tensor
+    masks: Tensor
+    mixed: Tensor
+    labels: list[list[str]]
+
+
+def preview_batch(training: Training, count: int = 6) -> Preview:
+    """Draw the first training batch, mixed with the recipe's kind, whatever its probability.
+
+    Args:
+        training: from `prepare`.
+        count: positions to show.
+    """
+    learn = training.learn
+    callback = learn.mix_mo
+    learn.epoch, learn.iter, learn.pct_train = 0, 0, 0.0
+    learn.dl, callback.mix_prob = learn.dls.train, 1.0
+    callback.before_fit()
+    callback.before_train()
+    *learn.xb, targets = next(iter(learn.dl))
+    learn.yb = (targets,)
+    callback.before_batch()
+    inputs, masks = (part[:count].cpu() for part in learn.xb)
+    pixels = _denormalized(inputs, training)
+    shown = F.interpolate(masks.mean(dim=2), size=pixels.shape[-2:], mode="nearest")
+    return Preview(
+        inputs=pixels,
+        masks=shown,
+        mixed=(pixels * shown[:, :, None]).sum(dim=1),
+        labels=[_names(training, learn.yb, position) for position in range(len(inputs))],
+    )
+
+
+def _denormalized(inputs: Tensor, training: Training) -> Tensor:
+    loader = training.learn.dls.train
+    mean, std = (v.cpu()[:, None, None] for v in (loader.mean, loader.std))
+    return (inputs * std + mean).clamp(0, 1)
+
+
+def _names(training: Training, yb: tuple[Tensor, ...], position: int) -> list[str]:
+    """Name the classes of each member; of two where pixels were mixed."""
+    classes, targets = training.source.classes, yb[0]
+    names = [classes[int(label)] for label in targets[position]]
+    if len(yb) == 2:
+        return names
+    pasted, shares = yb[2][position], yb[3][position]
+    return [
+        name if share == 1 else f"{share:.0%} {name}, {1 - share:.0%} {classes[int(other)]}"
+        for name, other, share in zip(names, pasted, shares.tolist(), strict=True)
+    ]

@@ -1,0 +1,123 @@
+"""Checkpoints of the published implementation become runs."""
+
+import pickle
+
+import golden
+import pytest
+import torch
+
+from mixmo_fastai.cli import run
+from mixmo_fastai.errors import InputError
+from mixmo_fastai.models import create_model
+from mixmo_fastai.models.reference import import_reference, read_reference_checkpoint
+from mixmo_fastai.runs import open_run
+
+
+def published_names(model):
+    """Write a model's tensors under published names, the inverse of `rename`."""
+    names = {}
+    several = model.num_members > 1
+    for name, tensor in model.state_dict().items():
+        part, *rest = name.split(".")
+        if part == "encoders":
+            new = f"list_conv1.{rest[0]}.weight" if several else "conv1.weight"
+        elif part == "heads":
+            new = f"list_fc.{rest[0]}.{rest[1]}" if several else f"fc.{rest[1]}"
+        elif rest[0] == "bn":
+            new = f"bn1.{rest[1]}"
+        else:
+            tail = ".".join(rest[2:]).replace("shortcut.weight", "shortcut.0.weight")
+            new = f"layer{int(rest[1]) + 1}.{tail}"
+        names[new] = tensor
+    return names
+
+
+@pytest.fixture(params=[1, 2, 3])
+def model(request):
+    return create_model("wrn10_1", 10, request.param)
+
+
+def write(path, model, **extra):
+    torch.save({"classifier_state_dict": published_names(model), "epoch": 7, **extra}, path)
+    return path
+
+
+def test_members_and_weights_are_read_from_the_file(model, tmp_path):
+    tensors = read_reference_checkpoint(write(tmp_path / "a.ckpt", model))
+    imported = import_reference(tensors, "wrn10_1", 10)
+    assert imported.num_members == model.num_members
+    own, theirs = model.state_dict(), imported.state_dict()
+    assert all(torch.equal(own[name], theirs[name]) for name in own)
+
+
+@golden.needs_golden
+@pytest.mark.parametrize("name", golden.NETWORKS[:3])
+def test_a_published_network_gives_its_published_logits(name, tmp_path):
+    path = tmp_path / "published.ckpt"
+    torch.save({"classifier_state_dict": golden.published_weights(name)}, path)
+    facts, expected = golden.facts(name), golden.arrays(name)
+    arch = f"wrn{facts['depth']}_{facts['widen_factor']}"
+    imported = import_reference(read_reference_checkpoint(path), arch, facts["num_classes"]).eval()
+    with torch.no_grad():
+        logits = imported(expected["inputs"][:, 0])
+    torch.testing.assert_close(logits, expected["eval_logits"], rtol=1e-4, atol=1e-3)
+
+
+def test_the_command_makes_a_run(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a.ckpt", model)
+    assert run(["import", "a.ckpt", "--arch", "wrn10_1", "--dataset", "cifar10", "--out", "r"]) == 0
+    assert "mixmo eval r" in capsys.readouterr().out
+    recipe = open_run("r").recipe()
+    assert (recipe.model.arch, recipe.model.num_members) == ("wrn10_1", model.num_members)
+    assert open_run("r").weights.is_file()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--arch", "wrn16_1", "--dataset", "cifar10"], "is missing"),
+        (["--arch", "wrn10_2", "--dataset", "cifar10"], "not (32,"),
+        (["--arch", "wrn10_1", "--dataset", "cifar100"], "not (100,"),
+        (["--arch", "wrn10_1", "--dataset", "cifar"], "must be one of"),
+        (["--arch", "wrn11_1", "--dataset", "cifar10"], "6n+4"),
+    ],
+)
+def test_another_network_is_refused(model, flags, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a.ckpt", model)
+    assert run(["import", "a.ckpt", *flags]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert len(err.splitlines()) <= 3
+    assert [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]
+
+
+class Harmful:
+    def __reduce__(self):
+        return (open, ("harmed", "w"))
+
+
+def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"classifier_state_dict": Harmful()}, tmp_path / "torch.ckpt")
+    (tmp_path / "plain.ckpt").write_bytes(pickle.dumps(Harmful()))
+    for name in ("torch.ckpt", "plain.ckpt"):
+        with pytest.raises(InputError, match=r"can be read safely|Cannot read"):
+            read_reference_checkpoint(tmp_path / name)
+    assert not (tmp_path / "harmed").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 broken"])
+def test_other_files_are_refused(content, tmp_path):
+    (tmp_path / "a.ckpt").write_bytes(content)
+    with pytest.raises(InputError, match=r"a\.ckpt"):
+        read_reference_checkpoint(tmp_path / "a.ckpt")
+
+
+def test_a_checkpoint_without_network_is_refused(tmp_path):
+    torch.save({"epoch": 3}, tmp_path / "a.ckpt")
+    with pytest.raises(InputError, match="has no 'classifier_state_dict'"):
+        read_reference_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(InputError, match="Cannot read"):
+        read_reference_checkpoint(tmp_path / "missing.ckpt")
