@@ -27,7 +27,7 @@ MASK_KINDS = (
 MSDA_KINDS = ("cutmix", "mixup")
 """Mixed-sample augmentation of the pixels, inside each member; drawn by `mixmo_fastai.msda`."""
 
-SCHEDULES = ("one-cycle", "published")
+SCHEDULES = ("one-cycle", "flat-cosine", "published")
 LOADERS = ("auto", "resident", "streaming")
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "float32", "bfloat16")

@@ -142,11 +142,13 @@ class Schedule:
     """The learning rate over time.
 
     Attributes:
-        kind: "one-cycle" (cosine up, cosine down) or "published" (warm-up, then steps).
+        kind: "one-cycle" (cosine up, cosine down), "flat-cosine" (held, then cosine down) or
+            "published" (warm-up, then steps).
         peak: one-cycle: highest rate over the published one, which is held for a third of training.
         pct_start: one-cycle: share of training that goes up.
         div: one-cycle: peak over start.
-        div_final: one-cycle: peak over end.
+        div_final: one-cycle and flat-cosine: highest rate over the last.
+        flat_share: flat-cosine: share of training that holds the rate.
         momentums: one-cycle: momentum at start, peak and end.
         milestones: published: shares of training after which the rate is multiplied by gamma.
         gamma: published: that factor.
@@ -158,6 +160,7 @@ class Schedule:
     pct_start: float = number(0.25, 0, 1)
     div: float = number(25.0, 1, 1e12)
     div_final: float = number(1e5, 1, 1e12)
+    flat_share: float = number(0.75, 0, 1)
     momentums: tuple[float, ...] = number((0.95, 0.85, 0.95), 0, 1)
     milestones: tuple[float, ...] = number((101 / 300, 201 / 300, 226 / 300), 0, 1)
     gamma: float = number(0.1, 0, 1, open_low=True)

@@ -28,6 +28,23 @@ def one_cycle(start: float, peak: float, end: float, pct_start: float) -> Schedu
     return value
 
 
+def flat_cosine(lr: float, end: float, flat_share: float) -> ScheduleFunction:
+    """Hold the rate, then let it fall by a cosine.
+
+    Args:
+        lr: the rate that is held.
+        end: the rate at the end.
+        flat_share: share of training that holds.
+    """
+
+    def value(progress: float) -> float:
+        if progress < flat_share or flat_share == 1:
+            return lr
+        return _cosine(lr, end, (progress - flat_share) / (1 - flat_share))
+
+    return value
+
+
 def published_steps(
     lr: float,
     *,

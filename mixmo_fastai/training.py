@@ -27,7 +27,7 @@ from mixmo_fastai.models import create_model
 from mixmo_fastai.recipe import Recipe
 from mixmo_fastai.recording import CheckpointCallback, HistoryCallback
 from mixmo_fastai.runs import RunFolder
-from mixmo_fastai.schedule import one_cycle, published_steps
+from mixmo_fastai.schedule import flat_cosine, one_cycle, published_steps
 
 TEST_SET = 2
 """Place of the test loader in the DataLoaders of `make_dataloaders`."""
@@ -203,6 +203,8 @@ def schedules(recipe: Recipe, steps_per_epoch: int) -> dict[str, Any]:
             warmup_epochs=schedule.warmup_epochs,
         )
         return {"lr": lr}
+    if schedule.kind == "flat-cosine":
+        return {"lr": flat_cosine(recipe.lr, recipe.lr / schedule.div_final, schedule.flat_share)}
     lr = one_cycle(
         recipe.lr / schedule.div, recipe.lr, recipe.lr / schedule.div_final, schedule.pct_start
     )

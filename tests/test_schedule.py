@@ -5,7 +5,7 @@ import pytest
 import torch
 from fastai.callback.schedule import combined_cos
 
-from mixmo_fastai.schedule import one_cycle, published_steps
+from mixmo_fastai.schedule import flat_cosine, one_cycle, published_steps
 
 PUBLISHED = {"milestones": (101 / 300, 201 / 300, 226 / 300), "gamma": 0.1, "warmup_epochs": 1.0}
 BOUNDS = (1, 101, 201, 226, 300)  # epochs: end of the warm-up, drops, end
@@ -72,3 +72,23 @@ def test_warm_up_may_be_absent_or_a_part_of_an_epoch(warmup_epochs, first):
     )
     assert schedule(0.0) == pytest.approx(first)
     assert schedule(0.5) == 1.0
+
+
+@pytest.mark.parametrize("flat_share", [0.0, 0.5, 0.75])
+def test_flat_cosine_is_fastais(monkeypatch, flat_share):
+    """fit_flat_cos holds lr up to pct_start and then anneals it to lr / div_final."""
+    monkeypatch.setattr(
+        fastai.callback.schedule,
+        "tensor",
+        lambda values: torch.tensor(list(values), dtype=torch.float64),
+    )
+    theirs = combined_cos(flat_share, 0.4, 0.4, 0.4e-5)
+    ours = flat_cosine(0.4, 0.4e-5, flat_share)
+    for point in range(1000):
+        progress = point / 1000
+        assert ours(progress) == pytest.approx(float(theirs(progress)), abs=1e-12), progress
+
+
+def test_flat_cosine_may_hold_to_the_end():
+    assert flat_cosine(0.4, 0.0, 1.0)(1.0) == 0.4
+    assert flat_cosine(0.4, 0.1, 0.5)(1.0) == pytest.approx(0.1)

@@ -69,7 +69,7 @@ def assert_same_weights(one, other):
         assert torch.equal(tensor, theirs[name]), name
 
 
-@pytest.fixture(scope="module", params=["one-cycle", "published"])
+@pytest.fixture(scope="module", params=["one-cycle", "flat-cosine", "published"])
 def whole(request, tmp_path_factory):
     """An uninterrupted run, with what each of its steps trained with."""
     recipe = override(TINY, [f"schedule.kind={request.param}"])
