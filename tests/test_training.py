@@ -10,7 +10,7 @@ from mixmo_fastai.errors import InputError
 from mixmo_fastai.lr_search import search_lr
 from mixmo_fastai.recipe import override, recipe_from_mapping
 from mixmo_fastai.runs import create_run, open_run
-from mixmo_fastai.schedule import one_cycle
+from mixmo_fastai.schedule import flat_cosine, one_cycle
 from mixmo_fastai.training import (
     TrainingDivergedError,
     choose_device,
@@ -147,6 +147,10 @@ def test_each_step_trains_with_its_scheduled_rate(whole):
         momentum = one_cycle(0.95, 0.85, 0.95, 0.25)
         assert rates == pytest.approx([lr(step / 18) for step in range(18)])
         assert [m for *_, m in steps] == pytest.approx([momentum(step / 18) for step in range(18)])
+    elif recipe.schedule.kind == "flat-cosine":
+        lr = flat_cosine(recipe.lr, recipe.lr / 1e5, 0.75)
+        assert rates == pytest.approx([lr(step / 18) for step in range(18)])
+        assert {m for *_, m in steps} == {0.9}
     else:
         warm_up = [(step + 1) / 6 for step in range(6)]
         factors = [*warm_up, *[0.1] * 6, *[0.01] * 6]
