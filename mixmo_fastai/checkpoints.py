@@ -28,6 +28,7 @@ def save_weights(model: nn.Module, path: Path) -> None:
         for name, tensor in unwrap(model).state_dict().items()
     }
     save_file(tensors, temporary, metadata={"format": "pt"})
+    temporary.chmod(0o644)  # as the other files of a run
     temporary.replace(path)
 
 
@@ -70,25 +71,36 @@ def save_checkpoint(run: RunFolder, learn: Learner, num_epochs: int) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def epochs_done(run: RunFolder) -> int:
+    """Tell how many epochs a run has finished, 0 where there is no checkpoint yet.
+
+    Raises:
+        InputError: the checkpoint is damaged.
+    """
+    folder = _checkpoint_folder(run)
+    if not folder.is_dir():
+        return 0
+    try:
+        return _read_state(folder / "state.json")["num_epochs"]
+    except (OSError, ValueError) as error:
+        raise InputError(f"The checkpoint in {folder} is damaged: {error}.") from error
+
+
 def load_checkpoint(run: RunFolder, learn: Learner) -> int:
     """Restore the state of a run into a Learner that was built from its recipe.
 
     Returns:
-        the number of epochs that are done.
+        the number of epochs that are done; 0, and nothing restored, before the first checkpoint.
 
     Raises:
-        InputError: there is no checkpoint, or it is damaged or of another run.
+        InputError: the checkpoint is damaged or of another run.
     """
-    folder = next(
-        (f for f in (run.checkpoint, run.path / ".checkpoint.old") if f.is_dir()), run.checkpoint
-    )
+    folder = _checkpoint_folder(run)
+    if not folder.is_dir():
+        return 0
     try:
         state = _read_state(folder / "state.json")
         buffers = load_file(folder / "optimizer.safetensors")
-    except FileNotFoundError:
-        raise InputError(
-            f"{run.path} has no checkpoint to resume from: no epoch was finished.\nStart it anew."
-        ) from None
     except (OSError, SafetensorError, ValueError) as error:
         raise InputError(f"The checkpoint in {folder} is damaged: {error}.") from error
     load_weights(learn.model, folder / "model.safetensors")
@@ -97,6 +109,12 @@ def load_checkpoint(run: RunFolder, learn: Learner) -> int:
     _restore_momentum(learn, buffers, folder)
     learn.mix_mo.epochs_trained = state["num_epochs"]
     return state["num_epochs"]
+
+
+def _checkpoint_folder(run: RunFolder) -> Path:
+    """Find the newest complete checkpoint; it is the old one for a moment within a save."""
+    places = (run.checkpoint, run.path / ".checkpoint.old")
+    return next((place for place in places if place.is_dir()), run.checkpoint)
 
 
 def _read_state(path: Path) -> dict[str, int]:

@@ -12,6 +12,14 @@ class InputError(ValueError):
     """
 
 
+class RunFailedError(RuntimeError):
+    """A run could not go on, through no fault of its input alone.
+
+    The message is one to three lines. The command line prints it without a traceback and exits with
+    code 1.
+    """
+
+
 def nearest(name: str, choices: Iterable[str]) -> str | None:
     """Find the choice that `name` most probably meant, or None where nothing is close."""
     by_folded = {_fold(choice): choice for choice in choices}

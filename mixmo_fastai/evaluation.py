@@ -23,6 +23,8 @@ from mixmo_fastai.diversity import disagreement, member_accuracies, ratio_error
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.selective import aurc, failure_auroc
 
+FEWEST_FOR_TEMPERATURE = 50
+"""Validation images below which a fitted temperature says nothing."""
 LabelledLogits = tuple[Tensor, Tensor] | None
 """Member logits (N, M, K) and labels (N,); None where there are no images."""
 
@@ -69,12 +71,22 @@ def evaluate_loaders(model: Any, *, valid: Any, test: Any) -> dict[str, Any]:
     validation = collect_member_logits(model, valid)
     if validation is not None:
         figures["valid"] = evaluate_logits(*validation)
-        figures |= _calibrated(figures["valid"]["temperature"], test_logits, test_labels)
+        figures |= _calibrated(
+            figures["valid"]["temperature"], len(validation[1]), test_logits, test_labels
+        )
     return {**figures, "test": evaluate_logits(test_logits, test_labels)}
 
 
-def _calibrated(temperature: float, logits: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Compute the figures at a temperature that was fitted on other images."""
+def _calibrated(
+    temperature: float, num_fitted: int, logits: Tensor, labels: Tensor
+) -> dict[str, Any]:
+    """Compute the figures at a temperature that was fitted on so many other images."""
+    if num_fitted < FEWEST_FOR_TEMPERATURE:
+        reason = (
+            f"the validation split has {num_fitted} images, and a temperature needs "
+            f"{FEWEST_FOR_TEMPERATURE}; raise --valid-split"
+        )
+        return {"absent": {"calibrated": reason}}
     if not TEMPERATURE_BOUNDS[0] < temperature < TEMPERATURE_BOUNDS[1]:
         reason = (
             "every validation image is right, or none better than chance, so that no temperature "

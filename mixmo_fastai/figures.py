@@ -31,8 +31,8 @@ def plot_lr_search(search: LrSearch, path: Path, title: str) -> None:
             label=f"{name}: {rate:.2g}",
         )
     axes.set_xscale("log")
-    low = min(search.losses)
-    axes.set_ylim(low - 0.05 * (search.losses[0] - low), search.losses[0] * 1.5)
+    low, start = min(search.losses), max(search.losses[: max(1, len(search.losses) // 4)])
+    axes.set_ylim(low - 0.1 * (start - low), start + 0.4 * (start - low))
     axes.set_xlabel("learning rate")
     axes.set_ylabel("training loss per member, smoothed")
     axes.set_title(title)

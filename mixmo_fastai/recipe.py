@@ -329,10 +329,10 @@ def _check_together(recipe: Recipe, where: str) -> None:
             "A network of one member takes mix.kind='sum' and mix.batch_repetitions=1."
         )
     if train.batch_size % mix.batch_repetitions:
-        lower = max(1, train.batch_size // mix.batch_repetitions) * mix.batch_repetitions
+        whole = max(1, round(train.batch_size / mix.batch_repetitions)) * mix.batch_repetitions
         raise InputError(
             f"{where}: train.batch_size={train.batch_size} is not a multiple of "
-            f"mix.batch_repetitions={mix.batch_repetitions}.\nNearest: {lower}."
+            f"mix.batch_repetitions={mix.batch_repetitions}.\nNearest: {whole}."
         )
     if len(recipe.schedule.momentums) != 3:
         raise InputError(

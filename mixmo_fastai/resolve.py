@@ -79,13 +79,21 @@ def departures(recipe: Recipe) -> list[str]:
     """
     if recipe.name not in recipe_names():
         return []
-    own, shipped = to_mapping(recipe), to_mapping(load_recipe(recipe.name))
+    own, shipped = (_with_own_augmentation(r) for r in (recipe, load_recipe(recipe.name)))
     return [
         f"{section}.{key}"
         for section in ("data", "model", "mix", "train", "optimizer", "schedule")
         for key in sorted(own[section].keys() | shipped[section].keys())
         if own[section].get(key) != shipped[section].get(key) and key not in _INDIFFERENT
     ]
+
+
+def _with_own_augmentation(recipe: Recipe) -> dict[str, Any]:
+    values, info = to_mapping(recipe), DATASETS.get(recipe.data.dataset)
+    if info:
+        own = {"crop_padding": info.crop_padding, "flip": info.flip}
+        values["data"] = {**own, **values["data"]}
+    return values
 
 
 _INDIFFERENT = ("seed", "device", "precision", "loader", "num_workers")

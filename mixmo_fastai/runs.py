@@ -152,7 +152,8 @@ def free_file(path: Path | None, stem: str, suffix: str) -> Path:
     """
     if path is None:
         names = itertools.chain([stem], (f"{stem}-{n}" for n in itertools.count(2)))
-        return next(p for p in (Path(f"{name}{suffix}") for name in names) if not p.exists())
+        paths = (Path(f"{name}{suffix}") for name in names)
+        return _writable_file(next(path for path in paths if not path.exists()))
     path = _expanded(path)
     if os.path.lexists(path):
         raise InputError(f"{str(path)!r} exists and was not changed. Choose another --out.")
@@ -162,6 +163,18 @@ def free_file(path: Path | None, stem: str, suffix: str) -> Path:
         raise InputError(
             f"There is no folder {str(path.parent)!r} for --out {path.name}.\nMake it first."
         )
+    return _writable_file(path)
+
+
+def _writable_file(path: Path) -> Path:
+    """Check that a file can be made, by making it and taking it away."""
+    try:
+        path.touch(exist_ok=False)
+        path.unlink()
+    except OSError as error:
+        raise InputError(
+            f"Cannot write {str(path)!r}: {error.strerror}.\nChoose another place with --out FILE."
+        ) from error
     return path
 
 
@@ -263,6 +276,8 @@ def _version(package: str) -> str | None:
 
 def _git_revision() -> str | None:
     """The revision of this package's own checkout, where it runs from one."""
+    if not (Path(__file__).parents[1] / ".git").exists():
+        return None  # installed, or copied into somebody else's repository
     try:
         answer = subprocess.run(
             ["git", "rev-parse", "HEAD"],

@@ -1,9 +1,8 @@
 """Training: from a recipe to a finished run folder."""
 
 import copy
-import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from mixmo_fastai.data.image_sets import DataSource
 from mixmo_fastai.data.loaders import Augmentation
 from mixmo_fastai.data.sources import load_source
 from mixmo_fastai.devices import choose_device, describe_device, place, precision_callbacks
-from mixmo_fastai.errors import InputError
+from mixmo_fastai.errors import InputError, RunFailedError
 from mixmo_fastai.evaluation import evaluate_loaders
 from mixmo_fastai.learner import learner_from_recipe
 from mixmo_fastai.models import create_model
@@ -35,7 +34,7 @@ SMALLEST_SAFE_SIZE = 32
 """Height and width from which on every network here takes an image."""
 
 
-class TrainingDivergedError(RuntimeError):
+class TrainingDivergedError(RunFailedError):
     """The training loss is not finite."""
 
 
@@ -87,12 +86,13 @@ def prepare(recipe: Recipe, data_dir: Path | None = None) -> Training:
     """
     device = choose_device(recipe.train.device)
     source = _load_source(recipe, data_dir)
+    recipe = _with_augmentation(recipe, source)
     dls = make_dataloaders(
         source,
         batch_size=recipe.loader_batch_size,
         valid_split=recipe.data.valid_split,
         limit=recipe.data.limit,
-        augmentation=_augmentation(recipe, source),
+        augmentation=Augmentation(recipe.data.crop_padding, recipe.data.flip),
         seed=recipe.train.seed,
         device=device,
         loader=recipe.data.loader,
@@ -216,12 +216,12 @@ def _load_source(recipe: Recipe, data_dir: Path | None) -> DataSource:
     return load_source(recipe.data.dataset, data_dir, image_size=recipe.data.image_size or None)
 
 
-def _augmentation(recipe: Recipe, source: DataSource) -> Augmentation:
-    """Take what the recipe says, and what the data set says where the recipe is silent."""
-    padding, flip = recipe.data.crop_padding, recipe.data.flip
-    return Augmentation(
-        source.crop_padding if padding is None else padding, source.flip if flip is None else flip
-    )
+def _with_augmentation(recipe: Recipe, source: DataSource) -> Recipe:
+    """Fill in the data set's own augmentation where the recipe says nothing."""
+    data = recipe.data
+    padding = source.crop_padding if data.crop_padding is None else data.crop_padding
+    flip = source.flip if data.flip is None else data.flip
+    return replace(recipe, data=replace(data, crop_padding=padding, flip=flip))
 
 
 def _check_image_size(recipe: Recipe, source: DataSource, model: nn.Module) -> None:
@@ -240,7 +240,7 @@ def _check_image_size(recipe: Recipe, source: DataSource, model: nn.Module) -> N
 
 
 def _diverged(recipe: Recipe, epoch: int) -> TrainingDivergedError:
-    own = dataclasses.replace(recipe, optimizer=dataclasses.replace(recipe.optimizer, lr=None))
+    own = replace(recipe, optimizer=replace(recipe.optimizer, lr=None))
     return TrainingDivergedError(
         f"The training loss is not finite in epoch {epoch}.\n"
         f"Lower the learning rate, as in --lr {min(recipe.lr / 4, own.lr):.3g}; "

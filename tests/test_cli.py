@@ -2,6 +2,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from datasets import write_cifar100, write_image_folder
@@ -148,15 +149,17 @@ def test_an_interrupted_run_is_continued_to_the_same_end(monkeypatch, capsys):
     assert whole.metrics()["test"] == part.metrics()["test"]
 
 
-def test_interrupted_before_the_first_epoch_there_is_nothing_to_continue(monkeypatch, capsys):
+def test_interrupted_in_the_first_epoch_a_run_is_continued_from_its_beginning(monkeypatch, capsys):
     def interrupt(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(TrainingDisplay, "after_batch", interrupt)
-    assert run(["fit", *TINY, "--epochs", "1", "--out", "part"]) == 130
-    assert "nothing is saved in part" in capsys.readouterr().err
-    monkeypatch.undo()
-    assert run(["fit", "--resume", "part"]) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingDisplay, "after_batch", interrupt)
+        assert run(["fit", *TINY, "--epochs", "1", "--out", "part"]) == 130
+    assert "continue: mixmo fit --resume part" in capsys.readouterr().err
+    assert run(["fit", "--resume", "part"]) == 0
+    assert "Resuming: 0 of 1 epochs are done." in capsys.readouterr().out
+    assert (Path("part") / "metrics.json").is_file()
 
 
 def test_a_diverging_run_fails_with_advice(capsys):

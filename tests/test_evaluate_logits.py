@@ -9,7 +9,7 @@ from golden import arrays, facts, needs_golden
 from sklearn.metrics import top_k_accuracy_score
 
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.evaluation import evaluate_logits
+from mixmo_fastai.evaluation import collect_member_logits, evaluate_loaders, evaluate_logits
 
 FIGURES = [
     "accuracy",
@@ -197,3 +197,44 @@ def test_what_cannot_be_evaluated_is_refused(member_logits, labels, message):
     with pytest.raises(InputError, match=message) as raised:
         evaluate_logits(member_logits, labels)
     assert len(str(raised.value).splitlines()) <= 3
+
+
+class TestCalibratedFigures:
+    """The temperature of the validation split, applied to the test set."""
+
+    @staticmethod
+    def figures(num_valid, margin):
+        random = torch.Generator().manual_seed(0)
+        logits = torch.randn(200, 4, generator=random)
+        labels = torch.randint(4, (200,), generator=random)
+        valid_labels = torch.arange(num_valid) % 4
+        valid = margin * torch.eye(4)[valid_labels] + torch.randn(num_valid, 4, generator=random)
+        model = Recorded()
+        return evaluate_loaders(model, valid=[(valid, valid_labels)], test=[(logits, labels)])
+
+    def test_they_are_those_of_the_scaled_logits(self):
+        figures = self.figures(100, 1.0)
+        assert 0.3 < figures["calibrated"]["temperature"] < 3
+        assert figures["calibrated"]["temperature"] == figures["valid"]["temperature"]
+        assert figures["calibrated"]["nll"] != figures["test"]["nll"]
+
+    @pytest.mark.parametrize(
+        ("num_valid", "margin", "reason"), [(10, 1.0, "10 images"), (60, 90.0, "right")]
+    )
+    def test_they_are_absent_with_a_reason(self, num_valid, margin, reason):
+        figures = self.figures(num_valid, margin)
+        assert "calibrated" not in figures
+        assert reason in figures["absent"]["calibrated"]
+
+    def test_the_training_mode_comes_back(self):
+        model = Recorded().train()
+        collect_member_logits(model, [(torch.zeros(2, 4), torch.zeros(2))])
+        assert model.training
+
+
+class Recorded(torch.nn.Module):
+    """A network whose images are their own logits, for both members."""
+
+    def member_logits(self, x):
+        assert not self.training
+        return torch.stack([x, x], dim=1)

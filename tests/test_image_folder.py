@@ -274,3 +274,14 @@ def test_above_the_limit_a_sample_gives_mean_and_deviation(folder, home, monkeyp
     source = read_image_folder(folder, home, cache_limit=0)
     expected = channel_statistics(source.train.tensor()[::3])
     assert (source.mean, source.std) == expected
+
+
+def test_images_that_would_be_passed_over_are_named(tmp_path):
+    folder = write_image_folder(tmp_path / "images")
+    (folder / "train" / "cat" / "more").mkdir()
+    with pytest.raises(InputError, match="has a folder in it: more"):
+        read_image_folder(folder, tmp_path)
+    (folder / "train" / "cat" / "more").rmdir()
+    (folder / "train" / "cat" / "lost.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(InputError, match=r"lost\.png"):
+        read_image_folder(folder, tmp_path)

@@ -166,3 +166,11 @@ def test_weights_of_another_network_are_refused_and_nothing_changes():
     with pytest.raises(InputError, match=r"encoders\.0\.weight is missing"):
         load_reference_state_dict(model, {"fc.weight": torch.zeros(10, 64)})
     assert torch.equal(model.encoders[0].weight, before)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (9, 13), (10, 7), (50, 35), (62, 51)])
+@pytest.mark.parametrize("arch", ["wrn10_1", "wrn16_1", "preact_resnet18_1"])
+def test_images_of_any_size(arch, size):
+    model = create_model(arch, 5, 2)
+    masks, _ = draw_masks("cutmix", draw_lam(2, 2, 2.0), model.mask_shape(*size))
+    assert model(torch.randn(2, 2, 3, *size), masks).shape == (2, 2, 5)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mixmo_fastai.cli.main import _COMMANDS
+from mixmo_fastai.cli.program import _COMMANDS
 from mixmo_fastai.names import DATASETS, MASK_KINDS
 from mixmo_fastai.recipe import Recipe, load_recipe, to_mapping
 from mixmo_fastai.resolve import resolve_recipe

@@ -122,7 +122,7 @@ def test_an_assignment_of_another_form_is_refused(assignment, part):
 @pytest.mark.parametrize(
     ("values", "part"),
     [
-        ({"train": {"batch_size": 30}}, "Nearest: 28"),
+        ({"train": {"batch_size": 30}}, "Nearest: 32"),
         ({"train": {"batch_size": 2}}, "Nearest: 4"),
         ({"model": {"num_members": 1}}, "takes mix.kind='sum'"),
         ({"optimizer": {"momentum": 0}}, "optimizer.nesterov=false"),

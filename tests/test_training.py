@@ -5,7 +5,7 @@ import torch
 from fastai.callback.core import Callback
 from safetensors.torch import load_file, save_file
 
-from mixmo_fastai.checkpoints import load_checkpoint, load_weights
+from mixmo_fastai.checkpoints import epochs_done, load_checkpoint, load_weights
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.lr_search import search_lr
 from mixmo_fastai.recipe import override, recipe_from_mapping
@@ -312,11 +312,14 @@ def test_the_checkpoint_before_serves_where_saving_was_interrupted(run, tmp_path
     assert all(torch.equal(state[name], tensor) for name, tensor in saved.items())
 
 
-def test_a_run_without_a_finished_epoch_cannot_be_resumed(tmp_path):
+def test_a_run_without_a_finished_epoch_begins_anew(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         fit(TINY, tmp_path / "run", interrupt_in=1)
-    with pytest.raises(InputError, match="no checkpoint to resume from"):
-        fit(TINY, tmp_path / "run", resume=True)
+    assert epochs_done(open_run(tmp_path / "run")) == 0
+    fit(TINY, tmp_path / "run", resume=True)
+    fit(TINY, tmp_path / "whole")
+    runs = [open_run(tmp_path / name) for name in ("run", "whole")]
+    assert runs[0].weights.read_bytes() == runs[1].weights.read_bytes()
 
 
 def test_weights_that_are_missing_or_damaged_are_refused(run, tmp_path):

@@ -1,5 +1,22 @@
 """The command line: parse, call, render. No logic lives here."""
 
-from mixmo_fastai.cli.main import main, run
+import sys
+from collections.abc import Sequence
 
 __all__ = ["main", "run"]
+
+
+def main() -> None:
+    """Run the program and leave with its exit code."""
+    try:
+        code = run(sys.argv[1:])
+    except KeyboardInterrupt:  # before there was a command to interrupt
+        code = 130
+    sys.exit(code)
+
+
+def run(args: Sequence[str]) -> int:
+    """Run one command line; see `mixmo_fastai.cli.program.run`."""
+    from mixmo_fastai.cli import program
+
+    return program.run(args)

@@ -24,7 +24,8 @@ class Output:
 
     def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
         self.as_json, self.quiet = as_json, quiet
-        self.console = Console(stderr=as_json, highlight=False, soft_wrap=True)
+        self.console = Console(stderr=as_json, highlight=False)
+        self.console.soft_wrap = not self.console.is_terminal  # a program reads whole lines
         self.run: RunFolder | None = None
 
     def say(self, line: str = "", style: str | None = None) -> None:

@@ -15,7 +15,7 @@ def datasets(
 
     output = Output(as_json=as_json)
     statuses = [dataset_status(name, data_dir) for name in DATASETS]
-    lines = [f"Data folder: {data_home(data_dir)}", ""]
+    lines = [f"Data folder: {data_home(data_dir)}; sizes are as published", ""]
     for status in statuses:
         info = DATASETS[status.name]
         train, test = info.num_images

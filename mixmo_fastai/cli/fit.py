@@ -71,24 +71,30 @@ def fit(
         resolved = resolve_recipe(dataset, recipe, settings, assignments or ())
         check_free(out)
 
+    from mixmo_fastai.checkpoints import epochs_done
     from mixmo_fastai.cli.progress import TrainingDisplay
     from mixmo_fastai.training import prepare, train
 
     output = Output(as_json=as_json, quiet=quiet)
     training = prepare(resolved, data_dir)
     if resume is None:
-        run = create_run(resolved, out, device=training.device_name)
+        run = create_run(training.recipe, out, device=training.device_name)
     output.run = run
-    for line in [*plan_lines(training), "", *recipe_lines(resolved), ""]:
+    for line in [*plan_lines(training), "", *recipe_lines(training.recipe), ""]:
         output.say(line)
+    if resume is not None:
+        output.say(f"Resuming: {epochs_done(run)} of {resolved.train.epochs} epochs are done.")
     output.say(f"Run folder: {run.path}")
     display = TrainingDisplay(output, resolved.train.batch_size)
     try:
         figures = train(training, run, cbs=[display], resume=resume is not None)
     except KeyboardInterrupt:
-        message = _interrupted(run.path, run.checkpoint.is_dir())
+        message = _interrupted(run.path)
         run.log(message)
         raise RunInterruptedError(message) from None
+    except Exception as error:
+        run.log(f"{type(error).__name__}: {error}")
+        raise
     finally:
         display.close()
     output.result(
@@ -97,7 +103,5 @@ def fit(
     )
 
 
-def _interrupted(path: Path, saved: bool) -> str:
-    if saved:
-        return f"Interrupted. Finished epochs are saved; continue: mixmo fit --resume {path}"
-    return f"Interrupted before the first epoch was finished; nothing is saved in {path}."
+def _interrupted(path: Path) -> str:
+    return f"Interrupted. Finished epochs are saved; continue: mixmo fit --resume {path}"

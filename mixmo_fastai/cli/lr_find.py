@@ -7,7 +7,7 @@ import typer
 
 from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output
-from mixmo_fastai.cli.render import align, plan_lines
+from mixmo_fastai.cli.render import method_name, setup_lines
 from mixmo_fastai.resolve import resolve_recipe
 from mixmo_fastai.runs import free_file, run_label
 
@@ -68,15 +68,35 @@ def lr_find(
 
     output = Output(as_json=as_json, quiet=quiet)
     training = prepare(resolved, data_dir)
-    for line in plan_lines(training):
+    for line in setup_lines(training):
         output.say(line)
+    output.say(f"Searching in {steps} steps from {start:g} to {end:g} …")
     search = search_lr(training, num_steps=steps, start=start, end=end)
-    plot_lr_search(search, picture, f"Learning-rate range test, {resolved.model.arch}")
-    rows = [(name, f"{rate:.3g}") for name, rate in search.suggestions.items()]
+    title = f"{method_name(resolved)} on {training.source.name}, {resolved.model.arch}"
+    plot_lr_search(search, picture, title)
+    rows = [(name, f"{rate:.3g}", MEANINGS[name]) for name, rate in search.suggestions.items()]
+    lines = [f"{name:<8}  {rate:>9}  {meaning}" for name, rate, meaning in rows]
     output.result(
-        ["", *align([("method", "suggested peak learning rate"), *rows]), "",
-         f"The recipe has {resolved.lr:.3g}. Curve: {picture}",
-         f"Train with it: mixmo fit … --lr {search.suggestions['valley']:.3g}"],
-        {"suggestions": search.suggestions, "recipe_lr": resolved.lr, "curve": str(picture),
-         "lrs": search.lrs, "losses": search.losses},
-    )  # fmt: skip
+        [
+            "",
+            *lines,
+            "",
+            f"The recipe has {resolved.lr:.3g}, its peak under one-cycle.",
+            f"Look at the curve before you choose, where the loss falls steadily: {picture}",
+        ],
+        {
+            "suggestions": search.suggestions,
+            "recipe_lr": resolved.lr,
+            "curve": str(picture),
+            "lrs": search.lrs,
+            "losses": search.losses,
+        },
+    )
+
+
+MEANINGS = {
+    "valley": "two thirds through the longest descent (fastai's default; careful)",
+    "slide": "end of the steepest stretch before the loss rises",
+    "steep": "steepest single step (often noise)",
+    "minimum": "a tenth of the rate with the lowest loss",
+}

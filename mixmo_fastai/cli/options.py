@@ -17,7 +17,7 @@ Dataset = Annotated[
 ]
 DataDir = Annotated[
     Path | None,
-    typer.Option(help="Where data sets lie. [env: MIXMO_DATA_DIR]", rich_help_panel=DATA),
+    typer.Option(help="Where data sets lie; also $MIXMO_DATA_DIR.", rich_help_panel=DATA),
 ]
 ValidSplit = Annotated[
     float | None,
@@ -115,3 +115,10 @@ _SETTINGS = {
     "precision": "train.precision",
     "lr": "optimizer.lr",
 }
+
+
+def in_flags(message: str) -> str:
+    """Name the flag in an error about a setting that was given by one."""
+    for flag, setting in _SETTINGS.items():
+        message = message.replace(f"Command line: {setting} ", f"--{flag.replace('_', '-')} ")
+    return message

@@ -39,16 +39,41 @@ def expectation(recipe: Recipe) -> str:
 
 def plan_lines(training: Any) -> list[str]:
     """Say what a run is going to do."""
+    recipe = training.recipe
+    train, schedule = recipe.train, recipe.schedule
+    rows = [
+        *_setup_rows(training),
+        (
+            "Training",
+            f"{train.epochs} epochs of {training.steps_per_epoch} steps with "
+            f"{train.batch_size} images: {training.images_seen:,} images seen",
+        ),
+        (
+            "Schedule",
+            f"{schedule.kind}, learning rate {recipe.lr:.4g}; SGD, weight decay "
+            f"{recipe.optimizer.weight_decay:g}",
+        ),
+        ("Published", expectation(recipe)),
+    ]
+    return align(rows)
+
+
+def setup_lines(training: Any) -> list[str]:
+    """Say what is trained on what, without how long."""
+    return align(_setup_rows(training))
+
+
+def _setup_rows(training: Any) -> list[tuple[str, str]]:
     recipe, source = training.recipe, training.source
     shape = "x".join(map(str, source.train.image_shape))
-    loaders = training.learn.dls
-    counts = [len(loader.images) for loader in loaders.loaders]
-    mix, train = recipe.mix, recipe.train
-    schedule = f"{recipe.schedule.kind}, learning rate {recipe.lr:.4g}"
-    mixing = f", {mix.kind} masks with probability {mix.mix_prob:g}" if mix.kind == "cutmix" else ""
+    counts = [len(loader.images) for loader in training.learn.dls.loaders]
+    mix = recipe.mix
     members = f"{recipe.model.num_members} member" + "s" * (recipe.model.num_members > 1)
     times = f"{mix.batch_repetitions} times" if mix.batch_repetitions > 1 else "once"
-    rows = [
+    mixing = ""
+    if mix.kind not in ("sum", "linear"):
+        mixing = f", {mix.kind} masks with probability {mix.mix_prob:g}"
+    return [
         (
             "Data",
             f"{source.name}: {counts[0]:,} training, {counts[1]:,} validation and {counts[2]:,} "
@@ -56,16 +81,8 @@ def plan_lines(training: Any) -> list[str]:
         ),
         ("Network", f"{recipe.model.arch}, {members}, {training.num_parameters:,} parameters"),
         ("Method", f"{method_name(recipe)}, every image {times} in a batch{mixing}"),
-        (
-            "Training",
-            f"{train.epochs} epochs of {training.steps_per_epoch} steps with "
-            f"{train.batch_size} images: {training.images_seen:,} images seen",
-        ),
-        ("Schedule", f"{schedule}; SGD, weight decay {recipe.optimizer.weight_decay:g}"),
-        ("Device", f"{training.device}, seed {train.seed}"),
-        ("Published", expectation(recipe)),
+        ("Device", f"{training.device}, seed {recipe.train.seed}"),
     ]
-    return align(rows)
 
 
 def recipe_lines(recipe: Recipe) -> list[str]:
@@ -92,11 +109,11 @@ def figure_lines(figures: Mapping[str, Any], recipe: Recipe) -> list[str]:
         rows.append(("Members", members))
     if recipe.expected.accuracy is not None:
         rows.append(("Published", expectation(recipe)))
-    alone = _OF_SEVERAL if recipe.model.num_members == 1 else ()
+    unasked = _OF_MANY_CLASSES + (_OF_SEVERAL if recipe.model.num_members == 1 else ())
     for name, label, show in _FIGURES:
         if name in test:
             rows.append((label, show(test[name])))
-        elif name in test.get("absent", {}) and name not in alone:
+        elif name in test.get("absent", {}) and name not in unasked:
             rows.append((label, f"none: {test['absent'][name]}"))
     if reason := figures.get("absent", {}).get("calibrated"):
         rows.append(("Calibrated", f"none: {reason}"))
@@ -122,6 +139,7 @@ def _number(value: float) -> str:
 
 _ENSEMBLE = " (ensemble, mean of the logits)"
 _OF_SEVERAL = ("ratio_error", "disagreement")
+_OF_MANY_CLASSES = ("top5",)
 _FIGURES = (
     ("top5", "Top-5", _percent),
     ("nll", "NLL", _number),

@@ -98,7 +98,12 @@ def image_sizes(paths: Sequence[Path]) -> Iterator[tuple[int, int]]:
 def list_images(folder: Path) -> list[str]:
     """List the names of the image files in a folder, sorted, without hidden and other files."""
     with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if is_image(entry.name) and entry.is_file())
+        # A link that leads nowhere is listed, so that reading it names it.
+        return sorted(
+            entry.name
+            for entry in entries
+            if is_image(entry.name) and (entry.is_file() or entry.is_symlink())
+        )
 
 
 def is_image(name: str) -> bool:

@@ -117,6 +117,16 @@ def _list_part(folder: Path, part: str) -> _NamesByClass:
 
 
 def _list_class(folder: Path, class_folder: str) -> list[str]:
+    nested = sorted(
+        path.name
+        for path in (folder / class_folder).iterdir()
+        if path.is_dir() and not path.name.startswith(".")
+    )
+    if nested:
+        raise InputError(
+            f"The class folder {folder / class_folder} has a folder in it: {nested[0]}.\n"
+            "Put the images directly into the class folder, and take the inner folders away."
+        )
     names = list_images(folder / class_folder)
     if not names:
         raise InputError(

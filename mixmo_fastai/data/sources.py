@@ -77,6 +77,8 @@ def load_source(
         InputError: the data set is unknown, missing, damaged or not of the right form.
     """
     home = data_home(data_dir)
+    if home.exists() and not home.is_dir():
+        raise InputError(f"The data folder {home} is a file.\nChoose another --data-dir.")
     if dataset in SOURCES:
         _require_own_size(str(dataset), image_size)
         return SOURCES[dataset].load(home, download=download)
@@ -127,7 +129,9 @@ def dataset_status(name: str, data_dir: Path | None = None) -> DatasetStatus:
     unpacked = Unpacked(archive, home)
     if unpacked.folder.is_dir():
         problem = unpacked.damage()
-        return _status(name, unpacked.folder, problem, "intact")
+        checked = any(md5 is not None for md5 in archive.members.values())
+        found = "intact" if checked else "there; its files have no checksums to compare"
+        return _status(name, unpacked.folder, problem, found)
     file = home / archive.file_name
     if file.is_file():
         return _status(name, file, archive_damage(archive, home), "unpacked at the first use")

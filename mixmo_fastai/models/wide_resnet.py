@@ -30,7 +30,9 @@ class WideBlock(nn.Module):
         y = self.conv1(F.relu(self.bn1(x)))
         y = F.relu(self.bn2(y))
         if self.stride != 1:
-            y = F.pad(y, (0, 1, 0, 1))
+            # One on the right and at the bottom, as published; a side of odd length, which the
+            # published networks never see, needs one more to end at the shortcut's length.
+            y = F.pad(y, (y.shape[3] % 2, 1, y.shape[2] % 2, 1))
         out: Tensor = self.conv2(y) + self.shortcut(x)
         return out
 

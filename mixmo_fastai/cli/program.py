@@ -13,7 +13,8 @@ import typer
 from mixmo_fastai import __version__
 from mixmo_fastai.cli import datasets, evaluate, fit, import_, lr_find, recipes, show
 from mixmo_fastai.cli.console import RunInterruptedError
-from mixmo_fastai.errors import InputError
+from mixmo_fastai.cli.options import in_flags
+from mixmo_fastai.errors import InputError, RunFailedError
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -55,11 +56,6 @@ def _options(
     """Options of the program itself."""
 
 
-def main() -> None:
-    """Run the program and leave with its exit code."""
-    sys.exit(run(sys.argv[1:]))
-
-
 def run(args: Sequence[str]) -> int:
     """Run one command line.
 
@@ -87,20 +83,27 @@ def run(args: Sequence[str]) -> int:
 
 def _report(error: Exception) -> int:
     """Say in one to three lines what went wrong."""
-    if isinstance(error, InputError):
-        return _say(str(error), BAD_INPUT)
-    if isinstance(error, RunInterruptedError):
-        return _say(str(error), INTERRUPTED)
+    for kind, code in _CODES.items():
+        if isinstance(error, kind):
+            return _say(in_flags(str(error)), code)
     if isinstance(error, typer.Abort):
         return _say("Interrupted.", INTERRUPTED)
-    if isinstance(error, UsageError):
-        context = getattr(error, "ctx", None)
-        path = context.command_path if context else "mixmo"
-        return _say(f"{error.format_message()}\n`{path} --help` lists what there is.", BAD_INPUT)
     if isinstance(error, ClickException):
-        return _say(error.format_message(), BAD_INPUT)
+        return _say(_usage(error), BAD_INPUT)
     first_lines = "\n".join(str(error).splitlines()[:2]) or "no message"
     return _say(f"{type(error).__name__}: {first_lines}\n--debug shows where.", FAILED)
+
+
+_CODES = {InputError: BAD_INPUT, RunFailedError: FAILED, RunInterruptedError: INTERRUPTED}
+
+
+def _usage(error: Exception) -> str:
+    message: str = error.format_message()  # type: ignore[attr-defined]
+    if not isinstance(error, UsageError):
+        return message
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context else "mixmo"
+    return f"{message}\n`{path} --help` lists what there is."
 
 
 def _say(message: str, code: int) -> int:
