@@ -1,7 +1,7 @@
 """`mixmo fit`: train."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -9,8 +9,9 @@ from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output, RunInterruptedError
 from mixmo_fastai.cli.render import figure_lines, plan_lines, recipe_lines
 from mixmo_fastai.errors import InputError
+from mixmo_fastai.recipe import Recipe
 from mixmo_fastai.resolve import resolve_recipe
-from mixmo_fastai.runs import check_free, create_run, open_run
+from mixmo_fastai.runs import RunFolder, check_free, create_run, open_run
 
 
 def fit(
@@ -58,38 +59,62 @@ def fit(
         epochs=epochs, batch_size=batch_size, repeat=repeat, lr=lr, seed=seed, device=device,
         precision=precision,
     )  # fmt: skip
+    output = Output(as_json=as_json, quiet=quiet)
     if resume is not None:
-        given = [dataset, recipe, assignments, out, *settings.values()]
-        if any(value is not None for value in given):
-            raise InputError(
-                "--resume takes every setting from the run's own recipe; leave the others out.\n"
-                "Only --data-dir, --json, --quiet and --debug go with it."
-            )
-        run = open_run(resume)
-        resolved = run.recipe()
-    else:
-        resolved = resolve_recipe(dataset, recipe, settings, assignments or ())
-        check_free(out)
+        _refuse_settings([dataset, recipe, assignments, out, *settings.values()])
+        _resume(open_run(resume), data_dir, output)
+        return
+    resolved = resolve_recipe(dataset, recipe, settings, assignments or ())
+    check_free(out)
+    _start(resolved, out, data_dir, output)
+
+
+def _refuse_settings(given: list[Any]) -> None:
+    if any(value is not None for value in given):
+        raise InputError(
+            "--resume takes every setting from the run's own recipe; leave the others out.\n"
+            "Only --data-dir, --json, --quiet and --debug go with it."
+        )
+
+
+def _start(recipe: Recipe, out: Path | None, data_dir: Path | None, output: Output) -> None:
+    from mixmo_fastai.training import prepare
+
+    training = prepare(recipe, data_dir)
+    output.run = create_run(training.recipe, out, device=training.device_name)
+    _say_plan(training, output)
+    _train(training, output.run, output, resume=False)
+
+
+def _resume(run: RunFolder, data_dir: Path | None, output: Output) -> None:
+    recipe = run.recipe()
 
     from mixmo_fastai.checkpoints import epochs_done
-    from mixmo_fastai.cli.progress import TrainingDisplay
-    from mixmo_fastai.training import prepare, train
+    from mixmo_fastai.training import prepare
 
-    output = Output(as_json=as_json, quiet=quiet)
-    training = prepare(resolved, data_dir)
-    if resume is None:
-        run = create_run(training.recipe, out, device=training.device_name)
+    training = prepare(recipe, data_dir)
     output.run = run
+    _say_plan(training, output)
+    output.say(f"Resuming: {epochs_done(run)} of {recipe.train.epochs} epochs are done.")
+    _train(training, run, output, resume=True)
+
+
+def _say_plan(training: Any, output: Output) -> None:
     for line in [*plan_lines(training), "", *recipe_lines(training.recipe), ""]:
         output.say(line)
-    if resume is not None:
-        output.say(f"Resuming: {epochs_done(run)} of {resolved.train.epochs} epochs are done.")
+
+
+def _train(training: Any, run: RunFolder, output: Output, *, resume: bool) -> None:
+    """Train with a display, and give the result; whatever ends it, the log says so."""
+    from mixmo_fastai.cli.progress import TrainingDisplay
+    from mixmo_fastai.training import train
+
     output.say(f"Run folder: {run.path}")
-    display = TrainingDisplay(output, resolved.train.batch_size)
+    display = TrainingDisplay(output, training.recipe.train.batch_size)
     try:
-        figures = train(training, run, cbs=[display], resume=resume is not None)
+        figures = train(training, run, cbs=[display], resume=resume)
     except KeyboardInterrupt:
-        message = _interrupted(run.path)
+        message = f"Interrupted. Finished epochs are saved; continue: mixmo fit --resume {run.path}"
         run.log(message)
         raise RunInterruptedError(message) from None
     except Exception as error:
@@ -98,10 +123,6 @@ def fit(
     finally:
         display.close()
     output.result(
-        ["", *figure_lines(figures, resolved), f"{'Run folder':<15}  {run.path}"],
+        ["", *figure_lines(figures, training.recipe), f"{'Run folder':<15}  {run.path}"],
         {"run": str(run.path), **figures},
     )
-
-
-def _interrupted(path: Path) -> str:
-    return f"Interrupted. Finished epochs are saved; continue: mixmo fit --resume {path}"
