@@ -21,13 +21,14 @@ def recipes(
         output.result([to_toml(recipe).rstrip()], to_mapping(recipe))
         return
     known = [load_recipe(known_name) for known_name in recipe_names()]
-    rows = [("recipe", "network", "members", "mix", "epochs", "published")]
+    rows = [("recipe", "network", "members", "mix", "pixels", "epochs", "published")]
     rows += [
         (
             recipe.name,
             recipe.model.arch,
             str(recipe.model.num_members),
             recipe.mix.kind,
+            recipe.mix.msda,
             str(recipe.train.epochs),
             f"{100 * recipe.expected.accuracy:.2f} %" if recipe.expected.accuracy else "-",
         )
