@@ -66,9 +66,13 @@ def evaluate_loaders(model: Any, *, valid: Any, test: Any) -> dict[str, Any]:
         and "calibrated": the test figures at the temperature fitted on the validation split. Where
         that cannot be told, "absent" maps its name to the reason.
     """
+    return evaluate_parts(collect_member_logits(model, valid), collect_member_logits(model, test))
+
+
+def evaluate_parts(validation: LabelledLogits, test: LabelledLogits) -> dict[str, Any]:
+    """Compute the figures of `evaluate_loaders` from the logits of both parts."""
     figures: dict[str, Any] = {}
-    test_logits, test_labels = collect_member_logits(model, test) or _refuse_empty()
-    validation = collect_member_logits(model, valid)
+    test_logits, test_labels = test or _refuse_empty()
     if validation is not None:
         figures["valid"] = evaluate_logits(*validation)
         figures |= _calibrated(

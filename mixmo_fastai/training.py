@@ -13,8 +13,8 @@ from fastai.callback.schedule import ParamScheduler
 from fastai.learner import Learner
 from torch import nn
 
-from mixmo_fastai.checkpoints import load_checkpoint, load_weights, save_weights
-from mixmo_fastai.data.dataloaders import make_dataloaders, make_evaluation_loaders
+from mixmo_fastai.checkpoints import load_checkpoint, save_weights
+from mixmo_fastai.data.dataloaders import make_dataloaders
 from mixmo_fastai.data.image_sets import DataSource
 from mixmo_fastai.data.loaders import Augmentation
 from mixmo_fastai.data.sources import load_source
@@ -22,7 +22,6 @@ from mixmo_fastai.devices import choose_device, describe_device, place, precisio
 from mixmo_fastai.errors import InputError, RunFailedError
 from mixmo_fastai.evaluation import evaluate_loaders
 from mixmo_fastai.learner import learner_from_recipe
-from mixmo_fastai.models import create_model
 from mixmo_fastai.recipe import Recipe
 from mixmo_fastai.recording import CheckpointCallback, HistoryCallback
 from mixmo_fastai.runs import RunFolder
@@ -85,7 +84,7 @@ def prepare(recipe: Recipe, data_dir: Path | None = None) -> Training:
         InputError: the data, a name or a value cannot be used.
     """
     device = choose_device(recipe.train.device)
-    source = _load_source(recipe, data_dir)
+    source = read_source(recipe, data_dir)
     recipe = _with_augmentation(recipe, source)
     dls = make_dataloaders(
         source,
@@ -153,43 +152,6 @@ def train(
     return figures
 
 
-def evaluate_run(
-    run: RunFolder, data_dir: Path | None = None, *, device: str | None = None
-) -> dict[str, Any]:
-    """Evaluate a trained run anew.
-
-    Args:
-        run: a finished run.
-        data_dir: where its data lies, if not where it was looked for in training.
-        device: where to evaluate; the recipe's where not given.
-
-    Returns:
-        the figures, as `evaluation.evaluate_loaders` gives them.
-
-    Raises:
-        InputError: the run is not finished or damaged, or its data is not there.
-    """
-    recipe = run.recipe()
-    if not run.weights.is_file():
-        raise InputError(
-            f"{run.path} has no weights yet: the run is not finished.\n"
-            f"Continue it: mixmo fit --resume {run.path}"
-        )
-    chosen = choose_device(device or recipe.train.device)
-    source = _load_source(recipe, data_dir)
-    valid, test = make_evaluation_loaders(
-        source,
-        valid_split=recipe.data.valid_split,
-        device=chosen,
-        loader=recipe.data.loader,
-        num_workers=recipe.data.num_workers,
-    )
-    channels, *_ = source.test.image_shape
-    model = create_model(recipe.model.arch, len(source.classes), recipe.model.num_members, channels)
-    load_weights(model, run.weights)
-    return evaluate_loaders(place(model, chosen), valid=valid, test=test)
-
-
 def schedules(recipe: Recipe, steps_per_epoch: int) -> dict[str, Any]:
     """Give the schedules of learning rate and momentum, as fastai's ParamScheduler takes them."""
     schedule = recipe.schedule
@@ -212,7 +174,8 @@ def schedules(recipe: Recipe, steps_per_epoch: int) -> dict[str, Any]:
     return {"lr": lr, "mom": one_cycle(start, peak, end, schedule.pct_start)}
 
 
-def _load_source(recipe: Recipe, data_dir: Path | None) -> DataSource:
+def read_source(recipe: Recipe, data_dir: Path | None) -> DataSource:
+    """Read the data that a recipe names."""
     return load_source(recipe.data.dataset, data_dir, image_size=recipe.data.image_size or None)
 
 

@@ -35,6 +35,7 @@ LAYERS = {
     "data": FASTAI,
     "metrics": FASTAI,
     "checkpoints": ASSEMBLY,
+    "assessment": ASSEMBLY,
     "evaluation": ASSEMBLY,
     "learner": ASSEMBLY,
     "lr_search": ASSEMBLY,

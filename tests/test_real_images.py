@@ -8,9 +8,10 @@ import pytest
 import torch
 from fastai.callback.core import Callback, CancelFitException
 
+from mixmo_fastai.assessment import evaluate_run
 from mixmo_fastai.recipe import recipe_from_mapping
 from mixmo_fastai.runs import create_run
-from mixmo_fastai.training import evaluate_run, prepare, train
+from mixmo_fastai.training import prepare, train
 
 IMAGES = Path(__file__).resolve().parents[2] / "shared" / "data"
 

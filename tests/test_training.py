@@ -5,6 +5,7 @@ import torch
 from fastai.callback.core import Callback
 from safetensors.torch import load_file, save_file
 
+from mixmo_fastai.assessment import evaluate_run
 from mixmo_fastai.checkpoints import epochs_done, load_checkpoint, load_weights
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.lr_search import search_lr
@@ -14,7 +15,6 @@ from mixmo_fastai.schedule import flat_cosine, one_cycle
 from mixmo_fastai.training import (
     TrainingDivergedError,
     choose_device,
-    evaluate_run,
     prepare,
     schedules,
     train,

@@ -25,7 +25,7 @@ def evaluate(
     if device is not None and device not in DEVICES:
         raise typer.BadParameter(f"--device {device!r} must be one of {', '.join(DEVICES)}.")
 
-    from mixmo_fastai.training import evaluate_run
+    from mixmo_fastai.assessment import evaluate_run
 
     figures = evaluate_run(folder, data_dir, device=device)
     output = Output(as_json=as_json)

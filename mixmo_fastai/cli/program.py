@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import typer
 
 from mixmo_fastai import __version__
-from mixmo_fastai.cli import datasets, evaluate, fit, import_, lr_find, recipes, show
+from mixmo_fastai.cli import datasets, ensemble, evaluate, fit, import_, lr_find, recipes, show
 from mixmo_fastai.cli.console import RunInterruptedError
 from mixmo_fastai.cli.options import in_flags
 from mixmo_fastai.errors import InputError, RunFailedError
@@ -28,6 +28,7 @@ _COMMANDS = {
     "fit": fit.fit,
     "lr-find": lr_find.lr_find,
     "eval": evaluate.evaluate,
+    "ensemble": ensemble.ensemble,
     "show": show.show,
     "import": import_.import_,
     "recipes": recipes.recipes,

@@ -100,16 +100,27 @@ def recipe_lines(recipe: Recipe) -> list[str]:
 
 def figure_lines(figures: Mapping[str, Any], recipe: Recipe) -> list[str]:
     """Show the figures of a run."""
-    test = figures["test"]
-    rows = [
-        ("Test accuracy", _percent(test["accuracy"]) + _ENSEMBLE * (recipe.model.num_members > 1))
-    ]
-    if recipe.model.num_members > 1:
-        members = ", ".join(_percent(value) for value in test["member_accuracy"])
-        rows.append(("Members", members))
+    test, num_members = figures["test"], recipe.model.num_members
+    rows = [("Test accuracy", _percent(test["accuracy"]) + _ENSEMBLE * (num_members > 1))]
+    if num_members > 1:
+        rows.append(("Members", ", ".join(map(_percent, test["member_accuracy"]))))
     if recipe.expected.accuracy is not None:
         rows.append(("Published", expectation(recipe)))
-    unasked = _OF_MANY_CLASSES + (_OF_SEVERAL if recipe.model.num_members == 1 else ())
+    return align([*rows, *_figure_rows(figures, num_members)])
+
+
+def ensemble_lines(names: list[str], figures: Mapping[str, Any]) -> list[str]:
+    """Show the figures of several runs as one."""
+    test = figures["test"]
+    rows = [("Test accuracy", f"{_percent(test['accuracy'])} (mean of the runs' logits)")]
+    rows += list(zip(names, map(_percent, test["member_accuracy"]), strict=True))
+    return align([*rows, *_figure_rows(figures, len(names))])
+
+
+def _figure_rows(figures: Mapping[str, Any], num_members: int) -> list[tuple[str, str]]:
+    test = figures["test"]
+    unasked = _OF_MANY_CLASSES + (_OF_SEVERAL if num_members == 1 else ())
+    rows = []
     for name, label, show in _FIGURES:
         if name in test:
             rows.append((label, show(test[name])))
@@ -117,16 +128,13 @@ def figure_lines(figures: Mapping[str, Any], recipe: Recipe) -> list[str]:
             rows.append((label, f"none: {test['absent'][name]}"))
     if reason := figures.get("absent", {}).get("calibrated"):
         rows.append(("Calibrated", f"none: {reason}"))
-    calibrated = figures.get("calibrated")
-    if calibrated:
-        rows.append(
-            (
-                "Calibrated",
-                f"NLL {calibrated['nll']:.4f}, ECE {_percent(calibrated['ece'])} at temperature "
-                f"{calibrated['temperature']:.3f}, fitted on the validation split",
-            )
+    if calibrated := figures.get("calibrated"):
+        text = (
+            f"NLL {calibrated['nll']:.4f}, ECE {_percent(calibrated['ece'])} at temperature "
+            f"{calibrated['temperature']:.3f}, fitted on the validation split"
         )
-    return align(rows)
+        rows.append(("Calibrated", text))
+    return rows
 
 
 def _percent(value: float) -> str:

@@ -1,0 +1,32 @@
+"""`mixmo ensemble`: several runs, evaluated as one deep ensemble."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mixmo_fastai.cli import options as opt
+from mixmo_fastai.cli.console import Output
+from mixmo_fastai.cli.render import ensemble_lines
+from mixmo_fastai.names import DEVICES
+from mixmo_fastai.runs import open_run
+
+
+def ensemble(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, two or more.")],
+    *,
+    data_dir: opt.DataDir = None,
+    device: opt.Device = None,
+    as_json: opt.Json = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Evaluate finished runs as one: the mean of their logits on the test set."""
+    folders = [open_run(run) for run in runs]
+    if device is not None and device not in DEVICES:
+        raise typer.BadParameter(f"--device {device!r} must be one of {', '.join(DEVICES)}.")
+
+    from mixmo_fastai.assessment import evaluate_ensemble
+
+    figures = evaluate_ensemble(folders, data_dir, device=device)
+    names = [str(folder.path) for folder in folders]
+    Output(as_json=as_json).result(ensemble_lines(names, figures), {"runs": names, **figures})

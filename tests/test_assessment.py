@@ -1,0 +1,88 @@
+import json
+
+import pytest
+import torch
+
+from mixmo_fastai.assessment import evaluate_ensemble, evaluate_run
+from mixmo_fastai.cli import run as program
+from mixmo_fastai.errors import InputError
+from mixmo_fastai.evaluation import collect_member_logits, evaluate_logits
+from mixmo_fastai.recipe import override
+from mixmo_fastai.resolve import resolve_recipe
+from mixmo_fastai.runs import create_run
+from mixmo_fastai.training import prepare, train
+
+TINY = resolve_recipe(
+    "digits",
+    None,
+    {"model.arch": "wrn10_1", "train.epochs": 1, "data.limit": 64, "data.valid_split": 0.1},
+    ["optimizer.lr=0.05", "train.batch_size=32"],
+)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A MixMo run, another of its kind, and a vanilla one."""
+    folder = tmp_path_factory.mktemp("runs")
+    vanilla = ["mix.kind=sum", "mix.batch_repetitions=1", "model.num_members=1"]
+    made = []
+    for name, changes in {"a": [], "b": ["train.seed=1"], "vanilla": vanilla}.items():
+        recipe = override(TINY, changes)
+        run = create_run(recipe, folder / name)
+        train(prepare(recipe), run)
+        made.append(run)
+    return made
+
+
+def logits_of(run):
+    """The slow way: the run's network on the test images, members averaged."""
+    from mixmo_fastai.checkpoints import load_weights
+
+    training = prepare(run.recipe())
+    load_weights(training.learn.model, run.weights)
+    logits, labels = collect_member_logits(training.learn.model, training.learn.dls[2])
+    return logits.mean(dim=1), labels
+
+
+def test_each_run_is_one_member(runs):
+    figures = evaluate_ensemble(runs)["test"]
+    parts = [logits_of(run) for run in runs]
+    expected = evaluate_logits(torch.stack([p for p, _ in parts], dim=1), parts[0][1])
+    assert len(figures["member_accuracy"]) == 3
+    assert figures.pop("member_accuracy") == pytest.approx(expected.pop("member_accuracy"))
+    assert figures == pytest.approx(expected)
+
+
+def test_a_run_twice_is_the_run(runs):
+    twice, once = evaluate_ensemble([runs[0], runs[0]]), evaluate_run(runs[0])
+    for name in ("accuracy", "nll", "brier", "ece"):
+        assert twice["test"][name] == pytest.approx(once["test"][name])
+    assert twice["test"]["disagreement"] == 0
+
+
+def test_the_temperature_is_that_of_the_ensemble(runs):
+    figures = evaluate_ensemble(runs[:2])
+    assert figures["calibrated"]["temperature"] == figures["valid"]["temperature"]
+
+
+def test_the_command(runs, capsys):
+    paths = [str(run.path) for run in runs]
+    assert program(["ensemble", *paths, "--json"]) == 0
+    value = json.loads(capsys.readouterr().out)
+    assert value["runs"] == paths
+    assert value["test"] == evaluate_ensemble(runs)["test"]
+    assert program(["ensemble", *paths]) == 0
+    assert "mean of the runs' logits" in capsys.readouterr().out
+
+
+def test_runs_that_do_not_go_together_are_refused(runs, tmp_path, capsys):
+    with pytest.raises(InputError, match="two runs or more; got 1"):
+        evaluate_ensemble(runs[:1])
+    other = create_run(override(TINY, ["data.valid_split=0.3"]), tmp_path / "other")
+    with pytest.raises(InputError, match=r"data\.valid_split=0\.3"):
+        evaluate_ensemble([runs[0], other])
+    unfinished = create_run(TINY, tmp_path / "unfinished")
+    with pytest.raises(InputError, match="not finished"):
+        evaluate_ensemble([runs[0], unfinished])
+    assert program(["ensemble", str(runs[0].path), str(tmp_path / "none")]) == 2
+    assert "There is no run folder" in capsys.readouterr().err
