@@ -1,0 +1,70 @@
+"""Every shipped recipe trains: generated data in the official formats, a small network of its kind."""
+
+import dataclasses
+
+import pytest
+import torch
+from datasets import write_cifar10, write_cifar100, write_tiny_imagenet
+from fastai.callback.core import Callback, CancelFitException
+
+from mixmo_fastai.data.sources import SOURCES
+from mixmo_fastai.recipe import recipe_names
+from mixmo_fastai.resolve import resolve_recipe
+from mixmo_fastai.training import prepare, schedules
+
+WRITERS = {
+    "cifar10": write_cifar10,
+    "cifar100": write_cifar100,
+    "tinyimagenet": write_tiny_imagenet,
+}
+NUM_STEPS = 2
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, write in WRITERS.items():
+            changed = dataclasses.replace(SOURCES[name], archive=write(folder))
+            patch.setitem(SOURCES, name, changed)
+        yield folder
+
+
+class FewSteps(Callback):
+    """End the fit after a few steps, and keep their losses."""
+
+    run_valid = False
+
+    def __init__(self):
+        super().__init__()
+        self.losses = []
+
+    def after_step(self):
+        self.losses.append(self.learn.loss.item())
+        if len(self.losses) == NUM_STEPS:
+            raise CancelFitException
+
+
+def small(name):
+    """The recipe with a small network, small batches and nothing else changed."""
+    arch = "preact_resnet18_1" if name.startswith("tiny") else "wrn10_1"
+    flags = {"model.arch": arch, "train.batch_size": 4, "train.device": "cpu"}
+    return resolve_recipe(recipe=name, flags=flags)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("kind", ["one-cycle", "published"])
+def test_a_recipe_trains_a_few_steps(name, kind, home):
+    recipe = small(name)
+    schedule = dataclasses.replace(recipe.schedule, kind=kind)
+    training = prepare(dataclasses.replace(recipe, schedule=schedule), home)
+    learn, steps = training.learn, FewSteps()
+    before = [parameter.clone() for parameter in learn.model.parameters()]
+    assert set(schedules(training.recipe, training.steps_per_epoch)) >= {"lr"}
+    with learn.no_logging():
+        learn.fit(1, recipe.lr, cbs=steps)
+    assert len(steps.losses) == NUM_STEPS
+    assert all(torch.tensor(steps.losses).isfinite())
+    assert learn.model.num_members == recipe.model.num_members
+    after = learn.model.parameters()
+    assert all(not torch.equal(b, a) for b, a in zip(before, after, strict=True))
