@@ -16,6 +16,7 @@ Stream = Literal[
     "limit",  # which training images a trial keeps
     "order",  # order of the images of an epoch
     "augment",  # crops and flips of a batch
+    "augmix",  # chains of operations of AugMix, per image
     "pairing",  # which member sees which image
     "schedule",  # whether a batch is mixed with the binary kind or linearly
     "lam",  # mixing ratios

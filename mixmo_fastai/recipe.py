@@ -55,6 +55,8 @@ class Data:
         image_size: height and width to which an image folder is scaled; 0 for its own.
         crop_padding: pixels of padding before the random crop; the data set's where not given.
         flip: whether images are mirrored at random; the data set's where not given.
+        augmix: whether each training image goes through AugMix first, once per batch it is in; it
+            takes the streaming loader.
         loader: "resident" on the device, "streaming" by workers, "auto" resident where it fits.
         num_workers: processes that read images for the streaming loader.
     """
@@ -65,6 +67,7 @@ class Data:
     image_size: int = number(0, 0, 4096)
     crop_padding: int | None = number(None, 0, 64)
     flip: bool | None = None
+    augmix: bool = False
     loader: str = choice("auto", LOADERS)
     num_workers: int = number(2, 0, 256)
 
@@ -327,6 +330,11 @@ def _check_together(recipe: Recipe, where: str) -> None:
         raise InputError(
             f"{where}: mix.kind={mix.kind!r} needs model.num_members of 2 or more; got 1.\n"
             "A network of one member takes mix.kind='sum' and mix.batch_repetitions=1."
+        )
+    if recipe.data.augmix and recipe.data.loader == "resident":
+        raise InputError(
+            f"{where}: data.augmix works image by image, which the resident loader does not.\n"
+            "Take data.loader='streaming' or 'auto'."
         )
     if train.batch_size % mix.batch_repetitions:
         whole = max(1, round(train.batch_size / mix.batch_repetitions)) * mix.batch_repetitions

@@ -14,6 +14,7 @@ from mixmo_fastai.data.loaders import Augmentation, ResidentLoader, StreamingLoa
 from mixmo_fastai.data.splits import limit_images, split_validation
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.learner import mixmo_learner
+from mixmo_fastai.resolve import resolve_recipe
 
 
 def loader(kind=ResidentLoader, *, bs=10, augmentation=Augmentation(1, True), seed=0, **kwargs):  # noqa: B008
@@ -72,6 +73,46 @@ class TestBothLoaders:
         x, _ = loader(augmentation=None).one_batch()
         pixels, _ = image_arrays(96)
         torch.testing.assert_close(torch.Tensor(x), (pixels[:10] / 255 - 0.3) / 0.25)
+
+
+class TestAugMix:
+    @staticmethod
+    def batches(seed=0, epoch=0, **kwargs):
+        dl = loader(StreamingLoader, augmentation=Augmentation(augmix=True), seed=seed, **kwargs)
+        dl.set_epoch(epoch)
+        return batches(dl)
+
+    def test_it_changes_images_and_keeps_labels(self):
+        plain = batches(loader(StreamingLoader, augmentation=Augmentation()))
+        mixed = self.batches()
+        assert all(torch.equal(a[1], b[1]) for a, b in zip(plain, mixed, strict=True))
+        differing = [not torch.equal(x, y) for (a, _), (b, _) in zip(plain, mixed, strict=True)
+                     for x, y in zip(a, b, strict=True)]  # fmt: skip
+        assert sum(differing) > 0.9 * len(differing)
+
+    def test_it_follows_seed_and_epoch_and_nothing_else(self):
+        first = self.batches()
+        torch.rand(3)
+        assert same(first, self.batches())
+        assert same(first, self.batches(num_workers=2))
+        assert not same(first, self.batches(seed=1))
+        assert not same(self.batches(epoch=1), self.batches(epoch=2))
+
+    def test_it_leaves_the_global_generator_alone(self):
+        before = torch.random.get_rng_state()
+        self.batches()
+        assert torch.equal(torch.random.get_rng_state(), before)
+
+    def test_training_alone_is_augmented_by_the_streaming_loader(self):
+        dls = mixmo_dls(augmentation=Augmentation(augmix=True))
+        kinds = [type(dl) for dl in dls.loaders]
+        assert kinds == [StreamingLoader, ResidentLoader, ResidentLoader]
+
+    def test_the_recipe_has_it(self):
+        recipe = resolve_recipe("digits", None, {"model.num_members": 1}, ["data.augmix=true"])
+        assert recipe.data.augmix
+        with pytest.raises(InputError, match=r"data\.loader='streaming' or 'auto'"):
+            resolve_recipe("digits", None, {}, ["data.augmix=true", "data.loader=resident"])
 
 
 class TestOrder:

@@ -1,4 +1,4 @@
-"""Every shipped recipe trains: generated data in the official formats, a small network of its kind."""
+"""Every shipped recipe trains, on generated data in the official formats, with a small network."""
 
 import dataclasses
 

@@ -51,12 +51,9 @@ def make_dataloaders(
     device = torch.device(default_device() if device is None else device)
     kind = _loader_kind(loader, (train, valid, source.test), device)
     settings = _settings(source, seed=seed, device=device, num_workers=num_workers)
-    training = kind(
-        train,
-        bs=batch_size,
-        shuffle=True,
-        augmentation=augmentation or Augmentation(source.crop_padding, source.flip),
-        **settings,
+    augmentation = augmentation or Augmentation(source.crop_padding, source.flip)
+    training = (StreamingLoader if augmentation.augmix else kind)(
+        train, bs=batch_size, shuffle=True, augmentation=augmentation, **settings
     )
     evaluation = (kind(part, bs=EVALUATION_BATCH, **settings) for part in (valid, source.test))
     return DataLoaders(training, *evaluation, device=device)

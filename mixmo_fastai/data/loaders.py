@@ -16,12 +16,13 @@ from fastai.data.load import DataLoader
 from fastai.data.transforms import IntToFloatTensor, Normalize, ToTensor
 from fastai.torch_core import TensorCategory, TensorImage, rank_distrib
 from torch import Tensor
+from torchvision.transforms import AugMix
 
 from mixmo_fastai.augment import crop, draw_crops, draw_flips, flip, normalize, pad
 from mixmo_fastai.data.image_sets import ImageSet
 from mixmo_fastai.data.items import as_items
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.randomness import make_generator
+from mixmo_fastai.randomness import derive_seed, make_generator
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,12 @@ class Augmentation:
     Attributes:
         crop_padding: p; 0 for no crop.
         flip: whether half of the images are mirrored.
+        augmix: whether each image goes through AugMix before; only the streaming loader does it.
     """
 
     crop_padding: int = 0
     flip: bool = False
+    augmix: bool = False
 
 
 class BatchLoader(TfmdDL):
@@ -190,8 +193,9 @@ class StreamingLoader(BatchLoader):
     def raw_batches(self, chunks: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Read the chunk's images, in worker processes where there are some."""
         pinned = self.device.type == "cuda"
+        augmix = SeededAugMix(self.seed, self.epoch) if self.augmentation.augmix else None
         reader = DataLoader(
-            _ChunkReader(self.images, chunks), num_workers=self.workers, pin_memory=pinned
+            _ChunkReader(self.images, chunks, augmix), num_workers=self.workers, pin_memory=pinned
         )
         # Torch seeds its workers, which draw nothing here; not from the global generator.
         reader.fake_l.generator = torch.Generator()
@@ -222,8 +226,10 @@ class ExpandedLoader:
 class _ChunkReader:
     """Item i is the whole i-th batch, so that a worker sends one tensor, not n."""
 
-    def __init__(self, images: ImageSet, chunks: tuple[Tensor, ...]) -> None:
-        self.images, self.chunks = images, chunks
+    def __init__(
+        self, images: ImageSet, chunks: tuple[Tensor, ...], augmix: "SeededAugMix | None"
+    ) -> None:
+        self.images, self.chunks, self.augmix = images, chunks, augmix
 
     def __len__(self) -> int:
         return len(self.chunks)
@@ -231,7 +237,27 @@ class _ChunkReader:
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | InputError:
         chunk = self.chunks[index]
         try:
-            pixels = torch.stack([self.images[i] for i in chunk.tolist()])
+            pixels = torch.stack([self._image(i) for i in chunk.tolist()])
         except InputError as error:
             return error  # raised in a worker, it would come back as a traceback in text
         return pixels, self.images.labels[chunk]
+
+    def _image(self, index: int) -> Tensor:
+        pixels = self.images[index]
+        return pixels if self.augmix is None else self.augmix(pixels, index)
+
+
+class SeededAugMix:
+    """Torchvision's AugMix, whose draws are a function of (seed, epoch, image).
+
+    Torchvision draws from torch's global generator, which is put back as it was.
+    Source: Hendrycks et al., "AugMix", ICLR 2020.
+    """
+
+    def __init__(self, seed: int, epoch: int) -> None:
+        self.seed, self.epoch, self.transform = seed, epoch, AugMix()
+
+    def __call__(self, pixels: Tensor, index: int) -> Tensor:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(self.seed, "augmix", self.epoch, index))
+            return self.transform(pixels)
