@@ -40,7 +40,7 @@ def make_callback():
     callback.learn = SimpleNamespace(
         model=create_model("wrn10_1", 10, MEMBERS), epoch=0, iter=0, pct_train=0.0
     )
-    callback.fit_seed = 0
+    callback.fit_seed, callback.copies_in_batch = 0, num_copies(MEMBERS, REPETITIONS)
     return callback
 
 
