@@ -29,7 +29,7 @@ from mixmo_fastai.msda import (
     take_partners,
 )
 from mixmo_fastai.pairing import check_pairing, draw_pairing, num_copies
-from mixmo_fastai.randomness import Stream, make_generator
+from mixmo_fastai.randomness import Stream, fresh_seed, make_generator
 
 
 class MixMoCallback(Callback):
@@ -46,8 +46,8 @@ class MixMoCallback(Callback):
     Args:
         mix: mask kind, one of `mixing.MASK_KINDS`; "sum" is MIMO, and the only kind for one member.
         alpha: concentration of the mixing ratios, lam ~ Dirichlet(alpha).
-        mix_prob: probability that a batch is mixed with `mix` where that is a binary kind; it is
-            mixed linearly otherwise.
+        mix_prob: probability that a batch is mixed with `mix` where that is a region of one member,
+            such as a box; it is mixed linearly otherwise.
         decay_start: share of training after which mix_prob falls linearly to 0 at the end.
         weight_root: r of the loss weights; 1 weighs members by lam, infinity alike.
         batch_repetitions: b.
@@ -127,8 +127,8 @@ class MixMoCallback(Callback):
 
     def before_train(self) -> None:
         """Let the epoch's loader give every image as often as the members need it."""
-        if self.fit_seed is None:  # one draw, of the seed; all others follow from it
-            self.fit_seed = int(torch.randint(2**63 - 1, ()))
+        if self.fit_seed is None:
+            self.fit_seed = fresh_seed()
         loader = self.learn.dl
         if isinstance(loader, BatchLoader):
             loader.set_epoch(self._epoch)
@@ -207,14 +207,14 @@ class MixMoCallback(Callback):
         return make_own_image_major(draw, shares) if self._num_members > 1 else (draw, shares)
 
     def kind_of_batch(self) -> str:
-        """Decide, on the host, how this batch is mixed: the binary kind or linearly."""
+        """Decide, on the host, how this batch is mixed: by regions or linearly."""
         if self.mix in BLEND_KINDS:
             return self.mix
         chance = torch.rand((), generator=self._generator("schedule", "cpu")).item()
         return self.mix if chance < self.current_mix_prob() else "linear"
 
     def current_mix_prob(self) -> float:
-        """Tell the scheduled probability of the binary kind; a rate search sees no decay."""
+        """Tell the scheduled probability of mixing by regions; a rate search sees no decay."""
         if hasattr(self.learn, "lr_finder"):
             return self.mix_prob
         return scheduled_mix_prob(self.learn.pct_train, self.mix_prob, self.decay_start)

@@ -97,9 +97,10 @@ def _calibrated(
             "is best; a larger validation split would tell"
         )
         return {"absent": {"calibrated": reason}}
-    scaled = evaluate_logits(logits / temperature, labels)
-    figures = {name: scaled[name] for name in ("nll", "brier", "ece")}
-    return {"calibrated": {"temperature": temperature, **figures}}
+    scaled = logits.double().mean(dim=1) / temperature  # (N, K)
+    figures = {"nll": nll, "brier": brier, "ece": expected_calibration_error}
+    values = {name: figure(scaled, labels).item() for name, figure in figures.items()}
+    return {"calibrated": {"temperature": temperature, **values}}
 
 
 def _refuse_empty() -> NoReturn:

@@ -21,7 +21,7 @@ from mixmo_fastai.losses import MixMoLoss
 from mixmo_fastai.metrics import MemberAccuracy
 from mixmo_fastai.mixing import check_kind
 from mixmo_fastai.models import create_model
-from mixmo_fastai.randomness import make_generator
+from mixmo_fastai.randomness import fresh_seed, make_generator
 from mixmo_fastai.recipe import Recipe
 
 CALLBACK_ARGUMENTS = tuple(signature(MixMoCallback.__init__).parameters)[2:]  # after self and mix
@@ -73,7 +73,7 @@ def mixmo_learner(
     mixing = {name: kwargs.pop(name) for name in CALLBACK_ARGUMENTS if name in kwargs}
     check_kind(mix, num_members)
     callback = MixMoCallback(mix, **mixing)
-    seed = int(torch.randint(2**63 - 1, ())) if callback.seed is None else callback.seed
+    seed = fresh_seed() if callback.seed is None else callback.seed
     model = create_model(
         arch,
         _num_classes(dls) if num_classes is None else num_classes,

@@ -42,6 +42,11 @@ def derive_seed(seed: int, stream: Stream, epoch: int = 0, step: int = 0, rank: 
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
 
 
+def fresh_seed() -> int:
+    """Draw one seed, for all draws of a run, from torch's global generator (`set_seed` sets it)."""
+    return int(torch.randint(2**63 - 1, ()))
+
+
 def make_generator(
     seed: int,
     stream: Stream,

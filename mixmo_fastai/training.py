@@ -121,7 +121,7 @@ def train(
         the final figures, as in metrics.json.
 
     Raises:
-        InputError: there is nothing to resume from, or it is of another run.
+        InputError: the checkpoint to resume from is damaged or of another run.
         TrainingDivergedError: the loss is not finite.
     """
     recipe, learn = training.recipe, training.learn

@@ -55,8 +55,7 @@ def make_dataloaders(
     training = (StreamingLoader if augmentation.augmix else kind)(
         train, bs=batch_size, shuffle=True, augmentation=augmentation, **settings
     )
-    evaluation = (kind(part, bs=EVALUATION_BATCH, **settings) for part in (valid, source.test))
-    return DataLoaders(training, *evaluation, device=device)
+    return DataLoaders(training, *_evaluation(kind, valid, source.test, settings), device=device)
 
 
 def make_evaluation_loaders(
@@ -72,10 +71,16 @@ def make_evaluation_loaders(
     device = torch.device(default_device() if device is None else device)
     kind = _loader_kind(loader, (valid, source.test), device)
     settings = _settings(source, seed=0, device=device, num_workers=num_workers)
-    valid_loader, test_loader = (
-        kind(part, bs=EVALUATION_BATCH, **settings) for part in (valid, source.test)
+    return _evaluation(kind, valid, source.test, settings)
+
+
+def _evaluation(
+    kind: type[BatchLoader], valid: ImageSet, test: ImageSet, settings: dict[str, Any]
+) -> tuple[BatchLoader, BatchLoader]:
+    return (
+        kind(valid, bs=EVALUATION_BATCH, **settings),
+        kind(test, bs=EVALUATION_BATCH, **settings),
     )
-    return valid_loader, test_loader
 
 
 def _training_parts(
