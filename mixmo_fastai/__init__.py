@@ -10,6 +10,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "EMACallback": "averaging",
     "MixMoCallback": "callback",
     "MixMoLoss": "losses",
     "MixMoModel": "models",

@@ -17,6 +17,7 @@ from mixmo_fastai.devices import choose_device, place
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.evaluation import LabelledLogits, collect_member_logits, evaluate_parts
 from mixmo_fastai.models import create_model
+from mixmo_fastai.recipe import Recipe
 from mixmo_fastai.runs import RunFolder
 from mixmo_fastai.training import read_source
 
@@ -24,7 +25,7 @@ from mixmo_fastai.training import read_source
 def evaluate_run(
     run: RunFolder, data_dir: Path | None = None, *, device: str | None = None
 ) -> dict[str, Any]:
-    """Evaluate a trained run anew.
+    """Evaluate a trained run anew; a deep ensemble as one, each network a member.
 
     Args:
         run: a finished run.
@@ -64,13 +65,36 @@ def evaluate_ensemble(
     return evaluate_parts(validation, test)
 
 
+def collect_logits(
+    run: RunFolder, model: nn.Module, loaders: Sequence[Any]
+) -> tuple[LabelledLogits, ...]:
+    """Show a run every image of some loaders once.
+
+    Args:
+        run: its networks are finished.
+        model: a network of its recipe; the weights of each network are put into it in turn.
+        loaders: on the model's device.
+
+    Returns:
+        for each loader the member logits and labels; the members are the network's own, or the
+        networks of a deep ensemble.
+    """
+    parts = []
+    for network in run.networks():
+        load_weights(model, network.weights)
+        parts.append([collect_member_logits(model, loader) for loader in loaders])
+    if len(parts) == 1:
+        return tuple(parts[0])
+    return tuple(_as_one(of_loader) for of_loader in zip(*parts, strict=True))
+
+
 def _logits_of(
     run: RunFolder, data_dir: Path | None, device: str | None
-) -> tuple[LabelledLogits, LabelledLogits]:
+) -> tuple[LabelledLogits, ...]:
     recipe = run.recipe()
-    if not run.weights.is_file():
+    if missing := [network.path for network in run.networks() if not network.weights.is_file()]:
         raise InputError(
-            f"{run.path} has no weights yet: the run is not finished.\n"
+            f"{missing[0]} has no weights yet: the run is not finished.\n"
             f"Continue it: mixmo fit --resume {run.path}"
         )
     chosen = choose_device(device or recipe.train.device)
@@ -82,16 +106,12 @@ def _logits_of(
         loader=recipe.data.loader,
         num_workers=recipe.data.num_workers,
     )
-    model = place(_network(run, source), chosen)
-    validation, test = (collect_member_logits(model, loader) for loader in loaders)
-    return validation, test
+    return collect_logits(run, place(_network(recipe, source), chosen), loaders)
 
 
-def _network(run: RunFolder, source: DataSource) -> nn.Module:
-    recipe, channels = run.recipe(), source.test.image_shape[0]
-    model = create_model(recipe.model.arch, len(source.classes), recipe.model.num_members, channels)
-    load_weights(model, run.weights)
-    return model
+def _network(recipe: Recipe, source: DataSource) -> nn.Module:
+    channels = source.test.image_shape[0]
+    return create_model(recipe.model.arch, len(source.classes), recipe.model.num_members, channels)
 
 
 def _check_comparable(runs: Sequence[RunFolder]) -> None:

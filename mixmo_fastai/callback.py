@@ -6,6 +6,7 @@ Source: Ramé, Sun, Cord, "MixMo", ICCV 2021.
 """
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -56,6 +57,8 @@ class MixMoCallback(Callback):
             its label by what the mask lets through; None for neither.
         msda_alpha: the own image's ratio is Beta(msda_alpha, msda_alpha).
         msda_prob: probability of it, per sample and member.
+        mask_options: of the mask kind, such as {"block_size": 5} for "patchup"; see
+            `mixing.draw_masks`.
         seed: of all draws; None draws one from torch's global generator, which `set_seed` sets,
             when the first fit begins.
 
@@ -80,10 +83,13 @@ class MixMoCallback(Callback):
         msda: str | None = None,
         msda_alpha: float = 1.0,
         msda_prob: float = 0.5,
+        mask_options: Mapping[str, float] | None = None,
         seed: int | None = None,
     ) -> None:
         super().__init__()
         check_kind(mix, num_members=2)
+        self.mask_options = dict(mask_options or {})
+        draw_masks(mix, torch.full((1, 2), 0.5), (2, 8, 8), **self.mask_options)
         check_pairing(1, batch_repetitions, input_repetition)
         _check_shares(mix_prob=mix_prob, decay_start=decay_start, msda_prob=msda_prob)
         loss_weights(torch.ones(1, 1), weight_root)
@@ -183,11 +189,13 @@ class MixMoCallback(Callback):
             generator=self._generator("lam", x.device),
             device=x.device,
         )
+        kind = self.kind_of_batch()
         masks, lam = draw_masks(
-            self.kind_of_batch(),
+            kind,
             lam,
             unwrap(self.learn.model).mask_shape(*x.shape[-2:]),
             generator=self._generator("masks", x.device),
+            **(self.mask_options if kind == self.mix else {}),
         )
         return masks, loss_weights(lam, self.weight_root)
 

@@ -1,12 +1,14 @@
 """Saving and restoring the state of a run: tensors and text only, nothing that runs code.
 
 Every random draw is a function of seed, epoch and step, and schedules are functions of progress, so
-weights, optimizer state and the number of epochs are all the state there is.
+weights, optimizer state, the number of epochs and what callbacks keep are all the state there is.
 """
 
 import json
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from fastai.learner import Learner
 from safetensors import SafetensorError
@@ -18,6 +20,18 @@ from mixmo_fastai.models.mixmo_model import unwrap
 from mixmo_fastai.runs import RunFolder
 
 FORMAT = 1
+
+
+class Stateful(Protocol):
+    """A callback whose state a resumed fit needs; `name` names its file."""
+
+    name: str
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Give the state."""
+
+    def load_state_tensors(self, state: Mapping[str, Tensor]) -> None:
+        """Take the state over."""
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
@@ -53,7 +67,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
         raise InputError(f"{path} holds another network than the recipe says: {first}") from error
 
 
-def save_checkpoint(run: RunFolder, learn: Learner, num_epochs: int) -> None:
+def save_checkpoint(
+    run: RunFolder, learn: Learner, num_epochs: int, parts: Sequence[Stateful] = ()
+) -> None:
     """Save the state after an epoch; the one before is there until this one is complete."""
     fresh = run.path / ".checkpoint.new"
     shutil.rmtree(fresh, ignore_errors=True)
@@ -61,8 +77,11 @@ def save_checkpoint(run: RunFolder, learn: Learner, num_epochs: int) -> None:
     save_weights(learn.model, fresh / "model.safetensors")
     buffers = _momentum_buffers(learn)
     save_file(buffers, fresh / "optimizer.safetensors")
-    state = {"format": FORMAT, "num_epochs": num_epochs}
-    (fresh / "state.json").write_text(json.dumps(state))
+    for part in parts:
+        state = {name: t.detach().cpu().contiguous() for name, t in part.state_tensors().items()}
+        save_file(state, fresh / f"{part.name}.safetensors")
+    summary = {"format": FORMAT, "num_epochs": num_epochs}
+    (fresh / "state.json").write_text(json.dumps(summary))
     old = run.path / ".checkpoint.old"
     shutil.rmtree(old, ignore_errors=True)
     if run.checkpoint.exists():
@@ -86,8 +105,8 @@ def epochs_done(run: RunFolder) -> int:
         raise InputError(f"The checkpoint in {folder} is damaged: {error}.") from error
 
 
-def load_checkpoint(run: RunFolder, learn: Learner) -> int:
-    """Restore the state of a run into a Learner that was built from its recipe.
+def load_checkpoint(run: RunFolder, learn: Learner, parts: Sequence[Stateful] = ()) -> int:
+    """Restore the state of a run into a Learner that was built from its recipe, and its parts.
 
     Returns:
         the number of epochs that are done; 0, and nothing restored, before the first checkpoint.
@@ -101,12 +120,15 @@ def load_checkpoint(run: RunFolder, learn: Learner) -> int:
     try:
         state = _read_state(folder / "state.json")
         buffers = load_file(folder / "optimizer.safetensors")
+        states = [load_file(folder / f"{part.name}.safetensors") for part in parts]
     except (OSError, SafetensorError, ValueError) as error:
         raise InputError(f"The checkpoint in {folder} is damaged: {error}.") from error
     load_weights(learn.model, folder / "model.safetensors")
     if learn.opt is None:
         learn.create_opt()
     _restore_momentum(learn, buffers, folder)
+    for part, part_state in zip(parts, states, strict=True):
+        part.load_state_tensors(part_state)
     learn.mix_mo.epochs_trained = state["num_epochs"]
     return state["num_epochs"]
 

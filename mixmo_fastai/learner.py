@@ -14,6 +14,7 @@ from fastai.learner import Learner
 from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper
 
+from mixmo_fastai.averaging import EMACallback
 from mixmo_fastai.callback import MixMoCallback
 from mixmo_fastai.data.loaders import BatchLoader
 from mixmo_fastai.errors import InputError
@@ -93,12 +94,14 @@ def learner_from_recipe(recipe: Recipe, dls: DataLoaders, **kwargs: Any) -> Lear
     """Build the Learner that a recipe describes.
 
     Args:
-        recipe: what to train.
+        recipe: what to train; of a deep ensemble, the first network.
         dls: from `make_dataloaders`.
         kwargs: of fastai's `Learner`.
     """
     mix = recipe.mix
     optimizer = recipe.optimizer
+    averaging = [EMACallback(recipe.train.ema_decay)] if recipe.train.ema_decay else []
+    kwargs["cbs"] = [*averaging, *kwargs.get("cbs", ())]
     return mixmo_learner(
         dls,
         recipe.model.arch,
@@ -113,6 +116,7 @@ def learner_from_recipe(recipe: Recipe, dls: DataLoaders, **kwargs: Any) -> Lear
         msda=None if mix.msda == "none" else mix.msda,
         msda_alpha=mix.msda_alpha,
         msda_prob=mix.msda_prob,
+        mask_options=mix.options,
         seed=recipe.train.seed,
         lr=recipe.lr,
         opt_func=sgd(optimizer.momentum, optimizer.nesterov, optimizer.weight_decay),

@@ -24,9 +24,14 @@ MASK_KINDS = (
 )
 """How features are mixed; drawn by `mixmo_fastai.mixing.draw_masks`."""
 
+_BLOCKS, _SPOTS = ("block_size",), ("sigma_min", "sigma_max", "area_min", "area_max")
+MASK_OPTIONS = {"patchup": _BLOCKS, "patchup-soft": _BLOCKS, "cow": _SPOTS}
+"""Options of the mask kinds that have some; what each means is said in `mixing/regions.py`."""
+
 MSDA_KINDS = ("cutmix", "mixup")
 """Mixed-sample augmentation of the pixels, inside each member; drawn by `mixmo_fastai.msda`."""
 
+SELECTIONS = ("last", "best")
 SCHEDULES = ("one-cycle", "flat-cosine", "published")
 LOADERS = ("auto", "resident", "streaming")
 DEVICES = ("auto", "cpu", "cuda")

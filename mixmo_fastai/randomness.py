@@ -11,6 +11,7 @@ from typing import Literal, get_args
 import torch
 
 Stream = Literal[
+    "network",  # the seed of each network of a deep ensemble
     "init",  # initial weights
     "split",  # which training images validate
     "limit",  # which training images a trial keeps

@@ -16,9 +16,11 @@ from mixmo_fastai.names import (
     DEVICES,
     LOADERS,
     MASK_KINDS,
+    MASK_OPTIONS,
     MSDA_KINDS,
     PRECISIONS,
     SCHEDULES,
+    SELECTIONS,
     parse_architecture,
 )
 from mixmo_fastai.settings import (
@@ -79,15 +81,21 @@ class Model:
     Attributes:
         arch: as in "wrn28_10" or "preact_resnet18_3".
         num_members: subnetworks M; 1 is the vanilla network.
+        num_nets: networks of a deep ensemble, each trained by itself from another seed; 1 for none.
     """
 
     arch: str = "wrn28_10"
     num_members: int = number(2, 1, 64)
+    num_nets: int = number(1, 1, 64)
 
 
 @dataclass(frozen=True)
 class Mix:
-    """How images are paired and features mixed; see `MixMoCallback`."""
+    """How images are paired and features mixed; see `MixMoCallback`.
+
+    The options of a mask kind (block_size of "patchup" and "patchup-soft"; sigma_min, sigma_max,
+    area_min and area_max of "cow") are the kind's own where not given; see `mixing/regions.py`.
+    """
 
     kind: str = choice("cutmix", MASK_KINDS)
     alpha: float = number(2.0, 1e-3, 1e6)
@@ -99,6 +107,17 @@ class Mix:
     msda: str = choice("none", ("none", *MSDA_KINDS))
     msda_alpha: float = number(1.0, 1e-3, 1e6)
     msda_prob: float = number(0.5, 0, 1)
+    block_size: int | None = number(None, 1, 1023)
+    sigma_min: float | None = number(None, 0, 1e4, open_low=True)
+    sigma_max: float | None = number(None, 0, 1e4, open_low=True)
+    area_min: float | None = number(None, 0, 1)
+    area_max: float | None = number(None, 0, 1)
+
+    @property
+    def options(self) -> dict[str, float]:
+        """The options of mask kinds that are given."""
+        named = {name: getattr(self, name) for names in MASK_OPTIONS.values() for name in names}
+        return {name: value for name, value in named.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -111,6 +130,9 @@ class Train:
         seed: of everything random.
         device: "auto" takes CUDA where there is one.
         precision: "auto" is bfloat16 on CUDA and float32 elsewhere.
+        ema_decay: of an exponential moving average of the weights, which is then what is evaluated
+            and kept; 0 is none.
+        select: which epoch's weights are kept: the "last", or the "best" on the validation split.
     """
 
     epochs: int = number(300, 1, 1_000_000)
@@ -118,6 +140,8 @@ class Train:
     seed: int = number(0, 0, 2**63 - 1)
     device: str = choice("auto", DEVICES)
     precision: str = choice("auto", PRECISIONS)
+    ema_decay: float = number(0.0, 0, 0.999999)
+    select: str = choice("last", SELECTIONS)
 
 
 @dataclass(frozen=True)
@@ -331,10 +355,21 @@ def _check_together(recipe: Recipe, where: str) -> None:
             f"{where}: mix.kind={mix.kind!r} needs model.num_members of 2 or more; got 1.\n"
             "A network of one member takes mix.kind='sum' and mix.batch_repetitions=1."
         )
+    allowed = MASK_OPTIONS.get(mix.kind, ())
+    if strange := [name for name in mix.options if name not in allowed]:
+        takes = f"takes {', '.join(allowed)}" if allowed else "takes no options"
+        raise InputError(
+            f"{where}: mix.{strange[0]} is no option of mix.kind={mix.kind!r}, which {takes}."
+        )
     if recipe.data.augmix and recipe.data.loader == "resident":
         raise InputError(
             f"{where}: data.augmix works image by image, which the resident loader does not.\n"
             "Take data.loader='streaming' or 'auto'."
+        )
+    if train.select == "best" and recipe.data.valid_split == 0:
+        raise InputError(
+            f"{where}: train.select='best' picks the epoch on the validation split, and "
+            "data.valid_split=0 leaves none.\nThe test set is only for the last figure."
         )
     if train.batch_size % mix.batch_repetitions:
         whole = max(1, round(train.batch_size / mix.batch_repetitions)) * mix.batch_repetitions

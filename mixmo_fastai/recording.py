@@ -2,12 +2,13 @@
 
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from fastai.callback.core import Callback, CancelFitException
 
-from mixmo_fastai.checkpoints import save_checkpoint
+from mixmo_fastai.checkpoints import Stateful, save_checkpoint
 from mixmo_fastai.models.mixmo_model import unwrap
 from mixmo_fastai.runs import RunFolder
 
@@ -72,13 +73,18 @@ class HistoryCallback(Callback):
 
 
 class CheckpointCallback(Callback):
-    """Save the state after each epoch."""
+    """Save the state after each epoch.
+
+    Args:
+        run: where it goes.
+        parts: callbacks that have state of their own.
+    """
 
     order, run_valid = 65, False
 
-    def __init__(self, run: RunFolder) -> None:
+    def __init__(self, run: RunFolder, parts: Sequence[Stateful] = ()) -> None:
         super().__init__()
-        self.run_folder = run
+        self.run_folder, self.parts = run, tuple(parts)
         self.trained = False
 
     def before_epoch(self) -> None:
@@ -92,7 +98,7 @@ class CheckpointCallback(Callback):
     def after_epoch(self) -> None:
         """Save the state of an epoch that was trained here."""
         if self.trained:
-            save_checkpoint(self.run_folder, self.learn, self.learn.epoch + 1)
+            save_checkpoint(self.run_folder, self.learn, self.learn.epoch + 1, self.parts)
 
 
 def _rounded(value: Any) -> float | str:

@@ -66,7 +66,9 @@ def _with_whole_path(recipe: Recipe) -> Recipe:
 
 def _renamed(recipe: Recipe, base: Recipe) -> Recipe:
     """Take name and published figure from a recipe that flags turned into another method."""
-    methods = {(r.mix.kind, r.mix.msda, r.model.num_members) for r in (recipe, base)}
+    methods = {
+        (r.mix.kind, r.mix.msda, r.model.num_members, r.model.num_nets) for r in (recipe, base)
+    }
     if len(methods) == 1 and recipe.data.dataset == base.data.dataset:
         return recipe
     return replace(recipe, name="", title="", expected=Expected())

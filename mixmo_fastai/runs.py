@@ -7,6 +7,8 @@ metrics.json       final figures
 model.safetensors  weights
 checkpoint/        state to resume from
 log.txt            what was printed
+net-1/, net-2/     of a deep ensemble: each network's own run folder, which has its weights,
+                   history and checkpoint
 """
 
 import csv
@@ -44,9 +46,21 @@ class RunFolder:
         """The folder of the state to resume from."""
         return self.path / "checkpoint"
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether it has its final figures."""
+        return (self.path / "metrics.json").is_file()
+
     def recipe(self) -> Recipe:
         """Read the resolved recipe."""
         return load_recipe(self.path / "recipe.toml")
+
+    def networks(self) -> list["RunFolder"]:
+        """Give the run of each network: the parts of a deep ensemble, else this run alone."""
+        num_nets = self.recipe().model.num_nets
+        if num_nets == 1:
+            return [self]
+        return [RunFolder(self.path / f"net-{number}") for number in range(1, num_nets + 1)]
 
     def metrics(self) -> dict[str, Any]:
         """Read the final figures.
@@ -196,10 +210,17 @@ def open_run(path: Path | str) -> RunFolder:
 
 
 def run_label(recipe: Recipe) -> str:
-    """Name a run: its data set, and its recipe or mask kind."""
+    """Name a run: its data set, and its recipe or method."""
     dataset = Path(recipe.data.dataset).name or "data"
-    method = recipe.name.rpartition("/")[2] or recipe.mix.kind
-    return f"{dataset}-{method}"
+    return f"{dataset}-{recipe.name.rpartition('/')[2] or _method_label(recipe)}"
+
+
+def _method_label(recipe: Recipe) -> str:
+    """Name a method by what is mixed, how many networks and members there are."""
+    model, mix = recipe.model, recipe.mix
+    kind = mix.kind if model.num_members > 1 else "vanilla"
+    pixels = f"-{mix.msda}" if mix.msda != "none" else ""
+    return f"{kind}{pixels}" + (f"-x{model.num_nets}" if model.num_nets > 1 else "")
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -13,6 +13,7 @@ from fastai.callback.schedule import ParamScheduler
 from fastai.learner import Learner
 from torch import nn
 
+from mixmo_fastai.averaging import EMACallback
 from mixmo_fastai.checkpoints import load_checkpoint, save_weights
 from mixmo_fastai.data.dataloaders import make_dataloaders
 from mixmo_fastai.data.image_sets import DataSource
@@ -26,6 +27,7 @@ from mixmo_fastai.recipe import Recipe
 from mixmo_fastai.recording import CheckpointCallback, HistoryCallback
 from mixmo_fastai.runs import RunFolder
 from mixmo_fastai.schedule import flat_cosine, one_cycle, published_steps
+from mixmo_fastai.selection import BestEpochCallback
 
 TEST_SET = 2
 """Place of the test loader in the DataLoaders of `make_dataloaders`."""
@@ -44,7 +46,7 @@ class Training:
     Attributes:
         recipe: what is trained.
         source: the data.
-        learn: the Learner with its loaders and network.
+        learn: the Learner with its loaders and network; of a deep ensemble, of the first network.
     """
 
     recipe: Recipe
@@ -58,13 +60,25 @@ class Training:
 
     @property
     def images_seen(self) -> int:
-        """Images that the network sees in all, repetitions included."""
-        return self.recipe.train.epochs * self.steps_per_epoch * self.recipe.train.batch_size
+        """Images that the networks see in all, repetitions included."""
+        train = self.recipe.train
+        each = train.epochs * self.steps_per_epoch * train.batch_size
+        return each * self.recipe.model.num_nets
 
     @property
     def num_parameters(self) -> int:
-        """Parameters of the network."""
-        return sum(p.numel() for p in self.learn.model.parameters())
+        """Parameters of all networks."""
+        each = sum(p.numel() for p in self.learn.model.parameters())
+        return each * self.recipe.model.num_nets
+
+    def summary(self) -> dict[str, Any]:
+        """Give what the final figures say of the training itself."""
+        return {
+            "recipe": self.recipe.name,
+            "epochs": self.recipe.train.epochs,
+            "images_seen": self.images_seen,
+            "parameters": self.num_parameters,
+        }
 
     @property
     def device(self) -> torch.device:
@@ -83,8 +97,13 @@ def prepare(recipe: Recipe, data_dir: Path | None = None) -> Training:
     Raises:
         InputError: the data, a name or a value cannot be used.
     """
+    choose_device(recipe.train.device)  # refused before any data is read
+    return prepare_network(recipe, read_source(recipe, data_dir))
+
+
+def prepare_network(recipe: Recipe, source: DataSource) -> Training:
+    """Build the Learner of a recipe on data that is read already; see `prepare`."""
     device = choose_device(recipe.train.device)
-    source = read_source(recipe, data_dir)
     recipe = _with_augmentation(recipe, source)
     dls = make_dataloaders(
         source,
@@ -109,7 +128,7 @@ def prepare(recipe: Recipe, data_dir: Path | None = None) -> Training:
 def train(
     training: Training, run: RunFolder, *, cbs: Sequence[Callback] = (), resume: bool = False
 ) -> dict[str, Any]:
-    """Train, evaluate on the test set once, and write the run folder.
+    """Train one network, evaluate on the test set once, and write the run folder.
 
     Args:
         training: from `prepare`.
@@ -125,7 +144,9 @@ def train(
         TrainingDivergedError: the loss is not finite.
     """
     recipe, learn = training.recipe, training.learn
-    start_epoch = load_checkpoint(run, learn) if resume else 0
+    best = BestEpochCallback() if recipe.train.select == "best" else None
+    parts = [part for part in (_averaging(learn), best) if part is not None]
+    start_epoch = load_checkpoint(run, learn, parts) if resume else 0
     run.truncate_history(start_epoch)
     history = HistoryCallback(run, recipe.train.batch_size)
     scheduler = ParamScheduler(schedules(recipe, training.steps_per_epoch))
@@ -134,22 +155,39 @@ def train(
             recipe.train.epochs,
             lr=recipe.lr,
             wd=recipe.optimizer.weight_decay,
-            cbs=[scheduler, history, CheckpointCallback(run), *cbs],
+            cbs=[
+                scheduler,
+                history,
+                *([best] if best else []),
+                CheckpointCallback(run, parts),
+                *cbs,
+            ],
             start_epoch=start_epoch,
         )
     if history.diverged:
         raise _diverged(recipe, learn.epoch + 1)
+    _settle_weights(learn, best)
     save_weights(learn.model, run.weights)
     figures = {
-        "recipe": recipe.name,
-        "epochs": recipe.train.epochs,
-        "images_seen": training.images_seen,
-        "parameters": training.num_parameters,
+        **training.summary(),
+        **({"selected_epoch": best.epoch} if best else {}),
         "seconds": round(sum(float(row["seconds"]) for row in run.history()), 1),
         **evaluate_loaders(learn.model, valid=learn.dls.valid, test=learn.dls[TEST_SET]),
     }
     run.write_metrics(figures)
     return figures
+
+
+def _averaging(learn: Learner) -> EMACallback | None:
+    return next((cb for cb in learn.cbs if isinstance(cb, EMACallback)), None)
+
+
+def _settle_weights(learn: Learner, best: BestEpochCallback | None) -> None:
+    """Leave in the network what is evaluated: its averages, or the best epoch's weights."""
+    if best is not None:
+        best.restore(learn.model)
+    elif averaging := _averaging(learn):
+        averaging.finish()  # where a resumed run had no epoch left
 
 
 def schedules(recipe: Recipe, steps_per_epoch: int) -> dict[str, Any]:

@@ -103,3 +103,12 @@ def label_share(msda_mask, mask):
             ]
             total += patch.mean() * mask[:, row, column].mean()
     return total / (height * width) / mask.mean()
+
+
+def exponential_average(start, steps, decay):
+    """Average of weights over steps, with the decay held down at the start."""
+    average = start
+    for t, weights in enumerate(steps):
+        d = min(decay, (1 + t) / (10 + t))
+        average = d * average + (1 - d) * weights
+    return average

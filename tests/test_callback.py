@@ -16,12 +16,14 @@ from synthetic import foreign_dls, mixmo_dls
 from torch import nn
 
 from mixmo_fastai import metrics
+from mixmo_fastai.averaging import EMACallback
 from mixmo_fastai.callback import MixMoCallback, scheduled_mix_prob
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.learner import mixmo_learner
 from mixmo_fastai.losses import MixMoLoss
 from mixmo_fastai.models import create_model
 from mixmo_fastai.recording import CheckpointCallback, HistoryCallback
+from mixmo_fastai.selection import BestEpochCallback
 
 
 def learner(dls=None, *, cbs=(), callback=None, num_members=2, seed=0, **kwargs):
@@ -151,6 +153,17 @@ class TestWhatTheNetworkSees:
         binary = [bool(((m == 0) | (m == 1)).all()) for _, m, *_ in spy.seen[: len(spy.seen) // 2]]
         assert len(binary) > 70
         assert 0.3 < sum(binary) / len(binary) < 0.7
+
+    def test_options_of_the_mask_kind_are_followed_and_the_linear_batches_take_none(self):
+        spy = Spy()
+        callback = MixMoCallback("patchup", mix_prob=0.5, seed=0, mask_options={"block_size": 1})
+        learner(callback=callback, cbs=[spy]).fit(3, 0.01)
+        masks = [seen[1] for seen in spy.seen]
+        binary = [m for m in masks if ((m == 0) | (m == 1)).all()]
+        assert 0 < len(binary) < len(masks)
+        # Single places, where blocks of 7x7 would leave whole rows alike.
+        alone = torch.cat(binary)[:, :1].sub(torch.cat(binary)[:, :1].roll(1, -1)).abs().mean()
+        assert alone > 0.2
 
     def test_one_member_is_the_plain_network(self):
         spy = Spy()
@@ -376,6 +389,9 @@ class TestBadInput:
             ({"weight_root": 0.5}, "weight_root"),
             ({"batch_repetitions": 0}, "batch_repetitions"),
             ({"input_repetition": 2}, "input_repetition"),
+            ({"mask_options": {"block_size": 3}}, "'cutmix': it takes no options"),
+            ({"mix": "patchup", "mask_options": {"block_size": 2}}, "block_size must be odd"),
+            ({"mix": "cow", "mask_options": {"sigma": 2}}, "Unknown option 'sigma'"),
         ],
     )
     def test_arguments_out_of_range(self, arguments, message):
@@ -481,9 +497,13 @@ class TestMemberAccuracy:
         assert seen is None or seen.grad_fn is None
 
 
-@pytest.mark.parametrize("kind", [MixMoCallback, HistoryCallback, CheckpointCallback])
+@pytest.mark.parametrize(
+    "kind",
+    [MixMoCallback, HistoryCallback, CheckpointCallback, EMACallback, BestEpochCallback],
+)
 def test_public_methods_are_events_or_documented_extras(kind):
     """fastai ignores a misspelt event in silence."""
     extras = {"draw_slots", "draw_mixing", "draw_msda", "kind_of_batch", "current_mix_prob"}
+    extras |= {"state_tensors", "load_state_tensors", "finish", "restore", "epoch"}
     own = {name for name, value in vars(kind).items() if callable(value) and name[0] != "_"}
     assert own - extras <= set(vars(event))

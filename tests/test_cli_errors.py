@@ -42,6 +42,16 @@ ASSIGNMENTS = [
     ("fit --set train=3", "'train' is a section", "train.epochs=5"),
     ("fit --set optimizer.momentum=0", "Nesterov", "optimizer.nesterov=false"),
     ("fit --set data.dataset=cifra10", "data set 'cifra10'", "Did you mean 'cifar10'"),
+    ("fit --set model.num_nets=0", "model.num_nets is 0", "at least 1"),
+    ("fit --set model.num_nets=-2", "model.num_nets is -2", "at least 1"),
+    ("fit --set model.num_nets=1.5", "model.num_nets is 1.5", "whole number"),
+    ("fit --set mix.block_size=5", "no option of mix.kind='cutmix'", "takes no options"),
+    ("fit --mix cow --set mix.block_size=5", "no option of mix.kind='cow'", "sigma_min"),
+    ("fit --mix patchup --set mix.block_size=4", "block_size must be odd", "got 4"),
+    ("fit --mix cow --set mix.sigma_min=20", "sigma_min and sigma_max must rise", "20 and 16"),
+    ("fit --set train.ema_decay=1", "train.ema_decay is 1", "at most"),
+    ("fit --set train.select=test", "train.select is 'test'", "Allowed: last, best"),
+    ("fit --valid-split 0 --set train.select=best", "validation split", "last figure"),
     ("fit --set data.image_size=16", "image_size is 16", "Leave image_size out"),
 ]
 NUMBERS = [

@@ -174,3 +174,37 @@ def test_images_of_any_size(arch, size):
     model = create_model(arch, 5, 2)
     masks, _ = draw_masks("cutmix", draw_lam(2, 2, 2.0), model.mask_shape(*size))
     assert model(torch.randn(2, 2, 3, *size), masks).shape == (2, 2, 5)
+
+
+class Tokens(nn.Module):
+    """A patch embedding that forgets the map."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 4, 4)
+
+    def forward(self, x):
+        return self.conv(x).flatten(2).transpose(1, 2)
+
+
+class LooksAtValues(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+
+    def forward(self, x):
+        return self.conv(x) if x.sum().item() else x
+
+
+@pytest.mark.parametrize(
+    ("encoder", "message"),
+    [
+        (Tokens, r"Tokens gives \(B, 4, 8\); masks are laid over maps of features"),
+        (LooksAtValues, r"LooksAtValues cannot say the shape of its output for images of"),
+    ],
+)
+def test_an_encoder_that_cannot_say_its_channels_is_named(encoder, message):
+    model = MixMoModel([encoder(), encoder()], nn.Identity(), [nn.Linear(8, 2), nn.Linear(8, 2)])
+    with pytest.raises(InputError, match=message) as caught:
+        model.mask_shape(8, 8)
+    assert len(str(caught.value).splitlines()) <= 3

@@ -9,6 +9,7 @@ PUBLISHED = {
     "cifar10/vanilla": 96.34,
     "cifar10/mixup": 97.07,
     "cifar10/cutmix": 97.23,
+    "cifar10/deep-ensemble": 96.67,
     "cifar10/mimo": 96.74,
     "cifar10/linear-mixmo": 96.88,
     "cifar10/cut-mixmo": 97.51,
@@ -17,6 +18,7 @@ PUBLISHED = {
     "cifar100/vanilla": 81.63,
     "cifar100/mixup": 83.43,
     "cifar100/cutmix": 84.05,
+    "cifar100/deep-ensemble": 83.17,
     "cifar100/mimo": 83.06,
     "cifar100/linear-mixmo": 82.96,
     "cifar100/cut-mixmo": 85.40,
@@ -24,6 +26,7 @@ PUBLISHED = {
     "cifar100/cut-mixmo-cutmix": 85.77,
     "tinyimagenet/vanilla": 65.78,
     "tinyimagenet/cutmix": 68.95,
+    "tinyimagenet/deep-ensemble": 68.38,
     "tinyimagenet/mimo": 68.48,
     "tinyimagenet/linear-mixmo": 68.36,
     "tinyimagenet/cut-mixmo": 70.24,
@@ -43,6 +46,7 @@ METHOD = {  # members, mask kind, pixels, repetitions
     "vanilla": (1, "sum", "none", 1),
     "mixup": (1, "sum", "mixup", 1),
     "cutmix": (1, "sum", "cutmix", 1),
+    "deep-ensemble": (1, "sum", "none", 1),
     "mimo": (2, "sum", "none", 4),
     "linear-mixmo": (2, "linear", "none", 4),
     "cut-mixmo": (2, "cutmix", "none", 4),
@@ -83,6 +87,7 @@ def test_the_method_is_that_of_the_name(name):
         mix.msda,
         mix.batch_repetitions,
     ) == METHOD[method]
+    assert recipe.model.num_nets == (2 if method == "deep-ensemble" else 1)
 
 
 @pytest.mark.parametrize("name", [n for n in recipe_names() if not n.startswith("digits")])

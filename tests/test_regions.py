@@ -1,5 +1,6 @@
 """Each region against the oracle, with the very numbers that it draws."""
 
+import inspect
 import json
 import math
 
@@ -13,6 +14,7 @@ from scipy.special import erfinv
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.mixing import draw_lam, draw_masks
 from mixmo_fastai.mixing.regions import REGIONS, SOFT_REGIONS
+from mixmo_fastai.names import MASK_OPTIONS
 
 SHAPE = (16, 12, 15)
 
@@ -168,3 +170,9 @@ def test_areas_agree_with_the_published_statistics(kind, published, same_correla
 def test_bad_options_are_named(kind, options, message):
     with pytest.raises(InputError, match=message):
         draw_masks(kind, torch.full((4, 2), 0.5), (1, 8, 8), **options)
+
+
+def test_the_options_that_users_may_type_are_those_of_the_functions():
+    for kind, draw in REGIONS.items():
+        assert MASK_OPTIONS.get(kind, ()) == tuple(inspect.signature(draw).parameters)[3:]
+    assert MASK_OPTIONS.keys() <= REGIONS.keys()

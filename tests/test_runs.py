@@ -42,7 +42,9 @@ def test_default_run_folders_are_numbered(folder):
     [
         ("cifar100/cut-mixmo", [], "cifar100-cut-mixmo"),
         ("cifar100/cut-mixmo", ["data.dataset=/data/flowers/"], "flowers-cut-mixmo"),
-        ("cifar10/vanilla", ["name=", "data.dataset=."], "data-sum"),
+        ("cifar10/vanilla", ["name=", "data.dataset=."], "data-vanilla"),
+        ("cifar10/cutmix", ["name=", "model.num_nets=3"], "cifar10-vanilla-cutmix-x3"),
+        ("cifar10/mimo", ["name="], "cifar10-sum"),
         ("cifar10/vanilla", ["name=../../up"], "cifar10-up"),
     ],
 )

@@ -76,6 +76,50 @@ def whole(request, tmp_path_factory):
     return fit(recipe, tmp_path_factory.mktemp("whole"))
 
 
+@pytest.fixture(scope="module", params=[["ema"], ["best"], ["ema", "best"]], ids="+".join)
+def settled(request, tmp_path_factory):
+    """An uninterrupted run whose kept weights are not the last ones of training."""
+    changes = {"ema": "train.ema_decay=0.5", "best": "train.select=best"}
+    recipe = override(TINY, [changes[name] for name in request.param])
+    return fit(recipe, tmp_path_factory.mktemp("settled"))[0]
+
+
+@pytest.mark.parametrize("interrupt_in", [2, 3])
+def test_averages_and_the_best_epoch_survive_an_interruption(settled, tmp_path, interrupt_in):
+    with pytest.raises(KeyboardInterrupt):
+        fit(settled.recipe(), tmp_path / "run", interrupt_in=interrupt_in)
+    run, _ = fit(settled.recipe(), tmp_path / "run", resume=True)
+    assert_same_weights(settled, run)
+    assert untimed(run.history()) == untimed(settled.history())
+    assert untimed([run.metrics()]) == untimed([settled.metrics()])
+    again, steps = fit(settled.recipe(), tmp_path / "run", resume=True)
+    assert steps == []
+    assert_same_weights(settled, again)
+
+
+def test_the_kept_weights_are_those_that_were_validated(settled):
+    recipe, figures = settled.recipe(), settled.metrics()
+    epoch = figures.get("selected_epoch", 3)
+    if recipe.train.select == "best":
+        rows = settled.history()
+        keys = [(float(row["accuracy"]), -float(row["valid_loss"])) for row in rows]
+        assert epoch == 1 + keys.index(max(keys))
+    row = settled.history()[epoch - 1]
+    assert figures["valid"]["accuracy"] == pytest.approx(float(row["accuracy"]), abs=1e-6)
+    assert figures["valid"]["nll"] == pytest.approx(float(row["valid_loss"]), abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ema", "best_epoch"])
+def test_a_checkpoint_without_a_part_of_its_state_is_refused(settled, tmp_path, name):
+    path = settled.checkpoint / f"{name}.safetensors"
+    if not path.exists():
+        pytest.skip("this run has no such part")
+    copy = copy_of(settled, tmp_path / "copy")
+    (copy.checkpoint / path.name).unlink()
+    with pytest.raises(InputError, match="damaged"):
+        train(prepare(copy.recipe()), copy, resume=True)
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     return fit(override(TINY, ["train.epochs=1"]), tmp_path_factory.mktemp("run"))[0]

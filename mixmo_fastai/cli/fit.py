@@ -89,14 +89,24 @@ def _start(recipe: Recipe, out: Path | None, data_dir: Path | None, output: Outp
 def _resume(run: RunFolder, data_dir: Path | None, output: Output) -> None:
     recipe = run.recipe()
 
-    from mixmo_fastai.checkpoints import epochs_done
     from mixmo_fastai.training import prepare
 
     training = prepare(recipe, data_dir)
     output.run = run
     _say_plan(training, output)
-    output.say(f"Resuming: {epochs_done(run)} of {recipe.train.epochs} epochs are done.")
+    output.say(_progress(run, recipe))
     _train(training, run, output, resume=True)
+
+
+def _progress(run: RunFolder, recipe: Recipe) -> str:
+    """Say how far a run has come."""
+    from mixmo_fastai.checkpoints import epochs_done
+
+    networks = run.networks()
+    if len(networks) == 1:
+        return f"Resuming: {epochs_done(run)} of {recipe.train.epochs} epochs are done."
+    finished = sum(network.is_finished for network in networks)
+    return f"Resuming: {finished} of {len(networks)} networks are finished."
 
 
 def _say_plan(training: Any, output: Output) -> None:
@@ -107,12 +117,12 @@ def _say_plan(training: Any, output: Output) -> None:
 def _train(training: Any, run: RunFolder, output: Output, *, resume: bool) -> None:
     """Train with a display, and give the result; whatever ends it, the log says so."""
     from mixmo_fastai.cli.progress import TrainingDisplay
-    from mixmo_fastai.training import train
+    from mixmo_fastai.deep_ensemble import train_run
 
     output.say(f"Run folder: {run.path}")
     display = TrainingDisplay(output, training.recipe.train.batch_size)
     try:
-        figures = train(training, run, cbs=[display], resume=resume)
+        figures = train_run(training, run, cbs=[display], resume=resume, say=output.say)
     except KeyboardInterrupt:
         message = f"Interrupted. Finished epochs are saved; continue: mixmo fit --resume {run.path}"
         run.log(message)

@@ -40,6 +40,12 @@ class TrainingDisplay(Callback):
         self.task: Any = None
         self.steps_here, self.first_epoch = 0, None
 
+    def before_fit(self) -> None:
+        """Start anew with each network."""
+        self.steps_here, self.first_epoch = 0, None
+        if self.task is not None:
+            self.progress.remove_task(self.task)
+
     def before_train(self) -> None:
         """Start the bar at the first epoch that trains."""
         if self.first_epoch is None:

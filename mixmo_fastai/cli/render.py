@@ -23,8 +23,10 @@ def method_name(recipe: Recipe) -> str:
     name = METHOD_NAMES.get(recipe.mix.kind, f"MixMo ({recipe.mix.kind})")
     if recipe.model.num_members == 1:
         name = "Vanilla"
-    pixels = PIXEL_NAMES.get(recipe.mix.msda)
-    return f"{name} + {pixels}" if pixels else name
+    if pixels := PIXEL_NAMES.get(recipe.mix.msda):
+        name = f"{name} + {pixels}"
+    nets = recipe.model.num_nets
+    return f"{name}, deep ensemble of {nets} networks" if nets > 1 else name
 
 
 def expectation(recipe: Recipe) -> str:
@@ -69,6 +71,8 @@ def _setup_rows(training: Any) -> list[tuple[str, str]]:
     counts = [len(loader.images) for loader in training.learn.dls.loaders]
     mix = recipe.mix
     members = f"{recipe.model.num_members} member" + "s" * (recipe.model.num_members > 1)
+    nets = recipe.model.num_nets
+    networks = f"{nets} times {recipe.model.arch}" if nets > 1 else recipe.model.arch
     times = f"{mix.batch_repetitions} times" if mix.batch_repetitions > 1 else "once"
     mixing = ""
     if mix.kind not in ("sum", "linear"):
@@ -79,7 +83,7 @@ def _setup_rows(training: Any) -> list[tuple[str, str]]:
             f"{source.name}: {counts[0]:,} training, {counts[1]:,} validation and {counts[2]:,} "
             f"test images of {shape}, {len(source.classes)} classes",
         ),
-        ("Network", f"{recipe.model.arch}, {members}, {training.num_parameters:,} parameters"),
+        ("Network", f"{networks}, {members}, {training.num_parameters:,} parameters"),
         ("Method", f"{method_name(recipe)}, every image {times} in a batch{mixing}"),
         ("Device", f"{training.device}, seed {recipe.train.seed}"),
     ]
@@ -100,10 +104,15 @@ def recipe_lines(recipe: Recipe) -> list[str]:
 
 def figure_lines(figures: Mapping[str, Any], recipe: Recipe) -> list[str]:
     """Show the figures of a run."""
-    test, num_members = figures["test"], recipe.model.num_members
+    test, model = figures["test"], recipe.model
+    # The networks of a deep ensemble count as its members.
+    num_members = model.num_nets if model.num_nets > 1 else model.num_members
     rows = [("Test accuracy", _percent(test["accuracy"]) + _ENSEMBLE * (num_members > 1))]
     if num_members > 1:
-        rows.append(("Members", ", ".join(map(_percent, test["member_accuracy"]))))
+        label = "Networks" if model.num_nets > 1 else "Members"
+        rows.append((label, ", ".join(map(_percent, test["member_accuracy"]))))
+    if "selected_epoch" in figures:
+        rows.append(("Kept weights", f"epoch {figures['selected_epoch']}, best on the validation"))
     if recipe.expected.accuracy is not None:
         rows.append(("Published", expectation(recipe)))
     return align([*rows, *_figure_rows(figures, num_members)])

@@ -3,17 +3,17 @@
 Shapes: B batch, M members, D feature channels, h w feature size after the encoder.
 
 A new kind is a function in `regions.py` with its line in `REGIONS`, and its name in
-`names.MASK_KINDS`.
+`names.MASK_KINDS`, with its options, if any, in `names.MASK_OPTIONS`.
 """
 
-import inspect
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from mixmo_fastai.errors import InputError, unknown
 from mixmo_fastai.mixing.regions import REGIONS, SOFT_REGIONS, Shape
-from mixmo_fastai.names import MASK_KINDS
+from mixmo_fastai.names import MASK_KINDS, MASK_OPTIONS
 
 BLEND_KINDS = ("sum", "linear")
 """Kinds that blend the members alike at all places."""
@@ -94,13 +94,13 @@ def check_kind(kind: str, num_members: int) -> None:
         )
 
 
-def check_options(kind: str, options: dict[str, float]) -> None:
+def check_options(kind: str, options: Mapping[str, float]) -> None:
     """Check that a mask kind takes the options.
 
     Raises:
         InputError: naming the option and those that the kind takes.
     """
-    allowed = list(inspect.signature(REGIONS[kind]).parameters)[3:] if kind in REGIONS else []
+    allowed = MASK_OPTIONS.get(kind, ())
     for name in options:
         if name not in allowed:
             takes = f"it takes {', '.join(allowed)}" if allowed else "it takes no options"

@@ -88,11 +88,14 @@ class MixMoModel(nn.Module):
         return self._decode(features)
 
     def mask_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """Tell the shape (D, h, w) of an encoder's output for images of this size."""
+        """Tell the shape (D, h, w) of an encoder's output for images of this size.
+
+        Raises:
+            InputError: the encoder cannot say it, or its output is no map of features.
+        """
         if (height, width) not in self._mask_shapes:
             image = torch.empty(1, self.in_channels, height, width, device="meta")
-            dim, mask_height, mask_width = _dry_run(self.encoders[0], image).shape[1:]
-            self._mask_shapes[height, width] = (dim, mask_height, mask_width)
+            self._mask_shapes[height, width] = _output_shape(self.encoders[0], image)
         return self._mask_shapes[height, width]
 
     def fuse(self) -> nn.Module:
@@ -148,6 +151,25 @@ def unwrap(model: nn.Module) -> Any:
         if not isinstance(model, MixMoModel):
             model = getattr(model, attribute, model)
     return model
+
+
+def _output_shape(encoder: nn.Module, image: Tensor) -> tuple[int, int, int]:
+    name = type(encoder).__name__
+    try:
+        shape = tuple(_dry_run(encoder, image).shape[1:])
+    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f"The encoder {name} cannot say the shape of its output for images of "
+            f"{tuple(image.shape[1:])}: {reason}\n"
+            "Masks need it before any image is seen: its forward must run on the meta device."
+        ) from error
+    if len(shape) != 3:
+        raise InputError(
+            f"The encoder {name} gives (B, {', '.join(map(str, shape))}); masks are laid over maps "
+            "of features (B, D, h, w)."
+        )
+    return shape
 
 
 def _dry_run(encoder: nn.Module, image: Tensor) -> Tensor:

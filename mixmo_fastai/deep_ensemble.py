@@ -1,0 +1,91 @@
+"""Deep ensembles: several networks, trained one after another, evaluated as one.
+
+A run of one network is the plain case of the same path.
+"""
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from fastai.callback.core import Callback
+
+from mixmo_fastai.assessment import collect_logits
+from mixmo_fastai.evaluation import evaluate_parts
+from mixmo_fastai.randomness import derive_seed
+from mixmo_fastai.recipe import Recipe
+from mixmo_fastai.runs import RunFolder, create_run
+from mixmo_fastai.training import TEST_SET, Training, prepare_network, train
+
+
+def train_run(
+    training: Training,
+    run: RunFolder,
+    *,
+    cbs: Sequence[Callback] = (),
+    resume: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Train every network of a run, evaluate them as one, and write the run folder.
+
+    Args:
+        training: from `prepare`.
+        run: where everything goes; each network of an ensemble gets a folder of its own inside.
+        cbs: more fastai callbacks, such as a display; they see one fit per network.
+        resume: continue: networks that are finished stay as they are.
+        say: told which network begins, where there are several.
+
+    Returns:
+        the final figures, as in metrics.json. Each network counts as one member there.
+
+    Raises:
+        InputError: a checkpoint to resume from is damaged or of another run.
+        TrainingDivergedError: the loss of a network is not finite.
+    """
+    recipe = training.recipe
+    if recipe.model.num_nets == 1:
+        return train(training, run, cbs=cbs, resume=resume)
+    folders = run.networks()
+    for index, folder in enumerate(folders):
+        own = network_recipe(recipe, index)
+        place = f"Network {index + 1} of {len(folders)}, seed {own.train.seed}"
+        if resume and folder.is_finished:
+            say(f"{place}: finished.")
+            continue
+        say(f"{place}: {folder.path}")
+        # The first network is there already; each of the others replaces the one before.
+        part = prepare_network(own, training.source) if index else replace(training, recipe=own)
+        begun = resume and _is_begun(folder)
+        if not begun:
+            create_run(own, folder.path, device=training.device_name)
+        train(part, folder, cbs=cbs, resume=begun)
+    loaders = training.learn.dls.valid, training.learn.dls[TEST_SET]
+    seconds = sum(float(folder.metrics()["seconds"]) for folder in folders)
+    figures = {
+        **training.summary(),
+        "seconds": round(seconds, 1),
+        **evaluate_parts(*collect_logits(run, training.learn.model, loaders)),
+    }
+    run.write_metrics(figures)
+    return figures
+
+
+def network_recipe(recipe: Recipe, index: int) -> Recipe:
+    """Give the recipe of one network of an ensemble, counted from 0.
+
+    The first has the ensemble's own seed and is thus the network that the recipe trains alone. The
+    seeds of the others follow from it, so that ensembles of other seeds share no network.
+    """
+    seed = recipe.train.seed
+    own = derive_seed(seed, "network", step=index) if index else seed
+    return replace(
+        recipe, model=replace(recipe.model, num_nets=1), train=replace(recipe.train, seed=own)
+    )
+
+
+def _is_begun(folder: RunFolder) -> bool:
+    """Tell whether a network was begun; without its recipe, what is there is of no use."""
+    if (folder.path / "recipe.toml").is_file():
+        return True
+    shutil.rmtree(folder.path, ignore_errors=True)
+    return False

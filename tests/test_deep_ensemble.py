@@ -1,0 +1,160 @@
+import json
+
+import pytest
+import torch
+from fastai.callback.core import Callback
+from safetensors.torch import load_file
+
+from mixmo_fastai.assessment import evaluate_ensemble, evaluate_run
+from mixmo_fastai.cli import run as program
+from mixmo_fastai.deep_ensemble import network_recipe, train_run
+from mixmo_fastai.errors import InputError
+from mixmo_fastai.recipe import override
+from mixmo_fastai.resolve import resolve_recipe
+from mixmo_fastai.runs import create_run, open_run
+from mixmo_fastai.training import prepare, train
+
+TINY = resolve_recipe(
+    "digits",
+    "digits/vanilla",
+    {"model.arch": "wrn10_1", "train.epochs": 2, "data.limit": 64, "train.device": "cpu"},
+    ["train.batch_size=32", "model.num_nets=3", "data.crop_padding=1", "data.flip=false"],
+)
+NETWORKS = ["net-1", "net-2", "net-3"]
+
+
+class Interrupt(Callback):
+    """Press Ctrl-C in an epoch of a network, both counted from 1."""
+
+    order, run_valid = 100, False
+
+    def __init__(self, network, epoch):
+        super().__init__()
+        self.place, self.network = (network, epoch), 0
+
+    def before_fit(self):
+        self.network += 1
+
+    def after_batch(self):
+        if (self.network, self.learn.epoch + 1) == self.place:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module")
+def ensemble(tmp_path_factory):
+    run = create_run(TINY, tmp_path_factory.mktemp("ensemble") / "run")
+    lines = []
+    train_run(prepare(TINY), run, say=lines.append)
+    return run, lines
+
+
+def weights(run):
+    return [(network.path / "model.safetensors").read_bytes() for network in run.networks()]
+
+
+def test_each_network_has_a_run_folder_of_its_own(ensemble):
+    run, lines = ensemble
+    assert [network.path.name for network in run.networks()] == NETWORKS
+    assert not run.weights.exists()
+    assert len(set(weights(run))) == 3
+    for network, line in zip(run.networks(), lines, strict=True):
+        recipe = network.recipe()
+        assert recipe.model.num_nets == 1
+        assert recipe == network_recipe(TINY, int(network.path.name[-1]) - 1)
+        assert len(network.history()) == 2
+        assert network.metrics()["test"] == evaluate_run(network)["test"]
+        assert f"seed {recipe.train.seed}" in line
+
+
+def test_the_first_network_is_what_its_recipe_trains_alone(ensemble, tmp_path):
+    alone = override(TINY, ["model.num_nets=1"])
+    assert network_recipe(TINY, 0) == alone
+    run = create_run(alone, tmp_path / "alone")
+    train(prepare(alone), run)
+    assert run.weights.read_bytes() == weights(ensemble[0])[0]
+
+
+def test_ensembles_of_other_seeds_share_no_network():
+    other = override(TINY, ["train.seed=1"])
+    seeds = [network_recipe(r, i).train.seed for r in (TINY, other) for i in range(3)]
+    assert len(set(seeds)) == 6
+
+
+def test_the_figures_are_those_of_the_networks_together(ensemble):
+    run, _ = ensemble
+    figures, together = run.metrics(), evaluate_ensemble(run.networks())
+    assert {name: figures[name] for name in together} == together
+    assert evaluate_run(run) == together
+    parts = [network.metrics() for network in run.networks()]
+    each = [part["test"]["accuracy"] for part in parts]
+    assert figures["test"]["member_accuracy"] == pytest.approx(each)
+    for name in ("images_seen", "parameters"):
+        assert figures[name] == sum(part[name] for part in parts)
+    assert figures["seconds"] == pytest.approx(sum(part["seconds"] for part in parts), abs=0.11)
+    assert figures["epochs"] == 2
+
+
+@pytest.mark.parametrize("place", [(1, 1), (2, 1), (2, 2), (3, 2)])
+def test_it_is_resumed_network_by_network(ensemble, tmp_path, place):
+    whole, _ = ensemble
+    run = create_run(TINY, tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        train_run(prepare(TINY), run, cbs=[Interrupt(*place)])
+    network, _ = place
+    finished = [n.path / "model.safetensors" for n in run.networks()[: network - 1]]
+    times = [path.stat().st_mtime_ns for path in finished]
+    assert [n.is_finished for n in run.networks()] == [i < network - 1 for i in range(3)]
+    with pytest.raises(InputError, match=f"net-{network} has no weights yet"):
+        evaluate_run(run)
+
+    lines = []
+    train_run(prepare(TINY), run, resume=True, say=lines.append)
+    assert [line.endswith("finished.") for line in lines] == [i < network - 1 for i in range(3)]
+    assert [path.stat().st_mtime_ns for path in finished] == times
+    assert weights(run) == weights(whole)
+    assert run.metrics()["test"] == whole.metrics()["test"]
+
+
+def test_a_network_that_was_killed_before_its_recipe_was_written(ensemble, tmp_path):
+    run = create_run(TINY, tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        train_run(prepare(TINY), run, cbs=[Interrupt(2, 1)])
+    second = run.networks()[1].path
+    (second / "recipe.toml").rename(second / ".recipe.toml.tmp")
+    train_run(prepare(TINY), run, resume=True)
+    assert weights(run) == weights(ensemble[0])
+
+
+def test_mixmo_networks_count_one_each(tmp_path):
+    changes = ["model.num_members=2", "model.num_nets=2", "mix.kind=cutmix", "train.epochs=1"]
+    recipe = override(TINY, [*changes, "mix.batch_repetitions=2"])
+    run = create_run(recipe, tmp_path / "run")
+    figures = train_run(prepare(recipe), run)
+    assert len(figures["test"]["member_accuracy"]) == 2
+    assert [len(n.metrics()["test"]["member_accuracy"]) for n in run.networks()] == [2, 2]
+    first = load_file(run.networks()[0].weights)
+    assert not torch.equal(first["encoders.0.weight"], first["encoders.1.weight"])
+
+
+def test_the_command_trains_evaluates_and_resumes_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["fit", "--recipe", "digits/vanilla", "--arch", "wrn10_1", "--limit", "64"]
+    more = ["--epochs", "1", "--device", "cpu", "--set", "model.num_nets=2"]
+    assert program([*words, *more]) == 0
+    out = capsys.readouterr().out
+    for text in ("2 times wrn10_1", "Network 1 of 2, seed 0", "Network 2 of 2", "Networks "):
+        assert text in out
+    run = open_run("runs/digits-vanilla-x2-1")
+    assert program(["eval", str(run.path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["test"] == run.metrics()["test"]
+    assert program(["fit", "--resume", str(run.path)]) == 0
+    assert "2 of 2 networks are finished" in capsys.readouterr().out
+    assert program(["ensemble", *(str(n.path) for n in run.networks()), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["test"] == run.metrics()["test"]
+    # An ensemble is one part of a larger one.
+    assert program(["ensemble", str(run.path), str(run.path / "net-1"), "--json"]) == 0
+    members = json.loads(capsys.readouterr().out)["test"]["member_accuracy"]
+    assert members == [
+        run.metrics()["test"]["accuracy"],
+        run.networks()[0].metrics()["test"]["accuracy"],
+    ]
