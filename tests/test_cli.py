@@ -233,6 +233,8 @@ def test_recipes_are_listed_with_their_figures(capsys):
     rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line}
     assert set(recipe_names()) <= set(rows)
     assert "85.40 %" in rows["cifar100/cut-mixmo"]
+    cells = ["cifar100/deep-ensemble", "wrn28_10", "2", "1", "sum", "none", "300", "83.17", "%"]
+    assert rows["cifar100/deep-ensemble"].split() == cells
     assert run(["recipes", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
     assert list(listed) == recipe_names()

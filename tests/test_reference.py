@@ -10,6 +10,7 @@ from mixmo_fastai.cli import run
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.models import create_model
 from mixmo_fastai.models.reference import import_reference, read_reference_checkpoint
+from mixmo_fastai.recipe import Expected, load_recipe
 from mixmo_fastai.runs import open_run
 
 
@@ -70,7 +71,29 @@ def test_the_command_makes_a_run(model, tmp_path, monkeypatch, capsys):
     assert "mixmo eval r" in capsys.readouterr().out
     recipe = open_run("r").recipe()
     assert (recipe.model.arch, recipe.model.num_members) == ("wrn10_1", model.num_members)
+    assert recipe.name == "imported"  # the file does not say how it was trained
+    assert recipe.expected.accuracy is None
     assert open_run("r").weights.is_file()
+
+
+def test_a_named_recipe_brings_its_figure_where_the_members_agree(
+    model, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a.ckpt", model)
+    words = ["import", "a.ckpt", "--arch", "wrn10_1", "--dataset", "cifar10", "--recipe"]
+    names = {1: "cifar10/deep-ensemble", 2: "cifar10/mimo"}
+    for members, name in names.items():
+        fits = members == model.num_members
+        assert run([*words, name, "--out", f"r{members}"]) == (0 if fits else 2)
+        if not fits:
+            assert f"The checkpoint has num_members={model.num_members}" in capsys.readouterr().err
+    if model.num_members not in names:
+        return
+    recipe = open_run(f"r{model.num_members}").recipe()
+    assert recipe.model.num_nets == 1
+    mimo = load_recipe("cifar10/mimo").expected
+    assert recipe.expected == (mimo if model.num_members == 2 else Expected())
 
 
 @pytest.mark.parametrize(

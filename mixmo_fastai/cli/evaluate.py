@@ -7,7 +7,7 @@ import typer
 
 from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output
-from mixmo_fastai.cli.render import figure_lines
+from mixmo_fastai.cli.render import figure_lines, method_name
 from mixmo_fastai.names import DEVICES
 from mixmo_fastai.runs import open_run
 
@@ -29,5 +29,5 @@ def evaluate(
 
     figures = evaluate_run(folder, data_dir, device=device)
     output = Output(as_json=as_json)
-    title = f"{folder.path}: {recipe.model.arch} on {recipe.data.dataset}"
+    title = f"{folder.path}: {method_name(recipe)}, {recipe.model.arch}, {recipe.data.dataset}"
     output.result([title, "", *figure_lines(figures, recipe)], {"run": str(folder.path), **figures})

@@ -1,5 +1,6 @@
 """`mixmo import`: a published checkpoint becomes a run."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,7 @@ from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.names import DATASETS
+from mixmo_fastai.recipe import Expected, Recipe
 from mixmo_fastai.resolve import resolve_recipe
 from mixmo_fastai.runs import check_free, create_run
 
@@ -25,7 +27,11 @@ def import_(
     as_json: opt.Json = False,
     debug: opt.Debug = False,
 ) -> None:
-    """Turn a published checkpoint into a run, to evaluate it; only its tensors are read."""
+    """Turn a published checkpoint into a run, to evaluate it; only its tensors are read.
+
+    The file does not say how it was trained: --recipe names its method, to compare it with the
+    published figure.
+    """
     if dataset not in DATASETS:
         raise InputError(f"--dataset {dataset!r} must be one of {', '.join(DATASETS)}.")
     resolve_recipe(dataset, recipe, {"model.arch": arch})  # before torch is imported
@@ -37,10 +43,7 @@ def import_(
     info = DATASETS[dataset]
     tensors = read_reference_checkpoint(checkpoint)
     model = import_reference(tensors, arch, info.num_classes, info.image_shape[0])
-    settings = {"model.arch": arch, "model.num_members": model.num_members}
-    if model.num_members == 1:
-        settings["mix.kind"] = "sum"
-    run = create_run(resolve_recipe(dataset, recipe, settings), out)
+    run = create_run(_recipe_of(dataset, recipe, arch, model.num_members), out)
     save_weights(model, run.weights)
     Output(as_json=as_json).result(
         [
@@ -50,3 +53,20 @@ def import_(
         ],
         {"run": str(run.path), "num_members": model.num_members},
     )
+
+
+def _recipe_of(dataset: str, name: str | None, arch: str, num_members: int) -> Recipe:
+    """Describe the network: by the recipe that is said to have trained it, or by itself alone."""
+    if name is None:
+        settings = {"model.arch": arch, "model.num_members": num_members}
+        if num_members == 1:
+            settings["mix.kind"] = "sum"
+        unnamed = resolve_recipe(dataset, None, settings)
+        return replace(unnamed, name="imported", title="", expected=Expected())
+    recipe = resolve_recipe(dataset, name, {"model.arch": arch, "model.num_nets": 1})
+    if recipe.model.num_members != num_members:
+        raise InputError(
+            f"The checkpoint has num_members={num_members}, and the recipe {name!r} has "
+            f"{recipe.model.num_members}.\nName the recipe that trained it, or leave --recipe out."
+        )
+    return recipe

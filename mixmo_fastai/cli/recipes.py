@@ -21,11 +21,12 @@ def recipes(
         output.result([to_toml(recipe).rstrip()], to_mapping(recipe))
         return
     known = [load_recipe(known_name) for known_name in recipe_names()]
-    rows = [("recipe", "network", "members", "mix", "pixels", "epochs", "published")]
+    rows = [("recipe", "network", "networks", "members", "mix", "pixels", "epochs", "published")]
     rows += [
         (
             recipe.name,
             recipe.model.arch,
+            str(recipe.model.num_nets),
             str(recipe.model.num_members),
             recipe.mix.kind,
             recipe.mix.msda,
