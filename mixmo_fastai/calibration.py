@@ -292,8 +292,11 @@ def _find_root(margins: Tensor, low: float, high: float, tolerance: float = 1e-1
         slope, curvature = _nll_derivatives(margins, current)
         low, high = (low, current) if slope > 0 else (current, high)
         proposal = current - slope / curvature if curvature > 0 else high
-        # Newton crawls where the slope decays exponentially: its step must halve at least.
-        trusted = low < proposal < high and abs(proposal - current) < abs(step) / 2
+        # Newton crawls where the slope decays exponentially: its step must halve at least, down to
+        # steps so small that they are rounding errors.
+        length = abs(proposal - current)
+        short = length < abs(step) / 2 or length <= tolerance * current
+        trusted = low <= proposal <= high and short
         following = proposal if trusted else (low * high) ** 0.5
         step, current = following - current, following
         if abs(step) <= tolerance * current:
