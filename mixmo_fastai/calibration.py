@@ -117,9 +117,7 @@ def reliability_bins(logits: Tensor, labels: Tensor, num_bins: int = NUM_BINS) -
     """
     _check_num_bins(num_bins)
     confidence, correct = top_predictions(logits, labels)
-    # Division rounds each edge correctly, so that 1/3 lies on the edge 5/15 and not beside it.
-    edges = torch.arange(1, num_bins, dtype=torch.float64, device=logits.device) / num_bins
-    members = F.one_hot(torch.bucketize(confidence, edges), num_bins).double()  # (N, Q)
+    members = F.one_hot(bin_indices(confidence, num_bins), num_bins).double()  # (N, Q)
     counts = members.sum(dim=0)
     sizes = counts.clamp(min=1)
     return ReliabilityBins(
@@ -127,6 +125,13 @@ def reliability_bins(logits: Tensor, labels: Tensor, num_bins: int = NUM_BINS) -
         confidence=confidence @ members / sizes,
         accuracy=correct.double() @ members / sizes,
     )
+
+
+def bin_indices(confidence: Tensor, num_bins: int) -> Tensor:
+    """Find the bin of equal width, closed on the right, of each confidence: (N,) -> (N,) int64."""
+    # Division rounds each edge correctly, so that 1/3 lies on the edge 5/15 and not beside it.
+    edges = torch.arange(1, num_bins, dtype=torch.float64, device=confidence.device) / num_bins
+    return torch.bucketize(confidence, edges)
 
 
 def expected_calibration_error(logits: Tensor, labels: Tensor, num_bins: int = NUM_BINS) -> Tensor:

@@ -6,6 +6,8 @@ Sources: Aksela, "Comparison of Classifier Selection Methods for Improving Commi
 MCS 2003 (ratio of errors); Ramé, Sun, Cord, "MixMo", ICCV 2021, section 4.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -88,14 +90,48 @@ def mutual_information(member_logits: Tensor) -> Tensor:
         A scalar in float64, zero or more.
 
     Raises:
-        InputError: wrong shape or logits that are not finite.
+        InputError: wrong shape, logits that are not finite, or there is one member only.
+    """
+    return information_per_sample(member_logits).mean()
+
+
+def information_per_sample(member_logits: Tensor) -> Tensor:
+    """Compute the members' mutual information of each sample, an uncertainty of its own kind.
+
+    It is large where members contradict each other surely, and zero where all are unsure alike.
+
+    Args:
+        member_logits: (N, M, K).
+
+    Returns:
+        (N,) in float64, from 0 to log M, in nats.
+
+    Raises:
+        InputError: wrong shape, logits that are not finite, or there is one member only.
     """
     check_logits(member_logits, axes=AXES, name="member_logits")
+    if member_logits.shape[1] < 2:
+        raise InputError("mutual_information compares members and needs two or more; got 1.")
     probabilities = member_logits.double().softmax(dim=2)
     of_mean: Tensor = torch.special.entr(probabilities.mean(dim=1)).sum(dim=1)  # (N,)
     of_members: Tensor = torch.special.entr(probabilities).sum(dim=2).mean(dim=1)  # (N,)
     # Members that agree leave a difference of rounding errors, which may be negative.
-    return (of_mean - of_members).mean().clamp(min=0)
+    return (of_mean - of_members).clamp(min=0)
+
+
+def mean_probability_logits(member_logits: Tensor) -> Tensor:
+    """Give the logarithm of the mean over members of their probabilities, to be used as logits.
+
+    The other common ensemble is the mean of the logits, as published.
+
+    Args:
+        member_logits: (N, M, K).
+
+    Returns:
+        (N, K), whose softmax is the mean of the members' probabilities.
+    """
+    log_probabilities = member_logits.double().log_softmax(dim=2)
+    return log_probabilities.logsumexp(dim=1) - math.log(member_logits.shape[1])
 
 
 def _correct(member_logits: Tensor, labels: Tensor) -> Tensor:

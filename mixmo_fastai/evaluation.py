@@ -4,11 +4,13 @@ Shapes: N samples, M members, K classes.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from mixmo_fastai.bootstrap import intervals
 from mixmo_fastai.calibration import (
     TEMPERATURE_BOUNDS,
     brier,
@@ -19,12 +21,27 @@ from mixmo_fastai.calibration import (
     thresholded_adaptive_calibration_error,
     top_predictions,
 )
-from mixmo_fastai.diversity import disagreement, member_accuracies, ratio_error
-from mixmo_fastai.errors import InputError
-from mixmo_fastai.selective import aurc, failure_auroc
+from mixmo_fastai.diversity import (
+    disagreement,
+    mean_probability_logits,
+    member_accuracies,
+    mutual_information,
+    ratio_error,
+)
+from mixmo_fastai.errors import InputError, unknown
+from mixmo_fastai.randomness import make_generator
+from mixmo_fastai.selective import aurc, failure_auroc, risk_at_coverage
 
 FEWEST_FOR_TEMPERATURE = 50
 """Validation images below which a fitted temperature says nothing."""
+COVERAGES = (80, 90, 95)
+"""Shares of the surest predictions, in percent, whose errors are reported."""
+AVERAGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "logits": lambda member_logits: member_logits.mean(dim=1),
+    "probabilities": mean_probability_logits,
+}
+"""How members (N, M, K) become an ensemble (N, K); the first as published."""
+_OF_MEMBERS = ("member_accuracy", "ratio_error", "disagreement", "mutual_information")
 LabelledLogits = tuple[Tensor, Tensor] | None
 """Member logits (N, M, K) and labels (N,); None where there are no images."""
 
@@ -62,45 +79,107 @@ def evaluate_loaders(model: Any, *, valid: Any, test: Any) -> dict[str, Any]:
         test: loader of the test set.
 
     Returns:
-        "test" and, where there is a validation split, "valid", each as `evaluate_logits` gives it,
-        and "calibrated": the test figures at the temperature fitted on the validation split. Where
-        that cannot be told, "absent" maps its name to the reason.
+        what `evaluate_parts` gives.
     """
     return evaluate_parts(collect_member_logits(model, valid), collect_member_logits(model, test))
 
 
 def evaluate_parts(validation: LabelledLogits, test: LabelledLogits) -> dict[str, Any]:
-    """Compute the figures of `evaluate_loaders` from the logits of both parts."""
+    """Compute every figure from the logits of both parts.
+
+    Returns:
+        - "test" and, where there is a validation split, "valid": as `evaluate_logits` gives them;
+        - "test_mean_probabilities": the test set again, the members' probabilities averaged in
+          place of their logits;
+        - "intervals": of the test set's accuracy, nll and ece, 95 % by bootstrap;
+        - "calibrated": nll, brier and ece of the test set at the temperature that was fitted on
+          the validation split;
+        - "cross_fitted": the same at the temperatures of two halves of the test set, each fitted
+          on the other half, as published.
+
+        What cannot be told is left out, and "absent", there only then, maps it to the reason.
+    """
+    logits, labels = test or _refuse_empty()
+    mean = logits.double().mean(dim=1)  # (N, K)
     figures: dict[str, Any] = {}
-    test_logits, test_labels = test or _refuse_empty()
+    parts: dict[str, Callable[[], Any]] = {
+        "calibrated": lambda: _calibrated(figures.get("valid"), validation, mean, labels),
+        "cross_fitted": lambda: cross_fitted(mean, labels),
+        "test": lambda: evaluate_logits(logits, labels),
+        "test_mean_probabilities": lambda: _by_probabilities(logits, labels),
+        "intervals": lambda: {n: list(ends) for n, ends in intervals(mean, labels).items()},
+    }
     if validation is not None:
         figures["valid"] = evaluate_logits(*validation)
-        figures |= _calibrated(
-            figures["valid"]["temperature"], len(validation[1]), test_logits, test_labels
-        )
-    return {**figures, "test": evaluate_logits(test_logits, test_labels)}
+    return {**figures, **_compute(parts)}
 
 
 def _calibrated(
-    temperature: float, num_fitted: int, logits: Tensor, labels: Tensor
-) -> dict[str, Any]:
-    """Compute the figures at a temperature that was fitted on so many other images."""
+    valid: Mapping[str, Any] | None, validation: LabelledLogits, logits: Tensor, labels: Tensor
+) -> dict[str, float]:
+    """Compute the figures at the temperature of the validation split."""
+    if valid is None or validation is None:
+        raise InputError("there is no validation split; raise --valid-split")
+    num_fitted, temperature = len(validation[1]), valid["temperature"]
     if num_fitted < FEWEST_FOR_TEMPERATURE:
-        reason = (
+        raise InputError(
             f"the validation split has {num_fitted} images, and a temperature needs "
             f"{FEWEST_FOR_TEMPERATURE}; raise --valid-split"
         )
-        return {"absent": {"calibrated": reason}}
-    if not TEMPERATURE_BOUNDS[0] < temperature < TEMPERATURE_BOUNDS[1]:
-        reason = (
-            "every validation image is right, or none better than chance, so that no temperature "
-            "is best; a larger validation split would tell"
+    _check_temperature(temperature, "validation")
+    return {"temperature": temperature, **_calibration_figures(logits / temperature, labels)}
+
+
+def cross_fitted(logits: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Compute the figures of two halves, each at the temperature of the other.
+
+    As published, where there is no validation split. The halves are random, and the same for every
+    run on one test set.
+
+    Args:
+        logits: (N, K).
+        labels: (N,).
+
+    Returns:
+        "temperatures" of both halves, and nll, brier and ece over all samples.
+
+    Raises:
+        InputError: there are too few samples, or no temperature is best for a half.
+    """
+    if len(labels) < 2 * FEWEST_FOR_TEMPERATURE:
+        raise InputError(
+            f"the test set has {len(labels)} images, and two temperatures need "
+            f"{2 * FEWEST_FOR_TEMPERATURE}"
         )
-        return {"absent": {"calibrated": reason}}
-    scaled = logits.double().mean(dim=1) / temperature  # (N, K)
+    order = torch.randperm(len(labels), generator=make_generator(0, "halves"))
+    halves = order.tensor_split(2)
+    temperatures = [fit_temperature(logits[half], labels[half]) for half in halves]
+    for temperature in temperatures:
+        _check_temperature(temperature, "test")
+    scaled = torch.empty_like(logits)
+    for half, temperature in zip(halves, reversed(temperatures), strict=True):
+        scaled[half] = logits[half] / temperature
+    return {"temperatures": temperatures, **_calibration_figures(scaled, labels)}
+
+
+def _check_temperature(temperature: float, part: str) -> None:
+    if not TEMPERATURE_BOUNDS[0] < temperature < TEMPERATURE_BOUNDS[1]:
+        raise InputError(
+            f"every {part} image is right, or none better than chance, so that no temperature is "
+            f"best; a larger {part} part would tell"
+        )
+
+
+def _calibration_figures(logits: Tensor, labels: Tensor) -> dict[str, float]:
     figures = {"nll": nll, "brier": brier, "ece": expected_calibration_error}
-    values = {name: figure(scaled, labels).item() for name, figure in figures.items()}
-    return {"calibrated": {"temperature": temperature, **values}}
+    return {name: figure(logits, labels).item() for name, figure in figures.items()}
+
+
+def _by_probabilities(member_logits: Tensor, labels: Tensor) -> dict[str, Any]:
+    if member_logits.shape[1] == 1:
+        raise InputError("with one member it is the same as the mean of the logits")
+    figures = evaluate_logits(member_logits, labels, average="probabilities")
+    return {name: value for name, value in figures.items() if name not in _OF_MEMBERS}
 
 
 def _refuse_empty() -> NoReturn:
@@ -108,7 +187,9 @@ def _refuse_empty() -> NoReturn:
 
 
 @torch.no_grad()
-def evaluate_logits(member_logits: Tensor, labels: Tensor) -> dict[str, Any]:
+def evaluate_logits(
+    member_logits: Tensor, labels: Tensor, *, average: str = "logits"
+) -> dict[str, Any]:
     """Compute every figure of an ensemble, which is the mean of its members' logits.
 
     The temperature is fitted on these very logits, so `nll_calibrated` and `ece_calibrated` show
@@ -117,53 +198,67 @@ def evaluate_logits(member_logits: Tensor, labels: Tensor) -> dict[str, Any]:
     Args:
         member_logits: (N, M, K).
         labels: (N,).
+        average: of the members: "logits", as published, or "probabilities".
 
     Returns:
         Floats named accuracy, top5, nll, brier (summed over classes), ece, tace, failure_auroc,
-        aurc, ratio_error, disagreement, temperature, nll_calibrated and ece_calibrated, and the
-        list member_accuracy. Shares are in [0, 1]. A figure that is undefined for this input is
-        left out; "absent", there only then, maps its name to the reason.
+        aurc, risk_at_80, risk_at_90 and risk_at_95 (errors among the surest 80, 90, 95 %),
+        ratio_error, disagreement, mutual_information (nats), temperature, nll_calibrated and
+        ece_calibrated, and the list member_accuracy. Shares are in [0, 1]. A figure that is
+        undefined for this input is left out; "absent", there only then, maps its name to the
+        reason.
 
     Raises:
-        InputError: wrong shapes, labels out of range or logits that are not finite.
+        InputError: wrong shapes, labels out of range, logits that are not finite, or an unknown
+            average.
     """
+    if average not in AVERAGES:
+        raise unknown("average of members", average, AVERAGES)
     member_logits = torch.as_tensor(member_logits, device="cpu").double()
     labels = torch.as_tensor(labels, device="cpu")
     check_logits(member_logits, labels, axes="(N, M, K)", name="member_logits")
-    return _compute(_figures(member_logits, labels))
+    return _compute(_figures(member_logits, labels, AVERAGES[average](member_logits)))
 
 
-def _figures(member_logits: Tensor, labels: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """List the figures, each as what computes it."""
-    logits = member_logits.mean(dim=1)  # (N, K)
+def _figures(member_logits: Tensor, labels: Tensor, logits: Tensor) -> dict[str, Callable[[], Any]]:
+    """List the figures of an ensemble (N, K) of members (N, M, K), each as what computes it."""
     confidence, correct = top_predictions(logits, labels)
     temperature = fit_temperature(logits, labels)
     calibrated = logits / temperature
     return {
-        "accuracy": lambda: correct.double().mean(),
-        "top5": lambda: _top5(logits, labels),
-        "nll": lambda: nll(logits, labels),
-        "brier": lambda: brier(logits, labels),
-        "ece": lambda: expected_calibration_error(logits, labels),
-        "tace": lambda: thresholded_adaptive_calibration_error(logits, labels),
-        "failure_auroc": lambda: failure_auroc(confidence, correct),
-        "aurc": lambda: aurc(confidence, correct),
-        "member_accuracy": lambda: member_accuracies(member_logits, labels),
-        "ratio_error": lambda: ratio_error(member_logits, labels),
-        "disagreement": lambda: disagreement(member_logits),
-        "temperature": lambda: torch.tensor(temperature, dtype=torch.float64),
-        "nll_calibrated": lambda: nll(calibrated, labels),
-        "ece_calibrated": lambda: expected_calibration_error(calibrated, labels),
+        "accuracy": lambda: correct.double().mean().item(),
+        "top5": lambda: _top5(logits, labels).item(),
+        "nll": lambda: nll(logits, labels).item(),
+        "brier": lambda: brier(logits, labels).item(),
+        "ece": lambda: expected_calibration_error(logits, labels).item(),
+        "tace": lambda: thresholded_adaptive_calibration_error(logits, labels).item(),
+        "failure_auroc": lambda: failure_auroc(confidence, correct).item(),
+        "aurc": lambda: aurc(confidence, correct).item(),
+        **{
+            f"risk_at_{share}": partial(_risk_at, confidence, correct, share / 100)
+            for share in COVERAGES
+        },
+        "member_accuracy": lambda: member_accuracies(member_logits, labels).tolist(),
+        "ratio_error": lambda: ratio_error(member_logits, labels).item(),
+        "disagreement": lambda: disagreement(member_logits).item(),
+        "mutual_information": lambda: mutual_information(member_logits).item(),
+        "temperature": lambda: temperature,
+        "nll_calibrated": lambda: nll(calibrated, labels).item(),
+        "ece_calibrated": lambda: expected_calibration_error(calibrated, labels).item(),
     }
 
 
-def _compute(figures: Mapping[str, Callable[[], Tensor]]) -> dict[str, Any]:
+def _risk_at(confidence: Tensor, correct: Tensor, coverage: float) -> float:
+    return risk_at_coverage(confidence, correct, coverage).item()
+
+
+def _compute(figures: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
     """Compute each figure that is defined, and note why the others are not."""
     values: dict[str, Any] = {}
     absent: dict[str, str] = {}
     for name, figure in figures.items():
         try:
-            values[name] = figure().tolist()
+            values[name] = figure()
         except InputError as error:
             absent[name] = str(error)
     return {**values, "absent": absent} if absent else values

@@ -22,6 +22,9 @@ Stream = Literal[
     "schedule",  # whether a batch is mixed with the binary kind or linearly
     "lam",  # mixing ratios
     "msda",  # which images are mixed with which, and where
+    "bootstrap",  # resamples of test images
+    "halves",  # which half of the test set a temperature is fitted on
+    "corruption",  # noise on test images
     "masks",  # boxes, seeds, noise and roles of the members
 ]
 """A named purpose of random draws. Two streams never share numbers by design."""

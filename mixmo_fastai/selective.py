@@ -8,6 +8,8 @@ Classifiers", ICLR 2019 (AURC); Ramé, Sun, Cord, "MixMo", ICCV 2021, section 4 
 Confidences that tie are one group, so no figure depends on the order of the samples.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -62,6 +64,27 @@ def risk_coverage(confidence: Tensor, correct: Tensor) -> tuple[Tensor, Tensor]:
     errors = (wrong / sizes).repeat_interleave(sizes.long()).cumsum(dim=0)  # (N,)
     accepted = torch.arange(1, len(errors) + 1, dtype=torch.float64, device=errors.device)
     return accepted / len(errors), errors / accepted
+
+
+def risk_at_coverage(confidence: Tensor, correct: Tensor, coverage: float) -> Tensor:
+    """Compute the share of errors among the surest predictions that make up a share of all.
+
+    Args:
+        confidence: (N,).
+        correct: (N,).
+        coverage: share of the samples that is accepted, in (0, 1]; ceil(coverage · N) of them.
+
+    Returns:
+        A scalar in [0, 1], in float64.
+
+    Raises:
+        InputError: wrong shapes or values.
+    """
+    if not 0 < coverage <= 1:
+        raise InputError(f"coverage must be above 0 and at most 1; got {coverage}.")
+    _, risk = risk_coverage(confidence, correct)
+    accepted = math.ceil(coverage * len(risk) - 1e-9)  # 0.8 · 10 is a little more than 8
+    return risk[max(accepted, 1) - 1]
 
 
 def aurc(confidence: Tensor, correct: Tensor) -> Tensor:

@@ -150,3 +150,23 @@ def risk(confidence, correct):
 
 def aurc(confidence, correct):
     return risk(confidence, correct).mean()
+
+
+def risk_at(confidence, correct, percent):
+    """Risk of the fewest surest samples that are so many percent of all."""
+    accepted = -(-percent * len(confidence) // 100)
+    return risk(confidence, correct)[accepted - 1]
+
+
+def resampled_intervals(logits, labels, counts, level=0.95):
+    """The figures of each resample, sample by sample, and their percentiles."""
+    figures = {"accuracy": [], "nll": [], "ece": []}
+    for row in counts:
+        chosen = np.repeat(np.arange(len(labels)), row)
+        z, y = logits[chosen], labels[chosen]
+        confidence, correct = top(z, y)
+        figures["accuracy"].append(correct.mean())
+        figures["nll"].append(nll(z, y))
+        figures["ece"].append(ece(confidence, correct))
+    ends = [(1 - level) / 2, (1 + level) / 2]
+    return {name: (values, np.quantile(values, ends)) for name, values in figures.items()}

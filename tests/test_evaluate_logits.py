@@ -9,7 +9,14 @@ from golden import arrays, facts, needs_golden
 from sklearn.metrics import top_k_accuracy_score
 
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.evaluation import collect_member_logits, evaluate_loaders, evaluate_logits
+from mixmo_fastai.evaluation import (
+    collect_member_logits,
+    cross_fitted,
+    evaluate_loaders,
+    evaluate_logits,
+    evaluate_parts,
+)
+from mixmo_fastai.randomness import make_generator
 
 FIGURES = [
     "accuracy",
@@ -20,9 +27,13 @@ FIGURES = [
     "tace",
     "failure_auroc",
     "aurc",
+    "risk_at_80",
+    "risk_at_90",
+    "risk_at_95",
     "member_accuracy",
     "ratio_error",
     "disagreement",
+    "mutual_information",
     "temperature",
     "nll_calibrated",
     "ece_calibrated",
@@ -37,9 +48,12 @@ def draw(num_samples, num_members, num_classes, *, signal=1.5, seed=0):
     return logits, labels
 
 
-def by_the_oracle(member_logits, labels):
+def by_the_oracle(member_logits, labels, average="logits"):
     member_logits, labels = member_logits.double().numpy(), labels.numpy()
     logits = member_logits.mean(1)
+    if average == "probabilities":
+        means = [np.mean([oracle.softmax(z) for z in row], axis=0) for row in member_logits]
+        logits = np.log(means)
     confidence, correct = oracle.top(logits, labels)
     temperature = oracle.temperature(logits, labels)
     return {
@@ -51,9 +65,11 @@ def by_the_oracle(member_logits, labels):
         "tace": oracle.tace(logits, labels),
         "failure_auroc": oracle.failure_auroc(confidence, correct),
         "aurc": oracle.aurc(confidence, correct),
+        **{f"risk_at_{c}": oracle.risk_at(confidence, correct, c) for c in (80, 90, 95)},
         "member_accuracy": oracle.member_accuracy(member_logits, labels),
         "ratio_error": oracle.ratio_error(member_logits, labels),
         "disagreement": oracle.disagreement(member_logits),
+        "mutual_information": oracle.mutual_information(member_logits),
         "temperature": temperature,
         "nll_calibrated": oracle.nll(logits / temperature, labels),
         "ece_calibrated": oracle.ece(*oracle.top(logits / temperature, labels)),
@@ -62,11 +78,12 @@ def by_the_oracle(member_logits, labels):
 
 @pytest.mark.parametrize("size", [(80, 2, 6), (150, 3, 10), (200, 4, 25)])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_every_figure_against_the_oracle(size, seed):
+@pytest.mark.parametrize("average", ["logits", "probabilities"])
+def test_every_figure_against_the_oracle(size, seed, average):
     member_logits, labels = draw(*size, seed=seed)
-    found = evaluate_logits(member_logits, labels)
+    found = evaluate_logits(member_logits, labels, average=average)
     assert list(found) == FIGURES
-    for name, expected in by_the_oracle(member_logits, labels).items():
+    for name, expected in by_the_oracle(member_logits, labels, average).items():
         assert found[name] == pytest.approx(expected, rel=1e-8, abs=1e-8), name
 
 
@@ -113,7 +130,7 @@ def test_top5_against_scikit_learn_and_its_ties():
 def test_one_member():
     member_logits, labels = draw(60, 1, 6)
     found = evaluate_logits(member_logits, labels)
-    assert set(found["absent"]) == {"ratio_error", "disagreement"}
+    assert set(found["absent"]) == {"ratio_error", "disagreement", "mutual_information"}
     assert all("two or more; got 1" in reason for reason in found["absent"].values())
     assert found["member_accuracy"] == [found["accuracy"]]
 
@@ -197,6 +214,77 @@ def test_what_cannot_be_evaluated_is_refused(member_logits, labels, message):
     with pytest.raises(InputError, match=message) as raised:
         evaluate_logits(member_logits, labels)
     assert len(str(raised.value).splitlines()) <= 3
+
+
+def test_an_unknown_average_is_refused():
+    with pytest.raises(InputError, match="Did you mean 'logits'"):
+        evaluate_logits(*draw(10, 2, 6), average="logit")
+
+
+def parts(num_members=2, num_valid=80, num_test=240):
+    logits, labels = draw(num_valid + num_test, num_members, 6, signal=1.0, seed=3)
+    validation = (logits[:num_valid], labels[:num_valid]) if num_valid else None
+    return validation, (logits[num_valid:], labels[num_valid:])
+
+
+class TestParts:
+    """Everything from the logits of both parts."""
+
+    def test_both_averages_are_there_by_name(self):
+        validation, test = parts()
+        found = evaluate_parts(validation, test)
+        assert found["test"] == evaluate_logits(*test)
+        assert found["valid"] == evaluate_logits(*validation)
+        mean = evaluate_logits(*test, average="probabilities")
+        others = {"member_accuracy", "ratio_error", "disagreement", "mutual_information"}
+        assert found["test_mean_probabilities"] == {
+            name: value for name, value in mean.items() if name not in others
+        }
+        assert found["test"]["nll"] != found["test_mean_probabilities"]["nll"]
+        assert "absent" not in found
+
+    def test_intervals_hold_their_figures(self):
+        found = evaluate_parts(*parts())
+        assert set(found["intervals"]) == {"accuracy", "nll", "ece"}
+        for name in ("accuracy", "nll"):
+            low, high = found["intervals"][name]
+            assert low < found["test"][name] < high
+
+    def test_halves_are_scored_at_the_temperature_of_the_other(self):
+        logits, labels = draw(200, 1, 6, signal=1.0, seed=5)
+        logits = logits[:, 0].double()
+        found = cross_fitted(logits, labels)
+        order = torch.randperm(200, generator=make_generator(0, "halves"))
+        first, second = order[:100].numpy(), order[100:].numpy()
+        z, y = logits.numpy(), labels.numpy()
+        temperatures = [oracle.temperature(z[half], y[half]) for half in (first, second)]
+        assert found["temperatures"] == pytest.approx(temperatures, rel=1e-8)
+        scaled = np.concatenate([z[first] / temperatures[1], z[second] / temperatures[0]])
+        joined = np.concatenate([y[first], y[second]])
+        assert found["nll"] == pytest.approx(oracle.nll(scaled, joined))
+        assert found["brier"] == pytest.approx(oracle.brier(scaled, joined))
+        assert found["ece"] == pytest.approx(oracle.ece(*oracle.top(scaled, joined)))
+
+    @pytest.mark.parametrize(
+        ("settings", "absent", "reason"),
+        [
+            ({"num_members": 1}, "test_mean_probabilities", "one member"),
+            ({"num_valid": 0}, "calibrated", "no validation split"),
+            ({"num_test": 60}, "cross_fitted", "60 images"),
+        ],
+    )
+    def test_what_cannot_be_told_is_absent_with_its_reason(self, settings, absent, reason):
+        found = evaluate_parts(*parts(**settings))
+        assert absent not in found
+        assert reason in found["absent"][absent]
+
+    def test_one_class_and_no_errors_leave_no_nan(self):
+        logits = torch.zeros(120, 2, 6)
+        logits[:, :, 2] = 5.0
+        labels = torch.full((120,), 2)
+        found = evaluate_parts((logits, labels), (logits, labels))
+        assert set(found["absent"]) == {"calibrated", "cross_fitted"}
+        assert "nan" not in json.dumps(found).lower()
 
 
 class TestCalibratedFigures:

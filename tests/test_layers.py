@@ -22,6 +22,7 @@ LAYERS = {
     "schedule": STDLIB,
     "settings": STDLIB,
     "augment": MATHEMATICS,
+    "bootstrap": MATHEMATICS,
     "calibration": MATHEMATICS,
     "diversity": MATHEMATICS,
     "losses": MATHEMATICS,

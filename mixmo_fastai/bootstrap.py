@@ -1,0 +1,129 @@
+"""Bootstrap: how far a figure would move on other test images of the same kind.
+
+Shapes: N samples, R resamples, Q bins. Logits are (N, K), labels (N,).
+Source: Efron, Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13 (percentile
+interval); pairing as in Koehn, "Statistical Significance Tests", EMNLP 2004.
+
+A resample draws N of the N samples with replacement, so it is a count of each sample; the figures
+of all resamples are then a few products of matrices.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mixmo_fastai.calibration import NUM_BINS, bin_indices, check_logits, top_predictions
+from mixmo_fastai.errors import InputError
+from mixmo_fastai.randomness import make_generator
+
+NUM_RESAMPLES = 1000
+LEVEL = 0.95
+_CHUNK = 100  # resamples held at a time, so that their counts stay in tens of megabytes
+
+Interval = tuple[float, float]
+
+
+def intervals(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    num_resamples: int = NUM_RESAMPLES,
+    level: float = LEVEL,
+    seed: int = 0,
+) -> dict[str, Interval]:
+    """Compute percentile intervals of accuracy, NLL and ECE.
+
+    Args:
+        logits: (N, K).
+        labels: (N,).
+        num_resamples: R.
+        level: probability mass of the interval.
+        seed: of the resamples.
+
+    Returns:
+        lower and upper end by the name of the figure: accuracy, nll, ece.
+
+    Raises:
+        InputError: wrong shapes, labels out of range, logits that are not finite, R below 1 or a
+            level outside of (0, 1).
+    """
+    parts = _additive_parts(logits, labels)
+    resampled = _resampled(parts, num_resamples, seed)
+    return {name: _interval(values, level) for name, values in resampled.items()}
+
+
+def paired_intervals(
+    first: Tensor,
+    second: Tensor,
+    labels: Tensor,
+    *,
+    num_resamples: int = NUM_RESAMPLES,
+    level: float = LEVEL,
+    seed: int = 0,
+) -> dict[str, Interval]:
+    """Compute percentile intervals of the differences second - first, on the same samples.
+
+    Each resample counts the same images for both, so that what makes an image hard for both does
+    not widen the interval.
+
+    Args:
+        first: logits (N, K) of one network.
+        second: logits (N, K) of the other.
+        labels: (N,).
+        num_resamples: R.
+        level: probability mass of the interval.
+        seed: of the resamples.
+
+    Returns:
+        lower and upper end of the difference by the name of the figure: accuracy, nll, ece.
+
+    Raises:
+        InputError: as for `intervals`.
+    """
+    one, other = (
+        _resampled(_additive_parts(logits, labels), num_resamples, seed)
+        for logits in (first, second)
+    )
+    return {name: _interval(other[name] - one[name], level) for name in one}
+
+
+def draw_counts(num_samples: int, num_resamples: int, *, generator: torch.Generator) -> Tensor:
+    """Draw how often each sample is in each resample: (R, N) float32, each row summing to N."""
+    chosen = torch.randint(num_samples, (num_resamples, num_samples), generator=generator)
+    counts = torch.zeros(num_resamples, num_samples)
+    return counts.scatter_add_(1, chosen, torch.ones(1, 1).expand_as(chosen))
+
+
+def _additive_parts(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Give, per sample, what the figures add up: accuracy (N,), nll (N,), ece (N, Q)."""
+    check_logits(logits, labels)
+    logits, labels = logits.detach().cpu().double(), labels.detach().cpu()
+    confidence, correct = top_predictions(logits, labels)
+    in_bin = F.one_hot(bin_indices(confidence, NUM_BINS), NUM_BINS)
+    return {
+        "accuracy": correct.double(),
+        "nll": F.cross_entropy(logits, labels.long(), reduction="none"),
+        "ece": (correct.double() - confidence)[:, None] * in_bin,
+    }
+
+
+def _resampled(parts: Mapping[str, Tensor], num_resamples: int, seed: int) -> dict[str, Tensor]:
+    """Compute each figure for each resample: (R,) by name."""
+    if num_resamples < 1:
+        raise InputError(f"num_resamples must be 1 or more; got {num_resamples}.")
+    columns = torch.cat([part.reshape(len(part), -1) for part in parts.values()], dim=1).float()
+    generator, sums = make_generator(seed, "bootstrap"), []
+    for start in range(0, num_resamples, _CHUNK):
+        size = min(_CHUNK, num_resamples - start)
+        sums.append(draw_counts(len(columns), size, generator=generator) @ columns)
+    accuracy, nll, *bins = (torch.cat(sums).double() / len(columns)).unbind(dim=1)
+    return {"accuracy": accuracy, "nll": nll, "ece": torch.stack(bins, dim=1).abs().sum(dim=1)}
+
+
+def _interval(values: Tensor, level: float) -> Interval:
+    if not 0 < level < 1:
+        raise InputError(f"level must be above 0 and below 1; got {level}.")
+    low, high = values.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2]).double()).tolist()
+    return low, high

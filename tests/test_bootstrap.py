@@ -1,0 +1,93 @@
+import numpy as np
+import oracle_metrics as oracle
+import pytest
+import torch
+
+from mixmo_fastai.bootstrap import draw_counts, intervals, paired_intervals
+from mixmo_fastai.errors import InputError
+from mixmo_fastai.randomness import make_generator
+
+R = 25
+
+
+def draw(num_samples=60, num_classes=5, seed=0, signal=1.5):
+    random = torch.Generator().manual_seed(seed)
+    labels = torch.randint(num_classes, (num_samples,), generator=random)
+    logits = torch.randn(num_samples, num_classes, generator=random).double()
+    logits[torch.arange(num_samples), labels] += signal
+    return logits, labels
+
+
+def counts(num_samples, num_resamples=R, seed=0):
+    return draw_counts(num_samples, num_resamples, generator=make_generator(seed, "bootstrap"))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_intervals_against_the_oracle(seed):
+    logits, labels = draw(seed=seed)
+    resamples = counts(60, seed=seed).int().numpy()
+    expected = oracle.resampled_intervals(logits.numpy(), labels.numpy(), resamples)
+    found = intervals(logits, labels, num_resamples=R, seed=seed)
+    for name, (_, ends) in expected.items():
+        assert found[name] == pytest.approx(tuple(ends), abs=1e-6), name
+
+
+def test_differences_are_paired():
+    first, labels = draw()
+    second = first + 0.3 * torch.randn(60, 5, generator=torch.Generator().manual_seed(7))
+    resamples = counts(60).int().numpy()
+    one, other = (
+        oracle.resampled_intervals(logits.numpy(), labels.numpy(), resamples)
+        for logits in (first, second)
+    )
+    found = paired_intervals(first, second, labels, num_resamples=R)
+    for name in found:
+        differences = np.subtract(other[name][0], one[name][0])
+        ends = tuple(np.quantile(differences, [0.025, 0.975]))
+        assert found[name] == pytest.approx(ends, abs=1e-6), name
+
+
+def test_a_network_does_not_differ_from_itself():
+    logits, labels = draw()
+    assert set(paired_intervals(logits, logits, labels).values()) == {(0.0, 0.0)}
+
+
+def test_resamples_draw_with_replacement():
+    drawn = counts(50, 400)
+    assert bool((drawn.sum(dim=1) == 50).all())
+    assert drawn.mean().item() == 1
+    assert drawn.var().item() == pytest.approx(1 - 1 / 50, abs=0.03)  # binomial, p = 1/N
+
+
+def test_an_interval_covers_the_truth_about_as_often_as_it_says():
+    """Accuracy of 0.8 on 200 samples, many times over."""
+    hits = 0
+    for seed in range(100):
+        random = torch.Generator().manual_seed(seed)
+        right = torch.rand(200, generator=random) < 0.8
+        logits = torch.tensor([1.0, 0.0]).expand(200, 2)
+        low, high = intervals(logits, (~right).long(), num_resamples=400, seed=seed)["accuracy"]
+        hits += low <= 0.8 <= high
+    assert 88 <= hits <= 99
+
+
+def test_more_samples_than_resamples_held_at_a_time_change_nothing():
+    logits, labels = draw()
+    assert intervals(logits, labels, num_resamples=250) != intervals(
+        logits, labels, num_resamples=100
+    )
+    assert intervals(logits, labels, num_resamples=250) == intervals(
+        logits, labels, num_resamples=250
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_resamples": 0}, "num_resamples must be 1 or more"),
+        ({"level": 1.0}, "level must be above 0 and below 1"),
+    ],
+)
+def test_what_makes_no_interval_is_refused(settings, message):
+    with pytest.raises(InputError, match=message):
+        intervals(*draw(), **settings)
