@@ -49,7 +49,8 @@ def evaluate_ensemble(
     Each run is one member, whatever members it has itself, so that every run counts alike.
 
     Args:
-        runs: two or more finished runs, trained on one data set with one validation split.
+        runs: two or more finished runs, trained on one data set with one validation split; where
+            some have none, there is no validation of the whole.
         data_dir: where the data lies, if not where it was looked for in training.
         device: where to evaluate; each recipe's where not given.
 
@@ -121,7 +122,8 @@ def _check_comparable(runs: Sequence[RunFolder]) -> None:
     for run, data in zip(runs[1:], others, strict=True):
         for setting in ("dataset", "valid_split", "image_size"):
             own, expected = getattr(data, setting), getattr(first, setting)
-            if own != expected:
+            without_split = setting == "valid_split" and 0 in (own, expected)
+            if own != expected and not without_split:
                 raise InputError(
                     f"{run.path} has data.{setting}={own!r}, and {runs[0].path} has {expected!r}.\n"
                     "Runs of one ensemble must share the data and the validation split."
@@ -129,8 +131,8 @@ def _check_comparable(runs: Sequence[RunFolder]) -> None:
 
 
 def _as_one(parts: Sequence[LabelledLogits]) -> LabelledLogits:
-    """Make each run one member: R times (N, M, K) -> (N, R, K)."""
+    """Make each run one member: R times (N, M, K) -> (N, R, K); None where one has no images."""
     present = [part for part in parts if part is not None]
-    if not present:
+    if len(present) < len(parts):  # a run without validation split has trained on these images
         return None
     return torch.stack([logits.mean(dim=1) for logits, _ in present], dim=1), present[0][1]

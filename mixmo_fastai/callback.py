@@ -89,11 +89,12 @@ class MixMoCallback(Callback):
         super().__init__()
         check_kind(mix, num_members=2)
         self.mask_options = dict(mask_options or {})
-        draw_masks(mix, torch.full((1, 2), 0.5), (2, 8, 8), **self.mask_options)
+        trial = torch.Generator()  # the global one is the user's
+        draw_masks(mix, torch.full((1, 2), 0.5), (2, 8, 8), generator=trial, **self.mask_options)
         check_pairing(1, batch_repetitions, input_repetition)
         _check_shares(mix_prob=mix_prob, decay_start=decay_start, msda_prob=msda_prob)
         loss_weights(torch.ones(1, 1), weight_root)
-        draw_lam(1, 1, alpha)
+        draw_lam(1, 1, alpha, generator=trial)
         if msda is not None:
             check_msda(msda, msda_alpha, msda_prob)
         self.mix, self.alpha, self.mix_prob, self.decay_start = mix, alpha, mix_prob, decay_start

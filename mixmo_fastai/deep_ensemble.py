@@ -3,6 +3,7 @@
 A run of one network is the plain case of the same path.
 """
 
+import gc
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,7 +14,7 @@ from fastai.callback.core import Callback
 from mixmo_fastai.assessment import collect_logits
 from mixmo_fastai.evaluation import evaluate_parts
 from mixmo_fastai.randomness import derive_seed
-from mixmo_fastai.recipe import Recipe
+from mixmo_fastai.recipe import Expected, Recipe
 from mixmo_fastai.runs import RunFolder, create_run
 from mixmo_fastai.training import TEST_SET, Training, prepare_network, train
 
@@ -53,33 +54,49 @@ def train_run(
             say(f"{place}: finished.")
             continue
         say(f"{place}: {folder.path}")
-        # The first network is there already; each of the others replaces the one before.
-        part = prepare_network(own, training.source) if index else replace(training, recipe=own)
+        part = _network(training, own, index)
         begun = resume and _is_begun(folder)
         if not begun:
             create_run(own, folder.path, device=training.device_name)
         train(part, folder, cbs=cbs, resume=begun)
+        del part  # before the next is built
+        gc.collect()  # a Learner and its callbacks hold each other
     loaders = training.learn.dls.valid, training.learn.dls[TEST_SET]
-    seconds = sum(float(folder.metrics()["seconds"]) for folder in folders)
+    parts = [folder.metrics() for folder in folders]
+    selected = [part["selected_epoch"] for part in parts if "selected_epoch" in part]
     figures = {
         **training.summary(),
-        "seconds": round(seconds, 1),
+        **({"selected_epoch": selected} if selected else {}),
+        "seconds": round(sum(float(part["seconds"]) for part in parts), 1),
         **evaluate_parts(*collect_logits(run, training.learn.model, loaders)),
     }
     run.write_metrics(figures)
     return figures
 
 
+def _network(training: Training, recipe: Recipe, index: int) -> Training:
+    """Build one network; the first is there already."""
+    if index == 0:
+        return replace(training, recipe=recipe)
+    return prepare_network(recipe, training.source, training.learn.dls)
+
+
 def network_recipe(recipe: Recipe, index: int) -> Recipe:
     """Give the recipe of one network of an ensemble, counted from 0.
 
     The first has the ensemble's own seed and is thus the network that the recipe trains alone. The
-    seeds of the others follow from it, so that ensembles of other seeds share no network.
+    seeds of the others follow from it, so that ensembles of other seeds share no network. The
+    ensemble's name and published figure are not those of its parts.
     """
     seed = recipe.train.seed
     own = derive_seed(seed, "network", step=index) if index else seed
     return replace(
-        recipe, model=replace(recipe.model, num_nets=1), train=replace(recipe.train, seed=own)
+        recipe,
+        name="",
+        title="",
+        model=replace(recipe.model, num_nets=1),
+        train=replace(recipe.train, seed=own),
+        expected=Expected(),
     )
 
 

@@ -24,8 +24,10 @@ MASK_KINDS = (
 )
 """How features are mixed; drawn by `mixmo_fastai.mixing.draw_masks`."""
 
-_BLOCKS, _SPOTS = ("block_size",), ("sigma_min", "sigma_max", "area_min", "area_max")
-MASK_OPTIONS = {"patchup": _BLOCKS, "patchup-soft": _BLOCKS, "cow": _SPOTS}
+COW_DEFAULTS = {"sigma_min": 4.0, "sigma_max": 16.0, "area_min": 0.2, "area_max": 0.8}
+"""CowMask's blur in places and area share, from lowest to highest."""
+_BLOCKS = ("block_size",)
+MASK_OPTIONS = {"patchup": _BLOCKS, "patchup-soft": _BLOCKS, "cow": tuple(COW_DEFAULTS)}
 """Options of the mask kinds that have some; what each means is said in `mixing/regions.py`."""
 
 MSDA_KINDS = ("cutmix", "mixup")

@@ -4,6 +4,7 @@ A recipe is a TOML file that says only what makes it itself; all defaults are he
 only, so that a wrong key or value is refused before torch is imported.
 """
 
+import math
 import os
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -13,6 +14,7 @@ from typing import Any
 
 from mixmo_fastai.errors import InputError, nearest
 from mixmo_fastai.names import (
+    COW_DEFAULTS,
     DEVICES,
     LOADERS,
     MASK_KINDS,
@@ -179,7 +181,8 @@ class Schedule:
         momentums: one-cycle: momentum at start, peak and end.
         milestones: published: shares of training after which the rate is multiplied by gamma.
         gamma: published: that factor.
-        warmup_epochs: published: epochs of linear warm-up, per step.
+        warmup_epochs: published: epochs of linear warm-up, per step, as `Recipe.warmup_steps`
+            counts them.
     """
 
     kind: str = choice("one-cycle", SCHEDULES)
@@ -235,6 +238,19 @@ class Recipe:
         scale = self.train.batch_size / 64 / self.mix.batch_repetitions
         peak = self.schedule.peak if self.schedule.kind == "one-cycle" else 1.0
         return self.optimizer.base_lr * scale * peak
+
+    def warmup_steps(self, num_images: int) -> int:
+        """Count the steps of the published warm-up.
+
+        An epoch of it is batch_repetitions · ceil(num_images / batch_size) steps: as published,
+        782 · b for the 50,000 images of CIFAR and 1000 · b for Tiny ImageNet, with the last,
+        incomplete batch and with the images that are set aside for validation here.
+
+        Args:
+            num_images: training images, those of the validation split included.
+        """
+        batches = math.ceil(num_images / self.train.batch_size)
+        return round(self.schedule.warmup_epochs * self.mix.batch_repetitions * batches)
 
     @property
     def loader_batch_size(self) -> int:
@@ -343,6 +359,10 @@ def recipe_home() -> Path:
     return installed if installed.is_dir() else package.parent / "recipes"
 
 
+def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def _check_together(recipe: Recipe, where: str) -> None:
     """Check what no single key shows."""
     mix, train = recipe.mix, recipe.train
@@ -361,6 +381,15 @@ def _check_together(recipe: Recipe, where: str) -> None:
         raise InputError(
             f"{where}: mix.{strange[0]} is no option of mix.kind={mix.kind!r}, which {takes}."
         )
+    if mix.block_size is not None and mix.block_size % 2 == 0:
+        raise InputError(f"{where}: mix.block_size is {mix.block_size}; it must be odd.")
+    for low, high in (("sigma_min", "sigma_max"), ("area_min", "area_max")):
+        ends = {name: getattr(mix, name) for name in (low, high)}
+        least, most = ({**COW_DEFAULTS, **_given(ends)}[name] for name in (low, high))
+        if least > most:
+            raise InputError(
+                f"{where}: mix.{low} is {least:g} and mix.{high} is {most:g}; they must not fall."
+            )
     if recipe.data.augmix and recipe.data.loader == "resident":
         raise InputError(
             f"{where}: data.augmix works image by image, which the resident loader does not.\n"

@@ -3,17 +3,20 @@
 import math
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
-from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.core import CancelFitException
 
+from mixmo_fastai.averaging import EMACallback
 from mixmo_fastai.checkpoints import Stateful, save_checkpoint
+from mixmo_fastai.epochs import TrainedEpochCallback
 from mixmo_fastai.models.mixmo_model import unwrap
 from mixmo_fastai.runs import RunFolder
 
 
-class HistoryCallback(Callback):
+class HistoryCallback(TrainedEpochCallback):
     """Write one row per trained epoch; stop where the loss is not finite.
 
     The training loss is the mean over the epoch's steps: fastai's smooth one reaches back into the
@@ -25,17 +28,17 @@ class HistoryCallback(Callback):
         images_per_step: images that the network sees per step, repetitions included.
     """
 
-    order, run_valid = 55, False  # after the Recorder
+    order = 55  # after the Recorder
 
     def __init__(self, run: RunFolder, images_per_step: int) -> None:
         super().__init__()
         self.run_folder, self.images_per_step = run, images_per_step
         self.latest: dict[str, Any] = {}
-        self.trained = self.diverged = False
+        self.diverged = False
 
-    def before_epoch(self) -> None:
+    def before_train(self) -> None:
         """Start the clock and the sum of losses."""
-        self.trained, self.began, self.loss_sum = False, time.perf_counter(), torch.tensor(0.0)
+        self.began, self.loss_sum = time.perf_counter(), torch.tensor(0.0)
 
     def after_batch(self) -> None:
         """Add up the loss where it is, so that a GPU does not wait."""
@@ -43,16 +46,14 @@ class HistoryCallback(Callback):
 
     def after_train(self) -> None:
         """Stop where the loss is not finite."""
-        self.trained = True
+        super().after_train()
         self.train_seconds = time.perf_counter() - self.began
         self.diverged = not math.isfinite(float(self.loss_sum))
         if self.diverged:  # fastai would mangle the message of any other error
             raise CancelFitException
 
-    def after_epoch(self) -> None:
+    def after_trained_epoch(self) -> None:
         """Write the row of an epoch that was trained here."""
-        if not self.trained:
-            return
         _, valid_loss, *metrics = self.learn.final_record
         num_steps = len(self.learn.dls.train)
         loss = float(self.loss_sum) / num_steps
@@ -72,7 +73,7 @@ class HistoryCallback(Callback):
         self.run_folder.append_history(self.latest)
 
 
-class CheckpointCallback(Callback):
+class CheckpointCallback(TrainedEpochCallback):
     """Save the state after each epoch.
 
     Args:
@@ -80,24 +81,18 @@ class CheckpointCallback(Callback):
         parts: callbacks that have state of their own.
     """
 
-    order, run_valid = 65, False
+    order = 65
 
     def __init__(self, run: RunFolder, parts: Sequence[Stateful] = ()) -> None:
         super().__init__()
         self.run_folder, self.parts = run, tuple(parts)
-        self.trained = False
 
-    def before_epoch(self) -> None:
-        """Forget the epoch before."""
-        self.trained = False
-
-    def after_train(self) -> None:
-        """Note that there is something to save."""
-        self.trained = True
-
-    def after_epoch(self) -> None:
+    def after_trained_epoch(self) -> None:
         """Save the state of an epoch that was trained here."""
-        if self.trained:
+        averaging = [part for part in self.parts if isinstance(part, EMACallback)]
+        with ExitStack() as stack:
+            for part in averaging:
+                stack.enter_context(part.weights_in_training())
             save_checkpoint(self.run_folder, self.learn, self.learn.epoch + 1, self.parts)
 
 

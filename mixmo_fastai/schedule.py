@@ -52,7 +52,7 @@ def published_steps(
     steps_per_epoch: int,
     milestones: Sequence[float],
     gamma: float,
-    warmup_epochs: float,
+    warmup_steps: int,
 ) -> ScheduleFunction:
     """Warm up linearly, then hold, multiplying by gamma after each milestone.
 
@@ -62,11 +62,10 @@ def published_steps(
         steps_per_epoch: batches per epoch.
         milestones: shares of training, each rounded to a whole number of epochs.
         gamma: the factor.
-        warmup_epochs: step s of the warm-up's S trains with lr · (s + 1) / S.
+        warmup_steps: S; step s of the warm-up trains with lr · (s + 1) / S.
     """
     total = epochs * steps_per_epoch
     drops = [round(share * epochs) * steps_per_epoch for share in milestones]
-    warmup_steps = round(warmup_epochs * steps_per_epoch)
 
     def value(progress: float) -> float:
         # Progress is a sum of many small floats; the step it stands for is whole.

@@ -3,48 +3,36 @@
 from collections.abc import Mapping
 
 import torch
-from fastai.callback.core import Callback
 from torch import Tensor, nn
 
+from mixmo_fastai.epochs import TrainedEpochCallback
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.models.mixmo_model import unwrap
 
 _STANDING = "selection.standing"
 
 
-class BestEpochCallback(Callback):
+class BestEpochCallback(TrainedEpochCallback):
     """Keep the weights of the epoch that is best on the validation split.
 
     The best epoch has the highest accuracy of the ensemble; of several, the one with the lowest
     validation loss, and of these the first. The caller decides when to `restore` them.
     """
 
-    # After the history has its row, and while the network holds the averages of `EMACallback`.
-    order, run_valid = 57, False
+    order = 57  # after the Recorder
 
     def __init__(self) -> None:
         super().__init__()
         self.standing: tuple[float, float, int] | None = None  # accuracy, -loss, epoch from 1
         self.weights: dict[str, Tensor] = {}
-        self.trained = False
 
     @property
-    def epoch(self) -> int | None:
+    def number(self) -> int | None:
         """The best epoch so far, counted from 1."""
         return None if self.standing is None else self.standing[2]
 
-    def before_epoch(self) -> None:
-        """Forget the epoch before."""
-        self.trained = False
-
-    def after_train(self) -> None:
-        """Note that there is something to judge."""
-        self.trained = True
-
-    def after_epoch(self) -> None:
+    def after_trained_epoch(self) -> None:
         """Keep the weights where they are the best so far."""
-        if not self.trained:
-            return
         _, loss, accuracy, *_ = self.learn.final_record
         standing = (float(accuracy), -float(loss), self.learn.epoch + 1)
         if self.standing is None or standing[:2] > self.standing[:2]:
@@ -53,7 +41,13 @@ class BestEpochCallback(Callback):
             self.weights = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
 
     def restore(self, model: nn.Module) -> None:
-        """Put the best weights into a network."""
+        """Put the best weights into a network.
+
+        Raises:
+            InputError: no epoch was validated.
+        """
+        if not self.weights:
+            raise InputError("No epoch was validated, so that none is the best.")
         unwrap(model).load_state_dict(self.weights)
 
     def state_tensors(self) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import torch
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import ParamScheduler
+from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from torch import nn
 
@@ -59,6 +60,12 @@ class Training:
         return len(self.learn.dls.train)
 
     @property
+    def warmup_steps(self) -> int:
+        """Steps of the published warm-up."""
+        train, valid, *_ = (len(loader.images) for loader in self.learn.dls.loaders)
+        return self.recipe.warmup_steps(train if self.recipe.data.limit else train + valid)
+
+    @property
     def images_seen(self) -> int:
         """Images that the networks see in all, repetitions included."""
         train = self.recipe.train
@@ -101,21 +108,21 @@ def prepare(recipe: Recipe, data_dir: Path | None = None) -> Training:
     return prepare_network(recipe, read_source(recipe, data_dir))
 
 
-def prepare_network(recipe: Recipe, source: DataSource) -> Training:
-    """Build the Learner of a recipe on data that is read already; see `prepare`."""
+def prepare_network(recipe: Recipe, source: DataSource, dls: DataLoaders | None = None) -> Training:
+    """Build the Learner of a recipe on data that is read already; see `prepare`.
+
+    Args:
+        recipe: what to train.
+        source: the data.
+        dls: loaders of another network of the recipe's deep ensemble, to be used again, since two
+            data sets on a device would be one too many.
+    """
     device = choose_device(recipe.train.device)
     recipe = _with_augmentation(recipe, source)
-    dls = make_dataloaders(
-        source,
-        batch_size=recipe.loader_batch_size,
-        valid_split=recipe.data.valid_split,
-        limit=recipe.data.limit,
-        augmentation=Augmentation(recipe.data.crop_padding, recipe.data.flip, recipe.data.augmix),
-        seed=recipe.train.seed,
-        device=device,
-        loader=recipe.data.loader,
-        num_workers=recipe.data.num_workers,
-    )
+    if dls is None:
+        dls = _make_dataloaders(recipe, source, device)
+    else:
+        dls.train.seed = recipe.train.seed
     learn = learner_from_recipe(
         recipe, dls, cbs=precision_callbacks(recipe.train.precision, device)
     )
@@ -123,6 +130,21 @@ def prepare_network(recipe: Recipe, source: DataSource) -> Training:
     learn.remove_cbs(ProgressCallback)  # the caller brings its own display
     place(learn.model, device)
     return Training(recipe, source, learn)
+
+
+def _make_dataloaders(recipe: Recipe, source: DataSource, device: torch.device) -> DataLoaders:
+    data = recipe.data
+    return make_dataloaders(
+        source,
+        batch_size=recipe.loader_batch_size,
+        valid_split=data.valid_split,
+        limit=data.limit,
+        augmentation=Augmentation(data.crop_padding, data.flip, data.augmix),
+        seed=recipe.train.seed,
+        device=device,
+        loader=data.loader,
+        num_workers=data.num_workers,
+    )
 
 
 def train(
@@ -149,7 +171,8 @@ def train(
     start_epoch = load_checkpoint(run, learn, parts) if resume else 0
     run.truncate_history(start_epoch)
     history = HistoryCallback(run, recipe.train.batch_size)
-    scheduler = ParamScheduler(schedules(recipe, training.steps_per_epoch))
+    steps = training.steps_per_epoch, training.warmup_steps
+    scheduler = ParamScheduler(schedules(recipe, *steps))
     with learn.no_logging():
         learn.fit(
             recipe.train.epochs,
@@ -170,7 +193,7 @@ def train(
     save_weights(learn.model, run.weights)
     figures = {
         **training.summary(),
-        **({"selected_epoch": best.epoch} if best else {}),
+        **({"selected_epoch": best.number} if best else {}),
         "seconds": round(sum(float(row["seconds"]) for row in run.history()), 1),
         **evaluate_loaders(learn.model, valid=learn.dls.valid, test=learn.dls[TEST_SET]),
     }
@@ -190,7 +213,7 @@ def _settle_weights(learn: Learner, best: BestEpochCallback | None) -> None:
         averaging.finish()  # where a resumed run had no epoch left
 
 
-def schedules(recipe: Recipe, steps_per_epoch: int) -> dict[str, Any]:
+def schedules(recipe: Recipe, steps_per_epoch: int, warmup_steps: int) -> dict[str, Any]:
     """Give the schedules of learning rate and momentum, as fastai's ParamScheduler takes them."""
     schedule = recipe.schedule
     if schedule.kind == "published":
@@ -200,7 +223,7 @@ def schedules(recipe: Recipe, steps_per_epoch: int) -> dict[str, Any]:
             steps_per_epoch=steps_per_epoch,
             milestones=schedule.milestones,
             gamma=schedule.gamma,
-            warmup_epochs=schedule.warmup_epochs,
+            warmup_steps=warmup_steps,
         )
         return {"lr": lr}
     if schedule.kind == "flat-cosine":

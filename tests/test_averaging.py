@@ -1,8 +1,11 @@
+import io
+from contextlib import redirect_stdout
+
 import numpy as np
 import pytest
 import torch
-from fastai.callback.core import Callback
-from fastai.callback.tracker import EarlyStoppingCallback
+from fastai.callback.core import Callback, CancelFitException, CancelStepException
+from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from oracle import exponential_average
 from synthetic import mixmo_dls
 
@@ -119,30 +122,120 @@ def test_an_early_end_of_training_leaves_the_averages():
     assert same(floats(made.model), record.validated[-1])
 
 
-def test_an_interrupted_validation_leaves_the_weights_in_training():
-    class Interrupt(Callback):
-        run_train = False
+class Interrupt(Callback):
+    """Stop in the first validation, or after a step of training."""
 
-        def after_pred(self):
-            raise KeyboardInterrupt
+    def __init__(self, error, training):
+        super().__init__()
+        self.error, self.in_training = error, training
 
-    record, interrupt = Record(), Interrupt()
-    made = learner(EMACallback(DECAY), record, interrupt)
+    def after_batch(self):
+        if self.training == self.in_training:
+            raise self.error
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_after_an_interruption_loaded_weights_are_left_alone(training):
+    interrupt = Interrupt(KeyboardInterrupt, training)
+    made = learner(EMACallback(DECAY), interrupt)
     with pytest.raises(KeyboardInterrupt):
         fit(made, 1)
-    last = record.steps[-1]
     made.remove_cb(interrupt)
-    first = []
-
-    class First(Callback):
-        order = 100
-
-        def before_train(self):
-            first.append(floats(self.learn.model))
-
-    made.add_cb(First())
+    loaded = {name: torch.full_like(t, 0.5) for name, t in made.model.state_dict().items()}
+    made.model.load_state_dict(loaded)
+    made.remove_cb(made.progress) if hasattr(made, "progress") else None
+    with made.no_logging():
+        made.validate()
+    assert all(bool((p == 0.5).all()) for p in made.model.parameters())
+    record = Record()
+    made.add_cb(record)
     fit(made, 1)
-    assert same(first[0], last)
+    assert all(bool((tensor == 0.5).all()) for tensor in record.steps[0].values())
+
+
+def test_an_end_of_training_in_a_validation_leaves_the_averages_for_good():
+    record = Record()
+    interrupt = Interrupt(CancelFitException, False)
+    made = learner(EMACallback(DECAY), record, interrupt)
+    fit(made, 2)
+    made.remove_cb(interrupt)
+    left = floats(made.model)
+    assert same(left, record.validated[-1])
+    assert not same(left, record.steps[-1])
+    with made.no_logging():
+        made.validate()
+    assert same(floats(made.model), left)
+
+
+def test_the_best_epoch_of_fastai_is_saved_as_it_was_validated(tmp_path):
+    record = Record()
+    made = learner(EMACallback(DECAY), record, SaveModelCallback(monitor="valid_loss"))
+    made.path = tmp_path
+    with made.no_logging(), redirect_stdout(io.StringIO()):
+        made.fit(2, 0.05)
+    assert any(same(floats(made.model), seen) for seen in record.validated)
+
+
+def test_predictions_in_the_middle_of_an_epoch_change_nothing():
+    class MiddlePass(Callback):
+        order, run_valid = 1000, False
+
+        def after_batch(self):
+            if self.learn.iter == 2 and not hasattr(self.learn, "gather_preds"):
+                before = {name: getattr(self.learn, name) for name in ("dl", "iter", "pct_train")}
+                self.learn.get_preds(inner=True)
+                for name, value in before.items():
+                    setattr(self.learn, name, value)
+                self.learn.training = self.learn.model.train().training
+
+    plain, nested = learner(EMACallback(DECAY)), learner(EMACallback(DECAY), MiddlePass())
+    before = Record(), Record()
+    plain.add_cb(before[0])
+    nested.add_cb(before[1])
+    fit(plain, 1)
+    fit(nested, 1)
+    # The optimizer steps are the same; the inner pass sends validations of its own.
+    assert same(before[0].steps[-1], before[1].steps[-1])
+    assert same(floats(plain.model), floats(nested.model))
+
+
+def test_skipped_steps_do_not_count():
+    class Skip(Callback):
+        run_valid = False
+
+        def before_step(self):
+            if self.learn.iter % 2 == 0:
+                raise CancelStepException
+
+    ema, record = EMACallback(DECAY), Record()
+    made = learner(ema, record, Skip())
+
+    class Count(Callback):
+        run_valid = False
+
+        def after_train(self):
+            self.learn.counted = ema.num_steps
+
+    made.add_cb(Count())
+    fit(made, 1)
+    assert made.counted == len(made.dls.train) // 2
+
+
+def test_averages_of_half_precision_are_kept_in_single():
+    ema = EMACallback(0.999)
+    made = learner(ema)
+    made.model.bfloat16()
+    ema.before_fit()
+    ema.before_train()
+    assert {average.dtype for average in ema.averages.values()} == {torch.float32}
+    start = {name: average.clone() for name, average in ema.averages.items()}
+    with torch.no_grad():
+        for parameter in made.model.parameters():
+            parameter.add_(1.0)
+    ema.num_steps = 10_000  # past the start, with steps of a thousandth
+    ema.after_step()
+    name = "heads.0.bias"
+    assert (ema.averages[name] - start[name]).mean().item() == pytest.approx(1e-3, rel=0.1)
 
 
 def test_a_fit_after_a_fit_starts_a_new_average():

@@ -240,6 +240,12 @@ class TestDeterminism:
         distinct = {tuple(m[:, ::7].flatten().tolist()) for m in first_steps}
         assert len(distinct) == len(first_steps) == 4
 
+    @pytest.mark.parametrize("kind", ["cutmix", "cow", "linear"])
+    def test_making_a_callback_draws_nothing_from_the_global_generator(self, kind):
+        before = torch.get_rng_state()
+        MixMoCallback(kind, msda="mixup")
+        assert torch.equal(torch.get_rng_state(), before)
+
     def test_the_global_generator_is_left_alone(self):
         learn = learner()
         before = torch.random.get_rng_state()
@@ -390,7 +396,10 @@ class TestBadInput:
             ({"batch_repetitions": 0}, "batch_repetitions"),
             ({"input_repetition": 2}, "input_repetition"),
             ({"mask_options": {"block_size": 3}}, "'cutmix': it takes no options"),
-            ({"mix": "patchup", "mask_options": {"block_size": 2}}, "block_size must be odd"),
+            (
+                {"mix": "patchup", "mask_options": {"block_size": 2}},
+                "block_size must be an odd whole number",
+            ),
             ({"mix": "cow", "mask_options": {"sigma": 2}}, "Unknown option 'sigma'"),
         ],
     )
@@ -504,6 +513,7 @@ class TestMemberAccuracy:
 def test_public_methods_are_events_or_documented_extras(kind):
     """fastai ignores a misspelt event in silence."""
     extras = {"draw_slots", "draw_mixing", "draw_msda", "kind_of_batch", "current_mix_prob"}
-    extras |= {"state_tensors", "load_state_tensors", "finish", "restore", "epoch"}
+    extras |= {"state_tensors", "load_state_tensors", "finish", "restore", "weights_in_training"}
+    extras |= {"after_trained_epoch"}
     own = {name for name, value in vars(kind).items() if callable(value) and name[0] != "_"}
     assert own - extras <= set(vars(event))

@@ -1,3 +1,4 @@
+import gc
 import json
 
 import pytest
@@ -7,9 +8,10 @@ from safetensors.torch import load_file
 
 from mixmo_fastai.assessment import evaluate_ensemble, evaluate_run
 from mixmo_fastai.cli import run as program
+from mixmo_fastai.data.loaders import ResidentLoader
 from mixmo_fastai.deep_ensemble import network_recipe, train_run
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.recipe import override
+from mixmo_fastai.recipe import Expected, override
 from mixmo_fastai.resolve import resolve_recipe
 from mixmo_fastai.runs import create_run, open_run
 from mixmo_fastai.training import prepare, train
@@ -60,14 +62,15 @@ def test_each_network_has_a_run_folder_of_its_own(ensemble):
     for network, line in zip(run.networks(), lines, strict=True):
         recipe = network.recipe()
         assert recipe.model.num_nets == 1
-        assert recipe == network_recipe(TINY, int(network.path.name[-1]) - 1)
+        # Neither the ensemble's name nor its figure is that of a part.
+        assert (recipe.name, recipe.title, recipe.expected) == ("", "", Expected())
         assert len(network.history()) == 2
         assert network.metrics()["test"] == evaluate_run(network)["test"]
         assert f"seed {recipe.train.seed}" in line
 
 
 def test_the_first_network_is_what_its_recipe_trains_alone(ensemble, tmp_path):
-    alone = override(TINY, ["model.num_nets=1"])
+    alone = override(TINY, ["model.num_nets=1", "name=", "title="])
     assert network_recipe(TINY, 0) == alone
     run = create_run(alone, tmp_path / "alone")
     train(prepare(alone), run)
@@ -123,6 +126,34 @@ def test_a_network_that_was_killed_before_its_recipe_was_written(ensemble, tmp_p
     (second / "recipe.toml").rename(second / ".recipe.toml.tmp")
     train_run(prepare(TINY), run, resume=True)
     assert weights(run) == weights(ensemble[0])
+
+
+def test_networks_share_one_copy_of_the_data(tmp_path):
+    class Count(Callback):
+        """Count the data sets that are alive while a network trains."""
+
+        def __init__(self):
+            super().__init__()
+            self.counts, self.seeds = [], []
+
+        def before_train(self):
+            alive = [o for o in gc.get_objects() if type(o) is ResidentLoader]
+            self.counts.append(len(alive))
+            self.seeds.append(self.learn.dls.train.seed)
+
+    gc.collect()
+    count, before = Count(), sum(type(o) is ResidentLoader for o in gc.get_objects())
+    recipe = override(TINY, ["train.epochs=1"])
+    train_run(prepare(recipe), create_run(recipe, tmp_path / "run"), cbs=[count])
+    assert count.counts == [before + 3] * 3  # training, validation and test
+    assert len(set(count.seeds)) == 3
+
+
+def test_the_best_epoch_of_each_network_is_noted(tmp_path):
+    recipe = override(TINY, ["train.select=best", "model.num_nets=2"])
+    run = create_run(recipe, tmp_path / "run")
+    figures = train_run(prepare(recipe), run)
+    assert figures["selected_epoch"] == [n.metrics()["selected_epoch"] for n in run.networks()]
 
 
 def test_mixmo_networks_count_one_each(tmp_path):

@@ -119,6 +119,8 @@ def test_training_sees_mixed_images_with_both_targets(num_members, msda):
     assert bool((shares < 1).any())
     if num_members > 1:
         assert bool((shares >= 0.5).all())
+    else:  # one member's pasted image may be the larger one
+        assert bool((shares < 0.5).any())
     assert not torch.equal(targets, pasted)
 
 

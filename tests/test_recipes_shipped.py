@@ -101,6 +101,9 @@ def test_the_published_training_comes_back(name):
     repeated_lr = published.lr * recipe.mix.batch_repetitions
     assert repeated_lr == pytest.approx(0.2 if tiny else 0.05)
     assert recipe.optimizer.weight_decay == (1e-4 if tiny else 6e-4)
+    copies = recipe.mix.batch_repetitions
+    per_copy = (1000, 100_000) if tiny else (782, 50_000)
+    assert recipe.warmup_steps(per_copy[1]) == per_copy[0] * copies
     drops = [round(share * recipe.train.epochs) for share in recipe.schedule.milestones]
     assert drops == ([600, 900] if tiny else [101, 201, 226])
 

@@ -60,7 +60,9 @@ def test_a_recipe_trains_a_few_steps(name, kind, home):
     training = prepare(dataclasses.replace(recipe, schedule=schedule), home)
     learn, steps = training.learn, FewSteps()
     before = [parameter.clone() for parameter in learn.model.parameters()]
-    assert set(schedules(training.recipe, training.steps_per_epoch)) >= {"lr"}
+    assert set(schedules(training.recipe, training.steps_per_epoch, training.warmup_steps)) >= {
+        "lr"
+    }
     with learn.no_logging():
         learn.fit(1, recipe.lr, cbs=steps)
     assert len(steps.losses) == NUM_STEPS

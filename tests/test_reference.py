@@ -73,6 +73,7 @@ def test_the_command_makes_a_run(model, tmp_path, monkeypatch, capsys):
     assert (recipe.model.arch, recipe.model.num_members) == ("wrn10_1", model.num_members)
     assert recipe.name == "imported"  # the file does not say how it was trained
     assert recipe.expected.accuracy is None
+    assert recipe.data.valid_split == 0  # published networks have seen every training image
     assert open_run("r").weights.is_file()
 
 

@@ -7,7 +7,7 @@ from fastai.callback.schedule import combined_cos
 
 from mixmo_fastai.schedule import flat_cosine, one_cycle, published_steps
 
-PUBLISHED = {"milestones": (101 / 300, 201 / 300, 226 / 300), "gamma": 0.1, "warmup_epochs": 1.0}
+PUBLISHED = {"milestones": (101 / 300, 201 / 300, 226 / 300), "gamma": 0.1}
 BOUNDS = (1, 101, 201, 226, 300)  # epochs: end of the warm-up, drops, end
 
 
@@ -40,14 +40,16 @@ def test_one_cycle_can_be_one_half_alone(pct_start, first, last):
 
 
 def test_published_warm_up_is_linear_per_step():
-    schedule = published_steps(0.4, epochs=300, steps_per_epoch=8, **PUBLISHED)
+    schedule = published_steps(0.4, epochs=300, steps_per_epoch=8, warmup_steps=8, **PUBLISHED)
     rates = [schedule(step / 2400) for step in range(10)]
     assert rates == pytest.approx([0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.4, 0.4])
 
 
 def test_published_rate_drops_after_epochs_101_201_and_226():
     steps = 7
-    schedule = published_steps(0.1, epochs=300, steps_per_epoch=steps, **PUBLISHED)
+    schedule = published_steps(
+        0.1, epochs=300, steps_per_epoch=steps, warmup_steps=steps, **PUBLISHED
+    )
     rates = [schedule(step / (300 * steps)) for step in range(300 * steps)]
     held = [rates[begin * steps : end * steps] for begin, end in itertools.pairwise(BOUNDS)]
     for rate, stretch in zip([0.1, 0.01, 0.001, 0.0001], held, strict=True):
@@ -56,7 +58,9 @@ def test_published_rate_drops_after_epochs_101_201_and_226():
 
 def test_drops_are_exact_where_progress_is_a_sum():
     epochs, steps = 300, 195
-    schedule = published_steps(1.0, epochs=epochs, steps_per_epoch=steps, **PUBLISHED)
+    schedule = published_steps(
+        1.0, epochs=epochs, steps_per_epoch=steps, warmup_steps=100, **PUBLISHED
+    )
     for epoch in (100, 101, 200, 201, 225, 226):
         progress = epoch / epochs  # as fastai counts: from the epoch's start, step by step
         for _ in range(steps):
@@ -65,10 +69,10 @@ def test_drops_are_exact_where_progress_is_a_sum():
             progress += 1 / (steps * epochs)
 
 
-@pytest.mark.parametrize(("warmup_epochs", "first"), [(0, 1.0), (0.5, 0.2), (2, 0.05)])
-def test_warm_up_may_be_absent_or_a_part_of_an_epoch(warmup_epochs, first):
+@pytest.mark.parametrize(("warmup_steps", "first"), [(0, 1.0), (5, 0.2), (20, 0.05)])
+def test_warm_up_may_be_absent_or_a_part_of_an_epoch(warmup_steps, first):
     schedule = published_steps(
-        1.0, epochs=10, steps_per_epoch=10, milestones=(), gamma=0.1, warmup_epochs=warmup_epochs
+        1.0, epochs=10, steps_per_epoch=10, milestones=(), gamma=0.1, warmup_steps=warmup_steps
     )
     assert schedule(0.0) == pytest.approx(first)
     assert schedule(0.5) == 1.0

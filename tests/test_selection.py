@@ -44,17 +44,23 @@ def fit(records, *cbs):
 @pytest.mark.parametrize("averaged", [False, True])
 def test_the_best_epoch_is_kept(records, epoch, averaged):
     learn, best, script = fit(records, *([EMACallback(0.5)] if averaged else []))
-    assert best.epoch == epoch
+    assert best.number == epoch
     best.restore(learn.model)
     state = learn.model.state_dict()
     assert all(torch.equal(state[n], t) for n, t in script.weights[epoch - 1].items())
+
+
+def test_nothing_is_restored_where_nothing_was_validated():
+    learn = mixmo_learner(mixmo_dls(), "wrn10_1", seed=0)
+    with pytest.raises(InputError, match="No epoch was validated"):
+        BestEpochCallback().restore(learn.model)
 
 
 def test_its_state_comes_back():
     learn, best, script = fit([(1.0, 0.5), (2.0, 0.7)])
     again = BestEpochCallback()
     again.load_state_tensors(best.state_tensors())
-    assert (again.epoch, again.standing) == (2, best.standing)
+    assert (again.number, again.standing) == (2, best.standing)
     again.restore(learn.model)
     state = learn.model.state_dict()
     assert all(torch.equal(state[n], t) for n, t in script.weights[1].items())

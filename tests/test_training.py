@@ -109,6 +109,23 @@ def test_the_kept_weights_are_those_that_were_validated(settled):
     assert figures["valid"]["nll"] == pytest.approx(float(row["valid_loss"]), abs=1e-5)
 
 
+def test_a_callback_that_validates_disturbs_nothing(settled, tmp_path):
+    class NestedPass(Callback):
+        order, run_valid = 75, False
+
+        def after_epoch(self):
+            if not hasattr(self.learn, "nested") and self.learn.epoch < 2:
+                self.learn.nested = True
+                self.learn.validate()
+                del self.learn.nested
+
+    run = create_run(settled.recipe(), tmp_path / "run")
+    train(prepare(settled.recipe()), run, cbs=[NestedPass()])
+    assert_same_weights(settled, run)
+    assert untimed(run.history()) == untimed(settled.history())
+    assert epochs_done(run) == 3
+
+
 @pytest.mark.parametrize("name", ["ema", "best_epoch"])
 def test_a_checkpoint_without_a_part_of_its_state_is_refused(settled, tmp_path, name):
     path = settled.checkpoint / f"{name}.safetensors"
@@ -196,8 +213,10 @@ def test_each_step_trains_with_its_scheduled_rate(whole):
         assert rates == pytest.approx([lr(step / 18) for step in range(18)])
         assert {m for *_, m in steps} == {0.9}
     else:
-        warm_up = [(step + 1) / 6 for step in range(6)]
-        factors = [*warm_up, *[0.1] * 6, *[0.01] * 6]
+        # Four repetitions of ceil(48 / 32) batches.
+        warmth = [min(1, (step + 1) / 8) for step in range(18)]
+        drops = [*[1.0] * 6, *[0.1] * 6, *[0.01] * 6]
+        factors = [w * d for w, d in zip(warmth, drops, strict=True)]
         assert rates == pytest.approx([recipe.lr * factor for factor in factors])
         assert {m for *_, m in steps} == {0.9}
 
@@ -288,8 +307,8 @@ def test_a_diverging_run_is_told_a_lower_rate(tmp_path):
 
 def test_momentum_is_left_alone_by_the_published_schedule():
     published = override(TINY, ["schedule.kind=published"])
-    assert set(schedules(published, 6)) == {"lr"}
-    assert set(schedules(TINY, 6)) == {"lr", "mom"}
+    assert set(schedules(published, 6, 6)) == {"lr"}
+    assert set(schedules(TINY, 6, 6)) == {"lr", "mom"}
 
 
 def test_a_device_that_is_not_there_is_refused(monkeypatch):

@@ -57,13 +57,15 @@ def import_(
 
 def _recipe_of(dataset: str, name: str | None, arch: str, num_members: int) -> Recipe:
     """Describe the network: by the recipe that is said to have trained it, or by itself alone."""
+    # The published networks saw every training image: none is left to calibrate on.
+    whole = {"model.arch": arch, "data.valid_split": 0.0}
     if name is None:
-        settings = {"model.arch": arch, "model.num_members": num_members}
+        settings = {**whole, "model.num_members": num_members}
         if num_members == 1:
             settings["mix.kind"] = "sum"
         unnamed = resolve_recipe(dataset, None, settings)
         return replace(unnamed, name="imported", title="", expected=Expected())
-    recipe = resolve_recipe(dataset, name, {"model.arch": arch, "model.num_nets": 1})
+    recipe = resolve_recipe(dataset, name, {**whole, "model.num_nets": 1})
     if recipe.model.num_members != num_members:
         raise InputError(
             f"The checkpoint has num_members={num_members}, and the recipe {name!r} has "

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
-from fastai.callback.core import Callback
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mixmo_fastai.cli.console import Output
+from mixmo_fastai.epochs import TrainedEpochCallback
 from mixmo_fastai.recording import HistoryCallback
 
 COLUMNS = (
@@ -23,7 +23,7 @@ COLUMNS = (
 )
 
 
-class TrainingDisplay(Callback):
+class TrainingDisplay(TrainedEpochCallback):
     """Show steps, images per second and the time left; say one line per epoch.
 
     Args:
@@ -31,31 +31,31 @@ class TrainingDisplay(Callback):
         images_per_step: images that the network sees per step.
     """
 
-    order, run_valid = 70, False  # after the history
+    order = 70  # after the history
 
     def __init__(self, output: Output, images_per_step: int) -> None:
         super().__init__()
         self.output, self.images_per_step = output, images_per_step
         self.progress = _make_progress(output)
         self.task: Any = None
-        self.steps_here, self.first_epoch = 0, None
-
-    def before_fit(self) -> None:
-        """Start anew with each network."""
-        self.steps_here, self.first_epoch = 0, None
-        if self.task is not None:
-            self.progress.remove_task(self.task)
+        self.steps_here, self.first_epoch, self.latest_epoch = 0, -1, -1
 
     def before_train(self) -> None:
-        """Start the bar at the first epoch that trains."""
-        if self.first_epoch is None:
-            self.first_epoch = self.learn.epoch
-            self.output.say("".join(f"{title:>{width}}" for _, title, width in COLUMNS))
-            self.began = time.perf_counter()
-            total = self.learn.n_epoch * len(self.learn.dls.train)
-            done = self.learn.epoch * len(self.learn.dls.train)
-            self.task = self.progress.add_task("", total=total, completed=done, speed="", left="")
-            self.progress.start()
+        """Start the bar at the first epoch that trains, and anew with each network."""
+        if self.learn.epoch <= self.latest_epoch or self.first_epoch < 0:
+            self._start()
+        self.latest_epoch = self.learn.epoch
+
+    def _start(self) -> None:
+        if self.task is not None:
+            self.progress.remove_task(self.task)
+        self.steps_here, self.first_epoch = 0, self.learn.epoch
+        self.output.say("".join(f"{title:>{width}}" for _, title, width in COLUMNS))
+        self.began = time.perf_counter()
+        total = self.learn.n_epoch * len(self.learn.dls.train)
+        done = self.learn.epoch * len(self.learn.dls.train)
+        self.task = self.progress.add_task("", total=total, completed=done, speed="", left="")
+        self.progress.start()
 
     def after_batch(self) -> None:
         """Move the bar."""
@@ -70,7 +70,7 @@ class TrainingDisplay(Callback):
             left=f"{self._left()} left",
         )
 
-    def after_epoch(self) -> None:
+    def after_trained_epoch(self) -> None:
         """Say the epoch's line."""
         row = next(cb for cb in self.learn.cbs if isinstance(cb, HistoryCallback)).latest
         if row.get("epoch") == self.learn.epoch + 1:

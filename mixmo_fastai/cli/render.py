@@ -112,7 +112,9 @@ def figure_lines(figures: Mapping[str, Any], recipe: Recipe) -> list[str]:
         label = "Networks" if model.num_nets > 1 else "Members"
         rows.append((label, ", ".join(map(_percent, test["member_accuracy"]))))
     if "selected_epoch" in figures:
-        rows.append(("Kept weights", f"epoch {figures['selected_epoch']}, best on the validation"))
+        epochs = figures["selected_epoch"]
+        shown = ", ".join(map(str, epochs)) if isinstance(epochs, list) else epochs
+        rows.append(("Kept weights", f"epoch {shown}, best on the validation split"))
     if recipe.expected.accuracy is not None:
         rows.append(("Published", expectation(recipe)))
     return align([*rows, *_figure_rows(figures, num_members)])

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mixmo_fastai.errors import InputError
+from mixmo_fastai.names import COW_DEFAULTS
 
 Shape = tuple[int, int, int]
 Generator = torch.Generator | None
@@ -59,8 +60,8 @@ def blocks(area: Tensor, shape: Shape, generator: Generator, *, block_size: int 
     Returns:
         (B, 1, h, w), binary.
     """
-    if block_size < 1 or block_size % 2 == 0:
-        raise InputError(f"block_size must be odd and 1 or more; got {block_size}.")
+    if type(block_size) is not int or block_size < 1 or block_size % 2 == 0:
+        raise InputError(f"block_size must be an odd whole number, 1 or more; got {block_size!r}.")
     height, width = shape[1:]
     side = min(block_size, _odd_at_most(height), _odd_at_most(width))
     inner = (height - side + 1) * (width - side + 1)
@@ -84,10 +85,10 @@ def cow(
     shape: Shape,
     generator: Generator,
     *,
-    sigma_min: float = 4.0,
-    sigma_max: float = 16.0,
-    area_min: float = 0.2,
-    area_max: float = 0.8,
+    sigma_min: float = COW_DEFAULTS["sigma_min"],
+    sigma_max: float = COW_DEFAULTS["sigma_max"],
+    area_min: float = COW_DEFAULTS["area_min"],
+    area_max: float = COW_DEFAULTS["area_max"],
 ) -> Tensor:
     """Threshold Gaussian-blurred noise to irregular spots (CowMask).
 
@@ -190,8 +191,10 @@ def _blur_matrix(sigma: Tensor, length: int) -> Tensor:
 
 
 def _check_interval(name: str, low: float, high: float, *, above: float, to: float) -> None:
-    if not above < low <= high <= to:
+    numbers = all(isinstance(end, int | float) and math.isfinite(end) for end in (low, high))
+    if not (numbers and above < low <= high <= to):
+        limit = f"at most {to:g}" if to < math.inf else "finite"
         raise InputError(
-            f"{name}_min and {name}_max must rise, from {max(above, 0):g} to {to:g}; "
-            f"got {low:g} and {high:g}."
+            f"{name}_min and {name}_max must be numbers that rise, from {max(above, 0):g}, and "
+            f"{limit}; got {low!r} and {high!r}."
         )

@@ -1,0 +1,62 @@
+"""Drawing masks never waits for a device and never leaves it, as its operations on a CPU show."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mixmo_fastai.mixing import MASK_KINDS, draw_lam, draw_masks, loss_weights
+from mixmo_fastai.msda import draw_msda, label_shares, make_own_image_major, mix_images
+from mixmo_fastai.pairing import draw_pairing
+
+WAITING = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "item")
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuse operations whose result a GPU would have to send back, and copies between devices."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.split(".")[0]
+        assert name not in WAITING, f"{name} waits for the device"
+        kwargs = kwargs or {}
+        if name == "_to_copy" and kwargs.get("device") is not None:
+            assert torch.device(kwargs["device"]) == args[0].device, "a copy between devices"
+        # A boolean index is a nonzero in disguise.
+        if name == "index":
+            assert all(i is None or i.dtype != torch.bool for i in args[1])
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("num_members", [2, 3])
+@pytest.mark.parametrize("kind", MASK_KINDS)
+def test_masks(kind, num_members):
+    generator = torch.Generator().manual_seed(0)
+    with NoWaiting():
+        lam = draw_lam(8, num_members, 2.0, generator=generator)
+        masks, lam = draw_masks(kind, lam, (16, 8, 8), generator=generator)
+        loss_weights(lam, 3.0)
+    assert masks.shape[:2] == (8, num_members)
+
+
+@pytest.mark.parametrize("kind", ["cutmix", "mixup"])
+def test_pixels(kind):
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.rand(8, 2, 3, 8, 8)
+    masks = torch.full((8, 2, 1, 8, 8), 0.5)
+    with NoWaiting():
+        draw = draw_msda(
+            kind, 8, 2, size=(8, 8), alpha=1.0, prob=0.5, generator=generator, device="cpu"
+        )
+        draw, _ = make_own_image_major(draw, label_shares(draw.masks, masks))
+        mix_images(inputs, draw)
+
+
+def test_pairs():
+    with NoWaiting():
+        draw_pairing(8, 2, 4, 0.5, generator=torch.Generator().manual_seed(0), device="cpu")
+
+
+def test_the_watch_sees_what_waits():
+    with NoWaiting(), pytest.raises(AssertionError, match="waits for the device"):
+        torch.rand(3).sum().item()
+    with NoWaiting(), pytest.raises(AssertionError):
+        torch.rand(3)[torch.rand(3) > 0.5]
