@@ -182,7 +182,10 @@ def test_predictions_in_the_middle_of_an_epoch_change_nothing():
 
         def after_batch(self):
             if self.learn.iter == 2 and not hasattr(self.learn, "gather_preds"):
-                before = {name: getattr(self.learn, name) for name in ("dl", "iter", "pct_train")}
+                before = {
+                    name: getattr(self.learn, name)
+                    for name in ("dl", "iter", "n_iter", "pct_train")
+                }
                 self.learn.get_preds(inner=True)
                 for name, value in before.items():
                     setattr(self.learn, name, value)
