@@ -1,6 +1,6 @@
 """Cost of drawing the masks of a batch, against a training step of the same batch.
 
-python benchmarks/masks.py [--batch-size 512] [--arch wrn16_4] [--out FILE.json]
+python benchmarks/masks.py [--batch-size 512] [--arch wrn16_4] [--device cuda] [--out FILE.json]
 """
 
 import argparse
@@ -21,16 +21,19 @@ def main():
     parser.add_argument("--batch-size", type=int, default=512)
     parser.add_argument("--arch", default="wrn16_4")
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--step-repeats", type=int, default=2)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    lam = draw_lam(args.batch_size, 2, 2.0)
-    generator = torch.Generator().manual_seed(0)
+    lam = draw_lam(args.batch_size, 2, 2.0, device=args.device)
+    generator = torch.Generator(args.device).manual_seed(0)
     kinds = {
         kind: partial(draw_masks, kind, lam, SHAPE, generator=generator) for kind in MASK_KINDS
     }
     seconds = interleaved(kinds, args.repeats)
-    step = make_step(args.arch, args.batch_size, num_members=2, channels_last=True)
+    step = make_step(
+        args.arch, args.batch_size, num_members=2, channels_last=True, device=args.device
+    )
     step_seconds = interleaved({"step": step}, args.step_repeats, warmup=1)["step"]
     step_time = spread(step_seconds)["median"]
     shares = {kind: spread([s / step_time for s in values]) for kind, values in seconds.items()}
