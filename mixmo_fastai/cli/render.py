@@ -137,15 +137,35 @@ def _figure_rows(figures: Mapping[str, Any], num_members: int) -> list[tuple[str
             rows.append((label, show(test[name])))
         elif name in test.get("absent", {}) and name not in unasked:
             rows.append((label, f"none: {test['absent'][name]}"))
-    if reason := figures.get("absent", {}).get("calibrated"):
-        rows.append(("Calibrated", f"none: {reason}"))
-    if calibrated := figures.get("calibrated"):
-        text = (
-            f"NLL {calibrated['nll']:.4f}, ECE {_percent(calibrated['ece'])} at temperature "
-            f"{calibrated['temperature']:.3f}, fitted on the validation split"
-        )
-        rows.append(("Calibrated", text))
+    rows += _interval_rows(figures)
+    absent = figures.get("absent", {})
+    if probabilities := figures.get("test_mean_probabilities"):
+        text = ", ".join(f"{label} {show(probabilities[n])}" for n, label, show in _BRIEFLY)
+        rows.append(("Mean of p", f"{text}: the members' probabilities averaged instead"))
+    for name, label, how in _TEMPERED:
+        if name in absent:
+            rows.append((label, f"none: {absent[name]}"))
+        elif name in figures:
+            rows.append((label, _tempered(figures[name], how)))
     return rows
+
+
+def _interval_rows(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Say how far the test figures would move on other images of the kind."""
+    if "intervals" not in figures:
+        return []
+    parts = [
+        f"{label} {show(low)} to {show(high)}"
+        for (name, label, show) in _BRIEFLY
+        for low, high in [figures["intervals"][name]]
+    ]
+    return [("95 % intervals", f"{', '.join(parts)} (bootstrap)")]
+
+
+def _tempered(values: Mapping[str, Any], how: str) -> str:
+    temperatures = values.get("temperatures", [values.get("temperature")])
+    shown = " and ".join(f"{t:.3f}" for t in temperatures)
+    return f"NLL {values['nll']:.4f}, ECE {_percent(values['ece'])} at temperature {shown}, {how}"
 
 
 def _percent(value: float) -> str:
@@ -157,7 +177,7 @@ def _number(value: float) -> str:
 
 
 _ENSEMBLE = " (ensemble, mean of the logits)"
-_OF_SEVERAL = ("ratio_error", "disagreement")
+_OF_SEVERAL = ("ratio_error", "disagreement", "mutual_information")
 _OF_MANY_CLASSES = ("top5",)
 _FIGURES = (
     ("top5", "Top-5", _percent),
@@ -167,8 +187,17 @@ _FIGURES = (
     ("tace", "TACE", _percent),
     ("failure_auroc", "Failure AUROC", _number),
     ("aurc", "AURC", _number),
+    ("risk_at_80", "Risk at 80 %", _percent),
+    ("risk_at_90", "Risk at 90 %", _percent),
+    ("risk_at_95", "Risk at 95 %", _percent),
     ("ratio_error", "Ratio of errors", _number),
     ("disagreement", "Disagreement", _percent),
+    ("mutual_information", "Information", lambda value: f"{value:.4f} nats"),
+)
+_BRIEFLY = (("accuracy", "accuracy", _percent), ("nll", "NLL", _number), ("ece", "ECE", _percent))
+_TEMPERED = (
+    ("calibrated", "Calibrated", "fitted on the validation split"),
+    ("cross_fitted", "Cross-fitted", "each fitted on the other half of the test set, as published"),
 )
 
 
