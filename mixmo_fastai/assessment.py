@@ -4,26 +4,37 @@ Shapes: N images, M members of a run, R runs, K classes.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mixmo_fastai.checkpoints import load_weights
 from mixmo_fastai.data.dataloaders import make_evaluation_loaders
 from mixmo_fastai.data.image_sets import DataSource
+from mixmo_fastai.data.loaders import BatchLoader
+from mixmo_fastai.data.loose_images import PixelLoader, as_shape, decode_readable, find_images
+from mixmo_fastai.data.sources import load_source
+from mixmo_fastai.detection import detection_figures
 from mixmo_fastai.devices import choose_device, place
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.evaluation import LabelledLogits, collect_member_logits, evaluate_parts
 from mixmo_fastai.models import create_model
+from mixmo_fastai.names import DATASETS
 from mixmo_fastai.recipe import Recipe
+from mixmo_fastai.resolve import check_dataset
 from mixmo_fastai.runs import RunFolder
 from mixmo_fastai.training import read_source
 
 
 def evaluate_run(
-    run: RunFolder, data_dir: Path | None = None, *, device: str | None = None
+    run: RunFolder,
+    data_dir: Path | None = None,
+    *,
+    device: str | None = None,
+    ood: str | None = None,
 ) -> dict[str, Any]:
     """Evaluate a trained run anew; a deep ensemble as one, each network a member.
 
@@ -31,14 +42,23 @@ def evaluate_run(
         run: a finished run.
         data_dir: where its data lies, if not where it was looked for in training.
         device: where to evaluate; the recipe's where not given.
+        ood: a data set, or a folder of images, that the run knows nothing of.
 
     Returns:
-        the figures, as `evaluation.evaluate_loaders` gives them.
+        the figures, as `evaluation.evaluate_parts` gives them, and with `ood` what
+        `detection.detection_figures` says of it.
 
     Raises:
-        InputError: the run is not finished or damaged, or its data is not there.
+        InputError: the run is not finished or damaged, or data is not there.
     """
-    return evaluate_parts(*_logits_of(run, data_dir, device))
+    finished = open_finished(run, data_dir, device)
+    strange = [] if ood is None else [finished.loader(read_strange(ood, finished, data_dir))]
+    validation, test, *others = finished.logits([*finished.loaders(), *strange])
+    figures = evaluate_parts(validation, test)
+    for logits, _ in others:
+        detected = detection_figures(test[0], logits)
+        figures["ood"] = {"dataset": ood, "num_images": len(logits), **detected}
+    return figures
 
 
 def evaluate_ensemble(
@@ -61,7 +81,8 @@ def evaluate_ensemble(
         InputError: fewer than two runs, one that is not finished, or runs of different data.
     """
     _check_comparable(runs)
-    parts = [_logits_of(run, data_dir, device) for run in runs]
+    opened = [open_finished(run, data_dir, device) for run in runs]
+    parts = [finished.logits(finished.loaders()) for finished in opened]
     validation, test = (_as_one([part[i] for part in parts]) for i in range(2))
     return evaluate_parts(validation, test)
 
@@ -89,9 +110,52 @@ def collect_logits(
     return tuple(_as_one(of_loader) for of_loader in zip(*parts, strict=True))
 
 
-def _logits_of(
-    run: RunFolder, data_dir: Path | None, device: str | None
-) -> tuple[LabelledLogits, ...]:
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run whose networks are trained, with its data, ready to be shown images.
+
+    Attributes:
+        run: the folder.
+        recipe: what was trained.
+        source: the data.
+        device: where it is shown images.
+        model: a network of the recipe on that device; `logits` puts the weights into it.
+    """
+
+    run: RunFolder
+    recipe: Recipe
+    source: DataSource
+    device: torch.device
+    model: nn.Module
+
+    def loaders(self) -> tuple[BatchLoader, BatchLoader]:
+        """Make the loaders of the validation split and of the test set."""
+        data = self.recipe.data
+        return make_evaluation_loaders(
+            self.source,
+            valid_split=data.valid_split,
+            device=self.device,
+            loader=data.loader,
+            num_workers=data.num_workers,
+        )
+
+    def loader(self, pixels: Tensor) -> PixelLoader:
+        """Make a loader of other images (n, C, H, W) uint8 of the run's shape."""
+        return PixelLoader(pixels, self.source.mean, self.source.std, self.device)
+
+    def logits(self, loaders: Sequence[Any]) -> tuple[Any, ...]:
+        """Show the run every image of some loaders once; see `collect_logits`."""
+        return collect_logits(self.run, self.model, loaders)
+
+
+def open_finished(
+    run: RunFolder, data_dir: Path | None = None, device: str | None = None
+) -> FinishedRun:
+    """Open a run for evaluation.
+
+    Raises:
+        InputError: the run is not finished, or its data is not there.
+    """
     recipe = run.recipe()
     if missing := [network.path for network in run.networks() if not network.weights.is_file()]:
         raise InputError(
@@ -100,19 +164,40 @@ def _logits_of(
         )
     chosen = choose_device(device or recipe.train.device)
     source = read_source(recipe, data_dir)
-    loaders = make_evaluation_loaders(
-        source,
-        valid_split=recipe.data.valid_split,
-        device=chosen,
-        loader=recipe.data.loader,
-        num_workers=recipe.data.num_workers,
-    )
-    return collect_logits(run, place(_network(recipe, source), chosen), loaders)
+    channels, model = source.test.image_shape[0], recipe.model
+    network = create_model(model.arch, len(source.classes), model.num_members, channels)
+    return FinishedRun(run, recipe, source, chosen, place(network, chosen))
 
 
-def _network(recipe: Recipe, source: DataSource) -> nn.Module:
-    channels = source.test.image_shape[0]
-    return create_model(recipe.model.arch, len(source.classes), recipe.model.num_members, channels)
+def read_strange(place: str, finished: FinishedRun, data_dir: Path | None) -> Tensor:
+    """Read images that a run knows nothing of, in the run's shape.
+
+    Args:
+        place: the name of a data set, of which the test set is taken, or a folder: its `test/` or
+            `val/` where it has one, else all images below it.
+        finished: the run.
+        data_dir: where data sets lie.
+
+    Returns:
+        (O, C, H, W) uint8.
+
+    Raises:
+        InputError: it is the run's own data set, is not there, or an image cannot be read.
+    """
+    shape = finished.source.test.image_shape
+    if place in DATASETS:
+        if place == finished.recipe.data.dataset:
+            raise InputError(f"{place} is what the run was trained on; --ood wants other images.")
+        return as_shape(load_source(place, data_dir).test.tensor(), shape)
+    check_dataset(place)
+    folder = Path(place).expanduser()
+    parts = [folder / part for part in ("test", "val", "valid") if (folder / part).is_dir()]
+    unreadable: dict[Path, str] = {}
+    paths = find_images(parts[:1] or [folder])
+    decoded = [image for _, image in decode_readable(paths, shape, unreadable)]
+    for reason in unreadable.values():
+        raise InputError(f"{reason}\nReplace or remove it.")
+    return torch.stack(decoded)
 
 
 def _check_comparable(runs: Sequence[RunFolder]) -> None:

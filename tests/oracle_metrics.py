@@ -170,3 +170,14 @@ def resampled_intervals(logits, labels, counts, level=0.95):
         figures["ece"].append(ece(confidence, correct))
     ends = [(1 - level) / 2, (1 + level) / 2]
     return {name: (values, np.quantile(values, ends)) for name, values in figures.items()}
+
+
+def average_precision(scores, positive):
+    """Σ over thresholds, highest first, of (gain in recall) x precision; ties enter together."""
+    total, recall = 0.0, 0.0
+    for limit in sorted(set(scores), reverse=True):
+        taken = scores >= limit
+        new_recall = positive[taken].sum() / positive.sum()
+        total += (new_recall - recall) * positive[taken].mean()
+        recall = new_recall
+    return total

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from datasets import write_image_folder
 
 from mixmo_fastai.assessment import evaluate_ensemble, evaluate_run
 from mixmo_fastai.cli import run as program
@@ -86,3 +87,42 @@ def test_runs_that_do_not_go_together_are_refused(runs, tmp_path, capsys):
         evaluate_ensemble([runs[0], unfinished])
     assert program(["ensemble", str(runs[0].path), str(tmp_path / "none")]) == 2
     assert "There is no run folder" in capsys.readouterr().err
+
+
+def test_strange_images_are_compared_with_the_own_test_set(runs, tmp_path, capsys):
+    write_image_folder(tmp_path / "strange", num_test=6)
+    path = str(runs[0].path)
+    assert program(["eval", path, "--ood", str(tmp_path / "strange"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["ood"]
+    assert (found["dataset"], found["num_images"]) == (str(tmp_path / "strange"), 12)
+    assert set(found) == {"dataset", "num_images", "confidence", "entropy", "mutual_information"}
+    assert found["entropy"].keys() == {"auroc", "aupr", "fpr95"}
+    # Images without classes will do, and the members' information is absent where there is one.
+    loose = tmp_path / "strange/train/cat"
+    assert program(["eval", str(runs[2].path), "--ood", str(loose), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["ood"]
+    assert found["num_images"] == 4
+    assert "mutual_information" in found["absent"]
+    assert program(["eval", path, "--ood", str(loose)]) == 0
+    assert "OOD entropy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("digits", "wants other images"),
+        ("cifra10", "Did you mean 'cifar10'"),
+        ("./none", "no folder './none'"),
+        ("empty", "No image was found"),
+        ("broken", "a.png"),
+    ],
+)
+def test_strange_images_that_cannot_be_had(runs, place, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/a.png").write_bytes(b"no image")
+    assert program(["eval", str(runs[0].path), "--ood", place]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert len(err.splitlines()) <= 3

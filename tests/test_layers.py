@@ -25,6 +25,7 @@ LAYERS = {
     "bootstrap": MATHEMATICS,
     "calibration": MATHEMATICS,
     "diversity": MATHEMATICS,
+    "filter_use": MATHEMATICS,
     "losses": MATHEMATICS,
     "mixing": MATHEMATICS,
     "msda": MATHEMATICS,
@@ -41,6 +42,7 @@ LAYERS = {
     "checkpoints": ASSEMBLY,
     "assessment": ASSEMBLY,
     "deep_ensemble": ASSEMBLY,
+    "detection": ASSEMBLY,
     "evaluation": ASSEMBLY,
     "learner": ASSEMBLY,
     "lr_search": ASSEMBLY,
@@ -56,7 +58,7 @@ ALLOWED_FROM_ELSEWHERE = {
     STDLIB: set(),
     MATHEMATICS: {"torch", "numpy"},
     FASTAI: {"torch", "numpy", "fastai", "fasttransform", "torchvision", "PIL", "sklearn"},
-    ASSEMBLY: {"torch", "numpy", "fastai", "safetensors"},
+    ASSEMBLY: {"torch", "numpy", "fastai", "safetensors", "sklearn"},
     SHELL: {"torch", "fastai", "rich", "typer", "matplotlib"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -9,12 +9,22 @@ from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output
 from mixmo_fastai.cli.render import figure_lines, method_name
 from mixmo_fastai.names import DEVICES
+from mixmo_fastai.resolve import check_dataset
 from mixmo_fastai.runs import open_run
 
 
 def evaluate(
     run: Annotated[Path, typer.Argument(help="A run folder that `mixmo fit` made.")],
+    *,
     data_dir: opt.DataDir = None,
+    ood: Annotated[
+        str | None,
+        typer.Option(
+            help="Other data: a data set, or a folder of images. How well does it stand out?",
+            metavar="DATASET|FOLDER",
+            rich_help_panel=opt.DATA,
+        ),
+    ] = None,
     device: opt.Device = None,
     as_json: opt.Json = False,
     debug: opt.Debug = False,
@@ -22,12 +32,14 @@ def evaluate(
     """Evaluate a trained run on its test set, calibrated on its validation split."""
     folder = open_run(run)
     recipe = folder.recipe()
+    if ood is not None:
+        check_dataset(ood)
     if device is not None and device not in DEVICES:
         raise typer.BadParameter(f"--device {device!r} must be one of {', '.join(DEVICES)}.")
 
     from mixmo_fastai.assessment import evaluate_run
 
-    figures = evaluate_run(folder, data_dir, device=device)
+    figures = evaluate_run(folder, data_dir, device=device, ood=ood)
     output = Output(as_json=as_json)
     title = f"{folder.path}: {method_name(recipe)}, {recipe.model.arch}, {recipe.data.dataset}"
     output.result([title, "", *figure_lines(figures, recipe)], {"run": str(folder.path), **figures})

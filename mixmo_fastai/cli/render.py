@@ -147,6 +147,20 @@ def _figure_rows(figures: Mapping[str, Any], num_members: int) -> list[tuple[str
             rows.append((label, f"none: {absent[name]}"))
         elif name in figures:
             rows.append((label, _tempered(figures[name], how)))
+    return [*rows, *_ood_rows(figures.get("ood", {}))]
+
+
+def _ood_rows(ood: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Say how well images of another data set are told from the own ones."""
+    rows = []
+    for name, label in _UNCERTAINTIES.items():
+        if name in ood:
+            found = ood[name]
+            text = (
+                f"AUROC {found['auroc']:.4f}, AUPR {found['aupr']:.4f}, FPR at 95 % "
+                f"{_percent(found['fpr95'])}: {ood['num_images']:,} images of {ood['dataset']}"
+            )
+            rows.append((f"OOD {label}", text))
     return rows
 
 
@@ -194,6 +208,11 @@ _FIGURES = (
     ("disagreement", "Disagreement", _percent),
     ("mutual_information", "Information", lambda value: f"{value:.4f} nats"),
 )
+_UNCERTAINTIES = {
+    "confidence": "confid.",
+    "entropy": "entropy",
+    "mutual_information": "inform.",
+}
 _BRIEFLY = (("accuracy", "accuracy", _percent), ("nll", "NLL", _number), ("ece", "ECE", _percent))
 _TEMPERED = (
     ("calibrated", "Calibrated", "fitted on the validation split"),

@@ -8,6 +8,7 @@ from fastai.torch_core import default_device
 
 from mixmo_fastai.data.image_sets import DataSource, ImageSet
 from mixmo_fastai.data.loaders import Augmentation, BatchLoader, ResidentLoader, StreamingLoader
+from mixmo_fastai.data.loose_images import EVALUATION_BATCH
 from mixmo_fastai.data.splits import limit_images, split_validation
 from mixmo_fastai.errors import InputError
 
@@ -15,7 +16,6 @@ HOST_BUDGET = 8 * 2**30
 """Bytes of decoded images that are kept in the main memory at most."""
 GPU_SHARE = 0.25
 """Share of the free memory of a GPU that decoded images may take."""
-EVALUATION_BATCH = 256
 
 
 def make_dataloaders(

@@ -1,0 +1,55 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mixmo_fastai.errors import InputError
+from mixmo_fastai.filter_use import THRESHOLDS, encoder_norms, filter_use
+from mixmo_fastai.models import MixMoModel, create_model
+
+
+def l1_norms(weight):
+    """Filter by filter, weight by weight."""
+    return np.array([sum(abs(float(w)) for w in kernel.flatten()) for kernel in weight])
+
+
+def test_shares_against_the_definition():
+    model = create_model("wrn10_1", 10, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():  # half of one layer asleep
+        first = next(m for m in model.core.modules() if isinstance(m, nn.Conv2d))
+        first.weight[::2] *= 0.25
+    use = filter_use(model)
+    convolutions = {n: m for n, m in model.core.named_modules() if isinstance(m, nn.Conv2d)}
+    assert use.layers == tuple(convolutions)
+    assert use.shares.shape == (len(convolutions), 4)
+    for row, layer in zip(use.shares, convolutions.values(), strict=True):
+        norms = l1_norms(layer.weight.detach())
+        expected = [np.mean(norms > t * norms.max()) for t in THRESHOLDS]
+        assert row.tolist() == pytest.approx(expected)
+    assert use.shares[0, -1] < 0.6 < use.shares[1, -1]
+    assert use.average.tolist() == pytest.approx(use.shares.numpy().mean(0))
+
+
+def test_norms_of_encoders_side_by_side():
+    model = create_model("wrn10_1", 10, 3)
+    norms = encoder_norms(model)
+    assert norms.shape == (3, 16)
+    for row, encoder in zip(norms, model.encoders, strict=True):
+        assert row.tolist() == pytest.approx(l1_norms(encoder.weight.detach()), rel=1e-5)
+
+
+def test_a_layer_of_zeros_has_no_active_filter():
+    model = create_model("wrn10_1", 10)
+    with torch.no_grad():
+        next(m for m in model.core.modules() if isinstance(m, nn.Conv2d)).weight.zero_()
+    assert filter_use(model).shares[0].tolist() == [0, 0, 0, 0]
+
+
+def test_networks_without_convolutions_are_refused():
+    flat = MixMoModel([nn.Linear(4, 4)], nn.Linear(4, 4), [nn.Linear(4, 2)])
+    with pytest.raises(InputError, match="no convolution"):
+        filter_use(flat)
+    with pytest.raises(InputError, match="Linear has no convolution"):
+        encoder_norms(flat)
+    with pytest.raises(InputError, match="thresholds"):
+        filter_use(create_model("wrn10_1", 10), (1.0,))

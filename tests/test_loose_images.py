@@ -1,0 +1,62 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mixmo_fastai.data.loose_images import PixelLoader, as_shape, decode_readable, find_images
+from mixmo_fastai.errors import InputError
+
+
+def write(path, size=(8, 6), mode="RGB", value=90):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, value if mode == "L" else (value, 20, 30)).save(path)
+    return path
+
+
+def test_images_are_found_below_folders_and_files_taken_as_given(tmp_path):
+    first, second = write(tmp_path / "b/2.png"), write(tmp_path / "a/1.jpg")
+    (tmp_path / "a/notes.txt").write_text("no image")
+    (tmp_path / "a/.hidden.png").write_text("")
+    odd = tmp_path / "picture"
+    odd.write_bytes(first.read_bytes())
+    assert find_images([tmp_path / "a", tmp_path / "b", odd]) == [second, first, odd]
+
+
+def test_places_without_images_are_refused(tmp_path):
+    with pytest.raises(InputError, match="no image or folder"):
+        find_images([tmp_path / "none.png"])
+    with pytest.raises(InputError, match="No image was found"):
+        find_images([tmp_path])
+
+
+def test_what_cannot_be_read_is_noted_and_the_rest_goes_on(tmp_path):
+    good, bad = write(tmp_path / "a.png"), tmp_path / "b.png"
+    bad.write_bytes(b"no image")
+    unreadable = {}
+    found = dict(decode_readable([bad, good], (3, 4, 5), unreadable))
+    assert {path: pixels.shape for path, pixels in found.items()} == {good: (3, 4, 5)}
+    assert list(unreadable) == [bad]
+    assert "b.png" in unreadable[bad]
+
+
+def test_images_of_another_shape_are_brought_to_it():
+    colour = torch.randint(0, 256, (2, 3, 16, 16), generator=torch.Generator().manual_seed(0))
+    colour = colour.to(torch.uint8)
+    grey = as_shape(colour, (1, 16, 16))
+    expected = np.tensordot(colour.numpy().astype(float), [0.299, 0.587, 0.114], axes=(1, 0))
+    assert np.abs(grey[:, 0].numpy() - expected).max() <= 0.5001
+    assert torch.equal(as_shape(grey, (3, 16, 16)), grey.expand(-1, 3, -1, -1))
+    small = as_shape(colour, (3, 8, 8))
+    assert (small.shape, small.dtype) == ((2, 3, 8, 8), torch.uint8)
+    assert as_shape(colour, (3, 16, 16)) is colour
+    with pytest.raises(InputError, match="3 channels cannot become ones of 4"):
+        as_shape(colour, (4, 16, 16))
+
+
+def test_batches_are_standardised():
+    pixels = torch.arange(2 * 3 * 4).view(2, 3, 2, 2).to(torch.uint8)
+    mean, std = (0.1, 0.2, 0.3), (0.5, 0.4, 0.3)
+    ((x, y),) = PixelLoader(pixels, mean, std)
+    expected = (pixels / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    torch.testing.assert_close(x, expected)
+    assert y.tolist() == [-1, -1]
