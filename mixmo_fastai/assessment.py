@@ -157,10 +157,12 @@ def open_finished(
         InputError: the run is not finished, or its data is not there.
     """
     recipe = run.recipe()
-    if missing := [network.path for network in run.networks() if not network.weights.is_file()]:
+    networks = run.networks()
+    if missing := [network for network in networks if not network.weights.is_file()]:
+        done = f"{len(networks) - len(missing)} of {len(networks)} networks are finished"
+        state = done if len(networks) > 1 else "the run is not finished"
         raise InputError(
-            f"{missing[0]} has no weights yet: the run is not finished.\n"
-            f"Continue it: mixmo fit --resume {run.path}"
+            f"{run.path} has no weights yet: {state}.\nContinue it: mixmo fit --resume {run.path}"
         )
     chosen = choose_device(device or recipe.train.device)
     source = read_source(recipe, data_dir)

@@ -38,8 +38,8 @@ class EMACallback(Callback):
 
     def __init__(self, decay: float = 0.999) -> None:
         super().__init__()
-        if not 0 <= decay < 1:
-            raise InputError(f"decay must be at least 0 and below 1; got {decay}.")
+        if not isinstance(decay, int | float) or not 0 <= decay < 1:
+            raise InputError(f"decay must be a number, at least 0 and below 1; got {decay!r}.")
         self.decay = decay
         # Validations send the events of a fit as well, some of them within one.
         self.fit_trained: list[bool] = []

@@ -88,6 +88,8 @@ class MixMoCallback(Callback):
     ) -> None:
         super().__init__()
         check_kind(mix, num_members=2)
+        if mask_options is not None and not isinstance(mask_options, Mapping):
+            raise InputError(f"mask_options must map names to values; got {mask_options!r}.")
         self.mask_options = dict(mask_options or {})
         trial = torch.Generator()  # the global one is the user's
         draw_masks(mix, torch.full((1, 2), 0.5), (2, 8, 8), generator=trial, **self.mask_options)

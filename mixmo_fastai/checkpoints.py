@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mixmo_fastai.errors import InputError
+from mixmo_fastai.models import MixMoModel, create_model
 from mixmo_fastai.models.mixmo_model import unwrap
 from mixmo_fastai.runs import RunFolder
 
@@ -65,6 +66,30 @@ def load_weights(model: nn.Module, path: Path) -> None:
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise InputError(f"{path} holds another network than the recipe says: {first}") from error
+
+
+def load_network(run: RunFolder) -> MixMoModel:
+    """Build the network of a run of one network, from its files alone, on the CPU.
+
+    Raises:
+        InputError: the weights are missing, damaged or of another network than the recipe says.
+    """
+    recipe = run.recipe()
+    try:
+        shapes = {name: tuple(tensor.shape) for name, tensor in load_file(run.weights).items()}
+    except FileNotFoundError:
+        raise InputError(
+            f"{run.path} has no weights yet: the run is not finished.\n"
+            f"Continue it: mixmo fit --resume {run.path}"
+        ) from None
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{run.weights} cannot be read: {error}.") from error
+    head, encoder = shapes.get("heads.0.weight", ()), shapes.get("encoders.0.weight", ())
+    if len(head) != 2 or len(encoder) != 4:
+        raise InputError(f"{run.weights} holds another network than the recipe says.")
+    model = create_model(recipe.model.arch, head[0], recipe.model.num_members, encoder[1])
+    load_weights(model, run.weights)
+    return model.eval()
 
 
 def save_checkpoint(

@@ -46,6 +46,7 @@ def train_run(
     recipe = training.recipe
     if recipe.model.num_nets == 1:
         return train(training, run, cbs=cbs, resume=resume)
+    run.write_data_facts(training.facts)
     folders = run.networks()
     for index, folder in enumerate(folders):
         own = network_recipe(recipe, index)

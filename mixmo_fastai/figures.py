@@ -7,10 +7,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from mixmo_fastai.filter_use import FilterUse
 from mixmo_fastai.lr_search import LrSearch
 from mixmo_fastai.preview import Preview
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # told apart by colour-blind readers
+MARKERS = ("o", "s", "^", "D")
 
 
 def plot_lr_search(search: LrSearch, path: Path, title: str) -> None:
@@ -19,7 +21,7 @@ def plot_lr_search(search: LrSearch, path: Path, title: str) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.plot(search.lrs, search.losses, color="#333333", linewidth=1.5)
-    marks = zip(search.suggestions.items(), COLORS, ("o", "s", "^", "D"), strict=True)
+    marks = zip(search.suggestions.items(), COLORS, MARKERS, strict=True)
     for (name, rate), color, marker in marks:
         nearest = min(range(len(search.lrs)), key=lambda i: abs(search.lrs[i] - rate))
         axes.plot(
@@ -65,6 +67,45 @@ def plot_preview(preview: Preview, path: Path, title: str) -> None:
         axes.spines[:].set_color("#999999")  # or a white mask would have no border
     figure.suptitle(title, fontsize=10)
     figure.savefig(path)
+
+
+def plot_filters(titles: list[str], uses: list[FilterUse], norms: list[Tensor], path: Path) -> None:
+    """Draw, in a column per run, the active filters of each layer and the encoders' norms."""
+    figure = Figure(figsize=(6.5 * len(uses), 7.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(2, len(uses), squeeze=False, sharey="row")
+    for column, (title, use, norm) in enumerate(zip(titles, uses, norms, strict=True)):
+        _plot_use(grid[0][column], use, title)
+        _plot_norms(grid[1][column], norm)
+    figure.savefig(path)
+
+
+def _plot_use(axes: Axes, use: FilterUse, title: str) -> None:
+    places = range(1, len(use.layers) + 1)
+    marks = zip(use.thresholds, use.shares.T, use.average.tolist(), COLORS, MARKERS, strict=True)
+    for threshold, shares, average, color, marker in marks:
+        label = f"above {threshold:.0%} of the largest; {average:.0%} on average"
+        axes.plot(places, shares, marker=marker, markersize=4, color=color, label=label)
+    axes.set(title=title, xlabel="convolution of the core", ylabel="share of active filters")
+    axes.set_ylim(0, 1.05)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+
+
+def _plot_norms(axes: Axes, norms: Tensor) -> None:
+    num_members, num_channels = norms.shape
+    width = 0.8 / num_members
+    order = (
+        (norms[0] - norms[-1]).argsort(descending=True) if num_members > 1 else range(num_channels)
+    )
+    for member in range(num_members):
+        places = [i + (member - (num_members - 1) / 2) * width for i in range(num_channels)]
+        color = COLORS[member % len(COLORS)]
+        axes.bar(places, norms[member][order], width, color=color, label=f"encoder {member + 1}")
+    axes.set_xlabel("feature channel, from the first member's to the last's")
+    axes.set_ylabel("L1 norm of the encoder's filter")
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(fontsize=8)
 
 
 def _show_image(axes: Axes, image: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 recipe.toml        resolved, everything needed to run it again
 environment.json   versions, device, command, seed, git revision
+data.json          classes, mean, deviation and shape of the images
 history.csv        one row per epoch
 metrics.json       final figures
 model.safetensors  weights
@@ -12,6 +13,7 @@ net-1/, net-2/     of a deep ensemble: each network's own run folder, which has 
 """
 
 import csv
+import dataclasses
 import itertools
 import json
 import os
@@ -19,6 +21,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,6 +31,22 @@ from mixmo_fastai.errors import InputError
 from mixmo_fastai.recipe import Recipe, load_recipe, to_toml
 
 PACKAGES = ("mixmo-fastai", "torch", "torchvision", "fastai", "numpy", "safetensors")
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What a network must know of its data to predict without it.
+
+    Attributes:
+        classes: names, in the order of the logits.
+        mean, std: per channel, of pixels in [0, 1].
+        image_shape: (C, H, W).
+    """
+
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    image_shape: tuple[int, ...]
 
 
 class RunFolder:
@@ -77,6 +96,31 @@ class RunFolder:
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise InputError(f"{self.path / 'metrics.json'} is damaged: {error}.") from error
         return figures
+
+    def data_facts(self) -> "DataFacts | None":
+        """Read what the network must know of its data; None in a run that did not write it.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        path = self.path / "data.json"
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            return DataFacts(
+                tuple(str(name) for name in values["classes"]),
+                tuple(float(v) for v in values["mean"]),
+                tuple(float(v) for v in values["std"]),
+                tuple(int(v) for v in values["image_shape"]),
+            )
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path} is damaged: {error}.") from error
+
+    def write_data_facts(self, facts: "DataFacts") -> None:
+        """Write what the network must know of its data."""
+        text = json.dumps(dataclasses.asdict(facts), indent=2)
+        write_atomically(self.path / "data.json", text + "\n")
 
     def history(self) -> list[dict[str, str]]:
         """Read the rows of history.csv."""
@@ -199,6 +243,11 @@ def open_run(path: Path | str) -> RunFolder:
         InputError: the path is not a folder, or not one of a run.
     """
     folder = _expanded(path)
+    if not os.path.isdir(folder) and (folder.parent / "recipe.toml").is_file():
+        raise InputError(
+            f"The run {str(folder.parent)!r} has no {folder.name!r}, or none yet.\n"
+            f"Continue it where it is not finished: mixmo fit --resume {folder.parent}"
+        )
     if not os.path.isdir(folder):
         raise InputError(f"There is no run folder {str(path)!r}.\nBy default, runs lie in runs/.")
     if not (folder / "recipe.toml").is_file():

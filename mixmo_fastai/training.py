@@ -26,7 +26,7 @@ from mixmo_fastai.evaluation import evaluate_loaders
 from mixmo_fastai.learner import learner_from_recipe
 from mixmo_fastai.recipe import Recipe
 from mixmo_fastai.recording import CheckpointCallback, HistoryCallback
-from mixmo_fastai.runs import RunFolder
+from mixmo_fastai.runs import DataFacts, RunFolder
 from mixmo_fastai.schedule import flat_cosine, one_cycle, published_steps
 from mixmo_fastai.selection import BestEpochCallback
 
@@ -77,6 +77,12 @@ class Training:
         """Parameters of all networks."""
         each = sum(p.numel() for p in self.learn.model.parameters())
         return each * self.recipe.model.num_nets
+
+    @property
+    def facts(self) -> DataFacts:
+        """What the network must know of its data to predict."""
+        source = self.source
+        return DataFacts(source.classes, source.mean, source.std, source.train.image_shape)
 
     def summary(self) -> dict[str, Any]:
         """Give what the final figures say of the training itself."""
@@ -166,6 +172,7 @@ def train(
         TrainingDivergedError: the loss is not finite.
     """
     recipe, learn = training.recipe, training.learn
+    run.write_data_facts(training.facts)
     best = BestEpochCallback() if recipe.train.select == "best" else None
     parts = [part for part in (_averaging(learn), best) if part is not None]
     start_epoch = load_checkpoint(run, learn, parts) if resume else 0

@@ -87,6 +87,8 @@ def test_runs_that_do_not_go_together_are_refused(runs, tmp_path, capsys):
         evaluate_ensemble([runs[0], unfinished])
     assert program(["ensemble", str(runs[0].path), str(tmp_path / "none")]) == 2
     assert "There is no run folder" in capsys.readouterr().err
+    assert program(["ensemble", str(runs[0].path), f"{runs[0].path}/"]) == 2
+    assert "given twice" in capsys.readouterr().err
 
 
 def test_strange_images_are_compared_with_the_own_test_set(runs, tmp_path, capsys):

@@ -395,6 +395,7 @@ class TestBadInput:
             ({"weight_root": 0.5}, "weight_root"),
             ({"batch_repetitions": 0}, "batch_repetitions"),
             ({"input_repetition": 2}, "input_repetition"),
+            ({"mask_options": 5}, "mask_options must map names to values; got 5"),
             ({"mask_options": {"block_size": 3}}, "'cutmix': it takes no options"),
             (
                 {"mix": "patchup", "mask_options": {"block_size": 2}},

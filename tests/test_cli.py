@@ -20,6 +20,7 @@ TINY = ("--arch", "wrn10_1", "--limit", "48", "--batch-size", "16", "--device", 
 FILES = {
     "recipe.toml",
     "environment.json",
+    "data.json",
     "history.csv",
     "metrics.json",
     "model.safetensors",

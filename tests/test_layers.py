@@ -46,6 +46,7 @@ LAYERS = {
     "evaluation": ASSEMBLY,
     "learner": ASSEMBLY,
     "lr_search": ASSEMBLY,
+    "prediction": ASSEMBLY,
     "preview": ASSEMBLY,
     "training": ASSEMBLY,
     "recording": ASSEMBLY,

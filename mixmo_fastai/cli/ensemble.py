@@ -8,6 +8,7 @@ import typer
 from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output
 from mixmo_fastai.cli.render import ensemble_lines
+from mixmo_fastai.errors import InputError
 from mixmo_fastai.names import DEVICES
 from mixmo_fastai.runs import open_run
 
@@ -22,6 +23,9 @@ def ensemble(
 ) -> None:
     """Evaluate finished runs as one: the mean of their logits on the test set."""
     folders = [open_run(run) for run in runs]
+    places = [folder.path.resolve() for folder in folders]
+    if twice := next((place for place in places if places.count(place) > 1), None):
+        raise InputError(f"The run {str(twice)!r} is given twice; an ensemble takes each run once.")
     if device is not None and device not in DEVICES:
         raise typer.BadParameter(f"--device {device!r} must be one of {', '.join(DEVICES)}.")
 

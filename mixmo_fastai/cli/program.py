@@ -11,7 +11,18 @@ from collections.abc import Sequence
 import typer
 
 from mixmo_fastai import __version__
-from mixmo_fastai.cli import datasets, ensemble, evaluate, fit, import_, lr_find, recipes, show
+from mixmo_fastai.cli import (
+    datasets,
+    ensemble,
+    evaluate,
+    fit,
+    import_,
+    inspect_,
+    lr_find,
+    predict,
+    recipes,
+    show,
+)
 from mixmo_fastai.cli.console import RunInterruptedError
 from mixmo_fastai.cli.options import in_flags
 from mixmo_fastai.errors import InputError, RunFailedError
@@ -29,6 +40,8 @@ _COMMANDS = {
     "lr-find": lr_find.lr_find,
     "eval": evaluate.evaluate,
     "ensemble": ensemble.ensemble,
+    "predict": predict.predict,
+    "inspect": inspect_.inspect,
     "show": show.show,
     "import": import_.import_,
     "recipes": recipes.recipes,

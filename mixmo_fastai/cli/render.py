@@ -1,7 +1,7 @@
 """Plans and figures as lines that a person reads."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mixmo_fastai.recipe import Recipe, to_mapping
@@ -118,6 +118,23 @@ def figure_lines(figures: Mapping[str, Any], recipe: Recipe) -> list[str]:
     if recipe.expected.accuracy is not None:
         rows.append(("Published", expectation(recipe)))
     return align([*rows, *_figure_rows(figures, num_members)])
+
+
+def filter_lines(titles: list[str], uses: Sequence[Any]) -> list[str]:
+    """Show which share of each layer's filters is active, for one run or several."""
+    limits = [f"> {100 * t:.0f} %" for t in uses[0].thresholds]
+    lines = []
+    for title, use in zip(titles, uses, strict=True):
+        rows = [*zip(use.layers, use.shares.tolist(), strict=True)]
+        rows.append(("average over layers", use.average.tolist()))
+        width = max(len(name) for name, _ in rows)
+        lines += ["", f"{title}: share of filters whose L1 norm exceeds a part of the largest"]
+        lines.append(f"{'':<{width}}" + "".join(f"{limit:>10}" for limit in limits))
+        lines += [
+            f"{name:<{width}}" + "".join(f"{_percent(share):>10}" for share in shares)
+            for name, shares in rows
+        ]
+    return lines[1:]
 
 
 def ensemble_lines(names: list[str], figures: Mapping[str, Any]) -> list[str]:

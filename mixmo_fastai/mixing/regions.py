@@ -195,6 +195,6 @@ def _check_interval(name: str, low: float, high: float, *, above: float, to: flo
     if not (numbers and above < low <= high <= to):
         limit = f"at most {to:g}" if to < math.inf else "finite"
         raise InputError(
-            f"{name}_min and {name}_max must be numbers that rise, from {max(above, 0):g}, and "
-            f"{limit}; got {low!r} and {high!r}."
+            f"{name}_min={low!r} and {name}_max={high!r} must be numbers that rise, "
+            f"from {max(above, 0):g}, and {limit}."
         )

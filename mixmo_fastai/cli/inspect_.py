@@ -1,0 +1,64 @@
+"""`mixmo inspect`: how a trained network uses its filters."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mixmo_fastai.cli import options as opt
+from mixmo_fastai.cli.console import Output
+from mixmo_fastai.cli.render import filter_lines
+from mixmo_fastai.errors import InputError
+from mixmo_fastai.runs import free_file, open_run
+
+
+def inspect(
+    runs: Annotated[list[Path], typer.Argument(help="A run folder, or two to compare.")],
+    *,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The PNG. Default: the first free inspect-<run>.png.", rich_help_panel=opt.OUTPUT
+        ),
+    ] = None,
+    as_json: opt.Json = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Measure the share of active filters per layer, and each encoder's filters."""
+    if len(runs) > 2:
+        raise InputError(f"inspect takes one run, or two side by side; got {len(runs)}.")
+    folders = [open_run(run) for run in runs]
+    for folder in folders:
+        if folder.recipe().model.num_nets > 1:
+            raise InputError(
+                f"{folder.path} is a deep ensemble.\nInspect one of its networks: "
+                f"mixmo inspect {folder.path}/net-1"
+            )
+    names = [folder.path.resolve().name for folder in folders]
+    picture = free_file(out, f"inspect-{'-'.join(names)}", ".png")
+
+    from mixmo_fastai.checkpoints import load_network
+    from mixmo_fastai.figures import plot_filters
+    from mixmo_fastai.filter_use import encoder_norms, filter_use
+
+    networks = [load_network(folder) for folder in folders]
+    uses = [filter_use(network) for network in networks]
+    norms = [encoder_norms(network) for network in networks]
+    titles = [str(folder.path) for folder in folders]
+    plot_filters(titles, uses, norms, picture)
+    Output(as_json=as_json).result(
+        [*filter_lines(titles, uses), "", f"Picture: {picture}"],
+        {
+            "runs": [
+                {
+                    "run": title,
+                    "thresholds": list(use.thresholds),
+                    "average": use.average.tolist(),
+                    "layers": dict(zip(use.layers, use.shares.tolist(), strict=True)),
+                    "encoder_norms": norm.tolist(),
+                }
+                for title, use, norm in zip(titles, uses, norms, strict=True)
+            ],
+            "picture": str(picture),
+        },
+    )

@@ -1,0 +1,164 @@
+import csv
+import io
+import json
+
+import numpy as np
+import oracle_metrics as oracle
+import pytest
+import torch
+from datasets import write_image_folder
+
+from mixmo_fastai.assessment import open_finished
+from mixmo_fastai.checkpoints import load_network
+from mixmo_fastai.cli import run as program
+from mixmo_fastai.deep_ensemble import train_run
+from mixmo_fastai.errors import InputError
+from mixmo_fastai.evaluation import collect_member_logits
+from mixmo_fastai.prediction import predict_images
+from mixmo_fastai.resolve import resolve_recipe
+from mixmo_fastai.runs import create_run
+from mixmo_fastai.training import prepare
+
+CLASSES = ("cat", "dog", "fish")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_image_folder(
+        tmp_path_factory.mktemp("images") / "pets", classes=CLASSES, num_train=12, num_test=5
+    )
+
+
+def trained(images, folder, **changes):
+    settings = {
+        "model.arch": "wrn10_1",
+        "train.epochs": 1,
+        "train.batch_size": 16,
+        "train.device": "cpu",
+        "data.valid_split": 0.1,
+        **changes,
+    }
+    recipe = resolve_recipe(str(images), None, settings)
+    run = create_run(recipe, folder)
+    train_run(prepare(recipe, folder.parent), run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def run(images, tmp_path_factory):
+    return trained(images, tmp_path_factory.mktemp("runs") / "mixmo")
+
+
+def test_predictions_are_those_of_the_evaluation(run, images):
+    """File by file what the loaders of `mixmo eval` give."""
+    finished = open_finished(run)
+    _, test = finished.loaders()
+    network = load_network(run)
+    logits, labels = collect_member_logits(network, test)
+    found, unreadable = predict_images(run, [images / "test"])
+    assert not unreadable
+    assert [CLASSES[label] for label in labels] == [p.image.split("/")[-2] for p in found]
+    for row, prediction in zip(logits.double().numpy(), found, strict=True):
+        p = oracle.softmax(row.mean(0))
+        assert prediction.label == CLASSES[p.argmax()]
+        assert prediction.probability == pytest.approx(p.max(), abs=1e-5)
+        votes = [CLASSES[member.argmax()] for member in row]
+        assert list(prediction.votes) == votes
+        assert prediction.agreement == np.mean([vote == prediction.label for vote in votes])
+        assert prediction.entropy == pytest.approx(oracle.entropy(p), abs=1e-5)
+        expected = oracle.mutual_information(row[None])
+        assert prediction.mutual_information == pytest.approx(expected, abs=1e-5)
+
+
+def test_neither_the_data_nor_its_place_is_needed(run, images, tmp_path):
+    image = tmp_path / "a.png"
+    image.write_bytes(next((images / "test/cat").iterdir()).read_bytes())
+    moved = images.rename(images.with_name("elsewhere"))
+    try:
+        assert len(predict_images(run, [image])[0]) == 1
+        (run.path / "data.json").rename(run.path / "hidden.json")
+        with pytest.raises(InputError, match="does not exist"):
+            predict_images(run, [image])
+    finally:
+        moved.rename(images)
+        (run.path / "hidden.json").rename(run.path / "data.json")
+
+
+def test_networks_of_an_ensemble_and_one_member_vote(images, tmp_path):
+    vanilla = {"model.num_members": 1, "mix.kind": "sum", "mix.batch_repetitions": 1}
+    both = trained(images, tmp_path / "both", **vanilla, **{"model.num_nets": 2})
+    found, _ = predict_images(both, [images / "test/cat"])
+    parts = [predict_images(n, [images / "test/cat"])[0] for n in both.networks()]
+    for prediction, first, second in zip(found, *parts, strict=True):
+        assert prediction.votes == (first.label, second.label)
+        assert prediction.mutual_information is not None
+        assert first.mutual_information is None
+        assert (first.votes, first.agreement) == ((first.label,), 1.0)
+
+
+def test_the_command_reports_the_unreadable_and_predicts_the_rest(run, images, tmp_path, capsys):
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"no image")
+    words = ["predict", str(run.path), str(images / "test/dog"), str(bad)]
+    assert program(words) == 1
+    out, err = capsys.readouterr()
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert [row["image"] for row in rows] == sorted(str(p) for p in (images / "test/dog").iterdir())
+    assert {row["label"] for row in rows} <= set(CLASSES)
+    assert all(len(row["votes"].split("|")) == 2 for row in rows)
+    assert "1 of 6 images could not be read" in err
+    assert "bad.png" in err
+    assert program([*words, "--json"]) == 1
+    value = json.loads(capsys.readouterr().out)
+    assert list(value["unreadable"]) == [str(bad)]
+    assert len(value["predictions"]) == 5
+    assert program([*words[:3], "--json"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [("none.png", "no image or folder 'none.png'"), ("empty", "No image was found")],
+)
+def test_images_that_are_not_there(run, place, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert program(["predict", str(run.path), place]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_more_images_than_are_held_at_once(run, images, monkeypatch):
+    whole, _ = predict_images(run, [images / "test"])
+    monkeypatch.setattr("mixmo_fastai.prediction.IMAGES_AT_ONCE", 4)
+    parts, _ = predict_images(run, [images / "test"])
+    assert [p.label for p in parts] == [p.label for p in whole]
+    assert torch.tensor([p.entropy for p in parts]).allclose(
+        torch.tensor([p.entropy for p in whole]), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"classes": ["a"]}', '{"classes": 3, "mean": 1}'])
+def test_damaged_facts_are_refused(run, text, tmp_path, images):
+    path = run.path / "data.json"
+    before = path.read_text()
+    path.write_text(text)
+    try:
+        with pytest.raises(InputError, match=r"data\.json is damaged"):
+            predict_images(run, [images / "test"])
+    finally:
+        path.write_text(before)
+
+
+def test_filters_of_one_run_and_of_two(run, images, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    path = str(run.path)
+    assert program(["inspect", path]) == 0
+    out = capsys.readouterr().out
+    assert "average over layers" in out
+    assert (tmp_path / "inspect-mixmo.png").read_bytes().startswith(b"\x89PNG")
+    assert program(["inspect", path, path, "--out", "two.png", "--json"]) == 0
+    value = json.loads(capsys.readouterr().out)
+    assert len(value["runs"]) == 2
+    assert len(value["runs"][0]["encoder_norms"]) == 2
+    assert len(value["runs"][0]["average"]) == len(value["runs"][0]["thresholds"]) == 4
+    assert program(["inspect", path, path, path]) == 2
+    assert "one run, or two" in capsys.readouterr().err
