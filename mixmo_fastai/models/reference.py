@@ -1,5 +1,6 @@
 """Weights of the published implementation, under this project's names."""
 
+import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -85,7 +86,8 @@ def read_reference_checkpoint(path: Path) -> dict[str, Tensor]:
     except OSError as error:
         raise InputError(f"Cannot read {path}: {error.strerror or error}.") from error
     except Exception as error:  # an unpickler may raise anything on other content
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        told = isinstance(error, pickle.UnpicklingError) and str(error).strip()
+        reason = told.splitlines()[0] if told else "it is damaged, or no file of torch"
         raise InputError(
             f"{path} is not a checkpoint that can be read safely: {reason[:120]}\n"
             "Give a checkpoint of the published implementation, with tensors only."
