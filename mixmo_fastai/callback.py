@@ -97,6 +97,7 @@ class MixMoCallback(Callback):
         _check_shares(mix_prob=mix_prob, decay_start=decay_start, msda_prob=msda_prob)
         loss_weights(torch.ones(1, 1), weight_root)
         draw_lam(1, 1, alpha, generator=trial)
+        msda = None if msda == "none" else msda  # as recipes call it
         if msda is not None:
             check_msda(msda, msda_alpha, msda_prob)
         self.mix, self.alpha, self.mix_prob, self.decay_start = mix, alpha, mix_prob, decay_start

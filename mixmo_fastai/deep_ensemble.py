@@ -44,6 +44,8 @@ def train_run(
         TrainingDivergedError: the loss of a network is not finite.
     """
     recipe = training.recipe
+    if resume:
+        run.check_resumable()
     if recipe.model.num_nets == 1:
         return train(training, run, cbs=cbs, resume=resume)
     run.write_data_facts(training.facts)

@@ -59,7 +59,8 @@ def plot_preview(preview: Preview, path: Path, title: str) -> None:
             mask.imshow(preview.masks[row, member], cmap="gray", vmin=0, vmax=1)
             mask.set_title(f"{100 * preview.masks[row, member].mean():.0f} %", fontsize=8)
         _show_image(grid[row][-1], preview.mixed[row])
-    headings = [name for m in range(num_members) for name in (f"member {m + 1}", "its mask")]
+    mask_name = "its channels" if preview.by_channels else "its mask"
+    headings = [name for m in range(num_members) for name in (f"member {m + 1}", mask_name)]
     for axes, heading in zip(grid[0], [*headings, "mixture"], strict=True):
         axes.set_title(f"{heading}\n{axes.get_title()}", fontsize=8)
     for axes in grid.flat:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -14,8 +15,10 @@ class Preview:
 
     Attributes:
         inputs: what each member sees, (n, M, C, H, W) in [0, 1].
-        masks: MixMo's, (n, M, H, W) in [0, 1]; the mean over channels where it has several.
+        masks: MixMo's, (n, M, H, W) in [0, 1]. Of a mask of whole channels, each column of the
+            picture is a channel, and `by_channels` is true.
         mixed: Σ mask · input, (n, C, H, W) in [0, 1]; the network mixes features the same way.
+            Pixels have no feature channels: there, members are blended by their share of them.
         labels: class names of each position, one list per position.
     """
 
@@ -23,6 +26,7 @@ class Preview:
     masks: Tensor
     mixed: Tensor
     labels: list[list[str]]
+    by_channels: bool = False
 
 
 def preview_batch(training: Training, count: int = 6) -> Preview:
@@ -43,13 +47,23 @@ def preview_batch(training: Training, count: int = 6) -> Preview:
     callback.before_batch()
     inputs, masks = (part[:count].cpu() for part in learn.xb)
     pixels = _denormalized(inputs, training)
-    shown = F.interpolate(masks.mean(dim=2), size=pixels.shape[-2:], mode="nearest")
+    by_channels = masks.shape[2] > 1
+    weights = F.interpolate(masks.mean(dim=2), size=pixels.shape[-2:], mode="nearest")
+    shown = _as_columns(masks, pixels.shape[-2:]) if by_channels else weights
     return Preview(
         inputs=pixels,
         masks=shown,
-        mixed=(pixels * shown[:, :, None]).sum(dim=1),
+        mixed=(pixels * weights[:, :, None]).sum(dim=1),
+        by_channels=by_channels,
         labels=[_names(training, learn.yb, position) for position in range(len(inputs))],
     )
+
+
+def _as_columns(masks: Tensor, size: torch.Size) -> Tensor:
+    """Draw each channel's mask value as a column: (n, M, D, h, w) -> (n, M, H, W)."""
+    values = masks.mean(dim=(3, 4))[:, :, None]  # (n, M, 1, D)
+    columns = F.interpolate(values, size=(1, max(size[1], values.shape[3])), mode="nearest")
+    return columns.expand(-1, -1, size[0], -1)
 
 
 def _denormalized(inputs: Tensor, training: Training) -> Tensor:

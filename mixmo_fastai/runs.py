@@ -70,6 +70,20 @@ class RunFolder:
         """Whether it has its final figures."""
         return (self.path / "metrics.json").is_file()
 
+    def check_resumable(self) -> None:
+        """Check that a training can go on here.
+
+        Raises:
+            InputError: the run has weights and no state that led to them, as an imported one.
+        """
+        for network in self.networks():
+            states = (network.checkpoint, network.path / ".checkpoint.old")
+            if network.weights.is_file() and not any(state.is_dir() for state in states):
+                raise InputError(
+                    f"{network.path} has weights, but no state to resume from: it was imported, or "
+                    "its checkpoint was removed.\nNothing was changed; `mixmo eval` evaluates it."
+                )
+
     def recipe(self) -> Recipe:
         """Read the resolved recipe."""
         return load_recipe(self.path / "recipe.toml")

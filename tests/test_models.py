@@ -208,3 +208,9 @@ def test_an_encoder_that_cannot_say_its_channels_is_named(encoder, message):
     with pytest.raises(InputError, match=message) as caught:
         model.mask_shape(8, 8)
     assert len(str(caught.value).splitlines()) <= 3
+
+
+def test_lazy_encoders_are_told_apart():
+    model = MixMoModel([nn.LazyConv2d(8, 3)], nn.Identity(), [nn.Linear(8, 2)])
+    with pytest.raises(InputError, match="a lazy one must have seen an image"):
+        model.mask_shape(8, 8)

@@ -17,9 +17,14 @@ def preview(count=5, **flags):
 def test_the_mixture_is_made_of_inputs_and_masks(kind):
     seen = preview(mix__kind=kind)
     assert seen.inputs.shape == (5, 2, 1, 8, 8)
-    assert seen.masks.shape == (5, 2, 8, 8)
-    torch.testing.assert_close(seen.masks.sum(1), torch.ones(5, 8, 8))
-    expected = (seen.inputs * seen.masks[:, :, None]).sum(1)
+    width = 16 if kind == "channel" else 8  # a column for each feature channel
+    assert seen.masks.shape == (5, 2, 8, width)
+    assert seen.by_channels == (kind == "channel")
+    torch.testing.assert_close(seen.masks.sum(1), torch.ones(5, 8, width))
+    weights = seen.masks.mean(dim=(2, 3), keepdim=True) if kind == "channel" else seen.masks
+    if kind == "channel":
+        assert bool(((seen.masks == 0) | (seen.masks == 1)).all())
+    expected = (seen.inputs * weights[:, :, None]).sum(1)
     torch.testing.assert_close(seen.mixed, expected)
     assert bool(((seen.inputs >= 0) & (seen.inputs <= 1)).all())
 

@@ -141,7 +141,26 @@ def test_other_files_are_refused(content, tmp_path):
 
 def test_a_checkpoint_without_network_is_refused(tmp_path):
     torch.save({"epoch": 3}, tmp_path / "a.ckpt")
-    with pytest.raises(InputError, match="has no 'classifier_state_dict'"):
+    with pytest.raises(InputError, match="has no tensors under 'classifier_state_dict'"):
         read_reference_checkpoint(tmp_path / "a.ckpt")
     with pytest.raises(InputError, match="Cannot read"):
         read_reference_checkpoint(tmp_path / "missing.ckpt")
+
+
+def test_an_imported_run_is_not_trained_over(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a.ckpt", model)
+    assert run(["import", "a.ckpt", "--arch", "wrn10_1", "--dataset", "cifar10", "--out", "r"]) == 0
+    before = open_run("r").weights.read_bytes()
+    assert run(["fit", "--resume", "r"]) == 2
+    err = capsys.readouterr().err
+    assert "no state to resume from" in err
+    assert len(err.splitlines()) <= 3
+    assert open_run("r").weights.read_bytes() == before
+
+
+def test_weights_that_are_not_finite_are_refused(model, tmp_path):
+    model.heads[0].bias.data[0] = float("nan")
+    tensors = read_reference_checkpoint(write(tmp_path / "a.ckpt", model))
+    with pytest.raises(InputError, match="not finite"):
+        import_reference(tensors, "wrn10_1", 10)

@@ -88,6 +88,7 @@ def _start(recipe: Recipe, out: Path | None, data_dir: Path | None, output: Outp
 
 def _resume(run: RunFolder, data_dir: Path | None, output: Output) -> None:
     recipe = run.recipe()
+    run.check_resumable()
 
     from mixmo_fastai.training import prepare
 

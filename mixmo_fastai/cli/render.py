@@ -20,11 +20,15 @@ def align(rows: Iterable[tuple[str, str]]) -> list[str]:
 
 def method_name(recipe: Recipe) -> str:
     """Say what method a recipe is."""
+    if recipe.name == "imported":
+        return f"Imported network, members: {recipe.model.num_members}"
     name = METHOD_NAMES.get(recipe.mix.kind, f"MixMo ({recipe.mix.kind})")
     if recipe.model.num_members == 1:
         name = "Vanilla"
     if pixels := PIXEL_NAMES.get(recipe.mix.msda):
         name = f"{name} + {pixels}"
+    if recipe.data.augmix:
+        name = f"{name} + AugMix"
     nets = recipe.model.num_nets
     return f"{name}, deep ensemble of {nets} networks" if nets > 1 else name
 
@@ -55,9 +59,18 @@ def plan_lines(training: Any) -> list[str]:
             f"{schedule.kind}, learning rate {recipe.lr:.4g}; SGD, weight decay "
             f"{recipe.optimizer.weight_decay:g}",
         ),
+        *([("Weights", _kept_weights(recipe))] if _kept_weights(recipe) else []),
         ("Published", expectation(recipe)),
     ]
     return align(rows)
+
+
+def _kept_weights(recipe: Recipe) -> str:
+    """Say which weights are kept where it is not those of the last step."""
+    train = recipe.train
+    average = f"exponential moving average, decay {train.ema_decay:g}" if train.ema_decay else ""
+    best = "of the epoch that is best on the validation split" if train.select == "best" else ""
+    return ", ".join(part for part in (average, best) if part)
 
 
 def setup_lines(training: Any) -> list[str]:

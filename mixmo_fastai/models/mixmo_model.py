@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from mixmo_fastai.errors import InputError
 
@@ -57,9 +58,13 @@ class MixMoModel(nn.Module):
     def in_channels(self) -> int:
         """C, of the first layer that says so."""
         for module in self.encoders.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                return module.weight.shape[1]
-        raise InputError("The encoders hold no convolution that tells the number of channels.")
+            known = isinstance(module, nn.Conv2d | nn.Linear) and not is_lazy(module.weight)
+            if known:
+                return int(module.weight.shape[1])  # type: ignore[index]
+        raise InputError(
+            "The encoders hold no convolution that tells the number of image channels.\n"
+            "Give each a convolution of known size; a lazy one must have seen an image."
+        )
 
     def forward(self, inputs: Tensor, masks: Tensor | None = None) -> Tensor:
         """Predict.

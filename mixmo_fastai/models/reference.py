@@ -1,7 +1,7 @@
 """Weights of the published implementation, under this project's names."""
 
-import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -70,6 +70,9 @@ def import_reference(
     heads = {match[1] for name in state_dict if (match := re.match(r"list_fc\.(\d+)\.", name))}
     model = create_model(arch, num_classes, max(1, len(heads)), in_channels)
     load_reference_state_dict(model, state_dict)
+    for name, tensor in state_dict.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise InputError(f"The checkpoint's tensor {name!r} holds values that are not finite.")
     return model
 
 
@@ -82,21 +85,24 @@ def read_reference_checkpoint(path: Path) -> dict[str, Tensor]:
         InputError: the file is missing, damaged, holds anything else, or has no network in it.
     """
     try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's advice to developers
+            stored = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise InputError(f"Cannot read {path}: {error.strerror or error}.") from error
     except Exception as error:  # an unpickler may raise anything on other content
-        told = isinstance(error, pickle.UnpicklingError) and str(error).strip()
-        reason = told.splitlines()[0] if told else "it is damaged, or no file of torch"
         raise InputError(
-            f"{path} is not a checkpoint that can be read safely: {reason[:120]}\n"
+            f"{path} is not a checkpoint that can be read safely: it is damaged, or holds code or "
+            "other things than tensors.\n"
             "Give a checkpoint of the published implementation, with tensors only."
         ) from error
     tensors = stored.get(_STATE_KEY) if isinstance(stored, Mapping) else None
     if not isinstance(tensors, Mapping) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
     ):
-        raise InputError(f"{path} has no {_STATE_KEY!r}; it is no published checkpoint of MixMo.")
+        raise InputError(
+            f"{path} has no tensors under {_STATE_KEY!r}; it is no published checkpoint of MixMo."
+        )
     return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
 
 
