@@ -6,12 +6,15 @@ Shapes: N images, M members of a run, R runs, K classes.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mixmo_fastai.calibration import expected_calibration_error, nll, top_predictions
 from mixmo_fastai.checkpoints import load_weights
+from mixmo_fastai.data.corruptions import make_corrupted, read_official
 from mixmo_fastai.data.dataloaders import make_evaluation_loaders
 from mixmo_fastai.data.image_sets import DataSource
 from mixmo_fastai.data.loaders import BatchLoader
@@ -28,6 +31,9 @@ from mixmo_fastai.resolve import check_dataset
 from mixmo_fastai.runs import RunFolder
 from mixmo_fastai.training import read_source
 
+BUILT_IN_NAME = "built-in"
+OFFICIAL_SHAPE = (3, 32, 32)
+
 
 def evaluate_run(
     run: RunFolder,
@@ -35,6 +41,7 @@ def evaluate_run(
     *,
     device: str | None = None,
     ood: str | None = None,
+    corruptions: str | None = None,
 ) -> dict[str, Any]:
     """Evaluate a trained run anew; a deep ensemble as one, each network a member.
 
@@ -43,10 +50,14 @@ def evaluate_run(
         data_dir: where its data lies, if not where it was looked for in training.
         device: where to evaluate; the recipe's where not given.
         ood: a data set, or a folder of images, that the run knows nothing of.
+        corruptions: the folder of CIFAR-10-C or CIFAR-100-C, or "built-in" for what
+            `data.corruptions` makes of the run's own test images.
 
     Returns:
-        the figures, as `evaluation.evaluate_parts` gives them, and with `ood` what
-        `detection.detection_figures` says of it.
+        the figures, as `evaluation.evaluate_parts` gives them; with `ood` what
+        `detection.detection_figures` says of it; with `corruptions` accuracy, nll and ece per type,
+        as means over the severities and per severity, and the means cA, cNLL and cECE over the
+        types.
 
     Raises:
         InputError: the run is not finished or damaged, or data is not there.
@@ -58,7 +69,50 @@ def evaluate_run(
     for logits, _ in others:
         detected = detection_figures(test[0], logits)
         figures["ood"] = {"dataset": ood, "num_images": len(logits), **detected}
+    if corruptions is not None:
+        figures["corruptions"] = evaluate_corruptions(finished, corruptions)
     return figures
+
+
+def evaluate_corruptions(finished: "FinishedRun", place: str) -> dict[str, Any]:
+    """Evaluate a run on corrupted test images; see `evaluate_run`.
+
+    Raises:
+        InputError: the files are missing, damaged, or not of the run's images and classes.
+    """
+    test, shape = finished.source.test, finished.source.test.image_shape
+    if place != BUILT_IN_NAME and shape != OFFICIAL_SHAPE:
+        raise InputError(
+            f"--corruptions DIR is for images of 3x32x32, and this run has {shape}.\n"
+            f"Take --corruptions {BUILT_IN_NAME}."
+        )
+    parts = (
+        make_corrupted(test.tensor(), test.labels, finished.device)
+        if place == BUILT_IN_NAME
+        else read_official(Path(place).expanduser())
+    )
+    by_kind: dict[str, dict[str, list[float]]] = {}
+    for part in parts:
+        if int(part.labels.max()) >= len(finished.source.classes):
+            raise InputError(
+                f"{place} has labels up to {int(part.labels.max())}; this run knows "
+                f"{len(finished.source.classes)} classes."
+            )
+        logits = finished.logits([finished.loader(part.pixels)])[0][0].double().mean(dim=1)
+        found = {"accuracy": top_predictions(logits, part.labels)[1].double().mean().item()}
+        found |= {
+            "nll": nll(logits, part.labels).item(),
+            "ece": expected_calibration_error(logits, part.labels).item(),
+        }
+        for name, value in found.items():
+            by_kind.setdefault(part.kind, {}).setdefault(name, []).append(value)
+    types = {
+        kind: {**{name: mean(values) for name, values in found.items()}, "severities": found}
+        for kind, found in by_kind.items()
+    }
+    names = {"cA": "accuracy", "cNLL": "nll", "cECE": "ece"}
+    overall = {short: mean(t[name] for t in types.values()) for short, name in names.items()}
+    return {"source": place, **overall, "types": types}
 
 
 def evaluate_ensemble(

@@ -25,6 +25,14 @@ def evaluate(
             rich_help_panel=opt.DATA,
         ),
     ] = None,
+    corruptions: Annotated[
+        str | None,
+        typer.Option(
+            help="The folder of CIFAR-10-C or CIFAR-100-C, or built-in.",
+            metavar="DIR|built-in",
+            rich_help_panel=opt.DATA,
+        ),
+    ] = None,
     device: opt.Device = None,
     as_json: opt.Json = False,
     debug: opt.Debug = False,
@@ -39,7 +47,7 @@ def evaluate(
 
     from mixmo_fastai.assessment import evaluate_run
 
-    figures = evaluate_run(folder, data_dir, device=device, ood=ood)
+    figures = evaluate_run(folder, data_dir, device=device, ood=ood, corruptions=corruptions)
     output = Output(as_json=as_json)
     title = f"{folder.path}: {method_name(recipe)}, {recipe.model.arch}, {recipe.data.dataset}"
     output.result([title, "", *figure_lines(figures, recipe)], {"run": str(folder.path), **figures})

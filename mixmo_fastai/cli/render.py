@@ -177,7 +177,29 @@ def _figure_rows(figures: Mapping[str, Any], num_members: int) -> list[tuple[str
             rows.append((label, f"none: {absent[name]}"))
         elif name in figures:
             rows.append((label, _tempered(figures[name], how)))
-    return [*rows, *_ood_rows(figures.get("ood", {}))]
+    rows += _ood_rows(figures.get("ood", {}))
+    return [*rows, *_corruption_rows(figures.get("corruptions"))]
+
+
+def _corruption_rows(corruptions: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """Show the figures under corruption, per type and as means over the types."""
+    if corruptions is None:
+        return []
+    rows = [
+        (
+            "Corrupted",
+            f"cA {_percent(corruptions['cA'])}, cNLL {corruptions['cNLL']:.4f}, cECE "
+            f"{_percent(corruptions['cECE'])}: means over {len(corruptions['types'])} types of 5 "
+            "severities",
+        )
+    ]
+    for kind, found in corruptions["types"].items():
+        each = ", ".join(_percent(value) for value in found["severities"]["accuracy"])
+        text = (
+            f"{_percent(found['accuracy'])}, NLL {found['nll']:.4f}, ECE {_percent(found['ece'])}"
+        )
+        rows.append((f"  {kind}", f"{text}; accuracy by severity {each}"))
+    return rows
 
 
 def _ood_rows(ood: Mapping[str, Any]) -> list[tuple[str, str]]:
