@@ -1,5 +1,6 @@
 """Figures as PNG files. Drawn without a display and without pyplot's global state."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -7,6 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from mixmo_fastai.comparison import Compared
 from mixmo_fastai.filter_use import FilterUse
 from mixmo_fastai.lr_search import LrSearch
 from mixmo_fastai.preview import Preview
@@ -107,6 +109,28 @@ def _plot_norms(axes: Axes, norms: Tensor) -> None:
     axes.set_ylabel("L1 norm of the encoder's filter")
     axes.grid(axis="y", alpha=0.3)
     axes.legend(fontsize=8)
+
+
+def plot_comparison(names: list[str], compared: Sequence[Compared], path: Path) -> None:
+    """Draw accuracy and NLL of runs against their parameters."""
+    figure = Figure(figsize=(11, 4.8), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = (("accuracy", "test accuracy"), ("nll", "test NLL in nats"))
+    for axes, (figure_name, label) in zip(figure.subplots(1, 2), panels, strict=True):
+        for place, (name, part) in enumerate(zip(names, compared, strict=True)):
+            axes.plot(
+                part.parameters,
+                part.figures[figure_name],
+                MARKERS[place // len(COLORS) % len(MARKERS)],
+                color=COLORS[place % len(COLORS)],
+                markersize=9,
+                label=name,
+            )
+        axes.set_xscale("log")
+        axes.set(xlabel="parameters", ylabel=label)
+        axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8)
+    figure.savefig(path)
 
 
 def _show_image(axes: Axes, image: Tensor) -> None:

@@ -5,7 +5,9 @@ import torch
 from datasets import write_image_folder
 
 from mixmo_fastai.assessment import evaluate_ensemble, evaluate_run
+from mixmo_fastai.bootstrap import paired_intervals
 from mixmo_fastai.cli import run as program
+from mixmo_fastai.comparison import compare_runs
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.evaluation import collect_member_logits, evaluate_logits
 from mixmo_fastai.recipe import override
@@ -128,3 +130,44 @@ def test_strange_images_that_cannot_be_had(runs, place, message, tmp_path, monke
     err = capsys.readouterr().err
     assert message in err
     assert len(err.splitlines()) <= 3
+
+
+def test_runs_are_compared_on_the_same_images(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    compared = compare_runs(runs)
+    logits = [logits_of(run) for run in runs]
+    for part, (mean, labels), run in zip(compared, logits, runs, strict=True):
+        assert part.figures == evaluate_run(run)["test"]
+        assert part.parameters == run.metrics()["parameters"]
+        assert (part.images_seen, part.seconds) == tuple(
+            run.metrics()[name] for name in ("images_seen", "seconds")
+        )
+        if run is not runs[0]:
+            expected = paired_intervals(logits[0][0], mean, labels)
+            for name, ends in part.differences.items():
+                assert ends == pytest.approx(expected[name], abs=1e-6)
+                assert ends[0] <= part.figures[name] - compared[0].figures[name] <= ends[1] or (
+                    name == "ece"  # which resampling biases upwards
+                )
+    assert compared[0].differences is None
+
+    paths = [str(run.path) for run in runs]
+    assert program(["compare", *paths, "--json"]) == 0
+    value = json.loads(capsys.readouterr().out)
+    assert [part["run"] for part in value["runs"]] == paths
+    assert value["runs"][1]["differences"]["nll"] == pytest.approx(compared[1].differences["nll"])
+    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+    assert program(["compare", *paths, "--out", "second.png"]) == 0
+    out = capsys.readouterr().out
+    assert "paired bootstrap" in out
+    assert f"{compared[2].parameters:,}" in out
+
+
+def test_runs_of_other_images_are_not_compared(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert program(["compare", str(runs[0].path)]) == 2
+    assert "two runs or more; got 1" in capsys.readouterr().err
+    other = create_run(override(TINY, ["data.dataset=cifar10"]), tmp_path / "other")
+    assert program(["compare", str(runs[0].path), str(other.path)]) == 2
+    assert "data.dataset='cifar10'" in capsys.readouterr().err
+    assert not (tmp_path / "compare.png").exists()

@@ -41,6 +41,7 @@ LAYERS = {
     "selection": FASTAI,
     "checkpoints": ASSEMBLY,
     "assessment": ASSEMBLY,
+    "comparison": ASSEMBLY,
     "deep_ensemble": ASSEMBLY,
     "detection": ASSEMBLY,
     "evaluation": ASSEMBLY,

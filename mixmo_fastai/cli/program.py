@@ -12,6 +12,7 @@ import typer
 
 from mixmo_fastai import __version__
 from mixmo_fastai.cli import (
+    compare,
     datasets,
     ensemble,
     evaluate,
@@ -40,6 +41,7 @@ _COMMANDS = {
     "lr-find": lr_find.lr_find,
     "eval": evaluate.evaluate,
     "ensemble": ensemble.ensemble,
+    "compare": compare.compare,
     "predict": predict.predict,
     "inspect": inspect_.inspect,
     "show": show.show,

@@ -150,6 +150,44 @@ def filter_lines(titles: list[str], uses: Sequence[Any]) -> list[str]:
     return lines[1:]
 
 
+def comparison_lines(compared: Sequence[Any]) -> list[str]:
+    """Show runs side by side, and their differences from the first."""
+    heads = ("run", "accuracy", "NLL", "ECE", "parameters", "images seen", "seconds", "published")
+    table = [heads]
+    for part in compared:
+        test, expected = part.figures, part.recipe.expected.accuracy
+        table.append(
+            (
+                str(part.run.path),
+                _percent(test["accuracy"]),
+                _number(test["nll"]),
+                _percent(test["ece"]),
+                f"{part.parameters:,}",
+                "-" if part.images_seen is None else f"{part.images_seen:,}",
+                "-" if part.seconds is None else f"{part.seconds:,.0f}",
+                "-" if expected is None else f"{_percent(expected)}{_star(part.recipe)}",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = ["  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)) for row in table]
+    if any(part.recipe.expected.accuracy and _star(part.recipe) for part in compared):
+        lines += ["", "* published for other settings than this run's; `mixmo eval` names them"]
+    lines += ["", f"Less {compared[0].run.path}, 95 % intervals by paired bootstrap:"]
+    for part in compared[1:]:
+        ends = part.differences
+        low, high = (100 * value for value in ends["accuracy"])
+        lines.append(
+            f"  {part.run.path}: accuracy {low:+.2f} to {high:+.2f} points, "
+            f"NLL {ends['nll'][0]:+.4f} to {ends['nll'][1]:+.4f}, "
+            f"ECE {100 * ends['ece'][0]:+.2f} to {100 * ends['ece'][1]:+.2f} points"
+        )
+    return [line.rstrip() for line in lines]
+
+
+def _star(recipe: Recipe) -> str:
+    return "*" if departures(recipe) else ""
+
+
 def ensemble_lines(names: list[str], figures: Mapping[str, Any]) -> list[str]:
     """Show the figures of several runs as one."""
     test = figures["test"]
