@@ -12,6 +12,7 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 SMALL = {
     "input_pipeline.py": ["--batches", "2", "--repeats", "1"],
     "training_step.py": ["--arch", "wrn10_1", "--batch-size", "2", "--repeats", "1"],
+    "evaluation.py": ["--images", "200", "--classes", "10", "--repeats", "1"],
     "masks.py": ["--arch", "wrn10_1", "--batch-size", "2", "--repeats", "1"],
 }
 
