@@ -135,7 +135,10 @@ def evaluate_ensemble(
         InputError: fewer than two runs, one that is not finished, or runs of different data.
     """
     _check_comparable(runs)
-    opened = [open_finished(run, data_dir, device) for run in runs]
+    for run in runs:
+        run.check_trained()
+    source = read_source(runs[0].recipe(), data_dir)
+    opened = [open_finished(run, data_dir, device, source) for run in runs]
     parts = [finished.logits(finished.loaders()) for finished in opened]
     validation, test = (_as_one([part[i] for part in parts]) for i in range(2))
     return evaluate_parts(validation, test)
@@ -203,23 +206,26 @@ class FinishedRun:
 
 
 def open_finished(
-    run: RunFolder, data_dir: Path | None = None, device: str | None = None
+    run: RunFolder,
+    data_dir: Path | None = None,
+    device: str | None = None,
+    source: DataSource | None = None,
 ) -> FinishedRun:
     """Open a run for evaluation.
+
+    Args:
+        run: a finished run.
+        data_dir: where its data lies, if not where it was looked for in training.
+        device: where to evaluate; the recipe's where not given.
+        source: its data, where it is read already.
 
     Raises:
         InputError: the run is not finished, or its data is not there.
     """
     recipe = run.recipe()
-    networks = run.networks()
-    if missing := [network for network in networks if not network.weights.is_file()]:
-        done = f"{len(networks) - len(missing)} of {len(networks)} networks are finished"
-        state = done if len(networks) > 1 else "the run is not finished"
-        raise InputError(
-            f"{run.path} has no weights yet: {state}.\nContinue it: mixmo fit --resume {run.path}"
-        )
+    run.check_trained()
     chosen = choose_device(device or recipe.train.device)
-    source = read_source(recipe, data_dir)
+    source = source or read_source(recipe, data_dir)
     channels, model = source.test.image_shape[0], recipe.model
     network = create_model(model.arch, len(source.classes), model.num_members, channels)
     return FinishedRun(run, recipe, source, chosen, place(network, chosen))

@@ -53,14 +53,21 @@ def load_weights(model: nn.Module, path: Path) -> None:
     Raises:
         InputError: the file is missing, damaged or of another network.
     """
+    _put_tensors(model, _read_tensors(path), path)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        tensors = load_file(path)
+        return load_file(path)
     except FileNotFoundError:
         raise InputError(
             f"{path} is missing: the run is not finished. Continue it first."
         ) from None
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} cannot be read: {error}.") from error
+
+
+def _put_tensors(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
     try:
         unwrap(model).load_state_dict(tensors)
     except RuntimeError as error:
@@ -74,21 +81,15 @@ def load_network(run: RunFolder) -> MixMoModel:
     Raises:
         InputError: the weights are missing, damaged or of another network than the recipe says.
     """
-    recipe = run.recipe()
-    try:
-        shapes = {name: tuple(tensor.shape) for name, tensor in load_file(run.weights).items()}
-    except FileNotFoundError:
-        raise InputError(
-            f"{run.path} has no weights yet: the run is not finished.\n"
-            f"Continue it: mixmo fit --resume {run.path}"
-        ) from None
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{run.weights} cannot be read: {error}.") from error
-    head, encoder = shapes.get("heads.0.weight", ()), shapes.get("encoders.0.weight", ())
-    if len(head) != 2 or len(encoder) != 4:
+    run.check_trained()
+    recipe, tensors = run.recipe(), _read_tensors(run.weights)
+    head, encoder = (tensors.get(f"{part}.0.weight") for part in ("heads", "encoders"))
+    if head is None or encoder is None or head.ndim != 2 or encoder.ndim != 4:
         raise InputError(f"{run.weights} holds another network than the recipe says.")
-    model = create_model(recipe.model.arch, head[0], recipe.model.num_members, encoder[1])
-    load_weights(model, run.weights)
+    model = create_model(
+        recipe.model.arch, head.shape[0], recipe.model.num_members, encoder.shape[1]
+    )
+    _put_tensors(model, tensors, run.weights)
     return model.eval()
 
 
@@ -121,7 +122,7 @@ def epochs_done(run: RunFolder) -> int:
     Raises:
         InputError: the checkpoint is damaged.
     """
-    folder = _checkpoint_folder(run)
+    folder = run.saved_state
     if not folder.is_dir():
         return 0
     try:
@@ -139,7 +140,7 @@ def load_checkpoint(run: RunFolder, learn: Learner, parts: Sequence[Stateful] = 
     Raises:
         InputError: the checkpoint is damaged or of another run.
     """
-    folder = _checkpoint_folder(run)
+    folder = run.saved_state
     if not folder.is_dir():
         return 0
     try:
@@ -156,12 +157,6 @@ def load_checkpoint(run: RunFolder, learn: Learner, parts: Sequence[Stateful] = 
         part.load_state_tensors(part_state)
     learn.mix_mo.epochs_trained = state["num_epochs"]
     return state["num_epochs"]
-
-
-def _checkpoint_folder(run: RunFolder) -> Path:
-    """Find the newest complete checkpoint; it is the old one for a moment within a save."""
-    places = (run.checkpoint, run.path / ".checkpoint.old")
-    return next((place for place in places if place.is_dir()), run.checkpoint)
 
 
 def _read_state(path: Path) -> dict[str, int]:

@@ -17,6 +17,7 @@ from mixmo_fastai.errors import InputError
 from mixmo_fastai.evaluation import evaluate_logits
 from mixmo_fastai.recipe import Recipe
 from mixmo_fastai.runs import RunFolder
+from mixmo_fastai.training import read_source
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,13 @@ def compare_runs(
         InputError: fewer than two runs, one that is not finished, or runs of different data.
     """
     _check_same_test_set(runs)
+    for run in runs:
+        run.check_trained()
+    source = read_source(runs[0].recipe(), data_dir)
     compared: list[Compared] = []
     base: Tensor | None = None
     for run in runs:
-        finished = open_finished(run, data_dir, device)
+        finished = open_finished(run, data_dir, device, source)
         ((logits, labels),) = finished.logits(finished.loaders()[1:])
         mean = logits.double().mean(dim=1)  # (N, K)
         differences = None if base is None else paired_intervals(base, mean, labels)
@@ -78,7 +82,7 @@ def compare_runs(
                 seconds=told.get("seconds"),
             )
         )
-        del finished  # before the next data set and network are there
+        del finished  # before the next network and its loaders are there
         torch.cuda.empty_cache()
     return compared
 

@@ -17,7 +17,7 @@ from mixmo_fastai.devices import choose_device, place
 from mixmo_fastai.diversity import information_per_sample
 from mixmo_fastai.evaluation import collect_member_logits
 from mixmo_fastai.runs import DataFacts, RunFolder
-from mixmo_fastai.training import read_source
+from mixmo_fastai.training import facts_of, read_source
 
 IMAGES_AT_ONCE = 1024
 """Decoded images that are held at a time."""
@@ -69,7 +69,7 @@ def predict_images(
     Raises:
         InputError: the run is not finished, its classes are not known, or no image is found.
     """
-    facts = run.data_facts() or _facts_of_the_data(run, data_dir)
+    facts = run.data_facts() or facts_of(read_source(run.recipe(), data_dir))
     chosen = choose_device(device or run.recipe().train.device)
     networks = [place(load_network(network), chosen) for network in run.networks()]
     paths, unreadable = find_images(places), {}
@@ -83,11 +83,6 @@ def predict_images(
             logits = torch.cat([_votes_of(network, loader, networks) for network in networks], 1)
             predictions += _predictions([str(path) for path in decoded], logits, facts)
     return predictions, unreadable
-
-
-def _facts_of_the_data(run: RunFolder, data_dir: Path | None) -> DataFacts:
-    source = read_source(run.recipe(), data_dir)
-    return DataFacts(source.classes, source.mean, source.std, source.train.image_shape)
 
 
 def _votes_of(network: torch.nn.Module, loader: PixelLoader, networks: Sequence[object]) -> Tensor:

@@ -66,9 +66,31 @@ class RunFolder:
         return self.path / "checkpoint"
 
     @property
+    def saved_state(self) -> Path:
+        """The newest complete checkpoint; for a moment within a save, it is the one before."""
+        places = (self.checkpoint, self.path / ".checkpoint.old")
+        return next((place for place in places if place.is_dir()), self.checkpoint)
+
+    @property
     def is_finished(self) -> bool:
         """Whether it has its final figures."""
         return (self.path / "metrics.json").is_file()
+
+    def check_trained(self) -> None:
+        """Check that every network has its weights.
+
+        Raises:
+            InputError: one has none; the message says how to continue.
+        """
+        networks = self.networks()
+        done = sum(network.weights.is_file() for network in networks)
+        if done == len(networks):
+            return
+        several = f"{done} of {len(networks)} networks are finished"
+        state = several if len(networks) > 1 else "the run is not finished"
+        raise InputError(
+            f"{self.path} has no weights yet: {state}.\nContinue it: mixmo fit --resume {self.path}"
+        )
 
     def check_resumable(self) -> None:
         """Check that a training can go on here.
@@ -77,8 +99,7 @@ class RunFolder:
             InputError: the run has weights and no state that led to them, as an imported one.
         """
         for network in self.networks():
-            states = (network.checkpoint, network.path / ".checkpoint.old")
-            if network.weights.is_file() and not any(state.is_dir() for state in states):
+            if network.weights.is_file() and not network.saved_state.is_dir():
                 raise InputError(
                     f"{network.path} has weights, but no state to resume from: it was imported, or "
                     "its checkpoint was removed.\nNothing was changed; `mixmo eval` evaluates it."

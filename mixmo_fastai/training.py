@@ -81,8 +81,7 @@ class Training:
     @property
     def facts(self) -> DataFacts:
         """What the network must know of its data to predict."""
-        source = self.source
-        return DataFacts(source.classes, source.mean, source.std, source.train.image_shape)
+        return facts_of(self.source)
 
     def summary(self) -> dict[str, Any]:
         """Give what the final figures say of the training itself."""
@@ -240,6 +239,11 @@ def schedules(recipe: Recipe, steps_per_epoch: int, warmup_steps: int) -> dict[s
     )
     start, peak, end = schedule.momentums
     return {"lr": lr, "mom": one_cycle(start, peak, end, schedule.pct_start)}
+
+
+def facts_of(source: DataSource) -> DataFacts:
+    """Give what a network must know of its data to predict without it."""
+    return DataFacts(source.classes, source.mean, source.std, source.train.image_shape)
 
 
 def read_source(recipe: Recipe, data_dir: Path | None) -> DataSource:

@@ -46,13 +46,16 @@ def test_pixels(kind):
         draw = draw_msda(
             kind, 8, 2, size=(8, 8), alpha=1.0, prob=0.5, generator=generator, device="cpu"
         )
-        draw, _ = make_own_image_major(draw, label_shares(draw.masks, masks))
-        mix_images(inputs, draw)
+        draw, shares = make_own_image_major(draw, label_shares(draw.masks, masks))
+        mixed = mix_images(inputs, draw)
+    assert mixed.shape == inputs.shape
+    assert bool((shares >= 0.5).all())
 
 
 def test_pairs():
     with NoWaiting():
-        draw_pairing(8, 2, 4, 0.5, generator=torch.Generator().manual_seed(0), device="cpu")
+        slots = draw_pairing(8, 2, 4, 0.5, generator=torch.Generator().manual_seed(0), device="cpu")
+    assert slots.shape == (32, 2)
 
 
 def test_the_watch_sees_what_waits():

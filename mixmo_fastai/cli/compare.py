@@ -9,7 +9,6 @@ import typer
 from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output
 from mixmo_fastai.cli.render import comparison_lines
-from mixmo_fastai.names import DEVICES
 from mixmo_fastai.runs import free_file, open_run
 
 
@@ -29,8 +28,7 @@ def compare(
 ) -> None:
     """Evaluate runs on the same test images, each against the first; draw them by parameters."""
     folders = [open_run(run) for run in runs]
-    if device is not None and device not in DEVICES:
-        raise typer.BadParameter(f"--device {device!r} must be one of {', '.join(DEVICES)}.")
+    opt.check_device(device)
     picture = free_file(out, "compare", ".png")
 
     from mixmo_fastai.comparison import compare_runs

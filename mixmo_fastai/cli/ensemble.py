@@ -9,7 +9,6 @@ from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output
 from mixmo_fastai.cli.render import ensemble_lines
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.names import DEVICES
 from mixmo_fastai.runs import open_run
 
 
@@ -26,8 +25,7 @@ def ensemble(
     places = [folder.path.resolve() for folder in folders]
     if twice := next((place for place in places if places.count(place) > 1), None):
         raise InputError(f"The run {str(twice)!r} is given twice; an ensemble takes each run once.")
-    if device is not None and device not in DEVICES:
-        raise typer.BadParameter(f"--device {device!r} must be one of {', '.join(DEVICES)}.")
+    opt.check_device(device)
 
     from mixmo_fastai.assessment import evaluate_ensemble
 

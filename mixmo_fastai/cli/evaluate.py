@@ -8,7 +8,6 @@ import typer
 from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output
 from mixmo_fastai.cli.render import figure_lines, method_name
-from mixmo_fastai.names import DEVICES
 from mixmo_fastai.resolve import check_dataset
 from mixmo_fastai.runs import open_run
 
@@ -42,8 +41,7 @@ def evaluate(
     recipe = folder.recipe()
     if ood is not None:
         check_dataset(ood)
-    if device is not None and device not in DEVICES:
-        raise typer.BadParameter(f"--device {device!r} must be one of {', '.join(DEVICES)}.")
+    opt.check_device(device)
 
     from mixmo_fastai.assessment import evaluate_run
 

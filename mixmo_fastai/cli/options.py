@@ -5,6 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
+from mixmo_fastai.names import DEVICES
+
 DATA, NETWORK, TRAINING, OUTPUT = "Data", "Method and network", "Training", "Output"
 
 Dataset = Annotated[
@@ -93,6 +95,12 @@ Quiet = Annotated[
 Debug = Annotated[
     bool, typer.Option("--debug", help="Show tracebacks and warnings.", rich_help_panel=OUTPUT)
 ]
+
+
+def check_device(device: str | None) -> None:
+    """Check the flag --device, before torch is imported."""
+    if device is not None and device not in DEVICES:
+        raise typer.BadParameter(f"--device {device!r} must be one of {', '.join(DEVICES)}.")
 
 
 def flags(**values: Any) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import typer
 from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output
 from mixmo_fastai.errors import InputError, RunFailedError
-from mixmo_fastai.names import DEVICES
 from mixmo_fastai.runs import open_run
 
 
@@ -26,8 +25,7 @@ def predict(
 ) -> None:
     """Name the class of images, how sure that is, and what the members vote; as CSV or JSON."""
     folder = open_run(run)
-    if device is not None and device not in DEVICES:
-        raise typer.BadParameter(f"--device {device!r} must be one of {', '.join(DEVICES)}.")
+    opt.check_device(device)
     if missing := [image for image in images if not image.exists()]:
         raise InputError(f"There is no image or folder {str(missing[0])!r}.")
 

@@ -59,7 +59,7 @@ def plan_lines(training: Any) -> list[str]:
             f"{schedule.kind}, learning rate {recipe.lr:.4g}; SGD, weight decay "
             f"{recipe.optimizer.weight_decay:g}",
         ),
-        *([("Weights", _kept_weights(recipe))] if _kept_weights(recipe) else []),
+        *([("Weights", kept)] if (kept := _kept_weights(recipe)) else []),
         ("Published", expectation(recipe)),
     ]
     return align(rows)
