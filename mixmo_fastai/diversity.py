@@ -134,6 +134,29 @@ def mean_probability_logits(member_logits: Tensor) -> Tensor:
     return log_probabilities.logsumexp(dim=1) - math.log(member_logits.shape[1])
 
 
+def accuracy_by_agreement(member_logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Group samples by how many members vote for the ensemble's class, the mean of the logits.
+
+    Args:
+        member_logits: (N, M, K).
+        labels: (N,).
+
+    Returns:
+        counts (M + 1,) of samples with 0, 1, … M such members, int64, and the ensemble's accuracy
+        on them (M + 1,) in float64, zero where there are none.
+
+    Raises:
+        InputError: wrong shapes, labels out of range or logits that are not finite.
+    """
+    check_logits(member_logits, labels, axes="(N, M, K)", name="member_logits")
+    num_members = member_logits.shape[1]
+    predicted = member_logits.double().mean(dim=1).argmax(dim=1)  # (N,)
+    agreeing = (member_logits.argmax(dim=2) == predicted[:, None]).sum(dim=1)
+    counts = agreeing.bincount(minlength=num_members + 1)
+    right = agreeing[predicted == labels].bincount(minlength=num_members + 1)
+    return counts, right.double() / counts.clamp(min=1)
+
+
 def _correct(member_logits: Tensor, labels: Tensor) -> Tensor:
     """Mark what each member predicts right: (N, M) bool."""
     check_logits(member_logits, labels, axes=AXES, name="member_logits")

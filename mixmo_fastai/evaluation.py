@@ -133,6 +133,23 @@ def _calibrated(
 def cross_fitted(logits: Tensor, labels: Tensor) -> dict[str, Any]:
     """Compute the figures of two halves, each at the temperature of the other.
 
+    Args:
+        logits: (N, K).
+        labels: (N,).
+
+    Returns:
+        "temperatures" of both halves, and nll, brier and ece over all samples.
+
+    Raises:
+        InputError: there are too few samples, or no temperature is best for a half.
+    """
+    scaled, temperatures = cross_scaled(logits, labels)
+    return {"temperatures": temperatures, **_calibration_figures(scaled, labels)}
+
+
+def cross_scaled(logits: Tensor, labels: Tensor) -> tuple[Tensor, list[float]]:
+    """Divide each half of the logits by the temperature of the other half.
+
     As published, where there is no validation split. The halves are random, and the same for every
     run on one test set.
 
@@ -141,7 +158,7 @@ def cross_fitted(logits: Tensor, labels: Tensor) -> dict[str, Any]:
         labels: (N,).
 
     Returns:
-        "temperatures" of both halves, and nll, brier and ece over all samples.
+        the logits divided (N, K), and the temperatures of both halves.
 
     Raises:
         InputError: there are too few samples, or no temperature is best for a half.
@@ -159,7 +176,7 @@ def cross_fitted(logits: Tensor, labels: Tensor) -> dict[str, Any]:
     scaled = torch.empty_like(logits)
     for half, temperature in zip(halves, reversed(temperatures), strict=True):
         scaled[half] = logits[half] / temperature
-    return {"temperatures": temperatures, **_calibration_figures(scaled, labels)}
+    return scaled, temperatures
 
 
 def _check_temperature(temperature: float, part: str) -> None:

@@ -8,6 +8,7 @@ metrics.json       final figures
 model.safetensors  weights
 checkpoint/        state to resume from
 log.txt            what was printed
+report.html        the page that `mixmo report` writes
 net-1/, net-2/     of a deep ensemble: each network's own run folder, which has its weights,
                    history and checkpoint
 """
@@ -59,6 +60,11 @@ class RunFolder:
     def weights(self) -> Path:
         """The file of trained weights."""
         return self.path / "model.safetensors"
+
+    @property
+    def report(self) -> Path:
+        """The page about the run."""
+        return self.path / "report.html"
 
     @property
     def checkpoint(self) -> Path:
@@ -122,15 +128,28 @@ class RunFolder:
         Raises:
             InputError: the run is not finished, or the file is damaged.
         """
+        if not self.is_finished:
+            raise InputError(f"{self.path} has no final figures: the run is not finished.")
+        return self._read_json("metrics.json")
+
+    def environment(self) -> dict[str, Any]:
+        """Read what the run was made with; empty in a run that did not write it.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        has_one = (self.path / "environment.json").is_file()
+        return self._read_json("environment.json") if has_one else {}
+
+    def _read_json(self, name: str) -> dict[str, Any]:
+        path = self.path / name
         try:
-            figures: dict[str, Any] = json.loads((self.path / "metrics.json").read_text())
-        except FileNotFoundError:
-            raise InputError(
-                f"{self.path} has no final figures: the run is not finished."
-            ) from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise InputError(f"{self.path / 'metrics.json'} is damaged: {error}.") from error
-        return figures
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:  # of JSON and of UTF-8 alike
+            raise InputError(f"{path} is damaged: {error}.") from error
+        if not isinstance(values, dict):
+            raise InputError(f"{path} is damaged: it holds no table of values.")
+        return values
 
     def data_facts(self) -> "DataFacts | None":
         """Read what the network must know of its data; None in a run that did not write it.

@@ -21,9 +21,11 @@ LAYERS = {
     "runs": STDLIB,
     "schedule": STDLIB,
     "settings": STDLIB,
+    "wording": STDLIB,
     "augment": MATHEMATICS,
     "bootstrap": MATHEMATICS,
     "calibration": MATHEMATICS,
+    "confusion": MATHEMATICS,
     "diversity": MATHEMATICS,
     "filter_use": MATHEMATICS,
     "losses": MATHEMATICS,
@@ -53,6 +55,7 @@ LAYERS = {
     "recording": ASSEMBLY,
     "devices": ASSEMBLY,
     "figures": SHELL,
+    "report": SHELL,
     "cli": SHELL,
     "__main__": SHELL,
 }
@@ -61,7 +64,7 @@ ALLOWED_FROM_ELSEWHERE = {
     MATHEMATICS: {"torch", "numpy"},
     FASTAI: {"torch", "numpy", "fastai", "fasttransform", "torchvision", "PIL", "sklearn"},
     ASSEMBLY: {"torch", "numpy", "fastai", "safetensors", "sklearn"},
-    SHELL: {"torch", "fastai", "rich", "typer", "matplotlib"},
+    SHELL: {"torch", "fastai", "rich", "typer", "matplotlib", "jinja2", "markupsafe", "PIL"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

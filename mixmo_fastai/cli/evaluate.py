@@ -7,9 +7,10 @@ import typer
 
 from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output
-from mixmo_fastai.cli.render import figure_lines, method_name
+from mixmo_fastai.cli.render import figure_lines
 from mixmo_fastai.resolve import check_dataset
 from mixmo_fastai.runs import open_run
+from mixmo_fastai.wording import method_name
 
 
 def evaluate(

@@ -7,9 +7,10 @@ import typer
 
 from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output
-from mixmo_fastai.cli.render import method_name, setup_lines
+from mixmo_fastai.cli.render import setup_lines
 from mixmo_fastai.resolve import resolve_recipe
 from mixmo_fastai.runs import free_file, run_label
+from mixmo_fastai.wording import method_name
 
 
 def lr_find(

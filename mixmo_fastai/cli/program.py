@@ -22,6 +22,7 @@ from mixmo_fastai.cli import (
     lr_find,
     predict,
     recipes,
+    report,
     show,
 )
 from mixmo_fastai.cli.console import RunInterruptedError
@@ -44,6 +45,7 @@ _COMMANDS = {
     "compare": compare.compare,
     "predict": predict.predict,
     "inspect": inspect_.inspect,
+    "report": report.report,
     "show": show.show,
     "import": import_.import_,
     "recipes": recipes.recipes,

@@ -6,9 +6,14 @@ from typing import Any
 
 from mixmo_fastai.recipe import Recipe, to_mapping
 from mixmo_fastai.resolve import departures
-
-PIXEL_NAMES = {"cutmix": "CutMix", "mixup": "Mixup"}
-METHOD_NAMES = {"cutmix": "Cut-MixMo", "linear": "Linear-MixMo", "sum": "MIMO"}
+from mixmo_fastai.wording import (
+    FIGURES,
+    OF_SEVERAL_MEMBERS,
+    decimal,
+    expectation,
+    method_name,
+    percent,
+)
 
 
 def align(rows: Iterable[tuple[str, str]]) -> list[str]:
@@ -16,31 +21,6 @@ def align(rows: Iterable[tuple[str, str]]) -> list[str]:
     rows = list(rows)
     width = max(len(label) for label, _ in rows)
     return [f"{label:<{width}}  {text}" for label, text in rows]
-
-
-def method_name(recipe: Recipe) -> str:
-    """Say what method a recipe is."""
-    if recipe.name == "imported":
-        return f"Imported network, members: {recipe.model.num_members}"
-    name = METHOD_NAMES.get(recipe.mix.kind, f"MixMo ({recipe.mix.kind})")
-    if recipe.model.num_members == 1:
-        name = "Vanilla"
-    if pixels := PIXEL_NAMES.get(recipe.mix.msda):
-        name = f"{name} + {pixels}"
-    if recipe.data.augmix:
-        name = f"{name} + AugMix"
-    nets = recipe.model.num_nets
-    return f"{name}, deep ensemble of {nets} networks" if nets > 1 else name
-
-
-def expectation(recipe: Recipe) -> str:
-    """Say what was published for this recipe, and where this run departs from it."""
-    expected = recipe.expected
-    if expected.accuracy is None:
-        return "none for this recipe"
-    text = f"{100 * expected.accuracy:.2f} % top-1 with {expected.arch} ({expected.source})"
-    changed = departures(recipe)
-    return f"{text}; not to be expected here, for {', '.join(changed)}" if changed else text
 
 
 def plan_lines(training: Any) -> list[str]:
@@ -120,10 +100,10 @@ def figure_lines(figures: Mapping[str, Any], recipe: Recipe) -> list[str]:
     test, model = figures["test"], recipe.model
     # The networks of a deep ensemble count as its members.
     num_members = model.num_nets if model.num_nets > 1 else model.num_members
-    rows = [("Test accuracy", _percent(test["accuracy"]) + _ENSEMBLE * (num_members > 1))]
+    rows = [("Test accuracy", percent(test["accuracy"]) + _ENSEMBLE * (num_members > 1))]
     if num_members > 1:
         label = "Networks" if model.num_nets > 1 else "Members"
-        rows.append((label, ", ".join(map(_percent, test["member_accuracy"]))))
+        rows.append((label, ", ".join(map(percent, test["member_accuracy"]))))
     if "selected_epoch" in figures:
         epochs = figures["selected_epoch"]
         shown = ", ".join(map(str, epochs)) if isinstance(epochs, list) else epochs
@@ -144,7 +124,7 @@ def filter_lines(titles: list[str], uses: Sequence[Any]) -> list[str]:
         lines += ["", f"{title}: share of filters whose L1 norm exceeds a part of the largest"]
         lines.append(f"{'':<{width}}" + "".join(f"{limit:>10}" for limit in limits))
         lines += [
-            f"{name:<{width}}" + "".join(f"{_percent(share):>10}" for share in shares)
+            f"{name:<{width}}" + "".join(f"{percent(share):>10}" for share in shares)
             for name, shares in rows
         ]
     return lines[1:]
@@ -159,13 +139,13 @@ def comparison_lines(compared: Sequence[Any]) -> list[str]:
         table.append(
             (
                 str(part.run.path),
-                _percent(test["accuracy"]),
-                _number(test["nll"]),
-                _percent(test["ece"]),
+                percent(test["accuracy"]),
+                decimal(test["nll"]),
+                percent(test["ece"]),
                 f"{part.parameters:,}",
                 "-" if part.images_seen is None else f"{part.images_seen:,}",
                 "-" if part.seconds is None else f"{part.seconds:,.0f}",
-                "-" if expected is None else f"{_percent(expected)}{_star(part.recipe)}",
+                "-" if expected is None else f"{percent(expected)}{_star(part.recipe)}",
             )
         )
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
@@ -191,16 +171,16 @@ def _star(recipe: Recipe) -> str:
 def ensemble_lines(names: list[str], figures: Mapping[str, Any]) -> list[str]:
     """Show the figures of several runs as one."""
     test = figures["test"]
-    rows = [("Test accuracy", f"{_percent(test['accuracy'])} (mean of the runs' logits)")]
-    rows += list(zip(names, map(_percent, test["member_accuracy"]), strict=True))
+    rows = [("Test accuracy", f"{percent(test['accuracy'])} (mean of the runs' logits)")]
+    rows += list(zip(names, map(percent, test["member_accuracy"]), strict=True))
     return align([*rows, *_figure_rows(figures, len(names))])
 
 
 def _figure_rows(figures: Mapping[str, Any], num_members: int) -> list[tuple[str, str]]:
     test = figures["test"]
-    unasked = _OF_MANY_CLASSES + (_OF_SEVERAL if num_members == 1 else ())
+    unasked = _OF_MANY_CLASSES + (OF_SEVERAL_MEMBERS if num_members == 1 else ())
     rows = []
-    for name, label, show in _FIGURES:
+    for name, label, show, _ in FIGURES[1:]:  # accuracy has a row of its own
         if name in test:
             rows.append((label, show(test[name])))
         elif name in test.get("absent", {}) and name not in unasked:
@@ -226,16 +206,14 @@ def _corruption_rows(corruptions: Mapping[str, Any] | None) -> list[tuple[str, s
     rows = [
         (
             "Corrupted",
-            f"cA {_percent(corruptions['cA'])}, cNLL {corruptions['cNLL']:.4f}, cECE "
-            f"{_percent(corruptions['cECE'])}: means over {len(corruptions['types'])} types of 5 "
+            f"cA {percent(corruptions['cA'])}, cNLL {corruptions['cNLL']:.4f}, cECE "
+            f"{percent(corruptions['cECE'])}: means over {len(corruptions['types'])} types of 5 "
             "severities",
         )
     ]
     for kind, found in corruptions["types"].items():
-        each = ", ".join(_percent(value) for value in found["severities"]["accuracy"])
-        text = (
-            f"{_percent(found['accuracy'])}, NLL {found['nll']:.4f}, ECE {_percent(found['ece'])}"
-        )
+        each = ", ".join(percent(value) for value in found["severities"]["accuracy"])
+        text = f"{percent(found['accuracy'])}, NLL {found['nll']:.4f}, ECE {percent(found['ece'])}"
         rows.append((f"  {kind}", f"{text}; accuracy by severity {each}"))
     return rows
 
@@ -248,7 +226,7 @@ def _ood_rows(ood: Mapping[str, Any]) -> list[tuple[str, str]]:
             found = ood[name]
             text = (
                 f"AUROC {found['auroc']:.4f}, AUPR {found['aupr']:.4f}, FPR at 95 % "
-                f"{_percent(found['fpr95'])}: {ood['num_images']:,} images of {ood['dataset']}"
+                f"{percent(found['fpr95'])}: {ood['num_images']:,} images of {ood['dataset']}"
             )
             rows.append((f"OOD {label}", text))
     return rows
@@ -269,41 +247,17 @@ def _interval_rows(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _tempered(values: Mapping[str, Any], how: str) -> str:
     temperatures = values.get("temperatures", [values.get("temperature")])
     shown = " and ".join(f"{t:.3f}" for t in temperatures)
-    return f"NLL {values['nll']:.4f}, ECE {_percent(values['ece'])} at temperature {shown}, {how}"
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.2f} %"
-
-
-def _number(value: float) -> str:
-    return f"{value:.4f}"
+    return f"NLL {values['nll']:.4f}, ECE {percent(values['ece'])} at temperature {shown}, {how}"
 
 
 _ENSEMBLE = " (ensemble, mean of the logits)"
-_OF_SEVERAL = ("ratio_error", "disagreement", "mutual_information")
 _OF_MANY_CLASSES = ("top5",)
-_FIGURES = (
-    ("top5", "Top-5", _percent),
-    ("nll", "NLL", _number),
-    ("brier", "Brier", _number),
-    ("ece", "ECE", _percent),
-    ("tace", "TACE", _percent),
-    ("failure_auroc", "Failure AUROC", _number),
-    ("aurc", "AURC", _number),
-    ("risk_at_80", "Risk at 80 %", _percent),
-    ("risk_at_90", "Risk at 90 %", _percent),
-    ("risk_at_95", "Risk at 95 %", _percent),
-    ("ratio_error", "Ratio of errors", _number),
-    ("disagreement", "Disagreement", _percent),
-    ("mutual_information", "Information", lambda value: f"{value:.4f} nats"),
-)
 _UNCERTAINTIES = {
     "confidence": "confid.",
     "entropy": "entropy",
     "mutual_information": "inform.",
 }
-_BRIEFLY = (("accuracy", "accuracy", _percent), ("nll", "NLL", _number), ("ece", "ECE", _percent))
+_BRIEFLY = (("accuracy", "accuracy", percent), ("nll", "NLL", decimal), ("ece", "ECE", percent))
 _TEMPERED = (
     ("calibrated", "Calibrated", "fitted on the validation split"),
     ("cross_fitted", "Cross-fitted", "each fitted on the other half of the test set, as published"),

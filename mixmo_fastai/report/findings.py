@@ -1,0 +1,168 @@
+"""Everything that a report says of a run, from one pass over its images.
+
+Shapes: N test images, M members (or networks of a deep ensemble), K classes.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mixmo_fastai.assessment import FinishedRun, open_finished
+from mixmo_fastai.calibration import top_predictions
+from mixmo_fastai.checkpoints import load_network
+from mixmo_fastai.errors import InputError
+from mixmo_fastai.evaluation import cross_scaled, evaluate_parts
+from mixmo_fastai.filter_use import FilterUse, encoder_norms, filter_use
+from mixmo_fastai.recipe import Recipe
+from mixmo_fastai.runs import RunFolder
+
+NUM_MISTAKES = 12
+"""Confident mistakes that are shown."""
+
+
+@dataclass(frozen=True, eq=False)
+class Mistake:
+    """An image that the run gets wrong.
+
+    Attributes:
+        pixels: (C, H, W) uint8.
+        name: its file, or such as "test/123".
+        label, predicted: class names.
+        confidence: probability of the predicted class.
+        votes: each member's class.
+    """
+
+    pixels: Tensor
+    name: str
+    label: str
+    predicted: str
+    confidence: float
+    votes: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Findings:
+    """What a report says of a run.
+
+    Attributes:
+        run, recipe: the run.
+        classes: names, in the order of the logits.
+        num_images: of the training, validation and test parts.
+        parameters: of all networks.
+        figures: as `evaluation.evaluate_parts` gives them.
+        summary: the final figures that training wrote; empty where it wrote none.
+        environment: what training ran with; empty where it wrote none.
+        member_logits, labels: of the test set, (N, M, K) and (N,).
+        calibrated: the ensemble's logits (N, K), divided by a temperature that other images gave.
+        calibration: which images those are; or why `calibrated` is None.
+        histories: the rows of each network's history.csv.
+        uses: filter use of each network.
+        norms: encoder norms (M, D) of each network.
+        mistakes: the most confident ones, most confident first.
+    """
+
+    run: RunFolder
+    recipe: Recipe
+    classes: tuple[str, ...]
+    num_images: tuple[int, int]
+    parameters: int
+    figures: dict[str, Any]
+    summary: dict[str, Any]
+    environment: dict[str, Any]
+    member_logits: Tensor
+    labels: Tensor
+    calibrated: Tensor | None
+    calibration: str
+    histories: list[list[dict[str, str]]]
+    uses: list[FilterUse]
+    norms: list[Tensor]
+    mistakes: list[Mistake]
+
+    @property
+    def logits(self) -> Tensor:
+        """The ensemble's logits (N, K), the mean of the members'."""
+        return self.member_logits.mean(dim=1)
+
+
+def gather(run: RunFolder, data_dir: Path | None = None, *, device: str | None = None) -> Findings:
+    """Show a trained run its validation and test images once, and gather what they tell.
+
+    Args:
+        run: finished.
+        data_dir: where its data lies, if not where it was looked for in training.
+        device: where to evaluate; the recipe's where not given.
+
+    Raises:
+        InputError: the run is not finished or damaged, or its data is not there.
+    """
+    finished = open_finished(run, data_dir, device)
+    validation, test = finished.logits(finished.loaders())
+    figures = evaluate_parts(validation, test)
+    member_logits, labels = test[0].double(), test[1]
+    networks = [load_network(network) for network in run.networks()]
+    calibrated, calibration = _calibrate(figures, member_logits.mean(dim=1), labels)
+    return Findings(
+        run=run,
+        recipe=finished.recipe,
+        classes=finished.source.classes,
+        num_images=(0 if validation is None else len(validation[1]), len(labels)),
+        parameters=sum(p.numel() for network in networks for p in network.parameters()),
+        figures=figures,
+        summary=run.metrics() if run.is_finished else {},
+        environment=run.environment(),
+        member_logits=member_logits,
+        labels=labels,
+        calibrated=calibrated,
+        calibration=calibration,
+        histories=[network.history() for network in run.networks()],
+        uses=[filter_use(network) for network in networks],
+        norms=[encoder_norms(network) for network in networks],
+        mistakes=confident_mistakes(finished, member_logits, labels),
+    )
+
+
+def confident_mistakes(
+    finished: FinishedRun, member_logits: Tensor, labels: Tensor, count: int = NUM_MISTAKES
+) -> list[Mistake]:
+    """Find the test images that the ensemble is surest of and wrong about.
+
+    Args:
+        finished: the run.
+        member_logits: of its test images, in their order, (N, M, K).
+        labels: (N,).
+        count: mistakes at most.
+    """
+    logits = member_logits.mean(dim=1)
+    confidence, correct = top_predictions(logits, labels)
+    wrong = (~correct).nonzero().flatten()
+    chosen = wrong[confidence[wrong].argsort(descending=True, stable=True)][:count]
+    images, classes = finished.source.test, finished.source.classes
+    votes = member_logits[chosen].argmax(dim=2).tolist()
+    return [
+        Mistake(
+            pixels=images[index],
+            name=images.name(index),
+            label=classes[int(labels[index])],
+            predicted=classes[int(logits[index].argmax())],
+            confidence=float(confidence[index]),
+            votes=tuple(classes[vote] for vote in votes[place]),
+        )
+        for place, index in enumerate(chosen.tolist())
+    ]
+
+
+def _calibrate(
+    figures: dict[str, Any], logits: Tensor, labels: Tensor
+) -> tuple[Tensor | None, str]:
+    """Divide the test logits by the temperature of other images, and say which these are."""
+    if found := figures.get("calibrated"):
+        temperature = found["temperature"]
+        return logits / temperature, f"temperature {temperature:.3f}, from the validation split"
+    try:
+        scaled, temperatures = cross_scaled(logits, labels)
+    except InputError:
+        return None, f"{figures['absent']['calibrated']}; {figures['absent']['cross_fitted']}"
+    shown = " and ".join(f"{temperature:.3f}" for temperature in temperatures)
+    return scaled, f"temperatures {shown}, each from the other half of the test set"
