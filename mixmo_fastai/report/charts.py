@@ -44,14 +44,23 @@ class Chart:
     caption: str
 
 
-def learning_curves(histories: Sequence[History]) -> list[Chart]:
-    """Draw loss, accuracy and learning rate over the epochs of each network."""
+def learning_curves(
+    histories: Sequence[History], rates: Sequence[tuple[float, float]], *, several: bool
+) -> list[Chart]:
+    """Draw loss, accuracy and learning rate over the epochs.
+
+    Args:
+        histories: of each network; one that is empty is left out.
+        rates: epochs, with parts, and the learning rate then.
+        several: whether the network has several members.
+    """
     histories = [history for history in histories if history]
     if not histories:
         return []
     last = histories[0][-1]
     losses = ("train_loss", "training"), ("valid_loss", "validation")
-    accuracies = ("accuracy", "ensemble of members"), ("member_accuracy", "mean of members")
+    accuracies = [("accuracy", "ensemble of members"), ("member_accuracy", "mean of members")]
+    accuracies = accuracies[: 1 + several]
     return [
         _curves(
             "Loss",
@@ -72,13 +81,7 @@ def learning_curves(histories: Sequence[History]) -> list[Chart]:
             + ".",
             "Share of the validation split; the test set is not looked at in training.",
         ),
-        _curves(
-            "Learning rate",
-            histories[:1],
-            (("lr", "learning rate"),),
-            f"Learning rate at the end of each epoch; {last['lr']} at the last.",
-            "At the end of each epoch.",
-        ),
+        _rate_curve(rates),
     ]
 
 
@@ -95,9 +98,8 @@ def reliability(
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
         upper.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle=(0, (4, 3)))
         upper.bar(lefts, bins.accuracy, 1 / num_bins, align="edge", color=SERIES[color], alpha=0.55)
-        upper.plot(
-            bins.confidence[filled], bins.accuracy[filled], "o", color=SERIES[color], markersize=4
-        )
+        points = bins.confidence[filled], bins.accuracy[filled]
+        upper.plot(*points, "o", color=SERIES[color], markersize=4, clip_on=False)
         upper.set(ylabel="accuracy", ylim=(0, 1), xlim=(0, 1))
         lower.bar(lefts, shares, 1 / num_bins, align="edge", color=SERIES[color], alpha=0.8)
         lower.set(xlabel="confidence", ylabel="share")
@@ -123,16 +125,10 @@ def risk_against_coverage(logits: Tensor, labels: Tensor) -> Chart:
     def plot(figure: Figure) -> None:
         axes = figure.subplots()
         axes.plot(coverage[shown], risk[shown], color=SERIES[0])
-        for percentage, value in marks.items():
-            axes.plot(percentage / 100, value, "o", color=SERIES[1], markersize=5)
-            axes.annotate(
-                percent(value),
-                (percentage / 100, value),
-                (-4, 5),
-                textcoords="offset points",
-                ha="right",
-                fontsize=8,
-            )
+        for marker, (percentage, value) in zip(MARKERS, marks.items(), strict=False):
+            label = f"{percent(value)} of the surest {percentage} %"
+            axes.plot(percentage / 100, value, marker, color=SERIES[1], markersize=6, label=label)
+        axes.legend(loc="best")
         axes.set(xlabel="coverage: share accepted, surest first", ylabel="risk: errors among them")
         axes.set(xlim=(0, 1.02), ylim=(0, max(float(risk.max()) * 1.08, 0.01)))
 
@@ -336,12 +332,30 @@ def _curves(
                     marker=MARKERS[place] if len(rows) <= 20 else "",
                     label=label if number == 0 else None,
                 )
-        axes.set(xlabel="epoch", ylabel=title.lower())
+        num_epochs = max(int(row["epoch"]) for history in histories for row in history)
+        axes.set(xlabel="epoch", ylabel=title.lower(), xlim=(0.5, num_epochs + 0.5))
         axes.xaxis.get_major_locator().set_params(integer=True)
         if len(columns) > 1:
             axes.legend()
 
     return Chart(title, draw(plot, title.lower().replace(" ", "-"), text), caption)
+
+
+def _rate_curve(rates: Sequence[tuple[float, float]]) -> Chart:
+    epochs, values = zip(*rates, strict=True)
+    peak = max(range(len(values)), key=values.__getitem__)
+
+    def plot(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.plot(epochs, values, color=SERIES[0])
+        axes.set(xlabel="epochs passed", ylabel="learning rate", xlim=(0, epochs[-1]))
+        axes.set_ylim(0, values[peak] * 1.08)
+
+    text = (
+        f"Learning rate over {epochs[-1]:g} epochs: {values[0]:.3g} at first, {values[peak]:.3g} "
+        f"at most, after {epochs[peak]:.3g} epochs, and {values[-1]:.3g} at the end."
+    )
+    return Chart("Learning rate", draw(plot, "learning-rate", text), "As scheduled, step by step.")
 
 
 def _unless_empty(row: dict[str, str], column: str, text: str) -> str:

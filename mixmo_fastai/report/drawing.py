@@ -37,6 +37,8 @@ _STYLE = {
     "axes.labelcolor": INK,
     "xtick.color": INK,
     "ytick.color": INK,
+    "figure.facecolor": "none",
+    "savefig.facecolor": "none",
     "axes.facecolor": "none",
     "legend.frameon": False,
     "legend.fontsize": 8,

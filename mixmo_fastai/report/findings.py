@@ -17,9 +17,12 @@ from mixmo_fastai.evaluation import cross_scaled, evaluate_parts
 from mixmo_fastai.filter_use import FilterUse, encoder_norms, filter_use
 from mixmo_fastai.recipe import Recipe
 from mixmo_fastai.runs import RunFolder
+from mixmo_fastai.training import schedules
 
 NUM_MISTAKES = 12
 """Confident mistakes that are shown."""
+CURVE_POINTS = 400
+"""Points of the curve of the learning rate."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +61,7 @@ class Findings:
         calibrated: the ensemble's logits (N, K), divided by a temperature that other images gave.
         calibration: which images those are; or why `calibrated` is None.
         histories: the rows of each network's history.csv.
+        rates: epochs passed, with parts, and the learning rate then; empty without a history.
         uses: filter use of each network.
         norms: encoder norms (M, D) of each network.
         mistakes: the most confident ones, most confident first.
@@ -76,6 +80,7 @@ class Findings:
     calibrated: Tensor | None
     calibration: str
     histories: list[list[dict[str, str]]]
+    rates: list[tuple[float, float]]
     uses: list[FilterUse]
     norms: list[Tensor]
     mistakes: list[Mistake]
@@ -103,6 +108,7 @@ def gather(run: RunFolder, data_dir: Path | None = None, *, device: str | None =
     member_logits, labels = test[0].double(), test[1]
     networks = [load_network(network) for network in run.networks()]
     calibrated, calibration = _calibrate(figures, member_logits.mean(dim=1), labels)
+    histories = [network.history() for network in run.networks()]
     return Findings(
         run=run,
         recipe=finished.recipe,
@@ -116,7 +122,8 @@ def gather(run: RunFolder, data_dir: Path | None = None, *, device: str | None =
         labels=labels,
         calibrated=calibrated,
         calibration=calibration,
-        histories=[network.history() for network in run.networks()],
+        histories=histories,
+        rates=_rates(finished, histories[0]),
         uses=[filter_use(network) for network in networks],
         norms=[encoder_norms(network) for network in networks],
         mistakes=confident_mistakes(finished, member_logits, labels),
@@ -150,6 +157,19 @@ def confident_mistakes(
             votes=tuple(classes[vote] for vote in votes[place]),
         )
         for place, index in enumerate(chosen.tolist())
+    ]
+
+
+def _rates(finished: FinishedRun, history: list[dict[str, str]]) -> list[tuple[float, float]]:
+    """Trace the learning rate that the recipe gave this training."""
+    if not history:
+        return []
+    recipe, num_images = finished.recipe, len(finished.source.train)
+    steps = int(history[0]["images_seen"]) // recipe.train.batch_size
+    warmup = recipe.warmup_steps(min(recipe.data.limit or num_images, num_images))
+    rate, epochs = schedules(recipe, steps, warmup)["lr"], recipe.train.epochs
+    return [
+        (epochs * i / CURVE_POINTS, float(rate(i / CURVE_POINTS))) for i in range(CURVE_POINTS + 1)
     ]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 from PIL import Image
 from torch import Tensor
 
@@ -81,7 +82,7 @@ def render(findings: Findings) -> str:
     template = environment.from_string((folder / "page.html").read_text(encoding="utf-8"))
     return template.render(
         name=findings.run.path.resolve().name,
-        style=(folder / "page.css").read_text(encoding="utf-8"),
+        style=Markup((folder / "page.css").read_text(encoding="utf-8")),
         method=method_name(recipe),
         lead=_lead(findings),
         tiles=_tiles(findings),
@@ -208,9 +209,11 @@ def _figure_table(findings: Findings) -> list[tuple[Any, list[tuple[str, str]]]]
 
 def _notes(findings: Findings) -> list[str]:
     """Why some figures are not there, each reason once."""
-    absent: dict[str, str] = dict(findings.figures.get("absent", {}))
-    for _, _, values in _averages(findings)[:1]:
-        absent |= values.get("absent", {})
+    test = findings.figures["test"]
+    absent: dict[str, str] = findings.figures.get("absent", {}) | test.get("absent", {})
+    if len(test["member_accuracy"]) == 1:  # the section of the members says it
+        unasked = (*OF_SEVERAL_MEMBERS, "test_mean_probabilities")
+        absent = {name: reason for name, reason in absent.items() if name not in unasked}
     names = {
         "calibrated": "Calibration on the validation split",
         "cross_fitted": "Calibration on halves of the test set",
@@ -239,7 +242,9 @@ def _sections(findings: Findings) -> list[Section]:
 
 
 def _training_section(findings: Findings) -> Section:
-    drawn = charts.learning_curves(findings.histories)
+    drawn = charts.learning_curves(
+        findings.histories, findings.rates, several=findings.recipe.model.num_members > 1
+    )
     note = "" if drawn else "The run has no history.csv: it was imported, or not trained here."
     if len(findings.histories) > 1 and drawn:
         note = f"{len(findings.histories)} networks, each with a line style of its own."

@@ -1,0 +1,78 @@
+"""A real Chromium, without a screen, for pages that the project makes."""
+
+import json
+import shutil
+
+import pytest
+
+BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+needs_chromium = pytest.mark.skipif(
+    not (BROWSER and DRIVER), reason="Debian's chromium and chromium-driver are not installed"
+)
+
+
+class Page:
+    """A page in a browser of its own; use it in a `with` statement.
+
+    Args:
+        path: of the HTML file.
+        width: of the window in CSS pixels.
+        scheme: "light" or "dark".
+    """
+
+    def __init__(self, path, *, width=1100, scheme="light"):
+        self.path, self.width, self.scheme = path, width, scheme
+
+    def __enter__(self):
+        from selenium import webdriver
+        from selenium.webdriver.chrome.service import Service
+
+        options = webdriver.ChromeOptions()
+        options.binary_location = BROWSER
+        for flag in FLAGS:
+            options.add_argument(flag)
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+        self.driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+        self.tell(
+            "Emulation.setDeviceMetricsOverride",
+            width=self.width,
+            height=900,
+            deviceScaleFactor=1,
+            mobile=self.width < 500,
+        )
+        self.dress(self.scheme)
+        self.driver.get(self.path.resolve().as_uri())
+        return self
+
+    def __exit__(self, *_):
+        self.driver.quit()
+
+    def tell(self, command, **arguments):
+        return self.driver.execute_cdp_cmd(command, arguments)
+
+    def dress(self, scheme, media=""):
+        feature = {"name": "prefers-color-scheme", "value": scheme}
+        self.tell("Emulation.setEmulatedMedia", media=media, features=[feature])
+
+    def ask(self, script):
+        return self.driver.execute_script(f"return {script}")
+
+    def console(self):
+        return [entry["message"] for entry in self.driver.get_log("browser")]
+
+    def requests(self):
+        """Addresses that the page asked for, but for those that are their own content."""
+        messages = [json.loads(e["message"])["message"] for e in self.driver.get_log("performance")]
+        asked = [m for m in messages if m["method"] == "Network.requestWillBeSent"]
+        urls = [m["params"]["request"]["url"] for m in asked]
+        return [url for url in urls if not url.startswith("data:")]

@@ -1,0 +1,341 @@
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from chromium import Page, needs_chromium
+from datasets import write_image_folder
+
+from mixmo_fastai.checkpoints import save_weights
+from mixmo_fastai.cli import run as program
+from mixmo_fastai.deep_ensemble import train_run
+from mixmo_fastai.models import create_model
+from mixmo_fastai.report.charts import agreement, reliability
+from mixmo_fastai.report.drawing import SERIES, draw
+from mixmo_fastai.report.findings import gather
+from mixmo_fastai.report.page import as_data_uri, render
+from mixmo_fastai.resolve import resolve_recipe
+from mixmo_fastai.runs import create_run
+from mixmo_fastai.training import prepare
+
+EVIL = "<script>alert('$x$')</script> & \"co\""
+CLASSES = ("cat", EVIL.replace("/", "\u2215"), "fish")
+CHARTS = {
+    "mixmo": 11,  # 3 training, 2 calibration, risk, 2 members, confusion, 2 filters
+    "vanilla": 9,
+    "ensemble": 10,  # the encoders of several networks are not drawn
+}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Images of classes with names that HTML and TeX would take amiss; a third is mislabelled."""
+    root = write_image_folder(
+        tmp_path_factory.mktemp("images") / "pets<b>", classes=CLASSES, num_train=64, num_test=40
+    )
+    for part, count in (("train", 64), ("test", 40)):
+        for number in range(0, count, 3):
+            files = [root / part / name / f"{number:03}.png" for name in CLASSES]
+            contents = [file.read_bytes() for file in files]
+            for file, other in zip(files, contents[1:] + contents[:1], strict=True):
+                file.write_bytes(other)
+    return root
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, images):
+    """A MixMo run, a vanilla one and a deep ensemble, all trained for too short."""
+    kinds = {
+        "mixmo": [],
+        "vanilla": ["model.num_members=1", "mix.kind=sum", "mix.batch_repetitions=1"],
+        "ensemble": [
+            "model.num_nets=2",
+            "model.num_members=1",
+            "mix.kind=sum",
+            "mix.batch_repetitions=1",
+        ],
+    }
+    made = {}
+    for name, changes in kinds.items():
+        settings = {"model.arch": "wrn10_1", "train.epochs": 1, "train.batch_size": 32}
+        always = ["data.valid_split=0.3", "train.device=cpu", "data.augmix=false"]
+        recipe = resolve_recipe(str(images), None, settings, [*always, *changes])
+        run = create_run(recipe, tmp_path_factory.mktemp("runs") / f"{name} <i>")
+        train_run(prepare(recipe), run)
+        made[name] = run
+    return made
+
+
+@pytest.fixture(scope="module")
+def findings(runs):
+    return {name: gather(run) for name, run in runs.items()}
+
+
+@pytest.fixture(scope="module")
+def pages(findings, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pages")
+    for name, found in findings.items():
+        (folder / f"{name}.html").write_text(render(found), encoding="utf-8")
+    return {name: folder / f"{name}.html" for name in findings}
+
+
+class Elements(HTMLParser):
+    """The elements of a page, and whether each is closed by its own end."""
+
+    VOID = ("meta", "link", "img", "path", "use")
+
+    def __init__(self, text):
+        super().__init__()
+        self.found, self.open, self.text = [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+    def of(self, tag):
+        return [attrs for name, attrs in self.found if name == tag]
+
+
+@pytest.mark.parametrize("kind", CHARTS)
+class TestPage:
+    def test_is_well_formed(self, pages, kind):
+        elements = Elements(pages[kind].read_text(encoding="utf-8"))
+        assert elements.open == []
+        names = [attrs["id"] for _, attrs in elements.found if "id" in attrs]
+        assert len(names) == len(set(names))
+
+    def test_every_drawing_has_words(self, pages, kind):
+        elements = Elements(pages[kind].read_text(encoding="utf-8"))
+        drawings, pictures = elements.of("svg"), elements.of("img")
+        assert len(drawings) == CHARTS[kind]
+        assert all(len(d["aria-label"]) > 30 and d["role"] == "img" for d in drawings)
+        assert pictures
+        assert all(len(picture["alt"]) > 20 for picture in pictures)
+
+    def test_names_nothing_outside(self, pages, kind):
+        elements = Elements(pages[kind].read_text(encoding="utf-8"))
+        places = [a[k] for _, a in elements.found for k in ("href", "src") if k in a]
+        assert all(place.startswith(("#", "data:")) for place in places)
+        assert elements.of("script") == []
+        targets = {place for place in places if place.startswith("#")}
+        assert targets <= {f"#{a['id']}" for _, a in elements.found if "id" in a}
+        text = pages[kind].read_text(encoding="utf-8")
+        assert "http:" not in text
+        assert "https:" not in text
+
+    def test_names_are_escaped_and_shown(self, pages, kind):
+        elements = Elements(pages[kind].read_text(encoding="utf-8"))
+        assert CLASSES[1] in elements.text
+        assert elements.of("b") == elements.of("i") == []
+
+    def test_figures_are_those_of_the_evaluation(self, pages, findings, kind):
+        text, test = Elements(pages[kind].read_text(encoding="utf-8")).text, findings[kind].figures
+        assert f"{100 * test['test']['accuracy']:.2f} %" in text
+        assert f"{test['test']['nll']:.4f}" in text
+        assert "nan" not in text.lower().replace("nan.jpg", "")
+
+
+def test_one_member_has_no_members_to_show(pages):
+    text = Elements(pages["vanilla"].read_text(encoding="utf-8")).text
+    assert "The network has one member" in text
+    assert "Ratio of errors" not in text
+
+
+def test_the_most_confident_mistakes_come_first(findings):
+    found = findings["mixmo"]
+    confidence = found.logits.softmax(1).amax(1)
+    wrong = found.logits.argmax(1) != found.labels
+    assert wrong.any()
+    shown = [mistake.confidence for mistake in found.mistakes]
+    assert shown == sorted(confidence[wrong].tolist(), reverse=True)[:12]
+    for mistake in found.mistakes:
+        assert mistake.label != mistake.predicted
+        assert mistake.label in mistake.name  # its file lies in the folder of its class
+
+
+def test_the_learning_rate_is_the_one_trained_with(findings):
+    found = findings["mixmo"]
+    epochs, rates = zip(*found.rates, strict=True)
+    assert epochs[0] == 0
+    assert epochs[-1] == 1
+    assert max(rates) == pytest.approx(found.recipe.lr, rel=1e-3)
+    assert rates[-1] == pytest.approx(float(found.histories[0][-1]["lr"]), abs=found.recipe.lr / 50)
+
+
+def test_a_perfect_network_without_history_has_a_report(tmp_path, images, monkeypatch):
+    recipe = resolve_recipe(
+        str(images), None, {"model.arch": "wrn10_1"}, ["data.valid_split=0", "train.device=cpu"]
+    )
+    run = create_run(recipe, tmp_path / "imported")
+    save_weights(create_model("wrn10_1", 3, 2, 3), run.weights)
+    (run.path / "environment.json").unlink()
+
+    def all_right(self, loaders):
+        labels = self.source.test.labels
+        logits = 50.0 * torch.nn.functional.one_hot(labels, 3).float()
+        return None, (logits[:, None].expand(-1, 2, -1), labels)
+
+    monkeypatch.setattr("mixmo_fastai.assessment.FinishedRun.logits", all_right)
+    text = Elements(render(gather(run))).text
+    for words in (
+        "The run has no history.csv",
+        "No temperature",
+        "No image is taken for another class",
+        "None: every test image is right",
+        "The run has no environment.json",
+        "Failure AUROC: none",
+    ):
+        assert words in text
+
+
+class TestCommand:
+    def test_writes_into_the_run(self, runs, capsys):
+        assert program(["report", str(runs["mixmo"].path), "--json"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert told["report"] == str(runs["mixmo"].report)
+        first = runs["mixmo"].report.read_text(encoding="utf-8")
+        assert first.startswith("<!doctype html>")
+        assert program(["report", str(runs["mixmo"].path)]) == 0  # made anew
+
+    def test_writes_elsewhere_and_never_over_a_file(self, runs, tmp_path, capsys):
+        place = tmp_path / "page.html"
+        assert program(["report", str(runs["vanilla"].path), "--out", str(place)]) == 0
+        text = place.read_text(encoding="utf-8")
+        assert not runs["vanilla"].report.exists()
+        assert program(["report", str(runs["vanilla"].path), "--out", str(place)]) == 2
+        assert place.read_text(encoding="utf-8") == text
+        assert "exists and was not changed" in capsys.readouterr().err
+
+    def test_a_run_without_weights_is_refused(self, images, tmp_path, capsys):
+        recipe = resolve_recipe(str(images), None, {"model.arch": "wrn10_1"})
+        run = create_run(recipe, tmp_path / "empty")
+        assert program(["report", str(run.path)]) == 2
+        assert "has no weights yet" in capsys.readouterr().err
+        assert not run.report.exists()
+
+
+class TestDrawing:
+    def test_names_and_colours_are_the_page_s(self):
+        svg = draw(lambda figure: figure.subplots().plot([1, 2], color=SERIES[1]), "own", "Words")
+        assert "var(--series-2)" in svg
+        assert "#0101" not in svg
+        names = re.findall(r' id="([^"]+)"', svg)
+        assert names
+        assert all(name.startswith("own-") for name in names)
+        for target in re.findall(r"url\(#([^)]+)\)", svg) + re.findall(r'href="#([^"]+)"', svg):
+            assert target in names
+
+    def test_text_is_escaped(self):
+        svg = draw(lambda figure: figure.text(0.5, 0.5, EVIL), "own", EVIL)
+        assert "<script" not in svg
+        assert "alert" in svg
+        assert "$x$" in svg  # not TeX
+
+    def test_equal_drawings_are_equal_texts(self):
+        def plot(figure):
+            figure.subplots().bar([1, 2], [3, 4])
+
+        assert draw(plot, "own", "Words") == draw(plot, "own", "Words")
+
+
+def test_words_of_a_reliability_diagram():
+    logits = torch.tensor([[4.0, 0.0]] * 10)  # 98.2 % sure, nine times right
+    labels = torch.tensor([0] * 9 + [1])
+    chart = reliability("own", "Title", logits, labels, caption="", color=0)
+    assert "ECE 8.20 %" in chart.svg
+    assert "8.20 % too sure" in chart.svg
+
+
+def test_words_of_the_agreement():
+    members = torch.tensor(
+        [[[3.0, 0], [0, 1]], [[2, 0], [1, 0]], [[2, 0], [1, 0]], [[0, 1], [0, 1]]]
+    )
+    chart = agreement(members, torch.tensor([1, 0, 1, 1]), "member")
+    assert "2 of 2 on 75.00 % of the images, of which 66.67 % are right" in chart.svg
+    assert "1 of 2 on 25.00 % of the images, of which 0.00 % are right" in chart.svg
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pictures_are_the_pixels(channels):
+    import base64
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    pixels = torch.randint(0, 256, (channels, 8, 8), dtype=torch.uint8)
+    address = as_data_uri(pixels)
+    image = np.asarray(Image.open(io.BytesIO(base64.b64decode(address.split(",")[1]))))
+    assert image.shape[:2] == (64, 64)  # eight times
+    small = image[::8, ::8].reshape(8, 8, channels)
+    np.testing.assert_array_equal(small.transpose(2, 0, 1), pixels)
+
+
+@needs_chromium
+class TestInChromium:
+    def test_opens_without_a_word_and_asks_for_nothing(self, pages):
+        with Page(pages["mixmo"]) as page:
+            assert page.console() == []
+            assert page.requests() == [pages["mixmo"].resolve().as_uri()]
+
+    def test_every_figure_is_drawn(self, pages):
+        with Page(pages["mixmo"]) as page:
+            sizes = page.ask(
+                "[...document.querySelectorAll('svg')].map(s => [s.clientWidth, s.clientHeight,"
+                " [...s.querySelectorAll('path')].filter(p => p.getBBox().width > 0).length])"
+            )
+            assert len(sizes) == CHARTS["mixmo"]
+            assert all(w > 200 and h > 80 and paths > 4 for w, h, paths in sizes)
+            drawn = page.ask("[...document.images].map(i => i.complete && i.naturalWidth)")
+            assert len(drawn) == 12
+            assert all(width >= 64 for width in drawn)
+
+    def test_text_lies_within_its_drawing(self, pages):
+        with Page(pages["ensemble"]) as page:
+            outside = page.ask(
+                "[...document.querySelectorAll('svg text')].filter(t => {"
+                " const a = t.getBoundingClientRect(),"
+                " b = t.closest('svg').getBoundingClientRect();"
+                " return a.left < b.left - 4 || a.right > b.right + 4 })"
+                ".map(t => t.textContent)"
+            )
+            assert outside == []
+
+    @pytest.mark.parametrize("width", [320, 375, 768])
+    def test_a_narrow_window_needs_no_sideways_scrolling(self, pages, width):
+        with Page(pages["mixmo"], width=width) as page:
+            assert page.ask("document.documentElement.scrollWidth") <= width
+
+    def test_light_dark_and_print(self, pages):
+        paper = "getComputedStyle(document.documentElement).backgroundColor"
+        text = "getComputedStyle(document.querySelector('svg text')).fill"
+        line = "getComputedStyle(document.querySelector('svg g[id*=line2d] path')).stroke"
+        seen = {}
+        with Page(pages["mixmo"]) as page:
+            for dress in ("light", "dark"):
+                page.dress(dress)
+                seen[dress] = [page.ask(part) for part in (paper, text, line)]
+            page.dress("dark", media="print")
+            seen["print"] = [page.ask(part) for part in (paper, text, line)]
+        assert seen["light"][0] == seen["print"][0] == "rgb(255, 255, 255)"
+        assert seen["print"][1] == "rgb(0, 0, 0)"
+        assert all(light != dark for light, dark in zip(seen["light"], seen["dark"], strict=True))
+
+    def test_names_do_nothing(self, pages):
+        with Page(pages["mixmo"]) as page:
+            assert page.ask("document.querySelectorAll('script').length") == 0
+            shown = page.ask("document.body.innerText")
+            assert CLASSES[1] in shown
