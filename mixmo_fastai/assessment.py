@@ -16,10 +16,11 @@ from mixmo_fastai.calibration import expected_calibration_error, nll, top_predic
 from mixmo_fastai.checkpoints import load_weights
 from mixmo_fastai.data.corruptions import make_corrupted, read_official
 from mixmo_fastai.data.dataloaders import make_evaluation_loaders
-from mixmo_fastai.data.image_sets import DataSource
+from mixmo_fastai.data.image_sets import DataSource, ImageSet
 from mixmo_fastai.data.loaders import BatchLoader
 from mixmo_fastai.data.loose_images import PixelLoader, as_shape, decode_readable, find_images
 from mixmo_fastai.data.sources import load_source
+from mixmo_fastai.data.splits import split_validation
 from mixmo_fastai.detection import detection_figures
 from mixmo_fastai.devices import choose_device, place
 from mixmo_fastai.errors import InputError
@@ -185,12 +186,20 @@ class FinishedRun:
     device: torch.device
     model: nn.Module
 
-    def loaders(self) -> tuple[BatchLoader, BatchLoader]:
+    def loaders(self) -> tuple[BatchLoader, ...]:
         """Make the loaders of the validation split and of the test set."""
+        _, valid = split_validation(self.source.train, self.recipe.data.valid_split)
+        return self._loaders_of(valid, self.source.test)
+
+    def test_loader(self) -> BatchLoader:
+        """Make the loader of the test set."""
+        return self._loaders_of(self.source.test)[0]
+
+    def _loaders_of(self, *parts: ImageSet) -> tuple[BatchLoader, ...]:
         data = self.recipe.data
         return make_evaluation_loaders(
             self.source,
-            valid_split=data.valid_split,
+            *parts,
             device=self.device,
             loader=data.loader,
             num_workers=data.num_workers,

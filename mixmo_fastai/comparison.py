@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mixmo_fastai.assessment import open_finished
-from mixmo_fastai.bootstrap import Interval, paired_intervals
+from mixmo_fastai.bootstrap import Interval, intervals, paired_intervals
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.evaluation import evaluate_logits
 from mixmo_fastai.recipe import Recipe
@@ -28,6 +28,7 @@ class Compared:
         run: the folder.
         recipe: what was trained.
         figures: of the test set, as `evaluation.evaluate_logits` gives them.
+        intervals: 95 % intervals of accuracy, nll and ece, by bootstrap.
         differences: 95 % intervals of accuracy, nll and ece less those of the first run, by paired
             bootstrap; None for the first run itself.
         parameters: of all its networks.
@@ -38,6 +39,7 @@ class Compared:
     run: RunFolder
     recipe: Recipe
     figures: dict[str, Any]
+    intervals: dict[str, Interval]
     differences: dict[str, Interval] | None
     parameters: int
     images_seen: int | None
@@ -65,7 +67,7 @@ def compare_runs(
     base: Tensor | None = None
     for run in runs:
         finished = open_finished(run, data_dir, device, source)
-        ((logits, labels),) = finished.logits(finished.loaders()[1:])
+        ((logits, labels),) = finished.logits([finished.test_loader()])
         mean = logits.double().mean(dim=1)  # (N, K)
         differences = None if base is None else paired_intervals(base, mean, labels)
         base = mean if base is None else base
@@ -76,6 +78,7 @@ def compare_runs(
                 run=run,
                 recipe=finished.recipe,
                 figures=evaluate_logits(logits, labels),
+                intervals=intervals(mean, labels),
                 differences=differences,
                 parameters=each * finished.recipe.model.num_nets,
                 images_seen=told.get("images_seen"),

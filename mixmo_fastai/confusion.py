@@ -15,13 +15,13 @@ class Confused(NamedTuple):
 
     Attributes:
         true, predicted: class indices.
-        count: samples.
+        samples: how many.
         share: of the samples of the true class.
     """
 
     true: int
     predicted: int
-    count: int
+    samples: int
     share: float
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -15,8 +16,10 @@ from mixmo_fastai.preview import Preview
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # told apart by colour-blind readers
 MARKERS = ("o", "s", "^", "D")
+_plain_text = rc_context({"text.parse_math": False})  # a class may be called $5$
 
 
+@_plain_text
 def plot_lr_search(search: LrSearch, path: Path, title: str) -> None:
     """Draw the loss over the learning rate, with the suggested rates marked."""
     figure = Figure(figsize=(7.5, 4.5), dpi=120, layout="constrained")
@@ -45,6 +48,7 @@ def plot_lr_search(search: LrSearch, path: Path, title: str) -> None:
     figure.savefig(path)
 
 
+@_plain_text
 def plot_preview(preview: Preview, path: Path, title: str) -> None:
     """Draw a row per position: each member's image and mask, then the mixture."""
     num_rows, num_members = preview.inputs.shape[:2]
@@ -72,6 +76,7 @@ def plot_preview(preview: Preview, path: Path, title: str) -> None:
     figure.savefig(path)
 
 
+@_plain_text
 def plot_filters(titles: list[str], uses: list[FilterUse], norms: list[Tensor], path: Path) -> None:
     """Draw, in a column per run, the active filters of each layer and the encoders' norms."""
     figure = Figure(figsize=(6.5 * len(uses), 7.5), dpi=120, layout="constrained")
@@ -111,26 +116,34 @@ def _plot_norms(axes: Axes, norms: Tensor) -> None:
     axes.legend(fontsize=8)
 
 
+@_plain_text
 def plot_comparison(names: list[str], compared: Sequence[Compared], path: Path) -> None:
-    """Draw accuracy and NLL of runs against their parameters."""
+    """Draw accuracy and NLL of runs, with 95 % intervals, against their parameters."""
     figure = Figure(figsize=(11, 4.8), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     panels = (("accuracy", "test accuracy"), ("nll", "test NLL in nats"))
     for axes, (figure_name, label) in zip(figure.subplots(1, 2), panels, strict=True):
         for place, (name, part) in enumerate(zip(names, compared, strict=True)):
-            axes.plot(
+            value, (low, high) = part.figures[figure_name], part.intervals[figure_name]
+            axes.errorbar(
                 part.parameters,
-                part.figures[figure_name],
-                MARKERS[place // len(COLORS) % len(MARKERS)],
+                value,
+                [[value - min(low, value)], [max(high, value) - value]],
+                fmt=MARKERS[place // len(COLORS) % len(MARKERS)],
                 color=COLORS[place % len(COLORS)],
-                markersize=9,
-                label=name,
+                markersize=8,
+                capsize=4,
+                label=name + _seen(part.images_seen),
             )
         axes.set_xscale("log")
         axes.set(xlabel="parameters", ylabel=label)
         axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)
     figure.savefig(path)
+
+
+def _seen(images: int | None) -> str:
+    return "" if images is None else f": {images:,} images seen"
 
 
 def _show_image(axes: Axes, image: Tensor) -> None:

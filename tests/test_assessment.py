@@ -156,6 +156,10 @@ def test_runs_are_compared_on_the_same_images(runs, tmp_path, monkeypatch, capsy
     value = json.loads(capsys.readouterr().out)
     assert [part["run"] for part in value["runs"]] == paths
     assert value["runs"][1]["differences"]["nll"] == pytest.approx(compared[1].differences["nll"])
+    for part, told in zip(compared, value["runs"], strict=True):
+        low, high = part.intervals["accuracy"]
+        assert low <= part.figures["accuracy"] <= high
+        assert told["intervals"]["nll"] == pytest.approx(part.intervals["nll"])
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
     assert program(["compare", *paths, "--out", "second.png"]) == 0
     out = capsys.readouterr().out

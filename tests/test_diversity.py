@@ -7,6 +7,7 @@ import torch
 from golden import arrays, facts, needs_golden
 
 from mixmo_fastai.diversity import (
+    accuracy_by_agreement,
     disagreement,
     member_accuracies,
     mutual_information,
@@ -124,3 +125,17 @@ def test_logits_are_checked(figure):
         figure(torch.zeros(6, 3))
     with pytest.raises(InputError, match=r"member_logits must be finite; got inf.*\(0, 1, 0\)"):
         figure(torch.tensor([[[0.0, 0.0], [torch.inf, 0.0]]]))
+
+
+def test_accuracy_by_agreement():
+    random = torch.Generator().manual_seed(3)
+    logits = torch.randn(200, 3, 4, generator=random)
+    labels = torch.randint(0, 4, (200,), generator=random)
+    counts, accuracy = accuracy_by_agreement(logits, labels)
+    votes, together = logits.argmax(2), logits.double().mean(1).argmax(1)
+    for number in range(4):
+        group = [i for i in range(200) if (votes[i] == together[i]).sum() == number]
+        assert counts[number] == len(group)
+        right = sum(bool(together[i] == labels[i]) for i in group)
+        assert accuracy[number] == pytest.approx(right / max(len(group), 1))
+    assert counts[0] > 0  # all members differ from what they decide together

@@ -126,6 +126,22 @@ def test_images_that_are_not_there(run, place, message, tmp_path, monkeypatch, c
     assert message in capsys.readouterr().err
 
 
+def test_predictions_go_into_a_file(run, images, tmp_path, capsys):
+    words = ["predict", str(run.path), str(images / "test")]
+    assert program([*words, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    for name in ("all.csv", "all.JSON"):
+        assert program([*words, "--out", str(tmp_path / name)]) == 0
+        assert name in capsys.readouterr().out
+    assert json.loads((tmp_path / "all.JSON").read_text()) == printed
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "all.csv").read_text())))
+    assert [row["label"] for row in rows] == [p["label"] for p in printed["predictions"]]
+    assert program([*words, "--out", str(tmp_path / "all.csv")]) == 2
+    assert "exists and was not changed" in capsys.readouterr().err
+    assert program([*words, "--out", str(tmp_path / "all.txt")]) == 2
+    assert "must end in .csv or .json" in capsys.readouterr().err
+
+
 def test_more_images_than_are_held_at_once(run, images, monkeypatch):
     whole, _ = predict_images(run, [images / "test"])
     monkeypatch.setattr("mixmo_fastai.prediction.IMAGES_AT_ONCE", 4)

@@ -1,7 +1,10 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from mixmo_fastai.cli import run
+from mixmo_fastai.figures import plot_preview
 from mixmo_fastai.preview import preview_batch
 from mixmo_fastai.resolve import resolve_recipe
 from mixmo_fastai.training import prepare
@@ -57,3 +60,10 @@ def test_the_command_draws_a_picture(flags, tmp_path, monkeypatch, capsys):
     assert "picture.png" in capsys.readouterr().out
     assert run(["show", "digits", "--out", "picture.png"]) == 2
     assert "exists and was not changed" in capsys.readouterr().err
+
+
+def test_names_are_not_taken_for_tex(tmp_path):
+    seen = preview(count=2)
+    labels = [["$x_{$", "$"] for _ in seen.labels]
+    plot_preview(replace(seen, labels=labels), tmp_path / "picture.png", title="a $5$ run_$^{")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")

@@ -44,6 +44,7 @@ def compare(
             "images_seen": part.images_seen,
             "seconds": part.seconds,
             "test": part.figures,
+            "intervals": part.intervals,
             "differences": part.differences,
             "expected": dataclasses.asdict(part.recipe.expected),
         }

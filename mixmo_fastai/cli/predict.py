@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import io
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +12,7 @@ import typer
 from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output
 from mixmo_fastai.errors import InputError, RunFailedError
-from mixmo_fastai.runs import open_run
+from mixmo_fastai.runs import free_file, open_run, write_atomically
 
 
 def predict(
@@ -20,6 +21,12 @@ def predict(
     *,
     data_dir: opt.DataDir = None,
     device: opt.Device = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write a file, .csv or .json, instead of printing.", rich_help_panel=opt.OUTPUT
+        ),
+    ] = None,
     as_json: opt.Json = False,
     debug: opt.Debug = False,
 ) -> None:
@@ -28,15 +35,27 @@ def predict(
     opt.check_device(device)
     if missing := [image for image in images if not image.exists()]:
         raise InputError(f"There is no image or folder {str(missing[0])!r}.")
+    if out is not None:
+        suffix = out.suffix.lower()
+        if suffix not in (".csv", ".json"):
+            raise InputError(f"--out {str(out)!r} must end in .csv or .json.")
+        out = free_file(out, "predictions", suffix)
 
     from mixmo_fastai.prediction import predict_images
 
     predictions, unreadable = predict_images(folder, images, data_dir, device=device)
     rows = [dataclasses.asdict(prediction) for prediction in predictions]
     reasons = {str(path): reason for path, reason in unreadable.items()}
-    Output(as_json=as_json).result(
-        _csv_lines(rows), {"run": str(folder.path), "predictions": rows, "unreadable": reasons}
-    )
+    table = {"run": str(folder.path), "predictions": rows, "unreadable": reasons}
+    output = Output(as_json=as_json)
+    if out is None:
+        output.result(_csv_lines(rows), table)
+    else:
+        is_json = out.suffix.lower() == ".json"
+        text = json.dumps(table, indent=2) if is_json else "\n".join(_csv_lines(rows))
+        write_atomically(out, text + "\n")
+        told = {"run": str(folder.path), "predictions": str(out), "unreadable": reasons}
+        output.result([f"Predictions: {out}, {len(rows):,} images"], told)
     if unreadable:
         first = next(iter(unreadable.values()))
         raise RunFailedError(

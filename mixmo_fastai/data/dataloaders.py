@@ -55,32 +55,30 @@ def make_dataloaders(
     training = (StreamingLoader if augmentation.augmix else kind)(
         train, bs=batch_size, shuffle=True, augmentation=augmentation, **settings
     )
-    return DataLoaders(training, *_evaluation(kind, valid, source.test, settings), device=device)
+    others = (kind(part, bs=EVALUATION_BATCH, **settings) for part in (valid, source.test))
+    return DataLoaders(training, *others, device=device)
 
 
 def make_evaluation_loaders(
     source: DataSource,
-    *,
-    valid_split: float = 0.02,
+    *parts: ImageSet,
     device: torch.device | str | None = None,
     loader: str = "auto",
     num_workers: int = 2,
-) -> tuple[BatchLoader, BatchLoader]:
-    """Build the loaders of validation and test alone; the arguments are `make_dataloaders`'s."""
-    _, valid = split_validation(source.train, valid_split)
+) -> tuple[BatchLoader, ...]:
+    """Build the loaders of parts of a source, without training.
+
+    Args:
+        source: says how images are normalised.
+        parts: what is evaluated, such as the source's test part.
+        device: as for `make_dataloaders`.
+        loader: as there.
+        num_workers: as there.
+    """
     device = torch.device(default_device() if device is None else device)
-    kind = _loader_kind(loader, (valid, source.test), device)
+    kind = _loader_kind(loader, parts, device)
     settings = _settings(source, seed=0, device=device, num_workers=num_workers)
-    return _evaluation(kind, valid, source.test, settings)
-
-
-def _evaluation(
-    kind: type[BatchLoader], valid: ImageSet, test: ImageSet, settings: dict[str, Any]
-) -> tuple[BatchLoader, BatchLoader]:
-    return (
-        kind(valid, bs=EVALUATION_BATCH, **settings),
-        kind(test, bs=EVALUATION_BATCH, **settings),
-    )
+    return tuple(kind(part, bs=EVALUATION_BATCH, **settings) for part in parts)
 
 
 def _training_parts(

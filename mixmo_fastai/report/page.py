@@ -313,7 +313,7 @@ def _pairs(findings: Findings) -> list[tuple[str, str, str, str]]:
     matrix = confusion_matrix(findings.logits, findings.labels)
     names = findings.classes
     return [
-        (names[pair.true], names[pair.predicted], f"{pair.count:,}", percent(pair.share))
+        (names[pair.true], names[pair.predicted], f"{pair.samples:,}", percent(pair.share))
         for pair in most_confused(matrix, NUM_PAIRS)
     ]
 
