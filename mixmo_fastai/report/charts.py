@@ -26,7 +26,7 @@ from mixmo_fastai.wording import percent
 
 MARKERS = ("o", "s", "^", "D")
 CURVE_POINTS = 200
-History = Sequence[dict[str, str]]
+History = Sequence[dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -57,32 +57,22 @@ def learning_curves(
     histories = [history for history in histories if history]
     if not histories:
         return []
-    last = histories[0][-1]
-    losses = ("train_loss", "training"), ("valid_loss", "validation")
-    accuracies = [("accuracy", "ensemble of members"), ("member_accuracy", "mean of members")]
-    accuracies = accuracies[: 1 + several]
-    return [
-        _curves(
-            "Loss",
-            histories,
-            losses,
-            f"Loss over {len(histories[0])} epochs; at the end {last['train_loss']} in training"
-            + _unless_empty(last, "valid_loss", ", {} in validation")
-            + ".",
-            "Cross-entropy in nats, the training loss per member. MixMo trains on mixtures, which "
-            "are harder: its training loss may lie above the validation loss.",
-        ),
-        _curves(
-            "Validation accuracy",
-            histories,
-            accuracies,
-            "Accuracy on the validation split over the epochs"
-            + _unless_empty(last, "accuracy", "; {} at the end")
-            + ".",
-            "Share of the validation split; the test set is not looked at in training.",
-        ),
-        _rate_curve(rates),
-    ]
+    columns = [("train_loss", "training"), ("valid_loss", "validation")]
+    loss = _curves(
+        "Loss",
+        histories,
+        columns,
+        "Cross-entropy in nats, the training loss per member. MixMo trains on mixtures, which "
+        "are harder: its training loss may lie above the validation loss.",
+    )
+    columns = [("accuracy", "ensemble of members"), ("member_accuracy", "mean of members")]
+    accuracy = _curves(
+        "Validation accuracy",
+        histories,
+        columns[: 1 + several],
+        "Share of the validation split; the test set is not looked at in training.",
+    )
+    return [chart for chart in (loss, accuracy, _rate_curve(rates)) if chart is not None]
 
 
 def reliability(
@@ -316,28 +306,39 @@ def _curves(
     title: str,
     histories: Sequence[History],
     columns: Sequence[tuple[str, str]],
-    text: str,
     caption: str,
-) -> Chart:
+) -> Chart | None:
+    """Draw columns of histories over the epochs; None where none of them has a value."""
+    columns = [part for part in columns if any(part[0] in row for h in histories for row in h)]
+    if not columns:
+        return None
+    num_epochs = int(max(row["epoch"] for history in histories for row in history))
+
     def plot(figure: Figure) -> None:
         axes = figure.subplots()
         for number, history in enumerate(histories):
             for place, (column, label) in enumerate(columns):
-                rows = [row for row in history if row.get(column)]
+                rows = [row for row in history if column in row]
                 axes.plot(
-                    [int(row["epoch"]) for row in rows],
-                    [float(row[column]) for row in rows],
+                    [row["epoch"] for row in rows],
+                    [row[column] for row in rows],
                     color=SERIES[place],
                     linestyle=("-", "--", "-.", ":")[number % 4],
-                    marker=MARKERS[place] if len(rows) <= 20 else "",
+                    marker=MARKERS[place] if num_epochs <= 20 else "",
                     label=label if number == 0 else None,
                 )
-        num_epochs = max(int(row["epoch"]) for history in histories for row in history)
         axes.set(xlabel="epoch", ylabel=title.lower(), xlim=(0.5, num_epochs + 0.5))
         axes.xaxis.get_major_locator().set_params(integer=True)
         if len(columns) > 1:
             axes.legend()
 
+    ends = [
+        f"{label} {history[-1][column]:.4g}"
+        for history in histories
+        for column, label in columns
+        if column in history[-1]
+    ]
+    text = f"{title} over {num_epochs} epochs; after the last: {', '.join(ends)}."
     return Chart(title, draw(plot, title.lower().replace(" ", "-"), text), caption)
 
 
@@ -356,7 +357,3 @@ def _rate_curve(rates: Sequence[tuple[float, float]]) -> Chart:
         f"at most, after {epochs[peak]:.3g} epochs, and {values[-1]:.3g} at the end."
     )
     return Chart("Learning rate", draw(plot, "learning-rate", text), "As scheduled, step by step.")
-
-
-def _unless_empty(row: dict[str, str], column: str, text: str) -> str:
-    return text.format(row[column]) if row.get(column) else ""

@@ -79,7 +79,7 @@ class Findings:
     labels: Tensor
     calibrated: Tensor | None
     calibration: str
-    histories: list[list[dict[str, str]]]
+    histories: list[list[dict[str, float]]]
     rates: list[tuple[float, float]]
     uses: list[FilterUse]
     norms: list[Tensor]
@@ -108,7 +108,7 @@ def gather(run: RunFolder, data_dir: Path | None = None, *, device: str | None =
     member_logits, labels = test[0].double(), test[1]
     networks = [load_network(network) for network in run.networks()]
     calibrated, calibration = _calibrate(figures, member_logits.mean(dim=1), labels)
-    histories = [network.history() for network in run.networks()]
+    histories = [read_history(network) for network in run.networks()]
     return Findings(
         run=run,
         recipe=finished.recipe,
@@ -160,7 +160,24 @@ def confident_mistakes(
     ]
 
 
-def _rates(finished: FinishedRun, history: list[dict[str, str]]) -> list[tuple[float, float]]:
+def read_history(run: RunFolder) -> list[dict[str, float]]:
+    """Read the epochs of a run as numbers; what an epoch does not have is left out.
+
+    Raises:
+        InputError: history.csv is damaged.
+    """
+    rows: list[dict[str, float]] = []
+    try:
+        for row in run.history():
+            rows.append({name: float(value) for name, value in row.items() if value})
+            if not {"epoch", "images_seen"} <= rows[-1].keys():
+                raise ValueError("an epoch lacks its number or its images_seen")
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{run.path / 'history.csv'} is damaged: {error}.") from error
+    return rows
+
+
+def _rates(finished: FinishedRun, history: list[dict[str, float]]) -> list[tuple[float, float]]:
     """Trace the learning rate that the recipe gave this training."""
     if not history:
         return []

@@ -104,12 +104,12 @@ def render(findings: Findings) -> str:
 
 
 def as_data_uri(pixels: Tensor) -> str:
-    """Put an image (C, H, W) uint8 of 1 or 3 channels into an address, as PNG.
+    """Put an image (C, H, W) uint8 into an address, as PNG: in grey, or its first three channels.
 
     Small images are enlarged by a whole factor, so that their pixels stay what they are.
     """
-    values = pixels.permute(1, 2, 0).cpu().numpy()
-    image = Image.fromarray(values[:, :, 0] if values.shape[2] == 1 else values)
+    shown = pixels[:3] if len(pixels) >= 3 else pixels[0]
+    image = Image.fromarray((shown.permute(1, 2, 0) if shown.ndim == 3 else shown).numpy())
     factor = max(1, SMALLEST_THUMBNAIL // max(image.size))
     image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
     file = io.BytesIO()
@@ -245,9 +245,14 @@ def _training_section(findings: Findings) -> Section:
     drawn = charts.learning_curves(
         findings.histories, findings.rates, several=findings.recipe.model.num_members > 1
     )
-    note = "" if drawn else "The run has no history.csv: it was imported, or not trained here."
-    if len(findings.histories) > 1 and drawn:
-        note = f"{len(findings.histories)} networks, each with a line style of its own."
+    notes = []
+    if not drawn:
+        notes.append("The run has no history.csv: it was imported, or not trained here.")
+    elif len(findings.histories) > 1:
+        notes.append(f"{len(findings.histories)} networks, each with a line style of its own.")
+    if drawn and not findings.num_images[0]:
+        notes.append("There was no validation split, so training has no accuracy to show.")
+    note = " ".join(notes)
     return Section("training", "Training", drawn, note)
 
 
