@@ -17,6 +17,7 @@ _HOMES = {
     "create_model": "models",
     "mixmo_learner": "learner",
     "evaluate_logits": "evaluation",
+    "load_fused": "export",
     "Recipe": "recipe",
 }
 __all__ = ["__version__", *_HOMES]  # noqa: PLE0604

@@ -10,7 +10,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mixmo_fastai.calibration import expected_calibration_error, nll, top_predictions
 from mixmo_fastai.checkpoints import load_weights
@@ -25,7 +25,7 @@ from mixmo_fastai.detection import detection_figures
 from mixmo_fastai.devices import choose_device, place
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.evaluation import LabelledLogits, collect_member_logits, evaluate_parts
-from mixmo_fastai.models import create_model
+from mixmo_fastai.models import MixMoModel, create_model
 from mixmo_fastai.names import DATASETS
 from mixmo_fastai.recipe import Recipe
 from mixmo_fastai.resolve import check_dataset
@@ -43,6 +43,7 @@ def evaluate_run(
     device: str | None = None,
     ood: str | None = None,
     corruptions: str | None = None,
+    fused: bool = False,
 ) -> dict[str, Any]:
     """Evaluate a trained run anew; a deep ensemble as one, each network a member.
 
@@ -53,6 +54,8 @@ def evaluate_run(
         ood: a data set, or a folder of images, that the run knows nothing of.
         corruptions: the folder of CIFAR-10-C or CIFAR-100-C, or "built-in" for what
             `data.corruptions` makes of the run's own test images.
+        fused: whether each network is evaluated as the plain one that it fuses into, which has no
+            members.
 
     Returns:
         the figures, as `evaluation.evaluate_parts` gives them; with `ood` what
@@ -63,7 +66,7 @@ def evaluate_run(
     Raises:
         InputError: the run is not finished or damaged, or data is not there.
     """
-    finished = open_finished(run, data_dir, device)
+    finished = open_finished(run, data_dir, device, fused=fused)
     strange = [] if ood is None else [finished.loader(read_strange(ood, finished, data_dir))]
     validation, test, *others = finished.logits([*finished.loaders(), *strange])
     figures = evaluate_parts(validation, test)
@@ -146,7 +149,7 @@ def evaluate_ensemble(
 
 
 def collect_logits(
-    run: RunFolder, model: nn.Module, loaders: Sequence[Any]
+    run: RunFolder, model: MixMoModel, loaders: Sequence[Any], *, fused: bool = False
 ) -> tuple[LabelledLogits, ...]:
     """Show a run every image of some loaders once.
 
@@ -154,6 +157,7 @@ def collect_logits(
         run: its networks are finished.
         model: a network of its recipe; the weights of each network are put into it in turn.
         loaders: on the model's device.
+        fused: whether to show them to the plain network that each fuses into.
 
     Returns:
         for each loader the member logits and labels; the members are the network's own, or the
@@ -162,7 +166,8 @@ def collect_logits(
     parts = []
     for network in run.networks():
         load_weights(model, network.weights)
-        parts.append([collect_member_logits(model, loader) for loader in loaders])
+        shown = model.fuse() if fused else model
+        parts.append([collect_member_logits(shown, loader) for loader in loaders])
     if len(parts) == 1:
         return tuple(parts[0])
     return tuple(_as_one(of_loader) for of_loader in zip(*parts, strict=True))
@@ -178,13 +183,15 @@ class FinishedRun:
         source: the data.
         device: where it is shown images.
         model: a network of the recipe on that device; `logits` puts the weights into it.
+        fused: whether images are shown to the plain network that it fuses into.
     """
 
     run: RunFolder
     recipe: Recipe
     source: DataSource
     device: torch.device
-    model: nn.Module
+    model: MixMoModel
+    fused: bool = False
 
     def loaders(self) -> tuple[BatchLoader, ...]:
         """Make the loaders of the validation split and of the test set."""
@@ -211,7 +218,7 @@ class FinishedRun:
 
     def logits(self, loaders: Sequence[Any]) -> tuple[Any, ...]:
         """Show the run every image of some loaders once; see `collect_logits`."""
-        return collect_logits(self.run, self.model, loaders)
+        return collect_logits(self.run, self.model, loaders, fused=self.fused)
 
 
 def open_finished(
@@ -219,6 +226,8 @@ def open_finished(
     data_dir: Path | None = None,
     device: str | None = None,
     source: DataSource | None = None,
+    *,
+    fused: bool = False,
 ) -> FinishedRun:
     """Open a run for evaluation.
 
@@ -227,6 +236,7 @@ def open_finished(
         data_dir: where its data lies, if not where it was looked for in training.
         device: where to evaluate; the recipe's where not given.
         source: its data, where it is read already.
+        fused: see `FinishedRun`.
 
     Raises:
         InputError: the run is not finished, or its data is not there.
@@ -237,7 +247,8 @@ def open_finished(
     source = source or read_source(recipe, data_dir)
     channels, model = source.test.image_shape[0], recipe.model
     network = create_model(model.arch, len(source.classes), model.num_members, channels)
-    return FinishedRun(run, recipe, source, chosen, place(network, chosen))
+    place(network, chosen)
+    return FinishedRun(run, recipe, source, chosen, network, fused)
 
 
 def read_strange(place: str, finished: FinishedRun, data_dir: Path | None) -> Tensor:

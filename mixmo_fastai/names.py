@@ -38,6 +38,7 @@ SCHEDULES = ("one-cycle", "flat-cosine", "published")
 LOADERS = ("auto", "resident", "streaming")
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "float32", "bfloat16")
+EXPORT_SUFFIXES = (".safetensors", ".onnx")
 
 
 @dataclass(frozen=True)

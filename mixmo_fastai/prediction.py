@@ -16,6 +16,7 @@ from mixmo_fastai.detection import entropy_uncertainty
 from mixmo_fastai.devices import choose_device, place
 from mixmo_fastai.diversity import information_per_sample
 from mixmo_fastai.evaluation import collect_member_logits
+from mixmo_fastai.export import ExportedNetwork
 from mixmo_fastai.runs import DataFacts, RunFolder
 from mixmo_fastai.training import facts_of, read_source
 
@@ -31,8 +32,8 @@ class Prediction:
         image: the file.
         label: the class of the ensemble, the mean of logits.
         probability: of that class.
-        votes: each member's class.
-        agreement: share of the members that vote for the ensemble's class.
+        votes: each member's class; the ensemble's alone of an exported network.
+        agreement: share of the votes for the ensemble's class.
         entropy: of the ensemble, in nats; 0 where it is sure.
         mutual_information: of the members, in nats; None for one member.
     """
@@ -47,7 +48,7 @@ class Prediction:
 
 
 def predict_images(
-    run: RunFolder,
+    run: RunFolder | ExportedNetwork,
     places: Sequence[Path],
     data_dir: Path | None = None,
     *,
@@ -58,10 +59,10 @@ def predict_images(
     The run's data need not be there, but for runs without data.json, such as imported ones.
 
     Args:
-        run: a finished run.
+        run: a finished run, or an exported network.
         places: files and folders.
         data_dir: where data sets lie.
-        device: where to predict; the recipe's where not given.
+        device: where to predict; the recipe's where not given, or what there is.
 
     Returns:
         the predictions, and the reason for each file that cannot be read.
@@ -69,9 +70,14 @@ def predict_images(
     Raises:
         InputError: the run is not finished, its classes are not known, or no image is found.
     """
-    facts = run.data_facts() or facts_of(read_source(run.recipe(), data_dir))
-    chosen = choose_device(device or run.recipe().train.device)
-    networks = [place(load_network(network), chosen) for network in run.networks()]
+    if isinstance(run, ExportedNetwork):
+        facts, own_device, plain = run.facts, "auto", [run.model]
+    else:
+        facts = run.data_facts() or facts_of(read_source(run.recipe(), data_dir))
+        own_device = run.recipe().train.device
+        plain = [load_network(network).fuse(keep_members=True) for network in run.networks()]
+    chosen = choose_device(device or own_device)
+    networks = [place(network, chosen) for network in plain]
     paths, unreadable = find_images(places), {}
     predictions: list[Prediction] = []
     for start in range(0, len(paths), IMAGES_AT_ONCE):

@@ -49,6 +49,20 @@ class DataFacts:
     std: tuple[float, ...]
     image_shape: tuple[int, ...]
 
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> "DataFacts":
+        """Read what `dataclasses.asdict` gave, from JSON.
+
+        Raises:
+            ValueError, KeyError, TypeError: it is something else.
+        """
+        return cls(
+            tuple(str(name) for name in values["classes"]),
+            tuple(float(v) for v in values["mean"]),
+            tuple(float(v) for v in values["std"]),
+            tuple(int(v) for v in values["image_shape"]),
+        )
+
 
 class RunFolder:
     """One run's folder. Make one with `create_run` or `open_run`."""
@@ -159,13 +173,7 @@ class RunFolder:
         """
         path = self.path / "data.json"
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            return DataFacts(
-                tuple(str(name) for name in values["classes"]),
-                tuple(float(v) for v in values["mean"]),
-                tuple(float(v) for v in values["std"]),
-                tuple(int(v) for v in values["image_shape"]),
-            )
+            return DataFacts.from_mapping(json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError) as error:
@@ -256,7 +264,7 @@ def check_free(path: Path | None) -> None:
     _check_writable(path)
 
 
-def free_file(path: Path | None, stem: str, suffix: str) -> Path:
+def free_file(path: Path | None, stem: str, suffix: str, flag: str = "--out") -> Path:
     """Choose a file that does not exist yet: the given one, or the first free name of a stem.
 
     Raises:
@@ -268,24 +276,24 @@ def free_file(path: Path | None, stem: str, suffix: str) -> Path:
         return _writable_file(next(path for path in paths if not path.exists()))
     path = _expanded(path)
     if os.path.lexists(path):
-        raise InputError(f"{str(path)!r} exists and was not changed. Choose another --out.")
+        raise InputError(f"{str(path)!r} exists and was not changed. Choose another {flag}.")
     if path.suffix.lower() != suffix:
-        raise InputError(f"--out {str(path)!r} must end in {suffix}.")
+        raise InputError(f"{flag} {str(path)!r} must end in {suffix}.")
     if not path.parent.is_dir():
         raise InputError(
-            f"There is no folder {str(path.parent)!r} for --out {path.name}.\nMake it first."
+            f"There is no folder {str(path.parent)!r} for {flag} {path.name}.\nMake it first."
         )
-    return _writable_file(path)
+    return _writable_file(path, flag)
 
 
-def _writable_file(path: Path) -> Path:
+def _writable_file(path: Path, flag: str = "--out") -> Path:
     """Check that a file can be made, by making it and taking it away."""
     try:
         path.touch(exist_ok=False)
         path.unlink()
     except OSError as error:
         raise InputError(
-            f"Cannot write {str(path)!r}: {error.strerror}.\nChoose another place with --out FILE."
+            f"Cannot write {str(path)!r}: {error.strerror}.\nChoose another place with {flag} FILE."
         ) from error
     return path
 

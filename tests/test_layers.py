@@ -47,6 +47,7 @@ LAYERS = {
     "deep_ensemble": ASSEMBLY,
     "detection": ASSEMBLY,
     "evaluation": ASSEMBLY,
+    "export": ASSEMBLY,
     "learner": ASSEMBLY,
     "lr_search": ASSEMBLY,
     "prediction": ASSEMBLY,
@@ -63,7 +64,7 @@ ALLOWED_FROM_ELSEWHERE = {
     STDLIB: set(),
     MATHEMATICS: {"torch", "numpy"},
     FASTAI: {"torch", "numpy", "fastai", "fasttransform", "torchvision", "PIL", "sklearn"},
-    ASSEMBLY: {"torch", "numpy", "fastai", "safetensors", "sklearn"},
+    ASSEMBLY: {"torch", "numpy", "fastai", "safetensors", "sklearn", "onnxruntime"},
     SHELL: {"torch", "fastai", "rich", "typer", "matplotlib", "jinja2", "markupsafe", "PIL"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -87,13 +87,80 @@ class TestMixMoModel:
 
     def test_fused_network_has_the_same_logits(self, arch, num_members):
         model = create_model(arch, 5, num_members).eval()
+        _settle_statistics(model)
         fused = model.fuse()
         x = torch.randn(3, 3, 16, 16)
-        torch.testing.assert_close(fused(x), model(x), rtol=1e-5, atol=1e-5)
+        assert _relative_error(fused(x), model(x)) <= 1e-5
+        assert not fused.training
         plain = create_model(arch, 5, 1)
         assert sum(p.numel() for p in fused.parameters()) == sum(
             p.numel() for p in plain.parameters()
         )
+
+    def test_fused_network_may_keep_its_members(self, arch, num_members):
+        model = create_model(arch, 5, num_members).eval()
+        _settle_statistics(model)
+        fused = model.fuse(keep_members=True)
+        x = torch.randn(3, 3, 16, 16)
+        assert fused.member_logits(x).shape == (3, num_members, 5)
+        assert _relative_error(fused.member_logits(x), model.member_logits(x)) <= 1e-5
+        assert _relative_error(fused(x), model(x)) <= 1e-5
+        assert isinstance(fused.encoder, nn.Conv2d)
+        assert isinstance(fused.head, nn.Linear)
+
+
+def _settle_statistics(model):
+    """Give every BatchNorm statistics and weights that are not those of a new network."""
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.running_mean, module.bias.data):
+                tensor.normal_(generator=generator)
+            for tensor in (module.running_var, module.weight.data):
+                tensor.uniform_(0.5, 1.5, generator=generator)
+
+
+def _relative_error(found, expected):
+    return float(((found - expected).abs().max() / expected.abs().max()).detach())
+
+
+def test_fusing_leaves_the_network_alone():
+    model = create_model("wrn10_1", 5, 2).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    fused = model.fuse()
+    for parameter in fused.parameters():
+        parameter.data.zero_()
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_biases_of_encoders_are_summed_and_heads_need_none():
+    encoders = [nn.Conv2d(3, 4, 3) for _ in range(3)]
+    heads = [nn.Linear(4, 5, bias=False) for _ in range(3)]
+    core = nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = MixMoModel(encoders, core, heads).eval()
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(model.fuse()(x), model(x))
+    torch.testing.assert_close(
+        model.fuse(keep_members=True).member_logits(x), model.member_logits(x)
+    )
+
+
+@pytest.mark.parametrize(
+    ("encoders", "heads", "message"),
+    [
+        ([nn.Conv2d(3, 4, 1), nn.Identity()], [nn.Linear(4, 2)] * 2, "found Identity"),
+        ([nn.Conv2d(3, 4, 1)] * 2, [nn.Linear(4, 2), nn.Flatten()], "found Flatten"),
+        (
+            [nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 4, 3, padding=2, dilation=2)],
+            [nn.Linear(4, 2)] * 2,
+            "differ in more than their weights",
+        ),
+    ],
+)
+def test_what_cannot_be_fused_is_refused(encoders, heads, message):
+    model = MixMoModel(encoders, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), heads)
+    with pytest.raises(InputError, match=message):
+        model.fuse()
 
 
 def test_model_mixes_as_the_plain_form_does():

@@ -33,6 +33,14 @@ def evaluate(
             rich_help_panel=opt.DATA,
         ),
     ] = None,
+    fused: Annotated[
+        bool,
+        typer.Option(
+            "--fused",
+            help="As one plain network, as `mixmo export` writes it.",
+            rich_help_panel=opt.NETWORK,
+        ),
+    ] = False,
     device: opt.Device = None,
     as_json: opt.Json = False,
     debug: opt.Debug = False,
@@ -46,7 +54,10 @@ def evaluate(
 
     from mixmo_fastai.assessment import evaluate_run
 
-    figures = evaluate_run(folder, data_dir, device=device, ood=ood, corruptions=corruptions)
+    figures = evaluate_run(
+        folder, data_dir, device=device, ood=ood, corruptions=corruptions, fused=fused
+    )
     output = Output(as_json=as_json)
     title = f"{folder.path}: {method_name(recipe)}, {recipe.model.arch}, {recipe.data.dataset}"
+    title += ", fused" * fused
     output.result([title, "", *figure_lines(figures, recipe)], {"run": str(folder.path), **figures})

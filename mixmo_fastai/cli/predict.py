@@ -16,7 +16,10 @@ from mixmo_fastai.runs import free_file, open_run, write_atomically
 
 
 def predict(
-    run: Annotated[Path, typer.Argument(help="A run folder that `mixmo fit` made.")],
+    run: Annotated[
+        Path,
+        typer.Argument(help="A run folder of `mixmo fit`, or a .safetensors of `mixmo export`."),
+    ],
     images: Annotated[list[Path], typer.Argument(help="Image files, or folders of images.")],
     *,
     data_dir: opt.DataDir = None,
@@ -31,7 +34,7 @@ def predict(
     debug: opt.Debug = False,
 ) -> None:
     """Name the class of images, how sure that is, and what the members vote; as CSV or JSON."""
-    folder = open_run(run)
+    folder = None if run.is_file() else open_run(run)
     opt.check_device(device)
     if missing := [image for image in images if not image.exists()]:
         raise InputError(f"There is no image or folder {str(missing[0])!r}.")
@@ -41,12 +44,14 @@ def predict(
             raise InputError(f"--out {str(out)!r} must end in .csv or .json.")
         out = free_file(out, "predictions", suffix)
 
+    from mixmo_fastai.export import load_fused
     from mixmo_fastai.prediction import predict_images
 
-    predictions, unreadable = predict_images(folder, images, data_dir, device=device)
+    network = load_fused(run) if folder is None else folder
+    predictions, unreadable = predict_images(network, images, data_dir, device=device)
     rows = [dataclasses.asdict(prediction) for prediction in predictions]
     reasons = {str(path): reason for path, reason in unreadable.items()}
-    table = {"run": str(folder.path), "predictions": rows, "unreadable": reasons}
+    table = {"run": str(run), "predictions": rows, "unreadable": reasons}
     output = Output(as_json=as_json)
     if out is None:
         output.result(_csv_lines(rows), table)
@@ -54,7 +59,7 @@ def predict(
         is_json = out.suffix.lower() == ".json"
         text = json.dumps(table, indent=2) if is_json else "\n".join(_csv_lines(rows))
         write_atomically(out, text + "\n")
-        told = {"run": str(folder.path), "predictions": str(out), "unreadable": reasons}
+        told = {"run": str(run), "predictions": str(out), "unreadable": reasons}
         output.result([f"Predictions: {out}, {len(rows):,} images"], told)
     if unreadable:
         first = next(iter(unreadable.values()))

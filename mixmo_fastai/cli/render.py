@@ -98,8 +98,7 @@ def recipe_lines(recipe: Recipe) -> list[str]:
 def figure_lines(figures: Mapping[str, Any], recipe: Recipe) -> list[str]:
     """Show the figures of a run."""
     test, model = figures["test"], recipe.model
-    # The networks of a deep ensemble count as its members.
-    num_members = model.num_nets if model.num_nets > 1 else model.num_members
+    num_members = len(test["member_accuracy"])  # of a deep ensemble, its networks
     rows = [("Test accuracy", percent(test["accuracy"]) + _ENSEMBLE * (num_members > 1))]
     if num_members > 1:
         label = "Networks" if model.num_nets > 1 else "Members"

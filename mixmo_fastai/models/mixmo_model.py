@@ -6,7 +6,6 @@ Source: Ramé, Sun, Cord, "MixMo", ICCV 2021, section 3.
 """
 
 import copy
-from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from mixmo_fastai.errors import InputError
+from mixmo_fastai.models.fused import FusedNetwork, fuse_parts
 
 
 class MixMoModel(nn.Module):
@@ -103,31 +103,25 @@ class MixMoModel(nn.Module):
             self._mask_shapes[height, width] = _output_shape(self.encoders[0], image)
         return self._mask_shapes[height, width]
 
-    def fuse(self) -> nn.Module:
+    def fuse(self, *, keep_members: bool = False) -> FusedNetwork:
         """Collapse the ensemble into a plain network with the same logits.
 
-        Σ_i c_i(x) is one convolution with the summed weights, and the mean of the heads is one
-        linear layer with the mean weights, so the collapse is exact up to rounding.
+        The encoders become one convolution with the summed weights, and the heads one linear layer
+        with the mean weights, so the collapse is exact up to rounding.
+
+        Args:
+            keep_members: whether the last layer keeps all heads, side by side, so that the network
+                still tells what each member votes.
 
         Returns:
-            A new network (B, C, H, W) -> (B, K), with one encoder, the core and one head.
+            A new network (B, C, H, W) -> (B, K), with one encoder, a copy of the core and one head;
+            with `keep_members` its `member_logits` gives (B, M, K).
 
         Raises:
-            InputError: an encoder is not one convolution, or a head not one linear layer.
+            InputError: an encoder is not one convolution, a head not one linear layer, or they
+                differ in more than their weights.
         """
-        for part in (*self.encoders, *self.heads):
-            if type(part) not in (nn.Conv2d, nn.Linear):
-                raise InputError(
-                    f"fuse() needs convolutions as encoders and linear layers as heads; "
-                    f"found {type(part).__name__}."
-                )
-        return nn.Sequential(
-            OrderedDict(
-                encoder=_combine(self.encoders, torch.sum),
-                core=copy.deepcopy(self.core),
-                head=_combine(self.heads, torch.mean),
-            )
-        )
+        return fuse_parts([*self.encoders], self.core, [*self.heads], keep_members=keep_members)
 
     def _mix(self, inputs: Tensor, masks: Tensor) -> Tensor:
         # Member by member, so that no stack of features is ever held; `mixing.mix_features` is the
@@ -184,13 +178,3 @@ def _dry_run(encoder: nn.Module, image: Tensor) -> Tensor:
     else:
         out = copy.deepcopy(encoder).to("meta").forward(image)
     return out
-
-
-@torch.no_grad()
-def _combine(layers: nn.ModuleList, reduce: object) -> nn.Module:
-    """Make one layer whose parameters are the reduction of the members' parameters."""
-    combined = copy.deepcopy(layers[0])
-    for name, parameter in combined.named_parameters():
-        members = torch.stack([layer.get_parameter(name) for layer in layers])
-        parameter.copy_(reduce(members, dim=0))  # type: ignore[operator]
-    return combined

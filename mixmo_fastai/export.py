@@ -1,0 +1,237 @@
+"""Finished networks as plain ones: a file of tensors, or ONNX, checked against the run itself.
+
+Shapes: n images of C channels and H × W pixels, K classes.
+
+A file of tensors is safetensors whose metadata hold, as JSON under "mixmo", the format's name, the
+architecture, and what the network must know of its data. ONNX files hold the same among their
+metadata. Both take standardised images: (pixels / 255 - mean) / std.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mixmo_fastai.augment import normalize
+from mixmo_fastai.checkpoints import load_network
+from mixmo_fastai.data.image_sets import ImageSet
+from mixmo_fastai.errors import InputError
+from mixmo_fastai.models import create_model
+from mixmo_fastai.models.fused import FusedNetwork
+from mixmo_fastai.names import EXPORT_SUFFIXES
+from mixmo_fastai.runs import DataFacts, RunFolder
+from mixmo_fastai.training import facts_of, read_source
+
+FORMAT = "mixmo-fused-1"
+NUM_CHECKED = 256
+"""Images on which an exported network is compared with the run."""
+TOLERANCES = {".safetensors": 1e-5, ".onnx": 1e-4}
+"""Largest difference of logits, as a share of the largest logit; ONNX sums in another order."""
+ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+Metadata = dict[str, str]
+
+
+@dataclass(frozen=True)
+class ExportedNetwork:
+    """A fused network from a file.
+
+    Attributes:
+        model: in evaluation mode, on the CPU.
+        arch: its architecture by name.
+        facts: what it must know of its data to predict.
+    """
+
+    model: FusedNetwork
+    arch: str
+    facts: DataFacts
+
+
+def check_export(run: RunFolder, path: Path) -> None:
+    """Check what can be checked before anything slow is done.
+
+    Raises:
+        InputError: the run is a deep ensemble or not finished, the file's ending is unknown, or
+            the packages for it are missing.
+    """
+    if path.suffix.lower() not in EXPORT_SUFFIXES:
+        raise InputError(f"--to {str(path)!r} must end in {' or '.join(EXPORT_SUFFIXES)}.")
+    missing = [name for name in ONNX_PACKAGES if find_spec(name) is None]
+    if path.suffix.lower() == ".onnx" and missing:
+        raise InputError(
+            f"ONNX files need {', '.join(missing)}.\nInstall: pip install 'mixmo-fastai[export]'"
+        )
+    if run.recipe().model.num_nets > 1:
+        raise InputError(
+            f"{run.path} is a deep ensemble, which no single network equals.\n"
+            f"Export one of its networks: mixmo export {run.path}/net-1 --to {path.name}"
+        )
+    run.check_trained()
+
+
+def export_run(run: RunFolder, path: Path, data_dir: Path | None = None) -> dict[str, Any]:
+    """Fuse a finished run into one plain network and write it, if it predicts as the run does.
+
+    The file is written beside its place, read back, and shown test images; it takes its name only
+    when its logits are the run's.
+
+    Args:
+        run: a finished run of one network.
+        path: a file that ends in .safetensors or .onnx.
+        data_dir: where the run's data lies, if not where it was looked for in training.
+
+    Returns:
+        what was written and how well it agrees: arch, parameters, num_bytes, num_images,
+        relative_difference (of logits, as a share of the largest) and same_class (a share).
+
+    Raises:
+        InputError: see `check_export`; or the data, for comparison, is not there.
+        InputError: the file's logits are not the run's; nothing is left behind.
+    """
+    check_export(run, path)
+    suffix, recipe, model = path.suffix.lower(), run.recipe(), load_network(run)
+    source = read_source(recipe, data_dir)
+    facts = run.data_facts() or facts_of(source)
+    x = _standardised(source.test if len(source.test) else source.train, facts)
+    fused = model.fuse()
+    temporary = path.with_name(f".{path.stem}.unchecked{suffix}")
+    write, read = _FORMATS[suffix]
+    try:
+        write(fused, facts, _metadata(recipe.model.arch, facts), temporary)
+        with torch.inference_mode():
+            expected = model(x)
+        # One image first: a network that only takes the batch it was written with is no use.
+        predict = read(temporary)
+        found = torch.cat([predict(x[:1]), predict(x[1:])])
+        agreement = _compare(found, expected, TOLERANCES[suffix])
+        temporary.replace(path)
+    except OSError as error:
+        raise InputError(f"Cannot write {str(path)!r}: {error}.") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    return {
+        "arch": recipe.model.arch,
+        "parameters": sum(p.numel() for p in fused.parameters()),
+        "num_bytes": path.stat().st_size,
+        "num_images": len(x),
+        **agreement,
+    }
+
+
+def load_fused(path: Path | str) -> ExportedNetwork:
+    """Read a network that `mixmo export` wrote as .safetensors. Nothing in the file is executed.
+
+    Args:
+        path: the file.
+
+    Raises:
+        InputError: the file is missing, damaged, or not one of those.
+    """
+    path = Path(path)
+    if path.is_dir() or not path.exists():
+        raise InputError(f"There is no file {str(path)!r}.")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} cannot be read: {error}.") from error
+    if "mixmo" not in metadata:
+        raise InputError(
+            f"{path} is not an exported network.\nWrite one: mixmo export RUN --to FILE.safetensors"
+        )
+    try:
+        about = json.loads(metadata["mixmo"])
+        if about["format"] != FORMAT:
+            raise InputError(f"{path} has format {about['format']!r}; this version reads {FORMAT}.")
+        facts = DataFacts.from_mapping(about["data"])
+        arch = str(about["arch"])
+        model = create_model(arch, len(facts.classes), 1, facts.image_shape[0]).fuse()
+        model.load_state_dict(tensors)
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path} is damaged: {first}.") from error
+    return ExportedNetwork(model.eval(), arch, facts)
+
+
+def _metadata(arch: str, facts: DataFacts) -> Metadata:
+    about = {"format": FORMAT, "arch": arch, "data": dataclasses.asdict(facts)}
+    return {"mixmo": json.dumps(about)}
+
+
+def _standardised(images: ImageSet, facts: DataFacts) -> Tensor:
+    """Take images evenly from all of a part: (n, C, H, W) float."""
+    count = min(NUM_CHECKED, len(images))
+    chosen = torch.linspace(0, len(images) - 1, count).round().long().tolist()
+    pixels = torch.stack([images[i] for i in chosen])
+    return normalize(pixels, torch.tensor(facts.mean), torch.tensor(facts.std))
+
+
+def _compare(found: Tensor, expected: Tensor, tolerance: float) -> dict[str, float]:
+    """Compare logits (n, K); refuse those that differ by more than rounding."""
+    difference = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+    same = float((found.argmax(1) == expected.argmax(1)).double().mean())
+    if not difference <= tolerance:  # not for NaN either
+        raise InputError(
+            f"The exported network is not the run's: on {len(expected)} images their logits differ "
+            f"by {difference:.1e} of the largest,\nwhere {tolerance:.0e} is allowed. Nothing was "
+            "written."
+        )
+    return {"relative_difference": difference, "same_class": same}
+
+
+def _write_tensors(model: FusedNetwork, facts: DataFacts, metadata: Metadata, path: Path) -> None:
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, path, metadata={"format": "pt", **metadata})
+    path.chmod(0o644)
+
+
+def _read_tensors(path: Path) -> Callable[[Tensor], Tensor]:
+    model = load_fused(path).model
+
+    def predict(x: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return model(x)
+
+    return predict
+
+
+def _write_onnx(model: FusedNetwork, facts: DataFacts, metadata: Metadata, path: Path) -> None:
+    example = torch.zeros(2, *facts.image_shape)
+    program = torch.onnx.export(
+        model,
+        (example,),
+        dynamo=True,
+        dynamic_shapes={"x": {0: torch.export.Dim("batch")}},
+        input_names=["images"],
+        output_names=["logits"],
+        verbose=False,
+    )
+    assert program is not None
+    program.model.metadata_props.update(metadata)
+    program.save(path)
+
+
+def _read_onnx(path: Path) -> Callable[[Tensor], Tensor]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+    def predict(x: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
+
+    return predict
+
+
+_FORMATS = {".safetensors": (_write_tensors, _read_tensors), ".onnx": (_write_onnx, _read_onnx)}

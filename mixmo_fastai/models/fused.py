@@ -1,0 +1,106 @@
+"""The plain network that a MixMo network becomes for inference.
+
+Shown one image, all encoders see the same pixels, so that their sum is one convolution with the
+summed weights; the heads see the same embedding, so that their mean is one linear layer with the
+mean weights. Both are exact up to rounding: inference costs what one plain network costs.
+
+Shapes: B batch, M members, C image channels, H W image size, K classes.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mixmo_fastai.errors import InputError
+
+
+class FusedNetwork(nn.Module):
+    """One encoder, the core, one head.
+
+    Args:
+        encoder: (B, C, H, W) -> (B, D, h, w).
+        core: (B, D, h, w) -> (B, features).
+        head: (B, features) -> (B, votes · K).
+        num_votes: 1 where the head is the mean of the members' heads, M where it holds them all.
+    """
+
+    def __init__(
+        self, encoder: nn.Module, core: nn.Module, head: nn.Module, num_votes: int = 1
+    ) -> None:
+        super().__init__()
+        self.encoder, self.core, self.head, self.num_votes = encoder, core, head, num_votes
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Predict: images (B, C, H, W) -> ensemble logits (B, K)."""
+        if self.num_votes == 1:
+            logits: Tensor = self.head(self.core(self.encoder(x)))
+            return logits
+        return self.member_logits(x).mean(dim=1)
+
+    def member_logits(self, x: Tensor) -> Tensor:
+        """Predict with what votes there are: (B, C, H, W) -> (B, votes, K)."""
+        logits: Tensor = self.head(self.core(self.encoder(x)))
+        return logits.view(len(logits), self.num_votes, -1)
+
+
+def fuse_parts(
+    encoders: Sequence[nn.Module],
+    core: nn.Module,
+    heads: Sequence[nn.Module],
+    *,
+    keep_members: bool = False,
+) -> FusedNetwork:
+    """Make a plain network of copies of the parts; see `MixMoModel.fuse`.
+
+    Raises:
+        InputError: an encoder is not a convolution, a head not a linear layer, or the members'
+            layers differ in more than their weights.
+    """
+    _check_alike(encoders, nn.Conv2d, "encoder", "convolution")
+    _check_alike(heads, nn.Linear, "head", "linear layer")
+    head = _stack(heads) if keep_members else _combine(heads, torch.mean)
+    num_votes = len(heads) if keep_members else 1
+    fused = FusedNetwork(_combine(encoders, torch.sum), copy.deepcopy(core), head, num_votes)
+    return fused.train(core.training)
+
+
+def _check_alike(layers: Sequence[nn.Module], kind: type, part: str, wanted: str) -> None:
+    for layer in layers:
+        # A subclass may compute something else.
+        if type(layer) is not kind:
+            raise InputError(
+                f"fuse() needs one {wanted} as each {part}; found {type(layer).__name__}."
+            )
+    if len({layer.extra_repr() for layer in layers}) > 1:
+        raise InputError(
+            f"fuse() cannot add {part}s that differ in more than their weights:\n"
+            f"{', '.join(map(str, layers))}."
+        )
+
+
+@torch.no_grad()
+def _combine(layers: Sequence[nn.Module], reduce: Callable[..., Tensor]) -> nn.Module:
+    """Make one layer whose parameters are the reduction of the members' parameters."""
+    combined = copy.deepcopy(layers[0])
+    for name, parameter in combined.named_parameters():
+        members = torch.stack([layer.get_parameter(name) for layer in layers])
+        # In double precision, so that what is left is the rounding of the result alone.
+        parameter.copy_(reduce(members.to("cpu", torch.float64), dim=0))
+    return combined
+
+
+@torch.no_grad()
+def _stack(heads: Sequence[nn.Module]) -> nn.Linear:
+    """Make one linear layer of all heads: (B, features) -> (B, M · K)."""
+    weight = torch.cat([head.get_parameter("weight") for head in heads])
+    first = heads[0].get_parameter("weight")
+    has_bias = getattr(heads[0], "bias", None) is not None
+    stacked = nn.Linear(
+        weight.shape[1], weight.shape[0], bias=has_bias, device=first.device, dtype=first.dtype
+    )
+    stacked.weight.copy_(weight)
+    if has_bias:
+        stacked.bias.copy_(torch.cat([head.get_parameter("bias") for head in heads]))
+    return stacked

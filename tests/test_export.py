@@ -1,0 +1,224 @@
+import json
+import shutil
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from datasets import write_image_folder
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from mixmo_fastai import export, load_fused
+from mixmo_fastai.assessment import evaluate_run
+from mixmo_fastai.checkpoints import load_network
+from mixmo_fastai.cli import run as program
+from mixmo_fastai.deep_ensemble import train_run
+from mixmo_fastai.errors import InputError
+from mixmo_fastai.export import FORMAT, check_export, export_run
+from mixmo_fastai.prediction import predict_images
+from mixmo_fastai.resolve import resolve_recipe
+from mixmo_fastai.runs import create_run
+from mixmo_fastai.training import prepare
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_image_folder(
+        tmp_path_factory.mktemp("images") / "pets",
+        classes=("cat", "dog", "fish"),
+        num_train=12,
+        num_test=5,
+        size=(12, 12),
+    )
+
+
+def trained(images, folder, **changes):
+    settings = {
+        "model.arch": "wrn10_1",
+        "train.epochs": 1,
+        "train.batch_size": 16,
+        "train.device": "cpu",
+        "data.valid_split": 0.1,
+        **changes,
+    }
+    run = create_run(resolve_recipe(str(images), None, settings), folder)
+    train_run(prepare(run.recipe(), folder.parent), run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def run(images, tmp_path_factory):
+    return trained(images, tmp_path_factory.mktemp("runs") / "mixmo")
+
+
+@pytest.fixture(scope="module")
+def fused_file(run, tmp_path_factory):
+    path = tmp_path_factory.mktemp("fused") / "net.safetensors"
+    export_run(run, path)
+    return path
+
+
+def test_tensors_hold_the_ensemble_in_one_plain_network(run, fused_file):
+    exported, model = load_fused(fused_file), load_network(run)
+    x = torch.randn(7, 3, 12, 12)
+    with torch.inference_mode():
+        torch.testing.assert_close(exported.model(x), model(x), rtol=1e-5, atol=1e-5)
+    assert exported.arch == "wrn10_1"
+    assert exported.facts == run.data_facts()
+    tensors = load_file(fused_file)
+    assert tensors["encoder.weight"].shape == (16, 3, 3, 3)
+    assert tensors["head.weight"].shape == (3, 64)
+    assert not any(name.startswith(("encoders", "heads")) for name in tensors)
+
+
+def test_onnx_takes_any_batch_and_says_what_it_is(run, tmp_path):
+    path = tmp_path / "net.onnx"
+    found = export_run(run, path)
+    assert found["relative_difference"] <= 1e-4
+    assert found["num_images"] == 15
+    assert found["num_bytes"] == path.stat().st_size
+    model, session = load_network(run), onnxruntime.InferenceSession(str(path))
+    for batch in (1, 2, 9):
+        x = torch.randn(batch, 3, 12, 12)
+        with torch.inference_mode():
+            expected = model(x).numpy()
+        logits = session.run(["logits"], {"images": x.numpy()})[0]
+        np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+    properties = {p.key: p.value for p in onnx.load(path).metadata_props}
+    about = json.loads(properties["mixmo"])
+    assert about["arch"] == "wrn10_1"
+    assert about["data"]["classes"] == ["cat", "dog", "fish"]
+
+
+def test_another_network_than_the_runs_is_never_written(run, tmp_path, monkeypatch):
+    """The file itself is asked, so that a fault anywhere on the way is found."""
+    write, read = export._FORMATS[".safetensors"]
+
+    def damage(model, facts, metadata, path):
+        with torch.no_grad():
+            model.encoder.weight.mul_(1.001)
+        write(model, facts, metadata, path)
+
+    monkeypatch.setitem(export._FORMATS, ".safetensors", (damage, read))
+    with pytest.raises(InputError, match="is not the run's"):
+        export_run(run, tmp_path / "net.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_logits_that_are_no_numbers_are_refused():
+    bad = torch.full((2, 3), float("nan"))
+    with pytest.raises(InputError, match="is not the run's"):
+        export._compare(bad, torch.ones(2, 3), 1e-5)
+
+
+def test_an_exported_network_predicts_as_its_run(run, fused_file, images, capsys):
+    ours, _ = predict_images(run, [images / "test"])
+    theirs, _ = predict_images(load_fused(fused_file), [images / "test"])
+    assert [p.label for p in theirs] == [p.label for p in ours]
+    assert [p.probability for p in theirs] == pytest.approx([p.probability for p in ours], abs=1e-5)
+    assert all(p.mutual_information is None and p.votes == (p.label,) for p in theirs)
+    picture = next((images / "test").rglob("*.png"))
+    assert program(["predict", str(fused_file), str(picture), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["predictions"][0]["label"] in ("cat", "dog", "fish")
+
+
+def test_fused_evaluation_agrees(run):
+    whole, fused = evaluate_run(run), evaluate_run(run, fused=True)
+    for name in ("accuracy", "nll", "brier", "ece"):
+        assert fused["test"][name] == pytest.approx(whole["test"][name], abs=1e-5)
+    assert "ratio_error" in fused["test"]["absent"]
+    assert len(fused["test"]["member_accuracy"]) == 1
+
+
+def test_fused_deep_ensemble_keeps_its_networks(images, tmp_path, capsys):
+    changes = {"model.num_nets": 2, "model.num_members": 2}
+    run = trained(images, tmp_path / "two", **changes)
+    whole, fused = evaluate_run(run), evaluate_run(run, fused=True)
+    assert fused["test"]["nll"] == pytest.approx(whole["test"]["nll"], abs=1e-5)
+    assert len(fused["test"]["member_accuracy"]) == 2
+    with pytest.raises(InputError, match="deep ensemble"):
+        check_export(run, tmp_path / "net.onnx")
+    assert program(["export", f"{run.path}/net-1", "--to", str(tmp_path / "one.safetensors")]) == 0
+    assert "same class for 100.00 %" in capsys.readouterr().out
+
+
+def test_the_command(run, tmp_path, capsys):
+    path = tmp_path / "net.onnx"
+    assert program(["export", str(run.path), "--to", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "wrn10_1" in out
+    assert "logits within" in out
+    assert program(["export", str(run.path), "--to", str(path)]) == 2
+    assert "exists and was not changed. Choose another --to." in capsys.readouterr().err
+    assert program(["eval", str(run.path), "--fused"]) == 0
+    assert "fused" in capsys.readouterr().out.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--to", "net.bin"], "must end in .safetensors or .onnx"),
+        (["--to", "no/such/folder/net.onnx"], "There is no folder 'no/such/folder' for --to"),
+        ([], "--to"),
+    ],
+)
+def test_wrong_arguments(run, arguments, message, capsys):
+    assert program(["export", str(run.path), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_missing_packages_are_named(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxruntime" else name)
+    assert program(["export", str(run.path), "--to", str(tmp_path / "net.onnx")]) == 2
+    assert "ONNX files need onnxruntime." in capsys.readouterr().err
+
+
+def test_a_runs_own_weights_are_no_exported_network(run, images, capsys):
+    assert program(["predict", str(run.weights), str(images)]) == 2
+    assert "is not an exported network" in capsys.readouterr().err
+
+
+def changed(path, tmp_path, **changes):
+    with safe_open(path, "pt") as file:
+        about = json.loads(file.metadata()["mixmo"])
+    copy = tmp_path / "changed.safetensors"
+    save_file(load_file(path), copy, metadata={"mixmo": json.dumps({**about, **changes})})
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": "mixmo-fused-9"}, f"format 'mixmo-fused-9'; this version reads {FORMAT}"),
+        ({"arch": "wrn16_1"}, "is damaged"),
+        ({"arch": "lenet"}, "lenet"),
+        ({"data": {"classes": ["a"]}}, "is damaged"),
+        ({"data": None}, "is damaged"),
+    ],
+)
+def test_changed_files_are_refused(fused_file, tmp_path, changes, message):
+    with pytest.raises(InputError, match=message) as caught:
+        load_fused(changed(fused_file, tmp_path, **changes))
+    assert len(str(caught.value).splitlines()) <= 3
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
+def test_truncated_files_are_refused(fused_file, tmp_path, share):
+    content = fused_file.read_bytes()
+    part = tmp_path / "part.safetensors"
+    part.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(InputError, match="cannot be read"):
+        load_fused(part)
+
+
+def test_data_that_is_gone_is_named(images, tmp_path, capsys):
+    moved = tmp_path / "pets"
+    shutil.copytree(images, moved)
+    run = trained(moved, tmp_path / "run")
+    shutil.rmtree(moved)
+    assert program(["export", str(run.path), "--to", str(tmp_path / "net.safetensors")]) == 2
+    assert "pets" in capsys.readouterr().err
+    assert not (tmp_path / "net.safetensors").exists()
