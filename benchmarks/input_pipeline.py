@@ -1,74 +1,155 @@
-"""Pairs per second of the whole input side: order, crop, flip, repetition, pairing, masks.
+"""Pairs per second of the whole input side, against torchvision's transforms in a DataLoader.
 
 python benchmarks/input_pipeline.py [--out FILE.json]
+
+Ours is all of it: order, crop, flip, repetition, normalisation, pairing, masks and weights. The
+other side only makes the images, item by item from PIL, and collates them; pairing and masks would
+come on top.
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from measure import interleaved, report, spread
+from measure import interleaved, paired_ratio, report, spread
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
 
 from mixmo_fastai.callback import MixMoCallback
 from mixmo_fastai.data.image_sets import ArrayImages, numbered
 from mixmo_fastai.data.loaders import Augmentation, ResidentLoader
+from mixmo_fastai.devices import keep_freed_memory
 from mixmo_fastai.models import create_model
 from mixmo_fastai.pairing import num_copies
 
 MEMBERS, REPETITIONS, BATCH, NUM_IMAGES = 2, 4, 64, 50_000
+MEAN, STD, PADDING = (0.49, 0.48, 0.45), (0.2, 0.2, 0.2), 4
 
 
-def make_loader():
+def make_pixels():
     random = torch.Generator().manual_seed(0)
-    pixels = torch.randint(256, (NUM_IMAGES, 3, 32, 32), generator=random, dtype=torch.uint8)
-    labels = torch.arange(NUM_IMAGES) % 10
-    return ResidentLoader(
-        ArrayImages(pixels, labels, numbered("train", NUM_IMAGES)),
-        classes=tuple("0123456789"),
-        mean=(0.49, 0.48, 0.45),
-        std=(0.2, 0.2, 0.2),
-        bs=BATCH // REPETITIONS,
-        shuffle=True,
-        augmentation=Augmentation(crop_padding=4, flip=True),
-    )
+    return torch.randint(256, (NUM_IMAGES, 3, 32, 32), generator=random, dtype=torch.uint8)
 
 
-def make_callback():
-    """The callback of training, on a Learner that has nothing to train."""
-    callback = MixMoCallback("cutmix", mix_prob=1.0, batch_repetitions=REPETITIONS, seed=0)
-    callback.learn = SimpleNamespace(
-        model=create_model("wrn10_1", 10, MEMBERS), epoch=0, iter=0, pct_train=0.0
-    )
-    callback.fit_seed, callback.copies_in_batch = 0, num_copies(MEMBERS, REPETITIONS)
-    return callback
+class PilImages(Dataset):
+    """Torchvision's way: an array becomes a PIL image, which goes through transforms."""
+
+    def __init__(self, pixels):
+        self.arrays = pixels.permute(0, 2, 3, 1).contiguous().numpy()
+        self.transform = transforms.Compose(
+            [
+                transforms.RandomCrop(32, PADDING),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize(MEAN, STD),
+            ]
+        )
+
+    def __len__(self):
+        return NUM_IMAGES
+
+    def __getitem__(self, index):
+        return self.transform(Image.fromarray(self.arrays[index])), index % 10
 
 
-def take_batches(loader, callback, num_batches):
-    learn = callback.learn
-    for step, (x, y) in enumerate(loader.batches(num_copies(MEMBERS, REPETITIONS))):
-        if step == num_batches:
-            break
-        learn.iter, learn.xb, learn.yb = step, (x,), (y,)
-        callback.before_batch()
-        assert [len(part) for part in (*learn.xb, *learn.yb)] == [BATCH] * 4
+class Torchvision:
+    """Endless batches of M·B images, every distinct one M·b times, from worker processes."""
+
+    def __init__(self, pixels, num_workers):
+        self.data, self.workers = PilImages(pixels), num_workers
+        self.batches = self.endless()
+
+    def endless(self):
+        distinct, copies = BATCH // REPETITIONS, MEMBERS * REPETITIONS
+        while True:
+            order = torch.randperm(NUM_IMAGES).split(distinct)
+            batches = [chunk.repeat(copies).tolist() for chunk in order if len(chunk) == distinct]
+            yield from DataLoader(self.data, batch_sampler=batches, num_workers=self.workers)
+
+    def take(self, num_batches):
+        for _ in range(num_batches):
+            x, _ = next(self.batches)
+            assert len(x) == MEMBERS * BATCH
+
+
+class Ours:
+    """The resident loader, and the callback on a Learner that has nothing to train."""
+
+    def __init__(self, pixels, device):
+        self.loader = ResidentLoader(
+            ArrayImages(pixels, torch.arange(NUM_IMAGES) % 10, numbered("train", NUM_IMAGES)),
+            classes=tuple("0123456789"),
+            mean=MEAN,
+            std=STD,
+            bs=BATCH // REPETITIONS,
+            shuffle=True,
+            augmentation=Augmentation(crop_padding=PADDING, flip=True),
+            device=device,
+        )
+        model = create_model("wrn10_1", 10, MEMBERS)
+        settings = {"mix_prob": 1.0, "batch_repetitions": REPETITIONS, "seed": 0}
+        self.callback = MixMoCallback("cutmix", **settings)
+        self.learn = SimpleNamespace(model=model, epoch=0, iter=0, pct_train=0.0)
+        self.learn.dls = SimpleNamespace(train=self.loader)
+        self.callback.learn = self.learn
+
+    def take(self, num_batches):
+        learn, callback = self.learn, self.callback
+        learn.dl = self.loader
+        callback.before_train()
+        for step, (x, y) in enumerate(learn.dl):
+            learn.iter, learn.xb, learn.yb = step, (x,), (y,)
+            callback.before_batch()
+            assert [len(part) for part in (*learn.xb, *learn.yb)] == [BATCH] * 4
+            if step + 1 == num_batches:
+                return
+
+    def take_images(self, num_batches):
+        for step, (x, _) in enumerate(self.loader.expanded(num_copies(MEMBERS, REPETITIONS))):
+            assert len(x) == MEMBERS * BATCH
+            if step + 1 == num_batches:
+                return
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batches", type=int, default=300)
+    parser.add_argument("--batches", type=int, default=320)
+    parser.add_argument("--other-batches", type=int, default=60)
+    parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    loader, callback = make_loader(), make_callback()
+    keep_freed_memory()
+    pixels = make_pixels()
+    ours, other = Ours(pixels, args.device), Torchvision(pixels, args.workers)
+    counts = {"pairs, masks and weights": args.batches, "the images alone": args.batches}
+    them = f"torchvision, PIL, DataLoader of {args.workers} workers: the images alone"
+    counts[them] = args.other_batches
+    takers = dict(zip(counts, (ours.take, ours.take_images, other.take), strict=True))
     seconds = interleaved(
-        {"resident": lambda: take_batches(loader, callback, args.batches)}, args.repeats, warmup=1
-    )["resident"]
-    rates = spread([args.batches * BATCH / s for s in seconds])
+        {name: partial(takers[name], count) for name, count in counts.items()},
+        args.repeats,
+        warmup=1,
+    )
+    per_pair = {name: [s / counts[name] / BATCH for s in seconds[name]] for name in counts}
+    rates = {name: spread([1 / s for s in values]) for name, values in per_pair.items()}
+    rows = [
+        (name, "{median:,.0f} pairs/s ({min:,.0f} to {max:,.0f})".format(**rate))
+        for name, rate in rates.items()
+    ]
+    ratio = paired_ratio(per_pair[them], per_pair["pairs, masks and weights"])
+    rows.append(
+        ("ratio, of pairs to images", "{median:.1f} ({min:.1f} to {max:.1f})".format(**ratio))
+    )
     report(
-        f"Input pipeline: pairs of 32x32 images, batch {BATCH}, b = {REPETITIONS}, CutMix masks",
-        [("resident loader", "{median:,.0f} pairs/s ({min:,.0f} to {max:,.0f})".format(**rates))],
-        {"pairs_per_second": rates},
+        f"Input pipeline: 32x32 images, {MEMBERS} members, batch {BATCH}, b = {REPETITIONS}; "
+        "goal: 30 times torchvision's",
+        rows,
+        {"pairs_per_second": rates, "ratio": ratio},
         args.out,
     )
 

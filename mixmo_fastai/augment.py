@@ -2,8 +2,8 @@
 
 Shapes: N stored images, n images of the batch, C channels, H W image size, p crop padding.
 
-Offsets and flips are drawn by `draw_crops` and `draw_flips`; `crop`, `flip` and `normalize` apply
-them and draw nothing.
+Offsets and flips are drawn by `draw_crops` and `draw_flips`; `StoredImages.windows` and `normalize`
+apply them and draw nothing.
 """
 
 import torch
@@ -11,9 +11,66 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def pad(images: Tensor, padding: int) -> Tensor:
-    """Surround images with black: (N, C, H, W) -> (N, C, H + 2p, W + 2p)."""
-    return F.pad(images, (padding,) * 4) if padding else images
+class StoredImages:
+    """Padded images, laid out so that any window of any of them is H runs of bytes.
+
+    A batch of windows is one gather of rows, whatever the crops and flips are: pixels lie channels
+    last, so that a row of a window is contiguous, and every image is there mirrored as well where
+    flips are asked for. Windows come out channels last, as convolutions like them.
+
+    Args:
+        images: (N, C, H, W) uint8.
+        padding: p, of black, on each side.
+        mirrored: whether flips will be asked for; takes the memory twice.
+    """
+
+    def __init__(self, images: Tensor, padding: int = 0, *, mirrored: bool = False) -> None:
+        self.image_shape, self.padding, self.num_images = images.shape[1:], padding, len(images)
+        pixels = F.pad(images.permute(0, 2, 3, 1), (0, 0, *(padding,) * 4))  # (N, H+2p, W+2p, C)
+        self.pixels = torch.cat([pixels, pixels.flip(2)] if mirrored else [pixels]).contiguous()
+
+    @staticmethod
+    def num_bytes(num_images: int, shape: torch.Size, padding: int, mirrored: bool) -> int:
+        """Tell what so many images of (C, H, W) take."""
+        channels, height, width = shape
+        padded = channels * (height + 2 * padding) * (width + 2 * padding)
+        return num_images * padded * (2 if mirrored else 1)
+
+    def to(self, device: torch.device | str) -> "StoredImages":
+        """Move the images."""
+        self.pixels = self.pixels.to(device)
+        return self
+
+    def windows(
+        self, indices: Tensor, corners: Tensor | None = None, flips: Tensor | None = None
+    ) -> Tensor:
+        """Cut one window out of each chosen image.
+
+        Args:
+            indices: (n,) int64, which stored image each window is of.
+            corners: (n, 2) int64 in [0, 2p], row and column, from `draw_crops`; the plain image
+                where not given.
+            flips: (n,) bool, which windows are mirrored; none where not given.
+
+        Returns:
+            (n, C, H, W) uint8, channels last in memory.
+        """
+        channels, height, width = self.image_shape
+        row_bytes = self.pixels.shape[2] * channels
+        if corners is None:
+            corners = indices.new_full((len(indices), 2), self.padding)
+        rows, columns = corners.unbind(1)
+        if flips is not None:
+            # A window of the mirrored image, counted from its other side.
+            indices = indices + self.num_images * flips
+            columns = torch.where(flips, 2 * self.padding - columns, columns)
+        start = (indices * self.pixels.shape[1] + rows) * row_bytes + columns * channels
+        offsets = start[:, None] + row_bytes * torch.arange(height, device=start.device)
+        # Every place at which a row may begin, as a view: row r starts at byte r.
+        size = width * channels
+        runs = self.pixels.view(-1).as_strided((self.pixels.numel() - size + 1, size), (1, 1))
+        gathered = runs.index_select(0, offsets.flatten())
+        return gathered.view(-1, height, width, channels).permute(0, 3, 1, 2)
 
 
 def draw_crops(
@@ -37,26 +94,22 @@ def draw_flips(
     return torch.rand(count, generator=generator, device=device) < 0.5
 
 
-def crop(padded: Tensor, indices: Tensor, corners: Tensor, padding: int) -> Tensor:
-    """Cut one window out of each chosen image, all in one gather.
+def draw_alternating_flips(
+    count: int,
+    copies: int,
+    *,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Draw which copies are mirrored, every second one of an image: (copies · n,) bool.
 
-    Args:
-        padded: (N, C, H + 2p, W + 2p), from `pad`.
-        indices: (n,) int64, which stored image each window is of.
-        corners: (n, 2) int64 in [0, 2p], from `draw_crops`; all p is the plain image.
-        padding: p.
-
-    Returns:
-        windows (n, C, H, W) in the type of `padded`.
+    Chance decides only whether an image's first copy is; copy s // n of image s mod n lies at s.
+    Source: Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", 2024, there from epoch to
+    epoch.
     """
-    height, width = (side - 2 * padding for side in padded.shape[2:])
-    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (N, C, 2p+1, 2p+1, H, W), a view
-    return windows[indices, :, corners[:, 0], corners[:, 1]]
-
-
-def flip(images: Tensor, flips: Tensor) -> Tensor:
-    """Mirror the images whose flip is set: (n, C, H, W) and (n,) bool -> (n, C, H, W)."""
-    return torch.where(flips[:, None, None, None], images.flip(3), images)
+    first = draw_flips(count, generator=generator, device=device)
+    odd = torch.arange(copies, device=device)[:, None] % 2 == 1
+    return (first ^ odd).flatten()
 
 
 def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -68,8 +121,12 @@ def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         std: (C,) float, of pixels in [0, 1].
 
     Returns:
-        (pixels / 255 - mean) / std, (n, C, H, W) in the type of `mean`.
+        (pixels / 255 - mean) / std, (n, C, H, W) in the type of `mean` and the layout of `images`.
     """
-    scale = (1 / (255 * std))[:, None, None]
-    shift = (-mean / std)[:, None, None]
-    return images.to(mean.dtype).mul_(scale).add_(shift)
+    scale, shift = 1 / (255 * std), -mean / std
+    if images.is_contiguous() or not images.is_contiguous(memory_format=torch.channels_last):
+        return images.to(mean.dtype).mul_(scale[:, None, None]).add_(shift[:, None, None])
+    # Whole rows at a time: an inner loop over three channels would be slow.
+    rows, width = images.permute(0, 2, 3, 1).flatten(2), images.shape[3]  # (n, H, W·C)
+    values = rows.to(mean.dtype).mul_(scale.repeat(width)).add_(shift.repeat(width))
+    return values.view(*values.shape[:2], width, -1).permute(0, 3, 1, 2)

@@ -15,7 +15,7 @@ from fastai.torch_core import rank_distrib
 from torch import Tensor
 
 from mixmo_fastai.data.expansion import expand
-from mixmo_fastai.data.loaders import BatchLoader
+from mixmo_fastai.data.loaders import STEPS_AT_ONCE, BatchLoader
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.losses import MixMoLoss
 from mixmo_fastai.mixing import BLEND_KINDS, check_kind, draw_lam, draw_masks, loss_weights
@@ -29,8 +29,10 @@ from mixmo_fastai.msda import (
     mix_images,
     take_partners,
 )
-from mixmo_fastai.pairing import check_pairing, draw_pairing, num_copies
+from mixmo_fastai.pairing import check_pairing, draw_pairings, num_copies
 from mixmo_fastai.randomness import Stream, fresh_seed, make_generator
+
+Device = torch.device | str | None
 
 
 class MixMoCallback(Callback):
@@ -106,7 +108,8 @@ class MixMoCallback(Callback):
         self.msda, self.msda_alpha, self.msda_prob = msda, msda_alpha, msda_prob
         self.epochs_trained = 0  # over all fits; a search for a learning rate does not count
         self.fit_seed = seed
-        self.copies_in_batch = 1
+        self.copies_in_batch, self.arranged = 1, False
+        self.drawn_slots: tuple[Any, Tensor] | None = None
 
     def __call__(self, event_name: str) -> Any:
         """Run an event; fastai's preface to errors is taken off those that a person can act on."""
@@ -144,7 +147,13 @@ class MixMoCallback(Callback):
             loader.set_epoch(self._epoch)
         # `Learner.dl` is set anew for every pass, so this view never outlives the epoch.
         copies = num_copies(self._num_members, self.batch_repetitions)
-        self.learn.dl, self.copies_in_batch = expand(loader, copies)
+        device = getattr(loader, "device", None)
+
+        def arrange(first_step: int, num_images: int) -> Tensor:
+            return self.draw_slots(first_step, num_images, device)
+
+        self.learn.dl, self.copies_in_batch, self.arranged = expand(loader, copies, arrange)
+        self.drawn_slots = None  # of another fit, perhaps
 
     def before_batch(self) -> None:
         """Replace inputs and targets by pairs, masks and weights."""
@@ -154,10 +163,13 @@ class MixMoCallback(Callback):
                 f"got {len(self.learn.xb)} and {len(self.learn.yb)}."
             )
         x, y = (part[0].as_subclass(Tensor) for part in (self.learn.xb, self.learn.yb))
-        slots = self.draw_slots(x)
-        masks, weights = self.draw_mixing(len(slots), x)
-        # Gathered member by member, so that each encoder finds its batch contiguous.
-        inputs, targets = x[slots.T].transpose(0, 1), y[slots]
+        # Member by member in memory, so that each encoder finds its batch contiguous.
+        by_member = (self._num_members, -1)
+        if not self.arranged:
+            slots = self._slots_of_step(len(x) // self.copies_in_batch, x.device)
+            x, y = x.index_select(0, slots), y[slots]
+        inputs, targets = (part.unflatten(0, by_member).transpose(0, 1) for part in (x, y))
+        masks, weights = self.draw_mixing(len(inputs), x)
         if self.msda is None:
             self.learn.xb, self.learn.yb = (inputs, masks), (targets, weights)
             return
@@ -171,17 +183,29 @@ class MixMoCallback(Callback):
         if not hasattr(self.learn, "lr_finder"):
             self.epochs_trained += 1
 
-    def draw_slots(self, x: Tensor) -> Tensor:
-        """Draw which position of the loader's batch each member sees: (B, M)."""
-        num_images = len(x) // self.copies_in_batch
-        slots = draw_pairing(
+    def _slots_of_step(self, num_images: int, device: Device) -> Tensor:
+        """Take this step's slots, (M · B,), out of those drawn for some steps at a time."""
+        first = self.learn.iter - self.learn.iter % STEPS_AT_ONCE
+        place = (self._epoch, first, num_images, device)
+        if self.drawn_slots is None or self.drawn_slots[0] != place:
+            self.drawn_slots = place, self.draw_slots(first, num_images, device)
+        return self.drawn_slots[1][self.learn.iter - first]
+
+    def draw_slots(self, first_step: int, num_images: int, device: Device) -> Tensor:
+        """Draw which slots of a batch are seen, member by member: (steps, M · B).
+
+        For `STEPS_AT_ONCE` steps, since many small draws cost more than a large one.
+        """
+        slots = draw_pairings(
+            STEPS_AT_ONCE,
             num_images,
             self._num_members,
             self.batch_repetitions,
             self.input_repetition,
-            generator=self._generator("pairing", x.device),
-            device=x.device,
+            generator=self._generator("pairing", device, first_step),
+            device=device,
         )
+        slots = slots.transpose(1, 2).flatten(1)
         return slots if self.copies_in_batch > 1 else slots % num_images
 
     def draw_mixing(self, batch_size: int, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -241,13 +265,14 @@ class MixMoCallback(Callback):
         searched = self.learn.epoch if hasattr(self.learn, "lr_finder") else 0
         return self.epochs_trained + searched
 
-    def _generator(self, stream: Stream, device: torch.device | str) -> torch.Generator:
+    def _generator(
+        self, stream: Stream, device: Device, step: int | None = None
+    ) -> torch.Generator:
+        step = self.learn.iter if step is None else step
         assert self.fit_seed is not None
         # All ranks must agree on how a batch is mixed, and each pairs images of its own.
         rank = 0 if stream == "schedule" else rank_distrib()
-        return make_generator(
-            self.fit_seed, stream, self._epoch, self.learn.iter, rank, device=device
-        )
+        return make_generator(self.fit_seed, stream, self._epoch, step, rank, device=device)
 
 
 def scheduled_mix_prob(progress: float, mix_prob: float, decay_start: float) -> float:

@@ -1,5 +1,7 @@
 """Where a network trains, and in what precision."""
 
+import ctypes
+import os
 import platform
 
 import torch
@@ -51,3 +53,19 @@ def precision_callbacks(precision: str, device: torch.device) -> list[Callback]:
             "precision 'bfloat16' needs a CUDA device that has it; use --precision float32."
         )
     return [MixedPrecision(AMPMode.BF16)] if fast and precision != "float32" else []
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed memory for the next batch, where the process runs on it.
+
+    By default it gives blocks of a batch's size back to the system at once, and the next batch pays
+    a page fault for every 4 KiB again: up to a quarter of a step of a small network on a CPU. The
+    peak stays what it was. Where there is no glibc, nothing happens.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if set_option is not None:
+        for option in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
+            set_option(option, 2**31 - 1)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h

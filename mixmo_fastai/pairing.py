@@ -27,13 +27,29 @@ def draw_pairing(
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Draw the slot that each member sees at each position.
+    """Draw the slots of one batch, (B, M); see `draw_pairings`."""
+    counts = (1, num_images, num_members, batch_repetitions, input_repetition)
+    return draw_pairings(*counts, generator=generator, device=device)[0]
+
+
+def draw_pairings(
+    num_batches: int,
+    num_images: int,
+    num_members: int,
+    batch_repetitions: int = 4,
+    input_repetition: float = 0.0,
+    *,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Draw, for several batches at once, the slot that each member sees at each position.
 
     Every member sees every image exactly `batch_repetitions` times, in an independent uniformly
     random order. At round(input_repetition · B) positions all members see the same slot, so the
     same pixels, as in inference.
 
     Args:
+        num_batches: S, each drawn independently.
         num_images: n distinct images.
         num_members: M.
         batch_repetitions: b; 4 as published, 1 pairs each image once.
@@ -43,23 +59,26 @@ def draw_pairing(
         device: where the slots are drawn and returned.
 
     Returns:
-        slots (B, M) int64 in [0, M·B), with B = b·n; slot s shows image s mod n.
+        slots (S, B, M) int64 in [0, M·B), with B = b·n; slot s shows image s mod n.
 
     Raises:
         InputError: a count is below one, or the share is outside [0, 1].
     """
     check_pairing(num_members, batch_repetitions, input_repetition)
-    if num_images < 1:
-        raise InputError(f"num_images must be 1 or more; got {num_images}.")
+    if num_images < 1 or num_batches < 1:
+        raise InputError(
+            f"num_images and num_batches must be 1 or more; got {num_images} and {num_batches}."
+        )
     batch = batch_repetitions * num_images
     num_free = batch - round(input_repetition * batch)
-    main = _permutations(1, batch, generator, device)[0]  # member 0: (B,)
-    orders = _permutations(num_members - 1, num_free, generator, device)  # (M-1, num_free)
+    main = _permutations((num_batches, 1, batch), generator, device)  # member 0: (S, 1, B)
+    others = (num_batches, num_members - 1, num_free)
+    orders = _permutations(others, generator, device)
     own_block = batch * torch.arange(1, num_members, device=device)[:, None]
-    free = main[:num_free][orders] + own_block  # the same images, in each member's own slots
-    shared = main[num_free:].expand(num_members - 1, -1)
-    others = torch.cat([free, shared], dim=1)  # (M-1, B)
-    return torch.cat([main[None], others]).T
+    # The same images, in each member's own slots.
+    free = main[..., :num_free].expand(others).gather(2, orders) + own_block
+    shared = main[..., num_free:].expand(-1, num_members - 1, -1)
+    return torch.cat([main, torch.cat([free, shared], dim=2)], dim=1).transpose(1, 2)
 
 
 def check_pairing(num_members: int, batch_repetitions: int, input_repetition: float) -> None:
@@ -77,8 +96,10 @@ def check_pairing(num_members: int, batch_repetitions: int, input_repetition: fl
 
 
 def _permutations(
-    count: int, length: int, generator: torch.Generator | None, device: torch.device | str | None
+    shape: tuple[int, ...],
+    generator: torch.Generator | None,
+    device: torch.device | str | None,
 ) -> Tensor:
-    """Draw independent uniform permutations (count, length), all in one sort."""
-    keys = torch.rand((count, length), generator=generator, device=device, dtype=torch.float64)
-    return keys.argsort(dim=1)
+    """Draw independent uniform permutations of the last axis, all in one sort."""
+    keys = torch.rand(shape, generator=generator, device=device, dtype=torch.float64)
+    return keys.argsort(dim=-1)

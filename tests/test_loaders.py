@@ -3,6 +3,7 @@ from multiprocessing import get_context
 import pytest
 import torch
 from datasets import write_image_folder
+from fastai.callback.core import Callback
 from fastai.vision.augment import RandomErasing
 from PIL import Image
 from synthetic import foreign_dls, image_arrays, mixmo_dls, source
@@ -10,7 +11,12 @@ from synthetic import foreign_dls, image_arrays, mixmo_dls, source
 from mixmo_fastai.data.dataloaders import make_dataloaders
 from mixmo_fastai.data.expansion import expand
 from mixmo_fastai.data.image_folder import read_image_folder
-from mixmo_fastai.data.loaders import Augmentation, ResidentLoader, StreamingLoader
+from mixmo_fastai.data.loaders import (
+    STEPS_AT_ONCE,
+    Augmentation,
+    ResidentLoader,
+    StreamingLoader,
+)
 from mixmo_fastai.data.splits import limit_images, split_validation
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.learner import mixmo_learner
@@ -135,7 +141,7 @@ class TestOrder:
 
 class TestExpansion:
     def test_copies_are_of_the_same_images_in_the_same_places(self):
-        view, copies = expand(loader(augmentation=Augmentation()), 3)
+        view, copies, _ = expand(loader(augmentation=Augmentation()), 3)
         assert copies == 3
         for x, y in view:
             assert len(x) == 30
@@ -144,15 +150,15 @@ class TestExpansion:
 
     def test_one_copy_is_the_loader_itself(self):
         dl = loader()
-        assert expand(dl, 1) == (dl, 1)
+        assert expand(dl, 1) == (dl, 1, False)
 
     def test_loaders_that_cannot_augment_copies_stay_as_they_are(self):
         plain = torch.utils.data.DataLoader(torch.arange(6), batch_size=3)
-        assert expand(plain, 4) == (plain, 1)
+        assert expand(plain, 4) == (plain, 1, False)
 
     def test_fastais_loaders_repeat_before_their_batch_transforms(self):
         dl = foreign_dls(after_batch=[RandomErasing(p=1.0, sl=0.2, min_aspect=1.0)]).train
-        view, copies = expand(dl, 4)
+        view, copies, _ = expand(dl, 4)
         assert (len(view), copies) == (len(dl), 4)
         for x, y in view:
             assert torch.equal(y.view(4, 12), y[:12].expand(4, 12))
@@ -324,3 +330,68 @@ class TestDamage:
         with pytest.raises(InputError, match=images.names[-1]) as caught:
             list(dl)
         assert len(str(caught.value).splitlines()) <= 3
+
+
+class TestArrangement:
+    """A batch whose positions show the slots that were asked for."""
+
+    @pytest.mark.parametrize("kind", [ResidentLoader, StreamingLoader])
+    @pytest.mark.parametrize("alternating", [False, True])
+    def test_arranged_batches_are_the_plain_ones_in_another_order(self, kind, alternating):
+        augmentation = Augmentation(1, True, alternating_flip=alternating)
+        orders = {}
+
+        def arrange(first_step, num_images):
+            generator = torch.Generator().manual_seed(first_step)
+            slots = torch.randint(4 * num_images, (STEPS_AT_ONCE, 70), generator=generator)
+            orders.update(enumerate(slots, start=first_step))
+            return slots
+
+        plain = batches(loader(kind, bs=5, augmentation=augmentation), 4)
+        dl = loader(kind, bs=5, augmentation=augmentation)
+        arranged = [*dl.expanded(4, arrange)]
+        assert len(arranged) == len(plain) > STEPS_AT_ONCE
+        for step, ((x, y), (plain_x, plain_y)) in enumerate(zip(arranged, plain, strict=True)):
+            assert torch.equal(x, plain_x[orders[step]])
+            assert torch.equal(y, plain_y[orders[step]])
+
+    def test_alternating_flips_show_an_image_both_ways(self):
+        dl = loader(augmentation=Augmentation(0, True, alternating_flip=True))
+        for x, _ in dl.expanded(4):
+            copies = x.view(4, 10, *x.shape[1:])
+            assert torch.equal(copies[0], copies[2])
+            assert torch.equal(copies[1], copies[0].flip(-1))
+
+    @pytest.mark.parametrize("settings", [{}, {"input_repetition": 0.5}, {"batch_repetitions": 1}])
+    def test_the_callback_trains_on_what_it_would_have_picked_itself(self, settings, monkeypatch):
+        """Asked in advance, the loader shows what the callback would pick out of a plain batch."""
+
+        def plain_view(dl, copies, arrange):
+            return expand(dl, copies)
+
+        found = []
+        for view in (expand, plain_view):
+            monkeypatch.setattr("mixmo_fastai.callback.expand", view)
+            dls = mixmo_dls(augmentation=Augmentation(1, True))
+            seen = SeenBatches()
+            learn = mixmo_learner(dls, "wrn10_1", seed=3, cbs=seen, **settings)
+            with learn.no_bar(), learn.no_logging():
+                learn.fit(1, 0.0)
+            assert learn.mix_mo.arranged == (view is expand)
+            found.append(seen.batches)
+        assert len(found[0]) > 2
+        for ours, plain in zip(*found, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+
+
+class SeenBatches(Callback):
+    """Keeps what the network is trained on."""
+
+    order, run_valid = 30, False
+
+    def __init__(self):
+        super().__init__()
+        self.batches = []
+
+    def before_batch(self):
+        self.batches.append([part.clone() for part in (*self.learn.xb, *self.learn.yb)])

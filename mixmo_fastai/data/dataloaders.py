@@ -6,6 +6,7 @@ import torch
 from fastai.data.core import DataLoaders
 from fastai.torch_core import default_device
 
+from mixmo_fastai.augment import StoredImages
 from mixmo_fastai.data.image_sets import DataSource, ImageSet
 from mixmo_fastai.data.loaders import Augmentation, BatchLoader, ResidentLoader, StreamingLoader
 from mixmo_fastai.data.loose_images import EVALUATION_BATCH
@@ -49,9 +50,9 @@ def make_dataloaders(
     """
     train, valid = _training_parts(source, batch_size, valid_split, limit)
     device = torch.device(default_device() if device is None else device)
-    kind = _loader_kind(loader, (train, valid, source.test), device)
-    settings = _settings(source, seed=seed, device=device, num_workers=num_workers)
     augmentation = augmentation or Augmentation(source.crop_padding, source.flip)
+    kind = _loader_kind(loader, (train, valid, source.test), device, augmentation)
+    settings = _settings(source, seed=seed, device=device, num_workers=num_workers)
     training = (StreamingLoader if augmentation.augmix else kind)(
         train, bs=batch_size, shuffle=True, augmentation=augmentation, **settings
     )
@@ -103,11 +104,18 @@ def _settings(source: DataSource, **settings: Any) -> dict[str, Any]:
 
 
 def _loader_kind(
-    loader: str, parts: tuple[ImageSet, ...], device: torch.device
+    loader: str,
+    parts: tuple[ImageSet, ...],
+    device: torch.device,
+    of_first: Augmentation = Augmentation(),  # noqa: B008
 ) -> type[BatchLoader]:
     if loader != "auto":
         return {"resident": ResidentLoader, "streaming": StreamingLoader}[loader]
-    needed = sum(len(part) * torch.Size(part.image_shape).numel() for part in parts)
+    augmentations = [of_first, *(Augmentation() for _ in parts[1:])]
+    needed = sum(
+        StoredImages.num_bytes(len(part), part.image_shape, own.crop_padding, own.flip)
+        for part, own in zip(parts, augmentations, strict=True)
+    )
     budget = HOST_BUDGET
     if device.type == "cuda":
         budget = int(torch.cuda.mem_get_info(device)[0] * GPU_SHARE)

@@ -14,20 +14,22 @@ from fastai.data.load import DataLoader
 from fasttransform import Pipeline, Transform
 from torch import Tensor
 
-from mixmo_fastai.data.loaders import BatchLoader
+from mixmo_fastai.data.loaders import Arrangement, BatchLoader
 
 
 class Expansion(NamedTuple):
-    """A view of a loader, and how often each image is in its batches.
+    """A view of a loader, how often each image is in its batches, and in which order.
 
-    In a batch of n distinct images, position s shows image s mod n.
+    In a batch of n distinct images, slot s is copy s // n of image s mod n. Position s shows slot
+    s, unless the batch is `arranged`: its positions then show the slots that were asked for.
     """
 
     loader: Any
     copies: int
+    arranged: bool = False
 
 
-def expand(loader: Any, copies: int) -> Expansion:
+def expand(loader: Any, copies: int, arrange: Arrangement | None = None) -> Expansion:
     """View a loader so that each batch holds every image `copies` times, each augmented afresh.
 
     Args:
@@ -35,11 +37,13 @@ def expand(loader: Any, copies: int) -> Expansion:
             run on the copies. What it does item by item is done once per image. A loader of another
             kind, such as torch's, cannot augment copies; it is given back as it is, with one copy.
         copies: how often each image is to be there.
+        arrange: says which slots the positions of a batch show, from step and n; only this
+            package's loaders ask it.
     """
+    if isinstance(loader, BatchLoader) and (copies > 1 or arrange is not None):
+        return Expansion(loader.expanded(copies, arrange), copies, arrange is not None)
     if copies == 1:
         return Expansion(loader, 1)
-    if isinstance(loader, BatchLoader):
-        return Expansion(loader.expanded(copies), copies)
     if isinstance(loader, DataLoader) and isinstance(loader.after_batch, Pipeline):
         return Expansion(TransformedCopies(loader, copies), copies)
     return Expansion(loader, 1)

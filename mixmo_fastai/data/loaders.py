@@ -1,14 +1,18 @@
 """Loaders that augment whole batches where they lie: resident and streaming.
 
-Shapes: N images of the set, n images of a batch, C channels, H W image size, p crop padding.
+Shapes: N images of the set, n distinct images of a batch, C channels, H W image size, p crop
+padding.
 
 Both are fastai loaders and differ only in where a batch's pixels come from. Order and augmentation
-are functions of (seed, epoch, step), so neither workers nor what ran before change them.
+are functions of (seed, epoch, step), so neither workers nor what ran before change them; they are
+drawn, and pixels are cut, for some steps at a time.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 from fastai.data.core import TfmdDL
@@ -18,7 +22,13 @@ from fastai.torch_core import TensorCategory, TensorImage, rank_distrib
 from torch import Tensor
 from torchvision.transforms import AugMix
 
-from mixmo_fastai.augment import crop, draw_crops, draw_flips, flip, normalize, pad
+from mixmo_fastai.augment import (
+    StoredImages,
+    draw_alternating_flips,
+    draw_crops,
+    draw_flips,
+    normalize,
+)
 from mixmo_fastai.data.image_sets import ImageSet
 from mixmo_fastai.data.items import as_items
 from mixmo_fastai.errors import InputError
@@ -32,12 +42,23 @@ class Augmentation:
     Attributes:
         crop_padding: p; 0 for no crop.
         flip: whether half of the images are mirrored.
+        alternating_flip: whether every second copy of an image within a batch is mirrored, in place
+            of each by chance.
         augmix: whether each image goes through AugMix before; only the streaming loader does it.
     """
 
     crop_padding: int = 0
     flip: bool = False
+    alternating_flip: bool = False
     augmix: bool = False
+
+
+Arrangement = Callable[[int, int], Tensor]
+"""From the first of `STEPS_AT_ONCE` steps and n to their slots, (steps, any) int64."""
+STEPS_AT_ONCE = 16
+"""Batches whose draws are made together, so that a step costs few kernels."""
+Reader = Callable[[Tensor, "Cuts"], Iterator[tuple[Tensor, Tensor]]]
+_WINDOW_BYTES = 32 * 2**20  # of uint8 windows that are cut at a time
 
 
 class BatchLoader(TfmdDL):
@@ -99,27 +120,41 @@ class BatchLoader(TfmdDL):
         """Make fastai's plain loader of this data or of other items, as its inference asks for."""
         return super().new(dataset, TfmdDL if cls is None else cls, **kwargs)
 
-    def expanded(self, copies: int) -> "ExpandedLoader":
+    def expanded(self, copies: int, arrange: Arrangement | None = None) -> "ExpandedLoader":
         """View this loader with every image `copies` times per batch, each augmented afresh."""
-        return ExpandedLoader(self, copies)
+        return ExpandedLoader(self, copies, arrange)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         yield from self.batches()
 
-    def batches(self, copies: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """Go once through the images: batches of (copies·n, C, H, W) float and (copies·n,) int64.
+    def batches(
+        self, copies: int = 1, arrange: Arrangement | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Go once through the images. A complete pass moves on to the next epoch.
 
-        Position s of a batch shows image s mod n. A complete pass moves on to the next epoch.
+        Slot s in [0, copies · n) is copy s // n of image s mod n, with an augmentation of its own.
+
+        Args:
+            copies: of each image in a batch.
+            arrange: says which slot each position of a batch shows; slot s at position s where not
+                given. To say it here moves no pixel twice.
+
+        Yields:
+            images (any, C, H, W) float, channels last in memory, and their labels (any,) int64.
         """
         epoch = self.epoch
         order = self._placed(self.order(epoch))
         num_kept = len(order) - (len(order) % self.bs if self.drop_last else 0)
-        chunks = order[:num_kept].split(self.bs) if num_kept else ()
-        for step, batch in enumerate(self.raw_batches(chunks)):
-            generator = make_generator(
-                self.seed, "augment", epoch, step, rank_distrib(), device=self.device
-            )
-            yield self._finish(*batch, copies=copies, generator=generator)
+        # Where nothing is dropped the last batch may be shorter than the others: one by one.
+        steps = STEPS_AT_ONCE if self.drop_last else 1
+        rows = order[:num_kept].split(steps * self.bs) if num_kept else ()
+        groups = [row.view(-1, min(self.bs, len(row))) for row in rows]  # (steps, n) each
+        read = self.reader(groups)
+        for number, group in enumerate(groups):
+            cuts = self._draw(group, copies, arrange, (epoch, steps * number))
+            for windows, labels in read(group, cuts):
+                x = normalize(windows, self.mean, self.std)
+                yield x.as_subclass(TensorImage), labels.as_subclass(TensorCategory)
         self.epoch = epoch + 1
 
     def order(self, epoch: int) -> Tensor:
@@ -133,36 +168,67 @@ class BatchLoader(TfmdDL):
         """Bring an epoch's order to where `raw_batches` wants it."""
         return order
 
-    def raw_batches(self, chunks: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Give each chunk of indices its pixels.
+    def reader(self, groups: Sequence[Tensor]) -> Reader:
+        """Prepare a pass over groups of batches, (steps, n) indices of images each.
 
-        Yields:
-            padded images (any, C, H + 2p, W + 2p) uint8 on the device, the places in them of the
-            chunk's images (n,), and their labels (n,).
+        Returns:
+            a function to be called with each group in turn, and its cuts, that gives for every
+            batch the windows (P, C, H, W) uint8 on the device, and their labels (P,).
         """
         raise NotImplementedError
 
-    def _finish(
+    def _draw(
         self,
-        padded: Tensor,
-        places: Tensor,
-        labels: Tensor,
-        *,
+        group: Tensor,
         copies: int,
-        generator: torch.Generator,
-    ) -> tuple[Tensor, Tensor]:
-        places, labels = places.repeat(copies), labels.repeat(copies)
-        pixels = self._augment(padded, places, generator) if self.augments else padded[places]
-        x = normalize(pixels, self.mean, self.std)
-        return x.as_subclass(TensorImage), labels.as_subclass(TensorCategory)
+        arrange: Arrangement | None,
+        place: tuple[int, int],
+    ) -> "Cuts":
+        """Draw what the batches of a group (steps, n) show, at a place (epoch, first step)."""
+        (steps, count), device, own = group.shape, self.device, self.augmentation
+        slots = torch.arange(copies * count, device=device).expand(steps, -1)
+        if arrange is not None:
+            slots = arrange(place[1], count)[:steps]
+        if not self.augments:
+            return Cuts(slots % count)
+        generator = make_generator(self.seed, "augment", *place, rank_distrib(), device=device)
+        drawn = {"generator": generator, "device": device}
+        # For a whole group even where the epoch ends within, so that a place says it all.
+        shape = (STEPS_AT_ONCE, copies * count)
+        corners = draw_crops(math.prod(shape), own.crop_padding, **drawn).view(*shape, 2)[:steps]
+        corners = corners.gather(1, slots[..., None].expand(-1, -1, 2))
+        if not own.flip:
+            return Cuts(slots % count, corners)
+        if own.alternating_flip:
+            flips = draw_alternating_flips(STEPS_AT_ONCE * count, copies, **drawn)
+            flips = flips.view(copies, STEPS_AT_ONCE, count).transpose(0, 1).reshape(shape)
+        else:
+            flips = draw_flips(math.prod(shape), **drawn).view(shape)
+        return Cuts(slots % count, corners, flips[:steps].gather(1, slots))
 
-    def _augment(self, padded: Tensor, places: Tensor, generator: torch.Generator) -> Tensor:
-        count, device, padding = len(places), padded.device, self.augmentation.crop_padding
-        corners = draw_crops(count, padding, generator=generator, device=device)
-        windows = crop(padded, places, corners, padding)
-        if not self.augmentation.flip:
-            return windows
-        return flip(windows, draw_flips(count, generator=generator, device=device))
+    def _store(self, pixels: Tensor) -> StoredImages:
+        """Lay images (any, C, H, W) uint8 on the device out for this loader's windows."""
+        own = self.augmentation
+        return StoredImages(pixels.to(self.device), own.crop_padding, mirrored=own.flip)
+
+
+class Cuts(NamedTuple):
+    """What the P positions of several batches show.
+
+    Attributes:
+        images: (steps, P) int64, which of a batch's n images.
+        corners: (steps, P, 2) of the windows, as `StoredImages.windows` takes them.
+        flips: (steps, P) bool.
+    """
+
+    images: Tensor
+    corners: Tensor | None = None
+    flips: Tensor | None = None
+
+    def part(self, start: int, stop: int) -> dict[str, Tensor | None]:
+        """Give corners and flips of some steps, without the axis of steps."""
+        parts = {"corners": self.corners, "flips": self.flips}
+        return {k: None if v is None else v[start:stop].flatten(0, 1) for k, v in parts.items()}
 
 
 class ResidentLoader(BatchLoader):
@@ -170,64 +236,81 @@ class ResidentLoader(BatchLoader):
 
     def __init__(self, images: ImageSet, **kwargs: Any) -> None:
         super().__init__(images, **kwargs)
-        self.padded = pad(images.tensor().to(self.device), self.augmentation.crop_padding)
+        self.stored = self._store(images.tensor())
         self.labels = images.labels.to(self.device)
 
     def to(self, device: torch.device | str) -> None:
         """Move the data set."""
         super().to(device)
-        self.padded, self.labels = self.padded.to(self.device), self.labels.to(self.device)
+        self.stored, self.labels = self.stored.to(self.device), self.labels.to(self.device)
 
     def _placed(self, order: Tensor) -> Tensor:
         return order.to(self.device)  # once per epoch, so that no step waits for a copy
 
-    def raw_batches(self, chunks: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Point at the chunk's images in the resident data set."""
-        for chunk in chunks:
-            yield self.padded, chunk, self.labels[chunk]
+    def reader(self, groups: Sequence[Tensor]) -> Reader:
+        """Cut the windows of several batches at once out of the resident data set."""
+        return self._cut
+
+    def _cut(self, group: Tensor, cuts: Cuts) -> Iterator[tuple[Tensor, Tensor]]:
+        places = group.gather(1, cuts.images)
+        labels = self.labels[places]
+        steps, positions = places.shape
+        batch_bytes = positions * math.prod(self.stored.image_shape)
+        at_once = max(1, _WINDOW_BYTES // batch_bytes)
+        for start in range(0, steps, at_once):
+            stop = start + at_once
+            indices = places[start:stop].flatten()
+            windows = self.stored.windows(indices, **cuts.part(start, stop))
+            yield from zip(windows.split(positions), labels[start:stop], strict=True)
 
 
 class StreamingLoader(BatchLoader):
     """Images are read by workers as they are needed; for data that does not fit on the device."""
 
-    def raw_batches(self, chunks: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Read the chunk's images, in worker processes where there are some."""
+    def reader(self, groups: Sequence[Tensor]) -> Reader:
+        """Start to read batch by batch, in worker processes where there are some."""
         pinned = self.device.type == "cuda"
         augmix = SeededAugMix(self.seed, self.epoch) if self.augmentation.augmix else None
-        reader = DataLoader(
+        chunks = [chunk for group in groups for chunk in group]
+        loader = DataLoader(
             _ChunkReader(self.images, chunks, augmix), num_workers=self.workers, pin_memory=pinned
         )
         # Torch seeds its workers, which draw nothing here; not from the global generator.
-        reader.fake_l.generator = torch.Generator()
-        for batch in reader:
-            if isinstance(batch, InputError):
-                raise batch
-            pixels, labels = batch
-            padded = pad(
-                pixels.to(self.device, non_blocking=pinned), self.augmentation.crop_padding
-            )
-            places = torch.arange(len(pixels), device=self.device)
-            yield padded, places, labels.to(self.device, non_blocking=pinned)
+        loader.fake_l.generator = torch.Generator()
+        batches = iter(loader)
+
+        def cut(group: Tensor, cuts: Cuts) -> Iterator[tuple[Tensor, Tensor]]:
+            for step, batch in enumerate(islice(batches, len(group))):
+                if isinstance(batch, InputError):
+                    raise batch
+                pixels, labels = (part.to(self.device, non_blocking=pinned) for part in batch)
+                indices = cuts.images[step]
+                stored = self._store(pixels)
+                yield stored.windows(indices, **cuts.part(step, step + 1)), labels[indices]
+
+        return cut
 
 
 class ExpandedLoader:
     """A view of a `BatchLoader` with every image several times per batch."""
 
-    def __init__(self, loader: BatchLoader, copies: int) -> None:
-        self.loader, self.copies = loader, copies
+    def __init__(
+        self, loader: BatchLoader, copies: int, arrange: Arrangement | None = None
+    ) -> None:
+        self.loader, self.copies, self.arrange = loader, copies, arrange
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return self.loader.batches(self.copies)
+        return self.loader.batches(self.copies, self.arrange)
 
 
 class _ChunkReader:
     """Item i is the whole i-th batch, so that a worker sends one tensor, not n."""
 
     def __init__(
-        self, images: ImageSet, chunks: tuple[Tensor, ...], augmix: "SeededAugMix | None"
+        self, images: ImageSet, chunks: Sequence[Tensor], augmix: "SeededAugMix | None"
     ) -> None:
         self.images, self.chunks, self.augmix = images, chunks, augmix
 

@@ -72,9 +72,9 @@ def draw_masks(
         if shuffle_roles:
             roles = torch.randperm(lam.shape[1], generator=generator, device=lam.device)
         # Role r is played by member roles[r]; members keep their own lam whatever role they play.
-        by_role = lam[:, roles]
+        by_role = lam.index_select(1, roles)
         region = REGIONS[kind](by_role[:, 0], shape, generator, **options)
-        masks = _share(region, by_role)[:, roles.argsort()]
+        masks = _share(region, by_role).index_select(1, roles.argsort())
     # Means are taken before places that are alike are repeated.
     return masks.expand(-1, -1, -1, *shape[1:]), masks.mean(dim=(2, 3, 4))
 

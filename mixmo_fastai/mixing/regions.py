@@ -28,9 +28,10 @@ def box(area: Tensor, shape: Shape, generator: Generator) -> Tensor:
     Returns:
         (B, 1, h, w), binary.
     """
-    rows = _span(area, shape[1], generator)  # (B, h)
-    columns = _span(area, shape[2], generator)  # (B, w)
-    return (rows[:, None, :, None] & columns[:, None, None, :]).to(area.dtype)
+    # Multiplied as numbers: a CPU has no quick way to combine booleans of two shapes.
+    rows = _span(area, shape[1], generator).to(area.dtype)  # (B, h)
+    columns = _span(area, shape[2], generator).to(area.dtype)  # (B, w)
+    return rows[:, None, :, None] * columns[:, None, None, :]
 
 
 def horizontal(area: Tensor, shape: Shape, generator: Generator) -> Tensor:
