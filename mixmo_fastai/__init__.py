@@ -15,6 +15,7 @@ _HOMES = {
     "MixMoLoss": "losses",
     "MixMoModel": "models",
     "create_model": "models",
+    "defer_readbacks": "deferred",
     "mixmo_learner": "learner",
     "evaluate_logits": "evaluation",
     "load_fused": "export",

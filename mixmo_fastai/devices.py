@@ -1,12 +1,10 @@
-"""Where a network trains, and in what precision."""
+"""Where a network trains."""
 
 import ctypes
 import os
 import platform
 
 import torch
-from fastai.callback.core import Callback
-from fastai.callback.fp16 import AMPMode, MixedPrecision
 from torch import nn
 
 from mixmo_fastai.errors import InputError
@@ -39,20 +37,6 @@ def place(model: nn.Module, device: torch.device) -> nn.Module:
     """Move a network to where it trains, in the memory format that is fastest there."""
     # Convolutions are faster with the channels innermost, on a CPU as on a GPU.
     return model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
-def precision_callbacks(precision: str, device: torch.device) -> list[Callback]:
-    """Give the callbacks that train in a precision; "auto" is bfloat16 on GPUs that have it.
-
-    Raises:
-        InputError: bfloat16 is asked for where there is none.
-    """
-    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if precision == "bfloat16" and not fast:
-        raise InputError(
-            "precision 'bfloat16' needs a CUDA device that has it; use --precision float32."
-        )
-    return [MixedPrecision(AMPMode.BF16)] if fast and precision != "float32" else []
 
 
 def keep_freed_memory() -> None:

@@ -1,5 +1,6 @@
 """Learners: one line for fastai users, and what a recipe describes."""
 
+from collections.abc import Iterable
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -17,11 +18,13 @@ from fastai.optimizer import OptimWrapper
 from mixmo_fastai.averaging import EMACallback
 from mixmo_fastai.callback import MixMoCallback
 from mixmo_fastai.data.loaders import BatchLoader
+from mixmo_fastai.deferred import defer_readbacks
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.losses import MixMoLoss
 from mixmo_fastai.metrics import MemberAccuracy
 from mixmo_fastai.mixing import check_kind
 from mixmo_fastai.models import create_model
+from mixmo_fastai.models.ghost_norm import use_ghost_batches
 from mixmo_fastai.randomness import fresh_seed, make_generator
 from mixmo_fastai.recipe import Recipe
 
@@ -36,11 +39,19 @@ def sgd(momentum: float = 0.9, nesterov: bool = True, weight_decay: float = 6e-4
     """
     return partial(
         OptimWrapper,
-        opt=torch.optim.SGD,
+        opt=_sgd,
         momentum=momentum,
         nesterov=nesterov,
         weight_decay=weight_decay,
     )
+
+
+def _sgd(groups: Iterable[Any], **settings: Any) -> torch.optim.SGD:
+    """Make torch's optimizer, in one kernel for all parameters where they lie on a GPU."""
+    groups = [*groups]
+    parameters = [p for g in groups for p in (g["params"] if isinstance(g, dict) else [g])]
+    on_gpu = all(p.is_cuda for p in parameters)
+    return torch.optim.SGD(groups, fused=True if on_gpu else None, **settings)
 
 
 def mixmo_learner(
@@ -50,6 +61,7 @@ def mixmo_learner(
     mix: str = "cutmix",
     num_members: int = 2,
     num_classes: int | None = None,
+    ghost_batch_size: int = 0,
     **kwargs: Any,
 ) -> Learner:
     """Build a fastai Learner that trains a MixMo network.
@@ -61,6 +73,7 @@ def mixmo_learner(
         mix: how features are mixed, see `MixMoCallback`; "sum" where num_members is 1.
         num_members: M.
         num_classes: K; what the loaders say where not given.
+        ghost_batch_size: images among which BatchNorm normalises in training; 0 for all of a batch.
         kwargs: of `MixMoCallback` (alpha, mix_prob, batch_repetitions, seed, …) and of fastai's
             `Learner` (loss_func, opt_func, metrics, cbs, …). A seed also fixes the initial weights;
             without one they differ from Learner to Learner, and follow `set_seed`.
@@ -82,12 +95,14 @@ def mixmo_learner(
         _num_channels(dls),
         generator=make_generator(seed, "init"),
     )
+    use_ghost_batches(model, ghost_batch_size)
     loss_func = kwargs.pop("loss_func", getattr(_dataset(dls), "loss_func", None))
     kwargs.setdefault("opt_func", sgd())
     kwargs.setdefault("metrics", [accuracy, MemberAccuracy()])
     cbs = kwargs.pop("cbs", None) or []
     cbs = [*cbs] if isinstance(cbs, list | tuple) else [cbs]
-    return Learner(dls, model, _as_mixmo_loss(loss_func), cbs=[callback, *cbs], **kwargs)
+    learn = Learner(dls, model, _as_mixmo_loss(loss_func), cbs=[callback, *cbs], **kwargs)
+    return defer_readbacks(learn)
 
 
 def learner_from_recipe(recipe: Recipe, dls: DataLoaders, **kwargs: Any) -> Learner:
@@ -107,6 +122,7 @@ def learner_from_recipe(recipe: Recipe, dls: DataLoaders, **kwargs: Any) -> Lear
         recipe.model.arch,
         mix=mix.kind,
         num_members=recipe.model.num_members,
+        ghost_batch_size=recipe.model.ghost_batch_size,
         alpha=mix.alpha,
         mix_prob=mix.mix_prob,
         decay_start=mix.decay_start,

@@ -52,13 +52,14 @@ def search_lr(
     with tempfile.TemporaryDirectory() as folder:  # fastai parks the weights in a file
         learn.path = Path(folder)
         try:
-            suggested = learn.lr_find(
-                start_lr=start,
-                end_lr=end,
-                num_it=num_steps,
-                show_plot=False,
-                suggest_funcs=SUGGESTIONS,
-            )
+            with training.accelerated():
+                suggested = learn.lr_find(
+                    start_lr=start,
+                    end_lr=end,
+                    num_it=num_steps,
+                    show_plot=False,
+                    suggest_funcs=SUGGESTIONS,
+                )
         except IndexError as error:  # fastai's methods found too few points
             raise InputError(
                 f"The loss ran off within the first steps from {start:g}.\n"

@@ -3,6 +3,7 @@
 from typing import Any
 
 from fastai.learner import Metric
+from torch import Tensor
 
 from mixmo_fastai.models.mixmo_model import unwrap
 
@@ -18,19 +19,21 @@ class MemberAccuracy(Metric):
 
     def reset(self) -> None:
         """Begin a new pass."""
-        self.num_right, self.num_seen = 0.0, 0
+        self.num_right: float | Tensor = 0.0
+        self.num_seen = 0
 
     def accumulate(self, learn: Any) -> None:
         """Add the batch that the network has just seen."""
         logits = unwrap(learn.model).latest_member_logits  # (B, M, K)
         right = logits.argmax(dim=2) == learn.y[:, None]  # (B, M)
-        self.num_right += right.float().mean(dim=1).sum().item()
+        # Summed up where it is, so that a GPU does not wait.
+        self.num_right = self.num_right + right.float().mean(dim=1).sum()
         self.num_seen += len(right)
 
     @property
     def value(self) -> float | None:
         """The accuracy in [0, 1], or None before any batch."""
-        return self.num_right / self.num_seen if self.num_seen else None
+        return float(self.num_right) / self.num_seen if self.num_seen else None
 
     @property
     def name(self) -> str:

@@ -37,7 +37,9 @@ SELECTIONS = ("last", "best")
 SCHEDULES = ("one-cycle", "flat-cosine", "published")
 LOADERS = ("auto", "resident", "streaming")
 DEVICES = ("auto", "cpu", "cuda")
-PRECISIONS = ("auto", "float32", "bfloat16")
+PRECISIONS = ("auto", "float32", "tf32", "bfloat16")
+MEMORY_FORMATS = ("auto", "channels-last", "contiguous")
+COMPILE = ("auto", "on", "off")
 EXPORT_SUFFIXES = (".safetensors", ".onnx")
 
 

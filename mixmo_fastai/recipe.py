@@ -14,11 +14,13 @@ from typing import Any
 
 from mixmo_fastai.errors import InputError, nearest
 from mixmo_fastai.names import (
+    COMPILE,
     COW_DEFAULTS,
     DEVICES,
     LOADERS,
     MASK_KINDS,
     MASK_OPTIONS,
+    MEMORY_FORMATS,
     MSDA_KINDS,
     PRECISIONS,
     SCHEDULES,
@@ -59,6 +61,8 @@ class Data:
         image_size: height and width to which an image folder is scaled; 0 for its own.
         crop_padding: pixels of padding before the random crop; the data set's where not given.
         flip: whether images are mirrored at random; the data set's where not given.
+        alternating_flip: whether every second copy of an image in a batch is mirrored, in place of
+            each by chance.
         augmix: whether each training image goes through AugMix first, once per batch it is in; it
             takes the streaming loader.
         loader: "resident" on the device, "streaming" by workers, "auto" resident where it fits.
@@ -71,6 +75,7 @@ class Data:
     image_size: int = number(0, 0, 4096)
     crop_padding: int | None = number(None, 0, 64)
     flip: bool | None = None
+    alternating_flip: bool = False
     augmix: bool = False
     loader: str = choice("auto", LOADERS)
     num_workers: int = number(2, 0, 256)
@@ -84,11 +89,13 @@ class Model:
         arch: as in "wrn28_10" or "preact_resnet18_3".
         num_members: subnetworks M; 1 is the vanilla network.
         num_nets: networks of a deep ensemble, each trained by itself from another seed; 1 for none.
+        ghost_batch_size: images among which BatchNorm normalises in training; 0 for all of a batch.
     """
 
     arch: str = "wrn28_10"
     num_members: int = number(2, 1, 64)
     num_nets: int = number(1, 1, 64)
+    ghost_batch_size: int = number(0, 0, 65_536)
 
 
 @dataclass(frozen=True)
@@ -131,7 +138,10 @@ class Train:
         batch_size: images that the network sees per step, repetitions included.
         seed: of everything random.
         device: "auto" takes CUDA where there is one.
-        precision: "auto" is bfloat16 on CUDA and float32 elsewhere.
+        precision: "auto" is bfloat16 on CUDA, TF32 on GPUs without it, and float32 elsewhere.
+        memory_format: of weights and features; "auto" is "channels-last".
+        compile: "on", "off", or "auto", on CUDA where the training is long enough to pay for it.
+        threads: of a CPU; 0 for torch's own choice.
         ema_decay: of an exponential moving average of the weights, which is then what is evaluated
             and kept; 0 is none.
         select: which epoch's weights are kept: the "last", or the "best" on the validation split.
@@ -142,6 +152,9 @@ class Train:
     seed: int = number(0, 0, 2**63 - 1)
     device: str = choice("auto", DEVICES)
     precision: str = choice("auto", PRECISIONS)
+    memory_format: str = choice("auto", MEMORY_FORMATS)
+    compile: str = choice("auto", COMPILE)
+    threads: int = number(0, 0, 1024)
     ema_decay: float = number(0.0, 0, 0.999999)
     select: str = choice("last", SELECTIONS)
 
@@ -365,7 +378,13 @@ def _given(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_together(recipe: Recipe, where: str) -> None:
     """Check what no single key shows."""
-    mix, train = recipe.mix, recipe.train
+    _check_mixing(recipe, where)
+    _check_data_and_network(recipe, where)
+    _check_schedule(recipe, where)
+
+
+def _check_mixing(recipe: Recipe, where: str) -> None:
+    mix = recipe.mix
     try:
         parse_architecture(recipe.model.arch)
     except InputError as error:
@@ -390,6 +409,14 @@ def _check_together(recipe: Recipe, where: str) -> None:
             raise InputError(
                 f"{where}: mix.{low} is {least:g} and mix.{high} is {most:g}; they must not fall."
             )
+
+
+def _check_data_and_network(recipe: Recipe, where: str) -> None:
+    mix, train = recipe.mix, recipe.train
+    if recipe.model.ghost_batch_size == 1:
+        raise InputError(
+            f"{where}: model.ghost_batch_size is 1; it must be 0, for all of a batch, or 2 or more."
+        )
     if recipe.data.augmix and recipe.data.loader == "resident":
         raise InputError(
             f"{where}: data.augmix works image by image, which the resident loader does not.\n"
@@ -406,6 +433,9 @@ def _check_together(recipe: Recipe, where: str) -> None:
             f"{where}: train.batch_size={train.batch_size} is not a multiple of "
             f"mix.batch_repetitions={mix.batch_repetitions}.\nNearest: {whole}."
         )
+
+
+def _check_schedule(recipe: Recipe, where: str) -> None:
     if len(recipe.schedule.momentums) != 3:
         raise InputError(
             f"{where}: schedule.momentums is {recipe.schedule.momentums}; "

@@ -41,14 +41,18 @@ class HistoryCallback(TrainedEpochCallback):
         self.began, self.loss_sum = time.perf_counter(), torch.tensor(0.0)
 
     def after_batch(self) -> None:
-        """Add up the loss where it is, so that a GPU does not wait."""
+        """Add up the loss where it is; look at it when the recorder has fetched some anyway."""
         self.loss_sum = self.loss_sum + self.learn.loss.detach().as_subclass(torch.Tensor)
+        recorder = self.learn.recorder
+        if recorder.losses and not recorder.pending and not recorder.losses[-1].isfinite():
+            self.diverged = True
+            raise CancelFitException
 
     def after_train(self) -> None:
         """Stop where the loss is not finite."""
         super().after_train()
         self.train_seconds = time.perf_counter() - self.began
-        self.diverged = not math.isfinite(float(self.loss_sum))
+        self.diverged = self.diverged or not math.isfinite(float(self.loss_sum))
         if self.diverged:  # fastai would mangle the message of any other error
             raise CancelFitException
 

@@ -2,7 +2,9 @@
 
 import copy
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,14 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from torch import nn
 
+from mixmo_fastai.acceleration import Acceleration, choose_acceleration
 from mixmo_fastai.averaging import EMACallback
 from mixmo_fastai.checkpoints import load_checkpoint, save_weights
 from mixmo_fastai.data.dataloaders import make_dataloaders
 from mixmo_fastai.data.image_sets import DataSource
 from mixmo_fastai.data.loaders import Augmentation
 from mixmo_fastai.data.sources import load_source
-from mixmo_fastai.devices import choose_device, describe_device, place, precision_callbacks
+from mixmo_fastai.devices import choose_device, describe_device
 from mixmo_fastai.errors import InputError, RunFailedError
 from mixmo_fastai.evaluation import evaluate_loaders
 from mixmo_fastai.learner import learner_from_recipe
@@ -78,6 +81,17 @@ class Training:
         each = sum(p.numel() for p in self.learn.model.parameters())
         return each * self.recipe.model.num_nets
 
+    @cached_property
+    def acceleration(self) -> Acceleration:
+        """How it trains on its device."""
+        shape, images = self.source.train.image_shape, self.images_seen
+        images //= self.recipe.model.num_nets
+        return choose_acceleration(self.recipe, self.device, self.learn.model, shape, images)
+
+    def accelerated(self) -> AbstractContextManager[None]:
+        """Train this way within; see `Acceleration.applied`."""
+        return self.acceleration.applied(self.learn.model)
+
     @property
     def facts(self) -> DataFacts:
         """What the network must know of its data to predict."""
@@ -128,13 +142,12 @@ def prepare_network(recipe: Recipe, source: DataSource, dls: DataLoaders | None 
         dls = _make_dataloaders(recipe, source, device)
     else:
         dls.train.seed = recipe.train.seed
-    learn = learner_from_recipe(
-        recipe, dls, cbs=precision_callbacks(recipe.train.precision, device)
-    )
+    learn = learner_from_recipe(recipe, dls)
     _check_image_size(recipe, source, learn.model)
     learn.remove_cbs(ProgressCallback)  # the caller brings its own display
-    place(learn.model, device)
-    return Training(recipe, source, learn)
+    training = Training(recipe, source, learn)
+    training.acceleration.place(learn.model)
+    return training
 
 
 def _make_dataloaders(recipe: Recipe, source: DataSource, device: torch.device) -> DataLoaders:
@@ -144,7 +157,9 @@ def _make_dataloaders(recipe: Recipe, source: DataSource, device: torch.device) 
         batch_size=recipe.loader_batch_size,
         valid_split=data.valid_split,
         limit=data.limit,
-        augmentation=Augmentation(data.crop_padding, data.flip, data.augmix),
+        augmentation=Augmentation(
+            data.crop_padding, data.flip, data.alternating_flip, augmix=data.augmix
+        ),
         seed=recipe.train.seed,
         device=device,
         loader=data.loader,
@@ -179,7 +194,7 @@ def train(
     history = HistoryCallback(run, recipe.train.batch_size)
     steps = training.steps_per_epoch, training.warmup_steps
     scheduler = ParamScheduler(schedules(recipe, *steps))
-    with learn.no_logging():
+    with learn.no_logging(), training.accelerated():
         learn.fit(
             recipe.train.epochs,
             lr=recipe.lr,

@@ -24,7 +24,7 @@ NAMES = [
     ("fit --recipe broken.toml", "not valid TOML", "mixmo recipes NAME"),
     ("fit --recipe wrong.toml", "unknown key 'train.epocs'", "Did you mean 'train.epochs'"),
     ("fit --device tpu", "'tpu'", "Allowed: auto, cpu, cuda"),
-    ("fit --precision half", "'half'", "Allowed: auto, float32, bfloat16"),
+    ("fit --precision half", "'half'", "Allowed: auto, float32, tf32, bfloat16"),
     ("recipes cifar10/vanila", "no recipe", "Did you mean 'cifar10/vanilla'"),
     ("train", "No such command 'train'", HINT),
     ("fit --eppochs 3", "--eppochs", "--epochs"),
@@ -85,7 +85,7 @@ NUMBERS = [
 DEVICES = [
     ("fit --device cuda", "no CUDA device", "--device cpu"),
     ("lr-find --device cuda", "no CUDA device", "--device cpu"),
-    ("fit --precision bfloat16", "needs a CUDA device", "--precision float32"),
+    ("fit --precision tf32", "CUDA", "--precision float32"),
 ]
 PLACES = [
     ("fit --out trained", "already a run", "--resume RUN"),

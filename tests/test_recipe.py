@@ -38,7 +38,7 @@ WRONG_VALUES = [
     ("train.seed", f"0x{'f' * 5000}", "a huge number"),
     ("train.device", "cud", "Did you mean 'cuda'"),
     ("train.device", "1", "text"),
-    ("train.precision", "float16", "Allowed: auto, float32, bfloat16"),
+    ("train.precision", "float16", "Allowed: auto, float32, tf32, bfloat16"),
     ("data.valid_split", "0.95", "at most 0.9"),
     ("data.valid_split", "-0.1", "at least 0"),
     ("data.limit", "-1", "at least 0"),

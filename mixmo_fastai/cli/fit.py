@@ -33,6 +33,9 @@ def fit(
     seed: opt.Seed = None,
     device: opt.Device = None,
     precision: opt.Precision = None,
+    memory_format: opt.MemoryFormat = None,
+    compiled: opt.Compile = None,
+    threads: opt.Threads = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -57,7 +60,7 @@ def fit(
     settings = opt.flags(
         arch=arch, mix=mix, msda=msda, members=members, valid_split=valid_split, limit=limit,
         epochs=epochs, batch_size=batch_size, repeat=repeat, lr=lr, seed=seed, device=device,
-        precision=precision,
+        precision=precision, memory_format=memory_format, compiled=compiled, threads=threads,
     )  # fmt: skip
     output = Output(as_json=as_json, quiet=quiet)
     if resume is not None:

@@ -30,6 +30,9 @@ def lr_find(
     seed: opt.Seed = None,
     device: opt.Device = None,
     precision: opt.Precision = None,
+    memory_format: opt.MemoryFormat = None,
+    compiled: opt.Compile = None,
+    threads: opt.Threads = None,
     steps: Annotated[
         int,
         typer.Option(help="Steps of the test.", min=30, max=10_000, rich_help_panel=opt.TRAINING),
@@ -57,6 +60,7 @@ def lr_find(
     settings = opt.flags(
         arch=arch, mix=mix, msda=msda, members=members, valid_split=valid_split, limit=limit,
         batch_size=batch_size, repeat=repeat, seed=seed, device=device, precision=precision,
+        memory_format=memory_format, compiled=compiled, threads=threads,
     )  # fmt: skip
     if not start < end:
         raise typer.BadParameter(f"--start {start:g} must be below --end {end:g}.")

@@ -84,7 +84,20 @@ Lr = Annotated[
 Seed = Annotated[int | None, typer.Option(help="Of everything random.", rich_help_panel=TRAINING)]
 Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.", rich_help_panel=TRAINING)]
 Precision = Annotated[
-    str | None, typer.Option(help="auto, float32 or bfloat16.", rich_help_panel=TRAINING)
+    str | None, typer.Option(help="auto, float32, tf32 or bfloat16.", rich_help_panel=TRAINING)
+]
+MemoryFormat = Annotated[
+    str | None, typer.Option(help="auto, channels-last or contiguous.", rich_help_panel=TRAINING)
+]
+Compile = Annotated[
+    str | None,
+    typer.Option(
+        "--compile", help="auto, on or off: whether training is compiled.", rich_help_panel=TRAINING
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(help="Of a CPU; 0 for torch's own choice.", rich_help_panel=TRAINING),
 ]
 Json = Annotated[
     bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=OUTPUT)
@@ -121,6 +134,9 @@ _SETTINGS = {
     "seed": "train.seed",
     "device": "train.device",
     "precision": "train.precision",
+    "memory_format": "train.memory_format",
+    "compiled": "train.compile",
+    "threads": "train.threads",
     "lr": "optimizer.lr",
 }
 
@@ -128,5 +144,6 @@ _SETTINGS = {
 def in_flags(message: str) -> str:
     """Name the flag in an error about a setting that was given by one."""
     for flag, setting in _SETTINGS.items():
-        message = message.replace(f"Command line: {setting} ", f"--{flag.replace('_', '-')} ")
+        name = "compile" if flag == "compiled" else flag.replace("_", "-")
+        message = message.replace(f"Command line: {setting} ", f"--{name} ")
     return message

@@ -78,7 +78,10 @@ def _setup_rows(training: Any) -> list[tuple[str, str]]:
         ),
         ("Network", f"{networks}, {members}, {training.num_parameters:,} parameters"),
         ("Method", f"{method_name(recipe)}, every image {times} in a batch{mixing}"),
-        ("Device", f"{training.device}, seed {recipe.train.seed}"),
+        (
+            "Device",
+            f"{training.device}, {training.acceleration.describe()}, seed {recipe.train.seed}",
+        ),
     ]
 
 

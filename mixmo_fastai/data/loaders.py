@@ -18,7 +18,7 @@ import torch
 from fastai.data.core import TfmdDL
 from fastai.data.load import DataLoader
 from fastai.data.transforms import IntToFloatTensor, Normalize, ToTensor
-from fastai.torch_core import TensorCategory, TensorImage, rank_distrib
+from fastai.torch_core import TensorCategory, TensorImage, rank_distrib, to_detach
 from torch import Tensor
 from torchvision.transforms import AugMix
 
@@ -111,6 +111,13 @@ class BatchLoader(TfmdDL):
         """Move what batches are made of."""
         super().to(device)
         self.mean, self.std = self.mean.to(self.device), self.std.to(self.device)
+
+    def to_detach(self, b: Any, cpu: bool = True, gather: bool = True) -> Any:
+        """Detach what fastai's metrics add up; a single number stays where it is.
+
+        fastai asks its loader for this. Fetched per batch, each would make a GPU wait.
+        """
+        return to_detach(b, cpu=cpu and getattr(b, "ndim", 1) > 0, gather=gather)
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch the next pass is, counted from the start of training."""

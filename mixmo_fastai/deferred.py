@@ -1,0 +1,106 @@
+"""fastai's bookkeeping without waiting for the device at every step.
+
+fastai's Recorder copies the loss to the host at every step, and its progress bar reads it once
+more; each makes a GPU stand still that could run ahead. These do the same with losses that stay
+where they are, and fetch many at a time.
+"""
+
+import torch
+from fastai.callback.progress import ProgressCallback
+from fastai.learner import AvgSmoothLoss, Learner, Recorder
+from torch import Tensor
+
+STEPS_PER_FETCH = 20
+"""Steps between two looks at the losses."""
+
+
+class DeferredRecorder(Recorder):
+    """fastai's Recorder; `losses` grows by several steps at a time, and is whole after each epoch.
+
+    Args:
+        every: steps between two looks.
+        kwargs: of fastai's Recorder.
+    """
+
+    name = "recorder"
+
+    def __init__(self, *, every: int = STEPS_PER_FETCH, **kwargs: object) -> None:
+        super().__init__(**kwargs)
+        self.every, self.pending = every, []  # smoothed losses, on the device
+        self.smooth_loss = _SmoothLossInPlace(self.smooth_loss.beta)
+
+    def before_fit(self) -> None:
+        """Begin anew."""
+        super().before_fit()
+        self.pending = []
+
+    def after_batch(self) -> None:
+        """Update the metrics, and note rate and loss of a step in training."""
+        if len(self.learn.yb) == 0:
+            return
+        for metric in self._train_mets if self.learn.training else self._valid_mets:
+            metric.accumulate(self.learn)
+        if not self.learn.training:
+            return
+        self.lrs.append(self.learn.opt.hypers[-1]["lr"])
+        self.pending.append(self.smooth_loss.value)
+        self.learn.smooth_loss = self.pending[-1]
+        if len(self.pending) >= self.every:
+            self.fetch()
+
+    def after_train(self) -> None:
+        """Fetch the rest, and log the epoch's loss."""
+        self.fetch()
+        super().after_train()
+
+    def after_fit(self) -> None:
+        """Fetch the rest where an epoch was cut short."""
+        self.fetch()
+
+    def fetch(self) -> None:
+        """Bring the pending losses to the host, in one copy."""
+        if self.pending:
+            self.losses += torch.stack(self.pending).cpu().unbind()
+            self.pending = []
+
+
+class DeferredProgressCallback(ProgressCallback):
+    """fastai's progress bar, which shows the newest loss that the recorder has fetched."""
+
+    name = "progress"
+
+    def after_batch(self) -> None:
+        """Move the bar."""
+        self.pbar.update(self.learn.iter + 1)
+        if losses := self.learn.recorder.losses:
+            self.pbar.comment = f"{losses[-1].item():.4f}"
+
+
+class _SmoothLossInPlace(AvgSmoothLoss):
+    """fastai's smoothed loss, kept where the loss is."""
+
+    def accumulate(self, learn: Learner) -> None:
+        self.count += 1
+        loss: Tensor = learn.loss.detach().mean().as_subclass(Tensor)
+        self.val = torch.lerp(loss, self.val.to(loss), self.beta)
+
+
+def defer_readbacks(learn: Learner) -> Learner:
+    """Give a Learner a recorder and a progress bar that do not wait for the device at every step.
+
+    `mixmo_learner` does so by itself. Figures are those of fastai's own.
+
+    Args:
+        learn: any Learner; what it lacks of the two it goes on lacking.
+    """
+    for callback in [cb for cb in learn.cbs if type(cb) in (Recorder, ProgressCallback)]:
+        learn.remove_cb(callback)
+        if isinstance(callback, Recorder):
+            settings = {name: getattr(callback, name) for name in _RECORDER_SETTINGS}
+            learn.add_cb(DeferredRecorder(beta=callback.smooth_loss.beta, **settings))
+        else:
+            learn.add_cb(DeferredProgressCallback())
+    return learn
+
+
+_RECORDER_SETTINGS = ("add_time", "train_metrics", "valid_metrics")

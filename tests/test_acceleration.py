@@ -1,0 +1,221 @@
+import copy
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from fastai.callback.core import Callback
+from synthetic import mixmo_dls
+
+from mixmo_fastai import acceleration
+from mixmo_fastai.acceleration import Acceleration, choose_acceleration
+from mixmo_fastai.cli import run as program
+from mixmo_fastai.errors import InputError
+from mixmo_fastai.flops import count_flops, training_flops
+from mixmo_fastai.learner import mixmo_learner
+from mixmo_fastai.mixing import draw_lam, draw_masks
+from mixmo_fastai.models import create_model
+from mixmo_fastai.recipe import Recipe
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def batch(model, size=4):
+    lam = draw_lam(size, 2, 2.0)
+    masks, _ = draw_masks("cutmix", lam, model.mask_shape(8, 8))
+    return torch.randn(size, 2, 3, 8, 8), masks
+
+
+def trained(path, **settings):
+    learn = mixmo_learner(mixmo_dls(), "wrn10_1", seed=0, **settings)
+    path.place(learn.model)
+    with path.applied(learn.model), learn.no_bar(), learn.no_logging():
+        learn.fit(1, 1e-3)
+    return learn
+
+
+class TestPaths:
+    """Each path trains, to the same network but for rounding."""
+
+    def test_threads_and_layout_change_nothing_but_rounding(self):
+        plain = trained(Acceleration(CPU, channels_last=False)).model.state_dict()
+        for path in (Acceleration(CPU), Acceleration(CPU, threads=2)):
+            other = trained(path).model.state_dict()
+            for name, value in plain.items():
+                torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-4)
+
+    def test_bfloat16_trains_close_to_float32(self):
+        plain, rounded = trained(Acceleration(CPU)), trained(Acceleration(CPU, torch.bfloat16))
+        losses = [torch.stack(learn.recorder.losses) for learn in (plain, rounded)]
+        torch.testing.assert_close(losses[1], losses[0], rtol=0.05, atol=0.05)
+        assert not torch.equal(*losses)
+        assert all(p.dtype == torch.float32 for p in rounded.model.parameters())
+
+    @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+    def test_compiled_training_is_the_eager_one(self, autocast, monkeypatch):
+        """Traced and differentiated ahead of time; what generates code is left out, for speed."""
+        real, calls = torch.compile, []
+
+        def traced(function, **settings):
+            calls.append(settings)
+            return real(function, backend="aot_eager", **settings)
+
+        monkeypatch.setattr(torch, "compile", traced)
+        torch._dynamo.reset()
+        plain = trained(Acceleration(CPU, autocast))
+        compiled = trained(Acceleration(CPU, autocast, compiled=True))
+        assert calls == [{"dynamic": False}]
+        tolerance = 1e-5 if autocast is None else 0.02
+        torch.testing.assert_close(
+            torch.stack(compiled.recorder.losses),
+            torch.stack(plain.recorder.losses),
+            rtol=tolerance,
+            atol=tolerance,
+        )
+        assert not any(key.startswith("_orig_mod") for key in compiled.model.state_dict())
+
+    @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler for torch.compile")
+    def test_generated_code_gives_the_same_step(self):
+        torch._dynamo.reset()
+        model = create_model("wrn10_1", 3, 2)
+        other = copy.deepcopy(model)
+        inputs, masks = batch(model)
+        with Acceleration(CPU, compiled=True).applied(model):
+            found = model(inputs, masks)
+            found.square().sum().backward()
+        expected = other(inputs, masks)
+        expected.square().sum().backward()
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        for own, theirs in zip(model.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(own.grad, theirs.grad, rtol=1e-3, atol=1e-3)
+
+
+class TestNothingLeaks:
+    def test_after_an_error_everything_is_as_before(self):
+        class Fails(Callback):
+            def after_pred(self):
+                assert self.learn.pred.dtype == torch.float32
+                assert not torch.is_autocast_enabled("cpu")
+                raise MemoryError("none left")
+
+        threads = torch.get_num_threads()
+        learn = mixmo_learner(mixmo_dls(), "wrn10_1", cbs=Fails())
+        path = Acceleration(CPU, torch.bfloat16, threads=threads + 1)
+        with pytest.raises(MemoryError), path.applied(learn.model), learn.no_bar():
+            learn.fit(1, 1e-3)
+        assert torch.get_num_threads() == threads
+        assert not torch.is_autocast_enabled("cpu")
+        assert "forward" not in vars(learn.model)
+
+    def test_an_error_within_the_pass_leaves_no_autocast(self):
+        model = create_model("wrn10_1", 3, 2)
+        inputs, masks = batch(model)
+        seen = []
+
+        def fail(*_):
+            seen.append(torch.is_autocast_enabled("cpu"))
+            raise RuntimeError("within")
+
+        model.core.register_forward_hook(fail)
+        with (
+            pytest.raises(RuntimeError, match="within"),
+            Acceleration(CPU, torch.bfloat16).applied(model),
+        ):
+            model(inputs, masks)
+        assert seen == [True]
+        assert not torch.is_autocast_enabled("cpu")
+
+    @pytest.mark.parametrize("tf32", [True, False])
+    def test_float32_products_are_rounded_only_within(self, tf32):
+        cudnn = torch.backends.cudnn
+        before = torch.get_float32_matmul_precision(), cudnn.benchmark, cudnn.allow_tf32
+        with acceleration._fast_float32(tf32):
+            assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
+            assert cudnn.benchmark
+            assert cudnn.allow_tf32 == tf32
+        after = torch.get_float32_matmul_precision(), cudnn.benchmark, cudnn.allow_tf32
+        assert after == before
+
+    def test_evaluation_is_not_compiled(self, monkeypatch):
+        def refuse(*_, **__):
+            raise AssertionError("compiled")
+
+        monkeypatch.setattr(torch, "compile", lambda *_, **__: refuse)
+        model = create_model("wrn10_1", 3, 2).eval()
+        with Acceleration(CPU, compiled=True).applied(model):
+            model(torch.randn(2, 3, 8, 8))
+            with pytest.raises(AssertionError, match="compiled"):
+                model(*batch(model))
+
+
+class TestChoice:
+    @staticmethod
+    def choose(device, num_images=1000, **settings):
+        recipe = Recipe()
+        recipe = replace(recipe, train=replace(recipe.train, **settings))
+        model = create_model("wrn10_1", 3, 2)
+        return choose_acceleration(recipe, device, model, (3, 32, 32), num_images)
+
+    @pytest.fixture(autouse=True)
+    def a_gpu(self, monkeypatch):
+        """One that has bfloat16, or one that has not."""
+        self.has_bfloat16 = True
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation: self.has_bfloat16
+        )
+
+    def test_a_gpu_gets_bfloat16_and_an_older_one_tf32(self):
+        assert self.choose(CUDA).describe() == "bfloat16, channels last"
+        self.has_bfloat16 = False
+        assert self.choose(CUDA).describe() == "TF32, channels last"
+        with pytest.raises(InputError, match="--precision tf32"):
+            self.choose(CUDA, precision="bfloat16")
+
+    def test_a_cpu_gets_float32(self):
+        assert self.choose(CPU).describe() == "float32, channels last"
+        assert self.choose(CPU, precision="bfloat16").autocast == torch.bfloat16
+        with pytest.raises(InputError, match="--precision float32"):
+            self.choose(CPU, precision="tf32")
+
+    def test_everything_can_be_switched(self):
+        path = self.choose(
+            CUDA, precision="float32", memory_format="contiguous", compile="on", threads=3
+        )
+        assert path.describe() == "float32, compiled, 3 threads"
+        assert not path.tf32
+
+    def test_only_long_trainings_are_compiled(self):
+        model = create_model("wrn10_1", 3, 2)
+        enough = acceleration.WORTH_COMPILING / training_flops(model, (3, 32, 32), 1)
+        assert not self.choose(CUDA, int(enough) - 1).compiled
+        assert self.choose(CUDA, int(enough) + 1).compiled
+        assert not self.choose(CUDA, int(enough) + 1, compile="off").compiled
+        assert not self.choose(CPU, int(enough) + 1).compiled
+
+
+def test_operations_are_counted_as_multiplied_and_added():
+    """WRN-10-1 at 8x8, by hand: 2 · (kernel · inputs · outputs · places) per convolution."""
+    convolutions = [
+        (27, 16, 64), (27, 16, 64),  # two encoders
+        (144, 16, 64), (144, 16, 64),
+        (144, 32, 64), (288, 32, 16), (16, 32, 16),
+        (288, 64, 16), (576, 64, 4), (32, 64, 4),
+    ]  # fmt: skip
+    heads = 2 * 2 * 64 * 5
+    expected = sum(2 * fan_in * out * places for fan_in, out, places in convolutions) + heads
+    model = create_model("wrn10_1", 5, 2)
+    assert count_flops(model, (3, 8, 8)) == expected
+    assert training_flops(model, (3, 8, 8), 10) == 30 * expected
+    assert count_flops(model.fuse(), (3, 8, 8)) < expected
+
+
+def test_the_flags(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--precision", "bfloat16", "--memory-format", "contiguous", "--threads", "1"]
+    flags += ["--compile", "off", "--arch", "wrn10_1", "--epochs", "1", "--limit", "200"]
+    assert program(["fit", *flags, "--out", "run"]) == 0
+    assert "cpu, bfloat16, 1 threads, seed 0" in capsys.readouterr().out
+    assert program(["fit", "--compile", "maybe"]) == 2
+    assert "--compile is 'maybe'" in capsys.readouterr().err
+    assert program(["fit", "--memory-format", "channels"]) == 2
+    assert "channels-last" in capsys.readouterr().err
