@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 from measure import interleaved, report, spread
-from training_step import make_step
+from steps import Setup
 
+from mixmo_fastai.acceleration import Acceleration
 from mixmo_fastai.mixing import MASK_KINDS, draw_lam, draw_masks
 
 SHAPE = (16, 32, 32)
@@ -31,9 +32,8 @@ def main():
         kind: partial(draw_masks, kind, lam, SHAPE, generator=generator) for kind in MASK_KINDS
     }
     seconds = interleaved(kinds, args.repeats)
-    step = make_step(
-        args.arch, args.batch_size, num_members=2, channels_last=True, device=args.device
-    )
+    path = Acceleration(torch.device(args.device))
+    step = Setup(args.arch, args.batch_size, path=path).steps()
     step_seconds = interleaved({"step": step}, args.step_repeats, warmup=1)["step"]
     step_time = spread(step_seconds)["median"]
     shares = {kind: spread([s / step_time for s in values]) for kind, values in seconds.items()}

@@ -11,6 +11,8 @@ import fastai
 import torch
 
 Seconds = list[float]
+SECONDS = "{median:.3f} s ({min:.3f} to {max:.3f})"
+RATIO = "{median:.3f} ({min:.3f} to {max:.3f})"
 
 
 def interleaved(
@@ -40,6 +42,16 @@ def _finish_queue() -> None:
 def spread(values: Seconds) -> dict[str, float]:
     """Give minimum, median and maximum."""
     return {"min": min(values), "median": statistics.median(values), "max": max(values)}
+
+
+def spreads(values: Mapping[str, Seconds]) -> dict[str, dict[str, float]]:
+    """Give the spread of each."""
+    return {name: spread(each) for name, each in values.items()}
+
+
+def rows_of(figures: Mapping[str, dict[str, float]], form: str) -> list[tuple[str, str]]:
+    """Put spreads into words, one row each."""
+    return [(name, form.format(**figure)) for name, figure in figures.items()]
 
 
 def paired_ratio(numerator: Seconds, denominator: Seconds) -> dict[str, float]:

@@ -20,7 +20,6 @@ from fastai.data.load import DataLoader
 from fastai.data.transforms import IntToFloatTensor, Normalize, ToTensor
 from fastai.torch_core import TensorCategory, TensorImage, rank_distrib, to_detach
 from torch import Tensor
-from torchvision.transforms import AugMix
 
 from mixmo_fastai.augment import (
     StoredImages,
@@ -345,6 +344,8 @@ class SeededAugMix:
     """
 
     def __init__(self, seed: int, epoch: int) -> None:
+        from torchvision.transforms import AugMix  # a second and a half that few runs need
+
         self.seed, self.epoch, self.transform = seed, epoch, AugMix()
 
     def __call__(self, pixels: Tensor, index: int) -> Tensor:

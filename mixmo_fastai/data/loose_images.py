@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torchvision.transforms.v2.functional import resize
 
 from mixmo_fastai.augment import normalize
 from mixmo_fastai.data.decoding import decode_image, is_image
@@ -76,6 +75,8 @@ def as_shape(images: Tensor, shape: Shape) -> Tensor:
         )
     if images.shape[2:] == shape[1:]:
         return images
+    from torchvision.transforms.v2.functional import resize  # a second and a half to load
+
     resized: Tensor = resize(images, list(shape[1:]), antialias=True)
     return resized
 
