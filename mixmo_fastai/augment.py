@@ -112,8 +112,33 @@ def draw_alternating_flips(
     return (first ^ odd).flatten()
 
 
+class Normalizer:
+    """Turns uint8 pixels into standardised floats: (pixels / 255 - mean) / std.
+
+    Args:
+        mean: (C,) float, of pixels in [0, 1].
+        std: (C,) float, of pixels in [0, 1].
+        width: W of the images to come.
+    """
+
+    def __init__(self, mean: Tensor, std: Tensor, width: int) -> None:
+        # Whole rows at a time: an inner loop over three channels would be slow.
+        self.scale, self.shift = (1 / (255 * std)).repeat(width), (-mean / std).repeat(width)
+
+    def to(self, device: torch.device | str) -> "Normalizer":
+        """Move what pixels are multiplied with."""
+        self.scale, self.shift = self.scale.to(device), self.shift.to(device)
+        return self
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(n, C, H, W) uint8, channels last for speed -> the same in float, channels last."""
+        rows = images.permute(0, 2, 3, 1).flatten(2).to(self.scale.dtype)  # (n, H, W·C)
+        values = torch.addcmul(self.shift, rows, self.scale, out=rows)
+        return values.view(*values.shape[:2], images.shape[3], -1).permute(0, 3, 1, 2)
+
+
 def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Turn uint8 pixels into standardised floats.
+    """Standardise pixels once; see `Normalizer`.
 
     Args:
         images: (n, C, H, W) uint8.
@@ -121,12 +146,6 @@ def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         std: (C,) float, of pixels in [0, 1].
 
     Returns:
-        (pixels / 255 - mean) / std, (n, C, H, W) in the type of `mean` and the layout of `images`.
+        (pixels / 255 - mean) / std, (n, C, H, W) in the type of `mean`, channels last.
     """
-    scale, shift = 1 / (255 * std), -mean / std
-    if images.is_contiguous() or not images.is_contiguous(memory_format=torch.channels_last):
-        return images.to(mean.dtype).mul_(scale[:, None, None]).add_(shift[:, None, None])
-    # Whole rows at a time: an inner loop over three channels would be slow.
-    rows, width = images.permute(0, 2, 3, 1).flatten(2), images.shape[3]  # (n, H, W·C)
-    values = rows.to(mean.dtype).mul_(scale.repeat(width)).add_(shift.repeat(width))
-    return values.view(*values.shape[:2], width, -1).permute(0, 3, 1, 2)
+    return Normalizer(mean, std, images.shape[3])(images)

@@ -18,7 +18,16 @@ from mixmo_fastai.data.expansion import expand
 from mixmo_fastai.data.loaders import STEPS_AT_ONCE, BatchLoader
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.losses import MixMoLoss
-from mixmo_fastai.mixing import BLEND_KINDS, check_kind, draw_lam, draw_masks, loss_weights
+from mixmo_fastai.mixing import (
+    QUICK_KINDS,
+    DrawnMixings,
+    Mixing,
+    check_kind,
+    draw_lam,
+    draw_masks,
+    draw_mixings,
+    loss_weights,
+)
 from mixmo_fastai.models.mixmo_model import MixMoModel, unwrap
 from mixmo_fastai.msda import (
     MsdaDraw,
@@ -110,6 +119,7 @@ class MixMoCallback(Callback):
         self.fit_seed = seed
         self.copies_in_batch, self.arranged = 1, False
         self.drawn_slots: tuple[Any, Tensor] | None = None
+        self.drawn_mixings: tuple[Any, DrawnMixings] | None = None
 
     def __call__(self, event_name: str) -> Any:
         """Run an event; fastai's preface to errors is taken off those that a person can act on."""
@@ -153,7 +163,7 @@ class MixMoCallback(Callback):
             return self.draw_slots(first_step, num_images, device)
 
         self.learn.dl, self.copies_in_batch, self.arranged = expand(loader, copies, arrange)
-        self.drawn_slots = None  # of another fit, perhaps
+        self.drawn_slots = self.drawn_mixings = None  # of another fit, perhaps
 
     def before_batch(self) -> None:
         """Replace inputs and targets by pairs, masks and weights."""
@@ -169,7 +179,7 @@ class MixMoCallback(Callback):
             slots = self._slots_of_step(len(x) // self.copies_in_batch, x.device)
             x, y = x.index_select(0, slots), y[slots]
         inputs, targets = (part.unflatten(0, by_member).transpose(0, 1) for part in (x, y))
-        masks, weights = self.draw_mixing(len(inputs), x)
+        masks, weights = self._mixing_of_step(len(inputs), x)
         if self.msda is None:
             self.learn.xb, self.learn.yb = (inputs, masks), (targets, weights)
             return
@@ -208,24 +218,41 @@ class MixMoCallback(Callback):
         slots = slots.transpose(1, 2).flatten(1)
         return slots if self.copies_in_batch > 1 else slots % num_images
 
-    def draw_mixing(self, batch_size: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw masks (B, M, 1 or D, h, w) and loss weights (B, M) for images like those of `x`."""
-        lam = draw_lam(
-            batch_size,
-            self._num_members,
-            self.alpha,
-            generator=self._generator("lam", x.device),
+    def _mixing_of_step(self, batch_size: int, x: Tensor) -> Mixing:
+        """Take this step's masks and weights out of those drawn for some steps at a time."""
+        at_once = STEPS_AT_ONCE if self.mix in QUICK_KINDS else 1
+        first = self.learn.iter - self.learn.iter % at_once
+        place = (self._epoch, first, batch_size, x.shape[-2:], x.device)
+        # Of what is dear to draw, nothing is drawn in vain; of the rest, it must not depend on the
+        # step at which it is drawn.
+        most = self.mix_prob if at_once > 1 else self.current_mix_prob()
+        if self.drawn_mixings is None or self.drawn_mixings[0] != place:
+            drawn = self.draw_mixings(first, at_once, batch_size, x, most)
+            self.drawn_mixings = place, drawn
+        return self.drawn_mixings[1].of(self.learn.iter - first, self.current_mix_prob())
+
+    def draw_mixings(
+        self, first_step: int, num_steps: int, batch_size: int, x: Tensor, mix_prob: float
+    ) -> DrawnMixings:
+        """Draw masks and loss weights of some steps with images like those of `x`.
+
+        Whether a step is mixed by regions is decided on the host: by a number that is drawn here,
+        and the probability at that step, of which `mix_prob` is the largest.
+        """
+        schedule = self._generator("schedule", "cpu", first_step)
+        return draw_mixings(
+            self.mix,
+            torch.rand(num_steps, generator=schedule).tolist(),
+            (batch_size, self._num_members),
+            unwrap(self.learn.model).mask_shape(*x.shape[-2:]),
+            mix_prob=mix_prob,
+            alpha=self.alpha,
+            weight_root=self.weight_root,
+            options=self.mask_options,
+            lam_generator=self._generator("lam", x.device, first_step),
+            mask_generator=self._generator("masks", x.device, first_step),
             device=x.device,
         )
-        kind = self.kind_of_batch()
-        masks, lam = draw_masks(
-            kind,
-            lam,
-            unwrap(self.learn.model).mask_shape(*x.shape[-2:]),
-            generator=self._generator("masks", x.device),
-            **(self.mask_options if kind == self.mix else {}),
-        )
-        return masks, loss_weights(lam, self.weight_root)
 
     def draw_msda(self, inputs: Tensor, masks: Tensor) -> tuple[MsdaDraw, Tensor]:
         """Draw the mixing of pixels, and the shares (B, M) that it leaves the own labels."""
@@ -241,13 +268,6 @@ class MixMoCallback(Callback):
         )
         shares = label_shares(draw.masks, masks)
         return make_own_image_major(draw, shares) if self._num_members > 1 else (draw, shares)
-
-    def kind_of_batch(self) -> str:
-        """Decide, on the host, how this batch is mixed: by regions or linearly."""
-        if self.mix in BLEND_KINDS:
-            return self.mix
-        chance = torch.rand((), generator=self._generator("schedule", "cpu")).item()
-        return self.mix if chance < self.current_mix_prob() else "linear"
 
     def current_mix_prob(self) -> float:
         """Tell the scheduled probability of mixing by regions; a rate search sees no decay."""

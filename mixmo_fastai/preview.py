@@ -68,7 +68,7 @@ def _as_columns(masks: Tensor, size: torch.Size) -> Tensor:
 
 def _denormalized(inputs: Tensor, training: Training) -> Tensor:
     loader = training.learn.dls.train
-    mean, std = (v.cpu()[:, None, None] for v in (loader.mean, loader.std))
+    mean, std = (v[:, None, None] for v in (loader.mean, loader.std))
     return (inputs * std + mean).clamp(0, 1)
 
 

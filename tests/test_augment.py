@@ -78,4 +78,4 @@ def test_normalize_is_the_formula(layout, channels):
     expected = (images / 255 - mean[:, None, None]) / std[:, None, None]
     found = normalize(images, mean, std)
     torch.testing.assert_close(found, expected)
-    assert found.is_contiguous(memory_format=layout)
+    assert found.is_contiguous(memory_format=torch.channels_last)

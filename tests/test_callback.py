@@ -146,6 +146,26 @@ class TestWhatTheNetworkSees:
             assert masks[:, 0, 0].flatten(1).unique(dim=0).shape[0] == expected
             assert bool((masks == masks[..., :1, :1]).all())  # the same at every place
 
+    @pytest.mark.parametrize("mix", ["cutmix", "noise"])
+    def test_a_step_is_mixed_alike_wherever_drawing_begins(self, mix):
+        """As when a run goes on in the middle of an epoch."""
+
+        class Forget(Callback):
+            order, run_valid = 0, False
+
+            def before_batch(self):
+                if self.learn.iter % 3 == 2:
+                    self.learn.mix_mo.drawn_mixings = None
+
+        seen = []
+        for cbs in ([], [Forget()]):
+            spy = Spy()
+            callback = MixMoCallback(mix, mix_prob=0.6, decay_start=0.2, seed=0)
+            learner(mixmo_dls(batch_size=3), cbs=[spy, *cbs], callback=callback).fit(2, 0.0)
+            seen.append([step[1] for step in spy.seen])
+        assert len(seen[0]) > 32
+        assert all(torch.equal(*masks) for masks in zip(*seen, strict=True))
+
     def test_half_of_the_batches_are_mixed_with_boxes(self):
         callback = MixMoCallback(seed=0, batch_repetitions=1)
         spy = Spy()
@@ -513,7 +533,7 @@ class TestMemberAccuracy:
 )
 def test_public_methods_are_events_or_documented_extras(kind):
     """fastai ignores a misspelt event in silence."""
-    extras = {"draw_slots", "draw_mixing", "draw_msda", "kind_of_batch", "current_mix_prob"}
+    extras = {"draw_slots", "draw_mixings", "draw_msda", "current_mix_prob"}
     extras |= {"state_tensors", "load_state_tensors", "finish", "restore", "weights_in_training"}
     extras |= {"after_trained_epoch"}
     own = {name for name, value in vars(kind).items() if callable(value) and name[0] != "_"}

@@ -13,6 +13,7 @@ from mixmo_fastai.mixing import (
     MASK_KINDS,
     draw_lam,
     draw_masks,
+    draw_mixings,
     loss_weights,
     mix_features,
 )
@@ -137,6 +138,56 @@ def test_roles_are_shuffled_per_batch_and_members_keep_their_lam():
     assert winners == {0, 1, 2}
 
 
+@pytest.mark.parametrize("num_members", [2, 3])
+def test_each_of_several_batches_has_roles_of_its_own(num_members):
+    lam = torch.full((60 * 4, num_members), 0.1)
+    lam[:, 0] = 1 - 0.1 * (num_members - 1)
+    masks, means = draw_masks("horizontal", lam, (1, 10, 10), num_batches=60, generator=generator())
+    top = masks[:, :, 0, 0, 0].view(60, 4, num_members)  # who is seen in the first row
+    firsts = {int(batch[0].argmax()) for batch in top if batch.max() == 1}
+    assert firsts == set(range(num_members))
+    assert torch.equal(top, top[:, :1].expand_as(top))  # one per batch
+    torch.testing.assert_close(means, masks.mean((2, 3, 4)))
+
+
+class TestDrawMixings:
+    def drawn(self, kind="cutmix", chances=(0.1, 0.7, 0.4), mix_prob=0.5, **options):
+        return draw_mixings(
+            kind, chances, (6, 2), (1, 8, 8), mix_prob=mix_prob, alpha=2.0, weight_root=3.0,
+            options=options, lam_generator=generator(1), mask_generator=generator(2),
+        )  # fmt: skip
+
+    def test_regions_come_where_chance_has_it(self):
+        drawn = self.drawn()
+        assert [mixing is None for mixing in drawn.regional] == [False, True, False]
+        kinds = [len(drawn.of(i, 0.5).masks[0, 0].unique()) for i in range(3)]
+        assert kinds == [2, 1, 2]
+        assert len(drawn.of(2, 0.3).masks[0, 0].unique()) == 1  # a probability that has fallen
+
+    def test_a_batch_has_one_lam_however_it_is_mixed(self):
+        drawn = self.drawn(mix_prob=1.0)
+        lam = draw_lam(18, 2, 2.0, generator=generator(1)).view(3, 6, 2)
+        for i in range(3):
+            blended, boxes = drawn.blended[i], drawn.regional[i]
+            assert torch.equal(blended.masks[:, :, 0, 0, 0], lam[i])
+            means = boxes.masks.mean((2, 3, 4))
+            torch.testing.assert_close(boxes.weights, loss_weights(means, 3.0))
+            # A box takes lam of the map, clipped and rounded down: of one member in every sample.
+            clipped = [bool((means[:, m] <= lam[i, :, m] + 1e-6).all()) for m in range(2)]
+            assert any(clipped)
+
+    @pytest.mark.parametrize("kind", ["sum", "linear"])
+    def test_kinds_that_blend_have_no_regions(self, kind):
+        drawn = self.drawn(kind)
+        assert drawn.regional == [None] * 3
+        expected, _ = draw_masks(kind, draw_lam(18, 2, 2.0, generator=generator(1)), (1, 8, 8))
+        assert torch.equal(torch.cat([mixing.masks for mixing in drawn.blended]), expected)
+
+    def test_options_are_those_of_the_kind(self):
+        small = self.drawn("patchup", block_size=1, mix_prob=1.0)
+        assert small.regional[0].masks.shape == (6, 2, 1, 8, 8)
+
+
 @golden.needs_golden
 def test_box_areas_agree_with_the_published_statistics():
     published = json.loads((golden.GOLDEN / "mask_statistics_alpha2_32x32.json").read_text())
@@ -212,6 +263,8 @@ def test_binary_kinds_are_binary():
         (("cutmix", (4, 2), (8, 8), {}), r"\(D, h, w\)"),
         (("cutmix", (4, 2), (1, 0, 8), {}), "1 or more"),
         (("cutmix", (4, 2), (1, 8, 8), {"sigma": 2}), "'sigma' of mask kind 'cutmix'"),
+        (("cutmix", (4, 2), (1, 8, 8), {"num_batches": 3}), "4 samples cannot be 3 batches"),
+        (("cutmix", (4, 2), (1, 8, 8), {"num_batches": 0}), "4 samples cannot be 0 batches"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):

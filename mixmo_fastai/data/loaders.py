@@ -22,11 +22,11 @@ from fastai.torch_core import TensorCategory, TensorImage, rank_distrib, to_deta
 from torch import Tensor
 
 from mixmo_fastai.augment import (
+    Normalizer,
     StoredImages,
     draw_alternating_flips,
     draw_crops,
     draw_flips,
-    normalize,
 )
 from mixmo_fastai.data.image_sets import ImageSet
 from mixmo_fastai.data.items import as_items
@@ -91,7 +91,8 @@ class BatchLoader(TfmdDL):
         self.images, self.classes, self.seed, self.epoch = images, classes, seed, 0
         self.augmentation = augmentation or Augmentation()
         self.augments = augmentation is not None
-        self.mean, self.std = (torch.tensor(v, device=device) for v in (mean, std))
+        self.mean, self.std = torch.tensor(mean), torch.tensor(std)
+        self.normalizer = Normalizer(self.mean, self.std, images.image_shape[2]).to(device)
         self.workers = num_workers
         # What fastai does item by item in show_batch, predict and test loaders; the same figures.
         super().__init__(
@@ -109,7 +110,7 @@ class BatchLoader(TfmdDL):
     def to(self, device: torch.device | str) -> None:
         """Move what batches are made of."""
         super().to(device)
-        self.mean, self.std = self.mean.to(self.device), self.std.to(self.device)
+        self.normalizer.to(self.device)
 
     def to_detach(self, b: Any, cpu: bool = True, gather: bool = True) -> Any:
         """Detach what fastai's metrics add up; a single number stays where it is.
@@ -159,7 +160,7 @@ class BatchLoader(TfmdDL):
         for number, group in enumerate(groups):
             cuts = self._draw(group, copies, arrange, (epoch, steps * number))
             for windows, labels in read(group, cuts):
-                x = normalize(windows, self.mean, self.std)
+                x = self.normalizer(windows)
                 yield x.as_subclass(TensorImage), labels.as_subclass(TensorCategory)
         self.epoch = epoch + 1
 

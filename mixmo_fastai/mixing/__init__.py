@@ -8,10 +8,12 @@ and `loss_weights`, which are deterministic.
 
     ratios.py   lam, and what the loss makes of it
     masks.py    any kind of mask for any number of members
+    batches.py  both for several batches at once
     regions.py  where role 0 is seen: boxes, stripes, blocks, cow spots, channels, noise
     features.py the mixing of features
 """
 
+from mixmo_fastai.mixing.batches import QUICK_KINDS, DrawnMixings, Mixing, draw_mixings
 from mixmo_fastai.mixing.features import mix_features
 from mixmo_fastai.mixing.masks import BINARY_KINDS, BLEND_KINDS, check_kind, draw_masks
 from mixmo_fastai.mixing.ratios import draw_lam, loss_weights
@@ -21,9 +23,13 @@ __all__ = [
     "BINARY_KINDS",
     "BLEND_KINDS",
     "MASK_KINDS",
+    "QUICK_KINDS",
+    "DrawnMixings",
+    "Mixing",
     "check_kind",
     "draw_lam",
     "draw_masks",
+    "draw_mixings",
     "loss_weights",
     "mix_features",
 ]

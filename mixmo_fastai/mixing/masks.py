@@ -28,6 +28,7 @@ def draw_masks(
     *,
     generator: torch.Generator | None = None,
     shuffle_roles: bool = True,
+    num_batches: int = 1,
     **options: float,
 ) -> tuple[Tensor, Tensor]:
     """Draw the mask of each member for each sample.
@@ -53,6 +54,8 @@ def draw_masks(
         generator: on lam's device.
         shuffle_roles: let chance decide, once per batch, which member is in role 0; otherwise it is
             member 0.
+        num_batches: into which the samples fall, one after the other and of equal size; each has
+            roles of its own.
         options: of the kind, such as block_size=5 for patchup.
 
     Returns:
@@ -60,23 +63,28 @@ def draw_masks(
         corrected to the mean of each mask.
 
     Raises:
-        InputError: unknown kind or option, wrong shapes, or a kind that needs two members has one.
+        InputError: unknown kind or option, wrong shapes, batches that are not of equal size, or a
+            kind that needs two members has one.
     """
-    _check_lam_and_shape(lam, shape)
+    _check_lam_and_shape(lam, shape, num_batches)
     check_kind(kind, lam.shape[1])
     check_options(kind, options)
     if kind in BLEND_KINDS:
-        masks = _blend(kind, lam)
+        means = lam if kind == "linear" else torch.full_like(lam, 1.0 / lam.shape[1])
+        masks = means[:, :, None, None, None]
     else:
-        roles = torch.arange(lam.shape[1], device=lam.device)
+        first = torch.zeros(num_batches, dtype=torch.int64, device=lam.device)
         if shuffle_roles:
-            roles = torch.randperm(lam.shape[1], generator=generator, device=lam.device)
-        # Role r is played by member roles[r]; members keep their own lam whatever role they play.
-        by_role = lam.index_select(1, roles)
-        region = REGIONS[kind](by_role[:, 0], shape, generator, **options)
-        masks = _share(region, by_role).index_select(1, roles.argsort())
-    # Means are taken before places that are alike are repeated.
-    return masks.expand(-1, -1, -1, *shape[1:]), masks.mean(dim=(2, 3, 4))
+            first = torch.randint(
+                lam.shape[1], (num_batches,), generator=generator, device=lam.device
+            )
+        inside, outside = _shares(lam, first)
+        region = REGIONS[kind]((lam * inside).sum(dim=1), shape, generator, **options)
+        # Means are taken before the members share the region, and before alike places are repeated.
+        means = torch.lerp(outside, inside, region.mean(dim=(1, 2, 3))[:, None])
+        inside, outside = (share[:, :, None, None, None] for share in (inside, outside))
+        masks = torch.addcmul(outside, inside - outside, region[:, None])
+    return masks.expand(-1, -1, -1, *shape[1:]), means
 
 
 def check_kind(kind: str, num_members: int) -> None:
@@ -107,24 +115,31 @@ def check_options(kind: str, options: Mapping[str, float]) -> None:
             raise InputError(f"Unknown option {name!r} of mask kind {kind!r}: {takes}.")
 
 
-def _blend(kind: str, lam: Tensor) -> Tensor:
-    shares = lam if kind == "linear" else torch.full_like(lam, 1.0 / lam.shape[1])
-    return shares[:, :, None, None, None]
+def _shares(lam: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+    """Share the inside and the outside of regions among the members.
 
+    Args:
+        lam: (B, M), of one or several batches one after the other.
+        first: (batches,), which member is in role 0 of each.
 
-def _share(region: Tensor, lam: Tensor) -> Tensor:
-    """Give `region` to role 0 and share the rest: (B, 1 or D, …) -> (B, M, 1 or D, …)."""
-    if lam.shape[1] == 2:
-        return torch.stack([region, 1 - region], dim=1)
-    others = lam[:, 1:]
+    Returns:
+        two of (B, M): all of the inside is role 0's; the others share the outside in proportion to
+        their lam, whatever role they play.
+    """
+    size, members = lam.shape
+    plays_first = torch.arange(members, device=lam.device) == first[:, None]
+    plays_first = plays_first[:, None].expand(-1, size // len(first), -1).reshape(size, members)
+    inside = plays_first.to(lam.dtype)
+    others = lam * (1 - inside)
     total = others.sum(dim=1, keepdim=True)
-    equal = torch.full_like(others, 1.0 / others.shape[1])
-    shares = torch.where(total > 0, others / total, equal)[:, :, None, None, None]  # (B, M-1, …)
-    return torch.cat([region[:, None], shares * (1 - region)[:, None]], dim=1)
+    outside = torch.where(total > 0, others / total, (1 - inside) / (members - 1))
+    return inside, outside
 
 
-def _check_lam_and_shape(lam: Tensor, shape: Shape) -> None:
+def _check_lam_and_shape(lam: Tensor, shape: Shape, num_batches: int) -> None:
     if lam.ndim != 2:
         raise InputError(f"lam must have shape (B, M); got {tuple(lam.shape)}.")
+    if num_batches < 1 or len(lam) % num_batches:
+        raise InputError(f"{len(lam)} samples cannot be {num_batches} batches of equal size.")
     if len(shape) != 3 or min(shape) < 1:
         raise InputError(f"shape must be (D, h, w), each 1 or more; got {tuple(shape)}.")
