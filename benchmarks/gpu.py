@@ -35,7 +35,8 @@ from steps import SIZE, Setup
 from torch import nn
 
 from mixmo_fastai.acceleration import Acceleration
-from mixmo_fastai.deferred import STEPS_PER_FETCH
+from mixmo_fastai.averaging import EMACallback
+from mixmo_fastai.devices import products
 from mixmo_fastai.flops import BACKWARD, count_flops
 from mixmo_fastai.losses import MixMoLoss
 from mixmo_fastai.recipe import load_recipe
@@ -97,12 +98,12 @@ def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm().clamp_min(1e-12))
 
 
-@torch.inference_mode()
 def _fused_difference(args: argparse.Namespace) -> float:
     setup = setup_of(args, autocast=None)
     model = setup.model().eval()
     x = torch.randn(32, 3, SIZE, SIZE, device=setup.path.device)
-    return _relative(setup.path.place(model.fuse())(x).cpu(), model(x).cpu())
+    with torch.inference_mode(), products(tf32=False):
+        return _relative(setup.path.place(model.fuse())(x).cpu(), model(x).cpu())
 
 
 def _repeats(args: argparse.Namespace) -> float:
@@ -118,36 +119,52 @@ def _repeats(args: argparse.Namespace) -> float:
 
 
 class _NoWaiting(Callback):
-    """Let torch raise where the program waits for the GPU, but at the recorder's own fetches."""
+    """Let torch raise wherever the program waits for the GPU, but in the recorder's own fetches."""
 
-    def before_epoch(self) -> None:
-        """Begin to count."""
-        self.watched = 0
+    order = -20
+
+    def __init__(self, set_mode: Callable[[str], None]) -> None:
+        super().__init__()
+        self.set_mode, self.watched, self.fetches = set_mode, 0, 0
+
+    def before_fit(self) -> None:
+        """Let the recorder fetch."""
+        recorder = self.learn.recorder
+        fetch = recorder.fetch
+
+        def fetch_unwatched() -> None:
+            self.set_mode("default")
+            fetch()
+            self.fetches += 1
+            self.set_mode("error" if self.watched else "default")
+
+        recorder.fetch = fetch_unwatched
 
     def before_batch(self) -> None:
         """Watch from the third step on; the first ones choose algorithms and take memory."""
-        if self.learn.iter >= 2 and len(self.learn.recorder.pending) < STEPS_PER_FETCH - 1:
-            torch.cuda.set_sync_debug_mode("error")
+        if self.learn.iter >= 2:
+            self.set_mode("error")
             self.watched += 1
 
-    def after_step(self) -> None:
-        """Go on through the optimizer; what follows may fetch."""
-        torch.cuda.set_sync_debug_mode("default")
-
-    after_cancel_batch = after_train = after_step
+    def after_train(self) -> None:
+        """Stop; an epoch's figures are read once."""
+        self.watched_in_all, self.watched = self.watched, 0
+        self.set_mode("default")
 
 
 def _waits(args: argparse.Namespace) -> str:
     setup = setup_of(args, arch="wrn10_1", batch_size=16)
-    if setup.path.device.type != "cuda":
-        return "not to be seen without a GPU"
-    learn, watch = setup.learner(max(40, args.steps), seed=1), _NoWaiting()
+    on_gpu = setup.path.device.type == "cuda"
+    mode = torch.cuda.set_sync_debug_mode if on_gpu else lambda _: None
+    watch = _NoWaiting(mode)
+    learn = setup.learner(max(50, args.steps), seed=1, more_cbs=[EMACallback(0.9)])
     try:
         with setup.path.applied(learn.model), learn.no_bar(), learn.no_logging():
             learn.fit(1, 1e-3, cbs=watch)
     finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return f"none in {watch.watched} steps"
+        mode("default")
+    seen = f"none in {watch.watched_in_all} steps, loader included, but {watch.fetches} fetches"
+    return seen if on_gpu else "not to be seen without a GPU"
 
 
 # Ceilings
@@ -197,6 +214,7 @@ def _convolutions_alone(setup: Setup) -> Callable[[], None]:
 def throughput(args: argparse.Namespace) -> Iterator[Figures]:
     """Measure training from the plain way to the fastest; all ways of one batch size in turns."""
     for size in args.batch_sizes:
+        torch._dynamo.reset()  # its limit of recompilations is one for all networks
         plain = setup_of(args, batch_size=size)
         ways = {
             "float32": plain.but(autocast=None),
@@ -242,8 +260,9 @@ def _rates(args: argparse.Namespace, subjects: dict[str, Callable[[], object]], 
         figures[name] = {
             "images_per_second": rate,
             "tflops": rate["median"] * flops / 1e12,
-            "share_of_peak": rate["median"] * flops / 1e12 / args.peak,
         }
+        if args.peak is not None and name != "float32":
+            figures[name]["share_of_peak"] = figures[name]["tflops"] / args.peak
     by_hand = next(name for name in ("channels last", "compiled") if name in seconds)
     for name in seconds:
         if name != by_hand:
@@ -328,6 +347,8 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     figures: Figures = {}
     for part in args.parts.split(","):
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
         began = time.perf_counter()
         try:
             _run(part, args, figures)
@@ -335,6 +356,8 @@ def main() -> None:
             figures[part] = {**figures.get(part, {}), "failed": f"{type(error).__name__}: {error}"}
             print(f"{part} failed: {error}", file=sys.stderr)
         figures.setdefault("seconds", {})[part] = round(time.perf_counter() - began, 1)
+        if args.peak is None and "tflops_bfloat16" in figures.get("ceilings", {}):
+            args.peak = figures["ceilings"]["tflops_bfloat16"]["median"]
         _write(args.out, figures)
     if any("failed" in figures[part] for part in args.parts.split(",")):
         raise SystemExit(1)
@@ -391,7 +414,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batches", type=int, default=320, help="of the input pipeline")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--side", type=int, default=8192, help="of the matrices")
-    parser.add_argument("--peak", type=float, default=790, help="TFLOP/s of matrix products")
+    parser.add_argument("--peak", type=float, help="TFLOP/s of matrix products; else as measured")
     parser.add_argument("--data", help="for the recipes: images of CIFAR-10")
     parser.add_argument("--recipes", type=lambda text: text.split(","), default=[*RECIPES])
     parser.add_argument("--recipe-arch", default="wrn28_10")

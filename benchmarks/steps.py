@@ -1,7 +1,7 @@
 """What benchmarks time: training steps on generated images, by hand and through a Learner."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,9 @@ class Setup:
 
         return run
 
-    def learner(self, num_steps: int, **settings: Any) -> Learner:
+    def learner(
+        self, num_steps: int, *, more_cbs: Iterable[Callback] = (), **settings: Any
+    ) -> Learner:
         """Give a Learner whose epochs have so many steps, and no validation."""
         repetitions = REPETITIONS if self.num_members > 1 else 1
         distinct = self.batch_size // repetitions
@@ -132,7 +134,7 @@ class Setup:
             num_members=self.num_members,
             batch_repetitions=repetitions,
             ghost_batch_size=self.ghost_batch_size,
-            cbs=_TrainingAlone(),
+            cbs=[*more_cbs, _TrainingAlone()],
             **settings,
         )
         self.path.place(learn.model)

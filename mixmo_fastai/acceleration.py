@@ -1,18 +1,23 @@
 """The fast path of a device: precision, memory format, compilation, threads.
 
 Chosen by the device, each part switchable in the recipe. Everything is in force within
-`Acceleration.applied` alone, and is taken back however that ends.
+`Acceleration.applied` alone, and is taken back however that ends, but for how a process on a CPU
+keeps its memory.
 """
 
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mixmo_fastai.devices import keep_freed_memory
+from mixmo_fastai.devices import keep_freed_memory, place, products
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.flops import training_flops
 from mixmo_fastai.models.mixmo_model import unwrap
@@ -46,8 +51,7 @@ class Acceleration:
 
     def place(self, model: nn.Module) -> nn.Module:
         """Move a network to the device, in its memory format."""
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        return model.to(self.device, memory_format=layout)  # type: ignore[call-overload]
+        return place(model, self.device, channels_last=self.channels_last)
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
@@ -58,12 +62,12 @@ class Acceleration:
         """
         with ExitStack() as stack:
             if self.device.type == "cuda":
-                stack.enter_context(_fast_float32(self.tf32))
+                stack.enter_context(products(tf32=self.tf32, autotune=True))
             else:
                 keep_freed_memory()
             if self.threads:
                 stack.enter_context(_threads(self.threads))
-            if self.autocast is not None or self.compiled:
+            if self.autocast is not None or self.compiled or not self.channels_last:
                 stack.enter_context(_forward(unwrap(model), self._wrapped))
             yield
 
@@ -77,19 +81,25 @@ class Acceleration:
         return ", ".join(parts)
 
     def _wrapped(self, plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Compile the pass of training, and compute either in the chosen precision.
+        """Compile the pass of training, and compute either in the chosen precision and layout.
 
-        Precision is entered and left within the pass, so that no error in between leaves it on; the
-        loss is computed in float32.
+        Precision is entered and left within the pass, so that no error in between leaves it on.
+
+        Args:
+            plain: the pass, (network, inputs, masks) -> logits.
         """
         trained: Any = torch.compile(plain, dynamic=False) if self.compiled else plain
 
-        def forward(inputs: Tensor, masks: Tensor | None = None) -> Tensor:
+        def forward(network: nn.Module, inputs: Tensor, masks: Tensor | None = None) -> Tensor:
+            if not self.channels_last:  # as loaders give them
+                inputs = _member_by_member(inputs) if inputs.ndim == 5 else inputs.contiguous()
+            if self.compiled and masks is not None:
+                masks = masks.contiguous()  # masks of all kinds alike, so that one compilation does
             # Evaluation has batches of other shapes, each of which would be compiled anew.
             run = plain if masks is None else trained
             with torch.autocast(self.device.type, self.autocast, self.autocast is not None):
-                logits: Tensor = run(inputs, masks)
-            return logits.float() if self.autocast is not None else logits
+                logits: Tensor = run(network, inputs, masks)
+            return logits
 
         return forward
 
@@ -103,8 +113,9 @@ def choose_acceleration(
 ) -> Acceleration:
     """Decide what the recipe leaves to the device.
 
-    On CUDA "auto" is bfloat16 where the GPU has it, else TF32, channels last, and compiled where
-    the training is long enough to pay for it. On a CPU it is float32, channels last, not compiled.
+    On CUDA "auto" is bfloat16 where the GPU has it, else TF32 where it has that, channels last, and
+    compiled where the training is long enough to pay for it and there is what compiling takes. On a
+    CPU it is float32, channels last, not compiled.
 
     Args:
         recipe: its train.precision, train.memory_format, train.compile and train.threads count.
@@ -114,38 +125,64 @@ def choose_acceleration(
         num_images: images that it will see.
 
     Raises:
-        InputError: bfloat16 is asked for on a GPU without it, or TF32 on a CPU.
+        InputError: bfloat16 or TF32 is asked for where there is none.
     """
     train, cuda = recipe.train, device.type == "cuda"
     has_bfloat16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     if train.precision == "bfloat16" and cuda and not has_bfloat16:
+        raise InputError("precision 'bfloat16' needs a GPU that has it; use --precision float32.")
+    has_tf32 = cuda and torch.cuda.get_device_capability(device) >= (8, 0)
+    if train.precision == "tf32" and not has_tf32:
         raise InputError(
-            "precision 'bfloat16' needs a GPU that has it; use --precision tf32 or float32."
+            "precision 'tf32' needs a CUDA device that has it; use --precision float32."
         )
-    if train.precision == "tf32" and not cuda:
-        raise InputError("precision 'tf32' needs a CUDA device; use --precision float32.")
     bfloat16 = train.precision == "bfloat16" or (train.precision == "auto" and has_bfloat16)
     compiled = train.compile == "on"
-    if train.compile == "auto" and cuda:
+    if train.compile == "auto" and cuda and _can_compile(device):
         compiled = training_flops(model, image_shape, num_images) >= WORTH_COMPILING
     return Acceleration(
         device,
         autocast=torch.bfloat16 if bfloat16 else None,
-        tf32=cuda and train.precision != "float32",
+        tf32=has_tf32 and train.precision != "float32",
         channels_last=train.memory_format != "contiguous",
         compiled=compiled,
         threads=train.threads,
     )
 
 
+def _can_compile(device: torch.device) -> bool:
+    """Tell whether torch.compile finds what it needs for a GPU."""
+    compilers = (os.environ.get("CC"), "cc", "gcc", "clang")
+    has_compiler = any(name and shutil.which(name) for name in compilers)
+    capable = torch.cuda.get_device_capability(device) >= (7, 0)
+    return has_compiler and capable and find_spec("triton") is not None
+
+
+def _member_by_member(inputs: Tensor) -> Tensor:
+    """Lay (B, M, C, H, W) out so that each member's batch (B, C, H, W) is contiguous."""
+    return inputs.transpose(0, 1).contiguous().transpose(0, 1)
+
+
 @contextmanager
 def _forward(network: nn.Module, wrap: Callable[..., Callable[..., Tensor]]) -> Iterator[None]:
-    """Give one network another forward pass for a while."""
-    network.forward = wrap(network.forward)  # type: ignore[method-assign]
+    """Give one network another forward pass for a while.
+
+    It is a method, so that copies of the network run on their own weights.
+    """
+    attributes = vars(network)
+    before = attributes.get("forward")
+    if before is None:
+        plain = type(network).forward
+    else:  # somebody else's
+        plain = getattr(before, "__func__", lambda _, *inputs: before(*inputs))
+    attributes["forward"] = MethodType(wrap(plain), network)
     try:
         yield
     finally:
-        del network.forward  # what hid the class's own
+        if before is None:
+            attributes.pop("forward", None)
+        else:
+            attributes["forward"] = before
 
 
 @contextmanager
@@ -156,18 +193,3 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def _fast_float32(tf32: bool) -> Iterator[None]:
-    """Let cuDNN try its algorithms, and say whether float32 may be rounded in products."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    cudnn = torch.backends.cudnn
-    try:
-        with cudnn.flags(
-            enabled=True, benchmark=True, deterministic=cudnn.deterministic, allow_tf32=tf32
-        ):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)

@@ -7,8 +7,9 @@ apply them and draw nothing.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+_FLIPPED_AT_ONCE = 4096
 
 
 class StoredImages:
@@ -26,8 +27,16 @@ class StoredImages:
 
     def __init__(self, images: Tensor, padding: int = 0, *, mirrored: bool = False) -> None:
         self.image_shape, self.padding, self.num_images = images.shape[1:], padding, len(images)
-        pixels = F.pad(images.permute(0, 2, 3, 1), (0, 0, *(padding,) * 4))  # (N, H+2p, W+2p, C)
-        self.pixels = torch.cat([pixels, pixels.flip(2)] if mirrored else [pixels]).contiguous()
+        channels, height, width = self.image_shape
+        padded = (height + 2 * padding, width + 2 * padding, channels)
+        copies = 2 if mirrored else 1
+        self.pixels = images.new_zeros((copies * self.num_images, *padded))
+        inner = self.pixels[:, padding : padding + height, padding : padding + width]
+        inner[: self.num_images] = images.permute(0, 2, 3, 1)
+        if mirrored:  # some at a time: a flip is a copy
+            for start in range(0, self.num_images, _FLIPPED_AT_ONCE):
+                part = images[start : start + _FLIPPED_AT_ONCE].permute(0, 2, 3, 1).flip(2)
+                inner[self.num_images + start :][: len(part)] = part
 
     @staticmethod
     def num_bytes(num_images: int, shape: torch.Size, padding: int, mirrored: bool) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from fastai.learner import Learner
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -185,4 +186,6 @@ def _restore_momentum(learn: Learner, buffers: dict[str, Tensor], folder: Path) 
         parameter = parameters[name]
         if buffer.shape != parameter.shape:
             raise InputError(f"The optimizer's state in {folder} is of another network: {name}.")
-        learn.opt.opt.state[parameter]["momentum_buffer"] = buffer.to(parameter.device)
+        # In the parameter's own layout: a fused optimizer takes no other.
+        own = torch.empty_like(parameter, requires_grad=False).copy_(buffer)
+        learn.opt.opt.state[parameter]["momentum_buffer"] = own

@@ -60,7 +60,12 @@ def train_run(
         part = _network(training, own, index)
         begun = resume and _is_begun(folder)
         if not begun:
-            create_run(own, folder.path, device=training.device_name)
+            create_run(
+                own,
+                folder.path,
+                device=training.device_name,
+                acceleration=training.acceleration.describe(),
+            )
         train(part, folder, cbs=cbs, resume=begun)
         del part  # before the next is built
         gc.collect()  # a Learner and its callbacks hold each other

@@ -30,9 +30,13 @@ class DeferredRecorder(Recorder):
         self.smooth_loss = _SmoothLossInPlace(self.smooth_loss.beta)
 
     def before_fit(self) -> None:
-        """Begin anew."""
+        """Begin anew; a plain bar, such as `no_bar` leaves behind it, must not wait either."""
         super().before_fit()
         self.pending = []
+        for callback in self.learn.cbs:
+            if type(callback) is ProgressCallback:
+                # Replaced by another, it would miss this event. fastai's own setter would warn.
+                object.__setattr__(callback, "__class__", DeferredProgressCallback)
 
     def after_batch(self) -> None:
         """Update the metrics, and note rate and loss of a step in training."""
@@ -72,8 +76,9 @@ class DeferredProgressCallback(ProgressCallback):
     def after_batch(self) -> None:
         """Move the bar."""
         self.pbar.update(self.learn.iter + 1)
-        if losses := self.learn.recorder.losses:
-            self.pbar.comment = f"{losses[-1].item():.4f}"
+        recorder = getattr(self.learn, "recorder", None)  # not while fastai gathers predictions
+        if recorder is not None and recorder.losses:
+            self.pbar.comment = f"{recorder.losses[-1].item():.4f}"
 
 
 class _SmoothLossInPlace(AvgSmoothLoss):

@@ -3,6 +3,8 @@
 import ctypes
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -33,10 +35,34 @@ def describe_device(device: torch.device) -> str:
     return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
-def place(model: nn.Module, device: torch.device) -> nn.Module:
-    """Move a network to where it trains, in the memory format that is fastest there."""
-    # Convolutions are faster with the channels innermost, on a CPU as on a GPU.
-    return model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+def place(model: nn.Module, device: torch.device, *, channels_last: bool = True) -> nn.Module:
+    """Move a network to where it runs; convolutions are faster with the channels innermost."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return model.to(device, memory_format=layout)  # type: ignore[call-overload]
+
+
+@contextmanager
+def products(*, tf32: bool, autotune: bool | None = None) -> Iterator[None]:
+    """Say, for a while, how a GPU multiplies float32.
+
+    Args:
+        tf32: whether products and convolutions may be rounded to TF32; torch's own default is that
+            convolutions are.
+        autotune: whether cuDNN tries its algorithms first; as it is where not given.
+    """
+    cudnn = torch.backends.cudnn
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    try:
+        with cudnn.flags(
+            enabled=cudnn.enabled,
+            benchmark=cudnn.benchmark if autotune is None else autotune,
+            deterministic=cudnn.deterministic,
+            allow_tf32=tf32,
+        ):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def keep_freed_memory() -> None:
@@ -44,12 +70,15 @@ def keep_freed_memory() -> None:
 
     By default it gives blocks of a batch's size back to the system at once, and the next batch pays
     a page fault for every 4 KiB again: up to a quarter of a step of a small network on a CPU. The
-    peak stays what it was. Where there is no glibc, nothing happens.
+    peak stays what it was. It holds for the rest of the process. Where there is no glibc, nothing
+    happens.
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if set_option is not None:
-        for option in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
-            set_option(option, 2**31 - 1)
+    if set_option is None:
+        return
+    # Older versions take no threshold above 32 MiB.
+    if any(set_option(_M_MMAP_THRESHOLD, limit) == 1 for limit in (2**31 - 1, 32 * 2**20)):
+        set_option(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h

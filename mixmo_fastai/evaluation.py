@@ -21,6 +21,7 @@ from mixmo_fastai.calibration import (
     thresholded_adaptive_calibration_error,
     top_predictions,
 )
+from mixmo_fastai.devices import products
 from mixmo_fastai.diversity import (
     disagreement,
     mean_probability_logits,
@@ -47,7 +48,7 @@ LabelledLogits = tuple[Tensor, Tensor] | None
 
 
 def collect_member_logits(model: Any, loader: Iterable[tuple[Tensor, Tensor]]) -> LabelledLogits:
-    """Show a network every image of a loader once.
+    """Show a network every image of a loader once; float32 is not rounded on any device.
 
     Args:
         model: a `MixMoModel`; its training mode is as before afterwards.
@@ -59,7 +60,7 @@ def collect_member_logits(model: Any, loader: Iterable[tuple[Tensor, Tensor]]) -
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), products(tf32=False):
             # Moved to the host at the end, so that a GPU never waits within the pass.
             batches = [(model.member_logits(x.as_subclass(Tensor)), y) for x, y in loader]
     finally:

@@ -9,11 +9,12 @@ metadata. Both take standardised images: (pixels / 255 - mean) / std.
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -93,31 +94,31 @@ def export_run(run: RunFolder, path: Path, data_dir: Path | None = None) -> dict
         relative_difference (of logits, as a share of the largest) and same_class (a share).
 
     Raises:
-        InputError: see `check_export`; or the data, for comparison, is not there.
+        InputError: see `check_export`; or the file exists, or there is no data to compare on.
         InputError: the file's logits are not the run's; nothing is left behind.
     """
     check_export(run, path)
+    if os.path.lexists(path):
+        raise InputError(f"{str(path)!r} exists and was not changed.")
     suffix, recipe, model = path.suffix.lower(), run.recipe(), load_network(run)
     source = read_source(recipe, data_dir)
     facts = run.data_facts() or facts_of(source)
     x = _standardised(source.test if len(source.test) else source.train, facts)
     fused = model.fuse()
-    temporary = path.with_name(f".{path.stem}.unchecked{suffix}")
     write, read = _FORMATS[suffix]
     try:
-        write(fused, facts, _metadata(recipe.model.arch, facts), temporary)
-        with torch.inference_mode():
-            expected = model(x)
-        # One image first: a network that only takes the batch it was written with is no use.
-        predict = read(temporary)
-        found = torch.cat([predict(x[:1]), predict(x[1:])])
-        agreement = _compare(found, expected, TOLERANCES[suffix])
-        temporary.replace(path)
-    except OSError as error:
+        with TemporaryDirectory(prefix=".unchecked-", dir=path.parent) as folder:
+            temporary = Path(folder) / f"network{suffix}"
+            write(fused, facts, _metadata(recipe.model.arch, facts), temporary)
+            with torch.inference_mode():
+                expected = model(x)
+            # One image first: a network that only takes the batch it was written with is no use.
+            predict = read(temporary)
+            found = torch.cat([predict(x[:1]), predict(x[1:])])
+            agreement = _compare(found, expected, TOLERANCES[suffix])
+            temporary.replace(path)
+    except (OSError, SafetensorError) as error:
         raise InputError(f"Cannot write {str(path)!r}: {error}.") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
     return {
         "arch": recipe.model.arch,
         "parameters": sum(p.numel() for p in fused.parameters()),
@@ -140,6 +141,11 @@ def load_fused(path: Path | str) -> ExportedNetwork:
     if path.is_dir() or not path.exists():
         raise InputError(f"There is no file {str(path)!r}.")
     try:
+        if path.suffix.lower() == ".onnx":
+            raise InputError(
+                f"{path} is for programs that run ONNX.\n"
+                "Write one for here: mixmo export RUN --to FILE.safetensors"
+            )
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -155,8 +161,13 @@ def load_fused(path: Path | str) -> ExportedNetwork:
             raise InputError(f"{path} has format {about['format']!r}; this version reads {FORMAT}.")
         facts = DataFacts.from_mapping(about["data"])
         arch = str(about["arch"])
-        model = create_model(arch, len(facts.classes), 1, facts.image_shape[0]).fuse()
-        model.load_state_dict(tensors)
+        with torch.device("meta"):  # no memory for what the file only claims to hold
+            parts = create_model(arch, len(facts.classes), 1, facts.image_shape[0])
+            model = FusedNetwork(parts.encoders[0], parts.core, parts.heads[0])
+        types = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+        if types != {name: tensor.dtype for name, tensor in tensors.items()}:
+            raise ValueError(f"its tensors are not those of {arch}")
+        model.load_state_dict(tensors, assign=True)
     except InputError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:

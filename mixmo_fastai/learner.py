@@ -19,6 +19,7 @@ from mixmo_fastai.averaging import EMACallback
 from mixmo_fastai.callback import MixMoCallback
 from mixmo_fastai.data.loaders import BatchLoader
 from mixmo_fastai.deferred import defer_readbacks
+from mixmo_fastai.devices import place
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.losses import MixMoLoss
 from mixmo_fastai.metrics import MemberAccuracy
@@ -96,6 +97,8 @@ def mixmo_learner(
         generator=make_generator(seed, "init"),
     )
     use_ghost_batches(model, ghost_batch_size)
+    if device := getattr(dls, "device", None):  # before the optimizer is made, which looks at it
+        place(model, torch.device(device))
     loss_func = kwargs.pop("loss_func", getattr(_dataset(dls), "loss_func", None))
     kwargs.setdefault("opt_func", sgd())
     kwargs.setdefault("metrics", [accuracy, MemberAccuracy()])

@@ -1,12 +1,13 @@
 """Learning-rate range test: a mock training with a growing rate, after which all is as before."""
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from fastai.callback.schedule import minimum, slide, steep, valley
 
+from mixmo_fastai.acceleration import Acceleration
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.training import Training
 
@@ -52,7 +53,7 @@ def search_lr(
     with tempfile.TemporaryDirectory() as folder:  # fastai parks the weights in a file
         learn.path = Path(folder)
         try:
-            with training.accelerated():
+            with _acceleration(training).applied(learn.model):
                 suggested = learn.lr_find(
                     start_lr=start,
                     end_lr=end,
@@ -75,3 +76,9 @@ def search_lr(
         losses=(losses[:num_finite] / num_members).tolist(),
         suggestions={name: float(rate) for name, rate in suggested._asdict().items()},
     )
+
+
+def _acceleration(training: Training) -> Acceleration:
+    """Take the training's own, but for a compilation that only the whole of it pays for."""
+    asked = training.recipe.train.compile == "on"
+    return replace(training.acceleration, compiled=asked)

@@ -17,6 +17,7 @@ import csv
 import dataclasses
 import itertools
 import json
+import math
 import os
 import platform
 import subprocess
@@ -54,14 +55,30 @@ class DataFacts:
         """Read what `dataclasses.asdict` gave, from JSON.
 
         Raises:
-            ValueError, KeyError, TypeError: it is something else.
+            ValueError: it is something else, or cannot be so.
         """
-        return cls(
-            tuple(str(name) for name in values["classes"]),
-            tuple(float(v) for v in values["mean"]),
-            tuple(float(v) for v in values["std"]),
-            tuple(int(v) for v in values["image_shape"]),
-        )
+        try:
+            parts = [values[name] for name in ("classes", "mean", "std", "image_shape")]
+            if not all(isinstance(part, list | tuple) for part in parts):
+                raise ValueError("it holds no lists of what the network must know of its data")
+            names, *figures = parts
+            mean, std = (tuple(float(v) for v in figure) for figure in figures[:2])
+            facts = cls(tuple(map(str, names)), mean, std, tuple(int(v) for v in figures[2]))
+        except (LookupError, TypeError, ArithmeticError) as error:
+            raise ValueError(f"{type(error).__name__}: {error}") from error
+        facts._check()
+        return facts
+
+    def _check(self) -> None:
+        """Refuse what no data can be like."""
+        if len(self.classes) < 2:
+            raise ValueError(f"it names {len(self.classes)} classes")
+        if len(self.image_shape) != 3 or min(self.image_shape) < 1:
+            raise ValueError(f"images cannot have the shape {self.image_shape}")
+        if not len(self.mean) == len(self.std) == self.image_shape[0]:
+            raise ValueError("mean and std must have one value per channel")
+        if not all(map(math.isfinite, self.mean)) or not all(0 < v < math.inf for v in self.std):
+            raise ValueError("mean must be finite and std above zero")
 
 
 class RunFolder:
@@ -176,7 +193,7 @@ class RunFolder:
             return DataFacts.from_mapping(json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, TypeError) as error:
             raise InputError(f"{path} is damaged: {error}.") from error
 
     def write_data_facts(self, facts: "DataFacts") -> None:
@@ -221,13 +238,16 @@ class RunFolder:
         write_atomically(self.path / "metrics.json", json.dumps(figures, indent=2) + "\n")
 
 
-def create_run(recipe: Recipe, path: Path | None = None, *, device: str = "") -> RunFolder:
+def create_run(
+    recipe: Recipe, path: Path | None = None, *, device: str = "", acceleration: str = ""
+) -> RunFolder:
     """Make a new run folder and write down what will be run, and where.
 
     Args:
         recipe: resolved.
         path: the folder itself; where not given, the first free `runs/<data set>-<name>-<n>`.
         device: what it runs on, in words.
+        acceleration: how it trains there, in words: precision, memory format, compilation.
 
     Raises:
         InputError: the folder exists and holds something, or cannot be made.
@@ -235,7 +255,7 @@ def create_run(recipe: Recipe, path: Path | None = None, *, device: str = "") ->
     try:
         folder = _claim(path) if path is not None else _claim_next(Path("runs"), run_label(recipe))
         write_atomically(folder / "recipe.toml", to_toml(recipe))
-        environment = describe_environment(recipe, device)
+        environment = describe_environment(recipe, device, acceleration)
         write_atomically(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
     except OSError as error:
         raise InputError(
@@ -344,13 +364,14 @@ def write_atomically(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def describe_environment(recipe: Recipe, device: str) -> dict[str, Any]:
+def describe_environment(recipe: Recipe, device: str, acceleration: str) -> dict[str, Any]:
     """Tell what a run is made with."""
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
         "seed": recipe.train.seed,
         "device": device,
+        "acceleration": acceleration,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),

@@ -271,6 +271,11 @@ def _with_augmentation(recipe: Recipe, source: DataSource) -> Recipe:
     data = recipe.data
     padding = source.crop_padding if data.crop_padding is None else data.crop_padding
     flip = source.flip if data.flip is None else data.flip
+    if data.alternating_flip and not flip:
+        raise InputError(
+            "data.alternating_flip mirrors every second copy, but images are not mirrored here.\n"
+            "Set data.flip=true, or leave data.alternating_flip out."
+        )
     return replace(recipe, data=replace(data, crop_padding=padding, flip=flip))
 
 

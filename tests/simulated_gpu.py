@@ -25,7 +25,7 @@ class Watch(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.seen = []
+        self.seen, self.fused_steps = [], 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.__name__.split(".")[0]
@@ -35,6 +35,10 @@ class Watch(TorchDispatchMode):
         if name == "_local_scalar_dense":
             return 0.5  # whatever it is: there is none
         if name == "_fused_sgd_":
+            # As the kernel asks: parameters, gradients and momenta lie alike.
+            for tensors in zip(*filter(None, args[:3]), strict=True):
+                assert len({(t.shape, t.stride(), t.device) for t in tensors}) == 1
+            self.fused_steps += 1
             return None
         out = func(*args, **(kwargs or {}))
         if name in ("_to_copy", "copy_") and before | {out.device.type} == {"cpu", "cuda"}:
@@ -61,12 +65,41 @@ def learner_on_gpu(monkeypatch, num_steps, **settings):
         for loader in dls.loaders:
             loader.to("cuda")
         dls.device = torch.device("cuda")
+        monkeypatch.setattr("mixmo_fastai.learner.create_model", _on_gpu(create_model))
         learn = mixmo_learner(dls, "wrn10_1", seed=1, **settings)
-        with torch.device("cuda"):
-            learn.model = create_model("wrn10_1", 3, 2)
-        learn.model.to = lambda *_, **__: learn.model
         learn._backward = lambda: _zero_gradients(learn.model)
         yield learn
+
+
+def _on_gpu(create):
+    """Make networks where they are sent: fake tensors cannot move within a module."""
+
+    def make(*args, **kwargs):
+        model = create(*args, **kwargs)
+        sent = []
+
+        def to(device=None, *_, memory_format=None, **__):
+            if not sent:
+                assert torch.device(device).type == "cuda"
+                assert memory_format == torch.channels_last
+                for module in model.modules():
+                    for tensors in (module._parameters, module._buffers):
+                        for name, tensor in tensors.items():
+                            if tensor is not None:
+                                tensors[name] = _moved(tensor, memory_format)
+            sent.append(device)
+            return model
+
+        model.to = to
+        return model
+
+    return make
+
+
+def _moved(tensor, layout):
+    moved = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+    moved = moved.to(memory_format=layout) if tensor.ndim == 4 else moved
+    return torch.nn.Parameter(moved) if isinstance(tensor, torch.nn.Parameter) else moved
 
 
 def _zero_gradients(model):

@@ -1,4 +1,5 @@
 import copy
+import pickle
 import shutil
 from dataclasses import replace
 
@@ -6,10 +7,12 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 from synthetic import mixmo_dls
+from torch import nn
 
 from mixmo_fastai import acceleration
 from mixmo_fastai.acceleration import Acceleration, choose_acceleration
 from mixmo_fastai.cli import run as program
+from mixmo_fastai.devices import products
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.flops import count_flops, training_flops
 from mixmo_fastai.learner import mixmo_learner
@@ -129,12 +132,45 @@ class TestNothingLeaks:
     def test_float32_products_are_rounded_only_within(self, tf32):
         cudnn = torch.backends.cudnn
         before = torch.get_float32_matmul_precision(), cudnn.benchmark, cudnn.allow_tf32
-        with acceleration._fast_float32(tf32):
+        with products(tf32=tf32, autotune=True):
             assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
             assert cudnn.benchmark
             assert cudnn.allow_tf32 == tf32
         after = torch.get_float32_matmul_precision(), cudnn.benchmark, cudnn.allow_tf32
         assert after == before
+
+    def test_a_copy_made_within_runs_on_its_own_weights(self):
+        model = create_model("wrn10_1", 3, 2)
+        x = torch.randn(2, 3, 8, 8)
+        with Acceleration(CPU, torch.bfloat16).applied(model.eval()):
+            twin, sent = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+            for other in (twin, sent):
+                for head in other.heads:
+                    nn.init.zeros_(head.weight)
+                assert not other(x).any()
+            assert model(x).any()
+
+    def test_one_within_the_other(self):
+        model = create_model("wrn10_1", 3, 2).eval()
+        x, seen = torch.randn(2, 3, 8, 8), []
+        model.core.register_forward_hook(
+            lambda *_: seen.append((torch.is_autocast_enabled("cpu"), torch.get_num_threads()))
+        )
+        threads = torch.get_num_threads()
+        with Acceleration(CPU, torch.bfloat16).applied(model):
+            with Acceleration(CPU, channels_last=False, threads=threads + 1).applied(model):
+                model(x)
+            model(x)
+        model(x)
+        # The inner one switches no precision off that the outer one switched on.
+        assert seen == [(True, threads + 1), (True, threads), (False, threads)]
+
+    def test_another_forward_of_the_network_stays(self):
+        model = create_model("wrn10_1", 3, 2).eval()
+        model.forward = mine = lambda x, masks=None: x + 1
+        with Acceleration(CPU, torch.bfloat16).applied(model):
+            assert model(torch.ones(1, 3, 8, 8)).eq(2).all()
+        assert vars(model)["forward"] is mine
 
     def test_evaluation_is_not_compiled(self, monkeypatch):
         def refuse(*_, **__):
@@ -148,6 +184,38 @@ class TestNothingLeaks:
                 model(*batch(model))
 
 
+class TestLayout:
+    @pytest.mark.parametrize("channels_last", [True, False])
+    def test_encoders_see_what_was_asked_for(self, channels_last):
+        seen = []
+        learn = mixmo_learner(mixmo_dls(), "wrn10_1", seed=0)
+        path = Acceleration(CPU, channels_last=channels_last)
+        path.place(learn.model)
+        for encoder in learn.model.encoders:
+            encoder.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        with path.applied(learn.model), learn.no_bar(), learn.no_logging():
+            learn.fit(1, 1e-3)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        assert len(seen) > 4
+        assert all(x.is_contiguous(memory_format=layout) for x in seen)
+        weight = learn.model.core.groups[0][0].conv1.weight
+        assert weight.is_contiguous(memory_format=layout)
+
+    def test_masks_of_all_kinds_are_compiled_alike(self, monkeypatch):
+        strides = set()
+
+        def compiled(function, **_):
+            def run(network, inputs, masks):
+                strides.add(masks.stride())
+                return function(network, inputs, masks)
+
+            return run
+
+        monkeypatch.setattr(torch, "compile", compiled)
+        trained(Acceleration(CPU, compiled=True), mix_prob=0.5, batch_repetitions=1)
+        assert len(strides) == 1
+
+
 class TestChoice:
     @staticmethod
     def choose(device, num_images=1000, **settings):
@@ -158,8 +226,11 @@ class TestChoice:
 
     @pytest.fixture(autouse=True)
     def a_gpu(self, monkeypatch):
-        """One that has bfloat16, or one that has not."""
-        self.has_bfloat16 = True
+        """One that has bfloat16, or one that has not; with all that compiling takes."""
+        self.has_bfloat16, self.capability = True, (9, 0)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: self.capability)
+        monkeypatch.setattr(acceleration, "find_spec", lambda _: "there")
+        monkeypatch.setattr(acceleration.shutil, "which", lambda name: f"/usr/bin/{name}")
         monkeypatch.setattr(
             torch.cuda, "is_bf16_supported", lambda including_emulation: self.has_bfloat16
         )
@@ -168,8 +239,12 @@ class TestChoice:
         assert self.choose(CUDA).describe() == "bfloat16, channels last"
         self.has_bfloat16 = False
         assert self.choose(CUDA).describe() == "TF32, channels last"
-        with pytest.raises(InputError, match="--precision tf32"):
+        with pytest.raises(InputError, match="--precision float32"):
             self.choose(CUDA, precision="bfloat16")
+        self.capability = (7, 5)
+        assert self.choose(CUDA).describe() == "float32, channels last"
+        with pytest.raises(InputError, match="--precision float32"):
+            self.choose(CUDA, precision="tf32")
 
     def test_a_cpu_gets_float32(self):
         assert self.choose(CPU).describe() == "float32, channels last"
@@ -191,6 +266,17 @@ class TestChoice:
         assert self.choose(CUDA, int(enough) + 1).compiled
         assert not self.choose(CUDA, int(enough) + 1, compile="off").compiled
         assert not self.choose(CPU, int(enough) + 1).compiled
+
+    @pytest.mark.parametrize("missing", ["triton", "compiler", "capability"])
+    def test_nothing_is_compiled_by_itself_where_it_would_fail(self, monkeypatch, missing):
+        if missing == "triton":
+            monkeypatch.setattr(acceleration, "find_spec", lambda _: None)
+        elif missing == "compiler":
+            monkeypatch.setattr(acceleration.shutil, "which", lambda _: None)
+        else:
+            self.capability = (6, 1)
+        assert not self.choose(CUDA, 10**15).compiled
+        assert self.choose(CUDA, 10**15, compile="on").compiled
 
 
 def test_operations_are_counted_as_multiplied_and_added():

@@ -1,6 +1,7 @@
 import fastai.callback.schedule  # noqa: F401
 import pytest
 import torch
+from fastai.callback.core import CancelFitException, FetchPredsCallback
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner, Recorder
 from fastai.metrics import accuracy
@@ -67,12 +68,11 @@ def test_an_epoch_cut_short_loses_no_loss():
 
     def stop():
         if learn.train_iter == 3:
-            raise KeyboardInterrupt
+            raise CancelFitException
 
     learn.recorder.before_batch = stop
-    with pytest.raises(KeyboardInterrupt), learn.no_logging():
+    with learn.no_logging():
         learn.fit(1, 1e-3)
-    learn.recorder.fetch()
     assert len(learn.recorder.losses) == 3
 
 
@@ -99,9 +99,30 @@ def test_a_learner_without_a_bar_gets_none():
 
 
 def test_the_bar_shows_a_fetched_loss(capsys):
+    learn = learner(DeferredRecorder(every=5))
+    learn.add_cb(DeferredProgressCallback())
+    shown = []
+    own = learn.progress.after_batch
+    learn.progress.after_batch = lambda: (own(), shown.append(learn.progress.pbar.comment))
+    learn.fit(1, 1e-3)
+    losses = [f"{loss.item():.4f}" for loss in learn.recorder.losses]
+    assert shown[4:17] == [losses[4]] * 5 + [losses[9]] * 5 + [losses[14]] * 3
+
+
+def test_a_plain_bar_does_not_come_back():
+    """fastai's `no_bar` puts one back."""
     learn = defer_readbacks(learner(Recorder()))
     learn.add_cb(DeferredProgressCallback())
+    with learn.no_bar():
+        learn.fit(1, 1e-3)
     learn.fit(1, 1e-3)
-    assert learn.progress.pbar is not None
-    shown = learn.progress.pbar.comment
-    assert shown == "" or float(shown) > 0
+    assert type(learn.progress) is DeferredProgressCallback
+
+
+def test_predictions_are_gathered_beside_the_bar():
+    """fastai then leaves the recorder out."""
+    learn = learner(DeferredRecorder())
+    learn.add_cb(DeferredProgressCallback())
+    gather = FetchPredsCallback()
+    learn.fit(1, 1e-3, cbs=gather)
+    assert len(gather.preds[0]) == len(learn.dls.valid_ds)

@@ -7,7 +7,7 @@ import onnxruntime
 import pytest
 import torch
 from datasets import write_image_folder
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from mixmo_fastai import export, load_fused
@@ -46,6 +46,14 @@ def trained(images, folder, **changes):
     run = create_run(resolve_recipe(str(images), None, settings), folder)
     train_run(prepare(run.recipe(), folder.parent), run)
     return run
+
+
+DATA = {
+    "classes": ["cat", "dog", "fish"],
+    "mean": [0.5, 0.5, 0.5],
+    "std": [0.2, 0.2, 0.2],
+    "image_shape": [3, 8, 8],
+}
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +184,47 @@ def test_missing_packages_are_named(run, tmp_path, monkeypatch, capsys):
     assert "ONNX files need onnxruntime." in capsys.readouterr().err
 
 
+def test_a_file_that_exists_stays(run, fused_file):
+    before = fused_file.read_bytes()
+    with pytest.raises(InputError, match="exists and was not changed"):
+        export_run(run, fused_file)
+    assert fused_file.read_bytes() == before
+
+
+def test_tensors_of_another_type_are_refused(fused_file, tmp_path):
+    with safe_open(fused_file, "pt") as file:
+        metadata = file.metadata()
+    halves = {
+        name: t.half() if t.is_floating_point() else t for name, t in load_file(fused_file).items()
+    }
+    save_file(halves, tmp_path / "half.safetensors", metadata=metadata)
+    with pytest.raises(InputError, match="its tensors are not those of wrn10_1"):
+        load_fused(tmp_path / "half.safetensors")
+
+
+def test_loading_draws_nothing(fused_file):
+    before = torch.get_rng_state()
+    model = load_fused(fused_file).model
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(p.device.type == "cpu" and p.requires_grad for p in model.parameters())
+
+
+def test_an_onnx_file_is_not_read_here(tmp_path, images, capsys):
+    (tmp_path / "net.onnx").write_bytes(b"onnx")
+    assert program(["predict", str(tmp_path / "net.onnx"), str(images)]) == 2
+    assert "--to FILE.safetensors" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_is_named(run, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(export, "save_file", fail)
+    with pytest.raises(InputError, match=r"Cannot write .*: No space left"):
+        export_run(run, tmp_path / "net.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_runs_own_weights_are_no_exported_network(run, images, capsys):
     assert program(["predict", str(run.weights), str(images)]) == 2
     assert "is not an exported network" in capsys.readouterr().err
@@ -195,8 +244,17 @@ def changed(path, tmp_path, **changes):
         ({"format": "mixmo-fused-9"}, f"format 'mixmo-fused-9'; this version reads {FORMAT}"),
         ({"arch": "wrn16_1"}, "is damaged"),
         ({"arch": "lenet"}, "lenet"),
+        ({"arch": "wrn9994_999"}, "is damaged"),  # before any memory is taken for it
+        ({"arch": None}, "None"),
         ({"data": {"classes": ["a"]}}, "is damaged"),
         ({"data": None}, "is damaged"),
+        ({"data": {**DATA, "image_shape": []}}, "cannot have the shape"),
+        ({"data": {**DATA, "image_shape": [3, 0, 8]}}, "cannot have the shape"),
+        ({"data": {**DATA, "image_shape": [float("inf"), 8, 8]}}, "is damaged: OverflowError"),
+        ({"data": {**DATA, "mean": [0.5, 0.5]}}, "one value per channel"),
+        ({"data": {**DATA, "std": [0.2, 0.0, 0.2]}}, "std above zero"),
+        ({"data": {**DATA, "mean": [0.5, float("nan"), 0.5]}}, "mean must be finite"),
+        ({"data": {**DATA, "classes": "abc"}}, "is damaged"),
     ],
 )
 def test_changed_files_are_refused(fused_file, tmp_path, changes, message):

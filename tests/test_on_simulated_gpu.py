@@ -27,7 +27,7 @@ def waits(monkeypatch, folder, num_steps, *, recorder=None, **settings):
         cbs = [ParamScheduler(rates)] + ([history] if recorder is None else [])
         with Watch() as watch, learn.no_bar(), learn.no_logging():
             learn.fit(1, 1e-3, cbs=cbs)
-        assert learn.opt.opt.defaults["fused"]
+        assert watch.fused_steps == len(learn.dls.train)
         assert learn.train_iter == len(learn.dls.train)
     return watch.seen
 

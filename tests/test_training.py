@@ -353,6 +353,17 @@ def test_a_checkpoint_of_another_network_is_refused(run, tmp_path):
     assert len(str(caught.value).splitlines()) <= 3
 
 
+def test_momentum_comes_back_in_the_layout_of_its_parameter(run):
+    """A fused optimizer takes no other."""
+    learn = prepare(run.recipe()).learn
+    load_checkpoint(run, learn)
+    state = learn.opt.opt.state
+    assert len(state) == len([*learn.model.parameters()])
+    for parameter, own in state.items():
+        assert own["momentum_buffer"].stride() == parameter.stride()
+        assert not own["momentum_buffer"].requires_grad
+
+
 @pytest.mark.parametrize("change", [{"other": torch.zeros(1)}, None])
 def test_momentum_of_another_network_is_refused(run, tmp_path, change):
     copy = copy_of(run, tmp_path / "copy")

@@ -84,7 +84,12 @@ def _start(recipe: Recipe, out: Path | None, data_dir: Path | None, output: Outp
     from mixmo_fastai.training import prepare
 
     training = prepare(recipe, data_dir)
-    output.run = create_run(training.recipe, out, device=training.device_name)
+    output.run = create_run(
+        training.recipe,
+        out,
+        device=training.device_name,
+        acceleration=training.acceleration.describe(),
+    )
     _say_plan(training, output)
     _train(training, output.run, output, resume=False)
 

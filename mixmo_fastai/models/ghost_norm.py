@@ -23,6 +23,8 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
             one image, as make none larger.
         kwargs: of `nn.BatchNorm2d`.
 
+    Under fastai's `distrib_ctx` say `sync_bn=False`, or each becomes one over all processes.
+
     Shapes: (B, C, H, W) -> (B, C, H, W).
 
     Raises:
@@ -39,9 +41,11 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         num_groups = -(-len(x) // self.group_size)
         if not self.training or num_groups < 2:
             return super().forward(x)
-        return torch.cat(
-            [super(GhostBatchNorm2d, self).forward(g) for g in x.tensor_split(num_groups)]
-        )
+        small, num_larger = divmod(len(x), num_groups)
+        sizes = [small + 1] * num_larger + [small] * (num_groups - num_larger)
+        # One split has one backward pass; slices would each fill a gradient of the whole batch.
+        groups = torch.split(x, sizes)
+        return torch.cat([super(GhostBatchNorm2d, self).forward(group) for group in groups])
 
     def extra_repr(self) -> str:
         own: str = super().extra_repr()  # type: ignore[no-untyped-call]

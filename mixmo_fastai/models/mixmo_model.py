@@ -141,7 +141,9 @@ class MixMoModel(nn.Module):
     def _decode(self, features: Tensor) -> Tensor:
         """(B, D, h, w) -> member logits (B, M, K)."""
         embedding = self.core(features)
-        return torch.stack([head(embedding) for head in self.heads], dim=1)
+        logits = torch.stack([head(embedding) for head in self.heads], dim=1)
+        # In half precision, means of members and their classes would often tie.
+        return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
 
 def unwrap(model: nn.Module) -> Any:
