@@ -297,7 +297,9 @@ class TestFastaisViews:
         for kind in (ResidentLoader, StreamingLoader):
             dl = loader(kind)
             dl.to("meta")
-            assert dl.mean.device.type == dl.std.device.type == "meta"
+            held = [dl.normalizer.scale, dl.normalizer.shift]
+            held += [dl.stored.pixels, dl.labels] if kind is ResidentLoader else []
+            assert {tensor.device.type for tensor in held} == {"meta"}
         assert dl.device.type == "meta"
 
     def test_batches_are_shown(self):
