@@ -120,6 +120,7 @@ def main():
     parser.add_argument("--other-batches", type=int, default=60)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--pause", type=float, default=0.5, help="seconds before each time")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -134,6 +135,7 @@ def main():
         {name: partial(takers[name], count) for name, count in counts.items()},
         args.repeats,
         warmup=1,
+        pause=args.pause,  # workers go on fetching ahead for a while
     )
     per_pair = {name: [s / counts[name] / BATCH for s in seconds[name]] for name in counts}
     rates = {name: spread([1 / s for s in values]) for name, values in per_pair.items()}

@@ -16,9 +16,12 @@ RATIO = "{median:.3f} ({min:.3f} to {max:.3f})"
 
 
 def interleaved(
-    subjects: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 2
+    subjects: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 2, pause: float = 0
 ) -> dict[str, Seconds]:
-    """Time each subject once per round, so that a slow minute hits all of them alike."""
+    """Time each subject once per round, so that a slow minute hits all of them alike.
+
+    A pause of some seconds before each lets processes of the one before come to rest.
+    """
     for _ in range(warmup):
         for subject in subjects.values():
             subject()
@@ -26,6 +29,7 @@ def interleaved(
     for _ in range(repeats):
         for name, subject in subjects.items():
             _finish_queue()
+            time.sleep(pause)
             began = time.perf_counter()
             subject()
             _finish_queue()
