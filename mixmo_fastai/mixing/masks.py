@@ -83,7 +83,8 @@ def draw_masks(
         # Means are taken before the members share the region, and before alike places are repeated.
         means = torch.lerp(outside, inside, region.mean(dim=(1, 2, 3))[:, None])
         inside, outside = (share[:, :, None, None, None] for share in (inside, outside))
-        masks = torch.addcmul(outside, inside - outside, region[:, None])
+        # A product and a sum in place: of these shapes, addcmul takes twice the time on a CPU.
+        masks = (region[:, None] * (inside - outside)).add_(outside)
     return masks.expand(-1, -1, -1, *shape[1:]), means
 
 

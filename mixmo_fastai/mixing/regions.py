@@ -29,8 +29,8 @@ def box(area: Tensor, shape: Shape, generator: Generator) -> Tensor:
         (B, 1, h, w), binary.
     """
     # Multiplied as numbers: a CPU has no quick way to combine booleans of two shapes.
-    rows = _span(area, shape[1], generator).to(area.dtype)  # (B, h)
-    columns = _span(area, shape[2], generator).to(area.dtype)  # (B, w)
+    rows = _span(area, shape[1], generator)  # (B, h)
+    columns = _span(area, shape[2], generator)  # (B, w)
     return rows[:, None, :, None] * columns[:, None, None, :]
 
 
@@ -167,12 +167,14 @@ SOFT_REGIONS = ("patchup-soft", "noise")
 
 
 def _span(area: Tensor, length: int, generator: Generator) -> Tensor:
-    """Draw one side of a box of the given area share: (B,) -> (B, length) bool."""
+    """Draw one side of a box of the given area share: (B,) -> (B, length), 0 and 1."""
     half = (length * area.sqrt()).long().div(2, rounding_mode="floor")
     centre = torch.randint(length, area.shape, generator=generator, device=area.device)
-    places = torch.arange(length, device=area.device)
-    # Comparing places that exist clips the box to the map.
-    return (places >= (centre - half)[:, None]) & (places < (centre + half)[:, None])
+    # Row k of the table holds k ones and then zeros: a span is all before its end less all before
+    # its start, both clipped to the map. Two looked-up rows are quicker than two comparisons.
+    before = torch.ones((length + 1, length), dtype=area.dtype, device=area.device).tril(-1)
+    ends, starts = (centre + half).clamp(max=length), (centre - half).clamp(min=0)
+    return before.index_select(0, ends).sub_(before.index_select(0, starts))
 
 
 def _first(area: Tensor, length: int) -> Tensor:
