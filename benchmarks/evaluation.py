@@ -10,6 +10,7 @@ import torch
 from measure import interleaved, report, spread
 
 from mixmo_fastai.bootstrap import intervals
+from mixmo_fastai.devices import keep_freed_memory
 from mixmo_fastai.evaluation import evaluate_parts
 
 
@@ -29,6 +30,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    keep_freed_memory()  # as `mixmo eval` does
     test = draw(args.images, args.members, args.classes, 0)
     validation = draw(max(60, args.images // 10), args.members, args.classes, 1)
     mean = test[0].double().mean(dim=1)

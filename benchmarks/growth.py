@@ -14,6 +14,7 @@ from evaluation import draw
 from measure import RATIO, SECONDS, interleaved, paired_ratio, report, rows_of, spreads
 from steps import Setup, parser_of_steps
 
+from mixmo_fastai.devices import keep_freed_memory
 from mixmo_fastai.evaluation import evaluate_parts
 
 MEMBERS, CLASSES = (1, 2, 3, 4), 100
@@ -77,6 +78,7 @@ def main():
     parser.add_argument("--images", type=int, default=16_000, help="of the largest test set")
     args = parser.parse_args()
     setup = Setup.from_arguments(args)
+    keep_freed_memory()  # as training and `mixmo eval` do
     with TemporaryDirectory() as folder, torch.no_grad():
         groups = [evaluations(args.images), starts(Path(folder))]
         seconds = [interleaved(group, args.repeats, warmup=1) for group in groups]

@@ -22,7 +22,7 @@ from mixmo_fastai.data.loose_images import PixelLoader, as_shape, decode_readabl
 from mixmo_fastai.data.sources import load_source
 from mixmo_fastai.data.splits import split_validation
 from mixmo_fastai.detection import detection_figures
-from mixmo_fastai.devices import choose_device, place
+from mixmo_fastai.devices import choose_device, keep_freed_memory, place
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.evaluation import LabelledLogits, collect_member_logits, evaluate_parts
 from mixmo_fastai.models import MixMoModel, create_model
@@ -243,6 +243,7 @@ def open_finished(
     """
     recipe = run.recipe()
     run.check_trained()
+    keep_freed_memory()  # the figures of a large test set take half the time
     chosen = choose_device(device or recipe.train.device)
     source = source or read_source(recipe, data_dir)
     channels, model = source.test.image_shape[0], recipe.model
