@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mixmo_fastai.calibration import expected_calibration_error, nll, top_predictions
-from mixmo_fastai.checkpoints import load_weights
+from mixmo_fastai.checkpoints.weights import load_weights
 from mixmo_fastai.data.corruptions import make_corrupted, read_official
 from mixmo_fastai.data.dataloaders import make_evaluation_loaders
 from mixmo_fastai.data.image_sets import DataSource, ImageSet

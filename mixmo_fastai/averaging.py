@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.models.mixmo_model import unwrap
+from mixmo_fastai.models.mixmo_model import first_difference, unwrap
 
 
 class EMACallback(Callback):
@@ -63,6 +63,7 @@ class EMACallback(Callback):
             self.averages = _copied(self.tensors)
         # A resumed average was read before the network was moved to its device.
         self.averages = {n: a.to(self.tensors[n].device) for n, a in self.averages.items()}
+        self.version = self._version()  # a resumed epoch may have no batch left
 
     def before_batch(self) -> None:
         """Go on with the weights that are trained, after a validation in the middle of an epoch."""
@@ -121,19 +122,22 @@ class EMACallback(Callback):
         """Give what a resumed fit needs beside the weights that are trained."""
         return {**self.averages, _NUM_STEPS: torch.tensor(self.num_steps)}
 
-    def load_state_tensors(self, state: Mapping[str, Tensor]) -> None:
+    def load_state_tensors(self, state: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
         """Go on from `state_tensors` in the next fit.
+
+        Args:
+            state: what it gave.
+            like: the tensors of the network that goes on.
 
         Raises:
             InputError: they are of another network.
         """
-        own = self._tensors()
-        if state.keys() != own.keys() | {_NUM_STEPS} or any(
-            state[name].shape != tensor.shape for name, tensor in own.items()
-        ):
-            raise InputError("The average of the weights is of another network.")
+        own = _copied({name: tensor for name, tensor in like.items() if _has_average(tensor)})
+        counted = {_NUM_STEPS: torch.tensor(0)}
+        if odd := first_difference(state, own | counted):
+            raise InputError(f"The average of the weights is of another network: {odd}.")
         self._forget()
-        self.averages = _copied(own)
+        self.averages = own
         _copy_into(self.averages, state)
         self.num_steps, self.restored = int(state[_NUM_STEPS]), True
 
@@ -155,7 +159,7 @@ class EMACallback(Callback):
     def _tensors(self) -> dict[str, Tensor]:
         """Give parameters and buffers that are numbers; a count of batches has no average."""
         state: dict[str, Any] = unwrap(self.learn.model).state_dict()
-        return {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
+        return {name: tensor for name, tensor in state.items() if _has_average(tensor)}
 
     def _version(self) -> int:
         """Count the writes to the parameters, as autograd does."""
@@ -163,6 +167,10 @@ class EMACallback(Callback):
 
 
 _NUM_STEPS = "ema.num_steps"
+
+
+def _has_average(tensor: Tensor) -> bool:
+    return tensor.is_floating_point()
 
 
 def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from fastai.callback.core import Callback
 
 from mixmo_fastai.assessment import collect_logits
 from mixmo_fastai.evaluation import evaluate_parts
+from mixmo_fastai.interruption import StopRequest
 from mixmo_fastai.randomness import derive_seed
 from mixmo_fastai.recipe import Expected, Recipe
 from mixmo_fastai.runs import RunFolder, create_run
@@ -25,6 +26,7 @@ def train_run(
     *,
     cbs: Sequence[Callback] = (),
     resume: bool = False,
+    stop: StopRequest | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Train every network of a run, evaluate them as one, and write the run folder.
@@ -34,20 +36,22 @@ def train_run(
         run: where everything goes; each network of an ensemble gets a folder of its own inside.
         cbs: more fastai callbacks, such as a display; they see one fit per network.
         resume: continue: networks that are finished stay as they are.
-        say: told which network begins, where there are several.
+        stop: whether a signal asked to stop.
+        say: told which network begins, where there are several, and where a resumed one goes on.
 
     Returns:
         the final figures, as in metrics.json. Each network counts as one member there.
 
     Raises:
-        InputError: a checkpoint to resume from is damaged or of another run.
-        TrainingDivergedError: the loss of a network is not finite.
+        InputError: no checkpoint to resume from is intact, or it is of another run.
+        RunFailedError: the loss of a network is not finite, or a checkpoint could not be written.
+        InterruptedBySignal: somebody asked to stop.
     """
     recipe = training.recipe
     if resume:
         run.check_resumable()
     if recipe.model.num_nets == 1:
-        return train(training, run, cbs=cbs, resume=resume)
+        return train(training, run, cbs=cbs, resume=resume, stop=stop, say=say)
     run.write_data_facts(training.facts)
     folders = run.networks()
     for index, folder in enumerate(folders):
@@ -66,7 +70,7 @@ def train_run(
                 device=training.device_name,
                 acceleration=training.acceleration.describe(),
             )
-        train(part, folder, cbs=cbs, resume=begun)
+        train(part, folder, cbs=cbs, resume=begun, stop=stop, say=say)
         del part  # before the next is built
         gc.collect()  # a Learner and its callbacks hold each other
     loaders = training.learn.dls.valid, training.learn.dls[TEST_SET]

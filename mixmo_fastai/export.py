@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mixmo_fastai.augment import normalize
-from mixmo_fastai.checkpoints import load_network
+from mixmo_fastai.checkpoints.weights import load_network
 from mixmo_fastai.data.image_sets import ImageSet
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.models import create_model

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mixmo_fastai.checkpoints import load_network
+from mixmo_fastai.checkpoints.weights import load_network
 from mixmo_fastai.data.loose_images import PixelLoader, decode_readable, find_images
 from mixmo_fastai.detection import entropy_uncertainty
 from mixmo_fastai.devices import choose_device, place

@@ -2,16 +2,18 @@
 
 import math
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from fastai.callback.core import CancelFitException
+from fastai.callback.core import Callback, CancelFitException
 
-from mixmo_fastai.averaging import EMACallback
-from mixmo_fastai.checkpoints import Stateful, save_checkpoint
+from mixmo_fastai.checkpoints.state import NotFiniteError, Position, RunState
+from mixmo_fastai.checkpoints.store import CheckpointStore
 from mixmo_fastai.epochs import TrainedEpochCallback
+from mixmo_fastai.errors import InputError, RunFailedError
+from mixmo_fastai.interruption import StopRequest
 from mixmo_fastai.models.mixmo_model import unwrap
 from mixmo_fastai.runs import RunFolder
 
@@ -34,27 +36,61 @@ class HistoryCallback(TrainedEpochCallback):
         super().__init__()
         self.run_folder, self.images_per_step = run, images_per_step
         self.latest: dict[str, Any] = {}
-        self.diverged = False
+        self.diverged_at: tuple[int, int] | None = None  # epoch and step, counted from 1
+        self.carried = 0.0, 0.0  # loss and seconds of an epoch that a fit goes on within
 
     def before_train(self) -> None:
-        """Start the clock and the sum of losses."""
-        self.began, self.loss_sum = time.perf_counter(), torch.tensor(0.0)
+        """Start the clock and the sum of losses; within an epoch, go on with them."""
+        loss_sum, seconds = self.carried
+        self.carried = 0.0, 0.0
+        self.began, self.loss_sum = time.perf_counter() - seconds, torch.tensor(loss_sum)
 
     def after_batch(self) -> None:
         """Add up the loss where it is; look at it when the recorder has fetched some anyway."""
         self.loss_sum = self.loss_sum + self.learn.loss.detach().as_subclass(torch.Tensor)
         recorder = self.learn.recorder
         if recorder.losses and not recorder.pending and not recorder.losses[-1].isfinite():
-            self.diverged = True
-            raise CancelFitException
+            self.stop_diverged()
 
     def after_train(self) -> None:
         """Stop where the loss is not finite."""
         super().after_train()
         self.train_seconds = time.perf_counter() - self.began
-        self.diverged = self.diverged or not math.isfinite(float(self.loss_sum))
-        if self.diverged:  # fastai would mangle the message of any other error
-            raise CancelFitException
+        if not math.isfinite(float(self.loss_sum)):
+            self.stop_diverged()
+
+    def stop_diverged(self) -> None:
+        """End the fit, and note the first step whose loss was not finite.
+
+        fastai would mangle the message of any error but this one.
+        """
+        losses = self.learn.recorder.losses
+        since = sum(not loss.isfinite() for loss in losses)  # an average stays what it became
+        self.diverged_at = self.learn.epoch + 1, self.learn.iter + 1 - max(0, since - 1)
+        raise CancelFitException
+
+    def state(self) -> dict[str, Any]:
+        """Give the rows so far, and what the epoch under way has added up."""
+        seconds = time.perf_counter() - self.began
+        return {
+            "rows": self.run_folder.history(),
+            "loss_sum": float(self.loss_sum),
+            "seconds": round(seconds, 3),
+        }
+
+    def load_state(self, state: Mapping[str, Any], *, within_epoch: bool) -> None:
+        """Go on from `state`: replace the run's rows, and add up what follows.
+
+        Raises:
+            InputError: it is no such state.
+        """
+        try:
+            rows = [{str(k): str(v) for k, v in row.items()} for row in state["rows"]]
+            carried = float(state["loss_sum"]), float(state["seconds"])
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"The checkpoint's history.json is of no run: {error!r}.") from error
+        self.run_folder.write_history(rows)
+        self.carried = carried if within_epoch else (0.0, 0.0)
 
     def after_trained_epoch(self) -> None:
         """Write the row of an epoch that was trained here."""
@@ -78,26 +114,98 @@ class HistoryCallback(TrainedEpochCallback):
 
 
 class CheckpointCallback(TrainedEpochCallback):
-    """Save the state after each epoch.
+    """Save the state after each epoch, every so many minutes, and where somebody asks to stop.
+
+    Saving costs at most `SHARE` of the time: a save that takes longer than `QUICK_SECONDS` is put
+    off until it does not, but for that of the last epoch. Between epochs, there is one every
+    `EVERY_SECONDS` or more.
 
     Args:
-        run: where it goes.
-        parts: callbacks that have state of their own.
+        store: where to.
+        state: what.
+        stop: whether somebody asked to stop.
     """
 
     order = 65
+    SHARE, QUICK_SECONDS, EVERY_SECONDS = 0.035, 1.0, 300.0
 
-    def __init__(self, run: RunFolder, parts: Sequence[Stateful] = ()) -> None:
+    def __init__(self, store: CheckpointStore, state: RunState, stop: StopRequest) -> None:
         super().__init__()
-        self.run_folder, self.parts = run, tuple(parts)
+        self.store, self.state, self.stop = store, state, stop
+        self.saved: Position | None = None
+        self.cost = 0.0  # seconds of the last save
+
+    def before_fit(self) -> None:
+        """Start the clock."""
+        self.saved_at = time.perf_counter()
+
+    def before_train(self) -> None:
+        """Note where the epoch begins, or goes on."""
+        self.position = Position(self.learn.epoch, getattr(self.learn.dl, "first_step", 0))
+
+    def after_batch(self) -> None:
+        """Save between epochs where it is due; stop where that was asked for."""
+        self.position = Position(self.learn.epoch, self.learn.iter + 1)
+        self.stop_if_asked()
+        if self.seconds_since >= max(self.EVERY_SECONDS, self.cost / self.SHARE):
+            self.save()
 
     def after_trained_epoch(self) -> None:
         """Save the state of an epoch that was trained here."""
-        averaging = [part for part in self.parts if isinstance(part, EMACallback)]
-        with ExitStack() as stack:
-            for part in averaging:
-                stack.enter_context(part.weights_in_training())
-            save_checkpoint(self.run_folder, self.learn, self.learn.epoch + 1, self.parts)
+        self.position = Position(self.learn.epoch + 1)
+        last = self.position.epoch == self.learn.n_epoch
+        affordable = self.cost <= max(self.QUICK_SECONDS, self.SHARE * self.seconds_since)
+        if affordable or last or self.stop.number is not None:
+            self.save()
+
+    @property
+    def seconds_since(self) -> float:
+        """Seconds since the last save, or since the fit began."""
+        return time.perf_counter() - self.saved_at
+
+    def stop_if_asked(self) -> None:
+        """Save and leave the fit where somebody asked to stop."""
+        if self.stop.number is not None:
+            if self.saved != self.position:
+                self.save()
+            self.stop.check()
+
+    def save(self) -> None:
+        """Save the state; end the fit where it is not worth keeping."""
+        began = time.perf_counter()
+        try:
+            self.state.save(self.store, self.position)
+        except NotFiniteError:
+            self.state.history.stop_diverged()
+        except OSError as error:
+            raise SavingFailedError(error, self.store.folder) from error
+        self.saved, self.saved_at = self.position, time.perf_counter()
+        self.cost = self.saved_at - began
+
+
+class StopInValidation(Callback):
+    """Stop within a validation as well."""
+
+    order = 80
+
+    def __init__(self, checkpoints: CheckpointCallback) -> None:
+        super().__init__()
+        self.checkpoints = checkpoints
+
+    def after_batch(self) -> None:
+        """Save what was trained, and leave."""
+        if not self.learn.training:
+            self.checkpoints.stop_if_asked()
+
+
+class SavingFailedError(RunFailedError):
+    """A checkpoint could not be written."""
+
+    def __init__(self, error: OSError, folder: Path) -> None:
+        super().__init__(
+            f"Cannot save a checkpoint in {folder}: {error.strerror or error}.\n"
+            "What was saved before is intact; put the cause right, and continue with --resume."
+        )
 
 
 def _rounded(value: Any) -> float | str:

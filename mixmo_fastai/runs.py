@@ -15,6 +15,7 @@ net-1/, net-2/     of a deep ensemble: each network's own run folder, which has 
 
 import csv
 import dataclasses
+import io
 import itertools
 import json
 import math
@@ -22,7 +23,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -30,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from mixmo_fastai.errors import InputError
+from mixmo_fastai.files import write_atomically
 from mixmo_fastai.recipe import Recipe, load_recipe, to_toml
 
 PACKAGES = ("mixmo-fastai", "torch", "torchvision", "fastai", "numpy", "safetensors")
@@ -103,10 +105,9 @@ class RunFolder:
         return self.path / "checkpoint"
 
     @property
-    def saved_state(self) -> Path:
-        """The newest complete checkpoint; for a moment within a save, it is the one before."""
-        places = (self.checkpoint, self.path / ".checkpoint.old")
-        return next((place for place in places if place.is_dir()), self.checkpoint)
+    def has_state(self) -> bool:
+        """Whether there is a checkpoint to resume from, intact or not."""
+        return any(self.checkpoint.glob("save-*"))
 
     @property
     def is_finished(self) -> bool:
@@ -136,7 +137,7 @@ class RunFolder:
             InputError: the run has weights and no state that led to them, as an imported one.
         """
         for network in self.networks():
-            if network.weights.is_file() and not network.saved_state.is_dir():
+            if network.weights.is_file() and not network.has_state:
                 raise InputError(
                     f"{network.path} has weights, but no state to resume from: it was imported, or "
                     "its checkpoint was removed.\nNothing was changed; `mixmo eval` evaluates it."
@@ -219,14 +220,17 @@ class RunFolder:
                 writer.writeheader()
             writer.writerow(row)
 
-    def truncate_history(self, num_epochs: int) -> None:
-        """Drop rows of epochs that a resumed run trains again."""
+    def write_history(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Replace history.csv by the rows of the epochs that a resumed run has done."""
         path = self.path / "history.csv"
-        if num_epochs == 0:
+        if not rows:
             path.unlink(missing_ok=True)
-        elif path.is_file():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            write_atomically(path, "".join(lines[: num_epochs + 1]))
+            return
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(path, text.getvalue())
 
     def log(self, line: str) -> None:
         """Add a line to log.txt."""
@@ -352,16 +356,6 @@ def _method_label(recipe: Recipe) -> str:
     kind = mix.kind if model.num_members > 1 else "vanilla"
     pixels = f"-{mix.msda}" if mix.msda != "none" else ""
     return f"{kind}{pixels}" + (f"-x{model.num_nets}" if model.num_nets > 1 else "")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that a reader finds the old text or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def describe_environment(recipe: Recipe, device: str, acceleration: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mixmo_fastai.epochs import TrainedEpochCallback
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.models.mixmo_model import unwrap
+from mixmo_fastai.models.mixmo_model import first_difference, unwrap
 
 _STANDING = "selection.standing"
 
@@ -51,19 +51,26 @@ class BestEpochCallback(TrainedEpochCallback):
         unwrap(model).load_state_dict(self.weights)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Give what a resumed fit needs."""
-        assert self.standing is not None
+        """Give what a resumed fit needs; nothing before the first epoch is done."""
+        if self.standing is None:
+            return {}
         return {**self.weights, _STANDING: torch.tensor(self.standing, dtype=torch.float64)}
 
-    def load_state_tensors(self, state: Mapping[str, Tensor]) -> None:
+    def load_state_tensors(self, state: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
         """Go on from `state_tensors`.
+
+        Args:
+            state: what it gave.
+            like: the tensors of the network that goes on.
 
         Raises:
             InputError: they are no such state.
         """
-        standing = state.get(_STANDING)
-        if standing is None or standing.shape != (3,):
-            raise InputError("The state of the best epoch does not say how good it was.")
-        accuracy, negative_loss, epoch = standing.tolist()
+        if not state:
+            return
+        standing = torch.zeros(3, dtype=torch.float64)
+        if odd := first_difference(state, {**like, _STANDING: standing}):
+            raise InputError(f"The state of the best epoch is of another network: {odd}.")
+        accuracy, negative_loss, epoch = state[_STANDING].tolist()
         self.standing = (accuracy, negative_loss, int(epoch))
         self.weights = {name: tensor for name, tensor in state.items() if name != _STANDING}

@@ -1,7 +1,7 @@
 """Training: from a recipe to a finished run folder."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,20 +18,26 @@ from torch import nn
 
 from mixmo_fastai.acceleration import Acceleration, choose_acceleration
 from mixmo_fastai.averaging import EMACallback
-from mixmo_fastai.checkpoints import load_checkpoint, save_weights
+from mixmo_fastai.checkpoints.state import Restored, RunState, Stateful
+from mixmo_fastai.checkpoints.store import CheckpointStore
+from mixmo_fastai.checkpoints.weights import save_weights
 from mixmo_fastai.data.dataloaders import make_dataloaders
+from mixmo_fastai.data.fingerprint import fingerprint
 from mixmo_fastai.data.image_sets import DataSource
 from mixmo_fastai.data.loaders import Augmentation
 from mixmo_fastai.data.sources import load_source
 from mixmo_fastai.devices import choose_device, describe_device
 from mixmo_fastai.errors import InputError, RunFailedError
 from mixmo_fastai.evaluation import evaluate_loaders
+from mixmo_fastai.interruption import StopRequest
 from mixmo_fastai.learner import learner_from_recipe
 from mixmo_fastai.recipe import Recipe
-from mixmo_fastai.recording import CheckpointCallback, HistoryCallback
+from mixmo_fastai.recording import CheckpointCallback, HistoryCallback, StopInValidation
+from mixmo_fastai.resuming import resuming
 from mixmo_fastai.runs import DataFacts, RunFolder
 from mixmo_fastai.schedule import flat_cosine, one_cycle, published_steps
 from mixmo_fastai.selection import BestEpochCallback
+from mixmo_fastai.settings import to_mapping
 
 TEST_SET = 2
 """Place of the test loader in the DataLoaders of `make_dataloaders`."""
@@ -91,6 +97,11 @@ class Training:
     def accelerated(self) -> AbstractContextManager[None]:
         """Train this way within; see `Acceleration.applied`."""
         return self.acceleration.applied(self.learn.model)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be the same when the run is resumed."""
+        return {"recipe": to_mapping(self.recipe), "data": fingerprint(self.source)}
 
     @property
     def facts(self) -> DataFacts:
@@ -168,7 +179,13 @@ def _make_dataloaders(recipe: Recipe, source: DataSource, device: torch.device) 
 
 
 def train(
-    training: Training, run: RunFolder, *, cbs: Sequence[Callback] = (), resume: bool = False
+    training: Training,
+    run: RunFolder,
+    *,
+    cbs: Sequence[Callback] = (),
+    resume: bool = False,
+    stop: StopRequest | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Train one network, evaluate on the test set once, and write the run folder.
 
@@ -176,25 +193,33 @@ def train(
         training: from `prepare`.
         run: where everything goes.
         cbs: more fastai callbacks, such as a display.
-        resume: continue from the run's checkpoint.
+        resume: continue from the run's newest checkpoint that is intact; anew where there is none.
+        stop: whether a signal asked to stop; the state is then saved at that step.
+        say: told where a resumed run goes on.
 
     Returns:
         the final figures, as in metrics.json.
 
     Raises:
-        InputError: the checkpoint to resume from is damaged or of another run.
+        InputError: no checkpoint is intact, or it is of another run.
         TrainingDivergedError: the loss is not finite.
+        SavingFailedError: a checkpoint could not be written.
+        InterruptedBySignal: somebody asked to stop.
     """
-    recipe, learn = training.recipe, training.learn
-    run.write_data_facts(training.facts)
+    recipe, learn, stop = training.recipe, training.learn, stop or StopRequest()
     best = BestEpochCallback() if recipe.train.select == "best" else None
-    parts = [part for part in (_averaging(learn), best) if part is not None]
-    start_epoch = load_checkpoint(run, learn, parts) if resume else 0
-    run.truncate_history(start_epoch)
+    parts: list[Stateful] = [part for part in (_averaging(learn), best) if part is not None]
     history = HistoryCallback(run, recipe.train.batch_size)
+    state = RunState(learn, history, parts, training.identity)
+    store = CheckpointStore(run.checkpoint)
+    restored = _restore(store, state, say) if resume else None
+    if restored is None:
+        run.write_history([])
+    run.write_data_facts(training.facts)
     steps = training.steps_per_epoch, training.warmup_steps
     scheduler = ParamScheduler(schedules(recipe, *steps))
-    with learn.no_logging(), training.accelerated():
+    checkpoints = CheckpointCallback(store, state, stop)
+    with learn.no_logging(), training.accelerated(), stop.deferred():
         learn.fit(
             recipe.train.epochs,
             lr=recipe.lr,
@@ -203,13 +228,14 @@ def train(
                 scheduler,
                 history,
                 *([best] if best else []),
-                CheckpointCallback(run, parts),
+                checkpoints,
+                StopInValidation(checkpoints),
                 *cbs,
+                *resuming(restored),
             ],
-            start_epoch=start_epoch,
         )
-    if history.diverged:
-        raise _diverged(recipe, learn.epoch + 1)
+    if history.diverged_at is not None:
+        raise _diverged(recipe, *history.diverged_at)
     _settle_weights(learn, best)
     save_weights(learn.model, run.weights)
     figures = {
@@ -220,6 +246,31 @@ def train(
     }
     run.write_metrics(figures)
     return figures
+
+
+def _restore(
+    store: CheckpointStore, state: RunState, say: Callable[[str], None]
+) -> Restored | None:
+    """Put the newest intact checkpoint into the Learner, and say which one that is."""
+    saved = store.newest()
+    if saved is None:
+        say("Resuming: nothing was saved yet; training begins anew.")
+        return None
+    restored = state.restore(saved)
+    for name, problem in saved.skipped.items():
+        say(f"The checkpoint {name} is damaged and was set aside: {problem}.")
+    store.set_aside(saved.skipped)
+    epoch, step = restored.position.epoch, restored.position.step
+    within = f" and {step} of {restored.steps_per_epoch} steps of the next" if step else ""
+    taken = f" (from {saved.path.name}, the one before)" if saved.skipped else ""
+    epochs = state.identity["recipe"]["train"]["epochs"]
+    say(f"Resuming: {epoch} of {epochs} epochs{within} are done{taken}.")
+    if restored.torch != torch.__version__:
+        say(
+            f"It was trained with torch {restored.torch} so far, and goes on with "
+            f"{torch.__version__}: equal up to rounding."
+        )
+    return restored
 
 
 def _averaging(learn: Learner) -> EMACallback | None:
@@ -294,10 +345,10 @@ def _check_image_size(recipe: Recipe, source: DataSource, model: nn.Module) -> N
         ) from error
 
 
-def _diverged(recipe: Recipe, epoch: int) -> TrainingDivergedError:
+def _diverged(recipe: Recipe, epoch: int, step: int) -> TrainingDivergedError:
     own = replace(recipe, optimizer=replace(recipe.optimizer, lr=None))
     return TrainingDivergedError(
-        f"The training loss is not finite in epoch {epoch}.\n"
+        f"The training loss is not finite at step {step} of epoch {epoch}.\n"
         f"Lower the learning rate, as in --lr {min(recipe.lr / 4, own.lr):.3g}; "
         "`mixmo lr-find` suggests one."
     )

@@ -39,7 +39,7 @@ def runs(tmp_path_factory):
 
 def logits_of(run):
     """The slow way: the run's network on the test images, members averaged."""
-    from mixmo_fastai.checkpoints import load_weights
+    from mixmo_fastai.checkpoints.weights import load_weights
 
     training = prepare(run.recipe())
     load_weights(training.learn.model, run.weights)

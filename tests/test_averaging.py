@@ -262,4 +262,4 @@ def test_the_state_of_another_network_is_refused():
     made = learner(ema)
     state = {name: tensor[:1] for name, tensor in floats(made.model).items() if tensor.ndim}
     with pytest.raises(InputError, match="another network"):
-        ema.load_state_tensors(state)
+        ema.load_state_tensors(state, made.model.state_dict())

@@ -22,7 +22,8 @@ from mixmo_fastai.errors import InputError
 from mixmo_fastai.learner import mixmo_learner
 from mixmo_fastai.losses import MixMoLoss
 from mixmo_fastai.models import create_model
-from mixmo_fastai.recording import CheckpointCallback, HistoryCallback
+from mixmo_fastai.recording import CheckpointCallback, HistoryCallback, StopInValidation
+from mixmo_fastai.resuming import CountFrom, ResumeCallback
 from mixmo_fastai.selection import BestEpochCallback
 
 
@@ -529,12 +530,22 @@ class TestMemberAccuracy:
 
 @pytest.mark.parametrize(
     "kind",
-    [MixMoCallback, HistoryCallback, CheckpointCallback, EMACallback, BestEpochCallback],
+    [
+        MixMoCallback,
+        HistoryCallback,
+        CheckpointCallback,
+        StopInValidation,
+        ResumeCallback,
+        CountFrom,
+        EMACallback,
+        BestEpochCallback,
+    ],
 )
 def test_public_methods_are_events_or_documented_extras(kind):
     """fastai ignores a misspelt event in silence."""
     extras = {"draw_slots", "draw_mixings", "draw_msda", "current_mix_prob"}
     extras |= {"state_tensors", "load_state_tensors", "finish", "restore", "weights_in_training"}
-    extras |= {"after_trained_epoch"}
+    extras |= {"after_trained_epoch", "state", "load_state", "stop_diverged"}
+    extras |= {"save", "stop_if_asked"}
     own = {name for name, value in vars(kind).items() if callable(value) and name[0] != "_"}
     assert own - extras <= set(vars(event))

@@ -161,7 +161,7 @@ def test_interrupted_in_the_first_epoch_a_run_is_continued_from_its_beginning(mo
         assert run(["fit", *TINY, "--epochs", "1", "--out", "part"]) == 130
     assert "continue: mixmo fit --resume part" in capsys.readouterr().err
     assert run(["fit", "--resume", "part"]) == 0
-    assert "Resuming: 0 of 1 epochs are done." in capsys.readouterr().out
+    assert "nothing was saved yet; training begins anew" in capsys.readouterr().out
     assert (Path("part") / "metrics.json").is_file()
 
 
@@ -170,7 +170,7 @@ def test_a_diverging_run_fails_with_advice(capsys):
     out, err = capsys.readouterr()
     message = err[err.index("Error: ") :]
     assert out == ""
-    assert "not finite in epoch 1" in message
+    assert "not finite at step 2 of epoch 1" in message
     assert "--lr 0.00625" in message
     assert "Traceback" not in err
     assert len(message.splitlines()) <= 3

@@ -114,7 +114,9 @@ def test_it_is_resumed_network_by_network(ensemble, tmp_path, place):
 
     lines = []
     train_run(prepare(TINY), run, resume=True, say=lines.append)
-    assert [line.endswith("finished.") for line in lines] == [i < network - 1 for i in range(3)]
+    networks = [line for line in lines if line.startswith("Network ")]
+    assert [line.endswith("finished.") for line in networks] == [i < network - 1 for i in range(3)]
+    assert sum(line.startswith("Resuming: ") for line in lines) == 1
     assert [path.stat().st_mtime_ns for path in finished] == times
     assert weights(run) == weights(whole)
     assert run.metrics()["test"] == whole.metrics()["test"]

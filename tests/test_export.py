@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from mixmo_fastai import export, load_fused
 from mixmo_fastai.assessment import evaluate_run
-from mixmo_fastai.checkpoints import load_network
+from mixmo_fastai.checkpoints.weights import load_network
 from mixmo_fastai.cli import run as program
 from mixmo_fastai.deep_ensemble import train_run
 from mixmo_fastai.errors import InputError

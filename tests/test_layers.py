@@ -15,6 +15,8 @@ STDLIB, MATHEMATICS, FASTAI, ASSEMBLY, SHELL = range(5)
 LAYERS = {
     "__init__": STDLIB,
     "errors": STDLIB,
+    "files": STDLIB,
+    "interruption": STDLIB,
     "names": STDLIB,
     "recipe": STDLIB,
     "resolve": STDLIB,
@@ -57,6 +59,7 @@ LAYERS = {
     "preview": ASSEMBLY,
     "training": ASSEMBLY,
     "recording": ASSEMBLY,
+    "resuming": ASSEMBLY,
     "devices": ASSEMBLY,
     "figures": SHELL,
     "report": SHELL,

@@ -9,7 +9,7 @@ import torch
 from datasets import write_image_folder
 
 from mixmo_fastai.assessment import open_finished
-from mixmo_fastai.checkpoints import load_network
+from mixmo_fastai.checkpoints.weights import load_network
 from mixmo_fastai.cli import run as program
 from mixmo_fastai.deep_ensemble import train_run
 from mixmo_fastai.errors import InputError

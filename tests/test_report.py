@@ -8,7 +8,7 @@ import torch
 from chromium import Page, needs_chromium
 from datasets import write_image_folder
 
-from mixmo_fastai.checkpoints import save_weights
+from mixmo_fastai.checkpoints.weights import save_weights
 from mixmo_fastai.cli import run as program
 from mixmo_fastai.deep_ensemble import train_run
 from mixmo_fastai.models import create_model

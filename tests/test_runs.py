@@ -182,13 +182,14 @@ def test_history_has_a_row_per_epoch(folder):
 
 
 @pytest.mark.parametrize("kept", [0, 1, 2, 3])
-def test_history_is_cut_to_the_epochs_that_are_saved(folder, kept):
+def test_history_is_put_back_to_the_epochs_that_are_saved(folder, kept):
     run = RunFolder(folder)
     for epoch in (1, 2, 3):
         run.append_history(row(epoch))
     with (folder / "history.csv").open("a") as file:
         file.write("4,0.")  # the power failed
-    run.truncate_history(kept)
+    run.write_history(run.history()[:kept])
+    assert (folder / "history.csv").exists() == (kept > 0)
     run.append_history(row(kept + 1, 0.25))
     losses = [(int(entry["epoch"]), entry["train_loss"]) for entry in run.history()]
     assert losses == [*((epoch, "0.5") for epoch in range(1, kept + 1)), (kept + 1, "0.25")]

@@ -59,7 +59,7 @@ def test_nothing_is_restored_where_nothing_was_validated():
 def test_its_state_comes_back():
     learn, best, script = fit([(1.0, 0.5), (2.0, 0.7)])
     again = BestEpochCallback()
-    again.load_state_tensors(best.state_tensors())
+    again.load_state_tensors(best.state_tensors(), learn.model.state_dict())
     assert (again.number, again.standing) == (2, best.standing)
     again.restore(learn.model)
     state = learn.model.state_dict()
@@ -67,5 +67,6 @@ def test_its_state_comes_back():
 
 
 def test_a_state_without_standing_is_refused():
-    with pytest.raises(InputError, match="does not say how good"):
-        BestEpochCallback().load_state_tensors({"weight": torch.zeros(2)})
+    state = {"weight": torch.zeros(2)}
+    with pytest.raises(InputError, match="another network: selection"):
+        BestEpochCallback().load_state_tensors(state, state)

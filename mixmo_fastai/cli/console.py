@@ -11,7 +11,15 @@ from mixmo_fastai.runs import RunFolder
 
 
 class RunInterruptedError(Exception):
-    """A person stopped a run; the message says how to continue it."""
+    """A person or a signal stopped a run; the message says how to continue it.
+
+    Attributes:
+        exit_code: of the process.
+    """
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class Output:

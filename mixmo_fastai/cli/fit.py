@@ -9,6 +9,7 @@ from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output, RunInterruptedError
 from mixmo_fastai.cli.render import figure_lines, plan_lines, recipe_lines
 from mixmo_fastai.errors import InputError
+from mixmo_fastai.interruption import exit_code_of, handling_signals
 from mixmo_fastai.recipe import Recipe
 from mixmo_fastai.resolve import resolve_recipe
 from mixmo_fastai.runs import RunFolder, check_free, create_run, open_run
@@ -103,19 +104,22 @@ def _resume(run: RunFolder, data_dir: Path | None, output: Output) -> None:
     training = prepare(recipe, data_dir)
     output.run = run
     _say_plan(training, output)
-    output.say(_progress(run, recipe))
+    _say_networks(run, output)
     _train(training, run, output, resume=True)
 
 
-def _progress(run: RunFolder, recipe: Recipe) -> str:
-    """Say how far a run has come."""
-    from mixmo_fastai.checkpoints import epochs_done
-
+def _say_networks(run: RunFolder, output: Output) -> None:
+    """Say how many networks of an ensemble are finished."""
     networks = run.networks()
-    if len(networks) == 1:
-        return f"Resuming: {epochs_done(run)} of {recipe.train.epochs} epochs are done."
-    finished = sum(network.is_finished for network in networks)
-    return f"Resuming: {finished} of {len(networks)} networks are finished."
+    if len(networks) > 1:
+        finished = sum(network.is_finished for network in networks)
+        output.say(f"Resuming: {finished} of {len(networks)} networks are finished.")
+
+
+def _progress(run: RunFolder) -> str:
+    """Say what is saved of a run that was stopped."""
+    saved = any(network.has_state for network in run.networks())
+    return "Interrupted. The state is saved" if saved else "Interrupted. Nothing was saved yet"
 
 
 def _say_plan(training: Any, output: Output) -> None:
@@ -131,11 +135,14 @@ def _train(training: Any, run: RunFolder, output: Output, *, resume: bool) -> No
     output.say(f"Run folder: {run.path}")
     display = TrainingDisplay(output, training.recipe.train.batch_size)
     try:
-        figures = train_run(training, run, cbs=[display], resume=resume, say=output.say)
-    except KeyboardInterrupt:
-        message = f"Interrupted. Finished epochs are saved; continue: mixmo fit --resume {run.path}"
+        with handling_signals(output.say) as stop:
+            figures = train_run(
+                training, run, cbs=[display], resume=resume, stop=stop, say=output.say
+            )
+    except KeyboardInterrupt as interruption:
+        message = f"{_progress(run)}; continue: mixmo fit --resume {run.path}"
         run.log(message)
-        raise RunInterruptedError(message) from None
+        raise RunInterruptedError(message, exit_code_of(interruption)) from None
     except Exception as error:
         run.log(f"{type(error).__name__}: {error}")
         raise

@@ -37,7 +37,7 @@ def import_(
     resolve_recipe(dataset, recipe, {"model.arch": arch})  # before torch is imported
     check_free(out)
 
-    from mixmo_fastai.checkpoints import save_weights
+    from mixmo_fastai.checkpoints.weights import save_weights
     from mixmo_fastai.models.reference import import_reference, read_reference_checkpoint
 
     info = DATASETS[dataset]

@@ -37,7 +37,7 @@ def inspect(
     names = [folder.path.resolve().name for folder in folders]
     picture = free_file(out, f"inspect-{'-'.join(names)}", ".png")
 
-    from mixmo_fastai.checkpoints import load_network
+    from mixmo_fastai.checkpoints.weights import load_network
     from mixmo_fastai.figures import plot_filters
     from mixmo_fastai.filter_use import encoder_norms, filter_use
 

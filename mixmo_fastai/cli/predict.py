@@ -12,7 +12,8 @@ import typer
 from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output
 from mixmo_fastai.errors import InputError, RunFailedError
-from mixmo_fastai.runs import free_file, open_run, write_atomically
+from mixmo_fastai.files import write_atomically
+from mixmo_fastai.runs import free_file, open_run
 
 
 def predict(

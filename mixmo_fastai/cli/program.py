@@ -29,8 +29,10 @@ from mixmo_fastai.cli import (
 from mixmo_fastai.cli.console import RunInterruptedError
 from mixmo_fastai.cli.options import in_flags
 from mixmo_fastai.errors import InputError, RunFailedError
+from mixmo_fastai.interruption import StopRequest, handling_signals
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+NAMES = {INTERRUPTED: "Interrupted.", 143: "Terminated.", 129: "Hung up."}
 
 app = typer.Typer(
     name="mixmo",
@@ -80,41 +82,47 @@ def run(args: Sequence[str]) -> int:
     """Run one command line.
 
     Returns:
-        0 done, 2 the user's input, 130 interrupted, 1 anything else.
+        0 done, 2 the user's input, 128 + n ended by signal n (130 by Ctrl-C), 1 anything else.
     """
     debug = "--debug" in args
     if not debug:
         # Third parties warn their developers, not the people who train.
         for category in (FutureWarning, DeprecationWarning):
             warnings.filterwarnings("ignore", category=category)
-    try:
-        command = typer.main.get_command(app)
-        arguments = list(args) or ["--help"]
-        code = command.main(args=arguments, prog_name="mixmo", standalone_mode=False) or DONE
-        # Typer turns Ctrl-C into this code without a word.
-        return _say("Interrupted.", INTERRUPTED) if code == INTERRUPTED else int(code)
-    except Exception as error:
-        if debug and not isinstance(error, ClickException):
-            traceback.print_exc()
-        return _report(error)
-    except KeyboardInterrupt:
-        return _say("Interrupted.", INTERRUPTED)
+    with handling_signals() as stop:
+        try:
+            command = typer.main.get_command(app)
+            arguments = list(args) or ["--help"]
+            code = command.main(args=arguments, prog_name="mixmo", standalone_mode=False) or DONE
+            # Typer turns an interruption into this code without a word.
+            return _stopped(stop) if code == INTERRUPTED else int(code)
+        except Exception as error:
+            if debug and not isinstance(error, ClickException):
+                traceback.print_exc()
+            return _stopped(stop) if isinstance(error, typer.Abort) else _report(error)
+        except KeyboardInterrupt:
+            return _stopped(stop)
+
+
+def _stopped(stop: StopRequest) -> int:
+    code = INTERRUPTED if stop.number is None else 128 + stop.number
+    return _say(NAMES[code], code)
 
 
 def _report(error: Exception) -> int:
     """Say in one to three lines what went wrong."""
+    if isinstance(error, RunInterruptedError):
+        return _say(str(error), error.exit_code)
     for kind, code in _CODES.items():
         if isinstance(error, kind):
             return _say(in_flags(str(error)), code)
-    if isinstance(error, typer.Abort):
-        return _say("Interrupted.", INTERRUPTED)
     if isinstance(error, ClickException):
         return _say(_usage(error), BAD_INPUT)
     first_lines = "\n".join(str(error).splitlines()[:2]) or "no message"
     return _say(f"{type(error).__name__}: {first_lines}\n--debug shows where.", FAILED)
 
 
-_CODES = {InputError: BAD_INPUT, RunFailedError: FAILED, RunInterruptedError: INTERRUPTED}
+_CODES = {InputError: BAD_INPUT, RunFailedError: FAILED}
 
 
 def _usage(error: Exception) -> str:
@@ -127,6 +135,6 @@ def _usage(error: Exception) -> str:
 
 
 def _say(message: str, code: int) -> int:
-    prefix = "" if code == INTERRUPTED else "Error: "
+    prefix = "" if code > 128 else "Error: "
     print(f"{prefix}{message}", file=sys.stderr)  # noqa: T201
     return code

@@ -50,10 +50,11 @@ class TrainingDisplay(TrainedEpochCallback):
         if self.task is not None:
             self.progress.remove_task(self.task)
         self.steps_here, self.first_epoch = 0, self.learn.epoch
+        self.steps_before = getattr(self.learn.dl, "first_step", 0)  # of a resumed run's epoch
         self.output.say("".join(f"{title:>{width}}" for _, title, width in COLUMNS))
         self.began = time.perf_counter()
         total = self.learn.n_epoch * len(self.learn.dls.train)
-        done = self.learn.epoch * len(self.learn.dls.train)
+        done = self.learn.epoch * len(self.learn.dls.train) + self.steps_before
         self.task = self.progress.add_task("", total=total, completed=done, speed="", left="")
         self.progress.start()
 
@@ -82,8 +83,8 @@ class TrainingDisplay(TrainedEpochCallback):
 
     def _left(self) -> str:
         total = (self.learn.n_epoch - self.first_epoch) * len(self.learn.dls.train)
-        left = total - self.steps_here
-        seconds = (time.perf_counter() - self.began) / self.steps_here * left
+        left = total - self.steps_before - self.steps_here
+        seconds = (time.perf_counter() - self.began) / max(1, self.steps_here) * left
         return str(timedelta(seconds=round(seconds)))
 
 

@@ -64,7 +64,7 @@ class CacheEntry:
             pixels = _map(path, images)
         if pixels is None:
             pixels = images.tensor()
-        return ArrayImages(pixels, images.labels, images.names)
+        return ArrayImages(pixels, images.labels, images.names, images)
 
     def _facts(self) -> dict[str, Any]:
         try:

@@ -3,6 +3,7 @@
 Shapes: N images of C channels, H × W pixels, uint8.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +38,9 @@ class ImageSet(Protocol):
     def name(self, index: int) -> str:
         """Name an image in messages and reports: its file, or such as "train/123"."""
 
+    def sizes(self) -> tuple[int, ...]:
+        """Give the bytes of each image where it comes from; a changed image mostly changes its."""
+
 
 @dataclass(frozen=True, eq=False)
 class ArrayImages:
@@ -46,11 +50,13 @@ class ArrayImages:
         pixels: (N, C, H, W) uint8, contiguous.
         labels: (N,) int64.
         names: one per image.
+        files: that they were decoded from.
     """
 
     pixels: Tensor
     labels: Tensor
     names: tuple[str, ...]
+    files: "FileImages | None" = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -71,6 +77,10 @@ class ArrayImages:
     def name(self, index: int) -> str:
         """Name an image in messages and reports."""
         return self.names[index]
+
+    def sizes(self) -> tuple[int, ...]:
+        """Give the bytes of each image's file, or of its pixels where there is none."""
+        return self.files.sizes() if self.files else (math.prod(self.image_shape),) * len(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,6 +138,11 @@ class FileImages:
     def name(self, index: int) -> str:
         """Name an image in messages and reports: its path below the root."""
         return self.names[index]
+
+    def sizes(self) -> tuple[int, ...]:
+        """Give the bytes of each file; -1 of one that is not there any more."""
+        paths = (self.root / name for name in self.names)
+        return tuple(path.stat().st_size if path.is_file() else -1 for path in paths)
 
 
 @dataclass(frozen=True, eq=False)

@@ -135,7 +135,7 @@ class BatchLoader(TfmdDL):
         yield from self.batches()
 
     def batches(
-        self, copies: int = 1, arrange: Arrangement | None = None
+        self, copies: int = 1, arrange: Arrangement | None = None, first_step: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Go once through the images. A complete pass moves on to the next epoch.
 
@@ -145,6 +145,7 @@ class BatchLoader(TfmdDL):
             copies: of each image in a batch.
             arrange: says which slot each position of a batch shows; slot s at position s where not
                 given. To say it here moves no pixel twice.
+            first_step: batches before it are left out; those from it on are as in a whole pass.
 
         Yields:
             images (any, C, H, W) float, channels last in memory, and their labels (any,) int64.
@@ -156,10 +157,14 @@ class BatchLoader(TfmdDL):
         steps = STEPS_AT_ONCE if self.drop_last else 1
         rows = order[:num_kept].split(steps * self.bs) if num_kept else ()
         groups = [row.view(-1, min(self.bs, len(row))) for row in rows]  # (steps, n) each
-        read = self.reader(groups)
-        for number, group in enumerate(groups):
+        first, left_out = divmod(first_step, steps)  # whole groups, and batches of the next
+        kept = [group[left_out if number == first else 0 :] for number, group in enumerate(groups)]
+        read = self.reader(kept[first:])
+        for number, group in enumerate(groups[first:], first):
             cuts = self._draw(group, copies, arrange, (epoch, steps * number))
-            for windows, labels in read(group, cuts):
+            if number == first:
+                cuts = cuts.since(left_out)
+            for windows, labels in read(kept[number], cuts):
                 x = self.normalizer(windows)
                 yield x.as_subclass(TensorImage), labels.as_subclass(TensorCategory)
         self.epoch = epoch + 1
@@ -232,6 +237,10 @@ class Cuts(NamedTuple):
     corners: Tensor | None = None
     flips: Tensor | None = None
 
+    def since(self, step: int) -> "Cuts":
+        """Leave out the steps before one."""
+        return Cuts(*(None if each is None else each[step:] for each in self))
+
     def part(self, start: int, stop: int) -> dict[str, Tensor | None]:
         """Give corners and flips of some steps, without the axis of steps."""
         parts = {"corners": self.corners, "flips": self.flips}
@@ -302,15 +311,24 @@ class ExpandedLoader:
     """A view of a `BatchLoader` with every image several times per batch."""
 
     def __init__(
-        self, loader: BatchLoader, copies: int, arrange: Arrangement | None = None
+        self,
+        loader: BatchLoader,
+        copies: int,
+        arrange: Arrangement | None = None,
+        first_step: int = 0,
     ) -> None:
         self.loader, self.copies, self.arrange = loader, copies, arrange
+        self.first_step = first_step
+
+    def starting_at(self, step: int) -> "ExpandedLoader":
+        """Give the same view without the batches before a step; its length is that of the whole."""
+        return ExpandedLoader(self.loader, self.copies, self.arrange, step)
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return self.loader.batches(self.copies, self.arrange)
+        return self.loader.batches(self.copies, self.arrange, self.first_step)
 
 
 class _ChunkReader:

@@ -6,7 +6,7 @@ Source: Ramé, Sun, Cord, "MixMo", ICCV 2021, section 3.
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -144,6 +144,12 @@ class MixMoModel(nn.Module):
         logits = torch.stack([head(embedding) for head in self.heads], dim=1)
         # In half precision, means of members and their classes would often tie.
         return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+
+
+def first_difference(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str | None:
+    """Name the first tensor that is missing, unknown, or of another shape or type; else None."""
+    ours, theirs = ({k: (t.shape, t.dtype) for k, t in each.items()} for each in (own, given))
+    return next((name for name in ours | theirs if ours.get(name) != theirs.get(name)), None)
 
 
 def unwrap(model: nn.Module) -> Any:

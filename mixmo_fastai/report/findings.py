@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mixmo_fastai.assessment import FinishedRun, open_finished
 from mixmo_fastai.calibration import top_predictions
-from mixmo_fastai.checkpoints import load_network
+from mixmo_fastai.checkpoints.weights import load_network
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.evaluation import cross_scaled, evaluate_parts
 from mixmo_fastai.filter_use import FilterUse, encoder_norms, filter_use

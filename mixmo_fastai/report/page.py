@@ -15,10 +15,11 @@ from torch import Tensor
 
 from mixmo_fastai import __version__
 from mixmo_fastai.confusion import confusion_matrix, most_confused
+from mixmo_fastai.files import write_atomically
 from mixmo_fastai.recipe import to_toml
 from mixmo_fastai.report import charts
 from mixmo_fastai.report.findings import Findings, Mistake, gather
-from mixmo_fastai.runs import RunFolder, write_atomically
+from mixmo_fastai.runs import RunFolder
 from mixmo_fastai.wording import (
     FIGURE,
     FIGURES,

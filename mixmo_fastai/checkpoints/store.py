@@ -1,0 +1,219 @@
+"""Checkpoints on disk: each is complete and intact, or it is passed over.
+
+    checkpoint/save-000007/   manifest.json and the files that it lists, with sizes and checksums
+    checkpoint/save-000008/   the newest
+    checkpoint/.unfinished/   one that is being written
+    checkpoint/damaged-…/     one that was found damaged; gone after the next two saves
+
+A save is written under another name, flushed to the disk, read back against its manifest, and takes
+its name by one rename; only then are older ones removed. So a process may end at any point.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mixmo_fastai.errors import InputError
+from mixmo_fastai.files import (
+    flush_folder,
+    make_folder,
+    remove_folder,
+    rename_durably,
+    write_durably,
+)
+
+FORMAT = 2
+"""To be raised when a checkpoint's files change their meaning."""
+KEPT = 2
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"save-(\d{6,})")
+
+
+class DamagedError(ValueError):
+    """A checkpoint is not what was written; the message says in which way."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A complete checkpoint.
+
+    Attributes:
+        path: its folder.
+        files: names of its files, the manifest apart.
+        skipped: what is wrong with each newer one, by name.
+    """
+
+    path: Path
+    files: tuple[str, ...]
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+class CheckpointStore:
+    """The checkpoints of one run, oldest to newest.
+
+    Args:
+        folder: of all of them; made by the first save.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def save(self, files: Iterable[tuple[str, bytes]]) -> Path:
+        """Write a checkpoint, and remove all but the newest `KEPT`.
+
+        Args:
+            files: names and contents, asked for one at a time.
+
+        Returns:
+            its folder.
+
+        Raises:
+            OSError: it could not be written; those before are there still.
+        """
+        make_folder(self.folder)
+        unfinished = self.folder / ".unfinished"
+        remove_folder(unfinished)
+        make_folder(unfinished)
+        try:
+            listed = dict(_written(unfinished, files))
+            write_durably(unfinished / MANIFEST, _manifest(listed))
+            flush_folder(unfinished)
+            check(unfinished)
+        except BaseException:
+            remove_folder(unfinished)  # where the disk is full, it is needed
+            raise
+        numbers = self._numbers()
+        path = self._path(max(numbers, default=0) + 1)
+        rename_durably(unfinished, path)
+        self._prune()
+        return path
+
+    def newest(self) -> Saved | None:
+        """Find the newest checkpoint that is intact, None where none was ever saved.
+
+        Raises:
+            InputError: all are damaged, or one is of a format that this version does not read.
+        """
+        skipped: dict[str, str] = {}
+        for number in reversed(self._numbers()):
+            path = self._path(number)
+            try:
+                return Saved(path, check(path), skipped)
+            except DamagedError as error:
+                skipped[path.name] = str(error)
+        if skipped:
+            name, problem = next(iter(skipped.items()))
+            raise InputError(
+                f"No checkpoint in {self.folder} is intact; the newest, {name}: {problem}.\n"
+                "Put it back from a copy, or start a new run."
+            )
+        return None
+
+    def set_aside(self, names: Iterable[str]) -> None:
+        """Rename damaged checkpoints, so that they are neither read nor counted any more."""
+        for name in names:
+            aside = self.folder / f"damaged-{name}"
+            remove_folder(aside)
+            rename_durably(self.folder / name, aside)
+
+    def _numbers(self) -> list[int]:
+        if not self.folder.is_dir():
+            return []
+        matches = [_NAME.fullmatch(path.name) for path in self.folder.iterdir() if path.is_dir()]
+        return sorted(int(match[1]) for match in matches if match)
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"save-{number:06d}"
+
+    def _prune(self) -> None:
+        numbers = self._numbers()
+        for number in numbers[:-KEPT]:
+            remove_folder(self._path(number))
+        if len(numbers) >= KEPT:
+            for path in sorted(self.folder.glob("damaged-*")):
+                remove_folder(path)
+
+
+def check(path: Path) -> tuple[str, ...]:
+    """Read a checkpoint whole, and compare it with its manifest.
+
+    Returns:
+        the names of its files.
+
+    Raises:
+        DamagedError: it is not what was written.
+        InputError: its format is not that of this version.
+    """
+    try:
+        return tuple(_checked(path))
+    except OSError as error:
+        raise DamagedError(f"it cannot be read: {error.strerror}") from error
+
+
+def _checked(path: Path) -> dict[str, Any]:
+    listed = _read_manifest(path)
+    present = {file.name for file in path.iterdir()} - {MANIFEST}
+    if present != listed.keys():
+        odd = sorted(present ^ listed.keys())[0]
+        raise DamagedError(f"{odd} is {'not in its manifest' if odd in present else 'missing'}")
+    for name, facts in listed.items():
+        size = (path / name).stat().st_size
+        if size != facts["size"]:
+            raise DamagedError(f"{name} has {size} bytes in place of {facts['size']}")
+        if _checksum_of_file(path / name) != facts["sha256"]:
+            raise DamagedError(f"{name} has another checksum than when it was written")
+    return listed
+
+
+def _written(folder: Path, files: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, Any]]:
+    for name, content in files:
+        write_durably(folder / name, content)
+        yield name, {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _manifest(listed: dict[str, Any]) -> str:
+    """List the files, and sign the list itself, since a bit may turn there as well."""
+    content = {"format": FORMAT, "files": listed}
+    return json.dumps({**content, "sha256": _signature(content)}, indent=1) + "\n"
+
+
+def _signature(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((path / MANIFEST).read_bytes())
+        signature = content.pop("sha256")
+    except FileNotFoundError:
+        raise DamagedError(f"{MANIFEST} is missing") from None
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise DamagedError(f"{MANIFEST} is damaged") from error
+    if signature != _signature(content):
+        raise DamagedError(f"{MANIFEST} has another checksum than when it was written")
+    if content.get("format") != FORMAT:
+        raise InputError(
+            f"The checkpoint {path} has format {content.get('format')!r}; this version of mixmo "
+            f"reads format {FORMAT}.\nContinue it with the version that wrote it."
+        )
+    return _checked_list(content.get("files"))
+
+
+def _checked_list(listed: Any) -> dict[str, Any]:
+    """Check what a manifest lists: a signature can be made by anybody."""
+    if not isinstance(listed, dict):
+        raise DamagedError(f"{MANIFEST} lists no files")
+    for name, facts in listed.items():
+        plain = Path(name).name == name and name not in ("", ".", "..")
+        if not plain or not isinstance(facts, dict) or facts.keys() != {"size", "sha256"}:
+            raise DamagedError(f"{MANIFEST} lists {name!r}, which is no file of a checkpoint")
+    return listed
+
+
+def _checksum_of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

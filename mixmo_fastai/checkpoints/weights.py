@@ -1,0 +1,81 @@
+"""A network's tensors in one file."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors.torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from mixmo_fastai.errors import InputError
+from mixmo_fastai.files import write_atomically
+from mixmo_fastai.models import MixMoModel, create_model
+from mixmo_fastai.models.mixmo_model import unwrap
+from mixmo_fastai.runs import RunFolder
+
+
+def to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    """Give tensors as the content of a safetensors file."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return safetensors.torch.save(plain, metadata={"format": "pt"})
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Write a network's tensors, replacing the file in one step."""
+    write_atomically(path, to_bytes(unwrap(model).state_dict()))
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Read a network's tensors.
+
+    Raises:
+        InputError: the file is missing, damaged or of another network.
+    """
+    put_tensors(model, _read_tensors(path), path)
+
+
+def load_network(run: RunFolder) -> MixMoModel:
+    """Build the network of a run of one network, from its files alone, on the CPU.
+
+    Raises:
+        InputError: the weights are missing, damaged or of another network than the recipe says.
+    """
+    run.check_trained()
+    recipe, tensors = run.recipe(), _read_tensors(run.weights)
+    head, encoder = (tensors.get(f"{part}.0.weight") for part in ("heads", "encoders"))
+    if head is None or encoder is None or head.ndim != 2 or encoder.ndim != 4:
+        raise InputError(f"{run.weights} holds another network than the recipe says.")
+    model = create_model(
+        recipe.model.arch, head.shape[0], recipe.model.num_members, encoder.shape[1]
+    )
+    put_tensors(model, tensors, run.weights)
+    return model.eval()
+
+
+def put_tensors(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Put the tensors of a file into a network.
+
+    Raises:
+        InputError: they are those of another network.
+    """
+    own = unwrap(model).state_dict()
+    for name, tensor in tensors.items():
+        if name in own and tensor.dtype != own[name].dtype:
+            raise InputError(f"{path} holds {name} as {tensor.dtype}, not as {own[name].dtype}.")
+    try:
+        unwrap(model).load_state_dict(tensors)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise InputError(f"{path} holds another network than the recipe says: {first}") from error
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise InputError(
+            f"{path} is missing: the run is not finished. Continue it first."
+        ) from None
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} cannot be read: {error}.") from error
