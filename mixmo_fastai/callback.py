@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mixmo_fastai.data.expansion import expand
 from mixmo_fastai.data.loaders import STEPS_AT_ONCE, BatchLoader
-from mixmo_fastai.errors import InputError
+from mixmo_fastai.errors import InputError, plain
 from mixmo_fastai.losses import MixMoLoss
 from mixmo_fastai.mixing import (
     QUICK_KINDS,
@@ -126,8 +126,7 @@ class MixMoCallback(Callback):
         try:
             return super().__call__(event_name)
         except InputError as error:
-            _, _, message = str(error).rpartition(f"`{event_name}`:\n\t")
-            raise InputError(message) from None
+            raise plain(error) from None
 
     def before_fit(self) -> None:
         """Check what the Learner is made of, and wrap its loss once."""

@@ -14,6 +14,7 @@ from fastai.callback.core import Callback
 from mixmo_fastai.assessment import collect_logits
 from mixmo_fastai.evaluation import evaluate_parts
 from mixmo_fastai.interruption import StopRequest
+from mixmo_fastai.locking import locked
 from mixmo_fastai.randomness import derive_seed
 from mixmo_fastai.recipe import Expected, Recipe
 from mixmo_fastai.runs import RunFolder, create_run
@@ -44,14 +45,29 @@ def train_run(
 
     Raises:
         InputError: no checkpoint to resume from is intact, or it is of another run.
-        RunFailedError: the loss of a network is not finite, or a checkpoint could not be written.
+        InputError: another process trains in the folder.
+        RunFailedError: see `train`.
         InterruptedBySignal: somebody asked to stop.
     """
     recipe = training.recipe
     if resume:
         run.check_resumable()
-    if recipe.model.num_nets == 1:
-        return train(training, run, cbs=cbs, resume=resume, stop=stop, say=say)
+    with locked(run.path):
+        if recipe.model.num_nets == 1:
+            return train(training, run, cbs=cbs, resume=resume, stop=stop, say=say)
+        return _train_networks(training, run, cbs=cbs, resume=resume, stop=stop, say=say)
+
+
+def _train_networks(
+    training: Training,
+    run: RunFolder,
+    *,
+    cbs: Sequence[Callback],
+    resume: bool,
+    stop: StopRequest | None,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    recipe = training.recipe
     run.write_data_facts(training.facts)
     folders = run.networks()
     for index, folder in enumerate(folders):
@@ -70,7 +86,8 @@ def train_run(
                 device=training.device_name,
                 acceleration=training.acceleration.describe(),
             )
-        train(part, folder, cbs=cbs, resume=begun, stop=stop, say=say)
+        with locked(folder.path):
+            train(part, folder, cbs=cbs, resume=begun, stop=stop, say=say)
         del part  # before the next is built
         gc.collect()  # a Learner and its callbacks hold each other
     loaders = training.learn.dls.valid, training.learn.dls[TEST_SET]

@@ -1,7 +1,11 @@
 """Errors that a person can act on, and the nearest-name suggestion they carry."""
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import TypeVar
+
+_AnyError = TypeVar("_AnyError", bound=Exception)
 
 
 class InputError(ValueError):
@@ -18,6 +22,15 @@ class RunFailedError(RuntimeError):
     The message is one to three lines. The command line prints it without a traceback and exits with
     code 1.
     """
+
+
+def plain(error: _AnyError) -> _AnyError:
+    """Take off what fastai puts before the message of an error that a callback raises."""
+    error.args = (_PREFACE.sub("", str(error)),)
+    return error
+
+
+_PREFACE = re.compile(r"Exception occured in `\w+` when calling event `\w+`:\n\t")
 
 
 def nearest(name: str, choices: Iterable[str]) -> str | None:

@@ -27,10 +27,21 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     flush_folder(path.parent)
 
 
-def write_durably(path: Path, content: str | bytes) -> None:
+def write_new(path: Path, content: str | bytes) -> None:
+    """Write a file that is not there yet; of several processes, one does.
+
+    Raises:
+        FileExistsError: it is there.
+        OSError: it cannot be written.
+    """
+    write_durably(path, content, os.O_EXCL)
+    flush_folder(path.parent)
+
+
+def write_durably(path: Path, content: str | bytes, how: int = os.O_TRUNC) -> None:
     """Write a file and wait until the disk has it."""
     data = memoryview(content.encode() if isinstance(content, str) else content)
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | how, 0o644)
     try:
         while data:
             data = data[os.write(handle, data[:_CHUNK_BYTES]) :]

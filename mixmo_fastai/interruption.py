@@ -18,6 +18,7 @@ from types import FrameType
 SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 )
+_NO_SIGNAL = b"\0"
 _SHOW_CURSOR = b"\x1b[?25h"
 _SAME_SECONDS = 0.3  # a terminal and a parent that passes signals on may both send the same one
 
@@ -110,9 +111,34 @@ def handling_signals(say: Callable[[str], None] = lambda line: None) -> Iterator
         signal.set_wakeup_fd(woken)
         for number, handler in before.items():
             signal.signal(number, handler)
-        outgoing.close()
+        outgoing.send(_NO_SIGNAL)  # closing it is no end while a child process has it as well
         watch.join()
+        outgoing.close()
         incoming.close()
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Let signals wait while processes are made, which then hold them back as well."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def leave_to_parent() -> None:
+    """Put a process that works for another out of reach of what is sent to their group.
+
+    A terminal sends its signals to a whole group; the parent alone decides what they mean. It ends
+    its workers with SIGTERM. To be called in a process that was made while signals were held.
+    """
+    signal.set_wakeup_fd(-1)
+    os.setpgrp()
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # those that came before, too
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def _watch(
@@ -122,7 +148,7 @@ def _watch(
     say: Callable[[str], None],
 ) -> None:
     noted_at = None
-    while numbers := incoming.recv(64):
+    while _NO_SIGNAL not in (numbers := incoming.recv(64)):
         for number in numbers:
             if number not in handled or not request.deferring:
                 continue

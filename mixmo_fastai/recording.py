@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,10 +11,10 @@ from fastai.callback.core import Callback, CancelFitException
 from mixmo_fastai.checkpoints.state import NotFiniteError, Position, RunState
 from mixmo_fastai.checkpoints.store import CheckpointStore
 from mixmo_fastai.epochs import TrainedEpochCallback
-from mixmo_fastai.errors import InputError, RunFailedError
+from mixmo_fastai.errors import InputError
 from mixmo_fastai.interruption import StopRequest
 from mixmo_fastai.models.mixmo_model import unwrap
-from mixmo_fastai.runs import RunFolder
+from mixmo_fastai.runs import RunFolder, writing
 
 
 class HistoryCallback(TrainedEpochCallback):
@@ -46,10 +45,16 @@ class HistoryCallback(TrainedEpochCallback):
         self.began, self.loss_sum = time.perf_counter() - seconds, torch.tensor(loss_sum)
 
     def after_batch(self) -> None:
-        """Add up the loss where it is; look at it when the recorder has fetched some anyway."""
-        self.loss_sum = self.loss_sum + self.learn.loss.detach().as_subclass(torch.Tensor)
+        """Add up the loss where it is; look at it where that costs nothing.
+
+        That is at every step on a CPU; on a GPU, when the recorder has fetched some losses anyway.
+        """
+        loss = self.learn.loss.detach().as_subclass(torch.Tensor)
+        self.loss_sum = self.loss_sum + loss
         recorder = self.learn.recorder
-        if recorder.losses and not recorder.pending and not recorder.losses[-1].isfinite():
+        if recorder.losses and not recorder.pending:
+            loss = recorder.losses[-1]
+        if loss.device.type == "cpu" and not loss.isfinite():
             self.stop_diverged()
 
     def after_train(self) -> None:
@@ -174,11 +179,10 @@ class CheckpointCallback(TrainedEpochCallback):
         """Save the state; end the fit where it is not worth keeping."""
         began = time.perf_counter()
         try:
-            self.state.save(self.store, self.position)
+            with writing(self.store.folder):
+                self.state.save(self.store, self.position)
         except NotFiniteError:
             self.state.history.stop_diverged()
-        except OSError as error:
-            raise SavingFailedError(error, self.store.folder) from error
         self.saved, self.saved_at = self.position, time.perf_counter()
         self.cost = self.saved_at - began
 
@@ -196,16 +200,6 @@ class StopInValidation(Callback):
         """Save what was trained, and leave."""
         if not self.learn.training:
             self.checkpoints.stop_if_asked()
-
-
-class SavingFailedError(RunFailedError):
-    """A checkpoint could not be written."""
-
-    def __init__(self, error: OSError, folder: Path) -> None:
-        super().__init__(
-            f"Cannot save a checkpoint in {folder}: {error.strerror or error}.\n"
-            "What was saved before is intact; put the cause right, and continue with --resume."
-        )
 
 
 def _rounded(value: Any) -> float | str:

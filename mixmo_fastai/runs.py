@@ -23,15 +23,16 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from mixmo_fastai.errors import InputError
-from mixmo_fastai.files import write_atomically
+from mixmo_fastai.errors import InputError, RunFailedError
+from mixmo_fastai.files import write_atomically, write_new
 from mixmo_fastai.recipe import Recipe, load_recipe, to_toml
 
 PACKAGES = ("mixmo-fastai", "torch", "torchvision", "fastai", "numpy", "safetensors")
@@ -200,7 +201,8 @@ class RunFolder:
     def write_data_facts(self, facts: "DataFacts") -> None:
         """Write what the network must know of its data."""
         text = json.dumps(dataclasses.asdict(facts), indent=2)
-        write_atomically(self.path / "data.json", text + "\n")
+        with writing(self.path / "data.json") as path:
+            write_atomically(path, text + "\n")
 
     def history(self) -> list[dict[str, str]]:
         """Read the rows of history.csv."""
@@ -212,9 +214,11 @@ class RunFolder:
 
     def append_history(self, row: Mapping[str, Any]) -> None:
         """Add one epoch to history.csv."""
-        path = self.path / "history.csv"
-        is_new = not path.exists()
-        with path.open("a", newline="", encoding="utf-8") as file:
+        with (
+            writing(self.path / "history.csv") as path,
+            path.open("a", newline="", encoding="utf-8") as file,
+        ):
+            is_new = not file.tell()
             writer = csv.DictWriter(file, list(row), lineterminator="\n")
             if is_new:
                 writer.writeheader()
@@ -222,24 +226,44 @@ class RunFolder:
 
     def write_history(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Replace history.csv by the rows of the epochs that a resumed run has done."""
-        path = self.path / "history.csv"
-        if not rows:
-            path.unlink(missing_ok=True)
-            return
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_atomically(path, text.getvalue())
+        with writing(self.path / "history.csv") as path:
+            if not rows:
+                path.unlink(missing_ok=True)
+                return
+            text = io.StringIO()
+            writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+            write_atomically(path, text.getvalue())
 
     def log(self, line: str) -> None:
-        """Add a line to log.txt."""
-        with (self.path / "log.txt").open("a", encoding="utf-8") as file:
+        """Add a line to log.txt; no run ends because that cannot be done."""
+        with suppress(OSError), (self.path / "log.txt").open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
     def write_metrics(self, figures: Mapping[str, Any]) -> None:
         """Write the final figures."""
-        write_atomically(self.path / "metrics.json", json.dumps(figures, indent=2) + "\n")
+        with writing(self.path / "metrics.json") as path:
+            write_atomically(path, json.dumps(figures, indent=2) + "\n")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """Write a file or folder of a run; what was saved before stays whatever happens.
+
+    Raises:
+        RunFailedError: the system does not let it; the message says why.
+    """
+    try:
+        yield path
+    except OSError as error:
+        reason = f"Cannot write {path}: {error.strerror or error}."
+        if not path.parent.is_dir():
+            reason = f"{path.parent} is gone: somebody has removed or renamed the run folder."
+        raise RunFailedError(
+            f"{reason}\nWhat was saved before is as it was; continue with --resume when the cause "
+            "is put right."
+        ) from error
 
 
 def create_run(
@@ -258,7 +282,7 @@ def create_run(
     """
     try:
         folder = _claim(path) if path is not None else _claim_next(Path("runs"), run_label(recipe))
-        write_atomically(folder / "recipe.toml", to_toml(recipe))
+        _write_recipe(folder / "recipe.toml", recipe)
         environment = describe_environment(recipe, device, acceleration)
         write_atomically(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
     except OSError as error:
@@ -400,6 +424,16 @@ def _claim(path: Path) -> Path:
     path = _expanded(path)
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def _write_recipe(path: Path, recipe: Recipe) -> None:
+    """Make a folder a run's, which only one process can."""
+    try:
+        write_new(path, to_toml(recipe))
+    except FileExistsError as error:
+        raise InputError(
+            f"Another process has just taken {str(path.parent)!r}.\nChoose another --out DIR."
+        ) from error
 
 
 def _claim_next(parent: Path, label: str) -> Path:

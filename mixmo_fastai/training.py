@@ -29,12 +29,13 @@ from mixmo_fastai.data.sources import load_source
 from mixmo_fastai.devices import choose_device, describe_device
 from mixmo_fastai.errors import InputError, RunFailedError
 from mixmo_fastai.evaluation import evaluate_loaders
+from mixmo_fastai.failures import explained
 from mixmo_fastai.interruption import StopRequest
 from mixmo_fastai.learner import learner_from_recipe
 from mixmo_fastai.recipe import Recipe
 from mixmo_fastai.recording import CheckpointCallback, HistoryCallback, StopInValidation
 from mixmo_fastai.resuming import resuming
-from mixmo_fastai.runs import DataFacts, RunFolder
+from mixmo_fastai.runs import DataFacts, RunFolder, writing
 from mixmo_fastai.schedule import flat_cosine, one_cycle, published_steps
 from mixmo_fastai.selection import BestEpochCallback
 from mixmo_fastai.settings import to_mapping
@@ -203,7 +204,7 @@ def train(
     Raises:
         InputError: no checkpoint is intact, or it is of another run.
         TrainingDivergedError: the loss is not finite.
-        SavingFailedError: a checkpoint could not be written.
+        RunFailedError: nothing can be written, memory ran out, or a worker process was lost.
         InterruptedBySignal: somebody asked to stop.
     """
     recipe, learn, stop = training.recipe, training.learn, stop or StopRequest()
@@ -219,7 +220,13 @@ def train(
     steps = training.steps_per_epoch, training.warmup_steps
     scheduler = ParamScheduler(schedules(recipe, *steps))
     checkpoints = CheckpointCallback(store, state, stop)
-    with learn.no_logging(), training.accelerated(), stop.deferred():
+    precision = training.acceleration.describe()
+    with (
+        explained(recipe, precision),
+        learn.no_logging(),
+        training.accelerated(),
+        stop.deferred(),
+    ):
         learn.fit(
             recipe.train.epochs,
             lr=recipe.lr,
@@ -237,12 +244,15 @@ def train(
     if history.diverged_at is not None:
         raise _diverged(recipe, *history.diverged_at)
     _settle_weights(learn, best)
-    save_weights(learn.model, run.weights)
+    with writing(run.weights):
+        save_weights(learn.model, run.weights)
+    with explained(recipe, precision):
+        evaluated = evaluate_loaders(learn.model, valid=learn.dls.valid, test=learn.dls[TEST_SET])
     figures = {
         **training.summary(),
         **({"selected_epoch": best.number} if best else {}),
         "seconds": round(sum(float(row["seconds"]) for row in run.history()), 1),
-        **evaluate_loaders(learn.model, valid=learn.dls.valid, test=learn.dls[TEST_SET]),
+        **evaluated,
     }
     run.write_metrics(figures)
     return figures

@@ -11,7 +11,7 @@ drawn, and pixels are cut, for some steps at a time.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +31,7 @@ from mixmo_fastai.augment import (
 from mixmo_fastai.data.image_sets import ImageSet
 from mixmo_fastai.data.items import as_items
 from mixmo_fastai.errors import InputError
+from mixmo_fastai.interruption import leave_to_parent, signals_held
 from mixmo_fastai.randomness import derive_seed, make_generator
 
 
@@ -289,11 +290,14 @@ class StreamingLoader(BatchLoader):
         augmix = SeededAugMix(self.seed, self.epoch) if self.augmentation.augmix else None
         chunks = [chunk for group in groups for chunk in group]
         loader = DataLoader(
-            _ChunkReader(self.images, chunks, augmix), num_workers=self.workers, pin_memory=pinned
+            _ChunkReader(self.images, chunks, augmix),
+            num_workers=self.workers,
+            pin_memory=pinned,
+            wif=leave_to_parent,  # a worker that a signal ends would take the step with it
         )
         # Torch seeds its workers, which draw nothing here; not from the global generator.
         loader.fake_l.generator = torch.Generator()
-        batches = iter(loader)
+        batches = self._started(loader)
 
         def cut(group: Tensor, cuts: Cuts) -> Iterator[tuple[Tensor, Tensor]]:
             for step, batch in enumerate(islice(batches, len(group))):
@@ -305,6 +309,16 @@ class StreamingLoader(BatchLoader):
                 yield stored.windows(indices, **cuts.part(step, step + 1)), labels[indices]
 
         return cut
+
+
+    def _started(self, loader: DataLoader) -> Iterator[Any]:
+        """Start the workers, out of reach of the signals that this process handles."""
+        batches = iter(loader)
+        if not self.workers:
+            return batches
+        with signals_held():
+            first = next(batches, None)
+        return iter(()) if first is None else chain([first], batches)
 
 
 class ExpandedLoader:

@@ -1,0 +1,226 @@
+"""Whole commands in processes of their own, quickly: forked from one that has imported everything.
+
+A server imports torch, fastai and this package once, runs nothing, and forks for each command. So a
+command starts in milliseconds and is a process like any other: with signals, workers and a group.
+"""
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+PATIENCE = 60.0  # seconds until a process that says nothing counts as hung
+
+
+class Server:
+    """The process that forks."""
+
+    def __init__(self):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            text=True,
+        )
+        self.codes = {}
+
+    def start(self, words, folder, *, prelude="", environment=None):
+        """Start a command in a session of its own.
+
+        Args:
+            words: of the command line.
+            folder: where it runs; its output goes to files below.
+            prelude: Python that it executes first, to slow down what is to be caught.
+            environment: more of it.
+        """
+        output = Path(folder) / f"output-{time.monotonic_ns()}"
+        output.touch()
+        order = {
+            "words": [str(word) for word in words],
+            "folder": str(folder),
+            "output": str(output),
+            "prelude": prelude,
+            "environment": {k: str(v) for k, v in (environment or {}).items()},
+        }
+        self.process.stdin.write(json.dumps(order) + "\n")
+        self.process.stdin.flush()
+        pid = self._read(lambda told: told.get("started"))["started"]
+        return Command(self, pid, output)
+
+    def _read(self, wanted, patience=PATIENCE):
+        until = time.monotonic() + patience
+        while True:
+            readable, _, _ = select.select([self.process.stdout], [], [], until - time.monotonic())
+            assert readable, "the process hangs"
+            told = json.loads(self.process.stdout.readline())
+            if "ended" in told:
+                self.codes[told["ended"]] = told["code"]
+            if wanted(told):
+                return told
+
+    def code_of(self, pid, patience):
+        if pid not in self.codes:
+            self._read(lambda told: told.get("ended") == pid, patience)
+        return self.codes[pid]
+
+    def stop(self):
+        self.process.stdin.close()
+        self.process.wait(timeout=PATIENCE)
+        self.process.stdout.close()
+
+
+class Command:
+    """A command under way, or ended."""
+
+    def __init__(self, server, pid, output):
+        self.server, self.pid, self.output = server, pid, output
+
+    def wait(self, patience=PATIENCE):
+        """Wait for its end; give its exit code, -n where signal n ended it."""
+        try:
+            return self.server.code_of(self.pid, patience)
+        except AssertionError:
+            self.signal(signal.SIGKILL, group=True)
+            raise AssertionError(f"it hangs; so far it said:\n{self.said}") from None
+
+    def signal(self, number, *, group=False):
+        """Send it a signal, or its whole group, as a terminal does."""
+        (os.killpg if group else os.kill)(self.pid, number)
+
+    @property
+    def said(self):
+        """What it wrote to both its outputs."""
+        return self.output.read_text()
+
+    def until(self, is_so, patience=PATIENCE):
+        """Wait until something is so; fail where the process ended or hangs before."""
+        began = time.monotonic()
+        while not is_so():
+            assert time.monotonic() - began < patience, f"never so; it said:\n{self.said}"
+            assert self.is_alive() or is_so(), f"it ended before; it said:\n{self.said}"
+            time.sleep(0.005)
+
+    def ends_within(self, seconds):
+        """Give it some time; tell whether it has ended."""
+        until = time.monotonic() + seconds
+        while self.is_alive() and time.monotonic() < until:
+            time.sleep(0.005)
+        return not self.is_alive()
+
+    def until_said(self, text, patience=PATIENCE):
+        """Wait until it has said something."""
+        self.until(lambda: text in self.said, patience)
+
+    def is_alive(self):
+        return Path(f"/proc/{self.pid}").exists() and state_of(self.pid) != "Z"
+
+    def others(self):
+        """Processes of its session that are alive, but itself."""
+        return [pid for pid in session_of(self.pid) if pid != self.pid]
+
+
+def state_of(pid):
+    """The state of a process in one letter, "Z" where it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "Z"
+
+
+def session_of(leader):
+    """Processes of a session that are alive."""
+    found = []
+    for path in Path("/proc").iterdir():
+        if path.name.isdigit():
+            try:
+                session = os.getsid(int(path.name))
+            except ProcessLookupError:
+                continue
+            if session == leader and state_of(int(path.name)) != "Z":
+                found.append(int(path.name))
+    return found
+
+
+@pytest.fixture(scope="session")
+def server():
+    own = Server()
+    yield own
+    own.stop()
+
+
+@pytest.fixture
+def mixmo(server, tmp_path):
+    """A function that starts `mixmo …` in a folder of the test; what is left is killed."""
+    started = []
+
+    def start(*words, **how):
+        started.append(server.start(words, tmp_path, **how))
+        return started[-1]
+
+    yield start
+    for command in started:
+        for pid in session_of(command.pid):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _serve():
+    import mixmo_fastai.cli.program
+    import mixmo_fastai.deep_ensemble
+    import mixmo_fastai.lr_search  # noqa: F401
+
+    waiting = b""
+    while True:
+        readable, _, _ = select.select([0], [], [], 0.01)
+        if readable:
+            chunk = os.read(0, 2**16)
+            if not chunk:
+                return
+            waiting += chunk
+            *orders, waiting = waiting.split(b"\n")
+            for order in orders:
+                _tell(started=_fork(json.loads(order)))
+        while (ended := _ended()) is not None:
+            _tell(ended=ended[0], code=os.waitstatus_to_exitcode(ended[1]))
+
+
+def _ended():
+    try:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+    except ChildProcessError:
+        return None
+    return (pid, status) if pid else None
+
+
+def _fork(order):
+    child = os.fork()
+    if child:
+        return child
+    os.setsid()
+    file = os.open(order["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for target, source in ((0, nothing), (1, file), (2, file)):
+        os.dup2(source, target)
+    os.chdir(order["folder"])
+    os.environ.update(order["environment"])
+    exec(order["prelude"], {})
+    sys.argv = ["mixmo", *order["words"]]
+    from mixmo_fastai.cli import main
+
+    return main()  # which leaves the process as the program does
+
+
+def _tell(**values):
+    sys.stdout.write(json.dumps(values) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,276 @@
+"""Ctrl-C and SIGTERM, sent to real processes: what there is of a run is saved, and goes on."""
+
+import random
+import shutil
+import signal
+
+import pytest
+from test_resuming import assert_same
+
+from mixmo_fastai.checkpoints.store import CheckpointStore
+from mixmo_fastai.runs import open_run
+
+FIT = (
+    "fit --arch wrn10_1 --limit 64 --valid-split 0.05 --batch-size 32 --epochs 3 --device cpu "
+    "--threads 1 --set train.ema_decay=0.9 --set train.select=best --out"
+).split()
+STREAMED = ["--set", "data.loader=streaming", "--set", "data.num_workers=2"]
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
+BOTH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
+TO = pytest.mark.parametrize("group", [False, True], ids=["to the process", "to its group"])
+
+SLOW_STEPS = """
+import time
+from mixmo_fastai.recording import HistoryCallback
+own = HistoryCallback.after_batch
+HistoryCallback.after_batch = lambda self: (time.sleep(0.1), own(self))[1]
+"""
+SLOW_VALIDATION = """
+import time
+from mixmo_fastai.recording import StopInValidation
+own = StopInValidation.after_batch
+def slow(self):
+    if not self.learn.training:
+        print("validating", flush=True)
+        time.sleep(0.5)
+    own(self)
+StopInValidation.after_batch = slow
+"""
+SLOW_TEST = """
+import time
+import mixmo_fastai.training as training
+own = training.evaluate_loaders
+def slow(*args, **kwargs):
+    print("evaluating", flush=True)
+    time.sleep(60)
+    return own(*args, **kwargs)
+training.evaluate_loaders = slow
+"""
+SLOW_DISK = """
+import os, time
+from mixmo_fastai import files
+class Disk:
+    def __getattr__(self, name):
+        own = getattr(os, name)
+        if name == "fsync":
+            return lambda *args: (time.sleep(0.2), own(*args))[1]
+        return own
+files.os = Disk()
+"""
+SLOW_COMPILER = """
+import time, torch
+own = torch.compile
+def slow(function, **settings):
+    compiled = []
+    def run(*args):
+        if not compiled:
+            print("compiling", flush=True)
+            time.sleep(2)
+            compiled.append(function)
+        return function(*args)
+    return run
+torch.compile = slow
+"""
+SLOW_SEARCH = """
+import time
+import mixmo_fastai.lr_search
+from fastai.learner import Learner
+own = Learner.lr_find
+def slow(self, *args, **kwargs):
+    print("searching", flush=True)
+    one = self.one_batch
+    self.one_batch = lambda *args: (time.sleep(0.1), one(*args))
+    return own(self, *args, **kwargs)
+Learner.lr_find = slow
+"""
+
+
+@pytest.fixture(scope="module")
+def whole(server, tmp_path_factory):
+    """Runs that nobody disturbed, by what was asked for beyond `FIT`."""
+    folder, runs = tmp_path_factory.mktemp("whole"), {}
+
+    def give(*more):
+        if more not in runs:
+            place = folder / f"run-{len(runs)}"
+            assert server.start([*FIT, place, *more], folder).wait() == 0
+            runs[more] = open_run(place)
+        return runs[more]
+
+    return give
+
+
+def stopped(command, number, run_path):
+    """Check that a command ended as one that was asked to stop."""
+    assert command.wait() == CODES[number], command.said
+    assert "Traceback" not in command.said
+    assert not command.others()
+    last = command.said.splitlines()[-1]
+    if run_path is not None:
+        assert last.endswith(f"continue: mixmo fit --resume {run_path}")
+        assert last in (run_path / "log.txt").read_text()
+    return last
+
+
+def resumed(mixmo, run_path, whole):
+    """Check that a run goes on to the end that it would have had."""
+    command = mixmo("fit", "--resume", run_path)
+    assert command.wait() == 0, command.said
+    assert_same(whole, open_run(run_path))
+
+
+@BOTH
+@TO
+def test_in_a_step(mixmo, tmp_path, whole, number, group):
+    run = tmp_path / "run"
+    command = mixmo(*FIT, run, prelude=SLOW_STEPS)
+    command.until_said("1/3 ")
+    command.signal(number, group=group)
+    assert stopped(command, number, run).startswith("Interrupted. The state is saved")
+    position = CheckpointStore(run / "checkpoint").newest()
+    assert position is not None
+    resumed(mixmo, run, whole())
+
+
+@BOTH
+def test_in_a_step_with_workers(mixmo, tmp_path, whole, number):
+    run = tmp_path / "run"
+    command = mixmo(*FIT, run, *STREAMED, prelude=SLOW_STEPS)
+    command.until_said("1/3 ")
+    command.until(command.others)
+    command.signal(number, group=True)
+    assert stopped(command, number, run).startswith("Interrupted. The state is saved")
+    resumed(mixmo, run, whole(*STREAMED))
+
+
+def test_a_terminal_that_is_closed(mixmo, tmp_path, whole):
+    run = tmp_path / "run"
+    command = mixmo(*FIT, run, prelude=SLOW_STEPS)
+    command.until_said("1/3 ")
+    command.signal(signal.SIGHUP, group=True)
+    stopped(command, signal.SIGHUP, run)
+    resumed(mixmo, run, whole())
+
+
+@BOTH
+def test_in_the_first_step_which_compiles(mixmo, tmp_path, whole, number):
+    run = tmp_path / "run"
+    command = mixmo(*FIT, run, "--compile", "on", prelude=SLOW_COMPILER)
+    command.until_said("compiling")
+    command.signal(number)
+    command.until_said("Stopping after this step")
+    stopped(command, number, run)
+    assert CheckpointStore(run / "checkpoint").newest() is not None
+
+
+@BOTH
+def test_in_a_validation(mixmo, tmp_path, whole, number):
+    run = tmp_path / "run"
+    command = mixmo(*FIT, run, prelude=SLOW_VALIDATION)
+    command.until_said("validating")
+    command.signal(number)
+    stopped(command, number, run)
+    resumed(mixmo, run, whole())
+
+
+@BOTH
+def test_in_the_last_evaluation(mixmo, tmp_path, whole, number):
+    run = tmp_path / "run"
+    command = mixmo(*FIT, run, prelude=SLOW_TEST)
+    command.until_said("evaluating")
+    command.signal(number)
+    assert stopped(command, number, run).startswith("Interrupted. The state is saved")
+    resumed(mixmo, run, whole())
+
+
+@BOTH
+def test_in_a_save(mixmo, tmp_path, whole, number):
+    run = tmp_path / "run"
+    command = mixmo(*FIT, run, prelude=SLOW_DISK)
+    command.until((run / "checkpoint" / ".unfinished").exists)
+    command.signal(number)
+    stopped(command, number, run)
+    assert not (run / "checkpoint" / ".unfinished").exists()
+    resumed(mixmo, run, whole())
+
+
+@BOTH
+def test_twice_in_a_save(mixmo, tmp_path, whole, number):
+    """The second one leaves at once, with the checkpoint before intact."""
+    run = tmp_path / "run"
+    command = mixmo(*FIT, run, prelude=SLOW_DISK)
+    command.until((run / "checkpoint" / "save-000001").exists)
+    command.until((run / "checkpoint" / ".unfinished").exists)
+    command.signal(number)
+    command.until_said("Once more to leave at once")
+    assert not command.ends_within(0.4)  # two within 0.3 s count as one
+    command.signal(number)
+    assert command.wait(patience=5) == CODES[number]
+    assert CheckpointStore(run / "checkpoint").newest() is not None
+    resumed(mixmo, run, whole())
+
+
+@BOTH
+@TO
+def test_in_a_search_for_a_rate(mixmo, tmp_path, number, group):
+    command = mixmo("lr-find", "--arch", "wrn10_1", "--threads", "1", prelude=SLOW_SEARCH)
+    command.until_said("searching")
+    command.signal(number, group=group)
+    last = stopped(command, number, None)
+    assert last == {signal.SIGINT: "Interrupted.", signal.SIGTERM: "Terminated."}[number]
+    assert not [*tmp_path.glob("*.png")]
+
+
+def test_before_anything_is_saved(mixmo, tmp_path, whole):
+    slow = SLOW_TEST.replace("training.evaluate_loaders", "training.CheckpointStore")
+    run = tmp_path / "run"
+    command = mixmo(*FIT, run, prelude=slow)
+    command.until_said("evaluating")
+    command.signal(signal.SIGINT)
+    assert stopped(command, signal.SIGINT, run).startswith("Interrupted. Nothing was saved yet")
+    resumed(mixmo, run, whole())
+
+
+def test_under_nohup_a_closed_terminal_is_nothing(mixmo, tmp_path):
+    ignored = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)"
+    command = mixmo(*FIT, tmp_path / "run", prelude=ignored + SLOW_STEPS)
+    command.until_said("1/3 ")
+    command.signal(signal.SIGHUP)
+    assert command.wait() == 0
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_killed_at_any_moment(mixmo, tmp_path, whole, seed):
+    """Nothing can be done about SIGKILL, and nothing is lost that a checkpoint holds."""
+    moments, run = random.Random(seed), tmp_path / "run"
+    words = [*FIT, run]
+    for _ in range(3):
+        command = mixmo(*words, prelude=SLOW_STEPS + (SLOW_DISK if seed % 2 else ""))
+        command.until_said("Run folder")
+        if not command.ends_within(moments.uniform(0, 3)):
+            command.signal(signal.SIGKILL, group=True)
+        assert command.wait() in (0, -signal.SIGKILL), command.said
+        words = ["fit", "--resume", run]
+    resumed(mixmo, run, whole())
+
+
+def test_a_deep_ensemble_is_stopped_in_its_second_network(mixmo, tmp_path, whole):
+    more = ["--set", "model.num_nets=2"]
+    run = tmp_path / "run"
+    command = mixmo(*FIT, run, *more, prelude=SLOW_STEPS)
+    command.until((run / "net-2" / "history.csv").exists)
+    command.signal(signal.SIGTERM)
+    stopped(command, signal.SIGTERM, run)
+    command = mixmo("fit", "--resume", run)
+    assert command.wait() == 0, command.said
+    for name in ("net-1", "net-2"):
+        assert_same(open_run(whole(*more).path / name), open_run(run / name))
+
+
+def test_an_interrupted_run_can_be_moved(mixmo, tmp_path, whole):
+    command = mixmo(*FIT, tmp_path / "run", prelude=SLOW_STEPS)
+    command.until_said("1/3 ")
+    command.signal(signal.SIGINT)
+    stopped(command, signal.SIGINT, tmp_path / "run")
+    shutil.move(tmp_path / "run", tmp_path / "elsewhere")
+    resumed(mixmo, tmp_path / "elsewhere", whole())
