@@ -6,7 +6,7 @@ Parts, in this order; DIR/figures.json is written anew after each, so that a run
 leaves what it had:
 
   checks      a step on the GPU against the same step on the CPU; no wait within an epoch's steps
-  ceilings    matrix products in bfloat16, copies, the network's convolutions alone
+  ceilings    matrix products in bfloat16, copies, the network without BatchNorm
   throughput  training: images per second and share of the matrix rate, by batch, layout,
               compilation, ghost batches; the Learner against a loop by hand; M=2 against M=1
   inference   the fused network against the vanilla one and an ensemble of two
@@ -16,6 +16,9 @@ leaves what it had:
 """
 
 import argparse
+import contextlib
+import gc
+import io
 import json
 import subprocess
 import sys
@@ -23,10 +26,12 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from fastai.callback.core import Callback
+from fastai.callback.schedule import ParamScheduler
 from inference import subjects_of
 from input_pipeline import BATCH, Ours, make_pixels
 from measure import interleaved, machine, paired_ratio, spread, spreads
@@ -36,10 +41,15 @@ from torch import nn
 
 from mixmo_fastai.acceleration import Acceleration
 from mixmo_fastai.averaging import EMACallback
+from mixmo_fastai.cli.console import Output
+from mixmo_fastai.cli.progress import TrainingDisplay
 from mixmo_fastai.devices import products
 from mixmo_fastai.flops import BACKWARD, count_flops
 from mixmo_fastai.losses import MixMoLoss
 from mixmo_fastai.recipe import load_recipe
+from mixmo_fastai.recording import HistoryCallback
+from mixmo_fastai.runs import RunFolder
+from mixmo_fastai.schedule import one_cycle
 
 RECIPES = ("vanilla", "cutmix", "mimo", "linear-mixmo", "cut-mixmo")
 Figures = dict[str, Any]
@@ -68,6 +78,8 @@ def checks(args: argparse.Namespace) -> Iterator[Figures]:
     for name, (difference, limit) in differences.items():
         yield {name: {"difference": difference, "at most": limit}}
     yield {"waits within an epoch": _waits(args)}
+    if args.compile:
+        yield {"waits within an epoch, compiled": _waits(args, compiled=True)}
     wrong = [name for name, (difference, limit) in differences.items() if not difference <= limit]
     if wrong:
         raise ArithmeticError(f"too far from what they must be: {', '.join(wrong)}")
@@ -152,17 +164,29 @@ class _NoWaiting(Callback):
         self.set_mode("default")
 
 
-def _waits(args: argparse.Namespace) -> str:
-    setup = setup_of(args, arch="wrn10_1", batch_size=16)
+class _Unwritten(HistoryCallback):
+    """What a run does at every step for its history, which here has no validation to tell of."""
+
+    def after_trained_epoch(self) -> None:
+        """Write nothing."""
+
+
+def _waits(args: argparse.Namespace, *, compiled: bool = False) -> str:
+    """Train with all that `mixmo fit` has, and with fastai's bar."""
+    setup = setup_of(args, arch="wrn10_1", batch_size=16, compiled=compiled)
     on_gpu = setup.path.device.type == "cuda"
     mode = torch.cuda.set_sync_debug_mode if on_gpu else lambda _: None
     watch = _NoWaiting(mode)
     learn = setup.learner(max(50, args.steps), seed=1, more_cbs=[EMACallback(0.9)])
-    try:
-        with setup.path.applied(learn.model), learn.no_bar(), learn.no_logging():
-            learn.fit(1, 1e-3, cbs=watch)
-    finally:
-        mode("default")
+    rates = ParamScheduler({"lr": one_cycle(1e-4, 1e-3, 1e-5, 0.25)})
+    with TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        history = _Unwritten(RunFolder(Path(folder)), setup.batch_size)
+        display = TrainingDisplay(Output(quiet=True), setup.batch_size)
+        try:
+            with setup.path.applied(learn.model), learn.no_logging():
+                learn.fit(1, 1e-3, cbs=[rates, history, display, watch])
+        finally:
+            mode("default")
     seen = f"none in {watch.watched_in_all} steps, loader included, but {watch.fetches} fetches"
     return seen if on_gpu else "not to be seen without a GPU"
 
@@ -171,29 +195,40 @@ def _waits(args: argparse.Namespace) -> str:
 
 
 def ceilings(args: argparse.Namespace) -> Figures:
-    """Measure what bounds a training step: products, copies, convolutions."""
+    """Measure what bounds a training step: products, copies, all but BatchNorm."""
     device, side = torch.device(args.device), args.side
     a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
     source = torch.empty(8 * side * side, device=device)
     target = torch.empty_like(source)
     setup = setup_of(args)
-    convolutions = _convolutions_alone(setup)
-    seconds = interleaved(
-        {"product": lambda: a @ b, "copy": lambda: target.copy_(source)}, args.repeats
-    )
-    alone = interleaved({"convolutions": convolutions}, args.repeats)["convolutions"]
+    subjects = {
+        "product": lambda: a @ b,
+        "copy": lambda: target.copy_(source),
+        "network": _without_batch_norm(setup),
+    }
+    # Many per time: one is short beside what starts it.
+    several = {name: partial(_repeat, run, args.steps) for name, run in subjects.items()}
+    seconds = {
+        name: [s / args.steps for s in values]
+        for name, values in interleaved(several, args.repeats).items()
+    }
     moved = 2 * source.numel() * source.element_size()
     return {
         "tflops_bfloat16": spread([2 * side**3 / s / 1e12 for s in seconds["product"]]),
         "copy_gb_per_second": spread([moved / s / 1e9 for s in seconds["copy"]]),
-        f"images_per_second_of_convolutions_alone_at_batch_{setup.batch_size}": spread(
-            [setup.batch_size / s for s in alone]
+        f"images_per_second_without_batch_norm_at_batch_{setup.batch_size}": spread(
+            [setup.batch_size / s for s in seconds["network"]]
         ),
     }
 
 
-def _convolutions_alone(setup: Setup) -> Callable[[], None]:
-    """Forward and backward of a network without BatchNorm: nearly all that is left multiplies."""
+def _repeat(run: Callable[[], object], times: int) -> None:
+    for _ in range(times):
+        run()
+
+
+def _without_batch_norm(setup: Setup) -> Callable[[], None]:
+    """Forward and backward of the network without BatchNorm: convolutions, ReLU and sums."""
     model, (xb, yb) = setup.model(), setup.batch()
     for module in [*model.modules()]:
         for name, child in module.named_children():
@@ -278,11 +313,9 @@ def _rates(args: argparse.Namespace, subjects: dict[str, Callable[[], object]], 
 def inference(args: argparse.Namespace) -> Figures:
     """Measure predictions, many per time, since one is short."""
 
-    def several(predict: Callable[[], None]) -> None:
-        for _ in range(args.steps):
-            predict()
-
-    subjects = {name: partial(several, run) for name, run in subjects_of(setup_of(args)).items()}
+    subjects = {
+        name: partial(_repeat, run, args.steps) for name, run in subjects_of(setup_of(args)).items()
+    }
     seconds = interleaved(subjects, args.repeats)
     ratios = {name: paired_ratio(values, seconds["vanilla"]) for name, values in seconds.items()}
     return {"seconds": spreads(seconds), "time_against_vanilla": ratios}
@@ -327,8 +360,9 @@ def recipes(args: argparse.Namespace) -> Iterator[Figures]:
             text=True,
             check=False,
         )
-        figures = json.loads(done.stdout) if done.returncode == 0 else {"failed": done.stderr}
-        yield {name: figures}
+        if done.returncode:
+            raise ChildProcessError(f"{name}: {done.stderr}")
+        yield {name: json.loads(done.stdout)}
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], Any]] = {
@@ -347,6 +381,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     figures: Figures = {}
     for part in args.parts.split(","):
+        gc.collect()  # Learners of before, which hold themselves and their memory
         if args.device == "cuda":
             torch.cuda.empty_cache()
         began = time.perf_counter()

@@ -69,6 +69,8 @@ def machine() -> dict[str, object]:
         "processor": _processor(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_initialized() else None,
+        "cuda": torch.version.cuda if torch.cuda.is_initialized() else None,
+        "cudnn": torch.backends.cudnn.version() if torch.cuda.is_initialized() else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "fastai": fastai.__version__,

@@ -8,6 +8,7 @@ each allocation is taken from torch's profiler, on a GPU the peak from its alloc
 figures repeat to the byte but for what libraries choose.
 """
 
+import gc
 from collections.abc import Callable
 from functools import partial
 from itertools import accumulate
@@ -24,6 +25,7 @@ IN_A_LEARNER = " in a Learner, with its images and what it draws ahead"
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
     """Run something, and give the most bytes of tensors that it held at once."""
+    gc.collect()  # Learners of before, which hold themselves
     if device.type == "cuda":
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()

@@ -7,10 +7,12 @@ keeps its memory.
 
 import os
 import shutil
+import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -23,9 +25,11 @@ from mixmo_fastai.flops import training_flops
 from mixmo_fastai.models.mixmo_model import unwrap
 from mixmo_fastai.recipe import Recipe
 
-WORTH_COMPILING = 4e17
-"""Operations of a training from which compiling, a minute or two, pays: a quarter of an hour at 440
-TFLOP/s, a rate that no GPU is known to exceed on such networks."""
+WORTH_COMPILING = 900.0
+"""Seconds of training from which compiling, a minute or two, pays."""
+FASTEST_FLOPS, FASTEST_IMAGES = 500e12, 40_000.0
+"""Operations and images per second that no GPU is known to exceed on such networks: the first
+bounds wide networks, the second small ones, whose time goes into memory and many small kernels."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +69,20 @@ class Acceleration:
                 stack.enter_context(products(tf32=self.tf32, autotune=True))
             else:
                 keep_freed_memory()
-            if self.threads:
-                stack.enter_context(_threads(self.threads))
+            stack.enter_context(self.threaded())
             if self.autocast is not None or self.compiled or not self.channels_last:
                 stack.enter_context(_forward(unwrap(model), self._wrapped))
             yield
+
+    @contextmanager
+    def threaded(self) -> Iterator[None]:
+        """Use its threads alone, as for an evaluation, which is not rounded."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads or before)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
     def describe(self) -> str:
         """Say it in words."""
@@ -77,7 +90,7 @@ class Acceleration:
         parts = [kinds[self.autocast]]
         parts += ["channels last"] if self.channels_last else []
         parts += ["compiled"] if self.compiled else []
-        parts += [f"{self.threads} threads"] if self.threads else []
+        parts += [f"{self.threads} thread{'s' * (self.threads > 1)}"] if self.threads else []
         return ", ".join(parts)
 
     def _wrapped(self, plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -97,7 +110,9 @@ class Acceleration:
                 masks = masks.contiguous()  # masks of all kinds alike, so that one compilation does
             # Evaluation has batches of other shapes, each of which would be compiled anew.
             run = plain if masks is None else trained
-            with torch.autocast(self.device.type, self.autocast, self.autocast is not None):
+            if self.autocast is None:  # the caller's own is left alone
+                return run(network, inputs, masks)
+            with torch.autocast(self.device.type, self.autocast):
                 logits: Tensor = run(network, inputs, masks)
             return logits
 
@@ -139,7 +154,8 @@ def choose_acceleration(
     bfloat16 = train.precision == "bfloat16" or (train.precision == "auto" and has_bfloat16)
     compiled = train.compile == "on"
     if train.compile == "auto" and cuda and _can_compile(device):
-        compiled = training_flops(model, image_shape, num_images) >= WORTH_COMPILING
+        flops = training_flops(model, image_shape, num_images)
+        compiled = max(flops / FASTEST_FLOPS, num_images / FASTEST_IMAGES) >= WORTH_COMPILING
     return Acceleration(
         device,
         autocast=torch.bfloat16 if bfloat16 else None,
@@ -151,11 +167,12 @@ def choose_acceleration(
 
 
 def _can_compile(device: torch.device) -> bool:
-    """Tell whether torch.compile finds what it needs for a GPU."""
-    compilers = (os.environ.get("CC"), "cc", "gcc", "clang")
+    """Tell whether torch.compile finds what it needs for a GPU: as Triton looks for it."""
+    compilers = (os.environ.get("CC"), "gcc", "clang")
     has_compiler = any(name and shutil.which(name) for name in compilers)
+    has_headers = (Path(sysconfig.get_path("include")) / "Python.h").is_file()
     capable = torch.cuda.get_device_capability(device) >= (7, 0)
-    return has_compiler and capable and find_spec("triton") is not None
+    return has_compiler and has_headers and capable and find_spec("triton") is not None
 
 
 def _member_by_member(inputs: Tensor) -> Tensor:
@@ -183,13 +200,3 @@ def _forward(network: nn.Module, wrap: Callable[..., Callable[..., Tensor]]) -> 
             attributes.pop("forward", None)
         else:
             attributes["forward"] = before
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

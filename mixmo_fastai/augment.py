@@ -9,6 +9,8 @@ apply them and draw nothing.
 import torch
 from torch import Tensor
 
+from mixmo_fastai.errors import InputError
+
 _FLIPPED_AT_ONCE = 4096
 
 
@@ -141,6 +143,8 @@ class Normalizer:
 
     def __call__(self, images: Tensor) -> Tensor:
         """(n, C, H, W) uint8, channels last for speed -> the same in float, channels last."""
+        if images.dtype != torch.uint8:
+            raise InputError(f"Pixels to be normalised must be uint8; got {images.dtype}.")
         rows = images.permute(0, 2, 3, 1).flatten(2).to(self.scale.dtype)  # (n, H, W·C)
         values = torch.addcmul(self.shift, rows, self.scale, out=rows)
         return values.view(*values.shape[:2], images.shape[3], -1).permute(0, 3, 1, 2)

@@ -5,6 +5,7 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -50,19 +51,50 @@ def products(*, tf32: bool, autotune: bool | None = None) -> Iterator[None]:
             convolutions are.
         autotune: whether cuDNN tries its algorithms first; as it is where not given.
     """
-    cudnn = torch.backends.cudnn
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    cudnn, precisions = torch.backends.cudnn, _precisions()
+    before = [owner.fp32_precision for owner in precisions]
+    legacy, benchmark = _legacy_precision(), cudnn.benchmark
     try:
-        with cudnn.flags(
-            enabled=cudnn.enabled,
-            benchmark=cudnn.benchmark if autotune is None else autotune,
-            deterministic=cudnn.deterministic,
-            allow_tf32=tf32,
-        ):
-            yield
+        if legacy is None:
+            for owner in precisions:
+                owner.fp32_precision = "tf32" if tf32 else "ieee"
+        else:
+            _set_legacy_precision("high" if tf32 else "highest", tf32)
+        cudnn.benchmark = benchmark if autotune is None else autotune
+        yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        cudnn.benchmark = benchmark
+        if legacy is not None:
+            _set_legacy_precision(*legacy)
+        for owner, value in zip(precisions, before, strict=True):
+            owner.fp32_precision = value
+
+
+def _precisions() -> list[Any]:
+    """Give what has a precision of float32 of its own in newer versions of torch."""
+    parts = {
+        torch.backends.cuda: ("matmul",),
+        torch.backends.cudnn: ("conv", "rnn"),
+        torch.backends.mkldnn: ("matmul", "conv", "rnn"),
+    }
+    owners = [getattr(backend, name, None) for backend in parts for name in parts[backend]]
+    return [owner for owner in owners if hasattr(owner, "fp32_precision")]
+
+
+def _legacy_precision() -> tuple[str, bool] | None:
+    """Tell the precision by torch's older settings; None where somebody uses the newer ones.
+
+    Torch refuses to answer where both were used.
+    """
+    try:
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    except RuntimeError:
+        return None
+
+
+def _set_legacy_precision(matmul: str, convolutions: bool) -> None:
+    torch.set_float32_matmul_precision(matmul)
+    torch.backends.cudnn.allow_tf32 = convolutions
 
 
 def keep_freed_memory() -> None:
@@ -70,8 +102,8 @@ def keep_freed_memory() -> None:
 
     By default it gives blocks of a batch's size back to the system at once, and the next batch pays
     a page fault for every 4 KiB again: up to a quarter of a step of a small network on a CPU. The
-    peak stays what it was. It holds for the rest of the process. Where there is no glibc, nothing
-    happens.
+    process's peak grows by a few per cent. It holds for the rest of the process. Where there is no
+    glibc, nothing happens.
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if set_option is None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from mixmo_fastai.augment import normalize
@@ -64,7 +64,7 @@ def check_export(run: RunFolder, path: Path) -> None:
             the packages for it are missing.
     """
     if path.suffix.lower() not in EXPORT_SUFFIXES:
-        raise InputError(f"--to {str(path)!r} must end in {' or '.join(EXPORT_SUFFIXES)}.")
+        raise InputError(f"{str(path)!r} must end in {' or '.join(EXPORT_SUFFIXES)}.")
     missing = [name for name in ONNX_PACKAGES if find_spec(name) is None]
     if path.suffix.lower() == ".onnx" and missing:
         raise InputError(
@@ -204,8 +204,8 @@ def _compare(found: Tensor, expected: Tensor, tolerance: float) -> dict[str, flo
 
 def _write_tensors(model: FusedNetwork, facts: DataFacts, metadata: Metadata, path: Path) -> None:
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    save_file(tensors, path, metadata={"format": "pt", **metadata})
-    path.chmod(0o644)
+    # Through a file of our own, since save_file makes one that its owner alone may read.
+    path.write_bytes(save(tensors, metadata={"format": "pt", **metadata}))
 
 
 def _read_tensors(path: Path) -> Callable[[Tensor], Tensor]:

@@ -69,6 +69,7 @@ class HistoryCallback(TrainedEpochCallback):
 
         fastai would mangle the message of any error but this one.
         """
+        self.learn.recorder.fetch()
         losses = self.learn.recorder.losses
         since = sum(not loss.isfinite() for loss in losses)  # an average stays what it became
         self.diverged_at = self.learn.epoch + 1, self.learn.iter + 1 - max(0, since - 1)

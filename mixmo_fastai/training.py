@@ -246,7 +246,7 @@ def train(
     _settle_weights(learn, best)
     with writing(run.weights):
         save_weights(learn.model, run.weights)
-    with explained(recipe, precision):
+    with explained(recipe, precision), training.acceleration.threaded():
         evaluated = evaluate_loaders(learn.model, valid=learn.dls.valid, test=learn.dls[TEST_SET])
     figures = {
         **training.summary(),

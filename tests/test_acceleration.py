@@ -37,6 +37,13 @@ def trained(path, **settings):
     return learn
 
 
+def owner_of(place):
+    owner = torch.backends
+    for name in filter(None, place.split(".")):
+        owner = getattr(owner, name)
+    return owner
+
+
 class TestPaths:
     """Each path trains, to the same network but for rounding."""
 
@@ -128,6 +135,17 @@ class TestNothingLeaks:
         assert seen == [True]
         assert not torch.is_autocast_enabled("cpu")
 
+    def test_a_callers_own_autocast_is_left_alone(self):
+        seen = []
+        model = create_model("wrn10_1", 3, 2)
+        model.core.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+        with (
+            torch.autocast("cpu", torch.bfloat16),
+            Acceleration(CPU, channels_last=False).applied(model),
+        ):
+            model(torch.randn(2, 3, 8, 8))
+        assert seen == [True]
+
     @pytest.mark.parametrize("tf32", [True, False])
     def test_float32_products_are_rounded_only_within(self, tf32):
         cudnn = torch.backends.cudnn
@@ -138,6 +156,30 @@ class TestNothingLeaks:
             assert cudnn.allow_tf32 == tf32
         after = torch.get_float32_matmul_precision(), cudnn.benchmark, cudnn.allow_tf32
         assert after == before
+
+    @pytest.mark.parametrize("tf32", [True, False])
+    @pytest.mark.parametrize("value", ["ieee", "tf32"])
+    @pytest.mark.parametrize("place", ["", "cudnn.conv", "cuda.matmul"])
+    def test_newer_settings_of_torch_are_left_as_they_were(self, tf32, value, place):
+        """Torch has two ways to say this, and refuses to mix them."""
+        places = ("", "cudnn", "cudnn.conv", "cuda.matmul", "mkldnn.matmul", "mkldnn.conv")
+        owners = {name: owner_of(name) for name in places}
+        if not hasattr(owners["cudnn.conv"], "fp32_precision"):
+            pytest.skip("this torch has the older settings only")
+        original = {name: owner.fp32_precision for name, owner in owners.items()}
+        try:
+            owners[place].fp32_precision = value
+            before = {name: owner.fp32_precision for name, owner in owners.items()}
+            with products(tf32=tf32, autotune=True):
+                within = owners["cudnn.conv"].fp32_precision, owners["cuda.matmul"].fp32_precision
+                assert (within == ("tf32", "tf32")) == tf32
+                assert "tf32" in within or not tf32
+                assert torch.backends.cudnn.benchmark
+            assert {name: owner.fp32_precision for name, owner in owners.items()} == before
+            assert not torch.backends.cudnn.benchmark
+        finally:
+            for name, owner in owners.items():
+                owner.fp32_precision = original[name]
 
     def test_a_copy_made_within_runs_on_its_own_weights(self):
         model = create_model("wrn10_1", 3, 2)
@@ -225,12 +267,14 @@ class TestChoice:
         return choose_acceleration(recipe, device, model, (3, 32, 32), num_images)
 
     @pytest.fixture(autouse=True)
-    def a_gpu(self, monkeypatch):
+    def a_gpu(self, monkeypatch, tmp_path):
         """One that has bfloat16, or one that has not; with all that compiling takes."""
         self.has_bfloat16, self.capability = True, (9, 0)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: self.capability)
         monkeypatch.setattr(acceleration, "find_spec", lambda _: "there")
         monkeypatch.setattr(acceleration.shutil, "which", lambda name: f"/usr/bin/{name}")
+        (tmp_path / "Python.h").touch()
+        monkeypatch.setattr(acceleration.sysconfig, "get_path", lambda _: str(tmp_path))
         monkeypatch.setattr(
             torch.cuda, "is_bf16_supported", lambda including_emulation: self.has_bfloat16
         )
@@ -259,20 +303,24 @@ class TestChoice:
         assert path.describe() == "float32, compiled, 3 threads"
         assert not path.tf32
 
-    def test_only_long_trainings_are_compiled(self):
-        model = create_model("wrn10_1", 3, 2)
-        enough = acceleration.WORTH_COMPILING / training_flops(model, (3, 32, 32), 1)
+    @pytest.mark.parametrize("each", [1.0, 1e12], ids=["a small network", "a wide one"])
+    def test_only_long_trainings_are_compiled(self, monkeypatch, each):
+        monkeypatch.setattr(acceleration, "training_flops", lambda *args: each * args[-1])
+        slowest = max(each / acceleration.FASTEST_FLOPS, 1 / acceleration.FASTEST_IMAGES)
+        enough = acceleration.WORTH_COMPILING / slowest
         assert not self.choose(CUDA, int(enough) - 1).compiled
         assert self.choose(CUDA, int(enough) + 1).compiled
         assert not self.choose(CUDA, int(enough) + 1, compile="off").compiled
         assert not self.choose(CPU, int(enough) + 1).compiled
 
-    @pytest.mark.parametrize("missing", ["triton", "compiler", "capability"])
+    @pytest.mark.parametrize("missing", ["triton", "compiler", "headers", "capability"])
     def test_nothing_is_compiled_by_itself_where_it_would_fail(self, monkeypatch, missing):
         if missing == "triton":
             monkeypatch.setattr(acceleration, "find_spec", lambda _: None)
         elif missing == "compiler":
             monkeypatch.setattr(acceleration.shutil, "which", lambda _: None)
+        elif missing == "headers":
+            monkeypatch.setattr(acceleration.sysconfig, "get_path", lambda _: "/nowhere")
         else:
             self.capability = (6, 1)
         assert not self.choose(CUDA, 10**15).compiled
@@ -300,7 +348,7 @@ def test_the_flags(tmp_path, monkeypatch, capsys):
     flags = ["--precision", "bfloat16", "--memory-format", "contiguous", "--threads", "1"]
     flags += ["--compile", "off", "--arch", "wrn10_1", "--epochs", "1", "--limit", "200"]
     assert program(["fit", *flags, "--out", "run"]) == 0
-    assert "cpu, bfloat16, 1 threads, seed 0" in capsys.readouterr().out
+    assert "cpu, bfloat16, 1 thread, seed 0" in capsys.readouterr().out
     assert program(["fit", "--compile", "maybe"]) == 2
     assert "--compile is 'maybe'" in capsys.readouterr().err
     assert program(["fit", "--memory-format", "channels"]) == 2

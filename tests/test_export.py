@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 
 import numpy as np
@@ -98,6 +99,29 @@ def test_onnx_takes_any_batch_and_says_what_it_is(run, tmp_path):
     about = json.loads(properties["mixmo"])
     assert about["arch"] == "wrn10_1"
     assert about["data"]["classes"] == ["cat", "dog", "fish"]
+
+
+@pytest.mark.parametrize("arch", ["wrn10_2", "preact_resnet18_1"])
+def test_other_networks_are_the_same_in_onnx(images, tmp_path, arch):
+    run = trained(images, tmp_path / "run", **{"model.arch": arch})
+    export_run(run, tmp_path / "net.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "net.onnx"))
+    x = torch.randn(3, 3, 12, 12)
+    with torch.inference_mode():
+        expected = load_network(run)(x).numpy()
+    logits = session.run(["logits"], {"images": x.numpy()})[0]
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4 * abs(expected).max())
+
+
+def test_a_stricter_umask_holds_for_exported_files(run, tmp_path):
+    before = os.umask(0o077)
+    try:
+        export_run(run, tmp_path / "net.safetensors")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "net.safetensors").stat().st_mode & 0o777 == 0o600
+    export_run(run, tmp_path / "other.safetensors")
+    assert (tmp_path / "other.safetensors").stat().st_mode & 0o044
 
 
 def test_another_network_than_the_runs_is_never_written(run, tmp_path, monkeypatch):
@@ -219,7 +243,7 @@ def test_a_file_that_cannot_be_written_is_named(run, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr(export, "save_file", fail)
+    monkeypatch.setattr(export, "save", fail)
     with pytest.raises(InputError, match=r"Cannot write .*: No space left"):
         export_run(run, tmp_path / "net.safetensors")
     assert list(tmp_path.iterdir()) == []

@@ -10,10 +10,11 @@ from test_resuming import assert_same
 from mixmo_fastai.checkpoints.store import CheckpointStore
 from mixmo_fastai.runs import open_run
 
-FIT = (
+_FIT = (
     "fit --arch wrn10_1 --limit 64 --valid-split 0.05 --batch-size 32 --epochs 3 --device cpu "
     "--threads 1 --set train.ema_decay=0.9 --set train.select=best --out"
-).split()
+)
+FIT = _FIT.split()
 STREAMED = ["--set", "data.loader=streaming", "--set", "data.num_workers=2"]
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 BOTH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)

@@ -8,6 +8,7 @@ from mixmo_fastai.checkpoints.weights import load_weights
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.lr_search import search_lr
 from mixmo_fastai.recipe import override, recipe_from_mapping
+from mixmo_fastai.recording import HistoryCallback
 from mixmo_fastai.runs import create_run, open_run
 from mixmo_fastai.schedule import flat_cosine, one_cycle
 from mixmo_fastai.training import (
@@ -289,6 +290,29 @@ def test_a_diverging_run_is_told_a_lower_rate(tmp_path):
     assert run.history() == []
     assert not run.checkpoint.exists()
     assert not run.weights.exists()
+
+
+def test_the_step_that_diverged_is_told_where_losses_are_seldom_looked_at(tmp_path, monkeypatch):
+    """As on a GPU, where a checkpoint may be the first to look."""
+
+    class RunOff(Callback):
+        order = 10
+
+        def after_loss(self):
+            if self.learn.iter >= 2:
+                self.learn.loss_grad = self.learn.loss = self.learn.loss * float("nan")
+
+    def add_up(self):
+        self.loss_sum = self.loss_sum + self.learn.loss.detach()
+        if self.learn.iter == 4:
+            assert self.learn.recorder.pending
+            self.learn.checkpoint.save()
+
+    monkeypatch.setattr(HistoryCallback, "after_batch", add_up)
+    run = create_run(TINY, tmp_path / "run")
+    with pytest.raises(TrainingDivergedError, match="at step 3 of epoch 1"):
+        train(prepare(TINY), run, cbs=[RunOff()])
+    assert not [*run.checkpoint.glob("save-*")]
 
 
 def test_momentum_is_left_alone_by_the_published_schedule():

@@ -310,7 +310,6 @@ class StreamingLoader(BatchLoader):
 
         return cut
 
-
     def _started(self, loader: DataLoader) -> Iterator[Any]:
         """Start the workers, out of reach of the signals that this process handles."""
         batches = iter(loader)
