@@ -2,8 +2,8 @@
 
 python benchmarks/gpu.py --out DIR [--data FOLDER] [--parts checks,ceilings,…] [--arch wrn28_10]
 
-Parts, in this order; DIR/figures.json is written anew after each, so that a run that is cut short
-leaves what it had:
+Parts, in this order; DIR/figures.json is written after each, so that a run that is cut short leaves
+what it had, and a later one adds to it; recipes go on where they were:
 
   checks      a step on the GPU against the same step on the CPU; no wait within an epoch's steps
   ceilings    matrix products in bfloat16, copies, the network without BatchNorm
@@ -76,7 +76,8 @@ def checks(args: argparse.Namespace) -> Iterator[Figures]:
         "losses of one seed, twice": (_repeats(args), 0.0 if args.device == "cpu" else 0.05),
     }
     for name, (difference, limit) in differences.items():
-        yield {name: {"difference": difference, "at most": limit}}
+        kept = "kept" if difference <= limit else "NOT KEPT"
+        yield {name: {"difference": difference, "at most": limit, "limit": kept}}
     yield {"waits within an epoch": _waits(args)}
     if args.compile:
         yield {"waits within an epoch, compiled": _waits(args, compiled=True)}
@@ -350,12 +351,13 @@ def recipes(args: argparse.Namespace) -> Iterator[Figures]:
     for name in args.recipes:
         passes = load_recipe(f"cifar10/{name}").mix.batch_repetitions  # within an epoch
         run = args.out / "runs" / name
-        words = ["fit", args.data, "--recipe", f"cifar10/{name}", "--arch", args.recipe_arch]
+        words = [args.data, "--recipe", f"cifar10/{name}", "--arch", args.recipe_arch]
         words += ["--epochs", str(max(1, args.passes // passes)), "--device", args.device]
-        words += ["--batch-size", str(args.recipe_batch), "--out", str(run), "--json"]
+        words += ["--batch-size", str(args.recipe_batch), "--out", str(run)]
         words += ["--limit", str(args.limit)] if args.limit else []
+        words = ["--resume", str(run)] if run.is_dir() else words
         done = subprocess.run(
-            [sys.executable, "-m", "mixmo_fastai", *words],
+            [sys.executable, "-m", "mixmo_fastai", "fit", *words, "--json"],
             capture_output=True,
             text=True,
             check=False,
@@ -378,9 +380,14 @@ PARTS: dict[str, Callable[[argparse.Namespace], Any]] = {
 
 def main() -> None:
     args = _parser().parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("torch finds no GPU here; --device cpu runs everything without one.")
     args.out.mkdir(parents=True, exist_ok=True)
-    figures: Figures = {}
-    for part in args.parts.split(","):
+    known = args.out / "figures.json"
+    figures: Figures = json.loads(known.read_text()) if known.exists() else {}
+    print(", ".join(f"{key} {value}" for key, value in machine().items() if value))
+    for part in args.parts:
+        figures.pop(part, None)
         gc.collect()  # Learners of before, which hold themselves and their memory
         if args.device == "cuda":
             torch.cuda.empty_cache()
@@ -394,7 +401,7 @@ def main() -> None:
         if args.peak is None and "tflops_bfloat16" in figures.get("ceilings", {}):
             args.peak = figures["ceilings"]["tflops_bfloat16"]["median"]
         _write(args.out, figures)
-    if any("failed" in figures[part] for part in args.parts.split(",")):
+    if any("failed" in figures[part] for part in args.parts):
         raise SystemExit(1)
 
 
@@ -427,7 +434,7 @@ def _print(name: str, value: Any) -> None:
 
 
 def _write(folder: Path, figures: Figures) -> None:
-    text = json.dumps({"machine": machine(), **figures}, indent=2)
+    text = json.dumps({**figures, "machine": machine()}, indent=2)
     (folder / "figures.json").write_text(text + "\n")
 
 
@@ -436,11 +443,16 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
+    def parts(text: str) -> list[str]:
+        if strange := [part for part in text.split(",") if part not in PARTS]:
+            raise argparse.ArgumentTypeError(f"{strange[0]!r} is none of {', '.join(PARTS)}")
+        return text.split(",")
+
     def numbers(text: str) -> list[int]:
         return [int(number) for number in text.split(",")]
 
     parser.add_argument("--out", type=Path, required=True, help="a folder")
-    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--parts", type=parts, default=[*PARTS], help=",".join(PARTS))
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--arch", default="wrn28_10")
     parser.add_argument("--batch-sizes", type=numbers, default=[256, 512])

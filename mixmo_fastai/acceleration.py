@@ -27,6 +27,8 @@ from mixmo_fastai.recipe import Recipe
 
 WORTH_COMPILING = 900.0
 """Seconds of training from which compiling, a minute or two, pays."""
+THREADS_PER_PROCESSOR = 8
+"""From here on more threads only get in each other's way."""
 FASTEST_FLOPS, FASTEST_IMAGES = 500e12, 40_000.0
 """Operations and images per second that no GPU is known to exceed on such networks: the first
 bounds wide networks, the second small ones, whose time goes into memory and many small kernels."""
@@ -140,7 +142,8 @@ def choose_acceleration(
         num_images: images that it will see.
 
     Raises:
-        InputError: bfloat16 or TF32 is asked for where there is none.
+        InputError: bfloat16 or TF32 is asked for where there is none, compilation where there is no
+            compiler, or far more threads than there are processors.
     """
     train, cuda = recipe.train, device.type == "cuda"
     has_bfloat16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -151,6 +154,7 @@ def choose_acceleration(
         raise InputError(
             "precision 'tf32' needs a CUDA device that has it; use --precision float32."
         )
+    _check_host(train.threads, device, asked=train.compile == "on")
     bfloat16 = train.precision == "bfloat16" or (train.precision == "auto" and has_bfloat16)
     compiled = train.compile == "on"
     if train.compile == "auto" and cuda and _can_compile(device):
@@ -166,13 +170,31 @@ def choose_acceleration(
     )
 
 
+def _check_host(threads: int, device: torch.device, *, asked: bool) -> None:
+    if threads > THREADS_PER_PROCESSOR * (os.cpu_count() or 1):
+        raise InputError(
+            f"{threads} threads are far more than this machine has processors, {os.cpu_count()}.\n"
+            "Take --threads 0 for torch's own choice."
+        )
+    if asked and not _has_compiler(device):
+        raise InputError(
+            "Compiling needs a C++ compiler, such as g++, and none was found.\n"
+            "Install one, or leave --compile on out."
+        )
+
+
+def _has_compiler(device: torch.device) -> bool:
+    """Tell whether there is what torch.compile calls: C for a GPU, as Triton does, else C++."""
+    on_gpu = device.type == "cuda"
+    names = (os.environ.get("CC"), "gcc", "clang") if on_gpu else (os.environ.get("CXX"), "g++")
+    return any(name and shutil.which(name) for name in names)
+
+
 def _can_compile(device: torch.device) -> bool:
     """Tell whether torch.compile finds what it needs for a GPU: as Triton looks for it."""
-    compilers = (os.environ.get("CC"), "gcc", "clang")
-    has_compiler = any(name and shutil.which(name) for name in compilers)
     has_headers = (Path(sysconfig.get_path("include")) / "Python.h").is_file()
     capable = torch.cuda.get_device_capability(device) >= (7, 0)
-    return has_compiler and has_headers and capable and find_spec("triton") is not None
+    return _has_compiler(device) and has_headers and capable and find_spec("triton") is not None
 
 
 def _member_by_member(inputs: Tensor) -> Tensor:

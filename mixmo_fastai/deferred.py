@@ -15,7 +15,7 @@ STEPS_PER_FETCH = 20
 
 
 class DeferredRecorder(Recorder):
-    """fastai's Recorder; `losses` grows by several steps at a time, and is whole after each epoch.
+    """fastai's Recorder; losses are brought to the host several at a time, or when asked for.
 
     Args:
         every: steps between two looks.
@@ -26,13 +26,24 @@ class DeferredRecorder(Recorder):
 
     def __init__(self, *, every: int = STEPS_PER_FETCH, **kwargs: object) -> None:
         super().__init__(**kwargs)
-        self.every, self.pending = every, []  # smoothed losses, on the device
+        self.every = every
+        self.pending: list[Tensor] = []  # smoothed losses, where the loss is
+        self.fetched: list[Tensor] = []  # those on the host
         self.smooth_loss = _SmoothLossInPlace(self.smooth_loss.beta)
+
+    @property
+    def losses(self) -> list[Tensor]:
+        """All smoothed losses of the fit so far, on the host; a look waits for the device."""
+        self.fetch()
+        return self.fetched
+
+    @losses.setter
+    def losses(self, values: list[Tensor]) -> None:
+        self.fetched, self.pending = values, []
 
     def before_fit(self) -> None:
         """Begin anew; a plain bar, such as `no_bar` leaves behind it, must not wait either."""
         super().before_fit()
-        self.pending = []
         for callback in self.learn.cbs:
             if type(callback) is ProgressCallback:
                 # Replaced by another, it would miss this event. fastai's own setter would warn.
@@ -57,14 +68,10 @@ class DeferredRecorder(Recorder):
         self.fetch()
         super().after_train()
 
-    def after_fit(self) -> None:
-        """Fetch the rest where an epoch was cut short."""
-        self.fetch()
-
     def fetch(self) -> None:
         """Bring the pending losses to the host, in one copy."""
         if self.pending:
-            self.losses += torch.stack(self.pending).cpu().unbind()
+            self.fetched += torch.stack(self.pending).cpu().unbind()
             self.pending = []
 
 
@@ -77,8 +84,8 @@ class DeferredProgressCallback(ProgressCallback):
         """Move the bar."""
         self.pbar.update(self.learn.iter + 1)
         recorder = getattr(self.learn, "recorder", None)  # not while fastai gathers predictions
-        if recorder is not None and recorder.losses:
-            self.pbar.comment = f"{recorder.losses[-1].item():.4f}"
+        if recorder is not None and recorder.fetched:
+            self.pbar.comment = f"{recorder.fetched[-1].item():.4f}"
 
 
 class _SmoothLossInPlace(AvgSmoothLoss):

@@ -102,7 +102,8 @@ def export_run(run: RunFolder, path: Path, data_dir: Path | None = None) -> dict
         raise InputError(f"{str(path)!r} exists and was not changed.")
     suffix, recipe, model = path.suffix.lower(), run.recipe(), load_network(run)
     source = read_source(recipe, data_dir)
-    facts = run.data_facts() or facts_of(source)
+    facts = facts_of(source)
+    _check_facts(run, facts)
     x = _standardised(source.test if len(source.test) else source.train, facts)
     fused = model.fuse()
     write, read = _FORMATS[suffix]
@@ -176,6 +177,18 @@ def load_fused(path: Path | str) -> ExportedNetwork:
     return ExportedNetwork(model.eval(), arch, facts)
 
 
+def _check_facts(run: RunFolder, facts: DataFacts) -> None:
+    """Check that what the run says of its data, by which images are standardised, is so."""
+    own = run.data_facts() or facts
+    for field in dataclasses.fields(facts):
+        said, found = getattr(own, field.name), getattr(facts, field.name)
+        if said != found:
+            raise InputError(
+                f"{run.path / 'data.json'} says {field.name} is {str(said)[:60]}, and the data has "
+                f"{str(found)[:60]}.\nPut back what has changed."
+            )
+
+
 def _metadata(arch: str, facts: DataFacts) -> Metadata:
     about = {"format": FORMAT, "arch": arch, "data": dataclasses.asdict(facts)}
     return {"mixmo": json.dumps(about)}
@@ -191,9 +204,11 @@ def _standardised(images: ImageSet, facts: DataFacts) -> Tensor:
 
 def _compare(found: Tensor, expected: Tensor, tolerance: float) -> dict[str, float]:
     """Compare logits (n, K); refuse those that differ by more than rounding."""
+    if not expected.isfinite().all():
+        raise InputError("The run's own logits are not finite: its weights are of no use.")
     difference = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
     same = float((found.argmax(1) == expected.argmax(1)).double().mean())
-    if not difference <= tolerance:  # not for NaN either
+    if not difference <= tolerance:  # NaN is no agreement either
         raise InputError(
             f"The exported network is not the run's: on {len(expected)} images their logits differ "
             f"by {difference:.1e} of the largest,\nwhere {tolerance:.0e} is allowed. Nothing was "

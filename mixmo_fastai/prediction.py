@@ -33,7 +33,7 @@ class Prediction:
         label: the class of the ensemble, the mean of logits.
         probability: of that class.
         votes: each member's class; the ensemble's alone of an exported network.
-        agreement: share of the votes for the ensemble's class.
+        agreement: share of the votes for the ensemble's class; None of a single vote.
         entropy: of the ensemble, in nats; 0 where it is sure.
         mutual_information: of the members, in nats; None for one member.
     """
@@ -42,7 +42,7 @@ class Prediction:
     label: str
     probability: float
     votes: tuple[str, ...]
-    agreement: float
+    agreement: float | None
     entropy: float
     mutual_information: float | None
 
@@ -114,7 +114,7 @@ def _predictions(images: Sequence[str], logits: Tensor, facts: DataFacts) -> lis
             label=facts.classes[int(labels[i])],
             probability=float(top[i]),
             votes=tuple(facts.classes[vote] for vote in votes[i].tolist()),
-            agreement=float(agreement[i]),
+            agreement=float(agreement[i]) if several else None,
             entropy=entropies[i],
             mutual_information=information[i],
         )

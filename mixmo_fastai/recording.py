@@ -52,8 +52,8 @@ class HistoryCallback(TrainedEpochCallback):
         loss = self.learn.loss.detach().as_subclass(torch.Tensor)
         self.loss_sum = self.loss_sum + loss
         recorder = self.learn.recorder
-        if recorder.losses and not recorder.pending:
-            loss = recorder.losses[-1]
+        if recorder.fetched and not recorder.pending:
+            loss = recorder.fetched[-1]
         if loss.device.type == "cpu" and not loss.isfinite():
             self.stop_diverged()
 
@@ -69,7 +69,6 @@ class HistoryCallback(TrainedEpochCallback):
 
         fastai would mangle the message of any error but this one.
         """
-        self.learn.recorder.fetch()
         losses = self.learn.recorder.losses
         since = sum(not loss.isfinite() for loss in losses)  # an average stays what it became
         self.diverged_at = self.learn.epoch + 1, self.learn.iter + 1 - max(0, since - 1)

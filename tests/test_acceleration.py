@@ -313,6 +313,17 @@ class TestChoice:
         assert not self.choose(CUDA, int(enough) + 1, compile="off").compiled
         assert not self.choose(CPU, int(enough) + 1).compiled
 
+    @pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
+    def test_compiling_that_is_asked_for_must_be_possible(self, monkeypatch, device):
+        assert self.choose(device, compile="on").compiled
+        monkeypatch.setattr(acceleration.shutil, "which", lambda _: None)
+        with pytest.raises(InputError, match="Compiling needs"):
+            self.choose(device, compile="on")
+
+    def test_threads_are_not_far_more_than_processors(self):
+        with pytest.raises(InputError, match="1000 threads are far more"):
+            self.choose(CPU, threads=1000)
+
     @pytest.mark.parametrize("missing", ["triton", "compiler", "headers", "capability"])
     def test_nothing_is_compiled_by_itself_where_it_would_fail(self, monkeypatch, missing):
         if missing == "triton":
@@ -324,7 +335,8 @@ class TestChoice:
         else:
             self.capability = (6, 1)
         assert not self.choose(CUDA, 10**15).compiled
-        assert self.choose(CUDA, 10**15, compile="on").compiled
+        if missing != "compiler":  # who asks for it may know better
+            assert self.choose(CUDA, 10**15, compile="on").compiled
 
 
 def test_operations_are_counted_as_multiplied_and_added():

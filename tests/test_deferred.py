@@ -1,3 +1,5 @@
+from contextlib import nullcontext
+
 import fastai.callback.schedule  # noqa: F401
 import pytest
 import torch
@@ -46,7 +48,7 @@ def test_losses_come_several_at_a_time():
     lengths = []
     recorder = DeferredRecorder(every=6)
     own = recorder.after_batch
-    recorder.after_batch = lambda: (own(), lengths.append(len(recorder.losses)))
+    recorder.after_batch = lambda: (own(), lengths.append(len(recorder.fetched)))
     learn = learner(recorder)
     with learn.no_logging():
         learn.fit(1, 1e-3)
@@ -63,17 +65,19 @@ def test_a_search_for_a_learning_rate_works():
     assert len(learn.recorder.losses) == len(learn.recorder.lrs)
 
 
-def test_an_epoch_cut_short_loses_no_loss():
+@pytest.mark.parametrize("error", [CancelFitException, KeyboardInterrupt, RuntimeError])
+def test_an_epoch_cut_short_loses_no_loss(error):
     learn = learner(DeferredRecorder())
 
     def stop():
         if learn.train_iter == 3:
-            raise CancelFitException
+            raise error("here")
 
     learn.recorder.before_batch = stop
-    with learn.no_logging():
+    caught = nullcontext() if error is CancelFitException else pytest.raises(error)
+    with learn.no_logging(), caught:
         learn.fit(1, 1e-3)
-    assert len(learn.recorder.losses) == 3
+    assert len(learn.recorder.losses) == len(learn.recorder.lrs) == 3
 
 
 def test_any_learner_can_have_it():

@@ -20,7 +20,7 @@ from mixmo_fastai.errors import InputError
 from mixmo_fastai.export import FORMAT, check_export, export_run
 from mixmo_fastai.prediction import predict_images
 from mixmo_fastai.resolve import resolve_recipe
-from mixmo_fastai.runs import create_run
+from mixmo_fastai.runs import RunFolder, create_run
 from mixmo_fastai.training import prepare
 
 
@@ -122,6 +122,26 @@ def test_a_stricter_umask_holds_for_exported_files(run, tmp_path):
     assert (tmp_path / "net.safetensors").stat().st_mode & 0o777 == 0o600
     export_run(run, tmp_path / "other.safetensors")
     assert (tmp_path / "other.safetensors").stat().st_mode & 0o044
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("mean", [0.9, 0.5, 0.5]), ("image_shape", [3, 16, 16])]
+)
+def test_what_a_run_says_of_its_data_must_be_so(run, tmp_path, name, value):
+    mine = RunFolder(shutil.copytree(run.path, tmp_path / "run"))
+    path = mine.path / "data.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    with pytest.raises(InputError, match=f"says {name} is"):
+        export_run(mine, tmp_path / "net.onnx")
+
+
+def test_weights_that_are_not_finite_are_called_that(run, tmp_path):
+    mine = RunFolder(shutil.copytree(run.path, tmp_path / "run"))
+    tensors = load_file(mine.weights)
+    tensors["encoders.0.weight"][:] = float("nan")
+    save_file(tensors, mine.weights)
+    with pytest.raises(InputError, match="own logits are not finite"):
+        export_run(mine, tmp_path / "net.safetensors")
 
 
 def test_another_network_than_the_runs_is_never_written(run, tmp_path, monkeypatch):

@@ -93,7 +93,7 @@ def test_networks_of_an_ensemble_and_one_member_vote(images, tmp_path):
         assert prediction.votes == (first.label, second.label)
         assert prediction.mutual_information is not None
         assert first.mutual_information is None
-        assert (first.votes, first.agreement) == ((first.label,), 1.0)
+        assert (first.votes, first.agreement) == ((first.label,), None)
 
 
 def test_the_command_reports_the_unreadable_and_predicts_the_rest(run, images, tmp_path, capsys):

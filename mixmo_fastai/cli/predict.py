@@ -35,6 +35,8 @@ def predict(
     debug: opt.Debug = False,
 ) -> None:
     """Name the class of images, how sure that is, and what the members vote; as CSV or JSON."""
+    if run.suffix and not run.exists():
+        raise InputError(f"There is no exported network or run folder {str(run)!r}.")
     folder = None if run.is_file() else open_run(run)
     opt.check_device(device)
     if missing := [image for image in images if not image.exists()]:

@@ -1,0 +1,252 @@
+"""Real faults of disks, memory, data and processes: an error in words, and nothing lost."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+from datasets import write_image_folder
+from test_resuming import assert_same
+from test_signals import FIT, SLOW_STEPS, STREAMED, resumed, whole
+
+from mixmo_fastai.checkpoints.store import CheckpointStore
+from mixmo_fastai.runs import open_run
+
+__all__ = ["whole"]
+LARGE = "fit --arch wrn16_4 --batch-size 2048 --epochs 1 --device cpu --threads 1"
+UNDECODED = """
+from mixmo_fastai.data import image_folder
+image_folder.read_image_folder.__kwdefaults__["cache_limit"] = 0
+"""
+
+
+def ended(command, code, *parts):
+    """Check that a command ended with an error in words."""
+    assert command.wait() == code, command.said
+    assert "Traceback" not in command.said
+    message = command.said[command.said.rindex("Error: ") :]
+    assert len(message.splitlines()) <= 3
+    for part in parts:
+        assert part in message
+    return message
+
+
+def intact(run):
+    return CheckpointStore(run / "checkpoint").newest()
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A small disk of its own, as a function that mounts it or changes it."""
+    own = tmp_path / "disk"
+    own.mkdir()
+
+    def mount(options, place=own):
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "none", str(place)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            pytest.skip(f"no disk can be mounted here: {done.stderr.strip()}")
+        return place
+
+    yield mount
+    subprocess.run(["umount", "--lazy", str(own)], capture_output=True, check=False)
+
+
+def test_a_full_disk(mixmo, disk, whole):
+    run = disk("size=2m") / "run"
+    command = mixmo(*FIT, run)
+    ended(command, 1, "Cannot write", "No space left on device", "--resume")
+    assert intact(run) is not None
+    assert not (run / "checkpoint" / ".unfinished").exists()
+    disk("remount,size=64m")
+    resumed(mixmo, run, whole())
+
+
+def test_a_disk_that_is_full_from_the_beginning(mixmo, disk):
+    place = disk("size=4k")
+    (place / "filler").write_bytes(bytes(4096))
+    ended(mixmo(*FIT, place / "run"), 2, "No space left on device", "--out DIR")
+
+
+def test_checkpoints_that_become_read_only(mixmo, disk, tmp_path, whole):
+    run, checkpoints = tmp_path / "run", tmp_path / "run" / "checkpoint"
+    command = mixmo(*FIT, run, prelude=SLOW_STEPS)
+    command.until_said("1/3 ")
+    disk("ro", checkpoints)  # hides what is below
+    ended(command, 1, "Cannot write", "Read-only file system", "--resume")
+    subprocess.run(["umount", checkpoints], check=True)
+    assert intact(run) is not None
+    resumed(mixmo, run, whole())
+
+
+def test_a_disk_that_is_read_only_from_the_beginning(mixmo, disk):
+    place = disk("size=1m")
+    disk("remount,ro")
+    ended(mixmo(*FIT, place / "run"), 2, "cannot be written to", "--out DIR")
+    assert not [*place.iterdir()]
+
+
+def test_a_run_folder_that_somebody_removes(mixmo, tmp_path):
+    run = tmp_path / "run"
+    command = mixmo(*FIT, run, prelude=SLOW_STEPS)
+    command.until_said("1/3 ")
+    shutil.rmtree(run)
+    ended(command, 1, f"{run} is gone", "removed or renamed")
+    assert not run.exists()
+
+
+def test_a_run_folder_that_another_process_uses(mixmo, tmp_path, whole):
+    run = tmp_path / "run"
+    first = mixmo(*FIT, run, prelude=SLOW_STEPS)
+    first.until_said("1/3 ")
+    before = (run / "history.csv").read_bytes()
+    ended(mixmo("fit", "--resume", run), 2, f"is being trained by process {first.pid} on ")
+    assert (run / "history.csv").read_bytes().startswith(before)
+    assert first.wait() == 0
+    assert not (run / ".lock").exists()
+    assert_same(whole(), open_run(run))
+
+
+def test_a_lock_whose_owner_is_dead(mixmo, tmp_path, whole):
+    run = tmp_path / "run"
+    command = mixmo(*FIT, run, *STREAMED, prelude=SLOW_STEPS)
+    command.until_said("1/3 ")
+    command.until(command.others)
+    command.signal(signal.SIGKILL)  # its workers live on for some seconds
+    assert command.wait() == -signal.SIGKILL
+    assert (run / ".lock").exists()
+    resumed(mixmo, run, whole(*STREAMED))
+
+
+def test_starts_in_one_second_get_folders_of_their_own(mixmo, tmp_path):
+    words = [word for word in FIT if word != "--out"]
+    words[words.index("--epochs") + 1] = "1"
+    commands = [mixmo(*words, "--json") for _ in range(4)]
+    assert [command.wait() for command in commands] == [0] * 4
+    runs = {json.loads(c.said[c.said.index("\n{") :])["run"] for c in commands}
+    assert len(runs) == 4
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {
+        f"digits-cut-mixmo-{number}" for number in range(1, 5)
+    }
+
+
+def test_of_starts_with_one_folder_one_wins(mixmo, tmp_path, whole):
+    run = tmp_path / "run"
+    commands = [mixmo(*FIT, run, "--seed", seed) for seed in range(4)]
+    codes = [command.wait() for command in commands]
+    assert sorted(codes) == [0, 2, 2, 2]
+    seed = codes.index(0)
+    assert f"seed = {seed}\n" in (run / "recipe.toml").read_text()
+    if seed == 0:
+        assert_same(whole(), open_run(run))
+
+
+def test_out_of_memory(mixmo, tmp_path):
+    limit = """
+import resource
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 500 * 2**20,) * 2)
+"""
+    command = mixmo(*LARGE.split(), "--out", tmp_path / "run", prelude=limit)
+    ended(
+        command,
+        1,
+        "Out of memory with 2048 images per step in float32",
+        "--batch-size 1024 or --precision bfloat16",
+    )
+
+
+def test_a_loss_that_is_not_finite(mixmo, tmp_path):
+    """From the second epoch on; what was saved before is there still."""
+    run = tmp_path / "run"
+    fault = """
+import torch
+from mixmo_fastai.recording import HistoryCallback
+own = HistoryCallback.after_batch
+def break_down(self):
+    if (self.learn.epoch, self.learn.iter) == (1, 2):
+        with torch.no_grad():
+            next(self.learn.model.parameters()).fill_(float("inf"))
+    own(self)
+HistoryCallback.after_batch = break_down
+"""
+    command = mixmo(*FIT, run, prelude=fault)
+    ended(command, 1, "not finite at step 4 of epoch 2", "--lr ", "mixmo lr-find")
+    state = json.loads((intact(run).path / "state.json").read_text())
+    assert (state["epoch"], state["step"]) == (1, 0)
+
+
+def image_run(mixmo, folder, pictures, *more, prelude=SLOW_STEPS):
+    return mixmo(
+        *FIT, folder, pictures, "--data-dir", folder.parent / "data", *more,
+        prelude=UNDECODED + prelude,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_that_disappears(mixmo, tmp_path, workers):
+    pictures = write_image_folder(tmp_path / "pets", num_train=40, num_test=4)
+    streamed = [*STREAMED[:3], f"data.num_workers={workers}"]
+    run = tmp_path / "run"
+    command = image_run(mixmo, run, pictures, *streamed)
+    command.until_said("1/3 ")
+    victim = sorted((pictures / "train").glob("*/*"))[5]
+    content = victim.read_bytes()
+    victim.unlink()
+    ended(command, 2, victim.name)
+    assert not command.others()
+    before = intact(run).path.name
+    resume = ["fit", "--resume", run, "--data-dir", tmp_path / "data"]
+    message = ended(mixmo(*resume, prelude=UNDECODED), 2, "data.train is", "Put back")
+    assert message.count("checksum") == 2
+    assert intact(run).path.name == before
+    victim.write_bytes(content)
+    command = mixmo(*resume, prelude=UNDECODED)
+    assert command.wait() == 0, command.said
+
+
+def test_an_image_that_changes(mixmo, tmp_path):
+    pictures = write_image_folder(tmp_path / "pets", num_train=40, num_test=4)
+    run = tmp_path / "run"
+    command = image_run(mixmo, run, pictures)
+    command.until_said("1/3 ")
+    command.signal(signal.SIGINT)
+    assert command.wait() == 130
+    victim, other = sorted((pictures / "train").glob("*/*"))[:2]
+    victim.write_bytes(other.read_bytes() + b"more")
+    resume = mixmo("fit", "--resume", run, "--data-dir", tmp_path / "data")
+    message = ended(resume, 2, "data.train is", "Put back")
+    assert message.count("checksum") == 2
+
+
+@pytest.mark.parametrize("moment", ["training", "as it starts"])
+def test_a_worker_that_is_killed(mixmo, tmp_path, whole, moment):
+    run = tmp_path / "run"
+    command = mixmo(*FIT, run, *STREAMED, prelude=SLOW_STEPS)
+    command.until_said("1/3 " if moment == "training" else "epoch")
+    command.until(command.others)
+    os.kill(command.others()[0], signal.SIGKILL)
+    began = time.monotonic()
+    ended(command, 1, "which read images", "--resume")
+    assert time.monotonic() - began < 10
+    assert not command.others()
+    resumed(mixmo, run, whole(*STREAMED))
+
+
+def test_workers_end_with_their_parent(mixmo, tmp_path):
+    command = mixmo(*FIT, tmp_path / "run", *STREAMED, prelude=SLOW_STEPS)
+    command.until_said("1/3 ")
+    command.until(command.others)
+    command.signal(signal.SIGKILL)
+    assert command.wait() == -signal.SIGKILL
+    until = time.monotonic() + 10
+    while command.others() and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not command.others()
