@@ -39,6 +39,7 @@ from mixmo_fastai.msda import (
     take_partners,
 )
 from mixmo_fastai.pairing import check_pairing, draw_pairings, num_copies
+from mixmo_fastai.processes import group
 from mixmo_fastai.randomness import Stream, fresh_seed, make_generator
 
 Device = torch.device | str | None
@@ -118,6 +119,7 @@ class MixMoCallback(Callback):
         self.epochs_trained = 0  # over all fits; a search for a learning rate does not count
         self.fit_seed = seed
         self.copies_in_batch, self.arranged = 1, False
+        self.sharers = 1  # processes that share each batch of the loader
         self.drawn_slots: tuple[Any, Tensor] | None = None
         self.drawn_mixings: tuple[Any, DrawnMixings] | None = None
 
@@ -154,6 +156,8 @@ class MixMoCallback(Callback):
         loader = self.learn.dl
         if isinstance(loader, BatchLoader):
             loader.set_epoch(self._epoch)
+            self.sharers = group().count
+            self._check_shares(loader.bs)
         # `Learner.dl` is set anew for every pass, so this view never outlives the epoch.
         copies = num_copies(self._num_members, self.batch_repetitions)
         device = getattr(loader, "device", None)
@@ -192,6 +196,19 @@ class MixMoCallback(Callback):
         if not hasattr(self.learn, "lr_finder"):
             self.epochs_trained += 1
 
+    def _check_shares(self, num_images: int) -> None:
+        if (batch := num_images * self.batch_repetitions) % self.sharers:
+            raise InputError(
+                f"A batch of {batch} images cannot be shared evenly by {self.sharers} processes.\n"
+                "Take a batch size that is a multiple of their number."
+            )
+
+    def _own_part(self, batch_size: int) -> slice:
+        """Give the positions of a whole batch that are this process's."""
+        own = batch_size // self.sharers
+        start = own * rank_distrib() if self.sharers > 1 else 0
+        return slice(start, start + own)
+
     def _slots_of_step(self, num_images: int, device: Device) -> Tensor:
         """Take this step's slots, (M · B,), out of those drawn for some steps at a time."""
         first = self.learn.iter - self.learn.iter % STEPS_AT_ONCE
@@ -201,7 +218,7 @@ class MixMoCallback(Callback):
         return self.drawn_slots[1][self.learn.iter - first]
 
     def draw_slots(self, first_step: int, num_images: int, device: Device) -> Tensor:
-        """Draw which slots of a batch are seen, member by member: (steps, M · B).
+        """Draw which slots of a batch are seen here, member by member: (steps, M · B).
 
         For `STEPS_AT_ONCE` steps, since many small draws cost more than a large one.
         """
@@ -214,11 +231,15 @@ class MixMoCallback(Callback):
             generator=self._generator("pairing", device, first_step),
             device=device,
         )
-        slots = slots.transpose(1, 2).flatten(1)
+        slots = slots[:, self._own_part(slots.shape[1])].transpose(1, 2).flatten(1)
         return slots if self.copies_in_batch > 1 else slots % num_images
 
     def _mixing_of_step(self, batch_size: int, x: Tensor) -> Mixing:
-        """Take this step's masks and weights out of those drawn for some steps at a time."""
+        """Take this step's masks and weights out of those drawn for some steps at a time.
+
+        Drawn for the batch of all processes, of which this one has its part.
+        """
+        batch_size *= self.sharers
         at_once = STEPS_AT_ONCE if self.mix in QUICK_KINDS else 1
         first = self.learn.iter - self.learn.iter % at_once
         place = (self._epoch, first, batch_size, x.shape[-2:], x.device)
@@ -228,7 +249,9 @@ class MixMoCallback(Callback):
         if self.drawn_mixings is None or self.drawn_mixings[0] != place:
             drawn = self.draw_mixings(first, at_once, batch_size, x, most)
             self.drawn_mixings = place, drawn
-        return self.drawn_mixings[1].of(self.learn.iter - first, self.current_mix_prob())
+        whole = self.drawn_mixings[1].of(self.learn.iter - first, self.current_mix_prob())
+        own = self._own_part(batch_size)
+        return Mixing(whole.masks[own], whole.weights[own])
 
     def draw_mixings(
         self, first_step: int, num_steps: int, batch_size: int, x: Tensor, mix_prob: float
@@ -289,8 +312,10 @@ class MixMoCallback(Callback):
     ) -> torch.Generator:
         step = self.learn.iter if step is None else step
         assert self.fit_seed is not None
-        # All ranks must agree on how a batch is mixed, and each pairs images of its own.
-        rank = 0 if stream == "schedule" else rank_distrib()
+        # Processes that share a batch draw all of it alike, but for pixels that are mixed with
+        # those of other images, which each has only of its own. All must mix a batch alike.
+        alike = stream == "schedule" or (self.sharers > 1 and stream != "msda")
+        rank = 0 if alike else rank_distrib()
         return make_generator(self.fit_seed, stream, self._epoch, step, rank, device=device)
 
 

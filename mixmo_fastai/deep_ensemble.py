@@ -6,6 +6,7 @@ A run of one network is the plain case of the same path.
 import gc
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from mixmo_fastai.assessment import collect_logits
 from mixmo_fastai.evaluation import evaluate_parts
 from mixmo_fastai.interruption import StopRequest
 from mixmo_fastai.locking import locked
+from mixmo_fastai.processes import told_by_first
 from mixmo_fastai.randomness import derive_seed
 from mixmo_fastai.recipe import Expected, Recipe
 from mixmo_fastai.runs import RunFolder, create_run
@@ -52,7 +54,7 @@ def train_run(
     recipe = training.recipe
     if resume:
         run.check_resumable()
-    with locked(run.path):
+    with locked(run.path) if run.is_writer else nullcontext():
         if recipe.model.num_nets == 1:
             return train(training, run, cbs=cbs, resume=resume, stop=stop, say=say)
         return _train_networks(training, run, cbs=cbs, resume=resume, stop=stop, say=say)
@@ -73,25 +75,25 @@ def _train_networks(
     for index, folder in enumerate(folders):
         own = network_recipe(recipe, index)
         place = f"Network {index + 1} of {len(folders)}, seed {own.train.seed}"
-        if resume and folder.is_finished:
+        if resume and told_by_first(folder.is_finished):
             say(f"{place}: finished.")
             continue
         say(f"{place}: {folder.path}")
         part = _network(training, own, index)
-        begun = resume and _is_begun(folder)
-        if not begun:
+        begun = told_by_first(run.is_writer and resume and _is_begun(folder))
+        if not begun and run.is_writer:
             create_run(
                 own,
                 folder.path,
                 device=training.device_name,
                 acceleration=training.acceleration.describe(),
             )
-        with locked(folder.path):
+        with locked(folder.path) if run.is_writer else nullcontext():
             train(part, folder, cbs=cbs, resume=begun, stop=stop, say=say)
         del part  # before the next is built
         gc.collect()  # a Learner and its callbacks hold each other
     loaders = training.learn.dls.valid, training.learn.dls[TEST_SET]
-    parts = [folder.metrics() for folder in folders]
+    parts = told_by_first(run.is_writer and [folder.metrics() for folder in folders])
     selected = [part["selected_epoch"] for part in parts if "selected_epoch" in part]
     figures = {
         **training.summary(),

@@ -3,7 +3,7 @@
 Shapes: N samples, M members, K classes.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
@@ -30,6 +30,7 @@ from mixmo_fastai.diversity import (
     ratio_error,
 )
 from mixmo_fastai.errors import InputError, unknown
+from mixmo_fastai.processes import gathered, group
 from mixmo_fastai.randomness import make_generator
 from mixmo_fastai.selective import aurc, failure_auroc, risk_at_coverage
 
@@ -47,12 +48,15 @@ LabelledLogits = tuple[Tensor, Tensor] | None
 """Member logits (N, M, K) and labels (N,); None where there are no images."""
 
 
-def collect_member_logits(model: Any, loader: Iterable[tuple[Tensor, Tensor]]) -> LabelledLogits:
+def collect_member_logits(model: Any, loader: Any) -> LabelledLogits:
     """Show a network every image of a loader once; float32 is not rounded on any device.
+
+    Processes that have joined share the images, and each gets the logits of all.
 
     Args:
         model: a `MixMoModel`; its training mode is as before afterwards.
-        loader: batches of images (B, C, H, W) and labels (B,), on the model's device.
+        loader: batches of images (B, C, H, W) and labels (B,), on the model's device; a
+            `BatchLoader` where several processes share it.
 
     Returns:
         member logits (N, M, K) and labels (N,), on the CPU; None for a loader without batches.
@@ -62,13 +66,26 @@ def collect_member_logits(model: Any, loader: Iterable[tuple[Tensor, Tensor]]) -
     try:
         with torch.inference_mode(), products(tf32=False):
             # Moved to the host at the end, so that a GPU never waits within the pass.
-            batches = [(model.member_logits(x.as_subclass(Tensor)), y) for x, y in loader]
+            shown = loader.share(group()) if group().count > 1 else loader
+            batches = [(model.member_logits(x.as_subclass(Tensor)), y) for x, y in shown]
     finally:
         model.train(was_training)
-    if not batches:
+    if not batches and group().count == 1:
         return None
-    logits, labels = (torch.cat(parts).as_subclass(Tensor) for parts in zip(*batches, strict=True))
-    return logits.float().cpu(), labels.cpu()
+    parts = (torch.cat(parts).as_subclass(Tensor).cpu() for parts in zip(*batches, strict=True))
+    return _together([part for part in gathered(tuple(parts)) if part])
+
+
+def _together(parts: Sequence[tuple[Tensor, Tensor]]) -> LabelledLogits:
+    """Put the shares of processes, every so many-th image each, back in order."""
+    if not parts:
+        return None
+    count = sum(len(labels) for _, labels in parts)
+    logits = parts[0][0].new_empty((count, *parts[0][0].shape[1:]), dtype=torch.float32)
+    labels = parts[0][1].new_empty(count)
+    for rank, (some_logits, some_labels) in enumerate(parts):
+        logits[rank :: len(parts)], labels[rank :: len(parts)] = some_logits, some_labels
+    return logits, labels
 
 
 def evaluate_loaders(model: Any, *, valid: Any, test: Any) -> dict[str, Any]:

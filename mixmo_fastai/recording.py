@@ -3,6 +3,8 @@
 import math
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
+from statistics import StatisticsError, mean
 from typing import Any
 
 import torch
@@ -12,8 +14,9 @@ from mixmo_fastai.checkpoints.state import NotFiniteError, Position, RunState
 from mixmo_fastai.checkpoints.store import CheckpointStore
 from mixmo_fastai.epochs import TrainedEpochCallback
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.interruption import StopRequest
+from mixmo_fastai.interruption import InterruptedBySignal, StopRequest
 from mixmo_fastai.models.mixmo_model import unwrap
+from mixmo_fastai.processes import Agreement, gathered, group
 from mixmo_fastai.runs import RunFolder, writing
 
 
@@ -36,6 +39,7 @@ class HistoryCallback(TrainedEpochCallback):
         self.run_folder, self.images_per_step = run, images_per_step
         self.latest: dict[str, Any] = {}
         self.diverged_at: tuple[int, int] | None = None  # epoch and step, counted from 1
+        self.is_diverged = False  # as far as this process has seen
         self.carried = 0.0, 0.0  # loss and seconds of an epoch that a fit goes on within
 
     def before_train(self) -> None:
@@ -54,14 +58,14 @@ class HistoryCallback(TrainedEpochCallback):
         recorder = self.learn.recorder
         if recorder.fetched and not recorder.pending:
             loss = recorder.fetched[-1]
-        if loss.device.type == "cpu" and not loss.isfinite():
-            self.stop_diverged()
+        self.is_diverged = loss.device.type == "cpu" and not loss.isfinite()
 
     def after_train(self) -> None:
-        """Stop where the loss is not finite."""
+        """Bring the sums of all processes together; stop where they are not finite."""
         super().after_train()
         self.train_seconds = time.perf_counter() - self.began
-        if not math.isfinite(float(self.loss_sum)):
+        self.mean_loss_sum = mean(gathered(float(self.loss_sum)))
+        if not math.isfinite(self.mean_loss_sum):
             self.stop_diverged()
 
     def stop_diverged(self) -> None:
@@ -79,7 +83,7 @@ class HistoryCallback(TrainedEpochCallback):
         seconds = time.perf_counter() - self.began
         return {
             "rows": self.run_folder.history(),
-            "loss_sum": float(self.loss_sum),
+            "loss_sums": gathered(float(self.loss_sum)),
             "seconds": round(seconds, 3),
         }
 
@@ -91,8 +95,10 @@ class HistoryCallback(TrainedEpochCallback):
         """
         try:
             rows = [{str(k): str(v) for k, v in row.items()} for row in state["rows"]]
-            carried = float(state["loss_sum"]), float(state["seconds"])
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            sums = [float(value) for value in state["loss_sums"]]
+            own = sums[group().rank] if len(sums) == group().count else mean(sums)
+            carried = own, float(state["seconds"])
+        except (LookupError, TypeError, ValueError, AttributeError, StatisticsError) as error:
             raise InputError(f"The checkpoint's history.json is of no run: {error!r}.") from error
         self.run_folder.write_history(rows)
         self.carried = carried if within_epoch else (0.0, 0.0)
@@ -101,7 +107,7 @@ class HistoryCallback(TrainedEpochCallback):
         """Write the row of an epoch that was trained here."""
         _, valid_loss, *metrics = self.learn.final_record
         num_steps = len(self.learn.dls.train)
-        loss = float(self.loss_sum) / num_steps
+        loss = self.mean_loss_sum / num_steps
         names = ("accuracy", "member_accuracy")
         images = num_steps * self.images_per_step
         epoch = self.learn.epoch + 1
@@ -123,10 +129,10 @@ class CheckpointCallback(TrainedEpochCallback):
 
     Saving costs at most `SHARE` of the time: a save that takes longer than `QUICK_SECONDS` is put
     off until it does not, but for that of the last epoch. Between epochs, there is one every
-    `EVERY_SECONDS` or more.
+    `EVERY_SECONDS` or more. Processes that train together save and stop at the same step.
 
     Args:
-        store: where to.
+        store: where to; None in a process that leaves writing to the first.
         state: what.
         stop: whether somebody asked to stop.
     """
@@ -134,9 +140,10 @@ class CheckpointCallback(TrainedEpochCallback):
     order = 65
     SHARE, QUICK_SECONDS, EVERY_SECONDS = 0.035, 1.0, 300.0
 
-    def __init__(self, store: CheckpointStore, state: RunState, stop: StopRequest) -> None:
+    def __init__(self, store: CheckpointStore | None, state: RunState, stop: StopRequest) -> None:
         super().__init__()
         self.store, self.state, self.stop = store, state, stop
+        self.agreement = Agreement()
         self.saved: Position | None = None
         self.cost = 0.0  # seconds of the last save
 
@@ -151,35 +158,37 @@ class CheckpointCallback(TrainedEpochCallback):
     def after_batch(self) -> None:
         """Save between epochs where it is due; stop where that was asked for."""
         self.position = Position(self.learn.epoch, self.learn.iter + 1)
-        self.stop_if_asked()
-        if self.seconds_since >= max(self.EVERY_SECONDS, self.cost / self.SHARE):
-            self.save()
+        is_due = self.seconds_since >= max(self.EVERY_SECONDS, self.cost / self.SHARE)
+        wanted = self.state.history.is_diverged, is_due, self.stop.number or 0
+        self.act(*self.agreement.on(*map(int, wanted)))
 
     def after_trained_epoch(self) -> None:
         """Save the state of an epoch that was trained here."""
         self.position = Position(self.learn.epoch + 1)
-        last = self.position.epoch == self.learn.n_epoch
-        affordable = self.cost <= max(self.QUICK_SECONDS, self.SHARE * self.seconds_since)
-        if affordable or last or self.stop.number is not None:
-            self.save()
+        is_last = self.position.epoch == self.learn.n_epoch
+        is_affordable = self.cost <= max(self.QUICK_SECONDS, self.SHARE * self.seconds_since)
+        wanted = False, is_affordable or is_last, self.stop.number or 0
+        self.act(*self.agreement.now(*map(int, wanted)))
 
     @property
     def seconds_since(self) -> float:
         """Seconds since the last save, or since the fit began."""
         return time.perf_counter() - self.saved_at
 
-    def stop_if_asked(self) -> None:
-        """Save and leave the fit where somebody asked to stop."""
-        if self.stop.number is not None:
-            if self.saved != self.position:
-                self.save()
-            self.stop.check()
+    def act(self, is_diverged: int, is_due: int, stop: int) -> None:
+        """Do what is wanted, here and in all processes that train along."""
+        if is_diverged:
+            self.state.history.stop_diverged()
+        if (is_due or stop) and self.saved != self.position:
+            self.save()
+        if stop:
+            raise InterruptedBySignal(stop)
 
     def save(self) -> None:
         """Save the state; end the fit where it is not worth keeping."""
         began = time.perf_counter()
         try:
-            with writing(self.store.folder):
+            with nullcontext() if self.store is None else writing(self.store.folder):
                 self.state.save(self.store, self.position)
         except NotFiniteError:
             self.state.history.stop_diverged()
@@ -199,7 +208,7 @@ class StopInValidation(Callback):
     def after_batch(self) -> None:
         """Save what was trained, and leave."""
         if not self.learn.training:
-            self.checkpoints.stop_if_asked()
+            self.checkpoints.act(0, 0, self.checkpoints.stop.number or 0)
 
 
 def _rounded(value: Any) -> float | str:

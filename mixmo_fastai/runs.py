@@ -85,10 +85,15 @@ class DataFacts:
 
 
 class RunFolder:
-    """One run's folder. Make one with `create_run` or `open_run`."""
+    """One run's folder. Make one with `create_run` or `open_run`.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        path: where it is.
+        is_writer: whether this process writes it; one that trains along leaves that to the first.
+    """
+
+    def __init__(self, path: Path, *, is_writer: bool = True) -> None:
+        self.path, self.is_writer = path, is_writer
 
     @property
     def weights(self) -> Path:
@@ -153,7 +158,8 @@ class RunFolder:
         num_nets = self.recipe().model.num_nets
         if num_nets == 1:
             return [self]
-        return [RunFolder(self.path / f"net-{number}") for number in range(1, num_nets + 1)]
+        paths = [self.path / f"net-{number}" for number in range(1, num_nets + 1)]
+        return [RunFolder(path, is_writer=self.is_writer) for path in paths]
 
     def metrics(self) -> dict[str, Any]:
         """Read the final figures.
@@ -200,9 +206,7 @@ class RunFolder:
 
     def write_data_facts(self, facts: "DataFacts") -> None:
         """Write what the network must know of its data."""
-        text = json.dumps(dataclasses.asdict(facts), indent=2)
-        with writing(self.path / "data.json") as path:
-            write_atomically(path, text + "\n")
+        self._write("data.json", json.dumps(dataclasses.asdict(facts), indent=2) + "\n")
 
     def history(self) -> list[dict[str, str]]:
         """Read the rows of history.csv."""
@@ -214,6 +218,8 @@ class RunFolder:
 
     def append_history(self, row: Mapping[str, Any]) -> None:
         """Add one epoch to history.csv."""
+        if not self.is_writer:
+            return
         with (
             writing(self.path / "history.csv") as path,
             path.open("a", newline="", encoding="utf-8") as file,
@@ -226,25 +232,36 @@ class RunFolder:
 
     def write_history(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Replace history.csv by the rows of the epochs that a resumed run has done."""
-        with writing(self.path / "history.csv") as path:
-            if not rows:
-                path.unlink(missing_ok=True)
-                return
-            text = io.StringIO()
-            writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-            write_atomically(path, text.getvalue())
+        if not rows:
+            if self.is_writer:
+                with writing(self.path / "history.csv") as path:
+                    path.unlink(missing_ok=True)
+            return
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        self._write("history.csv", text.getvalue())
 
     def log(self, line: str) -> None:
         """Add a line to log.txt; no run ends because that cannot be done."""
+        if not self.is_writer:
+            return
         with suppress(OSError), (self.path / "log.txt").open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
     def write_metrics(self, figures: Mapping[str, Any]) -> None:
         """Write the final figures."""
-        with writing(self.path / "metrics.json") as path:
-            write_atomically(path, json.dumps(figures, indent=2) + "\n")
+        self._write("metrics.json", json.dumps(figures, indent=2) + "\n")
+
+    def write_weights(self, content: bytes) -> None:
+        """Write the trained weights, replacing the file in one step."""
+        self._write(self.weights.name, content)
+
+    def _write(self, name: str, content: str | bytes) -> None:
+        if self.is_writer:
+            with writing(self.path / name) as path:
+                write_atomically(path, content)
 
 
 @contextmanager

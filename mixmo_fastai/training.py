@@ -27,15 +27,17 @@ from mixmo_fastai.data.image_sets import DataSource
 from mixmo_fastai.data.loaders import Augmentation
 from mixmo_fastai.data.sources import load_source
 from mixmo_fastai.devices import choose_device, describe_device
+from mixmo_fastai.distributed import shared
 from mixmo_fastai.errors import InputError, RunFailedError
 from mixmo_fastai.evaluation import evaluate_loaders
 from mixmo_fastai.failures import explained
 from mixmo_fastai.interruption import StopRequest
 from mixmo_fastai.learner import learner_from_recipe
+from mixmo_fastai.processes import first_before_others, group
 from mixmo_fastai.recipe import Recipe
 from mixmo_fastai.recording import CheckpointCallback, HistoryCallback, StopInValidation
 from mixmo_fastai.resuming import resuming
-from mixmo_fastai.runs import DataFacts, RunFolder, writing
+from mixmo_fastai.runs import DataFacts, RunFolder
 from mixmo_fastai.schedule import flat_cosine, one_cycle, published_steps
 from mixmo_fastai.selection import BestEpochCallback
 from mixmo_fastai.settings import to_mapping
@@ -126,7 +128,13 @@ class Training:
     @property
     def device_name(self) -> str:
         """Where it trains, in words."""
-        return describe_device(self.device)
+        return describe_device(self.device) + self.in_processes
+
+    @property
+    def in_processes(self) -> str:
+        """Say how many processes train, where there are several."""
+        count = group().count
+        return f" in {count} processes" if count > 1 else ""
 
 
 def prepare(recipe: Recipe, data_dir: Path | None = None) -> Training:
@@ -136,7 +144,9 @@ def prepare(recipe: Recipe, data_dir: Path | None = None) -> Training:
         InputError: the data, a name or a value cannot be used.
     """
     choose_device(recipe.train.device)  # refused before any data is read
-    return prepare_network(recipe, read_source(recipe, data_dir))
+    with first_before_others():  # which leaves what it has decoded in the cache
+        source = read_source(recipe, data_dir)
+    return prepare_network(recipe, source)
 
 
 def prepare_network(recipe: Recipe, source: DataSource, dls: DataLoaders | None = None) -> Training:
@@ -213,18 +223,20 @@ def train(
     history = HistoryCallback(run, recipe.train.batch_size)
     state = RunState(learn, history, parts, training.identity)
     store = CheckpointStore(run.checkpoint)
-    restored = _restore(store, state, say) if resume else None
+    restored = _restore(store, state, run, say) if resume else None
     if restored is None:
         run.write_history([])
     run.write_data_facts(training.facts)
     steps = training.steps_per_epoch, training.warmup_steps
     scheduler = ParamScheduler(schedules(recipe, *steps))
-    checkpoints = CheckpointCallback(store, state, stop)
+    checkpoints = CheckpointCallback(store if run.is_writer else None, state, stop)
+    alone = group().count == 1
     precision = training.acceleration.describe()
     with (
         explained(recipe, precision),
         learn.no_logging(),
         training.accelerated(),
+        shared(learn),
         stop.deferred(),
     ):
         learn.fit(
@@ -236,7 +248,8 @@ def train(
                 history,
                 *([best] if best else []),
                 checkpoints,
-                StopInValidation(checkpoints),
+                # Several processes have different numbers of batches there.
+                *([StopInValidation(checkpoints)] if alone else []),
                 *cbs,
                 *resuming(restored),
             ],
@@ -244,8 +257,7 @@ def train(
     if history.diverged_at is not None:
         raise _diverged(recipe, *history.diverged_at)
     _settle_weights(learn, best)
-    with writing(run.weights):
-        save_weights(learn.model, run.weights)
+    save_weights(learn.model, run)
     with explained(recipe, precision), training.acceleration.threaded():
         evaluated = evaluate_loaders(learn.model, valid=learn.dls.valid, test=learn.dls[TEST_SET])
     figures = {
@@ -259,27 +271,30 @@ def train(
 
 
 def _restore(
-    store: CheckpointStore, state: RunState, say: Callable[[str], None]
+    store: CheckpointStore, state: RunState, run: RunFolder, say: Callable[[str], None]
 ) -> Restored | None:
     """Put the newest intact checkpoint into the Learner, and say which one that is."""
-    saved = store.newest()
-    if saved is None:
-        say("Resuming: nothing was saved yet; training begins anew.")
-        return None
-    restored = state.restore(saved)
-    for name, problem in saved.skipped.items():
-        say(f"The checkpoint {name} is damaged and was set aside: {problem}.")
-    store.set_aside(saved.skipped)
+    with first_before_others():
+        saved = store.newest()
+        if saved is None:
+            say("Resuming: nothing was saved yet; training begins anew.")
+            return None
+        restored = state.restore(saved)
+        for name, problem in saved.skipped.items():
+            say(f"The checkpoint {name} is damaged and was set aside: {problem}.")
+        if run.is_writer:
+            store.set_aside(saved.skipped)
     epoch, step = restored.position.epoch, restored.position.step
     within = f" and {step} of {restored.steps_per_epoch} steps of the next" if step else ""
     taken = f" (from {saved.path.name}, the one before)" if saved.skipped else ""
     epochs = state.identity["recipe"]["train"]["epochs"]
     say(f"Resuming: {epoch} of {epochs} epochs{within} are done{taken}.")
-    if restored.torch != torch.__version__:
-        say(
-            f"It was trained with torch {restored.torch} so far, and goes on with "
-            f"{torch.__version__}: equal up to rounding."
-        )
+    for what, before, now in (
+        ("torch", restored.torch, torch.__version__),
+        ("processes:", restored.num_processes, group().count),
+    ):
+        if before != now:
+            say(f"It was trained with {what} {before} so far, now {now}: equal up to rounding.")
     return restored
 
 

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -88,7 +89,8 @@ class Command:
         try:
             return self.server.code_of(self.pid, patience)
         except AssertionError:
-            self.signal(signal.SIGKILL, group=True)
+            with suppress(ProcessLookupError):
+                self.signal(signal.SIGKILL, group=True)
             raise AssertionError(f"it hangs; so far it said:\n{self.said}") from None
 
     def signal(self, number, *, group=False):

@@ -228,8 +228,9 @@ def test_an_image_that_changes(mixmo, tmp_path):
 
 @pytest.mark.parametrize("moment", ["training", "as it starts"])
 def test_a_worker_that_is_killed(mixmo, tmp_path, whole, moment):
+    many_steps = [*STREAMED, "--limit", "640"]
     run = tmp_path / "run"
-    command = mixmo(*FIT, run, *STREAMED, prelude=SLOW_STEPS)
+    command = mixmo(*FIT, run, *many_steps, prelude=SLOW_STEPS.replace("0.1", "0.02"))
     command.until_said("1/3 " if moment == "training" else "epoch")
     command.until(command.others)
     os.kill(command.others()[0], signal.SIGKILL)
@@ -237,7 +238,7 @@ def test_a_worker_that_is_killed(mixmo, tmp_path, whole, moment):
     ended(command, 1, "which read images", "--resume")
     assert time.monotonic() - began < 10
     assert not command.others()
-    resumed(mixmo, run, whole(*STREAMED))
+    resumed(mixmo, run, whole(*many_steps))
 
 
 def test_workers_end_with_their_parent(mixmo, tmp_path):

@@ -181,7 +181,7 @@ def test_a_perfect_network_without_history_has_a_report(tmp_path, images, monkey
         str(images), None, {"model.arch": "wrn10_1"}, ["data.valid_split=0", "train.device=cpu"]
     )
     run = create_run(recipe, tmp_path / "imported")
-    save_weights(create_model("wrn10_1", 3, 2, 3), run.weights)
+    save_weights(create_model("wrn10_1", 3, 2, 3), run)
     (run.path / "environment.json").unlink()
 
     def all_right(self, loaders):

@@ -29,6 +29,7 @@ from mixmo_fastai.checkpoints.store import CheckpointStore, Saved
 from mixmo_fastai.checkpoints.weights import put_tensors, to_bytes
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.models.mixmo_model import first_difference, unwrap
+from mixmo_fastai.processes import group
 
 MOMENTUM = "momentum_buffer"
 HYPERS = ("lr", "mom")
@@ -67,8 +68,10 @@ class Stateful(Protocol):
 class History(Protocol):
     """The callback that keeps a run's figures."""
 
+    is_diverged: bool
+
     def state(self) -> dict[str, Any]:
-        """Give what JSON can hold."""
+        """Give what JSON can hold; all processes are asked for it together."""
 
     def load_state(self, state: Mapping[str, Any], *, within_epoch: bool) -> None:
         """Take the state over."""
@@ -98,11 +101,12 @@ class RunState:
     parts: Sequence[Stateful]
     identity: Mapping[str, Any]
 
-    def save(self, store: CheckpointStore, position: Position) -> Path:
-        """Save the state at a place in training.
+    def save(self, store: CheckpointStore | None, position: Position) -> None:
+        """Save the state at a place in training; all processes that train together at the same.
 
-        Returns:
-            the checkpoint's folder.
+        Args:
+            store: where to; None in a process that leaves writing to the first.
+            position: the place.
 
         Raises:
             NotFiniteError: a weight, an average or momentum is not finite; nothing was written.
@@ -112,9 +116,10 @@ class RunState:
             for part in self.parts:
                 if isinstance(part, EMACallback):
                     stack.enter_context(part.weights_in_training())
-            tensors = self._tensors()
+            tensors, history = self._tensors(), self.history.state()
             _check_finite(tensors)
-            return store.save(self._files(tensors, position))
+            if store is not None:
+                store.save(self._files(tensors, history, position))
 
     def restore(self, saved: Saved) -> "Restored":
         """Put a checkpoint's state into the Learner.
@@ -160,7 +165,10 @@ class RunState:
         }
 
     def _files(
-        self, tensors: Mapping[str, Mapping[str, Tensor]], position: Position
+        self,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        history: Mapping[str, Any],
+        position: Position,
     ) -> Iterator[tuple[str, bytes]]:
         recorder = self.learn.recorder.smooth_loss
         state = {
@@ -171,10 +179,11 @@ class RunState:
             "smooth_loss": float(recorder.val),
             "smooth_count": recorder.count,
             "torch": torch.__version__,
+            "num_processes": group().count,
             **self.identity,
         }
         yield "state.json", _as_json(state)
-        yield "history.json", _as_json(self.history.state())
+        yield "history.json", _as_json(history)
         for name, part in tensors.items():
             yield f"{name}.safetensors", to_bytes(part)
 
@@ -240,6 +249,7 @@ class Restored:
         hypers: learning rate and momentum of each group of parameters.
         smooth_loss, smooth_count: of fastai's recorder.
         torch: the version that trained so far.
+        num_processes: that did.
     """
 
     position: Position
@@ -249,6 +259,7 @@ class Restored:
     smooth_loss: float
     smooth_count: int
     torch: str
+    num_processes: int
 
     @classmethod
     def from_mapping(cls, values: Any, path: Path) -> "Restored":
@@ -258,9 +269,9 @@ class Restored:
             InputError: something is missing or of another kind.
         """
         try:
-            epoch, step, steps, count = (
+            epoch, step, steps, count, processes = (
                 _natural(values[name])
-                for name in ("epoch", "step", "steps_per_epoch", "smooth_count")
+                for name in ("epoch", "step", "steps_per_epoch", "smooth_count", "num_processes")
             )
             pct_train, smooth_loss = float(values["pct_train"]), float(values["smooth_loss"])
             hypers = tuple(
@@ -274,7 +285,7 @@ class Restored:
                 f"{_START_ANEW}"
             ) from error
         place = Position(epoch, step)
-        return cls(place, steps, pct_train, hypers, smooth_loss, count, version)
+        return cls(place, steps, pct_train, hypers, smooth_loss, count, version, processes)
 
 
 _NONE = object()

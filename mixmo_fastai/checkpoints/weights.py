@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.files import write_atomically
 from mixmo_fastai.models import MixMoModel, create_model
 from mixmo_fastai.models.mixmo_model import unwrap
 from mixmo_fastai.runs import RunFolder
@@ -21,9 +20,9 @@ def to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     return safetensors.torch.save(plain, metadata={"format": "pt"})
 
 
-def save_weights(model: nn.Module, path: Path) -> None:
-    """Write a network's tensors, replacing the file in one step."""
-    write_atomically(path, to_bytes(unwrap(model).state_dict()))
+def save_weights(model: nn.Module, run: RunFolder) -> None:
+    """Write a network's tensors into its run."""
+    run.write_weights(to_bytes(unwrap(model).state_dict()))
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

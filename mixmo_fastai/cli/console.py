@@ -35,15 +35,18 @@ class Output:
         self.console = Console(stderr=as_json, highlight=False)
         self.console.soft_wrap = not self.console.is_terminal  # a program reads whole lines
         self.run: RunFolder | None = None
+        self.is_silent = False  # in a process that leaves speaking to another
 
     def say(self, line: str = "", style: str | None = None) -> None:
         """Say one thing on the way; the run's log keeps it as well."""
-        if not self.quiet:
+        if not (self.quiet or self.is_silent):
             self.console.print(line, style=style, markup=False)
         self._log(line)
 
     def result(self, lines: list[str], value: Mapping[str, Any]) -> None:
         """Give the result: lines for people, or the value as JSON."""
+        if self.is_silent:
+            return
         if self.as_json:
             sys.stdout.write(json.dumps(value, indent=2) + "\n")
         for line in lines:

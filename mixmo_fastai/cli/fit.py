@@ -1,5 +1,7 @@
 """`mixmo fit`: train."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -82,30 +84,48 @@ def _refuse_settings(given: list[Any]) -> None:
 
 
 def _start(recipe: Recipe, out: Path | None, data_dir: Path | None, output: Output) -> None:
-    from mixmo_fastai.training import prepare
+    with _prepared(recipe, data_dir, output) as (training, is_first):
+        from mixmo_fastai.processes import told_by_first
 
-    training = prepare(recipe, data_dir)
-    output.run = create_run(
-        training.recipe,
-        out,
-        device=training.device_name,
-        acceleration=training.acceleration.describe(),
-    )
-    _say_plan(training, output)
-    _train(training, output.run, output, resume=False)
+        made = is_first and create_run(
+            training.recipe,
+            out,
+            device=training.device_name,
+            acceleration=training.acceleration.describe(),
+        )
+        run = made or RunFolder(told_by_first(None), is_writer=False)
+        if made:
+            told_by_first(made.path)
+        output.run = run
+        _say_plan(training, output)
+        _train(training, run, output, resume=False)
 
 
 def _resume(run: RunFolder, data_dir: Path | None, output: Output) -> None:
     recipe = run.recipe()
     run.check_resumable()
+    with _prepared(recipe, data_dir, output) as (training, is_first):
+        output.run = run = RunFolder(run.path, is_writer=is_first)
+        _say_plan(training, output)
+        _say_networks(run, output)
+        _train(training, run, output, resume=True)
 
-    from mixmo_fastai.training import prepare
 
-    training = prepare(recipe, data_dir)
-    output.run = run
-    _say_plan(training, output)
-    _say_networks(run, output)
-    _train(training, run, output, resume=True)
+@contextmanager
+def _prepared(recipe: Recipe, data_dir: Path | None, output: Output) -> Iterator[tuple[Any, bool]]:
+    """Make everything ready to train, in all processes that were started together.
+
+    Gives:
+        the training, and whether this process is the one that speaks and writes.
+    """
+    from mixmo_fastai.devices import choose_device
+    from mixmo_fastai.processes import joined
+
+    with joined(choose_device(recipe.train.device)) as processes:
+        from mixmo_fastai.training import prepare
+
+        output.is_silent = not processes.is_first
+        yield prepare(recipe, data_dir), processes.is_first
 
 
 def _say_networks(run: RunFolder, output: Output) -> None:

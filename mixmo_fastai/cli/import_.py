@@ -44,7 +44,7 @@ def import_(
     tensors = read_reference_checkpoint(checkpoint)
     model = import_reference(tensors, arch, info.num_classes, info.image_shape[0])
     run = create_run(_recipe_of(dataset, recipe, arch, model.num_members), out)
-    save_weights(model, run.weights)
+    save_weights(model, run)
     Output(as_json=as_json).result(
         [
             f"{checkpoint.name}: {arch}, members: {model.num_members}, classes: {info.num_classes}",

@@ -3,6 +3,7 @@
 A new command is a module beside this one and a line in `_COMMANDS`.
 """
 
+import os
 import sys
 import traceback
 import warnings
@@ -91,6 +92,7 @@ def run(args: Sequence[str]) -> int:
             warnings.filterwarnings("ignore", category=category)
     with handling_signals() as stop:
         try:
+            _check_processes(args)
             command = typer.main.get_command(app)
             arguments = list(args) or ["--help"]
             code = command.main(args=arguments, prog_name="mixmo", standalone_mode=False) or DONE
@@ -102,6 +104,13 @@ def run(args: Sequence[str]) -> int:
             return _stopped(stop) if isinstance(error, typer.Abort) else _report(error)
         except KeyboardInterrupt:
             return _stopped(stop)
+
+
+def _check_processes(args: Sequence[str]) -> None:
+    """Check that only training was started in several processes."""
+    several = int(os.environ.get("WORLD_SIZE") or "1") > 1
+    if several and (not args or args[0] != "fit"):
+        raise InputError("Only `mixmo fit` runs in several processes. Start this one by itself.")
 
 
 def _stopped(stop: StopRequest) -> int:
@@ -136,5 +145,7 @@ def _usage(error: Exception) -> str:
 
 def _say(message: str, code: int) -> int:
     prefix = "" if code > 128 else "Error: "
+    if (rank := os.environ.get("RANK") or "0") != "0":
+        prefix = f"[process {rank}] {prefix}"
     print(f"{prefix}{message}", file=sys.stderr)  # noqa: T201
     return code

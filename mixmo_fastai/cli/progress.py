@@ -98,7 +98,7 @@ def _make_progress(output: Output) -> Progress:
         TextColumn("{task.fields[left]}"),
         console=output.console,
         transient=True,
-        disable=output.quiet or not output.console.is_terminal,
+        disable=output.quiet or output.is_silent or not output.console.is_terminal,
     )
 
 

@@ -80,7 +80,8 @@ def _setup_rows(training: Any) -> list[tuple[str, str]]:
         ("Method", f"{method_name(recipe)}, every image {times} in a batch{mixing}"),
         (
             "Device",
-            f"{training.device}, {training.acceleration.describe()}, seed {recipe.train.seed}",
+            f"{training.device}{training.in_processes}, {training.acceleration.describe()}, "
+            f"seed {recipe.train.seed}",
         ),
     ]
 

@@ -18,7 +18,7 @@ import torch
 from fastai.data.core import TfmdDL
 from fastai.data.load import DataLoader
 from fastai.data.transforms import IntToFloatTensor, Normalize, ToTensor
-from fastai.torch_core import TensorCategory, TensorImage, rank_distrib, to_detach
+from fastai.torch_core import TensorCategory, TensorImage, to_detach
 from torch import Tensor
 
 from mixmo_fastai.augment import (
@@ -32,6 +32,7 @@ from mixmo_fastai.data.image_sets import ImageSet
 from mixmo_fastai.data.items import as_items
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.interruption import leave_to_parent, signals_held
+from mixmo_fastai.processes import Processes
 from mixmo_fastai.randomness import derive_seed, make_generator
 
 
@@ -132,11 +133,19 @@ class BatchLoader(TfmdDL):
         """View this loader with every image `copies` times per batch, each augmented afresh."""
         return ExpandedLoader(self, copies, arrange)
 
+    def share(self, processes: Processes) -> "LoaderShare":
+        """View the images of this loader that are one process's to evaluate."""
+        return LoaderShare(self, processes)
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         yield from self.batches()
 
     def batches(
-        self, copies: int = 1, arrange: Arrangement | None = None, first_step: int = 0
+        self,
+        copies: int = 1,
+        arrange: Arrangement | None = None,
+        first_step: int = 0,
+        images: slice = slice(None),
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Go once through the images. A complete pass moves on to the next epoch.
 
@@ -147,12 +156,13 @@ class BatchLoader(TfmdDL):
             arrange: says which slot each position of a batch shows; slot s at position s where not
                 given. To say it here moves no pixel twice.
             first_step: batches before it are left out; those from it on are as in a whole pass.
+            images: which places of the epoch's order are loaded; all where not given.
 
         Yields:
             images (any, C, H, W) float, channels last in memory, and their labels (any,) int64.
         """
         epoch = self.epoch
-        order = self._placed(self.order(epoch))
+        order = self._placed(self.order(epoch)[images])
         num_kept = len(order) - (len(order) % self.bs if self.drop_last else 0)
         # Where nothing is dropped the last batch may be shorter than the others: one by one.
         steps = STEPS_AT_ONCE if self.drop_last else 1
@@ -204,7 +214,8 @@ class BatchLoader(TfmdDL):
             slots = arrange(place[1], count)[:steps]
         if not self.augments:
             return Cuts(slots % count)
-        generator = make_generator(self.seed, "augment", *place, rank_distrib(), device=device)
+        # The same in all processes that train together: each takes its slots of the whole batch.
+        generator = make_generator(self.seed, "augment", *place, device=device)
         drawn = {"generator": generator, "device": device}
         # For a whole group even where the epoch ends within, so that a place says it all.
         shape = (STEPS_AT_ONCE, copies * count)
@@ -342,6 +353,24 @@ class ExpandedLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self.loader.batches(self.copies, self.arrange, self.first_step)
+
+
+class LoaderShare:
+    """One process's share of a `BatchLoader`'s images: every so many-th, from its own rank on."""
+
+    def __init__(self, loader: BatchLoader, processes: Processes) -> None:
+        self.loader, self.processes = loader, processes
+
+    def __len__(self) -> int:
+        rank, count = self.processes
+        return math.ceil(len(range(rank, len(self.loader.images), count)) / self.loader.bs)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.loader.batches(images=slice(self.processes.rank, None, self.processes.count))
+
+    def to_detach(self, b: Any, cpu: bool = True, gather: bool = True) -> Any:
+        """Leave what metrics add up to this process; who evaluates brings it together."""
+        return self.loader.to_detach(b, cpu=cpu, gather=False)
 
 
 class _ChunkReader:

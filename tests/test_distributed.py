@@ -1,0 +1,410 @@
+"""One training in several processes is the training of one."""
+
+import itertools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from processes import PATIENCE
+from safetensors.torch import load_file
+from synthetic import mixmo_dls
+from test_faults import ended
+from test_resuming import assert_same
+from test_signals import SLOW_STEPS
+
+from mixmo_fastai.callback import MixMoCallback
+from mixmo_fastai.checkpoints.store import CheckpointStore
+from mixmo_fastai.errors import InputError
+from mixmo_fastai.mixing import MASK_KINDS
+from mixmo_fastai.models import create_model
+from mixmo_fastai.models.synced_norm import SyncedBatchNorm2d, sync_batch_norm
+from mixmo_fastai.pairing import num_copies
+from mixmo_fastai.processes import Processes, started_processes
+from mixmo_fastai.runs import open_run
+
+_FIT = (
+    "fit --arch wrn10_1 --limit 64 --valid-split 0.05 --batch-size 32 --epochs 2 --device cpu "
+    "--threads 1 --out"
+)
+FIT = _FIT.split()
+
+
+def free_port(ports=itertools.count(20_000 + os.getpid() % 1000 * 10)):  # noqa: B008
+    """Give a port that no other test takes at the same time, as one of the system's choice may."""
+    for port in ports:
+        with socket.socket() as own:
+            if own.connect_ex(("127.0.0.1", port)):
+                return port
+    return None
+
+
+@pytest.fixture
+def together(mixmo):
+    """A function that starts a command in several processes, as a launcher does."""
+
+    def start(*words, count=2, **how):
+        shared = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        return [
+            mixmo(*words, environment={**shared, "RANK": rank, "LOCAL_RANK": rank}, **how)
+            for rank in range(count)
+        ]
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def alone(server, tmp_path_factory):
+    """Runs of one process, by what was asked for beyond `FIT`."""
+    folder, runs = tmp_path_factory.mktemp("alone"), {}
+
+    def give(*more):
+        if more not in runs:
+            place = folder / f"run-{len(runs)}"
+            command = server.start([*FIT, place, *more], folder)
+            assert command.wait() == 0, command.said
+            runs[more] = open_run(place)
+        return runs[more]
+
+    return give
+
+
+def all_done(commands):
+    assert [command.wait() for command in commands] == [0] * len(commands), said_by(commands)
+
+
+def said_by(commands):
+    return "\n".join(command.said for command in commands)
+
+
+def assert_close(one, other, rtol=1e-3):
+    """Check that two runs are equal up to rounding."""
+    for ours, theirs in zip(one.history(), other.history(), strict=True):
+        for name in ("train_loss", "valid_loss", "accuracy", "member_accuracy"):
+            assert float(ours[name]) == pytest.approx(float(theirs[name]), rel=rtol, abs=0.03)
+        assert ours["images_seen"] == theirs["images_seen"]
+        assert float(ours["train_loss"]) == pytest.approx(float(theirs["train_loss"]), rel=rtol)
+    ours, theirs = (load_file(run.weights) for run in (one, other))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        difference = (tensor - theirs[name]).float().norm()
+        assert difference <= 0.02 * theirs[name].float().norm() + 1e-6, name
+    assert one.metrics()["test"]["nll"] == pytest.approx(other.metrics()["test"]["nll"], rel=rtol)
+
+
+WAYS = [
+    [],
+    ["--members", "3", "--mix", "patchup"],
+    ["--members", "1", "--mix", "sum", "--repeat", "1"],
+    ["--mix", "channel", "--set", "mix.input_repetition=0.5"],
+    ["--set", "train.ema_decay=0.9", "--set", "train.select=best", "--repeat", "2"],
+    ["--set", "data.loader=streaming", "--set", "data.num_workers=1"],
+]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=" ".join)
+def test_two_processes_train_the_network_of_one(together, alone, tmp_path, way):
+    run = tmp_path / "run"
+    all_done(together(*FIT, run, *way))
+    assert_close(open_run(run), alone(*way))
+
+
+def test_four_processes_train_the_network_of_one(together, alone, tmp_path):
+    run = tmp_path / "run"
+    all_done(together(*FIT, run, count=4))
+    assert_close(open_run(run), alone())
+
+
+def test_ghost_batches_are_those_of_one_process(together, alone, tmp_path):
+    """Training is the same; of the running statistics each process moves its own."""
+    ghosts = ["--set", "model.ghost_batch_size=16"]
+    run = tmp_path / "run"
+    all_done(together(*FIT, run, *ghosts))
+    losses = [row["train_loss"] for row in open_run(run).history()]
+    expected = [row["train_loss"] for row in alone(*ghosts).history()]
+    assert [*map(float, losses)] == pytest.approx([*map(float, expected)], rel=1e-4)
+
+
+def test_a_deep_ensemble_trains_in_several_processes(together, alone, tmp_path):
+    run, nets = tmp_path / "run", ["--set", "model.num_nets=2"]
+    all_done(together(*FIT, run, *nets))
+    for name in ("net-1", "net-2"):
+        assert_close(open_run(run / name), open_run(alone(*nets).path / name))
+
+
+def test_mixed_pixels_train_in_several_processes(together, tmp_path):
+    """Their partners are those of the same process, so that it is not the run of one."""
+    run = tmp_path / "run"
+    all_done(together(*FIT, run, "--msda", "cutmix"))
+    assert len(open_run(run).history()) == 2
+
+
+def test_one_process_speaks_and_writes(together, alone, tmp_path):
+    run = tmp_path / "run"
+    first, second = together(*FIT, run)
+    all_done([first, second])
+    assert "Device     cpu in 2 processes" in first.said
+    assert "Test accuracy" in first.said
+    assert second.said == ""
+    files = {path.name for path in run.iterdir()}
+    assert files == {path.name for path in alone().path.iterdir()}
+    assert (run / "log.txt").read_text().count("Run folder:") == 1
+    assert "in 2 processes" in json.loads((run / "environment.json").read_text())["device"]
+
+
+def test_the_metrics_are_those_of_all_images(together, tmp_path):
+    """What each epoch says of the validation split is what one process finds in the weights."""
+    run = tmp_path / "run"
+    all_done(together(*FIT, run, "--batch-size", "24", "--limit", "60", count=3))
+    row, figures = open_run(run).history()[-1], open_run(run).metrics()
+    assert float(row["accuracy"]) == pytest.approx(figures["valid"]["accuracy"], abs=1e-6)
+    assert float(row["valid_loss"]) == pytest.approx(figures["valid"]["nll"], abs=1e-5)
+    members = figures["valid"]["member_accuracy"]
+    assert float(row["member_accuracy"]) == pytest.approx(sum(members) / 2, abs=1e-6)
+
+
+class Drawn:
+    """What a process of several sees of one epoch."""
+
+    def __init__(self, monkeypatch, rank, count, kind):
+        monkeypatch.setattr("mixmo_fastai.callback.group", lambda: Processes(rank, count))
+        monkeypatch.setattr("mixmo_fastai.callback.rank_distrib", lambda: rank)
+        self.loader = mixmo_dls().train
+        # A label of its own for each image, to tell them apart.
+        self.loader.labels = torch.arange(len(self.loader.labels))
+        self.callback = MixMoCallback(kind, mix_prob=1.0, seed=3, batch_repetitions=4)
+        model = create_model("wrn10_1", 3, 2)
+        self.learn = SimpleNamespace(model=model, epoch=0, iter=0, pct_train=0.0, dl=self.loader)
+        self.callback.learn = self.learn
+
+    def steps(self):
+        self.callback.before_train()
+        for step, (x, y) in enumerate(self.learn.dl):
+            self.learn.iter, self.learn.xb, self.learn.yb = step, (x,), (y,)
+            self.callback.before_batch()
+            yield *self.learn.xb, *self.learn.yb
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("kind", MASK_KINDS)
+def test_processes_share_each_batch_without_loss_or_repeats(monkeypatch, kind, count):
+    whole = [*Drawn(monkeypatch, 0, 1, kind).steps()]
+    shares = [[*Drawn(monkeypatch, rank, count, kind).steps()] for rank in range(count)]
+    for step, parts in zip(whole, zip(*shares, strict=True), strict=True):
+        assert len({len(part[0]) for part in parts}) == 1
+        for own, theirs in zip(step, zip(*parts, strict=True), strict=True):
+            assert torch.equal(own, torch.cat(theirs))
+    images = torch.cat([targets for *_, targets, _ in itertools.chain(*shares)])
+    times = images.flatten().bincount().tolist()
+    num_whole = len(whole) * 12  # what is left over fills no batch
+    assert sorted(times, reverse=True)[:num_whole] == [num_copies(2, 4)] * num_whole
+    assert not any(sorted(times, reverse=True)[num_whole:])
+
+
+def test_processes_have_masks_of_their_own(monkeypatch):
+    shares = [[*Drawn(monkeypatch, rank, 2, "cutmix").steps()] for rank in range(2)]
+    assert all(not torch.equal(a[1], b[1]) for a, b in zip(*shares, strict=True))
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(together, tmp_path):
+    commands = together(*FIT, tmp_path / "run", count=3)
+    for command in commands:
+        ended(command, 2, "A batch of 32 images cannot be shared evenly by 3 processes")
+
+
+def test_other_commands_run_in_one_process(together):
+    first, second = together("lr-find", "--arch", "wrn10_1")
+    ended(first, 2, "Only `mixmo fit` runs in several processes")
+    assert second.wait() == 2
+    assert second.said.startswith("[process 1] Error: ")
+
+
+def test_the_package_for_it_may_be_missing(together, tmp_path):
+    without = """
+import mixmo_fastai.processes as processes
+processes.find_spec = lambda name: None
+"""
+    commands = together(*FIT, tmp_path / "run", prelude=without)
+    assert [command.wait() for command in commands] == [2, 2]
+    assert "pip install 'mixmo-fastai[distributed]'" in commands[0].said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("to", [[0], [1], [0, 1]], ids=str)
+def test_stopped_they_stop_at_one_step_and_go_on(together, tmp_path, to):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    all_done(together(*FIT, whole))
+    commands = together(*FIT, run, prelude=SLOW_STEPS)
+    commands[0].until_said("1/2 ")
+    for rank in to:
+        commands[rank].signal(signal.SIGTERM)
+    assert [command.wait() for command in commands] == [143, 143], said_by(commands)
+    assert CheckpointStore(run / "checkpoint").newest() is not None
+    all_done(together("fit", "--resume", run))
+    assert_same(open_run(whole), open_run(run))
+
+
+def test_a_run_of_two_processes_goes_on_in_one(together, mixmo, alone, tmp_path):
+    run = tmp_path / "run"
+    commands = together(*FIT, run, prelude=SLOW_STEPS)
+    commands[0].until_said("1/2 ")
+    commands[1].signal(signal.SIGINT)
+    assert [command.wait() for command in commands] == [130, 130]
+    command = mixmo("fit", "--resume", run)
+    assert command.wait() == 0
+    assert "trained with processes: 2 so far, now 1: equal up to rounding" in command.said
+    assert_close(open_run(run), alone())
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_where_one_dies_the_others_end(together, tmp_path, lost):
+    run = tmp_path / "run"
+    commands = together(*FIT, run, prelude=SLOW_STEPS)
+    commands[0].until_said("1/2 ")
+    commands[lost].signal(signal.SIGKILL)
+    code = commands[1 - lost].wait(patience=30)
+    assert code == 1, commands[1 - lost].said
+    assert "A process that trains along was lost: Connection" in commands[1 - lost].said
+    assert "Traceback" not in commands[1 - lost].said
+    all_done(together("fit", "--resume", run))
+
+
+def test_a_loss_that_is_not_finite_in_one_ends_all(together, tmp_path):
+    fault = """
+import os
+from fastai.callback.core import Callback
+from mixmo_fastai.recording import HistoryCallback
+own = HistoryCallback.after_batch
+def fail(self):
+    if os.environ["RANK"] == "1" and (self.learn.epoch, self.learn.iter) == (1, 2):
+        self.learn.loss = self.learn.loss * float("nan")
+    own(self)
+HistoryCallback.after_batch = fail
+"""
+    run = tmp_path / "run"
+    for command in together(*FIT, run, prelude=fault):
+        ended(command, 1, "The training loss is not finite at step ", " of epoch 2")
+    state = CheckpointStore(run / "checkpoint").newest().path / "state.json"
+    assert json.loads(state.read_text())["epoch"] == 1
+
+
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+LAUNCH = [
+    *["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"],
+    *["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"],
+]
+LAUNCHERS = pytest.mark.parametrize("launcher", [TORCHRUN, LAUNCH], ids=["torchrun", "accelerate"])
+
+
+def launched(launcher, *words):
+    module = ["-m", "mixmo_fastai"]
+    return subprocess.Popen(
+        [sys.executable, "-m", *launcher, *module, *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+@LAUNCHERS
+def test_launchers_start_it(alone, tmp_path, launcher):
+    run = tmp_path / "run"
+    process = launched(launcher, *FIT, run)
+    said, _ = process.communicate(timeout=3 * PATIENCE)
+    assert process.returncode == 0, said
+    assert "in 2 processes" in said
+    assert_close(open_run(run), alone())
+
+
+def test_a_launcher_tells_that_a_process_died(tmp_path):
+    run = tmp_path / "run"
+    process = launched(TORCHRUN, *FIT, run, "--epochs", "100000")
+    for line in process.stdout:
+        if "2/100000" in line:
+            break
+    children = [int(pid) for pid in child_pids(process.pid)]
+    os.kill(children[-1], signal.SIGKILL)
+    said, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode != 0
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in children), said
+    assert CheckpointStore(run / "checkpoint").newest() is not None
+
+
+def child_pids(pid):
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        return file.read().split()
+
+
+def test_where_nothing_was_launched_there_is_one_process(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert started_processes() == (0, 1)
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert started_processes() == (2, 4)
+
+
+NORM = """
+import torch
+import torch.distributed as dist
+from mixmo_fastai.models.synced_norm import SyncedBatchNorm2d
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+given = torch.load("given.pt")
+norm = SyncedBatchNorm2d(5, momentum=MOMENTUM)
+norm.load_state_dict(given["state"])
+x = given["x"].chunk(2)[rank].clone().requires_grad_()
+out = norm(x)
+(out * given["weights"].chunk(2)[rank]).sum().backward()
+torch.save([out.detach(), x.grad, norm.weight.grad, norm.bias.grad, norm.state_dict()],
+           f"found-{rank}.pt")
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_statistics_over_processes_are_those_of_the_whole_batch(together, tmp_path, momentum):
+    random = torch.Generator().manual_seed(0)
+    x, weights = (torch.randn(8, 5, 3, 4, generator=random) for _ in range(2))
+    x = x * 3 + 7
+    norm = torch.nn.BatchNorm2d(5, momentum=momentum)
+    with torch.no_grad():
+        norm.weight.copy_(torch.rand(5, generator=random) + 0.5)
+        norm.bias.copy_(torch.randn(5, generator=random))
+    torch.save({"state": norm.state_dict(), "x": x, "weights": weights}, tmp_path / "given.pt")
+    all_done(together("fit", "--help", prelude=NORM.replace("MOMENTUM", str(momentum))))
+    found = [torch.load(tmp_path / f"found-{rank}.pt") for rank in range(2)]
+    x.requires_grad_()
+    out = norm(x)
+    (out * weights).sum().backward()
+    torch.testing.assert_close(torch.cat([part[0] for part in found]), out.detach())
+    torch.testing.assert_close(torch.cat([part[1] for part in found]), x.grad)
+    for place, own in ((2, norm.weight.grad), (3, norm.bias.grad)):
+        torch.testing.assert_close(found[0][place] + found[1][place], own)
+    for part in found:
+        torch.testing.assert_close(part[4], norm.state_dict())
+
+
+def test_alone_it_is_plain_batch_norm():
+    norm = torch.nn.Sequential(torch.nn.BatchNorm2d(3))
+    x = torch.randn(4, 3, 2, 2)
+    expected = norm(x)
+    assert type(sync_batch_norm(norm)[0]) is SyncedBatchNorm2d
+    torch.testing.assert_close(norm(x), expected)
+
+
+def test_metrics_that_cannot_be_added_up_are_refused():
+    from fastai.metrics import F1Score
+
+    from mixmo_fastai.distributed import SummedMetrics
+
+    summed = SummedMetrics()
+    summed.learn = SimpleNamespace(recorder=SimpleNamespace(_valid_mets=[F1Score()]))
+    with pytest.raises(InputError, match="cannot be added up"):
+        summed.after_validate()
