@@ -9,12 +9,14 @@ from datasets import write_cifar100, write_image_folder
 from safetensors.torch import load_file
 
 import mixmo_fastai
+from mixmo_fastai.checkpoints import store
+from mixmo_fastai.checkpoints.store import CheckpointStore
 from mixmo_fastai.cli import run
 from mixmo_fastai.cli.progress import TrainingDisplay
 from mixmo_fastai.data.sources import SOURCES
 from mixmo_fastai.names import DATASETS
 from mixmo_fastai.recipe import load_recipe, recipe_names, to_mapping
-from mixmo_fastai.runs import open_run
+from mixmo_fastai.runs import create_run, open_run
 
 TINY = ("--arch", "wrn10_1", "--limit", "48", "--batch-size", "16", "--device", "cpu")
 FILES = {
@@ -298,11 +300,25 @@ WRONG_WORDS = [
     ["lr-find", "--out", "file"],
     ["eval", "none"],
     ["recipes", "none"],
+    ["predict", "none", "file"],
+    ["report", "none"],
+    ["export", "none", "--to", "net.onnx"],
+    ["import", "file", "--arch", "wrn10_1", "--dataset", "imagenet"],
+    ["ensemble", "none"],
+    ["fit", "--resume", "damaged"],
+    ["fit", "--resume", "future"],
 ]
 
 
 def test_wrong_words_are_refused_before_torch_is_imported(folder):
     (folder / "file").touch()
+    for name in ("damaged", "future"):
+        made = create_run(load_recipe("digits/cut-mixmo"), folder / name)
+        path = CheckpointStore(made.checkpoint).save([("state.json", b"{}")])
+        if name == "damaged":
+            (path / "state.json").unlink()
+        else:
+            (path / "manifest.json").write_text(store._signed({"format": 99, "files": {}}))
     code = (
         "import sys, mixmo_fastai\n"
         "from mixmo_fastai.cli import run\n"

@@ -1,11 +1,16 @@
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import write_image_folder
 
+from mixmo_fastai.checkpoints import store as store_module
+from mixmo_fastai.checkpoints.store import CheckpointStore
+from mixmo_fastai.checkpoints.weights import save_weights
 from mixmo_fastai.cli import run
-from mixmo_fastai.recipe import load_recipe
+from mixmo_fastai.models import create_model
+from mixmo_fastai.recipe import load_recipe, override
 from mixmo_fastai.runs import create_run
 
 HINT = "--help` lists what there is"
@@ -121,6 +126,65 @@ FOLDERS = [
 ]
 
 
+RUNS = [
+    ("eval finished --ood cifra10", "data set 'cifra10'", "Did you mean 'cifar10'"),
+    ("eval finished --ood digits", "digits is what the run was trained on", "other images"),
+    ("eval finished --corruptions none", "images of 3x32x32", "built-in"),
+    ("eval emptied", "emptied has no weights yet", "mixmo fit --resume"),
+    ("eval truncated", "model.safetensors cannot be read", ""),
+    ("eval other", "holds another network than the recipe says", ""),
+    ("eval unclear", "recipe.toml is not valid TOML", "mixmo recipes NAME"),
+    ("eval finished --device tpu", "'tpu'", "auto, cpu, cuda"),
+    ("ensemble finished", "needs two runs or more", ""),
+    ("ensemble finished finished", "given twice", "each run once"),
+    ("ensemble finished none", "no run folder 'none'", "runs/"),
+    ("ensemble finished trained", "no weights yet", "mixmo fit --resume trained"),
+    ("compare finished", "two", ""),
+    ("compare finished none", "no run folder 'none'", "runs/"),
+    ("compare finished finished --out a.jpg", "'a.jpg'", "must end in .png"),
+    ("inspect none", "no run folder 'none'", "runs/"),
+    ("inspect trained", "no weights yet", "mixmo fit --resume trained"),
+    ("inspect truncated", "model.safetensors cannot be read", ""),
+    ("inspect finished finished finished", "one run, or two", "got 3"),
+    ("inspect finished --out picture.png", "exists and was not changed", "another --out"),
+    ("predict none file", "no run folder 'none'", "runs/"),
+    ("predict finished none.png", "no image or folder 'none.png'", ""),
+    ("predict finished notes", "No image was found", "Give image files"),
+    ("predict trained picture.png", "no weights yet", "mixmo fit --resume trained"),
+    ("predict finished picture.png --out a.txt", "'a.txt'", "must end in .csv or .json"),
+    ("predict finished picture.png --out none/a.csv", "no folder 'none'", "Make it first"),
+    ("predict file.safetensors picture.png", "no exported network", "'file.safetensors'"),
+    ("predict broken.safetensors picture.png", "cannot be read", ""),
+    ("predict finished/model.safetensors picture.png", "not an exported network", "mixmo export"),
+    ("report none", "no run folder 'none'", "runs/"),
+    ("report trained", "no weights yet", "mixmo fit --resume trained"),
+    ("report finished --out file", "exists and was not changed", "another --out"),
+    ("report finished --out a.pdf", "'a.pdf'", "must end in .html"),
+    ("export finished --to net.bin", "'net.bin'", ".safetensors or .onnx"),
+    ("export finished --to file", "'file'", ".safetensors or .onnx"),
+    ("export finished --to none/net.onnx", "no folder 'none'", "Make it first"),
+    ("export finished", "--to", HINT),
+    ("export trained --to net.onnx", "no weights yet", "mixmo fit --resume trained"),
+    ("export other --to net.onnx", "holds another network than the recipe says", ""),
+    ("import none.ckpt --arch wrn10_1 --dataset cifar10", "none.ckpt", "No such file"),
+    ("import file --arch wrn10_1 --dataset cifar10", "not a checkpoint", "published"),
+    ("import file --arch wrn10_1 --dataset imagenet", "--dataset 'imagenet'", "cifar100"),
+    ("import file --arch wrn11_1 --dataset cifar10", "6n+4", "Nearest"),
+    ("import finished --arch wrn10_1 --dataset cifar10", "Cannot read finished", "directory"),
+    ("import file --arch wrn10_1 --dataset cifar10 --out notes", "not empty", "--out DIR"),
+    ("show --mix cutmx", "mask kind 'cutmx'", "Did you mean 'cutmix'"),
+    ("show --count 0", "--count", "1"),
+    ("show --out picture.png", "exists and was not changed", "another --out"),
+    ("fit --resume finished", "finished has weights, but no state", "mixmo eval"),
+    ("fit --resume foreign", "foreign/checkpoint", "start a new run"),
+    ("fit --resume damaged-checkpoint", "No checkpoint in", "start a new run"),
+    ("fit --resume future", "has format 99", "version that wrote it"),
+    ("fit --recipe notes", "no recipe 'notes'", "mixmo recipes"),
+    ("fit --recipe picture.png", "not valid TOML", "mixmo recipes NAME"),
+    ("fit --data-dir file", "file is a file", "--data-dir"),
+]
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Image folders, each wrong in its own way."""
@@ -155,15 +219,42 @@ def folder(monkeypatch, tmp_path):
     for name in ("trained", "damaged"):
         create_run(load_recipe("digits/cut-mixmo"), work / name)
     (work / "damaged" / "recipe.toml").write_text("[train\n")
+    (work / "broken.safetensors").write_bytes(b"no tensors")
+    make_runs(work)
     return work
+
+
+MADE = "finished emptied truncated other unclear foreign damaged-checkpoint future"
+
+
+def make_runs(work):
+    """Runs that are finished, or wrong in their own ways."""
+    recipe = override(load_recipe("digits/cut-mixmo"), ["model.arch=wrn10_1"])
+    runs = {name: create_run(recipe, work / name) for name in MADE.split()}
+    for name in ("finished", "truncated", "other"):
+        save_weights(create_model("wrn10_1", 10, 2, 1), runs[name])
+    os.truncate(runs["truncated"].weights, 1000)
+    save_weights(create_model("wrn10_2", 10, 2, 1), runs["other"])
+    (work / "unclear" / "recipe.toml").write_text("\0")
+    (work / "foreign" / "checkpoint").mkdir()
+    (work / "foreign" / "checkpoint" / "state.pkl").write_bytes(b"")
+    for name in ("damaged-checkpoint", "future"):
+        store = CheckpointStore(runs[name].checkpoint)
+        store.save([("state.json", b"{}")])
+    (work / "damaged-checkpoint/checkpoint/save-000001/state.json").write_text("{ }")
+    manifest = work / "future/checkpoint/save-000001/manifest.json"
+    manifest.write_text(store_module._signed({"format": 99, "files": {}}))
 
 
 def contents(folder: Path):
     return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
+ALL = [*NAMES, *ASSIGNMENTS, *NUMBERS, *DEVICES, *PLACES, *FOLDERS, *RUNS]
+
+
 @pytest.mark.parametrize("more", [[], ["--json"]], ids=["plain", "json"])
-@pytest.mark.parametrize("case", [*NAMES, *ASSIGNMENTS, *NUMBERS, *DEVICES, *PLACES, *FOLDERS])
+@pytest.mark.parametrize("case", ALL)
 def test_wrong_input_is_explained_and_leaves_no_trace(folder, folders, capsys, case, more):
     words, wrong, remedy = case
     before = contents(folder), contents(folders)

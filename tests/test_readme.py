@@ -84,6 +84,21 @@ def test_the_headline_command_is_the_published_recipe():
     assert to_mapping(recipe) == to_mapping(load_recipe("cifar100/cut-mixmo"))
 
 
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
+def test_code_of_the_docs_runs(page):
+    for number, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)):
+        exec(compile(block, f"{page.name}, block {number}", "exec"), {})
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
+def test_files_that_the_docs_name_exist(page):
+    text = page.read_text()
+    for target in re.findall(r"\]\((?!http)([^)#]+)", text):
+        assert (page.parent / target).exists(), target
+    for named in re.findall(r"`((?:tests|docs|benchmarks|recipes|mixmo_fastai)/[\w./-]+)`", text):
+        assert (ROOT / named).exists(), named
+
+
 def test_code_runs():
     names = {}
     for block in CODE:

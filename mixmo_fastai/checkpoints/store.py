@@ -105,6 +105,12 @@ class CheckpointStore:
                 return Saved(path, check(path), skipped)
             except DamagedError as error:
                 skipped[path.name] = str(error)
+        if not skipped and (strange := self._strange()):
+            raise InputError(
+                f"There is no checkpoint in {self.folder}, but {strange}, which this version of "
+                "mixmo knows nothing of.\nContinue with the version that wrote it, or start a new "
+                "run."
+            )
         if skipped:
             name, problem = next(iter(skipped.items()))
             raise InputError(
@@ -125,6 +131,12 @@ class CheckpointStore:
             return []
         matches = [_NAME.fullmatch(path.name) for path in self.folder.iterdir() if path.is_dir()]
         return sorted(int(match[1]) for match in matches if match)
+
+    def _strange(self) -> str | None:
+        """Name something that no save leaves behind."""
+        names = sorted(p.name for p in self.folder.iterdir()) if self.folder.is_dir() else []
+        known = (".unfinished", "damaged-")
+        return next((name for name in names if not name.startswith(known)), None)
 
     def _path(self, number: int) -> Path:
         return self.folder / f"save-{number:06d}"
@@ -177,7 +189,10 @@ def _written(folder: Path, files: Iterable[tuple[str, bytes]]) -> Iterator[tuple
 
 def _manifest(listed: dict[str, Any]) -> str:
     """List the files, and sign the list itself, since a bit may turn there as well."""
-    content = {"format": FORMAT, "files": listed}
+    return _signed({"format": FORMAT, "files": listed})
+
+
+def _signed(content: dict[str, Any]) -> str:
     return json.dumps({**content, "sha256": _signature(content)}, indent=1) + "\n"
 
 

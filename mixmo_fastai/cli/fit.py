@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mixmo_fastai.checkpoints.store import CheckpointStore
 from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output, RunInterruptedError
 from mixmo_fastai.cli.render import figure_lines, plan_lines, recipe_lines
@@ -104,6 +105,8 @@ def _start(recipe: Recipe, out: Path | None, data_dir: Path | None, output: Outp
 def _resume(run: RunFolder, data_dir: Path | None, output: Output) -> None:
     recipe = run.recipe()
     run.check_resumable()
+    for network in run.networks():
+        CheckpointStore(network.checkpoint).newest()  # refused before anything is read or made
     with _prepared(recipe, data_dir, output) as (training, is_first):
         output.run = run = RunFolder(run.path, is_writer=is_first)
         _say_plan(training, output)
