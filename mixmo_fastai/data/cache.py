@@ -106,7 +106,7 @@ def _map(path: Path, images: FileImages) -> Tensor | None:
     """Map a kept array into memory, or None where it is missing, damaged or of other images."""
     try:
         # Copy on write: PyTorch warns of arrays that it could not write to.
-        array = np.load(path, mmap_mode="c")
+        array = np.lib.format.open_memmap(path, mode="c")
     except (OSError, ValueError, EOFError):
         return None
     if array.shape != (len(images), *images.image_shape) or array.dtype != np.uint8:

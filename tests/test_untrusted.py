@@ -1,0 +1,340 @@
+"""Files that somebody has given: nothing in them is run, and whatever they hold is an answer."""
+
+import ast
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import write_image_folder
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save
+from test_resuming import TINY, fit
+
+import mixmo_fastai
+from mixmo_fastai.averaging import EMACallback
+from mixmo_fastai.checkpoints.state import RunState
+from mixmo_fastai.checkpoints.store import CheckpointStore
+from mixmo_fastai.checkpoints.weights import load_network
+from mixmo_fastai.cli import run as program
+from mixmo_fastai.data.image_folder import read_image_folder
+from mixmo_fastai.data.sources import load_source
+from mixmo_fastai.errors import InputError
+from mixmo_fastai.export import export_run, load_fused
+from mixmo_fastai.models import create_model
+from mixmo_fastai.models.reference import read_reference_checkpoint
+from mixmo_fastai.recipe import override
+from mixmo_fastai.recording import HistoryCallback
+from mixmo_fastai.report.findings import read_history
+from mixmo_fastai.runs import RunFolder, create_run
+from mixmo_fastai.training import prepare
+
+FEW = settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+class Trap:
+    """A pickle that leaves a file behind when it is loaded."""
+
+    def __init__(self, mark):
+        self.mark = str(mark)
+
+    def __reduce__(self):
+        return os.mkdir, (self.mark,)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run, its exported network and its data: an image folder in its cache."""
+    root = tmp_path_factory.mktemp("finished")
+    write_image_folder(root / "pets", num_train=20, num_test=4, size=(8, 8))
+    words = "--arch wrn10_1 --batch-size 16 --epochs 1 --device cpu --valid-split 0.1 --quiet"
+    arguments = ["fit", str(root / "pets"), *words.split(), "--data-dir", str(root / "data")]
+    assert program([*arguments, "--out", str(root / "run")]) == 0
+    export_run(RunFolder(root / "run"), root / "net.safetensors", root / "data")
+    torch.save(
+        {"classifier_state_dict": create_model("wrn10_1", 10).state_dict()}, root / "net.ckpt"
+    )
+    return root
+
+
+def all_files(root):
+    return sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file())
+
+
+def commands(root):
+    """Everything that reads a run, an exported network, a published checkpoint or images."""
+    run, data = str(root / "run"), ["--data-dir", str(root / "data")]
+    image = str(next((root / "pets/test").rglob("*.png")))
+    yield ["eval", run, *data]
+    yield ["eval", run, *data, "--ood", str(root / "pets/test")]
+    yield ["predict", run, image]
+    yield ["predict", str(root / "net.safetensors"), image]
+    yield ["inspect", run, "--out", str(root / "inspect.png")]
+    yield ["report", run, *data]
+    yield ["export", run, *data, "--to", str(root / "other.safetensors")]
+    yield ["compare", run, run, *data, "--out", str(root / "compare.png")]
+    yield ["import", str(root / "net.ckpt"), "--arch", "wrn10_1", "--dataset", "cifar10"]
+    yield ["fit", "--resume", run, *data]
+
+
+PLACES = [
+    *["run/recipe.toml", "run/environment.json", "run/data.json", "run/history.csv"],
+    *["run/metrics.json", "run/model.safetensors", "run/log.txt", "net.safetensors", "net.ckpt"],
+    *["state.json", "history.json", "model.safetensors", "optimizer.safetensors", "manifest.json"],
+    *["train.npy", "test.npy", "facts.json", "pets/train/cat/000.png", "pets/test/cat/000.png"],
+]
+
+
+def places_of(root, name):
+    """Files of that name: in the run, in its checkpoint, in the cache, among the data."""
+    if (root / name).is_file():
+        return [root / name]
+    found = [p for p in root.rglob(name) if "checkpoint" in p.parts or "mixmo-cache" in p.parts]
+    assert found, name
+    return found
+
+
+def test_every_kind_of_file_has_its_place_here(finished):
+    listed = {path for name in PLACES for path in places_of(finished, name)}
+    unlisted = {path for path in finished.rglob("*") if path.is_file()} - listed
+    assert {path.suffix for path in unlisted} == {".png"}
+
+
+@pytest.mark.parametrize("how", ["plain", "torch", "numpy"])
+@pytest.mark.parametrize("name", PLACES)
+def test_a_pickle_is_never_run(finished, tmp_path, monkeypatch, capsys, name, how):
+    root = Path(shutil.copytree(finished, tmp_path / "copy"))
+    monkeypatch.chdir(tmp_path)
+    # The recipe names the data by its place.
+    recipe = root / "run/recipe.toml"
+    recipe.write_text(recipe.read_text().replace(str(finished), str(root)))
+    mark = tmp_path / "owned"
+    for path in places_of(root, name):
+        path.unlink()
+        if how == "plain":
+            path.write_bytes(pickle.dumps(Trap(mark)))
+        elif how == "torch":
+            torch.save({"classifier_state_dict": Trap(mark), "state_dict": Trap(mark)}, path)
+        else:
+            with path.open("wb") as file:
+                np.save(file, np.array([Trap(mark)], dtype=object), allow_pickle=True)
+    for words in commands(root):
+        code = program(words)
+        _, err = capsys.readouterr()
+        assert not mark.exists(), words
+        assert code in (0, 1, 2), words
+        assert "Traceback" not in err
+        assert len(err.splitlines()) <= 3, err
+        assert code == 0 or err.startswith("Error: "), err
+        assert "--debug shows where" not in err, err  # an error that nobody has thought of
+
+
+def test_only_two_places_unpickle_and_both_are_restricted():
+    """CIFAR's own format, after its checksum; published checkpoints, tensors only."""
+    found = {}
+    package = Path(mixmo_fastai.__file__).parent
+    for path in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute | ast.Name):
+                text = ast.unparse(node)
+                if text in ("pickle.Unpickler", "pickle.load", "pickle.loads", "torch.load"):
+                    found.setdefault(path.relative_to(package).as_posix(), []).append(text)
+            if isinstance(node, ast.Call):
+                named = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                assert named.get("allow_pickle", "False") == "False"
+                if ast.unparse(node.func) == "torch.load":
+                    assert named["weights_only"] == "True"
+    assert found == {"data/cifar.py": ["pickle.Unpickler"], "models/reference.py": ["torch.load"]}
+
+
+def answers(read, *kinds):
+    """Read something; whatever comes is a result or a clear error."""
+    try:
+        read()
+    except (InputError, *kinds) as error:
+        message = str(error)
+        assert 0 < len(message.splitlines()) <= 4, message
+        return message
+    return None
+
+
+def mutated(content, edits):
+    """Change some bytes of a file, and cut it."""
+    changed = bytearray(content)
+    for place, value in edits:
+        if changed:
+            changed[place % len(changed)] = value
+    return bytes(changed)
+
+
+EDITS = st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=6)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(["classes", "mean", "std", "image_shape", "rows", "epoch", "a"]),
+            inner,
+            max_size=5,
+        )
+    ),
+    max_leaves=12,
+)
+READERS = {
+    "recipe.toml": lambda run: run.recipe(),
+    "environment.json": lambda run: run.environment(),
+    "data.json": lambda run: run.data_facts(),
+    "metrics.json": lambda run: run.metrics(),
+    "history.csv": read_history,
+    "model.safetensors": load_network,
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+@FEW
+@given(content=st.binary(max_size=200), edits=EDITS, whole=st.booleans(), table=JSON)
+def test_whatever_a_file_of_a_run_holds_is_an_answer(
+    finished, tmp_path, name, content, edits, whole, table
+):
+    run = RunFolder(tmp_path / "run")
+    if not run.path.exists():
+        shutil.copytree(finished / "run", run.path)
+    own = (finished / "run" / name).read_bytes()
+    for new in (content, mutated(own, edits), own[: edits[0][0] % (len(own) + 1)]):
+        (run.path / name).write_bytes(new)
+        answers(lambda: READERS[name](run))
+    if name.endswith(".json"):
+        (run.path / name).write_text(json.dumps(table))
+        answers(lambda: READERS[name](run))
+
+
+NAMES = st.sampled_from(["train", "test", "cat", "dog", "a.png", "b.jpg", "c.txt", ".d", "é.png"])
+TREE = st.recursive(
+    st.binary(max_size=40) | st.just("image"),
+    lambda inner: st.dictionaries(NAMES, inner, max_size=4),
+    max_leaves=14,
+)
+
+
+def plant(tree, place, image):
+    if isinstance(tree, dict):
+        place.mkdir()
+        for name, part in tree.items():
+            plant(part, place / name, image)
+    else:
+        place.write_bytes(image if tree == "image" else tree)
+
+
+@FEW
+@given(tree=st.fixed_dictionaries({}, optional={"train": TREE, "test": TREE, "val": TREE}))
+def test_whatever_an_image_folder_holds_is_an_answer(finished, tmp_path_factory, tree):
+    image = next((finished / "pets").rglob("*.png")).read_bytes()
+    root = tmp_path_factory.mktemp("tree")
+    plant(tree, root / "folder", image)
+    answers(lambda: read_image_folder(root / "folder", root / "data"))
+
+
+@FEW
+@given(content=st.binary(max_size=300), edits=EDITS)
+def test_whatever_an_image_holds_is_an_answer(finished, tmp_path_factory, content, edits):
+    root = tmp_path_factory.mktemp("images")
+    folder = Path(shutil.copytree(finished / "pets", root / "pets"))
+    path = next((folder / "train").rglob("*.png"))
+    for new in (content, mutated(path.read_bytes(), edits)):
+        path.write_bytes(new)
+        answers(lambda: read_image_folder(folder, root / "data"))
+
+
+@pytest.mark.parametrize("suffix", ["net.safetensors", "net.ckpt"])
+@FEW
+@given(content=st.binary(max_size=200), edits=EDITS)
+def test_whatever_a_network_file_holds_is_an_answer(finished, tmp_path, suffix, content, edits):
+    read = load_fused if suffix.endswith("safetensors") else read_reference_checkpoint
+    own, path = (finished / suffix).read_bytes(), tmp_path / suffix
+    for new in (content, mutated(own, edits), mutated(own, [(p % 600, v) for p, v in edits])):
+        path.write_bytes(new)
+        answers(lambda: read(path))
+
+
+@pytest.fixture(scope="module")
+def resumable(tmp_path_factory):
+    """A checkpoint's files, and what restores them."""
+    recipe = override(TINY, ["train.epochs=2", "train.ema_decay=0.9"])
+    run = create_run(recipe, tmp_path_factory.mktemp("resumable") / "run")
+    fit(run, (0, 3))
+    training = prepare(recipe)
+    averaging = next(cb for cb in training.learn.cbs if isinstance(cb, EMACallback))
+    history = HistoryCallback(run, 32)
+    state = RunState(training.learn, history, [averaging], training.identity)
+    saved = CheckpointStore(run.checkpoint).newest()
+    return state, {name: (saved.path / name).read_bytes() for name in saved.files}
+
+
+def test_the_checkpoint_of_the_fuzzing_is_one(resumable, tmp_path):
+    state, files = resumable
+    store = CheckpointStore(tmp_path)
+    store.save(files.items())
+    assert state.restore(store.newest()).position.step == 3
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["state.json", "history.json", "model.safetensors", "optimizer.safetensors", "ema.safetensors"],
+)
+@FEW
+@given(content=st.binary(max_size=200), edits=EDITS, table=JSON, key=st.integers(0, 30), value=JSON)
+def test_whatever_a_checkpoint_holds_is_an_answer(
+    resumable, tmp_path_factory, name, content, edits, table, key, value
+):
+    """With checksums that fit, since those anybody can compute."""
+    state, files = resumable
+    new = [content, mutated(files[name], edits)]
+    if name.endswith(".json"):
+        own = json.loads(files[name])
+        own[[*own][key % len(own)]] = value
+        new += [json.dumps(table).encode(), json.dumps(own).encode()]
+    for each in new:
+        store = CheckpointStore(tmp_path_factory.mktemp("store"))
+        store.save({**files, name: each}.items())
+        answers(lambda store=store: state.restore(store.newest()))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_never_committed(resumable, tmp_path, value):
+    from mixmo_fastai.checkpoints.state import NotFiniteError, Position
+
+    state, files = resumable
+    store = CheckpointStore(tmp_path)
+    store.save(files.items())
+    state.restore(store.newest())
+    state.history.began, state.history.loss_sum = 0.0, torch.tensor(0.0)
+    with torch.no_grad():
+        next(state.learn.model.parameters()).view(-1)[0] = value
+    with pytest.raises(NotFiniteError, match=r"encoders\.0\.weight of the model"):
+        state.save(store, Position(0, 4))
+    assert [path.name for path in tmp_path.iterdir()] == ["save-000001"]
+    state.restore(store.newest())
+
+
+def test_tensors_of_a_network_are_read_as_tensors(finished, tmp_path):
+    """A name that leads elsewhere is a name like any other."""
+    tensors = load_file(finished / "run/model.safetensors")
+    path = tmp_path / "run"
+    shutil.copytree(finished / "run", path)
+    (path / "model.safetensors").write_bytes(save({**tensors, "../../outside": torch.zeros(1)}))
+    with pytest.raises(InputError, match="another network"):
+        load_network(RunFolder(path))
+    assert not (tmp_path / "outside").exists()
+
+
+def test_the_digits_are_no_file_of_a_person():
+    assert len(load_source("digits").classes) == 10
