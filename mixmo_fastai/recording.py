@@ -122,6 +122,14 @@ class HistoryCallback(TrainedEpochCallback):
             "images_per_second": round(images / self.train_seconds, 1),
         }
         self.run_folder.append_history(self.latest)
+        self._forget_steps()
+
+    def _forget_steps(self) -> None:
+        """Drop what fastai keeps of every step: a long run has millions."""
+        scheduler, recorder = getattr(self.learn, "param_scheduler", None), self.learn.recorder
+        hypers = scheduler.hps.values() if scheduler else ()
+        for values in (recorder.lrs, recorder.losses, *hypers):
+            values.clear()
 
 
 class CheckpointCallback(TrainedEpochCallback):

@@ -16,6 +16,7 @@ SMALL = {
     "memory.py": "--arch wrn10_1 --batch-size 4",
     "growth.py": "--arch wrn10_1 --batch-size 8 --repeats 1 --images 400",
     "evaluation.py": "--images 200 --classes 10 --repeats 1",
+    "long_run.py": "--epochs 2 --limit 32",
     "masks.py": "--arch wrn10_1 --batch-size 4 --repeats 1",
 }
 ON_A_GPU = (

@@ -1,0 +1,33 @@
+"""Runs of every release go on with this version."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import mixmo_fastai
+from mixmo_fastai.cli import run as program
+from mixmo_fastai.runs import open_run
+
+RELEASES = Path(__file__).parent / "releases"
+VERSIONS = sorted(path.name for path in RELEASES.iterdir() if (path / "recipe.toml").exists())
+
+
+def test_this_version_has_its_run():
+    """`python tests/releases/make.py` makes it."""
+    assert mixmo_fastai.__version__ in VERSIONS
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_run_of_a_release_goes_on(version, tmp_path, capsys):
+    folder = shutil.copytree(RELEASES / version, tmp_path / "run")
+    before = open_run(folder).history()
+    assert program(["fit", "--resume", str(folder)]) == 0
+    assert "1 of 3 epochs and 4 of 8 steps of the next are done" in capsys.readouterr().out
+    rows = open_run(folder).history()
+    assert rows[:1] == before[:1]
+    losses = [float(row["train_loss"]) for row in rows]
+    expected = json.loads((folder / "end.json").read_text())["train_losses"]
+    # Equal up to the rounding of another machine and another torch.
+    assert losses == pytest.approx(expected, rel=0.02)
