@@ -73,6 +73,7 @@ class Server:
         return self.codes[pid]
 
     def stop(self):
+        self.process.stdin.write("null\n")  # other children of this process may hold it open
         self.process.stdin.close()
         self.process.wait(timeout=PATIENCE)
         self.process.stdout.close()
@@ -187,8 +188,10 @@ def _serve():
                 return
             waiting += chunk
             *orders, waiting = waiting.split(b"\n")
-            for order in orders:
-                _tell(started=_fork(json.loads(order)))
+            for order in map(json.loads, orders):
+                if order is None:
+                    return
+                _tell(started=_fork(order))
         while (ended := _ended()) is not None:
             _tell(ended=ended[0], code=os.waitstatus_to_exitcode(ended[1]))
 
