@@ -14,6 +14,7 @@ _HOMES = {
     "MixMoCallback": "callback",
     "MixMoLoss": "losses",
     "MixMoModel": "models",
+    "convert_to_mixmo": "models",
     "create_model": "models",
     "defer_readbacks": "deferred",
     "mixmo_learner": "learner",

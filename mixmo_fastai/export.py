@@ -28,7 +28,7 @@ from mixmo_fastai.data.image_sets import ImageSet
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.models import create_model
 from mixmo_fastai.models.fused import FusedNetwork
-from mixmo_fastai.names import EXPORT_SUFFIXES
+from mixmo_fastai.names import EXPORT_SUFFIXES, parse_architecture
 from mixmo_fastai.runs import DataFacts, RunFolder
 from mixmo_fastai.training import facts_of, read_source
 
@@ -162,7 +162,8 @@ def load_fused(path: Path | str) -> ExportedNetwork:
             raise InputError(f"{path} has format {about['format']!r}; this version reads {FORMAT}.")
         facts = DataFacts.from_mapping(about["data"])
         arch = str(about["arch"])
-        with torch.device("meta"):  # no memory for what the file only claims to hold
+        published = parse_architecture(arch).depth > 0
+        with torch.device("meta" if published else "cpu"):  # no memory for what is only claimed
             parts = create_model(arch, len(facts.classes), 1, facts.image_shape[0])
             model = FusedNetwork(parts.encoders[0], parts.core, parts.heads[0])
         types = {name: tensor.dtype for name, tensor in model.state_dict().items()}

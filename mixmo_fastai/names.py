@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from mixmo_fastai.errors import InputError, unknown
+from mixmo_fastai.errors import InputError, nearest
 
 MASK_KINDS = (
     "sum",
@@ -81,20 +81,47 @@ DATASETS = {
 ARCHITECTURE_FAMILIES = {
     "wrn<depth>_<width>": "WideResNet, depth 6n+4 (wrn28_10)",
     "preact_resnet18_<width>": "PreActResNet-18, width 1 is 64 to 512 channels (preact_resnet18_3)",
+    "<name>": "a classifier of torchvision (resnet50)",
+    "timm/<name>": "a classifier of timm (timm/convnext_atto)",
 }
+_TORCHVISION = """
+    alexnet convnext_base convnext_large convnext_small convnext_tiny densenet121 densenet161
+    densenet169 densenet201 efficientnet_b0 efficientnet_b1 efficientnet_b2 efficientnet_b3
+    efficientnet_b4 efficientnet_b5 efficientnet_b6 efficientnet_b7 efficientnet_v2_l
+    efficientnet_v2_m efficientnet_v2_s googlenet inception_v3 maxvit_t mnasnet0_5 mnasnet0_75
+    mnasnet1_0 mnasnet1_3 mobilenet_v2 mobilenet_v3_large mobilenet_v3_small regnet_x_16gf
+    regnet_x_1_6gf regnet_x_32gf regnet_x_3_2gf regnet_x_400mf regnet_x_800mf regnet_x_8gf
+    regnet_y_128gf regnet_y_16gf regnet_y_1_6gf regnet_y_32gf regnet_y_3_2gf regnet_y_400mf
+    regnet_y_800mf regnet_y_8gf resnet101 resnet152 resnet18 resnet34 resnet50 resnext101_32x8d
+    resnext101_64x4d resnext50_32x4d shufflenet_v2_x0_5 shufflenet_v2_x1_0 shufflenet_v2_x1_5
+    shufflenet_v2_x2_0 swin_b swin_s swin_t swin_v2_b swin_v2_s swin_v2_t vgg11 vgg11_bn vgg13
+    vgg13_bn vgg16 vgg16_bn vgg19 vgg19_bn vit_b_16 vit_b_32 vit_h_14 vit_l_16 vit_l_32
+    wide_resnet101_2 wide_resnet50_2
+"""
+TORCHVISION_NETWORKS = tuple(_TORCHVISION.split())
+"""Classifiers of torchvision that MixMo can be made of: all but SqueezeNet."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A parsed architecture name: its family, depth and width factor."""
+    """A parsed architecture name.
 
-    family: Literal["wrn", "preact_resnet"]
-    depth: int
-    width: int
+    Attributes:
+        family: that it is of.
+        depth, width: of the published families.
+        name: within torchvision or timm.
+    """
+
+    family: Literal["wrn", "preact_resnet", "torchvision", "timm"]
+    depth: int = 0
+    width: int = 0
+    name: str = ""
 
 
 def parse_architecture(name: str) -> Architecture:
-    """Read an architecture name such as "wrn28_10" or "preact_resnet18_3".
+    """Read an architecture name such as "wrn28_10", "resnet50" or "timm/convnext_atto".
+
+    Whether timm has a network of a name is not known before it is imported.
 
     Raises:
         InputError: the name is of no family, or its depth or width is impossible.
@@ -118,8 +145,17 @@ def parse_architecture(name: str) -> Architecture:
                 "as in preact_resnet18_3."
             )
         return Architecture("preact_resnet", depth, width)
+    if name in TORCHVISION_NETWORKS:
+        return Architecture("torchvision", name=name)
+    if match := re.fullmatch(r"timm/([\w.-]+)", name):
+        return Architecture("timm", name=match[1])
+    known = (*_EXAMPLE_ARCHITECTURES, *TORCHVISION_NETWORKS)
+    guess = nearest(name, known)
+    hint = f" Did you mean {guess!r}?" if guess else ""
     raise InputError(
-        str(unknown("architecture", name, _EXAMPLE_ARCHITECTURES)).replace("Allowed:", "Such as:")
+        f"Unknown architecture {name!r}.{hint}\n"
+        f"Such as: {', '.join(_EXAMPLE_ARCHITECTURES)}, resnet50 and others of torchvision, "
+        "timm/NAME."
     )
 
 

@@ -72,7 +72,7 @@ LAYERS = {
 }
 ALLOWED_FROM_ELSEWHERE = {
     STDLIB: set(),
-    MATHEMATICS: {"torch", "numpy"},
+    MATHEMATICS: {"torch", "numpy", "torchvision", "timm"},  # the latter two give backbones
     FASTAI: {"torch", "numpy", "fastai", "fasttransform", "torchvision", "PIL", "sklearn"},
     ASSEMBLY: {"torch", "numpy", "fastai", "safetensors", "sklearn", "onnxruntime"},
     SHELL: {"torch", "fastai", "rich", "typer", "matplotlib", "jinja2", "markupsafe", "PIL"},

@@ -6,5 +6,6 @@ A new backbone is a file beside these that returns encoders, core and heads, and
 
 from mixmo_fastai.models.create import create_model
 from mixmo_fastai.models.mixmo_model import MixMoModel
+from mixmo_fastai.models.surgery import convert_to_mixmo
 
-__all__ = ["MixMoModel", "create_model"]
+__all__ = ["MixMoModel", "convert_to_mixmo", "create_model"]

@@ -5,8 +5,10 @@ from torch import nn
 
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.models import preact_resnet, wide_resnet
+from mixmo_fastai.models.backbones import build_backbone
 from mixmo_fastai.models.initialization import initialize
 from mixmo_fastai.models.mixmo_model import MixMoModel
+from mixmo_fastai.models.surgery import convert_to_mixmo, draw_apart, with_channels
 from mixmo_fastai.names import parse_architecture
 
 PREACT_HEAD_STD = 0.01
@@ -19,18 +21,21 @@ def create_model(
     in_channels: int = 3,
     *,
     generator: torch.Generator | None = None,
+    pretrained: bool = False,
 ) -> MixMoModel:
-    """Build a network by name, with the published initialisation.
+    """Build a network by name: with the published initialisation, or its library's.
 
     Args:
-        arch: "wrn<depth>_<width>" as in wrn28_10, or "preact_resnet18_<width>".
+        arch: "wrn<depth>_<width>" as in wrn28_10, "preact_resnet18_<width>", a classifier of
+            torchvision as in "resnet50", or of timm as in "timm/convnext_atto".
         num_classes: K, two or more.
         num_members: M; 1 is the vanilla network on the same code path.
         in_channels: C.
         generator: of the initial weights.
+        pretrained: whether to start from the library's trained weights; see `convert_to_mixmo`.
 
     Raises:
-        InputError: the name or a number is not allowed.
+        InputError: the name or a number is not allowed, or there are no trained weights.
     """
     parsed = parse_architecture(arch)
     limits = {"num_classes": (num_classes, 2), "num_members": (num_members, 1)}
@@ -38,6 +43,17 @@ def create_model(
     for name, (value, lowest) in limits.items():
         if value < lowest:
             raise InputError(f"{name} must be {lowest} or more; got {value}.")
+    if parsed.family in ("torchvision", "timm"):
+        backbone = build_backbone(parsed, num_classes, pretrained=pretrained, generator=generator)
+        with_channels(backbone, in_channels)
+        converted = convert_to_mixmo(
+            backbone, num_members, num_classes=num_classes, generator=generator
+        )
+        return converted if pretrained else draw_apart(converted, generator)
+    if pretrained:
+        raise InputError(
+            f"There are no trained weights of {arch}; `mixmo import` reads published ones."
+        )
     core: wide_resnet.WideResNetCore | preact_resnet.PreActResNetCore
     if parsed.family == "wrn":
         stem, core = wide_resnet.stem, wide_resnet.WideResNetCore(parsed.depth, parsed.width)

@@ -68,8 +68,7 @@ def fuse_parts(
 
 def _check_alike(layers: Sequence[nn.Module], kind: type, part: str, wanted: str) -> None:
     for layer in layers:
-        # A subclass may compute something else.
-        if type(layer) is not kind:
+        if not isinstance(layer, kind):
             raise InputError(
                 f"fuse() needs one {wanted} as each {part}; found {type(layer).__name__}."
             )
@@ -78,6 +77,21 @@ def _check_alike(layers: Sequence[nn.Module], kind: type, part: str, wanted: str
             f"fuse() cannot add {part}s that differ in more than their weights:\n"
             f"{', '.join(map(str, layers))}."
         )
+    # A subclass may compute something else, such as normalise its weights first.
+    if type(layers[0]) is not kind and not _is_linear_in_weights(layers):
+        name = type(layers[0]).__name__
+        raise InputError(f"fuse() cannot add {part}s of {name}: it is not linear in its weights.")
+
+
+@torch.no_grad()
+def _is_linear_in_weights(layers: Sequence[nn.Module]) -> bool:
+    """Try whether the sum of the layers is the layer of the summed weights."""
+    weight = layers[0].get_parameter("weight")
+    size = [4 * side for side in weight.shape[2:]]
+    channels = getattr(layers[0], "in_channels", weight.shape[1])
+    x = torch.randn(2, channels, *size, generator=torch.Generator().manual_seed(0)).to(weight)
+    together, apart = _combine(layers, torch.sum)(x), sum(layer(x) for layer in layers)
+    return torch.allclose(together, apart, rtol=1e-3, atol=1e-3 * float(apart.abs().max()))
 
 
 @torch.no_grad()

@@ -181,7 +181,7 @@ def _output_shape(encoder: nn.Module, image: Tensor) -> tuple[int, int, int]:
 
 def _dry_run(encoder: nn.Module, image: Tensor) -> Tensor:
     """Run an encoder on the meta device, without its hooks, which may look at values."""
-    if isinstance(encoder, nn.Conv2d):
+    if type(encoder) is nn.Conv2d:  # a subclass may pad in its own way
         out: Tensor = encoder._conv_forward(image, encoder.weight.to("meta"), None)
     else:
         out = copy.deepcopy(encoder).to("meta").forward(image)
