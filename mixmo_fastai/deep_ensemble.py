@@ -5,8 +5,8 @@ A run of one network is the plain case of the same path.
 
 import gc
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -14,9 +14,10 @@ from fastai.callback.core import Callback
 
 from mixmo_fastai.assessment import collect_logits
 from mixmo_fastai.evaluation import evaluate_parts
+from mixmo_fastai.failures import explained
 from mixmo_fastai.interruption import StopRequest
 from mixmo_fastai.locking import locked
-from mixmo_fastai.processes import told_by_first
+from mixmo_fastai.processes import done_by_first, told_by_first
 from mixmo_fastai.randomness import derive_seed
 from mixmo_fastai.recipe import Expected, Recipe
 from mixmo_fastai.runs import RunFolder, create_run
@@ -54,10 +55,18 @@ def train_run(
     recipe = training.recipe
     if resume:
         run.check_resumable()
-    with locked(run.path) if run.is_writer else nullcontext():
+    with _locked(run):
         if recipe.model.num_nets == 1:
             return train(training, run, cbs=cbs, resume=resume, stop=stop, say=say)
         return _train_networks(training, run, cbs=cbs, resume=resume, stop=stop, say=say)
+
+
+@contextmanager
+def _locked(run: RunFolder) -> Iterator[None]:
+    """Keep a run to the processes that train it together; the first holds the lock."""
+    with ExitStack() as held:
+        done_by_first(lambda: held.enter_context(locked(run.path)))
+        yield
 
 
 def _train_networks(
@@ -88,18 +97,20 @@ def _train_networks(
                 device=training.device_name,
                 acceleration=training.acceleration.describe(),
             )
-        with locked(folder.path) if run.is_writer else nullcontext():
+        with _locked(folder):
             train(part, folder, cbs=cbs, resume=begun, stop=stop, say=say)
         del part  # before the next is built
         gc.collect()  # a Learner and its callbacks hold each other
     loaders = training.learn.dls.valid, training.learn.dls[TEST_SET]
     parts = told_by_first(run.is_writer and [folder.metrics() for folder in folders])
     selected = [part["selected_epoch"] for part in parts if "selected_epoch" in part]
+    with explained(recipe, training.acceleration.describe()):
+        evaluated = evaluate_parts(*collect_logits(run, training.learn.model, loaders))
     figures = {
         **training.summary(),
         **({"selected_epoch": selected} if selected else {}),
         "seconds": round(sum(float(part["seconds"]) for part in parts), 1),
-        **evaluate_parts(*collect_logits(run, training.learn.model, loaders)),
+        **evaluated,
     }
     run.write_metrics(figures)
     return figures

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from fastai.callback.core import Callback
 from fastai.learner import AvgLoss, AvgMetric, Learner
 
@@ -63,6 +64,7 @@ def shared(learn: Learner) -> Iterator[Learner]:
 
 
 def _make_trainer(learn: Learner) -> Callback:
+    from accelerate import DistributedDataParallelKwargs
     from fastai.distributed import DistributedTrainer  # needs accelerate
 
     class SharedTrainer(DistributedTrainer):
@@ -74,11 +76,21 @@ def _make_trainer(learn: Learner) -> Callback:
             return dl
 
         def before_validate(self) -> None:
-            """Show this process its part of the validation images."""
+            """Show this process its part of the validation images, to one and the same network."""
+            for buffer in self.learn.model.buffers():  # of ghost batches each has moved its own
+                dist.broadcast(buffer, src=0)
             self.learn.dl = self.learn.dl.share(group())
 
     on_gpu = torch.device(learn.dls.device).type == "cuda"
     has_ghosts = any(isinstance(m, GhostBatchNorm2d) for m in learn.model.modules())
     if not on_gpu and not has_ghosts:
         sync_batch_norm(learn.model)
-    return SharedTrainer(sync_bn=on_gpu and not has_ghosts, cpu=not on_gpu)
+    # Precision is the recipe's, whatever a launcher says; and a process without validation images
+    # must not be waited for there.
+    alike = DistributedDataParallelKwargs(broadcast_buffers=False)
+    return SharedTrainer(
+        sync_bn=on_gpu and not has_ghosts,
+        cpu=not on_gpu,
+        mixed_precision="no",
+        kwargs_handlers=[alike],
+    )

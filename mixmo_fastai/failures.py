@@ -9,7 +9,9 @@ import torch
 from mixmo_fastai.errors import InputError, RunFailedError, plain
 from mixmo_fastai.recipe import Recipe
 
-_CPU_OUT_OF_MEMORY = re.compile(r"can't allocate memory|not enough memory")
+_OUT_OF_MEMORY = re.compile(
+    r"can't allocate memory|not enough memory|out of memory|STATUS_ALLOC_FAILED"
+)
 _WORKER = re.compile(
     r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)(?: is killed by signal: (\w+))?"
 )
@@ -32,9 +34,7 @@ def explained(recipe: Recipe, precision: str) -> Iterator[None]:
         raise plain(error) from error.__cause__
     except (RuntimeError, MemoryError) as error:
         text = str(error)
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or _CPU_OUT_OF_MEMORY.search(
-            text
-        ):
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or _OUT_OF_MEMORY.search(text):
             raise RunFailedError(_out_of_memory(recipe, precision)) from error
         if lost := _WORKER.search(text):
             raise RunFailedError(_lost_worker(*lost.groups())) from error

@@ -4,10 +4,12 @@ Whatever must survive is written through these few operations, each of which may
 process does.
 """
 
+import errno
 import os
 from contextlib import suppress
 from pathlib import Path
 
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # of such file systems
 _CHUNK_BYTES = 8 * 2**20
 
 
@@ -34,14 +36,25 @@ def write_new(path: Path, content: str | bytes) -> None:
         FileExistsError: it is there.
         OSError: it cannot be written.
     """
-    write_durably(path, content, os.O_EXCL)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write_durably(temporary, content)
+        try:
+            os.link(temporary, path)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o644))  # claimed; now its content
+            os.rename(temporary, path)
+    finally:
+        remove_file(temporary)
     flush_folder(path.parent)
 
 
-def write_durably(path: Path, content: str | bytes, how: int = os.O_TRUNC) -> None:
+def write_durably(path: Path, content: str | bytes) -> None:
     """Write a file and wait until the disk has it."""
     data = memoryview(content.encode() if isinstance(content, str) else content)
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | how, 0o644)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     try:
         while data:
             data = data[os.write(handle, data[:_CHUNK_BYTES]) :]
@@ -51,9 +64,10 @@ def write_durably(path: Path, content: str | bytes, how: int = os.O_TRUNC) -> No
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder where there is none."""
+    """Make a folder where there is none, and wait until the disk has its name."""
     with suppress(FileExistsError):
         os.mkdir(path)
+        flush_folder(path.parent)
 
 
 def flush_folder(path: Path) -> None:

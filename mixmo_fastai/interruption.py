@@ -150,15 +150,17 @@ def _watch(
     noted_at = None
     while _NO_SIGNAL not in (numbers := incoming.recv(64)):
         for number in numbers:
-            if number not in handled or not request.deferring:
+            if number not in handled:
                 continue
             now = time.monotonic()
             if noted_at is not None and now - noted_at > _SAME_SECONDS:
                 _leave_at_once(number)
             if noted_at is not None:
                 continue
-            noted_at, request.number = now, request.number or number
-            say("Stopping after this step. Once more to leave at once, with what was saved last.")
+            noted_at = now
+            if request.deferring:
+                request.number = request.number or number
+                say("Stopping after this step. Once more to leave at once, as saved last.")
 
 
 def _leave_at_once(number: int) -> None:

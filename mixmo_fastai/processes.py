@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib.util import find_spec
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mixmo_fastai.errors import InputError, RunFailedError
 
-LONGEST_WAIT = timedelta(minutes=10)
+LONGEST_WAIT = timedelta(minutes=30)
 """For another process, before it counts as lost."""
 
 
@@ -49,7 +49,7 @@ def joined(device: torch.device) -> Iterator[Processes]:
         device: of which kind each process has one.
 
     Raises:
-        InputError: a package is missing, or there are too few GPUs.
+        InputError: a package is missing, there are too few GPUs, or the launcher says too little.
         RunFailedError: another process was lost.
     """
     processes = started_processes()
@@ -60,9 +60,14 @@ def joined(device: torch.device) -> Iterator[Processes]:
         raise InputError(
             "Several processes need accelerate.\nInstall: pip install 'mixmo-fastai[distributed]'"
         )
+    if "LOCAL_RANK" not in os.environ:
+        raise InputError(
+            "WORLD_SIZE is set, but not LOCAL_RANK, by which each process knows its place.\n"
+            "Start them with torchrun or accelerate launch, or unset WORLD_SIZE."
+        )
     on_gpu = device.type == "cuda"
     if on_gpu:
-        local = int(os.environ.get("LOCAL_RANK", "0"))
+        local = int(os.environ["LOCAL_RANK"])
         if local >= torch.cuda.device_count():
             raise InputError(
                 f"Process {local} of this machine has no GPU: there are "
@@ -106,6 +111,27 @@ def told_by_first(value: Any) -> Any:
     return box[0]
 
 
+def done_by_first(action: Callable[[], Any]) -> Any:
+    """Let the first process do something that the user's input may forbid.
+
+    Returns:
+        what it gave, in all processes.
+
+    Raises:
+        InputError, RunFailedError: it could not be done; in all processes.
+    """
+    result, error = None, None
+    if group().is_first:
+        try:
+            result = action()
+        except (InputError, RunFailedError) as refused:
+            error = refused
+    result, error = told_by_first((result, error))
+    if error is not None:
+        raise error
+    return result
+
+
 def gathered(value: Any) -> list[Any]:
     """Give all processes what each has, in order."""
     count = group().count
@@ -118,13 +144,18 @@ def gathered(value: Any) -> list[Any]:
 
 @contextmanager
 def first_before_others() -> Iterator[None]:
-    """Let the first process go ahead, such as with what it leaves in a cache."""
+    """Let the first process go ahead, such as with what it leaves in a cache.
+
+    What it finds wrong the others find as well.
+    """
     own = group()
     if own.count > 1 and not own.is_first:
         dist.barrier()
-    yield
-    if own.count > 1 and own.is_first:
-        dist.barrier()
+    try:
+        yield
+    finally:
+        if own.count > 1 and own.is_first:
+            dist.barrier()
 
 
 class Agreement:
@@ -136,7 +167,9 @@ class Agreement:
 
     def __init__(self) -> None:
         self.on_the_way: tuple[Tensor, Any] | None = None
-        self.channel = dist.new_group(backend="gloo") if group().count > 1 else None
+        self.channel = None
+        if group().count > 1:
+            self.channel = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
 
     def on(self, *wanted: int) -> tuple[int, ...]:
         """Say what is wanted, as numbers; give the largest of each that any said a step before."""

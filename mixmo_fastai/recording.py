@@ -167,7 +167,7 @@ class CheckpointCallback(TrainedEpochCallback):
         """Save between epochs where it is due; stop where that was asked for."""
         self.position = Position(self.learn.epoch, self.learn.iter + 1)
         is_due = self.seconds_since >= max(self.EVERY_SECONDS, self.cost / self.SHARE)
-        wanted = self.state.history.is_diverged, is_due, self.stop.number or 0
+        wanted = self.state.history.is_diverged, self.decides and is_due, self.stop.number or 0
         self.act(*self.agreement.on(*map(int, wanted)))
 
     def after_trained_epoch(self) -> None:
@@ -175,8 +175,13 @@ class CheckpointCallback(TrainedEpochCallback):
         self.position = Position(self.learn.epoch + 1)
         is_last = self.position.epoch == self.learn.n_epoch
         is_affordable = self.cost <= max(self.QUICK_SECONDS, self.SHARE * self.seconds_since)
-        wanted = False, is_affordable or is_last, self.stop.number or 0
+        wanted = False, (self.decides and is_affordable) or is_last, self.stop.number or 0
         self.act(*self.agreement.now(*map(int, wanted)))
+
+    @property
+    def decides(self) -> bool:
+        """Whether this process knows what a save costs: the one that writes it."""
+        return group().is_first
 
     @property
     def seconds_since(self) -> float:

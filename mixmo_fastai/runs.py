@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from mixmo_fastai.errors import InputError, RunFailedError
-from mixmo_fastai.files import write_atomically, write_new
+from mixmo_fastai.files import flush_folder, make_folder, write_atomically, write_new
 from mixmo_fastai.recipe import Recipe, load_recipe, to_toml
 
 PACKAGES = ("mixmo-fastai", "torch", "torchvision", "fastai", "numpy", "safetensors")
@@ -439,7 +439,8 @@ def _check_writable(path: Path) -> None:
 def _claim(path: Path) -> Path:
     check_free(path)
     path = _expanded(path)
-    path.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path)
     return path
 
 
@@ -462,6 +463,7 @@ def _claim_next(parent: Path, label: str) -> Path:
         except FileExistsError:
             number += 1
         else:
+            flush_folder(parent)
             return parent / f"{label}-{number}"
 
 

@@ -20,7 +20,7 @@ from mixmo_fastai.recipe import override
 from mixmo_fastai.runs import create_run, open_run
 from mixmo_fastai.training import prepare, train
 
-OPERATIONS = ("mkdir", "open", "write", "fsync", "rename", "unlink", "rmdir")
+OPERATIONS = ("mkdir", "open", "write", "fsync", "rename", "link", "unlink", "rmdir")
 CONTENT = [("state.json", b'{"a": 1}'), ("model.safetensors", bytes(range(256)) * 40)]
 
 
@@ -120,6 +120,107 @@ def test_a_process_may_end_at_any_operation_of_a_save(uninterrupted, stopped, tm
     assert fatal > 30  # that many operations a save has
     assert outcomes == sorted(outcomes)  # once there, it stays
     assert {False, True} == set(outcomes)
+
+
+class Disk:
+    """The os module as `files` sees it, noting what is on the disk for good.
+
+    A file's content is there when the file was flushed, and a name when its folder was.
+    """
+
+    def __init__(self):
+        self.paths, self.dirty, self.unnamed, self.renames = {}, set(), {}, []
+
+    def __getattr__(self, name):
+        own = getattr(os, name)
+        return getattr(self, f"do_{name}", own) if name in OPERATIONS else own
+
+    def do_open(self, path, *args):
+        is_new = not os.path.exists(path)
+        handle = os.open(path, *args)
+        self.paths[handle] = str(path)
+        if is_new:
+            self.unnamed.setdefault(os.path.dirname(path), set()).add(str(path))
+        return handle
+
+    def do_write(self, handle, content):
+        self.dirty.add(self.paths[handle])
+        return os.write(handle, content)
+
+    def do_mkdir(self, path):
+        os.mkdir(path)
+        self.unnamed.setdefault(os.path.dirname(path), set()).add(str(path))
+
+    def do_fsync(self, handle):
+        os.fsync(handle)
+        self.dirty.discard(self.paths[handle])
+        self.unnamed.pop(self.paths[handle], None)
+
+    def do_rename(self, source, target):
+        inside = {path for path in self.dirty if path.startswith(str(source))}
+        assert not inside, "renamed before its content was flushed"
+        assert not self.unnamed.get(str(source)), "renamed before its names were flushed"
+        os.rename(source, target)
+        self.renames.append(str(target))
+        self.unnamed.setdefault(os.path.dirname(target), set()).add(str(target))
+
+    def do_unlink(self, path):
+        os.unlink(path)
+        self.dirty.discard(str(path))
+        for names in self.unnamed.values():
+            names.discard(str(path))
+
+    def do_rmdir(self, path):
+        if str(path) not in self.renames[-1:]:
+            assert not self.unnamed.get(os.path.dirname(path), set()) - {str(path)}, (
+                "removed before the name of what replaces it was flushed"
+            )
+        os.rmdir(path)
+
+    def do_link(self, source, target):
+        assert str(source) not in self.dirty
+        os.link(source, target)
+        self.unnamed.setdefault(os.path.dirname(target), set()).add(str(target))
+
+
+def test_what_was_saved_survives_a_loss_of_power(tmp_path, monkeypatch):
+    """Everything is flushed before it takes its name, and its name before anything is removed."""
+    disk = Disk()
+    monkeypatch.setattr(files, "os", disk)
+    run = create_run(TINY, tmp_path / "run")
+    assert not disk.dirty
+    assert not any(disk.unnamed.values())
+    for number in range(4):
+        CheckpointStore(run.checkpoint).save(CONTENT)
+        assert not disk.dirty
+        assert not any(disk.unnamed.values()), number
+    assert len([name for name in disk.renames if "save-" in name]) == 4
+
+
+def test_a_run_that_a_crash_left_half_made_is_no_run(tmp_path):
+    fatal, done = 0, False
+    while not done:
+        fatal += 1
+        path = tmp_path / f"run-{fatal}"
+        done = not die_within(lambda path=path: create_run(TINY, path), fatal, half=True)
+        if (path / "recipe.toml").exists():
+            assert open_run(path).recipe() == TINY
+        else:
+            with pytest.raises(InputError):
+                open_run(path)
+    assert fatal > 8
+
+
+def test_where_there_are_no_links_one_process_claims_a_name(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(files.os, "link", refuse)
+    files.write_new(tmp_path / "file", "whole")
+    assert (tmp_path / "file").read_text() == "whole"
+    with pytest.raises(FileExistsError):
+        files.write_new(tmp_path / "file", "other")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_crash_of_a_crash(stopped, tmp_path):

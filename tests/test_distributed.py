@@ -293,6 +293,75 @@ HistoryCallback.after_batch = fail
     assert json.loads(state.read_text())["epoch"] == 1
 
 
+def test_saving_takes_its_share_in_several_processes_as_well(together, tmp_path):
+    """The process that writes decides, since it alone knows what a save costs."""
+    slow = """
+import os, time
+from mixmo_fastai import files
+class Disk:
+    def __getattr__(self, name):
+        own = getattr(os, name)
+        return (lambda *args: (time.sleep(0.2), own(*args))[1]) if name == "fsync" else own
+files.os = Disk()
+"""
+    run = tmp_path / "run"
+    all_done(together(*FIT, run, "--epochs", "6", prelude=slow))
+    newest = CheckpointStore(run / "checkpoint").newest()
+    assert newest.path.name == "save-000002"  # the first, and the last
+
+
+def test_precision_is_the_recipes_whatever_a_launcher_says(together, alone, tmp_path):
+    run, asked = tmp_path / "run", "import os; os.environ['ACCELERATE_MIXED_PRECISION'] = 'bf16'"
+    all_done(together(*FIT, run, prelude=asked))
+    assert_close(open_run(run), alone(), rtol=1e-4)
+
+
+def test_who_waits_for_others_in_vain_can_be_ended(mixmo, tmp_path):
+    alone_of_two = {"WORLD_SIZE": 2, "RANK": 0, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1"}
+    announce = "import torch.distributed as d; own = d.init_process_group\n"
+    announce += (
+        "d.init_process_group = lambda *a, **k: (print('joining', flush=True), own(*a, **k))"
+    )
+    command = mixmo(
+        *FIT, tmp_path / "run",
+        environment={**alone_of_two, "MASTER_PORT": free_port()}, prelude=announce,
+    )  # fmt: skip
+    command.until_said("joining")
+    for _ in range(2):
+        assert not command.ends_within(0.5)
+        command.signal(signal.SIGTERM)
+    assert command.wait(patience=5) == 143
+
+
+def test_fewer_validation_images_than_processes(together, tmp_path):
+    run = tmp_path / "run"
+    few = ["--valid-split", "0.002", "--set", "model.ghost_batch_size=4"]
+    all_done(together(*FIT, run, *few, count=4))
+    assert len(open_run(run).history()) == 2
+
+
+@pytest.mark.parametrize("what", ["folder", "lock"])
+def test_what_the_first_is_refused_the_others_tell_as_well(together, mixmo, tmp_path, what):
+    run = tmp_path / "run"
+    if what == "lock":
+        first = mixmo(*FIT, run, prelude=SLOW_STEPS)
+        first.until_said("1/2 ")
+        commands = together("fit", "--resume", run)
+    else:
+        late = "import mixmo_fastai.cli.fit as f, os; f.check_free = lambda out: None\n"
+        run.mkdir()
+        (run / "notes").touch()
+        commands = together(*FIT, run, prelude=late)
+    assert [command.wait() for command in commands] == [2, 2] if what == "folder" else True
+    for command in commands if what == "folder" else commands[:1]:
+        ended(command, 2, "not empty" if what == "folder" else "is being trained by")
+
+
+def test_a_launcher_that_says_too_little(mixmo, tmp_path):
+    command = mixmo(*FIT, tmp_path / "run", environment={"WORLD_SIZE": 2, "RANK": 0})
+    ended(command, 2, "WORLD_SIZE is set, but not LOCAL_RANK")
+
+
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 LAUNCH = [
     *["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"],

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 from datasets import write_image_folder
@@ -13,6 +14,8 @@ from test_resuming import assert_same
 from test_signals import FIT, SLOW_STEPS, STREAMED, resumed, whole
 
 from mixmo_fastai.checkpoints.store import CheckpointStore
+from mixmo_fastai.errors import InputError, RunFailedError
+from mixmo_fastai.locking import locked
 from mixmo_fastai.runs import open_run
 
 __all__ = ["whole"]
@@ -91,6 +94,30 @@ def test_a_disk_that_is_read_only_from_the_beginning(mixmo, disk):
     disk("remount,ro")
     ended(mixmo(*FIT, place / "run"), 2, "cannot be written to", "--out DIR")
     assert not [*place.iterdir()]
+
+
+def test_a_lock_hides_no_error_of_a_disk(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "unlink", fail)
+    monkeypatch.setattr(os, "ftruncate", fail)
+    with pytest.raises(RunFailedError, match="first"), locked(tmp_path):
+        raise RunFailedError("first")
+    monkeypatch.undo()
+    with locked(tmp_path), pytest.raises(InputError, match="this very process"), locked(tmp_path):
+        pass
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_a_run_that_cannot_be_written_cannot_be_resumed(mixmo, disk):
+    run = disk("size=64m") / "run"
+    command = mixmo(*FIT, run, prelude=SLOW_STEPS)
+    command.until_said("1/3 ")
+    command.signal(signal.SIGINT)
+    assert command.wait() == 130
+    disk("remount,ro")
+    ended(mixmo("fit", "--resume", run), 1, "Cannot write", "Read-only file system")
 
 
 def test_a_run_folder_that_somebody_removes(mixmo, tmp_path):

@@ -73,7 +73,10 @@ LAYERS = {
 ALLOWED_FROM_ELSEWHERE = {
     STDLIB: set(),
     MATHEMATICS: {"torch", "numpy", "torchvision", "timm"},  # the latter two give backbones
-    FASTAI: {"torch", "numpy", "fastai", "fasttransform", "torchvision", "PIL", "sklearn"},
+    FASTAI: {
+        *{"torch", "numpy", "fastai", "fasttransform", "torchvision", "PIL", "sklearn"},
+        "accelerate",  # what fastai's distributed training is built on
+    },
     ASSEMBLY: {"torch", "numpy", "fastai", "safetensors", "sklearn", "onnxruntime"},
     SHELL: {"torch", "fastai", "rich", "typer", "matplotlib", "jinja2", "markupsafe", "PIL"},
 }

@@ -1,7 +1,8 @@
 """`mixmo fit`: train."""
 
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ from mixmo_fastai.cli.console import Output, RunInterruptedError
 from mixmo_fastai.cli.render import figure_lines, plan_lines, recipe_lines
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.interruption import exit_code_of, handling_signals
+from mixmo_fastai.locking import locked
 from mixmo_fastai.recipe import Recipe
 from mixmo_fastai.resolve import resolve_recipe
 from mixmo_fastai.runs import RunFolder, check_free, create_run, open_run
@@ -86,27 +88,27 @@ def _refuse_settings(given: list[Any]) -> None:
 
 def _start(recipe: Recipe, out: Path | None, data_dir: Path | None, output: Output) -> None:
     with _prepared(recipe, data_dir, output) as (training, is_first):
-        from mixmo_fastai.processes import told_by_first
+        from mixmo_fastai.processes import done_by_first
 
-        made = is_first and create_run(
-            training.recipe,
-            out,
-            device=training.device_name,
-            acceleration=training.acceleration.describe(),
-        )
-        run = made or RunFolder(told_by_first(None), is_writer=False)
-        if made:
-            told_by_first(made.path)
-        output.run = run
+        path = done_by_first(lambda: _make_folder(training, out))
+        output.run = run = RunFolder(path, is_writer=is_first)
         _say_plan(training, output)
         _train(training, run, output, resume=False)
+
+
+def _make_folder(training: Any, out: Path | None) -> Path:
+    """Make the run folder of a training."""
+    device, how = training.device_name, training.acceleration.describe()
+    return create_run(training.recipe, out, device=device, acceleration=how).path
 
 
 def _resume(run: RunFolder, data_dir: Path | None, output: Output) -> None:
     recipe = run.recipe()
     run.check_resumable()
-    for network in run.networks():
-        CheckpointStore(network.checkpoint).newest()  # refused before anything is read or made
+    is_first = (os.environ.get("RANK") or "0") == "0"
+    with locked(run.path) if is_first else nullcontext():  # nobody writes them meanwhile
+        for network in run.networks():
+            CheckpointStore(network.checkpoint).newest()  # refused before anything is read or made
     with _prepared(recipe, data_dir, output) as (training, is_first):
         output.run = run = RunFolder(run.path, is_writer=is_first)
         _say_plan(training, output)
@@ -163,7 +165,9 @@ def _train(training: Any, run: RunFolder, output: Output, *, resume: bool) -> No
                 training, run, cbs=[display], resume=resume, stop=stop, say=output.say
             )
     except KeyboardInterrupt as interruption:
-        message = f"{_progress(run)}; continue: mixmo fit --resume {run.path}"
+        message = "Interrupted."
+        if run.is_writer:
+            message = f"{_progress(run)}; continue: mixmo fit --resume {run.path}"
         run.log(message)
         raise RunInterruptedError(message, exit_code_of(interruption)) from None
     except Exception as error:
