@@ -144,6 +144,13 @@ def prepare(recipe: Recipe, data_dir: Path | None = None) -> Training:
         InputError: the data, a name or a value cannot be used.
     """
     choose_device(recipe.train.device)  # refused before any data is read
+    if (left := recipe.train.batch_size % group().count) != 0:
+        near = recipe.train.batch_size - left
+        raise InputError(
+            f"A batch of {recipe.train.batch_size} images cannot be shared evenly by "
+            f"{group().count} processes.\nTake a multiple of their number: {near or group().count} "
+            f"or {near + group().count} are nearest, if repetitions divide them."
+        )
     with first_before_others():  # which leaves what it has decoded in the cache
         source = read_source(recipe, data_dir)
     return prepare_network(recipe, source)

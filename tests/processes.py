@@ -31,7 +31,7 @@ class Server:
             env=environment,
             text=True,
         )
-        self.codes = {}
+        self.codes, self.heard = {}, b""
 
     def start(self, words, folder, *, prelude="", environment=None):
         """Start a command in a session of its own.
@@ -59,9 +59,14 @@ class Server:
     def _read(self, wanted, patience=PATIENCE):
         until = time.monotonic() + patience
         while True:
-            readable, _, _ = select.select([self.process.stdout], [], [], until - time.monotonic())
-            assert readable, "the process hangs"
-            told = json.loads(self.process.stdout.readline())
+            while b"\n" not in self.heard:
+                left = max(0, until - time.monotonic())
+                readable, _, _ = select.select([self.process.stdout], [], [], left)
+                assert readable, "the process hangs"
+                # Past Python's buffer, in which lines would lie that select does not see.
+                self.heard += os.read(self.process.stdout.fileno(), 2**16)
+            line, _, self.heard = self.heard.partition(b"\n")
+            told = json.loads(line)
             if "ended" in told:
                 self.codes[told["ended"]] = told["code"]
             if wanted(told):

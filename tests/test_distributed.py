@@ -35,9 +35,13 @@ _FIT = (
 FIT = _FIT.split()
 
 
-def free_port(ports=itertools.count(20_000 + os.getpid() % 1000 * 10)):  # noqa: B008
-    """Give a port that no other test takes at the same time, as one of the system's choice may."""
-    for port in ports:
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+PORTS = itertools.count(20_000 + 2_000 * WORKER)
+
+
+def free_port():
+    """Give a port that no other test takes, as one of the system's choice may be."""
+    for port in PORTS:
         with socket.socket() as own:
             if own.connect_ex(("127.0.0.1", port)):
                 return port
@@ -214,7 +218,8 @@ def test_processes_have_masks_of_their_own(monkeypatch):
 def test_a_batch_that_cannot_be_shared_is_refused(together, tmp_path):
     commands = together(*FIT, tmp_path / "run", count=3)
     for command in commands:
-        ended(command, 2, "A batch of 32 images cannot be shared evenly by 3 processes")
+        ended(command, 2, "A batch of 32 images cannot be shared evenly by 3 processes", "33")
+    assert not (tmp_path / "run").exists()
 
 
 def test_other_commands_run_in_one_process(together):
@@ -318,10 +323,11 @@ def test_precision_is_the_recipes_whatever_a_launcher_says(together, alone, tmp_
 
 def test_who_waits_for_others_in_vain_can_be_ended(mixmo, tmp_path):
     alone_of_two = {"WORLD_SIZE": 2, "RANK": 0, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1"}
-    announce = "import torch.distributed as d; own = d.init_process_group\n"
-    announce += (
-        "d.init_process_group = lambda *a, **k: (print('joining', flush=True), own(*a, **k))"
-    )
+    announce = """
+import torch.distributed as d
+own = d.init_process_group
+d.init_process_group = lambda *a, **k: (print('joining', flush=True), own(*a, **k))
+"""
     command = mixmo(
         *FIT, tmp_path / "run",
         environment={**alone_of_two, "MASTER_PORT": free_port()}, prelude=announce,

@@ -275,3 +275,18 @@ def test_an_interrupted_run_can_be_moved(mixmo, tmp_path, whole):
     stopped(command, signal.SIGINT, tmp_path / "run")
     shutil.move(tmp_path / "run", tmp_path / "elsewhere")
     resumed(mixmo, tmp_path / "elsewhere", whole())
+
+
+def test_between_the_run_folder_and_the_first_step(mixmo, tmp_path, whole):
+    slow = """
+import time
+import mixmo_fastai.cli.fit as fit
+own = fit._say_plan
+fit._say_plan = lambda *args: (print("planning", flush=True), time.sleep(60), own(*args))
+"""
+    run = tmp_path / "run"
+    command = mixmo(*FIT, run, prelude=slow)
+    command.until_said("planning")
+    command.signal(signal.SIGTERM)
+    assert stopped(command, signal.SIGTERM, run).startswith("Interrupted. Nothing was saved yet")
+    resumed(mixmo, run, whole())

@@ -92,8 +92,9 @@ def _start(recipe: Recipe, out: Path | None, data_dir: Path | None, output: Outp
 
         path = done_by_first(lambda: _make_folder(training, out))
         output.run = run = RunFolder(path, is_writer=is_first)
-        _say_plan(training, output)
-        _train(training, run, output, resume=False)
+        with _logged(run):
+            _say_plan(training, output)
+            _train(training, run, output, resume=False)
 
 
 def _make_folder(training: Any, out: Path | None) -> Path:
@@ -111,9 +112,10 @@ def _resume(run: RunFolder, data_dir: Path | None, output: Output) -> None:
             CheckpointStore(network.checkpoint).newest()  # refused before anything is read or made
     with _prepared(recipe, data_dir, output) as (training, is_first):
         output.run = run = RunFolder(run.path, is_writer=is_first)
-        _say_plan(training, output)
-        _say_networks(run, output)
-        _train(training, run, output, resume=True)
+        with _logged(run):
+            _say_plan(training, output)
+            _say_networks(run, output)
+            _train(training, run, output, resume=True)
 
 
 @contextmanager
@@ -152,8 +154,24 @@ def _say_plan(training: Any, output: Output) -> None:
         output.say(line)
 
 
+@contextmanager
+def _logged(run: RunFolder) -> Iterator[None]:
+    """Let a run's log say what ended it, and a person how to continue."""
+    try:
+        yield
+    except KeyboardInterrupt as interruption:
+        message = "Interrupted."
+        if run.is_writer:
+            message = f"{_progress(run)}; continue: mixmo fit --resume {run.path}"
+        run.log(message)
+        raise RunInterruptedError(message, exit_code_of(interruption)) from None
+    except Exception as error:
+        run.log(f"{type(error).__name__}: {error}")
+        raise
+
+
 def _train(training: Any, run: RunFolder, output: Output, *, resume: bool) -> None:
-    """Train with a display, and give the result; whatever ends it, the log says so."""
+    """Train with a display, and give the result."""
     from mixmo_fastai.cli.progress import TrainingDisplay
     from mixmo_fastai.deep_ensemble import train_run
 
@@ -164,15 +182,6 @@ def _train(training: Any, run: RunFolder, output: Output, *, resume: bool) -> No
             figures = train_run(
                 training, run, cbs=[display], resume=resume, stop=stop, say=output.say
             )
-    except KeyboardInterrupt as interruption:
-        message = "Interrupted."
-        if run.is_writer:
-            message = f"{_progress(run)}; continue: mixmo fit --resume {run.path}"
-        run.log(message)
-        raise RunInterruptedError(message, exit_code_of(interruption)) from None
-    except Exception as error:
-        run.log(f"{type(error).__name__}: {error}")
-        raise
     finally:
         display.close()
     output.result(
