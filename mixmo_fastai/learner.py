@@ -1,6 +1,6 @@
 """Learners: one line for fastai users, and what a recipe describes."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -14,6 +14,8 @@ from fastai.data.transforms import get_c
 from fastai.learner import Learner
 from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper
+from fastai.torch_core import params
+from torch import nn
 
 from mixmo_fastai.averaging import EMACallback
 from mixmo_fastai.callback import MixMoCallback
@@ -24,8 +26,10 @@ from mixmo_fastai.errors import InputError
 from mixmo_fastai.losses import MixMoLoss
 from mixmo_fastai.metrics import MemberAccuracy
 from mixmo_fastai.mixing import check_kind
-from mixmo_fastai.models import create_model
+from mixmo_fastai.models import MixMoModel, convert_to_mixmo, create_model
 from mixmo_fastai.models.ghost_norm import use_ghost_batches
+from mixmo_fastai.models.surgery import draw_apart, with_channels
+from mixmo_fastai.names import TORCHVISION_NETWORKS
 from mixmo_fastai.randomness import fresh_seed, make_generator
 from mixmo_fastai.recipe import Recipe
 
@@ -57,11 +61,12 @@ def _sgd(groups: Iterable[Any], **settings: Any) -> torch.optim.SGD:
 
 def mixmo_learner(
     dls: DataLoaders,
-    arch: str,
+    arch: str | nn.Module | Callable[..., nn.Module],
     *,
     mix: str = "cutmix",
     num_members: int = 2,
     num_classes: int | None = None,
+    pretrained: bool = False,
     ghost_batch_size: int = 0,
     **kwargs: Any,
 ) -> Learner:
@@ -70,10 +75,13 @@ def mixmo_learner(
     Args:
         dls: loaders of batches of one image and one target; a batch of n images becomes one of
             batch_repetitions · n for the network.
-        arch: network by name, as in "wrn28_10".
+        arch: network by name, as in "wrn28_10", "resnet50" or "timm/convnext_atto"; a function that
+            makes one, as fastai's xresnet50; or a network of your own, which is converted, weights
+            and all, or taken as it is where it is a `MixMoModel`.
         mix: how features are mixed, see `MixMoCallback`; "sum" where num_members is 1.
         num_members: M.
         num_classes: K; what the loaders say where not given.
+        pretrained: whether a network by name starts from its library's weights.
         ghost_batch_size: images among which BatchNorm normalises in training; 0 for all of a batch.
         kwargs: of `MixMoCallback` (alpha, mix_prob, batch_repetitions, seed, …) and of fastai's
             `Learner` (loss_func, opt_func, metrics, cbs, …). A seed also fixes the initial weights;
@@ -89,13 +97,16 @@ def mixmo_learner(
     check_kind(mix, num_members)
     callback = MixMoCallback(mix, **mixing)
     seed = fresh_seed() if callback.seed is None else callback.seed
-    model = create_model(
+    model = _as_mixmo(
         arch,
         _num_classes(dls) if num_classes is None else num_classes,
         num_members,
         _num_channels(dls),
+        pretrained=pretrained,
         generator=make_generator(seed, "init"),
     )
+    if pretrained or isinstance(arch, nn.Module):
+        kwargs.setdefault("splitter", body_and_heads)  # for `fine_tune`
     use_ghost_batches(model, ghost_batch_size)
     if device := getattr(dls, "device", None):  # before the optimizer is made, which looks at it
         place(model, torch.device(device))
@@ -106,6 +117,50 @@ def mixmo_learner(
     cbs = [*cbs] if isinstance(cbs, list | tuple) else [cbs]
     learn = Learner(dls, model, _as_mixmo_loss(loss_func), cbs=[callback, *cbs], **kwargs)
     return defer_readbacks(learn)
+
+
+def body_and_heads(model: MixMoModel) -> list[list[nn.Parameter]]:
+    """Split a network's parameters for fastai's `freeze`: encoders and core, then heads."""
+    body = [*params(model.encoders), *params(model.core)]
+    return [body, params(model.heads)]
+
+
+def _as_mixmo(
+    arch: str | nn.Module | Callable[..., nn.Module],
+    num_classes: int,
+    num_members: int,
+    in_channels: int,
+    *,
+    pretrained: bool,
+    generator: torch.Generator,
+) -> MixMoModel:
+    """Make a MixMo network of what a user has: a name, a function, or a network."""
+    if isinstance(arch, MixMoModel):
+        return arch
+    name = getattr(arch, "__name__", None)
+    if not isinstance(arch, nn.Module | str) and name in TORCHVISION_NETWORKS:
+        arch = name
+    if isinstance(arch, str):
+        return create_model(
+            arch, num_classes, num_members, in_channels, generator=generator, pretrained=pretrained
+        )
+    settings = {"num_classes": num_classes, "generator": generator}
+    if isinstance(arch, nn.Module):
+        return convert_to_mixmo(arch, num_members, **settings)
+    if pretrained:
+        raise InputError(
+            f"pretrained=True goes with names; {name or arch!r} is a function.\n"
+            "Give the network that it makes with its weights."
+        )
+    made = with_channels(_called(arch, num_classes), in_channels)
+    return draw_apart(convert_to_mixmo(made, num_members, **settings), generator)
+
+
+def _called(arch: Callable[..., nn.Module], num_classes: int) -> nn.Module:
+    """Call a function that makes networks, which names their classes in its own way."""
+    of_fastai = str(getattr(arch, "__module__", "")).startswith("fastai.")
+    named = "n_out" if of_fastai or "n_out" in signature(arch).parameters else "num_classes"
+    return arch(**{named: num_classes})
 
 
 def learner_from_recipe(recipe: Recipe, dls: DataLoaders, **kwargs: Any) -> Learner:

@@ -164,6 +164,20 @@ def test_in_the_first_step_which_compiles(mixmo, tmp_path, whole, number):
     assert CheckpointStore(run / "checkpoint").newest() is not None
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler for torch.compile")
+def test_in_a_compilation(mixmo, tmp_path):
+    """A real one, whose own processes are in the group; the step is finished and saved."""
+    run = tmp_path / "run"
+    own_cache = {"TORCHINDUCTOR_CACHE_DIR": tmp_path / "cache"}
+    command = mixmo(*FIT, run, "--compile", "on", environment=own_cache)
+    command.until(lambda: any((tmp_path / "cache").rglob("*")))
+    command.signal(signal.SIGINT, group=True)
+    assert command.wait(patience=240) == 130, command.said
+    assert command.said.splitlines()[-1].startswith("Interrupted. The state is saved")
+    assert CheckpointStore(run / "checkpoint").newest() is not None
+    assert not command.others()
+
+
 @BOTH
 def test_in_a_validation(mixmo, tmp_path, whole, number):
     run = tmp_path / "run"
