@@ -214,6 +214,9 @@ def _fork(order):
     if child:
         return child
     os.setsid()
+    for number in (signal.SIGTERM, signal.SIGHUP):  # whatever the tests were started under
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     file = os.open(order["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     nothing = os.open(os.devnull, os.O_RDONLY)
     for target, source in ((0, nothing), (1, file), (2, file)):
