@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from mixmo_fastai.runs import RunFolder
+
 PATIENCE = 60.0  # seconds until a process that says nothing counts as hung
 
 
@@ -155,6 +157,24 @@ def session_of(leader):
             if session == leader and state_of(int(path.name)) != "Z":
                 found.append(int(path.name))
     return found
+
+
+def undisturbed(server, folder, words):
+    """Give a function of what is asked for beyond some words, which end with the run folder's flag.
+
+    It gives the run of a command that nobody disturbed, made when it is first asked for.
+    """
+    runs = {}
+
+    def give(*more):
+        if more not in runs:
+            place = folder / f"run-{len(runs)}"
+            command = server.start([*words, place, *more], folder)
+            assert command.wait() == 0, command.said
+            runs[more] = RunFolder(place)
+        return runs[more]
+
+    return give
 
 
 @pytest.fixture(scope="session")

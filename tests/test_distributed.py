@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from processes import PATIENCE
+from processes import PATIENCE, undisturbed
 from safetensors.torch import load_file
 from synthetic import mixmo_dls
 from test_faults import ended
@@ -65,17 +65,7 @@ def together(mixmo):
 @pytest.fixture(scope="module")
 def alone(server, tmp_path_factory):
     """Runs of one process, by what was asked for beyond `FIT`."""
-    folder, runs = tmp_path_factory.mktemp("alone"), {}
-
-    def give(*more):
-        if more not in runs:
-            place = folder / f"run-{len(runs)}"
-            command = server.start([*FIT, place, *more], folder)
-            assert command.wait() == 0, command.said
-            runs[more] = open_run(place)
-        return runs[more]
-
-    return give
+    return undisturbed(server, tmp_path_factory.mktemp("alone"), FIT)
 
 
 def all_done(commands):

@@ -5,6 +5,7 @@ import shutil
 import signal
 
 import pytest
+from processes import undisturbed
 from test_resuming import assert_same
 
 from mixmo_fastai.checkpoints.store import CheckpointStore
@@ -89,16 +90,7 @@ Learner.lr_find = slow
 @pytest.fixture(scope="module")
 def whole(server, tmp_path_factory):
     """Runs that nobody disturbed, by what was asked for beyond `FIT`."""
-    folder, runs = tmp_path_factory.mktemp("whole"), {}
-
-    def give(*more):
-        if more not in runs:
-            place = folder / f"run-{len(runs)}"
-            assert server.start([*FIT, place, *more], folder).wait() == 0
-            runs[more] = open_run(place)
-        return runs[more]
-
-    return give
+    return undisturbed(server, tmp_path_factory.mktemp("whole"), FIT)
 
 
 def stopped(command, number, run_path):
