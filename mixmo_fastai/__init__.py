@@ -21,6 +21,7 @@ _HOMES = {
     "evaluate_logits": "evaluation",
     "load_fused": "export",
     "Recipe": "recipe",
+    "show_pairs": "figures",
 }
 __all__ = ["__version__", *_HOMES]  # noqa: PLE0604
 

@@ -39,7 +39,7 @@ from mixmo_fastai.msda import (
     take_partners,
 )
 from mixmo_fastai.pairing import check_pairing, draw_pairings, num_copies
-from mixmo_fastai.processes import group
+from mixmo_fastai.processes import group, told_by_first
 from mixmo_fastai.randomness import Stream, fresh_seed, make_generator
 
 Device = torch.device | str | None
@@ -152,8 +152,13 @@ class MixMoCallback(Callback):
     def before_train(self) -> None:
         """Let the epoch's loader give every image as often as the members need it."""
         if self.fit_seed is None:
-            self.fit_seed = fresh_seed()
+            self.fit_seed = told_by_first(fresh_seed())
         loader = self.learn.dl
+        if isinstance(getattr(loader, "dl", None), BatchLoader):  # in fastai's DistributedDL
+            raise InputError(
+                "This loader shares its batches among processes itself; fastai's distrib_ctx would "
+                "take them apart.\nTrain within `shared(learn)` of mixmo_fastai.distributed."
+            )
         if isinstance(loader, BatchLoader):
             loader.set_epoch(self._epoch)
             self.sharers = group().count

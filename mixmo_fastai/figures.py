@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastai.learner import Learner
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -10,9 +11,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from mixmo_fastai.comparison import Compared
+from mixmo_fastai.errors import InputError
 from mixmo_fastai.filter_use import FilterUse
 from mixmo_fastai.lr_search import LrSearch
-from mixmo_fastai.preview import Preview
+from mixmo_fastai.preview import Preview, preview_batch
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # told apart by colour-blind readers
 MARKERS = ("o", "s", "^", "D")
@@ -51,11 +53,45 @@ def plot_lr_search(search: LrSearch, path: Path, title: str) -> None:
 @_plain_text
 def plot_preview(preview: Preview, path: Path, title: str) -> None:
     """Draw a row per position: each member's image and mask, then the mixture."""
+    figure = Figure(figsize=_size_of(preview), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    _draw_preview(preview, figure, title)
+    figure.savefig(path)
+
+
+@_plain_text
+def show_pairs(learn: Learner, max_n: int = 4, title: str = "") -> None:
+    """Show what training sees, as fastai's `show_batch` does for plain batches.
+
+    A row per position of the first batch: the image of each member and its mask, then the mixture,
+    drawn in pixels where the network mixes features.
+
+    Args:
+        learn: with a `MixMoCallback`; it is left as it was.
+        max_n: positions to show.
+        title: over the figure.
+
+    Raises:
+        InputError: the Learner has no `MixMoCallback`, or what a fit would refuse.
+    """
+    import matplotlib.pyplot as plt  # notebooks show what it draws
+
+    if max_n < 1:
+        raise InputError(f"max_n must be 1 or more; got {max_n}.")
+    preview = preview_batch(learn, max_n)
+    figure = plt.figure(figsize=_size_of(preview), layout="constrained")
+    _draw_preview(preview, figure, title)
+
+
+def _size_of(preview: Preview) -> tuple[float, float]:
+    """Give the width and height of a preview in inches."""
+    num_rows, num_members = preview.inputs.shape[:2]
+    return 1.7 * (2 * num_members + 1), 1.75 * num_rows + 0.9
+
+
+def _draw_preview(preview: Preview, figure: Figure, title: str) -> None:
     num_rows, num_members = preview.inputs.shape[:2]
     num_columns = 2 * num_members + 1
-    figure = Figure(figsize=(1.7 * num_columns, 1.75 * num_rows + 0.9), dpi=120)
-    figure.set_layout_engine("constrained")
-    FigureCanvasAgg(figure)
     grid = figure.subplots(num_rows, num_columns, squeeze=False)
     for row in range(num_rows):
         for member in range(num_members):
@@ -72,8 +108,8 @@ def plot_preview(preview: Preview, path: Path, title: str) -> None:
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_color("#999999")  # or a white mask would have no border
-    figure.suptitle(title, fontsize=10)
-    figure.savefig(path)
+    if title:
+        figure.suptitle(title, fontsize=10)
 
 
 @_plain_text

@@ -12,7 +12,8 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.data.transforms import get_c
 from fastai.learner import Learner
-from fastai.metrics import accuracy
+from fastai.losses import BCEWithLogitsLossFlat
+from fastai.metrics import accuracy, accuracy_multi
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import params
 from torch import nn
@@ -43,12 +44,24 @@ def sgd(momentum: float = 0.9, nesterov: bool = True, weight_decay: float = 6e-4
     Nesterov.
     """
     return partial(
-        OptimWrapper,
+        TorchOptimizer,
         opt=_sgd,
         momentum=momentum,
         nesterov=nesterov,
         weight_decay=weight_decay,
     )
+
+
+class TorchOptimizer(OptimWrapper):
+    """fastai's wrapper of an optimizer of torch, without the settings that torch leaves at None.
+
+    fastai's TensorBoardCallback takes every setting for a number.
+    """
+
+    @property
+    def hypers(self) -> list[dict[str, Any]]:
+        """Settings of each group of parameters."""
+        return [{k: v for k, v in own.items() if v is not None} for own in super().hypers]
 
 
 def _sgd(groups: Iterable[Any], **settings: Any) -> torch.optim.SGD:
@@ -112,7 +125,8 @@ def mixmo_learner(
         place(model, torch.device(device))
     loss_func = kwargs.pop("loss_func", getattr(_dataset(dls), "loss_func", None))
     kwargs.setdefault("opt_func", sgd())
-    kwargs.setdefault("metrics", [accuracy, MemberAccuracy()])
+    of_ensemble = accuracy_multi if _takes_several_labels(loss_func) else accuracy
+    kwargs.setdefault("metrics", [of_ensemble, MemberAccuracy()])
     cbs = kwargs.pop("cbs", None) or []
     cbs = [*cbs] if isinstance(cbs, list | tuple) else [cbs]
     learn = Learner(dls, model, _as_mixmo_loss(loss_func), cbs=[callback, *cbs], **kwargs)
@@ -196,6 +210,11 @@ def learner_from_recipe(recipe: Recipe, dls: DataLoaders, **kwargs: Any) -> Lear
         opt_func=sgd(optimizer.momentum, optimizer.nesterov, optimizer.weight_decay),
         **kwargs,
     )
+
+
+def _takes_several_labels(loss: Any) -> bool:
+    base = loss.base if isinstance(loss, MixMoLoss) else loss
+    return isinstance(base, nn.BCEWithLogitsLoss | BCEWithLogitsLossFlat)
 
 
 def _as_mixmo_loss(loss: Any) -> MixMoLoss:

@@ -11,7 +11,8 @@ from mixmo_fastai.models.mixmo_model import unwrap
 class MemberAccuracy(Metric):
     """Mean accuracy of the members on their own, from the forward pass of the ensemble.
 
-    Ensemble figures are those of fastai's ordinary metrics.
+    Of several labels per image, (B, K), it is fastai's `accuracy_multi`: the share of right
+    decisions at a probability of 0.5. Ensemble figures are those of fastai's ordinary metrics.
     """
 
     def __init__(self) -> None:
@@ -25,9 +26,10 @@ class MemberAccuracy(Metric):
     def accumulate(self, learn: Any) -> None:
         """Add the batch that the network has just seen."""
         logits = unwrap(learn.model).latest_member_logits  # (B, M, K)
-        right = logits.argmax(dim=2) == learn.y[:, None]  # (B, M)
+        right = _right(logits, learn.y).float().flatten(1).mean(dim=1)  # (B,)
+        right = learn.to_detach(right, cpu=False)  # of all processes, where fastai shares images
         # Summed up where it is, so that a GPU does not wait.
-        self.num_right = self.num_right + right.float().mean(dim=1).sum()
+        self.num_right = self.num_right + right.sum()
         self.num_seen += len(right)
 
     @property
@@ -39,3 +41,10 @@ class MemberAccuracy(Metric):
     def name(self) -> str:
         """The heading of its column."""
         return "member_accuracy"
+
+
+def _right(logits: Tensor, targets: Tensor) -> Tensor:
+    """Tell which decisions of members (B, M, K) are right: (B, M), or (B, M, K) of several."""
+    if targets.ndim == 1:
+        return logits.argmax(dim=2) == targets[:, None]
+    return (logits > 0) == (targets[:, None] > 0.5)

@@ -1,12 +1,27 @@
-"""What training sees: pairs, masks and their mixture, as pixels."""
+"""What training sees: pairs, masks and their mixture, as pixels.
 
+Shapes: n positions of a batch, M members, C channels, H W image size, D feature channels, h w
+feature size after the encoder.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from fastai.data.load import DataLoader
+from fastai.data.transforms import IntToFloatTensor
+from fastai.learner import Learner
+from fastai.torch_core import TensorImage
+from fasttransform import Pipeline
 from torch import Tensor
 
-from mixmo_fastai.training import Training
+from mixmo_fastai.callback import MixMoCallback
+from mixmo_fastai.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -29,34 +44,92 @@ class Preview:
     by_channels: bool = False
 
 
-def preview_batch(training: Training, count: int = 6) -> Preview:
-    """Draw the first training batch, mixed with the recipe's kind, whatever its probability.
+def preview_batch(learn: Learner, count: int = 6) -> Preview:
+    """Draw a first training batch, mixed with the callback's kind, whatever its probability.
+
+    The Learner is as before afterwards, random states included, but for a loss that is wrapped in
+    `MixMoLoss`.
 
     Args:
-        training: from `prepare`.
+        learn: with a `MixMoCallback`.
         count: positions to show.
+
+    Raises:
+        InputError: the Learner has no `MixMoCallback`, or what a fit would refuse.
     """
-    learn = training.learn
-    callback = learn.mix_mo
-    learn.epoch, learn.iter, learn.pct_train = 0, 0, 0.0
-    learn.dl, callback.mix_prob = learn.dls.train, 1.0
-    callback.before_fit()
-    callback.before_train()
-    *learn.xb, targets = next(iter(learn.dl))
-    learn.yb = (targets,)
-    callback.before_batch()
-    inputs, masks = (part[:count].cpu() for part in learn.xb)
-    pixels = _denormalized(inputs, training)
+    callback = next((cb for cb in learn.cbs if isinstance(cb, MixMoCallback)), None)
+    if callback is None:
+        raise InputError(
+            "The Learner has no MixMoCallback, so that nothing is mixed.\n"
+            "Build it with mixmo_learner(dls, arch), or add the callback."
+        )
+    with _as_in_the_first_step(learn, callback):
+        learn.xb, learn.yb = _split(learn, _first_batch(learn.dl))
+        callback.before_batch()
+        inputs, masks = (part[:count].detach().float().cpu() for part in learn.xb)
+        labels = [_names(learn, position) for position in range(len(inputs))]
+    pixels = _as_pixels(inputs, learn)
     by_channels = masks.shape[2] > 1
     weights = F.interpolate(masks.mean(dim=2), size=pixels.shape[-2:], mode="nearest")
-    shown = _as_columns(masks, pixels.shape[-2:]) if by_channels else weights
     return Preview(
         inputs=pixels,
-        masks=shown,
+        masks=_as_columns(masks, pixels.shape[-2:]) if by_channels else weights,
         mixed=(pixels * weights[:, :, None]).sum(dim=1),
         by_channels=by_channels,
-        labels=[_names(training, learn.yb, position) for position in range(len(inputs))],
+        labels=labels,
     )
+
+
+@contextmanager
+def _as_in_the_first_step(learn: Learner, callback: MixMoCallback) -> Iterator[None]:
+    """Let the callback believe that a fit has just begun, and put everything back."""
+    state = ("epoch", "iter", "pct_train", "dl", "xb", "yb")
+    before = {name: vars(learn)[name] for name in state if name in vars(learn)}
+    mix_prob, fit_seed = callback.mix_prob, callback.fit_seed
+    try:
+        with _random_states_kept(learn.dls.train):
+            callback.mix_prob = 1.0
+            learn.epoch, learn.iter, learn.pct_train, learn.dl = 0, 0, 0.0, learn.dls.train
+            callback.before_fit()
+            callback.before_train()
+            yield
+    finally:
+        callback.mix_prob, callback.fit_seed = mix_prob, fit_seed
+        callback.drawn_slots = callback.drawn_mixings = None
+        for name in state:
+            vars(learn).pop(name, None)
+        vars(learn).update(before)
+
+
+@contextmanager
+def _random_states_kept(loader: Any) -> Iterator[None]:
+    """Draw what a loader and its transforms draw, and let nobody find out."""
+    python, numpy = random.getstate(), np.random.get_state()
+    own = getattr(loader, "rng", None)
+    order = None if own is None else own.getstate()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+            if own is not None:
+                loader.rng = own  # fastai makes another for each pass
+                own.setstate(order)
+
+
+def _first_batch(loader: Any) -> Any:
+    """Take a loader's first batch, without the worker processes of a whole pass."""
+    with ExitStack() as alone:
+        own = getattr(loader, "loader", loader)  # behind a view
+        if isinstance(own, DataLoader):
+            alone.enter_context(own.fake_l.no_multiproc())
+        return next(iter(loader))
+
+
+def _split(learn: Learner, batch: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    num_inputs = getattr(learn.dls, "n_inp", 1 if len(batch) == 1 else len(batch) - 1)
+    return tuple(batch[:num_inputs]), tuple(batch[num_inputs:])
 
 
 def _as_columns(masks: Tensor, size: torch.Size) -> Tensor:
@@ -66,20 +139,33 @@ def _as_columns(masks: Tensor, size: torch.Size) -> Tensor:
     return columns.expand(-1, -1, size[0], -1)
 
 
-def _denormalized(inputs: Tensor, training: Training) -> Tensor:
-    loader = training.learn.dls.train
-    mean, std = (v[:, None, None] for v in (loader.mean, loader.std))
-    return (inputs * std + mean).clamp(0, 1)
+def _as_pixels(inputs: Tensor, learn: Learner) -> Tensor:
+    """Undo what the loader's batch transforms can undo, such as `Normalize`."""
+    after_batch = getattr(learn.dls.train, "after_batch", None)
+    shape, pixels = inputs.shape, TensorImage(inputs.flatten(0, 1))
+    for transform in reversed(after_batch.fs if isinstance(after_batch, Pipeline) else []):
+        if not isinstance(transform, IntToFloatTensor):  # which would round
+            pixels = transform.decode(pixels)
+    return pixels.as_subclass(Tensor).cpu().reshape(shape).clamp(0, 1)
 
 
-def _names(training: Training, yb: tuple[Tensor, ...], position: int) -> list[str]:
+def _names(learn: Learner, position: int) -> list[str]:
     """Name the classes of each member; of two where pixels were mixed."""
-    classes, targets = training.source.classes, yb[0]
-    names = [classes[int(label)] for label in targets[position]]
-    if len(yb) == 2:
+    vocab = getattr(learn.dls, "vocab", None)
+    names = [_name(target, vocab) for target in learn.yb[0][position]]
+    if len(learn.yb) == 2:
         return names
-    pasted, shares = yb[2][position], yb[3][position]
+    pasted, shares = learn.yb[2][position], learn.yb[3][position]
     return [
-        name if share == 1 else f"{share:.0%} {name}, {1 - share:.0%} {classes[int(other)]}"
+        name if share == 1 else f"{share:.0%} {name}, {1 - share:.0%} {_name(other, vocab)}"
         for name, other, share in zip(names, pasted, shares.tolist(), strict=True)
     ]
+
+
+def _name(target: Tensor, vocab: Sequence[Any] | None) -> str:
+    """Name a class, or those that several labels (K,) mark."""
+    if target.ndim == 0:
+        known = vocab is not None and not target.is_floating_point()
+        return str(vocab[int(target)]) if known else f"{target.item():g}"
+    marked = (target > 0.5).nonzero().flatten().tolist()
+    return ", ".join(str(label if vocab is None else vocab[label]) for label in marked) or "none"

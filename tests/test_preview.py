@@ -13,7 +13,7 @@ from mixmo_fastai.training import prepare
 def preview(count=5, **flags):
     settings = {key.replace("__", "."): value for key, value in flags.items()}
     recipe = resolve_recipe("digits", None, {"model.arch": "wrn10_1", **settings})
-    return preview_batch(prepare(recipe), count)
+    return preview_batch(prepare(recipe).learn, count)
 
 
 @pytest.mark.parametrize("kind", ["sum", "linear", "cutmix", "cow", "channel", "noise"])

@@ -48,5 +48,5 @@ def show(
 
     training = prepare(resolved, data_dir)
     title = f"{method_name(resolved)}: {resolved.mix.kind} masks on {training.source.name}"
-    plot_preview(preview_batch(training, count), picture, title)
+    plot_preview(preview_batch(training.learn, count), picture, title)
     Output(as_json=as_json).result([f"Picture: {picture}"], {"picture": str(picture)})

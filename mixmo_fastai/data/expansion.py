@@ -6,6 +6,7 @@ loader is changed for longer than the fetching of one batch, hence nothing stays
 interruption.
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -44,9 +45,18 @@ def expand(loader: Any, copies: int, arrange: Arrangement | None = None) -> Expa
         return Expansion(loader.expanded(copies, arrange), copies, arrange is not None)
     if copies == 1:
         return Expansion(loader, 1)
-    if isinstance(loader, DataLoader) and isinstance(loader.after_batch, Pipeline):
+    transforming = _transforming(loader)
+    if isinstance(transforming, DataLoader) and isinstance(transforming.after_batch, Pipeline):
         return Expansion(TransformedCopies(loader, copies), copies)
     return Expansion(loader, 1)
+
+
+def _transforming(loader: Any) -> Any:
+    """Give the loader that runs the batch transforms: within fastai's distributed one, its own."""
+    # Importing fastai's module needs accelerate; where nobody has, nobody has such a loader.
+    module = sys.modules.get("fastai.distributed")
+    distributed = module is not None and isinstance(loader, module.DistributedDL)
+    return loader.dl if distributed else loader
 
 
 class RepeatBatch(Transform):
@@ -63,10 +73,21 @@ class RepeatBatch(Transform):
 
 
 class TransformedCopies:
-    """A fastai loader whose batches are repeated before its batch transforms."""
+    """A fastai loader whose batches are repeated before its batch transforms.
+
+    It passes for the loader itself with callbacks that look at it, and with fastai, which would
+    wrap a distributed one once more.
+    """
 
     def __init__(self, loader: DataLoader, copies: int) -> None:
-        self.loader, self.copies = loader, copies
+        self.loader, self.copies, self.transforming = loader, copies, _transforming(loader)
+
+    @property
+    def __class__(self) -> Any:
+        return type(self.loader)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["loader"], name)
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -74,7 +95,7 @@ class TransformedCopies:
     def __iter__(self) -> Iterator[Any]:
         batches = iter(self.loader)
         # One pipeline for the whole pass: fastai tells it at the start that it is of training.
-        own = self.loader.after_batch
+        own = self.transforming.after_batch
         repeating = Pipeline([RepeatBatch(self.copies), *own.fs], split_idx=own.split_idx)
         while True:
             with self._transforming_with(repeating):
@@ -86,11 +107,11 @@ class TransformedCopies:
 
     @contextmanager
     def _transforming_with(self, pipeline: Pipeline) -> Iterator[None]:
-        own, self.loader.after_batch = self.loader.after_batch, pipeline
+        own, self.transforming.after_batch = self.transforming.after_batch, pipeline
         try:
             yield
         finally:
-            self.loader.after_batch = own
+            self.transforming.after_batch = own
 
 
 def repeat_batch(batch: Any, copies: int) -> Any:

@@ -344,6 +344,9 @@ class ExpandedLoader:
         self.loader, self.copies, self.arrange = loader, copies, arrange
         self.first_step = first_step
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["loader"], name)  # for callbacks that look at the loader
+
     def starting_at(self, step: int) -> "ExpandedLoader":
         """Give the same view without the batches before a step; its length is that of the whole."""
         return ExpandedLoader(self.loader, self.copies, self.arrange, step)

@@ -1,0 +1,462 @@
+"""What fastai users do with a Learner works with MixMo: one test per row of the README's table.
+
+Each runs twice: in a Learner of the user's own, on a folder of images with transforms, and in
+`mixmo_learner` on this package's loaders.
+"""
+
+import random
+import re
+from pathlib import Path
+
+import fastai.callback.fp16
+import fastai.callback.schedule
+import fastai.vision.learner  # draws results and top losses
+import numpy as np
+import pytest
+import torch
+from fastai.callback.channelslast import ChannelsLast
+from fastai.callback.core import Callback
+from fastai.callback.progress import CSVLogger, ProgressCallback
+from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
+from fastai.callback.training import GradientAccumulation, GradientClip
+from fastai.interpret import ClassificationInterpretation
+from fastai.learner import Learner, load_learner
+from fastai.metrics import accuracy
+from fastai.vision.augment import Resize, aug_transforms
+from fastai.vision.data import ImageDataLoaders
+from PIL import Image
+from synthetic import CLASSES, image_arrays, mixmo_dls
+
+from mixmo_fastai import MixMoCallback, create_model, mixmo_learner, show_pairs
+from mixmo_fastai.learner import body_and_heads
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.usefixtures("quiet_figures")
+
+
+@pytest.fixture
+def quiet_figures():
+    import matplotlib.pyplot as plt
+
+    before = plt.get_backend()
+    plt.switch_backend("agg")
+    yield
+    plt.close("all")
+    plt.switch_backend(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Images as files, a folder per class, of several sizes."""
+    root = tmp_path_factory.mktemp("blocks")
+    pixels, labels = image_arrays(60, size=16)
+    for number, (image, label) in enumerate(zip(pixels, labels, strict=True)):
+        path = root / CLASSES[label] / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+        picture.resize((16 + number % 5, 16 + number % 3), Image.Resampling.NEAREST).save(path)
+    return root
+
+
+def own_learner(folder, path, *, cbs=(), **kwargs):
+    """A Learner as fastai's users build it, with the callback added."""
+    dls = ImageDataLoaders.from_folder(
+        folder, valid_pct=0.2, seed=1, bs=6, num_workers=0, device="cpu",
+        item_tfms=Resize(16), batch_tfms=aug_transforms(size=12, flip_vert=True),
+    )  # fmt: skip
+    model = create_model("wrn10_1", dls.c, generator=torch.Generator().manual_seed(3))
+    return Learner(
+        dls, model, cbs=[MixMoCallback(seed=0), *cbs], metrics=accuracy, path=path, **kwargs
+    )
+
+
+def our_learner(folder, path, *, cbs=(), **kwargs):
+    kwargs.setdefault("splitter", body_and_heads)
+    return mixmo_learner(mixmo_dls(), "wrn10_1", seed=0, cbs=cbs, path=path, **kwargs)
+
+
+@pytest.fixture(params=[own_learner, our_learner])
+def make(request, folder, tmp_path):
+    """A function that builds a Learner, quietly."""
+
+    def build(**kwargs):
+        torch.manual_seed(0)
+        learn = request.param(folder, tmp_path, **kwargs)
+        learn.logger = lambda *_: None
+        learn.remove_cbs(ProgressCallback)
+        return learn
+
+    return build
+
+
+class Watch(Callback):
+    """Notes what each training step was like."""
+
+    order, run_valid = 60, False  # after the parameters were scheduled, and recorded
+
+    def __init__(self):
+        super().__init__()
+        self.lrs, self.losses, self.norms = [], [], []
+        self.types = set()
+
+    def after_pred(self):
+        self.types.add(self.learn.pred.dtype)
+
+    def before_step(self):
+        gradients = [p.grad for p in self.learn.model.parameters() if p.grad is not None]
+        self.norms.append(torch.stack([g.norm() for g in gradients]).norm().item())
+        self.lrs.append([own["lr"] for own in self.learn.opt.hypers])
+
+    def after_batch(self):
+        self.losses.append(self.learn.loss.item())
+
+
+def weights(learn):
+    return {name: tensor.clone() for name, tensor in learn.model.state_dict().items()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def accuracy_of(learn):
+    predictions, targets = learn.get_preds()
+    return (predictions.argmax(1) == targets).float().mean().item()
+
+
+def test_lr_find(make):
+    learn = make()
+    before = weights(learn)
+    found = learn.lr_find(num_it=30, show_plot=False)
+    assert 1e-7 < found.valley < 10
+    assert same(weights(learn), before)
+    assert len(learn.recorder.lrs) > 10
+    learn.fit(1, 1e-3)
+    assert learn.mix_mo.epochs_trained == 1
+
+
+def test_lr_find_draws_its_curve(make):
+    import matplotlib.pyplot as plt
+
+    make().lr_find(num_it=20)
+    assert plt.gca().get_xlabel() == "Learning Rate"
+
+
+def test_fit_one_cycle(make):
+    watch = Watch()
+    learn = make(cbs=[watch])
+    learn.fit_one_cycle(8, 0.05)
+    rates = [step[-1] for step in watch.lrs]
+    peak = rates.index(max(rates))
+    assert max(rates) == pytest.approx(0.05, rel=0.02)
+    assert rates[:peak] == sorted(rates[:peak])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert accuracy_of(learn) > 0.8
+
+
+def test_fit_flat_cos(make):
+    watch = Watch()
+    make(cbs=[watch]).fit_flat_cos(4, 0.01)
+    rates = [step[-1] for step in watch.lrs]
+    assert rates[: int(0.7 * len(rates))] == [0.01] * int(0.7 * len(rates))
+    assert rates[-1] < 0.001
+
+
+def test_fine_tune(make):
+    """First the heads alone, then all of it, the body more slowly."""
+    moved = []
+
+    class Moves(Callback):
+        def before_epoch(self):
+            self.before = weights(self.learn)
+
+        def after_train(self):
+            now = weights(self.learn)
+            names = (n for n, _ in self.learn.model.named_parameters())
+            moved.append(
+                {n.split(".")[0] for n in names if not torch.equal(now[n], self.before[n])}
+            )
+
+    watch = Watch()
+    learn = make(cbs=[watch, Moves()], splitter=body_and_heads)
+    norms = {n for n, m in learn.model.named_modules() if isinstance(m, torch.nn.BatchNorm2d)}
+    for name in norms:  # fastai trains these even where the rest is frozen
+        learn.model.get_submodule(name).requires_grad_(False)
+    learn.fine_tune(2, 0.02, freeze_epochs=1)
+    assert moved[0] - {"core"} == {"heads"}
+    assert {"encoders", "core", "heads"} <= moved[1] | moved[2]
+    body, heads = watch.lrs[-5]
+    assert body < heads / 10
+
+
+def test_discriminative_learning_rates(make):
+    watch = Watch()
+    learn = make(cbs=[watch], splitter=body_and_heads)
+    learn.fit(1, slice(1e-4, 1e-2))
+    assert watch.lrs[0] == pytest.approx([1e-4, 1e-2])
+
+
+NOT_ON_CPUS = "ignore:(User provided device_type of 'cuda'|CUDA is not|torch.cuda.amp.GradScaler)"
+
+
+@pytest.mark.filterwarnings(NOT_ON_CPUS)
+def test_to_fp16(make):
+    """On a CPU fastai's half precision is float32; the scaler and the regions are there."""
+    watch = Watch()
+    learn = make(cbs=[watch]).to_fp16()
+    learn.fit_one_cycle(8, 0.05)
+    assert watch.types == {torch.float32}
+    assert not torch.is_autocast_enabled("cuda")
+    assert accuracy_of(learn) > 0.7
+
+
+@pytest.mark.filterwarnings(NOT_ON_CPUS)
+def test_to_bf16(make, monkeypatch):
+    """fastai's regions are CUDA's alone; with a CPU's in their place, bfloat16 is real."""
+    monkeypatch.setattr(
+        fastai.callback.fp16, "autocast", lambda *_, dtype: torch.autocast("cpu", dtype=dtype)
+    )
+    watch = Watch()
+    learn = make(cbs=[watch]).to_bf16()
+    types = set()
+    handle = learn.model.core.register_forward_hook(lambda *given: types.add(given[2].dtype))
+    learn.fit_one_cycle(8, 0.05)
+    handle.remove()
+    assert types == {torch.bfloat16}
+    assert watch.types == {torch.float32}  # of logits, in which means of members would tie
+    assert not torch.is_autocast_enabled("cpu")
+    assert accuracy_of(learn) > 0.7
+
+
+def test_channels_last(make):
+    watch = Watch()
+    learn = make(cbs=[watch, ChannelsLast()])
+    learn.fit(1, 1e-2)
+    weight = learn.model.core.state_dict()
+    convolutions = [tensor for tensor in weight.values() if tensor.ndim == 4]
+    assert all(t.is_contiguous(memory_format=torch.channels_last) for t in convolutions)
+    assert all(np.isfinite(watch.losses))
+
+
+def test_gradient_accumulation(make):
+    """Twice the images of the loader's batch per step."""
+    watch = Watch()
+    learn = make(cbs=[watch, GradientAccumulation(2 * 4 * make().dls.bs)])
+    learn.fit(2, 1e-3)
+    assert len(watch.lrs) == len(watch.losses) // 2
+    plain = Watch()
+    make(cbs=[plain]).fit(2, 1e-3)
+    assert np.mean(watch.norms) == pytest.approx(np.mean(plain.norms), rel=0.5)
+
+
+def test_gradient_clip(make):
+    plain, clipped = Watch(), Watch()
+    make(cbs=[plain]).fit(1, 1e-3)
+    make(cbs=[clipped, GradientClip(0.1)]).fit(1, 1e-3)
+    assert min(plain.norms) > 0.1
+    assert max(clipped.norms) == pytest.approx(0.1, rel=1e-3)
+
+
+def test_early_stopping(make):
+    learn = make(cbs=[EarlyStoppingCallback(monitor="accuracy", min_delta=2.0, patience=1)])
+    learn.fit(6, 1e-4)
+    assert learn.epoch < 5
+    assert learn.mix_mo.epochs_trained == 2
+    learn.fit(1, 1e-4)
+    assert learn.mix_mo.epochs_trained == 3
+
+
+def test_save_model(make):
+    learn = make(cbs=[SaveModelCallback(monitor="valid_loss", fname="best")])
+    learn.fit_one_cycle(4, 0.05)
+    losses = [row[1] for row in learn.recorder.values]
+    assert learn.validate()[0] == pytest.approx(min(losses), rel=1e-4)
+    best = weights(learn)
+    learn.remove_cbs(SaveModelCallback)
+    learn.fit(1, 0.1)
+    assert not same(weights(learn), best)
+    learn.load("best", with_opt=False)
+    assert same(weights(learn), best)
+
+
+def test_csv_logger(make, tmp_path):
+    learn = make(cbs=[CSVLogger("history.csv")])
+    learn.fit(2, 1e-3)
+    header, *rows = (tmp_path / "history.csv").read_text().splitlines()
+    assert header.split(",")[:4] == ["epoch", "train_loss", "valid_loss", "accuracy"]
+    assert len(rows) == 2
+    assert float(rows[0].split(",")[2]) == pytest.approx(learn.recorder.values[0][1], rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_tensorboard(make, tmp_path):
+    from fastai.callback.tensorboard import TensorBoardCallback
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    learn = make(cbs=[TensorBoardCallback(tmp_path / "logs", n_preds=4)])
+    learn.fit(2, 1e-3)
+    events = EventAccumulator(str(tmp_path / "logs"))
+    events.Reload()
+    num_steps = 2 * len(learn.dls.train)
+    assert {event.step for event in events.Scalars("train_loss")} == {*range(1, num_steps + 1)}
+    assert events.Scalars("valid_loss")[-1].value == pytest.approx(learn.recorder.values[-1][1])
+    assert events.Tags()["images"]
+    assert events.Tags()["graph"]
+
+
+def test_wandb(make, tmp_path, monkeypatch):
+    import fastai.callback.wandb as of_fastai
+    import wandb
+
+    try:
+        of_fastai._format_config({"a number": 1})
+    except TypeError:  # https://github.com/fastai/fastai/issues/4173
+        monkeypatch.setattr(of_fastai, "_format_config", lambda config: config)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    seen = []
+    with wandb.init(project="mixmo", dir=tmp_path) as run:
+        monkeypatch.setattr(run, "log", lambda values, **_: seen.append(values))
+        monkeypatch.setattr(wandb, "log", run.log)
+        learn = make(cbs=[of_fastai.WandbCallback(n_preds=4)])
+        learn.fit(2, 1e-3)
+    assert sum("train_loss" in values for values in seen) == 2 * len(learn.dls.train)
+    assert sum("valid_loss" in values for values in seen) == 2
+
+
+def test_show_batch(make):
+    import matplotlib.pyplot as plt
+
+    learn = make()
+    learn.dls.show_batch(max_n=4)
+    assert sum(bool(axes.images) for axes in plt.gcf().axes) == 4
+
+
+def test_show_pairs(make):
+    import matplotlib.pyplot as plt
+
+    learn = make()
+    show_pairs(learn, max_n=3, title="pairs")
+    figure = plt.gcf()
+    assert len(figure.axes) == 3 * 5  # image and mask of each member, and the mixture
+    names = {axes.get_title().split("\n")[-1] for axes in figure.axes}
+    assert names & set(CLASSES)
+    assert all(axes.images for axes in figure.axes)
+
+
+def test_show_pairs_leaves_the_learner_as_it_was(make):
+    random.seed(0)
+    shown = make()
+    random.seed(0)
+    other = make()
+    torch.manual_seed(5)
+    before, state = {**vars(shown)}, torch.get_rng_state()
+    show_pairs(shown)
+    assert torch.equal(torch.get_rng_state(), state)
+    del before["loss_func"]
+    assert before == {name: value for name, value in vars(shown).items() if name in before}
+    for learn in (shown, other):
+        random.seed(0)
+        torch.manual_seed(0)
+        learn.fit(1, 1e-2)
+    assert same(weights(shown), weights(other))
+
+
+def test_show_results(make):
+    import matplotlib.pyplot as plt
+
+    learn = make()
+    learn.show_results(max_n=4)
+    titled = [axes.get_title() for axes in plt.gcf().axes if axes.images]
+    assert len(titled) == 4
+    assert all(set(title.split("\n")) <= set(CLASSES) for title in titled)
+
+
+def test_get_preds(make):
+    learn = make()
+    learn.fit(1, 1e-2)
+    inputs, probabilities, targets, decoded, losses = learn.get_preds(
+        with_input=True, with_decoded=True, with_loss=True
+    )
+    assert len(inputs) == len(targets) == len(learn.dls.valid_ds)
+    torch.testing.assert_close(probabilities.sum(1), torch.ones(len(targets)))
+    expected = learn.model.eval()(inputs)
+    torch.testing.assert_close(probabilities, expected.softmax(1).detach(), rtol=1e-3, atol=1e-4)
+    assert torch.equal(decoded, probabilities.argmax(1))
+    log = -probabilities.gather(1, targets[:, None].long()).log().squeeze(1)
+    torch.testing.assert_close(losses, log, rtol=1e-3, atol=1e-4)
+
+
+def test_predict(make):
+    learn = make()
+    learn.fit_one_cycle(8, 0.05)
+    dataset = learn.dls.valid_ds
+    item = learn.dls.valid.items[0] if hasattr(learn.dls.valid, "items") else dataset[0][0]
+    name, index, probabilities = learn.predict(item)
+    assert name in CLASSES
+    assert int(index) == [*learn.dls.vocab].index(name) == int(probabilities.argmax())
+    torch.testing.assert_close(probabilities, learn.get_preds()[0][0], rtol=1e-2, atol=1e-2)
+
+
+def test_tta(make):
+    learn = make()
+    learn.fit_one_cycle(6, 0.05)
+    probabilities, targets = learn.tta(n=2)
+    torch.testing.assert_close(probabilities.sum(1), torch.ones(len(targets)))
+    assert (probabilities.argmax(1) == targets).float().mean() > 0.5
+
+
+def test_classification_interpretation(make):
+    import matplotlib.pyplot as plt
+
+    learn = make()
+    learn.fit_one_cycle(4, 0.05)
+    found = ClassificationInterpretation.from_learner(learn)
+    matrix = found.confusion_matrix()
+    assert matrix.sum() == len(learn.dls.valid_ds)
+    assert np.trace(matrix) / matrix.sum() == pytest.approx(accuracy_of(learn))
+    found.plot_confusion_matrix()
+    found.plot_top_losses(4)
+    assert sum(bool(axes.images) for axes in plt.gcf().axes) == 4
+    found.print_classification_report()
+
+
+@pytest.mark.filterwarnings("ignore:load_learner")
+def test_export_and_load_learner(make, tmp_path):
+    learn = make()
+    learn.fit(1, 1e-2)
+    expected = learn.get_preds()[0]
+    x, _ = learn.dls.valid.one_batch()
+    learn.export("learner.pkl")
+    loaded = load_learner(tmp_path / "learner.pkl")
+    torch.testing.assert_close(loaded.model.eval()(x).softmax(1), expected[: len(x)])
+    assert loaded.mix_mo.mix == "cutmix"
+
+
+def test_save_and_load(make):
+    learn = make()
+    learn.fit(1, 1e-2)
+    before = weights(learn)
+    learn.save("stage-1")
+    learn.fit(1, 1e-2)
+    learn.load("stage-1")
+    assert same(weights(learn), before)
+
+
+def test_summary(make):
+    learn = make()
+    text = re.sub(r"[,.]", "", learn.summary())
+    total = sum(p.numel() for p in learn.model.parameters())
+    assert f"Total params: {total}" in text
+
+
+@pytest.mark.parametrize("make_learner", [own_learner, our_learner])
+def test_progress_bars(make_learner, folder, tmp_path, capsys):
+    learn = make_learner(folder, tmp_path)
+    learn.fit(2, 1e-3)
+    said = capsys.readouterr().out
+    assert "epoch" in said
+    assert "valid_loss" in said
+    with learn.no_bar():
+        learn.fit(1, 1e-3)
