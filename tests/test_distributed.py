@@ -473,3 +473,116 @@ def test_metrics_that_cannot_be_added_up_are_refused():
     summed.learn = SimpleNamespace(recorder=SimpleNamespace(_valid_mets=[F1Score()]))
     with pytest.raises(InputError, match="cannot be added up"):
         summed.after_validate()
+
+
+OF_FASTAI = """
+import sys
+
+import torch
+import torch.distributed as dist
+from fastai import distributed as of_fastai
+from fastai.callback.core import Callback
+from fastai.learner import Learner
+from fastai.metrics import accuracy
+from fastai.torch_core import TensorImage
+from fasttransform import Transform
+from synthetic import foreign_dls
+
+from mixmo_fastai.callback import MixMoCallback
+from mixmo_fastai.metrics import MemberAccuracy
+from mixmo_fastai.models import create_model
+
+
+def broadcast_on_cpus(self, values, rank):  # fastai's own moves them to a GPU
+    values = torch.tensor(values)
+    dist.broadcast(values, rank)
+    return values.tolist()
+
+
+class AddNoise(Transform):
+    split_idx = 0
+
+    def encodes(self, x: TensorImage):
+        return x + torch.rand_like(x) / 600
+
+
+class Watch(Callback):
+    run_valid, order = False, 50
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.masks, self.shapes = [], [], set()
+
+    def after_pred(self):
+        inputs, masks = self.learn.xb
+        self.seen.append(inputs[:, :, 0, 0, 0])
+        self.masks.append(masks)
+        self.shapes.add((tuple(inputs.shape), tuple(self.learn.pred.shape)))
+
+
+of_fastai.DistributedDL._broadcast = broadcast_on_cpus
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+torch.manual_seed(rank)  # nobody has to seed them alike
+model = create_model("wrn10_1", 3, generator=torch.Generator().manual_seed(0))
+watch = Watch()
+learn = Learner(
+    foreign_dls(after_batch=[AddNoise()]), model, torch.nn.CrossEntropyLoss(), cbs=[MixMoCallback(), watch],
+    metrics=[accuracy, MemberAccuracy()],
+)
+with learn.distrib_ctx(sync_bn=False, cpu=True), learn.no_bar(), learn.no_logging():
+    learn.fit(2, 0.05)
+    figures = learn.validate()
+torch.save(
+    {
+        "seen": watch.seen, "masks": watch.masks, "shapes": watch.shapes, "figures": [*figures],
+        "weights": {n: p.detach() for n, p in learn.model.named_parameters()},
+        "logits": learn.model.eval()(torch.ones(2, 3, 8, 8)).detach(),
+    },
+    f"seen-{rank}.pt",
+)
+dist.barrier()
+sys.exit(0)
+"""
+
+
+def test_fastais_own_distributed_training(together, tmp_path):
+    """Each process pairs and mixes the images that fastai gives it."""
+    all_done(together(prelude=OF_FASTAI))
+    one, two = (torch.load(tmp_path / f"seen-{rank}.pt", weights_only=False) for rank in range(2))
+    assert one["shapes"] == two["shapes"] == {((48, 2, 3, 8, 8), (48, 2, 3))}  # 12 images, 4 times
+    assert len(one["seen"]) == 2 * 96 // 2 // 12
+    for ours, theirs in zip(one["seen"], two["seen"], strict=True):
+        for batch in (ours, theirs):
+            assert len(batch.unique()) > 48 * 2 - 5  # each copy has noise of its own
+            values, counts = (batch * 255).floor().unique(return_counts=True)
+            assert len(values) > 1
+            assert bool((counts % 8 == 0).all())  # each image for two members, four times
+            assert not torch.equal(batch[:, 0], batch[:, 1])
+    assert not any(torch.equal(*pair) for pair in zip(one["masks"], two["masks"], strict=True))
+    for name, tensor in one["weights"].items():
+        assert torch.equal(tensor, two["weights"][name]), name
+    assert one["figures"] == pytest.approx(two["figures"], rel=1e-5)
+
+
+def test_fastais_own_leaves_our_loaders_alone(together):
+    program = """
+import sys
+from fastai import distributed
+from synthetic import mixmo_dls
+from mixmo_fastai import mixmo_learner
+from mixmo_fastai.errors import InputError
+
+distributed.DistributedDL._broadcast = lambda self, values, rank: values
+learn = mixmo_learner(mixmo_dls(), "wrn10_1")
+try:
+    with learn.distrib_ctx(sync_bn=False, cpu=True):
+        learn.fit(1)
+except InputError as error:
+    print(error)
+    sys.exit(0)
+sys.exit("it was not refused")
+"""
+    commands = together(prelude=program)
+    all_done(commands)
+    assert all("Train within `shared(learn)`" in command.said for command in commands)
