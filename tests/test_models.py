@@ -222,7 +222,7 @@ def test_numbers_out_of_range_are_refused():
     with pytest.raises(InputError, match="num_members"):
         create_model("wrn10_1", 10, num_members=0)
     with pytest.raises(InputError, match="num_classes"):
-        create_model("wrn10_1", 1)
+        create_model("wrn10_1", 0)
     with pytest.raises(InputError, match="2 encoders and 1 heads"):
         MixMoModel([nn.Identity(), nn.Identity()], nn.Identity(), [nn.Identity()])
 

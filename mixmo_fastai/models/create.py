@@ -28,7 +28,7 @@ def create_model(
     Args:
         arch: "wrn<depth>_<width>" as in wrn28_10, "preact_resnet18_<width>", a classifier of
             torchvision as in "resnet50", or of timm as in "timm/convnext_atto".
-        num_classes: K, two or more.
+        num_classes: K; 1 where a number is predicted.
         num_members: M; 1 is the vanilla network on the same code path.
         in_channels: C.
         generator: of the initial weights.
@@ -38,7 +38,7 @@ def create_model(
         InputError: the name or a number is not allowed, or there are no trained weights.
     """
     parsed = parse_architecture(arch)
-    limits = {"num_classes": (num_classes, 2), "num_members": (num_members, 1)}
+    limits = {"num_classes": (num_classes, 1), "num_members": (num_members, 1)}
     limits["in_channels"] = (in_channels, 1)
     for name, (value, lowest) in limits.items():
         if value < lowest:
