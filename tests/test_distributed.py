@@ -527,7 +527,8 @@ torch.manual_seed(rank)  # nobody has to seed them alike
 model = create_model("wrn10_1", 3, generator=torch.Generator().manual_seed(0))
 watch = Watch()
 learn = Learner(
-    foreign_dls(after_batch=[AddNoise()]), model, torch.nn.CrossEntropyLoss(), cbs=[MixMoCallback(), watch],
+    foreign_dls(after_batch=[AddNoise()]), model, torch.nn.CrossEntropyLoss(),
+    cbs=[MixMoCallback(), watch],
     metrics=[accuracy, MemberAccuracy()],
 )
 with learn.distrib_ctx(sync_bn=False, cpu=True), learn.no_bar(), learn.no_logging():
