@@ -8,7 +8,7 @@ import pytest
 
 from mixmo_fastai.cli.program import _COMMANDS
 from mixmo_fastai.names import DATASETS, MASK_KINDS
-from mixmo_fastai.recipe import Recipe, load_recipe, to_mapping
+from mixmo_fastai.recipe import load_recipe, to_mapping
 from mixmo_fastai.resolve import resolve_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,42 +61,9 @@ def test_the_two_commands_for_a_fresh_machine():
     assert "dev" in project["optional-dependencies"]
 
 
-@pytest.mark.parametrize(
-    "line", re.findall(r"^    (mixmo (?:fit|lr-find).*)$", README, re.MULTILINE)
-)
-def test_command_lines_resolve(line, tmp_path, monkeypatch):
-    (tmp_path / "path/to/images").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    words = line.split()[2:]
-    dataset = words.pop(0) if words and not words[0].startswith("-") else None
-    pairs = dict(zip(words[::2], words[1::2], strict=True))
-    settings = {"--arch": "model.arch", "--mix": "mix.kind", "--epochs": "train.epochs"}
-    values = {settings[k]: v for k, v in pairs.items() if k in settings}
-    if "train.epochs" in values:
-        values["train.epochs"] = int(values["train.epochs"])
-    assignments = [pairs["--set"]] if "--set" in pairs else []
-    recipe = resolve_recipe(dataset, pairs.get("--recipe"), values, assignments)
-    assert isinstance(recipe, Recipe)
-
-
 def test_the_headline_command_is_the_published_recipe():
     recipe = resolve_recipe("cifar100", None, {"model.arch": "wrn28_10", "mix.kind": "cutmix"})
     assert to_mapping(recipe) == to_mapping(load_recipe("cifar100/cut-mixmo"))
-
-
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
-def test_code_of_the_docs_runs(page):
-    for number, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)):
-        exec(compile(block, f"{page.name}, block {number}", "exec"), {})
-
-
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
-def test_files_that_the_docs_name_exist(page):
-    text = page.read_text()
-    for target in re.findall(r"\]\((?!http)([^)#]+)", text):
-        assert (page.parent / target).exists(), target
-    for named in re.findall(r"`((?:tests|docs|benchmarks|recipes|mixmo_fastai)/[\w./-]+)`", text):
-        assert (ROOT / named).exists(), named
 
 
 def test_code_runs():

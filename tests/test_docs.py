@@ -1,0 +1,421 @@
+"""What the pages in docs/ say is so: their code, command lines, tables and names."""
+
+import dataclasses
+import io
+import json
+import math
+import re
+import runpy
+import shlex
+import tomllib
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from datasets import write_image_folder
+
+from mixmo_fastai.cli import fit
+from mixmo_fastai.cli import options as opt
+from mixmo_fastai.cli.program import app, run
+from mixmo_fastai.data.corruptions import BUILT_IN
+from mixmo_fastai.errors import InputError
+from mixmo_fastai.evaluation import FEWEST_FOR_TEMPERATURE, evaluate_logits
+from mixmo_fastai.names import COW_DEFAULTS, MASK_KINDS, MASK_OPTIONS
+from mixmo_fastai.recipe import Recipe, load_recipe, recipe_from_mapping, recipe_names
+from mixmo_fastai.resolve import check_dataset, resolve_recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+TEXTS = {path.name: path.read_text(encoding="utf-8") for path in (*PAGES, ROOT / "README.md")}
+COMMANDS = typer.main.get_command(app).commands
+PLACEHOLDERS = {"METHOD": "vanilla", "E": "4"}
+OF_OTHER_PROGRAMS = {"--multi_gpu", "--node-rank", "--help"}
+UsageError = typer.BadParameter.__mro__[1]
+
+by_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+by_text = pytest.mark.parametrize("name", TEXTS)
+
+
+@by_page
+def test_code_of_the_docs_runs(page):
+    for number, block in enumerate(blocks(TEXTS[page.name], "python")):
+        exec(compile(block, f"{page.name}, block {number}", "exec"), {})
+
+
+@by_page
+def test_files_that_the_docs_name_exist(page):
+    text = TEXTS[page.name]
+    for target in re.findall(r"\]\((?!http)([^)#]+)", text):
+        assert (page.parent / target).exists(), target
+    for named in re.findall(r"`((?:tests|docs|benchmarks|recipes|mixmo_fastai)/[\w./-]+)`", text):
+        assert (ROOT / named).exists(), named
+
+
+@by_page
+def test_links_to_headings_find_them(page):
+    for target, anchor in re.findall(r"\]\((?!http)([^)#]*)#([^)]+)\)", TEXTS[page.name]):
+        headings = re.findall(r"^#+ (.+)$", TEXTS[target or page.name], re.MULTILINE)
+        assert anchor in {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}
+
+
+# Command lines
+
+
+def blocks(text, language):
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+def prose(text):
+    """Give a page without its fenced blocks."""
+    return re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+
+
+def command_lines(text):
+    """Give the words after `mixmo` of every such line in the code blocks of a page."""
+    shell = "\n".join(blocks(text, "bash"))
+    shell += "\n" + "\n".join(re.findall(r"^    (.*)$", prose(text), flags=re.MULTILINE))
+    for line in shell.replace("\\\n", " ").splitlines():
+        for part in line.split("&&"):
+            words = shlex.split(re.sub(r"\b(METHOD|E)\b", lambda m: PLACEHOLDERS[m[0]], part))
+            if ">" in words:
+                words = words[: words.index(">")]
+            if "mixmo_fastai" in words:
+                yield words[words.index("mixmo_fastai") + 1 :]
+            elif words[:1] == ["mixmo"]:
+                yield words[1:]
+
+
+def check_command_line(words):
+    """Let a command read its words, and check what it does before it begins to work."""
+    assert words[0] in COMMANDS, words
+    given = COMMANDS[words[0]].make_context(words[0], words[1:]).params
+    opt.check_device(given.get("device"))
+    flags = {name: given[name] for name in opt._SETTINGS if name in given}
+    if given.get("resume"):
+        fit._refuse_settings([given["dataset"], given["recipe"], given["out"], *flags.values()])
+    elif "assignments" in given:
+        settings, assignments = opt.flags(**flags), given["assignments"] or ()
+        resolve_recipe(given["dataset"], given["recipe"], settings, assignments)
+    if given.get("ood"):
+        check_dataset(given["ood"])
+    if words[0] == "recipes" and given["name"]:
+        load_recipe(given["name"])
+
+
+@pytest.fixture
+def examples(tmp_path, monkeypatch):
+    """A folder with what the pages' command lines name."""
+    for folder in ("path/to/images", "cifar10-images", "data/flowers"):
+        (tmp_path / folder).mkdir(parents=True)
+    (own,) = blocks(TEXTS["recipes.md"], "toml")
+    (tmp_path / "flowers.toml").write_text(own, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+
+
+@by_text
+def test_command_lines_are_valid(name, examples):
+    for words in command_lines(TEXTS[name]):
+        check_command_line(words)
+
+
+def test_command_lines_are_found():
+    found = {name: [" ".join(w) for w in command_lines(text)] for name, text in TEXTS.items()}
+    assert "fit" in found["README.md"]  # after pip install . &&
+    resolved = "fit cifar10-images --recipe cifar10/vanilla --arch wrn10_1 --epochs 4"
+    assert resolved in found["results.md"]
+    assert any(line.endswith("--out /shared/runs/cut-mixmo") for line in found["distributed.md"])
+    assert "eval RUN --json" in found["evaluation.md"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "fti",
+        "fit --epoch 3",
+        "fit --epochs three",
+        "fit --epochs 0",
+        "fit --mix cutmx",
+        "fit --recipe cifar10/none",
+        "fit --set train.epoch=3",
+        "fit --device gpu",
+        "fit cifra10",
+        "fit --resume RUN --epochs 3",
+        "eval",
+        "eval RUN --ood cifra10",
+        "show --count 99",
+        "recipes cifar10/none",
+    ],
+)
+def test_a_wrong_command_line_is_noticed(line, examples):
+    with pytest.raises((AssertionError, UsageError, InputError)):
+        check_command_line(line.split())
+
+
+@by_text
+def test_commands_and_flags_within_sentences_exist(name):
+    parameters = [parameter for command in COMMANDS.values() for parameter in command.params]
+    known = {flag for parameter in parameters for flag in parameter.opts} | OF_OTHER_PROGRAMS
+    spans = names_in(prose(TEXTS[name]))
+    for span in spans:
+        if span.startswith("mixmo "):
+            assert span.split()[1] in COMMANDS or span.split()[1].startswith("--"), span
+        if span.startswith(("mixmo ", "--")):
+            flags = set(re.findall(r"(?<!\S)--[\w-]+", span))
+            assert flags <= known, span
+
+
+# Tables
+
+
+def tables(text):
+    """Give each table of a page as rows, by the names of its columns."""
+    found = re.findall(r"^(\|.*\|)\n\|[-|]+\|\n((?:\|.*\|\n)+)", text, flags=re.MULTILINE)
+    return [[dict(zip(cells(head), cells(row), strict=True)) for row in body.splitlines()]
+            for head, body in found]  # fmt: skip
+
+
+def cells(line):
+    return [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+
+
+def table(page, *columns):
+    """Give the rows of the tables of a page that have these columns."""
+    return [r for rows in tables(TEXTS[page]) for r in rows if set(columns) <= rows[0].keys()]
+
+
+def names_in(text):
+    return re.findall(r"`([^`\n]+)`", text)
+
+
+def value(cell):
+    """Read a cell as TOML, with fractions; "-" is None."""
+    if cell == "-":
+        return None
+    text = re.sub(r"(\d+)/(\d+)", lambda m: repr(int(m[1]) / int(m[2])), cell.strip("`"))
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+# docs/recipes.md
+
+METHODS = {names_in(row["recipe"])[0]: row for row in table("recipes.md", "`mix.kind`")}
+FIGURES = {names_in(row["recipe"])[0]: row for row in table("recipes.md", "`cifar10/`")}
+
+
+def own_settings():
+    """Give every setting: its name, its field, its default."""
+    for field in dataclasses.fields(Recipe):
+        if dataclasses.is_dataclass(field.default):
+            for own in dataclasses.fields(field.default):
+                yield f"{field.name}.{own.name}", own, getattr(field.default, own.name)
+        else:
+            yield field.name, field, field.default
+
+
+def test_every_setting_is_explained_with_its_default():
+    rows = {names_in(row["setting"])[0]: row for row in table("recipes.md", "setting", "default")}
+    assert rows.keys() == {name for name, *_ in own_settings()}
+    flags = {setting: flag for flag, setting in opt._SETTINGS.items()}
+    for name, field, default in own_settings():
+        row = rows[name]
+        found = value(row["default"])
+        assert found == (list(default) if isinstance(default, tuple) else default), name
+        assert type(found) is type(default) or isinstance(default, tuple), name
+        assert row["meaning"], name
+        assert set(field.metadata.get("choices", ())) <= {*names_in(row["meaning"])}, name
+        flag = {"compiled": "compile"}.get(flags.get(name), flags.get(name))
+        assert row["flag"] == (f"`--{flag.replace('_', '-')}`" if flag else ""), name
+
+
+def test_the_options_of_masks_have_their_defaults():
+    rows = {names_in(row["setting"])[0]: row for row in table("recipes.md", "setting", "default")}
+    for name, default in {**COW_DEFAULTS, "block_size": 7}.items():
+        assert rows[f"mix.{name}"]["meaning"].endswith(f"; {default:g}")
+
+
+def test_recipes_are_what_their_tables_say():
+    places = {"`cifar10/`": "cifar10/{}", "`cifar100/`": "cifar100/{}", "`digits/`": "digits/{}"}
+    places["`tinyimagenet/`"] = "tinyimagenet/{}"
+    places |= {f"its `-w{w}`": f"tinyimagenet/{{}}-w{w}" for w in (1, 2)}
+    named = set()
+    assert METHODS.keys() == FIGURES.keys()
+    for method, row in FIGURES.items():
+        for column, place in places.items():
+            if row[column]:
+                check_recipe(place.format(method), METHODS[method], row[column])
+                named.add(place.format(method))
+    assert named == set(recipe_names())
+
+
+def check_recipe(name, method, figure):
+    recipe = load_recipe(name)
+    for column in method.keys() - {"recipe", "approach"}:
+        section, key = column.strip("`").split(".")
+        assert str(getattr(getattr(recipe, section), key)) == method[column].strip("`"), name
+    if figure == "-":
+        assert recipe.expected.accuracy is None, name
+        return
+    assert f"{100 * recipe.expected.accuracy:.2f}" == figure.rstrip("†"), name
+    assert recipe.expected.source.startswith("published") == figure.endswith("†"), name
+    assert ("poster" in recipe.expected.source) != figure.endswith("†"), name
+    if "digits" not in name:
+        assert recipe.title.startswith(method["approach"].partition(" (")[0]), name
+
+
+def test_data_sets_are_trained_as_their_table_says():
+    for row in table("recipes.md", "data set", "`model.arch`"):
+        for dataset in names_in(row["data set"]):
+            for name in (n for n in recipe_names() if n.startswith(f"{dataset}/")):
+                check_training(name, row)
+
+
+def check_training(name, row):
+    recipe, method = load_recipe(name), name.partition("/")[2]
+    for column in row.keys() - {"data set"}:
+        section, key = column.strip("`").split(".")
+        usual, _, other = row[column].partition(", ")
+        if other and names_in(other) == [method]:
+            usual = other.split()[1]
+        found = getattr(getattr(recipe, section), key)
+        if key == "arch" and (width := re.search(r"-w(\d)$", name)):
+            found = re.sub(r"\d$", "3", found) if found.endswith(width[1]) else found
+        assert found == value(usual), (name, column)
+
+
+def test_the_recipe_of_ones_own_is_one():
+    (block,) = blocks(TEXTS["recipes.md"], "toml")
+    assert recipe_from_mapping(tomllib.loads(block), "recipes.md").name == "flowers"
+
+
+# docs/method.md
+
+
+def test_every_mask_kind_is_explained():
+    rows = table("method.md", "kind")
+    assert [name for row in rows for name in names_in(row["kind"])] == list(MASK_KINDS)
+    told = {
+        name: names_in(" ".join(row.values())) for row in rows for name in names_in(row["kind"])
+    }
+    for kind, options in MASK_OPTIONS.items():
+        assert set(options) <= set(told[kind])
+
+
+def test_the_picture_shows_every_mask_kind(tmp_path):
+    script = runpy.run_path(str(ROOT / "docs/images/masks.py"))
+    assert [kind for kind, num_members in script["PANELS"] if num_members == 2] == list(MASK_KINDS)
+    script["main"](tmp_path / "masks.png")
+    for picture in (tmp_path / "masks.png", ROOT / "docs/images/masks.png"):
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        assert 5_000 < picture.stat().st_size < 60_000
+
+
+# docs/evaluation.md, and the run folder
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    """A finished run, and what the commands print of it as JSON."""
+    folder = tmp_path_factory.mktemp("small")
+    path, images = folder / "run", folder / "images"
+    words = ["--arch", "wrn10_1", "--limit", "48", "--batch-size", "16", "--device", "cpu"]
+    assert run(["fit", *words, "--epochs", "1", "--quiet", "--out", str(path)]) == 0
+    write_image_folder(images, classes=("a", "b"), num_train=4, num_test=4)
+    others = ["--ood", str(images), "--corruptions", "built-in"]
+    return {
+        "folder": path,
+        "eval": as_json("eval", path, *others),
+        "fused": as_json("eval", path, "--fused"),
+        "predict": as_json("predict", path, images),
+        "report": as_json("report", path),
+    }
+
+
+def as_json(*words):
+    text = io.StringIO()
+    with redirect_stdout(text):
+        assert run([*map(str, words), "--json"]) == 0
+    return json.loads(text.getvalue())
+
+
+def keys_of(figures):
+    for key, found in figures.items() if isinstance(figures, dict) else ():
+        yield key
+        yield from keys_of(found)
+
+
+EXPLAINED = set(names_in(prose(TEXTS["evaluation.md"])))
+RANGES = {
+    name: row["range"]
+    for row in table("evaluation.md", "key", "range")
+    for name in names_in(row["key"])
+}
+
+
+@pytest.mark.parametrize("kind", ["eval", "fused"])
+def test_every_key_of_eval_is_explained(small_run, kind):
+    keys = set(keys_of(small_run[kind]))
+    assert ("absent" in keys) == (kind == "fused")
+    assert keys <= EXPLAINED, keys - EXPLAINED
+    assert set(BUILT_IN) <= EXPLAINED
+
+
+def test_every_key_of_a_finished_run_is_explained(small_run):
+    figures = json.loads((small_run["folder"] / "metrics.json").read_text())
+    assert set(keys_of(figures)) <= EXPLAINED
+
+
+def test_tables_of_figures_have_what_eval_gives(small_run):
+    figures = small_run["eval"]
+    assert set(figures["test"]) <= RANGES.keys()
+    assert set(figures["ood"]["entropy"]) <= RANGES.keys()
+    top = {name for row in table("evaluation.md", "key", "what") for name in names_in(row["key"])}
+    assert set(figures) | {"absent"} == top
+
+
+def sure(right):
+    """Figures of two members that are sure of the right class, or of a wrong one."""
+    labels = torch.arange(8) % 6
+    logits = 100 * torch.nn.functional.one_hot(labels if right else (labels + 1) % 6, 6)
+    member_logits = torch.stack([logits, logits.flip(0)], dim=1).float()
+    return evaluate_logits(torch.stack([logits, logits], dim=1).float(), labels) | {
+        "mutual_information": evaluate_logits(member_logits, labels)["mutual_information"]
+    }
+
+
+def test_figures_lie_in_their_ranges_and_reach_the_ends(small_run):
+    ends = {"0 to 1": (0, 1), "0 to 2": (0, 2), "0 to ∞": (0, math.inf), "as above": (0, math.inf)}
+    ends |= {"0 to log M": (0, math.log(2)), "0.001 to 1000": (0.001, 1000)}
+    parts = [small_run["eval"][name] for name in ("test", "valid", "test_mean_probabilities")]
+    found = {}
+    for part in (*parts, sure(right=True), sure(right=False)):
+        for name, values in part.items():
+            if name != "absent":
+                found.setdefault(name, []).extend(values if isinstance(values, list) else [values])
+    for name, values in found.items():
+        low, high = ends[RANGES[name]]
+        assert low - 1e-9 <= min(values), name
+        assert max(values) <= high + 1e-9, name
+    for name in ("accuracy", "brier", "ece", "aurc", "risk_at_90", "temperature"):
+        assert max(found[name]) == pytest.approx(ends[RANGES[name]][1]), name
+
+
+def test_columns_of_predictions_are_explained(small_run):
+    rows = [names_in(row["column"])[0] for row in table("evaluation.md", "column", "what")]
+    assert rows == list(small_run["predict"]["predictions"][0])
+    assert set(small_run["predict"]) - {"predictions"} <= EXPLAINED
+
+
+def test_files_of_a_run_folder_are_explained(small_run):
+    rows = {name for row in table("recipes.md", "file", "holds") for name in names_in(row["file"])}
+    found = {path.name + "/" * path.is_dir() for path in small_run["folder"].iterdir()}
+    assert found == rows - {"net-1/", "net-2/"}
+
+
+def test_the_fewest_images_for_a_temperature_are_as_said():
+    rows = table("evaluation.md", "use it")
+    assert f"{FEWEST_FOR_TEMPERATURE} images" in rows[0]["$T$ is fitted on"]
+    assert f"{2 * FEWEST_FOR_TEMPERATURE} images" in rows[1]["$T$ is fitted on"]
