@@ -246,8 +246,14 @@ def open_finished(
     keep_freed_memory()  # the figures of a large test set take half the time
     chosen = choose_device(device or recipe.train.device)
     source = source or read_source(recipe, data_dir)
-    channels, model = source.test.image_shape[0], recipe.model
-    network = create_model(model.arch, len(source.classes), model.num_members, channels)
+    (channels, *size), model = source.test.image_shape, recipe.model
+    network = create_model(
+        model.arch,
+        len(source.classes),
+        model.num_members,
+        channels,
+        image_size=(size[0], size[1]),
+    )
     place(network, chosen)
     return FinishedRun(run, recipe, source, chosen, network, fused)
 

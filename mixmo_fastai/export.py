@@ -164,7 +164,8 @@ def load_fused(path: Path | str) -> ExportedNetwork:
         arch = str(about["arch"])
         published = parse_architecture(arch).depth > 0
         with torch.device("meta" if published else "cpu"):  # no memory for what is only claimed
-            parts = create_model(arch, len(facts.classes), 1, facts.image_shape[0])
+            channels, height, width = facts.image_shape
+            parts = create_model(arch, len(facts.classes), 1, channels, image_size=(height, width))
             model = FusedNetwork(parts.encoders[0], parts.core, parts.heads[0])
         types = {name: tensor.dtype for name, tensor in model.state_dict().items()}
         if types != {name: tensor.dtype for name, tensor in tensors.items()}:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from inspect import signature
+from inspect import Parameter, signature
 from typing import Any
 
 import fastai.callback.progress
@@ -28,8 +28,9 @@ from mixmo_fastai.losses import MixMoLoss
 from mixmo_fastai.metrics import MemberAccuracy
 from mixmo_fastai.mixing import check_kind
 from mixmo_fastai.models import MixMoModel, convert_to_mixmo, create_model
+from mixmo_fastai.models.backbone_core import BackboneCore
 from mixmo_fastai.models.ghost_norm import use_ghost_batches
-from mixmo_fastai.models.surgery import draw_apart, with_channels
+from mixmo_fastai.models.surgery import draw_apart
 from mixmo_fastai.names import TORCHVISION_NETWORKS
 from mixmo_fastai.randomness import fresh_seed, make_generator
 from mixmo_fastai.recipe import Recipe
@@ -90,7 +91,8 @@ def mixmo_learner(
             batch_repetitions · n for the network.
         arch: network by name, as in "wrn28_10", "resnet50" or "timm/convnext_atto"; a function that
             makes one, as fastai's xresnet50; or a network of your own, which is converted, weights
-            and all, or taken as it is where it is a `MixMoModel`.
+            and all, or taken as it is where it is a `MixMoModel`. All of it is trained, frozen
+            parts included, until `Learner.freeze` says otherwise.
         mix: how features are mixed, see `MixMoCallback`; "sum" where num_members is 1.
         num_members: M.
         num_classes: K; what the loaders say where not given.
@@ -104,7 +106,7 @@ def mixmo_learner(
         A Learner whose figures in evaluation are those of the ensemble.
 
     Raises:
-        InputError: a name or number is not allowed.
+        InputError: a name or number is not allowed, or a network cannot be converted.
     """
     mixing = {name: kwargs.pop(name) for name in CALLBACK_ARGUMENTS if name in kwargs}
     check_kind(mix, num_members)
@@ -114,10 +116,11 @@ def mixmo_learner(
         arch,
         _num_classes(dls) if num_classes is None else num_classes,
         num_members,
-        _num_channels(dls),
+        _image_shape(dls),
         pretrained=pretrained,
         generator=make_generator(seed, "init"),
     )
+    model.requires_grad_()
     if pretrained or isinstance(arch, nn.Module):
         kwargs.setdefault("splitter", body_and_heads)  # for `fine_tune`
     use_ghost_batches(model, ghost_batch_size)
@@ -134,47 +137,113 @@ def mixmo_learner(
 
 
 def body_and_heads(model: MixMoModel) -> list[list[nn.Parameter]]:
-    """Split a network's parameters for fastai's `freeze`: encoders and core, then heads."""
-    body = [*params(model.encoders), *params(model.core)]
-    return [body, params(model.heads)]
+    """Split a network's parameters for fastai's `freeze` and for rates by depth.
+
+    Encoders and core, then the heads, and with them what the network had built as one piece with
+    its last layer, such as the head of fastai's `vision_learner`.
+    """
+    core = model.core
+    around = core.around_the_head() if isinstance(core, BackboneCore) else None
+    late = [] if around is None else params(around)
+    taken = {id(parameter) for parameter in late}
+    body = [p for p in (*params(model.encoders), *params(core)) if id(p) not in taken]
+    return [body, [*late, *params(model.heads)]]
 
 
 def _as_mixmo(
     arch: str | nn.Module | Callable[..., nn.Module],
     num_classes: int,
     num_members: int,
-    in_channels: int,
+    image_shape: tuple[int, int, int],
     *,
     pretrained: bool,
     generator: torch.Generator,
 ) -> MixMoModel:
     """Make a MixMo network of what a user has: a name, a function, or a network."""
+    in_channels, *size = image_shape
+    image_size = (size[0], size[1])
+    if (name := _name_of(arch)) is not None:
+        return create_model(
+            name,
+            num_classes,
+            num_members,
+            in_channels,
+            image_size=image_size,
+            generator=generator,
+            pretrained=pretrained,
+        )
+    trained = True
+    if not isinstance(arch, nn.Module):
+        if not callable(arch) or isinstance(arch, Learner):
+            raise InputError(
+                "arch must be a name, a function that makes a network, or a network; got "
+                f"{type(arch).__name__}.\nOf a Learner it is learn.model."
+            )
+        if pretrained:
+            raise InputError(
+                f"pretrained=True goes with names; {getattr(arch, '__name__', arch)!r} is a "
+                "function.\nGive the network that it makes with its weights."
+            )
+        arch, trained = _called(arch, num_classes, generator)
     if isinstance(arch, MixMoModel):
+        return _checked(arch, num_classes)
+    converted = convert_to_mixmo(
+        arch,
+        num_members,
+        num_classes=num_classes,
+        in_channels=in_channels,
+        image_size=image_size,
+        generator=generator,
+    )
+    return converted if trained else draw_apart(converted, generator)
+
+
+def _name_of(arch: Any) -> str | None:
+    """Give the name of a network, or of torchvision's function that makes it."""
+    if isinstance(arch, str):
         return arch
     name = getattr(arch, "__name__", None)
-    if not isinstance(arch, nn.Module | str) and name in TORCHVISION_NETWORKS:
-        arch = name
-    if isinstance(arch, str):
-        return create_model(
-            arch, num_classes, num_members, in_channels, generator=generator, pretrained=pretrained
-        )
-    settings = {"num_classes": num_classes, "generator": generator}
-    if isinstance(arch, nn.Module):
-        return convert_to_mixmo(arch, num_members, **settings)
-    if pretrained:
+    of_torchvision = str(getattr(arch, "__module__", "")).startswith("torchvision.models.")
+    return name if of_torchvision and name in TORCHVISION_NETWORKS else None
+
+
+def _called(
+    make: Callable[..., nn.Module], num_classes: int, generator: torch.Generator
+) -> tuple[nn.Module, bool]:
+    """Call a function that makes networks, which names their classes in its own way.
+
+    Returns:
+        what it made, and whether that was trained: then it is the same whatever was drawn.
+    """
+    known = signature(make).parameters
+    of_fastai = str(getattr(make, "__module__", "")).startswith("fastai.")
+    named = next((n for n in ("num_classes", "n_out", "n_classes") if n in known), None)
+    takes_any = any(p.kind is Parameter.VAR_KEYWORD for p in known.values())
+    if named is None and takes_any:
+        named = "n_out" if of_fastai else "num_classes"
+    settings = {} if named is None else {named: num_classes}
+    made = []
+    for _ in range(2):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(torch.randint(2**63 - 1, (), generator=generator)))
+            made.append(make(**settings))
+    if not all(isinstance(each, nn.Module) for each in made):
         raise InputError(
-            f"pretrained=True goes with names; {name or arch!r} is a function.\n"
-            "Give the network that it makes with its weights."
+            f"{getattr(make, '__name__', make)!r} makes {type(made[0]).__name__}, not a network."
         )
-    made = with_channels(_called(arch, num_classes), in_channels)
-    return draw_apart(convert_to_mixmo(made, num_members, **settings), generator)
+    pairs = zip(made[0].parameters(), made[1].parameters(), strict=True)
+    return made[0], all(torch.equal(*pair) for pair in pairs)
 
 
-def _called(arch: Callable[..., nn.Module], num_classes: int) -> nn.Module:
-    """Call a function that makes networks, which names their classes in its own way."""
-    of_fastai = str(getattr(arch, "__module__", "")).startswith("fastai.")
-    named = "n_out" if of_fastai or "n_out" in signature(arch).parameters else "num_classes"
-    return arch(**{named: num_classes})
+def _checked(model: MixMoModel, num_classes: int) -> MixMoModel:
+    """Take a network as it is, if it has as many classes as the data."""
+    own = {head.out_features for head in model.heads if isinstance(head, nn.Linear)}
+    if own - {num_classes}:
+        raise InputError(
+            f"The network has {', '.join(map(str, own))} classes, the data {num_classes}.\n"
+            "Build it for the data, or say num_classes."
+        )
+    return model
 
 
 def learner_from_recipe(recipe: Recipe, dls: DataLoaders, **kwargs: Any) -> Learner:
@@ -221,11 +290,18 @@ def _as_mixmo_loss(loss: Any) -> MixMoLoss:
     return loss if isinstance(loss, MixMoLoss) else MixMoLoss(loss)
 
 
-def _num_channels(dls: DataLoaders) -> int:
+def _image_shape(dls: DataLoaders) -> tuple[int, int, int]:
+    """Give (C, H, W) of the training images, of the first batch where they differ."""
     if isinstance(dls.train, BatchLoader):
-        return dls.train.images.image_shape[0]
+        return dls.train.images.image_shape
     batch = dls.train.one_batch() if isinstance(dls.train, DataLoader) else next(iter(dls.train))
-    return int(batch[0].shape[1])
+    if getattr(batch[0], "ndim", 0) != 4:
+        raise InputError(
+            "MixMo needs batches of images (n, C, H, W); the loader's first input is "
+            f"{getattr(batch[0], 'shape', type(batch[0]).__name__)}."
+        )
+    channels, height, width = batch[0].shape[1:]
+    return int(channels), int(height), int(width)
 
 
 def _num_classes(dls: DataLoaders) -> int:

@@ -33,6 +33,7 @@ from mixmo_fastai.evaluation import evaluate_loaders
 from mixmo_fastai.failures import explained
 from mixmo_fastai.interruption import StopRequest
 from mixmo_fastai.learner import learner_from_recipe
+from mixmo_fastai.names import parse_architecture
 from mixmo_fastai.processes import first_before_others, group
 from mixmo_fastai.recipe import Recipe
 from mixmo_fastai.recording import CheckpointCallback, HistoryCallback, StopInValidation
@@ -45,7 +46,7 @@ from mixmo_fastai.settings import to_mapping
 TEST_SET = 2
 """Place of the test loader in the DataLoaders of `make_dataloaders`."""
 SMALLEST_SAFE_SIZE = 32
-"""Height and width from which on every network here takes an image."""
+"""Height and width from which on every published network takes an image."""
 
 
 class TrainingDivergedError(RunFailedError):
@@ -363,17 +364,20 @@ def _with_augmentation(recipe: Recipe, source: DataSource) -> Recipe:
 
 
 def _check_image_size(recipe: Recipe, source: DataSource, model: nn.Module) -> None:
-    """Show the network one image where it may be too small for all the strides."""
+    """Show the network one image where it may not take its size."""
     channels, height, width = source.train.image_shape
-    if min(height, width) >= SMALLEST_SAFE_SIZE:
+    published = parse_architecture(recipe.model.arch).depth > 0
+    if published and min(height, width) >= SMALLEST_SAFE_SIZE:
         return
+    device = next(model.parameters()).device
     try:
         with torch.inference_mode():
-            copy.deepcopy(model).eval()(torch.zeros(1, channels, height, width))
-    except RuntimeError as error:
+            copy.deepcopy(model).eval()(torch.zeros(1, channels, height, width, device=device))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        said = str(error).partition("\n")[0]
         raise InputError(
-            f"Images of {height}x{width} are too small for {recipe.model.arch}.\n"
-            "Take a larger data.image_size, or another network."
+            f"{recipe.model.arch} does not take images of {height}x{width}: {said}\n"
+            "Take another data.image_size, such as a larger one, or another network."
         ) from error
 
 

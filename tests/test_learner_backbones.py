@@ -69,6 +69,96 @@ def test_fine_tuning_freezes_all_but_the_heads_first():
     assert len(learn.opt.hypers) == 2
 
 
+def test_a_function_of_ones_own_is_called_whatever_its_name():
+    def resnet18(n_classes):
+        return nn.Sequential(*small()[:-1], nn.Linear(8, n_classes))
+
+    learn = mixmo_learner(mixmo_dls(), resnet18, seed=0)
+    assert [encoder.out_channels for encoder in learn.model.encoders] == [8, 8]
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_trained_network_keeps_its_weights_and_an_untrained_one_starts_apart(trained):
+    weights = small().state_dict()
+
+    def make():
+        model = small()
+        if trained:
+            model.load_state_dict(weights)
+        return model
+
+    encoders = mixmo_learner(mixmo_dls(), make, seed=0).model.encoders
+    whole = sum(encoder.weight for encoder in encoders)
+    assert torch.allclose(whole, weights["0.weight"], atol=1e-6) == trained
+    both = torch.stack([encoder.weight.flatten() for encoder in encoders])
+    assert (abs(torch.corrcoef(both)[0, 1]) > 0.9) == trained
+
+
+def test_the_global_generator_is_left_alone_by_functions():
+    state = torch.get_rng_state()
+    mixmo_learner(mixmo_dls(), small, seed=0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_a_vision_learner_has_frozen_trains_again():
+    model = create_vision_model(resnet18, 3, pretrained=False)
+    model[0].requires_grad_(False)  # as vision_learner does with trained weights
+    learn = mixmo_learner(mixmo_dls(), model, seed=0)
+    assert all(p.requires_grad for p in learn.model.parameters())
+
+
+def test_the_head_of_a_vision_learner_is_one_piece():
+    """In the first phase of `fine_tune` all of it trains, not the last layer alone."""
+    model = create_vision_model(resnet18, 3, pretrained=False)
+    learn = mixmo_learner(mixmo_dls(), model, seed=0)
+    learn.freeze()
+    moves = {name for name, p in learn.model.named_parameters() if p.requires_grad}
+    assert "core.body.1.4.weight" in moves  # fastai's linear layer before the last
+    assert "heads.0.weight" in moves
+    # fastai trains normalisation always.
+    assert not [n for n in moves if n.startswith("encoders") or n.endswith("conv2.weight")]
+    body, late = learn.opt.param_lists
+    everything = {*learn.model.parameters()}
+    assert {*body} | {*late} == everything
+    assert len(body) + len(late) == len(everything)
+
+
+def test_images_of_other_channels_than_the_networks():
+    learn = mixmo_learner(foreign_dls(), nn.Sequential(nn.Conv2d(1, 8, 3), *small()[1:]), seed=0)
+    assert learn.model.in_channels == 3
+    trained(learn)
+
+
+def test_a_network_for_one_size_is_tried_at_that_of_the_images():
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.all = small()
+
+        def forward(self, x):
+            assert x.shape[2:] == (8, 8)
+            return self.all(x)
+
+    learn = mixmo_learner(mixmo_dls(), Fixed(), seed=0)
+    trained(learn)
+    assert learn.model(torch.randn(2, 3, 8, 8)).shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("arch", "message"),
+    [
+        (lambda: mixmo_learner(mixmo_dls(), small()), r"got Learner.\n.*learn.model"),
+        (lambda: 18, "got int"),
+        (lambda: create_model("wrn10_1", 5), "has 5 classes, the data 3"),
+        (lambda: lambda: "resnet18", "makes str, not a network"),
+        (lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), "has no convolution"),
+    ],
+)
+def test_what_is_no_network_for_the_data(arch, message):
+    with pytest.raises(InputError, match=message):
+        mixmo_learner(mixmo_dls(), arch())
+
+
 def test_weights_of_a_function_are_not_guessed():
     with pytest.raises(InputError, match="goes with names"):
         mixmo_learner(mixmo_dls(), xresnet.xresnet18, pretrained=True)

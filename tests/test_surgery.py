@@ -1,21 +1,19 @@
 """Backbones of others as MixMo networks: the same outputs, gradients everywhere, clear refusals."""
 
 import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
 import torch
 from torch import nn
-from torchvision.models import get_model, list_models
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+from torchvision.models import get_model
 
-from mixmo_fastai.checkpoints.weights import load_network, save_weights
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.mixing import draw_lam, draw_masks
-from mixmo_fastai.models import convert_to_mixmo, create_model
-from mixmo_fastai.models.surgery import with_channels
-from mixmo_fastai.names import TORCHVISION_NETWORKS
-from mixmo_fastai.recipe import load_recipe, override
-from mixmo_fastai.runs import create_run
+from mixmo_fastai.models import convert_to_mixmo
 
 FAMILIES = {  # name: height and width at which it is tried here
     "resnet18": 64, "resnext50_32x4d": 64, "wide_resnet50_2": 64, "alexnet": 64, "vgg11_bn": 32,
@@ -25,6 +23,7 @@ FAMILIES = {  # name: height and width at which it is tried here
     "timm/vit_tiny_patch16_224": 224, "timm/convnext_atto": 64, "timm/tf_efficientnet_b0": 64,
     "timm/mobilenetv3_small_050": 64, "timm/mixer_s32_224": 224, "timm/seresnet18": 64,
     "timm/poolformer_s12": 64, "timm/edgenext_xx_small": 64, "timm/regnetx_002": 64,
+    "timm/dla34": 64, "timm/tnt_s_legacy_patch16_224": 224, "timm/visformer_tiny": 224,
 }  # fmt: skip
 CLASSES = 5
 
@@ -39,6 +38,8 @@ def plain(name):
     for module in model.modules():  # some heads begin at zero, and would hide everything
         if isinstance(module, nn.Linear) and module.out_features == CLASSES:
             nn.init.normal_(module.weight)
+        if isinstance(module, nn.BatchNorm2d) and not module.weight.any():
+            nn.init.ones_(module.weight)
     return model.eval()
 
 
@@ -70,7 +71,7 @@ def test_every_parameter_gets_a_gradient(name):
     logits = converted(torch.randn(2, 2, 3, size, size), masks)
     assert logits.shape == (2, 2, CLASSES)
     logits.square().sum().backward()
-    without = [n for n, p in converted.named_parameters() if p.grad is None]
+    without = [n for n, p in converted.named_parameters() if p.grad is None or not p.grad.any()]
     assert not without
     assert converted.heads[0].weight.grad.abs().sum() > 0
 
@@ -128,9 +129,28 @@ class Changing(Own):
         return super().forward(2 * x)
 
 
+class ChangingInTraining(Own):
+    def forward(self, x):
+        return super().forward(x + torch.randn_like(x) if self.training else x)
+
+
+class Padding(Own):
+    """Pads to a multiple of 32, which an image of 224 is already."""
+
+    def forward(self, x):
+        return super().forward(nn.functional.pad(x, (0, -x.shape[3] % 32, 0, -x.shape[2] % 32)))
+
+
 class Softmax(Own):
     def forward(self, x):
         return super().forward(x).softmax(1)
+
+
+class Clamping(Own):
+    """Says what its last layer says, as long as that is within some range."""
+
+    def forward(self, x):
+        return super().forward(x).clamp(-100, 100)
 
 
 class Twice(Own):
@@ -147,6 +167,16 @@ class Branching(Own):
         return self.last((self.first(x) + self.other(x)).relu().mean((2, 3)))
 
 
+class BranchingInTraining(Branching):
+    def forward(self, x):
+        return super().forward(x) if self.training else Own.forward(self, x)
+
+
+class Auxiliary(Own):
+    def forward(self, x):
+        return (super().forward(x), x) if self.training else super().forward(x)
+
+
 class Tuple(Own):
     def forward(self, x):
         return super().forward(x), x
@@ -155,6 +185,21 @@ class Tuple(Own):
 class Failing(Own):
     def forward(self, x):
         raise RuntimeError("no images today")
+
+
+class Reading(Own):
+    def forward(self, x):
+        return super().forward(x.to(self.first.weight.dtype))
+
+
+class TwoHeads(Own):
+    def __init__(self):
+        super().__init__()
+        self.other = nn.Linear(4, 3)
+
+    def forward(self, x):
+        features = self.first(x).relu().mean((2, 3))
+        return (self.last(features) + self.other(features)) / 2
 
 
 class Standardising(nn.Conv2d):
@@ -166,7 +211,19 @@ class Standardising(nn.Conv2d):
 def standardising():
     model = Own()
     model.first = Standardising(2, 4, 3)
+    nn.init.zeros_(model.last.weight)  # whatever the head makes of it
     return model
+
+
+def normalised(part, normalise):
+    model = Own()
+    setattr(model, part, normalise(getattr(model, part)))
+    return model
+
+
+def on_meta():
+    with torch.device("meta"):
+        return Own()
 
 
 REFUSED = {
@@ -177,12 +234,32 @@ REFUSED = {
         "does not end with a linear layer",
     ),
     "softmax": (Softmax, "does not end with linear layer 'last'"),
+    "clamping": (Clamping, "does not end with linear layer 'last'"),
+    "two heads": (TwoHeads, "does not end with linear layer 'other'"),
+    "distilled": (
+        lambda: timm.create_model("deit_tiny_distilled_patch16_224"),
+        "does not end with linear",
+    ),
     "changed image": (Changing, "changes the image before its first convolution, 'first'"),
+    "changed in training": (ChangingInTraining, "changes the image in training before its first"),
+    "padded": (Padding, "changes the image of 97x97"),
+    "dropped out": (lambda: nn.Sequential(nn.Dropout(0.5), Own()), "image in training before"),
+    "branching in training": (BranchingInTraining, "shows the image in training to more than"),
+    "auxiliary": (Auxiliary, "gives tuple in training, not logits alone"),
+    "reads weights": (Reading, "without its first convolution and last layer: AttributeError"),
+    "lazy": (lambda: nn.Sequential(nn.LazyConv2d(4, 1)), "lazy layers that have not seen an image"),
+    "meta": (on_meta, "is on the meta device"),
+    "a name": (lambda: "resnet18", "A network .* is needed; got 'resnet18'"),
+    "spectral norm": (
+        lambda: normalised("first", spectral_norm),
+        "'first' .* computes its weights",
+    ),
+    "weight norm": (lambda: normalised("last", weight_norm), "'last' .* computes its weights"),
     "called twice": (Twice, "calls its convolution 'first' 2 times"),
     "image goes elsewhere": (Branching, "shows the image to more than its first convolution"),
     "tuple": (Tuple, "gives tuple"),
     "failing": (Failing, "no images today"),
-    "weights normalised": (standardising, "cannot be converted"),
+    "weights normalised": (standardising, "'first' .*not linear in its weights"),
     "squeezenet": (lambda: get_model("squeezenet1_1"), "does not end with a linear layer"),
 }
 
@@ -199,9 +276,15 @@ def test_what_cannot_be_converted_says_which_part_is_missing(case):
     ("arguments", "message"),
     [
         ({"encoder": "last"}, "names no convolution of Own"),
-        ({"head": "first"}, "names no linear layer of Own"),
-        ({"num_members": 0}, "num_members must be 1 or more"),
+        ({"head": "first"}, "does not end with 'first'"),
+        ({"num_members": 0}, "num_members must be a whole number, 1 or more"),
         ({"perturbation": 1.0}, "perturbation must be"),
+        ({"num_members": 2.5}, "num_members must be a whole number"),
+        ({"num_classes": 0}, "num_classes must be a whole number"),
+        ({"image_size": "64"}, "image_size must be a number of pixels or"),
+        ({"image_size": (64, 0)}, "image_size must be a number of pixels or"),
+        ({"image_size": 1}, "at 2x1x1: .*\\n.*of that size"),
+        ({"in_channels": 0}, "in_channels must be 1 or more"),
     ],
 )
 def test_wrong_arguments_are_explained(arguments, message):
@@ -209,40 +292,154 @@ def test_wrong_arguments_are_explained(arguments, message):
         convert_to_mixmo(Own(), **arguments)
 
 
-def test_names_of_torchvision_are_its_names():
-    import torchvision
+class Named(Own):
+    """Its layers have two names each, and are called by keyword."""
 
-    known = set(list_models(module=torchvision.models))
-    assert known - set(TORCHVISION_NETWORKS) >= {"squeezenet1_0", "squeezenet1_1"}
-    assert set(TORCHVISION_NETWORKS) <= known
+    def __init__(self):
+        super().__init__()
+        self.features = nn.ModuleList([self.first])
+        self.classifier = nn.Sequential(nn.Dropout(), self.last)
+
+    def forward(self, x):
+        return self.classifier(self.first(input=x).relu().mean((2, 3)))
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "timm/convnext_atto"])
-def test_networks_by_name_are_drawn_from_their_generator(arch):
-    def make(seed):
-        return create_model(arch, 4, 2, 1, generator=torch.Generator().manual_seed(seed))
+class Reordered(Own):
+    """Registers a convolution of other channels before the first that it calls."""
 
-    state = torch.get_rng_state()
-    first, again, other = make(0), make(0), make(1)
+    def __init__(self):
+        super().__init__()
+        first = self.first
+        del self.first
+        self.between, self.first = nn.Conv2d(4, 4, 1), nn.Conv2d(3, 4, 3)
+        del first
+
+    def forward(self, x):
+        return self.last(self.between(self.first(x)).relu().mean((2, 3)))
+
+
+class OneByOne(Own):
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Conv2d(4, 3, 1)
+
+    def forward(self, x):
+        return self.last(self.first(x).relu().mean((2, 3), keepdim=True)).flatten(1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "channels"), [(Named, 2), (Reordered, 3), (OneByOne, 2), (Own, 2)]
+)
+def test_networks_built_in_their_own_ways(kind, channels):
+    model = kind().eval()
+    x = torch.randn(3, channels, 20, 13)
+    for given in ({}, {"encoder": "first"}):
+        converted = convert_to_mixmo(model, **given).eval()
+        torch.testing.assert_close(converted(x), model(x))
+        torch.testing.assert_close(converted.fuse()(x), model(x))
+    assert all(isinstance(head, nn.Linear) for head in converted.heads)
+
+
+@pytest.mark.parametrize("size", [40, 97])
+@pytest.mark.parametrize("name", ["resnet18", "convnext_tiny", "densenet121", "mobilenet_v2"])
+def test_other_sizes_than_that_it_was_tried_at(name, size):
+    model = plain(name)
+    converted, x = convert_to_mixmo(model).eval(), torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        assert largest_difference(converted(x), model(x)) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_type_of_the_weights_stays(dtype):
+    model = plain("resnet18").to(dtype)
+    converted = convert_to_mixmo(model)
+    assert {p.dtype for p in converted.parameters()} == {dtype}
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    if dtype == torch.float64:
+        x = torch.randn(2, 3, 32, 32, dtype=dtype)
+        torch.testing.assert_close(converted.eval()(x), model(x), rtol=1e-9, atol=1e-9)
+
+
+def test_a_region_of_lower_precision_does_not_spoil_the_check():
+    model, x = plain("resnet18"), torch.randn(2, 3, 32, 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        converted = convert_to_mixmo(model)
+    with torch.no_grad():
+        assert largest_difference(converted.eval()(x), model(x)) < 1e-4
+
+
+def test_encoders_and_heads_train_and_what_was_frozen_between_stays_so():
+    model = plain("resnet18").requires_grad_(False)
+    converted = convert_to_mixmo(model)
+    trains = {name.split(".")[0] for name, p in converted.named_parameters() if p.requires_grad}
+    assert trains == {"encoders", "heads"}
+
+
+def test_a_network_that_diverged_is_converted_all_the_same():
+    model = Own()
+    nn.init.constant_(model.last.weight, float("nan"))
+    assert convert_to_mixmo(model)(torch.randn(1, 2, 9, 9)).isnan().all()
+
+
+def test_the_network_is_left_alone():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(256, 3))
+    model.train()
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    convert_to_mixmo(model, generator=torch.Generator(), num_classes=7, image_size=8)
     assert torch.equal(torch.get_rng_state(), state)
-    for name, tensor in first.state_dict().items():
-        assert torch.equal(tensor, again.state_dict()[name])
-    assert not torch.equal(first.encoders[0].weight, other.encoders[0].weight)
-    # Independent draws of one distribution.
-    ours, theirs = (encoder.weight.flatten() for encoder in first.encoders)
-    assert abs(torch.corrcoef(torch.stack([ours, theirs]))[0, 1]) < 0.1
-    assert torch.equal(ours.sort().values, theirs.sort().values)
-    assert first(torch.randn(2, 1, 32, 32)).shape == (2, 4)
+    assert model.training
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_an_unknown_network_of_timm_is_named():
-    with pytest.raises(InputError, match="timm has no network 'resnet1800'"):
-        create_model("timm/resnet1800", 4)
+def test_several_threads_may_ask_one_network():
+    fused = convert_to_mixmo(plain("resnet18")).eval().fuse()
+    images = torch.randn(8, 1, 3, 32, 32)
+    with torch.no_grad():
+        expected = [fused(image) for image in images]
+
+        def ask(number):
+            with torch.no_grad():
+                return number, fused(images[number])
+
+        with ThreadPoolExecutor(4) as pool:
+            for number, found in pool.map(ask, [*range(8)] * 15):
+                torch.testing.assert_close(found, expected[number])
 
 
-def test_there_are_no_trained_weights_of_published_networks():
-    with pytest.raises(InputError, match="no trained weights of wrn10_1"):
-        create_model("wrn10_1", 4, pretrained=True)
+def test_copies_and_pickles_are_networks_as_well():
+    converted, x = convert_to_mixmo(Own()), torch.randn(2, 2, 9, 9)
+    for other in (copy.deepcopy(converted), pickle.loads(pickle.dumps(converted))):
+        torch.testing.assert_close(other(x), converted(x))
+
+
+def test_no_image_is_kept():
+    converted = convert_to_mixmo(Own())
+    converted(torch.randn(2, 2, 9, 9))
+    assert converted.core.body.first.of_thread.features is None
+
+    class StopError(Exception):
+        pass
+
+    def stop(*_):
+        raise StopError
+
+    converted.core.body.last.register_forward_hook(stop)
+    with pytest.raises(StopError):
+        converted(torch.randn(2, 2, 9, 9))
+    assert converted.core.body.first.of_thread.features is None
+
+
+def test_it_is_compiled_and_traced_whole():
+    converted, x = convert_to_mixmo(plain("resnet18")).eval(), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = converted(x)
+        compiled = torch.compile(converted.core, backend="eager", fullgraph=True)
+        features = sum(encoder(x) for encoder in converted.encoders)
+        torch.testing.assert_close(compiled(features), converted.core(features))
+        exported = torch.export.export(converted.fuse(), (x,)).module()
+        torch.testing.assert_close(exported(x), expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4, 6])
@@ -250,14 +447,7 @@ def test_other_channels_give_the_same_for_grey_images(channels):
     model = plain("resnet18")
     grey = torch.randn(2, 1, 32, 32)
     expected = model(grey.expand(-1, 3, -1, -1))
-    found = with_channels(model, channels)(grey.expand(-1, channels, -1, -1))
+    converted = convert_to_mixmo(model, in_channels=channels)
+    found = converted(grey.expand(-1, channels, -1, -1))
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
-
-
-def test_a_run_of_such_a_network_is_read_back(tmp_path):
-    recipe = override(load_recipe("digits/cut-mixmo"), ["model.arch=resnet18"])
-    run = create_run(recipe, tmp_path / "run")
-    model = create_model("resnet18", 10, 2, 1)
-    save_weights(model, run)
-    x = torch.randn(2, 1, 32, 32)
-    torch.testing.assert_close(load_network(run)(x), model.eval()(x))
+    assert converted.in_channels == channels

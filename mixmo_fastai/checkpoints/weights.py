@@ -45,8 +45,13 @@ def load_network(run: RunFolder) -> MixMoModel:
     head, encoder = (tensors.get(f"{part}.0.weight") for part in ("heads", "encoders"))
     if head is None or encoder is None or head.ndim != 2 or encoder.ndim != 4:
         raise InputError(f"{run.weights} holds another network than the recipe says.")
+    facts = run.data_facts()
     model = create_model(
-        recipe.model.arch, head.shape[0], recipe.model.num_members, encoder.shape[1]
+        recipe.model.arch,
+        head.shape[0],
+        recipe.model.num_members,
+        encoder.shape[1],
+        image_size=None if facts is None else (facts.image_shape[1], facts.image_shape[2]),
     )
     put_tensors(model, tensors, run.weights)
     return model.eval()

@@ -1,186 +1,381 @@
-"""Where a network's first convolution and its last linear layer are, seen by running it once.
+"""Where a network's first convolution and its last linear layer are, seen by running it.
 
 Shapes: C image channels, H W image size, K classes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
 
 from mixmo_fastai.errors import InputError
 
 IMAGE_SIZES = (224, 64, 32, 28, 16, 8)
 """Heights and widths at which a network is tried where nothing says which it takes."""
+OTHER_SIZES = ((97, 97), (40, 56), (224, 224))
+"""Sizes at which it must take the image as it is, if it takes them at all."""
+Size = int | tuple[int, int]
+
+
+class Call(NamedTuple):
+    """A layer that was called by name, with what, and what it gave."""
+
+    name: str
+    input: Any
+    output: Tensor
 
 
 @dataclass
 class Seen:
-    """What one forward pass showed.
+    """What one forward pass in evaluation mode showed.
 
     Attributes:
         name: of the model, for messages.
         image: that it was shown (2, C, H, W).
         output: what it gave.
-        calls: its convolutions and linear layers in the order in which they were called: name,
-            input and output.
-        modules: all of them by name, called or not.
+        convolutions: names of those that were called, in order.
+        first: the call of the first convolution, or of the one that was asked for.
+        ends: calls of layers that could be the last: linear ones of rows, and convolutions 1x1 of
+            maps of one place.
     """
 
     name: str
     image: Tensor
     output: Any = None
-    calls: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
-    modules: dict[str, nn.Module] = field(default_factory=dict)
-
-    def called(self, kind: type[nn.Module]) -> list[tuple[str, Tensor, Tensor]]:
-        """Give the calls of one kind of layer."""
-        return [call for call in self.calls if isinstance(self.modules[call[0]], kind)]
+    convolutions: list[str] = field(default_factory=list)
+    first: Call | None = None
+    ends: list[Call] = field(default_factory=list)
 
 
-def look(model: nn.Module, image_size: int | tuple[int, int] | None) -> Seen:
-    """Run a model once, in evaluation mode, and note its layers.
+def layers_of(model: nn.Module, kind: type[nn.Module] | tuple[type, ...]) -> dict[str, nn.Module]:
+    """List a model's layers of a kind, by name."""
+    modules: dict[str, nn.Module] = dict(model.named_modules())
+    return {name: module for name, module in modules.items() if isinstance(module, kind)}
+
+
+def check_model(model: Any) -> None:
+    """Check that something is a network that can be looked at.
+
+    Raises:
+        InputError: it is none, or is not complete.
+    """
+    if not isinstance(model, nn.Module):
+        what = f"{model!r}" if isinstance(model, str) else type(model).__name__
+        raise InputError(
+            f"A network (nn.Module) is needed; got {what}.\n"
+            "Of a Learner it is learn.model; by name it is made by create_model(name, num_classes)."
+        )
+    name = type(model).__name__
+    tensors = [*model.parameters(), *model.buffers()]
+    if any(is_lazy(tensor) for tensor in tensors):
+        raise InputError(
+            f"{name} has lazy layers that have not seen an image yet.\nShow it one batch first."
+        )
+    if any(tensor.device.type == "meta" for tensor in tensors):
+        raise InputError(f"{name} is on the meta device, without weights.")
+
+
+def look(
+    model: nn.Module,
+    image_sizes: Sequence[tuple[int, int]],
+    encoder: str | None = None,
+    in_channels: int | None = None,
+) -> Seen:
+    """Run a model, and note its layers.
 
     Args:
-        model: afterwards it is as before.
-        image_size: of the image; its own, or what works, where not given.
+        model: on the CPU, in evaluation mode; left as it is.
+        image_sizes: at which it is tried, until it runs.
+        encoder: name of its first convolution, where it is known.
+        in_channels: C, where it is known.
 
     Raises:
         InputError: it has no convolution, or cannot be run.
     """
     name = type(model).__name__
-    modules: dict[str, nn.Module] = {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Conv2d | nn.Linear)
-    }
-    first = next((m for m in modules.values() if isinstance(m, nn.Conv2d)), None)
-    if first is None:
+    convolutions = layers_of(model, nn.Conv2d)
+    if not convolutions:
         raise InputError(
             f"{name} has no convolution (nn.Conv2d) to make encoders of.\n"
             "MixMo needs one that sees the image before anything else does."
         )
+    counts = _channels(convolutions, encoder, in_channels)
     reasons = []
-    for size in _sizes(model, image_size):
-        weight = first.weight
-        drawn = torch.randn(2, first.in_channels, *size, generator=torch.Generator().manual_seed(0))
-        seen = Seen(name, drawn.to(weight.device, weight.dtype), modules=modules)
-        try:
-            with _watched(model, seen), torch.no_grad():
-                seen.output = model(seen.image)
-        except Exception as error:  # anything may happen in somebody's forward pass
-            reasons.append(f"at {size[0]}x{size[1]}: {str(error).partition(chr(10))[0][:120]}")
-            continue
-        return seen
+    for size in image_sizes:
+        for channels in counts:
+            seen = Seen(name, _image(channels, size).to(first_tensor(model)))
+            try:
+                with _noting(model, seen, encoder), torch.no_grad():
+                    seen.output = model(seen.image)
+            except Exception as error:  # anything may happen in somebody's forward pass
+                reasons.append(f"at {channels}x{size[0]}x{size[1]}: {_in_words(error)}")
+                continue
+            return seen
     raise InputError(
-        f"{name} could not be run on an image of {first.in_channels} channels; {reasons[0]}.\n"
-        "Say the size of its images: image_size=224."
+        f"{name} could not be run on an image; {reasons[0]}.\n"
+        + (
+            "Does it take images of that size?"
+            if len(image_sizes) == 1
+            else "Say the size of its images: image_size=224."
+        )
     )
 
 
-def _sizes(model: nn.Module, given: int | tuple[int, int] | None) -> list[tuple[int, int]]:
-    """List the sizes at which to try a model; where the model says its own, that one first."""
+def sizes_of(model: nn.Module, given: Size | None) -> list[tuple[int, int]]:
+    """List the sizes at which to try a model; where the model says its own, that one first.
+
+    Raises:
+        InputError: the given one is no size.
+    """
     if given is not None:
-        return [(given, given) if isinstance(given, int) else given]
+        if (pair := _pair(given)) is None:
+            raise InputError(
+                f"image_size must be a number of pixels or (height, width); got {given!r}."
+            )
+        return [pair]
     config = getattr(model, "default_cfg", None)  # timm's
     own = config.get("input_size") if isinstance(config, dict) else None
-    own = own[1:] if own else getattr(model, "image_size", None)  # torchvision's
-    pair = (own, own) if isinstance(own, int) else tuple(own) if own else None
-    return [*([pair] if pair else []), *((size, size) for size in IMAGE_SIZES)]
+    known = _pair(own[1:] if own else getattr(model, "image_size", None))  # torchvision's
+    return [*([known] if known else []), *((size, size) for size in IMAGE_SIZES)]
 
 
-@contextmanager
-def _watched(model: nn.Module, seen: Seen) -> Iterator[None]:
-    """Note calls within; afterwards the model is as it was, its training mode part by part."""
-
-    def note(name: str) -> Any:
-        return lambda _, inputs, output: seen.calls.append((name, inputs[0], output))
-
-    hooks = [module.register_forward_hook(note(name)) for name, module in seen.modules.items()]
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, mode in modes.items():
-            module.training = mode
-
-
-def first_convolution(seen: Seen, given: str | None) -> str:
+def first_convolution(model: nn.Module, seen: Seen, given: str | None) -> Call:
     """Find the convolution that is the first to see the image.
 
     Args:
+        model: as it was looked at.
         seen: from `look`.
         given: its name, to be checked; found where not given.
 
     Raises:
         InputError: there is none, or not one that alone sees the image as it is.
     """
-    _check_named(seen, given, nn.Conv2d, "encoder", "convolution")
-    calls = seen.called(nn.Conv2d)
-    name = given or (calls[0][0] if calls else None)
-    own = [call for call in calls if call[0] == name]
-    if name is None or not own:
-        raise InputError(f"{seen.name} did not call the convolution {name or 'that it has'!r}.")
-    if len(own) > 1:
+    _check_named(model, given, nn.Conv2d, "encoder", "convolution")
+    if seen.first is None:
+        raise InputError(f"{seen.name} did not call the convolution {given or 'that it has'!r}.")
+    name = seen.first.name
+    if (times := seen.convolutions.count(name)) > 1:
         raise InputError(
-            f"{seen.name} calls its convolution {name!r} {len(own)} times per image; encoders must "
+            f"{seen.name} calls its convolution {name!r} {times} times per image; encoders must "
             "see it once."
         )
-    if own[0][1].shape != seen.image.shape or not torch.equal(own[0][1], seen.image):
-        raise InputError(
-            f"{seen.name} changes the image before its first convolution, {name!r}, so that "
-            "encoders would not see it.\nDo that in the loader, such as standardising pixels; in "
-            "torchvision's models it is transform_input=False."
-        )
-    return name
+    _check_plain(model, name, seen.name)
+    if not _is_same(seen.first.input, seen.image):
+        raise _changes_the_image(seen.name, name)
+    _check_elsewhere(model, seen, name)
+    return seen.first
 
 
-def last_linear(seen: Seen, given: str | None) -> str:
+def last_linear(model: nn.Module, seen: Seen, given: str | None) -> Call:
     """Find the linear layer whose output is the model's.
 
     Args:
+        model: as it was looked at; it is run once more.
         seen: from `look`.
         given: its name, to be checked; found where not given.
 
     Raises:
         InputError: there is none.
     """
-    _check_named(seen, given, nn.Linear, "head", "linear layer")
+    _check_named(model, given, (nn.Linear, nn.Conv2d), "head", "linear layer")
     if not isinstance(seen.output, Tensor) or seen.output.ndim != 2:
-        what = f"of shape {tuple(seen.output.shape)}" if isinstance(seen.output, Tensor) else ""
+        what = f" of shape {tuple(seen.output.shape)}" if isinstance(seen.output, Tensor) else ""
         raise InputError(
-            f"{seen.name} gives {type(seen.output).__name__} {what}; MixMo needs logits (B, K)."
+            f"{seen.name} gives {type(seen.output).__name__}{what}; MixMo needs logits (B, K)."
         )
-    calls = seen.called(nn.Linear)
-    ends = [name for name, _, output in calls if _is_same(output, seen.output)]
-    wanted = [name for name in ends if given in (None, name)]
-    if not wanted:
-        last = f"linear layer {given or calls[-1][0]!r}" if calls else "a linear layer (nn.Linear)"
+    named = [call for call in seen.ends if given in (None, call.name)]
+    ends = [call for call in named if _ends_with(model, seen, call)]
+    if not ends:
+        what = f"linear layer {named[-1].name!r}" if named else "a linear layer (nn.Linear)"
+        what = what if given is None else repr(given)
         raise InputError(
-            f"{seen.name} does not end with {last}: heads cannot be made of it.\n"
-            "Its output must be that of its last linear layer, without softmax or reshaping."
+            f"{seen.name} does not end with {what}: heads cannot be made of it.\n"
+            "Its output must be that of one linear layer, without softmax, reshaping or a second "
+            "head."
         )
-    if [name for name, _, _ in calls].count(wanted[-1]) > 1:
-        raise InputError(f"{seen.name} calls its linear layer {wanted[-1]!r} more than once.")
-    return wanted[-1]
+    last = ends[-1]
+    if [call.name for call in seen.ends].count(last.name) > 1:
+        raise InputError(f"{seen.name} calls its linear layer {last.name!r} more than once.")
+    _check_plain(model, last.name, seen.name)
+    return last
 
 
-def _is_same(output: Tensor, expected: Tensor) -> bool:
-    return output.shape == expected.shape and torch.equal(output, expected)
+def _channels(
+    convolutions: dict[str, nn.Module], encoder: str | None, in_channels: int | None
+) -> list[int]:
+    """List the numbers of image channels to try: those of convolutions, the likeliest first."""
+    own = [m.in_channels for m in convolutions.values() if isinstance(m, nn.Conv2d)]
+    if encoder in convolutions:
+        return [own[[*convolutions].index(encoder)]]
+    likely = [own[0], *(count for count in (in_channels, 3, 1) if count in own)]
+    return [*dict.fromkeys([*likely, *own])][:5]
+
+
+def first_tensor(model: nn.Module) -> Tensor:
+    """Give a parameter of a model, for where and of which type it is."""
+    return next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+
+
+def _image(channels: int, size: tuple[int, int]) -> Tensor:
+    return torch.randn(2, channels, *size, generator=torch.Generator().manual_seed(0))
+
+
+def _pair(size: Any) -> tuple[int, int] | None:
+    pair = (size, size) if isinstance(size, int) else size
+    fits = isinstance(pair, tuple | list) and len(pair) == 2
+    return (pair[0], pair[1]) if fits and all(type(n) is int and n > 0 for n in pair) else None
+
+
+@contextmanager
+def _noting(model: nn.Module, seen: Seen, encoder: str | None) -> Iterator[None]:
+    """Note calls within."""
+
+    def note_convolution(name: str) -> Any:
+        def hook(module: nn.Conv2d, args: Any, kwargs: Any, output: Tensor) -> None:
+            seen.convolutions.append(name)
+            is_first = seen.first is None and encoder in (None, name)
+            is_end = set(output.shape[2:]) == {1} and set(module.kernel_size) == {1}
+            if not is_first and not is_end:
+                return
+            call = _call(name, args, kwargs, output)
+            seen.first = call if is_first else seen.first
+            seen.ends += [call] if is_end else []
+
+        return hook
+
+    def note_linear(name: str) -> Any:
+        def hook(_: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+            if output.ndim == 2:
+                seen.ends.append(_call(name, args, kwargs, output))
+
+        return hook
+
+    hooks = [
+        module.register_forward_hook(note(name), with_kwargs=True)
+        for kind, note in ((nn.Conv2d, note_convolution), (nn.Linear, note_linear))
+        for name, module in layers_of(model, kind).items()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _call(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Call:
+    given = _first_of(args, kwargs)
+    # Copies, as the layer after it may write over them.
+    return Call(name, given.clone() if isinstance(given, Tensor) else given, output.clone())
+
+
+def _first_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return next(iter((*args, *kwargs.values())), None)
+
+
+class _Reached(Exception):  # noqa: N818  # no error
+    """The first convolution was called; nothing after it needs to run."""
+
+
+def _check_elsewhere(model: nn.Module, seen: Seen, name: str) -> None:
+    """Check that the image reaches the convolution as it is in training and at other sizes too."""
+    reached: list[Any] = []
+
+    def stop(_: nn.Module, args: Any, kwargs: Any) -> None:
+        reached.append(_first_of(args, kwargs))
+        raise _Reached
+
+    hook = model.get_submodule(name).register_forward_pre_hook(stop, with_kwargs=True)
+    modes = {module: module.training for module in model.modules()}
+    channels, own = seen.image.shape[1], (seen.image.shape[2], seen.image.shape[3])
+    try:
+        for training, when in ((True, " in training"), (False, "")):
+            model.train(training)
+            for size in (own, *OTHER_SIZES):
+                image = _image(channels, size).to(seen.image)
+                try:
+                    with torch.random.fork_rng(devices=[]), torch.no_grad():
+                        model(image)
+                except _Reached:
+                    if not _is_same(reached[-1], image):
+                        at = "" if size == own else f" of {size[0]}x{size[1]}"
+                        raise _changes_the_image(seen.name, name, at + when) from None
+                except Exception as error:  # a size that it does not take
+                    if size == own:
+                        raise InputError(
+                            f"{seen.name} could not be run{when}: {_in_words(error)}."
+                        ) from error
+    finally:
+        hook.remove()
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _changes_the_image(model: str, convolution: str, when: str = "") -> InputError:
+    return InputError(
+        f"{model} changes the image{when} before its first convolution, {convolution!r}, so that "
+        "encoders would not see it.\nDo that in the loader, such as standardising pixels; in "
+        "torchvision's models it is transform_input=False."
+    )
+
+
+def _ends_with(model: nn.Module, seen: Seen, call: Call) -> bool:
+    """Tell whether a layer's output is the model's, whatever it is: a mark comes out as it is."""
+    if call.output.numel() != seen.output.numel():
+        return False
+    mark = 1e3 * _image(1, (1, seen.output.shape[1])).to(seen.image).reshape(call.output.shape)
+    mark.view(-1)[0] = float("nan")
+
+    def give_mark(*_: Any) -> Tensor:
+        return mark
+
+    hook = model.get_submodule(call.name).register_forward_hook(give_mark)
+    try:
+        with torch.no_grad():
+            found = model(seen.image)
+    finally:
+        hook.remove()
+    return isinstance(found, Tensor) and _is_same(found, mark.flatten(1))
+
+
+def _is_same(tensor: Any, expected: Tensor) -> bool:
+    if not isinstance(tensor, Tensor) or tensor.shape != expected.shape:
+        return False
+    return torch.allclose(tensor, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def _check_named(
-    seen: Seen, given: str | None, kind: type[nn.Module], argument: str, wanted: str
+    model: nn.Module,
+    given: str | None,
+    kind: type[nn.Module] | tuple[type, ...],
+    argument: str,
+    wanted: str,
 ) -> None:
-    if given is not None and not isinstance(seen.modules.get(given), kind):
-        known = [name for name, module in seen.modules.items() if isinstance(module, kind)]
+    known = layers_of(model, kind)
+    if given is not None and given not in known:
+        names = [*known]
         raise InputError(
-            f"{argument} {given!r} names no {wanted} of {seen.name}.\n"
-            f"There are: {', '.join(known[:5])}{', …' if len(known) > 5 else ''}."
+            f"{argument} {given!r} names no {wanted} of {type(model).__name__}.\n"
+            f"There are: {', '.join(names[:5])}{', …' if len(names) > 5 else ''}."
         )
+
+
+def _check_plain(model: nn.Module, name: str, model_name: str) -> None:
+    """Check that a layer's weights are its own parameters."""
+    layer = model.get_submodule(name)
+    if is_parametrized(layer) or "weight" not in dict(layer.named_parameters(recurse=False)):
+        raise InputError(
+            f"The layer {name!r} of {model_name} computes its weights from others, such as by "
+            "weight or spectral normalisation.\nTake that off first: "
+            "torch.nn.utils.parametrize.remove_parametrizations."
+        )
+
+
+def _in_words(error: Exception) -> str:
+    """Give the first line of what somebody's forward pass raised, and its kind."""
+    said = str(error).partition("\n")[0][:120].rstrip(".:")
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__

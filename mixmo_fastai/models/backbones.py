@@ -12,12 +12,14 @@ from mixmo_fastai.errors import InputError, nearest
 from mixmo_fastai.names import Architecture
 
 _WITH_AUXILIARY = ("googlenet", "inception_v3")
+_OF_FIXED_SIZE = ("vit_", "maxvit_")
 
 
 def build_backbone(
     arch: Architecture,
     num_classes: int,
     *,
+    image_size: tuple[int, int] | None = None,
     pretrained: bool = False,
     generator: torch.Generator | None = None,
 ) -> nn.Module:
@@ -26,23 +28,32 @@ def build_backbone(
     Args:
         arch: of torchvision or timm.
         num_classes: K; not of a pretrained one, which has those that it was trained on.
+        image_size: height and width, for networks that are built for one size; the library's where
+            not given.
         pretrained: whether weights are downloaded, the library's best.
         generator: of the initial weights; torch's global one is left as it was.
 
     Raises:
-        InputError: timm is not installed or has no such network, or weights cannot be had.
+        InputError: timm is not installed or has no such network, it cannot be built for that size,
+            or weights cannot be had.
     """
     seed = int(torch.randint(2**63 - 1, (), generator=generator))
     with _seeded(seed):
         try:
             if arch.family == "torchvision":
-                return _torchvision(arch.name, num_classes, pretrained)
-            return _timm(arch.name, num_classes, pretrained)
+                return _torchvision(arch.name, num_classes, image_size, pretrained)
+            return _timm(arch.name, num_classes, image_size, pretrained)
+        except InputError:
+            raise
         except OSError as error:
             raise InputError(
                 f"The weights of {arch.name} cannot be downloaded: {error}.\n"
                 "Train without them, or put them where the library looks for them."
             ) from error
+        except (ValueError, AssertionError, RuntimeError) as error:
+            size = f" for images of {image_size[0]}x{image_size[1]}" if image_size else ""
+            said = str(error).partition("\n")[0] or type(error).__name__
+            raise InputError(f"{arch.name} cannot be built{size}: {said}") from error
 
 
 @contextmanager
@@ -52,21 +63,44 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def _torchvision(name: str, num_classes: int, pretrained: bool) -> nn.Module:
+def _torchvision(
+    name: str, num_classes: int, image_size: tuple[int, int] | None, pretrained: bool
+) -> nn.Module:
     from torchvision.models import get_model
 
+    if pretrained and name in _WITH_AUXILIARY:
+        raise InputError(
+            f"The trained weights of {name} want pixels standardised in a way of their own, within "
+            "the network.\nTake another network, or train it from the start."
+        )
     settings: dict[str, Any] = {} if pretrained else {"num_classes": num_classes}
     if name in _WITH_AUXILIARY:
-        # What looks at features in between would need heads of its own; pixels are standardised
-        # by the loader.
-        settings |= {} if pretrained else {"aux_logits": False, "init_weights": True}
+        # What looks at features in between would need heads of its own.
+        settings |= {"aux_logits": False, "init_weights": True}
+    if image_size not in (None, (224, 224)) and name.startswith(_OF_FIXED_SIZE):
+        settings |= _built_for(name, image_size, pretrained)
     model: nn.Module = get_model(name, weights="DEFAULT" if pretrained else None, **settings)
-    if name in _WITH_AUXILIARY and pretrained:
-        vars(model).update(aux_logits=False, transform_input=False)
     return model
 
 
-def _timm(name: str, num_classes: int, pretrained: bool) -> nn.Module:
+def _built_for(name: str, image_size: tuple[int, int] | None, pretrained: bool) -> dict[str, Any]:
+    """Say to torchvision which size of images a network is to be built for."""
+    assert image_size is not None
+    height, width = image_size
+    if pretrained:
+        raise InputError(
+            f"The trained weights of {name} are for images of 224x224; these are {height}x{width}."
+        )
+    if name.startswith("maxvit_"):
+        return {"input_size": image_size}
+    if height != width:
+        raise InputError(f"{name} takes square images; these are {height}x{width}.")
+    return {"image_size": height}
+
+
+def _timm(
+    name: str, num_classes: int, image_size: tuple[int, int] | None, pretrained: bool
+) -> nn.Module:
     if find_spec("timm") is None:
         raise InputError(
             f"The network timm/{name} needs timm.\nInstall: pip install 'mixmo-fastai[timm]'"
@@ -78,5 +112,8 @@ def _timm(name: str, num_classes: int, pretrained: bool) -> nn.Module:
         hint = f" Did you mean 'timm/{guess}'?" if guess else ""
         raise InputError(f"timm has no network {name!r}.{hint}")
     settings: dict[str, Any] = {} if pretrained else {"num_classes": num_classes}
-    model: nn.Module = timm.create_model(name, pretrained=pretrained, **settings)
+    settings |= {"pretrained": pretrained}
+    if image_size is not None and timm.get_pretrained_cfg_value(name, "fixed_input_size"):
+        settings |= {"img_size": image_size}
+    model: nn.Module = timm.create_model(name, **settings)
     return model

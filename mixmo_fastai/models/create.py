@@ -8,7 +8,7 @@ from mixmo_fastai.models import preact_resnet, wide_resnet
 from mixmo_fastai.models.backbones import build_backbone
 from mixmo_fastai.models.initialization import initialize
 from mixmo_fastai.models.mixmo_model import MixMoModel
-from mixmo_fastai.models.surgery import convert_to_mixmo, draw_apart, with_channels
+from mixmo_fastai.models.surgery import convert_to_mixmo, draw_apart
 from mixmo_fastai.names import parse_architecture
 
 PREACT_HEAD_STD = 0.01
@@ -20,6 +20,7 @@ def create_model(
     num_members: int = 2,
     in_channels: int = 3,
     *,
+    image_size: tuple[int, int] | None = None,
     generator: torch.Generator | None = None,
     pretrained: bool = False,
 ) -> MixMoModel:
@@ -31,6 +32,8 @@ def create_model(
         num_classes: K; 1 where a number is predicted.
         num_members: M; 1 is the vanilla network on the same code path.
         in_channels: C.
+        image_size: height and width, for networks that are built for one size, such as vision
+            transformers; their library's where not given.
         generator: of the initial weights.
         pretrained: whether to start from the library's trained weights; see `convert_to_mixmo`.
 
@@ -44,10 +47,16 @@ def create_model(
         if value < lowest:
             raise InputError(f"{name} must be {lowest} or more; got {value}.")
     if parsed.family in ("torchvision", "timm"):
-        backbone = build_backbone(parsed, num_classes, pretrained=pretrained, generator=generator)
-        with_channels(backbone, in_channels)
+        backbone = build_backbone(
+            parsed, num_classes, image_size=image_size, pretrained=pretrained, generator=generator
+        )
         converted = convert_to_mixmo(
-            backbone, num_members, num_classes=num_classes, generator=generator
+            backbone,
+            num_members,
+            num_classes=num_classes,
+            in_channels=in_channels,
+            image_size=image_size,
+            generator=generator,
         )
         return converted if pretrained else draw_apart(converted, generator)
     if pretrained:

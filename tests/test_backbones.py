@@ -1,0 +1,110 @@
+"""Networks of torchvision and timm by name."""
+
+import pytest
+import torch
+from test_surgery import CLASSES, plain
+from torchvision.models import get_model, list_models
+
+from mixmo_fastai.checkpoints.weights import load_network, save_weights
+from mixmo_fastai.errors import InputError
+from mixmo_fastai.models import create_model
+from mixmo_fastai.names import TORCHVISION_NETWORKS
+from mixmo_fastai.recipe import load_recipe, override
+from mixmo_fastai.runs import create_run
+
+
+def test_names_of_torchvision_are_its_names():
+    import torchvision
+
+    known = set(list_models(module=torchvision.models))
+    assert known - set(TORCHVISION_NETWORKS) >= {"squeezenet1_0", "squeezenet1_1"}
+    assert set(TORCHVISION_NETWORKS) <= known
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "timm/convnext_atto"])
+def test_networks_by_name_are_drawn_from_their_generator(arch):
+    def make(seed):
+        return create_model(arch, 4, 2, 1, generator=torch.Generator().manual_seed(seed))
+
+    state = torch.get_rng_state()
+    first, again, other = make(0), make(0), make(1)
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name])
+    assert not torch.equal(first.encoders[0].weight, other.encoders[0].weight)
+    # Independent draws of one distribution.
+    ours, theirs = (encoder.weight.flatten() for encoder in first.encoders)
+    assert abs(torch.corrcoef(torch.stack([ours, theirs]))[0, 1]) < 0.1
+    assert torch.equal(ours.sort().values, theirs.sort().values)
+    assert first(torch.randn(2, 1, 32, 32)).shape == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("arch", "size"),
+    [("vit_b_32", (64, 64)), ("timm/vit_tiny_patch16_224", (32, 48))],
+)
+def test_networks_of_one_size_are_built_for_that_of_the_images(arch, size):
+    model = create_model(arch, 4, image_size=size).eval()
+    assert model(torch.randn(1, 3, *size)).shape == (1, 4)
+
+
+@pytest.mark.parametrize(
+    ("arch", "settings", "message"),
+    [
+        ("vit_b_32", {"image_size": (64, 32)}, "takes square images; these are 64x32"),
+        ("vit_b_32", {"image_size": (40, 40)}, "cannot be built for images of 40x40"),
+        ("maxvit_t", {"image_size": (64, 64)}, "cannot be built for images of 64x64"),
+        ("vit_b_32", {"image_size": (64, 64), "pretrained": True}, "are for images of 224x224"),
+        ("inception_v3", {"pretrained": True}, "want pixels standardised in a way of their own"),
+    ],
+)
+def test_networks_that_cannot_be_built_so(arch, settings, message):
+    with pytest.raises(InputError, match=message):
+        create_model(arch, 4, **settings)
+
+
+def test_pretrained_weights_are_kept(monkeypatch):
+    """As they were downloaded; here, from a file that was drawn."""
+    trained = plain("resnet18")
+
+    def load(url, **_):
+        assert "resnet18" in url
+        wide = get_model("resnet18", num_classes=1000)
+        return wide.state_dict() | {
+            name: tensor for name, tensor in trained.state_dict().items() if "fc" not in name
+        }
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", load)
+    model = create_model("resnet18", CLASSES, pretrained=True)
+    whole = sum(encoder.weight for encoder in model.encoders)
+    torch.testing.assert_close(whole, trained.conv1.weight)
+    assert torch.equal(model.core.body.layer4[1].conv2.weight, trained.layer4[1].conv2.weight)
+    assert model.heads[0].out_features == CLASSES
+
+
+def test_weights_that_cannot_be_had_are_explained(monkeypatch):
+    def load(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", load)
+    with pytest.raises(InputError, match="weights of resnet18 cannot be downloaded: no network"):
+        create_model("resnet18", 4, pretrained=True)
+
+
+def test_an_unknown_network_of_timm_is_named():
+    with pytest.raises(InputError, match="timm has no network 'resnet1800'"):
+        create_model("timm/resnet1800", 4)
+
+
+def test_there_are_no_trained_weights_of_published_networks():
+    with pytest.raises(InputError, match="no trained weights of wrn10_1"):
+        create_model("wrn10_1", 4, pretrained=True)
+
+
+def test_a_run_of_such_a_network_is_read_back(tmp_path):
+    recipe = override(load_recipe("digits/cut-mixmo"), ["model.arch=resnet18"])
+    run = create_run(recipe, tmp_path / "run")
+    model = create_model("resnet18", 10, 2, 1)
+    save_weights(model, run)
+    x = torch.randn(2, 1, 32, 32)
+    torch.testing.assert_close(load_network(run)(x), model.eval()(x))
