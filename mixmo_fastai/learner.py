@@ -263,6 +263,7 @@ def learner_from_recipe(recipe: Recipe, dls: DataLoaders, **kwargs: Any) -> Lear
         recipe.model.arch,
         mix=mix.kind,
         num_members=recipe.model.num_members,
+        pretrained=recipe.model.pretrained,
         ghost_batch_size=recipe.model.ghost_batch_size,
         alpha=mix.alpha,
         mix_prob=mix.mix_prob,

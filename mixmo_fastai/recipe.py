@@ -86,13 +86,15 @@ class Model:
     """The network.
 
     Attributes:
-        arch: as in "wrn28_10" or "preact_resnet18_3".
+        arch: as in "wrn28_10", "preact_resnet18_3", "resnet50" or "timm/convnext_atto".
+        pretrained: whether a network of torchvision or timm starts from its library's weights.
         num_members: subnetworks M; 1 is the vanilla network.
         num_nets: networks of a deep ensemble, each trained by itself from another seed; 1 for none.
         ghost_batch_size: images among which BatchNorm normalises in training; 0 for all of a batch.
     """
 
     arch: str = "wrn28_10"
+    pretrained: bool = False
     num_members: int = number(2, 1, 64)
     num_nets: int = number(1, 1, 64)
     ghost_batch_size: int = number(0, 0, 65_536)

@@ -98,7 +98,10 @@ def _with_own_augmentation(recipe: Recipe) -> dict[str, Any]:
     return values
 
 
-_INDIFFERENT = ("seed", "device", "precision", "loader", "num_workers")
+_INDIFFERENT = (
+    *("seed", "device", "precision", "memory_format", "compile", "threads"),
+    *("loader", "num_workers"),
+)
 
 
 def default_recipe(dataset: str, flags: Mapping[str, Any]) -> Recipe:

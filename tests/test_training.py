@@ -5,9 +5,10 @@ from safetensors.torch import load_file
 
 from mixmo_fastai.assessment import evaluate_run
 from mixmo_fastai.checkpoints.weights import load_weights
+from mixmo_fastai.cli import run as program
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.lr_search import search_lr
-from mixmo_fastai.recipe import override, recipe_from_mapping
+from mixmo_fastai.recipe import load_recipe, override, recipe_from_mapping
 from mixmo_fastai.recording import HistoryCallback
 from mixmo_fastai.runs import create_run, open_run
 from mixmo_fastai.schedule import flat_cosine, one_cycle
@@ -346,3 +347,30 @@ def test_weights_that_are_missing_or_damaged_are_refused(run, tmp_path):
     with pytest.raises(InputError, match="cannot be read"):
         load_weights(model, tmp_path / "half.safetensors")
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_trained_weights_of_a_library_are_started_from(monkeypatch):
+    def load(*_, **__):
+        raise OSError("no network here")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", load)
+    recipe = override(
+        load_recipe("digits/cut-mixmo"), ["model.arch=resnet18", "model.pretrained=true"]
+    )
+    with pytest.raises(InputError, match="weights of resnet18 cannot be downloaded"):
+        prepare(recipe)
+
+
+@pytest.mark.parametrize(
+    ("arch", "message"),
+    [
+        ("vit_b_32", "cannot be built for images of 8x8"),
+        ("timm/vit_tiny_patch16_224", "8x8"),
+        ("densenet121", "DenseNet does not take images of 8x8"),
+    ],
+)
+def test_networks_that_do_not_take_the_images(arch, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert program(["fit", "digits", "--arch", arch]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not [*tmp_path.iterdir()]

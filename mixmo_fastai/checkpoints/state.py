@@ -30,6 +30,7 @@ from mixmo_fastai.checkpoints.weights import put_tensors, to_bytes
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.models.mixmo_model import first_difference, unwrap
 from mixmo_fastai.processes import group
+from mixmo_fastai.recipe import recipe_from_mapping, to_mapping
 
 MOMENTUM = "momentum_buffer"
 HYPERS = ("lr", "mom")
@@ -196,7 +197,7 @@ class RunState:
     def _check_identity(self, state: Mapping[str, Any], path: Path) -> None:
         own, theirs = (
             dict(_flattened({name: values.get(name) for name in self.identity}))
-            for values in (json.loads(json.dumps(self.identity)), state)
+            for values in map(_with_defaults, (self.identity, state))
         )
         differing = [key for key in own | theirs if own.get(key, _NONE) != theirs.get(key, _NONE)]
         if differing:
@@ -322,6 +323,15 @@ def _check_finite(tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
 
 def _as_json(values: Mapping[str, Any]) -> bytes:
     return (json.dumps(values, indent=1) + "\n").encode()
+
+
+def _with_defaults(values: Mapping[str, Any]) -> Any:
+    """Fill in the settings that came after a recipe was saved: they are at their defaults."""
+    try:
+        recipe = to_mapping(recipe_from_mapping(values["recipe"], "the checkpoint"))
+    except (InputError, KeyError, TypeError):
+        recipe = values.get("recipe")
+    return json.loads(json.dumps({**values, "recipe": recipe}))
 
 
 def _flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

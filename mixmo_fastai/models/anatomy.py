@@ -113,16 +113,14 @@ def look(
                 with _noting(model, seen, encoder), torch.no_grad():
                     seen.output = model(seen.image)
             except Exception as error:  # anything may happen in somebody's forward pass
-                reasons.append(f"at {channels}x{size[0]}x{size[1]}: {_in_words(error)}")
+                reasons.append(f"{size[0]}x{size[1]}: {_in_words(error)}")
                 continue
             return seen
+    if len(image_sizes) == 1:
+        raise InputError(f"{name} does not take images of {reasons[0]}.")
     raise InputError(
-        f"{name} could not be run on an image; {reasons[0]}.\n"
-        + (
-            "Does it take images of that size?"
-            if len(image_sizes) == 1
-            else "Say the size of its images: image_size=224."
-        )
+        f"{name} could not be run on an image; at {reasons[0]}.\n"
+        "Say the size of its images: image_size=224."
     )
 
 
