@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -49,7 +50,7 @@ def plot_lr_search(search: LrSearch, path: Path, title: str) -> None:
 
 
 @_plain_text
-def plot_preview(preview: Preview, path: Path, title: str) -> None:
+def plot_preview(preview: Preview, file: Path | BinaryIO, title: str) -> None:
     """Draw a row per position: each member's image and mask, then the mixture."""
     num_rows, num_members = preview.inputs.shape[:2]
     num_columns = 2 * num_members + 1
@@ -73,7 +74,7 @@ def plot_preview(preview: Preview, path: Path, title: str) -> None:
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_color("#999999")  # or a white mask would have no border
     figure.suptitle(title, fontsize=10)
-    figure.savefig(path)
+    figure.savefig(file, format="png")
 
 
 @_plain_text

@@ -1,5 +1,6 @@
 """What training sees: pairs, masks and their mixture, as pixels."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +46,22 @@ def preview_batch(training: Training, count: int = 6) -> Preview:
     *learn.xb, targets = next(iter(learn.dl))
     learn.yb = (targets,)
     callback.before_batch()
-    inputs, masks = (part[:count].cpu() for part in learn.xb)
+    return preview_of(learn.xb, learn.yb, training, count)
+
+
+def preview_of(
+    xb: Sequence[Tensor], yb: Sequence[Tensor], training: Training, count: int = 6
+) -> Preview:
+    """Show a batch as `MixMoCallback` has left it.
+
+    Args:
+        xb: inputs of the members and masks.
+        yb: targets and weights; with mixed pixels, also the targets pasted in and their shares.
+        training: that it is of.
+        count: positions to show.
+    """
+    inputs, masks = (part[:count].cpu() for part in xb)
+    yb = [part[:count].cpu() for part in yb]
     pixels = _denormalized(inputs, training)
     by_channels = masks.shape[2] > 1
     weights = F.interpolate(masks.mean(dim=2), size=pixels.shape[-2:], mode="nearest")
@@ -55,7 +71,7 @@ def preview_batch(training: Training, count: int = 6) -> Preview:
         masks=shown,
         mixed=(pixels * weights[:, :, None]).sum(dim=1),
         by_channels=by_channels,
-        labels=[_names(training, learn.yb, position) for position in range(len(inputs))],
+        labels=[_names(training, yb, position) for position in range(len(inputs))],
     )
 
 
@@ -72,7 +88,7 @@ def _denormalized(inputs: Tensor, training: Training) -> Tensor:
     return (inputs * std + mean).clamp(0, 1)
 
 
-def _names(training: Training, yb: tuple[Tensor, ...], position: int) -> list[str]:
+def _names(training: Training, yb: Sequence[Tensor], position: int) -> list[str]:
     """Name the classes of each member; of two where pixels were mixed."""
     classes, targets = training.source.classes, yb[0]
     names = [classes[int(label)] for label in targets[position]]
