@@ -56,6 +56,8 @@ def without_a_login(tmp_path_factory):
 
 def logged_fit(run, names=ALL, place=None, *, resume=False, cbs=(), validating=False):
     """Train with loggers until the end, or until a place; give what was said."""
+    if resume:
+        time.sleep(1 - time.time() % 1)  # wandb names folders by the second in which they begin
     said, stop = [], StopRequest()
     watch, logging = Watch(stop, place, validating=validating), LoggingCallback(names, said.append)
     try:
@@ -90,21 +92,31 @@ def in_tensorboard(run):
 
 
 def wandb_records(run):
-    """What wandb's files hold, in order: a log of LevelDB's format, of records in protobuf."""
-    block = 2**15
-    for path in sorted((run.logs / "wandb").glob("offline-run-*/*.wandb")):
-        data, at, whole = path.read_bytes(), 7, b""
-        assert data.startswith(b":W&B")
-        while at + 7 <= len(data):
-            if block - at % block < 7:
-                at += block - at % block
-                continue
-            _, size, kind = struct.unpack("<IHB", data[at : at + 7])
-            whole += data[at + 7 : at + 7 + size]
-            at += 7 + size
-            if kind in (1, 4):  # the whole of a record, or its last part
-                yield wandb_internal_pb2.Record.FromString(whole)
-                whole = b""
+    """What wandb's files hold, in order; its process may write the last of it after a run's end."""
+    paths = sorted((run.logs / "wandb").glob("offline-run-*/*.wandb"))
+    until = time.monotonic() + 10
+    for path in paths:
+        while not any(r.HasField("exit") for r in records_of(path)):
+            assert time.monotonic() < until, f"{path} has no end"
+            time.sleep(0.02)
+    return [record for path in paths for record in records_of(path)]
+
+
+def records_of(path):
+    """Read a log of LevelDB's format, of records in protobuf."""
+    records, data, at, whole, block = [], path.read_bytes(), 7, b"", 2**15
+    assert data.startswith(b":W&B") or not data
+    while at + 7 <= len(data):
+        if block - at % block < 7:
+            at += block - at % block
+            continue
+        _, size, kind = struct.unpack("<IHB", data[at : at + 7])
+        whole += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4) and at <= len(data):  # the whole of a record, or its last part
+            records.append(wandb_internal_pb2.Record.FromString(whole))
+            whole = b""
+    return records
 
 
 def in_wandb(run):

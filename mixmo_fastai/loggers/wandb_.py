@@ -24,7 +24,8 @@ class WandbTracker:
     """Log to one run of Weights & Biases, however often training goes on.
 
     What is logged there cannot be taken back. So the run folder remembers how far each kind has
-    come, and what a killed process had logged of steps that are done anew is not logged again.
+    come, and what a killed process had logged of steps that are done anew is not logged again. The
+    last that such a process logged, wandb itself may have lost: it writes some 32 kB at a time.
     """
 
     def __init__(self, subject: Subject) -> None:
