@@ -133,7 +133,7 @@ def evaluate_ensemble(
         device: where to evaluate; each recipe's where not given.
 
     Returns:
-        the figures, as `evaluation.evaluate_loaders` gives them.
+        the figures, as `evaluation.evaluate_parts` gives them.
 
     Raises:
         InputError: fewer than two runs, one that is not finished, or runs of different data.

@@ -13,6 +13,7 @@ from typing import Any
 from fastai.callback.core import Callback
 
 from mixmo_fastai.assessment import collect_logits
+from mixmo_fastai.checkpoints.state import Position
 from mixmo_fastai.evaluation import evaluate_parts
 from mixmo_fastai.failures import explained
 from mixmo_fastai.interruption import StopRequest
@@ -20,6 +21,7 @@ from mixmo_fastai.locking import locked
 from mixmo_fastai.processes import done_by_first, told_by_first
 from mixmo_fastai.randomness import derive_seed
 from mixmo_fastai.recipe import Expected, Recipe
+from mixmo_fastai.recording import followed
 from mixmo_fastai.runs import RunFolder, create_run
 from mixmo_fastai.training import TEST_SET, Training, prepare_network, train
 
@@ -38,7 +40,8 @@ def train_run(
     Args:
         training: from `prepare`.
         run: where everything goes; each network of an ensemble gets a folder of its own inside.
-        cbs: more fastai callbacks, such as a display; they see one fit per network.
+        cbs: more fastai callbacks, such as a display; they see one fit per network. A
+            `FollowingCallback` sees the evaluations and the end as well.
         resume: continue: networks that are finished stay as they are.
         stop: whether a signal asked to stop.
         say: told which network begins, where there are several, and where a resumed one goes on.
@@ -104,15 +107,19 @@ def _train_networks(
     loaders = training.learn.dls.valid, training.learn.dls[TEST_SET]
     parts = told_by_first(run.is_writer and [folder.metrics() for folder in folders])
     selected = [part["selected_epoch"] for part in parts if "selected_epoch" in part]
-    with explained(recipe, training.acceleration.describe()):
-        evaluated = evaluate_parts(*collect_logits(run, training.learn.model, loaders))
-    figures = {
-        **training.summary(),
-        **({"selected_epoch": selected} if selected else {}),
-        "seconds": round(sum(float(part["seconds"]) for part in parts), 1),
-        **evaluated,
-    }
-    run.write_metrics(figures)
+    with followed(cbs, training, run, Position(recipe.train.epochs)) as followers:
+        with explained(recipe, training.acceleration.describe()):
+            valid, test = collect_logits(run, training.learn.model, loaders)
+            evaluated = evaluate_parts(valid, test)
+        figures = {
+            **training.summary(),
+            **({"selected_epoch": selected} if selected else {}),
+            "seconds": round(sum(float(part["seconds"]) for part in parts), 1),
+            **evaluated,
+        }
+        run.write_metrics(figures)
+        for follower in followers:
+            follower.after_evaluation(figures, test)
     return figures
 
 

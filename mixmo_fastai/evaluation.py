@@ -88,20 +88,6 @@ def _together(parts: Sequence[tuple[Tensor, Tensor]]) -> LabelledLogits:
     return logits, labels
 
 
-def evaluate_loaders(model: Any, *, valid: Any, test: Any) -> dict[str, Any]:
-    """Compute the figures of a network on its validation and test images.
-
-    Args:
-        model: a `MixMoModel`.
-        valid: loader of the validation split, which may be empty.
-        test: loader of the test set.
-
-    Returns:
-        what `evaluate_parts` gives.
-    """
-    return evaluate_parts(collect_member_logits(model, valid), collect_member_logits(model, test))
-
-
 def evaluate_parts(validation: LabelledLogits, test: LabelledLogits) -> dict[str, Any]:
     """Compute every figure from the logits of both parts.
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from fastai.learner import Learner
 from matplotlib import rc_context
@@ -51,12 +52,12 @@ def plot_lr_search(search: LrSearch, path: Path, title: str) -> None:
 
 
 @_plain_text
-def plot_preview(preview: Preview, path: Path, title: str) -> None:
+def plot_preview(preview: Preview, file: Path | BinaryIO, title: str) -> None:
     """Draw a row per position: each member's image and mask, then the mixture."""
     figure = Figure(figsize=_size_of(preview), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     _draw_preview(preview, figure, title)
-    figure.savefig(path)
+    figure.savefig(file, format="png")
 
 
 @_plain_text

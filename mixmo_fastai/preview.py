@@ -66,8 +66,17 @@ def preview_batch(learn: Learner, count: int = 6) -> Preview:
     with _as_in_the_first_step(learn, callback):
         learn.xb, learn.yb = _split(learn, _first_batch(learn.dl))
         callback.before_batch()
-        inputs, masks = (part[:count].detach().float().cpu() for part in learn.xb)
-        labels = [_names(learn, position) for position in range(len(inputs))]
+        return preview_of(learn, count)
+
+
+def preview_of(learn: Learner, count: int = 6) -> Preview:
+    """Show the batch of a Learner as its `MixMoCallback` has left it.
+
+    Args:
+        learn: within a training step.
+        count: positions to show.
+    """
+    inputs, masks = (part[:count].detach().float().cpu() for part in learn.xb)
     pixels = _as_pixels(inputs, learn)
     by_channels = masks.shape[2] > 1
     weights = F.interpolate(masks.mean(dim=2), size=pixels.shape[-2:], mode="nearest")
@@ -76,7 +85,7 @@ def preview_batch(learn: Learner, count: int = 6) -> Preview:
         masks=_as_columns(masks, pixels.shape[-2:]) if by_channels else weights,
         mixed=(pixels * weights[:, :, None]).sum(dim=1),
         by_channels=by_channels,
-        labels=labels,
+        labels=[_names(learn, position) for position in range(len(inputs))],
     )
 
 

@@ -1,9 +1,9 @@
-"""Callbacks that write a run down: its history and its state to resume from."""
+"""Callbacks that write a run down: its history, its state to resume from, whatever follows it."""
 
 import math
 import time
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from statistics import StatisticsError, mean
 from typing import Any
 
@@ -14,6 +14,7 @@ from mixmo_fastai.checkpoints.state import NotFiniteError, Position, RunState
 from mixmo_fastai.checkpoints.store import CheckpointStore
 from mixmo_fastai.epochs import TrainedEpochCallback
 from mixmo_fastai.errors import InputError
+from mixmo_fastai.evaluation import LabelledLogits
 from mixmo_fastai.interruption import InterruptedBySignal, StopRequest
 from mixmo_fastai.models.mixmo_model import unwrap
 from mixmo_fastai.processes import Agreement, gathered, group
@@ -132,6 +133,43 @@ class HistoryCallback(TrainedEpochCallback):
             values.clear()
 
 
+class FollowingCallback(TrainedEpochCallback):
+    """A callback that follows a training from before its fit until after its evaluation.
+
+    fastai's events end with the fit, and none tells of an error or of a signal.
+    """
+
+    @contextmanager
+    def following(self, training: Any, run: RunFolder, done: Position) -> Iterator[None]:
+        """Enclose a training; what ends it is raised in here.
+
+        Args:
+            training: of `training.prepare`; of a deep ensemble, each network's and then, when all
+                are trained, its own.
+            run: the folder.
+            done: how far training had come before.
+        """
+        yield
+
+    def before_save(self) -> None:
+        """Be told that a checkpoint is about to be saved."""
+
+    def after_evaluation(self, figures: Mapping[str, Any], test: LabelledLogits) -> None:
+        """Be told the final figures, and the test set's member logits and labels."""
+
+
+@contextmanager
+def followed(
+    cbs: Iterable[Callback], training: Any, run: RunFolder, done: Position
+) -> Iterator[list[FollowingCallback]]:
+    """Let those of some callbacks follow a training that can; give them."""
+    followers = [callback for callback in cbs if isinstance(callback, FollowingCallback)]
+    with ExitStack() as stack:
+        for follower in followers:
+            stack.enter_context(follower.following(training, run, done))
+        yield followers
+
+
 class CheckpointCallback(TrainedEpochCallback):
     """Save the state after each epoch, every so many minutes, and where somebody asks to stop.
 
@@ -143,14 +181,21 @@ class CheckpointCallback(TrainedEpochCallback):
         store: where to; None in a process that leaves writing to the first.
         state: what.
         stop: whether somebody asked to stop.
+        followers: told before each save.
     """
 
     order = 65
     SHARE, QUICK_SECONDS, EVERY_SECONDS = 0.035, 1.0, 300.0
 
-    def __init__(self, store: CheckpointStore | None, state: RunState, stop: StopRequest) -> None:
+    def __init__(
+        self,
+        store: CheckpointStore | None,
+        state: RunState,
+        stop: StopRequest,
+        followers: Iterable[FollowingCallback] = (),
+    ) -> None:
         super().__init__()
-        self.store, self.state, self.stop = store, state, stop
+        self.store, self.state, self.stop, self.followers = store, state, stop, followers
         self.agreement = Agreement()
         self.saved: Position | None = None
         self.cost = 0.0  # seconds of the last save
@@ -200,6 +245,8 @@ class CheckpointCallback(TrainedEpochCallback):
     def save(self) -> None:
         """Save the state; end the fit where it is not worth keeping."""
         began = time.perf_counter()
+        for follower in self.followers:
+            follower.before_save()
         try:
             with nullcontext() if self.store is None else writing(self.store.folder):
                 self.state.save(self.store, self.position)

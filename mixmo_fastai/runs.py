@@ -8,6 +8,7 @@ metrics.json       final figures
 model.safetensors  weights
 checkpoint/        state to resume from
 log.txt            what was printed
+logs/              what `--logger` leaves: steps and pictures, and the files of trackers
 report.html        the page that `mixmo report` writes
 net-1/, net-2/     of a deep ensemble: each network's own run folder, which has its weights,
                    history and checkpoint
@@ -104,6 +105,11 @@ class RunFolder:
     def report(self) -> Path:
         """The page about the run."""
         return self.path / "report.html"
+
+    @property
+    def logs(self) -> Path:
+        """The folder of what loggers leave."""
+        return self.path / "logs"
 
     @property
     def checkpoint(self) -> Path:

@@ -18,7 +18,7 @@ from torch import nn
 
 from mixmo_fastai.acceleration import Acceleration, choose_acceleration
 from mixmo_fastai.averaging import EMACallback
-from mixmo_fastai.checkpoints.state import Restored, RunState, Stateful
+from mixmo_fastai.checkpoints.state import Position, Restored, RunState, Stateful
 from mixmo_fastai.checkpoints.store import CheckpointStore
 from mixmo_fastai.checkpoints.weights import save_weights
 from mixmo_fastai.data.dataloaders import make_dataloaders
@@ -29,13 +29,18 @@ from mixmo_fastai.data.sources import load_source
 from mixmo_fastai.devices import choose_device, describe_device
 from mixmo_fastai.distributed import shared
 from mixmo_fastai.errors import InputError, RunFailedError
-from mixmo_fastai.evaluation import evaluate_loaders
+from mixmo_fastai.evaluation import collect_member_logits, evaluate_parts
 from mixmo_fastai.failures import explained
 from mixmo_fastai.interruption import StopRequest
 from mixmo_fastai.learner import learner_from_recipe
 from mixmo_fastai.processes import first_before_others, group
 from mixmo_fastai.recipe import Recipe
-from mixmo_fastai.recording import CheckpointCallback, HistoryCallback, StopInValidation
+from mixmo_fastai.recording import (
+    CheckpointCallback,
+    HistoryCallback,
+    StopInValidation,
+    followed,
+)
 from mixmo_fastai.resuming import resuming
 from mixmo_fastai.runs import DataFacts, RunFolder
 from mixmo_fastai.schedule import flat_cosine, one_cycle, published_steps
@@ -210,7 +215,8 @@ def train(
     Args:
         training: from `prepare`.
         run: where everything goes.
-        cbs: more fastai callbacks, such as a display.
+        cbs: more fastai callbacks, such as a display; a `FollowingCallback` sees the evaluation and
+            the end as well.
         resume: continue from the run's newest checkpoint that is intact; anew where there is none.
         stop: whether a signal asked to stop; the state is then saved at that step.
         say: told where a resumed run goes on.
@@ -236,44 +242,51 @@ def train(
     run.write_data_facts(training.facts)
     steps = training.steps_per_epoch, training.warmup_steps
     scheduler = ParamScheduler(schedules(recipe, *steps))
-    checkpoints = CheckpointCallback(store if run.is_writer else None, state, stop)
     alone = group().count == 1
     precision = training.acceleration.describe()
-    with (
-        explained(recipe, precision),
-        learn.no_logging(),
-        training.accelerated(),
-        shared(learn),
-        stop.deferred(),
-    ):
-        learn.fit(
-            recipe.train.epochs,
-            lr=recipe.lr,
-            wd=recipe.optimizer.weight_decay,
-            cbs=[
-                scheduler,
-                history,
-                *([best] if best else []),
-                checkpoints,
-                # Several processes have different numbers of batches there.
-                *([StopInValidation(checkpoints)] if alone else []),
-                *cbs,
-                *resuming(restored),
-            ],
-        )
-    if history.diverged_at is not None:
-        raise _diverged(recipe, *history.diverged_at)
-    _settle_weights(learn, best)
-    save_weights(learn.model, run)
-    with explained(recipe, precision), training.acceleration.threaded():
-        evaluated = evaluate_loaders(learn.model, valid=learn.dls.valid, test=learn.dls[TEST_SET])
-    figures = {
-        **training.summary(),
-        **({"selected_epoch": best.number} if best else {}),
-        "seconds": round(sum(float(row["seconds"]) for row in run.history()), 1),
-        **evaluated,
-    }
-    run.write_metrics(figures)
+    done = Position() if restored is None else restored.position
+    with followed(cbs, training, run, done) as followers:
+        own_store = store if run.is_writer else None
+        checkpoints = CheckpointCallback(own_store, state, stop, followers)
+        with (
+            explained(recipe, precision),
+            learn.no_logging(),
+            training.accelerated(),
+            shared(learn),
+            stop.deferred(),
+        ):
+            learn.fit(
+                recipe.train.epochs,
+                lr=recipe.lr,
+                wd=recipe.optimizer.weight_decay,
+                cbs=[
+                    scheduler,
+                    history,
+                    *([best] if best else []),
+                    checkpoints,
+                    # Several processes have different numbers of batches there.
+                    *([StopInValidation(checkpoints)] if alone else []),
+                    *cbs,
+                    *resuming(restored),
+                ],
+            )
+        if history.diverged_at is not None:
+            raise _diverged(recipe, *history.diverged_at)
+        _settle_weights(learn, best)
+        save_weights(learn.model, run)
+        with explained(recipe, precision), training.acceleration.threaded():
+            loaders = learn.dls.valid, learn.dls[TEST_SET]
+            valid, test = (collect_member_logits(learn.model, loader) for loader in loaders)
+            evaluated = evaluate_parts(valid, test)
+        figures = {
+            **training.summary(),
+            **({"selected_epoch": best.number} if best else {}),
+            "seconds": round(sum(float(row["seconds"]) for row in run.history()), 1),
+            **evaluated,
+        }
+        run.write_metrics(figures)
+        for follower in followers:
+            follower.after_evaluation(figures, test)
     return figures
 
 

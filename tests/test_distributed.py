@@ -151,6 +151,17 @@ def test_one_process_speaks_and_writes(together, alone, tmp_path):
     assert "in 2 processes" in json.loads((run / "environment.json").read_text())["device"]
 
 
+def test_the_first_process_writes_what_a_logger_leaves(together, alone, tmp_path):
+    run = tmp_path / "run"
+    all_done(together(*FIT, run, "--logger", "csv"))
+    lines = (run / "logs" / "steps.csv").read_text().splitlines()
+    steps = len(lines) - 1
+    assert [line.partition(",")[0] for line in lines[1:]] == [*map(str, range(steps))]
+    assert steps * 32 == int(open_run(run).history()[-1]["images_seen"])
+    assert (run / "logs" / "first-batch.png").exists()
+    assert_close(open_run(run), alone())
+
+
 def test_the_metrics_are_those_of_all_images(together, tmp_path):
     """What each epoch says of the validation split is what one process finds in the weights."""
     run = tmp_path / "run"

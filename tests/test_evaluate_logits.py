@@ -12,7 +12,6 @@ from mixmo_fastai.errors import InputError
 from mixmo_fastai.evaluation import (
     collect_member_logits,
     cross_fitted,
-    evaluate_loaders,
     evaluate_logits,
     evaluate_parts,
 )
@@ -298,7 +297,8 @@ class TestCalibratedFigures:
         valid_labels = torch.arange(num_valid) % 4
         valid = margin * torch.eye(4)[valid_labels] + torch.randn(num_valid, 4, generator=random)
         model = Recorded()
-        return evaluate_loaders(model, valid=[(valid, valid_labels)], test=[(logits, labels)])
+        loaders = [(valid, valid_labels)], [(logits, labels)]
+        return evaluate_parts(*(collect_member_logits(model, loader) for loader in loaders))
 
     def test_they_are_those_of_the_scaled_logits(self):
         figures = self.figures(100, 1.0)

@@ -1,5 +1,7 @@
 """Training never waits for a GPU within its steps, as a simulated one shows."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from fastai.callback.schedule import ParamScheduler
@@ -8,13 +10,14 @@ from simulated_gpu import Watch, learner_on_gpu
 
 from mixmo_fastai.averaging import EMACallback
 from mixmo_fastai.deferred import DeferredRecorder
+from mixmo_fastai.loggers.callback import LoggingCallback
 from mixmo_fastai.recording import HistoryCallback
 from mixmo_fastai.resolve import resolve_recipe
 from mixmo_fastai.runs import create_run
 from mixmo_fastai.schedule import one_cycle
 
 
-def waits(monkeypatch, folder, num_steps, *, recorder=None, **settings):
+def waits(monkeypatch, folder, num_steps, *, recorder=None, logging=None, **settings):
     """What one epoch of so many steps, with its validation, waits for."""
     with learner_on_gpu(monkeypatch, num_steps, **settings) as learn:
         if recorder is not None:
@@ -25,6 +28,7 @@ def waits(monkeypatch, folder, num_steps, *, recorder=None, **settings):
         history = HistoryCallback(create_run(resolve_recipe("digits", None, {}), folder), 16)
         rates = {"lr": one_cycle(1e-3, 1e-2, 1e-5, 0.25)}
         cbs = [ParamScheduler(rates)] + ([history] if recorder is None else [])
+        cbs += [] if logging is None else [logging]
         with Watch() as watch, learn.no_bar(), learn.no_logging():
             learn.fit(1, 1e-3, cbs=cbs)
         assert watch.fused_steps == len(learn.dls.train)
@@ -52,6 +56,40 @@ def test_waiting_does_not_grow_with_the_steps(monkeypatch, tmp_path, settings):
     # epoch's figures. Validation has one batch here.
     assert few.count("to device") <= 3
     assert few.count("read") + few.count("to host") <= 7
+
+
+class Noted:
+    """A tracker that counts steps."""
+
+    def __init__(self):
+        self.num_steps, self.num_calls = 0, 0
+
+    def steps(self, steps):
+        self.num_steps, self.num_calls = self.num_steps + len(steps), self.num_calls + 1
+
+    def figures(self, kind, step, figures):
+        """Nothing that waits."""
+
+
+def logging_to(tracker, steps_per_fetch):
+    """A callback that logs every step, as in a run that goes on after its first batch."""
+    recipe = resolve_recipe("digits", None, {})
+    logging = LoggingCallback([], print)
+    logging.trackers, logging.followed = {"noted": tracker}, SimpleNamespace(recipe=recipe)
+    logging.before_batch = lambda: setattr(logging.learn.recorder, "every", steps_per_fetch)
+    return logging
+
+
+def test_loggers_wait_once_beside_each_fetch(monkeypatch, tmp_path):
+    """Of sixteen steps there are losses thrice: after six, after twelve, and at the end."""
+    found = []
+    for tracker in (None, Noted()):
+        logging = logging_to(tracker or Noted(), 6)
+        logging.trackers = logging.trackers if tracker else {}
+        seen = waits(monkeypatch, tmp_path / str(len(found)), 16, logging=logging)
+        found.append(seen.count("to host") + seen.count("read"))
+    assert (tracker.num_calls, tracker.num_steps >= 16) == (3, True)
+    assert found[1] - found[0] == 3
 
 
 def test_losses_are_fetched_every_so_many_steps(monkeypatch, tmp_path):

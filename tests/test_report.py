@@ -1,19 +1,22 @@
+import io
 import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from importlib.resources import files
 
 import pytest
 import torch
 from chromium import Page, needs_chromium
 from datasets import write_image_folder
+from PIL import Image, ImageColor
 
 from mixmo_fastai.checkpoints.weights import save_weights
 from mixmo_fastai.cli import run as program
 from mixmo_fastai.deep_ensemble import train_run
 from mixmo_fastai.models import create_model
 from mixmo_fastai.report.charts import agreement, reliability
-from mixmo_fastai.report.drawing import SERIES, draw
+from mixmo_fastai.report.drawing import LIGHT, SERIES, STAND_INS, Drawing
 from mixmo_fastai.report.findings import gather
 from mixmo_fastai.report.page import as_data_uri, render
 from mixmo_fastai.resolve import resolve_recipe
@@ -252,9 +255,13 @@ class TestCommand:
         assert not run.report.exists()
 
 
+def line(figure):
+    figure.subplots().plot([1, 2], color=SERIES[1])
+
+
 class TestDrawing:
     def test_names_and_colours_are_the_page_s(self):
-        svg = draw(lambda figure: figure.subplots().plot([1, 2], color=SERIES[1]), "own", "Words")
+        svg = Drawing(line, "own", "Words").svg()
         assert "var(--series-2)" in svg
         assert "#0101" not in svg
         names = re.findall(r' id="([^"]+)"', svg)
@@ -264,16 +271,22 @@ class TestDrawing:
             assert target in names
 
     def test_text_is_escaped(self):
-        svg = draw(lambda figure: figure.text(0.5, 0.5, EVIL), "own", EVIL)
+        svg = Drawing(lambda figure: figure.text(0.5, 0.5, EVIL), "own", EVIL).svg()
         assert "<script" not in svg
         assert "alert" in svg
         assert "$x$" in svg  # not TeX
 
     def test_equal_drawings_are_equal_texts(self):
-        def plot(figure):
-            figure.subplots().bar([1, 2], [3, 4])
+        assert Drawing(line, "own", "Words").svg() == Drawing(line, "own", "Words").svg()
 
-        assert draw(plot, "own", "Words") == draw(plot, "own", "Words")
+    def test_a_picture_has_the_colours_of_the_light_page(self):
+        css = (files("mixmo_fastai.report") / "page.css").read_text(encoding="utf-8")
+        light = dict(re.findall(r"(--[\w-]+): (#\w+)", css.partition("@media")[0]))
+        assert tuple(light[variable[4:-1]] for variable in STAND_INS.values()) == LIGHT
+        picture = Image.open(io.BytesIO(Drawing(line, "own", "Words").png("Title"))).convert("RGB")
+        colors = {color for _, color in picture.getcolors(maxcolors=2**16)}
+        for wanted in (light["--paper"], light["--series-2"], light["--ink"]):
+            assert ImageColor.getrgb(wanted) in colors, wanted
 
 
 def test_words_of_a_reliability_diagram():
@@ -296,10 +309,8 @@ def test_words_of_the_agreement():
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_pictures_are_the_pixels(channels):
     import base64
-    import io
 
     import numpy as np
-    from PIL import Image
 
     pixels = torch.randint(0, 256, (channels, 8, 8), dtype=torch.uint8)
     address = as_data_uri(pixels)

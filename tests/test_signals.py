@@ -41,12 +41,12 @@ StopInValidation.after_batch = slow
 SLOW_TEST = """
 import time
 import mixmo_fastai.training as training
-own = training.evaluate_loaders
+own = training.evaluate_parts
 def slow(*args, **kwargs):
     print("evaluating", flush=True)
     time.sleep(60)
     return own(*args, **kwargs)
-training.evaluate_loaders = slow
+training.evaluate_parts = slow
 """
 SLOW_DISK = """
 import os, time
@@ -229,7 +229,7 @@ def test_in_a_search_for_a_rate(mixmo, tmp_path, number, group):
 
 
 def test_before_anything_is_saved(mixmo, tmp_path, whole):
-    slow = SLOW_TEST.replace("training.evaluate_loaders", "training.CheckpointStore")
+    slow = SLOW_TEST.replace("training.evaluate_parts", "training.CheckpointStore")
     run = tmp_path / "run"
     command = mixmo(*FIT, run, prelude=slow)
     command.until_said("evaluating")

@@ -1,7 +1,7 @@
 """`mixmo fit`: train."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +15,7 @@ from mixmo_fastai.cli.render import figure_lines, plan_lines, recipe_lines
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.interruption import exit_code_of, handling_signals
 from mixmo_fastai.locking import locked
+from mixmo_fastai.loggers import parse_loggers
 from mixmo_fastai.recipe import Recipe
 from mixmo_fastai.resolve import resolve_recipe
 from mixmo_fastai.runs import RunFolder, check_free, create_run, open_run
@@ -55,6 +56,7 @@ def fit(
             help="Continue a run that was interrupted.", metavar="RUN", rich_help_panel=opt.OUTPUT
         ),
     ] = None,
+    logger: opt.Loggers = None,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
     debug: opt.Debug = False,
@@ -69,24 +71,31 @@ def fit(
         precision=precision, memory_format=memory_format, compiled=compiled, threads=threads,
     )  # fmt: skip
     output = Output(as_json=as_json, quiet=quiet)
+    loggers = () if logger is None else parse_loggers(logger)
     if resume is not None:
         _refuse_settings([dataset, recipe, assignments, out, *settings.values()])
-        _resume(open_run(resume), data_dir, output)
+        _resume(open_run(resume), data_dir, loggers, output)
         return
     resolved = resolve_recipe(dataset, recipe, settings, assignments or ())
     check_free(out)
-    _start(resolved, out, data_dir, output)
+    _start(resolved, out, data_dir, loggers, output)
 
 
 def _refuse_settings(given: list[Any]) -> None:
     if any(value is not None for value in given):
         raise InputError(
             "--resume takes every setting from the run's own recipe; leave the others out.\n"
-            "Only --data-dir, --json, --quiet and --debug go with it."
+            "Only --data-dir, --logger, --json, --quiet and --debug go with it."
         )
 
 
-def _start(recipe: Recipe, out: Path | None, data_dir: Path | None, output: Output) -> None:
+def _start(
+    recipe: Recipe,
+    out: Path | None,
+    data_dir: Path | None,
+    loggers: Sequence[str],
+    output: Output,
+) -> None:
     with _prepared(recipe, data_dir, output) as (training, is_first):
         from mixmo_fastai.processes import done_by_first
 
@@ -94,7 +103,7 @@ def _start(recipe: Recipe, out: Path | None, data_dir: Path | None, output: Outp
         output.run = run = RunFolder(path, is_writer=is_first)
         with _logged(run):
             _say_plan(training, output)
-            _train(training, run, output, resume=False)
+            _train(training, run, loggers, output, resume=False)
 
 
 def _make_folder(training: Any, out: Path | None) -> Path:
@@ -103,7 +112,7 @@ def _make_folder(training: Any, out: Path | None) -> Path:
     return create_run(training.recipe, out, device=device, acceleration=how).path
 
 
-def _resume(run: RunFolder, data_dir: Path | None, output: Output) -> None:
+def _resume(run: RunFolder, data_dir: Path | None, loggers: Sequence[str], output: Output) -> None:
     recipe = run.recipe()
     run.check_resumable()
     is_first = (os.environ.get("RANK") or "0") == "0"
@@ -115,7 +124,7 @@ def _resume(run: RunFolder, data_dir: Path | None, output: Output) -> None:
         with _logged(run):
             _say_plan(training, output)
             _say_networks(run, output)
-            _train(training, run, output, resume=True)
+            _train(training, run, loggers, output, resume=True)
 
 
 @contextmanager
@@ -170,18 +179,23 @@ def _logged(run: RunFolder) -> Iterator[None]:
         raise
 
 
-def _train(training: Any, run: RunFolder, output: Output, *, resume: bool) -> None:
+def _train(
+    training: Any, run: RunFolder, loggers: Sequence[str], output: Output, *, resume: bool
+) -> None:
     """Train with a display, and give the result."""
     from mixmo_fastai.cli.progress import TrainingDisplay
     from mixmo_fastai.deep_ensemble import train_run
 
     output.say(f"Run folder: {run.path}")
     display = TrainingDisplay(output, training.recipe.train.batch_size)
+    cbs: list[Any] = [display]
+    if loggers:
+        from mixmo_fastai.loggers.callback import LoggingCallback
+
+        cbs.append(LoggingCallback(loggers, output.say))
     try:
         with handling_signals(output.say) as stop:
-            figures = train_run(
-                training, run, cbs=[display], resume=resume, stop=stop, say=output.say
-            )
+            figures = train_run(training, run, cbs=cbs, resume=resume, stop=stop, say=output.say)
     finally:
         display.close()
     output.result(

@@ -99,6 +99,15 @@ Threads = Annotated[
     int | None,
     typer.Option(help="Of a CPU; 0 for torch's own choice.", rich_help_panel=TRAINING),
 ]
+Loggers = Annotated[
+    str | None,
+    typer.Option(
+        "--logger",
+        help="Follow the run in csv, tensorboard, wandb, or several: csv,wandb.",
+        metavar="NAMES",
+        rich_help_panel=OUTPUT,
+    ),
+]
 Json = Annotated[
     bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=OUTPUT)
 ]

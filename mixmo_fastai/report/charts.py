@@ -20,7 +20,7 @@ from mixmo_fastai.calibration import (
 from mixmo_fastai.diversity import accuracy_by_agreement
 from mixmo_fastai.evaluation import COVERAGES
 from mixmo_fastai.filter_use import FilterUse
-from mixmo_fastai.report.drawing import INK, SERIES, draw
+from mixmo_fastai.report.drawing import INK, SERIES, Drawing
 from mixmo_fastai.selective import risk_at_coverage, risk_coverage
 from mixmo_fastai.wording import percent
 
@@ -35,13 +35,23 @@ class Chart:
 
     Attributes:
         title: what it is.
-        svg: the drawing; it carries what it shows in words.
+        drawing: it carries what it shows in words.
         caption: how to read it.
     """
 
     title: str
-    svg: Markup
+    drawing: Drawing
     caption: str
+
+    @property
+    def svg(self) -> Markup:
+        """The drawing, for a page."""
+        return self.drawing.svg()
+
+    @property
+    def png(self) -> bytes:
+        """The drawing with its title, as a picture."""
+        return self.drawing.png(self.title)
 
 
 def learning_curves(
@@ -51,7 +61,7 @@ def learning_curves(
 
     Args:
         histories: of each network; one that is empty is left out.
-        rates: epochs, with parts, and the learning rate then.
+        rates: epochs, with parts, and the learning rate then; without any, it is not drawn.
         several: whether the network has several members.
     """
     histories = [history for history in histories if history]
@@ -72,7 +82,8 @@ def learning_curves(
         columns[: 1 + several],
         "Share of the validation split; the test set is not looked at in training.",
     )
-    return [chart for chart in (loss, accuracy, _rate_curve(rates)) if chart is not None]
+    rate = _rate_curve(rates) if rates else None
+    return [chart for chart in (loss, accuracy, rate) if chart is not None]
 
 
 def reliability(
@@ -101,7 +112,9 @@ def reliability(
         f"Reliability diagram: ECE {percent(ece)}; confidence is {percent(abs(gap))} {lean} on "
         f"average; {percent(float(shares[-1]))} of the images are in the last bin."
     )
-    return Chart(title, draw(plot, name, text, size=(4.6, 3.9)), f"ECE {percent(ece)}. {caption}")
+    return Chart(
+        title, Drawing(plot, name, text, size=(4.6, 3.9)), f"ECE {percent(ece)}. {caption}"
+    )
 
 
 def risk_against_coverage(logits: Tensor, labels: Tensor) -> Chart:
@@ -125,7 +138,7 @@ def risk_against_coverage(logits: Tensor, labels: Tensor) -> Chart:
     said = ", ".join(f"{percent(value)} at {c} %" for c, value in marks.items())
     text = f"Risk-coverage curve: errors {said}, and {percent(float(risk[-1]))} of all images."
     caption = "If only the surest images are accepted, how many of those are wrong?"
-    return Chart("Risk and coverage", draw(plot, "risk", text), caption)
+    return Chart("Risk and coverage", Drawing(plot, "risk", text), caption)
 
 
 def confusion(matrix: Tensor, classes: Sequence[str]) -> Chart:
@@ -168,7 +181,7 @@ def confusion(matrix: Tensor, classes: Sequence[str]) -> Chart:
     )
     return Chart(
         "Confusion matrix",
-        draw(plot, "confusion", text, size=(side, side)),
+        Drawing(plot, "confusion", text, size=(side, side)),
         "Images per true and predicted class; the deeper, the larger the share of the true class.",
     )
 
@@ -191,7 +204,7 @@ def members(accuracies: Sequence[float], ensemble: float, kind: str) -> Chart:
     height = 1.2 + 0.28 * len(values)
     return Chart(
         "Accuracy of the members",
-        draw(plot, "members", f"Test accuracy: {told}.", size=(4.6, height)),
+        Drawing(plot, "members", f"Test accuracy: {told}.", size=(4.6, height)),
         "What each gives alone, and the mean of their logits.",
     )
 
@@ -227,7 +240,7 @@ def agreement(member_logits: Tensor, labels: Tensor, kind: str) -> Chart:
     )
     return Chart(
         "Agreement",
-        draw(
+        Drawing(
             plot,
             "agreement",
             f"{kind}s that agree with the ensemble: {told}.",
@@ -264,7 +277,9 @@ def filters(uses: Sequence[FilterUse]) -> Chart:
     networks = f" Mean over {len(uses)} networks." if len(uses) > 1 else ""
     return Chart(
         "Active filters",
-        draw(plot, "filters", f"Active filters, average over {len(first.layers)} layers: {told}."),
+        Drawing(
+            plot, "filters", f"Active filters, average over {len(first.layers)} layers: {told}."
+        ),
         f"Filters whose L1 norm exceeds a part of the layer's largest.{networks}",
     )
 
@@ -299,7 +314,7 @@ def encoders(norms: Tensor) -> Chart:
         if num_members > 1
         else "Norms of the first convolution's filters."
     )
-    return Chart("Encoders", draw(plot, "encoders", text), caption)
+    return Chart("Encoders", Drawing(plot, "encoders", text), caption)
 
 
 def _curves(
@@ -339,7 +354,7 @@ def _curves(
         if column in history[-1]
     ]
     text = f"{title} over {num_epochs} epochs; after the last: {', '.join(ends)}."
-    return Chart(title, draw(plot, title.lower().replace(" ", "-"), text), caption)
+    return Chart(title, Drawing(plot, title.lower().replace(" ", "-"), text), caption)
 
 
 def _rate_curve(rates: Sequence[tuple[float, float]]) -> Chart:
@@ -356,4 +371,6 @@ def _rate_curve(rates: Sequence[tuple[float, float]]) -> Chart:
         f"Learning rate over {epochs[-1]:g} epochs: {values[0]:.3g} at first, {values[peak]:.3g} "
         f"at most, after {epochs[peak]:.3g} epochs, and {values[-1]:.3g} at the end."
     )
-    return Chart("Learning rate", draw(plot, "learning-rate", text), "As scheduled, step by step.")
+    return Chart(
+        "Learning rate", Drawing(plot, "learning-rate", text), "As scheduled, step by step."
+    )

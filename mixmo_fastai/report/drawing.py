@@ -1,26 +1,34 @@
-"""Drawings for a page: matplotlib's SVG, in the page's own colours.
+"""Drawings for a page, as matplotlib's SVG in the page's own colours; and for themselves, as PNG.
 
 The page is light or dark, and a drawing must suit both. So it is drawn in a few stand-in colours,
-which become the page's CSS variables; opacity makes their shades.
+which become the page's CSS variables; opacity makes their shades. A PNG has the light page's.
 """
 
 import io
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 from xml.etree import ElementTree as ET
 
 from markupsafe import Markup
-from matplotlib import rc_context
+from matplotlib import cycler, rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-INK, FAINT = "#010101", "#010102"
-SERIES = ("#010103", "#010104", "#010105", "#010106")
-_VARIABLES = {
-    INK: "var(--ink)",
-    FAINT: "var(--line)",
-    **{color: f"var(--series-{number})" for number, color in enumerate(SERIES, start=1)},
+SERIES = ("C0", "C1", "C2", "C3")  # as matplotlib calls the colours that are in force
+INK = "C4"
+STAND_INS = {
+    "#010103": "var(--series-1)",
+    "#010104": "var(--series-2)",
+    "#010105": "var(--series-3)",
+    "#010106": "var(--series-4)",
+    "#010101": "var(--ink)",
+    "#010102": "var(--line)",
 }
+LIGHT = ("#0072b2", "#d55e00", "#00805c", "#b0578d", "#1b1f24", "#d5dae0")
+"""The light page's colours, in the same order."""
 _STYLE = {
     "svg.fonttype": "none",  # text stays text: it can be read aloud, searched and selected
     "text.parse_math": False,  # a class may be called $5$
@@ -31,55 +39,78 @@ _STYLE = {
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "grid.color": FAINT,
-    "axes.edgecolor": INK,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "figure.facecolor": "none",
-    "savefig.facecolor": "none",
     "axes.facecolor": "none",
     "legend.frameon": False,
     "legend.fontsize": 8,
     "lines.linewidth": 1.6,
     "lines.markersize": 4,
 }
+_OF_INK = ("axes.edgecolor", "text.color", "axes.labelcolor", "xtick.color", "ytick.color")
 _NAMESPACE = re.compile(r"\{[^}]*\}")
 
 
-def draw(
-    plot: Callable[[Figure], None], name: str, text: str, *, size: tuple[float, float] = (4.6, 3.1)
-) -> Markup:
-    """Draw a figure as SVG to be put into a page.
+@dataclass(frozen=True)
+class Drawing:
+    """A figure that is drawn when it is asked for.
 
-    Args:
+    Attributes:
         plot: draws on an empty figure, in the colours of this module.
         name: of the figure, unlike any other on the page.
         text: what it shows, for those who do not see it.
         size: width and height in inches.
-
-    Returns:
-        an <svg> element without references beyond itself.
     """
-    file = io.BytesIO()
-    with rc_context({**_STYLE, "svg.hashsalt": name}):
-        figure = Figure(figsize=size, layout="constrained")
-        plot(figure)
-        FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})
-    root = ET.fromstring(file.getvalue())
-    for element in root.iter():
-        for child in [c for c in element if c.tag.endswith(("}metadata", "}style"))]:
-            element.remove(child)
-        element.tag = _NAMESPACE.sub("", element.tag)  # HTML knows SVG without namespaces
-        element.attrib = {
-            _NAMESPACE.sub("", key): _own_names(key, value, name)
-            for key, value in element.attrib.items()
-        }
-    for key in ("width", "height", "version"):
-        root.attrib.pop(key)
-    root.attrib |= {"role": "img", "aria-label": text}
-    return Markup(_in_page_colors(ET.tostring(root, encoding="unicode")))
+
+    plot: Callable[[Figure], None]
+    name: str
+    text: str
+    size: tuple[float, float] = (4.6, 3.1)
+
+    def svg(self) -> Markup:
+        """Draw it to be put into a page: an <svg> element without references beyond itself."""
+        file = io.BytesIO()
+        style = _style(tuple(STAND_INS), background="none")
+        with rc_context({**style, "svg.hashsalt": self.name}):
+            FigureCanvasSVG(self._figure()).print_svg(file, metadata={"Date": None})
+        root = ET.fromstring(file.getvalue())
+        for element in root.iter():
+            for child in [c for c in element if c.tag.endswith(("}metadata", "}style"))]:
+                element.remove(child)
+            element.tag = _NAMESPACE.sub("", element.tag)  # HTML knows SVG without namespaces
+            element.attrib = {
+                _NAMESPACE.sub("", key): _own_names(key, value, self.name)
+                for key, value in element.attrib.items()
+            }
+        for key in ("width", "height", "version"):
+            root.attrib.pop(key)
+        root.attrib |= {"role": "img", "aria-label": self.text}
+        return Markup(_in_page_colors(ET.tostring(root, encoding="unicode")))
+
+    def png(self, title: str) -> bytes:
+        """Draw it to stand alone, on white, below a title."""
+        file = io.BytesIO()
+        with rc_context(_style(LIGHT, background="white")):
+            figure = self._figure()
+            figure.suptitle(title, fontsize=10)
+            figure.set_dpi(160)
+            FigureCanvasAgg(figure).print_png(file)
+        return file.getvalue()
+
+    def _figure(self) -> Figure:
+        figure = Figure(figsize=self.size, layout="constrained")
+        self.plot(figure)
+        return figure
+
+
+def _style(colors: tuple[str, ...], background: str) -> dict[str, Any]:
+    *cycle, line = colors
+    return {
+        **_STYLE,
+        "axes.prop_cycle": cycler(color=cycle),
+        "grid.color": line,
+        **dict.fromkeys(_OF_INK, cycle[-1]),
+        "figure.facecolor": background,
+        "savefig.facecolor": background,
+    }
 
 
 def _own_names(key: str, value: str, prefix: str) -> str:
@@ -92,6 +123,6 @@ def _own_names(key: str, value: str, prefix: str) -> str:
 
 
 def _in_page_colors(svg: str) -> str:
-    for color, variable in _VARIABLES.items():
+    for color, variable in STAND_INS.items():
         svg = svg.replace(color, variable)
     return svg
