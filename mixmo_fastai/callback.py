@@ -22,6 +22,7 @@ from mixmo_fastai.mixing import (
     QUICK_KINDS,
     DrawnMixings,
     Mixing,
+    Region,
     check_kind,
     draw_lam,
     draw_masks,
@@ -57,7 +58,8 @@ class MixMoCallback(Callback):
     transforms by itself; what a loader does item by item is done once per image.
 
     Args:
-        mix: mask kind, one of `mixing.MASK_KINDS`; "sum" is MIMO, and the only kind for one member.
+        mix: mask kind, one of `mixing.MASK_KINDS`, or a function that draws regions as those of
+            `mixing/regions.py` do; "sum" is MIMO, and the only kind for one member.
         alpha: concentration of the mixing ratios, lam ~ Dirichlet(alpha).
         mix_prob: probability that a batch is mixed with `mix` where that is a region of one member,
             such as a box; it is mixed linearly otherwise.
@@ -84,7 +86,7 @@ class MixMoCallback(Callback):
 
     def __init__(
         self,
-        mix: str = "cutmix",
+        mix: str | Region = "cutmix",
         *,
         alpha: float = 2.0,
         mix_prob: float = 0.5,

@@ -26,7 +26,7 @@ from mixmo_fastai.devices import place
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.losses import MixMoLoss
 from mixmo_fastai.metrics import MemberAccuracy
-from mixmo_fastai.mixing import check_kind
+from mixmo_fastai.mixing import Region, check_kind
 from mixmo_fastai.models import MixMoModel, convert_to_mixmo, create_model
 from mixmo_fastai.models.backbone_core import BackboneCore
 from mixmo_fastai.models.ghost_norm import use_ghost_batches
@@ -77,7 +77,7 @@ def mixmo_learner(
     dls: DataLoaders,
     arch: str | nn.Module | Callable[..., nn.Module],
     *,
-    mix: str = "cutmix",
+    mix: str | Region = "cutmix",
     num_members: int = 2,
     num_classes: int | None = None,
     pretrained: bool = False,

@@ -17,6 +17,7 @@ from mixmo_fastai.mixing.batches import QUICK_KINDS, DrawnMixings, Mixing, draw_
 from mixmo_fastai.mixing.features import mix_features
 from mixmo_fastai.mixing.masks import BINARY_KINDS, BLEND_KINDS, check_kind, draw_masks
 from mixmo_fastai.mixing.ratios import draw_lam, loss_weights
+from mixmo_fastai.mixing.regions import Region
 from mixmo_fastai.names import MASK_KINDS
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "QUICK_KINDS",
     "DrawnMixings",
     "Mixing",
+    "Region",
     "check_kind",
     "draw_lam",
     "draw_masks",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mixmo_fastai.mixing.masks import BLEND_KINDS, draw_masks
 from mixmo_fastai.mixing.ratios import draw_lam, loss_weights
-from mixmo_fastai.mixing.regions import Shape
+from mixmo_fastai.mixing.regions import Region, Shape
 
 QUICK_KINDS = (*BLEND_KINDS, "cutmix", "horizontal", "vertical")
 """Kinds whose masks cost little more than the calls that draw them."""
@@ -53,7 +53,7 @@ class DrawnMixings:
 
 
 def draw_mixings(
-    kind: str,
+    kind: str | Region,
     chances: Sequence[float],
     lam_shape: tuple[int, int],
     shape: Shape,
@@ -69,7 +69,7 @@ def draw_mixings(
     """Draw the mixing of as many batches as there are chances.
 
     Args:
-        kind: one of `MASK_KINDS`.
+        kind: one of `MASK_KINDS`, or a function that draws regions.
         chances: uniform in [0, 1), one per batch; regions are drawn where it is below mix_prob.
         lam_shape: (B, M).
         shape: (D, h, w) of the features to be mixed.
@@ -83,7 +83,7 @@ def draw_mixings(
     """
     size, members = lam_shape
     lam = draw_lam(len(chances) * size, members, alpha, generator=lam_generator, device=device)
-    blend = kind if kind in BLEND_KINDS else "linear"
+    blend = kind if isinstance(kind, str) and kind in BLEND_KINDS else "linear"
     masks, means = draw_masks(blend, lam, shape)
     blended = _per_batch(masks, loss_weights(means, weight_root), size)
     regional: list[Mixing | None] = [None] * len(chances)

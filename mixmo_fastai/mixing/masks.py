@@ -6,13 +6,14 @@ A new kind is a function in `regions.py` with its line in `REGIONS`, and its nam
 `names.MASK_KINDS`, with its options, if any, in `names.MASK_OPTIONS`.
 """
 
+import inspect
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from mixmo_fastai.errors import InputError, unknown
-from mixmo_fastai.mixing.regions import REGIONS, SOFT_REGIONS, Shape
+from mixmo_fastai.mixing.regions import REGIONS, SOFT_REGIONS, Region, Shape
 from mixmo_fastai.names import MASK_KINDS, MASK_OPTIONS
 
 BLEND_KINDS = ("sum", "linear")
@@ -22,7 +23,7 @@ BINARY_KINDS = tuple(kind for kind in REGIONS if kind not in SOFT_REGIONS)
 
 
 def draw_masks(
-    kind: str,
+    kind: str | Region,
     lam: Tensor,
     shape: Shape,
     *,
@@ -48,7 +49,7 @@ def draw_masks(
     `regions.py` say what each does and which options it takes.
 
     Args:
-        kind: one of `MASK_KINDS`.
+        kind: one of `MASK_KINDS`, or a function as in `regions.py` that draws a region of your own.
         lam: (B, M) from `draw_lam`; masks are made on its device and in its type.
         shape: (D, h, w) of the features to be mixed.
         generator: on lam's device.
@@ -63,8 +64,8 @@ def draw_masks(
         corrected to the mean of each mask.
 
     Raises:
-        InputError: unknown kind or option, wrong shapes, batches that are not of equal size, or a
-            kind that needs two members has one.
+        InputError: unknown kind or option, wrong shapes, batches that are not of equal size, a kind
+            that needs two members has one, or a function draws no region.
     """
     _check_lam_and_shape(lam, shape, num_batches)
     check_kind(kind, lam.shape[1])
@@ -79,7 +80,10 @@ def draw_masks(
                 lam.shape[1], (num_batches,), generator=generator, device=lam.device
             )
         inside, outside = _shares(lam, first)
-        region = REGIONS[kind]((lam * inside).sum(dim=1), shape, generator, **options)
+        own = REGIONS[kind] if isinstance(kind, str) else kind
+        region = own((lam * inside).sum(dim=1), shape, generator, **options)
+        if not isinstance(kind, str):
+            _check_region(region, lam, shape, name_of(kind))
         # Means are taken before the members share the region, and before alike places are repeated.
         means = torch.lerp(outside, inside, region.mean(dim=(1, 2, 3))[:, None])
         inside, outside = (share[:, :, None, None, None] for share in (inside, outside))
@@ -88,32 +92,58 @@ def draw_masks(
     return masks.expand(-1, -1, -1, *shape[1:]), means
 
 
-def check_kind(kind: str, num_members: int) -> None:
+def name_of(kind: str | Region) -> str:
+    """Give the name of a mask kind, or of the function that draws it."""
+    return kind if isinstance(kind, str) else getattr(kind, "__name__", type(kind).__name__)
+
+
+def check_kind(kind: str | Region, num_members: int) -> None:
     """Check that a mask kind exists and suits the number of members.
 
     Raises:
         InputError: the kind is unknown, or it mixes and there is nothing to mix.
     """
-    if kind not in MASK_KINDS:
-        raise unknown("mask kind", kind, MASK_KINDS)
+    if kind not in MASK_KINDS and not callable(kind):
+        raise unknown("mask kind", str(kind), MASK_KINDS)
     if kind != "sum" and num_members < 2:
         raise InputError(
-            f"mix={kind!r} needs two members or more; got num_members={num_members}.\n"
+            f"mix={name_of(kind)!r} needs two members or more; got num_members={num_members}.\n"
             "Use num_members=2, or mix='sum' for a network of one member."
         )
 
 
-def check_options(kind: str, options: Mapping[str, float]) -> None:
+def check_options(kind: str | Region, options: Mapping[str, float]) -> None:
     """Check that a mask kind takes the options.
 
     Raises:
         InputError: naming the option and those that the kind takes.
     """
-    allowed = MASK_OPTIONS.get(kind, ())
+    allowed = MASK_OPTIONS.get(kind, ()) if isinstance(kind, str) else _keywords_of(kind)
     for name in options:
         if name not in allowed:
             takes = f"it takes {', '.join(allowed)}" if allowed else "it takes no options"
-            raise InputError(f"Unknown option {name!r} of mask kind {kind!r}: {takes}.")
+            raise InputError(f"Unknown option {name!r} of mask kind {name_of(kind)!r}: {takes}.")
+
+
+def _keywords_of(region: Region) -> tuple[str, ...]:
+    """List what a function takes beyond area, shape and generator."""
+    return tuple(inspect.signature(region).parameters)[3:]
+
+
+def _check_region(region: Tensor, lam: Tensor, shape: Shape, name: str) -> None:
+    limits = ((len(lam),), *((1, size) for size in shape))
+    fits = isinstance(region, Tensor) and region.ndim == 4 and region.dtype == lam.dtype
+    if not fits or any(n not in allowed for n, allowed in zip(region.shape, limits, strict=True)):
+        wanted = ", ".join(f"1 or {size}" for size in shape)
+        got = (
+            f"{region.dtype} of {tuple(region.shape)}"
+            if isinstance(region, Tensor)
+            else type(region).__name__
+        )
+        raise InputError(
+            f"The mask kind {name!r} must give {lam.dtype} of ({len(lam)}, {wanted}) in [0, 1]; it "
+            f"gave {got}."
+        )
 
 
 def _shares(lam: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,8 @@ from mixmo_fastai.names import COW_DEFAULTS
 
 Shape = tuple[int, int, int]
 Generator = torch.Generator | None
+Region = Callable[..., Tensor]
+"""From area (B,), shape (D, h, w), generator, and options by keyword, to a region."""
 
 
 def box(area: Tensor, shape: Shape, generator: Generator) -> Tensor:
@@ -150,7 +152,7 @@ def noise(area: Tensor, shape: Shape, generator: Generator) -> Tensor:
     return low[:, None, None, None] + (high - low)[:, None, None, None] * uniform
 
 
-REGIONS: dict[str, Callable[..., Tensor]] = {
+REGIONS: dict[str, Region] = {
     "cutmix": box,
     "horizontal": horizontal,
     "vertical": vertical,

@@ -1,0 +1,99 @@
+"""The examples run: the notebook in a kernel, the scripts as programs."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+from nbclient import NotebookClient
+from PIL import Image
+from synthetic import CLASSES, image_arrays
+from torchvision.models import resnet50
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+NOTEBOOK = EXAMPLES / "learner_to_mixmo.ipynb"
+SCRIPTS = sorted(EXAMPLES.glob("*.py"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pictures")
+    pixels, labels = image_arrays(45, size=40)
+    for number, (image, label) in enumerate(zip(pixels, labels, strict=True)):
+        path = root / CLASSES[label] / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    return root
+
+
+def run(script, *words, cwd):
+    command = [sys.executable, EXAMPLES / script, *map(str, words)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_own_images(folder, tmp_path):
+    said = run("own_images.py", folder, "--size", 32, "--epochs", 2, "--out", "it", cwd=tmp_path)
+    assert re.search(r"accuracy \d+\.\d%, of a member \d+\.\d%", said)
+    assert re.search(rf"png: ({'|'.join(CLASSES)}), \d+% sure", said)
+    network = torch.export.load(tmp_path / "it/network.pt2").module()
+    assert network(torch.zeros(5, 3, 32, 32)).shape == (5, 3)
+    assert (tmp_path / "it/learner.pkl").exists()
+    assert (tmp_path / "it/history.csv").read_text().count("\n") >= 3
+
+
+def test_pretrained_resnet50(folder, tmp_path):
+    weights = resnet50().state_dict()  # trained ones cannot be had without a network
+    torch.save(weights, tmp_path / "weights.pth")
+    said = run(
+        "pretrained_resnet50.py", folder, "--weights", "weights.pth", "--size", 32,
+        "--epochs", 1, "--batch-size", 6, cwd=tmp_path,
+    )  # fmt: skip
+    assert float(re.search(r"logits off by (\S+)", said)[1]) < 1e-4
+    plain = torch.load(tmp_path / "resnet50-mixmo.pth")
+    assert plain["head.weight"].shape == (3, 2048)
+    assert sum(tensor.numel() for tensor in plain.values()) < sum(
+        t.numel() for t in weights.values()
+    )
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_say_how_they_are_used(script, tmp_path):
+    said = run(script.name, "--help", cwd=tmp_path)
+    first = script.read_text(encoding="utf-8").splitlines()[0].strip('"')
+    assert " ".join(first.split()) in " ".join(said.split())
+
+
+def notebook():
+    return nbformat.read(NOTEBOOK, as_version=4)
+
+
+def test_the_notebook_runs(tmp_path):
+    """In a kernel, cell by cell, as a reader does."""
+    book = notebook()
+    NotebookClient(book, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    pictures = sum(
+        "image/png" in output.get("data", {})
+        for cell in book.cells
+        for output in cell.get("outputs", ())
+    )
+    assert pictures == 4
+    said = "".join(
+        output.get("text", "") for cell in book.cells for output in cell.get("outputs", ())
+    )
+    for differs in re.findall(r"largest difference of a \w+: (\S+)", said):
+        assert float(differs) < 1e-4
+
+
+def test_the_notebook_shows_what_it_gave():
+    """So that it can be read where nothing runs."""
+    cells = [cell for cell in notebook().cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == [*range(1, len(cells) + 1)]
+    assert all(cell.outputs for cell in cells)
+    text = NOTEBOOK.read_text(encoding="utf-8")
+    assert not re.search(r"/(root|home|tmp|work)/|\"stderr\"", text)
+    assert len(text) < 400_000
