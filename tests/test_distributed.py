@@ -558,7 +558,7 @@ sys.exit(0)
 """
 
 
-def test_fastais_own_distributed_training(together, tmp_path):
+def test_distrib_ctx_of_fastai(together, tmp_path):
     """Each process pairs and mixes the images that fastai gives it."""
     all_done(together(prelude=OF_FASTAI))
     one, two = (torch.load(tmp_path / f"seen-{rank}.pt", weights_only=False) for rank in range(2))
@@ -577,7 +577,7 @@ def test_fastais_own_distributed_training(together, tmp_path):
     assert one["figures"] == pytest.approx(two["figures"], rel=1e-5)
 
 
-def test_fastais_own_leaves_our_loaders_alone(together):
+def test_distrib_ctx_of_fastai_leaves_our_loaders_alone(together):
     program = """
 import sys
 from fastai import distributed

@@ -189,11 +189,17 @@ def test_fine_tune(make):
     assert body < heads / 10
 
 
-def test_discriminative_learning_rates(make):
+def test_freeze_and_learning_rates_by_depth(make):
     watch = Watch()
     learn = make(cbs=[watch], splitter=body_and_heads)
     learn.fit(1, slice(1e-4, 1e-2))
     assert watch.lrs[0] == pytest.approx([1e-4, 1e-2])
+    learn.freeze()
+    assert {n.split(".")[0] for n, p in learn.model.named_parameters() if p.requires_grad} <= {
+        "heads", "core"
+    }  # fmt: skip
+    learn.unfreeze()
+    assert all(p.requires_grad for p in learn.model.parameters())
 
 
 NOT_ON_CPUS = "ignore:(User provided device_type of 'cuda'|CUDA is not|torch.cuda.amp.GradScaler)"
@@ -257,7 +263,7 @@ def test_gradient_clip(make):
     assert max(clipped.norms) == pytest.approx(0.1, rel=1e-3)
 
 
-def test_early_stopping(make):
+def test_early_stopping_callback(make):
     learn = make(cbs=[EarlyStoppingCallback(monitor="accuracy", min_delta=2.0, patience=1)])
     learn.fit(6, 1e-4)
     assert learn.epoch < 5
@@ -266,7 +272,7 @@ def test_early_stopping(make):
     assert learn.mix_mo.epochs_trained == 3
 
 
-def test_save_model(make):
+def test_save_model_callback(make):
     learn = make(cbs=[SaveModelCallback(monitor="valid_loss", fname="best")])
     learn.fit_one_cycle(4, 0.05)
     losses = [row[1] for row in learn.recorder.values]
@@ -290,7 +296,7 @@ def test_csv_logger(make, tmp_path):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-def test_tensorboard(make, tmp_path):
+def test_tensor_board_callback(make, tmp_path):
     from fastai.callback.tensorboard import TensorBoardCallback
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -305,7 +311,7 @@ def test_tensorboard(make, tmp_path):
     assert events.Tags()["graph"]
 
 
-def test_wandb(make, tmp_path, monkeypatch):
+def test_wandb_callback(make, tmp_path, monkeypatch):
     import fastai.callback.wandb as of_fastai
     import wandb
 

@@ -11,6 +11,7 @@ from mixmo_fastai.errors import InputError
 from mixmo_fastai.mixing import (
     BINARY_KINDS,
     MASK_KINDS,
+    check_kind,
     draw_lam,
     draw_masks,
     draw_mixings,
@@ -277,3 +278,44 @@ def test_one_member_is_left_whole_by_sum():
     masks, lam = draw_masks("sum", torch.ones(4, 1), (1, 8, 8))
     assert torch.equal(masks, torch.ones(4, 1, 1, 8, 8))
     assert torch.equal(lam, torch.ones(4, 1))
+
+
+class TestRegionsOfOnesOwn:
+    def test_the_share_asked_for_is_that_of_the_member_in_role_0(self):
+        seen = []
+
+        def left(area, shape, generator):
+            seen.append(area)
+            return (torch.arange(shape[2]) < (shape[2] * area)[:, None]).float()[:, None, None]
+
+        lam = draw_lam(6, 3, 2.0, generator=torch.Generator().manual_seed(0))
+        masks, means = draw_masks(left, lam, (4, 5, 1000), shuffle_roles=False)
+        assert torch.equal(seen[0], lam[:, 0])
+        assert masks.shape == (6, 3, 1, 5, 1000)
+        torch.testing.assert_close(masks.sum(dim=1), torch.ones(6, 1, 5, 1000))
+        torch.testing.assert_close(means[:, 0], lam[:, 0], atol=1e-3, rtol=0)
+        torch.testing.assert_close(masks.mean(dim=(2, 3, 4)), means)
+        others = lam[:, 1:] / lam[:, 1:].sum(dim=1, keepdim=True)
+        torch.testing.assert_close(masks[:, 1:, 0, 0, -1], others)
+
+    def test_options_are_arguments_after_the_generator(self):
+        def half(area, shape, generator, *, side="left"):
+            assert side == "right"
+            return torch.zeros(len(area), 1, 1, shape[2])
+
+        draw_masks(half, draw_lam(2, 2, 2.0), (1, 4, 4), side="right")
+        with pytest.raises(InputError, match=r"Unknown option 'size' of mask kind 'half'.*side"):
+            draw_masks(half, draw_lam(2, 2, 2.0), (1, 4, 4), size=3)
+
+    @pytest.mark.parametrize(
+        "region",
+        [torch.zeros(2, 4, 4), torch.zeros(1, 1, 4, 4), torch.zeros(2, 1, 4, 3), "left", None]
+        + [torch.zeros(2, 1, 4, 4, dtype=torch.bool)],
+    )
+    def test_what_is_no_region_is_refused(self, region):
+        with pytest.raises(InputError, match=r"'<lambda>' must give torch.float32 of \(2, "):
+            draw_masks(lambda *_: region, draw_lam(2, 2, 2.0), (3, 4, 4))
+
+    def test_one_member_has_nothing_to_be_mixed_with(self):
+        with pytest.raises(InputError, match="'<lambda>' needs two members"):
+            check_kind(lambda *_: None, 1)

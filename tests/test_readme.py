@@ -14,7 +14,8 @@ from mixmo_fastai.resolve import resolve_recipe
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CODE = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-TREE = re.search(r"```\n(mixmo_fastai/.*?)```", README, flags=re.DOTALL)[1]
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+TREE = re.search(r"```\n(mixmo_fastai/.*?)```", CONTRIBUTING, flags=re.DOTALL)[1]
 
 
 def tree_paths():
@@ -39,7 +40,7 @@ def test_the_tree_is_complete():
 
 
 def test_linked_files_exist():
-    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
+    for target in re.findall(r"\]\((?!http)([^)#]+)", README):
         assert (ROOT / target).exists(), target
 
 
@@ -73,3 +74,16 @@ def test_code_runs():
         exec(compile(quick, "README.md", "exec"), names)
     assert names["learn"].model.num_members == 2
     assert names["learn"].mix_mo.epochs_trained == 1
+
+
+def test_every_feature_of_a_learner_that_is_named_has_a_test():
+    (table,) = re.findall(r"\| feature \|.*?\n\n", README, flags=re.DOTALL)
+    firsts = [row.split("|")[1] for row in table.strip().splitlines()[2:]]
+    features = [name for first in firsts for name in re.findall(r"`(\w+)`", first)]
+    files = ("test_learner_features.py", "test_distributed.py")
+    sources = "".join((ROOT / "tests" / file).read_text(encoding="utf-8") for file in files)
+    tests = re.findall(r"^def test_(\w+)\(", sources, flags=re.MULTILINE)
+    assert len(features) > 25
+    for feature in features:
+        words = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", feature).lower()
+        assert any(re.search(rf"(^|_){words}($|_)", test) for test in tests), feature
