@@ -26,6 +26,7 @@ from mixmo_fastai.data.fingerprint import fingerprint
 from mixmo_fastai.data.image_sets import DataSource
 from mixmo_fastai.data.loaders import Augmentation
 from mixmo_fastai.data.sources import load_source
+from mixmo_fastai.data.splits import split_validation
 from mixmo_fastai.devices import choose_device, describe_device
 from mixmo_fastai.distributed import shared
 from mixmo_fastai.errors import InputError, RunFailedError
@@ -79,8 +80,7 @@ class Training:
     @property
     def warmup_steps(self) -> int:
         """Steps of the published warm-up."""
-        train, valid, *_ = (len(loader.images) for loader in self.learn.dls.loaders)
-        return self.recipe.warmup_steps(train if self.recipe.data.limit else train + valid)
+        return self.recipe.warmup_steps(images_of_warmup(self.recipe, self.source))
 
     @property
     def images_seen(self) -> int:
@@ -350,6 +350,18 @@ def schedules(recipe: Recipe, steps_per_epoch: int, warmup_steps: int) -> dict[s
     )
     start, peak, end = schedule.momentums
     return {"lr": lr, "mom": one_cycle(start, peak, end, schedule.pct_start)}
+
+
+def images_of_warmup(recipe: Recipe, source: DataSource) -> int:
+    """Count the images by which epochs of the published warm-up are measured.
+
+    All of the training set, as published, whatever is kept for validation; where there is a limit,
+    those that are trained on.
+    """
+    if not recipe.data.limit:
+        return len(source.train)
+    train, _ = split_validation(source.train, recipe.data.valid_split)
+    return min(recipe.data.limit, len(train))
 
 
 def facts_of(source: DataSource) -> DataFacts:

@@ -15,6 +15,7 @@ from mixmo_fastai.schedule import flat_cosine, one_cycle
 from mixmo_fastai.training import (
     TrainingDivergedError,
     choose_device,
+    images_of_warmup,
     prepare,
     schedules,
     train,
@@ -374,3 +375,16 @@ def test_networks_that_do_not_take_the_images(arch, message, tmp_path, monkeypat
     assert program(["fit", "digits", "--arch", arch]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("limit", "share", "expected"), [(0, 0.1, 1442), (100, 0.1, 100), (1400, 0.5, 721)]
+)
+def test_the_warm_up_is_measured_in_images_of_the_training_set(limit, share, expected):
+    values = [f"data.limit={limit}", f"data.valid_split={share}", "schedule.kind=published"]
+    recipe = override(load_recipe("digits/cut-mixmo"), values)
+    training = prepare(recipe)
+    train, valid = (len(training.learn.dls[i].images) for i in range(2))
+    assert images_of_warmup(recipe, training.source) == expected
+    assert expected == (train if limit else train + valid)
+    assert training.warmup_steps == recipe.warmup_steps(expected)

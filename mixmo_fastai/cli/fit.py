@@ -63,7 +63,7 @@ def fit(
 ) -> None:
     """Train a network, evaluate it once on the test set, and leave a run folder.
 
-    Without arguments: Cut-MixMo on the embedded digits, in about a minute.
+    Without arguments: Cut-MixMo on the embedded digits, in under a minute.
     """
     settings = opt.flags(
         arch=arch, mix=mix, msda=msda, members=members, valid_split=valid_split, limit=limit,

@@ -17,7 +17,7 @@ from mixmo_fastai.evaluation import cross_scaled, evaluate_parts
 from mixmo_fastai.filter_use import FilterUse, encoder_norms, filter_use
 from mixmo_fastai.recipe import Recipe
 from mixmo_fastai.runs import RunFolder
-from mixmo_fastai.training import schedules
+from mixmo_fastai.training import images_of_warmup, schedules
 
 NUM_MISTAKES = 12
 """Confident mistakes that are shown."""
@@ -181,9 +181,9 @@ def _rates(finished: FinishedRun, history: list[dict[str, float]]) -> list[tuple
     """Trace the learning rate that the recipe gave this training."""
     if not history:
         return []
-    recipe, num_images = finished.recipe, len(finished.source.train)
+    recipe = finished.recipe
     steps = int(history[0]["images_seen"]) // recipe.train.batch_size
-    warmup = recipe.warmup_steps(min(recipe.data.limit or num_images, num_images))
+    warmup = recipe.warmup_steps(images_of_warmup(recipe, finished.source))
     rate, epochs = schedules(recipe, steps, warmup)["lr"], recipe.train.epochs
     return [
         (epochs * i / CURVE_POINTS, float(rate(i / CURVE_POINTS))) for i in range(CURVE_POINTS + 1)
