@@ -24,6 +24,7 @@ from mixmo_fastai.mixing import (
     Mixing,
     Region,
     check_kind,
+    check_options,
     draw_lam,
     draw_masks,
     draw_mixings,
@@ -106,7 +107,11 @@ class MixMoCallback(Callback):
             raise InputError(f"mask_options must map names to values; got {mask_options!r}.")
         self.mask_options = dict(mask_options or {})
         trial = torch.Generator()  # the global one is the user's
-        draw_masks(mix, torch.full((1, 2), 0.5), (2, 8, 8), generator=trial, **self.mask_options)
+        if isinstance(mix, str):
+            lam = torch.full((1, 2), 0.5)
+            draw_masks(mix, lam, (2, 8, 8), generator=trial, **self.mask_options)
+        else:
+            check_options(mix, self.mask_options)  # it may be for maps of one size
         check_pairing(1, batch_repetitions, input_repetition)
         _check_shares(mix_prob=mix_prob, decay_start=decay_start, msda_prob=msda_prob)
         loss_weights(torch.ones(1, 1), weight_root)

@@ -33,6 +33,12 @@ def plain(error: _AnyError) -> _AnyError:
 _PREFACE = re.compile(r"Exception occured in `\w+` when calling event `\w+`:\n\t")
 
 
+def first_line(error: BaseException, most: int = 120) -> str:
+    """Give the kind of an error that somebody else's code raised, and its message's first line."""
+    said = str(error).partition("\n")[0][:most].rstrip(".: ")
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
 def nearest(name: str, choices: Iterable[str]) -> str | None:
     """Find the choice that `name` most probably meant, or None where nothing is close."""
     by_folded = {_fold(choice): choice for choice in choices}

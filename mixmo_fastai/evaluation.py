@@ -54,7 +54,8 @@ def collect_member_logits(model: Any, loader: Any) -> LabelledLogits:
     Processes that have joined share the images, and each gets the logits of all.
 
     Args:
-        model: a `MixMoModel`; its training mode is as before afterwards.
+        model: a `MixMoModel`, or a plain network, which has one member; its training mode is as
+            before afterwards.
         loader: batches of images (B, C, H, W) and labels (B,), on the model's device; a
             `BatchLoader` where several processes share it.
 
@@ -63,11 +64,12 @@ def collect_member_logits(model: Any, loader: Any) -> LabelledLogits:
     """
     was_training = model.training
     model.eval()
+    members = getattr(model, "member_logits", None) or (lambda x: model(x)[:, None])
     try:
         with torch.inference_mode(), products(tf32=False):
             # Moved to the host at the end, so that a GPU never waits within the pass.
             shown = loader.share(group()) if group().count > 1 else loader
-            batches = [(model.member_logits(x.as_subclass(Tensor)), y) for x, y in shown]
+            batches = [(members(x.as_subclass(Tensor)), y) for x, y in shown]
     finally:
         model.train(was_training)
     if not batches and group().count == 1:

@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixmo_fastai.augment import normalize
 from mixmo_fastai.checkpoints.weights import load_network
 from mixmo_fastai.data.image_sets import ImageSet
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.models import create_model
-from mixmo_fastai.models.fused import FusedNetwork
+from mixmo_fastai.models.fused import assemble
 from mixmo_fastai.names import EXPORT_SUFFIXES, parse_architecture
 from mixmo_fastai.runs import DataFacts, RunFolder
 from mixmo_fastai.training import facts_of, read_source
@@ -51,7 +51,7 @@ class ExportedNetwork:
         facts: what it must know of its data to predict.
     """
 
-    model: FusedNetwork
+    model: nn.Module
     arch: str
     facts: DataFacts
 
@@ -166,7 +166,7 @@ def load_fused(path: Path | str) -> ExportedNetwork:
         with torch.device("meta" if published else "cpu"):  # no memory for what is only claimed
             channels, height, width = facts.image_shape
             parts = create_model(arch, len(facts.classes), 1, channels, image_size=(height, width))
-            model = FusedNetwork(parts.encoders[0], parts.core, parts.heads[0])
+            model = assemble(parts.encoders[0], parts.core, parts.heads[0])
         types = {name: tensor.dtype for name, tensor in model.state_dict().items()}
         if types != {name: tensor.dtype for name, tensor in tensors.items()}:
             raise ValueError(f"its tensors are not those of {arch}")
@@ -219,7 +219,7 @@ def _compare(found: Tensor, expected: Tensor, tolerance: float) -> dict[str, flo
     return {"relative_difference": difference, "same_class": same}
 
 
-def _write_tensors(model: FusedNetwork, facts: DataFacts, metadata: Metadata, path: Path) -> None:
+def _write_tensors(model: nn.Module, facts: DataFacts, metadata: Metadata, path: Path) -> None:
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     # Through a file of our own, since save_file makes one that its owner alone may read.
     path.write_bytes(save(tensors, metadata={"format": "pt", **metadata}))
@@ -235,7 +235,7 @@ def _read_tensors(path: Path) -> Callable[[Tensor], Tensor]:
     return predict
 
 
-def _write_onnx(model: FusedNetwork, facts: DataFacts, metadata: Metadata, path: Path) -> None:
+def _write_onnx(model: nn.Module, facts: DataFacts, metadata: Metadata, path: Path) -> None:
     example = torch.zeros(2, *facts.image_shape)
     program = torch.onnx.export(
         model,

@@ -185,4 +185,4 @@ def _seen(images: int | None) -> str:
 
 def _show_image(axes: Axes, image: Tensor) -> None:
     pixels = image.permute(1, 2, 0)  # (H, W, C)
-    axes.imshow(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels[:, :, :3], cmap="gray")
+    axes.imshow(pixels[:, :, 0] if pixels.shape[2] < 3 else pixels[:, :, :3], cmap="gray")

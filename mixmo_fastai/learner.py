@@ -1,6 +1,7 @@
 """Learners: one line for fastai users, and what a recipe describes."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from inspect import Parameter, signature
 from typing import Any
@@ -16,21 +17,22 @@ from fastai.losses import BCEWithLogitsLossFlat
 from fastai.metrics import accuracy, accuracy_multi
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import params
-from torch import nn
+from torch import Tensor, nn
 
 from mixmo_fastai.averaging import EMACallback
 from mixmo_fastai.callback import MixMoCallback
+from mixmo_fastai.data.glance import first_batch, random_states_kept
 from mixmo_fastai.data.loaders import BatchLoader
 from mixmo_fastai.deferred import defer_readbacks
 from mixmo_fastai.devices import place
-from mixmo_fastai.errors import InputError
+from mixmo_fastai.errors import InputError, nearest
 from mixmo_fastai.losses import MixMoLoss
 from mixmo_fastai.metrics import MemberAccuracy
 from mixmo_fastai.mixing import Region, check_kind
-from mixmo_fastai.models import MixMoModel, convert_to_mixmo, create_model
+from mixmo_fastai.models import MixMoModel, create_model
 from mixmo_fastai.models.backbone_core import BackboneCore
 from mixmo_fastai.models.ghost_norm import use_ghost_batches
-from mixmo_fastai.models.surgery import draw_apart
+from mixmo_fastai.models.surgery import Members, convert_between, find_ends
 from mixmo_fastai.names import TORCHVISION_NETWORKS
 from mixmo_fastai.randomness import fresh_seed, make_generator
 from mixmo_fastai.recipe import Recipe
@@ -78,9 +80,10 @@ def mixmo_learner(
     arch: str | nn.Module | Callable[..., nn.Module],
     *,
     mix: str | Region = "cutmix",
-    num_members: int = 2,
+    num_members: int | None = None,
     num_classes: int | None = None,
     pretrained: bool = False,
+    independent: bool | None = None,
     ghost_batch_size: int = 0,
     **kwargs: Any,
 ) -> Learner:
@@ -91,12 +94,16 @@ def mixmo_learner(
             batch_repetitions · n for the network.
         arch: network by name, as in "wrn28_10", "resnet50" or "timm/convnext_atto"; a function that
             makes one, as fastai's xresnet50; or a network of your own, which is converted, weights
-            and all, or taken as it is where it is a `MixMoModel`. All of it is trained, frozen
-            parts included, until `Learner.freeze` says otherwise.
+            and all, or taken as it is where it is a `MixMoModel`. All of what is converted is
+            trained, frozen parts included, until `Learner.freeze` says otherwise.
         mix: how features are mixed, see `MixMoCallback`; "sum" where num_members is 1.
-        num_members: M.
+        num_members: M; 2 where not given, or that of a `MixMoModel`.
         num_classes: K; what the loaders say where not given.
-        pretrained: whether a network by name starts from its library's weights.
+        pretrained: whether a network by name starts from its library's weights. Give your loaders
+            the standardisation that these want, such as `Normalize.from_stats(*imagenet_stats)`.
+        independent: whether members start apart, for networks that are not trained yet; see
+            `convert_to_mixmo`. Where not given, it is so by name unless pretrained; of a function,
+            for those of the two layers that differ when it is called twice; of a network, not.
         ghost_batch_size: images among which BatchNorm normalises in training; 0 for all of a batch.
         kwargs: of `MixMoCallback` (alpha, mix_prob, batch_repetitions, seed, …) and of fastai's
             `Learner` (loss_func, opt_func, metrics, cbs, …). A seed also fixes the initial weights;
@@ -109,27 +116,25 @@ def mixmo_learner(
         InputError: a name or number is not allowed, or a network cannot be converted.
     """
     mixing = {name: kwargs.pop(name) for name in CALLBACK_ARGUMENTS if name in kwargs}
-    check_kind(mix, num_members)
-    callback = MixMoCallback(mix, **mixing)
-    seed = fresh_seed() if callback.seed is None else callback.seed
-    model = _as_mixmo(
-        arch,
+    _check_known(kwargs)
+    wanted = _Wanted(
         _num_classes(dls) if num_classes is None else num_classes,
         num_members,
-        _image_shape(dls),
+        *_facts_of_batches(dls),
         pretrained=pretrained,
-        generator=make_generator(seed, "init"),
+        independent=independent,
     )
-    model.requires_grad_()
-    if pretrained or isinstance(arch, nn.Module):
-        kwargs.setdefault("splitter", body_and_heads)  # for `fine_tune`
+    check_kind(mix, wanted.members_of(arch))
+    callback = MixMoCallback(mix, **mixing)
+    seed = fresh_seed() if callback.seed is None else callback.seed
+    model = _as_mixmo(arch, wanted, make_generator(seed, "init"))
+    kwargs.setdefault("splitter", body_and_heads)  # for `freeze` and `fine_tune`
     use_ghost_batches(model, ghost_batch_size)
     if device := getattr(dls, "device", None):  # before the optimizer is made, which looks at it
         place(model, torch.device(device))
     loss_func = kwargs.pop("loss_func", getattr(_dataset(dls), "loss_func", None))
     kwargs.setdefault("opt_func", sgd())
-    of_ensemble = accuracy_multi if _takes_several_labels(loss_func) else accuracy
-    kwargs.setdefault("metrics", [of_ensemble, MemberAccuracy()])
+    kwargs.setdefault("metrics", _metrics_for(wanted.targets, loss_func))
     cbs = kwargs.pop("cbs", None) or []
     cbs = [*cbs] if isinstance(cbs, list | tuple) else [cbs]
     learn = Learner(dls, model, _as_mixmo_loss(loss_func), cbs=[callback, *cbs], **kwargs)
@@ -150,52 +155,77 @@ def body_and_heads(model: MixMoModel) -> list[list[nn.Parameter]]:
     return [body, [*late, *params(model.heads)]]
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """What the network is to be like.
+
+    Attributes:
+        num_classes: K.
+        num_members: M; None where it is not said.
+        image_shape: (C, H, W) of the data.
+        targets: some of the data's; None where they are classes.
+        pretrained, independent: see `mixmo_learner`.
+    """
+
+    num_classes: int
+    num_members: int | None
+    image_shape: tuple[int, int, int]
+    targets: Tensor | None
+    pretrained: bool
+    independent: bool | None
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return self.image_shape[1], self.image_shape[2]
+
+    def members_of(self, arch: Any) -> int:
+        """Tell M: what is said, or what a network has."""
+        own = arch.num_members if isinstance(arch, MixMoModel) else 2
+        return int(own if self.num_members is None else self.num_members)
+
+
 def _as_mixmo(
-    arch: str | nn.Module | Callable[..., nn.Module],
-    num_classes: int,
-    num_members: int,
-    image_shape: tuple[int, int, int],
-    *,
-    pretrained: bool,
-    generator: torch.Generator,
+    arch: str | nn.Module | Callable[..., nn.Module], wanted: _Wanted, generator: torch.Generator
 ) -> MixMoModel:
     """Make a MixMo network of what a user has: a name, a function, or a network."""
-    in_channels, *size = image_shape
-    image_size = (size[0], size[1])
     if (name := _name_of(arch)) is not None:
         return create_model(
             name,
-            num_classes,
-            num_members,
-            in_channels,
-            image_size=image_size,
+            wanted.num_classes,
+            wanted.members_of(arch),
+            wanted.image_shape[0],
+            image_size=wanted.image_size,
             generator=generator,
-            pretrained=pretrained,
+            pretrained=wanted.pretrained,
+        ).requires_grad_()
+    if isinstance(arch, Learner) or not callable(arch):
+        raise InputError(
+            "arch must be a name, a function that makes a network, or a network; got "
+            f"{type(arch).__name__}.\nOf a Learner it is learn.model."
         )
-    trained = True
+    if wanted.pretrained:
+        what = "a network" if isinstance(arch, nn.Module) else "a function"
+        raise InputError(
+            f"pretrained=True goes with names; {what} brings its own weights.\nLeave it out."
+        )
+    twin = None
     if not isinstance(arch, nn.Module):
-        if not callable(arch) or isinstance(arch, Learner):
-            raise InputError(
-                "arch must be a name, a function that makes a network, or a network; got "
-                f"{type(arch).__name__}.\nOf a Learner it is learn.model."
-            )
-        if pretrained:
-            raise InputError(
-                f"pretrained=True goes with names; {getattr(arch, '__name__', arch)!r} is a "
-                "function.\nGive the network that it makes with its weights."
-            )
-        arch, trained = _called(arch, num_classes, generator)
+        arch, twin = _called_twice(arch, wanted.num_classes, generator)
     if isinstance(arch, MixMoModel):
-        return _checked(arch, num_classes)
-    converted = convert_to_mixmo(
+        _check_fits(arch, wanted)
+        return arch
+    names = find_ends(arch, image_size=wanted.image_size, in_channels=wanted.image_shape[0])
+    apart = [_differ(arch, twin, name) for name in names]
+    if wanted.independent is not None:
+        apart = [wanted.independent] * 2
+    return convert_between(
         arch,
-        num_members,
-        num_classes=num_classes,
-        in_channels=in_channels,
-        image_size=image_size,
+        names,
+        Members(wanted.members_of(arch), encoders_apart=apart[0], heads_apart=apart[1]),
+        num_classes=wanted.num_classes,
+        in_channels=wanted.image_shape[0],
         generator=generator,
-    )
-    return converted if trained else draw_apart(converted, generator)
+    ).requires_grad_()
 
 
 def _name_of(arch: Any) -> str | None:
@@ -207,43 +237,81 @@ def _name_of(arch: Any) -> str | None:
     return name if of_torchvision and name in TORCHVISION_NETWORKS else None
 
 
-def _called(
+def _called_twice(
     make: Callable[..., nn.Module], num_classes: int, generator: torch.Generator
-) -> tuple[nn.Module, bool]:
+) -> list[nn.Module]:
     """Call a function that makes networks, which names their classes in its own way.
 
-    Returns:
-        what it made, and whether that was trained: then it is the same whatever was drawn.
+    Where it brings trained weights, these are the same both times; what it draws differs.
     """
-    known = signature(make).parameters
-    of_fastai = str(getattr(make, "__module__", "")).startswith("fastai.")
-    named = next((n for n in ("num_classes", "n_out", "n_classes") if n in known), None)
-    takes_any = any(p.kind is Parameter.VAR_KEYWORD for p in known.values())
-    if named is None and takes_any:
-        named = "n_out" if of_fastai else "num_classes"
-    settings = {} if named is None else {named: num_classes}
+    settings = _classes_for(make, num_classes)
     made = []
     for _ in range(2):
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(torch.randint(2**63 - 1, (), generator=generator)))
+            seed = int(torch.randint(2**63 - 1, (), generator=generator))
+            torch.default_generator.manual_seed(seed)  # not that of any GPU
             made.append(make(**settings))
-    if not all(isinstance(each, nn.Module) for each in made):
-        raise InputError(
-            f"{getattr(make, '__name__', make)!r} makes {type(made[0]).__name__}, not a network."
-        )
-    pairs = zip(made[0].parameters(), made[1].parameters(), strict=True)
-    return made[0], all(torch.equal(*pair) for pair in pairs)
+        if not isinstance(made[0], nn.Module):
+            name = getattr(make, "__name__", type(make).__name__)
+            raise InputError(f"{name!r} makes {type(made[0]).__name__}, not a network.")
+    return made
 
 
-def _checked(model: MixMoModel, num_classes: int) -> MixMoModel:
-    """Take a network as it is, if it has as many classes as the data."""
+def _classes_for(make: Callable[..., nn.Module], num_classes: int) -> dict[str, int]:
+    """Say the number of classes to a function in its own words, if it is to be told."""
+    known = signature(make).parameters
+    inner = make.func if isinstance(make, partial) else make
+    bound = make.keywords if isinstance(make, partial) else {}
+    if any(name in bound for name in _FOR_CLASSES):
+        return {}
+    named = next((name for name in _FOR_CLASSES if name in known), None)
+    if named is None and any(p.kind is Parameter.VAR_KEYWORD for p in known.values()):
+        of_fastai = str(getattr(inner, "__module__", "")).startswith("fastai.")
+        named = "n_out" if of_fastai else "num_classes"
+    return {} if named is None else {named: num_classes}
+
+
+_FOR_CLASSES = ("num_classes", "n_out", "n_classes")
+
+
+def _differ(one: nn.Module, other: nn.Module | None, layer: str) -> bool:
+    """Tell whether a layer has other weights in the other network; there may be none."""
+    if other is None:
+        return False
+    ours, theirs = (model.get_submodule(layer).get_parameter("weight") for model in (one, other))
+    return not torch.equal(ours, theirs)
+
+
+def _check_fits(model: MixMoModel, wanted: _Wanted) -> None:
+    """Check that a network that is taken as it is suits the data, and what was said."""
     own = {head.out_features for head in model.heads if isinstance(head, nn.Linear)}
-    if own - {num_classes}:
+    if own - {wanted.num_classes}:
         raise InputError(
-            f"The network has {', '.join(map(str, own))} classes, the data {num_classes}.\n"
+            f"The network has {', '.join(map(str, own))} classes, the data {wanted.num_classes}.\n"
             "Build it for the data, or say num_classes."
         )
-    return model
+    if wanted.num_members not in (None, model.num_members):
+        raise InputError(
+            f"The network has {model.num_members} members, not {wanted.num_members}.\n"
+            "Leave num_members out."
+        )
+    stem = model.encoders[0]
+    if isinstance(stem, nn.Conv2d) and stem.in_channels != wanted.image_shape[0]:
+        raise InputError(
+            f"The network takes images of {stem.in_channels} channels; the data has "
+            f"{wanted.image_shape[0]}."
+        )
+
+
+def _check_known(arguments: Iterable[str]) -> None:
+    """Check that what is left is fastai's to take."""
+    of_fastai = [*signature(Learner.__init__).parameters][2:]  # after self and dls
+    known = [*signature(mixmo_learner).parameters, *CALLBACK_ARGUMENTS, *of_fastai]
+    for name in arguments:
+        if name not in of_fastai:
+            guess = "num_classes" if name == "n_out" else nearest(name, known)
+            hint = f"Did you mean {guess!r}?" if guess else "See the docstring for what there is."
+            raise InputError(f"mixmo_learner takes no argument {name!r}.\n{hint}")
 
 
 def learner_from_recipe(recipe: Recipe, dls: DataLoaders, **kwargs: Any) -> Learner:
@@ -282,27 +350,33 @@ def learner_from_recipe(recipe: Recipe, dls: DataLoaders, **kwargs: Any) -> Lear
     )
 
 
-def _takes_several_labels(loss: Any) -> bool:
+def _metrics_for(targets: Tensor | None, loss: Any) -> list[Any]:
+    """Choose metrics of the ensemble and of its members; of numbers to predict, the user's own."""
+    if targets is None or not targets.is_floating_point():
+        return [accuracy, MemberAccuracy()]
     base = loss.base if isinstance(loss, MixMoLoss) else loss
-    return isinstance(base, nn.BCEWithLogitsLoss | BCEWithLogitsLossFlat)
+    several_labels = isinstance(base, nn.BCEWithLogitsLoss | BCEWithLogitsLossFlat)
+    return [accuracy_multi, MemberAccuracy()] if several_labels else []
 
 
 def _as_mixmo_loss(loss: Any) -> MixMoLoss:
     return loss if isinstance(loss, MixMoLoss) else MixMoLoss(loss)
 
 
-def _image_shape(dls: DataLoaders) -> tuple[int, int, int]:
-    """Give (C, H, W) of the training images, of the first batch where they differ."""
+def _facts_of_batches(dls: DataLoaders) -> tuple[tuple[int, int, int], Tensor | None]:
+    """Give (C, H, W) and some targets, of the first batch; None for classes of our loaders."""
     if isinstance(dls.train, BatchLoader):
-        return dls.train.images.image_shape
-    batch = dls.train.one_batch() if isinstance(dls.train, DataLoader) else next(iter(dls.train))
-    if getattr(batch[0], "ndim", 0) != 4:
+        return dls.train.images.image_shape, None
+    with random_states_kept(dls.train):
+        images, *targets = first_batch(dls.train)
+    if getattr(images, "ndim", 0) != 4:
         raise InputError(
             "MixMo needs batches of images (n, C, H, W); the loader's first input is "
-            f"{getattr(batch[0], 'shape', type(batch[0]).__name__)}."
+            f"{getattr(images, 'shape', type(images).__name__)}."
         )
-    channels, height, width = batch[0].shape[1:]
-    return int(channels), int(height), int(width)
+    channels, height, width = images.shape[1:]
+    known = targets[0] if targets and isinstance(targets[0], Tensor) else None
+    return (int(channels), int(height), int(width)), known
 
 
 def _num_classes(dls: DataLoaders) -> int:

@@ -5,6 +5,7 @@ from typing import Any
 from fastai.learner import Metric
 from torch import Tensor
 
+from mixmo_fastai.errors import InputError
 from mixmo_fastai.models.mixmo_model import unwrap
 
 
@@ -46,5 +47,10 @@ class MemberAccuracy(Metric):
 def _right(logits: Tensor, targets: Tensor) -> Tensor:
     """Tell which decisions of members (B, M, K) are right: (B, M), or (B, M, K) of several."""
     if targets.ndim == 1:
+        if targets.is_floating_point():
+            raise InputError(
+                "MemberAccuracy is of classes; the targets are numbers to predict.\n"
+                "Name other metrics, as metrics=mae."
+            )
         return logits.argmax(dim=2) == targets[:, None]
     return (logits > 0) == (targets[:, None] > 0.5)

@@ -4,16 +4,13 @@ Shapes: n positions of a batch, M members, C channels, H W image size, D feature
 feature size after the encoder.
 """
 
-import random
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from fastai.data.load import DataLoader
 from fastai.data.transforms import IntToFloatTensor
 from fastai.learner import Learner
 from fastai.torch_core import TensorImage
@@ -21,7 +18,9 @@ from fasttransform import Pipeline
 from torch import Tensor
 
 from mixmo_fastai.callback import MixMoCallback
+from mixmo_fastai.data.glance import first_batch, random_states_kept
 from mixmo_fastai.errors import InputError
+from mixmo_fastai.randomness import fresh_seed
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def preview_batch(learn: Learner, count: int = 6) -> Preview:
             "Build it with mixmo_learner(dls, arch), or add the callback."
         )
     with _as_in_the_first_step(learn, callback):
-        learn.xb, learn.yb = _split(learn, _first_batch(learn.dl))
+        learn.xb, learn.yb = _split(learn, first_batch(learn.dl))
         callback.before_batch()
         return preview_of(learn, count)
 
@@ -96,8 +95,10 @@ def _as_in_the_first_step(learn: Learner, callback: MixMoCallback) -> Iterator[N
     before = {name: vars(learn)[name] for name in state if name in vars(learn)}
     mix_prob, fit_seed = callback.mix_prob, callback.fit_seed
     try:
-        with _random_states_kept(learn.dls.train):
+        with random_states_kept(learn.dls.train):
             callback.mix_prob = 1.0
+            if callback.fit_seed is None:  # other processes, if any, need not look as well
+                callback.fit_seed = fresh_seed()
             learn.epoch, learn.iter, learn.pct_train, learn.dl = 0, 0, 0.0, learn.dls.train
             callback.before_fit()
             callback.before_train()
@@ -108,32 +109,6 @@ def _as_in_the_first_step(learn: Learner, callback: MixMoCallback) -> Iterator[N
         for name in state:
             vars(learn).pop(name, None)
         vars(learn).update(before)
-
-
-@contextmanager
-def _random_states_kept(loader: Any) -> Iterator[None]:
-    """Draw what a loader and its transforms draw, and let nobody find out."""
-    python, numpy = random.getstate(), np.random.get_state()
-    own = getattr(loader, "rng", None)
-    order = None if own is None else own.getstate()
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
-            if own is not None:
-                loader.rng = own  # fastai makes another for each pass
-                own.setstate(order)
-
-
-def _first_batch(loader: Any) -> Any:
-    """Take a loader's first batch, without the worker processes of a whole pass."""
-    with ExitStack() as alone:
-        own = getattr(loader, "loader", loader)  # behind a view
-        if isinstance(own, DataLoader):
-            alone.enter_context(own.fake_l.no_multiproc())
-        return next(iter(loader))
 
 
 def _split(learn: Learner, batch: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -155,7 +130,8 @@ def _as_pixels(inputs: Tensor, learn: Learner) -> Tensor:
     for transform in reversed(after_batch.fs if isinstance(after_batch, Pipeline) else []):
         if not isinstance(transform, IntToFloatTensor):  # which would round
             pixels = transform.decode(pixels)
-    return pixels.as_subclass(Tensor).cpu().reshape(shape).clamp(0, 1)
+    pixels = pixels.as_subclass(Tensor).cpu().reshape(shape)
+    return (pixels / 255 if pixels.max() > 2 else pixels).clamp(0, 1)
 
 
 def _names(learn: Learner, position: int) -> list[str]:

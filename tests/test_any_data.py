@@ -32,6 +32,9 @@ from PIL import Image
 from synthetic import CLASSES, image_arrays
 
 from mixmo_fastai import MixMoCallback, MixMoLoss, create_model, mixmo_learner, show_pairs
+from mixmo_fastai.errors import InputError
+from mixmo_fastai.metrics import MemberAccuracy
+from mixmo_fastai.preview import preview_batch
 
 
 @dataclass
@@ -263,6 +266,39 @@ def test_numbers_to_predict():
         before = learn.validate()[1]
         learn.fit_one_cycle(10, 0.01)
     assert learn.validate()[1] < min(0.2, before)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_numbers_to_predict_in_one_line(count):
+    def values(item):
+        return [float(item.image[..., i].mean() / 255) for i in range(count)]
+
+    dls = loaders(block(category=RegressionBlock(n_out=count), get_y=values))
+    learn, _ = trained(dls)
+    assert len(learn.validate()) == 1  # metrics are the user's to name
+    learn.metrics = [MemberAccuracy()]
+    if count == 1:
+        with pytest.raises(InputError, match="numbers to predict"):
+            learn.validate()
+
+
+def test_pixels_that_nobody_has_scaled_are_shown():
+    raw = DataBlock(
+        (TransformBlock(type_tfms=lambda item: TensorImage(torch.full((2, 8, 8), item.value))),
+         CategoryBlock),
+        get_y=lambda item: item.label, splitter=RandomSplitter(seed=0),
+    )  # fmt: skip
+
+    class Level(Item):
+        @property
+        def value(self):
+            return 255.0 if self.label == "red" else 51.0
+
+    dls = loaders(raw, [Level(item.image, item.label) for item in pictures()])
+    learn, _ = trained(dls)
+    shown = preview_batch(learn).inputs
+    assert set(shown.unique().tolist()) == pytest.approx({0.2, 1.0})
+    show_pairs(learn)  # of two channels
 
 
 def test_classes_of_a_table():

@@ -1,4 +1,6 @@
+import copy
 import gc
+import pickle
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from torch import nn
 from mixmo_fastai import metrics
 from mixmo_fastai.averaging import EMACallback
 from mixmo_fastai.callback import MixMoCallback, scheduled_mix_prob
+from mixmo_fastai.data.expansion import expand
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.learner import mixmo_learner
 from mixmo_fastai.losses import MixMoLoss
@@ -549,3 +552,15 @@ def test_public_methods_are_events_or_documented_extras(kind):
     extras |= {"save"}
     own = {name for name, value in vars(kind).items() if callable(value) and name[0] != "_"}
     assert own - extras <= set(vars(event))
+
+
+@pytest.mark.parametrize("make", [mixmo_dls, foreign_dls])
+def test_views_of_loaders_are_copied_and_pass_for_the_loader(make):
+    loader = make().train
+    view = expand(loader, 2).loader
+    assert len(copy.copy(view)) == len(loader)
+    assert view.bs == loader.bs
+    assert isinstance(view, type(loader)) or view.loader is loader
+    with pytest.raises(AttributeError, match="nothing_like_it"):
+        view.nothing_like_it  # noqa: B018
+    assert len(pickle.loads(pickle.dumps(view))) == len(loader)

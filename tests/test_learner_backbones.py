@@ -1,7 +1,12 @@
 """`mixmo_learner` with what fastai users have: names, functions, networks of their own."""
 
+import random
+from functools import partial
+
+import numpy as np
 import pytest
 import torch
+from fastai.vision.augment import RandomErasing
 from fastai.vision.learner import create_vision_model
 from fastai.vision.models import xresnet
 from synthetic import foreign_dls, mixmo_dls
@@ -94,6 +99,39 @@ def test_a_trained_network_keeps_its_weights_and_an_untrained_one_starts_apart(t
     assert (abs(torch.corrcoef(both)[0, 1]) > 0.9) == trained
 
 
+def test_a_trained_body_with_a_new_head():
+    """As people write it: the head alone is drawn anew."""
+    weights = resnet18().state_dict()
+
+    def make(num_classes):
+        model = resnet18()
+        model.load_state_dict(weights)
+        model.fc = nn.Linear(512, num_classes)
+        return model
+
+    model = mixmo_learner(mixmo_dls(), make, seed=0).model
+    whole = sum(encoder.weight for encoder in model.encoders)
+    torch.testing.assert_close(whole, weights["conv1.weight"])
+    heads = torch.stack([head.weight.flatten() for head in model.heads]).detach()
+    assert torch.corrcoef(heads)[0, 1].abs() < 0.2
+
+
+def test_independent_members_of_ones_own_network():
+    model = small()
+    encoders = mixmo_learner(mixmo_dls(), model, seed=0, independent=True).model.encoders
+    assert torch.equal(
+        encoders[0].weight.flatten().sort().values, model[0].weight.flatten().sort().values
+    )
+
+
+@pytest.mark.parametrize(
+    "make",
+    [partial(xresnet.xresnet18, act_cls=nn.SiLU), partial(xresnet.xresnet18, n_out=3)],
+)
+def test_functions_with_arguments_bound(make):
+    assert mixmo_learner(mixmo_dls(), make, seed=0).model.heads[0].out_features == 3
+
+
 def test_the_global_generator_is_left_alone_by_functions():
     state = torch.get_rng_state()
     mixmo_learner(mixmo_dls(), small, seed=0)
@@ -150,6 +188,7 @@ def test_a_network_for_one_size_is_tried_at_that_of_the_images():
         (lambda: mixmo_learner(mixmo_dls(), small()), r"got Learner.\n.*learn.model"),
         (lambda: 18, "got int"),
         (lambda: create_model("wrn10_1", 5), "has 5 classes, the data 3"),
+        (lambda: create_model("wrn10_1", 3, in_channels=1), "takes images of 1 channels"),
         (lambda: lambda: "resnet18", "makes str, not a network"),
         (lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), "has no convolution"),
     ],
@@ -162,3 +201,52 @@ def test_what_is_no_network_for_the_data(arch, message):
 def test_weights_of_a_function_are_not_guessed():
     with pytest.raises(InputError, match="goes with names"):
         mixmo_learner(mixmo_dls(), xresnet.xresnet18, pretrained=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"pretrained": True}, "a network brings its own weights"),
+        ({"n_out": 3}, "Did you mean 'num_classes'"),
+        ({"alpa": 2.0}, "Did you mean 'alpha'"),
+    ],
+)
+def test_arguments_that_do_not_go_with_a_network(arguments, message):
+    with pytest.raises(InputError, match=message):
+        mixmo_learner(mixmo_dls(), small(), **arguments)
+
+
+def test_members_of_a_mixmo_model_are_its_own():
+    model = create_model("wrn10_1", 3, num_members=3).requires_grad_(False)
+    learn = mixmo_learner(mixmo_dls(), model)
+    assert not any(p.requires_grad for p in learn.model.parameters())
+    with pytest.raises(InputError, match="has 3 members, not 2"):
+        mixmo_learner(mixmo_dls(), model, num_members=2)
+
+
+@pytest.mark.parametrize("arch", ["wrn10_1", small, xresnet.xresnet18, "resnet18"])
+def test_every_network_can_be_frozen(arch):
+    learn = mixmo_learner(mixmo_dls(), arch if isinstance(arch, str) else arch, seed=0)
+    body, late = learn.splitter(learn.model)
+    heads = {*learn.model.heads.parameters()}
+    assert heads <= {*late}
+    assert {*learn.model.encoders.parameters()} <= {*body}
+    learn.freeze()
+    moves = {p for p in learn.model.parameters() if p.requires_grad}
+    norms = {
+        p for m in learn.model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()
+    }
+    assert moves - norms == {*late}
+
+
+@pytest.mark.parametrize("transforms", [None, [RandomErasing(p=1.0)]])
+def test_making_a_learner_leaves_random_states_alone(transforms):
+    dls = foreign_dls(after_batch=transforms)
+
+    def states():
+        numpy = np.random.get_state()[1].tolist()
+        return random.getstate(), numpy, torch.get_rng_state().tolist(), dls.train.rng.getstate()
+
+    before = states()
+    mixmo_learner(dls, "wrn10_1", seed=0)
+    assert states() == before

@@ -71,7 +71,6 @@ def own_learner(folder, path, *, cbs=(), **kwargs):
 
 
 def our_learner(folder, path, *, cbs=(), **kwargs):
-    kwargs.setdefault("splitter", body_and_heads)
     return mixmo_learner(mixmo_dls(), "wrn10_1", seed=0, cbs=cbs, path=path, **kwargs)
 
 
@@ -252,7 +251,8 @@ def test_gradient_accumulation(make):
     assert len(watch.lrs) == len(watch.losses) // 2
     plain = Watch()
     make(cbs=[plain]).fit(2, 1e-3)
-    assert np.mean(watch.norms) == pytest.approx(np.mean(plain.norms), rel=0.5)
+    # The mean of two batches' gradients, of nearly the same weights.
+    assert 0.3 < watch.norms[0] / np.mean(plain.norms[:2]) < 1.05
 
 
 def test_gradient_clip(make):
@@ -357,9 +357,9 @@ def test_show_pairs_leaves_the_learner_as_it_was(make):
     random.seed(0)
     other = make()
     torch.manual_seed(5)
-    before, state = {**vars(shown)}, torch.get_rng_state()
+    before, state = {**vars(shown)}, random_states()
     show_pairs(shown)
-    assert torch.equal(torch.get_rng_state(), state)
+    assert random_states() == state
     del before["loss_func"]
     assert before == {name: value for name, value in vars(shown).items() if name in before}
     for learn in (shown, other):
@@ -367,6 +367,10 @@ def test_show_pairs_leaves_the_learner_as_it_was(make):
         torch.manual_seed(0)
         learn.fit(1, 1e-2)
     assert same(weights(shown), weights(other))
+
+
+def random_states():
+    return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
 
 
 def test_show_results(make):

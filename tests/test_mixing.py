@@ -7,6 +7,7 @@ import oracle
 import pytest
 import torch
 
+from mixmo_fastai.callback import MixMoCallback
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.mixing import (
     BINARY_KINDS,
@@ -315,6 +316,23 @@ class TestRegionsOfOnesOwn:
     def test_what_is_no_region_is_refused(self, region):
         with pytest.raises(InputError, match=r"'<lambda>' must give torch.float32 of \(2, "):
             draw_masks(lambda *_: region, draw_lam(2, 2, 2.0), (3, 4, 4))
+
+    def test_a_function_may_take_any_option_and_one_map_size(self):
+        def any_of(area, shape, generator, **options):
+            assert options == {"size": 3}
+            assert shape == (1, 5, 7)
+            return torch.zeros(len(area), 1, 5, 7)
+
+        draw_masks(any_of, draw_lam(2, 2, 2.0), (1, 5, 7), size=3)
+        MixMoCallback(mix=any_of, mask_options={"size": 3})
+
+    def test_a_function_of_other_arguments_is_refused(self):
+        with pytest.raises(InputError, match=r"must take area .* too many positional arguments"):
+            draw_masks(lambda area: area, draw_lam(2, 2, 2.0), (1, 4, 4))
+
+    def test_values_beyond_one_are_refused(self):
+        with pytest.raises(InputError, match=r"in \[0, 1\]; they are from 5 to 5"):
+            draw_masks(lambda *_: torch.full((2, 1, 4, 4), 5.0), draw_lam(2, 2, 2.0), (1, 4, 4))
 
     def test_one_member_has_nothing_to_be_mixed_with(self):
         with pytest.raises(InputError, match="'<lambda>' needs two members"):

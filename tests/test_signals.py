@@ -44,7 +44,8 @@ import mixmo_fastai.training as training
 own = training.evaluate_parts
 def slow(*args, **kwargs):
     print("evaluating", flush=True)
-    time.sleep(60)
+    for _ in range(6000):  # a signal just before a long sleep would wait for its end
+        time.sleep(0.01)
     return own(*args, **kwargs)
 training.evaluate_parts = slow
 """
@@ -288,7 +289,12 @@ def test_between_the_run_folder_and_the_first_step(mixmo, tmp_path, whole):
 import time
 import mixmo_fastai.cli.fit as fit
 own = fit._say_plan
-fit._say_plan = lambda *args: (print("planning", flush=True), time.sleep(60), own(*args))
+def slow(*args):
+    print("planning", flush=True)
+    for _ in range(6000):
+        time.sleep(0.01)
+    own(*args)
+fit._say_plan = slow
 """
     run = tmp_path / "run"
     command = mixmo(*FIT, run, prelude=slow)

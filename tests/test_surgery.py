@@ -177,6 +177,29 @@ class Auxiliary(Own):
         return (super().forward(x), x) if self.training else super().forward(x)
 
 
+class LogSoftmaxInTraining(Own):
+    def forward(self, x):
+        logits = super().forward(x)
+        return logits.log_softmax(1) if self.training else logits
+
+
+class Dropping(Own):
+    def forward(self, x):
+        return nn.functional.dropout(super().forward(x), 0.5, self.training)
+
+
+class Keeping(Own):
+    def forward(self, x):
+        self.kept = self.first(x).relu()
+        return self.last(self.kept.mean((2, 3)))
+
+
+def keeping():
+    model = Keeping()
+    model(torch.randn(1, 2, 9, 9))
+    return model
+
+
 class Tuple(Own):
     def forward(self, x):
         return super().forward(x), x
@@ -245,7 +268,13 @@ REFUSED = {
     "padded": (Padding, "changes the image of 97x97"),
     "dropped out": (lambda: nn.Sequential(nn.Dropout(0.5), Own()), "image in training before"),
     "branching in training": (BranchingInTraining, "shows the image in training to more than"),
-    "auxiliary": (Auxiliary, "gives tuple in training, not logits alone"),
+    "auxiliary": (Auxiliary, "does not end with 'last' in training"),
+    "softmax in training": (LogSoftmaxInTraining, "does not end with 'last' in training"),
+    "dropping logits": (Dropping, "does not end with 'last' in training"),
+    "keeps activations": (
+        keeping,
+        "cannot be copied: RuntimeError: Only Tensors created explicitly",
+    ),
     "reads weights": (Reading, "without its first convolution and last layer: AttributeError"),
     "lazy": (lambda: nn.Sequential(nn.LazyConv2d(4, 1)), "lazy layers that have not seen an image"),
     "meta": (on_meta, "is on the meta device"),
@@ -284,7 +313,7 @@ def test_what_cannot_be_converted_says_which_part_is_missing(case):
         ({"image_size": "64"}, "image_size must be a number of pixels or"),
         ({"image_size": (64, 0)}, "image_size must be a number of pixels or"),
         ({"image_size": 1}, "does not take images of 1x1: RuntimeError"),
-        ({"in_channels": 0}, "in_channels must be 1 or more"),
+        ({"in_channels": 0}, "in_channels must be a whole number, 1 or more"),
     ],
 )
 def test_wrong_arguments_are_explained(arguments, message):
@@ -347,6 +376,72 @@ def test_other_sizes_than_that_it_was_tried_at(name, size):
     converted, x = convert_to_mixmo(model).eval(), torch.randn(2, 3, size, size)
     with torch.no_grad():
         assert largest_difference(converted(x), model(x)) < 1e-4
+
+
+class SizedByImage(Own):
+    """Looks at the size of the image beside the features."""
+
+    def forward(self, x):
+        features = nn.functional.interpolate(self.first(x), x.shape[2:]).relu()
+        return self.last(features.sum((2, 3)) / x.shape[2:].numel())
+
+
+@pytest.mark.parametrize("size", [9, 32, 33])
+def test_networks_that_look_at_the_size_of_the_image(size):
+    model, x = SizedByImage().eval(), torch.randn(2, 2, size, size + 2)
+    converted = convert_to_mixmo(model).eval()
+    for network in (converted, converted.fuse(), converted.fuse(keep_members=True)):
+        torch.testing.assert_close(network(x), model(x))
+    masks = torch.full((2, 2, 1, *converted.mask_shape(size, size + 2)[1:]), 0.5)
+    alike = x[:, None].expand(-1, 2, -1, -1, -1)
+    torch.testing.assert_close(converted(alike, masks).mean(1), model(x))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "timm/convnext_atto", "timm/dla34"])
+def test_what_is_fused_is_of_the_class_that_it_was(name):
+    """So that its weights go wherever those of such a network go."""
+    model = plain(name)
+    fused = convert_to_mixmo(model).eval().fuse()
+    assert type(fused) is type(model)
+    other = plain(name)
+    other.load_state_dict(fused.state_dict())
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert largest_difference(other(x), model(x)) < 1e-4
+
+
+def test_independent_members_start_apart():
+    model = plain("resnet18")
+    converted = convert_to_mixmo(model, 3, independent=True)
+    for layers, own in ((converted.encoders, model.conv1), (converted.heads, model.fc)):
+        weights = torch.stack([layer.weight.flatten() for layer in layers]).detach()
+        assert torch.equal(weights.sort().values, own.weight.flatten().sort().values.expand(3, -1))
+        assert torch.corrcoef(weights).triu(1).abs().max() < 0.1
+
+
+def test_types_are_kept_part_by_part():
+    model = plain("resnet18").half()
+    model.bn1.float()
+    model.register_buffer("fine", torch.full((1,), 1 / 3, dtype=torch.float64))
+    body = convert_to_mixmo(model).core.body
+    assert body.bn1.weight.dtype == torch.float32
+    assert body.layer1[0].conv1.weight.dtype == torch.float16
+    assert torch.equal(body.fine, model.fine)
+
+
+class Noisy(Own):
+    def forward(self, x):
+        features = self.first(x).relu().mean((2, 3))
+        return self.last(features + 0 * torch.randn_like(features))
+
+
+def test_networks_that_draw_leave_the_global_generator_alone():
+    state = torch.get_rng_state()
+    convert_to_mixmo(model := Noisy(), generator=torch.Generator())
+    assert not torch.equal(torch.get_rng_state(), state)  # its own layers were drawn
+    state = torch.get_rng_state()
+    convert_to_mixmo(model, generator=torch.Generator())
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

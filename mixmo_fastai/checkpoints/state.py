@@ -30,7 +30,6 @@ from mixmo_fastai.checkpoints.weights import put_tensors, to_bytes
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.models.mixmo_model import first_difference, unwrap
 from mixmo_fastai.processes import group
-from mixmo_fastai.recipe import recipe_from_mapping, to_mapping
 
 MOMENTUM = "momentum_buffer"
 HYPERS = ("lr", "mom")
@@ -327,11 +326,15 @@ def _as_json(values: Mapping[str, Any]) -> bytes:
 
 def _with_defaults(values: Mapping[str, Any]) -> Any:
     """Fill in the settings that came after a recipe was saved: they are at their defaults."""
-    try:
-        recipe = to_mapping(recipe_from_mapping(values["recipe"], "the checkpoint"))
-    except (InputError, KeyError, TypeError):
-        recipe = values.get("recipe")
-    return json.loads(json.dumps({**values, "recipe": recipe}))
+    plain = json.loads(json.dumps(dict(values)))
+    for section, name, default in _ADDED:
+        if isinstance(part := plain.get("recipe", {}).get(section), dict):
+            part.setdefault(name, default)
+    return plain
+
+
+_ADDED = (("model", "pretrained", False),)
+"""Settings that recipes of older checkpoints lack, with what they are there."""
 
 
 def _flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

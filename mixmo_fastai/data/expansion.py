@@ -87,7 +87,9 @@ class TransformedCopies:
         return type(self.loader)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(vars(self)["loader"], name)
+        if name.startswith("__") or "loader" not in vars(self):
+            raise AttributeError(name)
+        return getattr(self.loader, name)
 
     def __len__(self) -> int:
         return len(self.loader)

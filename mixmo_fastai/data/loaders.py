@@ -345,7 +345,10 @@ class ExpandedLoader:
         self.first_step = first_step
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(vars(self)["loader"], name)  # for callbacks that look at the loader
+        """Pass for the loader with callbacks that look at it."""
+        if name.startswith("__") or "loader" not in vars(self):
+            raise AttributeError(name)
+        return getattr(self.loader, name)
 
     def starting_at(self, step: int) -> "ExpandedLoader":
         """Give the same view without the batches before a step; its length is that of the whole."""
@@ -414,5 +417,6 @@ class SeededAugMix:
 
     def __call__(self, pixels: Tensor, index: int) -> Tensor:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(self.seed, "augmix", self.epoch, index))
+            seed = derive_seed(self.seed, "augmix", self.epoch, index)
+            torch.default_generator.manual_seed(seed)  # not that of any GPU
             return self.transform(pixels)

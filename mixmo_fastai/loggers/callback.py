@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mixmo_fastai.checkpoints.state import Position
+from mixmo_fastai.errors import first_line
 from mixmo_fastai.evaluation import LabelledLogits
 from mixmo_fastai.interruption import exit_code_of
 from mixmo_fastai.loggers import LOGGERS
@@ -72,6 +73,7 @@ class LoggingCallback(FollowingCallback):
             self._flush()
             self._tell(lambda tracker: tracker.close(exit_code))
             self.trackers = {}
+            del self.followed, self.run_folder  # or the network would outlive its training
 
     def _open(self) -> None:
         run, recipe = self.run_folder, self.followed.recipe
@@ -184,7 +186,7 @@ class LoggingCallback(FollowingCallback):
 
 
 def _in_a_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return first_line(error, most=200)
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 import wandb
 from PIL import Image
 
+from mixmo_fastai.errors import first_line
 from mixmo_fastai.loggers.tracker import Step, Subject
 
 PROJECT = "mixmo"
@@ -37,7 +38,7 @@ class WandbTracker:
         except wandb.Error as error:
             if mode in WITHOUT_SENDING:
                 raise
-            mode, reason = "offline", _first_line(error)
+            mode, reason = "offline", first_line(error)
             self.run = self._begin(subject, mode)
         self.memory.active = mode != "disabled"
         self.memory.keep(id=self.run.id)
@@ -51,6 +52,7 @@ class WandbTracker:
         )
         known = self.memory.values.get("id")
         return wandb.init(
+            reinit="create_new",  # whatever run is open in this process, it is not this one
             dir=subject.folder,  # in which it makes its folder "wandb"
             project=own_project or PROJECT,
             name=own_name or subject.name,
@@ -138,10 +140,5 @@ def _choose_mode() -> tuple[str, str]:
         if wandb.login(prompt=False, verify=False):
             return mode, ""
     except wandb.Error as error:
-        return "offline", _first_line(error)
+        return "offline", first_line(error)
     return "offline", "there is no login for it"
-
-
-def _first_line(error: Exception) -> str:
-    first, *_ = [*str(error).splitlines(), ""]
-    return f"{type(error).__name__}: {first}"

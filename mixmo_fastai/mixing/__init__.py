@@ -15,7 +15,13 @@ and `loss_weights`, which are deterministic.
 
 from mixmo_fastai.mixing.batches import QUICK_KINDS, DrawnMixings, Mixing, draw_mixings
 from mixmo_fastai.mixing.features import mix_features
-from mixmo_fastai.mixing.masks import BINARY_KINDS, BLEND_KINDS, check_kind, draw_masks
+from mixmo_fastai.mixing.masks import (
+    BINARY_KINDS,
+    BLEND_KINDS,
+    check_kind,
+    check_options,
+    draw_masks,
+)
 from mixmo_fastai.mixing.ratios import draw_lam, loss_weights
 from mixmo_fastai.mixing.regions import Region
 from mixmo_fastai.names import MASK_KINDS
@@ -29,6 +35,7 @@ __all__ = [
     "Mixing",
     "Region",
     "check_kind",
+    "check_options",
     "draw_lam",
     "draw_masks",
     "draw_mixings",

@@ -80,9 +80,12 @@ def draw_masks(
                 lam.shape[1], (num_batches,), generator=generator, device=lam.device
             )
         inside, outside = _shares(lam, first)
-        own = REGIONS[kind] if isinstance(kind, str) else kind
-        region = own((lam * inside).sum(dim=1), shape, generator, **options)
-        if not isinstance(kind, str):
+        area = (lam * inside).sum(dim=1)
+        if isinstance(kind, str):
+            region = REGIONS[kind](area, shape, generator, **options)
+        else:
+            _check_arguments(kind, (area, shape, generator), options)
+            region = kind(area, shape, generator, **options)
             _check_region(region, lam, shape, name_of(kind))
         # Means are taken before the members share the region, and before alike places are repeated.
         means = torch.lerp(outside, inside, region.mean(dim=(1, 2, 3))[:, None])
@@ -120,14 +123,42 @@ def check_options(kind: str | Region, options: Mapping[str, float]) -> None:
     """
     allowed = MASK_OPTIONS.get(kind, ()) if isinstance(kind, str) else _keywords_of(kind)
     for name in options:
-        if name not in allowed:
+        if name not in allowed and not _takes_any(kind):
             takes = f"it takes {', '.join(allowed)}" if allowed else "it takes no options"
             raise InputError(f"Unknown option {name!r} of mask kind {name_of(kind)!r}: {takes}.")
 
 
+def _takes_any(kind: str | Region) -> bool:
+    known = None if isinstance(kind, str) else _signature_of(kind)
+    kinds = [] if known is None else [p.kind for p in known.parameters.values()]
+    return inspect.Parameter.VAR_KEYWORD in kinds
+
+
 def _keywords_of(region: Region) -> tuple[str, ...]:
     """List what a function takes beyond area, shape and generator."""
-    return tuple(inspect.signature(region).parameters)[3:]
+    known = _signature_of(region)
+    return () if known is None else tuple(known.parameters)[3:]
+
+
+def _signature_of(region: Region) -> inspect.Signature | None:
+    try:
+        return inspect.signature(region)
+    except (TypeError, ValueError):  # of some builtins
+        return None
+
+
+def _check_arguments(
+    region: Region, arguments: tuple[object, ...], options: Mapping[str, float]
+) -> None:
+    known = _signature_of(region)
+    try:
+        if known is not None:
+            known.bind(*arguments, **options)
+    except TypeError as error:
+        raise InputError(
+            f"The mask kind {name_of(region)!r} must take area (B,), shape (D, h, w) and a "
+            f"generator, and options by keyword: {error}."
+        ) from error
 
 
 def _check_region(region: Tensor, lam: Tensor, shape: Shape, name: str) -> None:
@@ -143,6 +174,12 @@ def _check_region(region: Tensor, lam: Tensor, shape: Shape, name: str) -> None:
         raise InputError(
             f"The mask kind {name!r} must give {lam.dtype} of ({len(lam)}, {wanted}) in [0, 1]; it "
             f"gave {got}."
+        )
+    # Looked at where that makes no device wait.
+    if region.device.type == "cpu" and not bool(((region >= 0) & (region <= 1)).all()):
+        raise InputError(
+            f"The mask kind {name!r} must give values in [0, 1]; they are from "
+            f"{float(region.min()):g} to {float(region.max()):g}."
         )
 
 

@@ -3,6 +3,7 @@
 Shapes: C image channels, H W image size, K classes.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from mixmo_fastai.errors import InputError
+from mixmo_fastai.errors import InputError, first_line
 
 IMAGE_SIZES = (224, 64, 32, 28, 16, 8)
 """Heights and widths at which a network is tried where nothing says which it takes."""
@@ -113,7 +114,7 @@ def look(
                 with _noting(model, seen, encoder), torch.no_grad():
                     seen.output = model(seen.image)
             except Exception as error:  # anything may happen in somebody's forward pass
-                reasons.append(f"{size[0]}x{size[1]}: {_in_words(error)}")
+                reasons.append(f"{size[0]}x{size[1]}: {first_line(error)}")
                 continue
             return seen
     if len(image_sizes) == 1:
@@ -165,8 +166,51 @@ def first_convolution(model: nn.Module, seen: Seen, given: str | None) -> Call:
     _check_plain(model, name, seen.name)
     if not _is_same(seen.first.input, seen.image):
         raise _changes_the_image(seen.name, name)
-    _check_elsewhere(model, seen, name)
     return seen.first
+
+
+def check_elsewhere(
+    model: nn.Module, seen: Seen, name: str, sizes: Sequence[tuple[int, int]]
+) -> None:
+    """Check that the image reaches the first convolution as it is in training and at other sizes.
+
+    Args:
+        model: as it was looked at.
+        seen: from `look`.
+        name: of the convolution.
+        sizes: other ones; those that the model does not take are left out.
+
+    Raises:
+        InputError: the image is changed before.
+    """
+    reached: list[Any] = []
+
+    def stop(_: nn.Module, args: Any, kwargs: Any) -> None:
+        reached.append(_first_of(args, kwargs))
+        raise _Reached
+
+    hook = model.get_submodule(name).register_forward_pre_hook(stop, with_kwargs=True)
+    channels, own = seen.image.shape[1], (seen.image.shape[2], seen.image.shape[3])
+    try:
+        for training, when in ((True, " in training"), (False, "")):
+            model.train(training)
+            for size in dict.fromkeys((own, *sizes)):
+                image = _image(channels, size).to(seen.image)
+                try:
+                    with torch.no_grad():
+                        model(image)
+                except _Reached:
+                    if not _is_same(reached[-1], image):
+                        at = "" if size == own else f" of {size[0]}x{size[1]}"
+                        raise _changes_the_image(seen.name, name, at + when) from None
+                except Exception as error:  # a size that it does not take
+                    if size == own:
+                        raise InputError(
+                            f"{seen.name} could not be run{when}: {first_line(error)}."
+                        ) from error
+    finally:
+        hook.remove()
+        model.eval()
 
 
 def last_linear(model: nn.Module, seen: Seen, given: str | None) -> Call:
@@ -199,6 +243,12 @@ def last_linear(model: nn.Module, seen: Seen, given: str | None) -> Call:
     last = ends[-1]
     if [call.name for call in seen.ends].count(last.name) > 1:
         raise InputError(f"{seen.name} calls its linear layer {last.name!r} more than once.")
+    if not _ends_with(copy.deepcopy(model).train(), seen, last):
+        raise InputError(
+            f"{seen.name} does not end with {last.name!r} in training: its logits go on, or other "
+            "outputs go with them.\nBuild it without, as with aux_logits=False, and do the rest in "
+            "the loss."
+        )
     _check_plain(model, last.name, seen.name)
     return last
 
@@ -279,40 +329,6 @@ class _Reached(Exception):  # noqa: N818  # no error
     """The first convolution was called; nothing after it needs to run."""
 
 
-def _check_elsewhere(model: nn.Module, seen: Seen, name: str) -> None:
-    """Check that the image reaches the convolution as it is in training and at other sizes too."""
-    reached: list[Any] = []
-
-    def stop(_: nn.Module, args: Any, kwargs: Any) -> None:
-        reached.append(_first_of(args, kwargs))
-        raise _Reached
-
-    hook = model.get_submodule(name).register_forward_pre_hook(stop, with_kwargs=True)
-    modes = {module: module.training for module in model.modules()}
-    channels, own = seen.image.shape[1], (seen.image.shape[2], seen.image.shape[3])
-    try:
-        for training, when in ((True, " in training"), (False, "")):
-            model.train(training)
-            for size in (own, *OTHER_SIZES):
-                image = _image(channels, size).to(seen.image)
-                try:
-                    with torch.random.fork_rng(devices=[]), torch.no_grad():
-                        model(image)
-                except _Reached:
-                    if not _is_same(reached[-1], image):
-                        at = "" if size == own else f" of {size[0]}x{size[1]}"
-                        raise _changes_the_image(seen.name, name, at + when) from None
-                except Exception as error:  # a size that it does not take
-                    if size == own:
-                        raise InputError(
-                            f"{seen.name} could not be run{when}: {_in_words(error)}."
-                        ) from error
-    finally:
-        hook.remove()
-        for module, mode in modes.items():
-            module.training = mode
-
-
 def _changes_the_image(model: str, convolution: str, when: str = "") -> InputError:
     return InputError(
         f"{model} changes the image{when} before its first convolution, {convolution!r}, so that "
@@ -325,7 +341,8 @@ def _ends_with(model: nn.Module, seen: Seen, call: Call) -> bool:
     """Tell whether a layer's output is the model's, whatever it is: a mark comes out as it is."""
     if call.output.numel() != seen.output.numel():
         return False
-    mark = 1e3 * _image(1, (1, seen.output.shape[1])).to(seen.image).reshape(call.output.shape)
+    numbers = torch.arange(call.output.numel()) - call.output.numel() / 2  # of both signs
+    mark = (1e3 * numbers).to(seen.image).reshape(call.output.shape)
     mark.view(-1)[0] = float("nan")
 
     def give_mark(*_: Any) -> Tensor:
@@ -335,6 +352,8 @@ def _ends_with(model: nn.Module, seen: Seen, call: Call) -> bool:
     try:
         with torch.no_grad():
             found = model(seen.image)
+    except Exception as error:  # in training, of all places
+        raise InputError(f"{seen.name} could not be run: {first_line(error)}.") from error
     finally:
         hook.remove()
     return isinstance(found, Tensor) and _is_same(found, mark.flatten(1))
@@ -343,7 +362,7 @@ def _ends_with(model: nn.Module, seen: Seen, call: Call) -> bool:
 def _is_same(tensor: Any, expected: Tensor) -> bool:
     if not isinstance(tensor, Tensor) or tensor.shape != expected.shape:
         return False
-    return torch.allclose(tensor, expected, rtol=0, atol=0, equal_nan=True)
+    return torch.equal(tensor.nan_to_num(), expected.nan_to_num())
 
 
 def _check_named(
@@ -371,9 +390,3 @@ def _check_plain(model: nn.Module, name: str, model_name: str) -> None:
             "weight or spectral normalisation.\nTake that off first: "
             "torch.nn.utils.parametrize.remove_parametrizations."
         )
-
-
-def _in_words(error: Exception) -> str:
-    """Give the first line of what somebody's forward pass raised, and its kind."""
-    said = str(error).partition("\n")[0][:120].rstrip(".:")
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__

@@ -1,15 +1,17 @@
 """What a network does between its first convolution and its last linear layer.
 
 Shapes: B batch, D feature channels, h w feature size after the first convolution, C image channels,
-H W image size.
+H W image size, K classes.
 """
 
+import copy
 import threading
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from mixmo_fastai.errors import InputError
 
 
 class BackboneCore(nn.Module):
@@ -19,45 +21,53 @@ class BackboneCore(nn.Module):
     that look at the size of what they are shown.
 
     Args:
-        body: the network, with `GivenFeatures` in place of the convolution and nothing in place of
-            the linear layer.
-        entry: name of the former.
-        last: name of the latter.
-        convolution: as it was, for the size of the image.
+        network: a copy of its own, which is cut here.
+        first: name of the convolution.
+        last: name of the linear layer, or of a convolution 1x1 in its place.
 
-    Shapes: (B, D, h, w) -> (B, features).
+    Shapes: (B, D, h, w) and the size (H, W) of the image -> (B, features).
     """
 
-    def __init__(self, body: nn.Module, entry: str, last: str, convolution: nn.Conv2d) -> None:
+    def __init__(self, network: nn.Module, first: str, last: str) -> None:
         super().__init__()
-        self.body, self.entry, self.last = body, entry, last
+        convolution, linear = network.get_submodule(first), network.get_submodule(last)
+        assert isinstance(convolution, nn.Conv2d)
+        self.first, self.last, self.last_kind = first, last, type(linear)
         self.in_channels = convolution.in_channels
-        fixed = isinstance(convolution.padding, tuple) and type(convolution) is nn.Conv2d
-        padding = convolution.padding if fixed else None
-        self.geometry = [
-            _Geometry(
-                int(convolution.kernel_size[axis]),
-                int(convolution.stride[axis]),
-                int(convolution.dilation[axis]),
-                None if padding is None else int(padding[axis]),
-            )
-            for axis in range(2)
-        ]
+        self.stride = (int(convolution.stride[0]), int(convolution.stride[1]))
+        _replace(network, convolution, GivenFeatures())
+        _replace(network, linear, nn.Identity())
+        self.body = network
 
-    def forward(self, features: Tensor) -> Tensor:
-        embedding: Tensor = self.run(features)
+    def forward(self, features: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        if size is None:
+            height, width = features.shape[2:]
+            size = height * self.stride[0], width * self.stride[1]
+        blank = features.new_zeros(()).expand(features.shape[0], self.in_channels, *size)
+        embedding = self.run(features, blank)
+        if not isinstance(embedding, Tensor):
+            raise InputError(
+                f"{type(self.body).__name__} gives {type(embedding).__name__}, not logits alone.\n"
+                "Build it without auxiliary outputs, as with aux_logits=False."
+            )
         return embedding
 
-    def run(self, features: Tensor, filler: float = 0.0) -> Any:
-        """Run the body on features and an image that is `filler` everywhere."""
-        size = [own.input_size(n) for own, n in zip(self.geometry, features.shape[2:], strict=True)]
-        shape = (features.shape[0], self.in_channels, *size)  # a symbol where it is exported
-        entry: Any = self.body.get_submodule(self.entry)
-        entry.hand_over(features)
+    def run(self, features: Tensor, image: Tensor) -> Any:
+        """Run the network on an image, with given features in place of the image's own."""
+        given: Any = self.body.get_submodule(self.first)
+        given.hand_over(features)
         try:
-            return self.body(features.new_full((), filler).expand(shape))
+            return self.body(image)
         finally:
-            entry.hand_over(None)
+            given.hand_over(None)
+
+    def whole(self, convolution: nn.Module, linear: nn.Module) -> nn.Module:
+        """Put layers back to where they were cut out of a copy: the network as it was built."""
+        network = copy.deepcopy(self.body)
+        _replace(network, network.get_submodule(self.first), convolution)
+        end = linear if issubclass(self.last_kind, nn.Linear) else _as_convolution(linear)
+        _replace(network, network.get_submodule(self.last), end)
+        return network
 
     def around_the_head(self) -> nn.Module | None:
         """Find what was built as one piece with the last layer, such as fastai's own head.
@@ -68,7 +78,7 @@ class BackboneCore(nn.Module):
         """
         path = self.last.split(".")
         shared = 0
-        for ours, theirs in zip(path[:-1], self.entry.split("."), strict=False):
+        for ours, theirs in zip(path[:-1], self.first.split("."), strict=False):
             if ours != theirs:
                 break
             shared += 1
@@ -99,8 +109,8 @@ class GivenFeatures(nn.Module):
         features = self.traced if compiling else self.of_thread.features
         if features is None:
             raise RuntimeError(
-                "the first convolution is asked for once more after the forward pass; leave it out "
-                "of gradient checkpointing"
+                "the first convolution is asked for apart from the forward pass; leave it out of "
+                "gradient checkpointing and of torch.compiler.disable"
             )
         return features
 
@@ -114,19 +124,45 @@ class _OfThread(threading.local):
         return _OfThread, ()
 
 
-@dataclass(frozen=True)
-class _Geometry:
-    """How a convolution's output size follows from its input's, along one axis."""
+def as_linear(layer: nn.Module) -> nn.Linear:
+    """Give a linear layer, or a convolution 1x1 of a map of one place as the linear one it is."""
+    if isinstance(layer, nn.Linear):
+        return layer
+    assert isinstance(layer, nn.Conv2d)
+    if layer.groups != 1:
+        raise InputError("The last layer is a convolution in groups: heads cannot be made of it.")
+    linear = undrawn(layer.in_channels, layer.out_channels, like=layer)
+    _copy_parameters(layer, linear)
+    return linear
 
-    kernel: int
-    stride: int
-    dilation: int
-    padding: int | None  # None for as much as keeps the size
 
-    def input_size(self, output_size: int) -> int:
-        """Give a size of which this is the output, a multiple of the stride where there is one."""
-        if self.padding is None:
-            return output_size * self.stride
-        reach = self.dilation * (self.kernel - 1) + 1
-        smallest = max(1, (output_size - 1) * self.stride + reach - 2 * self.padding)
-        return smallest + (-smallest) % self.stride
+def undrawn(in_features: int, out_features: int, *, like: nn.Module) -> nn.Linear:
+    """Make a linear layer without drawing from torch's global generator."""
+    weight, has_bias = like.get_parameter("weight"), getattr(like, "bias", None) is not None
+    layer = nn.Linear(in_features, out_features, has_bias, device="meta", dtype=weight.dtype)
+    return layer.to_empty(device=weight.device)
+
+
+def _as_convolution(linear: nn.Module) -> nn.Conv2d:
+    assert isinstance(linear, nn.Linear)
+    weight, has_bias = linear.weight, linear.bias is not None
+    convolution = nn.Conv2d(
+        linear.in_features, linear.out_features, 1, bias=has_bias, device="meta", dtype=weight.dtype
+    ).to_empty(device=weight.device)
+    _copy_parameters(linear, convolution)
+    return convolution
+
+
+@torch.no_grad()
+def _copy_parameters(source: nn.Module, target: nn.Module) -> None:
+    for name, parameter in target.named_parameters():
+        parameter.copy_(source.get_parameter(name).view_as(parameter))
+
+
+def _replace(network: nn.Module, layer: nn.Module, module: nn.Module) -> None:
+    """Put a module where a layer is, under all of its names."""
+    module.train(network.training)
+    for parent in [*network.modules()]:
+        for name, own in parent._modules.items():
+            if own is layer:
+                parent._modules[name] = module

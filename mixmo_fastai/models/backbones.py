@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mixmo_fastai.errors import InputError, nearest
+from mixmo_fastai.errors import InputError, first_line, nearest
 from mixmo_fastai.names import Architecture
 
 _WITH_AUXILIARY = ("googlenet", "inception_v3")
@@ -52,14 +52,15 @@ def build_backbone(
             ) from error
         except (ValueError, AssertionError, RuntimeError) as error:
             size = f" for images of {image_size[0]}x{image_size[1]}" if image_size else ""
-            said = str(error).partition("\n")[0] or type(error).__name__
-            raise InputError(f"{arch.name} cannot be built{size}: {said}") from error
+            raise InputError(
+                f"{arch.name} cannot be built{size}: {first_line(error, most=200)}."
+            ) from error
 
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # not that of any GPU
         yield
 
 
@@ -77,20 +78,16 @@ def _torchvision(
     if name in _WITH_AUXILIARY:
         # What looks at features in between would need heads of its own.
         settings |= {"aux_logits": False, "init_weights": True}
-    if image_size not in (None, (224, 224)) and name.startswith(_OF_FIXED_SIZE):
-        settings |= _built_for(name, image_size, pretrained)
+    if image_size not in (None, (224, 224)) and not pretrained and name.startswith(_OF_FIXED_SIZE):
+        settings |= _built_for(name, image_size)
     model: nn.Module = get_model(name, weights="DEFAULT" if pretrained else None, **settings)
     return model
 
 
-def _built_for(name: str, image_size: tuple[int, int] | None, pretrained: bool) -> dict[str, Any]:
+def _built_for(name: str, image_size: tuple[int, int] | None) -> dict[str, Any]:
     """Say to torchvision which size of images a network is to be built for."""
     assert image_size is not None
     height, width = image_size
-    if pretrained:
-        raise InputError(
-            f"The trained weights of {name} are for images of 224x224; these are {height}x{width}."
-        )
     if name.startswith("maxvit_"):
         return {"input_size": image_size}
     if height != width:
@@ -111,7 +108,8 @@ def _timm(
         guess = nearest(name, known)
         hint = f" Did you mean 'timm/{guess}'?" if guess else ""
         raise InputError(f"timm has no network {name!r}.{hint}")
-    settings: dict[str, Any] = {} if pretrained else {"num_classes": num_classes}
+    has_classes = pretrained and timm.get_pretrained_cfg_value(name, "num_classes") != 0
+    settings: dict[str, Any] = {} if has_classes else {"num_classes": num_classes}
     settings |= {"pretrained": pretrained}
     if image_size is not None and timm.get_pretrained_cfg_value(name, "fixed_input_size"):
         settings |= {"img_size": image_size}

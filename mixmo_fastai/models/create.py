@@ -8,7 +8,7 @@ from mixmo_fastai.models import preact_resnet, wide_resnet
 from mixmo_fastai.models.backbones import build_backbone
 from mixmo_fastai.models.initialization import initialize
 from mixmo_fastai.models.mixmo_model import MixMoModel
-from mixmo_fastai.models.surgery import convert_to_mixmo, draw_apart
+from mixmo_fastai.models.surgery import Members, convert_between, find_ends
 from mixmo_fastai.names import parse_architecture
 
 PREACT_HEAD_STD = 0.01
@@ -50,15 +50,16 @@ def create_model(
         backbone = build_backbone(
             parsed, num_classes, image_size=image_size, pretrained=pretrained, generator=generator
         )
-        converted = convert_to_mixmo(
+        names = find_ends(backbone, image_size=image_size)
+        apart = not pretrained
+        return convert_between(
             backbone,
-            num_members,
+            names,
+            Members(num_members, encoders_apart=apart, heads_apart=apart),
             num_classes=num_classes,
             in_channels=in_channels,
-            image_size=image_size,
             generator=generator,
         )
-        return converted if pretrained else draw_apart(converted, generator)
     if pretrained:
         raise InputError(
             f"There are no trained weights of {arch}; `mixmo import` reads published ones."

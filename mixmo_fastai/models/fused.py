@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mixmo_fastai.errors import InputError
+from mixmo_fastai.models.backbone_core import BackboneCore
 
 
 class FusedNetwork(nn.Module):
@@ -35,14 +36,26 @@ class FusedNetwork(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Predict: images (B, C, H, W) -> ensemble logits (B, K)."""
         if self.num_votes == 1:
-            logits: Tensor = self.head(self.core(self.encoder(x)))
-            return logits
+            return self._decode(x)
         return self.member_logits(x).mean(dim=1)
 
     def member_logits(self, x: Tensor) -> Tensor:
         """Predict with what votes there are: (B, C, H, W) -> (B, votes, K)."""
-        logits: Tensor = self.head(self.core(self.encoder(x)))
+        logits = self._decode(x)
         return logits.view(len(logits), self.num_votes, -1)
+
+    def _decode(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(run_core(self.core, self.encoder(x), x))
+        return logits
+
+
+def run_core(core: nn.Module, features: Tensor, image: Tensor) -> Tensor:
+    """Run a core on features (B, D, h, w) of images (…, H, W); some look at the images' size."""
+    if isinstance(core, BackboneCore):
+        embedding: Tensor = core(features, (image.shape[-2], image.shape[-1]))
+    else:
+        embedding = core(features)
+    return embedding
 
 
 def fuse_parts(
@@ -51,7 +64,7 @@ def fuse_parts(
     heads: Sequence[nn.Module],
     *,
     keep_members: bool = False,
-) -> FusedNetwork:
+) -> nn.Module:
     """Make a plain network of copies of the parts; see `MixMoModel.fuse`.
 
     Raises:
@@ -60,10 +73,20 @@ def fuse_parts(
     """
     _check_alike(encoders, nn.Conv2d, "encoder", "convolution")
     _check_alike(heads, nn.Linear, "head", "linear layer")
+    encoder = _combine(encoders, torch.sum)
     head = _stack(heads) if keep_members else _combine(heads, torch.mean)
-    num_votes = len(heads) if keep_members else 1
-    fused = FusedNetwork(_combine(encoders, torch.sum), copy.deepcopy(core), head, num_votes)
+    if keep_members:
+        fused: nn.Module = FusedNetwork(encoder, copy.deepcopy(core), head, len(heads))
+    else:
+        fused = assemble(encoder, core, head)
     return fused.train(core.training)
+
+
+def assemble(encoder: nn.Module, core: nn.Module, head: nn.Module) -> nn.Module:
+    """Make a plain network of one encoder, a copy of a core, and one head."""
+    if isinstance(core, BackboneCore):
+        return core.whole(encoder, head)
+    return FusedNetwork(encoder, copy.deepcopy(core), head)
 
 
 def _check_alike(layers: Sequence[nn.Module], kind: type, part: str, wanted: str) -> None:

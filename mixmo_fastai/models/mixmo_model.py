@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.models.fused import FusedNetwork, fuse_parts
+from mixmo_fastai.models.fused import fuse_parts, run_core
 
 
 class MixMoModel(nn.Module):
@@ -79,7 +79,7 @@ class MixMoModel(nn.Module):
             masks are given.
         """
         if masks is not None:
-            return self._decode(self._mix(inputs, masks))
+            return self._decode(self._mix(inputs, masks), inputs)
         logits = self.member_logits(inputs)
         if not self.training:
             self.latest_member_logits = logits.detach()
@@ -90,7 +90,7 @@ class MixMoModel(nn.Module):
         features = self.encoders[0](x)
         for encoder in self.encoders[1:]:
             features = features + encoder(x)
-        return self._decode(features)
+        return self._decode(features, x)
 
     def mask_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Tell the shape (D, h, w) of an encoder's output for images of this size.
@@ -103,7 +103,7 @@ class MixMoModel(nn.Module):
             self._mask_shapes[height, width] = _output_shape(self.encoders[0], image)
         return self._mask_shapes[height, width]
 
-    def fuse(self, *, keep_members: bool = False) -> FusedNetwork:
+    def fuse(self, *, keep_members: bool = False) -> nn.Module:
         """Collapse the ensemble into a plain network with the same logits.
 
         The encoders become one convolution with the summed weights, and the heads one linear layer
@@ -114,8 +114,9 @@ class MixMoModel(nn.Module):
                 still tells what each member votes.
 
         Returns:
-            A new network (B, C, H, W) -> (B, K), with one encoder, a copy of the core and one head;
-            with `keep_members` its `member_logits` gives (B, M, K).
+            A new network (B, C, H, W) -> (B, K): of one that was converted, of the class that it
+            had before; else with one encoder, a copy of the core and one head. With `keep_members`
+            its `member_logits` gives (B, M, K).
 
         Raises:
             InputError: an encoder is not one convolution, a head not one linear layer, or they
@@ -138,9 +139,9 @@ class MixMoModel(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "latest_member_logits": None}  # no user's data in an export
 
-    def _decode(self, features: Tensor) -> Tensor:
-        """(B, D, h, w) -> member logits (B, M, K)."""
-        embedding = self.core(features)
+    def _decode(self, features: Tensor, image: Tensor) -> Tensor:
+        """(B, D, h, w) of images (…, H, W) -> member logits (B, M, K)."""
+        embedding = run_core(self.core, features, image)
         logits = torch.stack([head(embedding) for head in self.heads], dim=1)
         # In half precision, means of members and their classes would often tie.
         return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits

@@ -10,15 +10,18 @@ Shapes: B batch, M members, C image channels, H W image size, K classes.
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from mixmo_fastai.errors import InputError
+from mixmo_fastai.errors import InputError, first_line
 from mixmo_fastai.models.anatomy import (
+    OTHER_SIZES,
     Call,
     Seen,
     Size,
+    check_elsewhere,
     check_model,
     first_convolution,
     first_tensor,
@@ -26,7 +29,7 @@ from mixmo_fastai.models.anatomy import (
     look,
     sizes_of,
 )
-from mixmo_fastai.models.backbone_core import BackboneCore, GivenFeatures
+from mixmo_fastai.models.backbone_core import BackboneCore, as_linear, undrawn
 from mixmo_fastai.models.mixmo_model import MixMoModel
 
 EXACTNESS = 1e-4
@@ -41,6 +44,7 @@ def convert_to_mixmo(
     head: str | None = None,
     image_size: Size | None = None,
     perturbation: float = 0.1,
+    independent: bool = False,
     num_classes: int | None = None,
     in_channels: int | None = None,
     generator: torch.Generator | None = None,
@@ -50,7 +54,7 @@ def convert_to_mixmo(
     Encoders start as the first convolution divided by M, heads as copies of the last linear layer,
     each with a small perturbation of its own. Over the members these sum to zero, so that symmetry
     is broken and yet the converted network gives the outputs of the given one. That is checked on a
-    copy on the CPU, in float32 or better.
+    copy, in float32 or better on the CPU; hooks of the network run there too.
 
     Encoders and heads can be trained; other parameters that were frozen stay frozen.
 
@@ -60,75 +64,146 @@ def convert_to_mixmo(
         encoder: name of the first convolution, as in `model.named_modules()`; found by running the
             model where not given.
         head: name of the last layer, linear or a convolution 1x1; found likewise.
-        image_size: at which the model is tried; its own, or what works, where not given.
+        image_size: the only one at which the model is tried; its own or what works, and some
+            others, where not given.
         perturbation: deviation of the perturbations, as a share of that of the weights.
+        independent: for a model that is not trained yet: encoders and heads start apart, each with
+            the numbers of the given layer in an order of its own.
         num_classes: K of new heads, drawn at random; the given one's where not given.
         in_channels: C; other channels than the model's get their share of its weights, see
             `with_channels`.
-        generator: of the perturbations and of new heads.
+        generator: of the perturbations, orders and new heads.
 
     Raises:
         InputError: the model cannot be converted; the message says which part is missing.
     """
-    _check_numbers(num_members, perturbation, num_classes)
-    check_model(model)
-    body = copy.deepcopy(model)
-    modes = {module: module.training for module in body.modules()}
-    placed = first_tensor(model)
-    with _exact_arithmetic():
-        body.cpu().to(torch.promote_types(placed.dtype, torch.float32)).eval()
-        seen = look(body, sizes_of(body, image_size), encoder, in_channels)
-        first = first_convolution(body, seen, encoder)
-        last = last_linear(body, seen, head)
-        convolution, linear = body.get_submodule(first.name), body.get_submodule(last.name)
-        assert isinstance(convolution, nn.Conv2d)
-        _replace(body, convolution, GivenFeatures())
-        _replace(body, linear, nn.Identity())
-        core = BackboneCore(body, first.name, last.name, convolution)
-        _check_core(core, seen, first, last)
-        encoders = _perturbed(convolution, num_members, 1 / num_members, perturbation, generator)
-        heads = _perturbed(_as_linear(linear), num_members, 1.0, perturbation, generator)
-        _check_sum(encoders, first, seen.name, torch.sum)
-        _check_sum(heads, last, seen.name, torch.mean)
-    if num_classes is not None and num_classes != last.output.shape[1]:
-        heads = [_new_head(heads[0], num_classes, generator) for _ in range(num_members)]
-    converted = MixMoModel(encoders, core, heads)
-    for module in converted.modules():
-        module.training = modes.get(module, model.training)
-    for layers in (converted.encoders, converted.heads):
-        layers.requires_grad_()
-    if in_channels is not None:
-        with_channels(converted, in_channels)
-    converted.to(placed.device, placed.dtype)
-    return converted
+    members = Members(num_members, perturbation, independent, independent)
+    _check_numbers(num_classes, in_channels)
+    names = find_ends(
+        model,
+        encoder=encoder,
+        head=head,
+        image_size=image_size,
+        elsewhere=image_size is None,
+        in_channels=in_channels,
+    )
+    return convert_between(
+        model,
+        names,
+        members,
+        num_classes=num_classes,
+        in_channels=in_channels,
+        generator=generator,
+    )
 
 
-@torch.no_grad()
-def draw_apart(model: MixMoModel, generator: torch.Generator | None = None) -> MixMoModel:
-    """Let the members of an untrained network start apart, each from weights of its own.
+@dataclass(frozen=True)
+class Members:
+    """How the members of a converted network start.
 
-    Encoders and heads become independent draws of the initialisation that they have: its numbers in
-    another order for each.
+    Attributes:
+        count: M.
+        perturbation: see `convert_to_mixmo`.
+        encoders_apart, heads_apart: whether these start independently.
+    """
+
+    count: int = 2
+    perturbation: float = 0.1
+    encoders_apart: bool = False
+    heads_apart: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.count, int) or self.count < 1:
+            raise InputError(f"num_members must be a whole number, 1 or more; got {self.count!r}.")
+        if not 0 <= self.perturbation < 1:
+            raise InputError(
+                f"perturbation must be at least 0 and below 1; got {self.perturbation}."
+            )
+
+    def encoders_of(self, layer: nn.Module, generator: torch.Generator | None) -> list[nn.Module]:
+        """Make M encoders of a convolution."""
+        if self.encoders_apart:
+            return _reordered(layer, self.count, generator)
+        return _perturbed(layer, self.count, 1 / self.count, self.perturbation, generator)
+
+    def heads_of(self, layer: nn.Module, generator: torch.Generator | None) -> list[nn.Module]:
+        """Make M heads of a linear layer."""
+        if self.heads_apart:
+            return _reordered(layer, self.count, generator)
+        return _perturbed(layer, self.count, 1.0, self.perturbation, generator)
+
+
+def find_ends(
+    model: nn.Module,
+    *,
+    encoder: str | None = None,
+    head: str | None = None,
+    image_size: Size | None = None,
+    elsewhere: bool = True,
+    in_channels: int | None = None,
+) -> tuple[str, str]:
+    """Find the names of a network's first convolution and last layer, and try to cut them out.
 
     Args:
-        model: from `convert_to_mixmo`; changed in place.
-        generator: of the orders.
+        model: see `convert_to_mixmo`, as for all that is not said here.
+        encoder: name of the convolution, where it is known.
+        head: name of the last layer, where it is known.
+        image_size: at which it is tried first.
+        elsewhere: whether it is tried at other sizes as well, if it takes them.
+        in_channels: C, where it is known.
 
-    Returns:
-        the model.
+    Raises:
+        InputError: the model cannot be converted; the message says which part is missing.
     """
-    scale = float(model.num_members)
-    for layers, factor in ((model.encoders, scale), (model.heads, 1.0)):
-        whole = {
-            name: torch.stack([layer.get_parameter(name) for layer in layers]).mean(dim=0)
-            for name, _ in layers[0].named_parameters()
-        }
-        for layer in layers:
-            for name, parameter in layer.named_parameters():
-                order = torch.randperm(parameter.numel(), generator=generator)
-                values = factor * whole[name].flatten()[order.to(parameter.device)]
-                parameter.copy_(values.view_as(parameter))
-    return model
+    check_model(model)
+    trial = _copied(model).cpu()
+    trial.to(torch.promote_types(first_tensor(trial).dtype, torch.float32)).eval()
+    with _undisturbed():
+        seen = look(trial, sizes_of(trial, image_size), encoder, in_channels)
+        first = first_convolution(trial, seen, encoder)
+        check_elsewhere(trial, seen, first.name, OTHER_SIZES if elsewhere else ())
+        last = last_linear(trial, seen, head)
+        convolution, linear = trial.get_submodule(first.name), trial.get_submodule(last.name)
+        core = BackboneCore(trial, first.name, last.name)
+        _check_core(core, seen, first, last)
+        _check_sum(_perturbed(convolution, 2, 0.5, 0.0, None), first, seen.name, torch.sum)
+        _check_sum(_perturbed(as_linear(linear), 2, 1.0, 0.0, None), last, seen.name, torch.mean)
+    return first.name, last.name
+
+
+def convert_between(
+    model: nn.Module,
+    names: tuple[str, str],
+    members: Members,
+    *,
+    num_classes: int | None = None,
+    in_channels: int | None = None,
+    generator: torch.Generator | None = None,
+) -> MixMoModel:
+    """Convert a network whose ends are known; see `convert_to_mixmo`.
+
+    Args:
+        model: that `find_ends` has found convertible.
+        names: of its first convolution and its last layer.
+        members: how they start.
+        num_classes: K of new heads.
+        in_channels: C.
+        generator: of all that is drawn.
+    """
+    _check_numbers(num_classes, in_channels)
+    network = _copied(model)
+    convolution, linear = (network.get_submodule(name) for name in names)
+    core = BackboneCore(network, *names)
+    last = as_linear(linear)
+    encoders = members.encoders_of(convolution, generator)
+    heads = members.heads_of(last, generator)
+    if num_classes is not None and num_classes != last.out_features:
+        heads = [_new_head(last, num_classes, generator) for _ in range(members.count)]
+    converted = MixMoModel(encoders, core, heads)
+    converted.training = model.training
+    for layers in (converted.encoders, converted.heads):
+        layers.train(model.training).requires_grad_()
+    return converted if in_channels is None else with_channels(converted, in_channels)
 
 
 @torch.no_grad()
@@ -149,8 +224,6 @@ def with_channels(model: MixMoModel, in_channels: int) -> MixMoModel:
     Raises:
         InputError: the first convolution takes its channels in groups.
     """
-    if in_channels < 1:
-        raise InputError(f"in_channels must be 1 or more; got {in_channels}.")
     for layer in model.encoders:
         assert isinstance(layer, nn.Conv2d)
         own = layer.in_channels
@@ -171,42 +244,28 @@ def with_channels(model: MixMoModel, in_channels: int) -> MixMoModel:
     return model
 
 
-def _check_numbers(num_members: int, perturbation: float, num_classes: int | None) -> None:
-    if not isinstance(num_members, int) or num_members < 1:
-        raise InputError(f"num_members must be a whole number, 1 or more; got {num_members!r}.")
-    if not 0 <= perturbation < 1:
-        raise InputError(f"perturbation must be at least 0 and below 1; got {perturbation}.")
-    if num_classes is not None and (not isinstance(num_classes, int) or num_classes < 1):
-        raise InputError(f"num_classes must be a whole number, 1 or more; got {num_classes!r}.")
+def _check_numbers(num_classes: int | None, in_channels: int | None) -> None:
+    for name, value in (("num_classes", num_classes), ("in_channels", in_channels)):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise InputError(f"{name} must be a whole number, 1 or more; got {value!r}.")
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # whatever somebody's modules hold
+        raise InputError(
+            f"{type(model).__name__} cannot be copied: {first_line(error)}.\n"
+            "Something in it keeps tensors of a forward pass, as activations, pruned weights or "
+            "old-style weight_norm do; take that off first."
+        ) from error
 
 
 @contextmanager
-def _exact_arithmetic() -> Iterator[None]:
-    """Compute as written, whatever precision the caller trains in."""
-    with torch.autocast("cpu", enabled=False):
+def _undisturbed() -> Iterator[None]:
+    """Compute as written, whatever precision the caller trains in, and leave no trace of it."""
+    with torch.autocast("cpu", enabled=False), torch.random.fork_rng(devices=[]):
         yield
-
-
-def _replace(body: nn.Module, layer: nn.Module, module: nn.Module) -> None:
-    """Put a module where a layer is, under all of its names."""
-    for parent in [*body.modules()]:
-        for name, own in parent._modules.items():
-            if own is layer:
-                parent._modules[name] = module
-
-
-def _as_linear(layer: nn.Module) -> nn.Linear:
-    """Give a linear layer, or a convolution 1x1 of a map of one place as the linear one it is."""
-    if isinstance(layer, nn.Linear):
-        return layer
-    assert isinstance(layer, nn.Conv2d)
-    if layer.groups != 1:
-        raise InputError("The last layer is a convolution in groups: heads cannot be made of it.")
-    linear = _undrawn(layer.in_channels, layer.out_channels, bias=layer.bias is not None)
-    with torch.no_grad():
-        for name, parameter in linear.named_parameters():
-            parameter.copy_(layer.get_parameter(name).view_as(parameter))
-    return linear
 
 
 @torch.no_grad()
@@ -221,9 +280,9 @@ def _perturbed(
     copies = [copy.deepcopy(layer) for _ in range(count)]
     for name, parameter in layer.named_parameters():
         drawn = parameter.new_zeros(count, *parameter.shape)
-        if parameter.ndim > 1 and count > 1:  # what breaks the symmetry; biases follow
+        if parameter.ndim > 1 and count > 1 and perturbation:  # what breaks the symmetry
             drawn = torch.randn(drawn.shape, generator=generator).to(parameter)
-            deviation = float(parameter.std(correction=0))
+            deviation = float(parameter.float().std(correction=0))
             drawn = (drawn - drawn.mean(dim=0)) * (perturbation * deviation)
         for own, noise in zip(copies, drawn, strict=True):
             own.get_parameter(name).copy_(scale * (parameter + noise))
@@ -231,19 +290,24 @@ def _perturbed(
 
 
 @torch.no_grad()
-def _new_head(head: nn.Module, num_classes: int, generator: torch.Generator | None) -> nn.Module:
+def _reordered(layer: nn.Module, count: int, generator: torch.Generator | None) -> list[nn.Module]:
+    """Copy a layer, the numbers of each copy in an order of its own: draws of one distribution."""
+    copies = [copy.deepcopy(layer) for _ in range(count)]
+    for own in copies:
+        for parameter in own.parameters():
+            order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
+            parameter.copy_(parameter.flatten()[order].view_as(parameter))
+    return copies
+
+
+@torch.no_grad()
+def _new_head(last: nn.Linear, num_classes: int, generator: torch.Generator | None) -> nn.Module:
     """Make a head of other classes, with torch's initialisation."""
-    assert isinstance(head, nn.Linear)
-    made = _undrawn(head.in_features, num_classes, bias=head.bias is not None)
-    bound = head.in_features**-0.5
+    made, bound = undrawn(last.in_features, num_classes, like=last), last.in_features**-0.5
     for parameter in made.parameters():
-        parameter.uniform_(-bound, bound, generator=generator)
+        drawn = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
+        parameter.copy_(drawn)
     return made
-
-
-def _undrawn(in_features: int, out_features: int, *, bias: bool) -> nn.Linear:
-    """Make a linear layer without drawing from torch's global generator."""
-    return nn.Linear(in_features, out_features, bias, device="meta").to_empty(device="cpu")
 
 
 def _check_core(core: BackboneCore, seen: Seen, first: Call, last: Call) -> None:
@@ -251,8 +315,9 @@ def _check_core(core: BackboneCore, seen: Seen, first: Call, last: Call) -> None
 
     The image is not a number anywhere, which shows wherever it is looked at once more.
     """
+    blind = torch.full_like(seen.image[:1, :1, :1, :1], float("nan")).expand_as(seen.image)
     expected = last.input.flatten(1)
-    found = _run(core, first.output, seen.name)
+    found = _run(core, first.output, blind, seen.name)
     if not isinstance(found, Tensor) or found.shape != expected.shape:
         raise InputError(f"{seen.name} does not hand its features on from layer to layer alone.")
     finite = bool(expected.isfinite().all())
@@ -260,11 +325,11 @@ def _check_core(core: BackboneCore, seen: Seen, first: Call, last: Call) -> None
         raise _shows_the_image(seen.name, first.name)
     if finite and _difference(found, expected) > EXACTNESS:
         raise InputError(
-            f"{seen.name} looks at more of its image than the features of {first.name!r}, such as "
-            "at its exact size; it cannot be converted."
+            f"{seen.name} needs more than the features of {first.name!r}, such as that "
+            "convolution itself; it cannot be converted."
         )
-    trained = _run(copy.deepcopy(core).train(), first.output, seen.name, " in training")
-    if not isinstance(trained, Tensor):
+    trained = _run(copy.deepcopy(core).train(), first.output, blind, seen.name, " in training")
+    if not isinstance(trained, Tensor) or trained.shape != expected.shape:
         raise InputError(
             f"{seen.name} gives {type(trained).__name__} in training, not logits alone.\n"
             "Build it without auxiliary outputs, as with aux_logits=False."
@@ -273,15 +338,14 @@ def _check_core(core: BackboneCore, seen: Seen, first: Call, last: Call) -> None
         raise _shows_the_image(seen.name, first.name, " in training")
 
 
-def _run(core: BackboneCore, features: Tensor, model: str, when: str = "") -> object:
+def _run(core: BackboneCore, features: Tensor, image: Tensor, model: str, when: str = "") -> object:
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            return core.run(features.clone(), float("nan"))
+        with torch.no_grad():
+            return core.run(features.clone(), image)
     except Exception as error:  # anything may happen in somebody's forward pass
-        said = str(error).partition("\n")[0][:120].rstrip(".")
         raise InputError(
             f"{model} cannot be run{when} without its first convolution and last layer: "
-            f"{type(error).__name__}: {said}."
+            f"{first_line(error)}."
         ) from error
 
 
