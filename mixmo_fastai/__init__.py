@@ -23,6 +23,7 @@ _HOMES = {
     "load_fused": "export",
     "Recipe": "recipe",
     "show_pairs": "figures",
+    "to_mixmo": "learner",
 }
 __all__ = ["__version__", *_HOMES]  # noqa: PLE0604
 

@@ -146,6 +146,8 @@ class MixMoCallback(Callback):
                 "Build it with mixmo_learner(dls, arch) or create_model(arch, num_classes)."
             )
         check_kind(self.mix, network.num_members)
+        if sum(isinstance(other, MixMoCallback) for other in self.learn.cbs) > 1:
+            raise InputError("There is more than one MixMoCallback; remove the others.")
         for other in self.learn.cbs:
             if _is_fastai_mix(other):
                 raise InputError(
@@ -158,6 +160,7 @@ class MixMoCallback(Callback):
 
     def before_train(self) -> None:
         """Let the epoch's loader give every image as often as the members need it."""
+        _check_optimizer(self.learn)
         if self.fit_seed is None:
             self.fit_seed = told_by_first(fresh_seed())
         loader = self.learn.dl
@@ -202,6 +205,13 @@ class MixMoCallback(Callback):
         pasted_targets = take_partners(targets, draw.partners)
         self.learn.xb = (mix_images(inputs, draw), masks)
         self.learn.yb = (targets, weights, pasted_targets, shares)
+
+    def after_batch(self) -> None:
+        """Show fastai's metrics in training, if they are wanted, the members one by one."""
+        recorder = getattr(self.learn, "recorder", None)
+        if recorder is not None and recorder.train_metrics:
+            self.learn.pred = self.learn.pred.flatten(0, 1)  # (B · M, K)
+            self.learn.yb = (self.learn.yb[0].flatten(0, 1),)
 
     def after_train(self) -> None:
         """Count the epochs that trained."""
@@ -342,6 +352,18 @@ def scheduled_mix_prob(progress: float, mix_prob: float, decay_start: float) -> 
     if progress <= decay_start or decay_start == 1:
         return mix_prob
     return mix_prob * max(0.0, 1 - progress) / (1 - decay_start)
+
+
+def _check_optimizer(learn: Any) -> None:
+    """Check that what is trained is the network, not one that was there before."""
+    if learn.opt is None:  # it is only looked at what training would see
+        return
+    trained = {id(each[0]) for each in learn.opt.all_params()}
+    if not any(id(parameter) in trained for parameter in learn.model.parameters()):
+        raise InputError(
+            "The Learner's optimizer holds no parameter of its model: it is of the model before.\n"
+            "Make it anew: learn.create_opt(). Or let to_mixmo(learn) do all of it."
+        )
 
 
 def _is_fastai_mix(callback: Callback) -> bool:

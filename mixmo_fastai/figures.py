@@ -9,6 +9,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from torch import Tensor
 
 from mixmo_fastai.comparison import Compared
@@ -41,6 +42,8 @@ def plot_lr_search(search: LrSearch, path: Path, title: str) -> None:
             label=f"{name}: {rate:.2g}",
         )
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda rate, _: f"{rate:.0e}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     low, start = min(search.losses), max(search.losses[: max(1, len(search.losses) // 4)])
     axes.set_ylim(low - 0.1 * (start - low), start + 0.4 * (start - low))
     axes.set_xlabel("learning rate")
@@ -173,6 +176,9 @@ def plot_comparison(names: list[str], compared: Sequence[Compared], path: Path) 
                 label=name + _seen(part.images_seen),
             )
         axes.set_xscale("log")
+        for axis in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+            axis(lambda count, _: f"{count:,.0f}" if f"{count:e}"[0] in "125" else "")
+        axes.tick_params(axis="x", which="both", labelrotation=30)
         axes.set(xlabel="parameters", ylabel=label)
         axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)

@@ -16,7 +16,7 @@ from fastai.learner import Learner
 from fastai.losses import BCEWithLogitsLossFlat
 from fastai.metrics import accuracy, accuracy_multi
 from fastai.optimizer import OptimWrapper
-from fastai.torch_core import params
+from fastai.torch_core import params, trainable_params
 from torch import Tensor, nn
 
 from mixmo_fastai.averaging import EMACallback
@@ -25,7 +25,7 @@ from mixmo_fastai.data.glance import first_batch, random_states_kept
 from mixmo_fastai.data.loaders import BatchLoader
 from mixmo_fastai.deferred import defer_readbacks
 from mixmo_fastai.devices import place
-from mixmo_fastai.errors import InputError, nearest
+from mixmo_fastai.errors import InputError, nearest, unknown
 from mixmo_fastai.losses import MixMoLoss
 from mixmo_fastai.metrics import MemberAccuracy
 from mixmo_fastai.mixing import Region, check_kind
@@ -106,8 +106,10 @@ def mixmo_learner(
             for those of the two layers that differ when it is called twice; of a network, not.
         ghost_batch_size: images among which BatchNorm normalises in training; 0 for all of a batch.
         kwargs: of `MixMoCallback` (alpha, mix_prob, batch_repetitions, seed, …) and of fastai's
-            `Learner` (loss_func, opt_func, metrics, cbs, …). A seed also fixes the initial weights;
-            without one they differ from Learner to Learner, and follow `set_seed`.
+            `Learner` (loss_func, opt_func, metrics, cbs, …). Where opt_func is not given it is the
+            published one, SGD, whose rates are about a hundred times those of Adam; see `sgd`. A
+            seed also fixes the initial weights; without one they differ from Learner to Learner,
+            and follow `set_seed`.
 
     Returns:
         A Learner whose figures in evaluation are those of the ensemble.
@@ -139,6 +141,54 @@ def mixmo_learner(
     cbs = [*cbs] if isinstance(cbs, list | tuple) else [cbs]
     learn = Learner(dls, model, _as_mixmo_loss(loss_func), cbs=[callback, *cbs], **kwargs)
     return defer_readbacks(learn)
+
+
+def to_mixmo(
+    learn: Learner,
+    mix: str | Region = "cutmix",
+    *,
+    num_members: int = 2,
+    independent: bool = False,
+    **kwargs: Any,
+) -> Learner:
+    """Turn a Learner into one that trains a MixMo network, in place.
+
+    Its network is converted, see `convert_to_mixmo`, and all of it trains; its loss is wrapped in
+    `MixMoLoss`; its optimizer is made anew when a fit begins, by the same function, with the two
+    groups of `body_and_heads`; and it gets a `MixMoCallback`. Data, metrics and other callbacks
+    stay. A loader that gave n images a batch now gives batch_repetitions · n.
+
+    Args:
+        learn: with a classifier that can be converted, or a `MixMoModel`.
+        mix: how features are mixed, see `MixMoCallback`.
+        num_members: M.
+        independent: whether members start apart; for a network that is not trained yet.
+        kwargs: of `MixMoCallback` (alpha, mix_prob, batch_repetitions, seed, …).
+
+    Returns:
+        the Learner.
+
+    Raises:
+        InputError: the network cannot be converted, or an argument is not allowed.
+    """
+    unknown_names = [name for name in kwargs if name not in CALLBACK_ARGUMENTS]
+    if unknown_names:
+        raise unknown("argument of to_mixmo", unknown_names[0], CALLBACK_ARGUMENTS)
+    callback = MixMoCallback(mix, **kwargs)
+    loss = _as_mixmo_loss(learn.loss_func)
+    if not isinstance(learn.model, MixMoModel):
+        image_shape, _ = _facts_of_batches(learn.dls)
+        names = find_ends(learn.model, image_size=image_shape[1:], in_channels=image_shape[0])
+        seed = fresh_seed() if callback.seed is None else callback.seed
+        learn.model = convert_between(
+            learn.model,
+            names,
+            Members(num_members, encoders_apart=independent, heads_apart=independent),
+            generator=make_generator(seed, "init"),
+        ).requires_grad_()
+    check_kind(mix, learn.model.num_members)
+    learn.loss_func, learn.splitter, learn.opt = loss, body_and_heads, None
+    return learn.add_cb(callback)
 
 
 def body_and_heads(model: MixMoModel) -> list[list[nn.Parameter]]:
@@ -244,31 +294,36 @@ def _called_twice(
 
     Where it brings trained weights, these are the same both times; what it draws differs.
     """
-    settings = _classes_for(make, num_classes)
+    unnamed, settings = _classes_for(make, num_classes)
     made = []
     for _ in range(2):
         with torch.random.fork_rng(devices=[]):
             seed = int(torch.randint(2**63 - 1, (), generator=generator))
             torch.default_generator.manual_seed(seed)  # not that of any GPU
-            made.append(make(**settings))
+            made.append(make(*unnamed, **settings))
         if not isinstance(made[0], nn.Module):
             name = getattr(make, "__name__", type(make).__name__)
             raise InputError(f"{name!r} makes {type(made[0]).__name__}, not a network.")
     return made
 
 
-def _classes_for(make: Callable[..., nn.Module], num_classes: int) -> dict[str, int]:
+def _classes_for(
+    make: Callable[..., nn.Module], num_classes: int
+) -> tuple[tuple[int, ...], dict[str, int]]:
     """Say the number of classes to a function in its own words, if it is to be told."""
     known = signature(make).parameters
     inner = make.func if isinstance(make, partial) else make
     bound = make.keywords if isinstance(make, partial) else {}
     if any(name in bound for name in _FOR_CLASSES):
-        return {}
+        return (), {}
     named = next((name for name in _FOR_CLASSES if name in known), None)
     if named is None and any(p.kind is Parameter.VAR_KEYWORD for p in known.values()):
         of_fastai = str(getattr(inner, "__module__", "")).startswith("fastai.")
         named = "n_out" if of_fastai else "num_classes"
-    return {} if named is None else {named: num_classes}
+    if named is not None:
+        return (), {named: num_classes}
+    needed = [p for p in known.values() if p.default is Parameter.empty]
+    return (num_classes,) if len(needed) == 1 else (), {}
 
 
 _FOR_CLASSES = ("num_classes", "n_out", "n_classes")
@@ -326,6 +381,7 @@ def learner_from_recipe(recipe: Recipe, dls: DataLoaders, **kwargs: Any) -> Lear
     optimizer = recipe.optimizer
     averaging = [EMACallback(recipe.train.ema_decay)] if recipe.train.ema_decay else []
     kwargs["cbs"] = [*averaging, *kwargs.get("cbs", ())]
+    kwargs.setdefault("splitter", trainable_params)  # one group, and so in every checkpoint
     return mixmo_learner(
         dls,
         recipe.model.arch,

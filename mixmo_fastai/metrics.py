@@ -27,6 +27,8 @@ class MemberAccuracy(Metric):
     def accumulate(self, learn: Any) -> None:
         """Add the batch that the network has just seen."""
         logits = unwrap(learn.model).latest_member_logits  # (B, M, K)
+        if learn.training:  # each member's images have been put one after the other
+            logits = learn.pred[:, None]
         right = _right(logits, learn.y).float().flatten(1).mean(dim=1)  # (B,)
         right = learn.to_detach(right, cpu=False)  # of all processes, where fastai shares images
         # Summed up where it is, so that a GPU does not wait.

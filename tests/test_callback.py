@@ -438,6 +438,23 @@ class TestBadInput:
         with pytest.raises(InputError, match=r"\AMixMoCallback needs a MixMoModel; .* Linear"):
             learn.fit(1)
 
+    def test_an_optimizer_of_another_model(self):
+        flat = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+        learn = Learner(foreign_dls(), flat, loss_func=nn.CrossEntropyLoss())
+        learn.remove_cb(learn.progress)
+        with learn.no_logging():
+            learn.fit(1)
+            learn.model = create_model("wrn10_1", 3)
+            learn.add_cb(MixMoCallback())
+            with pytest.raises(InputError, match=r"learn.create_opt\(\)"):
+                learn.fit(1)
+            learn.create_opt()
+            learn.fit(1)
+
+    def test_two_of_them(self):
+        with pytest.raises(InputError, match="more than one MixMoCallback"):
+            learner(cbs=[MixMoCallback()]).fit(1)
+
     def test_fastais_own_mixup(self):
         with pytest.raises(InputError, match="MixUp cannot be combined"):
             learner(cbs=[MixUp()]).fit(1)
@@ -484,7 +501,8 @@ class TestMixmoLearner:
         group = learn.opt.opt.param_groups[0]
         assert isinstance(learn.opt.opt, torch.optim.SGD)
         assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (0.9, True, 6e-4)
-        assert len(group["params"]) == len(list(learn.model.parameters()))
+        groups = learn.opt.opt.param_groups
+        assert sum(len(g["params"]) for g in groups) == len(list(learn.model.parameters()))
 
     def test_a_seed_fixes_the_initial_weights(self):
         first, second = (mixmo_learner(mixmo_dls(), "wrn10_1", seed=4) for _ in "ab")

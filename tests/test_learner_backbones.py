@@ -6,14 +6,18 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.metrics import accuracy
+from fastai.optimizer import Adam
 from fastai.vision.augment import RandomErasing
-from fastai.vision.learner import create_vision_model
+from fastai.vision.learner import create_vision_model, vision_learner
 from fastai.vision.models import xresnet
 from synthetic import foreign_dls, mixmo_dls
 from torch import nn
 from torchvision.models import resnet18
 
-from mixmo_fastai import MixMoModel, create_model, mixmo_learner
+from mixmo_fastai import MixMoCallback, MixMoModel, create_model, mixmo_learner, to_mixmo
 from mixmo_fastai.errors import InputError
 
 
@@ -126,7 +130,12 @@ def test_independent_members_of_ones_own_network():
 
 @pytest.mark.parametrize(
     "make",
-    [partial(xresnet.xresnet18, act_cls=nn.SiLU), partial(xresnet.xresnet18, n_out=3)],
+    [
+        partial(xresnet.xresnet18, act_cls=nn.SiLU),
+        partial(xresnet.xresnet18, n_out=3),
+        lambda n: nn.Sequential(*small()[:-1], nn.Linear(8, n)),
+        lambda: small(),  # noqa: PLW0108
+    ],
 )
 def test_functions_with_arguments_bound(make):
     assert mixmo_learner(mixmo_dls(), make, seed=0).model.heads[0].out_features == 3
@@ -226,7 +235,7 @@ def test_members_of_a_mixmo_model_are_its_own():
 
 @pytest.mark.parametrize("arch", ["wrn10_1", small, xresnet.xresnet18, "resnet18"])
 def test_every_network_can_be_frozen(arch):
-    learn = mixmo_learner(mixmo_dls(), arch if isinstance(arch, str) else arch, seed=0)
+    learn = mixmo_learner(mixmo_dls(), arch, seed=0)
     body, late = learn.splitter(learn.model)
     heads = {*learn.model.heads.parameters()}
     assert heads <= {*late}
@@ -250,3 +259,49 @@ def test_making_a_learner_leaves_random_states_alone(transforms):
     before = states()
     mixmo_learner(dls, "wrn10_1", seed=0)
     assert states() == before
+
+
+class TestToMixmo:
+    @pytest.mark.parametrize("fitted", [False, True])
+    def test_a_vision_learner_goes_on_as_mixmo(self, fitted, tmp_path):
+        learn = vision_learner(
+            foreign_dls(), resnet18, pretrained=False, normalize=False,
+            loss_func=CrossEntropyLossFlat(), metrics=accuracy, path=tmp_path,
+        )  # fmt: skip
+        learn.remove_cb(learn.progress)
+        with learn.no_logging():
+            if fitted:
+                learn.fine_tune(1)
+            before = learn.get_preds()[0]
+            assert to_mixmo(learn, mix="linear", seed=0, batch_repetitions=2) is learn
+            torch.testing.assert_close(learn.get_preds()[0], before, rtol=1e-3, atol=1e-4)
+            weights = {n: p.detach().clone() for n, p in learn.model.named_parameters()}
+            learn.fit_one_cycle(1, 1e-2)
+        moved = [n for n, p in learn.model.named_parameters() if not torch.equal(p, weights[n])]
+        assert len(moved) == len(weights)
+        assert (learn.mix_mo.mix, learn.mix_mo.batch_repetitions) == ("linear", 2)
+        assert len(learn.opt.hypers) == 2
+        assert learn.opt_func is Adam
+
+    def test_it_takes_a_mixmo_model_and_independent_members(self):
+        model = create_model("wrn10_1", 3)
+        learn = Learner(foreign_dls(), model, loss_func=CrossEntropyLossFlat())
+        assert to_mixmo(learn).model is model
+        learn = Learner(foreign_dls(), small(), loss_func=CrossEntropyLossFlat())
+        encoders = to_mixmo(learn, independent=True, seed=0).model.encoders
+        both = torch.stack([encoder.weight.flatten() for encoder in encoders]).detach()
+        assert torch.corrcoef(both)[0, 1].abs() < 0.3
+
+    def test_what_cannot_be_leaves_the_learner_as_it_was(self):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+        learn = Learner(foreign_dls(), model, loss_func=CrossEntropyLossFlat())
+        for arguments, message in (
+            ({}, "has no convolution"),
+            ({"alpa": 1}, "Did you mean 'alpha'"),
+            ({"alpha": -1}, "alpha"),
+        ):
+            with pytest.raises(InputError, match=message):
+                to_mixmo(learn, **arguments)
+        assert learn.model is model
+        assert isinstance(learn.loss_func, CrossEntropyLossFlat)
+        assert not learn.cbs.filter(lambda cb: isinstance(cb, MixMoCallback))

@@ -454,6 +454,20 @@ def test_save_and_load(make):
     assert same(weights(learn), before)
 
 
+def test_train_metrics(make):
+    """Of the members, each on images of its own."""
+    learn = make()
+    learn.recorder.train_metrics = True
+    learn.fit_one_cycle(8, 0.05)
+    names, row = learn.recorder.metric_names, learn.recorder.values[-1]
+    figures = dict(zip(names[1:], row, strict=False))
+    assert 0.4 < figures["train_accuracy"] <= 1
+    assert figures["valid_accuracy"] > 0.7
+    assert figures.get("train_member_accuracy", figures["train_accuracy"]) == pytest.approx(
+        figures["train_accuracy"]
+    )
+
+
 def test_summary(make):
     learn = make()
     text = re.sub(r"[,.]", "", learn.summary())

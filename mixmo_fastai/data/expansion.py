@@ -91,6 +91,9 @@ class TransformedCopies:
             raise AttributeError(name)
         return getattr(self.loader, name)
 
+    def __reduce__(self) -> Any:
+        return TransformedCopies, (self.loader, self.copies)
+
     def __len__(self) -> int:
         return len(self.loader)
 

@@ -125,7 +125,7 @@ def dataset_status(name: str, data_dir: Path | None = None) -> DatasetStatus:
         raise unknown("data set", name, SOURCES)
     archive, home = SOURCES[name].archive, data_home(data_dir)
     if archive is None:
-        return DatasetStatus(name, None, "present", "comes with scikit-learn")
+        return DatasetStatus(name, None, "present", "nothing to download")
     unpacked = Unpacked(archive, home)
     if unpacked.folder.is_dir():
         problem = unpacked.damage()

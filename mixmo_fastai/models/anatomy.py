@@ -72,6 +72,8 @@ def check_model(model: Any) -> None:
             "Of a Learner it is learn.model; by name it is made by create_model(name, num_classes)."
         )
     name = type(model).__name__
+    if name == "MixMoModel":
+        raise InputError("The network is a MixMo network already.")
     tensors = [*model.parameters(), *model.buffers()]
     if any(is_lazy(tensor) for tensor in tensors):
         raise InputError(
@@ -121,7 +123,7 @@ def look(
         raise InputError(f"{name} does not take images of {reasons[0]}.")
     raise InputError(
         f"{name} could not be run on an image; at {reasons[0]}.\n"
-        "Say the size of its images: image_size=224."
+        "Say the size of its images: image_size=(height, width)."
     )
 
 
@@ -353,7 +355,10 @@ def _ends_with(model: nn.Module, seen: Seen, call: Call) -> bool:
         with torch.no_grad():
             found = model(seen.image)
     except Exception as error:  # in training, of all places
-        raise InputError(f"{seen.name} could not be run: {first_line(error)}.") from error
+        raise InputError(
+            f"{seen.name} could not be run in training: {first_line(error)}.\n"
+            "If it has auxiliary outputs, build it without, as with aux_logits=False."
+        ) from error
     finally:
         hook.remove()
     return isinstance(found, Tensor) and _is_same(found, mark.flatten(1))
@@ -387,6 +392,6 @@ def _check_plain(model: nn.Module, name: str, model_name: str) -> None:
     if is_parametrized(layer) or "weight" not in dict(layer.named_parameters(recurse=False)):
         raise InputError(
             f"The layer {name!r} of {model_name} computes its weights from others, such as by "
-            "weight or spectral normalisation.\nTake that off first: "
-            "torch.nn.utils.parametrize.remove_parametrizations."
+            "weight or spectral normalisation.\nTake that off first: torch.nn.utils."
+            "parametrize.remove_parametrizations, or remove_weight_norm of the older kind."
         )

@@ -1,5 +1,7 @@
 """Architecture names to networks."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -9,7 +11,7 @@ from mixmo_fastai.models.backbones import build_backbone
 from mixmo_fastai.models.initialization import initialize
 from mixmo_fastai.models.mixmo_model import MixMoModel
 from mixmo_fastai.models.surgery import Members, convert_between, find_ends
-from mixmo_fastai.names import parse_architecture
+from mixmo_fastai.names import Architecture, parse_architecture
 
 PREACT_HEAD_STD = 0.01
 
@@ -64,16 +66,22 @@ def create_model(
         raise InputError(
             f"There are no trained weights of {arch}; `mixmo import` reads published ones."
         )
-    core: wide_resnet.WideResNetCore | preact_resnet.PreActResNetCore
-    if parsed.family == "wrn":
-        stem, core = wide_resnet.stem, wide_resnet.WideResNetCore(parsed.depth, parsed.width)
-    else:
-        stem, core = preact_resnet.stem, preact_resnet.PreActResNetCore(parsed.width)
-    encoders = [stem(in_channels) for _ in range(num_members)]
-    heads = [nn.Linear(core.out_features, num_classes) for _ in range(num_members)]
+    with torch.random.fork_rng(devices=[]):  # what is drawn here is drawn again below
+        stem, core, width = _published(parsed)
+        encoders = [stem(in_channels) for _ in range(num_members)]
+        heads = [nn.Linear(width, num_classes) for _ in range(num_members)]
     model = MixMoModel(encoders, core, heads)
     initialize(model, generator)
     if parsed.family == "preact_resnet":
         for head in heads:
             nn.init.normal_(head.weight, std=PREACT_HEAD_STD, generator=generator)
     return model
+
+
+def _published(arch: Architecture) -> tuple[Callable[[int], nn.Module], nn.Module, int]:
+    """Give the function that makes encoders, the core, and the width of what the core gives."""
+    if arch.family == "wrn":
+        wide = wide_resnet.WideResNetCore(arch.depth, arch.width)
+        return wide_resnet.stem, wide, wide.out_features
+    preact = preact_resnet.PreActResNetCore(arch.width)
+    return preact_resnet.stem, preact, preact.out_features
