@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from fastai.callback.progress import CSVLogger
 from fastai.callback.tracker import SaveModelCallback
+from fastai.optimizer import Adam
 from fastai.torch_core import default_device, set_seed
 from fastai.vision.augment import Resize, aug_transforms
 from fastai.vision.data import ImageDataLoaders
@@ -29,7 +30,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=64, help="height and width in pixels")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=64, help="images the network sees a step")
-    parser.add_argument("--lr", type=float, default=0.05, help="peak of one-cycle")
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak of one-cycle, of Adam")
     parser.add_argument("--out", type=Path, default=Path("own-images"), help="where results go")
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
@@ -49,6 +50,7 @@ def main() -> None:
         asked.arch,
         mix="cutmix",
         batch_repetitions=REPETITIONS,
+        opt_func=Adam,  # steadier than SGD on small folders
         seed=0,
         path=asked.out,
     )

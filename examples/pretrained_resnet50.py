@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from fastai.data.transforms import Normalize
+from fastai.optimizer import Adam
 from fastai.torch_core import default_device, set_seed
 from fastai.vision.augment import Resize, aug_transforms
 from fastai.vision.core import imagenet_stats
@@ -48,14 +49,15 @@ def main() -> None:
         device=default_device(),
     )
     # The heads are new where the classes are; encoders and core keep what they have learnt.
-    learn = mixmo_learner(dls, network, mix="cutmix", batch_repetitions=2, seed=0)
+    learn = mixmo_learner(dls, network, mix="cutmix", batch_repetitions=2, opt_func=Adam, seed=0)
     # The heads alone for an epoch, then all of it, the trained part more slowly.
     learn.fine_tune(asked.epochs, asked.lr)
     loss, accuracy, of_members = learn.validate()
     print(f"validation: loss {loss:.3f}, accuracy {accuracy:.1%}, of a member {of_members:.1%}")
 
-    torch.save(learn.model.cpu().eval().fuse().state_dict(), asked.out)
-    print(f"written: {asked.out}, one plain network")
+    fused = learn.model.cpu().eval().fuse()  # a ResNet of torchvision again
+    torch.save(fused.state_dict(), asked.out)
+    print(f"written: {asked.out}, for resnet50(num_classes={dls.c}).load_state_dict")
 
 
 def pretrained(weights: Path | None) -> nn.Module:
