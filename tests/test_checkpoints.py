@@ -14,9 +14,10 @@ from test_resuming import EVERYTHING, TINY, assert_same, fit
 
 from mixmo_fastai import files
 from mixmo_fastai.checkpoints import store as store_module
+from mixmo_fastai.checkpoints.state import _with_defaults
 from mixmo_fastai.checkpoints.store import CheckpointStore
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.recipe import override
+from mixmo_fastai.recipe import load_recipe, override, to_mapping
 from mixmo_fastai.runs import create_run, open_run
 from mixmo_fastai.training import prepare, train
 
@@ -452,3 +453,11 @@ def test_momentum_comes_back_in_the_layout_of_its_parameter(stopped, tmp_path):
     for parameter, own in state.items():
         assert own["momentum_buffer"].stride() == parameter.stride()
         assert not own["momentum_buffer"].requires_grad
+
+
+def test_only_settings_that_came_later_are_filled_in():
+    recipe = to_mapping(load_recipe("digits/cut-mixmo"))
+    del recipe["model"]["pretrained"], recipe["train"]["epochs"]
+    filled = _with_defaults({"recipe": recipe, "data": {}})
+    assert filled["recipe"]["model"]["pretrained"] is False
+    assert "epochs" not in filled["recipe"]["train"]

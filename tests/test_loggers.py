@@ -1,12 +1,14 @@
 """What loggers leave is read back: from CSV, TensorBoard's event files, wandb's own log."""
 
 import csv
+import gc
 import io
 import json
 import shutil
 import signal
 import struct
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -545,3 +547,24 @@ def processes_for(pid):
             continue
         if b"--pid" in words and words[words.index(b"--pid") + 1] == str(pid).encode():
             yield words
+
+
+def test_a_run_of_wandb_that_is_open_is_left_alone(tmp_path):
+    with wandb.init(project="mine", dir=tmp_path, mode="offline") as mine:
+        run = create_run(TINY, tmp_path / "run")
+        logged_fit(run, ["wandb"])
+        mine.log({"still": 1})
+        assert in_wandb(run)[1] != [mine.id]
+        assert wandb.run is mine
+
+
+def test_a_network_does_not_outlive_its_training(tmp_path):
+    logging = LoggingCallback(["csv"], print)
+    training = prepare(TINY)
+    with training.learn.no_bar():
+        train(training, create_run(TINY, tmp_path / "run"), cbs=[logging])
+    left = weakref.ref(training.learn.model)
+    training.learn.remove_cbs(LoggingCallback)
+    del training
+    gc.collect()
+    assert left() is None

@@ -31,8 +31,8 @@ def plan_lines(training: Any) -> list[str]:
         *_setup_rows(training),
         (
             "Training",
-            f"{train.epochs} epochs of {training.steps_per_epoch} steps with "
-            f"{train.batch_size} images: {training.images_seen:,} images seen",
+            f"{train.epochs} epoch{'s' * (train.epochs > 1)} of {training.steps_per_epoch} steps "
+            f"with {train.batch_size} images: {training.images_seen:,} images seen",
         ),
         (
             "Schedule",

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from mixmo_fastai.checkpoints.state import Position
-from mixmo_fastai.errors import first_line
 from mixmo_fastai.evaluation import LabelledLogits
 from mixmo_fastai.interruption import exit_code_of
 from mixmo_fastai.loggers import LOGGERS
@@ -186,7 +185,7 @@ class LoggingCallback(FollowingCallback):
 
 
 def _in_a_line(error: Exception) -> str:
-    return first_line(error, most=200)
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
