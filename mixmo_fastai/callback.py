@@ -356,9 +356,10 @@ def scheduled_mix_prob(progress: float, mix_prob: float, decay_start: float) -> 
 
 def _check_optimizer(learn: Any) -> None:
     """Check that what is trained is the network, not one that was there before."""
-    if learn.opt is None:  # it is only looked at what training would see
+    optimizer = getattr(learn, "opt", None)
+    if optimizer is None:  # it is only looked at what training would see
         return
-    trained = {id(each[0]) for each in learn.opt.all_params()}
+    trained = {id(each[0]) for each in optimizer.all_params()}
     if not any(id(parameter) in trained for parameter in learn.model.parameters()):
         raise InputError(
             "The Learner's optimizer holds no parameter of its model: it is of the model before.\n"

@@ -31,7 +31,7 @@ def waits(monkeypatch, folder, num_steps, *, recorder=None, logging=None, **sett
         cbs += [] if logging is None else [logging]
         with Watch() as watch, learn.no_bar(), learn.no_logging():
             learn.fit(1, 1e-3, cbs=cbs)
-        assert watch.fused_steps == len(learn.dls.train)
+        assert watch.fused_steps == len(learn.opt.hypers) * len(learn.dls.train)
         assert learn.train_iter == len(learn.dls.train)
     return watch.seen
 

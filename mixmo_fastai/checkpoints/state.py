@@ -327,8 +327,9 @@ def _as_json(values: Mapping[str, Any]) -> bytes:
 def _with_defaults(values: Mapping[str, Any]) -> Any:
     """Fill in the settings that came after a recipe was saved: they are at their defaults."""
     plain = json.loads(json.dumps(dict(values)))
+    recipe = plain.get("recipe")
     for section, name, default in _ADDED:
-        if isinstance(part := plain.get("recipe", {}).get(section), dict):
+        if isinstance(recipe, dict) and isinstance(part := recipe.get(section), dict):
             part.setdefault(name, default)
     return plain
 
