@@ -141,6 +141,11 @@ class Padding(Own):
         return super().forward(nn.functional.pad(x, (0, -x.shape[3] % 32, 0, -x.shape[2] % 32)))
 
 
+class Brightening(Own):
+    def forward(self, x):
+        return super().forward(x + (x.shape[2] == 97))
+
+
 class Softmax(Own):
     def forward(self, x):
         return super().forward(x).softmax(1)
@@ -265,7 +270,7 @@ REFUSED = {
     ),
     "changed image": (Changing, "changes the image before its first convolution, 'first'"),
     "changed in training": (ChangingInTraining, "changes the image in training before its first"),
-    "padded": (Padding, "changes the image of 97x97"),
+    "brightened": (Brightening, "changes the image of 97x97"),
     "dropped out": (lambda: nn.Sequential(nn.Dropout(0.5), Own()), "image in training before"),
     "branching in training": (BranchingInTraining, "shows the image in training to more than"),
     "auxiliary": (Auxiliary, "does not end with 'last' in training"),
@@ -408,6 +413,17 @@ def test_what_is_fused_is_of_the_class_that_it_was(name):
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         assert largest_difference(other(x), model(x)) < 1e-4
+
+
+def test_images_that_the_network_would_pad_are_refused_when_they_come():
+    model = Padding().eval()
+    converted = convert_to_mixmo(model).eval()
+    x = torch.randn(2, 2, 64, 96)
+    torch.testing.assert_close(converted(x), model(x))
+    small = x[..., :40]
+    with pytest.raises(InputError, match="makes of images of 64x40 such of 64x64"):
+        converted(small)
+    torch.testing.assert_close(converted.fuse()(small), model(small))
 
 
 def test_independent_members_start_apart():

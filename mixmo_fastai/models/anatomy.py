@@ -180,7 +180,7 @@ def check_elsewhere(
         model: as it was looked at.
         seen: from `look`.
         name: of the convolution.
-        sizes: other ones; those that the model does not take are left out.
+        sizes: other ones; those that the model does not take, or makes others of, are left out.
 
     Raises:
         InputError: the image is changed before.
@@ -202,6 +202,8 @@ def check_elsewhere(
                     with torch.no_grad():
                         model(image)
                 except _Reached:
+                    if size != own and getattr(reached[-1], "shape", None) != image.shape:
+                        continue  # which is refused when such an image comes
                     if not _is_same(reached[-1], image):
                         at = "" if size == own else f" of {size[0]}x{size[1]}"
                         raise _changes_the_image(seen.name, name, at + when) from None

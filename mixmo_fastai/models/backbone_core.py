@@ -55,11 +55,11 @@ class BackboneCore(nn.Module):
     def run(self, features: Tensor, image: Tensor) -> Any:
         """Run the network on an image, with given features in place of the image's own."""
         given: Any = self.body.get_submodule(self.first)
-        given.hand_over(features)
+        given.hand_over(features, image.shape)
         try:
             return self.body(image)
         finally:
-            given.hand_over(None)
+            given.hand_over(None, None)
 
     def whole(self, convolution: nn.Module, linear: nn.Module) -> nn.Module:
         """Put layers back to where they were cut out of a copy: the network as it was built."""
@@ -97,16 +97,25 @@ class GivenFeatures(nn.Module):
         self.of_thread = _OfThread()
         self.traced: Tensor | None = None
 
-    def hand_over(self, features: Tensor | None) -> None:
-        """Say what to give, or that nothing is to be given any more."""
+    def hand_over(self, features: Tensor | None, image_shape: torch.Size | None) -> None:
+        """Say what to give, and for which images, or that nothing is to be given any more."""
         if torch.compiler.is_compiling():  # which follows no threads, and leaves nothing behind
             self.traced = features
         else:
-            self.of_thread.features = features
+            self.of_thread.features, self.of_thread.image_shape = features, image_shape
 
     def forward(self, input: Tensor) -> Tensor:
-        compiling = torch.compiler.is_compiling()
-        features = self.traced if compiling else self.of_thread.features
+        if torch.compiler.is_compiling():
+            features = self.traced
+        else:
+            features, shape = self.of_thread.features, self.of_thread.image_shape
+            if features is not None and shape is not None and input.shape != shape:
+                sizes = ("x".join(map(str, each[2:])) for each in (shape, input.shape))
+                raise InputError(
+                    "The network makes of images of {} such of {} before its first convolution, so "
+                    "that encoders do not see what it would.\nDo that in the loader: give it "
+                    "images of a size that it leaves as it is.".format(*sizes)
+                )
         if features is None:
             raise RuntimeError(
                 "the first convolution is asked for apart from the forward pass; leave it out of "
@@ -119,6 +128,7 @@ class _OfThread(threading.local):
     """Features of each thread; a copy has none."""
 
     features: Tensor | None = None
+    image_shape: torch.Size | None = None
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return _OfThread, ()
