@@ -1,0 +1,86 @@
+"""The command lines of the README and the docs run, in the order in which they stand.
+
+Made small: the data sets are generated in their official formats, and whatever a line trains is a
+small network for an epoch. Lines of a launcher run in one process; `test_distributed.py` starts
+several.
+"""
+
+import dataclasses
+
+import pytest
+from datasets import write_cifar10, write_cifar100, write_image_folder
+from test_corruptions import write_official
+from test_docs import EXTENDING, TEXTS, blocks, command_lines
+
+from mixmo_fastai.cli import fit, lr_find, show
+from mixmo_fastai.cli.program import run as program
+from mixmo_fastai.data.sources import SOURCES
+from mixmo_fastai.recipe import override
+
+SMALL = [
+    *("model.arch=wrn10_1", "model.pretrained=false", "train.epochs=1", "train.batch_size=16"),
+    *("data.limit=40", "data.loader=resident", "train.device=cpu", "train.threads=1"),
+]
+PAGES = [name for name in TEXTS if name != EXTENDING and [*command_lines(TEXTS[name])]]
+FIRST = {  # what the lines of a page take to be there
+    "evaluation.md": [
+        "fit cifar10 --recipe cifar10/vanilla --out runs/vanilla",
+        "fit cifar10 --recipe cifar10/cut-mixmo --out runs/cut-mixmo",
+        "fit cifar10 --out RUN",
+    ],
+    "recipes.md": ["fit digits --out runs/digits-cut-mixmo-1"],
+}
+
+
+def made_small(module):
+    """Let a command find the recipe that was asked for, and then make it small."""
+    own = module.resolve_recipe
+
+    def resolve(*asked, **by_name):
+        recipe = own(*asked, **by_name)
+        changes = [*SMALL]
+        if "num_nets" not in str(asked) and recipe.model.num_nets > 1:
+            changes.append("model.num_nets=1")
+        return override(recipe, changes)
+
+    return resolve
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with what the lines name, and small data."""
+    for name, write in {"cifar10": write_cifar10, "cifar100": write_cifar100}.items():
+        archive = write(tmp_path / "data")
+        monkeypatch.setitem(SOURCES, name, dataclasses.replace(SOURCES[name], archive=archive))
+    for folder in ("path/to/images", "cifar10-images", "data/flowers"):
+        write_image_folder(tmp_path / folder, num_train=40, num_test=8)
+    photos = write_image_folder(tmp_path / "photos", num_train=2, num_test=2)
+    next(photos.rglob("*.png")).rename(tmp_path / "cat.png")
+    write_official(tmp_path / "path/to/CIFAR-10-C", num_images=20, num_classes=10)
+    (own,) = blocks(TEXTS["recipes.md"], "toml")
+    (tmp_path / "flowers.toml").write_text(own, encoding="utf-8")
+    for module in (fit, lr_find, show):
+        monkeypatch.setattr(module, "resolve_recipe", made_small(module))
+    monkeypatch.setenv("MIXMO_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_every_page_with_lines_is_here():
+    assert {"README.md", "recipes.md", "evaluation.md", "distributed.md"} <= set(PAGES)
+
+
+@pytest.mark.parametrize("words", ["fit digits --epoch 1", "eval nothing", "fit --recipe none"])
+def test_a_line_that_does_not_run_is_noticed(words, place):
+    assert program(words.split()) != 0
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_command_lines_run(name, place, capsys):
+    first = [line.split() for line in FIRST.get(name, ())]
+    for words in [*first, *command_lines(TEXTS[name])]:
+        here = [word.removeprefix("/") if word.startswith("/shared") else word for word in words]
+        code = program(here)
+        said = capsys.readouterr()
+        assert code == 0, f"mixmo {' '.join(words)}\n{said.out}{said.err}"
