@@ -99,6 +99,8 @@ class HistoryCallback(TrainedEpochCallback):
             sums = [float(value) for value in state["loss_sums"]]
             own = sums[group().rank] if len(sums) == group().count else mean(sums)
             carried = own, float(state["seconds"])
+            if any("epoch" not in row or row.keys() != rows[0].keys() for row in rows):
+                raise ValueError("its rows are not of the same columns")
         except (LookupError, TypeError, ValueError, AttributeError, StatisticsError) as error:
             raise InputError(f"The checkpoint's history.json is of no run: {error!r}.") from error
         self.run_folder.write_history(rows)

@@ -8,6 +8,7 @@ several.
 import dataclasses
 
 import pytest
+import wandb
 from datasets import write_cifar10, write_cifar100, write_image_folder
 from test_corruptions import write_official
 from test_docs import EXTENDING, TEXTS, blocks, command_lines
@@ -64,7 +65,8 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setenv("MIXMO_DATA_DIR", str(tmp_path / "data"))
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    yield tmp_path
+    wandb.teardown()  # or it would keep this environment for the tests that follow
 
 
 def test_every_page_with_lines_is_here():

@@ -328,6 +328,7 @@ def test_wandb_callback(make, tmp_path, monkeypatch):
         learn = make(cbs=[of_fastai.WandbCallback(n_preds=4)])
         learn.fit(2, 1e-3)
     assert sum("train_loss" in values for values in seen) == 2 * len(learn.dls.train)
+    wandb.teardown()  # or it would keep this environment for the tests that follow
     assert sum("valid_loss" in values for values in seen) == 2
 
 

@@ -52,6 +52,7 @@ def without_a_login(tmp_path_factory):
             patch.delenv(name, raising=False)
         patch.setenv("HOME", str(home))
         patch.setenv("NETRC", str(home / "netrc"))
+        wandb.teardown()  # other tests of this process may have let it read the environment
         yield
         wandb.teardown()
 

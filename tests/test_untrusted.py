@@ -308,6 +308,16 @@ def test_whatever_a_checkpoint_holds_is_an_answer(
         answers(lambda store=store: state.restore(store.newest()))
 
 
+@pytest.mark.parametrize("rows", [[{}], [{}, {"a": 1}], [{"epoch": 1}, {"epoch": 2, "lr": 1}]])
+def test_a_history_of_unequal_rows_is_refused(resumable, tmp_path, rows):
+    state, files = resumable
+    history = json.loads(files["history.json"]) | {"rows": rows}
+    store = CheckpointStore(tmp_path)
+    store.save({**files, "history.json": json.dumps(history).encode()}.items())
+    with pytest.raises(InputError, match=r"history\.json is of no run: .*the same columns"):
+        state.restore(store.newest())
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_never_committed(resumable, tmp_path, value):
     from mixmo_fastai.checkpoints.state import NotFiniteError, Position
