@@ -5,6 +5,7 @@ leaves at once. Both are seen as they come, even while a long operation keeps th
 running its own handlers.
 """
 
+import multiprocessing
 import os
 import signal
 import socket
@@ -20,6 +21,7 @@ SIGNALS = tuple(
 )
 _NO_SIGNAL = b"\0"
 _SHOW_CURSOR = b"\x1b[?25h"
+_PARENT_SECONDS = 1.0  # how often a worker looks whether its parent is there
 _SAME_SECONDS = 0.3  # a terminal and a parent that passes signals on may both send the same one
 
 
@@ -131,7 +133,8 @@ def leave_to_parent() -> None:
     """Put a process that works for another out of reach of what is sent to their group.
 
     A terminal sends its signals to a whole group; the parent alone decides what they mean. It ends
-    its workers with SIGTERM. To be called in a process that was made while signals were held.
+    its workers with SIGTERM, and a worker whose parent was killed ends by itself. To be called in a
+    process that was made while signals were held.
     """
     signal.set_wakeup_fd(-1)
     os.setpgrp()
@@ -139,6 +142,18 @@ def leave_to_parent() -> None:
         signal.signal(number, signal.SIG_IGN)  # those that came before, too
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    # Torch's own watch takes whoever is the parent when it begins for the right one, and so waits
+    # for ever where the parent was killed before.
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+    while os.getppid() == parent.pid:
+        time.sleep(_PARENT_SECONDS)
+    os._exit(1)
 
 
 def _watch(

@@ -274,8 +274,21 @@ def test_a_worker_that_is_killed(mixmo, tmp_path, whole, moment):
     resumed(mixmo, run, whole(*many_steps))
 
 
-def test_workers_end_with_their_parent(mixmo, tmp_path):
-    command = mixmo(*FIT, tmp_path / "run", *STREAMED, prelude=SLOW_STEPS)
+# Torch's worker notes its parent's number here, too late where that has ended meanwhile.
+LATE_WATCH = """
+import time
+from torch.utils.data._utils import worker
+class LateWatchdog(worker.ManagerWatchdog):
+    def __init__(self):
+        time.sleep(1)
+        super().__init__()
+worker.ManagerWatchdog = LateWatchdog
+"""
+
+
+@pytest.mark.parametrize("slowed", [SLOW_STEPS, SLOW_STEPS + LATE_WATCH], ids=["torch", "late"])
+def test_workers_end_with_their_parent(mixmo, tmp_path, slowed):
+    command = mixmo(*FIT, tmp_path / "run", *STREAMED, prelude=slowed)
     command.until_said("1/3 ")
     command.until(command.others)
     command.signal(signal.SIGKILL)
