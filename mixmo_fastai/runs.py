@@ -391,6 +391,25 @@ def open_run(path: Path | str) -> RunFolder:
     return RunFolder(folder)
 
 
+def open_runs(paths: Sequence[Path | str], what: str) -> list[RunFolder]:
+    """Open the run folders of something that takes two runs or more, each once.
+
+    Args:
+        paths: of the run folders.
+        what: takes them, as the first words of an error: "An ensemble".
+
+    Raises:
+        InputError: there are fewer than two, one is given twice, or one is not a run folder.
+    """
+    if len(paths) < 2:
+        raise InputError(f"{what} needs two runs or more; got {len(paths)}.")
+    folders = [open_run(path) for path in paths]
+    places = [folder.path.resolve() for folder in folders]
+    if twice := next((place for place in places if places.count(place) > 1), None):
+        raise InputError(f"The run {str(twice)!r} is given twice; {what.lower()} takes each once.")
+    return folders
+
+
 def run_label(recipe: Recipe) -> str:
     """Name a run: its data set, and its recipe or method."""
     dataset = Path(recipe.data.dataset).name or "data"

@@ -304,7 +304,9 @@ WRONG_WORDS = [
     ["report", "none"],
     ["export", "none", "--to", "net.onnx"],
     ["import", "file", "--arch", "wrn10_1", "--dataset", "imagenet"],
-    ["ensemble", "none"],
+    ["ensemble", "none", "file"],
+    ["ensemble", "damaged"],
+    ["compare", "damaged", "damaged/"],
     ["fit", "--resume", "damaged"],
     ["fit", "--resume", "future"],
 ]

@@ -9,7 +9,7 @@ import typer
 from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output
 from mixmo_fastai.cli.render import comparison_lines
-from mixmo_fastai.runs import free_file, open_run
+from mixmo_fastai.runs import free_file, open_runs
 
 
 def compare(
@@ -27,7 +27,7 @@ def compare(
     debug: opt.Debug = False,
 ) -> None:
     """Evaluate runs on the same test images, each against the first; draw them by parameters."""
-    folders = [open_run(run) for run in runs]
+    folders = open_runs(runs, "A comparison")
     opt.check_device(device)
     picture = free_file(out, "compare", ".png")
 

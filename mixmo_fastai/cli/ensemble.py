@@ -8,8 +8,7 @@ import typer
 from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output
 from mixmo_fastai.cli.render import ensemble_lines
-from mixmo_fastai.errors import InputError
-from mixmo_fastai.runs import open_run
+from mixmo_fastai.runs import open_runs
 
 
 def ensemble(
@@ -21,10 +20,7 @@ def ensemble(
     debug: opt.Debug = False,
 ) -> None:
     """Evaluate finished runs as one: the mean of their logits on the test set."""
-    folders = [open_run(run) for run in runs]
-    places = [folder.path.resolve() for folder in folders]
-    if twice := next((place for place in places if places.count(place) > 1), None):
-        raise InputError(f"The run {str(twice)!r} is given twice; an ensemble takes each run once.")
+    folders = open_runs(runs, "An ensemble")
     opt.check_device(device)
 
     from mixmo_fastai.assessment import evaluate_ensemble
