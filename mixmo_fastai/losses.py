@@ -7,8 +7,10 @@ Source: Ramé, Sun, Cord, "MixMo", ICCV 2021, equation 4.
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixmo_fastai.errors import InputError
@@ -19,14 +21,17 @@ class MixMoLoss(nn.Module):
 
     With member predictions: L = reduce over the batch of Σ_i w_i · base(pred_i, target_i). It is a
     sum over members, so a training loss is about M times the validation loss; divide by M to
-    compare them.
+    compare them. A mean over the batch is that of the base: cross-entropy with class weights, or
+    with targets that it ignores, divides by the sum of the targets' weights.
 
     With ensemble predictions it is the base loss and nothing else.
 
     Args:
         base: the loss of one member: a class instance with a `reduction` attribute (torch's, or
             fastai's), or a function with a `reduction` argument; cross-entropy where not given.
-            Its `activation` and `decodes`, which fastai's inference asks for, carry over.
+            Its `activation` and `decodes`, which fastai's inference asks for, carry over. Torch's
+            have none: those of cross-entropy are softmax and the likeliest class, those of binary
+            cross-entropy of logits the sigmoid and 0.5, and others leave predictions as they are.
 
     Raises:
         InputError: `base` cannot give one loss per sample.
@@ -77,7 +82,10 @@ class MixMoLoss(nn.Module):
         losses = (weights * member_losses).sum(dim=1)  # (B,)
         if self.reduction == "none":
             return losses
-        return losses.sum() if self.reduction == "sum" else losses.mean()
+        if self.reduction == "sum":
+            return losses.sum()
+        counted = self._counted(targets, pred)
+        return losses.mean() if counted is None else losses.sum() / counted
 
     def member_losses(self, pred: Tensor, targets: Tensor) -> Tensor:
         """Compute each member's own loss: (B, M, K) and targets -> (B, M)."""
@@ -87,14 +95,26 @@ class MixMoLoss(nn.Module):
         return losses.reshape(*pred.shape[:2], -1).mean(dim=2)
 
     def activation(self, pred: Tensor) -> Tensor:
-        """Turn logits (B, K) into probabilities, as the base loss says; softmax by default."""
+        """Turn logits (B, K) into probabilities, as the base loss says."""
         own: Callable[[Tensor], Tensor] | None = getattr(self.base, "activation", None)
-        return own(pred) if own else pred.softmax(dim=-1)
+        if own is not None:
+            return own(pred)
+        if _is(self.base, nn.CrossEntropyLoss, F.cross_entropy):
+            return pred.softmax(dim=-1)
+        if is_multi_label(self.base):
+            return pred.sigmoid()
+        return pred
 
     def decodes(self, pred: Tensor) -> Tensor:
-        """Turn probabilities or logits (B, K) into decisions; the likeliest class by default."""
+        """Turn probabilities (B, K) into decisions, as the base loss says."""
         own: Callable[[Tensor], Tensor] | None = getattr(self.base, "decodes", None)
-        return own(pred) if own else pred.argmax(dim=-1)
+        if own is not None:
+            return own(pred)
+        if _is(self.base, nn.CrossEntropyLoss, F.cross_entropy):
+            return pred.argmax(dim=-1)
+        if is_multi_label(self.base):
+            return pred > 0.5
+        return pred
 
     def to(self, *args: Any, **kwargs: Any) -> "MixMoLoss":
         """Move class weights and the like; a base that is not a module is moved as well."""
@@ -111,9 +131,28 @@ class MixMoLoss(nn.Module):
         finally:
             self.reduction = reduction
 
+    def _counted(self, targets: Tensor, pred: Tensor) -> Tensor | None:
+        """Give by how much the base divides a batch of one member, its mean over the members.
+
+        Returns:
+            a scalar; None where that is the number of images.
+        """
+        if targets.is_floating_point() or targets.shape == pred.shape:
+            return None  # of soft targets torch takes the plain mean
+        weighs = _is(self.base, nn.CrossEntropyLoss, F.cross_entropy)
+        if not weighs and not _is(self.base, nn.NLLLoss, F.nll_loss):
+            return None
+        settings = _settings(self.base)
+        weight, ignored = settings.get("weight"), settings.get("ignore_index", -100)
+        counts = targets != ignored
+        if weight is not None:
+            counts = counts * weight[targets.where(counts, 0).long()]
+        counted: Tensor = counts.sum() / targets.shape[1]
+        return counted
+
     def _base_for(self, pred: Tensor, targets: Tensor) -> Callable[..., Tensor]:
         # fastai's flattening losses take the classes of soft targets for samples.
-        soft = targets.ndim == pred.ndim
+        soft = targets.shape == pred.shape
         flattens_rows = getattr(self.base, "flatten", False) and getattr(self.base, "is_2d", False)
         base: Callable[..., Tensor] = self.base.func if soft and flattens_rows else self.base
         return base
@@ -130,9 +169,38 @@ class _FunctionLoss(nn.Module):
         return self.function(pred, targets, reduction=self.reduction)
 
 
+def is_multi_label(base: Any) -> bool:
+    """Tell whether a loss is binary cross-entropy of logits: several labels per image."""
+    return _is(base, nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits)
+
+
+def _is(base: Any, kind: type[nn.Module], function: Callable[..., Tensor]) -> bool:
+    """Tell whether a loss is one of torch's, as a module, in fastai's wrapper, or as a function."""
+    inner = _inner(base)
+    plain = inner.func if isinstance(inner, partial) else inner
+    return isinstance(plain, kind) or plain is function
+
+
+def _inner(base: Any) -> Any:
+    if isinstance(base, _FunctionLoss):
+        return base.function
+    # fastai's flattening losses hold torch's.
+    return getattr(base, "func", base) if hasattr(base, "is_2d") else base
+
+
+def _settings(base: Any) -> dict[str, Any]:
+    """Give the settings of a loss of torch's."""
+    inner = _inner(base)
+    if isinstance(inner, nn.Module):
+        return {name: getattr(inner, name, None) for name in ("weight", "ignore_index")}
+    return dict(inner.keywords) if isinstance(inner, partial) else {}
+
+
 def _reducible(base: Callable[..., Tensor]) -> Any:
     if hasattr(base, "reduction"):
         return base
+    if not callable(base):
+        raise InputError(f"loss_func must be a loss, such as nn.CrossEntropyLoss(); got {base!r}.")
     if "reduction" in inspect.signature(base).parameters:
         return _FunctionLoss(base)
     name = getattr(base, "__name__", type(base).__name__)

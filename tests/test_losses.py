@@ -1,9 +1,16 @@
+from functools import partial
+
 import numpy as np
 import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, LabelSmoothingCrossEntropy
+from fastai.losses import (
+    BCEWithLogitsLossFlat,
+    CrossEntropyLossFlat,
+    LabelSmoothingCrossEntropy,
+    MSELossFlat,
+)
 from torch import nn
 
 from mixmo_fastai.errors import InputError
@@ -85,8 +92,9 @@ def test_class_weights_and_label_smoothing_carry_over(batch):
     expected = F.cross_entropy(
         pred.flatten(0, 1), targets.flatten(), weight=class_weights, reduction="none"
     )
+    counted = class_weights[targets].sum() / 3  # as torch counts the images of one member
     torch.testing.assert_close(
-        weighted(pred, targets, weights), (weights * expected.view(6, 3)).sum(1).mean()
+        weighted(pred, targets, weights), (weights * expected.view(6, 3)).sum() / counted
     )
     smooth = MixMoLoss(LabelSmoothingCrossEntropy(eps=0.1))
     expected = F.cross_entropy(
@@ -95,6 +103,48 @@ def test_class_weights_and_label_smoothing_carry_over(batch):
     torch.testing.assert_close(
         smooth(pred, targets, weights), (weights * expected.view(6, 3)).sum(1).mean()
     )
+
+
+CLASS_WEIGHTS = torch.tensor([1.0, 9.0, 4.0, 1.0, 7.0])
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        nn.CrossEntropyLoss(weight=CLASS_WEIGHTS),
+        CrossEntropyLossFlat(weight=CLASS_WEIGHTS),
+        nn.CrossEntropyLoss(weight=CLASS_WEIGHTS, label_smoothing=0.1),
+        nn.CrossEntropyLoss(ignore_index=2),
+        CrossEntropyLossFlat(weight=CLASS_WEIGHTS, ignore_index=1),
+        nn.NLLLoss(weight=CLASS_WEIGHTS),
+        partial(F.cross_entropy, weight=CLASS_WEIGHTS, ignore_index=0),
+        partial(F.nll_loss, ignore_index=0),
+        F.cross_entropy,
+        LabelSmoothingCrossEntropy(),
+    ],
+)
+def test_one_member_has_the_loss_that_the_base_gives(batch, base):
+    pred = batch[0][:, :1].log_softmax(-1)
+    targets = torch.tensor([0, 1, 2, 3, 4, 0])[:, None]
+    expected = torch.Tensor(base(pred[:, 0], targets[:, 0]))
+    found = torch.Tensor(MixMoLoss(base)(pred, targets, torch.ones(6, 1)))
+    torch.testing.assert_close(found, expected)
+
+
+def test_targets_that_a_base_ignores_count_for_nothing(batch):
+    pred, targets, weights = batch
+    ignored = torch.cat([targets, torch.full_like(targets, -100)])
+    found = MixMoLoss()(pred.repeat(2, 1, 1), ignored, weights.repeat(2, 1))
+    torch.testing.assert_close(found, MixMoLoss()(pred, targets, weights))
+
+
+def test_classes_in_a_column_are_no_soft_targets(batch):
+    pred, targets, weights = batch
+    loss = MixMoLoss(CrossEntropyLossFlat())
+    found = loss(pred, targets[..., None], weights)
+    torch.testing.assert_close(found, loss(pred, targets, weights))
+    alone = loss(pred[:, 0], targets[:, :1])
+    torch.testing.assert_close(alone, loss(pred[:, 0], targets[:, 0]))
 
 
 def test_multi_label_base(batch):
@@ -112,6 +162,34 @@ def test_inference_helpers_of_the_base_carry_over():
     multi = MixMoLoss(BCEWithLogitsLossFlat(thresh=0.9))
     torch.testing.assert_close(multi.activation(logits), logits.sigmoid())
     assert multi.decodes(logits.sigmoid()).tolist() == [[False, False]]
+
+
+@pytest.mark.parametrize(
+    "base", [nn.CrossEntropyLoss(), F.cross_entropy, partial(F.cross_entropy, label_smoothing=0.1)]
+)
+def test_cross_entropy_of_torch_gives_probabilities_and_classes(base):
+    logits = torch.tensor([[0.0, 2.0]])
+    torch.testing.assert_close(MixMoLoss(base).activation(logits), logits.softmax(1))
+    assert MixMoLoss(base).decodes(logits.softmax(1)).tolist() == [1]
+
+
+@pytest.mark.parametrize("base", [nn.BCEWithLogitsLoss(), F.binary_cross_entropy_with_logits])
+def test_binary_cross_entropy_of_torch_decides_label_by_label(base):
+    logits = torch.tensor([[1.0, 2.0, -1.0]])
+    torch.testing.assert_close(MixMoLoss(base).activation(logits), logits.sigmoid())
+    assert MixMoLoss(base).decodes(logits.sigmoid()).tolist() == [[True, True, False]]
+
+
+@pytest.mark.parametrize("base", [nn.MSELoss(), F.l1_loss, nn.NLLLoss(), MSELossFlat()])
+def test_other_losses_leave_predictions_as_they_are(base):
+    numbers = torch.tensor([[0.3], [-4.0]])
+    assert torch.equal(MixMoLoss(base).activation(numbers), numbers)
+    assert torch.equal(MixMoLoss(base).decodes(numbers), numbers)
+
+
+def test_what_is_no_loss_is_refused():
+    with pytest.raises(InputError, match=r"must be a loss.*got 'ce'"):
+        MixMoLoss("ce")
 
 
 def test_a_loss_that_cannot_be_unreduced_is_refused():
