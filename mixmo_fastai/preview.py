@@ -131,7 +131,17 @@ def _as_pixels(inputs: Tensor, learn: Learner) -> Tensor:
         if not isinstance(transform, IntToFloatTensor):  # which would round
             pixels = transform.decode(pixels)
     pixels = pixels.as_subclass(Tensor).cpu().reshape(shape)
-    return (pixels / 255 if pixels.max() > 2 else pixels).clamp(0, 1)
+    return _in_range(pixels).clamp(0, 1)
+
+
+def _in_range(pixels: Tensor) -> Tensor:
+    """Bring pixels into [0, 1]: of 0 to 255, or standardised in a way that nobody can undo."""
+    lowest, highest = pixels.aminmax()
+    if lowest >= 0 and highest > 16:
+        return pixels / 255
+    if lowest < -0.5 or highest > 1.5:
+        return (pixels - lowest) / (highest - lowest)
+    return pixels
 
 
 def _names(learn: Learner, position: int) -> list[str]:
@@ -149,7 +159,7 @@ def _names(learn: Learner, position: int) -> list[str]:
 
 def _name(target: Tensor, vocab: Sequence[Any] | None) -> str:
     """Name a class, or those that several labels (K,) mark."""
-    if target.ndim == 0:
+    if target.numel() == 1:
         known = vocab is not None and not target.is_floating_point()
         return str(vocab[int(target)]) if known else f"{target.item():g}"
     marked = (target > 0.5).nonzero().flatten().tolist()

@@ -95,3 +95,15 @@ def test_a_learner_takes_it_and_its_network_is_exported_as_ever():
     model = learn.model.eval()
     x = torch.randn(2, 3, 8, 8)
     torch.testing.assert_close(model.fuse()(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("keep_members", [False, True])
+def test_a_fused_network_has_none(keep_members):
+    """So that its pickle needs nothing but torch."""
+    model = use_ghost_batches(create_model("resnet18", 3), 8)
+    model(torch.randn(9, 3, 32, 32))
+    fused = model.eval().fuse(keep_members=keep_members)
+    assert not any(isinstance(m, GhostBatchNorm2d) for m in fused.modules())
+    assert any(isinstance(m, GhostBatchNorm2d) for m in model.modules())
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-4)

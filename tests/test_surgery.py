@@ -3,17 +3,19 @@
 import copy
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import timm
 import torch
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+from torch.utils.checkpoint import checkpoint
 from torchvision.models import get_model
 
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.mixing import draw_lam, draw_masks
-from mixmo_fastai.models import convert_to_mixmo
+from mixmo_fastai.models import convert_to_mixmo, create_model
 
 FAMILIES = {  # name: height and width at which it is tried here
     "resnet18": 64, "resnext50_32x4d": 64, "wide_resnet50_2": 64, "alexnet": 64, "vgg11_bn": 32,
@@ -139,6 +141,46 @@ class Padding(Own):
 
     def forward(self, x):
         return super().forward(nn.functional.pad(x, (0, -x.shape[3] % 32, 0, -x.shape[2] % 32)))
+
+
+class Folding(Own):
+    """Makes channels of pixels before it looks at them."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(48, 4, 3)
+
+    def forward(self, x):
+        return super().forward(nn.functional.pixel_unshuffle(x, 4))
+
+
+class Striding(Own):
+    """Ends with a convolution that leaves places out, which no linear layer does."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Conv2d(4, 3, 1, stride=2)
+
+    def forward(self, x):
+        features = nn.functional.adaptive_avg_pool2d(self.first(x).relu(), 2)
+        return self.last(features).flatten(1)
+
+
+class Demanding(Own):
+    """Takes no logits that are not numbers."""
+
+    def forward(self, x):
+        logits = super().forward(x)
+        assert logits.isfinite().all()
+        return logits
+
+
+class Saving(Own):
+    """Computes its first convolution, and what follows, again in the backward pass."""
+
+    def forward(self, x):
+        features = checkpoint(lambda x: self.first(x).square(), x, use_reentrant=False)
+        return self.last(features.mean((2, 3)))
 
 
 class Brightening(Own):
@@ -270,6 +312,8 @@ REFUSED = {
     ),
     "changed image": (Changing, "changes the image before its first convolution, 'first'"),
     "changed in training": (ChangingInTraining, "changes the image in training before its first"),
+    "folded": (Folding, "changes the image before its first convolution, 'first'"),
+    "striding": (Striding, "does not end with a linear layer"),
     "brightened": (Brightening, "changes the image of 97x97"),
     "dropped out": (lambda: nn.Sequential(nn.Dropout(0.5), Own()), "image in training before"),
     "branching in training": (BranchingInTraining, "shows the image in training to more than"),
@@ -362,7 +406,7 @@ class OneByOne(Own):
 
 
 @pytest.mark.parametrize(
-    ("kind", "channels"), [(Named, 2), (Reordered, 3), (OneByOne, 2), (Own, 2)]
+    ("kind", "channels"), [(Named, 2), (Reordered, 3), (OneByOne, 2), (Own, 2), (Demanding, 2)]
 )
 def test_networks_built_in_their_own_ways(kind, channels):
     model = kind().eval()
@@ -424,6 +468,31 @@ def test_images_that_the_network_would_pad_are_refused_when_they_come():
     with pytest.raises(InputError, match="makes of images of 64x40 such of 64x64"):
         converted(small)
     torch.testing.assert_close(converted.fuse()(small), model(small))
+
+
+@pytest.fixture
+def dynamo():
+    """The compiler, which knows nothing of other tests, nor they of these."""
+    torch.compiler.reset()
+    yield partial(torch.compile, backend="eager")
+    torch.compiler.reset()
+
+
+def test_a_compiled_network_refuses_them_too(dynamo):
+    compiled = dynamo(convert_to_mixmo(Padding()).eval())
+    with torch.no_grad(), pytest.raises(InputError, match="images of 64x40 such of 64x64"):
+        compiled(torch.randn(2, 2, 64, 40))
+
+
+def test_a_first_convolution_that_is_computed_twice_is_told_in_words():
+    converted = convert_to_mixmo(Saving())
+    with pytest.raises(InputError, match="Leave it out of gradient checkpointing"):
+        converted(torch.randn(2, 2, 9, 9)).sum().backward()
+
+
+def test_what_is_fused_tells_its_classes():
+    model = create_model("timm/resnet10t", 3, image_size=(32, 32))
+    assert model.fuse().num_classes == 3
 
 
 def test_independent_members_start_apart():
@@ -505,14 +574,15 @@ def test_the_network_is_left_alone():
 
 
 def test_several_threads_may_ask_one_network():
-    fused = convert_to_mixmo(plain("resnet18")).eval().fuse()
+    """Each is given the features of its own images."""
+    converted = convert_to_mixmo(plain("resnet18")).eval()
     images = torch.randn(8, 1, 3, 32, 32)
     with torch.no_grad():
-        expected = [fused(image) for image in images]
+        expected = [converted(image) for image in images]
 
         def ask(number):
             with torch.no_grad():
-                return number, fused(images[number])
+                return number, converted(images[number])
 
         with ThreadPoolExecutor(4) as pool:
             for number, found in pool.map(ask, [*range(8)] * 15):
@@ -542,15 +612,30 @@ def test_no_image_is_kept():
     assert converted.core.body.first.of_thread.features is None
 
 
-def test_it_is_compiled_and_traced_whole():
+@pytest.mark.filterwarnings("ignore:The tensor attribute self.latest_member_logits")
+def test_it_is_compiled_and_traced_whole(dynamo):
     converted, x = convert_to_mixmo(plain("resnet18")).eval(), torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         expected = converted(x)
-        compiled = torch.compile(converted.core, backend="eager", fullgraph=True)
-        features = sum(encoder(x) for encoder in converted.encoders)
-        torch.testing.assert_close(compiled(features), converted.core(features))
-        exported = torch.export.export(converted.fuse(), (x,)).module()
-        torch.testing.assert_close(exported(x), expected, rtol=1e-3, atol=1e-3)
+        compiled = dynamo(converted, fullgraph=True)
+        torch.testing.assert_close(compiled(x), expected)
+        for model in (converted, converted.fuse()):
+            exported = torch.export.export(model, (x,)).module()
+            torch.testing.assert_close(exported(x), expected, rtol=1e-3, atol=1e-3)
+
+
+class Halting(Own):
+    """Cannot be compiled in one piece."""
+
+    def forward(self, x):
+        torch._dynamo.graph_break()
+        return super().forward(x)
+
+
+def test_it_is_compiled_in_parts(dynamo):
+    converted, x = convert_to_mixmo(Halting()).eval(), torch.randn(2, 2, 9, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(dynamo(converted)(x), converted(x))
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4, 6])

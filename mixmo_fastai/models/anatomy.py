@@ -265,7 +265,9 @@ def _channels(
     if encoder in convolutions:
         return [own[[*convolutions].index(encoder)]]
     likely = [own[0], *(count for count in (in_channels, 3, 1) if count in own)]
-    return [*dict.fromkeys([*likely, *own])][:5]
+    # What no convolution takes may be made into it before the first.
+    other = [count for count in (in_channels, 3) if count is not None]
+    return [*dict.fromkeys([*likely, *[*dict.fromkeys(own)][:5], *other])]
 
 
 def first_tensor(model: nn.Module) -> Tensor:
@@ -291,7 +293,9 @@ def _noting(model: nn.Module, seen: Seen, encoder: str | None) -> Iterator[None]
         def hook(module: nn.Conv2d, args: Any, kwargs: Any, output: Tensor) -> None:
             seen.convolutions.append(name)
             is_first = seen.first is None and encoder in (None, name)
-            is_end = set(output.shape[2:]) == {1} and set(module.kernel_size) == {1}
+            maps = (_first_of(args, kwargs), output)
+            of_one_place = all(set(each.shape[2:]) == {1} for each in maps)
+            is_end = of_one_place and set(module.kernel_size) == {1}
             if not is_first and not is_end:
                 return
             call = _call(name, args, kwargs, output)
@@ -347,23 +351,28 @@ def _ends_with(model: nn.Module, seen: Seen, call: Call) -> bool:
         return False
     numbers = torch.arange(call.output.numel()) - call.output.numel() / 2  # of both signs
     mark = (1e3 * numbers).to(seen.image).reshape(call.output.shape)
-    mark.view(-1)[0] = float("nan")
-
-    def give_mark(*_: Any) -> Tensor:
-        return mark
-
-    hook = model.get_submodule(call.name).register_forward_hook(give_mark)
-    try:
-        with torch.no_grad():
-            found = model(seen.image)
-    except Exception as error:  # in training, of all places
-        raise InputError(
-            f"{seen.name} could not be run in training: {first_line(error)}.\n"
-            "If it has auxiliary outputs, build it without, as with aux_logits=False."
-        ) from error
-    finally:
-        hook.remove()
-    return isinstance(found, Tensor) and _is_same(found, mark.flatten(1))
+    marks = [
+        mark.index_fill(0, torch.tensor(0), float("nan")),
+        mark,
+    ]  # some refuse what is no number
+    for last, given in zip((False, True), marks, strict=True):
+        hook = model.get_submodule(call.name).register_forward_hook(lambda *_, given=given: given)
+        try:
+            with torch.no_grad():
+                found = model(seen.image)
+        except Exception as error:
+            if not last:
+                continue
+            if not model.training:
+                return False  # it looks at its logits
+            raise InputError(
+                f"{seen.name} could not be run in training: {first_line(error)}.\n"
+                "If it has auxiliary outputs, build it without, as with aux_logits=False."
+            ) from error
+        finally:
+            hook.remove()
+        return isinstance(found, Tensor) and _is_same(found, given.flatten(1))
+    return False
 
 
 def _is_same(tensor: Any, expected: Tensor) -> bool:

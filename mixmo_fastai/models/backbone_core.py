@@ -64,6 +64,8 @@ class BackboneCore(nn.Module):
     def whole(self, convolution: nn.Module, linear: nn.Module) -> nn.Module:
         """Put layers back to where they were cut out of a copy: the network as it was built."""
         network = copy.deepcopy(self.body)
+        if "num_classes" in vars(network):  # as timm's networks tell it
+            vars(network)["num_classes"] = linear.get_parameter("weight").shape[0]
         _replace(network, network.get_submodule(self.first), convolution)
         end = linear if issubclass(self.last_kind, nn.Linear) else _as_convolution(linear)
         _replace(network, network.get_submodule(self.last), end)
@@ -95,33 +97,38 @@ class GivenFeatures(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.of_thread = _OfThread()
-        self.traced: Tensor | None = None
+        self.traced: tuple[Tensor | None, torch.Size | None] = None, None
 
     def hand_over(self, features: Tensor | None, image_shape: torch.Size | None) -> None:
         """Say what to give, and for which images, or that nothing is to be given any more."""
         if torch.compiler.is_compiling():  # which follows no threads, and leaves nothing behind
-            self.traced = features
+            self.traced = features, image_shape
         else:
             self.of_thread.features, self.of_thread.image_shape = features, image_shape
 
     def forward(self, input: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            features = self.traced
-        else:
-            features, shape = self.of_thread.features, self.of_thread.image_shape
-            if features is not None and shape is not None and input.shape != shape:
-                sizes = ("x".join(map(str, each[2:])) for each in (shape, input.shape))
-                raise InputError(
-                    "The network makes of images of {} such of {} before its first convolution, so "
-                    "that encoders do not see what it would.\nDo that in the loader: give it "
-                    "images of a size that it leaves as it is.".format(*sizes)
-                )
+        features, shape = self.traced
+        if not torch.compiler.is_compiling() or features is None:
+            features, shape = self._of_this_thread()
         if features is None:
-            raise RuntimeError(
-                "the first convolution is asked for apart from the forward pass; leave it out of "
-                "gradient checkpointing and of torch.compiler.disable"
+            raise InputError(
+                "The first convolution is asked for apart from the forward pass.\n"
+                "Leave it out of gradient checkpointing and of torch.compiler.disable."
+            )
+        if shape is not None and input.shape != shape:
+            sizes = ("x".join(map(str, each[2:])) for each in (shape, input.shape))
+            raise InputError(
+                "The network makes of images of {} such of {} before its first convolution, so "
+                "that encoders do not see what it would.\nDo that in the loader: give it "
+                "images of a size that it leaves as it is.".format(*sizes)
             )
         return features
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+    def _of_this_thread(self) -> tuple[Tensor | None, torch.Size | None]:
+        own = self.of_thread
+        # A network that cannot be compiled in one piece is handed features here, and asks there.
+        return self.traced if own.features is None else (own.features, own.image_shape)
 
 
 class _OfThread(threading.local):

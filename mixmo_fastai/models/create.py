@@ -42,12 +42,17 @@ def create_model(
     Raises:
         InputError: the name or a number is not allowed, or there are no trained weights.
     """
+    if not isinstance(arch, str):
+        raise InputError(
+            f"arch must be the name of a network, such as 'resnet50'; got {arch!r}.\n"
+            "A network of your own is converted by convert_to_mixmo(model)."
+        )
     parsed = parse_architecture(arch)
     limits = {"num_classes": (num_classes, 1), "num_members": (num_members, 1)}
     limits["in_channels"] = (in_channels, 1)
     for name, (value, lowest) in limits.items():
-        if value < lowest:
-            raise InputError(f"{name} must be {lowest} or more; got {value}.")
+        if not isinstance(value, int) or value < lowest:
+            raise InputError(f"{name} must be a whole number, {lowest} or more; got {value!r}.")
     if parsed.family in ("torchvision", "timm"):
         backbone = build_backbone(
             parsed, num_classes, image_size=image_size, pretrained=pretrained, generator=generator

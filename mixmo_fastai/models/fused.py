@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.models.backbone_core import BackboneCore
+from mixmo_fastai.models.ghost_norm import use_whole_batches
 
 
 class FusedNetwork(nn.Module):
@@ -79,7 +80,7 @@ def fuse_parts(
         fused: nn.Module = FusedNetwork(encoder, copy.deepcopy(core), head, len(heads))
     else:
         fused = assemble(encoder, core, head)
-    return fused.train(core.training)
+    return use_whole_batches(fused).train(core.training)
 
 
 def assemble(encoder: nn.Module, core: nn.Module, head: nn.Module) -> nn.Module:

@@ -5,6 +5,9 @@ accuracy. In groups, each image is normalised among as many others as in a small
 Source: Hoffer, Hubara, Soudry, "Train longer, generalize better", NeurIPS 2017.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -70,21 +73,34 @@ def use_ghost_batches(network: nn.Module, group_size: int) -> nn.Module:
     for module in [*network.modules()]:
         for name, child in module.named_children():
             if type(child) is nn.BatchNorm2d:
-                setattr(module, name, _as_ghost(child, group_size))
+                ghost = partial(GhostBatchNorm2d, group_size=group_size)
+                setattr(module, name, _with_weights_of(child, ghost))
     return network
 
 
-def _as_ghost(norm: nn.BatchNorm2d, group_size: int) -> GhostBatchNorm2d:
-    ghost = GhostBatchNorm2d(
+def use_whole_batches(network: nn.Module) -> nn.Module:
+    """Make every BatchNorm over groups torch's own, over the whole batch, in place; weights stay.
+
+    Returns:
+        the network.
+    """
+    for module in [*network.modules()]:
+        for name, child in module.named_children():
+            if isinstance(child, GhostBatchNorm2d):
+                setattr(module, name, _with_weights_of(child, nn.BatchNorm2d))
+    return network
+
+
+def _with_weights_of(norm: nn.BatchNorm2d, make: Callable[..., nn.BatchNorm2d]) -> nn.BatchNorm2d:
+    made = make(
         norm.num_features,
-        group_size,
         eps=norm.eps,
         momentum=norm.momentum,
         affine=norm.affine,
         track_running_stats=norm.track_running_stats,
     )
-    ghost.train(norm.training)
+    made.train(norm.training)
     # The very parameters, for optimizers that hold them already.
-    ghost._parameters.update(norm._parameters)
-    ghost._buffers.update(norm._buffers)
-    return ghost
+    made._parameters.update(norm._parameters)
+    made._buffers.update(norm._buffers)
+    return made

@@ -11,6 +11,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -115,9 +116,9 @@ class Members:
     def __post_init__(self) -> None:
         if not isinstance(self.count, int) or self.count < 1:
             raise InputError(f"num_members must be a whole number, 1 or more; got {self.count!r}.")
-        if not 0 <= self.perturbation < 1:
+        if not isinstance(self.perturbation, Real) or not 0 <= self.perturbation < 1:
             raise InputError(
-                f"perturbation must be at least 0 and below 1; got {self.perturbation}."
+                f"perturbation must be at least 0 and below 1; got {self.perturbation!r}."
             )
 
     def encoders_of(self, layer: nn.Module, generator: torch.Generator | None) -> list[nn.Module]:
