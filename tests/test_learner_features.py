@@ -1,7 +1,8 @@
 """What fastai users do with a Learner works with MixMo: one test per row of the README's table.
 
-Each runs twice: in a Learner of the user's own, on a folder of images with transforms, and in
-`mixmo_learner` on this package's loaders.
+Each runs in three Learners: one of the user's own with a network of ours, on a folder of images
+with transforms; one whose own network `to_mixmo` has converted; and `mixmo_learner` on this
+package's loaders.
 """
 
 import random
@@ -26,8 +27,9 @@ from fastai.vision.augment import Resize, aug_transforms
 from fastai.vision.data import ImageDataLoaders
 from PIL import Image
 from synthetic import CLASSES, image_arrays, mixmo_dls
+from torch import nn
 
-from mixmo_fastai import MixMoCallback, create_model, mixmo_learner, show_pairs
+from mixmo_fastai import MixMoCallback, create_model, mixmo_learner, show_pairs, to_mixmo
 from mixmo_fastai.learner import body_and_heads
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,23 +60,42 @@ def folder(tmp_path_factory):
     return root
 
 
-def own_learner(folder, path, *, cbs=(), **kwargs):
-    """A Learner as fastai's users build it, with the callback added."""
-    dls = ImageDataLoaders.from_folder(
+def folder_dls(folder):
+    return ImageDataLoaders.from_folder(
         folder, valid_pct=0.2, seed=1, bs=6, num_workers=0, device="cpu",
         item_tfms=Resize(16), batch_tfms=aug_transforms(size=12, flip_vert=True),
     )  # fmt: skip
+
+
+def own_learner(folder, path, *, cbs=(), **kwargs):
+    """A Learner as fastai's users build it, with the callback added."""
+    dls = folder_dls(folder)
     model = create_model("wrn10_1", dls.c, generator=torch.Generator().manual_seed(3))
     return Learner(
         dls, model, cbs=[MixMoCallback(seed=0), *cbs], metrics=accuracy, path=path, **kwargs
     )
 
 
+def converted_learner(folder, path, *, cbs=(), **kwargs):
+    """A Learner that knew nothing of MixMo."""
+    dls = folder_dls(folder)
+    layers = (
+        [nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()]
+        + [nn.Conv2d(16, 32, 3, stride=2), nn.BatchNorm2d(32), nn.ReLU()]
+        + [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, dls.c)]
+    )
+    learn = Learner(dls, nn.Sequential(*layers), cbs=[*cbs], metrics=accuracy, path=path, **kwargs)
+    return to_mixmo(learn, independent=True, seed=0)
+
+
 def our_learner(folder, path, *, cbs=(), **kwargs):
     return mixmo_learner(mixmo_dls(), "wrn10_1", seed=0, cbs=cbs, path=path, **kwargs)
 
 
-@pytest.fixture(params=[own_learner, our_learner])
+LEARNERS = [own_learner, converted_learner, our_learner]
+
+
+@pytest.fixture(params=LEARNERS)
 def make(request, folder, tmp_path):
     """A function that builds a Learner, quietly."""
 
@@ -116,6 +137,13 @@ def weights(learn):
 
 def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def without_norms(learn, names):
+    """Leave out what fastai trains even where the rest is frozen."""
+    modules = learn.model.named_modules()
+    norms = {name for name, module in modules if isinstance(module, nn.BatchNorm2d)}
+    return {name for name in names if name.rpartition(".")[0] not in norms}
 
 
 def accuracy_of(learn):
@@ -172,18 +200,15 @@ def test_fine_tune(make):
         def after_train(self):
             now = weights(self.learn)
             names = (n for n, _ in self.learn.model.named_parameters())
-            moved.append(
-                {n.split(".")[0] for n in names if not torch.equal(now[n], self.before[n])}
-            )
+            moved.append({n for n in names if not torch.equal(now[n], self.before[n])})
 
     watch = Watch()
     learn = make(cbs=[watch, Moves()], splitter=body_and_heads)
-    norms = {n for n, m in learn.model.named_modules() if isinstance(m, torch.nn.BatchNorm2d)}
-    for name in norms:  # fastai trains these even where the rest is frozen
-        learn.model.get_submodule(name).requires_grad_(False)
     learn.fine_tune(2, 0.02, freeze_epochs=1)
-    assert moved[0] - {"core"} == {"heads"}
-    assert {"encoders", "core", "heads"} <= moved[1] | moved[2]
+    heads = {f"heads.{i}.{kind}" for i in range(2) for kind in ("weight", "bias")}
+    assert without_norms(learn, moved[0]) == heads
+    everything = {name for name, _ in learn.model.named_parameters()}
+    assert moved[1] | moved[2] == everything
     body, heads = watch.lrs[-5]
     assert body < heads / 10
 
@@ -194,9 +219,8 @@ def test_freeze_and_learning_rates_by_depth(make):
     learn.fit(1, slice(1e-4, 1e-2))
     assert watch.lrs[0] == pytest.approx([1e-4, 1e-2])
     learn.freeze()
-    assert {n.split(".")[0] for n, p in learn.model.named_parameters() if p.requires_grad} <= {
-        "heads", "core"
-    }  # fmt: skip
+    trains = {name for name, p in learn.model.named_parameters() if p.requires_grad}
+    assert {name.split(".")[0] for name in without_norms(learn, trains)} == {"heads"}
     learn.unfreeze()
     assert all(p.requires_grad for p in learn.model.parameters())
 
@@ -205,29 +229,23 @@ NOT_ON_CPUS = "ignore:(User provided device_type of 'cuda'|CUDA is not|torch.cud
 
 
 @pytest.mark.filterwarnings(NOT_ON_CPUS)
-def test_to_fp16(make):
-    """On a CPU fastai's half precision is float32; the scaler and the regions are there."""
-    watch = Watch()
-    learn = make(cbs=[watch]).to_fp16()
-    learn.fit_one_cycle(8, 0.05)
-    assert watch.types == {torch.float32}
-    assert not torch.is_autocast_enabled("cuda")
-    assert accuracy_of(learn) > 0.7
-
-
-@pytest.mark.filterwarnings(NOT_ON_CPUS)
-def test_to_bf16(make, monkeypatch):
-    """fastai's regions are CUDA's alone; with a CPU's in their place, bfloat16 is real."""
+@pytest.mark.parametrize(
+    ("change", "dtype"),
+    [(Learner.to_fp16, torch.float16), (Learner.to_bf16, torch.bfloat16)],
+    ids=["to_fp16", "to_bf16"],
+)
+def test_to_fp16_and_to_bf16(make, monkeypatch, change, dtype):
+    """fastai's regions are CUDA's alone; with a CPU's in their place, the precision is real."""
     monkeypatch.setattr(
         fastai.callback.fp16, "autocast", lambda *_, dtype: torch.autocast("cpu", dtype=dtype)
     )
     watch = Watch()
-    learn = make(cbs=[watch]).to_bf16()
+    learn = change(make(cbs=[watch]))
     types = set()
     handle = learn.model.core.register_forward_hook(lambda *given: types.add(given[2].dtype))
     learn.fit_one_cycle(8, 0.05)
     handle.remove()
-    assert types == {torch.bfloat16}
+    assert types == {dtype}
     assert watch.types == {torch.float32}  # of logits, in which means of members would tie
     assert not torch.is_autocast_enabled("cpu")
     assert accuracy_of(learn) > 0.7
@@ -236,9 +254,10 @@ def test_to_bf16(make, monkeypatch):
 def test_channels_last(make):
     watch = Watch()
     learn = make(cbs=[watch, ChannelsLast()])
+    learn.model.to(memory_format=torch.contiguous_format)  # `mixmo_learner` has done it by itself
     learn.fit(1, 1e-2)
-    weight = learn.model.core.state_dict()
-    convolutions = [tensor for tensor in weight.values() if tensor.ndim == 4]
+    convolutions = [tensor for tensor in learn.model.state_dict().values() if tensor.ndim == 4]
+    assert len(convolutions) > len(learn.model.encoders)
     assert all(t.is_contiguous(memory_format=torch.channels_last) for t in convolutions)
     assert all(np.isfinite(watch.losses))
 
@@ -476,7 +495,7 @@ def test_summary(make):
     assert f"Total params: {total}" in text
 
 
-@pytest.mark.parametrize("make_learner", [own_learner, our_learner])
+@pytest.mark.parametrize("make_learner", LEARNERS)
 def test_progress_bars(make_learner, folder, tmp_path, capsys):
     learn = make_learner(folder, tmp_path)
     learn.fit(2, 1e-3)
