@@ -7,6 +7,7 @@ Source: Ramé, Sun, Cord, "MixMo", ICCV 2021.
 
 import sys
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -376,5 +377,5 @@ def _is_fastai_mix(callback: Callback) -> bool:
 
 def _check_shares(**shares: float) -> None:
     for name, value in shares.items():
-        if not 0 <= value <= 1:
-            raise InputError(f"{name} must be from 0 to 1; got {value}.")
+        if not isinstance(value, Real) or not 0 <= value <= 1:
+            raise InputError(f"{name} must be from 0 to 1; got {value!r}.")

@@ -12,8 +12,8 @@ import torch
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.data.transforms import get_c
+from fastai.imports import L
 from fastai.learner import Learner
-from fastai.losses import BCEWithLogitsLossFlat
 from fastai.metrics import accuracy, accuracy_multi
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import params, trainable_params
@@ -26,7 +26,7 @@ from mixmo_fastai.data.loaders import BatchLoader
 from mixmo_fastai.deferred import defer_readbacks
 from mixmo_fastai.devices import place
 from mixmo_fastai.errors import InputError, nearest, unknown
-from mixmo_fastai.losses import MixMoLoss
+from mixmo_fastai.losses import MixMoLoss, is_multi_label
 from mixmo_fastai.metrics import MemberAccuracy
 from mixmo_fastai.mixing import Region, check_kind
 from mixmo_fastai.models import MixMoModel, create_model
@@ -119,6 +119,10 @@ def mixmo_learner(
     """
     mixing = {name: kwargs.pop(name) for name in CALLBACK_ARGUMENTS if name in kwargs}
     _check_known(kwargs)
+    if not hasattr(dls, "train"):
+        raise InputError(
+            f"mixmo_learner takes loaders (DataLoaders) first; got {type(dls).__name__}."
+        )
     wanted = _Wanted(
         _num_classes(dls) if num_classes is None else num_classes,
         num_members,
@@ -128,18 +132,17 @@ def mixmo_learner(
     )
     check_kind(mix, wanted.members_of(arch))
     callback = MixMoCallback(mix, **mixing)
+    loss_func = kwargs.pop("loss_func", getattr(_dataset(dls), "loss_func", None))
+    loss = _as_mixmo_loss(loss_func, wanted.targets)
     seed = fresh_seed() if callback.seed is None else callback.seed
     model = _as_mixmo(arch, wanted, make_generator(seed, "init"))
     kwargs.setdefault("splitter", body_and_heads)  # for `freeze` and `fine_tune`
     use_ghost_batches(model, ghost_batch_size)
     if device := getattr(dls, "device", None):  # before the optimizer is made, which looks at it
         place(model, torch.device(device))
-    loss_func = kwargs.pop("loss_func", getattr(_dataset(dls), "loss_func", None))
     kwargs.setdefault("opt_func", sgd())
-    kwargs.setdefault("metrics", _metrics_for(wanted.targets, loss_func))
-    cbs = kwargs.pop("cbs", None) or []
-    cbs = [*cbs] if isinstance(cbs, list | tuple) else [cbs]
-    learn = Learner(dls, model, _as_mixmo_loss(loss_func), cbs=[callback, *cbs], **kwargs)
+    kwargs.setdefault("metrics", _metrics_for(wanted.targets, loss))
+    learn = Learner(dls, model, loss, cbs=[callback, *L(kwargs.pop("cbs", None))], **kwargs)
     return defer_readbacks(learn)
 
 
@@ -147,7 +150,7 @@ def to_mixmo(
     learn: Learner,
     mix: str | Region = "cutmix",
     *,
-    num_members: int = 2,
+    num_members: int | None = None,
     independent: bool = False,
     **kwargs: Any,
 ) -> Learner:
@@ -161,7 +164,7 @@ def to_mixmo(
     Args:
         learn: with a classifier that can be converted, or a `MixMoModel`.
         mix: how features are mixed, see `MixMoCallback`.
-        num_members: M.
+        num_members: M; 2 where not given, or that of a `MixMoModel`.
         independent: whether members start apart; for a network that is not trained yet.
         kwargs: of `MixMoCallback` (alpha, mix_prob, batch_repetitions, seed, …).
 
@@ -169,14 +172,27 @@ def to_mixmo(
         the Learner.
 
     Raises:
-        InputError: the network cannot be converted, or an argument is not allowed.
+        InputError: the network cannot be converted, an argument is not allowed, or there is a
+            `MixMoCallback` already. The Learner is as it was.
     """
+    if not isinstance(learn, Learner):
+        raise InputError(
+            f"to_mixmo takes a Learner; got {type(learn).__name__}.\n"
+            "A network alone is converted by convert_to_mixmo(model)."
+        )
     unknown_names = [name for name in kwargs if name not in CALLBACK_ARGUMENTS]
     if unknown_names:
         raise unknown("argument of to_mixmo", unknown_names[0], CALLBACK_ARGUMENTS)
+    if any(isinstance(each, MixMoCallback) for each in learn.cbs):
+        raise InputError("The Learner has a MixMoCallback already; it is a MixMo Learner.")
     callback = MixMoCallback(mix, **kwargs)
     loss = _as_mixmo_loss(learn.loss_func)
-    if not isinstance(learn.model, MixMoModel):
+    if isinstance(learn.model, MixMoModel):
+        check_members(learn.model, num_members)
+        check_kind(mix, learn.model.num_members)
+    else:
+        num_members = 2 if num_members is None else num_members
+        check_kind(mix, num_members)
         image_shape, _ = _facts_of_batches(learn.dls)
         names = find_ends(learn.model, image_size=image_shape[1:], in_channels=image_shape[0])
         seed = fresh_seed() if callback.seed is None else callback.seed
@@ -186,7 +202,6 @@ def to_mixmo(
             Members(num_members, encoders_apart=independent, heads_apart=independent),
             generator=make_generator(seed, "init"),
         ).requires_grad_()
-    check_kind(mix, learn.model.num_members)
     learn.loss_func, learn.splitter, learn.opt = loss, body_and_heads, None
     return learn.add_cb(callback)
 
@@ -290,7 +305,7 @@ def _name_of(arch: Any) -> str | None:
 def _called_twice(
     make: Callable[..., nn.Module], num_classes: int, generator: torch.Generator
 ) -> list[nn.Module]:
-    """Call a function that makes networks, which names their classes in its own way.
+    """Call a function that makes networks twice; it names their classes in its own way.
 
     Where it brings trained weights, these are the same both times; what it draws differs.
     """
@@ -311,10 +326,16 @@ def _classes_for(
     make: Callable[..., nn.Module], num_classes: int
 ) -> tuple[tuple[int, ...], dict[str, int]]:
     """Say the number of classes to a function in its own words, if it is to be told."""
-    known = signature(make).parameters
+    name = getattr(make, "__name__", type(make).__name__)
+    try:
+        known = signature(make).parameters
+    except ValueError as error:  # of some that are not written in Python
+        raise InputError(f"{name!r} does not say what it takes; wrap it in a function.") from error
     inner = make.func if isinstance(make, partial) else make
     bound = make.keywords if isinstance(make, partial) else {}
-    if any(name in bound for name in _FOR_CLASSES):
+    # Trained weights bring their own last layer, of which new heads are made.
+    trained = bound.get("weights") is not None or bound.get("pretrained")
+    if trained or any(name in bound for name in _FOR_CLASSES):
         return (), {}
     named = next((name for name in _FOR_CLASSES if name in known), None)
     if named is None and any(p.kind is Parameter.VAR_KEYWORD for p in known.values()):
@@ -322,11 +343,19 @@ def _classes_for(
         named = "n_out" if of_fastai else "num_classes"
     if named is not None:
         return (), {named: num_classes}
-    needed = [p for p in known.values() if p.default is Parameter.empty]
-    return (num_classes,) if len(needed) == 1 else (), {}
+    variable = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+    needed = [
+        p.name for p in known.values() if p.default is Parameter.empty and p.kind not in variable
+    ]
+    if needed:
+        raise InputError(
+            f"{name!r} needs {', '.join(needed)}; only the number of classes can be given to it, "
+            f"as {_FOR_CLASSES[0]}.\nBind the rest: functools.partial(…, {needed[0]}=…)."
+        )
+    return (), {}
 
 
-_FOR_CLASSES = ("num_classes", "n_out", "n_classes")
+_FOR_CLASSES = ("num_classes", "n_out", "n_classes", "classes", "num_labels", "c", "k", "n")
 
 
 def _differ(one: nn.Module, other: nn.Module | None, layer: str) -> bool:
@@ -345,16 +374,20 @@ def _check_fits(model: MixMoModel, wanted: _Wanted) -> None:
             f"The network has {', '.join(map(str, own))} classes, the data {wanted.num_classes}.\n"
             "Build it for the data, or say num_classes."
         )
-    if wanted.num_members not in (None, model.num_members):
-        raise InputError(
-            f"The network has {model.num_members} members, not {wanted.num_members}.\n"
-            "Leave num_members out."
-        )
+    check_members(model, wanted.num_members)
     stem = model.encoders[0]
     if isinstance(stem, nn.Conv2d) and stem.in_channels != wanted.image_shape[0]:
         raise InputError(
             f"The network takes images of {stem.in_channels} channels; the data has "
             f"{wanted.image_shape[0]}."
+        )
+
+
+def check_members(model: MixMoModel, wanted: int | None) -> None:
+    """Check that a network has as many members as were asked for, if they were."""
+    if wanted not in (None, model.num_members):
+        raise InputError(
+            f"The network has {model.num_members} members, not {wanted}.\nLeave num_members out."
         )
 
 
@@ -406,16 +439,22 @@ def learner_from_recipe(recipe: Recipe, dls: DataLoaders, **kwargs: Any) -> Lear
     )
 
 
-def _metrics_for(targets: Tensor | None, loss: Any) -> list[Any]:
+def _metrics_for(targets: Tensor | None, loss: MixMoLoss) -> list[Any]:
     """Choose metrics of the ensemble and of its members; of numbers to predict, the user's own."""
-    if targets is None or not targets.is_floating_point():
-        return [accuracy, MemberAccuracy()]
-    base = loss.base if isinstance(loss, MixMoLoss) else loss
-    several_labels = isinstance(base, nn.BCEWithLogitsLoss | BCEWithLogitsLossFlat)
-    return [accuracy_multi, MemberAccuracy()] if several_labels else []
+    if is_multi_label(loss.base):
+        return [accuracy_multi, MemberAccuracy()]
+    numbers = targets is not None and targets.is_floating_point()
+    return [] if numbers else [accuracy, MemberAccuracy()]
 
 
-def _as_mixmo_loss(loss: Any) -> MixMoLoss:
+def _as_mixmo_loss(loss: Any, targets: Tensor | None = None) -> MixMoLoss:
+    """Wrap a loss; where there is none, cross-entropy, if the data's targets are classes."""
+    if loss is None and targets is not None and (targets.is_floating_point() or targets.ndim > 1):
+        raise InputError(
+            f"The targets are no classes but {str(targets.dtype).removeprefix('torch.')} of shape "
+            f"{tuple(targets.shape)}. Say loss_func=…: BCEWithLogitsLossFlat() for\nseveral labels "
+            "per image, CrossEntropyLossFlat() for soft labels, MSELossFlat() for numbers."
+        )
     return loss if isinstance(loss, MixMoLoss) else MixMoLoss(loss)
 
 

@@ -15,6 +15,7 @@ from fastai.data.block import (
     RegressionBlock,
     TransformBlock,
 )
+from fastai.data.core import DataLoaders
 from fastai.data.transforms import ColReader, IndexSplitter, Normalize, RandomSplitter
 from fastai.learner import Learner
 from fastai.losses import (
@@ -30,6 +31,7 @@ from fastai.vision.core import PILImage, PILImageBW
 from fastai.vision.data import ImageBlock
 from PIL import Image
 from synthetic import CLASSES, image_arrays
+from torch.utils.data import TensorDataset
 
 from mixmo_fastai import MixMoCallback, MixMoLoss, create_model, mixmo_learner, show_pairs
 from mixmo_fastai.errors import InputError
@@ -120,11 +122,20 @@ def test_classes_that_are_rarer_than_others():
     _, watch = trained(weighted, epochs=3)
     seen = torch.cat([targets[0].flatten() for targets in watch.targets])
     assert (seen == weighted.vocab.o2i["red"]).float().mean() < 0.8  # of 80 % and more
-    learn, _ = trained(
-        loaders(block(), items),
-        loss_func=CrossEntropyLossFlat(weight=torch.tensor([1.0, 5.0, 5.0])),
-    )
-    assert isinstance(learn.loss_func.base, CrossEntropyLossFlat)
+    dls = loaders(block(), items)
+    losses, rarely = [], []
+    for weight in (1.0, 50.0):
+        rare = torch.ones(3).index_fill(0, torch.tensor(dls.vocab.o2i["blue"]), weight)
+        learn, _ = trained(dls, loss_func=CrossEntropyLossFlat(weight=rare), epochs=0)
+        with learn.no_bar(), learn.no_logging():
+            learn.fit(1, 0.0)
+            losses.append(learn.recorder.values[-1][:2])
+            learn.fit(3, 1e-2)
+            rarely.append(learn.get_preds()[0].mean(0)[dls.vocab.o2i["blue"]])
+    # Of the same scale in training, over two members, and in evaluation, whatever the weights.
+    for train, valid in losses:
+        assert train / 2 == pytest.approx(valid, rel=0.4)
+    assert rarely[1] > 2 * rarely[0]
 
 
 def test_images_grow_from_fit_to_fit():
@@ -301,6 +312,16 @@ def test_pixels_that_nobody_has_scaled_are_shown():
     shown = preview_batch(learn).inputs
     assert shown.unique().tolist() == pytest.approx([0.2, 1.0])
     show_pairs(learn)  # of two channels
+
+
+def test_pixels_standardised_by_nobody_knows_what_are_shown():
+    images = torch.randn(32, 3, 8, 8).clamp(-2.4, 2.4)
+    data = TensorDataset(images, torch.randint(3, (32,)))
+    dls = DataLoaders.from_dsets(data, data, bs=8, device="cpu", num_workers=0)
+    shown = preview_batch(mixmo_learner(dls, "wrn10_1", num_classes=3, seed=0)).inputs
+    assert shown.min() == 0
+    assert shown.max() == 1
+    assert shown.mean() == pytest.approx(0.5, abs=0.05)
 
 
 def test_classes_of_a_table():

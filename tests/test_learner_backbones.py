@@ -6,8 +6,11 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from fastai.callback.progress import CSVLogger
+from fastai.data.core import DataLoaders
+from fastai.imports import L
 from fastai.learner import Learner
-from fastai.losses import CrossEntropyLossFlat
+from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.optimizer import Adam
 from fastai.vision.augment import RandomErasing
@@ -15,6 +18,7 @@ from fastai.vision.learner import create_vision_model, vision_learner
 from fastai.vision.models import xresnet
 from synthetic import foreign_dls, mixmo_dls
 from torch import nn
+from torch.utils.data import TensorDataset
 from torchvision.models import resnet18
 
 from mixmo_fastai import MixMoCallback, MixMoModel, create_model, mixmo_learner, to_mixmo
@@ -134,6 +138,7 @@ def test_independent_members_of_ones_own_network():
         partial(xresnet.xresnet18, act_cls=nn.SiLU),
         partial(xresnet.xresnet18, n_out=3),
         lambda n: nn.Sequential(*small()[:-1], nn.Linear(8, n)),
+        partial(resnet18, weights=None),
         lambda: small(),  # noqa: PLW0108
     ],
 )
@@ -199,12 +204,89 @@ def test_a_network_for_one_size_is_tried_at_that_of_the_images():
         (lambda: create_model("wrn10_1", 5), "has 5 classes, the data 3"),
         (lambda: create_model("wrn10_1", 3, in_channels=1), "takes images of 1 channels"),
         (lambda: lambda: "resnet18", "makes str, not a network"),
+        (lambda: lambda width: small(), "needs width; only the number of classes"),
+        (lambda: lambda width, depth: small(), "needs width, depth; only"),
+        (lambda: dict, "'dict' (does not say what it takes|makes dict)"),
         (lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), "has no convolution"),
     ],
 )
 def test_what_is_no_network_for_the_data(arch, message):
     with pytest.raises(InputError, match=message):
         mixmo_learner(mixmo_dls(), arch())
+
+
+def test_a_function_with_trained_weights_is_told_no_classes():
+    """As torchvision's, which refuse other classes than those of their weights."""
+
+    def make(weights=None, num_classes=1000):
+        assert weights is None or num_classes == 1000
+        return nn.Sequential(*small()[:-1], nn.Linear(8, num_classes))
+
+    for bound in (partial(make, weights="IMAGENET1K_V1"), partial(make, num_classes=3)):
+        assert mixmo_learner(mixmo_dls(), bound, seed=0).model.heads[0].out_features == 3
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: mixmo_learner("cifar10", small()), "takes loaders.*got str"),
+        (lambda: mixmo_learner(mixmo_dls(), small(), loss_func="ce"), "must be a loss"),
+        (lambda: mixmo_learner(mixmo_dls(), small(), alpha="a"), "alpha must be"),
+        (lambda: mixmo_learner(mixmo_dls(), small(), mix_prob=None), "mix_prob must be"),
+        (lambda: mixmo_learner(foreign_dls(batch_size=1000), small()), "The loader gives no batch"),
+        (lambda: to_mixmo(small()), "takes a Learner; got Sequential"),
+        (lambda: create_model(18, 10), "arch must be the name"),
+        (lambda: create_model("resnet18", "10"), "num_classes must be a whole number"),
+        (lambda: create_model("wrn10_1", 10, 2.5), "num_members must be a whole number"),
+    ],
+)
+def test_wrong_arguments_are_told_in_words(call, message):
+    with pytest.raises(InputError, match=message) as caught:
+        call()
+    assert len(str(caught.value).splitlines()) <= 3
+
+
+def test_callbacks_may_come_as_fastais_list():
+    learn = mixmo_learner(mixmo_dls(), small(), cbs=L(CSVLogger()))
+    assert learn.csv_logger
+    assert learn.mix_mo
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.int64])
+def test_several_labels_of_plain_loaders(kind):
+    images, labels = torch.rand(32, 3, 8, 8), torch.randint(2, (32, 4)).to(kind)
+    data = TensorDataset(images, labels)
+    dls = DataLoaders.from_dsets(data, data, bs=8, device="cpu", num_workers=0)
+    with pytest.raises(InputError, match=r"no classes.*BCEWithLogitsLossFlat"):
+        mixmo_learner(dls, small(), num_classes=4)
+    floats = TensorDataset(images, labels.float())
+    dls = DataLoaders.from_dsets(floats, floats, bs=8, device="cpu", num_workers=0)
+    learn = mixmo_learner(dls, small(), num_classes=4, loss_func=nn.BCEWithLogitsLoss(), seed=0)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, 1e-2)
+        figure = learn.recorder.values[-1][2]
+        probabilities, targets = learn.get_preds()
+    assert ((probabilities > 0.5) == targets).float().mean() == pytest.approx(figure)
+
+
+def test_integer_labels_get_the_metrics_of_their_loss():
+    data = TensorDataset(torch.rand(32, 3, 8, 8), torch.randint(2, (32, 4)))
+    dls = DataLoaders.from_dsets(data, data, bs=8, device="cpu", num_workers=0)
+    learn = mixmo_learner(dls, small(), num_classes=4, loss_func=BCEWithLogitsLossFlat())
+    trained(learn)
+    assert 0 < learn.recorder.values[-1][2] < 1
+
+
+def test_numbers_of_plain_losses_come_out_as_they_are():
+    data = TensorDataset(torch.rand(32, 3, 8, 8), torch.rand(32, 1))
+    dls = DataLoaders.from_dsets(data, data, bs=8, device="cpu", num_workers=0)
+    learn = Learner(dls, nn.Sequential(*small()[:-1], nn.Linear(8, 1)), loss_func=nn.MSELoss())
+    with learn.no_bar():
+        before = learn.get_preds(with_decoded=True)
+        to_mixmo(learn, mix="sum")
+        after = learn.get_preds(with_decoded=True)
+    for ours, theirs in zip(after, before, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_weights_of_a_function_are_not_guessed():
@@ -299,9 +381,26 @@ class TestToMixmo:
             ({}, "has no convolution"),
             ({"alpa": 1}, "Did you mean 'alpha'"),
             ({"alpha": -1}, "alpha"),
+            ({"num_members": 1}, "member"),
         ):
             with pytest.raises(InputError, match=message):
                 to_mixmo(learn, **arguments)
         assert learn.model is model
         assert isinstance(learn.loss_func, CrossEntropyLossFlat)
         assert not learn.cbs.filter(lambda cb: isinstance(cb, MixMoCallback))
+
+    def test_one_member_is_refused_before_anything_is_changed(self):
+        model = small()
+        learn = Learner(foreign_dls(), model, loss_func=CrossEntropyLossFlat())
+        with pytest.raises(InputError, match="one member"):
+            to_mixmo(learn, num_members=1)
+        assert learn.model is model
+        assert to_mixmo(learn).model.num_members == 2
+
+    def test_it_is_done_once_and_with_the_members_there_are(self):
+        learn = Learner(foreign_dls(), create_model("wrn10_1", 3), loss_func=CrossEntropyLossFlat())
+        with pytest.raises(InputError, match="has 2 members, not 3"):
+            to_mixmo(learn, num_members=3)
+        to_mixmo(learn)
+        with pytest.raises(InputError, match="has a MixMoCallback already"):
+            to_mixmo(learn)

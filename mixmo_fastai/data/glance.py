@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from fastai.data.load import DataLoader
 
+from mixmo_fastai.errors import InputError
+
 
 def first_batch(loader: Any) -> Any:
     """Take a loader's first batch, without the worker processes of a whole pass."""
@@ -16,7 +18,11 @@ def first_batch(loader: Any) -> Any:
         own = vars(loader).get("loader", loader)  # behind a view
         if isinstance(own, DataLoader):
             alone.enter_context(own.fake_l.no_multiproc())
-        return next(iter(loader))
+        for batch in loader:
+            return batch
+    raise InputError(
+        "The loader gives no batch: it has no images, or fewer than its batch size and drop_last."
+    )
 
 
 @contextmanager

@@ -4,6 +4,7 @@ Shapes: B batch, M members.
 """
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -39,8 +40,8 @@ def draw_lam(
     """
     _check_count("num_samples", num_samples)
     _check_count("num_members", num_members)
-    if not 0 < alpha < math.inf:
-        raise InputError(f"alpha must be positive and finite; got {alpha}.")
+    if not isinstance(alpha, Real) or not 0 < alpha < math.inf:
+        raise InputError(f"alpha must be positive and finite; got {alpha!r}.")
     size = (num_samples, num_members)
     gamma = torch._standard_gamma(torch.full(size, alpha + 1.0, device=device), generator=generator)
     uniform = 1.0 - torch.rand(size, generator=generator, device=device)  # (0, 1]: log is finite
