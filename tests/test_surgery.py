@@ -166,6 +166,18 @@ class Striding(Own):
         return self.last(features).flatten(1)
 
 
+class Tied(Own):
+    """Two layers of the same weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.between, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.between.weight = self.last.weight
+
+    def forward(self, x):
+        return self.last(self.between(self.first(x).relu().mean((2, 3))))
+
+
 class Demanding(Own):
     """Takes no logits that are not numbers."""
 
@@ -313,6 +325,7 @@ REFUSED = {
     "changed image": (Changing, "changes the image before its first convolution, 'first'"),
     "changed in training": (ChangingInTraining, "changes the image in training before its first"),
     "folded": (Folding, "changes the image before its first convolution, 'first'"),
+    "tied": (Tied, "'last' of Tied shares its weights with 'between'"),
     "striding": (Striding, "does not end with a linear layer"),
     "brightened": (Brightening, "changes the image of 97x97"),
     "dropped out": (lambda: nn.Sequential(nn.Dropout(0.5), Own()), "image in training before"),

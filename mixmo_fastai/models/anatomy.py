@@ -406,3 +406,11 @@ def _check_plain(model: nn.Module, name: str, model_name: str) -> None:
             "weight or spectral normalisation.\nTake that off first: torch.nn.utils."
             "parametrize.remove_parametrizations, or remove_weight_norm of the older kind."
         )
+    own = {id(parameter) for parameter in layer.parameters()}
+    for other_name, other in model.named_modules():
+        held = {id(parameter) for parameter in other.parameters(recurse=False)}
+        if other is not layer and own & held:
+            raise InputError(
+                f"The layer {name!r} of {model_name} shares its weights with {other_name!r}; "
+                "members would untie them.\nGive each a copy of its own first."
+            )
