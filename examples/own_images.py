@@ -18,6 +18,7 @@ from fastai.vision.augment import Resize, aug_transforms
 from fastai.vision.data import ImageDataLoaders
 
 from mixmo_fastai import mixmo_learner
+from mixmo_fastai.errors import InputError
 
 REPETITIONS = 4  # of each image in a batch, for every member
 
@@ -33,6 +34,8 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3, help="peak of one-cycle, of Adam")
     parser.add_argument("--out", type=Path, default=Path("own-images"), help="where results go")
     asked = parser.parse_args()
+    if not any(asked.folder.glob("*/*")):
+        parser.error(f"{asked.folder} holds no folders of images, one per class")
     asked.out.mkdir(parents=True, exist_ok=True)
 
     set_seed(0)
@@ -79,4 +82,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InputError as error:  # what this package says of wrong arguments
+        raise SystemExit(f"Error: {error}") from None

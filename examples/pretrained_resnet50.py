@@ -34,9 +34,14 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--out", type=Path, default=Path("resnet50-mixmo.pth"))
     asked = parser.parse_args()
+    if not any(asked.folder.glob("*/*")):
+        parser.error(f"{asked.folder} holds no folders of images, one per class")
 
     set_seed(0)
-    network = pretrained(asked.weights)
+    try:
+        network = pretrained(asked.weights)
+    except OSError as error:  # also of downloads
+        parser.error(f"the weights cannot be had: {error}")
     show_that_nothing_is_lost(network, asked.size)
 
     dls = ImageDataLoaders.from_folder(

@@ -11,20 +11,21 @@ from fastai.learner import AvgSmoothLoss, Learner, Recorder
 from torch import Tensor
 
 STEPS_PER_FETCH = 20
-"""Steps between two looks at the losses."""
+"""Steps between two looks at the losses of a device; those of a CPU are looked at as they come."""
 
 
 class DeferredRecorder(Recorder):
     """fastai's Recorder; losses are brought to the host several at a time, or when asked for.
 
     Args:
-        every: steps between two looks.
+        every: steps between two looks; where not given, `STEPS_PER_FETCH` of a device's losses, and
+            each of a CPU's, for which nobody waits.
         kwargs: of fastai's Recorder.
     """
 
     name = "recorder"
 
-    def __init__(self, *, every: int = STEPS_PER_FETCH, **kwargs: object) -> None:
+    def __init__(self, *, every: int | None = None, **kwargs: object) -> None:
         super().__init__(**kwargs)
         self.every = every
         self.pending: list[Tensor] = []  # smoothed losses, where the loss is
@@ -60,7 +61,8 @@ class DeferredRecorder(Recorder):
         self.lrs.append(self.learn.opt.hypers[-1]["lr"])
         self.pending.append(self.smooth_loss.value)
         self.learn.smooth_loss = self.pending[-1]
-        if len(self.pending) >= self.every:
+        on_cpu = self.pending[-1].device.type == "cpu"
+        if len(self.pending) >= (self.every or (1 if on_cpu else STEPS_PER_FETCH)):
             self.fetch()
 
     def after_train(self) -> None:

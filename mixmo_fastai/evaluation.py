@@ -132,7 +132,7 @@ def _calibrated(
             f"the validation split has {num_fitted} images, and a temperature needs "
             f"{FEWEST_FOR_TEMPERATURE}; raise --valid-split"
         )
-    _check_temperature(temperature, "validation")
+    _check_temperature(temperature, "validation image", "validation split")
     return {"temperature": temperature, **_calibration_figures(logits / temperature, labels)}
 
 
@@ -178,18 +178,18 @@ def cross_scaled(logits: Tensor, labels: Tensor) -> tuple[Tensor, list[float]]:
     halves = order.tensor_split(2)
     temperatures = [fit_temperature(logits[half], labels[half]) for half in halves]
     for temperature in temperatures:
-        _check_temperature(temperature, "test")
+        _check_temperature(temperature, "image of one half of the test set", "test set")
     scaled = torch.empty_like(logits)
     for half, temperature in zip(halves, reversed(temperatures), strict=True):
         scaled[half] = logits[half] / temperature
     return scaled, temperatures
 
 
-def _check_temperature(temperature: float, part: str) -> None:
+def _check_temperature(temperature: float, which: str, part: str) -> None:
     if not TEMPERATURE_BOUNDS[0] < temperature < TEMPERATURE_BOUNDS[1]:
         raise InputError(
-            f"every {part} image is right, or none better than chance, so that no temperature is "
-            f"best; a larger {part} part would tell"
+            f"every {which} is right, or none better than chance, so that no temperature is best; "
+            f"a larger {part} would tell"
         )
 
 

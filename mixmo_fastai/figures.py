@@ -191,4 +191,5 @@ def _seen(images: int | None) -> str:
 
 def _show_image(axes: Axes, image: Tensor) -> None:
     pixels = image.permute(1, 2, 0)  # (H, W, C)
-    axes.imshow(pixels[:, :, 0] if pixels.shape[2] < 3 else pixels[:, :, :3], cmap="gray")
+    shown = pixels[:, :, 0] if pixels.shape[2] < 3 else pixels[:, :, :3]
+    axes.imshow(shown, cmap="gray", vmin=0, vmax=1)  # alike in all panels

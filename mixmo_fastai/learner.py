@@ -58,7 +58,7 @@ def mixmo_learner(
             makes one, as fastai's xresnet50; or a network of your own, which is converted, weights
             and all, or taken as it is where it is a `MixMoModel`. All of what is converted is
             trained, frozen parts included, until `Learner.freeze` says otherwise.
-        mix: how features are mixed, see `MixMoCallback`; "sum" where num_members is 1.
+        mix: how features are mixed, see `MixMoCallback`; of one member say "sum".
         num_members: M; 2 where not given, or that of a `MixMoModel`.
         num_classes: K; what the loaders say where not given.
         pretrained: whether a network by name starts from its library's weights. Give your loaders
@@ -90,6 +90,7 @@ def mixmo_learner(
     wanted = Wanted(image_shape, num_classes, num_members, pretrained, independent)
     check_kind(mix, wanted.members_of(arch))
     callback = MixMoCallback(mix, **mixing)
+    _check_classes(targets, num_classes, _known_classes(dls))
     loss_func = kwargs.pop("loss_func", getattr(_dataset(dls), "loss_func", None))
     loss = _as_mixmo_loss(loss_func, targets)
     model = as_mixmo(arch, wanted, _initial(callback))
@@ -255,13 +256,33 @@ def _facts_of_batches(dls: DataLoaders) -> tuple[tuple[int, int, int], Tensor | 
     return (int(channels), int(height), int(width)), known
 
 
+def _check_classes(targets: Tensor | None, num_classes: int, known: int) -> None:
+    """Check that the network answers for what the data asks."""
+    if targets is None:
+        return
+    if targets.ndim > 2:
+        raise InputError(
+            f"The targets are of shape {tuple(targets.shape)}; MixMo is for one class, several "
+            "labels or numbers per image."
+        )
+    if targets.ndim == 1 and not targets.is_floating_point() and num_classes < known:
+        raise InputError(
+            f"The data has {known} classes, num_classes is {num_classes}.\nLeave num_classes out."
+        )
+
+
+def _known_classes(dls: DataLoaders) -> int:
+    """Tell K where the loaders know it, else 0."""
+    return int(get_c(dls) or 0) if isinstance(dls.train, DataLoader) else 0
+
+
 def _num_classes(dls: DataLoaders) -> int:
-    number = get_c(dls) if isinstance(dls.train, DataLoader) else 0
+    number = _known_classes(dls)
     if not number:
         raise InputError(
             "The loaders do not say how many classes there are. Say it: num_classes=10."
         )
-    return int(number)
+    return number
 
 
 def _dataset(dls: DataLoaders) -> Any:

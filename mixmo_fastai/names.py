@@ -149,6 +149,11 @@ def parse_architecture(name: str) -> Architecture:
         return Architecture("torchvision", name=name)
     if match := re.fullmatch(r"timm/([\w.-]+)", name):
         return Architecture("timm", name=match[1])
+    if name in _WITHOUT_HEADS:
+        raise InputError(
+            f"{name} does not end with a linear layer but with a convolution before its pooling: "
+            "heads cannot be made of it.\nTake another of torchvision, such as mobilenet_v2."
+        )
     known = (*_EXAMPLE_ARCHITECTURES, *TORCHVISION_NETWORKS)
     guess = nearest(name, known)
     hint = f" Did you mean {guess!r}?" if guess else ""
@@ -159,6 +164,7 @@ def parse_architecture(name: str) -> Architecture:
     )
 
 
+_WITHOUT_HEADS = ("squeezenet1_0", "squeezenet1_1")
 _EXAMPLE_ARCHITECTURES = (
     "wrn28_10",
     "wrn16_4",

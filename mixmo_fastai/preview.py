@@ -152,9 +152,16 @@ def _names(learn: Learner, position: int) -> list[str]:
         return names
     pasted, shares = learn.yb[2][position], learn.yb[3][position]
     return [
-        name if share == 1 else f"{share:.0%} {name}, {1 - share:.0%} {_name(other, vocab)}"
+        _both(name, _name(other, vocab), share)
         for name, other, share in zip(names, pasted, shares.tolist(), strict=True)
     ]
+
+
+def _both(own: str, other: str, share: float) -> str:
+    """Name two classes by their shares, and one whose share rounds to none not at all."""
+    if not 0.005 < share < 0.995:
+        return own if share > 0.5 else other
+    return f"{share:.0%} {own}, {1 - share:.0%} {other}"
 
 
 def _name(target: Tensor, vocab: Sequence[Any] | None) -> str:

@@ -58,7 +58,8 @@ class Data:
         dataset: a named data set, or the path of an image folder.
         valid_split: share of each class of the training set that validates instead of training.
         limit: at most so many training images, balanced over the classes; 0 for all.
-        image_size: height and width to which an image folder is scaled; 0 for its own.
+        image_size: height and width to which an image folder is scaled; 0 for its own: that of most
+            training images, or else the median height and the median width.
         crop_padding: pixels of padding before the random crop; the data set's where not given.
         flip: whether images are mirrored at random; the data set's where not given.
         alternating_flip: whether every second copy of an image in a batch is mirrored, in place of

@@ -419,9 +419,15 @@ def run_label(recipe: Recipe) -> str:
 def _method_label(recipe: Recipe) -> str:
     """Name a method by what is mixed, how many networks and members there are."""
     model, mix = recipe.model, recipe.mix
-    kind = mix.kind if model.num_members > 1 else "vanilla"
-    pixels = f"-{mix.msda}" if mix.msda != "none" else ""
-    return f"{kind}{pixels}" + (f"-x{model.num_nets}" if model.num_nets > 1 else "")
+    pixels = [mix.msda] if mix.msda != "none" else []
+    if model.num_members > 1:
+        parts = [_METHODS.get(mix.kind, f"{mix.kind}-mixmo"), *pixels]
+    else:
+        parts = pixels or ["vanilla"]
+    return "-".join(parts) + (f"-x{model.num_nets}" if model.num_nets > 1 else "")
+
+
+_METHODS = {"cutmix": "cut-mixmo", "sum": "mimo"}  # as the recipes call them
 
 
 def describe_environment(recipe: Recipe, device: str, acceleration: str) -> dict[str, Any]:

@@ -206,7 +206,7 @@ def test_an_image_folder_trains(tmp_path):
     root = write_image_folder(tmp_path / "pets", num_train=12, size=(16, 16))
     arguments = ["--arch", "wrn10_1", "--batch-size", "16", "--epochs", "1", "--quiet"]
     assert run(["fit", str(root), *arguments]) == 0
-    assert open_run("runs/pets-cutmix-1").recipe().data.dataset == str(root)
+    assert open_run("runs/pets-cut-mixmo-1").recipe().data.dataset == str(root)
 
 
 def test_lr_find_draws_and_suggests(folder, capsys):

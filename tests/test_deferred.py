@@ -113,6 +113,16 @@ def test_the_bar_shows_a_fetched_loss(capsys):
     assert shown[4:17] == [losses[4]] * 5 + [losses[9]] * 5 + [losses[14]] * 3
 
 
+def test_losses_of_a_cpu_are_shown_as_they_come():
+    learn = learner(DeferredRecorder())
+    learn.add_cb(DeferredProgressCallback())
+    shown = []
+    own = learn.progress.after_batch
+    learn.progress.after_batch = lambda: (own(), shown.append(learn.progress.pbar.comment))
+    learn.fit(1, 1e-3)
+    assert shown[:17] == [f"{loss.item():.4f}" for loss in learn.recorder.losses]
+
+
 def test_a_plain_bar_does_not_come_back():
     """fastai's `no_bar` puts one back."""
     learn = defer_readbacks(learner(Recorder()))

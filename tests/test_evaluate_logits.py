@@ -283,6 +283,7 @@ class TestParts:
         labels = torch.full((120,), 2)
         found = evaluate_parts((logits, labels), (logits, labels))
         assert set(found["absent"]) == {"calibrated", "cross_fitted"}
+        assert "every image of one half of the test set" in found["absent"]["cross_fitted"]
         assert "nan" not in json.dumps(found).lower()
 
 

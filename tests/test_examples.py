@@ -67,6 +67,23 @@ def test_scripts_say_how_they_are_used(script, tmp_path):
     assert " ".join(first.split()) in " ".join(said.split())
 
 
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_tell_wrong_words_without_a_traceback(script, tmp_path):
+    command = [sys.executable, script, "nowhere"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "nowhere holds no folders of images" in done.stderr
+
+
+def test_own_images_with_a_network_that_is_not_there(folder, tmp_path):
+    command = [sys.executable, EXAMPLES / "own_images.py", folder, "--arch", "resnet19"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "Unknown architecture 'resnet19'. Did you mean" in done.stderr
+
+
 def outputs(book):
     return [output for cell in book.cells for output in cell.get("outputs", ())]
 

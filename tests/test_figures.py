@@ -1,10 +1,12 @@
 """What figures say can be read: class names as they are, ticks as numbers."""
 
 import pytest
+import torch
 from matplotlib.figure import Figure
 
-from mixmo_fastai.figures import plot_comparison, plot_lr_search
+from mixmo_fastai.figures import plot_comparison, plot_lr_search, plot_preview
 from mixmo_fastai.lr_search import LrSearch
+from mixmo_fastai.preview import Preview
 
 
 class Part:
@@ -45,3 +47,24 @@ def test_parameters(ticks, tmp_path, counts):
     plot_comparison(["one", "two"], parts, tmp_path / "it.png")
     assert ticks
     assert all(text.replace(",", "").isdigit() for text in ticks)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3])
+def test_levels_of_all_panels_compare(monkeypatch, tmp_path, channels):
+    """An image of nearly one grey is not stretched from black to white."""
+    seen = []
+
+    def look(figure, *_, **__):
+        for axes in figure.axes:
+            seen.extend(image.to_rgba(image.get_array(), norm=True) for image in axes.images)
+
+    monkeypatch.setattr(Figure, "savefig", look)
+    inputs = torch.full((1, 2, channels, 4, 4), 0.5)
+    inputs[..., 0, 0] = 0.52
+    masks = torch.full((1, 2, 4, 4), 0.5)
+    plot_preview(
+        Preview(inputs, masks, inputs.mean(dim=1), [["a", "b"]]), tmp_path / "it.png", "pairs"
+    )
+    assert len(seen) == 5
+    for picture in seen:
+        assert abs(picture[..., 0] - 0.5).max() < 0.03

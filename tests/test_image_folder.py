@@ -119,12 +119,19 @@ def test_a_size_that_is_asked_for_is_square(folder, home):
     assert source.crop_padding == 3
 
 
-def test_the_most_frequent_training_size_is_taken(tmp_path, home):
+def test_the_size_of_most_training_images_is_taken(tmp_path, home):
     folder = write_image_folder(tmp_path / "pets", size=(20, 28))
     Image.new("RGB", (99, 77)).save(folder / "train" / "cat" / "000.png")
     Image.new("RGB", (99, 77)).save(folder / "test" / "cat" / "000.png")
     source = load_source(folder, home)
     assert source.train.image_shape == source.test.image_shape == (3, 20, 28)
+
+
+def test_of_many_sizes_the_medians_are_taken(tmp_path):
+    paths = [tmp_path / f"{number}.png" for number in range(5)]
+    for path, size in zip(paths, [(9, 50), (9, 50), (20, 10), (30, 20), (40, 30)], strict=True):
+        Image.new("RGB", size).save(path)  # width, height
+    assert own_size(paths) == (30, 20)
 
 
 def test_large_images_are_scaled_down(tmp_path):

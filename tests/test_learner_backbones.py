@@ -21,7 +21,14 @@ from torch import nn
 from torch.utils.data import TensorDataset
 from torchvision.models import resnet18
 
-from mixmo_fastai import MixMoCallback, MixMoModel, create_model, mixmo_learner, to_mixmo
+from mixmo_fastai import (
+    MixMoCallback,
+    MixMoModel,
+    convert_to_mixmo,
+    create_model,
+    mixmo_learner,
+    to_mixmo,
+)
 from mixmo_fastai.errors import InputError
 
 
@@ -226,6 +233,20 @@ def test_a_function_with_trained_weights_is_told_no_classes():
         assert mixmo_learner(mixmo_dls(), bound, seed=0).model.heads[0].out_features == 3
 
 
+def classes_dls():
+    dls = foreign_dls()
+    dls.c = 3
+    return dls
+
+
+def pixels_dls():
+    data = TensorDataset(torch.rand(32, 3, 8, 8), torch.randint(3, (32, 8, 8)))
+    dls = DataLoaders.from_dsets(data, data, bs=8, device="cpu", num_workers=0)
+    dls.train.dataset.loss_func = CrossEntropyLossFlat(axis=1)
+    return dls
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`")
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -235,6 +256,13 @@ def test_a_function_with_trained_weights_is_told_no_classes():
         (lambda: mixmo_learner(mixmo_dls(), small(), mix_prob=None), "mix_prob must be"),
         (lambda: mixmo_learner(foreign_dls(batch_size=1000), small()), "The loader gives no batch"),
         (lambda: to_mixmo(small()), "takes a Learner; got Sequential"),
+        (lambda: mixmo_learner(mixmo_dls(), small(), num_members=2.5), "num_members must be"),
+        (lambda: mixmo_learner(classes_dls(), small(), num_classes=2), "has 3 classes"),
+        (lambda: mixmo_learner(pixels_dls(), small(), num_classes=3), "targets are of shape"),
+        (lambda: create_model("squeezenet1_1", 3), "does not end with a linear layer"),
+        (lambda: convert_to_mixmo(resnet18), "got function, which has to be called first"),
+        (lambda: convert_to_mixmo(torch.jit.script(small())), "scripted network cannot"),
+        (lambda: convert_to_mixmo(small(), head="nope"), "There are: 4."),
         (lambda: create_model(18, 10), "arch must be the name"),
         (lambda: create_model("resnet18", "10"), "num_classes must be a whole number"),
         (lambda: create_model("wrn10_1", 10, 2.5), "num_members must be a whole number"),

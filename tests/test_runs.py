@@ -32,9 +32,9 @@ def files(folder):
 
 def test_default_run_folders_are_numbered(folder):
     names = [create_run(RECIPE).path.as_posix() for _ in range(3)]
-    assert names == ["runs/digits-cutmix-1", "runs/digits-cutmix-2", "runs/digits-cutmix-3"]
-    (folder / "runs/digits-cutmix-2/recipe.toml").unlink()
-    assert create_run(RECIPE).path.name == "digits-cutmix-4"
+    assert names == [f"runs/digits-cut-mixmo-{number}" for number in (1, 2, 3)]
+    (folder / "runs/digits-cut-mixmo-2/recipe.toml").unlink()
+    assert create_run(RECIPE).path.name == "digits-cut-mixmo-4"
 
 
 @pytest.mark.parametrize(
@@ -43,8 +43,10 @@ def test_default_run_folders_are_numbered(folder):
         ("cifar100/cut-mixmo", [], "cifar100-cut-mixmo"),
         ("cifar100/cut-mixmo", ["data.dataset=/data/flowers/"], "flowers-cut-mixmo"),
         ("cifar10/vanilla", ["name=", "data.dataset=."], "data-vanilla"),
-        ("cifar10/cutmix", ["name=", "model.num_nets=3"], "cifar10-vanilla-cutmix-x3"),
-        ("cifar10/mimo", ["name="], "cifar10-sum"),
+        ("cifar10/cutmix", ["name=", "model.num_nets=3"], "cifar10-cutmix-x3"),
+        ("cifar10/mimo", ["name="], "cifar10-mimo"),
+        ("cifar10/cut-mixmo-cutmix", ["name="], "cifar10-cut-mixmo-cutmix"),
+        ("cifar10/linear-mixmo", ["name="], "cifar10-linear-mixmo"),
         ("cifar10/vanilla", ["name=../../up"], "cifar10-up"),
     ],
 )

@@ -300,6 +300,9 @@ def test_the_step_that_diverged_is_told_where_losses_are_seldom_looked_at(tmp_pa
     class RunOff(Callback):
         order = 10
 
+        def before_fit(self):
+            self.learn.recorder.every = 20
+
         def after_loss(self):
             if self.learn.iter >= 2:
                 self.learn.loss_grad = self.learn.loss = self.learn.loss * float("nan")

@@ -44,7 +44,10 @@ Assignments = Annotated[
 ]
 Arch = Annotated[
     str | None,
-    typer.Option(help="Network, as wrn28_10 or preact_resnet18_3.", rich_help_panel=NETWORK),
+    typer.Option(
+        help="Network, as wrn28_10, preact_resnet18_3, resnet50, timm/NAME.",
+        rich_help_panel=NETWORK,
+    ),
 ]
 Mix = Annotated[
     str | None,

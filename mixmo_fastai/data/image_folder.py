@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import median_low
 
 import torch
 
@@ -33,8 +34,8 @@ def read_image_folder(
     Args:
         folder: holds `train/` and one of `TEST_FOLDERS`; of several the first counts.
         home: the data folder, for the cache.
-        image_size: height and width of all images. None takes the most frequent (H, W) of the
-            training images, each at most `LARGEST_OWN_SIZE`.
+        image_size: height and width of all images, whatever their proportions were. None takes
+            those that `own_size` chooses.
         cache_limit: bytes of decoded images above which they are decoded at each access instead.
 
     Raises:
@@ -67,12 +68,17 @@ def read_image_folder(
 
 
 def own_size(paths: Iterable[Path]) -> tuple[int, int]:
-    """Choose the most frequent (H, W) of image files, each at most `LARGEST_OWN_SIZE`.
+    """Choose (H, W) for image files, each at most `LARGEST_OWN_SIZE`.
+
+    The size of more than half of them, or where there is none, the median height and width.
 
     Raises:
         InputError: a file is not an image; the message names it.
     """
-    (height, width), _ = Counter(image_sizes(list(paths))).most_common(1)[0]
+    sizes = [*image_sizes(list(paths))]
+    (height, width), times = Counter(sizes).most_common(1)[0]
+    if 2 * times <= len(sizes):
+        height, width = (median_low(sides) for sides in zip(*sizes, strict=True))
     return min(height, LARGEST_OWN_SIZE), min(width, LARGEST_OWN_SIZE)
 
 

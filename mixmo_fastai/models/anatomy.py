@@ -65,8 +65,11 @@ def check_model(model: Any) -> None:
     Raises:
         InputError: it is none, or is not complete.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputError("A scripted network cannot be converted; give the one it was made of.")
     if not isinstance(model, nn.Module):
         what = f"{model!r}" if isinstance(model, str) else type(model).__name__
+        what += ", which has to be called first" if callable(model) else ""
         raise InputError(
             f"A network (nn.Module) is needed; got {what}.\n"
             "Of a Learner it is learn.model; by name it is made by create_model(name, num_classes)."
@@ -390,7 +393,9 @@ def _check_named(
 ) -> None:
     known = layers_of(model, kind)
     if given is not None and given not in known:
-        names = [*known]
+        # Of a head, the linear layers before convolutions of any kind.
+        names = [*layers_of(model, nn.Linear)] if argument == "head" else []
+        names = names or [*known]
         raise InputError(
             f"{argument} {given!r} names no {wanted} of {type(model).__name__}.\n"
             f"There are: {', '.join(names[:5])}{', …' if len(names) > 5 else ''}."

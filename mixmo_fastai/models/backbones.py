@@ -54,6 +54,7 @@ def build_backbone(
             size = f" for images of {image_size[0]}x{image_size[1]}" if image_size else ""
             raise InputError(
                 f"{arch.name} cannot be built{size}: {first_line(error, most=200)}."
+                + ("\nTake another network, or images of another size." if size else "")
             ) from error
 
 
@@ -91,7 +92,10 @@ def _built_for(name: str, image_size: tuple[int, int] | None) -> dict[str, Any]:
     if name.startswith("maxvit_"):
         return {"input_size": image_size}
     if height != width:
-        raise InputError(f"{name} takes square images; these are {height}x{width}.")
+        raise InputError(
+            f"{name} takes square images; these are {height}x{width}.\n"
+            "Scale them: data.image_size of a recipe, or your loaders' transforms."
+        )
     return {"image_size": height}
 
 
