@@ -81,7 +81,7 @@ def mixmo_learner(
     """
     mixing = {name: kwargs.pop(name) for name in CALLBACK_ARGUMENTS if name in kwargs}
     _check_known(kwargs)
-    if not hasattr(dls, "train"):
+    if not isinstance(dls, DataLoaders):
         raise InputError(
             f"mixmo_learner takes loaders (DataLoaders) first; got {type(dls).__name__}."
         )

@@ -251,6 +251,7 @@ def pixels_dls():
     ("call", "message"),
     [
         (lambda: mixmo_learner("cifar10", small()), "takes loaders.*got str"),
+        (lambda: mixmo_learner(small(), mixmo_dls()), "takes loaders.*got Sequential"),
         (lambda: mixmo_learner(mixmo_dls(), small(), loss_func="ce"), "must be a loss"),
         (lambda: mixmo_learner(mixmo_dls(), small(), alpha="a"), "alpha must be"),
         (lambda: mixmo_learner(mixmo_dls(), small(), mix_prob=None), "mix_prob must be"),
