@@ -65,7 +65,7 @@ def learner_on_gpu(monkeypatch, num_steps, **settings):
         for loader in dls.loaders:
             loader.to("cuda")
         dls.device = torch.device("cuda")
-        monkeypatch.setattr("mixmo_fastai.learner.create_model", _on_gpu(create_model))
+        monkeypatch.setattr("mixmo_fastai.adoption.create_model", _on_gpu(create_model))
         learn = mixmo_learner(dls, "wrn10_1", seed=1, **settings)
         learn._backward = lambda: _zero_gradients(learn.model)
         yield learn
