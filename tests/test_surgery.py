@@ -212,6 +212,11 @@ class Clamping(Own):
         return super().forward(x).clamp(-100, 100)
 
 
+class Rectifying(Own):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
 class Twice(Own):
     def forward(self, x):
         return super().forward(x) + super().forward(x)
@@ -316,6 +321,7 @@ REFUSED = {
         "does not end with a linear layer",
     ),
     "softmax": (Softmax, "does not end with linear layer 'last'"),
+    "rectifying": (Rectifying, "does not end with linear layer 'last'"),
     "clamping": (Clamping, "does not end with linear layer 'last'"),
     "two heads": (TwoHeads, "does not end with linear layer 'other'"),
     "distilled": (

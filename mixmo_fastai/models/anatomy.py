@@ -352,30 +352,28 @@ def _ends_with(model: nn.Module, seen: Seen, call: Call) -> bool:
     """Tell whether a layer's output is the model's, whatever it is: a mark comes out as it is."""
     if call.output.numel() != seen.output.numel():
         return False
-    numbers = torch.arange(call.output.numel()) - call.output.numel() / 2  # of both signs
-    mark = (1e3 * numbers).to(seen.image).reshape(call.output.shape)
-    marks = [
-        mark.index_fill(0, torch.tensor(0), float("nan")),
-        mark,
-    ]  # some refuse what is no number
-    for last, given in zip((False, True), marks, strict=True):
-        hook = model.get_submodule(call.name).register_forward_hook(lambda *_, given=given: given)
+    layer, size = model.get_submodule(call.name), call.output.numel()
+    numbers = (1e3 * (torch.arange(size) - size / 2)).to(seen.image)  # of both signs
+    failure: Exception | None = None
+    for first in (float("nan"), float(numbers[0])):  # some refuse what is no number
+        mark = torch.cat([numbers.new_tensor([first]), numbers[1:]]).reshape(call.output.shape)
+        hook = layer.register_forward_hook(lambda *_, mark=mark: mark)
         try:
             with torch.no_grad():
                 found = model(seen.image)
-        except Exception as error:
-            if not last:
-                continue
-            if not model.training:
-                return False  # it looks at its logits
-            raise InputError(
-                f"{seen.name} could not be run in training: {first_line(error)}.\n"
-                "If it has auxiliary outputs, build it without, as with aux_logits=False."
-            ) from error
+        except Exception as error:  # anything may happen in somebody's forward pass
+            failure = error
+            continue
         finally:
             hook.remove()
-        return isinstance(found, Tensor) and _is_same(found, given.flatten(1))
-    return False
+        return isinstance(found, Tensor) and _is_same(found, mark.flatten(1))
+    assert failure is not None
+    if model.training:
+        raise InputError(
+            f"{seen.name} could not be run in training: {first_line(failure)}.\n"
+            "If it has auxiliary outputs, build it without, as with aux_logits=False."
+        ) from failure
+    return False  # it looks at its logits
 
 
 def _is_same(tensor: Any, expected: Tensor) -> bool:
