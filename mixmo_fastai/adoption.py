@@ -10,7 +10,7 @@ import torch
 from fastai.learner import Learner
 from torch import nn
 
-from mixmo_fastai.errors import InputError
+from mixmo_fastai.errors import InputError, check_count
 from mixmo_fastai.models import MixMoModel, create_model
 from mixmo_fastai.models.surgery import Members, convert_between, find_ends
 from mixmo_fastai.names import TORCHVISION_NETWORKS
@@ -38,9 +38,8 @@ class Wanted:
 
     def __post_init__(self) -> None:
         for name in ("num_classes", "num_members"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise InputError(f"{name} must be a whole number, 1 or more; got {value!r}.")
+            if (value := getattr(self, name)) is not None:
+                check_count(name, value)
 
     @property
     def image_size(self) -> tuple[int, int]:

@@ -29,7 +29,7 @@ from mixmo_fastai.models import MixMoModel, create_model
 from mixmo_fastai.names import DATASETS
 from mixmo_fastai.recipe import Recipe
 from mixmo_fastai.resolve import check_dataset
-from mixmo_fastai.runs import RunFolder
+from mixmo_fastai.runs import RunFolder, check_several
 from mixmo_fastai.training import read_source
 
 BUILT_IN_NAME = "built-in"
@@ -290,8 +290,7 @@ def read_strange(place: str, finished: FinishedRun, data_dir: Path | None) -> Te
 
 
 def _check_comparable(runs: Sequence[RunFolder]) -> None:
-    if len(runs) < 2:
-        raise InputError(f"An ensemble needs two runs or more; got {len(runs)}.")
+    check_several(runs, "An ensemble")
     first, *others = [run.recipe().data for run in runs]
     for run, data in zip(runs[1:], others, strict=True):
         for setting in ("dataset", "valid_split", "image_size"):

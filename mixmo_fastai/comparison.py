@@ -16,7 +16,7 @@ from mixmo_fastai.bootstrap import Interval, intervals, paired_intervals
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.evaluation import evaluate_logits
 from mixmo_fastai.recipe import Recipe
-from mixmo_fastai.runs import RunFolder
+from mixmo_fastai.runs import RunFolder, check_several
 from mixmo_fastai.training import read_source
 
 
@@ -91,8 +91,7 @@ def compare_runs(
 
 
 def _check_same_test_set(runs: Sequence[RunFolder]) -> None:
-    if len(runs) < 2:
-        raise InputError(f"A comparison needs two runs or more; got {len(runs)}.")
+    check_several(runs, "A comparison")
     first = runs[0].recipe().data
     for run in runs[1:]:
         data = run.recipe().data

@@ -39,6 +39,16 @@ def first_line(error: BaseException, most: int = 120) -> str:
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
+def check_count(name: str, value: object) -> None:
+    """Check that something is a whole number, 1 or more.
+
+    Raises:
+        InputError: it is not; `name` says what it is.
+    """
+    if not isinstance(value, int) or value < 1:
+        raise InputError(f"{name} must be a whole number, 1 or more; got {value!r}.")
+
+
 def nearest(name: str, choices: Iterable[str]) -> str | None:
     """Find the choice that `name` most probably meant, or None where nothing is close."""
     by_folded = {_fold(choice): choice for choice in choices}

@@ -35,6 +35,7 @@ from typing import Any
 from mixmo_fastai.errors import InputError, RunFailedError
 from mixmo_fastai.files import flush_folder, make_folder, write_atomically, write_new
 from mixmo_fastai.recipe import Recipe, load_recipe, to_toml
+from mixmo_fastai.wording import METHOD_NAMES
 
 PACKAGES = ("mixmo-fastai", "torch", "torchvision", "fastai", "numpy", "safetensors")
 
@@ -401,13 +402,18 @@ def open_runs(paths: Sequence[Path | str], what: str) -> list[RunFolder]:
     Raises:
         InputError: there are fewer than two, one is given twice, or one is not a run folder.
     """
-    if len(paths) < 2:
-        raise InputError(f"{what} needs two runs or more; got {len(paths)}.")
+    check_several(paths, what)
     folders = [open_run(path) for path in paths]
     places = [folder.path.resolve() for folder in folders]
     if twice := next((place for place in places if places.count(place) > 1), None):
         raise InputError(f"The run {str(twice)!r} is given twice; {what.lower()} takes each once.")
     return folders
+
+
+def check_several(runs: Sequence[object], what: str) -> None:
+    """Check that there are two runs or more for what takes them: "An ensemble"."""
+    if len(runs) < 2:
+        raise InputError(f"{what} needs two runs or more; got {len(runs)}.")
 
 
 def run_label(recipe: Recipe) -> str:
@@ -421,13 +427,10 @@ def _method_label(recipe: Recipe) -> str:
     model, mix = recipe.model, recipe.mix
     pixels = [mix.msda] if mix.msda != "none" else []
     if model.num_members > 1:
-        parts = [_METHODS.get(mix.kind, f"{mix.kind}-mixmo"), *pixels]
+        parts = [METHOD_NAMES.get(mix.kind, f"{mix.kind}-MixMo").lower(), *pixels]
     else:
         parts = pixels or ["vanilla"]
     return "-".join(parts) + (f"-x{model.num_nets}" if model.num_nets > 1 else "")
-
-
-_METHODS = {"cutmix": "cut-mixmo", "sum": "mimo"}  # as the recipes call them
 
 
 def describe_environment(recipe: Recipe, device: str, acceleration: str) -> dict[str, Any]:

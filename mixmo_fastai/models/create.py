@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from mixmo_fastai.errors import InputError
+from mixmo_fastai.errors import InputError, check_count
 from mixmo_fastai.models import preact_resnet, wide_resnet
 from mixmo_fastai.models.backbones import build_backbone
 from mixmo_fastai.models.initialization import initialize
@@ -48,11 +48,9 @@ def create_model(
             "A network of your own is converted by convert_to_mixmo(model)."
         )
     parsed = parse_architecture(arch)
-    limits = {"num_classes": (num_classes, 1), "num_members": (num_members, 1)}
-    limits["in_channels"] = (in_channels, 1)
-    for name, (value, lowest) in limits.items():
-        if not isinstance(value, int) or value < lowest:
-            raise InputError(f"{name} must be a whole number, {lowest} or more; got {value!r}.")
+    check_count("num_classes", num_classes)
+    check_count("num_members", num_members)
+    check_count("in_channels", in_channels)
     if parsed.family in ("torchvision", "timm"):
         backbone = build_backbone(
             parsed, num_classes, image_size=image_size, pretrained=pretrained, generator=generator

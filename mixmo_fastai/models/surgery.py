@@ -16,7 +16,7 @@ from numbers import Real
 import torch
 from torch import Tensor, nn
 
-from mixmo_fastai.errors import InputError, first_line
+from mixmo_fastai.errors import InputError, check_count, first_line
 from mixmo_fastai.models.anatomy import (
     OTHER_SIZES,
     Call,
@@ -114,8 +114,7 @@ class Members:
     heads_apart: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.count, int) or self.count < 1:
-            raise InputError(f"num_members must be a whole number, 1 or more; got {self.count!r}.")
+        check_count("num_members", self.count)
         if not isinstance(self.perturbation, Real) or not 0 <= self.perturbation < 1:
             raise InputError(
                 f"perturbation must be at least 0 and below 1; got {self.perturbation!r}."
@@ -247,8 +246,8 @@ def with_channels(model: MixMoModel, in_channels: int) -> MixMoModel:
 
 def _check_numbers(num_classes: int | None, in_channels: int | None) -> None:
     for name, value in (("num_classes", num_classes), ("in_channels", in_channels)):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise InputError(f"{name} must be a whole number, 1 or more; got {value!r}.")
+        if value is not None:
+            check_count(name, value)
 
 
 def _copied(model: nn.Module) -> nn.Module:
