@@ -17,10 +17,11 @@ from mixmo_fastai.checkpoints.weights import load_weights
 from mixmo_fastai.data.corruptions import make_corrupted, read_official
 from mixmo_fastai.data.dataloaders import make_evaluation_loaders
 from mixmo_fastai.data.image_sets import DataSource, ImageSet
+from mixmo_fastai.data.layout import unseen_part
 from mixmo_fastai.data.loaders import BatchLoader
 from mixmo_fastai.data.loose_images import PixelLoader, as_shape, decode_readable, find_images
 from mixmo_fastai.data.sources import load_source
-from mixmo_fastai.data.splits import split_validation
+from mixmo_fastai.data.splits import training_parts
 from mixmo_fastai.detection import detection_figures
 from mixmo_fastai.devices import choose_device, keep_freed_memory, place
 from mixmo_fastai.errors import InputError
@@ -30,7 +31,7 @@ from mixmo_fastai.names import DATASETS
 from mixmo_fastai.recipe import Recipe
 from mixmo_fastai.resolve import check_dataset
 from mixmo_fastai.runs import RunFolder, check_several
-from mixmo_fastai.training import read_source
+from mixmo_fastai.training import data_parts, read_source
 
 BUILT_IN_NAME = "built-in"
 OFFICIAL_SHAPE = (3, 32, 32)
@@ -71,7 +72,7 @@ def evaluate_run(
     validation, test, *others = finished.logits([*finished.loaders(), *strange])
     figures = evaluate_parts(validation, test)
     for logits, _ in others:
-        detected = detection_figures(test[0], logits)
+        detected = detection_figures((test or validation)[0], logits)
         figures["ood"] = {"dataset": ood, "num_images": len(logits), **detected}
     if corruptions is not None:
         figures["corruptions"] = evaluate_corruptions(finished, corruptions)
@@ -84,7 +85,7 @@ def evaluate_corruptions(finished: "FinishedRun", place: str) -> dict[str, Any]:
     Raises:
         InputError: the files are missing, damaged, or not of the run's images and classes.
     """
-    test, shape = finished.source.test, finished.source.test.image_shape
+    test, shape = finished.final_images, finished.source.train.image_shape
     if place != BUILT_IN_NAME and shape != OFFICIAL_SHAPE:
         raise InputError(
             f"--corruptions DIR is for images of 3x32x32, and this run has {shape}.\n"
@@ -141,7 +142,7 @@ def evaluate_ensemble(
     _check_comparable(runs)
     for run in runs:
         run.check_trained()
-    source = read_source(runs[0].recipe(), data_dir)
+    source = read_source(runs[0].recipe(), data_dir, runs[0])
     opened = [open_finished(run, data_dir, device, source) for run in runs]
     parts = [finished.logits(finished.loaders()) for finished in opened]
     validation, test = (_as_one([part[i] for part in parts]) for i in range(2))
@@ -194,13 +195,26 @@ class FinishedRun:
     fused: bool = False
 
     def loaders(self) -> tuple[BatchLoader, ...]:
-        """Make the loaders of the validation split and of the test set."""
-        _, valid = split_validation(self.source.train, self.recipe.data.valid_split)
-        return self._loaders_of(valid, self.source.test)
+        """Make the loaders of the validation split and of the test set; either may be empty."""
+        return self._loaders_of(self._valid, self.source.test)
 
-    def test_loader(self) -> BatchLoader:
-        """Make the loader of the test set."""
-        return self._loaders_of(self.source.test)[0]
+    @property
+    def final_images(self) -> ImageSet:
+        """The images of the final figures: the test set, or the validation images without one."""
+        return self.source.test if len(self.source.test) else self._valid
+
+    @property
+    def final_part(self) -> str:
+        """The part that `final_images` are: "test" or "valid"."""
+        return "test" if len(self.source.test) else "valid"
+
+    @property
+    def _valid(self) -> ImageSet:
+        return training_parts(self.source, self.recipe.data.valid_split)[1]
+
+    def final_loader(self) -> BatchLoader:
+        """Make the loader of `final_images`."""
+        return self._loaders_of(self.final_images)[0]
 
     def _loaders_of(self, *parts: ImageSet) -> tuple[BatchLoader, ...]:
         data = self.recipe.data
@@ -245,8 +259,8 @@ def open_finished(
     run.check_trained()
     keep_freed_memory()  # the figures of a large test set take half the time
     chosen = choose_device(device or recipe.train.device)
-    source = source or read_source(recipe, data_dir)
-    (channels, *size), model = source.test.image_shape, recipe.model
+    source = source or read_source(recipe, data_dir, run)
+    (channels, *size), model = source.train.image_shape, recipe.model
     network = create_model(
         model.arch,
         len(source.classes),
@@ -263,7 +277,7 @@ def read_strange(place: str, finished: FinishedRun, data_dir: Path | None) -> Te
 
     Args:
         place: the name of a data set, of which the test set is taken, or a folder: its `test/` or
-            `val/` where it has one, else all images below it.
+            `valid/` if it has one, otherwise all images below it.
         finished: the run.
         data_dir: where data sets lie.
 
@@ -273,16 +287,14 @@ def read_strange(place: str, finished: FinishedRun, data_dir: Path | None) -> Te
     Raises:
         InputError: it is the run's own data set, is not there, or an image cannot be read.
     """
-    shape = finished.source.test.image_shape
+    shape = finished.source.train.image_shape
     if place in DATASETS:
         if place == finished.recipe.data.dataset:
             raise InputError(f"{place} is what the run was trained on; --ood wants other images.")
         return as_shape(load_source(place, data_dir).test.tensor(), shape)
     check_dataset(place)
-    folder = Path(place).expanduser()
-    parts = [folder / part for part in ("test", "val", "valid") if (folder / part).is_dir()]
     unreadable: dict[Path, str] = {}
-    paths = find_images(parts[:1] or [folder])
+    paths = find_images([unseen_part(Path(place).expanduser())])
     decoded = [image for _, image in decode_readable(paths, shape, unreadable)]
     for reason in unreadable.values():
         raise InputError(f"{reason}\nReplace or remove it.")
@@ -301,6 +313,17 @@ def _check_comparable(runs: Sequence[RunFolder]) -> None:
                     f"{run.path} has data.{setting}={own!r}, and {runs[0].path} has {expected!r}.\n"
                     "Runs of one ensemble must share the data and the validation split."
                 )
+        _check_same_parts(runs[0], run)
+
+
+def _check_same_parts(first: RunFolder, other: RunFolder) -> None:
+    """Check that two runs on one image folder took the same images of it for each part."""
+    if data_parts(first) != data_parts(other):
+        raise InputError(
+            f"{other.path} trains, validates or tests on other images of "
+            f"{first.recipe().data.dataset} than {first.path}.\n"
+            "Runs of one ensemble must share all three; split.json in each run names them."
+        )
 
 
 def _as_one(parts: Sequence[LabelledLogits]) -> LabelledLogits:

@@ -17,7 +17,7 @@ from mixmo_fastai.errors import InputError
 from mixmo_fastai.evaluation import evaluate_logits
 from mixmo_fastai.recipe import Recipe
 from mixmo_fastai.runs import RunFolder, check_several
-from mixmo_fastai.training import read_source
+from mixmo_fastai.training import data_parts, read_source
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,9 @@ class Compared:
     Attributes:
         run: the folder.
         recipe: what was trained.
-        figures: of the test set, as `evaluation.evaluate_logits` gives them.
+        figures: of the test set, or of the validation images if no test images are labelled, as
+            `evaluation.evaluate_logits` gives them.
+        part: which of both, "test" or "valid".
         intervals: 95 % intervals of accuracy, nll and ece, by bootstrap.
         differences: 95 % intervals of accuracy, nll and ece less those of the first run, by paired
             bootstrap; None for the first run itself.
@@ -39,6 +41,7 @@ class Compared:
     run: RunFolder
     recipe: Recipe
     figures: dict[str, Any]
+    part: str
     intervals: dict[str, Interval]
     differences: dict[str, Interval] | None
     parameters: int
@@ -62,12 +65,12 @@ def compare_runs(
     _check_same_test_set(runs)
     for run in runs:
         run.check_trained()
-    source = read_source(runs[0].recipe(), data_dir)
+    source = read_source(runs[0].recipe(), data_dir, runs[0])
     compared: list[Compared] = []
     base: Tensor | None = None
     for run in runs:
         finished = open_finished(run, data_dir, device, source)
-        ((logits, labels),) = finished.logits([finished.test_loader()])
+        ((logits, labels),) = finished.logits([finished.final_loader()])
         mean = logits.double().mean(dim=1)  # (N, K)
         differences = None if base is None else paired_intervals(base, mean, labels)
         base = mean if base is None else base
@@ -78,6 +81,7 @@ def compare_runs(
                 run=run,
                 recipe=finished.recipe,
                 figures=evaluate_logits(logits, labels),
+                part=finished.final_part,
                 intervals=intervals(mean, labels),
                 differences=differences,
                 parameters=each * finished.recipe.model.num_nets,
@@ -102,3 +106,19 @@ def _check_same_test_set(runs: Sequence[RunFolder]) -> None:
                     f"{run.path} has data.{setting}={own!r}, and {runs[0].path} has {expected!r}.\n"
                     "Only runs with the same test images can be compared."
                 )
+        if _final_images(run) != _final_images(runs[0]):
+            raise InputError(
+                f"{run.path} was tested on other images of {first.dataset} than {runs[0].path}; see "
+                "split.json in both.\nOnly runs with the same test images can be compared."
+            )
+
+
+def _final_images(run: RunFolder) -> tuple[object, ...]:
+    """Return what decides which images of a folder a run is finally evaluated on."""
+    parts = data_parts(run)
+    if parts is None:
+        return ()
+    drawn = None if parts.drawn is None else parts.drawn.test
+    if parts.test or drawn:
+        return parts.test, drawn
+    return (parts.valid,) if parts.valid else (run.recipe().data.valid_split,)

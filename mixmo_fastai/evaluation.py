@@ -94,7 +94,9 @@ def evaluate_parts(validation: LabelledLogits, test: LabelledLogits) -> dict[str
     """Compute every figure from the logits of both parts.
 
     Returns:
-        - "test" and, where there is a validation split, "valid": as `evaluate_logits` gives them;
+        - "test" and, where there is a validation split, "valid": as `evaluate_logits` gives them.
+          Without labelled test images there is no "test", and everything below is said of the
+          validation images instead; see `wording.final_figures`;
         - "test_mean_probabilities": the test set again, the members' probabilities averaged in
           place of their logits;
         - "intervals": of the test set's accuracy, nll and ece, 95 % by bootstrap;
@@ -105,32 +107,39 @@ def evaluate_parts(validation: LabelledLogits, test: LabelledLogits) -> dict[str
 
         What cannot be told is left out, and "absent", there only then, maps it to the reason.
     """
-    logits, labels = test or _refuse_empty()
+    part = "valid" if test is None else "test"
+    logits, labels = test or validation or _refuse_empty()
     mean = logits.double().mean(dim=1)  # (N, K)
     figures: dict[str, Any] = {}
     parts: dict[str, Callable[[], Any]] = {
-        "calibrated": lambda: _calibrated(figures.get("valid"), validation, mean, labels),
+        "calibrated": lambda: _calibrated(figures.get("valid"), validation, test, mean),
         "cross_fitted": lambda: cross_fitted(mean, labels),
-        "test": lambda: evaluate_logits(logits, labels),
-        "test_mean_probabilities": lambda: _by_probabilities(logits, labels),
+        part: lambda: evaluate_logits(logits, labels),
+        f"{part}_mean_probabilities": lambda: _by_probabilities(logits, labels),
         "intervals": lambda: {n: list(ends) for n, ends in intervals(mean, labels).items()},
     }
-    if validation is not None:
+    if validation is not None and test is not None:
         figures["valid"] = evaluate_logits(*validation)
     return {**figures, **_compute(parts)}
 
 
 def _calibrated(
-    valid: Mapping[str, Any] | None, validation: LabelledLogits, logits: Tensor, labels: Tensor
+    valid: Mapping[str, Any] | None,
+    validation: LabelledLogits,
+    test: LabelledLogits,
+    logits: Tensor,
 ) -> dict[str, float]:
-    """Compute the figures at the temperature of the validation split."""
+    """Compute the figures of the test set (N, K) at the temperature of the validation split."""
+    if test is None:
+        raise InputError("there are no labelled test images beside the validation images")
+    labels = test[1]
     if valid is None or validation is None:
         raise InputError("there is no validation split; raise --valid-split")
     num_fitted, temperature = len(validation[1]), valid["temperature"]
     if num_fitted < FEWEST_FOR_TEMPERATURE:
         raise InputError(
-            f"the validation split has {num_fitted} images, and a temperature needs "
-            f"{FEWEST_FOR_TEMPERATURE}; raise --valid-split"
+            f"there are {num_fitted} validation images, and a temperature needs "
+            f"{FEWEST_FOR_TEMPERATURE}"
         )
     _check_temperature(temperature, "validation image", "validation split")
     return {"temperature": temperature, **_calibration_figures(logits / temperature, labels)}
@@ -171,14 +180,14 @@ def cross_scaled(logits: Tensor, labels: Tensor) -> tuple[Tensor, list[float]]:
     """
     if len(labels) < 2 * FEWEST_FOR_TEMPERATURE:
         raise InputError(
-            f"the test set has {len(labels)} images, and two temperatures need "
+            f"only {len(labels)} images were evaluated, and two temperatures need "
             f"{2 * FEWEST_FOR_TEMPERATURE}"
         )
     order = torch.randperm(len(labels), generator=make_generator(0, "halves"))
     halves = order.tensor_split(2)
     temperatures = [fit_temperature(logits[half], labels[half]) for half in halves]
     for temperature in temperatures:
-        _check_temperature(temperature, "image of one half of the test set", "test set")
+        _check_temperature(temperature, "image of one half", "set of images")
     scaled = torch.empty_like(logits)
     for half, temperature in zip(halves, reversed(temperatures), strict=True):
         scaled[half] = logits[half] / temperature
@@ -206,7 +215,7 @@ def _by_probabilities(member_logits: Tensor, labels: Tensor) -> dict[str, Any]:
 
 
 def _refuse_empty() -> NoReturn:
-    raise InputError("The test set has no images.")
+    raise InputError("There are neither test nor validation images to evaluate on.")
 
 
 @torch.no_grad()

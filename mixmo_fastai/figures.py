@@ -17,6 +17,7 @@ from mixmo_fastai.errors import InputError
 from mixmo_fastai.filter_use import FilterUse
 from mixmo_fastai.lr_search import LrSearch
 from mixmo_fastai.preview import Preview, preview_batch
+from mixmo_fastai.wording import PART_NAMES
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # told apart by colour-blind readers
 MARKERS = ("o", "s", "^", "D")
@@ -161,7 +162,8 @@ def plot_comparison(names: list[str], compared: Sequence[Compared], path: Path) 
     """Draw accuracy and NLL of runs, with 95 % intervals, against their parameters."""
     figure = Figure(figsize=(11, 4.8), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    panels = (("accuracy", "test accuracy"), ("nll", "test NLL in nats"))
+    part = PART_NAMES[compared[0].part].lower()
+    panels = (("accuracy", f"{part} accuracy"), ("nll", f"{part} NLL in nats"))
     for axes, (figure_name, label) in zip(figure.subplots(1, 2), panels, strict=True):
         for place, (name, part) in enumerate(zip(names, compared, strict=True)):
             value, (low, high) = part.figures[figure_name], part.intervals[figure_name]

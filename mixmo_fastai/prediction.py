@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mixmo_fastai.checkpoints.weights import load_network
+from mixmo_fastai.data.listing import Skipped
 from mixmo_fastai.data.loose_images import PixelLoader, decode_readable, find_images
 from mixmo_fastai.detection import entropy_uncertainty
 from mixmo_fastai.devices import choose_device, place
@@ -53,6 +54,7 @@ def predict_images(
     data_dir: Path | None = None,
     *,
     device: str | None = None,
+    skipped: Skipped | None = None,
 ) -> tuple[list[Prediction], dict[Path, str]]:
     """Predict image files, and all images below folders.
 
@@ -63,6 +65,7 @@ def predict_images(
         places: files and folders.
         data_dir: where data sets lie.
         device: where to predict; the recipe's where not given, or what there is.
+        skipped: receives the hidden and other files of folders.
 
     Returns:
         the predictions, and the reason for each file that cannot be read.
@@ -73,12 +76,12 @@ def predict_images(
     if isinstance(run, ExportedNetwork):
         facts, own_device, plain = run.facts, "auto", [run.model]
     else:
-        facts = run.data_facts() or facts_of(read_source(run.recipe(), data_dir))
+        facts = run.data_facts() or facts_of(read_source(run.recipe(), data_dir, run))
         own_device = run.recipe().train.device
         plain = [load_network(network).fuse(keep_members=True) for network in run.networks()]
     chosen = choose_device(device or own_device)
     networks = [place(network, chosen) for network in plain]
-    paths, unreadable = find_images(places), {}
+    paths, unreadable = find_images(places, skipped), {}
     predictions: list[Prediction] = []
     for start in range(0, len(paths), IMAGES_AT_ONCE):
         chunk = paths[start : start + IMAGES_AT_ONCE]

@@ -14,6 +14,7 @@ Stream = Literal[
     "network",  # the seed of each network of a deep ensemble
     "init",  # initial weights
     "split",  # which training images validate
+    "test split",  # which images of a folder without a test set test
     "limit",  # which training images a trial keeps
     "order",  # order of the images of an epoch
     "augment",  # crops and flips of a batch

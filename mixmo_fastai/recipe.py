@@ -56,7 +56,10 @@ class Data:
 
     Attributes:
         dataset: a named data set, or the path of an image folder.
-        valid_split: share of each class of the training set that validates instead of training.
+        valid_split: share of each class of the training set that validates instead of training; not
+            used for an image folder with valid/.
+        test_split: fraction of each class of an image folder without test images that is set aside
+            to test; 0.2 where not given, or none beside valid/.
         limit: at most so many training images, balanced over the classes; 0 for all.
         image_size: height and width to which an image folder is scaled; 0 for its own: that of most
             training images, or else the median height and the median width.
@@ -72,6 +75,7 @@ class Data:
 
     dataset: str = "digits"
     valid_split: float = number(0.02, 0, 0.9)
+    test_split: float | None = number(None, 0, 0.9)
     limit: int = number(0, 0)
     image_size: int = number(0, 0, 4096)
     crop_padding: int | None = number(None, 0, 64)

@@ -157,7 +157,10 @@ class FollowingCallback(TrainedEpochCallback):
         """Be told that a checkpoint is about to be saved."""
 
     def after_evaluation(self, figures: Mapping[str, Any], test: LabelledLogits) -> None:
-        """Be told the final figures, and the test set's member logits and labels."""
+        """Receive the final figures, and the member logits and labels that they are of.
+
+        These are of the test set, or of the validation images if no test images are labelled.
+        """
 
 
 @contextmanager

@@ -137,8 +137,7 @@ def check_dataset(dataset: str) -> None:
     if os.sep in dataset or dataset.startswith((".", "~")) or os.path.exists(dataset):
         raise InputError(
             f"There is no folder {dataset!r}.\n"
-            "Give a folder with train/<class>/… and test/<class>/…, or one of: "
-            f"{', '.join(DATASETS)}."
+            f"Give a folder that holds one folder per class, or one of: {', '.join(DATASETS)}."
         )
     raise InputError(f"{unknown('data set', dataset, DATASETS)} Or the path of an image folder.")
 

@@ -3,6 +3,7 @@
 recipe.toml        resolved, everything needed to run it again
 environment.json   versions, device, command, seed, git revision
 data.json          classes, mean, deviation and shape of the images
+split.json         which images of a folder train, validate and test
 history.csv        one row per epoch
 metrics.json       final figures
 model.safetensors  weights
@@ -214,6 +215,18 @@ class RunFolder:
     def write_data_facts(self, facts: "DataFacts") -> None:
         """Write what the network must know of its data."""
         self._write("data.json", json.dumps(dataclasses.asdict(facts), indent=2) + "\n")
+
+    def split(self) -> dict[str, Any] | None:
+        """Read which images of a folder train, validate and test; None in a run without split.json.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        return self._read_json("split.json") if (self.path / "split.json").is_file() else None
+
+    def write_split(self, parts: Mapping[str, Any]) -> None:
+        """Write which images of a folder train, validate and test."""
+        self._write("split.json", json.dumps(parts, indent=1) + "\n")
 
     def history(self) -> list[dict[str, str]]:
         """Read the rows of history.csv."""

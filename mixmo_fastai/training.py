@@ -1,6 +1,7 @@
 """Training: from a recipe to a finished run folder."""
 
 import copy
+import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -25,8 +26,9 @@ from mixmo_fastai.data.dataloaders import make_dataloaders
 from mixmo_fastai.data.fingerprint import fingerprint
 from mixmo_fastai.data.image_sets import DataSource
 from mixmo_fastai.data.loaders import Augmentation
+from mixmo_fastai.data.parts import DataParts, parts_before_split_json
 from mixmo_fastai.data.sources import load_source
-from mixmo_fastai.data.splits import split_validation
+from mixmo_fastai.data.splits import training_parts
 from mixmo_fastai.devices import choose_device, describe_device
 from mixmo_fastai.distributed import shared
 from mixmo_fastai.errors import InputError, RunFailedError
@@ -34,6 +36,7 @@ from mixmo_fastai.evaluation import collect_member_logits, evaluate_parts
 from mixmo_fastai.failures import explained
 from mixmo_fastai.interruption import StopRequest
 from mixmo_fastai.learner import learner_from_recipe
+from mixmo_fastai.names import DATASETS
 from mixmo_fastai.processes import first_before_others, group
 from mixmo_fastai.recipe import Recipe
 from mixmo_fastai.recording import (
@@ -111,11 +114,6 @@ class Training:
         """What must be the same when the run is resumed."""
         return {"recipe": to_mapping(self.recipe), "data": fingerprint(self.source)}
 
-    @property
-    def facts(self) -> DataFacts:
-        """What the network must know of its data to predict."""
-        return facts_of(self.source)
-
     def summary(self) -> dict[str, Any]:
         """Give what the final figures say of the training itself."""
         return {
@@ -142,8 +140,13 @@ class Training:
         return f" in {count} processes" if count > 1 else ""
 
 
-def prepare(recipe: Recipe, data_dir: Path | None = None) -> Training:
+def prepare(recipe: Recipe, data_dir: Path | None = None, run: RunFolder | None = None) -> Training:
     """Read the data and build the Learner of a recipe.
+
+    Args:
+        recipe: what to train.
+        data_dir: where its data lies; see `load_source`.
+        run: to be resumed, with the split that it keeps.
 
     Raises:
         InputError: the data, a name or a value cannot be used.
@@ -157,7 +160,7 @@ def prepare(recipe: Recipe, data_dir: Path | None = None) -> Training:
             f"or {near + group().count} are nearest, if repetitions divide them."
         )
     with first_before_others():  # which leaves what it has decoded in the cache
-        source = read_source(recipe, data_dir)
+        source = read_source(recipe, data_dir, run)
     return prepare_network(recipe, source)
 
 
@@ -171,13 +174,14 @@ def prepare_network(recipe: Recipe, source: DataSource, dls: DataLoaders | None 
             data sets on a device would be one too many.
     """
     device = choose_device(recipe.train.device)
-    recipe = _with_augmentation(recipe, source)
+    recipe = _with_test_split(_with_augmentation(recipe, source), source)
     if dls is None:
         dls = _make_dataloaders(recipe, source, device)
     else:
         dls.train.seed = recipe.train.seed
     learn = learner_from_recipe(recipe, dls)
     _check_image_size(recipe, source, learn.model)
+    _check_evaluated(source, dls)
     learn.remove_cbs(ProgressCallback)  # the caller brings its own display
     training = Training(recipe, source, learn)
     training.acceleration.place(learn.model)
@@ -239,7 +243,7 @@ def train(
     restored = _restore(store, state, run, say) if resume else None
     if restored is None:
         run.write_history([])
-    run.write_data_facts(training.facts)
+    write_data(run, training.source)
     steps = training.steps_per_epoch, training.warmup_steps
     scheduler = ParamScheduler(schedules(recipe, *steps))
     alone = group().count == 1
@@ -286,7 +290,7 @@ def train(
         }
         run.write_metrics(figures)
         for follower in followers:
-            follower.after_evaluation(figures, test)
+            follower.after_evaluation(figures, test or valid)
     return figures
 
 
@@ -360,7 +364,7 @@ def images_of_warmup(recipe: Recipe, source: DataSource) -> int:
     """
     if not recipe.data.limit:
         return len(source.train)
-    train, _ = split_validation(source.train, recipe.data.valid_split)
+    train, _ = training_parts(source, recipe.data.valid_split)
     return min(recipe.data.limit, len(train))
 
 
@@ -369,9 +373,50 @@ def facts_of(source: DataSource) -> DataFacts:
     return DataFacts(source.classes, source.mean, source.std, source.train.image_shape)
 
 
-def read_source(recipe: Recipe, data_dir: Path | None) -> DataSource:
-    """Read the data that a recipe names."""
-    return load_source(recipe.data.dataset, data_dir, image_size=recipe.data.image_size or None)
+def read_source(recipe: Recipe, data_dir: Path | None, run: RunFolder | None = None) -> DataSource:
+    """Read the data that a recipe names.
+
+    Args:
+        recipe: names it.
+        data_dir: see `load_source`.
+        run: whose images are to be read again; None for a new run.
+    """
+    parts = None if run is None else data_parts(run)
+    facts = None if run is None or parts is None else run.data_facts()
+    return load_source(
+        recipe.data.dataset,
+        data_dir,
+        image_size=recipe.data.image_size or None,
+        test_split=recipe.data.test_split,
+        parts=parts,
+        classes=None if facts is None else facts.classes,
+    )
+
+
+def data_parts(run: RunFolder) -> DataParts | None:
+    """Read which images of a folder a run took; None for named data and runs that never began."""
+    dataset = run.recipe().data.dataset
+    if dataset in DATASETS:
+        return None
+    if (split := run.split()) is not None:
+        return DataParts.from_mapping(split, run.path / "split.json")
+    has_begun = run.data_facts() is not None
+    return parts_before_split_json(Path(dataset)) if has_begun else None
+
+
+def write_data(run: RunFolder, source: DataSource) -> None:
+    """Keep with a run what must be known of its data later."""
+    if source.parts is not None:  # first: a run with data.json alone is one of version 0.1.0
+        run.write_split(dataclasses.asdict(source.parts))
+    run.write_data_facts(facts_of(source))
+
+
+def _with_test_split(recipe: Recipe, source: DataSource) -> Recipe:
+    """Fill in the fraction of a test set that was drawn."""
+    if source.parts is None or source.parts.drawn is None:
+        return recipe
+    fraction = source.parts.drawn.test_split
+    return replace(recipe, data=replace(recipe.data, test_split=fraction))
 
 
 def _with_augmentation(recipe: Recipe, source: DataSource) -> Recipe:
@@ -401,6 +446,15 @@ def _check_image_size(recipe: Recipe, source: DataSource, model: nn.Module) -> N
             f"Images of {height}x{width} are too small for {recipe.model.arch}.\n"
             "Take a larger data.image_size, or another network."
         ) from error
+
+
+def _check_evaluated(source: DataSource, dls: DataLoaders) -> None:
+    """Check that there are images for the final figures."""
+    if not any(len(loader.images) for loader in (dls.valid, dls[TEST_SET])):
+        raise InputError(
+            f"{source.name} has no labelled test images and no validation images, so that nothing "
+            "would be evaluated.\nSet some aside: --test-split 0.2, or --valid-split 0.1."
+        )
 
 
 def _diverged(recipe: Recipe, epoch: int, step: int) -> TrainingDivergedError:

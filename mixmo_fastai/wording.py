@@ -1,13 +1,29 @@
 """How methods, expectations and figures are called wherever a person reads them."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from mixmo_fastai.recipe import Recipe
 from mixmo_fastai.resolve import departures
 
 PIXEL_NAMES = {"cutmix": "CutMix", "mixup": "Mixup"}
 METHOD_NAMES = {"cutmix": "Cut-MixMo", "linear": "Linear-MixMo", "sum": "MIMO"}
+
+
+PART_NAMES = {"test": "Test", "valid": "Validation"}
+
+
+def final_figures(figures: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return the name of the part that the final figures are of, and these figures.
+
+    Args:
+        figures: from `evaluation.evaluate_parts`.
+
+    Returns:
+        "test", or "valid" when there were no labelled test images; and the figures of that part.
+    """
+    part = "test" if "test" in figures else "valid"
+    return part, figures[part]
 
 
 def percent(value: float) -> str:

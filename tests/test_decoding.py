@@ -11,7 +11,6 @@ from mixmo_fastai.data.decoding import (
     decode_image,
     image_sizes,
     is_image,
-    list_images,
 )
 from mixmo_fastai.errors import InputError
 
@@ -189,8 +188,3 @@ def test_images_are_told_by_their_names(name, expected):
     assert is_image(name) is expected
 
 
-def test_a_listing_is_sorted_and_holds_files_only(tmp_path):
-    for name in ("b.png", "a.PNG", "notes.txt", ".hidden.png"):
-        (tmp_path / name).touch()
-    (tmp_path / "folder.png").mkdir()
-    assert list_images(tmp_path) == ["a.PNG", "b.png"]

@@ -43,7 +43,7 @@ def compare(
             "parameters": part.parameters,
             "images_seen": part.images_seen,
             "seconds": part.seconds,
-            "test": part.figures,
+            part.part: part.figures,
             "intervals": part.intervals,
             "differences": part.differences,
             "expected": dataclasses.asdict(part.recipe.expected),

@@ -24,7 +24,11 @@ def datasets(
             f"{status.name:<13} {status.state:<8} {train:>7,} + {test:>6,} images of {shape:<7} "
             f"{info.num_classes:>4} classes  {status.detail}"
         )
-    lines += ["", "Any folder with train/<class>/… and test/<class>/… is a data set as well."]
+    lines += [
+        "",
+        "Any folder of images is a data set as well: one folder per class, or train/, valid/ and "
+        "test/ that hold them.",
+    ]
     value = {
         s.name: {**dataclasses.asdict(s), "place": str(s.place) if s.place else None}
         for s in statuses

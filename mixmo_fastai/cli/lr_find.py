@@ -24,6 +24,7 @@ def lr_find(
     assignments: opt.Assignments = None,
     data_dir: opt.DataDir = None,
     valid_split: opt.ValidSplit = None,
+    test_split: opt.TestSplit = None,
     limit: opt.Limit = None,
     batch_size: opt.BatchSize = None,
     repeat: opt.Repeat = None,
@@ -58,8 +59,8 @@ def lr_find(
 ) -> None:
     """Raise the learning rate step by step, and suggest one from how the loss falls."""
     settings = opt.flags(
-        arch=arch, mix=mix, msda=msda, members=members, valid_split=valid_split, limit=limit,
-        batch_size=batch_size, repeat=repeat, seed=seed, device=device, precision=precision,
+        arch=arch, mix=mix, msda=msda, members=members, valid_split=valid_split,
+        test_split=test_split, limit=limit, batch_size=batch_size, repeat=repeat, seed=seed, device=device, precision=precision,
         memory_format=memory_format, compiled=compiled, threads=threads,
     )  # fmt: skip
     if not start < end:

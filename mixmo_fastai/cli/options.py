@@ -12,8 +12,8 @@ DATA, NETWORK, TRAINING, OUTPUT = "Data", "Method and network", "Training", "Out
 Dataset = Annotated[
     str | None,
     typer.Argument(
-        help="digits, cifar10, cifar100, tinyimagenet, or a folder with train/ and test/. "
-        "Default: digits.",
+        help="digits, cifar10, cifar100, tinyimagenet, or a folder of images: one folder per class, "
+        "with or without train/, valid/ and test/. Default: digits.",
         show_default=False,
     ),
 ]
@@ -24,6 +24,15 @@ DataDir = Annotated[
 ValidSplit = Annotated[
     float | None,
     typer.Option(help="Share of the training set that validates.", rich_help_panel=DATA),
+]
+TestSplit = Annotated[
+    float | None,
+    typer.Option(
+        help="Fraction to set aside as the test set of a folder without one. Default: 0.2, or 0 "
+        "beside valid/.",
+        show_default=False,
+        rich_help_panel=DATA,
+    ),
 ]
 Limit = Annotated[
     int | None,
@@ -135,6 +144,7 @@ def flags(**values: Any) -> dict[str, Any]:
 
 _SETTINGS = {
     "valid_split": "data.valid_split",
+    "test_split": "data.test_split",
     "limit": "data.limit",
     "arch": "model.arch",
     "members": "model.num_members",

@@ -47,14 +47,20 @@ def predict(
             raise InputError(f"--out {str(out)!r} must end in .csv or .json.")
         out = free_file(out, "predictions", suffix)
 
+    from mixmo_fastai.data.listing import Skipped
     from mixmo_fastai.export import load_fused
     from mixmo_fastai.prediction import predict_images
 
     network = load_fused(run) if folder is None else folder
-    predictions, unreadable = predict_images(network, images, data_dir, device=device)
+    skipped = Skipped()
+    predictions, unreadable = predict_images(
+        network, images, data_dir, device=device, skipped=skipped
+    )
+    if told := skipped.describe():
+        typer.echo(f"Skipped: {told}", err=True)
     rows = [dataclasses.asdict(prediction) for prediction in predictions]
     reasons = {str(path): reason for path, reason in unreadable.items()}
-    table = {"run": str(run), "predictions": rows, "unreadable": reasons}
+    table = {"run": str(run), "predictions": rows, "unreadable": reasons, "skipped": told}
     output = Output(as_json=as_json)
     if out is None:
         output.result(_csv_lines(rows), table)

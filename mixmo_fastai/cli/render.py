@@ -9,8 +9,10 @@ from mixmo_fastai.resolve import departures
 from mixmo_fastai.wording import (
     FIGURES,
     OF_SEVERAL_MEMBERS,
+    PART_NAMES,
     decimal,
     expectation,
+    final_figures,
     method_name,
     percent,
 )
@@ -62,6 +64,7 @@ def _setup_rows(training: Any) -> list[tuple[str, str]]:
     recipe, source = training.recipe, training.source
     shape = "x".join(map(str, source.train.image_shape))
     counts = [len(loader.images) for loader in training.learn.dls.loaders]
+    tested = f"{counts[2]:,} test" if counts[2] else "no labelled test"
     mix = recipe.mix
     members = f"{recipe.model.num_members} member" + "s" * (recipe.model.num_members > 1)
     nets = recipe.model.num_nets
@@ -73,9 +76,10 @@ def _setup_rows(training: Any) -> list[tuple[str, str]]:
     return [
         (
             "Data",
-            f"{source.name}: {counts[0]:,} training, {counts[1]:,} validation and {counts[2]:,} "
-            f"test images of {shape}, {len(source.classes)} classes",
+            f"{source.name}: {counts[0]:,} training, {counts[1]:,} validation and {tested} images "
+            f"of {shape}, {len(source.classes)} classes",
         ),
+        *source.notes,
         ("Network", f"{networks}, {members}, {training.num_parameters:,} parameters"),
         ("Method", f"{method_name(recipe)}, every image {times} in a batch{mixing}"),
         (
@@ -101,9 +105,10 @@ def recipe_lines(recipe: Recipe) -> list[str]:
 
 def figure_lines(figures: Mapping[str, Any], recipe: Recipe) -> list[str]:
     """Show the figures of a run."""
-    test, model = figures["test"], recipe.model
+    part, test = final_figures(figures)
+    model, accuracy = recipe.model, f"{PART_NAMES[part]} accuracy"
     num_members = len(test["member_accuracy"])  # of a deep ensemble, its networks
-    rows = [("Test accuracy", percent(test["accuracy"]) + _ENSEMBLE * (num_members > 1))]
+    rows = [(accuracy, percent(test["accuracy"]) + _ENSEMBLE * (num_members > 1))]
     if num_members > 1:
         label = "Networks" if model.num_nets > 1 else "Members"
         rows.append((label, ", ".join(map(percent, test["member_accuracy"]))))
@@ -173,14 +178,15 @@ def _star(recipe: Recipe) -> str:
 
 def ensemble_lines(names: list[str], figures: Mapping[str, Any]) -> list[str]:
     """Show the figures of several runs as one."""
-    test = figures["test"]
-    rows = [("Test accuracy", f"{percent(test['accuracy'])} (mean of the runs' logits)")]
+    part, test = final_figures(figures)
+    label = f"{PART_NAMES[part]} accuracy"
+    rows = [(label, f"{percent(test['accuracy'])} (mean of the runs' logits)")]
     rows += list(zip(names, map(percent, test["member_accuracy"]), strict=True))
     return align([*rows, *_figure_rows(figures, len(names))])
 
 
 def _figure_rows(figures: Mapping[str, Any], num_members: int) -> list[tuple[str, str]]:
-    test = figures["test"]
+    part, test = final_figures(figures)
     unasked = _OF_MANY_CLASSES + (OF_SEVERAL_MEMBERS if num_members == 1 else ())
     rows = []
     for name, label, show, _ in FIGURES[1:]:  # accuracy has a row of its own
@@ -190,7 +196,7 @@ def _figure_rows(figures: Mapping[str, Any], num_members: int) -> list[tuple[str
             rows.append((label, f"none: {test['absent'][name]}"))
     rows += _interval_rows(figures)
     absent = figures.get("absent", {})
-    if probabilities := figures.get("test_mean_probabilities"):
+    if probabilities := figures.get(f"{part}_mean_probabilities"):
         text = ", ".join(f"{label} {show(probabilities[n])}" for n, label, show in _BRIEFLY)
         rows.append(("Mean of p", f"{text}: the members' probabilities averaged instead"))
     for name, label, how in _TEMPERED:
@@ -263,7 +269,7 @@ _UNCERTAINTIES = {
 _BRIEFLY = (("accuracy", "accuracy", percent), ("nll", "NLL", decimal), ("ece", "ECE", percent))
 _TEMPERED = (
     ("calibrated", "Calibrated", "fitted on the validation split"),
-    ("cross_fitted", "Cross-fitted", "each fitted on the other half of the test set, as published"),
+    ("cross_fitted", "Cross-fitted", "each fitted on the other half of these images, as published"),
 )
 
 

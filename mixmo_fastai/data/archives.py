@@ -57,8 +57,15 @@ class Unpacked:
 
     @property
     def folder(self) -> Path:
-        """The folder that the archive unpacks to."""
-        return self.home / self.archive.folder
+        """The folder that the archive unpacks to, or the one of its name inside, if all is there.
+
+        Some programs unpack x.zip into a new folder x, where it lies in x/x.
+        """
+        folder = self.home / self.archive.folder
+        inner = folder / folder.name
+        members = self.archive.members
+        doubled = inner.is_dir() and not any((folder / name).exists() for name in members)
+        return inner if doubled else folder
 
     def read(self, name: str) -> bytes:
         """Read a member, whose checksum is compared before a byte of it is used.
@@ -96,11 +103,17 @@ class Unpacked:
         return None
 
     def _damaged(self, what: str) -> InputError:
+        archive, there = self.archive, self._names_there()
         return InputError(
-            f"Data set {self.archive.dataset!r} is damaged: {what} in {self.folder}.\n"
-            f"Delete that folder. It is made again from {self.archive.file_name}, which is "
-            "downloaded where it is not there."
+            f"Data set {archive.dataset!r} is damaged: {what} in {self.folder}, which has {there}.\n"
+            f"Rename that folder and run again: it is then made from {archive.file_name}, which is "
+            "downloaded if it is not there."
         )
+
+    def _names_there(self) -> str:
+        """List what a reader looks for, to tell a wrong folder from a damaged one."""
+        names = sorted(path.name for path in self.folder.iterdir() if path.name[0] != ".")
+        return ", ".join(names[:6]) + ", …" * (len(names) > 6) if names else "nothing"
 
 
 def fetch(archive: Archive, home: Path, *, download: bool = True) -> Unpacked:
@@ -174,7 +187,10 @@ def _socket_timeout(seconds: float) -> Iterator[None]:
 def _unpack(unpacked: Unpacked) -> None:
     archive, home = unpacked.archive, unpacked.home
     if problem := archive_damage(archive, home):
-        raise InputError(f"Data set {archive.dataset!r}: {problem}\nDelete it and try again.")
+        raise InputError(
+            f"Data set {archive.dataset!r}: {problem}\n"
+            "Rename it and run again: the official file is downloaded anew."
+        )
     try:
         # Renamed when complete: an interrupted run leaves no folder that looks intact.
         with tempfile.TemporaryDirectory(prefix=f".{archive.folder}-", dir=home) as staging:

@@ -1,6 +1,6 @@
 """Decoded image folders, kept so that each is decoded once.
 
-    <data folder>/mixmo-cache/<name>-<fingerprint>/train.npy  test.npy  facts.json
+    <data folder>/mixmo-cache/<name>-<fingerprint>/train.npy  valid.npy  test.npy  facts.json
 
 The fingerprint covers the paths, sizes and times of all files, so that a changed folder is decoded
 anew. The whole of `mixmo-cache` may be deleted at any time. A cache that cannot be written is done
@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,16 +46,20 @@ class CacheEntry:
         return facts[name]
 
     def decoded(
-        self, train: FileImages, test: FileImages, limit: int = CACHE_LIMIT
-    ) -> tuple[ImageSet, ImageSet]:
-        """Decode both parts through the cache; above the limit give them back as they are.
+        self, parts: Mapping[str, FileImages], limit: int = CACHE_LIMIT
+    ) -> Mapping[str, ImageSet]:
+        """Decode all parts through the cache; above the limit return them as they are.
+
+        Args:
+            parts: by name, which is that of their file.
+            limit: bytes.
 
         Raises:
             InputError: an image cannot be decoded; the message names it.
         """
-        if train.num_bytes + test.num_bytes > limit:
-            return train, test
-        return self._decoded("train", train), self._decoded("test", test)
+        if sum(images.num_bytes for images in parts.values()) > limit:
+            return parts
+        return {part: self._decoded(part, images) for part, images in parts.items()}
 
     def _decoded(self, part: str, images: FileImages) -> ArrayImages:
         path = self.folder / f"{part}.npy"

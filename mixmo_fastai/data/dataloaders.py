@@ -10,7 +10,7 @@ from mixmo_fastai.augment import StoredImages
 from mixmo_fastai.data.image_sets import DataSource, ImageSet
 from mixmo_fastai.data.loaders import Augmentation, BatchLoader, ResidentLoader, StreamingLoader
 from mixmo_fastai.data.loose_images import EVALUATION_BATCH
-from mixmo_fastai.data.splits import limit_images, split_validation
+from mixmo_fastai.data.splits import limit_images, training_parts
 from mixmo_fastai.errors import InputError
 
 HOST_BUDGET = 8 * 2**30
@@ -36,8 +36,8 @@ def make_dataloaders(
     Args:
         source: from `load_source`.
         batch_size: distinct images per training batch, before any repetition.
-        valid_split: share of each class of the training set that validates; 0 for none, and the
-            validation loader is then empty.
+        valid_split: fraction of each class of the training set that validates; 0 for none, and the
+            validation loader is then empty. Not used when the source has validation images.
         limit: at most so many training images, balanced; 0 for all.
         augmentation: of training; the source's own where not given.
         seed: of order and augmentation.
@@ -89,7 +89,7 @@ def _training_parts(
         raise InputError(
             f"{source.name} has {len(source.classes)} class; a classifier needs two or more."
         )
-    train, valid = split_validation(source.train, valid_split)
+    train, valid = training_parts(source, valid_split)
     train = limit_images(train, limit)
     if len(train) < batch_size:
         raise InputError(

@@ -95,17 +95,6 @@ def image_sizes(paths: Sequence[Path]) -> Iterator[tuple[int, int]]:
         yield from sizes
 
 
-def list_images(folder: Path) -> list[str]:
-    """List the names of the image files in a folder, sorted, without hidden and other files."""
-    with os.scandir(folder) as entries:
-        # A link that leads nowhere is listed, so that reading it names it.
-        return sorted(
-            entry.name
-            for entry in entries
-            if is_image(entry.name) and (entry.is_file() or entry.is_symlink())
-        )
-
-
 def is_image(name: str) -> bool:
     """Tell by its name whether a file is an image that Pillow reads, and not hidden."""
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in _extensions()

@@ -12,10 +12,10 @@ def fingerprint(source: DataSource) -> dict[str, str]:
         for each part, and for the classes, how many there are and the start of a checksum.
     """
     classes = _digest("\0".join(source.classes))
+    parts = {"train": source.train, "valid": source.valid, "test": source.test}
     return {
         "classes": f"{len(source.classes)} classes, checksum {classes}",
-        "train": _of_part(source.train),
-        "test": _of_part(source.test),
+        **{name: _of_part(images) for name, images in parts.items() if images is not None},
     }
 
 

@@ -1,30 +1,36 @@
-"""Any folder of images: `train/<class>/*` beside `test/<class>/*`, or `val/` or `valid/`."""
+"""Any folder of images: one folder per class, with or without train/, valid/ and test/."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import median_low
 
 import torch
 
 from mixmo_fastai.data.cache import CACHE_LIMIT, cache_entry
-from mixmo_fastai.data.decoding import image_sizes, is_image, list_images
-from mixmo_fastai.data.image_sets import DataSource, FileImages, ImageSet
+from mixmo_fastai.data.chosen_images import ChosenImages, choose_images, reopen_images
+from mixmo_fastai.data.class_folders import FilesByClass
+from mixmo_fastai.data.decoding import image_sizes
+from mixmo_fastai.data.image_sets import DataSource, FileImages, ImageSet, no_images
+from mixmo_fastai.data.parts import DataParts
 from mixmo_fastai.data.statistics import channel_statistics
 from mixmo_fastai.errors import InputError
 
-TEST_FOLDERS = ("test", "val", "valid")
 LARGEST_OWN_SIZE = 224
 """Height and width above which images are scaled down where no size is asked for."""
 
 _STATISTICS_SAMPLE = 2048  # images that give mean and deviation where not all are kept decoded
-_LAYOUT = "An image folder holds train/<class>/*.jpg beside test/, val/ or valid/ of the same form."
-
-_NamesByClass = dict[str, list[str]]
 
 
 def read_image_folder(
-    folder: Path, home: Path, *, image_size: int | None = None, cache_limit: int = CACHE_LIMIT
+    folder: Path,
+    home: Path,
+    *,
+    image_size: int | None = None,
+    cache_limit: int = CACHE_LIMIT,
+    test_split: float | None = None,
+    parts: DataParts | None = None,
+    classes: Sequence[str] | None = None,
 ) -> DataSource:
     """Read a folder of images, decoded to RGB of one size once and kept in the cache.
 
@@ -32,38 +38,52 @@ def read_image_folder(
     and a mirrored image is taken to keep its label.
 
     Args:
-        folder: holds `train/` and one of `TEST_FOLDERS`; of several the first counts.
+        folder: holds one folder per class, or `train/<class>/` and others; see `layout`.
         home: the data folder, for the cache.
         image_size: height and width of all images, whatever their proportions were. None takes
             those that `own_size` chooses.
         cache_limit: bytes of decoded images above which they are decoded at each access instead.
+        test_split: fraction of each class to set aside as the test set of a folder without one;
+            None for `DEFAULT_TEST_SPLIT`, or for nothing beside a validation folder.
+        parts: what an earlier run trained and tested on; None to find it.
+        classes: in the order of that run's network; None for the order of their names.
 
     Raises:
-        InputError: the folder is not of that form, or an image cannot be decoded.
+        InputError: the folder is not of that form, is no longer what `parts` and `classes` say, or
+            an image cannot be decoded.
     """
     _require_size(image_size)
-    train, test = _list_parts(folder)
+    chosen = (
+        choose_images(folder, test_split)
+        if parts is None
+        else reopen_images(folder, parts, classes)
+    )
+    train, valid, test = (_all(part) for part in (chosen.train, chosen.valid or {}, chosen.test))
     name = folder.resolve().name
-    entry = cache_entry(home, name, folder, [*_all(train), *_all(test)], image_size)
+    # Two splits of a folder may list the same files in the same order.
+    kept_as = name if chosen.parts.drawn is None else f"{name}-split-{len(train)}"
+    entry = cache_entry(home, kept_as, folder, [*train, *valid, *test], image_size)
     if image_size is None:
-        height, width = entry.fact("size", lambda: own_size(folder / file for file in _all(train)))
+        height, width = entry.fact("size", lambda: own_size(folder / file for file in train))
     else:
         height = width = image_size
-    train_images, test_images = entry.decoded(
-        _file_images(folder, train, (height, width)),
-        _file_images(folder, test, (height, width)),
+    decoded = entry.decoded(
+        {part: _file_images(folder, files, (height, width)) for part, files in _parts(chosen)},
         limit=cache_limit,
     )
-    mean, std = entry.fact("mean, std", lambda: _statistics(train_images))
+    mean, std = entry.fact("mean, std", lambda: _statistics(decoded["train"]))
     return DataSource(
         name=name,
-        classes=tuple(train),
-        train=train_images,
-        test=test_images,
+        classes=tuple(chosen.train),
+        train=decoded["train"],
+        test=decoded.get("test", no_images(decoded["train"])),
         mean=tuple(mean),
         std=tuple(std),
         crop_padding=min(height, width) // 8,
         flip=True,
+        valid=decoded.get("valid"),
+        parts=chosen.parts,
+        notes=chosen.notes,
     )
 
 
@@ -87,80 +107,17 @@ def _require_size(image_size: int | None) -> None:
         raise InputError(f"image_size is {image_size}; it must be 1 pixel or more.")
 
 
-def _list_parts(folder: Path) -> tuple[_NamesByClass, _NamesByClass]:
-    """List the image files of both parts by class, and check the form of the folder."""
-    if not folder.is_dir():
-        problem = "is not a folder" if folder.exists() else "does not exist"
-        raise InputError(f"Image folder {folder} {problem}.\n{_LAYOUT}")
-    if not (folder / "train").is_dir():
-        raise InputError(f"Image folder {folder} has no folder train/.\n{_LAYOUT}")
-    test_name = next((name for name in TEST_FOLDERS if (folder / name).is_dir()), None)
-    if test_name is None:
-        raise InputError(f"Image folder {folder} has neither test/ nor val/ nor valid/.\n{_LAYOUT}")
-    train, test = _list_part(folder, "train"), _list_part(folder, test_name)
-    if len(train) < 2:
-        raise InputError(
-            f"{folder / 'train'} has only one class, {next(iter(train))!r}.\n"
-            "Put the images of each class into a folder of its own, two classes or more."
-        )
-    _require_same_classes(folder / "train", train, folder / test_name, test)
-    return train, test
+def _parts(chosen: ChosenImages) -> list[tuple[str, FilesByClass]]:
+    """List the parts that have images, by name."""
+    parts = (("train", chosen.train), ("valid", chosen.valid), ("test", chosen.test))
+    return [(name, files) for name, files in parts if files and any(files.values())]
 
 
-def _list_part(folder: Path, part: str) -> _NamesByClass:
-    root = folder / part
-    visible = sorted(path for path in root.iterdir() if not path.name.startswith("."))
-    loose = [path.name for path in visible if is_image(path.name) and path.is_file()]
-    if loose:
-        raise InputError(
-            f"{root} has images outside of class folders, such as {loose[0]}.\n"
-            f"Move each into the folder of its class, {part}/<class>/, or remove it."
-        )
-    classes = [path.name for path in visible if path.is_dir()]
-    if not classes:
-        raise InputError(f"{root} is empty: it has no class folders.\n{_LAYOUT}")
-    return {name: _list_class(folder, f"{part}/{name}") for name in classes}
+def _all(files: FilesByClass) -> list[str]:
+    return [name for names in files.values() for name in names]
 
 
-def _list_class(folder: Path, class_folder: str) -> list[str]:
-    nested = sorted(
-        path.name
-        for path in (folder / class_folder).iterdir()
-        if path.is_dir() and not path.name.startswith(".")
-    )
-    if nested:
-        raise InputError(
-            f"The class folder {folder / class_folder} has a folder in it: {nested[0]}.\n"
-            "Put the images directly into the class folder, and take the inner folders away."
-        )
-    names = list_images(folder / class_folder)
-    if not names:
-        raise InputError(
-            f"The class folder {folder / class_folder} has no images.\n"
-            "Put images directly into it, or remove it."
-        )
-    return [f"{class_folder}/{name}" for name in names]
-
-
-def _require_same_classes(
-    train_root: Path, train: _NamesByClass, test_root: Path, test: _NamesByClass
-) -> None:
-    for here, there, root, other in (
-        (test, train, test_root, train_root),
-        (train, test, train_root, test_root),
-    ):
-        if missing := sorted(here.keys() - there.keys()):
-            raise InputError(
-                f"{root} has the class {missing[0]!r}, which {other} does not have.\n"
-                "Both must have the same classes: rename, add or remove a class folder."
-            )
-
-
-def _all(names_by_class: _NamesByClass) -> list[str]:
-    return [name for names in names_by_class.values() for name in names]
-
-
-def _file_images(folder: Path, part: _NamesByClass, size: tuple[int, int]) -> FileImages:
+def _file_images(folder: Path, part: FilesByClass, size: tuple[int, int]) -> FileImages:
     counts = torch.tensor([len(names) for names in part.values()])
     labels = torch.arange(len(part)).repeat_interleave(counts)
     return FileImages(folder, tuple(_all(part)), labels, size)

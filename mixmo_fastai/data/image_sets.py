@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mixmo_fastai.data.decoding import decode_batches, decode_image
+from mixmo_fastai.data.parts import DataParts
 from mixmo_fastai.names import DATASETS
 
 
@@ -146,16 +147,67 @@ class FileImages:
 
 
 @dataclass(frozen=True, eq=False)
+class Subset:
+    """Some images of an image set; an image set itself.
+
+    Attributes:
+        images: all of them.
+        indices: which are in, (n,) int64.
+    """
+
+    images: ImageSet
+    indices: Tensor
+
+    @property
+    def labels(self) -> Tensor:
+        """Class indices, (n,) int64."""
+        return self.images.labels[self.indices]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        return self.images.image_shape
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.images[int(self.indices[index])]
+
+    def tensor(self, indices: Tensor | None = None) -> Tensor:
+        """Give all images of the subset, or those chosen: (n, C, H, W) uint8."""
+        return self.images.tensor(self.indices if indices is None else self.indices[indices])
+
+    def name(self, index: int) -> str:
+        """Name an image as the whole set does."""
+        return self.images.name(int(self.indices[index]))
+
+    def sizes(self) -> tuple[int, ...]:
+        """Return the bytes of each image, as the whole set does."""
+        every = self.images.sizes()
+        return tuple(every[index] for index in self.indices.tolist())
+
+
+def no_images(like: ImageSet) -> Subset:
+    """Return an image set without images, of the shape of another's."""
+    return Subset(like, torch.empty(0, dtype=torch.int64))
+
+
+@dataclass(frozen=True, eq=False)
 class DataSource:
     """A data set, ready for a loader.
 
     Attributes:
         name: of the data set, or of the folder.
         classes: class names, in the order of the labels.
-        train, test: its two parts. The test part is for the last figures only.
+        train, test: its two parts. The test part is for the last figures only; it is empty when
+            there are no labelled test images.
         mean, std: per channel, of pixels in [0, 1].
         crop_padding: pixels of zero padding before the random crop.
         flip: whether a mirrored image keeps its label.
+        valid: its own validation images; None when they are drawn from the training part.
+        parts: where the parts of an image folder come from; None for other data.
+        notes: about how an image folder was read, for the plan of a run: labels and texts.
     """
 
     name: str
@@ -166,6 +218,9 @@ class DataSource:
     std: tuple[float, ...]
     crop_padding: int
     flip: bool
+    valid: ImageSet | None = None
+    parts: DataParts | None = None
+    notes: tuple[tuple[str, str], ...] = ()
 
 
 def named_source(

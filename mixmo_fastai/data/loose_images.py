@@ -11,32 +11,39 @@ import torch
 from torch import Tensor
 
 from mixmo_fastai.augment import normalize
-from mixmo_fastai.data.decoding import decode_image, is_image
+from mixmo_fastai.data.decoding import decode_image
+from mixmo_fastai.data.listing import Skipped, images_below
 from mixmo_fastai.errors import InputError
 
 Shape = tuple[int, int, int]
 EVALUATION_BATCH = 256
 
 
-def find_images(places: Iterable[Path]) -> list[Path]:
+def find_images(places: Iterable[Path], skipped: Skipped | None = None) -> list[Path]:
     """List image files: those given, and all below the folders given, in order of their names.
 
-    A file is taken whatever its name is; in folders, images are told by their names.
+    A file is taken whatever its name is; in folders, images are told by their names, and hidden and
+    other files are skipped as in training.
+
+    Args:
+        places: files and folders.
+        skipped: receives what was skipped.
 
     Raises:
         InputError: a place does not exist, or no image is found.
     """
     found: list[Path] = []
+    skipped = Skipped() if skipped is None else skipped
     for place in places:
         if os.path.isdir(place):
-            below = (Path(root) / name for root, _, names in os.walk(place) for name in names)
-            found += sorted(path for path in below if is_image(path.name))
+            found += sorted(place / name for name in images_below(place, skipped))
         elif os.path.lexists(place):
             found.append(place)
         else:
             raise InputError(f"There is no image or folder {str(place)!r}.")
     if not found:
-        raise InputError("No image was found.\nGive image files, or folders that hold some.")
+        told = f" Skipped: {skipped.describe()}." if skipped.names else ""
+        raise InputError(f"No image was found.{told}\nGive image files, or folders that hold some.")
     return found
 
 

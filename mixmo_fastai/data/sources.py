@@ -1,7 +1,7 @@
 """Data sets by name or folder: where they are looked for, and how they are read."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,6 +11,7 @@ from mixmo_fastai.data.cifar import CIFAR10, CIFAR100, read_cifar10, read_cifar1
 from mixmo_fastai.data.digits import read_digits
 from mixmo_fastai.data.image_folder import read_image_folder
 from mixmo_fastai.data.image_sets import ArrayImages, DataSource, FileImages, ImageSet
+from mixmo_fastai.data.parts import DataParts
 from mixmo_fastai.data.tiny_imagenet import TINY_IMAGENET, read_tiny_imagenet
 from mixmo_fastai.errors import InputError, unknown
 from mixmo_fastai.names import DATASETS
@@ -63,6 +64,9 @@ def load_source(
     *,
     image_size: int | None = None,
     download: bool = True,
+    test_split: float | None = None,
+    parts: DataParts | None = None,
+    classes: Sequence[str] | None = None,
 ) -> DataSource:
     """Read a data set, which is downloaded where it is missing.
 
@@ -72,6 +76,10 @@ def load_source(
         data_dir: the data folder; see `data_home`.
         image_size: height and width to which an image folder is scaled; None for its own.
         download: whether an archive may be downloaded.
+        test_split: fraction of each class to set aside as the test set of an image folder without
+            one; see `read_image_folder`.
+        parts: what an earlier run took of an image folder; see there.
+        classes: of that run.
 
     Raises:
         InputError: the data set is unknown, missing, damaged or not of the right form.
@@ -81,13 +89,21 @@ def load_source(
         raise InputError(f"The data folder {home} is a file.\nChoose another --data-dir.")
     if dataset in SOURCES:
         _require_own_size(str(dataset), image_size)
+        _refuse_test_split(str(dataset), test_split)
         return SOURCES[dataset].load(home, download=download)
     if isinstance(dataset, str) and not _is_path(dataset):
         raise InputError(
             f"{unknown('data set', dataset, SOURCES)}\n"
-            "Or the path of a folder with train/ and test/, as in ./flowers."
+            "Or the path of a folder of images, as in ./flowers."
         )
-    return read_image_folder(Path(dataset).expanduser(), home, image_size=image_size)
+    return read_image_folder(
+        Path(dataset).expanduser(),
+        home,
+        image_size=image_size,
+        test_split=test_split,
+        parts=parts,
+        classes=classes,
+    )
 
 
 def data_home(data_dir: Path | None = None) -> Path:
@@ -150,6 +166,14 @@ def _require_own_size(dataset: str, image_size: int | None) -> None:
         raise InputError(
             f"image_size is {image_size}, but images of {dataset!r} are {own} x {own} pixels.\n"
             "Leave image_size out; it is for image folders."
+        )
+
+
+def _refuse_test_split(dataset: str, test_split: float | None) -> None:
+    if test_split is not None:
+        raise InputError(
+            f"--test-split is for image folders without test images; {dataset!r} has a test set.\n"
+            "Leave --test-split out."
         )
 
 

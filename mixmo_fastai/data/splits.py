@@ -1,56 +1,49 @@
-"""Parts of the training set: the validation split and the balanced trial.
+"""Parts of the training set: the validation split, the test split and the balanced trial.
 
-Both are the same for every run, whatever its seed, so that runs are compared on the same images
+All are the same for every run, whatever its seed, so that runs are compared on the same images
 and members of a deep ensemble share a validation split.
 """
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mixmo_fastai.data.sources import ImageSet
+from mixmo_fastai.data.image_sets import DataSource, ImageSet, Subset
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.randomness import make_generator
 
 SPLIT_SEED = 0
+DEFAULT_TEST_SPLIT = 0.2
+"""Fraction of each class that tests, when an image folder has no split of its own."""
 
 
-@dataclass(frozen=True, eq=False)
-class Subset:
-    """Some images of an image set; an image set itself.
+def training_parts(source: DataSource, valid_split: float) -> tuple[ImageSet, ImageSet]:
+    """Return the images that train and those that validate.
 
-    Attributes:
-        images: all of them.
-        indices: which are in, (n,) int64.
+    A data set with validation images of its own validates on them and trains on all of its training
+    images; `valid_split` is then not used.
+
+    Args:
+        source: the data set.
+        valid_split: see `split_validation`.
     """
+    if source.valid is not None:
+        return source.train, source.valid
+    return split_validation(source.train, valid_split)
 
-    images: ImageSet
-    indices: Tensor
 
-    @property
-    def labels(self) -> Tensor:
-        """Class indices, (n,) int64."""
-        return self.images.labels[self.indices]
+def draw_test(labels: Tensor, fraction: float) -> Tensor:
+    """Choose the same fraction of every class for a test set, the same images for every run.
 
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
-        return self.images.image_shape
+    Args:
+        labels: (N,) int64.
+        fraction: in [0, 1). One image of a class is chosen at least, but never its only one.
 
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.images[int(self.indices[index])]
-
-    def tensor(self, indices: Tensor | None = None) -> Tensor:
-        """Give all images of the subset, or those chosen: (n, C, H, W) uint8."""
-        return self.images.tensor(self.indices if indices is None else self.indices[indices])
-
-    def name(self, index: int) -> str:
-        """Name an image as the whole set does."""
-        return self.images.name(int(self.indices[index]))
+    Returns:
+        whether each image is in the test set, (N,) bool.
+    """
+    ranks, sizes = _ranks_within_class(labels, "test split")
+    num_test = (sizes * fraction).round().clamp(min=1).minimum(sizes - 1)
+    return ranks < num_test
 
 
 def split_validation(images: ImageSet, share: float) -> tuple[ImageSet, Subset]:

@@ -6,6 +6,9 @@
 
 A wnid names a class of WordNet, as in n01443537. The labels of the official test images are not
 published, so the validation part is the test part here, as in every published figure.
+
+Also read is the usual reorganisation for other programs, val/<wnid>/*.JPEG, with or without images/
+between. Without words.txt, wnids are the names of the classes.
 """
 
 from pathlib import Path
@@ -14,8 +17,8 @@ import torch
 
 from mixmo_fastai.data.archives import Archive, Unpacked
 from mixmo_fastai.data.cache import cache_entry
-from mixmo_fastai.data.decoding import list_images
 from mixmo_fastai.data.image_sets import DataSource, FileImages, named_source
+from mixmo_fastai.data.listing import Skipped, images_below
 from mixmo_fastai.errors import InputError
 
 TINY_IMAGENET = Archive(
@@ -23,9 +26,11 @@ TINY_IMAGENET = Archive(
     "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
     "90528d7ca1a48142e341f4ef8d21d0de",
     "tiny-imagenet-200",
-    dict.fromkeys(("wnids.txt", "words.txt", "train", "val/images", "val/val_annotations.txt")),
+    dict.fromkeys(("wnids.txt", "train", "val")),
 )
 
+ANNOTATIONS = "val_annotations.txt"
+"""File beside the validation images that has their labels."""
 _SIZE = 64
 
 
@@ -40,32 +45,53 @@ def read_tiny_imagenet(unpacked: Unpacked) -> DataSource:
     wnids = sorted((root / "wnids.txt").read_text(encoding="utf-8").split())
     train, test = _train_images(root, wnids), _val_images(root, wnids)
     entry = cache_entry(unpacked.home, "tinyimagenet", root, train.names + test.names, _SIZE)
-    return named_source("tinyimagenet", _class_names(root, wnids), *entry.decoded(train, test))
+    decoded = entry.decoded({"train": train, "test": test})
+    names = _class_names(root, wnids)
+    return named_source("tinyimagenet", names, decoded["train"], decoded["test"])
+
+
+def read_annotations(path: Path) -> list[tuple[str, str]]:
+    """Read file names and wnids from lines that go on with four box coordinates, tabs between."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    fields = (line.split("\t") for line in lines)
+    return [(name, rest[0] if rest else "") for name, *rest in fields]
 
 
 def _train_images(root: Path, wnids: list[str]) -> FileImages:
+    return _file_images(root, _by_class_folder(root, "train", wnids))
+
+
+def _by_class_folder(root: Path, part: str, wnids: list[str]) -> dict[str, int]:
+    """List images below one folder per class: labels by file name."""
     labels_by_name: dict[str, int] = {}
     for label, wnid in enumerate(wnids):
-        folder = root / "train" / wnid / "images"
-        names = list_images(folder) if folder.is_dir() else []
+        folder = root / part / wnid
+        names = images_below(folder, Skipped()) if folder.is_dir() else []
         if not names:
-            raise InputError(f"Tiny ImageNet: no images in {folder}.\nUnpack its archive again.")
-        labels_by_name |= {f"train/{wnid}/images/{name}": label for name in names}
-    return _file_images(root, labels_by_name)
+            raise InputError(
+                f"Tiny ImageNet: no images below {folder}.\n"
+                f"{part}/ needs images of every class that wnids.txt names."
+            )
+        labels_by_name |= {f"{part}/{wnid}/{name}": label for name in names}
+    return labels_by_name
 
 
 def _val_images(root: Path, wnids: list[str]) -> FileImages:
-    """Read the labels from lines of file name, wnid and four box coordinates, tabs between."""
-    path = root / "val" / "val_annotations.txt"
+    path = root / "val" / ANNOTATIONS
+    if any((root / "val" / wnid).is_dir() for wnid in wnids):
+        return _file_images(root, _by_class_folder(root, "val", wnids))
+    if not path.is_file():
+        raise InputError(
+            f"Tiny ImageNet: {root / 'val'} has neither {ANNOTATIONS} nor a folder per class, such "
+            f"as val/{wnids[0]}/.\nPut back {ANNOTATIONS} from {TINY_IMAGENET.file_name}."
+        )
     label_of = {wnid: label for label, wnid in enumerate(wnids)}
     labels_by_name = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        name, _, rest = line.partition("\t")
-        wnid = rest.partition("\t")[0]
+    for number, (name, wnid) in enumerate(read_annotations(path), start=1):
         if wnid not in label_of:
             raise InputError(
                 f"Tiny ImageNet: line {number} of {path} names no class of wnids.txt: {wnid!r}.\n"
-                "Unpack its archive again."
+                f"Put back that file from {TINY_IMAGENET.file_name}."
             )
         labels_by_name[f"val/images/{name}"] = label_of[wnid]
     return _file_images(root, labels_by_name)
@@ -77,6 +103,8 @@ def _file_images(root: Path, labels_by_name: dict[str, int]) -> FileImages:
 
 
 def _class_names(root: Path, wnids: list[str]) -> tuple[str, ...]:
-    lines = (root / "words.txt").read_text(encoding="utf-8").splitlines()
+    words_file = root / "words.txt"
+    text = words_file.read_text(encoding="utf-8") if words_file.is_file() else ""
+    lines = text.splitlines()
     words = dict(line.split("\t", 1) for line in lines if "\t" in line)
     return tuple(words.get(wnid, wnid).partition(",")[0] for wnid in wnids)

@@ -33,7 +33,7 @@ def pictures_of_result(
         run: its folder, with the history of each network.
         recipe: of the training.
         classes: names, in the order of the logits.
-        member_logits: of the test set, (N, M, K).
+        member_logits: of the test set, or of the validation images without one, (N, M, K).
         labels: (N,).
     """
     logits = member_logits.double().mean(dim=1)  # (N, K)
@@ -43,7 +43,7 @@ def pictures_of_result(
         chart.drawing.name: chart
         for chart in charts.learning_curves(histories, (), several=several)
     }
-    title = "Reliability on the test set"
+    title = "Reliability"
     drawn["reliability"] = charts.reliability(
         "reliability", title, logits, labels, caption="", color=0
     )

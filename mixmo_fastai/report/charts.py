@@ -196,7 +196,7 @@ def members(accuracies: Sequence[float], ensemble: float, kind: str) -> Chart:
         colors = [SERIES[1]] * len(accuracies) + [SERIES[0]]
         bars = axes.barh(names, values, color=colors, alpha=0.75, height=0.6)
         axes.bar_label(bars, [percent(value) for value in values], padding=3, fontsize=8)
-        axes.set(xlabel="test accuracy", xlim=(0, min(1.0, max(values)) * 1.25))
+        axes.set(xlabel="accuracy", xlim=(0, min(1.0, max(values)) * 1.25))
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")
 
@@ -227,7 +227,7 @@ def agreement(member_logits: Tensor, labels: Tensor, kind: str) -> Chart:
         )
         said = [f"{percent(float(accuracy[number]))} right" for number in kept]
         axes.bar_label(bars, said, padding=3, fontsize=8)
-        axes.set(xlabel="share of the test images", xlim=(0, max(shares) * 1.35))
+        axes.set(xlabel="share of the images", xlim=(0, max(shares) * 1.35))
         axes.set_ylabel(f"{kind}s that agree")
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")

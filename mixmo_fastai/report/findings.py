@@ -52,12 +52,13 @@ class Findings:
     Attributes:
         run, recipe: the run.
         classes: names, in the order of the logits.
-        num_images: of the training, validation and test parts.
+        num_images: of the validation and test parts.
         parameters: of all networks.
         figures: as `evaluation.evaluate_parts` gives them.
         summary: the final figures that training wrote; empty where it wrote none.
         environment: what training ran with; empty where it wrote none.
-        member_logits, labels: of the test set, (N, M, K) and (N,).
+        member_logits, labels: of the test set, or of the validation images if no test images are
+            labelled, (N, M, K) and (N,).
         calibrated: the ensemble's logits (N, K), divided by a temperature that other images gave.
         calibration: which images those are; or why `calibrated` is None.
         histories: the rows of each network's history.csv.
@@ -105,7 +106,8 @@ def gather(run: RunFolder, data_dir: Path | None = None, *, device: str | None =
     finished = open_finished(run, data_dir, device)
     validation, test = finished.logits(finished.loaders())
     figures = evaluate_parts(validation, test)
-    member_logits, labels = test[0].double(), test[1]
+    final = test or validation
+    member_logits, labels = final[0].double(), final[1]
     networks = [load_network(network) for network in run.networks()]
     calibrated, calibration = _calibrate(figures, member_logits.mean(dim=1), labels)
     histories = [read_history(network) for network in run.networks()]
@@ -113,7 +115,7 @@ def gather(run: RunFolder, data_dir: Path | None = None, *, device: str | None =
         run=run,
         recipe=finished.recipe,
         classes=finished.source.classes,
-        num_images=(0 if validation is None else len(validation[1]), len(labels)),
+        num_images=tuple(0 if part is None else len(part[1]) for part in (validation, test)),
         parameters=sum(p.numel() for network in networks for p in network.parameters()),
         figures=figures,
         summary=run.metrics() if run.is_finished else {},
@@ -133,11 +135,11 @@ def gather(run: RunFolder, data_dir: Path | None = None, *, device: str | None =
 def confident_mistakes(
     finished: FinishedRun, member_logits: Tensor, labels: Tensor, count: int = NUM_MISTAKES
 ) -> list[Mistake]:
-    """Find the test images that the ensemble is surest of and wrong about.
+    """Find the images of the final figures that the ensemble is surest of and wrong about.
 
     Args:
         finished: the run.
-        member_logits: of its test images, in their order, (N, M, K).
+        member_logits: of `FinishedRun.final_images`, in their order, (N, M, K).
         labels: (N,).
         count: mistakes at most.
     """
@@ -145,7 +147,7 @@ def confident_mistakes(
     confidence, correct = top_predictions(logits, labels)
     wrong = (~correct).nonzero().flatten()
     chosen = wrong[confidence[wrong].argsort(descending=True, stable=True)][:count]
-    images, classes = finished.source.test, finished.source.classes
+    images, classes = finished.final_images, finished.source.classes
     votes = member_logits[chosen].argmax(dim=2).tolist()
     return [
         Mistake(
@@ -202,4 +204,4 @@ def _calibrate(
     except InputError:
         return None, f"{figures['absent']['calibrated']}; {figures['absent']['cross_fitted']}"
     shown = " and ".join(f"{temperature:.3f}" for temperature in temperatures)
-    return scaled, f"temperatures {shown}, each from the other half of the test set"
+    return scaled, f"temperatures {shown}, each from the other half of these images"

@@ -24,8 +24,10 @@ from mixmo_fastai.wording import (
     FIGURE,
     FIGURES,
     OF_SEVERAL_MEMBERS,
+    PART_NAMES,
     decimal,
     expectation,
+    final_figures,
     method_name,
     percent,
 )
@@ -130,7 +132,7 @@ def _lead(findings: Findings) -> str:
         f"{recipe.model.arch} on {Path(recipe.data.dataset).name}",
         f"{findings.parameters:,} parameters",
         f"{len(findings.classes)} classes",
-        f"{num_test:,} test images",
+        f"{num_test:,} test images" if num_test else "no labelled test images",
         f"{num_valid:,} validation images" if num_valid else "no validation split",
     ]
     if "images_seen" in summary:
@@ -149,10 +151,11 @@ def _duration(seconds: float) -> str:
 
 def _tiles(findings: Findings) -> list[tuple[str, str, str]]:
     """The figures that matter most: label, value, and a word beside it."""
-    test, ends = findings.figures["test"], findings.figures.get("intervals", {})
+    part, test = final_figures(findings.figures)
+    ends = findings.figures.get("intervals", {})
     expected = findings.recipe.expected
     tiles = [
-        ("Test accuracy", percent(test["accuracy"]), _interval(ends, "accuracy")),
+        (f"{PART_NAMES[part]} accuracy", percent(test["accuracy"]), _interval(ends, "accuracy")),
         (
             "Published",
             percent(expected.accuracy) if expected.accuracy is not None else "none",
@@ -161,7 +164,7 @@ def _tiles(findings: Findings) -> list[tuple[str, str, str]]:
         ("NLL", decimal(test["nll"]), _interval(ends, "nll")),
         ("ECE", percent(test["ece"]), _interval(ends, "ece")),
     ]
-    for name, how in (("calibrated", "validation split"), ("cross_fitted", "test halves")):
+    for name, how in (("calibrated", "validation split"), ("cross_fitted", "other half")):
         if found := findings.figures.get(name):
             tiles.append(("ECE, calibrated", percent(found["ece"]), f"temperature of the {how}"))
             break
@@ -183,10 +186,11 @@ def _interval(ends: Mapping[str, Sequence[float]], name: str) -> str:
 def _averages(findings: Findings) -> list[tuple[str, str, Mapping[str, Any]]]:
     """The columns of the table of figures: name, explanation, figures."""
     figures = findings.figures
-    columns = [("Test", "mean of the logits, as published", figures["test"])]
-    if found := figures.get("test_mean_probabilities"):
-        columns.append(("Test, mean p", "mean of the probabilities", found))
-    if found := figures.get("valid"):
+    part, final = final_figures(figures)
+    columns = [(PART_NAMES[part], "mean of the logits, as published", final)]
+    if found := figures.get(f"{part}_mean_probabilities"):
+        columns.append((f"{PART_NAMES[part]}, mean p", "mean of the probabilities", found))
+    if part != "valid" and (found := figures.get("valid")):
         columns.append(("Validation", "mean of the logits", found))
     return columns
 
@@ -210,15 +214,15 @@ def _figure_table(findings: Findings) -> list[tuple[Any, list[tuple[str, str]]]]
 
 def _notes(findings: Findings) -> list[str]:
     """Why some figures are not there, each reason once."""
-    test = findings.figures["test"]
+    part, test = final_figures(findings.figures)
     absent: dict[str, str] = findings.figures.get("absent", {}) | test.get("absent", {})
     if len(test["member_accuracy"]) == 1:  # the section of the members says it
-        unasked = (*OF_SEVERAL_MEMBERS, "test_mean_probabilities")
+        unasked = (*OF_SEVERAL_MEMBERS, f"{part}_mean_probabilities")
         absent = {name: reason for name, reason in absent.items() if name not in unasked}
     names = {
         "calibrated": "Calibration on the validation split",
-        "cross_fitted": "Calibration on halves of the test set",
-        "test_mean_probabilities": "Mean of the probabilities",
+        "cross_fitted": "Calibration on halves of the images",
+        f"{part}_mean_probabilities": "Mean of the probabilities",
     }
     reasons: dict[str, list[str]] = {}
     for name, reason in absent.items():
@@ -286,7 +290,7 @@ def _calibration_section(findings: Findings) -> Section:
 
 
 def _member_section(findings: Findings) -> Section:
-    test, kind = findings.figures["test"], _kind(findings)
+    (_, test), kind = final_figures(findings.figures), _kind(findings)
     if len(test["member_accuracy"]) == 1:
         return Section("members", "Members", [], "The network has one member: nothing to compare.")
     return Section(

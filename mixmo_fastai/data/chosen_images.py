@@ -1,0 +1,252 @@
+"""Which images of a folder train, validate and test, with the reasons in words."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import compress
+from pathlib import Path
+from unicodedata import normalize
+
+import torch
+
+from mixmo_fastai.data.class_folders import (
+    FilesByClass,
+    ListedPart,
+    is_labelled,
+    labelled_files,
+    list_part,
+    training_files,
+)
+from mixmo_fastai.data.layout import Places, find_places, role_of
+from mixmo_fastai.data.listing import Skipped, scan
+from mixmo_fastai.data.parts import DataParts, DrawnTest
+from mixmo_fastai.data.splits import DEFAULT_TEST_SPLIT, draw_test
+from mixmo_fastai.errors import InputError
+
+Note = tuple[str, str]
+"""A label and a text, as a line of a plan."""
+
+
+@dataclass(frozen=True)
+class ChosenImages:
+    """The files of each part, by class, in the order of the classes.
+
+    Attributes:
+        train: every class has images.
+        valid: None when the training images are split for validation.
+        test: empty when there are no labelled test images.
+        parts: to read the same images again.
+        notes: how the folder was read, and what was left out.
+    """
+
+    train: FilesByClass
+    valid: FilesByClass | None
+    test: FilesByClass
+    parts: DataParts
+    notes: tuple[Note, ...]
+
+
+def choose_images(folder: Path, test_split: float | None = None) -> ChosenImages:
+    """Find the parts of an image folder, and draw a test set if it has none.
+
+    Args:
+        folder: the image folder.
+        test_split: fraction of each class to draw; None for `DEFAULT_TEST_SPLIT` when there are
+            neither labelled test nor validation images, and for no test set otherwise.
+
+    Raises:
+        InputError: the folder does not have the form of a data set, or `test_split` was given for
+            one that has test images.
+    """
+    places, skipped = find_places(folder), Skipped()
+    listed = list_part(folder, places.train, skipped)
+    train = training_files(folder, listed, skipped)
+    notes: list[Note] = []
+    labelled: dict[str, FilesByClass] = {}
+    for role, place in (("valid", places.valid), ("test", places.test)):
+        if place is None:
+            continue
+        part = list_part(folder, place, skipped)
+        if is_labelled(folder, part, listed):
+            labelled[role] = labelled_files(part, list(train), skipped)
+            notes += _missing_classes(place, labelled[role])
+        else:
+            notes.append(_unlabelled_note(folder, role, part))
+    if "test" in labelled and test_split is not None:
+        raise InputError(
+            f"--test-split is for a folder without test images, and {folder} has {places.test}/.\n"
+            "Leave --test-split out, or move that folder elsewhere."
+        )
+    valid = labelled.get("valid")
+    if test_split is None:
+        test_split = 0.0 if labelled else DEFAULT_TEST_SPLIT
+    parts = DataParts(
+        places.train,
+        valid=places.valid if "valid" in labelled else None,
+        test=places.test if "test" in labelled else None,
+        drawn=_draw(train, test_split),
+    )
+    train, drawn = _divided(train, parts.drawn)
+    notes = [
+        *_folder_notes(folder, places, parts),
+        *notes,
+        *_skipped_notes(skipped),
+        *([("Not read", ", ".join(places.others))] if places.others else []),
+    ]
+    return ChosenImages(train, valid, labelled.get("test", drawn), parts, tuple(notes))
+
+
+def reopen_images(
+    folder: Path, parts: DataParts, classes: Sequence[str] | None = None
+) -> ChosenImages:
+    """Find the images of an earlier run again.
+
+    Args:
+        folder: the image folder.
+        parts: as the run kept them.
+        classes: of the run, in the order of its labels.
+
+    Raises:
+        InputError: a part, a class or a file of a drawn split is missing, or a class is new.
+    """
+    for place in (parts.train, parts.valid, parts.test):
+        if place is not None and not (folder / place).is_dir():
+            raise InputError(
+                f"There is no folder {folder / place}, which the run was trained with.\n"
+                "Put it back where it was."
+            )
+    skipped, notes = Skipped(), list[Note]()
+    files = training_files(folder, list_part(folder, parts.train, skipped), skipped)
+    if parts.drawn is not None:
+        notes += _check_drawn(folder, parts.drawn, files)
+    train, drawn = _divided(files, parts.drawn)
+    spelled = _spelled_as_before(folder, train, classes)
+    valid, test = (
+        labelled_files(list_part(folder, place, skipped), list(train), skipped) if place else None
+        for place in (parts.valid, parts.test)
+    )
+    return ChosenImages(
+        _renamed(train, spelled),
+        None if valid is None else _renamed(valid, spelled),
+        _renamed(drawn if test is None else test, spelled),
+        parts,
+        (*_part_notes(parts), *notes, *_skipped_notes(skipped)),
+    )
+
+
+def _draw(files: FilesByClass, fraction: float) -> DrawnTest | None:
+    """Draw a fraction of each class."""
+    if fraction == 0:
+        return None
+    counts = torch.tensor([len(own) for own in files.values()])
+    is_test = draw_test(torch.arange(len(files)).repeat_interleave(counts), fraction)
+    every = [file for own in files.values() for file in own]
+    train, test = compress(every, ~is_test), compress(every, is_test)
+    return DrawnTest(fraction, tuple(train), tuple(test))
+
+
+def _divided(files: FilesByClass, drawn: DrawnTest | None) -> tuple[FilesByClass, FilesByClass]:
+    """Divide training images into those that train and those that were drawn to test."""
+    if drawn is None:
+        return files, {}
+    train, test = frozenset(drawn.train), frozenset(drawn.test)
+    kept = {name: [file for file in own if file in train] for name, own in files.items()}
+    kept = {name: own for name, own in kept.items() if own}
+    return kept, {name: [file for file in files[name] if file in test] for name in kept}
+
+
+def _check_drawn(folder: Path, drawn: DrawnTest, files: FilesByClass) -> list[Note]:
+    """Compare a drawn split with the files that are there now."""
+    there = {file for own in files.values() for file in own}
+    known = {*drawn.train, *drawn.test}
+    if missing := sorted(known - there):
+        raise InputError(
+            f"{len(missing):,} of the run's {len(known):,} images are no longer in {folder}: "
+            f"{_few(missing)}.\nPut them back, or start a new run."
+        )
+    if new := sorted(there - known):
+        return [("Left out", f"{len(new):,} images that the run was not split with: {_few(new)}")]
+    return []
+
+
+def _spelled_as_before(
+    folder: Path, files: FilesByClass, classes: Sequence[str] | None
+) -> dict[str, str]:
+    """Map class names to a run's own spelling and order."""
+    before = {normalize("NFC", name): name for name in (files if classes is None else classes)}
+    if odd := sorted(before.keys() ^ files.keys()):
+        state = "is new" if odd[0] in files else "has no training images any more"
+        raise InputError(
+            f"The classes in {folder} are not those of the run: {odd[0]!r} {state}.\n"
+            "Put back what has changed, or start a new run."
+        )
+    return before
+
+
+def _renamed(files: FilesByClass, names: dict[str, str]) -> FilesByClass:
+    return {own: files[name] for name, own in names.items() if name in files}
+
+
+def _folder_notes(folder: Path, places: Places, parts: DataParts) -> list[Note]:
+    """Describe which folder does what, and what lies beside."""
+    notes = _part_notes(parts)
+    if role_of(folder.resolve().name) == "train" and places.train == ".":
+        parent = folder.resolve().parent
+        beside = [name for name in scan(parent, Skipped())[0] if role_of(name) in ("valid", "test")]
+        if beside:
+            notes.append(("Not used", f"{parent / beside[0]}/; give {parent} to use it"))
+    return notes
+
+
+def _part_notes(parts: DataParts) -> list[Note]:
+    """Describe which folder does what."""
+    place = f"{parts.train}/"
+    if role_of(Path(parts.train).name) is None:
+        where = "" if parts.train == "." else f" in {place}"
+        folders = f"one per class{where}, without train/ and test/"
+    else:
+        others = [
+            *(["validates"] if parts.valid is None else []),
+            *(["tests"] if parts.drawn is not None else []),
+        ]
+        folders = " and ".join([f"{place} trains", *others])
+        if parts.valid is not None:
+            folders += f", {parts.valid}/ validates (valid_split is not used)"
+        if parts.test is not None:
+            folders += f", {parts.test}/ tests"
+    notes = [("Folders", folders)]
+    if parts.drawn is not None:
+        share = f"{100 * parts.drawn.test_split:g} % of each class"
+        notes.append(("Test set", f"{share}, drawn once and kept with the run (--test-split)"))
+    elif parts.test is None:
+        reason = "no labelled test images: the final figures are those of the validation images"
+        notes.append(("Test set", f"{reason} (--test-split 0.2 sets aside a part of {place})"))
+    return notes
+
+
+def _unlabelled_note(folder: Path, role: str, part: ListedPart) -> Note:
+    """Tell what becomes of a validation or test folder without labels."""
+    label = {"valid": "Validation", "test": "Test set"}[role]
+    if not part.num_images:
+        return label, f"{part.place}/ has no images"
+    return (
+        label,
+        f"{part.place}/ has {part.num_images:,} images without labels, which are not used; "
+        f"predict them after training: mixmo predict RUN {folder / part.place}",
+    )
+
+
+def _missing_classes(place: str, files: FilesByClass) -> list[Note]:
+    missing = [name for name, own in files.items() if not own]
+    if not missing:
+        return []
+    text = f"none in {place}/ of {len(missing)} of {len(files)} classes: {_few(missing)}"
+    return [("Images", text)]
+
+
+def _skipped_notes(skipped: Skipped) -> list[Note]:
+    told = skipped.describe()
+    return [("Skipped", told)] if told else []
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")

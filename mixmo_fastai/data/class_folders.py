@@ -1,0 +1,158 @@
+"""The classes of an image folder: one folder per class, whose images may lie in folders inside.
+
+Class names are compared and shown in Unicode's composed form (NFC): macOS writes them decomposed.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from unicodedata import normalize
+
+from mixmo_fastai.data.layout import LAYOUT, role_of
+from mixmo_fastai.data.listing import EMPTY_CLASS, OUTSIDE, Skipped, images_below, scan
+from mixmo_fastai.data.tiny_imagenet import ANNOTATIONS, read_annotations
+from mixmo_fastai.errors import InputError, nearest
+
+FilesByClass = dict[str, list[str]]
+"""File names relative to the image folder, by class, both sorted."""
+
+UNLABELLED_NAMES = frozenset({"images", "imgs", "unknown", "unlabeled", "unlabelled", "all"})
+"""Names, in lower case, of the one folder that unlabelled images are put into."""
+
+
+@dataclass(frozen=True)
+class ListedPart:
+    """The images of one part.
+
+    Attributes:
+        place: its folder, relative to the image folder.
+        files: by class; a class may have none.
+        loose: images outside of class folders.
+    """
+
+    place: str
+    files: FilesByClass
+    loose: tuple[str, ...]
+
+    @property
+    def num_images(self) -> int:
+        """Images in all, with and without a class folder."""
+        return sum(map(len, self.files.values())) + len(self.loose)
+
+
+def list_part(folder: Path, place: str, skipped: Skipped) -> ListedPart:
+    """List the images of one part by class.
+
+    Args:
+        folder: the image folder.
+        place: of the part below it.
+        skipped: receives what is not an image.
+
+    Raises:
+        InputError: a folder cannot be listed.
+    """
+    if (folder / place / ANNOTATIONS).is_file() and (folder / place / "images").is_dir():
+        return _annotated_part(folder, place)
+    place, names, loose = _without_doubling(folder, place, skipped)
+    prefix = "" if place == "." else f"{place}/"
+    files: FilesByClass = {}
+    for name in sorted(names, key=lambda name: (normalize("NFC", name), name)):
+        below = images_below(folder / place / name, skipped)
+        own = files.setdefault(normalize("NFC", name), [])
+        own += [f"{prefix}{name}/{file}" for file in below]
+    return ListedPart(place, files, tuple(f"{prefix}{name}" for name in loose))
+
+
+def _without_doubling(
+    folder: Path, place: str, skipped: Skipped
+) -> tuple[str, list[str], list[str]]:
+    """Go from train/ to train/train/, if that is all it holds, and list its folders and images."""
+    names, loose = scan(folder / place, skipped)
+    role = role_of(Path(place).name)
+    while role is not None and not loose and [role_of(name) for name in names] == [role]:
+        inner, loose_inside = scan(folder / place / names[0], Skipped())
+        if not inner:
+            break
+        place, names, loose = f"{place}/{names[0]}", inner, loose_inside
+    return place, names, loose
+
+
+def _annotated_part(folder: Path, place: str) -> ListedPart:
+    """List the validation images of Tiny ImageNet, whose labels are in a file beside them."""
+    files: FilesByClass = {}
+    for name, wnid in read_annotations(folder / place / ANNOTATIONS):
+        files.setdefault(wnid, []).append(f"{place}/images/{name}")
+    return ListedPart(place, files, ())
+
+
+def training_files(folder: Path, part: ListedPart, skipped: Skipped) -> FilesByClass:
+    """Return the training images by class, without classes that have none.
+
+    Raises:
+        InputError: there are fewer than two classes.
+    """
+    root = folder / part.place
+    files = {name: own for name, own in part.files.items() if own}
+    if not files:
+        holds = f"{len(part.loose):,} images, and no class folders" if part.loose else "no images"
+        raise InputError(f"{root} has {holds}.\n{LAYOUT}")
+    if len(files) == 1:
+        raise InputError(
+            f"{root} has only one class with images, {next(iter(files))!r}.\n"
+            "Put the images of each class into a folder of its own, two classes or more."
+        )
+    _skip_loose(part, skipped)
+    for name in sorted(part.files.keys() - files.keys()):
+        skipped.add(EMPTY_CLASS, f"{name}/")
+    return files
+
+
+def is_labelled(folder: Path, part: ListedPart, train: ListedPart) -> bool:
+    """Check whether the folders of a validation or test part are classes.
+
+    Unlabelled images lie outside of any folder, or in one folder that is no class, such as
+    test/unknown/.
+
+    Raises:
+        InputError: some folders are classes and others are not, or a class has no training images.
+    """
+    known = {name for name, own in train.files.items() if own}
+    full = [name for name, own in part.files.items() if own]
+    strangers = [name for name in full if name not in known]
+    if not strangers:
+        return bool(full)
+    stranger = strangers[0]
+    near = None if _names_no_class(stranger) else nearest(stranger, known)
+    if len(full) == 1 and near is None and stranger not in train.files:
+        return False
+    root, train_root = folder / part.place, folder / train.place
+    if stranger in train.files:
+        problem = f"{root} has images of the class {stranger!r}, and {train_root} has none of it"
+        remedy = f"Add training images of {stranger!r}, or move its folder out of {part.place}/."
+    else:
+        problem = f"{root} has the class {stranger!r}, which {train_root} does not have"
+        remedy = "Rename the class folder, or move it elsewhere."
+        if near is not None:
+            remedy = f"If it is the class {near!r}, rename it; otherwise move it elsewhere."
+    if len(strangers) == len(full):
+        remedy = (
+            f"Name its folders like the classes. If its images have no labels, move {part.place}/ "
+            "elsewhere and give it to `mixmo predict` after training."
+        )
+    raise InputError(f"{problem}.\n{remedy}")
+
+
+def _names_no_class(name: str) -> bool:
+    return name.lower() in UNLABELLED_NAMES or role_of(name) is not None
+
+
+def labelled_files(part: ListedPart, classes: list[str], skipped: Skipped) -> FilesByClass:
+    """Return the images of a labelled part by class, of all classes in their order."""
+    _skip_loose(part, skipped)
+    for name in sorted(part.files.keys() - set(classes)):
+        skipped.add(EMPTY_CLASS, f"{part.place}/{name}/")
+    return {name: part.files.get(name, []) for name in classes}
+
+
+def _skip_loose(part: ListedPart, skipped: Skipped) -> None:
+    for name in part.loose:
+        skipped.add(OUTSIDE, name)

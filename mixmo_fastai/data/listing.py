@@ -1,0 +1,113 @@
+"""Image files below a folder, as torchvision and fastai list them: recursive, links followed.
+
+Skipped are hidden files and folders (.DS_Store, ._x.jpg, .ipynb_checkpoints), folders that
+operating systems leave (__MACOSX) and files that are not images (Thumbs.db).
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mixmo_fastai.data.decoding import is_image
+from mixmo_fastai.errors import InputError
+
+SYSTEM_FOLDERS = frozenset(
+    {"__macosx", "$recycle.bin", "system volume information", "@eadir", "lost+found"}
+)
+"""Folders, in lower case, that hold copies, previews or deleted files, never a data set."""
+
+HIDDEN_FILE = ("hidden file", "hidden files")
+HIDDEN_FOLDER = ("hidden or system folder", "hidden or system folders")
+OTHER_FILE = ("file that is not an image", "files that are not images")
+OUTSIDE = ("image outside of class folders", "images outside of class folders")
+EMPTY_CLASS = ("empty class folder", "empty class folders")
+NUM_EXAMPLES = 3
+
+
+@dataclass
+class Skipped:
+    """Everything that was found and not used, by kind, in the order in which it was found."""
+
+    names: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+
+    def add(self, kind: tuple[str, str], name: str) -> None:
+        """Note one file or folder.
+
+        Args:
+            kind: singular and plural, as `HIDDEN_FILE`.
+            name: of the file or folder.
+        """
+        self.names.setdefault(kind, []).append(name)
+
+    def describe(self) -> str:
+        """Return one line with counts and examples; empty when nothing was skipped."""
+        return ", ".join(
+            f"{len(names):,} {kind[len(names) > 1]} ({_examples(names)})"
+            for kind, names in self.names.items()
+        )
+
+
+def _examples(names: list[str]) -> str:
+    different = list(dict.fromkeys(names))
+    more = ", …" if len(different) > NUM_EXAMPLES else ""
+    return ", ".join(different[:NUM_EXAMPLES]) + more
+
+
+def scan(folder: Path, skipped: Skipped) -> tuple[list[str], list[str]]:
+    """List the names of the folders and of the images directly in a folder, both sorted.
+
+    A link counts as what it leads to. A link to nowhere counts as an image if it is named like
+    one, so that reading it names it.
+
+    Args:
+        folder: to list.
+        skipped: receives everything else.
+
+    Raises:
+        InputError: the folder cannot be listed.
+    """
+    folders, images = [], []
+    try:
+        with os.scandir(folder) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+    except OSError as error:
+        raise InputError(
+            f"Cannot list the folder {folder}: {error.strerror}.\nAllow reading it, or remove it."
+        ) from error
+    for entry in entries:
+        name, is_folder = entry.name, entry.is_dir()
+        if is_folder and (name.startswith(".") or name.lower() in SYSTEM_FOLDERS):
+            skipped.add(HIDDEN_FOLDER, f"{name}/")
+        elif is_folder:
+            folders.append(name)
+        elif name.startswith("."):
+            skipped.add(HIDDEN_FILE, name)
+        elif is_image(name) and (entry.is_file() or entry.is_symlink()):
+            images.append(name)
+        else:
+            skipped.add(OTHER_FILE, name)
+    return folders, images
+
+
+def images_below(folder: Path, skipped: Skipped) -> list[str]:
+    """List all images below a folder: paths relative to it, with forward slashes, sorted.
+
+    Args:
+        folder: to list, whatever its own name is.
+        skipped: receives everything else.
+
+    Raises:
+        InputError: a folder cannot be listed.
+    """
+    return sorted(_walk(folder, "", skipped, frozenset()))
+
+
+def _walk(folder: Path, prefix: str, skipped: Skipped, above: frozenset[str]) -> Iterator[str]:
+    real = os.path.realpath(folder)
+    if real in above:  # a link to a folder that holds the link
+        return
+    folders, images = scan(folder, skipped)
+    yield from (f"{prefix}{name}" for name in images)
+    for name in folders:
+        yield from _walk(folder / name, f"{prefix}{name}/", skipped, above | {real})
