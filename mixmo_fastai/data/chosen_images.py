@@ -204,11 +204,9 @@ def _part_notes(parts: DataParts) -> list[Note]:
         where = "" if parts.train == "." else f" in {place}"
         folders = f"one per class{where}, without train/ and test/"
     else:
-        others = [
-            *(["validates"] if parts.valid is None else []),
-            *(["tests"] if parts.drawn is not None else []),
-        ]
-        folders = " and ".join([f"{place} trains", *others])
+        does = ["trains", "validates"] if parts.valid is None else ["trains"]
+        does += ["tests"] if parts.drawn is not None else []
+        folders = f"{place} {' and '.join(does) if len(does) < 3 else 'trains, validates and tests'}"
         if parts.valid is not None:
             folders += f", {parts.valid}/ validates (valid_split is not used)"
         if parts.test is not None:

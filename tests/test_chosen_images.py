@@ -1,0 +1,292 @@
+import dataclasses
+import json
+from collections import Counter
+from unicodedata import normalize
+
+import pytest
+from test_layout import write
+
+from mixmo_fastai.data.chosen_images import choose_images, reopen_images
+from mixmo_fastai.data.parts import DataParts, DrawnTest, parts_before_split_json
+from mixmo_fastai.errors import InputError
+
+
+def images(place, **counts):
+    """Name images below class folders: images("train", cat=2) for two of a cat."""
+    prefix = f"{place}/" if place else ""
+    return [f"{prefix}{name}/{i}.jpg" for name, count in counts.items() for i in range(count)]
+
+
+def counts(files):
+    return {name: len(own) for name, own in files.items()}
+
+
+def note(chosen, label):
+    return "; ".join(text for found, text in chosen.notes if found == label)
+
+
+def test_a_validation_folder_validates(tmp_path):
+    for place in ("train", "valid", "test"):
+        write(tmp_path, *images(place, cat=2, dog=1))
+    chosen = choose_images(tmp_path)
+    assert chosen.train == {"cat": ["train/cat/0.jpg", "train/cat/1.jpg"], "dog": ["train/dog/0.jpg"]}
+    assert chosen.valid["dog"] == ["valid/dog/0.jpg"]
+    assert chosen.test["dog"] == ["test/dog/0.jpg"]
+    assert chosen.parts == DataParts("train", "valid", "test")
+    assert note(chosen, "Folders") == (
+        "train/ trains, valid/ validates (valid_split is not used), test/ tests"
+    )
+    assert len(chosen.notes) == 1
+
+
+def test_class_folders_alone_are_split_within_each_class(tmp_path):
+    write(tmp_path, *images("", cat=20, dog=10, eel=2, fox=1))
+    chosen = choose_images(tmp_path)
+    assert counts(chosen.test) == {"cat": 4, "dog": 2, "eel": 1, "fox": 0}
+    assert counts(chosen.train) == {"cat": 16, "dog": 8, "eel": 1, "fox": 1}
+    assert chosen.valid is None
+    for name, own in chosen.train.items():
+        assert not set(own) & set(chosen.test[name])
+        assert own == sorted(own)
+    assert chosen.parts.drawn.test_split == 0.2
+    assert "20 % of each class" in note(chosen, "Test set")
+    assert choose_images(tmp_path) == chosen
+    half = choose_images(tmp_path, 0.5)
+    assert counts(half.test) == {"cat": 10, "dog": 5, "eel": 1, "fox": 0}
+
+
+def test_the_drawn_images_are_any_of_a_class(tmp_path):
+    write(tmp_path, *images("", cat=30, dog=30))
+    test = choose_images(tmp_path).test
+    places = [[int(file.split("/")[1].split(".")[0]) for file in own] for own in test.values()]
+    assert places[0] != places[1]
+    assert all(max(own) - min(own) > len(own) for own in places)
+
+
+def test_train_alone_is_split_too(tmp_path):
+    write(tmp_path, *images("train", cat=5, dog=5))
+    chosen = choose_images(tmp_path)
+    assert counts(chosen.test) == {"cat": 1, "dog": 1}
+    assert chosen.parts.train == "train"
+    assert note(chosen, "Folders") == "train/ trains, validates and tests"
+
+
+def test_beside_a_validation_folder_a_test_set_is_drawn_on_request_only(tmp_path):
+    write(tmp_path, *images("train", cat=5, dog=5), *images("val", cat=1, dog=1))
+    chosen = choose_images(tmp_path)
+    assert chosen.test == {}
+    assert "final figures are those of the validation images" in note(chosen, "Test set")
+    assert "--test-split 0.2" in note(chosen, "Test set")
+    chosen = choose_images(tmp_path, 0.4)
+    assert counts(chosen.test) == {"cat": 2, "dog": 2}
+    assert counts(chosen.train) == {"cat": 3, "dog": 3}
+    assert counts(chosen.valid) == {"cat": 1, "dog": 1}
+
+
+def test_no_second_test_set_is_drawn(tmp_path):
+    write(tmp_path, *images("train", cat=5, dog=5), *images("test", cat=1, dog=1))
+    with pytest.raises(InputError, match=r"--test-split is for .* has test/"):
+        choose_images(tmp_path, 0.2)
+
+
+UNLABELLED = {
+    "loose": ["test/1.jpg", "test/2.jpg"],
+    "in a folder": ["test/unknown/1.jpg", "test/unknown/2.jpg"],
+    "in images": ["test/images/1.jpg", "test/images/2.jpg"],
+    "doubled": ["test/test/1.jpg", "test/test/2.jpg"],
+}
+
+
+@pytest.mark.parametrize("case", UNLABELLED)
+@pytest.mark.parametrize("place", ["train", "valid"])
+def test_unlabelled_test_images_are_left_to_predict(tmp_path, case, place):
+    """With a validation folder nothing more is needed; without one, a test set is drawn."""
+    write(tmp_path, *images("train", cat=5, dog=5), *UNLABELLED[case])
+    write(tmp_path, *images(place, cat=5, dog=5))
+    chosen = choose_images(tmp_path)
+    told = note(chosen, "Test set")
+    assert "test/ has 2 images without labels" in told
+    assert f"mixmo predict RUN {tmp_path / 'test'}" in told
+    assert counts(chosen.test) == ({"cat": 1, "dog": 1} if place == "train" else {})
+    assert (chosen.valid is None) == (place == "train")
+
+
+def test_an_empty_test_folder_is_told(tmp_path):
+    write(tmp_path, *images("train", cat=5, dog=5), *images("valid", cat=1, dog=1), "test/cat/")
+    assert "test/ has no images" in note(choose_images(tmp_path), "Test set")
+
+
+def test_a_class_may_lack_test_images(tmp_path):
+    write(tmp_path, *images("train", cat=2, dog=2, eel=2), *images("test", cat=1, eel=1))
+    (tmp_path / "test" / "dog").mkdir()
+    chosen = choose_images(tmp_path)
+    assert list(chosen.train) == list(chosen.test) == ["cat", "dog", "eel"]
+    assert counts(chosen.test) == {"cat": 1, "dog": 0, "eel": 1}
+    assert note(chosen, "Images") == "none in test/ of 1 of 3 classes: dog"
+
+
+def test_an_empty_class_is_skipped(tmp_path):
+    write(tmp_path, *images("train", cat=2, dog=2), *images("test", cat=1), "train/eel/", "test/eel/")
+    chosen = choose_images(tmp_path)
+    assert list(chosen.train) == ["cat", "dog"]
+    assert note(chosen, "Skipped") == "2 empty class folders (eel/, test/eel/)"
+
+
+def test_images_outside_of_classes_are_counted(tmp_path):
+    write(tmp_path, *images("train", cat=2, dog=2), *images("test", cat=1), "train/x.jpg", "test/y.jpg")
+    told = note(choose_images(tmp_path), "Skipped")
+    assert told == "2 images outside of class folders (train/x.jpg, test/y.jpg)"
+
+
+def test_images_lie_at_any_depth_of_a_class(tmp_path):
+    write(tmp_path, "cat/1.jpg", "cat/old/2.jpg", "cat/old/older/3.jpg", "dog/images/1.jpg")
+    chosen = choose_images(tmp_path, 0)
+    assert chosen.train == {
+        "cat": ["cat/1.jpg", "cat/old/2.jpg", "cat/old/older/3.jpg"],
+        "dog": ["dog/images/1.jpg"],
+    }
+
+
+def test_composed_and_decomposed_names_are_one_class(tmp_path):
+    composed, decomposed = normalize("NFC", "niño"), normalize("NFD", "niño")
+    write(tmp_path, f"train/{decomposed}/1.jpg", "train/oso/1.jpg", f"test/{composed}/1.jpg")
+    chosen = choose_images(tmp_path)
+    assert list(chosen.train) == [composed, "oso"]
+    assert chosen.train[composed] == [f"train/{decomposed}/1.jpg"]
+    assert chosen.test[composed] == [f"test/{composed}/1.jpg"]
+
+
+def test_a_folder_inside_a_part_of_the_same_name_is_read_through(tmp_path):
+    write(tmp_path, *images("train/train", cat=2, dog=2), *images("test/test", cat=1, dog=1))
+    chosen = choose_images(tmp_path)
+    assert chosen.train["cat"] == ["train/train/cat/0.jpg", "train/train/cat/1.jpg"]
+    assert chosen.test["dog"] == ["test/test/dog/0.jpg"]
+
+
+def test_the_official_labels_of_tiny_imagenet_are_read(tmp_path):
+    write(tmp_path, "train/n1/images/1.jpg", "train/n2/images/1.jpg", "val/images/a.jpg")
+    write(tmp_path, "val/images/b.jpg", "test/images/c.jpg")
+    (tmp_path / "val" / "val_annotations.txt").write_text("a.jpg\tn2\t0\t0\t9\t9\nb.jpg\tn1\t0\n")
+    chosen = choose_images(tmp_path)
+    assert chosen.valid == {"n1": ["val/images/b.jpg"], "n2": ["val/images/a.jpg"]}
+
+
+def test_the_folder_above_is_named_when_train_itself_is_given(tmp_path):
+    write(tmp_path, *images("train", cat=5, dog=5), *images("test", cat=1, dog=1))
+    chosen = choose_images(tmp_path / "train")
+    assert note(chosen, "Not used") == f"{tmp_path / 'test'}/; give {tmp_path} to use it"
+
+
+REFUSED = {
+    "new class": (images("test", cat=1, fox=1), ("class 'fox', which", "move it elsewhere")),
+    "misspelt": (images("test", cat=1, dogs=1), ("If it is the class 'dog'", "rename it")),
+    "capital": (images("test", Cat=1), ("the class 'Cat'", "no labels", "mixmo predict")),
+    "others": (images("test", katze=1, hund=1), ("'hund'", "no labels", "mixmo predict")),
+    "untrained": (
+        [*images("test", cat=1, eel=1), "train/eel/"],
+        ("test has images of the class 'eel'", "train has none", "Add training images"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_labels_that_do_not_fit_are_named(tmp_path, case):
+    names, told = REFUSED[case]
+    write(tmp_path, *images("train", cat=2, dog=2), *names)
+    with pytest.raises(InputError) as caught:
+        choose_images(tmp_path)
+    assert all(part in str(caught.value) for part in told)
+    assert "elete" not in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def kept(chosen):
+    """Take the parts through JSON, as a run keeps them."""
+    values = json.loads(json.dumps(dataclasses.asdict(chosen.parts)))
+    return DataParts.from_mapping(values, "split.json")
+
+
+def test_a_drawn_split_stays_when_images_come(tmp_path):
+    write(tmp_path, *images("", cat=10, dog=10))
+    before = choose_images(tmp_path)
+    write(tmp_path, "cat/new.jpg", "eel/0.jpg", "eel/1.jpg")
+    after = reopen_images(tmp_path, kept(before), ("cat", "dog"))
+    assert (after.train, after.test, after.parts) == (before.train, before.test, before.parts)
+    assert note(after, "Left out").startswith("3 images")
+    assert counts(choose_images(tmp_path).train) == {"cat": 9, "dog": 8, "eel": 1}
+
+
+def test_a_lost_image_of_a_drawn_split_is_named(tmp_path):
+    write(tmp_path, *images("", cat=10, dog=10))
+    before = choose_images(tmp_path)
+    (tmp_path / before.test["dog"][0]).unlink()
+    with pytest.raises(InputError, match=f"1 of the run's 20 images .*{before.test['dog'][0]}"):
+        reopen_images(tmp_path, kept(before), ("cat", "dog"))
+
+
+def test_parts_stay_when_folders_come(tmp_path):
+    write(tmp_path, *images("train", cat=5, dog=5), *images("valid", cat=1, dog=1))
+    before = choose_images(tmp_path)
+    write(tmp_path, *images("test", cat=1, dog=1))
+    after = reopen_images(tmp_path, kept(before))
+    assert after == before
+    assert choose_images(tmp_path).test != before.test
+
+
+def test_a_missing_part_is_named(tmp_path):
+    write(tmp_path, *images("train", cat=5, dog=5), *images("valid", cat=1, dog=1))
+    before = choose_images(tmp_path)
+    (tmp_path / "valid").rename(tmp_path / "away")
+    with pytest.raises(InputError, match=r"no folder .*valid, which the run"):
+        reopen_images(tmp_path, kept(before))
+
+
+@pytest.mark.parametrize("odd", ["eel", "dog"])
+def test_other_classes_than_the_run_has_are_named(tmp_path, odd):
+    write(tmp_path, *images("train", cat=5, dog=5, eel=5))
+    (tmp_path / "test").mkdir()
+    parts, classes = DataParts("train"), [name for name in ("cat", "dog", "eel") if name != odd]
+    with pytest.raises(InputError, match=f"{odd!r} is new"):
+        reopen_images(tmp_path, parts, classes)
+    (tmp_path / "train" / odd).rename(tmp_path / "away")
+    with pytest.raises(InputError, match=f"{odd!r} has no training images any more"):
+        reopen_images(tmp_path, parts, ("cat", "dog", "eel"))
+
+
+def test_a_run_keeps_its_spelling_and_order_of_classes(tmp_path):
+    decomposed = normalize("NFD", "ñu")
+    write(tmp_path, f"train/{decomposed}/1.jpg", "train/oso/1.jpg", "train/o/1.jpg")
+    chosen = reopen_images(tmp_path, DataParts("train"), ("o", decomposed, "oso"))
+    assert list(chosen.train) == ["o", decomposed, "oso"]
+
+
+@pytest.mark.parametrize(
+    ("folders", "test"),
+    [(("test", "val"), "test"), (("val", "valid"), "val"), (("valid",), "valid"), ((), None)],
+)
+def test_runs_of_version_0_1_0_tested_on_the_first_of_three(tmp_path, folders, test):
+    for name in folders:
+        (tmp_path / name).mkdir()
+    assert parts_before_split_json(tmp_path) == DataParts("train", test=test)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"train": "train", "valid": None, "test": None},
+        {"train": "train", "valid": None, "test": None, "drawn": {"test_split": "x"}},
+        {"train": "train", "valid": None, "test": None, "drawn": 3},
+    ],
+)
+def test_a_damaged_split_is_refused(values):
+    with pytest.raises(InputError, match=r"split\.json is damaged"):
+        DataParts.from_mapping(values, "split.json")
+
+
+def test_every_image_of_a_drawn_split_is_kept_once(tmp_path):
+    write(tmp_path, *images("", cat=7, dog=4))
+    drawn = choose_images(tmp_path, 0.3).parts.drawn
+    assert isinstance(drawn, DrawnTest)
+    assert set(Counter([*drawn.train, *drawn.test]).values()) == {1}
+    assert len(drawn.train) + len(drawn.test) == 11

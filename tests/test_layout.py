@@ -1,0 +1,111 @@
+import pytest
+
+from mixmo_fastai.data.layout import Places, find_places, role_of, unseen_part
+from mixmo_fastai.errors import InputError
+
+
+def write(root, *names):
+    """Make empty images, and folders for names that end in a slash."""
+    for name in names:
+        path = root / name
+        (path if name.endswith("/") else path.parent).mkdir(parents=True, exist_ok=True)
+        if not name.endswith("/"):
+            path.touch()
+    return root
+
+
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [
+        *((name, "train") for name in ("train", "Training", "TRAIN", "train_set", "training-data")),
+        *((name, "valid") for name in ("val", "valid", "Validation", "val_images", "validset")),
+        *((name, "test") for name in ("test", "TEST", "Testing", "test set")),
+        *((name, None) for name in ("trains", "cat", "seg_train", "valley", "test2", "tests", "")),
+    ],
+)
+def test_parts_have_several_names_in_any_case(name, role):
+    assert role_of(name) == role
+
+
+PARTS = {
+    "train, valid, test": (("train", "valid", "test"), Places("train", "valid", "test")),
+    "training, testing": (("Training", "Testing"), Places("Training", None, "Testing")),
+    "capitals": (("TRAIN", "VAL"), Places("TRAIN", "VAL")),
+    "no test": (("train", "validation"), Places("train", "validation")),
+    "train alone": (("train",), Places("train")),
+}
+
+
+@pytest.mark.parametrize("case", PARTS)
+def test_parts_are_found(tmp_path, case):
+    names, places = PARTS[case]
+    write(tmp_path, *(f"{name}/{label}/1.jpg" for name in names for label in ("cat", "dog")))
+    assert find_places(tmp_path) == places
+
+
+def test_without_parts_the_folders_are_classes(tmp_path):
+    write(tmp_path, "cat/1.jpg", "dog/1.jpg", "README.txt")
+    assert find_places(tmp_path) == Places(".")
+
+
+@pytest.mark.parametrize("classes", [("bus", "train"), ("train station", "bus"), ("bullet train",)])
+def test_a_class_may_be_named_like_a_part(tmp_path, classes):
+    write(tmp_path, *(f"{name}/1.jpg" for name in (*classes, "car")))
+    assert find_places(tmp_path) == Places(".")
+
+
+def test_other_folders_beside_the_parts_are_told(tmp_path):
+    write(tmp_path, "train/cat/1.jpg", "test/cat/1.jpg", "masks/1.jpg", "__MACOSX/x")
+    assert find_places(tmp_path).others == ("masks/",)
+
+
+@pytest.mark.parametrize(
+    ("names", "places"),
+    [
+        (("x/cat/1.jpg", "x/dog/1.jpg"), Places("x")),
+        (("x/x/train/cat/1.jpg", "x/x/test/cat/1.jpg"), Places("x/x/train", None, "x/x/test")),
+        (("x/train/cat/1.jpg", "__MACOSX/x/._1.jpg", "LICENSE"), Places("x/train")),
+    ],
+)
+def test_a_doubled_extraction_is_read_through(tmp_path, names, places):
+    assert find_places(write(tmp_path, *names)) == places
+
+
+def test_an_empty_folder_does_not_compete(tmp_path):
+    write(tmp_path, "train/cat/1.jpg", "val/", "valid/cat/1.jpg")
+    assert find_places(tmp_path).valid == "valid"
+
+
+REFUSED = {
+    "both": (("train/a/1.jpg", "val/a/1.jpg", "valid/a/1.jpg"), ("val/ and valid/", "validation")),
+    "two tests": (("train/a/1.jpg", "test/a/1.jpg", "Testing/a/1.jpg"), ("Testing/ and test/",)),
+    "misspelt": (("trian/a/1.jpg", "test/a/1.jpg"), ("no train/", "rename trian/ to train/")),
+    "prefixed": (
+        ("seg_train/a/1.jpg", "seg_test/a/1.jpg", "seg_pred/1.jpg"),
+        ("no train/", "seg_train/ to train/", "seg_test/ to test/"),
+    ),
+    "numbered": (("train2017/a/1.jpg", "val2017/a/1.jpg"), ("train2017/ to train/", "val2017/")),
+    "test alone": (("test/a/1.jpg",), ("no train/", "It has test/")),
+    "classes beside test": (("cat/1.jpg", "test/1.jpg"), ("no train/", "test/, cat/")),
+    "images alone": (("1.jpg", "2.jpg"), ("2 images and no folders", "one folder per class")),
+    "nothing": ((), ("is empty",)),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_a_data_set_is_named(tmp_path, case):
+    names, told = REFUSED[case]
+    with pytest.raises(InputError) as caught:
+        find_places(write(tmp_path, *names))
+    message = str(caught.value)
+    assert all(part in message for part in (*told, str(tmp_path)))
+    assert "elete" not in message
+    assert 2 <= len(message.splitlines()) <= 3
+
+
+def test_unseen_images_are_those_of_the_test_part(tmp_path):
+    write(tmp_path, "train/a/1.jpg", "Validation/a/1.jpg")
+    assert unseen_part(tmp_path) == tmp_path / "Validation"
+    write(tmp_path, "TEST/a/1.jpg")
+    assert unseen_part(tmp_path) == tmp_path / "TEST"
+    assert unseen_part(tmp_path / "TEST") == tmp_path / "TEST"

@@ -1,0 +1,87 @@
+import unicodedata
+
+import pytest
+
+from mixmo_fastai.data.listing import Skipped, images_below, scan
+from mixmo_fastai.errors import InputError
+
+JUNK = (
+    "._a.jpg",
+    ".DS_Store",
+    "Thumbs.db",
+    "desktop.ini",
+    ".ipynb_checkpoints/a-checkpoint.jpg",
+    "__MACOSX/._a.jpg",
+    "__MACOSX/b.jpg",
+    "inner/@eaDir/thumbnail.jpg",
+    "notes.txt",
+)
+
+
+def write(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    return root
+
+
+def test_images_below_a_folder_are_listed_without_what_systems_leave(tmp_path):
+    write(tmp_path, *JUNK, "b.JPG", "a.jpg", "inner/c.png", "inner/deeper/d.png")
+    skipped = Skipped()
+    assert images_below(tmp_path, skipped) == ["a.jpg", "b.JPG", "inner/c.png", "inner/deeper/d.png"]
+    assert skipped.describe() == (
+        "2 hidden files (.DS_Store, ._a.jpg), "
+        "3 hidden or system folders (.ipynb_checkpoints/, __MACOSX/, @eaDir/), "
+        "3 files that are not images (Thumbs.db, desktop.ini, notes.txt)"
+    )
+
+
+def test_nothing_skipped_is_not_described(tmp_path):
+    skipped = Skipped()
+    images_below(write(tmp_path, "a.jpg"), skipped)
+    assert skipped.describe() == ""
+
+
+def test_of_many_skipped_files_three_are_named(tmp_path):
+    skipped = Skipped()
+    images_below(write(tmp_path, *(f"{number}.txt" for number in range(5))), skipped)
+    assert skipped.describe() == "5 files that are not images (0.txt, 1.txt, 2.txt, …)"
+
+
+def test_one_name_in_many_folders_is_named_once(tmp_path):
+    skipped = Skipped()
+    images_below(write(tmp_path, "a/Thumbs.db", "b/Thumbs.db"), skipped)
+    assert skipped.describe() == "2 files that are not images (Thumbs.db)"
+
+
+def test_links_are_followed_and_end_where_they_meet_themselves(tmp_path):
+    root = write(tmp_path / "root", "a.jpg")
+    elsewhere = write(tmp_path / "elsewhere", "b.jpg")
+    (root / "link").symlink_to(elsewhere)
+    (root / "again").symlink_to(elsewhere)
+    (root / "loop").symlink_to(root)
+    assert images_below(root, Skipped()) == ["a.jpg", "again/b.jpg", "link/b.jpg"]
+
+
+def test_the_folder_that_is_given_may_be_hidden(tmp_path):
+    root = write(tmp_path / ".cache" / ".images", "a.jpg")
+    assert images_below(root, Skipped()) == ["a.jpg"]
+
+
+def test_folders_and_images_are_sorted(tmp_path):
+    write(tmp_path, "b/x.jpg", "a/x.jpg", "2.png", "1.png")
+    assert scan(tmp_path, Skipped()) == (["a", "b"], ["1.png", "2.png"])
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+    def refuse(folder):
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr("mixmo_fastai.data.listing.os.scandir", refuse)
+    with pytest.raises(InputError, match=f"{tmp_path.name}: Permission denied"):
+        images_below(tmp_path, Skipped())
+
+
+def test_names_stay_as_they_are_on_the_disk(tmp_path):
+    name = unicodedata.normalize("NFD", "é.jpg")
+    assert images_below(write(tmp_path, name), Skipped()) == [name]
