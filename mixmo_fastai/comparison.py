@@ -108,8 +108,8 @@ def _check_same_test_set(runs: Sequence[RunFolder]) -> None:
                 )
         if _final_images(run) != _final_images(runs[0]):
             raise InputError(
-                f"{run.path} was tested on other images of {first.dataset} than {runs[0].path}; see "
-                "split.json in both.\nOnly runs with the same test images can be compared."
+                f"{run.path} was tested on other images of {first.dataset} than {runs[0].path}; "
+                "see split.json in both.\nOnly runs with the same test images can be compared."
             )
 
 

@@ -29,7 +29,10 @@ def test_a_validation_folder_validates(tmp_path):
     for place in ("train", "valid", "test"):
         write(tmp_path, *images(place, cat=2, dog=1))
     chosen = choose_images(tmp_path)
-    assert chosen.train == {"cat": ["train/cat/0.jpg", "train/cat/1.jpg"], "dog": ["train/dog/0.jpg"]}
+    assert chosen.train == {
+        "cat": ["train/cat/0.jpg", "train/cat/1.jpg"],
+        "dog": ["train/dog/0.jpg"],
+    }
     assert chosen.valid["dog"] == ["valid/dog/0.jpg"]
     assert chosen.test["dog"] == ["test/dog/0.jpg"]
     assert chosen.parts == DataParts("train", "valid", "test")
@@ -126,14 +129,22 @@ def test_a_class_may_lack_test_images(tmp_path):
 
 
 def test_an_empty_class_is_skipped(tmp_path):
-    write(tmp_path, *images("train", cat=2, dog=2), *images("test", cat=1), "train/eel/", "test/eel/")
+    write(
+        tmp_path, *images("train", cat=2, dog=2), *images("test", cat=1), "train/eel/", "test/eel/"
+    )
     chosen = choose_images(tmp_path)
     assert list(chosen.train) == ["cat", "dog"]
     assert note(chosen, "Skipped") == "2 empty class folders (eel/, test/eel/)"
 
 
 def test_images_outside_of_classes_are_counted(tmp_path):
-    write(tmp_path, *images("train", cat=2, dog=2), *images("test", cat=1), "train/x.jpg", "test/y.jpg")
+    write(
+        tmp_path,
+        *images("train", cat=2, dog=2),
+        *images("test", cat=1),
+        "train/x.jpg",
+        "test/y.jpg",
+    )
     told = note(choose_images(tmp_path), "Skipped")
     assert told == "2 images outside of class folders (train/x.jpg, test/y.jpg)"
 

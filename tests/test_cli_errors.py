@@ -1,4 +1,5 @@
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ HINT = "--help` lists what there is"
 # arguments, then what the message must say: what is wrong, and what to do
 NAMES = [
     ("fit cifra10", "data set 'cifra10'", "Did you mean 'cifar10'"),
-    ("fit ./none", "no folder './none'", "Give a folder with train/"),
+    ("fit ./none", "no folder './none'", "one folder per class"),
     ("fit file", "no folder 'file'", "or one of: digits"),
     ("fit --arch wrn28_1o", "architecture 'wrn28_1o'", "Did you mean 'wrn28_10'"),
     ("fit --arch wrn29_10", "6n+4", "Nearest: wrn28_10 or wrn34_10"),
@@ -115,12 +116,16 @@ PLACES = [
     ("fit --resume trained --out other", "takes every setting", "leave the others out"),
 ]
 FOLDERS = [
-    ("fit {folders}/one-class", "has only one class, 'cat'", "two classes or more"),
-    ("fit {folders}/empty", "has no folder train/", "An image folder holds"),
-    ("fit {folders}/no-images", "has no images", "Put images"),
-    ("fit {folders}/no-test", "neither test/ nor val/", "An image folder holds"),
-    ("fit {folders}/other-classes", "class 'fish'", "same classes"),
-    ("fit {folders}/loose", "outside of class folders, such as stray.png", "Move each"),
+    ("fit {folders}/one-class", "only one class with images, 'cat'", "two classes or more"),
+    ("fit {folders}/empty", "is empty: it has no class folders", "An image folder holds"),
+    ("fit {folders}/no-images", "only one class with images, 'cat'", "two classes or more"),
+    ("fit {folders}/no-test", "has no test/, but tset/", "rename it to test/"),
+    ("fit {folders}/other-classes", "class 'fish'", "Rename the class folder"),
+    ("fit {folders}/two-valid", "val/ and valid/", "Rename or move"),
+    ("fit {folders}/own-test --test-split 0.2", "--test-split is for", "Leave --test-split out"),
+    ("fit digits --test-split 0.2", "'digits' has a test set", "Leave --test-split out"),
+    ("fit --test-split 1", "--test-split is 1", "at most 0.9"),
+    ("fit {folders}/bare --test-split 0 --valid-split 0", "nothing would be evaluated", "Set some"),
     ("fit {folders}/undecodable --batch-size 8", "002.png", "Replace it"),
     ("lr-find {folders}/undecodable --batch-size 8", "002.png", "Replace it"),
 ]
@@ -198,8 +203,11 @@ def folders(tmp_path_factory):
     write_image_folder(root / "no-test", test_name="tset")
     write_image_folder(root / "other-classes")
     (root / "other-classes/test/dog").rename(root / "other-classes/test/fish")
-    write_image_folder(root / "loose")
-    (root / "loose/train/cat/000.png").rename(root / "loose/train/stray.png")
+    for name in ("val", "valid"):
+        write_image_folder(root / "two-valid", test_name=name)
+    write_image_folder(root / "own-test")
+    write_image_folder(root / "bare", num_train=20)
+    shutil.rmtree(root / "bare/test")
     write_image_folder(root / "undecodable")
     (root / "undecodable/train/dog/002.png").write_bytes(b"no image")
     return root

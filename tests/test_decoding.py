@@ -186,5 +186,3 @@ def test_no_paths_give_no_batches():
 )
 def test_images_are_told_by_their_names(name, expected):
     assert is_image(name) is expected
-
-

@@ -283,7 +283,7 @@ class TestParts:
         labels = torch.full((120,), 2)
         found = evaluate_parts((logits, labels), (logits, labels))
         assert set(found["absent"]) == {"calibrated", "cross_fitted"}
-        assert "every image of one half of the test set" in found["absent"]["cross_fitted"]
+        assert "every image of one half is right" in found["absent"]["cross_fitted"]
         assert "nan" not in json.dumps(found).lower()
 
 
@@ -308,7 +308,7 @@ class TestCalibratedFigures:
         assert figures["calibrated"]["nll"] != figures["test"]["nll"]
 
     @pytest.mark.parametrize(
-        ("num_valid", "margin", "reason"), [(10, 1.0, "10 images"), (60, 90.0, "right")]
+        ("num_valid", "margin", "reason"), [(10, 1.0, "10 validation images"), (60, 90.0, "right")]
     )
     def test_they_are_absent_with_a_reason(self, num_valid, margin, reason):
         figures = self.figures(num_valid, margin)

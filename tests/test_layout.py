@@ -85,6 +85,8 @@ REFUSED = {
         ("no train/", "seg_train/ to train/", "seg_test/ to test/"),
     ),
     "numbered": (("train2017/a/1.jpg", "val2017/a/1.jpg"), ("train2017/ to train/", "val2017/")),
+    "test misspelt": (("train/a/1.jpg", "tset/a/1.jpg"), ("no test/, but tset/", "rename it")),
+    "valid numbered": (("train/a/1.jpg", "test/a/1.jpg", "val2/1.jpg"), ("val2/", "rename it")),
     "test alone": (("test/a/1.jpg",), ("no train/", "It has test/")),
     "classes beside test": (("cat/1.jpg", "test/1.jpg"), ("no train/", "test/, cat/")),
     "images alone": (("1.jpg", "2.jpg"), ("2 images and no folders", "one folder per class")),

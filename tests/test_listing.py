@@ -28,7 +28,12 @@ def write(root, *names):
 def test_images_below_a_folder_are_listed_without_what_systems_leave(tmp_path):
     write(tmp_path, *JUNK, "b.JPG", "a.jpg", "inner/c.png", "inner/deeper/d.png")
     skipped = Skipped()
-    assert images_below(tmp_path, skipped) == ["a.jpg", "b.JPG", "inner/c.png", "inner/deeper/d.png"]
+    assert images_below(tmp_path, skipped) == [
+        "a.jpg",
+        "b.JPG",
+        "inner/c.png",
+        "inner/deeper/d.png",
+    ]
     assert skipped.describe() == (
         "2 hidden files (.DS_Store, ._a.jpg), "
         "3 hidden or system folders (.ipynb_checkpoints/, __MACOSX/, @eaDir/), "

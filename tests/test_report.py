@@ -198,7 +198,7 @@ def test_a_perfect_network_without_history_has_a_report(tmp_path, images, monkey
         "The run has no history.csv",
         "No temperature",
         "No image is taken for another class",
-        "None: every test image is right",
+        "None: every image is right",
         "The run has no environment.json",
         "Failure AUROC: none",
     ):

@@ -68,8 +68,9 @@ def fit(
     """
     settings = opt.flags(
         arch=arch, mix=mix, msda=msda, members=members, valid_split=valid_split,
-        test_split=test_split, limit=limit, epochs=epochs, batch_size=batch_size, repeat=repeat, lr=lr, seed=seed, device=device,
-        precision=precision, memory_format=memory_format, compiled=compiled, threads=threads,
+        test_split=test_split, limit=limit, epochs=epochs, batch_size=batch_size,
+        repeat=repeat, lr=lr, seed=seed, device=device, precision=precision,
+        memory_format=memory_format, compiled=compiled, threads=threads,
     )  # fmt: skip
     output = Output(as_json=as_json, quiet=quiet)
     loggers = () if logger is None else parse_loggers(logger)

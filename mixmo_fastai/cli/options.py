@@ -12,8 +12,8 @@ DATA, NETWORK, TRAINING, OUTPUT = "Data", "Method and network", "Training", "Out
 Dataset = Annotated[
     str | None,
     typer.Argument(
-        help="digits, cifar10, cifar100, tinyimagenet, or a folder of images: one folder per class, "
-        "with or without train/, valid/ and test/. Default: digits.",
+        help="digits, cifar10, cifar100, tinyimagenet, or a folder of images: one folder per "
+        "class, with or without train/, valid/ and test/. Default: digits.",
         show_default=False,
     ),
 ]

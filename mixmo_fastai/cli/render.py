@@ -115,7 +115,8 @@ def figure_lines(figures: Mapping[str, Any], recipe: Recipe) -> list[str]:
     if "selected_epoch" in figures:
         epochs = figures["selected_epoch"]
         shown = ", ".join(map(str, epochs)) if isinstance(epochs, list) else epochs
-        rows.append(("Kept weights", f"epoch {shown}, best on the validation split"))
+        where = "the validation split" if part == "test" else "these images, which flatters them"
+        rows.append(("Kept weights", f"epoch {shown}, best on {where}"))
     if recipe.expected.accuracy is not None:
         rows.append(("Published", expectation(recipe)))
     return align([*rows, *_figure_rows(figures, num_members)])

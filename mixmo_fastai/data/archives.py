@@ -105,9 +105,9 @@ class Unpacked:
     def _damaged(self, what: str) -> InputError:
         archive, there = self.archive, self._names_there()
         return InputError(
-            f"Data set {archive.dataset!r} is damaged: {what} in {self.folder}, which has {there}.\n"
-            f"Rename that folder and run again: it is then made from {archive.file_name}, which is "
-            "downloaded if it is not there."
+            f"Data set {archive.dataset!r} is damaged: {what} in {self.folder}, which has {there}."
+            f"\nRename that folder and run again: it is then made from {archive.file_name}, which "
+            "is downloaded if it is not there."
         )
 
     def _names_there(self) -> str:

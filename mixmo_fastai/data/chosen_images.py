@@ -108,6 +108,8 @@ def reopen_images(
     Raises:
         InputError: a part, a class or a file of a drawn split is missing, or a class is new.
     """
+    if not folder.is_dir():
+        raise InputError(f"Image folder {folder} does not exist.\nPut it back where it was.")
     for place in (parts.train, parts.valid, parts.test):
         if place is not None and not (folder / place).is_dir():
             raise InputError(
@@ -206,7 +208,9 @@ def _part_notes(parts: DataParts) -> list[Note]:
     else:
         does = ["trains", "validates"] if parts.valid is None else ["trains"]
         does += ["tests"] if parts.drawn is not None else []
-        folders = f"{place} {' and '.join(does) if len(does) < 3 else 'trains, validates and tests'}"
+        folders = (
+            f"{place} {' and '.join(does) if len(does) < 3 else 'trains, validates and tests'}"
+        )
         if parts.valid is not None:
             folders += f", {parts.valid}/ validates (valid_split is not used)"
         if parts.test is not None:

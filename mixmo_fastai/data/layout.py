@@ -60,6 +60,7 @@ def find_places(folder: Path) -> Places:
     if "train" not in roles:
         _refuse_missing_train(root, folders, roles)
     elif not _is_class(root, folders, roles):
+        _refuse_misspelt(root, folders, roles)
         others = tuple(f"{name}/" for name in folders if name not in roles.values())
         parts = {role: _joined(inner, name) for role, name in roles.items()}
         return Places(parts["train"], parts.get("valid"), parts.get("test"), others)
@@ -148,6 +149,19 @@ def _refuse_missing_train(root: Path, folders: list[str], roles: dict[str, str])
         )
         advice = f"If that is what they hold, rename {renamed}."
     raise InputError(f"Image folder {root} has no train/. It has {there}.\n{advice}")
+
+
+def _refuse_misspelt(root: Path, folders: list[str], roles: dict[str, str]) -> None:
+    """Refuse a folder that is probably the validation or test part, under another name."""
+    rest = [name for name in folders if name not in roles.values()]
+    for role in ("test", "valid"):
+        near = [name for name in rest if _is_like(name, role) or nearest(name, WORDS[role])]
+        if role not in roles and near:
+            raise InputError(
+                f"Image folder {root} has no {role}/, but {near[0]}/.\n"
+                f"If that is the {_PARTS[role]} part, rename it to {role}/; otherwise move it "
+                "elsewhere."
+            )
 
 
 def _is_like(name: str, role: str) -> bool:
