@@ -8,9 +8,7 @@ from datasets import write_image_folder
 
 from mixmo_fastai.cli import run as program
 from mixmo_fastai.recipe import load_recipe
-from mixmo_fastai.resolve import resolve_recipe
-from mixmo_fastai.runs import create_run, open_run
-from mixmo_fastai.training import prepare
+from mixmo_fastai.runs import open_run
 
 TINY = (
     "--arch",
@@ -72,21 +70,17 @@ def test_a_drawn_test_set_is_that_of_every_command(tmp_path, capsys):
 
 def test_a_run_on_a_drawn_split_is_resumed_when_images_have_come(tmp_path, capsys):
     folder = classes_alone(tmp_path)
-    recipe = resolve_recipe(
-        str(folder), None, {"model.arch": "wrn10_1"}, ["train.epochs=2", "train.batch_size=8"]
-    )
-    training = prepare(recipe)
-    run = create_run(training.recipe, tmp_path / "run")
-    begun = fit(folder, tmp_path / "begun", "--test-split", "0.3")
-    shutil.copytree(begun.path, run.path, dirs_exist_ok=True)
-    (run.path / "metrics.json").unlink()
+    run = fit(folder, tmp_path / "run", "--test-split", "0.3")
+    figures = run.metrics()
+    for name in ("metrics.json", "model.safetensors"):
+        (run.path / name).unlink()
     shutil.copy(folder / "cat" / "000.png", folder / "cat" / "zzz.png")
     capsys.readouterr()
     assert program(["fit", "--resume", str(run.path)]) == 0
     out = capsys.readouterr().out
-    assert "1 of 1 epochs" in out
-    assert "1 images that the run was not split with: cat/zzz.png" in out
-    assert run.metrics()["test"] == begun.metrics()["test"]
+    assert "1 of 1 epochs are done" in out
+    assert "1 image that the run was not split with: cat/zzz.png" in out
+    assert run.metrics()["test"] == figures["test"]
 
 
 def test_a_validation_folder_validates_and_gives_the_final_figures_alone(tmp_path, capsys):

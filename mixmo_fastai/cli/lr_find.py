@@ -61,7 +61,8 @@ def lr_find(
     settings = opt.flags(
         arch=arch, mix=mix, msda=msda, members=members, valid_split=valid_split,
         test_split=test_split, limit=limit, batch_size=batch_size, repeat=repeat, seed=seed,
-        device=device, precision=precision, memory_format=memory_format, compiled=compiled, threads=threads,
+        device=device, precision=precision, memory_format=memory_format, compiled=compiled,
+        threads=threads,
     )  # fmt: skip
     if not start < end:
         raise typer.BadParameter(f"--start {start:g} must be below --end {end:g}.")
