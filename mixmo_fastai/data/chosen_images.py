@@ -166,12 +166,9 @@ def _check_drawn(folder: Path, drawn: DrawnTest, files: FilesByClass) -> list[No
             f"{_few(missing)}.\nPut them back, or start a new run."
         )
     if new := sorted(there - known):
-        return [
-            (
-                "Left out",
-                f"{len(new):,} image{'s' * (len(new) > 1)} that the run was not split with: {_few(new)}",
-            )
-        ]
+        images = "image" if len(new) == 1 else "images"
+        text = f"{len(new):,} {images} that the run was not split with: {_few(new)}"
+        return [("Left out", text)]
     return []
 
 
