@@ -29,7 +29,7 @@ from mixmo_fastai.models import MixMoModel, create_model
 from mixmo_fastai.names import DATASETS
 from mixmo_fastai.recipe import Recipe
 from mixmo_fastai.resolve import check_dataset
-from mixmo_fastai.runs import RunFolder, check_several
+from mixmo_fastai.runs import RunFolder, check_same_left_out, check_several
 from mixmo_fastai.training import read_source
 
 BUILT_IN_NAME = "built-in"
@@ -141,7 +141,7 @@ def evaluate_ensemble(
     _check_comparable(runs)
     for run in runs:
         run.check_trained()
-    source = read_source(runs[0].recipe(), data_dir)
+    source = read_source(runs[0].recipe(), data_dir, runs[0])
     opened = [open_finished(run, data_dir, device, source) for run in runs]
     parts = [finished.logits(finished.loaders()) for finished in opened]
     validation, test = (_as_one([part[i] for part in parts]) for i in range(2))
@@ -245,7 +245,7 @@ def open_finished(
     run.check_trained()
     keep_freed_memory()  # the figures of a large test set take half the time
     chosen = choose_device(device or recipe.train.device)
-    source = source or read_source(recipe, data_dir)
+    source = source or read_source(recipe, data_dir, run)
     (channels, *size), model = source.test.image_shape, recipe.model
     network = create_model(
         model.arch,
@@ -301,6 +301,7 @@ def _check_comparable(runs: Sequence[RunFolder]) -> None:
                     f"{run.path} has data.{setting}={own!r}, and {runs[0].path} has {expected!r}.\n"
                     "Runs of one ensemble must share the data and the validation split."
                 )
+        check_same_left_out(runs[0], run)
 
 
 def _as_one(parts: Sequence[LabelledLogits]) -> LabelledLogits:

@@ -60,6 +60,8 @@ class Data:
         limit: at most so many training images, balanced over the classes; 0 for all.
         image_size: height and width to which an image folder is scaled; 0 for its own: that of most
             training images, or else the median height and the median width.
+        skip_damaged: whether image files that cannot be decoded are left out; otherwise an error
+            names them. A run keeps the names in left-out.json.
         crop_padding: pixels of padding before the random crop; the data set's where not given.
         flip: whether images are mirrored at random; the data set's where not given.
         alternating_flip: whether every second copy of an image in a batch is mirrored, in place of
@@ -74,6 +76,7 @@ class Data:
     valid_split: float = number(0.02, 0, 0.9)
     limit: int = number(0, 0)
     image_size: int = number(0, 0, 4096)
+    skip_damaged: bool = False
     crop_padding: int | None = number(None, 0, 64)
     flip: bool | None = None
     alternating_flip: bool = False

@@ -102,7 +102,7 @@ def _with_own_augmentation(recipe: Recipe) -> dict[str, Any]:
 
 _INDIFFERENT = (
     *("seed", "device", "precision", "memory_format", "compile", "threads"),
-    *("loader", "num_workers"),
+    *("loader", "num_workers", "skip_damaged"),
 )
 _AS_PUBLISHED = (("kind", "published"), ("valid_split", 0.0))
 

@@ -142,8 +142,13 @@ class Training:
         return f" in {count} processes" if count > 1 else ""
 
 
-def prepare(recipe: Recipe, data_dir: Path | None = None) -> Training:
+def prepare(recipe: Recipe, data_dir: Path | None = None, run: RunFolder | None = None) -> Training:
     """Read the data and build the Learner of a recipe.
+
+    Args:
+        recipe: what to train.
+        data_dir: where its data lies; see `load_source`.
+        run: to be resumed, which has left out damaged images.
 
     Raises:
         InputError: the data, a name or a value cannot be used.
@@ -157,7 +162,7 @@ def prepare(recipe: Recipe, data_dir: Path | None = None) -> Training:
             f"or {near + group().count} are nearest, if repetitions divide them."
         )
     with first_before_others():  # which leaves what it has decoded in the cache
-        source = read_source(recipe, data_dir)
+        source = read_source(recipe, data_dir, run)
     return prepare_network(recipe, source)
 
 
@@ -239,7 +244,7 @@ def train(
     restored = _restore(store, state, run, say) if resume else None
     if restored is None:
         run.write_history([])
-    run.write_data_facts(training.facts)
+    write_data(run, training)
     steps = training.steps_per_epoch, training.warmup_steps
     scheduler = ParamScheduler(schedules(recipe, *steps))
     alone = group().count == 1
@@ -369,9 +374,28 @@ def facts_of(source: DataSource) -> DataFacts:
     return DataFacts(source.classes, source.mean, source.std, source.train.image_shape)
 
 
-def read_source(recipe: Recipe, data_dir: Path | None) -> DataSource:
-    """Read the data that a recipe names."""
-    return load_source(recipe.data.dataset, data_dir, image_size=recipe.data.image_size or None)
+def read_source(recipe: Recipe, data_dir: Path | None, run: RunFolder | None = None) -> DataSource:
+    """Read the data that a recipe names.
+
+    Args:
+        recipe: names it.
+        data_dir: see `load_source`.
+        run: whose images are to be read again; None for a new run.
+    """
+    return load_source(
+        recipe.data.dataset,
+        data_dir,
+        image_size=recipe.data.image_size or None,
+        skip_damaged=recipe.data.skip_damaged,
+        left_out=None if run is None else run.left_out(),
+    )
+
+
+def write_data(run: RunFolder, training: Training) -> None:
+    """Keep with a run what must be known of its data later."""
+    if training.recipe.data.skip_damaged:
+        run.write_left_out(training.source.left_out)
+    run.write_data_facts(training.facts)
 
 
 def _with_augmentation(recipe: Recipe, source: DataSource) -> Recipe:

@@ -25,6 +25,15 @@ ValidSplit = Annotated[
     float | None,
     typer.Option(help="Share of the training set that validates.", rich_help_panel=DATA),
 ]
+SkipDamaged = Annotated[
+    bool | None,
+    typer.Option(
+        "--skip-damaged",
+        help="Leave out image files that cannot be decoded.",
+        show_default=False,
+        rich_help_panel=DATA,
+    ),
+]
 Limit = Annotated[
     int | None,
     typer.Option(help="At most N training images, balanced.", metavar="N", rich_help_panel=DATA),
@@ -135,6 +144,7 @@ def flags(**values: Any) -> dict[str, Any]:
 
 _SETTINGS = {
     "valid_split": "data.valid_split",
+    "skip_damaged": "data.skip_damaged",
     "limit": "data.limit",
     "arch": "model.arch",
     "members": "model.num_members",

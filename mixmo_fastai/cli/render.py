@@ -76,6 +76,7 @@ def _setup_rows(training: Any) -> list[tuple[str, str]]:
             f"{source.name}: {counts[0]:,} training, {counts[1]:,} validation and {counts[2]:,} "
             f"test images of {shape}, {len(source.classes)} classes",
         ),
+        *source.notes,
         ("Network", f"{networks}, {members}, {training.num_parameters:,} parameters"),
         ("Method", f"{method_name(recipe)}, every image {times} in a batch{mixing}"),
         (

@@ -3,6 +3,7 @@
 Shapes: n images of C channels, H × W pixels, uint8.
 """
 
+import errno
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,6 +27,8 @@ BATCH = 128
 _TURNED = range(2, 9)
 """EXIF orientations of images that are not upright; from 5 on, height and width are swapped."""
 
+_SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
 _Result = TypeVar("_Result")
 
 
@@ -36,7 +39,9 @@ class UndecodableError(InputError):
         reason: why, without the file's name and without a full stop.
     """
 
-    reason = ""  # no argument: worker processes hand errors over by their message alone
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 def decode_image(path: Path, size: tuple[int, int] | None = None, *, channels: int = 3) -> Tensor:
@@ -101,6 +106,20 @@ def image_sizes(paths: Sequence[Path]) -> Iterator[tuple[int, int]]:
         yield from sizes
 
 
+def undecodable(paths: Sequence[Path]) -> Iterator[str | None]:
+    """Decode files in threads, and return for each why it cannot be decoded, or None."""
+
+    def reason(path: Path) -> str | None:
+        try:
+            decode_image(path)
+        except UndecodableError as error:
+            return error.reason
+        return None
+
+    for reasons in _in_threads(lambda chunk: [reason(path) for path in chunk], paths):
+        yield from reasons
+
+
 def list_images(folder: Path) -> list[str]:
     """List the names of the image files in a folder, sorted, without hidden and other files."""
     with os.scandir(folder) as entries:
@@ -141,10 +160,11 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         with path.open("rb") as file, Image.open(file) as image:
             yield image
     except Exception as error:  # a decoder may raise anything on damaged bytes
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) in _SHORTAGES:
+            raise  # which is not the file's fault
         reason, advice = _explained(path, error)
-        undecodable = UndecodableError(f"Cannot decode the image {path}: {reason}.\n{advice}")
-        undecodable.reason = reason
-        raise undecodable from error
+        message = f"Cannot decode the image {path}: {reason}.\n{advice}"
+        raise UndecodableError(message, reason) from error
 
 
 def _explained(path: Path, error: Exception) -> tuple[str, str]:
