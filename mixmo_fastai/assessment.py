@@ -3,6 +3,7 @@
 Shapes: N images, M members of a run, R runs, K classes.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 from mixmo_fastai.calibration import expected_calibration_error, nll, top_predictions
 from mixmo_fastai.checkpoints.weights import load_weights
 from mixmo_fastai.data.corruptions import make_corrupted, read_official
+from mixmo_fastai.data.damage import damaged_images, find_damaged
 from mixmo_fastai.data.dataloaders import make_evaluation_loaders
 from mixmo_fastai.data.image_sets import DataSource, ImageSet
 from mixmo_fastai.data.loaders import BatchLoader
@@ -284,8 +286,10 @@ def read_strange(place: str, finished: FinishedRun, data_dir: Path | None) -> Te
     unreadable: dict[Path, str] = {}
     paths = find_images(parts[:1] or [folder])
     decoded = [image for _, image in decode_readable(paths, shape, unreadable)]
-    for reason in unreadable.values():
-        raise InputError(f"{reason}\nReplace or remove it.")
+    if unreadable:
+        names = [os.path.relpath(path, folder) for path in unreadable]
+        error = damaged_images(folder, find_damaged(folder, names), len(paths))
+        raise error.advising("Replace or remove them.")
     return torch.stack(decoded)
 
 

@@ -35,7 +35,7 @@ from mixmo_fastai.failures import explained
 from mixmo_fastai.interruption import StopRequest
 from mixmo_fastai.learner import learner_from_recipe
 from mixmo_fastai.processes import first_before_others, group
-from mixmo_fastai.recipe import Recipe
+from mixmo_fastai.recipe import Recipe, default_valid_split
 from mixmo_fastai.recording import (
     CheckpointCallback,
     HistoryCallback,
@@ -176,7 +176,7 @@ def prepare_network(recipe: Recipe, source: DataSource, dls: DataLoaders | None 
             data sets on a device would be one too many.
     """
     device = choose_device(recipe.train.device)
-    recipe = _with_augmentation(recipe, source)
+    recipe = _with_data_settings(recipe, source)
     if dls is None:
         dls = _make_dataloaders(recipe, source, device)
     else:
@@ -382,12 +382,16 @@ def read_source(recipe: Recipe, data_dir: Path | None, run: RunFolder | None = N
         data_dir: see `load_source`.
         run: whose images are to be read again; None for a new run.
     """
+    left_out = None
+    if run is not None:
+        nothing = None if recipe.data.skip_damaged else {}  # None: it has not looked yet
+        left_out = nothing if (kept := run.left_out()) is None else kept
     return load_source(
         recipe.data.dataset,
         data_dir,
         image_size=recipe.data.image_size or None,
         skip_damaged=recipe.data.skip_damaged,
-        left_out=None if run is None else run.left_out(),
+        left_out=left_out,
     )
 
 
@@ -398,17 +402,21 @@ def write_data(run: RunFolder, training: Training) -> None:
     run.write_data_facts(training.facts)
 
 
-def _with_augmentation(recipe: Recipe, source: DataSource) -> Recipe:
-    """Fill in the data set's own augmentation where the recipe says nothing."""
+def _with_data_settings(recipe: Recipe, source: DataSource) -> Recipe:
+    """Fill in the augmentation and the validation split that follow from the data."""
     data = recipe.data
     padding = source.crop_padding if data.crop_padding is None else data.crop_padding
     flip = source.flip if data.flip is None else data.flip
+    valid_split = data.valid_split
+    if valid_split is None:
+        valid_split = default_valid_split(len(source.train))
     if data.alternating_flip and not flip:
         raise InputError(
             "data.alternating_flip mirrors every second copy, but images are not mirrored here.\n"
             "Set data.flip=true, or leave data.alternating_flip out."
         )
-    return replace(recipe, data=replace(data, crop_padding=padding, flip=flip))
+    data = replace(data, crop_padding=padding, flip=flip, valid_split=valid_split)
+    return replace(recipe, data=data)
 
 
 def _check_image_size(recipe: Recipe, source: DataSource, model: nn.Module) -> None:

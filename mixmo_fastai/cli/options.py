@@ -23,7 +23,11 @@ DataDir = Annotated[
 ]
 ValidSplit = Annotated[
     float | None,
-    typer.Option(help="Share of the training set that validates.", rich_help_panel=DATA),
+    typer.Option(
+        help="Fraction of the training set that validates. Default: 0.02, and more of small sets.",
+        show_default=False,
+        rich_help_panel=DATA,
+    ),
 ]
 SkipDamaged = Annotated[
     bool | None,

@@ -22,12 +22,19 @@ class DamagedImagesError(InputError):
     """Image files of a data set cannot be decoded.
 
     Attributes:
+        problem: the first line of the message, which names the first of them.
         reasons: why, by the file's path below the data set's folder.
+        listed: the file that lists all of them, if there are several.
     """
 
-    def __init__(self, message: str, reasons: LeftOut | None = None) -> None:
-        super().__init__(message)
-        self.reasons = reasons or {}
+    def __init__(self, problem: str, advice: str, reasons: LeftOut, listed: Path | None) -> None:
+        where = f" All, with reasons: {listed}" if listed else ""
+        super().__init__(f"{problem}\n{advice}{where}")
+        self.problem, self.reasons, self.listed = problem, reasons, listed
+
+    def advising(self, advice: str) -> "DamagedImagesError":
+        """Return the same error with other advice."""
+        return DamagedImagesError(self.problem, advice, self.reasons, self.listed)
 
 
 def read_intact(
@@ -55,7 +62,10 @@ def read_intact(
             if not skip:
                 raise
             left_out = error.reasons
-    source = read(left_out)
+    try:
+        source = read(left_out)
+    except DamagedImagesError as error:
+        raise error.advising("The run was made with them: put back intact files.") from None
     counts = source.train.labels.bincount(minlength=len(source.classes))
     if empty := [name for name, count in zip(source.classes, counts, strict=True) if not count]:
         raise InputError(
@@ -72,48 +82,50 @@ def find_damaged(root: Path, files: Sequence[str]) -> dict[str, str]:
     return {file: reason for file, reason in zip(files, reasons, strict=True) if reason is not None}
 
 
-def damaged_images(root: Path, reasons: LeftOut, total: int, place: Path) -> DamagedImagesError:
+def damaged_images(
+    root: Path, reasons: LeftOut, total: int, place: Path | None = None
+) -> DamagedImagesError:
     """Build the error that names all damaged images of a data set.
 
     Args:
         root: the folder that the files are relative to.
         reasons: why each cannot be decoded.
         total: images of the data set.
-        place: the folder for the list of all; where it cannot be written, the system's folder of
-            temporary files.
+        place: the folder for the list of all; the system's folder of temporary files if it is None
+            or cannot be written.
     """
     several = len(reasons) > 1
     because = "" if several else f" ({next(iter(reasons.values()))})"
     them = "them" if several else "it"
     smaller = " by smaller images" if any("megapixels" in text for text in reasons.values()) else ""
-    lines = [
+    return DamagedImagesError(
         f"{len(reasons)} of {total:,} images below {root} cannot be decoded: "
         f"{_named(reasons)}{because}.",
         f"Replace {them}{smaller} or remove {them}, or leave {them} out with --skip-damaged.",
-    ]
-    if several and (listed := _write_list(root, reasons, place)):
-        lines[-1] += f" All, with reasons: {listed}"
-    return DamagedImagesError("\n".join(lines), reasons)
+        reasons,
+        _write_list(root, reasons, place) if several else None,
+    )
 
 
 def _counted(left_out: LeftOut) -> str:
-    return f"{len(left_out):,} damaged image{'s' * (len(left_out) > 1)}: {_named(left_out)}"
+    return f"{len(left_out):,} damaged image{'s' * (len(left_out) > 1)}: {_named(left_out, 3)}"
 
 
-def _named(files: LeftOut) -> str:
-    more = f" and {len(files) - SHOWN:,} more" if len(files) > SHOWN else ""
-    return ", ".join([*files][:SHOWN]) + more
+def _named(files: LeftOut, most: int = SHOWN) -> str:
+    more = f" and {len(files) - most:,} more" if len(files) > most else ""
+    return ", ".join([*files][:most]) + more
 
 
-def _write_list(root: Path, reasons: LeftOut, place: Path) -> Path | None:
+def _write_list(root: Path, reasons: LeftOut, place: Path | None) -> Path | None:
     """Write a line per file: its path, a tab, the reason."""
     text = "".join(f"{root / file}\t{reason}\n" for file, reason in reasons.items())
     content = text.encode(errors="surrogateescape")
-    with suppress(OSError):
-        place.mkdir(parents=True, exist_ok=True)
-        path = place / "damaged.txt"
-        path.write_bytes(content)
-        return path
+    if place is not None:
+        with suppress(OSError):
+            place.mkdir(parents=True, exist_ok=True)
+            path = place / "damaged.txt"
+            path.write_bytes(content)
+            return path
     with suppress(OSError):
         handle, name = tempfile.mkstemp(prefix="mixmo-damaged-", suffix=".txt")
         with os.fdopen(handle, "wb") as file:
