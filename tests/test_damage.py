@@ -16,21 +16,8 @@ from mixmo_fastai.data.tiny_imagenet import read_tiny_imagenet
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.runs import check_same_left_out, open_run
 
-TINY = [
-    "--arch",
-    "wrn10_1",
-    "--epochs",
-    "1",
-    "--batch-size",
-    "16",
-    "--repeat",
-    "1",
-    "--device",
-    "cpu",
-    "--threads",
-    "1",
-    "--quiet",
-]
+_WORDS = "--arch wrn10_1 --epochs 1 --batch-size 16 --repeat 1 --device cpu --threads 1 --quiet"
+TINY = tuple(_WORDS.split())
 
 
 @pytest.fixture
