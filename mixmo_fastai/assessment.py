@@ -3,6 +3,7 @@
 Shapes: N images, M members of a run, R runs, K classes.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 from mixmo_fastai.calibration import expected_calibration_error, nll, top_predictions
 from mixmo_fastai.checkpoints.weights import load_weights
 from mixmo_fastai.data.corruptions import make_corrupted, read_official
+from mixmo_fastai.data.damage import damaged_images, find_damaged
 from mixmo_fastai.data.dataloaders import make_evaluation_loaders
 from mixmo_fastai.data.image_sets import DataSource, ImageSet
 from mixmo_fastai.data.loaders import BatchLoader
@@ -29,7 +31,7 @@ from mixmo_fastai.models import MixMoModel, create_model
 from mixmo_fastai.names import DATASETS
 from mixmo_fastai.recipe import Recipe
 from mixmo_fastai.resolve import check_dataset
-from mixmo_fastai.runs import RunFolder, check_several
+from mixmo_fastai.runs import RunFolder, check_same_left_out, check_several
 from mixmo_fastai.training import read_source
 
 BUILT_IN_NAME = "built-in"
@@ -141,7 +143,7 @@ def evaluate_ensemble(
     _check_comparable(runs)
     for run in runs:
         run.check_trained()
-    source = read_source(runs[0].recipe(), data_dir)
+    source = read_source(runs[0].recipe(), data_dir, runs[0])
     opened = [open_finished(run, data_dir, device, source) for run in runs]
     parts = [finished.logits(finished.loaders()) for finished in opened]
     validation, test = (_as_one([part[i] for part in parts]) for i in range(2))
@@ -245,7 +247,7 @@ def open_finished(
     run.check_trained()
     keep_freed_memory()  # the figures of a large test set take half the time
     chosen = choose_device(device or recipe.train.device)
-    source = source or read_source(recipe, data_dir)
+    source = source or read_source(recipe, data_dir, run)
     (channels, *size), model = source.test.image_shape, recipe.model
     network = create_model(
         model.arch,
@@ -284,8 +286,10 @@ def read_strange(place: str, finished: FinishedRun, data_dir: Path | None) -> Te
     unreadable: dict[Path, str] = {}
     paths = find_images(parts[:1] or [folder])
     decoded = [image for _, image in decode_readable(paths, shape, unreadable)]
-    for reason in unreadable.values():
-        raise InputError(f"{reason}\nReplace or remove it.")
+    if unreadable:
+        names = [os.path.relpath(path, folder) for path in unreadable]
+        error = damaged_images(folder, find_damaged(folder, names), len(paths))
+        raise error.advising("Replace or remove them.")
     return torch.stack(decoded)
 
 
@@ -301,6 +305,7 @@ def _check_comparable(runs: Sequence[RunFolder]) -> None:
                     f"{run.path} has data.{setting}={own!r}, and {runs[0].path} has {expected!r}.\n"
                     "Runs of one ensemble must share the data and the validation split."
                 )
+        check_same_left_out(runs[0], run)
 
 
 def _as_one(parts: Sequence[LabelledLogits]) -> LabelledLogits:

@@ -16,7 +16,7 @@ from mixmo_fastai.bootstrap import Interval, intervals, paired_intervals
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.evaluation import evaluate_logits
 from mixmo_fastai.recipe import Recipe
-from mixmo_fastai.runs import RunFolder, check_several
+from mixmo_fastai.runs import RunFolder, check_same_left_out, check_several
 from mixmo_fastai.training import read_source
 
 
@@ -62,7 +62,7 @@ def compare_runs(
     _check_same_test_set(runs)
     for run in runs:
         run.check_trained()
-    source = read_source(runs[0].recipe(), data_dir)
+    source = read_source(runs[0].recipe(), data_dir, runs[0])
     compared: list[Compared] = []
     base: Tensor | None = None
     for run in runs:
@@ -102,3 +102,4 @@ def _check_same_test_set(runs: Sequence[RunFolder]) -> None:
                     f"{run.path} has data.{setting}={own!r}, and {runs[0].path} has {expected!r}.\n"
                     "Only runs with the same test images can be compared."
                 )
+        check_same_left_out(runs[0], run)

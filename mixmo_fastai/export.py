@@ -101,7 +101,7 @@ def export_run(run: RunFolder, path: Path, data_dir: Path | None = None) -> dict
     if os.path.lexists(path):
         raise InputError(f"{str(path)!r} exists and was not changed.")
     suffix, recipe, model = path.suffix.lower(), run.recipe(), load_network(run)
-    source = read_source(recipe, data_dir)
+    source = read_source(recipe, data_dir, run)
     facts = facts_of(source)
     _check_facts(run, facts)
     x = _standardised(source.test if len(source.test) else source.train, facts)

@@ -73,7 +73,7 @@ def predict_images(
     if isinstance(run, ExportedNetwork):
         facts, own_device, plain = run.facts, "auto", [run.model]
     else:
-        facts = run.data_facts() or facts_of(read_source(run.recipe(), data_dir))
+        facts = run.data_facts() or facts_of(read_source(run.recipe(), data_dir, run))
         own_device = run.recipe().train.device
         plain = [load_network(network).fuse(keep_members=True) for network in run.networks()]
     chosen = choose_device(device or own_device)

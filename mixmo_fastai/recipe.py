@@ -50,16 +50,31 @@ __all__ = [
 ]
 
 
+def default_valid_split(num_images: int) -> float:
+    """Choose the fraction of the training set that validates.
+
+    2 %, or if that is less than 100 images, 100 images or 20 %, whichever is smaller. An accuracy
+    of 100 images is known to about 10 points either way.
+
+    Args:
+        num_images: training images, with those that will validate.
+    """
+    return max(0.02, min(0.2, round(100 / max(1, num_images), 4)))
+
+
 @dataclass(frozen=True)
 class Data:
     """What is trained on.
 
     Attributes:
         dataset: a named data set, or the path of an image folder.
-        valid_split: share of each class of the training set that validates instead of training.
+        valid_split: share of each class of the training set that validates instead of training; by
+            the number of images if it is not given, see `default_valid_split`.
         limit: at most so many training images, balanced over the classes; 0 for all.
         image_size: height and width to which an image folder is scaled; 0 for its own: that of most
             training images, or else the median height and the median width.
+        skip_damaged: whether image files that cannot be decoded are left out; otherwise an error
+            names them. A run keeps the names in left-out.json.
         crop_padding: pixels of padding before the random crop; the data set's where not given.
         flip: whether images are mirrored at random; the data set's where not given.
         alternating_flip: whether every second copy of an image in a batch is mirrored, in place of
@@ -71,9 +86,10 @@ class Data:
     """
 
     dataset: str = "digits"
-    valid_split: float = number(0.02, 0, 0.9)
+    valid_split: float | None = number(None, 0, 0.9)
     limit: int = number(0, 0)
     image_size: int = number(0, 0, 4096)
+    skip_damaged: bool = False
     crop_padding: int | None = number(None, 0, 64)
     flip: bool | None = None
     alternating_flip: bool = False

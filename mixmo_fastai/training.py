@@ -35,7 +35,7 @@ from mixmo_fastai.failures import explained
 from mixmo_fastai.interruption import StopRequest
 from mixmo_fastai.learner import learner_from_recipe
 from mixmo_fastai.processes import first_before_others, group
-from mixmo_fastai.recipe import Recipe
+from mixmo_fastai.recipe import Recipe, default_valid_split
 from mixmo_fastai.recording import (
     CheckpointCallback,
     HistoryCallback,
@@ -142,8 +142,13 @@ class Training:
         return f" in {count} processes" if count > 1 else ""
 
 
-def prepare(recipe: Recipe, data_dir: Path | None = None) -> Training:
+def prepare(recipe: Recipe, data_dir: Path | None = None, run: RunFolder | None = None) -> Training:
     """Read the data and build the Learner of a recipe.
+
+    Args:
+        recipe: what to train.
+        data_dir: where its data lies; see `load_source`.
+        run: to be resumed, which has left out damaged images.
 
     Raises:
         InputError: the data, a name or a value cannot be used.
@@ -157,7 +162,7 @@ def prepare(recipe: Recipe, data_dir: Path | None = None) -> Training:
             f"or {near + group().count} are nearest, if repetitions divide them."
         )
     with first_before_others():  # which leaves what it has decoded in the cache
-        source = read_source(recipe, data_dir)
+        source = read_source(recipe, data_dir, run)
     return prepare_network(recipe, source)
 
 
@@ -171,7 +176,7 @@ def prepare_network(recipe: Recipe, source: DataSource, dls: DataLoaders | None 
             data sets on a device would be one too many.
     """
     device = choose_device(recipe.train.device)
-    recipe = _with_augmentation(recipe, source)
+    recipe = _with_data_settings(recipe, source)
     if dls is None:
         dls = _make_dataloaders(recipe, source, device)
     else:
@@ -239,7 +244,7 @@ def train(
     restored = _restore(store, state, run, say) if resume else None
     if restored is None:
         run.write_history([])
-    run.write_data_facts(training.facts)
+    write_data(run, training)
     steps = training.steps_per_epoch, training.warmup_steps
     scheduler = ParamScheduler(schedules(recipe, *steps))
     alone = group().count == 1
@@ -369,22 +374,49 @@ def facts_of(source: DataSource) -> DataFacts:
     return DataFacts(source.classes, source.mean, source.std, source.train.image_shape)
 
 
-def read_source(recipe: Recipe, data_dir: Path | None) -> DataSource:
-    """Read the data that a recipe names."""
-    return load_source(recipe.data.dataset, data_dir, image_size=recipe.data.image_size or None)
+def read_source(recipe: Recipe, data_dir: Path | None, run: RunFolder | None = None) -> DataSource:
+    """Read the data that a recipe names.
+
+    Args:
+        recipe: names it.
+        data_dir: see `load_source`.
+        run: whose images are to be read again; None for a new run.
+    """
+    left_out = None
+    if run is not None:
+        nothing = None if recipe.data.skip_damaged else {}  # None: it has not looked yet
+        left_out = nothing if (kept := run.left_out()) is None else kept
+    return load_source(
+        recipe.data.dataset,
+        data_dir,
+        image_size=recipe.data.image_size or None,
+        skip_damaged=recipe.data.skip_damaged,
+        left_out=left_out,
+    )
 
 
-def _with_augmentation(recipe: Recipe, source: DataSource) -> Recipe:
-    """Fill in the data set's own augmentation where the recipe says nothing."""
+def write_data(run: RunFolder, training: Training) -> None:
+    """Keep with a run what must be known of its data later."""
+    if training.recipe.data.skip_damaged:
+        run.write_left_out(training.source.left_out)
+    run.write_data_facts(training.facts)
+
+
+def _with_data_settings(recipe: Recipe, source: DataSource) -> Recipe:
+    """Fill in the augmentation and the validation split that follow from the data."""
     data = recipe.data
     padding = source.crop_padding if data.crop_padding is None else data.crop_padding
     flip = source.flip if data.flip is None else data.flip
+    valid_split = data.valid_split
+    if valid_split is None:
+        valid_split = default_valid_split(len(source.train))
     if data.alternating_flip and not flip:
         raise InputError(
             "data.alternating_flip mirrors every second copy, but images are not mirrored here.\n"
             "Set data.flip=true, or leave data.alternating_flip out."
         )
-    return replace(recipe, data=replace(data, crop_padding=padding, flip=flip))
+    data = replace(data, crop_padding=padding, flip=flip, valid_split=valid_split)
+    return replace(recipe, data=data)
 
 
 def _check_image_size(recipe: Recipe, source: DataSource, model: nn.Module) -> None:

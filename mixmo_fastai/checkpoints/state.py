@@ -334,7 +334,7 @@ def _with_defaults(values: Mapping[str, Any]) -> Any:
     return plain
 
 
-_ADDED = (("model", "pretrained", False),)
+_ADDED = (("model", "pretrained", False), ("data", "skip_damaged", False))
 """Settings that recipes of older checkpoints lack, with what they are there."""
 
 

@@ -32,6 +32,7 @@ def fit(
     assignments: opt.Assignments = None,
     data_dir: opt.DataDir = None,
     valid_split: opt.ValidSplit = None,
+    skip_damaged: opt.SkipDamaged = None,
     limit: opt.Limit = None,
     epochs: opt.Epochs = None,
     batch_size: opt.BatchSize = None,
@@ -66,7 +67,8 @@ def fit(
     Without arguments: Cut-MixMo on the embedded digits, in under a minute.
     """
     settings = opt.flags(
-        arch=arch, mix=mix, msda=msda, members=members, valid_split=valid_split, limit=limit,
+        arch=arch, mix=mix, msda=msda, members=members, valid_split=valid_split,
+        skip_damaged=skip_damaged, limit=limit,
         epochs=epochs, batch_size=batch_size, repeat=repeat, lr=lr, seed=seed, device=device,
         precision=precision, memory_format=memory_format, compiled=compiled, threads=threads,
     )  # fmt: skip
@@ -119,7 +121,7 @@ def _resume(run: RunFolder, data_dir: Path | None, loggers: Sequence[str], outpu
     with locked(run.path) if is_first else nullcontext():  # nobody writes them meanwhile
         for network in run.networks():
             CheckpointStore(network.checkpoint).newest()  # refused before anything is read or made
-    with _prepared(recipe, data_dir, output) as (training, is_first):
+    with _prepared(recipe, data_dir, output, run) as (training, is_first):
         output.run = run = RunFolder(run.path, is_writer=is_first)
         with _logged(run):
             _say_plan(training, output)
@@ -128,7 +130,9 @@ def _resume(run: RunFolder, data_dir: Path | None, loggers: Sequence[str], outpu
 
 
 @contextmanager
-def _prepared(recipe: Recipe, data_dir: Path | None, output: Output) -> Iterator[tuple[Any, bool]]:
+def _prepared(
+    recipe: Recipe, data_dir: Path | None, output: Output, resumed: RunFolder | None = None
+) -> Iterator[tuple[Any, bool]]:
     """Make everything ready to train, in all processes that were started together.
 
     Gives:
@@ -141,7 +145,7 @@ def _prepared(recipe: Recipe, data_dir: Path | None, output: Output) -> Iterator
         from mixmo_fastai.training import prepare
 
         output.is_silent = not processes.is_first
-        yield prepare(recipe, data_dir), processes.is_first
+        yield prepare(recipe, data_dir, resumed), processes.is_first
 
 
 def _say_networks(run: RunFolder, output: Output) -> None:

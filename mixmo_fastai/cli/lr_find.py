@@ -24,6 +24,7 @@ def lr_find(
     assignments: opt.Assignments = None,
     data_dir: opt.DataDir = None,
     valid_split: opt.ValidSplit = None,
+    skip_damaged: opt.SkipDamaged = None,
     limit: opt.Limit = None,
     batch_size: opt.BatchSize = None,
     repeat: opt.Repeat = None,
@@ -58,7 +59,8 @@ def lr_find(
 ) -> None:
     """Raise the learning rate step by step, and suggest one from how the loss falls."""
     settings = opt.flags(
-        arch=arch, mix=mix, msda=msda, members=members, valid_split=valid_split, limit=limit,
+        arch=arch, mix=mix, msda=msda, members=members, valid_split=valid_split,
+        skip_damaged=skip_damaged, limit=limit,
         batch_size=batch_size, repeat=repeat, seed=seed, device=device, precision=precision,
         memory_format=memory_format, compiled=compiled, threads=threads,
     )  # fmt: skip

@@ -23,7 +23,20 @@ DataDir = Annotated[
 ]
 ValidSplit = Annotated[
     float | None,
-    typer.Option(help="Share of the training set that validates.", rich_help_panel=DATA),
+    typer.Option(
+        help="Fraction of the training set that validates. Default: 0.02, and more of small sets.",
+        show_default=False,
+        rich_help_panel=DATA,
+    ),
+]
+SkipDamaged = Annotated[
+    bool | None,
+    typer.Option(
+        "--skip-damaged",
+        help="Leave out image files that cannot be decoded.",
+        show_default=False,
+        rich_help_panel=DATA,
+    ),
 ]
 Limit = Annotated[
     int | None,
@@ -135,6 +148,7 @@ def flags(**values: Any) -> dict[str, Any]:
 
 _SETTINGS = {
     "valid_split": "data.valid_split",
+    "skip_damaged": "data.skip_damaged",
     "limit": "data.limit",
     "arch": "model.arch",
     "members": "model.num_members",

@@ -76,6 +76,8 @@ def _setup_rows(training: Any) -> list[tuple[str, str]]:
             f"{source.name}: {counts[0]:,} training, {counts[1]:,} validation and {counts[2]:,} "
             f"test images of {shape}, {len(source.classes)} classes",
         ),
+        *_validation_rows(counts[1]),
+        *source.notes,
         ("Network", f"{networks}, {members}, {training.num_parameters:,} parameters"),
         ("Method", f"{method_name(recipe)}, every image {times} in a batch{mixing}"),
         (
@@ -83,6 +85,22 @@ def _setup_rows(training: Any) -> list[tuple[str, str]]:
             f"{training.device}{training.in_processes}, {training.acceleration.describe()}, "
             f"seed {recipe.train.seed}",
         ),
+    ]
+
+
+def _validation_rows(num_images: int) -> list[tuple[str, str]]:
+    """Say how coarse the validation accuracy is."""
+    from mixmo_fastai.bootstrap import accuracy_half_width
+
+    if not num_images:
+        return []
+    points = 100 * accuracy_half_width(num_images)
+    return [
+        (
+            "Validation",
+            f"its accuracy, of {num_images:,} images, is known to ±{points:.2g} points "
+            "(95 % interval)",
+        )
     ]
 
 

@@ -21,6 +21,7 @@ def show(
     members: opt.Members = None,
     assignments: opt.Assignments = None,
     data_dir: opt.DataDir = None,
+    skip_damaged: opt.SkipDamaged = None,
     limit: opt.Limit = None,
     repeat: opt.Repeat = None,
     seed: opt.Seed = None,
@@ -37,8 +38,9 @@ def show(
 ) -> None:
     """Draw pairs, masks and mixtures of the first training batch."""
     settings = opt.flags(
-        mix=mix, msda=msda, members=members, limit=limit, repeat=repeat, seed=seed, device="cpu"
-    )
+        mix=mix, msda=msda, members=members, skip_damaged=skip_damaged, limit=limit, repeat=repeat,
+        seed=seed, device="cpu",
+    )  # fmt: skip
     resolved = resolve_recipe(dataset, recipe, settings, assignments or ())
     picture = free_file(out, f"show-{run_label(resolved)}", ".png")
 

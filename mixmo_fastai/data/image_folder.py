@@ -1,13 +1,14 @@
 """Any folder of images: `train/<class>/*` beside `test/<class>/*`, or `val/` or `valid/`."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from statistics import median_low
 
 import torch
 
 from mixmo_fastai.data.cache import CACHE_LIMIT, cache_entry
+from mixmo_fastai.data.damage import LeftOut, read_intact
 from mixmo_fastai.data.decoding import image_sizes, is_image, list_images
 from mixmo_fastai.data.image_sets import DataSource, FileImages, ImageSet
 from mixmo_fastai.data.statistics import channel_statistics
@@ -24,7 +25,13 @@ _NamesByClass = dict[str, list[str]]
 
 
 def read_image_folder(
-    folder: Path, home: Path, *, image_size: int | None = None, cache_limit: int = CACHE_LIMIT
+    folder: Path,
+    home: Path,
+    *,
+    image_size: int | None = None,
+    cache_limit: int = CACHE_LIMIT,
+    skip_damaged: bool = False,
+    left_out: LeftOut | None = None,
 ) -> DataSource:
     """Read a folder of images, decoded to RGB of one size once and kept in the cache.
 
@@ -37,29 +44,46 @@ def read_image_folder(
         image_size: height and width of all images, whatever their proportions were. None takes
             those that `own_size` chooses.
         cache_limit: bytes of decoded images above which they are decoded at each access instead.
+        skip_damaged: whether images that cannot be decoded are left out; otherwise an error names
+            all of them.
+        left_out: images that an earlier run has left out; no others are then.
 
     Raises:
         InputError: the folder is not of that form, or an image cannot be decoded.
     """
+
+    def read(files_left_out: Collection[str]) -> DataSource:
+        return _read(folder, home, image_size, cache_limit, files_left_out)
+
     _require_size(image_size)
-    train, test = _list_parts(folder)
+    return read_intact(read, skip=skip_damaged, left_out=left_out)
+
+
+def _read(
+    folder: Path,
+    home: Path,
+    image_size: int | None,
+    cache_limit: int,
+    left_out: Collection[str],
+) -> DataSource:
+    train, test = (_without(part, left_out) for part in _list_parts(folder))
     name = folder.resolve().name
     entry = cache_entry(home, name, folder, [*_all(train), *_all(test)], image_size)
     if image_size is None:
         height, width = entry.fact("size", lambda: own_size(folder / file for file in _all(train)))
     else:
         height = width = image_size
-    train_images, test_images = entry.decoded(
-        _file_images(folder, train, (height, width)),
-        _file_images(folder, test, (height, width)),
-        limit=cache_limit,
-    )
-    mean, std = entry.fact("mean, std", lambda: _statistics(train_images))
+    parts = {
+        part: _file_images(folder, files, (height, width))
+        for part, files in (("train", train), ("test", test))
+    }
+    decoded = entry.decoded(parts, limit=cache_limit)
+    mean, std = entry.fact("mean, std", lambda: _statistics(decoded["train"]))
     return DataSource(
         name=name,
         classes=tuple(train),
-        train=train_images,
-        test=test_images,
+        train=decoded["train"],
+        test=decoded["test"],
         mean=tuple(mean),
         std=tuple(std),
         crop_padding=min(height, width) // 8,
@@ -154,6 +178,12 @@ def _require_same_classes(
                 f"{root} has the class {missing[0]!r}, which {other} does not have.\n"
                 "Both must have the same classes: rename, add or remove a class folder."
             )
+
+
+def _without(part: _NamesByClass, left_out: Collection[str]) -> _NamesByClass:
+    return {
+        label: [name for name in names if name not in left_out] for label, names in part.items()
+    }
 
 
 def _all(names_by_class: _NamesByClass) -> list[str]:

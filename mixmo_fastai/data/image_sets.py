@@ -4,8 +4,8 @@ Shapes: N images of C channels, H × W pixels, uint8.
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -135,6 +135,13 @@ class FileImages:
         names = tuple(self.names[i] for i in indices.tolist())
         return replace(self, names=names, labels=self.labels[indices])
 
+    def without(self, names: Collection[str]) -> "FileImages":
+        """Return the set of the images that have other names."""
+        if not names:
+            return self
+        kept = [index for index, name in enumerate(self.names) if name not in names]
+        return self.chosen(torch.tensor(kept, dtype=torch.int64))
+
     def name(self, index: int) -> str:
         """Name an image in messages and reports: its path below the root."""
         return self.names[index]
@@ -156,6 +163,8 @@ class DataSource:
         mean, std: per channel, of pixels in [0, 1].
         crop_padding: pixels of zero padding before the random crop.
         flip: whether a mirrored image keeps its label.
+        notes: about how an image folder was read, for the plan of a run: labels and texts.
+        left_out: damaged files that are in no part, with the reason for each.
     """
 
     name: str
@@ -166,6 +175,8 @@ class DataSource:
     std: tuple[float, ...]
     crop_padding: int
     flip: bool
+    notes: tuple[tuple[str, str], ...] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 def named_source(
