@@ -95,7 +95,7 @@ def departures(recipe: Recipe) -> list[str]:
 def _with_own_augmentation(recipe: Recipe) -> dict[str, Any]:
     values, info = to_mapping(recipe), DATASETS.get(recipe.data.dataset)
     if info:
-        own = {"crop_padding": info.crop_padding, "flip": info.flip}
+        own = {"crop_padding": info.crop_padding, "flip": info.flip, "image_size": 0}
         values["data"] = {**own, **values["data"]}
     return values
 

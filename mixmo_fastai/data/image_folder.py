@@ -24,7 +24,12 @@ _NamesByClass = dict[str, list[str]]
 
 
 def read_image_folder(
-    folder: Path, home: Path, *, image_size: int | None = None, cache_limit: int = CACHE_LIMIT
+    folder: Path,
+    home: Path,
+    *,
+    image_size: int | None = None,
+    largest_side: int | None = None,
+    cache_limit: int = CACHE_LIMIT,
 ) -> DataSource:
     """Read a folder of images, decoded to RGB of one size once and kept in the cache.
 
@@ -36,6 +41,8 @@ def read_image_folder(
         home: the data folder, for the cache.
         image_size: height and width of all images, whatever their proportions were. None takes
             those that `own_size` chooses.
+        largest_side: where `image_size` is None and a side of their own size is longer than this,
+            it becomes the image size.
         cache_limit: bytes of decoded images above which they are decoded at each access instead.
 
     Raises:
@@ -47,6 +54,8 @@ def read_image_folder(
     entry = cache_entry(home, name, folder, [*_all(train), *_all(test)], image_size)
     if image_size is None:
         height, width = entry.fact("size", lambda: own_size(folder / file for file in _all(train)))
+        if largest_side is not None and max(height, width) > largest_side:
+            return read_image_folder(folder, home, image_size=largest_side, cache_limit=cache_limit)
     else:
         height = width = image_size
     train_images, test_images = entry.decoded(
@@ -64,6 +73,7 @@ def read_image_folder(
         std=tuple(std),
         crop_padding=min(height, width) // 8,
         flip=True,
+        scaled_to=image_size or 0,
     )
 
 

@@ -156,6 +156,7 @@ class DataSource:
         mean, std: per channel, of pixels in [0, 1].
         crop_padding: pixels of zero padding before the random crop.
         flip: whether a mirrored image keeps its label.
+        scaled_to: height and width to which all images of a folder were scaled; 0 for their own.
     """
 
     name: str
@@ -166,6 +167,7 @@ class DataSource:
     std: tuple[float, ...]
     crop_padding: int
     flip: bool
+    scaled_to: int = 0
 
 
 def named_source(

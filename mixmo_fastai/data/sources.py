@@ -62,6 +62,7 @@ def load_source(
     data_dir: Path | None = None,
     *,
     image_size: int | None = None,
+    largest_side: int | None = None,
     download: bool = True,
 ) -> DataSource:
     """Read a data set, which is downloaded where it is missing.
@@ -71,6 +72,7 @@ def load_source(
             of the same name.
         data_dir: the data folder; see `data_home`.
         image_size: height and width to which an image folder is scaled; None for its own.
+        largest_side: of an image folder's own size; images with a longer one are scaled to it.
         download: whether an archive may be downloaded.
 
     Raises:
@@ -87,7 +89,8 @@ def load_source(
             f"{unknown('data set', dataset, SOURCES)}\n"
             "Or the path of a folder with train/ and test/, as in ./flowers."
         )
-    return read_image_folder(Path(dataset).expanduser(), home, image_size=image_size)
+    folder = Path(dataset).expanduser()
+    return read_image_folder(folder, home, image_size=image_size, largest_side=largest_side)
 
 
 def data_home(data_dir: Path | None = None) -> Path:
