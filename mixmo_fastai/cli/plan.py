@@ -137,7 +137,7 @@ def say_next(output: Output, run: RunFolder, recipe: Recipe, images_seen: int) -
     commands = (
         f"mixmo report {path}",
         f"mixmo predict {path} IMAGE…",
-        f"mixmo export {path} --to {shlex.quote(run.path.name)}.safetensors",
+        f"mixmo export {path} --to net.safetensors",
     )
     for number, command in enumerate(commands):
         output.say_command(_row("" if number else "Next", command, FIGURE_LABELS))

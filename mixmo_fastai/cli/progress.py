@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Mapping
-from datetime import timedelta
 from typing import Any
 
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
@@ -116,7 +115,7 @@ class TrainingDisplay(TrainedEpochCallback):
             return ""
         total = (self.learn.n_epoch - self.first_epoch) * len(self.learn.dls.train)
         left = total - self.steps_before - self.steps_here
-        return str(timedelta(seconds=round(left / rate)))
+        return clock(left / rate)
 
 
 class LabelledTimes(ProgressColumn):
@@ -124,9 +123,16 @@ class LabelledTimes(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         """Show both for a bar."""
-        passed = timedelta(seconds=int(task.elapsed or 0))
         left = task.fields["left"]
-        return Text(f"elapsed {passed}" + (f", left {left}" if left else ""))
+        return Text(f"elapsed {clock(task.elapsed or 0)}" + (f", left {left}" if left else ""))
+
+
+def clock(seconds: float) -> str:
+    """Show a time in hours, minutes and seconds, and from 100 hours on in days."""
+    if seconds >= 360_000:
+        return f"{seconds / 86_400:,.0f} days"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 def _make_progress(output: Output) -> Progress:
