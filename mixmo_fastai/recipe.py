@@ -4,6 +4,7 @@ A recipe is a TOML file that says only what makes it itself; all defaults are he
 only, so that a wrong key or value is refused before torch is imported.
 """
 
+import dataclasses
 import math
 import os
 import tomllib
@@ -72,7 +73,8 @@ class Data:
             the number of images if it is not given, see `default_valid_split`.
         limit: at most so many training images, balanced over the classes; 0 for all.
         image_size: height and width to which an image folder is scaled; 0 for its own: that of most
-            training images, or else the median height and the median width.
+            training images, or else the median height and the median width. If not given, its own,
+            and on a CPU no more than `sizing.CPU_SIDE`.
         skip_damaged: whether image files that cannot be decoded are left out; otherwise an error
             names them. A run keeps the names in left-out.json.
         crop_padding: pixels of padding before the random crop; the data set's where not given.
@@ -88,7 +90,7 @@ class Data:
     dataset: str = "digits"
     valid_split: float | None = number(None, 0, 0.9)
     limit: int = number(0, 0)
-    image_size: int = number(0, 0, 4096)
+    image_size: int | None = number(None, 0, 4096)
     skip_damaged: bool = False
     crop_padding: int | None = number(None, 0, 64)
     flip: bool | None = None
@@ -103,14 +105,15 @@ class Model:
     """The network.
 
     Attributes:
-        arch: as in "wrn28_10", "preact_resnet18_3", "resnet50" or "timm/convnext_atto".
+        arch: as in "wrn28_10", "preact_resnet18_3", "resnet50" or "timm/convnext_atto"; chosen by
+            `sizing.decide` where not given.
         pretrained: whether a network of torchvision or timm starts from its library's weights.
         num_members: subnetworks M; 1 is the vanilla network.
         num_nets: networks of a deep ensemble, each trained by itself from another seed; 1 for none.
         ghost_batch_size: images among which BatchNorm normalises in training; 0 for all of a batch.
     """
 
-    arch: str = "wrn28_10"
+    arch: str | None = None
     pretrained: bool = False
     num_members: int = number(2, 1, 64)
     num_nets: int = number(1, 1, 64)
@@ -154,6 +157,7 @@ class Train:
 
     Attributes:
         epochs: passes of the loader; each shows every image batch_repetitions times per member.
+            Chosen by `sizing.decide` where not given.
         batch_size: images that the network sees per step, repetitions included.
         seed: of everything random.
         device: "auto" takes CUDA where there is one.
@@ -166,7 +170,7 @@ class Train:
         select: which epoch's weights are kept: the "last", or the "best" on the validation split.
     """
 
-    epochs: int = number(300, 1, 1_000_000)
+    epochs: int | None = number(None, 1, 1_000_000)
     batch_size: int = number(64, 1, 65_536)
     seed: int = number(0, 0, 2**63 - 1)
     device: str = choice("auto", DEVICES)
@@ -311,7 +315,7 @@ def override(recipe: Recipe, assignments: Iterable[str], where: str = "--set") -
     Raises:
         InputError: an assignment has no "=", or names an unknown key or an impossible value.
     """
-    values = to_mapping(recipe)
+    values = dataclasses.asdict(recipe)  # with the settings that are left open
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals or not key.strip():
@@ -333,7 +337,8 @@ def override(recipe: Recipe, assignments: Iterable[str], where: str = "--set") -
                 "Set its keys one by one, as in train.epochs=5."
             )
         section[last] = parse_value(text.strip())
-    return recipe_from_mapping(values, where)
+    given = {k: _given(part) if isinstance(part, dict) else part for k, part in values.items()}
+    return recipe_from_mapping(given, where)
 
 
 def load_recipe(name_or_file: str | Path) -> Recipe:
@@ -405,7 +410,8 @@ def _check_together(recipe: Recipe, where: str) -> None:
 def _check_mixing(recipe: Recipe, where: str) -> None:
     mix = recipe.mix
     try:
-        parse_architecture(recipe.model.arch)
+        if recipe.model.arch is not None:
+            parse_architecture(recipe.model.arch)
     except InputError as error:
         raise InputError(f"{where}: model.arch: {error}") from None
     if mix.kind != "sum" and recipe.model.num_members < 2:

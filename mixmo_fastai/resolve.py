@@ -99,6 +99,7 @@ def _with_own_data_settings(recipe: Recipe) -> dict[str, Any]:
         own = {
             "crop_padding": info.crop_padding,
             "flip": info.flip,
+            "image_size": 0,
             "valid_split": default_valid_split(info.num_images[0]),
         }
         values["data"] = {**own, **values["data"]}

@@ -161,6 +161,10 @@ class RunFolder:
         """Read the resolved recipe."""
         return load_recipe(self.path / "recipe.toml")
 
+    def write_recipe(self, recipe: Recipe) -> None:
+        """Replace the recipe by one in which nothing is left open."""
+        self._write("recipe.toml", to_toml(recipe))
+
     def networks(self) -> list["RunFolder"]:
         """Give the run of each network: the parts of a deep ensemble, else this run alone."""
         num_nets = self.recipe().model.num_nets

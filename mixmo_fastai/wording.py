@@ -25,6 +25,26 @@ def nats(value: float) -> str:
     return f"{value:.4f} nats"
 
 
+def duration(seconds: float) -> str:
+    """Show an estimated time in its largest unit: 4,000 is "about 67 min"."""
+    if seconds < 10:
+        return "a few seconds"
+    unit, decimals, name = next(row[1:] for row in _DURATIONS if seconds < row[0])
+    return f"about {seconds / unit:.{decimals}f} {name}"
+
+
+_MINUTE, _HOUR, _DAY = 60, 3600, 86_400
+_DURATIONS = (
+    (100, 1, 0, "s"),
+    (100 * _MINUTE, _MINUTE, 0, "min"),
+    (10 * _HOUR, _HOUR, 1, "h"),
+    (48 * _HOUR, _HOUR, 0, "h"),
+    (1000 * _DAY, _DAY, 0, "days"),
+    (float("inf"), 365 * _DAY, 0, "years"),
+)
+"""Below how many seconds an estimate is shown in which unit, with how many decimals."""
+
+
 class Figure(NamedTuple):
     """How one figure of `evaluation.evaluate_logits` is shown.
 

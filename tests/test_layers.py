@@ -14,6 +14,7 @@ STDLIB, MATHEMATICS, FASTAI, ASSEMBLY, SHELL = range(5)
 
 LAYERS = {
     "__init__": STDLIB,
+    "advice": STDLIB,
     "errors": STDLIB,
     "files": STDLIB,
     "interruption": STDLIB,
@@ -24,6 +25,7 @@ LAYERS = {
     "runs": STDLIB,
     "schedule": STDLIB,
     "settings": STDLIB,
+    "sizing": STDLIB,
     "wording": STDLIB,
     "augment": MATHEMATICS,
     "bootstrap": MATHEMATICS,
@@ -62,6 +64,7 @@ LAYERS = {
     "learner": ASSEMBLY,
     "lr_search": ASSEMBLY,
     "prediction": ASSEMBLY,
+    "speed": ASSEMBLY,
     "training": ASSEMBLY,
     "recording": ASSEMBLY,
     "resuming": ASSEMBLY,

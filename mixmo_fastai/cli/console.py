@@ -2,6 +2,7 @@
 
 import json
 import sys
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,11 +38,31 @@ class Output:
         self.run: RunFolder | None = None
         self.is_silent = False  # in a process that leaves speaking to another
 
-    def say(self, line: str = "", style: str | None = None) -> None:
-        """Say one thing on the way; the run's log keeps it as well."""
+    def say(self, line: str = "", style: str | None = None, *, indent: int = 0) -> None:
+        """Say one thing on the way; the run's log keeps it as well.
+
+        Args:
+            line: what.
+            style: of a terminal.
+            indent: columns by which a terminal indents the second and later lines of a long one.
+        """
         if not (self.quiet or self.is_silent):
-            self.console.print(line, style=style, markup=False)
-        self._log(line)
+            shown = line
+            if indent and self.console.is_terminal:
+                shown = _folded(line, self.console.width, indent)
+            self.console.print(shown, style=style, markup=False)
+        self.note(line)
+
+    def say_command(self, line: str) -> None:
+        """Say a command line; a terminal does not break it, so that it can be copied."""
+        if not (self.quiet or self.is_silent):
+            self.console.print(line, markup=False, soft_wrap=True)
+        self.note(line)
+
+    def note(self, line: str) -> None:
+        """Write a line to the run's log alone."""
+        if self.run is not None:
+            self.run.log(line)
 
     def result(self, lines: list[str], value: Mapping[str, Any]) -> None:
         """Give the result: lines for people, or the value as JSON."""
@@ -52,8 +73,15 @@ class Output:
         for line in lines:
             if not self.as_json:
                 self.console.print(line, markup=False)
-            self._log(line)
+            self.note(line)
 
-    def _log(self, line: str) -> None:
-        if self.run is not None:
-            self.run.log(line)
+
+def _folded(line: str, width: int, indent: int) -> str:
+    return textwrap.fill(
+        line,
+        max(width, 2 * indent),
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+        drop_whitespace=True,
+    )

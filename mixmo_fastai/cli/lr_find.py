@@ -79,7 +79,7 @@ def lr_find(
         output.say(line)
     output.say(f"Searching in {steps} steps from {start:g} to {end:g} …")
     search = search_lr(training, num_steps=steps, start=start, end=end)
-    title = f"{method_name(resolved)} on {training.source.name}, {resolved.model.arch}"
+    title = f"{method_name(resolved)} on {training.source.name}, {training.recipe.model.arch}"
     plot_lr_search(search, picture, title)
     rows = [(name, f"{rate:.3g}", MEANINGS[name]) for name, rate in search.suggestions.items()]
     lines = [f"{name:<8}  {rate:>9}  {meaning}" for name, rate, meaning in rows]

@@ -44,11 +44,13 @@ def show(
     resolved = resolve_recipe(dataset, recipe, settings, assignments or ())
     picture = free_file(out, f"show-{run_label(resolved)}", ".png")
 
+    from mixmo_fastai.devices import choose_device
     from mixmo_fastai.figures import plot_preview
     from mixmo_fastai.preview import preview_batch
     from mixmo_fastai.training import prepare
 
-    training = prepare(resolved, data_dir)
+    # It is drawn on the CPU, with the network and the image size that a training would have here.
+    training = prepare(resolved, data_dir, sized_for=choose_device("auto").type)
     title = f"{method_name(resolved)}: {resolved.mix.kind} masks on {training.source.name}"
     plot_preview(preview_batch(training.learn, count), picture, title)
     Output(as_json=as_json).result([f"Picture: {picture}"], {"picture": str(picture)})

@@ -29,6 +29,7 @@ def read_image_folder(
     home: Path,
     *,
     image_size: int | None = None,
+    largest_side: int | None = None,
     cache_limit: int = CACHE_LIMIT,
     skip_damaged: bool = False,
     left_out: LeftOut | None = None,
@@ -43,6 +44,8 @@ def read_image_folder(
         home: the data folder, for the cache.
         image_size: height and width of all images, whatever their proportions were. None takes
             those that `own_size` chooses.
+        largest_side: where `image_size` is None and a side of their own size is longer than this,
+            it becomes the image size.
         cache_limit: bytes of decoded images above which they are decoded at each access instead.
         skip_damaged: whether images that cannot be decoded are left out; otherwise an error names
             all of them.
@@ -53,7 +56,14 @@ def read_image_folder(
     """
 
     def read(files_left_out: Collection[str]) -> DataSource:
-        return _read(folder, home, image_size, cache_limit, files_left_out)
+        return _read(
+            folder,
+            home,
+            image_size,
+            files_left_out,
+            largest_side=largest_side,
+            cache_limit=cache_limit,
+        )
 
     _require_size(image_size)
     return read_intact(read, skip=skip_damaged, left_out=left_out)
@@ -63,14 +73,18 @@ def _read(
     folder: Path,
     home: Path,
     image_size: int | None,
-    cache_limit: int,
     left_out: Collection[str],
+    *,
+    largest_side: int | None = None,
+    cache_limit: int,
 ) -> DataSource:
     train, test = (_without(part, left_out) for part in _list_parts(folder))
     name = folder.resolve().name
     entry = cache_entry(home, name, folder, [*_all(train), *_all(test)], image_size)
     if image_size is None:
         height, width = entry.fact("size", lambda: own_size(folder / file for file in _all(train)))
+        if largest_side is not None and max(height, width) > largest_side:
+            return _read(folder, home, largest_side, left_out, cache_limit=cache_limit)
     else:
         height = width = image_size
     parts = {
@@ -88,6 +102,7 @@ def _read(
         std=tuple(std),
         crop_padding=min(height, width) // 8,
         flip=True,
+        scaled_to=image_size or 0,
     )
 
 

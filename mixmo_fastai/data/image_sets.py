@@ -165,6 +165,7 @@ class DataSource:
         flip: whether a mirrored image keeps its label.
         notes: about how an image folder was read, for the plan of a run: labels and texts.
         left_out: damaged files that are in no part, with the reason for each.
+        scaled_to: height and width to which all images of a folder were scaled; 0 for their own.
     """
 
     name: str
@@ -177,6 +178,7 @@ class DataSource:
     flip: bool
     notes: tuple[tuple[str, str], ...] = ()
     left_out: Mapping[str, str] = field(default_factory=dict)
+    scaled_to: int = 0
 
 
 def named_source(

@@ -75,6 +75,7 @@ def load_source(
     data_dir: Path | None = None,
     *,
     image_size: int | None = None,
+    largest_side: int | None = None,
     download: bool = True,
     skip_damaged: bool = False,
     left_out: LeftOut | None = None,
@@ -86,6 +87,7 @@ def load_source(
             of the same name.
         data_dir: the data folder; see `data_home`.
         image_size: height and width to which an image folder is scaled; None for its own.
+        largest_side: of an image folder's own size; images with a longer one are scaled to it.
         download: whether an archive may be downloaded.
         skip_damaged: whether image files that cannot be decoded are left out; otherwise an error
             names all of them.
@@ -111,6 +113,7 @@ def load_source(
         Path(dataset).expanduser(),
         home,
         image_size=image_size,
+        largest_side=largest_side,
         skip_damaged=skip_damaged,
         left_out=left_out,
     )
