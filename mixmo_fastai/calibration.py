@@ -224,8 +224,8 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 def temperature_error(logits: Tensor, temperature: float) -> float:
     """Compute the relative standard error of a fitted temperature.
 
-    The Fisher information of log T in N samples is Σ_n Var_k[z_nk / T] under p_n = softmax(z_n / T),
-    so the standard error of log T, which is that of T over T, is 1 / √ of that sum. Few samples
+    The Fisher information of log T in N samples is Σ_n Var_k[z_nk / T] under p_n, the softmax of
+    z_n / T, so the standard error of log T, which is that of T over T, is 1 / √ of that sum. Few samples
     make it large, and so do samples that are nearly all certain, which say little about T.
 
     Args:
@@ -246,7 +246,7 @@ def temperature_error(logits: Tensor, temperature: float) -> float:
     information = (probabilities * centred.square()).sum().item()
     if information == 0:
         raise InputError("no temperature is best, as the probabilities do not depend on it")
-    return information**-0.5
+    return float(information**-0.5)
 
 
 def check_logits(

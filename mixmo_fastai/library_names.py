@@ -1,4 +1,6 @@
-"""Names of networks in the installed timm and fastai, without importing them. Standard library only.
+"""Names of networks in the installed timm and fastai, without importing them.
+
+Standard library only.
 
 Importing timm takes seconds, and brings torch along; a name that is refused should not. Their
 source says the names: timm registers functions, fastai lists them.
