@@ -356,7 +356,8 @@ class MixMoGuard(_InWords):
             raise InputError(
                 f"The network has {network.num_members} members, and the Learner no MixMoCallback "
                 "to give them images of their own.\nAdd one: learn.add_cb(MixMoCallback()). Or "
-                "train one plain network:\nlearn.model = learn.model.fuse(), then learn.create_opt()."
+                "train one plain network:\nlearn.model = learn.model.fuse(), then "
+                "learn.create_opt()."
             )
 
 
