@@ -243,7 +243,7 @@ class MixMoLoss(nn.Module):
 
 _COLUMN = "Predictions are (B, 1) and targets (B,): let the loss give both one shape."
 _UNLIKE = (
-    "Use a loss that is, such as nn.CrossEntropyLoss(), or weight all samples alike: "
+    "Use a loss that is, such as nn.CrossEntropyLoss(), or give all samples equal weights: "
     "weight_root=float('inf'), msda=None."
 )
 _FunctionLoss = FunctionLoss  # its name in Learners that version 0.1.0 has exported

@@ -63,6 +63,7 @@ LAYERS = {
     "export": ASSEMBLY,
     "learner": ASSEMBLY,
     "lr_search": ASSEMBLY,
+    "member_predictions": ASSEMBLY,
     "prediction": ASSEMBLY,
     "training": ASSEMBLY,
     "recording": ASSEMBLY,
