@@ -18,6 +18,7 @@ _HOMES = {
     "convert_to_mixmo": "models",
     "create_model": "models",
     "defer_readbacks": "deferred",
+    "member_preds": "member_predictions",
     "mixmo_learner": "learner",
     "evaluate_logits": "evaluation",
     "load_fused": "export",

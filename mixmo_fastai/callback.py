@@ -64,7 +64,9 @@ class MixMoCallback(_InWords):
 
     Each training batch (n, C, H, W) becomes inputs (B, M, C, H, W) with masks (B, M, 1 or D, h, w),
     and targets (B, M) with weights (B, M). Batches of evaluation are left alone, and so is the
-    Learner's loss, but for being wrapped once, for good, in `MixMoLoss`.
+    Learner's loss, but for being wrapped once, for good, in `MixMoLoss`. The gradient is that of
+    the sum over members; `learn.loss`, and with it every training loss that fastai records, shows
+    or monitors, is divided by M.
 
     The network sees B = batch_repetitions · n images per step: a loader with 16 images a batch
     gives the published batch of 64. Each copy of an image goes through the loader's batch
@@ -202,6 +204,13 @@ class MixMoCallback(_InWords):
         pasted_targets = take_partners(targets, draw.partners)
         self.learn.xb = (mix_images(inputs, draw), masks)
         self.learn.yb = (targets, weights, pasted_targets, shares)
+
+    def after_loss(self) -> None:
+        """Record the loss per member, comparable with a validation loss.
+
+        fastai keeps the loss to record apart from the loss to differentiate, which stays the sum.
+        """
+        self.learn.loss = self.learn.loss / self._num_members
 
     def after_batch(self) -> None:
         """Show fastai's metrics in training, if they are wanted, the members one by one."""

@@ -68,12 +68,11 @@ def search_lr(
             ) from error
         finally:
             learn.path = before
-    num_members = training.recipe.model.num_members
     losses = torch.stack([torch.as_tensor(v) for v in learn.recorder.losses]).flatten().cpu()
     num_finite = int(losses.isfinite().cumprod(0).sum())  # up to where the loss ran off
     return LrSearch(
         lrs=[float(rate) for rate in learn.recorder.lrs[:num_finite]],
-        losses=(losses[:num_finite] / num_members).tolist(),
+        losses=losses[:num_finite].tolist(),
         suggestions={name: float(rate) for name, rate in suggested._asdict().items()},
     )
 
