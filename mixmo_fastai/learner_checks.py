@@ -21,8 +21,8 @@ def check_batch(num_inputs: int, num_targets: int) -> None:
         advice = "Join the inputs in one tensor (n, C, H, W), such as images as more channels"
     elif num_targets > 1:
         advice = (
-            "Train a Learner for each target, or join them in one tensor, as RegressionBlock(2) and "
-            "MultiCategoryBlock do"
+            "Train a Learner for each target, or join them in one tensor, as RegressionBlock(2) "
+            "and MultiCategoryBlock do"
         )
     else:
         advice = "Give loaders of pairs, such as (image, label)"

@@ -149,8 +149,8 @@ class MixMoModel(nn.Module):
         if before & state_dict.keys() and not own & state_dict.keys():
             raise InputError(
                 "These weights were saved before the network was converted to MixMo: they have no "
-                "encoders and heads.\nLoad them into the network, or its Learner, as it was before, "
-                "then convert it: to_mixmo(learn.load(…))."
+                "encoders and heads.\nLoad them into the network, or its Learner, as it was "
+                "before, then convert it: to_mixmo(learn.load(…))."
             )
         return super().load_state_dict(state_dict, *args, **kwargs)
 
