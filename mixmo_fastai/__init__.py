@@ -14,7 +14,7 @@ _HOMES = {
     "MixMoCallback": "callback",
     "MixMoLoss": "losses",
     "MixMoModel": "models",
-    "body_and_heads": "learner",
+    "body_and_heads": "parameter_groups",
     "convert_to_mixmo": "models",
     "create_model": "models",
     "defer_readbacks": "deferred",

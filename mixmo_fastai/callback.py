@@ -364,9 +364,8 @@ class MixMoGuard(_InWords):
         if not any(isinstance(other, MixMoCallback) for other in self.learn.cbs):
             raise InputError(
                 f"The network has {network.num_members} members, and the Learner no MixMoCallback "
-                "to give them images of their own.\nAdd one: learn.add_cb(MixMoCallback()). Or "
-                "train one plain network:\nlearn.model = learn.model.fuse(), then "
-                "learn.create_opt()."
+                "to give them images of their own.\nAdd one: learn.add_cb(MixMoCallback()).\n"
+                "For a plain network: learn.model = learn.model.fuse(), then learn.create_opt()."
             )
 
 

@@ -1,9 +1,7 @@
-"""Names of networks in the installed timm and fastai, without importing them.
+"""Names of networks in the installed timm and fastai, read from their source.
 
+Importing timm takes seconds and brings torch along, and a refused name should cost neither.
 Standard library only.
-
-Importing timm takes seconds, and brings torch along; a name that is refused should not. Their
-source says the names: timm registers functions, fastai lists them.
 """
 
 import re

@@ -77,7 +77,7 @@ def converted_splitter(splitter: Splitter, model: MixMoModel) -> Splitter:
     except Exception as error:  # anything may happen in a user's function
         raise InputError(
             f"The Learner's splitter fails on its network: {first_line(error)}.\n"
-            "Set one that splits it, or learn.splitter = trainable_params for one group, first."
+            "Set one that splits it; learn.splitter = trainable_params makes one group."
         ) from error
     return converted
 

@@ -42,7 +42,7 @@ class FusedNetwork(nn.Module):
         self.output = output
 
     def forward(self, x: Tensor) -> Tensor:
-        """Predict: images (B, C, H, W) -> ensemble logits (B, K), or `output` of them."""
+        """Predict: (B, C, H, W) -> ensemble logits (B, K), or what `output` makes of them."""
         logits = self._decode(x) if self.num_votes == 1 else self.member_logits(x).mean(dim=1)
         output: nn.Module | None = getattr(self, "output", None)  # version 0.1.0 pickled none
         return logits if output is None else output(logits)

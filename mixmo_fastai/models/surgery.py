@@ -62,8 +62,8 @@ def convert_to_mixmo(
     Encoders and heads can be trained; other parameters that were frozen stay frozen.
 
     A layer without parameters that turns each logit into a prediction by itself, such as the
-    `SigmoidRange` of fastai's `y_range`, may follow the last layer. Members' predictions in
-    training go through it one by one; the ensemble's is made of the mean of the members' logits.
+    `SigmoidRange` of fastai's `y_range`, may follow the last layer. In training each member's
+    logits go through it; the ensemble's prediction is made of the mean of the members' logits.
 
     Args:
         model: (B, C, H, W) -> (B, K): from torchvision, timm, fastai, or your own.
