@@ -282,7 +282,8 @@ def _facts_of_batches(dls: DataLoaders) -> tuple[tuple[int, int, int], Tensor | 
         return dls.train.images.image_shape, None
     with random_states_kept(dls.train):
         batch = first_batch(dls.train)
-    check_batch(*count_parts(dls, batch))
+        parts = count_parts(dls, batch)  # fastai may pass a sample through the transforms
+    check_batch(*parts)
     images, *targets = batch
     if getattr(images, "ndim", 0) != 4:
         raise InputError(
