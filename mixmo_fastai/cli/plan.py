@@ -1,6 +1,8 @@
 """What `mixmo fit` says before it trains, and what to do after it."""
 
+import csv
 import shlex
+from contextlib import suppress
 from typing import Any
 
 from mixmo_fastai.advice import advise, members_advice
@@ -83,7 +85,7 @@ def _say_time(training: Any, output: Output, run: RunFolder, *, resume: bool) ->
     speed = measure_speed(training)
     if speed is None:
         return None
-    done = sum(len(network.history()) for network in run.networks()) if resume else 0
+    done = _epochs_done(run) if resume else 0
     seconds = seconds_left(training, speed, done)
     output.say(_row("Time", _time_text(speed, seconds, resume)), indent=LABELS)
     if training.device.type == "cpu" and seconds > LONG_SECONDS and not resume:
@@ -91,6 +93,15 @@ def _say_time(training: Any, output: Output, run: RunFolder, *, resume: bool) ->
         if shorter is not None:
             output.say(_row("", _shorter_text(shorter)), style="bold", indent=LABELS)
     return speed if speed.is_timed else None
+
+
+def _epochs_done(run: RunFolder) -> int:
+    """Count the epochs of all networks; 0 of a damaged history, which resuming replaces."""
+    done = 0
+    for network in run.networks():
+        with suppress(ValueError, csv.Error):
+            done += len(network.history())
+    return done
 
 
 def _time_text(speed: Any, seconds: float, resume: bool) -> str:
