@@ -6,7 +6,7 @@ H W image size, K classes.
 
 import copy
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -84,6 +84,12 @@ class BackboneCore(nn.Module):
         if self.output is not None and output is not None:
             _replace(network, network.get_submodule(self.output), output)
         return network
+
+    def had(self, names: Iterable[str]) -> set[str]:
+        """List tensors of the network before it was cut, of the names of a MixMoModel."""
+        inside = "core.body."
+        kept = {name.removeprefix(inside) for name in names if name.startswith(inside)}
+        return kept | {f"{self.first}.weight", f"{self.last}.weight"}
 
     @contextmanager
     def filled(self, convolution: nn.Module, linear: nn.Module) -> Iterator[nn.Module]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from mixmo_fastai.errors import InputError
+from mixmo_fastai.models.backbone_core import BackboneCore
 from mixmo_fastai.models.fused import fuse_parts, run_core
 
 
@@ -144,9 +145,8 @@ class MixMoModel(nn.Module):
         Raises:
             InputError: they are of the network that was converted, before its conversion.
         """
-        own = self.state_dict().keys()
-        before = {name.removeprefix("core.body.") for name in own if name.startswith("core.body.")}
-        if before & state_dict.keys() and not own & state_dict.keys():
+        given, own = state_dict.keys(), self.state_dict().keys()
+        if isinstance(self.core, BackboneCore) and not given & own and given & self.core.had(own):
             raise InputError(
                 "These weights were saved before the network was converted to MixMo: they have no "
                 "encoders and heads.\nLoad them into the network, or its Learner, as it was "
