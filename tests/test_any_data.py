@@ -302,7 +302,7 @@ def test_numbers_within_a_range():
         learn.fit_one_cycle(2, 1e-3)
         found = learn.get_preds()[0]
     assert found.shape == before.shape
-    assert -0.5 <= found.min()
+    assert found.min() >= -0.5
     assert found.max() <= 1.5
     images, _ = dls.valid.one_batch()
     model = learn.model.eval()
