@@ -23,7 +23,7 @@ from mixmo_fastai.models.create import create_model
 from mixmo_fastai.models.mixmo_model import unwrap
 from mixmo_fastai.processes import group
 from mixmo_fastai.sizing import default_for
-from mixmo_fastai.training import TEST_SET, Training
+from mixmo_fastai.training import Training
 
 USUAL_RATE = 40e9
 """Operations per second that a thread of a CPU makes of such networks, to plan the timed steps."""
@@ -192,11 +192,16 @@ def seconds_left(training: Training, speed: Speed, epochs_done: int = 0) -> floa
         epochs_done: by all of its networks together.
     """
     train, nets = training.recipe.train, training.recipe.model.num_nets
-    _, valid, test = (len(loader.images) for loader in training.learn.dls.loaders[: TEST_SET + 1])
-    per_epoch = training.steps_per_epoch * train.batch_size + valid / (1 + BACKWARD)
+    evaluated = sum(len(loader.images) for loader in training.learn.dls.loaders[1:])
     epochs = max(0, train.epochs * nets - epochs_done)
-    images = epochs * per_epoch + nets * (valid + test) / (1 + BACKWARD)
+    images = epochs * _images_per_epoch(training) + nets * evaluated / (1 + BACKWARD)
     return images / speed.images_per_second
+
+
+def _images_per_epoch(training: Training) -> float:
+    """Count what the network sees in an epoch, an image of the validation as a third of one."""
+    seen = training.steps_per_epoch * training.recipe.train.batch_size
+    return seen + len(training.learn.dls.valid.images) / (1 + BACKWARD)
 
 
 def shorter_training(training: Training, speed: Speed) -> Shorter | None:
@@ -217,8 +222,7 @@ def shorter_training(training: Training, speed: Speed) -> Shorter | None:
         images *= CAUTION * own / least
     else:
         arch = None
-    seen_per_epoch = training.steps_per_epoch * recipe.train.batch_size
-    if (epochs := int(images / seen_per_epoch)) >= 1:
+    if (epochs := int(images / _images_per_epoch(training))) >= 1:
         return Shorter(arch, epochs)
     distinct = int(images / recipe.mix.batch_repetitions)
     rounded = distinct - distinct % 10 ** (len(str(distinct)) - 1)  # one digit is enough

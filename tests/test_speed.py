@@ -225,24 +225,27 @@ def test_the_time_counts_every_epoch_and_evaluation():
 
 
 @pytest.mark.parametrize(
-    ("rate", "expected"),
+    ("epochs", "expected"),
     [
-        (192 * 7 / 1200, Shorter(None, 7)),  # an epoch is 6 steps of 32 images
-        (192 / 1200, Shorter(None, 1)),
-        (0.9 * 192 / 1200, Shorter(None, 1, limit=40)),
-        (1e-3, Shorter(None, 1, limit=8)),
+        (7, Shorter(None, 7)),
+        (1, Shorter(None, 1)),
+        (0.9, Shorter(None, 1, limit=50)),
+        (0.01, Shorter(None, 1, limit=8)),  # one batch
     ],
 )
-def test_the_shorter_training_fits_into_twenty_minutes(rate, expected):
+def test_the_shorter_training_fits_into_twenty_minutes(epochs, expected):
     training = prepare(override(TINY, ["train.epochs=1000"]))
-    assert shorter_training(training, Speed(1.0001 * rate)) == expected
+    valid = len(training.learn.dls.valid.images)
+    rate = 1.0001 * epochs * (6 * 32 + valid / 3) / 1200
+    assert shorter_training(training, Speed(rate)) == expected
 
 
 def test_the_shorter_training_has_a_smaller_network_if_there_is_one():
-    training = prepare(override(TINY, ["model.arch=wrn16_8", "train.epochs=1000"]))
-    own = training_operations(training.learn.model, (1, 8, 8))
-    least = training_operations(
-        prepare(override(TINY, ["model.arch=wrn10_4"])).learn.model, (1, 8, 8)
+    wide, narrow = (
+        prepare(override(TINY, [f"model.arch={arch}"])) for arch in ("wrn16_8", "wrn10_4")
     )
-    rate = 192 * 3.01 / 1200 * least / own / module.CAUTION
-    assert shorter_training(training, Speed(rate)) == Shorter("wrn10_4", 3)
+    own, least = (training_operations(t.learn.model, (1, 8, 8)) for t in (wide, narrow))
+    rate = 3.01 * (6 * 32 + len(wide.learn.dls.valid.images) / 3) / 1200
+    slower = rate * least / own / module.CAUTION
+    assert shorter_training(wide, Speed(slower)) == Shorter("wrn10_4", 3)
+    assert shorter_training(narrow, Speed(rate)) == Shorter(None, 3)
