@@ -3,7 +3,6 @@
 The test set has no part in it.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 
 from mixmo_fastai.recipe import Recipe
@@ -11,11 +10,11 @@ from mixmo_fastai.sizing import too_small_for_members
 
 GOOD_ACCURACY = 0.95
 """Of the validation split, from which on nothing is advised."""
-LEARNT_BY_HEART = 0.9
-"""exp(-training loss), the geometric mean of the true class's probability, from which on nearly all
-training images are classified correctly."""
-GAP = 0.1
-"""By which the validation accuracy is then far below."""
+LOW_LOSS = 0.1
+"""Of training: the true class has a probability of 0.9 (geometric mean), so that the accuracy on
+training images is near 100 %."""
+FAR_BELOW = 0.85
+"""The validation accuracy below which that is overfitting."""
 LAST_SHARE = 0.25
 """Part of the epochs, at the end, in which a falling validation loss is looked for."""
 STILL_FALLING = 0.05
@@ -41,8 +40,7 @@ def advise(recipe: Recipe, history: Sequence[Mapping[str, str]], images_seen: in
         return None
     if lacks := too_small_for_members(recipe, images_seen):
         return members_advice(recipe, lacks)
-    fit = math.exp(-train_loss)
-    if fit >= LEARNT_BY_HEART and accuracy < fit - GAP:
+    if train_loss <= LOW_LOSS and accuracy < FAR_BELOW:
         return _overfit(recipe)
     if _is_falling([float(row["valid_loss"]) for row in rows]):
         epochs = recipe.train.epochs or len(rows)
@@ -59,10 +57,10 @@ def members_advice(recipe: Recipe, lacks: str) -> str:
 
 
 def _overfit(recipe: Recipe) -> str:
-    remedy = "more images help, or --msda cutmix"
+    remedy = "get more images, or take --msda cutmix"
     if recipe.mix.msda != "none":
-        remedy = "more images help, or a larger optimizer.weight_decay"
-    return f"Training images are learnt by heart, validation images are not: {remedy}"
+        remedy = "get more images, or raise optimizer.weight_decay"
+    return f"Training accuracy is near 100 %, validation accuracy far below: {remedy}"
 
 
 def _is_falling(losses: Sequence[float]) -> bool:

@@ -220,12 +220,15 @@ def _check_own_callbacks(callbacks: Iterable[Any]) -> None:
         )
 
 
-def learner_from_recipe(recipe: Recipe, dls: DataLoaders, **kwargs: Any) -> Learner:
+def learner_from_recipe(
+    recipe: Recipe, dls: DataLoaders, model: MixMoModel | None = None, **kwargs: Any
+) -> Learner:
     """Build the Learner that a recipe describes.
 
     Args:
         recipe: what to train; of a deep ensemble, the first network.
         dls: from `make_dataloaders`.
+        model: its network, if there is one already.
         kwargs: of fastai's `Learner`.
     """
     mix = recipe.mix
@@ -235,11 +238,11 @@ def learner_from_recipe(recipe: Recipe, dls: DataLoaders, **kwargs: Any) -> Lear
     kwargs.setdefault("splitter", trainable_params)  # one group, and so in every checkpoint
     return mixmo_learner(
         dls,
-        recipe.model.arch,
+        recipe.model.arch if model is None else model,
         mix=mix.kind,
         num_members=recipe.model.num_members,
         pretrained=recipe.model.pretrained,
-        ghost_batch_size=recipe.model.ghost_batch_size,
+        ghost_batch_size=recipe.model.ghost_batch_size if model is None else 0,
         alpha=mix.alpha,
         mix_prob=mix.mix_prob,
         decay_start=mix.decay_start,

@@ -11,24 +11,29 @@ from dataclasses import dataclass, replace
 
 import torch
 from fastai.callback.core import Callback, CancelFitException, CancelValidException
+from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders
 from torch import nn
 
 from mixmo_fastai.data.glance import random_states_kept
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.flops import BACKWARD, training_flops
+from mixmo_fastai.learner import learner_from_recipe
 from mixmo_fastai.models.create import create_model
+from mixmo_fastai.models.mixmo_model import unwrap
 from mixmo_fastai.processes import group
 from mixmo_fastai.sizing import default_for
-from mixmo_fastai.training import TEST_SET, Training, prepare_network
+from mixmo_fastai.training import Training
 
 USUAL_RATE = 40e9
 """Operations per second that a thread of a CPU makes of such networks, to plan the timed steps."""
-PLANNED_SECONDS, MOST_SECONDS = 1.0, 15.0
+PLANNED_SECONDS, MOST_SECONDS = 0.4, 6.0
 """Of one timed step on a CPU: what is aimed at, and what is not begun."""
 TINY_SECONDS = 2.0
 """Of a whole training on a CPU, below which nothing is timed."""
-TIMED_SECONDS, MOST_STEPS, WARMUP_STEPS = 0.6, 40, 2
+TIMED_SECONDS, LONG_STEP, MOST_STEPS, WARMUP_STEPS = 0.6, 2.0, 40, 2
+"""How long steps are timed, what counts as long in the warm-up, and how many there are at most.
+The first steps of a GPU choose its kernels, which is neither counted nor cut short."""
 SHORT_SECONDS = 20 * 60.0
 """How long the shorter training is that is advised in place of one that takes hours."""
 CAUTION = 0.8
@@ -66,7 +71,10 @@ class Shorter:
 
 
 class StepTimer(Callback):
-    """Time training steps after a warm-up, then end the fit; validation is left out."""
+    """Time training steps after a warm-up, then end the fit; validation is left out.
+
+    Where a step takes long on a CPU, nothing more is waited for: the warm-up is then timed itself.
+    """
 
     order = 100  # after all else that a step does
 
@@ -74,18 +82,26 @@ class StepTimer(Callback):
         super().__init__()
         self.steps, self.seconds = -WARMUP_STEPS, 0.0
 
+    def before_fit(self) -> None:
+        """Start the clock."""
+        self.began = time.perf_counter()
+
     def after_batch(self) -> None:
         """Count a step; end the fit when enough are timed."""
         self.steps += 1
-        if self.steps == 0:
+        if self.steps <= 0:
             self._wait()
-            self.began = time.perf_counter()
-        elif self.steps >= 2:
+        self.seconds = time.perf_counter() - self.began
+        is_long = self.learn.loss.device.type == "cpu" and self.seconds >= LONG_STEP
+        if self.steps <= 0 and is_long:
+            self.steps += WARMUP_STEPS
+            raise CancelFitException
+        if self.steps == 0:
+            self.began += self.seconds
+        elif self.steps >= MOST_STEPS or (self.steps > 0 and self.seconds >= TIMED_SECONDS):
+            self._wait()
             self.seconds = time.perf_counter() - self.began
-            if self.seconds >= TIMED_SECONDS or self.steps >= MOST_STEPS:
-                self._wait()
-                self.seconds = time.perf_counter() - self.began
-                raise CancelFitException
+            raise CancelFitException
 
     def before_validate(self) -> None:
         """Go on with the next epoch."""
@@ -117,7 +133,10 @@ def measure_speed(training: Training) -> Speed | None:
         return Speed(rate / operations, is_timed=False)
     size = training.recipe.loader_batch_size
     if on_cpu and operations:
-        size = _planned_size(size, rate * PLANNED_SECONDS / (operations * copies))
+        fewest = max(1, 2 // copies)  # BatchNorm takes two images or more
+        planned = int(rate * PLANNED_SECONDS / (operations * copies))
+        size = min(size, max(fewest, planned))
+        size = min(training.recipe.loader_batch_size, size + -size % group().count)
         if size * copies * operations > rate * MOST_SECONDS:
             return Speed(rate / operations, is_timed=False)
     try:
@@ -140,23 +159,18 @@ def training_operations(model: nn.Module, image_shape: tuple[int, ...]) -> float
         return None
 
 
-def _planned_size(most: int, planned: float) -> int:
-    """Choose how many distinct images a timed step has: BatchNorm takes two or more."""
-    size = max(2, min(most, int(planned)))
-    return min(most, size + -size % group().count)
-
-
 def _seconds_per_step(training: Training, size: int) -> float:
     """Time steps of `size` distinct images with a copy of everything that a step changes."""
     recipe = training.recipe
-    ghosts = recipe.model.ghost_batch_size if size == recipe.loader_batch_size else 0
-    model = replace(recipe.model, pretrained=False, ghost_batch_size=ghosts)
     train = replace(recipe.train, batch_size=size * recipe.mix.batch_repetitions)
+    model = copy.deepcopy(unwrap(training.learn.model))
     dls = _with_batches_of(size, training.learn.dls)
-    own = prepare_network(replace(recipe, model=model, train=train), training.source, dls)
-    timer, learn = StepTimer(), own.learn
+    learn = learner_from_recipe(replace(recipe, train=train), dls, model)
+    learn.remove_cbs(ProgressCallback)
     acceleration = replace(training.acceleration, compiled=False)
-    with learn.no_logging(), acceleration.applied(learn.model):
+    acceleration.place(model)
+    timer = StepTimer()
+    with learn.no_logging(), acceleration.applied(model):
         epochs = 1 + WARMUP_STEPS + MOST_STEPS  # of one step or more each
         learn.fit(epochs, lr=recipe.lr / 25, wd=recipe.optimizer.weight_decay, cbs=[timer])
     return timer.seconds / timer.steps
@@ -178,11 +192,16 @@ def seconds_left(training: Training, speed: Speed, epochs_done: int = 0) -> floa
         epochs_done: by all of its networks together.
     """
     train, nets = training.recipe.train, training.recipe.model.num_nets
-    _, valid, test = (len(loader.images) for loader in training.learn.dls.loaders[: TEST_SET + 1])
-    per_epoch = training.steps_per_epoch * train.batch_size + valid / (1 + BACKWARD)
+    evaluated = sum(len(loader.images) for loader in training.learn.dls.loaders[1:])
     epochs = max(0, train.epochs * nets - epochs_done)
-    images = epochs * per_epoch + nets * (valid + test) / (1 + BACKWARD)
+    images = epochs * _images_per_epoch(training) + nets * evaluated / (1 + BACKWARD)
     return images / speed.images_per_second
+
+
+def _images_per_epoch(training: Training) -> float:
+    """Count what the network sees in an epoch, an image of the validation as a third of one."""
+    seen = training.steps_per_epoch * training.recipe.train.batch_size
+    return seen + len(training.learn.dls.valid.images) / (1 + BACKWARD)
 
 
 def shorter_training(training: Training, speed: Speed) -> Shorter | None:
@@ -203,8 +222,7 @@ def shorter_training(training: Training, speed: Speed) -> Shorter | None:
         images *= CAUTION * own / least
     else:
         arch = None
-    seen_per_epoch = training.steps_per_epoch * recipe.train.batch_size
-    if (epochs := int(images / seen_per_epoch)) >= 1:
+    if (epochs := int(images / _images_per_epoch(training))) >= 1:
         return Shorter(arch, epochs)
     distinct = int(images / recipe.mix.batch_repetitions)
     rounded = distinct - distinct % 10 ** (len(str(distinct)) - 1)  # one digit is enough
