@@ -137,9 +137,9 @@ def check_shapes(base: Any, pred: Tensor, targets: Tensor) -> None:
         return
     advice = f"Give targets {_shape(pred)}"
     if pred.ndim == targets.ndim + 1 and pred.shape[-1] == 1:
-        advice += (
-            f", or flatten both by {_FLATTENING.get(name, f'BaseLoss(nn.{name}, is_2d=False)')}"
-        )
+        advice += f", or flatten both: {_FLATTENING.get(name, f'BaseLoss(nn.{name}, is_2d=False)')}"
+    elif not targets.is_floating_point():
+        advice += ", or for one class per image use CrossEntropyLossFlat()"
     raise InputError(
         f"{name} compares number by number: predictions {_shape(pred)} do not match targets "
         f"{_shape(targets)}.\n{advice}."

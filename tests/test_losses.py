@@ -435,6 +435,11 @@ def test_nothing_is_broadcast_between_predictions_and_targets(base):
     torch.testing.assert_close(alike, 3 * torch.Tensor(base(pred, targets[..., None])))
 
 
+def test_a_loss_of_numbers_for_classes_is_told_cross_entropy():
+    with pytest.raises(InputError, match=r"Give targets \(B, 4\), or .* CrossEntropyLossFlat\(\)"):
+        MixMoLoss(nn.MSELoss())(torch.rand(6, 3, 4), torch.zeros(6, 3).long(), torch.ones(6, 3))
+
+
 def test_losses_that_flatten_take_a_column_for_a_row():
     pred, targets = torch.rand(6, 3, 1), torch.rand(6, 3)
     found = MixMoLoss(MSELossFlat())(pred, targets, torch.ones(6, 3))
