@@ -51,6 +51,14 @@ def compact(count: float) -> str:
     return f"{count:.0f}"
 
 
+def duration(seconds: float) -> str:
+    """Format a time: 192 is "3.2 min"."""
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
 class Figure(NamedTuple):
     """Name and format of one metric of `evaluation.evaluate_logits`.
 

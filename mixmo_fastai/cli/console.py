@@ -1,7 +1,9 @@
 """Where a command's words go: people read the console, programs read JSON."""
 
 import json
+import re
 import sys
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +24,36 @@ class RunInterruptedError(Exception):
         self.exit_code = exit_code
 
 
+def fold(line: str, width: int) -> list[str]:
+    """Fold a line to a width; what follows is indented to the second column, if there is one.
+
+    A number stays with its unit, and a word that is longer than a line is left whole, so that paths
+    and commands can be copied.
+    """
+    if len(line) <= width:
+        return [line]
+    label = _LABEL.match(line)
+    indent = " " * (len(label[0]) if label and len(label[0]) <= width // 3 else _margin(line) + 2)
+    parts = textwrap.wrap(
+        _UNIT.sub("\u00a0", line),
+        width,
+        subsequent_indent=indent,
+        drop_whitespace=True,
+        replace_whitespace=False,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return [part.replace("\u00a0", " ") for part in parts]
+
+
+def _margin(line: str) -> int:
+    return len(line) - len(line.lstrip())
+
+
+_LABEL = re.compile(r"\s*\S+(?: \S+)*\s{2,}(?=\S)")
+_UNIT = re.compile(r"(?<=\d) (?=(?:%|points|nats|min|h|s)(?!\w))")
+
+
 class Output:
     """The console of one command.
 
@@ -40,7 +72,7 @@ class Output:
     def say(self, line: str = "", style: str | None = None) -> None:
         """Say one thing on the way; the run's log keeps it as well."""
         if not (self.quiet or self.is_silent):
-            self.console.print(line, style=style, markup=False)
+            self._print(line, style)
         self._log(line)
 
     def result(self, lines: list[str], value: Mapping[str, Any]) -> None:
@@ -51,8 +83,14 @@ class Output:
             sys.stdout.write(json.dumps(value, indent=2) + "\n")
         for line in lines:
             if not self.as_json:
-                self.console.print(line, markup=False)
+                self._print(line)
             self._log(line)
+
+    def _print(self, line: str, style: str | None = None) -> None:
+        """Print a line, on a terminal folded to its width; pipes get whole lines."""
+        width = self.console.width if self.console.is_terminal else None
+        for part in [line] if width is None else fold(line, width):
+            self.console.print(part, style=style, markup=False, soft_wrap=True)
 
     def _log(self, line: str) -> None:
         if self.run is not None:
