@@ -3,6 +3,7 @@
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 
 import torch
 from fastai.callback.schedule import minimum, slide, steep, valley
@@ -40,9 +41,10 @@ class LrSearch:
         the rate with the lowest loss. As the peak of one-cycle, larger rates serve better than the
         careful `valley`.
         """
-        lowest = min(range(len(self.losses)), key=self.losses.__getitem__)
-        before = self.losses[: lowest + 1]
-        if max(before) - before[-1] < LEAST_FALL * max(before):
+        quarter = max(1, len(self.losses) // 4)  # where rates are too small to train anything
+        lowest = min(range(quarter, len(self.losses)), key=self.losses.__getitem__)
+        start = median(self.losses[:quarter])
+        if start - self.losses[lowest] < LEAST_FALL * start:
             return None
         return float(f"{min(self.suggestions['slide'], self.lrs[lowest]):.1e}")
 

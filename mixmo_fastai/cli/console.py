@@ -27,10 +27,10 @@ class RunInterruptedError(Exception):
 def fold(line: str, width: int) -> list[str]:
     """Fold a line to a width; what follows is indented to the second column, if there is one.
 
-    A number stays with its unit, and a word that is longer than a line is left whole, so that paths
-    and commands can be copied.
+    A number stays with its unit. Words that are longer than a line, such as paths, and lines that
+    are commands are left whole, so that they can be copied.
     """
-    if len(line) <= width:
+    if len(line) <= width or line.lstrip().startswith("mixmo "):
         return [line]
     label = _LABEL.match(line)
     indent = " " * (len(label[0]) if label and len(label[0]) <= width // 3 else _margin(line) + 2)

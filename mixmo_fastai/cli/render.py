@@ -9,7 +9,6 @@ from mixmo_fastai.resolve import departures
 from mixmo_fastai.wording import (
     FIGURES,
     OF_SEVERAL_MEMBERS,
-    compact,
     decimal,
     duration,
     expectation,
@@ -165,7 +164,7 @@ def comparison_lines(compared: Sequence[Any]) -> list[str]:
 
 
 def _results_of(compared: Sequence[Any]) -> list[tuple[str, ...]]:
-    table = [("run", "accuracy", "NLL", "ECE", "params", "images seen", "time")]
+    table = [("run", "accuracy", "NLL", "ECE", "parameters", "images seen", "time")]
     for part in compared:
         test, seen = part.figures, part.images_seen
         table.append(
@@ -174,8 +173,8 @@ def _results_of(compared: Sequence[Any]) -> list[tuple[str, ...]]:
                 percent(test["accuracy"]),
                 decimal(test["nll"]),
                 percent(test["ece"]),
-                compact(part.parameters),
-                "-" if seen is None else compact(seen),
+                f"{part.parameters:,}",
+                "-" if seen is None else f"{seen:,}",
                 "-" if part.seconds is None else duration(part.seconds),
             )
         )
@@ -278,7 +277,8 @@ def _tempered(values: Mapping[str, Any], how: str) -> str:
     temperatures = values.get("temperatures", [values.get("temperature")])
     shown = " and ".join(f"{t:.3f}" for t in temperatures)
     plural = "s" * (len(temperatures) > 1)
-    text = f"NLL {decimal(values['nll'])}, ECE {percent(values['ece'])} at temperature{plural} {shown}, {how}"
+    text = f"NLL {decimal(values['nll'])}, ECE {percent(values['ece'])}"
+    text += f" at temperature{plural} {shown}, {how}"
     remark = temperature_remark(values)
     return f"{text}. {remark}" if remark else text
 
