@@ -11,17 +11,18 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator
-from matplotlib.transforms import ScaledTranslation
 from torch import Tensor
 
 from mixmo_fastai.comparison import Compared
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.lr_search import LrSearch
 from mixmo_fastai.preview import Preview, preview_batch
-from mixmo_fastai.wording import compact
+from mixmo_fastai.wording import shortened
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # told apart by colour-blind readers
 MARKERS = ("o", "s", "^", "D")
+LONGEST_NAME = 22
+"""Number of characters of a class name above an image."""
 _plain_text = rc_context({"text.parse_math": False})  # a class may be called $5$
 
 
@@ -105,7 +106,8 @@ def _draw_preview(preview: Preview, figure: Figure, title: str) -> None:
     for row in range(num_rows):
         for member in range(num_members):
             _show_image(grid[row][2 * member], preview.inputs[row, member])
-            grid[row][2 * member].set_title(preview.labels[row][member], fontsize=8)
+            name = shortened(preview.labels[row][member], LONGEST_NAME)
+            grid[row][2 * member].set_title(name, fontsize=8)
             mask = grid[row][2 * member + 1]
             mask.imshow(preview.masks[row, member], cmap="gray", vmin=0, vmax=1)
             mask.set_title(f"{100 * preview.masks[row, member].mean():.0f} %", fontsize=8)
@@ -129,7 +131,7 @@ def plot_comparison(names: list[str], compared: Sequence[Compared], path: Path) 
     """
     sizes = [part.parameters for part in compared]
     low, high = _size_limits(sizes)
-    shifts = _shifts(sizes, (low, high))
+    places = _places(sizes, (low, high))
     legend_height = 0.22 * len(names) + 0.1
     figure = Figure(figsize=(11, 4.6 + legend_height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
@@ -137,10 +139,11 @@ def plot_comparison(names: list[str], compared: Sequence[Compared], path: Path) 
     for axes, (figure_name, label) in zip(figure.subplots(1, 2), panels, strict=True):
         axes.set_xscale("log")
         axes.set_xlim(low, high)
-        for place, (name, part, shift) in enumerate(zip(names, compared, shifts, strict=True)):
+        runs = zip(names, compared, places, strict=True)
+        for place, (name, part, shifted) in enumerate(runs):
             value, ends = part.figures[figure_name], part.intervals[figure_name]
             axes.errorbar(
-                part.parameters,
+                shifted,
                 value,
                 [[value - min(ends[0], value)], [max(ends[1], value) - value]],
                 fmt=MARKERS[(place + place // len(COLORS)) % len(MARKERS)],
@@ -148,10 +151,9 @@ def plot_comparison(names: list[str], compared: Sequence[Compared], path: Path) 
                 markersize=8,
                 capsize=4,
                 label=name + _described(part),
-                transform=axes.transData + ScaledTranslation(shift / 72, 0, figure.dpi_scale_trans),
             )
         ticks = _size_ticks(low, high)
-        axes.set_xticks(ticks, [compact(tick) for tick in ticks])
+        axes.set_xticks(ticks, [_round_size(tick) for tick in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set(xlabel="parameters (log scale)", ylabel=label)
         axes.grid(alpha=0.3)
@@ -173,15 +175,24 @@ PANEL_WIDTH = 330.0
 def _size_limits(sizes: Sequence[int]) -> tuple[float, float]:
     """Return the ends of a logarithmic axis around sizes."""
     low, high = min(sizes), max(sizes)
-    middle, span = math.sqrt(low * high), max(high / low * 1.5, LEAST_SPAN)
+    middle, span = math.sqrt(low * high), max(1.5 * (high / low) ** 1.25, LEAST_SPAN)
     return middle / math.sqrt(span), middle * math.sqrt(span)
+
+
+_LEADING: tuple[tuple[float, ...], ...] = (
+    (1,),
+    (1, 3),
+    (1, 2, 5),
+    (1, 1.5, 2, 3, 4, 5, 6, 8),
+    tuple(i / 10 for i in range(10, 100, 5)),
+)
 
 
 def _size_ticks(low: float, high: float) -> list[float]:
     """Return three to seven round sizes within the ends of a logarithmic axis."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks: list[float] = []
-    for leading in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), [i / 5 for i in range(5, 50)]):
+    for leading in _LEADING:
         ticks = [lead * 10.0**power for power in decades for lead in leading]
         ticks = [tick for tick in ticks if low <= tick <= high]
         if len(ticks) >= 3:
@@ -189,8 +200,15 @@ def _size_ticks(low: float, high: float) -> list[float]:
     return ticks[:: -(-len(ticks) // 7)]
 
 
-def _shifts(sizes: Sequence[int], limits: tuple[float, float]) -> list[float]:
-    """Return by how many points each run is drawn aside, so that no run hides another."""
+def _round_size(size: float) -> str:
+    for unit, name in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if size >= unit:
+            return f"{size / unit:g}{name}"
+    return f"{size:g}"
+
+
+def _places(sizes: Sequence[int], limits: tuple[float, float]) -> list[float]:
+    """Return where each run is drawn: at its size, or beside others of nearly that size."""
     scale = PANEL_WIDTH / math.log(limits[1] / limits[0])
     places = [math.log(size) * scale for size in sizes]
     order = sorted(range(len(sizes)), key=places.__getitem__)
@@ -200,13 +218,11 @@ def _shifts(sizes: Sequence[int], limits: tuple[float, float]) -> list[float]:
             groups[-1].append(run)
         else:
             groups.append([run])
-    shifts = [0.0] * len(sizes)
     for group in groups:
         middle = sum(places[run] for run in group) / len(group)
         for number, run in enumerate(group):
-            target = middle + (number - (len(group) - 1) / 2) * SIDE_BY_SIDE
-            shifts[run] = target - places[run]
-    return shifts
+            places[run] = middle + (number - (len(group) - 1) / 2) * SIDE_BY_SIDE
+    return [math.exp(place / scale) for place in places]
 
 
 def _described(part: Compared) -> str:

@@ -42,13 +42,9 @@ def nats(value: float) -> str:
     return f"{value:.4f} nats"
 
 
-def compact(count: float) -> str:
-    """Format a count with three digits: 36,536,884 is "36.5 M"."""
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= 0.9995 * size:
-            shown = count / size
-            return f"{shown:.{max(0, 2 - len(str(int(shown + 0.5))) + 1)}f} {unit}"
-    return f"{count:.0f}"
+def shortened(name: str, length: int) -> str:
+    """Cut a name to a number of characters, the last of them "…"."""
+    return name if len(name) <= length else f"{name[: length - 1]}…"
 
 
 def duration(seconds: float) -> str:
