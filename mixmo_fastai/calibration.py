@@ -224,10 +224,9 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 def temperature_error(logits: Tensor, temperature: float) -> float:
     """Compute the relative standard error of a fitted temperature.
 
-    The Fisher information of log T in N samples is Σ_n Var_k[z_nk / T] under p_n, the softmax of
-    z_n / T, so the standard error of log T, which is that of T over T, is 1 / √ of that sum.
-    Few samples make it large, and so do samples that are nearly all certain, which say little
-    about T.
+    The Fisher information of log T in N samples is Σ_n Var_k[z_nk / T] with k drawn from
+    softmax(z_n / T), so the standard error of log T, which is that of T over T, is 1 / √ of that
+    sum. Few samples make it large, and so do samples that are nearly all certain.
 
     Args:
         logits: (N, K), of the samples that the temperature was fitted on.

@@ -29,8 +29,8 @@ class Compared:
         recipe: what was trained.
         figures: of the test set, as `evaluation.evaluate_logits` gives them.
         intervals: 95 % intervals of accuracy, nll and ece, by bootstrap.
-        differences: 95 % intervals of accuracy, nll and ece less those of the first run, by paired
-            bootstrap; None for the first run itself.
+        differences: 95 % intervals of the differences in accuracy, nll and ece from the first run,
+            by paired bootstrap; None for the first run itself.
         parameters: of all its networks.
         images_seen: by all its networks in training; None where the run does not say.
         seconds: of training; None where the run does not say.

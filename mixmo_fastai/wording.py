@@ -42,8 +42,8 @@ def nats(value: float) -> str:
     return f"{value:.4f} nats"
 
 
-def duration(seconds: float) -> str:
-    """Show an estimated time in its largest unit: 4,000 is "about 67 min"."""
+def estimated_duration(seconds: float) -> str:
+    """Format an estimated time in its largest unit: 4,000 is "about 67 min"."""
     if seconds < 10:
         return "a few seconds"
     unit, decimals, name = next(row[1:] for row in _DURATIONS if seconds < row[0])
@@ -62,13 +62,17 @@ _DURATIONS = (
 """Below how many seconds an estimate is shown in which unit, with how many decimals."""
 
 
-def compact(count: float) -> str:
-    """Format a count with three digits: 36,536,884 is "36.5 M"."""
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= 0.9995 * size:
-            shown = count / size
-            return f"{shown:.{max(0, 2 - len(str(int(shown + 0.5))) + 1)}f} {unit}"
-    return f"{count:.0f}"
+def shortened(name: str, length: int) -> str:
+    """Cut a name to a number of characters, the last of them "…"."""
+    return name if len(name) <= length else f"{name[: length - 1]}…"
+
+
+def duration(seconds: float) -> str:
+    """Format a time: 192 is "3.2 min"."""
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 class Figure(NamedTuple):

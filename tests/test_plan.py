@@ -15,7 +15,7 @@ from mixmo_fastai.cli.progress import TrainingDisplay, clock
 from mixmo_fastai.runs import open_run
 from mixmo_fastai.speed import Speed
 from mixmo_fastai.training import prepare, train
-from mixmo_fastai.wording import duration
+from mixmo_fastai.wording import estimated_duration
 
 TINY = ("--arch", "wrn10_1", "--limit", "48", "--batch-size", "16", "--device", "cpu")
 
@@ -138,7 +138,7 @@ def test_a_terminal_indents_what_it_folds():
     output = Output()
     text = io.StringIO()
     output.console = Console(file=text, width=40, force_terminal=True, highlight=False)
-    output.say("Data       many words of which forty columns hold only some", indent=11)
+    output.say("Data       many words of which forty columns hold only some")
     output.say_command("Next       mixmo report a/path/that/is/longer/than/a/line")
     first, *others = text.getvalue().splitlines()
     assert first.startswith("Data       many")
@@ -210,4 +210,4 @@ def test_times_of_the_bar_are_short(seconds, text):
     ],
 )
 def test_durations_are_in_their_largest_unit(seconds, text):
-    assert duration(seconds) == text
+    assert estimated_duration(seconds) == text

@@ -1,6 +1,7 @@
 """Where a command's words go: people read the console, programs read JSON."""
 
 import json
+import re
 import sys
 import textwrap
 from collections.abc import Mapping
@@ -23,6 +24,36 @@ class RunInterruptedError(Exception):
         self.exit_code = exit_code
 
 
+def fold(line: str, width: int) -> list[str]:
+    """Fold a line to a width; what follows is indented to the second column, if there is one.
+
+    A number stays with its unit. Words that are longer than a line, such as paths, and lines that
+    are commands are left whole, so that they can be copied.
+    """
+    if len(line) <= width or line.lstrip().startswith("mixmo "):
+        return [line]
+    label = _LABEL.match(line)
+    indent = " " * (len(label[0]) if label and len(label[0]) <= width // 3 else _margin(line) + 2)
+    parts = textwrap.wrap(
+        _UNIT.sub("\u00a0", line),
+        width,
+        subsequent_indent=indent,
+        drop_whitespace=True,
+        replace_whitespace=False,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return [part.replace("\u00a0", " ") for part in parts]
+
+
+def _margin(line: str) -> int:
+    return len(line) - len(line.lstrip())
+
+
+_LABEL = re.compile(r"\s*\S+(?: \S+)*\s{2,}(?=\S)")
+_UNIT = re.compile(r"(?<=\d) (?=(?:%|points|nats|min|h|s)(?!\w))")
+
+
 class Output:
     """The console of one command.
 
@@ -38,19 +69,10 @@ class Output:
         self.run: RunFolder | None = None
         self.is_silent = False  # in a process that leaves speaking to another
 
-    def say(self, line: str = "", style: str | None = None, *, indent: int = 0) -> None:
-        """Say one thing on the way; the run's log keeps it as well.
-
-        Args:
-            line: what.
-            style: of a terminal.
-            indent: columns by which a terminal indents the second and later lines of a long one.
-        """
+    def say(self, line: str = "", style: str | None = None) -> None:
+        """Say one thing on the way; the run's log keeps it as well."""
         if not (self.quiet or self.is_silent):
-            shown = line
-            if indent and self.console.is_terminal:
-                shown = _folded(line, self.console.width, indent)
-            self.console.print(shown, style=style, markup=False)
+            self._print(line, style)
         self.note(line)
 
     def say_command(self, line: str) -> None:
@@ -72,16 +94,11 @@ class Output:
             sys.stdout.write(json.dumps(value, indent=2) + "\n")
         for line in lines:
             if not self.as_json:
-                self.console.print(line, markup=False)
+                self._print(line)
             self.note(line)
 
-
-def _folded(line: str, width: int, indent: int) -> str:
-    return textwrap.fill(
-        line,
-        max(width, 2 * indent),
-        subsequent_indent=" " * indent,
-        break_long_words=False,
-        break_on_hyphens=False,
-        drop_whitespace=True,
-    )
+    def _print(self, line: str, style: str | None = None) -> None:
+        """Print a line, on a terminal folded to its width; pipes get whole lines."""
+        width = self.console.width if self.console.is_terminal else None
+        for part in [line] if width is None else fold(line, width):
+            self.console.print(part, style=style, markup=False, soft_wrap=True)

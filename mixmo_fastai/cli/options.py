@@ -1,5 +1,7 @@
 """Flags that several commands share: one name and one meaning each."""
 
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -165,6 +167,25 @@ _SETTINGS = {
     "threads": "train.threads",
     "lr": "optimizer.lr",
 }
+
+
+def fit_command(dataset: str | None, flags: Mapping[str, Any], assignments: Sequence[str]) -> str:
+    """Return the command line of `mixmo fit` with some flags, quoted for a shell.
+
+    Args:
+        dataset: its argument, if given.
+        flags: value by the name of the parameter; None where not given.
+        assignments: of --set.
+    """
+    words = ["mixmo", "fit", *([dataset] if dataset is not None else [])]
+    for name, value in flags.items():
+        if value is not None:
+            flag = {"compiled": "compile"}.get(name, name).replace("_", "-")
+            shown = f"{value:g}" if isinstance(value, float) else str(value)
+            words += [f"--{flag}"] if value is True else [f"--{flag}", shown]
+    for assignment in assignments:
+        words += ["--set", assignment]
+    return shlex.join(words)
 
 
 def in_flags(message: str) -> str:

@@ -13,7 +13,7 @@ from mixmo_fastai.recipe import Recipe
 from mixmo_fastai.resolve import departures
 from mixmo_fastai.runs import RunFolder
 from mixmo_fastai.sizing import too_small_for_members
-from mixmo_fastai.wording import duration
+from mixmo_fastai.wording import estimated_duration
 
 LABELS, FIGURE_LABELS = 11, 17
 """Columns of the labels in the plan and among the final figures, with the space behind them."""
@@ -34,9 +34,9 @@ def say_plan(training: Any, output: Output, run: RunFolder, *, resume: bool = Fa
         its `speed.Speed`, if steps were timed.
     """
     for line in [*plan_lines(training), *_chosen_lines(training)]:
-        output.say(line, indent=LABELS)
+        output.say(line)
     if not resume and (line := _too_small_line(training)):
-        output.say(line, indent=LABELS)
+        output.say(line)
     speed = _say_time(training, output, run, resume=resume)
     output.say()
     for line in [*recipe_lines(training.recipe), ""]:
@@ -87,11 +87,11 @@ def _say_time(training: Any, output: Output, run: RunFolder, *, resume: bool) ->
         return None
     done = _epochs_done(run) if resume else 0
     seconds = seconds_left(training, speed, done)
-    output.say(_row("Time", _time_text(speed, seconds, resume)), indent=LABELS)
+    output.say(_row("Time", _time_text(speed, seconds, resume)))
     if training.device.type == "cpu" and seconds > LONG_SECONDS and not resume:
         shorter = shorter_training(training, speed)
         if shorter is not None:
-            output.say(_row("", _shorter_text(shorter)), style="bold", indent=LABELS)
+            output.say(_row("", _shorter_text(shorter)), style="bold")
     return speed if speed.is_timed else None
 
 
@@ -105,7 +105,7 @@ def _epochs_done(run: RunFolder) -> int:
 
 
 def _time_text(speed: Any, seconds: float, resume: bool) -> str:
-    text = duration(seconds) + " from here on" * resume
+    text = estimated_duration(seconds) + " from here on" * resume
     if not speed.is_timed:
         return text if seconds < LONG_SECONDS else f"{text}, as far as its operations tell"
     text += f" at {_rounded(speed.images_per_second)} images/s"
@@ -143,7 +143,7 @@ def say_next(output: Output, run: RunFolder, recipe: Recipe, images_seen: int) -
     """
     network, seen = run.networks()[0], images_seen // recipe.model.num_nets
     if advice := advise(recipe, network.history(), seen):
-        output.say(_row("Advice", advice, FIGURE_LABELS), indent=FIGURE_LABELS)
+        output.say(_row("Advice", advice, FIGURE_LABELS))
     path = shlex.quote(str(run.path))
     commands = (
         f"mixmo report {path}",

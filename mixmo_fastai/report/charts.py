@@ -11,7 +11,7 @@ from markupsafe import Markup
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from mixmo_fastai.calibration import (
@@ -23,10 +23,12 @@ from mixmo_fastai.diversity import accuracy_by_agreement
 from mixmo_fastai.evaluation import COVERAGES
 from mixmo_fastai.report.drawing import ENSEMBLE, INK, MEMBERS, RIGHT, WRONG, Drawing
 from mixmo_fastai.selective import risk_at_coverage, risk_coverage
-from mixmo_fastai.wording import decimal, percent
+from mixmo_fastai.wording import decimal, percent, shortened
 
 MARKERS = ("o", "s", "^", "D")
 CURVE_POINTS = 200
+LEAST_RANGE = 0.05
+"""Least range of an axis of accuracies, so that chance does not look like a difference."""
 History = Sequence[dict[str, float]]
 
 
@@ -117,7 +119,7 @@ def reliability(name: str, title: str, logits: Tensor, labels: Tensor, *, captio
         f"{lean} the accuracy; {percent(float(shares[-1]))} of the images are in the last bin."
     )
     return Chart(
-        title, Drawing(plot, name, text, size=(4.6, 3.9)), f"ECE {percent(ece)}. {caption}"
+        title, Drawing(plot, name, text, size=(4.1, 3.6)), f"ECE {percent(ece)}. {caption}"
     )
 
 
@@ -136,8 +138,8 @@ def risk_against_coverage(logits: Tensor, labels: Tensor) -> Chart:
             label = f"{percentage} % accepted: {percent(value)} wrong"
             axes.plot(percentage / 100, value, marker, color=ENSEMBLE, markersize=6, label=label)
         axes.legend(loc="best")
-        axes.set(xlabel="coverage: images accepted, most confident first")
-        axes.set(ylabel="risk: errors among them")
+        axes.set(xlabel="images accepted, most confident first")
+        axes.set(ylabel="errors among them")
         axes.set(xlim=(0, 1.02), ylim=(0, max(float(risk.max()) * 1.08, 0.01)))
         percent_axis(axes.xaxis, axes.yaxis)
 
@@ -151,7 +153,7 @@ def confusion(matrix: Tensor, classes: Sequence[str]) -> Chart:
     """Plot the confusion matrix of a few classes, each row as fractions of the true class."""
     shares = matrix / matrix.sum(dim=1, keepdim=True).clamp(min=1)
     num_classes = len(classes)
-    names = [name if len(name) <= 14 else f"{name[:13]}…" for name in classes]
+    names = [shortened(name, 14) for name in classes]
 
     def plot(figure: Figure) -> None:
         axes = figure.subplots()
@@ -178,7 +180,7 @@ def confusion(matrix: Tensor, classes: Sequence[str]) -> Chart:
         axes.set(xlabel="predicted", ylabel="true", aspect="equal")
         axes.grid(visible=False)
 
-    side = 4.0 + 0.12 * num_classes
+    side = 3.6 + 0.12 * num_classes
     best, worst = int(shares.diagonal().argmax()), int(shares.diagonal().argmin())
     text = (
         f"Confusion matrix of {num_classes} classes; the highest accuracy has {classes[best]} with "
@@ -213,7 +215,7 @@ def members(accuracies: Sequence[float], ensemble: float, kind: str) -> Chart:
     height = 1.2 + 0.28 * len(values)
     return Chart(
         f"Accuracy of the {kind}s",
-        Drawing(plot, "members", f"Test accuracy: {told}.", size=(4.6, height)),
+        Drawing(plot, "members", f"Test accuracy: {told}.", size=(4.1, height)),
         f"Each {kind} by itself, and the ensemble: the mean of their logits.",
     )
 
@@ -255,7 +257,7 @@ def agreement(member_logits: Tensor, labels: Tensor, kind: str) -> Chart:
             plot,
             "agreement",
             f"{kind}s that agree with the ensemble: {told}.",
-            size=(4.6, 1.7 + 0.32 * len(names)),
+            size=(4.1, 1.7 + 0.32 * len(names)),
         ),
         f"Images by the number of {kind}s that predict the ensemble's class.",
     )
@@ -264,7 +266,7 @@ def agreement(member_logits: Tensor, labels: Tensor, kind: str) -> Chart:
 def percent_axis(*each: Axis) -> None:
     """Show the fractions of axes as percentages."""
     for axis in each:
-        axis.set_major_formatter(PercentFormatter(xmax=1, symbol=" %"))
+        axis.set_major_formatter(lambda fraction, _: f"{100 * fraction:.4g} %")
 
 
 def _fraction_ticks(edge: float) -> list[float]:
@@ -302,6 +304,9 @@ def _curves(
         axes.set(xlabel="epoch", ylabel=title.lower(), xlim=(0.5, num_epochs + 0.5))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         if fractions:
+            low, high = axes.get_ylim()
+            middle, reach = (low + high) / 2, max(high - low, LEAST_RANGE) / 2
+            axes.set_ylim(max(middle - reach, 0), min(middle + reach, 1.01))
             percent_axis(axes.yaxis)
         if len(columns) > 1:
             axes.legend()

@@ -65,7 +65,7 @@ class Drawing:
     plot: Callable[[Figure], None]
     name: str
     text: str
-    size: tuple[float, float] = (4.6, 3.1)
+    size: tuple[float, float] = (4.1, 2.9)
 
     def svg(self) -> Markup:
         """Draw it to be put into a page: an <svg> element without references beyond itself."""

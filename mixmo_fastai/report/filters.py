@@ -34,7 +34,7 @@ def filters(uses: Sequence[FilterUse]) -> Chart:
     def plot(figure: Figure) -> None:
         axes = figure.subplots()
         _draw_use(axes, FilterUse(first.layers, active, first.thresholds))
-        axes.set_xlabel("convolution of the core, numbered as in the table below")
+        axes.set_xlabel("convolution of the core (names below)")
 
     return Chart(
         "Active filters",
@@ -69,7 +69,7 @@ def encoders(norms: Sequence[Tensor]) -> Chart:
         if num_members > 1
         else "Norms of the filters of the first convolution."
     )
-    size = (4.6, min(8.0, max(3.1, 0.7 + 0.8 * rows)))
+    size = (4.1, min(8.0, max(2.9, 0.7 + 0.8 * rows)))
     return Chart("Encoders", Drawing(plot, "encoders", text, size=size), caption)
 
 
@@ -115,7 +115,7 @@ def _draw_use(axes: Axes, use: FilterUse) -> None:
     axes.set(ylabel="active filters", ylim=(0, 1.05), xlim=(0.5, len(use.layers) + 0.5))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     percent_axis(axes.yaxis)
-    axes.legend(title="norm, of the layer's largest", title_fontsize=8)
+    axes.legend()
 
 
 def _name_convolutions(axes: Axes, layers: Sequence[str]) -> None:

@@ -18,13 +18,14 @@ from mixmo_fastai import __version__
 from mixmo_fastai.files import write_atomically
 from mixmo_fastai.recipe import to_toml
 from mixmo_fastai.report.findings import Findings, Mistake, gather
-from mixmo_fastai.report.sections import duration, kind, sections
+from mixmo_fastai.report.sections import kind, sections
 from mixmo_fastai.runs import RunFolder
 from mixmo_fastai.wording import (
     FIGURE,
     FIGURES,
     OF_SEVERAL_MEMBERS,
     decimal,
+    duration,
     expectation,
     method_name,
     percent,

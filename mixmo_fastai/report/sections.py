@@ -11,7 +11,7 @@ from mixmo_fastai.evaluation import COVERAGES
 from mixmo_fastai.report import charts, filters
 from mixmo_fastai.report.findings import Findings
 from mixmo_fastai.selective import risk_at_coverage
-from mixmo_fastai.wording import decimal, percent, round_percent, temperature_remark
+from mixmo_fastai.wording import decimal, duration, percent, round_percent, temperature_remark
 
 MOST_CLASSES_IN_A_MATRIX = 20
 NUM_PAIRS = 15
@@ -140,11 +140,11 @@ def _risk_section(findings: Findings) -> Section:
     confidence, correct = top_predictions(findings.logits, findings.labels)
     total = len(correct)
     rows = []
-    for coverage in (50, *COVERAGES, 100):
+    for coverage in (10, 20, 30, 40, 50, 60, 70, *COVERAGES, 100):
         accepted = math.ceil(coverage / 100 * total - 1e-9)
         risk = risk_at_coverage(confidence, correct, coverage / 100).item()
         rows.append((f"{coverage} %", f"{accepted:,}", percent(risk)))
-    table = Table("Error rate by coverage", ("Accepted", "Images", "Wrong"), rows, (0, 1, 2))
+    table = Table("Error rate by coverage", ("Accepted", "Images", "Wrong"), rows, (1, 2))
     chart = charts.risk_against_coverage(findings.logits, findings.labels)
     return Section("risk", "Selective prediction", [chart], [table])
 
@@ -169,7 +169,7 @@ def _confusion_section(findings: Findings) -> Section:
     names, num_classes = findings.classes, len(findings.classes)
     pairs = Table(
         "Most confused pairs",
-        ("True", "Predicted", "Images", "Of true class"),
+        ("True", "Predicted", "Images", "Of true"),
         [
             (names[pair.true], names[pair.predicted], f"{pair.samples:,}", percent(pair.share))
             for pair in most_confused(matrix, NUM_PAIRS)
@@ -212,11 +212,3 @@ def _filter_section(findings: Findings) -> Section:
 def kind(findings: Findings) -> str:
     """Return the name of one voter."""
     return "network" if findings.recipe.model.num_nets > 1 else "member"
-
-
-def duration(seconds: float) -> str:
-    """Format a time, such as 3.2 min."""
-    for unit, length in (("h", 3600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.0f} s"
