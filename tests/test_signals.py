@@ -288,13 +288,13 @@ def test_between_the_run_folder_and_the_first_step(mixmo, tmp_path, whole):
     slow = """
 import time
 import mixmo_fastai.cli.fit as fit
-own = fit._say_plan
-def slow(*args):
+own = fit.say_plan
+def slow(*args, **kwargs):
     print("planning", flush=True)
     for _ in range(6000):
         time.sleep(0.01)
-    own(*args)
-fit._say_plan = slow
+    return own(*args, **kwargs)
+fit.say_plan = slow
 """
     run = tmp_path / "run"
     command = mixmo(*FIT, run, prelude=slow)
