@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -218,6 +219,14 @@ def test_lr_find_draws_and_suggests(folder, capsys):
     out = capsys.readouterr().out
     assert "valley" in out
     assert "lr-find-digits-cut-mixmo.png" in out
+    *_, advice, command = out.splitlines()
+    assert "learning rate" in advice
+    options = "--arch wrn10_1 --limit 48 --batch-size 16 --device cpu --lr "
+    assert command.startswith(f"  mixmo fit {options}")
+    assert run([*shlex.split(command)[1:], "--epochs", "1", "--quiet", "--out", "trained"]) == 0
+    rate = float(command.split()[-1])
+    assert open_run("trained").recipe().lr == rate
+    assert f"{rate:g}" in advice
 
 
 def test_lr_find_gives_json_where_the_loss_runs_off(folder, capsys):
@@ -232,6 +241,7 @@ def test_lr_find_gives_json_where_the_loss_runs_off(folder, capsys):
     assert all(1e-4 / 10 <= rate <= 1e6 for rate in found["suggestions"].values())
     assert len(found["lrs"]) == len(found["losses"]) > 15
     assert found["lrs"] == sorted(found["lrs"])
+    assert found["command"].endswith(f"--lr {found['advised_lr']:g}")
     assert found["recipe_lr"] == load_recipe("digits/cut-mixmo").lr
 
 
