@@ -300,7 +300,8 @@ def _check_comparable(runs: Sequence[RunFolder]) -> None:
         for setting in ("dataset", "valid_split", "image_size"):
             own, expected = getattr(data, setting), getattr(first, setting)
             without_split = setting == "valid_split" and 0 in (own, expected)
-            if own != expected and not without_split:
+            is_open = None in (own, expected)  # of a run that has not begun
+            if own != expected and not (without_split or is_open):
                 raise InputError(
                     f"{run.path} has data.{setting}={own!r}, and {runs[0].path} has {expected!r}.\n"
                     "Runs of one ensemble must share the data and the validation split."

@@ -1,5 +1,7 @@
 """What figures say can be read: class names as they are, ticks as numbers."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -73,7 +75,7 @@ def test_runs_lie_in_the_picture_and_none_hides_another(monkeypatch, tmp_path, r
     sizes = (36_479_194, round(36_479_194 * ratio))
     plot_comparison(["one", "two"], [Part(size) for size in sizes], tmp_path / "it.png")
     assert len(places) == 4
-    for (axes, x), (other, next_x) in zip(places, places[1:], strict=False):
+    for (axes, x), (other, next_x) in pairwise(places):
         assert axes is not other or next_x - x > 15  # of markers 8 points wide, at 120 dpi
 
 

@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import re
 
 import numpy as np
 import oracle_metrics as oracle
@@ -169,7 +170,7 @@ def test_filters_of_one_run_and_of_two(run, images, tmp_path, monkeypatch, capsy
     path = str(run.path)
     assert program(["inspect", path]) == 0
     out = capsys.readouterr().out
-    assert " 1  core.groups.0.0.conv1" in f" {out}"
+    assert re.search(r"^ *1  core\.groups\.0\.0\.conv1 ", out, re.MULTILINE)
     assert "average" in out
     assert (tmp_path / "inspect-mixmo.png").read_bytes().startswith(b"\x89PNG")
     assert program(["inspect", path, path, "--out", "two.png", "--json"]) == 0

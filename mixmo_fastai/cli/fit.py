@@ -12,7 +12,7 @@ from mixmo_fastai.checkpoints.store import CheckpointStore
 from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output, RunInterruptedError
 from mixmo_fastai.cli.plan import say_next, say_plan
-from mixmo_fastai.cli.render import figure_lines
+from mixmo_fastai.cli.render import FIGURE_WIDTH, figure_lines
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.interruption import exit_code_of, handling_signals
 from mixmo_fastai.locking import locked
@@ -205,7 +205,11 @@ def _train(
     finally:
         display.close()
     output.result(
-        ["", *figure_lines(figures, training.recipe), f"{'Run folder':<15}  {run.path}"],
+        [
+            "",
+            *figure_lines(figures, training.recipe),
+            f"{'Run folder':<{FIGURE_WIDTH}}  {run.path}",
+        ],
         {"run": str(run.path), **figures},
     )
     say_next(output, run, training.recipe, figures["images_seen"])

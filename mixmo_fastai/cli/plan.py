@@ -7,7 +7,7 @@ from typing import Any
 
 from mixmo_fastai.advice import advise, members_advice
 from mixmo_fastai.cli.console import Output
-from mixmo_fastai.cli.render import plan_lines, recipe_lines
+from mixmo_fastai.cli.render import FIGURE_WIDTH, PLAN_WIDTH, plan_lines, recipe_lines
 from mixmo_fastai.names import DATASETS
 from mixmo_fastai.recipe import Recipe
 from mixmo_fastai.resolve import departures
@@ -15,8 +15,6 @@ from mixmo_fastai.runs import RunFolder
 from mixmo_fastai.sizing import too_small_for_members
 from mixmo_fastai.wording import estimated_duration
 
-LABELS, FIGURE_LABELS = 11, 17
-"""Columns of the labels in the plan and among the final figures, with the space behind them."""
 LONG_SECONDS = 3600.0
 """From here on, a training on a CPU is answered with a shorter one."""
 
@@ -123,8 +121,8 @@ def _rounded(rate: float) -> str:
     return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
 
 
-def _row(label: str, text: str, width: int = LABELS) -> str:
-    return f"{label:<{width}}{text}"
+def _row(label: str, text: str, width: int = PLAN_WIDTH) -> str:
+    return f"{label:<{width}}  {text}"
 
 
 def _listed(parts: list[str]) -> str:
@@ -143,7 +141,7 @@ def say_next(output: Output, run: RunFolder, recipe: Recipe, images_seen: int) -
     """
     network, seen = run.networks()[0], images_seen // recipe.model.num_nets
     if advice := advise(recipe, network.history(), seen):
-        output.say(_row("Advice", advice, FIGURE_LABELS))
+        output.say(_row("Advice", advice, FIGURE_WIDTH))
     path = shlex.quote(str(run.path))
     commands = (
         f"mixmo report {path}",
@@ -151,4 +149,4 @@ def say_next(output: Output, run: RunFolder, recipe: Recipe, images_seen: int) -
         f"mixmo export {path} --to net.safetensors",
     )
     for number, command in enumerate(commands):
-        output.say_command(_row("" if number else "Next", command, FIGURE_LABELS))
+        output.say_command(_row("" if number else "Next", command, FIGURE_WIDTH))

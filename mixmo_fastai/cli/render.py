@@ -21,10 +21,14 @@ from mixmo_fastai.wording import (
 )
 
 
-def align(rows: Iterable[tuple[str, str]]) -> list[str]:
-    """Set labels and texts in two columns."""
+PLAN_WIDTH, FIGURE_WIDTH = len("Validation"), len("Mutual information")
+"""Characters of the longest label in a plan and among metrics, so that later rows line up."""
+
+
+def align(rows: Iterable[tuple[str, str]], width: int = 0) -> list[str]:
+    """Set labels, of some width at least, and texts in two columns."""
     rows = list(rows)
-    width = max(len(label) for label, _ in rows)
+    width = max(width, *(len(label) for label, _ in rows))
     return [f"{label:<{width}}  {text}" for label, text in rows]
 
 
@@ -47,7 +51,7 @@ def plan_lines(training: Any) -> list[str]:
         *([("Weights", kept)] if (kept := _kept_weights(recipe)) else []),
         ("Published", expectation(recipe)),
     ]
-    return align(rows)
+    return align(rows, PLAN_WIDTH)
 
 
 def _kept_weights(recipe: Recipe) -> str:
@@ -137,7 +141,7 @@ def figure_lines(figures: Mapping[str, Any], recipe: Recipe) -> list[str]:
         rows.append(("Kept weights", f"epoch {shown}, best on the validation split"))
     if recipe.expected.accuracy is not None:
         rows.append(("Published", expectation(recipe)))
-    return [*asked, *align([*rows, *_figure_rows(figures, num_members)])]
+    return [*asked, *align([*rows, *_figure_rows(figures, num_members)], FIGURE_WIDTH)]
 
 
 def filter_lines(titles: list[str], uses: Sequence[Any]) -> list[str]:
