@@ -91,7 +91,7 @@ def test_a_shipped_recipe_is_neither_chosen_nor_advised_against(capsys):
 def test_the_end_says_what_comes_next(capsys):
     assert run(["fit", *TINY, "--epochs", "1", "--out", "a run"]) == 0
     last = capsys.readouterr().out.splitlines()[-3:]
-    assert [line[17:] for line in last] == [
+    assert [line[20:] for line in last] == [
         "mixmo report 'a run'",
         "mixmo predict 'a run' IMAGE…",
         "mixmo export 'a run' --to net.safetensors",

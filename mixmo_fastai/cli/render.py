@@ -20,7 +20,6 @@ from mixmo_fastai.wording import (
     temperature_remark,
 )
 
-
 PLAN_WIDTH, FIGURE_WIDTH = len("Validation"), len("Mutual information")
 """Characters of the longest label in a plan and among metrics, so that later rows line up."""
 
