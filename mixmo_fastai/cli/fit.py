@@ -212,4 +212,5 @@ def _train(
         ],
         {"run": str(run.path), **figures},
     )
-    say_next(output, run, training.recipe, figures["images_seen"])
+    if not output.as_json:  # a program reads the result, and nothing after it
+        say_next(output, run, training.recipe, figures["images_seen"])
