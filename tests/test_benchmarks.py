@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from processes import PATIENCE
 
+pytestmark = pytest.mark.slow
+
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 SMALL = {
     "input_pipeline.py": "--batches 2 --repeats 1",

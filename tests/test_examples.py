@@ -14,6 +14,8 @@ from run_notebook import NOTEBOOK, is_shown, run_notebook
 from synthetic import CLASSES, image_arrays
 from torchvision.models import resnet50
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("*.py"))
 
@@ -94,7 +96,7 @@ def outputs(book):
 
 
 def test_the_notebook_runs(tmp_path):
-    shown = [*filter(is_shown, outputs(run_notebook(tmp_path)))]
+    shown = [*filter(is_shown, outputs(run_notebook(tmp_path, quick=True)))]
     assert sum("image/png" in output.get("data", {}) for output in shown) == 4
     said = "".join(output.get("text", "") for output in shown)
     differences = re.findall(r"largest difference of a \w+: (\S+)", said)

@@ -33,7 +33,7 @@ from mixmo_fastai import MixMoCallback, create_model, mixmo_learner, show_pairs,
 from mixmo_fastai.learner import body_and_heads
 
 ROOT = Path(__file__).resolve().parents[1]
-pytestmark = pytest.mark.usefixtures("quiet_figures")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quiet_figures")]
 
 
 @pytest.fixture

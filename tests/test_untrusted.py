@@ -34,6 +34,8 @@ from mixmo_fastai.report.findings import read_history
 from mixmo_fastai.runs import RunFolder, create_run
 from mixmo_fastai.training import prepare
 
+pytestmark = pytest.mark.slow
+
 FEW = settings(
     max_examples=60,
     deadline=None,
