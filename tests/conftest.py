@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 from processes import mixmo, server
@@ -5,6 +7,7 @@ from processes import mixmo, server
 __all__ = ["mixmo", "server"]
 
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the programs that tests start
 
 
 @pytest.hookimpl(wrapper=True)
@@ -17,3 +20,14 @@ def pytest_runtestloop(session):
         return (yield)
     finally:
         filters[:] = configured
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Give each worker tests that follow each other, as they share fixtures, then balance.
+
+    The option --dist chooses another way; "load", which deals tests out singly, is what -n implies.
+    """
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log) if config.getvalue("dist") == "load" else None

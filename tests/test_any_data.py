@@ -242,6 +242,7 @@ def several_labels_block():
     return block(category=MultiCategoryBlock(vocab=list(CLASSES)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("msda", [None, "mixup"])
 def test_several_labels_per_image(msda):
     """Binary cross-entropy, which the loaders ask for, is the base loss."""

@@ -409,6 +409,7 @@ class TestNothingLeaks:
         learn.fit(1, 0.01)
         assert learn.loss_func is wrapped
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("make", [mixmo_dls, foreign_dls])
     @pytest.mark.parametrize(
         "error", [KeyboardInterrupt(), RuntimeError("boom"), CancelTrainException()]

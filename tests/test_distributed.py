@@ -29,6 +29,8 @@ from mixmo_fastai.pairing import num_copies
 from mixmo_fastai.processes import Processes, started_processes
 from mixmo_fastai.runs import open_run
 
+pytestmark = pytest.mark.slow
+
 _FIT = (
     "fit --arch wrn10_1 --limit 64 --valid-split 0.05 --batch-size 32 --epochs 2 --device cpu "
     "--threads 1 --out"

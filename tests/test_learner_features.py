@@ -40,7 +40,7 @@ from mixmo_fastai import (
 from mixmo_fastai.learner import body_and_heads
 
 ROOT = Path(__file__).resolve().parents[1]
-pytestmark = pytest.mark.usefixtures("quiet_figures")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quiet_figures")]
 
 
 @pytest.fixture

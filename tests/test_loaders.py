@@ -165,6 +165,7 @@ class TestExpansion:
             assert len(x.flatten(1).unique(dim=0)) == 48
         assert len(dl.one_batch()[0]) == 12
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("start", ["fork", "spawn"])
     def test_fastais_workers_are_started_either_way(self, start, monkeypatch):
         dl = foreign_dls(num_workers=1).train

@@ -42,6 +42,7 @@ def test_workers_and_plugins_are_chosen_by_whoever_runs_the_tests(request):
     assert not loaded & {"benchmark", "pytest_cov", "randomly", "asyncio", "anyio"}
 
 
+@pytest.mark.slow
 def test_installed_plugins_are_not_loaded_and_others_may_warn(tmp_path):
     facts = tmp_path / "installed-1.dist-info"
     facts.mkdir()

@@ -68,6 +68,7 @@ def test_the_headline_command_is_the_published_recipe():
     assert to_mapping(recipe) == to_mapping(load_recipe("cifar100/cut-mixmo"))
 
 
+@pytest.mark.slow
 def test_code_runs():
     names = {}
     for block in CODE:

@@ -13,6 +13,8 @@ from mixmo_fastai.recipe import recipe_from_mapping
 from mixmo_fastai.runs import create_run
 from mixmo_fastai.training import prepare, train
 
+pytestmark = pytest.mark.slow
+
 IMAGES = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 

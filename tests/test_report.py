@@ -24,6 +24,8 @@ from mixmo_fastai.resolve import resolve_recipe
 from mixmo_fastai.runs import create_run
 from mixmo_fastai.training import prepare
 
+pytestmark = pytest.mark.slow
+
 EVIL = "<script>alert('$x$')</script> & \"co\""
 CLASSES = ("cat", EVIL.replace("/", "\u2215"), "fish")
 CHARTS = {

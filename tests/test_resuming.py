@@ -16,6 +16,8 @@ from mixmo_fastai.recipe import override, recipe_from_mapping
 from mixmo_fastai.runs import create_run, open_run
 from mixmo_fastai.training import prepare, train
 
+pytestmark = pytest.mark.slow
+
 TINY = recipe_from_mapping(
     {
         "name": "tiny",

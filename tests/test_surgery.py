@@ -50,11 +50,18 @@ def largest_difference(found, expected):
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_converted_network_gives_what_it_gave(name):
-    model, size = plain(name), FAMILIES[name]
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    """A network, its weights before it was converted, the MixMo network, and an image size."""
+    model = plain(request.param)
     before = copy.deepcopy(model.state_dict())
-    converted = convert_to_mixmo(model, 2).eval()
+    return model, before, convert_to_mixmo(model, 2), FAMILIES[request.param]
+
+
+@pytest.mark.slow
+def test_a_converted_network_gives_what_it_gave(family):
+    model, before, converted, size = family
+    converted.eval()
     x = torch.randn(2, 3, size, size)
     with torch.no_grad():
         expected = model(x)
@@ -65,10 +72,11 @@ def test_a_converted_network_gives_what_it_gave(name):
     assert not torch.equal(converted.heads[0].weight, converted.heads[1].weight)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_every_parameter_gets_a_gradient(name):
-    size = FAMILIES[name]
-    converted = convert_to_mixmo(plain(name), 2).train()
+@pytest.mark.slow
+def test_every_parameter_gets_a_gradient(family):
+    *_, converted, size = family
+    torch.manual_seed(0)
+    converted.train().zero_grad()
     shape = converted.mask_shape(size, size)
     masks, _ = draw_masks("cutmix", draw_lam(2, 2, 2.0), shape)
     logits = converted(torch.randn(2, 2, 3, size, size), masks)
@@ -474,6 +482,7 @@ def test_networks_built_in_their_own_ways(kind, channels):
     assert all(isinstance(head, nn.Linear) for head in converted.heads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [40, 97])
 @pytest.mark.parametrize("name", ["resnet18", "convnext_tiny", "densenet121", "mobilenet_v2"])
 def test_other_sizes_than_that_it_was_tried_at(name, size):

@@ -93,6 +93,7 @@ def settled(request, tmp_path_factory):
     return fit(recipe, tmp_path_factory.mktemp("settled"))[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interrupt_in", [2, 3])
 def test_averages_and_the_best_epoch_survive_an_interruption(settled, tmp_path, interrupt_in):
     with pytest.raises(KeyboardInterrupt):
