@@ -266,9 +266,10 @@ def throughput(args: argparse.Namespace) -> Iterator[Figures]:
                 compiled=True, ghost_batch_size=min(64, size // 2)
             ),
         }
-        subjects = {name: way.steps(args.steps) for name, way in ways.items()}
-        subjects["Learner, channels last"] = plain.epochs(args.steps)
-        yield {str(size): {"eager": _rates(args, subjects, size)}}
+        if args.eager:
+            subjects = {name: way.steps(args.steps) for name, way in ways.items()}
+            subjects["Learner, channels last"] = plain.epochs(args.steps)
+            yield {str(size): {"eager": _rates(args, subjects, size)}}
         if not args.compile:
             continue
         subjects = {name: way.steps(args.steps) for name, way in compiled.items()}
@@ -460,6 +461,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batches", type=int, default=320, help="of the input pipeline")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument(
+        "--eager", action=argparse.BooleanOptionalAction, default=True, help="in throughput"
+    )
     parser.add_argument("--side", type=int, default=8192, help="of the matrices")
     parser.add_argument("--peak", type=float, help="TFLOP/s of matrix products; else as measured")
     parser.add_argument("--data", help="for the recipes: images of CIFAR-10")

@@ -25,6 +25,7 @@ class Wanted:
         num_classes: K; None where that of a network stays.
         num_members: M; None where it is not said.
         pretrained, independent: see `mixmo_learner`.
+        thaw: whether all of a network that is converted trains, whatever of it is frozen.
 
     Raises:
         InputError: a number is not allowed.
@@ -35,6 +36,7 @@ class Wanted:
     num_members: int | None = None
     pretrained: bool = False
     independent: bool | None = None
+    thaw: bool = True
 
     def __post_init__(self) -> None:
         for name in ("num_classes", "num_members"):
@@ -94,17 +96,19 @@ def as_mixmo(
         _check_fits(arch, wanted)
         return arch
     names = find_ends(arch, image_size=wanted.image_size, in_channels=wanted.image_shape[0])
-    apart = [_differ(arch, twin, name) for name in names]
+    apart = [_differ(arch, twin, name) for name in (names.first, names.last)]
     if wanted.independent is not None:
         apart = [wanted.independent] * 2
-    return convert_between(
+    converted = convert_between(
         arch,
         names,
         Members(wanted.members_of(arch), encoders_apart=apart[0], heads_apart=apart[1]),
         num_classes=wanted.num_classes,
         in_channels=wanted.image_shape[0],
+        thaw=wanted.thaw,
         generator=generator,
-    ).requires_grad_()
+    )
+    return converted.requires_grad_() if wanted.thaw else converted
 
 
 def _name_of(arch: Any) -> str | None:

@@ -3,6 +3,7 @@
 Shapes: N images, M members of a run, R runs, K classes.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 from mixmo_fastai.calibration import expected_calibration_error, nll, top_predictions
 from mixmo_fastai.checkpoints.weights import load_weights
 from mixmo_fastai.data.corruptions import make_corrupted, read_official
+from mixmo_fastai.data.damage import damaged_images, find_damaged
 from mixmo_fastai.data.dataloaders import make_evaluation_loaders
 from mixmo_fastai.data.image_sets import DataSource, ImageSet
 from mixmo_fastai.data.layout import unseen_part
@@ -30,7 +32,7 @@ from mixmo_fastai.models import MixMoModel, create_model
 from mixmo_fastai.names import DATASETS
 from mixmo_fastai.recipe import Recipe
 from mixmo_fastai.resolve import check_dataset
-from mixmo_fastai.runs import RunFolder, check_several
+from mixmo_fastai.runs import RunFolder, check_same_left_out, check_several
 from mixmo_fastai.training import data_parts, read_source
 
 BUILT_IN_NAME = "built-in"
@@ -293,11 +295,13 @@ def read_strange(place: str, finished: FinishedRun, data_dir: Path | None) -> Te
             raise InputError(f"{place} is what the run was trained on; --ood wants other images.")
         return as_shape(load_source(place, data_dir).test.tensor(), shape)
     check_dataset(place)
-    unreadable: dict[Path, str] = {}
-    paths = find_images([unseen_part(Path(place).expanduser())])
+    folder, unreadable = Path(place).expanduser(), dict[Path, str]()
+    paths = find_images([unseen_part(folder)])
     decoded = [image for _, image in decode_readable(paths, shape, unreadable)]
-    for reason in unreadable.values():
-        raise InputError(f"{reason}\nReplace or remove it.")
+    if unreadable:
+        names = [os.path.relpath(path, folder) for path in unreadable]
+        error = damaged_images(folder, find_damaged(folder, names), len(paths))
+        raise error.advising("Replace or remove them.")
     return torch.stack(decoded)
 
 
@@ -308,12 +312,14 @@ def _check_comparable(runs: Sequence[RunFolder]) -> None:
         for setting in ("dataset", "valid_split", "image_size"):
             own, expected = getattr(data, setting), getattr(first, setting)
             without_split = setting == "valid_split" and 0 in (own, expected)
-            if own != expected and not without_split:
+            is_open = None in (own, expected)  # of a run that has not begun
+            if own != expected and not (without_split or is_open):
                 raise InputError(
                     f"{run.path} has data.{setting}={own!r}, and {runs[0].path} has {expected!r}.\n"
                     "Runs of one ensemble must share the data and the validation split."
                 )
         _check_same_parts(runs[0], run)
+        check_same_left_out(runs[0], run)
 
 
 def _check_same_parts(first: RunFolder, other: RunFolder) -> None:

@@ -25,6 +25,17 @@ _CHUNK = 100  # resamples held at a time, so that their counts stay in tens of m
 Interval = tuple[float, float]
 
 
+def accuracy_half_width(num_images: int) -> float:
+    """Return half the length of the 95 % interval of an accuracy that is near 50 %, the longest.
+
+    By the normal approximation: 1.96 · sqrt(0.25 / n), and 1 at most.
+
+    Args:
+        num_images: n, which the accuracy is of.
+    """
+    return min(1.0, 0.98 / max(1, num_images) ** 0.5)
+
+
 def intervals(
     logits: Tensor,
     labels: Tensor,

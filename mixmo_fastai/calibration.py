@@ -221,6 +221,34 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     return 1 / _find_root(margins, *sorted((1.0, 1 / bound)))
 
 
+def temperature_error(logits: Tensor, temperature: float) -> float:
+    """Compute the relative standard error of a fitted temperature.
+
+    The Fisher information of log T in N samples is Σ_n Var_k[z_nk / T] with k drawn from
+    softmax(z_n / T), so the standard error of log T, which is that of T over T, is 1 / √ of that
+    sum. Few samples make it large, and so do samples that are nearly all certain.
+
+    Args:
+        logits: (N, K), of the samples that the temperature was fitted on.
+        temperature: from `fit_temperature`.
+
+    Returns:
+        The error as a fraction of the temperature.
+
+    Raises:
+        InputError: wrong shapes, logits that are not finite, or probabilities that do not depend
+            on the temperature.
+    """
+    check_logits(logits)
+    scaled = logits.detach().double() / temperature  # (N, K)
+    probabilities = scaled.softmax(dim=1)
+    centred = scaled - (probabilities * scaled).sum(dim=1, keepdim=True)
+    information = (probabilities * centred.square()).sum().item()
+    if information == 0:
+        raise InputError("no temperature is best, as the probabilities do not depend on it")
+    return float(information**-0.5)
+
+
 def check_logits(
     logits: Tensor, labels: Tensor | None = None, *, axes: str = "(N, K)", name: str = "logits"
 ) -> None:

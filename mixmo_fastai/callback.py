@@ -5,7 +5,6 @@ sees, C channels, H W image size, D feature channels, h w feature size after the
 Source: Ramé, Sun, Cord, "MixMo", ICCV 2021.
 """
 
-import sys
 from collections.abc import Mapping
 from numbers import Real
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor
 from mixmo_fastai.data.expansion import expand
 from mixmo_fastai.data.loaders import STEPS_AT_ONCE, BatchLoader
 from mixmo_fastai.errors import InputError, plain
+from mixmo_fastai.learner_checks import check_batch, check_callbacks, check_optimizer
 from mixmo_fastai.losses import MixMoLoss
 from mixmo_fastai.mixing import (
     QUICK_KINDS,
@@ -48,12 +48,25 @@ from mixmo_fastai.randomness import Stream, fresh_seed, make_generator
 Device = torch.device | str | None
 
 
-class MixMoCallback(Callback):
+class _InWords(Callback):
+    """A callback whose errors for users come without fastai's preface."""
+
+    def __call__(self, event_name: str) -> Any:
+        """Run an event."""
+        try:
+            return super().__call__(event_name)
+        except InputError as error:
+            raise plain(error) from None
+
+
+class MixMoCallback(_InWords):
     """Pair and mix the training batches of a Learner whose model is a `MixMoModel`.
 
     Each training batch (n, C, H, W) becomes inputs (B, M, C, H, W) with masks (B, M, 1 or D, h, w),
     and targets (B, M) with weights (B, M). Batches of evaluation are left alone, and so is the
-    Learner's loss, but for being wrapped once, for good, in `MixMoLoss`.
+    Learner's loss, but for being wrapped once, for good, in `MixMoLoss`. The gradient is that of
+    the sum over members; `learn.loss`, and with it every training loss that fastai records, shows
+    or monitors, is divided by M.
 
     The network sees B = batch_repetitions · n images per step: a loader with 16 images a batch
     gives the published batch of 64. Each copy of an image goes through the loader's batch
@@ -131,13 +144,6 @@ class MixMoCallback(Callback):
         self.drawn_slots: tuple[Any, Tensor] | None = None
         self.drawn_mixings: tuple[Any, DrawnMixings] | None = None
 
-    def __call__(self, event_name: str) -> Any:
-        """Run an event; fastai's preface to errors is taken off those that a person can act on."""
-        try:
-            return super().__call__(event_name)
-        except InputError as error:
-            raise plain(error) from None
-
     def before_fit(self) -> None:
         """Check what the Learner is made of, and wrap its loss once."""
         network = unwrap(self.learn.model)
@@ -149,19 +155,15 @@ class MixMoCallback(Callback):
         check_kind(self.mix, network.num_members)
         if sum(isinstance(other, MixMoCallback) for other in self.learn.cbs) > 1:
             raise InputError("There is more than one MixMoCallback; remove the others.")
-        for other in self.learn.cbs:
-            if _is_fastai_mix(other):
-                raise InputError(
-                    f"fastai's {type(other).__name__} cannot be combined with MixMoCallback: "
-                    "both replace the targets.\nRemove it."
-                )
+        check_callbacks(self.learn.cbs)
+        keep_guard(self.learn)
         if not isinstance(self.learn.loss_func, MixMoLoss):
             device = next(network.parameters()).device
             self.learn.loss_func = MixMoLoss(self.learn.loss_func).to(device)
 
     def before_train(self) -> None:
         """Let the epoch's loader give every image as often as the members need it."""
-        _check_optimizer(self.learn)
+        check_optimizer(self.learn)
         if self.fit_seed is None:
             self.fit_seed = told_by_first(fresh_seed())
         loader = self.learn.dl
@@ -186,11 +188,7 @@ class MixMoCallback(Callback):
 
     def before_batch(self) -> None:
         """Replace inputs and targets by pairs, masks and weights."""
-        if len(self.learn.xb) != 1 or len(self.learn.yb) != 1:
-            raise InputError(
-                "MixMoCallback needs batches of one input and one target; "
-                f"got {len(self.learn.xb)} and {len(self.learn.yb)}."
-            )
+        check_batch(len(self.learn.xb), len(self.learn.yb))
         x, y = (part[0].as_subclass(Tensor) for part in (self.learn.xb, self.learn.yb))
         # Member by member in memory, so that each encoder finds its batch contiguous.
         by_member = (self._num_members, -1)
@@ -206,6 +204,13 @@ class MixMoCallback(Callback):
         pasted_targets = take_partners(targets, draw.partners)
         self.learn.xb = (mix_images(inputs, draw), masks)
         self.learn.yb = (targets, weights, pasted_targets, shares)
+
+    def after_loss(self) -> None:
+        """Record the loss per member, comparable with a validation loss.
+
+        fastai keeps the loss to record apart from the loss to differentiate, which stays the sum.
+        """
+        self.learn.loss = self.learn.loss / self._num_members
 
     def after_batch(self) -> None:
         """Show fastai's metrics in training, if they are wanted, the members one by one."""
@@ -342,6 +347,34 @@ class MixMoCallback(Callback):
         return make_generator(self.fit_seed, stream, self._epoch, step, rank, device=device)
 
 
+class MixMoGuard(_InWords):
+    """Refuse to train a MixMo network in a Learner that has lost its `MixMoCallback`.
+
+    Without one, all members would be trained on the same images. `to_mixmo`, `mixmo_learner` and
+    the callback itself put it into the Learner; evaluation is left alone.
+    """
+
+    order = 9
+
+    def before_train(self) -> None:
+        """Check that a `MixMoCallback` is there, if the network has several members."""
+        network = unwrap(self.learn.model)
+        if not isinstance(network, MixMoModel) or network.num_members == 1:
+            return
+        if not any(isinstance(other, MixMoCallback) for other in self.learn.cbs):
+            raise InputError(
+                f"The network has {network.num_members} members, and the Learner no MixMoCallback "
+                "to give them images of their own.\nAdd one: learn.add_cb(MixMoCallback()).\n"
+                "For a plain network: learn.model = learn.model.fuse(), then learn.create_opt()."
+            )
+
+
+def keep_guard(learn: Any) -> None:
+    """Put a `MixMoGuard` into a Learner, if it has none."""
+    if not any(isinstance(other, MixMoGuard) for other in learn.cbs):
+        learn.add_cb(MixMoGuard())
+
+
 def scheduled_mix_prob(progress: float, mix_prob: float, decay_start: float) -> float:
     """Give mix_prob until `decay_start` of training, then a line down to 0 at its end.
 
@@ -353,26 +386,6 @@ def scheduled_mix_prob(progress: float, mix_prob: float, decay_start: float) -> 
     if progress <= decay_start or decay_start == 1:
         return mix_prob
     return mix_prob * max(0.0, 1 - progress) / (1 - decay_start)
-
-
-def _check_optimizer(learn: Any) -> None:
-    """Check that what is trained is the network, not one that was there before."""
-    optimizer = getattr(learn, "opt", None)
-    if optimizer is None:  # it is only looked at what training would see
-        return
-    trained = {id(each[0]) for each in optimizer.all_params()}
-    if not any(id(parameter) in trained for parameter in learn.model.parameters()):
-        raise InputError(
-            "The Learner's optimizer holds no parameter of its model: it is of the model before.\n"
-            "Make it anew: learn.create_opt(). Or let to_mixmo(learn) do all of it."
-        )
-
-
-def _is_fastai_mix(callback: Callback) -> bool:
-    # Importing fastai's module, which brings its tabular part along, would double the start-up;
-    # where nobody has imported it, nobody has one of its callbacks.
-    module = sys.modules.get("fastai.callback.mixup")
-    return module is not None and isinstance(callback, module.MixHandler)
 
 
 def _check_shares(**shares: float) -> None:

@@ -16,7 +16,7 @@ from mixmo_fastai.bootstrap import Interval, intervals, paired_intervals
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.evaluation import evaluate_logits
 from mixmo_fastai.recipe import Recipe
-from mixmo_fastai.runs import RunFolder, check_several
+from mixmo_fastai.runs import RunFolder, check_same_left_out, check_several
 from mixmo_fastai.training import data_parts, read_source
 
 
@@ -31,8 +31,8 @@ class Compared:
             `evaluation.evaluate_logits` gives them.
         part: which of both, "test" or "valid".
         intervals: 95 % intervals of accuracy, nll and ece, by bootstrap.
-        differences: 95 % intervals of accuracy, nll and ece less those of the first run, by paired
-            bootstrap; None for the first run itself.
+        differences: 95 % intervals of the differences in accuracy, nll and ece from the first run,
+            by paired bootstrap; None for the first run itself.
         parameters: of all its networks.
         images_seen: by all its networks in training; None where the run does not say.
         seconds: of training; None where the run does not say.
@@ -111,6 +111,7 @@ def _check_same_test_set(runs: Sequence[RunFolder]) -> None:
                 f"{run.path} was tested on other images of {first.dataset} than {runs[0].path}; "
                 "see split.json in both.\nOnly runs with the same test images can be compared."
             )
+        check_same_left_out(runs[0], run)
 
 
 def _final_images(run: RunFolder) -> tuple[object, ...]:

@@ -23,7 +23,7 @@ from mixmo_fastai.randomness import derive_seed
 from mixmo_fastai.recipe import Expected, Recipe
 from mixmo_fastai.recording import followed
 from mixmo_fastai.runs import RunFolder, create_run
-from mixmo_fastai.training import TEST_SET, Training, prepare_network, train, write_data
+from mixmo_fastai.training import TEST_SET, Training, describe_run, prepare_network, train
 
 
 def train_run(
@@ -82,7 +82,7 @@ def _train_networks(
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     recipe = training.recipe
-    write_data(run, training.source)
+    describe_run(training, run)
     folders = run.networks()
     for index, folder in enumerate(folders):
         own = network_recipe(recipe, index)

@@ -112,9 +112,13 @@ def information_per_sample(member_logits: Tensor) -> Tensor:
     check_logits(member_logits, axes=AXES, name="member_logits")
     if member_logits.shape[1] < 2:
         raise InputError("mutual_information compares members and needs two or more; got 1.")
-    probabilities = member_logits.double().softmax(dim=2)
-    of_mean: Tensor = torch.special.entr(probabilities.mean(dim=1)).sum(dim=1)  # (N,)
-    of_members: Tensor = torch.special.entr(probabilities).sum(dim=2).mean(dim=1)  # (N,)
+    return mixture_information(member_logits.double().softmax(dim=2))
+
+
+def mixture_information(probabilities: Tensor) -> Tensor:
+    """Compute H(mean_m p_m) - mean_m H(p_m) of each sample: (N, M, …, K) -> (N, …), in nats."""
+    of_mean: Tensor = torch.special.entr(probabilities.double().mean(dim=1)).sum(dim=-1)
+    of_members: Tensor = torch.special.entr(probabilities.double()).sum(dim=-1).mean(dim=1)
     # Members that agree leave a difference of rounding errors, which may be negative.
     return (of_mean - of_members).clamp(min=0)
 

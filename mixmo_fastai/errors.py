@@ -49,10 +49,16 @@ def check_count(name: str, value: object) -> None:
         raise InputError(f"{name} must be a whole number, 1 or more; got {value!r}.")
 
 
-def nearest(name: str, choices: Iterable[str]) -> str | None:
-    """Find the choice that `name` most probably meant, or None where nothing is close."""
+def nearest(name: str, choices: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Find the choice that `name` most probably meant, or None where nothing is close.
+
+    Args:
+        name: what was received.
+        choices: the names that are allowed.
+        cutoff: how close it must be, from 0 to 1 for equal.
+    """
     by_folded = {_fold(choice): choice for choice in choices}
-    matches = get_close_matches(_fold(name), by_folded, n=1, cutoff=0.6)
+    matches = get_close_matches(_fold(name), by_folded, n=1, cutoff=cutoff)
     return by_folded[matches[0]] if matches else None
 
 

@@ -18,6 +18,7 @@ from mixmo_fastai.calibration import (
     expected_calibration_error,
     fit_temperature,
     nll,
+    temperature_error,
     thresholded_adaptive_calibration_error,
     top_predictions,
 )
@@ -35,7 +36,7 @@ from mixmo_fastai.randomness import make_generator
 from mixmo_fastai.selective import aurc, failure_auroc, risk_at_coverage
 
 FEWEST_FOR_TEMPERATURE = 50
-"""Validation images below which a fitted temperature says nothing."""
+"""Number of images below which no temperature is fitted."""
 COVERAGES = (80, 90, 95)
 """Shares of the surest predictions, in percent, whose errors are reported."""
 AVERAGES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -101,9 +102,10 @@ def evaluate_parts(validation: LabelledLogits, test: LabelledLogits) -> dict[str
           place of their logits;
         - "intervals": of the test set's accuracy, nll and ece, 95 % by bootstrap;
         - "calibrated": nll, brier and ece of the test set at the temperature that was fitted on
-          the validation split;
+          the validation split, with its relative standard error and the number of images that it
+          was fitted on;
         - "cross_fitted": the same at the temperatures of two halves of the test set, each fitted
-          on the other half, as published.
+          on the other half, as published; the number of images is that of the smaller half.
 
         What cannot be told is left out, and "absent", there only then, maps it to the reason.
     """
@@ -128,8 +130,8 @@ def _calibrated(
     validation: LabelledLogits,
     test: LabelledLogits,
     logits: Tensor,
-) -> dict[str, float]:
-    """Compute the figures of the test set (N, K) at the temperature of the validation split."""
+) -> dict[str, Any]:
+    """Compute the metrics of the test set (N, K) at the temperature of the validation split."""
     if test is None:
         raise InputError("there are no labelled test images beside the validation images")
     labels = test[1]
@@ -142,7 +144,12 @@ def _calibrated(
             f"{FEWEST_FOR_TEMPERATURE}"
         )
     _check_temperature(temperature, "validation image", "validation split")
-    return {"temperature": temperature, **_calibration_figures(logits / temperature, labels)}
+    return {
+        "temperature": temperature,
+        "temperature_error": temperature_error(validation[0].double().mean(dim=1), temperature),
+        "num_images": num_fitted,
+        **_calibration_figures(logits / temperature, labels),
+    }
 
 
 def cross_fitted(logits: Tensor, labels: Tensor) -> dict[str, Any]:
@@ -153,13 +160,29 @@ def cross_fitted(logits: Tensor, labels: Tensor) -> dict[str, Any]:
         labels: (N,).
 
     Returns:
-        "temperatures" of both halves, and nll, brier and ece over all samples.
+        "temperatures" of both halves, "temperature_errors" of both, "num_images" that each was
+        fitted on at least, and nll, brier and ece over all samples.
 
     Raises:
         InputError: there are too few samples, or no temperature is best for a half.
     """
     scaled, temperatures = cross_scaled(logits, labels)
-    return {"temperatures": temperatures, **_calibration_figures(scaled, labels)}
+    halves = _halves(len(labels))
+    return {
+        "temperatures": temperatures,
+        "temperature_errors": [
+            temperature_error(logits[half], temperature)
+            for half, temperature in zip(halves, temperatures, strict=True)
+        ],
+        "num_images": min(map(len, halves)),
+        **_calibration_figures(scaled, labels),
+    }
+
+
+def _halves(num_samples: int) -> tuple[Tensor, ...]:
+    """Draw the indices of two halves, the same ones for every run on one test set."""
+    order = torch.randperm(num_samples, generator=make_generator(0, "halves"))
+    return order.tensor_split(2)
 
 
 def cross_scaled(logits: Tensor, labels: Tensor) -> tuple[Tensor, list[float]]:
@@ -183,8 +206,7 @@ def cross_scaled(logits: Tensor, labels: Tensor) -> tuple[Tensor, list[float]]:
             f"only {len(labels)} images were evaluated, and two temperatures need "
             f"{2 * FEWEST_FOR_TEMPERATURE}"
         )
-    order = torch.randperm(len(labels), generator=make_generator(0, "halves"))
-    halves = order.tensor_split(2)
+    halves = _halves(len(labels))
     temperatures = [fit_temperature(logits[half], labels[half]) for half in halves]
     for temperature in temperatures:
         _check_temperature(temperature, "image of one half", "set of images")

@@ -1,5 +1,6 @@
-"""Figures as PNG files. Drawn without a display and without pyplot's global state."""
+"""Pictures as PNG files, drawn without a display and without pyplot's global state."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -9,24 +10,25 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import NullFormatter, NullLocator
 from torch import Tensor
 
 from mixmo_fastai.comparison import Compared
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.filter_use import FilterUse
 from mixmo_fastai.lr_search import LrSearch
 from mixmo_fastai.preview import Preview, preview_batch
-from mixmo_fastai.wording import PART_NAMES
+from mixmo_fastai.wording import PART_NAMES, shortened
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # told apart by colour-blind readers
 MARKERS = ("o", "s", "^", "D")
+LONGEST_NAME = 22
+"""Number of characters of a class name above an image."""
 _plain_text = rc_context({"text.parse_math": False})  # a class may be called $5$
 
 
 @_plain_text
 def plot_lr_search(search: LrSearch, path: Path, title: str) -> None:
-    """Draw the loss over the learning rate, with the suggested rates marked."""
+    """Plot the loss over the learning rate, with the suggested rates and the advised one."""
     figure = Figure(figsize=(7.5, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -42,6 +44,9 @@ def plot_lr_search(search: LrSearch, path: Path, title: str) -> None:
             markersize=8,
             label=f"{name}: {rate:.2g}",
         )
+    if search.advised is not None:
+        label = f"advised: {search.advised:.2g}"
+        axes.axvline(search.advised, color="#333333", linestyle="--", linewidth=1, label=label)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda rate, _: f"{rate:.0e}")
     axes.xaxis.set_minor_formatter(NullFormatter())
@@ -57,7 +62,7 @@ def plot_lr_search(search: LrSearch, path: Path, title: str) -> None:
 
 @_plain_text
 def plot_preview(preview: Preview, file: Path | BinaryIO, title: str) -> None:
-    """Draw a row per position: each member's image and mask, then the mixture."""
+    """Plot a row per position: each member's image and mask, then the mixture."""
     figure = Figure(figsize=_size_of(preview), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     _draw_preview(preview, figure, title)
@@ -89,7 +94,7 @@ def show_pairs(learn: Learner, max_n: int = 4, title: str = "") -> None:
 
 
 def _size_of(preview: Preview) -> tuple[float, float]:
-    """Give the width and height of a preview in inches."""
+    """Return the width and height of a preview in inches."""
     num_rows, num_members = preview.inputs.shape[:2]
     return 1.7 * (2 * num_members + 1), 1.75 * num_rows + 0.9
 
@@ -101,7 +106,8 @@ def _draw_preview(preview: Preview, figure: Figure, title: str) -> None:
     for row in range(num_rows):
         for member in range(num_members):
             _show_image(grid[row][2 * member], preview.inputs[row, member])
-            grid[row][2 * member].set_title(preview.labels[row][member], fontsize=8)
+            name = shortened(preview.labels[row][member], LONGEST_NAME)
+            grid[row][2 * member].set_title(name, fontsize=8)
             mask = grid[row][2 * member + 1]
             mask.imshow(preview.masks[row, member], cmap="gray", vmin=0, vmax=1)
             mask.set_title(f"{100 * preview.masks[row, member].mean():.0f} %", fontsize=8)
@@ -118,77 +124,111 @@ def _draw_preview(preview: Preview, figure: Figure, title: str) -> None:
 
 
 @_plain_text
-def plot_filters(titles: list[str], uses: list[FilterUse], norms: list[Tensor], path: Path) -> None:
-    """Draw, in a column per run, the active filters of each layer and the encoders' norms."""
-    figure = Figure(figsize=(6.5 * len(uses), 7.5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(2, len(uses), squeeze=False, sharey="row")
-    for column, (title, use, norm) in enumerate(zip(titles, uses, norms, strict=True)):
-        _plot_use(grid[0][column], use, title)
-        _plot_norms(grid[1][column], norm)
-    figure.savefig(path)
-
-
-def _plot_use(axes: Axes, use: FilterUse, title: str) -> None:
-    places = range(1, len(use.layers) + 1)
-    marks = zip(use.thresholds, use.shares.T, use.average.tolist(), COLORS, MARKERS, strict=True)
-    for threshold, shares, average, color, marker in marks:
-        label = f"above {threshold:.0%} of the largest; {average:.0%} on average"
-        axes.plot(places, shares, marker=marker, markersize=4, color=color, label=label)
-    axes.set(title=title, xlabel="convolution of the core", ylabel="share of active filters")
-    axes.set_ylim(0, 1.05)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-
-
-def _plot_norms(axes: Axes, norms: Tensor) -> None:
-    num_members, num_channels = norms.shape
-    width = 0.8 / num_members
-    order = (
-        (norms[0] - norms[-1]).argsort(descending=True) if num_members > 1 else range(num_channels)
-    )
-    for member in range(num_members):
-        places = [i + (member - (num_members - 1) / 2) * width for i in range(num_channels)]
-        color = COLORS[member % len(COLORS)]
-        axes.bar(places, norms[member][order], width, color=color, label=f"encoder {member + 1}")
-    axes.set_xlabel("feature channel, from the first member's to the last's")
-    axes.set_ylabel("L1 norm of the encoder's filter")
-    axes.grid(axis="y", alpha=0.3)
-    axes.legend(fontsize=8)
-
-
-@_plain_text
 def plot_comparison(names: list[str], compared: Sequence[Compared], path: Path) -> None:
-    """Draw accuracy and NLL of runs, with 95 % intervals, against their parameters."""
-    figure = Figure(figsize=(11, 4.8), dpi=120, layout="constrained")
+    """Plot accuracy and NLL of runs, with 95 % intervals, against their parameters.
+
+    Runs of nearly one size are set side by side; the legend has the exact numbers.
+    """
+    sizes = [part.parameters for part in compared]
+    low, high = _size_limits(sizes)
+    places = _places(sizes, (low, high))
+    legend_height = 0.22 * len(names) + 0.1
+    figure = Figure(figsize=(11, 4.6 + legend_height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     part = PART_NAMES[compared[0].part].lower()
     panels = (("accuracy", f"{part} accuracy"), ("nll", f"{part} NLL in nats"))
     for axes, (figure_name, label) in zip(figure.subplots(1, 2), panels, strict=True):
-        for place, (name, part) in enumerate(zip(names, compared, strict=True)):
-            value, (low, high) = part.figures[figure_name], part.intervals[figure_name]
+        axes.set_xscale("log")
+        axes.set_xlim(low, high)
+        runs = zip(names, compared, places, strict=True)
+        for place, (name, part, shifted) in enumerate(runs):
+            value, ends = part.figures[figure_name], part.intervals[figure_name]
             axes.errorbar(
-                part.parameters,
+                shifted,
                 value,
-                [[value - min(low, value)], [max(high, value) - value]],
-                fmt=MARKERS[place // len(COLORS) % len(MARKERS)],
+                [[value - min(ends[0], value)], [max(ends[1], value) - value]],
+                fmt=MARKERS[(place + place // len(COLORS)) % len(MARKERS)],
                 color=COLORS[place % len(COLORS)],
                 markersize=8,
                 capsize=4,
-                label=name + _seen(part.images_seen),
+                label=name + _described(part),
             )
-        axes.set_xscale("log")
-        for axis in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-            axis(lambda count, _: f"{count:,.0f}" if f"{count:e}"[0] in "125" else "")
-        axes.tick_params(axis="x", which="both", labelrotation=30)
-        axes.set(xlabel="parameters", ylabel=label)
-        axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=8)
+        ticks = _size_ticks(low, high)
+        axes.set_xticks(ticks, [_round_size(tick) for tick in ticks])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set(xlabel="parameters (log scale)", ylabel=label)
+        axes.grid(alpha=0.3)
+        if figure_name == "accuracy":
+            axes.yaxis.set_major_formatter(lambda fraction, _: f"{100 * fraction:.4g} %")
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower left", fontsize=8, frameon=False)
     figure.savefig(path)
 
 
-def _seen(images: int | None) -> str:
-    return "" if images is None else f": {images:,} images seen"
+LEAST_SPAN = 2.0
+"""Least ratio of the ends of an axis of sizes: 1.002 times the parameters are nearly the same."""
+SIDE_BY_SIDE = 14.0
+"""Distance in points at which markers with intervals are drawn apart."""
+PANEL_WIDTH = 330.0
+"""Width of a panel of the comparison in points, roughly."""
+
+
+def _size_limits(sizes: Sequence[int]) -> tuple[float, float]:
+    """Return the ends of a logarithmic axis around sizes."""
+    low, high = min(sizes), max(sizes)
+    middle, span = math.sqrt(low * high), max(1.5 * (high / low) ** 1.25, LEAST_SPAN)
+    return middle / math.sqrt(span), middle * math.sqrt(span)
+
+
+_LEADING: tuple[tuple[float, ...], ...] = (
+    (1,),
+    (1, 3),
+    (1, 2, 5),
+    (1, 1.5, 2, 3, 4, 5, 6, 8),
+    tuple(i / 10 for i in range(10, 100, 5)),
+)
+
+
+def _size_ticks(low: float, high: float) -> list[float]:
+    """Return three to seven round sizes within the ends of a logarithmic axis."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks: list[float] = []
+    for leading in _LEADING:
+        ticks = [lead * 10.0**power for power in decades for lead in leading]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) >= 3:
+            break
+    return ticks[:: -(-len(ticks) // 7)]
+
+
+def _round_size(size: float) -> str:
+    for unit, name in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if size >= unit:
+            return f"{size / unit:g}{name}"
+    return f"{size:g}"
+
+
+def _places(sizes: Sequence[int], limits: tuple[float, float]) -> list[float]:
+    """Return where each run is drawn: at its size, or beside others of nearly that size."""
+    scale = PANEL_WIDTH / math.log(limits[1] / limits[0])
+    places = [math.log(size) * scale for size in sizes]
+    order = sorted(range(len(sizes)), key=places.__getitem__)
+    groups: list[list[int]] = []
+    for run in order:
+        if groups and places[run] - places[groups[-1][-1]] < SIDE_BY_SIDE:
+            groups[-1].append(run)
+        else:
+            groups.append([run])
+    for group in groups:
+        middle = sum(places[run] for run in group) / len(group)
+        for number, run in enumerate(group):
+            places[run] = middle + (number - (len(group) - 1) / 2) * SIDE_BY_SIDE
+    return [math.exp(place / scale) for place in places]
+
+
+def _described(part: Compared) -> str:
+    seen = "" if part.images_seen is None else f", {part.images_seen:,} images seen"
+    return f": {part.parameters:,} parameters{seen}"
 
 
 def _show_image(axes: Axes, image: Tensor) -> None:

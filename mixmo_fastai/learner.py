@@ -1,6 +1,7 @@
 """Learners: one line for fastai users, and what a recipe describes."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from inspect import signature
 from typing import Any
 
@@ -13,24 +14,30 @@ from fastai.data.transforms import get_c
 from fastai.imports import L
 from fastai.learner import Learner
 from fastai.metrics import accuracy, accuracy_multi
-from fastai.torch_core import params, trainable_params
+from fastai.torch_core import trainable_params
 from torch import Tensor, nn
 
 from mixmo_fastai.adoption import Wanted, as_mixmo
 from mixmo_fastai.averaging import EMACallback
-from mixmo_fastai.callback import MixMoCallback
+from mixmo_fastai.callback import MixMoCallback, keep_guard
 from mixmo_fastai.data.glance import first_batch, random_states_kept
 from mixmo_fastai.data.loaders import BatchLoader
 from mixmo_fastai.deferred import defer_readbacks
 from mixmo_fastai.devices import place
 from mixmo_fastai.errors import InputError, nearest, unknown
+from mixmo_fastai.learner_checks import (
+    check_batch,
+    check_callbacks,
+    check_opt_func,
+    count_parts,
+)
 from mixmo_fastai.losses import MixMoLoss, is_multi_label
 from mixmo_fastai.metrics import MemberAccuracy
 from mixmo_fastai.mixing import Region, check_kind
 from mixmo_fastai.models import MixMoModel
-from mixmo_fastai.models.backbone_core import BackboneCore
 from mixmo_fastai.models.ghost_norm import use_ghost_batches
 from mixmo_fastai.optimizers import sgd
+from mixmo_fastai.parameter_groups import body_and_heads, convert_optimizer, converted_splitter
 from mixmo_fastai.randomness import fresh_seed, make_generator
 from mixmo_fastai.recipe import Recipe
 
@@ -81,6 +88,9 @@ def mixmo_learner(
     """
     mixing = {name: kwargs.pop(name) for name in CALLBACK_ARGUMENTS if name in kwargs}
     _check_known(kwargs)
+    if not isinstance(arch, MixMoModel):
+        check_opt_func(kwargs.get("opt_func"))
+    _check_own_callbacks(L(kwargs.get("cbs")))
     if not isinstance(dls, DataLoaders):
         raise InputError(
             f"mixmo_learner takes loaders (DataLoaders) first; got {type(dls).__name__}."
@@ -101,6 +111,7 @@ def mixmo_learner(
     kwargs.setdefault("opt_func", sgd())
     kwargs.setdefault("metrics", _metrics_for(targets, loss))
     learn = Learner(dls, model, loss, cbs=[callback, *L(kwargs.pop("cbs", None))], **kwargs)
+    keep_guard(learn)
     return defer_readbacks(learn)
 
 
@@ -114,10 +125,14 @@ def to_mixmo(
 ) -> Learner:
     """Turn a Learner into one that trains a MixMo network, in place.
 
-    Its network is converted, see `convert_to_mixmo`, and all of it trains; its loss is wrapped in
-    `MixMoLoss`; its optimizer is made anew when a fit begins, by the same function, with the two
-    groups of `body_and_heads`; and it gets a `MixMoCallback`. Data, metrics and other callbacks
-    stay. A loader that gave n images a batch now gives batch_repetitions · n.
+    Its network is converted, see `convert_to_mixmo`; its loss is wrapped in `MixMoLoss`; and it
+    gets a `MixMoCallback`. Data, metrics and other callbacks stay. A loader that gave n images a
+    batch now gives batch_repetitions · n.
+
+    What is frozen stays frozen, and the parameter groups stay those of its splitter: encoders take
+    the place of the first convolution, heads that of the last layer. An optimizer that there is
+    already is made anew for them, by the same function, with its settings but without its state
+    (such as Adam's moments), which belongs to another loss; `freeze` and `unfreeze` do so too.
 
     Args:
         learn: with a classifier that can be converted, or a `MixMoModel`.
@@ -130,8 +145,9 @@ def to_mixmo(
         the Learner.
 
     Raises:
-        InputError: the network cannot be converted, an argument is not allowed, or there is a
-            `MixMoCallback` already. The Learner is as it was.
+        InputError: the network cannot be converted, an argument is not allowed, batches are not
+            of one input and one target, or there is a `MixMoCallback`, or a Mix callback of
+            fastai's, already. The Learner is as it was.
     """
     if not isinstance(learn, Learner):
         raise InputError(
@@ -143,34 +159,44 @@ def to_mixmo(
         raise unknown("argument of to_mixmo", unknown_names[0], CALLBACK_ARGUMENTS)
     if any(isinstance(each, MixMoCallback) for each in learn.cbs):
         raise InputError("The Learner has a MixMoCallback already; it is a MixMo Learner.")
+    check_callbacks(learn.cbs)
+    if not isinstance(learn.model, MixMoModel):
+        check_opt_func(learn.opt_func)
     callback = MixMoCallback(mix, **kwargs)
     loss = _as_mixmo_loss(learn.loss_func)
     image_shape, _ = _facts_of_batches(learn.dls)
-    wanted = Wanted(image_shape, num_members=num_members, independent=independent)
+    wanted = Wanted(image_shape, num_members=num_members, independent=independent, thaw=False)
     check_kind(mix, wanted.members_of(learn.model))
-    learn.model = as_mixmo(learn.model, wanted, _initial(callback))
-    learn.loss_func, learn.splitter, learn.opt = loss, body_and_heads, None
-    return learn.add_cb(callback)
+    before = learn.model
+    model = as_mixmo(before, wanted, _initial(callback))
+    if model is not before:
+        splitter = converted_splitter(learn.splitter, model)
+        with _restored_on_error(learn, "model", "splitter", "opt", "lr"):
+            learn.model, learn.splitter = model, splitter
+            if learn.opt is not None:
+                convert_optimizer(learn, before)
+    learn.loss_func = loss
+    learn.add_cb(callback)
+    keep_guard(learn)
+    return learn
+
+
+@contextmanager
+def _restored_on_error(learn: Learner, *names: str) -> Iterator[None]:
+    """Give a Learner back what it had, if something fails."""
+    had = {name: getattr(learn, name) for name in names}
+    try:
+        yield
+    except BaseException:
+        for name, value in had.items():
+            setattr(learn, name, value)
+        raise
 
 
 def _initial(callback: MixMoCallback) -> torch.Generator:
     """Give a generator of initial weights, which the callback's seed fixes if there is one."""
     seed = fresh_seed() if callback.seed is None else callback.seed
     return make_generator(seed, "init")
-
-
-def body_and_heads(model: MixMoModel) -> list[list[nn.Parameter]]:
-    """Split a network's parameters for fastai's `freeze` and for rates by depth.
-
-    Encoders and core, then the heads, and with them what the network had built as one piece with
-    its last layer, such as the head of fastai's `vision_learner`.
-    """
-    core = model.core
-    around = core.around_the_head() if isinstance(core, BackboneCore) else None
-    late = [] if around is None else params(around)
-    taken = {id(parameter) for parameter in late}
-    body = [p for p in (*params(model.encoders), *params(core)) if id(p) not in taken]
-    return [body, [*late, *params(model.heads)]]
 
 
 def _check_known(arguments: Iterable[str]) -> None:
@@ -184,12 +210,25 @@ def _check_known(arguments: Iterable[str]) -> None:
             raise InputError(f"mixmo_learner takes no argument {name!r}.\n{hint}")
 
 
-def learner_from_recipe(recipe: Recipe, dls: DataLoaders, **kwargs: Any) -> Learner:
+def _check_own_callbacks(callbacks: Iterable[Any]) -> None:
+    """Check that callbacks that were given go with the one that is made here."""
+    check_callbacks(callbacks)
+    if any(isinstance(each, MixMoCallback) or each is MixMoCallback for each in callbacks):
+        raise InputError(
+            "mixmo_learner makes a MixMoCallback itself.\nGive it that one's arguments instead: "
+            "mixmo_learner(…, mix=…, alpha=…)."
+        )
+
+
+def learner_from_recipe(
+    recipe: Recipe, dls: DataLoaders, model: MixMoModel | None = None, **kwargs: Any
+) -> Learner:
     """Build the Learner that a recipe describes.
 
     Args:
         recipe: what to train; of a deep ensemble, the first network.
         dls: from `make_dataloaders`.
+        model: its network, if there is one already.
         kwargs: of fastai's `Learner`.
     """
     mix = recipe.mix
@@ -199,11 +238,11 @@ def learner_from_recipe(recipe: Recipe, dls: DataLoaders, **kwargs: Any) -> Lear
     kwargs.setdefault("splitter", trainable_params)  # one group, and so in every checkpoint
     return mixmo_learner(
         dls,
-        recipe.model.arch,
+        recipe.model.arch if model is None else model,
         mix=mix.kind,
         num_members=recipe.model.num_members,
         pretrained=recipe.model.pretrained,
-        ghost_batch_size=recipe.model.ghost_batch_size,
+        ghost_batch_size=recipe.model.ghost_batch_size if model is None else 0,
         alpha=mix.alpha,
         mix_prob=mix.mix_prob,
         decay_start=mix.decay_start,
@@ -245,7 +284,10 @@ def _facts_of_batches(dls: DataLoaders) -> tuple[tuple[int, int, int], Tensor | 
     if isinstance(dls.train, BatchLoader):
         return dls.train.images.image_shape, None
     with random_states_kept(dls.train):
-        images, *targets = first_batch(dls.train)
+        batch = first_batch(dls.train)
+        parts = count_parts(dls, batch)  # fastai may pass a sample through the transforms
+    check_batch(*parts)
+    images, *targets = batch
     if getattr(images, "ndim", 0) != 4:
         raise InputError(
             "MixMo needs batches of images (n, C, H, W); the loader's first input is "

@@ -4,42 +4,69 @@ Shapes: B batch, M members, K classes.
 Source: Ramé, Sun, Cord, "MixMo", ICCV 2021, equation 4.
 """
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
+from mixmo_fastai.base_losses import (
+    check_shapes,
+    counted_by,
+    given,
+    ignores_shifts,
+    is_cross_entropy,
+    is_known,
+    is_multi_label,
+    name_of,
+    smoothing_parts,
+)
 from mixmo_fastai.errors import InputError
+from mixmo_fastai.per_sample import Average, BatchLoss, FunctionLoss, average_of, reducible
+
+__all__ = ["MixMoLoss", "is_multi_label"]
+
+CHECKED_BATCHES = 10
+"""Training batches on which a loss of unknown make is held against its samples' losses."""
 
 
 class MixMoLoss(nn.Module):
     """Weighted sum over members in training, the base loss of the ensemble in evaluation.
 
     With member predictions: L = reduce over the batch of Σ_i w_i · base(pred_i, target_i). It is a
-    sum over members, so a training loss is about M times the validation loss; divide by M to
-    compare them. A mean over the batch is that of the base: cross-entropy with class weights, or
-    with targets that it ignores, divides by the sum of the targets' weights.
+    sum over members, about M times a validation loss; `MixMoCallback` divides what fastai records.
+    A mean over the batch is that of the base: cross-entropy with class weights, or with targets
+    that it ignores, divides by the sum of the targets' weights.
 
     With ensemble predictions it is the base loss and nothing else.
 
+    A base without a choice of reduction, such as a lambda, is asked for the loss of each sample as
+    a batch of its own, by `torch.func.vmap`. A base that neither torch nor fastai has written is
+    checked on the first `CHECKED_BATCHES` batches: its loss must be the mean or the sum of its
+    samples' losses. Otherwise it is called once per member, which is exact when the weights are the
+    same throughout the batch, or refused.
+
     Args:
-        base: the loss of one member: a class instance with a `reduction` attribute (torch's, or
-            fastai's), or a function with a `reduction` argument; cross-entropy where not given.
-            Its `activation` and `decodes`, which fastai's inference asks for, carry over. Torch's
-            have none: those of cross-entropy are softmax and the likeliest class, those of binary
-            cross-entropy of logits the sigmoid and 0.5, and others leave predictions as they are.
+        base: the loss of one member: torch's, fastai's, or any function or module of predictions
+            and targets; cross-entropy when not given. Its `activation` and `decodes`, which
+            fastai's inference needs, carry over. Without them, cross-entropy, and any loss of
+            classes that does not change when all logits of a sample grow alike, has softmax and the
+            most likely class; binary cross-entropy of logits has the sigmoid and 0.5; others leave
+            predictions as they are.
 
     Raises:
-        InputError: `base` cannot give one loss per sample.
+        InputError: `base` is not callable; in training, its samples cannot be weighted; predictions
+            and targets of a loss that compares number by number differ in shape.
     """
+
+    checks_left = 0
+    average: Average | None = "values"
 
     def __init__(self, base: Callable[..., Tensor] | None = None) -> None:
         super().__init__()
-        self.base = _reducible(nn.CrossEntropyLoss() if base is None else base)
+        self.base = reducible(nn.CrossEntropyLoss() if base is None else base)
+        self.checks_left = 0 if is_known(self.base) else CHECKED_BATCHES
 
     @property
     def reduction(self) -> str:
@@ -74,7 +101,15 @@ class MixMoLoss(nn.Module):
             A scalar, or (B,) where `reduction` is "none".
         """
         if weights is None:
+            check_shapes(self.base, pred, targets)
             return self._base_for(pred, targets)(pred, targets)
+        if parts := smoothing_parts(self.base):
+            batch = pred, targets, weights, pasted_targets, shares
+            return torch.stack([factor * MixMoLoss(part)(*batch) for factor, part in parts]).sum(0)
+        if self.checks_left and self.reduction != "none":
+            self._check_average(pred, targets)
+        if self.average is None:
+            return self._sum_of_members(pred, targets, weights, is_pasted=shares is not None)
         member_losses = self.member_losses(pred, targets)  # (B, M)
         if pasted_targets is not None and shares is not None:
             pasted_losses = self.member_losses(pred, pasted_targets)
@@ -82,7 +117,7 @@ class MixMoLoss(nn.Module):
         losses = (weights * member_losses).sum(dim=1)  # (B,)
         if self.reduction == "none":
             return losses
-        if self.reduction == "sum":
+        if self.reduction == "sum" or self.average == "nothing":
             return losses.sum()
         counted = self._counted(targets, pred)
         return losses.mean() if counted is None else losses.sum() / counted
@@ -90,16 +125,16 @@ class MixMoLoss(nn.Module):
     def member_losses(self, pred: Tensor, targets: Tensor) -> Tensor:
         """Compute each member's own loss: (B, M, K) and targets -> (B, M)."""
         rows, row_targets = pred.flatten(0, 1), targets.flatten(0, 1)
-        with self._unreduced():
-            losses = self._base_for(rows, row_targets)(rows, row_targets)
-        return losses.reshape(*pred.shape[:2], -1).mean(dim=2)
+        check_shapes(self.base, rows, row_targets)
+        values = self._values(rows, row_targets).reshape(*pred.shape[:2], -1)
+        return values.mean(dim=2) if self.average == "values" else values.sum(dim=2)
 
     def activation(self, pred: Tensor) -> Tensor:
         """Turn logits (B, K) into probabilities, as the base loss says."""
-        own: Callable[[Tensor], Tensor] | None = getattr(self.base, "activation", None)
+        own: Callable[[Tensor], Tensor] | None = getattr(given(self.base), "activation", None)
         if own is not None:
             return own(pred)
-        if _is(self.base, nn.CrossEntropyLoss, F.cross_entropy):
+        if self._is_of_softmax(pred):
             return pred.softmax(dim=-1)
         if is_multi_label(self.base):
             return pred.sigmoid()
@@ -107,10 +142,10 @@ class MixMoLoss(nn.Module):
 
     def decodes(self, pred: Tensor) -> Tensor:
         """Turn probabilities (B, K) into decisions, as the base loss says."""
-        own: Callable[[Tensor], Tensor] | None = getattr(self.base, "decodes", None)
+        own: Callable[[Tensor], Tensor] | None = getattr(given(self.base), "decodes", None)
         if own is not None:
             return own(pred)
-        if _is(self.base, nn.CrossEntropyLoss, F.cross_entropy):
+        if self._is_of_softmax(pred):
             return pred.argmax(dim=-1)
         if is_multi_label(self.base):
             return pred > 0.5
@@ -119,9 +154,65 @@ class MixMoLoss(nn.Module):
     def to(self, *args: Any, **kwargs: Any) -> "MixMoLoss":
         """Move class weights and the like; a base that is not a module is moved as well."""
         super().to(*args, **kwargs)
-        if not isinstance(self.base, nn.Module) and hasattr(self.base, "to"):
-            self.base.to(*args, **kwargs)
+        own = given(self.base)
+        if not isinstance(own, nn.Module) and hasattr(own, "to"):
+            own.to(*args, **kwargs)
         return self
+
+    def _values(self, rows: Tensor, row_targets: Tensor) -> Tensor:
+        """Compute the base loss without reduction, of samples (R, …): (R,) or (R, k)."""
+        with self._unreduced():
+            values: Tensor = self._base_for(rows, row_targets)(rows, row_targets)
+        return values
+
+    def _check_average(self, pred: Tensor, targets: Tensor) -> None:
+        """Find how the base averages over the samples of a batch; None when it does otherwise."""
+        rows, row_targets = pred.flatten(0, 1), targets.flatten(0, 1)
+        devices = [pred.device] if pred.is_cuda else []
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            whole = self._base_for(rows, row_targets)(rows, row_targets).as_subclass(Tensor)
+            if whole.numel() == 1 and not whole.isfinite():
+                return  # training ends for another reason
+            try:
+                values = self._values(rows, row_targets)
+                if len(rows) > 1 and values.numel() == 1:  # the base ignores its reduction
+                    self.base = BatchLoss(self.base)
+                    values = self._values(rows, row_targets)
+            except (RuntimeError, ValueError, IndexError):  # one sample is too few for it
+                values = rows.new_full((len(rows),), torch.nan)
+        self.checks_left -= 1
+        counted = self._counted(targets, pred)
+        if counted is not None:
+            whole = whole * counted / len(targets)
+        # As many values as samples, or as predicted numbers; others have been broadcast.
+        fits = whole.numel() == 1 and values.numel() in {len(rows), rows.numel()}
+        values = values.as_subclass(Tensor)
+        self.average = average_of(whole, values.reshape(len(rows), -1)) if fits else None
+
+    def _sum_of_members(
+        self, pred: Tensor, targets: Tensor, weights: Tensor, *, is_pasted: bool
+    ) -> Tensor:
+        """Call a base that is no average once per member, which must have one weight each.
+
+        Raises:
+            InputError: weights differ within the batch, or the base broadcasts a column.
+        """
+        is_column = pred.ndim == targets.ndim + 1 and pred.shape[-1] == 1
+        if is_column or is_pasted or not bool((weights == weights[:1]).all()):
+            raise InputError(
+                f"The loss {name_of(self.base)!r} is not the mean or the sum of its samples' "
+                f"losses, so MixMo cannot weight them.\n{_COLUMN if is_column else _UNLIKE}"
+            )
+        losses = [
+            weights[0, i] * self.base(pred[:, i].contiguous(), targets[:, i].contiguous())
+            for i in range(pred.shape[1])
+        ]
+        return torch.stack(losses).sum()
+
+    def _is_of_softmax(self, pred: Tensor) -> bool:
+        if is_known(self.base):
+            return is_cross_entropy(self.base)
+        return pred.ndim == 2 and ignores_shifts(self.base, pred.shape[1], pred.device)
 
     @contextmanager
     def _unreduced(self) -> Iterator[None]:
@@ -139,16 +230,8 @@ class MixMoLoss(nn.Module):
         """
         if targets.is_floating_point() or targets.shape == pred.shape:
             return None  # of soft targets torch takes the plain mean
-        weighs = _is(self.base, nn.CrossEntropyLoss, F.cross_entropy)
-        if not weighs and not _is(self.base, nn.NLLLoss, F.nll_loss):
-            return None
-        settings = _settings(self.base)
-        weight, ignored = settings.get("weight"), settings.get("ignore_index", -100)
-        counts = targets != ignored
-        if weight is not None:
-            counts = counts * weight[targets.where(counts, 0).long()]
-        counted: Tensor = counts.sum() / targets.shape[1]
-        return counted
+        counted = counted_by(self.base, targets)
+        return None if counted is None else counted / targets.shape[1]
 
     def _base_for(self, pred: Tensor, targets: Tensor) -> Callable[..., Tensor]:
         # fastai's flattening losses take the classes of soft targets for samples.
@@ -158,53 +241,9 @@ class MixMoLoss(nn.Module):
         return base
 
 
-class _FunctionLoss(nn.Module):
-    """A loss function with a `reduction` argument, as an object with a `reduction` attribute."""
-
-    def __init__(self, function: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.function, self.reduction = function, "mean"
-
-    def forward(self, pred: Tensor, targets: Tensor) -> Tensor:
-        return self.function(pred, targets, reduction=self.reduction)
-
-
-def is_multi_label(base: Any) -> bool:
-    """Tell whether a loss is binary cross-entropy of logits: several labels per image."""
-    return _is(base, nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits)
-
-
-def _is(base: Any, kind: type[nn.Module], function: Callable[..., Tensor]) -> bool:
-    """Tell whether a loss is one of torch's, as a module, in fastai's wrapper, or as a function."""
-    inner = _inner(base)
-    plain = inner.func if isinstance(inner, partial) else inner
-    return isinstance(plain, kind) or plain is function
-
-
-def _inner(base: Any) -> Any:
-    if isinstance(base, _FunctionLoss):
-        return base.function
-    # fastai's flattening losses hold torch's.
-    return getattr(base, "func", base) if hasattr(base, "is_2d") else base
-
-
-def _settings(base: Any) -> dict[str, Any]:
-    """Give the settings of a loss of torch's."""
-    inner = _inner(base)
-    if isinstance(inner, nn.Module):
-        return {name: getattr(inner, name, None) for name in ("weight", "ignore_index")}
-    return dict(inner.keywords) if isinstance(inner, partial) else {}
-
-
-def _reducible(base: Callable[..., Tensor]) -> Any:
-    if hasattr(base, "reduction"):
-        return base
-    if not callable(base):
-        raise InputError(f"loss_func must be a loss, such as nn.CrossEntropyLoss(); got {base!r}.")
-    if "reduction" in inspect.signature(base).parameters:
-        return _FunctionLoss(base)
-    name = getattr(base, "__name__", type(base).__name__)
-    raise InputError(
-        f"The loss {name!r} cannot give one loss per sample, which MixMo needs to weigh members.\n"
-        "Use a loss with a `reduction` attribute or argument, such as nn.CrossEntropyLoss()."
-    )
+_COLUMN = "Predictions are (B, 1) and targets (B,): let the loss give both one shape."
+_UNLIKE = (
+    "Use a loss that is, such as nn.CrossEntropyLoss(), or give all samples equal weights: "
+    "weight_root=float('inf'), msda=None."
+)
+_FunctionLoss = FunctionLoss  # its name in Learners that version 0.1.0 has exported

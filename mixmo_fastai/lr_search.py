@@ -1,8 +1,9 @@
-"""Learning-rate range test: a mock training with a growing rate, after which all is as before."""
+"""Learning-rate range test: a trial training with a growing rate that leaves no trace."""
 
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 
 import torch
 from fastai.callback.schedule import minimum, slide, steep, valley
@@ -12,13 +13,15 @@ from mixmo_fastai.errors import InputError
 from mixmo_fastai.training import Training
 
 SUGGESTIONS = (valley, slide, steep, minimum)
+LEAST_FALL = 0.01
+"""Fraction of the loss by which it must fall for the test to advise a rate."""
 NUM_ALWAYS_CUT = 5
-"""fastai leaves out the last points, where the loss runs off."""
+"""Number of last points that fastai leaves out, as the loss diverges there."""
 
 
 @dataclass(frozen=True)
 class LrSearch:
-    """What a range test saw.
+    """Result of a range test.
 
     Attributes:
         lrs: learning rate of each step.
@@ -30,23 +33,37 @@ class LrSearch:
     losses: list[float]
     suggestions: dict[str, float]
 
+    @property
+    def advised(self) -> float | None:
+        """The rate to train with, two digits; None if the loss did not fall.
+
+        It is fastai's `slide`, the end of the steepest stretch before the loss rises, and at most
+        the rate with the lowest loss. As the peak of one-cycle, larger rates serve better than the
+        careful `valley`.
+        """
+        quarter = max(1, len(self.losses) // 4)  # where rates are too small to train anything
+        lowest = min(range(quarter, len(self.losses)), key=self.losses.__getitem__)
+        start = median(self.losses[:quarter])
+        if start - self.losses[lowest] < LEAST_FALL * start:
+            return None
+        return float(f"{min(self.suggestions['slide'], self.lrs[lowest]):.1e}")
+
 
 def search_lr(
     training: Training, *, num_steps: int = 100, start: float = 1e-6, end: float = 10.0
 ) -> LrSearch:
-    """Raise the learning rate step by step and watch the loss.
+    """Raise the learning rate step by step and record the loss.
 
-    Weights and optimizer are as before afterwards, and so are later draws, since none depends on
-    what ran before it.
+    Weights and optimizer are restored afterwards; later draws do not depend on earlier ones.
 
     Args:
         training: from `prepare`.
-        num_steps: steps of the test; it stops early where the loss runs off.
+        num_steps: steps of the test; it stops early if the loss diverges.
         start: first learning rate.
         end: last learning rate.
 
     Raises:
-        InputError: the loss ran off before there was anything to see.
+        InputError: the loss diverged within the first steps.
     """
     learn = training.learn
     before, learn.path = learn.path, Path()
@@ -63,17 +80,16 @@ def search_lr(
                 )
         except IndexError as error:  # fastai's methods found too few points
             raise InputError(
-                f"The loss ran off within the first steps from {start:g}.\n"
+                f"The loss diverged within the first steps from {start:g}.\n"
                 f"Start lower, as in --start {start / 100:g}, or take more --steps."
             ) from error
         finally:
             learn.path = before
-    num_members = training.recipe.model.num_members
     losses = torch.stack([torch.as_tensor(v) for v in learn.recorder.losses]).flatten().cpu()
     num_finite = int(losses.isfinite().cumprod(0).sum())  # up to where the loss ran off
     return LrSearch(
         lrs=[float(rate) for rate in learn.recorder.lrs[:num_finite]],
-        losses=(losses[:num_finite] / num_members).tolist(),
+        losses=losses[:num_finite].tolist(),
         suggestions={name: float(rate) for name, rate in suggested._asdict().items()},
     )
 

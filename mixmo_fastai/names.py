@@ -4,10 +4,12 @@ The command line and the recipes check names here, before torch or fastai is imp
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from mixmo_fastai.errors import InputError, nearest
+from mixmo_fastai.library_names import fastai_networks, timm_networks
 
 MASK_KINDS = (
     "sum",
@@ -154,16 +156,75 @@ def parse_architecture(name: str) -> Architecture:
             f"{name} does not end with a linear layer but with a convolution before its pooling: "
             "heads cannot be made of it.\nTake another of torchvision, such as mobilenet_v2."
         )
-    known = (*_EXAMPLE_ARCHITECTURES, *TORCHVISION_NETWORKS)
-    guess = nearest(name, known)
+    raise _unknown_architecture(name)
+
+
+def unknown_in_timm(name: str, known: Iterable[str]) -> InputError:
+    """Build the error for a name that timm does not know.
+
+    Args:
+        name: without "timm/".
+        known: the names that it knows.
+    """
+    try:
+        parse_architecture(name)
+    except InputError:
+        guess = None if name in fastai_networks() else nearest(name, known, cutoff=0.8)
+    else:
+        return InputError(f"timm has no network {name!r}.\nWrite it without timm/: {name!r}.")
+    hint = f" Did you mean 'timm/{guess}'?" if guess else ""
+    return InputError(f"timm has no network {name!r}.{hint}\ntimm.list_models() lists them.")
+
+
+def _unknown_architecture(name: str) -> InputError:
+    if name.partition(".")[0] in timm_networks():
+        return InputError(
+            f"{name!r} is a network of timm. Write 'timm/{name}'.\n"
+            "Names without timm/ are WideResNets, PreActResNets and classifiers of torchvision."
+        )
+    if name in fastai_networks():
+        return InputError(
+            f"{name!r} is a function of fastai, not a name: pass the function, in Python.\n"
+            f"from fastai.vision.models.xresnet import {name}; mixmo_learner(dls, {name})"
+        )
+    guess = _meant(name)
     hint = f" Did you mean {guess!r}?" if guess else ""
-    raise InputError(
+    without = "" if timm_networks() else "\nFor networks of timm: pip install 'mixmo-fastai[timm]'."
+    return InputError(
         f"Unknown architecture {name!r}.{hint}\n"
         f"Such as: {', '.join(_EXAMPLE_ARCHITECTURES)}, resnet50 and others of torchvision, "
-        "timm/NAME."
+        f"timm/NAME.{without}"
     )
 
 
+def _meant(name: str) -> str | None:
+    """Find the name that was most probably meant.
+
+    No name of timm comes here. Without timm, the name may be one of its all the same, and must not
+    be taken for that of another network: then only slips of the keyboard are corrected.
+    """
+    if match := re.fullmatch(_WIDE_RESNET, name, re.IGNORECASE):
+        return f"wrn{match[1]}_{match[2]}"
+    own = {each: each for each in (*_EXAMPLE_ARCHITECTURES, *TORCHVISION_NETWORKS)}
+    choices = {**{each: f"timm/{each}" for each in timm_networks()}, **own}
+    guess = nearest(name, choices, cutoff=0.8)
+    if guess is None or not (timm_networks() or _is_slip(name, guess)):
+        return None
+    return choices[guess]
+
+
+def _is_slip(name: str, meant: str) -> bool:
+    """Tell a misspelt name, such as resnt50, from that of a relative, such as resnet50d."""
+    if meant in _EXAMPLE_ARCHITECTURES:  # timm has none of these kinds
+        return True
+    plain, other = (re.sub(r"[\W_]", "", each.lower()) for each in (name, meant))
+    if re.findall(r"\d+", plain) != re.findall(r"\d+", other):
+        return plain == other
+    without_one = {other[:i] + other[i + 1 :] for i in range(len(other))}
+    return sorted(plain) == sorted(other) or plain in without_one
+
+
+_WIDE_RESNET = r"(?:wrn|wide[-_ ]?resnet)[-_ ]?(\d{1,4})[-_ x](\d{1,3})"
 _WITHOUT_HEADS = ("squeezenet1_0", "squeezenet1_1")
 _EXAMPLE_ARCHITECTURES = (
     "wrn28_10",

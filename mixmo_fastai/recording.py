@@ -25,8 +25,9 @@ class HistoryCallback(TrainedEpochCallback):
     """Write one row per trained epoch; stop where the loss is not finite.
 
     The training loss is the mean over the epoch's steps: fastai's smooth one reaches back into the
-    epochs before, which a resumed run has not seen. It is divided by the number of members, so that
-    it compares with the validation loss, which is one cross-entropy.
+    epochs before, which a resumed run has not seen. It is per member, so that it compares with the
+    validation loss, which is one cross-entropy. The sums within an epoch, which checkpoints hold,
+    are over members.
 
     Args:
         run: where the rows go.
@@ -54,8 +55,8 @@ class HistoryCallback(TrainedEpochCallback):
 
         That is at every step on a CPU; on a GPU, when the recorder has fetched some losses anyway.
         """
-        loss = self.learn.loss.detach().as_subclass(torch.Tensor)
-        self.loss_sum = self.loss_sum + loss
+        loss = self.learn.loss.detach().as_subclass(torch.Tensor)  # per member
+        self.loss_sum = self.loss_sum + loss * unwrap(self.learn.model).num_members
         recorder = self.learn.recorder
         if recorder.fetched and not recorder.pending:
             loss = recorder.fetched[-1]

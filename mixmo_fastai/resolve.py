@@ -13,6 +13,7 @@ from mixmo_fastai.names import DATASETS, MASK_KINDS
 from mixmo_fastai.recipe import (
     Expected,
     Recipe,
+    default_valid_split,
     load_recipe,
     override,
     recipe_from_mapping,
@@ -82,7 +83,7 @@ def departures(recipe: Recipe) -> list[str]:
     """
     if recipe.name not in recipe_names():
         return []
-    own, shipped = (_with_own_augmentation(r) for r in (recipe, load_recipe(recipe.name)))
+    own, shipped = (_with_own_data_settings(r) for r in (recipe, load_recipe(recipe.name)))
     return [
         f"{section}.{key}"
         for section in ("data", "model", "mix", "train", "optimizer", "schedule")
@@ -92,17 +93,22 @@ def departures(recipe: Recipe) -> list[str]:
     ]
 
 
-def _with_own_augmentation(recipe: Recipe) -> dict[str, Any]:
+def _with_own_data_settings(recipe: Recipe) -> dict[str, Any]:
     values, info = to_mapping(recipe), DATASETS.get(recipe.data.dataset)
     if info:
-        own = {"crop_padding": info.crop_padding, "flip": info.flip}
+        own = {
+            "crop_padding": info.crop_padding,
+            "flip": info.flip,
+            "image_size": 0,
+            "valid_split": default_valid_split(info.num_images[0]),
+        }
         values["data"] = {**own, **values["data"]}
     return values
 
 
 _INDIFFERENT = (
     *("seed", "device", "precision", "memory_format", "compile", "threads"),
-    *("loader", "num_workers"),
+    *("loader", "num_workers", "skip_damaged"),
 )
 _AS_PUBLISHED = (("kind", "published"), ("valid_split", 0.0))
 

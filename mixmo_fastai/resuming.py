@@ -6,6 +6,7 @@ from fastai.callback.core import Callback
 from fastai.learner import SkipToEpoch
 
 from mixmo_fastai.checkpoints.state import HYPERS, Restored
+from mixmo_fastai.models.mixmo_model import unwrap
 
 
 class ResumeCallback(Callback):
@@ -32,7 +33,8 @@ class ResumeCallback(Callback):
             return
         smooth = self.learn.recorder.smooth_loss
         smooth.count = self.restored.smooth_count
-        smooth.val = smooth.val.new_tensor(self.restored.smooth_loss)
+        per_member = self.restored.smooth_loss / unwrap(self.learn.model).num_members
+        smooth.val = smooth.val.new_tensor(per_member)
         self.learn.train_iter = position.epoch * len(self.learn.dl) + position.step
         for name in HYPERS:  # a fit begins with rates of its own
             self.learn.opt.set_hyper(name, [group[name] for group in self.restored.hypers])

@@ -4,6 +4,7 @@ recipe.toml        resolved, everything needed to run it again
 environment.json   versions, device, command, seed, git revision
 data.json          classes, mean, deviation and shape of the images
 split.json         which images of a folder train, validate and test
+left-out.json      damaged image files that were left out, with reasons; if --skip-damaged was given
 history.csv        one row per epoch
 metrics.json       final figures
 model.safetensors  weights
@@ -161,6 +162,10 @@ class RunFolder:
         """Read the resolved recipe."""
         return load_recipe(self.path / "recipe.toml")
 
+    def write_recipe(self, recipe: Recipe) -> None:
+        """Replace the recipe by one in which nothing is left open."""
+        self._write("recipe.toml", to_toml(recipe))
+
     def networks(self) -> list["RunFolder"]:
         """Give the run of each network: the parts of a deep ensemble, else this run alone."""
         num_nets = self.recipe().model.num_nets
@@ -227,6 +232,18 @@ class RunFolder:
     def write_split(self, parts: Mapping[str, Any]) -> None:
         """Write which images of a folder train, validate and test."""
         self._write("split.json", json.dumps(parts, indent=1) + "\n")
+
+    def left_out(self) -> dict[str, str] | None:
+        """Read which damaged files were left out, with reasons; None in a run that did not ask.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        return self._read_json("left-out.json") if (self.path / "left-out.json").is_file() else None
+
+    def write_left_out(self, files: Mapping[str, str]) -> None:
+        """Write which damaged files are left out, with reasons."""
+        self._write("left-out.json", json.dumps(dict(files), indent=1) + "\n")
 
     def history(self) -> list[dict[str, str]]:
         """Read the rows of history.csv."""
@@ -427,6 +444,21 @@ def check_several(runs: Sequence[object], what: str) -> None:
     """Check that there are two runs or more for what takes them: "An ensemble"."""
     if len(runs) < 2:
         raise InputError(f"{what} needs two runs or more; got {len(runs)}.")
+
+
+def check_same_left_out(first: RunFolder, other: RunFolder) -> None:
+    """Check that two runs on one data set have left out the same damaged images.
+
+    Raises:
+        InputError: they have not.
+    """
+    own, expected = (set(run.left_out() or ()) for run in (other, first))
+    if own != expected:
+        raise InputError(
+            f"{other.path} has left out {len(own):,} damaged images, and {first.path} "
+            f"{len(expected):,}, not the same ones; see left-out.json in both.\n"
+            "Runs that are evaluated together must share their images: train one of them again."
+        )
 
 
 def run_label(recipe: Recipe) -> str:

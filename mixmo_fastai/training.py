@@ -38,7 +38,7 @@ from mixmo_fastai.interruption import StopRequest
 from mixmo_fastai.learner import learner_from_recipe
 from mixmo_fastai.names import DATASETS
 from mixmo_fastai.processes import first_before_others, group
-from mixmo_fastai.recipe import Recipe
+from mixmo_fastai.recipe import Recipe, default_valid_split
 from mixmo_fastai.recording import (
     CheckpointCallback,
     HistoryCallback,
@@ -50,6 +50,7 @@ from mixmo_fastai.runs import DataFacts, RunFolder
 from mixmo_fastai.schedule import flat_cosine, one_cycle, published_steps
 from mixmo_fastai.selection import BestEpochCallback
 from mixmo_fastai.settings import to_mapping
+from mixmo_fastai.sizing import CPU_SIDE, decide, undecided
 
 TEST_SET = 2
 """Place of the test loader in the DataLoaders of `make_dataloaders`."""
@@ -69,11 +70,13 @@ class Training:
         recipe: what is trained.
         source: the data.
         learn: the Learner with its loaders and network; of a deep ensemble, of the first network.
+        decided: settings that the recipe left open, which `recipe` now has; see `sizing.decide`.
     """
 
     recipe: Recipe
     source: DataSource
     learn: Learner
+    decided: tuple[str, ...] = ()
 
     @property
     def steps_per_epoch(self) -> int:
@@ -140,18 +143,26 @@ class Training:
         return f" in {count} processes" if count > 1 else ""
 
 
-def prepare(recipe: Recipe, data_dir: Path | None = None, run: RunFolder | None = None) -> Training:
+def prepare(
+    recipe: Recipe,
+    data_dir: Path | None = None,
+    run: RunFolder | None = None,
+    *,
+    sized_for: str | None = None,
+) -> Training:
     """Read the data and build the Learner of a recipe.
 
     Args:
-        recipe: what to train.
+        recipe: what to train; what it leaves open is decided by data and device.
         data_dir: where its data lies; see `load_source`.
-        run: to be resumed, with the split that it keeps.
+        run: to be resumed, which has left out damaged images.
+        sized_for: the device by which that is decided; the one of the recipe where not given.
 
     Raises:
         InputError: the data, a name or a value cannot be used.
     """
-    choose_device(recipe.train.device)  # refused before any data is read
+    device = choose_device(recipe.train.device)  # refused before any data is read
+    sized_for = sized_for or device.type
     if (left := recipe.train.batch_size % group().count) != 0:
         near = recipe.train.batch_size - left
         raise InputError(
@@ -160,11 +171,18 @@ def prepare(recipe: Recipe, data_dir: Path | None = None, run: RunFolder | None 
             f"or {near + group().count} are nearest, if repetitions divide them."
         )
     with first_before_others():  # which leaves what it has decoded in the cache
-        source = read_source(recipe, data_dir, run)
-    return prepare_network(recipe, source)
+        may_scale = recipe.data.image_size is None and sized_for == "cpu"
+        source = read_source(recipe, data_dir, run, largest_side=CPU_SIDE if may_scale else None)
+    return prepare_network(recipe, source, sized_for=sized_for)
 
 
-def prepare_network(recipe: Recipe, source: DataSource, dls: DataLoaders | None = None) -> Training:
+def prepare_network(
+    recipe: Recipe,
+    source: DataSource,
+    dls: DataLoaders | None = None,
+    *,
+    sized_for: str | None = None,
+) -> Training:
     """Build the Learner of a recipe on data that is read already; see `prepare`.
 
     Args:
@@ -172,18 +190,27 @@ def prepare_network(recipe: Recipe, source: DataSource, dls: DataLoaders | None 
         source: the data.
         dls: loaders of another network of the recipe's deep ensemble, to be used again, since two
             data sets on a device would be one too many.
+        sized_for: see `prepare`.
     """
     device = choose_device(recipe.train.device)
-    recipe = _with_test_split(_with_augmentation(recipe, source), source)
+    recipe = _with_test_split(_with_data_settings(recipe, source), source)
     if dls is None:
         dls = _make_dataloaders(recipe, source, device)
     else:
         dls.train.seed = recipe.train.seed
+    left_open = tuple(undecided(recipe))
+    recipe = decide(
+        recipe,
+        device=sized_for or device.type,
+        image_shape=source.train.image_shape,
+        num_images=len(dls.train.images),
+        scaled_to=source.scaled_to,
+    )
     learn = learner_from_recipe(recipe, dls)
     _check_image_size(recipe, source, learn.model)
     _check_evaluated(source, dls)
     learn.remove_cbs(ProgressCallback)  # the caller brings its own display
-    training = Training(recipe, source, learn)
+    training = Training(recipe, source, learn, left_open)
     training.acceleration.place(learn.model)
     return training
 
@@ -243,7 +270,7 @@ def train(
     restored = _restore(store, state, run, say) if resume else None
     if restored is None:
         run.write_history([])
-    write_data(run, training.source)
+    describe_run(training, run)
     steps = training.steps_per_epoch, training.warmup_steps
     scheduler = ParamScheduler(schedules(recipe, *steps))
     alone = group().count == 1
@@ -292,6 +319,18 @@ def train(
         for follower in followers:
             follower.after_evaluation(figures, test or valid)
     return figures
+
+
+def describe_run(training: Training, run: RunFolder) -> None:
+    """Write what a run needs to be resumed and evaluated, with nothing left to be decided again."""
+    parts = training.source.parts
+    if parts is not None:  # first: a run with data.json alone is one of version 0.1.0
+        run.write_split(dataclasses.asdict(parts))
+    if training.recipe.data.skip_damaged:
+        run.write_left_out(training.source.left_out)
+    run.write_data_facts(training.facts)
+    if undecided(run.recipe()):
+        run.write_recipe(training.recipe)
 
 
 def _restore(
@@ -373,23 +412,37 @@ def facts_of(source: DataSource) -> DataFacts:
     return DataFacts(source.classes, source.mean, source.std, source.train.image_shape)
 
 
-def read_source(recipe: Recipe, data_dir: Path | None, run: RunFolder | None = None) -> DataSource:
+def read_source(
+    recipe: Recipe,
+    data_dir: Path | None,
+    run: RunFolder | None = None,
+    *,
+    largest_side: int | None = None,
+) -> DataSource:
     """Read the data that a recipe names.
 
     Args:
         recipe: names it.
         data_dir: see `load_source`.
         run: whose images are to be read again; None for a new run.
+        largest_side: see `load_source`.
     """
-    parts = None if run is None else data_parts(run)
-    facts = None if run is None or parts is None else run.data_facts()
+    left_out, parts, facts = None, None, None
+    if run is not None:
+        nothing = None if recipe.data.skip_damaged else {}  # None: it has not looked yet
+        left_out = nothing if (kept := run.left_out()) is None else kept
+        parts = data_parts(run)
+        facts = None if parts is None else run.data_facts()
     return load_source(
         recipe.data.dataset,
         data_dir,
         image_size=recipe.data.image_size or None,
+        largest_side=largest_side,
         test_split=recipe.data.test_split,
         parts=parts,
         classes=None if facts is None else facts.classes,
+        skip_damaged=recipe.data.skip_damaged,
+        left_out=left_out,
     )
 
 
@@ -404,13 +457,6 @@ def data_parts(run: RunFolder) -> DataParts | None:
     return parts_before_split_json(Path(dataset)) if has_begun else None
 
 
-def write_data(run: RunFolder, source: DataSource) -> None:
-    """Keep with a run what must be known of its data later."""
-    if source.parts is not None:  # first: a run with data.json alone is one of version 0.1.0
-        run.write_split(dataclasses.asdict(source.parts))
-    run.write_data_facts(facts_of(source))
-
-
 def _with_test_split(recipe: Recipe, source: DataSource) -> Recipe:
     """Fill in the fraction of a test set that was drawn."""
     if source.parts is None or source.parts.drawn is None:
@@ -419,17 +465,21 @@ def _with_test_split(recipe: Recipe, source: DataSource) -> Recipe:
     return replace(recipe, data=replace(recipe.data, test_split=fraction))
 
 
-def _with_augmentation(recipe: Recipe, source: DataSource) -> Recipe:
-    """Fill in the data set's own augmentation where the recipe says nothing."""
+def _with_data_settings(recipe: Recipe, source: DataSource) -> Recipe:
+    """Fill in the augmentation and the validation split that follow from the data."""
     data = recipe.data
     padding = source.crop_padding if data.crop_padding is None else data.crop_padding
     flip = source.flip if data.flip is None else data.flip
+    valid_split = data.valid_split
+    if valid_split is None:
+        valid_split = default_valid_split(len(source.train))
     if data.alternating_flip and not flip:
         raise InputError(
             "data.alternating_flip mirrors every second copy, but images are not mirrored here.\n"
             "Set data.flip=true, or leave data.alternating_flip out."
         )
-    return replace(recipe, data=replace(data, crop_padding=padding, flip=flip))
+    data = replace(data, crop_padding=padding, flip=flip, valid_split=valid_split)
+    return replace(recipe, data=data)
 
 
 def _check_image_size(recipe: Recipe, source: DataSource, model: nn.Module) -> None:

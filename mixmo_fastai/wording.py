@@ -1,4 +1,4 @@
-"""How methods, expectations and figures are called wherever a person reads them."""
+"""Names and formats of methods, published results and metrics, wherever a person reads them."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -7,6 +7,8 @@ from mixmo_fastai.recipe import Recipe
 from mixmo_fastai.resolve import departures
 
 PIXEL_NAMES = {"cutmix": "CutMix", "mixup": "Mixup"}
+LARGEST_TEMPERATURE_ERROR = 0.1
+"""Relative standard error of a temperature above which a remark accompanies its figures."""
 METHOD_NAMES = {"cutmix": "Cut-MixMo", "linear": "Linear-MixMo", "sum": "MIMO"}
 
 
@@ -27,28 +29,76 @@ def final_figures(figures: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def percent(value: float) -> str:
-    """Show a share: 0.9751 is "97.51 %"."""
+    """Format a fraction: 0.9751 is "97.51 %"."""
     return f"{100 * value:.2f} %"
 
 
+def round_percent(value: float) -> str:
+    """Format a fraction without decimals: 0.8 is "80 %"."""
+    return f"{100 * value:.0f} %"
+
+
+def points(value: float) -> str:
+    """Format a difference of two fractions: 0.0123 is "+1.23 points"."""
+    return f"{100 * value:+.2f} points"
+
+
 def decimal(value: float) -> str:
-    """Show a number with four decimals."""
+    """Format a number with four decimals."""
     return f"{value:.4f}"
 
 
+def signed(value: float) -> str:
+    """Format a difference with four decimals and its sign."""
+    return f"{value:+.4f}"
+
+
 def nats(value: float) -> str:
-    """Show an amount of information."""
+    """Format an amount of information."""
     return f"{value:.4f} nats"
 
 
+def estimated_duration(seconds: float) -> str:
+    """Format an estimated time in its largest unit: 4,000 is "about 67 min"."""
+    if seconds < 10:
+        return "a few seconds"
+    unit, decimals, name = next(row[1:] for row in _DURATIONS if seconds < row[0])
+    return f"about {seconds / unit:.{decimals}f} {name}"
+
+
+_MINUTE, _HOUR, _DAY = 60, 3600, 86_400
+_DURATIONS = (
+    (100, 1, 0, "s"),
+    (100 * _MINUTE, _MINUTE, 0, "min"),
+    (10 * _HOUR, _HOUR, 1, "h"),
+    (48 * _HOUR, _HOUR, 0, "h"),
+    (1000 * _DAY, _DAY, 0, "days"),
+    (float("inf"), 365 * _DAY, 0, "years"),
+)
+"""Below how many seconds an estimate is shown in which unit, with how many decimals."""
+
+
+def shortened(name: str, length: int) -> str:
+    """Cut a name to a number of characters, the last of them "…"."""
+    return name if len(name) <= length else f"{name[: length - 1]}…"
+
+
+def duration(seconds: float) -> str:
+    """Format a time: 192 is "3.2 min"."""
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
 class Figure(NamedTuple):
-    """How one figure of `evaluation.evaluate_logits` is shown.
+    """Name and format of one metric of `evaluation.evaluate_logits`.
 
     Attributes:
         name: its key there.
         label: its short name.
-        show: how its value is written.
-        meaning: what it is, in a phrase.
+        show: formats its value.
+        meaning: its definition, in a phrase.
     """
 
     name: str
@@ -58,28 +108,30 @@ class Figure(NamedTuple):
 
 
 FIGURES = (
-    Figure("accuracy", "Accuracy", percent, "share of images whose likeliest class is right"),
-    Figure("top5", "Top-5", percent, "share whose class is among the five likeliest"),
+    Figure("accuracy", "Accuracy", percent, "images whose most likely class is the true one"),
+    Figure("top5", "Top-5", percent, "images whose class is among the five most likely"),
     Figure("nll", "NLL", decimal, "mean of -log probability of the true class, in nats"),
     Figure("brier", "Brier", decimal, "squared error of the probabilities, summed over classes"),
     Figure("ece", "ECE", percent, "gap between confidence and accuracy, 15 bins of equal width"),
     Figure("tace", "TACE", percent, "the same per class, bins of equal mass, above 0.001"),
-    Figure("failure_auroc", "Failure AUROC", decimal, "how well confidence tells right from wrong"),
-    Figure("aurc", "AURC", decimal, "errors among the surest images, mean over coverages"),
-    Figure("risk_at_80", "Risk at 80 %", percent, "errors among the surest 80 %"),
-    Figure("risk_at_90", "Risk at 90 %", percent, "errors among the surest 90 %"),
-    Figure("risk_at_95", "Risk at 95 %", percent, "errors among the surest 95 %"),
+    Figure("failure_auroc", "Failure AUROC", percent, "confidence as a detector of errors"),
+    Figure("aurc", "AURC", percent, "error rate, mean over coverages; most confident first"),
+    Figure("risk_at_80", "Risk at 80 %", percent, "error rate among the most confident 80 %"),
+    Figure("risk_at_90", "Risk at 90 %", percent, "error rate among the most confident 90 %"),
+    Figure("risk_at_95", "Risk at 95 %", percent, "error rate among the most confident 95 %"),
     Figure("ratio_error", "Ratio of errors", decimal, "errors of one member per error of both"),
     Figure("disagreement", "Disagreement", percent, "images on which two members differ"),
-    Figure("mutual_information", "Information", nats, "mutual information between the members"),
+    Figure(
+        "mutual_information", "Mutual information", nats, "between the members, mean over images"
+    ),
 )
 FIGURE = {figure.name: figure for figure in FIGURES}
 OF_SEVERAL_MEMBERS = ("ratio_error", "disagreement", "mutual_information")
-"""Figures that a network of one member cannot have."""
+"""Metrics that a network of one member does not have."""
 
 
 def method_name(recipe: Recipe) -> str:
-    """Say what method a recipe is."""
+    """Return the name of a recipe's method."""
     if recipe.name == "imported":
         return f"Imported network, members: {recipe.model.num_members}"
     name = METHOD_NAMES.get(recipe.mix.kind, f"MixMo ({recipe.mix.kind})")
@@ -94,10 +146,27 @@ def method_name(recipe: Recipe) -> str:
 
 
 def expectation(recipe: Recipe) -> str:
-    """Say what was published for this recipe, and where this run departs from it."""
+    """Return the published result of a recipe, and the settings that depart from it."""
     expected = recipe.expected
     if expected.accuracy is None:
         return "none for this recipe"
     text = f"{100 * expected.accuracy:.2f} % top-1 with {expected.arch} ({expected.source})"
     changed = departures(recipe)
     return f"{text}; not to be expected here, for {', '.join(changed)}" if changed else text
+
+
+def temperature_remark(figures: Mapping[str, Any]) -> str:
+    """Return the warning beside figures at a temperature that is uncertain; "" if it is not.
+
+    Args:
+        figures: "calibrated" or "cross_fitted" of `evaluation.evaluate_parts`.
+    """
+    errors = figures.get("temperature_errors", [figures.get("temperature_error", 0.0)])
+    if max(errors) <= LARGEST_TEMPERATURE_ERROR:
+        return ""
+    which = "Each temperature" if len(errors) > 1 else "The temperature"
+    return (
+        f"{which} comes from too few images: {figures['num_images']:,}, which leaves a standard "
+        f"error of {round_percent(max(errors))} of its value. More than "
+        f"{round_percent(LARGEST_TEMPERATURE_ERROR)} is too uncertain to rely on."
+    )

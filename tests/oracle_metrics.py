@@ -71,6 +71,15 @@ def tace(logits, labels, num_bins=15, threshold=1e-3):
     return total / (num_samples * num_classes)
 
 
+def temperature_error(logits, temperature):
+    """1 / sqrt of the Fisher information of log T: variances of z/T under softmax(z/T), summed."""
+    information = 0.0
+    for row in logits / temperature:
+        p = softmax(row)
+        information += (p * row**2).sum() - (p * row).sum() ** 2
+    return information**-0.5
+
+
 def temperature(logits, labels, low=1e-3, high=1e3):
     """Bisect the slope of the NLL over s = 1 / T, until the bracket is a rounding error wide."""
 

@@ -61,6 +61,7 @@ class TestPaths:
         assert not torch.equal(*losses)
         assert all(p.dtype == torch.float32 for p in rounded.model.parameters())
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
     def test_compiled_training_is_the_eager_one(self, autocast, monkeypatch):
         """Traced and differentiated ahead of time; what generates code is left out, for speed."""
@@ -84,6 +85,7 @@ class TestPaths:
         )
         assert not any(key.startswith("_orig_mod") for key in compiled.model.state_dict())
 
+    @pytest.mark.slow
     @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler for torch.compile")
     def test_generated_code_gives_the_same_step(self):
         torch._dynamo.reset()

@@ -29,11 +29,20 @@ from fastai.torch_core import TensorImage
 from fastai.vision.augment import RandomResizedCrop, Resize, aug_transforms
 from fastai.vision.core import PILImage, PILImageBW
 from fastai.vision.data import ImageBlock
+from fastai.vision.learner import vision_learner
 from PIL import Image
 from synthetic import CLASSES, image_arrays
 from torch.utils.data import TensorDataset
+from torchvision.models import resnet18
 
-from mixmo_fastai import MixMoCallback, MixMoLoss, create_model, mixmo_learner, show_pairs
+from mixmo_fastai import (
+    MixMoCallback,
+    MixMoLoss,
+    create_model,
+    mixmo_learner,
+    show_pairs,
+    to_mixmo,
+)
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.metrics import MemberAccuracy
 from mixmo_fastai.preview import preview_batch
@@ -132,9 +141,9 @@ def test_classes_that_are_rarer_than_others():
             losses.append(learn.recorder.values[-1][:2])
             learn.fit(3, 1e-2)
             rarely.append(learn.get_preds()[0].mean(0)[dls.vocab.o2i["blue"]])
-    # Of the same scale in training, over two members, and in evaluation, whatever the weights.
+    # Of the same scale in training and in evaluation, whatever the weights.
     for train, valid in losses:
-        assert train / 2 == pytest.approx(valid, rel=0.4)
+        assert train == pytest.approx(valid, rel=0.4)
     assert rarely[1] > 2 * rarely[0]
 
 
@@ -233,6 +242,7 @@ def several_labels_block():
     return block(category=MultiCategoryBlock(vocab=list(CLASSES)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("msda", [None, "mixup"])
 def test_several_labels_per_image(msda):
     """Binary cross-entropy, which the loaders ask for, is the base loss."""
@@ -277,6 +287,27 @@ def test_numbers_to_predict():
         before = learn.validate()[1]
         learn.fit_one_cycle(10, 0.01)
     assert learn.validate()[1] < min(0.2, before)
+
+
+def test_numbers_within_a_range():
+    """fastai's `y_range`: the same predictions after the conversion, and within it in training."""
+    brightness = RegressionBlock(n_out=1)
+    dls = loaders(block(category=brightness, get_y=lambda item: float(item.image.mean() / 255)))
+    learn = vision_learner(
+        dls, resnet18, pretrained=False, normalize=False, y_range=(-0.5, 1.5), metrics=mae
+    )
+    with learn.no_bar(), learn.no_logging():
+        before = learn.get_preds()[0]
+        to_mixmo(learn, seed=0, batch_repetitions=2)
+        torch.testing.assert_close(learn.get_preds()[0], before, rtol=1e-4, atol=1e-5)
+        learn.fit_one_cycle(2, 1e-3)
+        found = learn.get_preds()[0]
+    assert found.shape == before.shape
+    assert found.min() >= -0.5
+    assert found.max() <= 1.5
+    images, _ = dls.valid.one_batch()
+    model = learn.model.eval()
+    torch.testing.assert_close(model.fuse()(images), model(images), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -108,7 +108,11 @@ def test_strange_images_are_compared_with_the_own_test_set(runs, tmp_path, capsy
     assert found["num_images"] == 4
     assert "mutual_information" in found["absent"]
     assert program(["eval", path, "--ood", str(loose)]) == 0
-    assert "OOD entropy" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert f"4 images of {loose}" in lines[2]  # what was asked for comes first
+    (entropy,) = [line.split() for line in lines if line.startswith("entropy")]
+    assert entropy[2] == entropy[4] == entropy[6] == "%"
+    assert lines.index("") < next(i for i, x in enumerate(lines) if x.startswith("Test accuracy"))
 
 
 @pytest.mark.parametrize(
@@ -156,6 +160,9 @@ def test_runs_are_compared_on_the_same_images(runs, tmp_path, monkeypatch, capsy
     value = json.loads(capsys.readouterr().out)
     assert [part["run"] for part in value["runs"]] == paths
     assert value["runs"][1]["differences"]["nll"] == pytest.approx(compared[1].differences["nll"])
+    assert value["runs"][0]["difference"] is None
+    nll = compared[1].figures["nll"] - compared[0].figures["nll"]
+    assert value["runs"][1]["difference"]["nll"] == pytest.approx(nll)
     for part, told in zip(compared, value["runs"], strict=True):
         low, high = part.intervals["accuracy"]
         assert low <= part.figures["accuracy"] <= high
@@ -163,7 +170,13 @@ def test_runs_are_compared_on_the_same_images(runs, tmp_path, monkeypatch, capsy
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
     assert program(["compare", *paths, "--out", "second.png"]) == 0
     out = capsys.readouterr().out
-    assert "paired bootstrap" in out
+    assert f"Difference from {paths[0]}, 95 % CI (paired bootstrap)" in out
+    for part in compared[1:]:
+        points = 100 * (part.figures["accuracy"] - compared[0].figures["accuracy"])
+        low, high = (100 * end for end in part.differences["accuracy"])
+        assert f"{points:+.2f} points  ({low:+.2f} to {high:+.2f})" in out
+        nll = part.figures["nll"] - compared[0].figures["nll"]
+        assert f"{nll:+.4f}         ({part.differences['nll'][0]:+.4f} to" in out
     assert f"{compared[2].parameters:,}" in out
 
 

@@ -1,12 +1,12 @@
 """Every benchmark runs, small, and writes its figures; how fast is not tested."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import PATIENCE
+
+pytestmark = pytest.mark.slow
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 SMALL = {
@@ -31,30 +31,31 @@ def test_every_benchmark_is_run():
     assert {*SMALL, "gpu.py"} == {path.name for path in BENCHMARKS.glob("*.py")} - HELPERS
 
 
-def run(name, words, out):
-    return subprocess.run(
-        [sys.executable, str(BENCHMARKS / name), *words.split(), "--out", str(out)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+@pytest.fixture
+def benchmark(mixmo):
+    """A function that runs a benchmark; it gives the exit code and what was printed."""
+
+    def run(name, words, out, **how):
+        command = mixmo(*words.split(), "--out", out, script=BENCHMARKS / name, **how)
+        return command.wait(patience=5 * PATIENCE), command.said
+
+    return run
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_a_benchmark_writes_its_figures(name, tmp_path):
+def test_a_benchmark_writes_its_figures(name, benchmark, tmp_path):
     out = tmp_path / "figures.json"
-    done = run(name, SMALL[name], out)
-    assert done.returncode == 0, done.stderr
+    code, said = benchmark(name, SMALL[name], out)
+    assert code == 0, said
     figures = json.loads(out.read_text())
     assert figures["machine"]["torch"]
     assert len(figures) > 1
-    assert "on processor" in done.stdout
+    assert "on processor" in said
 
 
-def test_the_benchmark_of_a_gpu_runs_whole_on_a_cpu(tmp_path):
-    done = run("gpu.py", ON_A_GPU, tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_the_benchmark_of_a_gpu_runs_whole_on_a_cpu(benchmark, tmp_path):
+    code, said = benchmark("gpu.py", ON_A_GPU, tmp_path)
+    assert code == 0, said
     figures = json.loads((tmp_path / "figures.json").read_text())
     seen = [figures["recipes"][name]["images_seen"] for name in ("vanilla", "cut-mixmo")]
     assert seen[0] == seen[1] > 0
@@ -65,23 +66,15 @@ def test_the_benchmark_of_a_gpu_runs_whole_on_a_cpu(tmp_path):
     assert rate > 0
 
 
-def test_the_compiled_half_of_the_benchmark_of_a_gpu_runs_too(tmp_path):
+def test_the_compiled_half_of_the_benchmark_of_a_gpu_runs_too(benchmark, tmp_path):
     """With a backend that compiles in a second."""
-    program = (
-        "import functools, runpy, sys, torch;"
-        "torch.compile = functools.partial(torch.compile, backend='aot_eager');"
-        f"sys.path.insert(0, {str(BENCHMARKS)!r});"
-        f"runpy.run_path({str(BENCHMARKS / 'gpu.py')!r}, run_name='__main__')"
+    quick = (
+        "import functools, torch;"
+        "torch.compile = functools.partial(torch.compile, backend='aot_eager')"
     )
-    words = ON_A_GPU.replace("--no-compile", "--parts checks,throughput").split()
-    done = subprocess.run(
-        [sys.executable, "-c", program, *words, "--out", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
+    words = ON_A_GPU.replace("--no-compile", "--parts checks,throughput")
+    code, said = benchmark("gpu.py", words, tmp_path, prelude=quick)
+    assert code == 0, said
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert "waits within an epoch, compiled" in figures["checks"]
     compiled = figures["throughput"]["4"]["compiled"]
@@ -89,10 +82,10 @@ def test_the_compiled_half_of_the_benchmark_of_a_gpu_runs_too(tmp_path):
     assert "Learner, compiled" in compiled
 
 
-def test_a_part_that_fails_leaves_the_others(tmp_path):
+def test_a_part_that_fails_leaves_the_others(benchmark, tmp_path):
     words = ON_A_GPU.replace("--data digits", f"--data {tmp_path / 'nowhere'}")
-    done = run("gpu.py", f"{words} --parts recipes,memory", tmp_path)
-    assert done.returncode == 1
+    code, _ = benchmark("gpu.py", f"{words} --parts recipes,memory", tmp_path)
+    assert code == 1
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert "There is no folder" in figures["recipes"]["failed"]
     assert figures["memory"]["ratio"] > 0

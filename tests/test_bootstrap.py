@@ -3,7 +3,7 @@ import oracle_metrics as oracle
 import pytest
 import torch
 
-from mixmo_fastai.bootstrap import draw_counts, intervals, paired_intervals
+from mixmo_fastai.bootstrap import accuracy_half_width, draw_counts, intervals, paired_intervals
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.randomness import make_generator
 
@@ -30,6 +30,18 @@ def test_intervals_against_the_oracle(seed):
     found = intervals(logits, labels, num_resamples=R, seed=seed)
     for name, (_, ends) in expected.items():
         assert found[name] == pytest.approx(tuple(ends), abs=1e-6), name
+
+
+@pytest.mark.parametrize("num_images", [80, 400, 1000])
+def test_the_half_width_is_that_of_an_accuracy_near_a_half(num_images):
+    accuracies = np.random.default_rng(0).binomial(num_images, 0.5, 100_000) / num_images
+    low, high = np.quantile(accuracies, (0.025, 0.975))
+    assert accuracy_half_width(num_images) == pytest.approx((high - low) / 2, abs=0.6 / num_images)
+
+
+def test_the_half_width_of_a_few_images_is_all_points_at_most():
+    assert accuracy_half_width(0) == 0.98
+    assert [accuracy_half_width(n) for n in (1, 4, 100)] == pytest.approx([0.98, 0.49, 0.098])
 
 
 def test_differences_are_paired():

@@ -12,6 +12,7 @@ from mixmo_fastai.calibration import (
     fit_temperature,
     nll,
     reliability_bins,
+    temperature_error,
     thresholded_adaptive_calibration_error,
     top_predictions,
 )
@@ -167,6 +168,22 @@ def test_temperature_against_the_oracle(size, scale):
     expected = oracle.temperature(logits.double().numpy(), labels.numpy())
     assert TEMPERATURE_BOUNDS[0] < expected < TEMPERATURE_BOUNDS[1]
     assert fit_temperature(logits, labels) == pytest.approx(expected, rel=1e-8)
+
+
+def test_the_error_of_a_temperature_is_its_spread_over_samples():
+    """Of honest logits, refitted on many sets of 100 images."""
+    random = torch.Generator().manual_seed(0)
+    logits = 1.5 * torch.randn(20_000, 6, generator=random).double()
+    labels = torch.multinomial(logits.softmax(dim=1), 1, generator=random)[:, 0]
+    parts = [(logits[i : i + 100], labels[i : i + 100]) for i in range(0, 20_000, 100)]
+    fitted = torch.tensor([fit_temperature(*part) for part in parts])
+    errors = torch.tensor([temperature_error(part, 1.0) for part, _ in parts])
+    assert float(fitted.std()) == pytest.approx(float(errors.mean()), rel=0.15)
+
+
+def test_a_temperature_that_changes_nothing_has_no_error():
+    with pytest.raises(InputError, match="no temperature is best"):
+        temperature_error(torch.ones(10, 3), 1.0)
 
 
 def test_temperature_is_where_the_gradient_of_the_nll_vanishes():

@@ -2,14 +2,18 @@ import copy
 import gc
 import pickle
 
+import fastai.callback.fp16
+import oracle
 import pytest
 import torch
 from fastai.callback.core import Callback, CancelTrainException, event
 from fastai.callback.hook import ActivationStats
 from fastai.callback.mixup import MixUp
 from fastai.callback.schedule import minimum
+from fastai.callback.tracker import EarlyStoppingCallback, TerminateOnNaNCallback
+from fastai.callback.training import GradientAccumulation
 from fastai.data.core import DataLoaders
-from fastai.learner import Learner, load_learner
+from fastai.learner import Learner, Recorder, load_learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.vision.augment import RandomErasing
@@ -21,6 +25,7 @@ from mixmo_fastai import metrics
 from mixmo_fastai.averaging import EMACallback
 from mixmo_fastai.callback import MixMoCallback, scheduled_mix_prob
 from mixmo_fastai.data.expansion import expand
+from mixmo_fastai.deferred import DeferredRecorder, defer_readbacks
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.learner import mixmo_learner
 from mixmo_fastai.losses import MixMoLoss
@@ -277,6 +282,122 @@ class TestDeterminism:
         assert torch.equal(torch.random.get_rng_state(), before)
 
 
+class SeeLoss(Callback):
+    """Keep each step's batch, loss and gradients."""
+
+    order, run_valid = 40, False  # before the Recorder
+
+    def __init__(self):
+        super().__init__()
+        self.batches, self.losses, self.gradients = [], [], []
+
+    def after_pred(self):
+        self.batches.append((self.learn.pred.detach().clone(), *self.learn.yb))
+
+    def before_step(self):
+        self.gradients.append([p.grad.clone() for p in self.learn.model.parameters()])
+
+    def after_batch(self):
+        self.losses.append(self.learn.loss.detach())
+
+
+class TestTheLossThatIsRecorded:
+    @pytest.mark.parametrize("num_members", [1, 2, 3])
+    @pytest.mark.parametrize("recorder", [Recorder, DeferredRecorder])
+    def test_it_is_per_member(self, num_members, recorder):
+        see = SeeLoss()
+        mix = "sum" if num_members == 1 else "cutmix"
+        learn = learner(cbs=[see], num_members=num_members, callback=MixMoCallback(mix, seed=0))
+        if recorder is DeferredRecorder:
+            defer_readbacks(learn)
+        learn.fit(1, 0.01)
+        assert type(learn.recorder) is recorder
+        expected = [
+            oracle.loss(*(part.numpy() for part in batch)) / num_members for batch in see.batches
+        ]
+        assert [loss.item() for loss in see.losses] == pytest.approx(expected, rel=1e-5)
+        smooth, count = 0.0, 0
+        for value, found in zip(expected, learn.recorder.losses, strict=True):
+            smooth, count = 0.02 * value + 0.98 * smooth, count + 1
+            assert found.item() == pytest.approx(smooth / (1 - 0.98**count), rel=1e-4)
+        assert learn.recorder.values[0][0] == pytest.approx(learn.recorder.losses[-1].item())
+
+    @pytest.mark.parametrize("num_members", [2, 3])
+    def test_the_gradient_is_that_of_the_sum(self, num_members):
+        see = SeeLoss()
+        learn = learner(cbs=[see], num_members=num_members)
+
+        class ByHand(Callback):
+            order = 41
+
+            def before_step(self):
+                loss = learn.loss_func(learn.model(*learn.xb), *learn.yb)
+                by_hand = torch.autograd.grad(loss, [*learn.model.parameters()])
+                for own, expected in zip(see.gradients[-1], by_hand, strict=True):
+                    assert torch.equal(own, expected)
+
+        learn.fit(1, 0.01, cbs=ByHand())
+        assert len(see.gradients) == len(learn.dls.train)
+
+    @pytest.mark.parametrize("num_members", [1, 2, 4])
+    def test_it_compares_with_the_validation_loss(self, num_members):
+        mix = "sum" if num_members == 1 else "cutmix"
+        learn = learner(num_members=num_members, callback=MixMoCallback(mix, seed=0))
+        learn.fit(1, 0.0)
+        train, valid, *_ = learn.recorder.values[0]
+        assert train == pytest.approx(valid, rel=0.4)
+
+    def test_a_search_for_a_learning_rate_shows_it(self, tmp_path):
+        see = SeeLoss()
+        learn = learner(cbs=[see], path=tmp_path)
+        learn.lr_find(show_plot=False, num_it=10, start_lr=1e-8, end_lr=1e-7)
+        losses = [oracle.loss(*(part.numpy() for part in batch)) / 2 for batch in see.batches]
+        assert learn.recorder.losses[0].item() == pytest.approx(losses[0], rel=1e-4)
+
+    def test_callbacks_watch_it(self):
+        """Stop where it does not fall by a step that lies between it and the sum over members."""
+        watch = EarlyStoppingCallback(monitor="train_loss", min_delta=0.2, patience=1)
+        learn = learner(cbs=[watch])
+        learn.fit(3, 0.0)
+        assert watch.best == pytest.approx(learn.recorder.values[0][0])
+        assert watch.best < 1.6  # ln 3 is 1.1
+        assert learn.epoch == 1
+
+    def test_what_is_not_finite_ends_the_training(self):
+        class Fail(Callback):
+            order, run_valid = 8, False
+
+            def after_loss(self):
+                if self.learn.train_iter == 3:
+                    self.learn.loss = self.learn.loss * float("inf")
+
+        learn = learner(cbs=[Fail(), TerminateOnNaNCallback()])
+        learn.fit(2, 0.01)
+        assert learn.train_iter < len(learn.dls.train)
+
+    def test_accumulated_gradients_are_those_of_the_sum(self):
+        """A step per two batches; at a rate of 0 the weights stay."""
+        see = SeeLoss()
+        accumulated = learner(cbs=[see, GradientAccumulation(96)])
+        accumulated.fit(1, 0.0)
+        plain = SeeLoss()
+        learner(cbs=[plain]).fit(1, 0.0)
+        assert [*map(float, see.losses)] == pytest.approx([*map(float, plain.losses)], rel=1e-5)
+        for together, first, second in zip(
+            see.gradients[0], plain.gradients[0], plain.gradients[1], strict=True
+        ):
+            torch.testing.assert_close(together, (first + second) / 2, rtol=1e-3, atol=1e-5)
+
+    def test_in_mixed_precision(self, monkeypatch):
+        monkeypatch.setattr(
+            fastai.callback.fp16, "autocast", lambda *_, dtype: torch.autocast("cpu", dtype=dtype)
+        )
+        see = SeeLoss()
+        learner(cbs=[see]).to_bf16().fit(1, 0.0)
+        expected = [oracle.loss(*(part.numpy() for part in batch)) / 2 for batch in see.batches]
+        assert [loss.item() for loss in see.losses] == pytest.approx(expected, rel=1e-4)
+
+
 class TestNothingLeaks:
     def test_the_loss_is_wrapped_once_for_good(self):
         base = CrossEntropyLossFlat()
@@ -288,6 +409,7 @@ class TestNothingLeaks:
         learn.fit(1, 0.01)
         assert learn.loss_func is wrapped
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("make", [mixmo_dls, foreign_dls])
     @pytest.mark.parametrize(
         "error", [KeyboardInterrupt(), RuntimeError("boom"), CancelTrainException()]

@@ -21,6 +21,8 @@ from mixmo_fastai.recipe import load_recipe, override, to_mapping
 from mixmo_fastai.runs import create_run, open_run
 from mixmo_fastai.training import prepare, train
 
+pytestmark = pytest.mark.slow
+
 OPERATIONS = ("mkdir", "open", "write", "fsync", "rename", "link", "unlink", "rmdir")
 CONTENT = [("state.json", b'{"a": 1}'), ("model.safetensors", bytes(range(256)) * 40)]
 

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,7 @@ def test_fit_leaves_a_complete_run_folder(folder, capsys):
     accuracy = made.metrics()["test"]["accuracy"]
     for part in (f"{100 * accuracy:.2f} %", "1/2", "2/2", "runs/digits-cut-mixmo-1", "48 training"):
         assert part in out
+    assert "of 143 images, is known to ±8.2 points" in out
     log = (made.path / "log.txt").read_text()
     assert f"{100 * accuracy:.2f} %" in log
     assert "[train]" in log
@@ -120,8 +122,9 @@ def test_eval_gives_the_figures_of_the_run(trained, capsys):
     parts = {"valid", "test", "test_mean_probabilities", "intervals", "cross_fitted"}
     assert parts <= figures.keys()
     assert run(["eval", str(trained.path), "--device", "cpu"]) == 0
-    accuracy = f"Test accuracy    {100 * figures['test']['accuracy']:.2f} %"
-    assert accuracy in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    accuracy = next(line.split()[2] for line in lines if line.startswith("Test accuracy "))
+    assert accuracy == f"{100 * figures['test']['accuracy']:.2f}"
 
 
 def test_an_interrupted_run_is_continued_to_the_same_end(monkeypatch, capsys):
@@ -216,6 +219,14 @@ def test_lr_find_draws_and_suggests(folder, capsys):
     out = capsys.readouterr().out
     assert "valley" in out
     assert "lr-find-digits-cut-mixmo.png" in out
+    *_, advice, command = out.splitlines()
+    assert "learning rate" in advice
+    options = "--arch wrn10_1 --limit 48 --batch-size 16 --device cpu --lr "
+    assert command.startswith(f"  mixmo fit {options}")
+    assert run([*shlex.split(command)[1:], "--epochs", "1", "--quiet", "--out", "trained"]) == 0
+    rate = float(command.split()[-1])
+    assert open_run("trained").recipe().lr == rate
+    assert f"{rate:g}" in advice
 
 
 def test_lr_find_gives_json_where_the_loss_runs_off(folder, capsys):
@@ -230,6 +241,7 @@ def test_lr_find_gives_json_where_the_loss_runs_off(folder, capsys):
     assert all(1e-4 / 10 <= rate <= 1e6 for rate in found["suggestions"].values())
     assert len(found["lrs"]) == len(found["losses"]) > 15
     assert found["lrs"] == sorted(found["lrs"])
+    assert found["command"].endswith(f"--lr {found['advised_lr']:g}")
     assert found["recipe_lr"] == load_recipe("digits/cut-mixmo").lr
 
 

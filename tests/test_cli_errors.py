@@ -213,14 +213,11 @@ def folders(tmp_path_factory):
     return root
 
 
-@pytest.fixture
-def folder(monkeypatch, tmp_path):
-    """A folder to work in, with a few things that must stay as they are."""
-    monkeypatch.setenv("MIXMO_DATA_DIR", str(tmp_path / "data"))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    work = tmp_path / "work"
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """Make what `folder` copies once, since making runs takes longer than most tests."""
+    work = tmp_path_factory.mktemp("prepared") / "work"
     (work / "notes").mkdir(parents=True)
-    monkeypatch.chdir(work)
     for name in ("file", "picture.png", "notes/today.txt"):
         (work / name).write_text("precious")
     (work / "broken.toml").write_text("[train\n")
@@ -230,6 +227,16 @@ def folder(monkeypatch, tmp_path):
     (work / "damaged" / "recipe.toml").write_text("[train\n")
     (work / "broken.safetensors").write_bytes(b"no tensors")
     make_runs(work)
+    return work
+
+
+@pytest.fixture
+def folder(prepared, monkeypatch, tmp_path):
+    """A folder to work in, with a few things that must stay as they are."""
+    monkeypatch.setenv("MIXMO_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    work = shutil.copytree(prepared, tmp_path / "work")
+    monkeypatch.chdir(work)
     return work
 
 

@@ -148,7 +148,7 @@ def test_the_command(run, tmp_path, capsys):
     assert list(found["types"]) == list(BUILT_IN)
     assert program(["eval", path, "--corruptions", str(write_official(tmp_path / "c"))]) == 0
     out = capsys.readouterr().out
-    assert "means over 15 types" in out
+    assert "mean of 15 types of 5 severities" in out
     assert "jpeg_compression" in out
     assert program(["eval", path, "--corruptions", str(tmp_path / "none")]) == 2
     assert "labels.npy is missing" in capsys.readouterr().err

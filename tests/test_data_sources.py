@@ -227,6 +227,7 @@ def test_tiny_imagenet_names_an_unknown_class(tmp_path):
         load_source("tinyimagenet", tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not REAL_TINY.exists(), reason=f"{REAL_TINY} is not there")
 def test_real_images_of_tiny_imagenet(tmp_path):
     def wanted(member):
@@ -390,6 +391,7 @@ def test_the_data_folder_is_chosen_in_order(monkeypatch, tmp_path):
     assert data_home(Path("given")) == Path("given")
 
 
+@pytest.mark.slow
 def test_reading_data_needs_no_fastai():
     code = (
         "import sys, mixmo_fastai.data; assert 'torch' not in sys.modules, 'torch'\n"

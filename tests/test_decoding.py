@@ -1,4 +1,6 @@
+import struct
 import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -51,10 +53,94 @@ def test_sixteen_bits_become_eight(tmp_path, extension):
     assert decode_image(tmp_path / f"deep{extension}")[0, 0].tolist() == [0, 1, 128, 255]
 
 
-def test_thirty_two_bits_are_refused(tmp_path):
-    Image.fromarray(np.ones((4, 4), dtype=np.float32)).save(tmp_path / "float.tif")
-    with pytest.raises(InputError, match=r"float\.tif.*32 bits"):
+@pytest.mark.parametrize("extension", [".png", ".tif"])
+@pytest.mark.parametrize("bits", [8, 12, 16])
+def test_levels_of_fewer_bits_in_sixteen_are_kept(tmp_path, bits, extension):
+    levels = np.linspace(0, 2**bits - 1, 256).round().astype(np.uint16).reshape(16, 16)
+    Image.fromarray(levels).save(tmp_path / f"deep{extension}")
+    assert decode_image(tmp_path / f"deep{extension}")[0].flatten().tolist() == list(range(256))
+
+
+def test_a_tiff_of_twelve_bits_has_the_depth_that_it_says(tmp_path):
+    levels = [0, 16, 1606, 80]
+    packed = int("".join(f"{level:012b}" for level in levels), 2).to_bytes(6, "big")
+    tags = [  # width, height, bits, compression, meaning, place, samples, rows, bytes
+        *((256, 4, 4), (257, 4, 1), (258, 3, 12), (259, 3, 1), (262, 3, 1)),
+        *((273, 4, 8), (277, 3, 1), (278, 4, 1), (279, 4, 6)),
+    ]
+    entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
+    folder = struct.pack("<H", len(tags)) + entries + bytes(4)
+    (tmp_path / "dark.tif").write_bytes(b"II*\0" + struct.pack("<I", 14) + packed + folder)
+    assert decode_image(tmp_path / "dark.tif")[0, 0].tolist() == [0, 1, 100, 5]
+
+
+def test_a_netpbm_file_has_the_depth_that_it_says(tmp_path):
+    (tmp_path / "dark.pgm").write_bytes(b"P5 2 1 4095\n" + struct.pack(">2H", 0, 1638))
+    assert decode_image(tmp_path / "dark.pgm")[0, 0].tolist() == [0, 102]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "levels", "expected"),
+    [
+        (np.int32, [0, 1, 2, 5], [0, 51, 102, 255]),
+        (np.int32, [-1000, -500, 0, 3000], [0, 32, 64, 255]),
+        (np.int32, [0, 10**9, 10**9, 2 * 10**9], [0, 128, 128, 255]),
+        (np.int32, [7, 7, 7, 7], [255] * 4),
+        (np.int32, [0, 0, 0, 0], [0] * 4),
+        (np.float32, [0, 0.2, 0.4, 0.8], [0, 51, 102, 204]),
+        (np.float32, [0, 0.001, 0.002, 0.004], [0, 64, 128, 255]),
+        (np.float32, [-1.5, 0, 0, 1.5], [0, 128, 128, 255]),
+        (np.float32, [0, 51, 102, 255], [0, 51, 102, 255]),
+    ],
+)
+def test_thirty_two_bits_are_scaled_by_their_own_range(tmp_path, dtype, levels, expected):
+    Image.fromarray(np.array([levels], dtype=dtype)).save(tmp_path / "scan.tif")
+    assert decode_image(tmp_path / "scan.tif")[0, 0].tolist() == expected
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_pixels_that_are_no_finite_numbers_are_refused(tmp_path, value):
+    Image.fromarray(np.array([[0.5, value]], dtype=np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(InputError, match=r"float\.tif.*not finite") as caught:
         decode_image(tmp_path / "float.tif")
+    assert "8 or 16 bits" in str(caught.value)
+
+
+def png_of_sixteen_bits(levels, transparent):
+    """Write a row of grey levels of 16 bits, one of them transparent, as PNG has it."""
+    header = struct.pack(">IIBBBBB", len(levels), 1, 16, 0, 0, 0, 0)
+    row = b"\0" + struct.pack(f">{len(levels)}H", *levels)
+    chunks = [
+        *((b"IHDR", header), (b"tRNS", struct.pack(">H", transparent))),
+        *((b"IDAT", zlib.compress(row)), (b"IEND", b"")),
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
+
+
+@pytest.mark.parametrize(
+    ("levels", "transparent", "expected"),
+    [
+        ([0, 257, 65535, 9000], 257, [0, 255, 255, 35]),
+        ([0, 4095, 65535], 65535, [0, 255, 255]),  # which says nothing of the depth
+        ([300, 300], 300, [255, 255]),
+    ],
+)
+def test_transparent_grey_of_sixteen_bits_is_white(tmp_path, levels, transparent, expected):
+    (tmp_path / "clear.png").write_bytes(png_of_sixteen_bits(levels, transparent))
+    for channels in (1, 3):
+        assert decode_image(tmp_path / "clear.png", channels=channels)[0, 0].tolist() == expected
+
+
+def test_a_scan_that_is_too_large_is_named_with_its_size(tmp_path, monkeypatch):
+    path = save(tmp_path / "scan.png", one_colour((9, 9, 9), (30, 50)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 700)
+    for read in (decode_image, lambda path: list(image_sizes([path]))):
+        with pytest.raises(InputError, match=r"scan\.png.*megapixels.*\n.*smaller") as caught:
+            read(path)
+        assert "intact" not in str(caught.value)
 
 
 def test_transparency_is_laid_over_white(tmp_path):
@@ -87,6 +173,47 @@ def test_the_orientation_of_a_photograph_is_applied(tmp_path, orientation, exten
     decoded = decode_image(path)
     assert np.array_equal(decoded.permute(1, 2, 0).numpy(), expected)
     assert list(image_sizes([path])) == [tuple(decoded.shape[1:])]
+
+
+TURNED = {  # what makes an upright image one of that orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "1", "I;16", "I", "F"])
+@pytest.mark.parametrize("orientation", TURNED)
+def test_the_orientation_of_a_tiff_is_applied_once(tmp_path, orientation, mode, compression):
+    noise = np.random.default_rng(0).integers(0, 2, (6, 10), dtype=np.uint8) * 255
+    dtype = {"I;16": np.uint16, "I": np.int32, "F": np.float32}.get(mode)
+    upright = Image.fromarray(noise if dtype is None else noise.astype(dtype))
+    if dtype is None:
+        upright = upright.convert(mode)
+    path = tmp_path / "turned.tif"
+    upright.transpose(TURNED[orientation]).save(
+        path, tiffinfo={0x0112: orientation}, compression=compression
+    )
+    decoded = decode_image(path)
+    assert np.array_equal(decoded[0].numpy(), noise)
+    assert list(image_sizes([path])) == [(6, 10)]
+
+
+def test_the_orientation_counts_beside_tags_that_cannot_be_written_again(tmp_path):
+    upright = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    # The orientation is 6. A thumbnail's place is given as text, which Pillow does not write.
+    tags = b"II*\0\x08\0\0\0\x02\0"
+    tags += struct.pack("<HHII", 0x0112, 3, 1, 6) + struct.pack("<HHII", 0x0201, 2, 4, 65)
+    turned = np.asarray(Image.fromarray(upright).transpose(TURNED[6]))
+    path = save(tmp_path / "photo.png", turned, exif=b"Exif\0\0" + tags + bytes(4))
+    with warnings.catch_warnings(action="ignore"):
+        decoded = decode_image(path)
+    assert np.array_equal(decoded.permute(1, 2, 0).numpy(), upright)
 
 
 @pytest.mark.parametrize("notes", [b"no tags", b"II*\0\x08\0\0\0\xff\xff\x12\x01"])

@@ -16,6 +16,8 @@ from mixmo_fastai.resolve import resolve_recipe
 from mixmo_fastai.runs import create_run, open_run
 from mixmo_fastai.training import prepare, train
 
+pytestmark = pytest.mark.slow
+
 TINY = resolve_recipe(
     "digits",
     "digits/vanilla",

@@ -18,6 +18,8 @@ from mixmo_fastai.cli.program import run as program
 from mixmo_fastai.data.sources import SOURCES
 from mixmo_fastai.recipe import override
 
+pytestmark = pytest.mark.slow
+
 SMALL = [
     *("model.arch=wrn10_1", "model.pretrained=false", "train.epochs=1", "train.batch_size=16"),
     *("data.limit=40", "data.loader=resident", "train.device=cpu", "train.threads=1"),

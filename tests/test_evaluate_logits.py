@@ -260,6 +260,12 @@ class TestParts:
         assert found["temperatures"] == pytest.approx(temperatures, rel=1e-8)
         scaled = np.concatenate([z[first] / temperatures[1], z[second] / temperatures[0]])
         joined = np.concatenate([y[first], y[second]])
+        assert found["num_images"] == 100
+        errors = [
+            oracle.temperature_error(z[half], temperature)
+            for half, temperature in zip((first, second), temperatures, strict=True)
+        ]
+        assert found["temperature_errors"] == pytest.approx(errors)
         assert found["nll"] == pytest.approx(oracle.nll(scaled, joined))
         assert found["brier"] == pytest.approx(oracle.brier(scaled, joined))
         assert found["ece"] == pytest.approx(oracle.ece(*oracle.top(scaled, joined)))
@@ -305,6 +311,8 @@ class TestCalibratedFigures:
         figures = self.figures(100, 1.0)
         assert 0.3 < figures["calibrated"]["temperature"] < 3
         assert figures["calibrated"]["temperature"] == figures["valid"]["temperature"]
+        assert figures["calibrated"]["num_images"] == 100
+        assert 0.05 < figures["calibrated"]["temperature_error"] < 0.5
         assert figures["calibrated"]["nll"] != figures["test"]["nll"]
 
     @pytest.mark.parametrize(

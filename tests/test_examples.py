@@ -9,9 +9,12 @@ import nbformat
 import pytest
 import torch
 from PIL import Image
+from processes import PATIENCE
 from run_notebook import NOTEBOOK, is_shown, run_notebook
 from synthetic import CLASSES, image_arrays
 from torchvision.models import resnet50
+
+pytestmark = pytest.mark.slow
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("*.py"))
@@ -28,15 +31,20 @@ def folder(tmp_path_factory):
     return root
 
 
-def run(script, *words, cwd):
-    command = [sys.executable, EXAMPLES / script, *map(str, words)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+@pytest.fixture
+def run(mixmo):
+    """A function that runs a script in the test's folder; it gives what was printed."""
+
+    def give(script, *words, code=0):
+        command = mixmo(*words, script=EXAMPLES / script)
+        assert command.wait(patience=5 * PATIENCE) == code, command.said
+        return command.said
+
+    return give
 
 
-def test_own_images(folder, tmp_path):
-    said = run("own_images.py", folder, "--size", 32, "--epochs", 2, "--out", "it", cwd=tmp_path)
+def test_own_images(run, folder, tmp_path):
+    said = run("own_images.py", folder, "--size", 32, "--epochs", 2, "--out", "it")
     assert re.search(r"accuracy \d+\.\d%, of a member \d+\.\d%", said)
     assert re.search(rf"png: ({'|'.join(CLASSES)}), \d+% sure", said)
     network = torch.export.load(tmp_path / "it/network.pt2").module()
@@ -45,12 +53,12 @@ def test_own_images(folder, tmp_path):
     assert (tmp_path / "it/history.csv").read_text().count("\n") >= 3
 
 
-def test_pretrained_resnet50(folder, tmp_path):
+def test_pretrained_resnet50(run, folder, tmp_path):
     weights = resnet50().state_dict()  # trained ones cannot be had without a network
     torch.save(weights, tmp_path / "weights.pth")
     said = run(
         "pretrained_resnet50.py", folder, "--weights", "weights.pth", "--size", 32,
-        "--epochs", 1, "--batch-size", 6, cwd=tmp_path,
+        "--epochs", 1, "--batch-size", 6,
     )  # fmt: skip
     assert float(re.search(r"logits off by (\S+)", said)[1]) < 1e-4
     plain = torch.load(tmp_path / "resnet50-mixmo.pth")
@@ -62,26 +70,25 @@ def test_pretrained_resnet50(folder, tmp_path):
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_say_how_they_are_used(script, tmp_path):
-    said = run(script.name, "--help", cwd=tmp_path)
+    """In an interpreter of its own, which has imported nothing before."""
+    command = [sys.executable, script, "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
     first = script.read_text(encoding="utf-8").splitlines()[0].strip('"')
-    assert " ".join(first.split()) in " ".join(said.split())
+    assert " ".join(first.split()) in " ".join(done.stdout.split())
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_scripts_tell_wrong_words_without_a_traceback(script, tmp_path):
-    command = [sys.executable, script, "nowhere"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    assert "nowhere holds no folders of images" in done.stderr
+def test_scripts_tell_wrong_words_without_a_traceback(script, run):
+    said = run(script, "nowhere", code=2)
+    assert "Traceback" not in said
+    assert "nowhere holds no folders of images" in said
 
 
-def test_own_images_with_a_network_that_is_not_there(folder, tmp_path):
-    command = [sys.executable, EXAMPLES / "own_images.py", folder, "--arch", "resnet19"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    assert "Unknown architecture 'resnet19'. Did you mean" in done.stderr
+def test_own_images_with_a_network_that_is_not_there(run, folder):
+    said = run("own_images.py", folder, "--arch", "resnet19", code=1)
+    assert "Traceback" not in said
+    assert "Unknown architecture 'resnet19'. Did you mean" in said
 
 
 def outputs(book):
@@ -89,7 +96,7 @@ def outputs(book):
 
 
 def test_the_notebook_runs(tmp_path):
-    shown = [*filter(is_shown, outputs(run_notebook(tmp_path)))]
+    shown = [*filter(is_shown, outputs(run_notebook(tmp_path, quick=True)))]
     assert sum("image/png" in output.get("data", {}) for output in shown) == 4
     said = "".join(output.get("text", "") for output in shown)
     differences = re.findall(r"largest difference of a \w+: (\S+)", said)

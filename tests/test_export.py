@@ -23,6 +23,8 @@ from mixmo_fastai.resolve import resolve_recipe
 from mixmo_fastai.runs import RunFolder, create_run
 from mixmo_fastai.training import prepare
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):

@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 from datasets import write_image_folder
 from test_resuming import assert_same
-from test_signals import FIT, SLOW_STEPS, STREAMED, resumed, whole
+from test_signals import ALL_STEPS_SLOW, FIT, SLOW_STEPS, STREAMED, resumed, whole
 
 from mixmo_fastai.checkpoints.store import CheckpointStore
 from mixmo_fastai.errors import InputError, RunFailedError
 from mixmo_fastai.locking import locked
 from mixmo_fastai.runs import open_run
+
+pytestmark = pytest.mark.slow
 
 __all__ = ["whole"]
 LARGE = "fit --arch wrn16_4 --batch-size 2048 --epochs 1 --device cpu --threads 1"
@@ -263,7 +265,7 @@ def test_an_image_that_changes(mixmo, tmp_path):
 def test_a_worker_that_is_killed(mixmo, tmp_path, whole, moment):
     many_steps = [*STREAMED, "--limit", "640"]
     run = tmp_path / "run"
-    command = mixmo(*FIT, run, *many_steps, prelude=SLOW_STEPS.replace("0.1", "0.02"))
+    command = mixmo(*FIT, run, *many_steps, prelude=ALL_STEPS_SLOW.replace("0.1", "0.02"))
     command.until_said("1/3 " if moment == "training" else "epoch")
     command.until(command.others)
     os.kill(command.others()[0], signal.SIGKILL)

@@ -1,5 +1,7 @@
 """What figures say can be read: class names as they are, ticks as numbers."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -41,12 +43,55 @@ def test_rates(ticks, tmp_path):
     assert not [text for text in ticks if "$" in text]
 
 
-@pytest.mark.parametrize("counts", [(78_356, 302_000), (36_500_000, 73_000_000)])
-def test_parameters(ticks, tmp_path, counts):
-    parts = [Part(count) for count in counts]
-    plot_comparison(["one", "two"], parts, tmp_path / "it.png")
-    assert ticks
-    assert all(text.replace(",", "").isdigit() for text in ticks)
+UNITS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}
+
+
+@pytest.mark.parametrize("smaller", [8, 77_850, 99_000, 1_200_000, 36_479_194, 2_000_000_000])
+@pytest.mark.parametrize("ratio", [1, 1.002, 1.1, 1.5, 2, 3.7, 10, 100, 4000])
+def test_sizes_have_labels_for_any_pair(ticks, tmp_path, smaller, ratio):
+    sizes = (smaller, round(smaller * ratio))
+    plot_comparison(["one", "two"], [Part(size) for size in sizes], tmp_path / "it.png")
+    left, right = ticks[: len(ticks) // 2], ticks[len(ticks) // 2 :]
+    assert left == right
+    assert 3 <= len(left) <= 8
+    values = [float(number) * UNITS[unit] for number, _, unit in (t.partition(" ") for t in left)]
+    assert values == sorted(set(values))
+    assert values[-1] / values[0] < 10 * max(ratio**1.25, 2)
+
+
+@pytest.mark.parametrize("ratio", [1, 1.002, 2, 100])
+def test_runs_lie_in_the_picture_and_none_hides_another(monkeypatch, tmp_path, ratio):
+    places = []
+
+    def look(figure, *_, **__):
+        figure.canvas.draw()
+        for axes in figure.axes:
+            for container in axes.containers:
+                (x, y) = axes.transData.transform(container[0].get_xydata()[0])
+                assert axes.bbox.contains(x, y)
+                places.append((axes, x))
+
+    monkeypatch.setattr(Figure, "savefig", look)
+    sizes = (36_479_194, round(36_479_194 * ratio))
+    plot_comparison(["one", "two"], [Part(size) for size in sizes], tmp_path / "it.png")
+    assert len(places) == 4
+    for (axes, x), (other, next_x) in pairwise(places):
+        assert axes is not other or next_x - x > 15  # of markers 8 points wide, at 120 dpi
+
+
+def test_a_long_class_name_is_cut(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(
+        Figure, "savefig", lambda f, *_, **__: seen.extend(a.get_title() for a in f.axes)
+    )
+    preview = Preview(
+        torch.zeros(1, 2, 1, 4, 4),
+        torch.zeros(1, 2, 4, 4),
+        torch.zeros(1, 1, 4, 4),
+        [["a" * 80, "b"]],
+    )
+    plot_preview(preview, tmp_path / "it.png", "pairs")
+    assert max(len(title.splitlines()[-1]) for title in seen) == 22
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3])

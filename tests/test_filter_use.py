@@ -1,11 +1,13 @@
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from torch import nn
 
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.filter_use import THRESHOLDS, encoder_norms, filter_use
 from mixmo_fastai.models import MixMoModel, create_model
+from mixmo_fastai.report.filters import side_by_side
 
 
 def l1_norms(weight):
@@ -53,3 +55,25 @@ def test_networks_without_convolutions_are_refused():
         encoder_norms(flat)
     with pytest.raises(InputError, match="thresholds"):
         filter_use(create_model("wrn10_1", 10), (1.0,))
+
+
+def test_the_picture_names_every_convolution(monkeypatch):
+    model = create_model("wrn10_1", 10, 2)
+    use, norms = filter_use(model), encoder_norms(model)
+    texts = []
+
+    def look(canvas, *_, **__):
+        canvas.draw()
+        for axes in canvas.figure.findobj(Axes):
+            texts.extend(label.get_text() for label in axes.get_xticklabels())
+
+    monkeypatch.setattr("matplotlib.backends.backend_agg.FigureCanvasAgg.print_png", look)
+    side_by_side(["one", "two"], [use, use], [norms, norms]).png()
+    for number, name in enumerate(use.layers, 1):
+        assert texts.count(f"{name}  {number}") == 2
+
+
+def test_runs_with_different_numbers_of_members_are_drawn_side_by_side():
+    models = [create_model("wrn10_1", 10, 1), create_model("wrn16_1", 10, 3)]
+    uses, norms = [filter_use(m) for m in models], [encoder_norms(m) for m in models]
+    assert side_by_side(["one", "two"], uses, norms).png().startswith(b"\x89PNG")

@@ -236,7 +236,7 @@ def test_a_failed_decoding_leaves_no_file_behind(folder, home):
     (folder / "train" / "dog" / "003.png").write_bytes(b"damaged")
     with pytest.raises(InputError):
         load_source(folder, home, image_size=32)
-    assert list(entry_of(home).iterdir()) == []
+    assert [path.name for path in entry_of(home).iterdir()] == ["facts.json"]
 
 
 def test_facts_are_plain_json(folder, home):
@@ -262,6 +262,52 @@ def test_above_the_limit_a_sample_gives_mean_and_deviation(folder, home, monkeyp
     source = read_image_folder(folder, home, cache_limit=0)
     expected = channel_statistics(source.train.tensor()[::3])
     assert (source.mean, source.std) == expected
+
+
+@pytest.mark.parametrize("way", ["links", "same name"])
+def test_folders_with_equal_names_sizes_and_times_have_caches_of_their_own(tmp_path, home, way):
+    red, blue = (
+        write_colours(tmp_path / place / "pets", colour)
+        for place, colour in (("v1", (255, 0, 0)), ("v2", (0, 0, 255)))
+    )
+    if way == "links":  # the class folders of one folder lead to either
+        linked = tmp_path / "linked" / "pets"
+        for part in ("train", "test"):
+            (linked / part).mkdir(parents=True)
+            for name in ("cat", "dog"):
+                (linked / part / name).symlink_to(red / part / name)
+        load_source(linked, home)
+        for link in [*linked.glob("*/*")]:
+            link.unlink()
+            link.symlink_to(blue / link.relative_to(linked))
+        blue = linked
+    load_source(red, home)
+    source = load_source(blue, home)
+    assert source.train[0][:, 0, 0].tolist() == source.test[0][:, 0, 0].tolist() == [0, 0, 255]
+
+
+def test_files_in_the_place_of_others_with_their_sizes_and_times_are_decoded(tmp_path, home):
+    folder = write_colours(tmp_path / "pets", (255, 0, 0))
+    load_source(folder, home)
+    write_colours(folder, (0, 0, 255))
+    assert load_source(folder, home).train[0][:, 0, 0].tolist() == [0, 0, 255]
+
+
+def write_colours(folder, colour):
+    """Write images of one colour whose files have one size and one time, as archives leave them."""
+    write_image_folder(folder, extension=".bmp")
+    for path in folder.rglob("*.bmp"):
+        Image.new("RGB", (32, 32), colour).save(path)
+        os.utime(path, (315532800, 315532800))
+    return folder
+
+
+def test_the_size_of_turned_tiff_is_their_upright_one(tmp_path, home):
+    folder = write_image_folder(tmp_path / "scans")
+    for path in folder.rglob("*.png"):
+        Image.new("L", (40, 24)).save(path.with_suffix(".tif"), tiffinfo={0x0112: 6})
+        path.unlink()
+    assert load_source(folder, home).train.image_shape == (3, 40, 24)
 
 
 def test_a_link_to_nowhere_is_named(tmp_path):

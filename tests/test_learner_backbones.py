@@ -391,7 +391,7 @@ class TestToMixmo:
         moved = [n for n, p in learn.model.named_parameters() if not torch.equal(p, weights[n])]
         assert len(moved) == len(weights)
         assert (learn.mix_mo.mix, learn.mix_mo.batch_repetitions) == ("linear", 2)
-        assert len(learn.opt.hypers) == 2
+        assert len(learn.opt.hypers) == 3  # the groups of fastai's ResNets
         assert learn.opt_func is Adam
 
     def test_it_takes_a_mixmo_model_and_independent_members(self):

@@ -29,11 +29,18 @@ from PIL import Image
 from synthetic import CLASSES, image_arrays, mixmo_dls
 from torch import nn
 
-from mixmo_fastai import MixMoCallback, create_model, mixmo_learner, show_pairs, to_mixmo
+from mixmo_fastai import (
+    MixMoCallback,
+    create_model,
+    member_preds,
+    mixmo_learner,
+    show_pairs,
+    to_mixmo,
+)
 from mixmo_fastai.learner import body_and_heads
 
 ROOT = Path(__file__).resolve().parents[1]
-pytestmark = pytest.mark.usefixtures("quiet_figures")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quiet_figures")]
 
 
 @pytest.fixture
@@ -313,7 +320,9 @@ def test_csv_logger(make, tmp_path):
     header, *rows = (tmp_path / "history.csv").read_text().splitlines()
     assert header.split(",")[:4] == ["epoch", "train_loss", "valid_loss", "accuracy"]
     assert len(rows) == 2
-    assert float(rows[0].split(",")[2]) == pytest.approx(learn.recorder.values[0][1], rel=1e-4)
+    train, valid = (float(value) for value in rows[0].split(",")[1:3])
+    assert [train, valid] == pytest.approx([*learn.recorder.values[0][:2]], rel=1e-4)
+    assert train < 2 * valid  # per member
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -328,6 +337,7 @@ def test_tensor_board_callback(make, tmp_path):
     events.Reload()
     num_steps = 2 * len(learn.dls.train)
     assert {event.step for event in events.Scalars("train_loss")} == {*range(1, num_steps + 1)}
+    assert events.Scalars("train_loss")[-1].value == pytest.approx(learn.recorder.values[-1][0])
     assert events.Scalars("valid_loss")[-1].value == pytest.approx(learn.recorder.values[-1][1])
     assert events.Tags()["images"]
     assert events.Tags()["graph"]
@@ -419,6 +429,20 @@ def test_get_preds(make):
     assert torch.equal(decoded, probabilities.argmax(1))
     log = -probabilities.gather(1, targets[:, None].long()).log().squeeze(1)
     torch.testing.assert_close(losses, log, rtol=1e-3, atol=1e-4)
+
+
+def test_member_preds(make):
+    learn = make()
+    learn.fit(1, 1e-2)
+    probabilities, targets, votes, information = member_preds(learn)
+    inputs, ensemble, of_ensemble = learn.get_preds(with_input=True)
+    assert torch.equal(targets, torch.Tensor(of_ensemble))
+    expected = learn.model.eval().member_logits(inputs).softmax(2).detach()
+    torch.testing.assert_close(probabilities, torch.Tensor(expected), rtol=1e-3, atol=1e-4)
+    assert torch.equal(votes, probabilities.argmax(2))
+    mean = probabilities.log().mean(1).softmax(1)
+    torch.testing.assert_close(mean, torch.Tensor(ensemble), rtol=1e-3, atol=1e-4)
+    assert information.shape == targets.shape
 
 
 def test_predict(make):

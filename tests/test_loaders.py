@@ -165,6 +165,7 @@ class TestExpansion:
             assert len(x.flatten(1).unique(dim=0)) == 48
         assert len(dl.one_batch()[0]) == 12
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("start", ["fork", "spawn"])
     def test_fastais_workers_are_started_either_way(self, start, monkeypatch):
         dl = foreign_dls(num_workers=1).train
@@ -190,6 +191,13 @@ class TestSplits:
         train, valid = split_validation(data.train, 0)
         assert train is data.train
         assert len(valid) == 0
+
+    @pytest.mark.parametrize(("num_train", "expected"), [(60, 12), (900, 99), (5100, 102)])
+    def test_without_a_share_it_follows_from_the_number_of_images(self, num_train, expected):
+        data = source(num_train=num_train)  # three classes
+        _, valid = split_validation(data.train, None)
+        assert valid.labels.bincount().tolist() == [expected // 3] * 3
+        assert len(make_dataloaders(data, batch_size=8, device="cpu").valid.images) == expected
 
     def test_a_class_of_one_image_keeps_it_for_training(self):
         data = source(num_train=4)  # labels 0 1 2 0

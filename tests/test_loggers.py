@@ -37,6 +37,8 @@ from mixmo_fastai.recording import CheckpointCallback
 from mixmo_fastai.runs import create_run, open_run
 from mixmo_fastai.training import TrainingDivergedError, prepare, train
 
+pytestmark = pytest.mark.slow
+
 ALL = ("csv", "tensorboard", "wandb")
 KEY = "0123456789abcdef" * 5
 PICTURES = {"first-batch", "loss", "validation-accuracy", "reliability", "confusion"}

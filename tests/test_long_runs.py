@@ -12,6 +12,8 @@ from mixmo_fastai.recipe import override
 from mixmo_fastai.runs import create_run, open_run
 from mixmo_fastai.training import prepare, train
 
+pytestmark = pytest.mark.slow
+
 _FIT = (
     "fit --arch wrn10_1 --limit 32 --valid-split 0.05 --batch-size 32 --epochs 200 --device cpu "
     "--threads 1 --set train.ema_decay=0.9 --set train.select=best --out"

@@ -6,9 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastai.losses import (
+    BaseLoss,
     BCEWithLogitsLossFlat,
     CrossEntropyLossFlat,
+    FocalLoss,
+    FocalLossFlat,
     LabelSmoothingCrossEntropy,
+    LabelSmoothingCrossEntropyFlat,
     MSELossFlat,
 )
 from torch import nn
@@ -192,9 +196,272 @@ def test_what_is_no_loss_is_refused():
         MixMoLoss("ce")
 
 
-def test_a_loss_that_cannot_be_unreduced_is_refused():
-    def my_loss(pred, y):
-        return pred.mean()
+FASTAIS_WITH_WEIGHTS = [
+    LabelSmoothingCrossEntropy(weight=CLASS_WEIGHTS),
+    LabelSmoothingCrossEntropy(weight=CLASS_WEIGHTS, reduction="sum"),
+    LabelSmoothingCrossEntropyFlat(eps=0.3, weight=CLASS_WEIGHTS),
+    FocalLoss(weight=CLASS_WEIGHTS),
+    FocalLossFlat(weight=CLASS_WEIGHTS, gamma=1.0),
+]
 
-    with pytest.raises(InputError, match="'my_loss' cannot give one loss per sample"):
-        MixMoLoss(my_loss)
+
+class PerClass(nn.Module):
+    """A loss of a user's own, without a choice of reduction."""
+
+    def forward(self, pred, targets):
+        return F.cross_entropy(pred, targets, label_smoothing=0.2)
+
+
+class Deaf(PerClass):
+    """It has a reduction and does not heed it."""
+
+    reduction = "mean"
+
+
+class Branching(nn.Module):
+    def forward(self, pred, targets):
+        shown = pred[targets >= 0]  # of a shape that depends on values
+        return F.cross_entropy(shown, targets) if float(shown.detach().sum()) else pred.sum()
+
+
+class Weighted(nn.CrossEntropyLoss):
+    """One of torch's with a word of the user's own."""
+
+    def forward(self, pred, targets):
+        return super().forward(pred, targets.long())
+
+
+class Exponents(nn.Module):
+    """A user's own with a reduction that it heeds, number by number."""
+
+    def __init__(self):
+        super().__init__()
+        self.reduction = "mean"
+
+    def forward(self, pred, targets):
+        values = pred.exp() * F.one_hot(targets, pred.shape[1])
+        return values if self.reduction == "none" else values.mean()
+
+
+def power(pred, targets, exponent=2.0):
+    return (1 - pred.softmax(1).gather(1, targets[:, None])).pow(exponent).mean()
+
+
+OF_USERS = [
+    lambda pred, targets: F.cross_entropy(pred, targets.long()),
+    lambda pred, targets: F.cross_entropy(pred, targets, reduction="sum"),
+    partial(power, exponent=3.0),
+    PerClass(),
+    Deaf(),
+    Branching(),
+    Weighted(weight=CLASS_WEIGHTS),
+    Exponents(),
+    partial(F.cross_entropy, reduction="sum"),
+]
+
+
+def value_and_gradient(loss, pred, *args):
+    pred = pred.clone().requires_grad_()
+    value = torch.Tensor(loss(pred, *args))
+    return value.detach(), torch.autograd.grad(value, pred)[0]
+
+
+@pytest.mark.parametrize("base", [*FASTAIS_WITH_WEIGHTS, *OF_USERS])
+def test_one_member_learns_as_from_the_base(batch, base):
+    pred, targets, _ = batch
+    expected = value_and_gradient(base, pred[:, 0], targets[:, 0])
+    found = value_and_gradient(MixMoLoss(base), pred[:, :1], targets[:, :1], torch.ones(6, 1))
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(found[1][:, 0], expected[1])
+
+
+@pytest.mark.parametrize("base", [*FASTAIS_WITH_WEIGHTS, *OF_USERS])
+def test_members_of_one_weight_learn_as_from_the_base_of_all_their_samples(batch, base):
+    pred, targets, _ = batch
+    rows = value_and_gradient(base, pred.flatten(0, 1), targets.flatten())
+    is_sum = getattr(base, "reduction", None) == "sum" or base in (OF_USERS[1], OF_USERS[-1])
+    found = value_and_gradient(MixMoLoss(base), pred, targets, torch.ones(6, 3))
+    for own, expected in zip(found, rows, strict=True):
+        factor = 1 if is_sum else 3
+        torch.testing.assert_close(own, (factor * expected).reshape(own.shape))
+
+
+def test_label_smoothing_with_class_weights_by_hand(batch):
+    """Weights belong to the classes of the targets, and not to what is spread over all."""
+    pred, targets, weights = batch
+    spread = -0.1 * pred.log_softmax(2).mean(2)
+    own = F.nll_loss(
+        pred.log_softmax(2).flatten(0, 1), targets.flatten(), CLASS_WEIGHTS, reduction="none"
+    ).view(6, 3)
+    counted = CLASS_WEIGHTS[targets].sum() / 3
+    expected = (weights * spread).sum(1).mean() + 0.9 * (weights * own).sum() / counted
+    loss = MixMoLoss(LabelSmoothingCrossEntropyFlat(weight=CLASS_WEIGHTS))
+    torch.testing.assert_close(loss(pred, targets, weights), expected)
+    mixed = loss(pred, targets, weights, (targets + 1) % 5, torch.ones(6, 3))
+    torch.testing.assert_close(mixed, expected)
+
+
+def test_samples_of_a_loss_without_reduction_are_weighted(batch):
+    pred, targets, weights = batch
+    known = value_and_gradient(MixMoLoss(), pred, targets, weights)
+    for base in (OF_USERS[0], lambda p, t: F.nll_loss(p.log_softmax(1), t), Branching()):
+        loss = MixMoLoss(base)
+        for _ in range(12):  # more than are checked
+            found = value_and_gradient(loss, pred, targets, weights)
+            torch.testing.assert_close(found, known)
+
+
+def test_mixed_labels_of_a_loss_without_reduction(batch):
+    pred, targets, weights = batch
+    mixture = (targets + 1) % 5, torch.rand(6, 3)
+    found = MixMoLoss(OF_USERS[0])(pred, targets, weights, *mixture)
+    torch.testing.assert_close(found, MixMoLoss()(pred, targets, weights, *mixture))
+
+
+def test_losses_of_samples_for_interpretation(batch):
+    pred, targets, _ = batch
+    loss = MixMoLoss(OF_USERS[0])
+    loss.reduction = "none"
+    expected = F.cross_entropy(pred[:, 0], targets[:, 0], reduction="none")
+    torch.testing.assert_close(loss(pred[:, 0], targets[:, 0]), expected)
+
+
+NO_AVERAGES = [
+    lambda pred, targets: F.cross_entropy(pred, targets, weight=CLASS_WEIGHTS),
+    lambda pred, targets: F.cross_entropy(pred - pred.mean(0), targets),
+    lambda pred, targets: F.cross_entropy(pred / pred.std(0), targets),  # of one sample, no number
+    lambda pred, targets: F.cross_entropy(F.dropout(pred), targets),
+]
+
+
+@pytest.mark.parametrize("base", NO_AVERAGES)
+def test_a_loss_that_is_no_average_of_samples_is_refused(batch, base):
+    pred, targets, weights = batch
+    with pytest.raises(InputError, match=r"'<lambda>' is not the mean or the sum.*\n.*weight_root"):
+        MixMoLoss(base)(pred, targets, weights)
+    with pytest.raises(InputError, match="msda=None"):
+        MixMoLoss(base)(pred, targets, torch.ones(6, 3), targets, torch.ones(6, 3))
+
+
+@pytest.mark.parametrize("base", NO_AVERAGES[:3])
+@pytest.mark.parametrize("num_members", [1, 3])
+def test_a_loss_that_is_no_average_is_called_once_per_member_of_one_weight(
+    batch, base, num_members
+):
+    pred, targets = (each[:, :num_members] for each in batch[:2])
+    expected = sum(base(pred[:, i], targets[:, i]) for i in range(num_members))
+    found = MixMoLoss(base)(pred, targets, torch.ones(6, num_members))
+    torch.testing.assert_close(found, expected)
+
+
+def test_checks_leave_the_generator_alone(batch):
+    before = torch.get_rng_state()
+    with pytest.raises(InputError):
+        MixMoLoss(NO_AVERAGES[3])(*batch)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_loss_that_is_no_number_ends_nothing(batch):
+    """fastai's callbacks end such a training; the next batch is checked again."""
+    pred, targets, weights = batch
+    loss = MixMoLoss(OF_USERS[0])
+    assert loss(pred * torch.nan, targets, weights).isnan()
+    torch.testing.assert_close(loss(*batch), MixMoLoss()(*batch))
+
+
+@pytest.mark.parametrize("base", [OF_USERS[0], PerClass(), partial(power), Weighted()])
+def test_a_loss_that_sees_probabilities_gives_them(base):
+    logits = torch.tensor([[0.0, 2.0, 1.0], [9.0, 2.0, 1.0]])
+    torch.testing.assert_close(MixMoLoss(base).activation(logits), logits.softmax(1))
+    assert MixMoLoss(base).decodes(logits.softmax(1)).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        lambda pred, targets: (pred - targets).square().mean(),
+        lambda pred, targets: F.mse_loss(pred, targets.float()),
+        lambda pred, targets: F.nll_loss(pred, targets.long()),
+        lambda pred, targets: F.binary_cross_entropy(pred, targets.float()),
+    ],
+)
+def test_a_loss_of_something_else_leaves_predictions_as_they_are(base):
+    numbers = torch.tensor([[0.3, 0.1], [-4.0, 0.2]])
+    assert torch.equal(MixMoLoss(base).activation(numbers), numbers)
+    assert torch.equal(MixMoLoss(base).decodes(numbers), numbers)
+
+
+def test_a_users_activation_carries_over():
+    def loss(pred, targets):
+        return F.cross_entropy(pred, targets)
+
+    loss.activation, loss.decodes = torch.tanh, torch.sign
+    numbers = torch.tensor([[0.3, -0.1]])
+    assert torch.equal(MixMoLoss(loss).activation(numbers), numbers.tanh())
+    assert torch.equal(MixMoLoss(loss).decodes(numbers), numbers.sign())
+
+
+def test_the_mean_of_a_batch_in_kl_divergence():
+    random = torch.Generator().manual_seed(0)
+    pred = torch.randn(6, 3, 5, generator=random).log_softmax(2)
+    targets = torch.randn(6, 3, 5, generator=random).softmax(2)
+    each = (targets * (targets.log() - pred)).sum(2)
+    weights = loss_weights(draw_lam(6, 3, 2.0, generator=random), 3)
+    for base in (nn.KLDivLoss(reduction="batchmean"), partial(F.kl_div, reduction="batchmean")):
+        found = MixMoLoss(base)(pred, targets, weights)
+        torch.testing.assert_close(found, (weights * each).sum(1).mean())
+
+
+OF_NUMBERS = [
+    *(nn.MSELoss(), nn.L1Loss(), nn.SmoothL1Loss(), nn.HuberLoss(), nn.BCEWithLogitsLoss()),
+    *(F.mse_loss, F.l1_loss, partial(F.huber_loss, delta=2.0), F.binary_cross_entropy_with_logits),
+    BaseLoss(nn.MSELoss, flatten=False),
+]
+
+
+@pytest.mark.parametrize("base", OF_NUMBERS)
+def test_nothing_is_broadcast_between_predictions_and_targets(base):
+    pred, targets = torch.rand(6, 3, 1), torch.rand(6, 3)
+    said = r"predictions \(B, 1\) do not match targets \(B,\).\nGive targets \(B, 1\), or flatten"
+    with pytest.raises(InputError, match=said):
+        MixMoLoss(base)(pred, targets, torch.ones(6, 3))
+    with pytest.raises(InputError, match=said):
+        MixMoLoss(base)(pred[:, 0], targets[:, 0])
+    with pytest.raises(
+        InputError, match=r"\(B, 4\) do not match targets \(B,\).\nGive targets .B, 4.\.$"
+    ):
+        MixMoLoss(base)(torch.rand(6, 3, 4), targets, torch.ones(6, 3))
+    alike = MixMoLoss(base)(pred, targets[..., None], torch.ones(6, 3))
+    torch.testing.assert_close(alike, 3 * torch.Tensor(base(pred, targets[..., None])))
+
+
+def test_a_loss_of_numbers_for_classes_is_told_cross_entropy():
+    with pytest.raises(InputError, match=r"Give targets \(B, 4\), or .* CrossEntropyLossFlat\(\)"):
+        MixMoLoss(nn.MSELoss())(torch.rand(6, 3, 4), torch.zeros(6, 3).long(), torch.ones(6, 3))
+
+
+def test_losses_that_flatten_take_a_column_for_a_row():
+    pred, targets = torch.rand(6, 3, 1), torch.rand(6, 3)
+    found = MixMoLoss(MSELossFlat())(pred, targets, torch.ones(6, 3))
+    torch.testing.assert_close(torch.Tensor(found), 3 * (pred[..., 0] - targets).square().mean())
+    with pytest.raises(InputError, match=r"\(B, 2\) do not match targets \(B,\)"):
+        MixMoLoss(MSELossFlat())(torch.rand(6, 3, 2), targets, torch.ones(6, 3))
+
+
+class OwnError(nn.Module):
+    def __init__(self, reduction="mean"):
+        super().__init__()
+        self.reduction = reduction
+
+    def forward(self, pred, targets):
+        values = (pred - targets).abs()
+        return values if self.reduction == "none" else values.mean()
+
+
+@pytest.mark.parametrize("base", [OwnError(), lambda p, t: (p - t).square().mean()])
+def test_a_users_loss_that_broadcasts_is_refused(base):
+    with pytest.raises(InputError, match=r"Predictions are \(B, 1\) and targets \(B,\)"):
+        MixMoLoss(base)(torch.rand(6, 3, 1), torch.rand(6, 3), torch.ones(6, 3))
+    pred, targets = torch.rand(6, 3, 1), torch.rand(6, 3, 1)
+    found = MixMoLoss(base)(pred, targets, torch.ones(6, 3))
+    torch.testing.assert_close(found, 3 * base(pred, targets))

@@ -36,6 +36,7 @@ def waits(monkeypatch, folder, num_steps, *, recorder=None, logging=None, **sett
     return watch.seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [

@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import re
 
 import numpy as np
 import oracle_metrics as oracle
@@ -169,12 +170,18 @@ def test_filters_of_one_run_and_of_two(run, images, tmp_path, monkeypatch, capsy
     path = str(run.path)
     assert program(["inspect", path]) == 0
     out = capsys.readouterr().out
-    assert "average over layers" in out
+    assert re.search(r"^ *1  core\.groups\.0\.0\.conv1 ", out, re.MULTILINE)
+    assert "average" in out
     assert (tmp_path / "inspect-mixmo.png").read_bytes().startswith(b"\x89PNG")
     assert program(["inspect", path, path, "--out", "two.png", "--json"]) == 0
     value = json.loads(capsys.readouterr().out)
     assert len(value["runs"]) == 2
     assert len(value["runs"][0]["encoder_norms"]) == 2
     assert len(value["runs"][0]["average"]) == len(value["runs"][0]["thresholds"]) == 4
+    first = value["runs"][0]
+    assert first["convolutions"][0] == {"number": 1, "module": "core.groups.0.0.conv1"}
+    assert [f"core.{name}" for name in first["layers"]] == [
+        convolution["module"] for convolution in first["convolutions"]
+    ]
     assert program(["inspect", path, path, path]) == 2
     assert "one run, or two" in capsys.readouterr().err

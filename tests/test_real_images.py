@@ -13,6 +13,8 @@ from mixmo_fastai.recipe import recipe_from_mapping
 from mixmo_fastai.runs import create_run
 from mixmo_fastai.training import prepare, train
 
+pytestmark = pytest.mark.slow
+
 IMAGES = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -65,9 +67,7 @@ def test_tiny_imagenet_trains_its_network_for_a_few_steps(tmp_path):
     with training.learn.no_logging():
         training.learn.fit(1, 0.01, cbs=stop)
     assert len(stop.losses_seen) == 4
-    assert all(
-        5 < loss < 25 for loss in stop.losses_seen
-    )  # ln 200 is 5.3, and there are two members
+    assert all(3 < loss < 13 for loss in stop.losses_seen)  # per member; ln 200 is 5.3
     assert not torch.equal(training.learn.model.encoders[1].weight, before)
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.recipe import (
     Recipe,
+    default_valid_split,
     find_recipe,
     load_recipe,
     override,
@@ -140,6 +141,17 @@ def test_a_long_value_is_cut_in_the_message():
     with pytest.raises(InputError) as caught:
         recipe_from_mapping({"train": {"epochs": "x" * 10_000}}, "here")
     assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize(
+    ("num_images", "expected"),
+    [
+        *((2, 0.2), (400, 0.2), (500, 0.2), (800, 0.125), (1000, 0.1), (4000, 0.025)),
+        *((5000, 0.02), (50_000, 0.02), (100_000, 0.02), (0, 0.2)),
+    ],
+)
+def test_a_small_set_validates_on_a_larger_fraction(num_images, expected):
+    assert default_valid_split(num_images) == expected
 
 
 def test_the_learning_rate_follows_from_batch_and_repetitions():

@@ -40,6 +40,7 @@ class Clockwork:
         return len(self.saves) * self.cost / self.now
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save", [1.5, 10.0, 60.0])
 @pytest.mark.parametrize(("step", "steps"), [(0.02, 500), (1.0, 3000), (0.5, 100_000)])
 def test_saving_takes_its_share_of_the_time_at_most(monkeypatch, save, step, steps):

@@ -16,19 +16,22 @@ from mixmo_fastai.cli import run as program
 from mixmo_fastai.deep_ensemble import train_run
 from mixmo_fastai.models import create_model
 from mixmo_fastai.report.charts import agreement, reliability
-from mixmo_fastai.report.drawing import LIGHT, SERIES, STAND_INS, Drawing
+from mixmo_fastai.report.drawing import LIGHT, STAND_INS, WRONG, Drawing
 from mixmo_fastai.report.findings import gather
 from mixmo_fastai.report.page import as_data_uri, render
+from mixmo_fastai.report.sections import sections
 from mixmo_fastai.resolve import resolve_recipe
 from mixmo_fastai.runs import create_run
 from mixmo_fastai.training import prepare
+
+pytestmark = pytest.mark.slow
 
 EVIL = "<script>alert('$x$')</script> & \"co\""
 CLASSES = ("cat", EVIL.replace("/", "\u2215"), "fish")
 CHARTS = {
     "mixmo": 11,  # 3 training, 2 calibration, risk, 2 members, confusion, 2 filters
     "vanilla": 9,
-    "ensemble": 10,  # the encoders of several networks are not drawn
+    "ensemble": 11,
 }
 
 
@@ -87,7 +90,7 @@ def pages(findings, tmp_path_factory):
 class Elements(HTMLParser):
     """The elements of a page, and whether each is closed by its own end."""
 
-    VOID = ("meta", "link", "img", "path", "use")
+    VOID = ("meta", "link", "img", "path", "use", "br", "wbr")
 
     def __init__(self, text):
         super().__init__()
@@ -147,9 +150,18 @@ class TestPage:
 
     def test_figures_are_those_of_the_evaluation(self, pages, findings, kind):
         text, test = Elements(pages[kind].read_text(encoding="utf-8")).text, findings[kind].figures
-        assert f"{100 * test['test']['accuracy']:.2f} %" in text
+        assert f"{100 * test['test']['accuracy']:.2f}\u00a0%" in text
         assert f"{test['test']['nll']:.4f}" in text
         assert "nan" not in text.lower().replace("nan.jpg", "")
+
+    def test_a_number_stays_with_its_percent_sign(self, pages, kind):
+        text = pages[kind].read_text(encoding="utf-8")
+        assert "\u00a0%" in text
+        assert not re.search(r"\d %", text)
+
+    def test_convolutions_are_named(self, pages, findings, kind):
+        text = Elements(pages[kind].read_text(encoding="utf-8")).text
+        assert all(name in text for name in findings[kind].uses[0].layers)
 
 
 def test_one_member_has_no_members_to_show(pages):
@@ -196,9 +208,10 @@ def test_a_perfect_network_without_history_has_a_report(tmp_path, images, monkey
     text = Elements(render(gather(run))).text
     for words in (
         "The run has no history.csv",
-        "No temperature",
+        "After temperature scaling",
+        "so that no temperature is best",
         "No image is taken for another class",
-        "None: every image is right",
+        "None: every image is classified correctly",
         "The run has no environment.json",
         "Failure AUROC: none",
     ):
@@ -213,7 +226,7 @@ def test_a_training_without_validation_split(runs, findings):
     ]
     none = replace(found, histories=[rows], num_images=(0, 120))
     elements = Elements(render(none))
-    assert "There was no validation split" in elements.text
+    assert "Without a validation split, training has no accuracy" in elements.text
     assert len(elements.of("svg")) == CHARTS["mixmo"] - 1
 
 
@@ -256,13 +269,13 @@ class TestCommand:
 
 
 def line(figure):
-    figure.subplots().plot([1, 2], color=SERIES[1])
+    figure.subplots().plot([1, 2], color=WRONG)
 
 
 class TestDrawing:
     def test_names_and_colours_are_the_page_s(self):
         svg = Drawing(line, "own", "Words").svg()
-        assert "var(--series-2)" in svg
+        assert "var(--wrong)" in svg
         assert "#0101" not in svg
         names = re.findall(r' id="([^"]+)"', svg)
         assert names
@@ -285,16 +298,83 @@ class TestDrawing:
         assert tuple(light[variable[4:-1]] for variable in STAND_INS.values()) == LIGHT
         picture = Image.open(io.BytesIO(Drawing(line, "own", "Words").png("Title"))).convert("RGB")
         colors = {color for _, color in picture.getcolors(maxcolors=2**16)}
-        for wanted in (light["--paper"], light["--series-2"], light["--ink"]):
+        for wanted in (light["--paper"], light["--wrong"], light["--ink"]):
             assert ImageColor.getrgb(wanted) in colors, wanted
 
 
 def test_words_of_a_reliability_diagram():
     logits = torch.tensor([[4.0, 0.0]] * 10)  # 98.2 % sure, nine times right
     labels = torch.tensor([0] * 9 + [1])
-    chart = reliability("own", "Title", logits, labels, caption="", color=0)
+    chart = reliability("own", "Title", logits, labels, caption="")
     assert "ECE 8.20 %" in chart.svg
-    assert "8.20 % too sure" in chart.svg
+    assert "8.20 points above the accuracy" in chart.svg
+
+
+def colors_of(svg):
+    return {name for name in ("ensemble", "members", "right", "wrong") if f"var(--{name})" in svg}
+
+
+def test_a_color_has_one_meaning(findings):
+    """Blue is the ensemble, and members, right and wrong have colours of their own."""
+    found = findings["mixmo"]
+    charts_of = {
+        chart.drawing.name: colors_of(chart.svg)
+        for section in sections(found)
+        for chart in section.charts
+    }
+    assert charts_of == {
+        "loss": {"ensemble"},  # of validation; that of training is of the colour of the text
+        "validation-accuracy": {"ensemble", "members"},
+        "learning-rate": set(),
+        "reliability-before": {"ensemble"},
+        "reliability-after": {"ensemble"},
+        "risk": {"ensemble"},
+        "members": {"ensemble", "members"},
+        "agreement": {"right", "wrong"},
+        "confusion": {"right", "wrong"},
+        "filters": set(),
+        "encoders": {"members"},
+    }
+    text = render(found)
+    assert all(f'style="background: var(--{name})"' in text for name in ("ensemble", "wrong"))
+
+
+def test_axes_of_fractions_are_in_percent(findings):
+    for section in sections(findings["mixmo"]):
+        for chart in section.charts:
+            if chart.drawing.name in ("loss", "learning-rate", "encoders", "confusion"):
+                continue
+            texts = re.findall(r"<text[^>]*>([^<]*)</text>", chart.svg)
+            assert any(re.fullmatch(r"[\d.]+ %", text) for text in texts), chart.title
+            assert not any(re.fullmatch(r"0\.\d+", text) for text in texts), chart.title
+
+
+def test_a_temperature_of_too_few_images_has_a_remark(findings):
+    found = findings["mixmo"]
+    calibrated = dict.fromkeys(("nll", "ece", "brier", "temperature"), 1.0)
+    for error, remarked in ((0.099, False), (0.101, True)):
+        figures = {**found.figures, "calibrated": {**calibrated, "temperature_error": error}}
+        figures["calibrated"]["num_images"] = 57
+        figures.pop("cross_fitted", None)
+        text = render(replace(found, figures=figures))
+        assert ("too few images: 57" in text) == remarked
+
+
+def test_many_classes_have_two_tables(findings):
+    found = findings["mixmo"]
+    random = torch.Generator().manual_seed(0)
+    names = tuple(f"class {number}" for number in range(30))
+    logits = torch.randn(300, 2, 30, generator=random).double()
+    labels = torch.arange(300) % 30
+    many = replace(
+        found, classes=names, member_logits=logits, labels=labels, calibrated=logits.mean(1)
+    )
+    (confusion,) = [section for section in sections(many) if section.name == "confusion"]
+    assert confusion.charts == []
+    pairs, worst = confusion.tables
+    assert len(pairs.rows) == len(worst.rows) == 15
+    accuracy = (many.logits.argmax(1) == labels).view(10, 30).double().mean(0)
+    assert worst.rows[0][2] == f"{100 * float(accuracy.min()):.2f} %"
 
 
 def test_words_of_the_agreement():
@@ -350,10 +430,28 @@ class TestInChromium:
             )
             assert outside == []
 
-    @pytest.mark.parametrize("width", [320, 375, 768])
+    @pytest.mark.parametrize("width", [320, 390, 768])
     def test_a_narrow_window_needs_no_sideways_scrolling(self, pages, width):
         with Page(pages["mixmo"], width=width) as page:
             assert page.ask("document.documentElement.scrollWidth") <= width
+            tables = "[...document.querySelectorAll('table')]"
+            outside = (
+                f"{tables}.filter(t => t.scrollWidth > t.parentElement.clientWidth + 1).length"
+            )
+            assert page.ask(outside) == 0
+
+    @pytest.mark.parametrize("kind", CHARTS)
+    @pytest.mark.parametrize("width", [768, 1280])
+    def test_no_half_of_a_row_is_empty(self, pages, kind, width):
+        with Page(pages[kind], width=width) as page:
+            rows = page.ask(
+                "[...document.querySelectorAll('.charts')].map(grid => [grid.children.length,"
+                " getComputedStyle(grid).gridTemplateColumns.split(' ').length])"
+            )
+            assert len(rows) >= 5
+            for cells, in_a_row in rows:
+                assert in_a_row == 2
+                assert cells % in_a_row == 0
 
     def test_light_dark_and_print(self, pages):
         paper = "getComputedStyle(document.documentElement).backgroundColor"

@@ -69,6 +69,8 @@ def test_departures_from_the_shipped_recipe_are_listed():
     )
     assert departures(recipe) == ["data.limit", "mix.alpha", "train.epochs"]
     assert departures(load_recipe("cifar10/mimo")) == []
+    filled_in = {"data.valid_split": 0.02}  # as a run's own recipe says it
+    assert departures(resolve_recipe("cifar10", "cifar10/mimo", filled_in)) == []
     nearest = {"schedule.kind": "published", "data.valid_split": 0.0, "train.threads": 2}
     assert departures(resolve_recipe("cifar10", "cifar10/mimo", nearest)) == []
 

@@ -16,6 +16,8 @@ from mixmo_fastai.recipe import override, recipe_from_mapping
 from mixmo_fastai.runs import create_run, open_run
 from mixmo_fastai.training import prepare, train
 
+pytestmark = pytest.mark.slow
+
 TINY = recipe_from_mapping(
     {
         "name": "tiny",
@@ -66,6 +68,39 @@ def fit(run, place=None, *, resume=False, validating=False, prepare=prepare):
     else:
         assert place is None or place == (2, STEPS)
     return watch.steps
+
+
+@pytest.mark.parametrize("num_members", [2, 3])
+def test_checkpoints_hold_the_loss_as_a_sum_over_members(tmp_path, num_members):
+    """As of version 0.1.0; what is recorded is per member."""
+
+    class SeeSmoothed(Callback):
+        order = 63
+
+        def __init__(self):
+            super().__init__()
+            self.values = []
+
+        def after_batch(self):
+            if self.learn.training:
+                self.values.append(self.learn.recorder.smooth_loss.val.item())
+
+    run = start(override(TINY, [f"model.num_members={num_members}"]), tmp_path / "run")
+    stop, before, after = StopRequest(), SeeSmoothed(), SeeSmoothed()
+    with pytest.raises(InterruptedBySignal):
+        train(prepare(run.recipe()), run, cbs=[before, Watch(stop, (1, 2))], stop=stop)
+    saved = CheckpointStore(run.checkpoint).newest().path
+    state, history = (json.loads((saved / f"{n}.json").read_text()) for n in ("state", "history"))
+    assert state["smooth_loss"] == num_members * before.values[-1]
+    (row,) = history["rows"]
+    assert history["loss_sums"][0] / 2 == pytest.approx(
+        num_members * float(row["train_loss"]), rel=0.25
+    )
+    train(prepare(run.recipe()), run, cbs=[after], resume=True)
+    whole = SeeSmoothed()
+    fresh = start(run.recipe(), tmp_path / "whole")
+    train(prepare(fresh.recipe()), fresh, cbs=[whole])
+    assert before.values + after.values == whole.values
 
 
 def content(run):

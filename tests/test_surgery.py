@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import timm
 import torch
+from fastai.layers import SigmoidRange
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.utils.checkpoint import checkpoint
@@ -49,11 +50,18 @@ def largest_difference(found, expected):
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_converted_network_gives_what_it_gave(name):
-    model, size = plain(name), FAMILIES[name]
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    """A network, its weights before it was converted, the MixMo network, and an image size."""
+    model = plain(request.param)
     before = copy.deepcopy(model.state_dict())
-    converted = convert_to_mixmo(model, 2).eval()
+    return model, before, convert_to_mixmo(model, 2), FAMILIES[request.param]
+
+
+@pytest.mark.slow
+def test_a_converted_network_gives_what_it_gave(family):
+    model, before, converted, size = family
+    converted.eval()
     x = torch.randn(2, 3, size, size)
     with torch.no_grad():
         expected = model(x)
@@ -64,10 +72,11 @@ def test_a_converted_network_gives_what_it_gave(name):
     assert not torch.equal(converted.heads[0].weight, converted.heads[1].weight)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_every_parameter_gets_a_gradient(name):
-    size = FAMILIES[name]
-    converted = convert_to_mixmo(plain(name), 2).train()
+@pytest.mark.slow
+def test_every_parameter_gets_a_gradient(family):
+    *_, converted, size = family
+    torch.manual_seed(0)
+    converted.train().zero_grad()
     shape = converted.mask_shape(size, size)
     masks, _ = draw_masks("cutmix", draw_lam(2, 2, 2.0), shape)
     logits = converted(torch.randn(2, 2, 3, size, size), masks)
@@ -247,6 +256,36 @@ class LogSoftmaxInTraining(Own):
         return logits.log_softmax(1) if self.training else logits
 
 
+class RectifyingInPlace(Own):
+    """Its end writes over the logits, but is no layer."""
+
+    def forward(self, x):
+        return super().forward(x).relu_()
+
+
+class BoundedInEvaluation(Own):
+    """Ends with an output layer, but not in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.bound = nn.Sigmoid()
+
+    def forward(self, x):
+        logits = super().forward(x)
+        return logits if self.training else self.bound(logits)
+
+
+class BoundedTwice(Own):
+    """Uses its output layer in between as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.bound, self.between = nn.Sigmoid(), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.bound(self.last(self.bound(self.between(self.first(x).mean((2, 3))))))
+
+
 class Dropping(Own):
     def forward(self, x):
         return nn.functional.dropout(super().forward(x), 0.5, self.training)
@@ -322,6 +361,12 @@ REFUSED = {
     ),
     "softmax": (Softmax, "does not end with linear layer 'last'"),
     "rectifying": (Rectifying, "does not end with linear layer 'last'"),
+    "rectifying in place": (RectifyingInPlace, "does not end with linear layer 'last'"),
+    "softmax as a layer": (lambda: nn.Sequential(Own(), nn.Softmax(1)), "does not end with linear"),
+    "dropout as a layer": (lambda: nn.Sequential(Own(), nn.Dropout()), "last' in training"),
+    "trained output": (lambda: nn.Sequential(Own(), nn.BatchNorm1d(3)), "does not end with linear"),
+    "output in evaluation": (BoundedInEvaluation, "does not end with linear layer 'last'"),
+    "output twice": (BoundedTwice, "does not end with linear layer 'last'"),
     "clamping": (Clamping, "does not end with linear layer 'last'"),
     "two heads": (TwoHeads, "does not end with linear layer 'other'"),
     "distilled": (
@@ -437,6 +482,7 @@ def test_networks_built_in_their_own_ways(kind, channels):
     assert all(isinstance(head, nn.Linear) for head in converted.heads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [40, 97])
 @pytest.mark.parametrize("name", ["resnet18", "convnext_tiny", "densenet121", "mobilenet_v2"])
 def test_other_sizes_than_that_it_was_tried_at(name, size):
@@ -666,3 +712,56 @@ def test_other_channels_give_the_same_for_grey_images(channels):
     found = converted(grey.expand(-1, channels, -1, -1))
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
     assert converted.in_channels == channels
+
+
+OUTPUTS = {
+    "y_range": lambda: SigmoidRange(-1, 6),
+    "y_range of each number": lambda: SigmoidRange(torch.tensor([0.0, 1, 2]), torch.tensor(7.0)),
+    "sigmoid": nn.Sigmoid,
+    "tanh, then nothing": lambda: nn.Sequential(nn.Tanh(), nn.Dropout(0.0), nn.Identity()),
+    "rectifying in place": lambda: nn.ReLU(inplace=True),
+}
+
+
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_an_output_layer_may_follow_the_last_layer(kind):
+    torch.manual_seed(0)
+    model = nn.Sequential(Own(), OUTPUTS[kind]()).eval()
+    x = torch.randn(4, 2, 9, 9)
+    with torch.no_grad():
+        converted = convert_to_mixmo(model)
+        torch.testing.assert_close(converted(x), model(x))
+        for head in converted.heads:  # members that differ, as after training
+            nn.init.normal_(head.weight, std=2.0)
+        expected = converted.output(converted.member_logits(x).mean(dim=1))
+        assert torch.equal(converted(x), expected)
+        mean_of_predictions = converted.predictions(converted.member_logits(x)).mean(dim=1)
+        assert (converted(x) - mean_of_predictions).abs().max() > 1e-2
+        fused = converted.fuse()
+        assert type(fused) is nn.Sequential
+        assert not fused.training
+        torch.testing.assert_close(fused(x), expected)
+        votes = converted.fuse(keep_members=True)
+        torch.testing.assert_close(votes(x), expected)
+        torch.testing.assert_close(votes.member_logits(x), converted.member_logits(x))
+
+
+def test_in_training_each_member_predicts_within_the_range():
+    converted = convert_to_mixmo(nn.Sequential(Own(), SigmoidRange(2, 3)))
+    nn.init.normal_(converted.heads[0].weight, std=20.0)
+    x = torch.randn(4, 2, 2, 9, 9)
+    masks = torch.full((4, 2, 1, *converted.mask_shape(9, 9)[1:]), 0.5)
+    predictions = converted.train()(x, masks)
+    assert predictions.shape == (4, 2, 3)
+    assert predictions.min() >= 2
+    assert predictions.max() <= 3
+
+
+def test_an_output_layer_adds_no_tensors_and_pickles_of_before_have_none():
+    plain, bounded = (convert_to_mixmo(m) for m in (Own(), nn.Sequential(Own(), nn.Sigmoid())))
+    assert len(plain.state_dict()) == len(bounded.state_dict())
+    del plain.__dict__["output"], plain.core.__dict__["output"]  # as version 0.1.0 pickled it
+    again = pickle.loads(pickle.dumps(plain))
+    x = torch.randn(4, 2, 9, 9)
+    assert torch.equal(again(x), plain(x))
+    torch.testing.assert_close(again.eval().fuse()(x), plain(x))

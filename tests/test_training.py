@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from fastai.callback.core import Callback
@@ -8,7 +10,13 @@ from mixmo_fastai.checkpoints.weights import load_weights
 from mixmo_fastai.cli import run as program
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.lr_search import search_lr
-from mixmo_fastai.recipe import load_recipe, override, recipe_from_mapping
+from mixmo_fastai.names import DATASETS
+from mixmo_fastai.recipe import (
+    default_valid_split,
+    load_recipe,
+    override,
+    recipe_from_mapping,
+)
 from mixmo_fastai.recording import HistoryCallback
 from mixmo_fastai.runs import create_run, open_run
 from mixmo_fastai.schedule import flat_cosine, one_cycle
@@ -85,6 +93,7 @@ def settled(request, tmp_path_factory):
     return fit(recipe, tmp_path_factory.mktemp("settled"))[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interrupt_in", [2, 3])
 def test_averages_and_the_best_epoch_survive_an_interruption(settled, tmp_path, interrupt_in):
     with pytest.raises(KeyboardInterrupt):
@@ -378,6 +387,24 @@ def test_networks_that_do_not_take_the_images(arch, message, tmp_path, monkeypat
     assert program(["fit", "digits", "--arch", arch]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not [*tmp_path.iterdir()]
+
+
+def test_the_validation_split_is_filled_in_and_kept_with_the_run(tmp_path):
+    recipe = override(load_recipe("digits/vanilla"), ["model.arch=wrn10_1", "train.device=cpu"])
+    recipe = replace(recipe, data=replace(recipe.data, valid_split=None))
+    training = prepare(recipe)
+    assert training.recipe.data.valid_split == 0.0693
+    assert len(training.learn.dls.valid.images) == 100
+    kept = create_run(training.recipe, tmp_path / "run").recipe()
+    assert kept.data.valid_split == 0.0693
+
+
+@pytest.mark.parametrize("name", ["cifar10/vanilla", "cifar100/cut-mixmo", "tinyimagenet/mimo"])
+def test_shipped_recipes_validate_on_two_percent(name):
+    recipe = load_recipe(name)
+    count = DATASETS[recipe.data.dataset].num_images[0]
+    assert recipe.data.valid_split in (None, 0.02)
+    assert default_valid_split(count) == 0.02
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import torch
 from datasets import write_image_folder
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from safetensors.torch import load_file, save
 from test_resuming import TINY, fit
 
@@ -33,6 +34,8 @@ from mixmo_fastai.recording import HistoryCallback
 from mixmo_fastai.report.findings import read_history
 from mixmo_fastai.runs import RunFolder, create_run
 from mixmo_fastai.training import prepare
+
+pytestmark = pytest.mark.slow
 
 FEW = settings(
     max_examples=60,
@@ -114,6 +117,7 @@ def test_every_kind_of_file_has_its_place_here(finished):
 def test_a_pickle_is_never_run(finished, tmp_path, monkeypatch, capsys, name, how):
     root = Path(shutil.copytree(finished, tmp_path / "copy"))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Figure, "draw", lambda *_: None)  # after all is read, and half of the time
     # The recipe names the data by its place.
     recipe = root / "run/recipe.toml"
     recipe.write_text(recipe.read_text().replace(str(finished), str(root)))

@@ -170,13 +170,14 @@ class RunState:
         history: Mapping[str, Any],
         position: Position,
     ) -> Iterator[tuple[str, bytes]]:
-        recorder = self.learn.recorder.smooth_loss
+        recorder = self.learn.recorder.smooth_loss  # per member; checkpoints hold the sum
+        num_members = unwrap(self.learn.model).num_members
         state = {
             **asdict(position),
             "steps_per_epoch": len(self.learn.dls.train),
             "pct_train": self.learn.pct_train,
             "hypers": _hypers(self.learn),
-            "smooth_loss": float(recorder.val),
+            "smooth_loss": float(recorder.val) * num_members,
             "smooth_count": recorder.count,
             "torch": torch.__version__,
             "num_processes": group().count,
@@ -247,7 +248,7 @@ class Restored:
         steps_per_epoch: of the run that was saved.
         pct_train: share of training done, as fastai adds it up step by step.
         hypers: learning rate and momentum of each group of parameters.
-        smooth_loss, smooth_count: of fastai's recorder.
+        smooth_loss, smooth_count: of fastai's recorder; the loss is a sum over members.
         torch: the version that trained so far.
         num_processes: that did.
     """
@@ -334,7 +335,7 @@ def _with_defaults(values: Mapping[str, Any]) -> Any:
     return plain
 
 
-_ADDED = (("model", "pretrained", False),)
+_ADDED = (("model", "pretrained", False), ("data", "skip_damaged", False))
 """Settings that recipes of older checkpoints lack, with what they are there."""
 
 

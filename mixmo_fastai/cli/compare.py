@@ -26,7 +26,7 @@ def compare(
     as_json: opt.Json = False,
     debug: opt.Debug = False,
 ) -> None:
-    """Evaluate runs on the same test images, each against the first; draw them by parameters."""
+    """Evaluate runs on the same test images, each against the first; plot them by parameters."""
     folders = open_runs(runs, "A comparison")
     opt.check_device(device)
     picture = free_file(out, "compare", ".png")
@@ -45,6 +45,11 @@ def compare(
             "seconds": part.seconds,
             part.part: part.figures,
             "intervals": part.intervals,
+            "difference": None
+            if part.differences is None
+            else {
+                name: part.figures[name] - compared[0].figures[name] for name in part.differences
+            },
             "differences": part.differences,
             "expected": dataclasses.asdict(part.recipe.expected),
         }

@@ -1,7 +1,9 @@
 """Where a command's words go: people read the console, programs read JSON."""
 
 import json
+import re
 import sys
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +24,36 @@ class RunInterruptedError(Exception):
         self.exit_code = exit_code
 
 
+def fold(line: str, width: int) -> list[str]:
+    """Fold a line to a width; what follows is indented to the second column, if there is one.
+
+    A number stays with its unit. Words that are longer than a line, such as paths, and lines that
+    are commands are left whole, so that they can be copied.
+    """
+    if len(line) <= width or line.lstrip().startswith("mixmo "):
+        return [line]
+    label = _LABEL.match(line)
+    indent = " " * (len(label[0]) if label and len(label[0]) <= width // 3 else _margin(line) + 2)
+    parts = textwrap.wrap(
+        _UNIT.sub("\u00a0", line),
+        width,
+        subsequent_indent=indent,
+        drop_whitespace=True,
+        replace_whitespace=False,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return [part.replace("\u00a0", " ") for part in parts]
+
+
+def _margin(line: str) -> int:
+    return len(line) - len(line.lstrip())
+
+
+_LABEL = re.compile(r"\s*\S+(?: \S+)*\s{2,}(?=\S)")
+_UNIT = re.compile(r"(?<=\d) (?=(?:%|points|nats|min|h|s)(?!\w))")
+
+
 class Output:
     """The console of one command.
 
@@ -40,8 +72,19 @@ class Output:
     def say(self, line: str = "", style: str | None = None) -> None:
         """Say one thing on the way; the run's log keeps it as well."""
         if not (self.quiet or self.is_silent):
-            self.console.print(line, style=style, markup=False)
-        self._log(line)
+            self._print(line, style)
+        self.note(line)
+
+    def say_command(self, line: str) -> None:
+        """Say a command line; a terminal does not break it, so that it can be copied."""
+        if not (self.quiet or self.is_silent):
+            self.console.print(line, markup=False, soft_wrap=True)
+        self.note(line)
+
+    def note(self, line: str) -> None:
+        """Write a line to the run's log alone."""
+        if self.run is not None:
+            self.run.log(line)
 
     def result(self, lines: list[str], value: Mapping[str, Any]) -> None:
         """Give the result: lines for people, or the value as JSON."""
@@ -51,9 +94,11 @@ class Output:
             sys.stdout.write(json.dumps(value, indent=2) + "\n")
         for line in lines:
             if not self.as_json:
-                self.console.print(line, markup=False)
-            self._log(line)
+                self._print(line)
+            self.note(line)
 
-    def _log(self, line: str) -> None:
-        if self.run is not None:
-            self.run.log(line)
+    def _print(self, line: str, style: str | None = None) -> None:
+        """Print a line, on a terminal folded to its width; pipes get whole lines."""
+        width = self.console.width if self.console.is_terminal else None
+        for part in [line] if width is None else fold(line, width):
+            self.console.print(part, style=style, markup=False, soft_wrap=True)

@@ -11,7 +11,8 @@ import typer
 from mixmo_fastai.checkpoints.store import CheckpointStore
 from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output, RunInterruptedError
-from mixmo_fastai.cli.render import figure_lines, plan_lines, recipe_lines
+from mixmo_fastai.cli.plan import say_next, say_plan
+from mixmo_fastai.cli.render import FIGURE_WIDTH, figure_lines
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.interruption import exit_code_of, handling_signals
 from mixmo_fastai.locking import locked
@@ -33,6 +34,7 @@ def fit(
     data_dir: opt.DataDir = None,
     valid_split: opt.ValidSplit = None,
     test_split: opt.TestSplit = None,
+    skip_damaged: opt.SkipDamaged = None,
     limit: opt.Limit = None,
     epochs: opt.Epochs = None,
     batch_size: opt.BatchSize = None,
@@ -68,9 +70,9 @@ def fit(
     """
     settings = opt.flags(
         arch=arch, mix=mix, msda=msda, members=members, valid_split=valid_split,
-        test_split=test_split, limit=limit, epochs=epochs, batch_size=batch_size,
-        repeat=repeat, lr=lr, seed=seed, device=device, precision=precision,
-        memory_format=memory_format, compiled=compiled, threads=threads,
+        test_split=test_split, skip_damaged=skip_damaged, limit=limit,
+        epochs=epochs, batch_size=batch_size, repeat=repeat, lr=lr, seed=seed, device=device,
+        precision=precision, memory_format=memory_format, compiled=compiled, threads=threads,
     )  # fmt: skip
     output = Output(as_json=as_json, quiet=quiet)
     loggers = () if logger is None else parse_loggers(logger)
@@ -104,8 +106,8 @@ def _start(
         path = done_by_first(lambda: _make_folder(training, out))
         output.run = run = RunFolder(path, is_writer=is_first)
         with _logged(run):
-            _say_plan(training, output)
-            _train(training, run, loggers, output, resume=False)
+            speed = say_plan(training, output, run)
+            _train(training, run, loggers, output, speed, resume=False)
 
 
 def _make_folder(training: Any, out: Path | None) -> Path:
@@ -124,9 +126,9 @@ def _resume(run: RunFolder, data_dir: Path | None, loggers: Sequence[str], outpu
     with _prepared(recipe, data_dir, output, run) as (training, is_first):
         output.run = run = RunFolder(run.path, is_writer=is_first)
         with _logged(run):
-            _say_plan(training, output)
+            speed = say_plan(training, output, run, resume=True)
             _say_networks(run, output)
-            _train(training, run, loggers, output, resume=True)
+            _train(training, run, loggers, output, speed, resume=True)
 
 
 @contextmanager
@@ -162,11 +164,6 @@ def _progress(run: RunFolder) -> str:
     return "Interrupted. The state is saved" if saved else "Interrupted. Nothing was saved yet"
 
 
-def _say_plan(training: Any, output: Output) -> None:
-    for line in [*plan_lines(training), "", *recipe_lines(training.recipe), ""]:
-        output.say(line)
-
-
 @contextmanager
 def _logged(run: RunFolder) -> Iterator[None]:
     """Let a run's log say what ended it, and a person how to continue."""
@@ -184,14 +181,20 @@ def _logged(run: RunFolder) -> Iterator[None]:
 
 
 def _train(
-    training: Any, run: RunFolder, loggers: Sequence[str], output: Output, *, resume: bool
+    training: Any,
+    run: RunFolder,
+    loggers: Sequence[str],
+    output: Output,
+    speed: Any,
+    *,
+    resume: bool,
 ) -> None:
     """Train with a display, and give the result."""
     from mixmo_fastai.cli.progress import TrainingDisplay
     from mixmo_fastai.deep_ensemble import train_run
 
     output.say(f"Run folder: {run.path}")
-    display = TrainingDisplay(output, training.recipe.train.batch_size)
+    display = TrainingDisplay(output, training.recipe.train.batch_size, speed)
     cbs: list[Any] = [display]
     if loggers:
         from mixmo_fastai.loggers.callback import LoggingCallback
@@ -203,6 +206,12 @@ def _train(
     finally:
         display.close()
     output.result(
-        ["", *figure_lines(figures, training.recipe), f"{'Run folder':<15}  {run.path}"],
+        [
+            "",
+            *figure_lines(figures, training.recipe),
+            f"{'Run folder':<{FIGURE_WIDTH}}  {run.path}",
+        ],
         {"run": str(run.path), **figures},
     )
+    if not output.as_json:  # a program reads the result, and nothing after it
+        say_next(output, run, training.recipe, figures["images_seen"])

@@ -58,7 +58,7 @@ def import_(
 def _recipe_of(dataset: str, name: str | None, arch: str, num_members: int) -> Recipe:
     """Describe the network: by the recipe that is said to have trained it, or by itself alone."""
     # The published networks saw every training image: none is left to calibrate on.
-    whole = {"model.arch": arch, "data.valid_split": 0.0}
+    whole = {"model.arch": arch, "data.valid_split": 0.0, "data.image_size": 0}
     if name is None:
         settings = {**whole, "model.num_members": num_members}
         if num_members == 1:

@@ -9,6 +9,7 @@ from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output
 from mixmo_fastai.cli.render import filter_lines
 from mixmo_fastai.errors import InputError
+from mixmo_fastai.files import write_atomically
 from mixmo_fastai.runs import free_file, open_run
 
 
@@ -24,7 +25,7 @@ def inspect(
     as_json: opt.Json = False,
     debug: opt.Debug = False,
 ) -> None:
-    """Measure the share of active filters per layer, and each encoder's filters."""
+    """Measure the fraction of active filters per convolution, and each encoder's filters."""
     if len(runs) > 2:
         raise InputError(f"inspect takes one run, or two side by side; got {len(runs)}.")
     folders = [open_run(run) for run in runs]
@@ -38,14 +39,14 @@ def inspect(
     picture = free_file(out, f"inspect-{'-'.join(names)}", ".png")
 
     from mixmo_fastai.checkpoints.weights import load_network
-    from mixmo_fastai.figures import plot_filters
     from mixmo_fastai.filter_use import encoder_norms, filter_use
+    from mixmo_fastai.report.filters import side_by_side
 
     networks = [load_network(folder) for folder in folders]
     uses = [filter_use(network) for network in networks]
     norms = [encoder_norms(network) for network in networks]
     titles = [str(folder.path) for folder in folders]
-    plot_filters(titles, uses, norms, picture)
+    write_atomically(picture, side_by_side(titles, uses, norms).png())
     Output(as_json=as_json).result(
         [*filter_lines(titles, uses), "", f"Picture: {picture}"],
         {
@@ -55,6 +56,10 @@ def inspect(
                     "thresholds": list(use.thresholds),
                     "average": use.average.tolist(),
                     "layers": dict(zip(use.layers, use.shares.tolist(), strict=True)),
+                    "convolutions": [
+                        {"number": number, "module": f"core.{name}"}
+                        for number, name in enumerate(use.layers, 1)
+                    ],
                     "encoder_norms": norm.tolist(),
                 }
                 for title, use, norm in zip(titles, uses, norms, strict=True)

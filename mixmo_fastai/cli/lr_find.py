@@ -7,7 +7,7 @@ import typer
 
 from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output
-from mixmo_fastai.cli.render import setup_lines
+from mixmo_fastai.cli.render import columns, setup_lines
 from mixmo_fastai.resolve import resolve_recipe
 from mixmo_fastai.runs import free_file, run_label
 from mixmo_fastai.wording import method_name
@@ -25,6 +25,7 @@ def lr_find(
     data_dir: opt.DataDir = None,
     valid_split: opt.ValidSplit = None,
     test_split: opt.TestSplit = None,
+    skip_damaged: opt.SkipDamaged = None,
     limit: opt.Limit = None,
     batch_size: opt.BatchSize = None,
     repeat: opt.Repeat = None,
@@ -57,13 +58,15 @@ def lr_find(
     quiet: opt.Quiet = False,
     debug: opt.Debug = False,
 ) -> None:
-    """Raise the learning rate step by step, and suggest one from how the loss falls."""
-    settings = opt.flags(
-        arch=arch, mix=mix, msda=msda, members=members, valid_split=valid_split,
-        test_split=test_split, limit=limit, batch_size=batch_size, repeat=repeat, seed=seed,
-        device=device, precision=precision, memory_format=memory_format, compiled=compiled,
-        threads=threads,
-    )  # fmt: skip
+    """Raise the learning rate step by step, and advise one from the fall of the loss."""
+    given = {
+        "arch": arch, "mix": mix, "msda": msda, "members": members, "valid_split": valid_split,
+        "test_split": test_split, "skip_damaged": skip_damaged, "limit": limit,
+        "batch_size": batch_size, "repeat": repeat, "seed": seed, "device": device,
+        "precision": precision, "memory_format": memory_format, "compiled": compiled,
+        "threads": threads,
+    }  # fmt: skip
+    settings = opt.flags(**given)
     if not start < end:
         raise typer.BadParameter(f"--start {start:g} must be below --end {end:g}.")
     resolved = resolve_recipe(dataset, recipe, settings, assignments or ())
@@ -79,19 +82,22 @@ def lr_find(
         output.say(line)
     output.say(f"Searching in {steps} steps from {start:g} to {end:g} …")
     search = search_lr(training, num_steps=steps, start=start, end=end)
-    title = f"{method_name(resolved)} on {training.source.name}, {resolved.model.arch}"
+    title = f"{method_name(resolved)} on {training.source.name}, {training.recipe.model.arch}"
     plot_lr_search(search, picture, title)
-    rows = [(name, f"{rate:.3g}", MEANINGS[name]) for name, rate in search.suggestions.items()]
-    lines = [f"{name:<8}  {rate:>9}  {meaning}" for name, rate, meaning in rows]
+    rate = resolved.lr if search.advised is None else search.advised
+    kept = [text for text in assignments or () if not text.startswith("optimizer.lr=")]
+    flags = {"recipe": recipe, **given, "data_dir": data_dir, "lr": rate}
+    command = opt.fit_command(dataset, flags, kept)
+    table = [("method", "rate", "meaning")]
+    table += [(name, f"{r:.3g}", MEANINGS[name]) for name, r in search.suggestions.items()]
+    advice = f"Advised learning rate: {rate:.2g} (slide; the recipe has {resolved.lr:.2g})"
+    if search.advised is None:
+        advice = f"The loss hardly fell: keep the recipe's learning rate, {rate:.2g}"
     output.result(
-        [
-            "",
-            *lines,
-            "",
-            f"The recipe has {resolved.lr:.3g}, its peak under one-cycle.",
-            f"Look at the curve before you choose, where the loss falls steadily: {picture}",
-        ],
+        ["", *columns(table, left=(0, 2)), "", f"Curve: {picture}", advice, f"  {command}"],
         {
+            "advised_lr": rate,
+            "command": command,
             "suggestions": search.suggestions,
             "recipe_lr": resolved.lr,
             "curve": str(picture),
@@ -102,8 +108,8 @@ def lr_find(
 
 
 MEANINGS = {
-    "valley": "two thirds through the longest descent (fastai's default; careful)",
+    "valley": "two thirds through the longest descent; careful",
     "slide": "end of the steepest stretch before the loss rises",
-    "steep": "steepest single step (often noise)",
+    "steep": "steepest single step; often noise",
     "minimum": "a tenth of the rate with the lowest loss",
 }

@@ -1,5 +1,7 @@
 """Flags that several commands share: one name and one meaning each."""
 
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +25,20 @@ DataDir = Annotated[
 ]
 ValidSplit = Annotated[
     float | None,
-    typer.Option(help="Share of the training set that validates.", rich_help_panel=DATA),
+    typer.Option(
+        help="Fraction of the training set that validates. Default: 0.02, and more of small sets.",
+        show_default=False,
+        rich_help_panel=DATA,
+    ),
+]
+SkipDamaged = Annotated[
+    bool | None,
+    typer.Option(
+        "--skip-damaged",
+        help="Leave out image files that cannot be decoded.",
+        show_default=False,
+        rich_help_panel=DATA,
+    ),
 ]
 TestSplit = Annotated[
     float | None,
@@ -145,6 +160,7 @@ def flags(**values: Any) -> dict[str, Any]:
 _SETTINGS = {
     "valid_split": "data.valid_split",
     "test_split": "data.test_split",
+    "skip_damaged": "data.skip_damaged",
     "limit": "data.limit",
     "arch": "model.arch",
     "members": "model.num_members",
@@ -161,6 +177,25 @@ _SETTINGS = {
     "threads": "train.threads",
     "lr": "optimizer.lr",
 }
+
+
+def fit_command(dataset: str | None, flags: Mapping[str, Any], assignments: Sequence[str]) -> str:
+    """Return the command line of `mixmo fit` with some flags, quoted for a shell.
+
+    Args:
+        dataset: its argument, if given.
+        flags: value by the name of the parameter; None where not given.
+        assignments: of --set.
+    """
+    words = ["mixmo", "fit", *([dataset] if dataset is not None else [])]
+    for name, value in flags.items():
+        if value is not None:
+            flag = {"compiled": "compile"}.get(name, name).replace("_", "-")
+            shown = f"{value:g}" if isinstance(value, float) else str(value)
+            words += [f"--{flag}"] if value is True else [f"--{flag}", shown]
+    for assignment in assignments:
+        words += ["--set", assignment]
+    return shlex.join(words)
 
 
 def in_flags(message: str) -> str:

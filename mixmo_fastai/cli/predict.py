@@ -71,10 +71,18 @@ def predict(
         told = {"run": str(run), "predictions": str(out), "unreadable": reasons}
         output.result([f"Predictions: {out}, {len(rows):,} images"], told)
     if unreadable:
-        first = next(iter(unreadable.values()))
         raise RunFailedError(
-            f"{len(unreadable)} of {len(unreadable) + len(rows)} images could not be read: {first}"
+            f"{len(unreadable)} of {len(unreadable) + len(rows)} images could not be read: "
+            f"{_named(reasons)}"
         )
+
+
+def _named(reasons: dict[str, str]) -> str:
+    """Name images that could not be read; a single one with the reason."""
+    if len(reasons) == 1:
+        return next(iter(reasons.values()))
+    more = f" and {len(reasons) - 10:,} more" if len(reasons) > 10 else ""
+    return f"{', '.join([*reasons][:10])}{more}.\nThe reasons are in the result of --json."
 
 
 def _csv_lines(rows: list[dict[str, Any]]) -> list[str]:

@@ -90,6 +90,8 @@ def run(args: Sequence[str]) -> int:
         # Third parties warn their developers, not the people who train.
         for category in (FutureWarning, DeprecationWarning):
             warnings.filterwarnings("ignore", category=category)
+        # Pillow's warning of large scans, which are read all the same.
+        warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
     with handling_signals() as stop:
         try:
             _check_processes(args)

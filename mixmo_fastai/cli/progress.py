@@ -2,10 +2,11 @@
 
 import time
 from collections.abc import Mapping
-from datetime import timedelta
 from typing import Any
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Column
+from rich.text import Text
 
 from mixmo_fastai.cli.console import Output
 from mixmo_fastai.epochs import TrainedEpochCallback
@@ -29,13 +30,18 @@ class TrainingDisplay(TrainedEpochCallback):
     Args:
         output: the command's console.
         images_per_step: images that the network sees per step.
+        speed: as it was measured before, a `speed.Speed`, until enough steps were made; None where
+            it was not.
     """
 
     order = 70  # after the history
+    FIRST_STEPS = 2
+    """Steps that are left out of the rate: they tune, compile and allocate."""
 
-    def __init__(self, output: Output, images_per_step: int) -> None:
+    def __init__(self, output: Output, images_per_step: int, speed: Any = None) -> None:
         super().__init__()
         self.output, self.images_per_step = output, images_per_step
+        self.rate_before = speed.images_per_second / images_per_step if speed else None
         self.progress = _make_progress(output)
         self.task: Any = None
         self.steps_here, self.first_epoch, self.latest_epoch = 0, -1, -1
@@ -53,22 +59,25 @@ class TrainingDisplay(TrainedEpochCallback):
         self.steps_before = getattr(self.learn.dl, "first_step", 0)  # of a resumed run's epoch
         self.output.say("".join(f"{title:>{width}}" for _, title, width in COLUMNS))
         self.began = time.perf_counter()
+        self.counted_from = self.began
         total = self.learn.n_epoch * len(self.learn.dls.train)
         done = self.learn.epoch * len(self.learn.dls.train) + self.steps_before
-        self.task = self.progress.add_task("", total=total, completed=done, speed="", left="")
+        self.task = self.progress.add_task(
+            self._place(), total=total, completed=done, speed=self._speed(), left=self._left()
+        )
         self.progress.start()
 
     def after_batch(self) -> None:
         """Move the bar."""
         self.steps_here += 1
-        seconds = time.perf_counter() - self.began
-        speed = self.steps_here * self.images_per_step / seconds
+        if self.steps_here <= self.FIRST_STEPS:
+            self.counted_from = time.perf_counter()
         self.progress.update(
             self.task,
             advance=1,
-            description=f"epoch {self.learn.epoch + 1}/{self.learn.n_epoch}",
-            speed=f"{speed:,.0f} images/s",
-            left=f"{self._left()} left",
+            description=self._place(),
+            speed=self._speed(),
+            left=self._left(),
         )
 
     def after_trained_epoch(self) -> None:
@@ -81,23 +90,61 @@ class TrainingDisplay(TrainedEpochCallback):
         """Remove the bar; training is over, however it ended."""
         self.progress.stop()
 
+    def _place(self) -> str:
+        return f"epoch {self.learn.epoch + 1}/{self.learn.n_epoch}"
+
+    def _rate(self) -> float | None:
+        """Return steps per second, validation included; as measured before in the first steps."""
+        counted = self.steps_here - self.FIRST_STEPS
+        if counted > 0:
+            return counted / max(1e-9, time.perf_counter() - self.counted_from)
+        if self.rate_before or not self.steps_here:
+            return self.rate_before
+        return self.steps_here / max(1e-9, time.perf_counter() - self.began)
+
+    def _speed(self) -> str:
+        rate = self._rate()
+        if rate is None:
+            return ""
+        images = rate * self.images_per_step
+        return f"{images:,.0f} images/s" if images >= 10 else f"{images:.2g} images/s"
+
     def _left(self) -> str:
+        rate = self._rate()
+        if rate is None:
+            return ""
         total = (self.learn.n_epoch - self.first_epoch) * len(self.learn.dls.train)
         left = total - self.steps_before - self.steps_here
-        seconds = (time.perf_counter() - self.began) / max(1, self.steps_here) * left
-        return str(timedelta(seconds=round(seconds)))
+        return clock(left / rate)
+
+
+class LabelledTimes(ProgressColumn):
+    """The time that has passed and the time left, each with its label."""
+
+    def render(self, task: Task) -> Text:
+        """Show both for a bar."""
+        left = task.fields["left"]
+        return Text(f"elapsed {clock(task.elapsed or 0)}" + (f", left {left}" if left else ""))
+
+
+def clock(seconds: float) -> str:
+    """Show a time in hours, minutes and seconds, and from 100 hours on in days."""
+    if seconds >= 360_000:
+        return f"{seconds / 86_400:,.0f} days"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 def _make_progress(output: Output) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=None),
         TextColumn("{task.percentage:>3.0f} %"),
         TextColumn("{task.fields[speed]}"),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[left]}"),
+        LabelledTimes(table_column=Column(no_wrap=True)),
         console=output.console,
         transient=True,
+        expand=True,
         disable=output.quiet or output.is_silent or not output.console.is_terminal,
     )
 

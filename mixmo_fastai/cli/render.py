@@ -1,4 +1,4 @@
-"""Plans and figures as lines that a person reads."""
+"""Plans and metrics as lines of text."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,17 +11,25 @@ from mixmo_fastai.wording import (
     OF_SEVERAL_MEMBERS,
     PART_NAMES,
     decimal,
+    duration,
     expectation,
     final_figures,
     method_name,
     percent,
+    points,
+    round_percent,
+    signed,
+    temperature_remark,
 )
 
+PLAN_WIDTH, FIGURE_WIDTH = len("Validation"), len("Mutual information")
+"""Characters of the longest label in a plan and among metrics, so that later rows line up."""
 
-def align(rows: Iterable[tuple[str, str]]) -> list[str]:
-    """Set labels and texts in two columns."""
+
+def align(rows: Iterable[tuple[str, str]], width: int = 0) -> list[str]:
+    """Set labels, of some width at least, and texts in two columns."""
     rows = list(rows)
-    width = max(len(label) for label, _ in rows)
+    width = max(width, *(len(label) for label, _ in rows))
     return [f"{label:<{width}}  {text}" for label, text in rows]
 
 
@@ -44,7 +52,7 @@ def plan_lines(training: Any) -> list[str]:
         *([("Weights", kept)] if (kept := _kept_weights(recipe)) else []),
         ("Published", expectation(recipe)),
     ]
-    return align(rows)
+    return align(rows, PLAN_WIDTH)
 
 
 def _kept_weights(recipe: Recipe) -> str:
@@ -79,6 +87,7 @@ def _setup_rows(training: Any) -> list[tuple[str, str]]:
             f"{source.name}: {counts[0]:,} training, {counts[1]:,} validation and {tested} images "
             f"of {shape}, {len(source.classes)} classes",
         ),
+        *_validation_rows(counts[1]),
         *source.notes,
         ("Network", f"{networks}, {members}, {training.num_parameters:,} parameters"),
         ("Method", f"{method_name(recipe)}, every image {times} in a batch{mixing}"),
@@ -87,6 +96,22 @@ def _setup_rows(training: Any) -> list[tuple[str, str]]:
             f"{training.device}{training.in_processes}, {training.acceleration.describe()}, "
             f"seed {recipe.train.seed}",
         ),
+    ]
+
+
+def _validation_rows(num_images: int) -> list[tuple[str, str]]:
+    """Say how coarse the validation accuracy is."""
+    from mixmo_fastai.bootstrap import accuracy_half_width
+
+    if not num_images:
+        return []
+    points = 100 * accuracy_half_width(num_images)
+    return [
+        (
+            "Validation",
+            f"its accuracy, of {num_images:,} images, is known to ±{points:.2g} points "
+            "(95 % interval)",
+        )
     ]
 
 
@@ -104,10 +129,11 @@ def recipe_lines(recipe: Recipe) -> list[str]:
 
 
 def figure_lines(figures: Mapping[str, Any], recipe: Recipe) -> list[str]:
-    """Show the figures of a run."""
+    """Show the metrics of a run, with what was asked for by `--ood` and `--corruptions` first."""
     part, test = final_figures(figures)
     model, accuracy = recipe.model, f"{PART_NAMES[part]} accuracy"
     num_members = len(test["member_accuracy"])  # of a deep ensemble, its networks
+    asked = _ood_lines(figures.get("ood", {})) + _corruption_lines(figures.get("corruptions"))
     rows = [(accuracy, percent(test["accuracy"]) + _ENSEMBLE * (num_members > 1))]
     if num_members > 1:
         label = "Networks" if model.num_nets > 1 else "Members"
@@ -119,32 +145,54 @@ def figure_lines(figures: Mapping[str, Any], recipe: Recipe) -> list[str]:
         rows.append(("Kept weights", f"epoch {shown}, best on {where}"))
     if recipe.expected.accuracy is not None:
         rows.append(("Published", expectation(recipe)))
-    return align([*rows, *_figure_rows(figures, num_members)])
+    return [*asked, *align([*rows, *_figure_rows(figures, num_members)], FIGURE_WIDTH)]
 
 
 def filter_lines(titles: list[str], uses: Sequence[Any]) -> list[str]:
-    """Show which share of each layer's filters is active, for one run or several."""
-    limits = [f"> {100 * t:.0f} %" for t in uses[0].thresholds]
+    """Show the fraction of active filters per convolution, for one run or two."""
     lines = []
     for title, use in zip(titles, uses, strict=True):
-        rows = [*zip(use.layers, use.shares.tolist(), strict=True)]
-        rows.append(("average over layers", use.average.tolist()))
-        width = max(len(name) for name, _ in rows)
-        lines += ["", f"{title}: share of filters whose L1 norm exceeds a part of the largest"]
-        lines.append(f"{'':<{width}}" + "".join(f"{limit:>10}" for limit in limits))
-        lines += [
-            f"{name:<{width}}" + "".join(f"{percent(share):>10}" for share in shares)
-            for name, shares in rows
-        ]
+        table = [("", "convolution", *(f"> {round_percent(t)}" for t in use.thresholds))]
+        for number, (name, shares) in enumerate(zip(use.layers, use.shares.tolist(), strict=True)):
+            table.append((str(number + 1), f"core.{name}", *map(percent, shares)))
+        table.append(("", "average", *map(percent, use.average.tolist())))
+        lines += ["", f"{title}: filters whose L1 norm exceeds a fraction of the layer's largest"]
+        lines += columns(table, left=(1,))
     return lines[1:]
+
+
+def columns(table: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]:
+    """Align a table: some columns to the left, the others, numbers, to the right."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return [
+        "  ".join(
+            f"{cell:<{width}}" if place in left else f"{cell:>{width}}"
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in table
+    ]
 
 
 def comparison_lines(compared: Sequence[Any]) -> list[str]:
     """Show runs side by side, and their differences from the first."""
-    heads = ("run", "accuracy", "NLL", "ECE", "parameters", "images seen", "seconds", "published")
-    table = [heads]
+    lines = columns(_results_of(compared), left=(0,))
+    if any(part.recipe.expected.accuracy is not None for part in compared):
+        lines.append("")
+        for part in compared:
+            if (accuracy := part.recipe.expected.accuracy) is not None:
+                star = " with other settings than this run's; `mixmo eval` names them"
+                changed = star if departures(part.recipe) else ""
+                lines.append(f"{part.run.path}: published {percent(accuracy)}{changed}")
+    lines += ["", f"Difference from {compared[0].run.path}, 95 % CI (paired bootstrap)"]
+    for part in compared[1:]:
+        lines += [f"  {part.run.path}", *_difference_lines(part, compared[0])]
+    return lines
+
+
+def _results_of(compared: Sequence[Any]) -> list[tuple[str, ...]]:
+    table = [("run", "accuracy", "NLL", "ECE", "parameters", "images seen", "time")]
     for part in compared:
-        test, expected = part.figures, part.recipe.expected.accuracy
+        test, seen = part.figures, part.images_seen
         table.append(
             (
                 str(part.run.path),
@@ -152,29 +200,28 @@ def comparison_lines(compared: Sequence[Any]) -> list[str]:
                 decimal(test["nll"]),
                 percent(test["ece"]),
                 f"{part.parameters:,}",
-                "-" if part.images_seen is None else f"{part.images_seen:,}",
-                "-" if part.seconds is None else f"{part.seconds:,.0f}",
-                "-" if expected is None else f"{percent(expected)}{_star(part.recipe)}",
+                "-" if seen is None else f"{seen:,}",
+                "-" if part.seconds is None else duration(part.seconds),
             )
         )
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = ["  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)) for row in table]
-    if any(part.recipe.expected.accuracy and _star(part.recipe) for part in compared):
-        lines += ["", "* published for other settings than this run's; `mixmo eval` names them"]
-    lines += ["", f"Less {compared[0].run.path}, 95 % intervals by paired bootstrap:"]
-    for part in compared[1:]:
-        ends = part.differences
-        low, high = (100 * value for value in ends["accuracy"])
-        lines.append(
-            f"  {part.run.path}: accuracy {low:+.2f} to {high:+.2f} points, "
-            f"NLL {ends['nll'][0]:+.4f} to {ends['nll'][1]:+.4f}, "
-            f"ECE {100 * ends['ece'][0]:+.2f} to {100 * ends['ece'][1]:+.2f} points"
-        )
-    return [line.rstrip() for line in lines]
+    return table
 
 
-def _star(recipe: Recipe) -> str:
-    return "*" if departures(recipe) else ""
+def _difference_lines(part: Any, first: Any) -> list[str]:
+    lines = []
+    for name, label, in_points in (
+        ("accuracy", "accuracy", 1),
+        ("nll", "NLL", 0),
+        ("ece", "ECE", 1),
+    ):
+        difference, (low, high) = part.figures[name] - first.figures[name], part.differences[name]
+        if in_points:
+            text = f"{points(difference):>15}  ({100 * low:+.2f} to {100 * high:+.2f})"
+        else:
+            text = f"{signed(difference):>8}         ({signed(low)} to {signed(high)})"
+        note = "" if low <= difference <= high else "; resampling adds to ECE"
+        lines.append(f"    {label:<8}  {text}{note}")
+    return lines
 
 
 def ensemble_lines(names: list[str], figures: Mapping[str, Any]) -> list[str]:
@@ -205,45 +252,44 @@ def _figure_rows(figures: Mapping[str, Any], num_members: int) -> list[tuple[str
             rows.append((label, f"none: {absent[name]}"))
         elif name in figures:
             rows.append((label, _tempered(figures[name], how)))
-    rows += _ood_rows(figures.get("ood", {}))
-    return [*rows, *_corruption_rows(figures.get("corruptions"))]
+    return rows
 
 
-def _corruption_rows(corruptions: Mapping[str, Any] | None) -> list[tuple[str, str]]:
-    """Show the figures under corruption, per type and as means over the types."""
+def _corruption_lines(corruptions: Mapping[str, Any] | None) -> list[str]:
+    """Show the metrics under corruption: the means over the types, then each type."""
     if corruptions is None:
         return []
-    rows = [
-        (
-            "Corrupted",
-            f"cA {percent(corruptions['cA'])}, cNLL {corruptions['cNLL']:.4f}, cECE "
-            f"{percent(corruptions['cECE'])}: means over {len(corruptions['types'])} types of 5 "
-            "severities",
-        )
+    types = corruptions["types"]
+    lines = [
+        f"Corrupted test images ({corruptions['source']}), mean of {len(types)} types of 5 "
+        "severities",
+        f"cA {percent(corruptions['cA'])}, cNLL {decimal(corruptions['cNLL'])}, "
+        f"cECE {percent(corruptions['cECE'])}",
+        "",
     ]
-    for kind, found in corruptions["types"].items():
-        each = ", ".join(percent(value) for value in found["severities"]["accuracy"])
-        text = f"{percent(found['accuracy'])}, NLL {found['nll']:.4f}, ECE {percent(found['ece'])}"
-        rows.append((f"  {kind}", f"{text}; accuracy by severity {each}"))
-    return rows
+    table = [("", "accuracy", "NLL", "ECE", "accuracy in %, severity 1 to 5")]
+    for kind, found in types.items():
+        each = "  ".join(f"{100 * value:5.2f}" for value in found["severities"]["accuracy"])
+        texts = percent(found["accuracy"]), decimal(found["nll"]), percent(found["ece"])
+        table.append((kind, *texts, each))
+    return [*lines, *columns(table, left=(0, 4)), ""]
 
 
-def _ood_rows(ood: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Say how well images of another data set are told from the own ones."""
-    rows = []
+def _ood_lines(ood: Mapping[str, Any]) -> list[str]:
+    """Show how well each uncertainty separates images of another data set from the run's own."""
+    if not ood:
+        return []
+    table = [("uncertainty", "AUROC", "AUPR", "FPR at 95 %")]
     for name, label in _UNCERTAINTIES.items():
         if name in ood:
-            found = ood[name]
-            text = (
-                f"AUROC {found['auroc']:.4f}, AUPR {found['aupr']:.4f}, FPR at 95 % "
-                f"{percent(found['fpr95'])}: {ood['num_images']:,} images of {ood['dataset']}"
-            )
-            rows.append((f"OOD {label}", text))
-    return rows
+            table.append((label, *(percent(ood[name][key]) for key in ("auroc", "aupr", "fpr95"))))
+    heading = f"Out-of-distribution: {ood['num_images']:,} images of {ood['dataset']}"
+    absent = [f"{_UNCERTAINTIES[n]}: none, as {why}" for n, why in ood.get("absent", {}).items()]
+    return [heading, *columns(table, left=(0,)), *absent, ""]
 
 
 def _interval_rows(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Say how far the test figures would move on other images of the kind."""
+    """Show 95 % confidence intervals of the main metrics."""
     if "intervals" not in figures:
         return []
     parts = [
@@ -251,21 +297,25 @@ def _interval_rows(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
         for (name, label, show) in _BRIEFLY
         for low, high in [figures["intervals"][name]]
     ]
-    return [("95 % intervals", f"{', '.join(parts)} (bootstrap)")]
+    return [("95 % CI", f"{', '.join(parts)} (bootstrap)")]
 
 
 def _tempered(values: Mapping[str, Any], how: str) -> str:
     temperatures = values.get("temperatures", [values.get("temperature")])
     shown = " and ".join(f"{t:.3f}" for t in temperatures)
-    return f"NLL {values['nll']:.4f}, ECE {percent(values['ece'])} at temperature {shown}, {how}"
+    plural = "s" * (len(temperatures) > 1)
+    text = f"NLL {decimal(values['nll'])}, ECE {percent(values['ece'])}"
+    text += f" at temperature{plural} {shown}, {how}"
+    remark = temperature_remark(values)
+    return f"{text}. {remark}" if remark else text
 
 
 _ENSEMBLE = " (ensemble, mean of the logits)"
 _OF_MANY_CLASSES = ("top5",)
 _UNCERTAINTIES = {
-    "confidence": "confid.",
+    "confidence": "1 - confidence",
     "entropy": "entropy",
-    "mutual_information": "inform.",
+    "mutual_information": "mutual information",
 }
 _BRIEFLY = (("accuracy", "accuracy", percent), ("nll", "NLL", decimal), ("ece", "ECE", percent))
 _TEMPERED = (

@@ -21,6 +21,7 @@ def show(
     members: opt.Members = None,
     assignments: opt.Assignments = None,
     data_dir: opt.DataDir = None,
+    skip_damaged: opt.SkipDamaged = None,
     limit: opt.Limit = None,
     repeat: opt.Repeat = None,
     seed: opt.Seed = None,
@@ -37,16 +38,19 @@ def show(
 ) -> None:
     """Draw pairs, masks and mixtures of the first training batch."""
     settings = opt.flags(
-        mix=mix, msda=msda, members=members, limit=limit, repeat=repeat, seed=seed, device="cpu"
-    )
+        mix=mix, msda=msda, members=members, skip_damaged=skip_damaged, limit=limit, repeat=repeat,
+        seed=seed, device="cpu",
+    )  # fmt: skip
     resolved = resolve_recipe(dataset, recipe, settings, assignments or ())
     picture = free_file(out, f"show-{run_label(resolved)}", ".png")
 
+    from mixmo_fastai.devices import choose_device
     from mixmo_fastai.figures import plot_preview
     from mixmo_fastai.preview import preview_batch
     from mixmo_fastai.training import prepare
 
-    training = prepare(resolved, data_dir)
+    # It is drawn on the CPU, with the network and the image size that a training would have here.
+    training = prepare(resolved, data_dir, sized_for=choose_device("auto").type)
     title = f"{method_name(resolved)}: {resolved.mix.kind} masks on {training.source.name}"
     plot_preview(preview_batch(training.learn, count), picture, title)
     Output(as_json=as_json).result([f"Picture: {picture}"], {"picture": str(picture)})

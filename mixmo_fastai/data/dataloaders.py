@@ -23,7 +23,7 @@ def make_dataloaders(
     source: DataSource,
     *,
     batch_size: int,
-    valid_split: float = 0.02,
+    valid_split: float | None = None,
     limit: int = 0,
     augmentation: Augmentation | None = None,
     seed: int = 0,
@@ -37,7 +37,8 @@ def make_dataloaders(
         source: from `load_source`.
         batch_size: distinct images per training batch, before any repetition.
         valid_split: fraction of each class of the training set that validates; 0 for none, and the
-            validation loader is then empty. Not used when the source has validation images.
+            validation loader is then empty. None takes `recipe.default_valid_split`: 2 %, and more
+            of fewer than 5,000 images. Not used when the source has validation images.
         limit: at most so many training images, balanced; 0 for all.
         augmentation: of training; the source's own where not given.
         seed: of order and augmentation.
@@ -83,7 +84,7 @@ def make_evaluation_loaders(
 
 
 def _training_parts(
-    source: DataSource, batch_size: int, valid_split: float, limit: int
+    source: DataSource, batch_size: int, valid_split: float | None, limit: int
 ) -> tuple[ImageSet, ImageSet]:
     if len(source.classes) < 2:
         raise InputError(

@@ -3,7 +3,9 @@
 Shapes: n images of C channels, H × W pixels, uint8.
 """
 
+import errno
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,29 +18,38 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from mixmo_fastai.data.depth import to_eight_bits
 from mixmo_fastai.errors import InputError
 
 BATCH = 128
 """Images that one thread decodes in a row: enough to hide the cost of handing them over."""
 
-_UPRIGHT = {  # what turns an image of each EXIF orientation upright; 1 is upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_TURNED = range(2, 9)
+"""EXIF orientations of images that are not upright; from 5 on, height and width are swapped."""
+
+_SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 _Result = TypeVar("_Result")
+
+
+class UndecodableError(InputError):
+    """An image file cannot be decoded.
+
+    Attributes:
+        reason: why, without the file's name and without a full stop.
+    """
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 def decode_image(path: Path, size: tuple[int, int] | None = None, *, channels: int = 3) -> Tensor:
     """Decode an image file to (C, H, W) uint8.
 
-    The EXIF orientation is applied, 16 bits become 8 and transparency is laid over white. An image
-    of another size is scaled, antialiased, until it covers the target, then cropped at the centre.
+    The EXIF orientation is applied, 16 and 32 bits become 8 as `to_eight_bits` says, and
+    transparency is laid over white. An image of another size is scaled, antialiased, until it
+    covers the target, then cropped at the centre.
 
     Args:
         path: the file, in any format and colour mode that Pillow reads.
@@ -58,11 +69,11 @@ def image_to_tensor(
     """Turn an opened image into (C, H, W) uint8; see `decode_image`.
 
     Raises:
-        ValueError: it has 32 bits per pixel.
+        ValueError: it has pixels that are not finite.
         OSError: it is truncated.
     """
     image.load()  # before the orientation is asked for, whose errors are overlooked
-    plain = _opaque(_eight_bit(_upright(image))).convert("L" if channels == 1 else "RGB")
+    plain = _opaque(_upright(image)).convert("L" if channels == 1 else "RGB")
     if size is not None and plain.size != size[::-1]:
         plain = ImageOps.fit(plain, size[::-1], Image.Resampling.BILINEAR)
     pixels = torch.from_numpy(np.array(plain))  # (H, W) or (H, W, 3)
@@ -95,6 +106,20 @@ def image_sizes(paths: Sequence[Path]) -> Iterator[tuple[int, int]]:
         yield from sizes
 
 
+def undecodable(paths: Sequence[Path]) -> Iterator[str | None]:
+    """Decode files in threads, and return for each why it cannot be decoded, or None."""
+
+    def reason(path: Path) -> str | None:
+        try:
+            decode_image(path)
+        except UndecodableError as error:
+            return error.reason
+        return None
+
+    for reasons in _in_threads(lambda chunk: [reason(path) for path in chunk], paths):
+        yield from reasons
+
+
 def is_image(name: str) -> bool:
     """Tell by its name whether a file is an image that Pillow reads, and not hidden."""
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in _extensions()
@@ -120,50 +145,68 @@ def _in_threads(
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
     try:
-        with Image.open(path) as image:
+        # By its file, not its name: Pillow would map some TIFF into memory and mix up their rows.
+        with path.open("rb") as file, Image.open(file) as image:
             yield image
     except Exception as error:  # a decoder may raise anything on damaged bytes
-        raise InputError(
-            f"Cannot decode the image {path}: {_reason(error)}.\n"
-            "Replace it by an intact image, or remove it."
-        ) from error
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) in _SHORTAGES:
+            raise  # which is not the file's fault
+        reason, advice = _explained(path, error)
+        message = f"Cannot decode the image {path}: {reason}.\n{advice}"
+        raise UndecodableError(message, reason) from error
 
 
-def _reason(error: Exception) -> str:
+def _explained(path: Path, error: Exception) -> tuple[str, str]:
+    """Return why an image cannot be decoded, and what to do."""
+    if isinstance(error, Image.DecompressionBombError) and (size := re.search(r"\d+", str(error))):
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6
+        return (
+            f"it has {int(size[0]) / 1e6:.0f} megapixels, and at most {most} are read",
+            "Save it smaller: images are scaled down to the size of training in any case.",
+        )
+    if isinstance(error, ValueError) and "not finite" in str(error):
+        return str(error), "Save it with 8 or 16 bits per pixel."
+    replace = "Replace it by an intact image, or remove it."
     if isinstance(error, UnidentifiedImageError):
-        return "it is damaged, or in no known image format"
+        is_empty = path.stat().st_size == 0
+        known = "it is damaged, or in no known image format"
+        return ("the file is empty" if is_empty else known), replace
     if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error).partition("\n")[0] or type(error).__name__
+        return error.strerror, replace
+    return str(error).partition("\n")[0] or type(error).__name__, replace
 
 
 def _upright_size(path: Path) -> tuple[int, int]:
     with _opened(path) as image:
+        orientation = _orientation(image)
+        if image.format == "TIFF" and orientation in _TURNED:
+            image.load()  # Pillow turns it then; the size before differs between its versions
+            orientation = 1
         width, height = image.size
-        sideways = _orientation(image) >= 5
-    return (width, height) if sideways else (height, width)
+    return (width, height) if orientation >= 5 else (height, width)
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    orientation = _orientation(image)
-    return image if orientation == 1 else image.transpose(_UPRIGHT[orientation])
+    """Turn a loaded image upright, as 8 bits where its pixels are grey and have more."""
+    # Pillow turns TIFF as it loads it, and its older versions leave the orientation in place.
+    orientation = 1 if image.format == "TIFF" else _orientation(image)
+    plain = to_eight_bits(image)
+    if orientation == 1:
+        return plain
+    # The orientation alone: other tags may be damaged, and Pillow writes all of them again.
+    tags = Image.Exif()
+    tags[ExifTags.Base.Orientation] = orientation
+    bare = plain.copy()
+    bare.info = {**plain.info, "exif": tags.tobytes()}
+    return ImageOps.exif_transpose(bare)
 
 
 def _orientation(image: Image.Image) -> int:
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # damaged notes on an image do not make its pixels unusable
+    except Exception:  # damaged tags do not make the pixels of an image unusable
         return 1
-    return orientation if orientation in _UPRIGHT else 1
-
-
-def _eight_bit(image: Image.Image) -> Image.Image:
-    if not image.mode.startswith(("I", "F")):
-        return image
-    levels = np.asarray(image)
-    if image.mode == "F" or levels.min() < 0 or levels.max() > 65535:
-        raise ValueError("it has 32 bits per pixel; save it with 8 or 16")
-    return Image.fromarray(np.rint(levels / 257).astype(np.uint8))
+    return orientation if orientation in _TURNED else 1
 
 
 def _opaque(image: Image.Image) -> Image.Image:

@@ -1,7 +1,7 @@
 """Any folder of images: one folder per class, with or without train/, valid/ and test/."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from statistics import median_low
 
@@ -10,6 +10,7 @@ import torch
 from mixmo_fastai.data.cache import CACHE_LIMIT, cache_entry
 from mixmo_fastai.data.chosen_images import ChosenImages, choose_images, reopen_images
 from mixmo_fastai.data.class_folders import FilesByClass
+from mixmo_fastai.data.damage import LeftOut, read_intact
 from mixmo_fastai.data.decoding import image_sizes
 from mixmo_fastai.data.image_sets import DataSource, FileImages, ImageSet, no_images
 from mixmo_fastai.data.parts import DataParts
@@ -27,10 +28,13 @@ def read_image_folder(
     home: Path,
     *,
     image_size: int | None = None,
+    largest_side: int | None = None,
     cache_limit: int = CACHE_LIMIT,
     test_split: float | None = None,
     parts: DataParts | None = None,
     classes: Sequence[str] | None = None,
+    skip_damaged: bool = False,
+    left_out: LeftOut | None = None,
 ) -> DataSource:
     """Read a folder of images, decoded to RGB of one size once and kept in the cache.
 
@@ -42,33 +46,68 @@ def read_image_folder(
         home: the data folder, for the cache.
         image_size: height and width of all images, whatever their proportions were. None takes
             those that `own_size` chooses.
+        largest_side: where `image_size` is None and a side of their own size is longer than this,
+            it becomes the image size.
         cache_limit: bytes of decoded images above which they are decoded at each access instead.
         test_split: fraction of each class to set aside as the test set of a folder without one;
             None for `DEFAULT_TEST_SPLIT`, or for nothing beside a validation folder.
         parts: what an earlier run trained and tested on; None to find it.
         classes: in the order of that run's network; None for the order of their names.
+        skip_damaged: whether images that cannot be decoded are left out; otherwise an error names
+            all of them.
+        left_out: images that an earlier run has left out; no others are then.
 
     Raises:
         InputError: the folder is not of that form, is no longer what `parts` and `classes` say, or
             an image cannot be decoded.
     """
+
+    def read(files_left_out: Collection[str]) -> DataSource:
+        return _read(
+            folder,
+            home,
+            chosen,
+            image_size,
+            files_left_out,
+            largest_side=largest_side,
+            cache_limit=cache_limit,
+        )
+
     _require_size(image_size)
     chosen = (
         choose_images(folder, test_split)
         if parts is None
         else reopen_images(folder, parts, classes)
     )
-    train, valid, test = (_all(part) for part in (chosen.train, chosen.valid or {}, chosen.test))
+    return read_intact(read, skip=skip_damaged, left_out=left_out)
+
+
+def _read(
+    folder: Path,
+    home: Path,
+    chosen: ChosenImages,
+    image_size: int | None,
+    left_out: Collection[str],
+    *,
+    largest_side: int | None = None,
+    cache_limit: int,
+) -> DataSource:
+    files = {name: _without(part, left_out) for name, part in _parts(chosen)}
+    train = _all(files["train"])
     name = folder.resolve().name
     # Two splits of a folder may list the same files in the same order.
     kept_as = name if chosen.parts.drawn is None else f"{name}-split-{len(train)}"
-    entry = cache_entry(home, kept_as, folder, [*train, *valid, *test], image_size)
+    entry = cache_entry(
+        home, kept_as, folder, [file for part in files.values() for file in _all(part)], image_size
+    )
     if image_size is None:
         height, width = entry.fact("size", lambda: own_size(folder / file for file in train))
+        if largest_side is not None and max(height, width) > largest_side:
+            return _read(folder, home, chosen, largest_side, left_out, cache_limit=cache_limit)
     else:
         height = width = image_size
     decoded = entry.decoded(
-        {part: _file_images(folder, files, (height, width)) for part, files in _parts(chosen)},
+        {name: _file_images(folder, part, (height, width)) for name, part in files.items()},
         limit=cache_limit,
     )
     mean, std = entry.fact("mean, std", lambda: _statistics(decoded["train"]))
@@ -84,6 +123,7 @@ def read_image_folder(
         valid=decoded.get("valid"),
         parts=chosen.parts,
         notes=chosen.notes,
+        scaled_to=image_size or 0,
     )
 
 
@@ -115,6 +155,12 @@ def _parts(chosen: ChosenImages) -> list[tuple[str, FilesByClass]]:
 
 def _all(files: FilesByClass) -> list[str]:
     return [name for names in files.values() for name in names]
+
+
+def _without(part: FilesByClass, left_out: Collection[str]) -> FilesByClass:
+    return {
+        label: [name for name in names if name not in left_out] for label, names in part.items()
+    }
 
 
 def _file_images(folder: Path, part: FilesByClass, size: tuple[int, int]) -> FileImages:

@@ -4,8 +4,8 @@ Shapes: N images of C channels, H × W pixels, uint8.
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -136,6 +136,13 @@ class FileImages:
         names = tuple(self.names[i] for i in indices.tolist())
         return replace(self, names=names, labels=self.labels[indices])
 
+    def without(self, names: Collection[str]) -> "FileImages":
+        """Return the set of the images that have other names."""
+        if not names:
+            return self
+        kept = [index for index, name in enumerate(self.names) if name not in names]
+        return self.chosen(torch.tensor(kept, dtype=torch.int64))
+
     def name(self, index: int) -> str:
         """Name an image in messages and reports: its path below the root."""
         return self.names[index]
@@ -208,6 +215,8 @@ class DataSource:
         valid: its own validation images; None when they are drawn from the training part.
         parts: where the parts of an image folder come from; None for other data.
         notes: about how an image folder was read, for the plan of a run: labels and texts.
+        left_out: damaged files that are in no part, with the reason for each.
+        scaled_to: height and width to which all images of a folder were scaled; 0 for their own.
     """
 
     name: str
@@ -221,6 +230,8 @@ class DataSource:
     valid: ImageSet | None = None
     parts: DataParts | None = None
     notes: tuple[tuple[str, str], ...] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    scaled_to: int = 0
 
 
 def named_source(

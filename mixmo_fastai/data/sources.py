@@ -8,6 +8,7 @@ from typing import Literal
 
 from mixmo_fastai.data.archives import Archive, Unpacked, archive_damage, fetch
 from mixmo_fastai.data.cifar import CIFAR10, CIFAR100, read_cifar10, read_cifar100
+from mixmo_fastai.data.damage import LeftOut
 from mixmo_fastai.data.digits import read_digits
 from mixmo_fastai.data.image_folder import read_image_folder
 from mixmo_fastai.data.image_sets import ArrayImages, DataSource, FileImages, ImageSet
@@ -37,23 +38,35 @@ class NamedSource:
     Attributes:
         read: builds it from its unpacked archive, or from nothing where there is no archive.
         archive: what is downloaded, checked and unpacked first; None for data of a library.
+        has_files: whether its images are files, some of which may be damaged.
     """
 
     read: Callable[..., DataSource]
     archive: Archive | None = None
+    has_files: bool = False
 
-    def load(self, home: Path, *, download: bool) -> DataSource:
+    def load(
+        self,
+        home: Path,
+        *,
+        download: bool,
+        skip_damaged: bool = False,
+        left_out: LeftOut | None = None,
+    ) -> DataSource:
         """Read the data set from a data folder; see `fetch` for what is done before."""
         if self.archive is None:
             return self.read()
-        return self.read(fetch(self.archive, home, download=download))
+        unpacked = fetch(self.archive, home, download=download)
+        if self.has_files:
+            return self.read(unpacked, skip_damaged=skip_damaged, left_out=left_out)
+        return self.read(unpacked)
 
 
 SOURCES = {
     "digits": NamedSource(read_digits),
     "cifar10": NamedSource(read_cifar10, CIFAR10),
     "cifar100": NamedSource(read_cifar100, CIFAR100),
-    "tinyimagenet": NamedSource(read_tiny_imagenet, TINY_IMAGENET),
+    "tinyimagenet": NamedSource(read_tiny_imagenet, TINY_IMAGENET, has_files=True),
 }
 """Every data set that has a name. What is known of it before reading is in `names.DATASETS`."""
 
@@ -63,10 +76,13 @@ def load_source(
     data_dir: Path | None = None,
     *,
     image_size: int | None = None,
+    largest_side: int | None = None,
     download: bool = True,
     test_split: float | None = None,
     parts: DataParts | None = None,
     classes: Sequence[str] | None = None,
+    skip_damaged: bool = False,
+    left_out: LeftOut | None = None,
 ) -> DataSource:
     """Read a data set, which is downloaded where it is missing.
 
@@ -75,11 +91,15 @@ def load_source(
             of the same name.
         data_dir: the data folder; see `data_home`.
         image_size: height and width to which an image folder is scaled; None for its own.
+        largest_side: of an image folder's own size; images with a longer one are scaled to it.
         download: whether an archive may be downloaded.
         test_split: fraction of each class to set aside as the test set of an image folder without
             one; see `read_image_folder`.
         parts: what an earlier run took of an image folder; see there.
         classes: of that run.
+        skip_damaged: whether image files that cannot be decoded are left out; otherwise an error
+            names all of them.
+        left_out: image files that an earlier run has left out; no others are then.
 
     Raises:
         InputError: the data set is unknown, missing, damaged or not of the right form.
@@ -90,7 +110,9 @@ def load_source(
     if dataset in SOURCES:
         _require_own_size(str(dataset), image_size)
         _refuse_test_split(str(dataset), test_split)
-        return SOURCES[dataset].load(home, download=download)
+        return SOURCES[dataset].load(
+            home, download=download, skip_damaged=skip_damaged, left_out=left_out
+        )
     if isinstance(dataset, str) and not _is_path(dataset):
         raise InputError(
             f"{unknown('data set', dataset, SOURCES)}\n"
@@ -103,6 +125,9 @@ def load_source(
         test_split=test_split,
         parts=parts,
         classes=classes,
+        largest_side=largest_side,
+        skip_damaged=skip_damaged,
+        left_out=left_out,
     )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from mixmo_fastai.data.image_sets import DataSource, ImageSet, Subset
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.randomness import make_generator
+from mixmo_fastai.recipe import default_valid_split
 
 SPLIT_SEED = 0
 DEFAULT_TEST_SPLIT = 0.2
@@ -46,12 +47,13 @@ def draw_test(labels: Tensor, fraction: float) -> Tensor:
     return ranks < num_test
 
 
-def split_validation(images: ImageSet, share: float) -> tuple[ImageSet, Subset]:
+def split_validation(images: ImageSet, share: float | None) -> tuple[ImageSet, Subset]:
     """Set aside a share of every class for validation.
 
     Args:
         images: the training set.
-        share: in [0, 1); 0 sets nothing aside. At least one image of a class stays for training.
+        share: in [0, 1); 0 sets nothing aside, None takes `default_valid_split`. At least one image
+            of a class stays for training.
 
     Returns:
         the images that train and those that validate.
@@ -59,6 +61,8 @@ def split_validation(images: ImageSet, share: float) -> tuple[ImageSet, Subset]:
     Raises:
         InputError: the share is out of range, or so small that it takes no image at all.
     """
+    if share is None:
+        share = default_valid_split(len(images))
     if not 0 <= share < 1:
         raise InputError(f"valid_split must be at least 0 and below 1; got {share}.")
     if share == 0:

@@ -11,12 +11,14 @@ Also read is the usual reorganisation for other programs, val/<wnid>/*.JPEG, wit
 between. Without words.txt, wnids are the names of the classes.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 
 from mixmo_fastai.data.archives import Archive, Unpacked
 from mixmo_fastai.data.cache import cache_entry
+from mixmo_fastai.data.damage import LeftOut, read_intact
 from mixmo_fastai.data.image_sets import DataSource, FileImages, named_source
 from mixmo_fastai.data.listing import Skipped, images_below
 from mixmo_fastai.errors import InputError
@@ -34,16 +36,31 @@ ANNOTATIONS = "val_annotations.txt"
 _SIZE = 64
 
 
-def read_tiny_imagenet(unpacked: Unpacked) -> DataSource:
+def read_tiny_imagenet(
+    unpacked: Unpacked, *, skip_damaged: bool = False, left_out: LeftOut | None = None
+) -> DataSource:
     """Read Tiny ImageNet, decoded once and kept in the cache.
+
+    Args:
+        unpacked: its folder.
+        skip_damaged: whether images that cannot be decoded are left out; otherwise an error names
+            all of them.
+        left_out: images that an earlier run has left out; no others are then.
 
     Raises:
         InputError: a file is missing, is not in the official format or cannot be decoded.
     """
+    return read_intact(lambda files: _read(unpacked, files), skip=skip_damaged, left_out=left_out)
+
+
+def _read(unpacked: Unpacked, left_out: Collection[str]) -> DataSource:
     root = unpacked.folder
     # Sorted, as by every reader that lists the class folders: published networks count so.
     wnids = sorted((root / "wnids.txt").read_text(encoding="utf-8").split())
-    train, test = _train_images(root, wnids), _val_images(root, wnids)
+    train, test = (
+        images.without(left_out)
+        for images in (_train_images(root, wnids), _val_images(root, wnids))
+    )
     entry = cache_entry(unpacked.home, "tinyimagenet", root, train.names + test.names, _SIZE)
     decoded = entry.decoded({"train": train, "test": test})
     names = _class_names(root, wnids)

@@ -151,8 +151,7 @@ class LoggingCallback(FollowingCallback):
         if not pending:
             return
         with self._surely("the losses of some steps"):
-            num_members = self.followed.recipe.model.num_members
-            losses = torch.stack([loss for _, loss in pending]).cpu().double() / num_members
+            losses = torch.stack([loss for _, loss in pending]).cpu()
             pairs = zip(pending, losses.tolist(), strict=True)
             steps = [step._replace(loss=loss) for (step, _), loss in pairs]
             self._tell(lambda tracker: tracker.steps(steps))

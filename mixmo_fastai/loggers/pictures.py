@@ -10,7 +10,7 @@ from mixmo_fastai.preview import Preview
 from mixmo_fastai.recipe import Recipe
 from mixmo_fastai.report import charts
 from mixmo_fastai.report.findings import read_history
-from mixmo_fastai.report.page import MOST_CLASSES_IN_A_MATRIX
+from mixmo_fastai.report.sections import MOST_CLASSES_IN_A_MATRIX
 from mixmo_fastai.runs import RunFolder
 from mixmo_fastai.training import Training
 from mixmo_fastai.wording import method_name
@@ -44,9 +44,7 @@ def pictures_of_result(
         for chart in charts.learning_curves(histories, (), several=several)
     }
     title = "Reliability"
-    drawn["reliability"] = charts.reliability(
-        "reliability", title, logits, labels, caption="", color=0
-    )
+    drawn["reliability"] = charts.reliability("reliability", title, logits, labels, caption="")
     if len(classes) <= MOST_CLASSES_IN_A_MATRIX:
         drawn["confusion"] = charts.confusion(confusion_matrix(logits, labels), classes)
     return {name: chart.png for name, chart in drawn.items()}

@@ -43,6 +43,7 @@ class Seen:
         first: the call of the first convolution, or of the one that was asked for.
         ends: calls of layers that could be the last: linear ones of rows, and convolutions 1x1 of
             maps of one place.
+        plain: calls of layers without parameters that turn rows into rows, as an output layer does.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Seen:
     convolutions: list[str] = field(default_factory=list)
     first: Call | None = None
     ends: list[Call] = field(default_factory=list)
+    plain: list[Call] = field(default_factory=list)
 
 
 def layers_of(model: nn.Module, kind: type[nn.Module] | tuple[type, ...]) -> dict[str, nn.Module]:
@@ -220,6 +222,58 @@ def check_elsewhere(
         model.eval()
 
 
+def output_layer(model: nn.Module, seen: Seen) -> str | None:
+    """Find a layer after the last linear one that turns each logit into a prediction by itself.
+
+    Such as the `SigmoidRange` of fastai's `y_range`, or `nn.Sigmoid`: a layer without parameters
+    whose every number depends on the one number at its place, in training as in evaluation.
+
+    Args:
+        model: as it was looked at; it is run once more.
+        seen: from `look`.
+
+    Returns:
+        its name; None when the model ends without one.
+    """
+    for call in reversed(seen.plain):
+        layer = copy.deepcopy(model.get_submodule(call.name))
+        probe = _both_signs(call.output)
+        if _is_same(_tried(layer, probe), probe):
+            continue  # it does nothing in evaluation, such as Dropout
+        once = [each.name for each in seen.plain].count(call.name) == 1
+        if once and call.input.shape == call.output.shape and _is_elementwise(layer, probe):
+            both = (model, copy.deepcopy(model).train())
+            return call.name if all(_ends_with(each, seen, call) for each in both) else None
+        return None
+    return None
+
+
+def _is_elementwise(layer: nn.Module, numbers: Tensor) -> bool:
+    """Check that changing half of the numbers changes no prediction of the other half."""
+    half = (torch.arange(numbers.numel()) % 2 == 0).view(numbers.shape)
+    expected = _tried(layer, numbers)
+    changed = numbers.where(half, numbers * 0.5 + 1)
+    found = [_tried(layer.train(mode), changed) for mode in (True, False)]
+    given = [each for each in (expected, *found) if each is not None and each.shape == half.shape]
+    return len(given) == 3 and all(_is_same(each[half], given[0][half]) for each in given)
+
+
+def _tried(layer: nn.Module, numbers: Tensor) -> Tensor | None:
+    try:
+        with torch.no_grad():
+            found = layer(numbers.clone())
+    except Exception:  # anything may happen in a user's forward pass
+        return None
+    return found if isinstance(found, Tensor) else None
+
+
+def _both_signs(like: Tensor) -> Tensor:
+    """Make numbers from -3 to 3, of both signs in every row, of the shape of a tensor."""
+    count = like.numel()
+    signs = 1 - 2 * (torch.arange(count) % 2)
+    return (signs * torch.linspace(0.5, 3, count)).to(like).view(like.shape)
+
+
 def last_linear(model: nn.Module, seen: Seen, given: str | None) -> Call:
     """Find the linear layer whose output is the model's.
 
@@ -245,7 +299,7 @@ def last_linear(model: nn.Module, seen: Seen, given: str | None) -> Call:
         raise InputError(
             f"{seen.name} does not end with {what}: heads cannot be made of it.\n"
             "Its output must be that of one linear layer, without softmax, reshaping or a second "
-            "head."
+            "head; a layer that\nchanges each number by itself may follow, such as SigmoidRange."
         )
     last = ends[-1]
     if [call.name for call in seen.ends].count(last.name) > 1:
@@ -314,10 +368,23 @@ def _noting(model: nn.Module, seen: Seen, encoder: str | None) -> Iterator[None]
 
         return hook
 
+    def note_plain(name: str) -> Any:
+        def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            given = _first_of(args, kwargs)
+            if all(isinstance(each, Tensor) and each.ndim == 2 for each in (given, output)):
+                seen.plain.append(_call(name, args, kwargs, output))
+
+        return hook
+
     hooks = [
         module.register_forward_hook(note(name), with_kwargs=True)
         for kind, note in ((nn.Conv2d, note_convolution), (nn.Linear, note_linear))
         for name, module in layers_of(model, kind).items()
+    ]
+    hooks += [
+        module.register_forward_hook(note_plain(name), with_kwargs=True)
+        for name, module in model.named_modules()
+        if name and not [*module.children(), *module.parameters(), *module.buffers()]
     ]
     try:
         yield
@@ -357,7 +424,8 @@ def _ends_with(model: nn.Module, seen: Seen, call: Call) -> bool:
     failure: Exception | None = None
     for first in (float("nan"), float(numbers[0])):  # some refuse what is no number
         mark = torch.cat([numbers.new_tensor([first]), numbers[1:]]).reshape(call.output.shape)
-        hook = layer.register_forward_hook(lambda *_, mark=mark: mark)
+        # A copy, as the layer after it may write over it.
+        hook = layer.register_forward_hook(lambda *_, mark=mark: mark.clone())
         try:
             with torch.no_grad():
                 found = model(seen.image)

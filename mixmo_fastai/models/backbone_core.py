@@ -6,6 +6,8 @@ H W image size, K classes.
 
 import copy
 import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,20 +26,28 @@ class BackboneCore(nn.Module):
         network: a copy of its own, which is cut here.
         first: name of the convolution.
         last: name of the linear layer, or of a convolution 1x1 in its place.
+        output: name of the layer that turns logits into predictions, if there is one.
 
     Shapes: (B, D, h, w) and the size (H, W) of the image -> (B, features).
     """
 
-    def __init__(self, network: nn.Module, first: str, last: str) -> None:
+    output: str | None = None  # pickles of version 0.1.0 have none
+
+    def __init__(
+        self, network: nn.Module, first: str, last: str, output: str | None = None
+    ) -> None:
         super().__init__()
         convolution, linear = network.get_submodule(first), network.get_submodule(last)
         assert isinstance(convolution, nn.Conv2d)
-        self.first, self.last, self.last_kind = first, last, type(linear)
+        self.first, self.last, self.last_kind, self.output = first, last, type(linear), output
         self.in_channels = convolution.in_channels
         self.stride = (int(convolution.stride[0]), int(convolution.stride[1]))
         _replace(network, convolution, GivenFeatures())
         _replace(network, linear, nn.Identity())
+        if output is not None:
+            take_out(network, output)
         self.body = network
+        self.training = network.training
 
     def forward(self, features: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         if size is None:
@@ -61,7 +71,9 @@ class BackboneCore(nn.Module):
         finally:
             given.hand_over(None, None)
 
-    def whole(self, convolution: nn.Module, linear: nn.Module) -> nn.Module:
+    def whole(
+        self, convolution: nn.Module, linear: nn.Module, output: nn.Module | None = None
+    ) -> nn.Module:
         """Put layers back to where they were cut out of a copy: the network as it was built."""
         network = copy.deepcopy(self.body)
         if "num_classes" in vars(network):  # as timm's networks tell it
@@ -69,7 +81,28 @@ class BackboneCore(nn.Module):
         _replace(network, network.get_submodule(self.first), convolution)
         end = linear if issubclass(self.last_kind, nn.Linear) else _as_convolution(linear)
         _replace(network, network.get_submodule(self.last), end)
+        if self.output is not None and output is not None:
+            _replace(network, network.get_submodule(self.output), output)
         return network
+
+    def had(self, names: Iterable[str]) -> set[str]:
+        """List tensors of the network before it was cut, of the names of a MixMoModel."""
+        inside = "core.body."
+        kept = {name.removeprefix(inside) for name in names if name.startswith(inside)}
+        return kept | {f"{self.first}.weight", f"{self.last}.weight"}
+
+    @contextmanager
+    def filled(self, convolution: nn.Module, linear: nn.Module) -> Iterator[nn.Module]:
+        """Put layers where they were cut out, for a moment: the network as it was built."""
+        gaps = [self.body.get_submodule(name) for name in (self.first, self.last)]
+        layers = (convolution, linear)
+        for gap, layer in zip(gaps, layers, strict=True):
+            _put(self.body, gap, layer)
+        try:
+            yield self.body
+        finally:
+            for gap, layer in zip(gaps, layers, strict=True):
+                _put(self.body, layer, gap)
 
     def around_the_head(self) -> nn.Module | None:
         """Find what was built as one piece with the last layer, such as fastai's own head.
@@ -141,6 +174,13 @@ class _OfThread(threading.local):
         return _OfThread, ()
 
 
+def take_out(network: nn.Module, name: str) -> nn.Module:
+    """Replace a layer by one that does nothing, and return the layer."""
+    layer = network.get_submodule(name)
+    _replace(network, layer, nn.Identity())
+    return layer
+
+
 def as_linear(layer: nn.Module) -> nn.Linear:
     """Give a linear layer, or a convolution 1x1 of a map of one place as the linear one it is."""
     if isinstance(layer, nn.Linear):
@@ -173,12 +213,17 @@ def _as_convolution(linear: nn.Module) -> nn.Conv2d:
 @torch.no_grad()
 def _copy_parameters(source: nn.Module, target: nn.Module) -> None:
     for name, parameter in target.named_parameters():
-        parameter.copy_(source.get_parameter(name).view_as(parameter))
+        given = source.get_parameter(name)
+        parameter.copy_(given.view_as(parameter)).requires_grad_(given.requires_grad)
 
 
 def _replace(network: nn.Module, layer: nn.Module, module: nn.Module) -> None:
-    """Put a module where a layer is, under all of its names."""
+    """Put a module where a layer is, under all of its names, in the network's mode."""
     module.train(network.training)
+    _put(network, layer, module)
+
+
+def _put(network: nn.Module, layer: nn.Module, module: nn.Module) -> None:
     for parent in [*network.modules()]:
         for name, own in parent._modules.items():
             if own is layer:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from mixmo_fastai.errors import InputError, first_line, nearest
-from mixmo_fastai.names import Architecture
+from mixmo_fastai.errors import InputError, first_line
+from mixmo_fastai.names import Architecture, unknown_in_timm
 
 _WITH_AUXILIARY = ("googlenet", "inception_v3")
 _OF_FIXED_SIZE = ("vit_", "maxvit_")
@@ -109,9 +109,7 @@ def _timm(
     import timm
 
     if name.partition(".")[0] not in (known := timm.list_models()):
-        guess = nearest(name, known)
-        hint = f" Did you mean 'timm/{guess}'?" if guess else ""
-        raise InputError(f"timm has no network {name!r}.{hint}")
+        raise unknown_in_timm(name, known)
     has_classes = pretrained and timm.get_pretrained_cfg_value(name, "num_classes") != 0
     settings: dict[str, Any] = {} if has_classes else {"num_classes": num_classes}
     settings |= {"pretrained": pretrained}

@@ -26,19 +26,26 @@ class FusedNetwork(nn.Module):
         core: (B, D, h, w) -> (B, features).
         head: (B, features) -> (B, votes · K).
         num_votes: 1 where the head is the mean of the members' heads, M where it holds them all.
+        output: what turns the mean of the logits into predictions; see `MixMoModel`.
     """
 
     def __init__(
-        self, encoder: nn.Module, core: nn.Module, head: nn.Module, num_votes: int = 1
+        self,
+        encoder: nn.Module,
+        core: nn.Module,
+        head: nn.Module,
+        num_votes: int = 1,
+        output: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.encoder, self.core, self.head, self.num_votes = encoder, core, head, num_votes
+        self.output = output
 
     def forward(self, x: Tensor) -> Tensor:
-        """Predict: images (B, C, H, W) -> ensemble logits (B, K)."""
-        if self.num_votes == 1:
-            return self._decode(x)
-        return self.member_logits(x).mean(dim=1)
+        """Predict: (B, C, H, W) -> ensemble logits (B, K), or what `output` makes of them."""
+        logits = self._decode(x) if self.num_votes == 1 else self.member_logits(x).mean(dim=1)
+        output: nn.Module | None = getattr(self, "output", None)  # version 0.1.0 pickled none
+        return logits if output is None else output(logits)
 
     def member_logits(self, x: Tensor) -> Tensor:
         """Predict with what votes there are: (B, C, H, W) -> (B, votes, K)."""
@@ -63,6 +70,7 @@ def fuse_parts(
     encoders: Sequence[nn.Module],
     core: nn.Module,
     heads: Sequence[nn.Module],
+    output: nn.Module | None = None,
     *,
     keep_members: bool = False,
 ) -> nn.Module:
@@ -77,17 +85,21 @@ def fuse_parts(
     encoder = _combine(encoders, torch.sum)
     head = _stack(heads) if keep_members else _combine(heads, torch.mean)
     if keep_members:
-        fused: nn.Module = FusedNetwork(encoder, copy.deepcopy(core), head, len(heads))
+        parts = encoder, copy.deepcopy(core), head, len(heads), copy.deepcopy(output)
+        fused: nn.Module = FusedNetwork(*parts)
     else:
-        fused = assemble(encoder, core, head)
+        fused = assemble(encoder, core, head, output)
     return use_whole_batches(fused).train(core.training)
 
 
-def assemble(encoder: nn.Module, core: nn.Module, head: nn.Module) -> nn.Module:
-    """Make a plain network of one encoder, a copy of a core, and one head."""
+def assemble(
+    encoder: nn.Module, core: nn.Module, head: nn.Module, output: nn.Module | None = None
+) -> nn.Module:
+    """Make a plain network of one encoder, copies of a core and an output layer, and one head."""
+    output = copy.deepcopy(output)
     if isinstance(core, BackboneCore):
-        return core.whole(encoder, head)
-    return FusedNetwork(encoder, copy.deepcopy(core), head)
+        return core.whole(encoder, head, output)
+    return FusedNetwork(encoder, copy.deepcopy(core), head, output=output)
 
 
 def _check_alike(layers: Sequence[nn.Module], kind: type, part: str, wanted: str) -> None:

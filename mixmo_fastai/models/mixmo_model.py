@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from mixmo_fastai.errors import InputError
+from mixmo_fastai.models.backbone_core import BackboneCore
 from mixmo_fastai.models.fused import fuse_parts, run_core
 
 
@@ -28,18 +29,26 @@ class MixMoModel(nn.Module):
         encoders: M modules (B, C, H, W) -> (B, D, h, w), the first convolution once per member.
         core: a module (B, D, h, w) -> (B, features).
         heads: M modules (B, features) -> (B, K), the last linear layer once per member.
+        output: what turns logits into predictions, each number by itself, such as the
+            `SigmoidRange` of fastai's `y_range`; None when logits are the predictions. It is
+            applied to the mean of the members' logits, so that `fuse` stays exact.
 
     Raises:
         InputError: the number of encoders is not that of heads, or zero.
     """
 
     def __init__(
-        self, encoders: Iterable[nn.Module], core: nn.Module, heads: Iterable[nn.Module]
+        self,
+        encoders: Iterable[nn.Module],
+        core: nn.Module,
+        heads: Iterable[nn.Module],
+        output: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.encoders = nn.ModuleList(encoders)
         self.core = core
         self.heads = nn.ModuleList(heads)
+        self.output = output
         if not len(self.encoders) == len(self.heads) >= 1:
             raise InputError(
                 "MixMoModel needs one encoder and one head per member; "
@@ -76,17 +85,22 @@ class MixMoModel(nn.Module):
 
         Returns:
             Ensemble logits (B, K), the mean of the members' logits; member logits (B, M, K) where
-            masks are given.
+            masks are given. With an `output` layer, what it makes of these.
         """
         if masks is not None:
-            return self._decode(self._mix(inputs, masks), inputs)
+            return self.predictions(self._decode(self._mix(inputs, masks), inputs))
         logits = self.member_logits(inputs)
         if not self.training:
             self.latest_member_logits = logits.detach()
-        return logits.mean(dim=1)
+        return self.predictions(logits.mean(dim=1))
+
+    def predictions(self, logits: Tensor) -> Tensor:
+        """Apply the `output` layer, if there is one, to logits (…, K) of members or ensemble."""
+        output: nn.Module | None = getattr(self, "output", None)  # version 0.1.0 pickled none
+        return logits if output is None else output(logits)
 
     def member_logits(self, x: Tensor) -> Tensor:
-        """Show every member the same image: (B, C, H, W) -> (B, M, K)."""
+        """Show every member the same image: (B, C, H, W) -> (B, M, K), before any `output`."""
         features = self.encoders[0](x)
         for encoder in self.encoders[1:]:
             features = features + encoder(x)
@@ -104,7 +118,7 @@ class MixMoModel(nn.Module):
         return self._mask_shapes[height, width]
 
     def fuse(self, *, keep_members: bool = False) -> nn.Module:
-        """Collapse the ensemble into a plain network with the same logits.
+        """Collapse the ensemble into a plain network with the same logits and predictions.
 
         The encoders become one convolution with the summed weights, and the heads one linear layer
         with the mean weights, so the collapse is exact up to rounding.
@@ -122,7 +136,23 @@ class MixMoModel(nn.Module):
             InputError: an encoder is not one convolution, a head not one linear layer, or they
                 differ in more than their weights.
         """
-        return fuse_parts([*self.encoders], self.core, [*self.heads], keep_members=keep_members)
+        parts = [*self.encoders], self.core, [*self.heads], getattr(self, "output", None)
+        return fuse_parts(*parts, keep_members=keep_members)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Load tensors, as any module does.
+
+        Raises:
+            InputError: they are of the network that was converted, before its conversion.
+        """
+        given, own = state_dict.keys(), self.state_dict().keys()
+        if isinstance(self.core, BackboneCore) and not given & own and given & self.core.had(own):
+            raise InputError(
+                "These weights were saved before the network was converted to MixMo: they have no "
+                "encoders and heads.\nLoad them into the network, or its Learner, as it was "
+                "before, then convert it: to_mixmo(learn.load(…))."
+            )
+        return super().load_state_dict(state_dict, *args, **kwargs)
 
     def _mix(self, inputs: Tensor, masks: Tensor) -> Tensor:
         # Member by member, so that no stack of features is ever held; `mixing.mix_features` is the

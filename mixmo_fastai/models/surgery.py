@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +29,10 @@ from mixmo_fastai.models.anatomy import (
     first_tensor,
     last_linear,
     look,
+    output_layer,
     sizes_of,
 )
-from mixmo_fastai.models.backbone_core import BackboneCore, as_linear, undrawn
+from mixmo_fastai.models.backbone_core import BackboneCore, as_linear, take_out, undrawn
 from mixmo_fastai.models.mixmo_model import MixMoModel
 
 EXACTNESS = 1e-4
@@ -58,6 +60,10 @@ def convert_to_mixmo(
     copy, in float32 or better on the CPU; hooks of the network run there too.
 
     Encoders and heads can be trained; other parameters that were frozen stay frozen.
+
+    A layer without parameters that turns each logit into a prediction by itself, such as the
+    `SigmoidRange` of fastai's `y_range`, may follow the last layer. In training each member's
+    logits go through it; the ensemble's prediction is made of the mean of the members' logits.
 
     Args:
         model: (B, C, H, W) -> (B, K): from torchvision, timm, fastai, or your own.
@@ -133,6 +139,20 @@ class Members:
         return _perturbed(layer, self.count, 1.0, self.perturbation, generator)
 
 
+class Ends(NamedTuple):
+    """Names of the layers at which a network is cut.
+
+    Attributes:
+        first: its first convolution.
+        last: its last linear layer, or the convolution 1x1 in its place.
+        output: the layer after it that turns logits into predictions; None without one.
+    """
+
+    first: str
+    last: str
+    output: str | None = None
+
+
 def find_ends(
     model: nn.Module,
     *,
@@ -141,7 +161,7 @@ def find_ends(
     image_size: Size | None = None,
     elsewhere: bool = True,
     in_channels: int | None = None,
-) -> tuple[str, str]:
+) -> Ends:
     """Find the names of a network's first convolution and last layer, and try to cut them out.
 
     Args:
@@ -159,7 +179,11 @@ def find_ends(
     trial = _copied(model).cpu()
     trial.to(torch.promote_types(first_tensor(trial).dtype, torch.float32)).eval()
     with _undisturbed():
-        seen = look(trial, sizes_of(trial, image_size), encoder, in_channels)
+        sizes = sizes_of(trial, image_size)
+        seen = look(trial, sizes, encoder, in_channels)
+        if output := output_layer(trial, seen):
+            take_out(trial, output)
+            seen = look(trial, sizes, encoder, in_channels)
         first = first_convolution(trial, seen, encoder)
         check_elsewhere(trial, seen, first.name, OTHER_SIZES if elsewhere else ())
         last = last_linear(trial, seen, head)
@@ -168,41 +192,47 @@ def find_ends(
         _check_core(core, seen, first, last)
         _check_sum(_perturbed(convolution, 2, 0.5, 0.0, None), first, seen.name, torch.sum)
         _check_sum(_perturbed(as_linear(linear), 2, 1.0, 0.0, None), last, seen.name, torch.mean)
-    return first.name, last.name
+    return Ends(first.name, last.name, output)
 
 
 def convert_between(
     model: nn.Module,
-    names: tuple[str, str],
+    names: Ends,
     members: Members,
     *,
     num_classes: int | None = None,
     in_channels: int | None = None,
+    thaw: bool = True,
     generator: torch.Generator | None = None,
 ) -> MixMoModel:
     """Convert a network whose ends are known; see `convert_to_mixmo`.
 
     Args:
         model: that `find_ends` has found convertible.
-        names: of its first convolution and its last layer.
+        names: of the layers at which it is cut.
         members: how they start.
         num_classes: K of new heads.
         in_channels: C.
+        thaw: whether encoders and heads train even when the layers that they are made of are
+            frozen.
         generator: of all that is drawn.
     """
     _check_numbers(num_classes, in_channels)
     network = _copied(model)
-    convolution, linear = (network.get_submodule(name) for name in names)
+    convolution, linear = (network.get_submodule(name) for name in names[:2])
+    output = network.get_submodule(names.output) if names.output else None
     core = BackboneCore(network, *names)
     last = as_linear(linear)
     encoders = members.encoders_of(convolution, generator)
     heads = members.heads_of(last, generator)
     if num_classes is not None and num_classes != last.out_features:
         heads = [_new_head(last, num_classes, generator) for _ in range(members.count)]
-    converted = MixMoModel(encoders, core, heads)
+    converted = MixMoModel(encoders, core, heads, output)
     converted.training = model.training
     for layers in (converted.encoders, converted.heads):
-        layers.train(model.training).requires_grad_()
+        layers.train(model.training)
+        if thaw:
+            layers.requires_grad_()
     return converted if in_channels is None else with_channels(converted, in_channels)
 
 
@@ -240,7 +270,9 @@ def with_channels(model: MixMoModel, in_channels: int) -> MixMoModel:
         )
         spread = spread / spread.sum(dim=0)  # what each old channel gives to each new one
         weight = torch.einsum("dchw,nc->dnhw", layer.weight, spread.to(layer.weight))
-        layer.weight, layer.in_channels = nn.Parameter(weight.contiguous()), in_channels
+        trains = layer.weight.requires_grad
+        layer.weight = nn.Parameter(weight.contiguous(), requires_grad=trains)
+        layer.in_channels = in_channels
     return model
 
 

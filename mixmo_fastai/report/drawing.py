@@ -17,17 +17,19 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-SERIES = ("C0", "C1", "C2", "C3")  # as matplotlib calls the colours that are in force
-INK = "C4"
+# Each colour has one meaning on the whole page; "C0" is matplotlib's name for the first in force.
+ENSEMBLE, MEMBERS, RIGHT, WRONG, INK = "C0", "C1", "C2", "C3", "C4"
+SHADES = (0.35, 0.55, 0.75, 1.0)
+"""Opacities of the ink for an ordered quantity, from its first step to its last."""
 STAND_INS = {
-    "#010103": "var(--series-1)",
-    "#010104": "var(--series-2)",
-    "#010105": "var(--series-3)",
-    "#010106": "var(--series-4)",
+    "#010103": "var(--ensemble)",
+    "#010104": "var(--members)",
+    "#010105": "var(--right)",
+    "#010106": "var(--wrong)",
     "#010101": "var(--ink)",
     "#010102": "var(--line)",
 }
-LIGHT = ("#0072b2", "#d55e00", "#00805c", "#b0578d", "#1b1f24", "#d5dae0")
+LIGHT = ("#0072b2", "#a0468a", "#00805c", "#d55e00", "#1b1f24", "#d5dae0")
 """The light page's colours, in the same order."""
 _STYLE = {
     "svg.fonttype": "none",  # text stays text: it can be read aloud, searched and selected
@@ -63,7 +65,7 @@ class Drawing:
     plot: Callable[[Figure], None]
     name: str
     text: str
-    size: tuple[float, float] = (4.6, 3.1)
+    size: tuple[float, float] = (4.1, 2.9)
 
     def svg(self) -> Markup:
         """Draw it to be put into a page: an <svg> element without references beyond itself."""
@@ -85,12 +87,13 @@ class Drawing:
         root.attrib |= {"role": "img", "aria-label": self.text}
         return Markup(_in_page_colors(ET.tostring(root, encoding="unicode")))
 
-    def png(self, title: str) -> bytes:
+    def png(self, title: str = "") -> bytes:
         """Draw it to stand alone, on white, below a title."""
         file = io.BytesIO()
         with rc_context(_style(LIGHT, background="white")):
             figure = self._figure()
-            figure.suptitle(title, fontsize=10)
+            if title:
+                figure.suptitle(title, fontsize=10)
             figure.set_dpi(160)
             FigureCanvasAgg(figure).print_png(file)
         return file.getvalue()

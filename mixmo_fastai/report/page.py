@@ -1,12 +1,13 @@
-"""The page itself: findings and charts, laid out as one HTML file that needs no other."""
+"""The page: findings and charts as one self-contained HTML file."""
 
 import base64
 import io
+import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
@@ -14,11 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from mixmo_fastai import __version__
-from mixmo_fastai.confusion import confusion_matrix, most_confused
 from mixmo_fastai.files import write_atomically
 from mixmo_fastai.recipe import to_toml
-from mixmo_fastai.report import charts
 from mixmo_fastai.report.findings import Findings, Mistake, gather
+from mixmo_fastai.report.sections import kind, sections
 from mixmo_fastai.runs import RunFolder
 from mixmo_fastai.wording import (
     FIGURE,
@@ -26,31 +26,15 @@ from mixmo_fastai.wording import (
     OF_SEVERAL_MEMBERS,
     PART_NAMES,
     decimal,
+    duration,
     expectation,
     final_figures,
     method_name,
     percent,
 )
 
-MOST_CLASSES_IN_A_MATRIX = 20
-NUM_PAIRS = 15
 SMALLEST_THUMBNAIL = 64
-
-
-class Section(NamedTuple):
-    """A part of the page.
-
-    Attributes:
-        name: its anchor.
-        title: its heading.
-        charts: its drawings.
-        note: words above them; also why there are none.
-    """
-
-    name: str
-    title: str
-    charts: list[charts.Chart]
-    note: str = ""
+_UNIT = re.compile(r"(?<=\d) (?=(?:%|points|nats|min|h|s)(?!\w))")
 
 
 def write_report(
@@ -60,12 +44,12 @@ def write_report(
 
     Args:
         run: finished.
-        path: of the HTML file; one that is there is replaced at once, never partly.
-        data_dir: where the run's data lies, if not where it was looked for in training.
-        device: where to evaluate; the recipe's where not given.
+        path: of the HTML file; an existing one is replaced atomically.
+        data_dir: where the run's data lies, if not where training looked for it.
+        device: where to evaluate; the recipe's by default.
 
     Returns:
-        what the report says.
+        The contents of the report.
 
     Raises:
         InputError: the run is not finished or damaged, or its data is not there.
@@ -83,7 +67,7 @@ def render(findings: Findings) -> str:
     )
     environment.filters["picture"] = as_data_uri
     template = environment.from_string((folder / "page.html").read_text(encoding="utf-8"))
-    return template.render(
+    page = template.render(
         name=findings.run.path.resolve().name,
         style=Markup((folder / "page.css").read_text(encoding="utf-8")),
         method=method_name(recipe),
@@ -93,9 +77,8 @@ def render(findings: Findings) -> str:
         table=_figure_table(findings),
         averages=_averages(findings),
         notes=_notes(findings),
-        sections=_sections(findings),
-        pairs=_pairs(findings),
-        num_classes=len(findings.classes),
+        sections=sections(findings),
+        colors=_colors(findings),
         mistakes=findings.mistakes,
         mistake_text=_mistake_text,
         percent=percent,
@@ -104,12 +87,13 @@ def render(findings: Findings) -> str:
         version=__version__,
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
+    return _UNIT.sub("\u00a0", page)  # a number and its unit stay on one line
 
 
 def as_data_uri(pixels: Tensor) -> str:
-    """Put an image (C, H, W) uint8 into an address, as PNG: in grey, or its first three channels.
+    """Encode an image (C, H, W) uint8 as a data URI of a PNG: grey, or its first three channels.
 
-    Small images are enlarged by a whole factor, so that their pixels stay what they are.
+    Small images are enlarged by an integer factor, so that their pixels stay as they are.
     """
     shown = pixels[:3] if len(pixels) >= 3 else pixels[0]
     image = Image.fromarray((shown.permute(1, 2, 0) if shown.ndim == 3 else shown).numpy())
@@ -118,11 +102,6 @@ def as_data_uri(pixels: Tensor) -> str:
     file = io.BytesIO()
     image.save(file, "PNG", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-def _kind(findings: Findings) -> str:
-    """What one vote comes from."""
-    return "network" if findings.recipe.model.num_nets > 1 else "member"
 
 
 def _lead(findings: Findings) -> str:
@@ -138,19 +117,12 @@ def _lead(findings: Findings) -> str:
     if "images_seen" in summary:
         parts.append(f"{summary['images_seen']:,} images seen in training")
     if "seconds" in summary:
-        parts.append(f"trained in {_duration(summary['seconds'])}")
+        parts.append(f"trained in {duration(summary['seconds'])}")
     return ", ".join(parts) + "."
 
 
-def _duration(seconds: float) -> str:
-    for unit, length in (("h", 3600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.0f} s"
-
-
 def _tiles(findings: Findings) -> list[tuple[str, str, str]]:
-    """The figures that matter most: label, value, and a word beside it."""
+    """Return the main metrics: label, value, and a remark."""
     part, test = final_figures(findings.figures)
     ends = findings.figures.get("intervals", {})
     expected = findings.recipe.expected
@@ -170,7 +142,7 @@ def _tiles(findings: Findings) -> list[tuple[str, str, str]]:
             break
     if len(test["member_accuracy"]) > 1:
         values = test["member_accuracy"]
-        label = f"Mean {_kind(findings)}"
+        label = f"Mean {kind(findings)}"
         tiles.append((label, percent(sum(values) / len(values)), f"accuracy of {len(values)}"))
     return tiles
 
@@ -184,7 +156,7 @@ def _interval(ends: Mapping[str, Sequence[float]], name: str) -> str:
 
 
 def _averages(findings: Findings) -> list[tuple[str, str, Mapping[str, Any]]]:
-    """The columns of the table of figures: name, explanation, figures."""
+    """Return the columns of the table of metrics: name, explanation, values."""
     figures = findings.figures
     part, final = final_figures(figures)
     columns = [(PART_NAMES[part], "mean of the logits, as published", final)]
@@ -196,7 +168,7 @@ def _averages(findings: Findings) -> list[tuple[str, str, Mapping[str, Any]]]:
 
 
 def _figure_table(findings: Findings) -> list[tuple[Any, list[tuple[str, str]]]]:
-    """Rows of figures: how each is called, and per column its value and why there is none."""
+    """Return the rows of metrics: name, and per column the value or why it is undefined."""
     rows = []
     columns = _averages(findings)
     alone = len(columns[0][2]["member_accuracy"]) == 1
@@ -213,7 +185,7 @@ def _figure_table(findings: Findings) -> list[tuple[Any, list[tuple[str, str]]]]
 
 
 def _notes(findings: Findings) -> list[str]:
-    """Why some figures are not there, each reason once."""
+    """Return why metrics are undefined, each reason once."""
     part, test = final_figures(findings.figures)
     absent: dict[str, str] = findings.figures.get("absent", {}) | test.get("absent", {})
     if len(test["member_accuracy"]) == 1:  # the section of the members says it
@@ -231,105 +203,17 @@ def _notes(findings: Findings) -> list[str]:
     return [f"{', '.join(labels)}: none, as {reason}" for reason, labels in reasons.items()]
 
 
-def _sections(findings: Findings) -> list[Section]:
-    return [
-        _training_section(findings),
-        _calibration_section(findings),
-        Section(
-            "risk",
-            "Selective prediction",
-            [charts.risk_against_coverage(findings.logits, findings.labels)],
-        ),
-        _member_section(findings),
-        _confusion_section(findings),
-        _filter_section(findings),
-    ]
-
-
-def _training_section(findings: Findings) -> Section:
-    drawn = charts.learning_curves(
-        findings.histories, findings.rates, several=findings.recipe.model.num_members > 1
-    )
-    notes = []
-    if not drawn:
-        notes.append("The run has no history.csv: it was imported, or not trained here.")
-    elif len(findings.histories) > 1:
-        notes.append(f"{len(findings.histories)} networks, each with a line style of its own.")
-    if drawn and not findings.num_images[0]:
-        notes.append("There was no validation split, so training has no accuracy to show.")
-    note = " ".join(notes)
-    return Section("training", "Training", drawn, note)
-
-
-def _calibration_section(findings: Findings) -> Section:
-    drawn = [
-        charts.reliability(
-            "reliability-before",
-            "Reliability as trained",
-            findings.logits,
-            findings.labels,
-            caption="Bars on the diagonal would be honest; below it, the network is too sure.",
-            color=0,
-        )
-    ]
-    if findings.calibrated is None:
-        return Section(
-            "calibration", "Calibration", drawn, f"No temperature: {findings.calibration}."
-        )
-    drawn.append(
-        charts.reliability(
-            "reliability-after",
-            "Reliability after temperature scaling",
-            findings.calibrated,
-            findings.labels,
-            caption=f"At {findings.calibration}.",
-            color=2,
-        )
-    )
-    return Section("calibration", "Calibration", drawn)
-
-
-def _member_section(findings: Findings) -> Section:
-    (_, test), kind = final_figures(findings.figures), _kind(findings)
-    if len(test["member_accuracy"]) == 1:
-        return Section("members", "Members", [], "The network has one member: nothing to compare.")
-    return Section(
-        "members",
-        f"{kind.capitalize()}s",
-        [
-            charts.members(test["member_accuracy"], test["accuracy"], kind),
-            charts.agreement(findings.member_logits, findings.labels, kind),
-        ],
-    )
-
-
-def _confusion_section(findings: Findings) -> Section:
-    if len(findings.classes) > MOST_CLASSES_IN_A_MATRIX:
-        note = f"The pairs most often confused, of {len(findings.classes)} classes."
-        return Section("confusion", "Confusion", [], note)
-    matrix = confusion_matrix(findings.logits, findings.labels)
-    return Section("confusion", "Confusion", [charts.confusion(matrix, findings.classes)])
-
-
-def _filter_section(findings: Findings) -> Section:
-    drawn = [charts.filters(findings.uses)]
-    if len(findings.norms) == 1:
-        drawn.append(charts.encoders(findings.norms[0]))
-    return Section("filters", "Filter use", drawn)
-
-
-def _pairs(findings: Findings) -> list[tuple[str, str, str, str]]:
-    """Rows of the most confused pairs: true, predicted, images, share of the true class."""
-    matrix = confusion_matrix(findings.logits, findings.labels)
-    names = findings.classes
-    return [
-        (names[pair.true], names[pair.predicted], f"{pair.samples:,}", percent(pair.share))
-        for pair in most_confused(matrix, NUM_PAIRS)
-    ]
+def _colors(findings: Findings) -> list[tuple[str, str]]:
+    """Return the meaning of each colour, by the name of its CSS variable."""
+    if len(final_figures(findings.figures)[1]["member_accuracy"]) == 1:
+        colors = [("ensemble", "network"), ("members", "encoder")]
+    else:
+        colors = [("ensemble", "ensemble"), ("members", f"{kind(findings)}s")]
+    return [*colors, ("right", "right"), ("wrong", "wrong"), ("ink", "training and filters")]
 
 
 def _mistake_text(mistake: Mistake) -> str:
-    """Say in words what a picture of a mistake shows."""
+    """Describe the image of a mistake."""
     return (
         f"Test image {mistake.name}: {mistake.label}, taken for {mistake.predicted} with "
         f"{percent(mistake.confidence)}"

@@ -1,0 +1,198 @@
+"""What is known of the loss that members are trained with: torch's, fastai's, or a user's.
+
+Shapes: R samples, K classes.
+"""
+
+import inspect
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mixmo_fastai.errors import InputError
+from mixmo_fastai.per_sample import BatchLoss, FunctionLoss
+
+
+def is_cross_entropy(base: Any) -> bool:
+    """Check whether a loss is cross-entropy of logits: one class per image."""
+    return _is(base, nn.CrossEntropyLoss, F.cross_entropy)
+
+
+def is_multi_label(base: Any) -> bool:
+    """Check whether a loss is binary cross-entropy of logits: several labels per image."""
+    return _is(base, nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits)
+
+
+def is_known(base: Any) -> bool:
+    """Check whether torch or fastai has written a loss, which then averages as they do."""
+    if isinstance(base, BatchLoss) or base.reduction not in {"mean", "sum", "none"}:
+        return False
+    return all(
+        _home(loss).startswith(("torch.", "fastai.")) for loss in (given(base), _inner(base))
+    )
+
+
+def given(base: Any) -> Any:
+    """Return a loss as the user has given it."""
+    while isinstance(base, FunctionLoss | BatchLoss):
+        base = base.function
+    return base
+
+
+def name_of(base: Any) -> str:
+    """Name a loss as the user knows it."""
+    plain = _unbound(given(base))
+    return str(getattr(plain, "__name__", type(plain).__name__))
+
+
+def counted_by(base: Any, targets: Tensor) -> Tensor | None:
+    """Compute what a mean over samples with class indices (R,) divides by, of torch's losses.
+
+    Returns:
+        a scalar; None when it is the number of samples.
+    """
+    if not is_cross_entropy(base) and not _is(base, nn.NLLLoss, F.nll_loss):
+        return None
+    settings = _settings(_inner(base))
+    weight, ignored = settings.get("weight"), settings.get("ignore_index", -100)
+    counts = targets != ignored
+    if weight is not None:
+        counts = counts * weight[targets.where(counts, 0).long()]
+    counted: Tensor = counts.sum()
+    return counted
+
+
+def _settings(loss: Any) -> dict[str, Any]:
+    if isinstance(loss, nn.Module):
+        return {name: getattr(loss, name, None) for name in ("weight", "ignore_index")}
+    return dict(loss.keywords) if isinstance(loss, partial) else {}
+
+
+def smoothing_parts(base: Any) -> list[tuple[float, nn.Module]]:
+    """Split fastai's label smoothing with class weights, whose parts are averaged differently.
+
+    Its weights enter (1 - ε) · cross-entropy and the mean of that, and not the ε that is spread
+    over all classes.
+
+    Returns:
+        factors and losses, which add up to it; none for any other loss.
+    """
+    inner = _inner(base)
+    is_fastais = _home(inner).startswith("fastai.") and type(inner).__name__ == _SMOOTHING
+    if not is_fastais or inner.weight is None:
+        return []
+    spread = nn.CrossEntropyLoss(label_smoothing=1.0, reduction=base.reduction)
+    own = nn.CrossEntropyLoss(weight=inner.weight, reduction=base.reduction)
+    return [(inner.eps, spread), (1 - inner.eps, own)]
+
+
+_SMOOTHING = "LabelSmoothingCrossEntropy"
+
+
+def ignores_shifts(loss: Callable[..., Tensor], num_classes: int, device: torch.device) -> bool:
+    """Check whether a loss of classes stays the same when all logits of a sample grow alike.
+
+    So do losses that see logits through their softmax alone, such as cross-entropy in a lambda.
+
+    Args:
+        loss: predictions (R, K) and class indices (R,) -> a scalar.
+        num_classes: K.
+        device: where to try the loss.
+    """
+    logits = torch.arange(2.0 * num_classes, device=device).mul(1.7).sin().view(2, num_classes)
+    raised = logits + torch.tensor([[1.0], [3.0]], device=device)
+    targets = torch.arange(2, device=device) % num_classes
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.no_grad():
+        warnings.simplefilter("ignore")
+        try:
+            one, other = (loss(moved, targets) for moved in (logits, raised))
+            return bool(one.isfinite().all()) and torch.allclose(one, other, rtol=1e-4)
+        except _UNSUITABLE:  # a loss of other targets
+            return False
+
+
+_UNSUITABLE = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError)
+
+
+def check_shapes(base: Any, pred: Tensor, targets: Tensor) -> None:
+    """Check the shapes for a loss of torch's that compares number by number: nothing is broadcast.
+
+    Args:
+        base: such a loss, by itself or in the wrapper of fastai that flattens, or any other.
+        pred: (R, …).
+        targets: (R, …).
+
+    Raises:
+        InputError: predictions and targets differ in shape.
+    """
+    name = next((kind.__name__ for kind, f in _ELEMENTWISE.items() if _is(base, kind, f)), None)
+    if name is None:
+        return
+    flattens = getattr(base, "flatten", False) and hasattr(base, "is_2d")
+    if pred.numel() == targets.numel() if flattens else pred.shape == targets.shape:
+        return
+    advice = f"Give targets {_shape(pred)}"
+    if pred.ndim == targets.ndim + 1 and pred.shape[-1] == 1:
+        advice += f", or flatten both: {_FLATTENING.get(name, f'BaseLoss(nn.{name}, is_2d=False)')}"
+    elif not targets.is_floating_point():
+        advice += ", or for one class per image use CrossEntropyLossFlat()"
+    raise InputError(
+        f"{name} compares number by number: predictions {_shape(pred)} do not match targets "
+        f"{_shape(targets)}.\n{advice}."
+    )
+
+
+_ELEMENTWISE: dict[type[nn.Module], Callable[..., Tensor]] = {
+    nn.MSELoss: F.mse_loss,
+    nn.L1Loss: F.l1_loss,
+    nn.SmoothL1Loss: F.smooth_l1_loss,
+    nn.HuberLoss: F.huber_loss,
+    nn.BCELoss: F.binary_cross_entropy,
+    nn.BCEWithLogitsLoss: F.binary_cross_entropy_with_logits,
+    nn.PoissonNLLLoss: F.poisson_nll_loss,
+    nn.SoftMarginLoss: F.soft_margin_loss,
+    nn.KLDivLoss: F.kl_div,
+}
+_FLATTENING = {
+    "MSELoss": "MSELossFlat()",
+    "L1Loss": "L1LossFlat()",
+    "BCELoss": "BCELossFlat()",
+    "BCEWithLogitsLoss": "BCEWithLogitsLossFlat()",
+}
+"""Losses of `fastai.losses` that flatten predictions and targets."""
+
+
+def _shape(tensor: Tensor) -> str:
+    """Write a shape with B in place of the number of samples, as (B,) or (B, 3)."""
+    sizes = ", ".join(map(str, tensor.shape[1:]))
+    return f"(B, {sizes})" if sizes else "(B,)"
+
+
+def _is(base: Any, kind: type[nn.Module], function: Callable[..., Tensor]) -> bool:
+    """Check whether a loss is one of torch's: a module, in fastai's wrapper, or a function."""
+    plain = _unbound(_inner(base))
+    return isinstance(plain, kind) or plain is function
+
+
+def _inner(base: Any) -> Any:
+    own = given(base)
+    # fastai's flattening losses hold torch's.
+    return getattr(own, "func", own) if hasattr(own, "is_2d") else own
+
+
+def _unbound(loss: Any) -> Any:
+    return loss.func if isinstance(loss, partial) else loss
+
+
+def _home(loss: Any) -> str:
+    """Name the module whose code computes a loss."""
+    plain = _unbound(loss)
+    if inspect.isroutine(plain):
+        code: Any = plain
+    else:
+        code = type(plain).forward if isinstance(plain, nn.Module) else type(plain).__call__
+    return str(getattr(code, "__module__", ""))

@@ -1,0 +1,148 @@
+"""Plots of filter use: active filters per convolution, and the norms of the encoders' filters.
+
+Shapes: L convolutions of the core, T thresholds, M members, D feature channels.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from mixmo_fastai.filter_use import FilterUse
+from mixmo_fastai.report.charts import MARKERS, Chart, percent_axis
+from mixmo_fastai.report.drawing import INK, MEMBERS, SHADES, Drawing
+from mixmo_fastai.wording import percent, round_percent
+
+MOST_NAMES = 80
+"""Number of convolutions above which the picture of `mixmo inspect` names only some of them."""
+
+
+def filters(uses: Sequence[FilterUse]) -> Chart:
+    """Plot the fraction of active filters per convolution, the mean over networks."""
+    first = uses[0]
+    active = torch.stack([use.shares for use in uses]).mean(dim=0)  # (L, T)
+    average = active.mean(dim=0).tolist()
+    networks = f" Mean over {len(uses)} networks." if len(uses) > 1 else ""
+    told = ", ".join(
+        f"{percent(share)} above {round_percent(threshold)}"
+        for threshold, share in zip(first.thresholds, average, strict=True)
+    )
+
+    def plot(figure: Figure) -> None:
+        axes = figure.subplots()
+        _draw_use(axes, FilterUse(first.layers, active, first.thresholds))
+        axes.set_xlabel("convolution of the core (names below)")
+
+    return Chart(
+        "Active filters",
+        Drawing(
+            plot, "filters", f"Active filters, average over {len(first.layers)} layers: {told}."
+        ),
+        f"Filters whose L1 norm exceeds a fraction of the layer's largest.{networks}",
+    )
+
+
+def encoders(norms: Sequence[Tensor]) -> Chart:
+    """Plot the L1 norms of the encoders' filters, a row of panels for each network's encoders.
+
+    Args:
+        norms: (M, D) of each network.
+    """
+    rows = sum(len(of_network) for of_network in norms)
+    first = norms[0]
+    num_members, num_channels = first.shape
+
+    def plot(figure: Figure) -> None:
+        panels = figure.subplots(rows, 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+        _draw_norms(list(panels), norms)
+        figure.supylabel("L1 norm", fontsize=9)
+
+    largest = first.argmax(dim=0).bincount(minlength=num_members).tolist()
+    owned = ", ".join(f"encoder {m + 1} of {count}" for m, count in enumerate(largest))
+    text = f"L1 norms of the encoders' filters for {num_channels} channels; largest is {owned}."
+    caption = (
+        "Channels in which one encoder's norm is large and the others' are small belong to that "
+        "member."
+        if num_members > 1
+        else "Norms of the filters of the first convolution."
+    )
+    size = (4.1, min(8.0, max(2.9, 0.7 + 0.8 * rows)))
+    return Chart("Encoders", Drawing(plot, "encoders", text, size=size), caption)
+
+
+def side_by_side(
+    titles: Sequence[str], uses: Sequence[FilterUse], norms: Sequence[Tensor]
+) -> Drawing:
+    """Plot filter use and encoder norms, a column per network; convolutions carry their names."""
+    rows = max(len(of_network) for of_network in norms)
+    longest = max(len(use.layers) for use in uses)
+    width = max(6.5, 1.2 + 0.13 * min(longest, MOST_NAMES))
+    characters = max(len(name) for use in uses for name in use.layers)
+    heights = (3.4, 0.075 * characters + 0.2 + 1.1 * rows)
+
+    def plot(figure: Figure) -> None:
+        upper, lower = figure.subfigures(2, 1, height_ratios=heights)
+        top = upper.subplots(1, len(uses), squeeze=False, sharey="row")[0]
+        below = lower.subplots(rows, len(uses), squeeze=False, sharey=True, sharex="col")
+        for column, (title, use, norm) in enumerate(zip(titles, uses, norms, strict=True)):
+            _draw_use(top[column], use)
+            _name_convolutions(top[column], use.layers)
+            top[column].set_title(title)
+            _draw_norms(list(below[: len(norm), column]), [norm])
+            for panel in below[len(norm) :, column]:
+                panel.set_visible(False)
+        lower.supylabel("L1 norm of the encoder's filter", fontsize=9)
+
+    text = f"Active filters and encoder norms of {', '.join(titles)}."
+    return Drawing(plot, "filter-use", text, size=(width * len(uses), sum(heights)))
+
+
+def _draw_use(axes: Axes, use: FilterUse) -> None:
+    places = range(1, len(use.layers) + 1)
+    average = use.average.tolist()
+    for column, threshold in enumerate(use.thresholds):
+        axes.plot(
+            places,
+            use.shares[:, column],
+            marker=MARKERS[column % len(MARKERS)],
+            color=INK,
+            alpha=SHADES[column % len(SHADES)],
+            label=f"above {round_percent(threshold)}: {percent(average[column])} on average",
+        )
+    axes.set(ylabel="active filters", ylim=(0, 1.05), xlim=(0.5, len(use.layers) + 0.5))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    percent_axis(axes.yaxis)
+    axes.legend()
+
+
+def _name_convolutions(axes: Axes, layers: Sequence[str]) -> None:
+    """Label each convolution with its number and its module name within the core."""
+    step = -(-len(layers) // MOST_NAMES)
+    places = range(1, len(layers) + 1, step)
+    labels = [f"{layers[place - 1]}  {place}" for place in places]
+    axes.set_xticks(places, labels, rotation=90, fontsize=7 if len(places) <= 40 else 6)
+    axes.set_xlabel("convolution: module name within the core, and number")
+
+
+def _draw_norms(panels: Sequence[Axes], norms: Sequence[Tensor]) -> None:
+    """Draw a panel of bars for each encoder; the channels of a network share one order."""
+    rows = [(n, m) for n, of_network in enumerate(norms) for m in range(len(of_network))]
+    for axes, (network, member) in zip(panels, rows, strict=True):
+        of_network = norms[network]
+        others = of_network[-1] if len(of_network) > 1 else 0
+        order = (of_network[0] - others).argsort(descending=True)
+        channels = range(1, len(order) + 1)
+        axes.bar(channels, of_network[member][order], width=0.9, color=MEMBERS)
+        name = f"encoder {member + 1}"
+        if len(norms) > 1:
+            name = f"network {network + 1}" + f", {name}" * (len(of_network) > 1)
+        axes.set_title(name, loc="left", fontsize=8, pad=2)
+        axes.set(xlim=(0.4, len(order) + 0.6), ylim=(0, None))
+        axes.grid(visible=False, axis="x")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    several = any(len(of_network) > 1 for of_network in norms)
+    order_name = "from the first member's to the last's" if several else "sorted by norm"
+    panels[-1].set_xlabel(f"feature channel, {order_name}")

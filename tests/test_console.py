@@ -1,0 +1,26 @@
+import pytest
+
+from mixmo_fastai.cli.console import fold
+
+LINE = "95 % CI     accuracy 25.44 % to 27.18 %, NLL 1.9251 to 1.9558, ECE 1.91 % to 3.45 %"
+
+
+@pytest.mark.parametrize("width", range(30, 90))
+def test_lines_are_folded_under_their_second_column(width):
+    lines = fold(LINE, width)
+    assert " ".join([lines[0], *(line.strip() for line in lines[1:])]) == LINE
+    assert all(len(line) <= width for line in lines)
+    if width >= 36:
+        assert all(line.startswith(12 * " ") for line in lines[1:])
+
+
+@pytest.mark.parametrize("width", range(30, 90))
+def test_a_number_stays_with_its_unit(width):
+    assert not [line for line in fold(LINE, width) if line.strip().startswith("%")]
+
+
+def test_what_is_copied_is_left_whole():
+    command = "  mixmo fit " + "--set data.valid_split=0.1 " * 5
+    assert fold(command, 40) == [command]
+    path = "Curve: " + "folder/" * 20
+    assert fold(path, 40) == ["Curve:", "  " + "folder/" * 20]

@@ -1,0 +1,200 @@
+import json
+import os
+
+import pytest
+import torch
+from datasets import write_image_folder, write_tiny_imagenet
+from PIL import Image
+
+from mixmo_fastai.assessment import open_finished
+from mixmo_fastai.cli import run as program
+from mixmo_fastai.data import cache
+from mixmo_fastai.data.damage import DamagedImagesError
+from mixmo_fastai.data.image_folder import read_image_folder
+from mixmo_fastai.data.sources import load_source
+from mixmo_fastai.data.tiny_imagenet import read_tiny_imagenet
+from mixmo_fastai.errors import InputError
+from mixmo_fastai.runs import check_same_left_out, open_run
+
+_WORDS = "--arch wrn10_1 --epochs 1 --batch-size 16 --repeat 1 --device cpu --threads 1 --quiet"
+TINY = tuple(_WORDS.split())
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("MIXMO_DATA_DIR", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_image_folder(tmp_path / "pets", num_train=20, num_test=4)
+
+
+def damage(folder):
+    """Empty one file, cut one and put text into one; return their names."""
+    names = ["train/cat/001.png", "train/dog/003.png", "test/dog/002.png"]
+    (folder / names[0]).write_bytes(b"")
+    (folder / names[1]).write_bytes((folder / names[1]).read_bytes()[:-60])
+    (folder / names[2]).write_text("<html>not found</html>")
+    return names
+
+
+LIMITS = {"kept": cache.CACHE_LIMIT, "decoded at each access": 0}
+
+
+@pytest.mark.parametrize("limit", LIMITS.values(), ids=LIMITS)
+@pytest.mark.parametrize("size", [None, 24])
+def test_one_error_names_all_damaged_images_of_every_part(folder, home, size, limit):
+    names = damage(folder)
+    for _ in range(2):  # found, then known
+        with pytest.raises(DamagedImagesError) as caught:
+            read_image_folder(folder, home, image_size=size, cache_limit=limit)
+        message = str(caught.value)
+        assert all(name in message for name in names)
+        assert "3 of 48 images" in message
+        assert "--skip-damaged" in message
+        assert len(message.splitlines()) <= 3
+        lines = [line.split("\t") for line in caught.value.listed.read_text().splitlines()]
+        assert [path for path, _ in lines] == [str(folder / name) for name in names]
+        assert lines[0][1] == "the file is empty"
+
+
+def test_of_many_damaged_images_ten_are_named_and_all_listed(folder, home):
+    for path in (folder / "train" / "cat").iterdir():
+        path.write_bytes(b"damaged")
+    with pytest.raises(DamagedImagesError, match=r"cat/009\.png and 10 more") as caught:
+        load_source(folder, home)
+    assert "010.png" not in str(caught.value)
+    assert len(caught.value.listed.read_text().splitlines()) == len(caught.value.reasons) == 20
+
+
+def test_a_single_damaged_image_is_named_with_the_reason(folder, home):
+    (folder / "train" / "cat" / "001.png").write_bytes(b"")
+    with pytest.raises(DamagedImagesError, match=r"001\.png \(the file is empty\)"):
+        load_source(folder, home)
+
+
+def test_links_to_nowhere_are_named_together(folder, home):
+    for name in ("lost", "gone"):
+        (folder / "train" / "cat" / f"{name}.png").symlink_to(folder / "nowhere.png")
+    with pytest.raises(DamagedImagesError, match=r"gone\.png, train/cat/lost\.png"):
+        load_source(folder, home)
+
+
+def test_the_list_goes_elsewhere_when_the_cache_cannot_be_written(folder, home):
+    names = damage(folder)
+    home.mkdir()
+    (home / "mixmo-cache").touch()
+    with pytest.raises(DamagedImagesError) as caught:
+        load_source(folder, home)
+    try:
+        assert len(caught.value.listed.read_text().splitlines()) == len(names)
+    finally:
+        caught.value.listed.unlink()
+
+
+@pytest.mark.parametrize("limit", LIMITS.values(), ids=LIMITS)
+def test_damaged_images_are_left_out_and_the_others_unchanged(tmp_path, folder, home, limit):
+    whole = load_source(folder, home)
+    names = damage(folder)
+    for _ in range(2):
+        source = read_image_folder(folder, home, cache_limit=limit, skip_damaged=True)
+        assert [*source.left_out] == names
+        assert dict(source.notes)["Left out"].startswith("3 damaged images: train/cat/001.png")
+        for part in ("train", "test"):
+            every, kept = getattr(whole, part), getattr(source, part)
+            rows = [i for i in range(len(every)) if every.name(i) not in names]
+            assert [kept.name(i) for i in range(len(kept))] == [every.name(i) for i in rows]
+            assert torch.equal(kept.labels, every.labels[rows])
+            assert torch.equal(kept.tensor(), every.tensor()[rows])
+
+
+def test_without_damage_nothing_is_left_out(folder, home):
+    source = load_source(folder, home, skip_damaged=True)
+    assert (len(source.train), source.left_out, source.notes) == (40, {}, ())
+
+
+def test_a_mended_image_is_used_again(folder, home):
+    names = damage(folder)
+    load_source(folder, home, skip_damaged=True)
+    for name in names:
+        Image.new("RGB", (32, 32)).save(folder / name)
+    assert len(load_source(folder, home).train) == 40
+
+
+def test_a_class_cannot_be_left_out_as_a_whole(folder, home):
+    for path in (folder / "train" / "cat").iterdir():
+        path.write_bytes(b"damaged")
+    with pytest.raises(InputError, match="class 'cat' is damaged"):
+        load_source(folder, home, skip_damaged=True)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(24, "Too many open files")])
+def test_what_the_machine_lacks_is_not_held_against_an_image(folder, home, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(type(error)):
+        load_source(folder, home, skip_damaged=True)
+
+
+def test_tiny_imagenet_leaves_damaged_images_out(tmp_path):
+    from mixmo_fastai.data.archives import Unpacked
+
+    archive = write_tiny_imagenet(tmp_path, packed=False)
+    unpacked = Unpacked(archive, tmp_path)
+    whole = read_tiny_imagenet(unpacked)
+    path = sorted(unpacked.folder.glob("train/*/images/*.JPEG"))[1]
+    path.write_bytes(b"")
+    with pytest.raises(DamagedImagesError, match=path.name):
+        read_tiny_imagenet(unpacked)
+    source = read_tiny_imagenet(unpacked, skip_damaged=True)
+    assert len(source.train) == len(whole.train) - 1
+    assert [*source.left_out] == [path.relative_to(unpacked.folder).as_posix()]
+
+
+def test_a_run_keeps_what_it_has_left_out(folder, home, tmp_path, capsys):
+    names = damage(folder)
+    run = tmp_path / "run"
+    assert program(["fit", str(folder), *TINY, "--skip-damaged", "--out", str(run)]) == 0
+    assert [*json.loads((run / "left-out.json").read_text())] == names
+    before = open_run(run).metrics()["test"]
+    for name in names:  # the run's images are those that it had
+        Image.new("RGB", (32, 32)).save(folder / name)
+    finished = open_finished(open_run(run))
+    assert (len(finished.source.train), len(finished.source.test)) == (38, 7)
+    capsys.readouterr()
+    assert program(["eval", str(run), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["test"] == before
+    assert program(["fit", "--resume", str(run), "--quiet"]) == 0
+
+    (folder / "train" / "cat" / "000.png").write_bytes(b"")
+    assert program(["eval", str(run)]) == 2
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "train/cat/000.png" in shown
+    assert "put back" in shown
+    assert "--skip-damaged" not in shown
+
+
+def test_runs_that_left_out_other_images_are_not_compared(tmp_path, folder, home):
+    runs = [tmp_path / "first", tmp_path / "second"]
+    for number, run in enumerate(runs):
+        (folder / f"train/cat/{number:03}.png").write_bytes(b"")
+        assert program(["fit", str(folder), *TINY, "--skip-damaged", "--out", str(run)]) == 0
+    first, second = map(open_run, runs)
+    check_same_left_out(first, first)
+    with pytest.raises(InputError, match=r"left out 2 damaged images.*first 1"):
+        check_same_left_out(first, second)
+
+
+def test_prediction_names_what_cannot_be_read(folder, home, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert program(["fit", str(folder), *TINY, "--out", str(run)]) == 0
+    names = [name for name in damage(folder) if name.startswith("train")]
+    capsys.readouterr()
+    assert program(["predict", str(run), str(folder / "train")]) == 1
+    shown = capsys.readouterr().err.replace("\n", "")
+    assert "2 of 40 images" in shown
+    assert all(os.path.basename(name) in shown for name in names)

@@ -1,0 +1,166 @@
+import math
+
+import numpy as np
+import oracle_metrics
+import pytest
+import torch
+import torch.nn.functional as F
+from fastai.data.block import DataBlock, MultiCategoryBlock, RegressionBlock, TransformBlock
+from fastai.data.core import DataLoaders
+from fastai.data.transforms import RandomSplitter
+from fastai.learner import Learner
+from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
+from fastai.metrics import accuracy
+from synthetic import foreign_dls, image_arrays, mixmo_dls
+from torch import nn
+
+from mixmo_fastai import MixMoCallback, create_model, member_preds, mixmo_learner, to_mixmo
+from mixmo_fastai.errors import InputError
+
+
+def quiet(learn):
+    learn.remove_cb(learn.progress)
+    learn.logger = lambda *_: None
+    return learn
+
+
+def ours(num_members=2, dls=None, **kwargs):
+    mix = "sum" if num_members == 1 else "cutmix"
+    dls = dls or mixmo_dls()
+    return quiet(mixmo_learner(dls, "wrn10_1", mix=mix, num_members=num_members, seed=0, **kwargs))
+
+
+def own():
+    """A user's own Learner that has not been fitted, with a loss of torch's."""
+    model = create_model("wrn10_1", 3, 3, generator=torch.Generator().manual_seed(3))
+    dls = foreign_dls()
+    return quiet(Learner(dls, model, nn.CrossEntropyLoss(), metrics=accuracy, cbs=MixMoCallback()))
+
+
+def converted():
+    layers = nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)
+    learn = Learner(foreign_dls(), nn.Sequential(*layers), CrossEntropyLossFlat())
+    return quiet(to_mixmo(learn, independent=True, seed=0))
+
+
+def logits_by_hand(learn, loader):
+    with torch.no_grad():
+        return torch.cat([learn.model.eval().member_logits(x) for x, *_ in loader]).as_subclass(
+            torch.Tensor
+        )
+
+
+@pytest.mark.parametrize("make", [ours, own, converted])
+def test_members_of_a_learner(make):
+    learn = make()
+    found = member_preds(learn)
+    expected = logits_by_hand(learn, learn.dls.valid)
+    assert found.probabilities.shape == expected.shape
+    assert expected.shape[::2] == (len(learn.dls.valid_ds), 3)
+    assert type(found.probabilities) is torch.Tensor
+    torch.testing.assert_close(found.probabilities, expected.softmax(2))
+    assert torch.equal(found.votes, expected.argmax(2))
+    assert torch.equal(found.targets, torch.cat([y for _, y in learn.dls.valid]))
+    reference = oracle_metrics.mutual_information(expected.numpy())
+    assert found.mutual_information.mean().item() == pytest.approx(reference, rel=1e-4)
+    assert found.mutual_information.min() >= 0
+    assert found.mutual_information.max() <= math.log(expected.shape[1])
+    ensemble, targets = learn.get_preds()
+    probabilities = found.probabilities.log().mean(1).softmax(1)
+    torch.testing.assert_close(probabilities, ensemble)
+    assert torch.equal(found.targets, targets.as_subclass(torch.Tensor))
+
+
+def test_members_of_the_training_images_come_in_their_order():
+    learn = ours()
+    found = member_preds(learn, ds_idx=0)
+    assert len(found.targets) == len(learn.dls.train_ds)
+    expected = logits_by_hand(learn, learn.dls.train.new(shuffle=False, drop_last=False))
+    torch.testing.assert_close(found.probabilities, expected.softmax(2))
+
+
+def test_members_of_a_shuffled_loader_come_in_the_order_of_the_data():
+    learn = own()
+    shuffled = learn.dls.valid.new(shuffle=True)
+    found, expected = member_preds(learn, dl=shuffled), member_preds(learn)
+    torch.testing.assert_close(found.probabilities, expected.probabilities)
+    assert torch.equal(found.targets, expected.targets)
+
+
+def test_images_without_targets():
+    learn = ours()
+    files = learn.dls.test_dl([learn.dls.valid_ds[i][0] for i in range(5)])
+    found = member_preds(learn, dl=files)
+    assert found.targets is None
+    torch.testing.assert_close(found.probabilities, member_preds(learn).probabilities[:5])
+
+
+def test_a_single_member_shares_no_information():
+    learn = ours(num_members=1)
+    found = member_preds(learn)
+    assert found.mutual_information is None
+    torch.testing.assert_close(found.probabilities[:, 0], learn.get_preds()[0])
+
+
+def test_a_learner_stays_as_it_was():
+    learn = ours()
+    learn.fit(1, 0.01)
+    callbacks, record = [*learn.cbs], learn.validate()
+    member_preds(learn)
+    assert [*learn.cbs] == callbacks
+    assert [*learn.validate()] == pytest.approx([*record])
+    learn.fit(1, 0.01)
+    assert learn.mix_mo.epochs_trained == 2
+
+
+def pictures(target_block, get_y):
+    pixels, labels = image_arrays(24)
+    images = [image.float() / 255 for image in pixels]
+    block = DataBlock(
+        (TransformBlock(), target_block),
+        get_x=lambda i: images[i],
+        get_y=lambda i: get_y(int(labels[i])),
+        splitter=RandomSplitter(0.5, seed=0),
+    )
+    return block.dataloaders(range(24), bs=6, num_workers=0, device="cpu")
+
+
+def test_several_labels_per_image():
+    dls = pictures(MultiCategoryBlock(), lambda label: ["odd"] if label % 2 else ["even", "small"])
+    learn = ours(dls=dls, loss_func=BCEWithLogitsLossFlat(thresh=0.6))
+    found = member_preds(learn)
+    expected = logits_by_hand(learn, dls.valid).sigmoid()
+    torch.testing.assert_close(found.probabilities, expected)
+    assert torch.equal(found.votes, expected > 0.6)
+    assert found.targets.shape == (12, 3)
+    p = expected.double().numpy()
+
+    def entropy(q):
+        return -(q * np.log(q) + (1 - q) * np.log(1 - q)).sum(-1)
+
+    information = entropy(p.mean(1)) - entropy(p).mean(1)
+    assert found.mutual_information.numpy() == pytest.approx(information, rel=1e-4, abs=1e-9)
+
+
+def test_numbers_to_predict():
+    learn = ours(dls=pictures(RegressionBlock(n_out=1), float))
+    found = member_preds(learn)
+    expected = logits_by_hand(learn, learn.dls.valid)
+    torch.testing.assert_close(found.probabilities, expected)
+    assert torch.equal(found.votes, found.probabilities)
+    assert found.mutual_information is None
+
+
+def test_a_loss_of_a_users_own():
+    learn = ours(loss_func=lambda pred, targets: F.cross_entropy(pred, targets.long()))
+    learn.fit(1, 0.01)
+    found = member_preds(learn)
+    torch.testing.assert_close(found.probabilities.sum(2), torch.ones(found.votes.shape))
+    assert torch.equal(found.votes, found.probabilities.argmax(2))
+
+
+def test_a_plain_learner_is_told_to_convert():
+    dls = DataLoaders(*foreign_dls())
+    learn = Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), nn.CrossEntropyLoss())
+    with pytest.raises(InputError, match=r"the Learner has a Sequential.*\n.*to_mixmo"):
+        member_preds(learn)

@@ -1,0 +1,214 @@
+"""What `mixmo fit` says before, during and after training."""
+
+import io
+import json
+import re
+
+import pytest
+from datasets import write_image_folder
+from rich.console import Console
+
+from mixmo_fastai import speed
+from mixmo_fastai.cli import progress, run
+from mixmo_fastai.cli.console import Output
+from mixmo_fastai.cli.progress import TrainingDisplay, clock
+from mixmo_fastai.runs import open_run
+from mixmo_fastai.speed import Speed
+from mixmo_fastai.training import prepare, train
+from mixmo_fastai.wording import estimated_duration
+
+TINY = ("--arch", "wrn10_1", "--limit", "48", "--batch-size", "16", "--device", "cpu")
+
+
+@pytest.fixture(autouse=True)
+def folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("MIXMO_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """A machine that trains half an image per second."""
+    monkeypatch.setattr(speed, "measure_speed", lambda training: Speed(0.5))
+
+
+def rows(text):
+    """Give the rows of a plan or of figures by their labels."""
+    return {line.split()[0]: line for line in text.splitlines() if line[:1].strip()}
+
+
+def test_the_plan_tells_the_time_before_training(slow, capsys):
+    assert run(["fit", *TINY, "--epochs", "1", "--out", "here"]) == 0
+    out = capsys.readouterr().out
+    assert "at 0.5 images/s" in rows(out)["Time"]
+    assert out.index("\nTime ") < out.index(" train loss")
+
+
+def test_a_short_plan_is_all_there_is_and_settings_go_to_the_log(capsys):
+    assert run(["fit", *TINY, "--epochs", "1", "--out", "here"]) == 0
+    out, log = capsys.readouterr().out, (open_run("here").path / "log.txt").read_text()
+    assert len(out.split("\n\n")[0].splitlines()) <= 10
+    assert "weight_root=" in log
+    assert "weight_root=" not in out
+    assert out.split("\n\n")[0] in log
+
+
+def test_hours_on_a_cpu_are_answered_with_what_fits(slow, capsys, monkeypatch):
+    monkeypatch.setattr("mixmo_fastai.deep_ensemble.train", lambda *_, **__: 1 / 0)
+    words = ["fit", *TINY, "--arch", "wrn16_8", "--epochs", "100", "--out", "here"]
+    assert run(words) == 1
+    out = capsys.readouterr().out
+    assert "about 13 h" in rows(out)["Time"]
+    assert re.search(r"For about 20 minutes: --arch wrn10_4 --epochs \d+\n", out)
+
+
+@pytest.mark.parametrize("epochs", ["1", "6"])
+def test_less_than_an_hour_is_not(slow, capsys, epochs, monkeypatch):
+    monkeypatch.setattr("mixmo_fastai.deep_ensemble.train", lambda *_, **__: 1 / 0)
+    assert run(["fit", *TINY, "--epochs", epochs, "--out", "here"]) == 1
+    assert "20 minutes" not in capsys.readouterr().out
+
+
+def test_a_folder_is_told_what_was_chosen_and_what_it_lacks(folder, capsys):
+    write_image_folder(folder / "pets", num_train=8, size=(72, 72))
+    words = ["--arch", "wrn10_1", "--epochs", "1", "--batch-size", "16", "--device", "cpu"]
+    assert run(["fit", "pets", *words]) == 0
+    out = capsys.readouterr().out
+    assert rows(out)["Chosen"].endswith(
+        "images scaled to 64x64, by default on a CPU; change with --set data.image_size=N"
+    )
+    assert "1,500,000 images seen (here 48) and a width of 4 (here 1)" in rows(out)["Advice"]
+    assert "--members 1" in rows(out)["Advice"]
+
+
+def test_a_shipped_recipe_is_neither_chosen_nor_advised_against(capsys):
+    assert run(["fit", *TINY, "--epochs", "1"]) == 0
+    plan = capsys.readouterr().out.split("\n\n")[0]
+    assert not {"Chosen", "Advice"} & rows(plan).keys()
+
+
+def test_the_end_says_what_comes_next(capsys):
+    assert run(["fit", *TINY, "--epochs", "1", "--out", "a run"]) == 0
+    last = capsys.readouterr().out.splitlines()[-3:]
+    assert [line[20:] for line in last] == [
+        "mixmo report 'a run'",
+        "mixmo predict 'a run' IMAGE…",
+        "mixmo export 'a run' --to net.safetensors",
+    ]
+    assert last[0].startswith("Next ")
+    assert last[0] in (open_run("a run").path / "log.txt").read_text()
+
+
+def test_curves_are_answered_in_one_line(capsys, monkeypatch):
+    monkeypatch.setattr("mixmo_fastai.cli.plan.advise", lambda *_: "Do this")
+    assert run(["fit", *TINY, "--epochs", "1"]) == 0
+    assert rows(capsys.readouterr().out)["Advice"].split() == ["Advice", "Do", "this"]
+
+
+def test_quiet_and_json_have_the_result_alone(capsys, monkeypatch):
+    words = ["fit", *TINY, "--epochs", "1"]
+    assert run([*words, "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["run"] == "runs/digits-cut-mixmo-1"
+    assert "Time" in rows(err)
+    assert "Next" not in rows(err)
+    monkeypatch.setattr(speed, "measure_speed", None)  # it would only cost time
+    assert run([*words, "--quiet"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert not {"Time", "Next", "Advice", "Data"} & rows(out).keys()
+
+
+def test_piped_output_has_no_escapes_and_whole_lines(mixmo):
+    command = mixmo("fit", *TINY, "--epochs", "1", environment={"COLUMNS": 40})
+    assert command.wait() == 0
+    assert "Next" in command.said
+    assert "\x1b" not in command.said
+    assert any(len(line) > 80 for line in command.said.splitlines())
+
+
+def test_a_resumed_run_tells_the_time_from_there_on(slow, capsys):
+    assert run(["fit", *TINY, "--epochs", "2", "--out", "here", "--quiet"]) == 0
+    capsys.readouterr()
+    assert run(["fit", "--resume", "here"]) == 0
+    assert "from here on" in rows(capsys.readouterr().out)["Time"]
+
+
+def test_a_terminal_indents_what_it_folds():
+    output = Output()
+    text = io.StringIO()
+    output.console = Console(file=text, width=40, force_terminal=True, highlight=False)
+    output.say("Data       many words of which forty columns hold only some")
+    output.say_command("Next       mixmo report a/path/that/is/longer/than/a/line")
+    first, *others = text.getvalue().splitlines()
+    assert first.startswith("Data       many")
+    assert all(line.startswith(" " * 11) for line in others[:-1])
+    assert others[-1].endswith("longer/than/a/line")
+
+
+# The bar
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_bar_shows_speed_and_times_from_the_beginning(width, monkeypatch):
+    text, shown = io.StringIO(), []
+    output = Output()
+    output.console = Console(file=text, width=width, force_terminal=True, color_system=None)
+    assert run(["fit", *TINY, "--epochs", "2", "--out", "made", "--quiet"]) == 0
+    display = TrainingDisplay(output, 16, Speed(1600.0))
+    display.progress.live.auto_refresh = False
+    started = display._start
+
+    def start():
+        started()
+        display.progress.refresh()
+        shown.append(text.getvalue())
+
+    monkeypatch.setattr(display, "_start", start)
+    train(prepare(open_run("made").recipe()), open_run("made"), cbs=[display])
+    display.close()
+    first = shown[0].splitlines()[-1].rpartition("\x1b[2K")[2]
+    assert re.match(r"epoch 1/2 .* 0 % 1,600 images/s elapsed 0:00:00, left 0:00:00$", first)
+    assert len(first) == width
+
+
+def test_the_rate_leaves_out_the_first_steps(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    display = TrainingDisplay(Output(quiet=True), 10)
+    display.began = display.counted_from = 0.0
+    assert display._speed() == ""
+    display.steps_here, now[0] = 1, 100.0
+    display.counted_from = 100.0
+    assert display._speed() == "0.1 images/s"  # all that is known
+    display.steps_here, display.counted_from, now[0] = 12, 110.0, 120.0
+    assert display._speed() == "10 images/s"
+    known = TrainingDisplay(Output(quiet=True), 10, Speed(77.0))
+    known.steps_here = 1
+    assert known._speed() == "77 images/s"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0:00:00"), (61.4, "0:01:01"), (90_000, "25:00:00"), (10**6, "12 days")],
+)
+def test_times_of_the_bar_are_short(seconds, text):
+    assert clock(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (3, "a few seconds"),
+        (42, "about 42 s"),
+        (1200, "about 20 min"),
+        (4000, "about 67 min"),
+        (7000, "about 1.9 h"),
+        (60_000, "about 17 h"),
+        (3 * 86_400, "about 3 days"),
+        (4e8, "about 13 years"),
+    ],
+)
+def test_durations_are_in_their_largest_unit(seconds, text):
+    assert estimated_duration(seconds) == text
