@@ -312,7 +312,7 @@ def _check_comparable(runs: Sequence[RunFolder]) -> None:
         for setting in ("dataset", "valid_split", "image_size"):
             own, expected = getattr(data, setting), getattr(first, setting)
             without_split = setting == "valid_split" and 0 in (own, expected)
-            is_open = None in (own, expected)  # of a run that has not begun
+            is_open = None in (own, expected)  # not begun, or with a validation folder
             if own != expected and not (without_split or is_open):
                 raise InputError(
                     f"{run.path} has data.{setting}={own!r}, and {runs[0].path} has {expected!r}.\n"

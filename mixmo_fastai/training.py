@@ -328,7 +328,7 @@ def describe_run(training: Training, run: RunFolder) -> None:
         run.write_split(dataclasses.asdict(parts))
     if training.recipe.data.skip_damaged:
         run.write_left_out(training.source.left_out)
-    run.write_data_facts(training.facts)
+    run.write_data_facts(facts_of(training.source))
     if undecided(run.recipe()):
         run.write_recipe(training.recipe)
 
@@ -471,7 +471,7 @@ def _with_data_settings(recipe: Recipe, source: DataSource) -> Recipe:
     padding = source.crop_padding if data.crop_padding is None else data.crop_padding
     flip = source.flip if data.flip is None else data.flip
     valid_split = data.valid_split
-    if valid_split is None:
+    if valid_split is None and source.valid is None:
         valid_split = default_valid_split(len(source.train))
     if data.alternating_flip and not flip:
         raise InputError(

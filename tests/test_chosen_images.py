@@ -146,7 +146,7 @@ def test_images_outside_of_classes_are_counted(tmp_path):
         "test/y.jpg",
     )
     told = note(choose_images(tmp_path), "Skipped")
-    assert told == "2 images outside of class folders (train/x.jpg, test/y.jpg)"
+    assert told == "2 images outside of class folders (test/y.jpg, train/x.jpg)"
 
 
 def test_images_lie_at_any_depth_of_a_class(tmp_path):

@@ -156,14 +156,14 @@ def test_what_is_skipped_is_one_line_of_the_plan(tmp_path, capsys):
     fit(folder, tmp_path / "run")
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Skipped")]
     assert lines == [
-        "Skipped    1 hidden or system folder (__MACOSX/), 2 hidden files (._x, ._000.png), "
+        "Skipped     1 hidden or system folder (__MACOSX/), 2 hidden files (._000.png, ._x), "
         "1 file that is not an image (Thumbs.db)"
     ]
 
 
 def test_the_learning_rate_test_takes_the_same_images(tmp_path, capsys):
     folder = classes_alone(tmp_path)
-    flags = ["--arch", "wrn10_1", "--batch-size", "8", "--repeat", "2", "--steps", "10"]
+    flags = ["--arch", "wrn10_1", "--batch-size", "8", "--repeat", "2", "--steps", "30"]
     flags += ["--test-split", "0.4", "--out", str(tmp_path / "lr.png")]
     assert program(["lr-find", str(folder), *flags]) == 0
     assert "40 % of each class" in capsys.readouterr().out

@@ -35,8 +35,8 @@ def test_images_below_a_folder_are_listed_without_what_systems_leave(tmp_path):
         "inner/deeper/d.png",
     ]
     assert skipped.describe() == (
+        "3 hidden or system folders (.ipynb_checkpoints/, @eaDir/, __MACOSX/), "
         "2 hidden files (.DS_Store, ._a.jpg), "
-        "3 hidden or system folders (.ipynb_checkpoints/, __MACOSX/, @eaDir/), "
         "3 files that are not images (Thumbs.db, desktop.ini, notes.txt)"
     )
 

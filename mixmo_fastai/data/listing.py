@@ -22,12 +22,13 @@ HIDDEN_FOLDER = ("hidden or system folder", "hidden or system folders")
 OTHER_FILE = ("file that is not an image", "files that are not images")
 OUTSIDE = ("image outside of class folders", "images outside of class folders")
 EMPTY_CLASS = ("empty class folder", "empty class folders")
+KINDS = (HIDDEN_FOLDER, HIDDEN_FILE, OTHER_FILE, OUTSIDE, EMPTY_CLASS)
 NUM_EXAMPLES = 3
 
 
 @dataclass
 class Skipped:
-    """Everything that was found and not used, by kind, in the order in which it was found."""
+    """Everything that was found and not used, by kind."""
 
     names: dict[tuple[str, str], list[str]] = field(default_factory=dict)
 
@@ -42,9 +43,9 @@ class Skipped:
 
     def describe(self) -> str:
         """Return one line with counts and examples; empty when nothing was skipped."""
+        found = [(kind, sorted(self.names[kind])) for kind in KINDS if kind in self.names]
         return ", ".join(
-            f"{len(names):,} {kind[len(names) > 1]} ({_examples(names)})"
-            for kind, names in self.names.items()
+            f"{len(names):,} {kind[len(names) > 1]} ({_examples(names)})" for kind, names in found
         )
 
 

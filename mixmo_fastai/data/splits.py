@@ -17,7 +17,7 @@ DEFAULT_TEST_SPLIT = 0.2
 """Fraction of each class that tests, when an image folder has no split of its own."""
 
 
-def training_parts(source: DataSource, valid_split: float) -> tuple[ImageSet, ImageSet]:
+def training_parts(source: DataSource, valid_split: float | None) -> tuple[ImageSet, ImageSet]:
     """Return the images that train and those that validate.
 
     A data set with validation images of its own validates on them and trains on all of its training

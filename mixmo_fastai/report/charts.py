@@ -215,7 +215,7 @@ def members(accuracies: Sequence[float], ensemble: float, kind: str) -> Chart:
     height = 1.2 + 0.28 * len(values)
     return Chart(
         f"Accuracy of the {kind}s",
-        Drawing(plot, "members", f"Test accuracy: {told}.", size=(4.1, height)),
+        Drawing(plot, "members", f"Accuracy: {told}.", size=(4.1, height)),
         f"Each {kind} by itself, and the ensemble: the mean of their logits.",
     )
 
