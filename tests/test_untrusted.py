@@ -90,7 +90,8 @@ def commands(root):
 
 
 PLACES = [
-    *["run/recipe.toml", "run/environment.json", "run/data.json", "run/history.csv"],
+    *["run/recipe.toml", "run/environment.json", "run/data.json", "run/split.json"],
+    "run/history.csv",
     *["run/metrics.json", "run/model.safetensors", "run/log.txt", "net.safetensors", "net.ckpt"],
     *["state.json", "history.json", "model.safetensors", "optimizer.safetensors", "manifest.json"],
     *["train.npy", "test.npy", "facts.json", "pets/train/cat/000.png", "pets/test/cat/000.png"],
