@@ -15,7 +15,7 @@ class Part:
     """A run as `plot_comparison` takes it."""
 
     def __init__(self, parameters):
-        self.parameters, self.images_seen = parameters, 1000
+        self.parameters, self.images_seen, self.part = parameters, 1000, "test"
         self.figures = {"accuracy": 0.5, "nll": 1.0}
         self.intervals = {"accuracy": (0.4, 0.6), "nll": (0.9, 1.1)}
 

@@ -78,11 +78,14 @@ def test_every_parameter_gets_a_gradient(family):
     torch.manual_seed(0)
     converted.train().zero_grad()
     shape = converted.mask_shape(size, size)
-    masks, _ = draw_masks("cutmix", draw_lam(2, 2, 2.0), shape)
-    logits = converted(torch.randn(2, 2, 3, size, size), masks)
-    assert logits.shape == (2, 2, CLASSES)
-    logits.square().sum().backward()
-    without = [n for n, p in converted.named_parameters() if p.grad is None or not p.grad.any()]
+    for _ in range(3):  # stochastic depth leaves out a block at some of the passes
+        masks, _ = draw_masks("cutmix", draw_lam(2, 2, 2.0), shape)
+        logits = converted(torch.randn(2, 2, 3, size, size), masks)
+        assert logits.shape == (2, 2, CLASSES)
+        logits.square().sum().backward()
+        without = [n for n, p in converted.named_parameters() if p.grad is None or not p.grad.any()]
+        if not without:
+            break
     assert not without
     assert converted.heads[0].weight.grad.abs().sum() > 0
 
