@@ -23,6 +23,7 @@ from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.interpret import ClassificationInterpretation
 from fastai.learner import Learner, load_learner
 from fastai.metrics import accuracy
+from fastai.torch_core import set_seed
 from fastai.vision.augment import Resize, aug_transforms
 from fastai.vision.data import ImageDataLoaders
 from PIL import Image
@@ -107,7 +108,7 @@ def make(request, folder, tmp_path):
     """A function that builds a Learner, quietly."""
 
     def build(**kwargs):
-        torch.manual_seed(0)
+        set_seed(0)  # fastai's loaders take the order of images from Python's generator
         learn = request.param(folder, tmp_path, **kwargs)
         learn.logger = lambda *_: None
         learn.remove_cbs(ProgressCallback)
