@@ -131,8 +131,8 @@ class Command:
         return not self.is_alive()
 
     def until_said(self, text, patience=PATIENCE):
-        """Wait until it has said something."""
-        self.until(lambda: text in self.said, patience)
+        """Wait until it has said something, to the end of the line, which is written by itself."""
+        self.until(lambda: "\n" in self.said.partition(text)[2], patience)
 
     def is_alive(self):
         return Path(f"/proc/{self.pid}").exists() and state_of(self.pid) != "Z"
