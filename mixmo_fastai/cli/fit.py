@@ -12,7 +12,7 @@ from mixmo_fastai.checkpoints.store import CheckpointStore
 from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output, RunInterruptedError
 from mixmo_fastai.cli.plan import say_next, say_plan
-from mixmo_fastai.cli.render import FIGURE_WIDTH, figure_lines
+from mixmo_fastai.cli.render import FIGURE_WIDTH, align, figure_lines
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.interruption import exit_code_of, handling_signals
 from mixmo_fastai.locking import locked
@@ -209,7 +209,7 @@ def _train(
         [
             "",
             *figure_lines(figures, training.recipe),
-            f"{'Run folder':<{FIGURE_WIDTH}}  {run.path}",
+            *align([("Run folder", str(run.path))], FIGURE_WIDTH),
         ],
         {"run": str(run.path), **figures},
     )

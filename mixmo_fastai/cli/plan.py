@@ -7,7 +7,7 @@ from typing import Any
 
 from mixmo_fastai.advice import advise, members_advice
 from mixmo_fastai.cli.console import Output
-from mixmo_fastai.cli.render import FIGURE_WIDTH, PLAN_WIDTH, plan_lines, recipe_lines
+from mixmo_fastai.cli.render import FIGURE_WIDTH, PLAN_WIDTH, align, plan_lines, recipe_lines
 from mixmo_fastai.names import DATASETS
 from mixmo_fastai.recipe import Recipe
 from mixmo_fastai.resolve import departures
@@ -122,7 +122,7 @@ def _rounded(rate: float) -> str:
 
 
 def _row(label: str, text: str, width: int = PLAN_WIDTH) -> str:
-    return f"{label:<{width}}  {text}"
+    return align([(label, text)], width)[0]
 
 
 def _listed(parts: list[str]) -> str:
