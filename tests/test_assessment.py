@@ -93,6 +93,23 @@ def test_runs_that_do_not_go_together_are_refused(runs, tmp_path, capsys):
     assert "given twice" in capsys.readouterr().err
 
 
+def test_a_validation_split_that_follows_from_the_data_is_kept_and_compared(tmp_path, monkeypatch):
+    monkeypatch.setenv("MIXMO_DATA_DIR", str(tmp_path / "home"))
+    folder = write_image_folder(tmp_path / "pets", num_train=20)
+    made = []
+    for name, assignments in (("own", []), ("given", ["data.valid_split=0.4"])):
+        settings = {"model.arch": "wrn10_1", "train.epochs": 1, "data.image_size": 32}
+        recipe = resolve_recipe(
+            str(folder), None, settings, ["train.batch_size=8", "train.device=cpu", *assignments]
+        )
+        run = create_run(recipe, tmp_path / name)
+        train(prepare(recipe), run)
+        made.append(run)
+    assert [run.recipe().data.valid_split for run in made] == [0.2, 0.4]
+    with pytest.raises(InputError, match=r"data\.valid_split=0\.4, and .* has 0\.2"):
+        evaluate_ensemble(made)
+
+
 def test_strange_images_are_compared_with_the_own_test_set(runs, tmp_path, capsys):
     write_image_folder(tmp_path / "strange", num_test=6)
     path = str(runs[0].path)
