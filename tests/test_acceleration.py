@@ -47,6 +47,7 @@ def owner_of(place):
 class TestPaths:
     """Each path trains, to the same network but for rounding."""
 
+    @pytest.mark.slow
     def test_threads_and_layout_change_nothing_but_rounding(self):
         plain = trained(Acceleration(CPU, channels_last=False)).model.state_dict()
         for path in (Acceleration(CPU), Acceleration(CPU, threads=2)):

@@ -105,6 +105,7 @@ def trained(dls, epochs=1, lr=0.02, **kwargs):
     return learn, watch
 
 
+@pytest.mark.slow
 def test_item_and_batch_transforms():
     """The latter run on every copy, and what they are told of training stays."""
     crops = block(
@@ -119,6 +120,7 @@ def test_item_and_batch_transforms():
     assert (predictions.argmax(1) == targets).float().mean() > 0.7
 
 
+@pytest.mark.slow
 def test_classes_that_are_rarer_than_others():
     """Drawn more often by the loader, or weighed by the loss."""
     items = [item for item in pictures(90) if item.label == "red"] + [
@@ -171,6 +173,7 @@ def test_one_channel():
     assert name in CLASSES
 
 
+@pytest.mark.slow
 def test_more_than_three_channels():
     """Such as of satellites, as arrays of floats."""
 
@@ -271,12 +274,14 @@ def test_the_loss_of_several_labels_is_the_weighted_sum_over_members():
     torch.testing.assert_close(found.double(), (weights * each).sum(1).mean(), rtol=1e-5, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [LabelSmoothingCrossEntropyFlat, FocalLossFlat])
 def test_other_losses_of_fastai(loss):
     learn, _ = trained(loaders(block()), epochs=8, lr=0.05, loss_func=loss())
     assert learn.validate()[1] > 0.7
 
 
+@pytest.mark.slow
 def test_numbers_to_predict():
     """A regression's loss is weighed alike; its metrics are the user's to name."""
     brightness = RegressionBlock(n_out=1)
@@ -289,6 +294,7 @@ def test_numbers_to_predict():
     assert learn.validate()[1] < min(0.2, before)
 
 
+@pytest.mark.slow
 def test_numbers_within_a_range():
     """fastai's `y_range`: the same predictions after the conversion, and within it in training."""
     brightness = RegressionBlock(n_out=1)

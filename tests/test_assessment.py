@@ -47,6 +47,7 @@ def logits_of(run):
     return logits.mean(dim=1), labels
 
 
+@pytest.mark.slow
 def test_each_run_is_one_member(runs):
     figures = evaluate_ensemble(runs)["test"]
     parts = [logits_of(run) for run in runs]
@@ -68,6 +69,7 @@ def test_the_temperature_is_that_of_the_ensemble(runs):
     assert figures["calibrated"]["temperature"] == figures["valid"]["temperature"]
 
 
+@pytest.mark.slow
 def test_the_command(runs, capsys):
     paths = [str(run.path) for run in runs]
     assert program(["ensemble", *paths, "--json"]) == 0
@@ -93,6 +95,7 @@ def test_runs_that_do_not_go_together_are_refused(runs, tmp_path, capsys):
     assert "given twice" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_validation_split_that_follows_from_the_data_is_kept_and_compared(tmp_path, monkeypatch):
     monkeypatch.setenv("MIXMO_DATA_DIR", str(tmp_path / "home"))
     folder = write_image_folder(tmp_path / "pets", num_train=20)
@@ -153,6 +156,7 @@ def test_strange_images_that_cannot_be_had(runs, place, message, tmp_path, monke
     assert len(err.splitlines()) <= 3
 
 
+@pytest.mark.slow
 def test_runs_are_compared_on_the_same_images(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     compared = compare_runs(runs)

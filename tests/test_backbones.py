@@ -21,6 +21,7 @@ def test_names_of_torchvision_are_its_names():
     assert set(TORCHVISION_NETWORKS) <= known
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["resnet18", "timm/convnext_atto"])
 def test_networks_by_name_are_drawn_from_their_generator(arch):
     def make(seed, in_channels=3):
@@ -40,6 +41,7 @@ def test_networks_by_name_are_drawn_from_their_generator(arch):
     assert make(0, 1)(torch.randn(2, 1, 32, 32)).shape == (2, 4)
 
 
+@pytest.mark.slow
 def test_no_gpu_is_seeded_anew(monkeypatch):
     seen = []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seen.append)
@@ -47,6 +49,7 @@ def test_no_gpu_is_seeded_anew(monkeypatch):
     assert not seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "size"),
     [("vit_b_32", (64, 64)), ("timm/vit_tiny_patch16_224", (32, 48))],
@@ -70,6 +73,7 @@ def test_networks_that_cannot_be_built_so(arch, settings, message):
         create_model(arch, 4, **settings)
 
 
+@pytest.mark.slow
 def test_pretrained_weights_are_kept(monkeypatch):
     """As they were downloaded; here, from a file that was drawn."""
     trained = plain("resnet18")
@@ -108,6 +112,7 @@ def test_there_are_no_trained_weights_of_published_networks():
         create_model("wrn10_1", 4, pretrained=True)
 
 
+@pytest.mark.slow
 def test_a_run_of_such_a_network_is_read_back(tmp_path):
     recipe = override(load_recipe("digits/cut-mixmo"), ["model.arch=resnet18"])
     run = create_run(recipe, tmp_path / "run")

@@ -14,7 +14,7 @@ SMALL = {
     "training_step.py": "--arch wrn10_1 --batch-size 4 --repeats 1",
     "inference.py": "--arch wrn10_1 --batch-size 4 --repeats 1",
     "memory.py": "--arch wrn10_1 --batch-size 4",
-    "growth.py": "--arch wrn10_1 --batch-size 8 --repeats 1 --images 400",
+    "growth.py": "--arch wrn10_1 --batch-size 8 --repeats 1 --images 100",
     "evaluation.py": "--images 200 --classes 10 --repeats 1",
     "long_run.py": "--epochs 2 --limit 32",
     "masks.py": "--arch wrn10_1 --batch-size 4 --repeats 1",

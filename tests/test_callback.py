@@ -155,6 +155,7 @@ class TestWhatTheNetworkSees:
             assert masks[:, 0, 0].flatten(1).unique(dim=0).shape[0] == expected
             assert bool((masks == masks[..., :1, :1]).all())  # the same at every place
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("mix", ["cutmix", "noise"])
     def test_a_step_is_mixed_alike_wherever_drawing_begins(self, mix):
         """As when a run goes on in the middle of an epoch."""
@@ -175,6 +176,7 @@ class TestWhatTheNetworkSees:
         assert len(seen[0]) > 32
         assert all(torch.equal(*masks) for masks in zip(*seen, strict=True))
 
+    @pytest.mark.slow
     def test_half_of_the_batches_are_mixed_with_boxes(self):
         callback = MixMoCallback(seed=0, batch_repetitions=1)
         spy = Spy()

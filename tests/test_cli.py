@@ -94,6 +94,7 @@ def test_quiet_says_the_result_only(capsys):
     assert "1/1" in (open_run("here").path / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_flags_and_assignments_reach_the_recipe(trained):
     arguments = ["--members", "3", "--repeat", "2", "--lr", "0.02", "--seed", "4", "--epochs", "1"]
     more = ["--valid-split", "0.2", "--mix", "linear", "--set", "optimizer.nesterov=false"]
@@ -212,6 +213,7 @@ def test_an_image_folder_trains(tmp_path):
     assert open_run("runs/pets-cut-mixmo-1").recipe().data.dataset == str(root)
 
 
+@pytest.mark.slow
 def test_lr_find_draws_and_suggests(folder, capsys):
     assert run(["lr-find", *TINY, "--steps", "40", "--quiet"]) == 0
     assert names(folder) == {"lr-find-digits-cut-mixmo.png"}

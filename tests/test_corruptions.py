@@ -120,6 +120,7 @@ def test_strengths_are_what_they_say():
     assert sorted(found.unique().tolist()) == [50, 150]  # half the distance from the mean of 100
 
 
+@pytest.mark.slow
 def test_figures_are_means_over_severities_and_types(run, tmp_path, capsys):
     folder = write_official(tmp_path / "c")
     found = evaluate_corruptions(open_finished(run), str(folder))
@@ -141,6 +142,7 @@ def test_figures_are_means_over_severities_and_types(run, tmp_path, capsys):
     assert found["types"]["fog"]["nll"] == pytest.approx(np.mean(losses[5 * fog : 5 * fog + 5]))
 
 
+@pytest.mark.slow
 def test_the_command(run, tmp_path, capsys):
     path = str(run.path)
     assert program(["eval", path, "--corruptions", "built-in", "--json"]) == 0

@@ -45,6 +45,7 @@ EXTENDING = "extending.md"  # whose commands need its changes: `test_extending.p
 by_text = pytest.mark.parametrize("name", [name for name in TEXTS if name != EXTENDING])
 
 
+@pytest.mark.slow
 @by_page
 def test_code_of_the_docs_runs(page):
     for number, block in enumerate(blocks(TEXTS[page.name], "python")):
@@ -364,6 +365,7 @@ RANGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["eval", "fused"])
 def test_every_key_of_eval_is_explained(small_run, kind):
     keys = set(keys_of(small_run[kind]))

@@ -46,6 +46,7 @@ def test_rates(ticks, tmp_path):
 UNITS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("smaller", [8, 77_850, 99_000, 1_200_000, 36_479_194, 2_000_000_000])
 @pytest.mark.parametrize("ratio", [1, 1.002, 1.1, 1.5, 2, 3.7, 10, 100, 4000])
 def test_sizes_have_labels_for_any_pair(ticks, tmp_path, smaller, ratio):

@@ -47,6 +47,7 @@ def evaluated(run, capsys):
     return {name: figures[name] for name in ("test", "valid") if name in figures}
 
 
+@pytest.mark.slow
 def test_a_drawn_test_set_is_that_of_every_command(tmp_path, capsys):
     folder = classes_alone(tmp_path)
     run = fit(folder, tmp_path / "run", "--valid-split", "0.25")
@@ -83,6 +84,7 @@ def test_a_run_on_a_drawn_split_is_resumed_when_images_have_come(tmp_path, capsy
     assert run.metrics()["test"] == figures["test"]
 
 
+@pytest.mark.slow
 def test_a_validation_folder_validates_and_gives_the_final_figures_alone(tmp_path, capsys):
     folder = write_image_folder(tmp_path / "pets", num_train=10, num_test=4, test_name="val")
     run = fit(folder, tmp_path / "run", "--valid-split", "0.25")
@@ -161,6 +163,7 @@ def test_what_is_skipped_is_one_line_of_the_plan(tmp_path, capsys):
     ]
 
 
+@pytest.mark.slow
 def test_the_learning_rate_test_takes_the_same_images(tmp_path, capsys):
     folder = classes_alone(tmp_path)
     flags = ["--arch", "wrn10_1", "--batch-size", "8", "--repeat", "2", "--steps", "30"]

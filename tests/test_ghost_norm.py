@@ -97,6 +97,7 @@ def test_a_learner_takes_it_and_its_network_is_exported_as_ever():
     torch.testing.assert_close(model.fuse()(x), model(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep_members", [False, True])
 def test_a_fused_network_has_none(keep_members):
     """So that its pickle needs nothing but torch."""

@@ -52,6 +52,7 @@ def test_a_network_of_ones_own_trains(dls):
     assert learn.get_preds()[0].shape == (len(learn.dls.valid_ds), 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", [resnet18, xresnet.xresnet18])
 def test_a_function_makes_the_network(function):
     learn = mixmo_learner(mixmo_dls(), function, seed=0)
@@ -59,6 +60,7 @@ def test_a_function_makes_the_network(function):
     assert learn.model(torch.randn(2, 3, 32, 32)).shape == (2, 3)
 
 
+@pytest.mark.slow
 def test_a_model_of_a_vision_learner_is_converted():
     model = create_vision_model(resnet18, 3, pretrained=False).eval()
     learn = mixmo_learner(mixmo_dls(), model, seed=0)
@@ -139,6 +141,7 @@ def test_independent_members_of_ones_own_network():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [
@@ -344,6 +347,7 @@ def test_members_of_a_mixmo_model_are_its_own():
         mixmo_learner(mixmo_dls(), model, num_members=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["wrn10_1", small, xresnet.xresnet18, "resnet18"])
 def test_every_network_can_be_frozen(arch):
     learn = mixmo_learner(mixmo_dls(), arch, seed=0)
@@ -373,6 +377,7 @@ def test_making_a_learner_leaves_random_states_alone(transforms):
 
 
 class TestToMixmo:
+    @pytest.mark.slow
     @pytest.mark.parametrize("fitted", [False, True])
     def test_a_vision_learner_goes_on_as_mixmo(self, fitted, tmp_path):
         learn = vision_learner(

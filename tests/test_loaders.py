@@ -96,6 +96,7 @@ class TestAugMix:
                      for x, y in zip(a, b, strict=True)]  # fmt: skip
         assert sum(differing) > 0.9 * len(differing)
 
+    @pytest.mark.slow
     def test_it_follows_seed_and_epoch_and_nothing_else(self):
         first = self.batches()
         torch.rand(3)
@@ -345,6 +346,7 @@ class TestDamage:
 class TestArrangement:
     """A batch whose positions show the slots that were asked for."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("kind", [ResidentLoader, StreamingLoader])
     @pytest.mark.parametrize("alternating", [False, True])
     def test_arranged_batches_are_the_plain_ones_in_another_order(self, kind, alternating):
@@ -372,6 +374,7 @@ class TestArrangement:
             assert torch.equal(copies[0], copies[2])
             assert torch.equal(copies[1], copies[0].flip(-1))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("settings", [{}, {"input_repetition": 0.5}, {"batch_repetitions": 1}])
     def test_the_callback_trains_on_what_it_would_have_picked_itself(self, settings, monkeypatch):
         """Asked in advance, the loader shows what the callback would pick out of a plain batch."""

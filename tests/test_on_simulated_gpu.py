@@ -81,6 +81,7 @@ def logging_to(tracker, steps_per_fetch):
     return logging
 
 
+@pytest.mark.slow
 def test_loggers_wait_once_beside_each_fetch(monkeypatch, tmp_path):
     """Of sixteen steps there are losses thrice: after six, after twelve, and at the end."""
     found = []
@@ -93,12 +94,14 @@ def test_loggers_wait_once_beside_each_fetch(monkeypatch, tmp_path):
     assert found[1] - found[0] == 3
 
 
+@pytest.mark.slow
 def test_losses_are_fetched_every_so_many_steps(monkeypatch, tmp_path):
     plain = waits(monkeypatch, tmp_path / "a", 16, recorder=DeferredRecorder())
     often = waits(monkeypatch, tmp_path / "b", 16, recorder=DeferredRecorder(every=5))
     assert often.count("to host") == plain.count("to host") + 3
 
 
+@pytest.mark.slow
 def test_the_watch_sees_fastais_own_recorder_wait(monkeypatch, tmp_path):
     few = waits(monkeypatch, tmp_path / "few", 4, recorder=Recorder())
     many = waits(monkeypatch, tmp_path / "many", 16, recorder=Recorder())

@@ -62,6 +62,7 @@ def as_in_mixmo(names, first, last):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train_bn", [True, False])
 @pytest.mark.parametrize("fit", ["fit_one_cycle", "fine_tune", "freeze_to", "unfreeze"])
 def test_a_frozen_learner_moves_what_plain_fastai_moves(train_bn, fit):

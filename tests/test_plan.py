@@ -54,6 +54,7 @@ def test_a_short_plan_is_all_there_is_and_settings_go_to_the_log(capsys):
     assert out.split("\n\n")[0] in log
 
 
+@pytest.mark.slow
 def test_hours_on_a_cpu_are_answered_with_what_fits(slow, capsys, monkeypatch):
     monkeypatch.setattr("mixmo_fastai.deep_ensemble.train", lambda *_, **__: 1 / 0)
     words = ["fit", *TINY, "--arch", "wrn16_8", "--epochs", "100", "--out", "here"]
@@ -120,6 +121,7 @@ def test_quiet_and_json_have_the_result_alone(capsys, monkeypatch):
     assert not {"Time", "Next", "Advice", "Data"} & rows(out).keys()
 
 
+@pytest.mark.slow
 def test_piped_output_has_no_escapes_and_whole_lines(mixmo):
     command = mixmo("fit", *TINY, "--epochs", "1", environment={"COLUMNS": 40})
     assert command.wait() == 0
@@ -150,6 +152,7 @@ def test_a_terminal_indents_what_it_folds():
 # The bar
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_bar_shows_speed_and_times_from_the_beginning(width, monkeypatch):
     text, shown = io.StringIO(), []

@@ -85,6 +85,7 @@ def test_neither_the_data_nor_its_place_is_needed(run, images, tmp_path):
         (run.path / "hidden.json").rename(run.path / "data.json")
 
 
+@pytest.mark.slow
 def test_networks_of_an_ensemble_and_one_member_vote(images, tmp_path):
     vanilla = {"model.num_members": 1, "mix.kind": "sum", "mix.batch_repetitions": 1}
     both = trained(images, tmp_path / "both", **vanilla, **{"model.num_nets": 2})
@@ -165,6 +166,7 @@ def test_damaged_facts_are_refused(run, text, tmp_path, images):
         path.write_text(before)
 
 
+@pytest.mark.slow
 def test_filters_of_one_run_and_of_two(run, images, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     path = str(run.path)

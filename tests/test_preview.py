@@ -52,6 +52,7 @@ def test_labels_of_mixed_pixels_name_both():
     assert " 0% " not in named
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags", [[], ["--mix", "horizontal", "--members", "3"], ["--members", "1"]]
 )

@@ -18,6 +18,7 @@ WRITERS = {
     "tinyimagenet": write_tiny_imagenet,
 }
 NUM_STEPS = 2
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +48,7 @@ class FewSteps(Callback):
 
 def small(name):
     """The recipe with a small network, small batches and nothing else changed."""
-    arch = "preact_resnet18_1" if name.startswith("tiny") else "wrn10_1"
-    flags = {"model.arch": arch, "train.batch_size": 4, "train.device": "cpu"}
+    flags = {"model.arch": "wrn10_1", "train.batch_size": 4, "train.device": "cpu"}
     return resolve_recipe(recipe=name, flags=flags)
 
 

@@ -33,6 +33,7 @@ def fit(records, *cbs):
     return learn, best, script
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("records", "epoch"),
     [

@@ -149,6 +149,7 @@ def test_a_folder_trains_with_what_the_table_says_and_its_run_holds_it(place):
     assert (recipe.model.arch, recipe.train.epochs, recipe.data.image_size) == ("wrn10_4", 1, 0)
 
 
+@pytest.mark.slow
 def test_large_images_are_scaled_on_a_cpu_and_stay_so(place):
     folder = write_image_folder(place / "pets", num_train=8, size=(72, 80))
     words = ["--arch", "wrn10_1", "--epochs", "1", *QUICK]

@@ -81,6 +81,7 @@ def assert_unchanged(before, after):
             assert value == after[name], name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_timing_changes_nothing(kind, timed):
     training = prepare(override(TINY, KINDS[kind]))
@@ -91,6 +92,7 @@ def test_timing_changes_nothing(kind, timed):
     assert_unchanged(before, state_of(training))
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_with_and_without_timing(tmp_path, timed):
     weights = []
     for is_timed in (False, True):
@@ -121,6 +123,7 @@ def test_a_step_that_would_take_long_is_not_begun(monkeypatch):
     assert found.images_per_second == pytest.approx(1e6 * torch.get_num_threads() / operations)
 
 
+@pytest.mark.slow
 def test_a_slow_network_is_timed_on_few_images(monkeypatch):
     sizes = []
     monkeypatch.setattr(module, "_seconds_per_step", lambda _, size: sizes.append(size) or 0.5)
@@ -134,6 +137,7 @@ def test_a_slow_network_is_timed_on_few_images(monkeypatch):
     assert sizes == [1, 10, 40]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), MemoryError()])
 def test_what_cannot_be_timed_stops_no_run(error, timed, monkeypatch):
     def fail(*_, **__):
@@ -240,6 +244,7 @@ def test_the_shorter_training_fits_into_twenty_minutes(epochs, expected):
     assert shorter_training(training, Speed(rate)) == expected
 
 
+@pytest.mark.slow
 def test_the_shorter_training_has_a_smaller_network_if_there_is_one():
     wide, narrow = (
         prepare(override(TINY, [f"model.arch={arch}"])) for arch in ("wrn16_8", "wrn10_4")

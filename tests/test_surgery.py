@@ -90,6 +90,7 @@ def test_every_parameter_gets_a_gradient(family):
     assert converted.heads[0].weight.grad.abs().sum() > 0
 
 
+@pytest.mark.slow
 def test_members_see_images_of_their_own():
     converted = convert_to_mixmo(plain("resnet18"), 2).eval()
     masks, _ = draw_masks("linear", draw_lam(1, 2, 2.0), converted.mask_shape(32, 32))
@@ -409,6 +410,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_converted_says_which_part_is_missing(case):
     make, message = REFUSED[case]
@@ -514,6 +516,7 @@ def test_networks_that_look_at_the_size_of_the_image(size):
     torch.testing.assert_close(converted(alike, masks).mean(1), model(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "timm/convnext_atto", "timm/dla34"])
 def test_what_is_fused_is_of_the_class_that_it_was(name):
     """So that its weights go wherever those of such a network go."""
@@ -546,6 +549,7 @@ def dynamo():
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 def test_a_compiled_network_refuses_them_too(dynamo):
     compiled = dynamo(convert_to_mixmo(Padding()).eval())
     with torch.no_grad(), pytest.raises(InputError, match="images of 64x40 such of 64x64"):
@@ -563,6 +567,7 @@ def test_what_is_fused_tells_its_classes():
     assert model.fuse().num_classes == 3
 
 
+@pytest.mark.slow
 def test_independent_members_start_apart():
     model = plain("resnet18")
     converted = convert_to_mixmo(model, 3, independent=True)
@@ -572,6 +577,7 @@ def test_independent_members_start_apart():
         assert torch.corrcoef(weights).triu(1).abs().max() < 0.1
 
 
+@pytest.mark.slow
 def test_types_are_kept_part_by_part():
     model = plain("resnet18").half()
     model.bn1.float()
@@ -597,6 +603,7 @@ def test_networks_that_draw_leave_the_global_generator_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_the_type_of_the_weights_stays(dtype):
     model = plain("resnet18").to(dtype)
@@ -608,6 +615,7 @@ def test_the_type_of_the_weights_stays(dtype):
         torch.testing.assert_close(converted.eval()(x), model(x), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_region_of_lower_precision_does_not_spoil_the_check():
     model, x = plain("resnet18"), torch.randn(2, 3, 32, 32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -641,6 +649,7 @@ def test_the_network_is_left_alone():
     assert not any(module._forward_hooks for module in model.modules())
 
 
+@pytest.mark.slow
 def test_several_threads_may_ask_one_network():
     """Each is given the features of its own images."""
     converted = convert_to_mixmo(plain("resnet18")).eval()
@@ -680,6 +689,7 @@ def test_no_image_is_kept():
     assert converted.core.body.first.of_thread.features is None
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The tensor attribute self.latest_member_logits")
 def test_it_is_compiled_and_traced_whole(dynamo):
     converted, x = convert_to_mixmo(plain("resnet18")).eval(), torch.randn(2, 3, 32, 32)
@@ -700,12 +710,14 @@ class Halting(Own):
         return super().forward(x)
 
 
+@pytest.mark.slow
 def test_it_is_compiled_in_parts(dynamo):
     converted, x = convert_to_mixmo(Halting()).eval(), torch.randn(2, 2, 9, 9)
     with torch.no_grad():
         torch.testing.assert_close(dynamo(converted)(x), converted(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [1, 2, 4, 6])
 def test_other_channels_give_the_same_for_grey_images(channels):
     model = plain("resnet18")

@@ -107,6 +107,7 @@ def test_averages_and_the_best_epoch_survive_an_interruption(settled, tmp_path, 
     assert_same_weights(settled, again)
 
 
+@pytest.mark.slow
 def test_the_kept_weights_are_those_that_were_validated(settled):
     recipe, figures = settled.recipe(), settled.metrics()
     epoch = figures.get("selected_epoch", 3)
@@ -119,6 +120,7 @@ def test_the_kept_weights_are_those_that_were_validated(settled):
     assert figures["valid"]["nll"] == pytest.approx(float(row["valid_loss"]), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_callback_that_validates_disturbs_nothing(settled, tmp_path):
     class NestedPass(Callback):
         order, run_valid = 75, False
@@ -149,6 +151,7 @@ def test_the_same_seed_gives_the_same_weights(whole, tmp_path):
     assert first.metrics()["test"] == again.metrics()["test"]
 
 
+@pytest.mark.slow
 def test_another_seed_gives_other_weights(whole, tmp_path):
     first, _ = whole
     other, _ = fit(override(first.recipe(), ["train.seed=1"]), tmp_path / "other")
@@ -175,6 +178,7 @@ def test_a_resumed_run_ends_as_if_never_interrupted(whole, tmp_path, interrupt_i
     assert untimed([run.metrics()]) == untimed([uninterrupted.metrics()])
 
 
+@pytest.mark.slow
 def test_a_row_without_its_checkpoint_is_trained_again(whole, tmp_path):
     uninterrupted, _ = whole
     with pytest.raises(KeyboardInterrupt):
@@ -185,6 +189,7 @@ def test_a_row_without_its_checkpoint_is_trained_again(whole, tmp_path):
     assert untimed(run.history()) == untimed(uninterrupted.history())
 
 
+@pytest.mark.slow
 def test_resuming_a_finished_run_changes_nothing(whole, tmp_path):
     recipe = override(whole[0].recipe(), ["train.epochs=1"])
     run, _ = fit(recipe, tmp_path / "run")
@@ -255,6 +260,7 @@ def test_a_run_evaluates_to_its_own_figures(whole):
     assert figures == {name: run.metrics()[name] for name in figures}
 
 
+@pytest.mark.slow
 def test_a_rate_search_changes_no_later_run(run, tmp_path):
     training = prepare(run.recipe())
     search = search_lr(training, num_steps=40)
@@ -342,6 +348,7 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
         choose_device("cuda")
 
 
+@pytest.mark.slow
 def test_a_run_without_a_finished_epoch_begins_anew(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         fit(TINY, tmp_path / "run", interrupt_in=1)
