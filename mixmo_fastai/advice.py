@@ -3,10 +3,19 @@
 The test set has no part in it.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
+from mixmo_fastai.names import parse_architecture
 from mixmo_fastai.recipe import Recipe
-from mixmo_fastai.sizing import too_small_for_members
+from mixmo_fastai.sizing import (
+    ENOUGH_IMAGES_SEEN,
+    ENOUGH_WIDTH,
+    MOST_VIEWS,
+    PUBLISHED_ARCH,
+    is_too_narrow,
+    too_small_for_members,
+)
 
 GOOD_ACCURACY = 0.95
 """Of the validation split, from which on nothing is advised."""
@@ -38,8 +47,8 @@ def advise(recipe: Recipe, history: Sequence[Mapping[str, str]], images_seen: in
     accuracy, train_loss = float(rows[-1]["accuracy"]), float(rows[-1]["train_loss"])
     if accuracy >= GOOD_ACCURACY:
         return None
-    if lacks := too_small_for_members(recipe, images_seen):
-        return members_advice(recipe, lacks)
+    if too_small_for_members(recipe, images_seen):
+        return _too_small(recipe, images_seen)
     if train_loss <= LOW_LOSS and accuracy < FAR_BELOW:
         return _overfit(recipe)
     if _is_falling([float(row["valid_loss"]) for row in rows]):
@@ -49,10 +58,30 @@ def advise(recipe: Recipe, history: Sequence[Mapping[str, str]], images_seen: in
 
 
 def members_advice(recipe: Recipe, lacks: str) -> str:
-    """Name the alternative to a network of several members that lacks something."""
+    """Return the advice before training if several members lack something.
+
+    Args:
+        recipe: decided.
+        lacks: of `sizing.too_small_for_members`.
+    """
+    members = recipe.model.num_members
+    return f"{members} members pay from {lacks}; below, --members 1 is usually more accurate"
+
+
+def _too_small(recipe: Recipe, images_seen: int) -> str:
+    """Return the advice after a training that was too small for several members."""
+    members, changes = recipe.model.num_members, []
+    if images_seen < ENOUGH_IMAGES_SEEN:
+        epochs = math.ceil((recipe.train.epochs or 1) * ENOUGH_IMAGES_SEEN / max(images_seen, 1))
+        if epochs * recipe.mix.batch_repetitions > MOST_VIEWS:
+            return f"{members} members need more training images than these: take --members 1"
+        changes.append(f"--epochs {epochs}")
+    if is_too_narrow(recipe):
+        arch = parse_architecture(recipe.model.arch or PUBLISHED_ARCH)
+        changes.append(f"--arch wrn{arch.depth}_{ENOUGH_WIDTH}")
     return (
-        f"{recipe.model.num_members} members need {lacks} to beat a plain network: "
-        "take --members 1, or see docs/recipes.md"
+        f"Compare with --members 1, or train {members} members with {' '.join(changes)} "
+        "(docs/recipes.md)"
     )
 
 

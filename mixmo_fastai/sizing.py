@@ -101,6 +101,12 @@ def decide(
     return replace(recipe, data=data, model=model, train=train)
 
 
+def is_too_narrow(recipe: Recipe) -> bool:
+    """Tell whether the network is a WideResNet of less than `ENOUGH_WIDTH`."""
+    parsed = parse_architecture(recipe.model.arch or PUBLISHED_ARCH)
+    return parsed.family == "wrn" and parsed.width < ENOUGH_WIDTH
+
+
 def too_small_for_members(recipe: Recipe, images_seen: int) -> str | None:
     """Say what a network of several members lacks to be better than a plain one, if anything.
 
@@ -115,7 +121,7 @@ def too_small_for_members(recipe: Recipe, images_seen: int) -> str | None:
     lacks = []
     if images_seen < ENOUGH_IMAGES_SEEN:
         lacks.append(f"about {ENOUGH_IMAGES_SEEN:,} images seen (here {images_seen:,})")
-    parsed = parse_architecture(recipe.model.arch or PUBLISHED_ARCH)
-    if parsed.family == "wrn" and parsed.width < ENOUGH_WIDTH:
-        lacks.append(f"a width of {ENOUGH_WIDTH} (here {parsed.width})")
+    if is_too_narrow(recipe):
+        width = parse_architecture(recipe.model.arch or PUBLISHED_ARCH).width
+        lacks.append(f"a width of {ENOUGH_WIDTH} (here {width})")
     return " and ".join(lacks) or None

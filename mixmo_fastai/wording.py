@@ -146,10 +146,10 @@ def method_name(recipe: Recipe) -> str:
 
 
 def expectation(recipe: Recipe) -> str:
-    """Return the published result of a recipe, and the settings that depart from it."""
+    """Return the published result of a recipe, and settings that differ; "" if there is none."""
     expected = recipe.expected
     if expected.accuracy is None:
-        return "none for this recipe"
+        return ""
     text = f"{100 * expected.accuracy:.2f} % top-1 with {expected.arch} ({expected.source})"
     changed = departures(recipe)
     return f"{text}; not to be expected here, for {', '.join(changed)}" if changed else text
@@ -166,7 +166,6 @@ def temperature_remark(figures: Mapping[str, Any]) -> str:
         return ""
     which = "Each temperature" if len(errors) > 1 else "The temperature"
     return (
-        f"{which} comes from too few images: {figures['num_images']:,}, which leaves a standard "
-        f"error of {round_percent(max(errors))} of its value. More than "
-        f"{round_percent(LARGEST_TEMPERATURE_ERROR)} is too uncertain to rely on."
+        f"{which} comes from too few images: {figures['num_images']:,}, a standard error "
+        f"of {round_percent(max(errors))} (at most {round_percent(LARGEST_TEMPERATURE_ERROR)})."
     )

@@ -71,8 +71,21 @@ def test_overfitting_calls_for_images_and_mixing():
 def test_too_small_a_training_comes_first_and_names_the_alternative():
     rows = history(falling(2.0, 1.0))
     advice = advise(MIXMO, rows, images_seen=300_000)
-    assert "--members 1" in advice
-    assert "1,500,000" in advice
+    assert advice.startswith("Compare with --members 1, or train 2 members with --epochs 200 (")
+    narrow = override(MIXMO, ["model.arch=wrn16_2"])
+    assert " with --epochs 200 --arch wrn16_4 (" in advise(narrow, rows, images_seen=300_000)
+    assert " with --arch wrn16_4 (" in advise(narrow, rows, images_seen=1_500_000)
+
+
+def test_few_images_cannot_be_seen_often_enough():
+    rows = history(falling(2.0, 1.0))
+    assert "--epochs 300 " in advise(MIXMO, rows, images_seen=200_000)  # 1,200 views of an image
+    advice = advise(MIXMO, rows, images_seen=199_000)
+    assert advice == "2 members need more training images than these: take --members 1"
+
+
+def test_no_advice_on_members_with_enough_images_seen():
+    rows = history(falling(2.0, 1.0))
     assert "--epochs 80" in advise(MIXMO, rows, images_seen=1_500_000)
 
 

@@ -76,11 +76,14 @@ def test_a_folder_is_told_what_was_chosen_and_what_it_lacks(folder, capsys):
     words = ["--arch", "wrn10_1", "--epochs", "1", "--batch-size", "16", "--device", "cpu"]
     assert run(["fit", "pets", *words]) == 0
     out = capsys.readouterr().out
+    plan, _, end = out.partition("Run folder:")
     assert rows(out)["Chosen"].endswith(
         "images scaled to 64x64, by default on a CPU; change with --set data.image_size=N"
     )
-    assert "1,500,000 images seen (here 48) and a width of 4 (here 1)" in rows(out)["Advice"]
-    assert "--members 1" in rows(out)["Advice"]
+    assert "1,500,000 images seen (here 48) and a width of 4 (here 1)" in rows(plan)["Advice"]
+    assert "take --members 1" in rows(end)["Advice"]
+    assert "--members 1" in rows(plan)["Advice"]
+    assert "take --members 1" in rows(end)["Advice"]
 
 
 def test_a_shipped_recipe_is_neither_chosen_nor_advised_against(capsys):
@@ -92,7 +95,7 @@ def test_a_shipped_recipe_is_neither_chosen_nor_advised_against(capsys):
 def test_the_end_says_what_comes_next(capsys):
     assert run(["fit", *TINY, "--epochs", "1", "--out", "a run"]) == 0
     last = capsys.readouterr().out.splitlines()[-3:]
-    assert [line[20:] for line in last] == [
+    assert [line[21:] for line in last] == [
         "mixmo report 'a run'",
         "mixmo predict 'a run' IMAGE…",
         "mixmo export 'a run' --to net.safetensors",

@@ -58,7 +58,10 @@ def test_the_two_commands_make_their_own_environment():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     prefix = "python3 -m venv .venv && . .venv/bin/activate && "
     commands = re.findall(rf"^    {re.escape(prefix)}(.*)$", README, flags=re.MULTILINE)
-    assert commands == ["pip install . && mixmo fit", 'pip install -e ".[dev]" && pytest -n auto']
+    assert commands == [
+        "pip install . && mixmo fit",
+        'pip install -e ".[dev]" && python -m pytest -n auto',
+    ]
     assert "mixmo" in project["scripts"]
     assert "dev" in project["optional-dependencies"]
 

@@ -92,8 +92,8 @@ class Output:
             return
         if self.as_json:
             sys.stdout.write(json.dumps(value, indent=2) + "\n")
-        for line in lines:
-            if not self.as_json:
+        for number, line in enumerate(lines):
+            if not self.as_json and (line or number or not self.quiet):
                 self._print(line)
             self.note(line)
 

@@ -22,7 +22,7 @@ from mixmo_fastai.wording import (
     temperature_remark,
 )
 
-PLAN_WIDTH, FIGURE_WIDTH = len("Validation"), len("Mutual information")
+PLAN_WIDTH, FIGURE_WIDTH = len("Validation"), len("Validation accuracy")
 """Characters of the longest label in a plan and among metrics, so that later rows line up."""
 
 
@@ -50,9 +50,14 @@ def plan_lines(training: Any) -> list[str]:
             f"{recipe.optimizer.weight_decay:g}",
         ),
         *([("Weights", kept)] if (kept := _kept_weights(recipe)) else []),
-        ("Published", expectation(recipe)),
+        *_published_rows(recipe),
     ]
     return align(rows, PLAN_WIDTH)
+
+
+def _published_rows(recipe: Recipe) -> list[tuple[str, str]]:
+    text = expectation(recipe)
+    return [("Published", text)] if text else []
 
 
 def _kept_weights(recipe: Recipe) -> str:
@@ -143,8 +148,7 @@ def figure_lines(figures: Mapping[str, Any], recipe: Recipe) -> list[str]:
         shown = ", ".join(map(str, epochs)) if isinstance(epochs, list) else epochs
         where = "the validation split" if part == "test" else "these images, which flatters them"
         rows.append(("Kept weights", f"epoch {shown}, best on {where}"))
-    if recipe.expected.accuracy is not None:
-        rows.append(("Published", expectation(recipe)))
+    rows += _published_rows(recipe)
     return [*asked, *align([*rows, *_figure_rows(figures, num_members)], FIGURE_WIDTH)]
 
 
@@ -252,6 +256,8 @@ def _figure_rows(figures: Mapping[str, Any], num_members: int) -> list[tuple[str
             rows.append((label, f"none: {absent[name]}"))
         elif name in figures:
             rows.append((label, _tempered(figures[name], how)))
+            if remark := temperature_remark(figures[name]):
+                rows.append(("", remark))
     return rows
 
 
@@ -305,9 +311,7 @@ def _tempered(values: Mapping[str, Any], how: str) -> str:
     shown = " and ".join(f"{t:.3f}" for t in temperatures)
     plural = "s" * (len(temperatures) > 1)
     text = f"NLL {decimal(values['nll'])}, ECE {percent(values['ece'])}"
-    text += f" at temperature{plural} {shown}, {how}"
-    remark = temperature_remark(values)
-    return f"{text}. {remark}" if remark else text
+    return f"{text} at temperature{plural} {shown}, {how}"
 
 
 _ENSEMBLE = " (ensemble, mean of the logits)"
