@@ -1,6 +1,7 @@
 """The examples run: the notebook in a kernel, the scripts as programs."""
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +15,16 @@ from run_notebook import NOTEBOOK, is_shown, run_notebook
 from synthetic import CLASSES, image_arrays
 from torchvision.models import resnet50
 
+from mixmo_fastai import MixMoLoss
+from mixmo_fastai.mixing import draw_lam, draw_masks, loss_weights
+from mixmo_fastai.models import create_model
+from mixmo_fastai.pairing import draw_pairing
+
 pytestmark = pytest.mark.slow
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("*.py"))
+PLAIN_PYTORCH = "mixmo_in_plain_pytorch.py"
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +85,30 @@ def test_scripts_say_how_they_are_used(script, tmp_path):
     assert " ".join(first.split()) in " ".join(done.stdout.split())
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_plain_pytorch_learns_the_digits(run):
+    said = run(PLAIN_PYTORCH, "--epochs", 3)
+    assert float(re.findall(r"accuracy (\S+)%", said)[-1]) > 90
+    assert len((EXAMPLES / PLAIN_PYTORCH).read_text(encoding="utf-8").splitlines()) < 80
+
+
+@pytest.mark.parametrize("progress", [0.5, 1.0])  # masks are boxes or ratios; ratios alone
+def test_plain_pytorch_has_the_loss_of_the_package(progress):
+    page = runpy.run_path(str(EXAMPLES / PLAIN_PYTORCH))
+    x, y = torch.randn(4, 1, 8, 8), torch.tensor([3, 1, 2, 0])
+    generator = torch.Generator().manual_seed(0)
+    model = create_model("wrn10_1", 10, 2, 1, generator=generator).train()
+    for seed in range(4):
+        torch.manual_seed(seed)
+        found = page["training_loss"](model, x, y, progress)
+        torch.manual_seed(seed)
+        seen = draw_pairing(4, 2, 4) % 4
+        kind = "cutmix" if torch.rand(()) < progress * (1 - progress) * 2 else "linear"
+        masks, means = draw_masks(kind, draw_lam(16, 2, 2.0), model.mask_shape(8, 8))
+        expected = MixMoLoss()(model(x[seen], masks), y[seen], loss_weights(means, 3.0))
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("script", ["own_images.py", "pretrained_resnet50.py"])
 def test_scripts_tell_wrong_words_without_a_traceback(script, run):
     said = run(script, "nowhere", code=2)
     assert "Traceback" not in said
