@@ -6,7 +6,7 @@ Source: Ramé, Sun, Cord, "MixMo", ICCV 2021, equation 4.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from mixmo_fastai.base_losses import (
     smoothing_parts,
 )
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.per_sample import Average, BatchLoss, FunctionLoss, average_of, reducible
+from mixmo_fastai.per_sample import Average, BatchLoss, FunctionLoss, averages_of, reducible
 
 __all__ = ["MixMoLoss", "is_multi_label"]
 
@@ -62,6 +62,7 @@ class MixMoLoss(nn.Module):
 
     checks_left = 0
     average: Average | None = "values"
+    averages: tuple[Average, ...] = get_args(Average)  # that hold on all checked batches
 
     def __init__(self, base: Callable[..., Tensor] | None = None) -> None:
         super().__init__()
@@ -127,7 +128,8 @@ class MixMoLoss(nn.Module):
         rows, row_targets = pred.flatten(0, 1), targets.flatten(0, 1)
         check_shapes(self.base, rows, row_targets)
         values = self._values(rows, row_targets).reshape(*pred.shape[:2], -1)
-        return values.mean(dim=2) if self.average == "values" else values.sum(dim=2)
+        is_mean = self.average == "values" and self.reduction != "sum"
+        return values.mean(dim=2) if is_mean else values.sum(dim=2)
 
     def activation(self, pred: Tensor) -> Tensor:
         """Turn logits (B, K) into probabilities, as the base loss says."""
@@ -166,7 +168,7 @@ class MixMoLoss(nn.Module):
         return values
 
     def _check_average(self, pred: Tensor, targets: Tensor) -> None:
-        """Find how the base averages over the samples of a batch; None when it does otherwise."""
+        """Find how the base averages over the samples; None if any batch shows that it does not."""
         rows, row_targets = pred.flatten(0, 1), targets.flatten(0, 1)
         devices = [pred.device] if pred.is_cuda else []
         with torch.no_grad(), torch.random.fork_rng(devices):
@@ -187,7 +189,11 @@ class MixMoLoss(nn.Module):
         # As many values as samples, or as predicted numbers; others have been broadcast.
         fits = whole.numel() == 1 and values.numel() in {len(rows), rows.numel()}
         values = values.as_subclass(Tensor)
-        self.average = average_of(whole, values.reshape(len(rows), -1)) if fits else None
+        found = averages_of(whole, values.reshape(len(rows), -1)) if fits else []
+        self.averages = tuple(average for average in self.averages if average in found)
+        self.average = self.averages[0] if self.averages else None
+        if self.average is None:
+            self.checks_left = 0  # a batch on which it looks like an average proves nothing
 
     def _sum_of_members(
         self, pred: Tensor, targets: Tensor, weights: Tensor, *, is_pasted: bool

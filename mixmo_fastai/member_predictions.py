@@ -82,7 +82,8 @@ class _MemberLogits(Callback):
 
     def after_batch(self) -> None:
         """Bring the batch that the network has just seen to the host."""
-        logits = unwrap(self.learn.model).latest_member_logits.as_subclass(Tensor)
+        network = unwrap(self.learn.model)
+        logits = network.predictions(network.latest_member_logits).as_subclass(Tensor)
         self.batches.append(self.learn.to_detach(logits))
 
 

@@ -26,10 +26,15 @@ class MemberAccuracy(Metric):
 
     def accumulate(self, learn: Any) -> None:
         """Add the batch that the network has just seen."""
-        logits = unwrap(learn.model).latest_member_logits  # (B, M, K)
+        network = unwrap(learn.model)
         if learn.training:  # each member's images have been put one after the other
-            logits = learn.pred[:, None]
-        right = _right(logits, learn.y).float().flatten(1).mean(dim=1)  # (B,)
+            pred = learn.pred[:, None]
+        else:
+            pred = network.predictions(network.latest_member_logits)  # (B, M, K)
+        is_probability = getattr(network, "output", None) is not None
+        right = (
+            _right(pred, learn.y, 0.5 if is_probability else 0.0).float().flatten(1).mean(dim=1)
+        )  # (B,)
         right = learn.to_detach(right, cpu=False)  # of all processes, where fastai shares images
         # Summed up where it is, so that a GPU does not wait.
         self.num_right = self.num_right + right.sum()
@@ -46,13 +51,16 @@ class MemberAccuracy(Metric):
         return "member_accuracy"
 
 
-def _right(logits: Tensor, targets: Tensor) -> Tensor:
-    """Tell which decisions of members (B, M, K) are right: (B, M), or (B, M, K) of several."""
+def _right(pred: Tensor, targets: Tensor, threshold: float) -> Tensor:
+    """Return which decisions of members (B, M, K) are right: (B, M), or (B, M, K) of several.
+
+    The threshold is that of one label of several, 0 of logits and 0.5 of probabilities.
+    """
     if targets.ndim == 1:
         if targets.is_floating_point():
             raise InputError(
                 "MemberAccuracy is of classes; the targets are numbers to predict.\n"
                 "Name other metrics, as metrics=mae."
             )
-        return logits.argmax(dim=2) == targets[:, None]
-    return (logits > 0) == (targets[:, None] > 0.5)
+        return pred.argmax(dim=2) == targets[:, None]
+    return (pred > threshold) == (targets[:, None] > 0.5)

@@ -188,7 +188,7 @@ def _unknown_architecture(name: str) -> InputError:
             f"from fastai.vision.models.xresnet import {name}; mixmo_learner(dls, {name})"
         )
     guess = _meant(name)
-    hint = f" Did you mean {guess!r}?" if guess else ""
+    hint = f" Did you mean {guess!r}?" if guess else _longer_names(name)
     without = "" if timm_networks() else "\nFor networks of timm: pip install 'mixmo-fastai[timm]'."
     return InputError(
         f"Unknown architecture {name!r}.{hint}\n"
@@ -198,19 +198,27 @@ def _unknown_architecture(name: str) -> InputError:
 
 
 def _meant(name: str) -> str | None:
-    """Find the name that was most probably meant.
+    """Return the name that was most probably meant, or None.
 
-    No name of timm comes here. Without timm, the name may be one of its all the same, and must not
-    be taken for that of another network: then only slips of the keyboard are corrected.
+    Only misspellings are corrected. A name that differs in more may be that of another network,
+    such as of a library that is not installed.
     """
     if match := re.fullmatch(_WIDE_RESNET, name, re.IGNORECASE):
         return f"wrn{match[1]}_{match[2]}"
     own = {each: each for each in (*_EXAMPLE_ARCHITECTURES, *TORCHVISION_NETWORKS)}
     choices = {**{each: f"timm/{each}" for each in timm_networks()}, **own}
     guess = nearest(name, choices, cutoff=0.8)
-    if guess is None or not (timm_networks() or _is_slip(name, guess)):
-        return None
-    return choices[guess]
+    return choices[guess] if guess is not None and _is_slip(name, guess) else None
+
+
+def _longer_names(name: str) -> str:
+    """Name a network of timm that begins with a name, and count the others; "" if there is none."""
+    longer = sorted(n for n in timm_networks() if n.startswith(f"{name.lower()}_"))
+    if not longer:
+        return ""
+    shortest = min(longer, key=len)
+    count = f"{len(longer)} networks that begin" if len(longer) > 1 else "one that begins"
+    return f" timm has {count} with it, such as 'timm/{shortest}'."
 
 
 def _is_slip(name: str, meant: str) -> bool:

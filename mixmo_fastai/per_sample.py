@@ -67,15 +67,16 @@ class BatchLoss(nn.Module):
         return torch.stack([loss_of(*sample) for sample in zip(pred, targets, strict=True)])
 
 
-def average_of(whole: Tensor, values: Tensor) -> Average | None:
-    """Find how the loss of a batch follows from the losses of its samples.
+def averages_of(whole: Tensor, values: Tensor) -> list[Average]:
+    """Find how the loss of a batch may follow from the losses of its samples.
 
     Args:
         whole: loss of the batch, a scalar.
         values: unreduced losses (R, k), k numbers per sample.
 
     Returns:
-        what their sum is divided by; None when the batch's loss is no such average.
+        what their sum may be divided by; empty when the batch's loss is no such average. There are
+        several when they are equal here, or all losses are zero.
     """
     total, scale = values.sum(), values.abs().sum()
     # Sums of the same numbers in another order, in the precision at hand.
@@ -85,10 +86,11 @@ def average_of(whole: Tensor, values: Tensor) -> Average | None:
         "samples": len(values),
         "nothing": 1,
     }
-    for average, divisor in divisors.items():
-        if (whole - total / divisor).abs() <= tolerance * scale / divisor:
-            return average
-    return None
+    return [
+        average
+        for average, divisor in divisors.items()
+        if (whole - total / divisor).abs() <= tolerance * scale / divisor
+    ]
 
 
 def reducible(loss: Callable[..., Tensor]) -> Any:

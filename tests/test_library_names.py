@@ -59,6 +59,18 @@ def test_slips_of_the_keyboard_are_corrected(monkeypatch, with_timm, name, meant
     assert f"Did you mean {meant!r}?" in message_of(name)
 
 
+@pytest.mark.parametrize("name", ["resnet20", "resnet9", "deit_micro", "vit_minuscule"])
+def test_another_network_is_not_suggested(name):
+    said = message_of(name)
+    assert "Did you mean" not in said
+    assert "such as 'timm/" not in said
+
+
+@pytest.mark.parametrize("name", ["vit_small", "deit_tiny"])
+def test_the_beginning_of_a_name_leads_to_names_that_begin_so(name):
+    assert f"with it, such as 'timm/{name}_" in message_of(name)
+
+
 def test_without_timm_none_of_its_names_is_taken_for_another_network(monkeypatch):
     every = timm_networks() - {*TORCHVISION_NETWORKS}
     monkeypatch.setattr(names, "timm_networks", frozenset)

@@ -286,6 +286,25 @@ def test_members_of_one_weight_learn_as_from_the_base_of_all_their_samples(batch
         torch.testing.assert_close(own, (factor * expected).reshape(own.shape))
 
 
+@pytest.mark.parametrize(
+    "base",
+    [
+        nn.BCEWithLogitsLoss(reduction="sum"),
+        nn.MSELoss(reduction="sum"),
+        nn.KLDivLoss(reduction="sum"),
+        MSELossFlat(reduction="sum"),
+        BCEWithLogitsLossFlat(reduction="sum"),
+    ],
+)
+def test_a_sum_of_numbers_is_a_sum(batch, base):
+    pred = batch[0]
+    targets = torch.rand_like(pred)
+    expected = value_and_gradient(base, pred[:, 0], targets[:, 0])
+    found = value_and_gradient(MixMoLoss(base), pred[:, :1], targets[:, :1], torch.ones(6, 1))
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(found[1][:, 0], expected[1])
+
+
 def test_label_smoothing_with_class_weights_by_hand(batch):
     """Weights belong to the classes of the targets, and not to what is spread over all."""
     pred, targets, weights = batch
@@ -352,6 +371,35 @@ def test_a_loss_that_is_no_average_is_called_once_per_member_of_one_weight(
     expected = sum(base(pred[:, i], targets[:, i]) for i in range(num_members))
     found = MixMoLoss(base)(pred, targets, torch.ones(6, num_members))
     torch.testing.assert_close(found, expected)
+
+
+def test_one_batch_that_shows_no_average_outweighs_all_others(batch):
+    """Without a rare class, a loss with class weights looks like a mean of samples."""
+    pred, _, _ = batch
+    weight = torch.tensor([1.0, 1.0, 1.0, 1.0, 10.0])
+
+    def base(pred, targets):
+        return F.cross_entropy(pred, targets, weight=weight)
+
+    common = torch.arange(18).reshape(6, 3) % 4
+    rare = torch.where(torch.arange(6)[:, None] == 0, 4, common)
+    loss = MixMoLoss(base)
+    for step in range(15):
+        targets = common if step in (0, 9) else rare
+        expected = sum(base(pred[:, i], targets[:, i]) for i in range(3))
+        torch.testing.assert_close(loss(pred, targets, torch.ones(6, 3)), expected)
+
+
+def test_a_batch_without_losses_leaves_open_how_others_are_averaged():
+    def base(pred, targets):
+        return (pred - targets).square().sum() / len(pred)
+
+    loss, ones = MixMoLoss(base), torch.ones(4, 2)
+    pred = torch.randn(4, 2, 3)
+    assert loss(pred, pred, ones) == 0
+    targets = torch.randn(4, 2, 3)
+    expected = sum(base(pred[:, i], targets[:, i]) for i in range(2))
+    torch.testing.assert_close(loss(pred, targets, ones), expected)
 
 
 def test_checks_leave_the_generator_alone(batch):

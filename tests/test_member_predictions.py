@@ -8,14 +8,16 @@ import torch.nn.functional as F
 from fastai.data.block import DataBlock, MultiCategoryBlock, RegressionBlock, TransformBlock
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import RandomSplitter
+from fastai.layers import SigmoidRange
 from fastai.learner import Learner
-from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
+from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
 from fastai.metrics import accuracy
 from synthetic import foreign_dls, image_arrays, mixmo_dls
 from torch import nn
 
 from mixmo_fastai import MixMoCallback, create_model, member_preds, mixmo_learner, to_mixmo
 from mixmo_fastai.errors import InputError
+from mixmo_fastai.metrics import MemberAccuracy
 
 
 def quiet(learn):
@@ -149,6 +151,35 @@ def test_numbers_to_predict():
     torch.testing.assert_close(found.probabilities, expected)
     assert torch.equal(found.votes, found.probabilities)
     assert found.mutual_information is None
+
+
+def test_numbers_within_a_range():
+    """The members' predictions are within it, as the ensemble's are."""
+    dls = pictures(RegressionBlock(n_out=1), float)
+    body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 1))
+    network = nn.Sequential(body, SigmoidRange(2, 5))
+    learn = to_mixmo(Learner(dls, network, MSELossFlat()), seed=0)
+    found = member_preds(learn)
+    expected = 2 + 3 * logits_by_hand(learn, dls.valid).sigmoid()
+    torch.testing.assert_close(found.probabilities, expected)
+    assert torch.equal(found.votes, found.probabilities)
+
+
+def test_decisions_of_a_network_that_ends_with_probabilities():
+    """A probability below one half is a no, in training as in validation."""
+    dls = pictures(MultiCategoryBlock(), lambda label: ["odd"] if label % 2 else ["even", "small"])
+    last = nn.Linear(4, 3)
+    body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), last)
+    nn.init.zeros_(last.weight)
+    nn.init.constant_(last.bias, -1.0)
+    metrics = MemberAccuracy()
+    learn = Learner(dls, nn.Sequential(body, nn.Sigmoid()), nn.BCELoss(), metrics=metrics)
+    quiet(to_mixmo(learn, seed=0)).recorder.train_metrics = True
+    learn.fit(1, 0.0)
+    _, trained, _, validated = learn.recorder.values[-1]
+    every = [torch.cat([y for _, y in part]) for part in (dls.train, dls.valid)]
+    assert trained == pytest.approx(float((every[0] == 0).float().mean()))
+    assert validated == pytest.approx(float((every[1] == 0).float().mean()))
 
 
 def test_a_loss_of_a_users_own():

@@ -104,6 +104,14 @@ def test_the_end_says_what_comes_next(capsys):
     assert last[0] in (open_run("a run").path / "log.txt").read_text()
 
 
+def test_one_network_of_a_deep_ensemble_is_exported(capsys):
+    more = ["--members", "1", "--epochs", "1", "--set", "model.num_nets=2", "--out", "two"]
+    assert run(["fit", *TINY, *more]) == 0
+    command = capsys.readouterr().out.splitlines()[-1][21:]
+    assert command == "mixmo export two/net-1 --to net.safetensors"
+    assert run(command.split()[1:]) == 0
+
+
 def test_curves_are_answered_in_one_line(capsys, monkeypatch):
     monkeypatch.setattr("mixmo_fastai.cli.plan.advise", lambda *_: "Do this")
     assert run(["fit", *TINY, "--epochs", "1"]) == 0

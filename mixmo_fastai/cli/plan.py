@@ -142,11 +142,12 @@ def say_next(output: Output, run: RunFolder, recipe: Recipe, images_seen: int) -
     network, seen = run.networks()[0], images_seen // recipe.model.num_nets
     if advice := advise(recipe, network.history(), seen):
         output.say(_row("Advice", advice, FIGURE_WIDTH))
-    path = shlex.quote(str(run.path))
+    path, exported = shlex.quote(str(run.path)), shlex.quote(str(network.path))
     commands = (
         f"mixmo report {path}",
         f"mixmo predict {path} IMAGE…",
-        f"mixmo export {path} --to net.safetensors",
+        # Of a deep ensemble, its first network; no single network equals all of it.
+        f"mixmo export {exported} --to net.safetensors",
     )
     for number, command in enumerate(commands):
         output.say_command(_row("" if number else "Next", command, FIGURE_WIDTH))
