@@ -3,6 +3,7 @@
 Shapes: N images, M members of a run, R runs, K classes.
 """
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,10 +15,12 @@ import torch
 from torch import Tensor
 
 from mixmo_fastai.calibration import expected_calibration_error, nll, top_predictions
+from mixmo_fastai.checkpoints.store import CheckpointStore
 from mixmo_fastai.checkpoints.weights import load_weights
 from mixmo_fastai.data.corruptions import make_corrupted, read_official
 from mixmo_fastai.data.damage import damaged_images, find_damaged
 from mixmo_fastai.data.dataloaders import make_evaluation_loaders
+from mixmo_fastai.data.fingerprint import fingerprint
 from mixmo_fastai.data.image_sets import DataSource, ImageSet
 from mixmo_fastai.data.layout import unseen_part
 from mixmo_fastai.data.loaders import BatchLoader
@@ -272,6 +275,19 @@ def open_finished(
     )
     place(network, chosen)
     return FinishedRun(run, recipe, source, chosen, network, fused)
+
+
+def trains_on_other_images(run: RunFolder, source: DataSource) -> bool:
+    """Check whether the training images are no longer those that a run was trained on.
+
+    False if its checkpoint is gone, which alone tells.
+    """
+    try:
+        saved = CheckpointStore(run.networks()[0].checkpoint).newest()
+        before = json.loads((saved.path / "state.json").read_bytes())["data"] if saved else {}
+    except (InputError, OSError, ValueError, KeyError, TypeError):
+        return False
+    return "train" in before and before["train"] != fingerprint(source)["train"]
 
 
 def read_strange(place: str, finished: FinishedRun, data_dir: Path | None) -> Tensor:

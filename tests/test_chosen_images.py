@@ -235,6 +235,50 @@ def test_a_lost_image_of_a_drawn_split_is_named(tmp_path):
         reopen_images(tmp_path, kept(before), ("cat", "dog"))
 
 
+def test_an_image_that_was_left_out_may_be_removed(tmp_path):
+    """As the message on damaged images advises; it was never used."""
+    write(tmp_path, *images("", cat=10, dog=10))
+    before = choose_images(tmp_path)
+    damaged = before.train["cat"][0]
+    (tmp_path / damaged).unlink()
+    after = reopen_images(tmp_path, kept(before), ("cat", "dog"), {damaged: "it is damaged"})
+    assert counts(after.train) == {"cat": len(before.train["cat"]) - 1, "dog": 8}
+
+
+def test_a_new_class_with_test_images_is_named(tmp_path):
+    write(tmp_path, *images("train", cat=5, dog=5), *images("test", cat=1, dog=1))
+    before = choose_images(tmp_path)
+    write(tmp_path, *images("test", ship=5))
+    with pytest.raises(InputError, match=r"test/ship/ is not a class of the run, and has 5 images"):
+        reopen_images(tmp_path, kept(before))
+
+
+def test_a_link_to_the_data_set_is_not_followed(tmp_path):
+    write(tmp_path, *images("train", cat=2, dog=2), *images("test", cat=1, dog=1))
+    (tmp_path / "train" / "loop").symlink_to(tmp_path)
+    (tmp_path / "train" / "again").symlink_to(tmp_path / "train")
+    assert counts(choose_images(tmp_path).train) == {"cat": 2, "dog": 2}
+
+
+def test_no_test_set_can_be_drawn_from_single_images(tmp_path):
+    write(tmp_path, *images("", cat=1, dog=1))
+    assert note(choose_images(tmp_path), "Test set").startswith("none: each class has one image")
+
+
+def test_classes_may_lie_in_a_folder_for_images(tmp_path):
+    write(tmp_path, *images("train/images", cat=2, dog=2), *images("test/images", cat=1, dog=1))
+    chosen = choose_images(tmp_path)
+    assert chosen.train["cat"] == ["train/images/cat/0.jpg", "train/images/cat/1.jpg"]
+    assert counts(chosen.test) == {"cat": 1, "dog": 1}
+    assert reopen_images(tmp_path, kept(chosen)).train == chosen.train
+
+
+def test_unlabelled_images_may_lie_in_folders_that_are_no_classes(tmp_path):
+    write(tmp_path, *images("train", cat=2, dog=2), *images("test/images", monday=1, tuesday=1))
+    told = note(choose_images(tmp_path), "Test set")
+    assert "test/ has 2 images without labels" in told
+
+
 def test_parts_stay_when_folders_come(tmp_path):
     write(tmp_path, *images("train", cat=5, dog=5), *images("valid", cat=1, dog=1))
     before = choose_images(tmp_path)

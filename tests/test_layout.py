@@ -59,6 +59,12 @@ def test_other_folders_beside_the_parts_are_told(tmp_path):
     assert find_places(tmp_path).others == ("masks/",)
 
 
+@pytest.mark.parametrize("other", ["text", "all", "extra", "best"])
+def test_short_words_are_not_taken_for_misspelt_parts(tmp_path, other):
+    write(tmp_path, "train/cat/1.jpg", "test/cat/1.jpg", f"{other}/1.jpg")
+    assert find_places(tmp_path) == Places("train", None, "test", (f"{other}/",))
+
+
 @pytest.mark.parametrize(
     ("names", "places"),
     [
@@ -89,6 +95,10 @@ REFUSED = {
     "valid numbered": (("train/a/1.jpg", "test/a/1.jpg", "val2/1.jpg"), ("val2/", "rename it")),
     "test alone": (("test/a/1.jpg",), ("no train/", "It has test/")),
     "classes beside test": (("cat/1.jpg", "test/1.jpg"), ("no train/", "test/, cat/")),
+    "classes beside test, to be moved": (
+        ("cat/1.jpg", "dog/1.jpg", "test/1.jpg"),
+        ("If cat/, dog/ hold", "move them into train/"),
+    ),
     "images alone": (("1.jpg", "2.jpg"), ("2 images and no folders", "one folder per class")),
     "nothing": ((), ("is empty",)),
 }

@@ -1,6 +1,6 @@
 """Which images of a folder train, validate and test, with the reasons in words."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
@@ -65,7 +65,7 @@ def choose_images(folder: Path, test_split: float | None = None) -> ChosenImages
     for role, place in (("valid", places.valid), ("test", places.test)):
         if place is None:
             continue
-        part = list_part(folder, place, skipped)
+        part = list_part(folder, place, skipped, train)
         if is_labelled(folder, part, listed):
             labelled[role] = labelled_files(part, list(train), skipped)
             notes += _missing_classes(place, labelled[role])
@@ -96,7 +96,10 @@ def choose_images(folder: Path, test_split: float | None = None) -> ChosenImages
 
 
 def reopen_images(
-    folder: Path, parts: DataParts, classes: Sequence[str] | None = None
+    folder: Path,
+    parts: DataParts,
+    classes: Sequence[str] | None = None,
+    left_out: Collection[str] = (),
 ) -> ChosenImages:
     """Find the images of an earlier run again.
 
@@ -104,6 +107,7 @@ def reopen_images(
         folder: the image folder.
         parts: as the run kept them.
         classes: of the run, in the order of its labels.
+        left_out: files that the run has left out, which may be gone.
 
     Raises:
         InputError: a part, a class or a file of a drawn split is missing, or a class is new.
@@ -119,11 +123,13 @@ def reopen_images(
     skipped, notes = Skipped(), list[Note]()
     files = training_files(folder, list_part(folder, parts.train, skipped), skipped)
     if parts.drawn is not None:
-        notes += _check_drawn(folder, parts.drawn, files)
+        notes += _check_drawn(folder, parts.drawn, files, left_out)
     train, drawn = _divided(files, parts.drawn)
     spelled = _spelled_as_before(folder, train, classes)
     valid, test = (
-        labelled_files(list_part(folder, place, skipped), list(train), skipped) if place else None
+        labelled_files(list_part(folder, place, skipped, train), list(train), skipped)
+        if place
+        else None
         for place in (parts.valid, parts.test)
     )
     return ChosenImages(
@@ -156,11 +162,13 @@ def _divided(files: FilesByClass, drawn: DrawnTest | None) -> tuple[FilesByClass
     return kept, {name: [file for file in files[name] if file in test] for name in kept}
 
 
-def _check_drawn(folder: Path, drawn: DrawnTest, files: FilesByClass) -> list[Note]:
+def _check_drawn(
+    folder: Path, drawn: DrawnTest, files: FilesByClass, left_out: Collection[str]
+) -> list[Note]:
     """Compare a drawn split with the files that are there now."""
     there = {file for own in files.values() for file in own}
     known = {*drawn.train, *drawn.test}
-    if missing := sorted(known - there):
+    if missing := sorted(known - there - {*left_out}):
         raise InputError(
             f"{len(missing):,} of the run's {len(known):,} images are no longer in {folder}: "
             f"{_few(missing)}.\nPut them back, or start a new run."
@@ -218,7 +226,9 @@ def _part_notes(parts: DataParts) -> list[Note]:
         if parts.test is not None:
             folders += f", {parts.test}/ tests"
     notes = [("Folders", folders)]
-    if parts.drawn is not None:
+    if parts.drawn is not None and not parts.drawn.test:
+        notes.append(("Test set", "none: each class has one image, and none can be set aside"))
+    elif parts.drawn is not None:
         share = f"{100 * parts.drawn.test_split:g} % of each class"
         notes.append(("Test set", f"{share}, drawn once and kept with the run (--test-split)"))
     elif parts.test is None:

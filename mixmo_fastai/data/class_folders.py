@@ -3,6 +3,7 @@
 Class names are compared and shown in Unicode's composed form (NFC): macOS writes them decomposed.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from unicodedata import normalize
@@ -39,38 +40,47 @@ class ListedPart:
         return sum(map(len, self.files.values())) + len(self.loose)
 
 
-def list_part(folder: Path, place: str, skipped: Skipped) -> ListedPart:
+def list_part(
+    folder: Path, place: str, skipped: Skipped, known: Collection[str] | None = None
+) -> ListedPart:
     """List the images of one part by class.
 
     Args:
         folder: the image folder.
         place: of the part below it.
         skipped: receives what is not an image.
+        known: the classes of the training images; None for those images themselves.
 
     Raises:
         InputError: a folder cannot be listed.
     """
     if (folder / place / ANNOTATIONS).is_file() and (folder / place / "images").is_dir():
         return _annotated_part(folder, place)
-    place, names, loose = _without_doubling(folder, place, skipped)
+    place, names, loose = _descend(folder, place, skipped, known)
     prefix = "" if place == "." else f"{place}/"
     files: FilesByClass = {}
     for name in sorted(names, key=lambda name: (normalize("NFC", name), name)):
-        below = images_below(folder / place / name, skipped)
+        below = images_below(folder / place / name, skipped, above=(folder, folder / place))
         own = files.setdefault(normalize("NFC", name), [])
         own += [f"{prefix}{name}/{file}" for file in below]
     return ListedPart(place, files, tuple(f"{prefix}{name}" for name in loose))
 
 
-def _without_doubling(
-    folder: Path, place: str, skipped: Skipped
+def _descend(
+    folder: Path, place: str, skipped: Skipped, known: Collection[str] | None
 ) -> tuple[str, list[str], list[str]]:
-    """Go from train/ to train/train/, if that is all it holds, and list its folders and images."""
+    """List the folders and images of a part, or of train/train/ or train/images/ if that is all.
+
+    Unlabelled images may lie in test/images/ in folders that are no classes, which stay there.
+    """
     names, loose = scan(folder / place, skipped)
     role = role_of(Path(place).name)
-    while role is not None and not loose and [role_of(name) for name in names] == [role]:
+    while role is not None and not loose and len(names) == 1:
         inner, loose_inside = scan(folder / place / names[0], Skipped())
-        if not inner:
+        is_doubled = role_of(names[0]) == role
+        is_plain = names[0].lower() in UNLABELLED_NAMES and not loose_inside
+        has_classes = known is None or any(normalize("NFC", name) in known for name in inner)
+        if not inner or not (is_doubled or (is_plain and has_classes)):
             break
         place, names, loose = f"{place}/{names[0]}", inner, loose_inside
     return place, names, loose
@@ -146,9 +156,19 @@ def _names_no_class(name: str) -> bool:
 
 
 def labelled_files(part: ListedPart, classes: list[str], skipped: Skipped) -> FilesByClass:
-    """Return the images of a labelled part by class, of all classes in their order."""
+    """Return the images of a labelled part by class, of all classes in their order.
+
+    Raises:
+        InputError: it has images of another class.
+    """
     _skip_loose(part, skipped)
     for name in sorted(part.files.keys() - set(classes)):
+        if part.files[name]:
+            raise InputError(
+                f"{part.place}/{name}/ is not a class of the run, and has "
+                f"{len(part.files[name]):,} images.\n"
+                "Move it elsewhere, or start a new run."
+            )
         skipped.add(EMPTY_CLASS, f"{part.place}/{name}/")
     return {name: part.files.get(name, []) for name in classes}
 

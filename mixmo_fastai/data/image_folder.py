@@ -77,7 +77,7 @@ def read_image_folder(
     chosen = (
         choose_images(folder, test_split)
         if parts is None
-        else reopen_images(folder, parts, classes)
+        else reopen_images(folder, parts, classes, left_out or ())
     )
     return read_intact(read, skip=skip_damaged, left_out=left_out)
 

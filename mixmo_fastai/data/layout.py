@@ -140,7 +140,10 @@ def _refuse_missing_train(root: Path, folders: list[str], roles: dict[str, str])
     rest = [name for name in folders if name not in roles.values()]
     near = [name for name in rest if name in alike["train"] or nearest(name, WORDS["train"])]
     there = ", ".join(f"{name}/" for name in [*roles.values(), *rest][:6])
-    advice = "Move the folder of training images there, and rename it to train/."
+    advice = f"Move the training images into {root / 'train'}, one folder per class."
+    if rest:
+        classes = ", ".join(f"{name}/" for name in rest[:3]) + (", …" if len(rest) > 3 else "")
+        advice = f"If {classes} hold the training images of a class each, move them into train/."
     if near:
         renamed = ", ".join(
             f"{names[0]}/ to {role}/"
@@ -155,13 +158,19 @@ def _refuse_misspelt(root: Path, folders: list[str], roles: dict[str, str]) -> N
     """Refuse a folder that is probably the validation or test part, under another name."""
     rest = [name for name in folders if name not in roles.values()]
     for role in ("test", "valid"):
-        near = [name for name in rest if _is_like(name, role) or nearest(name, WORDS[role])]
+        near = [name for name in rest if _is_like(name, role) or _is_slip(name, role)]
         if role not in roles and near:
             raise InputError(
                 f"Image folder {root} has no {role}/, but {near[0]}/.\n"
                 f"If that is the {_PARTS[role]} part, rename it to {role}/; otherwise move it "
                 "elsewhere."
             )
+
+
+def _is_slip(name: str, role: str) -> bool:
+    """Check whether a name is probably a misspelt part; words as short as these are often alike."""
+    is_anagram = any(sorted(name.lower()) == sorted(word) for word in WORDS[role])
+    return is_anagram or nearest(name, WORDS[role], cutoff=0.8) is not None
 
 
 def _is_like(name: str, role: str) -> bool:

@@ -5,7 +5,7 @@ operating systems leave (__MACOSX) and files that are not images (Thumbs.db).
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -91,17 +91,18 @@ def scan(folder: Path, skipped: Skipped) -> tuple[list[str], list[str]]:
     return folders, images
 
 
-def images_below(folder: Path, skipped: Skipped) -> list[str]:
+def images_below(folder: Path, skipped: Skipped, above: Iterable[Path] = ()) -> list[str]:
     """List all images below a folder: paths relative to it, with forward slashes, sorted.
 
     Args:
         folder: to list, whatever its own name is.
         skipped: receives everything else.
+        above: folders that hold it; a link to one of them is not followed.
 
     Raises:
         InputError: a folder cannot be listed.
     """
-    return sorted(_walk(folder, "", skipped, frozenset()))
+    return sorted(_walk(folder, "", skipped, frozenset(map(os.path.realpath, above))))
 
 
 def _walk(folder: Path, prefix: str, skipped: Skipped, above: frozenset[str]) -> Iterator[str]:
