@@ -188,6 +188,42 @@ def test_the_folder_above_is_named_when_train_itself_is_given(tmp_path):
     assert note(chosen, "Not used") == f"{tmp_path / 'test'}/; give {tmp_path} to use it"
 
 
+INNER = {
+    "train, test": (("train", "test"), 2, "cat/train/, cat/test/"),
+    "one class": (("train", "Validation"), 1, "cat/train/, cat/Validation/"),
+    "other names": (("Training", "Testing"), 2, "cat/Training/, cat/Testing/"),
+    "deeper": (("images/train", "images/val"), 2, "cat/images/train/, cat/images/val/"),
+    "three": (("test", "val", "train"), 2, "cat/train/, cat/val/, cat/test/"),
+}
+
+
+@pytest.mark.parametrize("case", INNER)
+@pytest.mark.parametrize("place", ["", "train/"])
+def test_parts_inside_class_folders_are_refused(tmp_path, case, place):
+    names, num_classes, found = INNER[case]
+    write(tmp_path, f"{place}cat/0.jpg", f"{place}dog/0.jpg")
+    for label in ("cat", "dog")[:num_classes]:
+        write(tmp_path, *(f"{place}{label}/{name}/1.jpg" for name in names))
+    with pytest.raises(InputError) as caught:
+        choose_images(tmp_path)
+    message = str(caught.value)
+    assert f"inside {num_classes} of 2 class folders" in message
+    assert found.replace("cat/", f"{place}cat/") in message
+    assert "train/cat/, " in message.splitlines()[1]
+    assert len(message.splitlines()) == 2
+
+
+@pytest.mark.parametrize("name", ["train", "test"])
+def test_a_single_part_inside_class_folders_is_a_folder_inside(tmp_path, name):
+    write(tmp_path, *images("", cat=5, dog=5), f"cat/{name}/1.jpg", f"dog/{name}/1.jpg")
+    assert counts(choose_images(tmp_path, 0).train) == {"cat": 6, "dog": 6}
+
+
+def test_a_run_on_parts_inside_class_folders_is_opened_again(tmp_path):
+    write(tmp_path, *images("cat", train=2, test=2), *images("dog", train=2, test=2))
+    assert counts(reopen_images(tmp_path, DataParts(".")).train) == {"cat": 4, "dog": 4}
+
+
 REFUSED = {
     "new class": (images("test", cat=1, fox=1), ("class 'fox', which", "move it elsewhere")),
     "misspelt": (images("test", cat=1, dogs=1), ("If it is the class 'dog'", "rename it")),

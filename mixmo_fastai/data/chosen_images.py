@@ -14,6 +14,7 @@ from mixmo_fastai.data.class_folders import (
     is_labelled,
     labelled_files,
     list_part,
+    refuse_inner_parts,
     training_files,
 )
 from mixmo_fastai.data.layout import Places, find_places, role_of
@@ -59,6 +60,7 @@ def choose_images(folder: Path, test_split: float | None = None) -> ChosenImages
     """
     places, skipped = find_places(folder), Skipped()
     listed = list_part(folder, places.train, skipped)
+    refuse_inner_parts(folder, listed)
     train = training_files(folder, listed, skipped)
     notes: list[Note] = []
     labelled: dict[str, FilesByClass] = {}
@@ -66,6 +68,7 @@ def choose_images(folder: Path, test_split: float | None = None) -> ChosenImages
         if place is None:
             continue
         part = list_part(folder, place, skipped)
+        refuse_inner_parts(folder, part)
         if is_labelled(folder, part, listed):
             labelled[role] = labelled_files(part, list(train), skipped)
             notes += _missing_classes(place, labelled[role])

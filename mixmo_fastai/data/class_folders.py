@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from unicodedata import normalize
 
-from mixmo_fastai.data.layout import LAYOUT, role_of
+from mixmo_fastai.data.layout import LAYOUT, WORDS, role_of
 from mixmo_fastai.data.listing import EMPTY_CLASS, OUTSIDE, Skipped, images_below, scan
 from mixmo_fastai.data.tiny_imagenet import ANNOTATIONS, read_annotations
 from mixmo_fastai.errors import InputError, nearest
@@ -151,6 +151,50 @@ def labelled_files(part: ListedPart, classes: list[str], skipped: Skipped) -> Fi
     for name in sorted(part.files.keys() - set(classes)):
         skipped.add(EMPTY_CLASS, f"{part.place}/{name}/")
     return {name: part.files.get(name, []) for name in classes}
+
+
+def refuse_inner_parts(folder: Path, part: ListedPart) -> None:
+    """Check that no class folder holds parts, such as cat/train/ and cat/test/.
+
+    A single one, as cat/train/, is read like any folder inside a class.
+
+    Raises:
+        InputError: a class folder has images in folders of two parts or more.
+    """
+    depth = 1 if part.place == "." else 1 + len(Path(part.place).parts)
+    by_class = {name: _inner_parts(own, depth) for name, own in part.files.items()}
+    mixed = {name: inner for name, inner in by_class.items() if len(inner) > 1}
+    if not mixed:
+        return
+    name, inner = next(iter(mixed.items()))
+    found = ", ".join(f"{place}/" for place in inner.values())
+    wanted = ", ".join(f"{role}/{name}/" for role in inner)
+    raise InputError(
+        f"{folder} has parts inside {len(mixed):,} of {len(part.files):,} class folders, as in "
+        f"{found}: their images would be mixed.\n"
+        f"Move their images so that each part holds the classes, as in {wanted}. "
+        "To use all of them alike, rename the inner folders."
+    )
+
+
+def _inner_parts(files: list[str], depth: int) -> dict[str, str]:
+    """Find folders named like parts inside a class folder.
+
+    Args:
+        files: of the class.
+        depth: names of a path up to the class folder.
+
+    Returns:
+        the first folder of each part, by the part.
+    """
+    found: dict[str, str] = {}
+    for place in dict.fromkeys(file.rpartition("/")[0] for file in files):
+        names = place.split("/")
+        for end in range(depth, len(names)):
+            if (role := role_of(names[end])) is not None:
+                found.setdefault(role, "/".join(names[: end + 1]))
+                break
+    return {role: found[role] for role in WORDS if role in found}
 
 
 def _skip_loose(part: ListedPart, skipped: Skipped) -> None:
