@@ -125,7 +125,22 @@ def test_a_class_may_lack_test_images(tmp_path):
     chosen = choose_images(tmp_path)
     assert list(chosen.train) == list(chosen.test) == ["cat", "dog", "eel"]
     assert counts(chosen.test) == {"cat": 1, "dog": 0, "eel": 1}
-    assert note(chosen, "Images") == "none in test/ of 1 of 3 classes: dog"
+    assert note(chosen, "Missing") == "test images of 1 of 3 classes: dog"
+    assert note(reopen_images(tmp_path, chosen.parts), "Missing") == note(chosen, "Missing")
+
+
+def test_a_class_may_lack_validation_images(tmp_path):
+    write(tmp_path, *images("train", cat=2, dog=2, eel=2), *images("val", cat=1))
+    chosen = choose_images(tmp_path)
+    assert note(chosen, "Missing") == "validation images of 2 of 3 classes: dog, eel"
+    assert note(reopen_images(tmp_path, chosen.parts), "Missing") == note(chosen, "Missing")
+
+
+def test_a_folder_that_is_not_read_has_a_reason(tmp_path):
+    write(tmp_path, *images("train", cat=5, dog=5), *images("valid", cat=1), "masks/1.jpg", "val/")
+    assert note(choose_images(tmp_path), "Not read") == (
+        "val/ (no images), masks/ (beside train/, only valid/ and test/ are read)"
+    )
 
 
 def test_an_empty_class_is_skipped(tmp_path):
@@ -134,7 +149,12 @@ def test_an_empty_class_is_skipped(tmp_path):
     )
     chosen = choose_images(tmp_path)
     assert list(chosen.train) == ["cat", "dog"]
-    assert note(chosen, "Skipped") == "2 empty class folders (eel/, test/eel/)"
+    assert note(chosen, "Skipped") == "2 empty class folders (test/eel/, train/eel/)"
+
+
+def test_an_empty_class_beside_the_others_has_no_part_in_its_name(tmp_path):
+    write(tmp_path, *images("", cat=2, dog=2), "eel/")
+    assert note(choose_images(tmp_path), "Skipped") == "1 empty class folder (eel/)"
 
 
 def test_images_outside_of_classes_are_counted(tmp_path):
@@ -267,7 +287,11 @@ def test_a_lost_image_of_a_drawn_split_is_named(tmp_path):
     write(tmp_path, *images("", cat=10, dog=10))
     before = choose_images(tmp_path)
     (tmp_path / before.test["dog"][0]).unlink()
-    with pytest.raises(InputError, match=f"1 of the run's 20 images .*{before.test['dog'][0]}"):
+    told = f"1 of the run's 20 images is no longer in .*{before.test['dog'][0]}.\nPut it back"
+    with pytest.raises(InputError, match=told):
+        reopen_images(tmp_path, kept(before), ("cat", "dog"))
+    (tmp_path / before.test["dog"][1]).unlink()
+    with pytest.raises(InputError, match=r"2 of the run's 20 images are .*\nPut them back"):
         reopen_images(tmp_path, kept(before), ("cat", "dog"))
 
 

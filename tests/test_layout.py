@@ -89,6 +89,7 @@ REFUSED = {
     "valid numbered": (("train/a/1.jpg", "test/a/1.jpg", "val2/1.jpg"), ("val2/", "rename it")),
     "test alone": (("test/a/1.jpg",), ("no train/", "It has test/")),
     "classes beside test": (("cat/1.jpg", "test/1.jpg"), ("no train/", "test/, cat/")),
+    "one image alone": (("1.jpg",), ("holds 1 image and no folders",)),
     "images alone": (("1.jpg", "2.jpg"), ("2 images and no folders", "one folder per class")),
     "nothing": ((), ("is empty",)),
 }

@@ -8,7 +8,14 @@ from pathlib import Path
 from unicodedata import normalize
 
 from mixmo_fastai.data.layout import LAYOUT, WORDS, role_of
-from mixmo_fastai.data.listing import EMPTY_CLASS, OUTSIDE, Skipped, images_below, scan
+from mixmo_fastai.data.listing import (
+    EMPTY_CLASS,
+    OUTSIDE,
+    Skipped,
+    count_images,
+    images_below,
+    scan,
+)
 from mixmo_fastai.data.tiny_imagenet import ANNOTATIONS, read_annotations
 from mixmo_fastai.errors import InputError, nearest
 
@@ -53,13 +60,18 @@ def list_part(folder: Path, place: str, skipped: Skipped) -> ListedPart:
     if (folder / place / ANNOTATIONS).is_file() and (folder / place / "images").is_dir():
         return _annotated_part(folder, place)
     place, names, loose = _without_doubling(folder, place, skipped)
-    prefix = "" if place == "." else f"{place}/"
+    prefix = _prefix(place)
     files: FilesByClass = {}
     for name in sorted(names, key=lambda name: (normalize("NFC", name), name)):
         below = images_below(folder / place / name, skipped)
         own = files.setdefault(normalize("NFC", name), [])
         own += [f"{prefix}{name}/{file}" for file in below]
     return ListedPart(place, files, tuple(f"{prefix}{name}" for name in loose))
+
+
+def _prefix(place: str) -> str:
+    """Return what stands before the names of a part's files: nothing for the image folder."""
+    return "" if place == "." else f"{place}/"
 
 
 def _without_doubling(
@@ -93,7 +105,8 @@ def training_files(folder: Path, part: ListedPart, skipped: Skipped) -> FilesByC
     root = folder / part.place
     files = {name: own for name, own in part.files.items() if own}
     if not files:
-        holds = f"{len(part.loose):,} images, and no class folders" if part.loose else "no images"
+        loose = f"{count_images(len(part.loose))}, and no class folders"
+        holds = loose if part.loose else "no images"
         raise InputError(f"{root} has {holds}.\n{LAYOUT}")
     if len(files) == 1:
         raise InputError(
@@ -102,7 +115,7 @@ def training_files(folder: Path, part: ListedPart, skipped: Skipped) -> FilesByC
         )
     _skip_loose(part, skipped)
     for name in sorted(part.files.keys() - files.keys()):
-        skipped.add(EMPTY_CLASS, f"{name}/")
+        skipped.add(EMPTY_CLASS, f"{_prefix(part.place)}{name}/")
     return files
 
 
@@ -149,7 +162,7 @@ def labelled_files(part: ListedPart, classes: list[str], skipped: Skipped) -> Fi
     """Return the images of a labelled part by class, of all classes in their order."""
     _skip_loose(part, skipped)
     for name in sorted(part.files.keys() - set(classes)):
-        skipped.add(EMPTY_CLASS, f"{part.place}/{name}/")
+        skipped.add(EMPTY_CLASS, f"{_prefix(part.place)}{name}/")
     return {name: part.files.get(name, []) for name in classes}
 
 
