@@ -125,7 +125,22 @@ def test_a_class_may_lack_test_images(tmp_path):
     chosen = choose_images(tmp_path)
     assert list(chosen.train) == list(chosen.test) == ["cat", "dog", "eel"]
     assert counts(chosen.test) == {"cat": 1, "dog": 0, "eel": 1}
-    assert note(chosen, "Images") == "none in test/ of 1 of 3 classes: dog"
+    assert note(chosen, "Missing") == "test images of 1 of 3 classes: dog"
+    assert note(reopen_images(tmp_path, chosen.parts), "Missing") == note(chosen, "Missing")
+
+
+def test_a_class_may_lack_validation_images(tmp_path):
+    write(tmp_path, *images("train", cat=2, dog=2, eel=2), *images("val", cat=1))
+    chosen = choose_images(tmp_path)
+    assert note(chosen, "Missing") == "validation images of 2 of 3 classes: dog, eel"
+    assert note(reopen_images(tmp_path, chosen.parts), "Missing") == note(chosen, "Missing")
+
+
+def test_a_folder_that_is_not_read_has_a_reason(tmp_path):
+    write(tmp_path, *images("train", cat=5, dog=5), *images("valid", cat=1), "masks/1.jpg", "val/")
+    assert note(choose_images(tmp_path), "Not read") == (
+        "val/ (no images), masks/ (beside train/, only valid/ and test/ are read)"
+    )
 
 
 def test_an_empty_class_is_skipped(tmp_path):
@@ -134,7 +149,12 @@ def test_an_empty_class_is_skipped(tmp_path):
     )
     chosen = choose_images(tmp_path)
     assert list(chosen.train) == ["cat", "dog"]
-    assert note(chosen, "Skipped") == "2 empty class folders (eel/, test/eel/)"
+    assert note(chosen, "Skipped") == "2 empty class folders (test/eel/, train/eel/)"
+
+
+def test_an_empty_class_beside_the_others_has_no_part_in_its_name(tmp_path):
+    write(tmp_path, *images("", cat=2, dog=2), "eel/")
+    assert note(choose_images(tmp_path), "Skipped") == "1 empty class folder (eel/)"
 
 
 def test_images_outside_of_classes_are_counted(tmp_path):
@@ -188,6 +208,42 @@ def test_the_folder_above_is_named_when_train_itself_is_given(tmp_path):
     assert note(chosen, "Not used") == f"{tmp_path / 'test'}/; give {tmp_path} to use it"
 
 
+INNER = {
+    "train, test": (("train", "test"), 2, "cat/train/, cat/test/"),
+    "one class": (("train", "Validation"), 1, "cat/train/, cat/Validation/"),
+    "other names": (("Training", "Testing"), 2, "cat/Training/, cat/Testing/"),
+    "deeper": (("images/train", "images/val"), 2, "cat/images/train/, cat/images/val/"),
+    "three": (("test", "val", "train"), 2, "cat/train/, cat/val/, cat/test/"),
+}
+
+
+@pytest.mark.parametrize("case", INNER)
+@pytest.mark.parametrize("place", ["", "train/"])
+def test_parts_inside_class_folders_are_refused(tmp_path, case, place):
+    names, num_classes, found = INNER[case]
+    write(tmp_path, f"{place}cat/0.jpg", f"{place}dog/0.jpg")
+    for label in ("cat", "dog")[:num_classes]:
+        write(tmp_path, *(f"{place}{label}/{name}/1.jpg" for name in names))
+    with pytest.raises(InputError) as caught:
+        choose_images(tmp_path)
+    message = str(caught.value)
+    assert f"inside {num_classes} of 2 class folders" in message
+    assert found.replace("cat/", f"{place}cat/") in message
+    assert "train/cat/, " in message.splitlines()[1]
+    assert len(message.splitlines()) == 2
+
+
+@pytest.mark.parametrize("name", ["train", "test"])
+def test_a_single_part_inside_class_folders_is_a_folder_inside(tmp_path, name):
+    write(tmp_path, *images("", cat=5, dog=5), f"cat/{name}/1.jpg", f"dog/{name}/1.jpg")
+    assert counts(choose_images(tmp_path, 0).train) == {"cat": 6, "dog": 6}
+
+
+def test_a_run_on_parts_inside_class_folders_is_opened_again(tmp_path):
+    write(tmp_path, *images("cat", train=2, test=2), *images("dog", train=2, test=2))
+    assert counts(reopen_images(tmp_path, DataParts(".")).train) == {"cat": 4, "dog": 4}
+
+
 REFUSED = {
     "new class": (images("test", cat=1, fox=1), ("class 'fox', which", "move it elsewhere")),
     "misspelt": (images("test", cat=1, dogs=1), ("If it is the class 'dog'", "rename it")),
@@ -231,7 +287,11 @@ def test_a_lost_image_of_a_drawn_split_is_named(tmp_path):
     write(tmp_path, *images("", cat=10, dog=10))
     before = choose_images(tmp_path)
     (tmp_path / before.test["dog"][0]).unlink()
-    with pytest.raises(InputError, match=f"1 of the run's 20 images .*{before.test['dog'][0]}"):
+    told = f"1 of the run's 20 images is no longer in .*{before.test['dog'][0]}.\nPut it back"
+    with pytest.raises(InputError, match=told):
+        reopen_images(tmp_path, kept(before), ("cat", "dog"))
+    (tmp_path / before.test["dog"][1]).unlink()
+    with pytest.raises(InputError, match=r"2 of the run's 20 images are .*\nPut them back"):
         reopen_images(tmp_path, kept(before), ("cat", "dog"))
 
 

@@ -99,6 +99,7 @@ REFUSED = {
         ("cat/1.jpg", "dog/1.jpg", "test/1.jpg"),
         ("If cat/, dog/ hold", "move them into train/"),
     ),
+    "one image alone": (("1.jpg",), ("holds 1 image and no folders",)),
     "images alone": (("1.jpg", "2.jpg"), ("2 images and no folders", "one folder per class")),
     "nothing": ((), ("is empty",)),
 }

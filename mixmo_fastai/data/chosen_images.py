@@ -14,10 +14,11 @@ from mixmo_fastai.data.class_folders import (
     is_labelled,
     labelled_files,
     list_part,
+    refuse_inner_parts,
     training_files,
 )
 from mixmo_fastai.data.layout import Places, find_places, role_of
-from mixmo_fastai.data.listing import Skipped, scan
+from mixmo_fastai.data.listing import Skipped, count_images, scan
 from mixmo_fastai.data.parts import DataParts, DrawnTest
 from mixmo_fastai.data.splits import DEFAULT_TEST_SPLIT, draw_test
 from mixmo_fastai.errors import InputError
@@ -59,6 +60,7 @@ def choose_images(folder: Path, test_split: float | None = None) -> ChosenImages
     """
     places, skipped = find_places(folder), Skipped()
     listed = list_part(folder, places.train, skipped)
+    refuse_inner_parts(folder, listed)
     train = training_files(folder, listed, skipped)
     notes: list[Note] = []
     labelled: dict[str, FilesByClass] = {}
@@ -66,9 +68,10 @@ def choose_images(folder: Path, test_split: float | None = None) -> ChosenImages
         if place is None:
             continue
         part = list_part(folder, place, skipped, train)
+        refuse_inner_parts(folder, part)
         if is_labelled(folder, part, listed):
             labelled[role] = labelled_files(part, list(train), skipped)
-            notes += _missing_classes(place, labelled[role])
+            notes += _missing_classes(role, labelled[role])
         else:
             notes.append(_unlabelled_note(folder, role, part))
     if "test" in labelled and test_split is not None:
@@ -90,7 +93,7 @@ def choose_images(folder: Path, test_split: float | None = None) -> ChosenImages
         *_folder_notes(folder, places, parts),
         *notes,
         *_skipped_notes(skipped),
-        *([("Not read", ", ".join(places.others))] if places.others else []),
+        *_others_notes(places.others),
     ]
     return ChosenImages(train, valid, labelled.get("test", drawn), parts, tuple(notes))
 
@@ -126,16 +129,17 @@ def reopen_images(
         notes += _check_drawn(folder, parts.drawn, files, left_out)
     train, drawn = _divided(files, parts.drawn)
     spelled = _spelled_as_before(folder, train, classes)
-    valid, test = (
-        labelled_files(list_part(folder, place, skipped, train), list(train), skipped)
-        if place
-        else None
-        for place in (parts.valid, parts.test)
-    )
+    labelled: dict[str, FilesByClass] = {}
+    for role, place in (("valid", parts.valid), ("test", parts.test)):
+        if place is not None:
+            part = list_part(folder, place, skipped, train)
+            labelled[role] = labelled_files(part, list(train), skipped)
+            notes += _missing_classes(role, labelled[role])
+    valid = labelled.get("valid")
     return ChosenImages(
         _renamed(train, spelled),
         None if valid is None else _renamed(valid, spelled),
-        _renamed(drawn if test is None else test, spelled),
+        _renamed(labelled.get("test", drawn), spelled),
         parts,
         (*_part_notes(parts), *notes, *_skipped_notes(skipped)),
     )
@@ -169,13 +173,13 @@ def _check_drawn(
     there = {file for own in files.values() for file in own}
     known = {*drawn.train, *drawn.test}
     if missing := sorted(known - there - {*left_out}):
+        verb, them = ("is", "it") if len(missing) == 1 else ("are", "them")
         raise InputError(
-            f"{len(missing):,} of the run's {len(known):,} images are no longer in {folder}: "
-            f"{_few(missing)}.\nPut them back, or start a new run."
+            f"{len(missing):,} of the run's {len(known):,} images {verb} no longer in {folder}: "
+            f"{_few(missing)}.\nPut {them} back, or start a new run."
         )
     if new := sorted(there - known):
-        images = "image" if len(new) == 1 else "images"
-        text = f"{len(new):,} {images} that the run was not split with: {_few(new)}"
+        text = f"{count_images(len(new))} that the run was not split with: {_few(new)}"
         return [("Left out", text)]
     return []
 
@@ -249,12 +253,24 @@ def _unlabelled_note(folder: Path, role: str, part: ListedPart) -> Note:
     )
 
 
-def _missing_classes(place: str, files: FilesByClass) -> list[Note]:
+def _missing_classes(role: str, files: FilesByClass) -> list[Note]:
+    """Name the classes that a validation or test folder has no images of."""
     missing = [name for name, own in files.items() if not own]
     if not missing:
         return []
-    text = f"none in {place}/ of {len(missing)} of {len(files)} classes: {_few(missing)}"
-    return [("Images", text)]
+    part = {"valid": "validation", "test": "test"}[role]
+    text = f"{part} images of {len(missing):,} of {len(files):,} classes: {_few(missing)}"
+    return [("Missing", text)]
+
+
+def _others_notes(others: Sequence[str]) -> list[Note]:
+    """Name the folders beside the parts, with the reason why they are not read."""
+    empty = [name for name in others if role_of(name.rstrip("/")) is not None]
+    unknown = [name for name in others if name not in empty]
+    texts = [f"{_few(empty)} (no images)"] if empty else []
+    if unknown:
+        texts.append(f"{_few(unknown)} (beside train/, only valid/ and test/ are read)")
+    return [("Not read", ", ".join(texts))] if texts else []
 
 
 def _skipped_notes(skipped: Skipped) -> list[Note]:

@@ -8,8 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from unicodedata import normalize
 
-from mixmo_fastai.data.layout import LAYOUT, role_of
-from mixmo_fastai.data.listing import EMPTY_CLASS, OUTSIDE, Skipped, images_below, scan
+from mixmo_fastai.data.layout import LAYOUT, WORDS, role_of
+from mixmo_fastai.data.listing import (
+    EMPTY_CLASS,
+    OUTSIDE,
+    Skipped,
+    count_images,
+    images_below,
+    scan,
+)
 from mixmo_fastai.data.tiny_imagenet import ANNOTATIONS, read_annotations
 from mixmo_fastai.errors import InputError, nearest
 
@@ -57,13 +64,18 @@ def list_part(
     if (folder / place / ANNOTATIONS).is_file() and (folder / place / "images").is_dir():
         return _annotated_part(folder, place)
     place, names, loose = _descend(folder, place, skipped, known)
-    prefix = "" if place == "." else f"{place}/"
+    prefix = _prefix(place)
     files: FilesByClass = {}
     for name in sorted(names, key=lambda name: (normalize("NFC", name), name)):
         below = images_below(folder / place / name, skipped, above=(folder, folder / place))
         own = files.setdefault(normalize("NFC", name), [])
         own += [f"{prefix}{name}/{file}" for file in below]
     return ListedPart(place, files, tuple(f"{prefix}{name}" for name in loose))
+
+
+def _prefix(place: str) -> str:
+    """Return what stands before the names of a part's files: nothing for the image folder."""
+    return "" if place == "." else f"{place}/"
 
 
 def _descend(
@@ -103,7 +115,8 @@ def training_files(folder: Path, part: ListedPart, skipped: Skipped) -> FilesByC
     root = folder / part.place
     files = {name: own for name, own in part.files.items() if own}
     if not files:
-        holds = f"{len(part.loose):,} images, and no class folders" if part.loose else "no images"
+        loose = f"{count_images(len(part.loose))}, and no class folders"
+        holds = loose if part.loose else "no images"
         raise InputError(f"{root} has {holds}.\n{LAYOUT}")
     if len(files) == 1:
         raise InputError(
@@ -112,7 +125,7 @@ def training_files(folder: Path, part: ListedPart, skipped: Skipped) -> FilesByC
         )
     _skip_loose(part, skipped)
     for name in sorted(part.files.keys() - files.keys()):
-        skipped.add(EMPTY_CLASS, f"{name}/")
+        skipped.add(EMPTY_CLASS, f"{_prefix(part.place)}{name}/")
     return files
 
 
@@ -165,12 +178,56 @@ def labelled_files(part: ListedPart, classes: list[str], skipped: Skipped) -> Fi
     for name in sorted(part.files.keys() - set(classes)):
         if part.files[name]:
             raise InputError(
-                f"{part.place}/{name}/ is not a class of the run, and has "
+                f"{_prefix(part.place)}{name}/ is not a class of the run, and has "
                 f"{len(part.files[name]):,} images.\n"
                 "Move it elsewhere, or start a new run."
             )
-        skipped.add(EMPTY_CLASS, f"{part.place}/{name}/")
+        skipped.add(EMPTY_CLASS, f"{_prefix(part.place)}{name}/")
     return {name: part.files.get(name, []) for name in classes}
+
+
+def refuse_inner_parts(folder: Path, part: ListedPart) -> None:
+    """Check that no class folder holds parts, such as cat/train/ and cat/test/.
+
+    A single one, as cat/train/, is read like any folder inside a class.
+
+    Raises:
+        InputError: a class folder has images in folders of two parts or more.
+    """
+    depth = 1 if part.place == "." else 1 + len(Path(part.place).parts)
+    by_class = {name: _inner_parts(own, depth) for name, own in part.files.items()}
+    mixed = {name: inner for name, inner in by_class.items() if len(inner) > 1}
+    if not mixed:
+        return
+    name, inner = next(iter(mixed.items()))
+    found = ", ".join(f"{place}/" for place in inner.values())
+    wanted = ", ".join(f"{role}/{name}/" for role in inner)
+    raise InputError(
+        f"{folder} has parts inside {len(mixed):,} of {len(part.files):,} class folders, as in "
+        f"{found}: their images would be mixed.\n"
+        f"Move their images so that each part holds the classes, as in {wanted}. "
+        "To use all of them alike, rename the inner folders."
+    )
+
+
+def _inner_parts(files: list[str], depth: int) -> dict[str, str]:
+    """Find folders named like parts inside a class folder.
+
+    Args:
+        files: of the class.
+        depth: names of a path up to the class folder.
+
+    Returns:
+        the first folder of each part, by the part.
+    """
+    found: dict[str, str] = {}
+    for place in dict.fromkeys(file.rpartition("/")[0] for file in files):
+        names = place.split("/")
+        for end in range(depth, len(names)):
+            if (role := role_of(names[end])) is not None:
+                found.setdefault(role, "/".join(names[: end + 1]))
+                break
+    return {role: found[role] for role in WORDS if role in found}
 
 
 def _skip_loose(part: ListedPart, skipped: Skipped) -> None:

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixmo_fastai.data.listing import Skipped, scan
+from mixmo_fastai.data.listing import Skipped, count_images, scan
 from mixmo_fastai.errors import InputError, nearest
 
 WORDS = {
@@ -65,7 +65,7 @@ def find_places(folder: Path) -> Places:
         parts = {role: _joined(inner, name) for role, name in roles.items()}
         return Places(parts["train"], parts.get("valid"), parts.get("test"), others)
     if not folders:
-        holds = f"holds {len(images):,} images and no folders" if images else "is empty"
+        holds = f"holds {count_images(len(images))} and no folders" if images else "is empty"
         raise InputError(f"Image folder {root} {holds}: it has no class folders.\n{LAYOUT}")
     return Places(inner)
 

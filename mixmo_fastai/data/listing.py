@@ -49,6 +49,11 @@ class Skipped:
         )
 
 
+def count_images(count: int) -> str:
+    """Return "1 image", "2 images" and so on."""
+    return f"{count:,} image{'s' * (count != 1)}"
+
+
 def _examples(names: list[str]) -> str:
     different = list(dict.fromkeys(names))
     more = ", …" if len(different) > NUM_EXAMPLES else ""
