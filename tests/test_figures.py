@@ -80,6 +80,70 @@ def test_runs_lie_in_the_picture_and_none_hides_another(monkeypatch, tmp_path, r
         assert axes is not other or next_x - x > 15  # of markers 8 points wide, at 120 dpi
 
 
+def leaders_of(axes):
+    """The thin lines of a panel: the points of each, first the one on the axis."""
+    marked = [line for container in axes.containers for line in container.get_children()]
+    return [line.get_xydata() for line in axes.get_lines() if line not in marked]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "num_apart"),
+    [
+        ((303_418, 304_852), 2),
+        ((304_852, 303_418, 304_000, 5_000_000), 3),
+        ((300_000, 300_000, 300_000), 3),
+        ((300_000, 3_000_000), 0),
+        ((300_000,) * 40, 40),
+    ],
+)
+def test_a_marker_beside_its_size_has_a_line_to_it(monkeypatch, tmp_path, sizes, num_apart):
+    panels = []
+
+    def look(figure, *_, **__):
+        figure.canvas.draw()
+        panels.extend(figure.axes)
+        for axes in figure.axes:
+            markers = [container[0].get_xydata()[0] for container in axes.containers]
+            apart = [
+                (size, marker)
+                for size, marker in zip(sizes, markers, strict=True)
+                if marker[0] != size
+            ]
+            leaders = leaders_of(axes)
+            assert len(apart) == len(leaders) == num_apart
+            for (size, marker), leader in zip(apart, leaders, strict=True):
+                assert leader[0].tolist() == [size, axes.get_ylim()[0]]  # on the axis
+                assert leader[-1][0] == marker[0]
+            assert ("set apart" in axes.get_xlabel()) == (num_apart > 0)
+            places = [axes.transData.transform(marker)[0] for marker in markers]
+            in_order = [place for _, place in sorted(zip(sizes, places, strict=True))]
+            assert in_order == sorted(places)
+            assert axes.bbox.x0 < in_order[0]
+            assert in_order[-1] < axes.bbox.x1
+
+    monkeypatch.setattr(Figure, "savefig", look)
+    names = [f"run {number}" for number in range(len(sizes))]
+    plot_comparison(names, [Part(size) for size in sizes], tmp_path / "it.png")
+    assert len(panels) == 2
+
+
+def test_neighbours_move_no_further_than_needed(monkeypatch, tmp_path):
+    """A group that is set apart keeps its distance from a run beside it, too."""
+    places = []
+
+    def look(figure, *_, **__):
+        figure.canvas.draw()
+        axes = figure.axes[0]
+        for container in axes.containers:
+            places.append(axes.transData.transform(container[0].get_xydata()[0])[0])
+
+    monkeypatch.setattr(Figure, "savefig", look)
+    sizes = (300_000, 300_000, 300_000, 300_000, 330_000)
+    plot_comparison(list("abcde"), [Part(size) for size in sizes], tmp_path / "it.png")
+    for place, next_place in pairwise(places):
+        assert next_place - place > 15
+
+
 def test_a_long_class_name_is_cut(monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr(
