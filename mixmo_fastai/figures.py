@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator
+from matplotlib.transforms import offset_copy
 from torch import Tensor
 
 from mixmo_fastai.comparison import Compared
@@ -34,31 +35,65 @@ def plot_lr_search(search: LrSearch, path: Path, title: str) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.plot(search.lrs, search.losses, color="#333333", linewidth=1.5)
-    marks = zip(search.suggestions.items(), COLORS, MARKERS, strict=True)
-    for (name, rate), color, marker in marks:
-        nearest = min(range(len(search.lrs)), key=lambda i: abs(search.lrs[i] - rate))
-        axes.plot(
-            rate,
-            search.losses[nearest],
-            marker,
-            color=color,
-            markersize=8,
-            label=f"{name}: {rate:.2g}",
-        )
-    if search.advised is not None:
-        label = f"advised: {search.advised:.2g}"
-        axes.axvline(search.advised, color="#333333", linestyle="--", linewidth=1, label=label)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda rate, _: f"{rate:.0e}")
     axes.xaxis.set_minor_formatter(NullFormatter())
     low, start = min(search.losses), max(search.losses[: max(1, len(search.losses) // 4)])
     axes.set_ylim(low - 0.1 * (start - low), start + 0.4 * (start - low))
+    _mark_suggestions(axes, search)
+    if search.advised is not None:
+        label = f"advised: {search.advised:.2g}"
+        axes.axvline(search.advised, color="#333333", linestyle="--", linewidth=1, label=label)
     axes.set_xlabel("learning rate")
     axes.set_ylabel("training loss per member, smoothed")
-    axes.set_title(title)
+    axes.set_title(f"{title}\ntoo flat to advise a learning rate" if search.is_flat else title)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path)
+
+
+MARKER_SIZE = 8.0
+"""Size of markers in points."""
+
+
+def _mark_suggestions(axes: Axes, search: LrSearch) -> None:
+    """Mark the suggested rates on the curve, each at its rate.
+
+    Markers that would hide each other are stacked, with a thin line to the curve.
+    """
+    figure, spacing = axes.figure, 1.5 * MARKER_SIZE
+    taken: list[tuple[float, float]] = []  # places of markers in points
+    low, high = axes.get_ylim()
+    marks = zip(search.suggestions.items(), COLORS, MARKERS, strict=True)
+    for (name, rate), color, marker in marks:
+        nearest = min(range(len(search.lrs)), key=lambda i: abs(search.lrs[i] - rate))
+        loss = search.losses[nearest]
+        x, y = axes.transData.transform((rate, loss)) * 72 / figure.dpi
+        step = spacing if loss < (low + high) / 2 else -spacing  # away from the nearer edge
+        raised = 0.0
+        while any(abs(x - u) < spacing and abs(y + raised - v) < spacing for u, v in taken):
+            raised += step
+        taken.append((x, y + raised))
+        above = offset_copy(axes.transData, figure, 0, raised, "points")
+        label = f"{name}: {rate:.2g}"
+        if raised:
+            axes.annotate(
+                "",
+                (rate, loss),
+                (0, raised),
+                textcoords="offset points",
+                arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.7},
+            )
+        axes.plot(
+            rate,
+            loss,
+            marker,
+            color=color,
+            markersize=MARKER_SIZE,
+            linestyle="",
+            label=label,
+            transform=above,
+        )
 
 
 @_plain_text
@@ -153,7 +188,7 @@ def plot_comparison(names: list[str], compared: Sequence[Compared], path: Path) 
                 [[value - lowest[-1]], [max(ends[1], value) - value]],
                 fmt=MARKERS[(place + place // len(COLORS)) % len(MARKERS)],
                 color=COLORS[place % len(COLORS)],
-                markersize=8,
+                markersize=MARKER_SIZE,
                 capsize=4,
                 label=name + _described(part),
             )
