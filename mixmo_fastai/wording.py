@@ -161,12 +161,23 @@ def temperature_remark(figures: Mapping[str, Any]) -> str:
     Args:
         figures: "calibrated" or "cross_fitted" of `evaluation.evaluate_parts`.
     """
-    errors = figures.get("temperature_errors", [figures.get("temperature_error", 0.0)])
-    if max(errors) <= LARGEST_TEMPERATURE_ERROR:
+    error = temperature_error(figures)
+    if error <= LARGEST_TEMPERATURE_ERROR:
         return ""
-    which = "Each temperature" if len(errors) > 1 else "The temperature"
+    several = len(figures.get("temperature_errors", ())) > 1
+    which = "Each temperature" if several else "The temperature"
     return (
         f"{which} comes from too few images: {figures['num_images']:,}, which leaves a standard "
-        f"error of {round_percent(max(errors))} of its value. More than "
+        f"error of {round_percent(error)} of its value. More than "
         f"{round_percent(LARGEST_TEMPERATURE_ERROR)} is too uncertain to rely on."
     )
+
+
+def temperature_error(figures: Mapping[str, Any]) -> float:
+    """Return the largest relative standard error of the temperatures; 0 if none is known.
+
+    Args:
+        figures: "calibrated" or "cross_fitted" of `evaluation.evaluate_parts`.
+    """
+    errors: list[float] = figures.get("temperature_errors", [figures.get("temperature_error", 0.0)])
+    return max(errors)
