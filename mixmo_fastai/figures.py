@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import BinaryIO
 
 from fastai.learner import Learner
@@ -11,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator
+from matplotlib.transforms import offset_copy
 from torch import Tensor
 
 from mixmo_fastai.comparison import Compared
@@ -33,31 +35,65 @@ def plot_lr_search(search: LrSearch, path: Path, title: str) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.plot(search.lrs, search.losses, color="#333333", linewidth=1.5)
-    marks = zip(search.suggestions.items(), COLORS, MARKERS, strict=True)
-    for (name, rate), color, marker in marks:
-        nearest = min(range(len(search.lrs)), key=lambda i: abs(search.lrs[i] - rate))
-        axes.plot(
-            rate,
-            search.losses[nearest],
-            marker,
-            color=color,
-            markersize=8,
-            label=f"{name}: {rate:.2g}",
-        )
-    if search.advised is not None:
-        label = f"advised: {search.advised:.2g}"
-        axes.axvline(search.advised, color="#333333", linestyle="--", linewidth=1, label=label)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda rate, _: f"{rate:.0e}")
     axes.xaxis.set_minor_formatter(NullFormatter())
     low, start = min(search.losses), max(search.losses[: max(1, len(search.losses) // 4)])
     axes.set_ylim(low - 0.1 * (start - low), start + 0.4 * (start - low))
+    _mark_suggestions(axes, search)
+    if search.advised is not None:
+        label = f"advised: {search.advised:.2g}"
+        axes.axvline(search.advised, color="#333333", linestyle="--", linewidth=1, label=label)
     axes.set_xlabel("learning rate")
     axes.set_ylabel("training loss per member, smoothed")
-    axes.set_title(title)
+    axes.set_title(f"{title}\ntoo flat to advise a learning rate" if search.is_flat else title)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path)
+
+
+MARKER_SIZE = 8.0
+"""Size of markers in points."""
+
+
+def _mark_suggestions(axes: Axes, search: LrSearch) -> None:
+    """Mark the suggested rates on the curve, each at its rate.
+
+    Markers that would hide each other are stacked, with a thin line to the curve.
+    """
+    figure, spacing = axes.figure, 1.5 * MARKER_SIZE
+    taken: list[tuple[float, float]] = []  # places of markers in points
+    low, high = axes.get_ylim()
+    marks = zip(search.suggestions.items(), COLORS, MARKERS, strict=True)
+    for (name, rate), color, marker in marks:
+        nearest = min(range(len(search.lrs)), key=lambda i: abs(search.lrs[i] - rate))
+        loss = search.losses[nearest]
+        x, y = axes.transData.transform((rate, loss)) * 72 / figure.dpi
+        step = spacing if loss < (low + high) / 2 else -spacing  # away from the nearer edge
+        raised = 0.0
+        while any(abs(x - u) < spacing and abs(y + raised - v) < spacing for u, v in taken):
+            raised += step
+        taken.append((x, y + raised))
+        above = offset_copy(axes.transData, figure, 0, raised, "points")
+        label = f"{name}: {rate:.2g}"
+        if raised:
+            axes.annotate(
+                "",
+                (rate, loss),
+                (0, raised),
+                textcoords="offset points",
+                arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.7},
+            )
+        axes.plot(
+            rate,
+            loss,
+            marker,
+            color=color,
+            markersize=MARKER_SIZE,
+            linestyle="",
+            label=label,
+            transform=above,
+        )
 
 
 @_plain_text
@@ -127,7 +163,8 @@ def _draw_preview(preview: Preview, figure: Figure, title: str) -> None:
 def plot_comparison(names: list[str], compared: Sequence[Compared], path: Path) -> None:
     """Plot accuracy and NLL of runs, with 95 % intervals, against their parameters.
 
-    Runs of nearly one size are set side by side; the legend has the exact numbers.
+    Runs of nearly one size are drawn side by side, so that no marker hides another. A thin line
+    leads from each of these to its true place on the axis, and the label of the axis says so.
     """
     sizes = [part.parameters for part in compared]
     low, high = _size_limits(sizes)
@@ -141,22 +178,25 @@ def plot_comparison(names: list[str], compared: Sequence[Compared], path: Path) 
         axes.set_xscale("log")
         axes.set_xlim(low, high)
         runs = zip(names, compared, places, strict=True)
-        for place, (name, part, shifted) in enumerate(runs):
+        lowest = []
+        for place, (name, part, drawn_at) in enumerate(runs):
             value, ends = part.figures[figure_name], part.intervals[figure_name]
+            lowest.append(min(ends[0], value))
             axes.errorbar(
-                shifted,
+                drawn_at,
                 value,
-                [[value - min(ends[0], value)], [max(ends[1], value) - value]],
+                [[value - lowest[-1]], [max(ends[1], value) - value]],
                 fmt=MARKERS[(place + place // len(COLORS)) % len(MARKERS)],
                 color=COLORS[place % len(COLORS)],
-                markersize=8,
+                markersize=MARKER_SIZE,
                 capsize=4,
                 label=name + _described(part),
             )
         ticks = _size_ticks(low, high)
         axes.set_xticks(ticks, [_round_size(tick) for tick in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.set(xlabel="parameters (log scale)", ylabel=label)
+        _lead_to_sizes(axes, sizes, places, lowest)
+        axes.set(xlabel=f"parameters (log scale){SET_APART * (places != sizes)}", ylabel=label)
         axes.grid(alpha=0.3)
         if figure_name == "accuracy":
             axes.yaxis.set_major_formatter(lambda fraction, _: f"{100 * fraction:.4g} %")
@@ -167,10 +207,14 @@ def plot_comparison(names: list[str], compared: Sequence[Compared], path: Path) 
 
 LEAST_SPAN = 2.0
 """Least ratio of the ends of an axis of sizes: 1.002 times the parameters are nearly the same."""
-SIDE_BY_SIDE = 14.0
-"""Distance in points at which markers with intervals are drawn apart."""
+SIDE_BY_SIDE = 12.0
+"""Least distance in points between markers with intervals."""
 PANEL_WIDTH = 330.0
 """Width of a panel of the comparison in points, roughly."""
+SET_APART = "\nmarkers set apart; thin lines lead to the true numbers"
+"""Remark in the label of an axis on which markers are not at their sizes."""
+FOOT = 0.07
+"""Fraction of a panel's height within which thin lines run to the true sizes."""
 
 
 def _size_limits(sizes: Sequence[int]) -> tuple[float, float]:
@@ -209,21 +253,46 @@ def _round_size(size: float) -> str:
 
 
 def _places(sizes: Sequence[int], limits: tuple[float, float]) -> list[float]:
-    """Return where each run is drawn: at its size, or beside others of nearly that size."""
+    """Return the place of each run on the axis: its size, or close to it if others are there.
+
+    Places keep the order of the sizes and `SIDE_BY_SIDE`, and the sum of their squared distances
+    from the sizes is as small as possible.
+    """
     scale = PANEL_WIDTH / math.log(limits[1] / limits[0])
-    places = [math.log(size) * scale for size in sizes]
-    order = sorted(range(len(sizes)), key=places.__getitem__)
-    groups: list[list[int]] = []
-    for run in order:
-        if groups and places[run] - places[groups[-1][-1]] < SIDE_BY_SIDE:
-            groups[-1].append(run)
-        else:
-            groups.append([run])
-    for group in groups:
-        middle = sum(places[run] for run in group) / len(group)
-        for number, run in enumerate(group):
-            places[run] = middle + (number - (len(group) - 1) / 2) * SIDE_BY_SIDE
-    return [math.exp(place / scale) for place in places]
+    distance = min(SIDE_BY_SIDE, 0.9 * PANEL_WIDTH / len(sizes))
+    order = sorted(range(len(sizes)), key=sizes.__getitem__)
+    groups: list[list[float]] = []  # of neighbours at the least distance, as in isotonic regression
+    for number, run in enumerate(order):
+        groups.append([math.log(sizes[run]) * scale - number * distance])
+        while len(groups) > 1 and fmean(groups[-2]) > fmean(groups[-1]):
+            groups[-2:] = [groups[-2] + groups[-1]]
+    starts = [fmean(group) for group in groups for _ in group]
+    alone = [len(group) == 1 for group in groups for _ in group]
+    places = [float(size) for size in sizes]
+    for number, run in enumerate(order):
+        if not alone[number]:
+            places[run] = math.exp((starts[number] + number * distance) / scale)
+    return places
+
+
+def _lead_to_sizes(
+    axes: Axes, sizes: Sequence[int], places: Sequence[float], lowest: Sequence[float]
+) -> None:
+    """Draw a thin line from each marker that is not at its size to that size on the axis.
+
+    Args:
+        axes: a panel in which all markers are drawn.
+        sizes: true place of each run.
+        places: where its marker is drawn.
+        lowest: lower end of its interval.
+    """
+    low, high = axes.get_ylim()
+    bottom = low - FOOT * (high - low)
+    for number, (size, place, end) in enumerate(zip(sizes, places, lowest, strict=True)):
+        if place != size:
+            color = COLORS[number % len(COLORS)]
+            axes.plot([size, place, place], [bottom, low, end], color=color, linewidth=0.7)
+    axes.set_ylim(bottom, high)
 
 
 def _described(part: Compared) -> str:

@@ -21,7 +21,7 @@ class FilterUse:
     """Which share of each layer's filters is active.
 
     Attributes:
-        layers: L names of convolutions, in the order of the core.
+        layers: L module names of convolutions of the core, as core.groups.0.0.conv1, in its order.
         shares: (L, T) in (0, 1].
         thresholds: T shares of the largest norm.
     """
@@ -59,7 +59,7 @@ def filter_use(model: MixMoModel, thresholds: tuple[float, ...] = THRESHOLDS) ->
     for layer in layers.values():
         norms = _l1_norms(layer.weight)
         rows.append((norms[:, None] > limits * norms.max()).double().mean(dim=0))
-    return FilterUse(tuple(layers), torch.stack(rows), thresholds)
+    return FilterUse(tuple(f"core.{name}" for name in layers), torch.stack(rows), thresholds)
 
 
 def encoder_norms(model: MixMoModel) -> Tensor:

@@ -2,8 +2,9 @@
 
 import tempfile
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
-from statistics import median
+from statistics import NormalDist, median
 
 import torch
 from fastai.callback.schedule import minimum, slide, steep, valley
@@ -15,6 +16,10 @@ from mixmo_fastai.training import Training
 SUGGESTIONS = (valley, slide, steep, minimum)
 LEAST_FALL = 0.01
 """Fraction of the loss by which it must fall for the test to advise a rate."""
+NOISE_MULTIPLE = 3.0
+"""Number of standard deviations of a single step's loss by which the smoothed loss must fall."""
+SMOOTHING = 0.98
+"""Decay of the exponential moving average in fastai's smoothed loss."""
 NUM_ALWAYS_CUT = 5
 """Number of last points that fastai leaves out, as the loss diverges there."""
 
@@ -34,19 +39,60 @@ class LrSearch:
     suggestions: dict[str, float]
 
     @property
+    def start(self) -> float:
+        """Median of the smoothed loss in the first quarter, where rates are too small to train."""
+        return median(self.losses[: self._quarter])
+
+    @property
+    def lowest(self) -> float:
+        """Lowest smoothed loss after the first quarter."""
+        return min(self.losses[self._quarter :])
+
+    @property
+    def noise(self) -> float:
+        """Standard deviation of the loss of single steps in the first quarter.
+
+        It is estimated from the median difference of consecutive steps, so that a single outlier
+        does not count.
+        """
+        sums = [loss * (1 - SMOOTHING**count) for count, loss in enumerate(self.losses, 1)]
+        steps = [
+            now - SMOOTHING * last for last, now in pairwise([0.0, *sums][: self._quarter + 1])
+        ]
+        differences = [abs(b - a) / (1 - SMOOTHING) for a, b in pairwise(steps)]
+        return median(differences) / (2**0.5 * NormalDist().inv_cdf(0.75)) if differences else 0.0
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether the loss falls too little to advise a rate.
+
+        The curve is flat if the smoothed loss falls by less than `NOISE_MULTIPLE` times `noise`, or
+        by less than `LEAST_FALL` of its start.
+        """
+        least = max(NOISE_MULTIPLE * self.noise, LEAST_FALL * self.start)
+        return self.start - self.lowest < least
+
+    @property
     def advised(self) -> float | None:
-        """The rate to train with, two digits; None if the loss did not fall.
+        """The rate to train with, two digits; None if the curve is flat or no rate stands out.
 
         It is fastai's `slide`, the end of the steepest stretch before the loss rises, and at most
-        the rate with the lowest loss. As the peak of one-cycle, larger rates serve better than the
-        careful `valley`.
+        the rate with the lowest loss; `valley` if `slide` lies where rates are too small. As the
+        peak of one-cycle, larger rates serve better than the careful `valley`.
         """
-        quarter = max(1, len(self.losses) // 4)  # where rates are too small to train anything
-        lowest = min(range(quarter, len(self.losses)), key=self.losses.__getitem__)
-        start = median(self.losses[:quarter])
-        if start - self.losses[lowest] < LEAST_FALL * start:
+        if self.is_flat:
             return None
-        return float(f"{min(self.suggestions['slide'], self.lrs[lowest]):.1e}")
+        # `slide` compares points that are 15 steps apart, and with few steps ends too early.
+        too_small = self.lrs[self._quarter - 1]
+        found = [r for n in ("slide", "valley") if (r := self.suggestions[n]) > too_small]
+        if not found:
+            return None
+        rate_of_lowest = self.lrs[self.losses.index(self.lowest, self._quarter)]
+        return float(f"{min(found[0], rate_of_lowest):.1e}")
+
+    @property
+    def _quarter(self) -> int:
+        return max(1, len(self.losses) // 4)
 
 
 def search_lr(

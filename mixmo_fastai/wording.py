@@ -161,11 +161,22 @@ def temperature_remark(figures: Mapping[str, Any]) -> str:
     Args:
         figures: "calibrated" or "cross_fitted" of `evaluation.evaluate_parts`.
     """
-    errors = figures.get("temperature_errors", [figures.get("temperature_error", 0.0)])
-    if max(errors) <= LARGEST_TEMPERATURE_ERROR:
+    error = temperature_error(figures)
+    if error <= LARGEST_TEMPERATURE_ERROR:
         return ""
-    which = "Each temperature" if len(errors) > 1 else "The temperature"
+    several = len(figures.get("temperature_errors", ())) > 1
+    which = "Each temperature" if several else "The temperature"
     return (
         f"{which} comes from too few images: {figures['num_images']:,}, a standard error "
-        f"of {round_percent(max(errors))} (at most {round_percent(LARGEST_TEMPERATURE_ERROR)})."
+        f"of {round_percent(error)} (at most {round_percent(LARGEST_TEMPERATURE_ERROR)})."
     )
+
+
+def temperature_error(figures: Mapping[str, Any]) -> float:
+    """Return the largest relative standard error of the temperatures; 0 if none is known.
+
+    Args:
+        figures: "calibrated" or "cross_fitted" of `evaluation.evaluate_parts`.
+    """
+    errors: list[float] = figures.get("temperature_errors", [figures.get("temperature_error", 0.0)])
+    return max(errors)

@@ -245,6 +245,20 @@ def test_lr_find_gives_json_where_the_loss_runs_off(folder, capsys):
     assert found["lrs"] == sorted(found["lrs"])
     assert found["command"].endswith(f"--lr {found['advised_lr']:g}")
     assert found["recipe_lr"] == load_recipe("digits/cut-mixmo").lr
+    assert found["noise"] > 0
+    if found["flat"]:
+        assert found["advised_lr"] == found["recipe_lr"]
+
+
+def test_lr_find_advises_the_recipe_s_rate_on_a_flat_curve(folder, capsys):
+    arguments = ["--steps", "40", "--end", "1e-4", "--out", "a.png", "--quiet"]
+    assert run(["lr-find", *TINY, *arguments]) == 0
+    *_, reason, advice, command = capsys.readouterr().out.splitlines()
+    assert reason.startswith("The curve is too flat to trust")
+    rate = load_recipe("digits/cut-mixmo").lr
+    assert f"the recipe's learning rate, {rate:g}" in advice
+    assert "--steps 120" in advice
+    assert command.endswith(f"--lr {rate:g}")
 
 
 def test_recipes_are_listed_with_their_figures(capsys):

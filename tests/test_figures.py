@@ -1,12 +1,12 @@
 """What figures say can be read: class names as they are, ticks as numbers."""
 
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import pytest
 import torch
 from matplotlib.figure import Figure
 
-from mixmo_fastai.figures import plot_comparison, plot_lr_search, plot_preview
+from mixmo_fastai.figures import MARKERS, plot_comparison, plot_lr_search, plot_preview
 from mixmo_fastai.lr_search import LrSearch
 from mixmo_fastai.preview import Preview
 
@@ -41,6 +41,42 @@ def test_rates(ticks, tmp_path):
     plot_lr_search(LrSearch(rates, [*range(8, 0, -1)], suggestions), tmp_path / "it.png", "rates")
     assert {"1e-05", "1e-01"} <= set(ticks)
     assert not [text for text in ticks if "$" in text]
+
+
+@pytest.mark.parametrize("rate", [1e-6, 1e-3, 0.3, 10.0])
+def test_marks_of_equal_rates_do_not_hide_each_other(monkeypatch, tmp_path, rate):
+    places = []
+
+    def look(figure, *_, **__):
+        figure.canvas.draw()
+        (axes,) = figure.axes
+        for line in axes.get_lines():
+            if line.get_marker() in MARKERS:
+                (x, y) = line.get_transform().transform(line.get_xydata()[0])
+                assert axes.bbox.contains(x, y)
+                assert line.get_xdata()[0] == pytest.approx(rate, rel=0.1)
+                places.append((x, y))
+
+    monkeypatch.setattr(Figure, "savefig", look)
+    names = ("valley", "slide", "steep", "minimum")
+    suggestions = {name: rate * (1 + 0.02 * i) for i, name in enumerate(names)}
+    rates = [10.0 ** (power / 10 - 6) for power in range(71)]
+    losses = [2.5] * 35 + [2.5 - 0.04 * step for step in range(36)]
+    plot_lr_search(LrSearch(rates, losses, suggestions), tmp_path / "it.png", "rates")
+    assert len(places) == 4
+    for (x, y), (u, v) in combinations(places, 2):
+        assert abs(x - u) > 15 or abs(y - v) > 15  # of markers 8 points wide, at 120 dpi
+
+
+@pytest.mark.parametrize(("fall", "flat"), [(0.001, True), (0.04, False)])
+def test_the_title_of_a_flat_curve_says_so(monkeypatch, tmp_path, fall, flat):
+    titles = []
+    monkeypatch.setattr(Figure, "savefig", lambda f, *_, **__: titles.append(f.axes[0].get_title()))
+    losses = [2.5] * 4 + [2.5 - fall * step for step in range(20)]
+    suggestions = dict.fromkeys(("valley", "slide", "steep", "minimum"), 1e-3)
+    rates = [10.0 ** (power / 4 - 5) for power in range(24)]
+    plot_lr_search(LrSearch(rates, losses, suggestions), tmp_path / "it.png", "rates")
+    assert ("too flat" in titles[0]) == flat
 
 
 UNITS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}
@@ -78,6 +114,70 @@ def test_runs_lie_in_the_picture_and_none_hides_another(monkeypatch, tmp_path, r
     assert len(places) == 4
     for (axes, x), (other, next_x) in pairwise(places):
         assert axes is not other or next_x - x > 15  # of markers 8 points wide, at 120 dpi
+
+
+def leaders_of(axes):
+    """The thin lines of a panel: the points of each, first the one on the axis."""
+    marked = [line for container in axes.containers for line in container.get_children()]
+    return [line.get_xydata() for line in axes.get_lines() if line not in marked]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "num_apart"),
+    [
+        ((303_418, 304_852), 2),
+        ((304_852, 303_418, 304_000, 5_000_000), 3),
+        ((300_000, 300_000, 300_000), 3),
+        ((300_000, 3_000_000), 0),
+        ((300_000,) * 40, 40),
+    ],
+)
+def test_a_marker_beside_its_size_has_a_line_to_it(monkeypatch, tmp_path, sizes, num_apart):
+    panels = []
+
+    def look(figure, *_, **__):
+        figure.canvas.draw()
+        panels.extend(figure.axes)
+        for axes in figure.axes:
+            markers = [container[0].get_xydata()[0] for container in axes.containers]
+            apart = [
+                (size, marker)
+                for size, marker in zip(sizes, markers, strict=True)
+                if marker[0] != size
+            ]
+            leaders = leaders_of(axes)
+            assert len(apart) == len(leaders) == num_apart
+            for (size, marker), leader in zip(apart, leaders, strict=True):
+                assert leader[0].tolist() == [size, axes.get_ylim()[0]]  # on the axis
+                assert leader[-1][0] == marker[0]
+            assert ("set apart" in axes.get_xlabel()) == (num_apart > 0)
+            places = [axes.transData.transform(marker)[0] for marker in markers]
+            in_order = [place for _, place in sorted(zip(sizes, places, strict=True))]
+            assert in_order == sorted(places)
+            assert axes.bbox.x0 < in_order[0]
+            assert in_order[-1] < axes.bbox.x1
+
+    monkeypatch.setattr(Figure, "savefig", look)
+    names = [f"run {number}" for number in range(len(sizes))]
+    plot_comparison(names, [Part(size) for size in sizes], tmp_path / "it.png")
+    assert len(panels) == 2
+
+
+def test_neighbours_move_no_further_than_needed(monkeypatch, tmp_path):
+    """A group that is set apart keeps its distance from a run beside it, too."""
+    places = []
+
+    def look(figure, *_, **__):
+        figure.canvas.draw()
+        axes = figure.axes[0]
+        for container in axes.containers:
+            places.append(axes.transData.transform(container[0].get_xydata()[0])[0])
+
+    monkeypatch.setattr(Figure, "savefig", look)
+    sizes = (300_000, 300_000, 300_000, 300_000, 330_000)
+    plot_comparison(list("abcde"), [Part(size) for size in sizes], tmp_path / "it.png")
+    for place, next_place in pairwise(places):
+        assert next_place - place > 15
 
 
 def test_a_long_class_name_is_cut(monkeypatch, tmp_path):

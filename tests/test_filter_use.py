@@ -2,8 +2,10 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.axes import Axes
+from matplotlib.legend import Legend
 from torch import nn
 
+from mixmo_fastai.cli.render import filter_lines
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.filter_use import THRESHOLDS, encoder_norms, filter_use
 from mixmo_fastai.models import MixMoModel, create_model
@@ -22,7 +24,7 @@ def test_shares_against_the_definition():
         first.weight[::2] *= 0.25
     use = filter_use(model)
     convolutions = {n: m for n, m in model.core.named_modules() if isinstance(m, nn.Conv2d)}
-    assert use.layers == tuple(convolutions)
+    assert use.layers == tuple(f"core.{name}" for name in convolutions)
     assert use.shares.shape == (len(convolutions), 4)
     for row, layer in zip(use.shares, convolutions.values(), strict=True):
         norms = l1_norms(layer.weight.detach())
@@ -77,3 +79,46 @@ def test_runs_with_different_numbers_of_members_are_drawn_side_by_side():
     models = [create_model("wrn10_1", 10, 1), create_model("wrn16_1", 10, 3)]
     uses, norms = [filter_use(m) for m in models], [encoder_norms(m) for m in models]
     assert side_by_side(["one", "two"], uses, norms).png().startswith(b"\x89PNG")
+
+
+def test_the_picture_of_two_runs_is_full_and_readable(monkeypatch):
+    """Every bar and every row of ticks can be read, and no quarter of the picture is empty."""
+    models = [create_model("wrn10_1", 10, 1), create_model("wrn10_1", 10, 3)]
+    uses, norms = [filter_use(m) for m in models], [encoder_norms(m) for m in models]
+    norms[1][2, 3] = 3 * max(norm.max() for norm in norms)
+    panels, legends = [], []
+
+    def look(canvas, *_, **__):
+        canvas.draw()
+        bars = [axes for axes in canvas.figure.findobj(Axes) if axes.patches]
+        panels.extend((axes.bbox, axes.get_ylim(), axes.patches, axes) for axes in bars)
+        legends.extend(canvas.figure.findobj(Legend))
+        for axes in bars:
+            assert axes.get_visible()
+            assert [label.get_text() for label in axes.get_yticklabels() if label.get_visible()]
+        for lowest in (bars[0], bars[-1]):
+            assert any(label.get_text() for label in lowest.get_xticklabels())
+
+    monkeypatch.setattr("matplotlib.backends.backend_agg.FigureCanvasAgg.print_png", look)
+    side_by_side(["one", "two"], uses, norms).png()
+    assert len(panels) == 4
+    for _, (low, high), bars, _ in panels:
+        assert low == 0
+        assert max(bar.get_height() for bar in bars) < 0.99 * high
+    (alone, *_), *others = panels
+    assert alone.y0 == pytest.approx(others[-1][0].y0, abs=2)  # down to the same line
+    assert alone.y1 == pytest.approx(others[0][0].y1, abs=2)
+    assert len(legends) == 1
+    texts = [text.get_text() for text in legends[0].get_texts()]
+    assert texts == [f"above {threshold:.0%}".replace("%", " %") for threshold in THRESHOLDS]
+
+
+def test_the_table_has_the_norms_of_the_encoders():
+    model = create_model("wrn10_1", 10, 2)
+    norms = torch.tensor([[1.0, 4.0, 2.5], [3.0, 2.0, 1.0]])
+    lines = filter_lines(["run"], [filter_use(model)], [norms])
+    head, first, second = (line.split() for line in lines[-3:])
+    assert head[:4] == ["encoder", "mean", "smallest", "largest"]
+    assert first == ["1", "2.500", "1.000", "4.000", "2", "channels"]
+    assert second == ["2", "2.000", "1.000", "3.000", "1", "channel"]
+    assert any("core.groups.0.0.conv1" in line for line in lines)

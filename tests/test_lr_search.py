@@ -1,3 +1,5 @@
+import random
+
 import pytest
 
 from mixmo_fastai.lr_search import LrSearch
@@ -17,6 +19,14 @@ def test_one_rate_is_advised():
     assert search(losses, 5.0).advised == pytest.approx(lowest, rel=0.05)  # not where it rises
 
 
+def test_a_rate_that_trains_nothing_is_not_advised():
+    """With few steps, `slide` ends in the first quarter, where the rates are too small."""
+    losses = [2.3] * 8 + [2.3 - 0.1 * step for step in range(16)]
+    assert search(losses, RATES[5]).advised == 1e-3  # of `valley`
+    too_small = dict.fromkeys(("valley", "slide", "steep", "minimum"), RATES[3])
+    assert LrSearch(RATES, losses, too_small).advised is None
+
+
 def test_an_easy_first_batch_is_not_the_lowest_loss():
     losses = [1.0, 2.0] + [2.3] * 6 + [2.3 - 0.1 * step for step in range(16)]
     assert search(losses, 0.01).advised == 0.01
@@ -25,3 +35,35 @@ def test_an_easy_first_batch_is_not_the_lowest_loss():
 @pytest.mark.parametrize("fall", [0.0, 0.02])
 def test_no_rate_is_advised_if_the_loss_hardly_falls(fall):
     assert search([2.3] * 12 + [2.3 - fall] + [2.3] * 11, 0.01).advised is None
+
+
+def noisy_search(fall, noise, num_steps=100):
+    """A search whose loss falls in its second half, smoothed as fastai does."""
+    draws, average, losses = random.Random(0), 0.0, []
+    for step in range(num_steps):
+        progress = max(0.0, 2 * step / num_steps - 1)
+        average = 0.98 * average + 0.02 * (2.5 - fall * progress + draws.gauss(0, noise))
+        losses.append(average / (1 - 0.98 ** (step + 1)))
+    rates = [10.0 ** (7 * step / num_steps - 6) for step in range(num_steps)]
+    names = ("valley", "slide", "steep", "minimum")
+    return LrSearch(rates, losses, dict.fromkeys(names, 0.1))
+
+
+@pytest.mark.parametrize("noise", [0.02, 0.1, 0.5])
+def test_the_noise_of_single_steps(noise):
+    assert noisy_search(1.0, noise, 2000).noise == pytest.approx(noise, rel=0.15)
+
+
+def test_an_outlier_is_no_noise():
+    losses = [1.0] + [2.3] * 23
+    assert search(losses, 0.01).noise < 0.2
+
+
+def test_a_curve_in_noise_is_flat():
+    flat = noisy_search(0.3, 0.1)
+    assert flat.start - flat.lowest > 0.05  # 2 % of the loss
+    assert flat.is_flat
+    assert flat.advised is None
+    steep = noisy_search(1.5, 0.1)
+    assert not steep.is_flat
+    assert steep.advised == 0.1

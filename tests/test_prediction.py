@@ -182,8 +182,6 @@ def test_filters_of_one_run_and_of_two(run, images, tmp_path, monkeypatch, capsy
     assert len(value["runs"][0]["average"]) == len(value["runs"][0]["thresholds"]) == 4
     first = value["runs"][0]
     assert first["convolutions"][0] == {"number": 1, "module": "core.groups.0.0.conv1"}
-    assert [f"core.{name}" for name in first["layers"]] == [
-        convolution["module"] for convolution in first["convolutions"]
-    ]
+    assert list(first["layers"]) == [convolution["module"] for convolution in first["convolutions"]]
     assert program(["inspect", path, path, path]) == 2
     assert "one run, or two" in capsys.readouterr().err

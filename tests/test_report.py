@@ -4,17 +4,20 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from importlib.resources import files
+from itertools import pairwise
 
 import pytest
 import torch
 from chromium import Page, needs_chromium
 from datasets import write_image_folder
+from matplotlib.figure import Figure
 from PIL import Image, ImageColor
 
 from mixmo_fastai.checkpoints.weights import save_weights
 from mixmo_fastai.cli import run as program
 from mixmo_fastai.deep_ensemble import train_run
 from mixmo_fastai.models import create_model
+from mixmo_fastai.recipe import Expected
 from mixmo_fastai.report.charts import agreement, reliability
 from mixmo_fastai.report.drawing import LIGHT, STAND_INS, WRONG, Drawing
 from mixmo_fastai.report.findings import gather
@@ -85,6 +88,50 @@ def pages(findings, tmp_path_factory):
     for name, found in findings.items():
         (folder / f"{name}.html").write_text(render(found), encoding="utf-8")
     return {name: folder / f"{name}.html" for name in findings}
+
+
+TILES = {"three": 3, "four": 4, "five": 5, "six": 6, "validation only": 4}
+
+
+@pytest.fixture(scope="module")
+def tiled_pages(findings, tmp_path_factory):
+    """Pages with three to six tiles, by their name in `TILES`."""
+    folder, made = tmp_path_factory.mktemp("tiles"), {}
+    for name, num_tiles in TILES.items():
+        found = with_tiles(findings["vanilla" if num_tiles == 3 else "mixmo"], num_tiles)
+        if name == "validation only":
+            found = validation_only(findings["mixmo"])
+        made[name] = folder / f"{name.replace(' ', '-')}.html"
+        made[name].write_text(render(found), encoding="utf-8")
+    return made
+
+
+def with_tiles(found, num_tiles):
+    """Findings that have a number of tiles: accuracy, NLL and ECE, and up to three others."""
+    figures = {k: v for k, v in found.figures.items() if k not in ("calibrated", "cross_fitted")}
+    recipe = found.recipe
+    if num_tiles >= 5:
+        scaled = {"nll": 1.0, "ece": 0.02, "brier": 0.1, "temperature": 1.0, "num_images": 57}
+        figures["calibrated"] = {**scaled, "temperature_error": 0.3}
+    if num_tiles >= 6:
+        recipe = replace(recipe, expected=Expected(accuracy=0.9, source="Table 1", arch="wrn28_10"))
+    return replace(found, figures=figures, recipe=recipe)
+
+
+def validation_only(found):
+    """Findings of a run without test images whose validation images are too few to calibrate."""
+    reason = "there are no labelled test images beside the validation images"
+    figures = {k: v for k, v in with_tiles(found, 4).figures.items() if k != "valid"}
+    figures["valid"] = figures.pop("test")
+    figures["absent"] = {"calibrated": reason, "cross_fitted": "it takes 100 images or more"}
+    figures = {k: v for k, v in figures.items() if not k.startswith("test_")}
+    return replace(
+        found,
+        figures=figures,
+        num_images=(len(found.labels), 0),
+        calibrated=None,
+        calibration=f"{reason}; it takes 100 images or more",
+    )
 
 
 class Elements(HTMLParser):
@@ -310,6 +357,53 @@ def test_words_of_a_reliability_diagram():
     assert "8.20 points above the accuracy" in chart.svg
 
 
+@pytest.mark.parametrize(
+    ("num_right", "word", "other"), [(9, "overconfident", "under"), (10, "underconfident", "over")]
+)
+def test_a_caption_says_on_which_side_the_confidence_errs(num_right, word, other):
+    logits = torch.tensor([[4.0, 0.0]] * 10)  # 98.2 % sure
+    labels = torch.tensor([0] * num_right + [1] * (10 - num_right))
+    caption = reliability("own", "Title", logits, labels, caption="").caption
+    assert f"{word} on average" in caption
+    assert f"{other}confident" not in caption
+
+
+@pytest.mark.parametrize(("num_lone", "faint"), [(1, True), (9, True), (10, False)])
+def test_bins_of_few_images_are_faint(num_lone, faint):
+    logits = torch.tensor([[4.0, 0.0]] * 30 + [[0.5, 0.0]] * num_lone)
+    labels = torch.tensor([0] * 30 + [1] * num_lone)
+    chart = reliability("own", "Title", logits, labels, caption="")
+    figure = Figure()
+    chart.drawing.plot(figure)
+    alphas = {round(bar.get_x(), 2): bar.get_alpha() for bar in figure.axes[0].patches}
+    assert alphas[round(14 / 15, 2)] > 0.5
+    assert (alphas[round(9 / 15, 2)] < 0.2) == faint
+    assert ("fewer than 10 images are faint" in chart.caption) == faint
+
+
+def tiles_of(found):
+    text = render(found)
+    return re.findall(r"<div><dt>(.*?)</dt><dd>(.*?)</dd><dd class=\"aside\">(.*?)</dd>", text)
+
+
+@pytest.mark.parametrize("num_tiles", [4, 6])
+def test_a_published_figure_has_a_tile_only_if_there_is_one(findings, num_tiles):
+    found = with_tiles(findings["mixmo"], num_tiles)
+    tiles = {label: value for label, value, _ in tiles_of(found)}
+    assert len(tiles) == num_tiles
+    assert tiles.get("Published") == ("90.00\u00a0%" if num_tiles == 6 else None)
+    assert ("Published:" in Elements(render(found)).text) == (num_tiles == 6)
+
+
+@pytest.mark.parametrize(("error", "marked"), [(0.099, False), (0.3, True)])
+def test_the_tile_of_an_unreliable_temperature_says_so(findings, error, marked):
+    found = with_tiles(findings["mixmo"], 5)
+    found.figures["calibrated"]["temperature_error"] = error
+    (remark,) = [aside for label, _, aside in tiles_of(found) if label == "ECE, calibrated"]
+    assert remark.startswith("unreliable") == marked
+    assert ("30\u00a0%" in remark) == marked
+
+
 def colors_of(svg):
     return {name for name in ("ensemble", "members", "right", "wrong") if f"var(--{name})" in svg}
 
@@ -440,10 +534,41 @@ class TestInChromium:
             )
             assert page.ask(outside) == 0
 
-    @pytest.mark.parametrize("kind", CHARTS)
+    @pytest.mark.parametrize("kind", [*TILES, *CHARTS])
+    @pytest.mark.parametrize("width", [390, 768, 1280])
+    def test_no_row_of_tiles_has_a_gap(self, pages, tiled_pages, kind, width):
+        num_tiles, path = TILES.get(kind), {**pages, **tiled_pages}[kind]
+        with Page(path, width=width) as page:
+            grid, *tiles = page.ask(
+                "[document.querySelector('.tiles'), ...document.querySelectorAll('.tiles > div')]"
+                ".map(e => e.getBoundingClientRect()).map(b => [b.top, b.left, b.right])"
+            )
+        assert num_tiles in (None, len(tiles))
+        rows = {}
+        for top, left, right in tiles:
+            rows.setdefault(round(top), []).append((left, right))
+        for row in rows.values():
+            assert row[0][0] == pytest.approx(grid[1], abs=1)
+            assert row[-1][1] == pytest.approx(grid[2], abs=1)
+            for (_, end), (start, _) in pairwise(row):
+                assert 0 < start - end < 20
+        assert len(rows) == {390: (len(tiles) + 1) // 2, 768: 1 + (len(tiles) > 3), 1280: 1}[width]
+
+    @pytest.mark.parametrize("width", [320, 390, 768])
+    def test_the_word_none_is_not_broken(self, tiled_pages, width):
+        with Page(tiled_pages["validation only"], width=width) as page:
+            (height, line) = page.ask(
+                "(cell => { const r = document.createRange(), t = cell.firstChild;"
+                " r.setStart(t, 0); r.setEnd(t, 4);"
+                " return [r.getClientRects().length, r.toString()] })"
+                "(document.querySelector('#calibration .card td'))"
+            )
+        assert (height, line) == (1, "None")
+
+    @pytest.mark.parametrize("kind", [*CHARTS, "validation only"])
     @pytest.mark.parametrize("width", [768, 1280])
-    def test_no_half_of_a_row_is_empty(self, pages, kind, width):
-        with Page(pages[kind], width=width) as page:
+    def test_no_half_of_a_row_is_empty(self, pages, tiled_pages, kind, width):
+        with Page({**pages, **tiled_pages}[kind], width=width) as page:
             rows = page.ask(
                 "[...document.querySelectorAll('.charts')].map(grid => [grid.children.length,"
                 " getComputedStyle(grid).gridTemplateColumns.split(' ').length])"

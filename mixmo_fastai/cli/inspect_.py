@@ -48,7 +48,7 @@ def inspect(
     titles = [str(folder.path) for folder in folders]
     write_atomically(picture, side_by_side(titles, uses, norms).png())
     Output(as_json=as_json).result(
-        [*filter_lines(titles, uses), "", f"Picture: {picture}"],
+        [*filter_lines(titles, uses, norms), "", f"Picture: {picture}"],
         {
             "runs": [
                 {
@@ -57,7 +57,7 @@ def inspect(
                     "average": use.average.tolist(),
                     "layers": dict(zip(use.layers, use.shares.tolist(), strict=True)),
                     "convolutions": [
-                        {"number": number, "module": f"core.{name}"}
+                        {"number": number, "module": name}
                         for number, name in enumerate(use.layers, 1)
                     ],
                     "encoder_norms": norm.tolist(),

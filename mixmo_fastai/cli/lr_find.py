@@ -12,6 +12,8 @@ from mixmo_fastai.resolve import resolve_recipe
 from mixmo_fastai.runs import free_file, run_label
 from mixmo_fastai.wording import method_name
 
+MOST_STEPS = 10_000
+
 
 def lr_find(
     dataset: opt.Dataset = None,
@@ -37,7 +39,9 @@ def lr_find(
     threads: opt.Threads = None,
     steps: Annotated[
         int,
-        typer.Option(help="Steps of the test.", min=30, max=10_000, rich_help_panel=opt.TRAINING),
+        typer.Option(
+            help="Steps of the test.", min=30, max=MOST_STEPS, rich_help_panel=opt.TRAINING
+        ),
     ] = 100,
     start: Annotated[
         float,
@@ -90,13 +94,26 @@ def lr_find(
     command = opt.fit_command(dataset, flags, kept)
     table = [("method", "rate", "meaning")]
     table += [(name, f"{r:.3g}", MEANINGS[name]) for name, r in search.suggestions.items()]
-    advice = f"Advised learning rate: {rate:.2g} (slide; the recipe has {resolved.lr:.2g})"
+    advice = [f"Advised learning rate: {rate:.2g} (the recipe has {resolved.lr:.2g})"]
     if search.advised is None:
-        advice = f"The loss hardly fell: keep the recipe's learning rate, {rate:.2g}"
+        reason = "No learning rate stands out in so few steps."
+        if search.is_flat:
+            reason = (
+                f"The curve is too flat to trust: the smoothed loss goes from {search.start:.2f} "
+                f"to {search.lowest:.2f}; single steps vary by {search.noise:.2f}."
+            )
+        advice = [
+            reason,
+            f"Keep the recipe's learning rate, {rate:g}, or take more steps, as in --steps "
+            f"{3 * steps}.",
+        ]
     output.result(
-        ["", *columns(table, left=(0, 2)), "", f"Curve: {picture}", advice, f"  {command}"],
+        ["", *columns(table, left=(0, 2)), "", f"Curve: {picture}", *advice, f"  {command}"],
         {
             "advised_lr": rate,
+            "flat": search.is_flat,
+            "fall": search.start - search.lowest,
+            "noise": search.noise,
             "command": command,
             "suggestions": search.suggestions,
             "recipe_lr": resolved.lr,

@@ -152,17 +152,35 @@ def figure_lines(figures: Mapping[str, Any], recipe: Recipe) -> list[str]:
     return [*asked, *align([*rows, *_figure_rows(figures, num_members)], FIGURE_WIDTH)]
 
 
-def filter_lines(titles: list[str], uses: Sequence[Any]) -> list[str]:
-    """Show the fraction of active filters per convolution, for one run or two."""
+def filter_lines(titles: list[str], uses: Sequence[Any], norms: Sequence[Any]) -> list[str]:
+    """Show active filters per convolution and the encoders' norms, for one run or two.
+
+    Args:
+        titles: of the runs.
+        uses: filter use of each run.
+        norms: encoder norms of each run, (M, D).
+    """
     lines = []
-    for title, use in zip(titles, uses, strict=True):
+    for title, use, norm in zip(titles, uses, norms, strict=True):
         table = [("", "convolution", *(f"> {round_percent(t)}" for t in use.thresholds))]
         for number, (name, shares) in enumerate(zip(use.layers, use.shares.tolist(), strict=True)):
-            table.append((str(number + 1), f"core.{name}", *map(percent, shares)))
+            table.append((str(number + 1), name, *map(percent, shares)))
         table.append(("", "average", *map(percent, use.average.tolist())))
         lines += ["", f"{title}: filters whose L1 norm exceeds a fraction of the layer's largest"]
         lines += columns(table, left=(1,))
+        lines += ["", f"{title}: L1 norms of the encoders' filters, over {norm.shape[1]} channels"]
+        lines += columns(_encoder_table(norm), left=())
     return lines[1:]
+
+
+def _encoder_table(norm: Any) -> list[tuple[str, ...]]:
+    """Summarise the norms of each encoder, and in how many channels its norm is the largest."""
+    table = [("encoder", "mean", "smallest", "largest", "largest of all in")]
+    owned = norm.argmax(dim=0).bincount(minlength=len(norm)).tolist()
+    for number, (row, count) in enumerate(zip(norm, owned, strict=True), 1):
+        numbers = (f"{float(value):.3f}" for value in (row.mean(), row.min(), row.max()))
+        table.append((str(number), *numbers, f"{count} channel{'s' * (count != 1)}"))
+    return table if len(norm) > 1 else [row[:-1] for row in table]
 
 
 def columns(table: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]:

@@ -29,6 +29,8 @@ MARKERS = ("o", "s", "^", "D")
 CURVE_POINTS = 200
 LEAST_RANGE = 0.05
 """Least range of an axis of accuracies, so that chance does not look like a difference."""
+FEW_IMAGES = 10
+"""Number of images below which a bin of a reliability diagram is drawn faint."""
 History = Sequence[dict[str, float]]
 
 
@@ -98,14 +100,17 @@ def reliability(name: str, title: str, logits: Tensor, labels: Tensor, *, captio
     bins = reliability_bins(logits, labels)
     num_bins, shares = len(bins.counts), bins.counts / bins.counts.sum()
     lefts = [i / num_bins for i in range(num_bins)]
-    filled = bins.counts > 0
+    filled, few = bins.counts > 0, bins.counts < FEW_IMAGES
 
     def plot(figure: Figure) -> None:
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
         upper.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle=(0, (4, 3)))
-        upper.bar(lefts, bins.accuracy, 1 / num_bins, align="edge", color=ENSEMBLE, alpha=0.55)
-        points = bins.confidence[filled], bins.accuracy[filled]
-        upper.plot(*points, "o", color=ENSEMBLE, markersize=4, clip_on=False)
+        bars = upper.bar(lefts, bins.accuracy, 1 / num_bins, align="edge", color=ENSEMBLE)
+        for bar, is_faint in zip(bars, few, strict=True):
+            bar.set_alpha(0.15 if is_faint else 0.55)
+        for kept, alpha in ((filled & ~few, 1.0), (filled & few, 0.3)):
+            points = bins.confidence[kept], bins.accuracy[kept]
+            upper.plot(*points, "o", color=ENSEMBLE, alpha=alpha, markersize=4, clip_on=False)
         upper.set(ylabel="accuracy", ylim=(0, 1), xlim=(0, 1))
         lower.bar(lefts, shares, 1 / num_bins, align="edge", color=ENSEMBLE, alpha=0.8)
         lower.set(xlabel="confidence", ylabel="images")
@@ -114,13 +119,16 @@ def reliability(name: str, title: str, logits: Tensor, labels: Tensor, *, captio
     ece = expected_calibration_error(logits, labels).item()
     gap = float((bins.confidence - bins.accuracy) @ shares.double())
     lean = "above" if gap > 0 else "below"
+    fault = "overconfident" if gap > 0 else "underconfident"
+    mean = f"mean confidence is {100 * abs(gap):.2f} points {lean} the accuracy"
     text = (
-        f"Reliability diagram: ECE {percent(ece)}; mean confidence is {100 * abs(gap):.2f} points "
-        f"{lean} the accuracy; {percent(float(shares[-1]))} of the images are in the last bin."
+        f"Reliability diagram: ECE {percent(ece)}; {mean}; {percent(float(shares[-1]))} of the "
+        "images are in the last bin."
     )
-    return Chart(
-        title, Drawing(plot, name, text, size=(4.1, 3.6)), f"ECE {percent(ece)}. {caption}"
-    )
+    sentences = [f"ECE {percent(ece)}; {mean}: {fault} on average.", caption]
+    if (filled & few).any():
+        sentences.append(f"Bins with fewer than {FEW_IMAGES} images are faint.")
+    return Chart(title, Drawing(plot, name, text, size=(4.1, 3.6)), " ".join(sentences).strip())
 
 
 def risk_against_coverage(logits: Tensor, labels: Tensor) -> Chart:

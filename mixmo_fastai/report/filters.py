@@ -57,7 +57,7 @@ def encoders(norms: Sequence[Tensor]) -> Chart:
 
     def plot(figure: Figure) -> None:
         panels = figure.subplots(rows, 1, sharex=True, sharey=True, squeeze=False)[:, 0]
-        _draw_norms(list(panels), norms)
+        _draw_norms(list(panels), norms, max(float(norm.max()) for norm in norms))
         figure.supylabel("L1 norm", fontsize=9)
 
     largest = first.argmax(dim=0).bincount(minlength=num_members).tolist()
@@ -81,26 +81,39 @@ def side_by_side(
     longest = max(len(use.layers) for use in uses)
     width = max(6.5, 1.2 + 0.13 * min(longest, MOST_NAMES))
     characters = max(len(name) for use in uses for name in use.layers)
-    heights = (3.4, 0.075 * characters + 0.2 + 1.1 * rows)
+    highest = max(float(norm.max()) for norm in norms)
+    heights = (2.4 + 0.07 * characters + 0.4 * (len(uses) > 1), 0.5 + 1.2 * rows)
 
     def plot(figure: Figure) -> None:
         upper, lower = figure.subfigures(2, 1, height_ratios=heights)
         top = upper.subplots(1, len(uses), squeeze=False, sharey="row")[0]
-        below = lower.subplots(rows, len(uses), squeeze=False, sharey=True, sharex="col")
+        columns = lower.add_gridspec(1, len(uses))
         for column, (title, use, norm) in enumerate(zip(titles, uses, norms, strict=True)):
-            _draw_use(top[column], use)
+            _draw_use(top[column], use, averages=len(uses) == 1)
             _name_convolutions(top[column], use.layers)
+            top[column].label_outer()
             top[column].set_title(title)
-            _draw_norms(list(below[: len(norm), column]), [norm])
-            for panel in below[len(norm) :, column]:
-                panel.set_visible(False)
+            cells = columns[column].subgridspec(len(norm), 1)
+            _draw_norms(list(cells.subplots(sharex=True, squeeze=False)[:, 0]), [norm], highest)
+        if len(uses) > 1:
+            handles, labels = top[0].get_legend_handles_labels()
+            name = "filters with an L1 norm above a fraction of the layer's largest"
+            place = "outside upper center"
+            upper.legend(handles, labels, loc=place, ncols=len(labels), title=name)
         lower.supylabel("L1 norm of the encoder's filter", fontsize=9)
 
     text = f"Active filters and encoder norms of {', '.join(titles)}."
     return Drawing(plot, "filter-use", text, size=(width * len(uses), sum(heights)))
 
 
-def _draw_use(axes: Axes, use: FilterUse) -> None:
+def _draw_use(axes: Axes, use: FilterUse, *, averages: bool = True) -> None:
+    """Draw a line per threshold.
+
+    Args:
+        axes: where to draw.
+        use: of one network.
+        averages: show a legend with the average over the convolutions.
+    """
     places = range(1, len(use.layers) + 1)
     average = use.average.tolist()
     for column, threshold in enumerate(use.thresholds):
@@ -110,25 +123,33 @@ def _draw_use(axes: Axes, use: FilterUse) -> None:
             marker=MARKERS[column % len(MARKERS)],
             color=INK,
             alpha=SHADES[column % len(SHADES)],
-            label=f"above {round_percent(threshold)}: {percent(average[column])} on average",
+            label=f"above {round_percent(threshold)}"
+            + f": {percent(average[column])} on average" * averages,
         )
     axes.set(ylabel="active filters", ylim=(0, 1.05), xlim=(0.5, len(use.layers) + 0.5))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     percent_axis(axes.yaxis)
-    axes.legend()
+    if averages:
+        axes.legend()
 
 
 def _name_convolutions(axes: Axes, layers: Sequence[str]) -> None:
-    """Label each convolution with its number and its module name within the core."""
+    """Label each convolution with its number and its module name."""
     step = -(-len(layers) // MOST_NAMES)
     places = range(1, len(layers) + 1, step)
     labels = [f"{layers[place - 1]}  {place}" for place in places]
     axes.set_xticks(places, labels, rotation=90, fontsize=7 if len(places) <= 40 else 6)
-    axes.set_xlabel("convolution: module name within the core, and number")
+    axes.set_xlabel("convolution: module name and number")
 
 
-def _draw_norms(panels: Sequence[Axes], norms: Sequence[Tensor]) -> None:
-    """Draw a panel of bars for each encoder; the channels of a network share one order."""
+def _draw_norms(panels: Sequence[Axes], norms: Sequence[Tensor], highest: float) -> None:
+    """Draw a panel of bars for each encoder; the channels of a network share one order.
+
+    Args:
+        panels: one for each encoder.
+        norms: (M, D) of each network.
+        highest: the largest norm of all panels that share a scale.
+    """
     rows = [(n, m) for n, of_network in enumerate(norms) for m in range(len(of_network))]
     for axes, (network, member) in zip(panels, rows, strict=True):
         of_network = norms[network]
@@ -140,7 +161,7 @@ def _draw_norms(panels: Sequence[Axes], norms: Sequence[Tensor]) -> None:
         if len(norms) > 1:
             name = f"network {network + 1}" + f", {name}" * (len(of_network) > 1)
         axes.set_title(name, loc="left", fontsize=8, pad=2)
-        axes.set(xlim=(0.4, len(order) + 0.6), ylim=(0, None))
+        axes.set(xlim=(0.4, len(order) + 0.6), ylim=(0, 1.05 * highest or 1.0))
         axes.grid(visible=False, axis="x")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     several = any(len(of_network) > 1 for of_network in norms)

@@ -18,7 +18,7 @@ from mixmo_fastai import __version__
 from mixmo_fastai.files import write_atomically
 from mixmo_fastai.recipe import to_toml
 from mixmo_fastai.report.findings import Findings, Mistake, gather
-from mixmo_fastai.report.sections import kind, sections
+from mixmo_fastai.report.sections import kind, scaled_by, sections
 from mixmo_fastai.runs import RunFolder
 from mixmo_fastai.wording import (
     FIGURE,
@@ -31,6 +31,9 @@ from mixmo_fastai.wording import (
     final_figures,
     method_name,
     percent,
+    round_percent,
+    temperature_error,
+    temperature_remark,
 )
 
 SMALLEST_THUMBNAIL = 64
@@ -128,18 +131,20 @@ def _tiles(findings: Findings) -> list[tuple[str, str, str]]:
     expected = findings.recipe.expected
     tiles = [
         (f"{PART_NAMES[part]} accuracy", percent(test["accuracy"]), _interval(ends, "accuracy")),
-        (
-            "Published",
-            percent(expected.accuracy) if expected.accuracy is not None else "none",
-            f"with {expected.arch}" if expected.accuracy is not None else "for this recipe",
-        ),
         ("NLL", decimal(test["nll"]), _interval(ends, "nll")),
         ("ECE", percent(test["ece"]), _interval(ends, "ece")),
     ]
-    for name, how in (("calibrated", "validation split"), ("cross_fitted", "other half")):
-        if found := findings.figures.get(name):
-            tiles.append(("ECE, calibrated", percent(found["ece"]), f"temperature of the {how}"))
-            break
+    if expected.accuracy is not None:
+        tiles.insert(1, ("Published", percent(expected.accuracy), f"with {expected.arch}"))
+    if name := scaled_by(findings):
+        found = findings.figures[name]
+        how = "validation split" if name == "calibrated" else "other half"
+        remark = f"temperature of the {how}"
+        if temperature_remark(found):
+            remark = (
+                f"unreliable: {remark} is uncertain by {round_percent(temperature_error(found))}"
+            )
+        tiles.append(("ECE, calibrated", percent(found["ece"]), remark))
     if len(test["member_accuracy"]) > 1:
         values = test["member_accuracy"]
         label = f"Mean {kind(findings)}"

@@ -123,10 +123,11 @@ def _calibration_section(findings: Findings) -> Section:
         "Reliability as trained",
         findings.logits,
         findings.labels,
-        caption="Bars on the diagonal are calibrated; below it, the network is overconfident.",
+        caption="Bars on the diagonal are calibrated; below it the network is overconfident, above "
+        "it underconfident.",
     )
     if findings.calibrated is None:
-        table = Table("After temperature scaling", (), [("none", findings.calibration)])
+        table = Table("After temperature scaling", (), [(f"None: {findings.calibration}.",)])
         return Section("calibration", "Calibration", [before], [table])
     after = charts.reliability(
         "reliability-after",
@@ -135,12 +136,8 @@ def _calibration_section(findings: Findings) -> Section:
         findings.labels,
         caption=f"At {findings.calibration}.",
     )
-    remarks = [
-        remark
-        for name in ("calibrated", "cross_fitted")
-        if (remark := temperature_remark(findings.figures.get(name, {})))
-    ]
-    return Section("calibration", "Calibration", [before, after], [], remarks[:1])
+    remark = temperature_remark(findings.figures.get(scaled_by(findings), {}))
+    return Section("calibration", "Calibration", [before, after], [], [remark] if remark else [])
 
 
 def _risk_section(findings: Findings) -> Section:
@@ -184,7 +181,7 @@ def _confusion_section(findings: Findings) -> Section:
         (2, 3),
     )
     if not pairs.rows:
-        pairs = Table("Most confused pairs", (), [("none", "No image is taken for another class.")])
+        pairs = Table("Most confused pairs", (), [("No image is taken for another class.",)])
     if num_classes <= MOST_CLASSES_IN_A_MATRIX:
         return Section("confusion", "Confusion", [charts.confusion(matrix, names)], [pairs])
     sizes = matrix.sum(dim=1)
@@ -205,7 +202,7 @@ def _filter_section(findings: Findings) -> Section:
     shares = torch.stack([each.shares for each in findings.uses]).mean(dim=0)
     details = Table(
         "Convolutions by name",
-        ("", "Module of the core", *(f"> {round_percent(t)}" for t in use.thresholds)),
+        ("", "Module", *(f"> {round_percent(t)}" for t in use.thresholds)),
         [
             (str(number), name, *map(round_percent, row))
             for number, (name, row) in enumerate(zip(use.layers, shares.tolist(), strict=True), 1)
@@ -219,3 +216,9 @@ def _filter_section(findings: Findings) -> Section:
 def kind(findings: Findings) -> str:
     """Return the name of one voter."""
     return "network" if findings.recipe.model.num_nets > 1 else "member"
+
+
+def scaled_by(findings: Findings) -> str:
+    """Return which metrics at a temperature the page shows: their name, or "" if there are none."""
+    names = ("calibrated", "cross_fitted")
+    return next((name for name in names if findings.figures.get(name)), "")
