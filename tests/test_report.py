@@ -381,6 +381,17 @@ def test_bins_of_few_images_are_faint(num_lone, faint):
     assert ("fewer than 10 images are faint" in chart.caption) == faint
 
 
+@pytest.mark.parametrize("num_images", [5, 10, 15])
+def test_a_reliability_diagram_fills_its_figure(num_images):
+    """Also if all of its bins, or none of them, are faint."""
+    logits = torch.tensor([[4.0, 0.0]] * num_images)
+    chart = reliability("own", "Title", logits, torch.zeros(num_images).long(), caption="")
+    figure = Figure(figsize=chart.drawing.size, layout="constrained")
+    chart.drawing.plot(figure)
+    figure.draw_without_rendering()
+    assert figure.axes[0].get_position().height > 0.55
+
+
 def tiles_of(found):
     text = render(found)
     return re.findall(r"<div><dt>(.*?)</dt><dd>(.*?)</dd><dd class=\"aside\">(.*?)</dd>", text)

@@ -110,7 +110,8 @@ def reliability(name: str, title: str, logits: Tensor, labels: Tensor, *, captio
             bar.set_alpha(0.15 if is_faint else 0.55)
         for kept, alpha in ((filled & ~few, 1.0), (filled & few, 0.3)):
             points = bins.confidence[kept], bins.accuracy[kept]
-            upper.plot(*points, "o", color=ENSEMBLE, alpha=alpha, markersize=4, clip_on=False)
+            if kept.any():  # an unclipped line without points would distort the layout
+                upper.plot(*points, "o", color=ENSEMBLE, alpha=alpha, markersize=4, clip_on=False)
         upper.set(ylabel="accuracy", ylim=(0, 1), xlim=(0, 1))
         lower.bar(lefts, shares, 1 / num_bins, align="edge", color=ENSEMBLE, alpha=0.8)
         lower.set(xlabel="confidence", ylabel="images")
