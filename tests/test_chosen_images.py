@@ -212,6 +212,34 @@ def test_the_folder_above_is_named_when_train_itself_is_given(tmp_path):
     assert note(chosen, "Not used") == f"{tmp_path / 'test'}/; give {tmp_path} to use it"
 
 
+CSV = {
+    "beside images": (["images/1.jpg", "images/2.jpg", "labels.csv"], "labels.csv"),
+    "beside loose images": (["1.jpg", "2.jpg", "labels.CSV"], "labels.CSV"),
+    "beside parts": (["train/1.jpg", "test/1.jpg", "train.csv"], "train.csv"),
+    "in a part": (["train/images/1.jpg", "train/labels.tsv"], "labels.tsv"),
+    "in a doubled folder": (["x/images/1.jpg", "x/labels.csv"], "labels.csv"),
+}
+
+
+@pytest.mark.parametrize("case", CSV)
+def test_labels_in_csv_files_are_answered_with_what_is_read(tmp_path, case):
+    names, found = CSV[case]
+    write(tmp_path, *names)
+    with pytest.raises(InputError) as caught:
+        choose_images(tmp_path)
+    message = str(caught.value)
+    assert f"Labels in files such as {found} are not read: move" in message
+    assert "from_csv" in message
+    assert "to_mixmo" in message
+    assert len(message.splitlines()) == 3
+
+
+def test_a_csv_file_beside_class_folders_is_skipped(tmp_path):
+    write(tmp_path, *images("", cat=5, dog=5), "labels.csv")
+    chosen = choose_images(tmp_path)
+    assert note(chosen, "Skipped") == "1 file that is not an image (labels.csv)"
+
+
 INNER = {
     "train, test": (("train", "test"), 2, "cat/train/, cat/test/"),
     "one class": (("train", "Validation"), 1, "cat/train/, cat/Validation/"),
