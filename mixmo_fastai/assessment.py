@@ -73,6 +73,21 @@ def evaluate_run(
         InputError: the run is not finished or damaged, or data is not there.
     """
     finished = open_finished(run, data_dir, device, fused=fused)
+    return evaluate_finished(finished, data_dir, ood=ood, corruptions=corruptions)
+
+
+def evaluate_finished(
+    finished: "FinishedRun",
+    data_dir: Path | None = None,
+    *,
+    ood: str | None = None,
+    corruptions: str | None = None,
+) -> dict[str, Any]:
+    """Evaluate a run that is open; see `evaluate_run`.
+
+    Raises:
+        InputError: a file of weights is damaged, or data is not there.
+    """
     strange = [] if ood is None else [finished.loader(read_strange(ood, finished, data_dir))]
     validation, test, *others = finished.logits([*finished.loaders(), *strange])
     figures = evaluate_parts(validation, test)

@@ -78,8 +78,9 @@ def test_beside_a_validation_folder_a_test_set_is_drawn_on_request_only(tmp_path
     write(tmp_path, *images("train", cat=5, dog=5), *images("val", cat=1, dog=1))
     chosen = choose_images(tmp_path)
     assert chosen.test == {}
-    assert "final figures are those of the validation images" in note(chosen, "Test set")
-    assert "--test-split 0.2" in note(chosen, "Test set")
+    assert note(chosen, "Test set") == (
+        "none, so validation gives the final figures (--test-split 0.2 draws one)"
+    )
     chosen = choose_images(tmp_path, 0.4)
     assert counts(chosen.test) == {"cat": 2, "dog": 2}
     assert counts(chosen.train) == {"cat": 3, "dog": 3}
@@ -107,9 +108,12 @@ def test_unlabelled_test_images_are_left_to_predict(tmp_path, case, place):
     write(tmp_path, *images("train", cat=5, dog=5), *UNLABELLED[case])
     write(tmp_path, *images(place, cat=5, dog=5))
     chosen = choose_images(tmp_path)
-    told = note(chosen, "Test set")
-    assert "test/ has 2 images without labels" in told
-    assert f"mixmo predict RUN {tmp_path / 'test'}" in told
+    (told,) = (text for label, text in chosen.notes if label == "Test set")
+    assert told.endswith(
+        f"; test/ has 2 images without labels: mixmo predict RUN {tmp_path / 'test'}"
+    )
+    assert len(told) - len(str(tmp_path)) < 140
+    assert ("none, " if place == "valid" else "20 % of each class, ") in told
     assert counts(chosen.test) == ({"cat": 1, "dog": 1} if place == "train" else {})
     assert (chosen.valid is None) == (place == "train")
 
@@ -206,6 +210,34 @@ def test_the_folder_above_is_named_when_train_itself_is_given(tmp_path):
     write(tmp_path, *images("train", cat=5, dog=5), *images("test", cat=1, dog=1))
     chosen = choose_images(tmp_path / "train")
     assert note(chosen, "Not used") == f"{tmp_path / 'test'}/; give {tmp_path} to use it"
+
+
+CSV = {
+    "beside images": (["images/1.jpg", "images/2.jpg", "labels.csv"], "labels.csv"),
+    "beside loose images": (["1.jpg", "2.jpg", "labels.CSV"], "labels.CSV"),
+    "beside parts": (["train/1.jpg", "test/1.jpg", "train.csv"], "train.csv"),
+    "in a part": (["train/images/1.jpg", "train/labels.tsv"], "labels.tsv"),
+    "in a doubled folder": (["x/images/1.jpg", "x/labels.csv"], "labels.csv"),
+}
+
+
+@pytest.mark.parametrize("case", CSV)
+def test_labels_in_csv_files_are_answered_with_what_is_read(tmp_path, case):
+    names, found = CSV[case]
+    write(tmp_path, *names)
+    with pytest.raises(InputError) as caught:
+        choose_images(tmp_path)
+    message = str(caught.value)
+    assert f"Labels in files such as {found} are not read: move" in message
+    assert "from_csv" in message
+    assert "to_mixmo" in message
+    assert len(message.splitlines()) == 3
+
+
+def test_a_csv_file_beside_class_folders_is_skipped(tmp_path):
+    write(tmp_path, *images("", cat=5, dog=5), "labels.csv")
+    chosen = choose_images(tmp_path)
+    assert note(chosen, "Skipped") == "1 file that is not an image (labels.csv)"
 
 
 INNER = {

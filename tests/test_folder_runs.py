@@ -164,6 +164,29 @@ def test_what_is_skipped_is_one_line_of_the_plan(tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_evaluation_names_missing_skipped_and_left_out_images(tmp_path, capsys):
+    folder = write_image_folder(
+        tmp_path / "pets", classes=("cat", "dog", "eel"), num_train=10, num_test=2
+    )
+    shutil.rmtree(folder / "test" / "eel")
+    (folder / "test" / "cat" / "Thumbs.db").touch()
+    (folder / "test" / "dog" / "000.png").write_bytes(b"")
+    run = fit(folder, tmp_path / "run", "--skip-damaged")
+    labels = ("Missing", "Skipped", "Left out")
+    plan = [line for line in capsys.readouterr().out.splitlines() if line.startswith(labels)]
+    assert len(plan) == 3
+    assert "test images of 1 of 3 classes: eel" in plan[0]
+    assert program(["eval", str(run.path)]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in shown[1:4]] == [line.split() for line in plan]
+    assert shown[4] == ""
+    assert program(["eval", str(run.path), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert "test" in json.loads(out)
+    assert err.splitlines() == shown[1:4]
+
+
+@pytest.mark.slow
 def test_the_learning_rate_test_takes_the_same_images(tmp_path, capsys):
     folder = classes_alone(tmp_path)
     flags = ["--arch", "wrn10_1", "--batch-size", "8", "--repeat", "2", "--steps", "30"]

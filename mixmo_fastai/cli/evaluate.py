@@ -7,7 +7,7 @@ import typer
 
 from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output
-from mixmo_fastai.cli.render import figure_lines
+from mixmo_fastai.cli.render import figure_lines, incompleteness_lines
 from mixmo_fastai.resolve import check_dataset
 from mixmo_fastai.runs import open_run
 from mixmo_fastai.wording import method_name
@@ -52,12 +52,16 @@ def evaluate(
         check_dataset(ood)
     opt.check_device(device)
 
-    from mixmo_fastai.assessment import evaluate_run
+    from mixmo_fastai.assessment import evaluate_finished, open_finished
 
-    figures = evaluate_run(
-        folder, data_dir, device=device, ood=ood, corruptions=corruptions, fused=fused
-    )
+    finished = open_finished(folder, data_dir, device, fused=fused)
+    figures = evaluate_finished(finished, data_dir, ood=ood, corruptions=corruptions)
     output = Output(as_json=as_json)
+    notes = incompleteness_lines(finished.source.notes)
+    if as_json:
+        for line in notes:
+            output.say(line)
     title = f"{folder.path}: {method_name(recipe)}, {recipe.model.arch}, {recipe.data.dataset}"
     title += ", fused" * fused
-    output.result([title, "", *figure_lines(figures, recipe)], {"run": str(folder.path), **figures})
+    lines = [title, *notes, "", *figure_lines(figures, recipe)]
+    output.result(lines, {"run": str(folder.path), **figures})

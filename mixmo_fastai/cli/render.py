@@ -29,7 +29,7 @@ PLAN_WIDTH, FIGURE_WIDTH = len("Validation"), len("Validation accuracy")
 def align(rows: Iterable[tuple[str, str]], width: int = 0) -> list[str]:
     """Set labels, of some width at least, and texts in two columns."""
     rows = list(rows)
-    width = max(width, *(len(label) for label, _ in rows))
+    width = max([width, *(len(label) for label, _ in rows)])
     return [f"{label:<{width}}  {text}" for label, text in rows]
 
 
@@ -118,6 +118,15 @@ def _validation_rows(num_images: int) -> list[tuple[str, str]]:
             "(95 % interval)",
         )
     ]
+
+
+def incompleteness_lines(notes: Iterable[tuple[str, str]]) -> list[str]:
+    """Show which images of a data set are missing, skipped or left out.
+
+    Args:
+        notes: of `DataSource`.
+    """
+    return align((note for note in notes if note[0] in _INCOMPLETE), FIGURE_WIDTH)
 
 
 def recipe_lines(recipe: Recipe) -> list[str]:
@@ -332,6 +341,7 @@ def _tempered(values: Mapping[str, Any], how: str) -> str:
     return f"{text} at temperature{plural} {shown}, {how}"
 
 
+_INCOMPLETE = ("Missing", "Skipped", "Left out")
 _ENSEMBLE = " (ensemble, mean of the logits)"
 _OF_MANY_CLASSES = ("top5",)
 _UNCERTAINTIES = {

@@ -1,6 +1,7 @@
 """Which images of a folder train, validate and test, with the reasons in words."""
 
-from collections.abc import Collection, Sequence
+import shlex
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
@@ -63,6 +64,7 @@ def choose_images(folder: Path, test_split: float | None = None) -> ChosenImages
     refuse_inner_parts(folder, listed)
     train = training_files(folder, listed, skipped)
     notes: list[Note] = []
+    unlabelled: dict[str, str] = {}
     labelled: dict[str, FilesByClass] = {}
     for role, place in (("valid", places.valid), ("test", places.test)):
         if place is None:
@@ -73,7 +75,7 @@ def choose_images(folder: Path, test_split: float | None = None) -> ChosenImages
             labelled[role] = labelled_files(part, list(train), skipped)
             notes += _missing_classes(role, labelled[role])
         else:
-            notes.append(_unlabelled_note(folder, role, part))
+            unlabelled[role] = _describe_unlabelled(folder, part)
     if "test" in labelled and test_split is not None:
         raise InputError(
             f"--test-split is for a folder without test images, and {folder} has {places.test}/.\n"
@@ -90,7 +92,7 @@ def choose_images(folder: Path, test_split: float | None = None) -> ChosenImages
     )
     train, drawn = _divided(train, parts.drawn)
     notes = [
-        *_folder_notes(folder, places, parts),
+        *_folder_notes(folder, places, parts, unlabelled),
         *notes,
         *_skipped_notes(skipped),
         *_others_notes(places.others),
@@ -202,9 +204,20 @@ def _renamed(files: FilesByClass, names: dict[str, str]) -> FilesByClass:
     return {own: files[name] for name, own in names.items() if name in files}
 
 
-def _folder_notes(folder: Path, places: Places, parts: DataParts) -> list[Note]:
-    """Describe which folder does what, and what lies beside."""
-    notes = _part_notes(parts)
+def _folder_notes(
+    folder: Path, places: Places, parts: DataParts, unlabelled: Mapping[str, str]
+) -> list[Note]:
+    """Describe which folder does what, and what lies beside.
+
+    Args:
+        folder: the image folder.
+        places: the folders found in it.
+        parts: the images that are used.
+        unlabelled: descriptions of the "valid" and "test" folders without labels.
+    """
+    notes = _part_notes(parts, unlabelled.get("test"))
+    if "valid" in unlabelled:
+        notes.append(("Validation", unlabelled["valid"]))
     if role_of(folder.resolve().name) == "train" and places.train == ".":
         parent = folder.resolve().parent
         beside = [name for name in scan(parent, Skipped())[0] if role_of(name) in ("valid", "test")]
@@ -213,8 +226,13 @@ def _folder_notes(folder: Path, places: Places, parts: DataParts) -> list[Note]:
     return notes
 
 
-def _part_notes(parts: DataParts) -> list[Note]:
-    """Describe which folder does what."""
+def _part_notes(parts: DataParts, unlabelled_test: str | None = None) -> list[Note]:
+    """Describe which folder does what.
+
+    Args:
+        parts: the images that are used.
+        unlabelled_test: a description of the test folder, if it has no labels.
+    """
     place = f"{parts.train}/"
     if role_of(Path(parts.train).name) is None:
         where = "" if parts.train == "." else f" in {place}"
@@ -230,27 +248,29 @@ def _part_notes(parts: DataParts) -> list[Note]:
         if parts.test is not None:
             folders += f", {parts.test}/ tests"
     notes = [("Folders", folders)]
-    if parts.drawn is not None and not parts.drawn.test:
-        notes.append(("Test set", "none: each class has one image, and none can be set aside"))
-    elif parts.drawn is not None:
-        share = f"{100 * parts.drawn.test_split:g} % of each class"
-        notes.append(("Test set", f"{share}, drawn once and kept with the run (--test-split)"))
-    elif parts.test is None:
-        reason = "no labelled test images: the final figures are those of the validation images"
-        notes.append(("Test set", f"{reason} (--test-split 0.2 sets aside a part of {place})"))
+    if parts.test is None:
+        texts = [_drawn_text(parts.drawn)]
+        texts += [] if unlabelled_test is None else [unlabelled_test]
+        notes.append(("Test set", "; ".join(texts)))
     return notes
 
 
-def _unlabelled_note(folder: Path, role: str, part: ListedPart) -> Note:
-    """Tell what becomes of a validation or test folder without labels."""
-    label = {"valid": "Validation", "test": "Test set"}[role]
+def _drawn_text(drawn: DrawnTest | None) -> str:
+    """Describe the test set of a folder without one."""
+    if drawn is None:
+        return "none, so validation gives the final figures (--test-split 0.2 draws one)"
+    if not drawn.test:
+        return "none: each class has one image, and none can be set aside"
+    fraction = f"{100 * drawn.test_split:g} % of each class"
+    return f"{fraction}, drawn once and kept with the run (--test-split)"
+
+
+def _describe_unlabelled(folder: Path, part: ListedPart) -> str:
+    """Describe a validation or test folder without labels, and how to predict its images."""
     if not part.num_images:
-        return label, f"{part.place}/ has no images"
-    return (
-        label,
-        f"{part.place}/ has {part.num_images:,} images without labels, which are not used; "
-        f"predict them after training: mixmo predict RUN {folder / part.place}",
-    )
+        return f"{part.place}/ has no images"
+    command = shlex.join(["mixmo", "predict", "RUN", str(folder / part.place)])
+    return f"{part.place}/ has {count_images(part.num_images)} without labels: {command}"
 
 
 def _missing_classes(role: str, files: FilesByClass) -> list[Note]:

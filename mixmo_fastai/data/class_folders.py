@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from unicodedata import normalize
 
-from mixmo_fastai.data.layout import LAYOUT, WORDS, role_of
+from mixmo_fastai.data.layout import LAYOUT, WORDS, advise_form, role_of
 from mixmo_fastai.data.listing import (
     EMPTY_CLASS,
     OUTSIDE,
@@ -117,12 +117,12 @@ def training_files(folder: Path, part: ListedPart, skipped: Skipped) -> FilesByC
     if not files:
         loose = f"{count_images(len(part.loose))}, and no class folders"
         holds = loose if part.loose else "no images"
-        raise InputError(f"{root} has {holds}.\n{LAYOUT}")
+        raise InputError(f"{root} has {holds}.\n{advise_form(root, folder)}")
     if len(files) == 1:
-        raise InputError(
-            f"{root} has only one class with images, {next(iter(files))!r}.\n"
-            "Put the images of each class into a folder of its own, two classes or more."
-        )
+        advice = advise_form(root, folder)
+        if advice == LAYOUT:
+            advice = "Put the images of each class into a folder of its own, two classes or more."
+        raise InputError(f"{root} has only one class with images, {next(iter(files))!r}.\n{advice}")
     _skip_loose(part, skipped)
     for name in sorted(part.files.keys() - files.keys()):
         skipped.add(EMPTY_CLASS, f"{_prefix(part.place)}{name}/")

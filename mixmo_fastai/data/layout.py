@@ -6,6 +6,7 @@ folder is a class. A folder that holds nothing but one folder of folders, as a d
 leaves it, is read through.
 """
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ _SUFFIXES = ("", "set", "data", "images")
 _ROLES = {
     word + suffix: role for role, words in WORDS.items() for word in words for suffix in _SUFFIXES
 }
+_TABLES = (".csv", ".tsv")
 LAYOUT = (
     "An image folder holds one folder per class, or train/<class>/ beside valid/<class>/ or "
     "test/<class>/."
@@ -66,8 +68,27 @@ def find_places(folder: Path) -> Places:
         return Places(parts["train"], parts.get("valid"), parts.get("test"), others)
     if not folders:
         holds = f"holds {count_images(len(images))} and no folders" if images else "is empty"
-        raise InputError(f"Image folder {root} {holds}: it has no class folders.\n{LAYOUT}")
+        raise InputError(
+            f"Image folder {root} {holds}: it has no class folders.\n{advise_form(root)}"
+        )
     return Places(inner)
+
+
+def advise_form(*folders: Path) -> str:
+    """Return what to do about images without class folders: the form, or a remark on CSV files.
+
+    Args:
+        folders: where a CSV file with labels may lie.
+    """
+    names = [name for folder in folders for name in sorted(os.listdir(folder))]
+    tables = [name for name in names if name.lower().endswith(_TABLES) and name[0] != "."]
+    if not tables:
+        return LAYOUT
+    return (
+        f"Labels in files such as {tables[0]} are not read: move the images of each class into a "
+        "folder named like the class.\n"
+        "Or train in Python, with ImageDataLoaders.from_csv of fastai and to_mixmo(learn)."
+    )
 
 
 def unseen_part(folder: Path) -> Path:
