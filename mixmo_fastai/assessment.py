@@ -6,7 +6,7 @@ Shapes: N images, M members of a run, R runs, K classes.
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -279,7 +279,10 @@ def open_finished(
     run.check_trained()
     keep_freed_memory()  # the figures of a large test set take half the time
     chosen = choose_device(device or recipe.train.device)
-    source = source or read_source(recipe, data_dir, run)
+    if source is None:
+        source = read_source(recipe, data_dir, run)
+        if trains_on_other_images(run, source):
+            source = replace(source, notes=(*source.notes, _CHANGED))
     (channels, *size), model = source.train.image_shape, recipe.model
     network = create_model(
         model.arch,
@@ -290,6 +293,13 @@ def open_finished(
     )
     place(network, chosen)
     return FinishedRun(run, recipe, source, chosen, network, fused)
+
+
+_CHANGED = (
+    "Changed",
+    "the training images are no longer those of the run: its validation split, and temperatures "
+    "fitted on it, may be of images that it was trained on",
+)
 
 
 def trains_on_other_images(run: RunFolder, source: DataSource) -> bool:

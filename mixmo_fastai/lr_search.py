@@ -16,8 +16,12 @@ from mixmo_fastai.training import Training
 SUGGESTIONS = (valley, slide, steep, minimum)
 LEAST_FALL = 0.01
 """Fraction of the loss by which it must fall for the test to advise a rate."""
-NOISE_MULTIPLE = 3.0
-"""Number of standard deviations of a single step's loss by which the smoothed loss must fall."""
+NOISE_MULTIPLE = 0.5
+"""Number of standard deviations of a single step's loss by which the smoothed loss must fall.
+
+A test of 100 steps is smoothed over 25 to 80 of them, and the difference of two such averages has a
+standard deviation of about a quarter of a single step's.
+"""
 SMOOTHING = 0.98
 """Decay of the exponential moving average in fastai's smoothed loss."""
 NUM_ALWAYS_CUT = 5

@@ -69,6 +69,18 @@ def test_a_drawn_test_set_is_that_of_every_command(tmp_path, capsys):
         assert "split.json" in capsys.readouterr().err
 
 
+def test_training_images_that_have_come_are_told_by_eval(tmp_path, capsys):
+    """The validation split is drawn anew, and may hold images that trained."""
+    folder = write_image_folder(tmp_path / "pets", num_train=10, num_test=4)
+    run = fit(folder, tmp_path / "run", "--valid-split", "0.25")
+    capsys.readouterr()
+    assert program(["eval", str(run.path)]) == 0
+    assert "Changed" not in capsys.readouterr().out
+    shutil.copy(folder / "train" / "cat" / "000.png", folder / "train" / "cat" / "zzz.png")
+    assert program(["eval", str(run.path)]) == 0
+    assert "no longer those of the run" in capsys.readouterr().out
+
+
 def test_a_run_on_a_drawn_split_is_resumed_when_images_have_come(tmp_path, capsys):
     folder = classes_alone(tmp_path)
     run = fit(folder, tmp_path / "run", "--test-split", "0.3")

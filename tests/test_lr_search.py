@@ -60,8 +60,8 @@ def test_an_outlier_is_no_noise():
 
 
 def test_a_curve_in_noise_is_flat():
-    flat = noisy_search(0.3, 0.1)
-    assert flat.start - flat.lowest > 0.05  # 2 % of the loss
+    flat = noisy_search(0.3, 0.2)
+    assert flat.start - flat.lowest > 0.03  # more than 1 % of the loss
     assert flat.is_flat
     assert flat.advised is None
     steep = noisy_search(1.5, 0.1)

@@ -147,7 +147,9 @@ def figure_lines(figures: Mapping[str, Any], recipe: Recipe) -> list[str]:
     part, test = final_figures(figures)
     model, accuracy = recipe.model, f"{PART_NAMES[part]} accuracy"
     num_members = len(test["member_accuracy"])  # of a deep ensemble, its networks
-    asked = _ood_lines(figures.get("ood", {})) + _corruption_lines(figures.get("corruptions"))
+    asked = _ood_lines(figures.get("ood", {})) + _corruption_lines(
+        figures.get("corruptions"), PART_NAMES[part].lower()
+    )
     rows = [(accuracy, percent(test["accuracy"]) + _ENSEMBLE * (num_members > 1))]
     if num_members > 1:
         label = "Networks" if model.num_nets > 1 else "Members"
@@ -288,13 +290,13 @@ def _figure_rows(figures: Mapping[str, Any], num_members: int) -> list[tuple[str
     return rows
 
 
-def _corruption_lines(corruptions: Mapping[str, Any] | None) -> list[str]:
+def _corruption_lines(corruptions: Mapping[str, Any] | None, part: str) -> list[str]:
     """Show the metrics under corruption: the means over the types, then each type."""
     if corruptions is None:
         return []
     types = corruptions["types"]
     lines = [
-        f"Corrupted test images ({corruptions['source']}), mean of {len(types)} types of 5 "
+        f"Corrupted {part} images ({corruptions['source']}), mean of {len(types)} types of 5 "
         "severities",
         f"cA {percent(corruptions['cA'])}, cNLL {decimal(corruptions['cNLL'])}, "
         f"cECE {percent(corruptions['cECE'])}",
@@ -341,7 +343,7 @@ def _tempered(values: Mapping[str, Any], how: str) -> str:
     return f"{text} at temperature{plural} {shown}, {how}"
 
 
-_INCOMPLETE = ("Missing", "Skipped", "Left out")
+_INCOMPLETE = ("Missing", "Skipped", "Left out", "Changed")
 _ENSEMBLE = " (ensemble, mean of the logits)"
 _OF_MANY_CLASSES = ("top5",)
 _UNCERTAINTIES = {
