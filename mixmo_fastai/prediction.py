@@ -68,7 +68,7 @@ def predict_images(
         skipped: receives the hidden and other files of folders.
 
     Returns:
-        the predictions, and the reason for each file that cannot be read.
+        the predictions, and for each file that cannot be read the reason and what to do.
 
     Raises:
         InputError: the run is not finished, its classes are not known, or no image is found.

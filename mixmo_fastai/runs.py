@@ -4,7 +4,8 @@ recipe.toml        resolved, everything needed to run it again
 environment.json   versions, device, command, seed, git revision
 data.json          classes, mean, deviation and shape of the images
 split.json         which images of a folder train, validate and test
-left-out.json      damaged image files that were left out, with reasons; if --skip-damaged was given
+left-out.json      image files that cannot be decoded and were left out, with reasons; if
+                   --skip-damaged was given
 history.csv        one row per epoch
 metrics.json       final figures
 model.safetensors  weights
@@ -455,7 +456,7 @@ def check_same_left_out(first: RunFolder, other: RunFolder) -> None:
     own, expected = (set(run.left_out() or ()) for run in (other, first))
     if own != expected:
         raise InputError(
-            f"{other.path} has left out {len(own):,} damaged images, and {first.path} "
+            f"{other.path} has left out {len(own):,} unreadable images, and {first.path} "
             f"{len(expected):,}, not the same ones; see left-out.json in both.\n"
             "Runs that are evaluated together must share their images: train one of them again."
         )

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from mixmo_fastai.averaging import EMACallback
 from mixmo_fastai.checkpoints.state import Position, Restored, RunState, Stateful
 from mixmo_fastai.checkpoints.store import CheckpointStore
 from mixmo_fastai.checkpoints.weights import save_weights
-from mixmo_fastai.data.dataloaders import make_dataloaders
+from mixmo_fastai.data.dataloaders import BatchTooLargeError, make_dataloaders
 from mixmo_fastai.data.fingerprint import fingerprint
 from mixmo_fastai.data.image_sets import DataSource
 from mixmo_fastai.data.loaders import Augmentation
@@ -217,19 +218,36 @@ def prepare_network(
 
 def _make_dataloaders(recipe: Recipe, source: DataSource, device: torch.device) -> DataLoaders:
     data = recipe.data
-    return make_dataloaders(
-        source,
-        batch_size=recipe.loader_batch_size,
-        valid_split=data.valid_split,
-        limit=data.limit,
-        augmentation=Augmentation(
-            data.crop_padding, data.flip, data.alternating_flip, augmix=data.augmix
-        ),
-        seed=recipe.train.seed,
-        device=device,
-        loader=data.loader,
-        num_workers=data.num_workers,
-    )
+    try:
+        return make_dataloaders(
+            source,
+            batch_size=recipe.loader_batch_size,
+            valid_split=data.valid_split,
+            limit=data.limit,
+            augmentation=Augmentation(
+                data.crop_padding, data.flip, data.alternating_flip, augmix=data.augmix
+            ),
+            seed=recipe.train.seed,
+            device=device,
+            loader=data.loader,
+            num_workers=data.num_workers,
+        )
+    except BatchTooLargeError as error:
+        raise _with_largest_batch(error, recipe) from None
+
+
+def _with_largest_batch(error: BatchTooLargeError, recipe: Recipe) -> InputError:
+    """Name the largest batch size that the training images fill, by its flag."""
+    repetitions = recipe.mix.batch_repetitions
+    step = math.lcm(repetitions, group().count)
+    largest = error.num_images * repetitions // step * step
+    each = f", each {repetitions} times" if repetitions > 1 else ""
+    advice = f"Lower the batch size: --batch-size {largest} is the largest possible."
+    if not largest:
+        advice = f"Add training images: {step // repetitions} or more."
+    if recipe.data.limit:
+        advice += " Or raise --limit."
+    return InputError(f"{error.problem}{each}.\n{advice}")
 
 
 def train(

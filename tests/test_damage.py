@@ -101,13 +101,22 @@ def test_damaged_images_are_left_out_and_the_others_unchanged(tmp_path, folder, 
     for _ in range(2):
         source = read_image_folder(folder, home, cache_limit=limit, skip_damaged=True)
         assert [*source.left_out] == names
-        assert dict(source.notes)["Left out"].startswith("3 damaged images: train/cat/001.png")
+        assert dict(source.notes)["Left out"].startswith("3 unreadable images: train/cat/001.png")
         for part in ("train", "test"):
             every, kept = getattr(whole, part), getattr(source, part)
             rows = [i for i in range(len(every)) if every.name(i) not in names]
             assert [kept.name(i) for i in range(len(kept))] == [every.name(i) for i in rows]
             assert torch.equal(kept.labels, every.labels[rows])
             assert torch.equal(kept.tensor(), every.tensor()[rows])
+
+
+def test_a_single_image_is_left_out_with_the_reason(folder, home, monkeypatch):
+    Image.new("RGB", (60, 60)).save(folder / "train" / "cat" / "001.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1100)
+    source = load_source(folder, home, skip_damaged=True)
+    assert dict(source.notes)["Left out"].startswith(
+        "1 unreadable image: train/cat/001.png (it has 0 megapixels, "
+    )
 
 
 def test_without_damage_nothing_is_left_out(folder, home):
@@ -127,7 +136,7 @@ def test_a_mended_image_is_used_again(folder, home):
 def test_a_class_cannot_be_left_out_as_a_whole(folder, home):
     for path in (folder / "train" / "cat").iterdir():
         path.write_bytes(b"damaged")
-    with pytest.raises(InputError, match="class 'cat' is damaged"):
+    with pytest.raises(InputError, match="No training image of the class 'cat' can"):
         load_source(folder, home, skip_damaged=True)
 
 
@@ -186,7 +195,7 @@ def test_runs_that_left_out_other_images_are_not_compared(tmp_path, folder, home
         assert program(["fit", str(folder), *TINY, "--skip-damaged", "--out", str(run)]) == 0
     first, second = map(open_run, runs)
     check_same_left_out(first, first)
-    with pytest.raises(InputError, match=r"left out 2 damaged images.*first 1"):
+    with pytest.raises(InputError, match=r"left out 2 unreadable images.*first 1"):
         check_same_left_out(first, second)
 
 

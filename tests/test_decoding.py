@@ -9,6 +9,7 @@ from PIL import Image, ImageOps
 
 from mixmo_fastai.data.decoding import (
     BATCH,
+    UndecodableError,
     decode_batches,
     decode_image,
     image_sizes,
@@ -256,10 +257,20 @@ def test_a_truncated_image_is_named(tmp_path, extension):
     noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     path = save(tmp_path / f"cut{extension}", noise)
     path.write_bytes(path.read_bytes()[:-700])
-    with pytest.raises(InputError, match=r"Cannot decode the image .*cut") as caught:
+    reason = "the file is (cut off|damaged)"
+    with pytest.raises(InputError, match=rf"Cannot decode the image .*cut.*: {reason}") as caught:
         decode_image(path)
     assert str(path) in str(caught.value)
     assert len(str(caught.value).splitlines()) <= 3
+
+
+@pytest.mark.parametrize("end", [300, 400, -2])
+def test_a_jpeg_file_that_is_cut_off_is_called_so(tmp_path, end):
+    path = save(tmp_path / "cut.jpg", np.full((40, 40, 3), 90, np.uint8))
+    path.write_bytes(path.read_bytes()[:end])
+    with pytest.raises(UndecodableError) as caught:
+        decode_image(path)
+    assert caught.value.reason == "the file is cut off, and its end is missing"
 
 
 @pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n", b"GIF89a\x01"])

@@ -1,6 +1,7 @@
 """Runs on image folders: what trains, validates and tests is the same in every command."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -45,6 +46,33 @@ def evaluated(run, capsys):
     assert program(["eval", str(run.path), "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
     return {name: figures[name] for name in ("test", "valid") if name in figures}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [("--members", "1"), (), ("--limit", "20")], ids=str)
+def test_the_largest_batch_is_named_and_trains(tmp_path, flags, capsys):
+    folder = write_image_folder(tmp_path / "pets", num_train=20 if flags else 6, size=(16, 16))
+    words = ["fit", str(folder), "--arch", "wrn10_1", "--epochs", "1", "--device", "cpu", *flags]
+    words += ["--batch-size", "128"] if "--limit" in flags else []
+    assert program(words) == 2
+    message = capsys.readouterr().err
+    (size,) = re.findall(r"Lower the batch size: --batch-size (\d+) is the largest", message)
+    assert ("Or raise --limit" in message) == ("--limit" in flags)
+    assert (", each 4 times." in message) == ("--members" not in flags)
+    for wanted, code in ((int(size) + 4, 2), (int(size), 0)):
+        out = str(tmp_path / f"run-{wanted}")
+        assert program([*words, "--batch-size", str(wanted), "--out", out, "--quiet"]) == code
+
+
+@pytest.mark.slow
+def test_one_training_image_per_class_is_answered_with_what_trains(tmp_path, capsys):
+    folder = write_image_folder(tmp_path / "source", num_train=2) / "train"
+    words = ["fit", str(folder), *TINY, "--batch-size", "4", "--out", str(tmp_path / "run")]
+    assert program(words) == 2
+    message = capsys.readouterr().err
+    assert "No class has 2 training images or more" in message
+    assert "--valid-split 0." in message
+    assert program([*words, "--valid-split", "0"]) == 0
 
 
 @pytest.mark.slow

@@ -273,8 +273,13 @@ class TestMakeDataloaders:
         monkeypatch.setattr("mixmo_fastai.data.dataloaders.HOST_BUDGET", 1000)
         assert isinstance(mixmo_dls().train, StreamingLoader)
 
+    def test_a_split_of_one_image_per_class_is_refused(self):
+        with pytest.raises(InputError, match=r"No class has 2 .*\n.*\n.*--valid-split 0\."):
+            split_validation(source(num_train=3).train, 0.2)
+
     def test_too_few_images_for_a_batch(self):
-        with pytest.raises(InputError, match="87 training images do not fill one batch of 100"):
+        told = "87 training images do not fill one batch of 100 .*\n.*batch_size to 87 or less"
+        with pytest.raises(InputError, match=told):
             make_dataloaders(source(), batch_size=100, valid_split=0.1)
 
 

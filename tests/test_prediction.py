@@ -8,6 +8,7 @@ import oracle_metrics as oracle
 import pytest
 import torch
 from datasets import write_image_folder
+from PIL import Image
 
 from mixmo_fastai.assessment import open_finished
 from mixmo_fastai.checkpoints.weights import load_network
@@ -115,6 +116,27 @@ def test_the_command_reports_the_unreadable_and_predicts_the_rest(run, images, t
     assert list(value["unreadable"]) == [str(bad)]
     assert len(value["predictions"]) == 5
     assert program([*words[:3], "--json"]) == 0
+
+
+def test_images_of_too_many_pixels_are_answered_with_what_to_do(
+    run, images, tmp_path, monkeypatch, capsys
+):
+    for name in ("scan", "other"):
+        Image.new("RGB", (90, 90)).save(tmp_path / f"{name}.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)
+    words = ["predict", str(run.path), str(images / "test/dog"), str(tmp_path / "scan.png")]
+    assert program(words) == 1
+    first, advice = capsys.readouterr().err.splitlines()
+    assert "1 of 6 images" in first
+    assert advice.startswith("Save it smaller: ")
+    (tmp_path / "other.png").write_bytes(b"no image")
+    assert program([*words, str(tmp_path / "other.png")]) == 1
+    assert "Save 1 of them smaller" in capsys.readouterr().err
+    assert program([*words, "--json"]) == 1
+    (reason,) = json.loads(capsys.readouterr().out)["unreadable"].values()
+    assert "megapixels" in reason
+    assert "Save it smaller" in reason
+    assert "\n" not in reason
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def predict(
     if told := skipped.describe():
         typer.echo(f"Skipped: {told}", err=True)
     rows = [dataclasses.asdict(prediction) for prediction in predictions]
-    reasons = {str(path): reason for path, reason in unreadable.items()}
+    reasons = {str(path): " ".join(text.splitlines()) for path, text in unreadable.items()}
     table = {"run": str(run), "predictions": rows, "unreadable": reasons, "skipped": told}
     output = Output(as_json=as_json)
     if out is None:
@@ -73,16 +73,20 @@ def predict(
     if unreadable:
         raise RunFailedError(
             f"{len(unreadable)} of {len(unreadable) + len(rows)} images could not be read: "
-            f"{_named(reasons)}"
+            f"{_named(unreadable)}"
         )
 
 
-def _named(reasons: dict[str, str]) -> str:
-    """Name images that could not be read; a single one with the reason."""
-    if len(reasons) == 1:
-        return next(iter(reasons.values()))
-    more = f" and {len(reasons) - 10:,} more" if len(reasons) > 10 else ""
-    return f"{', '.join([*reasons][:10])}{more}.\nThe reasons are in the result of --json."
+def _named(unreadable: dict[Path, str]) -> str:
+    """Name images that could not be read; a single one with the reason and what to do."""
+    if len(unreadable) == 1:
+        return next(iter(unreadable.values()))
+    more = f" and {len(unreadable) - 10:,} more" if len(unreadable) > 10 else ""
+    large = sum("megapixels" in text for text in unreadable.values())
+    which = "them" if large == len(unreadable) else f"{large:,} of them"
+    advice = f"Save {which} smaller: too many megapixels. " if large else ""
+    named = ", ".join([*map(str, unreadable)][:10])
+    return f"{named}{more}.\n{advice}The reasons are in the result of --json."
 
 
 def _csv_lines(rows: list[dict[str, Any]]) -> list[str]:

@@ -69,7 +69,7 @@ def read_intact(
     counts = source.train.labels.bincount(minlength=len(source.classes))
     if empty := [name for name, count in zip(source.classes, counts, strict=True) if not count]:
         raise InputError(
-            f"Every training image of the class {empty[0]!r} is damaged.\n"
+            f"No training image of the class {empty[0]!r} can be decoded.\n"
             "Put intact images into its folder, or remove the class."
         )
     note = [("Left out", _counted(left_out))] if left_out else []
@@ -108,7 +108,11 @@ def damaged_images(
 
 
 def _counted(left_out: LeftOut) -> str:
-    return f"{len(left_out):,} damaged image{'s' * (len(left_out) > 1)}: {_named(left_out, 3)}"
+    """Count and name images that are left out; a single one with the reason."""
+    if len(left_out) == 1:
+        ((name, reason),) = left_out.items()
+        return f"1 unreadable image: {name} ({reason})"
+    return f"{len(left_out):,} unreadable images: {_named(left_out, 3)}"
 
 
 def _named(files: LeftOut, most: int = SHOWN) -> str:

@@ -19,6 +19,22 @@ GPU_SHARE = 0.25
 """Share of the free memory of a GPU that decoded images may take."""
 
 
+class BatchTooLargeError(InputError):
+    """The training images do not fill one batch.
+
+    Attributes:
+        num_images: training images, after the split and the limit.
+        problem: the first line of the message, without a full stop.
+    """
+
+    def __init__(self, num_images: int, batch_size: int) -> None:
+        self.num_images = num_images
+        self.problem = (
+            f"{num_images} training images do not fill one batch of {batch_size} distinct images"
+        )
+        super().__init__(f"{self.problem}.\nLower batch_size to {num_images} or less.")
+
+
 def make_dataloaders(
     source: DataSource,
     *,
@@ -93,10 +109,7 @@ def _training_parts(
     train, valid = training_parts(source, valid_split)
     train = limit_images(train, limit)
     if len(train) < batch_size:
-        raise InputError(
-            f"{len(train)} training images do not fill one batch of {batch_size} distinct images.\n"
-            "Lower the batch size, or raise the limit or the number of repetitions."
-        )
+        raise BatchTooLargeError(len(train), batch_size)
     return train, valid
 
 

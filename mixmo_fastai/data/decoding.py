@@ -27,6 +27,9 @@ BATCH = 128
 _TURNED = range(2, 9)
 """EXIF orientations of images that are not upright; from 5 on, height and width are swapped."""
 
+_DAMAGE = ("data stream", "decoder error", "decoder object", "broken")
+"""Words of Pillow's errors about damaged data; about files that are cut off it says "truncated"."""
+
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 _Result = TypeVar("_Result")
@@ -173,7 +176,16 @@ def _explained(path: Path, error: Exception) -> tuple[str, str]:
         return ("the file is empty" if is_empty else known), replace
     if isinstance(error, OSError) and error.strerror:
         return error.strerror, replace
-    return str(error).partition("\n")[0] or type(error).__name__, replace
+    return _in_plain_words(str(error).partition("\n")[0] or type(error).__name__), replace
+
+
+def _in_plain_words(said: str) -> str:
+    """Return what an error of Pillow means, if it is one of the frequent ones."""
+    if "truncated" in said.lower():
+        return "the file is cut off, and its end is missing"
+    if any(words in said for words in _DAMAGE):
+        return f"the file is damaged ({said})"
+    return said
 
 
 def _upright_size(path: Path) -> tuple[int, int]:

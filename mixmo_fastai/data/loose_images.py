@@ -55,13 +55,14 @@ def decode_readable(
     Args:
         paths: the files.
         shape: (C, H, W), with 1 or 3 channels.
-        unreadable: filled with the reason for each file that cannot be read.
+        unreadable: filled with the message for each file that cannot be read: the reason on the
+            first line, then what to do.
     """
     for path in paths:
         try:
             yield path, decode_image(path, shape[1:], channels=shape[0])
         except InputError as error:
-            unreadable[path] = str(error).splitlines()[0]
+            unreadable[path] = str(error)
 
 
 def as_shape(images: Tensor, shape: Shape) -> Tensor:

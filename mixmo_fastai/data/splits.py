@@ -59,7 +59,7 @@ def split_validation(images: ImageSet, share: float | None) -> tuple[ImageSet, S
         the images that train and those that validate.
 
     Raises:
-        InputError: the share is out of range, or so small that it takes no image at all.
+        InputError: the share is out of range, or no class has two images.
     """
     if share is None:
         share = default_valid_split(len(images))
@@ -71,7 +71,12 @@ def split_validation(images: ImageSet, share: float | None) -> tuple[ImageSet, S
     num_valid = torch.minimum((sizes * share).round().clamp(min=1), sizes - 1)
     valid = ranks < num_valid
     if not valid.any():
-        raise InputError(f"valid_split={share} of {len(images)} images takes no image. Raise it.")
+        raise InputError(
+            f"No class has 2 training images or more, so that valid_split={share:g} takes none of "
+            f"the {len(images):,}.\n"
+            "Add images: a class needs 2 to train and validate, 3 if its test images are drawn.\n"
+            "Or train without a validation split: --valid-split 0."
+        )
     return Subset(images, (~valid).nonzero()[:, 0]), Subset(images, valid.nonzero()[:, 0])
 
 
