@@ -347,8 +347,7 @@ def describe_run(training: Training, run: RunFolder) -> None:
     if training.recipe.data.skip_damaged:
         run.write_left_out(training.source.left_out)
     run.write_data_facts(facts_of(training.source))
-    given = run.recipe()
-    if undecided(given) or given.data.valid_split != training.recipe.data.valid_split:
+    if run.recipe() != training.recipe:
         run.write_recipe(training.recipe)
 
 
