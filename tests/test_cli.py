@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 import mixmo_fastai
 from mixmo_fastai.checkpoints import store
 from mixmo_fastai.checkpoints.store import CheckpointStore
-from mixmo_fastai.cli import run
+from mixmo_fastai.cli import lr_find, run
 from mixmo_fastai.cli.progress import TrainingDisplay
 from mixmo_fastai.data.sources import SOURCES
+from mixmo_fastai.lr_search import LrSearch
 from mixmo_fastai.names import DATASETS
 from mixmo_fastai.recipe import load_recipe, recipe_names, to_mapping
 from mixmo_fastai.runs import create_run, open_run
@@ -259,6 +260,15 @@ def test_lr_find_advises_the_recipe_s_rate_on_a_flat_curve(folder, capsys):
     assert f"the recipe's learning rate, {rate:g}" in advice
     assert "--steps 120" in advice
     assert command.endswith(f"--lr {rate:g}")
+
+
+@pytest.mark.parametrize(("steps", "advised"), [(40, 120), (5000, 10_000), (10_000, None)])
+def test_lr_find_advises_no_more_steps_than_it_takes(steps, advised):
+    search = LrSearch([1e-4, 1e-3, 1e-2, 1e-1], [2.3] * 4, {})
+    remedy = lr_find._advice(search, 0.1, steps)[1]
+    assert remedy.startswith("Keep the recipe's learning rate, 0.1")
+    assert (f"--steps {advised}." in remedy) == (advised is not None)
+    assert ("--steps" in remedy) == (advised is not None)
 
 
 def test_recipes_are_listed_with_their_figures(capsys):

@@ -1,7 +1,7 @@
 """`mixmo lr-find`: suggest a learning rate."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -94,19 +94,7 @@ def lr_find(
     command = opt.fit_command(dataset, flags, kept)
     table = [("method", "rate", "meaning")]
     table += [(name, f"{r:.3g}", MEANINGS[name]) for name, r in search.suggestions.items()]
-    advice = [f"Advised learning rate: {rate:.2g} (the recipe has {resolved.lr:.2g})"]
-    if search.advised is None:
-        reason = "No learning rate stands out in so few steps."
-        if search.is_flat:
-            reason = (
-                f"The curve is too flat to trust: the smoothed loss goes from {search.start:.2f} "
-                f"to {search.lowest:.2f}; single steps vary by {search.noise:.2f}."
-            )
-        advice = [
-            reason,
-            f"Keep the recipe's learning rate, {rate:g}, or take more steps, as in --steps "
-            f"{3 * steps}.",
-        ]
+    advice = _advice(search, resolved.lr, steps)
     output.result(
         ["", *columns(table, left=(0, 2)), "", f"Curve: {picture}", *advice, f"  {command}"],
         {
@@ -122,6 +110,22 @@ def lr_find(
             "losses": search.losses,
         },
     )
+
+
+def _advice(search: Any, recipe_lr: float, steps: int) -> list[str]:
+    """Return the advised rate, or why there is none and what to do."""
+    if search.advised is not None:
+        return [f"Advised learning rate: {search.advised:.2g} (the recipe has {recipe_lr:.2g})"]
+    reason = "No learning rate stands out in so few steps."
+    if search.is_flat:
+        reason = (
+            f"The curve is too flat to trust: the smoothed loss goes from {search.start:.2f} to "
+            f"{search.lowest:.2f}; single steps vary by {search.noise:.2f}."
+        )
+    remedy = f"Keep the recipe's learning rate, {recipe_lr:g}"
+    if steps < MOST_STEPS:
+        remedy += f", or take more steps, as in --steps {min(3 * steps, MOST_STEPS)}"
+    return [reason, f"{remedy}."]
 
 
 MEANINGS = {
