@@ -6,7 +6,7 @@ Shapes: N images, M members of a run, R runs, K classes.
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -279,10 +279,7 @@ def open_finished(
     run.check_trained()
     keep_freed_memory()  # the figures of a large test set take half the time
     chosen = choose_device(device or recipe.train.device)
-    if source is None:
-        source = read_source(recipe, data_dir, run)
-        if trains_on_other_images(run, source):
-            source = replace(source, notes=(*source.notes, _CHANGED))
+    source = source or read_source(recipe, data_dir, run)
     (channels, *size), model = source.train.image_shape, recipe.model
     network = create_model(
         model.arch,
@@ -293,13 +290,6 @@ def open_finished(
     )
     place(network, chosen)
     return FinishedRun(run, recipe, source, chosen, network, fused)
-
-
-_CHANGED = (
-    "Changed",
-    "the training images are no longer those of the run: its validation split, and temperatures "
-    "fitted on it, may be of images that it was trained on",
-)
 
 
 def trains_on_other_images(run: RunFolder, source: DataSource) -> bool:

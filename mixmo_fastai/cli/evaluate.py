@@ -12,6 +12,12 @@ from mixmo_fastai.resolve import check_dataset
 from mixmo_fastai.runs import open_run
 from mixmo_fastai.wording import method_name
 
+CHANGED = (
+    "Changed",
+    "the training images are no longer those of the run: its validation split, and temperatures "
+    "fitted on it, may be of images that it was trained on",
+)
+
 
 def evaluate(
     run: Annotated[Path, typer.Argument(help="A run folder that `mixmo fit` made.")],
@@ -52,12 +58,17 @@ def evaluate(
         check_dataset(ood)
     opt.check_device(device)
 
-    from mixmo_fastai.assessment import evaluate_finished, open_finished
+    from mixmo_fastai.assessment import (
+        evaluate_finished,
+        open_finished,
+        trains_on_other_images,
+    )
 
     finished = open_finished(folder, data_dir, device, fused=fused)
     figures = evaluate_finished(finished, data_dir, ood=ood, corruptions=corruptions)
     output = Output(as_json=as_json)
-    notes = incompleteness_lines(finished.source.notes)
+    is_changed = trains_on_other_images(folder, finished.source)
+    notes = incompleteness_lines([*finished.source.notes, *([CHANGED] if is_changed else [])])
     if as_json:
         for line in notes:
             output.say(line)
