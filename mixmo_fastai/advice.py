@@ -6,14 +6,12 @@ The test set has no part in it.
 import math
 from collections.abc import Mapping, Sequence
 
-from mixmo_fastai.names import parse_architecture
 from mixmo_fastai.recipe import Recipe
 from mixmo_fastai.sizing import (
     ENOUGH_IMAGES_SEEN,
     ENOUGH_WIDTH,
     MOST_VIEWS,
-    PUBLISHED_ARCH,
-    is_too_narrow,
+    narrow_network,
     too_small_for_members,
 )
 
@@ -76,9 +74,8 @@ def _too_small(recipe: Recipe, images_seen: int) -> str:
         if epochs * recipe.mix.batch_repetitions > MOST_VIEWS:
             return f"{members} members need more training images than these: take --members 1"
         changes.append(f"--epochs {epochs}")
-    if is_too_narrow(recipe):
-        arch = parse_architecture(recipe.model.arch or PUBLISHED_ARCH)
-        changes.append(f"--arch wrn{arch.depth}_{ENOUGH_WIDTH}")
+    if narrow := narrow_network(recipe):
+        changes.append(f"--arch wrn{narrow.depth}_{ENOUGH_WIDTH}")
     return (
         f"Compare with --members 1, or train {members} members with {' '.join(changes)} "
         "(docs/recipes.md)"

@@ -61,13 +61,18 @@ class MixMoLoss(nn.Module):
     """
 
     checks_left = 0
-    average: Average | None = "values"
-    averages: tuple[Average, ...] = get_args(Average)  # that hold on all checked batches
+    averages: tuple[Average, ...] = get_args(Average)
+    """Ways of averaging that hold on all checked batches."""
 
     def __init__(self, base: Callable[..., Tensor] | None = None) -> None:
         super().__init__()
         self.base = reducible(nn.CrossEntropyLoss() if base is None else base)
         self.checks_left = 0 if is_known(self.base) else CHECKED_BATCHES
+
+    @property
+    def average(self) -> Average | None:
+        """How the base averages over its samples; None if it does not."""
+        return self.averages[0] if self.averages else None
 
     @property
     def reduction(self) -> str:
@@ -191,8 +196,7 @@ class MixMoLoss(nn.Module):
         values = values.as_subclass(Tensor)
         found = averages_of(whole, values.reshape(len(rows), -1)) if fits else []
         self.averages = tuple(average for average in self.averages if average in found)
-        self.average = self.averages[0] if self.averages else None
-        if self.average is None:
+        if not self.averages:
             self.checks_left = 0  # a batch on which it looks like an average proves nothing
 
     def _sum_of_members(

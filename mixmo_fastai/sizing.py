@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from mixmo_fastai.names import DATASETS, parse_architecture
+from mixmo_fastai.names import DATASETS, Architecture, parse_architecture
 from mixmo_fastai.recipe import Recipe
 
 
@@ -101,10 +101,10 @@ def decide(
     return replace(recipe, data=data, model=model, train=train)
 
 
-def is_too_narrow(recipe: Recipe) -> bool:
-    """Tell whether the network is a WideResNet of less than `ENOUGH_WIDTH`."""
+def narrow_network(recipe: Recipe) -> Architecture | None:
+    """Return the network if it is a WideResNet of less than `ENOUGH_WIDTH`, otherwise None."""
     parsed = parse_architecture(recipe.model.arch or PUBLISHED_ARCH)
-    return parsed.family == "wrn" and parsed.width < ENOUGH_WIDTH
+    return parsed if parsed.family == "wrn" and parsed.width < ENOUGH_WIDTH else None
 
 
 def too_small_for_members(recipe: Recipe, images_seen: int) -> str | None:
@@ -121,7 +121,6 @@ def too_small_for_members(recipe: Recipe, images_seen: int) -> str | None:
     lacks = []
     if images_seen < ENOUGH_IMAGES_SEEN:
         lacks.append(f"about {ENOUGH_IMAGES_SEEN:,} images seen (here {images_seen:,})")
-    if is_too_narrow(recipe):
-        width = parse_architecture(recipe.model.arch or PUBLISHED_ARCH).width
-        lacks.append(f"a width of {ENOUGH_WIDTH} (here {width})")
+    if narrow := narrow_network(recipe):
+        lacks.append(f"a width of {ENOUGH_WIDTH} (here {narrow.width})")
     return " and ".join(lacks) or None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from unicodedata import normalize
 
-from mixmo_fastai.data.layout import LAYOUT, WORDS, advise_form, role_of
+from mixmo_fastai.data.layout import LAYOUT, WORDS, advise_form, joined, role_of
 from mixmo_fastai.data.listing import (
     EMPTY_CLASS,
     OUTSIDE,
@@ -64,18 +64,12 @@ def list_part(
     if (folder / place / ANNOTATIONS).is_file() and (folder / place / "images").is_dir():
         return _annotated_part(folder, place)
     place, names, loose = _descend(folder, place, skipped, known)
-    prefix = _prefix(place)
     files: FilesByClass = {}
     for name in sorted(names, key=lambda name: (normalize("NFC", name), name)):
         below = images_below(folder / place / name, skipped, above=(folder, folder / place))
         own = files.setdefault(normalize("NFC", name), [])
-        own += [f"{prefix}{name}/{file}" for file in below]
-    return ListedPart(place, files, tuple(f"{prefix}{name}" for name in loose))
-
-
-def _prefix(place: str) -> str:
-    """Return what stands before the names of a part's files: nothing for the image folder."""
-    return "" if place == "." else f"{place}/"
+        own += [f"{joined(place, name)}/{file}" for file in below]
+    return ListedPart(place, files, tuple(joined(place, name) for name in loose))
 
 
 def _descend(
@@ -125,7 +119,7 @@ def training_files(folder: Path, part: ListedPart, skipped: Skipped) -> FilesByC
         raise InputError(f"{root} has only one class with images, {next(iter(files))!r}.\n{advice}")
     _skip_loose(part, skipped)
     for name in sorted(part.files.keys() - files.keys()):
-        skipped.add(EMPTY_CLASS, f"{_prefix(part.place)}{name}/")
+        skipped.add(EMPTY_CLASS, f"{joined(part.place, name)}/")
     return files
 
 
@@ -178,11 +172,11 @@ def labelled_files(part: ListedPart, classes: list[str], skipped: Skipped) -> Fi
     for name in sorted(part.files.keys() - set(classes)):
         if part.files[name]:
             raise InputError(
-                f"{_prefix(part.place)}{name}/ is not a class of the run, and has "
+                f"{joined(part.place, name)}/ is not a class of the run, and has "
                 f"{len(part.files[name]):,} images.\n"
                 "Move it elsewhere, or start a new run."
             )
-        skipped.add(EMPTY_CLASS, f"{_prefix(part.place)}{name}/")
+        skipped.add(EMPTY_CLASS, f"{joined(part.place, name)}/")
     return {name: part.files.get(name, []) for name in classes}
 
 

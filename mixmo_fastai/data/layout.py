@@ -64,7 +64,7 @@ def find_places(folder: Path) -> Places:
     elif not _is_class(root, folders, roles):
         _refuse_misspelt(root, folders, roles)
         others = tuple(f"{name}/" for name in folders if name not in roles.values())
-        parts = {role: _joined(inner, name) for role, name in roles.items()}
+        parts = {role: joined(inner, name) for role, name in roles.items()}
         return Places(parts["train"], parts.get("valid"), parts.get("test"), others)
     if not folders:
         holds = f"holds {count_images(len(images))} and no folders" if images else "is empty"
@@ -115,11 +115,12 @@ def _descend(folder: Path) -> tuple[str, list[str], list[str]]:
         below, loose = scan(folder / inner / folders[0], Skipped())
         if not below or loose:
             break
-        inner, folders, images = _joined(inner, folders[0]), below, loose
+        inner, folders, images = joined(inner, folders[0]), below, loose
     return inner, folders, images
 
 
-def _joined(outer: str, name: str) -> str:
+def joined(outer: str, name: str) -> str:
+    """Return the path of a folder below a place, which may be "." for the image folder."""
     return name or outer if outer == "." else f"{outer}/{name}".rstrip("/")
 
 
