@@ -131,7 +131,7 @@ def record_forward(
     if len(image_sizes) == 1:
         raise InputError(f"{name} does not accept images of {reasons[0]}.")
     raise InputError(
-        f"{name} could not be run on an image; at {reasons[0]}.\n"
+        f"{name} failed at all image sizes that were tried; at {reasons[0]}.\n"
         "Specify the size of its images: image_size=(height, width)."
     )
 

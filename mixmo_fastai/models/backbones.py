@@ -27,7 +27,7 @@ def build_backbone(
 
     Args:
         arch: an architecture of torchvision or timm.
-        num_classes: K; ignored for a pretrained network, which keeps the classes of its training.
+        num_classes: K; ignored if the pretrained weights include a classifier.
         image_size: height and width, for networks with a fixed input size; if None, the library's
             default.
         pretrained: whether to download the library's default pretrained weights.
@@ -98,7 +98,7 @@ def _image_size_settings(name: str, image_size: tuple[int, int] | None) -> dict[
     if height != width:
         raise InputError(
             f"{name} needs square images; got {height}x{width}.\n"
-            "Resize them: set data.image_size in a recipe, or change the data loaders' transforms."
+            "Set data.image_size in a recipe, or resize in the data loaders' transforms."
         )
     return {"image_size": height}
 

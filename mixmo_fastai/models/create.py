@@ -72,7 +72,7 @@ def create_model(
             f"There are no pretrained weights for {arch}.\n"
             "Leave pretrained out, or import a published checkpoint with `mixmo import`."
         )
-    with torch.random.fork_rng(devices=[]):  # `initialize` overwrites these weights
+    with torch.random.fork_rng(devices=[]):  # `initialize` draws all weights again
         stem, core, width = _build_published(parsed)
         encoders = [stem(in_channels) for _ in range(num_members)]
         heads = [nn.Linear(width, num_classes) for _ in range(num_members)]

@@ -43,20 +43,17 @@ class FusedNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute ensemble logits, or predictions with `output`: (B, C, H, W) -> (B, K)."""
-        logits = (
-            self._stacked_logits(x) if self.num_votes == 1 else self.member_logits(x).mean(dim=1)
-        )
-        output: nn.Module | None = getattr(
-            self, "output", None
-        )  # missing in pickles of version 0.1.0
+        logits = self._head_outputs(x) if self.num_votes == 1 else self.member_logits(x).mean(dim=1)
+        # Pickles of version 0.1.0 have no `output`.
+        output: nn.Module | None = getattr(self, "output", None)
         return logits if output is None else output(logits)
 
     def member_logits(self, x: Tensor) -> Tensor:
         """Compute the logits of each head: (B, C, H, W) -> (B, votes, K)."""
-        logits = self._stacked_logits(x)
+        logits = self._head_outputs(x)
         return logits.view(len(logits), self.num_votes, -1)
 
-    def _stacked_logits(self, x: Tensor) -> Tensor:
+    def _head_outputs(self, x: Tensor) -> Tensor:
         logits: Tensor = self.head(run_core(self.core, self.encoder(x), x))
         return logits
 

@@ -95,9 +95,8 @@ class MixMoModel(nn.Module):
 
     def predictions(self, logits: Tensor) -> Tensor:
         """Apply the `output` layer, if any, to member or ensemble logits (…, K)."""
-        output: nn.Module | None = getattr(
-            self, "output", None
-        )  # missing in pickles of version 0.1.0
+        # Pickles of version 0.1.0 have no `output`.
+        output: nn.Module | None = getattr(self, "output", None)
         return logits if output is None else output(logits)
 
     def member_logits(self, x: Tensor) -> Tensor:
@@ -132,9 +131,10 @@ class MixMoModel(nn.Module):
                 still return the logits of each member.
 
         Returns:
-            A new network (B, C, H, W) -> (B, K). If the model was converted, the network has its
-            original class; otherwise it is a `FusedNetwork` of one encoder, a copy of the core and
-            one head. With `keep_members` its `member_logits` returns (B, M, K).
+            A new network (B, C, H, W) -> (B, K): for a converted model, an instance of the
+            original class; otherwise a `FusedNetwork` of one encoder, a copy of the core and one
+            head. With `keep_members` always a `FusedNetwork`, whose `member_logits` returns
+            (B, M, K).
 
         Raises:
             InputError: an encoder is not a single convolution, a head is not a single linear
@@ -186,7 +186,10 @@ class MixMoModel(nn.Module):
 
 
 def first_difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
-    """Return the first tensor name that is missing, unexpected, or has another shape or dtype."""
+    """Return the name of the first tensor that differs, or None.
+
+    A tensor differs if it is missing, unexpected, or has another shape or dtype.
+    """
     wanted, actual = (
         {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
         for tensors in (expected, found)

@@ -87,14 +87,14 @@ def read_reference_checkpoint(path: Path) -> dict[str, Tensor]:
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's warnings for developers
+            warnings.simplefilter("ignore")  # warnings that torch addresses to developers
             stored = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise InputError(f"Cannot read {path}: {error.strerror or error}.") from error
     except Exception as error:  # an unpickler may raise anything on invalid content
         raise InputError(
             f"{path} is not a checkpoint that can be read safely: it is damaged, or contains code "
-            "or other objects than tensors.\n"
+            "or objects other than tensors.\n"
             "Pass a checkpoint of the published implementation that contains only tensors."
         ) from error
     tensors = stored.get(_STATE_KEY) if isinstance(stored, Mapping) else None
