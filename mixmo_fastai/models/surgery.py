@@ -1,8 +1,8 @@
 """Convert any network with a first convolution and a last linear layer into a MixMo network.
 
 The first convolution is replaced by M encoders and the last linear layer by M heads; all layers
-between them are the core. The converted network gives the outputs of the original, so the training
-of a pretrained network can continue.
+between them are the core. The converted network has the same outputs as the original, so the
+training of a pretrained network can continue.
 
 Shapes: B batch, M members, C image channels, H W image size, K classes.
 """
@@ -61,9 +61,9 @@ def convert_to_mixmo(
 
     Encoders are initialised as the first convolution divided by M, heads as copies of the last
     linear layer, with small random perturbations that break the symmetry between members. The
-    perturbations sum to zero over the members, so the converted network gives the outputs of the
-    original. This is checked on a copy on the CPU, in float32 or better; the network's hooks run
-    there too.
+    perturbations sum to zero over the members, so the converted network has the same outputs as
+    the original. This is checked on a copy on the CPU, in float32 or better; the network's hooks
+    run there too.
 
     Encoders and heads are trainable; other parameters that were frozen stay frozen.
 
@@ -250,7 +250,7 @@ def set_in_channels(model: MixMoModel, in_channels: int) -> MixMoModel:
 
     The weights of the original channels are redistributed over the new ones: a single channel gets
     their sum; with six channels instead of three, each original channel is used twice at half its
-    weight. So the outputs for images whose channels are all equal do not change.
+    weight. Outputs for images whose channels are all equal do not change.
 
     Args:
         model: from `convert_to_mixmo`.
