@@ -38,6 +38,13 @@ MSDA_KINDS = ("cutmix", "mixup")
 READOUTS = {"core": "mixmo_fastai.models.readout:core_pooling"}
 """How the heads read the core's maps; each name with the module and factory of its readout."""
 
+OPTIMIZERS = {
+    "sgd": "mixmo_fastai.optimizers:sgd",
+    "adamw": "mixmo_fastai.optimizers:adamw",
+    "muon": "mixmo_fastai.optimizers:muon",
+}
+"""Optimizers by name, each with the module and function that builds it."""
+
 SELECTIONS = ("last", "best")
 SCHEDULES = ("one-cycle", "flat-cosine", "published")
 LOADERS = ("auto", "resident", "streaming")

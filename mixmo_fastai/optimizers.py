@@ -1,43 +1,173 @@
-"""Optimizers of torch as fastai takes them."""
+"""Optimizers by name, as functions that build fastai optimizers.
 
-from collections.abc import Iterable
+A name is one of `names.OPTIMIZERS`, "torch/NAME" for any optimizer of torch.optim, or "fastai/NAME"
+for any of fastai.optimizer. To add one, write a function like those below and register it in
+`names.OPTIMIZERS`.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable
 from functools import partial
+from pkgutil import resolve_name
 from typing import Any
 
+import fastai.optimizer
 import torch
 from fastai.optimizer import OptimWrapper
 
+from mixmo_fastai.errors import InputError, nearest, unknown
+from mixmo_fastai.muon import Muon
+from mixmo_fastai.names import OPTIMIZERS
 
-def sgd(momentum: float = 0.9, nesterov: bool = True, weight_decay: float = 6e-4) -> partial[Any]:
-    """Give fastai the published optimizer: torch's SGD with Nesterov's momentum.
+OptimizerFactory = Callable[..., Any]
+"""Function of parameters and learning rate that returns a fastai optimizer."""
 
-    Its decay reaches all parameters, BatchNorm's included; fastai's own SGD spares those and has no
-    Nesterov.
+
+def build_optimizer_factory(name: str, weight_decay: float, **options: Any) -> OptimizerFactory:
+    """Return the function that builds an optimizer, for `opt_func` of a Learner.
+
+    Args:
+        name: see the module.
+        weight_decay: weight decay of all parameters, as the optimizer defines it.
+        options: keyword arguments of the optimizer, except for the learning rate.
+
+    Raises:
+        InputError: unknown name or option, or an optimizer that takes more than one forward pass
+            per step.
     """
-    return partial(
-        TorchOptimizer,
-        opt=_sgd,
-        momentum=momentum,
-        nesterov=nesterov,
-        weight_decay=weight_decay,
+    family, _, own = name.partition("/")
+    if name in OPTIMIZERS:
+        build = resolve_name(OPTIMIZERS[name])
+        _check_options(name, build, options)
+        return partial(build, weight_decay=weight_decay, **options)()
+    if family == "torch" and own:
+        return from_torch(_find_in_torch(own), weight_decay=weight_decay, **options)
+    if family == "fastai" and own:
+        build = _find_in_fastai(own)
+        _check_options(name, build, options)
+        return partial(build, wd=weight_decay, **options)
+    raise unknown("optimizer", name, [*OPTIMIZERS, "torch/NAME", "fastai/NAME"])
+
+
+def sgd(
+    momentum: float = 0.9, nesterov: bool = True, weight_decay: float = 6e-4
+) -> OptimizerFactory:
+    """Return the published optimizer: torch's SGD with Nesterov momentum.
+
+    Weight decay applies to all parameters, including those of BatchNorm; fastai's own SGD excludes
+    them and has no Nesterov momentum.
+    """
+    return from_torch(
+        torch.optim.SGD, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay
     )
 
 
-class TorchOptimizer(OptimWrapper):
-    """fastai's wrapper of an optimizer of torch, without the settings that torch leaves at None.
+def adamw(
+    betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.05
+) -> OptimizerFactory:
+    """Return torch's AdamW (Loshchilov, Hutter, ICLR 2019)."""
+    return from_torch(torch.optim.AdamW, betas=tuple(betas), eps=eps, weight_decay=weight_decay)
 
-    fastai's TensorBoardCallback takes every setting for a number.
+
+def muon(
+    momentum: float = 0.95, weight_decay: float = 0.01, adam_ratio: float = 0.15
+) -> OptimizerFactory:
+    """Return Muon for weights of two or more dimensions, and Adam for all others."""
+    return from_torch(Muon, momentum=momentum, weight_decay=weight_decay, adam_ratio=adam_ratio)
+
+
+class TorchOptimizer(OptimWrapper):
+    """fastai's wrapper of a torch optimizer, without the settings that torch leaves at None.
+
+    fastai's TensorBoardCallback requires every setting to be a number.
     """
 
     @property
     def hypers(self) -> list[dict[str, Any]]:
-        """Settings of each group of parameters."""
+        """Settings of each parameter group."""
         return [{k: v for k, v in own.items() if v is not None} for own in super().hypers]
 
 
-def _sgd(groups: Iterable[Any], **settings: Any) -> torch.optim.SGD:
-    """Make torch's optimizer, in one kernel for all parameters where they lie on a GPU."""
+def from_torch(kind: type[torch.optim.Optimizer], **settings: Any) -> OptimizerFactory:
+    """Return a function that builds a torch optimizer for fastai, fused on a GPU if it can be.
+
+    Raises:
+        InputError: unknown setting, or `step` of the optimizer requires a closure.
+    """
+    name = f"torch/{kind.__name__}"
+    closure = inspect.signature(kind.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise InputError(
+            f"The optimizer {name} needs a closure: it computes several forward passes per step, "
+            "and fastai computes one.\nUse an optimizer whose step() takes no arguments."
+        )
+    if "weight_decay" not in inspect.signature(kind).parameters:
+        if settings.pop("weight_decay", 0.0):
+            raise InputError(f"The optimizer {name} has no weight decay; set it to 0.")
+    _check_options(name, kind, settings)
+    return partial(TorchOptimizer, opt=partial(_build, kind), **settings)
+
+
+def _build(
+    kind: type[torch.optim.Optimizer], groups: Iterable[Any], **settings: Any
+) -> torch.optim.Optimizer:
     groups = [*groups]
     parameters = [p for g in groups for p in (g["params"] if isinstance(g, dict) else [g])]
-    on_gpu = all(p.is_cuda for p in parameters)
-    return torch.optim.SGD(groups, fused=True if on_gpu else None, **settings)
+    known = inspect.signature(kind).parameters
+    if "fused" in known and all(p.is_cuda for p in parameters):
+        settings["fused"] = True
+    try:
+        return kind(groups, **settings)
+    except (ValueError, TypeError) as error:
+        raise InputError(
+            f"The optimizer torch/{kind.__name__} refuses its settings: {error}."
+        ) from error
+
+
+def _find_in_torch(name: str) -> type[torch.optim.Optimizer]:
+    """Find a class of torch.optim by its name, in any case."""
+    known = {
+        key: value
+        for key, value in vars(torch.optim).items()
+        if inspect.isclass(value)
+        and issubclass(value, torch.optim.Optimizer)
+        and value is not torch.optim.Optimizer
+    }
+    return known[_match(name, known, "torch")]
+
+
+def _find_in_fastai(name: str) -> Callable[..., Any]:
+    """Find a function of fastai.optimizer that builds an optimizer."""
+    known = {
+        key: value
+        for key, value in vars(fastai.optimizer).items()
+        if inspect.isfunction(value)
+        and {"params", "lr", "wd"} <= inspect.signature(value).parameters.keys()
+    }
+    return known[_match(name, known, "fastai")]
+
+
+def _match(name: str, known: Iterable[str], library: str) -> str:
+    by_lower = {each.lower(): each for each in known}
+    if name.lower() not in by_lower:
+        guess = nearest(name, by_lower.values())
+        hint = f" Did you mean '{library}/{guess}'?" if guess else ""
+        names = ", ".join(sorted(by_lower.values()))
+        raise InputError(f"{library} has no optimizer {name!r}.{hint}\nAllowed: {names}.")
+    return by_lower[name.lower()]
+
+
+def _check_options(name: str, build: Callable[..., Any], options: Iterable[str]) -> None:
+    known = inspect.signature(build).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values()):
+        return
+    allowed = [each for each in known if each not in _SET_ELSEWHERE]
+    for option in options:
+        if option not in known:
+            raise InputError(
+                f"The optimizer {name} has no option {option!r}.\n"
+                f"Allowed: {', '.join(allowed) or 'none'}."
+            )
+
+
+_SET_ELSEWHERE = ("self", "params", "lr", "wd", "weight_decay")
