@@ -248,7 +248,7 @@ def mixmo(server, tmp_path):
 
 def keep_digits():
     """Keep the digits in memory; scikit-learn parses a compressed text file at each call."""
-    import sklearn.datasets as datasets
+    from sklearn import datasets
 
     datasets.load_digits = cache(datasets.load_digits)
     datasets.load_digits()
