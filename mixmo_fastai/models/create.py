@@ -25,6 +25,7 @@ def create_model(
     image_size: tuple[int, int] | None = None,
     generator: torch.Generator | None = None,
     pretrained: bool = False,
+    readout: str | nn.Module | None = None,
 ) -> MixMoModel:
     """Create a network by name, with the published initialisation or that of its library.
 
@@ -38,9 +39,11 @@ def create_model(
             transformers; if None, the library's default.
         generator: for the initial weights.
         pretrained: whether to load the library's pretrained weights; see `convert_to_mixmo`.
+        readout: how the heads read the core's maps; see `MixMoModel`.
 
     Raises:
-        InputError: the name or a number is invalid, or there are no pretrained weights.
+        InputError: the name or a number is invalid, there are no pretrained weights, or the network
+            has no maps for the readout.
     """
     if not isinstance(arch, str):
         raise InputError(
@@ -57,7 +60,7 @@ def create_model(
         )
         names = find_end_layers(backbone, image_size=image_size)
         independent = not pretrained
-        return convert_at_layers(
+        converted = convert_at_layers(
             backbone,
             names,
             MemberInit(
@@ -67,6 +70,8 @@ def create_model(
             in_channels=in_channels,
             generator=generator,
         )
+        converted.set_readout(readout)
+        return converted
     if pretrained:
         raise InputError(
             f"There are no pretrained weights for {arch}.\n"
@@ -76,7 +81,7 @@ def create_model(
         stem, core, width = _build_published(parsed)
         encoders = [stem(in_channels) for _ in range(num_members)]
         heads = [nn.Linear(width, num_classes) for _ in range(num_members)]
-    model = MixMoModel(encoders, core, heads)
+    model = MixMoModel(encoders, core, heads, readout=readout)
     initialize(model, generator)
     if parsed.family == "preact_resnet":
         for head in heads:

@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.models.backbone_core import BackboneCore
 from mixmo_fastai.models.fused import fuse_parts, run_core
+from mixmo_fastai.models.readout import build_readout, check_readout, embed
 
 
 class MixMoModel(nn.Module):
@@ -32,9 +33,12 @@ class MixMoModel(nn.Module):
         output: elementwise layer that turns logits into predictions, such as the `SigmoidRange` of
             fastai's `y_range`; None if the logits are the predictions. It is applied to the mean
             of the members' logits, so that `fuse` stays exact.
+        readout: name in `names.READOUTS`, or a module as in `models/readout.py` through which the
+            heads read the core's maps; None or "core" for the core's own pooling.
 
     Raises:
-        InputError: there are no encoders, or the numbers of encoders and heads differ.
+        InputError: there are no encoders, the numbers of encoders and heads differ, or the core has
+            no maps for the readout.
     """
 
     def __init__(
@@ -43,6 +47,7 @@ class MixMoModel(nn.Module):
         core: nn.Module,
         heads: Iterable[nn.Module],
         output: nn.Module | None = None,
+        readout: str | nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.encoders = nn.ModuleList(encoders)
@@ -54,9 +59,20 @@ class MixMoModel(nn.Module):
                 "MixMoModel needs one encoder and one head per member; "
                 f"got {len(self.encoders)} encoders and {len(self.heads)} heads."
             )
+        self.set_readout(readout)
         self._mask_shapes: dict[tuple[int, int], tuple[int, int, int]] = {}
         # (B, M, K), logits of the last batch in evaluation mode, for the members' metrics.
         self.latest_member_logits: Tensor | None = None
+
+    def set_readout(self, readout: str | nn.Module | None) -> None:
+        """Replace the readout; see the class.
+
+        Raises:
+            InputError: the name is unknown, or the core has no maps for the readout.
+        """
+        self.readout = build_readout(readout)
+        if self.readout is not None:
+            check_readout(self.readout, self.core)
 
     @property
     def num_members(self) -> int:
@@ -87,7 +103,8 @@ class MixMoModel(nn.Module):
             (B, M, K). If there is an `output` layer, it is applied to them.
         """
         if masks is not None:
-            return self.predictions(self._apply_core_and_heads(self._mix(inputs, masks), inputs))
+            features = self._mix(inputs, masks)
+            return self.predictions(self._apply_core_and_heads(features, inputs, masks))
         logits = self.member_logits(inputs)
         if not self.training:
             self.latest_member_logits = logits.detach()
@@ -140,6 +157,13 @@ class MixMoModel(nn.Module):
             InputError: an encoder is not a single convolution, a head is not a single linear
                 layer, or encoders or heads differ in more than their weights.
         """
+        readout: nn.Module | None = getattr(self, "readout", None)  # not in pickles of 0.1.0
+        if readout is not None and not getattr(readout, "is_fusable", False):
+            raise InputError(
+                f"fuse() cannot fuse a network with the readout {type(readout).__name__}, which "
+                "differs from the core's pooling at inference.\n"
+                "Set is_fusable on it if it does not."
+            )
         parts = [*self.encoders], self.core, [*self.heads], getattr(self, "output", None)
         return fuse_parts(*parts, keep_members=keep_members)
 
@@ -177,10 +201,20 @@ class MixMoModel(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "latest_member_logits": None}  # keep data out of pickles
 
-    def _apply_core_and_heads(self, features: Tensor, image: Tensor) -> Tensor:
+    def _apply_core_and_heads(
+        self, features: Tensor, image: Tensor, masks: Tensor | None = None
+    ) -> Tensor:
         """Compute member logits (B, M, K) from features (B, D, h, w) of images (…, H, W)."""
-        embedding = run_core(self.core, features, image)
-        logits = torch.stack([head(embedding) for head in self.heads], dim=1)
+        readout: nn.Module | None = getattr(self, "readout", None)  # not in pickles of 0.1.0
+        if readout is None:
+            embedding = run_core(self.core, features, image)
+        else:
+            embedding = embed(readout, self.core, features, masks)
+        if embedding.ndim == 2:
+            logits = torch.stack([head(embedding) for head in self.heads], dim=1)
+        else:  # (B, M, F), one embedding per head
+            own = embedding.unbind(dim=1)
+            logits = torch.stack([h(e) for h, e in zip(self.heads, own, strict=True)], dim=1)
         # In half precision, averaged logits of different classes would often be equal.
         return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 

@@ -8,6 +8,8 @@ published MixMo networks: the first convolution has stride 2, the input of the s
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixmo_fastai.models.readout import average
+
 
 class PreActBlock(nn.Module):
     """BN-ReLU-conv with the stride, BN-ReLU-conv, plus the shortcut."""
@@ -47,8 +49,13 @@ class PreActResNetCore(nn.Module):
         )
         self.out_features = widths[4]
 
+    def maps(self, features: Tensor) -> Tensor:
+        """Compute feature maps before pooling: (B, 64, h, w) -> (B, 512w, h/8, w/8)."""
+        maps: Tensor = self.groups(features)
+        return maps
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.adaptive_avg_pool2d(self.groups(x), 1).flatten(1)
+        return average(self.maps(x))
 
 
 STEM_CHANNELS = 64

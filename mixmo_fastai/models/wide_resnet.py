@@ -9,6 +9,8 @@ shortcut is a convolution of the block's raw input.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixmo_fastai.models.readout import average
+
 
 class WideBlock(nn.Module):
     """BN-ReLU-conv, BN-ReLU-conv with the stride, plus the shortcut."""
@@ -60,9 +62,12 @@ class WideResNetCore(nn.Module):
         self.bn = nn.BatchNorm2d(widths[3])
         self.out_features = widths[3]
 
+    def maps(self, features: Tensor) -> Tensor:
+        """Compute feature maps before pooling: (B, 16, h, w) -> (B, 64k, h/4, w/4)."""
+        return F.relu(self.bn(self.groups(features)))
+
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn(self.groups(x)))
-        return F.adaptive_avg_pool2d(x, 1).flatten(1)
+        return average(self.maps(x))
 
 
 STEM_CHANNELS = 16
