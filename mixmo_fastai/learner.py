@@ -36,7 +36,7 @@ from mixmo_fastai.metrics import MemberAccuracy
 from mixmo_fastai.mixing import Region, check_kind
 from mixmo_fastai.models import MixMoModel
 from mixmo_fastai.models.ghost_norm import use_ghost_batches
-from mixmo_fastai.optimizers import sgd
+from mixmo_fastai.optimizers import optimizer_from_recipe, sgd
 from mixmo_fastai.parameter_groups import body_and_heads, convert_optimizer, converted_splitter
 from mixmo_fastai.randomness import fresh_seed, make_generator
 from mixmo_fastai.recipe import Recipe
@@ -232,7 +232,6 @@ def learner_from_recipe(
         kwargs: of fastai's `Learner`.
     """
     mix = recipe.mix
-    optimizer = recipe.optimizer
     averaging = [EMACallback(recipe.train.ema_decay)] if recipe.train.ema_decay else []
     kwargs["cbs"] = [*averaging, *kwargs.get("cbs", ())]
     kwargs.setdefault("splitter", trainable_params)  # one group, and so in every checkpoint
@@ -255,7 +254,7 @@ def learner_from_recipe(
         mask_options=mix.options,
         seed=recipe.train.seed,
         lr=recipe.lr,
-        opt_func=sgd(optimizer.momentum, optimizer.nesterov, optimizer.weight_decay),
+        opt_func=optimizer_from_recipe(recipe.optimizer),
         **kwargs,
     )
 

@@ -18,6 +18,7 @@ from fastai.optimizer import OptimWrapper
 from mixmo_fastai.errors import InputError, nearest, unknown
 from mixmo_fastai.muon import Muon
 from mixmo_fastai.names import OPTIMIZERS
+from mixmo_fastai.recipe import Optimizer
 
 OptimizerFactory = Callable[..., Any]
 """Function of parameters and learning rate that returns a fastai optimizer."""
@@ -47,6 +48,18 @@ def build_optimizer_factory(name: str, weight_decay: float, **options: Any) -> O
         _check_options(name, build, options)
         return partial(build, wd=weight_decay, **options)
     raise unknown("optimizer", name, [*OPTIMIZERS, "torch/NAME", "fastai/NAME"])
+
+
+def optimizer_from_recipe(optimizer: Optimizer) -> OptimizerFactory:
+    """Return the function that builds the optimizer of a recipe.
+
+    Raises:
+        InputError: as for `build_optimizer_factory`.
+    """
+    options = dict(optimizer.options)
+    if optimizer.name == "sgd":
+        options = {"momentum": optimizer.momentum, "nesterov": optimizer.nesterov}
+    return build_optimizer_factory(optimizer.name, optimizer.weight_decay, **options)
 
 
 def sgd(
@@ -99,11 +112,11 @@ def from_torch(kind: type[torch.optim.Optimizer], **settings: Any) -> OptimizerF
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise InputError(
             f"The optimizer {name} needs a closure: it computes several forward passes per step, "
-            "and fastai computes one.\nUse an optimizer whose step() takes no arguments."
+            "while fastai computes one.\nUse an optimizer whose step() needs no closure."
         )
-    if "weight_decay" not in inspect.signature(kind).parameters:
-        if settings.pop("weight_decay", 0.0):
-            raise InputError(f"The optimizer {name} has no weight decay; set it to 0.")
+    has_decay = "weight_decay" in inspect.signature(kind).parameters
+    if not has_decay and settings.pop("weight_decay", 0.0):
+        raise InputError(f"The optimizer {name} has no weight decay; set it to 0.")
     _check_options(name, kind, settings)
     return partial(TorchOptimizer, opt=partial(_build, kind), **settings)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mixmo_fastai.errors import InputError, nearest
+from mixmo_fastai.errors import InputError, nearest, unknown
 from mixmo_fastai.names import (
     COMPILE,
     COW_DEFAULTS,
@@ -23,6 +23,7 @@ from mixmo_fastai.names import (
     MASK_OPTIONS,
     MEMORY_FORMATS,
     MSDA_KINDS,
+    OPTIMIZERS,
     PRECISIONS,
     SCHEDULES,
     SELECTIONS,
@@ -34,6 +35,7 @@ from mixmo_fastai.settings import (
     choice,
     number,
     parse_value,
+    table,
     to_mapping,
     to_toml,
 )
@@ -193,22 +195,29 @@ class Train:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """Settings of SGD.
+    """The optimizer.
 
     Attributes:
+        name: one of `names.OPTIMIZERS`, or "torch/NAME" or "fastai/NAME" for an optimizer of
+            torch.optim or fastai.optimizer.
         base_lr: published learning rate, for a batch of 64 without repetition.
-        lr: replaces the rate derived from base_lr; for one-cycle, the peak rate.
-        momentum: momentum of all schedules except one-cycle, which uses `schedule.momentums`.
-        nesterov: whether to use Nesterov momentum.
+        lr: replaces the rate derived from base_lr, which is for SGD only; for one-cycle, the peak
+            rate.
+        momentum: momentum of SGD in all schedules except one-cycle, which uses
+            `schedule.momentums`.
+        nesterov: whether SGD uses Nesterov momentum.
         weight_decay: applied to all parameters, including BatchNorm's, as published: 3e-4 · Σ W² in
             the loss has the gradient 6e-4 · W.
+        options: further keyword arguments of an optimizer other than SGD, such as betas.
     """
 
+    name: str = "sgd"
     base_lr: float = number(0.05, 0, 1e30, open_low=True)
     lr: float | None = number(None, 0, 1e30, open_low=True)
     momentum: float = number(0.9, 0, 1)
     nesterov: bool = True
     weight_decay: float = number(6e-4, 0, 1e30)
+    options: dict[str, Any] = table()
 
 
 @dataclass(frozen=True)
@@ -417,6 +426,7 @@ def _check_consistency(recipe: Recipe, where: str) -> None:
     _check_mixing(recipe, where)
     _check_data_and_network(recipe, where)
     _check_schedule(recipe, where)
+    _check_optimizer(recipe.optimizer, where)
 
 
 def _check_mixing(recipe: Recipe, where: str) -> None:
@@ -488,8 +498,34 @@ def _check_schedule(recipe: Recipe, where: str) -> None:
             f"{where}: schedule.milestones is {recipe.schedule.milestones}; it must be sorted in "
             "ascending order."
         )
-    if recipe.optimizer.nesterov and recipe.optimizer.momentum == 0:
+
+
+def _check_optimizer(optimizer: Optimizer, where: str) -> None:
+    name, default = optimizer.name, Optimizer()
+    family, _, own = name.partition("/")
+    if name not in OPTIMIZERS and not (family in ("torch", "fastai") and own):
+        error = unknown("optimizer", name, [*OPTIMIZERS, "torch/NAME", "fastai/NAME"])
+        raise InputError(f"{where}: optimizer.name: {error}")
+    if name == "sgd":
+        if optimizer.options:
+            raise InputError(
+                f"{where}: optimizer.options is for optimizers other than sgd.\n"
+                "Use optimizer.momentum, optimizer.nesterov and optimizer.weight_decay."
+            )
+        if optimizer.nesterov and optimizer.momentum == 0:
+            raise InputError(
+                f"{where}: optimizer.nesterov=true needs optimizer.momentum above 0; got 0.\n"
+                "Increase optimizer.momentum, or use optimizer.nesterov=false."
+            )
+        return
+    if optimizer.lr is None:
         raise InputError(
-            f"{where}: optimizer.nesterov=true needs optimizer.momentum above 0; got 0.\n"
-            "Increase optimizer.momentum, or use optimizer.nesterov=false."
+            f"{where}: optimizer.name={name!r} needs optimizer.lr (--lr); the default learning "
+            "rate is for sgd.\n`mixmo lr-find` suggests one."
         )
+    for key in ("momentum", "nesterov"):
+        if getattr(optimizer, key) != getattr(default, key):
+            raise InputError(
+                f"{where}: optimizer.{key} is a setting of sgd; got optimizer.name={name!r}.\n"
+                f"Use optimizer.options.{key} if {name} has it."
+            )

@@ -42,6 +42,11 @@ def choice(default: str, choices: Iterable[str]) -> Any:
     return field(default=default, metadata={"choices": tuple(choices)})
 
 
+def table() -> Any:
+    """Declare a field for a table of values that are checked elsewhere."""
+    return field(default_factory=dict)
+
+
 def build(kind: type, values: Mapping[str, Any], where: str) -> Any:
     """Build settings from nested values, checking every key, type and range.
 
@@ -132,6 +137,9 @@ def _with_type(value: Any, hint: Any, label: str) -> Any:
         if typing.get_origin(kind) is tuple:
             if isinstance(value, list | tuple) and all(_is_number(v) for v in value):
                 return tuple(_as_float(v) for v in value)
+        elif typing.get_origin(kind) is dict:
+            if isinstance(value, Mapping) and all(map(_is_plain, value.values())):
+                return dict(value)
         elif kind is float and _is_number(value):
             return _as_float(value)
         elif kind is str and isinstance(value, str):
@@ -139,12 +147,25 @@ def _with_type(value: Any, hint: Any, label: str) -> Any:
         elif kind is not float and type(value) is kind:
             return value
     expected = " or ".join(
-        _TYPE_NAMES.get(k, "a list of numbers") for k in kinds if k is not type(None)
+        _TYPE_NAMES.get(typing.get_origin(k) or k, "?") for k in kinds if k is not type(None)
     )
     raise InputError(f"{label} is {_format(value)}; it must be {expected}.")
 
 
-_TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+_TYPE_NAMES = {
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+    tuple: "a list of numbers",
+    dict: "a table of numbers, strings and lists of numbers",
+}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_number, value))
+    return isinstance(value, bool | str) or _is_number(value)
 
 
 def _is_number(value: Any) -> bool:
@@ -219,6 +240,10 @@ def _toml_value(value: Any) -> str:
         return '"' + "".join(_TOML_ESCAPES.get(c, c) for c in value) + '"'
     if isinstance(value, tuple | list):
         return f"[{', '.join(_toml_value(v) for v in value)}]"
+    if isinstance(value, Mapping):
+        return (
+            f"{{ {', '.join(f'{_toml_value(k)} = {_toml_value(v)}' for k, v in value.items())} }}"
+        )
     return repr(value)
 
 
