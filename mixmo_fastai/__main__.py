@@ -1,4 +1,4 @@
-"""`python -m mixmo_fastai` is `mixmo`."""
+"""Run the command line with `python -m mixmo_fastai`."""
 
 from mixmo_fastai.cli import main
 
