@@ -1,3 +1,4 @@
+import gc
 import os
 
 import pytest
@@ -14,6 +15,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the programs that tests star
 def pytest_runtestloop(session):
     """Make warnings errors while tests run, but not while pytest, plugins and libraries load."""
     filters = session.config.getini("filterwarnings")
+    gc.collect()
+    gc.freeze()
     configured = [*filters]
     filters.insert(0, "error")  # first, so that the filters of pyproject.toml, -W and tests prevail
     try:

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.slow
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 SMALL = {
-    "input_pipeline.py": "--batches 2 --repeats 1",
+    "input_pipeline.py": "--batches 2 --other-batches 2 --images 2000 --repeats 1 --pause 0",
     "training_step.py": "--arch wrn10_1 --batch-size 4 --repeats 1",
     "inference.py": "--arch wrn10_1 --batch-size 4 --repeats 1",
     "memory.py": "--arch wrn10_1 --batch-size 4",

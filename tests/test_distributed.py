@@ -310,7 +310,7 @@ from mixmo_fastai import files
 class Disk:
     def __getattr__(self, name):
         own = getattr(os, name)
-        return (lambda *args: (time.sleep(0.2), own(*args))[1]) if name == "fsync" else own
+        return (lambda *args: (time.sleep(0.1), own(*args))[1]) if name == "fsync" else own
 files.os = Disk()
 """
     run = tmp_path / "run"
