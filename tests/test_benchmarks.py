@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from processes import PATIENCE
+from processes import FORK_INSTEAD, PATIENCE
 
 pytestmark = pytest.mark.slow
 
@@ -35,8 +35,9 @@ def test_every_benchmark_is_run():
 def benchmark(mixmo):
     """A function that runs a benchmark; it gives the exit code and what was printed."""
 
-    def run(name, words, out, **how):
-        command = mixmo(*words.split(), "--out", out, script=BENCHMARKS / name, **how)
+    def run(name, words, out, prelude=""):
+        prelude = FORK_INSTEAD + prelude
+        command = mixmo(*words.split(), "--out", out, script=BENCHMARKS / name, prelude=prelude)
         return command.wait(patience=5 * PATIENCE), command.said
 
     return run

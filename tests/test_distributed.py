@@ -310,11 +310,11 @@ from mixmo_fastai import files
 class Disk:
     def __getattr__(self, name):
         own = getattr(os, name)
-        return (lambda *args: (time.sleep(0.1), own(*args))[1]) if name == "fsync" else own
+        return (lambda *args: (time.sleep(0.2), own(*args))[1]) if name == "fsync" else own
 files.os = Disk()
 """
     run = tmp_path / "run"
-    all_done(together(*FIT, run, "--epochs", "6", prelude=slow))
+    all_done(together(*FIT, run, "--epochs", "5", prelude=slow))
     newest = CheckpointStore(run / "checkpoint").newest()
     assert newest.path.name == "save-000002"  # the first, and the last
 
