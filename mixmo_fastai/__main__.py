@@ -1,4 +1,4 @@
-"""Run the command line with `python -m mixmo_fastai`."""
+"""`python -m mixmo_fastai` is `mixmo`."""
 
 from mixmo_fastai.cli import main
 
