@@ -292,7 +292,7 @@ def _exit_as(program):
     except SystemExit as leaving:
         code = leaving.code
         if isinstance(code, str):
-            print(code, file=sys.stderr)
+            sys.stderr.write(code + "\n")
         code = code if isinstance(code, int) else int(code is not None)
     except BaseException:
         traceback.print_exc()
