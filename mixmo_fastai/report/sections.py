@@ -199,7 +199,7 @@ def _confusion_section(findings: Findings) -> Section:
 
 def _filter_section(findings: Findings) -> Section:
     use = findings.uses[0]
-    shares = torch.stack([each.shares for each in findings.uses]).mean(dim=0)
+    shares = torch.stack([each.fractions for each in findings.uses]).mean(dim=0)
     details = Table(
         "Convolutions by name",
         ("", "Module", *(f"> {round_percent(t)}" for t in use.thresholds)),
