@@ -9,7 +9,7 @@ import math
 import os
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,6 @@ from mixmo_fastai.settings import (
     choice,
     number,
     parse_value,
-    table,
     to_mapping,
     to_toml,
 )
@@ -217,7 +216,7 @@ class Optimizer:
     momentum: float = number(0.9, 0, 1)
     nesterov: bool = True
     weight_decay: float = number(6e-4, 0, 1e30)
-    options: dict[str, Any] = table()
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -42,11 +42,6 @@ def choice(default: str, choices: Iterable[str]) -> Any:
     return field(default=default, metadata={"choices": tuple(choices)})
 
 
-def table() -> Any:
-    """Declare a field for a table of values that are checked elsewhere."""
-    return field(default_factory=dict)
-
-
 def build(kind: type, values: Mapping[str, Any], where: str) -> Any:
     """Build settings from nested values, checking every key, type and range.
 

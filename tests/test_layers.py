@@ -54,6 +54,7 @@ LAYERS = {
     "epochs": FASTAI,
     "learner_checks": FASTAI,
     "metrics": FASTAI,
+    "muon": MATHEMATICS,
     "optimizers": FASTAI,
     "parameter_groups": FASTAI,
     "preview": FASTAI,

@@ -313,3 +313,41 @@ def test_any_text_and_number_survive_the_file(title, lr):
     recipe = recipe_from_mapping({"title": title, "optimizer": {"lr": lr}}, "here")
     assert (recipe.title, recipe.lr) == (title, lr)
     assert recipe_from_mapping(tomllib.loads(to_toml(recipe)), "again") == recipe
+
+
+class TestOptimizers:
+    """`[optimizer]` with a name and options."""
+
+    def changed(self, *assignments):
+        return override(Recipe(), [f"optimizer.{each}" for each in assignments])
+
+    def test_name_and_options_survive_a_file(self):
+        recipe = self.changed(
+            "name=adamw", "lr=0.002", "options.betas=[0.9, 0.95]", "options.eps=1e-6"
+        )
+        assert recipe.optimizer.options == {"betas": [0.9, 0.95], "eps": 1e-6}
+        assert recipe_from_mapping(tomllib.loads(to_toml(recipe)), "it") == recipe
+
+    def test_the_default_is_written_and_read(self):
+        assert recipe_from_mapping(tomllib.loads(to_toml(Recipe())), "it") == Recipe()
+
+    @pytest.mark.parametrize("name", ["torch/RAdam", "fastai/ranger"])
+    def test_names_of_libraries(self, name):
+        assert self.changed(f"name={name}", "lr=0.001").optimizer.name == name
+
+    @pytest.mark.parametrize(
+        ("assignments", "message"),
+        [
+            (["name=adam", "lr=1"], "optimizer.name: Unknown optimizer 'adam'"),
+            (["name=torch/", "lr=1"], "Unknown optimizer 'torch/'"),
+            (["name=adamw"], r"'adamw' needs optimizer.lr \(--lr\)"),
+            (["name=adamw", "lr=1", "momentum=0.8"], "optimizer.momentum is a setting of sgd"),
+            (["name=adamw", "lr=1", "nesterov=false"], "optimizer.nesterov is a setting of sgd"),
+            (["options.eps=1"], "options is for optimizers other than sgd"),
+            (["name=adamw", "lr=1", "options=3"], "is a section"),
+            (["name=adamw", "lr=1", "options.a={b=1}"], "table of numbers"),
+        ],
+    )
+    def test_bad_settings_are_refused(self, assignments, message):
+        with pytest.raises(InputError, match=message):
+            self.changed(*assignments)
