@@ -364,7 +364,7 @@ def test_what_the_first_is_refused_the_others_tell_as_well(together, mixmo, tmp_
         commands = together(*FIT, run, prelude=late)
     assert [command.wait() for command in commands] == [2, 2] if what == "folder" else True
     for command in commands if what == "folder" else commands[:1]:
-        ended(command, 2, "not empty" if what == "folder" else "is being trained by")
+        ended(command, 2, "not empty" if what == "folder" else "is in use")
 
 
 def test_a_launcher_that_says_too_little(mixmo, tmp_path):
