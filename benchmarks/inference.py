@@ -34,7 +34,7 @@ def subjects_of(setup):
     vanilla, members = setup.but(num_members=1), setup.but(num_members=2).model()
     networks = {
         VANILLA: vanilla.model(),
-        FUSED: setup.path.place(members.eval().fuse()),
+        FUSED: setup.path.move_to_device(members.eval().fuse()),
         MEMBERS: members,
         ENSEMBLE: Ensemble(vanilla.model(), vanilla.model()),
     }

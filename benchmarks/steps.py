@@ -65,7 +65,7 @@ class Setup:
         """Make the network, where it trains."""
         model = create_model(self.arch, CLASSES, self.num_members)
         use_ghost_batches(model, self.ghost_batch_size)
-        return self.path.place(model)
+        return self.path.move_to_device(model)
 
     def batch(self) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
         """Make a batch as the callback leaves it: inputs, masks; targets, weights."""
@@ -138,7 +138,7 @@ class Setup:
             cbs=[*more_cbs, _TrainingAlone()],
             **settings,
         )
-        self.path.place(learn.model)
+        self.path.move_to_device(learn.model)
         return learn
 
 

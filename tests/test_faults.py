@@ -270,7 +270,7 @@ def test_a_worker_that_is_killed(mixmo, tmp_path, whole, moment):
     command.until(command.others)
     os.kill(command.others()[0], signal.SIGKILL)
     began = time.monotonic()
-    ended(command, 1, "which read images", "--resume")
+    ended(command, 1, "Data loader worker", "--resume")
     assert time.monotonic() - began < 10
     assert not command.others()
     resumed(mixmo, run, whole(*many_steps))
