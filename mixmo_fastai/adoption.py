@@ -12,7 +12,7 @@ from torch import nn
 
 from mixmo_fastai.errors import InputError, check_count
 from mixmo_fastai.models import MixMoModel, create_model
-from mixmo_fastai.models.surgery import Members, convert_between, find_ends
+from mixmo_fastai.models.surgery import MemberInit, convert_at_layers, find_end_layers
 from mixmo_fastai.names import TORCHVISION_NETWORKS
 
 
@@ -95,17 +95,19 @@ def as_mixmo(
     if isinstance(arch, MixMoModel):
         _check_fits(arch, wanted)
         return arch
-    names = find_ends(arch, image_size=wanted.image_size, in_channels=wanted.image_shape[0])
+    names = find_end_layers(arch, image_size=wanted.image_size, in_channels=wanted.image_shape[0])
     apart = [_differ(arch, twin, name) for name in (names.first, names.last)]
     if wanted.independent is not None:
         apart = [wanted.independent] * 2
-    converted = convert_between(
+    converted = convert_at_layers(
         arch,
         names,
-        Members(wanted.members_of(arch), encoders_apart=apart[0], heads_apart=apart[1]),
+        MemberInit(
+            wanted.members_of(arch), independent_encoders=apart[0], independent_heads=apart[1]
+        ),
         num_classes=wanted.num_classes,
         in_channels=wanted.image_shape[0],
-        thaw=wanted.thaw,
+        unfreeze=wanted.thaw,
         generator=generator,
     )
     return converted.requires_grad_() if wanted.thaw else converted

@@ -27,7 +27,7 @@ from mixmo_fastai.data.loaders import BatchLoader
 from mixmo_fastai.data.loose_images import PixelLoader, as_shape, decode_readable, find_images
 from mixmo_fastai.data.sources import load_source
 from mixmo_fastai.data.splits import training_parts
-from mixmo_fastai.detection import detection_figures
+from mixmo_fastai.detection import detection_metrics
 from mixmo_fastai.devices import choose_device, keep_freed_memory, move_to_device
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.evaluation import LabelledLogits, collect_member_logits, evaluate_parts
@@ -65,7 +65,7 @@ def evaluate_run(
 
     Returns:
         the figures, as `evaluation.evaluate_parts` gives them; with `ood` what
-        `detection.detection_figures` says of it; with `corruptions` accuracy, nll and ece per type,
+        `detection.detection_metrics` says of it; with `corruptions` accuracy, nll and ece per type,
         as means over the severities and per severity, and the means cA, cNLL and cECE over the
         types.
 
@@ -92,7 +92,7 @@ def evaluate_finished(
     validation, test, *others = finished.logits([*finished.loaders(), *strange])
     figures = evaluate_parts(validation, test)
     for logits, _ in others:
-        detected = detection_figures((test or validation)[0], logits)
+        detected = detection_metrics((test or validation)[0], logits)
         figures["ood"] = {"dataset": ood, "num_images": len(logits), **detected}
     if corruptions is not None:
         figures["corruptions"] = evaluate_corruptions(finished, corruptions)

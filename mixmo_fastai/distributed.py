@@ -37,7 +37,7 @@ def _sum_names(metric: Any) -> tuple[str, str]:
     if isinstance(metric, AvgMetric | AvgLoss):
         return "total", "count"
     if isinstance(metric, MemberAccuracy):
-        return "num_right", "num_seen"
+        return "num_correct", "num_seen"
     raise InputError(
         f"The metric {metric.name!r} cannot be summed over processes.\n"
         "Use AvgMetric, AvgLoss or MemberAccuracy, or train in one process."

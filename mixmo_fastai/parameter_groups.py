@@ -24,7 +24,7 @@ def body_and_heads(model: MixMoModel) -> list[list[nn.Parameter]]:
     its last layer, such as the head of fastai's `vision_learner`.
     """
     core = model.core
-    around = core.around_the_head() if isinstance(core, BackboneCore) else None
+    around = core.head_block() if isinstance(core, BackboneCore) else None
     late = [] if around is None else params(around)
     taken = {id(parameter) for parameter in late}
     body = [p for p in (*params(model.encoders), *params(core)) if id(p) not in taken]
@@ -49,7 +49,7 @@ class ConvertedGroups:
         core = getattr(model, "core", None)
         if not isinstance(model, MixMoModel) or not isinstance(core, BackboneCore):
             return self.splitter(model)  # another network, such as what `fuse` made
-        with core.filled(model.encoders[0], model.heads[0]) as network:
+        with core.restored(model.encoders[0], model.heads[0]) as network:
             groups = self.splitter(network)
             groups = [*groups]  # some are made on demand
         matching: dict[int, list[nn.Parameter]] = {}

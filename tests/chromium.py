@@ -1,7 +1,9 @@
 """A real Chromium, without a screen, for pages that the project makes."""
 
+import atexit
 import json
 import shutil
+from functools import cache
 
 import pytest
 
@@ -21,8 +23,24 @@ needs_chromium = pytest.mark.skipif(
 )
 
 
+@cache
+def _driver():
+    """Start the browser that all pages share, one after the other."""
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    for flag in FLAGS:
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    atexit.register(driver.quit)
+    return driver
+
+
 class Page:
-    """A page in a browser of its own; use it in a `with` statement.
+    """A page in a new tab; use it in a `with` statement, one at a time.
 
     Args:
         path: of the HTML file.
@@ -34,15 +52,11 @@ class Page:
         self.path, self.width, self.scheme = path, width, scheme
 
     def __enter__(self):
-        from selenium import webdriver
-        from selenium.webdriver.chrome.service import Service
-
-        options = webdriver.ChromeOptions()
-        options.binary_location = BROWSER
-        for flag in FLAGS:
-            options.add_argument(flag)
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-        self.driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+        self.driver = _driver()
+        self.first_tab = self.driver.current_window_handle
+        self.driver.switch_to.new_window("tab")
+        for log in ("browser", "performance"):
+            self.driver.get_log(log)  # discards the entries of the page before
         self.tell(
             "Emulation.setDeviceMetricsOverride",
             width=self.width,
@@ -55,7 +69,8 @@ class Page:
         return self
 
     def __exit__(self, *_):
-        self.driver.quit()
+        self.driver.close()
+        self.driver.switch_to.window(self.first_tab)
 
     def tell(self, command, **arguments):
         return self.driver.execute_cdp_cmd(command, arguments)

@@ -1,8 +1,9 @@
+import gc
 import os
 
 import pytest
 import torch
-from processes import mixmo, server
+from processes import keep_digits, mixmo, server
 
 __all__ = ["mixmo", "server"]
 
@@ -14,6 +15,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the programs that tests star
 def pytest_runtestloop(session):
     """Make warnings errors while tests run, but not while pytest, plugins and libraries load."""
     filters = session.config.getini("filterwarnings")
+    gc.collect()
+    gc.freeze()  # or each collection would look through all that was imported
+    keep_digits()
     configured = [*filters]
     filters.insert(0, "error")  # first, so that the filters of pyproject.toml, -W and tests prevail
     try:

@@ -1,10 +1,12 @@
-"""Whole commands in processes of their own, quickly: forked from one that has imported everything.
+"""Run whole commands in separate processes, forked from a server that has imported everything.
 
-A server imports torch, fastai and this package once, trains nothing, and forks for each command.
-So a command starts in milliseconds and is a process like any other: with signals, workers and a
-group.
+The server imports torch, fastai and this package once, trains nothing, and forks for each command.
+A command starts in milliseconds and is a process like any other, with its own signals, workers and
+process group. It ends without the teardown of the interpreter, which takes half a second with so
+many modules; threads are joined and exit handlers run as usual.
 """
 
+import atexit
 import gc
 import json
 import os
@@ -13,11 +15,17 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+import traceback
+import weakref
 from contextlib import redirect_stdout, suppress
+from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
 from mixmo_fastai.runs import RunFolder
 
@@ -182,6 +190,37 @@ def undisturbed(server, folder, words):
     return give
 
 
+def fork_instead(command, *, check, capture_output=False, text=False):
+    """Do as `subprocess.run`, but fork where the command is `python -m mixmo_fastai …`."""
+    program = [sys.executable, "-m", "mixmo_fastai"]
+    if command[: len(program)] != program:
+        return subprocess.run(command, check=check, capture_output=capture_output, text=text)
+    assert capture_output
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [os.path.join(folder, name) for name in ("stdout", "stderr")]
+        child = os.fork()
+        if not child:
+            _drop_exit_handlers()
+            _redirect(*outputs)
+            torch.set_grad_enabled(True)  # whatever the script does meanwhile
+            _exit_as(lambda: _run_mixmo(command[len(program) :]))
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        contents = [Path(path).read_text() if text else Path(path).read_bytes() for path in outputs]
+    done = subprocess.CompletedProcess(command, code, *contents)
+    if check:
+        done.check_returncode()
+    return done
+
+
+# For a script that starts `mixmo` several times: new interpreters would take most of its time.
+FORK_INSTEAD = """
+import __main__, subprocess, types
+names = {**vars(subprocess), "run": __main__.fork_instead}
+import sys
+sys.modules["subprocess"] = types.SimpleNamespace(**names)
+"""
+
+
 @pytest.fixture(scope="session")
 def server():
     own = Server()
@@ -207,15 +246,22 @@ def mixmo(server, tmp_path):
             os.kill(pid, signal.SIGKILL)
 
 
-def _serve():
-    import sklearn.datasets  # noqa: F401
+def keep_digits():
+    """Keep the digits in memory; scikit-learn parses a compressed text file at each call."""
+    from sklearn import datasets
 
+    datasets.load_digits = cache(datasets.load_digits)
+    datasets.load_digits()
+
+
+def _serve():
     import mixmo_fastai.deep_ensemble
     import mixmo_fastai.lr_search  # noqa: F401
     from mixmo_fastai.cli.program import run
 
     with open(os.devnull, "w") as nothing, redirect_stdout(nothing):
         run(["recipes"])  # imports what reading a command line takes
+    keep_digits()
     gc.collect()
     gc.freeze()  # or each command would, as it ends, look through all that was imported: 1.5 s
     waiting = b""
@@ -230,7 +276,10 @@ def _serve():
             for order in map(json.loads, orders):
                 if order is None:
                     return
-                _tell(started=_fork(order))
+                child = os.fork()
+                if not child:
+                    _exit_as(lambda order=order: _obey(order))
+                _tell(started=child)
         while (ended := _ended()) is not None:
             _tell(ended=ended[0], code=os.waitstatus_to_exitcode(ended[1]))
 
@@ -243,18 +292,32 @@ def _ended():
     return (pid, status) if pid else None
 
 
-def _fork(order):
-    child = os.fork()
-    if child:
-        return child
+def _exit_as(program):
+    """Run a program, then leave the process as Python does, without tearing down its modules."""
+    code = 0
+    try:
+        program()
+    except SystemExit as leaving:
+        code = leaving.code
+        if isinstance(code, str):
+            sys.stderr.write(code + "\n")
+        code = code if isinstance(code, int) else int(code is not None)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _obey(order):
     os.setsid()
     for number in (signal.SIGTERM, signal.SIGHUP):  # whatever the tests were started under
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    file = os.open(order["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    for target, source in ((0, nothing), (1, file), (2, file)):
-        os.dup2(source, target)
+    _redirect(order["output"], order["output"])
     os.chdir(order["folder"])
     os.environ.update(order["environment"])
     exec(order["prelude"], {})
@@ -264,11 +327,29 @@ def _fork(order):
             str(Path(order["script"]).parent),
         )
         runpy.run_path(order["script"], run_name="__main__")
-        sys.exit(0)
-    sys.argv = ["mixmo", *order["words"]]
+        return
+    _run_mixmo(order["words"])
+
+
+def _drop_exit_handlers():
+    """Leave the temporary folders of the process that forked alone."""
+    atexit._clear()
+    weakref.finalize._registry.clear()
+    weakref.finalize._registered_with_atexit = False
+
+
+def _redirect(output, errors):
+    """Read nothing, and append the two outputs to files."""
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for target, path in ((1, output), (2, errors)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), target)
+
+
+def _run_mixmo(words):
     from mixmo_fastai.cli import main
 
-    return main()  # which leaves the process as the program does
+    sys.argv = ["mixmo", *words]
+    main()
 
 
 def _tell(**values):

@@ -264,12 +264,12 @@ def pixels_dls():
         (lambda: mixmo_learner(classes_dls(), small(), num_classes=2), "has 3 classes"),
         (lambda: mixmo_learner(pixels_dls(), small(), num_classes=3), "targets are of shape"),
         (lambda: create_model("squeezenet1_1", 3), "does not end with a linear layer"),
-        (lambda: convert_to_mixmo(resnet18), "got function, which has to be called first"),
+        (lambda: convert_to_mixmo(resnet18), "got function; call it first"),
         (lambda: convert_to_mixmo(torch.jit.script(small())), "scripted network cannot"),
-        (lambda: convert_to_mixmo(small(), head="nope"), "There are: 4."),
+        (lambda: convert_to_mixmo(small(), head="nope"), "Available: 4."),
         (lambda: create_model(18, 10), "arch must be the name"),
-        (lambda: create_model("resnet18", "10"), "num_classes must be a whole number"),
-        (lambda: create_model("wrn10_1", 10, 2.5), "num_members must be a whole number"),
+        (lambda: create_model("resnet18", "10"), "num_classes must be an integer"),
+        (lambda: create_model("wrn10_1", 10, 2.5), "num_members must be an integer"),
     ],
 )
 def test_wrong_arguments_are_told_in_words(call, message):

@@ -174,7 +174,9 @@ def filter_lines(titles: list[str], uses: Sequence[Any], norms: Sequence[Any]) -
     lines = []
     for title, use, norm in zip(titles, uses, norms, strict=True):
         table = [("", "convolution", *(f"> {round_percent(t)}" for t in use.thresholds))]
-        for number, (name, shares) in enumerate(zip(use.layers, use.shares.tolist(), strict=True)):
+        for number, (name, shares) in enumerate(
+            zip(use.layers, use.fractions.tolist(), strict=True)
+        ):
             table.append((str(number + 1), name, *map(percent, shares)))
         table.append(("", "average", *map(percent, use.average.tolist())))
         lines += ["", f"{title}: filters whose L1 norm exceeds a fraction of the layer's largest"]

@@ -23,7 +23,7 @@ MOST_NAMES = 80
 def filters(uses: Sequence[FilterUse]) -> Chart:
     """Plot the fraction of active filters per convolution, the mean over networks."""
     first = uses[0]
-    active = torch.stack([use.shares for use in uses]).mean(dim=0)  # (L, T)
+    active = torch.stack([use.fractions for use in uses]).mean(dim=0)  # (L, T)
     average = active.mean(dim=0).tolist()
     networks = f" Mean over {len(uses)} networks." if len(uses) > 1 else ""
     told = ", ".join(
@@ -119,7 +119,7 @@ def _draw_use(axes: Axes, use: FilterUse, *, averages: bool = True) -> None:
     for column, threshold in enumerate(use.thresholds):
         axes.plot(
             places,
-            use.shares[:, column],
+            use.fractions[:, column],
             marker=MARKERS[column % len(MARKERS)],
             color=INK,
             alpha=SHADES[column % len(SHADES)],

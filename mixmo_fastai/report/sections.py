@@ -175,7 +175,7 @@ def _confusion_section(findings: Findings) -> Section:
         "Most confused pairs",
         ("True", "Predicted", "Images", "Of true"),
         [
-            (names[pair.true], names[pair.predicted], f"{pair.samples:,}", percent(pair.share))
+            (names[pair.true], names[pair.predicted], f"{pair.samples:,}", percent(pair.fraction))
             for pair in most_confused(matrix, NUM_PAIRS)
         ],
         (2, 3),
@@ -199,7 +199,7 @@ def _confusion_section(findings: Findings) -> Section:
 
 def _filter_section(findings: Findings) -> Section:
     use = findings.uses[0]
-    shares = torch.stack([each.shares for each in findings.uses]).mean(dim=0)
+    shares = torch.stack([each.fractions for each in findings.uses]).mean(dim=0)
     details = Table(
         "Convolutions by name",
         ("", "Module", *(f"> {round_percent(t)}" for t in use.thresholds)),
