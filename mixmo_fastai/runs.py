@@ -68,9 +68,9 @@ class DataFacts:
             parts = [values[name] for name in ("classes", "mean", "std", "image_shape")]
             if not all(isinstance(part, list | tuple) for part in parts):
                 raise ValueError("classes, mean, std and image_shape must be lists")
-                names, *numbers = parts
-                mean, std = (tuple(float(v) for v in values) for values in numbers[:2])
-                facts = cls(tuple(map(str, names)), mean, std, tuple(int(v) for v in numbers[2]))
+            names, *numbers = parts
+            mean, std = (tuple(float(v) for v in values) for values in numbers[:2])
+            facts = cls(tuple(map(str, names)), mean, std, tuple(int(v) for v in numbers[2]))
         except (LookupError, TypeError, ArithmeticError) as error:
             raise ValueError(f"{type(error).__name__}: {error}") from error
         facts._check()
