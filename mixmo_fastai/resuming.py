@@ -37,7 +37,8 @@ class ResumeCallback(Callback):
         smooth.val = smooth.val.new_tensor(per_member)
         self.learn.train_iter = position.epoch * len(self.learn.dl) + position.step
         for name in HYPERS:  # a fit starts with its own hyperparameters
-            self.learn.opt.set_hyper(name, [group[name] for group in self.restored.hypers])
+            if values := [group[name] for group in self.restored.hypers if name in group]:
+                self.learn.opt.set_hyper(name, values)
         if position.step:
             self.learn.dl = self.learn.dl.starting_at(position.step)
             self.learn.pct_train = self.restored.pct_train

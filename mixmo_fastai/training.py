@@ -291,7 +291,10 @@ def train(
         run.write_history([])
     describe_run(training, run)
     steps = training.steps_per_epoch, training.warmup_steps
-    scheduler = ParamScheduler(schedules(recipe, *steps))
+    if learn.opt is None:
+        learn.create_opt()
+    scheduled = schedules(recipe, *steps)
+    scheduler = ParamScheduler({k: v for k, v in scheduled.items() if k in learn.opt.hypers[0]})
     is_single_process = process_group().count == 1
     precision = training.acceleration.describe()
     done = Position() if restored is None else restored.position

@@ -267,7 +267,7 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(uninterrupted, stopped, tm
     train(prepare(mine.recipe()), mine, resume=True, say=said.append)
     assert_same(uninterrupted, mine)
     assert said[0].startswith("The checkpoint save-000003 is damaged and was set aside: ")
-    assert said[1].endswith("(from save-000002, the one before).")
+    assert said[1].endswith("(from the earlier checkpoint save-000002).")
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,11 @@ FOLDERS = [
     ("fit {folders}/own-test --test-split 0.2", "--test-split is for", "Leave --test-split out"),
     ("fit digits --test-split 0.2", "'digits' has a test set", "Leave --test-split out"),
     ("fit --test-split 1", "--test-split is 1", "at most 0.9"),
-    ("fit {folders}/bare --test-split 0 --valid-split 0", "neither labelled test images nor validation images", "Hold some"),
+    (
+        "fit {folders}/bare --test-split 0 --valid-split 0",
+        "neither labelled test images nor validation images",
+        "Hold some",
+    ),
     ("fit {folders}/undecodable --batch-size 8", "002.png", "Replace it"),
     ("lr-find {folders}/undecodable --batch-size 8", "002.png", "Replace it"),
 ]

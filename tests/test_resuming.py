@@ -9,6 +9,7 @@ from fastai.callback.core import Callback
 from safetensors.torch import load_file
 
 from mixmo_fastai.checkpoints.store import CheckpointStore
+from mixmo_fastai.errors import InputError
 from mixmo_fastai.interruption import InterruptedBySignal, StopRequest
 from mixmo_fastai.lr_search import search_lr
 from mixmo_fastai.mixing import MASK_KINDS
@@ -48,7 +49,7 @@ class Watch(Callback):
         place = self.learn.epoch, self.learn.iter + 1
         if self.learn.training:
             hypers = self.learn.opt.hypers[-1]
-            self.steps.append((place, hypers["lr"], hypers["mom"], self.learn.pct_train))
+            self.steps.append((place, hypers["lr"], hypers.get("mom"), self.learn.pct_train))
         if place == self.place and self.learn.training != self.validating:
             self.stop.number = signal.SIGINT
 
@@ -170,6 +171,37 @@ def test_a_run_stopped_while_validating_ends_as_if_it_was_not(uninterrupted, tmp
 def test_every_schedule_goes_on_where_it_was(uninterrupted, tmp_path, schedule, place):
     whole = uninterrupted(f"schedule.kind={schedule}")
     stopped_and_resumed(whole, tmp_path / "run", place)
+
+
+OPTIMIZERS = {
+    "adamw": ["lr=0.002", "options.betas=[0.9, 0.99]"],
+    "muon": ["lr=0.02", "weight_decay=0.01"],
+    "sgd": ["momentum=0", "nesterov=false"],
+    "torch/RAdam": ["lr=0.002"],
+    "torch/Adagrad": ["lr=0.01"],
+    "torch/Adafactor": ["lr=0.01"],
+    "torch/NAdam": ["lr=0.002", "options.momentum_decay=0.004"],
+    "fastai/Adam": ["lr=0.002"],
+    "fastai/SGD": ["lr=0.05", "options.mom=0.8"],
+    "fastai/Lamb": ["lr=0.002"],
+    "fastai/ranger": ["lr=0.002", "options.k=3"],
+}
+
+
+@pytest.mark.parametrize("schedule", ["one-cycle", "published"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_goes_on_where_it_was(uninterrupted, tmp_path, name, schedule):
+    settings = [f"optimizer.{each}" for each in (f"name={name}", *OPTIMIZERS[name])]
+    whole = uninterrupted(*settings, f"schedule.kind={schedule}")
+    stopped_and_resumed(whole, tmp_path / "run", (1, 2))
+
+
+def test_the_optimizer_of_a_run_cannot_be_changed(tmp_path):
+    run = start(override(TINY, ["optimizer.name=adamw", "optimizer.lr=0.002"]), tmp_path / "run")
+    fit(run, (1, 1))
+    changed = override(run.recipe(), ["optimizer.name=torch/RAdam"])
+    with pytest.raises(InputError, match=r"optimizer.name is 'torch/RAdam' now and 'adamw'"):
+        train(prepare(changed), run, resume=True)
 
 
 @pytest.mark.parametrize("kind", MASK_KINDS)

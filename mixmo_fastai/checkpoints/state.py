@@ -2,7 +2,7 @@
 
     state.json              place in training, schedule, recipe, fingerprint of the data
     model.safetensors       weights and running statistics
-    optimizer.safetensors   momentum
+    optimizer.safetensors   state of the optimizer, such as momentum
     <callback>.safetensors  what a callback keeps: averages of the weights, the best epoch
     history.json            rows of the epochs that are done, sums of the one under way
 
@@ -22,16 +22,20 @@ import torch
 from fastai.learner import Learner
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixmo_fastai.averaging import EMACallback
+from mixmo_fastai.checkpoints.optimizer_state import (
+    keeps_state,
+    optimizer_tensors,
+    restore_optimizer,
+)
 from mixmo_fastai.checkpoints.store import CheckpointStore, Saved
 from mixmo_fastai.checkpoints.weights import load_tensors, to_bytes
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.models.mixmo_model import first_difference, unwrap
+from mixmo_fastai.models.mixmo_model import unwrap
 from mixmo_fastai.processes import process_group
 
-MOMENTUM = "momentum_buffer"
 HYPERS = ("lr", "mom")
 
 
@@ -153,6 +157,9 @@ class RunState:
         self.learn.mix_mo.epochs_trained = restored.position.epoch
         return restored
 
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return dict(unwrap(self.learn.model).named_parameters())
+
     def _tensors_names(self) -> list[str]:
         names = ("model", "optimizer", *(part.name for part in self.parts))
         return [f"{name}.safetensors" for name in names]
@@ -160,7 +167,7 @@ class RunState:
     def _tensors(self) -> dict[str, dict[str, Tensor]]:
         return {
             "model": unwrap(self.learn.model).state_dict(),
-            "optimizer": self._momentum(),
+            "optimizer": optimizer_tensors(self.learn.opt, self._parameters()),
             **{part.name: part.state_tensors() for part in self.parts},
         }
 
@@ -188,12 +195,6 @@ class RunState:
         for name, part in tensors.items():
             yield f"{name}.safetensors", to_bytes(part)
 
-    def _momentum(self) -> dict[str, Tensor]:
-        state = self.learn.opt.opt.state
-        parameters = unwrap(self.learn.model).named_parameters()
-        buffers = {name: state.get(p, {}).get(MOMENTUM) for name, p in parameters}
-        return {name: buffer for name, buffer in buffers.items() if buffer is not None}
-
     def _check_identity(self, state: Mapping[str, Any], path: Path) -> None:
         own, theirs = (
             dict(_flattened({name: values.get(name) for name in self.identity}))
@@ -220,23 +221,26 @@ class RunState:
             )
 
     def _put_optimizer(
-        self, buffers: Mapping[str, Tensor], restored: "Restored", path: Path
+        self, tensors: Mapping[str, Tensor], restored: "Restored", path: Path
     ) -> None:
         learn = self.learn
         if learn.opt is None:
             learn.create_opt()
-        parameters = dict(unwrap(learn.model).named_parameters())
-        begun = restored.position != Position()
-        if odd := first_difference(buffers, parameters if begun else {}):
-            raise InputError(
-                f"The optimizer's state in {path} is of another network: {odd}.\n{_START_ANEW}"
-            )
         if len(restored.hypers) != len(learn.opt.hypers):
             raise InputError(f"The optimizer's state in {path} has other groups.\n{_START_ANEW}")
-        for name, buffer in buffers.items():
-            # In the parameter's own layout: a fused optimizer takes no other.
-            own = torch.empty_like(parameters[name], requires_grad=False).copy_(buffer)
-            learn.opt.opt.state[parameters[name]][MOMENTUM] = own
+        parameters = self._parameters()
+        missing = set(parameters) - {name.rpartition("/")[0] or name for name in tensors}
+        has_state = restored.position != Position() and keeps_state(learn.opt, restored.hypers)
+        try:
+            if has_state and missing:
+                raise ValueError(min(missing))
+            if tensors and not has_state:
+                raise ValueError(next(iter(tensors)))
+            restore_optimizer(learn.opt, parameters, tensors)
+        except ValueError as error:
+            raise InputError(
+                f"The optimizer's state in {path} is of another network: {error}.\n{_START_ANEW}"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -276,7 +280,8 @@ class Restored:
             )
             pct_train, smooth_loss = float(values["pct_train"]), float(values["smooth_loss"])
             hypers = tuple(
-                {name: float(group[name]) for name in HYPERS} for group in values["hypers"]
+                {name: float(group[name]) for name in HYPERS if name == "lr" or name in group}
+                for group in values["hypers"]
             )
             version = str(values["torch"])
         except (LookupError, TypeError, ValueError, ArithmeticError) as error:
@@ -296,7 +301,8 @@ _START_ANEW = (
 
 
 def _hypers(learn: Learner) -> list[dict[str, float]]:
-    return [{name: group[name] for name in HYPERS} for group in learn.opt.hypers]
+    groups = learn.opt.hypers  # some optimizers have no momentum
+    return [{name: group[name] for name in HYPERS if name in group} for group in groups]
 
 
 def _natural(value: Any) -> int:
@@ -335,7 +341,11 @@ def _with_defaults(values: Mapping[str, Any]) -> Any:
     return plain
 
 
-_ADDED = (("model", "pretrained", False), ("data", "skip_damaged", False))
+_ADDED = (
+    ("model", "pretrained", False),
+    ("data", "skip_damaged", False),
+    ("optimizer", "name", "sgd"),
+)
 """Settings that recipes of older checkpoints lack, with what they are there."""
 
 

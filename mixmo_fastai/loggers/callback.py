@@ -107,7 +107,7 @@ class LoggingCallback(RunCallback):
             return
         hypers = self.learn.opt.hypers[-1]
         step = self.learn.epoch * len(self.learn.dls.train) + self.learn.iter
-        noted = Step(step, self.learn.epoch + 1, 0.0, hypers["lr"], hypers["mom"])
+        noted = Step(step, self.learn.epoch + 1, 0.0, hypers["lr"], hypers.get("mom", 0.0))
         self.pending.append((noted, self.learn.loss.detach().as_subclass(Tensor)))
         if not self.learn.recorder.pending:
             self._log_steps()

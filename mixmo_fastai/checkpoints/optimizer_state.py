@@ -1,0 +1,138 @@
+"""The state of any optimizer as named tensors, and back.
+
+An optimizer of torch or fastai keeps a dictionary per parameter. Tensors and numbers in it are
+stored as `parameter/key`; the name of a Python number ends with its type. SGD's momentum is stored
+under the name of the parameter alone, as in version 0.1.0.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from fastai.optimizer import Lookahead
+from torch import Tensor, nn
+
+from mixmo_fastai.errors import InputError
+
+MOMENTUM, SLOW, COUNT = "momentum_buffer", "slow_weights", "count"
+_NUMBERS: dict[str, tuple[type, torch.dtype]] = {
+    "bool": (bool, torch.bool),
+    "int": (int, torch.int64),
+    "float": (float, torch.float64),
+}
+
+
+def optimizer_tensors(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Collect the state of an optimizer as tensors.
+
+    Args:
+        optimizer: fastai optimizer, or fastai's wrapper of a torch optimizer.
+        parameters: parameters of the network, by name.
+
+    Raises:
+        InputError: the state holds something other than tensors and numbers.
+    """
+    tensors: dict[str, Tensor] = {}
+    state = _state_of(optimizer)
+    for name, parameter in parameters.items():
+        for key, value in state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[name if key == MOMENTUM else f"{name}/{key}"] = value
+            elif value is not None:
+                kind = type(value).__name__
+                if kind not in _NUMBERS:
+                    raise InputError(
+                        f"The optimizer keeps {key!r} of type {kind}, which checkpoints cannot "
+                        "hold.\nUse another optimizer."
+                    )
+                tensors[f"{name}/{key}:{kind}"] = torch.tensor(value, dtype=_NUMBERS[kind][1])
+    if isinstance(optimizer, Lookahead) and optimizer.slow_weights is not None:
+        names = {id(parameter): name for name, parameter in parameters.items()}
+        for parameter, slow in _with_slow_weights(optimizer):
+            tensors[f"{names[id(parameter)]}/{SLOW}"] = slow
+        tensors[COUNT] = torch.tensor(optimizer.count)
+    return tensors
+
+
+def restore_optimizer(
+    optimizer: Any, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
+) -> None:
+    """Put the tensors of `optimizer_tensors` back into an optimizer.
+
+    Raises:
+        ValueError: a tensor belongs to another network or optimizer; the message names it.
+    """
+    state, slow = _state_of(optimizer), dict[str, Tensor]()
+    for full_name, value in tensors.items():
+        if full_name == COUNT and isinstance(optimizer, Lookahead):
+            optimizer.count = int(value)
+            continue
+        name, _, key = full_name.rpartition("/") if "/" in full_name else (full_name, "", MOMENTUM)
+        if name not in parameters:
+            raise ValueError(full_name)
+        parameter = parameters[name]
+        key, _, kind = key.partition(":")
+        if kind:
+            if kind not in _NUMBERS or value.ndim or value.dtype != _NUMBERS[kind][1]:
+                raise ValueError(full_name)
+            state[parameter][key] = _NUMBERS[kind][0](value.item())
+        elif key in (MOMENTUM, SLOW) and (value.shape, value.dtype) != (
+            parameter.shape,
+            parameter.dtype,
+        ):
+            raise ValueError(full_name)
+        elif key == SLOW:
+            slow[name] = _on_device(value, parameter, is_fused=False)
+        else:
+            state[parameter][key] = _on_device(value, parameter, _is_fused(optimizer))
+    if slow:
+        _put_slow_weights(optimizer, parameters, slow)
+
+
+def keeps_state(optimizer: Any, hypers: Iterable[Mapping[str, float]]) -> bool:
+    """Return whether an optimizer has state after a step; SGD without momentum has none.
+
+    Args:
+        optimizer: fastai optimizer, or fastai's wrapper of a torch optimizer.
+        hypers: hyperparameters of each parameter group at that step.
+    """
+    is_sgd = isinstance(getattr(optimizer, "opt", None), torch.optim.SGD)
+    return not is_sgd or any(group.get("mom") for group in hypers)
+
+
+def _state_of(optimizer: Any) -> Any:
+    if isinstance(optimizer, Lookahead):
+        return optimizer.opt.state
+    return getattr(optimizer, "opt", optimizer).state
+
+
+def _is_fused(optimizer: Any) -> bool:
+    groups = getattr(getattr(optimizer, "opt", None), "param_groups", ())
+    return any(group.get("fused") or group.get("capturable") for group in groups)
+
+
+def _on_device(value: Tensor, parameter: Tensor, is_fused: bool) -> Tensor:
+    """Copy a value to where the optimizer keeps it."""
+    if value.shape == parameter.shape and value.ndim:
+        # In the layout of the parameter, which fused optimizers require.
+        own = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
+        return own.copy_(value)
+    if value.ndim == 0 and not is_fused:
+        return value.clone()  # step counters stay on the CPU
+    return value.to(parameter.device, copy=True)
+
+
+def _with_slow_weights(optimizer: Lookahead) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    for group, slow in zip(optimizer.param_lists, optimizer.slow_weights, strict=True):
+        yield from zip(group, slow, strict=True)
+
+
+def _put_slow_weights(
+    optimizer: Any, parameters: Mapping[str, nn.Parameter], slow: Mapping[str, Tensor]
+) -> None:
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    if not isinstance(optimizer, Lookahead):
+        raise ValueError(next(iter(slow)))
+    optimizer._copy_weights()
+    for parameter, own in _with_slow_weights(optimizer):
+        own.copy_(slow[names[id(parameter)]])
