@@ -14,7 +14,7 @@ from fastai.callback.core import Callback
 
 from mixmo_fastai.assessment import collect_logits
 from mixmo_fastai.checkpoints.state import Position
-from mixmo_fastai.evaluation import evaluate_parts
+from mixmo_fastai.evaluation import evaluate_splits
 from mixmo_fastai.failures import explained
 from mixmo_fastai.interruption import StopRequest
 from mixmo_fastai.locking import locked
@@ -110,7 +110,7 @@ def _train_networks(
     with followed(cbs, training, run, Position(recipe.train.epochs)) as followers:
         with explained(recipe, training.acceleration.describe()):
             valid, test = collect_logits(run, training.learn.model, loaders)
-            evaluated = evaluate_parts(valid, test)
+            evaluated = evaluate_splits(valid, test)
         figures = {
             **training.summary(),
             **({"selected_epoch": selected} if selected else {}),

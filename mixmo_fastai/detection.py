@@ -43,7 +43,7 @@ UNCERTAINTIES: dict[str, Callable[[Tensor], Tensor]] = {
 """What tells a strange image, by name: each (N, M, K) -> (N,), larger for stranger."""
 
 
-def detection_figures(own: Tensor, other: Tensor) -> dict[str, Any]:
+def detection_metrics(own: Tensor, other: Tensor) -> dict[str, Any]:
     """Compute how well each uncertainty tells images of another data set from the own ones.
 
     Args:
@@ -72,7 +72,7 @@ def detection_figures(own: Tensor, other: Tensor) -> dict[str, Any]:
 
 
 def separation(own: np.ndarray, other: np.ndarray) -> dict[str, float]:
-    """Compute AUROC, AUPR and the false positive rate at 95 %; see `detection_figures`.
+    """Compute AUROC, AUPR and the false positive rate at 95 %; see `detection_metrics`.
 
     Args:
         own: uncertainties (N,) of the own images.

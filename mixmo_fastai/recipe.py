@@ -77,7 +77,7 @@ class Data:
         limit: at most so many training images, balanced over the classes; 0 for all.
         image_size: height and width to which an image folder is scaled; 0 for its own: that of most
             training images, or else the median height and the median width. If not given, its own,
-            and on a CPU no more than `sizing.CPU_SIDE`.
+            and on a CPU no more than `sizing.MAX_CPU_SIDE`.
         skip_damaged: whether image files that cannot be decoded are left out; otherwise an error
             names them. A run keeps the names in left-out.json.
         crop_padding: pixels of padding before the random crop; the data set's where not given.
@@ -110,7 +110,7 @@ class Model:
 
     Attributes:
         arch: as in "wrn28_10", "preact_resnet18_3", "resnet50" or "timm/convnext_atto"; chosen by
-            `sizing.decide` where not given.
+            `sizing.fill_defaults` where not given.
         pretrained: whether a network of torchvision or timm starts from its library's weights.
         num_members: subnetworks M; 1 is the vanilla network.
         num_nets: networks of a deep ensemble, each trained by itself from another seed; 1 for none.
@@ -161,7 +161,7 @@ class Train:
 
     Attributes:
         epochs: passes of the loader; each shows every image batch_repetitions times per member.
-            Chosen by `sizing.decide` where not given.
+            Chosen by `sizing.fill_defaults` where not given.
         batch_size: images that the network sees per step, repetitions included.
         seed: of everything random.
         device: "auto" takes CUDA where there is one.

@@ -33,7 +33,7 @@ from mixmo_fastai.data.splits import training_parts
 from mixmo_fastai.devices import choose_device, describe_device
 from mixmo_fastai.distributed import shared
 from mixmo_fastai.errors import InputError, RunFailedError
-from mixmo_fastai.evaluation import collect_member_logits, evaluate_parts
+from mixmo_fastai.evaluation import collect_member_logits, evaluate_splits
 from mixmo_fastai.failures import explained
 from mixmo_fastai.interruption import StopRequest
 from mixmo_fastai.learner import learner_from_recipe
@@ -51,7 +51,7 @@ from mixmo_fastai.runs import DataFacts, RunFolder
 from mixmo_fastai.schedule import flat_cosine, one_cycle, published_steps
 from mixmo_fastai.selection import BestEpochCallback
 from mixmo_fastai.settings import to_mapping
-from mixmo_fastai.sizing import CPU_SIDE, decide, undecided
+from mixmo_fastai.sizing import MAX_CPU_SIDE, fill_defaults, open_settings
 
 TEST_SET = 2
 """Place of the test loader in the DataLoaders of `make_dataloaders`."""
@@ -71,7 +71,8 @@ class Training:
         recipe: what is trained.
         source: the data.
         learn: the Learner with its loaders and network; of a deep ensemble, of the first network.
-        decided: settings that the recipe left open, which `recipe` now has; see `sizing.decide`.
+        decided: settings that the recipe left open, which `recipe` now has; see
+            `sizing.fill_defaults`.
     """
 
     recipe: Recipe
@@ -173,7 +174,9 @@ def prepare(
         )
     with first_before_others():  # which leaves what it has decoded in the cache
         may_scale = recipe.data.image_size is None and sized_for == "cpu"
-        source = read_source(recipe, data_dir, run, largest_side=CPU_SIDE if may_scale else None)
+        source = read_source(
+            recipe, data_dir, run, largest_side=MAX_CPU_SIDE if may_scale else None
+        )
     return prepare_network(recipe, source, sized_for=sized_for)
 
 
@@ -199,8 +202,8 @@ def prepare_network(
         dls = _make_dataloaders(recipe, source, device)
     else:
         dls.train.seed = recipe.train.seed
-    left_open = tuple(undecided(recipe))
-    recipe = decide(
+    left_open = tuple(open_settings(recipe))
+    recipe = fill_defaults(
         recipe,
         device=sized_for or device.type,
         image_shape=source.train.image_shape,
@@ -326,7 +329,7 @@ def train(
         with explained(recipe, precision), training.acceleration.threaded():
             loaders = learn.dls.valid, learn.dls[TEST_SET]
             valid, test = (collect_member_logits(learn.model, loader) for loader in loaders)
-            evaluated = evaluate_parts(valid, test)
+            evaluated = evaluate_splits(valid, test)
         figures = {
             **training.summary(),
             **({"selected_epoch": best.number} if best else {}),

@@ -3,7 +3,7 @@ import oracle_metrics as oracle
 import pytest
 import torch
 
-from mixmo_fastai.detection import UNCERTAINTIES, detection_figures, separation
+from mixmo_fastai.detection import UNCERTAINTIES, detection_metrics, separation
 from mixmo_fastai.errors import InputError
 
 
@@ -39,7 +39,7 @@ def test_uncertainties_against_the_definitions():
 
 
 def test_images_that_stand_out_are_told_apart():
-    found = detection_figures(draw(80, 9.0), draw(50, 0.0, seed=1))
+    found = detection_metrics(draw(80, 9.0), draw(50, 0.0, seed=1))
     assert set(found) == set(UNCERTAINTIES)
     for name in ("confidence", "entropy"):
         assert found[name]["auroc"] > 0.95
@@ -48,20 +48,20 @@ def test_images_that_stand_out_are_told_apart():
 
 def test_the_same_images_are_chance():
     own = draw(400, 2.0)
-    for figures in detection_figures(own, own).values():
+    for figures in detection_metrics(own, own).values():
         assert figures["auroc"] == pytest.approx(0.5)
         assert figures["aupr"] == pytest.approx(0.5, abs=0.05)
         assert figures["fpr95"] == pytest.approx(0.95, abs=0.01)
 
 
 def test_one_member_has_no_information():
-    found = detection_figures(draw(20, 2.0, num_members=1), draw(20, 0.0, num_members=1))
+    found = detection_metrics(draw(20, 2.0, num_members=1), draw(20, 0.0, num_members=1))
     assert set(found) == {"confidence", "entropy", "absent"}
     assert "two or more" in found["absent"]["mutual_information"]
 
 
 def test_what_is_no_logits_is_refused():
     with pytest.raises(InputError, match="other must be finite"):
-        detection_figures(draw(4, 1.0), torch.full((4, 2, 5), torch.nan))
+        detection_metrics(draw(4, 1.0), torch.full((4, 2, 5), torch.nan))
     with pytest.raises(InputError, match="own must have shape"):
-        detection_figures(torch.zeros(0, 2, 5), draw(4, 1.0))
+        detection_metrics(torch.zeros(0, 2, 5), draw(4, 1.0))

@@ -256,9 +256,9 @@ def test_the_first_batch_is_the_one_that_was_trained_on(tmp_path, monkeypatch):
             if self.learn.training and not seen:
                 seen.extend([*self.learn.xb, self.learn.yb[0]])
 
-    own = callback_module.picture_of_batch
+    own = callback_module.plot_first_batch
     monkeypatch.setattr(
-        callback_module, "picture_of_batch", lambda *args: (drawn.append(args[0]), own(*args))[1]
+        callback_module, "plot_first_batch", lambda *args: (drawn.append(args[0]), own(*args))[1]
     )
     run = create_run(override(TINY, ["train.epochs=1"]), tmp_path / "run")
     logged_fit(run, ("csv",), cbs=[Spy()])
@@ -363,7 +363,7 @@ class Broken:
         return lambda *args: self.fail(name)
 
 
-@pytest.mark.parametrize("where", ["__init__", "steps", "figures", "pictures", "close"])
+@pytest.mark.parametrize("where", ["__init__", "steps", "metrics", "pictures", "close"])
 def test_a_logger_that_fails_ends_no_training(plain, tmp_path, monkeypatch, where):
     class Logger:
         def load(self):
@@ -383,8 +383,8 @@ def test_a_picture_that_cannot_be_drawn_is_told(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise MemoryError("full")
 
-    monkeypatch.setattr(callback_module, "pictures_of_result", refuse)
-    monkeypatch.setattr(callback_module, "preview_of", refuse)
+    monkeypatch.setattr(callback_module, "plot_results", refuse)
+    monkeypatch.setattr(callback_module, "preview_current_batch", refuse)
     run = create_run(override(TINY, ["train.epochs=1"]), tmp_path / "run")
     said = logged_fit(run, ("csv",))
     assert len(said) == 2

@@ -68,7 +68,7 @@ class Noted:
     def steps(self, steps):
         self.num_steps, self.num_calls = self.num_steps + len(steps), self.num_calls + 1
 
-    def figures(self, kind, step, figures):
+    def metrics(self, kind, step, metrics):
         """Nothing that waits."""
 
 

@@ -20,7 +20,7 @@ from mixmo_fastai.models import create_model
 from mixmo_fastai.recipe import Expected
 from mixmo_fastai.report.charts import agreement, reliability
 from mixmo_fastai.report.drawing import LIGHT, STAND_INS, WRONG, Drawing
-from mixmo_fastai.report.findings import gather
+from mixmo_fastai.report.findings import collect_report_data
 from mixmo_fastai.report.page import as_data_uri, render
 from mixmo_fastai.report.sections import sections
 from mixmo_fastai.resolve import resolve_recipe
@@ -79,7 +79,7 @@ def runs(tmp_path_factory, images):
 
 @pytest.fixture(scope="module")
 def findings(runs):
-    return {name: gather(run) for name, run in runs.items()}
+    return {name: collect_report_data(run) for name, run in runs.items()}
 
 
 @pytest.fixture(scope="module")
@@ -108,26 +108,26 @@ def tiled_pages(findings, tmp_path_factory):
 
 def with_tiles(found, num_tiles):
     """Findings that have a number of tiles: accuracy, NLL and ECE, and up to three others."""
-    figures = {k: v for k, v in found.figures.items() if k not in ("calibrated", "cross_fitted")}
+    metrics = {k: v for k, v in found.metrics.items() if k not in ("calibrated", "cross_fitted")}
     recipe = found.recipe
     if num_tiles >= 5:
         scaled = {"nll": 1.0, "ece": 0.02, "brier": 0.1, "temperature": 1.0, "num_images": 57}
-        figures["calibrated"] = {**scaled, "temperature_error": 0.3}
+        metrics["calibrated"] = {**scaled, "temperature_error": 0.3}
     if num_tiles >= 6:
         recipe = replace(recipe, expected=Expected(accuracy=0.9, source="Table 1", arch="wrn28_10"))
-    return replace(found, figures=figures, recipe=recipe)
+    return replace(found, metrics=metrics, recipe=recipe)
 
 
 def validation_only(found):
     """Findings of a run without test images whose validation images are too few to calibrate."""
     reason = "there are no labelled test images beside the validation images"
-    figures = {k: v for k, v in with_tiles(found, 4).figures.items() if k != "valid"}
-    figures["valid"] = figures.pop("test")
-    figures["absent"] = {"calibrated": reason, "cross_fitted": "it takes 100 images or more"}
-    figures = {k: v for k, v in figures.items() if not k.startswith("test_")}
+    metrics = {k: v for k, v in with_tiles(found, 4).metrics.items() if k != "valid"}
+    metrics["valid"] = metrics.pop("test")
+    metrics["absent"] = {"calibrated": reason, "cross_fitted": "it takes 100 images or more"}
+    metrics = {k: v for k, v in metrics.items() if not k.startswith("test_")}
     return replace(
         found,
-        figures=figures,
+        metrics=metrics,
         num_images=(len(found.labels), 0),
         calibrated=None,
         calibration=f"{reason}; it takes 100 images or more",
@@ -196,7 +196,7 @@ class TestPage:
         assert elements.of("b") == elements.of("i") == []
 
     def test_figures_are_those_of_the_evaluation(self, pages, findings, kind):
-        text, test = Elements(pages[kind].read_text(encoding="utf-8")).text, findings[kind].figures
+        text, test = Elements(pages[kind].read_text(encoding="utf-8")).text, findings[kind].metrics
         assert f"{100 * test['test']['accuracy']:.2f}\u00a0%" in text
         assert f"{test['test']['nll']:.4f}" in text
         assert "nan" not in text.lower().replace("nan.jpg", "")
@@ -252,7 +252,7 @@ def test_a_perfect_network_without_history_has_a_report(tmp_path, images, monkey
         return None, (logits[:, None].expand(-1, 2, -1), labels)
 
     monkeypatch.setattr("mixmo_fastai.assessment.FinishedRun.logits", all_right)
-    text = Elements(render(gather(run))).text
+    text = Elements(render(collect_report_data(run))).text
     for words in (
         "The run has no history.csv",
         "After temperature scaling",
@@ -409,7 +409,7 @@ def test_a_published_figure_has_a_tile_only_if_there_is_one(findings, num_tiles)
 @pytest.mark.parametrize(("error", "marked"), [(0.099, False), (0.3, True)])
 def test_the_tile_of_an_unreliable_temperature_says_so(findings, error, marked):
     found = with_tiles(findings["mixmo"], 5)
-    found.figures["calibrated"]["temperature_error"] = error
+    found.metrics["calibrated"]["temperature_error"] = error
     (remark,) = [aside for label, _, aside in tiles_of(found) if label == "ECE, calibrated"]
     assert remark.startswith("unreliable") == marked
     assert ("30\u00a0%" in remark) == marked
@@ -458,10 +458,10 @@ def test_a_temperature_of_too_few_images_has_a_remark(findings):
     found = findings["mixmo"]
     calibrated = dict.fromkeys(("nll", "ece", "brier", "temperature"), 1.0)
     for error, remarked in ((0.099, False), (0.101, True)):
-        figures = {**found.figures, "calibrated": {**calibrated, "temperature_error": error}}
-        figures["calibrated"]["num_images"] = 57
-        figures.pop("cross_fitted", None)
-        text = render(replace(found, figures=figures))
+        metrics = {**found.metrics, "calibrated": {**calibrated, "temperature_error": error}}
+        metrics["calibrated"]["num_images"] = 57
+        metrics.pop("cross_fitted", None)
+        text = render(replace(found, metrics=metrics))
         assert ("too few images: 57" in text) == remarked
 
 

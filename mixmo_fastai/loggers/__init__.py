@@ -1,4 +1,4 @@
-"""Loggers: a run's figures and pictures, in files and in experiment trackers.
+"""Loggers: a run's metrics and pictures, in files and in experiment trackers.
 
 A new one is a module beside this one with a `Tracker`, and a line in `LOGGERS`.
 """

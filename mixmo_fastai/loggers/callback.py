@@ -11,9 +11,9 @@ from mixmo_fastai.checkpoints.state import Position
 from mixmo_fastai.evaluation import LabelledLogits
 from mixmo_fastai.interruption import exit_code_of
 from mixmo_fastai.loggers import LOGGERS
-from mixmo_fastai.loggers.pictures import picture_of_batch, pictures_of_result
+from mixmo_fastai.loggers.pictures import plot_first_batch, plot_results
 from mixmo_fastai.loggers.tracker import Step, Subject, Tracker
-from mixmo_fastai.preview import Preview, preview_of
+from mixmo_fastai.preview import Preview, preview_current_batch
 from mixmo_fastai.recipe import Recipe
 from mixmo_fastai.recording import FollowingCallback, HistoryCallback
 from mixmo_fastai.runs import RunFolder
@@ -23,7 +23,7 @@ from mixmo_fastai.wording import method_name
 
 
 class LoggingCallback(FollowingCallback):
-    """Log steps, epochs, final figures and pictures of each network of a run.
+    """Log steps, epochs, final metrics and pictures of each network of a run.
 
     Losses stay on the device until the recorder fetches its own, so that no step waits for this.
     Of several processes that train together the first logs, its own share of each step's loss. A
@@ -99,7 +99,7 @@ class LoggingCallback(FollowingCallback):
         """Keep the first batch as the network sees it; it is drawn when no clock runs."""
         if self.trackers and self.learn.epoch == 0 and self.learn.iter == 0:
             with self._surely("the picture of the first batch"):
-                self.first_batch = preview_of(self.learn)
+                self.first_batch = preview_current_batch(self.learn)
 
     def after_batch(self) -> None:
         """Note the step; log all that are noted when the recorder has just waited anyway."""
@@ -124,16 +124,16 @@ class LoggingCallback(FollowingCallback):
         history = next(cb for cb in self.learn.cbs if isinstance(cb, HistoryCallback))
         self._log_epoch((self.learn.epoch + 1) * len(self.learn.dls.train), history.latest)
 
-    def after_evaluation(self, figures: Mapping[str, Any], test: LabelledLogits) -> None:
-        """Log the final figures, and draw what they tell."""
+    def after_evaluation(self, metrics: Mapping[str, Any], test: LabelledLogits) -> None:
+        """Log the final metrics, and draw what they tell."""
         if not self.trackers or test is None:
             return
         training, run = self.followed, self.run_folder
         step = training.recipe.train.epochs * training.steps_per_epoch
-        numbers = dict(_numbers(figures))
-        self._tell(lambda tracker: tracker.figures("final", step, numbers))
+        numbers = dict(_numbers(metrics))
+        self._tell(lambda tracker: tracker.metrics("final", step, numbers))
         with self._surely("the pictures of the result"):
-            drawn = pictures_of_result(run, training.recipe, training.source.classes, *test)
+            drawn = plot_results(run, training.recipe, training.source.classes, *test)
             self._tell(lambda tracker: tracker.pictures(step, drawn))
 
     def _flush(self) -> None:
@@ -141,7 +141,7 @@ class LoggingCallback(FollowingCallback):
         self._log_steps()
         if self.first_batch is not None and self.trackers:
             with self._surely("the picture of the first batch"):
-                drawn = picture_of_batch(self.first_batch, self.followed)
+                drawn = plot_first_batch(self.first_batch, self.followed)
                 self._tell(lambda tracker: tracker.pictures(0, drawn))
         self.first_batch = None
 
@@ -157,8 +157,8 @@ class LoggingCallback(FollowingCallback):
             self._tell(lambda tracker: tracker.steps(steps))
 
     def _log_epoch(self, step: int, row: Mapping[str, Any]) -> None:
-        figures = {n: float(v) for n, v in row.items() if v != "" and n != "epoch"}
-        self._tell(lambda tracker: tracker.figures("epoch", step, figures))
+        metrics = {n: float(v) for n, v in row.items() if v != "" and n != "epoch"}
+        self._tell(lambda tracker: tracker.metrics("epoch", step, metrics))
 
     def _tell(self, action: Callable[[Tracker], None]) -> None:
         """Do something with each tracker; leave out those that fail."""
@@ -197,9 +197,9 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
     return {**flat, "optimizer.lr": recipe.lr}  # which may follow from the batch size
 
 
-def _numbers(figures: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Give the numbers among nested figures by their paths, as test/nll and member_accuracy/1."""
-    for key, value in figures.items():
+def _numbers(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Give the numbers among nested metrics by their paths, as test/nll and member_accuracy/1."""
+    for key, value in metrics.items():
         parts = dict(enumerate(value, start=1)) if isinstance(value, list) else value
         if isinstance(parts, Mapping):
             yield from _numbers(parts, f"{prefix}{key}/")

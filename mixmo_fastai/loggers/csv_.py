@@ -33,7 +33,7 @@ class CsvTracker:
         with self.path.open("a", newline="", encoding="utf-8") as file:
             file.write(_as_csv(rows if file.tell() else [Step._fields, *rows]))
 
-    def figures(self, kind: str, step: int, figures: Mapping[str, float]) -> None:
+    def metrics(self, kind: str, step: int, metrics: Mapping[str, float]) -> None:
         """Leave them to the run's own files."""
 
     def pictures(self, step: int, pictures: Mapping[str, bytes]) -> None:

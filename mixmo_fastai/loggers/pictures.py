@@ -16,7 +16,7 @@ from mixmo_fastai.training import Training
 from mixmo_fastai.wording import method_name
 
 
-def picture_of_batch(preview: Preview, training: Training) -> dict[str, bytes]:
+def plot_first_batch(preview: Preview, training: Training) -> dict[str, bytes]:
     """Draw the first batch as training saw it."""
     recipe, file = training.recipe, io.BytesIO()
     title = f"{method_name(recipe)}: the first batch of {training.source.name}"
@@ -24,7 +24,7 @@ def picture_of_batch(preview: Preview, training: Training) -> dict[str, bytes]:
     return {"first-batch": file.getvalue()}
 
 
-def pictures_of_result(
+def plot_results(
     run: RunFolder, recipe: Recipe, classes: tuple[str, ...], member_logits: Tensor, labels: Tensor
 ) -> dict[str, bytes]:
     """Draw what a finished training tells: curves, reliability, confusion where it can be read.

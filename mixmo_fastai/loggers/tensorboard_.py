@@ -10,7 +10,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from mixmo_fastai.loggers.tracker import Step, Subject
 
-MAIN_FIGURES = ("final/test/accuracy", "final/test/nll", "final/test/ece")
+MAIN_METRICS = ("final/test/accuracy", "final/test/nll", "final/test/ece")
 """What the table of settings shows of each run."""
 
 
@@ -23,7 +23,7 @@ class TensorBoardTracker:
         # As `add_hparams` does, which comes too late for a run that is stopped, and makes a run of
         # its own beside this one.
         settings = {name: _plain(value) for name, value in subject.settings.items()}
-        experiment, start, self.end = hparams(settings, dict.fromkeys(MAIN_FIGURES, 0.0))
+        experiment, start, self.end = hparams(settings, dict.fromkeys(MAIN_METRICS, 0.0))
         self._add_summaries(experiment, start)
         self.writer.flush()
 
@@ -38,9 +38,9 @@ class TensorBoardTracker:
                 self.writer.add_scalar(f"train/{name}", getattr(step, name), step.step)
         self.writer.flush()
 
-    def figures(self, kind: str, step: int, figures: Mapping[str, float]) -> None:
+    def metrics(self, kind: str, step: int, metrics: Mapping[str, float]) -> None:
         """Write a scalar each."""
-        for name, value in figures.items():
+        for name, value in metrics.items():
             self.writer.add_scalar(f"{kind}/{name}", value, step)
         self.writer.flush()
 

@@ -48,7 +48,7 @@ class Tracker(Protocol):
     """Where a run is logged to. What goes wrong may be raised: no training ends by that.
 
     A place in the run is a number of steps done: a step's loss is that of the weights after as
-    many steps as were done before it, an epoch's figures are those of the weights after its last.
+    many steps as were done before it, an epoch's metrics are those of the weights after its last.
     """
 
     def __init__(self, subject: Subject) -> None:
@@ -57,8 +57,8 @@ class Tracker(Protocol):
     def steps(self, steps: Sequence[Step]) -> None:
         """Log steps, in order."""
 
-    def figures(self, kind: str, step: int, figures: Mapping[str, float]) -> None:
-        """Log figures of one kind, "epoch" or "final", at a place in the run."""
+    def metrics(self, kind: str, step: int, metrics: Mapping[str, float]) -> None:
+        """Log metrics of one kind, "epoch" or "final", at a place in the run."""
 
     def pictures(self, step: int, pictures: Mapping[str, bytes]) -> None:
         """Log pictures, PNG by name, at a place in the run."""

@@ -78,15 +78,15 @@ class WandbTracker:
         return Path(self.run.dir).parent
 
     def steps(self, steps: Sequence[Step]) -> None:
-        """Log three figures per step."""
+        """Log three metrics per step."""
         for step in steps:
             values = {f"train/{name}": getattr(step, name) for name in ("loss", "lr", "momentum")}
             self._log("train", step.step, values)
         self.memory.keep()
 
-    def figures(self, kind: str, step: int, figures: Mapping[str, float]) -> None:
-        """Log figures; the run's summary shows the latest of each."""
-        self._log(kind, step, {f"{kind}/{name}": value for name, value in figures.items()})
+    def metrics(self, kind: str, step: int, metrics: Mapping[str, float]) -> None:
+        """Log metrics; the run's summary shows the latest of each."""
+        self._log(kind, step, {f"{kind}/{name}": value for name, value in metrics.items()})
         self.memory.keep()
 
     def pictures(self, step: int, pictures: Mapping[str, bytes]) -> None:

@@ -23,7 +23,7 @@ from mixmo_fastai.diversity import accuracy_by_agreement
 from mixmo_fastai.evaluation import COVERAGES
 from mixmo_fastai.report.drawing import ENSEMBLE, INK, MEMBERS, RIGHT, WRONG, Drawing
 from mixmo_fastai.selective import risk_at_coverage, risk_coverage
-from mixmo_fastai.wording import decimal, percent, shortened
+from mixmo_fastai.wording import decimal, percent, truncate
 
 MARKERS = ("o", "s", "^", "D")
 CURVE_POINTS = 200
@@ -162,7 +162,7 @@ def confusion(matrix: Tensor, classes: Sequence[str]) -> Chart:
     """Plot the confusion matrix of a few classes, each row as fractions of the true class."""
     shares = matrix / matrix.sum(dim=1, keepdim=True).clamp(min=1)
     num_classes = len(classes)
-    names = [shortened(name, 14) for name in classes]
+    names = [truncate(name, 14) for name in classes]
 
     def plot(figure: Figure) -> None:
         axes = figure.subplots()

@@ -13,7 +13,7 @@ from mixmo_fastai.assessment import FinishedRun, open_finished
 from mixmo_fastai.calibration import top_predictions
 from mixmo_fastai.checkpoints.weights import load_network
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.evaluation import cross_scaled, evaluate_parts
+from mixmo_fastai.evaluation import cross_scale, evaluate_splits
 from mixmo_fastai.filter_use import FilterUse, encoder_norms, filter_use
 from mixmo_fastai.recipe import Recipe
 from mixmo_fastai.runs import RunFolder
@@ -46,7 +46,7 @@ class Mistake:
 
 
 @dataclass(frozen=True, eq=False)
-class Findings:
+class ReportData:
     """What a report says of a run.
 
     Attributes:
@@ -54,8 +54,8 @@ class Findings:
         classes: names, in the order of the logits.
         num_images: of the validation and test parts.
         parameters: of all networks.
-        figures: as `evaluation.evaluate_parts` gives them.
-        summary: the final figures that training wrote; empty where it wrote none.
+        metrics: as `evaluation.evaluate_splits` gives them.
+        summary: the final metrics that training wrote; empty where it wrote none.
         environment: what training ran with; empty where it wrote none.
         member_logits, labels: of the test set, or of the validation images if no test images are
             labelled, (N, M, K) and (N,).
@@ -73,7 +73,7 @@ class Findings:
     classes: tuple[str, ...]
     num_images: tuple[int, int]
     parameters: int
-    figures: dict[str, Any]
+    metrics: dict[str, Any]
     summary: dict[str, Any]
     environment: dict[str, Any]
     member_logits: Tensor
@@ -92,8 +92,10 @@ class Findings:
         return self.member_logits.mean(dim=1)
 
 
-def gather(run: RunFolder, data_dir: Path | None = None, *, device: str | None = None) -> Findings:
-    """Show a trained run its validation and test images once, and gather what they tell.
+def collect_report_data(
+    run: RunFolder, data_dir: Path | None = None, *, device: str | None = None
+) -> ReportData:
+    """Show a trained run its validation and test images once, and collect the data of its report.
 
     Args:
         run: finished.
@@ -105,19 +107,19 @@ def gather(run: RunFolder, data_dir: Path | None = None, *, device: str | None =
     """
     finished = open_finished(run, data_dir, device)
     validation, test = finished.logits(finished.loaders())
-    figures = evaluate_parts(validation, test)
+    metrics = evaluate_splits(validation, test)
     final = test or validation
     member_logits, labels = final[0].double(), final[1]
     networks = [load_network(network) for network in run.networks()]
-    calibrated, calibration = _calibrate(figures, member_logits.mean(dim=1), labels)
+    calibrated, calibration = _calibrate(metrics, member_logits.mean(dim=1), labels)
     histories = [read_history(network) for network in run.networks()]
-    return Findings(
+    return ReportData(
         run=run,
         recipe=finished.recipe,
         classes=finished.source.classes,
         num_images=tuple(0 if part is None else len(part[1]) for part in (validation, test)),
         parameters=sum(p.numel() for network in networks for p in network.parameters()),
-        figures=figures,
+        metrics=metrics,
         summary=run.metrics() if run.is_finished else {},
         environment=run.environment(),
         member_logits=member_logits,
@@ -135,7 +137,7 @@ def gather(run: RunFolder, data_dir: Path | None = None, *, device: str | None =
 def confident_mistakes(
     finished: FinishedRun, member_logits: Tensor, labels: Tensor, count: int = NUM_MISTAKES
 ) -> list[Mistake]:
-    """Find the images of the final figures that the ensemble is surest of and wrong about.
+    """Find the images of the final metrics that the ensemble is surest of and wrong about.
 
     Args:
         finished: the run.
@@ -193,15 +195,15 @@ def _rates(finished: FinishedRun, history: list[dict[str, float]]) -> list[tuple
 
 
 def _calibrate(
-    figures: dict[str, Any], logits: Tensor, labels: Tensor
+    metrics: dict[str, Any], logits: Tensor, labels: Tensor
 ) -> tuple[Tensor | None, str]:
     """Divide the test logits by the temperature of other images, and say which these are."""
-    if found := figures.get("calibrated"):
+    if found := metrics.get("calibrated"):
         temperature = found["temperature"]
         return logits / temperature, f"temperature {temperature:.3f}, from the validation split"
     try:
-        scaled, temperatures = cross_scaled(logits, labels)
+        scaled, temperatures = cross_scale(logits, labels)
     except InputError:
-        return None, f"{figures['absent']['calibrated']}; {figures['absent']['cross_fitted']}"
+        return None, f"{metrics['absent']['calibrated']}; {metrics['absent']['cross_fitted']}"
     shown = " and ".join(f"{temperature:.3f}" for temperature in temperatures)
     return scaled, f"temperatures {shown}, each from the other half of these images"

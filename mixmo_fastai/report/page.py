@@ -17,23 +17,23 @@ from torch import Tensor
 from mixmo_fastai import __version__
 from mixmo_fastai.files import write_atomically
 from mixmo_fastai.recipe import to_toml
-from mixmo_fastai.report.findings import Findings, Mistake, gather
+from mixmo_fastai.report.findings import Mistake, ReportData, collect_report_data
 from mixmo_fastai.report.sections import kind, scaled_by, sections
 from mixmo_fastai.runs import RunFolder
 from mixmo_fastai.wording import (
-    FIGURE,
-    FIGURES,
-    OF_SEVERAL_MEMBERS,
-    PART_NAMES,
+    METRIC_BY_NAME,
+    METRICS,
+    MULTI_MEMBER_METRICS,
+    SPLIT_NAMES,
     decimal,
     duration,
-    expectation,
-    final_figures,
+    final_metrics,
     method_name,
     percent,
+    published_result,
     round_percent,
     temperature_error,
-    temperature_remark,
+    temperature_warning,
 )
 
 SMALLEST_THUMBNAIL = 64
@@ -42,7 +42,7 @@ _UNIT = re.compile(r"(?<=\d) (?=(?:%|points|nats|min|h|s)(?!\w))")
 
 def write_report(
     run: RunFolder, path: Path, data_dir: Path | None = None, *, device: str | None = None
-) -> Findings:
+) -> ReportData:
     """Evaluate a trained run and write its report.
 
     Args:
@@ -57,12 +57,12 @@ def write_report(
     Raises:
         InputError: the run is not finished or damaged, or its data is not there.
     """
-    findings = gather(run, data_dir, device=device)
+    findings = collect_report_data(run, data_dir, device=device)
     write_atomically(path, render(findings))
     return findings
 
 
-def render(findings: Findings) -> str:
+def render(findings: ReportData) -> str:
     """Lay out a report as HTML. Names of classes, files and recipes are escaped."""
     recipe, folder = findings.recipe, files("mixmo_fastai.report")
     environment = Environment(
@@ -76,8 +76,8 @@ def render(findings: Findings) -> str:
         method=method_name(recipe),
         lead=_lead(findings),
         tiles=_tiles(findings),
-        published=expectation(recipe),
-        table=_figure_table(findings),
+        published=published_result(recipe),
+        table=_metric_table(findings),
         averages=_averages(findings),
         notes=_notes(findings),
         sections=sections(findings),
@@ -107,7 +107,7 @@ def as_data_uri(pixels: Tensor) -> str:
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def _lead(findings: Findings) -> str:
+def _lead(findings: ReportData) -> str:
     recipe, summary = findings.recipe, findings.summary
     num_valid, num_test = findings.num_images
     parts = [
@@ -124,23 +124,23 @@ def _lead(findings: Findings) -> str:
     return ", ".join(parts) + "."
 
 
-def _tiles(findings: Findings) -> list[tuple[str, str, str]]:
+def _tiles(findings: ReportData) -> list[tuple[str, str, str]]:
     """Return the main metrics: label, value, and a remark."""
-    part, test = final_figures(findings.figures)
-    ends = findings.figures.get("intervals", {})
+    part, test = final_metrics(findings.metrics)
+    ends = findings.metrics.get("intervals", {})
     expected = findings.recipe.expected
     tiles = [
-        (f"{PART_NAMES[part]} accuracy", percent(test["accuracy"]), _interval(ends, "accuracy")),
+        (f"{SPLIT_NAMES[part]} accuracy", percent(test["accuracy"]), _interval(ends, "accuracy")),
         ("NLL", decimal(test["nll"]), _interval(ends, "nll")),
         ("ECE", percent(test["ece"]), _interval(ends, "ece")),
     ]
     if expected.accuracy is not None:
         tiles.insert(1, ("Published", percent(expected.accuracy), f"with {expected.arch}"))
     if name := scaled_by(findings):
-        found = findings.figures[name]
+        found = findings.metrics[name]
         how = "validation split" if name == "calibrated" else "other half"
         remark = f"temperature of the {how}"
-        if temperature_remark(found):
+        if temperature_warning(found):
             remark = (
                 f"unreliable: {remark} is uncertain by {round_percent(temperature_error(found))}"
             )
@@ -156,45 +156,45 @@ def _interval(ends: Mapping[str, Sequence[float]], name: str) -> str:
     if name not in ends:
         return ""
     low, high = ends[name]
-    show = FIGURE[name].show
+    show = METRIC_BY_NAME[name].format_value
     return f"{show(low)} to {show(high)}"
 
 
-def _averages(findings: Findings) -> list[tuple[str, str, Mapping[str, Any]]]:
+def _averages(findings: ReportData) -> list[tuple[str, str, Mapping[str, Any]]]:
     """Return the columns of the table of metrics: name, explanation, values."""
-    figures = findings.figures
-    part, final = final_figures(figures)
-    columns = [(PART_NAMES[part], "mean of the logits, as published", final)]
-    if found := figures.get(f"{part}_mean_probabilities"):
-        columns.append((f"{PART_NAMES[part]}, mean p", "mean of the probabilities", found))
-    if part != "valid" and (found := figures.get("valid")):
+    metrics = findings.metrics
+    part, final = final_metrics(metrics)
+    columns = [(SPLIT_NAMES[part], "mean of the logits, as published", final)]
+    if found := metrics.get(f"{part}_mean_probabilities"):
+        columns.append((f"{SPLIT_NAMES[part]}, mean p", "mean of the probabilities", found))
+    if part != "valid" and (found := metrics.get("valid")):
         columns.append(("Validation", "mean of the logits", found))
     return columns
 
 
-def _figure_table(findings: Findings) -> list[tuple[Any, list[tuple[str, str]]]]:
+def _metric_table(findings: ReportData) -> list[tuple[Any, list[tuple[str, str]]]]:
     """Return the rows of metrics: name, and per column the value or why it is undefined."""
     rows = []
     columns = _averages(findings)
     alone = len(columns[0][2]["member_accuracy"]) == 1
-    for figure in FIGURES:
+    for metric in METRICS:
         cells = []
         for _, _, values in columns:
-            if figure.name in values:
-                cells.append((figure.show(values[figure.name]), ""))
+            if metric.name in values:
+                cells.append((metric.format_value(values[metric.name]), ""))
             else:
-                cells.append(("-", values.get("absent", {}).get(figure.name, "")))
-        if not (alone and figure.name in OF_SEVERAL_MEMBERS):
-            rows.append((figure, cells))
+                cells.append(("-", values.get("absent", {}).get(metric.name, "")))
+        if not (alone and metric.name in MULTI_MEMBER_METRICS):
+            rows.append((metric, cells))
     return rows
 
 
-def _notes(findings: Findings) -> list[str]:
+def _notes(findings: ReportData) -> list[str]:
     """Return why metrics are undefined, each reason once."""
-    part, test = final_figures(findings.figures)
-    absent: dict[str, str] = findings.figures.get("absent", {}) | test.get("absent", {})
+    part, test = final_metrics(findings.metrics)
+    absent: dict[str, str] = findings.metrics.get("absent", {}) | test.get("absent", {})
     if len(test["member_accuracy"]) == 1:  # the section of the members says it
-        unasked = (*OF_SEVERAL_MEMBERS, f"{part}_mean_probabilities")
+        unasked = (*MULTI_MEMBER_METRICS, f"{part}_mean_probabilities")
         absent = {name: reason for name, reason in absent.items() if name not in unasked}
     names = {
         "calibrated": "Calibration on the validation split",
@@ -203,14 +203,14 @@ def _notes(findings: Findings) -> list[str]:
     }
     reasons: dict[str, list[str]] = {}
     for name, reason in absent.items():
-        label = names.get(name) or (FIGURE[name].label if name in FIGURE else name)
+        label = names.get(name) or (METRIC_BY_NAME[name].label if name in METRIC_BY_NAME else name)
         reasons.setdefault(reason, []).append(label)
     return [f"{', '.join(labels)}: none, as {reason}" for reason, labels in reasons.items()]
 
 
-def _colors(findings: Findings) -> list[tuple[str, str]]:
+def _colors(findings: ReportData) -> list[tuple[str, str]]:
     """Return the meaning of each colour, by the name of its CSS variable."""
-    if len(final_figures(findings.figures)[1]["member_accuracy"]) == 1:
+    if len(final_metrics(findings.metrics)[1]["member_accuracy"]) == 1:
         colors = [("ensemble", "network"), ("members", "encoder")]
     else:
         colors = [("ensemble", "ensemble"), ("members", f"{kind(findings)}s")]

@@ -9,15 +9,15 @@ from mixmo_fastai.calibration import top_predictions
 from mixmo_fastai.confusion import confusion_matrix, most_confused
 from mixmo_fastai.evaluation import COVERAGES
 from mixmo_fastai.report import charts, filters
-from mixmo_fastai.report.findings import Findings
+from mixmo_fastai.report.findings import ReportData
 from mixmo_fastai.selective import risk_at_coverage
 from mixmo_fastai.wording import (
     decimal,
     duration,
-    final_figures,
+    final_metrics,
     percent,
     round_percent,
-    temperature_remark,
+    temperature_warning,
 )
 
 MOST_CLASSES_IN_A_MATRIX = 20
@@ -61,7 +61,7 @@ class Section(NamedTuple):
     details: Table | None = None
 
 
-def sections(findings: Findings) -> list[Section]:
+def sections(findings: ReportData) -> list[Section]:
     """Lay out the parts of the page between its metrics and its mistakes."""
     return [
         _training_section(findings),
@@ -73,7 +73,7 @@ def sections(findings: Findings) -> list[Section]:
     ]
 
 
-def _training_section(findings: Findings) -> Section:
+def _training_section(findings: ReportData) -> Section:
     drawn = charts.learning_curves(
         findings.histories, findings.rates, several=findings.recipe.model.num_members > 1
     )
@@ -88,7 +88,7 @@ def _training_section(findings: Findings) -> Section:
     return Section("training", "Training", drawn, tables, notes)
 
 
-def _training_table(findings: Findings) -> Table:
+def _training_table(findings: ReportData) -> Table:
     """Collect facts of the training from the first network's history."""
     history, recipe = findings.histories[0], findings.recipe
     last = history[-1]
@@ -117,7 +117,7 @@ def _training_table(findings: Findings) -> Table:
     return Table(title, (), rows, (1,))
 
 
-def _calibration_section(findings: Findings) -> Section:
+def _calibration_section(findings: ReportData) -> Section:
     before = charts.reliability(
         "reliability-before",
         "Reliability as trained",
@@ -136,11 +136,11 @@ def _calibration_section(findings: Findings) -> Section:
         findings.labels,
         caption=f"At {findings.calibration}.",
     )
-    remark = temperature_remark(findings.figures.get(scaled_by(findings), {}))
+    remark = temperature_warning(findings.metrics.get(scaled_by(findings), {}))
     return Section("calibration", "Calibration", [before, after], [], [remark] if remark else [])
 
 
-def _risk_section(findings: Findings) -> Section:
+def _risk_section(findings: ReportData) -> Section:
     confidence, correct = top_predictions(findings.logits, findings.labels)
     total = len(correct)
     rows = []
@@ -153,8 +153,8 @@ def _risk_section(findings: Findings) -> Section:
     return Section("risk", "Selective prediction", [chart], [table])
 
 
-def _member_section(findings: Findings) -> Section:
-    (_, test), voter = final_figures(findings.figures), kind(findings)
+def _member_section(findings: ReportData) -> Section:
+    (_, test), voter = final_metrics(findings.metrics), kind(findings)
     if len(test["member_accuracy"]) == 1:
         note = "The network has one member: there is nothing to compare."
         return Section("members", "Members", [], [], [note])
@@ -168,7 +168,7 @@ def _member_section(findings: Findings) -> Section:
     )
 
 
-def _confusion_section(findings: Findings) -> Section:
+def _confusion_section(findings: ReportData) -> Section:
     matrix = confusion_matrix(findings.logits, findings.labels)
     names, num_classes = findings.classes, len(findings.classes)
     pairs = Table(
@@ -197,7 +197,7 @@ def _confusion_section(findings: Findings) -> Section:
     return Section("confusion", "Confusion", [], [pairs, classes], [f"{num_classes} classes."])
 
 
-def _filter_section(findings: Findings) -> Section:
+def _filter_section(findings: ReportData) -> Section:
     use = findings.uses[0]
     shares = torch.stack([each.shares for each in findings.uses]).mean(dim=0)
     details = Table(
@@ -213,12 +213,12 @@ def _filter_section(findings: Findings) -> Section:
     return Section("filters", "Filter use", drawn, details=details)
 
 
-def kind(findings: Findings) -> str:
+def kind(findings: ReportData) -> str:
     """Return the name of one voter."""
     return "network" if findings.recipe.model.num_nets > 1 else "member"
 
 
-def scaled_by(findings: Findings) -> str:
+def scaled_by(findings: ReportData) -> str:
     """Return which metrics at a temperature the page shows: their name, or "" if there are none."""
     names = ("calibrated", "cross_fitted")
-    return next((name for name in names if findings.figures.get(name)), "")
+    return next((name for name in names if findings.metrics.get(name)), "")
