@@ -29,9 +29,9 @@ MEMBERS, REPETITIONS, BATCH, NUM_IMAGES = 2, 4, 64, 50_000
 MEAN, STD, PADDING = (0.49, 0.48, 0.45), (0.2, 0.2, 0.2), 4
 
 
-def make_pixels():
+def make_pixels(num_images=NUM_IMAGES):
     random = torch.Generator().manual_seed(0)
-    return torch.randint(256, (NUM_IMAGES, 3, 32, 32), generator=random, dtype=torch.uint8)
+    return torch.randint(256, (num_images, 3, 32, 32), generator=random, dtype=torch.uint8)
 
 
 class PilImages(Dataset):
@@ -49,7 +49,7 @@ class PilImages(Dataset):
         )
 
     def __len__(self):
-        return NUM_IMAGES
+        return len(self.arrays)
 
     def __getitem__(self, index):
         return self.transform(Image.fromarray(self.arrays[index])), index % 10
@@ -65,7 +65,7 @@ class Torchvision:
     def endless(self):
         distinct, copies = BATCH // REPETITIONS, MEMBERS * REPETITIONS
         while True:
-            order = torch.randperm(NUM_IMAGES).split(distinct)
+            order = torch.randperm(len(self.data)).split(distinct)
             batches = [chunk.repeat(copies).tolist() for chunk in order if len(chunk) == distinct]
             yield from DataLoader(self.data, batch_sampler=batches, num_workers=self.workers)
 
@@ -80,7 +80,7 @@ class Ours:
 
     def __init__(self, pixels, device):
         self.loader = ResidentLoader(
-            ArrayImages(pixels, torch.arange(NUM_IMAGES) % 10, numbered("train", NUM_IMAGES)),
+            ArrayImages(pixels, torch.arange(len(pixels)) % 10, numbered("train", len(pixels))),
             classes=tuple("0123456789"),
             mean=MEAN,
             std=STD,
@@ -121,11 +121,12 @@ def main():
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--pause", type=float, default=0.5, help="seconds before each time")
+    parser.add_argument("--images", type=int, default=NUM_IMAGES)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     keep_freed_memory()
-    pixels = make_pixels()
+    pixels = make_pixels(args.images)
     ours, other = Ours(pixels, args.device), Torchvision(pixels, args.workers)
     counts = {"pairs, masks and weights": args.batches, "the images alone": args.batches}
     them = f"torchvision, PIL, DataLoader of {args.workers} workers: the images alone"

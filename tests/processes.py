@@ -15,13 +15,16 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
+import weakref
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
 import pytest
+import torch
 
 from mixmo_fastai.runs import RunFolder
 
@@ -186,6 +189,37 @@ def undisturbed(server, folder, words):
     return give
 
 
+def fork_instead(command, *, check, capture_output=False, text=False):
+    """Do as `subprocess.run`, but fork where the command is `python -m mixmo_fastai …`."""
+    program = [sys.executable, "-m", "mixmo_fastai"]
+    if command[: len(program)] != program:
+        return subprocess.run(command, check=check, capture_output=capture_output, text=text)
+    assert capture_output
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [os.path.join(folder, name) for name in ("stdout", "stderr")]
+        child = os.fork()
+        if not child:
+            _drop_exit_handlers()
+            _redirect(*outputs)
+            torch.set_grad_enabled(True)  # whatever the script does meanwhile
+            _exit_as(lambda: _run_mixmo(command[len(program) :]))
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        contents = [Path(path).read_text() if text else Path(path).read_bytes() for path in outputs]
+    done = subprocess.CompletedProcess(command, code, *contents)
+    if check:
+        done.check_returncode()
+    return done
+
+
+# For a script that starts `mixmo` several times: new interpreters would take most of its time.
+FORK_INSTEAD = """
+import __main__, subprocess, types
+names = {**vars(subprocess), "run": __main__.fork_instead}
+import sys
+sys.modules["subprocess"] = types.SimpleNamespace(**names)
+"""
+
+
 @pytest.fixture(scope="session")
 def server():
     own = Server()
@@ -275,10 +309,7 @@ def _obey(order):
     for number in (signal.SIGTERM, signal.SIGHUP):  # whatever the tests were started under
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    file = os.open(order["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    for target, source in ((0, nothing), (1, file), (2, file)):
-        os.dup2(source, target)
+    _redirect(order["output"], order["output"])
     os.chdir(order["folder"])
     os.environ.update(order["environment"])
     exec(order["prelude"], {})
@@ -289,9 +320,27 @@ def _obey(order):
         )
         runpy.run_path(order["script"], run_name="__main__")
         return
-    sys.argv = ["mixmo", *order["words"]]
+    _run_mixmo(order["words"])
+
+
+def _drop_exit_handlers():
+    """Leave the temporary folders of the process that forked alone."""
+    atexit._clear()
+    weakref.finalize._registry.clear()
+    weakref.finalize._registered_with_atexit = False
+
+
+def _redirect(output, errors):
+    """Read nothing, and append the two outputs to files."""
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for target, path in ((1, output), (2, errors)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), target)
+
+
+def _run_mixmo(words):
     from mixmo_fastai.cli import main
 
+    sys.argv = ["mixmo", *words]
     main()
 
 

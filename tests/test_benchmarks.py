@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
-from processes import PATIENCE
+from processes import FORK_INSTEAD, PATIENCE
 
 pytestmark = pytest.mark.slow
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 SMALL = {
-    "input_pipeline.py": "--batches 2 --repeats 1",
+    "input_pipeline.py": "--batches 2 --other-batches 2 --images 2000 --repeats 1 --pause 0",
     "training_step.py": "--arch wrn10_1 --batch-size 4 --repeats 1",
     "inference.py": "--arch wrn10_1 --batch-size 4 --repeats 1",
     "memory.py": "--arch wrn10_1 --batch-size 4",
@@ -35,8 +35,9 @@ def test_every_benchmark_is_run():
 def benchmark(mixmo):
     """A function that runs a benchmark; it gives the exit code and what was printed."""
 
-    def run(name, words, out, **how):
-        command = mixmo(*words.split(), "--out", out, script=BENCHMARKS / name, **how)
+    def run(name, words, out, prelude=""):
+        prelude = FORK_INSTEAD + prelude
+        command = mixmo(*words.split(), "--out", out, script=BENCHMARKS / name, prelude=prelude)
         return command.wait(patience=5 * PATIENCE), command.said
 
     return run

@@ -314,7 +314,7 @@ class Disk:
 files.os = Disk()
 """
     run = tmp_path / "run"
-    all_done(together(*FIT, run, "--epochs", "6", prelude=slow))
+    all_done(together(*FIT, run, "--epochs", "5", prelude=slow))
     newest = CheckpointStore(run / "checkpoint").newest()
     assert newest.path.name == "save-000002"  # the first, and the last
 

@@ -227,7 +227,7 @@ def image_run(mixmo, folder, pictures, *more, prelude=SLOW_STEPS):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_image_that_disappears(mixmo, tmp_path, workers):
-    pictures = write_image_folder(tmp_path / "pets", num_train=40, num_test=4)
+    pictures = write_image_folder(tmp_path / "pets", num_train=24, num_test=4)
     streamed = [*STREAMED[:3], f"data.num_workers={workers}"]
     run = tmp_path / "run"
     command = image_run(mixmo, run, pictures, *streamed)
@@ -248,7 +248,7 @@ def test_an_image_that_disappears(mixmo, tmp_path, workers):
 
 
 def test_an_image_that_changes(mixmo, tmp_path):
-    pictures = write_image_folder(tmp_path / "pets", num_train=40, num_test=4)
+    pictures = write_image_folder(tmp_path / "pets", num_train=24, num_test=4)
     run = tmp_path / "run"
     command = image_run(mixmo, run, pictures)
     command.until_said("1/3 ")
@@ -263,10 +263,10 @@ def test_an_image_that_changes(mixmo, tmp_path):
 
 @pytest.mark.parametrize("moment", ["training", "as it starts"])
 def test_a_worker_that_is_killed(mixmo, tmp_path, whole, moment):
-    many_steps = [*STREAMED, "--limit", "640"]
+    many_steps = [*STREAMED, "--limit", "320", "--epochs", "2"]
     run = tmp_path / "run"
     command = mixmo(*FIT, run, *many_steps, prelude=ALL_STEPS_SLOW.replace("0.1", "0.02"))
-    command.until_said("1/3 " if moment == "training" else "epoch")
+    command.until_said("1/2 " if moment == "training" else "epoch")
     command.until(command.others)
     os.kill(command.others()[0], signal.SIGKILL)
     began = time.monotonic()

@@ -45,7 +45,7 @@ class Clockwork:
 @pytest.mark.parametrize(("step", "steps"), [(0.02, 500), (1.0, 3000), (0.5, 100_000)])
 def test_saving_takes_its_share_of_the_time_at_most(monkeypatch, save, step, steps):
     clock = Clockwork(monkeypatch, step=step, save=save)
-    epochs = max(2, int(30 * save / 0.035 / (step * steps)))
+    epochs = max(2, int(12 * save / 0.035 / (step * steps)))
     share = clock.run(epochs, steps)
     # The first and the last have no choice: nothing is known of their cost, or all is at stake.
     forced = 2 * save / clock.now
