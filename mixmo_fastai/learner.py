@@ -6,7 +6,7 @@ from inspect import signature
 from typing import Any
 
 import fastai.callback.progress
-import fastai.callback.schedule  # noqa: F401  # gives every Learner fit_one_cycle and lr_find
+import fastai.callback.schedule  # noqa: F401  # adds fit_one_cycle and lr_find to Learner
 import torch
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader

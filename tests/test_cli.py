@@ -65,7 +65,7 @@ def test_fit_leaves_a_complete_run_folder(folder, capsys):
     accuracy = made.metrics()["test"]["accuracy"]
     for part in (f"{100 * accuracy:.2f} %", "1/2", "2/2", "runs/digits-cut-mixmo-1", "48 training"):
         assert part in out
-    assert "143 images, so the 95 % CI of its accuracy is ±8.2 points" in out
+    assert "143 images; 95 % CI of the accuracy: ±8.2 points" in out
     log = (made.path / "log.txt").read_text()
     assert f"{100 * accuracy:.2f} %" in log
     assert "[train]" in log

@@ -49,15 +49,13 @@ def fit(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="The run folder. Default: runs/<data set>-<method>-<n>.",
+            help="Run folder. Default: runs/<data set>-<method>-<n>.",
             rich_help_panel=opt.OUTPUT,
         ),
     ] = None,
     resume: Annotated[
         Path | None,
-        typer.Option(
-            help="Continue a run that was interrupted.", metavar="RUN", rich_help_panel=opt.OUTPUT
-        ),
+        typer.Option(help="Resume an interrupted run.", metavar="RUN", rich_help_panel=opt.OUTPUT),
     ] = None,
     logger: opt.Loggers = None,
     as_json: opt.Json = False,

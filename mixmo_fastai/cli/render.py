@@ -114,7 +114,7 @@ def _validation_rows(num_images: int) -> list[tuple[str, str]]:
     return [
         (
             "Validation",
-            f"{num_images:,} images, so the 95 % CI of its accuracy is ±{points:.2g} points",
+            f"{num_images:,} images; 95 % CI of the accuracy: ±{points:.2g} points",
         )
     ]
 
@@ -177,8 +177,10 @@ def filter_lines(titles: list[str], uses: Sequence[Any], norms: Sequence[Any]) -
     lines = []
     for title, use, norm in zip(titles, uses, norms, strict=True):
         table = [("", "convolution", *(f"> {round_percent(t)}" for t in use.thresholds))]
-        for number, (name, shares) in enumerate(zip(use.layers, use.shares.tolist(), strict=True)):
-            table.append((str(number + 1), name, *map(percent, shares)))
+        for number, (name, fractions) in enumerate(
+            zip(use.layers, use.shares.tolist(), strict=True)
+        ):
+            table.append((str(number + 1), name, *map(percent, fractions)))
         table.append(("", "average", *map(percent, use.average.tolist())))
         lines += ["", f"{title}: filters whose L1 norm exceeds a fraction of the layer's largest"]
         lines += columns(table, left=(1,))
