@@ -44,7 +44,7 @@ from mixmo_fastai.averaging import EMACallback
 from mixmo_fastai.cli.console import Output
 from mixmo_fastai.cli.progress import TrainingDisplay
 from mixmo_fastai.devices import products
-from mixmo_fastai.flops import BACKWARD, count_flops
+from mixmo_fastai.flops import BACKWARD_COST, count_flops
 from mixmo_fastai.losses import MixMoLoss
 from mixmo_fastai.recipe import load_recipe
 from mixmo_fastai.recording import HistoryCallback
@@ -290,7 +290,7 @@ def _rates(args: argparse.Namespace, subjects: dict[str, Callable[[], object]], 
     seconds = interleaved(subjects, args.repeats)
     images = size * args.steps
     model = setup_of(args, device=torch.device("cpu")).model()
-    flops = (1 + BACKWARD) * count_flops(model, (3, SIZE, SIZE))
+    flops = (1 + BACKWARD_COST) * count_flops(model, (3, SIZE, SIZE))
     figures: Figures = {}
     for name, values in seconds.items():
         rate = spread([images / s for s in values])

@@ -12,7 +12,7 @@ from torch import nn
 
 from mixmo_fastai.errors import InputError, check_count
 from mixmo_fastai.models import MixMoModel, create_model
-from mixmo_fastai.models.surgery import Members, convert_between, find_ends
+from mixmo_fastai.models.surgery import MemberInit, convert_at_layers, find_end_layers
 from mixmo_fastai.names import TORCHVISION_NETWORKS
 
 
@@ -25,7 +25,7 @@ class NetworkSpec:
         num_classes: K; None to keep that of a module.
         num_members: M; None for the default.
         pretrained, independent: see `mixmo_learner`.
-        thaw: unfreeze all parameters of a converted network.
+        unfreeze: unfreeze all parameters of a converted network.
 
     Raises:
         InputError: a number is not allowed.
@@ -36,7 +36,7 @@ class NetworkSpec:
     num_members: int | None = None
     pretrained: bool = False
     independent: bool | None = None
-    thaw: bool = True
+    unfreeze: bool = True
 
     def __post_init__(self) -> None:
         for name in ("num_classes", "num_members"):
@@ -96,20 +96,24 @@ def build_mixmo_model(
     if isinstance(arch, MixMoModel):
         _check_fits(arch, spec)
         return arch
-    names = find_ends(arch, image_size=spec.image_size, in_channels=spec.image_shape[0])
-    apart = [_weights_differ(arch, second, name) for name in (names.first, names.last)]
+    names = find_end_layers(arch, image_size=spec.image_size, in_channels=spec.image_shape[0])
+    independent = [_weights_differ(arch, second, name) for name in (names.first, names.last)]
     if spec.independent is not None:
-        apart = [spec.independent] * 2
-    converted = convert_between(
+        independent = [spec.independent] * 2
+    converted = convert_at_layers(
         arch,
         names,
-        Members(spec.num_members_for(arch), encoders_apart=apart[0], heads_apart=apart[1]),
+        MemberInit(
+            spec.num_members_for(arch),
+            independent_encoders=independent[0],
+            independent_heads=independent[1],
+        ),
         num_classes=spec.num_classes,
         in_channels=spec.image_shape[0],
-        thaw=spec.thaw,
+        unfreeze=spec.unfreeze,
         generator=generator,
     )
-    return converted.requires_grad_() if spec.thaw else converted
+    return converted.requires_grad_() if spec.unfreeze else converted
 
 
 def _network_name(arch: Any) -> str | None:

@@ -1,4 +1,4 @@
-"""What is known of the loss that members are trained with: torch's, fastai's, or a user's.
+"""Properties of the loss of a member, whether it comes from torch, fastai or a user.
 
 Shapes: R samples, K classes.
 """
@@ -28,32 +28,33 @@ def is_multi_label(base: Any) -> bool:
 
 
 def is_known(base: Any) -> bool:
-    """Check whether torch or fastai has written a loss, which then averages as they do."""
+    """Check whether a loss comes from torch or fastai, so that its averaging is known."""
     if isinstance(base, BatchLoss) or base.reduction not in {"mean", "sum", "none"}:
         return False
     return all(
-        _home(loss).startswith(("torch.", "fastai.")) for loss in (given(base), _inner(base))
+        _module_of(loss).startswith(("torch.", "fastai."))
+        for loss in (unwrap_loss(base), _inner(base))
     )
 
 
-def given(base: Any) -> Any:
-    """Return a loss as the user has given it."""
+def unwrap_loss(base: Any) -> Any:
+    """Return the loss that the user passed."""
     while isinstance(base, FunctionLoss | BatchLoss):
         base = base.function
     return base
 
 
 def name_of(base: Any) -> str:
-    """Name a loss as the user knows it."""
-    plain = _unbound(given(base))
+    """Return the name of a loss as the user wrote it."""
+    plain = _unbound(unwrap_loss(base))
     return str(getattr(plain, "__name__", type(plain).__name__))
 
 
-def counted_by(base: Any, targets: Tensor) -> Tensor | None:
-    """Compute what a mean over samples with class indices (R,) divides by, of torch's losses.
+def mean_divisor(base: Any, targets: Tensor) -> Tensor | None:
+    """Compute the divisor of the mean of a torch loss, for class indices (R,).
 
     Returns:
-        a scalar; None when it is the number of samples.
+        a scalar; None if it is the number of samples.
     """
     if not is_cross_entropy(base) and not _is(base, nn.NLLLoss, F.nll_loss):
         return None
@@ -62,8 +63,8 @@ def counted_by(base: Any, targets: Tensor) -> Tensor | None:
     counts = targets != ignored
     if weight is not None:
         counts = counts * weight[targets.where(counts, 0).long()]
-    counted: Tensor = counts.sum()
-    return counted
+    divisor: Tensor = counts.sum()
+    return divisor
 
 
 def _settings(loss: Any) -> dict[str, Any]:
@@ -73,16 +74,16 @@ def _settings(loss: Any) -> dict[str, Any]:
 
 
 def smoothing_parts(base: Any) -> list[tuple[float, nn.Module]]:
-    """Split fastai's label smoothing with class weights, whose parts are averaged differently.
+    """Split fastai's label smoothing with class weights into two losses.
 
-    Its weights enter (1 - ε) · cross-entropy and the mean of that, and not the ε that is spread
-    over all classes.
+    Its class weights enter (1 - ε) · cross-entropy and the mean of that part, but not the part ε
+    that is spread over all classes, so the two parts have different divisors.
 
     Returns:
-        factors and losses, which add up to it; none for any other loss.
+        factors and losses whose weighted sum is the loss; empty for any other loss.
     """
     inner = _inner(base)
-    is_fastais = _home(inner).startswith("fastai.") and type(inner).__name__ == _SMOOTHING
+    is_fastais = _module_of(inner).startswith("fastai.") and type(inner).__name__ == _SMOOTHING
     if not is_fastais or inner.weight is None:
         return []
     spread = nn.CrossEntropyLoss(label_smoothing=1.0, reduction=base.reduction)
@@ -94,24 +95,24 @@ _SMOOTHING = "LabelSmoothingCrossEntropy"
 
 
 def ignores_shifts(loss: Callable[..., Tensor], num_classes: int, device: torch.device) -> bool:
-    """Check whether a loss of classes stays the same when all logits of a sample grow alike.
+    """Check whether a classification loss is invariant to a shift of a sample's logits.
 
-    So do losses that see logits through their softmax alone, such as cross-entropy in a lambda.
+    Losses that depend on logits through softmax only, such as cross-entropy in a lambda, are.
 
     Args:
         loss: predictions (R, K) and class indices (R,) -> a scalar.
         num_classes: K.
-        device: where to try the loss.
+        device: device on which to evaluate the loss.
     """
     logits = torch.arange(2.0 * num_classes, device=device).mul(1.7).sin().view(2, num_classes)
-    raised = logits + torch.tensor([[1.0], [3.0]], device=device)
+    shifted = logits + torch.tensor([[1.0], [3.0]], device=device)
     targets = torch.arange(2, device=device) % num_classes
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.no_grad():
         warnings.simplefilter("ignore")
         try:
-            one, other = (loss(moved, targets) for moved in (logits, raised))
+            one, other = (loss(each, targets) for each in (logits, shifted))
             return bool(one.isfinite().all()) and torch.allclose(one, other, rtol=1e-4)
-        except _UNSUITABLE:  # a loss of other targets
+        except _UNSUITABLE:  # the loss takes other targets
             return False
 
 
@@ -119,10 +120,10 @@ _UNSUITABLE = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, 
 
 
 def check_shapes(base: Any, pred: Tensor, targets: Tensor) -> None:
-    """Check the shapes for a loss of torch's that compares number by number: nothing is broadcast.
+    """Check that an elementwise loss of torch would not broadcast; other losses pass.
 
     Args:
-        base: such a loss, by itself or in the wrapper of fastai that flattens, or any other.
+        base: any loss; elementwise ones are recognised also in fastai's flattening wrapper.
         pred: (R, …).
         targets: (R, …).
 
@@ -135,13 +136,13 @@ def check_shapes(base: Any, pred: Tensor, targets: Tensor) -> None:
     flattens = getattr(base, "flatten", False) and hasattr(base, "is_2d")
     if pred.numel() == targets.numel() if flattens else pred.shape == targets.shape:
         return
-    advice = f"Give targets {_shape(pred)}"
+    advice = f"Pass targets {_shape(pred)}"
     if pred.ndim == targets.ndim + 1 and pred.shape[-1] == 1:
         advice += f", or flatten both: {_FLATTENING.get(name, f'BaseLoss(nn.{name}, is_2d=False)')}"
     elif not targets.is_floating_point():
         advice += ", or for one class per image use CrossEntropyLossFlat()"
     raise InputError(
-        f"{name} compares number by number: predictions {_shape(pred)} do not match targets "
+        f"{name} is elementwise: predictions {_shape(pred)} do not match targets "
         f"{_shape(targets)}.\n{advice}."
     )
 
@@ -167,20 +168,20 @@ _FLATTENING = {
 
 
 def _shape(tensor: Tensor) -> str:
-    """Write a shape with B in place of the number of samples, as (B,) or (B, 3)."""
+    """Format a shape with B for the number of samples, such as (B,) or (B, 3)."""
     sizes = ", ".join(map(str, tensor.shape[1:]))
     return f"(B, {sizes})" if sizes else "(B,)"
 
 
 def _is(base: Any, kind: type[nn.Module], function: Callable[..., Tensor]) -> bool:
-    """Check whether a loss is one of torch's: a module, in fastai's wrapper, or a function."""
+    """Check whether a loss is a given torch loss, also as a function or in fastai's wrapper."""
     plain = _unbound(_inner(base))
     return isinstance(plain, kind) or plain is function
 
 
 def _inner(base: Any) -> Any:
-    own = given(base)
-    # fastai's flattening losses hold torch's.
+    own = unwrap_loss(base)
+    # fastai's flattening losses wrap torch losses.
     return getattr(own, "func", own) if hasattr(own, "is_2d") else own
 
 
@@ -188,8 +189,8 @@ def _unbound(loss: Any) -> Any:
     return loss.func if isinstance(loss, partial) else loss
 
 
-def _home(loss: Any) -> str:
-    """Name the module whose code computes a loss."""
+def _module_of(loss: Any) -> str:
+    """Return the name of the module that defines the code of a loss."""
     plain = _unbound(loss)
     if inspect.isroutine(plain):
         code: Any = plain

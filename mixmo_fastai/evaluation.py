@@ -52,13 +52,13 @@ LabelledLogits = tuple[Tensor, Tensor] | None
 def collect_member_logits(model: Any, loader: Any) -> LabelledLogits:
     """Compute the member logits of every image of a loader, in full float32 without TF32.
 
-    Processes that have joined divide the images among them; each receives the logits of all images.
+    In a distributed run each process evaluates part of the images and receives all logits.
 
     Args:
         model: a `MixMoModel`, or a plain network, which counts as one member; its training mode is
             restored afterwards.
         loader: batches of images (B, C, H, W) and labels (B,), on the model's device; must be a
-            `BatchLoader` if several processes have joined.
+            `BatchLoader` in a distributed run.
 
     Returns:
         Member logits (N, M, K) and labels (N,), on the CPU; None for a loader without batches.

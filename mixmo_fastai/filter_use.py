@@ -1,4 +1,4 @@
-"""Filter use: how much of its width a network puts to work, and where its encoders specialise.
+"""Filter use: the fraction of active filters per layer, and the norms of the encoders' filters.
 
 Shapes: L convolutions of the core, T thresholds, M members, D feature channels after the encoder.
 Source: Ramé, Sun, Cord, "MixMo", ICCV 2021, poster and supplementary material.
@@ -13,38 +13,39 @@ from mixmo_fastai.errors import InputError
 from mixmo_fastai.models.mixmo_model import MixMoModel
 
 THRESHOLDS = (0.2, 0.3, 0.4, 0.5)
-"""Shares of the largest norm of a layer above which a filter counts as active, as published."""
+"""Published thresholds: a filter is active above this fraction of its layer's largest norm."""
 
 
 @dataclass(frozen=True, eq=False)
 class FilterUse:
-    """Which share of each layer's filters is active.
+    """Fraction of active filters in each layer.
 
     Attributes:
-        layers: L module names of convolutions of the core, as core.groups.0.0.conv1, in its order.
-        shares: (L, T) in (0, 1].
-        thresholds: T shares of the largest norm.
+        layers: module names of the core's L convolutions, in order, such as core.groups.0.0.conv1.
+        fractions: (L, T) in [0, 1]; 0 only for a layer whose weights are all zero.
+        thresholds: T fractions of the largest norm.
     """
 
     layers: tuple[str, ...]
-    shares: Tensor
+    fractions: Tensor
     thresholds: tuple[float, ...]
 
     @property
     def average(self) -> Tensor:
-        """The mean over layers, each counting alike: (T,)."""
-        return self.shares.mean(dim=0)
+        """Unweighted mean over layers: (T,)."""
+        return self.fractions.mean(dim=0)
 
 
 def filter_use(model: MixMoModel, thresholds: tuple[float, ...] = THRESHOLDS) -> FilterUse:
-    """Measure the filters of the core by their L1 norm.
+    """Compute the fraction of active filters in each convolution of the core, by L1 norm.
 
-    A filter is the part of a convolution that makes one output channel. It is active where its norm
-    exceeds a share of the largest one of its layer; a layer whose weights are all zero has none.
+    A filter is the weights of one output channel of a convolution. It is active if its norm is
+    above a threshold times the largest norm of its layer. A layer whose weights are all zero has
+    no active filters.
 
     Args:
-        model: trained.
-        thresholds: those shares, each in [0, 1).
+        model: a trained network.
+        thresholds: fractions of the largest norm, each in [0, 1).
 
     Raises:
         InputError: the core has no convolution, or a threshold is out of range.
@@ -53,19 +54,20 @@ def filter_use(model: MixMoModel, thresholds: tuple[float, ...] = THRESHOLDS) ->
         raise InputError(f"thresholds must be at least 0 and below 1; got {thresholds}.")
     layers = {n: m for n, m in model.core.named_modules() if isinstance(m, nn.Conv2d)}
     if not layers:
-        raise InputError("The core has no convolution whose filters could be measured.")
-    limits = torch.tensor(thresholds, dtype=torch.float64)
+        raise InputError("The core has no convolution (nn.Conv2d); cannot compute filter use.")
+    fractions_of_max = torch.tensor(thresholds, dtype=torch.float64)
     rows = []
     for layer in layers.values():
         norms = _l1_norms(layer.weight)
-        rows.append((norms[:, None] > limits * norms.max()).double().mean(dim=0))
+        rows.append((norms[:, None] > fractions_of_max * norms.max()).double().mean(dim=0))
     return FilterUse(tuple(f"core.{name}" for name in layers), torch.stack(rows), thresholds)
 
 
 def encoder_norms(model: MixMoModel) -> Tensor:
     """Compute the L1 norm of each encoder's filter for each feature channel: (M, D).
 
-    Where one member's norm is large and the others' small, the channel belongs to that member.
+    A channel with a large norm for one member and small norms for the others is specific to that
+    member.
 
     Raises:
         InputError: an encoder has no convolution.

@@ -1,4 +1,4 @@
-"""Arithmetic of a network: how long it takes, and how well hardware is used."""
+"""Count the floating-point operations (FLOPs) of a network, to estimate time and utilisation."""
 
 import copy
 
@@ -8,17 +8,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mixmo_fastai.models.mixmo_model import unwrap
 
-BACKWARD = 2
-"""What a backward pass costs, in forward passes: one for the inputs, one for the weights."""
+BACKWARD_COST = 2
+"""Cost of a backward pass in forward passes: one for input gradients, one for weight gradients."""
 
 
 def count_flops(model: nn.Module, image_shape: tuple[int, ...]) -> int:
-    """Count the operations of one forward pass of one image, a multiply-add as two.
+    """Count the FLOPs of a forward pass on one image; a multiply-add counts as two.
 
-    Matrix products and convolutions count; all else is small. Nothing is computed.
+    Only matrix products and convolutions are counted; the rest is small. The pass runs on the meta
+    device, without computing values.
 
     Args:
-        model: a `MixMoModel`, or another network of images.
+        model: a `MixMoModel`, or another network that takes images.
         image_shape: (C, H, W).
     """
     network = copy.deepcopy(unwrap(model)).to("meta").eval()
@@ -28,5 +29,5 @@ def count_flops(model: nn.Module, image_shape: tuple[int, ...]) -> int:
 
 
 def training_flops(model: nn.Module, image_shape: tuple[int, ...], num_images: int) -> float:
-    """Count the operations of training on so many images: forward and backward."""
-    return float(1 + BACKWARD) * count_flops(model, image_shape) * num_images
+    """Count the FLOPs of training on `num_images` images: forward and backward passes."""
+    return float(1 + BACKWARD_COST) * count_flops(model, image_shape) * num_images

@@ -165,7 +165,9 @@ def to_mixmo(
     callback = MixMoCallback(mix, **kwargs)
     loss = _as_mixmo_loss(learn.loss_func)
     image_shape, _ = _inspect_batches(learn.dls)
-    spec = NetworkSpec(image_shape, num_members=num_members, independent=independent, thaw=False)
+    spec = NetworkSpec(
+        image_shape, num_members=num_members, independent=independent, unfreeze=False
+    )
     check_kind(mix, spec.num_members_for(learn.model))
     original = learn.model
     model = build_mixmo_model(original, spec, _weight_generator(callback))

@@ -1,7 +1,7 @@
-"""Mixed-sample data augmentation (MSDA) on the pixels, inside each member.
+"""Mixed-sample data augmentation (MSDA) of pixels, for each member separately.
 
-Each member's image is mixed with another image of the same member: by a box of CutMix, or by Mixup.
-The label of the pasted image counts only as far as the MixMo mask lets its pixels through.
+Each member's image is mixed with another image of the same member, by CutMix or mixup. The label of
+the pasted image is weighted by the fraction of its pixels that the MixMo mask shows.
 
 Shapes: B batch, M members, C image channels, H W image size, D feature channels, h w feature size.
 Source: Ramé, Sun, Cord, "MixMo", ICCV 2021, section 4.2; Yun et al., "CutMix", ICCV 2019; Zhang et
@@ -21,11 +21,11 @@ from mixmo_fastai.names import MSDA_KINDS
 
 
 class MsdaDraw(NamedTuple):
-    """What was drawn for a batch.
+    """Draw of MSDA for a batch.
 
     Attributes:
-        masks: where each member's own image is seen, (B, M, 1, H, W) in [0, 1].
-        partners: the position in the batch of the image that is pasted, (B, M) int64.
+        masks: (B, M, 1, H, W) in [0, 1], weight of the member's own image at each pixel.
+        partners: (B, M) int64, position in the batch of the pasted image.
     """
 
     masks: Tensor
@@ -43,20 +43,20 @@ def draw_msda(
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> MsdaDraw:
-    """Draw which images are mixed, with what, and where.
+    """Draw the masks and partners of MSDA.
 
     Args:
         kind: "cutmix" or "mixup".
         num_samples: B.
         num_members: M.
         size: (H, W).
-        alpha: the own image's ratio is Beta(alpha, alpha), per sample and member.
-        prob: probability per sample and member that there is any mixing.
-        generator: on `device`.
-        device: where everything is drawn and returned.
+        alpha: the ratio of the own image is Beta(alpha, alpha), per sample and member.
+        prob: probability of mixing, per sample and member.
+        generator: generator on `device`.
+        device: device of the results.
 
     Raises:
-        InputError: unknown kind, or a number out of range.
+        InputError: unknown kind, or a value out of range.
     """
     check_msda(kind, alpha, prob)
     total = num_samples * num_members
@@ -72,37 +72,37 @@ def draw_msda(
     return MsdaDraw(masks, keys.argsort(dim=0))
 
 
-def label_shares(msda_masks: Tensor, masks: Tensor) -> Tensor:
-    """Weigh each member's own label: mean(msda_mask · mask_i) / mean(mask_i).
+def own_label_weights(msda_masks: Tensor, masks: Tensor) -> Tensor:
+    """Compute the weight of each member's own label: mean(msda_mask · mask_i) / mean(mask_i).
 
     Args:
         msda_masks: (B, M, 1, H, W); average pooling reduces them to h x w.
-        masks: MixMo's (B, M, 1 or D, h, w).
+        masks: MixMo masks (B, M, 1 or D, h, w).
 
     Returns:
-        shares (B, M) in [0, 1]; 1 where the member is not seen at all.
+        own_weights (B, M) in [0, 1]; 1 if the mask of the member is zero.
     """
     height, width = masks.shape[-2:]
     pooled = F.adaptive_avg_pool2d(msda_masks.flatten(0, 1), (height, width))
     pooled = pooled.reshape(*masks.shape[:2], 1, height, width)
     seen = masks.mean(dim=(2, 3, 4))
-    shares = (pooled * masks).mean(dim=(2, 3, 4)) / seen
-    return torch.where(seen > 0, shares, 1.0).clamp(0, 1)
+    own_weights = (pooled * masks).mean(dim=(2, 3, 4)) / seen
+    return torch.where(seen > 0, own_weights, 1.0).clamp(0, 1)
 
 
-def make_own_image_major(draw: MsdaDraw, shares: Tensor) -> tuple[MsdaDraw, Tensor]:
-    """Swap the images where the own one would be the minor one, as published for several members.
+def make_own_image_major(draw: MsdaDraw, own_weights: Tensor) -> tuple[MsdaDraw, Tensor]:
+    """Swap the two images wherever the own image has less weight, as published for several members.
 
     Args:
         draw: from `draw_msda`.
-        shares: (B, M) from `label_shares`.
+        own_weights: (B, M) from `own_label_weights`.
 
     Returns:
-        the draw with masks turned inside out where shares are below one half, and the new shares.
+        the draw with inverted masks where the weight is below 0.5, and the new weights.
     """
-    minor = shares < 0.5
+    minor = own_weights < 0.5
     masks = torch.where(minor[:, :, None, None, None], 1 - draw.masks, draw.masks)
-    return MsdaDraw(masks, draw.partners), torch.where(minor, 1 - shares, shares)
+    return MsdaDraw(masks, draw.partners), torch.where(minor, 1 - own_weights, own_weights)
 
 
 def mix_images(inputs: Tensor, draw: MsdaDraw) -> Tensor:
@@ -112,7 +112,7 @@ def mix_images(inputs: Tensor, draw: MsdaDraw) -> Tensor:
 
 
 def take_partners(values: Tensor, partners: Tensor) -> Tensor:
-    """Take, for each position and member, the value of the same member at the partner's position.
+    """Gather the values of the same member at the partner's position.
 
     Args:
         values: (B, M, …), such as images or labels.
@@ -123,10 +123,10 @@ def take_partners(values: Tensor, partners: Tensor) -> Tensor:
 
 
 def check_msda(kind: str, alpha: float, prob: float) -> None:
-    """Check the constants of MSDA.
+    """Check the settings of MSDA.
 
     Raises:
-        InputError: unknown kind, or a number out of range.
+        InputError: unknown kind, or a value out of range.
     """
     if kind not in MSDA_KINDS:
         raise unknown("MSDA", kind, MSDA_KINDS)

@@ -35,6 +35,9 @@ MASK_OPTIONS = {"patchup": _BLOCKS, "patchup-soft": _BLOCKS, "cow": tuple(COW_DE
 MSDA_KINDS = ("cutmix", "mixup")
 """Mixed-sample augmentation of the pixels, inside each member; drawn by `mixmo_fastai.msda`."""
 
+READOUTS = {"core": "mixmo_fastai.models.readout:core_pooling"}
+"""How the heads read the core's maps; each name with the module and factory of its readout."""
+
 SELECTIONS = ("last", "best")
 SCHEDULES = ("one-cycle", "flat-cosine", "published")
 LOADERS = ("auto", "resident", "streaming")

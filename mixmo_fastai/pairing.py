@@ -1,8 +1,8 @@
 """Pairing: which member sees which image.
 
 Shapes: n distinct images, b batch repetitions, M members, B = b·n positions in the batch that the
-network sees. Copies of the images live in M·B *slots*, and slot s shows image s mod n. Member i
-draws from its own B slots, so that with fresh augmentation per slot no two positions share pixels.
+network sees. The images are copied to M·B *slots*; slot s holds image s mod n. Member i draws from
+its own B slots, so that with augmentation per slot no two positions see the same pixels.
 
 Source: Havasi et al., "MIMO", ICLR 2021, appendix (batch and input repetition); MixMo, section 4.1.
 """
@@ -14,7 +14,7 @@ from mixmo_fastai.errors import InputError
 
 
 def num_copies(num_members: int, batch_repetitions: int) -> int:
-    """Count the copies of each image that one batch needs."""
+    """Return the number of copies of each image in one batch."""
     return num_members * batch_repetitions
 
 
@@ -42,27 +42,27 @@ def draw_pairings(
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Draw, for several batches at once, the slot that each member sees at each position.
+    """Draw the slot that each member sees at each position, for several batches at once.
 
-    Every member sees every image exactly `batch_repetitions` times, in an independent uniformly
-    random order. At round(input_repetition · B) positions all members see the same slot, so the
-    same pixels, as in inference.
+    Every member sees every image exactly `batch_repetitions` times, in an independent, uniformly
+    random order. At round(input_repetition · B) positions all members see the same slot and thus
+    the same pixels, as at inference.
 
     Args:
-        num_batches: S, each drawn independently.
+        num_batches: S; each batch is drawn independently.
         num_images: n distinct images.
         num_members: M.
-        batch_repetitions: b; 4 as published, 1 pairs each image once.
-        input_repetition: share of positions at which all members see the same image; 0 as
-            published.
-        generator: on `device`.
-        device: where the slots are drawn and returned.
+        batch_repetitions: b; 4 in the paper, 1 pairs each image once.
+        input_repetition: fraction of positions at which all members see the same image; 0 in the
+            paper.
+        generator: generator on `device`.
+        device: device of the slots.
 
     Returns:
         slots (S, B, M) int64 in [0, M·B), with B = b·n; slot s shows image s mod n.
 
     Raises:
-        InputError: a count is below one, or the share is outside [0, 1].
+        InputError: a count is below one, or input_repetition is outside [0, 1].
     """
     check_pairing(num_members, batch_repetitions, input_repetition)
     if num_images < 1 or num_batches < 1:
@@ -75,17 +75,17 @@ def draw_pairings(
     others = (num_batches, num_members - 1, num_free)
     orders = _permutations(others, generator, device)
     own_block = batch * torch.arange(1, num_members, device=device)[:, None]
-    # The same images, in each member's own slots.
+    # The same images as member 0, in each member's own slots.
     free = main[..., :num_free].expand(others).gather(2, orders) + own_block
     shared = main[..., num_free:].expand(-1, num_members - 1, -1)
     return torch.cat([main, torch.cat([free, shared], dim=2)], dim=1).transpose(1, 2)
 
 
 def check_pairing(num_members: int, batch_repetitions: int, input_repetition: float) -> None:
-    """Check the constants of a pairing.
+    """Check the settings of a pairing.
 
     Raises:
-        InputError: a count is below one, or the share is outside [0, 1].
+        InputError: a count is below one, or input_repetition is outside [0, 1].
     """
     if num_members < 1:
         raise InputError(f"num_members must be 1 or more; got {num_members}.")
@@ -100,6 +100,6 @@ def _permutations(
     generator: torch.Generator | None,
     device: torch.device | str | None,
 ) -> Tensor:
-    """Draw independent uniform permutations of the last axis, all in one sort."""
+    """Draw independent uniform permutations of the last axis with one sort."""
     keys = torch.rand(shape, generator=generator, device=device, dtype=torch.float64)
     return keys.argsort(dim=-1)

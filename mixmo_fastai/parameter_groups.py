@@ -24,7 +24,7 @@ def body_and_heads(model: MixMoModel) -> list[list[nn.Parameter]]:
     that contained the network's last layer, such as the head of fastai's `vision_learner`.
     """
     core = model.core
-    head_module = core.around_the_head() if isinstance(core, BackboneCore) else None
+    head_module = core.head_block() if isinstance(core, BackboneCore) else None
     head_parameters = [] if head_module is None else params(head_module)
     head_ids = {id(parameter) for parameter in head_parameters}
     body = [p for p in (*params(model.encoders), *params(core)) if id(p) not in head_ids]
@@ -49,7 +49,7 @@ class ConvertedSplitter:
         core = getattr(model, "core", None)
         if not isinstance(model, MixMoModel) or not isinstance(core, BackboneCore):
             return self.splitter(model)  # another network, such as the result of `fuse`
-        with core.filled(model.encoders[0], model.heads[0]) as network:
+        with core.restored(model.encoders[0], model.heads[0]) as network:
             groups = self.splitter(network)
             groups = [*groups]  # consumes generators inside the context
         replacements: dict[int, list[nn.Parameter]] = {}

@@ -1,4 +1,4 @@
-"""Losses of single samples, from whatever loss a user has.
+"""Per-sample losses of any loss function.
 
 Shapes: R samples, K classes.
 """
@@ -15,11 +15,11 @@ from torch.func import vmap
 from mixmo_fastai.errors import InputError
 
 Average = Literal["values", "samples", "nothing"]
-"""What a loss divides the sum of its values by: all of them, the samples, or nothing."""
+"""Divisor of the sum of a loss: the number of values, the number of samples, or one."""
 
 
 class FunctionLoss(nn.Module):
-    """A loss function with a `reduction` argument, as an object with a `reduction` attribute."""
+    """Wrap a loss function with a `reduction` argument as a module with that attribute."""
 
     def __init__(self, function: Callable[..., Tensor], reduction: str) -> None:
         super().__init__()
@@ -30,10 +30,10 @@ class FunctionLoss(nn.Module):
 
 
 class BatchLoss(nn.Module):
-    """A loss without a choice of reduction, as an object with a `reduction` attribute.
+    """Wrap a loss without `reduction` as a module with that attribute.
 
-    "mean" returns what the loss gives for the batch; "none" returns the losses (R,) of the samples,
-    each taken as a batch of its own, and "sum" their sum.
+    "mean" returns the loss of the batch; "none" returns the per-sample losses (R,), each computed
+    on a batch of one, and "sum" their sum.
 
     Args:
         function: (R, …) predictions and (R, …) targets -> a scalar.
@@ -47,10 +47,8 @@ class BatchLoss(nn.Module):
     def forward(self, pred: Tensor, targets: Tensor) -> Tensor:
         if self.reduction == "mean":
             return self.function(pred, targets)
-        with (
-            warnings.catch_warnings()
-        ):  # of what the loss makes of one sample, and of slow batching
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about batches of one and slow batching rules
             losses = self._losses_of_samples(pred.as_subclass(Tensor), targets.as_subclass(Tensor))
         return losses.sum() if self.reduction == "sum" else losses
 
@@ -62,24 +60,24 @@ class BatchLoss(nn.Module):
             try:
                 losses: Tensor = vmap(loss_of)(pred, targets)
                 return losses
-            except RuntimeError:  # such as for branches that depend on values
+            except RuntimeError:  # for example, for branches that depend on values
                 self.can_vmap = False
         return torch.stack([loss_of(*sample) for sample in zip(pred, targets, strict=True)])
 
 
 def averages_of(whole: Tensor, values: Tensor) -> list[Average]:
-    """Find how the loss of a batch may follow from the losses of its samples.
+    """Find the averages of per-sample losses that equal the loss of a batch.
 
     Args:
         whole: loss of the batch, a scalar.
         values: unreduced losses (R, k), k numbers per sample.
 
     Returns:
-        what their sum may be divided by; empty when the batch's loss is no such average. There are
-        several when they are equal here, or all losses are zero.
+        the possible divisors; empty if the loss of the batch is not an average. Several are
+        possible if they coincide for this batch or all losses are zero.
     """
     total, scale = values.sum(), values.abs().sum()
-    # Sums of the same numbers in another order, in the precision at hand.
+    # Rounding of sums in a different order.
     tolerance = torch.finfo(whole.dtype).eps ** 0.5
     divisors: dict[Average, int] = {
         "values": values.numel(),
@@ -94,10 +92,10 @@ def averages_of(whole: Tensor, values: Tensor) -> list[Average]:
 
 
 def reducible(loss: Callable[..., Tensor]) -> Any:
-    """Return a loss with a `reduction` attribute: the loss itself, or around it.
+    """Return a loss with a `reduction` attribute, wrapping it if it has none.
 
     Raises:
-        InputError: it is not callable.
+        InputError: `loss` is not callable.
     """
     if not callable(loss):
         raise InputError(f"loss_func must be a loss, such as nn.CrossEntropyLoss(); got {loss!r}.")
@@ -105,7 +103,7 @@ def reducible(loss: Callable[..., Tensor]) -> Any:
         return loss
     try:
         argument = inspect.signature(loss).parameters.get("reduction")
-    except ValueError:  # of some that are not written in Python
+    except ValueError:  # some builtins have no signature
         argument = None
     if argument is None:
         return BatchLoss(loss)

@@ -17,7 +17,7 @@ from torch import nn
 
 from mixmo_fastai.data.glance import random_states_kept
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.flops import BACKWARD, training_flops
+from mixmo_fastai.flops import BACKWARD_COST, training_flops
 from mixmo_fastai.learner import learner_from_recipe
 from mixmo_fastai.models.create import create_model
 from mixmo_fastai.models.mixmo_model import unwrap
@@ -194,14 +194,14 @@ def seconds_left(training: Training, speed: Speed, epochs_done: int = 0) -> floa
     train, nets = training.recipe.train, training.recipe.model.num_nets
     evaluated = sum(len(loader.images) for loader in training.learn.dls.loaders[1:])
     epochs = max(0, train.epochs * nets - epochs_done)
-    images = epochs * _images_per_epoch(training) + nets * evaluated / (1 + BACKWARD)
+    images = epochs * _images_per_epoch(training) + nets * evaluated / (1 + BACKWARD_COST)
     return images / speed.images_per_second
 
 
 def _images_per_epoch(training: Training) -> float:
     """Count what the network sees in an epoch, an image of the validation as a third of one."""
     seen = training.steps_per_epoch * training.recipe.train.batch_size
-    return seen + len(training.learn.dls.valid.images) / (1 + BACKWARD)
+    return seen + len(training.learn.dls.valid.images) / (1 + BACKWARD_COST)
 
 
 def shorter_training(training: Training, speed: Speed) -> Shorter | None:

@@ -3,7 +3,7 @@ import os
 
 import pytest
 import torch
-from processes import mixmo, server
+from processes import keep_digits, mixmo, server
 
 __all__ = ["mixmo", "server"]
 
@@ -16,7 +16,8 @@ def pytest_runtestloop(session):
     """Make warnings errors while tests run, but not while pytest, plugins and libraries load."""
     filters = session.config.getini("filterwarnings")
     gc.collect()
-    gc.freeze()
+    gc.freeze()  # or each collection would look through all that was imported
+    keep_digits()
     configured = [*filters]
     filters.insert(0, "error")  # first, so that the filters of pyproject.toml, -W and tests prevail
     try:

@@ -109,7 +109,7 @@ def test_a_validation_split_that_follows_from_the_data_is_kept_and_compared(tmp_
         train(prepare(recipe), run)
         made.append(run)
     assert [run.recipe().data.valid_split for run in made] == [0.2, 0.4]
-    with pytest.raises(InputError, match=r"data\.valid_split=0\.4, .* has 0\.2"):
+    with pytest.raises(InputError, match=r"data\.valid_split=0\.4; .* has 0\.2"):
         evaluate_ensemble(made)
 
 

@@ -62,10 +62,10 @@ def test_networks_of_one_size_are_built_for_that_of_the_images(arch, size):
 @pytest.mark.parametrize(
     ("arch", "settings", "message"),
     [
-        ("vit_b_32", {"image_size": (64, 32)}, "takes square images; these are 64x32"),
+        ("vit_b_32", {"image_size": (64, 32)}, "needs square images; got 64x32"),
         ("vit_b_32", {"image_size": (40, 40)}, "cannot be built for images of 40x40"),
         ("maxvit_t", {"image_size": (64, 64)}, "cannot be built for images of 64x64"),
-        ("inception_v3", {"pretrained": True}, "want pixels standardised in a way of their own"),
+        ("inception_v3", {"pretrained": True}, "inception_v3 standardises its input"),
     ],
 )
 def test_networks_that_cannot_be_built_so(arch, settings, message):
@@ -108,7 +108,7 @@ def test_an_unknown_network_of_timm_is_named():
 
 
 def test_there_are_no_trained_weights_of_published_networks():
-    with pytest.raises(InputError, match="no trained weights of wrn10_1"):
+    with pytest.raises(InputError, match="no pretrained weights for wrn10_1"):
         create_model("wrn10_1", 4, pretrained=True)
 
 

@@ -204,7 +204,7 @@ def test_the_command(run, tmp_path, capsys):
     assert program(["export", str(run.path), "--to", str(path)]) == 0
     out = capsys.readouterr().out
     assert "wrn10_1" in out
-    assert "logits within" in out
+    assert "logits differ by at most" in out
     assert program(["export", str(run.path), "--to", str(path)]) == 2
     assert "exists and was not changed. Choose another --to." in capsys.readouterr().err
     assert program(["eval", str(run.path), "--fused"]) == 0

@@ -25,13 +25,13 @@ def test_shares_against_the_definition():
     use = filter_use(model)
     convolutions = {n: m for n, m in model.core.named_modules() if isinstance(m, nn.Conv2d)}
     assert use.layers == tuple(f"core.{name}" for name in convolutions)
-    assert use.shares.shape == (len(convolutions), 4)
-    for row, layer in zip(use.shares, convolutions.values(), strict=True):
+    assert use.fractions.shape == (len(convolutions), 4)
+    for row, layer in zip(use.fractions, convolutions.values(), strict=True):
         norms = l1_norms(layer.weight.detach())
         expected = [np.mean(norms > t * norms.max()) for t in THRESHOLDS]
         assert row.tolist() == pytest.approx(expected)
-    assert use.shares[0, -1] < 0.6 < use.shares[1, -1]
-    assert use.average.tolist() == pytest.approx(use.shares.numpy().mean(0))
+    assert use.fractions[0, -1] < 0.6 < use.fractions[1, -1]
+    assert use.average.tolist() == pytest.approx(use.fractions.numpy().mean(0))
 
 
 def test_norms_of_encoders_side_by_side():
@@ -46,7 +46,7 @@ def test_a_layer_of_zeros_has_no_active_filter():
     model = create_model("wrn10_1", 10)
     with torch.no_grad():
         next(m for m in model.core.modules() if isinstance(m, nn.Conv2d)).weight.zero_()
-    assert filter_use(model).shares[0].tolist() == [0, 0, 0, 0]
+    assert filter_use(model).fractions[0].tolist() == [0, 0, 0, 0]
 
 
 def test_networks_without_convolutions_are_refused():

@@ -470,13 +470,13 @@ OF_NUMBERS = [
 @pytest.mark.parametrize("base", OF_NUMBERS)
 def test_nothing_is_broadcast_between_predictions_and_targets(base):
     pred, targets = torch.rand(6, 3, 1), torch.rand(6, 3)
-    said = r"predictions \(B, 1\) do not match targets \(B,\).\nGive targets \(B, 1\), or flatten"
+    said = r"predictions \(B, 1\) do not match targets \(B,\).\nPass targets \(B, 1\), or flatten"
     with pytest.raises(InputError, match=said):
         MixMoLoss(base)(pred, targets, torch.ones(6, 3))
     with pytest.raises(InputError, match=said):
         MixMoLoss(base)(pred[:, 0], targets[:, 0])
     with pytest.raises(
-        InputError, match=r"\(B, 4\) do not match targets \(B,\).\nGive targets .B, 4.\.$"
+        InputError, match=r"\(B, 4\) do not match targets \(B,\).\nPass targets .B, 4.\.$"
     ):
         MixMoLoss(base)(torch.rand(6, 3, 4), targets, torch.ones(6, 3))
     alike = MixMoLoss(base)(pred, targets[..., None], torch.ones(6, 3))
@@ -484,7 +484,7 @@ def test_nothing_is_broadcast_between_predictions_and_targets(base):
 
 
 def test_a_loss_of_numbers_for_classes_is_told_cross_entropy():
-    with pytest.raises(InputError, match=r"Give targets \(B, 4\), or .* CrossEntropyLossFlat\(\)"):
+    with pytest.raises(InputError, match=r"Pass targets \(B, 4\), or .* CrossEntropyLossFlat\(\)"):
         MixMoLoss(nn.MSELoss())(torch.rand(6, 3, 4), torch.zeros(6, 3).long(), torch.ones(6, 3))
 
 

@@ -259,14 +259,14 @@ def test_binary_kinds_are_binary():
     ("arguments", "message"),
     [
         (("cutmx", (4, 2), (1, 8, 8), {}), "Did you mean 'cutmix'"),
-        (("cutmix", (4, 1), (1, 8, 8), {}), "needs two members"),
-        (("linear", (4, 1), (1, 8, 8), {}), "needs two members"),
+        (("cutmix", (4, 1), (1, 8, 8), {}), "needs at least two members"),
+        (("linear", (4, 1), (1, 8, 8), {}), "needs at least two members"),
         (("cutmix", (4,), (1, 8, 8), {}), r"\(B, M\)"),
         (("cutmix", (4, 2), (8, 8), {}), r"\(D, h, w\)"),
         (("cutmix", (4, 2), (1, 0, 8), {}), "1 or more"),
         (("cutmix", (4, 2), (1, 8, 8), {"sigma": 2}), "'sigma' of mask kind 'cutmix'"),
-        (("cutmix", (4, 2), (1, 8, 8), {"num_batches": 3}), "4 samples cannot be 3 batches"),
-        (("cutmix", (4, 2), (1, 8, 8), {"num_batches": 0}), "4 samples cannot be 0 batches"),
+        (("cutmix", (4, 2), (1, 8, 8), {"num_batches": 3}), "4 samples cannot be split into 3"),
+        (("cutmix", (4, 2), (1, 8, 8), {"num_batches": 0}), "4 samples cannot be split into 0"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):
@@ -314,7 +314,9 @@ class TestRegionsOfOnesOwn:
         + [torch.zeros(2, 1, 4, 4, dtype=torch.bool)],
     )
     def test_what_is_no_region_is_refused(self, region):
-        with pytest.raises(InputError, match=r"'<lambda>' must give torch.float32 of \(2, "):
+        with pytest.raises(
+            InputError, match=r"'<lambda>' must return torch.float32 of shape \(2, "
+        ):
             draw_masks(lambda *_: region, draw_lam(2, 2, 2.0), (3, 4, 4))
 
     def test_a_function_may_take_any_option_and_one_map_size(self):
@@ -327,13 +329,13 @@ class TestRegionsOfOnesOwn:
         MixMoCallback(mix=any_of, mask_options={"size": 3})
 
     def test_a_function_of_other_arguments_is_refused(self):
-        with pytest.raises(InputError, match=r"must take area .* too many positional arguments"):
+        with pytest.raises(InputError, match=r"must accept area .* too many positional arguments"):
             draw_masks(lambda area: area, draw_lam(2, 2, 2.0), (1, 4, 4))
 
     def test_values_beyond_one_are_refused(self):
-        with pytest.raises(InputError, match=r"in \[0, 1\]; they are from 5 to 5"):
+        with pytest.raises(InputError, match=r"in \[0, 1\]; they range from 5 to 5"):
             draw_masks(lambda *_: torch.full((2, 1, 4, 4), 5.0), draw_lam(2, 2, 2.0), (1, 4, 4))
 
     def test_one_member_has_nothing_to_be_mixed_with(self):
-        with pytest.raises(InputError, match="'<lambda>' needs two members"):
+        with pytest.raises(InputError, match="'<lambda>' needs at least two members"):
             check_kind(lambda *_: None, 1)

@@ -266,8 +266,8 @@ class LooksAtValues(nn.Module):
 @pytest.mark.parametrize(
     ("encoder", "message"),
     [
-        (Tokens, r"Tokens gives \(B, 4, 8\); masks are laid over maps of features"),
-        (LooksAtValues, r"LooksAtValues cannot say the shape of its output for images of"),
+        (Tokens, r"Tokens returns \(B, 4, 8\); expected feature maps"),
+        (LooksAtValues, r"output shape of encoder LooksAtValues for images of"),
     ],
 )
 def test_an_encoder_that_cannot_say_its_channels_is_named(encoder, message):
@@ -279,5 +279,5 @@ def test_an_encoder_that_cannot_say_its_channels_is_named(encoder, message):
 
 def test_lazy_encoders_are_told_apart():
     model = MixMoModel([nn.LazyConv2d(8, 3)], nn.Identity(), [nn.Linear(8, 2)])
-    with pytest.raises(InputError, match="a lazy one must have seen an image"):
+    with pytest.raises(InputError, match="run lazy layers on one batch first"):
         model.mask_shape(8, 8)

@@ -13,9 +13,9 @@ from mixmo_fastai.mixing import draw_lam, draw_masks, loss_weights
 from mixmo_fastai.msda import (
     MsdaDraw,
     draw_msda,
-    label_shares,
     make_own_image_major,
     mix_images,
+    own_label_weights,
     take_partners,
 )
 
@@ -47,7 +47,7 @@ class TestDraw:
         lam = draw_lam(12, num_members, 2.0, generator=generator())
         masks, _ = draw_masks(mask_kind, lam, (4, 4, 5), generator=generator(1))
         draw = draw_msda(kind, 12, num_members, (8, 10), prob=1, generator=generator(2))
-        shares = label_shares(draw.masks, masks)
+        shares = own_label_weights(draw.masks, masks)
         for b in range(12):
             for i in range(num_members):
                 if masks[b, i].sum() == 0:
@@ -79,17 +79,17 @@ def test_mixed_images_are_made_place_by_place():
 def test_the_own_image_becomes_the_major_one():
     draw = draw_msda("mixup", 30, 2, (4, 4), prob=1, generator=generator())
     masks = torch.full((30, 2, 1, 4, 4), 0.5)
-    shares = label_shares(draw.masks, masks)
+    shares = own_label_weights(draw.masks, masks)
     assert bool((shares < 0.5).any())
     swapped, new_shares = make_own_image_major(draw, shares)
     assert bool((new_shares >= 0.5).all())
-    torch.testing.assert_close(label_shares(swapped.masks, masks), new_shares)
+    torch.testing.assert_close(own_label_weights(swapped.masks, masks), new_shares)
     assert torch.equal(swapped.partners, draw.partners)
 
 
 def test_a_member_that_is_not_seen_keeps_its_label():
     masks = torch.stack([torch.ones(1, 4, 4), torch.zeros(1, 4, 4)])[None]
-    shares = label_shares(torch.zeros(1, 2, 1, 8, 8), masks)
+    shares = own_label_weights(torch.zeros(1, 2, 1, 8, 8), masks)
     assert shares.tolist() == [[0.0, 1.0]]
 
 

@@ -76,7 +76,7 @@ def logging_to(tracker, steps_per_fetch):
     """A callback that logs every step, as in a run that goes on after its first batch."""
     recipe = resolve_recipe("digits", None, {})
     logging = LoggingCallback([], print)
-    logging.trackers, logging.training_run = {"noted": tracker}, SimpleNamespace(recipe=recipe)
+    logging.trackers, logging.current_training = {"noted": tracker}, SimpleNamespace(recipe=recipe)
     logging.before_batch = lambda: setattr(logging.learn.recorder, "every", steps_per_fetch)
     return logging
 

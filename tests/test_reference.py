@@ -101,8 +101,8 @@ def test_a_named_recipe_brings_its_figure_where_the_members_agree(
     ("flags", "message"),
     [
         (["--arch", "wrn16_1", "--dataset", "cifar10"], "is missing"),
-        (["--arch", "wrn10_2", "--dataset", "cifar10"], "not (32,"),
-        (["--arch", "wrn10_1", "--dataset", "cifar100"], "not (100,"),
+        (["--arch", "wrn10_2", "--dataset", "cifar10"], "expected (32,"),
+        (["--arch", "wrn10_1", "--dataset", "cifar100"], "expected (100,"),
         (["--arch", "wrn10_1", "--dataset", "cifar"], "must be one of"),
         (["--arch", "wrn11_1", "--dataset", "cifar10"], "6n+4"),
     ],

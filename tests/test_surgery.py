@@ -384,7 +384,7 @@ REFUSED = {
     "striding": (Striding, "does not end with a linear layer"),
     "brightened": (Brightening, "changes the image of 97x97"),
     "dropped out": (lambda: nn.Sequential(nn.Dropout(0.5), Own()), "image in training before"),
-    "branching in training": (BranchingInTraining, "shows the image in training to more than"),
+    "branching in training": (BranchingInTraining, "uses the image in training in more layers"),
     "auxiliary": (Auxiliary, "does not end with 'last' in training"),
     "softmax in training": (LogSoftmaxInTraining, "does not end with 'last' in training"),
     "dropping logits": (Dropping, "does not end with 'last' in training"),
@@ -393,17 +393,17 @@ REFUSED = {
         "cannot be copied: RuntimeError: Only Tensors created explicitly",
     ),
     "reads weights": (Reading, "without its first convolution and last layer: AttributeError"),
-    "lazy": (lambda: nn.Sequential(nn.LazyConv2d(4, 1)), "lazy layers that have not seen an image"),
+    "lazy": (lambda: nn.Sequential(nn.LazyConv2d(4, 1)), "uninitialised lazy layers"),
     "meta": (on_meta, "is on the meta device"),
-    "a name": (lambda: "resnet18", "A network .* is needed; got 'resnet18'"),
+    "a name": (lambda: "resnet18", "model must be a network .*; got 'resnet18'"),
     "spectral norm": (
         lambda: normalised("first", spectral_norm),
         "'first' .* computes its weights",
     ),
     "weight norm": (lambda: normalised("last", weight_norm), "'last' .* computes its weights"),
     "called twice": (Twice, "calls its convolution 'first' 2 times"),
-    "image goes elsewhere": (Branching, "shows the image to more than its first convolution"),
-    "tuple": (Tuple, "gives tuple"),
+    "image goes elsewhere": (Branching, "uses the image in more layers than"),
+    "tuple": (Tuple, "returns tuple"),
     "failing": (Failing, "no images today"),
     "weights normalised": (standardising, "'first' .*not linear in its weights"),
     "squeezenet": (lambda: get_model("squeezenet1_1"), "does not end with a linear layer"),
@@ -422,7 +422,7 @@ def test_what_cannot_be_converted_says_which_part_is_missing(case):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"encoder": "last"}, "names no convolution of Own"),
+        ({"encoder": "last"}, "encoder must name a convolution of Own; got 'last'"),
         ({"head": "first"}, "does not end with 'first'"),
         ({"num_members": 0}, "num_members must be a whole number, 1 or more"),
         ({"perturbation": 1.0}, "perturbation must be"),
@@ -430,7 +430,7 @@ def test_what_cannot_be_converted_says_which_part_is_missing(case):
         ({"num_classes": 0}, "num_classes must be a whole number"),
         ({"image_size": "64"}, "image_size must be a number of pixels or"),
         ({"image_size": (64, 0)}, "image_size must be a number of pixels or"),
-        ({"image_size": 1}, "does not take images of 1x1: RuntimeError"),
+        ({"image_size": 1}, "does not accept images of 1x1: RuntimeError"),
         ({"in_channels": 0}, "in_channels must be a whole number, 1 or more"),
     ],
 )
@@ -536,7 +536,7 @@ def test_images_that_the_network_would_pad_are_refused_when_they_come():
     x = torch.randn(2, 2, 64, 96)
     torch.testing.assert_close(converted(x), model(x))
     small = x[..., :40]
-    with pytest.raises(InputError, match="makes of images of 64x40 such of 64x64"):
+    with pytest.raises(InputError, match="images of 64x40 to 64x64"):
         converted(small)
     torch.testing.assert_close(converted.fuse()(small), model(small))
 
@@ -552,13 +552,13 @@ def dynamo():
 @pytest.mark.slow
 def test_a_compiled_network_refuses_them_too(dynamo):
     compiled = dynamo(convert_to_mixmo(Padding()).eval())
-    with torch.no_grad(), pytest.raises(InputError, match="images of 64x40 such of 64x64"):
+    with torch.no_grad(), pytest.raises(InputError, match="images of 64x40 to 64x64"):
         compiled(torch.randn(2, 2, 64, 40))
 
 
 def test_a_first_convolution_that_is_computed_twice_is_told_in_words():
     converted = convert_to_mixmo(Saving())
-    with pytest.raises(InputError, match="Leave it out of gradient checkpointing"):
+    with pytest.raises(InputError, match="Exclude it from gradient checkpointing"):
         converted(torch.randn(2, 2, 9, 9)).sum().backward()
 
 

@@ -45,7 +45,7 @@ def export(
         ("File", f"{path}, {result['num_bytes']:,} bytes"),
         (
             "Checked",
-            f"on {result['num_images']} images: largest difference of logits "
+            f"on {result['num_images']} images: logits differ by at most "
             f"{result['relative_difference']:.1e} of the largest logit, same class for "
             f"{percent(result['same_class'])}",
         ),

@@ -103,7 +103,7 @@ def _start(
 
         path = done_by_first(lambda: _make_folder(training, out))
         output.run = run = RunFolder(path, is_writer=is_first)
-        with _logged(run):
+        with _errors_logged(run):
             speed = print_plan(training, output, run)
             _train(training, run, loggers, output, speed, resume=False)
 
@@ -123,7 +123,7 @@ def _resume(run: RunFolder, data_dir: Path | None, loggers: Sequence[str], outpu
             CheckpointStore(network.checkpoint).newest()  # raises before any data is read
     with _prepared(recipe, data_dir, output, run) as (training, is_first):
         output.run = run = RunFolder(run.path, is_writer=is_first)
-        with _logged(run):
+        with _errors_logged(run):
             speed = print_plan(training, output, run, resume=True)
             _print_networks(run, output)
             _train(training, run, loggers, output, speed, resume=True)
@@ -163,7 +163,7 @@ def _describe_saved(run: RunFolder) -> str:
 
 
 @contextmanager
-def _logged(run: RunFolder) -> Iterator[None]:
+def _errors_logged(run: RunFolder) -> Iterator[None]:
     """Write the reason for an early end to the run's log, and tell the user how to resume."""
     try:
         yield

@@ -56,7 +56,7 @@ def inspect(
                     "run": title,
                     "thresholds": list(use.thresholds),
                     "average": use.average.tolist(),
-                    "layers": dict(zip(use.layers, use.shares.tolist(), strict=True)),
+                    "layers": dict(zip(use.layers, use.fractions.tolist(), strict=True)),
                     "convolutions": [
                         {"number": number, "module": name}
                         for number, name in enumerate(use.layers, 1)

@@ -178,7 +178,7 @@ def filter_lines(titles: list[str], uses: Sequence[Any], norms: Sequence[Any]) -
     for title, use, norm in zip(titles, uses, norms, strict=True):
         table = [("", "convolution", *(f"> {round_percent(t)}" for t in use.thresholds))]
         for number, (name, fractions) in enumerate(
-            zip(use.layers, use.shares.tolist(), strict=True)
+            zip(use.layers, use.fractions.tolist(), strict=True)
         ):
             table.append((str(number + 1), name, *map(percent, fractions)))
         table.append(("", "average", *map(percent, use.average.tolist())))

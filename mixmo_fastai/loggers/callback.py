@@ -55,7 +55,7 @@ class LoggingCallback(FollowingCallback):
             yield
             return
         self.reset_state()
-        self.training_run, self.run_folder = training, run
+        self.current_training, self.run_folder = training, run
         self.num_done = done.epoch * training.steps_per_epoch + done.step
         exit_code = 1
         try:
@@ -72,10 +72,10 @@ class LoggingCallback(FollowingCallback):
             self._flush()
             self._for_each_tracker(lambda tracker: tracker.close(exit_code))
             self.trackers = {}
-            del self.training_run, self.run_folder  # so that the network can be freed
+            del self.current_training, self.run_folder  # so that the network can be freed
 
     def _open(self) -> None:
-        run, recipe = self.run_folder, self.training_run.recipe
+        run, recipe = self.run_folder, self.current_training.recipe
         path, group = run.path.resolve(), None
         if (path.parent / "recipe.toml").is_file():
             group = path.parent.name
@@ -128,7 +128,7 @@ class LoggingCallback(FollowingCallback):
         """Log and plot the final metrics."""
         if not self.trackers or test is None:
             return
-        training, run = self.training_run, self.run_folder
+        training, run = self.current_training, self.run_folder
         step = training.recipe.train.epochs * training.steps_per_epoch
         numbers = dict(_flatten_numbers(metrics))
         self._for_each_tracker(lambda tracker: tracker.log_metrics("final", step, numbers))
@@ -141,7 +141,7 @@ class LoggingCallback(FollowingCallback):
         self._log_steps()
         if self.first_batch is not None and self.trackers:
             with self._errors_reported("the plot of the first batch"):
-                plots = plot_first_batch(self.first_batch, self.training_run)
+                plots = plot_first_batch(self.first_batch, self.current_training)
                 self._for_each_tracker(lambda tracker: tracker.log_images(0, plots))
         self.first_batch = None
 

@@ -1,19 +1,19 @@
-"""Mixing: how much of each member a batch carries, where, and the mixing itself.
+"""Mixing of the members' features: ratios, masks and the mixing operation.
 
 Shapes: B batch, M members, D feature channels, h w feature size after the encoder.
 Source: Ramé, Sun, Cord, "MixMo", ICCV 2021, sections 3.2 and 3.3.
 
-Randomness is drawn by `draw_lam` and `draw_masks` from one generator, and used by `mix_features`
-and `loss_weights`, which are deterministic.
+`draw_lam` and `draw_masks` draw all random numbers from one generator; `mix_features` and
+`loss_weights` are deterministic.
 
-    ratios.py   lam, and what the loss makes of it
-    masks.py    any kind of mask for any number of members
-    batches.py  both for several batches at once
-    regions.py  where role 0 is seen: boxes, stripes, blocks, cow spots, channels, noise
-    features.py the mixing of features
+    ratios.py   mixing ratios lam and loss weights
+    masks.py    masks of every kind, for any number of members
+    batches.py  ratios, masks and loss weights of several batches at once
+    regions.py  regions of the member in role 0: boxes, stripes, blocks, cow spots, channels, noise
+    features.py the mixing operation
 """
 
-from mixmo_fastai.mixing.batches import QUICK_KINDS, DrawnMixings, Mixing, draw_mixings
+from mixmo_fastai.mixing.batches import CHEAP_KINDS, DrawnMixings, Mixing, draw_mixings
 from mixmo_fastai.mixing.features import mix_features
 from mixmo_fastai.mixing.masks import (
     BINARY_KINDS,
@@ -29,8 +29,8 @@ from mixmo_fastai.names import MASK_KINDS
 __all__ = [
     "BINARY_KINDS",
     "BLEND_KINDS",
+    "CHEAP_KINDS",
     "MASK_KINDS",
-    "QUICK_KINDS",
     "DrawnMixings",
     "Mixing",
     "Region",

@@ -1,4 +1,4 @@
-"""Mixing of several batches at once: their ratios, masks and loss weights in few kernels.
+"""Draw ratios, masks and loss weights for several batches at once, in few kernels.
 
 Shapes: B batch, M members, D feature channels, h w feature size after the encoder.
 """
@@ -14,16 +14,16 @@ from mixmo_fastai.mixing.masks import BLEND_KINDS, draw_masks
 from mixmo_fastai.mixing.ratios import draw_lam, loss_weights
 from mixmo_fastai.mixing.regions import Region, Shape
 
-QUICK_KINDS = (*BLEND_KINDS, "cutmix", "horizontal", "vertical")
-"""Kinds whose masks cost little more than the calls that draw them."""
+CHEAP_KINDS = (*BLEND_KINDS, "cutmix", "horizontal", "vertical")
+"""Kinds for which launching the operations costs more than computing the masks."""
 
 
 class Mixing(NamedTuple):
-    """How one batch is mixed.
+    """Masks and loss weights of one batch.
 
     Attributes:
         masks: (B, M, 1 or D, h, w), summing to one over the members.
-        weights: (B, M) of the losses.
+        weights: (B, M), the loss weights.
     """
 
     masks: Tensor
@@ -32,29 +32,29 @@ class Mixing(NamedTuple):
 
 @dataclass(frozen=True)
 class DrawnMixings:
-    """What several batches may be mixed with: by regions where chance has it, linearly otherwise.
+    """Drawn mixings of several batches, each by regions or blended, depending on `mix_prob`.
 
     Attributes:
-        chances: a uniform number per batch.
-        blended: each batch, mixed alike at all places.
-        regional: each batch, mixed by regions; None where chance rules it out.
+        uniforms: one uniform number per batch, compared with `mix_prob`.
+        blended: mixing of each batch with the same ratio at all positions.
+        regional: mixing of each batch by regions; None if its uniform number rules it out.
     """
 
-    chances: Sequence[float]
+    uniforms: Sequence[float]
     blended: Sequence[Mixing]
     regional: Sequence[Mixing | None]
 
     def of(self, batch: int, mix_prob: float) -> Mixing:
-        """Choose for one batch: regions with this probability, at most that of the draw."""
+        """Select the mixing of one batch; `mix_prob` is at most that of the draw."""
         regional = self.regional[batch]
-        if regional is None or self.chances[batch] >= mix_prob:
+        if regional is None or self.uniforms[batch] >= mix_prob:
             return self.blended[batch]
         return regional
 
 
 def draw_mixings(
     kind: str | Region,
-    chances: Sequence[float],
+    uniforms: Sequence[float],
     lam_shape: tuple[int, int],
     shape: Shape,
     *,
@@ -66,28 +66,28 @@ def draw_mixings(
     mask_generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> DrawnMixings:
-    """Draw the mixing of as many batches as there are chances.
+    """Draw the mixing of one batch per uniform number.
 
     Args:
         kind: one of `MASK_KINDS`, or a function that draws regions.
-        chances: uniform in [0, 1), one per batch; regions are drawn where it is below mix_prob.
+        uniforms: one number in [0, 1) per batch; regions are drawn if it is below mix_prob.
         lam_shape: (B, M).
-        shape: (D, h, w) of the features to be mixed.
-        mix_prob: the largest that `DrawnMixings.of` will be asked with.
+        shape: shape (D, h, w) of the features to be mixed.
+        mix_prob: the largest probability that `DrawnMixings.of` will be called with.
         alpha: see `draw_lam`.
         weight_root: see `loss_weights`.
-        options: of the kind; see `draw_masks`.
-        lam_generator: of the ratios, on `device`.
-        mask_generator: of everything else, on `device`.
-        device: where everything is drawn and returned.
+        options: options of the kind; see `draw_masks`.
+        lam_generator: generator of the ratios, on `device`.
+        mask_generator: generator of everything else, on `device`.
+        device: device of all results.
     """
     size, members = lam_shape
-    lam = draw_lam(len(chances) * size, members, alpha, generator=lam_generator, device=device)
+    lam = draw_lam(len(uniforms) * size, members, alpha, generator=lam_generator, device=device)
     blend = kind if isinstance(kind, str) and kind in BLEND_KINDS else "linear"
     masks, means = draw_masks(blend, lam, shape)
     blended = _per_batch(masks, loss_weights(means, weight_root), size)
-    regional: list[Mixing | None] = [None] * len(chances)
-    chosen = [] if kind == blend else [i for i, c in enumerate(chances) if c < mix_prob]
+    regional: list[Mixing | None] = [None] * len(uniforms)
+    chosen = [] if kind == blend else [i for i, u in enumerate(uniforms) if u < mix_prob]
     if chosen:
         parts = torch.split(lam, size)
         masks, means = draw_masks(
@@ -101,7 +101,7 @@ def draw_mixings(
         drawn = _per_batch(masks, loss_weights(means, weight_root), size)
         for i, mixing in zip(chosen, drawn, strict=True):
             regional[i] = mixing
-    return DrawnMixings(chances, blended, regional)
+    return DrawnMixings(uniforms, blended, regional)
 
 
 def _per_batch(masks: Tensor, weights: Tensor, size: int) -> list[Mixing]:

@@ -1,4 +1,4 @@
-"""The mixing of features with masks.
+"""Mixing of features with masks.
 
 Shapes: B batch, M members, D feature channels, h w feature size after the encoder.
 """
@@ -9,13 +9,13 @@ from torch import Tensor
 def mix_features(features: Tensor, masks: Tensor) -> Tensor:
     """Mix the members' features: F = M · Σ_i masks_i ⊙ features_i (paper, equation 5).
 
-    The plain form of what `MixMoModel` does member by member; the factor M is part of the method.
+    `MixMoModel` computes the same sum member by member. The factor M is part of the method.
 
     Args:
         features: (B, M, D, h, w).
         masks: (B, M, 1 or D, h, w).
 
     Returns:
-        mixed features (B, D, h, w), in the type of `features`.
+        mixed features (B, D, h, w), in the dtype of `features`.
     """
     return features.shape[1] * (features * masks.to(features.dtype)).sum(dim=1)

@@ -1,4 +1,4 @@
-"""Mixing ratios, and the weights that the loss makes of them.
+"""Mixing ratios and the loss weights computed from them.
 
 Shapes: B batch, M members.
 """
@@ -22,15 +22,15 @@ def draw_lam(
 ) -> Tensor:
     """Draw mixing ratios, one set per sample: lam ~ Dirichlet(alpha, …, alpha).
 
-    A Dirichlet draw is a normalised vector of Gamma(alpha) draws. They are made as
-    Gamma(alpha + 1) · U^(1/alpha) and normalised as logarithms, so that no alpha underflows.
+    A Dirichlet draw is a normalised vector of Gamma(alpha) draws. They are computed as
+    Gamma(alpha + 1) · U^(1/alpha) and normalised in log space to avoid underflow for small alpha.
 
     Args:
         num_samples: B.
         num_members: M.
-        alpha: concentration; 2 as published, 1 is uniform on the simplex, large is near 1/M.
-        generator: on `device`.
-        device: where lam is drawn and returned.
+        alpha: concentration; 2 in the paper, 1 is uniform on the simplex, large values give 1/M.
+        generator: generator on `device`.
+        device: device of lam.
 
     Returns:
         lam (B, M) in [0, 1], each row summing to one.
@@ -49,11 +49,11 @@ def draw_lam(
 
 
 def loss_weights(lam: Tensor, root: float) -> Tensor:
-    """Weigh each member's loss: w_i = M · lam_i^(1/root) / Σ_j lam_j^(1/root).
+    """Compute the loss weights of the members: w_i = M · lam_i^(1/root) / Σ_j lam_j^(1/root).
 
     Args:
         lam: (B, M) mask means, in [0, 1].
-        root: r; 1 weighs by lam, 3 as published, infinity weighs all members alike.
+        root: r; 1 weights by lam, 3 in the paper, infinity weights all members equally.
 
     Returns:
         weights (B, M), each row summing to M.

@@ -1,10 +1,10 @@
-"""Regions: where, and how strongly, the member in role 0 is seen.
+"""Regions: the positions at which the member in role 0 is seen, and how strongly.
 
 Shapes: B batch, D feature channels, h w feature size after the encoder.
 
-Each function draws regions in [0, 1] that broadcast to (B, D, h, w), from the share `area` (B,) of
-role 0, the shape (D, h, w) and one generator; options are keyword arguments. Everything happens for
-the whole batch on the device of `area`, and nothing is read back.
+Each function draws regions in [0, 1] that broadcast to (B, D, h, w). Its arguments are the fraction
+`area` (B,) of role 0, the shape (D, h, w) and a generator; options are keyword arguments. All
+operations are batched, on the device of `area`, without synchronization.
 """
 
 import math
@@ -19,7 +19,7 @@ from mixmo_fastai.names import COW_DEFAULTS
 Shape = tuple[int, int, int]
 Generator = torch.Generator | None
 Region = Callable[..., Tensor]
-"""From area (B,), shape (D, h, w), generator, and options by keyword, to a region."""
+"""Function of area (B,), shape (D, h, w), generator and keyword options that returns a region."""
 
 
 def box(area: Tensor, shape: Shape, generator: Generator) -> Tensor:
@@ -30,41 +30,41 @@ def box(area: Tensor, shape: Shape, generator: Generator) -> Tensor:
     Returns:
         (B, 1, h, w), binary.
     """
-    # Multiplied as numbers: a CPU has no quick way to combine booleans of two shapes.
+    # Floats, since broadcasting a logical "and" is slow on a CPU.
     rows = _span(area, shape[1], generator)  # (B, h)
     columns = _span(area, shape[2], generator)  # (B, w)
     return rows[:, None, :, None] * columns[:, None, None, :]
 
 
 def horizontal(area: Tensor, shape: Shape, generator: Generator) -> Tensor:
-    """Take the first floor(h·area) rows: (B, 1, h, 1), binary."""
+    """Select the first floor(h·area) rows: (B, 1, h, 1), binary."""
     return _first(area, shape[1])[:, None, :, None]
 
 
 def vertical(area: Tensor, shape: Shape, generator: Generator) -> Tensor:
-    """Take the first floor(w·area) columns: (B, 1, 1, w), binary."""
+    """Select the first floor(w·area) columns: (B, 1, 1, w), binary."""
     return _first(area, shape[2])[:, None, None, :]
 
 
 def blocks(area: Tensor, shape: Shape, generator: Generator, *, block_size: int = 7) -> Tensor:
     """Grow Bernoulli seeds to square blocks (PatchUp).
 
-    As published, seeds lie anywhere on the map, with the probability
-    area / block² · h·w / ((h - block + 1)·(w - block + 1)); overlaps and borders leave a little
-    less than `area` on average.
+    As in the published code, seeds lie anywhere on the map, with probability
+    area / block² · h·w / ((h - block + 1)·(w - block + 1)). Because of overlaps and borders, the
+    mean is slightly below `area`.
     Source: Faramarzi et al., "PatchUp", AAAI 2022, with DropBlock's seed probability.
 
     Args:
         area: (B,).
         shape: (D, h, w).
-        generator: on area's device.
-        block_size: side of a block, odd; larger ones than the map are cut down to it.
+        generator: generator on the device of `area`.
+        block_size: side of a block, odd; limited to the size of the map.
 
     Returns:
         (B, 1, h, w), binary.
     """
     if type(block_size) is not int or block_size < 1 or block_size % 2 == 0:
-        raise InputError(f"block_size must be an odd whole number, 1 or more; got {block_size!r}.")
+        raise InputError(f"block_size must be an odd integer, 1 or more; got {block_size!r}.")
     height, width = shape[1:]
     side = min(block_size, _odd_at_most(height), _odd_at_most(width))
     inner = (height - side + 1) * (width - side + 1)
@@ -75,7 +75,7 @@ def blocks(area: Tensor, shape: Shape, generator: Generator, *, block_size: int 
 
 
 def soft_blocks(area: Tensor, shape: Shape, generator: Generator, *, block_size: int = 7) -> Tensor:
-    """Blend by `area` inside the blocks, and leave the outside to the others (soft PatchUp).
+    """Blend by `area` inside the blocks; the other members fill the outside (soft PatchUp).
 
     Returns:
         (B, 1, h, w) with values 0 and area.
@@ -95,18 +95,18 @@ def cow(
 ) -> Tensor:
     """Threshold Gaussian-blurred noise to irregular spots (CowMask).
 
-    The area is drawn anew, uniformly; `area` only tells batch, type and device. The threshold takes
-    the blurred noise for normal, so the area is met on average.
+    The area is drawn from its own uniform distribution; `area` only sets batch size, dtype and
+    device. The threshold assumes that the blurred noise is normal, so the area is exact on average.
     Source: French, Oliver, Salimans, "Milking CowMask", 2020.
 
     Args:
         area: (B,).
         shape: (D, h, w).
-        generator: on area's device.
-        sigma_min: lower end of the blur's deviation in places, which is log-uniform.
-        sigma_max: upper end of it.
-        area_min: lower end of the area share, which is uniform.
-        area_max: upper end of it.
+        generator: generator on the device of `area`.
+        sigma_min: lower end of the log-uniform standard deviation of the blur, in positions.
+        sigma_max: upper end.
+        area_min: lower end of the uniform area.
+        area_max: upper end.
 
     Returns:
         (B, 1, h, w), binary.
@@ -115,18 +115,18 @@ def cow(
     _check_interval("area", area_min, area_max, above=-1e-9, to=1.0)
     uniform = torch.rand((2, len(area)), generator=generator, device=area.device)
     sigma = sigma_min * (sigma_max / sigma_min) ** uniform[0]
-    share = (area_min + (area_max - area_min) * uniform[1])[:, None, None]
+    drawn_area = (area_min + (area_max - area_min) * uniform[1])[:, None, None]
     noise = torch.randn((len(area), *shape[1:]), generator=generator, device=area.device)
-    # Gaussian blur is separable: one matrix for the rows and one for the columns of each sample.
+    # The blur is separable: one matrix for the rows and one for the columns of each sample.
     rows, columns = _blur_matrix(sigma, shape[1]), _blur_matrix(sigma, shape[2])
     smooth = rows @ noise @ columns.transpose(1, 2)  # (B, h, w)
     mean, std = smooth.mean((1, 2), keepdim=True), smooth.std((1, 2), keepdim=True)
-    threshold = mean + std * math.sqrt(2) * torch.erfinv(2 * share - 1)
+    threshold = mean + std * math.sqrt(2) * torch.erfinv(2 * drawn_area - 1)
     return (smooth < threshold)[:, None].to(area.dtype)
 
 
 def channels(area: Tensor, shape: Shape, generator: Generator) -> Tensor:
-    """Take round(D·area) random channels, whole: (B, D, 1, 1), binary."""
+    """Select round(D·area) random channels: (B, D, 1, 1), binary."""
     keys = torch.rand((len(area), shape[0]), generator=generator, device=area.device)
     ranks = keys.argsort(dim=1).argsort(dim=1)
     count = (shape[0] * area).round()[:, None]
@@ -134,14 +134,14 @@ def channels(area: Tensor, shape: Shape, generator: Generator) -> Tensor:
 
 
 def first_channels(area: Tensor, shape: Shape, generator: Generator) -> Tensor:
-    """Take the first round(D·area) channels, whole: (B, D, 1, 1), binary."""
+    """Select the first round(D·area) channels: (B, D, 1, 1), binary."""
     count = (shape[0] * area).round()[:, None]
     places = torch.arange(shape[0], device=area.device)
     return (places < count).to(area.dtype)[:, :, None, None]
 
 
 def noise(area: Tensor, shape: Shape, generator: Generator) -> Tensor:
-    """Draw each place uniformly, from the widest interval in [0, 1] with mean `area`.
+    """Draw each position uniformly from the widest interval in [0, 1] with mean `area`.
 
     Returns:
         (B, 1, h, w) in [0, 1].
@@ -163,17 +163,17 @@ REGIONS: dict[str, Region] = {
     "channel-stack": first_channels,
     "noise": noise,
 }
-"""Every mask kind that is a region of role 0, by name."""
+"""Mask kinds that draw a region for role 0, by name."""
 SOFT_REGIONS = ("patchup-soft", "noise")
-"""Those of them whose values are not only 0 and 1."""
+"""Kinds of `REGIONS` with values other than 0 and 1."""
 
 
 def _span(area: Tensor, length: int, generator: Generator) -> Tensor:
-    """Draw one side of a box of the given area share: (B,) -> (B, length), 0 and 1."""
+    """Draw one side of a box with the given area: (B,) -> (B, length), values 0 and 1."""
     half = (length * area.sqrt()).long().div(2, rounding_mode="floor")
     centre = torch.randint(length, area.shape, generator=generator, device=area.device)
-    # Row k of the table holds k ones and then zeros: a span is all before its end less all before
-    # its start, both clipped to the map. Two looked-up rows are quicker than two comparisons.
+    # Row k of the table holds k ones followed by zeros, so a span is row "end" minus row "start",
+    # both clipped to the map. Two lookups are faster than two comparisons.
     before = torch.ones((length + 1, length), dtype=area.dtype, device=area.device).tril(-1)
     ends, starts = (centre + half).clamp(max=length), (centre - half).clamp(min=0)
     return before.index_select(0, ends).sub_(before.index_select(0, starts))
@@ -189,7 +189,7 @@ def _odd_at_most(length: int) -> int:
 
 
 def _blur_matrix(sigma: Tensor, length: int) -> Tensor:
-    """Give the blur along one axis: (B,) -> (B, length, length), each row a Gaussian of sum 1."""
+    """Build the blur along one axis: (B,) -> (B, length, length); rows are Gaussians of sum 1."""
     places = torch.arange(length, device=sigma.device, dtype=sigma.dtype)
     distance = places[:, None] - places
     return torch.softmax(-(distance**2) / (2 * sigma[:, None, None] ** 2), dim=2)
@@ -200,6 +200,6 @@ def _check_interval(name: str, low: float, high: float, *, above: float, to: flo
     if not (numbers and above < low <= high <= to):
         limit = f"at most {to:g}" if to < math.inf else "finite"
         raise InputError(
-            f"{name}_min={low!r} and {name}_max={high!r} must be numbers that rise, "
-            f"from {max(above, 0):g}, and {limit}."
+            f"{name}_min={low!r} and {name}_max={high!r} must be increasing numbers, "
+            f"{max(above, 0):g} or more, and {limit}."
         )

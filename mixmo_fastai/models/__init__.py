@@ -1,6 +1,6 @@
-"""Networks: MixMo around any encoders, core and heads, and the published backbones.
+"""Networks: MixMoModel, which combines encoders, core and heads, and the published backbones.
 
-A new backbone is a file beside these that returns encoders, core and heads, and a branch of
+To add a backbone, add a file here that returns encoders, core and heads, and a branch in
 `create_model`.
 """
 

@@ -1,4 +1,4 @@
-"""Where a network's first convolution and its last linear layer are, seen by running it.
+"""Find a network's first convolution and last linear layer by running it.
 
 Shapes: C image channels, H W image size, K classes.
 """
@@ -17,14 +17,14 @@ from torch.nn.utils.parametrize import is_parametrized
 from mixmo_fastai.errors import InputError, first_line
 
 IMAGE_SIZES = (224, 64, 32, 28, 16, 8)
-"""Heights and widths at which a network is tried where nothing says which it takes."""
+"""Image heights and widths to try if the network's input size is unknown."""
 OTHER_SIZES = ((97, 97), (40, 56), (224, 224))
-"""Sizes at which it must take the image as it is, if it takes them at all."""
+"""Further sizes; if the network accepts one, the image must reach the convolution unchanged."""
 Size = int | tuple[int, int]
 
 
-class Call(NamedTuple):
-    """A layer that was called by name, with what, and what it gave."""
+class LayerCall(NamedTuple):
+    """A call of a named layer, with its input and output."""
 
     name: str
     input: Any
@@ -32,357 +32,367 @@ class Call(NamedTuple):
 
 
 @dataclass
-class Seen:
-    """What one forward pass in evaluation mode showed.
+class ForwardRecord:
+    """Layer calls recorded during one forward pass in evaluation mode.
 
     Attributes:
-        name: of the model, for messages.
-        image: that it was shown (2, C, H, W).
-        output: what it gave.
-        convolutions: names of those that were called, in order.
-        first: the call of the first convolution, or of the one that was asked for.
-        ends: calls of layers that could be the last: linear ones of rows, and convolutions 1x1 of
-            maps of one place.
-        plain: calls of layers without parameters that turn rows into rows, as an output layer does.
+        name: class name of the model, for messages.
+        image: the input, (2, C, H, W).
+        output: the model's output.
+        convolutions: names of the convolutions, in the order of their calls.
+        first: call of the first convolution, or of the one that the user named.
+        last_candidates: calls of layers that could be the last: linear layers with 2-D output and
+            1x1 convolutions of 1x1 maps.
+        parameter_free: calls of layers without parameters, with 2-D input and output, one of which
+            could be an output layer.
     """
 
     name: str
     image: Tensor
     output: Any = None
     convolutions: list[str] = field(default_factory=list)
-    first: Call | None = None
-    ends: list[Call] = field(default_factory=list)
-    plain: list[Call] = field(default_factory=list)
+    first: LayerCall | None = None
+    last_candidates: list[LayerCall] = field(default_factory=list)
+    parameter_free: list[LayerCall] = field(default_factory=list)
 
 
-def layers_of(model: nn.Module, kind: type[nn.Module] | tuple[type, ...]) -> dict[str, nn.Module]:
-    """List a model's layers of a kind, by name."""
+def layers_of_type(
+    model: nn.Module, kind: type[nn.Module] | tuple[type, ...]
+) -> dict[str, nn.Module]:
+    """Return the layers of a type, by name."""
     modules: dict[str, nn.Module] = dict(model.named_modules())
     return {name: module for name, module in modules.items() if isinstance(module, kind)}
 
 
 def check_model(model: Any) -> None:
-    """Check that something is a network that can be looked at.
+    """Check that the argument is an `nn.Module` with initialised weights.
 
     Raises:
-        InputError: it is none, or is not complete.
+        InputError: it is not an eager `nn.Module`, is a MixMoModel, or has uninitialised weights.
     """
     if isinstance(model, torch.jit.ScriptModule):
-        raise InputError("A scripted network cannot be converted; give the one it was made of.")
+        raise InputError("A scripted network cannot be converted; pass the original nn.Module.")
     if not isinstance(model, nn.Module):
-        what = f"{model!r}" if isinstance(model, str) else type(model).__name__
-        what += ", which has to be called first" if callable(model) else ""
+        received = f"{model!r}" if isinstance(model, str) else type(model).__name__
+        received += "; call it first and pass the result" if callable(model) else ""
         raise InputError(
-            f"A network (nn.Module) is needed; got {what}.\n"
-            "Of a Learner it is learn.model; by name it is made by create_model(name, num_classes)."
+            f"model must be a network (nn.Module); got {received}.\n"
+            "Pass learn.model of a Learner, or use create_model(name, num_classes) for a name."
         )
     name = type(model).__name__
     if name == "MixMoModel":
-        raise InputError("The network is a MixMo network already.")
+        raise InputError("The network is already a MixMoModel.")
     tensors = [*model.parameters(), *model.buffers()]
     if any(is_lazy(tensor) for tensor in tensors):
         raise InputError(
-            f"{name} has lazy layers that have not seen an image yet.\nShow it one batch first."
+            f"{name} has uninitialised lazy layers.\nRun the network on one batch first."
         )
     if any(tensor.device.type == "meta" for tensor in tensors):
         raise InputError(f"{name} is on the meta device, without weights.")
 
 
-def look(
+def record_forward(
     model: nn.Module,
     image_sizes: Sequence[tuple[int, int]],
     encoder: str | None = None,
     in_channels: int | None = None,
-) -> Seen:
-    """Run a model, and note its layers.
+) -> ForwardRecord:
+    """Run a model on a random image and record its layer calls.
 
     Args:
-        model: on the CPU, in evaluation mode; left as it is.
-        image_sizes: at which it is tried, until it runs.
-        encoder: name of its first convolution, where it is known.
-        in_channels: C, where it is known.
+        model: on the CPU, in evaluation mode; not modified.
+        image_sizes: sizes to try, in order, until the model runs.
+        encoder: name of its first convolution, if known.
+        in_channels: C, if known.
 
     Raises:
-        InputError: it has no convolution, or cannot be run.
+        InputError: the model has no convolution, or fails at all sizes.
     """
     name = type(model).__name__
-    convolutions = layers_of(model, nn.Conv2d)
+    convolutions = layers_of_type(model, nn.Conv2d)
     if not convolutions:
         raise InputError(
-            f"{name} has no convolution (nn.Conv2d) to make encoders of.\n"
-            "MixMo needs one that sees the image before anything else does."
+            f"{name} has no convolution (nn.Conv2d) to convert into encoders.\n"
+            "MixMo needs a convolution as the first layer of the network."
         )
-    counts = _channels(convolutions, encoder, in_channels)
+    counts = _candidate_channels(convolutions, encoder, in_channels)
     reasons = []
     for size in image_sizes:
         for channels in counts:
-            seen = Seen(name, _image(channels, size).to(first_tensor(model)))
+            image = _random_image(channels, size).to(example_parameter(model))
+            record = ForwardRecord(name, image)
             try:
-                with _noting(model, seen, encoder), torch.no_grad():
-                    seen.output = model(seen.image)
-            except Exception as error:  # anything may happen in somebody's forward pass
+                with _recording(model, record, encoder), torch.no_grad():
+                    record.output = model(record.image)
+            except Exception as error:  # user code may raise anything
                 reasons.append(f"{size[0]}x{size[1]}: {first_line(error)}")
                 continue
-            return seen
+            return record
     if len(image_sizes) == 1:
-        raise InputError(f"{name} does not take images of {reasons[0]}.")
+        raise InputError(f"{name} does not accept images of {reasons[0]}.")
     raise InputError(
-        f"{name} could not be run on an image; at {reasons[0]}.\n"
-        "Say the size of its images: image_size=(height, width)."
+        f"{name} failed at all image sizes that were tried; at {reasons[0]}.\n"
+        "Specify the size of its images: image_size=(height, width)."
     )
 
 
-def sizes_of(model: nn.Module, given: Size | None) -> list[tuple[int, int]]:
-    """List the sizes at which to try a model; where the model says its own, that one first.
+def candidate_sizes(model: nn.Module, image_size: Size | None) -> list[tuple[int, int]]:
+    """Return image sizes to try: `image_size`, or the size that the model declares, then others.
 
     Raises:
-        InputError: the given one is no size.
+        InputError: image_size is not a valid size.
     """
-    if given is not None:
-        if (pair := _pair(given)) is None:
+    if image_size is not None:
+        if (pair := _as_pair(image_size)) is None:
             raise InputError(
-                f"image_size must be a number of pixels or (height, width); got {given!r}."
+                f"image_size must be a number of pixels or (height, width); got {image_size!r}."
             )
         return [pair]
-    config = getattr(model, "default_cfg", None)  # timm's
-    own = config.get("input_size") if isinstance(config, dict) else None
-    known = _pair(own[1:] if own else getattr(model, "image_size", None))  # torchvision's
-    return [*([known] if known else []), *((size, size) for size in IMAGE_SIZES)]
+    config = getattr(model, "default_cfg", None)  # in timm
+    input_size = config.get("input_size") if isinstance(config, dict) else None
+    # In torchvision, `image_size`.
+    declared = _as_pair(input_size[1:] if input_size else getattr(model, "image_size", None))
+    return [*([declared] if declared else []), *((size, size) for size in IMAGE_SIZES)]
 
 
-def first_convolution(model: nn.Module, seen: Seen, given: str | None) -> Call:
-    """Find the convolution that is the first to see the image.
+def first_convolution(model: nn.Module, record: ForwardRecord, name: str | None) -> LayerCall:
+    """Find and check the first convolution, whose input must be the image itself.
 
     Args:
-        model: as it was looked at.
-        seen: from `look`.
-        given: its name, to be checked; found where not given.
+        model: the model that was recorded.
+        record: from `record_forward`.
+        name: of the convolution; None to use the first that was called.
 
     Raises:
-        InputError: there is none, or not one that alone sees the image as it is.
+        InputError: no such convolution was called, it was called more than once, its weights are
+            shared or computed, or its input is not the unchanged image.
     """
-    _check_named(model, given, nn.Conv2d, "encoder", "convolution")
-    if seen.first is None:
-        raise InputError(f"{seen.name} did not call the convolution {given or 'that it has'!r}.")
-    name = seen.first.name
-    if (times := seen.convolutions.count(name)) > 1:
+    _check_layer_name(model, name, nn.Conv2d, "encoder", "convolution")
+    if record.first is None:
+        which = f"convolution {name!r}" if name is not None else "any of its convolutions"
+        raise InputError(f"{record.name} did not call {which}.")
+    name = record.first.name
+    if (count := record.convolutions.count(name)) > 1:
         raise InputError(
-            f"{seen.name} calls its convolution {name!r} {times} times per image; encoders must "
-            "see it once."
+            f"{record.name} calls its convolution {name!r} {count} times per image; an encoder "
+            "must be called once."
         )
-    _check_plain(model, name, seen.name)
-    if not _is_same(seen.first.input, seen.image):
-        raise _changes_the_image(seen.name, name)
-    return seen.first
+    _check_own_weights(model, name, record.name)
+    if not _equal_with_nan(record.first.input, record.image):
+        raise _image_changed_error(record.name, name)
+    return record.first
 
 
-def check_elsewhere(
-    model: nn.Module, seen: Seen, name: str, sizes: Sequence[tuple[int, int]]
+def check_image_unchanged(
+    model: nn.Module, record: ForwardRecord, name: str, sizes: Sequence[tuple[int, int]]
 ) -> None:
-    """Check that the image reaches the first convolution as it is in training and at other sizes.
+    """Check that the first convolution receives the unchanged image, in training too.
 
     Args:
-        model: as it was looked at.
-        seen: from `look`.
+        model: the model that was recorded.
+        record: from `record_forward`.
         name: of the convolution.
-        sizes: other ones; those that the model does not take, or makes others of, are left out.
+        sizes: further image sizes; those that the model rejects or resizes are skipped.
 
     Raises:
-        InputError: the image is changed before.
+        InputError: the model changes the image before the convolution.
     """
-    reached: list[Any] = []
+    received: list[Any] = []
 
     def stop(_: nn.Module, args: Any, kwargs: Any) -> None:
-        reached.append(_first_of(args, kwargs))
-        raise _Reached
+        received.append(_first_argument(args, kwargs))
+        raise _FirstConvolutionCalled
 
     hook = model.get_submodule(name).register_forward_pre_hook(stop, with_kwargs=True)
-    channels, own = seen.image.shape[1], (seen.image.shape[2], seen.image.shape[3])
+    channels, own = record.image.shape[1], (record.image.shape[2], record.image.shape[3])
     try:
-        for training, when in ((True, " in training"), (False, "")):
+        for training, mode in ((True, " in training"), (False, "")):
             model.train(training)
             for size in dict.fromkeys((own, *sizes)):
-                image = _image(channels, size).to(seen.image)
+                image = _random_image(channels, size).to(record.image)
                 try:
                     with torch.no_grad():
                         model(image)
-                except _Reached:
-                    if size != own and getattr(reached[-1], "shape", None) != image.shape:
-                        continue  # which is refused when such an image comes
-                    if not _is_same(reached[-1], image):
+                except _FirstConvolutionCalled:
+                    if size != own and getattr(received[-1], "shape", None) != image.shape:
+                        continue  # the converted network refuses such images
+                    if not _equal_with_nan(received[-1], image):
                         at = "" if size == own else f" of {size[0]}x{size[1]}"
-                        raise _changes_the_image(seen.name, name, at + when) from None
-                except Exception as error:  # a size that it does not take
+                        raise _image_changed_error(record.name, name, at + mode) from None
+                except Exception as error:  # the model may not accept this size
                     if size == own:
                         raise InputError(
-                            f"{seen.name} could not be run{when}: {first_line(error)}."
+                            f"{record.name} could not be run{mode}: {first_line(error)}."
                         ) from error
     finally:
         hook.remove()
         model.eval()
 
 
-def output_layer(model: nn.Module, seen: Seen) -> str | None:
-    """Find a layer after the last linear one that turns each logit into a prediction by itself.
+def output_layer(model: nn.Module, record: ForwardRecord) -> str | None:
+    """Find an elementwise layer after the last linear layer that turns logits into predictions.
 
-    Such as the `SigmoidRange` of fastai's `y_range`, or `nn.Sigmoid`: a layer without parameters
-    whose every number depends on the one number at its place, in training as in evaluation.
+    Such as the `SigmoidRange` of fastai's `y_range`, or `nn.Sigmoid`. The layer has no parameters,
+    and each output depends only on the input at the same position, in training and in evaluation.
 
     Args:
-        model: as it was looked at; it is run once more.
-        seen: from `look`.
+        model: the model that was recorded; it is run again.
+        record: from `record_forward`.
 
     Returns:
-        its name; None when the model ends without one.
+        The layer's name; None if the model does not end with such a layer.
     """
-    for call in reversed(seen.plain):
+    for call in reversed(record.parameter_free):
         layer = copy.deepcopy(model.get_submodule(call.name))
-        probe = _both_signs(call.output)
-        if _is_same(_tried(layer, probe), probe):
-            continue  # it does nothing in evaluation, such as Dropout
-        once = [each.name for each in seen.plain].count(call.name) == 1
-        if once and call.input.shape == call.output.shape and _is_elementwise(layer, probe):
-            both = (model, copy.deepcopy(model).train())
-            return call.name if all(_ends_with(each, seen, call) for each in both) else None
+        probe = _probe_values(call.output)
+        if _equal_with_nan(_try_layer(layer, probe), probe):
+            continue  # an identity in evaluation, such as Dropout
+        called_once = [each.name for each in record.parameter_free].count(call.name) == 1
+        same_shape = call.input.shape == call.output.shape
+        if called_once and same_shape and _is_elementwise(layer, probe):
+            both_modes = (model, copy.deepcopy(model).train())
+            found = all(_is_model_output(each, record, call) for each in both_modes)
+            return call.name if found else None
         return None
     return None
 
 
-def _is_elementwise(layer: nn.Module, numbers: Tensor) -> bool:
-    """Check that changing half of the numbers changes no prediction of the other half."""
-    half = (torch.arange(numbers.numel()) % 2 == 0).view(numbers.shape)
-    expected = _tried(layer, numbers)
-    changed = numbers.where(half, numbers * 0.5 + 1)
-    found = [_tried(layer.train(mode), changed) for mode in (True, False)]
-    given = [each for each in (expected, *found) if each is not None and each.shape == half.shape]
-    return len(given) == 3 and all(_is_same(each[half], given[0][half]) for each in given)
+def _is_elementwise(layer: nn.Module, values: Tensor) -> bool:
+    """Check that changing half of the inputs does not change the outputs at the other half."""
+    half = (torch.arange(values.numel()) % 2 == 0).view(values.shape)
+    expected = _try_layer(layer, values)
+    changed = values.where(half, values * 0.5 + 1)
+    outputs = [expected, *(_try_layer(layer.train(mode), changed) for mode in (True, False))]
+    valid = [each for each in outputs if each is not None and each.shape == half.shape]
+    return len(valid) == 3 and all(_equal_with_nan(each[half], valid[0][half]) for each in valid)
 
 
-def _tried(layer: nn.Module, numbers: Tensor) -> Tensor | None:
+def _try_layer(layer: nn.Module, values: Tensor) -> Tensor | None:
     try:
         with torch.no_grad():
-            found = layer(numbers.clone())
-    except Exception:  # anything may happen in a user's forward pass
+            output = layer(values.clone())
+    except Exception:  # user code may raise anything
         return None
-    return found if isinstance(found, Tensor) else None
+    return output if isinstance(output, Tensor) else None
 
 
-def _both_signs(like: Tensor) -> Tensor:
-    """Make numbers from -3 to 3, of both signs in every row, of the shape of a tensor."""
+def _probe_values(like: Tensor) -> Tensor:
+    """Return values from -3 to 3 in the shape of `like`, with alternating signs."""
     count = like.numel()
     signs = 1 - 2 * (torch.arange(count) % 2)
     return (signs * torch.linspace(0.5, 3, count)).to(like).view(like.shape)
 
 
-def last_linear(model: nn.Module, seen: Seen, given: str | None) -> Call:
-    """Find the linear layer whose output is the model's.
+def last_linear(model: nn.Module, record: ForwardRecord, name: str | None) -> LayerCall:
+    """Find the linear layer whose output is the model's output.
 
     Args:
-        model: as it was looked at; it is run once more.
-        seen: from `look`.
-        given: its name, to be checked; found where not given.
+        model: the model that was recorded; it is run again.
+        record: from `record_forward`.
+        name: of the layer, to be checked; None to find it.
 
     Raises:
-        InputError: there is none.
+        InputError: the model does not end with such a layer.
     """
-    _check_named(model, given, (nn.Linear, nn.Conv2d), "head", "linear layer")
-    if not isinstance(seen.output, Tensor) or seen.output.ndim != 2:
-        what = f" of shape {tuple(seen.output.shape)}" if isinstance(seen.output, Tensor) else ""
+    _check_layer_name(model, name, (nn.Linear, nn.Conv2d), "head", "linear layer")
+    output = record.output
+    if not isinstance(output, Tensor) or output.ndim != 2:
+        shape = f" of shape {tuple(output.shape)}" if isinstance(output, Tensor) else ""
         raise InputError(
-            f"{seen.name} gives {type(seen.output).__name__}{what}; MixMo needs logits (B, K)."
+            f"{record.name} returns {type(output).__name__}{shape}; MixMo needs logits (B, K)."
         )
-    named = [call for call in seen.ends if given in (None, call.name)]
-    ends = [call for call in named if _ends_with(model, seen, call)]
-    if not ends:
-        what = f"linear layer {named[-1].name!r}" if named else "a linear layer (nn.Linear)"
-        what = what if given is None else repr(given)
+    candidates = [call for call in record.last_candidates if name in (None, call.name)]
+    matches = [call for call in candidates if _is_model_output(model, record, call)]
+    if not matches:
+        which = f"linear layer {candidates[-1].name!r}" if candidates else "a linear layer"
+        which = which if name is None else repr(name)
         raise InputError(
-            f"{seen.name} does not end with {what}: heads cannot be made of it.\n"
-            "Its output must be that of one linear layer, without softmax, reshaping or a second "
-            "head; a layer that\nchanges each number by itself may follow, such as SigmoidRange."
+            f"{record.name} does not end with {which}: cannot create member heads.\n"
+            "Its output must be that of one linear layer (nn.Linear), without softmax, reshaping "
+            "or a second head;\nan elementwise output layer may follow, such as SigmoidRange."
         )
-    last = ends[-1]
-    if [call.name for call in seen.ends].count(last.name) > 1:
-        raise InputError(f"{seen.name} calls its linear layer {last.name!r} more than once.")
-    if not _ends_with(copy.deepcopy(model).train(), seen, last):
+    last = matches[-1]
+    if [call.name for call in record.last_candidates].count(last.name) > 1:
+        raise InputError(f"{record.name} calls its linear layer {last.name!r} more than once.")
+    if not _is_model_output(copy.deepcopy(model).train(), record, last):
         raise InputError(
-            f"{seen.name} does not end with {last.name!r} in training: its logits go on, or other "
-            "outputs go with them.\nBuild it without, as with aux_logits=False, and do the rest in "
-            "the loss."
+            f"{record.name} does not end with {last.name!r} in training: it processes the logits "
+            "further, or returns auxiliary\noutputs. Build it without auxiliary outputs (for "
+            "example aux_logits=False), and move other steps to the loss."
         )
-    _check_plain(model, last.name, seen.name)
+    _check_own_weights(model, last.name, record.name)
     return last
 
 
-def _channels(
+def _candidate_channels(
     convolutions: dict[str, nn.Module], encoder: str | None, in_channels: int | None
 ) -> list[int]:
-    """List the numbers of image channels to try: those of convolutions, the likeliest first."""
-    own = [m.in_channels for m in convolutions.values() if isinstance(m, nn.Conv2d)]
+    """Return numbers of image channels to try, the most likely first."""
+    counts = [m.in_channels for m in convolutions.values() if isinstance(m, nn.Conv2d)]
     if encoder in convolutions:
-        return [own[[*convolutions].index(encoder)]]
-    likely = [own[0], *(count for count in (in_channels, 3, 1) if count in own)]
-    # What no convolution takes may be made into it before the first.
+        return [counts[[*convolutions].index(encoder)]]
+    likely = [counts[0], *(count for count in (in_channels, 3, 1) if count in counts)]
+    # The network may change the number of channels before its first convolution.
     other = [count for count in (in_channels, 3) if count is not None]
-    return [*dict.fromkeys([*likely, *[*dict.fromkeys(own)][:5], *other])]
+    return [*dict.fromkeys([*likely, *[*dict.fromkeys(counts)][:5], *other])]
 
 
-def first_tensor(model: nn.Module) -> Tensor:
-    """Give a parameter of a model, for where and of which type it is."""
+def example_parameter(model: nn.Module) -> Tensor:
+    """Return a floating-point parameter of a model, to read its device and dtype."""
     return next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
 
 
-def _image(channels: int, size: tuple[int, int]) -> Tensor:
+def _random_image(channels: int, size: tuple[int, int]) -> Tensor:
     return torch.randn(2, channels, *size, generator=torch.Generator().manual_seed(0))
 
 
-def _pair(size: Any) -> tuple[int, int] | None:
+def _as_pair(size: Any) -> tuple[int, int] | None:
     pair = (size, size) if isinstance(size, int) else size
-    fits = isinstance(pair, tuple | list) and len(pair) == 2
-    return (pair[0], pair[1]) if fits and all(type(n) is int and n > 0 for n in pair) else None
+    is_pair = isinstance(pair, tuple | list) and len(pair) == 2
+    return (pair[0], pair[1]) if is_pair and all(type(n) is int and n > 0 for n in pair) else None
 
 
 @contextmanager
-def _noting(model: nn.Module, seen: Seen, encoder: str | None) -> Iterator[None]:
-    """Note calls within."""
+def _recording(model: nn.Module, record: ForwardRecord, encoder: str | None) -> Iterator[None]:
+    """Record layer calls within the context."""
 
-    def note_convolution(name: str) -> Any:
+    def record_convolution(name: str) -> Any:
         def hook(module: nn.Conv2d, args: Any, kwargs: Any, output: Tensor) -> None:
-            seen.convolutions.append(name)
-            is_first = seen.first is None and encoder in (None, name)
-            maps = (_first_of(args, kwargs), output)
-            of_one_place = all(set(each.shape[2:]) == {1} for each in maps)
-            is_end = of_one_place and set(module.kernel_size) == {1}
-            if not is_first and not is_end:
+            record.convolutions.append(name)
+            is_first = record.first is None and encoder in (None, name)
+            maps = (_first_argument(args, kwargs), output)
+            is_1x1 = all(set(each.shape[2:]) == {1} for each in maps)
+            is_candidate = is_1x1 and set(module.kernel_size) == {1}
+            if not is_first and not is_candidate:
                 return
             call = _call(name, args, kwargs, output)
-            seen.first = call if is_first else seen.first
-            seen.ends += [call] if is_end else []
+            record.first = call if is_first else record.first
+            record.last_candidates += [call] if is_candidate else []
 
         return hook
 
-    def note_linear(name: str) -> Any:
+    def record_linear(name: str) -> Any:
         def hook(_: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
             if output.ndim == 2:
-                seen.ends.append(_call(name, args, kwargs, output))
+                record.last_candidates.append(_call(name, args, kwargs, output))
 
         return hook
 
-    def note_plain(name: str) -> Any:
+    def record_parameter_free(name: str) -> Any:
         def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            given = _first_of(args, kwargs)
-            if all(isinstance(each, Tensor) and each.ndim == 2 for each in (given, output)):
-                seen.plain.append(_call(name, args, kwargs, output))
+            input = _first_argument(args, kwargs)
+            if all(isinstance(each, Tensor) and each.ndim == 2 for each in (input, output)):
+                record.parameter_free.append(_call(name, args, kwargs, output))
 
         return hook
 
     hooks = [
-        module.register_forward_hook(note(name), with_kwargs=True)
-        for kind, note in ((nn.Conv2d, note_convolution), (nn.Linear, note_linear))
-        for name, module in layers_of(model, kind).items()
+        module.register_forward_hook(make_hook(name), with_kwargs=True)
+        for kind, make_hook in ((nn.Conv2d, record_convolution), (nn.Linear, record_linear))
+        for name, module in layers_of_type(model, kind).items()
     ]
     hooks += [
-        module.register_forward_hook(note_plain(name), with_kwargs=True)
+        module.register_forward_hook(record_parameter_free(name), with_kwargs=True)
         for name, module in model.named_modules()
         if name and not [*module.children(), *module.parameters(), *module.buffers()]
     ]
@@ -393,95 +403,95 @@ def _noting(model: nn.Module, seen: Seen, encoder: str | None) -> Iterator[None]
             hook.remove()
 
 
-def _call(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Call:
-    given = _first_of(args, kwargs)
-    # Copies, as the layer after it may write over them.
-    return Call(name, given.clone() if isinstance(given, Tensor) else given, output.clone())
+def _call(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> LayerCall:
+    input = _first_argument(args, kwargs)
+    # Copies, because the next layer may modify them in place.
+    return LayerCall(name, input.clone() if isinstance(input, Tensor) else input, output.clone())
 
 
-def _first_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return next(iter((*args, *kwargs.values())), None)
 
 
-class _Reached(Exception):  # noqa: N818  # no error
-    """The first convolution was called; nothing after it needs to run."""
+class _FirstConvolutionCalled(Exception):  # noqa: N818  # not an error
+    """Stops a forward pass at the first convolution."""
 
 
-def _changes_the_image(model: str, convolution: str, when: str = "") -> InputError:
+def _image_changed_error(model: str, convolution: str, when: str = "") -> InputError:
     return InputError(
-        f"{model} changes the image{when} before its first convolution, {convolution!r}, so that "
-        "encoders would not see it.\nDo that in the loader, such as standardising pixels; in "
-        "torchvision's models it is transform_input=False."
+        f"{model} changes the image{when} before its first convolution, {convolution!r}, so the "
+        "encoders would not see\nthe same image. Do such steps in the data loader, for example "
+        "standardisation; in torchvision set transform_input=False."
     )
 
 
-def _ends_with(model: nn.Module, seen: Seen, call: Call) -> bool:
-    """Tell whether a layer's output is the model's, whatever it is: a mark comes out as it is."""
-    if call.output.numel() != seen.output.numel():
+def _is_model_output(model: nn.Module, record: ForwardRecord, call: LayerCall) -> bool:
+    """Check that a layer's output is the model's output, by replacing it with marker values."""
+    if call.output.numel() != record.output.numel():
         return False
     layer, size = model.get_submodule(call.name), call.output.numel()
-    numbers = (1e3 * (torch.arange(size) - size / 2)).to(seen.image)  # of both signs
+    values = (1e3 * (torch.arange(size) - size / 2)).to(record.image)  # of both signs
     failure: Exception | None = None
-    for first in (float("nan"), float(numbers[0])):  # some refuse what is no number
-        mark = torch.cat([numbers.new_tensor([first]), numbers[1:]]).reshape(call.output.shape)
-        # A copy, as the layer after it may write over it.
-        hook = layer.register_forward_hook(lambda *_, mark=mark: mark.clone())
+    for first in (float("nan"), float(values[0])):  # some models reject NaN
+        marker = torch.cat([values.new_tensor([first]), values[1:]]).reshape(call.output.shape)
+        # A copy, because the next layer may modify it in place.
+        hook = layer.register_forward_hook(lambda *_, marker=marker: marker.clone())
         try:
             with torch.no_grad():
-                found = model(seen.image)
-        except Exception as error:  # anything may happen in somebody's forward pass
+                output = model(record.image)
+        except Exception as error:  # user code may raise anything
             failure = error
             continue
         finally:
             hook.remove()
-        return isinstance(found, Tensor) and _is_same(found, mark.flatten(1))
+        return isinstance(output, Tensor) and _equal_with_nan(output, marker.flatten(1))
     assert failure is not None
     if model.training:
         raise InputError(
-            f"{seen.name} could not be run in training: {first_line(failure)}.\n"
-            "If it has auxiliary outputs, build it without, as with aux_logits=False."
+            f"{record.name} could not be run in training: {first_line(failure)}.\n"
+            "If it has auxiliary outputs, build it without them, for example with aux_logits=False."
         ) from failure
-    return False  # it looks at its logits
+    return False  # the model reads the values of its logits
 
 
-def _is_same(tensor: Any, expected: Tensor) -> bool:
+def _equal_with_nan(tensor: Any, expected: Tensor) -> bool:
     if not isinstance(tensor, Tensor) or tensor.shape != expected.shape:
         return False
     return torch.equal(tensor.nan_to_num(), expected.nan_to_num())
 
 
-def _check_named(
+def _check_layer_name(
     model: nn.Module,
-    given: str | None,
+    name: str | None,
     kind: type[nn.Module] | tuple[type, ...],
     argument: str,
-    wanted: str,
+    kind_name: str,
 ) -> None:
-    known = layers_of(model, kind)
-    if given is not None and given not in known:
-        # Of a head, the linear layers before convolutions of any kind.
-        names = [*layers_of(model, nn.Linear)] if argument == "head" else []
+    known = layers_of_type(model, kind)
+    if name is not None and name not in known:
+        # For a head, list the linear layers, if any, not the convolutions.
+        names = [*layers_of_type(model, nn.Linear)] if argument == "head" else []
         names = names or [*known]
         raise InputError(
-            f"{argument} {given!r} names no {wanted} of {type(model).__name__}.\n"
-            f"There are: {', '.join(names[:5])}{', …' if len(names) > 5 else ''}."
+            f"{argument} must name a {kind_name} of {type(model).__name__}; got {name!r}.\n"
+            f"Available: {', '.join(names[:5])}{', …' if len(names) > 5 else ''}."
         )
 
 
-def _check_plain(model: nn.Module, name: str, model_name: str) -> None:
-    """Check that a layer's weights are its own parameters."""
+def _check_own_weights(model: nn.Module, name: str, model_name: str) -> None:
+    """Check that a layer's weights are parameters of that layer alone."""
     layer = model.get_submodule(name)
     if is_parametrized(layer) or "weight" not in dict(layer.named_parameters(recurse=False)):
         raise InputError(
-            f"The layer {name!r} of {model_name} computes its weights from others, such as by "
-            "weight or spectral normalisation.\nTake that off first: torch.nn.utils."
-            "parametrize.remove_parametrizations, or remove_weight_norm of the older kind."
+            f"The layer {name!r} of {model_name} computes its weights from other parameters, as "
+            "weight and spectral normalisation do.\nRemove that first, with torch.nn.utils."
+            "parametrize.remove_parametrizations or torch.nn.utils.remove_weight_norm."
         )
     own = {id(parameter) for parameter in layer.parameters()}
     for other_name, other in model.named_modules():
-        held = {id(parameter) for parameter in other.parameters(recurse=False)}
-        if other is not layer and own & held:
+        others = {id(parameter) for parameter in other.parameters(recurse=False)}
+        if other is not layer and own & others:
             raise InputError(
                 f"The layer {name!r} of {model_name} shares its weights with {other_name!r}; "
-                "members would untie them.\nGive each a copy of its own first."
+                "the conversion would untie them.\nGive each layer a separate copy first."
             )

@@ -1,4 +1,4 @@
-"""Classifiers of torchvision and timm, by name."""
+"""Build classifiers of torchvision and timm by name."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,8 +11,8 @@ from torch import nn
 from mixmo_fastai.errors import InputError, first_line
 from mixmo_fastai.names import Architecture, unknown_in_timm
 
-_WITH_AUXILIARY = ("googlenet", "inception_v3")
-_OF_FIXED_SIZE = ("vit_", "maxvit_")
+_WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
+_FIXED_SIZE_PREFIXES = ("vit_", "maxvit_")
 
 
 def build_backbone(
@@ -26,85 +26,89 @@ def build_backbone(
     """Build a plain classifier.
 
     Args:
-        arch: of torchvision or timm.
-        num_classes: K; not of a pretrained one, which has those that it was trained on.
-        image_size: height and width, for networks that are built for one size; the library's where
-            not given.
-        pretrained: whether weights are downloaded, the library's best.
-        generator: of the initial weights; torch's global one is left as it was.
+        arch: an architecture of torchvision or timm.
+        num_classes: K; ignored if the pretrained weights include a classifier.
+        image_size: height and width, for networks with a fixed input size; if None, the library's
+            default.
+        pretrained: whether to download the library's default pretrained weights.
+        generator: for the initial weights; the state of torch's global generator is restored.
 
     Raises:
-        InputError: timm is not installed or has no such network, it cannot be built for that size,
-            or weights cannot be had.
+        InputError: timm is not installed or does not have the network, the network does not
+            support the image size, or its weights cannot be downloaded.
     """
     seed = int(torch.randint(2**63 - 1, (), generator=generator))
     with _seeded(seed):
         try:
             if arch.family == "torchvision":
-                return _torchvision(arch.name, num_classes, image_size, pretrained)
-            return _timm(arch.name, num_classes, image_size, pretrained)
+                return _build_torchvision(arch.name, num_classes, image_size, pretrained)
+            return _build_timm(arch.name, num_classes, image_size, pretrained)
         except InputError:
             raise
         except OSError as error:
             raise InputError(
                 f"The weights of {arch.name} cannot be downloaded: {error}.\n"
-                "Train without them, or put them where the library looks for them."
+                "Train without pretrained weights, or place the file in the library's cache folder."
             ) from error
         except (ValueError, AssertionError, RuntimeError) as error:
             size = f" for images of {image_size[0]}x{image_size[1]}" if image_size else ""
             raise InputError(
                 f"{arch.name} cannot be built{size}: {first_line(error, most=200)}."
-                + ("\nTake another network, or images of another size." if size else "")
+                + ("\nChoose another network or another image size." if size else "")
             ) from error
 
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # not that of any GPU
+        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would seed GPUs too
         yield
 
 
-def _torchvision(
+def _build_torchvision(
     name: str, num_classes: int, image_size: tuple[int, int] | None, pretrained: bool
 ) -> nn.Module:
     from torchvision.models import get_model
 
-    if pretrained and name in _WITH_AUXILIARY:
+    if pretrained and name in _WITH_AUXILIARY_HEADS:
         raise InputError(
-            f"The trained weights of {name} want pixels standardised in a way of their own, within "
-            "the network.\nTake another network, or train it from the start."
+            f"The pretrained {name} standardises its input inside the network, which MixMo does "
+            "not support.\nChoose another network, or train it from scratch."
         )
     settings: dict[str, Any] = {} if pretrained else {"num_classes": num_classes}
-    if name in _WITH_AUXILIARY:
-        # What looks at features in between would need heads of its own.
+    if name in _WITH_AUXILIARY_HEADS:
+        # Auxiliary classifiers on intermediate features have no MixMo heads.
         settings |= {"aux_logits": False, "init_weights": True}
-    if image_size not in (None, (224, 224)) and not pretrained and name.startswith(_OF_FIXED_SIZE):
-        settings |= _built_for(name, image_size)
+    if (
+        image_size not in (None, (224, 224))
+        and not pretrained
+        and name.startswith(_FIXED_SIZE_PREFIXES)
+    ):
+        settings |= _image_size_settings(name, image_size)
     model: nn.Module = get_model(name, weights="DEFAULT" if pretrained else None, **settings)
     return model
 
 
-def _built_for(name: str, image_size: tuple[int, int] | None) -> dict[str, Any]:
-    """Say to torchvision which size of images a network is to be built for."""
+def _image_size_settings(name: str, image_size: tuple[int, int] | None) -> dict[str, Any]:
+    """Return torchvision's keyword argument for the input size of a network."""
     assert image_size is not None
     height, width = image_size
     if name.startswith("maxvit_"):
         return {"input_size": image_size}
     if height != width:
         raise InputError(
-            f"{name} takes square images; these are {height}x{width}.\n"
-            "Scale them: data.image_size of a recipe, or your loaders' transforms."
+            f"{name} needs square images; got {height}x{width}.\n"
+            "Set data.image_size in a recipe, or resize in the data loaders' transforms."
         )
     return {"image_size": height}
 
 
-def _timm(
+def _build_timm(
     name: str, num_classes: int, image_size: tuple[int, int] | None, pretrained: bool
 ) -> nn.Module:
     if find_spec("timm") is None:
         raise InputError(
-            f"The network timm/{name} needs timm.\nInstall: pip install 'mixmo-fastai[timm]'"
+            f"timm/{name} requires timm.\nInstall it: pip install 'mixmo-fastai[timm]'"
         )
     import timm
 

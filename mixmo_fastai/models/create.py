@@ -1,4 +1,4 @@
-"""Architecture names to networks."""
+"""Create networks from architecture names."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from mixmo_fastai.models import preact_resnet, wide_resnet
 from mixmo_fastai.models.backbones import build_backbone
 from mixmo_fastai.models.initialization import initialize
 from mixmo_fastai.models.mixmo_model import MixMoModel
-from mixmo_fastai.models.surgery import Members, convert_between, find_ends
+from mixmo_fastai.models.surgery import MemberInit, convert_at_layers, find_end_layers
 from mixmo_fastai.names import Architecture, parse_architecture
 
 PREACT_HEAD_STD = 0.01
@@ -25,27 +25,30 @@ def create_model(
     image_size: tuple[int, int] | None = None,
     generator: torch.Generator | None = None,
     pretrained: bool = False,
+    readout: str | nn.Module | None = None,
 ) -> MixMoModel:
-    """Build a network by name: with the published initialisation, or its library's.
+    """Create a network by name, with the published initialisation or that of its library.
 
     Args:
-        arch: "wrn<depth>_<width>" as in wrn28_10, "preact_resnet18_<width>", a classifier of
-            torchvision as in "resnet50", or of timm as in "timm/convnext_atto".
-        num_classes: K; 1 where a number is predicted.
+        arch: "wrn<depth>_<width>" such as "wrn28_10", "preact_resnet18_<width>", a torchvision
+            classifier such as "resnet50", or a timm one such as "timm/convnext_atto".
+        num_classes: K; 1 for regression of one value.
         num_members: M; 1 is the vanilla network on the same code path.
         in_channels: C.
-        image_size: height and width, for networks that are built for one size, such as vision
-            transformers; their library's where not given.
-        generator: of the initial weights.
-        pretrained: whether to start from the library's trained weights; see `convert_to_mixmo`.
+        image_size: height and width, for networks with a fixed input size, such as vision
+            transformers; if None, the library's default.
+        generator: for the initial weights.
+        pretrained: whether to load the library's pretrained weights; see `convert_to_mixmo`.
+        readout: how the heads read the core's maps; see `MixMoModel`.
 
     Raises:
-        InputError: the name or a number is not allowed, or there are no trained weights.
+        InputError: the name or a number is invalid, there are no pretrained weights, or the network
+            has no maps for the readout.
     """
     if not isinstance(arch, str):
         raise InputError(
             f"arch must be the name of a network, such as 'resnet50'; got {arch!r}.\n"
-            "A network of your own is converted by convert_to_mixmo(model)."
+            "To convert a custom network, use convert_to_mixmo(model)."
         )
     parsed = parse_architecture(arch)
     check_count("num_classes", num_classes)
@@ -55,25 +58,30 @@ def create_model(
         backbone = build_backbone(
             parsed, num_classes, image_size=image_size, pretrained=pretrained, generator=generator
         )
-        names = find_ends(backbone, image_size=image_size)
-        apart = not pretrained
-        return convert_between(
+        names = find_end_layers(backbone, image_size=image_size)
+        independent = not pretrained
+        converted = convert_at_layers(
             backbone,
             names,
-            Members(num_members, encoders_apart=apart, heads_apart=apart),
+            MemberInit(
+                num_members, independent_encoders=independent, independent_heads=independent
+            ),
             num_classes=num_classes,
             in_channels=in_channels,
             generator=generator,
         )
+        converted.set_readout(readout)
+        return converted
     if pretrained:
         raise InputError(
-            f"There are no trained weights of {arch}; `mixmo import` reads published ones."
+            f"There are no pretrained weights for {arch}.\n"
+            "Leave pretrained out, or import a published checkpoint with `mixmo import`."
         )
-    with torch.random.fork_rng(devices=[]):  # what is drawn here is drawn again below
-        stem, core, width = _published(parsed)
+    with torch.random.fork_rng(devices=[]):  # `initialize` draws all weights again
+        stem, core, width = _build_published(parsed)
         encoders = [stem(in_channels) for _ in range(num_members)]
         heads = [nn.Linear(width, num_classes) for _ in range(num_members)]
-    model = MixMoModel(encoders, core, heads)
+    model = MixMoModel(encoders, core, heads, readout=readout)
     initialize(model, generator)
     if parsed.family == "preact_resnet":
         for head in heads:
@@ -81,8 +89,8 @@ def create_model(
     return model
 
 
-def _published(arch: Architecture) -> tuple[Callable[[int], nn.Module], nn.Module, int]:
-    """Give the function that makes encoders, the core, and the width of what the core gives."""
+def _build_published(arch: Architecture) -> tuple[Callable[[int], nn.Module], nn.Module, int]:
+    """Return the function that builds an encoder, the core, and the core's output width."""
     if arch.family == "wrn":
         wide = wide_resnet.WideResNetCore(arch.depth, arch.width)
         return wide_resnet.stem, wide, wide.out_features

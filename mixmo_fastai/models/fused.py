@@ -1,8 +1,8 @@
-"""The plain network that a MixMo network becomes for inference.
+"""Fuse a MixMo network into a plain network for inference.
 
-Shown one image, all encoders see the same pixels, so that their sum is one convolution with the
-summed weights; the heads see the same embedding, so that their mean is one linear layer with the
-mean weights. Both are exact up to rounding: inference costs what one plain network costs.
+At inference all encoders see the same image, so their sum equals one convolution with the summed
+weights. All heads see the same embedding, so their mean equals one linear layer with the mean
+weights. Both are exact up to rounding: inference costs as much as with one plain network.
 
 Shapes: B batch, M members, C image channels, H W image size, K classes.
 """
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.models.backbone_core import BackboneCore
-from mixmo_fastai.models.ghost_norm import use_whole_batches
+from mixmo_fastai.models.ghost_norm import use_full_batches
 
 
 class FusedNetwork(nn.Module):
@@ -25,8 +25,8 @@ class FusedNetwork(nn.Module):
         encoder: (B, C, H, W) -> (B, D, h, w).
         core: (B, D, h, w) -> (B, features).
         head: (B, features) -> (B, votes · K).
-        num_votes: 1 where the head is the mean of the members' heads, M where it holds them all.
-        output: what turns the mean of the logits into predictions; see `MixMoModel`.
+        num_votes: 1 if the head is the mean of the members' heads, M if it stacks all of them.
+        output: layer that turns the mean logits into predictions; see `MixMoModel`.
     """
 
     def __init__(
@@ -42,23 +42,24 @@ class FusedNetwork(nn.Module):
         self.output = output
 
     def forward(self, x: Tensor) -> Tensor:
-        """Predict: (B, C, H, W) -> ensemble logits (B, K), or what `output` makes of them."""
-        logits = self._decode(x) if self.num_votes == 1 else self.member_logits(x).mean(dim=1)
-        output: nn.Module | None = getattr(self, "output", None)  # version 0.1.0 pickled none
+        """Compute ensemble logits, or predictions with `output`: (B, C, H, W) -> (B, K)."""
+        logits = self._head_outputs(x) if self.num_votes == 1 else self.member_logits(x).mean(dim=1)
+        # Pickles of version 0.1.0 have no `output`.
+        output: nn.Module | None = getattr(self, "output", None)
         return logits if output is None else output(logits)
 
     def member_logits(self, x: Tensor) -> Tensor:
-        """Predict with what votes there are: (B, C, H, W) -> (B, votes, K)."""
-        logits = self._decode(x)
+        """Compute the logits of each head: (B, C, H, W) -> (B, votes, K)."""
+        logits = self._head_outputs(x)
         return logits.view(len(logits), self.num_votes, -1)
 
-    def _decode(self, x: Tensor) -> Tensor:
+    def _head_outputs(self, x: Tensor) -> Tensor:
         logits: Tensor = self.head(run_core(self.core, self.encoder(x), x))
         return logits
 
 
 def run_core(core: nn.Module, features: Tensor, image: Tensor) -> Tensor:
-    """Run a core on features (B, D, h, w) of images (…, H, W); some look at the images' size."""
+    """Run a core on features (B, D, h, w) of images (…, H, W), whose size some cores need."""
     if isinstance(core, BackboneCore):
         embedding: Tensor = core(features, (image.shape[-2], image.shape[-1]))
     else:
@@ -74,76 +75,78 @@ def fuse_parts(
     *,
     keep_members: bool = False,
 ) -> nn.Module:
-    """Make a plain network of copies of the parts; see `MixMoModel.fuse`.
+    """Build a plain network from copies of the parts; see `MixMoModel.fuse`.
 
     Raises:
-        InputError: an encoder is not a convolution, a head not a linear layer, or the members'
+        InputError: an encoder is not a convolution, a head is not a linear layer, or the members'
             layers differ in more than their weights.
     """
-    _check_alike(encoders, nn.Conv2d, "encoder", "convolution")
-    _check_alike(heads, nn.Linear, "head", "linear layer")
+    _check_same_layers(encoders, nn.Conv2d, "encoder", "convolution")
+    _check_same_layers(heads, nn.Linear, "head", "linear layer")
     encoder = _combine(encoders, torch.sum)
-    head = _stack(heads) if keep_members else _combine(heads, torch.mean)
+    head = _stack_heads(heads) if keep_members else _combine(heads, torch.mean)
     if keep_members:
         parts = encoder, copy.deepcopy(core), head, len(heads), copy.deepcopy(output)
         fused: nn.Module = FusedNetwork(*parts)
     else:
         fused = assemble(encoder, core, head, output)
-    return use_whole_batches(fused).train(core.training)
+    return use_full_batches(fused).train(core.training)
 
 
 def assemble(
     encoder: nn.Module, core: nn.Module, head: nn.Module, output: nn.Module | None = None
 ) -> nn.Module:
-    """Make a plain network of one encoder, copies of a core and an output layer, and one head."""
+    """Build a plain network from one encoder and one head, with copies of core and output."""
     output = copy.deepcopy(output)
     if isinstance(core, BackboneCore):
-        return core.whole(encoder, head, output)
+        return core.rebuild(encoder, head, output)
     return FusedNetwork(encoder, copy.deepcopy(core), head, output=output)
 
 
-def _check_alike(layers: Sequence[nn.Module], kind: type, part: str, wanted: str) -> None:
+def _check_same_layers(layers: Sequence[nn.Module], kind: type, part: str, layer_name: str) -> None:
     for layer in layers:
         if not isinstance(layer, kind):
             raise InputError(
-                f"fuse() needs one {wanted} as each {part}; found {type(layer).__name__}."
+                f"fuse() needs one {layer_name} per {part}; found {type(layer).__name__}."
             )
     if len({layer.extra_repr() for layer in layers}) > 1:
         raise InputError(
-            f"fuse() cannot add {part}s that differ in more than their weights:\n"
+            f"fuse() cannot combine {part}s that differ in more than their weights:\n"
             f"{', '.join(map(str, layers))}."
         )
-    # A subclass may compute something else, such as normalise its weights first.
+    # A subclass may change the computation, for example by normalising its weights.
     if type(layers[0]) is not kind and not _is_linear_in_weights(layers):
         name = type(layers[0]).__name__
-        raise InputError(f"fuse() cannot add {part}s of {name}: it is not linear in its weights.")
+        raise InputError(
+            f"fuse() cannot combine {part}s of type {name}, which is not linear in its weights."
+        )
 
 
 @torch.no_grad()
 def _is_linear_in_weights(layers: Sequence[nn.Module]) -> bool:
-    """Try whether the sum of the layers is the layer of the summed weights."""
+    """Check numerically that summing the weights is the same as summing the layers' outputs."""
     weight = layers[0].get_parameter("weight")
     size = [4 * side for side in weight.shape[2:]]
     channels = getattr(layers[0], "in_channels", weight.shape[1])
     x = torch.randn(2, channels, *size, generator=torch.Generator().manual_seed(0)).to(weight)
-    together, apart = _combine(layers, torch.sum)(x), sum(layer(x) for layer in layers)
-    return torch.allclose(together, apart, rtol=1e-3, atol=1e-3 * float(apart.abs().max()))
+    combined, summed = _combine(layers, torch.sum)(x), sum(layer(x) for layer in layers)
+    return torch.allclose(combined, summed, rtol=1e-3, atol=1e-3 * float(summed.abs().max()))
 
 
 @torch.no_grad()
 def _combine(layers: Sequence[nn.Module], reduce: Callable[..., Tensor]) -> nn.Module:
-    """Make one layer whose parameters are the reduction of the members' parameters."""
+    """Build one layer whose parameters are reduced over the members, such as by `torch.sum`."""
     combined = copy.deepcopy(layers[0])
     for name, parameter in combined.named_parameters():
         members = torch.stack([layer.get_parameter(name) for layer in layers])
-        # In double precision, so that what is left is the rounding of the result alone.
+        # In double precision, so that only the final result is rounded.
         parameter.copy_(reduce(members.to("cpu", torch.float64), dim=0))
     return combined
 
 
 @torch.no_grad()
-def _stack(heads: Sequence[nn.Module]) -> nn.Linear:
-    """Make one linear layer of all heads: (B, features) -> (B, M · K)."""
+def _stack_heads(heads: Sequence[nn.Module]) -> nn.Linear:
+    """Stack all heads in one linear layer: (B, features) -> (B, M · K)."""
     weight = torch.cat([head.get_parameter("weight") for head in heads])
     first = heads[0].get_parameter("weight")
     has_bias = getattr(heads[0], "bias", None) is not None

@@ -1,7 +1,7 @@
 """BatchNorm over groups of a batch ("ghost" batches).
 
-A large batch keeps a GPU busy; BatchNorm over all of it normalises with less noise, which costs
-accuracy. In groups, each image is normalised among as many others as in a small batch.
+A GPU needs large batches to be fully used, but BatchNorm statistics over a large batch have less
+noise, which lowers accuracy. Over groups, the statistics are as noisy as those of a small batch.
 Source: Hoffer, Hubara, Soudry, "Train longer, generalize better", NeurIPS 2017.
 """
 
@@ -15,23 +15,24 @@ from mixmo_fastai.errors import InputError
 
 
 class GhostBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm whose statistics in training are those of consecutive groups of the batch.
+    """BatchNorm with training statistics per group of consecutive images in the batch.
 
-    Running statistics take in one group after the other, as if each had been a batch. Parameters,
-    buffers and evaluation are those of `nn.BatchNorm2d`, so that weights go either way.
+    Running statistics are updated once per group, as if each group were a batch. Parameters,
+    buffers and evaluation are those of `nn.BatchNorm2d`, so state dicts are interchangeable.
 
     Args:
         num_features: C.
-        group_size: images per group; a batch is cut into as few groups of equal size, give or take
-            one image, as make none larger.
-        kwargs: of `nn.BatchNorm2d`.
+        group_size: maximum number of images per group; a batch is split into the fewest groups
+            possible, whose sizes differ by at most one image.
+        kwargs: passed to `nn.BatchNorm2d`.
 
-    Under fastai's `distrib_ctx` say `sync_bn=False`, or each becomes one over all processes.
+    With fastai's `distrib_ctx` pass `sync_bn=False`; otherwise fastai replaces this layer by
+    BatchNorm over all processes.
 
     Shapes: (B, C, H, W) -> (B, C, H, W).
 
     Raises:
-        InputError: the size is below 2.
+        InputError: group_size is below 2.
     """
 
     def __init__(self, num_features: int, group_size: int, **kwargs: object) -> None:
@@ -46,27 +47,27 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
             return super().forward(x)
         small, num_larger = divmod(len(x), num_groups)
         sizes = [small + 1] * num_larger + [small] * (num_groups - num_larger)
-        # One split has one backward pass; slices would each fill a gradient of the whole batch.
+        # `split` has one backward pass; each slice would allocate a gradient of the whole batch.
         groups = torch.split(x, sizes)
         return torch.cat([super(GhostBatchNorm2d, self).forward(group) for group in groups])
 
     def extra_repr(self) -> str:
-        own: str = super().extra_repr()  # type: ignore[no-untyped-call]
-        return f"{own}, group_size={self.group_size}"
+        inherited: str = super().extra_repr()  # type: ignore[no-untyped-call]
+        return f"{inherited}, group_size={self.group_size}"
 
 
 def use_ghost_batches(network: nn.Module, group_size: int) -> nn.Module:
-    """Make every BatchNorm of a network one over groups, in place; weights stay.
+    """Replace every `nn.BatchNorm2d` in a network by `GhostBatchNorm2d`, in place, with its state.
 
     Args:
-        network: any module; subclasses of `nn.BatchNorm2d` in it stay as they are.
-        group_size: images per group; 0 leaves the network as it is.
+        network: any module; subclasses of `nn.BatchNorm2d` in it are not replaced.
+        group_size: images per group; 0 leaves the network unchanged.
 
     Returns:
-        the network.
+        The network.
 
     Raises:
-        InputError: the size is neither 0 nor 2 or more.
+        InputError: group_size is neither 0 nor at least 2.
     """
     if group_size == 0:
         return network
@@ -74,33 +75,33 @@ def use_ghost_batches(network: nn.Module, group_size: int) -> nn.Module:
         for name, child in module.named_children():
             if type(child) is nn.BatchNorm2d:
                 ghost = partial(GhostBatchNorm2d, group_size=group_size)
-                setattr(module, name, _with_weights_of(child, ghost))
+                setattr(module, name, _convert_norm(child, ghost))
     return network
 
 
-def use_whole_batches(network: nn.Module) -> nn.Module:
-    """Make every BatchNorm over groups torch's own, over the whole batch, in place; weights stay.
+def use_full_batches(network: nn.Module) -> nn.Module:
+    """Replace every `GhostBatchNorm2d` in a network by `nn.BatchNorm2d`, in place, with its state.
 
     Returns:
-        the network.
+        The network.
     """
     for module in [*network.modules()]:
         for name, child in module.named_children():
             if isinstance(child, GhostBatchNorm2d):
-                setattr(module, name, _with_weights_of(child, nn.BatchNorm2d))
+                setattr(module, name, _convert_norm(child, nn.BatchNorm2d))
     return network
 
 
-def _with_weights_of(norm: nn.BatchNorm2d, make: Callable[..., nn.BatchNorm2d]) -> nn.BatchNorm2d:
-    made = make(
+def _convert_norm(norm: nn.BatchNorm2d, make: Callable[..., nn.BatchNorm2d]) -> nn.BatchNorm2d:
+    converted = make(
         norm.num_features,
         eps=norm.eps,
         momentum=norm.momentum,
         affine=norm.affine,
         track_running_stats=norm.track_running_stats,
     )
-    made.train(norm.training)
-    # The very parameters, for optimizers that hold them already.
-    made._parameters.update(norm._parameters)
-    made._buffers.update(norm._buffers)
-    return made
+    converted.train(norm.training)
+    # The same Parameter objects, because an optimizer may already hold them.
+    converted._parameters.update(norm._parameters)
+    converted._buffers.update(norm._buffers)
+    return converted

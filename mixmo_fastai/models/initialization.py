@@ -1,8 +1,8 @@
 """The published initialisation.
 
-Convolutions and linear layers: He-normal (fan-in, gain of ReLU), truncated at two standard
-deviations and divided by 0.8796, the deviation that the truncation leaves, so that it stays He's.
-Biases zero; BatchNorm one and zero.
+Convolutions and linear layers: He-normal (fan-in, ReLU gain), truncated at two standard deviations
+and divided by 0.8796, the standard deviation of a normal truncated there, to restore He's standard
+deviation. Biases are zero; BatchNorm weights are one and biases zero.
 """
 
 import math
@@ -11,16 +11,15 @@ import torch
 from torch import Tensor, nn
 
 TRUNCATED_STD = 0.87962566103423978
-"""Standard deviation of a standard normal that is cut at -2 and 2."""
+"""Standard deviation of a standard normal distribution truncated at -2 and 2."""
 
 
 @torch.no_grad()
 def initialize(network: nn.Module, generator: torch.Generator | None = None) -> None:
-    """Draw all weights of a network anew.
+    """Initialise all weights of a network.
 
     Args:
-        network: modules without children are convolutions, linear layers, BatchNorm or have no
-            parameters.
+        network: all its parameters must belong to convolutions, linear layers or BatchNorm.
         generator: on the device of the weights.
     """
     for module in network.modules():
@@ -34,7 +33,7 @@ def initialize(network: nn.Module, generator: torch.Generator | None = None) -> 
 
 @torch.no_grad()
 def he_normal_(weight: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Fill a weight (out, in, …) in place: truncated He-normal with deviation √(2 / fan-in)."""
+    """Fill a weight (out, in, …) in place: truncated He-normal, std √(2 / fan-in)."""
     fan_in = weight[0].numel()
     std = math.sqrt(2.0 / fan_in) / TRUNCATED_STD
     return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator)

@@ -1,4 +1,4 @@
-"""The network with several inputs and several outputs.
+"""The multi-input multi-output network.
 
 Shapes: B batch, M members, C image channels, H W image size, D feature channels, h w feature size
 after the encoder, K classes.
@@ -16,25 +16,29 @@ from torch.nn.parameter import is_lazy
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.models.backbone_core import BackboneCore
 from mixmo_fastai.models.fused import fuse_parts, run_core
+from mixmo_fastai.models.readout import build_readout, check_readout, embed
 
 
 class MixMoModel(nn.Module):
     """M encoders, one core, M heads.
 
-    Trained with one image per member and masks that mix their features; asked with one image, it
-    is an ensemble of M members at the price of one network. The arguments decide which, not the
-    training mode.
+    In training, each member gets its own image, and masks mix the members' features. At inference,
+    all members get the same image, and the network is an ensemble of M members at the cost of one
+    network. The arguments of `forward` select the mode, not `model.training`.
 
     Args:
-        encoders: M modules (B, C, H, W) -> (B, D, h, w), the first convolution once per member.
-        core: a module (B, D, h, w) -> (B, features).
-        heads: M modules (B, features) -> (B, K), the last linear layer once per member.
-        output: what turns logits into predictions, each number by itself, such as the
-            `SigmoidRange` of fastai's `y_range`; None when logits are the predictions. It is
-            applied to the mean of the members' logits, so that `fuse` stays exact.
+        encoders: M modules (B, C, H, W) -> (B, D, h, w), one first convolution per member.
+        core: module (B, D, h, w) -> (B, features).
+        heads: M modules (B, features) -> (B, K), one last linear layer per member.
+        output: elementwise layer that turns logits into predictions, such as the `SigmoidRange` of
+            fastai's `y_range`; None if the logits are the predictions. It is applied to the mean
+            of the members' logits, so that `fuse` stays exact.
+        readout: name in `names.READOUTS`, or a module as in `models/readout.py` through which the
+            heads read the core's maps; None or "core" for the core's own pooling.
 
     Raises:
-        InputError: the number of encoders is not that of heads, or zero.
+        InputError: there are no encoders, the numbers of encoders and heads differ, or the core has
+            no maps for the readout.
     """
 
     def __init__(
@@ -43,6 +47,7 @@ class MixMoModel(nn.Module):
         core: nn.Module,
         heads: Iterable[nn.Module],
         output: nn.Module | None = None,
+        readout: str | nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.encoders = nn.ModuleList(encoders)
@@ -54,63 +59,78 @@ class MixMoModel(nn.Module):
                 "MixMoModel needs one encoder and one head per member; "
                 f"got {len(self.encoders)} encoders and {len(self.heads)} heads."
             )
+        self.set_readout(readout)
         self._mask_shapes: dict[tuple[int, int], tuple[int, int, int]] = {}
-        # (B, M, K) of the last batch in evaluation mode, for metrics of the members.
+        # (B, M, K), logits of the last batch in evaluation mode, for the members' metrics.
         self.latest_member_logits: Tensor | None = None
+
+    def set_readout(self, readout: str | nn.Module | None) -> None:
+        """Replace the readout; see the class.
+
+        Raises:
+            InputError: the name is unknown, or the core has no maps for the readout.
+        """
+        self.readout = build_readout(readout)
+        if self.readout is not None:
+            check_readout(self.readout, self.core)
 
     @property
     def num_members(self) -> int:
-        """M."""
+        """Number of members, M."""
         return len(self.encoders)
 
     @property
     def in_channels(self) -> int:
-        """C, of the first layer that says so."""
+        """Number of image channels, C, read from the first convolution or linear layer."""
         for module in self.encoders.modules():
-            known = isinstance(module, nn.Conv2d | nn.Linear) and not is_lazy(module.weight)
-            if known:
+            has_weight = isinstance(module, nn.Conv2d | nn.Linear) and not is_lazy(module.weight)
+            if has_weight:
                 return int(module.weight.shape[1])  # type: ignore[index]
         raise InputError(
-            "The encoders hold no convolution that tells the number of image channels.\n"
-            "Give each a convolution of known size; a lazy one must have seen an image."
+            "Cannot infer the number of image channels: the encoders have no initialised "
+            "convolution.\nGive each encoder a convolution; run lazy layers on one batch first."
         )
 
     def forward(self, inputs: Tensor, masks: Tensor | None = None) -> Tensor:
-        """Predict.
+        """Compute ensemble logits, or member logits if masks are given.
 
         Args:
-            inputs: (B, C, H, W) for the ensemble, or (B, M, C, H, W), an image per member, with
-                masks.
+            inputs: (B, C, H, W) without masks; (B, M, C, H, W), one image per member, with masks.
             masks: (B, M, 1 or D, h, w), summing to one over the members.
 
         Returns:
-            Ensemble logits (B, K), the mean of the members' logits; member logits (B, M, K) where
-            masks are given. With an `output` layer, what it makes of these.
+            Ensemble logits (B, K), the mean of the members' logits; with masks, member logits
+            (B, M, K). If there is an `output` layer, it is applied to them.
         """
         if masks is not None:
-            return self.predictions(self._decode(self._mix(inputs, masks), inputs))
+            features = self._mix(inputs, masks)
+            return self.predictions(self._apply_core_and_heads(features, inputs, masks))
         logits = self.member_logits(inputs)
         if not self.training:
             self.latest_member_logits = logits.detach()
         return self.predictions(logits.mean(dim=1))
 
     def predictions(self, logits: Tensor) -> Tensor:
-        """Apply the `output` layer, if there is one, to logits (…, K) of members or ensemble."""
-        output: nn.Module | None = getattr(self, "output", None)  # version 0.1.0 pickled none
+        """Apply the `output` layer, if any, to member or ensemble logits (…, K)."""
+        # Pickles of version 0.1.0 have no `output`.
+        output: nn.Module | None = getattr(self, "output", None)
         return logits if output is None else output(logits)
 
     def member_logits(self, x: Tensor) -> Tensor:
-        """Show every member the same image: (B, C, H, W) -> (B, M, K), before any `output`."""
+        """Compute logits of all members for the same image: (B, C, H, W) -> (B, M, K).
+
+        Any `output` layer is not applied.
+        """
         features = self.encoders[0](x)
         for encoder in self.encoders[1:]:
             features = features + encoder(x)
-        return self._decode(features, x)
+        return self._apply_core_and_heads(features, x)
 
     def mask_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """Tell the shape (D, h, w) of an encoder's output for images of this size.
+        """Return the shape (D, h, w) of an encoder's output for images of this size.
 
         Raises:
-            InputError: the encoder cannot say it, or its output is no map of features.
+            InputError: the shape cannot be computed, or the encoder's output is not a feature map.
         """
         if (height, width) not in self._mask_shapes:
             image = torch.empty(1, self.in_channels, height, width, device="meta")
@@ -118,45 +138,57 @@ class MixMoModel(nn.Module):
         return self._mask_shapes[height, width]
 
     def fuse(self, *, keep_members: bool = False) -> nn.Module:
-        """Collapse the ensemble into a plain network with the same logits and predictions.
+        """Fuse the ensemble into a plain network with the same logits and predictions.
 
         The encoders become one convolution with the summed weights, and the heads one linear layer
-        with the mean weights, so the collapse is exact up to rounding.
+        with the mean weights; the result is exact up to rounding.
 
         Args:
-            keep_members: whether the last layer keeps all heads, side by side, so that the network
-                still tells what each member votes.
+            keep_members: whether to stack all heads in the last layer, so that the network can
+                still return the logits of each member.
 
         Returns:
-            A new network (B, C, H, W) -> (B, K): of one that was converted, of the class that it
-            had before; else with one encoder, a copy of the core and one head. With `keep_members`
-            its `member_logits` gives (B, M, K).
+            A new network (B, C, H, W) -> (B, K): for a converted model, an instance of the
+            original class; otherwise a `FusedNetwork` of one encoder, a copy of the core and one
+            head. With `keep_members` always a `FusedNetwork`, whose `member_logits` returns
+            (B, M, K).
 
         Raises:
-            InputError: an encoder is not one convolution, a head not one linear layer, or they
-                differ in more than their weights.
+            InputError: an encoder is not a single convolution, a head is not a single linear
+                layer, or encoders or heads differ in more than their weights.
         """
+        readout: nn.Module | None = getattr(self, "readout", None)  # not in pickles of 0.1.0
+        if readout is not None and not getattr(readout, "is_fusable", False):
+            raise InputError(
+                f"fuse() cannot fuse a network with the readout {type(readout).__name__}, which "
+                "differs from the core's pooling at inference.\n"
+                "Set is_fusable on it if it does not."
+            )
         parts = [*self.encoders], self.core, [*self.heads], getattr(self, "output", None)
         return fuse_parts(*parts, keep_members=keep_members)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Load tensors, as any module does.
+        """Load a state dict, as `nn.Module.load_state_dict` does.
 
         Raises:
-            InputError: they are of the network that was converted, before its conversion.
+            InputError: the state dict was saved before the network was converted.
         """
-        given, own = state_dict.keys(), self.state_dict().keys()
-        if isinstance(self.core, BackboneCore) and not given & own and given & self.core.had(own):
+        loaded, own = state_dict.keys(), self.state_dict().keys()
+        if (
+            isinstance(self.core, BackboneCore)
+            and not loaded & own
+            and loaded & self.core.original_names(own)
+        ):
             raise InputError(
                 "These weights were saved before the network was converted to MixMo: they have no "
-                "encoders and heads.\nLoad them into the network, or its Learner, as it was "
-                "before, then convert it: to_mixmo(learn.load(…))."
+                "encoders and heads.\nLoad them into the original network or its Learner, then "
+                "convert it: to_mixmo(learn.load(…))."
             )
         return super().load_state_dict(state_dict, *args, **kwargs)
 
     def _mix(self, inputs: Tensor, masks: Tensor) -> Tensor:
-        # Member by member, so that no stack of features is ever held; `mixing.mix_features` is the
-        # plain form. The factor M goes into the masks, which are small.
+        # One member at a time, so that the stacked features (B, M, D, h, w) are never in memory;
+        # `mixing.mix_features` is the direct form. The factor M scales the masks, which are small.
         scaled = masks * self.num_members
         mixed: Tensor | None = None
         for i, encoder in enumerate(self.encoders):
@@ -167,24 +199,40 @@ class MixMoModel(nn.Module):
         return mixed
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "latest_member_logits": None}  # no user's data in an export
+        return {**self.__dict__, "latest_member_logits": None}  # keep data out of pickles
 
-    def _decode(self, features: Tensor, image: Tensor) -> Tensor:
-        """(B, D, h, w) of images (…, H, W) -> member logits (B, M, K)."""
-        embedding = run_core(self.core, features, image)
-        logits = torch.stack([head(embedding) for head in self.heads], dim=1)
-        # In half precision, means of members and their classes would often tie.
+    def _apply_core_and_heads(
+        self, features: Tensor, image: Tensor, masks: Tensor | None = None
+    ) -> Tensor:
+        """Compute member logits (B, M, K) from features (B, D, h, w) of images (…, H, W)."""
+        readout: nn.Module | None = getattr(self, "readout", None)  # not in pickles of 0.1.0
+        if readout is None:
+            embedding = run_core(self.core, features, image)
+        else:
+            embedding = embed(readout, self.core, features, masks)
+        if embedding.ndim == 2:
+            logits = torch.stack([head(embedding) for head in self.heads], dim=1)
+        else:  # (B, M, F), one embedding per head
+            own = embedding.unbind(dim=1)
+            logits = torch.stack([h(e) for h, e in zip(self.heads, own, strict=True)], dim=1)
+        # In half precision, averaged logits of different classes would often be equal.
         return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
 
-def first_difference(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str | None:
-    """Name the first tensor that is missing, unknown, or of another shape or type; else None."""
-    ours, theirs = ({k: (t.shape, t.dtype) for k, t in each.items()} for each in (own, given))
-    return next((name for name in ours | theirs if ours.get(name) != theirs.get(name)), None)
+def first_difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
+    """Return the name of the first tensor that differs, or None.
+
+    A tensor differs if it is missing, unexpected, or has another shape or dtype.
+    """
+    wanted, actual = (
+        {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+        for tensors in (expected, found)
+    )
+    return next((name for name in wanted | actual if wanted.get(name) != actual.get(name)), None)
 
 
 def unwrap(model: nn.Module) -> Any:
-    """Find the network inside wrappers of distributed training and of torch.compile."""
+    """Return the model inside the wrappers of distributed training and `torch.compile`."""
     for attribute in ("module", "_orig_mod"):
         if not isinstance(model, MixMoModel):
             model = getattr(model, attribute, model)
@@ -198,21 +246,21 @@ def _output_shape(encoder: nn.Module, image: Tensor) -> tuple[int, int, int]:
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise InputError(
-            f"The encoder {name} cannot say the shape of its output for images of "
+            f"Cannot compute the output shape of encoder {name} for images of "
             f"{tuple(image.shape[1:])}: {reason}\n"
-            "Masks need it before any image is seen: its forward must run on the meta device."
+            "Masks need this shape; make the encoder's forward pass run on the meta device."
         ) from error
     if len(shape) != 3:
         raise InputError(
-            f"The encoder {name} gives (B, {', '.join(map(str, shape))}); masks are laid over maps "
-            "of features (B, D, h, w)."
+            f"Encoder {name} returns (B, {', '.join(map(str, shape))}); expected feature maps "
+            "(B, D, h, w), to which masks can be applied."
         )
     return shape
 
 
 def _dry_run(encoder: nn.Module, image: Tensor) -> Tensor:
-    """Run an encoder on the meta device, without its hooks, which may look at values."""
-    if type(encoder) is nn.Conv2d:  # a subclass may pad in its own way
+    """Run an encoder on the meta device, without its hooks, which may read values."""
+    if type(encoder) is nn.Conv2d:  # not for subclasses, which may pad differently
         out: Tensor = encoder._conv_forward(image, encoder.weight.to("meta"), None)
     else:
         out = copy.deepcopy(encoder).to("meta").forward(image)

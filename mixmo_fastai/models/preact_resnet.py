@@ -1,12 +1,14 @@
 """PreActResNet-18-w, "ResNet-18-w" in the paper, for images of 64x64.
 
 Source: He et al., "Identity Mappings in Deep Residual Networks", ECCV 2016, with the details of the
-published MixMo networks: the first convolution has stride 2, the shortcut takes the *activated*
-input, and no BatchNorm follows the last group.
+published MixMo networks: the first convolution has stride 2, the input of the shortcut is the
+*activated* input of the block, and no BatchNorm follows the last group.
 """
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mixmo_fastai.models.readout import average
 
 
 class PreActBlock(nn.Module):
@@ -31,7 +33,7 @@ class PreActBlock(nn.Module):
 
 
 class PreActResNetCore(nn.Module):
-    """All of a PreActResNet-18 between the first convolution and the last linear layer.
+    """A PreActResNet-18 without its first convolution and its last linear layer.
 
     Args:
         width: w; the four groups have 64w, 128w, 256w and 512w channels.
@@ -47,15 +49,20 @@ class PreActResNetCore(nn.Module):
         )
         self.out_features = widths[4]
 
+    def maps(self, features: Tensor) -> Tensor:
+        """Compute feature maps before pooling: (B, 64, h, w) -> (B, 512w, h/8, w/8)."""
+        maps: Tensor = self.groups(features)
+        return maps
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.adaptive_avg_pool2d(self.groups(x), 1).flatten(1)
+        return average(self.maps(x))
 
 
 STEM_CHANNELS = 64
 
 
 def stem(in_channels: int) -> nn.Conv2d:
-    """Make one encoder: (B, C, H, W) -> (B, 64, H/2, W/2)."""
+    """Build one encoder: (B, C, H, W) -> (B, 64, H/2, W/2)."""
     return nn.Conv2d(in_channels, STEM_CHANNELS, 3, stride=2, padding=1, bias=False)
 
 

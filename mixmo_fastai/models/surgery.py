@@ -1,8 +1,8 @@
-"""MixMo around any backbone with a first convolution and a last linear layer.
+"""Convert any network with a first convolution and a last linear layer into a MixMo network.
 
-The first convolution becomes M encoders, the last linear layer M heads, and what lies between them
-the core. A network that is converted gives what it gave before, so that a pretrained one can be
-trained on.
+The first convolution is replaced by M encoders and the last linear layer by M heads; all layers
+between them are the core. The converted network has the same outputs as the original, so the
+training of a pretrained network can continue.
 
 Shapes: B batch, M members, C image channels, H W image size, K classes.
 """
@@ -20,23 +20,28 @@ from torch import Tensor, nn
 from mixmo_fastai.errors import InputError, check_count, first_line
 from mixmo_fastai.models.anatomy import (
     OTHER_SIZES,
-    Call,
-    Seen,
+    ForwardRecord,
+    LayerCall,
     Size,
-    check_elsewhere,
+    candidate_sizes,
+    check_image_unchanged,
     check_model,
+    example_parameter,
     first_convolution,
-    first_tensor,
     last_linear,
-    look,
     output_layer,
-    sizes_of,
+    record_forward,
 )
-from mixmo_fastai.models.backbone_core import BackboneCore, as_linear, take_out, undrawn
+from mixmo_fastai.models.backbone_core import (
+    BackboneCore,
+    as_linear,
+    empty_linear,
+    replace_with_identity,
+)
 from mixmo_fastai.models.mixmo_model import MixMoModel
 
-EXACTNESS = 1e-4
-"""Largest difference that rounding may make, as a share of the largest value."""
+RELATIVE_TOLERANCE = 1e-4
+"""Largest difference attributed to rounding, as a fraction of the largest value."""
 
 
 def convert_to_mixmo(
@@ -52,52 +57,53 @@ def convert_to_mixmo(
     in_channels: int | None = None,
     generator: torch.Generator | None = None,
 ) -> MixMoModel:
-    """Turn a network into a MixMo network of several members; the network itself is left alone.
+    """Convert a copy of a network into a MixMo network; the original is not modified.
 
-    Encoders start as the first convolution divided by M, heads as copies of the last linear layer,
-    each with a small perturbation of its own. Over the members these sum to zero, so that symmetry
-    is broken and yet the converted network gives the outputs of the given one. That is checked on a
-    copy, in float32 or better on the CPU; hooks of the network run there too.
+    Encoders are initialised as the first convolution divided by M, heads as copies of the last
+    linear layer, with small random perturbations that break the symmetry between members. The
+    perturbations sum to zero over the members, so the converted network has the same outputs as
+    the original. This is checked on a copy on the CPU, in float32 or better; the network's hooks
+    run there too.
 
-    Encoders and heads can be trained; other parameters that were frozen stay frozen.
+    Encoders and heads are trainable; other parameters that were frozen stay frozen.
 
-    A layer without parameters that turns each logit into a prediction by itself, such as the
-    `SigmoidRange` of fastai's `y_range`, may follow the last layer. In training each member's
-    logits go through it; the ensemble's prediction is made of the mean of the members' logits.
+    An elementwise layer without parameters that turns logits into predictions, such as the
+    `SigmoidRange` of fastai's `y_range`, may follow the last linear layer. In training it is
+    applied to each member's logits, in evaluation to the mean of the members' logits.
 
     Args:
         model: (B, C, H, W) -> (B, K): from torchvision, timm, fastai, or your own.
         num_members: M.
-        encoder: name of the first convolution, as in `model.named_modules()`; found by running the
-            model where not given.
-        head: name of the last layer, linear or a convolution 1x1; found likewise.
-        image_size: the only one at which the model is tried; its own or what works, and some
-            others, where not given.
-        perturbation: deviation of the perturbations, as a share of that of the weights.
-        independent: for a model that is not trained yet: encoders and heads start apart, each with
-            the numbers of the given layer in an order of its own.
-        num_classes: K of new heads, drawn at random; the given one's where not given.
-        in_channels: C; other channels than the model's get their share of its weights, see
-            `with_channels`.
-        generator: of the perturbations, orders and new heads.
+        encoder: name of the first convolution, as in `model.named_modules()`; if None, it is found
+            by running the model.
+        head: name of the last layer, linear or a 1x1 convolution; if None, it is found likewise.
+        image_size: the only image size at which the model is tried; if None, the size that the
+            model declares or the first that works, and a few others.
+        perturbation: standard deviation of the perturbations, as a fraction of that of the weights.
+        independent: for untrained models: initialise encoders and heads independently, each as a
+            random permutation of the original layer's weights.
+        num_classes: K of new heads, initialised at random; if None, the model's K is kept.
+        in_channels: C; if it differs from the model's, weights are redistributed, see
+            `set_in_channels`.
+        generator: for perturbations, permutations and new heads.
 
     Raises:
-        InputError: the model cannot be converted; the message says which part is missing.
+        InputError: the model cannot be converted; the message names the missing part.
     """
-    members = Members(num_members, perturbation, independent, independent)
-    _check_numbers(num_classes, in_channels)
-    names = find_ends(
+    init = MemberInit(num_members, perturbation, independent, independent)
+    _check_counts(num_classes, in_channels)
+    names = find_end_layers(
         model,
         encoder=encoder,
         head=head,
         image_size=image_size,
-        elsewhere=image_size is None,
+        try_other_sizes=image_size is None,
         in_channels=in_channels,
     )
-    return convert_between(
+    return convert_at_layers(
         model,
         names,
-        members,
+        init,
         num_classes=num_classes,
         in_channels=in_channels,
         generator=generator,
@@ -105,47 +111,48 @@ def convert_to_mixmo(
 
 
 @dataclass(frozen=True)
-class Members:
-    """How the members of a converted network start.
+class MemberInit:
+    """How the encoders and heads of a converted network are initialised.
 
     Attributes:
-        count: M.
+        num_members: M.
         perturbation: see `convert_to_mixmo`.
-        encoders_apart, heads_apart: whether these start independently.
+        independent_encoders, independent_heads: whether these are initialised independently.
     """
 
-    count: int = 2
+    num_members: int = 2
     perturbation: float = 0.1
-    encoders_apart: bool = False
-    heads_apart: bool = False
+    independent_encoders: bool = False
+    independent_heads: bool = False
 
     def __post_init__(self) -> None:
-        check_count("num_members", self.count)
+        check_count("num_members", self.num_members)
         if not isinstance(self.perturbation, Real) or not 0 <= self.perturbation < 1:
             raise InputError(
                 f"perturbation must be at least 0 and below 1; got {self.perturbation!r}."
             )
 
-    def encoders_of(self, layer: nn.Module, generator: torch.Generator | None) -> list[nn.Module]:
-        """Make M encoders of a convolution."""
-        if self.encoders_apart:
-            return _reordered(layer, self.count, generator)
-        return _perturbed(layer, self.count, 1 / self.count, self.perturbation, generator)
+    def make_encoders(self, layer: nn.Module, generator: torch.Generator | None) -> list[nn.Module]:
+        """Create M encoders from a convolution."""
+        if self.independent_encoders:
+            return _permuted_copies(layer, self.num_members, generator)
+        scale = 1 / self.num_members
+        return _perturbed_copies(layer, self.num_members, scale, self.perturbation, generator)
 
-    def heads_of(self, layer: nn.Module, generator: torch.Generator | None) -> list[nn.Module]:
-        """Make M heads of a linear layer."""
-        if self.heads_apart:
-            return _reordered(layer, self.count, generator)
-        return _perturbed(layer, self.count, 1.0, self.perturbation, generator)
+    def make_heads(self, layer: nn.Module, generator: torch.Generator | None) -> list[nn.Module]:
+        """Create M heads from a linear layer."""
+        if self.independent_heads:
+            return _permuted_copies(layer, self.num_members, generator)
+        return _perturbed_copies(layer, self.num_members, 1.0, self.perturbation, generator)
 
 
-class Ends(NamedTuple):
-    """Names of the layers at which a network is cut.
+class EndLayers(NamedTuple):
+    """Names of the layers that the conversion replaces.
 
     Attributes:
-        first: its first convolution.
-        last: its last linear layer, or the convolution 1x1 in its place.
-        output: the layer after it that turns logits into predictions; None without one.
+        first: the first convolution.
+        last: the last linear layer, or the 1x1 convolution used as one.
+        output: the layer after `last` that turns logits into predictions; None if there is none.
     """
 
     first: str
@@ -153,180 +160,183 @@ class Ends(NamedTuple):
     output: str | None = None
 
 
-def find_ends(
+def find_end_layers(
     model: nn.Module,
     *,
     encoder: str | None = None,
     head: str | None = None,
     image_size: Size | None = None,
-    elsewhere: bool = True,
+    try_other_sizes: bool = True,
     in_channels: int | None = None,
-) -> Ends:
-    """Find the names of a network's first convolution and last layer, and try to cut them out.
+) -> EndLayers:
+    """Find a network's first convolution and last layer, and check that both can be replaced.
 
     Args:
-        model: see `convert_to_mixmo`, as for all that is not said here.
-        encoder: name of the convolution, where it is known.
-        head: name of the last layer, where it is known.
-        image_size: at which it is tried first.
-        elsewhere: whether it is tried at other sizes as well, if it takes them.
-        in_channels: C, where it is known.
+        model: see `convert_to_mixmo`.
+        encoder: name of the first convolution, if known.
+        head: name of the last layer, if known.
+        image_size: size of the images on which to run the model.
+        try_other_sizes: whether to check other image sizes too, if the model accepts them.
+        in_channels: C, if known.
 
     Raises:
-        InputError: the model cannot be converted; the message says which part is missing.
+        InputError: the model cannot be converted; the message names the missing part.
     """
     check_model(model)
-    trial = _copied(model).cpu()
-    trial.to(torch.promote_types(first_tensor(trial).dtype, torch.float32)).eval()
-    with _undisturbed():
-        sizes = sizes_of(trial, image_size)
-        seen = look(trial, sizes, encoder, in_channels)
-        if output := output_layer(trial, seen):
-            take_out(trial, output)
-            seen = look(trial, sizes, encoder, in_channels)
-        first = first_convolution(trial, seen, encoder)
-        check_elsewhere(trial, seen, first.name, OTHER_SIZES if elsewhere else ())
-        last = last_linear(trial, seen, head)
+    trial = _copy_model(model).cpu()
+    trial.to(torch.promote_types(example_parameter(trial).dtype, torch.float32)).eval()
+    with _isolated():
+        sizes = candidate_sizes(trial, image_size)
+        record = record_forward(trial, sizes, encoder, in_channels)
+        if output := output_layer(trial, record):
+            replace_with_identity(trial, output)
+            record = record_forward(trial, sizes, encoder, in_channels)
+        first = first_convolution(trial, record, encoder)
+        check_image_unchanged(trial, record, first.name, OTHER_SIZES if try_other_sizes else ())
+        last = last_linear(trial, record, head)
         convolution, linear = trial.get_submodule(first.name), trial.get_submodule(last.name)
         core = BackboneCore(trial, first.name, last.name)
-        _check_core(core, seen, first, last)
-        _check_sum(_perturbed(convolution, 2, 0.5, 0.0, None), first, seen.name, torch.sum)
-        _check_sum(_perturbed(as_linear(linear), 2, 1.0, 0.0, None), last, seen.name, torch.mean)
-    return Ends(first.name, last.name, output)
+        _check_core(core, record, first, last)
+        encoders = _perturbed_copies(convolution, 2, 0.5, 0.0, None)
+        _check_combined_output(encoders, first, record.name, torch.sum)
+        heads = _perturbed_copies(as_linear(linear), 2, 1.0, 0.0, None)
+        _check_combined_output(heads, last, record.name, torch.mean)
+    return EndLayers(first.name, last.name, output)
 
 
-def convert_between(
+def convert_at_layers(
     model: nn.Module,
-    names: Ends,
-    members: Members,
+    names: EndLayers,
+    init: MemberInit,
     *,
     num_classes: int | None = None,
     in_channels: int | None = None,
-    thaw: bool = True,
+    unfreeze: bool = True,
     generator: torch.Generator | None = None,
 ) -> MixMoModel:
-    """Convert a network whose ends are known; see `convert_to_mixmo`.
+    """Convert a network at known layers; see `convert_to_mixmo`.
 
     Args:
-        model: that `find_ends` has found convertible.
-        names: of the layers at which it is cut.
-        members: how they start.
+        model: a model that `find_end_layers` accepted.
+        names: the layers to replace, from `find_end_layers`.
+        init: how to initialise encoders and heads.
         num_classes: K of new heads.
         in_channels: C.
-        thaw: whether encoders and heads train even when the layers that they are made of are
-            frozen.
-        generator: of all that is drawn.
+        unfreeze: whether encoders and heads are trainable even if the original layers are frozen.
+        generator: for everything random.
     """
-    _check_numbers(num_classes, in_channels)
-    network = _copied(model)
+    _check_counts(num_classes, in_channels)
+    network = _copy_model(model)
     convolution, linear = (network.get_submodule(name) for name in names[:2])
     output = network.get_submodule(names.output) if names.output else None
     core = BackboneCore(network, *names)
     last = as_linear(linear)
-    encoders = members.encoders_of(convolution, generator)
-    heads = members.heads_of(last, generator)
+    encoders = init.make_encoders(convolution, generator)
+    heads = init.make_heads(last, generator)
     if num_classes is not None and num_classes != last.out_features:
-        heads = [_new_head(last, num_classes, generator) for _ in range(members.count)]
+        heads = [_new_head(last, num_classes, generator) for _ in range(init.num_members)]
     converted = MixMoModel(encoders, core, heads, output)
     converted.training = model.training
     for layers in (converted.encoders, converted.heads):
         layers.train(model.training)
-        if thaw:
+        if unfreeze:
             layers.requires_grad_()
-    return converted if in_channels is None else with_channels(converted, in_channels)
+    return converted if in_channels is None else set_in_channels(converted, in_channels)
 
 
 @torch.no_grad()
-def with_channels(model: MixMoModel, in_channels: int) -> MixMoModel:
-    """Let a converted network take images of another number of channels, in place.
+def set_in_channels(model: MixMoModel, in_channels: int) -> MixMoModel:
+    """Change the number of image channels of a converted network, in place.
 
-    Each new channel gets a share of the old ones' weights, as many times as it takes: one channel
-    their sum, six channels each of three twice at half the weight. So an image whose channels are
-    all alike gives what it gave.
+    The weights of the original channels are redistributed over the new ones: a single channel gets
+    their sum; with six channels instead of three, each original channel is used twice at half its
+    weight. Outputs for images whose channels are all equal do not change.
 
     Args:
         model: from `convert_to_mixmo`.
         in_channels: C.
 
     Returns:
-        the model.
+        The model.
 
     Raises:
-        InputError: the first convolution takes its channels in groups.
+        InputError: the first convolution is grouped.
     """
     for layer in model.encoders:
         assert isinstance(layer, nn.Conv2d)
-        own = layer.in_channels
-        if own == in_channels:
+        current = layer.in_channels
+        if current == in_channels:
             continue
         if layer.groups != 1:
             raise InputError(
-                f"The first convolution takes {own} channels in {layer.groups} groups; it cannot "
-                f"take {in_channels} channels."
+                f"The first convolution has {layer.groups} groups of channels; cannot change "
+                f"in_channels from {current} to {in_channels}."
             )
-        channels = torch.arange(max(own, in_channels))
-        spread = torch.zeros(in_channels, own).index_put_(
-            (channels % in_channels, channels % own), torch.ones(len(channels))
+        channels = torch.arange(max(current, in_channels))
+        mapping = torch.zeros(in_channels, current).index_put_(
+            (channels % in_channels, channels % current), torch.ones(len(channels))
         )
-        spread = spread / spread.sum(dim=0)  # what each old channel gives to each new one
-        weight = torch.einsum("dchw,nc->dnhw", layer.weight, spread.to(layer.weight))
-        trains = layer.weight.requires_grad
-        layer.weight = nn.Parameter(weight.contiguous(), requires_grad=trains)
+        mapping = mapping / mapping.sum(dim=0)  # (new, old): fraction of each old channel's weight
+        weight = torch.einsum("dchw,nc->dnhw", layer.weight, mapping.to(layer.weight))
+        trainable = layer.weight.requires_grad
+        layer.weight = nn.Parameter(weight.contiguous(), requires_grad=trainable)
         layer.in_channels = in_channels
     return model
 
 
-def _check_numbers(num_classes: int | None, in_channels: int | None) -> None:
+def _check_counts(num_classes: int | None, in_channels: int | None) -> None:
     for name, value in (("num_classes", num_classes), ("in_channels", in_channels)):
         if value is not None:
             check_count(name, value)
 
 
-def _copied(model: nn.Module) -> nn.Module:
+def _copy_model(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model)
-    except Exception as error:  # whatever somebody's modules hold
+    except Exception as error:  # user modules may raise anything
         raise InputError(
             f"{type(model).__name__} cannot be copied: {first_line(error)}.\n"
-            "Something in it keeps tensors of a forward pass, as activations, pruned weights or "
-            "old-style weight_norm do; take that off first."
+            "A module in it keeps tensors of a forward pass, such as activations, pruned weights "
+            "or old-style weight_norm; remove these first."
         ) from error
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Compute as written, whatever precision the caller trains in, and leave no trace of it."""
+def _isolated() -> Iterator[None]:
+    """Disable the caller's autocast within, and restore the global RNG state afterwards."""
     with torch.autocast("cpu", enabled=False), torch.random.fork_rng(devices=[]):
         yield
 
 
 @torch.no_grad()
-def _perturbed(
+def _perturbed_copies(
     layer: nn.Module,
     count: int,
     scale: float,
     perturbation: float,
     generator: torch.Generator | None,
 ) -> list[nn.Module]:
-    """Copy a layer, scaled, with perturbations of the weights that sum to zero over the copies."""
+    """Copy and scale a layer, with weight perturbations that sum to zero over the copies."""
     copies = [copy.deepcopy(layer) for _ in range(count)]
     for name, parameter in layer.named_parameters():
-        drawn = parameter.new_zeros(count, *parameter.shape)
-        if parameter.ndim > 1 and count > 1 and perturbation:  # what breaks the symmetry
-            drawn = torch.randn(drawn.shape, generator=generator).to(parameter)
-            deviation = float(parameter.float().std(correction=0))
-            drawn = (drawn - drawn.mean(dim=0)) * (perturbation * deviation)
-        for own, noise in zip(copies, drawn, strict=True):
-            own.get_parameter(name).copy_(scale * (parameter + noise))
+        noise = parameter.new_zeros(count, *parameter.shape)
+        if parameter.ndim > 1 and count > 1 and perturbation:  # not biases
+            noise = torch.randn(noise.shape, generator=generator).to(parameter)
+            std = float(parameter.float().std(correction=0))
+            noise = (noise - noise.mean(dim=0)) * (perturbation * std)
+        for each, its_noise in zip(copies, noise, strict=True):
+            each.get_parameter(name).copy_(scale * (parameter + its_noise))
     return copies
 
 
 @torch.no_grad()
-def _reordered(layer: nn.Module, count: int, generator: torch.Generator | None) -> list[nn.Module]:
-    """Copy a layer, the numbers of each copy in an order of its own: draws of one distribution."""
+def _permuted_copies(
+    layer: nn.Module, count: int, generator: torch.Generator | None
+) -> list[nn.Module]:
+    """Copy a layer with the values of each parameter permuted, independently for each copy."""
     copies = [copy.deepcopy(layer) for _ in range(count)]
-    for own in copies:
-        for parameter in own.parameters():
+    for each in copies:
+        for parameter in each.parameters():
             order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
             parameter.copy_(parameter.flatten()[order].view_as(parameter))
     return copies
@@ -334,75 +344,84 @@ def _reordered(layer: nn.Module, count: int, generator: torch.Generator | None) 
 
 @torch.no_grad()
 def _new_head(last: nn.Linear, num_classes: int, generator: torch.Generator | None) -> nn.Module:
-    """Make a head of other classes, with torch's initialisation."""
-    made, bound = undrawn(last.in_features, num_classes, like=last), last.in_features**-0.5
-    for parameter in made.parameters():
-        drawn = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
-        parameter.copy_(drawn)
-    return made
+    """Create a head for another number of classes, with torch's default initialisation."""
+    head, bound = empty_linear(last.in_features, num_classes, like=last), last.in_features**-0.5
+    for parameter in head.parameters():
+        values = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
+        parameter.copy_(values)
+    return head
 
 
-def _check_core(core: BackboneCore, seen: Seen, first: Call, last: Call) -> None:
-    """Check that the core makes of the features what the network did, without the image.
+def _check_core(
+    core: BackboneCore, record: ForwardRecord, first: LayerCall, last: LayerCall
+) -> None:
+    """Check that the core reproduces the input of the last layer from the features alone.
 
-    The image is not a number anywhere, which shows wherever it is looked at once more.
+    The image is all NaN, which propagates to the output of any layer that reads the image.
     """
-    blind = torch.full_like(seen.image[:1, :1, :1, :1], float("nan")).expand_as(seen.image)
+    nan_image = torch.full_like(record.image[:1, :1, :1, :1], float("nan")).expand_as(record.image)
     expected = last.input.flatten(1)
-    found = _run(core, first.output, blind, seen.name)
+    found = _run_core(core, first.output, nan_image, record.name)
     if not isinstance(found, Tensor) or found.shape != expected.shape:
-        raise InputError(f"{seen.name} does not hand its features on from layer to layer alone.")
+        raise InputError(
+            f"{record.name} cannot be converted: without its last layer, it does not return that "
+            "layer's input."
+        )
     finite = bool(expected.isfinite().all())
     if finite and not found.isfinite().all():
-        raise _shows_the_image(seen.name, first.name)
-    if finite and _difference(found, expected) > EXACTNESS:
+        raise _image_reused_error(record.name, first.name)
+    if finite and _relative_difference(found, expected) > RELATIVE_TOLERANCE:
         raise InputError(
-            f"{seen.name} needs more than the features of {first.name!r}, such as that "
-            "convolution itself; it cannot be converted."
+            f"{record.name} cannot be converted: it uses more than the output of {first.name!r}, "
+            "for example that\nconvolution's weights or attributes."
         )
-    trained = _run(copy.deepcopy(core).train(), first.output, blind, seen.name, " in training")
-    if not isinstance(trained, Tensor) or trained.shape != expected.shape:
+    in_training = _run_core(
+        copy.deepcopy(core).train(), first.output, nan_image, record.name, " in training"
+    )
+    if not isinstance(in_training, Tensor) or in_training.shape != expected.shape:
         raise InputError(
-            f"{seen.name} gives {type(trained).__name__} in training, not logits alone.\n"
-            "Build it without auxiliary outputs, as with aux_logits=False."
+            f"{record.name} returns {type(in_training).__name__} in training; expected logits "
+            "only.\nBuild it without auxiliary outputs, for example with aux_logits=False."
         )
-    if finite and not trained.isfinite().all():
-        raise _shows_the_image(seen.name, first.name, " in training")
+    if finite and not in_training.isfinite().all():
+        raise _image_reused_error(record.name, first.name, " in training")
 
 
-def _run(core: BackboneCore, features: Tensor, image: Tensor, model: str, when: str = "") -> object:
+def _run_core(
+    core: BackboneCore, features: Tensor, image: Tensor, model: str, when: str = ""
+) -> object:
     try:
         with torch.no_grad():
             return core.run(features.clone(), image)
-    except Exception as error:  # anything may happen in somebody's forward pass
+    except Exception as error:  # user code may raise anything
         raise InputError(
             f"{model} cannot be run{when} without its first convolution and last layer: "
             f"{first_line(error)}."
         ) from error
 
 
-def _shows_the_image(model: str, convolution: str, when: str = "") -> InputError:
+def _image_reused_error(model: str, convolution: str, when: str = "") -> InputError:
     return InputError(
-        f"{model} shows the image{when} to more than its first convolution, {convolution!r}, so "
-        "that encoders would see a part of it only."
+        f"{model} uses the image{when} in more layers than its first convolution, "
+        f"{convolution!r}; encoders must be\nthe only layers that receive it."
     )
 
 
 @torch.no_grad()
-def _check_sum(
-    layers: list[nn.Module], call: Call, model: str, reduce: Callable[..., Tensor]
+def _check_combined_output(
+    layers: list[nn.Module], call: LayerCall, model: str, reduce: Callable[..., Tensor]
 ) -> None:
-    """Check that the members' layers together give what the one layer gave."""
-    given = call.input if isinstance(layers[0], nn.Conv2d) else call.input.flatten(1)
-    found = reduce(torch.stack([layer(given) for layer in layers]), dim=0)
+    """Check that the members' layers, summed or averaged, reproduce the original layer's output."""
+    input = call.input if isinstance(layers[0], nn.Conv2d) else call.input.flatten(1)
+    found = reduce(torch.stack([layer(input) for layer in layers]), dim=0)
     expected = call.output.reshape(found.shape)
-    if expected.isfinite().all() and _difference(found, expected) > EXACTNESS:
+    if expected.isfinite().all() and _relative_difference(found, expected) > RELATIVE_TOLERANCE:
         raise InputError(
             f"{model} cannot be converted: its layer {call.name!r} ({type(layers[0]).__name__}) is "
-            "not linear in its weights, such as one that normalises them."
+            "not linear in its weights,\nfor example because it normalises them."
         )
 
 
-def _difference(found: Tensor, expected: Tensor) -> float:
-    """Give the largest difference, as a share of the largest value."""
+def _relative_difference(found: Tensor, expected: Tensor) -> float:
+    """Return the largest absolute difference divided by the largest expected absolute value."""
     return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))

@@ -1,6 +1,6 @@
-"""BatchNorm whose statistics in training are those of the batches of all processes.
+"""BatchNorm with training statistics over the batches of all processes.
 
-Torch's own SyncBatchNorm does this on GPUs alone.
+Torch's SyncBatchNorm supports GPUs only.
 """
 
 import torch
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 class SyncedBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm over the batches of all processes of a group, on any device.
 
-    Parameters, buffers and evaluation are those of `nn.BatchNorm2d`. All processes must have
-    batches of one size.
+    Parameters, buffers and evaluation are those of `nn.BatchNorm2d`. The batch size must be the
+    same in all processes.
 
     Shapes: (B, C, H, W) -> (B, C, H, W).
     """
@@ -23,7 +23,7 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
         mean = _mean_over_processes(x.mean(dim=(0, 2, 3)))  # (C,)
         centred = x - mean[:, None, None]
         var = _mean_over_processes(centred.square().mean(dim=(0, 2, 3)))
-        self._move_running_statistics(mean, var, dist.get_world_size() * x.numel() // x.shape[1])
+        self._update_running_statistics(mean, var, dist.get_world_size() * x.numel() // x.shape[1])
         scale = (var + self.eps).rsqrt()
         if self.affine:
             scale = scale * self.weight
@@ -31,31 +31,31 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
         return centred * scale[:, None, None]
 
     @torch.no_grad()
-    def _move_running_statistics(self, mean: Tensor, var: Tensor, count: int) -> None:
+    def _update_running_statistics(self, mean: Tensor, var: Tensor, count: int) -> None:
         if self.running_mean is None or self.running_var is None:
             return
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
-        share = self.momentum
-        if share is None:  # torch's sign for a plain average
-            share = 1.0 / float(self.num_batches_tracked)
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
+        momentum = self.momentum
+        if momentum is None:  # in torch: cumulative average
+            momentum = 1.0 / float(self.num_batches_tracked)
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
         unbiased = var.to(self.running_var.dtype) * (count / max(1, count - 1))
-        self.running_var.lerp_(unbiased, share)
+        self.running_var.lerp_(unbiased, momentum)
 
 
 def sync_batch_norm(network: nn.Module) -> nn.Module:
-    """Make every BatchNorm of a network one over all processes, in place; weights stay.
+    """Turn every `nn.BatchNorm2d` in a network into `SyncedBatchNorm2d`, in place, with its state.
 
     Args:
-        network: any module; subclasses of `nn.BatchNorm2d` in it stay as they are.
+        network: any module; subclasses of `nn.BatchNorm2d` in it are not changed.
 
     Returns:
-        the network.
+        The network.
     """
     for module in network.modules():
         if type(module) is nn.BatchNorm2d:
-            module.__class__ = SyncedBatchNorm2d  # its state is the same to the last name
+            module.__class__ = SyncedBatchNorm2d  # both classes have the same attributes
     return network
 
 
@@ -65,18 +65,18 @@ def _mean_over_processes(local: Tensor) -> Tensor:
 
 
 class _SumOverProcesses(torch.autograd.Function):
-    """A sum that all processes get; what it is used for in each of them flows back to all."""
+    """All-reduce sum whose backward pass sums the gradients over all processes."""
 
     @staticmethod
     def forward(ctx: object, local: Tensor) -> Tensor:
-        return _summed(local)
+        return _all_reduce_sum(local)
 
     @staticmethod
     def backward(ctx: object, *gradients: Tensor) -> Tensor:
-        return _summed(gradients[0])
+        return _all_reduce_sum(gradients[0])
 
 
-def _summed(local: Tensor) -> Tensor:
+def _all_reduce_sum(local: Tensor) -> Tensor:
     total = local.detach().clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total)
     return total

@@ -1,13 +1,15 @@
 """WideResNet-d-k for small images, pre-activation.
 
 Source: Zagoruyko and Komodakis, "Wide Residual Networks", BMVC 2016, with the details of the
-published MixMo networks, which the golden figures pin down: the stride lies on a block's *second*
-convolution, whose input is then padded on the right and at the bottom only, and the shortcut is a
-convolution of the block's raw input.
+published MixMo networks, verified by the golden values in the tests: a block's *second*
+convolution has the stride, with its input padded on the right and at the bottom only, and the
+shortcut is a convolution of the block's raw input.
 """
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mixmo_fastai.models.readout import average
 
 
 class WideBlock(nn.Module):
@@ -30,15 +32,15 @@ class WideBlock(nn.Module):
         y = self.conv1(F.relu(self.bn1(x)))
         y = F.relu(self.bn2(y))
         if self.stride != 1:
-            # One on the right and at the bottom, as published; a side of odd length, which the
-            # published networks never see, needs one more to end at the shortcut's length.
+            # Pad by one on the right and at the bottom, as published. An odd side, which never
+            # occurs in the published networks, needs one more to match the shortcut's size.
             y = F.pad(y, (y.shape[3] % 2, 1, y.shape[2] % 2, 1))
         out: Tensor = self.conv2(y) + self.shortcut(x)
         return out
 
 
 class WideResNetCore(nn.Module):
-    """All of a WideResNet between the first convolution and the last linear layer.
+    """A WideResNet without its first convolution and its last linear layer.
 
     Args:
         depth: d = 6n + 4.
@@ -60,16 +62,19 @@ class WideResNetCore(nn.Module):
         self.bn = nn.BatchNorm2d(widths[3])
         self.out_features = widths[3]
 
+    def maps(self, features: Tensor) -> Tensor:
+        """Compute feature maps before pooling: (B, 16, h, w) -> (B, 64k, h/4, w/4)."""
+        return F.relu(self.bn(self.groups(features)))
+
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn(self.groups(x)))
-        return F.adaptive_avg_pool2d(x, 1).flatten(1)
+        return average(self.maps(x))
 
 
 STEM_CHANNELS = 16
 
 
 def stem(in_channels: int) -> nn.Conv2d:
-    """Make one encoder: (B, C, H, W) -> (B, 16, H, W)."""
+    """Build one encoder: (B, C, H, W) -> (B, 16, H, W)."""
     return nn.Conv2d(in_channels, STEM_CHANNELS, 3, padding=1, bias=False)
 
 

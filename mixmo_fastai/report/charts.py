@@ -199,8 +199,8 @@ def confusion(matrix: Tensor, classes: Sequence[str]) -> Chart:
     return Chart(
         "Confusion matrix",
         Plot(draw, "confusion", text, size=(side, side)),
-        "Number of images by true and predicted class; darker colours are larger fractions of the "
-        "true class.",
+        "Number of images by true and predicted class; a stronger colour is a larger fraction of "
+        "the true class.",
     )
 
 

@@ -23,7 +23,7 @@ MAX_NAMES = 80
 def filters(uses: Sequence[FilterUse]) -> Chart:
     """Plot the fraction of active filters per convolution, the mean over networks."""
     first = uses[0]
-    active = torch.stack([use.shares for use in uses]).mean(dim=0)  # (L, T)
+    active = torch.stack([use.fractions for use in uses]).mean(dim=0)  # (L, T)
     average = active.mean(dim=0).tolist()
     networks = f" Mean over {len(uses)} networks." if len(uses) > 1 else ""
     averages = ", ".join(
@@ -117,7 +117,7 @@ def _draw_use(axes: Axes, use: FilterUse, *, averages: bool = True) -> None:
     for column, threshold in enumerate(use.thresholds):
         axes.plot(
             numbers,
-            use.shares[:, column],
+            use.fractions[:, column],
             marker=MARKERS[column % len(MARKERS)],
             color=INK,
             alpha=OPACITIES[column % len(OPACITIES)],

@@ -199,7 +199,7 @@ def _confusion_section(data: ReportData) -> Section:
 
 def _filter_section(data: ReportData) -> Section:
     use = data.uses[0]
-    fractions = torch.stack([each.shares for each in data.uses]).mean(dim=0)
+    fractions = torch.stack([each.fractions for each in data.uses]).mean(dim=0)
     details = Table(
         "Convolutions by name",
         ("", "Module", *(f"> {round_percent(t)}" for t in use.thresholds)),

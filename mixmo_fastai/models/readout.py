@@ -1,0 +1,113 @@
+"""Readouts: how the heads read the feature maps of the core.
+
+Shapes: B batch, M members, F channels and a b size of the core's maps, D h w encoder's output.
+
+The default readout, "core", is the core's own pooling: the mean over all positions in the published
+networks, or whatever a converted network does. Any other readout is a module that receives the maps
+and the masks with which the features were mixed. To add one, write a class and register it in
+`names.READOUTS`.
+"""
+
+from pkgutil import resolve_name
+from typing import Protocol, runtime_checkable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mixmo_fastai.errors import InputError, unknown
+from mixmo_fastai.names import READOUTS
+
+
+@runtime_checkable
+class HasMaps(Protocol):
+    """A core whose feature maps can be read before they are pooled."""
+
+    def maps(self, features: Tensor) -> Tensor:
+        """Compute feature maps: (B, D, h, w) -> (B, F, a, b)."""
+
+
+class Readout(nn.Module):
+    """Base class of readouts.
+
+    Subclasses implement `forward(maps, masks)`:
+
+        maps: (B, F, a, b).
+        masks: (B, M, 1 or D, h, w) in training; None if all members see the same image.
+
+    It returns an embedding for all heads (B, F), or one per head (B, M, F). Without masks it must
+    return one for all heads.
+
+    Attributes:
+        is_fusable: whether the readout without masks equals the core's own pooling, so that `fuse`
+            remains exact.
+    """
+
+    is_fusable = False
+
+
+def average(maps: Tensor) -> Tensor:
+    """Compute the mean over all positions: (B, F, a, b) -> (B, F)."""
+    return F.adaptive_avg_pool2d(maps, 1).flatten(1)
+
+
+def resize_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
+    """Average masks over channels and over the cells of a coarser map.
+
+    Args:
+        masks: (B, M, 1 or D, h, w).
+        size: (a, b).
+
+    Returns:
+        (B, M, a, b), summing to one over the members if the masks do.
+    """
+    return F.adaptive_avg_pool2d(masks.mean(dim=2), size)
+
+
+def core_pooling() -> None:
+    """Return None, which stands for the core's own pooling."""
+
+
+def build_readout(readout: str | nn.Module | None) -> nn.Module | None:
+    """Build a readout from its name; modules and None are returned unchanged.
+
+    Raises:
+        InputError: the name is unknown.
+    """
+    if not isinstance(readout, str):
+        return readout
+    if readout not in READOUTS:
+        raise unknown("readout", readout, READOUTS)
+    built: nn.Module | None = resolve_name(READOUTS[readout])()
+    return built
+
+
+def check_readout(readout: nn.Module, core: nn.Module) -> None:
+    """Check that a core has the feature maps that a readout needs.
+
+    Raises:
+        InputError: the core has no method `maps`.
+    """
+    if not isinstance(core, HasMaps):
+        raise InputError(
+            f"The readout {type(readout).__name__} needs feature maps, but the core "
+            f"{type(core).__name__} returns pooled features only.\n"
+            "Use wrn<depth>_<width> or preact_resnet18_<width>, or give the core a method "
+            "maps(features) -> (B, F, a, b)."
+        )
+
+
+def embed(readout: nn.Module, core: nn.Module, features: Tensor, masks: Tensor | None) -> Tensor:
+    """Apply a core and a readout to mixed features.
+
+    Args:
+        readout: module of (maps, masks); see `Readout`.
+        core: core with a method `maps`.
+        features: (B, D, h, w).
+        masks: (B, M, 1 or D, h, w), or None.
+
+    Returns:
+        (B, F), or (B, M, F) with one embedding per head.
+    """
+    assert isinstance(core, HasMaps)
+    embedding: Tensor = readout(core.maps(features), masks)
+    return embedding

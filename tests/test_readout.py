@@ -1,0 +1,136 @@
+"""Readouts: how the heads read the core's maps."""
+
+import pytest
+import torch
+from torch import nn
+
+from mixmo_fastai import MixMoLoss
+from mixmo_fastai.errors import InputError
+from mixmo_fastai.mixing import draw_lam, draw_masks, loss_weights
+from mixmo_fastai.models import create_model
+from mixmo_fastai.models.mixmo_model import MixMoModel
+from mixmo_fastai.models.readout import Readout, average, embed, resize_masks
+
+ARCHS = ["wrn10_1", "preact_resnet18_1"]
+
+
+class PlainAverage(Readout):
+    """The core's own pooling, through the maps."""
+
+    is_fusable = True
+
+    def forward(self, maps, masks=None):
+        return average(maps)
+
+
+class MaskedAverage(Readout):
+    """Each head averages the maps where its member was seen."""
+
+    is_fusable = True
+
+    def forward(self, maps, masks=None):
+        if masks is None:
+            return average(maps)
+        weights = resize_masks(masks, maps.shape[-2:])
+        weights = weights / weights.sum(dim=(2, 3), keepdim=True).clamp(min=1e-6)
+        return torch.einsum("bfhw,bmhw->bmf", maps, weights)
+
+
+def model_of(arch, readout=None):
+    return create_model(arch, 5, readout=readout, generator=torch.Generator().manual_seed(0))
+
+
+def batch_of(model, size=16):
+    random = torch.Generator().manual_seed(1)
+    lam = draw_lam(6, 2, 2.0, generator=random)
+    masks, means = draw_masks("cutmix", lam, model.mask_shape(size, size), generator=random)
+    return torch.randn(6, 2, 3, size, size, generator=random), masks, means
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_average_through_maps_is_the_pooling_of_the_core(arch):
+    plain, through_maps = model_of(arch), model_of(arch, PlainAverage())
+    x, masks, _ = batch_of(plain)
+    assert torch.equal(through_maps(x, masks), plain(x, masks))
+    assert torch.equal(through_maps(x[:, 0]), plain(x[:, 0]))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_each_head_gets_its_own_embedding(arch):
+    """Against a loop over samples, members and positions."""
+    model = model_of(arch, MaskedAverage()).eval()
+    x, masks, _ = batch_of(model)
+    with torch.no_grad():
+        features = model._mix(x, masks)
+        maps = model.core.maps(features)
+        found = model(x, masks)
+        for sample in range(len(x)):
+            for member, head in enumerate(model.heads):
+                weights = nn.functional.adaptive_avg_pool2d(
+                    masks[sample, member].mean(dim=0, keepdim=True), maps.shape[-2:]
+                )[0]
+                total, embedding = 0.0, torch.zeros(maps.shape[1])
+                for row in range(maps.shape[2]):
+                    for column in range(maps.shape[3]):
+                        embedding += weights[row, column] * maps[sample, :, row, column]
+                        total += float(weights[row, column])
+                expected = head(embedding / max(total, 1e-6))
+                torch.testing.assert_close(found[sample, member], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_at_inference_and_fused_it_is_the_plain_network():
+    model = model_of("wrn10_1", MaskedAverage()).eval()
+    x = torch.randn(4, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), model_of("wrn10_1").eval()(x))
+        torch.testing.assert_close(model.fuse()(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_reach_every_parameter():
+    model = model_of("wrn10_1", MaskedAverage()).train()
+    x, masks, means = batch_of(model)
+    MixMoLoss()(
+        model(x, masks), torch.arange(12).view(6, 2) % 5, loss_weights(means, 3.0)
+    ).backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+def test_a_readout_that_differs_at_inference_is_not_fused():
+    class Largest(Readout):
+        def forward(self, maps, masks=None):
+            return maps.amax(dim=(2, 3))
+
+    model = model_of("wrn10_1", Largest())
+    assert model(torch.randn(2, 3, 8, 8)).shape == (2, 5)
+    with pytest.raises(InputError, match="readout Largest"):
+        model.fuse()
+
+
+def test_resized_masks_still_sum_to_one():
+    masks, _ = draw_masks("channel", draw_lam(3, 4, 2.0), (6, 9, 7))
+    resized = resize_masks(masks, (4, 3))
+    assert resized.shape == (3, 4, 4, 3)
+    torch.testing.assert_close(resized.sum(dim=1), torch.ones(3, 4, 3))
+
+
+def test_names_and_cores_are_checked():
+    assert model_of("wrn10_1", "core").readout is None
+    with pytest.raises(InputError, match="Unknown readout 'cor'"):
+        model_of("wrn10_1", "cor")
+    with pytest.raises(InputError, match=r"needs feature maps.*BackboneCore"):
+        create_model("resnet18", 5, readout=MaskedAverage())
+    flat = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(InputError, match=r"maps\(features\)"):
+        MixMoModel([nn.Conv2d(3, 4, 3)], flat, [nn.Linear(4, 2)], readout=MaskedAverage())
+
+
+def test_embed_takes_maps_of_any_core():
+    class Core(nn.Module):
+        def maps(self, features):
+            return features.relu()
+
+        def forward(self, features):
+            return average(self.maps(features))
+
+    features = torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(embed(PlainAverage(), Core(), features, None), Core()(features))
