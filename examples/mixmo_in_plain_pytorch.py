@@ -1,7 +1,7 @@
 """Cut-MixMo of two members on the embedded digits: one training loop in plain PyTorch.
 
 The loop follows section 3 of the paper (Ramé, Sun, Cord, "MixMo", ICCV 2021): pair the images, draw
-masks, mix the features, weigh the losses. About a minute on one CPU core; its last line was
+masks, mix the features, weight the losses. It takes about a minute on one CPU core and ends with
 
     epoch 15: test accuracy 98.87%
 """
@@ -22,16 +22,16 @@ ALPHA, MIX_PROB, DECAY_START, ROOT = 2.0, 0.5, 11 / 12, 3.0
 
 def training_loss(model, x, y, progress):
     """Compute the loss of n images (n, C, H, W) with labels (n,); progress is in [0, 1]."""
-    # Pair: each member sees every image b times, in a random order of its own.
-    seen = draw_pairing(len(x), MEMBERS, REPETITIONS) % len(x)  # (B, M), the image of each position
-    inputs, targets = x[seen], y[seen]  # (B, M, C, H, W) and (B, M)
-    # Mix the features by boxes with a probability that decays at the end, otherwise by ratios.
+    # Pair the images: each member sees every image b times, in an independent random order.
+    indices = draw_pairing(len(x), MEMBERS, REPETITIONS) % len(x)  # (B, M), image at each position
+    inputs, targets = x[indices], y[indices]  # (B, M, C, H, W) and (B, M)
+    # Mix the features, by boxes with a probability that decays at the end, otherwise linearly.
     prob = MIX_PROB * min(1.0, (1 - progress) / (1 - DECAY_START))
     kind = "cutmix" if torch.rand(()) < prob else "linear"
     features = torch.stack([model.encoders[i](inputs[:, i]) for i in range(MEMBERS)], dim=1)
-    masks, means = draw_masks(kind, draw_lam(len(seen), MEMBERS, ALPHA), features.shape[2:])
+    masks, means = draw_masks(kind, draw_lam(len(indices), MEMBERS, ALPHA), features.shape[2:])
     embedding = model.core(mix_features(features, masks))
-    # Weigh: each head predicts the label of its member's image.
+    # Weight the losses: each head predicts the label of its member's image.
     losses = torch.stack(
         [cross_entropy(model.heads[i](embedding), targets[:, i], reduction="none")
          for i in range(MEMBERS)], dim=1,
@@ -40,7 +40,7 @@ def training_loss(model, x, y, progress):
 
 
 def main():
-    """Train, and print the test accuracy of the ensemble after each epoch."""
+    """Train and print the test accuracy of the ensemble after each epoch."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=15)
     epochs = parser.parse_args().epochs
@@ -54,17 +54,17 @@ def main():
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps)
     for epoch in range(epochs):
         model.train()
-        for chosen in torch.randperm(len(y)).split(IMAGES):
-            if len(chosen) == IMAGES:  # an incomplete batch at the end is left out
-                loss = training_loss(model, x[chosen], y[chosen], scheduler.last_epoch / steps)
+        for batch in torch.randperm(len(y)).split(IMAGES):
+            if len(batch) == IMAGES:  # skip the last, incomplete batch
+                loss = training_loss(model, x[batch], y[batch], scheduler.last_epoch / steps)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 scheduler.step()
         model.eval()
-        with torch.no_grad():  # one image goes to all encoders, and the logits are averaged
-            is_right = model(test_x).argmax(dim=1) == source.test.labels
-        print(f"epoch {epoch + 1}: test accuracy {is_right.float().mean():.2%}")
+        with torch.no_grad():  # all encoders see the same image; the logits are averaged
+            correct = model(test_x).argmax(dim=1) == source.test.labels
+        print(f"epoch {epoch + 1}: test accuracy {correct.float().mean():.2%}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Bootstrap: how far a figure would move on other test images of the same kind.
+"""Bootstrap confidence intervals of metrics over test images.
 
 Shapes: N samples, R resamples, Q bins. Logits are (N, K), labels (N,).
 Source: Efron, Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13 (percentile
 interval); pairing as in Koehn, "Statistical Significance Tests", EMNLP 2004.
 
-A resample draws N of the N samples with replacement, so it is a count of each sample; the figures
-of all resamples are then a few products of matrices.
+A resample draws N of the N samples with replacement and is represented by the count of each sample,
+so that the metrics of all resamples are computed by matrix products.
 """
 
 from collections.abc import Mapping
@@ -20,18 +20,18 @@ from mixmo_fastai.randomness import make_generator
 
 NUM_RESAMPLES = 1000
 LEVEL = 0.95
-_CHUNK = 100  # resamples held at a time, so that their counts stay in tens of megabytes
+_CHUNK = 100  # resamples per step, so that their counts take only tens of megabytes
 
 Interval = tuple[float, float]
 
 
 def accuracy_half_width(num_images: int) -> float:
-    """Return half the length of the 95 % interval of an accuracy that is near 50 %, the longest.
+    """Return the largest half-width of the 95 % interval of an accuracy, that at 50 %.
 
-    By the normal approximation: 1.96 · sqrt(0.25 / n), and 1 at most.
+    By the normal approximation: 1.96 · sqrt(0.25 / n), at most 1.
 
     Args:
-        num_images: n, which the accuracy is of.
+        num_images: n, the number of images of the accuracy.
     """
     return min(1.0, 0.98 / max(1, num_images) ** 0.5)
 
@@ -50,11 +50,11 @@ def intervals(
         logits: (N, K).
         labels: (N,).
         num_resamples: R.
-        level: probability mass of the interval.
-        seed: of the resamples.
+        level: confidence level.
+        seed: seed of the resamples.
 
     Returns:
-        lower and upper end by the name of the figure: accuracy, nll, ece.
+        lower and upper bound by metric: accuracy, nll, ece.
 
     Raises:
         InputError: wrong shapes, labels out of range, logits that are not finite, R below 1 or a
@@ -76,39 +76,42 @@ def paired_intervals(
 ) -> dict[str, Interval]:
     """Compute percentile intervals of the differences second - first, on the same samples.
 
-    Each resample counts the same images for both, so that what makes an image hard for both does
-    not widen the interval.
+    Both networks use the same resamples, so images that are difficult for both do not widen the
+    interval.
 
     Args:
         first: logits (N, K) of one network.
-        second: logits (N, K) of the other.
+        second: logits (N, K) of the other network.
         labels: (N,).
         num_resamples: R.
-        level: probability mass of the interval.
-        seed: of the resamples.
+        level: confidence level.
+        seed: seed of the resamples.
 
     Returns:
-        lower and upper end of the difference by the name of the figure: accuracy, nll, ece.
+        lower and upper bound of the difference by metric: accuracy, nll, ece.
 
     Raises:
         InputError: as for `intervals`.
     """
-    one, other = (
+    resampled_first, resampled_second = (
         _resampled(_additive_parts(logits, labels), num_resamples, seed)
         for logits in (first, second)
     )
-    return {name: _interval(other[name] - one[name], level) for name in one}
+    return {
+        name: _interval(resampled_second[name] - values, level)
+        for name, values in resampled_first.items()
+    }
 
 
 def draw_counts(num_samples: int, num_resamples: int, *, generator: torch.Generator) -> Tensor:
-    """Draw how often each sample is in each resample: (R, N) float32, each row summing to N."""
+    """Draw the count of each sample in each resample: (R, N) float32, each row summing to N."""
     chosen = torch.randint(num_samples, (num_resamples, num_samples), generator=generator)
     counts = torch.zeros(num_resamples, num_samples)
     return counts.scatter_add_(1, chosen, torch.ones(1, 1).expand_as(chosen))
 
 
 def _additive_parts(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Give, per sample, what the figures add up: accuracy (N,), nll (N,), ece (N, Q)."""
+    """Compute the summands of each metric per sample: accuracy (N,), nll (N,), ece (N, Q)."""
     check_logits(logits, labels)
     logits, labels = logits.detach().cpu().double(), labels.detach().cpu()
     confidence, correct = top_predictions(logits, labels)
@@ -121,7 +124,7 @@ def _additive_parts(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
 
 
 def _resampled(parts: Mapping[str, Tensor], num_resamples: int, seed: int) -> dict[str, Tensor]:
-    """Compute each figure for each resample: (R,) by name."""
+    """Compute each metric for each resample: (R,) by name."""
     if num_resamples < 1:
         raise InputError(f"num_resamples must be 1 or more; got {num_resamples}.")
     columns = torch.cat([part.reshape(len(part), -1) for part in parts.values()], dim=1).float()

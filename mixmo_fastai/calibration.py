@@ -1,12 +1,12 @@
-"""Calibration: does a confidence of 80 % mean right four times in five?
+"""Calibration: how well confidence matches accuracy.
 
 Shapes: N samples, K classes, Q bins. Logits are (N, K), labels (N,) integers in [0, K).
 Sources: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017 (ECE, temperature);
 Nixon et al., "Measuring Calibration in Deep Learning", CVPR workshops 2019 (TACE); as reported by
 Ramé, Sun, Cord, "MixMo", ICCV 2021, section 4.
 
-Probabilities are softmax(logits) in float64, which Apple's MPS lacks: bring such logits to the CPU
-first. To score probabilities, for instance a mean over members, give their logarithms as logits.
+Probabilities are softmax(logits) in float64, which Apple's MPS does not support: move logits to the
+CPU first. To score probabilities, such as a mean over members, pass their logarithms as logits.
 """
 
 from dataclasses import dataclass
@@ -18,10 +18,10 @@ from torch import Tensor
 from mixmo_fastai.errors import InputError
 
 NUM_BINS = 15
-"""Bins of ECE and TACE, as published."""
+"""Number of bins of ECE and TACE, as published."""
 
 TEMPERATURE_BOUNDS = (1e-3, 1e3)
-"""Temperatures between which `fit_temperature` searches."""
+"""Lowest and highest temperature of `fit_temperature`."""
 
 
 def nll(logits: Tensor, labels: Tensor) -> Tensor:
@@ -44,8 +44,8 @@ def nll(logits: Tensor, labels: Tensor) -> Tensor:
 def brier(logits: Tensor, labels: Tensor) -> Tensor:
     """Compute the Brier score: mean over n of Σ_k (p_nk - [k = y_n])², in [0, 2].
 
-    The sum over classes is Brier's own definition. The published implementation prints the mean
-    over classes, which is this divided by K.
+    The sum over classes is Brier's definition. The published implementation prints the mean over
+    classes, which is this value divided by K.
 
     Args:
         logits: (N, K).
@@ -63,9 +63,9 @@ def brier(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def top_predictions(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Take each sample's likeliest class: how sure it is, and whether it is right.
+    """Compute the confidence and correctness of the most likely class.
 
-    Of classes that tie, the first is predicted.
+    If classes tie, the first one is predicted.
 
     Args:
         logits: (N, K).
@@ -86,9 +86,9 @@ class ReliabilityBins:
     """Samples grouped by confidence: bin q holds confidences in (q/Q, (q + 1)/Q].
 
     Attributes:
-        counts: (Q,) samples per bin.
-        confidence: (Q,) mean confidence per bin, zero where the bin is empty.
-        accuracy: (Q,) share of right predictions per bin, zero where the bin is empty.
+        counts: (Q,) number of samples per bin.
+        confidence: (Q,) mean confidence per bin, zero for empty bins.
+        accuracy: (Q,) fraction of correct predictions per bin, zero for empty bins.
     """
 
     counts: Tensor
@@ -97,7 +97,7 @@ class ReliabilityBins:
 
     @property
     def expected_error(self) -> Tensor:
-        """The mean over samples of their bin's |accuracy - confidence|, which is the ECE."""
+        """The ECE: mean over samples of |accuracy - confidence| of their bin."""
         gaps = (self.accuracy - self.confidence).abs()
         return (self.counts * gaps).sum() / self.counts.sum()
 
@@ -105,7 +105,8 @@ class ReliabilityBins:
 def reliability_bins(logits: Tensor, labels: Tensor, num_bins: int = NUM_BINS) -> ReliabilityBins:
     """Group samples by confidence into bins of equal width, closed on the right.
 
-    So a confidence of one is in the last bin; zero, were it possible, would be in the first.
+    A confidence of one falls into the last bin; zero, which cannot occur, would fall into the
+    first.
 
     Args:
         logits: (N, K).
@@ -117,19 +118,19 @@ def reliability_bins(logits: Tensor, labels: Tensor, num_bins: int = NUM_BINS) -
     """
     _check_num_bins(num_bins)
     confidence, correct = top_predictions(logits, labels)
-    members = F.one_hot(bin_indices(confidence, num_bins), num_bins).double()  # (N, Q)
-    counts = members.sum(dim=0)
+    in_bin = F.one_hot(bin_indices(confidence, num_bins), num_bins).double()  # (N, Q)
+    counts = in_bin.sum(dim=0)
     sizes = counts.clamp(min=1)
     return ReliabilityBins(
         counts=counts.long(),
-        confidence=confidence @ members / sizes,
-        accuracy=correct.double() @ members / sizes,
+        confidence=confidence @ in_bin / sizes,
+        accuracy=correct.double() @ in_bin / sizes,
     )
 
 
 def bin_indices(confidence: Tensor, num_bins: int) -> Tensor:
-    """Find the bin of equal width, closed on the right, of each confidence: (N,) -> (N,) int64."""
-    # Division rounds each edge correctly, so that 1/3 lies on the edge 5/15 and not beside it.
+    """Return the equal-width bin, closed on the right, of each confidence: (N,) -> (N,) int64."""
+    # Division rounds each edge correctly, so that 1/3 equals the edge 5/15.
     edges = torch.arange(1, num_bins, dtype=torch.float64, device=confidence.device) / num_bins
     return torch.bucketize(confidence, edges)
 
@@ -156,18 +157,18 @@ def thresholded_adaptive_calibration_error(
 ) -> Tensor:
     """Compute the TACE: Σ_k Σ_q n_kq · |frequency_kq - probability_kq| / (N · K).
 
-    For each class k, its probabilities above the threshold are sorted and cut into Q bins of
-    floor(n_k / Q) samples; the last bin also takes the remainder. In a bin, the mean probability
-    of k is held against the share of samples that are of class k.
+    For each class k, the n_k probabilities above the threshold are sorted and split into Q bins of
+    floor(n_k / Q) samples; the last bin also holds the remainder. Within a bin, the mean
+    probability of k is compared with the fraction of samples of class k.
 
-    As in the published evaluation, the divisor counts the samples under the threshold too, and
-    fewer than Q probabilities make one bin. Equal probabilities keep the order of the samples.
+    As in the published evaluation, the divisor also counts samples below the threshold, and fewer
+    than Q probabilities form one bin. Ties keep the order of the samples.
 
     Args:
         logits: (N, K).
         labels: (N,).
         num_bins: Q, of equal mass.
-        threshold: probabilities up to this one are left out.
+        threshold: probabilities at or below this value are excluded.
 
     Returns:
         A scalar in [0, 1], in float64.
@@ -182,7 +183,7 @@ def thresholded_adaptive_calibration_error(
     classes = torch.arange(num_classes, device=logits.device)[:, None]
     excess = probabilities - (labels[order] == classes).double()
     num_kept = (probabilities > threshold).sum(dim=1, keepdim=True)  # (K, 1)
-    # Sorted bins are contiguous: their sums are differences of one running sum.
+    # Sorted bins are contiguous, so their sums are differences of one running sum.
     running = F.pad(excess.cumsum(dim=1), (1, 0))  # (K, N + 1)
     bin_sums = running.gather(1, _equal_mass_edges(num_kept, num_samples, num_bins)).diff(dim=1)
     return bin_sums.abs().sum() / (num_samples * num_classes)
@@ -191,17 +192,16 @@ def thresholded_adaptive_calibration_error(
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """Find the temperature T that minimises nll(logits / T, labels) (Guo et al., section 4.2).
 
-    In s = 1 / T the problem is convex: with margins d_nk = z_nk - z_ny, the NLL is the mean over
-    n of log Σ_k exp(s · d_nk). Newton steps on its derivative, in float64 and kept inside a bracket
-    of the root, solve it to a relative 1e-10.
+    The problem is convex in s = 1 / T: with margins d_nk = z_nk - z_ny, the NLL is the mean over n
+    of log Σ_k exp(s · d_nk). It is solved to a relative tolerance of 1e-10 by Newton steps on its
+    derivative, in float64, within a bracket of the root.
 
-    The result lies within `TEMPERATURE_BOUNDS`: logits that separate the classes perfectly
-    get the lower bound, as no temperature is low enough for them, and logits that predict worse
-    than chance the upper one. It is 1 where 1 already is a minimum to machine precision, as for
-    constant logits.
+    The result lies within `TEMPERATURE_BOUNDS`: logits that separate the classes perfectly, for
+    which the optimum is zero, yield the lower bound; logits that predict worse than chance yield
+    the upper bound. The result is 1 if 1 is a minimum to machine precision, as for constant logits.
 
     Args:
-        logits: (N, K), of samples that the reported figures do not use.
+        logits: (N, K), of samples that are not used in the reported metrics.
         labels: (N,).
 
     Raises:
@@ -225,11 +225,11 @@ def temperature_error(logits: Tensor, temperature: float) -> float:
     """Compute the relative standard error of a fitted temperature.
 
     The Fisher information of log T in N samples is Σ_n Var_k[z_nk / T] with k drawn from
-    softmax(z_n / T), so the standard error of log T, which is that of T over T, is 1 / √ of that
-    sum. Few samples make it large, and so do samples that are nearly all certain.
+    softmax(z_n / T). The standard error of log T, which is the relative standard error of T, is
+    1 / √ of that sum. It is large for few samples and for samples with confidences near one.
 
     Args:
-        logits: (N, K), of the samples that the temperature was fitted on.
+        logits: (N, K), of the samples on which the temperature was fitted.
         temperature: from `fit_temperature`.
 
     Returns:
@@ -245,34 +245,36 @@ def temperature_error(logits: Tensor, temperature: float) -> float:
     centred = scaled - (probabilities * scaled).sum(dim=1, keepdim=True)
     information = (probabilities * centred.square()).sum().item()
     if information == 0:
-        raise InputError("no temperature is best, as the probabilities do not depend on it")
+        raise InputError(
+            "no temperature is optimal because the probabilities do not depend on the temperature"
+        )
     return float(information**-0.5)
 
 
 def check_logits(
     logits: Tensor, labels: Tensor | None = None, *, axes: str = "(N, K)", name: str = "logits"
 ) -> None:
-    """Check that logits, and labels where given, can be scored.
+    """Check logits and optional labels.
 
     Args:
-        logits: of shape `axes`; no axis may be empty and K must be 2 or more.
+        logits: tensor of shape `axes`; no axis may be empty and K must be 2 or more.
         labels: (N,), integers.
-        axes: the shape that is wanted, one name per axis.
-        name: what the caller's argument is called.
+        axes: expected shape, one name per axis.
+        name: name of the logits in error messages.
 
     Raises:
         InputError: wrong shapes, labels out of range or logits that are not finite.
     """
     shape = tuple(logits.shape)
     if len(shape) != axes.count(",") + 1 or min(shape) < 1 or shape[-1] < 2:
-        raise InputError(f"{name} must have shape {axes}, none empty and K ≥ 2; got {shape}.")
+        raise InputError(f"{name} must have shape {axes}, no axis empty and K ≥ 2; got {shape}.")
     if labels is not None:
         _check_labels(labels, shape[0], shape[-1])
     finite = logits.isfinite()
     if not finite.all():
-        place = tuple((~finite).nonzero()[0].tolist())
-        value = logits[place].item()
-        raise InputError(f"{name} must be finite; got {value} at index {place}.")
+        index = tuple((~finite).nonzero()[0].tolist())
+        value = logits[index].item()
+        raise InputError(f"{name} must be finite; got {value} at index {index}.")
 
 
 def _check_labels(labels: Tensor, num_samples: int, num_classes: int) -> None:
@@ -285,10 +287,10 @@ def _check_labels(labels: Tensor, num_samples: int, num_classes: int) -> None:
         raise InputError(f"labels must be integers; got {labels.dtype}.")
     outside = (labels < 0) | (labels >= num_classes)
     if outside.any():
-        place = int(outside.nonzero()[0])
+        index = int(outside.nonzero()[0])
         raise InputError(
-            f"labels must be in 0 … {num_classes - 1}, as the logits have {num_classes} classes; "
-            f"got {int(labels[place])} at index {place}."
+            f"labels must be in 0 … {num_classes - 1} because the logits have {num_classes} "
+            f"classes; got {int(labels[index])} at index {index}."
         )
 
 
@@ -302,7 +304,7 @@ def _probabilities(logits: Tensor) -> Tensor:
 
 
 def _equal_mass_edges(num_kept: Tensor, num_samples: int, num_bins: int) -> Tensor:
-    """Place the bins' edges among sorted samples: (K, 1) counts kept at the end -> (K, Q + 1)."""
+    """Compute the bin edges among sorted samples: (K, 1) counts kept at the end -> (K, Q + 1)."""
     steps = torch.arange(num_bins + 1, device=num_kept.device)
     edges = num_samples - num_kept + num_kept // num_bins * steps
     edges[:, -1] = num_samples
@@ -310,8 +312,8 @@ def _equal_mass_edges(num_kept: Tensor, num_samples: int, num_bins: int) -> Tens
 
 
 def _nll_derivatives(margins: Tensor, inverse: float) -> tuple[float, float]:
-    """Differentiate the NLL by s = 1 / T, once and twice: the margins' mean and variance."""
-    # Margins, not logits: no rounding then hides the sign of a vanishing slope.
+    """Compute the derivatives of the NLL by s = 1 / T: mean and variance of the margins."""
+    # With margins instead of logits, rounding does not hide the sign of a vanishing slope.
     probabilities = (inverse * margins).softmax(dim=1)
     mean = (probabilities * margins).sum(dim=1)
     variance = (probabilities * (margins - mean[:, None]).square()).sum(dim=1)
@@ -319,18 +321,18 @@ def _nll_derivatives(margins: Tensor, inverse: float) -> tuple[float, float]:
 
 
 def _find_root(margins: Tensor, low: float, high: float, tolerance: float = 1e-10) -> float:
-    """Find the s in (low, high) at which the NLL's slope changes its sign."""
+    """Find the s in (low, high) at which the slope of the NLL changes sign."""
     current, step = 1.0, high - low
     for _ in range(200):
         slope, curvature = _nll_derivatives(margins, current)
         low, high = (low, current) if slope > 0 else (current, high)
         proposal = current - slope / curvature if curvature > 0 else high
-        # Newton crawls where the slope decays exponentially: its step must halve at least, down to
-        # steps so small that they are rounding errors.
+        # Newton's method converges slowly if the slope decays exponentially, so each step must be
+        # at most half the previous one, unless it is already within the tolerance.
         length = abs(proposal - current)
-        short = length < abs(step) / 2 or length <= tolerance * current
-        trusted = low <= proposal <= high and short
-        following = proposal if trusted else (low * high) ** 0.5
+        is_short = length < abs(step) / 2 or length <= tolerance * current
+        is_accepted = low <= proposal <= high and is_short
+        following = proposal if is_accepted else (low * high) ** 0.5
         step, current = following - current, following
         if abs(step) <= tolerance * current:
             break

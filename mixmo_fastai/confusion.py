@@ -1,4 +1,4 @@
-"""Which classes are taken for which.
+"""Confusion matrix and most confused classes.
 
 Shapes: N samples, K classes. Logits are (N, K), labels (N,) integers in [0, K).
 """
@@ -10,30 +10,30 @@ from torch import Tensor
 from mixmo_fastai.calibration import check_logits
 
 
-class Confused(NamedTuple):
-    """One class that is taken for another.
+class ConfusedPair(NamedTuple):
+    """A true class and another class that is predicted instead.
 
     Attributes:
         true, predicted: class indices.
-        samples: how many.
-        share: of the samples of the true class.
+        samples: number of samples of the true class with this prediction.
+        fraction: fraction of the samples of the true class.
     """
 
     true: int
     predicted: int
     samples: int
-    share: float
+    fraction: float
 
 
 def confusion_matrix(logits: Tensor, labels: Tensor) -> Tensor:
-    """Count the samples of each class by the class that is predicted.
+    """Count the samples by true and predicted class.
 
     Args:
         logits: (N, K).
         labels: (N,).
 
     Returns:
-        (K, K) int64: a row per true class, a column per predicted one.
+        (K, K) int64, one row per true class and one column per predicted class.
 
     Raises:
         InputError: wrong shapes, labels out of range or logits that are not finite.
@@ -44,12 +44,12 @@ def confusion_matrix(logits: Tensor, labels: Tensor) -> Tensor:
     return cells.bincount(minlength=num_classes**2).view(num_classes, num_classes)
 
 
-def most_confused(matrix: Tensor, count: int) -> list[Confused]:
-    """List the pairs with the most errors, most first; pairs without errors are left out.
+def most_confused(matrix: Tensor, count: int) -> list[ConfusedPair]:
+    """Return the pairs with the most errors, in descending order, without pairs of no errors.
 
     Args:
-        matrix: from `confusion_matrix`, (K, K).
-        count: pairs at most.
+        matrix: (K, K), from `confusion_matrix`.
+        count: maximum number of pairs.
     """
     errors = matrix.clone()
     errors.fill_diagonal_(0)
@@ -60,5 +60,5 @@ def most_confused(matrix: Tensor, count: int) -> list[Confused]:
         if number == 0:
             break
         true, predicted = divmod(cell, len(matrix))
-        pairs.append(Confused(true, predicted, number, number / sizes[true]))
+        pairs.append(ConfusedPair(true, predicted, number, number / sizes[true]))
     return pairs

@@ -1,9 +1,9 @@
-"""Out of distribution: does a network know what it has never been trained on?
+"""Out-of-distribution detection: how well uncertainty identifies images of another data set.
 
-Shapes: N images of the data set, O images of another one, M members, K classes.
+Shapes: N in-distribution images, O out-of-distribution images, M members, K classes.
 Sources: Hendrycks, Gimpel, "A Baseline for Detecting Misclassified and Out-of-Distribution
 Examples", ICLR 2017 (confidence, AUROC, AUPR); Liang, Li, Srikant, "ODIN", ICLR 2018 (false
-positives at 95 %).
+positive rate at 95 % true positive rate).
 """
 
 import math
@@ -19,17 +19,17 @@ from mixmo_fastai.calibration import check_logits
 from mixmo_fastai.diversity import information_per_sample
 from mixmo_fastai.errors import InputError
 
-ACCEPTED = 0.95
-"""Share of the data set's own images that is accepted where false positives are counted."""
+TRUE_POSITIVE_RATE = 0.95
+"""Fraction of in-distribution images accepted at the threshold of the false positive rate."""
 
 
 def confidence_uncertainty(member_logits: Tensor) -> Tensor:
-    """Give 1 - the largest probability of the ensemble, the mean of logits: (N, M, K) -> (N,)."""
+    """Compute 1 - the largest probability of the ensemble (mean of logits): (N, M, K) -> (N,)."""
     return 1 - member_logits.double().mean(dim=1).softmax(dim=1).amax(dim=1)
 
 
 def entropy_uncertainty(member_logits: Tensor) -> Tensor:
-    """Give the entropy of the ensemble, the mean of logits, in nats: (N, M, K) -> (N,)."""
+    """Compute the entropy of the ensemble (mean of logits), in nats: (N, M, K) -> (N,)."""
     probabilities = member_logits.double().mean(dim=1).softmax(dim=1)
     entropy: Tensor = torch.special.entr(probabilities).sum(dim=1)
     return entropy
@@ -40,50 +40,52 @@ UNCERTAINTIES: dict[str, Callable[[Tensor], Tensor]] = {
     "entropy": entropy_uncertainty,
     "mutual_information": information_per_sample,
 }
-"""What tells a strange image, by name: each (N, M, K) -> (N,), larger for stranger."""
+"""Measures of uncertainty by name: functions (N, M, K) -> (N,), larger for more uncertain."""
 
 
-def detection_metrics(own: Tensor, other: Tensor) -> dict[str, Any]:
-    """Compute how well each uncertainty tells images of another data set from the own ones.
+def detection_metrics(in_logits: Tensor, out_logits: Tensor) -> dict[str, Any]:
+    """Compute how well each uncertainty separates in- and out-of-distribution images.
 
     Args:
-        own: member logits (N, M, K) of the data set's own test images.
-        other: member logits (O, M, K) of the other images.
+        in_logits: member logits (N, M, K) of in-distribution test images.
+        out_logits: member logits (O, M, K) of out-of-distribution images.
 
     Returns:
-        by the name of the uncertainty: "auroc", the probability that an image of the other set is
-        the less certain one; "aupr", the average precision with the other set as positive;
-        "fpr95", the share of the other set that is accepted where 95 % of the own images are.
-        "absent", there only then, maps an uncertainty that cannot be computed to the reason.
+        metrics by uncertainty: "auroc", the probability that an out-of-distribution image is more
+        uncertain than an in-distribution one; "aupr", the average precision with
+        out-of-distribution as the positive class; "fpr95", the fraction of out-of-distribution
+        images accepted at the threshold that accepts 95 % of the in-distribution images. If some
+        uncertainties cannot be computed, "absent" maps them to the reason.
 
     Raises:
         InputError: wrong shapes, or logits that are not finite.
     """
-    for name, logits in (("own", own), ("other", other)):
+    for name, logits in (("in_logits", in_logits), ("out_logits", out_logits)):
         check_logits(logits, axes="(N, M, K)", name=name)
-    figures: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}
     absent: dict[str, str] = {}
     for name, uncertainty in UNCERTAINTIES.items():
         try:
-            figures[name] = separation(uncertainty(own).numpy(), uncertainty(other).numpy())
+            scores = (uncertainty(logits).numpy() for logits in (in_logits, out_logits))
+            metrics[name] = separation(*scores)
         except InputError as error:
             absent[name] = str(error)
-    return {**figures, "absent": absent} if absent else figures
+    return {**metrics, "absent": absent} if absent else metrics
 
 
-def separation(own: np.ndarray, other: np.ndarray) -> dict[str, float]:
+def separation(in_scores: np.ndarray, out_scores: np.ndarray) -> dict[str, float]:
     """Compute AUROC, AUPR and the false positive rate at 95 %; see `detection_metrics`.
 
     Args:
-        own: uncertainties (N,) of the own images.
-        other: uncertainties (O,) of the others.
+        in_scores: uncertainties (N,) of in-distribution images.
+        out_scores: uncertainties (O,) of out-of-distribution images.
     """
-    scores = np.concatenate([own, other])
-    is_other = np.arange(len(scores)) >= len(own)
-    # The least limit that accepts 95 % of the own images; what ties with it is accepted too.
-    limit = np.sort(own)[math.ceil(ACCEPTED * len(own) - 1e-9) - 1]
+    scores = np.concatenate([in_scores, out_scores])
+    is_out = np.arange(len(scores)) >= len(in_scores)
+    # The lowest threshold that accepts 95 % of the in-distribution images; ties are accepted.
+    threshold = np.sort(in_scores)[math.ceil(TRUE_POSITIVE_RATE * len(in_scores) - 1e-9) - 1]
     return {
-        "auroc": float(roc_auc_score(is_other, scores)),
-        "aupr": float(average_precision_score(is_other, scores)),
-        "fpr95": float((other <= limit).mean()),
+        "auroc": float(roc_auc_score(is_out, scores)),
+        "aupr": float(average_precision_score(is_out, scores)),
+        "fpr95": float((out_scores <= threshold).mean()),
     }

@@ -36,7 +36,7 @@ def _sums_of(metric: Any) -> tuple[str, str]:
     if isinstance(metric, AvgMetric | AvgLoss):
         return "total", "count"
     if isinstance(metric, MemberAccuracy):
-        return "num_right", "num_seen"
+        return "num_correct", "num_seen"
     raise InputError(f"The metric {metric.name!r} cannot be added up over processes.")
 
 

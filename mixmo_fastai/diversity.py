@@ -1,4 +1,4 @@
-"""Diversity: how far the members of an ensemble differ, in errors and in predictions.
+"""Diversity: how much the errors and predictions of the members of an ensemble differ.
 
 Shapes: N samples, M members, K classes, P = M (M - 1) / 2 pairs of members. Member logits are
 (N, M, K), labels (N,) integers in [0, K).
@@ -18,7 +18,7 @@ AXES = "(N, M, K)"
 
 
 def member_accuracies(member_logits: Tensor, labels: Tensor) -> Tensor:
-    """Compute the share of samples that each member predicts right.
+    """Compute the accuracy of each member.
 
     Args:
         member_logits: (N, M, K).
@@ -36,32 +36,33 @@ def member_accuracies(member_logits: Tensor, labels: Tensor) -> Tensor:
 def ratio_error(member_logits: Tensor, labels: Tensor) -> Tensor:
     """Compute the ratio of errors: d_re = (N01 + N10) / N00, averaged over pairs of members.
 
-    N01 + N10 counts the samples that one member of the pair gets wrong, N00 those that both do.
-    The more errors differ, the larger it is.
+    N01 + N10 is the number of samples that exactly one member of the pair misclassifies, N00 the
+    number that both misclassify. It is larger the more the errors differ.
 
     Args:
         member_logits: (N, M, K).
         labels: (N,).
 
     Returns:
-        A scalar in float64, zero or more, without upper limit.
+        A scalar in float64, zero or more, without an upper bound.
 
     Raises:
-        InputError: as for `member_accuracies`, there is one member only, or a pair has no error
-            in common, which leaves its ratio undefined.
+        InputError: as for `member_accuracies`, there is only one member, or a pair has no common
+            error, so that its ratio is undefined.
     """
     first, second = _pairs(~_correct(member_logits, labels), "ratio_error")
     by_one = (first ^ second).sum(dim=0)  # (P,)
     by_both = (first & second).sum(dim=0)
     if not by_both.all():
         raise InputError(
-            "ratio_error divides by the errors that two members share; got a pair that shares none."
+            "ratio_error divides by the number of common errors of two members; got a pair "
+            "without common errors."
         )
     return (by_one.double() / by_both).mean()
 
 
 def disagreement(member_logits: Tensor) -> Tensor:
-    """Compute the share of samples on which two members predict different classes.
+    """Compute the fraction of samples on which two members predict different classes.
 
     Args:
         member_logits: (N, M, K).
@@ -70,7 +71,7 @@ def disagreement(member_logits: Tensor) -> Tensor:
         A scalar in [0, 1], in float64, the mean over pairs of members.
 
     Raises:
-        InputError: wrong shape, logits that are not finite, or there is one member only.
+        InputError: wrong shape, logits that are not finite, or only one member.
     """
     check_logits(member_logits, axes=AXES, name="member_logits")
     first, second = _pairs(member_logits.argmax(dim=2), "disagreement")
@@ -78,10 +79,10 @@ def disagreement(member_logits: Tensor) -> Tensor:
 
 
 def mutual_information(member_logits: Tensor) -> Tensor:
-    """Compute how much is learnt about the class by being told the member, in nats.
+    """Compute the mutual information of the predicted class and the member, in nats.
 
     The mean over samples of H(mean_m p_m) - mean_m H(p_m), where H(p) = -Σ_k p_k log p_k. It is
-    zero where all members give the same probabilities, and log M at most.
+    zero if all members predict the same probabilities, and at most log M.
 
     Args:
         member_logits: (N, M, K).
@@ -90,15 +91,16 @@ def mutual_information(member_logits: Tensor) -> Tensor:
         A scalar in float64, zero or more.
 
     Raises:
-        InputError: wrong shape, logits that are not finite, or there is one member only.
+        InputError: wrong shape, logits that are not finite, or only one member.
     """
     return information_per_sample(member_logits).mean()
 
 
 def information_per_sample(member_logits: Tensor) -> Tensor:
-    """Compute the members' mutual information of each sample, an uncertainty of its own kind.
+    """Compute the mutual information of each sample, a measure of uncertainty.
 
-    It is large where members contradict each other surely, and zero where all are unsure alike.
+    It is large if the members disagree with high confidence, and zero if their probabilities are
+    equal.
 
     Args:
         member_logits: (N, M, K).
@@ -107,11 +109,11 @@ def information_per_sample(member_logits: Tensor) -> Tensor:
         (N,) in float64, from 0 to log M, in nats.
 
     Raises:
-        InputError: wrong shape, logits that are not finite, or there is one member only.
+        InputError: wrong shape, logits that are not finite, or only one member.
     """
     check_logits(member_logits, axes=AXES, name="member_logits")
     if member_logits.shape[1] < 2:
-        raise InputError("mutual_information compares members and needs two or more; got 1.")
+        raise InputError("mutual_information compares members and needs at least two; got 1.")
     return mixture_information(member_logits.double().softmax(dim=2))
 
 
@@ -119,14 +121,14 @@ def mixture_information(probabilities: Tensor) -> Tensor:
     """Compute H(mean_m p_m) - mean_m H(p_m) of each sample: (N, M, …, K) -> (N, …), in nats."""
     of_mean: Tensor = torch.special.entr(probabilities.double().mean(dim=1)).sum(dim=-1)
     of_members: Tensor = torch.special.entr(probabilities.double()).sum(dim=-1).mean(dim=1)
-    # Members that agree leave a difference of rounding errors, which may be negative.
+    # If members agree, rounding can make the difference negative.
     return (of_mean - of_members).clamp(min=0)
 
 
 def mean_probability_logits(member_logits: Tensor) -> Tensor:
-    """Give the logarithm of the mean over members of their probabilities, to be used as logits.
+    """Compute the logarithm of the members' mean probabilities, for use as logits.
 
-    The other common ensemble is the mean of the logits, as published.
+    The published ensemble averages the logits instead.
 
     Args:
         member_logits: (N, M, K).
@@ -139,15 +141,17 @@ def mean_probability_logits(member_logits: Tensor) -> Tensor:
 
 
 def accuracy_by_agreement(member_logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Group samples by how many members vote for the ensemble's class, the mean of the logits.
+    """Group samples by the number of members that predict the class of the ensemble.
+
+    The ensemble is the mean of the logits.
 
     Args:
         member_logits: (N, M, K).
         labels: (N,).
 
     Returns:
-        counts (M + 1,) of samples with 0, 1, … M such members, int64, and the ensemble's accuracy
-        on them (M + 1,) in float64, zero where there are none.
+        counts (M + 1,) int64, the number of samples with 0, 1, … M such members; accuracy (M + 1,)
+        in float64, that of the ensemble on these samples, zero if there are none.
 
     Raises:
         InputError: wrong shapes, labels out of range or logits that are not finite.
@@ -157,20 +161,20 @@ def accuracy_by_agreement(member_logits: Tensor, labels: Tensor) -> tuple[Tensor
     predicted = member_logits.double().mean(dim=1).argmax(dim=1)  # (N,)
     agreeing = (member_logits.argmax(dim=2) == predicted[:, None]).sum(dim=1)
     counts = agreeing.bincount(minlength=num_members + 1)
-    right = agreeing[predicted == labels].bincount(minlength=num_members + 1)
-    return counts, right.double() / counts.clamp(min=1)
+    num_correct = agreeing[predicted == labels].bincount(minlength=num_members + 1)
+    return counts, num_correct.double() / counts.clamp(min=1)
 
 
 def _correct(member_logits: Tensor, labels: Tensor) -> Tensor:
-    """Mark what each member predicts right: (N, M) bool."""
+    """Compute which predictions of the members are correct: (N, M) bool."""
     check_logits(member_logits, labels, axes=AXES, name="member_logits")
     return member_logits.argmax(dim=2) == labels[:, None]
 
 
-def _pairs(values: Tensor, figure: str) -> tuple[Tensor, Tensor]:
-    """Set each pair of members side by side: (N, M) -> twice (N, P)."""
+def _pairs(values: Tensor, metric: str) -> tuple[Tensor, Tensor]:
+    """Return the values of the first and second member of each pair: (N, M) -> twice (N, P)."""
     num_members = values.shape[1]
     if num_members < 2:
-        raise InputError(f"{figure} compares members and needs two or more; got {num_members}.")
+        raise InputError(f"{metric} compares members and needs at least two; got {num_members}.")
     first, second = torch.triu_indices(num_members, num_members, 1, device=values.device)
     return values[:, first], values[:, second]

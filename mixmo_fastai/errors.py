@@ -1,4 +1,4 @@
-"""Errors that a person can act on, and the nearest-name suggestion they carry."""
+"""Errors with messages for users, suggestions for misspelt names, and argument checks."""
 
 import re
 from collections.abc import Iterable
@@ -9,23 +9,23 @@ _AnyError = TypeVar("_AnyError", bound=Exception)
 
 
 class InputError(ValueError):
-    """A value that came from the user cannot be used.
+    """Raised for an invalid value from the user.
 
-    The message is one to three lines: what was wrong, what is allowed, what to do. The command
-    line prints it without a traceback and exits with code 2.
+    The message has one to three lines: what is wrong, what is allowed, what to do. The command line
+    prints it without a traceback and exits with code 2.
     """
 
 
 class RunFailedError(RuntimeError):
-    """A run could not go on, through no fault of its input alone.
+    """Raised when a run fails for another reason than invalid input.
 
-    The message is one to three lines. The command line prints it without a traceback and exits with
-    code 1.
+    The message has one to three lines. The command line prints it without a traceback and exits
+    with code 1.
     """
 
 
 def plain(error: _AnyError) -> _AnyError:
-    """Take off what fastai puts before the message of an error that a callback raises."""
+    """Remove the prefix that fastai adds to the message of an error raised in a callback."""
     error.args = (_PREFACE.sub("", str(error)),)
     return error
 
@@ -34,47 +34,47 @@ _PREFACE = re.compile(r"Exception occured in `\w+` when calling event `\w+`:\n\t
 
 
 def first_line(error: BaseException, most: int = 120) -> str:
-    """Give the kind of an error that somebody else's code raised, and its message's first line."""
-    said = str(error).partition("\n")[0][:most].rstrip(".: ")
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+    """Format an error as its type and the first line of its message, at most `most` characters."""
+    message = str(error).partition("\n")[0][:most].rstrip(".: ")
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
 def check_count(name: str, value: object) -> None:
-    """Check that something is a whole number, 1 or more.
+    """Check that a value is an integer, 1 or more.
 
     Raises:
-        InputError: it is not; `name` says what it is.
+        InputError: it is not; the message names it `name`.
     """
     if not isinstance(value, int) or value < 1:
-        raise InputError(f"{name} must be a whole number, 1 or more; got {value!r}.")
+        raise InputError(f"{name} must be an integer, 1 or more; got {value!r}.")
 
 
 def nearest(name: str, choices: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """Find the choice that `name` most probably meant, or None where nothing is close.
+    """Return the choice closest to a misspelt name, or None if no choice is close.
 
     Args:
-        name: what was received.
-        choices: the names that are allowed.
-        cutoff: how close it must be, from 0 to 1 for equal.
+        name: the received name.
+        choices: the allowed names.
+        cutoff: minimum similarity, from 0 to 1 for equal names.
     """
-    by_folded = {_fold(choice): choice for choice in choices}
-    matches = get_close_matches(_fold(name), by_folded, n=1, cutoff=cutoff)
-    return by_folded[matches[0]] if matches else None
+    by_normalized = {_normalized(choice): choice for choice in choices}
+    matches = get_close_matches(_normalized(name), by_normalized, n=1, cutoff=cutoff)
+    return by_normalized[matches[0]] if matches else None
 
 
-def unknown(what: str, name: str, choices: Iterable[str]) -> InputError:
-    """Build the error for a name that is not among the choices.
+def unknown(kind: str, name: str, choices: Iterable[str]) -> InputError:
+    """Build the error for an unknown name.
 
     Args:
-        what: the kind of thing that was named, as in "mask kind".
-        name: what was received.
-        choices: the names that are allowed, in the order in which to list them.
+        kind: what the name stands for, such as "mask kind".
+        name: the received name.
+        choices: the allowed names, in the order in which to list them.
     """
     choices = list(choices)
     guess = nearest(name, choices)
     hint = f" Did you mean {guess!r}?" if guess else ""
-    return InputError(f"Unknown {what} {name!r}.{hint}\nAllowed: {', '.join(choices)}.")
+    return InputError(f"Unknown {kind} {name!r}.{hint}\nAllowed: {', '.join(choices)}.")
 
 
-def _fold(name: str) -> str:
+def _normalized(name: str) -> str:
     return name.lower().replace("_", "-").replace(" ", "-")

@@ -1,6 +1,6 @@
-"""Names a user may type, and the facts that hang on them. Standard library only.
+"""Names that users may type, and the properties of what they name. Standard library only.
 
-The command line and the recipes check names here, before torch or fastai is imported.
+The command line and recipes check names here, before torch or fastai is imported.
 """
 
 import re
@@ -24,16 +24,17 @@ MASK_KINDS = (
     "channel-stack",
     "noise",
 )
-"""How features are mixed; drawn by `mixmo_fastai.mixing.draw_masks`."""
+"""Kinds of feature mixing; masks are drawn by `mixmo_fastai.mixing.draw_masks`."""
 
 COW_DEFAULTS = {"sigma_min": 4.0, "sigma_max": 16.0, "area_min": 0.2, "area_max": 0.8}
-"""CowMask's blur in places and area share, from lowest to highest."""
+"""CowMask: standard deviation of the blur in feature-map locations, and area fraction; lowest and
+highest values."""
 _BLOCKS = ("block_size",)
 MASK_OPTIONS = {"patchup": _BLOCKS, "patchup-soft": _BLOCKS, "cow": tuple(COW_DEFAULTS)}
-"""Options of the mask kinds that have some; what each means is said in `mixing/regions.py`."""
+"""Options of mask kinds, documented in `mixing/regions.py`; kinds without options are omitted."""
 
 MSDA_KINDS = ("cutmix", "mixup")
-"""Mixed-sample augmentation of the pixels, inside each member; drawn by `mixmo_fastai.msda`."""
+"""Kinds of mixed-sample data augmentation inside each member; drawn by `mixmo_fastai.msda`."""
 
 READOUTS = {"core": "mixmo_fastai.models.readout:core_pooling"}
 """How the heads read the core's maps; each name with the module and factory of its readout."""
@@ -50,15 +51,15 @@ EXPORT_SUFFIXES = (".safetensors", ".onnx")
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What is known of a named data set before it is read.
+    """Properties of a named data set, known before it is loaded.
 
     Attributes:
         num_classes: number of classes K.
         image_shape: (C, H, W) of one image.
-        num_images: images in the training and in the test part.
-        mean, std: per channel, of pixels in [0, 1]; the published values where there are some.
+        num_images: number of images in the training set and in the test set.
+        mean, std: per channel, of pixels in [0, 1]; the published values if they exist.
         crop_padding: pixels of zero padding before the random crop.
-        flip: whether a mirrored image keeps its label.
+        flip: whether a horizontal flip preserves the label.
     """
 
     num_classes: int
@@ -104,7 +105,7 @@ _TORCHVISION = """
     wide_resnet101_2 wide_resnet50_2
 """
 TORCHVISION_NETWORKS = tuple(_TORCHVISION.split())
-"""Classifiers of torchvision that MixMo can be made of: all but SqueezeNet."""
+"""Classifiers of torchvision that can be converted to MixMo: all but SqueezeNet."""
 
 
 @dataclass(frozen=True)
@@ -112,9 +113,9 @@ class Architecture:
     """A parsed architecture name.
 
     Attributes:
-        family: that it is of.
-        depth, width: of the published families.
-        name: within torchvision or timm.
+        family: family of the architecture.
+        depth, width: for the published families.
+        name: name in torchvision or timm.
     """
 
     family: Literal["wrn", "preact_resnet", "torchvision", "timm"]
@@ -124,12 +125,12 @@ class Architecture:
 
 
 def parse_architecture(name: str) -> Architecture:
-    """Read an architecture name such as "wrn28_10", "resnet50" or "timm/convnext_atto".
+    """Parse an architecture name such as "wrn28_10", "resnet50" or "timm/convnext_atto".
 
-    Whether timm has a network of a name is not known before it is imported.
+    Names of timm networks are not checked, since that requires importing timm.
 
     Raises:
-        InputError: the name is of no family, or its depth or width is impossible.
+        InputError: the name belongs to no family, or its depth or width is invalid.
     """
     if match := re.fullmatch(r"wrn(\d{1,4})_(\d{1,3})", name):
         depth, width = int(match[1]), int(match[2])
@@ -147,7 +148,7 @@ def parse_architecture(name: str) -> Architecture:
         if depth != 18 or width < 1:
             raise InputError(
                 f"Architecture {name!r}: PreActResNet has depth 18 and width 1 or more, "
-                "as in preact_resnet18_3."
+                "such as preact_resnet18_3."
             )
         return Architecture("preact_resnet", depth, width)
     if name in TORCHVISION_NETWORKS:
@@ -156,18 +157,19 @@ def parse_architecture(name: str) -> Architecture:
         return Architecture("timm", name=match[1])
     if name in _WITHOUT_HEADS:
         raise InputError(
-            f"{name} does not end with a linear layer but with a convolution before its pooling: "
-            "heads cannot be made of it.\nTake another of torchvision, such as mobilenet_v2."
+            f"{name} does not end with a linear layer but with a convolution before pooling, so "
+            "MixMo cannot create member heads.\n"
+            "Use another torchvision network, such as mobilenet_v2."
         )
     raise _unknown_architecture(name)
 
 
 def unknown_in_timm(name: str, known: Iterable[str]) -> InputError:
-    """Build the error for a name that timm does not know.
+    """Build the error for a network that timm does not have.
 
     Args:
-        name: without "timm/".
-        known: the names that it knows.
+        name: name without "timm/".
+        known: names of timm's networks.
     """
     try:
         parse_architecture(name)
@@ -176,63 +178,66 @@ def unknown_in_timm(name: str, known: Iterable[str]) -> InputError:
     else:
         return InputError(f"timm has no network {name!r}.\nWrite it without timm/: {name!r}.")
     hint = f" Did you mean 'timm/{guess}'?" if guess else ""
-    return InputError(f"timm has no network {name!r}.{hint}\ntimm.list_models() lists them.")
+    return InputError(
+        f"timm has no network {name!r}.{hint}\ntimm.list_models() lists its networks."
+    )
 
 
 def _unknown_architecture(name: str) -> InputError:
     if name.partition(".")[0] in timm_networks():
         return InputError(
-            f"{name!r} is a network of timm. Write 'timm/{name}'.\n"
-            "Names without timm/ are WideResNets, PreActResNets and classifiers of torchvision."
+            f"{name!r} is a timm network. Write 'timm/{name}'.\n"
+            "Names without timm/ are WideResNets, PreActResNets and torchvision classifiers."
         )
     if name in fastai_networks():
         return InputError(
-            f"{name!r} is a function of fastai, not a name: pass the function, in Python.\n"
-            f"from fastai.vision.models.xresnet import {name}; mixmo_learner(dls, {name})"
+            f"{name!r} is a fastai function, not an architecture name. Pass the function in "
+            f"Python:\nfrom fastai.vision.models.xresnet import {name}; "
+            f"mixmo_learner(dls, {name})"
         )
-    guess = _meant(name)
+    guess = _corrected(name)
     hint = f" Did you mean {guess!r}?" if guess else _longer_names(name)
-    without = "" if timm_networks() else "\nFor networks of timm: pip install 'mixmo-fastai[timm]'."
+    install = "" if timm_networks() else "\nFor timm networks: pip install 'mixmo-fastai[timm]'."
     return InputError(
         f"Unknown architecture {name!r}.{hint}\n"
-        f"Such as: {', '.join(_EXAMPLE_ARCHITECTURES)}, resnet50 and others of torchvision, "
-        f"timm/NAME.{without}"
+        f"Examples: {', '.join(_EXAMPLE_ARCHITECTURES)}, resnet50 and other torchvision networks, "
+        f"timm/NAME.{install}"
     )
 
 
-def _meant(name: str) -> str | None:
-    """Return the name that was most probably meant, or None.
+def _corrected(name: str) -> str | None:
+    """Return the architecture that a misspelt name most probably means, or None.
 
-    Only misspellings are corrected. A name that differs in more may be that of another network,
-    such as of a library that is not installed.
+    Only small misspellings are corrected. A larger difference may indicate another network, such as
+    one of a library that is not installed.
     """
     if match := re.fullmatch(_WIDE_RESNET, name, re.IGNORECASE):
         return f"wrn{match[1]}_{match[2]}"
-    own = {each: each for each in (*_EXAMPLE_ARCHITECTURES, *TORCHVISION_NETWORKS)}
-    choices = {**{each: f"timm/{each}" for each in timm_networks()}, **own}
+    without_prefix = {each: each for each in (*_EXAMPLE_ARCHITECTURES, *TORCHVISION_NETWORKS)}
+    choices = {**{each: f"timm/{each}" for each in timm_networks()}, **without_prefix}
     guess = nearest(name, choices, cutoff=0.8)
-    return choices[guess] if guess is not None and _is_slip(name, guess) else None
+    return choices[guess] if guess is not None and _is_misspelling(name, guess) else None
 
 
 def _longer_names(name: str) -> str:
-    """Name a network of timm that begins with a name, and count the others; "" if there is none."""
+    """Format a hint at the timm networks whose names start with `name`; "" if there are none."""
     longer = sorted(n for n in timm_networks() if n.startswith(f"{name.lower()}_"))
     if not longer:
         return ""
     shortest = min(longer, key=len)
-    count = f"{len(longer)} networks that begin" if len(longer) > 1 else "one that begins"
-    return f" timm has {count} with it, such as 'timm/{shortest}'."
+    count = f"{len(longer)} networks that start" if len(longer) > 1 else "one network that starts"
+    return f" timm has {count} with this name, such as 'timm/{shortest}'."
 
 
-def _is_slip(name: str, meant: str) -> bool:
-    """Tell a misspelt name, such as resnt50, from that of a relative, such as resnet50d."""
-    if meant in _EXAMPLE_ARCHITECTURES:  # timm has none of these kinds
+def _is_misspelling(name: str, network: str) -> bool:
+    """Check whether a name misspells a network (resnt50), not names a variant of it (resnet50d)."""
+    if network in _EXAMPLE_ARCHITECTURES:  # timm has no networks of these families
         return True
-    plain, other = (re.sub(r"[\W_]", "", each.lower()) for each in (name, meant))
-    if re.findall(r"\d+", plain) != re.findall(r"\d+", other):
-        return plain == other
-    without_one = {other[:i] + other[i + 1 :] for i in range(len(other))}
-    return sorted(plain) == sorted(other) or plain in without_one
+    typed, correct = (re.sub(r"[\W_]", "", each.lower()) for each in (name, network))
+    if re.findall(r"\d+", typed) != re.findall(r"\d+", correct):
+        return typed == correct
+    with_one_missing = {correct[:i] + correct[i + 1 :] for i in range(len(correct))}
+    return sorted(typed) == sorted(correct) or typed in with_one_missing
 
 
 _WIDE_RESNET = r"(?:wrn|wide[-_ ]?resnet)[-_ ]?(\d{1,4})[-_ x](\d{1,3})"

@@ -1,4 +1,4 @@
-"""Optimizers of torch as fastai takes them."""
+"""torch optimizers for fastai's Learner."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -9,10 +9,10 @@ from fastai.optimizer import OptimWrapper
 
 
 def sgd(momentum: float = 0.9, nesterov: bool = True, weight_decay: float = 6e-4) -> partial[Any]:
-    """Give fastai the published optimizer: torch's SGD with Nesterov's momentum.
+    """Return fastai's `opt_func` for the published optimizer: torch's SGD with Nesterov momentum.
 
-    Its decay reaches all parameters, BatchNorm's included; fastai's own SGD spares those and has no
-    Nesterov.
+    Weight decay applies to all parameters, including BatchNorm's. fastai's own SGD excludes those
+    and has no Nesterov momentum.
     """
     return partial(
         TorchOptimizer,
@@ -24,19 +24,19 @@ def sgd(momentum: float = 0.9, nesterov: bool = True, weight_decay: float = 6e-4
 
 
 class TorchOptimizer(OptimWrapper):
-    """fastai's wrapper of an optimizer of torch, without the settings that torch leaves at None.
+    """fastai's wrapper of a torch optimizer, without hyperparameters that are None.
 
-    fastai's TensorBoardCallback takes every setting for a number.
+    fastai's TensorBoardCallback assumes that every hyperparameter is a number.
     """
 
     @property
     def hypers(self) -> list[dict[str, Any]]:
-        """Settings of each group of parameters."""
-        return [{k: v for k, v in own.items() if v is not None} for own in super().hypers]
+        """Hyperparameters of each parameter group."""
+        return [{k: v for k, v in group.items() if v is not None} for group in super().hypers]
 
 
 def _sgd(groups: Iterable[Any], **settings: Any) -> torch.optim.SGD:
-    """Make torch's optimizer, in one kernel for all parameters where they lie on a GPU."""
+    """Build torch's optimizer, with fused kernels if all parameters are on a GPU."""
     groups = [*groups]
     parameters = [p for g in groups for p in (g["params"] if isinstance(g, dict) else [g])]
     on_gpu = all(p.is_cuda for p in parameters)

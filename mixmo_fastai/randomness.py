@@ -1,8 +1,8 @@
-"""Every random draw comes from a generator made for its purpose and its place in training.
+"""Random generators, each determined by (seed, stream, epoch, step, rank) alone.
 
-A generator is a function of (seed, stream, epoch, step, rank) and of nothing else. So no draw
-depends on what ran before it: a run resumes at any step without saved random states, `lr_find` or
-an evaluation in between changes nothing, and ranks draw alike or differently as the caller says.
+No draw depends on earlier draws. A run therefore resumes at any step without saved random states,
+`lr_find` or an evaluation in between does not change it, and the caller decides whether ranks draw
+the same or different numbers.
 """
 
 import hashlib
@@ -11,32 +11,32 @@ from typing import Literal, get_args
 import torch
 
 Stream = Literal[
-    "network",  # the seed of each network of a deep ensemble
+    "network",  # seed of each network of a deep ensemble
     "init",  # initial weights
-    "split",  # which training images validate
-    "test split",  # which images of a folder without a test set test
-    "limit",  # which training images a trial keeps
-    "order",  # order of the images of an epoch
+    "split",  # validation split of the training images
+    "test split",  # test split of an image folder without a test set
+    "limit",  # subset of training images for --limit
+    "order",  # image order of an epoch
     "augment",  # crops and flips of a batch
-    "augmix",  # chains of operations of AugMix, per image
+    "augmix",  # AugMix operations, per image
     "pairing",  # which member sees which image
-    "schedule",  # whether a batch is mixed with the binary kind or linearly
+    "schedule",  # whether a batch is mixed by regions or linearly
     "lam",  # mixing ratios
-    "msda",  # which images are mixed with which, and where
+    "msda",  # partners, ratios and boxes of MSDA
     "bootstrap",  # resamples of test images
-    "halves",  # which half of the test set a temperature is fitted on
+    "halves",  # halves of the test set for cross-fitted temperatures
     "corruption",  # noise on test images
     "masks",  # boxes, seeds, noise and roles of the members
 ]
-"""A named purpose of random draws. Two streams never share numbers by design."""
+"""Named purpose of random draws; each has its own generators."""
 
 STREAMS: tuple[Stream, ...] = get_args(Stream)
 
 
 def derive_seed(seed: int, stream: Stream, epoch: int = 0, step: int = 0, rank: int = 0) -> int:
-    """Hash a place in training to a 63-bit seed.
+    """Hash the arguments to a 63-bit seed.
 
-    Torch's CPU generator keeps the low 32 bits of it and its CUDA generator all of them.
+    torch's CPU generator uses its low 32 bits, its CUDA generator all bits.
 
     Raises:
         ValueError: `stream` is not one of `STREAMS`.
@@ -48,7 +48,7 @@ def derive_seed(seed: int, stream: Stream, epoch: int = 0, step: int = 0, rank: 
 
 
 def fresh_seed() -> int:
-    """Draw one seed, for all draws of a run, from torch's global generator (`set_seed` sets it)."""
+    """Draw the seed of a run from torch's global generator, which `set_seed` seeds."""
     return int(torch.randint(2**63 - 1, ()))
 
 
@@ -61,15 +61,15 @@ def make_generator(
     *,
     device: torch.device | str | None = None,
 ) -> torch.Generator:
-    """Make the generator of one stream at one place in training.
+    """Create the generator of a stream at a given epoch, step and rank.
 
     Args:
-        seed: the run's seed.
-        stream: what the draws are for.
-        epoch: epochs begun since training started.
-        step: batches since the epoch began.
-        rank: the process in distributed training; 0 where all ranks must draw alike.
-        device: where the draws are made; the generator only serves tensors there.
+        seed: seed of the run.
+        stream: purpose of the draws.
+        epoch: index of the epoch, counted from the start of training.
+        step: index of the batch in the epoch.
+        rank: rank in distributed training; 0 if all ranks must draw the same numbers.
+        device: device of the generator and of the tensors drawn with it.
     """
     generator = torch.Generator(device=device if device is not None else "cpu")
     return generator.manual_seed(derive_seed(seed, stream, epoch, step, rank))

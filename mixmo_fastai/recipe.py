@@ -1,7 +1,7 @@
-"""Recipes: everything that defines a training run, as typed, strict, nested settings.
+"""Recipes: all settings of a training run, as nested frozen dataclasses with strict validation.
 
-A recipe is a TOML file that says only what makes it itself; all defaults are here. Standard library
-only, so that a wrong key or value is refused before torch is imported.
+A recipe is a TOML file that sets only what differs from the defaults, which are defined here.
+Standard library only, so that a wrong key or value is refused before torch is imported.
 """
 
 import dataclasses
@@ -52,42 +52,43 @@ __all__ = [
 
 
 def default_valid_split(num_images: int) -> float:
-    """Choose the fraction of the training set that validates.
+    """Return the default fraction of the training set that is used for validation.
 
-    2 %, or if that is less than 100 images, 100 images or 20 %, whichever is smaller. An accuracy
-    of 100 images is known to about 10 points either way.
+    2 %; if that is less than 100 images, 100 images or 20 %, whichever is smaller. The 95 %
+    interval of an accuracy on 100 images is about ±10 percentage points.
 
     Args:
-        num_images: training images, with those that will validate.
+        num_images: number of training images before the split.
     """
     return max(0.02, min(0.2, round(100 / max(1, num_images), 4)))
 
 
 @dataclass(frozen=True)
 class Data:
-    """What is trained on.
+    """Data set, splits, augmentation and loader.
 
     Attributes:
         dataset: a named data set, or the path of an image folder.
-        valid_split: share of each class of the training set that validates instead of training; by
-            the number of images if it is not given, see `default_valid_split`; not used for an
-            image folder with a validation folder.
-        test_split: fraction of each class of an image folder without test images that is set aside
-            to test; 0.2 if not given, or none beside a validation folder.
-        limit: at most so many training images, balanced over the classes; 0 for all.
-        image_size: height and width to which an image folder is scaled; 0 for its own: that of most
-            training images, or else the median height and the median width. If not given, its own,
-            and on a CPU no more than `sizing.MAX_CPU_SIDE`.
-        skip_damaged: whether image files that cannot be decoded are left out; otherwise an error
-            names them. A run keeps the names in left-out.json.
-        crop_padding: pixels of padding before the random crop; the data set's where not given.
-        flip: whether images are mirrored at random; the data set's where not given.
-        alternating_flip: whether every second copy of an image in a batch is mirrored, in place of
-            each by chance.
-        augmix: whether each training image goes through AugMix first, once per batch it is in; it
-            takes the streaming loader.
-        loader: "resident" on the device, "streaming" by workers, "auto" resident where it fits.
-        num_workers: processes that read images for the streaming loader.
+        valid_split: fraction of each class of the training set used for validation instead of
+            training; if None, it depends on the number of images, see `default_valid_split`; unused
+            for an image folder with a validation folder.
+        test_split: fraction of each class of an image folder used as the test set if the folder has
+            none; if None, 0.2, or 0 if the folder has a validation folder.
+        limit: maximum number of training images, balanced over the classes; 0 for all.
+        image_size: height and width to which the images of a folder are resized. 0 keeps their own
+            size: that of most training images or, if there is none, the median height and the
+            median width. If None, their own size, on a CPU at most `sizing.MAX_CPU_SIDE`.
+        skip_damaged: whether to skip image files that cannot be decoded; otherwise an error lists
+            them. A run stores the names of skipped files in left-out.json.
+        crop_padding: pixels of padding before the random crop; if None, that of the data set.
+        flip: whether to flip images horizontally at random; if None, that of the data set.
+        alternating_flip: whether to flip every second copy of an image in a batch instead of each
+            copy at random.
+        augmix: whether to apply AugMix to each training image, once per batch; requires the
+            streaming loader.
+        loader: "resident" (on the device), "streaming" (from worker processes), or "auto": resident
+            if the data fits.
+        num_workers: worker processes of the streaming loader.
     """
 
     dataset: str = "digits"
@@ -109,12 +110,14 @@ class Model:
     """The network.
 
     Attributes:
-        arch: as in "wrn28_10", "preact_resnet18_3", "resnet50" or "timm/convnext_atto"; chosen by
-            `sizing.fill_defaults` where not given.
-        pretrained: whether a network of torchvision or timm starts from its library's weights.
+        arch: architecture, such as "wrn28_10", "preact_resnet18_3", "resnet50" or
+            "timm/convnext_atto"; if None, chosen by `sizing.fill_defaults`.
+        pretrained: whether to start a torchvision or timm network from its library's pretrained
+            weights.
         num_members: subnetworks M; 1 is the vanilla network.
-        num_nets: networks of a deep ensemble, each trained by itself from another seed; 1 for none.
-        ghost_batch_size: images among which BatchNorm normalises in training; 0 for all of a batch.
+        num_nets: networks of a deep ensemble, each trained separately with its own seed; 1 for a
+            single network.
+        ghost_batch_size: images over which BatchNorm normalises in training; 0 for the whole batch.
     """
 
     arch: str | None = None
@@ -126,10 +129,10 @@ class Model:
 
 @dataclass(frozen=True)
 class Mix:
-    """How images are paired and features mixed; see `MixMoCallback`.
+    """Pairing of images and mixing of features; see `MixMoCallback`.
 
-    The options of a mask kind (block_size of "patchup" and "patchup-soft"; sigma_min, sigma_max,
-    area_min and area_max of "cow") are the kind's own where not given; see `mixing/regions.py`.
+    If the options of a mask kind (block_size of "patchup" and "patchup-soft"; sigma_min, sigma_max,
+    area_min and area_max of "cow") are None, the defaults in `mixing/regions.py` apply.
     """
 
     kind: str = choice("cutmix", MASK_KINDS)
@@ -150,28 +153,30 @@ class Mix:
 
     @property
     def options(self) -> dict[str, float]:
-        """The options of mask kinds that are given."""
+        """The mask options that are set."""
         named = {name: getattr(self, name) for names in MASK_OPTIONS.values() for name in names}
         return {name: value for name, value in named.items() if value is not None}
 
 
 @dataclass(frozen=True)
 class Train:
-    """How long, on what.
+    """Length of training, seed, device and execution.
 
     Attributes:
-        epochs: passes of the loader; each shows every image batch_repetitions times per member.
-            Chosen by `sizing.fill_defaults` where not given.
-        batch_size: images that the network sees per step, repetitions included.
-        seed: of everything random.
-        device: "auto" takes CUDA where there is one.
-        precision: "auto" is bfloat16 on CUDA, TF32 on GPUs without it, and float32 elsewhere.
-        memory_format: of weights and features; "auto" is "channels-last".
-        compile: "on", "off", or "auto", on CUDA where the training is long enough to pay for it.
-        threads: of a CPU; 0 for torch's own choice.
-        ema_decay: of an exponential moving average of the weights, which is then what is evaluated
-            and kept; 0 is none.
-        select: which epoch's weights are kept: the "last", or the "best" on the validation split.
+        epochs: passes over the loader; each shows every image batch_repetitions times per member.
+            If None, chosen by `sizing.fill_defaults`.
+        batch_size: images that the network sees per step, including repetitions.
+        seed: random seed.
+        device: "auto" is CUDA if available.
+        precision: "auto" is bfloat16 on CUDA, TF32 on GPUs without bfloat16, float32 on a CPU.
+        memory_format: memory format of weights and features; "auto" is "channels-last".
+        compile: "on", "off", or "auto": on CUDA if the training is long enough to pay for
+            compilation.
+        threads: CPU threads; 0 for torch's default.
+        ema_decay: decay of an exponential moving average of the weights, which is then evaluated
+            and saved instead of the weights; 0 for none.
+        select: which weights are kept: those of the "last" epoch, or of the "best" epoch on the
+            validation split.
     """
 
     epochs: int | None = number(None, 1, 1_000_000)
@@ -188,15 +193,15 @@ class Train:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """SGD.
+    """Settings of SGD.
 
     Attributes:
-        base_lr: the published learning rate, for a batch of 64 without repetition.
-        lr: overrides the rate that follows from base_lr; the peak of it under one-cycle.
-        momentum: under the published schedule; one-cycle has `schedule.momentums`.
-        nesterov: Nesterov's momentum.
-        weight_decay: on all parameters, BatchNorm included, as published: 3e-4 · Σ W² in the loss
-            has the gradient 6e-4 · W.
+        base_lr: published learning rate, for a batch of 64 without repetition.
+        lr: replaces the rate derived from base_lr; for one-cycle, the peak rate.
+        momentum: momentum of all schedules except one-cycle, which uses `schedule.momentums`.
+        nesterov: whether to use Nesterov momentum.
+        weight_decay: applied to all parameters, including BatchNorm's, as published: 3e-4 · Σ W² in
+            the loss has the gradient 6e-4 · W.
     """
 
     base_lr: float = number(0.05, 0, 1e30, open_low=True)
@@ -208,21 +213,22 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The learning rate over time.
+    """Learning-rate schedule.
 
     Attributes:
-        kind: "one-cycle" (cosine up, cosine down), "flat-cosine" (held, then cosine down) or
+        kind: "one-cycle" (cosine up, cosine down), "flat-cosine" (constant, then cosine down) or
             "published" (warm-up, then steps).
-        peak: one-cycle: highest rate over the published one, which is held for a third of training.
-        pct_start: one-cycle: share of training that goes up.
-        div: one-cycle: peak over start.
-        div_final: one-cycle and flat-cosine: highest rate over the last.
-        flat_share: flat-cosine: share of training that holds the rate.
+        peak: one-cycle: peak rate divided by the published rate, which stays constant for a third
+            of training.
+        pct_start: one-cycle: fraction of training during which the rate rises.
+        div: one-cycle: peak rate divided by the initial rate.
+        div_final: one-cycle and flat-cosine: peak rate divided by the final rate.
+        flat_share: flat-cosine: fraction of training with a constant rate.
         momentums: one-cycle: momentum at start, peak and end.
-        milestones: published: shares of training after which the rate is multiplied by gamma.
-        gamma: published: that factor.
-        warmup_epochs: published: epochs of linear warm-up, per step, as `Recipe.warmup_steps`
-            counts them.
+        milestones: published: fractions of training after which the rate is multiplied by gamma.
+        gamma: published: factor of each reduction.
+        warmup_epochs: published: epochs of linear warm-up, as counted by `Recipe.warmup_steps`; the
+            rate rises at every step.
     """
 
     kind: str = choice("one-cycle", SCHEDULES)
@@ -239,12 +245,12 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Expected:
-    """The published figure, for comparison; nothing is trained differently for it.
+    """The published accuracy, for comparison; it does not affect training.
 
     Attributes:
-        accuracy: top-1 in [0, 1].
-        source: where it was published.
-        arch: the network that it belongs to.
+        accuracy: top-1 accuracy in [0, 1].
+        source: source of the accuracy.
+        arch: network of the accuracy.
     """
 
     accuracy: float | None = number(None, 0, 1)
@@ -254,7 +260,7 @@ class Expected:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A complete description of a run. Read one with `load_recipe` or `recipe_from_mapping`."""
+    """All settings of a run. Load one with `load_recipe` or `recipe_from_mapping`."""
 
     name: str = ""
     title: str = ""
@@ -270,8 +276,8 @@ class Recipe:
     def lr(self) -> float:
         """The learning rate: base_lr · batch_size / 64 / batch_repetitions, times the peak.
 
-        The rate falls with the repetitions, as published, since b copies of an image carry less
-        than b images do. The peak counts under one-cycle only.
+        The rate is divided by the repetitions, as published, since b copies of an image carry less
+        information than b images. The factor `peak` applies to one-cycle only.
         """
         if self.optimizer.lr is not None:
             return self.optimizer.lr
@@ -280,21 +286,21 @@ class Recipe:
         return self.optimizer.base_lr * scale * peak
 
     def warmup_steps(self, num_images: int) -> int:
-        """Count the steps of the published warm-up.
+        """Return the number of steps of the published warm-up.
 
-        An epoch of it is batch_repetitions · ceil(num_images / batch_size) steps: as published,
-        782 · b for the 50,000 images of CIFAR and 1000 · b for Tiny ImageNet, with the last,
-        incomplete batch and with the images that are set aside for validation here.
+        A warm-up epoch is batch_repetitions · ceil(num_images / batch_size) steps: as published,
+        782 · b for the 50,000 images of CIFAR and 1000 · b for Tiny ImageNet. This includes the
+        last, incomplete batch and the images that this project uses for validation.
 
         Args:
-            num_images: training images, those of the validation split included.
+            num_images: training images, including those of the validation split.
         """
         batches = math.ceil(num_images / self.train.batch_size)
         return round(self.schedule.warmup_epochs * self.mix.batch_repetitions * batches)
 
     @property
     def loader_batch_size(self) -> int:
-        """Distinct images per batch."""
+        """Number of distinct images per batch."""
         return self.train.batch_size // self.mix.batch_repetitions
 
 
@@ -302,29 +308,29 @@ def recipe_from_mapping(values: Mapping[str, Any], where: str) -> Recipe:
     """Build a recipe from nested values, checking every key, type and range.
 
     Args:
-        values: as read from TOML.
-        where: what errors name as their place, such as a file.
+        values: nested values, as read from TOML.
+        where: source of the values for error messages, such as a file.
 
     Raises:
-        InputError: naming place, key, allowed values and the nearest name.
+        InputError: a key is unknown, a value is invalid, or values contradict each other.
     """
     recipe: Recipe = build(Recipe, values, where)
-    _check_together(recipe, where)
+    _check_consistency(recipe, where)
     return recipe
 
 
 def override(recipe: Recipe, assignments: Iterable[str], where: str = "--set") -> Recipe:
-    """Apply assignments such as "optimizer.lr=0.05"; a value that is not TOML is a string.
+    """Apply assignments such as "optimizer.lr=0.05"; a value that is not valid TOML is a string.
 
     Raises:
-        InputError: an assignment has no "=", or names an unknown key or an impossible value.
+        InputError: an assignment has no "=", an unknown key or an invalid value.
     """
-    values = dataclasses.asdict(recipe)  # with the settings that are left open
+    values = dataclasses.asdict(recipe)  # unlike to_mapping, includes settings that are None
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals or not key.strip():
             raise InputError(
-                f"{where} {assignment!r}: write section.key=value, as in train.epochs=5."
+                f"{where} {assignment!r}: write section.key=value, such as train.epochs=5."
             )
         *path, last = key.strip().split(".")
         section = values
@@ -333,23 +339,25 @@ def override(recipe: Recipe, assignments: Iterable[str], where: str = "--set") -
             if not isinstance(section, dict):
                 raise InputError(
                     f"{where} {assignment!r}: {name!r} is not a section.\n"
-                    "Write section.key=value, as in train.epochs=5."
+                    "Write section.key=value, such as train.epochs=5."
                 )
-        if isinstance(section.get(last), dict):  # or its other keys would fall back to defaults
+        if isinstance(section.get(last), dict):  # its other keys would be reset to defaults
             raise InputError(
                 f"{where} {assignment!r}: {last!r} is a section.\n"
-                "Set its keys one by one, as in train.epochs=5."
+                "Set its keys separately, such as train.epochs=5."
             )
         section[last] = parse_value(text.strip())
-    given = {k: _given(part) if isinstance(part, dict) else part for k, part in values.items()}
-    return recipe_from_mapping(given, where)
+    return recipe_from_mapping(
+        {k: _without_none(part) if isinstance(part, dict) else part for k, part in values.items()},
+        where,
+    )
 
 
 def load_recipe(name_or_file: str | Path) -> Recipe:
-    """Read a recipe by its name, such as "cifar100/cut-mixmo", or from a TOML file.
+    """Load a recipe by name, such as "cifar100/cut-mixmo", or from a TOML file.
 
     Raises:
-        InputError: there is none, or it is not a valid recipe.
+        InputError: the recipe does not exist or is invalid.
     """
     path = find_recipe(name_or_file)
     try:
@@ -359,7 +367,7 @@ def load_recipe(name_or_file: str | Path) -> Recipe:
     except NOT_TOML as error:
         raise InputError(
             f"Recipe {path} is not valid TOML: {error}.\n"
-            "`mixmo recipes NAME` shows one that is, with every setting."
+            "`mixmo recipes NAME` shows a valid recipe with all settings."
         ) from error
     if path.resolve().is_relative_to(recipe_home()):
         name = path.resolve().relative_to(recipe_home()).with_suffix("").as_posix()
@@ -368,44 +376,44 @@ def load_recipe(name_or_file: str | Path) -> Recipe:
 
 
 def find_recipe(name_or_file: str | Path) -> Path:
-    """Find the file of a recipe.
+    """Return the path of a recipe.
 
     Raises:
-        InputError: neither a known name nor an existing file.
+        InputError: `name_or_file` is neither a known name nor an existing file.
     """
     text = str(name_or_file)
     if text in recipe_names():
         return recipe_home() / f"{text}.toml"
     path = os.path.expanduser(text)
-    if os.path.isfile(path):  # unlike pathlib's, it takes any text
+    if os.path.isfile(path):  # unlike Path.is_file, accepts any string
         return Path(path)
     guess = nearest(text, recipe_names())
     hint = f" Did you mean {guess!r}?" if guess else ""
     raise InputError(
         f"There is no recipe {text!r}.{hint}\n"
-        "Give one that `mixmo recipes` lists, or the path of a TOML file."
+        "Pass a name that `mixmo recipes` lists, or the path of a TOML file."
     )
 
 
 def recipe_names() -> list[str]:
-    """List the recipes that come with the package."""
+    """List the names of the shipped recipes."""
     home = recipe_home()
     return sorted(p.relative_to(home).with_suffix("").as_posix() for p in home.rglob("*.toml"))
 
 
 def recipe_home() -> Path:
-    """Find the folder of recipes: inside an installed package, beside it in a checkout."""
+    """Return the folder of shipped recipes, next to the package in a checkout, else inside it."""
     package = Path(__file__).resolve().parent
     installed = package / "recipes"
     return installed if installed.is_dir() else package.parent / "recipes"
 
 
-def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _check_together(recipe: Recipe, where: str) -> None:
-    """Check what no single key shows."""
+def _check_consistency(recipe: Recipe, where: str) -> None:
+    """Check that the settings are consistent with each other."""
     _check_mixing(recipe, where)
     _check_data_and_network(recipe, where)
     _check_schedule(recipe, where)
@@ -421,22 +429,24 @@ def _check_mixing(recipe: Recipe, where: str) -> None:
     if mix.kind != "sum" and recipe.model.num_members < 2:
         raise InputError(
             f"{where}: mix.kind={mix.kind!r} needs model.num_members of 2 or more; got 1.\n"
-            "A network of one member takes mix.kind='sum' and mix.batch_repetitions=1."
+            "For one member, use mix.kind='sum' and mix.batch_repetitions=1."
         )
     allowed = MASK_OPTIONS.get(mix.kind, ())
-    if strange := [name for name in mix.options if name not in allowed]:
-        takes = f"takes {', '.join(allowed)}" if allowed else "takes no options"
+    if unknown_options := [name for name in mix.options if name not in allowed]:
+        options = f"Its options: {', '.join(allowed)}." if allowed else "It has no options."
         raise InputError(
-            f"{where}: mix.{strange[0]} is no option of mix.kind={mix.kind!r}, which {takes}."
+            f"{where}: mix.{unknown_options[0]} is not an option of mix.kind={mix.kind!r}.\n"
+            f"{options}"
         )
     if mix.block_size is not None and mix.block_size % 2 == 0:
         raise InputError(f"{where}: mix.block_size is {mix.block_size}; it must be odd.")
     for low, high in (("sigma_min", "sigma_max"), ("area_min", "area_max")):
-        ends = {name: getattr(mix, name) for name in (low, high)}
-        least, most = ({**COW_DEFAULTS, **_given(ends)}[name] for name in (low, high))
-        if least > most:
+        bounds = {name: getattr(mix, name) for name in (low, high)}
+        lowest, highest = ({**COW_DEFAULTS, **_without_none(bounds)}[name] for name in (low, high))
+        if lowest > highest:
             raise InputError(
-                f"{where}: mix.{low} is {least:g} and mix.{high} is {most:g}; they must not fall."
+                f"{where}: mix.{low} is {lowest:g} and mix.{high} is {highest:g}; "
+                f"mix.{low} must not exceed mix.{high}."
             )
 
 
@@ -444,23 +454,26 @@ def _check_data_and_network(recipe: Recipe, where: str) -> None:
     mix, train = recipe.mix, recipe.train
     if recipe.model.ghost_batch_size == 1:
         raise InputError(
-            f"{where}: model.ghost_batch_size is 1; it must be 0, for all of a batch, or 2 or more."
+            f"{where}: model.ghost_batch_size is 1; it must be 0, for the whole batch, or 2 or "
+            "more."
         )
     if recipe.data.augmix and recipe.data.loader == "resident":
         raise InputError(
-            f"{where}: data.augmix works image by image, which the resident loader does not.\n"
-            "Take data.loader='streaming' or 'auto'."
+            f"{where}: data.augmix processes single images and does not work with the resident "
+            "loader.\nUse data.loader='streaming' or 'auto'."
         )
     if train.select == "best" and recipe.data.valid_split == 0:
         raise InputError(
-            f"{where}: train.select='best' picks the epoch on the validation split, and "
-            "data.valid_split=0 leaves none.\nThe test set is only for the last figure."
+            f"{where}: train.select='best' selects the epoch on the validation split, but "
+            "data.valid_split=0 leaves no validation images.\n"
+            "Set data.valid_split, or use train.select='last'; the test set is only for the final "
+            "evaluation."
         )
     if train.batch_size % mix.batch_repetitions:
-        whole = max(1, round(train.batch_size / mix.batch_repetitions)) * mix.batch_repetitions
+        multiple = max(1, round(train.batch_size / mix.batch_repetitions)) * mix.batch_repetitions
         raise InputError(
             f"{where}: train.batch_size={train.batch_size} is not a multiple of "
-            f"mix.batch_repetitions={mix.batch_repetitions}.\nNearest: {whole}."
+            f"mix.batch_repetitions={mix.batch_repetitions}.\nNearest: {multiple}."
         )
 
 
@@ -472,10 +485,11 @@ def _check_schedule(recipe: Recipe, where: str) -> None:
         )
     if list(recipe.schedule.milestones) != sorted(recipe.schedule.milestones):
         raise InputError(
-            f"{where}: schedule.milestones is {recipe.schedule.milestones}; it must rise."
+            f"{where}: schedule.milestones is {recipe.schedule.milestones}; it must be sorted in "
+            "ascending order."
         )
     if recipe.optimizer.nesterov and recipe.optimizer.momentum == 0:
         raise InputError(
-            f"{where}: optimizer.momentum=0 leaves Nesterov's momentum nothing to work on.\n"
-            "Raise it, or take optimizer.nesterov=false."
+            f"{where}: optimizer.nesterov=true needs optimizer.momentum above 0; got 0.\n"
+            "Increase optimizer.momentum, or use optimizer.nesterov=false."
         )

@@ -1,6 +1,6 @@
-"""From what a user says to one recipe: data set, recipe, flags and assignments, in that order.
+"""Resolve a recipe from data set, recipe name, flags and assignments, applied in that order.
 
-Standard library only, so that a wrong word is refused before torch is imported.
+Standard library only, so that invalid input is refused before torch is imported.
 """
 
 import os
@@ -22,9 +22,9 @@ from mixmo_fastai.recipe import (
 )
 
 METHODS = {"cutmix": "cut-mixmo", "linear": "linear-mixmo", "sum": "mimo"}
-"""The recipe that stands for a mask kind of several members."""
+"""Recipe of each mask kind, for several members."""
 SINGLE_METHODS = {None: "vanilla", "none": "vanilla", "cutmix": "cutmix", "mixup": "mixup"}
-"""The recipe that stands for the mixing of pixels, for a network of one member."""
+"""Recipe of each MSDA kind, for a network of one member."""
 
 
 def resolve_recipe(
@@ -33,40 +33,40 @@ def resolve_recipe(
     flags: Mapping[str, Any] | None = None,
     assignments: Iterable[str] = (),
 ) -> Recipe:
-    """Decide what is to be run.
+    """Resolve the recipe of a run.
 
     Args:
-        dataset: a named data set or a folder; the recipe's where not given, and "digits" without
+        dataset: a named data set or a folder; by default that of the recipe, or "digits" without
             a recipe.
-        recipe: a name or a file; where not given, the recipe of the data set and mask kind if there
-            is one, and the defaults otherwise.
-        flags: settings such as {"model.arch": "wrn28_10"}; None leaves one as it is.
-        assignments: such as "optimizer.lr=0.05".
+        recipe: a recipe name or file; by default the shipped recipe for the data set and mask kind
+            if there is one, otherwise the default settings.
+        flags: settings such as {"model.arch": "wrn28_10"}; None keeps the value of the recipe.
+        assignments: assignments such as "optimizer.lr=0.05".
 
     Raises:
-        InputError: a name is unknown or a value impossible.
+        InputError: a name is unknown or a value invalid.
     """
-    given = {key: value for key, value in (flags or {}).items() if value is not None}
+    flags = {key: value for key, value in (flags or {}).items() if value is not None}
     if dataset is not None:
         check_dataset(dataset)
-    base = load_recipe(recipe) if recipe else default_recipe(dataset or "digits", given)
+    base = load_recipe(recipe) if recipe else default_recipe(dataset or "digits", flags)
     if dataset is not None:
-        given["data.dataset"] = dataset
-    resolved = override(_with_flags(base, given), assignments)
-    check_dataset(resolved.data.dataset)  # a recipe or an assignment may name it as well
-    return _renamed(_with_whole_path(resolved), base)
+        flags["data.dataset"] = dataset
+    resolved = override(_with_flags(base, flags), assignments)
+    check_dataset(resolved.data.dataset)  # recipes and assignments may set it too
+    return _without_stale_name(_with_absolute_path(resolved), base)
 
 
-def _with_whole_path(recipe: Recipe) -> Recipe:
-    """A run is evaluated from other folders than the one it was started in."""
+def _with_absolute_path(recipe: Recipe) -> Recipe:
+    """Make the data folder absolute, so that a run can be evaluated from any working directory."""
     if recipe.data.dataset in DATASETS:
         return recipe
-    whole = os.path.abspath(os.path.expanduser(recipe.data.dataset))
-    return replace(recipe, data=replace(recipe.data, dataset=whole))
+    absolute = os.path.abspath(os.path.expanduser(recipe.data.dataset))
+    return replace(recipe, data=replace(recipe.data, dataset=absolute))
 
 
-def _renamed(recipe: Recipe, base: Recipe) -> Recipe:
-    """Take name and published figure from a recipe that flags turned into another method."""
+def _without_stale_name(recipe: Recipe, base: Recipe) -> Recipe:
+    """Remove name and published accuracy if flags changed the method or the data set."""
     methods = {
         (r.mix.kind, r.mix.msda, r.model.num_members, r.model.num_nets) for r in (recipe, base)
     }
@@ -76,45 +76,46 @@ def _renamed(recipe: Recipe, base: Recipe) -> Recipe:
 
 
 def departures(recipe: Recipe) -> list[str]:
-    """List the settings in which a recipe departs from the shipped one of its name.
+    """List the settings that differ from the shipped recipe of the same name.
 
-    Seed, place and loader are left out: they do not decide what figure to expect. So is what was
-    published, where this project's own choice is another.
+    Excluded are settings that do not change the expected accuracy, such as seed, device and loader,
+    and published settings that this project replaces by its own.
     """
     if recipe.name not in recipe_names():
         return []
-    own, shipped = (_with_own_data_settings(r) for r in (recipe, load_recipe(recipe.name)))
+    values, shipped = (_with_dataset_defaults(r) for r in (recipe, load_recipe(recipe.name)))
     return [
         f"{section}.{key}"
         for section in ("data", "model", "mix", "train", "optimizer", "schedule")
-        for key in sorted(own[section].keys() | shipped[section].keys())
-        if own[section].get(key) != shipped[section].get(key) and key not in _INDIFFERENT
-        if (key, own[section].get(key)) not in _AS_PUBLISHED
+        for key in sorted(values[section].keys() | shipped[section].keys())
+        if values[section].get(key) != shipped[section].get(key)
+        if key not in _WITHOUT_EFFECT_ON_ACCURACY
+        if (key, values[section].get(key)) not in _PUBLISHED_SETTINGS
     ]
 
 
-def _with_own_data_settings(recipe: Recipe) -> dict[str, Any]:
+def _with_dataset_defaults(recipe: Recipe) -> dict[str, Any]:
     values, info = to_mapping(recipe), DATASETS.get(recipe.data.dataset)
     if info:
-        own = {
+        defaults = {
             "crop_padding": info.crop_padding,
             "flip": info.flip,
             "image_size": 0,
             "valid_split": default_valid_split(info.num_images[0]),
         }
-        values["data"] = {**own, **values["data"]}
+        values["data"] = {**defaults, **values["data"]}
     return values
 
 
-_INDIFFERENT = (
+_WITHOUT_EFFECT_ON_ACCURACY = (
     *("seed", "device", "precision", "memory_format", "compile", "threads"),
     *("loader", "num_workers", "skip_damaged"),
 )
-_AS_PUBLISHED = (("kind", "published"), ("valid_split", 0.0))
+_PUBLISHED_SETTINGS = (("kind", "published"), ("valid_split", 0.0))
 
 
 def default_recipe(dataset: str, flags: Mapping[str, Any]) -> Recipe:
-    """Find the recipe that is nearest to what was asked for; the defaults for other data."""
+    """Load the shipped recipe closest to data set and flags, or the default settings."""
     kind, msda = flags.get("mix.kind"), flags.get("mix.msda")
     if kind is not None and kind not in MASK_KINDS:
         raise unknown("mask kind", str(kind), MASK_KINDS)
@@ -132,25 +133,25 @@ def default_recipe(dataset: str, flags: Mapping[str, Any]) -> Recipe:
 
 
 def check_dataset(dataset: str) -> None:
-    """Check that a data set has a known name or is a folder.
+    """Check that a data set is a known name or an existing folder.
 
     Raises:
-        InputError: with the nearest name.
+        InputError: it is neither.
     """
-    # The functions of os.path take any text; pathlib's raise on some that are no path.
+    # pathlib raises for some strings that are not valid paths; os.path accepts any string.
     if dataset in DATASETS or os.path.isdir(os.path.expanduser(dataset)):
         return
     if os.sep in dataset or dataset.startswith((".", "~")) or os.path.exists(dataset):
         raise InputError(
             f"There is no folder {dataset!r}.\n"
-            f"Give a folder that holds one folder per class, or one of: {', '.join(DATASETS)}."
+            f"Pass a folder with one subfolder per class, or one of: {', '.join(DATASETS)}."
         )
     raise InputError(f"{unknown('data set', dataset, DATASETS)} Or the path of an image folder.")
 
 
-def _with_flags(base: Recipe, given: Mapping[str, Any]) -> Recipe:
+def _with_flags(base: Recipe, flags: Mapping[str, Any]) -> Recipe:
     values = to_mapping(base)
-    for key, value in given.items():
+    for key, value in flags.items():
         section, name = key.split(".")
         values[section][name] = value
     return recipe_from_mapping(values, "Command line")

@@ -1,7 +1,7 @@
-"""Schedules as functions of progress, in the form that fastai's ParamScheduler takes.
+"""Schedules as functions of progress, for fastai's ParamScheduler.
 
-Progress is the share of training done, in [0, 1). Source of the published schedule: the published
-configurations of MixMo.
+Progress is the completed fraction of training, in [0, 1). Source of the published schedule: the
+published configurations of MixMo.
 """
 
 import math
@@ -11,13 +11,13 @@ ScheduleFunction = Callable[[float], float]
 
 
 def one_cycle(start: float, peak: float, end: float, pct_start: float) -> ScheduleFunction:
-    """Rise by a cosine from `start` to `peak`, then fall by one to `end`.
+    """Return a schedule that rises from `start` to `peak` and falls to `end`, along cosines.
 
     Args:
-        start: value at the beginning.
-        peak: value after `pct_start` of training.
-        end: value at the end.
-        pct_start: share of training that rises.
+        start: initial value.
+        peak: value at `pct_start`.
+        end: final value.
+        pct_start: fraction of training during which the value rises.
     """
 
     def value(progress: float) -> float:
@@ -28,19 +28,19 @@ def one_cycle(start: float, peak: float, end: float, pct_start: float) -> Schedu
     return value
 
 
-def flat_cosine(lr: float, end: float, flat_share: float) -> ScheduleFunction:
-    """Hold the rate, then let it fall by a cosine.
+def flat_cosine(lr: float, end: float, pct_flat: float) -> ScheduleFunction:
+    """Return a schedule with a constant rate that then falls to `end` along a cosine.
 
     Args:
-        lr: the rate that is held.
-        end: the rate at the end.
-        flat_share: share of training that holds.
+        lr: constant rate.
+        end: final rate.
+        pct_flat: fraction of training with a constant rate.
     """
 
     def value(progress: float) -> float:
-        if progress < flat_share or flat_share == 1:
+        if progress < pct_flat or pct_flat == 1:
             return lr
-        return _cosine(lr, end, (progress - flat_share) / (1 - flat_share))
+        return _cosine(lr, end, (progress - pct_flat) / (1 - pct_flat))
 
     return value
 
@@ -54,27 +54,27 @@ def published_steps(
     gamma: float,
     warmup_steps: int,
 ) -> ScheduleFunction:
-    """Warm up linearly, then hold, multiplying by gamma after each milestone.
+    """Return a schedule with linear warm-up that multiplies the rate by gamma at each milestone.
 
     Args:
-        lr: the rate after the warm-up.
-        epochs: length of training.
+        lr: rate after the warm-up.
+        epochs: number of epochs.
         steps_per_epoch: batches per epoch.
-        milestones: shares of training, each rounded to a whole number of epochs.
-        gamma: the factor.
-        warmup_steps: S; step s of the warm-up trains with lr · (s + 1) / S.
+        milestones: fractions of training, each rounded to full epochs.
+        gamma: factor at each milestone.
+        warmup_steps: S; the rate at step s of the warm-up is lr · (s + 1) / S.
     """
     total = epochs * steps_per_epoch
-    drops = [round(share * epochs) * steps_per_epoch for share in milestones]
+    milestone_steps = [round(fraction * epochs) * steps_per_epoch for fraction in milestones]
 
     def value(progress: float) -> float:
-        # Progress is a sum of many small floats; the step it stands for is whole.
+        # fastai accumulates progress in floating point, so the step is recovered by rounding.
         step = round(progress * total)
-        warmth = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
-        return lr * warmth * math.prod(gamma for drop in drops if step >= drop)
+        warmup = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+        return lr * warmup * math.prod(gamma for start in milestone_steps if step >= start)
 
     return value
 
 
-def _cosine(start: float, end: float, share: float) -> float:
-    return start + (end - start) * (1 - math.cos(math.pi * share)) / 2
+def _cosine(start: float, end: float, fraction: float) -> float:
+    return start + (end - start) * (1 - math.cos(math.pi * fraction)) / 2

@@ -1,6 +1,6 @@
-"""Settings: nested frozen dataclasses that are read strictly, and written as TOML.
+"""Settings: nested frozen dataclasses with strict validation, read from and written to TOML.
 
-Every error names the place, what is allowed and the nearest name. Standard library only.
+Errors name the source, the allowed values and the closest valid name. Standard library only.
 """
 
 import dataclasses
@@ -24,13 +24,13 @@ def number(
     open_low: bool = False,
     finite: bool = True,
 ) -> Any:
-    """Declare a number, or a tuple of numbers, with its range.
+    """Declare a field for a number, or a tuple of numbers, with its range.
 
     Args:
-        default: the value where nothing is said; None for a number that may be left open.
-        low: lowest value.
-        high: highest value.
-        open_low: whether `low` itself is refused.
+        default: default value; None for an optional number.
+        low: lower bound.
+        high: upper bound, inclusive.
+        open_low: whether the lower bound is exclusive.
         finite: whether infinity is refused.
     """
     limits = {"low": low, "high": high, "open_low": open_low, "finite": finite}
@@ -38,20 +38,20 @@ def number(
 
 
 def choice(default: str, choices: Iterable[str]) -> Any:
-    """Declare a text that is one of a few."""
+    """Declare a field for a string that must be one of `choices`."""
     return field(default=default, metadata={"choices": tuple(choices)})
 
 
 def build(kind: type, values: Mapping[str, Any], where: str) -> Any:
-    """Make settings from nested values, checking every key, type and range.
+    """Build settings from nested values, checking every key, type and range.
 
     Args:
         kind: a dataclass whose fields are values or other dataclasses.
-        values: as read from TOML.
-        where: what errors name as their place, such as a file.
+        values: nested values, as read from TOML.
+        where: source of the values for error messages, such as a file.
 
     Raises:
-        InputError: naming place, key, allowed values and the nearest name.
+        InputError: a key is unknown or a value invalid.
     """
     return _Reader(kind, where).read(kind, values)
 
@@ -71,15 +71,15 @@ class _Reader:
                 section = typing.cast(type, hints[key])
                 built[key] = self._section(section, value, f"{prefix}{key}")
             else:
-                place = f"{self.where}: {prefix}{key}"
-                built[key] = _checked(value, hints[key], known[key].metadata, place)
+                label = f"{self.where}: {prefix}{key}"
+                built[key] = _checked(value, hints[key], known[key].metadata, label)
         return kind(**built)
 
     def _section(self, kind: type, value: Any, name: str) -> Any:
         if not isinstance(value, Mapping):
             raise InputError(
-                f"{self.where}: {name} must be a section, not {_shown(value)}.\n"
-                f"Give its keys one by one, as in {name}.{fields(kind)[0].name}."
+                f"{self.where}: {name} must be a section; got {_format(value)}.\n"
+                f"Set its keys separately, for example {name}.{fields(kind)[0].name}."
             )
         return self.read(kind, value, f"{name}.")
 
@@ -93,39 +93,40 @@ def _unknown_key(root: type, key: str, where: str) -> InputError:
     guess = nearest(key, names) or nearest(
         key.rpartition(".")[2], [n.split(".")[-1] for n in names]
     )
-    whole = next((n for n in names if n == guess or n.endswith(f".{guess}")), None)
-    hint = f" Did you mean {whole!r}?" if whole else ""
+    full_name = next((n for n in names if n == guess or n.endswith(f".{guess}")), None)
+    hint = f" Did you mean {full_name!r}?" if full_name else ""
     section = key.rpartition(".")[0]
     allowed = [n for n in names if n.rpartition(".")[0] == section] if section else []
     choices = allowed or sorted({n.partition(".")[0] for n in names})
     return InputError(f"{where}: unknown key {key!r}.{hint}\nAllowed: {', '.join(choices)}.")
 
 
-def _checked(value: Any, hint: Any, metadata: Mapping[str, Any], place: str) -> Any:
-    value = _typed(value, hint, place)
+def _checked(value: Any, hint: Any, metadata: Mapping[str, Any], label: str) -> Any:
+    value = _with_type(value, hint, label)
     numbers = value if isinstance(value, tuple) else (value,)
     if "choices" in metadata and value not in metadata["choices"]:
         guess = nearest(str(value), metadata["choices"])
-        asked = f" Did you mean {guess!r}?" if guess else ""
+        suggestion = f" Did you mean {guess!r}?" if guess else ""
         allowed = ", ".join(metadata["choices"])
-        raise InputError(f"{place} is {_shown(value)}.{asked}\nAllowed: {allowed}.")
+        raise InputError(f"{label} is {_format(value)}.{suggestion}\nAllowed: {allowed}.")
     if "low" in metadata and value is not None:
         for number in numbers:
-            _check_range(number, metadata, place)
+            _check_range(number, metadata, label)
     return value
 
 
-def _check_range(number: float, metadata: Mapping[str, Any], place: str) -> None:
+def _check_range(number: float, metadata: Mapping[str, Any], label: str) -> None:
     low, high = metadata["low"], metadata["high"]
-    above = number > low if metadata["open_low"] else number >= low
-    if above and number <= high and (number < math.inf or not metadata["finite"]):
+    is_above_low = number > low if metadata["open_low"] else number >= low
+    if is_above_low and number <= high and (number < math.inf or not metadata["finite"]):
         return
     relation = "above" if metadata["open_low"] else "at least"
     upper = f" and at most {high}" if high < math.inf else " and finite"
-    raise InputError(f"{place} is {_shown(number)}; it must be {relation} {low}{upper}.")
+    raise InputError(f"{label} is {_format(number)}; it must be {relation} {low}{upper}.")
 
 
-def _typed(value: Any, hint: Any, place: str) -> Any:
+def _with_type(value: Any, hint: Any, label: str) -> Any:
+    """Convert a value to the type of its hint; only numbers and lists need conversion."""
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     for kind in kinds:
         if typing.get_origin(kind) is tuple:
@@ -134,16 +135,16 @@ def _typed(value: Any, hint: Any, place: str) -> Any:
         elif kind is float and _is_number(value):
             return _as_float(value)
         elif kind is str and isinstance(value, str):
-            return _plain_text(value, place)
+            return _without_control_characters(value, label)
         elif kind is not float and type(value) is kind:
             return value
-    wanted = " or ".join(
+    expected = " or ".join(
         _TYPE_NAMES.get(k, "a list of numbers") for k in kinds if k is not type(None)
     )
-    raise InputError(f"{place} is {_shown(value)}; it must be {wanted}.")
+    raise InputError(f"{label} is {_format(value)}; it must be {expected}.")
 
 
-_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
 
 
 def _is_number(value: Any) -> bool:
@@ -153,28 +154,30 @@ def _is_number(value: Any) -> bool:
 def _as_float(value: float) -> float:
     try:
         return float(value)
-    except OverflowError:  # a whole number of hundreds of digits
+    except OverflowError:  # an integer with hundreds of digits
         return math.inf if value > 0 else -math.inf
 
 
-def _plain_text(value: str, place: str) -> str:
-    """Refuse what neither a file name nor a line of text can hold."""
+def _without_control_characters(value: str, label: str) -> str:
+    """Refuse control characters and surrogates, which are invalid in file names and log lines."""
     if any(unicodedata.category(character) in ("Cc", "Cs") for character in value):
-        raise InputError(f"{place} is {_shown(value)}; it must be text without control characters.")
+        raise InputError(
+            f"{label} is {_format(value)}; it must be a string without control characters."
+        )
     return value
 
 
-def _shown(value: Any) -> str:
-    """Show a value as briefly as an error message wants it."""
+def _format(value: Any) -> str:
+    """Format a value for an error message, truncated to 80 characters."""
     try:
         text = repr(value)
-    except ValueError:  # a whole number of thousands of digits
+    except ValueError:  # an integer with thousands of digits
         return "a huge number"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def to_mapping(settings: Any) -> dict[str, Any]:
-    """Give all settings but those that are None, nested as in TOML."""
+    """Convert settings to nested dictionaries, without those that are None."""
 
     def compact(value: Any) -> Any:
         if isinstance(value, dict):
@@ -186,7 +189,7 @@ def to_mapping(settings: Any) -> dict[str, Any]:
 
 
 def to_toml(settings: Any) -> str:
-    """Write every setting, so that the same settings are read back."""
+    """Format settings as TOML, without those that are None; reading it returns equal settings."""
     lines = []
     for key, value in to_mapping(settings).items():
         if isinstance(value, dict):
@@ -197,7 +200,7 @@ def to_toml(settings: Any) -> str:
 
 
 def parse_value(text: str) -> Any:
-    """Read a value as TOML has it; anything else is text."""
+    """Parse a TOML value; text that is not valid TOML is returned as a string."""
     try:
         parsed = tomllib.loads(f"value = {text}")
     except NOT_TOML:
@@ -206,7 +209,7 @@ def parse_value(text: str) -> Any:
 
 
 NOT_TOML = (ValueError, RecursionError)
-"""What tomllib raises: its own error, and others on endless digits, nesting or broken bytes."""
+"""Errors of tomllib: also other than its own, for huge integers, deep nesting or invalid bytes."""
 
 
 def _toml_value(value: Any) -> str:

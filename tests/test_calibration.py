@@ -182,7 +182,7 @@ def test_the_error_of_a_temperature_is_its_spread_over_samples():
 
 
 def test_a_temperature_that_changes_nothing_has_no_error():
-    with pytest.raises(InputError, match="no temperature is best"):
+    with pytest.raises(InputError, match="no temperature is optimal"):
         temperature_error(torch.ones(10, 3), 1.0)
 
 

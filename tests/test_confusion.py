@@ -3,7 +3,7 @@ import pytest
 import torch
 from sklearn.metrics import confusion_matrix as sklearn_confusion
 
-from mixmo_fastai.confusion import Confused, confusion_matrix, most_confused
+from mixmo_fastai.confusion import ConfusedPair, confusion_matrix, most_confused
 from mixmo_fastai.errors import InputError
 
 
@@ -23,7 +23,10 @@ def test_a_class_without_samples_has_a_row_of_zeros():
 
 def test_pairs_are_sorted_and_without_right_ones():
     matrix = torch.tensor([[90, 4, 0], [7, 80, 4], [0, 0, 10]])
-    assert most_confused(matrix, 2) == [Confused(1, 0, 7, 7 / 91), Confused(0, 1, 4, 4 / 94)]
+    assert most_confused(matrix, 2) == [
+        ConfusedPair(1, 0, 7, 7 / 91),
+        ConfusedPair(0, 1, 4, 4 / 94),
+    ]
     assert len(most_confused(matrix, 100)) == 3
     assert most_confused(torch.eye(3).long(), 5) == []
 

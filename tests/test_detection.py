@@ -57,11 +57,11 @@ def test_the_same_images_are_chance():
 def test_one_member_has_no_information():
     found = detection_metrics(draw(20, 2.0, num_members=1), draw(20, 0.0, num_members=1))
     assert set(found) == {"confidence", "entropy", "absent"}
-    assert "two or more" in found["absent"]["mutual_information"]
+    assert "at least two; got 1" in found["absent"]["mutual_information"]
 
 
 def test_what_is_no_logits_is_refused():
-    with pytest.raises(InputError, match="other must be finite"):
+    with pytest.raises(InputError, match="out_logits must be finite"):
         detection_metrics(draw(4, 1.0), torch.full((4, 2, 5), torch.nan))
-    with pytest.raises(InputError, match="own must have shape"):
+    with pytest.raises(InputError, match="in_logits must have shape"):
         detection_metrics(torch.zeros(0, 2, 5), draw(4, 1.0))

@@ -106,7 +106,7 @@ def test_one_member_has_nothing_to_differ_from():
     ],
 )
 def test_without_common_errors_the_ratio_is_undefined(predictions):
-    with pytest.raises(InputError, match="got a pair that shares none"):
+    with pytest.raises(InputError, match="got a pair without common errors"):
         ratio_error(vote(predictions), torch.tensor([0, 0]))
 
 

@@ -130,14 +130,14 @@ def test_one_member():
     member_logits, labels = draw(60, 1, 6)
     found = evaluate_logits(member_logits, labels)
     assert set(found["absent"]) == {"ratio_error", "disagreement", "mutual_information"}
-    assert all("two or more; got 1" in reason for reason in found["absent"].values())
+    assert all("at least two; got 1" in reason for reason in found["absent"].values())
     assert found["member_accuracy"] == [found["accuracy"]]
 
 
 def test_one_sample():
     found = evaluate_logits(torch.tensor([[[0.0] * 6 + [2.0]] * 2]), torch.tensor([6]))
     assert set(found["absent"]) == {"failure_auroc", "ratio_error"}
-    assert "1 right and 0 wrong" in found["absent"]["failure_auroc"]
+    assert "1 correct and 0 incorrect" in found["absent"]["failure_auroc"]
     assert found["accuracy"] == 1
     assert found["aurc"] == 0
     assert found["nll"] == pytest.approx(math.log(1 + 6 * math.exp(-2)))
@@ -158,7 +158,7 @@ def test_no_errors():
 def test_nothing_but_errors():
     found = evaluate_logits(torch.eye(7)[:, None].expand(7, 2, 7), torch.arange(7).roll(1))
     assert list(found["absent"]) == ["failure_auroc"]
-    assert "0 right and 7 wrong" in found["absent"]["failure_auroc"]
+    assert "0 correct and 7 incorrect" in found["absent"]["failure_auroc"]
     assert found["accuracy"] == found["ratio_error"] == 0
     assert found["aurc"] == 1
     assert found["nll_calibrated"] < found["nll"]
@@ -200,8 +200,8 @@ def test_gradients_and_precision_of_the_input_do_not_matter():
     ("member_logits", "labels", "message"),
     [
         (torch.zeros(4, 3), torch.zeros(4).long(), r"member_logits must have shape \(N, M, K\)"),
-        (torch.zeros(0, 2, 3), torch.zeros(0).long(), r"none empty.*got \(0, 2, 3\)"),
-        (torch.zeros(4, 0, 3), torch.zeros(4).long(), r"none empty.*got \(4, 0, 3\)"),
+        (torch.zeros(0, 2, 3), torch.zeros(0).long(), r"no axis empty.*got \(0, 2, 3\)"),
+        (torch.zeros(4, 0, 3), torch.zeros(4).long(), r"no axis empty.*got \(4, 0, 3\)"),
         (torch.zeros(4, 2, 1), torch.zeros(4).long(), r"K ≥ 2; got \(4, 2, 1\)"),
         (torch.zeros(4, 2, 3), torch.zeros(3).long(), r"labels must have shape.*N = 4.*\(3,\)"),
         (torch.zeros(2, 2, 3), torch.tensor([0, 3]), r"labels must be in 0 … 2.*got 3 at index 1"),

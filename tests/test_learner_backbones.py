@@ -271,8 +271,8 @@ def pixels_dls():
         (lambda: convert_to_mixmo(torch.jit.script(small())), "scripted network cannot"),
         (lambda: convert_to_mixmo(small(), head="nope"), "Available: 4."),
         (lambda: create_model(18, 10), "arch must be the name"),
-        (lambda: create_model("resnet18", "10"), "num_classes must be a whole number"),
-        (lambda: create_model("wrn10_1", 10, 2.5), "num_members must be a whole number"),
+        (lambda: create_model("resnet18", "10"), "num_classes must be an integer"),
+        (lambda: create_model("wrn10_1", 10, 2.5), "num_members must be an integer"),
     ],
 )
 def test_wrong_arguments_are_told_in_words(call, message):

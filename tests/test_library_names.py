@@ -68,7 +68,7 @@ def test_another_network_is_not_suggested(name):
 
 @pytest.mark.parametrize("name", ["vit_small", "deit_tiny"])
 def test_the_beginning_of_a_name_leads_to_names_that_begin_so(name):
-    assert f"with it, such as 'timm/{name}_" in message_of(name)
+    assert f"with this name, such as 'timm/{name}_" in message_of(name)
 
 
 def test_without_timm_none_of_its_names_is_taken_for_another_network(monkeypatch):

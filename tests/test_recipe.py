@@ -31,14 +31,14 @@ SETTINGS = {
 # (setting, value as TOML, part of the message)
 WRONG_VALUES = [
     ("train.epochs", "0", "at least 1"),
-    ("train.epochs", "1.5", "a whole number"),
-    ("train.epochs", "true", "a whole number"),
-    ("train.epochs", "many", "a whole number"),
+    ("train.epochs", "1.5", "an integer"),
+    ("train.epochs", "true", "an integer"),
+    ("train.epochs", "many", "an integer"),
     ("train.batch_size", "0", "at least 1 and at most 65536"),
     ("train.seed", "-1", "at least 0"),
     ("train.seed", f"0x{'f' * 5000}", "a huge number"),
     ("train.device", "cud", "Did you mean 'cuda'"),
-    ("train.device", "1", "text"),
+    ("train.device", "1", "a string"),
     ("train.precision", "float16", "Allowed: auto, float32, tf32, bfloat16"),
     ("data.valid_split", "0.95", "at most 0.9"),
     ("data.valid_split", "-0.1", "at least 0"),
@@ -68,7 +68,7 @@ WRONG_VALUES = [
     ("schedule.momentums", "[0.9, 'x', 0.9]", "a list of numbers"),
     ("schedule.momentums", "[0.9, 0.8]", "three numbers"),
     ("schedule.momentums", "[0.9, 0.8, 1.1]", "at most 1"),
-    ("schedule.milestones", "[0.5, 0.2]", "must rise"),
+    ("schedule.milestones", "[0.5, 0.2]", "ascending order"),
     ("expected.accuracy", "85.4", "at most 1"),
 ]
 
@@ -125,10 +125,10 @@ def test_an_assignment_of_another_form_is_refused(assignment, part):
     [
         ({"train": {"batch_size": 30}}, "Nearest: 32"),
         ({"train": {"batch_size": 2}}, "Nearest: 4"),
-        ({"model": {"num_members": 1}}, "takes mix.kind='sum'"),
+        ({"model": {"num_members": 1}}, "use mix.kind='sum'"),
         ({"optimizer": {"momentum": 0}}, "optimizer.nesterov=false"),
-        ({"data": 3}, "data must be a section, not 3"),
-        ({"data": {"dataset": {}}}, "data.dataset is {}; it must be text"),
+        ({"data": 3}, "data must be a section; got 3"),
+        ({"data": {"dataset": {}}}, "data.dataset is {}; it must be a string"),
     ],
 )
 def test_values_are_checked_together(values, part):

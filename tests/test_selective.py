@@ -89,8 +89,12 @@ def test_infinite_confidences_tie():
 def test_without_errors_or_with_nothing_else(num_samples, right):
     confidence = torch.linspace(0.1, 0.9, num_samples)
     correct = torch.full((num_samples,), right)
-    count = f"{num_samples} right and 0 wrong" if right else f"0 right and {num_samples} wrong"
-    with pytest.raises(InputError, match=f"failure_auroc needs right and wrong.*{count}"):
+    count = (
+        f"{num_samples} correct and 0 incorrect"
+        if right
+        else f"0 correct and {num_samples} incorrect"
+    )
+    with pytest.raises(InputError, match=f"failure_auroc needs correct and incorrect.*{count}"):
         failure_auroc(confidence, correct)
     assert aurc(confidence, correct).item() == 1 - right
     assert risk_coverage(confidence, correct)[1].tolist() == [1 - right] * num_samples

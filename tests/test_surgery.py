@@ -424,14 +424,14 @@ def test_what_cannot_be_converted_says_which_part_is_missing(case):
     [
         ({"encoder": "last"}, "encoder must name a convolution of Own; got 'last'"),
         ({"head": "first"}, "does not end with 'first'"),
-        ({"num_members": 0}, "num_members must be a whole number, 1 or more"),
+        ({"num_members": 0}, "num_members must be an integer, 1 or more"),
         ({"perturbation": 1.0}, "perturbation must be"),
-        ({"num_members": 2.5}, "num_members must be a whole number"),
-        ({"num_classes": 0}, "num_classes must be a whole number"),
+        ({"num_members": 2.5}, "num_members must be an integer"),
+        ({"num_classes": 0}, "num_classes must be an integer"),
         ({"image_size": "64"}, "image_size must be a number of pixels or"),
         ({"image_size": (64, 0)}, "image_size must be a number of pixels or"),
         ({"image_size": 1}, "does not accept images of 1x1: RuntimeError"),
-        ({"in_channels": 0}, "in_channels must be a whole number, 1 or more"),
+        ({"in_channels": 0}, "in_channels must be an integer, 1 or more"),
     ],
 )
 def test_wrong_arguments_are_explained(arguments, message):

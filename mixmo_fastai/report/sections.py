@@ -175,7 +175,7 @@ def _confusion_section(data: ReportData) -> Section:
         "Most confused pairs",
         ("True", "Predicted", "Images", "Of true class"),
         [
-            (names[pair.true], names[pair.predicted], f"{pair.samples:,}", percent(pair.share))
+            (names[pair.true], names[pair.predicted], f"{pair.samples:,}", percent(pair.fraction))
             for pair in most_confused(matrix, NUM_PAIRS)
         ],
         (2, 3),
