@@ -18,7 +18,7 @@ from mixmo_fastai import __version__
 from mixmo_fastai.files import write_atomically
 from mixmo_fastai.recipe import to_toml
 from mixmo_fastai.report.findings import Mistake, ReportData, collect_report_data
-from mixmo_fastai.report.sections import kind, scaled_by, sections
+from mixmo_fastai.report.sections import calibration_name, sections, voter_name
 from mixmo_fastai.runs import RunFolder
 from mixmo_fastai.wording import (
     METRIC_BY_NAME,
@@ -78,7 +78,7 @@ def render(data: ReportData) -> str:
         tiles=_tiles(data),
         published=published_result(recipe),
         table=_metric_table(data),
-        averages=_averages(data),
+        metric_columns=_metric_columns(data),
         notes=_notes(data),
         sections=sections(data),
         colors=_colors(data),
@@ -136,7 +136,7 @@ def _tiles(data: ReportData) -> list[tuple[str, str, str]]:
     ]
     if expected.accuracy is not None:
         tiles.insert(1, ("Published", percent(expected.accuracy), f"with {expected.arch}"))
-    if name := scaled_by(data):
+    if name := calibration_name(data):
         calibrated = data.metrics[name]
         images = "validation split" if name == "calibrated" else "other half"
         remark = f"temperature of the {images}"
@@ -146,8 +146,9 @@ def _tiles(data: ReportData) -> list[tuple[str, str, str]]:
         tiles.append(("ECE, calibrated", percent(calibrated["ece"]), remark))
     if len(test["member_accuracy"]) > 1:
         values = test["member_accuracy"]
-        label = f"Mean {kind(data)}"
-        tiles.append((label, percent(sum(values) / len(values)), f"accuracy of {len(values)}"))
+        voter = voter_name(data)
+        label, remark = f"{voter.capitalize()} accuracy", f"mean of {len(values)} {voter}s"
+        tiles.append((label, percent(sum(values) / len(values)), remark))
     return tiles
 
 
@@ -159,7 +160,7 @@ def _interval(ends: Mapping[str, Sequence[float]], name: str) -> str:
     return f"{show(low)} to {show(high)}"
 
 
-def _averages(data: ReportData) -> list[tuple[str, str, Mapping[str, Any]]]:
+def _metric_columns(data: ReportData) -> list[tuple[str, str, Mapping[str, Any]]]:
     """Return the columns of the table of metrics: title, explanation, values."""
     metrics = data.metrics
     split, final = final_metrics(metrics)
@@ -174,7 +175,7 @@ def _averages(data: ReportData) -> list[tuple[str, str, Mapping[str, Any]]]:
 def _metric_table(data: ReportData) -> list[tuple[Any, list[tuple[str, str]]]]:
     """Return the rows of metrics: for each column, the value or the reason if it is undefined."""
     rows = []
-    columns = _averages(data)
+    columns = _metric_columns(data)
     has_one_member = len(columns[0][2]["member_accuracy"]) == 1
     for metric in METRICS:
         cells = []
@@ -212,7 +213,7 @@ def _colors(data: ReportData) -> list[tuple[str, str]]:
     if len(final_metrics(data.metrics)[1]["member_accuracy"]) == 1:
         colors = [("ensemble", "network"), ("members", "encoder")]
     else:
-        colors = [("ensemble", "ensemble"), ("members", f"{kind(data)}s")]
+        colors = [("ensemble", "ensemble"), ("members", f"{voter_name(data)}s")]
     return [
         *colors,
         ("correct", "correct"),

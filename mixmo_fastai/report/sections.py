@@ -136,7 +136,7 @@ def _calibration_section(data: ReportData) -> Section:
         data.labels,
         caption=f"At {data.calibration}.",
     )
-    remark = temperature_warning(data.metrics.get(scaled_by(data), {}))
+    remark = temperature_warning(data.metrics.get(calibration_name(data), {}))
     return Section("calibration", "Calibration", [before, after], [], [remark] if remark else [])
 
 
@@ -154,7 +154,7 @@ def _risk_section(data: ReportData) -> Section:
 
 
 def _member_section(data: ReportData) -> Section:
-    (_, test), voter = final_metrics(data.metrics), kind(data)
+    (_, test), voter = final_metrics(data.metrics), voter_name(data)
     if len(test["member_accuracy"]) == 1:
         note = "The network has one member, so there is nothing to compare."
         return Section("members", "Members", [], [], [note])
@@ -215,12 +215,12 @@ def _filter_section(data: ReportData) -> Section:
     return Section("filters", "Filter use", drawn, details=details)
 
 
-def kind(data: ReportData) -> str:
+def voter_name(data: ReportData) -> str:
     """Return the name of one voter of the ensemble: "network" or "member"."""
     return "network" if data.recipe.model.num_nets > 1 else "member"
 
 
-def scaled_by(data: ReportData) -> str:
+def calibration_name(data: ReportData) -> str:
     """Return the name of the calibrated metrics that the page shows, or "" if there are none."""
     names = ("calibrated", "cross_fitted")
     return next((name for name in names if data.metrics.get(name)), "")
