@@ -18,7 +18,7 @@ from fasttransform import Pipeline
 from torch import Tensor
 
 from mixmo_fastai.callback import MixMoCallback
-from mixmo_fastai.data.glance import first_batch, random_states_kept
+from mixmo_fastai.data.glance import first_batch, preserved_random_states
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.randomness import fresh_seed
 
@@ -97,7 +97,7 @@ def _simulated_first_step(learn: Learner, callback: MixMoCallback) -> Iterator[N
     original = {name: vars(learn)[name] for name in names if name in vars(learn)}
     mix_prob, fit_seed = callback.mix_prob, callback.fit_seed
     try:
-        with random_states_kept(learn.dls.train):
+        with preserved_random_states(learn.dls.train):
             callback.mix_prob = 1.0
             if callback.fit_seed is None:  # otherwise before_fit would wait for the other ranks
                 callback.fit_seed = fresh_seed()

@@ -98,11 +98,11 @@ def _start(
     loggers: Sequence[str],
     output: Output,
 ) -> None:
-    with _prepared(recipe, data_dir, output) as (training, is_first):
-        from mixmo_fastai.processes import done_by_first
+    with _prepared(recipe, data_dir, output) as (training, is_rank0):
+        from mixmo_fastai.processes import run_on_rank0
 
-        path = done_by_first(lambda: _make_folder(training, out))
-        output.run = run = RunFolder(path, is_writer=is_first)
+        path = run_on_rank0(lambda: _make_folder(training, out))
+        output.run = run = RunFolder(path, is_writer=is_rank0)
         with _errors_logged(run):
             speed = print_plan(training, output, run)
             _train(training, run, loggers, output, speed, resume=False)
@@ -117,12 +117,12 @@ def _make_folder(training: Any, out: Path | None) -> Path:
 def _resume(run: RunFolder, data_dir: Path | None, loggers: Sequence[str], output: Output) -> None:
     recipe = run.recipe()
     run.check_resumable()
-    is_first = (os.environ.get("RANK") or "0") == "0"
-    with locked(run.path) if is_first else nullcontext():  # no other process may write checkpoints
+    is_rank0 = (os.environ.get("RANK") or "0") == "0"
+    with locked(run.path) if is_rank0 else nullcontext():  # no other process may write checkpoints
         for network in run.networks():
             CheckpointStore(network.checkpoint).newest()  # raises before any data is read
-    with _prepared(recipe, data_dir, output, run) as (training, is_first):
-        output.run = run = RunFolder(run.path, is_writer=is_first)
+    with _prepared(recipe, data_dir, output, run) as (training, is_rank0):
+        output.run = run = RunFolder(run.path, is_writer=is_rank0)
         with _errors_logged(run):
             speed = print_plan(training, output, run, resume=True)
             _print_networks(run, output)
@@ -139,13 +139,13 @@ def _prepared(
         The training, and whether this process is rank 0, the only one that prints and writes.
     """
     from mixmo_fastai.devices import choose_device
-    from mixmo_fastai.processes import joined
+    from mixmo_fastai.processes import joined_process_group
 
-    with joined(choose_device(recipe.train.device)) as processes:
+    with joined_process_group(choose_device(recipe.train.device)) as processes:
         from mixmo_fastai.training import prepare
 
-        output.is_silent = not processes.is_first
-        yield prepare(recipe, data_dir, resumed), processes.is_first
+        output.is_silent = not processes.is_rank0
+        yield prepare(recipe, data_dir, resumed), processes.is_rank0
 
 
 def _print_networks(run: RunFolder, output: Output) -> None:

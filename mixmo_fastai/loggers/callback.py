@@ -15,14 +15,14 @@ from mixmo_fastai.loggers.pictures import plot_first_batch, plot_results
 from mixmo_fastai.loggers.tracker import Step, TrackedRun, Tracker
 from mixmo_fastai.preview import Preview, preview_current_batch
 from mixmo_fastai.recipe import Recipe
-from mixmo_fastai.recording import FollowingCallback, HistoryCallback
+from mixmo_fastai.recording import HistoryCallback, RunCallback
 from mixmo_fastai.runs import RunFolder
 from mixmo_fastai.settings import to_mapping
 from mixmo_fastai.training import Training
 from mixmo_fastai.wording import method_name
 
 
-class LoggingCallback(FollowingCallback):
+class LoggingCallback(RunCallback):
     """Log steps, epochs, final metrics and plots of each network of a run.
 
     Losses stay on the device until the Recorder copies its own, so logging adds no synchronisation.
@@ -49,7 +49,7 @@ class LoggingCallback(FollowingCallback):
         self.epochs = []  # drops an interrupted epoch
 
     @contextmanager
-    def following(self, training: Training, run: RunFolder, done: Position) -> Iterator[None]:
+    def run_context(self, training: Training, run: RunFolder, done: Position) -> Iterator[None]:
         """Open the trackers of a run, and close them even if it fails."""
         if not run.is_writer:
             yield
