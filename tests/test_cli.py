@@ -168,7 +168,7 @@ def test_interrupted_in_the_first_epoch_a_run_is_continued_from_its_beginning(mo
         assert run(["fit", *TINY, "--epochs", "1", "--out", "part"]) == 130
     assert "mixmo fit --resume part" in capsys.readouterr().err
     assert run(["fit", "--resume", "part"]) == 0
-    assert "nothing was saved yet; training begins anew" in capsys.readouterr().out
+    assert "training starts from the beginning" in capsys.readouterr().out
     assert (Path("part") / "metrics.json").is_file()
 
 
