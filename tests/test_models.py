@@ -210,7 +210,7 @@ def test_initial_weights_follow_the_generator():
         ("wrn27_2", "wrn22_2 or wrn28_2"),
         ("preact_resnet50_1", "depth 18"),
         ("wrn16_0", "width"),
-        ("vgg", "Such as"),
+        ("vgg", "Examples: wrn28_10"),
     ],
 )
 def test_impossible_architectures_are_refused(arch, hint):

@@ -226,3 +226,10 @@ def test_times_of_the_bar_are_short(seconds, text):
 )
 def test_durations_are_in_their_largest_unit(seconds, text):
     assert estimated_duration(seconds) == text
+
+
+def test_the_plan_names_the_optimizer(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["fit", *TINY, "--epochs", "1", "--set", "optimizer.name=adamw", "--lr", "0.002"]
+    assert run([*words, "--out", "here"]) == 0
+    assert "learning rate 0.002; adamw, weight decay 0.0006" in capsys.readouterr().out

@@ -46,13 +46,18 @@ def plan_lines(training: Any) -> list[str]:
         ),
         (
             "Schedule",
-            f"{schedule.kind}, learning rate {recipe.lr:.4g}; SGD, weight decay "
-            f"{recipe.optimizer.weight_decay:g}",
+            f"{schedule.kind}, learning rate {recipe.lr:.4g}; {_optimizer_name(recipe)}, "
+            f"weight decay {recipe.optimizer.weight_decay:g}",
         ),
         *([("Weights", kept)] if (kept := _kept_weights(recipe)) else []),
         *_published_rows(recipe),
     ]
     return align(rows, PLAN_WIDTH)
+
+
+def _optimizer_name(recipe: Recipe) -> str:
+    name = recipe.optimizer.name
+    return name.upper() if name == "sgd" else name
 
 
 def _published_rows(recipe: Recipe) -> list[tuple[str, str]]:
