@@ -24,7 +24,7 @@ class RunFailedError(RuntimeError):
     """
 
 
-def plain(error: _AnyError) -> _AnyError:
+def remove_fastai_prefix(error: _AnyError) -> _AnyError:
     """Remove the prefix that fastai adds to the message of an error raised in a callback."""
     error.args = (_PREFACE.sub("", str(error)),)
     return error

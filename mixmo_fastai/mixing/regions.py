@@ -136,8 +136,8 @@ def channels(area: Tensor, shape: Shape, generator: Generator) -> Tensor:
 def first_channels(area: Tensor, shape: Shape, generator: Generator) -> Tensor:
     """Select the first round(D·area) channels: (B, D, 1, 1), binary."""
     count = (shape[0] * area).round()[:, None]
-    places = torch.arange(shape[0], device=area.device)
-    return (places < count).to(area.dtype)[:, :, None, None]
+    positions = torch.arange(shape[0], device=area.device)
+    return (positions < count).to(area.dtype)[:, :, None, None]
 
 
 def noise(area: Tensor, shape: Shape, generator: Generator) -> Tensor:
@@ -180,8 +180,8 @@ def _span(area: Tensor, length: int, generator: Generator) -> Tensor:
 
 
 def _first(area: Tensor, length: int) -> Tensor:
-    places = torch.arange(length, device=area.device)
-    return (places < (length * area).floor()[:, None]).to(area.dtype)
+    positions = torch.arange(length, device=area.device)
+    return (positions < (length * area).floor()[:, None]).to(area.dtype)
 
 
 def _odd_at_most(length: int) -> int:
@@ -190,8 +190,8 @@ def _odd_at_most(length: int) -> int:
 
 def _blur_matrix(sigma: Tensor, length: int) -> Tensor:
     """Build the blur along one axis: (B,) -> (B, length, length); rows are Gaussians of sum 1."""
-    places = torch.arange(length, device=sigma.device, dtype=sigma.dtype)
-    distance = places[:, None] - places
+    positions = torch.arange(length, device=sigma.device, dtype=sigma.dtype)
+    distance = positions[:, None] - positions
     return torch.softmax(-(distance**2) / (2 * sigma[:, None, None] ** 2), dim=2)
 
 
