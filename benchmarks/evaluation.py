@@ -1,4 +1,4 @@
-"""Seconds to evaluate a run from its logits: every figure, and the bootstrap apart.
+"""Measure the time to evaluate a run from its logits: all metrics, and the bootstrap alone.
 
 python benchmarks/evaluation.py [--images 10000] [--members 2] [--classes 100] [--out FILE.json]
 """
@@ -14,7 +14,7 @@ from mixmo_fastai.devices import keep_freed_memory
 from mixmo_fastai.evaluation import evaluate_parts
 
 
-def draw(num_images, num_members, num_classes, seed):
+def random_logits(num_images, num_members, num_classes, seed):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(num_classes, (num_images,), generator=generator)
     logits = torch.randn(num_images, num_members, num_classes, generator=generator)
@@ -31,21 +31,21 @@ def main():
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     keep_freed_memory()  # as `mixmo eval` does
-    test = draw(args.images, args.members, args.classes, 0)
-    validation = draw(max(60, args.images // 10), args.members, args.classes, 1)
+    test = random_logits(args.images, args.members, args.classes, 0)
+    validation = random_logits(max(60, args.images // 10), args.members, args.classes, 1)
     mean = test[0].double().mean(dim=1)
-    subjects = {
-        "every figure, bootstrap included": lambda: evaluate_parts(validation, test),
+    functions = {
+        "all metrics, including the bootstrap": lambda: evaluate_parts(validation, test),
         "bootstrap of 1,000 resamples": lambda: intervals(mean, test[1]),
     }
-    seconds = interleaved(subjects, args.repeats, warmup=1)
+    seconds = interleaved(functions, args.repeats, warmup=1)
     rows = [
         (name, "{median:.2f} s ({min:.2f} to {max:.2f})".format(**spread(values)))
         for name, values in seconds.items()
     ]
     report(
         f"Evaluation of {args.images:,} images x {args.members} members x {args.classes} classes; "
-        "goals: under 2 s without the bootstrap, and 5 s for it",
+        "goals: under 2 s without the bootstrap, under 5 s for the bootstrap",
         rows,
         {"seconds": {name: spread(values) for name, values in seconds.items()}},
         args.out,

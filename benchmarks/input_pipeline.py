@@ -1,10 +1,10 @@
-"""Pairs per second of the whole input side, against torchvision's transforms in a DataLoader.
+"""Compare the throughput of the input pipeline with torchvision transforms in a DataLoader.
 
 python benchmarks/input_pipeline.py [--out FILE.json]
 
-Ours is all of it: order, crop, flip, repetition, normalisation, pairing, masks and weights. The
-other side only makes the images, item by item from PIL, and collates them; pairing and masks would
-come on top.
+This project's pipeline includes everything: order, crop, flip, repetition, normalisation, pairing,
+masks and weights. The torchvision pipeline only produces the images, one by one with PIL, and
+collates them, without pairing and masks.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def make_pixels(num_images=NUM_IMAGES):
 
 
 class PilImages(Dataset):
-    """Torchvision's way: an array becomes a PIL image, which goes through transforms."""
+    """Apply torchvision transforms to PIL images made from arrays."""
 
     def __init__(self, pixels):
         self.arrays = pixels.permute(0, 2, 3, 1).contiguous().numpy()
@@ -55,11 +55,11 @@ class PilImages(Dataset):
         return self.transform(Image.fromarray(self.arrays[index])), index % 10
 
 
-class Torchvision:
-    """Endless batches of M·B images, every distinct one M·b times, from worker processes."""
+class TorchvisionPipeline:
+    """Endless batches of M·B images, each distinct image M·b times, from worker processes."""
 
     def __init__(self, pixels, num_workers):
-        self.data, self.workers = PilImages(pixels), num_workers
+        self.data, self.num_workers = PilImages(pixels), num_workers
         self.batches = self.endless()
 
     def endless(self):
@@ -67,7 +67,7 @@ class Torchvision:
         while True:
             order = torch.randperm(len(self.data)).split(distinct)
             batches = [chunk.repeat(copies).tolist() for chunk in order if len(chunk) == distinct]
-            yield from DataLoader(self.data, batch_sampler=batches, num_workers=self.workers)
+            yield from DataLoader(self.data, batch_sampler=batches, num_workers=self.num_workers)
 
     def take(self, num_batches):
         for _ in range(num_batches):
@@ -75,8 +75,8 @@ class Torchvision:
             assert len(x) == MEMBERS * BATCH
 
 
-class Ours:
-    """The resident loader, and the callback on a Learner that has nothing to train."""
+class MixMoPipeline:
+    """The resident loader and MixMoCallback, with a Learner stub that does not train."""
 
     def __init__(self, pixels, device):
         self.loader = ResidentLoader(
@@ -120,23 +120,27 @@ def main():
     parser.add_argument("--other-batches", type=int, default=60)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--pause", type=float, default=0.5, help="seconds before each time")
+    parser.add_argument("--pause", type=float, default=0.5, help="seconds before each measurement")
     parser.add_argument("--images", type=int, default=NUM_IMAGES)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     keep_freed_memory()
     pixels = make_pixels(args.images)
-    ours, other = Ours(pixels, args.device), Torchvision(pixels, args.workers)
-    counts = {"pairs, masks and weights": args.batches, "the images alone": args.batches}
-    them = f"torchvision, PIL, DataLoader of {args.workers} workers: the images alone"
-    counts[them] = args.other_batches
-    takers = dict(zip(counts, (ours.take, ours.take_images, other.take), strict=True))
+    mixmo, torchvision = (
+        MixMoPipeline(pixels, args.device),
+        TorchvisionPipeline(pixels, args.workers),
+    )
+    counts = {"pairs, masks and weights": args.batches, "images only": args.batches}
+    baseline = f"torchvision, PIL, DataLoader with {args.workers} workers: images only"
+    counts[baseline] = args.other_batches
+    takes = (mixmo.take, mixmo.take_images, torchvision.take)
+    functions = dict(zip(counts, takes, strict=True))
     seconds = interleaved(
-        {name: partial(takers[name], count) for name, count in counts.items()},
+        {name: partial(functions[name], count) for name, count in counts.items()},
         args.repeats,
         warmup=1,
-        pause=args.pause,  # workers go on fetching ahead for a while
+        pause=args.pause,  # workers keep prefetching for a while
     )
     per_pair = {name: [s / counts[name] / BATCH for s in seconds[name]] for name in counts}
     rates = {name: spread([1 / s for s in values]) for name, values in per_pair.items()}
@@ -144,9 +148,12 @@ def main():
         (name, "{median:,.0f} pairs/s ({min:,.0f} to {max:,.0f})".format(**rate))
         for name, rate in rates.items()
     ]
-    ratio = paired_ratio(per_pair[them], per_pair["pairs, masks and weights"])
+    ratio = paired_ratio(per_pair[baseline], per_pair["pairs, masks and weights"])
     rows.append(
-        ("ratio, of pairs to images", "{median:.1f} ({min:.1f} to {max:.1f})".format(**ratio))
+        (
+            "ratio, pairs to torchvision images",
+            "{median:.1f} ({min:.1f} to {max:.1f})".format(**ratio),
+        )
     )
     report(
         f"Input pipeline: 32x32 images, {MEMBERS} members, batch {BATCH}, b = {REPETITIONS}; "

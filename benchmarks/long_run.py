@@ -1,9 +1,9 @@
-"""Whether an epoch late in a run takes longer than an early one.
+"""Measure whether late epochs of a run take longer than early ones.
 
 python benchmarks/long_run.py [--arch wrn10_1] [--epochs 200] [--limit 320] [--out FILE.json]
 
-A run of many short epochs on the digits, checkpoint and history included; the wall clock of each
-epoch is from the run's own history.
+Trains many short epochs on the digits, including checkpoints and history. The wall-clock time of
+each epoch is read from the run's history.
 """
 
 import argparse
@@ -12,13 +12,13 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from measure import SECONDS, report, rows_of, spread
+from measure import SECONDS, format_rows, report, spread
 
 from mixmo_fastai.runs import open_run
 
 
-def seconds_of_epochs(args, folder):
-    """Train, and give the seconds of each epoch from the end of the one before."""
+def epoch_seconds(args, folder):
+    """Train, and return the seconds of each epoch, from the end of the previous epoch."""
     run = folder / "run"
     words = ["fit", "digits", "--arch", args.arch, "--epochs", str(args.epochs), "--quiet"]
     words += ["--limit", str(args.limit), "--batch-size", "32", "--device", args.device]
@@ -38,18 +38,18 @@ def main():
     parser.add_argument("--epochs", type=int, default=200)
     parser.add_argument("--limit", type=int, default=320, help="training images")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, help="of the figures as JSON")
+    parser.add_argument("--out", type=Path, help="write the results as JSON")
     args = parser.parse_args()
     with TemporaryDirectory() as folder:
-        seconds = seconds_of_epochs(args, Path(folder))
-    part = max(1, args.epochs // 5)
-    first, late = seconds[1 : 1 + part] or seconds, seconds[-part:]
-    times = {f"epochs 2 to {1 + len(first)}": spread(first), f"the last {len(late)}": spread(late)}
+        seconds = epoch_seconds(args, Path(folder))
+    num_epochs = max(1, args.epochs // 5)
+    early, late = seconds[1 : 1 + num_epochs] or seconds, seconds[-num_epochs:]
+    times = {f"epochs 2 to {1 + len(early)}": spread(early), f"last {len(late)}": spread(late)}
     medians = [value["median"] for value in times.values()]
     report(
-        f"Seconds of an epoch over a run of {args.epochs}: {args.arch}, {args.limit} images; "
-        "goal: as many at its end",
-        [*rows_of(times, SECONDS), ("last / first, of medians", f"{medians[1] / medians[0]:.3f}")],
+        f"Seconds per epoch over {args.epochs} epochs: {args.arch}, {args.limit} images; "
+        "goal: no increase",
+        [*format_rows(times, SECONDS), ("last / first, medians", f"{medians[1] / medians[0]:.3f}")],
         {"seconds": times, "ratio": medians[1] / medians[0]},
         args.out,
     )

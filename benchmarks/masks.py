@@ -1,4 +1,4 @@
-"""Cost of drawing the masks of a batch, against a training step of the same batch.
+"""Compare the time to draw the masks of a batch with a training step on that batch.
 
 python benchmarks/masks.py [--batch-size 512] [--arch wrn16_4] [--device cuda] [--out FILE.json]
 """
@@ -32,20 +32,23 @@ def main():
         kind: partial(draw_masks, kind, lam, SHAPE, generator=generator) for kind in MASK_KINDS
     }
     seconds = interleaved(kinds, args.repeats)
-    path = Acceleration(torch.device(args.device))
-    step = Setup(args.arch, args.batch_size, path=path).steps()
+    acceleration = Acceleration(torch.device(args.device))
+    step = Setup(args.arch, args.batch_size, acceleration=acceleration).steps()
     step_seconds = interleaved({"step": step}, args.step_repeats, warmup=1)["step"]
     step_time = spread(step_seconds)["median"]
-    shares = {kind: spread([s / step_time for s in values]) for kind, values in seconds.items()}
+    fractions = {kind: spread([s / step_time for s in values]) for kind, values in seconds.items()}
     rows = [
-        (kind, f"{1e3 * spread(seconds[kind])['median']:7.2f} ms   {100 * share['median']:.3f} %")
-        for kind, share in shares.items()
+        (
+            kind,
+            f"{1e3 * spread(seconds[kind])['median']:7.2f} ms   {100 * fraction['median']:.3f} %",
+        )
+        for kind, fraction in fractions.items()
     ]
     report(
-        f"Masks of {args.batch_size} samples at 32x32, and their share of a training step of "
+        f"Masks of {args.batch_size} samples at 32x32, and their fraction of a training step of "
         f"{args.arch} ({step_time:.2f} s); goal: under 2 %",
         rows,
-        {"seconds": {k: spread(v) for k, v in seconds.items()}, "share_of_step": shares},
+        {"seconds": {k: spread(v) for k, v in seconds.items()}, "fraction_of_step": fractions},
         args.out,
     )
 

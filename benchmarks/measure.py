@@ -1,4 +1,4 @@
-"""Timing that survives a noisy machine: interleaved repetitions, medians and their spread."""
+"""Timing that is robust on a noisy machine: interleaved repetitions, medians and spreads."""
 
 import json
 import platform
@@ -16,55 +16,55 @@ RATIO = "{median:.3f} ({min:.3f} to {max:.3f})"
 
 
 def interleaved(
-    subjects: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 2, pause: float = 0
+    functions: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 2, pause: float = 0
 ) -> dict[str, Seconds]:
-    """Time each subject once per round, so that a slow minute hits all of them alike.
+    """Time each function once per round, so that slow periods affect all functions equally.
 
-    A pause of some seconds before each lets processes of the one before come to rest.
+    A pause in seconds before each function lets processes of the previous function finish.
     """
     for _ in range(warmup):
-        for subject in subjects.values():
-            subject()
-    seconds: dict[str, Seconds] = {name: [] for name in subjects}
+        for function in functions.values():
+            function()
+    seconds: dict[str, Seconds] = {name: [] for name in functions}
     for _ in range(repeats):
-        for name, subject in subjects.items():
+        for name, function in functions.items():
             _finish_queue()
             time.sleep(pause)
-            began = time.perf_counter()
-            subject()
+            start = time.perf_counter()
+            function()
             _finish_queue()
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name].append(time.perf_counter() - start)
     return seconds
 
 
 def _finish_queue() -> None:
-    """A GPU runs behind the program; a time without waiting for it is that of the program alone."""
+    """Wait for the GPU; otherwise only the time to launch its kernels would be measured."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 
 def spread(values: Seconds) -> dict[str, float]:
-    """Give minimum, median and maximum."""
+    """Return minimum, median and maximum."""
     return {"min": min(values), "median": statistics.median(values), "max": max(values)}
 
 
 def spreads(values: Mapping[str, Seconds]) -> dict[str, dict[str, float]]:
-    """Give the spread of each."""
+    """Return the spread of each entry."""
     return {name: spread(each) for name, each in values.items()}
 
 
-def rows_of(figures: Mapping[str, dict[str, float]], form: str) -> list[tuple[str, str]]:
-    """Put spreads into words, one row each."""
-    return [(name, form.format(**figure)) for name, figure in figures.items()]
+def format_rows(spreads: Mapping[str, dict[str, float]], template: str) -> list[tuple[str, str]]:
+    """Format each spread as a row of name and text."""
+    return [(name, template.format(**values)) for name, values in spreads.items()]
 
 
 def paired_ratio(numerator: Seconds, denominator: Seconds) -> dict[str, float]:
-    """Give the spread of the ratios, round by round."""
+    """Return the spread of the ratios, computed per round."""
     return spread([a / b for a, b in zip(numerator, denominator, strict=True)])
 
 
 def machine() -> dict[str, object]:
-    """Name what the figures were measured on."""
+    """Return the hardware and versions used for the measurements."""
     return {
         "processor": _processor(),
         "threads": torch.get_num_threads(),
@@ -77,16 +77,16 @@ def machine() -> dict[str, object]:
     }
 
 
-def report(title: str, rows: list[tuple[str, str]], figures: dict[str, object], out: Path | None):
-    """Print a table, and write the figures as JSON where asked for."""
+def report(title: str, rows: list[tuple[str, str]], results: dict[str, object], out: Path | None):
+    """Print a table, and write the results as JSON if `out` is given."""
     width = max(len(name) for name, _ in rows)
     print(title)
     for name, text in rows:
         print(f"  {name:<{width}}  {text}")
-    about = machine()
-    print("  on " + ", ".join(f"{key} {value}" for key, value in about.items() if value))
+    environment = machine()
+    print("  on " + ", ".join(f"{key} {value}" for key, value in environment.items() if value))
     if out is not None:
-        out.write_text(json.dumps({"machine": about, **figures}, indent=2) + "\n")
+        out.write_text(json.dumps({"machine": environment, **results}, indent=2) + "\n")
 
 
 def _processor() -> str:

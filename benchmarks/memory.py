@@ -1,11 +1,11 @@
-"""Peak of the memory that tensors take in training: two members against one.
+"""Compare the peak memory of tensors in training: two members and one.
 
 python benchmarks/memory.py [--arch wrn16_4] [--batch-size 64] [--device cuda]
                             [--precision bfloat16] [--out FILE.json]
 
-Everything counts from an empty device on: batch, weights, gradients, momenta, features. On a CPU
-each allocation is taken from torch's profiler, on a GPU the peak from its allocator, so that
-figures repeat to the byte but for what libraries choose.
+Everything is counted from an empty device: batch, weights, gradients, momentum buffers, features.
+Allocations are read from torch's profiler on a CPU, and from the allocator's peak on a GPU, so
+results are reproducible to the byte except for allocations chosen by libraries.
 """
 
 import gc
@@ -15,60 +15,61 @@ from itertools import accumulate
 
 import torch
 from measure import report
-from steps import Setup, parser_of_steps
+from steps import Setup, step_parser
 from torch.profiler import ProfilerActivity, profile
 
-NUM_STEPS = 2  # gradients and momenta come with the first
+NUM_STEPS = 2  # the first step allocates gradients and momentum buffers
 VANILLA, MEMBERS = "vanilla", "M=2"
-IN_A_LEARNER = " in a Learner, with its images and what it draws ahead"
+IN_A_LEARNER = " in a Learner, with its images and prefetched draws"
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
-    """Run something, and give the most bytes of tensors that it held at once."""
-    gc.collect()  # Learners of before, which hold themselves
+    """Run a function, and return the peak number of bytes of its tensors."""
+    gc.collect()  # earlier Learners, which contain reference cycles
     if device.type == "cuda":
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         work()
         return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
-    events = [e for e in watched.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     changes = [e.nbytes() for e in sorted(events, key=lambda event: event.start_ns())]
     return max(accumulate(changes))
 
 
-def _make_and_run(make: Callable[[int], Callable[[], object]]) -> None:
-    make(NUM_STEPS)()
+def _make_and_run(make_steps: Callable[[int], Callable[[], object]]) -> None:
+    make_steps(NUM_STEPS)()
 
 
 def main():
-    parser = parser_of_steps(__doc__, arch="wrn16_4", batch_size=64)
+    parser = step_parser(__doc__, arch="wrn16_4", batch_size=64)
     args = parser.parse_args()
     setup = Setup.from_arguments(args)
-    vanilla, device = setup.but(num_members=1), setup.path.device
+    vanilla, device = setup.replace(num_members=1), setup.acceleration.device
     makers = {
         VANILLA: vanilla.steps,
         MEMBERS: setup.steps,
         VANILLA + IN_A_LEARNER: vanilla.epochs,
         MEMBERS + IN_A_LEARNER: setup.epochs,
     }
-    for make in makers.values():  # what libraries keep for good is not of one of them
-        make(NUM_STEPS)()
+    for make_steps in makers.values():  # exclude memory that libraries allocate once and keep
+        make_steps(NUM_STEPS)()
     peaks = {
-        name: peak_bytes(partial(_make_and_run, make), device) for name, make in makers.items()
+        name: peak_bytes(partial(_make_and_run, make_steps), device)
+        for name, make_steps in makers.items()
     }
     ratios = {
-        f"{MEMBERS} / {VANILLA},{where or ' by hand'}": peaks[MEMBERS + where]
-        / peaks[VANILLA + where]
-        for where in ("", IN_A_LEARNER)
+        f"{MEMBERS} / {VANILLA},{setting or ' by hand'}": peaks[MEMBERS + setting]
+        / peaks[VANILLA + setting]
+        for setting in ("", IN_A_LEARNER)
     }
     rows = [(name, f"{peak / 2**20:,.1f} MiB") for name, peak in peaks.items()]
     rows += [(name, f"{ratio:.4f}") for name, ratio in ratios.items()]
     report(
-        f"Peak memory of training: {args.arch}, batch {args.batch_size}, {setup.path.describe()}; "
-        "goal: M=2 / vanilla 1.02 or less",
+        f"Peak memory of training: {args.arch}, batch {args.batch_size}, "
+        f"{setup.acceleration.describe()}; goal: M=2 / vanilla 1.02 or less",
         rows,
         {"bytes": peaks, "ratios": ratios},
         args.out,

@@ -1,8 +1,9 @@
-"""What benchmarks time: training steps on generated images, by hand and through a Learner."""
+"""Training steps on generated images for the benchmarks, by hand and with a Learner."""
 
 import argparse
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import Any
 
@@ -26,52 +27,53 @@ SIZE, CLASSES, REPETITIONS, LR = 32, 10, 4, 1e-3
 
 @dataclass(frozen=True)
 class Setup:
-    """A network, its batch, and how it is trained.
+    """A network, its batch size and its training settings.
 
     Attributes:
-        arch: its name.
+        arch: name of the network.
         batch_size: images that the network sees per step.
         num_members: M; 1 is the vanilla network.
-        path: device, precision, memory format, compilation.
+        acceleration: device, precision, memory format, compilation.
         ghost_batch_size: as in a recipe.
     """
 
     arch: str
     batch_size: int
     num_members: int = 2
-    path: Acceleration = field(default_factory=lambda: Acceleration(torch.device("cpu")))
+    acceleration: Acceleration = field(default_factory=lambda: Acceleration(torch.device("cpu")))
     ghost_batch_size: int = 0
 
     @classmethod
     def from_arguments(cls, args: argparse.Namespace) -> "Setup":
-        """Take what `parser_of_steps` reads."""
+        """Create a setup from the arguments of `step_parser`."""
         if args.batch_size % REPETITIONS:
-            raise SystemExit(f"--batch-size must be a multiple of {REPETITIONS}, the repetitions.")
-        path = Acceleration(
+            raise SystemExit(f"--batch-size must be a multiple of the {REPETITIONS} repetitions.")
+        acceleration = Acceleration(
             torch.device(args.device),
             autocast=torch.bfloat16 if args.precision == "bfloat16" else None,
             tf32=args.precision == "tf32",
             compiled=args.compiled,
         )
-        return cls(args.arch, args.batch_size, path=path)
+        return cls(args.arch, args.batch_size, acceleration=acceleration)
 
-    def but(self, **changes: Any) -> "Setup":
-        """Give a copy with some of it changed, of the path too."""
-        own = {k: v for k, v in changes.items() if k in Setup.__dataclass_fields__}
-        path = {k: v for k, v in changes.items() if k not in own}
-        return replace(self, **own, path=replace(self.path, **path))
+    def replace(self, **changes: Any) -> "Setup":
+        """Return a copy with changed fields; names of other fields change the acceleration."""
+        fields = {k: v for k, v in changes.items() if k in Setup.__dataclass_fields__}
+        others = {k: v for k, v in changes.items() if k not in fields}
+        acceleration = replace_fields(self.acceleration, **others)
+        return replace_fields(self, **fields, acceleration=acceleration)
 
     def model(self) -> MixMoModel:
-        """Make the network, where it trains."""
+        """Create the network on its device."""
         model = create_model(self.arch, CLASSES, self.num_members)
         use_ghost_batches(model, self.ghost_batch_size)
-        return self.path.place(model)
+        return self.acceleration.place(model)
 
     def batch(self) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-        """Make a batch as the callback leaves it: inputs, masks; targets, weights."""
-        size, members, device = self.batch_size, self.num_members, self.path.device
+        """Create a batch as MixMoCallback prepares it: inputs, masks; targets, weights."""
+        size, members, device = self.batch_size, self.num_members, self.acceleration.device
         x = torch.randn(members * size, 3, SIZE, SIZE, device=device)
-        if self.path.channels_last:
+        if self.acceleration.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         y = torch.randint(CLASSES, (size, members), device=device)
         lam = draw_lam(size, members, 2.0, device=device)
@@ -80,13 +82,13 @@ class Setup:
         return (x.unflatten(0, (members, size)).transpose(0, 1), masks), (y, loss_weights(lam, 3.0))
 
     def steps(self, num_steps: int = 1) -> Callable[[], None]:
-        """Give a loop as one writes it by hand, over a batch that is ready."""
+        """Return a hand-written training loop over a prepared batch."""
         model, (xb, yb) = self.model(), self.batch()
         optimizer, loss_func = sgd()(model.parameters(), lr=LR).opt, MixMoLoss()
 
         def run() -> None:
             model.train()
-            with self.path.applied(model):
+            with self.acceleration.applied(model):
                 for _ in range(num_steps):
                     loss_func(model(*xb), *yb).backward()
                     optimizer.step()
@@ -95,11 +97,11 @@ class Setup:
         return run
 
     def epochs(self, num_steps: int) -> Callable[[], None]:
-        """Give an epoch of a Learner: loader, augmentation, pairing, masks, and all bookkeeping."""
+        """Return an epoch of a Learner: loader, augmentation, pairing, masks and bookkeeping."""
         learn = self.learner(num_steps)
 
         def run() -> None:
-            with self.path.applied(learn.model), learn.no_bar(), learn.no_logging():
+            with self.acceleration.applied(learn.model), learn.no_bar(), learn.no_logging():
                 learn.fit(1, LR)
             assert learn.recorder.iters == [num_steps], learn.recorder.iters
 
@@ -108,7 +110,7 @@ class Setup:
     def learner(
         self, num_steps: int, *, more_cbs: Iterable[Callback] = (), **settings: Any
     ) -> Learner:
-        """Give a Learner whose epochs have so many steps, and no validation."""
+        """Create a Learner with `num_steps` steps per epoch and no validation."""
         repetitions = REPETITIONS if self.num_members > 1 else 1
         distinct = self.batch_size // repetitions
         count = distinct * num_steps
@@ -126,26 +128,26 @@ class Setup:
             bs=distinct,
             shuffle=True,
             augmentation=Augmentation(crop_padding=4, flip=True),
-            device=self.path.device,
+            device=self.acceleration.device,
         )
         learn = mixmo_learner(
-            DataLoaders(loader, loader, path=Path(), device=self.path.device),
+            DataLoaders(loader, loader, path=Path(), device=self.acceleration.device),
             self.arch,
             mix="cutmix" if self.num_members > 1 else "sum",
             num_members=self.num_members,
             batch_repetitions=repetitions,
             ghost_batch_size=self.ghost_batch_size,
-            cbs=[*more_cbs, _TrainingAlone()],
+            cbs=[*more_cbs, _SkipValidation()],
             **settings,
         )
-        self.path.place(learn.model)
+        self.acceleration.place(learn.model)
         return learn
 
 
-def parser_of_steps(
+def step_parser(
     description: str | None, *, arch: str, batch_size: int, repeats: int | None = None
 ) -> argparse.ArgumentParser:
-    """Read the options of a benchmark of training steps."""
+    """Create the argument parser of a benchmark of training steps."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -156,12 +158,12 @@ def parser_of_steps(
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="float32", choices=("float32", "tf32", "bfloat16"))
     parser.add_argument("--compiled", action="store_true")
-    parser.add_argument("--out", type=Path, help="of the figures as JSON")
+    parser.add_argument("--out", type=Path, help="write the results as JSON")
     return parser
 
 
-class _TrainingAlone(Callback):
-    """Leaves out the validation."""
+class _SkipValidation(Callback):
+    """Skip validation."""
 
     def before_validate(self) -> None:
         raise CancelValidException

@@ -1,28 +1,28 @@
-"""Cost of a training step: two members against one, and the Learner against a loop by hand.
+"""Compare training steps: two members and one, and the Learner and a hand-written loop.
 
 python benchmarks/training_step.py [--arch wrn16_4] [--batch-size 64] [--device cuda]
                                    [--precision bfloat16] [--out FILE.json]
 
-The loop by hand has the Learner's network, optimizer and precision, and a batch that is ready: it
-pays for no loader, no pairing and no masks. The Learner pays for all of it.
+The hand-written loop has the Learner's network, optimizer and precision, and a prepared batch,
+without a loader, pairing and masks. The time of the Learner includes all of these.
 """
 
-from measure import RATIO, SECONDS, interleaved, paired_ratio, report, rows_of, spreads
-from steps import Setup, parser_of_steps
+from measure import RATIO, SECONDS, format_rows, interleaved, paired_ratio, report, spreads
+from steps import Setup, step_parser
 
 LAYOUTS = ("channels first", "channels last")
 
 
 def main():
-    parser = parser_of_steps(__doc__, arch="wrn16_4", batch_size=64, repeats=15)
-    parser.add_argument("--steps", type=int, default=4, help="of an epoch of the Learner")
+    parser = step_parser(__doc__, arch="wrn16_4", batch_size=64, repeats=15)
+    parser.add_argument("--steps", type=int, default=4, help="steps per epoch of the Learner")
     args = parser.parse_args()
     setup = Setup.from_arguments(args)
     by_hand, learner = f"{args.steps} steps by hand", f"{args.steps} steps of the Learner"
     seconds = interleaved(
         {
             **{
-                f"M={members}, {layout}": setup.but(
+                f"M={members}, {layout}": setup.replace(
                     num_members=members, channels_last=layout == LAYOUTS[1]
                 ).steps()
                 for members in (1, 2)
@@ -40,9 +40,9 @@ def main():
     ratios["Learner / by hand"] = paired_ratio(seconds[learner], seconds[by_hand])
     times = spreads(seconds)
     report(
-        f"Training step: {args.arch}, batch {args.batch_size}, {setup.path.describe()}; "
-        "goals: M=2 / M=1 1.02, Learner / by hand 1.03, or less",
-        rows_of(times, SECONDS) + rows_of(ratios, RATIO),
+        f"Training step: {args.arch}, batch {args.batch_size}, {setup.acceleration.describe()}; "
+        "goals: at most 1.02 for M=2 / M=1, 1.03 for Learner / by hand",
+        format_rows(times, SECONDS) + format_rows(ratios, RATIO),
         {"seconds": times, "ratios": ratios},
         args.out,
     )

@@ -383,7 +383,9 @@ def test_tables_of_figures_have_what_eval_gives(small_run):
     figures = small_run["eval"]
     assert set(figures["test"]) <= RANGES.keys()
     assert set(figures["ood"]["entropy"]) <= RANGES.keys()
-    top = {name for row in table("evaluation.md", "key", "what") for name in names_in(row["key"])}
+    top = {
+        name for row in table("evaluation.md", "key", "meaning") for name in names_in(row["key"])
+    }
     assert set(figures) | {"absent", "valid_mean_probabilities"} == top  # not of every run
 
 
@@ -415,13 +417,15 @@ def test_figures_lie_in_their_ranges_and_reach_the_ends(small_run):
 
 
 def test_columns_of_predictions_are_explained(small_run):
-    rows = [names_in(row["column"])[0] for row in table("evaluation.md", "column", "what")]
+    rows = [names_in(row["column"])[0] for row in table("evaluation.md", "column", "meaning")]
     assert rows == list(small_run["predict"]["predictions"][0])
     assert set(small_run["predict"]) - {"predictions"} <= EXPLAINED
 
 
 def test_files_of_a_run_folder_are_explained(small_run):
-    rows = {name for row in table("recipes.md", "file", "holds") for name in names_in(row["file"])}
+    rows = {
+        name for row in table("recipes.md", "file", "content") for name in names_in(row["file"])
+    }
     found = {path.name + "/" * path.is_dir() for path in small_run["folder"].iterdir()}
     assert found == rows - {
         "net-1/",

@@ -52,8 +52,8 @@ def run(mixmo):
 
 def test_own_images(run, folder, tmp_path):
     said = run("own_images.py", folder, "--size", 32, "--epochs", 2, "--out", "it")
-    assert re.search(r"accuracy \d+\.\d%, of a member \d+\.\d%", said)
-    assert re.search(rf"png: ({'|'.join(CLASSES)}), \d+% sure", said)
+    assert re.search(r"accuracy \d+\.\d%, per member \d+\.\d%", said)
+    assert re.search(rf"png: ({'|'.join(CLASSES)}), probability \d+%", said)
     network = torch.export.load(tmp_path / "it/network.pt2").module()
     assert network(torch.zeros(5, 3, 32, 32)).shape == (5, 3)
     assert (tmp_path / "it/learner.pkl").exists()
@@ -67,7 +67,7 @@ def test_pretrained_resnet50(run, folder, tmp_path):
         "pretrained_resnet50.py", folder, "--weights", "weights.pth", "--size", 32,
         "--epochs", 1, "--batch-size", 6,
     )  # fmt: skip
-    assert float(re.search(r"logits off by (\S+)", said)[1]) < 1e-4
+    assert float(re.search(r"logits differ by (\S+)", said)[1]) < 1e-4
     plain = torch.load(tmp_path / "resnet50-mixmo.pth")
     resnet50(num_classes=3).load_state_dict(plain)
     assert sum(tensor.numel() for tensor in plain.values()) < sum(
@@ -117,7 +117,7 @@ def test_plain_pytorch_has_the_loss_of_the_package(progress):
 def test_scripts_tell_wrong_words_without_a_traceback(script, run):
     said = run(script, "nowhere", code=2)
     assert "Traceback" not in said
-    assert "nowhere holds no folders of images" in said
+    assert "nowhere contains no class folders" in said
 
 
 def test_own_images_with_a_network_that_is_not_there(run, folder):

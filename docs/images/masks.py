@@ -1,4 +1,4 @@
-"""Draw one mask of every kind into docs/images/masks.png: `python docs/images/masks.py [FILE]`."""
+"""Plot one mask of every kind to docs/images/masks.png: `python docs/images/masks.py [FILE]`."""
 
 import sys
 from pathlib import Path
@@ -17,18 +17,18 @@ from mixmo_fastai.names import MASK_KINDS
 from mixmo_fastai.randomness import make_generator
 
 SIZE = 32
-SEED = 26  # of which the box is whole, and the areas are near 0.4
+SEED = 26  # gives an unclipped box, and areas near 0.4
 NUM_CHANNELS, GRID = 16, 4
-SHARES = {2: (0.4, 0.6), 3: (0.4, 0.4, 0.2)}
+RATIOS = {2: (0.4, 0.6), 3: (0.4, 0.4, 0.2)}
 PANELS = (*((kind, 2) for kind in MASK_KINDS), ("cutmix", 3))
 """Mask kind and number of members of each panel."""
 
 
 def draw_panel(kind: str, num_members: int) -> tuple[Tensor, list[float]]:
-    """Draw a mask with member 1 in the region, and its means: (M, D, h, w), M numbers."""
+    """Draw masks with member 1 in role 0; return them (M, D, h, w) and their M means."""
     masks, means = draw_masks(
         kind,
-        torch.tensor([SHARES[num_members]]),
+        torch.tensor([RATIOS[num_members]]),
         (NUM_CHANNELS, SIZE, SIZE),
         generator=make_generator(SEED, "masks"),
         shuffle_roles=False,
@@ -37,34 +37,34 @@ def draw_panel(kind: str, num_members: int) -> tuple[Tensor, list[float]]:
 
 
 def main(path: Path) -> None:
-    """Draw all panels."""
+    """Plot all panels."""
     figure = Figure(figsize=(9.6, 4.2), dpi=100, layout="constrained")
     figure.get_layout_engine().set(h_pad=0.06, hspace=0.04)
     FigureCanvasAgg(figure)
     for axes, (kind, num_members) in zip(figure.subplots(2, 6).flat, PANELS, strict=True):
         masks, means = draw_panel(kind, num_members)
-        _show(axes, masks)
+        _plot_masks(axes, masks)
         name = kind if num_members == 2 else f"{kind}, M = {num_members}"
-        shares = " / ".join(f"{mean:.2f}" for mean in means)
+        ratios = " / ".join(f"{mean:.2f}" for mean in means)
         axes.set_title(f"{name}\n", fontsize=10, fontweight="bold")
-        axes.text(0.5, 1.03, shares, transform=axes.transAxes, ha="center", fontsize=9)
+        axes.text(0.5, 1.03, ratios, transform=axes.transAxes, ha="center", fontsize=9)
     members = [Patch(color=color, label=f"member {i + 1}") for i, color in enumerate(COLORS[:3])]
     figure.legend(handles=members, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     figure.savefig(path, metadata={"Software": None})
 
 
-def _show(axes: Axes, masks: Tensor) -> None:
-    """Colour each place by who is seen there; of whole channels, a tile for each."""
+def _plot_masks(axes: Axes, masks: Tensor) -> None:
+    """Colour each location by its visible member; draw one tile per channel of channel masks."""
     colors = torch.tensor([to_rgb(color) for color in COLORS[: len(masks)]])
     if masks.shape[1] > 1:
         tiles = masks[:, :, 0, 0].unflatten(1, (GRID, GRID))  # (M, 4, 4)
-        places = tiles.repeat_interleave(SIZE // GRID, 1).repeat_interleave(SIZE // GRID, 2)
+        values = tiles.repeat_interleave(SIZE // GRID, 1).repeat_interleave(SIZE // GRID, 2)
         for edge in range(SIZE // GRID, SIZE, SIZE // GRID):
             axes.axhline(edge - 0.5, color="white", linewidth=1.5)
             axes.axvline(edge - 0.5, color="white", linewidth=1.5)
     else:
-        places = masks[:, 0]
-    axes.imshow(torch.einsum("mhw,mc->hwc", places, colors), interpolation="nearest")
+        values = masks[:, 0]
+    axes.imshow(torch.einsum("mhw,mc->hwc", values, colors), interpolation="nearest")
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
 
