@@ -86,9 +86,9 @@ def smoothing_parts(base: Any) -> list[tuple[float, nn.Module]]:
     is_fastais = _module_of(inner).startswith("fastai.") and type(inner).__name__ == _SMOOTHING
     if not is_fastais or inner.weight is None:
         return []
-    spread = nn.CrossEntropyLoss(label_smoothing=1.0, reduction=base.reduction)
-    own = nn.CrossEntropyLoss(weight=inner.weight, reduction=base.reduction)
-    return [(inner.eps, spread), (1 - inner.eps, own)]
+    uniform = nn.CrossEntropyLoss(label_smoothing=1.0, reduction=base.reduction)
+    target = nn.CrossEntropyLoss(weight=inner.weight, reduction=base.reduction)
+    return [(inner.eps, uniform), (1 - inner.eps, target)]
 
 
 _SMOOTHING = "LabelSmoothingCrossEntropy"
@@ -175,7 +175,7 @@ def _shape(tensor: Tensor) -> str:
 
 
 def _is(base: Any, kind: type[nn.Module], function: Callable[..., Tensor]) -> bool:
-    """Check whether a loss is a given torch loss, also as a function or in fastai's wrapper."""
+    """Check whether a loss is torch's `kind` or `function`, also in fastai's wrapper."""
     loss = _unbound(_inner(base))
     return isinstance(loss, kind) or loss is function
 

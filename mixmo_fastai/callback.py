@@ -36,7 +36,7 @@ from mixmo_fastai.msda import (
     MsdaDraw,
     check_msda,
     draw_msda,
-    make_own_image_major,
+    make_own_image_dominant,
     mix_images,
     own_label_weights,
     take_partners,
@@ -84,7 +84,7 @@ class MixMoCallback(_PlainErrors):
         input_repetition: fraction of positions at which all members see the same image.
         msda: "cutmix" or "mixup" mixes each member's image and label with another image of the same
             member; None for no MSDA.
-        msda_alpha: the ratio of the own image is Beta(msda_alpha, msda_alpha).
+        msda_alpha: the ratio of the member's own image is Beta(msda_alpha, msda_alpha).
         msda_prob: probability of MSDA, per sample and member.
         mask_options: options of the mask kind, such as {"block_size": 5} for "patchup"; see
             `mixing.draw_masks`.
@@ -320,7 +320,7 @@ class MixMoCallback(_PlainErrors):
         own_weights = own_label_weights(draw.masks, masks)
         if self._num_members == 1:
             return draw, own_weights
-        return make_own_image_major(draw, own_weights)
+        return make_own_image_dominant(draw, own_weights)
 
     def current_mix_prob(self) -> float:
         """Return the scheduled probability of mixing by regions; `lr_find` sees no decay."""
