@@ -98,6 +98,7 @@ class MixMoCallback(_PlainErrors):
 
     # After callbacks that read self.x, before mixed precision (10) enters autocast.
     order, run_valid = 9, False
+    num_processes = 1  # processes that split each batch of the loader; unset in pickles of 0.1.0
 
     def __init__(
         self,
@@ -140,7 +141,6 @@ class MixMoCallback(_PlainErrors):
         self.epochs_trained = 0  # over all fits, except lr_find
         self.fit_seed = seed
         self.copies_in_batch, self.arranged = 1, False
-        self.num_processes = 1  # processes that split each batch of the loader
         self.drawn_slots: tuple[Any, Tensor] | None = None
         self.drawn_mixings: tuple[Any, DrawnMixings] | None = None
 
