@@ -156,7 +156,7 @@ class MixMoCallback(_PlainErrors):
         if sum(isinstance(other, MixMoCallback) for other in self.learn.cbs) > 1:
             raise InputError("The Learner has more than one MixMoCallback; remove the others.")
         check_callbacks(self.learn.cbs)
-        keep_guard(self.learn)
+        add_guard(self.learn)
         if not isinstance(self.learn.loss_func, MixMoLoss):
             device = next(network.parameters()).device
             self.learn.loss_func = MixMoLoss(self.learn.loss_func).to(device)
@@ -372,8 +372,8 @@ class MixMoGuard(_PlainErrors):
             )
 
 
-def keep_guard(learn: Any) -> None:
-    """Add a `MixMoGuard` to a Learner that has none."""
+def add_guard(learn: Any) -> None:
+    """Add a `MixMoGuard` to a Learner if it has none."""
     if not any(isinstance(other, MixMoGuard) for other in learn.cbs):
         learn.add_cb(MixMoGuard())
 
