@@ -43,7 +43,7 @@ from mixmo_fastai.acceleration import Acceleration
 from mixmo_fastai.averaging import EMACallback
 from mixmo_fastai.cli.console import Output
 from mixmo_fastai.cli.progress import TrainingDisplay
-from mixmo_fastai.devices import products
+from mixmo_fastai.devices import float32_precision
 from mixmo_fastai.flops import BACKWARD_COST, count_flops
 from mixmo_fastai.losses import MixMoLoss
 from mixmo_fastai.recipe import load_recipe
@@ -118,8 +118,8 @@ def _fused_difference(args: argparse.Namespace) -> float:
     setup = make_setup(args, autocast=None)
     model = setup.model().eval()
     x = torch.randn(32, 3, SIZE, SIZE, device=setup.acceleration.device)
-    with torch.inference_mode(), products(tf32=False):
-        return _relative(setup.acceleration.place(model.fuse())(x).cpu(), model(x).cpu())
+    with torch.inference_mode(), float32_precision(tf32=False):
+        return _relative(setup.acceleration.move_to_device(model.fuse())(x).cpu(), model(x).cpu())
 
 
 def _repeat_difference(args: argparse.Namespace) -> float:

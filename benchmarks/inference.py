@@ -34,7 +34,7 @@ def prediction_functions(setup):
     vanilla, members = setup.replace(num_members=1), setup.replace(num_members=2).model()
     networks = {
         VANILLA: vanilla.model(),
-        FUSED: setup.acceleration.place(members.eval().fuse()),
+        FUSED: setup.acceleration.move_to_device(members.eval().fuse()),
         MEMBERS: members,
         ENSEMBLE: Ensemble(vanilla.model(), vanilla.model()),
     }

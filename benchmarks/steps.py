@@ -67,7 +67,7 @@ class Setup:
         """Create the network on its device."""
         model = create_model(self.arch, CLASSES, self.num_members)
         use_ghost_batches(model, self.ghost_batch_size)
-        return self.acceleration.place(model)
+        return self.acceleration.move_to_device(model)
 
     def batch(self) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
         """Create a batch as MixMoCallback prepares it: inputs, masks; targets, weights."""
@@ -140,7 +140,7 @@ class Setup:
             cbs=[*more_cbs, _SkipValidation()],
             **settings,
         )
-        self.acceleration.place(learn.model)
+        self.acceleration.move_to_device(learn.model)
         return learn
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixmo_fastai.devices import keep_freed_memory, place, products
+from mixmo_fastai.devices import float32_precision, keep_freed_memory, move_to_device
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.flops import training_flops
 from mixmo_fastai.models.mixmo_model import unwrap
@@ -55,9 +55,9 @@ class Acceleration:
     compiled: bool = False
     threads: int = 0
 
-    def place(self, model: nn.Module) -> nn.Module:
+    def move_to_device(self, model: nn.Module) -> nn.Module:
         """Move a network to the device, in its memory format."""
-        return place(model, self.device, channels_last=self.channels_last)
+        return move_to_device(model, self.device, channels_last=self.channels_last)
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
@@ -68,7 +68,7 @@ class Acceleration:
         """
         with ExitStack() as stack:
             if self.device.type == "cuda":
-                stack.enter_context(products(tf32=self.tf32, autotune=True))
+                stack.enter_context(float32_precision(tf32=self.tf32, autotune=True))
             else:
                 keep_freed_memory()
             stack.enter_context(self.threaded())

@@ -28,7 +28,7 @@ from mixmo_fastai.data.loose_images import PixelLoader, as_shape, decode_readabl
 from mixmo_fastai.data.sources import load_source
 from mixmo_fastai.data.splits import training_parts
 from mixmo_fastai.detection import detection_metrics
-from mixmo_fastai.devices import choose_device, keep_freed_memory, place
+from mixmo_fastai.devices import choose_device, keep_freed_memory, move_to_device
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.evaluation import LabelledLogits, collect_member_logits, evaluate_parts
 from mixmo_fastai.models import MixMoModel, create_model
@@ -288,7 +288,7 @@ def open_finished(
         channels,
         image_size=(size[0], size[1]),
     )
-    place(network, chosen)
+    move_to_device(network, chosen)
     return FinishedRun(run, recipe, source, chosen, network, fused)
 
 

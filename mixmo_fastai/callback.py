@@ -42,7 +42,7 @@ from mixmo_fastai.msda import (
     take_partners,
 )
 from mixmo_fastai.pairing import check_pairing, draw_pairings, num_copies
-from mixmo_fastai.processes import group, told_by_first
+from mixmo_fastai.processes import broadcast_from_rank0, process_group
 from mixmo_fastai.randomness import Stream, fresh_seed, make_generator
 
 Device = torch.device | str | None
@@ -165,7 +165,7 @@ class MixMoCallback(_PlainErrors):
         """Make the loader of this epoch repeat every image for all members."""
         check_optimizer(self.learn)
         if self.fit_seed is None:
-            self.fit_seed = told_by_first(fresh_seed())
+            self.fit_seed = broadcast_from_rank0(fresh_seed())
         loader = self.learn.dl
         if isinstance(getattr(loader, "dl", None), BatchLoader):  # in fastai's DistributedDL
             raise InputError(
@@ -174,7 +174,7 @@ class MixMoCallback(_PlainErrors):
             )
         if isinstance(loader, BatchLoader):
             loader.set_epoch(self._epoch)
-            self.num_processes = group().count
+            self.num_processes = process_group().count
             self._check_divisible(loader.bs)
         # fastai sets `Learner.dl` for every pass, so this view is used for this epoch only.
         copies = num_copies(self._num_members, self.batch_repetitions)

@@ -1,6 +1,6 @@
-"""Deep ensembles: several networks, trained one after another, evaluated as one.
+"""Deep ensembles: networks that are trained one after another and evaluated together.
 
-A run of one network is the plain case of the same path.
+`train_run` also trains runs of a single network.
 """
 
 import gc
@@ -15,13 +15,13 @@ from fastai.callback.core import Callback
 from mixmo_fastai.assessment import collect_logits
 from mixmo_fastai.checkpoints.state import Position
 from mixmo_fastai.evaluation import evaluate_parts
-from mixmo_fastai.failures import explained
+from mixmo_fastai.failures import readable_errors
 from mixmo_fastai.interruption import StopRequest
 from mixmo_fastai.locking import locked
-from mixmo_fastai.processes import done_by_first, told_by_first
+from mixmo_fastai.processes import broadcast_from_rank0, run_on_rank0
 from mixmo_fastai.randomness import derive_seed
 from mixmo_fastai.recipe import Expected, Recipe
-from mixmo_fastai.recording import followed
+from mixmo_fastai.recording import entered_run_callbacks
 from mixmo_fastai.runs import RunFolder, create_run
 from mixmo_fastai.training import TEST_SET, Training, describe_run, prepare_network, train
 
@@ -35,25 +35,25 @@ def train_run(
     stop: StopRequest | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Train every network of a run, evaluate them as one, and write the run folder.
+    """Train every network of a run, evaluate the ensemble, and write the run folder.
 
     Args:
         training: from `prepare`.
-        run: where everything goes; each network of an ensemble gets a folder of its own inside.
-        cbs: more fastai callbacks, such as a display; they see one fit per network. A
-            `FollowingCallback` sees the evaluations and the end as well.
-        resume: continue: networks that are finished stay as they are.
+        run: the run folder; each network of an ensemble gets its own folder inside.
+        cbs: additional fastai callbacks, such as a progress display; they see one fit per network.
+            A `RunCallback` also sees the evaluations and the end.
+        resume: continue the run; finished networks are not trained again.
         stop: whether a signal asked to stop.
-        say: told which network begins, where there are several, and where a resumed one goes on.
+        say: called with a line when a network of an ensemble starts and when training resumes.
 
     Returns:
-        the final figures, as in metrics.json. Each network counts as one member there.
+        the final metrics, as in metrics.json. Each network counts as one member there.
 
     Raises:
-        InputError: no checkpoint to resume from is intact, or it is of another run.
-        InputError: another process trains in the folder.
+        InputError: no checkpoint is intact, the checkpoint belongs to another run, or another
+        process trains in the folder.
         RunFailedError: see `train`.
-        InterruptedBySignal: somebody asked to stop.
+        InterruptedBySignal: a signal asked to stop.
     """
     recipe = training.recipe
     if resume:
@@ -66,9 +66,9 @@ def train_run(
 
 @contextmanager
 def _locked(run: RunFolder) -> Iterator[None]:
-    """Keep a run to the processes that train it together; the first holds the lock."""
-    with ExitStack() as held:
-        done_by_first(lambda: held.enter_context(locked(run.path)))
+    """Lock a run against other trainings; rank 0 holds the lock."""
+    with ExitStack() as stack:
+        run_on_rank0(lambda: stack.enter_context(locked(run.path)))
         yield
 
 
@@ -85,72 +85,72 @@ def _train_networks(
     describe_run(training, run)
     folders = run.networks()
     for index, folder in enumerate(folders):
-        own = network_recipe(recipe, index)
-        place = f"Network {index + 1} of {len(folders)}, seed {own.train.seed}"
-        if resume and told_by_first(folder.is_finished):
-            say(f"{place}: finished.")
+        net_recipe = network_recipe(recipe, index)
+        label = f"Network {index + 1} of {len(folders)}, seed {net_recipe.train.seed}"
+        if resume and broadcast_from_rank0(folder.is_finished):
+            say(f"{label}: finished.")
             continue
-        say(f"{place}: {folder.path}")
-        part = _network(training, own, index)
-        begun = told_by_first(run.is_writer and resume and _is_begun(folder))
-        if not begun and run.is_writer:
+        say(f"{label}: {folder.path}")
+        net_training = _network_training(training, net_recipe, index)
+        has_started = broadcast_from_rank0(run.is_writer and resume and _has_started(folder))
+        if not has_started and run.is_writer:
             create_run(
-                own,
+                net_recipe,
                 folder.path,
                 device=training.device_name,
                 acceleration=training.acceleration.describe(),
             )
         with _locked(folder):
-            train(part, folder, cbs=cbs, resume=begun, stop=stop, say=say)
-        del part  # before the next is built
-        gc.collect()  # a Learner and its callbacks hold each other
+            train(net_training, folder, cbs=cbs, resume=has_started, stop=stop, say=say)
+        del net_training  # free its memory before the next network is built
+        gc.collect()  # a Learner and its callbacks form reference cycles
     loaders = training.learn.dls.valid, training.learn.dls[TEST_SET]
-    parts = told_by_first(run.is_writer and [folder.metrics() for folder in folders])
-    selected = [part["selected_epoch"] for part in parts if "selected_epoch" in part]
-    with followed(cbs, training, run, Position(recipe.train.epochs)) as followers:
-        with explained(recipe, training.acceleration.describe()):
+    per_network = broadcast_from_rank0(run.is_writer and [folder.metrics() for folder in folders])
+    selected = [each["selected_epoch"] for each in per_network if "selected_epoch" in each]
+    with entered_run_callbacks(cbs, training, run, Position(recipe.train.epochs)) as run_callbacks:
+        with readable_errors(recipe, training.acceleration.describe()):
             valid, test = collect_logits(run, training.learn.model, loaders)
             evaluated = evaluate_parts(valid, test)
-        figures = {
+        metrics = {
             **training.summary(),
             **({"selected_epoch": selected} if selected else {}),
-            "seconds": round(sum(float(part["seconds"]) for part in parts), 1),
+            "seconds": round(sum(float(each["seconds"]) for each in per_network), 1),
             **evaluated,
         }
-        run.write_metrics(figures)
-        for follower in followers:
-            follower.after_evaluation(figures, test or valid)
-    return figures
+        run.write_metrics(metrics)
+        for callback in run_callbacks:
+            callback.after_evaluation(metrics, test or valid)
+    return metrics
 
 
-def _network(training: Training, recipe: Recipe, index: int) -> Training:
-    """Build one network; the first is there already."""
+def _network_training(training: Training, recipe: Recipe, index: int) -> Training:
+    """Prepare the training of one network; the first network is built already."""
     if index == 0:
         return replace(training, recipe=recipe)
     return prepare_network(recipe, training.source, training.learn.dls)
 
 
 def network_recipe(recipe: Recipe, index: int) -> Recipe:
-    """Give the recipe of one network of an ensemble, counted from 0.
+    """Return the recipe of one network of an ensemble, counted from 0.
 
-    The first has the ensemble's own seed and is thus the network that the recipe trains alone. The
-    seeds of the others follow from it, so that ensembles of other seeds share no network. The
-    ensemble's name and published figure are not those of its parts.
+    The first network has the ensemble's seed, so it equals the network of the same recipe with
+    `num_nets = 1`. The other seeds are derived from that seed, so ensembles with different seeds
+    share no network. Name, title and published result of the ensemble are removed.
     """
     seed = recipe.train.seed
-    own = derive_seed(seed, "network", step=index) if index else seed
+    net_seed = derive_seed(seed, "network", step=index) if index else seed
     return replace(
         recipe,
         name="",
         title="",
         model=replace(recipe.model, num_nets=1),
-        train=replace(recipe.train, seed=own),
+        train=replace(recipe.train, seed=net_seed),
         expected=Expected(),
     )
 
 
-def _is_begun(folder: RunFolder) -> bool:
-    """Tell whether a network was begun; without its recipe, what is there is of no use."""
+def _has_started(folder: RunFolder) -> bool:
+    """Check whether a network has a run folder; remove an incomplete one without a recipe."""
     if (folder.path / "recipe.toml").is_file():
         return True
     shutil.rmtree(folder.path, ignore_errors=True)

@@ -1,8 +1,8 @@
-"""fastai's bookkeeping without waiting for the device at every step.
+"""fastai's Recorder and progress bar without a device synchronization at every step.
 
-fastai's Recorder copies the loss to the host at every step, and its progress bar reads it once
-more; each makes a GPU stand still that could run ahead. These do the same with losses that stay
-where they are, and fetch many at a time.
+fastai's Recorder copies the loss to the host at every step, and its progress bar reads it again;
+each read stalls a GPU that could run ahead. The classes here keep losses on the device and copy
+many at a time.
 """
 
 import torch
@@ -11,16 +11,16 @@ from fastai.learner import AvgSmoothLoss, Learner, Recorder
 from torch import Tensor
 
 STEPS_PER_FETCH = 20
-"""Steps between two looks at the losses of a device; those of a CPU are looked at as they come."""
+"""Steps between two copies of losses from a GPU; losses on a CPU are read at every step."""
 
 
 class DeferredRecorder(Recorder):
-    """fastai's Recorder; losses are brought to the host several at a time, or when asked for.
+    """fastai's Recorder, which copies losses to the host several at a time, or on access.
 
     Args:
-        every: steps between two looks; where not given, `STEPS_PER_FETCH` of a device's losses, and
-            each of a CPU's, for which nobody waits.
-        kwargs: of fastai's Recorder.
+        every: steps between two copies; None for `STEPS_PER_FETCH` on a GPU and 1 on a CPU, where
+            reading does not wait.
+        kwargs: arguments of fastai's Recorder.
     """
 
     name = "recorder"
@@ -28,13 +28,13 @@ class DeferredRecorder(Recorder):
     def __init__(self, *, every: int | None = None, **kwargs: object) -> None:
         super().__init__(**kwargs)
         self.every = every
-        self.pending: list[Tensor] = []  # smoothed losses, where the loss is
-        self.fetched: list[Tensor] = []  # those on the host
-        self.smooth_loss = _SmoothLossInPlace(self.smooth_loss.beta)
+        self.pending: list[Tensor] = []  # smoothed losses on the device
+        self.fetched: list[Tensor] = []  # smoothed losses on the host
+        self.smooth_loss = _SmoothLossOnDevice(self.smooth_loss.beta)
 
     @property
     def losses(self) -> list[Tensor]:
-        """All smoothed losses of the fit so far, on the host; a look waits for the device."""
+        """All smoothed losses of the fit so far, on the host; access waits for the device."""
         self.fetch()
         return self.fetched
 
@@ -43,15 +43,15 @@ class DeferredRecorder(Recorder):
         self.fetched, self.pending = values, []
 
     def before_fit(self) -> None:
-        """Begin anew; a plain bar, such as `no_bar` leaves behind it, must not wait either."""
+        """Reset, and defer the reads of a plain progress bar, such as one restored by `no_bar`."""
         super().before_fit()
         for callback in self.learn.cbs:
             if type(callback) is ProgressCallback:
-                # Replaced by another, it would miss this event. fastai's own setter would warn.
+                # A replacement callback would miss this event. fastai's setter would warn.
                 object.__setattr__(callback, "__class__", DeferredProgressCallback)
 
     def after_batch(self) -> None:
-        """Update the metrics, and note rate and loss of a step in training."""
+        """Update the metrics; in training, record learning rate and loss."""
         if len(self.learn.yb) == 0:
             return
         for metric in self._train_mets if self.learn.training else self._valid_mets:
@@ -66,32 +66,32 @@ class DeferredRecorder(Recorder):
             self.fetch()
 
     def after_train(self) -> None:
-        """Fetch the rest, and log the epoch's loss."""
+        """Copy the remaining losses, and log the loss of the epoch."""
         self.fetch()
         super().after_train()
 
     def fetch(self) -> None:
-        """Bring the pending losses to the host, in one copy."""
+        """Copy all pending losses to the host at once."""
         if self.pending:
             self.fetched += torch.stack(self.pending).cpu().unbind()
             self.pending = []
 
 
 class DeferredProgressCallback(ProgressCallback):
-    """fastai's progress bar, which shows the newest loss that the recorder has fetched."""
+    """fastai's progress bar, which shows the latest loss that is already on the host."""
 
     name = "progress"
 
     def after_batch(self) -> None:
-        """Move the bar."""
+        """Advance the bar."""
         self.pbar.update(self.learn.iter + 1)
-        recorder = getattr(self.learn, "recorder", None)  # not while fastai gathers predictions
+        recorder = getattr(self.learn, "recorder", None)  # None while fastai gathers predictions
         if recorder is not None and recorder.fetched:
             self.pbar.comment = f"{recorder.fetched[-1].item():.4f}"
 
 
-class _SmoothLossInPlace(AvgSmoothLoss):
-    """fastai's smoothed loss, kept where the loss is."""
+class _SmoothLossOnDevice(AvgSmoothLoss):
+    """fastai's smoothed loss, kept on the device of the loss."""
 
     def accumulate(self, learn: Learner) -> None:
         self.count += 1
@@ -100,12 +100,12 @@ class _SmoothLossInPlace(AvgSmoothLoss):
 
 
 def defer_readbacks(learn: Learner) -> Learner:
-    """Give a Learner a recorder and a progress bar that do not wait for the device at every step.
+    """Replace a Learner's Recorder and progress bar by versions that do not wait for the device.
 
-    `mixmo_learner` does so by itself. Figures are those of fastai's own.
+    `mixmo_learner` does this already. Recorded values equal those of fastai's classes.
 
     Args:
-        learn: any Learner; what it lacks of the two it goes on lacking.
+        learn: any Learner; a missing Recorder or progress bar is not added.
     """
     for callback in [cb for cb in learn.cbs if type(cb) in (Recorder, ProgressCallback)]:
         learn.remove_cb(callback)

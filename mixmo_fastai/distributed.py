@@ -1,7 +1,7 @@
-"""One training in several processes, each with its share of every batch.
+"""Distributed training: each process trains on its shard of every batch.
 
-A run is what its recipe says, however many processes train it: all draw alike for the whole batch,
-and each takes its positions of it.
+The result does not depend on the number of processes: all processes make the same random draws for
+the whole batch, and each takes its own positions of that batch.
 """
 
 from collections.abc import Iterator
@@ -17,42 +17,46 @@ from mixmo_fastai.errors import InputError
 from mixmo_fastai.metrics import MemberAccuracy
 from mixmo_fastai.models.ghost_norm import GhostBatchNorm2d
 from mixmo_fastai.models.synced_norm import sync_batch_norm
-from mixmo_fastai.processes import gathered, group
+from mixmo_fastai.processes import all_gather, process_group
 
 
 class SummedMetrics(Callback):
-    """Let fastai's averages count what all processes have seen."""
+    """Sum fastai's validation averages over all processes."""
 
     order = 45  # before the Recorder reads them
 
     def after_validate(self) -> None:
-        """Add up over the processes."""
+        """Replace the sums of each metric by their totals over processes."""
         for metric in self.learn.recorder._valid_mets:
-            for name, value in zip(_sums_of(metric), _added_up(metric), strict=True):
+            for name, value in zip(_sum_names(metric), _reduced_sums(metric), strict=True):
                 setattr(metric, name, value)
 
 
-def _sums_of(metric: Any) -> tuple[str, str]:
+def _sum_names(metric: Any) -> tuple[str, str]:
+    """Return the names of the attributes of a metric that are sums over samples."""
     if isinstance(metric, AvgMetric | AvgLoss):
         return "total", "count"
     if isinstance(metric, MemberAccuracy):
         return "num_correct", "num_seen"
-    raise InputError(f"The metric {metric.name!r} cannot be added up over processes.")
+    raise InputError(
+        f"The metric {metric.name!r} cannot be summed over processes.\n"
+        "Use AvgMetric, AvgLoss or MemberAccuracy, or train in one process."
+    )
 
 
-def _added_up(metric: Any) -> list[float]:
-    own = [float(getattr(metric, name)) for name in _sums_of(metric)]
-    return [sum(values) for values in zip(*gathered(own), strict=True)]
+def _reduced_sums(metric: Any) -> list[float]:
+    local_sums = [float(getattr(metric, name)) for name in _sum_names(metric)]
+    return [sum(values) for values in zip(*all_gather(local_sums), strict=True)]
 
 
 @contextmanager
-def shared(learn: Learner) -> Iterator[Learner]:
-    """Train a Learner of this package's loaders in all processes that have joined.
+def distributed_training(learn: Learner) -> Iterator[Learner]:
+    """Train a Learner with this package's loaders in all processes of the process group.
 
-    As fastai's `distrib_ctx`, for loaders that share their batches themselves, on GPUs and CPUs.
-    BatchNorm is over the batch of all processes, unless it is in ghost batches.
+    Like fastai's `distrib_ctx`, for loaders that shard their batches themselves, on GPUs and CPUs.
+    BatchNorm statistics are synchronized over all processes, unless the network uses ghost batches.
     """
-    if group().count == 1:
+    if process_group().count == 1:
         yield learn
         return
     trainer = _make_trainer(learn)
@@ -67,8 +71,8 @@ def _make_trainer(learn: Learner) -> Callback:
     from accelerate import DistributedDataParallelKwargs
     from fastai.distributed import DistributedTrainer  # needs accelerate
 
-    class SharedTrainer(DistributedTrainer):
-        """fastai's, whose loaders are left to share their images themselves."""
+    class ShardedTrainer(DistributedTrainer):
+        """fastai's trainer for loaders that shard their images themselves."""
 
         name = "distributed_trainer"
 
@@ -76,21 +80,21 @@ def _make_trainer(learn: Learner) -> Callback:
             return dl
 
         def before_validate(self) -> None:
-            """Show this process its part of the validation images, to one and the same network."""
-            for buffer in self.learn.model.buffers():  # of ghost batches each has moved its own
+            """Validate identical networks, each process on its shard of the images."""
+            for buffer in self.learn.model.buffers():  # ghost statistics differ between processes
                 dist.broadcast(buffer, src=0)
-            self.learn.dl = self.learn.dl.share(group())
+            self.learn.dl = self.learn.dl.shard(process_group())
 
     on_gpu = torch.device(learn.dls.device).type == "cuda"
     has_ghosts = any(isinstance(m, GhostBatchNorm2d) for m in learn.model.modules())
     if not on_gpu and not has_ghosts:
         sync_batch_norm(learn.model)
-    # Precision is the recipe's, whatever a launcher says; and a process without validation images
-    # must not be waited for there.
-    alike = DistributedDataParallelKwargs(broadcast_buffers=False)
-    return SharedTrainer(
+    # The recipe sets the precision, so a launcher's setting is overridden. Without buffer
+    # broadcasts, no forward pass waits for a process that has no validation images.
+    ddp_kwargs = DistributedDataParallelKwargs(broadcast_buffers=False)
+    return ShardedTrainer(
         sync_bn=on_gpu and not has_ghosts,
         cpu=not on_gpu,
         mixed_precision="no",
-        kwargs_handlers=[alike],
+        kwargs_handlers=[ddp_kwargs],
     )

@@ -1,35 +1,35 @@
-"""What is done once per epoch that was trained."""
+"""Base class of callbacks that act once per trained epoch."""
 
 from fastai.callback.core import Callback
 
 
 class TrainedEpochCallback(Callback):
-    """Call `after_trained_epoch` at the end of each epoch that trained and was not cut short.
+    """Call `after_trained_epoch` at the end of each epoch that was trained completely.
 
-    A validation sends `before_epoch` and `after_epoch` as well, also within an epoch; epochs that a
-    resumed fit skips do too.
+    fastai also triggers `before_epoch` and `after_epoch` for validations, even within an epoch, and
+    for epochs that a resumed fit skips.
     """
 
     run_valid = False
 
     def __init__(self) -> None:
         super().__init__()
-        self.epochs: list[bool] = []  # whether each epoch that is under way has trained
+        self.epochs: list[bool] = []  # for each open epoch, whether it has trained
 
     def before_epoch(self) -> None:
-        """Note that an epoch begins, or a validation."""
+        """Record the start of an epoch or of a validation."""
         self.epochs.append(False)
 
     def after_train(self) -> None:
-        """Note that there was training."""
+        """Record that the epoch has trained."""
         if self.epochs:
             self.epochs[-1] = True
 
     def after_epoch(self) -> None:
-        """Act where there was training."""
+        """Call `after_trained_epoch` if the epoch has trained."""
         if self.epochs and self.epochs.pop():
             self.after_trained_epoch()
 
     def after_trained_epoch(self) -> None:
-        """Do what there is to do."""
+        """Act at the end of a trained epoch; to be overridden."""
         raise NotImplementedError

@@ -22,7 +22,7 @@ from mixmo_fastai.calibration import (
     thresholded_adaptive_calibration_error,
     top_predictions,
 )
-from mixmo_fastai.devices import products
+from mixmo_fastai.devices import float32_precision
 from mixmo_fastai.diversity import (
     disagreement,
     mean_probability_logits,
@@ -31,7 +31,7 @@ from mixmo_fastai.diversity import (
     ratio_error,
 )
 from mixmo_fastai.errors import InputError, unknown
-from mixmo_fastai.processes import gathered, group
+from mixmo_fastai.processes import all_gather, process_group
 from mixmo_fastai.randomness import make_generator
 from mixmo_fastai.selective import aurc, failure_auroc, risk_at_coverage
 
@@ -67,16 +67,16 @@ def collect_member_logits(model: Any, loader: Any) -> LabelledLogits:
     model.eval()
     members = getattr(model, "member_logits", None) or (lambda x: model(x)[:, None])
     try:
-        with torch.inference_mode(), products(tf32=False):
+        with torch.inference_mode(), float32_precision(tf32=False):
             # Moved to the host at the end, so that a GPU never waits within the pass.
-            shown = loader.share(group()) if group().count > 1 else loader
+            shown = loader.shard(process_group()) if process_group().count > 1 else loader
             batches = [(members(x.as_subclass(Tensor)), y) for x, y in shown]
     finally:
         model.train(was_training)
-    if not batches and group().count == 1:
+    if not batches and process_group().count == 1:
         return None
     parts = (torch.cat(parts).as_subclass(Tensor).cpu() for parts in zip(*batches, strict=True))
-    return _together([part for part in gathered(tuple(parts)) if part])
+    return _together([part for part in all_gather(tuple(parts)) if part])
 
 
 def _together(parts: Sequence[tuple[Tensor, Tensor]]) -> LabelledLogits:

@@ -1,4 +1,4 @@
-"""What can end a training from outside, in words: no memory left, a lost worker process."""
+"""Readable errors for failures outside the training code: out of memory, lost worker processes."""
 
 import re
 from collections.abc import Iterator
@@ -18,15 +18,15 @@ _WORKER = re.compile(
 
 
 @contextmanager
-def explained(recipe: Recipe, precision: str) -> Iterator[None]:
-    """Turn what ends a training within into an error that a person can act on.
+def readable_errors(recipe: Recipe, precision: str) -> Iterator[None]:
+    """Convert out-of-memory and lost-worker errors in a with block into a RunFailedError.
 
     Args:
-        recipe: of the training.
-        precision: what it computes in, in words.
+        recipe: the recipe of the run.
+        precision: description of the precision, as in `Acceleration.describe`.
 
     Raises:
-        RunFailedError: memory ran out, or a process that reads images was lost.
+        RunFailedError: memory ran out, or a data loader worker was lost.
     """
     try:
         yield
@@ -47,7 +47,7 @@ def _out_of_memory(recipe: Recipe, precision: str) -> str:
     if smaller := train.batch_size // 2 // copies * copies:
         remedies.append(f"--batch-size {smaller}")
     if "bfloat16" not in precision:
-        remedies.append("--precision bfloat16, which takes about half")
+        remedies.append("--precision bfloat16, which needs about half the memory")
     if not remedies:
         remedies.append("a smaller --arch")
     return (
@@ -57,8 +57,8 @@ def _out_of_memory(recipe: Recipe, precision: str) -> str:
 
 
 def _lost_worker(pid: str, signal: str | None) -> str:
-    how = f"was ended by a signal ({signal})" if signal else "ended"
+    reason = f"was killed by a signal ({signal})" if signal else "exited"
     return (
-        f"Process {pid}, which read images, {how}. Where memory is short, the system ends some.\n"
-        "What was saved before is as it was; continue with --resume."
+        f"Data loader worker {pid} {reason}. The system may kill workers if memory is low.\n"
+        "Existing checkpoints are unchanged. Continue with --resume."
     )

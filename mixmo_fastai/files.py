@@ -1,7 +1,7 @@
-"""Files that are there whole or not at all, also after a crash or a loss of power.
+"""Atomic, durable file operations: a file is complete or absent, even after a crash or power loss.
 
-Whatever must survive is written through these few operations, each of which may be the last that a
-process does.
+Every file that must survive is written through these operations. The process may end after any of
+them.
 """
 
 import errno
@@ -9,15 +9,16 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # of such file systems
+# Errors of file systems without hard links.
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 _CHUNK_BYTES = 8 * 2**20
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file so that a reader finds the old content or the new one, never a part.
+    """Write a file atomically: a reader sees the old content or the new content, never a mixture.
 
     Raises:
-        OSError: it cannot be written; the old content is there still.
+        OSError: the file cannot be written; the old content is kept.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -30,11 +31,11 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def write_new(path: Path, content: str | bytes) -> None:
-    """Write a file that is not there yet; of several processes, one does.
+    """Write a file that does not exist yet; of several processes, exactly one succeeds.
 
     Raises:
-        FileExistsError: it is there.
-        OSError: it cannot be written.
+        FileExistsError: the file exists.
+        OSError: the file cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -44,7 +45,7 @@ def write_new(path: Path, content: str | bytes) -> None:
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o644))  # claimed; now its content
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o644))  # claims the name
             os.rename(temporary, path)
     finally:
         remove_file(temporary)
@@ -52,7 +53,7 @@ def write_new(path: Path, content: str | bytes) -> None:
 
 
 def write_durably(path: Path, content: str | bytes) -> None:
-    """Write a file and wait until the disk has it."""
+    """Write a file and flush it to disk."""
     data = memoryview(content.encode() if isinstance(content, str) else content)
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     try:
@@ -64,14 +65,14 @@ def write_durably(path: Path, content: str | bytes) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder where there is none, and wait until the disk has its name."""
+    """Create a folder if it does not exist, and flush its name to disk."""
     with suppress(FileExistsError):
         os.mkdir(path)
         flush_folder(path.parent)
 
 
 def flush_folder(path: Path) -> None:
-    """Wait until the disk has the names of a folder's files."""
+    """Flush the directory entries of a folder to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -80,19 +81,19 @@ def flush_folder(path: Path) -> None:
 
 
 def rename_durably(path: Path, target: Path) -> None:
-    """Rename a file or folder to a name that is free, and wait until the disk has it."""
+    """Rename a file or folder to an unused name, and flush the change to disk."""
     os.rename(path, target)
     flush_folder(target.parent)
 
 
 def remove_file(path: Path) -> None:
-    """Remove a file where there is one."""
+    """Remove a file if it exists."""
     with suppress(FileNotFoundError):
         os.unlink(path)
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder of files where there is one."""
+    """Remove a folder of files (no subfolders) if it exists."""
     if not path.is_dir():
         return
     for file in sorted(path.iterdir()):

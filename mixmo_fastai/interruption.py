@@ -1,8 +1,8 @@
-"""Ctrl-C and the signals that ask a process to end.
+"""Graceful shutdown on Ctrl-C, SIGTERM and SIGHUP.
 
-The first one lets the step under way come to its end, so that its state can be saved; the second
-leaves at once. Both are seen as they come, even while a long operation keeps the interpreter from
-running its own handlers.
+The first signal lets the current step finish, so that its state can be saved; the second exits
+immediately. Both are noticed even while a long operation keeps the interpreter from running its
+signal handlers.
 """
 
 import multiprocessing
@@ -21,15 +21,15 @@ SIGNALS = tuple(
 )
 _NO_SIGNAL = b"\0"
 _SHOW_CURSOR = b"\x1b[?25h"
-_PARENT_SECONDS = 1.0  # how often a worker looks whether its parent is there
-_SAME_SECONDS = 0.3  # a terminal and a parent that passes signals on may both send the same one
+_PARENT_SECONDS = 1.0  # interval at which a worker checks whether its parent is alive
+_DUPLICATE_SECONDS = 0.3  # a terminal and a parent that forwards signals may both send one
 
 
-class InterruptedBySignal(KeyboardInterrupt):  # as the built-in one
-    """A signal asked the process to end.
+class InterruptedBySignal(KeyboardInterrupt):
+    """A signal asked the process to stop.
 
     Attributes:
-        number: of the signal.
+        number: the number of the signal.
     """
 
     def __init__(self, number: int) -> None:
@@ -38,21 +38,22 @@ class InterruptedBySignal(KeyboardInterrupt):  # as the built-in one
 
     @property
     def exit_code(self) -> int:
-        """What a shell expects: 130 for Ctrl-C, 143 for SIGTERM."""
+        """Exit code by shell convention: 130 for Ctrl-C, 143 for SIGTERM."""
         return 128 + self.number
 
 
 def exit_code_of(interruption: KeyboardInterrupt) -> int:
-    """Give the exit code of a process that was interrupted, by a signal or by Ctrl-C."""
-    own = isinstance(interruption, InterruptedBySignal)
-    return interruption.exit_code if own else 128 + signal.SIGINT
+    """Return the exit code of a process that was interrupted, by a signal or by Ctrl-C."""
+    has_number = isinstance(interruption, InterruptedBySignal)
+    return interruption.exit_code if has_number else 128 + signal.SIGINT
 
 
 class StopRequest:
-    """Whether somebody asked to stop.
+    """Whether a signal has asked the process to stop.
 
     Attributes:
-        number: of the first signal that came; None where none did.
+        number: the number of the first signal received; None if none was.
+        deferring: whether signals are only recorded in `number`, not raised.
     """
 
     def __init__(self) -> None:
@@ -61,7 +62,7 @@ class StopRequest:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Within, a signal is only noted; the caller looks at `number` and stops in good order."""
+        """Only record signals in a with block; the caller checks `number` and shuts down."""
         self.deferring = True
         try:
             yield
@@ -70,10 +71,10 @@ class StopRequest:
         self.check()
 
     def check(self) -> None:
-        """Stop here where it was asked for.
+        """Raise if a signal was received.
 
         Raises:
-            InterruptedBySignal: it was.
+            InterruptedBySignal: a signal was received.
         """
         if self.number is not None:
             raise InterruptedBySignal(self.number)
@@ -81,13 +82,13 @@ class StopRequest:
 
 @contextmanager
 def handling_signals(say: Callable[[str], None] = lambda line: None) -> Iterator[StopRequest]:
-    """Turn signals into `InterruptedBySignal`, at once or, where that is deferred, later.
+    """Turn signals into `InterruptedBySignal`, immediately or, if deferred, later.
 
-    A signal that the process was started to ignore, as under nohup, stays ignored. Elsewhere than
-    in the main thread, where Python handles no signals, nothing happens.
+    A signal that the process ignores from its start, as under nohup, stays ignored. Outside the
+    main thread, where Python cannot handle signals, this is a no-op.
 
     Args:
-        say: told when a signal was noted and what a second one does; from another thread.
+        say: called from another thread with a line that tells the user what a second signal does.
     """
     request = StopRequest()
     handled = [s for s in SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]
@@ -95,59 +96,59 @@ def handling_signals(say: Callable[[str], None] = lambda line: None) -> Iterator
         yield request
         return
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def handle(number: int, frame: FrameType | None) -> None:
         request.number = request.number or number
         if not request.deferring:
             raise InterruptedBySignal(request.number)
 
-    before = {number: signal.signal(number, note) for number in handled}
-    # Python writes the number of a signal here as it comes, whatever the main thread is doing.
+    old_handlers = {number: signal.signal(number, handle) for number in handled}
+    # Python writes the number of each signal to this socket, whatever the main thread is doing.
     incoming, outgoing = socket.socketpair()
     outgoing.setblocking(False)
-    woken = signal.set_wakeup_fd(outgoing.fileno(), warn_on_full_buffer=False)
-    watch = threading.Thread(target=_watch, args=(incoming, handled, request, say), daemon=True)
-    watch.start()
+    old_wakeup_fd = signal.set_wakeup_fd(outgoing.fileno(), warn_on_full_buffer=False)
+    watcher = threading.Thread(target=_watch, args=(incoming, handled, request, say), daemon=True)
+    watcher.start()
     try:
         yield request
     finally:
-        signal.set_wakeup_fd(woken)
-        for number, handler in before.items():
+        signal.set_wakeup_fd(old_wakeup_fd)
+        for number, handler in old_handlers.items():
             signal.signal(number, handler)
-        outgoing.send(_NO_SIGNAL)  # closing it is no end while a child process has it as well
-        watch.join()
+        outgoing.send(_NO_SIGNAL)  # closing does not suffice: a child process may hold it open
+        watcher.join()
         outgoing.close()
         incoming.close()
 
 
 @contextmanager
-def signals_held() -> Iterator[None]:
-    """Let signals wait while processes are made, which then hold them back as well."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+def signals_blocked() -> Iterator[None]:
+    """Block signals while child processes are started; the children inherit the mask."""
+    old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
 
 
-def leave_to_parent() -> None:
-    """Put a process that works for another out of reach of what is sent to their group.
+def leave_signals_to_parent() -> None:
+    """Make a worker process ignore signals that are meant for its parent.
 
-    A terminal sends its signals to a whole group; the parent alone decides what they mean. It ends
-    its workers with SIGTERM, and a worker whose parent was killed ends by itself. To be called in a
-    process that was made while signals were held.
+    A terminal signals the whole process group, but only the parent may act on it. The parent ends
+    its workers with SIGTERM; a worker whose parent was killed exits by itself. Call this in a
+    process that was started within `signals_blocked`.
     """
     signal.set_wakeup_fd(-1)
     os.setpgrp()
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)  # those that came before, too
+        signal.signal(number, signal.SIG_IGN)  # also discards pending signals
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    # Torch's own watch takes whoever is the parent when it begins for the right one, and so waits
-    # for ever where the parent was killed before.
+def _exit_with_parent() -> None:
+    # Torch's own watchdog takes the current parent for the original one, so it would wait forever
+    # if the original parent was killed before the watchdog started.
     parent = multiprocessing.parent_process()
     if parent is None:
         return
@@ -162,23 +163,26 @@ def _watch(
     request: StopRequest,
     say: Callable[[str], None],
 ) -> None:
-    noted_at = None
+    first_at = None
     while _NO_SIGNAL not in (numbers := incoming.recv(64)):
         for number in numbers:
             if number not in handled:
                 continue
             now = time.monotonic()
-            if noted_at is not None and now - noted_at > _SAME_SECONDS:
-                _leave_at_once(number)
-            if noted_at is not None:
+            if first_at is not None and now - first_at > _DUPLICATE_SECONDS:
+                _exit_now(number)
+            if first_at is not None:
                 continue
-            noted_at = now
+            first_at = now
             if request.deferring:
                 request.number = request.number or number
-                say("Stopping after this step. Once more to leave at once, as saved last.")
+                say(
+                    "Stopping after this step. "
+                    "Press Ctrl-C again to exit now (the last checkpoint is kept)."
+                )
 
 
-def _leave_at_once(number: int) -> None:
+def _exit_now(number: int) -> None:
     if sys.stderr.isatty():
         os.write(sys.stderr.fileno(), _SHOW_CURSOR)
     os._exit(128 + number)

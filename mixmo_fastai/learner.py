@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from mixmo_fastai.adoption import Wanted, as_mixmo
 from mixmo_fastai.averaging import EMACallback
 from mixmo_fastai.callback import MixMoCallback, add_guard
-from mixmo_fastai.data.glance import first_batch, random_states_kept
+from mixmo_fastai.data.glance import first_batch, preserved_random_states
 from mixmo_fastai.data.loaders import BatchLoader
 from mixmo_fastai.deferred import defer_readbacks
-from mixmo_fastai.devices import place
+from mixmo_fastai.devices import move_to_device
 from mixmo_fastai.errors import InputError, nearest, unknown
 from mixmo_fastai.learner_checks import (
     check_batch,
@@ -107,7 +107,7 @@ def mixmo_learner(
     kwargs.setdefault("splitter", body_and_heads)  # for `freeze` and `fine_tune`
     use_ghost_batches(model, ghost_batch_size)
     if device := getattr(dls, "device", None):  # before the optimizer is made, which looks at it
-        place(model, torch.device(device))
+        move_to_device(model, torch.device(device))
     kwargs.setdefault("opt_func", sgd())
     kwargs.setdefault("metrics", _metrics_for(targets, loss))
     learn = Learner(dls, model, loss, cbs=[callback, *L(kwargs.pop("cbs", None))], **kwargs)
@@ -283,7 +283,7 @@ def _facts_of_batches(dls: DataLoaders) -> tuple[tuple[int, int, int], Tensor | 
     """Give (C, H, W) and some targets, of the first batch; None for classes of our loaders."""
     if isinstance(dls.train, BatchLoader):
         return dls.train.images.image_shape, None
-    with random_states_kept(dls.train):
+    with preserved_random_states(dls.train):
         batch = first_batch(dls.train)
         parts = count_parts(dls, batch)  # fastai may pass a sample through the transforms
     check_batch(*parts)

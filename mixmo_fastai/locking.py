@@ -1,6 +1,6 @@
-"""One process at a time in a run folder.
+"""File lock: only one process at a time trains in a run folder.
 
-The lock is the kernel's: it ends with its process, however that ends, so that none is ever stale.
+The kernel releases the lock when its process ends for any reason, so a lock is never stale.
 """
 
 import fcntl
@@ -16,45 +16,46 @@ from mixmo_fastai.runs import writing
 LOCK = ".lock"
 
 
-_HELD: set[str] = set()  # by this process, which the kernel's lock does not keep from itself
+# Locks held by this process; the kernel's lock excludes other processes only.
+_HELD: set[str] = set()
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from training in a folder.
+    """Lock a folder against training by other processes.
 
-    Child processes, such as those that read images, do not hold the lock with their parent. Where
-    the file system knows no locks, nothing is kept from other processes.
+    Child processes, such as data loader workers, do not inherit the lock. On a file system without
+    locks, other processes are not excluded.
 
     Raises:
-        InputError: another process is at it, or this one already; the message says which.
-        RunFailedError: nothing can be written there.
+        InputError: another process, or this one, already holds the lock; the message names it.
+        RunFailedError: the lock file cannot be written.
     """
     path = folder / LOCK
-    own = os.path.realpath(path)
-    if own in _HELD:
-        raise _in_use(folder, "this very process")
+    real_path = os.path.realpath(path)
+    if real_path in _HELD:
+        raise _in_use(folder, "this process")
     with writing(path):
-        handle = _opened_and_locked(path)
-    _HELD.add(own)
+        handle = _open_and_lock(path)
+    _HELD.add(real_path)
     try:
-        with suppress(OSError):  # of use to people only
+        with suppress(OSError):  # the content only serves error messages
             os.ftruncate(handle, 0)
             os.write(handle, f"process {os.getpid()} on {platform.node()}".encode())
         yield
     finally:
-        _HELD.discard(own)
+        _HELD.discard(real_path)
         with suppress(OSError):
-            path.unlink(missing_ok=True)  # while it is held
+            path.unlink(missing_ok=True)  # while the lock is still held
         os.close(handle)
 
 
-def _opened_and_locked(path: Path) -> int:
+def _open_and_lock(path: Path) -> int:
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):  # which of them, systems differ in
+        except (BlockingIOError, PermissionError):  # depends on the operating system
             owner = os.read(handle, 200).decode(errors="replace") or "another process"
             os.close(handle)
             raise _in_use(path.parent, owner) from None
@@ -62,13 +63,13 @@ def _opened_and_locked(path: Path) -> int:
             return handle
         if _is_still_at(path, handle):
             return handle
-        os.close(handle)  # whoever held it has removed it since
+        os.close(handle)  # the previous holder has removed the file since
 
 
 def _in_use(folder: Path, owner: str) -> InputError:
     return InputError(
-        f"{folder} is being trained by {owner}.\n"
-        "Wait until that ends, or train into another folder."
+        f"{folder} is in use: {owner} is training there.\n"
+        "Wait until it finishes, or choose another folder."
     )
 
 

@@ -14,7 +14,7 @@ from mixmo_fastai.checkpoints.weights import load_network
 from mixmo_fastai.data.listing import Skipped
 from mixmo_fastai.data.loose_images import PixelLoader, decode_readable, find_images
 from mixmo_fastai.detection import entropy_uncertainty
-from mixmo_fastai.devices import choose_device, place
+from mixmo_fastai.devices import choose_device, move_to_device
 from mixmo_fastai.diversity import information_per_sample
 from mixmo_fastai.evaluation import collect_member_logits
 from mixmo_fastai.export import ExportedNetwork
@@ -80,7 +80,7 @@ def predict_images(
         own_device = run.recipe().train.device
         plain = [load_network(network).fuse(keep_members=True) for network in run.networks()]
     chosen = choose_device(device or own_device)
-    networks = [place(network, chosen) for network in plain]
+    networks = [move_to_device(network, chosen) for network in plain]
     paths, unreadable = find_images(places, skipped), {}
     predictions: list[Prediction] = []
     for start in range(0, len(paths), IMAGES_AT_ONCE):

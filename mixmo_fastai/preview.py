@@ -18,7 +18,7 @@ from fasttransform import Pipeline
 from torch import Tensor
 
 from mixmo_fastai.callback import MixMoCallback
-from mixmo_fastai.data.glance import first_batch, random_states_kept
+from mixmo_fastai.data.glance import first_batch, preserved_random_states
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.randomness import fresh_seed
 
@@ -95,7 +95,7 @@ def _as_in_the_first_step(learn: Learner, callback: MixMoCallback) -> Iterator[N
     before = {name: vars(learn)[name] for name in state if name in vars(learn)}
     mix_prob, fit_seed = callback.mix_prob, callback.fit_seed
     try:
-        with random_states_kept(learn.dls.train):
+        with preserved_random_states(learn.dls.train):
             callback.mix_prob = 1.0
             if callback.fit_seed is None:  # other processes, if any, need not look as well
                 callback.fit_seed = fresh_seed()

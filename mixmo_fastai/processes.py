@@ -1,4 +1,4 @@
-"""Processes that train together: joining them, and what they tell each other."""
+"""Distributed training: the process group, and communication between its processes."""
 
 import os
 import re
@@ -14,127 +14,128 @@ from torch import Tensor
 
 from mixmo_fastai.errors import InputError, RunFailedError
 
-LONGEST_WAIT = timedelta(minutes=30)
-"""For another process, before it counts as lost."""
+TIMEOUT = timedelta(minutes=30)
+"""How long to wait for another process before it counts as lost."""
 
 
 class Processes(NamedTuple):
-    """The processes that train together.
+    """Rank and size of the process group.
 
     Attributes:
-        rank: of this one.
-        count: of all.
+        rank: rank of this process.
+        count: number of processes.
     """
 
     rank: int = 0
     count: int = 1
 
     @property
-    def is_first(self) -> bool:
-        """Whether this is the one that speaks and writes."""
+    def is_rank0(self) -> bool:
+        """Whether this process prints and writes files."""
         return self.rank == 0
 
 
-def started_processes() -> Processes:
-    """Tell how many processes a launcher, such as torchrun, has started, and which this is."""
+def launched_processes() -> Processes:
+    """Return rank and world size as set by a launcher such as torchrun; (0, 1) without one."""
     rank, count = (int(os.environ.get(name) or "0") for name in ("RANK", "WORLD_SIZE"))
     return Processes(rank, max(1, count))
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[Processes]:
-    """Join the processes that were started together; with one alone, nothing is done.
+def joined_process_group(device: torch.device) -> Iterator[Processes]:
+    """Initialize the process group for the duration of a with block; no-op for one process.
 
     Args:
-        device: of which kind each process has one.
+        device: the kind of device that each process uses.
 
     Raises:
-        InputError: a package is missing, there are too few GPUs, or the launcher says too little.
+        InputError: a package is missing, there are too few GPUs, or LOCAL_RANK is not set.
         RunFailedError: another process was lost.
     """
-    processes = started_processes()
+    processes = launched_processes()
     if processes.count == 1:
         yield processes
         return
     if find_spec("accelerate") is None:
         raise InputError(
-            "Several processes need accelerate.\nInstall: pip install 'mixmo-fastai[distributed]'"
+            "Distributed training needs accelerate.\n"
+            "Install it: pip install 'mixmo-fastai[distributed]'"
         )
     if "LOCAL_RANK" not in os.environ:
         raise InputError(
-            "WORLD_SIZE is set, but not LOCAL_RANK, by which each process knows its place.\n"
-            "Start them with torchrun or accelerate launch, or unset WORLD_SIZE."
+            "WORLD_SIZE is set but LOCAL_RANK is not.\n"
+            "Start the processes with torchrun or accelerate launch, or unset WORLD_SIZE."
         )
     on_gpu = device.type == "cuda"
     if on_gpu:
-        local = int(os.environ["LOCAL_RANK"])
-        if local >= torch.cuda.device_count():
+        local_rank = int(os.environ["LOCAL_RANK"])
+        if local_rank >= torch.cuda.device_count():
             raise InputError(
-                f"Process {local} of this machine has no GPU: there are "
-                f"{torch.cuda.device_count()}.\nStart as many processes as there are GPUs."
+                f"Process {local_rank} of this machine has no GPU: it has "
+                f"{torch.cuda.device_count()}.\nStart one process per GPU."
             )
-        torch.cuda.set_device(local)
+        torch.cuda.set_device(local_rank)
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-    dist.init_process_group(backend, timeout=LONGEST_WAIT)
+    dist.init_process_group(backend, timeout=TIMEOUT)
     try:
         yield processes
     except RuntimeError as error:
-        if isinstance(error, RunFailedError) or not (lost := _LOST.search(str(error))):
+        if isinstance(error, RunFailedError) or not (lost := _CONNECTION_LOST.search(str(error))):
             raise
         raise RunFailedError(
-            f"A process that trains along was lost: {lost[0]}.\n"
-            "What was saved before is as it was; start all of them again with --resume."
+            f"Another training process was lost: {lost[0]}.\n"
+            "Existing checkpoints are unchanged. Start all processes again with --resume."
         ) from error
     finally:
         dist.destroy_process_group()
 
 
-_LOST = re.compile(
+_CONNECTION_LOST = re.compile(
     r"Connection (closed|reset|refused)[\w ]*|Broken pipe|[Tt]imed out|Timeout|timeout|"
     r"NCCL error|remote process exited|Socket"
 )
 
 
-def group() -> Processes:
-    """Give the processes that have joined; one alone where none have."""
+def process_group() -> Processes:
+    """Return rank and size of the process group; (0, 1) if none is initialized."""
     if not dist.is_available() or not dist.is_initialized():
         return Processes()
     return Processes(dist.get_rank(), dist.get_world_size())
 
 
-def told_by_first(value: Any) -> Any:
-    """Give all processes what the first one has."""
-    if group().count == 1:
+def broadcast_from_rank0(value: Any) -> Any:
+    """Return the value of rank 0 in all processes."""
+    if process_group().count == 1:
         return value
     box = [value]
     dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
     return box[0]
 
 
-def done_by_first(action: Callable[[], Any]) -> Any:
-    """Let the first process do something that the user's input may forbid.
+def run_on_rank0(action: Callable[[], Any]) -> Any:
+    """Call a function on rank 0 only, and broadcast its result or its error.
 
     Returns:
-        what it gave, in all processes.
+        the result, in all processes.
 
     Raises:
-        InputError, RunFailedError: it could not be done; in all processes.
+        InputError, RunFailedError: raised by the function; in all processes.
     """
     result, error = None, None
-    if group().is_first:
+    if process_group().is_rank0:
         try:
             result = action()
-        except (InputError, RunFailedError) as refused:
-            error = refused
-    result, error = told_by_first((result, error))
+        except (InputError, RunFailedError) as raised:
+            error = raised
+    result, error = broadcast_from_rank0((result, error))
     if error is not None:
         raise error
     return result
 
 
-def gathered(value: Any) -> list[Any]:
-    """Give all processes what each has, in order."""
-    count = group().count
+def all_gather(value: Any) -> list[Any]:
+    """Return the values of all processes, by rank."""
+    count = process_group().count
     if count == 1:
         return [value]
     values: list[Any] = [None] * count
@@ -143,58 +144,59 @@ def gathered(value: Any) -> list[Any]:
 
 
 @contextmanager
-def first_before_others() -> Iterator[None]:
-    """Let the first process go ahead, such as with what it leaves in a cache.
+def rank0_first() -> Iterator[None]:
+    """Run a with block on rank 0 before the other processes enter it, for example to fill a cache.
 
-    What it finds wrong the others find as well.
+    If the block raises on rank 0, the other processes still enter it, and raise the same error.
     """
-    own = group()
-    if own.count > 1 and not own.is_first:
+    group = process_group()
+    if group.count > 1 and not group.is_rank0:
         dist.barrier()
     try:
         yield
     finally:
-        if own.count > 1 and own.is_first:
+        if group.count > 1 and group.is_rank0:
             dist.barrier()
 
 
-class Agreement:
-    """Lets all processes act at the same step on what one of them wants.
+class RequestExchange:
+    """Let all processes act on a request at the same step, whichever process made it.
 
-    Each says at every step what it wants; what any of them wanted is known at the next one, so that
-    no step waits for it. One process alone agrees with itself at once.
+    Every process passes its requests at every step. The maximum over processes is reduced
+    asynchronously and returned at the next step, so that no step waits for communication. With a
+    single process, requests take effect immediately.
     """
 
     def __init__(self) -> None:
-        self.on_the_way: tuple[Tensor, Any] | None = None
-        self.channel = None
-        if group().count > 1:
-            self.channel = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
+        self.pending: tuple[Tensor, Any] | None = None
+        self.gloo_group = None
+        if process_group().count > 1:
+            self.gloo_group = dist.new_group(backend="gloo", timeout=TIMEOUT)
 
-    def on(self, *wanted: int) -> tuple[int, ...]:
-        """Say what is wanted, as numbers; give the largest of each that any said a step before."""
-        if self.channel is None:
-            return wanted
-        known = self.settled() or (0,) * len(wanted)
-        message = torch.tensor(wanted)
-        work = dist.all_reduce(message, dist.ReduceOp.MAX, group=self.channel, async_op=True)
-        self.on_the_way = message, work
-        return known
+    def exchange(self, *requests: int) -> tuple[int, ...]:
+        """Send requests; return the maximum over processes of those sent one step before."""
+        if self.gloo_group is None:
+            return requests
+        previous = self._receive() or (0,) * len(requests)
+        message = torch.tensor(requests)
+        work = dist.all_reduce(message, dist.ReduceOp.MAX, group=self.gloo_group, async_op=True)
+        self.pending = message, work
+        return previous
 
-    def now(self, *wanted: int) -> tuple[int, ...]:
-        """Give the largest of each that any said here or a step before; waits for all."""
-        if self.channel is None:
-            return wanted
-        before = self.settled() or (0,) * len(wanted)
-        self.on(*wanted)
-        now = self.settled()
-        assert now is not None
-        return tuple(max(pair) for pair in zip(before, now, strict=True))
+    def exchange_now(self, *requests: int) -> tuple[int, ...]:
+        """Send requests; return the maximum of these and of those one step before. Blocks."""
+        if self.gloo_group is None:
+            return requests
+        previous = self._receive() or (0,) * len(requests)
+        self.exchange(*requests)
+        current = self._receive()
+        assert current is not None
+        return tuple(max(pair) for pair in zip(previous, current, strict=True))
 
-    def settled(self) -> tuple[int, ...] | None:
-        """Give what was said last, and expect no more of it."""
-        if self.on_the_way is None:
+    def _receive(self) -> tuple[int, ...] | None:
+        """Wait for the pending reduction and return its result; None if nothing is pending."""
+        if self.pending is None:
             return None
-        (message, work), self.on_the_way = self.on_the_way, None
+        (message, work), self.pending = self.pending, None
         work.wait()
         return tuple(message.tolist())

@@ -1,4 +1,4 @@
-"""Going on within an epoch: a fit that was saved at any step continues with the next."""
+"""Resuming within an epoch: a fit that was saved after any step continues with the next step."""
 
 from typing import Any
 
@@ -10,24 +10,24 @@ from mixmo_fastai.models.mixmo_model import unwrap
 
 
 class ResumeCallback(Callback):
-    """Start the first epoch that trains after the steps that were saved.
+    """Continue the saved epoch after its completed steps.
 
     Args:
-        restored: where to go on, from `RunState.restore`.
+        restored: the state to continue from, from `RunState.restore`.
     """
 
-    order, run_valid = 60, False  # after MixMoCallback has put its loader and the Recorder began
+    order, run_valid = 60, False  # after MixMoCallback has set its loader and the Recorder is reset
 
     def __init__(self, restored: Restored) -> None:
         super().__init__()
-        self.restored, self.steps = restored, CountFrom()
+        self.restored, self.steps = restored, StepOffset()
 
     def before_fit(self) -> None:
-        """Count steps from where the epoch goes on."""
+        """Number the steps from the saved position."""
         self.learn.add_cb(self.steps)
 
     def before_train(self) -> None:
-        """Leave out the steps that are done, and put back what is added up step by step."""
+        """Skip the completed steps, and restore everything that accumulates over steps."""
         position = self.restored.position
         if self.learn.epoch != position.epoch:
             return
@@ -36,7 +36,7 @@ class ResumeCallback(Callback):
         per_member = self.restored.smooth_loss / unwrap(self.learn.model).num_members
         smooth.val = smooth.val.new_tensor(per_member)
         self.learn.train_iter = position.epoch * len(self.learn.dl) + position.step
-        for name in HYPERS:  # a fit begins with rates of its own
+        for name in HYPERS:  # a fit starts with its own hyperparameters
             self.learn.opt.set_hyper(name, [group[name] for group in self.restored.hypers])
         if position.step:
             self.learn.dl = self.learn.dl.starting_at(position.step)
@@ -44,16 +44,16 @@ class ResumeCallback(Callback):
             self.steps.first = position.step
 
     def after_train(self) -> None:
-        """Count the next epoch from its beginning."""
+        """Number the next epoch from its first step."""
         self.steps.first = 0
 
     def after_fit(self) -> None:
-        """Count as usual again."""
+        """Remove the offset."""
         self.learn.remove_cb(self.steps)
 
 
-class CountFrom(Callback):
-    """Number the batches of an epoch from its first step on, before anything reads the number."""
+class StepOffset(Callback):
+    """Offset the batch number of fastai by the completed steps, before other callbacks read it."""
 
     order, run_valid = -20, False
 
@@ -62,12 +62,12 @@ class CountFrom(Callback):
         self.first = 0
 
     def before_batch(self) -> None:
-        """Put the number right."""
+        """Add the offset."""
         self.learn.iter += self.first
 
 
-def resuming(restored: Restored | None) -> list[Any]:
-    """Give the callbacks with which a fit goes on."""
+def resume_callbacks(restored: Restored | None) -> list[Any]:
+    """Return the callbacks with which a fit continues from a checkpoint; none for a new run."""
     if restored is None:
         return []
     skip = [SkipToEpoch(restored.position.epoch)] if restored.position.epoch else []

@@ -1,20 +1,19 @@
-"""The run folder: everything that a run leaves, readable without this project.
+"""The run folder: all files of a run, readable without this project.
 
 recipe.toml        resolved, everything needed to run it again
 environment.json   versions, device, command, seed, git revision
-data.json          classes, mean, deviation and shape of the images
-split.json         which images of a folder train, validate and test
-left-out.json      image files that cannot be decoded and were left out, with reasons; if
-                   --skip-damaged was given
+data.json          class names; mean, standard deviation and shape of the images
+split.json         for image folders: the training, validation and test images
+left-out.json      with --skip-damaged: image files that could not be decoded, with reasons
 history.csv        one row per epoch
-metrics.json       final figures
+metrics.json       final metrics
 model.safetensors  weights
 checkpoint/        state to resume from
-log.txt            what was printed
-logs/              what `--logger` leaves: steps and pictures, and the files of trackers
-report.html        the page that `mixmo report` writes
-net-1/, net-2/     of a deep ensemble: each network's own run folder, which has its weights,
-                   history and checkpoint
+log.txt            printed output
+logs/              output of `--logger`: metrics per step, plots, and the loggers' own files
+report.html        the page written by `mixmo report`
+net-1/, net-2/     deep ensembles only: one run folder per network, with its weights, history and
+                   checkpoint
 """
 
 import csv
@@ -45,10 +44,10 @@ PACKAGES = ("mixmo-fastai", "torch", "torchvision", "fastai", "numpy", "safetens
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What a network must know of its data to predict without it.
+    """Facts about the training data that prediction needs.
 
     Attributes:
-        classes: names, in the order of the logits.
+        classes: class names, in the order of the logits.
         mean, std: per channel, of pixels in [0, 1].
         image_shape: (C, H, W).
     """
@@ -60,41 +59,42 @@ class DataFacts:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "DataFacts":
-        """Read what `dataclasses.asdict` gave, from JSON.
+        """Build from the output of `dataclasses.asdict`, as read from JSON.
 
         Raises:
-            ValueError: it is something else, or cannot be so.
+            ValueError: a value is missing, has the wrong type or is impossible.
         """
         try:
             parts = [values[name] for name in ("classes", "mean", "std", "image_shape")]
             if not all(isinstance(part, list | tuple) for part in parts):
-                raise ValueError("it holds no lists of what the network must know of its data")
-            names, *figures = parts
-            mean, std = (tuple(float(v) for v in figure) for figure in figures[:2])
-            facts = cls(tuple(map(str, names)), mean, std, tuple(int(v) for v in figures[2]))
+                raise ValueError("classes, mean, std and image_shape must be lists")
+            names, *numbers = parts
+            mean, std = (tuple(float(v) for v in values) for values in numbers[:2])
+            facts = cls(tuple(map(str, names)), mean, std, tuple(int(v) for v in numbers[2]))
         except (LookupError, TypeError, ArithmeticError) as error:
             raise ValueError(f"{type(error).__name__}: {error}") from error
         facts._check()
         return facts
 
     def _check(self) -> None:
-        """Refuse what no data can be like."""
+        """Raise ValueError if no data set can have these facts."""
         if len(self.classes) < 2:
-            raise ValueError(f"it names {len(self.classes)} classes")
+            raise ValueError(f"classes must name at least 2; got {len(self.classes)}")
         if len(self.image_shape) != 3 or min(self.image_shape) < 1:
-            raise ValueError(f"images cannot have the shape {self.image_shape}")
+            raise ValueError(f"image_shape must be (C, H, W); got {self.image_shape}")
         if not len(self.mean) == len(self.std) == self.image_shape[0]:
             raise ValueError("mean and std must have one value per channel")
         if not all(map(math.isfinite, self.mean)) or not all(0 < v < math.inf for v in self.std):
-            raise ValueError("mean must be finite and std above zero")
+            raise ValueError("mean must be finite and std positive")
 
 
 class RunFolder:
-    """One run's folder. Make one with `create_run` or `open_run`.
+    """The folder of one run. Use `create_run` or `open_run` to obtain an instance.
 
     Args:
-        path: where it is.
-        is_writer: whether this process writes it; one that trains along leaves that to the first.
+        path: the folder.
+        is_writer: whether this process writes to the folder. In distributed training only rank 0
+            does.
     """
 
     def __init__(self, path: Path, *, is_writer: bool = True) -> None:
@@ -102,61 +102,62 @@ class RunFolder:
 
     @property
     def weights(self) -> Path:
-        """The file of trained weights."""
+        """Path of the trained weights."""
         return self.path / "model.safetensors"
 
     @property
     def report(self) -> Path:
-        """The page about the run."""
+        """Path of the HTML report."""
         return self.path / "report.html"
 
     @property
     def logs(self) -> Path:
-        """The folder of what loggers leave."""
+        """Folder for the output of loggers."""
         return self.path / "logs"
 
     @property
     def checkpoint(self) -> Path:
-        """The folder of the state to resume from."""
+        """Folder of the checkpoints to resume from."""
         return self.path / "checkpoint"
 
     @property
     def has_state(self) -> bool:
-        """Whether there is a checkpoint to resume from, intact or not."""
+        """Whether the run has a checkpoint, intact or not."""
         return any(self.checkpoint.glob("save-*"))
 
     @property
     def is_finished(self) -> bool:
-        """Whether it has its final figures."""
+        """Whether the run has its final metrics."""
         return (self.path / "metrics.json").is_file()
 
     def check_trained(self) -> None:
-        """Check that every network has its weights.
+        """Check that every network of the run has trained weights.
 
         Raises:
-            InputError: one has none; the message says how to continue.
+            InputError: the weights of a network are missing.
         """
         networks = self.networks()
         done = sum(network.weights.is_file() for network in networks)
         if done == len(networks):
             return
-        several = f"{done} of {len(networks)} networks are finished"
-        state = several if len(networks) > 1 else "the run is not finished"
+        progress = f"{done} of {len(networks)} networks are finished"
+        state = progress if len(networks) > 1 else "the run is not finished"
         raise InputError(
             f"{self.path} has no weights yet: {state}.\nContinue it: mixmo fit --resume {self.path}"
         )
 
     def check_resumable(self) -> None:
-        """Check that a training can go on here.
+        """Check that training can continue from the checkpoints of the run.
 
         Raises:
-            InputError: the run has weights and no state that led to them, as an imported one.
+            InputError: the run has weights but no checkpoint, as after `mixmo import`.
         """
         for network in self.networks():
             if network.weights.is_file() and not network.has_state:
                 raise InputError(
-                    f"{network.path} has weights, but no state to resume from: it was imported, or "
-                    "its checkpoint was removed.\nNothing was changed; `mixmo eval` evaluates it."
+                    f"{network.path} has weights but no checkpoint to resume from: the run was "
+                    "imported, or the checkpoint was removed.\n"
+                    "The run is unchanged. Use `mixmo eval` to evaluate it."
                 )
 
     def recipe(self) -> Recipe:
@@ -164,11 +165,11 @@ class RunFolder:
         return load_recipe(self.path / "recipe.toml")
 
     def write_recipe(self, recipe: Recipe) -> None:
-        """Replace the recipe by one in which nothing is left open."""
+        """Replace recipe.toml by a fully resolved recipe."""
         self._write("recipe.toml", to_toml(recipe))
 
     def networks(self) -> list["RunFolder"]:
-        """Give the run of each network: the parts of a deep ensemble, else this run alone."""
+        """Return one run per network: the networks of a deep ensemble, otherwise this run."""
         num_nets = self.recipe().model.num_nets
         if num_nets == 1:
             return [self]
@@ -176,36 +177,39 @@ class RunFolder:
         return [RunFolder(path, is_writer=self.is_writer) for path in paths]
 
     def metrics(self) -> dict[str, Any]:
-        """Read the final figures.
+        """Read the final metrics.
 
         Raises:
             InputError: the run is not finished, or the file is damaged.
         """
         if not self.is_finished:
-            raise InputError(f"{self.path} has no final figures: the run is not finished.")
+            raise InputError(
+                f"{self.path} has no final metrics: the run is not finished.\n"
+                f"Continue it: mixmo fit --resume {self.path}"
+            )
         return self._read_json("metrics.json")
 
     def environment(self) -> dict[str, Any]:
-        """Read what the run was made with; empty in a run that did not write it.
+        """Read environment.json; return an empty dictionary if the run has none.
 
         Raises:
             InputError: the file is damaged.
         """
-        has_one = (self.path / "environment.json").is_file()
-        return self._read_json("environment.json") if has_one else {}
+        exists = (self.path / "environment.json").is_file()
+        return self._read_json("environment.json") if exists else {}
 
     def _read_json(self, name: str) -> dict[str, Any]:
         path = self.path / name
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:  # of JSON and of UTF-8 alike
+        except ValueError as error:  # invalid JSON or invalid UTF-8
             raise InputError(f"{path} is damaged: {error}.") from error
         if not isinstance(values, dict):
-            raise InputError(f"{path} is damaged: it holds no table of values.")
+            raise InputError(f"{path} is damaged: it must hold a JSON object.")
         return values
 
     def data_facts(self) -> "DataFacts | None":
-        """Read what the network must know of its data; None in a run that did not write it.
+        """Read data.json; return None if the run has none.
 
         Raises:
             InputError: the file is damaged.
@@ -219,11 +223,11 @@ class RunFolder:
             raise InputError(f"{path} is damaged: {error}.") from error
 
     def write_data_facts(self, facts: "DataFacts") -> None:
-        """Write what the network must know of its data."""
+        """Write data.json."""
         self._write("data.json", json.dumps(dataclasses.asdict(facts), indent=2) + "\n")
 
     def split(self) -> dict[str, Any] | None:
-        """Read which images of a folder train, validate and test; None in a run without split.json.
+        """Read split.json; return None if the run has none.
 
         Raises:
             InputError: the file is damaged.
@@ -231,11 +235,11 @@ class RunFolder:
         return self._read_json("split.json") if (self.path / "split.json").is_file() else None
 
     def write_split(self, parts: Mapping[str, Any]) -> None:
-        """Write which images of a folder train, validate and test."""
+        """Write split.json: the training, validation and test images of a folder."""
         self._write("split.json", json.dumps(parts, indent=1) + "\n")
 
     def left_out(self) -> dict[str, str] | None:
-        """Read which damaged files were left out, with reasons; None in a run that did not ask.
+        """Read the skipped damaged files, with reasons; return None without --skip-damaged.
 
         Raises:
             InputError: the file is damaged.
@@ -243,7 +247,7 @@ class RunFolder:
         return self._read_json("left-out.json") if (self.path / "left-out.json").is_file() else None
 
     def write_left_out(self, files: Mapping[str, str]) -> None:
-        """Write which damaged files are left out, with reasons."""
+        """Write the skipped damaged files, with reasons."""
         self._write("left-out.json", json.dumps(dict(files), indent=1) + "\n")
 
     def history(self) -> list[dict[str, str]]:
@@ -255,21 +259,21 @@ class RunFolder:
             return list(csv.DictReader(file))
 
     def append_history(self, row: Mapping[str, Any]) -> None:
-        """Add one epoch to history.csv."""
+        """Append the row of one epoch to history.csv."""
         if not self.is_writer:
             return
         with (
             writing(self.path / "history.csv") as path,
             path.open("a", newline="", encoding="utf-8") as file,
         ):
-            is_new = not file.tell()
+            is_empty = not file.tell()
             writer = csv.DictWriter(file, list(row), lineterminator="\n")
-            if is_new:
+            if is_empty:
                 writer.writeheader()
             writer.writerow(row)
 
     def write_history(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Replace history.csv by the rows of the epochs that a resumed run has done."""
+        """Replace history.csv by these rows, the completed epochs of a resumed run."""
         if not rows:
             if self.is_writer:
                 with writing(self.path / "history.csv") as path:
@@ -282,18 +286,18 @@ class RunFolder:
         self._write("history.csv", text.getvalue())
 
     def log(self, line: str) -> None:
-        """Add a line to log.txt; no run ends because that cannot be done."""
+        """Append a line to log.txt. Errors are ignored: a log line must not end a run."""
         if not self.is_writer:
             return
         with suppress(OSError), (self.path / "log.txt").open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
-    def write_metrics(self, figures: Mapping[str, Any]) -> None:
-        """Write the final figures."""
-        self._write("metrics.json", json.dumps(figures, indent=2) + "\n")
+    def write_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """Write the final metrics."""
+        self._write("metrics.json", json.dumps(metrics, indent=2) + "\n")
 
     def write_weights(self, content: bytes) -> None:
-        """Write the trained weights, replacing the file in one step."""
+        """Write the trained weights atomically."""
         self._write(self.weights.name, content)
 
     def _write(self, name: str, content: str | bytes) -> None:
@@ -304,36 +308,36 @@ class RunFolder:
 
 @contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """Write a file or folder of a run; what was saved before stays whatever happens.
+    """Convert an OSError while writing a file or folder of a run into a RunFailedError.
 
     Raises:
-        RunFailedError: the system does not let it; the message says why.
+        RunFailedError: the file cannot be written. Files written before are unchanged.
     """
     try:
         yield path
     except OSError as error:
         reason = f"Cannot write {path}: {error.strerror or error}."
         if not path.parent.is_dir():
-            reason = f"{path.parent} is gone: somebody has removed or renamed the run folder."
+            reason = f"{path.parent} no longer exists: the run folder was removed or renamed."
         raise RunFailedError(
-            f"{reason}\nWhat was saved before is as it was; continue with --resume when the cause "
-            "is put right."
+            f"{reason}\nExisting checkpoints are unchanged. Fix the cause, then continue with "
+            "--resume."
         ) from error
 
 
 def create_run(
     recipe: Recipe, path: Path | None = None, *, device: str = "", acceleration: str = ""
 ) -> RunFolder:
-    """Make a new run folder and write down what will be run, and where.
+    """Create a run folder and write its recipe.toml and environment.json.
 
     Args:
-        recipe: resolved.
-        path: the folder itself; where not given, the first free `runs/<data set>-<name>-<n>`.
-        device: what it runs on, in words.
-        acceleration: how it trains there, in words: precision, memory format, compilation.
+        recipe: the resolved recipe.
+        path: the folder; None for the first free `runs/<data set>-<name>-<n>`.
+        device: description of the device.
+        acceleration: description of precision, memory format and compilation.
 
     Raises:
-        InputError: the folder exists and holds something, or cannot be made.
+        InputError: the folder is not empty, or cannot be created.
     """
     try:
         folder = _claim(path) if path is not None else _claim_next(Path("runs"), run_label(recipe))
@@ -343,16 +347,16 @@ def create_run(
     except OSError as error:
         raise InputError(
             f"Cannot write the run folder {path or 'runs/'}: {error.strerror}.\n"
-            "Choose another place with --out DIR."
+            "Choose another folder with --out DIR."
         ) from error
     return RunFolder(folder)
 
 
 def check_free(path: Path | None) -> None:
-    """Check that a run folder can be made at a path, or below `runs/` where none is given.
+    """Check that a run folder can be created at a path, or below `runs/` if it is None.
 
     Raises:
-        InputError: there is something already, or nothing can be written there.
+        InputError: the folder is not empty, or cannot be written to.
     """
     if path is None:
         _check_writable(Path("runs"))
@@ -361,17 +365,17 @@ def check_free(path: Path | None) -> None:
     if path.is_dir() and any(path.iterdir()):
         kind = "already a run" if (path / "recipe.toml").exists() else "not empty"
         raise InputError(
-            f"The folder {str(path)!r} is {kind}; nothing in it was changed.\n"
+            f"The folder {str(path)!r} is {kind}. It was not changed.\n"
             "Choose another --out DIR, or continue a run with --resume RUN."
         )
     _check_writable(path)
 
 
 def free_file(path: Path | None, stem: str, suffix: str, flag: str = "--out") -> Path:
-    """Choose a file that does not exist yet: the given one, or the first free name of a stem.
+    """Return a path that does not exist yet: `path`, or the first free name with this stem.
 
     Raises:
-        InputError: the given one exists, has another suffix, or its folder does not exist.
+        InputError: `path` exists, has another suffix, or its folder does not exist.
     """
     if path is None:
         names = itertools.chain([stem], (f"{stem}-{n}" for n in itertools.count(2)))
@@ -384,19 +388,19 @@ def free_file(path: Path | None, stem: str, suffix: str, flag: str = "--out") ->
         raise InputError(f"{flag} {str(path)!r} must end in {suffix}.")
     if not path.parent.is_dir():
         raise InputError(
-            f"There is no folder {str(path.parent)!r} for {flag} {path.name}.\nMake it first."
+            f"There is no folder {str(path.parent)!r} for {flag} {path.name}.\nCreate it first."
         )
     return _writable_file(path, flag)
 
 
 def _writable_file(path: Path, flag: str = "--out") -> Path:
-    """Check that a file can be made, by making it and taking it away."""
+    """Check that a file can be created, by creating and deleting it."""
     try:
         path.touch(exist_ok=False)
         path.unlink()
     except OSError as error:
         raise InputError(
-            f"Cannot write {str(path)!r}: {error.strerror}.\nChoose another place with {flag} FILE."
+            f"Cannot write {str(path)!r}: {error.strerror}.\nChoose another file with {flag} FILE."
         ) from error
     return path
 
@@ -405,71 +409,74 @@ def open_run(path: Path | str) -> RunFolder:
     """Open an existing run folder.
 
     Raises:
-        InputError: the path is not a folder, or not one of a run.
+        InputError: the path is not a folder, or not a run folder.
     """
     folder = _expanded(path)
     if not os.path.isdir(folder) and (folder.parent / "recipe.toml").is_file():
         raise InputError(
-            f"The run {str(folder.parent)!r} has no {folder.name!r}, or none yet.\n"
-            f"Continue it where it is not finished: mixmo fit --resume {folder.parent}"
+            f"The run {str(folder.parent)!r} has no {folder.name!r}.\n"
+            f"If the run is not finished, continue it: mixmo fit --resume {folder.parent}"
         )
     if not os.path.isdir(folder):
-        raise InputError(f"There is no run folder {str(path)!r}.\nBy default, runs lie in runs/.")
+        raise InputError(
+            f"There is no run folder {str(path)!r}.\nRuns are in runs/ unless --out was given."
+        )
     if not (folder / "recipe.toml").is_file():
         raise InputError(
             f"{str(path)!r} is not a run folder: it has no recipe.toml.\n"
-            "Give a folder that `mixmo fit` made."
+            "Give a folder created by `mixmo fit`."
         )
     return RunFolder(folder)
 
 
 def open_runs(paths: Sequence[Path | str], what: str) -> list[RunFolder]:
-    """Open the run folders of something that takes two runs or more, each once.
+    """Open two or more distinct run folders.
 
     Args:
-        paths: of the run folders.
-        what: takes them, as the first words of an error: "An ensemble".
+        paths: the run folders.
+        what: what needs the runs, the first words of an error message: "An ensemble".
 
     Raises:
-        InputError: there are fewer than two, one is given twice, or one is not a run folder.
+        InputError: there are fewer than two paths, a run is given twice, or a path is not a run
+            folder.
     """
     check_several(paths, what)
     folders = [open_run(path) for path in paths]
-    places = [folder.path.resolve() for folder in folders]
-    if twice := next((place for place in places if places.count(place) > 1), None):
-        raise InputError(f"The run {str(twice)!r} is given twice; {what.lower()} takes each once.")
+    resolved = [folder.path.resolve() for folder in folders]
+    if duplicate := next((path for path in resolved if resolved.count(path) > 1), None):
+        raise InputError(f"The run {str(duplicate)!r} is given twice. {what} needs distinct runs.")
     return folders
 
 
 def check_several(runs: Sequence[object], what: str) -> None:
-    """Check that there are two runs or more for what takes them: "An ensemble"."""
+    """Check that there are at least two runs; `what` needs them, such as "An ensemble"."""
     if len(runs) < 2:
         raise InputError(f"{what} needs two runs or more; got {len(runs)}.")
 
 
 def check_same_left_out(first: RunFolder, other: RunFolder) -> None:
-    """Check that two runs on one data set have left out the same damaged images.
+    """Check that two runs on one data set skipped the same damaged images.
 
     Raises:
-        InputError: they have not.
+        InputError: the skipped images differ.
     """
-    own, expected = (set(run.left_out() or ()) for run in (other, first))
-    if own != expected:
+    other_files, first_files = (set(run.left_out() or ()) for run in (other, first))
+    if other_files != first_files:
         raise InputError(
-            f"{other.path} has left out {len(own):,} unreadable images, and {first.path} "
-            f"{len(expected):,}, not the same ones; see left-out.json in both.\n"
-            "Runs that are evaluated together must share their images: train one of them again."
+            f"{other.path} skipped {len(other_files):,} unreadable images and {first.path} "
+            f"{len(first_files):,}, and they differ; see left-out.json in both.\n"
+            "Runs that are evaluated together need the same images: train one of them again."
         )
 
 
 def run_label(recipe: Recipe) -> str:
-    """Name a run: its data set, and its recipe or method."""
+    """Return the name of a run: its data set and its recipe or method."""
     dataset = Path(recipe.data.dataset).name or "data"
     return f"{dataset}-{recipe.name.rpartition('/')[2] or _method_label(recipe)}"
 
 
 def _method_label(recipe: Recipe) -> str:
-    """Name a method by what is mixed, how many networks and members there are."""
+    """Return the name of a method: mask kind or pixel mixing, and the number of networks."""
     model, mix = recipe.model, recipe.mix
     pixels = [mix.msda] if mix.msda != "none" else []
     if model.num_members > 1:
@@ -480,7 +487,7 @@ def _method_label(recipe: Recipe) -> str:
 
 
 def describe_environment(recipe: Recipe, device: str, acceleration: str) -> dict[str, Any]:
-    """Tell what a run is made with."""
+    """Return the content of environment.json."""
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
@@ -496,23 +503,23 @@ def describe_environment(recipe: Recipe, device: str, acceleration: str) -> dict
 
 
 def _expanded(path: Path | str) -> Path:
-    whole = Path(os.path.expanduser(path))  # pathlib's own raises where there is no such user
-    if longest := next((part for part in whole.parts if len(os.fsencode(part)) > 255), None):
+    expanded = Path(os.path.expanduser(path))  # Path.expanduser raises for an unknown user
+    if longest := next((part for part in expanded.parts if len(os.fsencode(part)) > 255), None):
         raise InputError(
-            f"The name {longest[:40]!r}… is too long for a file. Choose a shorter one."
+            f"The name {longest[:40]!r}… is too long for a file. Choose a shorter name."
         )
-    return whole
+    return expanded
 
 
 def _check_writable(path: Path) -> None:
-    """Check that a folder is or can be made at a path, from what exists of it."""
-    existing = next(place for place in (path, *path.parents) if os.path.exists(place))
+    """Check that a folder exists or can be created, from its nearest existing parent."""
+    existing = next(parent for parent in (path, *path.parents) if os.path.exists(parent))
     if existing.is_dir() and os.access(existing, os.W_OK):
         return
     problem = "cannot be written to" if existing.is_dir() else "is not a folder"
     raise InputError(
-        f"Cannot make the run folder {str(path)!r}: {str(existing)!r} {problem}.\n"
-        "Choose another place with --out DIR."
+        f"Cannot create the run folder {str(path)!r}: {str(existing)!r} {problem}.\n"
+        "Choose another folder with --out DIR."
     )
 
 
@@ -525,12 +532,13 @@ def _claim(path: Path) -> Path:
 
 
 def _write_recipe(path: Path, recipe: Recipe) -> None:
-    """Make a folder a run's, which only one process can."""
+    """Write recipe.toml, which makes the folder a run folder; only one process can succeed."""
     try:
         write_new(path, to_toml(recipe))
     except FileExistsError as error:
         raise InputError(
-            f"Another process has just taken {str(path.parent)!r}.\nChoose another --out DIR."
+            f"Another process has just created a run in {str(path.parent)!r}.\n"
+            "Choose another --out DIR."
         ) from error
 
 
@@ -555,11 +563,11 @@ def _version(package: str) -> str | None:
 
 
 def _git_revision() -> str | None:
-    """The revision of this package's own checkout, where it runs from one."""
+    """Return the git revision of this package, or None if it does not run from a checkout."""
     if not (Path(__file__).parents[1] / ".git").exists():
-        return None  # installed, or copied into somebody else's repository
+        return None  # installed, or copied into another repository
     try:
-        answer = subprocess.run(
+        result = subprocess.run(
             ["git", "rev-parse", "HEAD"],
             cwd=Path(__file__).parent,
             capture_output=True,
@@ -569,4 +577,4 @@ def _git_revision() -> str | None:
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return answer.stdout.strip()
+    return result.stdout.strip()

@@ -15,13 +15,13 @@ from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders
 from torch import nn
 
-from mixmo_fastai.data.glance import random_states_kept
+from mixmo_fastai.data.glance import preserved_random_states
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.flops import BACKWARD_COST, training_flops
 from mixmo_fastai.learner import learner_from_recipe
 from mixmo_fastai.models.create import create_model
 from mixmo_fastai.models.mixmo_model import unwrap
-from mixmo_fastai.processes import group
+from mixmo_fastai.processes import process_group
 from mixmo_fastai.sizing import default_for
 from mixmo_fastai.training import Training
 
@@ -136,11 +136,11 @@ def measure_speed(training: Training) -> Speed | None:
         fewest = max(1, 2 // copies)  # BatchNorm takes two images or more
         planned = int(rate * PLANNED_SECONDS / (operations * copies))
         size = min(size, max(fewest, planned))
-        size = min(training.recipe.loader_batch_size, size + -size % group().count)
+        size = min(training.recipe.loader_batch_size, size + -size % process_group().count)
         if size * copies * operations > rate * MOST_SECONDS:
             return Speed(rate / operations, is_timed=False)
     try:
-        with random_states_kept(training.learn.dls.train):
+        with preserved_random_states(training.learn.dls.train):
             seconds = _seconds_per_step(training, size)
     except (RuntimeError, MemoryError, InputError):
         return None  # the training itself says what is wrong
@@ -168,7 +168,7 @@ def _seconds_per_step(training: Training, size: int) -> float:
     learn = learner_from_recipe(replace(recipe, train=train), dls, model)
     learn.remove_cbs(ProgressCallback)
     acceleration = replace(training.acceleration, compiled=False)
-    acceleration.place(model)
+    acceleration.move_to_device(model)
     timer = StepTimer()
     with learn.no_logging(), acceleration.applied(model):
         epochs = 1 + WARMUP_STEPS + MOST_STEPS  # of one step or more each

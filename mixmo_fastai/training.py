@@ -31,22 +31,22 @@ from mixmo_fastai.data.parts import DataParts, parts_before_split_json
 from mixmo_fastai.data.sources import load_source
 from mixmo_fastai.data.splits import training_parts
 from mixmo_fastai.devices import choose_device, describe_device
-from mixmo_fastai.distributed import shared
+from mixmo_fastai.distributed import distributed_training
 from mixmo_fastai.errors import InputError, RunFailedError
 from mixmo_fastai.evaluation import collect_member_logits, evaluate_parts
-from mixmo_fastai.failures import explained
+from mixmo_fastai.failures import readable_errors
 from mixmo_fastai.interruption import StopRequest
 from mixmo_fastai.learner import learner_from_recipe
 from mixmo_fastai.names import DATASETS
-from mixmo_fastai.processes import first_before_others, group
+from mixmo_fastai.processes import process_group, rank0_first
 from mixmo_fastai.recipe import Recipe, default_valid_split
 from mixmo_fastai.recording import (
     CheckpointCallback,
     HistoryCallback,
     StopInValidation,
-    followed,
+    entered_run_callbacks,
 )
-from mixmo_fastai.resuming import resuming
+from mixmo_fastai.resuming import resume_callbacks
 from mixmo_fastai.runs import DataFacts, RunFolder
 from mixmo_fastai.schedule import flat_cosine, one_cycle, published_steps
 from mixmo_fastai.selection import BestEpochCallback
@@ -54,9 +54,9 @@ from mixmo_fastai.settings import to_mapping
 from mixmo_fastai.sizing import CPU_SIDE, decide, undecided
 
 TEST_SET = 2
-"""Place of the test loader in the DataLoaders of `make_dataloaders`."""
+"""Index of the test loader in the DataLoaders of `make_dataloaders`."""
 SMALLEST_SAFE_SIZE = 32
-"""Height and width from which on every published network takes an image."""
+"""Height and width that every published network can process."""
 
 
 class TrainingDivergedError(RunFailedError):
@@ -65,13 +65,13 @@ class TrainingDivergedError(RunFailedError):
 
 @dataclass(frozen=True)
 class Training:
-    """A run that is ready to start: everything is read, nothing is trained or written yet.
+    """A prepared run: data and network are loaded, nothing is trained or written yet.
 
     Attributes:
-        recipe: what is trained.
-        source: the data.
-        learn: the Learner with its loaders and network; of a deep ensemble, of the first network.
-        decided: settings that the recipe left open, which `recipe` now has; see `sizing.decide`.
+        recipe: the recipe, fully resolved.
+        source: the data set.
+        learn: the Learner with loaders and network; for a deep ensemble, that of the first network.
+        decided: names of the settings that the recipe left open and `sizing.decide` has set.
     """
 
     recipe: Recipe
@@ -86,40 +86,40 @@ class Training:
 
     @property
     def warmup_steps(self) -> int:
-        """Steps of the published warm-up."""
+        """Steps of the warm-up in the published schedule."""
         return self.recipe.warmup_steps(images_of_warmup(self.recipe, self.source))
 
     @property
     def images_seen(self) -> int:
-        """Images that the networks see in all, repetitions included."""
+        """Images seen by all networks, including repetitions."""
         train = self.recipe.train
-        each = train.epochs * self.steps_per_epoch * train.batch_size
-        return each * self.recipe.model.num_nets
+        per_network = train.epochs * self.steps_per_epoch * train.batch_size
+        return per_network * self.recipe.model.num_nets
 
     @property
     def num_parameters(self) -> int:
-        """Parameters of all networks."""
-        each = sum(p.numel() for p in self.learn.model.parameters())
-        return each * self.recipe.model.num_nets
+        """Number of parameters of all networks."""
+        per_network = sum(p.numel() for p in self.learn.model.parameters())
+        return per_network * self.recipe.model.num_nets
 
     @cached_property
     def acceleration(self) -> Acceleration:
-        """How it trains on its device."""
+        """Precision, memory format, compilation and threads for the device."""
         shape, images = self.source.train.image_shape, self.images_seen
         images //= self.recipe.model.num_nets
         return choose_acceleration(self.recipe, self.device, self.learn.model, shape, images)
 
     def accelerated(self) -> AbstractContextManager[None]:
-        """Train this way within; see `Acceleration.applied`."""
+        """Apply the acceleration in a with block; see `Acceleration.applied`."""
         return self.acceleration.applied(self.learn.model)
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What must be the same when the run is resumed."""
+        """Recipe and data fingerprint, which must be equal when the run is resumed."""
         return {"recipe": to_mapping(self.recipe), "data": fingerprint(self.source)}
 
     def summary(self) -> dict[str, Any]:
-        """Give what the final figures say of the training itself."""
+        """Return the entries of the final metrics that describe the training."""
         return {
             "recipe": self.recipe.name,
             "epochs": self.recipe.train.epochs,
@@ -129,18 +129,18 @@ class Training:
 
     @property
     def device(self) -> torch.device:
-        """Where it trains."""
+        """The device of the network and the batches."""
         return torch.device(self.learn.dls.device)
 
     @property
     def device_name(self) -> str:
-        """Where it trains, in words."""
+        """Readable description of the device, and of the number of processes if several."""
         return describe_device(self.device) + self.in_processes
 
     @property
     def in_processes(self) -> str:
-        """Say how many processes train, where there are several."""
-        count = group().count
+        """Suffix with the number of processes; empty for one."""
+        count = process_group().count
         return f" in {count} processes" if count > 1 else ""
 
 
@@ -151,27 +151,28 @@ def prepare(
     *,
     sized_for: str | None = None,
 ) -> Training:
-    """Read the data and build the Learner of a recipe.
+    """Load the data and build the Learner of a recipe.
 
     Args:
-        recipe: what to train; what it leaves open is decided by data and device.
-        data_dir: where its data lies; see `load_source`.
-        run: to be resumed, which has left out damaged images.
-        sized_for: the device by which that is decided; the one of the recipe where not given.
+        recipe: the recipe. Settings that it leaves open are chosen by data and device.
+        data_dir: the data folder; see `load_source`.
+        run: the run to resume, with its own data split and skipped images; None for a new run.
+        sized_for: the device type for which open settings are chosen; None for the recipe's device.
 
     Raises:
-        InputError: the data, a name or a value cannot be used.
+        InputError: the data set, a name or a value is not valid.
     """
-    device = choose_device(recipe.train.device)  # refused before any data is read
+    device = choose_device(recipe.train.device)  # fail before any data is read
     sized_for = sized_for or device.type
-    if (left := recipe.train.batch_size % group().count) != 0:
-        near = recipe.train.batch_size - left
+    num_processes, batch_size = process_group().count, recipe.train.batch_size
+    if (remainder := batch_size % num_processes) != 0:
+        lower = batch_size - remainder
         raise InputError(
-            f"A batch of {recipe.train.batch_size} images cannot be shared evenly by "
-            f"{group().count} processes.\nTake a multiple of their number: {near or group().count} "
-            f"or {near + group().count} are nearest, if repetitions divide them."
+            f"A batch of {batch_size} images cannot be split evenly over {num_processes} processes."
+            f"\nUse a multiple of {num_processes} that the batch repetitions divide; the nearest "
+            f"multiples are {lower or num_processes} and {lower + num_processes}."
         )
-    with first_before_others():  # which leaves what it has decoded in the cache
+    with rank0_first():  # rank 0 fills the cache of decoded images
         may_scale = recipe.data.image_size is None and sized_for == "cpu"
         source = read_source(recipe, data_dir, run, largest_side=CPU_SIDE if may_scale else None)
     return prepare_network(recipe, source, sized_for=sized_for)
@@ -184,13 +185,13 @@ def prepare_network(
     *,
     sized_for: str | None = None,
 ) -> Training:
-    """Build the Learner of a recipe on data that is read already; see `prepare`.
+    """Build the Learner of a recipe for a loaded data set; see `prepare`.
 
     Args:
-        recipe: what to train.
-        source: the data.
-        dls: loaders of another network of the recipe's deep ensemble, to be used again, since two
-            data sets on a device would be one too many.
+        recipe: the recipe.
+        source: the data set.
+        dls: loaders of another network of the same deep ensemble, reused to keep only one copy of
+            the data on the device; None to create them.
         sized_for: see `prepare`.
     """
     device = choose_device(recipe.train.device)
@@ -199,7 +200,7 @@ def prepare_network(
         dls = _make_dataloaders(recipe, source, device)
     else:
         dls.train.seed = recipe.train.seed
-    left_open = tuple(undecided(recipe))
+    open_settings = tuple(undecided(recipe))
     recipe = decide(
         recipe,
         device=sized_for or device.type,
@@ -209,10 +210,10 @@ def prepare_network(
     )
     learn = learner_from_recipe(recipe, dls)
     _check_image_size(recipe, source, learn.model)
-    _check_evaluated(source, dls)
-    learn.remove_cbs(ProgressCallback)  # the caller brings its own display
-    training = Training(recipe, source, learn, left_open)
-    training.acceleration.place(learn.model)
+    _check_evaluation_images(source, dls)
+    learn.remove_cbs(ProgressCallback)  # the caller provides the progress display
+    training = Training(recipe, source, learn, open_settings)
+    training.acceleration.move_to_device(learn.model)
     return training
 
 
@@ -237,17 +238,17 @@ def _make_dataloaders(recipe: Recipe, source: DataSource, device: torch.device) 
 
 
 def _with_largest_batch(error: BatchTooLargeError, recipe: Recipe) -> InputError:
-    """Name the largest batch size that the training images fill, by its flag."""
+    """Build the error that names the largest batch size that the training images fill."""
     repetitions = recipe.mix.batch_repetitions
-    step = math.lcm(repetitions, group().count)
+    step = math.lcm(repetitions, process_group().count)
     largest = error.num_images * repetitions // step * step
-    each = f", each {repetitions} times" if repetitions > 1 else ""
+    repeated = f", each repeated {repetitions} times" if repetitions > 1 else ""
     advice = f"Lower the batch size: --batch-size {largest} is the largest possible."
     if not largest:
         advice = f"Add training images: {step // repetitions} or more."
     if recipe.data.limit:
         advice += " Or raise --limit."
-    return InputError(f"{error.problem}{each}.\n{advice}")
+    return InputError(f"{error.problem}{repeated}.\n{advice}")
 
 
 def train(
@@ -259,25 +260,25 @@ def train(
     stop: StopRequest | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Train one network, evaluate on the test set once, and write the run folder.
+    """Train one network, evaluate it once on the test set, and write the run folder.
 
     Args:
         training: from `prepare`.
-        run: where everything goes.
-        cbs: more fastai callbacks, such as a display; a `FollowingCallback` sees the evaluation and
-            the end as well.
-        resume: continue from the run's newest checkpoint that is intact; anew where there is none.
+        run: the run folder.
+        cbs: additional fastai callbacks, such as a progress display; a `RunCallback` also sees the
+            evaluation and the end.
+        resume: continue from the newest intact checkpoint, or start from scratch if there is none.
         stop: whether a signal asked to stop; the state is then saved at that step.
-        say: told where a resumed run goes on.
+        say: called with a line that says where training resumes.
 
     Returns:
-        the final figures, as in metrics.json.
+        the final metrics, as in metrics.json.
 
     Raises:
-        InputError: no checkpoint is intact, or it is of another run.
+        InputError: no checkpoint is intact, or the checkpoint belongs to another run.
         TrainingDivergedError: the loss is not finite.
-        RunFailedError: nothing can be written, memory ran out, or a worker process was lost.
-        InterruptedBySignal: somebody asked to stop.
+        RunFailedError: a file cannot be written, memory ran out, or a worker process was lost.
+        InterruptedBySignal: a signal asked to stop.
     """
     recipe, learn, stop = training.recipe, training.learn, stop or StopRequest()
     best = BestEpochCallback() if recipe.train.select == "best" else None
@@ -291,17 +292,17 @@ def train(
     describe_run(training, run)
     steps = training.steps_per_epoch, training.warmup_steps
     scheduler = ParamScheduler(schedules(recipe, *steps))
-    alone = group().count == 1
+    is_single_process = process_group().count == 1
     precision = training.acceleration.describe()
     done = Position() if restored is None else restored.position
-    with followed(cbs, training, run, done) as followers:
-        own_store = store if run.is_writer else None
-        checkpoints = CheckpointCallback(own_store, state, stop, followers)
+    with entered_run_callbacks(cbs, training, run, done) as run_callbacks:
+        store_or_none = store if run.is_writer else None
+        checkpoints = CheckpointCallback(store_or_none, state, stop, run_callbacks)
         with (
-            explained(recipe, precision),
+            readable_errors(recipe, precision),
             learn.no_logging(),
             training.accelerated(),
-            shared(learn),
+            distributed_training(learn),
             stop.deferred(),
         ):
             learn.fit(
@@ -313,36 +314,36 @@ def train(
                     history,
                     *([best] if best else []),
                     checkpoints,
-                    # Several processes have different numbers of batches there.
-                    *([StopInValidation(checkpoints)] if alone else []),
+                    # Processes validate different numbers of batches, so they cannot stop together.
+                    *([StopInValidation(checkpoints)] if is_single_process else []),
                     *cbs,
-                    *resuming(restored),
+                    *resume_callbacks(restored),
                 ],
             )
         if history.diverged_at is not None:
             raise _diverged(recipe, *history.diverged_at)
-        _settle_weights(learn, best)
+        _load_final_weights(learn, best)
         save_weights(learn.model, run)
-        with explained(recipe, precision), training.acceleration.threaded():
+        with readable_errors(recipe, precision), training.acceleration.threaded():
             loaders = learn.dls.valid, learn.dls[TEST_SET]
             valid, test = (collect_member_logits(learn.model, loader) for loader in loaders)
             evaluated = evaluate_parts(valid, test)
-        figures = {
+        metrics = {
             **training.summary(),
             **({"selected_epoch": best.number} if best else {}),
             "seconds": round(sum(float(row["seconds"]) for row in run.history()), 1),
             **evaluated,
         }
-        run.write_metrics(figures)
-        for follower in followers:
-            follower.after_evaluation(figures, test or valid)
-    return figures
+        run.write_metrics(metrics)
+        for callback in run_callbacks:
+            callback.after_evaluation(metrics, test or valid)
+    return metrics
 
 
 def describe_run(training: Training, run: RunFolder) -> None:
-    """Write what a run needs to be resumed and evaluated, with nothing left to be decided again."""
+    """Write the data split, data facts and resolved recipe, for resuming and evaluation."""
     parts = training.source.parts
-    if parts is not None:  # first: a run with data.json alone is one of version 0.1.0
+    if parts is not None:  # before data.json: a run with data.json only is from version 0.1.0
         run.write_split(dataclasses.asdict(parts))
     if training.recipe.data.skip_damaged:
         run.write_left_out(training.source.left_out)
@@ -354,11 +355,11 @@ def describe_run(training: Training, run: RunFolder) -> None:
 def _restore(
     store: CheckpointStore, state: RunState, run: RunFolder, say: Callable[[str], None]
 ) -> Restored | None:
-    """Put the newest intact checkpoint into the Learner, and say which one that is."""
-    with first_before_others():
+    """Load the newest intact checkpoint into the Learner, and report its position."""
+    with rank0_first():
         saved = store.newest()
         if saved is None:
-            say("Resuming: nothing was saved yet; training begins anew.")
+            say("Resuming: there is no checkpoint yet; training starts from the beginning.")
             return None
         restored = state.restore(saved)
         for name, problem in saved.skipped.items():
@@ -367,15 +368,15 @@ def _restore(
             store.set_aside(saved.skipped)
     epoch, step = restored.position.epoch, restored.position.step
     within = f" and {step} of {restored.steps_per_epoch} steps of the next" if step else ""
-    taken = f" (from {saved.path.name}, the one before)" if saved.skipped else ""
+    fallback = f" (from the earlier checkpoint {saved.path.name})" if saved.skipped else ""
     epochs = state.identity["recipe"]["train"]["epochs"]
-    say(f"Resuming: {epoch} of {epochs} epochs{within} are done{taken}.")
-    for what, before, now in (
+    say(f"Resuming: {epoch} of {epochs} epochs{within} are done{fallback}.")
+    for label, before, now in (
         ("torch", restored.torch, torch.__version__),
-        ("processes:", restored.num_processes, group().count),
+        ("processes:", restored.num_processes, process_group().count),
     ):
         if before != now:
-            say(f"It was trained with {what} {before} so far, now {now}: equal up to rounding.")
+            say(f"Trained so far with {label} {before}, now {now}: results agree up to rounding.")
     return restored
 
 
@@ -383,16 +384,16 @@ def _averaging(learn: Learner) -> EMACallback | None:
     return next((cb for cb in learn.cbs if isinstance(cb, EMACallback)), None)
 
 
-def _settle_weights(learn: Learner, best: BestEpochCallback | None) -> None:
-    """Leave in the network what is evaluated: its averages, or the best epoch's weights."""
+def _load_final_weights(learn: Learner, best: BestEpochCallback | None) -> None:
+    """Load the weights to evaluate: those of the best epoch, or the averages if there are any."""
     if best is not None:
         best.restore(learn.model)
     elif averaging := _averaging(learn):
-        averaging.finish()  # where a resumed run had no epoch left
+        averaging.finish()  # has an effect only if a resumed run had no epochs left
 
 
 def schedules(recipe: Recipe, steps_per_epoch: int, warmup_steps: int) -> dict[str, Any]:
-    """Give the schedules of learning rate and momentum, as fastai's ParamScheduler takes them."""
+    """Return the learning rate and momentum schedules for fastai's ParamScheduler."""
     schedule = recipe.schedule
     if schedule.kind == "published":
         lr = published_steps(
@@ -414,10 +415,10 @@ def schedules(recipe: Recipe, steps_per_epoch: int, warmup_steps: int) -> dict[s
 
 
 def images_of_warmup(recipe: Recipe, source: DataSource) -> int:
-    """Count the images by which epochs of the published warm-up are measured.
+    """Return the number of images that one epoch of the published warm-up stands for.
 
-    All of the training set, as published, whatever is kept for validation; where there is a limit,
-    those that are trained on.
+    As published, this is the whole training set, including images held out for validation. With
+    `data.limit` it is the number of images trained on.
     """
     if not recipe.data.limit:
         return len(source.train)
@@ -426,7 +427,7 @@ def images_of_warmup(recipe: Recipe, source: DataSource) -> int:
 
 
 def facts_of(source: DataSource) -> DataFacts:
-    """Give what a network must know of its data to predict without it."""
+    """Return the facts about a data set that prediction needs."""
     return DataFacts(source.classes, source.mean, source.std, source.train.image_shape)
 
 
@@ -437,18 +438,19 @@ def read_source(
     *,
     largest_side: int | None = None,
 ) -> DataSource:
-    """Read the data that a recipe names.
+    """Load the data set of a recipe.
 
     Args:
-        recipe: names it.
+        recipe: the recipe.
         data_dir: see `load_source`.
-        run: whose images are to be read again; None for a new run.
+        run: the run whose images are loaded again; None for a new run.
         largest_side: see `load_source`.
     """
     left_out, parts, facts = None, None, None
     if run is not None:
-        nothing = None if recipe.data.skip_damaged else {}  # None: it has not looked yet
-        left_out = nothing if (kept := run.left_out()) is None else kept
+        # None: the run was to skip damaged images, but has not searched for them yet.
+        default = None if recipe.data.skip_damaged else {}
+        left_out = default if (recorded := run.left_out()) is None else recorded
         parts = data_parts(run)
         facts = None if parts is None else run.data_facts()
     return load_source(
@@ -465,7 +467,11 @@ def read_source(
 
 
 def data_parts(run: RunFolder) -> DataParts | None:
-    """Read which images of a folder a run took; None for named data and runs that never began."""
+    """Read the data split of a run on an image folder.
+
+    Returns:
+        None for named data sets and for runs that never started.
+    """
     dataset = run.recipe().data.dataset
     if dataset in DATASETS:
         return None
@@ -476,7 +482,7 @@ def data_parts(run: RunFolder) -> DataParts | None:
 
 
 def _with_test_split(recipe: Recipe, source: DataSource) -> Recipe:
-    """Fill in the fraction of a test set that was drawn."""
+    """Set `data.test_split` to the fraction of the drawn test set, if one was drawn."""
     if source.parts is None or source.parts.drawn is None:
         return recipe
     fraction = source.parts.drawn.test_split
@@ -484,7 +490,7 @@ def _with_test_split(recipe: Recipe, source: DataSource) -> Recipe:
 
 
 def _with_data_settings(recipe: Recipe, source: DataSource) -> Recipe:
-    """Fill in the augmentation and the validation split that follow from the data."""
+    """Set the augmentation and the validation split that depend on the data."""
     data = recipe.data
     padding = source.crop_padding if data.crop_padding is None else data.crop_padding
     flip = source.flip if data.flip is None else data.flip
@@ -493,18 +499,18 @@ def _with_data_settings(recipe: Recipe, source: DataSource) -> Recipe:
         valid_split = default_valid_split(len(source.train))
     if data.alternating_flip and not flip:
         raise InputError(
-            "data.alternating_flip mirrors every second copy, but images are not mirrored here.\n"
-            "Set data.flip=true, or leave data.alternating_flip out."
+            "data.alternating_flip is true, but data.flip is false for this data set.\n"
+            "Set data.flip=true, or remove data.alternating_flip."
         )
     data = replace(data, crop_padding=padding, flip=flip, valid_split=valid_split)
     return replace(recipe, data=data)
 
 
 def _check_image_size(recipe: Recipe, source: DataSource, model: nn.Module) -> None:
-    """Show the network one image where it may be too small for all the strides."""
+    """Run the network on one image if images may be too small for its strides."""
     channels, height, width = source.train.image_shape
     if min(height, width) >= SMALLEST_SAFE_SIZE:
-        return  # others than the published networks were tried when they were built
+        return  # other networks than the published ones were tested when they were built
     device = next(model.parameters()).device
     try:
         with torch.inference_mode():
@@ -512,23 +518,23 @@ def _check_image_size(recipe: Recipe, source: DataSource, model: nn.Module) -> N
     except RuntimeError as error:
         raise InputError(
             f"Images of {height}x{width} are too small for {recipe.model.arch}.\n"
-            "Take a larger data.image_size, or another network."
+            "Use a larger data.image_size, or another network."
         ) from error
 
 
-def _check_evaluated(source: DataSource, dls: DataLoaders) -> None:
-    """Check that there are images for the final figures."""
+def _check_evaluation_images(source: DataSource, dls: DataLoaders) -> None:
+    """Check that there are images to evaluate on."""
     if not any(len(loader.images) for loader in (dls.valid, dls[TEST_SET])):
         raise InputError(
-            f"{source.name} has no labelled test images and no validation images, so that nothing "
-            "would be evaluated.\nSet some aside: --test-split 0.2, or --valid-split 0.1."
+            f"{source.name} has neither labelled test images nor validation images to evaluate on."
+            "\nHold some out: --test-split 0.2, or --valid-split 0.1."
         )
 
 
 def _diverged(recipe: Recipe, epoch: int, step: int) -> TrainingDivergedError:
-    own = replace(recipe, optimizer=replace(recipe.optimizer, lr=None))
+    default = replace(recipe, optimizer=replace(recipe.optimizer, lr=None))
     return TrainingDivergedError(
         f"The training loss is not finite at step {step} of epoch {epoch}.\n"
-        f"Lower the learning rate, as in --lr {min(recipe.lr / 4, own.lr):.3g}; "
+        f"Lower the learning rate, as in --lr {min(recipe.lr / 4, default.lr):.3g}; "
         "`mixmo lr-find` suggests one."
     )

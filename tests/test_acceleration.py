@@ -12,7 +12,7 @@ from torch import nn
 from mixmo_fastai import acceleration
 from mixmo_fastai.acceleration import Acceleration, choose_acceleration
 from mixmo_fastai.cli import run as program
-from mixmo_fastai.devices import products
+from mixmo_fastai.devices import float32_precision
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.flops import count_flops, training_flops
 from mixmo_fastai.learner import mixmo_learner
@@ -31,7 +31,7 @@ def batch(model, size=4):
 
 def trained(path, **settings):
     learn = mixmo_learner(mixmo_dls(), "wrn10_1", seed=0, **settings)
-    path.place(learn.model)
+    path.move_to_device(learn.model)
     with path.applied(learn.model), learn.no_bar(), learn.no_logging():
         learn.fit(1, 1e-3)
     return learn
@@ -150,10 +150,10 @@ class TestNothingLeaks:
         assert seen == [True]
 
     @pytest.mark.parametrize("tf32", [True, False])
-    def test_float32_products_are_rounded_only_within(self, tf32):
+    def test_products_are_rounded_only_within(self, tf32):
         cudnn = torch.backends.cudnn
         before = torch.get_float32_matmul_precision(), cudnn.benchmark, cudnn.allow_tf32
-        with products(tf32=tf32, autotune=True):
+        with float32_precision(tf32=tf32, autotune=True):
             assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
             assert cudnn.benchmark
             assert cudnn.allow_tf32 == tf32
@@ -173,7 +173,7 @@ class TestNothingLeaks:
         try:
             owners[place].fp32_precision = value
             before = {name: owner.fp32_precision for name, owner in owners.items()}
-            with products(tf32=tf32, autotune=True):
+            with float32_precision(tf32=tf32, autotune=True):
                 within = owners["cudnn.conv"].fp32_precision, owners["cuda.matmul"].fp32_precision
                 assert (within == ("tf32", "tf32")) == tf32
                 assert "tf32" in within or not tf32
@@ -235,7 +235,7 @@ class TestLayout:
         seen = []
         learn = mixmo_learner(mixmo_dls(), "wrn10_1", seed=0)
         path = Acceleration(CPU, channels_last=channels_last)
-        path.place(learn.model)
+        path.move_to_device(learn.model)
         for encoder in learn.model.encoders:
             encoder.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         with path.applied(learn.model), learn.no_bar(), learn.no_logging():

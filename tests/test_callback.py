@@ -31,7 +31,7 @@ from mixmo_fastai.learner import mixmo_learner
 from mixmo_fastai.losses import MixMoLoss
 from mixmo_fastai.models import create_model
 from mixmo_fastai.recording import CheckpointCallback, HistoryCallback, StopInValidation
-from mixmo_fastai.resuming import CountFrom, ResumeCallback
+from mixmo_fastai.resuming import ResumeCallback, StepOffset
 from mixmo_fastai.selection import BestEpochCallback
 
 
@@ -681,7 +681,7 @@ class TestMemberAccuracy:
         CheckpointCallback,
         StopInValidation,
         ResumeCallback,
-        CountFrom,
+        StepOffset,
         EMACallback,
         BestEpochCallback,
     ],
@@ -689,7 +689,7 @@ class TestMemberAccuracy:
 def test_public_methods_are_events_or_documented_extras(kind):
     """fastai ignores a misspelt event in silence."""
     extras = {"draw_slots", "draw_mixings", "draw_msda", "current_mix_prob"}
-    extras |= {"state_tensors", "load_state_tensors", "finish", "restore", "weights_in_training"}
+    extras |= {"state_tensors", "load_state_tensors", "finish", "restore", "training_weights"}
     extras |= {"after_trained_epoch", "state", "load_state", "stop_diverged", "act"}
     extras |= {"save"}
     own = {name for name, value in vars(kind).items() if callable(value) and name[0] != "_"}

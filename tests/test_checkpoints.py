@@ -406,7 +406,7 @@ CHANGES = {
     "no rates": ("state.json", edited(hypers=[{}]), "does not say where training stands"),
     "no recipe": ("state.json", without("recipe"), "missing in the checkpoint"),
     "other data": ("state.json", edited(data={"train": "9 images"}), "data.classes is '10 classes"),
-    "no rows": ("history.json", lambda c: b"{}", "history.json is of no run"),
+    "no rows": ("history.json", lambda c: b"{}", "history.json of the checkpoint is not valid"),
     "no tensors": ("model.safetensors", lambda c: b"", "cannot be read"),
 }
 

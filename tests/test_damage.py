@@ -195,7 +195,7 @@ def test_runs_that_left_out_other_images_are_not_compared(tmp_path, folder, home
         assert program(["fit", str(folder), *TINY, "--skip-damaged", "--out", str(run)]) == 0
     first, second = map(open_run, runs)
     check_same_left_out(first, first)
-    with pytest.raises(InputError, match=r"left out 2 unreadable images.*first 1"):
+    with pytest.raises(InputError, match=r"skipped 2 unreadable images.*first 1"):
         check_same_left_out(first, second)
 
 

@@ -26,7 +26,7 @@ from mixmo_fastai.mixing import MASK_KINDS
 from mixmo_fastai.models import create_model
 from mixmo_fastai.models.synced_norm import SyncedBatchNorm2d, sync_batch_norm
 from mixmo_fastai.pairing import num_copies
-from mixmo_fastai.processes import Processes, started_processes
+from mixmo_fastai.processes import Processes, launched_processes
 from mixmo_fastai.runs import open_run
 
 pytestmark = pytest.mark.slow
@@ -180,7 +180,7 @@ class Drawn:
     """What a process of several sees of one epoch."""
 
     def __init__(self, monkeypatch, rank, count, kind):
-        monkeypatch.setattr("mixmo_fastai.callback.group", lambda: Processes(rank, count))
+        monkeypatch.setattr("mixmo_fastai.callback.process_group", lambda: Processes(rank, count))
         monkeypatch.setattr("mixmo_fastai.callback.rank_distrib", lambda: rank)
         self.loader = mixmo_dls().train
         # A label of its own for each image, to tell them apart.
@@ -222,7 +222,7 @@ def test_processes_have_masks_of_their_own(monkeypatch):
 def test_a_batch_that_cannot_be_shared_is_refused(together, tmp_path):
     commands = together(*FIT, tmp_path / "run", count=3)
     for command in commands:
-        ended(command, 2, "A batch of 32 images cannot be shared evenly by 3 processes", "33")
+        ended(command, 2, "A batch of 32 images cannot be split evenly over 3 processes", "33")
     assert not (tmp_path / "run").exists()
 
 
@@ -364,7 +364,7 @@ def test_what_the_first_is_refused_the_others_tell_as_well(together, mixmo, tmp_
         commands = together(*FIT, run, prelude=late)
     assert [command.wait() for command in commands] == [2, 2] if what == "folder" else True
     for command in commands if what == "folder" else commands[:1]:
-        ended(command, 2, "not empty" if what == "folder" else "is being trained by")
+        ended(command, 2, "not empty" if what == "folder" else "is in use")
 
 
 def test_a_launcher_that_says_too_little(mixmo, tmp_path):
@@ -423,10 +423,10 @@ def child_pids(pid):
 def test_where_nothing_was_launched_there_is_one_process(monkeypatch):
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    assert started_processes() == (0, 1)
+    assert launched_processes() == (0, 1)
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert started_processes() == (2, 4)
+    assert launched_processes() == (2, 4)
 
 
 NORM = """

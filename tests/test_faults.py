@@ -113,7 +113,7 @@ def test_a_lock_hides_no_error_of_a_disk(tmp_path, monkeypatch):
     with pytest.raises(RunFailedError, match="first"), locked(tmp_path):
         raise RunFailedError("first")
     monkeypatch.undo()
-    with locked(tmp_path), pytest.raises(InputError, match="this very process"), locked(tmp_path):
+    with locked(tmp_path), pytest.raises(InputError, match="this process"), locked(tmp_path):
         pass
     assert not (tmp_path / ".lock").exists()
 
@@ -142,7 +142,7 @@ def test_a_run_folder_that_another_process_uses(mixmo, tmp_path, whole):
     first = mixmo(*FIT, run, prelude=SLOW_STEPS)
     first.until_said("1/3 ")
     before = (run / "history.csv").read_bytes()
-    ended(mixmo("fit", "--resume", run), 2, f"is being trained by process {first.pid} on ")
+    ended(mixmo("fit", "--resume", run), 2, f"is in use: process {first.pid} on ")
     assert (run / "history.csv").read_bytes().startswith(before)
     assert first.wait() == 0
     assert not (run / ".lock").exists()
@@ -270,7 +270,7 @@ def test_a_worker_that_is_killed(mixmo, tmp_path, whole, moment):
     command.until(command.others)
     os.kill(command.others()[0], signal.SIGKILL)
     began = time.monotonic()
-    ended(command, 1, "which read images", "--resume")
+    ended(command, 1, "Data loader worker", "--resume")
     assert time.monotonic() - began < 10
     assert not command.others()
     resumed(mixmo, run, whole(*many_steps))

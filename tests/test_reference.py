@@ -154,7 +154,7 @@ def test_an_imported_run_is_not_trained_over(model, tmp_path, monkeypatch, capsy
     before = open_run("r").weights.read_bytes()
     assert run(["fit", "--resume", "r"]) == 2
     err = capsys.readouterr().err
-    assert "no state to resume from" in err
+    assert "no checkpoint to resume from" in err
     assert len(err.splitlines()) <= 3
     assert open_run("r").weights.read_bytes() == before
 

@@ -61,7 +61,7 @@ def test_its_state_comes_back():
     learn, best, script = fit([(1.0, 0.5), (2.0, 0.7)])
     again = BestEpochCallback()
     again.load_state_tensors(best.state_tensors(), learn.model.state_dict())
-    assert (again.number, again.standing) == (2, best.standing)
+    assert (again.number, again.best) == (2, best.best)
     again.restore(learn.model)
     state = learn.model.state_dict()
     assert all(torch.equal(state[n], t) for n, t in script.weights[1].items())

@@ -221,7 +221,7 @@ def test_twice_in_a_save(mixmo, tmp_path, whole, number):
     command.until((run / "checkpoint" / "save-000001").exists)
     command.until((run / "checkpoint" / ".unfinished").exists)
     command.signal(number)
-    command.until_said("Once more to leave at once")
+    command.until_said("again to exit now")
     assert not command.ends_within(0.4)  # two within 0.3 s count as one
     command.signal(number)
     assert command.wait(patience=5) == CODES[number]

@@ -386,7 +386,7 @@ def test_trained_weights_of_a_library_are_started_from(monkeypatch):
     [
         ("vit_b_32", "cannot be built for images of 8x8"),
         ("timm/vit_tiny_patch16_224", "8x8"),
-        ("densenet121", "DenseNet does not take images of 8x8"),
+        ("densenet121", "DenseNet does not accept images of 8x8"),
     ],
 )
 def test_networks_that_do_not_take_the_images(arch, message, tmp_path, monkeypatch, capsys):

@@ -26,10 +26,10 @@ from torch import Tensor
 
 from mixmo_fastai.averaging import EMACallback
 from mixmo_fastai.checkpoints.store import CheckpointStore, Saved
-from mixmo_fastai.checkpoints.weights import put_tensors, to_bytes
+from mixmo_fastai.checkpoints.weights import load_tensors, to_bytes
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.models.mixmo_model import first_difference, unwrap
-from mixmo_fastai.processes import group
+from mixmo_fastai.processes import process_group
 
 MOMENTUM = "momentum_buffer"
 HYPERS = ("lr", "mom")
@@ -115,7 +115,7 @@ class RunState:
         with ExitStack() as stack:
             for part in self.parts:
                 if isinstance(part, EMACallback):
-                    stack.enter_context(part.weights_in_training())
+                    stack.enter_context(part.training_weights())
             tensors, history = self._tensors(), self.history.state()
             _check_finite(tensors)
             if store is not None:
@@ -145,7 +145,7 @@ class RunState:
         restored = Restored.from_mapping(state, saved.path)
         self._check_identity(state, saved.path)
         self._check_position(restored, saved.path)
-        put_tensors(self.learn.model, tensors["model"], saved.path / "model.safetensors")
+        load_tensors(self.learn.model, tensors["model"], saved.path / "model.safetensors")
         self._put_optimizer(tensors["optimizer"], restored, saved.path)
         for part in self.parts:
             part.load_state_tensors(tensors[part.name], unwrap(self.learn.model).state_dict())
@@ -180,7 +180,7 @@ class RunState:
             "smooth_loss": float(recorder.val) * num_members,
             "smooth_count": recorder.count,
             "torch": torch.__version__,
-            "num_processes": group().count,
+            "num_processes": process_group().count,
             **self.identity,
         }
         yield "state.json", _as_json(state)

@@ -31,7 +31,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     Raises:
         InputError: the file is missing, damaged or of another network.
     """
-    put_tensors(model, _read_tensors(path), path)
+    load_tensors(model, _read_tensors(path), path)
 
 
 def load_network(run: RunFolder) -> MixMoModel:
@@ -53,11 +53,11 @@ def load_network(run: RunFolder) -> MixMoModel:
         encoder.shape[1],
         image_size=None if facts is None else (facts.image_shape[1], facts.image_shape[2]),
     )
-    put_tensors(model, tensors, run.weights)
+    load_tensors(model, tensors, run.weights)
     return model.eval()
 
 
-def put_tensors(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
     """Put the tensors of a file into a network.
 
     Raises:

@@ -100,11 +100,11 @@ def _start(
     loggers: Sequence[str],
     output: Output,
 ) -> None:
-    with _prepared(recipe, data_dir, output) as (training, is_first):
-        from mixmo_fastai.processes import done_by_first
+    with _prepared(recipe, data_dir, output) as (training, is_rank0):
+        from mixmo_fastai.processes import run_on_rank0
 
-        path = done_by_first(lambda: _make_folder(training, out))
-        output.run = run = RunFolder(path, is_writer=is_first)
+        path = run_on_rank0(lambda: _make_folder(training, out))
+        output.run = run = RunFolder(path, is_writer=is_rank0)
         with _logged(run):
             speed = say_plan(training, output, run)
             _train(training, run, loggers, output, speed, resume=False)
@@ -119,12 +119,12 @@ def _make_folder(training: Any, out: Path | None) -> Path:
 def _resume(run: RunFolder, data_dir: Path | None, loggers: Sequence[str], output: Output) -> None:
     recipe = run.recipe()
     run.check_resumable()
-    is_first = (os.environ.get("RANK") or "0") == "0"
-    with locked(run.path) if is_first else nullcontext():  # nobody writes them meanwhile
+    is_rank0 = (os.environ.get("RANK") or "0") == "0"
+    with locked(run.path) if is_rank0 else nullcontext():  # nobody writes them meanwhile
         for network in run.networks():
             CheckpointStore(network.checkpoint).newest()  # refused before anything is read or made
-    with _prepared(recipe, data_dir, output, run) as (training, is_first):
-        output.run = run = RunFolder(run.path, is_writer=is_first)
+    with _prepared(recipe, data_dir, output, run) as (training, is_rank0):
+        output.run = run = RunFolder(run.path, is_writer=is_rank0)
         with _logged(run):
             speed = say_plan(training, output, run, resume=True)
             _say_networks(run, output)
@@ -141,13 +141,13 @@ def _prepared(
         the training, and whether this process is the one that speaks and writes.
     """
     from mixmo_fastai.devices import choose_device
-    from mixmo_fastai.processes import joined
+    from mixmo_fastai.processes import joined_process_group
 
-    with joined(choose_device(recipe.train.device)) as processes:
+    with joined_process_group(choose_device(recipe.train.device)) as processes:
         from mixmo_fastai.training import prepare
 
-        output.is_silent = not processes.is_first
-        yield prepare(recipe, data_dir, resumed), processes.is_first
+        output.is_silent = not processes.is_rank0
+        yield prepare(recipe, data_dir, resumed), processes.is_rank0
 
 
 def _say_networks(run: RunFolder, output: Output) -> None:

@@ -26,7 +26,7 @@ def first_batch(loader: Any) -> Any:
 
 
 @contextmanager
-def random_states_kept(loader: Any) -> Iterator[None]:
+def preserved_random_states(loader: Any) -> Iterator[None]:
     """Draw what a loader and its transforms draw, and let nobody find out."""
     python, numpy = random.getstate(), np.random.get_state()
     own = getattr(loader, "rng", None)

@@ -31,7 +31,7 @@ from mixmo_fastai.augment import (
 from mixmo_fastai.data.image_sets import ImageSet
 from mixmo_fastai.data.items import as_items
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.interruption import leave_to_parent, signals_held
+from mixmo_fastai.interruption import leave_signals_to_parent, signals_blocked
 from mixmo_fastai.processes import Processes
 from mixmo_fastai.randomness import derive_seed, make_generator
 
@@ -133,9 +133,9 @@ class BatchLoader(TfmdDL):
         """View this loader with every image `copies` times per batch, each augmented afresh."""
         return ExpandedLoader(self, copies, arrange)
 
-    def share(self, processes: Processes) -> "LoaderShare":
+    def shard(self, processes: Processes) -> "LoaderShard":
         """View the images of this loader that are one process's to evaluate."""
-        return LoaderShare(self, processes)
+        return LoaderShard(self, processes)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         yield from self.batches()
@@ -304,7 +304,7 @@ class StreamingLoader(BatchLoader):
             _ChunkReader(self.images, chunks, augmix),
             num_workers=self.workers,
             pin_memory=pinned,
-            wif=leave_to_parent,  # a worker that a signal ends would take the step with it
+            wif=leave_signals_to_parent,  # a worker that a signal ends would take the step with it
         )
         # Torch seeds its workers, which draw nothing here; not from the global generator.
         loader.fake_l.generator = torch.Generator()
@@ -326,7 +326,7 @@ class StreamingLoader(BatchLoader):
         batches = iter(loader)
         if not self.workers:
             return batches
-        with signals_held():
+        with signals_blocked():
             first = next(batches, None)
         return iter(()) if first is None else chain([first], batches)
 
@@ -361,7 +361,7 @@ class ExpandedLoader:
         return self.loader.batches(self.copies, self.arrange, self.first_step)
 
 
-class LoaderShare:
+class LoaderShard:
     """One process's share of a `BatchLoader`'s images: every so many-th, from its own rank on."""
 
     def __init__(self, loader: BatchLoader, processes: Processes) -> None:

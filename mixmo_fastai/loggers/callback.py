@@ -15,14 +15,14 @@ from mixmo_fastai.loggers.pictures import picture_of_batch, pictures_of_result
 from mixmo_fastai.loggers.tracker import Step, Subject, Tracker
 from mixmo_fastai.preview import Preview, preview_of
 from mixmo_fastai.recipe import Recipe
-from mixmo_fastai.recording import FollowingCallback, HistoryCallback
+from mixmo_fastai.recording import HistoryCallback, RunCallback
 from mixmo_fastai.runs import RunFolder
 from mixmo_fastai.settings import to_mapping
 from mixmo_fastai.training import Training
 from mixmo_fastai.wording import method_name
 
 
-class LoggingCallback(FollowingCallback):
+class LoggingCallback(RunCallback):
     """Log steps, epochs, final figures and pictures of each network of a run.
 
     Losses stay on the device until the recorder fetches its own, so that no step waits for this.
@@ -49,7 +49,7 @@ class LoggingCallback(FollowingCallback):
         self.epochs = []  # one that was cut short
 
     @contextmanager
-    def following(self, training: Training, run: RunFolder, done: Position) -> Iterator[None]:
+    def run_context(self, training: Training, run: RunFolder, done: Position) -> Iterator[None]:
         """Open the trackers of a run, and close them however it ends."""
         if not run.is_writer:
             yield
