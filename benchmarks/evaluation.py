@@ -11,7 +11,7 @@ from measure import interleaved, report, spread
 
 from mixmo_fastai.bootstrap import intervals
 from mixmo_fastai.devices import keep_freed_memory
-from mixmo_fastai.evaluation import evaluate_parts
+from mixmo_fastai.evaluation import evaluate_splits
 
 
 def random_logits(num_images, num_members, num_classes, seed):
@@ -35,7 +35,7 @@ def main():
     validation = random_logits(max(60, args.images // 10), args.members, args.classes, 1)
     mean = test[0].double().mean(dim=1)
     functions = {
-        "all metrics, including the bootstrap": lambda: evaluate_parts(validation, test),
+        "all metrics, including the bootstrap": lambda: evaluate_splits(validation, test),
         "bootstrap of 1,000 resamples": lambda: intervals(mean, test[1]),
     }
     seconds = interleaved(functions, args.repeats, warmup=1)

@@ -15,7 +15,7 @@ from measure import RATIO, SECONDS, format_rows, interleaved, paired_ratio, repo
 from steps import Setup, step_parser
 
 from mixmo_fastai.devices import keep_freed_memory
-from mixmo_fastai.evaluation import evaluate_parts
+from mixmo_fastai.evaluation import evaluate_splits
 
 MEMBERS, CLASSES = (1, 2, 3, 4), 100
 
@@ -42,7 +42,7 @@ def evaluations(largest):
     validation = random_logits(max(60, largest // 10), 2, CLASSES, 1)
     return {
         f"evaluation of {size:,} images": partial(
-            evaluate_parts, validation, random_logits(size, 2, CLASSES, 0)
+            evaluate_splits, validation, random_logits(size, 2, CLASSES, 0)
         )
         for size in sizes
     }

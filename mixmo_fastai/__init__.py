@@ -1,6 +1,6 @@
-"""MixMo training for fastai: an ensemble's accuracy and calibration at the price of one network.
+"""MixMo training for fastai: an ensemble's accuracy and calibration at the cost of one network.
 
-The names below are imported when first used, so that `import mixmo_fastai` loads neither torch nor
+The public names are imported on first use, so that `import mixmo_fastai` imports neither torch nor
 fastai.
 """
 
@@ -9,7 +9,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_HOMES = {
+_MODULES = {
     "EMACallback": "averaging",
     "MixMoCallback": "callback",
     "MixMoLoss": "losses",
@@ -26,12 +26,12 @@ _HOMES = {
     "show_pairs": "figures",
     "to_mixmo": "learner",
 }
-__all__ = ["__version__", *_HOMES]  # noqa: PLE0604
+__all__ = ["__version__", *_MODULES]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    if name in _MODULES:
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -1,4 +1,4 @@
-"""`python -m mixmo_fastai` is `mixmo`."""
+"""Run `mixmo` as `python -m mixmo_fastai`."""
 
 from mixmo_fastai.cli import main
 

@@ -1,4 +1,4 @@
-"""Runs side by side, on the same test images.
+"""Comparison of runs on the same test images.
 
 Shapes: N test images, M members, K classes.
 """
@@ -21,27 +21,27 @@ from mixmo_fastai.training import data_parts, read_source
 
 
 @dataclass(frozen=True)
-class Compared:
+class ComparedRun:
     """One run of a comparison.
 
     Attributes:
-        run: the folder.
-        recipe: what was trained.
-        figures: of the test set, or of the validation images if no test images are labelled, as
-            `evaluation.evaluate_logits` gives them.
-        part: which of both, "test" or "valid".
-        intervals: 95 % intervals of accuracy, nll and ece, by bootstrap.
-        differences: 95 % intervals of the differences in accuracy, nll and ece from the first run,
-            by paired bootstrap; None for the first run itself.
-        parameters: of all its networks.
-        images_seen: by all its networks in training; None where the run does not say.
-        seconds: of training; None where the run does not say.
+        run: the run folder.
+        recipe: recipe of the run.
+        metrics: metrics of `evaluation.evaluate_logits` on the test set, or on the validation
+            images if there are no labelled test images.
+        split: split of `metrics`: "test" or "valid".
+        intervals: 95 % bootstrap intervals of accuracy, nll and ece.
+        differences: 95 % paired-bootstrap intervals of the differences in accuracy, nll and ece
+            from the first run; None for the first run itself.
+        parameters: number of parameters of all networks.
+        images_seen: number of images seen by all networks in training; None if not recorded.
+        seconds: duration of training; None if not recorded.
     """
 
     run: RunFolder
     recipe: Recipe
-    figures: dict[str, Any]
-    part: str
+    metrics: dict[str, Any]
+    split: str
     intervals: dict[str, Interval]
     differences: dict[str, Interval] | None
     parameters: int
@@ -51,45 +51,45 @@ class Compared:
 
 def compare_runs(
     runs: Sequence[RunFolder], data_dir: Path | None = None, *, device: str | None = None
-) -> list[Compared]:
-    """Evaluate runs on one test set, each against the first.
+) -> list[ComparedRun]:
+    """Evaluate runs on the same test set and compare each with the first.
 
     Args:
-        runs: two or more finished runs of one data set.
-        data_dir: where the data lies, if not where it was looked for in training.
-        device: where to evaluate; each recipe's where not given.
+        runs: two or more finished runs on the same data set.
+        data_dir: folder of the data, if not the one that training used.
+        device: device to evaluate on; by default, that of each recipe.
 
     Raises:
-        InputError: fewer than two runs, one that is not finished, or runs of different data.
+        InputError: there are fewer than two runs, one is not finished, or their data differs.
     """
     _check_same_test_set(runs)
     for run in runs:
         run.check_trained()
     source = read_source(runs[0].recipe(), data_dir, runs[0])
-    compared: list[Compared] = []
-    base: Tensor | None = None
+    compared: list[ComparedRun] = []
+    first_logits: Tensor | None = None
     for run in runs:
         finished = open_finished(run, data_dir, device, source)
         ((logits, labels),) = finished.logits([finished.final_loader()])
         mean = logits.double().mean(dim=1)  # (N, K)
-        differences = None if base is None else paired_intervals(base, mean, labels)
-        base = mean if base is None else base
-        told = run.metrics() if run.is_finished else {}
-        each = sum(parameter.numel() for parameter in finished.model.parameters())
+        differences = None if first_logits is None else paired_intervals(first_logits, mean, labels)
+        first_logits = mean if first_logits is None else first_logits
+        recorded = run.metrics() if run.is_finished else {}
+        num_parameters = sum(parameter.numel() for parameter in finished.model.parameters())
         compared.append(
-            Compared(
+            ComparedRun(
                 run=run,
                 recipe=finished.recipe,
-                figures=evaluate_logits(logits, labels),
-                part=finished.final_part,
+                metrics=evaluate_logits(logits, labels),
+                split=finished.final_split,
                 intervals=intervals(mean, labels),
                 differences=differences,
-                parameters=each * finished.recipe.model.num_nets,
-                images_seen=told.get("images_seen"),
-                seconds=told.get("seconds"),
+                parameters=num_parameters * finished.recipe.model.num_nets,
+                images_seen=recorded.get("images_seen"),
+                seconds=recorded.get("seconds"),
             )
         )
-        del finished  # before the next network and its loaders are there
+        del finished  # frees memory before the next network and its loaders are built
         torch.cuda.empty_cache()
     return compared
 
@@ -100,22 +100,22 @@ def _check_same_test_set(runs: Sequence[RunFolder]) -> None:
     for run in runs[1:]:
         data = run.recipe().data
         for setting in ("dataset", "image_size"):
-            own, expected = getattr(data, setting), getattr(first, setting)
-            if own != expected:
+            value, expected = getattr(data, setting), getattr(first, setting)
+            if value != expected:
                 raise InputError(
-                    f"{run.path} has data.{setting}={own!r}, and {runs[0].path} has {expected!r}.\n"
+                    f"{run.path} has data.{setting}={value!r}; {runs[0].path} has {expected!r}.\n"
                     "Only runs with the same test images can be compared."
                 )
         if _final_images(run) != _final_images(runs[0]):
             raise InputError(
-                f"{run.path} was tested on other images of {first.dataset} than {runs[0].path}; "
-                "see split.json in both.\nOnly runs with the same test images can be compared."
+                f"{run.path} and {runs[0].path} have different test images of {first.dataset}; see "
+                "split.json in both.\nOnly runs with the same test images can be compared."
             )
         check_same_left_out(runs[0], run)
 
 
 def _final_images(run: RunFolder) -> tuple[object, ...]:
-    """Return what decides which images of a folder a run is finally evaluated on."""
+    """Return the settings that determine which images of a folder the final metrics use."""
     parts = data_parts(run)
     if parts is None:
         return ()

@@ -14,7 +14,7 @@ from fastai.callback.core import Callback
 
 from mixmo_fastai.assessment import collect_logits
 from mixmo_fastai.checkpoints.state import Position
-from mixmo_fastai.evaluation import evaluate_parts
+from mixmo_fastai.evaluation import evaluate_splits
 from mixmo_fastai.failures import readable_errors
 from mixmo_fastai.interruption import StopRequest
 from mixmo_fastai.locking import locked
@@ -110,7 +110,7 @@ def _train_networks(
     with entered_run_callbacks(cbs, training, run, Position(recipe.train.epochs)) as run_callbacks:
         with readable_errors(recipe, training.acceleration.describe()):
             valid, test = collect_logits(run, training.learn.model, loaders)
-            evaluated = evaluate_parts(valid, test)
+            evaluated = evaluate_splits(valid, test)
         metrics = {
             **training.summary(),
             **({"selected_epoch": selected} if selected else {}),

@@ -1,10 +1,10 @@
-"""Finished networks as plain ones: a file of tensors, or ONNX, checked against the run itself.
+"""Export of a trained run as one plain network, to safetensors or ONNX, checked against the run.
 
 Shapes: n images of C channels and H × W pixels, K classes.
 
-A file of tensors is safetensors whose metadata hold, as JSON under "mixmo", the format's name, the
-architecture, and what the network must know of its data. ONNX files hold the same among their
-metadata. Both take standardised images: (pixels / 255 - mean) / std.
+The metadata of both file formats hold, as JSON under "mixmo", the name of the format, the
+architecture, and the facts about the data that the network needs. Both networks expect standardised
+images: (pixels / 255 - mean) / std.
 """
 
 import dataclasses
@@ -34,21 +34,21 @@ from mixmo_fastai.training import facts_of, read_source
 
 FORMAT = "mixmo-fused-1"
 NUM_CHECKED = 256
-"""Images on which an exported network is compared with the run."""
+"""Number of images on which an exported network is compared with the run."""
 TOLERANCES = {".safetensors": 1e-5, ".onnx": 1e-4}
-"""Largest difference of logits, as a share of the largest logit; ONNX sums in another order."""
+"""Largest difference of logits relative to the largest logit; ONNX sums in a different order."""
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 Metadata = dict[str, str]
 
 
 @dataclass(frozen=True)
 class ExportedNetwork:
-    """A fused network from a file.
+    """A fused network loaded from a file.
 
     Attributes:
-        model: in evaluation mode, on the CPU.
-        arch: its architecture by name.
-        facts: what it must know of its data to predict.
+        model: the network, in evaluation mode, on the CPU.
+        arch: name of its architecture.
+        facts: facts about its data that prediction needs.
     """
 
     model: nn.Module
@@ -57,11 +57,11 @@ class ExportedNetwork:
 
 
 def check_export(run: RunFolder, path: Path) -> None:
-    """Check what can be checked before anything slow is done.
+    """Check that a run can be exported to a file, without loading anything.
 
     Raises:
-        InputError: the run is a deep ensemble or not finished, the file's ending is unknown, or
-            the packages for it are missing.
+        InputError: the run is a deep ensemble or not finished, the suffix of the file is unknown,
+            or the packages for it are missing.
     """
     if path.suffix.lower() not in EXPORT_SUFFIXES:
         raise InputError(f"{str(path)!r} must end in {' or '.join(EXPORT_SUFFIXES)}.")
@@ -72,39 +72,39 @@ def check_export(run: RunFolder, path: Path) -> None:
         )
     if run.recipe().model.num_nets > 1:
         raise InputError(
-            f"{run.path} is a deep ensemble, which no single network equals.\n"
+            f"{run.path} is a deep ensemble, which cannot be fused into one network.\n"
             f"Export one of its networks: mixmo export {run.path}/net-1 --to {path.name}"
         )
     run.check_trained()
 
 
 def export_run(run: RunFolder, path: Path, data_dir: Path | None = None) -> dict[str, Any]:
-    """Fuse a finished run into one plain network and write it, if it predicts as the run does.
+    """Fuse a finished run into one plain network, and write it if its logits match the run's.
 
-    The file is written beside its place, read back, and shown test images; it takes its name only
-    when its logits are the run's.
+    The network is written to a temporary file in the same folder, read back, and evaluated on test
+    images; the file is renamed to `path` only if its logits match those of the run.
 
     Args:
         run: a finished run of one network.
         path: a file that ends in .safetensors or .onnx.
-        data_dir: where the run's data lies, if not where it was looked for in training.
+        data_dir: folder of the run's data, if not the one that training used.
 
     Returns:
-        what was written and how well it agrees: arch, parameters, num_bytes, num_images,
-        relative_difference (of logits, as a share of the largest) and same_class (a share).
+        arch, parameters, num_bytes, num_images, relative_difference (largest difference of logits
+        relative to the largest logit) and same_class (fraction of images with the same class).
 
     Raises:
         InputError: see `check_export`; or the file exists, or there is no data to compare on.
-        InputError: the file's logits are not the run's; nothing is left behind.
+        InputError: the file's logits do not match the run's; nothing is written.
     """
     check_export(run, path)
     if os.path.lexists(path):
-        raise InputError(f"{str(path)!r} exists and was not changed.")
+        raise InputError(f"{str(path)!r} exists and was not changed. Choose another file.")
     suffix, recipe, model = path.suffix.lower(), run.recipe(), load_network(run)
     source = read_source(recipe, data_dir, run)
     facts = facts_of(source)
     _check_facts(run, facts)
-    x = _standardised(source.test if len(source.test) else source.train, facts)
+    x = _standardized_images(source.test if len(source.test) else source.train, facts)
     fused = model.fuse()
     write, read = _FORMATS[suffix]
     try:
@@ -113,10 +113,10 @@ def export_run(run: RunFolder, path: Path, data_dir: Path | None = None) -> dict
             write(fused, facts, _metadata(recipe.model.arch, facts), temporary)
             with torch.inference_mode():
                 expected = model(x)
-            # One image first: a network that only takes the batch it was written with is no use.
+            # Two batch sizes, to check that the network does not depend on the size at export.
             predict = read(temporary)
-            found = torch.cat([predict(x[:1]), predict(x[1:])])
-            agreement = _compare(found, expected, TOLERANCES[suffix])
+            logits = torch.cat([predict(x[:1]), predict(x[1:])])
+            agreement = _compare(logits, expected, TOLERANCES[suffix])
             temporary.replace(path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"Cannot write {str(path)!r}: {error}.") from error
@@ -130,13 +130,13 @@ def export_run(run: RunFolder, path: Path, data_dir: Path | None = None) -> dict
 
 
 def load_fused(path: Path | str) -> ExportedNetwork:
-    """Read a network that `mixmo export` wrote as .safetensors. Nothing in the file is executed.
+    """Load a network that `mixmo export` wrote as .safetensors. No code in the file is executed.
 
     Args:
         path: the file.
 
     Raises:
-        InputError: the file is missing, damaged, or not one of those.
+        InputError: the file is missing, damaged, or not an exported .safetensors network.
     """
     path = Path(path)
     if path.is_dir() or not path.exists():
@@ -144,8 +144,8 @@ def load_fused(path: Path | str) -> ExportedNetwork:
     try:
         if path.suffix.lower() == ".onnx":
             raise InputError(
-                f"{path} is for programs that run ONNX.\n"
-                "Write one for here: mixmo export RUN --to FILE.safetensors"
+                f"{path} is an ONNX file, which cannot be loaded here.\n"
+                "Export to safetensors instead: mixmo export RUN --to FILE.safetensors"
             )
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -154,16 +154,20 @@ def load_fused(path: Path | str) -> ExportedNetwork:
         raise InputError(f"{path} cannot be read: {error}.") from error
     if "mixmo" not in metadata:
         raise InputError(
-            f"{path} is not an exported network.\nWrite one: mixmo export RUN --to FILE.safetensors"
+            f"{path} is not an exported network.\n"
+            "Create one with: mixmo export RUN --to FILE.safetensors"
         )
     try:
-        about = json.loads(metadata["mixmo"])
-        if about["format"] != FORMAT:
-            raise InputError(f"{path} has format {about['format']!r}; this version reads {FORMAT}.")
-        facts = DataFacts.from_mapping(about["data"])
-        arch = str(about["arch"])
+        header = json.loads(metadata["mixmo"])
+        if header["format"] != FORMAT:
+            raise InputError(
+                f"{path} has format {header['format']!r}; this version reads {FORMAT}."
+            )
+        facts = DataFacts.from_mapping(header["data"])
+        arch = str(header["arch"])
         published = parse_architecture(arch).depth > 0
-        with torch.device("meta" if published else "cpu"):  # no memory for what is only claimed
+        # A damaged file may claim a huge network: on "meta", no memory is allocated for it.
+        with torch.device("meta" if published else "cpu"):
             channels, height, width = facts.image_shape
             parts = create_model(arch, len(facts.classes), 1, channels, image_size=(height, width))
             model = assemble(parts.encoders[0], parts.core, parts.heads[0])
@@ -174,54 +178,54 @@ def load_fused(path: Path | str) -> ExportedNetwork:
     except InputError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path} is damaged: {first}.") from error
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path} is damaged: {reason}.") from error
     return ExportedNetwork(model.eval(), arch, facts)
 
 
 def _check_facts(run: RunFolder, facts: DataFacts) -> None:
-    """Check that what the run says of its data, by which images are standardised, is so."""
-    own = run.data_facts() or facts
+    """Check that the facts recorded by the run, such as mean and std, match the data."""
+    recorded = run.data_facts() or facts
     for field in dataclasses.fields(facts):
-        said, found = getattr(own, field.name), getattr(facts, field.name)
-        if said != found:
+        expected, actual = getattr(recorded, field.name), getattr(facts, field.name)
+        if expected != actual:
             raise InputError(
-                f"{run.path / 'data.json'} says {field.name} is {str(said)[:60]}, and the data has "
-                f"{str(found)[:60]}.\nPut back what has changed."
+                f"{field.name} is {str(expected)[:60]} in {run.path / 'data.json'}; the data has "
+                f"{str(actual)[:60]}.\nRestore the file or the data."
             )
 
 
 def _metadata(arch: str, facts: DataFacts) -> Metadata:
-    about = {"format": FORMAT, "arch": arch, "data": dataclasses.asdict(facts)}
-    return {"mixmo": json.dumps(about)}
+    header = {"format": FORMAT, "arch": arch, "data": dataclasses.asdict(facts)}
+    return {"mixmo": json.dumps(header)}
 
 
-def _standardised(images: ImageSet, facts: DataFacts) -> Tensor:
-    """Take images evenly from all of a part: (n, C, H, W) float."""
+def _standardized_images(images: ImageSet, facts: DataFacts) -> Tensor:
+    """Return evenly spaced images of a data set, standardised: (n, C, H, W) float."""
     count = min(NUM_CHECKED, len(images))
     chosen = torch.linspace(0, len(images) - 1, count).round().long().tolist()
     pixels = torch.stack([images[i] for i in chosen])
     return normalize(pixels, torch.tensor(facts.mean), torch.tensor(facts.std))
 
 
-def _compare(found: Tensor, expected: Tensor, tolerance: float) -> dict[str, float]:
-    """Compare logits (n, K); refuse those that differ by more than rounding."""
+def _compare(logits: Tensor, expected: Tensor, tolerance: float) -> dict[str, float]:
+    """Compare logits (n, K); raise if they differ by more than the tolerance."""
     if not expected.isfinite().all():
-        raise InputError("The run's own logits are not finite: its weights are of no use.")
-    difference = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
-    same = float((found.argmax(1) == expected.argmax(1)).double().mean())
-    if not difference <= tolerance:  # NaN is no agreement either
+        raise InputError("The logits of the run are not finite; its weights cannot be exported.")
+    difference = float((logits - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+    same = float((logits.argmax(1) == expected.argmax(1)).double().mean())
+    if not difference <= tolerance:  # also true for NaN
         raise InputError(
-            f"The exported network is not the run's: on {len(expected)} images their logits differ "
-            f"by {difference:.1e} of the largest,\nwhere {tolerance:.0e} is allowed. Nothing was "
-            "written."
+            f"The logits of the exported network must match the run's to {tolerance:.0e} of the "
+            f"largest logit;\nthey differ by {difference:.1e} on {len(expected)} images. Nothing "
+            "was written."
         )
     return {"relative_difference": difference, "same_class": same}
 
 
 def _write_tensors(model: nn.Module, facts: DataFacts, metadata: Metadata, path: Path) -> None:
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    # Through a file of our own, since save_file makes one that its owner alone may read.
+    # Not `save_file`, which creates a file that only its owner may read.
     path.write_bytes(save(tensors, metadata={"format": "pt", **metadata}))
 
 

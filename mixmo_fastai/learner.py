@@ -1,4 +1,4 @@
-"""Learners: one line for fastai users, and what a recipe describes."""
+"""Build fastai Learners that train MixMo networks, from an architecture or a recipe."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -6,7 +6,7 @@ from inspect import signature
 from typing import Any
 
 import fastai.callback.progress
-import fastai.callback.schedule  # noqa: F401  # gives every Learner fit_one_cycle and lr_find
+import fastai.callback.schedule  # noqa: F401  # adds fit_one_cycle and lr_find to Learner
 import torch
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
@@ -17,7 +17,7 @@ from fastai.metrics import accuracy, accuracy_multi
 from fastai.torch_core import trainable_params
 from torch import Tensor, nn
 
-from mixmo_fastai.adoption import Wanted, as_mixmo
+from mixmo_fastai.adoption import NetworkSpec, build_mixmo_model
 from mixmo_fastai.averaging import EMACallback
 from mixmo_fastai.callback import MixMoCallback, add_guard
 from mixmo_fastai.data.glance import first_batch, preserved_random_states
@@ -29,7 +29,7 @@ from mixmo_fastai.learner_checks import (
     check_batch,
     check_callbacks,
     check_opt_func,
-    count_parts,
+    count_inputs_and_targets,
 )
 from mixmo_fastai.losses import MixMoLoss, is_multi_label
 from mixmo_fastai.metrics import MemberAccuracy
@@ -59,57 +59,57 @@ def mixmo_learner(
     """Build a fastai Learner that trains a MixMo network.
 
     Args:
-        dls: loaders of batches of one image and one target; a batch of n images becomes one of
-            batch_repetitions · n for the network.
-        arch: network by name, as in "wrn28_10", "resnet50" or "timm/convnext_atto"; a function that
-            makes one, as fastai's xresnet50; or a network of your own, which is converted, weights
-            and all, or taken as it is where it is a `MixMoModel`. All of what is converted is
-            trained, frozen parts included, until `Learner.freeze` says otherwise.
-        mix: how features are mixed, see `MixMoCallback`; of one member say "sum".
-        num_members: M; 2 where not given, or that of a `MixMoModel`.
-        num_classes: K; what the loaders say where not given.
-        pretrained: whether a network by name starts from its library's weights. Give your loaders
-            the standardisation that these want, such as `Normalize.from_stats(*imagenet_stats)`.
-        independent: whether members start apart, for networks that are not trained yet; see
-            `convert_to_mixmo`. Where not given, it is so by name unless pretrained; of a function,
-            for those of the two layers that differ when it is called twice; of a network, not.
-        ghost_batch_size: images among which BatchNorm normalises in training; 0 for all of a batch.
-        kwargs: of `MixMoCallback` (alpha, mix_prob, batch_repetitions, seed, …) and of fastai's
-            `Learner` (loss_func, opt_func, metrics, cbs, …). Where opt_func is not given it is the
-            published one, SGD, whose rates are about a hundred times those of Adam; see `sgd`. A
-            seed also fixes the initial weights; without one they differ from Learner to Learner,
-            and follow `set_seed`.
+        dls: loaders of batches of one image and one target; the network sees a batch of n images as
+            batch_repetitions · n.
+        arch: the name of a network, such as "wrn28_10", "resnet50" or "timm/convnext_atto"; a
+            function that builds one, such as fastai's xresnet50; or your own network, which is
+            converted with its weights, or used unchanged if it is a `MixMoModel`. Conversion
+            unfreezes all parameters; use `Learner.freeze` to freeze some.
+        mix: how features are mixed, see `MixMoCallback`; must be "sum" for one member.
+        num_members: M; by default 2, or that of a `MixMoModel`.
+        num_classes: K; by default, that of the loaders.
+        pretrained: start a network given by name from its library's weights. Standardise the images
+            in your loaders accordingly, e.g. with `Normalize.from_stats(*imagenet_stats)`.
+        independent: initialise the members independently, for untrained networks; see
+            `convert_to_mixmo`. By default: true for a name unless pretrained; for a function, true
+            for each of the two layers (first and last) that differs when it is called twice; false
+            for a network.
+        ghost_batch_size: number of images over which BatchNorm computes its statistics in training;
+            0 for the whole batch.
+        kwargs: arguments of `MixMoCallback` (alpha, mix_prob, batch_repetitions, seed, …) and of
+            fastai's `Learner` (loss_func, opt_func, metrics, cbs, …). The default opt_func is SGD,
+            as published, whose learning rates are about a hundred times those of Adam; see `sgd`.
+            A seed also fixes the initial weights; without one they differ from Learner to Learner
+            and depend on `set_seed`.
 
     Returns:
-        A Learner whose figures in evaluation are those of the ensemble.
+        A Learner whose metrics in evaluation are those of the ensemble.
 
     Raises:
         InputError: a name or number is not allowed, or a network cannot be converted.
     """
     mixing = {name: kwargs.pop(name) for name in CALLBACK_ARGUMENTS if name in kwargs}
-    _check_known(kwargs)
+    _check_argument_names(kwargs)
     if not isinstance(arch, MixMoModel):
         check_opt_func(kwargs.get("opt_func"))
-    _check_own_callbacks(L(kwargs.get("cbs")))
+    _check_user_callbacks(L(kwargs.get("cbs")))
     if not isinstance(dls, DataLoaders):
-        raise InputError(
-            f"mixmo_learner takes loaders (DataLoaders) first; got {type(dls).__name__}."
-        )
+        raise InputError(f"dls must be fastai DataLoaders; got {type(dls).__name__}.")
     num_classes = _num_classes(dls) if num_classes is None else num_classes
-    image_shape, targets = _facts_of_batches(dls)
-    wanted = Wanted(image_shape, num_classes, num_members, pretrained, independent)
-    check_kind(mix, wanted.members_of(arch))
+    image_shape, targets = _inspect_batches(dls)
+    spec = NetworkSpec(image_shape, num_classes, num_members, pretrained, independent)
+    check_kind(mix, spec.num_members_for(arch))
     callback = MixMoCallback(mix, **mixing)
     _check_classes(targets, num_classes, _known_classes(dls))
     loss_func = kwargs.pop("loss_func", getattr(_dataset(dls), "loss_func", None))
     loss = _as_mixmo_loss(loss_func, targets)
-    model = as_mixmo(arch, wanted, _initial(callback))
+    model = build_mixmo_model(arch, spec, _weight_generator(callback))
     kwargs.setdefault("splitter", body_and_heads)  # for `freeze` and `fine_tune`
     use_ghost_batches(model, ghost_batch_size)
-    if device := getattr(dls, "device", None):  # before the optimizer is made, which looks at it
+    if device := getattr(dls, "device", None):  # the optimizer depends on the parameters' device
         move_to_device(model, torch.device(device))
     kwargs.setdefault("opt_func", sgd())
-    kwargs.setdefault("metrics", _metrics_for(targets, loss))
+    kwargs.setdefault("metrics", _default_metrics(targets, loss))
     learn = Learner(dls, model, loss, cbs=[callback, *L(kwargs.pop("cbs", None))], **kwargs)
     add_guard(learn)
     return defer_readbacks(learn)
@@ -123,58 +123,60 @@ def to_mixmo(
     independent: bool = False,
     **kwargs: Any,
 ) -> Learner:
-    """Turn a Learner into one that trains a MixMo network, in place.
+    """Convert a Learner in place so that it trains a MixMo network.
 
-    Its network is converted, see `convert_to_mixmo`; its loss is wrapped in `MixMoLoss`; and it
-    gets a `MixMoCallback`. Data, metrics and other callbacks stay. A loader that gave n images a
-    batch now gives batch_repetitions · n.
+    The network is converted, see `convert_to_mixmo`; the loss is wrapped in `MixMoLoss`; and a
+    `MixMoCallback` is added. Data, metrics and other callbacks are kept. The network sees a batch
+    of n images as batch_repetitions · n.
 
-    What is frozen stays frozen, and the parameter groups stay those of its splitter: encoders take
-    the place of the first convolution, heads that of the last layer. An optimizer that there is
-    already is made anew for them, by the same function, with its settings but without its state
-    (such as Adam's moments), which belongs to another loss; `freeze` and `unfreeze` do so too.
+    Frozen parameters stay frozen, and the splitter's parameter groups are kept: the encoders
+    replace the first convolution, the heads the last layer. An existing optimizer is rebuilt for
+    them by the same function, with its settings but without its state (such as Adam's moments),
+    which belongs to another loss; `freeze` and `unfreeze` also rebuild it.
 
     Args:
-        learn: with a classifier that can be converted, or a `MixMoModel`.
+        learn: a Learner with a classifier that can be converted, or with a `MixMoModel`.
         mix: how features are mixed, see `MixMoCallback`.
-        num_members: M; 2 where not given, or that of a `MixMoModel`.
-        independent: whether members start apart; for a network that is not trained yet.
-        kwargs: of `MixMoCallback` (alpha, mix_prob, batch_repetitions, seed, …).
+        num_members: M; by default 2, or that of a `MixMoModel`.
+        independent: initialise the members independently, for an untrained network.
+        kwargs: arguments of `MixMoCallback` (alpha, mix_prob, batch_repetitions, seed, …).
 
     Returns:
-        the Learner.
+        The same Learner.
 
     Raises:
-        InputError: the network cannot be converted, an argument is not allowed, batches are not
-            of one input and one target, or there is a `MixMoCallback`, or a Mix callback of
-            fastai's, already. The Learner is as it was.
+        InputError: the network cannot be converted, an argument is not allowed, batches do not have
+            one input and one target, or the Learner already has a `MixMoCallback` or one of
+            fastai's Mix callbacks. The Learner is unchanged.
     """
     if not isinstance(learn, Learner):
         raise InputError(
-            f"to_mixmo takes a Learner; got {type(learn).__name__}.\n"
-            "A network alone is converted by convert_to_mixmo(model)."
+            f"learn must be a Learner; got {type(learn).__name__}.\n"
+            "To convert a network without a Learner, call convert_to_mixmo(model)."
         )
     unknown_names = [name for name in kwargs if name not in CALLBACK_ARGUMENTS]
     if unknown_names:
         raise unknown("argument of to_mixmo", unknown_names[0], CALLBACK_ARGUMENTS)
     if any(isinstance(each, MixMoCallback) for each in learn.cbs):
-        raise InputError("The Learner has a MixMoCallback already; it is a MixMo Learner.")
+        raise InputError("The Learner already has a MixMoCallback; do not call to_mixmo again.")
     check_callbacks(learn.cbs)
     if not isinstance(learn.model, MixMoModel):
         check_opt_func(learn.opt_func)
     callback = MixMoCallback(mix, **kwargs)
     loss = _as_mixmo_loss(learn.loss_func)
-    image_shape, _ = _facts_of_batches(learn.dls)
-    wanted = Wanted(image_shape, num_members=num_members, independent=independent, thaw=False)
-    check_kind(mix, wanted.members_of(learn.model))
-    before = learn.model
-    model = as_mixmo(before, wanted, _initial(callback))
-    if model is not before:
+    image_shape, _ = _inspect_batches(learn.dls)
+    spec = NetworkSpec(
+        image_shape, num_members=num_members, independent=independent, unfreeze=False
+    )
+    check_kind(mix, spec.num_members_for(learn.model))
+    original = learn.model
+    model = build_mixmo_model(original, spec, _weight_generator(callback))
+    if model is not original:
         splitter = converted_splitter(learn.splitter, model)
         with _restored_on_error(learn, "model", "splitter", "opt", "lr"):
             learn.model, learn.splitter = model, splitter
             if learn.opt is not None:
-                convert_optimizer(learn, before)
+                convert_optimizer(learn, original)
     learn.loss_func = loss
     learn.add_cb(callback)
     add_guard(learn)
@@ -183,59 +185,59 @@ def to_mixmo(
 
 @contextmanager
 def _restored_on_error(learn: Learner, *names: str) -> Iterator[None]:
-    """Give a Learner back what it had, if something fails."""
-    had = {name: getattr(learn, name) for name in names}
+    """Restore attributes of a Learner if the block raises."""
+    values = {name: getattr(learn, name) for name in names}
     try:
         yield
     except BaseException:
-        for name, value in had.items():
+        for name, value in values.items():
             setattr(learn, name, value)
         raise
 
 
-def _initial(callback: MixMoCallback) -> torch.Generator:
-    """Give a generator of initial weights, which the callback's seed fixes if there is one."""
+def _weight_generator(callback: MixMoCallback) -> torch.Generator:
+    """Return a generator for initial weights, seeded by the callback's seed if it has one."""
     seed = fresh_seed() if callback.seed is None else callback.seed
     return make_generator(seed, "init")
 
 
-def _check_known(arguments: Iterable[str]) -> None:
-    """Check that what is left is fastai's to take."""
-    of_fastai = [*signature(Learner.__init__).parameters][2:]  # after self and dls
-    known = [*signature(mixmo_learner).parameters, *CALLBACK_ARGUMENTS, *of_fastai]
-    for name in arguments:
-        if name not in of_fastai:
+def _check_argument_names(names: Iterable[str]) -> None:
+    """Check that the remaining keyword arguments are arguments of fastai's Learner."""
+    of_learner = [*signature(Learner.__init__).parameters][2:]  # after self and dls
+    known = [*signature(mixmo_learner).parameters, *CALLBACK_ARGUMENTS, *of_learner]
+    for name in names:
+        if name not in of_learner:
             guess = "num_classes" if name == "n_out" else nearest(name, known)
-            hint = f"Did you mean {guess!r}?" if guess else "See the docstring for what there is."
-            raise InputError(f"mixmo_learner takes no argument {name!r}.\n{hint}")
+            hint = f"Did you mean {guess!r}?" if guess else "See the docstring for its arguments."
+            raise InputError(f"mixmo_learner has no argument {name!r}.\n{hint}")
 
 
-def _check_own_callbacks(callbacks: Iterable[Any]) -> None:
-    """Check that callbacks that were given go with the one that is made here."""
+def _check_user_callbacks(callbacks: Iterable[Any]) -> None:
+    """Check that the user's callbacks can be combined with the MixMoCallback created here."""
     check_callbacks(callbacks)
     if any(isinstance(each, MixMoCallback) or each is MixMoCallback for each in callbacks):
         raise InputError(
-            "mixmo_learner makes a MixMoCallback itself.\nGive it that one's arguments instead: "
-            "mixmo_learner(…, mix=…, alpha=…)."
+            "cbs must not contain a MixMoCallback: mixmo_learner creates it.\nPass its arguments "
+            "instead: mixmo_learner(…, mix=…, alpha=…)."
         )
 
 
 def learner_from_recipe(
     recipe: Recipe, dls: DataLoaders, model: MixMoModel | None = None, **kwargs: Any
 ) -> Learner:
-    """Build the Learner that a recipe describes.
+    """Build a Learner from a recipe.
 
     Args:
-        recipe: what to train; of a deep ensemble, the first network.
-        dls: from `make_dataloaders`.
-        model: its network, if there is one already.
-        kwargs: of fastai's `Learner`.
+        recipe: the recipe; for a deep ensemble, the Learner trains the first network.
+        dls: loaders from `make_dataloaders`.
+        model: an existing network to train instead of a new one.
+        kwargs: arguments of fastai's `Learner`.
     """
     mix = recipe.mix
     optimizer = recipe.optimizer
     averaging = [EMACallback(recipe.train.ema_decay)] if recipe.train.ema_decay else []
     kwargs["cbs"] = [*averaging, *kwargs.get("cbs", ())]
-    kwargs.setdefault("splitter", trainable_params)  # one group, and so in every checkpoint
+    kwargs.setdefault("splitter", trainable_params)  # one group, as checkpoints expect
     return mixmo_learner(
         dls,
         recipe.model.arch if model is None else model,
@@ -260,61 +262,63 @@ def learner_from_recipe(
     )
 
 
-def _metrics_for(targets: Tensor | None, loss: MixMoLoss) -> list[Any]:
-    """Choose metrics of the ensemble and of its members; of numbers to predict, the user's own."""
+def _default_metrics(targets: Tensor | None, loss: MixMoLoss) -> list[Any]:
+    """Return the accuracy of the ensemble and of its members; no metrics for regression."""
     if is_multi_label(loss.base):
         return [accuracy_multi, MemberAccuracy()]
-    numbers = targets is not None and targets.is_floating_point()
-    return [] if numbers else [accuracy, MemberAccuracy()]
+    is_regression = targets is not None and targets.is_floating_point()
+    return [] if is_regression else [accuracy, MemberAccuracy()]
 
 
 def _as_mixmo_loss(loss: Any, targets: Tensor | None = None) -> MixMoLoss:
-    """Wrap a loss; where there is none, cross-entropy, if the data's targets are classes."""
+    """Wrap a loss in `MixMoLoss`; for None, cross-entropy, if the targets are class indices."""
     if loss is None and targets is not None and (targets.is_floating_point() or targets.ndim > 1):
         raise InputError(
-            f"The targets are no classes but {str(targets.dtype).removeprefix('torch.')} of shape "
-            f"{tuple(targets.shape)}. Say loss_func=…: BCEWithLogitsLossFlat() for\nseveral labels "
-            "per image, CrossEntropyLossFlat() for soft labels, MSELossFlat() for numbers."
+            "The default loss needs class indices as targets; got "
+            f"{str(targets.dtype).removeprefix('torch.')} of shape {tuple(targets.shape)}.\n"
+            "Pass loss_func: BCEWithLogitsLossFlat() for multi-label, CrossEntropyLossFlat() for\n"
+            "soft labels, MSELossFlat() for regression."
         )
     return loss if isinstance(loss, MixMoLoss) else MixMoLoss(loss)
 
 
-def _facts_of_batches(dls: DataLoaders) -> tuple[tuple[int, int, int], Tensor | None]:
-    """Give (C, H, W) and some targets, of the first batch; None for classes of our loaders."""
+def _inspect_batches(dls: DataLoaders) -> tuple[tuple[int, int, int], Tensor | None]:
+    """Return (C, H, W) and the targets of the first batch; None for the project's own loaders."""
     if isinstance(dls.train, BatchLoader):
         return dls.train.images.image_shape, None
     with preserved_random_states(dls.train):
         batch = first_batch(dls.train)
-        parts = count_parts(dls, batch)  # fastai may pass a sample through the transforms
-    check_batch(*parts)
+        counts = count_inputs_and_targets(dls, batch)  # may run a sample through the transforms
+    check_batch(*counts)
     images, *targets = batch
     if getattr(images, "ndim", 0) != 4:
         raise InputError(
-            "MixMo needs batches of images (n, C, H, W); the loader's first input is "
+            "Batches must be images (n, C, H, W); the loader's first input is "
             f"{getattr(images, 'shape', type(images).__name__)}."
         )
     channels, height, width = images.shape[1:]
-    known = targets[0] if targets and isinstance(targets[0], Tensor) else None
-    return (int(channels), int(height), int(width)), known
+    first_targets = targets[0] if targets and isinstance(targets[0], Tensor) else None
+    return (int(channels), int(height), int(width)), first_targets
 
 
-def _check_classes(targets: Tensor | None, num_classes: int, known: int) -> None:
-    """Check that the network answers for what the data asks."""
+def _check_classes(targets: Tensor | None, num_classes: int, num_data_classes: int) -> None:
+    """Check that the shape of the targets is supported and the network has enough classes."""
     if targets is None:
         return
     if targets.ndim > 2:
         raise InputError(
-            f"The targets are of shape {tuple(targets.shape)}; MixMo is for one class, several "
-            "labels or numbers per image."
+            f"The targets have shape {tuple(targets.shape)}; they must be (n,) or (n, K): one "
+            "class, several labels or regression targets per image."
         )
-    if targets.ndim == 1 and not targets.is_floating_point() and num_classes < known:
+    if targets.ndim == 1 and not targets.is_floating_point() and num_classes < num_data_classes:
         raise InputError(
-            f"The data has {known} classes, num_classes is {num_classes}.\nLeave num_classes out."
+            f"num_classes must be at least {num_data_classes}, the number of classes of the data; "
+            f"got {num_classes}.\nOmit num_classes."
         )
 
 
 def _known_classes(dls: DataLoaders) -> int:
-    """Tell K where the loaders know it, else 0."""
+    """Return K if the loaders know it, otherwise 0."""
     return int(get_c(dls) or 0) if isinstance(dls.train, DataLoader) else 0
 
 
@@ -322,7 +326,7 @@ def _num_classes(dls: DataLoaders) -> int:
     number = _known_classes(dls)
     if not number:
         raise InputError(
-            "The loaders do not say how many classes there are. Say it: num_classes=10."
+            "The loaders do not report the number of classes. Pass it, e.g. num_classes=10."
         )
     return number
 

@@ -1,4 +1,4 @@
-"""What a Learner must be like to train a MixMo network, each with what to do when it is not."""
+"""Checks that a Learner can train a MixMo network; each error says what to do."""
 
 import sys
 from collections.abc import Iterable
@@ -13,26 +13,26 @@ def check_batch(num_inputs: int, num_targets: int) -> None:
     """Check that batches hold one input and one target.
 
     Raises:
-        InputError: they hold more or less.
+        InputError: they hold more or fewer.
     """
     if num_inputs == num_targets == 1:
         return
     if num_inputs > 1:
-        advice = "Join the inputs in one tensor (n, C, H, W), such as images as more channels"
+        advice = "Join the inputs in one tensor (n, C, H, W), such as images as additional channels"
     elif num_targets > 1:
         advice = (
-            "Train a Learner for each target, or join them in one tensor, as RegressionBlock(2) "
-            "and MultiCategoryBlock do"
+            "Train a Learner for each target, or join the targets in one tensor, as "
+            "RegressionBlock(2) and MultiCategoryBlock do"
         )
     else:
-        advice = "Give loaders of pairs, such as (image, label)"
+        advice = "Pass loaders of pairs, such as (image, label)"
     raise InputError(
-        "MixMo needs batches of one input and one target; the loader gives "
+        "Batches must have one input and one target; the loader yields "
         f"{_counted(num_inputs, 'input')} and {_counted(num_targets, 'target')}.\n{advice}."
     )
 
 
-def count_parts(dls: Any, batch: Any) -> tuple[int, int]:
+def count_inputs_and_targets(dls: Any, batch: Any) -> tuple[int, int]:
     """Count the inputs and targets of a batch as fastai's Learner does."""
     parts = len(batch) if isinstance(batch, list | tuple) else 1
     num_inputs = getattr(dls, "n_inp", 1 if parts == 1 else parts - 1)
@@ -40,17 +40,17 @@ def count_parts(dls: Any, batch: Any) -> tuple[int, int]:
 
 
 def check_callbacks(callbacks: Iterable[Any]) -> None:
-    """Check that no Mix callback of fastai's is among callbacks, or among classes of them.
+    """Check that callbacks, or classes of callbacks, include none of fastai's Mix callbacks.
 
     Raises:
-        InputError: there is one.
+        InputError: one of them is a Mix callback.
     """
     for callback in callbacks:
-        kind = callback if isinstance(callback, type) else type(callback)
-        if _is_fastai_mix(kind):
-            name = kind.__name__
+        callback_class = callback if isinstance(callback, type) else type(callback)
+        if _is_fastai_mix(callback_class):
+            name = callback_class.__name__
             kinds = [kind for kind in ("mixup", "cutmix") if kind == name.lower()]
-            hint = f" For the same within each member: msda={kinds[0]!r}." if kinds else ""
+            hint = f" To mix pixels within each member, use msda={kinds[0]!r}." if kinds else ""
             raise InputError(
                 f"fastai's {name} cannot be combined with MixMoCallback: both replace the targets."
                 f"\nRemove it: learn.remove_cb({name}).{hint}"
@@ -58,34 +58,34 @@ def check_callbacks(callbacks: Iterable[Any]) -> None:
 
 
 def check_opt_func(opt_func: Any) -> None:
-    """Check that the optimizer can be made for the parameters of a new network.
+    """Check that `opt_func` is a function that creates an optimizer, not an optimizer.
 
     Raises:
-        InputError: it is made already.
+        InputError: it is an optimizer.
     """
-    made = isinstance(opt_func, OptimWrapper) or hasattr(opt_func, "param_groups")
-    if made and not isinstance(opt_func, type):
+    is_optimizer = isinstance(opt_func, OptimWrapper) or hasattr(opt_func, "param_groups")
+    if is_optimizer and not isinstance(opt_func, type):
         raise InputError(
-            "opt_func is an optimizer already, of the parameters of the network before its "
-            "conversion.\nGive a function that makes one: partial(OptimWrapper, "
-            "opt=torch.optim.AdamW)."
+            "opt_func must be a function that creates an optimizer; got an optimizer, which has "
+            "the parameters of\nthe network before its conversion. Pass e.g. "
+            "partial(OptimWrapper, opt=torch.optim.AdamW)."
         )
 
 
 def check_optimizer(learn: Any) -> None:
-    """Check that what is trained is the network, not one that was there before.
+    """Check that the optimizer trains the Learner's current network, not a previous one.
 
     Raises:
         InputError: the optimizer holds no parameter of the network.
     """
     optimizer = getattr(learn, "opt", None)
-    if optimizer is None:  # it is only looked at what training would see
+    if optimizer is None:  # a preview of the batches does not train
         return
     trained = {id(each[0]) for each in optimizer.all_params()}
     if not any(id(parameter) in trained for parameter in learn.model.parameters()):
         raise InputError(
-            "The Learner's optimizer holds no parameter of its model: it is of the model before.\n"
-            "Make it anew: learn.create_opt(). Or let to_mixmo(learn) do all of it."
+            "The Learner's optimizer holds no parameter of its model: it was created for another.\n"
+            "Call learn.create_opt() to create a new one, or convert with to_mixmo(learn)."
         )
 
 
@@ -93,8 +93,8 @@ def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _is_fastai_mix(kind: type) -> bool:
-    # Importing fastai's module, which brings its tabular part along, would double the start-up;
-    # where nobody has imported it, nobody has one of its callbacks.
+def _is_fastai_mix(callback_class: type) -> bool:
+    # Importing this fastai module also imports fastai.tabular and would double the start-up time;
+    # if it is not imported, none of its callbacks can exist.
     module = sys.modules.get("fastai.callback.mixup")
-    return module is not None and issubclass(kind, module.MixHandler)
+    return module is not None and issubclass(callback_class, module.MixHandler)

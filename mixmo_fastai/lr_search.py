@@ -1,4 +1,4 @@
-"""Learning-rate range test: a trial training with a growing rate that leaves no trace."""
+"""Learning-rate range test: train with an increasing rate, then restore everything."""
 
 import tempfile
 from dataclasses import dataclass, replace
@@ -14,10 +14,10 @@ from mixmo_fastai.errors import InputError
 from mixmo_fastai.training import Training
 
 SUGGESTIONS = (valley, slide, steep, minimum)
-LEAST_FALL = 0.01
-"""Fraction of the loss by which it must fall for the test to advise a rate."""
+MIN_DECREASE = 0.01
+"""Fraction of the loss by which it must decrease for the test to recommend a rate."""
 NOISE_MULTIPLE = 0.5
-"""Number of standard deviations of a single step's loss by which the smoothed loss must fall.
+"""Number of standard deviations of a single step's loss by which the smoothed loss must decrease.
 
 A test of 100 steps is smoothed over 25 to 80 of them, and the difference of two such averages has a
 standard deviation of about a quarter of a single step's.
@@ -25,7 +25,7 @@ standard deviation of about a quarter of a single step's.
 SMOOTHING = 0.98
 """Decay of the exponential moving average in fastai's smoothed loss."""
 NUM_ALWAYS_CUT = 5
-"""Number of last points that fastai leaves out, as the loss diverges there."""
+"""Number of last points that fastai discards because the loss diverges there."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class LrSearch:
     Attributes:
         lrs: learning rate of each step.
         losses: smoothed training loss of each step, per member.
-        suggestions: rate by the name of fastai's method that suggests it.
+        suggestions: suggested rate by the name of fastai's method.
     """
 
     lrs: list[float]
@@ -68,31 +68,31 @@ class LrSearch:
 
     @property
     def is_flat(self) -> bool:
-        """Whether the loss falls too little to advise a rate.
+        """Whether the loss decreases too little to recommend a rate.
 
-        The curve is flat if the smoothed loss falls by less than `NOISE_MULTIPLE` times `noise`, or
-        by less than `LEAST_FALL` of its start.
+        The curve is flat if the smoothed loss decreases by less than `NOISE_MULTIPLE` times
+        `noise`, or by less than `MIN_DECREASE` of its start.
         """
-        least = max(NOISE_MULTIPLE * self.noise, LEAST_FALL * self.start)
-        return self.start - self.lowest < least
+        min_decrease = max(NOISE_MULTIPLE * self.noise, MIN_DECREASE * self.start)
+        return self.start - self.lowest < min_decrease
 
     @property
-    def advised(self) -> float | None:
+    def recommended(self) -> float | None:
         """The rate to train with, two digits; None if the curve is flat or no rate stands out.
 
         It is fastai's `slide`, the end of the steepest stretch before the loss rises, and at most
-        the rate with the lowest loss; `valley` if `slide` lies where rates are too small. As the
-        peak of one-cycle, larger rates serve better than the careful `valley`.
+        the rate with the lowest loss; `valley` if `slide` is among the rates too small to train. As
+        the peak of one-cycle, larger rates work better than the cautious `valley`.
         """
         if self.is_flat:
             return None
-        # `slide` compares points that are 15 steps apart, and with few steps ends too early.
+        # `slide` compares points that are 15 steps apart; with few steps it ends too early.
         too_small = self.lrs[self._quarter - 1]
-        found = [r for n in ("slide", "valley") if (r := self.suggestions[n]) > too_small]
-        if not found:
+        rates = [r for n in ("slide", "valley") if (r := self.suggestions[n]) > too_small]
+        if not rates:
             return None
         rate_of_lowest = self.lrs[self.losses.index(self.lowest, self._quarter)]
-        return float(f"{min(found[0], rate_of_lowest):.1e}")
+        return float(f"{min(rates[0], rate_of_lowest):.1e}")
 
     @property
     def _quarter(self) -> int:
@@ -102,7 +102,7 @@ class LrSearch:
 def search_lr(
     training: Training, *, num_steps: int = 100, start: float = 1e-6, end: float = 10.0
 ) -> LrSearch:
-    """Raise the learning rate step by step and record the loss.
+    """Increase the learning rate step by step and record the loss.
 
     Weights and optimizer are restored afterwards; later draws do not depend on earlier ones.
 
@@ -116,12 +116,12 @@ def search_lr(
         InputError: the loss diverged within the first steps.
     """
     learn = training.learn
-    before, learn.path = learn.path, Path()
-    with tempfile.TemporaryDirectory() as folder:  # fastai parks the weights in a file
+    original_path, learn.path = learn.path, Path()
+    with tempfile.TemporaryDirectory() as folder:  # fastai saves the weights to a file
         learn.path = Path(folder)
         try:
             with _acceleration(training).applied(learn.model):
-                suggested = learn.lr_find(
+                suggestions = learn.lr_find(
                     start_lr=start,
                     end_lr=end,
                     num_it=num_steps,
@@ -131,20 +131,20 @@ def search_lr(
         except IndexError as error:  # fastai's methods found too few points
             raise InputError(
                 f"The loss diverged within the first steps from {start:g}.\n"
-                f"Start lower, as in --start {start / 100:g}, or take more --steps."
+                f"Start lower, e.g. --start {start / 100:g}, or take more --steps."
             ) from error
         finally:
-            learn.path = before
+            learn.path = original_path
     losses = torch.stack([torch.as_tensor(v) for v in learn.recorder.losses]).flatten().cpu()
-    num_finite = int(losses.isfinite().cumprod(0).sum())  # up to where the loss ran off
+    num_finite = int(losses.isfinite().cumprod(0).sum())  # up to where the loss diverged
     return LrSearch(
         lrs=[float(rate) for rate in learn.recorder.lrs[:num_finite]],
         losses=losses[:num_finite].tolist(),
-        suggestions={name: float(rate) for name, rate in suggested._asdict().items()},
+        suggestions={name: float(rate) for name, rate in suggestions._asdict().items()},
     )
 
 
 def _acceleration(training: Training) -> Acceleration:
-    """Take the training's own, but for a compilation that only the whole of it pays for."""
-    asked = training.recipe.train.compile == "on"
-    return replace(training.acceleration, compiled=asked)
+    """Return the training's acceleration; compile only under compile=on, as the test is short."""
+    compiled = training.recipe.train.compile == "on"
+    return replace(training.acceleration, compiled=compiled)

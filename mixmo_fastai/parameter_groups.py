@@ -1,6 +1,6 @@
-"""Parameter groups of a MixMo Learner, and those that a converted Learner had before.
+"""Parameter groups of a MixMo Learner, and of a Learner that was converted.
 
-fastai freezes, and sets learning rates, by the groups that a Learner's splitter makes.
+fastai freezes parameters and sets learning rates by the groups that a Learner's splitter returns.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -18,28 +18,28 @@ Splitter = Callable[[Any], Any]
 
 
 def body_and_heads(model: MixMoModel) -> list[list[nn.Parameter]]:
-    """Split a network's parameters for fastai's `freeze` and for rates by depth.
+    """Split a network's parameters for fastai's `freeze` and for discriminative learning rates.
 
-    Encoders and core, then the heads, and with them what the network had built as one piece with
-    its last layer, such as the head of fastai's `vision_learner`.
+    The first group holds the encoders and the core, the second the heads, together with the module
+    that contained the network's last layer, such as the head of fastai's `vision_learner`.
     """
     core = model.core
-    around = core.head_block() if isinstance(core, BackboneCore) else None
-    late = [] if around is None else params(around)
-    taken = {id(parameter) for parameter in late}
-    body = [p for p in (*params(model.encoders), *params(core)) if id(p) not in taken]
-    return [body, [*late, *params(model.heads)]]
+    head_module = core.head_block() if isinstance(core, BackboneCore) else None
+    head_parameters = [] if head_module is None else params(head_module)
+    head_ids = {id(parameter) for parameter in head_parameters}
+    body = [p for p in (*params(model.encoders), *params(core)) if id(p) not in head_ids]
+    return [body, [*head_parameters, *params(model.heads)]]
 
 
-class ConvertedGroups:
-    """The groups of a network's own splitter, for the MixMo network that it became.
+class ConvertedSplitter:
+    """Apply the splitter of the original network to the MixMo network converted from it.
 
-    The splitter is given the network as it was built, with one encoder as its first convolution
-    and one head as its last layer. All encoders join the group of the one, and all heads that of
-    the other: the first and the last group of splitters that go from the input to the output.
+    The splitter is called on the original network, with one encoder as its first convolution and
+    one head as its last layer. All encoders are then added to that encoder's group, and all heads
+    to that head's group: the first and the last group if groups go from input to output.
 
     Args:
-        splitter: of the network before its conversion.
+        splitter: splitter of the original network.
     """
 
     def __init__(self, splitter: Splitter) -> None:
@@ -48,86 +48,90 @@ class ConvertedGroups:
     def __call__(self, model: nn.Module) -> Any:
         core = getattr(model, "core", None)
         if not isinstance(model, MixMoModel) or not isinstance(core, BackboneCore):
-            return self.splitter(model)  # another network, such as what `fuse` made
+            return self.splitter(model)  # another network, such as the result of `fuse`
         with core.restored(model.encoders[0], model.heads[0]) as network:
             groups = self.splitter(network)
-            groups = [*groups]  # some are made on demand
-        matching: dict[int, list[nn.Parameter]] = {}
+            groups = [*groups]  # consumes generators inside the context
+        replacements: dict[int, list[nn.Parameter]] = {}
         for layers in (model.encoders, model.heads):
             for name, parameter in layers[0].named_parameters():
-                matching[id(parameter)] = [layer.get_parameter(name) for layer in layers]
-        return _exchanged(groups, matching)
+                replacements[id(parameter)] = [layer.get_parameter(name) for layer in layers]
+        return _replace_parameters(groups, replacements)
 
 
 def converted_splitter(splitter: Splitter, model: MixMoModel) -> Splitter:
-    """Make a splitter of a MixMo network out of that of the network before its conversion.
+    """Convert the splitter of the original network into one for the MixMo network.
 
     Args:
-        splitter: of the network before. Those that know every network stay as they are.
+        splitter: splitter of the original network; splitters that work for any network are
+            returned unchanged.
         model: the MixMo network.
 
     Raises:
         InputError: the splitter fails.
     """
-    if splitter in _OF_ANY_NETWORK or not isinstance(model.core, BackboneCore):
+    if splitter in _GENERIC_SPLITTERS or not isinstance(model.core, BackboneCore):
         return splitter
-    converted = ConvertedGroups(splitter)
+    converted = ConvertedSplitter(splitter)
     try:
         converted(model)
-    except Exception as error:  # anything may happen in a user's function
+    except Exception as error:  # a user's function may raise any error
         raise InputError(
             f"The Learner's splitter fails on its network: {first_line(error)}.\n"
-            "Set one that splits it; learn.splitter = trainable_params makes one group."
+            "Set another splitter; learn.splitter = trainable_params puts all in one group."
         ) from error
     return converted
 
 
-_OF_ANY_NETWORK = (trainable_params, params, body_and_heads)
+_GENERIC_SPLITTERS = (trainable_params, params, body_and_heads)
 
 
-def convert_optimizer(learn: Learner, before: nn.Module) -> None:
-    """Create an optimizer for a Learner's converted network like the one that the Learner has.
+def convert_optimizer(learn: Learner, original: nn.Module) -> None:
+    """Replace a Learner's optimizer by one for its converted network.
 
-    It has the same groups with the same settings, frozen as they were. Its state starts afresh, as
-    fastai's own does after `freeze` and `unfreeze`: the loss and the batches are others now.
+    The new optimizer has the same groups, settings and frozen groups. Its state is reset, as after
+    fastai's `freeze` and `unfreeze`, because the loss and the batches have changed.
 
     Args:
-        learn: with the converted network and an optimizer of the network before.
-        before: the network before.
+        learn: a Learner with the converted network and the optimizer of the original network.
+        original: the network before its conversion.
     """
-    had, splitter = learn.opt, learn.splitter
-    groups = _exchanged(had.param_lists, _matching(before, learn.model))
+    old_opt, splitter = learn.opt, learn.splitter
+    groups = _replace_parameters(old_opt.param_lists, _converted_parameters(original, learn.model))
     learn.splitter = lambda _: groups
     try:
         learn.create_opt()
     finally:
         learn.splitter = splitter
-    for name in had.hypers[0]:
-        learn.opt.set_hyper(name, [group[name] for group in had.hypers])
-    learn.opt.frozen_idx = had.frozen_idx
+    for name in old_opt.hypers[0]:
+        learn.opt.set_hyper(name, [group[name] for group in old_opt.hypers])
+    learn.opt.frozen_idx = old_opt.frozen_idx
 
 
-def _matching(before: nn.Module, after: MixMoModel) -> dict[int, list[nn.Parameter]]:
-    """Map each parameter of a network to those that it became in its MixMo network."""
-    core, found = after.core, {}
+def _converted_parameters(original: nn.Module, model: MixMoModel) -> dict[int, list[nn.Parameter]]:
+    """Map the id of each original parameter to the parameters that replace it."""
+    core, replacements = model.core, {}
     assert isinstance(core, BackboneCore)
-    for name, layers in ((core.first, after.encoders), (core.last, after.heads)):
-        for own, parameter in before.get_submodule(name).named_parameters():
-            found[id(parameter)] = [layer.get_parameter(own) for layer in layers]
-    for name, parameter in before.named_parameters():
-        if id(parameter) not in found:
-            found[id(parameter)] = [core.body.get_parameter(name)]
-    return found
+    for name, layers in ((core.first, model.encoders), (core.last, model.heads)):
+        for parameter_name, parameter in original.get_submodule(name).named_parameters():
+            replacements[id(parameter)] = [layer.get_parameter(parameter_name) for layer in layers]
+    for name, parameter in original.named_parameters():
+        if id(parameter) not in replacements:
+            replacements[id(parameter)] = [core.body.get_parameter(name)]
+    return replacements
 
 
-def _exchanged(groups: Iterable[Any], matching: Mapping[int, list[nn.Parameter]]) -> list[Any]:
-    """Put other parameters in the place of those that have some; others stay."""
-    exchanged: list[Any] = []
-    for each in groups:
-        if isinstance(each, Tensor):
-            exchanged += matching.get(id(each), [each])
-        elif isinstance(each, Mapping):  # as torch's optimizers take them
-            exchanged.append({**each, "params": _exchanged(each["params"], matching)})
+def _replace_parameters(
+    groups: Iterable[Any], replacements: Mapping[int, list[nn.Parameter]]
+) -> list[Any]:
+    """Replace parameters in nested groups by those that `replacements` maps their ids to."""
+    replaced: list[Any] = []
+    for item in groups:
+        if isinstance(item, Tensor):
+            replaced += replacements.get(id(item), [item])
+        elif isinstance(item, Mapping):  # a parameter group of torch's optimizers
+            params_of_group = _replace_parameters(item["params"], replacements)
+            replaced.append({**item, "params": params_of_group})
         else:
-            exchanged.append(_exchanged(each, matching))
-    return exchanged
+            replaced.append(_replace_parameters(item, replacements))
+    return replaced

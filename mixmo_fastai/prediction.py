@@ -1,4 +1,4 @@
-"""Predictions of a trained run for single images.
+"""Predictions of a trained run for image files.
 
 Shapes: n images of C channels, H × W pixels; M members, or networks of a deep ensemble; K classes.
 """
@@ -22,21 +22,21 @@ from mixmo_fastai.runs import DataFacts, RunFolder
 from mixmo_fastai.training import facts_of, read_source
 
 IMAGES_AT_ONCE = 1024
-"""Decoded images that are held at a time."""
+"""Number of decoded images in memory at a time."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a run says of one image.
+    """Prediction for one image.
 
     Attributes:
-        image: the file.
-        label: the class of the ensemble, the mean of logits.
-        probability: of that class.
-        votes: each member's class; the ensemble's alone of an exported network.
-        agreement: share of the votes for the ensemble's class; None of a single vote.
-        entropy: of the ensemble, in nats; 0 where it is sure.
-        mutual_information: of the members, in nats; None for one member.
+        image: path of the file.
+        label: class predicted by the ensemble, from the mean of the members' logits.
+        probability: probability of that class.
+        votes: class predicted by each member; for an exported network, only the ensemble's class.
+        agreement: fraction of the votes for the ensemble's class; None for a single vote.
+        entropy: entropy of the ensemble's probabilities, in nats; 0 if one class has all of it.
+        mutual_information: mutual information of the members, in nats; None for one member.
     """
 
     image: str
@@ -50,52 +50,57 @@ class Prediction:
 
 def predict_images(
     run: RunFolder | ExportedNetwork,
-    places: Sequence[Path],
+    paths: Sequence[Path],
     data_dir: Path | None = None,
     *,
     device: str | None = None,
     skipped: Skipped | None = None,
 ) -> tuple[list[Prediction], dict[Path, str]]:
-    """Predict image files, and all images below folders.
+    """Predict the classes of image files, including all images in folders.
 
-    The run's data need not be there, but for runs without data.json, such as imported ones.
+    The run's data set is not needed, except for runs without data.json, such as imported ones.
 
     Args:
         run: a finished run, or an exported network.
-        places: files and folders.
-        data_dir: where data sets lie.
-        device: where to predict; the recipe's where not given, or what there is.
-        skipped: receives the hidden and other files of folders.
+        paths: files and folders.
+        data_dir: folder of the data sets.
+        device: device to predict on; by default, that of the recipe, or the best one available for
+            an exported network.
+        skipped: receives the files of folders that are not predicted, such as hidden files.
 
     Returns:
-        the predictions, and for each file that cannot be read the reason and what to do.
+        The predictions; and for each unreadable file, the reason and what to do.
 
     Raises:
         InputError: the run is not finished, its classes are not known, or no image is found.
     """
     if isinstance(run, ExportedNetwork):
-        facts, own_device, plain = run.facts, "auto", [run.model]
+        facts, default_device, plain = run.facts, "auto", [run.model]
     else:
         facts = run.data_facts() or facts_of(read_source(run.recipe(), data_dir, run))
-        own_device = run.recipe().train.device
+        default_device = run.recipe().train.device
         plain = [load_network(network).fuse(keep_members=True) for network in run.networks()]
-    chosen = choose_device(device or own_device)
+    chosen = choose_device(device or default_device)
     networks = [move_to_device(network, chosen) for network in plain]
-    paths, unreadable = find_images(places, skipped), {}
+    image_paths, unreadable = find_images(paths, skipped), {}
     predictions: list[Prediction] = []
-    for start in range(0, len(paths), IMAGES_AT_ONCE):
-        chunk = paths[start : start + IMAGES_AT_ONCE]
+    for start in range(0, len(image_paths), IMAGES_AT_ONCE):
+        chunk = image_paths[start : start + IMAGES_AT_ONCE]
         decoded = dict(decode_readable(chunk, facts.image_shape, unreadable))  # type: ignore[arg-type]
         if decoded:
             pixels = torch.stack(list(decoded.values()))
             loader = PixelLoader(pixels, facts.mean, facts.std, chosen)
-            logits = torch.cat([_votes_of(network, loader, networks) for network in networks], 1)
+            logits = torch.cat(
+                [_voter_logits(network, loader, networks) for network in networks], 1
+            )
             predictions += _predictions([str(path) for path in decoded], logits, facts)
     return predictions, unreadable
 
 
-def _votes_of(network: torch.nn.Module, loader: PixelLoader, networks: Sequence[object]) -> Tensor:
-    """Give the logits that vote: those of the members, or of each network of a deep ensemble."""
+def _voter_logits(
+    network: torch.nn.Module, loader: PixelLoader, networks: Sequence[object]
+) -> Tensor:
+    """Return the logits of the voters: the members, or one network of a deep ensemble."""
     labelled = collect_member_logits(network, loader)
     assert labelled is not None
     logits = labelled[0]
@@ -103,7 +108,7 @@ def _votes_of(network: torch.nn.Module, loader: PixelLoader, networks: Sequence[
 
 
 def _predictions(images: Sequence[str], logits: Tensor, facts: DataFacts) -> list[Prediction]:
-    """Read predictions off member logits (n, M, K)."""
+    """Build predictions from member logits (n, M, K)."""
     probabilities = logits.double().mean(dim=1).softmax(dim=1)
     top, labels = probabilities.max(dim=1)
     votes = logits.argmax(dim=2)  # (n, M)

@@ -1,4 +1,4 @@
-"""What training sees: pairs, masks and their mixture, as pixels.
+"""Preview of a training batch: images, masks and mixtures as pixels.
 
 Shapes: n positions of a batch, M members, C channels, H W image size, D feature channels, h w
 feature size after the encoder.
@@ -25,15 +25,17 @@ from mixmo_fastai.randomness import fresh_seed
 
 @dataclass(frozen=True)
 class Preview:
-    """Some positions of a training batch.
+    """Some samples of a training batch.
 
     Attributes:
-        inputs: what each member sees, (n, M, C, H, W) in [0, 1].
-        masks: MixMo's, (n, M, H, W) in [0, 1]. Of a mask of whole channels, each column of the
-            picture is a channel, and `by_channels` is true.
-        mixed: Σ mask · input, (n, C, H, W) in [0, 1]; the network mixes features the same way.
-            Pixels have no feature channels: there, members are blended by their share of them.
-        labels: class names of each position, one list per position.
+        inputs: the input of each member, (n, M, C, H, W) in [0, 1].
+        masks: the masks of MixMo, (n, M, H, W) in [0, 1]. If masks select whole channels,
+            `by_channels` is true and each column of the image shows one channel.
+        mixed: Σ mask · input, (n, C, H, W) in [0, 1]; the network mixes features in the same way.
+            With `by_channels`, members are blended by their fraction of the channels, since pixels
+            have no feature channels.
+        labels: class names of each member, one list per sample.
+        by_channels: masks select whole channels.
     """
 
     inputs: Tensor
@@ -44,36 +46,36 @@ class Preview:
 
 
 def preview_batch(learn: Learner, count: int = 6) -> Preview:
-    """Draw a first training batch, mixed with the callback's kind, whatever its probability.
+    """Draw the first training batch, mixed with the callback's kind regardless of `mix_prob`.
 
-    The Learner is as before afterwards, random states included, but for a loss that is wrapped in
+    The Learner is restored afterwards, including random states; only its loss stays wrapped in
     `MixMoLoss`.
 
     Args:
-        learn: with a `MixMoCallback`.
-        count: positions to show.
+        learn: a Learner with a `MixMoCallback`.
+        count: number of samples to show.
 
     Raises:
-        InputError: the Learner has no `MixMoCallback`, or what a fit would refuse.
+        InputError: the Learner has no `MixMoCallback`, or cannot be trained.
     """
     callback = next((cb for cb in learn.cbs if isinstance(cb, MixMoCallback)), None)
     if callback is None:
         raise InputError(
-            "The Learner has no MixMoCallback, so that nothing is mixed.\n"
+            "The Learner has no MixMoCallback.\n"
             "Build it with mixmo_learner(dls, arch), or add the callback."
         )
-    with _as_in_the_first_step(learn, callback):
+    with _simulated_first_step(learn, callback):
         learn.xb, learn.yb = _split(learn, first_batch(learn.dl))
         callback.before_batch()
-        return preview_of(learn, count)
+        return preview_current_batch(learn, count)
 
 
-def preview_of(learn: Learner, count: int = 6) -> Preview:
-    """Show the batch of a Learner as its `MixMoCallback` has left it.
+def preview_current_batch(learn: Learner, count: int = 6) -> Preview:
+    """Preview the current batch of a Learner, as mixed by its `MixMoCallback`.
 
     Args:
-        learn: within a training step.
-        count: positions to show.
+        learn: a Learner within a training step.
+        count: number of samples to show.
     """
     inputs, masks = (part[:count].detach().float().cpu() for part in learn.xb)
     pixels = _as_pixels(inputs, learn)
@@ -84,20 +86,20 @@ def preview_of(learn: Learner, count: int = 6) -> Preview:
         masks=_as_columns(masks, pixels.shape[-2:]) if by_channels else weights,
         mixed=(pixels * weights[:, :, None]).sum(dim=1),
         by_channels=by_channels,
-        labels=[_names(learn, position) for position in range(len(inputs))],
+        labels=[_class_names(learn, position) for position in range(len(inputs))],
     )
 
 
 @contextmanager
-def _as_in_the_first_step(learn: Learner, callback: MixMoCallback) -> Iterator[None]:
-    """Let the callback believe that a fit has just begun, and put everything back."""
-    state = ("epoch", "iter", "pct_train", "dl", "xb", "yb")
-    before = {name: vars(learn)[name] for name in state if name in vars(learn)}
+def _simulated_first_step(learn: Learner, callback: MixMoCallback) -> Iterator[None]:
+    """Put Learner and callback in the state of the first step of a fit; restore them afterwards."""
+    names = ("epoch", "iter", "pct_train", "dl", "xb", "yb")
+    original = {name: vars(learn)[name] for name in names if name in vars(learn)}
     mix_prob, fit_seed = callback.mix_prob, callback.fit_seed
     try:
         with preserved_random_states(learn.dls.train):
             callback.mix_prob = 1.0
-            if callback.fit_seed is None:  # other processes, if any, need not look as well
+            if callback.fit_seed is None:  # otherwise before_fit would wait for the other ranks
                 callback.fit_seed = fresh_seed()
             learn.epoch, learn.iter, learn.pct_train, learn.dl = 0, 0, 0.0, learn.dls.train
             callback.before_fit()
@@ -106,9 +108,9 @@ def _as_in_the_first_step(learn: Learner, callback: MixMoCallback) -> Iterator[N
     finally:
         callback.mix_prob, callback.fit_seed = mix_prob, fit_seed
         callback.drawn_slots = callback.drawn_mixings = None
-        for name in state:
+        for name in names:
             vars(learn).pop(name, None)
-        vars(learn).update(before)
+        vars(learn).update(original)
 
 
 def _split(learn: Learner, batch: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -117,25 +119,25 @@ def _split(learn: Learner, batch: Sequence[Any]) -> tuple[tuple[Any, ...], tuple
 
 
 def _as_columns(masks: Tensor, size: torch.Size) -> Tensor:
-    """Draw each channel's mask value as a column: (n, M, D, h, w) -> (n, M, H, W)."""
+    """Show the mask value of each channel as a column: (n, M, D, h, w) -> (n, M, H, W)."""
     values = masks.mean(dim=(3, 4))[:, :, None]  # (n, M, 1, D)
     columns = F.interpolate(values, size=(1, max(size[1], values.shape[3])), mode="nearest")
     return columns.expand(-1, -1, size[0], -1)
 
 
 def _as_pixels(inputs: Tensor, learn: Learner) -> Tensor:
-    """Undo what the loader's batch transforms can undo, such as `Normalize`."""
+    """Undo the loader's reversible batch transforms, such as `Normalize`."""
     after_batch = getattr(learn.dls.train, "after_batch", None)
     shape, pixels = inputs.shape, TensorImage(inputs.flatten(0, 1))
     for transform in reversed(after_batch.fs if isinstance(after_batch, Pipeline) else []):
-        if not isinstance(transform, IntToFloatTensor):  # which would round
+        if not isinstance(transform, IntToFloatTensor):  # its decode would round
             pixels = transform.decode(pixels)
     pixels = pixels.as_subclass(Tensor).cpu().reshape(shape)
-    return _in_range(pixels).clamp(0, 1)
+    return _rescale(pixels).clamp(0, 1)
 
 
-def _in_range(pixels: Tensor) -> Tensor:
-    """Bring pixels into [0, 1]: of 0 to 255, or standardised in a way that nobody can undo."""
+def _rescale(pixels: Tensor) -> Tensor:
+    """Rescale pixels to [0, 1] if they are in [0, 255] or standardised by unknown statistics."""
     lowest, highest = pixels.aminmax()
     if lowest >= 0 and highest > 16:
         return pixels / 255
@@ -144,30 +146,30 @@ def _in_range(pixels: Tensor) -> Tensor:
     return pixels
 
 
-def _names(learn: Learner, position: int) -> list[str]:
-    """Name the classes of each member; of two where pixels were mixed."""
+def _class_names(learn: Learner, position: int) -> list[str]:
+    """Return the class name of each member's image; both class names if its pixels were mixed."""
     vocab = getattr(learn.dls, "vocab", None)
-    names = [_name(target, vocab) for target in learn.yb[0][position]]
+    names = [_target_name(target, vocab) for target in learn.yb[0][position]]
     if len(learn.yb) == 2:
         return names
-    pasted, shares = learn.yb[2][position], learn.yb[3][position]
+    pasted, fractions = learn.yb[2][position], learn.yb[3][position]
     return [
-        _both(name, _name(other, vocab), share)
-        for name, other, share in zip(names, pasted, shares.tolist(), strict=True)
+        _mixed_name(name, _target_name(other, vocab), fraction)
+        for name, other, fraction in zip(names, pasted, fractions.tolist(), strict=True)
     ]
 
 
-def _both(own: str, other: str, share: float) -> str:
-    """Name two classes by their shares, and one whose share rounds to none not at all."""
-    if not 0.005 < share < 0.995:
-        return own if share > 0.5 else other
-    return f"{share:.0%} {own}, {1 - share:.0%} {other}"
+def _mixed_name(name: str, other: str, fraction: float) -> str:
+    """Join two class names with their percentages; omit one that rounds to 0 %."""
+    if not 0.005 < fraction < 0.995:
+        return name if fraction > 0.5 else other
+    return f"{fraction:.0%} {name}, {1 - fraction:.0%} {other}"
 
 
-def _name(target: Tensor, vocab: Sequence[Any] | None) -> str:
-    """Name a class, or those that several labels (K,) mark."""
+def _target_name(target: Tensor, vocab: Sequence[Any] | None) -> str:
+    """Return the name of a class, or the joined names of the labels of a multi-label (K,)."""
     if target.numel() == 1:
-        known = vocab is not None and not target.is_floating_point()
-        return str(vocab[int(target)]) if known else f"{target.item():g}"
-    marked = (target > 0.5).nonzero().flatten().tolist()
-    return ", ".join(str(label if vocab is None else vocab[label]) for label in marked) or "none"
+        has_name = vocab is not None and not target.is_floating_point()
+        return str(vocab[int(target)]) if has_name else f"{target.item():g}"
+    indices = (target > 0.5).nonzero().flatten().tolist()
+    return ", ".join(str(label if vocab is None else vocab[label]) for label in indices) or "none"

@@ -77,7 +77,7 @@ class Data:
         limit: maximum number of training images, balanced over the classes; 0 for all.
         image_size: height and width to which the images of a folder are resized. 0 keeps their own
             size: that of most training images or, if there is none, the median height and the
-            median width. If None, their own size, on a CPU at most `sizing.CPU_SIDE`.
+            median width. If None, their own size, on a CPU at most `sizing.MAX_CPU_SIDE`.
         skip_damaged: whether to skip image files that cannot be decoded; otherwise an error lists
             them. A run stores the names of skipped files in left-out.json.
         crop_padding: pixels of padding before the random crop; if None, that of the data set.
@@ -111,7 +111,7 @@ class Model:
 
     Attributes:
         arch: architecture, such as "wrn28_10", "preact_resnet18_3", "resnet50" or
-            "timm/convnext_atto"; if None, chosen by `sizing.decide`.
+            "timm/convnext_atto"; if None, chosen by `sizing.fill_defaults`.
         pretrained: whether to start a torchvision or timm network from its library's pretrained
             weights.
         num_members: subnetworks M; 1 is the vanilla network.
@@ -164,7 +164,7 @@ class Train:
 
     Attributes:
         epochs: passes over the loader; each shows every image batch_repetitions times per member.
-            If None, chosen by `sizing.decide`.
+            If None, chosen by `sizing.fill_defaults`.
         batch_size: images that the network sees per step, including repetitions.
         seed: random seed.
         device: "auto" is CUDA if available.

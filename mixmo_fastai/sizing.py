@@ -1,7 +1,7 @@
-"""What a recipe leaves open: network, epochs and image size, by the data and the device.
+"""Default network, number of epochs and image size, by data and device.
 
-One table, `DEFAULTS`, which `docs/recipes.md` shows. A run's recipe holds what was decided, so that
-nothing is decided again when it is resumed or evaluated. Standard library only.
+The defaults are in one table, `DEFAULTS`, which `docs/recipes.md` shows. The recipe of a run holds
+the values that were chosen, so resuming and evaluating use the same. Standard library only.
 """
 
 import math
@@ -14,12 +14,12 @@ from mixmo_fastai.recipe import Recipe
 
 @dataclass(frozen=True)
 class Default:
-    """A row of the table: what images of a size are trained with.
+    """Defaults for images up to a size.
 
     Attributes:
-        side: of the largest images that it is for, in pixels; the square root of H · W.
-        arch: the network.
-        images_seen: by the network, repetitions included.
+        side: largest size of the images in pixels: the square root of H · W.
+        arch: name of the network.
+        images_seen: number of images seen by the network, including repetitions.
     """
 
     side: float
@@ -39,20 +39,20 @@ DEFAULTS = {
         Default(math.inf, "resnet50", 5_000_000),
     ),
 }
-"""By device, the first row whose side is large enough."""
-CPU_SIDE = 64
-"""Height and width to which the images of a folder are scaled on a CPU if a side is longer."""
-MOST_VIEWS = 1200
-"""Times that each image is seen at most, by default: as published, 300 epochs of 4 repetitions."""
+"""Rows by device; the first row whose side is large enough applies."""
+MAX_CPU_SIDE = 64
+"""Height and width to which images of a folder are resized on a CPU if a side is longer."""
+MAX_VIEWS = 1200
+"""Largest default number of views of each image: as published, 300 epochs of 4 repetitions."""
 PUBLISHED_ARCH, PUBLISHED_EPOCHS = "wrn28_10", 300
-"""Of the named data sets, where a recipe leaves it open."""
+"""Defaults for the named data sets."""
 
-ENOUGH_IMAGES_SEEN = 1_500_000
-"""From here on, two members in one network have been found better than a plain network."""
-ENOUGH_WIDTH = 4
-"""The narrowest WideResNet of which that was found."""
-OPEN = ("data.image_size", "model.arch", "train.epochs")
-"""Settings that a recipe may leave open."""
+MIN_IMAGES_SEEN = 1_500_000
+"""Number of images seen from which two members were found more accurate than a plain network."""
+MIN_WIDTH = 4
+"""Smallest width of a WideResNet for which this was found."""
+OPTIONAL_SETTINGS = ("data.image_size", "model.arch", "train.epochs")
+"""Settings that a recipe may leave open (None)."""
 
 
 def default_for(device: str, image_shape: Sequence[int]) -> Default:
@@ -62,13 +62,13 @@ def default_for(device: str, image_shape: Sequence[int]) -> Default:
     return next(row for row in rows if side <= row.side)
 
 
-def undecided(recipe: Recipe) -> list[str]:
-    """List the settings that a recipe leaves open."""
-    pairs = [(name, *name.split(".")) for name in OPEN]
+def open_settings(recipe: Recipe) -> list[str]:
+    """List the settings that a recipe leaves open (None)."""
+    pairs = [(name, *name.split(".")) for name in OPTIONAL_SETTINGS]
     return [name for name, section, key in pairs if getattr(getattr(recipe, section), key) is None]
 
 
-def decide(
+def fill_defaults(
     recipe: Recipe,
     *,
     device: str,
@@ -76,14 +76,14 @@ def decide(
     num_images: int,
     scaled_to: int = 0,
 ) -> Recipe:
-    """Fill in what a recipe leaves open; what it says stays.
+    """Fill in the settings that a recipe leaves open; other settings are unchanged.
 
     Args:
-        recipe: what to train.
+        recipe: the recipe.
         device: "cpu" or "cuda".
-        image_shape: (C, H, W) of the images as they were read.
-        num_images: that train, without those of the validation split.
-        scaled_to: height and width to which the images of a folder were scaled; 0 for their own.
+        image_shape: (C, H, W) of the images as read.
+        num_images: number of training images, without the validation split.
+        scaled_to: height and width to which images of a folder were resized; 0 if not resized.
     """
     data, model, train = recipe.data, recipe.model, recipe.train
     if data.image_size is None:
@@ -91,7 +91,7 @@ def decide(
     arch, epochs = PUBLISHED_ARCH, PUBLISHED_EPOCHS
     if data.dataset not in DATASETS:
         default = default_for(device, image_shape)
-        images_seen = min(default.images_seen, MOST_VIEWS * num_images)
+        images_seen = min(default.images_seen, MAX_VIEWS * num_images)
         seen_per_epoch = recipe.mix.batch_repetitions * num_images
         arch, epochs = default.arch, max(1, round(images_seen / seen_per_epoch))
     if model.arch is None:
@@ -102,25 +102,25 @@ def decide(
 
 
 def narrow_network(recipe: Recipe) -> Architecture | None:
-    """Return the network if it is a WideResNet of less than `ENOUGH_WIDTH`, otherwise None."""
+    """Return the network if it is a WideResNet narrower than `MIN_WIDTH`, otherwise None."""
     parsed = parse_architecture(recipe.model.arch or PUBLISHED_ARCH)
-    return parsed if parsed.family == "wrn" and parsed.width < ENOUGH_WIDTH else None
+    return parsed if parsed.family == "wrn" and parsed.width < MIN_WIDTH else None
 
 
-def too_small_for_members(recipe: Recipe, images_seen: int) -> str | None:
-    """Say what a network of several members lacks to be better than a plain one, if anything.
+def unmet_requirement(recipe: Recipe, images_seen: int) -> str | None:
+    """Describe the unmet requirements for several members to outperform a plain network, or None.
 
-    The digits are so easy that they need neither.
+    The digits are easy enough that they have no requirements.
 
     Args:
-        recipe: decided.
-        images_seen: by one network in all of its training.
+        recipe: recipe without open settings.
+        images_seen: number of images seen by one network in training.
     """
     if recipe.model.num_members == 1 or recipe.data.dataset == "digits":
         return None
-    lacks = []
-    if images_seen < ENOUGH_IMAGES_SEEN:
-        lacks.append(f"about {ENOUGH_IMAGES_SEEN:,} images seen (here {images_seen:,})")
+    unmet = []
+    if images_seen < MIN_IMAGES_SEEN:
+        unmet.append(f"about {MIN_IMAGES_SEEN:,} images seen (here {images_seen:,})")
     if narrow := narrow_network(recipe):
-        lacks.append(f"a width of {ENOUGH_WIDTH} (here {narrow.width})")
-    return " and ".join(lacks) or None
+        unmet.append(f"a width of {MIN_WIDTH} (here {narrow.width})")
+    return " and ".join(unmet) or None

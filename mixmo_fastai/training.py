@@ -33,7 +33,7 @@ from mixmo_fastai.data.splits import training_parts
 from mixmo_fastai.devices import choose_device, describe_device
 from mixmo_fastai.distributed import distributed_training
 from mixmo_fastai.errors import InputError, RunFailedError
-from mixmo_fastai.evaluation import collect_member_logits, evaluate_parts
+from mixmo_fastai.evaluation import collect_member_logits, evaluate_splits
 from mixmo_fastai.failures import readable_errors
 from mixmo_fastai.interruption import StopRequest
 from mixmo_fastai.learner import learner_from_recipe
@@ -51,7 +51,7 @@ from mixmo_fastai.runs import DataFacts, RunFolder
 from mixmo_fastai.schedule import flat_cosine, one_cycle, published_steps
 from mixmo_fastai.selection import BestEpochCallback
 from mixmo_fastai.settings import to_mapping
-from mixmo_fastai.sizing import CPU_SIDE, decide, undecided
+from mixmo_fastai.sizing import MAX_CPU_SIDE, fill_defaults, open_settings
 
 TEST_SET = 2
 """Index of the test loader in the DataLoaders of `make_dataloaders`."""
@@ -71,7 +71,7 @@ class Training:
         recipe: the recipe, fully resolved.
         source: the data set.
         learn: the Learner with loaders and network; for a deep ensemble, that of the first network.
-        decided: names of the settings that the recipe left open and `sizing.decide` has set.
+        decided: names of the settings that the recipe left open and `sizing.fill_defaults` has set.
     """
 
     recipe: Recipe
@@ -174,7 +174,9 @@ def prepare(
         )
     with rank0_first():  # rank 0 fills the cache of decoded images
         may_scale = recipe.data.image_size is None and sized_for == "cpu"
-        source = read_source(recipe, data_dir, run, largest_side=CPU_SIDE if may_scale else None)
+        source = read_source(
+            recipe, data_dir, run, largest_side=MAX_CPU_SIDE if may_scale else None
+        )
     return prepare_network(recipe, source, sized_for=sized_for)
 
 
@@ -200,8 +202,8 @@ def prepare_network(
         dls = _make_dataloaders(recipe, source, device)
     else:
         dls.train.seed = recipe.train.seed
-    open_settings = tuple(undecided(recipe))
-    recipe = decide(
+    open_names = tuple(open_settings(recipe))
+    recipe = fill_defaults(
         recipe,
         device=sized_for or device.type,
         image_shape=source.train.image_shape,
@@ -212,7 +214,7 @@ def prepare_network(
     _check_image_size(recipe, source, learn.model)
     _check_evaluation_images(source, dls)
     learn.remove_cbs(ProgressCallback)  # the caller provides the progress display
-    training = Training(recipe, source, learn, open_settings)
+    training = Training(recipe, source, learn, open_names)
     training.acceleration.move_to_device(learn.model)
     return training
 
@@ -327,7 +329,7 @@ def train(
         with readable_errors(recipe, precision), training.acceleration.threaded():
             loaders = learn.dls.valid, learn.dls[TEST_SET]
             valid, test = (collect_member_logits(learn.model, loader) for loader in loaders)
-            evaluated = evaluate_parts(valid, test)
+            evaluated = evaluate_splits(valid, test)
         metrics = {
             **training.summary(),
             **({"selected_epoch": best.number} if best else {}),

@@ -1,4 +1,4 @@
-"""Names and formats of methods, published results and metrics, wherever a person reads them."""
+"""Display names and formats of methods, published results and metrics."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -7,25 +7,25 @@ from mixmo_fastai.recipe import Recipe
 from mixmo_fastai.resolve import departures
 
 PIXEL_NAMES = {"cutmix": "CutMix", "mixup": "Mixup"}
-LARGEST_TEMPERATURE_ERROR = 0.1
-"""Relative standard error of a temperature above which a remark accompanies its figures."""
+MAX_TEMPERATURE_ERROR = 0.1
+"""Relative standard error of a temperature above which its metrics come with a warning."""
 METHOD_NAMES = {"cutmix": "Cut-MixMo", "linear": "Linear-MixMo", "sum": "MIMO"}
 
 
-PART_NAMES = {"test": "Test", "valid": "Validation"}
+SPLIT_NAMES = {"test": "Test", "valid": "Validation"}
 
 
-def final_figures(figures: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Return the name of the part that the final figures are of, and these figures.
+def final_metrics(metrics: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return the split of the final metrics, and the metrics on it.
 
     Args:
-        figures: from `evaluation.evaluate_parts`.
+        metrics: from `evaluation.evaluate_splits`.
 
     Returns:
-        "test", or "valid" when there were no labelled test images; and the figures of that part.
+        "test", or "valid" if there are no labelled test images; and the metrics on that split.
     """
-    part = "test" if "test" in figures else "valid"
-    return part, figures[part]
+    split = "test" if "test" in metrics else "valid"
+    return split, metrics[split]
 
 
 def percent(value: float) -> str:
@@ -48,13 +48,13 @@ def decimal(value: float) -> str:
     return f"{value:.4f}"
 
 
-def signed(value: float) -> str:
+def signed_decimal(value: float) -> str:
     """Format a difference with four decimals and its sign."""
     return f"{value:+.4f}"
 
 
 def nats(value: float) -> str:
-    """Format an amount of information."""
+    """Format an amount of information in nats."""
     return f"{value:.4f} nats"
 
 
@@ -75,11 +75,11 @@ _DURATIONS = (
     (1000 * _DAY, _DAY, 0, "days"),
     (float("inf"), 365 * _DAY, 0, "years"),
 )
-"""Below how many seconds an estimate is shown in which unit, with how many decimals."""
+"""Upper limit of each row in seconds; seconds per unit, number of decimals and name of the unit."""
 
 
-def shortened(name: str, length: int) -> str:
-    """Cut a name to a number of characters, the last of them "…"."""
+def truncate(name: str, length: int) -> str:
+    """Truncate a name to at most `length` characters, the last of them "…"."""
     return name if len(name) <= length else f"{name[: length - 1]}…"
 
 
@@ -91,47 +91,55 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-class Figure(NamedTuple):
-    """Name and format of one metric of `evaluation.evaluate_logits`.
+class MetricFormat(NamedTuple):
+    """Display name and format of a metric of `evaluation.evaluate_logits`.
 
     Attributes:
-        name: its key there.
-        label: its short name.
-        show: formats its value.
-        meaning: its definition, in a phrase.
+        name: key of the metric in the result of `evaluate_logits`.
+        label: short display name.
+        format_value: formats a value.
+        definition: short definition.
     """
 
     name: str
     label: str
-    show: Callable[[float], str]
-    meaning: str
+    format_value: Callable[[float], str]
+    definition: str
 
 
-FIGURES = (
-    Figure("accuracy", "Accuracy", percent, "images whose most likely class is the true one"),
-    Figure("top5", "Top-5", percent, "images whose class is among the five most likely"),
-    Figure("nll", "NLL", decimal, "mean of -log probability of the true class, in nats"),
-    Figure("brier", "Brier", decimal, "squared error of the probabilities, summed over classes"),
-    Figure("ece", "ECE", percent, "gap between confidence and accuracy, 15 bins of equal width"),
-    Figure("tace", "TACE", percent, "the same per class, bins of equal mass, above 0.001"),
-    Figure("failure_auroc", "Failure AUROC", percent, "confidence as a detector of errors"),
-    Figure("aurc", "AURC", percent, "error rate, mean over coverages; most confident first"),
-    Figure("risk_at_80", "Risk at 80 %", percent, "error rate among the most confident 80 %"),
-    Figure("risk_at_90", "Risk at 90 %", percent, "error rate among the most confident 90 %"),
-    Figure("risk_at_95", "Risk at 95 %", percent, "error rate among the most confident 95 %"),
-    Figure("ratio_error", "Ratio of errors", decimal, "errors of one member per error of both"),
-    Figure("disagreement", "Disagreement", percent, "images on which two members differ"),
-    Figure(
+METRICS = (
+    MetricFormat(
+        "accuracy", "Accuracy", percent, "images whose most likely class is the true class"
+    ),
+    MetricFormat("top5", "Top-5", percent, "images whose true class is among the five most likely"),
+    MetricFormat("nll", "NLL", decimal, "mean of -log probability of the true class, in nats"),
+    MetricFormat(
+        "brier", "Brier", decimal, "squared error of the probabilities, summed over classes"
+    ),
+    MetricFormat(
+        "ece", "ECE", percent, "gap between confidence and accuracy, 15 bins of equal width"
+    ),
+    MetricFormat("tace", "TACE", percent, "the same per class, bins of equal mass, above 0.001"),
+    MetricFormat("failure_auroc", "Failure AUROC", percent, "confidence as a detector of errors"),
+    MetricFormat("aurc", "AURC", percent, "error rate, mean over coverages; most confident first"),
+    MetricFormat("risk_at_80", "Risk at 80 %", percent, "error rate among the most confident 80 %"),
+    MetricFormat("risk_at_90", "Risk at 90 %", percent, "error rate among the most confident 90 %"),
+    MetricFormat("risk_at_95", "Risk at 95 %", percent, "error rate among the most confident 95 %"),
+    MetricFormat(
+        "ratio_error", "Ratio of errors", decimal, "errors of one member per error of both"
+    ),
+    MetricFormat("disagreement", "Disagreement", percent, "images on which two members differ"),
+    MetricFormat(
         "mutual_information", "Mutual information", nats, "between the members, mean over images"
     ),
 )
-FIGURE = {figure.name: figure for figure in FIGURES}
-OF_SEVERAL_MEMBERS = ("ratio_error", "disagreement", "mutual_information")
-"""Metrics that a network of one member does not have."""
+METRIC_BY_NAME = {metric.name: metric for metric in METRICS}
+MULTI_MEMBER_METRICS = ("ratio_error", "disagreement", "mutual_information")
+"""Metrics that compare members: undefined for a network with one member."""
 
 
 def method_name(recipe: Recipe) -> str:
-    """Return the name of a recipe's method."""
+    """Return the display name of a recipe's method."""
     if recipe.name == "imported":
         return f"Imported network, members: {recipe.model.num_members}"
     name = METHOD_NAMES.get(recipe.mix.kind, f"MixMo ({recipe.mix.kind})")
@@ -145,38 +153,38 @@ def method_name(recipe: Recipe) -> str:
     return f"{name}, deep ensemble of {nets} networks" if nets > 1 else name
 
 
-def expectation(recipe: Recipe) -> str:
-    """Return the published result of a recipe, and settings that differ; "" if there is none."""
+def published_result(recipe: Recipe) -> str:
+    """Return the published result of a recipe and the settings that differ; "" if there is none."""
     expected = recipe.expected
     if expected.accuracy is None:
         return ""
     text = f"{100 * expected.accuracy:.2f} % top-1 with {expected.arch} ({expected.source})"
     changed = departures(recipe)
-    return f"{text}; not to be expected here, for {', '.join(changed)}" if changed else text
+    return f"{text}; this run differs in {', '.join(changed)}" if changed else text
 
 
-def temperature_remark(figures: Mapping[str, Any]) -> str:
-    """Return the warning beside figures at a temperature that is uncertain; "" if it is not.
+def temperature_warning(metrics: Mapping[str, Any]) -> str:
+    """Return a warning if a temperature is uncertain; otherwise "".
 
     Args:
-        figures: "calibrated" or "cross_fitted" of `evaluation.evaluate_parts`.
+        metrics: entry "calibrated" or "cross_fitted" of `evaluation.evaluate_splits`.
     """
-    error = temperature_error(figures)
-    if error <= LARGEST_TEMPERATURE_ERROR:
+    error = temperature_error(metrics)
+    if error <= MAX_TEMPERATURE_ERROR:
         return ""
-    several = len(figures.get("temperature_errors", ())) > 1
-    which = "Each temperature" if several else "The temperature"
+    several = len(metrics.get("temperature_errors", ())) > 1
+    subject = "Each temperature" if several else "The temperature"
     return (
-        f"{which} comes from too few images: {figures['num_images']:,}, a standard error "
-        f"of {round_percent(error)} (at most {round_percent(LARGEST_TEMPERATURE_ERROR)})."
+        f"{subject} is fitted on too few images: {metrics['num_images']:,}, a standard error "
+        f"of {round_percent(error)} (at most {round_percent(MAX_TEMPERATURE_ERROR)})."
     )
 
 
-def temperature_error(figures: Mapping[str, Any]) -> float:
+def temperature_error(metrics: Mapping[str, Any]) -> float:
     """Return the largest relative standard error of the temperatures; 0 if none is known.
 
     Args:
-        figures: "calibrated" or "cross_fitted" of `evaluation.evaluate_parts`.
+        metrics: entry "calibrated" or "cross_fitted" of `evaluation.evaluate_splits`.
     """
-    errors: list[float] = figures.get("temperature_errors", [figures.get("temperature_error", 0.0)])
+    errors: list[float] = metrics.get("temperature_errors", [metrics.get("temperature_error", 0.0)])
     return max(errors)

@@ -328,7 +328,7 @@ def test_numbers_to_predict_in_one_line(count):
 
 def test_members_have_no_accuracy_of_numbers():
     dls = loaders(block(category=RegressionBlock, get_y=lambda item: float(item.image.mean())))
-    with pytest.raises(InputError, match="the targets are numbers to predict"):
+    with pytest.raises(InputError, match="MemberAccuracy needs class targets"):
         trained(dls, metrics=[MemberAccuracy()])
 
 

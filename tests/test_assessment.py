@@ -109,7 +109,7 @@ def test_a_validation_split_that_follows_from_the_data_is_kept_and_compared(tmp_
         train(prepare(recipe), run)
         made.append(run)
     assert [run.recipe().data.valid_split for run in made] == [0.2, 0.4]
-    with pytest.raises(InputError, match=r"data\.valid_split=0\.4, and .* has 0\.2"):
+    with pytest.raises(InputError, match=r"data\.valid_split=0\.4; .* has 0\.2"):
         evaluate_ensemble(made)
 
 
@@ -138,7 +138,7 @@ def test_strange_images_are_compared_with_the_own_test_set(runs, tmp_path, capsy
 @pytest.mark.parametrize(
     ("place", "message"),
     [
-        ("digits", "wants other images"),
+        ("digits", "trained on digits"),
         ("cifra10", "Did you mean 'cifar10'"),
         ("./none", "no folder './none'"),
         ("empty", "No image was found"),
@@ -162,7 +162,7 @@ def test_runs_are_compared_on_the_same_images(runs, tmp_path, monkeypatch, capsy
     compared = compare_runs(runs)
     logits = [logits_of(run) for run in runs]
     for part, (mean, labels), run in zip(compared, logits, runs, strict=True):
-        assert part.figures == evaluate_run(run)["test"]
+        assert part.metrics == evaluate_run(run)["test"]
         assert part.parameters == run.metrics()["parameters"]
         assert (part.images_seen, part.seconds) == tuple(
             run.metrics()[name] for name in ("images_seen", "seconds")
@@ -171,7 +171,7 @@ def test_runs_are_compared_on_the_same_images(runs, tmp_path, monkeypatch, capsy
             expected = paired_intervals(logits[0][0], mean, labels)
             for name, ends in part.differences.items():
                 assert ends == pytest.approx(expected[name], abs=1e-6)
-                assert ends[0] <= part.figures[name] - compared[0].figures[name] <= ends[1] or (
+                assert ends[0] <= part.metrics[name] - compared[0].metrics[name] <= ends[1] or (
                     name == "ece"  # which resampling biases upwards
                 )
     assert compared[0].differences is None
@@ -182,21 +182,21 @@ def test_runs_are_compared_on_the_same_images(runs, tmp_path, monkeypatch, capsy
     assert [part["run"] for part in value["runs"]] == paths
     assert value["runs"][1]["differences"]["nll"] == pytest.approx(compared[1].differences["nll"])
     assert value["runs"][0]["difference"] is None
-    nll = compared[1].figures["nll"] - compared[0].figures["nll"]
+    nll = compared[1].metrics["nll"] - compared[0].metrics["nll"]
     assert value["runs"][1]["difference"]["nll"] == pytest.approx(nll)
     for part, told in zip(compared, value["runs"], strict=True):
         low, high = part.intervals["accuracy"]
-        assert low <= part.figures["accuracy"] <= high
+        assert low <= part.metrics["accuracy"] <= high
         assert told["intervals"]["nll"] == pytest.approx(part.intervals["nll"])
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
     assert program(["compare", *paths, "--out", "second.png"]) == 0
     out = capsys.readouterr().out
     assert f"Difference from {paths[0]}, 95 % CI (paired bootstrap)" in out
     for part in compared[1:]:
-        points = 100 * (part.figures["accuracy"] - compared[0].figures["accuracy"])
+        points = 100 * (part.metrics["accuracy"] - compared[0].metrics["accuracy"])
         low, high = (100 * end for end in part.differences["accuracy"])
         assert f"{points:+.2f} points  ({low:+.2f} to {high:+.2f})" in out
-        nll = part.figures["nll"] - compared[0].figures["nll"]
+        nll = part.metrics["nll"] - compared[0].metrics["nll"]
         assert f"{nll:+.4f}         ({part.differences['nll'][0]:+.4f} to" in out
     assert f"{compared[2].parameters:,}" in out
 

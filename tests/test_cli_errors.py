@@ -14,7 +14,7 @@ from mixmo_fastai.models import create_model
 from mixmo_fastai.recipe import load_recipe, override
 from mixmo_fastai.runs import create_run
 
-HINT = "--help` lists what there is"
+HINT = "--help` for the allowed arguments"
 
 # arguments, then what the message must say: what is wrong, and what to do
 NAMES = [
@@ -110,10 +110,10 @@ PLACES = [
     ("eval damaged", "not valid TOML", "mixmo recipes NAME"),
     ("fit --resume none", "no run folder 'none'", "runs/"),
     ("fit --resume notes", "no recipe.toml", "mixmo fit"),
-    ("fit --resume trained --epochs 3", "takes every setting", "leave the others out"),
-    ("fit digits --resume trained", "takes every setting", "leave the others out"),
-    ("fit --resume trained --set train.epochs=3", "takes every setting", "leave the others out"),
-    ("fit --resume trained --out other", "takes every setting", "leave the others out"),
+    ("fit --resume trained --epochs 3", "--resume uses the settings", "omit all other"),
+    ("fit digits --resume trained", "--resume uses the settings", "omit all other"),
+    ("fit --resume trained --set train.epochs=3", "--resume uses the settings", "omit all other"),
+    ("fit --resume trained --out other", "--resume uses the settings", "omit all other"),
 ]
 FOLDERS = [
     ("fit {folders}/one-class", "only one class with images, 'cat'", "two classes or more"),
@@ -137,7 +137,7 @@ FOLDERS = [
 
 RUNS = [
     ("eval finished --ood cifra10", "data set 'cifra10'", "Did you mean 'cifar10'"),
-    ("eval finished --ood digits", "digits is what the run was trained on", "other images"),
+    ("eval finished --ood digits", "trained on digits", "give --ood another"),
     ("eval finished --corruptions none", "images of 3x32x32", "built-in"),
     ("eval emptied", "emptied has no weights yet", "mixmo fit --resume"),
     ("eval truncated", "model.safetensors cannot be read", ""),
@@ -155,7 +155,7 @@ RUNS = [
     ("inspect none", "no run folder 'none'", "runs/"),
     ("inspect trained", "no weights yet", "mixmo fit --resume trained"),
     ("inspect truncated", "model.safetensors cannot be read", ""),
-    ("inspect finished finished finished", "one run, or two", "got 3"),
+    ("inspect finished finished finished", "one or two runs", "got 3"),
     ("inspect finished --out picture.png", "exists and was not changed", "another --out"),
     ("predict none file", "no run folder 'none'", "runs/"),
     ("predict finished none.png", "no image or folder 'none.png'", ""),

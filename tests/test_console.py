@@ -1,13 +1,13 @@
 import pytest
 
-from mixmo_fastai.cli.console import fold
+from mixmo_fastai.cli.console import wrap_line
 
 LINE = "95 % CI     accuracy 25.44 % to 27.18 %, NLL 1.9251 to 1.9558, ECE 1.91 % to 3.45 %"
 
 
 @pytest.mark.parametrize("width", range(30, 90))
 def test_lines_are_folded_under_their_second_column(width):
-    lines = fold(LINE, width)
+    lines = wrap_line(LINE, width)
     assert " ".join([lines[0], *(line.strip() for line in lines[1:])]) == LINE
     assert all(len(line) <= width for line in lines)
     if width >= 36:
@@ -16,11 +16,11 @@ def test_lines_are_folded_under_their_second_column(width):
 
 @pytest.mark.parametrize("width", range(30, 90))
 def test_a_number_stays_with_its_unit(width):
-    assert not [line for line in fold(LINE, width) if line.strip().startswith("%")]
+    assert not [line for line in wrap_line(LINE, width) if line.strip().startswith("%")]
 
 
 def test_what_is_copied_is_left_whole():
     command = "  mixmo fit " + "--set data.valid_split=0.1 " * 5
-    assert fold(command, 40) == [command]
+    assert wrap_line(command, 40) == [command]
     path = "Curve: " + "folder/" * 20
-    assert fold(path, 40) == ["Curve:", "  " + "folder/" * 20]
+    assert wrap_line(path, 40) == ["Curve:", "  " + "folder/" * 20]

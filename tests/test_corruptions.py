@@ -156,4 +156,4 @@ def test_the_command(run, tmp_path, capsys):
     assert "labels.npy is missing" in capsys.readouterr().err
     many = write_official(tmp_path / "many", num_classes=6)
     assert program(["eval", path, "--corruptions", str(many)]) == 2
-    assert "knows 2 classes" in capsys.readouterr().err
+    assert "this run has 2 classes" in capsys.readouterr().err

@@ -179,7 +179,7 @@ def test_the_command_trains_evaluates_and_resumes_one(tmp_path, monkeypatch, cap
     more = ["--epochs", "1", "--device", "cpu", "--set", "model.num_nets=2"]
     assert program([*words, *more]) == 0
     out = capsys.readouterr().out
-    for text in ("2 times wrn10_1", "Network 1 of 2, seed 0", "Network 2 of 2", "Networks "):
+    for text in ("2 x wrn10_1", "Network 1 of 2, seed 0", "Network 2 of 2", "Networks "):
         assert text in out
     run = open_run("runs/digits-vanilla-x2-1")
     assert program(["eval", str(run.path), "--json"]) == 0

@@ -21,7 +21,7 @@ from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.program import app, run
 from mixmo_fastai.data.corruptions import BUILT_IN
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.evaluation import FEWEST_FOR_TEMPERATURE, evaluate_logits
+from mixmo_fastai.evaluation import MIN_IMAGES_FOR_TEMPERATURE, evaluate_logits
 from mixmo_fastai.names import COW_DEFAULTS, DATASETS, MASK_KINDS, MASK_OPTIONS
 from mixmo_fastai.recipe import (
     Recipe,
@@ -102,7 +102,7 @@ def check_command_line(words):
     opt.check_device(given.get("device"))
     flags = {name: given[name] for name in opt._SETTINGS if name in given}
     if given.get("resume"):
-        fit._refuse_settings([given["dataset"], given["recipe"], given["out"], *flags.values()])
+        fit._check_no_settings([given["dataset"], given["recipe"], given["out"], *flags.values()])
     elif "assignments" in given:
         settings, assignments = opt.flags(**flags), given["assignments"] or ()
         resolve_recipe(given["dataset"], given["recipe"], settings, assignments)
@@ -438,5 +438,5 @@ def test_files_of_a_run_folder_are_explained(small_run):
 
 def test_the_fewest_images_for_a_temperature_are_as_said():
     rows = table("evaluation.md", "use it")
-    assert f"{FEWEST_FOR_TEMPERATURE} images" in rows[0]["$T$ is fitted on"]
-    assert f"{2 * FEWEST_FOR_TEMPERATURE} images" in rows[1]["$T$ is fitted on"]
+    assert f"{MIN_IMAGES_FOR_TEMPERATURE} images" in rows[0]["$T$ is fitted on"]
+    assert f"{2 * MIN_IMAGES_FOR_TEMPERATURE} images" in rows[1]["$T$ is fitted on"]

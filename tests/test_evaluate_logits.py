@@ -13,7 +13,7 @@ from mixmo_fastai.evaluation import (
     collect_member_logits,
     cross_fitted,
     evaluate_logits,
-    evaluate_parts,
+    evaluate_splits,
 )
 from mixmo_fastai.randomness import make_generator
 
@@ -231,7 +231,7 @@ class TestParts:
 
     def test_both_averages_are_there_by_name(self):
         validation, test = parts()
-        found = evaluate_parts(validation, test)
+        found = evaluate_splits(validation, test)
         assert found["test"] == evaluate_logits(*test)
         assert found["valid"] == evaluate_logits(*validation)
         mean = evaluate_logits(*test, average="probabilities")
@@ -243,7 +243,7 @@ class TestParts:
         assert "absent" not in found
 
     def test_intervals_hold_their_figures(self):
-        found = evaluate_parts(*parts())
+        found = evaluate_splits(*parts())
         assert set(found["intervals"]) == {"accuracy", "nll", "ece"}
         for name in ("accuracy", "nll"):
             low, high = found["intervals"][name]
@@ -279,7 +279,7 @@ class TestParts:
         ],
     )
     def test_what_cannot_be_told_is_absent_with_its_reason(self, settings, absent, reason):
-        found = evaluate_parts(*parts(**settings))
+        found = evaluate_splits(*parts(**settings))
         assert absent not in found
         assert reason in found["absent"][absent]
 
@@ -287,9 +287,9 @@ class TestParts:
         logits = torch.zeros(120, 2, 6)
         logits[:, :, 2] = 5.0
         labels = torch.full((120,), 2)
-        found = evaluate_parts((logits, labels), (logits, labels))
+        found = evaluate_splits((logits, labels), (logits, labels))
         assert set(found["absent"]) == {"calibrated", "cross_fitted"}
-        assert "every image of one half is right" in found["absent"]["cross_fitted"]
+        assert "every image of one half" in found["absent"]["cross_fitted"]
         assert "nan" not in json.dumps(found).lower()
 
 
@@ -305,7 +305,7 @@ class TestCalibratedFigures:
         valid = margin * torch.eye(4)[valid_labels] + torch.randn(num_valid, 4, generator=random)
         model = Recorded()
         loaders = [(valid, valid_labels)], [(logits, labels)]
-        return evaluate_parts(*(collect_member_logits(model, loader) for loader in loaders))
+        return evaluate_splits(*(collect_member_logits(model, loader) for loader in loaders))
 
     def test_they_are_those_of_the_scaled_logits(self):
         figures = self.figures(100, 1.0)
@@ -316,7 +316,8 @@ class TestCalibratedFigures:
         assert figures["calibrated"]["nll"] != figures["test"]["nll"]
 
     @pytest.mark.parametrize(
-        ("num_valid", "margin", "reason"), [(10, 1.0, "10 validation images"), (60, 90.0, "right")]
+        ("num_valid", "margin", "reason"),
+        [(10, 1.0, "10 validation images"), (60, 90.0, "every validation image")],
     )
     def test_they_are_absent_with_a_reason(self, num_valid, margin, reason):
         figures = self.figures(num_valid, margin)

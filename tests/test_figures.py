@@ -15,8 +15,8 @@ class Part:
     """A run as `plot_comparison` takes it."""
 
     def __init__(self, parameters):
-        self.parameters, self.images_seen, self.part = parameters, 1000, "test"
-        self.figures = {"accuracy": 0.5, "nll": 1.0}
+        self.parameters, self.images_seen, self.split = parameters, 1000, "test"
+        self.metrics = {"accuracy": 0.5, "nll": 1.0}
         self.intervals = {"accuracy": (0.4, 0.6), "nll": (0.9, 1.1)}
 
 
@@ -150,7 +150,7 @@ def test_a_marker_beside_its_size_has_a_line_to_it(monkeypatch, tmp_path, sizes,
             for (size, marker), leader in zip(apart, leaders, strict=True):
                 assert leader[0].tolist() == [size, axes.get_ylim()[0]]  # on the axis
                 assert leader[-1][0] == marker[0]
-            assert ("set apart" in axes.get_xlabel()) == (num_apart > 0)
+            assert ("markers shifted" in axes.get_xlabel()) == (num_apart > 0)
             places = [axes.transData.transform(marker)[0] for marker in markers]
             in_order = [place for _, place in sorted(zip(sizes, places, strict=True))]
             assert in_order == sorted(places)

@@ -106,7 +106,7 @@ def test_training_images_that_have_come_are_told_by_eval(tmp_path, capsys):
     assert "Changed" not in capsys.readouterr().out
     shutil.copy(folder / "train" / "cat" / "000.png", folder / "train" / "cat" / "zzz.png")
     assert program(["eval", str(run.path)]) == 0
-    assert "no longer those of the run" in capsys.readouterr().out
+    assert "differ from those of the run" in capsys.readouterr().out
 
 
 def test_a_run_on_a_drawn_split_is_resumed_when_images_have_come(tmp_path, capsys):

@@ -212,11 +212,11 @@ def test_a_network_for_one_size_is_tried_at_that_of_the_images():
         (lambda: mixmo_learner(mixmo_dls(), small()), r"got Learner.\n.*learn.model"),
         (lambda: 18, "got int"),
         (lambda: create_model("wrn10_1", 5), "has 5 classes, the data 3"),
-        (lambda: create_model("wrn10_1", 3, in_channels=1), "takes images of 1 channels"),
-        (lambda: lambda: "resnet18", "makes str, not a network"),
-        (lambda: lambda width: small(), "needs width; only the number of classes"),
-        (lambda: lambda width, depth: small(), "needs width, depth; only"),
-        (lambda: dict, "'dict' (does not say what it takes|makes dict)"),
+        (lambda: create_model("wrn10_1", 3, in_channels=1), "expects images of 1 channels"),
+        (lambda: lambda: "resnet18", "must return a network.*returned str"),
+        (lambda: lambda width: small(), "requires width; only the number of classes"),
+        (lambda: lambda width, depth: small(), "requires width, depth; only"),
+        (lambda: dict, "'dict' (has no signature|must return a network)"),
         (lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), "has no convolution"),
     ],
 )
@@ -253,16 +253,19 @@ def pixels_dls():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: mixmo_learner("cifar10", small()), "takes loaders.*got str"),
-        (lambda: mixmo_learner(small(), mixmo_dls()), "takes loaders.*got Sequential"),
+        (lambda: mixmo_learner("cifar10", small()), "dls must be.*got str"),
+        (lambda: mixmo_learner(small(), mixmo_dls()), "dls must be.*got Sequential"),
         (lambda: mixmo_learner(mixmo_dls(), small(), loss_func="ce"), "must be a loss"),
         (lambda: mixmo_learner(mixmo_dls(), small(), alpha="a"), "alpha must be"),
         (lambda: mixmo_learner(mixmo_dls(), small(), mix_prob=None), "mix_prob must be"),
         (lambda: mixmo_learner(foreign_dls(batch_size=1000), small()), "The loader gives no batch"),
-        (lambda: to_mixmo(small()), "takes a Learner; got Sequential"),
+        (lambda: to_mixmo(small()), "learn must be a Learner; got Sequential"),
         (lambda: mixmo_learner(mixmo_dls(), small(), num_members=2.5), "num_members must be"),
-        (lambda: mixmo_learner(classes_dls(), small(), num_classes=2), "has 3 classes"),
-        (lambda: mixmo_learner(pixels_dls(), small(), num_classes=3), "targets are of shape"),
+        (
+            lambda: mixmo_learner(classes_dls(), small(), num_classes=2),
+            "num_classes must be at least 3",
+        ),
+        (lambda: mixmo_learner(pixels_dls(), small(), num_classes=3), "targets have shape"),
         (lambda: create_model("squeezenet1_1", 3), "does not end with a linear layer"),
         (lambda: convert_to_mixmo(resnet18), "got function; call it first"),
         (lambda: convert_to_mixmo(torch.jit.script(small())), "scripted network cannot"),
@@ -289,7 +292,7 @@ def test_several_labels_of_plain_loaders(kind):
     images, labels = torch.rand(32, 3, 8, 8), torch.randint(2, (32, 4)).to(kind)
     data = TensorDataset(images, labels)
     dls = DataLoaders.from_dsets(data, data, bs=8, device="cpu", num_workers=0)
-    with pytest.raises(InputError, match=r"no classes.*BCEWithLogitsLossFlat"):
+    with pytest.raises(InputError, match=r"class indices(.|\n)*BCEWithLogitsLossFlat"):
         mixmo_learner(dls, small(), num_classes=4)
     floats = TensorDataset(images, labels.float())
     dls = DataLoaders.from_dsets(floats, floats, bs=8, device="cpu", num_workers=0)
@@ -322,14 +325,14 @@ def test_numbers_of_plain_losses_come_out_as_they_are():
 
 
 def test_weights_of_a_function_are_not_guessed():
-    with pytest.raises(InputError, match="goes with names"):
+    with pytest.raises(InputError, match=r"pretrained=True needs.*got a function"):
         mixmo_learner(mixmo_dls(), xresnet.xresnet18, pretrained=True)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"pretrained": True}, "a network brings its own weights"),
+        ({"pretrained": True}, "pretrained=True needs.*got a network"),
         ({"n_out": 3}, "Did you mean 'num_classes'"),
         ({"alpa": 2.0}, "Did you mean 'alpha'"),
     ],
@@ -343,7 +346,7 @@ def test_members_of_a_mixmo_model_are_its_own():
     model = create_model("wrn10_1", 3, num_members=3).requires_grad_(False)
     learn = mixmo_learner(mixmo_dls(), model)
     assert not any(p.requires_grad for p in learn.model.parameters())
-    with pytest.raises(InputError, match="has 3 members, not 2"):
+    with pytest.raises(InputError, match=r"num_members must be 3.*got 2"):
         mixmo_learner(mixmo_dls(), model, num_members=2)
 
 
@@ -433,8 +436,8 @@ class TestToMixmo:
 
     def test_it_is_done_once_and_with_the_members_there_are(self):
         learn = Learner(foreign_dls(), create_model("wrn10_1", 3), loss_func=CrossEntropyLossFlat())
-        with pytest.raises(InputError, match="has 2 members, not 3"):
+        with pytest.raises(InputError, match=r"num_members must be 2.*got 3"):
             to_mixmo(learn, num_members=3)
         to_mixmo(learn)
-        with pytest.raises(InputError, match="has a MixMoCallback already"):
+        with pytest.raises(InputError, match="already has a MixMoCallback"):
             to_mixmo(learn)

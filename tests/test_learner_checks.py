@@ -56,9 +56,9 @@ def assert_refused(learn, call, message):
 
 
 BATCHES = {
-    (1, 2): r"gives 1 input and 2 targets.\nTrain a Learner for each target",
-    (2, 1): r"gives 2 inputs and 1 target.\nJoin the inputs",
-    (1, 0): r"gives 1 input and 0 targets.\nGive loaders of pairs",
+    (1, 2): r"yields 1 input and 2 targets.\nTrain a Learner for each target",
+    (2, 1): r"yields 2 inputs and 1 target.\nJoin the inputs",
+    (1, 0): r"yields 1 input and 0 targets.\nPass loaders of pairs",
 }
 
 
@@ -92,15 +92,15 @@ def test_fastais_mix_callbacks(mix):
 
 
 def test_a_second_mixmo_callback():
-    with pytest.raises(InputError, match="makes a MixMoCallback itself"):
+    with pytest.raises(InputError, match="must not contain a MixMoCallback"):
         mixmo_learner(mixmo_dls(), "wrn10_1", cbs=[MixMoCallback("linear")])
 
 
 def test_an_optimizer_made_for_the_network_before():
     model = small()
     made = OptimWrapper(opt=torch.optim.SGD(model.parameters(), lr=0.1))
-    assert_refused(learner(model=model, opt_func=made), to_mixmo, "opt_func is an optimizer")
-    with pytest.raises(InputError, match="opt_func is an optimizer"):
+    assert_refused(learner(model=model, opt_func=made), to_mixmo, "opt_func must be a function")
+    with pytest.raises(InputError, match="opt_func must be a function"):
         mixmo_learner(mixmo_dls(), model, opt_func=made)
     own = create_model("wrn10_1", 3)
     fits = OptimWrapper(opt=torch.optim.SGD(own.parameters(), lr=0.1))

@@ -242,7 +242,7 @@ class TestWhatArrives:
         first = next(r.run for r in wandb_records(run) if r.WhichOneof("record_type") == "run")
         assert (first.project, first.display_name) == ("mixmo", "run")
         assert len(said) == 1
-        assert "there is no login for it" in said[0]
+        assert "not logged in" in said[0]
         assert Path(said[0].rpartition("wandb sync ")[2]).is_dir()
 
 
@@ -256,9 +256,9 @@ def test_the_first_batch_is_the_one_that_was_trained_on(tmp_path, monkeypatch):
             if self.learn.training and not seen:
                 seen.extend([*self.learn.xb, self.learn.yb[0]])
 
-    own = callback_module.picture_of_batch
+    own = callback_module.plot_first_batch
     monkeypatch.setattr(
-        callback_module, "picture_of_batch", lambda *args: (drawn.append(args[0]), own(*args))[1]
+        callback_module, "plot_first_batch", lambda *args: (drawn.append(args[0]), own(*args))[1]
     )
     run = create_run(override(TINY, ["train.epochs=1"]), tmp_path / "run")
     logged_fit(run, ("csv",), cbs=[Spy()])
@@ -363,7 +363,7 @@ class Broken:
         return lambda *args: self.fail(name)
 
 
-@pytest.mark.parametrize("where", ["__init__", "steps", "figures", "pictures", "close"])
+@pytest.mark.parametrize("where", ["__init__", "log_steps", "log_metrics", "log_images", "close"])
 def test_a_logger_that_fails_ends_no_training(plain, tmp_path, monkeypatch, where):
     class Logger:
         def load(self):
@@ -372,9 +372,7 @@ def test_a_logger_that_fails_ends_no_training(plain, tmp_path, monkeypatch, wher
     monkeypatch.setitem(LOGGERS, "broken", Logger())
     run = create_run(TINY, tmp_path / "run")
     said = logged_fit(run, ("broken", "csv"))
-    assert said == [
-        "--logger broken failed and is left out from here on: OSError: no route to host"
-    ]
+    assert said == ["--logger broken failed and is now disabled: OSError: no route to host"]
     assert_same(plain[0], run)
     assert len(in_csv(run)) == 3 * STEPS
 
@@ -383,8 +381,8 @@ def test_a_picture_that_cannot_be_drawn_is_told(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise MemoryError("full")
 
-    monkeypatch.setattr(callback_module, "pictures_of_result", refuse)
-    monkeypatch.setattr(callback_module, "preview_of", refuse)
+    monkeypatch.setattr(callback_module, "plot_results", refuse)
+    monkeypatch.setattr(callback_module, "preview_current_batch", refuse)
     run = create_run(override(TINY, ["train.epochs=1"]), tmp_path / "run")
     said = logged_fit(run, ("csv",))
     assert len(said) == 2
@@ -454,8 +452,8 @@ class TestLogin:
     @pytest.mark.parametrize(
         ("variables", "netrc", "expected"),
         [
-            ({}, "", ("offline", "there is no login for it")),
-            ({"WANDB_MODE": "online"}, "", ("offline", "there is no login for it")),
+            ({}, "", ("offline", "not logged in")),
+            ({"WANDB_MODE": "online"}, "", ("offline", "not logged in")),
             ({"WANDB_MODE": "offline"}, "", ("offline", "")),
             ({"WANDB_MODE": "disabled"}, "", ("disabled", "")),
             ({"WANDB_API_KEY": KEY}, "", ("online", "")),
@@ -464,9 +462,9 @@ class TestLogin:
             (
                 {},
                 f"machine elsewhere login user password {KEY}",
-                ("offline", "there is no login for it"),
+                ("offline", "not logged in"),
             ),
-            ({}, "not a netrc", ("offline", "there is no login for it")),
+            ({}, "not a netrc", ("offline", "not logged in")),
         ],
     )
     def test_the_mode(self, tmp_path, monkeypatch, capfd, variables, netrc, expected):
@@ -495,7 +493,7 @@ class TestLogin:
         monkeypatch.setattr(wandb_module, "_choose_mode", lambda: ("online", ""))
         run = create_run(override(TINY, ["train.epochs=1"]), tmp_path / "run")
         (said,) = logged_fit(run, ("wandb",))
-        assert said.startswith("wandb: kept on this machine (CommError: Timed out); to send it")
+        assert said.startswith("wandb: stored locally (CommError: Timed out); upload with")
         assert len(in_wandb(run)[0]["train/loss"]) == STEPS
 
     def test_a_run_that_is_disabled_is_not_remembered(self, tmp_path, monkeypatch):

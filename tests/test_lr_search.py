@@ -15,26 +15,26 @@ def search(losses, slide):
 def test_one_rate_is_advised():
     losses = [2.3] * 8 + [2.3 - 0.1 * step for step in range(12)] + [2.0, 3.0, 5.0, 9.0]
     lowest = RATES[19]
-    assert search(losses, 0.0123).advised == 0.012  # two digits
-    assert search(losses, 5.0).advised == pytest.approx(lowest, rel=0.05)  # not where it rises
+    assert search(losses, 0.0123).recommended == 0.012  # two digits
+    assert search(losses, 5.0).recommended == pytest.approx(lowest, rel=0.05)  # not where it rises
 
 
 def test_a_rate_that_trains_nothing_is_not_advised():
     """With few steps, `slide` ends in the first quarter, where the rates are too small."""
     losses = [2.3] * 8 + [2.3 - 0.1 * step for step in range(16)]
-    assert search(losses, RATES[5]).advised == 1e-3  # of `valley`
+    assert search(losses, RATES[5]).recommended == 1e-3  # of `valley`
     too_small = dict.fromkeys(("valley", "slide", "steep", "minimum"), RATES[3])
-    assert LrSearch(RATES, losses, too_small).advised is None
+    assert LrSearch(RATES, losses, too_small).recommended is None
 
 
 def test_an_easy_first_batch_is_not_the_lowest_loss():
     losses = [1.0, 2.0] + [2.3] * 6 + [2.3 - 0.1 * step for step in range(16)]
-    assert search(losses, 0.01).advised == 0.01
+    assert search(losses, 0.01).recommended == 0.01
 
 
 @pytest.mark.parametrize("fall", [0.0, 0.02])
 def test_no_rate_is_advised_if_the_loss_hardly_falls(fall):
-    assert search([2.3] * 12 + [2.3 - fall] + [2.3] * 11, 0.01).advised is None
+    assert search([2.3] * 12 + [2.3 - fall] + [2.3] * 11, 0.01).recommended is None
 
 
 def noisy_search(fall, noise, num_steps=100):
@@ -63,7 +63,7 @@ def test_a_curve_in_noise_is_flat():
     flat = noisy_search(0.3, 0.2)
     assert flat.start - flat.lowest > 0.03  # more than 1 % of the loss
     assert flat.is_flat
-    assert flat.advised is None
+    assert flat.recommended is None
     steep = noisy_search(1.5, 0.1)
     assert not steep.is_flat
-    assert steep.advised == 0.1
+    assert steep.recommended == 0.1

@@ -65,10 +65,10 @@ class Noted:
     def __init__(self):
         self.num_steps, self.num_calls = 0, 0
 
-    def steps(self, steps):
+    def log_steps(self, steps):
         self.num_steps, self.num_calls = self.num_steps + len(steps), self.num_calls + 1
 
-    def figures(self, kind, step, figures):
+    def log_metrics(self, kind, step, metrics):
         """Nothing that waits."""
 
 
@@ -76,7 +76,7 @@ def logging_to(tracker, steps_per_fetch):
     """A callback that logs every step, as in a run that goes on after its first batch."""
     recipe = resolve_recipe("digits", None, {})
     logging = LoggingCallback([], print)
-    logging.trackers, logging.followed = {"noted": tracker}, SimpleNamespace(recipe=recipe)
+    logging.trackers, logging.current_training = {"noted": tracker}, SimpleNamespace(recipe=recipe)
     logging.before_batch = lambda: setattr(logging.learn.recorder, "every", steps_per_fetch)
     return logging
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from mixmo_fastai import speed
 from mixmo_fastai.cli import progress, run
 from mixmo_fastai.cli.console import Output
-from mixmo_fastai.cli.progress import TrainingDisplay, clock
+from mixmo_fastai.cli.progress import TrainingDisplay, format_clock
 from mixmo_fastai.runs import open_run
 from mixmo_fastai.speed import Speed
 from mixmo_fastai.training import prepare, train
@@ -77,19 +77,19 @@ def test_a_folder_is_told_what_was_chosen_and_what_it_lacks(folder, capsys):
     assert run(["fit", "pets", *words]) == 0
     out = capsys.readouterr().out
     plan, _, end = out.partition("Run folder:")
-    assert rows(out)["Chosen"].endswith(
-        "images scaled to 64x64, by default on a CPU; change with --set data.image_size=N"
+    assert rows(out)["Defaults"].endswith(
+        "images scaled to 64x64, chosen for a CPU; change with --set data.image_size=N"
     )
     assert "1,500,000 images seen (here 48) and a width of 4 (here 1)" in rows(plan)["Advice"]
-    assert "take --members 1" in rows(end)["Advice"]
+    assert "use --members 1" in rows(end)["Advice"]
     assert "--members 1" in rows(plan)["Advice"]
-    assert "take --members 1" in rows(end)["Advice"]
+    assert "use --members 1" in rows(end)["Advice"]
 
 
 def test_a_shipped_recipe_is_neither_chosen_nor_advised_against(capsys):
     assert run(["fit", *TINY, "--epochs", "1"]) == 0
     plan = capsys.readouterr().out.split("\n\n")[0]
-    assert not {"Chosen", "Advice"} & rows(plan).keys()
+    assert not {"Defaults", "Advice"} & rows(plan).keys()
 
 
 def test_the_end_says_what_comes_next(capsys):
@@ -145,15 +145,15 @@ def test_a_resumed_run_tells_the_time_from_there_on(slow, capsys):
     assert run(["fit", *TINY, "--epochs", "2", "--out", "here", "--quiet"]) == 0
     capsys.readouterr()
     assert run(["fit", "--resume", "here"]) == 0
-    assert "from here on" in rows(capsys.readouterr().out)["Time"]
+    assert "remaining" in rows(capsys.readouterr().out)["Time"]
 
 
 def test_a_terminal_indents_what_it_folds():
     output = Output()
     text = io.StringIO()
     output.console = Console(file=text, width=40, force_terminal=True, highlight=False)
-    output.say("Data       many words of which forty columns hold only some")
-    output.say_command("Next       mixmo report a/path/that/is/longer/than/a/line")
+    output.print("Data       many words of which forty columns hold only some")
+    output.print_command("Next       mixmo report a/path/that/is/longer/than/a/line")
     first, *others = text.getvalue().splitlines()
     assert first.startswith("Data       many")
     assert all(line.startswith(" " * 11) for line in others[:-1])
@@ -191,12 +191,12 @@ def test_the_rate_leaves_out_the_first_steps(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
     display = TrainingDisplay(Output(quiet=True), 10)
-    display.began = display.counted_from = 0.0
+    display.start_time = display.rate_start_time = 0.0
     assert display._speed() == ""
     display.steps_here, now[0] = 1, 100.0
-    display.counted_from = 100.0
+    display.rate_start_time = 100.0
     assert display._speed() == "0.1 images/s"  # all that is known
-    display.steps_here, display.counted_from, now[0] = 12, 110.0, 120.0
+    display.steps_here, display.rate_start_time, now[0] = 12, 110.0, 120.0
     assert display._speed() == "10 images/s"
     known = TrainingDisplay(Output(quiet=True), 10, Speed(77.0))
     known.steps_here = 1
@@ -208,7 +208,7 @@ def test_the_rate_leaves_out_the_first_steps(monkeypatch):
     [(0, "0:00:00"), (61.4, "0:01:01"), (90_000, "25:00:00"), (10**6, "12 days")],
 )
 def test_times_of_the_bar_are_short(seconds, text):
-    assert clock(seconds) == text
+    assert format_clock(seconds) == text
 
 
 @pytest.mark.parametrize(

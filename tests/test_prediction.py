@@ -206,4 +206,4 @@ def test_filters_of_one_run_and_of_two(run, images, tmp_path, monkeypatch, capsy
     assert first["convolutions"][0] == {"number": 1, "module": "core.groups.0.0.conv1"}
     assert list(first["layers"]) == [convolution["module"] for convolution in first["convolutions"]]
     assert program(["inspect", path, path, path]) == 2
-    assert "one run, or two" in capsys.readouterr().err
+    assert "one or two runs" in capsys.readouterr().err

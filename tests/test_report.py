@@ -19,8 +19,8 @@ from mixmo_fastai.deep_ensemble import train_run
 from mixmo_fastai.models import create_model
 from mixmo_fastai.recipe import Expected
 from mixmo_fastai.report.charts import agreement, reliability
-from mixmo_fastai.report.drawing import LIGHT, STAND_INS, WRONG, Drawing
-from mixmo_fastai.report.findings import gather
+from mixmo_fastai.report.drawing import INCORRECT, LIGHT, PLACEHOLDER_COLORS, Plot
+from mixmo_fastai.report.findings import collect_report_data
 from mixmo_fastai.report.page import as_data_uri, render
 from mixmo_fastai.report.sections import sections
 from mixmo_fastai.resolve import resolve_recipe
@@ -79,7 +79,7 @@ def runs(tmp_path_factory, images):
 
 @pytest.fixture(scope="module")
 def findings(runs):
-    return {name: gather(run) for name, run in runs.items()}
+    return {name: collect_report_data(run) for name, run in runs.items()}
 
 
 @pytest.fixture(scope="module")
@@ -108,26 +108,26 @@ def tiled_pages(findings, tmp_path_factory):
 
 def with_tiles(found, num_tiles):
     """Findings that have a number of tiles: accuracy, NLL and ECE, and up to three others."""
-    figures = {k: v for k, v in found.figures.items() if k not in ("calibrated", "cross_fitted")}
+    metrics = {k: v for k, v in found.metrics.items() if k not in ("calibrated", "cross_fitted")}
     recipe = found.recipe
     if num_tiles >= 5:
         scaled = {"nll": 1.0, "ece": 0.02, "brier": 0.1, "temperature": 1.0, "num_images": 57}
-        figures["calibrated"] = {**scaled, "temperature_error": 0.3}
+        metrics["calibrated"] = {**scaled, "temperature_error": 0.3}
     if num_tiles >= 6:
         recipe = replace(recipe, expected=Expected(accuracy=0.9, source="Table 1", arch="wrn28_10"))
-    return replace(found, figures=figures, recipe=recipe)
+    return replace(found, metrics=metrics, recipe=recipe)
 
 
 def validation_only(found):
     """Findings of a run without test images whose validation images are too few to calibrate."""
     reason = "there are no labelled test images beside the validation images"
-    figures = {k: v for k, v in with_tiles(found, 4).figures.items() if k != "valid"}
-    figures["valid"] = figures.pop("test")
-    figures["absent"] = {"calibrated": reason, "cross_fitted": "it takes 100 images or more"}
-    figures = {k: v for k, v in figures.items() if not k.startswith("test_")}
+    metrics = {k: v for k, v in with_tiles(found, 4).metrics.items() if k != "valid"}
+    metrics["valid"] = metrics.pop("test")
+    metrics["absent"] = {"calibrated": reason, "cross_fitted": "it takes 100 images or more"}
+    metrics = {k: v for k, v in metrics.items() if not k.startswith("test_")}
     return replace(
         found,
-        figures=figures,
+        metrics=metrics,
         num_images=(len(found.labels), 0),
         calibrated=None,
         calibration=f"{reason}; it takes 100 images or more",
@@ -173,9 +173,9 @@ class TestPage:
 
     def test_every_drawing_has_words(self, pages, kind):
         elements = Elements(pages[kind].read_text(encoding="utf-8"))
-        drawings, pictures = elements.of("svg"), elements.of("img")
-        assert len(drawings) == CHARTS[kind]
-        assert all(len(d["aria-label"]) > 30 and d["role"] == "img" for d in drawings)
+        plots, pictures = elements.of("svg"), elements.of("img")
+        assert len(plots) == CHARTS[kind]
+        assert all(len(d["aria-label"]) > 30 and d["role"] == "img" for d in plots)
         assert pictures
         assert all(len(picture["alt"]) > 20 for picture in pictures)
 
@@ -196,7 +196,7 @@ class TestPage:
         assert elements.of("b") == elements.of("i") == []
 
     def test_figures_are_those_of_the_evaluation(self, pages, findings, kind):
-        text, test = Elements(pages[kind].read_text(encoding="utf-8")).text, findings[kind].figures
+        text, test = Elements(pages[kind].read_text(encoding="utf-8")).text, findings[kind].metrics
         assert f"{100 * test['test']['accuracy']:.2f}\u00a0%" in text
         assert f"{test['test']['nll']:.4f}" in text
         assert "nan" not in text.lower().replace("nan.jpg", "")
@@ -252,15 +252,15 @@ def test_a_perfect_network_without_history_has_a_report(tmp_path, images, monkey
         return None, (logits[:, None].expand(-1, 2, -1), labels)
 
     monkeypatch.setattr("mixmo_fastai.assessment.FinishedRun.logits", all_right)
-    text = Elements(render(gather(run))).text
+    text = Elements(render(collect_report_data(run))).text
     for words in (
         "The run has no history.csv",
         "After temperature scaling",
-        "so that no temperature is best",
-        "No image is taken for another class",
+        "no temperature is optimal",
+        "Every image is classified correctly.",
         "None: every image is classified correctly",
         "The run has no environment.json",
-        "Failure AUROC: none",
+        "Failure AUROC undefined",
     ):
         assert words in text
 
@@ -273,7 +273,7 @@ def test_a_training_without_validation_split(runs, findings):
     ]
     none = replace(found, histories=[rows], num_images=(0, 120))
     elements = Elements(render(none))
-    assert "Without a validation split, training has no accuracy" in elements.text
+    assert "There is no validation accuracy" in elements.text
     assert len(elements.of("svg")) == CHARTS["mixmo"] - 1
 
 
@@ -316,13 +316,13 @@ class TestCommand:
 
 
 def line(figure):
-    figure.subplots().plot([1, 2], color=WRONG)
+    figure.subplots().plot([1, 2], color=INCORRECT)
 
 
 class TestDrawing:
     def test_names_and_colours_are_the_page_s(self):
-        svg = Drawing(line, "own", "Words").svg()
-        assert "var(--wrong)" in svg
+        svg = Plot(line, "own", "Words").svg()
+        assert "var(--incorrect)" in svg
         assert "#0101" not in svg
         names = re.findall(r' id="([^"]+)"', svg)
         assert names
@@ -331,21 +331,21 @@ class TestDrawing:
             assert target in names
 
     def test_text_is_escaped(self):
-        svg = Drawing(lambda figure: figure.text(0.5, 0.5, EVIL), "own", EVIL).svg()
+        svg = Plot(lambda figure: figure.text(0.5, 0.5, EVIL), "own", EVIL).svg()
         assert "<script" not in svg
         assert "alert" in svg
         assert "$x$" in svg  # not TeX
 
     def test_equal_drawings_are_equal_texts(self):
-        assert Drawing(line, "own", "Words").svg() == Drawing(line, "own", "Words").svg()
+        assert Plot(line, "own", "Words").svg() == Plot(line, "own", "Words").svg()
 
     def test_a_picture_has_the_colours_of_the_light_page(self):
         css = (files("mixmo_fastai.report") / "page.css").read_text(encoding="utf-8")
         light = dict(re.findall(r"(--[\w-]+): (#\w+)", css.partition("@media")[0]))
-        assert tuple(light[variable[4:-1]] for variable in STAND_INS.values()) == LIGHT
-        picture = Image.open(io.BytesIO(Drawing(line, "own", "Words").png("Title"))).convert("RGB")
+        assert tuple(light[variable[4:-1]] for variable in PLACEHOLDER_COLORS.values()) == LIGHT
+        picture = Image.open(io.BytesIO(Plot(line, "own", "Words").png("Title"))).convert("RGB")
         colors = {color for _, color in picture.getcolors(maxcolors=2**16)}
-        for wanted in (light["--paper"], light["--wrong"], light["--ink"]):
+        for wanted in (light["--paper"], light["--incorrect"], light["--ink"]):
             assert ImageColor.getrgb(wanted) in colors, wanted
 
 
@@ -374,7 +374,7 @@ def test_bins_of_few_images_are_faint(num_lone, faint):
     labels = torch.tensor([0] * 30 + [1] * num_lone)
     chart = reliability("own", "Title", logits, labels, caption="")
     figure = Figure()
-    chart.drawing.plot(figure)
+    chart.plot.draw(figure)
     alphas = {round(bar.get_x(), 2): bar.get_alpha() for bar in figure.axes[0].patches}
     assert alphas[round(14 / 15, 2)] > 0.5
     assert (alphas[round(9 / 15, 2)] < 0.2) == faint
@@ -386,8 +386,8 @@ def test_a_reliability_diagram_fills_its_figure(num_images):
     """Also if all of its bins, or none of them, are faint."""
     logits = torch.tensor([[4.0, 0.0]] * num_images)
     chart = reliability("own", "Title", logits, torch.zeros(num_images).long(), caption="")
-    figure = Figure(figsize=chart.drawing.size, layout="constrained")
-    chart.drawing.plot(figure)
+    figure = Figure(figsize=chart.plot.size, layout="constrained")
+    chart.plot.draw(figure)
     figure.draw_without_rendering()
     assert figure.axes[0].get_position().height > 0.55
 
@@ -409,21 +409,23 @@ def test_a_published_figure_has_a_tile_only_if_there_is_one(findings, num_tiles)
 @pytest.mark.parametrize(("error", "marked"), [(0.099, False), (0.3, True)])
 def test_the_tile_of_an_unreliable_temperature_says_so(findings, error, marked):
     found = with_tiles(findings["mixmo"], 5)
-    found.figures["calibrated"]["temperature_error"] = error
+    found.metrics["calibrated"]["temperature_error"] = error
     (remark,) = [aside for label, _, aside in tiles_of(found) if label == "ECE, calibrated"]
     assert remark.startswith("unreliable") == marked
     assert ("30\u00a0%" in remark) == marked
 
 
 def colors_of(svg):
-    return {name for name in ("ensemble", "members", "right", "wrong") if f"var(--{name})" in svg}
+    return {
+        name for name in ("ensemble", "members", "correct", "incorrect") if f"var(--{name})" in svg
+    }
 
 
 def test_a_color_has_one_meaning(findings):
     """Blue is the ensemble, and members, right and wrong have colours of their own."""
     found = findings["mixmo"]
     charts_of = {
-        chart.drawing.name: colors_of(chart.svg)
+        chart.plot.name: colors_of(chart.svg)
         for section in sections(found)
         for chart in section.charts
     }
@@ -435,19 +437,19 @@ def test_a_color_has_one_meaning(findings):
         "reliability-after": {"ensemble"},
         "risk": {"ensemble"},
         "members": {"ensemble", "members"},
-        "agreement": {"right", "wrong"},
-        "confusion": {"right", "wrong"},
+        "agreement": {"correct", "incorrect"},
+        "confusion": {"correct", "incorrect"},
         "filters": set(),
         "encoders": {"members"},
     }
     text = render(found)
-    assert all(f'style="background: var(--{name})"' in text for name in ("ensemble", "wrong"))
+    assert all(f'style="background: var(--{name})"' in text for name in ("ensemble", "incorrect"))
 
 
 def test_axes_of_fractions_are_in_percent(findings):
     for section in sections(findings["mixmo"]):
         for chart in section.charts:
-            if chart.drawing.name in ("loss", "learning-rate", "encoders", "confusion"):
+            if chart.plot.name in ("loss", "learning-rate", "encoders", "confusion"):
                 continue
             texts = re.findall(r"<text[^>]*>([^<]*)</text>", chart.svg)
             assert any(re.fullmatch(r"[\d.]+ %", text) for text in texts), chart.title
@@ -458,10 +460,10 @@ def test_a_temperature_of_too_few_images_has_a_remark(findings):
     found = findings["mixmo"]
     calibrated = dict.fromkeys(("nll", "ece", "brier", "temperature"), 1.0)
     for error, remarked in ((0.099, False), (0.101, True)):
-        figures = {**found.figures, "calibrated": {**calibrated, "temperature_error": error}}
-        figures["calibrated"]["num_images"] = 57
-        figures.pop("cross_fitted", None)
-        text = render(replace(found, figures=figures))
+        metrics = {**found.metrics, "calibrated": {**calibrated, "temperature_error": error}}
+        metrics["calibrated"]["num_images"] = 57
+        metrics.pop("cross_fitted", None)
+        text = render(replace(found, metrics=metrics))
         assert ("too few images: 57" in text) == remarked
 
 
@@ -487,8 +489,8 @@ def test_words_of_the_agreement():
         [[[3.0, 0], [0, 1]], [[2, 0], [1, 0]], [[2, 0], [1, 0]], [[0, 1], [0, 1]]]
     )
     chart = agreement(members, torch.tensor([1, 0, 1, 1]), "member")
-    assert "2 of 2 on 75.00 % of the images, of which 66.67 % are right" in chart.svg
-    assert "1 of 2 on 25.00 % of the images, of which 0.00 % are right" in chart.svg
+    assert "2 of 2 on 75.00 % of the images, 66.67 % of them correct" in chart.svg
+    assert "1 of 2 on 25.00 % of the images, 0.00 % of them correct" in chart.svg
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
@@ -566,15 +568,15 @@ class TestInChromium:
         assert len(rows) == {390: (len(tiles) + 1) // 2, 768: 1 + (len(tiles) > 3), 1280: 1}[width]
 
     @pytest.mark.parametrize("width", [320, 390, 768])
-    def test_the_word_none_is_not_broken(self, tiled_pages, width):
+    def test_the_word_undefined_is_not_broken(self, tiled_pages, width):
         with Page(tiled_pages["validation only"], width=width) as page:
             (height, line) = page.ask(
                 "(cell => { const r = document.createRange(), t = cell.firstChild;"
-                " r.setStart(t, 0); r.setEnd(t, 4);"
+                " r.setStart(t, 0); r.setEnd(t, 9);"
                 " return [r.getClientRects().length, r.toString()] })"
                 "(document.querySelector('#calibration .card td'))"
             )
-        assert (height, line) == (1, "None")
+        assert (height, line) == (1, "Undefined")
 
     @pytest.mark.parametrize("kind", [*CHARTS, "validation only"])
     @pytest.mark.parametrize("width", [768, 1280])

@@ -48,13 +48,13 @@ StopInValidation.after_batch = slow
 SLOW_TEST = """
 import time
 import mixmo_fastai.training as training
-own = training.evaluate_parts
+own = training.evaluate_splits
 def slow(*args, **kwargs):
     print("evaluating", flush=True)
     for _ in range(6000):  # a signal just before a long sleep would wait for its end
         time.sleep(0.01)
     return own(*args, **kwargs)
-training.evaluate_parts = slow
+training.evaluate_splits = slow
 """
 SLOW_DISK = """
 import os, time
@@ -108,7 +108,7 @@ def stopped(command, number, run_path):
     assert not command.others()
     last = command.said.splitlines()[-1]
     if run_path is not None:
-        assert last.endswith(f"continue: mixmo fit --resume {run_path}")
+        assert last.endswith(f"mixmo fit --resume {run_path}")
         assert last in (run_path / "log.txt").read_text()
     return last
 
@@ -241,7 +241,7 @@ def test_in_a_search_for_a_rate(mixmo, tmp_path, number, group):
 
 
 def test_before_anything_is_saved(mixmo, tmp_path, whole):
-    slow = SLOW_TEST.replace("training.evaluate_parts", "training.CheckpointStore")
+    slow = SLOW_TEST.replace("training.evaluate_splits", "training.CheckpointStore")
     run = tmp_path / "run"
     command = mixmo(*FIT, run, prelude=slow)
     command.until_said("evaluating")
@@ -300,13 +300,13 @@ def test_between_the_run_folder_and_the_first_step(mixmo, tmp_path, whole):
     slow = """
 import time
 import mixmo_fastai.cli.fit as fit
-own = fit.say_plan
+own = fit.print_plan
 def slow(*args, **kwargs):
     print("planning", flush=True)
     for _ in range(6000):
         time.sleep(0.01)
     return own(*args, **kwargs)
-fit.say_plan = slow
+fit.print_plan = slow
 """
     run = tmp_path / "run"
     command = mixmo(*FIT, run, prelude=slow)

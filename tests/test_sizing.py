@@ -11,15 +11,15 @@ from mixmo_fastai.recipe import Recipe, load_recipe, override, recipe_from_mappi
 from mixmo_fastai.resolve import resolve_recipe
 from mixmo_fastai.runs import create_run, open_run
 from mixmo_fastai.sizing import (
-    CPU_SIDE,
     DEFAULTS,
-    ENOUGH_IMAGES_SEEN,
-    ENOUGH_WIDTH,
-    MOST_VIEWS,
-    decide,
+    MAX_CPU_SIDE,
+    MAX_VIEWS,
+    MIN_IMAGES_SEEN,
+    MIN_WIDTH,
     default_for,
-    too_small_for_members,
-    undecided,
+    fill_defaults,
+    open_settings,
+    unmet_requirement,
 )
 from mixmo_fastai.training import prepare, train
 
@@ -37,7 +37,7 @@ def place(monkeypatch, tmp_path):
 
 def decided(recipe, *, side=32, num_images=1000, device="cpu", **more):
     shape = (3, side, side)
-    return decide(recipe, device=device, image_shape=shape, num_images=num_images, **more)
+    return fill_defaults(recipe, device=device, image_shape=shape, num_images=num_images, **more)
 
 
 def test_the_table_of_the_docs_is_that_of_the_code():
@@ -54,13 +54,11 @@ def test_the_table_of_the_docs_is_that_of_the_code():
     assert ends <= sides  # or a row of the docs would hide one of the code
 
 
-@pytest.mark.parametrize(
-    "text", [f"{ENOUGH_IMAGES_SEEN:,} images seen", f"width of {ENOUGH_WIDTH}"]
-)
+@pytest.mark.parametrize("text", [f"{MIN_IMAGES_SEEN:,} images seen", f"width of {MIN_WIDTH}"])
 def test_the_rule_of_the_docs_is_that_of_the_code(text):
     assert text in PAGE
-    assert f"{MOST_VIEWS:,} times" in PAGE
-    assert f"a side above {CPU_SIDE} px" in PAGE
+    assert f"{MAX_VIEWS:,} times" in PAGE
+    assert f"a side above {MAX_CPU_SIDE} px" in PAGE
 
 
 @pytest.mark.parametrize(
@@ -95,10 +93,10 @@ def test_epochs_follow_from_the_images_seen(num_images, copies, epochs):
 
 def test_what_is_given_stays():
     given = override(FOLDER, ["model.arch=wrn28_10", "train.epochs=7", "data.image_size=0"])
-    assert undecided(given) == []
+    assert open_settings(given) == []
     assert decided(given, scaled_to=64) == given
-    assert undecided(FOLDER) == ["data.image_size", "model.arch", "train.epochs"]
-    assert undecided(decided(FOLDER)) == []
+    assert open_settings(FOLDER) == ["data.image_size", "model.arch", "train.epochs"]
+    assert open_settings(decided(FOLDER)) == []
 
 
 def test_named_data_sets_keep_the_published_settings():
@@ -115,7 +113,7 @@ def test_a_default_network_is_wide_enough_for_its_members():
     for table in DEFAULTS.values():
         for row in table:
             recipe = override(FOLDER, [f"model.arch={row.arch}"])
-            assert too_small_for_members(recipe, ENOUGH_IMAGES_SEEN) is None
+            assert unmet_requirement(recipe, MIN_IMAGES_SEEN) is None
 
 
 @pytest.mark.parametrize(
@@ -128,14 +126,14 @@ def test_a_default_network_is_wide_enough_for_its_members():
     ],
 )
 def test_what_several_members_lack_is_told(changes, images_seen, parts):
-    lacks = too_small_for_members(override(FOLDER, changes), images_seen)
+    lacks = unmet_requirement(override(FOLDER, changes), images_seen)
     assert all(part in lacks for part in parts)
 
 
 def test_one_member_lacks_nothing_and_digits_are_easy():
     one = resolve_recipe("cifar10", flags={"model.num_members": 1})
-    assert too_small_for_members(one, 1) is None
-    assert too_small_for_members(load_recipe("digits/cut-mixmo"), 1) is None
+    assert unmet_requirement(one, 1) is None
+    assert unmet_requirement(load_recipe("digits/cut-mixmo"), 1) is None
 
 
 # Of a whole run
@@ -145,7 +143,7 @@ def test_a_folder_trains_with_what_the_table_says_and_its_run_holds_it(place):
     folder = write_image_folder(place / "pets", num_train=8, size=(16, 16))
     assert run(["fit", str(folder), "--epochs", "1", *QUICK, "--out", "here"]) == 0
     recipe = open_run("here").recipe()
-    assert undecided(recipe) == []
+    assert open_settings(recipe) == []
     assert (recipe.model.arch, recipe.train.epochs, recipe.data.image_size) == ("wrn10_4", 1, 0)
 
 
@@ -155,8 +153,8 @@ def test_large_images_are_scaled_on_a_cpu_and_stay_so(place):
     words = ["--arch", "wrn10_1", "--epochs", "1", *QUICK]
     assert run(["fit", str(folder), *words, "--out", "here"]) == 0
     made = open_run("here")
-    assert made.recipe().data.image_size == CPU_SIDE
-    assert made.data_facts().image_shape == (3, CPU_SIDE, CPU_SIDE)
+    assert made.recipe().data.image_size == MAX_CPU_SIDE
+    assert made.data_facts().image_shape == (3, MAX_CPU_SIDE, MAX_CPU_SIDE)
     assert run(["eval", "here", "--json"]) == 0
     assert run(["fit", "--resume", "here", "--quiet"]) == 0
     own = ["--set", "data.image_size=0", "--out", "own"]
@@ -181,7 +179,7 @@ def test_a_run_that_was_described_with_open_settings_gets_them_before_it_trains(
     made = create_run(recipe, place / "run")
     assert made.recipe().data.image_size is None
     train(prepare(recipe, place / "data"), made)
-    assert made.recipe().data.image_size == CPU_SIDE
+    assert made.recipe().data.image_size == MAX_CPU_SIDE
 
 
 def test_a_run_of_an_earlier_version_keeps_the_size_of_its_images(place):

@@ -140,7 +140,7 @@ def test_a_pickle_is_never_run(finished, tmp_path, monkeypatch, capsys, name, ho
         assert "Traceback" not in err
         assert len(err.splitlines()) <= 3, err
         assert code == 0 or err.startswith("Error: "), err
-        assert "--debug shows where" not in err, err  # an error that nobody has thought of
+        assert "Add --debug" not in err, err  # an error that nobody has thought of
 
 
 def test_only_two_places_unpickle_and_both_are_restricted():

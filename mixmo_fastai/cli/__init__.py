@@ -1,4 +1,4 @@
-"""The command line: parse, call, render. No logic lives here."""
+"""The command line: parse arguments, call the library, format results. No logic belongs here."""
 
 import sys
 from collections.abc import Sequence
@@ -7,10 +7,10 @@ __all__ = ["main", "run"]
 
 
 def main() -> None:
-    """Run the program and leave with its exit code."""
+    """Run the program and exit with its exit code."""
     try:
         code = run(sys.argv[1:])
-    except KeyboardInterrupt:  # before there was a command to interrupt
+    except KeyboardInterrupt:  # during imports, before the command handles signals
         code = 130
     sys.exit(code)
 

@@ -1,4 +1,4 @@
-"""`mixmo compare`: runs side by side."""
+"""`mixmo compare`: compare runs on the same test images."""
 
 import dataclasses
 from pathlib import Path
@@ -20,42 +20,43 @@ def compare(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="The PNG. Default: the first free compare.png.", rich_help_panel=opt.OUTPUT
+            help="PNG of the plot. Default: the first free compare.png.",
+            rich_help_panel=opt.OUTPUT,
         ),
     ] = None,
     as_json: opt.Json = False,
     debug: opt.Debug = False,
 ) -> None:
-    """Evaluate runs on the same test images, each against the first; plot them by parameters."""
+    """Evaluate runs on the same test images, compare each with the first, and plot the results."""
     folders = open_runs(runs, "A comparison")
     opt.check_device(device)
-    picture = free_file(out, "compare", ".png")
+    plot_path = free_file(out, "compare", ".png")
 
     from mixmo_fastai.comparison import compare_runs
     from mixmo_fastai.figures import plot_comparison
 
     compared = compare_runs(folders, data_dir, device=device)
     names = [folder.path.resolve().name for folder in folders]
-    plot_comparison(names, compared, picture)
+    plot_comparison(names, compared, plot_path)
     value = [
         {
-            "run": str(part.run.path),
-            "parameters": part.parameters,
-            "images_seen": part.images_seen,
-            "seconds": part.seconds,
-            part.part: part.figures,
-            "intervals": part.intervals,
+            "run": str(each.run.path),
+            "parameters": each.parameters,
+            "images_seen": each.images_seen,
+            "seconds": each.seconds,
+            each.split: each.metrics,
+            "intervals": each.intervals,
             "difference": None
-            if part.differences is None
+            if each.differences is None
             else {
-                name: part.figures[name] - compared[0].figures[name] for name in part.differences
+                name: each.metrics[name] - compared[0].metrics[name] for name in each.differences
             },
-            "differences": part.differences,
-            "expected": dataclasses.asdict(part.recipe.expected),
+            "differences": each.differences,
+            "expected": dataclasses.asdict(each.recipe.expected),
         }
-        for part in compared
+        for each in compared
     ]
-    Output(as_json=as_json).result(
-        [*comparison_lines(compared), "", f"Picture: {picture}"],
-        {"runs": value, "picture": str(picture)},
+    Output(as_json=as_json).print_result(
+        [*comparison_lines(compared), "", f"Plot: {plot_path}"],
+        {"runs": value, "picture": str(plot_path)},
     )

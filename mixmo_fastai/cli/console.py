@@ -1,4 +1,4 @@
-"""Where a command's words go: people read the console, programs read JSON."""
+"""Console output of commands: text lines, or JSON for programs."""
 
 import json
 import re
@@ -13,10 +13,10 @@ from mixmo_fastai.runs import RunFolder
 
 
 class RunInterruptedError(Exception):
-    """A person or a signal stopped a run; the message says how to continue it.
+    """Training was interrupted by the user or a signal; the message says how to resume it.
 
     Attributes:
-        exit_code: of the process.
+        exit_code: exit code of the process.
     """
 
     def __init__(self, message: str, exit_code: int) -> None:
@@ -24,11 +24,11 @@ class RunInterruptedError(Exception):
         self.exit_code = exit_code
 
 
-def fold(line: str, width: int) -> list[str]:
-    """Fold a line to a width; what follows is indented to the second column, if there is one.
+def wrap_line(line: str, width: int) -> list[str]:
+    """Wrap a line to a width; further lines are indented to its second column, if it has one.
 
-    A number stays with its unit. Words that are longer than a line, such as paths, and lines that
-    are commands are left whole, so that they can be copied.
+    Numbers are not separated from their units. Words longer than the width, such as paths, and
+    lines that are commands are not broken, so that they can be copied.
     """
     if len(line) <= width or line.lstrip().startswith("mixmo "):
         return [line]
@@ -58,47 +58,47 @@ class Output:
     """The console of one command.
 
     Args:
-        as_json: the result alone goes to standard output, and words to standard error.
-        quiet: no words but the result.
+        as_json: print the result as JSON to standard output, and all other lines to standard error.
+        quiet: print only the result.
     """
 
     def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
         self.as_json, self.quiet = as_json, quiet
         self.console = Console(stderr=as_json, highlight=False)
-        self.console.soft_wrap = not self.console.is_terminal  # a program reads whole lines
+        self.console.soft_wrap = not self.console.is_terminal  # programs need unbroken lines
         self.run: RunFolder | None = None
-        self.is_silent = False  # in a process that leaves speaking to another
+        self.is_silent = False  # True in distributed processes other than rank 0
 
-    def say(self, line: str = "", style: str | None = None) -> None:
-        """Say one thing on the way; the run's log keeps it as well."""
+    def print(self, line: str = "", style: str | None = None) -> None:
+        """Print a line during the command, and write it to the run's log."""
         if not (self.quiet or self.is_silent):
-            self._print(line, style)
-        self.note(line)
+            self._write(line, style)
+        self.log(line)
 
-    def say_command(self, line: str) -> None:
-        """Say a command line; a terminal does not break it, so that it can be copied."""
+    def print_command(self, line: str) -> None:
+        """Print a command line without wrapping, so that it can be copied; also log it."""
         if not (self.quiet or self.is_silent):
             self.console.print(line, markup=False, soft_wrap=True)
-        self.note(line)
+        self.log(line)
 
-    def note(self, line: str) -> None:
-        """Write a line to the run's log alone."""
+    def log(self, line: str) -> None:
+        """Write a line only to the run's log."""
         if self.run is not None:
             self.run.log(line)
 
-    def result(self, lines: list[str], value: Mapping[str, Any]) -> None:
-        """Give the result: lines for people, or the value as JSON."""
+    def print_result(self, lines: list[str], value: Mapping[str, Any]) -> None:
+        """Print the result, as lines of text or the value as JSON; the lines are also logged."""
         if self.is_silent:
             return
         if self.as_json:
             sys.stdout.write(json.dumps(value, indent=2) + "\n")
         for number, line in enumerate(lines):
             if not self.as_json and (line or number or not self.quiet):
-                self._print(line)
-            self.note(line)
+                self._write(line)
+            self.log(line)
 
-    def _print(self, line: str, style: str | None = None) -> None:
-        """Print a line, on a terminal folded to its width; pipes get whole lines."""
+    def _write(self, line: str, style: str | None = None) -> None:
+        """Write a line to the console, wrapped to the width of a terminal, unbroken to a pipe."""
         width = self.console.width if self.console.is_terminal else None
-        for part in [line] if width is None else fold(line, width):
+        for part in [line] if width is None else wrap_line(line, width):
             self.console.print(part, style=style, markup=False, soft_wrap=True)

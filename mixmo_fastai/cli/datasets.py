@@ -1,4 +1,4 @@
-"""`mixmo datasets`: what there is, where it is looked for, whether it is intact."""
+"""`mixmo datasets`: list the data sets, their folder, and whether they are present and intact."""
 
 import dataclasses
 
@@ -10,12 +10,12 @@ from mixmo_fastai.names import DATASETS
 def datasets(
     data_dir: opt.DataDir = None, as_json: opt.Json = False, debug: opt.Debug = False
 ) -> None:
-    """List the data sets, and check those that are there against their checksums."""
+    """List the data sets, and verify the checksums of those that are present."""
     from mixmo_fastai.data.sources import data_home, dataset_status
 
     output = Output(as_json=as_json)
     statuses = [dataset_status(name, data_dir) for name in DATASETS]
-    lines = [f"Data folder: {data_home(data_dir)}; sizes are as published", ""]
+    lines = [f"Data folder: {data_home(data_dir)}; sizes as published", ""]
     for status in statuses:
         info = DATASETS[status.name]
         train, test = info.num_images
@@ -26,11 +26,11 @@ def datasets(
         )
     lines += [
         "",
-        "Any folder of images is a data set as well: one folder per class, or train/, valid/ and "
-        "test/ that hold them.",
+        "Any folder of images can also be used: one folder per class, or train/, valid/ and test/ "
+        "with one folder per class each.",
     ]
     value = {
         s.name: {**dataclasses.asdict(s), "place": str(s.place) if s.place else None}
         for s in statuses
     }
-    output.result(lines, value)
+    output.print_result(lines, value)

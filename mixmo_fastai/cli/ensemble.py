@@ -1,4 +1,4 @@
-"""`mixmo ensemble`: several runs, evaluated as one deep ensemble."""
+"""`mixmo ensemble`: evaluate several runs as one deep ensemble."""
 
 from pathlib import Path
 from typing import Annotated
@@ -19,12 +19,12 @@ def ensemble(
     as_json: opt.Json = False,
     debug: opt.Debug = False,
 ) -> None:
-    """Evaluate finished runs as one: the mean of their logits on the test set."""
+    """Evaluate finished runs as one ensemble, the mean of their logits, on the test set."""
     folders = open_runs(runs, "An ensemble")
     opt.check_device(device)
 
     from mixmo_fastai.assessment import evaluate_ensemble
 
-    figures = evaluate_ensemble(folders, data_dir, device=device)
+    metrics = evaluate_ensemble(folders, data_dir, device=device)
     names = [str(folder.path) for folder in folders]
-    Output(as_json=as_json).result(ensemble_lines(names, figures), {"runs": names, **figures})
+    Output(as_json=as_json).print_result(ensemble_lines(names, metrics), {"runs": names, **metrics})

@@ -1,4 +1,4 @@
-"""`mixmo export`: a trained run as one plain network."""
+"""`mixmo export`: write a trained run as one plain network."""
 
 from pathlib import Path
 from typing import Annotated
@@ -15,21 +15,21 @@ from mixmo_fastai.wording import percent
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="A run folder that `mixmo fit` made.")],
+    run: Annotated[Path, typer.Argument(help="A run folder of `mixmo fit`.")],
     *,
     to: Annotated[
         Path,
         typer.Option(
-            help="The file: .safetensors, or .onnx.", metavar="FILE", rich_help_panel=opt.OUTPUT
+            help="File to write: .safetensors or .onnx.", metavar="FILE", rich_help_panel=opt.OUTPUT
         ),
     ],
     data_dir: opt.DataDir = None,
     as_json: opt.Json = False,
     debug: opt.Debug = False,
 ) -> None:
-    """Write one encoder, the core and one head, with the logits of the whole ensemble.
+    """Write one plain network (encoder, core, head) that computes the logits of the ensemble.
 
-    The file is shown real images, and is kept only where its logits are the run's.
+    The file is kept only if its logits match those of the run on real images.
     """
     folder = open_run(run)
     suffix = to.suffix.lower()
@@ -39,15 +39,16 @@ def export(
 
     from mixmo_fastai.export import export_run
 
-    found = export_run(folder, path, data_dir)
+    result = export_run(folder, path, data_dir)
     rows = [
-        ("Network", f"{found['arch']}, {found['parameters']:,} parameters"),
-        ("File", f"{path}, {found['num_bytes']:,} bytes"),
+        ("Network", f"{result['arch']}, {result['parameters']:,} parameters"),
+        ("File", f"{path}, {result['num_bytes']:,} bytes"),
         (
             "Checked",
-            f"on {found['num_images']} images: logits within {found['relative_difference']:.1e} of "
-            f"the largest, the same class for {percent(found['same_class'])}",
+            f"on {result['num_images']} images: logits differ by at most "
+            f"{result['relative_difference']:.1e} of the largest logit, same class for "
+            f"{percent(result['same_class'])}",
         ),
     ]
     output = Output(as_json=as_json)
-    output.result(align(rows), {"run": str(folder.path), "file": str(path), **found})
+    output.print_result(align(rows), {"run": str(folder.path), "file": str(path), **result})

@@ -11,8 +11,8 @@ import typer
 from mixmo_fastai.checkpoints.store import CheckpointStore
 from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output, RunInterruptedError
-from mixmo_fastai.cli.plan import say_next, say_plan
-from mixmo_fastai.cli.render import FIGURE_WIDTH, align, figure_lines
+from mixmo_fastai.cli.plan import print_next_steps, print_plan
+from mixmo_fastai.cli.render import METRIC_WIDTH, align, metric_lines
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.interruption import exit_code_of, handling_signals
 from mixmo_fastai.locking import locked
@@ -49,24 +49,22 @@ def fit(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="The run folder. Default: runs/<data set>-<method>-<n>.",
+            help="Run folder. Default: runs/<data set>-<method>-<n>.",
             rich_help_panel=opt.OUTPUT,
         ),
     ] = None,
     resume: Annotated[
         Path | None,
-        typer.Option(
-            help="Continue a run that was interrupted.", metavar="RUN", rich_help_panel=opt.OUTPUT
-        ),
+        typer.Option(help="Resume an interrupted run.", metavar="RUN", rich_help_panel=opt.OUTPUT),
     ] = None,
     logger: opt.Loggers = None,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
     debug: opt.Debug = False,
 ) -> None:
-    """Train a network, evaluate it once on the test set, and leave a run folder.
+    """Train a network, evaluate it once on the test set, and write a run folder.
 
-    Without arguments: Cut-MixMo on the embedded digits, in under a minute.
+    Without arguments, it trains Cut-MixMo on the included digits, in under a minute.
     """
     settings = opt.flags(
         arch=arch, mix=mix, msda=msda, members=members, valid_split=valid_split,
@@ -77,7 +75,7 @@ def fit(
     output = Output(as_json=as_json, quiet=quiet)
     loggers = () if logger is None else parse_loggers(logger)
     if resume is not None:
-        _refuse_settings([dataset, recipe, assignments, out, *settings.values()])
+        _check_no_settings([dataset, recipe, assignments, out, *settings.values()])
         _resume(open_run(resume), data_dir, loggers, output)
         return
     resolved = resolve_recipe(dataset, recipe, settings, assignments or ())
@@ -85,11 +83,11 @@ def fit(
     _start(resolved, out, data_dir, loggers, output)
 
 
-def _refuse_settings(given: list[Any]) -> None:
-    if any(value is not None for value in given):
+def _check_no_settings(values: list[Any]) -> None:
+    if any(value is not None for value in values):
         raise InputError(
-            "--resume takes every setting from the run's own recipe; leave the others out.\n"
-            "Only --data-dir, --logger, --json, --quiet and --debug go with it."
+            "--resume uses the settings of the run's recipe; omit all other arguments.\n"
+            "Only --data-dir, --logger, --json, --quiet and --debug can be combined with it."
         )
 
 
@@ -105,13 +103,13 @@ def _start(
 
         path = run_on_rank0(lambda: _make_folder(training, out))
         output.run = run = RunFolder(path, is_writer=is_rank0)
-        with _logged(run):
-            speed = say_plan(training, output, run)
+        with _errors_logged(run):
+            speed = print_plan(training, output, run)
             _train(training, run, loggers, output, speed, resume=False)
 
 
 def _make_folder(training: Any, out: Path | None) -> Path:
-    """Make the run folder of a training."""
+    """Create the run folder of a training."""
     device, how = training.device_name, training.acceleration.describe()
     return create_run(training.recipe, out, device=device, acceleration=how).path
 
@@ -120,14 +118,14 @@ def _resume(run: RunFolder, data_dir: Path | None, loggers: Sequence[str], outpu
     recipe = run.recipe()
     run.check_resumable()
     is_rank0 = (os.environ.get("RANK") or "0") == "0"
-    with locked(run.path) if is_rank0 else nullcontext():  # nobody writes them meanwhile
+    with locked(run.path) if is_rank0 else nullcontext():  # no other process may write checkpoints
         for network in run.networks():
-            CheckpointStore(network.checkpoint).newest()  # refused before anything is read or made
+            CheckpointStore(network.checkpoint).newest()  # raises before any data is read
     with _prepared(recipe, data_dir, output, run) as (training, is_rank0):
         output.run = run = RunFolder(run.path, is_writer=is_rank0)
-        with _logged(run):
-            speed = say_plan(training, output, run, resume=True)
-            _say_networks(run, output)
+        with _errors_logged(run):
+            speed = print_plan(training, output, run, resume=True)
+            _print_networks(run, output)
             _train(training, run, loggers, output, speed, resume=True)
 
 
@@ -135,10 +133,10 @@ def _resume(run: RunFolder, data_dir: Path | None, loggers: Sequence[str], outpu
 def _prepared(
     recipe: Recipe, data_dir: Path | None, output: Output, resumed: RunFolder | None = None
 ) -> Iterator[tuple[Any, bool]]:
-    """Make everything ready to train, in all processes that were started together.
+    """Prepare training in all processes that were started together.
 
-    Gives:
-        the training, and whether this process is the one that speaks and writes.
+    Yields:
+        The training, and whether this process is rank 0, the only one that prints and writes.
     """
     from mixmo_fastai.devices import choose_device
     from mixmo_fastai.processes import joined_process_group
@@ -150,29 +148,29 @@ def _prepared(
         yield prepare(recipe, data_dir, resumed), processes.is_rank0
 
 
-def _say_networks(run: RunFolder, output: Output) -> None:
-    """Say how many networks of an ensemble are finished."""
+def _print_networks(run: RunFolder, output: Output) -> None:
+    """Print how many networks of a deep ensemble are finished."""
     networks = run.networks()
     if len(networks) > 1:
         finished = sum(network.is_finished for network in networks)
-        output.say(f"Resuming: {finished} of {len(networks)} networks are finished.")
+        output.print(f"Resuming: {finished} of {len(networks)} networks are finished.")
 
 
-def _progress(run: RunFolder) -> str:
-    """Say what is saved of a run that was stopped."""
+def _describe_saved(run: RunFolder) -> str:
+    """Describe whether an interrupted run has a saved state."""
     saved = any(network.has_state for network in run.networks())
     return "Interrupted. The state is saved" if saved else "Interrupted. Nothing was saved yet"
 
 
 @contextmanager
-def _logged(run: RunFolder) -> Iterator[None]:
-    """Let a run's log say what ended it, and a person how to continue."""
+def _errors_logged(run: RunFolder) -> Iterator[None]:
+    """Write the reason for an early end to the run's log, and tell the user how to resume."""
     try:
         yield
     except KeyboardInterrupt as interruption:
         message = "Interrupted."
         if run.is_writer:
-            message = f"{_progress(run)}; continue: mixmo fit --resume {run.path}"
+            message = f"{_describe_saved(run)}; resume with: mixmo fit --resume {run.path}"
         run.log(message)
         raise RunInterruptedError(message, exit_code_of(interruption)) from None
     except Exception as error:
@@ -189,29 +187,29 @@ def _train(
     *,
     resume: bool,
 ) -> None:
-    """Train with a display, and give the result."""
+    """Train with a progress display, and print the result."""
     from mixmo_fastai.cli.progress import TrainingDisplay
     from mixmo_fastai.deep_ensemble import train_run
 
-    output.say(f"Run folder: {run.path}")
+    output.print(f"Run folder: {run.path}")
     display = TrainingDisplay(output, training.recipe.train.batch_size, speed)
     cbs: list[Any] = [display]
     if loggers:
         from mixmo_fastai.loggers.callback import LoggingCallback
 
-        cbs.append(LoggingCallback(loggers, output.say))
+        cbs.append(LoggingCallback(loggers, output.print))
     try:
-        with handling_signals(output.say) as stop:
-            figures = train_run(training, run, cbs=cbs, resume=resume, stop=stop, say=output.say)
+        with handling_signals(output.print) as stop:
+            metrics = train_run(training, run, cbs=cbs, resume=resume, stop=stop, say=output.print)
     finally:
         display.close()
-    output.result(
+    output.print_result(
         [
             "",
-            *figure_lines(figures, training.recipe),
-            *align([("Run folder", str(run.path))], FIGURE_WIDTH),
+            *metric_lines(metrics, training.recipe),
+            *align([("Run folder", str(run.path))], METRIC_WIDTH),
         ],
-        {"run": str(run.path), **figures},
+        {"run": str(run.path), **metrics},
     )
-    if not output.as_json:  # a program reads the result, and nothing after it
-        say_next(output, run, training.recipe, figures["images_seen"])
+    if not output.as_json:  # the JSON result must be the only output
+        print_next_steps(output, run, training.recipe, metrics["images_seen"])

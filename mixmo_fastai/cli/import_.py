@@ -1,4 +1,4 @@
-"""`mixmo import`: a published checkpoint becomes a run."""
+"""`mixmo import`: convert a published checkpoint to a run."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -17,20 +17,20 @@ from mixmo_fastai.runs import check_free, create_run
 
 def import_(
     checkpoint: Annotated[
-        Path, typer.Argument(help="A file of the published implementation (.ckpt).")
+        Path, typer.Argument(help="A checkpoint of the published implementation (.ckpt).")
     ],
     *,
-    arch: Annotated[str, typer.Option(help="Its network, as wrn28_10.")],
-    dataset: Annotated[str, typer.Option(help="What it was trained on, as cifar100.")],
+    arch: Annotated[str, typer.Option(help="Its network, such as wrn28_10.")],
+    dataset: Annotated[str, typer.Option(help="Its training data, such as cifar100.")],
     recipe: opt.RecipeName = None,
-    out: Annotated[Path | None, typer.Option(help="The run folder to make.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder to create.")] = None,
     as_json: opt.Json = False,
     debug: opt.Debug = False,
 ) -> None:
-    """Turn a published checkpoint into a run, to evaluate it; only its tensors are read.
+    """Convert a published checkpoint to a run that can be evaluated; only its tensors are read.
 
-    The file does not say how it was trained: --recipe names its method, to compare it with the
-    published figure.
+    The checkpoint does not record its training method: name it with --recipe to compare the run
+    with the published result.
     """
     if dataset not in DATASETS:
         raise InputError(f"--dataset {dataset!r} must be one of {', '.join(DATASETS)}.")
@@ -45,30 +45,30 @@ def import_(
     model = import_reference(tensors, arch, info.num_classes, info.image_shape[0])
     run = create_run(_recipe_of(dataset, recipe, arch, model.num_members), out)
     save_weights(model, run)
-    Output(as_json=as_json).result(
+    Output(as_json=as_json).print_result(
         [
             f"{checkpoint.name}: {arch}, members: {model.num_members}, classes: {info.num_classes}",
             f"Run folder: {run.path}",
-            f"Evaluate it: mixmo eval {run.path}",
+            f"Evaluate it with: mixmo eval {run.path}",
         ],
         {"run": str(run.path), "num_members": model.num_members},
     )
 
 
 def _recipe_of(dataset: str, name: str | None, arch: str, num_members: int) -> Recipe:
-    """Describe the network: by the recipe that is said to have trained it, or by itself alone."""
-    # The published networks saw every training image: none is left to calibrate on.
-    whole = {"model.arch": arch, "data.valid_split": 0.0, "data.image_size": 0}
+    """Build the recipe of an imported network, from a named recipe or from the network alone."""
+    # The published networks were trained on all training images, so no validation split exists.
+    fixed = {"model.arch": arch, "data.valid_split": 0.0, "data.image_size": 0}
     if name is None:
-        settings = {**whole, "model.num_members": num_members}
+        settings = {**fixed, "model.num_members": num_members}
         if num_members == 1:
             settings["mix.kind"] = "sum"
         unnamed = resolve_recipe(dataset, None, settings)
         return replace(unnamed, name="imported", title="", expected=Expected())
-    recipe = resolve_recipe(dataset, name, {**whole, "model.num_nets": 1})
+    recipe = resolve_recipe(dataset, name, {**fixed, "model.num_nets": 1})
     if recipe.model.num_members != num_members:
         raise InputError(
-            f"The checkpoint has num_members={num_members}, and the recipe {name!r} has "
-            f"{recipe.model.num_members}.\nName the recipe that trained it, or leave --recipe out."
+            f"The checkpoint has num_members={num_members}; the recipe {name!r} has "
+            f"{recipe.model.num_members}.\nName the recipe that trained it, or omit --recipe."
         )
     return recipe

@@ -1,4 +1,4 @@
-"""`mixmo inspect`: how a trained network uses its filters."""
+"""`mixmo inspect`: filter use of a trained network."""
 
 from pathlib import Path
 from typing import Annotated
@@ -19,15 +19,16 @@ def inspect(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="The PNG. Default: the first free inspect-<run>.png.", rich_help_panel=opt.OUTPUT
+            help="PNG of the plot. Default: the first free inspect-<run>.png.",
+            rich_help_panel=opt.OUTPUT,
         ),
     ] = None,
     as_json: opt.Json = False,
     debug: opt.Debug = False,
 ) -> None:
-    """Measure the fraction of active filters per convolution, and each encoder's filters."""
+    """Measure active filters per convolution, and the norms of the encoders' filters."""
     if len(runs) > 2:
-        raise InputError(f"inspect takes one run, or two side by side; got {len(runs)}.")
+        raise InputError(f"inspect needs one or two runs; got {len(runs)}.")
     folders = [open_run(run) for run in runs]
     for folder in folders:
         if folder.recipe().model.num_nets > 1:
@@ -36,7 +37,7 @@ def inspect(
                 f"mixmo inspect {folder.path}/net-1"
             )
     names = [folder.path.resolve().name for folder in folders]
-    picture = free_file(out, f"inspect-{'-'.join(names)}", ".png")
+    plot_path = free_file(out, f"inspect-{'-'.join(names)}", ".png")
 
     from mixmo_fastai.checkpoints.weights import load_network
     from mixmo_fastai.filter_use import encoder_norms, filter_use
@@ -46,9 +47,9 @@ def inspect(
     uses = [filter_use(network) for network in networks]
     norms = [encoder_norms(network) for network in networks]
     titles = [str(folder.path) for folder in folders]
-    write_atomically(picture, side_by_side(titles, uses, norms).png())
-    Output(as_json=as_json).result(
-        [*filter_lines(titles, uses, norms), "", f"Picture: {picture}"],
+    write_atomically(plot_path, side_by_side(titles, uses, norms).png())
+    Output(as_json=as_json).print_result(
+        [*filter_lines(titles, uses, norms), "", f"Plot: {plot_path}"],
         {
             "runs": [
                 {
@@ -64,6 +65,6 @@ def inspect(
                 }
                 for title, use, norm in zip(titles, uses, norms, strict=True)
             ],
-            "picture": str(picture),
+            "picture": str(plot_path),
         },
     )

@@ -1,4 +1,4 @@
-"""`mixmo lr-find`: suggest a learning rate."""
+"""`mixmo lr-find`: learning-rate range test."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +12,7 @@ from mixmo_fastai.resolve import resolve_recipe
 from mixmo_fastai.runs import free_file, run_label
 from mixmo_fastai.wording import method_name
 
-MOST_STEPS = 10_000
+MAX_STEPS = 10_000
 
 
 def lr_find(
@@ -40,7 +40,7 @@ def lr_find(
     steps: Annotated[
         int,
         typer.Option(
-            help="Steps of the test.", min=30, max=MOST_STEPS, rich_help_panel=opt.TRAINING
+            help="Steps of the test.", min=30, max=MAX_STEPS, rich_help_panel=opt.TRAINING
         ),
     ] = 100,
     start: Annotated[
@@ -62,19 +62,19 @@ def lr_find(
     quiet: opt.Quiet = False,
     debug: opt.Debug = False,
 ) -> None:
-    """Raise the learning rate step by step, and advise one from the fall of the loss."""
-    given = {
+    """Increase the learning rate step by step, and recommend one from the loss curve."""
+    fit_flags = {
         "arch": arch, "mix": mix, "msda": msda, "members": members, "valid_split": valid_split,
         "test_split": test_split, "skip_damaged": skip_damaged, "limit": limit,
         "batch_size": batch_size, "repeat": repeat, "seed": seed, "device": device,
         "precision": precision, "memory_format": memory_format, "compiled": compiled,
         "threads": threads,
     }  # fmt: skip
-    settings = opt.flags(**given)
+    settings = opt.flags(**fit_flags)
     if not start < end:
         raise typer.BadParameter(f"--start {start:g} must be below --end {end:g}.")
     resolved = resolve_recipe(dataset, recipe, settings, assignments or ())
-    picture = free_file(out, f"lr-find-{run_label(resolved)}", ".png")
+    plot_path = free_file(out, f"lr-find-{run_label(resolved)}", ".png")
 
     from mixmo_fastai.figures import plot_lr_search
     from mixmo_fastai.lr_search import search_lr
@@ -83,20 +83,20 @@ def lr_find(
     output = Output(as_json=as_json, quiet=quiet)
     training = prepare(resolved, data_dir)
     for line in setup_lines(training):
-        output.say(line)
-    output.say(f"Searching in {steps} steps from {start:g} to {end:g} …")
+        output.print(line)
+    output.print(f"Testing learning rates from {start:g} to {end:g} in {steps} steps …")
     search = search_lr(training, num_steps=steps, start=start, end=end)
     title = f"{method_name(resolved)} on {training.source.name}, {training.recipe.model.arch}"
-    plot_lr_search(search, picture, title)
-    rate = resolved.lr if search.advised is None else search.advised
-    kept = [text for text in assignments or () if not text.startswith("optimizer.lr=")]
-    flags = {"recipe": recipe, **given, "data_dir": data_dir, "lr": rate}
-    command = opt.fit_command(dataset, flags, kept)
+    plot_lr_search(search, plot_path, title)
+    rate = resolved.lr if search.recommended is None else search.recommended
+    other_assignments = [text for text in assignments or () if not text.startswith("optimizer.lr=")]
+    flags = {"recipe": recipe, **fit_flags, "data_dir": data_dir, "lr": rate}
+    command = opt.fit_command(dataset, flags, other_assignments)
     table = [("method", "rate", "meaning")]
     table += [(name, f"{r:.3g}", MEANINGS[name]) for name, r in search.suggestions.items()]
     advice = _advice(search, resolved.lr, steps)
-    output.result(
-        ["", *columns(table, left=(0, 2)), "", f"Curve: {picture}", *advice, f"  {command}"],
+    output.print_result(
+        ["", *columns(table, left=(0, 2)), "", f"Plot: {plot_path}", *advice, f"  {command}"],
         {
             "advised_lr": rate,
             "flat": search.is_flat,
@@ -105,7 +105,7 @@ def lr_find(
             "command": command,
             "suggestions": search.suggestions,
             "recipe_lr": resolved.lr,
-            "curve": str(picture),
+            "curve": str(plot_path),
             "lrs": search.lrs,
             "losses": search.losses,
         },
@@ -113,24 +113,24 @@ def lr_find(
 
 
 def _advice(search: Any, recipe_lr: float, steps: int) -> list[str]:
-    """Return the advised rate, or why there is none and what to do."""
-    if search.advised is not None:
-        return [f"Advised learning rate: {search.advised:.2g} (the recipe has {recipe_lr:.2g})"]
+    """Return the recommended rate, or why there is none and what to do."""
+    if search.recommended is not None:
+        return [f"Recommended learning rate: {search.recommended:.2g} (recipe: {recipe_lr:.2g})"]
     reason = "No learning rate stands out in so few steps."
     if search.is_flat:
         reason = (
-            f"The curve is too flat to trust: the smoothed loss goes from {search.start:.2f} to "
-            f"{search.lowest:.2f}; single steps vary by {search.noise:.2f}."
+            "The curve is too flat to recommend a learning rate: the smoothed loss falls from "
+            f"{search.start:.2f} to {search.lowest:.2f}; single steps vary by {search.noise:.2f}."
         )
     remedy = f"Keep the recipe's learning rate, {recipe_lr:g}"
-    if steps < MOST_STEPS:
-        remedy += f", or take more steps, as in --steps {min(3 * steps, MOST_STEPS)}"
+    if steps < MAX_STEPS:
+        remedy += f", or take more steps, e.g. --steps {min(3 * steps, MAX_STEPS)}"
     return [reason, f"{remedy}."]
 
 
 MEANINGS = {
-    "valley": "two thirds through the longest descent; careful",
+    "valley": "two thirds of the way down the longest descent; cautious",
     "slide": "end of the steepest stretch before the loss rises",
-    "steep": "steepest single step; often noise",
+    "steep": "steepest single step; often only noise",
     "minimum": "a tenth of the rate with the lowest loss",
 }

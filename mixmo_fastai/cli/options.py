@@ -1,4 +1,4 @@
-"""Flags that several commands share: one name and one meaning each."""
+"""Flags shared by several commands, with the same name and meaning everywhere."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -14,19 +14,19 @@ DATA, NETWORK, TRAINING, OUTPUT = "Data", "Method and network", "Training", "Out
 Dataset = Annotated[
     str | None,
     typer.Argument(
-        help="digits, cifar10, cifar100, tinyimagenet, or a folder of images: one folder per "
+        help="digits, cifar10, cifar100, tinyimagenet, or a folder of images with one folder per "
         "class, with or without train/, valid/ and test/. Default: digits.",
         show_default=False,
     ),
 ]
 DataDir = Annotated[
     Path | None,
-    typer.Option(help="Where data sets lie; also $MIXMO_DATA_DIR.", rich_help_panel=DATA),
+    typer.Option(help="Folder of the data sets; or set $MIXMO_DATA_DIR.", rich_help_panel=DATA),
 ]
 ValidSplit = Annotated[
     float | None,
     typer.Option(
-        help="Fraction of the training set that validates. Default: 0.02, and more of small sets.",
+        help="Fraction of the training set for validation. Default: 0.02, more for small sets.",
         show_default=False,
         rich_help_panel=DATA,
     ),
@@ -35,7 +35,7 @@ SkipDamaged = Annotated[
     bool | None,
     typer.Option(
         "--skip-damaged",
-        help="Leave out image files that cannot be decoded.",
+        help="Skip image files that cannot be decoded.",
         show_default=False,
         rich_help_panel=DATA,
     ),
@@ -43,25 +43,31 @@ SkipDamaged = Annotated[
 TestSplit = Annotated[
     float | None,
     typer.Option(
-        help="Fraction to set aside as the test set of a folder without one. Default: 0.2, or 0 "
-        "beside valid/.",
+        help="Fraction of an image folder for the test set, if it has none. Default: 0.2, or 0 "
+        "if it has valid/.",
         show_default=False,
         rich_help_panel=DATA,
     ),
 ]
 Limit = Annotated[
     int | None,
-    typer.Option(help="At most N training images, balanced.", metavar="N", rich_help_panel=DATA),
+    typer.Option(
+        help="Use at most N training images, balanced over classes.",
+        metavar="N",
+        rich_help_panel=DATA,
+    ),
 ]
 RecipeName = Annotated[
     str | None,
-    typer.Option("--recipe", help="A name of `mixmo recipes`, or a file.", rich_help_panel=NETWORK),
+    typer.Option(
+        "--recipe", help="A recipe from `mixmo recipes`, or a file.", rich_help_panel=NETWORK
+    ),
 ]
 Assignments = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
-        help="Any setting of the recipe; may be repeated.",
+        help="Change any setting of the recipe; may be repeated.",
         metavar="SECTION.KEY=VALUE",
         rich_help_panel=NETWORK,
     ),
@@ -69,7 +75,7 @@ Assignments = Annotated[
 Arch = Annotated[
     str | None,
     typer.Option(
-        help="Network, as wrn28_10, preact_resnet18_3, resnet50, timm/NAME.",
+        help="Network, such as wrn28_10, preact_resnet18_3, resnet50 or timm/NAME.",
         rich_help_panel=NETWORK,
     ),
 ]
@@ -84,31 +90,38 @@ Mix = Annotated[
 Msda = Annotated[
     str | None,
     typer.Option(
-        help="Mix the pixels inside each member: cutmix, mixup or none.",
+        help="How pixels are mixed within each member: cutmix, mixup or none.",
         metavar="KIND",
         rich_help_panel=NETWORK,
     ),
 ]
 Members = Annotated[
     int | None,
-    typer.Option(help="Subnetworks in one; 1 is the vanilla network.", rich_help_panel=NETWORK),
+    typer.Option(
+        help="Members (subnetworks) of the network; 1 for the vanilla network.",
+        rich_help_panel=NETWORK,
+    ),
 ]
-Epochs = Annotated[int | None, typer.Option(help="Passes of the loader.", rich_help_panel=TRAINING)]
+Epochs = Annotated[
+    int | None, typer.Option(help="Passes over the loader.", rich_help_panel=TRAINING)
+]
 BatchSize = Annotated[
     int | None,
     typer.Option(
-        help="Images the network sees per step, repeats included.", rich_help_panel=TRAINING
+        help="Images the network sees per step, including repeats.", rich_help_panel=TRAINING
     ),
 ]
 Repeat = Annotated[
     int | None,
-    typer.Option(help="Times each image is in a batch, per member.", rich_help_panel=TRAINING),
+    typer.Option(
+        help="How often each member sees each image of a batch.", rich_help_panel=TRAINING
+    ),
 ]
 Lr = Annotated[
     float | None,
-    typer.Option(help="Learning rate, or its peak under one-cycle.", rich_help_panel=TRAINING),
+    typer.Option(help="Learning rate; with one-cycle, its peak.", rich_help_panel=TRAINING),
 ]
-Seed = Annotated[int | None, typer.Option(help="Of everything random.", rich_help_panel=TRAINING)]
+Seed = Annotated[int | None, typer.Option(help="Random seed.", rich_help_panel=TRAINING)]
 Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.", rich_help_panel=TRAINING)]
 Precision = Annotated[
     str | None, typer.Option(help="auto, float32, tf32 or bfloat16.", rich_help_panel=TRAINING)
@@ -118,19 +131,17 @@ MemoryFormat = Annotated[
 ]
 Compile = Annotated[
     str | None,
-    typer.Option(
-        "--compile", help="auto, on or off: whether training is compiled.", rich_help_panel=TRAINING
-    ),
+    typer.Option("--compile", help="Compile training: auto, on or off.", rich_help_panel=TRAINING),
 ]
 Threads = Annotated[
     int | None,
-    typer.Option(help="Of a CPU; 0 for torch's own choice.", rich_help_panel=TRAINING),
+    typer.Option(help="CPU threads; 0 for torch's default.", rich_help_panel=TRAINING),
 ]
 Loggers = Annotated[
     str | None,
     typer.Option(
         "--logger",
-        help="Follow the run in csv, tensorboard, wandb, or several: csv,wandb.",
+        help="Log to csv, tensorboard or wandb, or several: csv,wandb.",
         metavar="NAMES",
         rich_help_panel=OUTPUT,
     ),
@@ -147,13 +158,13 @@ Debug = Annotated[
 
 
 def check_device(device: str | None) -> None:
-    """Check the flag --device, before torch is imported."""
+    """Check the flag --device without importing torch."""
     if device is not None and device not in DEVICES:
         raise typer.BadParameter(f"--device {device!r} must be one of {', '.join(DEVICES)}.")
 
 
 def flags(**values: Any) -> dict[str, Any]:
-    """Name each flag's setting in the recipe."""
+    """Map the values of flags to settings of the recipe."""
     return {_SETTINGS[name]: value for name, value in values.items()}
 
 
@@ -180,26 +191,26 @@ _SETTINGS = {
 
 
 def fit_command(dataset: str | None, flags: Mapping[str, Any], assignments: Sequence[str]) -> str:
-    """Return the command line of `mixmo fit` with some flags, quoted for a shell.
+    """Format a command line of `mixmo fit`, quoted for a shell.
 
     Args:
-        dataset: its argument, if given.
-        flags: value by the name of the parameter; None where not given.
-        assignments: of --set.
+        dataset: the argument DATASET, or None.
+        flags: values by the name of the parameter; None for flags that are omitted.
+        assignments: values of --set.
     """
     words = ["mixmo", "fit", *([dataset] if dataset is not None else [])]
     for name, value in flags.items():
         if value is not None:
             flag = {"compiled": "compile"}.get(name, name).replace("_", "-")
-            shown = f"{value:g}" if isinstance(value, float) else str(value)
-            words += [f"--{flag}"] if value is True else [f"--{flag}", shown]
+            text = f"{value:g}" if isinstance(value, float) else str(value)
+            words += [f"--{flag}"] if value is True else [f"--{flag}", text]
     for assignment in assignments:
         words += ["--set", assignment]
     return shlex.join(words)
 
 
-def in_flags(message: str) -> str:
-    """Name the flag in an error about a setting that was given by one."""
+def use_flag_names(message: str) -> str:
+    """Replace the names of settings in an error message by those of their flags."""
     for flag, setting in _SETTINGS.items():
         name = "compile" if flag == "compiled" else flag.replace("_", "-")
         message = message.replace(f"Command line: {setting} ", f"--{name} ")

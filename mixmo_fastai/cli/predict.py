@@ -1,4 +1,4 @@
-"""`mixmo predict`: classes of single images."""
+"""`mixmo predict`: predict the classes of image files."""
 
 import csv
 import dataclasses
@@ -28,13 +28,13 @@ def predict(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Write a file, .csv or .json, instead of printing.", rich_help_panel=opt.OUTPUT
+            help="Write to a .csv or .json file instead of printing.", rich_help_panel=opt.OUTPUT
         ),
     ] = None,
     as_json: opt.Json = False,
     debug: opt.Debug = False,
 ) -> None:
-    """Name the class of images, how sure that is, and what the members vote; as CSV or JSON."""
+    """Predict class, probability and the members' votes of each image, as CSV or JSON."""
     if run.suffix and not run.exists():
         raise InputError(f"There is no exported network or run folder {str(run)!r}.")
     folder = None if run.is_file() else open_run(run)
@@ -56,37 +56,37 @@ def predict(
     predictions, unreadable = predict_images(
         network, images, data_dir, device=device, skipped=skipped
     )
-    if told := skipped.describe():
-        typer.echo(f"Skipped: {told}", err=True)
+    if skipped_text := skipped.describe():
+        typer.echo(f"Skipped: {skipped_text}", err=True)
     rows = [dataclasses.asdict(prediction) for prediction in predictions]
     reasons = {str(path): " ".join(text.splitlines()) for path, text in unreadable.items()}
-    table = {"run": str(run), "predictions": rows, "unreadable": reasons, "skipped": told}
+    table = {"run": str(run), "predictions": rows, "unreadable": reasons, "skipped": skipped_text}
     output = Output(as_json=as_json)
     if out is None:
-        output.result(_csv_lines(rows), table)
+        output.print_result(_csv_lines(rows), table)
     else:
         is_json = out.suffix.lower() == ".json"
         text = json.dumps(table, indent=2) if is_json else "\n".join(_csv_lines(rows))
         write_atomically(out, text + "\n")
-        told = {"run": str(run), "predictions": str(out), "unreadable": reasons}
-        output.result([f"Predictions: {out}, {len(rows):,} images"], told)
+        summary = {"run": str(run), "predictions": str(out), "unreadable": reasons}
+        output.print_result([f"Predictions: {out}, {len(rows):,} images"], summary)
     if unreadable:
         raise RunFailedError(
             f"{len(unreadable)} of {len(unreadable) + len(rows)} images could not be read: "
-            f"{_named(unreadable)}"
+            f"{_describe_unreadable(unreadable)}"
         )
 
 
-def _named(unreadable: dict[Path, str]) -> str:
-    """Name images that could not be read; a single one with the reason and what to do."""
+def _describe_unreadable(unreadable: dict[Path, str]) -> str:
+    """List unreadable images; for a single one, return the reason and what to do."""
     if len(unreadable) == 1:
         return next(iter(unreadable.values()))
     more = f" and {len(unreadable) - 10:,} more" if len(unreadable) > 10 else ""
-    large = sum("megapixels" in text for text in unreadable.values())
-    which = "them" if large == len(unreadable) else f"{large:,} of them"
-    advice = f"Save {which} smaller: too many megapixels. " if large else ""
-    named = ", ".join([*map(str, unreadable)][:10])
-    return f"{named}{more}.\n{advice}The reasons are in the result of --json."
+    num_large = sum("megapixels" in text for text in unreadable.values())
+    large = "them" if num_large == len(unreadable) else f"{num_large:,} of them"
+    advice = f"Save {large} smaller: too many megapixels. " if num_large else ""
+    paths = ", ".join([*map(str, unreadable)][:10])
+    return f"{paths}{more}.\n{advice}See the result of --json for the reasons."
 
 
 def _csv_lines(rows: list[dict[str, Any]]) -> list[str]:

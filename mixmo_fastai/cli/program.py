@@ -1,6 +1,6 @@
-"""The program `mixmo`: its commands, and what becomes of errors.
+"""The program `mixmo`: its commands and its error handling.
 
-A new command is a module beside this one and a line in `_COMMANDS`.
+To add a command, write a module in this package and add a line to `_COMMANDS`.
 """
 
 import os
@@ -28,16 +28,16 @@ from mixmo_fastai.cli import (
     show,
 )
 from mixmo_fastai.cli.console import RunInterruptedError
-from mixmo_fastai.cli.options import in_flags
+from mixmo_fastai.cli.options import use_flag_names
 from mixmo_fastai.errors import InputError, RunFailedError
 from mixmo_fastai.interruption import StopRequest, handling_signals
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
-NAMES = {INTERRUPTED: "Interrupted.", 143: "Terminated.", 129: "Hung up."}
+SIGNAL_MESSAGES = {INTERRUPTED: "Interrupted.", 143: "Terminated.", 129: "Hung up."}
 
 app = typer.Typer(
     name="mixmo",
-    help="MixMo for fastai: the accuracy of an ensemble at the price of one network.",
+    help="MixMo for fastai: the accuracy of an ensemble at the cost of one network.",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
@@ -59,13 +59,13 @@ _COMMANDS = {
 for _name, _command in _COMMANDS.items():
     app.command(_name)(_command)
 
-# Typer carries its own copy of click in some versions; its exceptions are found by descent.
+# Some versions of Typer bundle their own copy of click, so its exceptions are taken from the MRO.
 UsageError = typer.BadParameter.__mro__[1]
 ClickException = typer.BadParameter.__mro__[2]
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(is_requested: bool) -> None:
+    if is_requested:
         typer.echo(f"mixmo {__version__}")
         raise typer.Exit
 
@@ -76,21 +76,22 @@ def _options(
         False, "--version", help="Print the version.", callback=_print_version, is_eager=True
     ),
 ) -> None:
-    """Options of the program itself."""
+    """Define the options of the program itself."""
 
 
 def run(args: Sequence[str]) -> int:
     """Run one command line.
 
     Returns:
-        0 done, 2 the user's input, 128 + n ended by signal n (130 by Ctrl-C), 1 anything else.
+        The exit code: 0 for success, 2 for invalid input, 128 + n after signal n (130 for Ctrl-C),
+        1 for any other error.
     """
     debug = "--debug" in args
     if not debug:
-        # Third parties warn their developers, not the people who train.
+        # Warnings of libraries that address developers, not users.
         for category in (FutureWarning, DeprecationWarning):
             warnings.filterwarnings("ignore", category=category)
-        # Pillow's warning of large scans, which are read all the same.
+        # Pillow warns about large images, which are supported here.
         warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
     with handling_signals() as stop:
         try:
@@ -98,7 +99,7 @@ def run(args: Sequence[str]) -> int:
             command = typer.main.get_command(app)
             arguments = list(args) or ["--help"]
             code = command.main(args=arguments, prog_name="mixmo", standalone_mode=False) or DONE
-            # Typer turns an interruption into this code without a word.
+            # Typer converts KeyboardInterrupt to this code without a message.
             return _stopped(stop) if code == INTERRUPTED else int(code)
         except Exception as error:
             if debug and not isinstance(error, ClickException):
@@ -109,43 +110,44 @@ def run(args: Sequence[str]) -> int:
 
 
 def _check_processes(args: Sequence[str]) -> None:
-    """Check that only training was started in several processes."""
-    several = int(os.environ.get("WORLD_SIZE") or "1") > 1
-    if several and (not args or args[0] != "fit"):
-        raise InputError("Only `mixmo fit` runs in several processes. Start this one by itself.")
+    """Check that of all commands only `fit` is started in several processes."""
+    is_distributed = int(os.environ.get("WORLD_SIZE") or "1") > 1
+    if is_distributed and (not args or args[0] != "fit"):
+        raise InputError("Only `mixmo fit` runs in several processes. Run this without torchrun.")
 
 
 def _stopped(stop: StopRequest) -> int:
     code = INTERRUPTED if stop.number is None else 128 + stop.number
-    return _say(NAMES[code], code)
+    return _print_error(SIGNAL_MESSAGES[code], code)
 
 
 def _report(error: Exception) -> int:
-    """Say in one to three lines what went wrong."""
+    """Print an error in one to three lines; return the exit code."""
     if isinstance(error, RunInterruptedError):
-        return _say(str(error), error.exit_code)
-    for kind, code in _CODES.items():
-        if isinstance(error, kind):
-            return _say(in_flags(str(error)), code)
+        return _print_error(str(error), error.exit_code)
+    for error_type, code in _CODES.items():
+        if isinstance(error, error_type):
+            return _print_error(use_flag_names(str(error)), code)
     if isinstance(error, ClickException):
-        return _say(_usage(error), BAD_INPUT)
+        return _print_error(_usage_message(error), BAD_INPUT)
     first_lines = "\n".join(str(error).splitlines()[:2]) or "no message"
-    return _say(f"{type(error).__name__}: {first_lines}\n--debug shows where.", FAILED)
+    message = f"{type(error).__name__}: {first_lines}\nAdd --debug to see the traceback."
+    return _print_error(message, FAILED)
 
 
 _CODES = {InputError: BAD_INPUT, RunFailedError: FAILED}
 
 
-def _usage(error: Exception) -> str:
+def _usage_message(error: Exception) -> str:
     message: str = error.format_message()  # type: ignore[attr-defined]
     if not isinstance(error, UsageError):
         return message
     context = getattr(error, "ctx", None)
     path = context.command_path if context else "mixmo"
-    return f"{message}\n`{path} --help` lists what there is."
+    return f"{message}\nSee `{path} --help` for the allowed arguments."
 
 
-def _say(message: str, code: int) -> int:
+def _print_error(message: str, code: int) -> int:
     prefix = "" if code > 128 else "Error: "
     if (rank := os.environ.get("RANK") or "0") != "0":
         prefix = f"[process {rank}] {prefix}"

@@ -1,4 +1,4 @@
-"""The display of training: a live bar on a terminal, and a line per epoch everywhere."""
+"""Display of training: a progress bar on a terminal, and a line per epoch."""
 
 import time
 from collections.abc import Mapping
@@ -25,29 +25,29 @@ COLUMNS = (
 
 
 class TrainingDisplay(TrainedEpochCallback):
-    """Show steps, images per second and the time left; say one line per epoch.
+    """Show a progress bar with images per second and time left, and print a line per epoch.
 
     Args:
         output: the command's console.
-        images_per_step: images that the network sees per step.
-        speed: as it was measured before, a `speed.Speed`, until enough steps were made; None where
-            it was not.
+        images_per_step: number of images that the network sees per step.
+        speed: `speed.Speed` measured before training, used for the first steps; None if not
+            measured.
     """
 
     order = 70  # after the history
-    FIRST_STEPS = 2
-    """Steps that are left out of the rate: they tune, compile and allocate."""
+    WARMUP_STEPS = 2
+    """Steps excluded from the rate, because they compile, tune kernels and allocate memory."""
 
     def __init__(self, output: Output, images_per_step: int, speed: Any = None) -> None:
         super().__init__()
         self.output, self.images_per_step = output, images_per_step
-        self.rate_before = speed.images_per_second / images_per_step if speed else None
+        self.initial_rate = speed.images_per_second / images_per_step if speed else None
         self.progress = _make_progress(output)
         self.task: Any = None
         self.steps_here, self.first_epoch, self.latest_epoch = 0, -1, -1
 
     def before_train(self) -> None:
-        """Start the bar at the first epoch that trains, and anew with each network."""
+        """Start the bar at the first epoch that trains, and restart it for each network."""
         if self.learn.epoch <= self.latest_epoch or self.first_epoch < 0:
             self._start()
         self.latest_epoch = self.learn.epoch
@@ -56,51 +56,51 @@ class TrainingDisplay(TrainedEpochCallback):
         if self.task is not None:
             self.progress.remove_task(self.task)
         self.steps_here, self.first_epoch = 0, self.learn.epoch
-        self.steps_before = getattr(self.learn.dl, "first_step", 0)  # of a resumed run's epoch
-        self.output.say("".join(f"{title:>{width}}" for _, title, width in COLUMNS))
-        self.began = time.perf_counter()
-        self.counted_from = self.began
+        self.steps_before = getattr(self.learn.dl, "first_step", 0)  # nonzero if resumed mid-epoch
+        self.output.print("".join(f"{title:>{width}}" for _, title, width in COLUMNS))
+        self.start_time = time.perf_counter()
+        self.rate_start_time = self.start_time
         total = self.learn.n_epoch * len(self.learn.dls.train)
         done = self.learn.epoch * len(self.learn.dls.train) + self.steps_before
         self.task = self.progress.add_task(
-            self._place(), total=total, completed=done, speed=self._speed(), left=self._left()
+            self._description(), total=total, completed=done, speed=self._speed(), left=self._left()
         )
         self.progress.start()
 
     def after_batch(self) -> None:
-        """Move the bar."""
+        """Advance the bar."""
         self.steps_here += 1
-        if self.steps_here <= self.FIRST_STEPS:
-            self.counted_from = time.perf_counter()
+        if self.steps_here <= self.WARMUP_STEPS:
+            self.rate_start_time = time.perf_counter()
         self.progress.update(
             self.task,
             advance=1,
-            description=self._place(),
+            description=self._description(),
             speed=self._speed(),
             left=self._left(),
         )
 
     def after_trained_epoch(self) -> None:
-        """Say the epoch's line."""
+        """Print the line of the epoch."""
         row = next(cb for cb in self.learn.cbs if isinstance(cb, HistoryCallback)).latest
         if row.get("epoch") == self.learn.epoch + 1:
-            self.output.say(_line({**row, "left": self._left()}, self.learn.n_epoch))
+            self.output.print(_epoch_line({**row, "left": self._left()}, self.learn.n_epoch))
 
     def close(self) -> None:
-        """Remove the bar; training is over, however it ended."""
+        """Remove the bar after training has finished or failed."""
         self.progress.stop()
 
-    def _place(self) -> str:
+    def _description(self) -> str:
         return f"epoch {self.learn.epoch + 1}/{self.learn.n_epoch}"
 
     def _rate(self) -> float | None:
-        """Return steps per second, validation included; as measured before in the first steps."""
-        counted = self.steps_here - self.FIRST_STEPS
+        """Return steps per second, including validation; during warm-up, the initial rate."""
+        counted = self.steps_here - self.WARMUP_STEPS
         if counted > 0:
-            return counted / max(1e-9, time.perf_counter() - self.counted_from)
-        if self.rate_before or not self.steps_here:
-            return self.rate_before
-        return self.steps_here / max(1e-9, time.perf_counter() - self.began)
+            return counted / max(1e-9, time.perf_counter() - self.rate_start_time)
+        if self.initial_rate or not self.steps_here:
+            return self.initial_rate
+        return self.steps_here / max(1e-9, time.perf_counter() - self.start_time)
 
     def _speed(self) -> str:
         rate = self._rate()
@@ -115,20 +115,21 @@ class TrainingDisplay(TrainedEpochCallback):
             return ""
         total = (self.learn.n_epoch - self.first_epoch) * len(self.learn.dls.train)
         left = total - self.steps_before - self.steps_here
-        return clock(left / rate)
+        return format_clock(left / rate)
 
 
-class LabelledTimes(ProgressColumn):
-    """The time that has passed and the time left, each with its label."""
+class TimesColumn(ProgressColumn):
+    """Progress column with the elapsed time and the time left, both labelled."""
 
     def render(self, task: Task) -> Text:
-        """Show both for a bar."""
+        """Format the times of a task."""
         left = task.fields["left"]
-        return Text(f"elapsed {clock(task.elapsed or 0)}" + (f", left {left}" if left else ""))
+        elapsed = format_clock(task.elapsed or 0)
+        return Text(f"elapsed {elapsed}" + (f", left {left}" if left else ""))
 
 
-def clock(seconds: float) -> str:
-    """Show a time in hours, minutes and seconds, and from 100 hours on in days."""
+def format_clock(seconds: float) -> str:
+    """Format a time in hours, minutes and seconds, or in days from 100 hours."""
     if seconds >= 360_000:
         return f"{seconds / 86_400:,.0f} days"
     minutes, rest = divmod(round(seconds), 60)
@@ -141,7 +142,7 @@ def _make_progress(output: Output) -> Progress:
         BarColumn(bar_width=None),
         TextColumn("{task.percentage:>3.0f} %"),
         TextColumn("{task.fields[speed]}"),
-        LabelledTimes(table_column=Column(no_wrap=True)),
+        TimesColumn(table_column=Column(no_wrap=True)),
         console=output.console,
         transient=True,
         expand=True,
@@ -149,12 +150,12 @@ def _make_progress(output: Output) -> Progress:
     )
 
 
-def _line(row: Mapping[str, Any], num_epochs: int) -> str:
-    shown = {**row, "epoch": f"{row['epoch']}/{num_epochs}"}
+def _epoch_line(row: Mapping[str, Any], num_epochs: int) -> str:
+    texts = {**row, "epoch": f"{row['epoch']}/{num_epochs}"}
     for name in ("accuracy", "member_accuracy"):
-        shown[name] = f"{100 * row[name]:.2f}" if row[name] != "" else "-"
+        texts[name] = f"{100 * row[name]:.2f}" if row[name] != "" else "-"
     for name in ("train_loss", "valid_loss"):
-        shown[name] = f"{row[name]:.4f}" if row[name] != "" else "-"
-    shown["lr"] = f"{float(row['lr']):.3g}"
-    shown["images_per_second"] = f"{row['images_per_second']:,.0f}"
-    return "".join(f"{shown[name]:>{width}}" for name, _, width in COLUMNS)
+        texts[name] = f"{row[name]:.4f}" if row[name] != "" else "-"
+    texts["lr"] = f"{float(row['lr']):.3g}"
+    texts["images_per_second"] = f"{row['images_per_second']:,.0f}"
+    return "".join(f"{texts[name]:>{width}}" for name, _, width in COLUMNS)

@@ -1,4 +1,4 @@
-"""`mixmo recipes`: list the recipes, or show one resolved."""
+"""`mixmo recipes`: list the recipes, or show all settings of one."""
 
 from typing import Annotated
 
@@ -14,11 +14,11 @@ def recipes(
     as_json: opt.Json = False,
     debug: opt.Debug = False,
 ) -> None:
-    """List the recipes with their published figures, or show one with every setting."""
+    """List the recipes with their published accuracy, or show all settings of one."""
     output = Output(as_json=as_json)
     if name is not None:
         recipe = load_recipe(name)
-        output.result([to_toml(recipe).rstrip()], to_mapping(recipe))
+        output.print_result([to_toml(recipe).rstrip()], to_mapping(recipe))
         return
     known = [load_recipe(known_name) for known_name in recipe_names()]
     rows = [("recipe", "network", "networks", "members", "mix", "pixels", "epochs", "published")]
@@ -37,7 +37,7 @@ def recipes(
     ]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)) for row in rows]
-    output.result(
+    output.print_result(
         [*(line.rstrip() for line in lines), "", "Train one: mixmo fit --recipe NAME"],
         {recipe.name: to_mapping(recipe) for recipe in known},
     )

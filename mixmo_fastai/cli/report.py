@@ -1,4 +1,4 @@
-"""`mixmo report`: a page about a trained run."""
+"""`mixmo report`: write an HTML report of a trained run."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,21 +11,21 @@ from mixmo_fastai.runs import free_file, open_run
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="A run folder that `mixmo fit` made.")],
+    run: Annotated[Path, typer.Argument(help="A run folder of `mixmo fit`.")],
     *,
     data_dir: opt.DataDir = None,
     device: opt.Device = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="The page. Default: report.html in the run folder, made anew each time.",
+            help="HTML file. Default: report.html in the run folder, replaced if it exists.",
             rich_help_panel=opt.OUTPUT,
         ),
     ] = None,
     as_json: opt.Json = False,
     debug: opt.Debug = False,
 ) -> None:
-    """Evaluate a trained run and write one self-contained HTML page about it."""
+    """Evaluate a trained run and write a self-contained HTML report."""
     folder = open_run(run)
     folder.check_trained()
     opt.check_device(device)
@@ -33,8 +33,8 @@ def report(
 
     from mixmo_fastai.report.page import write_report
 
-    findings = write_report(folder, page, data_dir, device=device)
-    Output(as_json=as_json).result(
+    data = write_report(folder, page, data_dir, device=device)
+    Output(as_json=as_json).print_result(
         [f"Report: {page}"],
-        {"run": str(folder.path), "report": str(page), **findings.figures},
+        {"run": str(folder.path), "report": str(page), **data.metrics},
     )

@@ -1,4 +1,4 @@
-"""`mixmo show`: a picture of what training sees."""
+"""`mixmo show`: plot the first training batch."""
 
 from pathlib import Path
 from typing import Annotated
@@ -25,32 +25,32 @@ def show(
     limit: opt.Limit = None,
     repeat: opt.Repeat = None,
     seed: opt.Seed = None,
-    count: Annotated[int, typer.Option(help="Positions of the batch to show.", min=1, max=16)] = 6,
+    count: Annotated[int, typer.Option(help="Number of samples to show.", min=1, max=16)] = 6,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="The PNG. Default: the first free show-<data set>-<method>.png.",
+            help="PNG of the plot. Default: the first free show-<data set>-<method>.png.",
             rich_help_panel=opt.OUTPUT,
         ),
     ] = None,
     as_json: opt.Json = False,
     debug: opt.Debug = False,
 ) -> None:
-    """Draw pairs, masks and mixtures of the first training batch."""
+    """Plot image pairs, masks and mixtures of the first training batch."""
     settings = opt.flags(
         mix=mix, msda=msda, members=members, skip_damaged=skip_damaged, limit=limit, repeat=repeat,
         seed=seed, device="cpu",
     )  # fmt: skip
     resolved = resolve_recipe(dataset, recipe, settings, assignments or ())
-    picture = free_file(out, f"show-{run_label(resolved)}", ".png")
+    plot_path = free_file(out, f"show-{run_label(resolved)}", ".png")
 
     from mixmo_fastai.devices import choose_device
     from mixmo_fastai.figures import plot_preview
     from mixmo_fastai.preview import preview_batch
     from mixmo_fastai.training import prepare
 
-    # It is drawn on the CPU, with the network and the image size that a training would have here.
+    # Runs on the CPU, with the network and image size that training would use on this machine.
     training = prepare(resolved, data_dir, sized_for=choose_device("auto").type)
     title = f"{method_name(resolved)}: {resolved.mix.kind} masks on {training.source.name}"
-    plot_preview(preview_batch(training.learn, count), picture, title)
-    Output(as_json=as_json).result([f"Picture: {picture}"], {"picture": str(picture)})
+    plot_preview(preview_batch(training.learn, count), plot_path, title)
+    Output(as_json=as_json).print_result([f"Plot: {plot_path}"], {"picture": str(plot_path)})

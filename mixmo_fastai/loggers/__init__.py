@@ -1,6 +1,6 @@
-"""Loggers: a run's figures and pictures, in files and in experiment trackers.
+"""Loggers: write a run's metrics and plots to files and to experiment trackers.
 
-A new one is a module beside this one with a `Tracker`, and a line in `LOGGERS`.
+To add a logger, write a module in this package with a `Tracker`, and add a line to `LOGGERS`.
 """
 
 from importlib import import_module
@@ -11,18 +11,18 @@ from mixmo_fastai.errors import InputError, unknown
 
 
 class Logger(NamedTuple):
-    """A logger that there is.
+    """An available logger.
 
     Attributes:
-        tracker: its class, as module of this package and name.
-        package: that it needs, if any.
+        tracker: its class, as "module:name" with a module of this package.
+        package: required package; "" for none.
     """
 
     tracker: str
     package: str = ""
 
     def load(self) -> Any:
-        """Import its class; that takes a second, and torch."""
+        """Import the class; this also imports torch and takes about a second."""
         module, _, name = self.tracker.partition(":")
         return getattr(import_module(f"{__name__}.{module}"), name)
 
@@ -35,10 +35,10 @@ LOGGERS = {
 
 
 def parse_loggers(text: str) -> tuple[str, ...]:
-    """Read names as on the command line, such as "csv,wandb".
+    """Parse names of loggers, such as "csv,wandb".
 
     Raises:
-        InputError: there is no logger of a name, or the package that it needs is not installed.
+        InputError: a name is unknown, or the package that its logger needs is not installed.
     """
     names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
     for name in names:

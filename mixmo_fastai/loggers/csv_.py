@@ -1,6 +1,6 @@
-"""Steps as CSV and pictures as PNG, in RUN/logs.
+"""CSV logger: steps as CSV and plots as PNG, in RUN/logs.
 
-Figures of epochs and the final ones need no more files: history.csv and metrics.json have them.
+Metrics are not written again: history.csv and metrics.json of the run already hold them.
 """
 
 import csv
@@ -8,44 +8,44 @@ import io
 from collections.abc import Mapping, Sequence
 
 from mixmo_fastai.files import write_atomically
-from mixmo_fastai.loggers.tracker import Step, Subject
+from mixmo_fastai.loggers.tracker import Step, TrackedRun
 
 
 class CsvTracker:
-    """Write a line per step to steps.csv, and pictures beside it."""
+    """Write a row per step to steps.csv, and plots as PNG to the same folder."""
 
-    def __init__(self, subject: Subject) -> None:
-        self.folder, self.path = subject.folder, subject.folder / "steps.csv"
+    def __init__(self, run: TrackedRun) -> None:
+        self.folder, self.path = run.folder, run.folder / "steps.csv"
         if self.path.is_file():
-            kept = self._rows_before(subject.done)
-            write_atomically(self.path, _as_csv([Step._fields, *kept]))
+            valid_rows = self._rows_before(run.steps_done)
+            write_atomically(self.path, _to_csv([Step._fields, *valid_rows]))
 
     def _rows_before(self, step: int) -> list[list[str]]:
-        """Read the lines of earlier steps; a process that was killed may leave a torn one."""
+        """Read the rows of earlier steps; skip an incomplete row of a process that was killed."""
         with self.path.open(newline="", encoding="utf-8", errors="replace") as file:
             rows = list(csv.reader(file))[1:]
-        whole = [row for row in rows if len(row) == len(Step._fields) and row[0].isdecimal()]
-        return [row for row in whole if int(row[0]) < step]
+        complete = [row for row in rows if len(row) == len(Step._fields) and row[0].isdecimal()]
+        return [row for row in complete if int(row[0]) < step]
 
-    def steps(self, steps: Sequence[Step]) -> None:
-        """Add lines."""
+    def log_steps(self, steps: Sequence[Step]) -> None:
+        """Append a row per step."""
         rows = [(s.step, s.epoch, *(f"{value:.6g}" for value in s[2:])) for s in steps]
         with self.path.open("a", newline="", encoding="utf-8") as file:
-            file.write(_as_csv(rows if file.tell() else [Step._fields, *rows]))
+            file.write(_to_csv(rows if file.tell() else [Step._fields, *rows]))
 
-    def figures(self, kind: str, step: int, figures: Mapping[str, float]) -> None:
-        """Leave them to the run's own files."""
+    def log_metrics(self, kind: str, step: int, metrics: Mapping[str, float]) -> None:
+        """Do nothing: the run's own files hold the metrics."""
 
-    def pictures(self, step: int, pictures: Mapping[str, bytes]) -> None:
-        """Write them, in place of those that are there."""
-        for name, png in pictures.items():
+    def log_images(self, step: int, images: Mapping[str, bytes]) -> None:
+        """Write PNG files, replacing existing ones."""
+        for name, png in images.items():
             write_atomically(self.folder / f"{name}.png", png)
 
     def close(self, exit_code: int) -> None:
-        """Nothing is left unwritten."""
+        """Do nothing: no data is pending."""
 
 
-def _as_csv(rows: Sequence[Sequence[object]]) -> str:
+def _to_csv(rows: Sequence[Sequence[object]]) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()

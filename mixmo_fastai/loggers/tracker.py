@@ -1,4 +1,4 @@
-"""What a logger is told of a run, and when."""
+"""Interface of loggers: the information they receive about a run, and when."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,13 +7,13 @@ from typing import Any, NamedTuple, Protocol
 
 
 class Step(NamedTuple):
-    """A step of training, before which `step` steps were done.
+    """A training step.
 
     Attributes:
-        step: its place in the run, from 0.
-        epoch: from 1.
-        loss: per member, as the training loss of history.csv, which is the mean of an epoch's.
-        lr, momentum: that the optimizer took.
+        step: index of the step in the run, from 0.
+        epoch: number of the epoch, from 1.
+        loss: loss per member; the training loss in history.csv is the mean of these over an epoch.
+        lr, momentum: values that the optimizer used.
     """
 
     step: int
@@ -24,44 +24,44 @@ class Step(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A run to follow.
+class TrackedRun:
+    """A run to log.
 
     Attributes:
-        folder: where files go; it is there.
-        name: of the run.
-        group: the deep ensemble that it belongs to, if any.
-        settings: of its recipe, by the names that a person types.
-        done: steps that were done before; what was logged of later ones is void.
-        say: tells a person a line.
+        folder: existing folder for files.
+        name: name of the run.
+        group: name of the deep ensemble that it belongs to, or None.
+        settings: settings of its recipe, by the names used on the command line.
+        steps_done: number of completed steps; entries logged for later steps are invalid.
+        report: prints a line for the user.
     """
 
     folder: Path
     name: str
     group: str | None
     settings: Mapping[str, Any]
-    done: int
-    say: Callable[[str], None]
+    steps_done: int
+    report: Callable[[str], None]
 
 
 class Tracker(Protocol):
-    """Where a run is logged to. What goes wrong may be raised: no training ends by that.
+    """Writes a run to one destination. Its methods may raise: errors never end training.
 
-    A place in the run is a number of steps done: a step's loss is that of the weights after as
-    many steps as were done before it, an epoch's figures are those of the weights after its last.
+    `step` counts completed steps: the loss of a step belongs to the weights before that step, the
+    metrics of an epoch to the weights after its last step.
     """
 
-    def __init__(self, subject: Subject) -> None:
-        """Begin to follow a run, or go on after `subject.done` steps."""
+    def __init__(self, run: TrackedRun) -> None:
+        """Start logging a run, or continue after `run.steps_done` steps."""
 
-    def steps(self, steps: Sequence[Step]) -> None:
+    def log_steps(self, steps: Sequence[Step]) -> None:
         """Log steps, in order."""
 
-    def figures(self, kind: str, step: int, figures: Mapping[str, float]) -> None:
-        """Log figures of one kind, "epoch" or "final", at a place in the run."""
+    def log_metrics(self, kind: str, step: int, metrics: Mapping[str, float]) -> None:
+        """Log metrics of one kind, "epoch" or "final"."""
 
-    def pictures(self, step: int, pictures: Mapping[str, bytes]) -> None:
-        """Log pictures, PNG by name, at a place in the run."""
+    def log_images(self, step: int, images: Mapping[str, bytes]) -> None:
+        """Log plots, as PNG data by name."""
 
     def close(self, exit_code: int) -> None:
-        """Leave nothing unwritten; 0 where all went well, else the exit code of the command."""
+        """Write all pending data; `exit_code` is that of the command, 0 for success."""

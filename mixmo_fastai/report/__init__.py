@@ -1,4 +1,4 @@
-"""The report: one self-contained HTML page about a trained run.
+"""The report: a self-contained HTML page about a trained run.
 
-`findings` gathers what there is to say, `charts` draws it, `page` lays it out.
+`findings` collects the data, `charts` and `filters` plot it, `sections` and `page` lay it out.
 """

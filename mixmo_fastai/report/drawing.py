@@ -1,7 +1,8 @@
-"""Drawings for a page, as matplotlib's SVG in the page's own colours; and for themselves, as PNG.
+"""Plots as SVG in the colours of the page, or as PNG.
 
-The page is light or dark, and a drawing must suit both. So it is drawn in a few stand-in colours,
-which become the page's CSS variables; opacity makes their shades. A PNG has the light page's.
+The page has a light and a dark theme, and plots must work in both. Plots are therefore drawn in a
+few placeholder colours, which are replaced by CSS variables of the page; shades are made by
+opacity. A PNG uses the colours of the light theme.
 """
 
 import io
@@ -17,22 +18,22 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-# Each colour has one meaning on the whole page; "C0" is matplotlib's name for the first in force.
-ENSEMBLE, MEMBERS, RIGHT, WRONG, INK = "C0", "C1", "C2", "C3", "C4"
-SHADES = (0.35, 0.55, 0.75, 1.0)
-"""Opacities of the ink for an ordered quantity, from its first step to its last."""
-STAND_INS = {
+# Each colour has one meaning on the whole page; "C0" is the first colour of matplotlib's cycle.
+ENSEMBLE, MEMBERS, CORRECT, INCORRECT, INK = "C0", "C1", "C2", "C3", "C4"
+OPACITIES = (0.35, 0.55, 0.75, 1.0)
+"""Opacities of INK for the lines of an ordered quantity, from first to last."""
+PLACEHOLDER_COLORS = {
     "#010103": "var(--ensemble)",
     "#010104": "var(--members)",
-    "#010105": "var(--right)",
-    "#010106": "var(--wrong)",
+    "#010105": "var(--correct)",
+    "#010106": "var(--incorrect)",
     "#010101": "var(--ink)",
     "#010102": "var(--line)",
 }
 LIGHT = ("#0072b2", "#a0468a", "#00805c", "#d55e00", "#1b1f24", "#d5dae0")
-"""The light page's colours, in the same order."""
+"""Colours of the light theme, in the same order."""
 _STYLE = {
-    "svg.fonttype": "none",  # text stays text: it can be read aloud, searched and selected
+    "svg.fonttype": "none",  # text stays text, for screen readers, search and selection
     "text.parse_math": False,  # a class may be called $5$
     "font.family": "sans-serif",
     "font.size": 9,
@@ -47,48 +48,48 @@ _STYLE = {
     "lines.linewidth": 1.6,
     "lines.markersize": 4,
 }
-_OF_INK = ("axes.edgecolor", "text.color", "axes.labelcolor", "xtick.color", "ytick.color")
+_INK_KEYS = ("axes.edgecolor", "text.color", "axes.labelcolor", "xtick.color", "ytick.color")
 _NAMESPACE = re.compile(r"\{[^}]*\}")
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """A figure that is drawn when it is asked for.
+class Plot:
+    """A plot that is rendered on demand.
 
     Attributes:
-        plot: draws on an empty figure, in the colours of this module.
-        name: of the figure, unlike any other on the page.
-        text: what it shows, for those who do not see it.
+        draw: draws on an empty figure, in the colours of this module.
+        name: name of the plot, unique on the page.
+        alt_text: description of the content, for screen readers.
         size: width and height in inches.
     """
 
-    plot: Callable[[Figure], None]
+    draw: Callable[[Figure], None]
     name: str
-    text: str
+    alt_text: str
     size: tuple[float, float] = (4.1, 2.9)
 
     def svg(self) -> Markup:
-        """Draw it to be put into a page: an <svg> element without references beyond itself."""
+        """Render as an <svg> element for a page, without external references."""
         file = io.BytesIO()
-        style = _style(tuple(STAND_INS), background="none")
+        style = _style(tuple(PLACEHOLDER_COLORS), background="none")
         with rc_context({**style, "svg.hashsalt": self.name}):
             FigureCanvasSVG(self._figure()).print_svg(file, metadata={"Date": None})
         root = ET.fromstring(file.getvalue())
         for element in root.iter():
             for child in [c for c in element if c.tag.endswith(("}metadata", "}style"))]:
                 element.remove(child)
-            element.tag = _NAMESPACE.sub("", element.tag)  # HTML knows SVG without namespaces
+            element.tag = _NAMESPACE.sub("", element.tag)  # inline SVG needs no namespaces in HTML
             element.attrib = {
-                _NAMESPACE.sub("", key): _own_names(key, value, self.name)
+                _NAMESPACE.sub("", key): _add_prefix(key, value, self.name)
                 for key, value in element.attrib.items()
             }
         for key in ("width", "height", "version"):
             root.attrib.pop(key)
-        root.attrib |= {"role": "img", "aria-label": self.text}
+        root.attrib |= {"role": "img", "aria-label": self.alt_text}
         return Markup(_in_page_colors(ET.tostring(root, encoding="unicode")))
 
     def png(self, title: str = "") -> bytes:
-        """Draw it to stand alone, on white, below a title."""
+        """Render as PNG data on a white background, with a title."""
         file = io.BytesIO()
         with rc_context(_style(LIGHT, background="white")):
             figure = self._figure()
@@ -100,7 +101,7 @@ class Drawing:
 
     def _figure(self) -> Figure:
         figure = Figure(figsize=self.size, layout="constrained")
-        self.plot(figure)
+        self.draw(figure)
         return figure
 
 
@@ -110,14 +111,14 @@ def _style(colors: tuple[str, ...], background: str) -> dict[str, Any]:
         **_STYLE,
         "axes.prop_cycle": cycler(color=cycle),
         "grid.color": line,
-        **dict.fromkeys(_OF_INK, cycle[-1]),
+        **dict.fromkeys(_INK_KEYS, cycle[-1]),
         "figure.facecolor": background,
         "savefig.facecolor": background,
     }
 
 
-def _own_names(key: str, value: str, prefix: str) -> str:
-    """Make an element's name, and references to one, unlike those of other drawings."""
+def _add_prefix(key: str, value: str, prefix: str) -> str:
+    """Add a prefix to ids and to references to them, so that ids are unique on the page."""
     if key == "id":
         return f"{prefix}-{value}"
     if key.endswith("href"):
@@ -126,6 +127,6 @@ def _own_names(key: str, value: str, prefix: str) -> str:
 
 
 def _in_page_colors(svg: str) -> str:
-    for color, variable in STAND_INS.items():
+    for color, variable in PLACEHOLDER_COLORS.items():
         svg = svg.replace(color, variable)
     return svg

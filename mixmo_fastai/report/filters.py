@@ -13,11 +13,11 @@ from torch import Tensor
 
 from mixmo_fastai.filter_use import FilterUse
 from mixmo_fastai.report.charts import MARKERS, Chart, percent_axis
-from mixmo_fastai.report.drawing import INK, MEMBERS, SHADES, Drawing
+from mixmo_fastai.report.drawing import INK, MEMBERS, OPACITIES, Plot
 from mixmo_fastai.wording import percent, round_percent
 
-MOST_NAMES = 80
-"""Number of convolutions above which the picture of `mixmo inspect` names only some of them."""
+MAX_NAMES = 80
+"""Number of convolutions above which the plot of `mixmo inspect` names only some of them."""
 
 
 def filters(uses: Sequence[FilterUse]) -> Chart:
@@ -26,65 +26,63 @@ def filters(uses: Sequence[FilterUse]) -> Chart:
     active = torch.stack([use.fractions for use in uses]).mean(dim=0)  # (L, T)
     average = active.mean(dim=0).tolist()
     networks = f" Mean over {len(uses)} networks." if len(uses) > 1 else ""
-    told = ", ".join(
-        f"{percent(share)} above {round_percent(threshold)}"
-        for threshold, share in zip(first.thresholds, average, strict=True)
+    averages = ", ".join(
+        f"{percent(fraction)} above {round_percent(threshold)}"
+        for threshold, fraction in zip(first.thresholds, average, strict=True)
     )
 
-    def plot(figure: Figure) -> None:
+    def draw(figure: Figure) -> None:
         axes = figure.subplots()
         _draw_use(axes, FilterUse(first.layers, active, first.thresholds))
         axes.set_xlabel("convolution of the core (names below)")
 
     return Chart(
         "Active filters",
-        Drawing(
-            plot, "filters", f"Active filters, average over {len(first.layers)} layers: {told}."
+        Plot(
+            draw, "filters", f"Active filters, average over {len(first.layers)} layers: {averages}."
         ),
         f"Filters whose L1 norm exceeds a fraction of the layer's largest.{networks}",
     )
 
 
 def encoders(norms: Sequence[Tensor]) -> Chart:
-    """Plot the L1 norms of the encoders' filters, a row of panels for each network's encoders.
+    """Plot the L1 norms of the encoders' filters, one panel per encoder.
 
     Args:
-        norms: (M, D) of each network.
+        norms: encoder norms (M, D) of each network.
     """
     rows = sum(len(of_network) for of_network in norms)
     first = norms[0]
     num_members, num_channels = first.shape
 
-    def plot(figure: Figure) -> None:
+    def draw(figure: Figure) -> None:
         panels = figure.subplots(rows, 1, sharex=True, sharey=True, squeeze=False)[:, 0]
         _draw_norms(list(panels), norms, max(float(norm.max()) for norm in norms))
         figure.supylabel("L1 norm", fontsize=9)
 
     largest = first.argmax(dim=0).bincount(minlength=num_members).tolist()
-    owned = ", ".join(f"encoder {m + 1} of {count}" for m, count in enumerate(largest))
-    text = f"L1 norms of the encoders' filters for {num_channels} channels; largest is {owned}."
+    counts = ", ".join(f"encoder {m + 1} in {count}" for m, count in enumerate(largest))
+    text = f"L1 norms of the encoders' filters for {num_channels} channels; largest: {counts}."
     caption = (
-        "Channels in which one encoder's norm is large and the others' are small belong to that "
-        "member."
+        "A channel in which one encoder's norm is large and the others' are small is mainly used "
+        "by that member."
         if num_members > 1
         else "Norms of the filters of the first convolution."
     )
     size = (4.1, min(8.0, max(2.9, 0.7 + 0.8 * rows)))
-    return Chart("Encoders", Drawing(plot, "encoders", text, size=size), caption)
+    return Chart("Encoders", Plot(draw, "encoders", text, size=size), caption)
 
 
-def side_by_side(
-    titles: Sequence[str], uses: Sequence[FilterUse], norms: Sequence[Tensor]
-) -> Drawing:
-    """Plot filter use and encoder norms, a column per network; convolutions carry their names."""
+def side_by_side(titles: Sequence[str], uses: Sequence[FilterUse], norms: Sequence[Tensor]) -> Plot:
+    """Plot filter use and encoder norms, one column per network, with names of convolutions."""
     rows = max(len(of_network) for of_network in norms)
     longest = max(len(use.layers) for use in uses)
-    width = max(6.5, 1.2 + 0.13 * min(longest, MOST_NAMES))
-    characters = max(len(name) for use in uses for name in use.layers)
+    width = max(6.5, 1.2 + 0.13 * min(longest, MAX_NAMES))
+    name_length = max(len(name) for use in uses for name in use.layers)
     highest = max(float(norm.max()) for norm in norms)
-    heights = (2.4 + 0.07 * characters + 0.4 * (len(uses) > 1), 0.5 + 1.2 * rows)
+    heights = (2.4 + 0.07 * name_length + 0.4 * (len(uses) > 1), 0.5 + 1.2 * rows)
 
-    def plot(figure: Figure) -> None:
+    def draw(figure: Figure) -> None:
         upper, lower = figure.subfigures(2, 1, height_ratios=heights)
         top = upper.subplots(1, len(uses), squeeze=False, sharey="row")[0]
         columns = lower.add_gridspec(1, len(uses))
@@ -98,12 +96,12 @@ def side_by_side(
         if len(uses) > 1:
             handles, labels = top[0].get_legend_handles_labels()
             name = "filters with an L1 norm above a fraction of the layer's largest"
-            place = "outside upper center"
-            upper.legend(handles, labels, loc=place, ncols=len(labels), title=name)
+            location = "outside upper center"
+            upper.legend(handles, labels, loc=location, ncols=len(labels), title=name)
         lower.supylabel("L1 norm of the encoder's filter", fontsize=9)
 
     text = f"Active filters and encoder norms of {', '.join(titles)}."
-    return Drawing(plot, "filter-use", text, size=(width * len(uses), sum(heights)))
+    return Plot(draw, "filter-use", text, size=(width * len(uses), sum(heights)))
 
 
 def _draw_use(axes: Axes, use: FilterUse, *, averages: bool = True) -> None:
@@ -111,18 +109,18 @@ def _draw_use(axes: Axes, use: FilterUse, *, averages: bool = True) -> None:
 
     Args:
         axes: where to draw.
-        use: of one network.
-        averages: show a legend with the average over the convolutions.
+        use: filter use of one network.
+        averages: show a legend with the averages over the convolutions.
     """
-    places = range(1, len(use.layers) + 1)
+    numbers = range(1, len(use.layers) + 1)
     average = use.average.tolist()
     for column, threshold in enumerate(use.thresholds):
         axes.plot(
-            places,
+            numbers,
             use.fractions[:, column],
             marker=MARKERS[column % len(MARKERS)],
             color=INK,
-            alpha=SHADES[column % len(SHADES)],
+            alpha=OPACITIES[column % len(OPACITIES)],
             label=f"above {round_percent(threshold)}"
             + f": {percent(average[column])} on average" * averages,
         )
@@ -135,20 +133,20 @@ def _draw_use(axes: Axes, use: FilterUse, *, averages: bool = True) -> None:
 
 def _name_convolutions(axes: Axes, layers: Sequence[str]) -> None:
     """Label each convolution with its number and its module name."""
-    step = -(-len(layers) // MOST_NAMES)
-    places = range(1, len(layers) + 1, step)
-    labels = [f"{layers[place - 1]}  {place}" for place in places]
-    axes.set_xticks(places, labels, rotation=90, fontsize=7 if len(places) <= 40 else 6)
+    step = -(-len(layers) // MAX_NAMES)
+    numbers = range(1, len(layers) + 1, step)
+    labels = [f"{layers[number - 1]}  {number}" for number in numbers]
+    axes.set_xticks(numbers, labels, rotation=90, fontsize=7 if len(numbers) <= 40 else 6)
     axes.set_xlabel("convolution: module name and number")
 
 
 def _draw_norms(panels: Sequence[Axes], norms: Sequence[Tensor], highest: float) -> None:
-    """Draw a panel of bars for each encoder; the channels of a network share one order.
+    """Draw a bar plot per encoder, with the channels of each network in the same order.
 
     Args:
-        panels: one for each encoder.
-        norms: (M, D) of each network.
-        highest: the largest norm of all panels that share a scale.
+        panels: one per encoder.
+        norms: encoder norms (M, D) of each network.
+        highest: largest norm of all panels with the same scale.
     """
     rows = [(n, m) for n, of_network in enumerate(norms) for m in range(len(of_network))]
     for axes, (network, member) in zip(panels, rows, strict=True):
@@ -164,6 +162,6 @@ def _draw_norms(panels: Sequence[Axes], norms: Sequence[Tensor], highest: float)
         axes.set(xlim=(0.4, len(order) + 0.6), ylim=(0, 1.05 * highest or 1.0))
         axes.grid(visible=False, axis="x")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    several = any(len(of_network) > 1 for of_network in norms)
-    order_name = "from the first member's to the last's" if several else "sorted by norm"
+    has_members = any(len(of_network) > 1 for of_network in norms)
+    order_name = "from the first member's to the last's" if has_members else "sorted by norm"
     panels[-1].set_xlabel(f"feature channel, {order_name}")

@@ -1,4 +1,4 @@
-"""Everything that a report says of a run, from one pass over its images.
+"""Data of a report, collected in one pass over a run's images.
 
 Shapes: N test images, M members (or networks of a deep ensemble), K classes.
 """
@@ -13,28 +13,28 @@ from mixmo_fastai.assessment import FinishedRun, open_finished
 from mixmo_fastai.calibration import top_predictions
 from mixmo_fastai.checkpoints.weights import load_network
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.evaluation import cross_scaled, evaluate_parts
+from mixmo_fastai.evaluation import cross_scale, evaluate_splits
 from mixmo_fastai.filter_use import FilterUse, encoder_norms, filter_use
 from mixmo_fastai.recipe import Recipe
 from mixmo_fastai.runs import RunFolder
 from mixmo_fastai.training import images_of_warmup, schedules
 
 NUM_MISTAKES = 12
-"""Confident mistakes that are shown."""
+"""Number of confident mistakes in the report."""
 CURVE_POINTS = 400
-"""Points of the curve of the learning rate."""
+"""Number of points of the learning-rate curve."""
 
 
 @dataclass(frozen=True, eq=False)
 class Mistake:
-    """An image that the run gets wrong.
+    """A misclassified image.
 
     Attributes:
         pixels: (C, H, W) uint8.
-        name: its file, or such as "test/123".
+        name: path of its file, or a name such as "test/123".
         label, predicted: class names.
         confidence: probability of the predicted class.
-        votes: each member's class.
+        votes: class predicted by each member.
     """
 
     pixels: Tensor
@@ -46,26 +46,26 @@ class Mistake:
 
 
 @dataclass(frozen=True, eq=False)
-class Findings:
-    """What a report says of a run.
+class ReportData:
+    """Data of the report of a run.
 
     Attributes:
-        run, recipe: the run.
-        classes: names, in the order of the logits.
-        num_images: of the validation and test parts.
-        parameters: of all networks.
-        figures: as `evaluation.evaluate_parts` gives them.
-        summary: the final figures that training wrote; empty where it wrote none.
-        environment: what training ran with; empty where it wrote none.
-        member_logits, labels: of the test set, or of the validation images if no test images are
-            labelled, (N, M, K) and (N,).
-        calibrated: the ensemble's logits (N, K), divided by a temperature that other images gave.
-        calibration: which images those are; or why `calibrated` is None.
-        histories: the rows of each network's history.csv.
-        rates: epochs passed, with parts, and the learning rate then; empty without a history.
+        run, recipe: the run and its recipe.
+        classes: class names, in the order of the logits.
+        num_images: number of images of the validation and test splits.
+        parameters: number of parameters of all networks.
+        metrics: from `evaluation.evaluate_splits`.
+        summary: final metrics written by training; empty if there are none.
+        environment: environment of training; empty if it was not recorded.
+        member_logits, labels: logits (N, M, K) and labels (N,) of the test set, or of the
+            validation images if there are no labelled test images.
+        calibrated: the ensemble's logits (N, K), divided by a temperature fitted on other images.
+        calibration: description of these images, or the reason why `calibrated` is None.
+        histories: rows of each network's history.csv.
+        rates: pairs of (fractional) epoch and learning rate; empty without a history.
         uses: filter use of each network.
         norms: encoder norms (M, D) of each network.
-        mistakes: the most confident ones, most confident first.
+        mistakes: the most confident mistakes, most confident first.
     """
 
     run: RunFolder
@@ -73,7 +73,7 @@ class Findings:
     classes: tuple[str, ...]
     num_images: tuple[int, int]
     parameters: int
-    figures: dict[str, Any]
+    metrics: dict[str, Any]
     summary: dict[str, Any]
     environment: dict[str, Any]
     member_logits: Tensor
@@ -92,32 +92,34 @@ class Findings:
         return self.member_logits.mean(dim=1)
 
 
-def gather(run: RunFolder, data_dir: Path | None = None, *, device: str | None = None) -> Findings:
-    """Show a trained run its validation and test images once, and gather what they tell.
+def collect_report_data(
+    run: RunFolder, data_dir: Path | None = None, *, device: str | None = None
+) -> ReportData:
+    """Evaluate a trained run once on its validation and test images, and collect the report data.
 
     Args:
-        run: finished.
-        data_dir: where its data lies, if not where it was looked for in training.
-        device: where to evaluate; the recipe's where not given.
+        run: a finished run.
+        data_dir: folder of the run's data, if not the one that training used.
+        device: device to evaluate on; by default, that of the recipe.
 
     Raises:
-        InputError: the run is not finished or damaged, or its data is not there.
+        InputError: the run is not finished or damaged, or its data is missing.
     """
     finished = open_finished(run, data_dir, device)
     validation, test = finished.logits(finished.loaders())
-    figures = evaluate_parts(validation, test)
+    metrics = evaluate_splits(validation, test)
     final = test or validation
     member_logits, labels = final[0].double(), final[1]
     networks = [load_network(network) for network in run.networks()]
-    calibrated, calibration = _calibrate(figures, member_logits.mean(dim=1), labels)
+    calibrated, calibration = _calibrate(metrics, member_logits.mean(dim=1), labels)
     histories = [read_history(network) for network in run.networks()]
-    return Findings(
+    return ReportData(
         run=run,
         recipe=finished.recipe,
         classes=finished.source.classes,
-        num_images=tuple(0 if part is None else len(part[1]) for part in (validation, test)),
+        num_images=tuple(0 if split is None else len(split[1]) for split in (validation, test)),
         parameters=sum(p.numel() for network in networks for p in network.parameters()),
-        figures=figures,
+        metrics=metrics,
         summary=run.metrics() if run.is_finished else {},
         environment=run.environment(),
         member_logits=member_logits,
@@ -135,18 +137,18 @@ def gather(run: RunFolder, data_dir: Path | None = None, *, device: str | None =
 def confident_mistakes(
     finished: FinishedRun, member_logits: Tensor, labels: Tensor, count: int = NUM_MISTAKES
 ) -> list[Mistake]:
-    """Find the images of the final figures that the ensemble is surest of and wrong about.
+    """Find the misclassified images for which the ensemble is most confident.
 
     Args:
         finished: the run.
-        member_logits: of `FinishedRun.final_images`, in their order, (N, M, K).
+        member_logits: logits of `FinishedRun.final_images`, in their order, (N, M, K).
         labels: (N,).
-        count: mistakes at most.
+        count: largest number of mistakes.
     """
     logits = member_logits.mean(dim=1)
     confidence, correct = top_predictions(logits, labels)
-    wrong = (~correct).nonzero().flatten()
-    chosen = wrong[confidence[wrong].argsort(descending=True, stable=True)][:count]
+    incorrect = (~correct).nonzero().flatten()
+    chosen = incorrect[confidence[incorrect].argsort(descending=True, stable=True)][:count]
     images, classes = finished.final_images, finished.source.classes
     votes = member_logits[chosen].argmax(dim=2).tolist()
     return [
@@ -156,14 +158,14 @@ def confident_mistakes(
             label=classes[int(labels[index])],
             predicted=classes[int(logits[index].argmax())],
             confidence=float(confidence[index]),
-            votes=tuple(classes[vote] for vote in votes[place]),
+            votes=tuple(classes[vote] for vote in votes[rank]),
         )
-        for place, index in enumerate(chosen.tolist())
+        for rank, index in enumerate(chosen.tolist())
     ]
 
 
 def read_history(run: RunFolder) -> list[dict[str, float]]:
-    """Read the epochs of a run as numbers; what an epoch does not have is left out.
+    """Read the history of a run as numbers; empty cells are omitted.
 
     Raises:
         InputError: history.csv is damaged.
@@ -173,14 +175,14 @@ def read_history(run: RunFolder) -> list[dict[str, float]]:
         for row in run.history():
             rows.append({name: float(value) for name, value in row.items() if value})
             if not {"epoch", "images_seen"} <= rows[-1].keys():
-                raise ValueError("an epoch lacks its number or its images_seen")
+                raise ValueError("an epoch has no epoch number or no images_seen")
     except (ValueError, TypeError) as error:
         raise InputError(f"{run.path / 'history.csv'} is damaged: {error}.") from error
     return rows
 
 
 def _rates(finished: FinishedRun, history: list[dict[str, float]]) -> list[tuple[float, float]]:
-    """Trace the learning rate that the recipe gave this training."""
+    """Compute the learning rate over the epochs of a training from its recipe."""
     if not history:
         return []
     recipe = finished.recipe
@@ -193,15 +195,19 @@ def _rates(finished: FinishedRun, history: list[dict[str, float]]) -> list[tuple
 
 
 def _calibrate(
-    figures: dict[str, Any], logits: Tensor, labels: Tensor
+    metrics: dict[str, Any], logits: Tensor, labels: Tensor
 ) -> tuple[Tensor | None, str]:
-    """Divide the test logits by the temperature of other images, and say which these are."""
-    if found := figures.get("calibrated"):
+    """Divide logits by a temperature fitted on other images; also describe these images.
+
+    Returns:
+        The scaled logits and a description; or None and the reason.
+    """
+    if found := metrics.get("calibrated"):
         temperature = found["temperature"]
         return logits / temperature, f"temperature {temperature:.3f}, from the validation split"
     try:
-        scaled, temperatures = cross_scaled(logits, labels)
+        scaled, temperatures = cross_scale(logits, labels)
     except InputError:
-        return None, f"{figures['absent']['calibrated']}; {figures['absent']['cross_fitted']}"
+        return None, f"{metrics['absent']['calibrated']}; {metrics['absent']['cross_fitted']}"
     shown = " and ".join(f"{temperature:.3f}" for temperature in temperatures)
     return scaled, f"temperatures {shown}, each from the other half of these images"

@@ -1,4 +1,4 @@
-"""The page: findings and charts as one self-contained HTML file."""
+"""The page: render the data and charts of a report as one self-contained HTML file."""
 
 import base64
 import io
@@ -17,23 +17,23 @@ from torch import Tensor
 from mixmo_fastai import __version__
 from mixmo_fastai.files import write_atomically
 from mixmo_fastai.recipe import to_toml
-from mixmo_fastai.report.findings import Findings, Mistake, gather
-from mixmo_fastai.report.sections import kind, scaled_by, sections
+from mixmo_fastai.report.findings import Mistake, ReportData, collect_report_data
+from mixmo_fastai.report.sections import calibration_name, sections, voter_name
 from mixmo_fastai.runs import RunFolder
 from mixmo_fastai.wording import (
-    FIGURE,
-    FIGURES,
-    OF_SEVERAL_MEMBERS,
-    PART_NAMES,
+    METRIC_BY_NAME,
+    METRICS,
+    MULTI_MEMBER_METRICS,
+    SPLIT_NAMES,
     decimal,
     duration,
-    expectation,
-    final_figures,
+    final_metrics,
     method_name,
     percent,
+    published_result,
     round_percent,
     temperature_error,
-    temperature_remark,
+    temperature_warning,
 )
 
 SMALLEST_THUMBNAIL = 64
@@ -42,61 +42,61 @@ _UNIT = re.compile(r"(?<=\d) (?=(?:%|points|nats|min|h|s)(?!\w))")
 
 def write_report(
     run: RunFolder, path: Path, data_dir: Path | None = None, *, device: str | None = None
-) -> Findings:
+) -> ReportData:
     """Evaluate a trained run and write its report.
 
     Args:
-        run: finished.
-        path: of the HTML file; an existing one is replaced atomically.
-        data_dir: where the run's data lies, if not where training looked for it.
-        device: where to evaluate; the recipe's by default.
+        run: a finished run.
+        path: path of the HTML file; an existing one is replaced atomically.
+        data_dir: folder of the run's data, if not the one that training used.
+        device: device to evaluate on; by default, that of the recipe.
 
     Returns:
-        The contents of the report.
+        The data of the report.
 
     Raises:
-        InputError: the run is not finished or damaged, or its data is not there.
+        InputError: the run is not finished or damaged, or its data is missing.
     """
-    findings = gather(run, data_dir, device=device)
-    write_atomically(path, render(findings))
-    return findings
+    data = collect_report_data(run, data_dir, device=device)
+    write_atomically(path, render(data))
+    return data
 
 
-def render(findings: Findings) -> str:
-    """Lay out a report as HTML. Names of classes, files and recipes are escaped."""
-    recipe, folder = findings.recipe, files("mixmo_fastai.report")
+def render(data: ReportData) -> str:
+    """Render a report as HTML. Names of classes, files and recipes are escaped."""
+    recipe, folder = data.recipe, files("mixmo_fastai.report")
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["picture"] = as_data_uri
+    environment.filters["data_uri"] = as_data_uri
     template = environment.from_string((folder / "page.html").read_text(encoding="utf-8"))
     page = template.render(
-        name=findings.run.path.resolve().name,
+        name=data.run.path.resolve().name,
         style=Markup((folder / "page.css").read_text(encoding="utf-8")),
         method=method_name(recipe),
-        lead=_lead(findings),
-        tiles=_tiles(findings),
-        published=expectation(recipe),
-        table=_figure_table(findings),
-        averages=_averages(findings),
-        notes=_notes(findings),
-        sections=sections(findings),
-        colors=_colors(findings),
-        mistakes=findings.mistakes,
+        lead=_lead(data),
+        tiles=_tiles(data),
+        published=published_result(recipe),
+        table=_metric_table(data),
+        metric_columns=_metric_columns(data),
+        notes=_notes(data),
+        sections=sections(data),
+        colors=_colors(data),
+        mistakes=data.mistakes,
         mistake_text=_mistake_text,
         percent=percent,
         recipe=to_toml(recipe),
-        environment=_environment_rows(findings.environment),
+        environment=_environment_rows(data.environment),
         version=__version__,
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
-    return _UNIT.sub("\u00a0", page)  # a number and its unit stay on one line
+    return _UNIT.sub("\u00a0", page)  # no line break between a number and its unit
 
 
 def as_data_uri(pixels: Tensor) -> str:
     """Encode an image (C, H, W) uint8 as a data URI of a PNG: grey, or its first three channels.
 
-    Small images are enlarged by an integer factor, so that their pixels stay as they are.
+    Small images are enlarged by an integer factor, without interpolation.
     """
     shown = pixels[:3] if len(pixels) >= 3 else pixels[0]
     image = Image.fromarray((shown.permute(1, 2, 0) if shown.ndim == 3 else shown).numpy())
@@ -107,13 +107,13 @@ def as_data_uri(pixels: Tensor) -> str:
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def _lead(findings: Findings) -> str:
-    recipe, summary = findings.recipe, findings.summary
-    num_valid, num_test = findings.num_images
+def _lead(data: ReportData) -> str:
+    recipe, summary = data.recipe, data.summary
+    num_valid, num_test = data.num_images
     parts = [
         f"{recipe.model.arch} on {Path(recipe.data.dataset).name}",
-        f"{findings.parameters:,} parameters",
-        f"{len(findings.classes)} classes",
+        f"{data.parameters:,} parameters",
+        f"{len(data.classes)} classes",
         f"{num_test:,} test images" if num_test else "no labelled test images",
         f"{num_valid:,} validation images" if num_valid else "no validation split",
     ]
@@ -124,31 +124,31 @@ def _lead(findings: Findings) -> str:
     return ", ".join(parts) + "."
 
 
-def _tiles(findings: Findings) -> list[tuple[str, str, str]]:
-    """Return the main metrics: label, value, and a remark."""
-    part, test = final_figures(findings.figures)
-    ends = findings.figures.get("intervals", {})
-    expected = findings.recipe.expected
+def _tiles(data: ReportData) -> list[tuple[str, str, str]]:
+    """Return the main metrics: label, value and remark."""
+    split, test = final_metrics(data.metrics)
+    ends = data.metrics.get("intervals", {})
+    expected = data.recipe.expected
     tiles = [
-        (f"{PART_NAMES[part]} accuracy", percent(test["accuracy"]), _interval(ends, "accuracy")),
+        (f"{SPLIT_NAMES[split]} accuracy", percent(test["accuracy"]), _interval(ends, "accuracy")),
         ("NLL", decimal(test["nll"]), _interval(ends, "nll")),
         ("ECE", percent(test["ece"]), _interval(ends, "ece")),
     ]
     if expected.accuracy is not None:
         tiles.insert(1, ("Published", percent(expected.accuracy), f"with {expected.arch}"))
-    if name := scaled_by(findings):
-        found = findings.figures[name]
-        how = "validation split" if name == "calibrated" else "other half"
-        remark = f"temperature of the {how}"
-        if temperature_remark(found):
-            remark = (
-                f"unreliable: {remark} is uncertain by {round_percent(temperature_error(found))}"
-            )
-        tiles.append(("ECE, calibrated", percent(found["ece"]), remark))
+    if name := calibration_name(data):
+        calibrated = data.metrics[name]
+        images = "validation split" if name == "calibrated" else "other half"
+        remark = f"temperature of the {images}"
+        if temperature_warning(calibrated):
+            error = round_percent(temperature_error(calibrated))
+            remark = f"unreliable: {remark} has a standard error of {error}"
+        tiles.append(("ECE, calibrated", percent(calibrated["ece"]), remark))
     if len(test["member_accuracy"]) > 1:
         values = test["member_accuracy"]
-        label = f"Mean {kind(findings)}"
-        tiles.append((label, percent(sum(values) / len(values)), f"accuracy of {len(values)}"))
+        voter = voter_name(data)
+        label, remark = f"{voter.capitalize()} accuracy", f"mean of {len(values)} {voter}s"
+        tiles.append((label, percent(sum(values) / len(values)), remark))
     return tiles
 
 
@@ -156,72 +156,77 @@ def _interval(ends: Mapping[str, Sequence[float]], name: str) -> str:
     if name not in ends:
         return ""
     low, high = ends[name]
-    show = FIGURE[name].show
+    show = METRIC_BY_NAME[name].format_value
     return f"{show(low)} to {show(high)}"
 
 
-def _averages(findings: Findings) -> list[tuple[str, str, Mapping[str, Any]]]:
-    """Return the columns of the table of metrics: name, explanation, values."""
-    figures = findings.figures
-    part, final = final_figures(figures)
-    columns = [(PART_NAMES[part], "mean of the logits, as published", final)]
-    if found := figures.get(f"{part}_mean_probabilities"):
-        columns.append((f"{PART_NAMES[part]}, mean p", "mean of the probabilities", found))
-    if part != "valid" and (found := figures.get("valid")):
-        columns.append(("Validation", "mean of the logits", found))
+def _metric_columns(data: ReportData) -> list[tuple[str, str, Mapping[str, Any]]]:
+    """Return the columns of the table of metrics: title, explanation, values."""
+    metrics = data.metrics
+    split, final = final_metrics(metrics)
+    columns = [(SPLIT_NAMES[split], "mean of the logits, as published", final)]
+    if values := metrics.get(f"{split}_mean_probabilities"):
+        columns.append((f"{SPLIT_NAMES[split]}, mean p", "mean of the probabilities", values))
+    if split != "valid" and (values := metrics.get("valid")):
+        columns.append(("Validation", "mean of the logits", values))
     return columns
 
 
-def _figure_table(findings: Findings) -> list[tuple[Any, list[tuple[str, str]]]]:
-    """Return the rows of metrics: name, and per column the value or why it is undefined."""
+def _metric_table(data: ReportData) -> list[tuple[Any, list[tuple[str, str]]]]:
+    """Return the rows of metrics: for each column, the value or the reason if it is undefined."""
     rows = []
-    columns = _averages(findings)
-    alone = len(columns[0][2]["member_accuracy"]) == 1
-    for figure in FIGURES:
+    columns = _metric_columns(data)
+    has_one_member = len(columns[0][2]["member_accuracy"]) == 1
+    for metric in METRICS:
         cells = []
         for _, _, values in columns:
-            if figure.name in values:
-                cells.append((figure.show(values[figure.name]), ""))
+            if metric.name in values:
+                cells.append((metric.format_value(values[metric.name]), ""))
             else:
-                cells.append(("-", values.get("absent", {}).get(figure.name, "")))
-        if not (alone and figure.name in OF_SEVERAL_MEMBERS):
-            rows.append((figure, cells))
+                cells.append(("-", values.get("absent", {}).get(metric.name, "")))
+        if not (has_one_member and metric.name in MULTI_MEMBER_METRICS):
+            rows.append((metric, cells))
     return rows
 
 
-def _notes(findings: Findings) -> list[str]:
-    """Return why metrics are undefined, each reason once."""
-    part, test = final_figures(findings.figures)
-    absent: dict[str, str] = findings.figures.get("absent", {}) | test.get("absent", {})
-    if len(test["member_accuracy"]) == 1:  # the section of the members says it
-        unasked = (*OF_SEVERAL_MEMBERS, f"{part}_mean_probabilities")
-        absent = {name: reason for name, reason in absent.items() if name not in unasked}
+def _notes(data: ReportData) -> list[str]:
+    """Return the reasons for undefined metrics, each reason once."""
+    split, test = final_metrics(data.metrics)
+    absent: dict[str, str] = data.metrics.get("absent", {}) | test.get("absent", {})
+    if len(test["member_accuracy"]) == 1:  # stated in the section of the members
+        hidden = (*MULTI_MEMBER_METRICS, f"{split}_mean_probabilities")
+        absent = {name: reason for name, reason in absent.items() if name not in hidden}
     names = {
         "calibrated": "Calibration on the validation split",
         "cross_fitted": "Calibration on halves of the images",
-        f"{part}_mean_probabilities": "Mean of the probabilities",
+        f"{split}_mean_probabilities": "Mean of the probabilities",
     }
     reasons: dict[str, list[str]] = {}
     for name, reason in absent.items():
-        label = names.get(name) or (FIGURE[name].label if name in FIGURE else name)
+        label = names.get(name) or (METRIC_BY_NAME[name].label if name in METRIC_BY_NAME else name)
         reasons.setdefault(reason, []).append(label)
-    return [f"{', '.join(labels)}: none, as {reason}" for reason, labels in reasons.items()]
+    return [f"{', '.join(labels)} undefined: {reason}" for reason, labels in reasons.items()]
 
 
-def _colors(findings: Findings) -> list[tuple[str, str]]:
+def _colors(data: ReportData) -> list[tuple[str, str]]:
     """Return the meaning of each colour, by the name of its CSS variable."""
-    if len(final_figures(findings.figures)[1]["member_accuracy"]) == 1:
+    if len(final_metrics(data.metrics)[1]["member_accuracy"]) == 1:
         colors = [("ensemble", "network"), ("members", "encoder")]
     else:
-        colors = [("ensemble", "ensemble"), ("members", f"{kind(findings)}s")]
-    return [*colors, ("right", "right"), ("wrong", "wrong"), ("ink", "training and filters")]
+        colors = [("ensemble", "ensemble"), ("members", f"{voter_name(data)}s")]
+    return [
+        *colors,
+        ("correct", "correct"),
+        ("incorrect", "incorrect"),
+        ("ink", "training and filters"),
+    ]
 
 
 def _mistake_text(mistake: Mistake) -> str:
-    """Describe the image of a mistake."""
+    """Return the alternative text of a misclassified image."""
     return (
-        f"Test image {mistake.name}: {mistake.label}, taken for {mistake.predicted} with "
-        f"{percent(mistake.confidence)}"
+        f"Test image {mistake.name}: {mistake.label}, predicted as {mistake.predicted} with "
+        f"probability {percent(mistake.confidence)}"
     )
 
 

@@ -1,4 +1,4 @@
-"""The sections of the page: charts, and tables beside them."""
+"""Sections of the page, made of charts and tables."""
 
 import math
 from typing import NamedTuple
@@ -9,29 +9,29 @@ from mixmo_fastai.calibration import top_predictions
 from mixmo_fastai.confusion import confusion_matrix, most_confused
 from mixmo_fastai.evaluation import COVERAGES
 from mixmo_fastai.report import charts, filters
-from mixmo_fastai.report.findings import Findings
+from mixmo_fastai.report.findings import ReportData
 from mixmo_fastai.selective import risk_at_coverage
 from mixmo_fastai.wording import (
     decimal,
     duration,
-    final_figures,
+    final_metrics,
     percent,
     round_percent,
-    temperature_remark,
+    temperature_warning,
 )
 
-MOST_CLASSES_IN_A_MATRIX = 20
+MAX_MATRIX_CLASSES = 20
 NUM_PAIRS = 15
 
 
 class Table(NamedTuple):
-    """A small table beside or below charts.
+    """A small table.
 
     Attributes:
-        title: its caption.
-        head: names of its columns; empty for pairs of a name and a value.
-        rows: a text for each column.
-        numbers: the columns whose texts are numbers.
+        title: caption.
+        head: names of the columns; empty for pairs of name and value.
+        rows: texts of each row, one per column.
+        numbers: indices of the columns that hold numbers.
     """
 
     title: str
@@ -41,16 +41,16 @@ class Table(NamedTuple):
 
 
 class Section(NamedTuple):
-    """A part of the page.
+    """A section of the page.
 
     Attributes:
-        name: its anchor.
-        title: its heading.
-        charts: its drawings.
-        tables: beside the charts; together they are an even number of cells, so that no half of a
-            row is empty.
-        notes: paragraphs above the charts; also why there are none.
-        details: a long table below, folded.
+        name: anchor.
+        title: heading.
+        charts: charts of the section.
+        tables: tables next to the charts; charts and tables are an even number, so that no row of
+            the two-column grid is half empty.
+        notes: paragraphs above the charts, such as the reason why there are none.
+        details: a long table below them, collapsed.
     """
 
     name: str
@@ -61,36 +61,36 @@ class Section(NamedTuple):
     details: Table | None = None
 
 
-def sections(findings: Findings) -> list[Section]:
-    """Lay out the parts of the page between its metrics and its mistakes."""
+def sections(data: ReportData) -> list[Section]:
+    """Build the sections of the page between its metrics and its mistakes."""
     return [
-        _training_section(findings),
-        _calibration_section(findings),
-        _risk_section(findings),
-        _member_section(findings),
-        _confusion_section(findings),
-        _filter_section(findings),
+        _training_section(data),
+        _calibration_section(data),
+        _risk_section(data),
+        _member_section(data),
+        _confusion_section(data),
+        _filter_section(data),
     ]
 
 
-def _training_section(findings: Findings) -> Section:
+def _training_section(data: ReportData) -> Section:
     drawn = charts.learning_curves(
-        findings.histories, findings.rates, several=findings.recipe.model.num_members > 1
+        data.histories, data.rates, has_members=data.recipe.model.num_members > 1
     )
     notes = []
     if not drawn:
-        notes.append("The run has no history.csv: it was imported, or not trained here.")
-    elif len(findings.histories) > 1:
-        notes.append(f"{len(findings.histories)} networks, each with its own line style.")
-    if drawn and not findings.num_images[0]:
-        notes.append("Without a validation split, training has no accuracy to show.")
-    tables = [_training_table(findings)] if len(drawn) % 2 else []
+        notes.append("The run has no history.csv, for example because it was imported.")
+    elif len(data.histories) > 1:
+        notes.append(f"{len(data.histories)} networks, each with its own line style.")
+    if drawn and not data.num_images[0]:
+        notes.append("There is no validation accuracy, since the run has no validation split.")
+    tables = [_training_table(data)] if len(drawn) % 2 else []
     return Section("training", "Training", drawn, tables, notes)
 
 
-def _training_table(findings: Findings) -> Table:
-    """Collect facts of the training from the first network's history."""
-    history, recipe = findings.histories[0], findings.recipe
+def _training_table(data: ReportData) -> Table:
+    """Build a table of facts about the training, from the first network's history."""
+    history, recipe = data.histories[0], data.recipe
     last = history[-1]
     rows = [
         ("Epochs", f"{last['epoch']:,.0f} of {recipe.train.epochs:,}"),
@@ -113,67 +113,67 @@ def _training_table(findings: Findings) -> Table:
         rows.append(
             ("Best validation accuracy", f"{percent(best['accuracy'])}, epoch {best['epoch']:.0f}")
         )
-    title = "The first network" if len(findings.histories) > 1 else "In numbers"
+    title = "The first network" if len(data.histories) > 1 else "In numbers"
     return Table(title, (), rows, (1,))
 
 
-def _calibration_section(findings: Findings) -> Section:
+def _calibration_section(data: ReportData) -> Section:
     before = charts.reliability(
         "reliability-before",
         "Reliability as trained",
-        findings.logits,
-        findings.labels,
-        caption="Bars on the diagonal are calibrated; below it the network is overconfident, above "
-        "it underconfident.",
+        data.logits,
+        data.labels,
+        caption="Bars that end on the diagonal are calibrated; below it, the network is "
+        "overconfident, above it, underconfident.",
     )
-    if findings.calibrated is None:
-        table = Table("After temperature scaling", (), [(f"None: {findings.calibration}.",)])
+    if data.calibrated is None:
+        table = Table("After temperature scaling", (), [(f"Undefined: {data.calibration}.",)])
         return Section("calibration", "Calibration", [before], [table])
     after = charts.reliability(
         "reliability-after",
         "Reliability after temperature scaling",
-        findings.calibrated,
-        findings.labels,
-        caption=f"At {findings.calibration}.",
+        data.calibrated,
+        data.labels,
+        caption=f"At {data.calibration}.",
     )
-    remark = temperature_remark(findings.figures.get(scaled_by(findings), {}))
+    remark = temperature_warning(data.metrics.get(calibration_name(data), {}))
     return Section("calibration", "Calibration", [before, after], [], [remark] if remark else [])
 
 
-def _risk_section(findings: Findings) -> Section:
-    confidence, correct = top_predictions(findings.logits, findings.labels)
+def _risk_section(data: ReportData) -> Section:
+    confidence, correct = top_predictions(data.logits, data.labels)
     total = len(correct)
     rows = []
     for coverage in (10, 20, 30, 40, 50, 60, 70, *COVERAGES, 100):
         accepted = math.ceil(coverage / 100 * total - 1e-9)
         risk = risk_at_coverage(confidence, correct, coverage / 100).item()
         rows.append((f"{coverage} %", f"{accepted:,}", percent(risk)))
-    table = Table("Error rate by coverage", ("Accepted", "Images", "Wrong"), rows, (1, 2))
-    chart = charts.risk_against_coverage(findings.logits, findings.labels)
+    table = Table("Error rate by coverage", ("Accepted", "Images", "Error rate"), rows, (1, 2))
+    chart = charts.risk_against_coverage(data.logits, data.labels)
     return Section("risk", "Selective prediction", [chart], [table])
 
 
-def _member_section(findings: Findings) -> Section:
-    (_, test), voter = final_figures(findings.figures), kind(findings)
+def _member_section(data: ReportData) -> Section:
+    (_, test), voter = final_metrics(data.metrics), voter_name(data)
     if len(test["member_accuracy"]) == 1:
-        note = "The network has one member: there is nothing to compare."
+        note = "The network has one member, so there is nothing to compare."
         return Section("members", "Members", [], [], [note])
     return Section(
         "members",
         f"{voter.capitalize()}s",
         [
             charts.members(test["member_accuracy"], test["accuracy"], voter),
-            charts.agreement(findings.member_logits, findings.labels, voter),
+            charts.agreement(data.member_logits, data.labels, voter),
         ],
     )
 
 
-def _confusion_section(findings: Findings) -> Section:
-    matrix = confusion_matrix(findings.logits, findings.labels)
-    names, num_classes = findings.classes, len(findings.classes)
+def _confusion_section(data: ReportData) -> Section:
+    matrix = confusion_matrix(data.logits, data.labels)
+    names, num_classes = data.classes, len(data.classes)
     pairs = Table(
         "Most confused pairs",
-        ("True", "Predicted", "Images", "Of true"),
+        ("True", "Predicted", "Images", "Of true class"),
         [
             (names[pair.true], names[pair.predicted], f"{pair.samples:,}", percent(pair.fraction))
             for pair in most_confused(matrix, NUM_PAIRS)
@@ -181,8 +181,8 @@ def _confusion_section(findings: Findings) -> Section:
         (2, 3),
     )
     if not pairs.rows:
-        pairs = Table("Most confused pairs", (), [("No image is taken for another class.",)])
-    if num_classes <= MOST_CLASSES_IN_A_MATRIX:
+        pairs = Table("Most confused pairs", (), [("Every image is classified correctly.",)])
+    if num_classes <= MAX_MATRIX_CLASSES:
         return Section("confusion", "Confusion", [charts.confusion(matrix, names)], [pairs])
     sizes = matrix.sum(dim=1)
     accuracy = matrix.diagonal() / sizes.clamp(min=1)
@@ -197,28 +197,30 @@ def _confusion_section(findings: Findings) -> Section:
     return Section("confusion", "Confusion", [], [pairs, classes], [f"{num_classes} classes."])
 
 
-def _filter_section(findings: Findings) -> Section:
-    use = findings.uses[0]
-    shares = torch.stack([each.fractions for each in findings.uses]).mean(dim=0)
+def _filter_section(data: ReportData) -> Section:
+    use = data.uses[0]
+    fractions = torch.stack([each.fractions for each in data.uses]).mean(dim=0)
     details = Table(
         "Convolutions by name",
         ("", "Module", *(f"> {round_percent(t)}" for t in use.thresholds)),
         [
             (str(number), name, *map(round_percent, row))
-            for number, (name, row) in enumerate(zip(use.layers, shares.tolist(), strict=True), 1)
+            for number, (name, row) in enumerate(
+                zip(use.layers, fractions.tolist(), strict=True), 1
+            )
         ],
         (0, *range(2, 2 + len(use.thresholds))),
     )
-    drawn = [filters.filters(findings.uses), filters.encoders(findings.norms)]
+    drawn = [filters.filters(data.uses), filters.encoders(data.norms)]
     return Section("filters", "Filter use", drawn, details=details)
 
 
-def kind(findings: Findings) -> str:
-    """Return the name of one voter."""
-    return "network" if findings.recipe.model.num_nets > 1 else "member"
+def voter_name(data: ReportData) -> str:
+    """Return the name of one voter of the ensemble: "network" or "member"."""
+    return "network" if data.recipe.model.num_nets > 1 else "member"
 
 
-def scaled_by(findings: Findings) -> str:
-    """Return which metrics at a temperature the page shows: their name, or "" if there are none."""
+def calibration_name(data: ReportData) -> str:
+    """Return the name of the calibrated metrics that the page shows, or "" if there are none."""
     names = ("calibrated", "cross_fitted")
-    return next((name for name in names if findings.figures.get(name)), "")
+    return next((name for name in names if data.metrics.get(name)), "")
