@@ -75,7 +75,7 @@ def _without_stale_name(recipe: Recipe, base: Recipe) -> Recipe:
     return replace(recipe, name="", title="", expected=Expected())
 
 
-def departures(recipe: Recipe) -> list[str]:
+def changed_settings(recipe: Recipe) -> list[str]:
     """List the settings that differ from the shipped recipe of the same name.
 
     Settings that do not change the expected accuracy, such as seed, device and loader, are
