@@ -1,4 +1,4 @@
-"""Properties of the loss of a member, whether it comes from torch, fastai or a user.
+"""Properties of the loss of a member, which may come from torch, fastai or a user.
 
 Shapes: R samples, K classes.
 """
@@ -46,8 +46,8 @@ def unwrap_loss(base: Any) -> Any:
 
 def name_of(base: Any) -> str:
     """Return the name of a loss as the user wrote it."""
-    plain = _unbound(unwrap_loss(base))
-    return str(getattr(plain, "__name__", type(plain).__name__))
+    loss = _unbound(unwrap_loss(base))
+    return str(getattr(loss, "__name__", type(loss).__name__))
 
 
 def mean_divisor(base: Any, targets: Tensor) -> Tensor | None:
@@ -86,9 +86,9 @@ def smoothing_parts(base: Any) -> list[tuple[float, nn.Module]]:
     is_fastais = _module_of(inner).startswith("fastai.") and type(inner).__name__ == _SMOOTHING
     if not is_fastais or inner.weight is None:
         return []
-    spread = nn.CrossEntropyLoss(label_smoothing=1.0, reduction=base.reduction)
-    own = nn.CrossEntropyLoss(weight=inner.weight, reduction=base.reduction)
-    return [(inner.eps, spread), (1 - inner.eps, own)]
+    uniform = nn.CrossEntropyLoss(label_smoothing=1.0, reduction=base.reduction)
+    target = nn.CrossEntropyLoss(weight=inner.weight, reduction=base.reduction)
+    return [(inner.eps, uniform), (1 - inner.eps, target)]
 
 
 _SMOOTHING = "LabelSmoothingCrossEntropy"
@@ -97,7 +97,8 @@ _SMOOTHING = "LabelSmoothingCrossEntropy"
 def ignores_shifts(loss: Callable[..., Tensor], num_classes: int, device: torch.device) -> bool:
     """Check whether a classification loss is invariant to a shift of a sample's logits.
 
-    Losses that depend on logits through softmax only, such as cross-entropy in a lambda, are.
+    Losses that depend on logits only through softmax, such as cross-entropy in a lambda, are
+    invariant.
 
     Args:
         loss: predictions (R, K) and class indices (R,) -> a scalar.
@@ -110,9 +111,9 @@ def ignores_shifts(loss: Callable[..., Tensor], num_classes: int, device: torch.
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.no_grad():
         warnings.simplefilter("ignore")
         try:
-            one, other = (loss(each, targets) for each in (logits, shifted))
-            return bool(one.isfinite().all()) and torch.allclose(one, other, rtol=1e-4)
-        except _UNSUITABLE:  # the loss takes other targets
+            original, moved = (loss(each, targets) for each in (logits, shifted))
+            return bool(original.isfinite().all()) and torch.allclose(original, moved, rtol=1e-4)
+        except _UNSUITABLE:  # the loss does not accept class indices
             return False
 
 
@@ -174,15 +175,15 @@ def _shape(tensor: Tensor) -> str:
 
 
 def _is(base: Any, kind: type[nn.Module], function: Callable[..., Tensor]) -> bool:
-    """Check whether a loss is a given torch loss, also as a function or in fastai's wrapper."""
-    plain = _unbound(_inner(base))
-    return isinstance(plain, kind) or plain is function
+    """Check whether a loss is torch's `kind` or `function`, also in fastai's wrapper."""
+    loss = _unbound(_inner(base))
+    return isinstance(loss, kind) or loss is function
 
 
 def _inner(base: Any) -> Any:
-    own = unwrap_loss(base)
+    loss = unwrap_loss(base)
     # fastai's flattening losses wrap torch losses.
-    return getattr(own, "func", own) if hasattr(own, "is_2d") else own
+    return getattr(loss, "func", loss) if hasattr(loss, "is_2d") else loss
 
 
 def _unbound(loss: Any) -> Any:
@@ -191,9 +192,9 @@ def _unbound(loss: Any) -> Any:
 
 def _module_of(loss: Any) -> str:
     """Return the name of the module that defines the code of a loss."""
-    plain = _unbound(loss)
-    if inspect.isroutine(plain):
-        code: Any = plain
+    unbound = _unbound(loss)
+    if inspect.isroutine(unbound):
+        code: Any = unbound
     else:
-        code = type(plain).forward if isinstance(plain, nn.Module) else type(plain).__call__
+        code = type(unbound).forward if isinstance(unbound, nn.Module) else type(unbound).__call__
     return str(getattr(code, "__module__", ""))

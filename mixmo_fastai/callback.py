@@ -1,4 +1,4 @@
-"""MixMo in any fastai Learner: pairs the images of a batch and mixes their features.
+"""fastai callback that pairs the images of a batch and mixes their features.
 
 Shapes: n images from the loader, M members, b batch repetitions, B = b·n batch that the network
 sees, C channels, H W image size, D feature channels, h w feature size after the encoder.
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mixmo_fastai.data.expansion import expand
 from mixmo_fastai.data.loaders import STEPS_AT_ONCE, BatchLoader
-from mixmo_fastai.errors import InputError, plain
+from mixmo_fastai.errors import InputError, remove_fastai_prefix
 from mixmo_fastai.learner_checks import check_batch, check_callbacks, check_optimizer
 from mixmo_fastai.losses import MixMoLoss
 from mixmo_fastai.mixing import (
@@ -36,7 +36,7 @@ from mixmo_fastai.msda import (
     MsdaDraw,
     check_msda,
     draw_msda,
-    make_own_image_major,
+    make_own_image_dominant,
     mix_images,
     own_label_weights,
     take_partners,
@@ -52,11 +52,11 @@ class _PlainErrors(Callback):
     """A callback that raises `InputError` without the text that fastai prepends."""
 
     def __call__(self, event_name: str) -> Any:
-        """Run an event."""
+        """Run an event, and remove fastai's prefix from an `InputError`."""
         try:
             return super().__call__(event_name)
         except InputError as error:
-            raise plain(error) from None
+            raise remove_fastai_prefix(error) from None
 
 
 class MixMoCallback(_PlainErrors):
@@ -84,7 +84,7 @@ class MixMoCallback(_PlainErrors):
         input_repetition: fraction of positions at which all members see the same image.
         msda: "cutmix" or "mixup" mixes each member's image and label with another image of the same
             member; None for no MSDA.
-        msda_alpha: the ratio of the own image is Beta(msda_alpha, msda_alpha).
+        msda_alpha: the ratio of the member's own image is Beta(msda_alpha, msda_alpha).
         msda_prob: probability of MSDA, per sample and member.
         mask_options: options of the mask kind, such as {"block_size": 5} for "patchup"; see
             `mixing.draw_masks`.
@@ -98,6 +98,7 @@ class MixMoCallback(_PlainErrors):
 
     # After callbacks that read self.x, before mixed precision (10) enters autocast.
     order, run_valid = 9, False
+    num_processes = 1  # processes that split each batch of the loader; unset in pickles of 0.1.0
 
     def __init__(
         self,
@@ -140,7 +141,6 @@ class MixMoCallback(_PlainErrors):
         self.epochs_trained = 0  # over all fits, except lr_find
         self.fit_seed = seed
         self.copies_in_batch, self.arranged = 1, False
-        self.num_processes = 1  # processes that split each batch of the loader
         self.drawn_slots: tuple[Any, Tensor] | None = None
         self.drawn_mixings: tuple[Any, DrawnMixings] | None = None
 
@@ -156,7 +156,7 @@ class MixMoCallback(_PlainErrors):
         if sum(isinstance(other, MixMoCallback) for other in self.learn.cbs) > 1:
             raise InputError("The Learner has more than one MixMoCallback; remove the others.")
         check_callbacks(self.learn.cbs)
-        keep_guard(self.learn)
+        add_guard(self.learn)
         if not isinstance(self.learn.loss_func, MixMoLoss):
             device = next(network.parameters()).device
             self.learn.loss_func = MixMoLoss(self.learn.loss_func).to(device)
@@ -231,18 +231,18 @@ class MixMoCallback(_PlainErrors):
                 "processes.\nUse a batch size that is a multiple of their number."
             )
 
-    def _own_part(self, batch_size: int) -> slice:
+    def _rank_slice(self, batch_size: int) -> slice:
         """Return the positions of this process in the whole batch."""
-        own = batch_size // self.num_processes
-        start = own * rank_distrib() if self.num_processes > 1 else 0
-        return slice(start, start + own)
+        size = batch_size // self.num_processes
+        start = size * rank_distrib() if self.num_processes > 1 else 0
+        return slice(start, start + size)
 
     def _slots_of_step(self, num_images: int, device: Device) -> Tensor:
         """Return the slots (M · B,) of this step; they are drawn for several steps at once."""
         first = self.learn.iter - self.learn.iter % STEPS_AT_ONCE
-        place = (self._epoch, first, num_images, device)
-        if self.drawn_slots is None or self.drawn_slots[0] != place:
-            self.drawn_slots = place, self.draw_slots(first, num_images, device)
+        key = (self._epoch, first, num_images, device)
+        if self.drawn_slots is None or self.drawn_slots[0] != key:
+            self.drawn_slots = key, self.draw_slots(first, num_images, device)
         return self.drawn_slots[1][self.learn.iter - first]
 
     def draw_slots(self, first_step: int, num_images: int, device: Device) -> Tensor:
@@ -260,7 +260,7 @@ class MixMoCallback(_PlainErrors):
             generator=self._generator("pairing", device, first_step),
             device=device,
         )
-        slots = slots[:, self._own_part(slots.shape[1])].transpose(1, 2).flatten(1)
+        slots = slots[:, self._rank_slice(slots.shape[1])].transpose(1, 2).flatten(1)
         return slots if self.copies_in_batch > 1 else slots % num_images
 
     def _mixing_of_step(self, batch_size: int, x: Tensor) -> Mixing:
@@ -269,18 +269,18 @@ class MixMoCallback(_PlainErrors):
         They are drawn for the batch of all processes, of which this process uses its part.
         """
         batch_size *= self.num_processes
-        at_once = STEPS_AT_ONCE if self.mix in CHEAP_KINDS else 1
-        first = self.learn.iter - self.learn.iter % at_once
-        place = (self._epoch, first, batch_size, x.shape[-2:], x.device)
+        num_steps = STEPS_AT_ONCE if self.mix in CHEAP_KINDS else 1
+        first = self.learn.iter - self.learn.iter % num_steps
+        key = (self._epoch, first, batch_size, x.shape[-2:], x.device)
         # Expensive masks are drawn only when used. Cheap ones must not depend on the step at which
         # they are drawn, so they are drawn for the largest probability.
-        max_prob = self.mix_prob if at_once > 1 else self.current_mix_prob()
-        if self.drawn_mixings is None or self.drawn_mixings[0] != place:
-            drawn = self.draw_mixings(first, at_once, batch_size, x, max_prob)
-            self.drawn_mixings = place, drawn
-        whole = self.drawn_mixings[1].of(self.learn.iter - first, self.current_mix_prob())
-        own = self._own_part(batch_size)
-        return Mixing(whole.masks[own], whole.weights[own])
+        max_prob = self.mix_prob if num_steps > 1 else self.current_mix_prob()
+        if self.drawn_mixings is None or self.drawn_mixings[0] != key:
+            drawn = self.draw_mixings(first, num_steps, batch_size, x, max_prob)
+            self.drawn_mixings = key, drawn
+        whole = self.drawn_mixings[1].select(self.learn.iter - first, self.current_mix_prob())
+        part = self._rank_slice(batch_size)
+        return Mixing(whole.masks[part], whole.weights[part])
 
     def draw_mixings(
         self, first_step: int, num_steps: int, batch_size: int, x: Tensor, mix_prob: float
@@ -320,7 +320,7 @@ class MixMoCallback(_PlainErrors):
         own_weights = own_label_weights(draw.masks, masks)
         if self._num_members == 1:
             return draw, own_weights
-        return make_own_image_major(draw, own_weights)
+        return make_own_image_dominant(draw, own_weights)
 
     def current_mix_prob(self) -> float:
         """Return the scheduled probability of mixing by regions; `lr_find` sees no decay."""
@@ -372,8 +372,8 @@ class MixMoGuard(_PlainErrors):
             )
 
 
-def keep_guard(learn: Any) -> None:
-    """Add a `MixMoGuard` to a Learner that has none."""
+def add_guard(learn: Any) -> None:
+    """Add a `MixMoGuard` to a Learner if it has none."""
     if not any(isinstance(other, MixMoGuard) for other in learn.cbs):
         learn.add_cb(MixMoGuard())
 

@@ -24,13 +24,13 @@ class RunFailedError(RuntimeError):
     """
 
 
-def plain(error: _AnyError) -> _AnyError:
+def remove_fastai_prefix(error: _AnyError) -> _AnyError:
     """Remove the prefix that fastai adds to the message of an error raised in a callback."""
-    error.args = (_PREFACE.sub("", str(error)),)
+    error.args = (_FASTAI_PREFIX.sub("", str(error)),)
     return error
 
 
-_PREFACE = re.compile(r"Exception occured in `\w+` when calling event `\w+`:\n\t")
+_FASTAI_PREFIX = re.compile(r"Exception occured in `\w+` when calling event `\w+`:\n\t")
 
 
 def first_line(error: BaseException, most: int = 120) -> str:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-from mixmo_fastai.errors import InputError, RunFailedError, plain
+from mixmo_fastai.errors import InputError, RunFailedError, remove_fastai_prefix
 from mixmo_fastai.recipe import Recipe
 
 _OUT_OF_MEMORY = re.compile(
@@ -31,7 +31,7 @@ def readable_errors(recipe: Recipe, precision: str) -> Iterator[None]:
     try:
         yield
     except (InputError, RunFailedError) as error:
-        raise plain(error) from error.__cause__
+        raise remove_fastai_prefix(error) from error.__cause__
     except (RuntimeError, MemoryError) as error:
         text = str(error)
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or _OUT_OF_MEMORY.search(text):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mixmo_fastai.adoption import NetworkSpec, build_mixmo_model
 from mixmo_fastai.averaging import EMACallback
-from mixmo_fastai.callback import MixMoCallback, keep_guard
+from mixmo_fastai.callback import MixMoCallback, add_guard
 from mixmo_fastai.data.glance import first_batch, preserved_random_states
 from mixmo_fastai.data.loaders import BatchLoader
 from mixmo_fastai.deferred import defer_readbacks
@@ -111,7 +111,7 @@ def mixmo_learner(
     kwargs.setdefault("opt_func", sgd())
     kwargs.setdefault("metrics", _default_metrics(targets, loss))
     learn = Learner(dls, model, loss, cbs=[callback, *L(kwargs.pop("cbs", None))], **kwargs)
-    keep_guard(learn)
+    add_guard(learn)
     return defer_readbacks(learn)
 
 
@@ -179,7 +179,7 @@ def to_mixmo(
                 convert_optimizer(learn, original)
     learn.loss_func = loss
     learn.add_cb(callback)
-    keep_guard(learn)
+    add_guard(learn)
     return learn
 
 

@@ -138,9 +138,11 @@ class MixMoLoss(nn.Module):
 
     def activation(self, pred: Tensor) -> Tensor:
         """Convert logits (B, K) to probabilities with the activation of the base loss."""
-        own: Callable[[Tensor], Tensor] | None = getattr(unwrap_loss(self.base), "activation", None)
-        if own is not None:
-            return own(pred)
+        activation: Callable[[Tensor], Tensor] | None = getattr(
+            unwrap_loss(self.base), "activation", None
+        )
+        if activation is not None:
+            return activation(pred)
         if self._uses_softmax(pred):
             return pred.softmax(dim=-1)
         if is_multi_label(self.base):
@@ -149,9 +151,11 @@ class MixMoLoss(nn.Module):
 
     def decodes(self, pred: Tensor) -> Tensor:
         """Convert probabilities (B, K) to decisions with `decodes` of the base loss."""
-        own: Callable[[Tensor], Tensor] | None = getattr(unwrap_loss(self.base), "decodes", None)
-        if own is not None:
-            return own(pred)
+        decodes: Callable[[Tensor], Tensor] | None = getattr(
+            unwrap_loss(self.base), "decodes", None
+        )
+        if decodes is not None:
+            return decodes(pred)
         if self._uses_softmax(pred):
             return pred.argmax(dim=-1)
         if is_multi_label(self.base):
@@ -161,9 +165,9 @@ class MixMoLoss(nn.Module):
     def to(self, *args: Any, **kwargs: Any) -> "MixMoLoss":
         """Move tensors such as class weights, also those of a base that is not a module."""
         super().to(*args, **kwargs)
-        own = unwrap_loss(self.base)
-        if not isinstance(own, nn.Module) and hasattr(own, "to"):
-            own.to(*args, **kwargs)
+        loss = unwrap_loss(self.base)
+        if not isinstance(loss, nn.Module) and hasattr(loss, "to"):
+            loss.to(*args, **kwargs)
         return self
 
     def _values(self, rows: Tensor, row_targets: Tensor) -> Tensor:

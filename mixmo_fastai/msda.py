@@ -50,7 +50,7 @@ def draw_msda(
         num_samples: B.
         num_members: M.
         size: (H, W).
-        alpha: the ratio of the own image is Beta(alpha, alpha), per sample and member.
+        alpha: the ratio of the member's own image is Beta(alpha, alpha), per sample and member.
         prob: probability of mixing, per sample and member.
         generator: generator on `device`.
         device: device of the results.
@@ -90,19 +90,21 @@ def own_label_weights(msda_masks: Tensor, masks: Tensor) -> Tensor:
     return torch.where(seen > 0, own_weights, 1.0).clamp(0, 1)
 
 
-def make_own_image_major(draw: MsdaDraw, own_weights: Tensor) -> tuple[MsdaDraw, Tensor]:
-    """Swap the two images wherever the own image has less weight, as published for several members.
+def make_own_image_dominant(draw: MsdaDraw, own_weights: Tensor) -> tuple[MsdaDraw, Tensor]:
+    """Swap the two images if the member's own image has less weight.
+
+    The published implementation does the same for several members.
 
     Args:
         draw: from `draw_msda`.
         own_weights: (B, M) from `own_label_weights`.
 
     Returns:
-        the draw with inverted masks where the weight is below 0.5, and the new weights.
+        the draw, with masks inverted where the weight is below 0.5, and the new weights.
     """
-    minor = own_weights < 0.5
-    masks = torch.where(minor[:, :, None, None, None], 1 - draw.masks, draw.masks)
-    return MsdaDraw(masks, draw.partners), torch.where(minor, 1 - own_weights, own_weights)
+    swap = own_weights < 0.5
+    masks = torch.where(swap[:, :, None, None, None], 1 - draw.masks, draw.masks)
+    return MsdaDraw(masks, draw.partners), torch.where(swap, 1 - own_weights, own_weights)
 
 
 def mix_images(inputs: Tensor, draw: MsdaDraw) -> Tensor:
@@ -112,7 +114,7 @@ def mix_images(inputs: Tensor, draw: MsdaDraw) -> Tensor:
 
 
 def take_partners(values: Tensor, partners: Tensor) -> Tensor:
-    """Gather the values of the same member at the partner's position.
+    """Gather the values at the partners' positions, for the same member.
 
     Args:
         values: (B, M, …), such as images or labels.
@@ -129,7 +131,7 @@ def check_msda(kind: str, alpha: float, prob: float) -> None:
         InputError: unknown kind, or a value out of range.
     """
     if kind not in MSDA_KINDS:
-        raise unknown("MSDA", kind, MSDA_KINDS)
+        raise unknown("MSDA kind", kind, MSDA_KINDS)
     if not 0 < alpha < float("inf"):
         raise InputError(f"msda_alpha must be positive and finite; got {alpha}.")
     if not 0 <= prob <= 1:

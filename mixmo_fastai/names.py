@@ -227,7 +227,7 @@ def _corrected(name: str) -> str | None:
 
 
 def _longer_names(name: str) -> str:
-    """Format a hint at the timm networks whose names start with `name`; "" if there are none."""
+    """Suggest a timm network whose name starts with `name`; "" if there is none."""
     longer = sorted(n for n in timm_networks() if n.startswith(f"{name.lower()}_"))
     if not longer:
         return ""

@@ -74,9 +74,9 @@ def draw_pairings(
     main = _permutations((num_batches, 1, batch), generator, device)  # member 0: (S, 1, B)
     others = (num_batches, num_members - 1, num_free)
     orders = _permutations(others, generator, device)
-    own_block = batch * torch.arange(1, num_members, device=device)[:, None]
+    slot_offsets = batch * torch.arange(1, num_members, device=device)[:, None]
     # The same images as member 0, in each member's own slots.
-    free = main[..., :num_free].expand(others).gather(2, orders) + own_block
+    free = main[..., :num_free].expand(others).gather(2, orders) + slot_offsets
     shared = main[..., num_free:].expand(-1, num_members - 1, -1)
     return torch.cat([main, torch.cat([free, shared], dim=2)], dim=1).transpose(1, 2)
 

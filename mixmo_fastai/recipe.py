@@ -30,7 +30,7 @@ from mixmo_fastai.names import (
     parse_architecture,
 )
 from mixmo_fastai.settings import (
-    NOT_TOML,
+    TOML_ERRORS,
     build,
     choice,
     number,
@@ -312,22 +312,22 @@ class Recipe:
         return self.train.batch_size // self.mix.batch_repetitions
 
 
-def recipe_from_mapping(values: Mapping[str, Any], where: str) -> Recipe:
+def recipe_from_mapping(values: Mapping[str, Any], source: str) -> Recipe:
     """Build a recipe from nested values, checking every key, type and range.
 
     Args:
         values: nested values, as read from TOML.
-        where: source of the values for error messages, such as a file.
+        source: where the values come from, such as a file; error messages name it.
 
     Raises:
         InputError: a key is unknown, a value is invalid, or values contradict each other.
     """
-    recipe: Recipe = build(Recipe, values, where)
-    _check_consistency(recipe, where)
+    recipe: Recipe = build(Recipe, values, source)
+    _check_consistency(recipe, source)
     return recipe
 
 
-def override(recipe: Recipe, assignments: Iterable[str], where: str = "--set") -> Recipe:
+def override(recipe: Recipe, assignments: Iterable[str], source: str = "--set") -> Recipe:
     """Apply assignments such as "optimizer.lr=0.05"; a value that is not valid TOML is a string.
 
     Raises:
@@ -338,7 +338,7 @@ def override(recipe: Recipe, assignments: Iterable[str], where: str = "--set") -
         key, equals, text = assignment.partition("=")
         if not equals or not key.strip():
             raise InputError(
-                f"{where} {assignment!r}: write section.key=value, such as train.epochs=5."
+                f"{source} {assignment!r}: write section.key=value, such as train.epochs=5."
             )
         *path, last = key.strip().split(".")
         section = values
@@ -346,18 +346,18 @@ def override(recipe: Recipe, assignments: Iterable[str], where: str = "--set") -
             section = section.setdefault(name, {})
             if not isinstance(section, dict):
                 raise InputError(
-                    f"{where} {assignment!r}: {name!r} is not a section.\n"
+                    f"{source} {assignment!r}: {name!r} is not a section.\n"
                     "Write section.key=value, such as train.epochs=5."
                 )
         if isinstance(section.get(last), dict):  # its other keys would be reset to defaults
             raise InputError(
-                f"{where} {assignment!r}: {last!r} is a section.\n"
+                f"{source} {assignment!r}: {last!r} is a section.\n"
                 "Set its keys separately, such as train.epochs=5."
             )
         section[last] = parse_value(text.strip())
     return recipe_from_mapping(
         {k: _without_none(part) if isinstance(part, dict) else part for k, part in values.items()},
-        where,
+        source,
     )
 
 
@@ -372,7 +372,7 @@ def load_recipe(name_or_file: str | Path) -> Recipe:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"Recipe {path} cannot be read: {error.strerror}.") from error
-    except NOT_TOML as error:
+    except TOML_ERRORS as error:
         raise InputError(
             f"Recipe {path} is not valid TOML: {error}.\n"
             "`mixmo recipes NAME` shows a valid recipe with all settings."
@@ -420,60 +420,60 @@ def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _check_consistency(recipe: Recipe, where: str) -> None:
+def _check_consistency(recipe: Recipe, source: str) -> None:
     """Check that the settings are consistent with each other."""
-    _check_mixing(recipe, where)
-    _check_data_and_network(recipe, where)
-    _check_schedule(recipe, where)
-    _check_optimizer(recipe.optimizer, where)
+    _check_mixing(recipe, source)
+    _check_data_and_network(recipe, source)
+    _check_schedule(recipe, source)
+    _check_optimizer(recipe.optimizer, source)
 
 
-def _check_mixing(recipe: Recipe, where: str) -> None:
+def _check_mixing(recipe: Recipe, source: str) -> None:
     mix = recipe.mix
     try:
         if recipe.model.arch is not None:
             parse_architecture(recipe.model.arch)
     except InputError as error:
-        raise InputError(f"{where}: model.arch: {error}") from None
+        raise InputError(f"{source}: model.arch: {error}") from None
     if mix.kind != "sum" and recipe.model.num_members < 2:
         raise InputError(
-            f"{where}: mix.kind={mix.kind!r} needs model.num_members of 2 or more; got 1.\n"
+            f"{source}: mix.kind={mix.kind!r} needs model.num_members of 2 or more; got 1.\n"
             "For one member, use mix.kind='sum' and mix.batch_repetitions=1."
         )
     allowed = MASK_OPTIONS.get(mix.kind, ())
     if unknown_options := [name for name in mix.options if name not in allowed]:
         options = f"Its options: {', '.join(allowed)}." if allowed else "It has no options."
         raise InputError(
-            f"{where}: mix.{unknown_options[0]} is not an option of mix.kind={mix.kind!r}.\n"
+            f"{source}: mix.{unknown_options[0]} is not an option of mix.kind={mix.kind!r}.\n"
             f"{options}"
         )
     if mix.block_size is not None and mix.block_size % 2 == 0:
-        raise InputError(f"{where}: mix.block_size is {mix.block_size}; it must be odd.")
+        raise InputError(f"{source}: mix.block_size is {mix.block_size}; it must be odd.")
     for low, high in (("sigma_min", "sigma_max"), ("area_min", "area_max")):
         bounds = {name: getattr(mix, name) for name in (low, high)}
         lowest, highest = ({**COW_DEFAULTS, **_without_none(bounds)}[name] for name in (low, high))
         if lowest > highest:
             raise InputError(
-                f"{where}: mix.{low} is {lowest:g} and mix.{high} is {highest:g}; "
+                f"{source}: mix.{low} is {lowest:g} and mix.{high} is {highest:g}; "
                 f"mix.{low} must not exceed mix.{high}."
             )
 
 
-def _check_data_and_network(recipe: Recipe, where: str) -> None:
+def _check_data_and_network(recipe: Recipe, source: str) -> None:
     mix, train = recipe.mix, recipe.train
     if recipe.model.ghost_batch_size == 1:
         raise InputError(
-            f"{where}: model.ghost_batch_size is 1; it must be 0, for the whole batch, or 2 or "
+            f"{source}: model.ghost_batch_size is 1; it must be 0, for the whole batch, or 2 or "
             "more."
         )
     if recipe.data.augmix and recipe.data.loader == "resident":
         raise InputError(
-            f"{where}: data.augmix processes single images and does not work with the resident "
+            f"{source}: data.augmix processes single images and does not work with the resident "
             "loader.\nUse data.loader='streaming' or 'auto'."
         )
     if train.select == "best" and recipe.data.valid_split == 0:
         raise InputError(
-            f"{where}: train.select='best' selects the epoch on the validation split, but "
+            f"{source}: train.select='best' selects the epoch on the validation split, but "
             "data.valid_split=0 leaves no validation images.\n"
             "Set data.valid_split, or use train.select='last'; the test set is only for the final "
             "evaluation."
@@ -481,50 +481,50 @@ def _check_data_and_network(recipe: Recipe, where: str) -> None:
     if train.batch_size % mix.batch_repetitions:
         multiple = max(1, round(train.batch_size / mix.batch_repetitions)) * mix.batch_repetitions
         raise InputError(
-            f"{where}: train.batch_size={train.batch_size} is not a multiple of "
+            f"{source}: train.batch_size={train.batch_size} is not a multiple of "
             f"mix.batch_repetitions={mix.batch_repetitions}.\nNearest: {multiple}."
         )
 
 
-def _check_schedule(recipe: Recipe, where: str) -> None:
+def _check_schedule(recipe: Recipe, source: str) -> None:
     if len(recipe.schedule.momentums) != 3:
         raise InputError(
-            f"{where}: schedule.momentums is {recipe.schedule.momentums}; "
+            f"{source}: schedule.momentums is {recipe.schedule.momentums}; "
             "it must be three numbers: start, peak, end."
         )
     if list(recipe.schedule.milestones) != sorted(recipe.schedule.milestones):
         raise InputError(
-            f"{where}: schedule.milestones is {recipe.schedule.milestones}; it must be sorted in "
+            f"{source}: schedule.milestones is {recipe.schedule.milestones}; it must be sorted in "
             "ascending order."
         )
 
 
-def _check_optimizer(optimizer: Optimizer, where: str) -> None:
+def _check_optimizer(optimizer: Optimizer, source: str) -> None:
     name, default = optimizer.name, Optimizer()
     family, _, own = name.partition("/")
     if name not in OPTIMIZERS and not (family in ("torch", "fastai") and own):
         error = unknown("optimizer", name, [*OPTIMIZERS, "torch/NAME", "fastai/NAME"])
-        raise InputError(f"{where}: optimizer.name: {error}")
+        raise InputError(f"{source}: optimizer.name: {error}")
     if name == "sgd":
         if optimizer.options:
             raise InputError(
-                f"{where}: optimizer.options is for optimizers other than sgd.\n"
+                f"{source}: optimizer.options is for optimizers other than sgd.\n"
                 "Use optimizer.momentum, optimizer.nesterov and optimizer.weight_decay."
             )
         if optimizer.nesterov and optimizer.momentum == 0:
             raise InputError(
-                f"{where}: optimizer.nesterov=true needs optimizer.momentum above 0; got 0.\n"
+                f"{source}: optimizer.nesterov=true needs optimizer.momentum above 0; got 0.\n"
                 "Increase optimizer.momentum, or use optimizer.nesterov=false."
             )
         return
     if optimizer.lr is None:
         raise InputError(
-            f"{where}: optimizer.name={name!r} needs optimizer.lr (--lr); the default learning "
+            f"{source}: optimizer.name={name!r} needs optimizer.lr (--lr); the default learning "
             "rate is for sgd.\n`mixmo lr-find` suggests one."
         )
     for key in ("momentum", "nesterov"):
         if getattr(optimizer, key) != getattr(default, key):
             raise InputError(
-                f"{where}: optimizer.{key} is a setting of sgd; got optimizer.name={name!r}.\n"
+                f"{source}: optimizer.{key} is a setting of sgd; got optimizer.name={name!r}.\n"
                 f"Use optimizer.options.{key} if {name} has it."
             )

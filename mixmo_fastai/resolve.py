@@ -75,11 +75,12 @@ def _without_stale_name(recipe: Recipe, base: Recipe) -> Recipe:
     return replace(recipe, name="", title="", expected=Expected())
 
 
-def departures(recipe: Recipe) -> list[str]:
+def changed_settings(recipe: Recipe) -> list[str]:
     """List the settings that differ from the shipped recipe of the same name.
 
-    Excluded are settings that do not change the expected accuracy, such as seed, device and loader,
-    and published settings that this project replaces by its own.
+    Settings that do not change the expected accuracy, such as seed, device and loader, are
+    excluded, and so are changes to the published schedule and to no validation split, since the
+    shipped recipes deviate from the published training there.
     """
     if recipe.name not in recipe_names():
         return []
@@ -146,7 +147,9 @@ def check_dataset(dataset: str) -> None:
             f"There is no folder {dataset!r}.\n"
             f"Pass a folder with one subfolder per class, or one of: {', '.join(DATASETS)}."
         )
-    raise InputError(f"{unknown('data set', dataset, DATASETS)} Or the path of an image folder.")
+    raise InputError(
+        f"{unknown('data set', dataset, DATASETS)} Or pass the path of an image folder."
+    )
 
 
 def _with_flags(base: Recipe, flags: Mapping[str, Any]) -> Recipe:

@@ -42,23 +42,23 @@ def choice(default: str, choices: Iterable[str]) -> Any:
     return field(default=default, metadata={"choices": tuple(choices)})
 
 
-def build(kind: type, values: Mapping[str, Any], where: str) -> Any:
+def build(kind: type, values: Mapping[str, Any], source: str) -> Any:
     """Build settings from nested values, checking every key, type and range.
 
     Args:
         kind: a dataclass whose fields are values or other dataclasses.
         values: nested values, as read from TOML.
-        where: source of the values for error messages, such as a file.
+        source: where the values come from, such as a file; error messages name it.
 
     Raises:
         InputError: a key is unknown or a value invalid.
     """
-    return _Reader(kind, where).read(kind, values)
+    return _Reader(kind, source).read(kind, values)
 
 
 class _Reader:
-    def __init__(self, root: type, where: str) -> None:
-        self.root, self.where = root, where
+    def __init__(self, root: type, source: str) -> None:
+        self.root, self.source = root, source
 
     def read(self, kind: type, values: Mapping[str, Any], prefix: str = "") -> Any:
         hints = typing.get_type_hints(kind)
@@ -66,25 +66,25 @@ class _Reader:
         built = {}
         for key, value in values.items():
             if key not in known:
-                raise _unknown_key(self.root, f"{prefix}{key}", self.where)
+                raise _unknown_key(self.root, f"{prefix}{key}", self.source)
             if dataclasses.is_dataclass(hints[key]):
                 section = typing.cast(type, hints[key])
                 built[key] = self._section(section, value, f"{prefix}{key}")
             else:
-                label = f"{self.where}: {prefix}{key}"
+                label = f"{self.source}: {prefix}{key}"
                 built[key] = _checked(value, hints[key], known[key].metadata, label)
         return kind(**built)
 
     def _section(self, kind: type, value: Any, name: str) -> Any:
         if not isinstance(value, Mapping):
             raise InputError(
-                f"{self.where}: {name} must be a section; got {_format(value)}.\n"
+                f"{self.source}: {name} must be a section; got {_format(value)}.\n"
                 f"Set its keys separately, for example {name}.{fields(kind)[0].name}."
             )
         return self.read(kind, value, f"{name}.")
 
 
-def _unknown_key(root: type, key: str, where: str) -> InputError:
+def _unknown_key(root: type, key: str, source: str) -> InputError:
     names = [
         f"{f.name}.{g.name}" if dataclasses.is_dataclass(f.default) else f.name
         for f in fields(root)
@@ -98,7 +98,7 @@ def _unknown_key(root: type, key: str, where: str) -> InputError:
     section = key.rpartition(".")[0]
     allowed = [n for n in names if n.rpartition(".")[0] == section] if section else []
     choices = allowed or sorted({n.partition(".")[0] for n in names})
-    return InputError(f"{where}: unknown key {key!r}.{hint}\nAllowed: {', '.join(choices)}.")
+    return InputError(f"{source}: unknown key {key!r}.{hint}\nAllowed: {', '.join(choices)}.")
 
 
 def _checked(value: Any, hint: Any, metadata: Mapping[str, Any], label: str) -> Any:
@@ -219,13 +219,13 @@ def parse_value(text: str) -> Any:
     """Parse a TOML value; text that is not valid TOML is returned as a string."""
     try:
         parsed = tomllib.loads(f"value = {text}")
-    except NOT_TOML:
+    except TOML_ERRORS:
         return text
     return parsed["value"] if len(parsed) == 1 else text
 
 
-NOT_TOML = (ValueError, RecursionError)
-"""Errors of tomllib: also other than its own, for huge integers, deep nesting or invalid bytes."""
+TOML_ERRORS = (ValueError, RecursionError)
+"""Errors that tomllib raises for invalid TOML, huge integers, deep nesting or invalid bytes."""
 
 
 def _toml_value(value: Any) -> str:

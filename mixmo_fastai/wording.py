@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from mixmo_fastai.recipe import Recipe
-from mixmo_fastai.resolve import departures
+from mixmo_fastai.resolve import changed_settings
 
 PIXEL_NAMES = {"cutmix": "CutMix", "mixup": "Mixup"}
 MAX_TEMPERATURE_ERROR = 0.1
@@ -159,7 +159,7 @@ def published_result(recipe: Recipe) -> str:
     if expected.accuracy is None:
         return ""
     text = f"{100 * expected.accuracy:.2f} % top-1 with {expected.arch} ({expected.source})"
-    changed = departures(recipe)
+    changed = changed_settings(recipe)
     return f"{text}; this run differs in {', '.join(changed)}" if changed else text
 
 

@@ -544,7 +544,7 @@ class TestBadInput:
             ({"batch_repetitions": 0}, "batch_repetitions"),
             ({"input_repetition": 2}, "input_repetition"),
             ({"mask_options": 5}, "mask_options must map names to values; got 5"),
-            ({"mask_options": {"block_size": 3}}, "'cutmix': it takes no options"),
+            ({"mask_options": {"block_size": 3}}, "'cutmix'.\nIt has no options"),
             (
                 {"mix": "patchup", "mask_options": {"block_size": 2}},
                 "block_size must be an odd integer",

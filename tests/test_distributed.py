@@ -600,4 +600,4 @@ sys.exit("it was not refused")
 """
     commands = together(prelude=program)
     all_done(commands)
-    assert all("Train within `shared(learn)`" in command.said for command in commands)
+    assert all("`shared(learn)`" in command.said for command in commands)

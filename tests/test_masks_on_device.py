@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixmo_fastai.mixing import MASK_KINDS, draw_lam, draw_masks, loss_weights
-from mixmo_fastai.msda import draw_msda, make_own_image_major, mix_images, own_label_weights
+from mixmo_fastai.msda import draw_msda, make_own_image_dominant, mix_images, own_label_weights
 from mixmo_fastai.pairing import draw_pairing
 
 WAITING = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "item")
@@ -46,7 +46,7 @@ def test_pixels(kind):
         draw = draw_msda(
             kind, 8, 2, size=(8, 8), alpha=1.0, prob=0.5, generator=generator, device="cpu"
         )
-        draw, shares = make_own_image_major(draw, own_label_weights(draw.masks, masks))
+        draw, shares = make_own_image_dominant(draw, own_label_weights(draw.masks, masks))
         mixed = mix_images(inputs, draw)
     assert mixed.shape == inputs.shape
     assert bool((shares >= 0.5).all())

@@ -162,9 +162,9 @@ class TestDrawMixings:
     def test_regions_come_where_chance_has_it(self):
         drawn = self.drawn()
         assert [mixing is None for mixing in drawn.regional] == [False, True, False]
-        kinds = [len(drawn.of(i, 0.5).masks[0, 0].unique()) for i in range(3)]
+        kinds = [len(drawn.select(i, 0.5).masks[0, 0].unique()) for i in range(3)]
         assert kinds == [2, 1, 2]
-        assert len(drawn.of(2, 0.3).masks[0, 0].unique()) == 1  # a probability that has fallen
+        assert len(drawn.select(2, 0.3).masks[0, 0].unique()) == 1  # a probability that has fallen
 
     def test_a_batch_has_one_lam_however_it_is_mixed(self):
         drawn = self.drawn(mix_prob=1.0)
@@ -305,7 +305,9 @@ class TestRegionsOfOnesOwn:
             return torch.zeros(len(area), 1, 1, shape[2])
 
         draw_masks(half, draw_lam(2, 2, 2.0), (1, 4, 4), side="right")
-        with pytest.raises(InputError, match=r"Unknown option 'size' of mask kind 'half'.*side"):
+        with pytest.raises(
+            InputError, match=r"Unknown option 'size' of mask kind 'half'.\nIts options: side"
+        ):
             draw_masks(half, draw_lam(2, 2, 2.0), (1, 4, 4), size=3)
 
     @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from mixmo_fastai.mixing import draw_lam, draw_masks, loss_weights
 from mixmo_fastai.msda import (
     MsdaDraw,
     draw_msda,
-    make_own_image_major,
+    make_own_image_dominant,
     mix_images,
     own_label_weights,
     take_partners,
@@ -81,7 +81,7 @@ def test_the_own_image_becomes_the_major_one():
     masks = torch.full((30, 2, 1, 4, 4), 0.5)
     shares = own_label_weights(draw.masks, masks)
     assert bool((shares < 0.5).any())
-    swapped, new_shares = make_own_image_major(draw, shares)
+    swapped, new_shares = make_own_image_dominant(draw, shares)
     assert bool((new_shares >= 0.5).all())
     torch.testing.assert_close(own_label_weights(swapped.masks, masks), new_shares)
     assert torch.equal(swapped.partners, draw.partners)

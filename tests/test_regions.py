@@ -168,12 +168,12 @@ def test_areas_agree_with_the_published_statistics(kind, published, same_correla
         ("patchup", {"block_size": 5.0}, r"odd integer, 1 or more; got 5\.0"),
         ("patchup", {"block_size": True}, "odd integer, 1 or more; got True"),
         ("patchup-soft", {"block_size": "5"}, "odd integer, 1 or more; got '5'"),
-        ("cow", {"sigma_max": math.inf}, "must be increasing numbers, 0 or more, and finite"),
-        ("cow", {"sigma_min": "a"}, "sigma_min='a'.*must be increasing numbers"),
+        ("cow", {"sigma_max": math.inf}, "must be numbers in ascending order, above 0 and finite"),
+        ("cow", {"sigma_min": "a"}, "sigma_min='a'.*must be numbers in ascending order"),
         ("cow", {"sigma_min": 20.0}, "sigma_min=20.0 and sigma_max=16.0"),
         ("cow", {"area_max": 1.5}, "area_min=0.2 and area_max=1.5"),
-        ("cow", {"block_size": 3}, "it takes sigma_min, sigma_max, area_min, area_max"),
-        ("horizontal", {"block_size": 3}, "it takes no options"),
+        ("cow", {"block_size": 3}, "Its options: sigma_min, sigma_max, area_min, area_max"),
+        ("horizontal", {"block_size": 3}, "It has no options"),
     ],
 )
 def test_bad_options_are_named(kind, options, message):

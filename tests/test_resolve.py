@@ -3,7 +3,7 @@ import pytest
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.names import DATASETS
 from mixmo_fastai.recipe import Recipe, load_recipe, recipe_from_mapping
-from mixmo_fastai.resolve import check_dataset, departures, resolve_recipe
+from mixmo_fastai.resolve import changed_settings, check_dataset, resolve_recipe
 
 
 def test_nothing_said_is_cut_mixmo_on_the_digits():
@@ -63,16 +63,16 @@ def test_a_kind_without_recipe_trains_like_the_data_sets_own():
     assert (cow.train, cow.model, cow.optimizer) == (own.train, own.model, own.optimizer)
 
 
-def test_departures_from_the_shipped_recipe_are_listed():
+def test_changed_settings_of_a_shipped_recipe_are_listed():
     recipe = resolve_recipe(
         "cifar10", None, {"train.epochs": 1, "data.limit": 100, "train.seed": 7}, ["mix.alpha=1"]
     )
-    assert departures(recipe) == ["data.limit", "mix.alpha", "train.epochs"]
-    assert departures(load_recipe("cifar10/mimo")) == []
+    assert changed_settings(recipe) == ["data.limit", "mix.alpha", "train.epochs"]
+    assert changed_settings(load_recipe("cifar10/mimo")) == []
     filled_in = {"data.valid_split": 0.02}  # as a run's own recipe says it
-    assert departures(resolve_recipe("cifar10", "cifar10/mimo", filled_in)) == []
+    assert changed_settings(resolve_recipe("cifar10", "cifar10/mimo", filled_in)) == []
     nearest = {"schedule.kind": "published", "data.valid_split": 0.0, "train.threads": 2}
-    assert departures(resolve_recipe("cifar10", "cifar10/mimo", nearest)) == []
+    assert changed_settings(resolve_recipe("cifar10", "cifar10/mimo", nearest)) == []
 
 
 def test_assignments_go_before_flags_and_flags_before_the_recipe(tmp_path):

@@ -10,7 +10,7 @@ from mixmo_fastai.cli.console import Output
 from mixmo_fastai.cli.render import METRIC_WIDTH, PLAN_WIDTH, align, plan_lines, recipe_lines
 from mixmo_fastai.names import DATASETS
 from mixmo_fastai.recipe import Recipe
-from mixmo_fastai.resolve import departures
+from mixmo_fastai.resolve import changed_settings
 from mixmo_fastai.runs import RunFolder
 from mixmo_fastai.sizing import unmet_requirement
 from mixmo_fastai.wording import estimated_duration
@@ -67,7 +67,7 @@ def _defaults_lines(training: Any) -> list[str]:
 def _too_small_line(training: Any) -> str | None:
     """Return advice if network or training is too small for members; None for shipped recipes."""
     recipe = training.recipe
-    if recipe.name and not departures(recipe):
+    if recipe.name and not changed_settings(recipe):
         return None
     seen = training.images_seen // recipe.model.num_nets
     requirement = unmet_requirement(recipe, seen)

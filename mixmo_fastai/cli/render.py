@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mixmo_fastai.recipe import Recipe, to_mapping
-from mixmo_fastai.resolve import departures
+from mixmo_fastai.resolve import changed_settings
 from mixmo_fastai.wording import (
     METRICS,
     MULTI_MEMBER_METRICS,
@@ -224,7 +224,7 @@ def comparison_lines(compared: Sequence[Any]) -> list[str]:
         for each in compared:
             if (accuracy := each.recipe.expected.accuracy) is not None:
                 remark = " with settings that differ from this run's; see `mixmo eval`"
-                changed = remark if departures(each.recipe) else ""
+                changed = remark if changed_settings(each.recipe) else ""
                 lines.append(f"{each.run.path}: published {percent(accuracy)}{changed}")
     lines += ["", f"Difference from {compared[0].run.path}, 95 % CI (paired bootstrap)"]
     for each in compared[1:]:

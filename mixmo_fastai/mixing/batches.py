@@ -44,7 +44,7 @@ class DrawnMixings:
     blended: Sequence[Mixing]
     regional: Sequence[Mixing | None]
 
-    def of(self, batch: int, mix_prob: float) -> Mixing:
+    def select(self, batch: int, mix_prob: float) -> Mixing:
         """Select the mixing of one batch; `mix_prob` is at most that of the draw."""
         regional = self.regional[batch]
         if regional is None or self.uniforms[batch] >= mix_prob:
@@ -73,7 +73,7 @@ def draw_mixings(
         uniforms: one number in [0, 1) per batch; regions are drawn if it is below mix_prob.
         lam_shape: (B, M).
         shape: shape (D, h, w) of the features to be mixed.
-        mix_prob: the largest probability that `DrawnMixings.of` will be called with.
+        mix_prob: the largest probability that `DrawnMixings.select` will be called with.
         alpha: see `draw_lam`.
         weight_root: see `loss_weights`.
         options: options of the kind; see `draw_masks`.

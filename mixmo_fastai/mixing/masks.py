@@ -122,21 +122,25 @@ def check_options(kind: str | Region, options: Mapping[str, float]) -> None:
     """
     allowed = MASK_OPTIONS.get(kind, ()) if isinstance(kind, str) else _keywords_of(kind)
     for name in options:
-        if name not in allowed and not _takes_any(kind):
-            takes = f"it takes {', '.join(allowed)}" if allowed else "it takes no options"
-            raise InputError(f"Unknown option {name!r} of mask kind {name_of(kind)!r}: {takes}.")
+        if name not in allowed and not _accepts_any_option(kind):
+            options_text = (
+                f"Its options: {', '.join(allowed)}." if allowed else "It has no options."
+            )
+            raise InputError(
+                f"Unknown option {name!r} of mask kind {name_of(kind)!r}.\n{options_text}"
+            )
 
 
-def _takes_any(kind: str | Region) -> bool:
-    known = None if isinstance(kind, str) else _signature_of(kind)
-    kinds = [] if known is None else [p.kind for p in known.parameters.values()]
+def _accepts_any_option(kind: str | Region) -> bool:
+    signature = None if isinstance(kind, str) else _signature_of(kind)
+    kinds = [] if signature is None else [p.kind for p in signature.parameters.values()]
     return inspect.Parameter.VAR_KEYWORD in kinds
 
 
 def _keywords_of(region: Region) -> tuple[str, ...]:
     """Return the parameters of a function after area, shape and generator."""
-    known = _signature_of(region)
-    return () if known is None else tuple(known.parameters)[3:]
+    signature = _signature_of(region)
+    return () if signature is None else tuple(signature.parameters)[3:]
 
 
 def _signature_of(region: Region) -> inspect.Signature | None:
@@ -149,10 +153,10 @@ def _signature_of(region: Region) -> inspect.Signature | None:
 def _check_arguments(
     region: Region, arguments: tuple[object, ...], options: Mapping[str, float]
 ) -> None:
-    known = _signature_of(region)
+    signature = _signature_of(region)
     try:
-        if known is not None:
-            known.bind(*arguments, **options)
+        if signature is not None:
+            signature.bind(*arguments, **options)
     except TypeError as error:
         raise InputError(
             f"The mask function {name_of(region)!r} must accept area (B,), shape (D, h, w), a "

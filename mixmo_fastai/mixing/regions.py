@@ -111,8 +111,8 @@ def cow(
     Returns:
         (B, 1, h, w), binary.
     """
-    _check_interval("sigma", sigma_min, sigma_max, above=0.0, to=math.inf)
-    _check_interval("area", area_min, area_max, above=-1e-9, to=1.0)
+    _check_interval("sigma", sigma_min, sigma_max, above=0.0, upper=math.inf)
+    _check_interval("area", area_min, area_max, above=-1e-9, upper=1.0)
     uniform = torch.rand((2, len(area)), generator=generator, device=area.device)
     sigma = sigma_min * (sigma_max / sigma_min) ** uniform[0]
     drawn_area = (area_min + (area_max - area_min) * uniform[1])[:, None, None]
@@ -136,8 +136,8 @@ def channels(area: Tensor, shape: Shape, generator: Generator) -> Tensor:
 def first_channels(area: Tensor, shape: Shape, generator: Generator) -> Tensor:
     """Select the first round(D·area) channels: (B, D, 1, 1), binary."""
     count = (shape[0] * area).round()[:, None]
-    places = torch.arange(shape[0], device=area.device)
-    return (places < count).to(area.dtype)[:, :, None, None]
+    positions = torch.arange(shape[0], device=area.device)
+    return (positions < count).to(area.dtype)[:, :, None, None]
 
 
 def noise(area: Tensor, shape: Shape, generator: Generator) -> Tensor:
@@ -180,8 +180,8 @@ def _span(area: Tensor, length: int, generator: Generator) -> Tensor:
 
 
 def _first(area: Tensor, length: int) -> Tensor:
-    places = torch.arange(length, device=area.device)
-    return (places < (length * area).floor()[:, None]).to(area.dtype)
+    positions = torch.arange(length, device=area.device)
+    return (positions < (length * area).floor()[:, None]).to(area.dtype)
 
 
 def _odd_at_most(length: int) -> int:
@@ -190,16 +190,17 @@ def _odd_at_most(length: int) -> int:
 
 def _blur_matrix(sigma: Tensor, length: int) -> Tensor:
     """Build the blur along one axis: (B,) -> (B, length, length); rows are Gaussians of sum 1."""
-    places = torch.arange(length, device=sigma.device, dtype=sigma.dtype)
-    distance = places[:, None] - places
+    positions = torch.arange(length, device=sigma.device, dtype=sigma.dtype)
+    distance = positions[:, None] - positions
     return torch.softmax(-(distance**2) / (2 * sigma[:, None, None] ** 2), dim=2)
 
 
-def _check_interval(name: str, low: float, high: float, *, above: float, to: float) -> None:
-    numbers = all(isinstance(end, int | float) and math.isfinite(end) for end in (low, high))
-    if not (numbers and above < low <= high <= to):
-        limit = f"at most {to:g}" if to < math.inf else "finite"
+def _check_interval(name: str, low: float, high: float, *, above: float, upper: float) -> None:
+    are_finite = all(isinstance(end, int | float) and math.isfinite(end) for end in (low, high))
+    if not (are_finite and above < low <= high <= upper):
+        lower_text = "above 0" if above == 0 else "0 or more"
+        upper_text = f"at most {upper:g}" if upper < math.inf else "finite"
         raise InputError(
-            f"{name}_min={low!r} and {name}_max={high!r} must be increasing numbers, "
-            f"{max(above, 0):g} or more, and {limit}."
+            f"{name}_min={low!r} and {name}_max={high!r} must be numbers in ascending order, "
+            f"{lower_text} and {upper_text}."
         )
