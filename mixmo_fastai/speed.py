@@ -172,7 +172,7 @@ def _seconds_per_step(training: Training, size: int) -> float:
     timer = StepTimer()
     with learn.no_logging(), acceleration.applied(model):
         epochs = 1 + WARMUP_STEPS + MOST_STEPS  # of one step or more each
-        learn.fit(epochs, lr=recipe.lr / 25, wd=recipe.optimizer.weight_decay, cbs=[timer])
+        learn.fit(epochs, lr=recipe.lr / 25, cbs=[timer])
     return timer.seconds / timer.steps
 
 

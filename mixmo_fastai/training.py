@@ -295,8 +295,9 @@ def train(
     steps = training.steps_per_epoch, training.warmup_steps
     if learn.opt is None:
         learn.create_opt()
+    hypers = learn.opt.hypers[0]  # some optimizers have no momentum
     scheduled = schedules(recipe, *steps)
-    scheduler = ParamScheduler({k: v for k, v in scheduled.items() if k in learn.opt.hypers[0]})
+    scheduler = ParamScheduler({name: f for name, f in scheduled.items() if name in hypers})
     is_single_process = process_group().count == 1
     precision = training.acceleration.describe()
     done = Position() if restored is None else restored.position
@@ -313,7 +314,6 @@ def train(
             learn.fit(
                 recipe.train.epochs,
                 lr=recipe.lr,
-                wd=recipe.optimizer.weight_decay,
                 cbs=[
                     scheduler,
                     history,

@@ -184,6 +184,7 @@ OPTIMIZERS = {
     "fastai/Adam": ["lr=0.002"],
     "fastai/SGD": ["lr=0.05", "options.mom=0.8"],
     "fastai/Lamb": ["lr=0.002"],
+    "torch/Rprop": ["lr=0.001", "weight_decay=0"],
     "fastai/ranger": ["lr=0.002", "options.k=3"],
 }
 
