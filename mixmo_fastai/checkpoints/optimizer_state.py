@@ -1,11 +1,11 @@
 """The state of any optimizer as named tensors, and back.
 
 An optimizer of torch or fastai keeps a dictionary per parameter. Tensors and numbers in it are
-stored as `parameter/key`; the name of a Python number ends with its type. SGD's momentum is stored
-under the name of the parameter alone, as in version 0.1.0.
+stored as `parameter/key`; the name of a Python number ends with its type. Momentum buffers are
+stored under the name of the parameter alone, as in version 0.1.0.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -47,9 +47,8 @@ def optimizer_tensors(optimizer: Any, parameters: Mapping[str, nn.Parameter]) ->
                     )
                 tensors[f"{name}/{key}:{kind}"] = torch.tensor(value, dtype=_NUMBERS[kind][1])
     if isinstance(optimizer, Lookahead) and optimizer.slow_weights is not None:
-        names = {id(parameter): name for name, parameter in parameters.items()}
-        for parameter, slow in _with_slow_weights(optimizer):
-            tensors[f"{names[id(parameter)]}/{SLOW}"] = slow
+        for name, slow in _slow_weights(optimizer, parameters).items():
+            tensors[f"{name}/{SLOW}"] = slow
         tensors[COUNT] = torch.tensor(optimizer.count)
     return tensors
 
@@ -62,7 +61,8 @@ def restore_optimizer(
     Raises:
         ValueError: a tensor belongs to another network or optimizer; the message names it.
     """
-    state, slow = _state_of(optimizer), dict[str, Tensor]()
+    state, is_fused = _state_of(optimizer), _is_fused(optimizer)
+    saved_slow: dict[str, Tensor] = {}
     for full_name, value in tensors.items():
         if full_name == COUNT and isinstance(optimizer, Lookahead):
             optimizer.count = int(value)
@@ -82,11 +82,18 @@ def restore_optimizer(
         ):
             raise ValueError(full_name)
         elif key == SLOW:
-            slow[name] = _on_device(value, parameter, is_fused=False)
+            saved_slow[name] = value
         else:
-            state[parameter][key] = _on_device(value, parameter, _is_fused(optimizer))
-    if slow:
-        _put_slow_weights(optimizer, parameters, slow)
+            state[parameter][key] = _on_device(value, parameter, is_fused)
+    if saved_slow:
+        if not isinstance(optimizer, Lookahead):
+            raise ValueError(f"{min(saved_slow)}/{SLOW}")
+        optimizer._copy_weights()
+        slow_weights = _slow_weights(optimizer, parameters)
+        if odd := slow_weights.keys() ^ saved_slow.keys():
+            raise ValueError(f"{min(odd)}/{SLOW}")
+        for name, slow in slow_weights.items():
+            slow.copy_(saved_slow[name])
 
 
 def keeps_state(optimizer: Any, hypers: Iterable[Mapping[str, float]]) -> bool:
@@ -122,17 +129,14 @@ def _on_device(value: Tensor, parameter: Tensor, is_fused: bool) -> Tensor:
     return value.to(parameter.device, copy=True)
 
 
-def _with_slow_weights(optimizer: Lookahead) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    for group, slow in zip(optimizer.param_lists, optimizer.slow_weights, strict=True):
-        yield from zip(group, slow, strict=True)
-
-
-def _put_slow_weights(
-    optimizer: Any, parameters: Mapping[str, nn.Parameter], slow: Mapping[str, Tensor]
-) -> None:
+def _slow_weights(
+    optimizer: Lookahead, parameters: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor]:
+    """Return the slow weights of a lookahead optimizer by the names of the parameters."""
     names = {id(parameter): name for name, parameter in parameters.items()}
-    if not isinstance(optimizer, Lookahead):
-        raise ValueError(next(iter(slow)))
-    optimizer._copy_weights()
-    for parameter, own in _with_slow_weights(optimizer):
-        own.copy_(slow[names[id(parameter)]])
+    groups = zip(optimizer.param_lists, optimizer.slow_weights, strict=True)
+    return {
+        names[id(parameter)]: slow
+        for group, slow_group in groups
+        for parameter, slow in zip(group, slow_group, strict=True)
+    }
