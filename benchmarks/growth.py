@@ -81,8 +81,7 @@ def main():
     keep_freed_memory()  # as training and `mixmo eval` do
     with TemporaryDirectory() as folder, torch.no_grad():
         groups = [evaluations(args.images), startup_commands(Path(folder))]
-        warmup = int(args.repeats > 1)
-        seconds = [interleaved(group, args.repeats, warmup=warmup) for group in groups]
+        seconds = [interleaved(group, args.repeats, warmup=1) for group in groups]
     groups = [steps_by_members(setup), steps_by_batch(setup), *groups]
     seconds = [*(interleaved(group, args.repeats) for group in groups[:2]), *seconds]
     times = {name: value for each in seconds for name, value in spreads(each).items()}

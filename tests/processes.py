@@ -214,9 +214,8 @@ def fork_instead(command, *, check, capture_output=False, text=False):
 
 # For a script that starts `mixmo` several times: new interpreters would take most of its time.
 FORK_INSTEAD = """
-import __main__, subprocess, types
+import __main__, subprocess, sys, types
 names = {**vars(subprocess), "run": __main__.fork_instead}
-import sys
 sys.modules["subprocess"] = types.SimpleNamespace(**names)
 """
 
