@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from mixmo_fastai.errors import InputError, nearest
+from mixmo_fastai.errors import InputError, nearest, unknown
 from mixmo_fastai.library_names import fastai_networks, timm_networks
 
 MASK_KINDS = (
@@ -36,10 +36,11 @@ MASK_OPTIONS = {"patchup": _BLOCKS, "patchup-soft": _BLOCKS, "cow": tuple(COW_DE
 MSDA_KINDS = ("cutmix", "mixup")
 """Kinds of mixed-sample data augmentation inside each member; drawn by `mixmo_fastai.msda`."""
 
-READOUTS = {
-    "core": "mixmo_fastai.models.readout:core_pooling",
+READOUTS: dict[str, str | None] = {
+    "core": None,
 }
-"""How the heads read the core's maps; each name with the module and factory of its readout."""
+"""How the heads read the core's maps: by name, the module and class of each readout; None stands
+for the core's own pooling."""
 
 OPTIMIZERS = {
     "sgd": "mixmo_fastai.optimizers:sgd",
@@ -131,6 +132,24 @@ class Architecture:
     depth: int = 0
     width: int = 0
     name: str = ""
+
+
+def parse_optimizer(name: str) -> tuple[str, str]:
+    """Split the name of an optimizer into its library and its name there.
+
+    Names of optimizers in a library are not checked, since that requires importing it.
+
+    Returns:
+        "torch" or "fastai" and the name there; "" and the name for one of `OPTIMIZERS`.
+
+    Raises:
+        InputError: the name is unknown.
+    """
+    if name in OPTIMIZERS:
+        return "", name
+    if match := re.fullmatch(r"(torch|fastai)/(.+)", name):
+        return match[1], match[2]
+    raise unknown("optimizer", name, [*OPTIMIZERS, "torch/NAME", "fastai/NAME"])
 
 
 def parse_architecture(name: str) -> Architecture:

@@ -15,9 +15,9 @@ import fastai.optimizer
 import torch
 from fastai.optimizer import OptimWrapper
 
-from mixmo_fastai.errors import InputError, nearest, unknown
+from mixmo_fastai.errors import InputError, nearest
 from mixmo_fastai.muon import Muon
-from mixmo_fastai.names import OPTIMIZERS
+from mixmo_fastai.names import OPTIMIZERS, parse_optimizer
 from mixmo_fastai.recipe import Optimizer
 
 OptimizerFactory = Callable[..., Any]
@@ -36,18 +36,17 @@ def build_optimizer_factory(name: str, weight_decay: float, **options: Any) -> O
         InputError: unknown name or option, or an optimizer that takes more than one forward pass
             per step.
     """
-    family, _, own = name.partition("/")
-    if name in OPTIMIZERS:
-        build = resolve_name(OPTIMIZERS[name])
-        _check_options(name, build, options)
-        return partial(build, weight_decay=weight_decay, **options)()
-    if family == "torch" and own:
-        return from_torch(_find_in_torch(own), weight_decay=weight_decay, **options)
-    if family == "fastai" and own:
-        build = _find_in_fastai(own)
+    library, own_name = parse_optimizer(name)
+    if library == "torch":
+        return from_torch(_find_in_torch(own_name), weight_decay=weight_decay, **options)
+    if library == "fastai":
+        build = _find_in_fastai(own_name)
         _check_options(name, build, options)
         return partial(build, wd=weight_decay, **options)
-    raise unknown("optimizer", name, [*OPTIMIZERS, "torch/NAME", "fastai/NAME"])
+    build = resolve_name(OPTIMIZERS[own_name])
+    _check_options(name, build, options)
+    factory: OptimizerFactory = build(weight_decay=weight_decay, **options)
+    return factory
 
 
 def optimizer_from_recipe(optimizer: Optimizer) -> OptimizerFactory:

@@ -23,12 +23,12 @@ from mixmo_fastai.names import (
     MASK_OPTIONS,
     MEMORY_FORMATS,
     MSDA_KINDS,
-    OPTIMIZERS,
     PRECISIONS,
     READOUTS,
     SCHEDULES,
     SELECTIONS,
     parse_architecture,
+    parse_optimizer,
 )
 from mixmo_fastai.settings import (
     TOML_ERRORS,
@@ -508,10 +508,10 @@ def _check_schedule(recipe: Recipe, source: str) -> None:
 
 def _check_optimizer(optimizer: Optimizer, source: str) -> None:
     name, default = optimizer.name, Optimizer()
-    family, _, own = name.partition("/")
-    if name not in OPTIMIZERS and not (family in ("torch", "fastai") and own):
-        error = unknown("optimizer", name, [*OPTIMIZERS, "torch/NAME", "fastai/NAME"])
-        raise InputError(f"{source}: optimizer.name: {error}")
+    try:
+        parse_optimizer(name)
+    except InputError as error:
+        raise InputError(f"{source}: optimizer.name: {error}") from None
     if name == "sgd":
         if optimizer.options:
             raise InputError(

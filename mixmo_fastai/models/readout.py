@@ -63,10 +63,6 @@ def resize_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
     return F.adaptive_avg_pool2d(masks.mean(dim=2), size)
 
 
-def core_pooling() -> None:
-    """Return None, which stands for the core's own pooling."""
-
-
 def build_readout(readout: str | nn.Module | None) -> nn.Module | None:
     """Build a readout from its name; modules and None are returned unchanged.
 
@@ -77,8 +73,8 @@ def build_readout(readout: str | nn.Module | None) -> nn.Module | None:
         return readout
     if readout not in READOUTS:
         raise unknown("readout", readout, READOUTS)
-    built: nn.Module | None = resolve_name(READOUTS[readout])()
-    return built
+    target = READOUTS[readout]
+    return None if target is None else resolve_name(target)()
 
 
 def check_readout(readout: nn.Module, core: nn.Module) -> None:
