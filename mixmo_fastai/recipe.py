@@ -527,7 +527,12 @@ def _check_optimizer(optimizer: Optimizer, source: str) -> None:
     if optimizer.lr is None:
         raise InputError(
             f"{source}: optimizer.name={name!r} needs optimizer.lr (--lr); the default learning "
-            "rate is for sgd.\n`mixmo lr-find` suggests one."
+            "rate is for sgd.\n`mixmo lr-find` suggests one, given --set optimizer.lr=0.001."
+        )
+    if reserved := sorted({"lr", "params", "wd", "weight_decay"} & optimizer.options.keys()):
+        raise InputError(
+            f"{source}: optimizer.options.{reserved[0]} is not allowed.\n"
+            "Use optimizer.lr and optimizer.weight_decay."
         )
     for key in ("momentum", "nesterov"):
         if getattr(optimizer, key) != getattr(default, key):

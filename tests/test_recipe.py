@@ -345,6 +345,11 @@ class TestOptimizers:
             (["name=adamw", "lr=1", "nesterov=false"], "optimizer.nesterov is a setting of sgd"),
             (["options.eps=1"], "options is for optimizers other than sgd"),
             (["name=adamw", "lr=1", "options=3"], "is a section"),
+            (
+                ["name=adamw", "lr=1", "options.weight_decay=1"],
+                "options.weight_decay is not allowed",
+            ),
+            (["name=fastai/Adam", "lr=1", "options.lr=1"], "options.lr is not allowed"),
             (["name=adamw", "lr=1", "options.a={b=1}"], "table of numbers"),
         ],
     )
