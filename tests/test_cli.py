@@ -166,9 +166,11 @@ def test_interrupted_in_the_first_epoch_a_run_is_continued_from_its_beginning(mo
     with monkeypatch.context() as patch:
         patch.setattr(TrainingDisplay, "after_batch", interrupt)
         assert run(["fit", *TINY, "--epochs", "1", "--out", "part"]) == 130
-    assert "mixmo fit --resume part" in capsys.readouterr().err
+    assert "resume with: mixmo fit --resume part" in capsys.readouterr().err
     assert run(["fit", "--resume", "part"]) == 0
-    assert "training starts from the beginning" in capsys.readouterr().out
+    assert (
+        "there is no checkpoint yet; training starts from the beginning" in capsys.readouterr().out
+    )
     assert (Path("part") / "metrics.json").is_file()
 
 
@@ -255,7 +257,7 @@ def test_lr_find_advises_the_recipe_s_rate_on_a_flat_curve(folder, capsys):
     arguments = ["--steps", "40", "--end", "1e-4", "--out", "a.png", "--quiet"]
     assert run(["lr-find", *TINY, *arguments]) == 0
     *_, reason, advice, command = capsys.readouterr().out.splitlines()
-    assert reason.startswith("The curve is too flat")
+    assert reason.startswith("The curve is too flat to recommend a learning rate")
     rate = load_recipe("digits/cut-mixmo").lr
     assert f"the recipe's learning rate, {rate:g}" in advice
     assert "--steps 120" in advice

@@ -266,7 +266,7 @@ def test_a_run_of_two_processes_goes_on_in_one(together, mixmo, alone, tmp_path)
     assert [command.wait() for command in commands] == [130, 130]
     command = mixmo("fit", "--resume", run)
     assert command.wait() == 0
-    assert "with processes: 2, now 1: results agree up to rounding" in command.said
+    assert "Trained so far with processes: 2, now 1: results agree up to rounding" in command.said
     assert_close(open_run(run), alone())
 
 
@@ -600,4 +600,4 @@ sys.exit("it was not refused")
 """
     commands = together(prelude=program)
     all_done(commands)
-    assert all("`shared(learn)`" in command.said for command in commands)
+    assert all("Use `shared(learn)`" in command.said for command in commands)

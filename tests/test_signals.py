@@ -108,7 +108,7 @@ def stopped(command, number, run_path):
     assert not command.others()
     last = command.said.splitlines()[-1]
     if run_path is not None:
-        assert last.endswith(f"mixmo fit --resume {run_path}")
+        assert last.endswith(f"resume with: mixmo fit --resume {run_path}")
         assert last in (run_path / "log.txt").read_text()
     return last
 
