@@ -1,11 +1,11 @@
-"""Loaders that augment whole batches where they lie: resident and streaming.
+"""Loaders that augment whole batches on the device: resident and streaming.
 
-Shapes: N images of the set, n distinct images of a batch, C channels, H W image size, p crop
+Shapes: N images of the data set, n distinct images per batch, C channels, H W image size, p crop
 padding.
 
-Both are fastai loaders and differ only in where a batch's pixels come from. Order and augmentation
-are functions of (seed, epoch, step), so neither workers nor what ran before change them; they are
-drawn, and pixels are cut, for some steps at a time.
+Both are fastai loaders and differ only in the source of the pixels. Order and augmentation are
+functions of (seed, epoch, step), so they depend neither on workers nor on earlier code. Random
+draws and cropping are done for several steps at a time.
 """
 
 import math
@@ -38,14 +38,14 @@ from mixmo_fastai.randomness import derive_seed, make_generator
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What happens to a training image.
+    """Augmentation of training images.
 
     Attributes:
-        crop_padding: p; 0 for no crop.
-        flip: whether half of the images are mirrored.
-        alternating_flip: whether every second copy of an image within a batch is mirrored, in place
-            of each by chance.
-        augmix: whether each image goes through AugMix before; only the streaming loader does it.
+        crop_padding: p, padding of the random crop; 0 for no crop.
+        flip: whether images are mirrored with probability 1/2.
+        alternating_flip: whether every second copy of an image within a batch is mirrored, instead
+            of at random.
+        augmix: whether AugMix is applied first; needs the streaming loader.
     """
 
     crop_padding: int = 0
@@ -55,25 +55,26 @@ class Augmentation:
 
 
 Arrangement = Callable[[int, int], Tensor]
-"""From the first of `STEPS_AT_ONCE` steps and n to their slots, (steps, any) int64."""
+"""Maps the first of `STEPS_AT_ONCE` steps and n to the slots of these steps, (steps, any) int64."""
 STEPS_AT_ONCE = 16
-"""Batches whose draws are made together, so that a step costs few kernels."""
+"""Number of batches whose random draws are made together, to launch fewer kernels per step."""
 Reader = Callable[[Tensor, "Cuts"], Iterator[tuple[Tensor, Tensor]]]
-_WINDOW_BYTES = 32 * 2**20  # of uint8 windows that are cut at a time
+_WINDOW_BYTES = 32 * 2**20  # maximum size of the uint8 windows that are cropped at once
 
 
 class BatchLoader(TfmdDL):
     """A fastai loader that crops, flips and normalises whole batches.
 
     Args:
-        images: the part of the data set to load.
-        classes: names of all classes, by label.
+        images: the images to load.
+        classes: class names, in the order of the labels.
         mean, std: per channel, of pixels in [0, 1].
         bs: images per batch, before any repetition.
-        shuffle: whether each epoch has an order of its own; incomplete batches are then dropped.
-        augmentation: None for evaluation.
-        seed: of order and augmentation.
-        device: where batches are made.
+        shuffle: whether to shuffle every epoch; the last batch is then dropped if incomplete.
+        augmentation: augmentation of the images; None for evaluation.
+        seed: seed of order and augmentation.
+        device: device of the batches.
+        num_workers: number of worker processes of the streaming loader.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class BatchLoader(TfmdDL):
         self.mean, self.std = torch.tensor(mean), torch.tensor(std)
         self.normalizer = Normalizer(self.mean, self.std, images.image_shape[2]).to(device)
         self.workers = num_workers
-        # What fastai does item by item in show_batch, predict and test loaders; the same figures.
+        # fastai's transforms per item, for show_batch, predict and test loaders; equal results.
         super().__init__(
             as_items(images, classes),
             bs=bs,
@@ -110,31 +111,31 @@ class BatchLoader(TfmdDL):
         self._n_inp, self._types = 1, {tuple: [TensorImage, TensorCategory]}
 
     def to(self, device: torch.device | str) -> None:
-        """Move what batches are made of."""
+        """Move the loader to a device."""
         super().to(device)
         self.normalizer.to(self.device)
 
     def to_detach(self, b: Any, cpu: bool = True, gather: bool = True) -> Any:
-        """Detach what fastai's metrics add up; a single number stays where it is.
+        """Detach a batch for fastai's metrics; scalars stay on their device.
 
-        fastai asks its loader for this. Fetched per batch, each would make a GPU wait.
+        Called by fastai. Copying a scalar to the host for every batch would stall a GPU.
         """
         return to_detach(b, cpu=cpu and getattr(b, "ndim", 1) > 0, gather=gather)
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch the next pass is, counted from the start of training."""
+        """Set the epoch of the next pass, counted from the start of training."""
         self.epoch = epoch
 
     def new(self, dataset: Any = None, cls: Any = None, **kwargs: Any) -> TfmdDL:
-        """Make fastai's plain loader of this data or of other items, as its inference asks for."""
+        """Return a plain fastai loader for this data or other items; used for inference."""
         return super().new(dataset, TfmdDL if cls is None else cls, **kwargs)
 
     def expanded(self, copies: int, arrange: Arrangement | None = None) -> "ExpandedLoader":
-        """View this loader with every image `copies` times per batch, each augmented afresh."""
+        """Return a view with `copies` independently augmented copies of every image per batch."""
         return ExpandedLoader(self, copies, arrange)
 
     def shard(self, processes: Processes) -> "LoaderShard":
-        """View the images of this loader that are one process's to evaluate."""
+        """Return a view of the images that this process evaluates."""
         return LoaderShard(self, processes)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -147,56 +148,61 @@ class BatchLoader(TfmdDL):
         first_step: int = 0,
         images: slice = slice(None),
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Go once through the images. A complete pass moves on to the next epoch.
+        """Iterate over the images once. A complete pass increments the epoch.
 
-        Slot s in [0, copies · n) is copy s // n of image s mod n, with an augmentation of its own.
+        Slot s in [0, copies · n) is copy s // n of image s mod n, with its own augmentation.
 
         Args:
-            copies: of each image in a batch.
-            arrange: says which slot each position of a batch shows; slot s at position s where not
-                given. To say it here moves no pixel twice.
-            first_step: batches before it are left out; those from it on are as in a whole pass.
-            images: which places of the epoch's order are loaded; all where not given.
+            copies: number of copies of each image in a batch.
+            arrange: returns the slot at each position of a batch; None for slot s at position s.
+                Arranging here avoids copying pixels again later.
+            first_step: skip the batches before this step; the others equal those of a complete
+                pass.
+            images: positions in the order of the epoch to load; all by default.
 
         Yields:
             images (any, C, H, W) float, channels last in memory, and their labels (any,) int64.
         """
         epoch = self.epoch
-        order = self._placed(self.order(epoch)[images])
+        order = self._on_device(self.order(epoch)[images])
         num_kept = len(order) - (len(order) % self.bs if self.drop_last else 0)
-        # Where nothing is dropped the last batch may be shorter than the others: one by one.
+        # If nothing is dropped, the last batch may be shorter: process batches one by one.
         steps = STEPS_AT_ONCE if self.drop_last else 1
         rows = order[:num_kept].split(steps * self.bs) if num_kept else ()
         groups = [row.view(-1, min(self.bs, len(row))) for row in rows]  # (steps, n) each
-        first, left_out = divmod(first_step, steps)  # whole groups, and batches of the next
-        kept = [group[left_out if number == first else 0 :] for number, group in enumerate(groups)]
+        first, num_skipped = divmod(
+            first_step, steps
+        )  # groups to skip, and batches of the next one
+        kept = [
+            group[num_skipped if number == first else 0 :] for number, group in enumerate(groups)
+        ]
         read = self.reader(kept[first:])
         for number, group in enumerate(groups[first:], first):
             cuts = self._draw(group, copies, arrange, (epoch, steps * number))
             if number == first:
-                cuts = cuts.since(left_out)
+                cuts = cuts.since(num_skipped)
             for windows, labels in read(kept[number], cuts):
                 x = self.normalizer(windows)
                 yield x.as_subclass(TensorImage), labels.as_subclass(TensorCategory)
         self.epoch = epoch + 1
 
     def order(self, epoch: int) -> Tensor:
-        """Give the order of an epoch: (N,) int64."""
+        """Return the order of the images in an epoch: (N,) int64."""
         if not self.shuffle:
             return torch.arange(len(self.images))
         generator = make_generator(self.seed, "order", epoch)
         return torch.randperm(len(self.images), generator=generator)
 
-    def _placed(self, order: Tensor) -> Tensor:
-        """Bring an epoch's order to where `raw_batches` wants it."""
+    def _on_device(self, order: Tensor) -> Tensor:
+        """Move the order of an epoch to the device on which `reader` needs it."""
         return order
 
     def reader(self, groups: Sequence[Tensor]) -> Reader:
-        """Prepare a pass over groups of batches, (steps, n) indices of images each.
+        """Prepare a pass over groups of batches, each (steps, n) image indices.
 
         Returns:
-            a function to be called with each group in turn, and its cuts, that gives for every
-            batch the windows (P, C, H, W) uint8 on the device, and their labels (P,).
+            a function to call with each group, in order, and its cuts. It yields for every batch
+            the windows (P, C, H, W) uint8 on the device, and their labels (P,).
         """
         raise NotImplementedError
 
@@ -205,25 +211,28 @@ class BatchLoader(TfmdDL):
         group: Tensor,
         copies: int,
         arrange: Arrangement | None,
-        place: tuple[int, int],
+        position: tuple[int, int],
     ) -> "Cuts":
-        """Draw what the batches of a group (steps, n) show, at a place (epoch, first step)."""
-        (steps, count), device, own = group.shape, self.device, self.augmentation
+        """Draw the cuts for a group of batches (steps, n) at a position (epoch, first step)."""
+        (steps, count), device, augmentation = group.shape, self.device, self.augmentation
         slots = torch.arange(copies * count, device=device).expand(steps, -1)
         if arrange is not None:
-            slots = arrange(place[1], count)[:steps]
+            slots = arrange(position[1], count)[:steps]
         if not self.augments:
             return Cuts(slots % count)
-        # The same in all processes that train together: each takes its slots of the whole batch.
-        generator = make_generator(self.seed, "augment", *place, device=device)
+        # All processes draw the same numbers for the whole batch; each uses its own slots.
+        generator = make_generator(self.seed, "augment", *position, device=device)
         drawn = {"generator": generator, "device": device}
-        # For a whole group even where the epoch ends within, so that a place says it all.
+        # Draw for a complete group even if the epoch ends within it, so that the draws depend
+        # on the position only.
         shape = (STEPS_AT_ONCE, copies * count)
-        corners = draw_crops(math.prod(shape), own.crop_padding, **drawn).view(*shape, 2)[:steps]
+        corners = draw_crops(math.prod(shape), augmentation.crop_padding, **drawn).view(*shape, 2)[
+            :steps
+        ]
         corners = corners.gather(1, slots[..., None].expand(-1, -1, 2))
-        if not own.flip:
+        if not augmentation.flip:
             return Cuts(slots % count, corners)
-        if own.alternating_flip:
+        if augmentation.alternating_flip:
             flips = draw_alternating_flips(STEPS_AT_ONCE * count, copies, **drawn)
             flips = flips.view(copies, STEPS_AT_ONCE, count).transpose(0, 1).reshape(shape)
         else:
@@ -231,18 +240,20 @@ class BatchLoader(TfmdDL):
         return Cuts(slots % count, corners, flips[:steps].gather(1, slots))
 
     def _store(self, pixels: Tensor) -> StoredImages:
-        """Lay images (any, C, H, W) uint8 on the device out for this loader's windows."""
-        own = self.augmentation
-        return StoredImages(pixels.to(self.device), own.crop_padding, mirrored=own.flip)
+        """Store images (any, C, H, W) uint8 on the device in the layout needed for cropping."""
+        augmentation = self.augmentation
+        return StoredImages(
+            pixels.to(self.device), augmentation.crop_padding, mirrored=augmentation.flip
+        )
 
 
 class Cuts(NamedTuple):
-    """What the P positions of several batches show.
+    """Images, crops and flips of the P positions of several batches.
 
     Attributes:
-        images: (steps, P) int64, which of a batch's n images.
-        corners: (steps, P, 2) of the windows, as `StoredImages.windows` takes them.
-        flips: (steps, P) bool.
+        images: (steps, P) int64, index among the n images of the batch.
+        corners: (steps, P, 2), corners of the crop windows; see `StoredImages.windows`.
+        flips: (steps, P) bool, whether the position is mirrored.
     """
 
     images: Tensor
@@ -250,17 +261,17 @@ class Cuts(NamedTuple):
     flips: Tensor | None = None
 
     def since(self, step: int) -> "Cuts":
-        """Leave out the steps before one."""
+        """Drop the steps before `step`."""
         return Cuts(*(None if each is None else each[step:] for each in self))
 
     def part(self, start: int, stop: int) -> dict[str, Tensor | None]:
-        """Give corners and flips of some steps, without the axis of steps."""
+        """Return corners and flips of some steps, flattened over steps."""
         parts = {"corners": self.corners, "flips": self.flips}
         return {k: None if v is None else v[start:stop].flatten(0, 1) for k, v in parts.items()}
 
 
 class ResidentLoader(BatchLoader):
-    """The decoded data set lies on the device; batches are gathered there in a few kernels."""
+    """Keeps the decoded data set on the device and gathers batches there in a few kernels."""
 
     def __init__(self, images: ImageSet, **kwargs: Any) -> None:
         super().__init__(images, **kwargs)
@@ -272,31 +283,31 @@ class ResidentLoader(BatchLoader):
         super().to(device)
         self.stored, self.labels = self.stored.to(self.device), self.labels.to(self.device)
 
-    def _placed(self, order: Tensor) -> Tensor:
-        return order.to(self.device)  # once per epoch, so that no step waits for a copy
+    def _on_device(self, order: Tensor) -> Tensor:
+        return order.to(self.device)  # one copy per epoch, so that no step waits for one
 
     def reader(self, groups: Sequence[Tensor]) -> Reader:
-        """Cut the windows of several batches at once out of the resident data set."""
+        """Crop the windows of several batches at once from the resident data set."""
         return self._cut
 
     def _cut(self, group: Tensor, cuts: Cuts) -> Iterator[tuple[Tensor, Tensor]]:
-        places = group.gather(1, cuts.images)
-        labels = self.labels[places]
-        steps, positions = places.shape
+        image_indices = group.gather(1, cuts.images)
+        labels = self.labels[image_indices]
+        steps, positions = image_indices.shape
         batch_bytes = positions * math.prod(self.stored.image_shape)
         at_once = max(1, _WINDOW_BYTES // batch_bytes)
         for start in range(0, steps, at_once):
             stop = start + at_once
-            indices = places[start:stop].flatten()
+            indices = image_indices[start:stop].flatten()
             windows = self.stored.windows(indices, **cuts.part(start, stop))
             yield from zip(windows.split(positions), labels[start:stop], strict=True)
 
 
 class StreamingLoader(BatchLoader):
-    """Images are read by workers as they are needed; for data that does not fit on the device."""
+    """Reads images in worker processes when needed, for data that does not fit on the device."""
 
     def reader(self, groups: Sequence[Tensor]) -> Reader:
-        """Start to read batch by batch, in worker processes where there are some."""
+        """Start reading batch by batch, in worker processes if there are any."""
         pinned = self.device.type == "cuda"
         augmix = SeededAugMix(self.seed, self.epoch) if self.augmentation.augmix else None
         chunks = [chunk for group in groups for chunk in group]
@@ -304,9 +315,9 @@ class StreamingLoader(BatchLoader):
             _ChunkReader(self.images, chunks, augmix),
             num_workers=self.workers,
             pin_memory=pinned,
-            wif=leave_signals_to_parent,  # a worker that a signal ends would take the step with it
+            wif=leave_signals_to_parent,  # a signal that kills a worker would abort the step
         )
-        # Torch seeds its workers, which draw nothing here; not from the global generator.
+        # Workers draw nothing, but torch seeds them: not from the global generator.
         loader.fake_l.generator = torch.Generator()
         batches = self._started(loader)
 
@@ -322,7 +333,7 @@ class StreamingLoader(BatchLoader):
         return cut
 
     def _started(self, loader: DataLoader) -> Iterator[Any]:
-        """Start the workers, out of reach of the signals that this process handles."""
+        """Start the workers with signals blocked; only this process handles them."""
         batches = iter(loader)
         if not self.workers:
             return batches
@@ -332,7 +343,7 @@ class StreamingLoader(BatchLoader):
 
 
 class ExpandedLoader:
-    """A view of a `BatchLoader` with every image several times per batch."""
+    """A view of a `BatchLoader` with several copies of every image per batch."""
 
     def __init__(
         self,
@@ -345,13 +356,13 @@ class ExpandedLoader:
         self.first_step = first_step
 
     def __getattr__(self, name: str) -> Any:
-        """Pass for the loader with callbacks that look at it."""
+        """Delegate to the loader, for callbacks that read its attributes."""
         if name.startswith("__") or "loader" not in vars(self):
             raise AttributeError(name)
         return getattr(self.loader, name)
 
     def starting_at(self, step: int) -> "ExpandedLoader":
-        """Give the same view without the batches before a step; its length is that of the whole."""
+        """Return a view that skips the batches before a step; its length does not change."""
         return ExpandedLoader(self.loader, self.copies, self.arrange, step)
 
     def __len__(self) -> int:
@@ -362,7 +373,7 @@ class ExpandedLoader:
 
 
 class LoaderShard:
-    """One process's share of a `BatchLoader`'s images: every so many-th, from its own rank on."""
+    """The images of a `BatchLoader` that belong to one process: rank, rank + count, and so on."""
 
     def __init__(self, loader: BatchLoader, processes: Processes) -> None:
         self.loader, self.processes = loader, processes
@@ -375,12 +386,12 @@ class LoaderShard:
         return self.loader.batches(images=slice(self.processes.rank, None, self.processes.count))
 
     def to_detach(self, b: Any, cpu: bool = True, gather: bool = True) -> Any:
-        """Leave what metrics add up to this process; who evaluates brings it together."""
+        """Detach without gathering over processes; the evaluation code gathers the results."""
         return self.loader.to_detach(b, cpu=cpu, gather=False)
 
 
 class _ChunkReader:
-    """Item i is the whole i-th batch, so that a worker sends one tensor, not n."""
+    """A data set whose item i is the complete i-th batch, so that a worker sends one tensor."""
 
     def __init__(
         self, images: ImageSet, chunks: Sequence[Tensor], augmix: "SeededAugMix | None"
@@ -395,7 +406,7 @@ class _ChunkReader:
         try:
             pixels = torch.stack([self._image(i) for i in chunk.tolist()])
         except InputError as error:
-            return error  # raised in a worker, it would come back as a traceback in text
+            return error  # an error raised in a worker would arrive as the text of a traceback
         return pixels, self.images.labels[chunk]
 
     def _image(self, index: int) -> Tensor:
@@ -404,19 +415,19 @@ class _ChunkReader:
 
 
 class SeededAugMix:
-    """Torchvision's AugMix, whose draws are a function of (seed, epoch, image).
+    """torchvision's AugMix with random draws that are a function of (seed, epoch, image).
 
-    Torchvision draws from torch's global generator, which is put back as it was.
+    torchvision draws from torch's global generator, whose state is restored afterwards.
     Source: Hendrycks et al., "AugMix", ICLR 2020.
     """
 
     def __init__(self, seed: int, epoch: int) -> None:
-        from torchvision.transforms import AugMix  # a second and a half that few runs need
+        from torchvision.transforms import AugMix  # importing takes 1.5 s, and few runs need it
 
         self.seed, self.epoch, self.transform = seed, epoch, AugMix()
 
     def __call__(self, pixels: Tensor, index: int) -> Tensor:
         with torch.random.fork_rng(devices=[]):
             seed = derive_seed(self.seed, "augmix", self.epoch, index)
-            torch.default_generator.manual_seed(seed)  # not that of any GPU
+            torch.default_generator.manual_seed(seed)  # seeds the CPU generator only
             return self.transform(pixels)
