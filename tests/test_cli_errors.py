@@ -59,7 +59,7 @@ ASSIGNMENTS = [
     ("fit --set train.ema_decay=1", "train.ema_decay is 1", "at most"),
     ("fit --set train.select=test", "train.select is 'test'", "Allowed: last, best"),
     ("fit --valid-split 0 --set train.select=best", "validation split", "data.valid_split"),
-    ("fit --set data.image_size=16", "image_size is 16", "Leave image_size out"),
+    ("fit --set data.image_size=16", "image_size is 16", "Remove image_size"),
 ]
 NUMBERS = [
     ("fit --epochs 0", "--epochs is 0", "at least 1"),
@@ -122,8 +122,8 @@ FOLDERS = [
     ("fit {folders}/no-test", "has no test/, but tset/", "rename it to test/"),
     ("fit {folders}/other-classes", "class 'fish'", "Rename the class folder"),
     ("fit {folders}/two-valid", "val/ and valid/", "Rename or move"),
-    ("fit {folders}/own-test --test-split 0.2", "--test-split is for", "Leave --test-split out"),
-    ("fit digits --test-split 0.2", "'digits' has a test set", "Leave --test-split out"),
+    ("fit {folders}/own-test --test-split 0.2", "--test-split is for", "Remove"),
+    ("fit digits --test-split 0.2", "'digits' has a test set", "Remove --test-split"),
     ("fit --test-split 1", "--test-split is 1", "at most 0.9"),
     (
         "fit {folders}/bare --test-split 0 --valid-split 0",

@@ -70,7 +70,7 @@ def test_one_training_image_per_class_is_answered_with_what_trains(tmp_path, cap
     words = ["fit", str(folder), *TINY, "--batch-size", "4", "--out", str(tmp_path / "run")]
     assert program(words) == 2
     message = capsys.readouterr().err
-    assert "No class has 2 training images or more" in message
+    assert "no class has two or more" in message
     assert "--valid-split 0." in message
     assert program([*words, "--valid-split", "0"]) == 0
 

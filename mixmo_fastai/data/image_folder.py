@@ -45,7 +45,7 @@ def read_image_folder(
         folder: holds one folder per class, or `train/<class>/` and others; see `layout`.
         home: the data folder, for the cache.
         image_size: height and width of all images, whatever their proportions were. None takes
-            those that `own_size` chooses.
+            those that `choose_image_size` chooses.
         largest_side: where `image_size` is None and a side of their own size is longer than this,
             it becomes the image size.
         cache_limit: bytes of decoded images above which they are decoded at each access instead.
@@ -101,7 +101,9 @@ def _read(
         home, kept_as, folder, [file for part in files.values() for file in _all(part)], image_size
     )
     if image_size is None:
-        height, width = entry.fact("size", lambda: own_size(folder / file for file in train))
+        height, width = entry.fact(
+            "size", lambda: choose_image_size(folder / file for file in train)
+        )
         if largest_side is not None and max(height, width) > largest_side:
             return _read(folder, home, chosen, largest_side, left_out, cache_limit=cache_limit)
     else:
@@ -127,7 +129,7 @@ def _read(
     )
 
 
-def own_size(paths: Iterable[Path]) -> tuple[int, int]:
+def choose_image_size(paths: Iterable[Path]) -> tuple[int, int]:
     """Choose (H, W) for image files, each at most `LARGEST_OWN_SIZE`.
 
     The size of more than half of them, or where there is none, the median height and width.

@@ -1,7 +1,7 @@
-"""Parts of the training set: the validation split, the test split and the balanced trial.
+"""Splits of the training set: validation split, test split and balanced subset.
 
-All are the same for every run, whatever its seed, so that runs are compared on the same images
-and members of a deep ensemble share a validation split.
+All splits are independent of the seed of the run, so that runs are compared on the same images and
+the networks of a deep ensemble share a validation split.
 """
 
 import torch
@@ -14,14 +14,14 @@ from mixmo_fastai.recipe import default_valid_split
 
 SPLIT_SEED = 0
 DEFAULT_TEST_SPLIT = 0.2
-"""Fraction of each class that tests, when an image folder has no split of its own."""
+"""Fraction of each class for the test set of an image folder without one."""
 
 
 def training_parts(source: DataSource, valid_split: float | None) -> tuple[ImageSet, ImageSet]:
-    """Return the images that train and those that validate.
+    """Return the training images and the validation images.
 
-    A data set with validation images of its own validates on them and trains on all of its training
-    images; `valid_split` is then not used.
+    If the data set has validation images, all training images are used for training and
+    `valid_split` is ignored.
 
     Args:
         source: the data set.
@@ -33,11 +33,12 @@ def training_parts(source: DataSource, valid_split: float | None) -> tuple[Image
 
 
 def draw_test(labels: Tensor, fraction: float) -> Tensor:
-    """Choose the same fraction of every class for a test set, the same images for every run.
+    """Draw a stratified test set, the same images for every run.
 
     Args:
         labels: (N,) int64.
-        fraction: in [0, 1). One image of a class is chosen at least, but never its only one.
+        fraction: fraction of each class, in [0, 1). At least one image of a class is drawn, but
+            never its only one.
 
     Returns:
         whether each image is in the test set, (N,) bool.
@@ -47,45 +48,45 @@ def draw_test(labels: Tensor, fraction: float) -> Tensor:
     return ranks < num_test
 
 
-def split_validation(images: ImageSet, share: float | None) -> tuple[ImageSet, Subset]:
-    """Set aside a share of every class for validation.
+def split_validation(images: ImageSet, fraction: float | None) -> tuple[ImageSet, Subset]:
+    """Hold out a fraction of every class for validation.
 
     Args:
         images: the training set.
-        share: in [0, 1); 0 sets nothing aside, None takes `default_valid_split`. At least one image
-            of a class stays for training.
+        fraction: in [0, 1); 0 holds out nothing, None uses `default_valid_split`. At least one
+            image of each class is kept for training.
 
     Returns:
-        the images that train and those that validate.
+        the training images and the validation images.
 
     Raises:
-        InputError: the share is out of range, or no class has two images.
+        InputError: `fraction` is out of range, or no class has two images.
     """
-    if share is None:
-        share = default_valid_split(len(images))
-    if not 0 <= share < 1:
-        raise InputError(f"valid_split must be at least 0 and below 1; got {share}.")
-    if share == 0:
+    if fraction is None:
+        fraction = default_valid_split(len(images))
+    if not 0 <= fraction < 1:
+        raise InputError(f"valid_split must be at least 0 and below 1; got {fraction}.")
+    if fraction == 0:
         return images, Subset(images, torch.empty(0, dtype=torch.int64))
     ranks, sizes = _ranks_within_class(images.labels, "split")
-    num_valid = torch.minimum((sizes * share).round().clamp(min=1), sizes - 1)
+    num_valid = torch.minimum((sizes * fraction).round().clamp(min=1), sizes - 1)
     valid = ranks < num_valid
     if not valid.any():
         raise InputError(
-            f"No class has 2 training images or more, so that valid_split={share:g} takes none of "
-            f"the {len(images):,}.\n"
-            "Add images: a class needs 2 to train and validate, 3 if its test images are drawn.\n"
+            f"valid_split={fraction:g} selects none of the {len(images):,} training images: "
+            "no class has two or more.\n"
+            "Add images: a class needs 2 to train and validate, 3 if test images are drawn too.\n"
             "Or train without a validation split: --valid-split 0."
         )
     return Subset(images, (~valid).nonzero()[:, 0]), Subset(images, valid.nonzero()[:, 0])
 
 
 def limit_images(images: ImageSet, limit: int) -> ImageSet:
-    """Keep at most `limit` images, as many of each class as of any other where there are enough.
+    """Keep at most `limit` images, balanced over classes as far as possible.
 
     Args:
-        images: the images that train.
-        limit: 0 keeps all.
+        images: the training images.
+        limit: maximum number of images; 0 keeps all.
     """
     if limit == 0 or limit >= len(images):
         return images
@@ -95,7 +96,7 @@ def limit_images(images: ImageSet, limit: int) -> ImageSet:
 
 
 def _ranks_within_class(labels: Tensor, stream: str) -> tuple[Tensor, Tensor]:
-    """Shuffle, and number the images of each class from 0; also give the size of each's class."""
+    """Number the shuffled images of each class from 0; also return the class size per image."""
     generator = make_generator(SPLIT_SEED, stream)  # type: ignore[arg-type]
     shuffled = torch.randperm(len(labels), generator=generator)
     by_class = shuffled[labels[shuffled].argsort(stable=True)]
