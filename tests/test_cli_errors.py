@@ -117,11 +117,11 @@ PLACES = [
 ]
 FOLDERS = [
     ("fit {folders}/one-class", "only one class with images, 'cat'", "two classes or more"),
-    ("fit {folders}/empty", "is empty: it has no class folders", "An image folder holds"),
+    ("fit {folders}/empty", "is empty: it has no class folders", "An image folder must hold"),
     ("fit {folders}/no-images", "only one class with images, 'cat'", "two classes or more"),
     ("fit {folders}/no-test", "has no test/, but tset/", "rename it to test/"),
     ("fit {folders}/other-classes", "class 'fish'", "Rename the class folder"),
-    ("fit {folders}/two-valid", "val/ and valid/", "Rename or move"),
+    ("fit {folders}/two-valid", "val/ and valid/", "Move the other"),
     ("fit {folders}/own-test --test-split 0.2", "--test-split is for", "Remove"),
     ("fit digits --test-split 0.2", "'digits' has a test set", "Remove --test-split"),
     ("fit --test-split 1", "--test-split is 1", "at most 0.9"),

@@ -1,4 +1,4 @@
-"""Which images of a folder train, validate and test, as a run keeps it in split.json."""
+"""The splits of an image folder, as stored in the split.json of a run."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ class DrawnTest:
 
     Attributes:
         test_split: fraction of each class that was drawn.
-        train, test: the files of both parts, relative to the image folder.
+        train, test: files of both splits, relative to the image folder.
     """
 
     test_split: float
@@ -24,13 +24,13 @@ class DrawnTest:
 
 @dataclass(frozen=True)
 class DataParts:
-    """Where the parts of an image folder come from.
+    """Origin of the splits of an image folder.
 
     Attributes:
-        train: folder of the training images, relative to the image folder, "." for itself.
-        valid: folder of the validation images; None where they are drawn from the training images.
-        test: folder of the labelled test images; None where there is none.
-        drawn: the test set that was drawn from `train` instead; None where none was.
+        train: folder of the training images, relative to the image folder; "." for itself.
+        valid: folder of the validation images; None if they are drawn from the training images.
+        test: folder of the labelled test images; None if there is none.
+        drawn: test set drawn from `train`; None if none was drawn.
     """
 
     train: str
@@ -40,14 +40,14 @@ class DataParts:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], where: Path) -> "DataParts":
-        """Read what `dataclasses.asdict` gave, from JSON.
+        """Build from the output of `dataclasses.asdict`, as read from JSON.
 
         Args:
-            values: as read.
+            values: the content of the file.
             where: the file, for messages.
 
         Raises:
-            InputError: it is something else.
+            InputError: a value is missing or has the wrong type.
         """
         try:
             drawn = values["drawn"]
@@ -58,7 +58,7 @@ class DataParts:
             return cls(str(values["train"]), _text(valid), _text(test), drawn)
         except (LookupError, TypeError, ValueError) as error:
             raise InputError(
-                f"{where} is damaged: {type(error).__name__}: {error}.\nPut back the original."
+                f"{where} is damaged: {type(error).__name__}: {error}.\nRestore the original file."
             ) from error
 
 
@@ -67,9 +67,9 @@ def _text(value: Any) -> str | None:
 
 
 def parts_before_split_json(folder: Path) -> DataParts:
-    """Return the parts as version 0.1.0 took them, which kept no split.json with its runs.
+    """Return the splits of a run of version 0.1.0, which wrote no split.json.
 
-    Its test set was test/, or val/ or valid/ where there was no test/; none validated.
+    That version tested on test/, or else on val/ or valid/, and had no validation folder.
     """
     found = (name for name in ("test", "val", "valid") if (folder / name).is_dir())
     return DataParts("train", test=next(found, None))
