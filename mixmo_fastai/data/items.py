@@ -64,7 +64,7 @@ class LabelOf(Transform):
 
 
 def as_items(images: ImageSet, classes: tuple[str, ...]) -> Datasets:
-    """View an image set as fastai's `Datasets` of (image, category)."""
+    """Wrap an image set as fastai's `Datasets` of (image, category)."""
     categorize = Categorize(vocab=list(classes), sort=False)
     pipelines = [[OpenImage(images.image_shape)], [LabelOf(classes), categorize]]
     items = [StoredImage(images, index) for index in range(len(images))]

@@ -10,7 +10,7 @@ from mixmo_fastai.errors import InputError
 
 @dataclass(frozen=True)
 class DrawnTest:
-    """A test set that was drawn from a folder without one.
+    """A test set drawn from a folder that has none.
 
     Attributes:
         test_split: fraction of each class that was drawn.

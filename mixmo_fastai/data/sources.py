@@ -163,7 +163,7 @@ def dataset_status(name: str, data_dir: Path | None = None) -> DatasetStatus:
     """Find a named data set and verify the checksums of its files, without changing anything.
 
     Raises:
-        InputError: there is no data set of that name.
+        InputError: the name is unknown.
     """
     if name not in SOURCES:
         raise unknown("data set", name, SOURCES)
