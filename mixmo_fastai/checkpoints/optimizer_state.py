@@ -86,11 +86,11 @@ def restore_optimizer(
         else:
             state[parameter][key] = _on_device(value, parameter, _is_fused(optimizer))
     if slow:
-        _put_slow_weights(optimizer, parameters, slow)
+        _restore_slow_weights(optimizer, parameters, slow)
 
 
 def keeps_state(optimizer: Any, hypers: Iterable[Mapping[str, float]]) -> bool:
-    """Return whether an optimizer has state after a step; SGD without momentum has none.
+    """Check whether an optimizer has state after a step; SGD without momentum has none.
 
     Args:
         optimizer: fastai optimizer, or fastai's wrapper of a torch optimizer.
@@ -127,7 +127,7 @@ def _with_slow_weights(optimizer: Lookahead) -> Iterator[tuple[nn.Parameter, Ten
         yield from zip(group, slow, strict=True)
 
 
-def _put_slow_weights(
+def _restore_slow_weights(
     optimizer: Any, parameters: Mapping[str, nn.Parameter], slow: Mapping[str, Tensor]
 ) -> None:
     names = {id(parameter): name for name, parameter in parameters.items()}

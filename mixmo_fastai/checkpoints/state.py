@@ -134,7 +134,7 @@ class RunState:
         """
         expected = {*self._tensor_files(), "state.json", "history.json"}
         if different := sorted(expected ^ set(saved.files)):
-            problem = "lacks" if different[0] in expected else "has a file unknown to the recipe:"
+            problem = "lacks" if different[0] in expected else "has the unexpected file"
             raise InputError(f"The checkpoint {saved.path} {problem} {different[0]}.\n{_NEW_RUN}")
         try:
             state, history = (
@@ -151,7 +151,7 @@ class RunState:
         self._check_identity(state, saved.path)
         self._check_position(restored, saved.path)
         load_tensors(self.learn.model, tensors["model"], saved.path / "model.safetensors")
-        self._put_optimizer(tensors["optimizer"], restored, saved.path)
+        self._restore_optimizer(tensors["optimizer"], restored, saved.path)
         for part in self.parts:
             part.load_state_tensors(tensors[part.name], unwrap(self.learn.model).state_dict())
         self.history.load_state(history, within_epoch=restored.position.step > 0)
@@ -202,7 +202,7 @@ class RunState:
             for values in map(_with_defaults, (self.identity, state))
         )
         different = [
-            key for key in current | saved if current.get(key, _NONE) != saved.get(key, _NONE)
+            key for key in current | saved if current.get(key, _MISSING) != saved.get(key, _MISSING)
         ]
         if different:
             key = different[0]
@@ -223,7 +223,7 @@ class RunState:
                 f"{_NEW_RUN}"
             )
 
-    def _put_optimizer(
+    def _restore_optimizer(
         self, tensors: Mapping[str, Tensor], restored: "Restored", path: Path
     ) -> None:
         learn = self.learn
@@ -299,7 +299,7 @@ class Restored:
         return cls(position, steps, pct_train, hypers, smooth_loss, count, version, processes)
 
 
-_NONE = object()
+_MISSING = object()
 _NEW_RUN = (
     "Nothing was changed. Resume with the files the run was started with, or start a new run."
 )

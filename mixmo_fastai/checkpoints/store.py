@@ -2,11 +2,11 @@
 
     checkpoint/save-000007/   manifest.json and the files it lists, with sizes and checksums
     checkpoint/save-000008/   the newest
-    checkpoint/.unfinished/   being written
-    checkpoint/damaged-…/     found damaged; removed after the next two saves
+    checkpoint/.unfinished/   a checkpoint that is being written
+    checkpoint/damaged-…/     a damaged checkpoint; removed after the next two saves
 
 A checkpoint is written under a temporary name, flushed to disk, verified against its manifest and
-then renamed; only then are older checkpoints removed. So the process may be killed at any point.
+then renamed; only then are older checkpoints removed. The process may be killed at any point.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from mixmo_fastai.files import (
 )
 
 FORMAT = 2
-"""Increment this when the meaning of a checkpoint's files changes."""
+"""Format version; increment it when the meaning of a checkpoint's files changes."""
 KEPT = 2
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"save-(\d{6,})")
@@ -44,7 +44,7 @@ class Saved:
     Attributes:
         path: folder of the checkpoint.
         files: names of its files, without the manifest.
-        skipped: newer checkpoints that are damaged: the problem by name.
+        skipped: the problem of each newer, damaged checkpoint, by name.
     """
 
     path: Path
@@ -109,8 +109,7 @@ class CheckpointStore:
         if not skipped and (unknown := self._unknown_entry()):
             raise InputError(
                 f"{self.folder} holds no checkpoint, but {unknown}, which this version of mixmo "
-                "cannot read.\nContinue with the version that wrote it, or start a new "
-                "run."
+                "cannot read.\nContinue with the version that wrote it, or start a new run."
             )
         if skipped:
             name, problem = next(iter(skipped.items()))
@@ -134,7 +133,7 @@ class CheckpointStore:
         return sorted(int(match[1]) for match in matches if match)
 
     def _unknown_entry(self) -> str | None:
-        """Return the name of a file or folder that no version of `save` leaves; None if none."""
+        """Return the name of a file or folder that `save` does not create, if there is one."""
         names = sorted(p.name for p in self.folder.iterdir()) if self.folder.is_dir() else []
         known = (".unfinished", "damaged-")
         return next((name for name in names if not name.startswith(known)), None)
@@ -189,7 +188,7 @@ def _write_files(folder: Path, files: Iterable[tuple[str, bytes]]) -> Iterator[t
 
 
 def _manifest(listed: dict[str, Any]) -> str:
-    """Return the manifest, with a checksum of its own, since its bits may flip as well."""
+    """Format the manifest, including a checksum of the manifest itself."""
     return _signed({"format": FORMAT, "files": listed})
 
 
@@ -220,7 +219,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _checked_list(listed: Any) -> dict[str, Any]:
-    """Check the file list of a manifest, which may be forged: the checksum is not secret."""
+    """Check the file list of a manifest, which may be forged: anyone can compute the checksum."""
     if not isinstance(listed, dict):
         raise DamagedError(f"{MANIFEST} lists no files")
     for name, facts in listed.items():

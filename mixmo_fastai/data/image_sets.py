@@ -1,4 +1,4 @@
-"""Image sets and data sources: images and labels of the training and the test split.
+"""Image sets and data sources: images and labels for training, validation and test.
 
 Shapes: N images of C channels, H × W pixels, uint8.
 """
@@ -34,7 +34,7 @@ class ImageSet(Protocol):
         """Return one image, (C, H, W) uint8."""
 
     def tensor(self, indices: Tensor | None = None) -> Tensor:
-        """Return all images, or those at `indices`: (N, C, H, W) uint8, read-only."""
+        """Return all images, or those at `indices`: (N, C, H, W) uint8; do not modify."""
 
     def name(self, index: int) -> str:
         """Return the name of an image for messages and reports: its file, or "train/123"."""
@@ -206,7 +206,7 @@ class DataSource:
 
     Attributes:
         name: name of the data set or of the folder.
-        classes: class names, in the order of the labels.
+        classes: class names, indexed by label.
         train, test: training and test split. The test split is used for the final metrics only; it
             is empty if there are no labelled test images.
         mean, std: per channel, of pixels in [0, 1].

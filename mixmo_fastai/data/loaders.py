@@ -4,8 +4,8 @@ Shapes: N images of the data set, n distinct images per batch, C channels, H W i
 padding.
 
 Both are fastai loaders and differ only in the source of the pixels. Order and augmentation are
-functions of (seed, epoch, step), so they depend neither on workers nor on earlier code. Random
-draws and cropping are done for several steps at a time.
+functions of (seed, epoch, step), so they depend neither on the number of workers nor on earlier
+draws. Drawing and cropping are done for several steps at once.
 """
 
 import math
@@ -43,8 +43,8 @@ class Augmentation:
     Attributes:
         crop_padding: p, padding of the random crop; 0 for no crop.
         flip: whether images are mirrored with probability 1/2.
-        alternating_flip: whether every second copy of an image within a batch is mirrored, instead
-            of at random.
+        alternating_flip: whether every second copy of an image in a batch is mirrored, instead of
+            each copy at random.
         augmix: whether AugMix is applied first; needs the streaming loader.
     """
 
@@ -97,7 +97,8 @@ class BatchLoader(TfmdDL):
         self.mean, self.std = torch.tensor(mean), torch.tensor(std)
         self.normalizer = Normalizer(self.mean, self.std, images.image_shape[2]).to(device)
         self.workers = num_workers
-        # fastai's transforms per item, for show_batch, predict and test loaders; equal results.
+        # Item and batch transforms for fastai's show_batch, predict and test loaders; they give the
+        # same values as the batches of this loader.
         super().__init__(
             as_items(images, classes),
             bs=bs,
@@ -170,9 +171,8 @@ class BatchLoader(TfmdDL):
         steps = STEPS_AT_ONCE if self.drop_last else 1
         rows = order[:num_kept].split(steps * self.bs) if num_kept else ()
         groups = [row.view(-1, min(self.bs, len(row))) for row in rows]  # (steps, n) each
-        first, num_skipped = divmod(
-            first_step, steps
-        )  # groups to skip, and batches of the next one
+        # Number of groups to skip, and of batches to skip in the next group.
+        first, num_skipped = divmod(first_step, steps)
         kept = [
             group[num_skipped if number == first else 0 :] for number, group in enumerate(groups)
         ]
@@ -226,10 +226,8 @@ class BatchLoader(TfmdDL):
         # Draw for a complete group even if the epoch ends within it, so that the draws depend
         # on the position only.
         shape = (STEPS_AT_ONCE, copies * count)
-        corners = draw_crops(math.prod(shape), augmentation.crop_padding, **drawn).view(*shape, 2)[
-            :steps
-        ]
-        corners = corners.gather(1, slots[..., None].expand(-1, -1, 2))
+        corners = draw_crops(math.prod(shape), augmentation.crop_padding, **drawn).view(*shape, 2)
+        corners = corners[:steps].gather(1, slots[..., None].expand(-1, -1, 2))
         if not augmentation.flip:
             return Cuts(slots % count, corners)
         if augmentation.alternating_flip:
@@ -271,7 +269,7 @@ class Cuts(NamedTuple):
 
 
 class ResidentLoader(BatchLoader):
-    """Keeps the decoded data set on the device and gathers batches there in a few kernels."""
+    """Keeps the decoded data set on the device and gathers batches there with few kernels."""
 
     def __init__(self, images: ImageSet, **kwargs: Any) -> None:
         super().__init__(images, **kwargs)
@@ -317,7 +315,7 @@ class StreamingLoader(BatchLoader):
             pin_memory=pinned,
             wif=leave_signals_to_parent,  # a signal that kills a worker would abort the step
         )
-        # Workers draw nothing, but torch seeds them: not from the global generator.
+        # torch draws the seeds of the workers from this generator, not from the global one.
         loader.fake_l.generator = torch.Generator()
         batches = self._started(loader)
 
@@ -333,7 +331,7 @@ class StreamingLoader(BatchLoader):
         return cut
 
     def _started(self, loader: DataLoader) -> Iterator[Any]:
-        """Start the workers with signals blocked; only this process handles them."""
+        """Start the workers with signals blocked, since only this process may handle signals."""
         batches = iter(loader)
         if not self.workers:
             return batches

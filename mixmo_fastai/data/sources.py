@@ -39,7 +39,7 @@ class NamedSource:
         read: builds the data source from the unpacked archive; without arguments if there is no
             archive.
         archive: the archive to download, verify and unpack; None for data included in a library.
-        has_files: whether the images are single files, some of which may be damaged.
+        has_files: whether the images are separate files, some of which may be damaged.
     """
 
     read: Callable[..., DataSource]
@@ -54,7 +54,7 @@ class NamedSource:
         skip_damaged: bool = False,
         left_out: LeftOut | None = None,
     ) -> DataSource:
-        """Load the data set from a data folder; `fetch` unpacks or downloads it first."""
+        """Load the data set from a data folder; `fetch` first downloads or unpacks it if needed."""
         if self.archive is None:
             return self.read()
         unpacked = fetch(self.archive, home, download=download)
@@ -138,13 +138,13 @@ def data_home(data_dir: Path | None = None) -> Path:
     """Return the data folder: `data_dir`, else $MIXMO_DATA_DIR, else fastai's data folder."""
     chosen = data_dir or os.environ.get("MIXMO_DATA_DIR")
     fastai_home = os.environ.get("FASTAI_HOME") or "~/.fastai"
-    # Path.expanduser raises for an unknown user.
+    # Unlike os.path.expanduser, Path.expanduser raises an error for an unknown user.
     return Path(os.path.expanduser(chosen or Path(fastai_home) / "data"))
 
 
 @dataclass(frozen=True)
 class DatasetStatus:
-    """Whether a named data set is present and intact.
+    """State of a named data set on disk.
 
     Attributes:
         name: name of the data set.
@@ -160,7 +160,7 @@ class DatasetStatus:
 
 
 def dataset_status(name: str, data_dir: Path | None = None) -> DatasetStatus:
-    """Find a named data set and verify the checksums of its files, without changing anything.
+    """Check whether a named data set is present and its checksums match; nothing is changed.
 
     Raises:
         InputError: the name is unknown.

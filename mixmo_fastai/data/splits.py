@@ -96,7 +96,7 @@ def limit_images(images: ImageSet, limit: int) -> ImageSet:
 
 
 def _ranks_within_class(labels: Tensor, stream: str) -> tuple[Tensor, Tensor]:
-    """Number the shuffled images of each class from 0; also return the class size per image."""
+    """Return the random rank of each image within its class, and the size of its class."""
     generator = make_generator(SPLIT_SEED, stream)  # type: ignore[arg-type]
     shuffled = torch.randperm(len(labels), generator=generator)
     by_class = shuffled[labels[shuffled].argsort(stable=True)]
