@@ -393,7 +393,11 @@ CHANGES = {
     "no state": ("state.json", lambda c: None, "lacks state.json"),
     "no average": ("ema.safetensors", lambda c: None, "lacks ema.safetensors"),
     "no best epoch": ("best_epoch.safetensors", lambda c: None, "lacks best_epoch"),
-    "one part more": ("scaler.safetensors", lambda c: b"", "unknown to the recipe: scaler.safetensors"),
+    "one part more": (
+        "scaler.safetensors",
+        lambda c: b"",
+        "unknown to the recipe: scaler.safetensors",
+    ),
     "no table": ("state.json", lambda c: b"[1]", "is not valid"),
     "no JSON": ("state.json", lambda c: b"{", "cannot be read"),
     "deep JSON": ("state.json", lambda c: b"[" * 100_000, "cannot be read"),

@@ -189,7 +189,7 @@ def _write_files(folder: Path, files: Iterable[tuple[str, bytes]]) -> Iterator[t
 
 
 def _manifest(listed: dict[str, Any]) -> str:
-    """Return the manifest, with a checksum of its own, since its bits may flip as well."""
+    """Return the manifest, including a checksum of the manifest itself."""
     return _signed({"format": FORMAT, "files": listed})
 
 
