@@ -163,8 +163,8 @@ def _split_files(files: FilesByClass, drawn: DrawnTest | None) -> tuple[FilesByC
     if drawn is None:
         return files, {}
     train, test = frozenset(drawn.train), frozenset(drawn.test)
-    kept = {name: [file for file in own if file in train] for name, own in files.items()}
-    kept = {name: own for name, own in kept.items() if own}
+    kept = {name: [f for f in class_files if f in train] for name, class_files in files.items()}
+    kept = {name: class_files for name, class_files in kept.items() if class_files}
     return kept, {name: [file for file in files[name] if file in test] for name in kept}
 
 

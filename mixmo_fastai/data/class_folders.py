@@ -108,7 +108,7 @@ def training_files(folder: Path, part: ListedPart, skipped: Skipped) -> FilesByC
         InputError: there are fewer than two classes.
     """
     root = folder / part.place
-    files = {name: own for name, own in part.files.items() if own}
+    files = {name: class_files for name, class_files in part.files.items() if class_files}
     if not files:
         loose = f"{count_images(len(part.loose))}, and no class folders"
         holds = loose if part.loose else "no images"
