@@ -102,7 +102,7 @@ class Acceleration:
         Args:
             plain: the forward pass, (network, inputs, masks) -> logits.
         """
-        trained: Any = torch.compile(plain, dynamic=False) if self.compiled else plain
+        training_forward: Any = torch.compile(plain, dynamic=False) if self.compiled else plain
 
         def forward(network: nn.Module, inputs: Tensor, masks: Tensor | None = None) -> Tensor:
             if not self.channels_last:  # loaders return channels-last batches
@@ -110,7 +110,7 @@ class Acceleration:
             if self.compiled and masks is not None:
                 masks = masks.contiguous()  # the same strides for all kinds, so it compiles once
             # Evaluation batches have other shapes, each of which would be compiled again.
-            run = plain if masks is None else trained
+            run = plain if masks is None else training_forward
             if self.autocast is None:  # keep the caller's autocast setting
                 return run(network, inputs, masks)
             with torch.autocast(self.device.type, self.autocast):
@@ -130,8 +130,8 @@ def choose_acceleration(
     """Resolve the "auto" settings of a recipe for a device.
 
     On CUDA, "auto" selects bfloat16 if the GPU supports it, otherwise TF32 if supported; channels
-    last; and compilation if training is long enough and the compilers are installed. On a CPU it
-    selects float32, channels last and no compilation.
+    last; and compilation if training is long enough and a compiler, Python's headers and Triton are
+    installed. On a CPU it selects float32, channels last and no compilation.
 
     Args:
         recipe: `train.precision`, `train.memory_format`, `train.compile` and `train.threads` are

@@ -56,7 +56,7 @@ class Speed:
 
 
 @dataclass(frozen=True)
-class Shorter:
+class ShorterRun:
     """A run that takes about `SHORT_RUN_SECONDS`.
 
     Attributes:
@@ -84,23 +84,23 @@ class StepTimer(Callback):
 
     def before_fit(self) -> None:
         """Start the clock."""
-        self.began = time.perf_counter()
+        self.started_at = time.perf_counter()
 
     def after_batch(self) -> None:
         """Count a step; end the fit when enough steps are timed."""
         self.steps += 1
         if self.steps <= 0:
             self._synchronize()
-        self.seconds = time.perf_counter() - self.began
+        self.seconds = time.perf_counter() - self.started_at
         is_long = self.learn.loss.device.type == "cpu" and self.seconds >= LONG_WARMUP_SECONDS
         if self.steps <= 0 and is_long:
             self.steps += WARMUP_STEPS
             raise CancelFitException
         if self.steps == 0:
-            self.began += self.seconds
+            self.started_at += self.seconds
         elif self.steps >= MAX_STEPS or (self.steps > 0 and self.seconds >= TIMED_SECONDS):
             self._synchronize()
-            self.seconds = time.perf_counter() - self.began
+            self.seconds = time.perf_counter() - self.started_at
             raise CancelFitException
 
     def before_validate(self) -> None:
@@ -122,8 +122,7 @@ def measure_speed(training: Training) -> Speed | None:
     for runs of a few seconds. Timed steps are not compiled.
 
     Returns:
-        None if the speed cannot be determined, for example if memory does not suffice.
-
+        None if the speed cannot be determined, for example if there is not enough memory.
     """
     on_cpu = training.device.type == "cpu"
     rate = CPU_THREAD_FLOPS * (training.acceleration.threads or torch.get_num_threads())
@@ -204,7 +203,7 @@ def _images_per_epoch(training: Training) -> float:
     return seen + len(training.learn.dls.valid.images) / (1 + BACKWARD_COST)
 
 
-def shorter_training(training: Training, speed: Speed) -> Shorter | None:
+def shorter_training(training: Training, speed: Speed) -> ShorterRun | None:
     """Find a network and a number of epochs that take about `SHORT_RUN_SECONDS` on this machine.
 
     The network is that of the run, or the default network for a CPU if that is smaller.
@@ -225,10 +224,10 @@ def shorter_training(training: Training, speed: Speed) -> Shorter | None:
     else:
         arch = None
     if (epochs := int(images / _images_per_epoch(training))) >= 1:
-        return Shorter(arch, epochs)
+        return ShorterRun(arch, epochs)
     distinct = int(images / recipe.mix.batch_repetitions)
     rounded = distinct - distinct % 10 ** (len(str(distinct)) - 1)  # to one significant digit
-    return Shorter(arch, 1, limit=max(recipe.loader_batch_size, rounded))
+    return ShorterRun(arch, 1, limit=max(recipe.loader_batch_size, rounded))
 
 
 def _build_network(arch: str, training: Training) -> nn.Module:

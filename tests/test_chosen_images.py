@@ -37,7 +37,7 @@ def test_a_validation_folder_validates(tmp_path):
     assert chosen.test["dog"] == ["test/dog/0.jpg"]
     assert chosen.parts == DataParts("train", "valid", "test")
     assert note(chosen, "Folders") == (
-        "train/ for training, valid/ for validation (valid_split is not used), test/ for test"
+        "train/ for training, valid/ for validation (valid_split is not used), test/ for testing"
     )
     assert len(chosen.notes) == 1
 
@@ -71,7 +71,7 @@ def test_train_alone_is_split_too(tmp_path):
     chosen = choose_images(tmp_path)
     assert counts(chosen.test) == {"cat": 1, "dog": 1}
     assert chosen.parts.train == "train"
-    assert note(chosen, "Folders") == "train/ for training, validation and test"
+    assert note(chosen, "Folders") == "train/ for training, validation and testing"
 
 
 def test_beside_a_validation_folder_a_test_set_is_drawn_on_request_only(tmp_path):

@@ -13,7 +13,7 @@ from mixmo_fastai.runs import create_run
 from mixmo_fastai.speed import (
     MAX_STEPS,
     WARMUP_STEPS,
-    Shorter,
+    ShorterRun,
     Speed,
     StepTimer,
     measure_speed,
@@ -231,10 +231,10 @@ def test_the_time_counts_every_epoch_and_evaluation():
 @pytest.mark.parametrize(
     ("epochs", "expected"),
     [
-        (7, Shorter(None, 7)),
-        (1, Shorter(None, 1)),
-        (0.9, Shorter(None, 1, limit=50)),
-        (0.01, Shorter(None, 1, limit=8)),  # one batch
+        (7, ShorterRun(None, 7)),
+        (1, ShorterRun(None, 1)),
+        (0.9, ShorterRun(None, 1, limit=50)),
+        (0.01, ShorterRun(None, 1, limit=8)),  # one batch
     ],
 )
 def test_the_shorter_training_fits_into_twenty_minutes(epochs, expected):
@@ -252,5 +252,5 @@ def test_the_shorter_training_has_a_smaller_network_if_there_is_one():
     own, least = (training_operations(t.learn.model, (1, 8, 8)) for t in (wide, narrow))
     rate = 3.01 * (6 * 32 + len(wide.learn.dls.valid.images) / 3) / 1200
     slower = rate * least / own / module.NARROW_NETWORK_EFFICIENCY
-    assert shorter_training(wide, Speed(slower)) == Shorter("wrn10_4", 3)
-    assert shorter_training(narrow, Speed(rate)) == Shorter(None, 3)
+    assert shorter_training(wide, Speed(slower)) == ShorterRun("wrn10_4", 3)
+    assert shorter_training(narrow, Speed(rate)) == ShorterRun(None, 3)

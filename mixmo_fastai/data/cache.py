@@ -30,7 +30,7 @@ from mixmo_fastai.data.image_sets import ArrayImages, FileImages, ImageSet
 CACHE_LIMIT = 8 * 2**30
 """Bytes of decoded images above which a folder is decoded at each access instead."""
 
-_FORMAT = 2  # increment when the same files would be decoded to other pixels
+_FORMAT = 2  # increment when the same files would be decoded to different pixels
 
 
 @dataclass(frozen=True)
@@ -81,10 +81,10 @@ class CacheEntry:
             return {part: self._decoded(part, images) for part, images in parts.items()}
 
     def check(self) -> None:
-        """Raise an error if the cache lists damaged images.
+        """Check the images that the cache lists as damaged.
 
         Raises:
-            DamagedImagesError: images cannot be decoded; the error lists all of them.
+            DamagedImagesError: they still cannot be decoded; the error lists all of them.
         """
         facts = self._facts()
         known = facts.get("damaged")
@@ -92,7 +92,7 @@ class CacheEntry:
             return
         # They may be readable now, for example after a network failure or by another user.
         if find_damaged(self.root, [*known]).keys() == known.keys():
-            raise self._damage(known)
+            raise self._damage_error(known)
         del facts["damaged"]
         self._write_facts(facts)
 
@@ -114,10 +114,10 @@ class CacheEntry:
         found = find_damaged(self.root, self.files)
         if found:
             self._write_facts({**self._facts(), "damaged": found})
-            raise self._damage(found)
+            raise self._damage_error(found)
         return found
 
-    def _damage(self, reasons: dict[str, str]) -> DamagedImagesError:
+    def _damage_error(self, reasons: dict[str, str]) -> DamagedImagesError:
         return damaged_images(self.root, reasons, len(self.files), self.folder)
 
     def _write_facts(self, facts: dict[str, Any]) -> None:

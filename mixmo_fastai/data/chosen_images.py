@@ -66,10 +66,10 @@ def choose_images(folder: Path, test_split: float | None = None) -> ChosenImages
     notes: list[Note] = []
     unlabelled: dict[str, str] = {}
     labelled: dict[str, FilesByClass] = {}
-    for role, place in (("valid", split_folders.valid), ("test", split_folders.test)):
-        if place is None:
+    for role, subfolder in (("valid", split_folders.valid), ("test", split_folders.test)):
+        if subfolder is None:
             continue
-        part = list_part(folder, place, skipped, train)
+        part = list_part(folder, subfolder, skipped, train)
         check_no_inner_splits(folder, part)
         if is_labelled(folder, part, listed):
             labelled[role] = labelled_files(part, list(train), skipped)
@@ -118,12 +118,12 @@ def reopen_images(
         InputError: a part, a class or a file of a drawn split is missing, or a class is new.
     """
     if not folder.is_dir():
-        raise InputError(f"Image folder {folder} does not exist.\nMove it back.")
-    for place in (parts.train, parts.valid, parts.test):
-        if place is not None and not (folder / place).is_dir():
+        raise InputError(f"Image folder {folder} does not exist.\nRestore it at this path.")
+    for subfolder in (parts.train, parts.valid, parts.test):
+        if subfolder is not None and not (folder / subfolder).is_dir():
             raise InputError(
-                f"There is no folder {folder / place}, which the run was trained with.\n"
-                "Move it back."
+                f"There is no folder {folder / subfolder}, which the run was trained with.\n"
+                "Restore it at this path."
             )
     skipped, notes = Skipped(), list[Note]()
     files = training_files(folder, list_part(folder, parts.train, skipped), skipped)
@@ -132,9 +132,9 @@ def reopen_images(
     train, drawn = _split_files(files, parts.drawn)
     spelling = _run_spelling(folder, train, classes)
     labelled: dict[str, FilesByClass] = {}
-    for role, place in (("valid", parts.valid), ("test", parts.test)):
-        if place is not None:
-            part = list_part(folder, place, skipped, train)
+    for role, subfolder in (("valid", parts.valid), ("test", parts.test)):
+        if subfolder is not None:
+            part = list_part(folder, subfolder, skipped, train)
             labelled[role] = labelled_files(part, list(train), skipped)
             notes += _missing_classes(role, labelled[role])
     valid = labelled.get("valid")
@@ -242,19 +242,19 @@ def _part_notes(parts: DataParts, unlabelled_test: str | None = None) -> list[No
         parts: origin of the splits.
         unlabelled_test: a description of the test folder, if it has no labels.
     """
-    place = f"{parts.train}/"
+    subfolder = f"{parts.train}/"
     if role_of(Path(parts.train).name) is None:
-        where = "" if parts.train == "." else f" in {place}"
+        where = "" if parts.train == "." else f" in {subfolder}"
         folders = f"one per class{where}, without train/ and test/"
     else:
         uses = ["training", "validation"] if parts.valid is None else ["training"]
-        uses += ["test"] if parts.drawn is not None else []
-        joined_uses = " and ".join(uses) if len(uses) < 3 else "training, validation and test"
-        folders = f"{place} for {joined_uses}"
+        uses += ["testing"] if parts.drawn is not None else []
+        joined_uses = " and ".join(uses) if len(uses) < 3 else "training, validation and testing"
+        folders = f"{subfolder} for {joined_uses}"
         if parts.valid is not None:
             folders += f", {parts.valid}/ for validation (valid_split is not used)"
         if parts.test is not None:
-            folders += f", {parts.test}/ for test"
+            folders += f", {parts.test}/ for testing"
     notes = [("Folders", folders)]
     if parts.test is None:
         texts = [_drawn_text(parts.drawn)]
@@ -276,9 +276,9 @@ def _drawn_text(drawn: DrawnTest | None) -> str:
 def _describe_unlabelled(folder: Path, part: ListedPart) -> str:
     """Describe a validation or test folder without labels, and how to predict its images."""
     if not part.num_images:
-        return f"{part.place}/ has no images"
-    command = shlex.join(["mixmo", "predict", "RUN", str(folder / part.place)])
-    return f"{part.place}/ has {count_images(part.num_images)} without labels: {command}"
+        return f"{part.subfolder}/ has no images"
+    command = shlex.join(["mixmo", "predict", "RUN", str(folder / part.subfolder)])
+    return f"{part.subfolder}/ has {count_images(part.num_images)} without labels: {command}"
 
 
 def _missing_classes(role: str, files: FilesByClass) -> list[Note]:

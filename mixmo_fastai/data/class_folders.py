@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from unicodedata import normalize
 
-from mixmo_fastai.data.layout import LAYOUT, WORDS, advise_form, join_path, role_of
+from mixmo_fastai.data.layout import LAYOUT, WORDS, join_path, layout_advice, role_of
 from mixmo_fastai.data.listing import (
     EMPTY_CLASS,
     OUTSIDE,
@@ -32,12 +32,12 @@ class ListedPart:
     """The images of one split.
 
     Attributes:
-        place: folder of the split, relative to the image folder.
+        subfolder: folder of the split, relative to the image folder.
         files: files by class; a class may have none.
         loose: images outside of class folders.
     """
 
-    place: str
+    subfolder: str
     files: FilesByClass
     loose: tuple[str, ...]
 
@@ -48,57 +48,57 @@ class ListedPart:
 
 
 def list_part(
-    folder: Path, place: str, skipped: Skipped, known: Collection[str] | None = None
+    folder: Path, subfolder: str, skipped: Skipped, known: Collection[str] | None = None
 ) -> ListedPart:
     """List the images of one split by class.
 
     Args:
         folder: the image folder.
-        place: folder of the split, relative to the image folder.
+        subfolder: folder of the split, relative to the image folder.
         skipped: collects everything that is not an image.
         known: the classes of the training images; None for the training split.
 
     Raises:
         InputError: a folder cannot be listed.
     """
-    if (folder / place / ANNOTATIONS).is_file() and (folder / place / "images").is_dir():
-        return _annotated_part(folder, place)
-    place, names, loose = _descend(folder, place, skipped, known)
+    if (folder / subfolder / ANNOTATIONS).is_file() and (folder / subfolder / "images").is_dir():
+        return _annotated_part(folder, subfolder)
+    subfolder, names, loose = _descend(folder, subfolder, skipped, known)
     files: FilesByClass = {}
     for name in sorted(names, key=lambda name: (normalize("NFC", name), name)):
-        found = images_below(folder / place / name, skipped, above=(folder, folder / place))
+        found = images_below(folder / subfolder / name, skipped, above=(folder, folder / subfolder))
         class_files = files.setdefault(normalize("NFC", name), [])
-        class_files += [f"{join_path(place, name)}/{file}" for file in found]
-    return ListedPart(place, files, tuple(join_path(place, name) for name in loose))
+        class_files += [f"{join_path(subfolder, name)}/{file}" for file in found]
+    return ListedPart(subfolder, files, tuple(join_path(subfolder, name) for name in loose))
 
 
 def _descend(
-    folder: Path, place: str, skipped: Skipped, known: Collection[str] | None
+    folder: Path, subfolder: str, skipped: Skipped, known: Collection[str] | None
 ) -> tuple[str, list[str], list[str]]:
     """List the folders and images of a split.
 
-    Descend into train/train/ or train/images/ if that is the only content. Unlabelled images may be
-    in folders of test/images/ that are not classes: do not descend then.
+    Descend into train/train/ or train/images/ if that is the only content. Do not descend into
+    test/images/ if none of its folders is a class: its images are then unlabelled.
     """
-    names, loose = scan(folder / place, skipped)
-    role = role_of(Path(place).name)
+    names, loose = scan(folder / subfolder, skipped)
+    role = role_of(Path(subfolder).name)
     while role is not None and not loose and len(names) == 1:
-        inner, loose_inside = scan(folder / place / names[0], Skipped())
+        inner, loose_inside = scan(folder / subfolder / names[0], Skipped())
         is_repeated = role_of(names[0]) == role
         is_plain = names[0].lower() in UNLABELLED_NAMES and not loose_inside
         has_classes = known is None or any(normalize("NFC", name) in known for name in inner)
         if not inner or not (is_repeated or (is_plain and has_classes)):
             break
-        place, names, loose = f"{place}/{names[0]}", inner, loose_inside
-    return place, names, loose
+        subfolder, names, loose = f"{subfolder}/{names[0]}", inner, loose_inside
+    return subfolder, names, loose
 
 
-def _annotated_part(folder: Path, place: str) -> ListedPart:
+def _annotated_part(folder: Path, subfolder: str) -> ListedPart:
     """List the validation images of Tiny ImageNet, whose labels are in a separate file."""
     files: FilesByClass = {}
-    for name, wnid in read_annotations(folder / place / ANNOTATIONS):
-        files.setdefault(wnid, []).append(f"{place}/images/{name}")
-    return ListedPart(place, files, ())
+    for name, wnid in read_annotations(folder / subfolder / ANNOTATIONS):
+        files.setdefault(wnid, []).append(f"{subfolder}/images/{name}")
+    return ListedPart(subfolder, files, ())
 
 
 def training_files(folder: Path, part: ListedPart, skipped: Skipped) -> FilesByClass:
@@ -107,20 +107,20 @@ def training_files(folder: Path, part: ListedPart, skipped: Skipped) -> FilesByC
     Raises:
         InputError: there are fewer than two classes.
     """
-    root = folder / part.place
+    root = folder / part.subfolder
     files = {name: class_files for name, class_files in part.files.items() if class_files}
     if not files:
-        loose = f"{count_images(len(part.loose))}, and no class folders"
+        loose = f"{count_images(len(part.loose))}, but no class folders"
         holds = loose if part.loose else "no images"
-        raise InputError(f"{root} has {holds}.\n{advise_form(root, folder)}")
+        raise InputError(f"{root} has {holds}.\n{layout_advice(root, folder)}")
     if len(files) == 1:
-        advice = advise_form(root, folder)
+        advice = layout_advice(root, folder)
         if advice == LAYOUT:
             advice = "Put the images of each class into a separate folder: two classes or more."
         raise InputError(f"{root} has only one class with images, {next(iter(files))!r}.\n{advice}")
     _skip_loose(part, skipped)
     for name in sorted(part.files.keys() - files.keys()):
-        skipped.add(EMPTY_CLASS, f"{join_path(part.place, name)}/")
+        skipped.add(EMPTY_CLASS, f"{join_path(part.subfolder, name)}/")
     return files
 
 
@@ -142,10 +142,10 @@ def is_labelled(folder: Path, part: ListedPart, train: ListedPart) -> bool:
     near = None if _is_not_class_name(first) else nearest(first, known)
     if len(non_empty) == 1 and near is None and first not in train.files:
         return False
-    root, train_root = folder / part.place, folder / train.place
+    root, train_root = folder / part.subfolder, folder / train.subfolder
     if first in train.files:
         problem = f"{root} has images of the class {first!r}, but {train_root} has none"
-        remedy = f"Add training images of {first!r}, or move its folder out of {part.place}/."
+        remedy = f"Add training images of {first!r}, or move its folder out of {part.subfolder}/."
     else:
         problem = f"{root} has the class {first!r}, which {train_root} does not have"
         remedy = "Rename the class folder, or move it elsewhere."
@@ -153,8 +153,8 @@ def is_labelled(folder: Path, part: ListedPart, train: ListedPart) -> bool:
             remedy = f"If it is the class {near!r}, rename it; otherwise move it elsewhere."
     if len(unknown) == len(non_empty):
         remedy = (
-            f"Name its folders after the classes. If its images have no labels, move {part.place}/ "
-            "elsewhere and use `mixmo predict` on it after training."
+            "Name its folders after the classes. If its images have no labels, move "
+            f"{part.subfolder}/ elsewhere and use `mixmo predict` on it after training."
         )
     raise InputError(f"{problem}.\n{remedy}")
 
@@ -173,10 +173,10 @@ def labelled_files(part: ListedPart, classes: list[str], skipped: Skipped) -> Fi
     for name in sorted(part.files.keys() - set(classes)):
         if part.files[name]:
             raise InputError(
-                f"{join_path(part.place, name)}/ is not a class of the run, but has "
+                f"{join_path(part.subfolder, name)}/ is not a class of the run, but has "
                 f"{len(part.files[name]):,} images.\nMove it elsewhere, or start a new run."
             )
-        skipped.add(EMPTY_CLASS, f"{join_path(part.place, name)}/")
+        skipped.add(EMPTY_CLASS, f"{join_path(part.subfolder, name)}/")
     return {name: part.files.get(name, []) for name in classes}
 
 
@@ -188,13 +188,13 @@ def check_no_inner_splits(folder: Path, part: ListedPart) -> None:
     Raises:
         InputError: a class folder has images in folders named after two or more splits.
     """
-    depth = 1 if part.place == "." else 1 + len(Path(part.place).parts)
+    depth = 1 if part.subfolder == "." else 1 + len(Path(part.subfolder).parts)
     by_class = {name: _inner_splits(class_files, depth) for name, class_files in part.files.items()}
     mixed = {name: inner for name, inner in by_class.items() if len(inner) > 1}
     if not mixed:
         return
     name, inner = next(iter(mixed.items()))
-    found = ", ".join(f"{place}/" for place in inner.values())
+    found = ", ".join(f"{subfolder}/" for subfolder in inner.values())
     expected = ", ".join(f"{role}/{name}/" for role in inner)
     raise InputError(
         f"{folder} has splits inside {len(mixed):,} of {len(part.files):,} class folders, such as "
@@ -215,8 +215,8 @@ def _inner_splits(files: list[str], depth: int) -> dict[str, str]:
         the first folder of each split, by split.
     """
     found: dict[str, str] = {}
-    for place in dict.fromkeys(file.rpartition("/")[0] for file in files):
-        names = place.split("/")
+    for subfolder in dict.fromkeys(file.rpartition("/")[0] for file in files):
+        names = subfolder.split("/")
         for end in range(depth, len(names)):
             if (role := role_of(names[end])) is not None:
                 found.setdefault(role, "/".join(names[: end + 1]))

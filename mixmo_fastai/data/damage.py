@@ -79,13 +79,13 @@ def read_intact(
 
 
 def find_damaged(root: Path, files: Sequence[str]) -> dict[str, str]:
-    """Decode every file once, in threads; return the reasons of those that cannot be decoded."""
+    """Decode every file once, in threads; return the reason for each that cannot be decoded."""
     reasons = undecodable([root / file for file in files])
     return {file: reason for file, reason in zip(files, reasons, strict=True) if reason is not None}
 
 
 def damaged_images(
-    root: Path, reasons: LeftOut, total: int, place: Path | None = None
+    root: Path, reasons: LeftOut, total: int, list_folder: Path | None = None
 ) -> DamagedImagesError:
     """Build the error that lists all damaged images of a data set.
 
@@ -93,19 +93,21 @@ def damaged_images(
         root: the folder to which the files are relative.
         reasons: the reason for each file.
         total: number of images of the data set.
-        place: folder of the list of damaged images; the system's temporary folder if it is None or
-            cannot be written.
+        list_folder: folder of the list of damaged images; the system's temporary folder if it is
+            None or cannot be written.
     """
     is_plural = len(reasons) > 1
     reason = "" if is_plural else f" ({next(iter(reasons.values()))})"
     them = "them" if is_plural else "it"
-    smaller = " by smaller images" if any("megapixels" in text for text in reasons.values()) else ""
+    smaller = (
+        " with smaller images" if any("megapixels" in text for text in reasons.values()) else ""
+    )
     return DamagedImagesError(
         f"{len(reasons)} of {total:,} images below {root} cannot be decoded: "
         f"{_examples(reasons)}{reason}.",
         f"Replace {them}{smaller} or remove {them}, or skip {them} with --skip-damaged.",
         reasons,
-        _write_list(root, reasons, place) if is_plural else None,
+        _write_list(root, reasons, list_folder) if is_plural else None,
     )
 
 
@@ -122,14 +124,14 @@ def _examples(files: LeftOut, limit: int = NUM_SHOWN) -> str:
     return ", ".join([*files][:limit]) + more
 
 
-def _write_list(root: Path, reasons: LeftOut, place: Path | None) -> Path | None:
+def _write_list(root: Path, reasons: LeftOut, list_folder: Path | None) -> Path | None:
     """Write one line per file: path, tab, reason."""
     text = "".join(f"{root / file}\t{reason}\n" for file, reason in reasons.items())
     content = text.encode(errors="surrogateescape")
-    if place is not None:
+    if list_folder is not None:
         with suppress(OSError):
-            place.mkdir(parents=True, exist_ok=True)
-            path = place / "damaged.txt"
+            list_folder.mkdir(parents=True, exist_ok=True)
+            path = list_folder / "damaged.txt"
             path.write_bytes(content)
             return path
     with suppress(OSError):

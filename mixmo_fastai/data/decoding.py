@@ -28,7 +28,7 @@ _ROTATED = range(2, 9)
 """EXIF orientations of images that are not upright; from 5 on, height and width are swapped."""
 
 _DAMAGE = ("data stream", "decoder error", "decoder object", "broken")
-"""Words in Pillow's errors about damaged data. For files that are cut off, it uses "truncated"."""
+"""Words in Pillow's errors about damaged data. For truncated files, it uses "truncated"."""
 
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
@@ -51,11 +51,11 @@ def decode_image(path: Path, size: tuple[int, int] | None = None, *, channels: i
     """Decode an image file to (C, H, W) uint8.
 
     The EXIF orientation is applied, 16 and 32 bits are converted to 8 by `to_eight_bits`, and
-    transparent images are blended with white. An image of another size is resized with antialiasing
-    to cover the target size, then center-cropped.
+    transparent images are composited onto white. An image of another size is resized with
+    antialiasing to cover the target size, then centre-cropped.
 
     Args:
-        path: the file, in any format and color mode that Pillow supports.
+        path: the file, in any format and colour mode that Pillow supports.
         size: (H, W) of the result; None keeps the size of the image.
         channels: 3 for RGB, 1 for greyscale.
 
@@ -124,7 +124,7 @@ def undecodable(paths: Sequence[Path]) -> Iterator[str | None]:
 
 
 def is_image(name: str) -> bool:
-    """Check by its name whether a file is a visible image in a format that Pillow reads."""
+    """Check by name whether a file is an image that Pillow can read, and is not hidden."""
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in _extensions()
 
 
@@ -170,7 +170,7 @@ def _explain(path: Path, error: Exception) -> tuple[str, str]:
         )
     if isinstance(error, ValueError) and "not finite" in str(error):
         return str(error), "Save it with 8 or 16 bits per pixel."
-    replace = "Replace it by an intact image, or remove it."
+    replace = "Replace it with an intact image, or remove it."
     if isinstance(error, UnidentifiedImageError):
         is_empty = path.stat().st_size == 0
         unidentified = "it is damaged, or not in a known image format"
@@ -183,7 +183,7 @@ def _explain(path: Path, error: Exception) -> tuple[str, str]:
 def _readable(message: str) -> str:
     """Return a readable form of the most common error messages of Pillow."""
     if "truncated" in message.lower():
-        return "the file is cut off, and its end is missing"
+        return "the file is truncated"
     if any(words in message for words in _DAMAGE):
         return f"the file is damaged ({message})"
     return message
@@ -223,7 +223,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _opaque(image: Image.Image) -> Image.Image:
-    # Fully transparent pixels have arbitrary colors, which must not reach the network.
+    # Fully transparent pixels have arbitrary colours, which must not reach the network.
     if image.mode not in ("RGBA", "LA", "PA", "RGBa", "La") and "transparency" not in image.info:
         return image
     layer = image.convert("RGBA")

@@ -2,8 +2,8 @@
 
 Splits are recognized by folder names, ignoring case: train/ or training/; val/, valid/ or
 validation/; test/ or testing/; each also with the suffix _set, _data or _images. Without a training
-folder, every folder is a class. A folder whose only content is one folder of folders, as after
-unpacking an archive into a folder of the same name, is skipped.
+folder, every folder is a class. If the only content is one folder of folders, as after unpacking an
+archive into a folder of the same name, that inner folder is read instead.
 """
 
 import os
@@ -69,12 +69,12 @@ def find_split_folders(folder: Path) -> SplitFolders:
     if not folders:
         holds = f"holds {count_images(len(images))} and no folders" if images else "is empty"
         raise InputError(
-            f"Image folder {root} {holds}: it has no class folders.\n{advise_form(root)}"
+            f"Image folder {root} {holds}: it has no class folders.\n{layout_advice(root)}"
         )
     return SplitFolders(inner)
 
 
-def advise_form(*folders: Path) -> str:
+def layout_advice(*folders: Path) -> str:
     """Return advice for images without class folders: the layout, or a note on CSV files.
 
     Args:
@@ -141,7 +141,7 @@ def _by_role(root: Path, folders: list[str]) -> dict[str, str]:
             raise InputError(
                 f"Image folder {root} has {shown}, but only one of them can hold the "
                 f"{_SPLIT_NAMES[role]} images.\n"
-                f"Move the other elsewhere, or rename it to {full[-1]}-unused/, to ignore it."
+                f"Move the other elsewhere, or rename it, for example to {full[-1]}-unused/."
             )
         found[role] = full
     return {role: names[0] for role, names in found.items()}

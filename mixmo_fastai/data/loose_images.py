@@ -19,28 +19,28 @@ Shape = tuple[int, int, int]
 EVALUATION_BATCH = 256
 
 
-def find_images(places: Iterable[Path], skipped: Skipped | None = None) -> list[Path]:
+def find_images(paths: Iterable[Path], skipped: Skipped | None = None) -> list[Path]:
     """List image files: the given files, and all images in the given folders, sorted by name.
 
     A given file is accepted whatever its name. In folders, images are recognized by name, and
     hidden and other files are skipped, as for training.
 
     Args:
-        places: files and folders.
+        paths: files and folders.
         skipped: collects the skipped files.
 
     Raises:
-        InputError: a place does not exist, or no image is found.
+        InputError: a path does not exist, or no image is found.
     """
     found: list[Path] = []
     skipped = Skipped() if skipped is None else skipped
-    for place in places:
-        if os.path.isdir(place):
-            found += sorted(place / name for name in images_below(place, skipped))
-        elif os.path.lexists(place):
-            found.append(place)
+    for path in paths:
+        if os.path.isdir(path):
+            found += sorted(path / name for name in images_below(path, skipped))
+        elif os.path.lexists(path):
+            found.append(path)
         else:
-            raise InputError(f"There is no image or folder {str(place)!r}.")
+            raise InputError(f"There is no image or folder {str(path)!r}.")
     if not found:
         details = f" Skipped: {skipped.describe()}." if skipped.names else ""
         raise InputError(
