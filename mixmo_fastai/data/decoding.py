@@ -166,7 +166,7 @@ def _explain(path: Path, error: Exception) -> tuple[str, str]:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6
         return (
             f"it has {int(size[0]) / 1e6:.0f} megapixels, and the limit is {limit}",
-            "Save it at a smaller size: training resizes images anyway.",
+            "Save it at a smaller size: images are resized to the training size anyway.",
         )
     if isinstance(error, ValueError) and "not finite" in str(error):
         return str(error), "Save it with 8 or 16 bits per pixel."
