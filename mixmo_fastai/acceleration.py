@@ -1,8 +1,8 @@
-"""The fast path of a device: precision, memory format, compilation, threads.
+"""Acceleration of training: precision, memory format, compilation, threads.
 
-Chosen by the device, each part switchable in the recipe. Everything is in force within
-`Acceleration.applied` alone, and is taken back however that ends, but for how a process on a CPU
-keeps its memory.
+The device sets the defaults; the recipe can override each of them. All settings are active only
+within `Acceleration.applied` and restored afterwards, except the memory allocator settings of a
+process on a CPU.
 """
 
 import os
@@ -25,27 +25,26 @@ from mixmo_fastai.flops import training_flops
 from mixmo_fastai.models.mixmo_model import unwrap
 from mixmo_fastai.recipe import Recipe
 
-WORTH_COMPILING = 900.0
-"""Seconds of training from which compiling, a minute or two, pays."""
-THREADS_PER_PROCESSOR = 8
-"""From here on more threads only get in each other's way."""
-FASTEST_FLOPS, FASTEST_IMAGES = 500e12, 40_000.0
-"""Operations and images per second that no GPU is known to exceed on such networks: the first
-bounds wide networks, the second small ones, whose time goes into memory and many small kernels."""
+MIN_COMPILED_SECONDS = 900.0
+"""Training time in seconds from which compilation, which takes one or two minutes, pays off."""
+MAX_THREADS_PER_PROCESSOR = 8
+"""Threads per processor that are accepted; more threads only slow each other down."""
+MAX_FLOPS, MAX_IMAGES_PER_SECOND = 500e12, 40_000.0
+"""Upper bounds of any known GPU on these networks, per second: operations bound wide networks,
+images bound small networks, which are limited by memory and by many small kernels."""
 
 
 @dataclass(frozen=True)
 class Acceleration:
-    """How a network is trained on a device.
+    """Settings that make training fast on a device.
 
     Attributes:
-        device: where.
-        autocast: the type that matrix products and convolutions are computed in; None for that of
-            the weights.
-        tf32: whether products of float32 may be rounded to TF32, on GPUs that have it.
-        channels_last: whether weights, and what follows from them, lie channels last.
-        compiled: whether the training pass is compiled.
-        threads: of a CPU; 0 for torch's own choice.
+        device: the device.
+        autocast: dtype of matrix products and convolutions; None for the dtype of the weights.
+        tf32: whether float32 products may be rounded to TF32, on GPUs that support it.
+        channels_last: whether weights and activations use the channels-last memory format.
+        compiled: whether the forward pass of training is compiled.
+        threads: number of CPU threads; 0 for torch's default.
     """
 
     device: torch.device
@@ -61,10 +60,10 @@ class Acceleration:
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
-        """Train a network this way; afterwards everything is as before.
+        """Apply the settings to a network in a with block, and restore everything afterwards.
 
         Args:
-            model: a `MixMoModel`, wrapped or not.
+            model: a `MixMoModel`, possibly wrapped, as by DistributedDataParallel.
         """
         with ExitStack() as stack:
             if self.device.type == "cuda":
@@ -73,12 +72,12 @@ class Acceleration:
                 keep_freed_memory()
             stack.enter_context(self.threaded())
             if self.autocast is not None or self.compiled or not self.channels_last:
-                stack.enter_context(_forward(unwrap(model), self._wrapped))
+                stack.enter_context(_replaced_forward(unwrap(model), self._accelerate))
             yield
 
     @contextmanager
     def threaded(self) -> Iterator[None]:
-        """Use its threads alone, as for an evaluation, which is not rounded."""
+        """Apply the number of threads only, as for evaluation, which runs in full precision."""
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads or before)
         try:
@@ -87,7 +86,7 @@ class Acceleration:
             torch.set_num_threads(before)
 
     def describe(self) -> str:
-        """Say it in words."""
+        """Return a readable description."""
         kinds = {torch.bfloat16: "bfloat16", None: "TF32" if self.tf32 else "float32"}
         parts = [kinds[self.autocast]]
         parts += ["channels last"] if self.channels_last else []
@@ -95,24 +94,24 @@ class Acceleration:
         parts += [f"{self.threads} thread{'s' * (self.threads > 1)}"] if self.threads else []
         return ", ".join(parts)
 
-    def _wrapped(self, plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Compile the pass of training, and compute either in the chosen precision and layout.
+    def _accelerate(self, plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Wrap a forward pass: compile it for training, set precision and memory format.
 
-        Precision is entered and left within the pass, so that no error in between leaves it on.
+        Autocast is entered and left within the pass, so that no error can leave it on.
 
         Args:
-            plain: the pass, (network, inputs, masks) -> logits.
+            plain: the forward pass, (network, inputs, masks) -> logits.
         """
-        trained: Any = torch.compile(plain, dynamic=False) if self.compiled else plain
+        training_forward: Any = torch.compile(plain, dynamic=False) if self.compiled else plain
 
         def forward(network: nn.Module, inputs: Tensor, masks: Tensor | None = None) -> Tensor:
-            if not self.channels_last:  # as loaders give them
+            if not self.channels_last:  # loaders return channels-last batches
                 inputs = _member_by_member(inputs) if inputs.ndim == 5 else inputs.contiguous()
             if self.compiled and masks is not None:
-                masks = masks.contiguous()  # masks of all kinds alike, so that one compilation does
-            # Evaluation has batches of other shapes, each of which would be compiled anew.
-            run = plain if masks is None else trained
-            if self.autocast is None:  # the caller's own is left alone
+                masks = masks.contiguous()  # the same strides for all kinds, so it compiles once
+            # Evaluation batches have other shapes, each of which would be compiled again.
+            run = plain if masks is None else training_forward
+            if self.autocast is None:  # keep the caller's autocast setting
                 return run(network, inputs, masks)
             with torch.autocast(self.device.type, self.autocast):
                 logits: Tensor = run(network, inputs, masks)
@@ -128,38 +127,43 @@ def choose_acceleration(
     image_shape: tuple[int, ...],
     num_images: int,
 ) -> Acceleration:
-    """Decide what the recipe leaves to the device.
+    """Resolve the "auto" settings of a recipe for a device.
 
-    On CUDA "auto" is bfloat16 where the GPU has it, else TF32 where it has that, channels last, and
-    compiled where the training is long enough to pay for it and there is what compiling takes. On a
-    CPU it is float32, channels last, not compiled.
+    On CUDA, "auto" selects bfloat16 if the GPU supports it, otherwise TF32 if supported; channels
+    last; and compilation if training is long enough and a compiler, Python's headers and Triton are
+    installed. On a CPU it selects float32, channels last and no compilation.
 
     Args:
-        recipe: its train.precision, train.memory_format, train.compile and train.threads count.
-        device: where it is trained.
+        recipe: `train.precision`, `train.memory_format`, `train.compile` and `train.threads` are
+            used.
+        device: the device of training.
         model: the network.
         image_shape: (C, H, W).
-        num_images: images that it will see.
+        num_images: number of images that the network will see in training.
 
     Raises:
-        InputError: bfloat16 or TF32 is asked for where there is none, compilation where there is no
-            compiler, or far more threads than there are processors.
+        InputError: the device does not support the requested bfloat16 or TF32, compilation was
+            requested without a compiler, or there are far more threads than processors.
     """
     train, cuda = recipe.train, device.type == "cuda"
     has_bfloat16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     if train.precision == "bfloat16" and cuda and not has_bfloat16:
-        raise InputError("precision 'bfloat16' needs a GPU that has it; use --precision float32.")
+        raise InputError(
+            "precision 'bfloat16' needs a GPU that supports it; use --precision float32."
+        )
     has_tf32 = cuda and torch.cuda.get_device_capability(device) >= (8, 0)
     if train.precision == "tf32" and not has_tf32:
         raise InputError(
-            "precision 'tf32' needs a CUDA device that has it; use --precision float32."
+            "precision 'tf32' needs a CUDA device that supports it; use --precision float32."
         )
-    _check_host(train.threads, device, asked=train.compile == "on")
+    _check_host(train.threads, device, must_compile=train.compile == "on")
     bfloat16 = train.precision == "bfloat16" or (train.precision == "auto" and has_bfloat16)
     compiled = train.compile == "on"
     if train.compile == "auto" and cuda and _can_compile(device):
         flops = training_flops(model, image_shape, num_images)
-        compiled = max(flops / FASTEST_FLOPS, num_images / FASTEST_IMAGES) >= WORTH_COMPILING
+        compiled = (
+            max(flops / MAX_FLOPS, num_images / MAX_IMAGES_PER_SECOND) >= MIN_COMPILED_SECONDS
+        )
     return Acceleration(
         device,
         autocast=torch.bfloat16 if bfloat16 else None,
@@ -170,49 +174,51 @@ def choose_acceleration(
     )
 
 
-def _check_host(threads: int, device: torch.device, *, asked: bool) -> None:
-    if threads > THREADS_PER_PROCESSOR * (os.cpu_count() or 1):
+def _check_host(threads: int, device: torch.device, *, must_compile: bool) -> None:
+    if threads > MAX_THREADS_PER_PROCESSOR * (os.cpu_count() or 1):
         raise InputError(
-            f"{threads} threads are far more than this machine has processors, {os.cpu_count()}.\n"
-            "Take --threads 0 for torch's own choice."
+            f"{threads} threads are too many for this machine with {os.cpu_count()} processors.\n"
+            "Use --threads 0 for torch's default."
         )
-    if asked and not _has_compiler(device):
+    if must_compile and not _has_compiler(device):
         raise InputError(
-            "Compiling needs a C++ compiler, such as g++, and none was found.\n"
-            "Install one, or leave --compile on out."
+            "--compile on needs a C++ compiler, such as g++, and none was found.\n"
+            "Install a compiler, or remove --compile on."
         )
 
 
 def _has_compiler(device: torch.device) -> bool:
-    """Tell whether there is what torch.compile calls: C for a GPU, as Triton does, else C++."""
+    """Check for the compiler that torch.compile uses: C for a GPU (Triton), otherwise C++."""
     on_gpu = device.type == "cuda"
     names = (os.environ.get("CC"), "gcc", "clang") if on_gpu else (os.environ.get("CXX"), "g++")
     return any(name and shutil.which(name) for name in names)
 
 
 def _can_compile(device: torch.device) -> bool:
-    """Tell whether torch.compile finds what it needs for a GPU: as Triton looks for it."""
+    """Check the requirements of torch.compile on a GPU: compiler, Python headers and Triton."""
     has_headers = (Path(sysconfig.get_path("include")) / "Python.h").is_file()
     capable = torch.cuda.get_device_capability(device) >= (7, 0)
     return _has_compiler(device) and has_headers and capable and find_spec("triton") is not None
 
 
 def _member_by_member(inputs: Tensor) -> Tensor:
-    """Lay (B, M, C, H, W) out so that each member's batch (B, C, H, W) is contiguous."""
+    """Lay out (B, M, C, H, W) so that the batch (B, C, H, W) of each member is contiguous."""
     return inputs.transpose(0, 1).contiguous().transpose(0, 1)
 
 
 @contextmanager
-def _forward(network: nn.Module, wrap: Callable[..., Callable[..., Tensor]]) -> Iterator[None]:
-    """Give one network another forward pass for a while.
+def _replaced_forward(
+    network: nn.Module, wrap: Callable[..., Callable[..., Tensor]]
+) -> Iterator[None]:
+    """Replace the forward pass of one network in a with block.
 
-    It is a method, so that copies of the network run on their own weights.
+    The replacement is a bound method, so that copies of the network use their own weights.
     """
     attributes = vars(network)
     before = attributes.get("forward")
     if before is None:
         plain = type(network).forward
-    else:  # somebody else's
+    else:  # already replaced by other code
         plain = getattr(before, "__func__", lambda _, *inputs: before(*inputs))
     attributes["forward"] = MethodType(wrap(plain), network)
     try:

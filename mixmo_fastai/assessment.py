@@ -22,9 +22,9 @@ from mixmo_fastai.data.damage import damaged_images, find_damaged
 from mixmo_fastai.data.dataloaders import make_evaluation_loaders
 from mixmo_fastai.data.fingerprint import fingerprint
 from mixmo_fastai.data.image_sets import DataSource, ImageSet
-from mixmo_fastai.data.layout import unseen_part
+from mixmo_fastai.data.layout import evaluation_folder
 from mixmo_fastai.data.loaders import BatchLoader
-from mixmo_fastai.data.loose_images import PixelLoader, as_shape, decode_readable, find_images
+from mixmo_fastai.data.loose_images import PixelLoader, convert_shape, decode_readable, find_images
 from mixmo_fastai.data.sources import load_source
 from mixmo_fastai.data.splits import training_parts
 from mixmo_fastai.detection import detection_metrics
@@ -318,15 +318,15 @@ def read_ood_images(ood: str, finished: FinishedRun, data_dir: Path | None) -> T
     if ood in DATASETS:
         if ood == finished.recipe.data.dataset:
             raise InputError(f"The run was trained on {ood}; give --ood another data set.")
-        return as_shape(load_source(ood, data_dir).test.tensor(), shape)
+        return convert_shape(load_source(ood, data_dir).test.tensor(), shape)
     check_dataset(ood)
     folder, unreadable = Path(ood).expanduser(), dict[Path, str]()
-    paths = find_images([unseen_part(folder)])
+    paths = find_images([evaluation_folder(folder)])
     decoded = [image for _, image in decode_readable(paths, shape, unreadable)]
     if unreadable:
         names = [os.path.relpath(path, folder) for path in unreadable]
         error = damaged_images(folder, find_damaged(folder, names), len(paths))
-        raise error.advising("Replace or remove them.")
+        raise error.with_advice("Replace or remove them.")
     return torch.stack(decoded)
 
 

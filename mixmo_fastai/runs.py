@@ -429,29 +429,31 @@ def open_run(path: Path | str) -> RunFolder:
     return RunFolder(folder)
 
 
-def open_runs(paths: Sequence[Path | str], what: str) -> list[RunFolder]:
+def open_runs(paths: Sequence[Path | str], subject: str) -> list[RunFolder]:
     """Open two or more distinct run folders.
 
     Args:
         paths: the run folders.
-        what: what needs the runs, the first words of an error message: "An ensemble".
+        subject: the first words of an error message, such as "An ensemble".
 
     Raises:
         InputError: there are fewer than two paths, a run is given twice, or a path is not a run
             folder.
     """
-    check_several(paths, what)
+    check_several(paths, subject)
     folders = [open_run(path) for path in paths]
     resolved = [folder.path.resolve() for folder in folders]
     if duplicate := next((path for path in resolved if resolved.count(path) > 1), None):
-        raise InputError(f"The run {str(duplicate)!r} is given twice. {what} needs distinct runs.")
+        raise InputError(
+            f"The run {str(duplicate)!r} is given twice. {subject} needs distinct runs."
+        )
     return folders
 
 
-def check_several(runs: Sequence[object], what: str) -> None:
-    """Check that there are at least two runs; `what` needs them, such as "An ensemble"."""
+def check_several(runs: Sequence[object], subject: str) -> None:
+    """Check that there are at least two runs; `subject` starts the error, as in "An ensemble"."""
     if len(runs) < 2:
-        raise InputError(f"{what} needs two runs or more; got {len(runs)}.")
+        raise InputError(f"{subject} needs two runs or more; got {len(runs)}.")
 
 
 def check_same_left_out(first: RunFolder, other: RunFolder) -> None:

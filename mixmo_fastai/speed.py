@@ -1,7 +1,7 @@
-"""How fast a run trains on this machine, from a few steps of a copy, and how long it will take.
+"""Estimate training speed and time of a run from a few timed steps on a copy of the network.
 
-The steps are those of another network, with an optimizer, callbacks and a view of the training data
-of its own. The run itself is not touched: neither weights nor BatchNorm statistics nor any draw.
+The copy has its own optimizer, callbacks and view of the training data. The run itself is not
+changed: neither its weights and BatchNorm statistics nor any random draw.
 """
 
 import copy
@@ -25,29 +25,29 @@ from mixmo_fastai.processes import process_group
 from mixmo_fastai.sizing import default_for
 from mixmo_fastai.training import Training
 
-USUAL_RATE = 40e9
-"""Operations per second that a thread of a CPU makes of such networks, to plan the timed steps."""
-PLANNED_SECONDS, MOST_SECONDS = 0.4, 6.0
-"""Of one timed step on a CPU: what is aimed at, and what is not begun."""
-TINY_SECONDS = 2.0
-"""Of a whole training on a CPU, below which nothing is timed."""
-TIMED_SECONDS, LONG_STEP, MOST_STEPS, WARMUP_STEPS = 0.6, 2.0, 40, 2
-"""How long steps are timed, what counts as long in the warm-up, and how many there are at most.
-The first steps of a GPU choose its kernels, which is neither counted nor cut short."""
-SHORT_SECONDS = 20 * 60.0
-"""How long the shorter training is that is advised in place of one that takes hours."""
-CAUTION = 0.8
-"""Narrow networks make somewhat less of a processor than wide ones."""
+CPU_THREAD_FLOPS = 40e9
+"""Typical operations per second of one CPU thread on these networks, to plan the timed steps."""
+TARGET_STEP_SECONDS, MAX_STEP_SECONDS = 0.4, 6.0
+"""Target duration of a timed step on a CPU, and the expected duration above which none is timed."""
+MIN_RUN_SECONDS = 2.0
+"""Expected duration of a run on a CPU below which nothing is timed."""
+TIMED_SECONDS, LONG_WARMUP_SECONDS, MAX_STEPS, WARMUP_STEPS = 0.6, 2.0, 40, 2
+"""Duration of the timed steps; warm-up duration above which the warm-up itself is timed; maximum
+number of timed steps; number of warm-up steps, in which a GPU selects its kernels."""
+SHORT_RUN_SECONDS = 20 * 60.0
+"""Duration of the shorter run that is suggested instead of one that takes hours."""
+NARROW_NETWORK_EFFICIENCY = 0.8
+"""Relative efficiency of narrow networks: they use a processor less well than wide ones."""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast a network trains.
+    """Training speed.
 
     Attributes:
-        images_per_second: that the network sees, in training.
-        is_timed: whether steps were timed; otherwise it follows from the operations alone.
-        is_lower_bound: whether the run will be compiled, as the timed steps were not.
+        images_per_second: images per second in training.
+        is_timed: whether steps were timed; otherwise the speed is computed from the operations.
+        is_lower_bound: whether the run will be compiled; the timed steps are not.
     """
 
     images_per_second: float
@@ -56,13 +56,13 @@ class Speed:
 
 
 @dataclass(frozen=True)
-class Shorter:
-    """A training that fits into `SHORT_SECONDS`.
+class ShorterRun:
+    """A run that takes about `SHORT_RUN_SECONDS`.
 
     Attributes:
         arch: the network; None for that of the run.
-        epochs: how many.
-        limit: of the training images; 0 for all.
+        epochs: number of epochs.
+        limit: number of training images; 0 for all.
     """
 
     arch: str | None
@@ -71,12 +71,12 @@ class Shorter:
 
 
 class StepTimer(Callback):
-    """Time training steps after a warm-up, then end the fit; validation is left out.
+    """Time training steps after a warm-up, then end the fit; validation is skipped.
 
-    Where a step takes long on a CPU, nothing more is waited for: the warm-up is then timed itself.
+    If a step takes long on a CPU, the warm-up itself is timed and no further step is run.
     """
 
-    order = 100  # after all else that a step does
+    order = 100  # after all other callbacks
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,112 +84,111 @@ class StepTimer(Callback):
 
     def before_fit(self) -> None:
         """Start the clock."""
-        self.began = time.perf_counter()
+        self.started_at = time.perf_counter()
 
     def after_batch(self) -> None:
-        """Count a step; end the fit when enough are timed."""
+        """Count a step; end the fit when enough steps are timed."""
         self.steps += 1
         if self.steps <= 0:
-            self._wait()
-        self.seconds = time.perf_counter() - self.began
-        is_long = self.learn.loss.device.type == "cpu" and self.seconds >= LONG_STEP
+            self._synchronize()
+        self.seconds = time.perf_counter() - self.started_at
+        is_long = self.learn.loss.device.type == "cpu" and self.seconds >= LONG_WARMUP_SECONDS
         if self.steps <= 0 and is_long:
             self.steps += WARMUP_STEPS
             raise CancelFitException
         if self.steps == 0:
-            self.began += self.seconds
-        elif self.steps >= MOST_STEPS or (self.steps > 0 and self.seconds >= TIMED_SECONDS):
-            self._wait()
-            self.seconds = time.perf_counter() - self.began
+            self.started_at += self.seconds
+        elif self.steps >= MAX_STEPS or (self.steps > 0 and self.seconds >= TIMED_SECONDS):
+            self._synchronize()
+            self.seconds = time.perf_counter() - self.started_at
             raise CancelFitException
 
     def before_validate(self) -> None:
-        """Go on with the next epoch."""
+        """Skip validation."""
         raise CancelValidException
 
-    def _wait(self) -> None:
-        """Wait until the device has done what it was given."""
+    def _synchronize(self) -> None:
+        """Wait for all pending work of a GPU."""
         device = self.learn.loss.device
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
 
 def measure_speed(training: Training) -> Speed | None:
-    """Time a few training steps on this machine; the run is as before afterwards.
+    """Time a few training steps on this machine, without changing the run.
 
-    On a CPU a step is of as few images as take about a second. What would take far longer than that
-    is not timed but follows from the number of operations. Compilation is left out.
-
-    A training of a few seconds is not timed either.
+    On a CPU the batch is reduced so that a step takes less than a second. If even the smallest
+    batch would take far longer, the speed is computed from the number of operations. The same holds
+    for runs of a few seconds. Timed steps are not compiled.
 
     Returns:
-        None where nothing can be told, such as without the memory for it.
+        None if the speed cannot be determined, for example if there is not enough memory.
     """
     on_cpu = training.device.type == "cpu"
-    rate = USUAL_RATE * (training.acceleration.threads or torch.get_num_threads())
+    rate = CPU_THREAD_FLOPS * (training.acceleration.threads or torch.get_num_threads())
     image_shape, copies = training.source.train.image_shape, training.recipe.mix.batch_repetitions
     operations = training_operations(training.learn.model, image_shape)
-    if operations and operations * training.images_seen < rate * TINY_SECONDS:
+    if operations and operations * training.images_seen < rate * MIN_RUN_SECONDS:
         return Speed(rate / operations, is_timed=False)
     size = training.recipe.loader_batch_size
     if on_cpu and operations:
-        fewest = max(1, 2 // copies)  # BatchNorm takes two images or more
-        planned = int(rate * PLANNED_SECONDS / (operations * copies))
-        size = min(size, max(fewest, planned))
+        smallest = max(1, 2 // copies)  # BatchNorm needs two images or more
+        planned = int(rate * TARGET_STEP_SECONDS / (operations * copies))
+        size = min(size, max(smallest, planned))
         size = min(training.recipe.loader_batch_size, size + -size % process_group().count)
-        if size * copies * operations > rate * MOST_SECONDS:
+        if size * copies * operations > rate * MAX_STEP_SECONDS:
             return Speed(rate / operations, is_timed=False)
     try:
         with preserved_random_states(training.learn.dls.train):
             seconds = _seconds_per_step(training, size)
     except (RuntimeError, MemoryError, InputError):
-        return None  # the training itself says what is wrong
+        return None  # training itself will report the error
     finally:
-        gc.collect()  # a Learner and its callbacks hold each other
+        gc.collect()  # a Learner and its callbacks form reference cycles
         if not on_cpu:
             torch.cuda.empty_cache()
     return Speed(size * copies / seconds, is_lower_bound=training.acceleration.compiled)
 
 
 def training_operations(model: nn.Module, image_shape: tuple[int, ...]) -> float | None:
-    """Count the operations of one image (C, H, W) in training; None where it cannot be done."""
+    """Count the operations of one image (C, H, W) in training; None if they cannot be counted."""
     try:
         return training_flops(model, image_shape, num_images=1) or None
-    except (RuntimeError, NotImplementedError, TypeError):  # of layers without a meta device
+    except (RuntimeError, NotImplementedError, TypeError):  # layers without meta-device support
         return None
 
 
 def _seconds_per_step(training: Training, size: int) -> float:
-    """Time steps of `size` distinct images with a copy of everything that a step changes."""
+    """Time steps of `size` distinct images on a copy of everything that a step changes."""
     recipe = training.recipe
     train = replace(recipe.train, batch_size=size * recipe.mix.batch_repetitions)
     model = copy.deepcopy(unwrap(training.learn.model))
-    dls = _with_batches_of(size, training.learn.dls)
+    dls = _with_batch_size(size, training.learn.dls)
     learn = learner_from_recipe(replace(recipe, train=train), dls, model)
     learn.remove_cbs(ProgressCallback)
     acceleration = replace(training.acceleration, compiled=False)
     acceleration.move_to_device(model)
     timer = StepTimer()
     with learn.no_logging(), acceleration.applied(model):
-        epochs = 1 + WARMUP_STEPS + MOST_STEPS  # of one step or more each
+        epochs = 1 + WARMUP_STEPS + MAX_STEPS  # an epoch has at least one step
         learn.fit(epochs, lr=recipe.lr / 25, cbs=[timer])
     return timer.seconds / timer.steps
 
 
-def _with_batches_of(size: int, dls: DataLoaders) -> DataLoaders:
-    """View the training images in batches of another size, with an epoch count of its own."""
+def _with_batch_size(size: int, dls: DataLoaders) -> DataLoaders:
+    """Return loaders with another batch size for training and a separate epoch counter."""
     loader = copy.copy(dls.train)
     loader.bs = size
     return DataLoaders(loader, *dls.loaders[1:], device=dls.device)
 
 
 def seconds_left(training: Training, speed: Speed, epochs_done: int = 0) -> float:
-    """Estimate how long a run takes from here on, its evaluations included.
+    """Estimate the remaining seconds of a run, including its evaluations.
 
     Args:
         training: the run.
-        speed: of its training; to evaluate an image takes a third of the time.
-        epochs_done: by all of its networks together.
+        speed: its training speed; evaluating an image takes a third of the time.
+        epochs_done: epochs completed by all of its networks together.
     """
     train, nets = training.recipe.train, training.recipe.model.num_nets
     evaluated = sum(len(loader.images) for loader in training.learn.dls.loaders[1:])
@@ -199,38 +198,40 @@ def seconds_left(training: Training, speed: Speed, epochs_done: int = 0) -> floa
 
 
 def _images_per_epoch(training: Training) -> float:
-    """Count what the network sees in an epoch, an image of the validation as a third of one."""
+    """Return the images per epoch in training cost; a validation image counts as a third."""
     seen = training.steps_per_epoch * training.recipe.train.batch_size
     return seen + len(training.learn.dls.valid.images) / (1 + BACKWARD_COST)
 
 
-def shorter_training(training: Training, speed: Speed) -> Shorter | None:
-    """Find a network and a number of epochs that take about `SHORT_SECONDS` here.
+def shorter_training(training: Training, speed: Speed) -> ShorterRun | None:
+    """Find a network and a number of epochs that take about `SHORT_RUN_SECONDS` on this machine.
 
-    The network is the one that is trained, or that of the table for a CPU where it is smaller. None
-    where the operations of the two are not known.
+    The network is that of the run, or the default network for a CPU if that is smaller.
+
+    Returns:
+        None if the operations of one of the two networks are unknown.
     """
     recipe = training.recipe
     image_shape = training.source.train.image_shape
     arch: str | None = default_for("cpu", image_shape).arch
-    own = training_operations(training.learn.model, image_shape)
-    least = training_operations(_model_of(arch, training), image_shape)
-    if own is None or least is None:
+    current = training_operations(training.learn.model, image_shape)
+    default = training_operations(_build_network(arch, training), image_shape)
+    if current is None or default is None:
         return None
-    images = SHORT_SECONDS * speed.images_per_second / recipe.model.num_nets
-    if least < own:
-        images *= CAUTION * own / least
+    images = SHORT_RUN_SECONDS * speed.images_per_second / recipe.model.num_nets
+    if default < current:
+        images *= NARROW_NETWORK_EFFICIENCY * current / default
     else:
         arch = None
     if (epochs := int(images / _images_per_epoch(training))) >= 1:
-        return Shorter(arch, epochs)
+        return ShorterRun(arch, epochs)
     distinct = int(images / recipe.mix.batch_repetitions)
-    rounded = distinct - distinct % 10 ** (len(str(distinct)) - 1)  # one digit is enough
-    return Shorter(arch, 1, limit=max(recipe.loader_batch_size, rounded))
+    rounded = distinct - distinct % 10 ** (len(str(distinct)) - 1)  # to one significant digit
+    return ShorterRun(arch, 1, limit=max(recipe.loader_batch_size, rounded))
 
 
-def _model_of(arch: str, training: Training) -> nn.Module:
-    """Build another network for the data of a training."""
+def _build_network(arch: str, training: Training) -> nn.Module:
+    """Build another network for the data of a run."""
     channels, height, width = training.source.train.image_shape
     num_classes, num_members = len(training.source.classes), training.recipe.model.num_members
     return create_model(arch, num_classes, num_members, channels, image_size=(height, width))

@@ -342,7 +342,7 @@ def test_a_manifest_names_files_of_its_own_folder_only(tmp_path, name):
     path = store.save(CONTENT)
     listed = {name: {"size": 0, "sha256": "0"}}
     (path / "manifest.json").write_text(store_module._manifest(listed))
-    with pytest.raises(InputError, match="no file of a checkpoint"):
+    with pytest.raises(InputError, match="not a file of a checkpoint"):
         store.newest()
 
 
@@ -393,17 +393,17 @@ CHANGES = {
     "no state": ("state.json", lambda c: None, "lacks state.json"),
     "no average": ("ema.safetensors", lambda c: None, "lacks ema.safetensors"),
     "no best epoch": ("best_epoch.safetensors", lambda c: None, "lacks best_epoch"),
-    "one part more": ("scaler.safetensors", lambda c: b"", "not call for: scaler.safetensors"),
-    "no table": ("state.json", lambda c: b"[1]", "does not say where training stands"),
+    "one part more": ("scaler.safetensors", lambda c: b"", "unexpected file scaler.safetensors"),
+    "no table": ("state.json", lambda c: b"[1]", "is not valid"),
     "no JSON": ("state.json", lambda c: b"{", "cannot be read"),
     "deep JSON": ("state.json", lambda c: b"[" * 100_000, "cannot be read"),
-    "no step": ("state.json", without("step"), "does not say where training stands"),
-    "negative step": ("state.json", edited(step=-1), "does not say where training stands"),
+    "no step": ("state.json", without("step"), "is not valid"),
+    "negative step": ("state.json", edited(step=-1), "is not valid"),
     "step beyond": ("state.json", edited(step=99), "this run has 2 epochs of 4 steps"),
     "epoch beyond": ("state.json", edited(epoch=3), "this run has 2 epochs of 4 steps"),
     "other length": ("state.json", edited(steps_per_epoch=9), "of 9 of epoch"),
-    "other groups": ("state.json", edited(hypers=[]), "other groups"),
-    "no rates": ("state.json", edited(hypers=[{}]), "does not say where training stands"),
+    "other groups": ("state.json", edited(hypers=[]), "0 parameter groups"),
+    "no rates": ("state.json", edited(hypers=[{}]), "is not valid"),
     "no recipe": ("state.json", without("recipe"), "missing in the checkpoint"),
     "other data": ("state.json", edited(data={"train": "9 images"}), "data.classes is '10 classes"),
     "no rows": ("history.json", lambda c: b"{}", "history.json of the checkpoint is not valid"),
@@ -445,7 +445,7 @@ def test_every_tensor_must_fit(stopped, tmp_path, part, change):
 
     mine = copied(stopped[0], tmp_path / "run")
     replaced(mine, f"{part}.safetensors", retensored(tmp_path, altered))
-    refused(mine, r"another network|of another|as torch.float64")
+    refused(mine, r"another network|not match the recipe|as torch.float64")
 
 
 def test_another_recipe_is_refused_with_both_values(stopped, tmp_path):

@@ -37,7 +37,7 @@ def test_a_validation_folder_validates(tmp_path):
     assert chosen.test["dog"] == ["test/dog/0.jpg"]
     assert chosen.parts == DataParts("train", "valid", "test")
     assert note(chosen, "Folders") == (
-        "train/ trains, valid/ validates (valid_split is not used), test/ tests"
+        "train/ for training, valid/ for validation (valid_split is not used), test/ for testing"
     )
     assert len(chosen.notes) == 1
 
@@ -71,7 +71,7 @@ def test_train_alone_is_split_too(tmp_path):
     chosen = choose_images(tmp_path)
     assert counts(chosen.test) == {"cat": 1, "dog": 1}
     assert chosen.parts.train == "train"
-    assert note(chosen, "Folders") == "train/ trains, validates and tests"
+    assert note(chosen, "Folders") == "train/ for training, validation and testing"
 
 
 def test_beside_a_validation_folder_a_test_set_is_drawn_on_request_only(tmp_path):
@@ -79,7 +79,7 @@ def test_beside_a_validation_folder_a_test_set_is_drawn_on_request_only(tmp_path
     chosen = choose_images(tmp_path)
     assert chosen.test == {}
     assert note(chosen, "Test set") == (
-        "none, so validation gives the final figures (--test-split 0.2 draws one)"
+        "none, so validation gives the final metrics (--test-split 0.2 draws one)"
     )
     chosen = choose_images(tmp_path, 0.4)
     assert counts(chosen.test) == {"cat": 2, "dog": 2}
@@ -143,7 +143,7 @@ def test_a_class_may_lack_validation_images(tmp_path):
 def test_a_folder_that_is_not_read_has_a_reason(tmp_path):
     write(tmp_path, *images("train", cat=5, dog=5), *images("valid", cat=1), "masks/1.jpg", "val/")
     assert note(choose_images(tmp_path), "Not read") == (
-        "val/ (no images), masks/ (beside train/, only valid/ and test/ are read)"
+        "val/ (no images), masks/ (next to train/, only valid/ and test/ are read)"
     )
 
 
@@ -209,7 +209,7 @@ def test_the_official_labels_of_tiny_imagenet_are_read(tmp_path):
 def test_the_folder_above_is_named_when_train_itself_is_given(tmp_path):
     write(tmp_path, *images("train", cat=5, dog=5), *images("test", cat=1, dog=1))
     chosen = choose_images(tmp_path / "train")
-    assert note(chosen, "Not used") == f"{tmp_path / 'test'}/; give {tmp_path} to use it"
+    assert note(chosen, "Not used") == f"{tmp_path / 'test'}/; to use it, pass {tmp_path}"
 
 
 CSV = {
@@ -319,11 +319,11 @@ def test_a_lost_image_of_a_drawn_split_is_named(tmp_path):
     write(tmp_path, *images("", cat=10, dog=10))
     before = choose_images(tmp_path)
     (tmp_path / before.test["dog"][0]).unlink()
-    told = f"1 of the run's 20 images is no longer in .*{before.test['dog'][0]}.\nPut it back"
+    told = f"1 of the run's 20 images is no longer in .*{before.test['dog'][0]}.\nRestore it"
     with pytest.raises(InputError, match=told):
         reopen_images(tmp_path, kept(before), ("cat", "dog"))
     (tmp_path / before.test["dog"][1]).unlink()
-    with pytest.raises(InputError, match=r"2 of the run's 20 images are .*\nPut them back"):
+    with pytest.raises(InputError, match=r"2 of the run's 20 images are .*\nRestore them"):
         reopen_images(tmp_path, kept(before), ("cat", "dog"))
 
 
@@ -341,7 +341,7 @@ def test_a_new_class_with_test_images_is_named(tmp_path):
     write(tmp_path, *images("train", cat=5, dog=5), *images("test", cat=1, dog=1))
     before = choose_images(tmp_path)
     write(tmp_path, *images("test", ship=5))
-    with pytest.raises(InputError, match=r"test/ship/ is not a class of the run, and has 5 images"):
+    with pytest.raises(InputError, match=r"test/ship/ is not a class of the run, but has 5 images"):
         reopen_images(tmp_path, kept(before))
 
 
@@ -396,7 +396,7 @@ def test_other_classes_than_the_run_has_are_named(tmp_path, odd):
     with pytest.raises(InputError, match=f"{odd!r} is new"):
         reopen_images(tmp_path, parts, classes)
     (tmp_path / "train" / odd).rename(tmp_path / "away")
-    with pytest.raises(InputError, match=f"{odd!r} has no training images any more"):
+    with pytest.raises(InputError, match=f"{odd!r} no longer has training images"):
         reopen_images(tmp_path, parts, ("cat", "dog", "eel"))
 
 

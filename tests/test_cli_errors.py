@@ -59,7 +59,7 @@ ASSIGNMENTS = [
     ("fit --set train.ema_decay=1", "train.ema_decay is 1", "at most"),
     ("fit --set train.select=test", "train.select is 'test'", "Allowed: last, best"),
     ("fit --valid-split 0 --set train.select=best", "validation split", "data.valid_split"),
-    ("fit --set data.image_size=16", "image_size is 16", "Leave image_size out"),
+    ("fit --set data.image_size=16", "image_size is 16", "Remove image_size"),
 ]
 NUMBERS = [
     ("fit --epochs 0", "--epochs is 0", "at least 1"),
@@ -117,13 +117,13 @@ PLACES = [
 ]
 FOLDERS = [
     ("fit {folders}/one-class", "only one class with images, 'cat'", "two classes or more"),
-    ("fit {folders}/empty", "is empty: it has no class folders", "An image folder holds"),
+    ("fit {folders}/empty", "is empty: it has no class folders", "An image folder must hold"),
     ("fit {folders}/no-images", "only one class with images, 'cat'", "two classes or more"),
     ("fit {folders}/no-test", "has no test/, but tset/", "rename it to test/"),
     ("fit {folders}/other-classes", "class 'fish'", "Rename the class folder"),
-    ("fit {folders}/two-valid", "val/ and valid/", "Rename or move"),
-    ("fit {folders}/own-test --test-split 0.2", "--test-split is for", "Leave --test-split out"),
-    ("fit digits --test-split 0.2", "'digits' has a test set", "Leave --test-split out"),
+    ("fit {folders}/two-valid", "val/ and valid/", "Move the other"),
+    ("fit {folders}/own-test --test-split 0.2", "--test-split is for", "Remove"),
+    ("fit digits --test-split 0.2", "'digits' has a test set", "Remove --test-split"),
     ("fit --test-split 1", "--test-split is 1", "at most 0.9"),
     (
         "fit {folders}/bare --test-split 0 --valid-split 0",
@@ -141,7 +141,7 @@ RUNS = [
     ("eval finished --corruptions none", "images of 3x32x32", "built-in"),
     ("eval emptied", "emptied has no weights yet", "mixmo fit --resume"),
     ("eval truncated", "model.safetensors cannot be read", ""),
-    ("eval other", "holds another network than the recipe says", ""),
+    ("eval other", "does not match the recipe", ""),
     ("eval unclear", "recipe.toml is not valid TOML", "mixmo recipes NAME"),
     ("eval finished --device tpu", "'tpu'", "auto, cpu, cuda"),
     ("ensemble finished", "needs two runs or more", ""),
@@ -175,7 +175,7 @@ RUNS = [
     ("export finished --to none/net.onnx", "no folder 'none'", "Create it first"),
     ("export finished", "--to", HINT),
     ("export trained --to net.onnx", "no weights yet", "mixmo fit --resume trained"),
-    ("export other --to net.onnx", "holds another network than the recipe says", ""),
+    ("export other --to net.onnx", "does not match the recipe", ""),
     ("import none.ckpt --arch wrn10_1 --dataset cifar10", "none.ckpt", "No such file"),
     ("import file --arch wrn10_1 --dataset cifar10", "not a checkpoint", "published"),
     ("import file --arch wrn10_1 --dataset imagenet", "--dataset 'imagenet'", "cifar100"),

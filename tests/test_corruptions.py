@@ -74,7 +74,7 @@ def test_official_files_are_read_part_by_part(tmp_path):
         (lambda f: np.save(f / "labels.npy", np.zeros(7, int)), r"labels\.npy must hold"),
         (
             lambda f: np.save(f / "contrast.npy", np.array([{}], dtype=object), allow_pickle=True),
-            r"contrast\.npy is truncated or no file",
+            r"contrast\.npy is truncated or not a",
         ),
     ],
 )

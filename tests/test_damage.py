@@ -184,7 +184,7 @@ def test_a_run_keeps_what_it_has_left_out(folder, home, tmp_path, capsys):
     assert program(["eval", str(run)]) == 2
     shown = " ".join(capsys.readouterr().err.split())
     assert "train/cat/000.png" in shown
-    assert "put back" in shown
+    assert "restore" in shown
     assert "--skip-damaged" not in shown
 
 

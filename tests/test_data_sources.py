@@ -254,10 +254,10 @@ def test_real_images_of_tiny_imagenet(tmp_path):
 def test_an_archive_is_checked_and_unpacked(tmp_path, register, name):
     archive = WRITERS[name](tmp_path, packed=True)
     register(archive)
-    assert dataset_status(name, tmp_path).detail == "unpacked at the first use"
+    assert dataset_status(name, tmp_path).detail == "unpacked on first use"
     source = load_source(name, tmp_path, download=False)
     assert len(source.train) > len(source.test) > 0
-    expected = "there; its files have no checksums" if name == "tinyimagenet" else "intact"
+    expected = "present; its files have no checksums" if name == "tinyimagenet" else "intact"
     assert dataset_status(name, tmp_path).detail.startswith(expected)
     left = {path.name for path in tmp_path.iterdir()} - {"mixmo-cache"}
     assert left == {archive.folder, archive.file_name}
@@ -284,7 +284,7 @@ def test_without_network_the_message_says_which_file_goes_where(tmp_path, offlin
 
 
 def test_downloading_can_be_off(tmp_path):
-    with pytest.raises(InputError, match=r"downloading is off(.|\n)*cifar-10-python\.tar\.gz"):
+    with pytest.raises(InputError, match=r"downloading is disabled(.|\n)*cifar-10-python\.tar\.gz"):
         load_source("cifar10", tmp_path / "missing", download=False)
     assert not (tmp_path / "missing").exists()
 
@@ -321,7 +321,7 @@ def test_an_archive_writes_nothing_outside_its_folder(tmp_path, name):
     with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as archive:
         archive.addfile(tarfile.TarInfo(name), io.BytesIO())
     for file in ("a.zip", "a.tar.gz"):
-        with pytest.raises(InputError, match="leads out of its folder"):
+        with pytest.raises(InputError, match="leaves the folder"):
             extract(tmp_path / file, tmp_path / "in")
     assert {path.name for path in tmp_path.iterdir()} <= {"a.zip", "a.tar.gz", "in"}
 
@@ -332,7 +332,7 @@ def test_an_archive_holds_files_only(tmp_path, kind):
     member.type, member.linkname = kind, "/etc/passwd"
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         archive.addfile(member)
-    with pytest.raises(InputError, match="'member' is not a file"):
+    with pytest.raises(InputError, match="'member' is not a regular file"):
         extract(tmp_path / "a.tar", tmp_path / "in")
 
 

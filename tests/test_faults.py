@@ -239,7 +239,7 @@ def test_an_image_that_disappears(mixmo, tmp_path, workers):
     assert not command.others()
     before = intact(run).path.name
     resume = ["fit", "--resume", run, "--data-dir", tmp_path / "data"]
-    message = ended(mixmo(*resume, prelude=UNDECODED), 2, "data.train is", "Put back")
+    message = ended(mixmo(*resume, prelude=UNDECODED), 2, "data.train is", "Undo the change")
     assert message.count("checksum") == 2
     assert intact(run).path.name == before
     victim.write_bytes(content)
@@ -257,7 +257,7 @@ def test_an_image_that_changes(mixmo, tmp_path):
     victim, other = sorted((pictures / "train").glob("*/*"))[:2]
     victim.write_bytes(other.read_bytes() + b"more")
     resume = mixmo("fit", "--resume", run, "--data-dir", tmp_path / "data")
-    message = ended(resume, 2, "data.train is", "Put back")
+    message = ended(resume, 2, "data.train is", "Undo the change")
     assert message.count("checksum") == 2
 
 

@@ -70,7 +70,7 @@ def test_one_training_image_per_class_is_answered_with_what_trains(tmp_path, cap
     words = ["fit", str(folder), *TINY, "--batch-size", "4", "--out", str(tmp_path / "run")]
     assert program(words) == 2
     message = capsys.readouterr().err
-    assert "No class has 2 training images or more" in message
+    assert "no class has two or more" in message
     assert "--valid-split 0." in message
     assert program([*words, "--valid-split", "0"]) == 0
 
@@ -81,7 +81,7 @@ def test_a_drawn_test_set_is_that_of_every_command(tmp_path, capsys):
     run = fit(folder, tmp_path / "run", "--valid-split", "0.25")
     plan = capsys.readouterr().out
     assert "12 training, 4 validation and 4 test images" in plan
-    assert "20 % of each class, drawn once and kept with the run (--test-split)" in plan
+    assert "20 % of each class, drawn once and stored with the run (--test-split)" in plan
     assert load_recipe(run.path / "recipe.toml").data.test_split == 0.2
     drawn = run.split()["drawn"]
     assert (len(drawn["train"]), len(drawn["test"])) == (16, 4)
@@ -120,7 +120,7 @@ def test_a_run_on_a_drawn_split_is_resumed_when_images_have_come(tmp_path, capsy
     assert program(["fit", "--resume", str(run.path)]) == 0
     out = capsys.readouterr().out
     assert "1 of 1 epochs are done" in out
-    assert "1 image that the run was not split with: cat/zzz.png" in out
+    assert "1 image added after the split was drawn: cat/zzz.png" in out
     assert run.metrics()["test"] == figures["test"]
 
 
@@ -130,7 +130,7 @@ def test_a_validation_folder_validates_and_gives_the_final_figures_alone(tmp_pat
     run = fit(folder, tmp_path / "run", "--valid-split", "0.25")
     out = capsys.readouterr().out
     assert "20 training, 8 validation and no labelled test images" in out
-    assert "val/ validates (valid_split is not used)" in out
+    assert "val/ for validation (valid_split is not used)" in out
     assert "Validation accuracy" in out
     assert "Test accuracy" not in out
     figures = run.metrics()

@@ -8,7 +8,7 @@ from datasets import write_image_folder
 from PIL import Image
 
 from mixmo_fastai.data import decoding, image_folder, image_sets
-from mixmo_fastai.data.image_folder import own_size, read_image_folder
+from mixmo_fastai.data.image_folder import choose_image_size, read_image_folder
 from mixmo_fastai.data.sources import ArrayImages, FileImages, load_source
 from mixmo_fastai.data.statistics import channel_statistics
 from mixmo_fastai.errors import InputError
@@ -120,12 +120,12 @@ def test_of_many_sizes_the_medians_are_taken(tmp_path):
     paths = [tmp_path / f"{number}.png" for number in range(5)]
     for path, size in zip(paths, [(9, 50), (9, 50), (20, 10), (30, 20), (40, 30)], strict=True):
         Image.new("RGB", size).save(path)  # width, height
-    assert own_size(paths) == (30, 20)
+    assert choose_image_size(paths) == (30, 20)
 
 
 def test_large_images_are_scaled_down(tmp_path):
     Image.new("RGB", (300, 100)).save(tmp_path / "wide.png")
-    assert own_size([tmp_path / "wide.png"]) == (100, 224)
+    assert choose_image_size([tmp_path / "wide.png"]) == (100, 224)
 
 
 def test_a_size_must_be_positive(folder, home):

@@ -1,6 +1,6 @@
 import pytest
 
-from mixmo_fastai.data.layout import Places, find_places, role_of, unseen_part
+from mixmo_fastai.data.layout import SplitFolders, evaluation_folder, find_split_folders, role_of
 from mixmo_fastai.errors import InputError
 
 
@@ -28,11 +28,11 @@ def test_parts_have_several_names_in_any_case(name, role):
 
 
 PARTS = {
-    "train, valid, test": (("train", "valid", "test"), Places("train", "valid", "test")),
-    "training, testing": (("Training", "Testing"), Places("Training", None, "Testing")),
-    "capitals": (("TRAIN", "VAL"), Places("TRAIN", "VAL")),
-    "no test": (("train", "validation"), Places("train", "validation")),
-    "train alone": (("train",), Places("train")),
+    "train, valid, test": (("train", "valid", "test"), SplitFolders("train", "valid", "test")),
+    "training, testing": (("Training", "Testing"), SplitFolders("Training", None, "Testing")),
+    "capitals": (("TRAIN", "VAL"), SplitFolders("TRAIN", "VAL")),
+    "no test": (("train", "validation"), SplitFolders("train", "validation")),
+    "train alone": (("train",), SplitFolders("train")),
 }
 
 
@@ -40,46 +40,49 @@ PARTS = {
 def test_parts_are_found(tmp_path, case):
     names, places = PARTS[case]
     write(tmp_path, *(f"{name}/{label}/1.jpg" for name in names for label in ("cat", "dog")))
-    assert find_places(tmp_path) == places
+    assert find_split_folders(tmp_path) == places
 
 
 def test_without_parts_the_folders_are_classes(tmp_path):
     write(tmp_path, "cat/1.jpg", "dog/1.jpg", "README.txt")
-    assert find_places(tmp_path) == Places(".")
+    assert find_split_folders(tmp_path) == SplitFolders(".")
 
 
 @pytest.mark.parametrize("classes", [("bus", "train"), ("train station", "bus"), ("bullet train",)])
 def test_a_class_may_be_named_like_a_part(tmp_path, classes):
     write(tmp_path, *(f"{name}/1.jpg" for name in (*classes, "car")))
-    assert find_places(tmp_path) == Places(".")
+    assert find_split_folders(tmp_path) == SplitFolders(".")
 
 
 def test_other_folders_beside_the_parts_are_told(tmp_path):
     write(tmp_path, "train/cat/1.jpg", "test/cat/1.jpg", "masks/1.jpg", "__MACOSX/x")
-    assert find_places(tmp_path).others == ("masks/",)
+    assert find_split_folders(tmp_path).others == ("masks/",)
 
 
 @pytest.mark.parametrize("other", ["text", "all", "extra", "best"])
 def test_short_words_are_not_taken_for_misspelt_parts(tmp_path, other):
     write(tmp_path, "train/cat/1.jpg", "test/cat/1.jpg", f"{other}/1.jpg")
-    assert find_places(tmp_path) == Places("train", None, "test", (f"{other}/",))
+    assert find_split_folders(tmp_path) == SplitFolders("train", None, "test", (f"{other}/",))
 
 
 @pytest.mark.parametrize(
     ("names", "places"),
     [
-        (("x/cat/1.jpg", "x/dog/1.jpg"), Places("x")),
-        (("x/x/train/cat/1.jpg", "x/x/test/cat/1.jpg"), Places("x/x/train", None, "x/x/test")),
-        (("x/train/cat/1.jpg", "__MACOSX/x/._1.jpg", "LICENSE"), Places("x/train")),
+        (("x/cat/1.jpg", "x/dog/1.jpg"), SplitFolders("x")),
+        (
+            ("x/x/train/cat/1.jpg", "x/x/test/cat/1.jpg"),
+            SplitFolders("x/x/train", None, "x/x/test"),
+        ),
+        (("x/train/cat/1.jpg", "__MACOSX/x/._1.jpg", "LICENSE"), SplitFolders("x/train")),
     ],
 )
 def test_a_doubled_extraction_is_read_through(tmp_path, names, places):
-    assert find_places(write(tmp_path, *names)) == places
+    assert find_split_folders(write(tmp_path, *names)) == places
 
 
 def test_an_empty_folder_does_not_compete(tmp_path):
     write(tmp_path, "train/cat/1.jpg", "val/", "valid/cat/1.jpg")
-    assert find_places(tmp_path).valid == "valid"
+    assert find_split_folders(tmp_path).valid == "valid"
 
 
 REFUSED = {
@@ -97,7 +100,7 @@ REFUSED = {
     "classes beside test": (("cat/1.jpg", "test/1.jpg"), ("no train/", "test/, cat/")),
     "classes beside test, to be moved": (
         ("cat/1.jpg", "dog/1.jpg", "test/1.jpg"),
-        ("If cat/, dog/ hold", "move them into train/"),
+        ("If cat/, dog/ are the classes", "move them into train/"),
     ),
     "one image alone": (("1.jpg",), ("holds 1 image and no folders",)),
     "images alone": (("1.jpg", "2.jpg"), ("2 images and no folders", "one folder per class")),
@@ -109,7 +112,7 @@ REFUSED = {
 def test_what_is_not_a_data_set_is_named(tmp_path, case):
     names, told = REFUSED[case]
     with pytest.raises(InputError) as caught:
-        find_places(write(tmp_path, *names))
+        find_split_folders(write(tmp_path, *names))
     message = str(caught.value)
     assert all(part in message for part in (*told, str(tmp_path)))
     assert "elete" not in message
@@ -118,7 +121,7 @@ def test_what_is_not_a_data_set_is_named(tmp_path, case):
 
 def test_unseen_images_are_those_of_the_test_part(tmp_path):
     write(tmp_path, "train/a/1.jpg", "Validation/a/1.jpg")
-    assert unseen_part(tmp_path) == tmp_path / "Validation"
+    assert evaluation_folder(tmp_path) == tmp_path / "Validation"
     write(tmp_path, "TEST/a/1.jpg")
-    assert unseen_part(tmp_path) == tmp_path / "TEST"
-    assert unseen_part(tmp_path / "TEST") == tmp_path / "TEST"
+    assert evaluation_folder(tmp_path) == tmp_path / "TEST"
+    assert evaluation_folder(tmp_path / "TEST") == tmp_path / "TEST"

@@ -258,7 +258,7 @@ def pixels_dls():
         (lambda: mixmo_learner(mixmo_dls(), small(), loss_func="ce"), "must be a loss"),
         (lambda: mixmo_learner(mixmo_dls(), small(), alpha="a"), "alpha must be"),
         (lambda: mixmo_learner(mixmo_dls(), small(), mix_prob=None), "mix_prob must be"),
-        (lambda: mixmo_learner(foreign_dls(batch_size=1000), small()), "The loader gives no batch"),
+        (lambda: mixmo_learner(foreign_dls(batch_size=1000), small()), "The loader has no batch"),
         (lambda: to_mixmo(small()), "learn must be a Learner; got Sequential"),
         (lambda: mixmo_learner(mixmo_dls(), small(), num_members=2.5), "num_members must be"),
         (

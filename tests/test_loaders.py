@@ -274,7 +274,7 @@ class TestMakeDataloaders:
         assert isinstance(mixmo_dls().train, StreamingLoader)
 
     def test_a_split_of_one_image_per_class_is_refused(self):
-        with pytest.raises(InputError, match=r"No class has 2 .*\n.*\n.*--valid-split 0\."):
+        with pytest.raises(InputError, match=r"no class has two .*\n.*\n.*--valid-split 0\."):
             split_validation(source(num_train=3).train, 0.2)
 
     def test_too_few_images_for_a_batch(self):

@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mixmo_fastai.data.loose_images import PixelLoader, as_shape, decode_readable, find_images
+from mixmo_fastai.data.loose_images import PixelLoader, convert_shape, decode_readable, find_images
 from mixmo_fastai.errors import InputError
 
 
@@ -42,15 +42,15 @@ def test_what_cannot_be_read_is_noted_and_the_rest_goes_on(tmp_path):
 def test_images_of_another_shape_are_brought_to_it():
     colour = torch.randint(0, 256, (2, 3, 16, 16), generator=torch.Generator().manual_seed(0))
     colour = colour.to(torch.uint8)
-    grey = as_shape(colour, (1, 16, 16))
+    grey = convert_shape(colour, (1, 16, 16))
     expected = np.tensordot(colour.numpy().astype(float), [0.299, 0.587, 0.114], axes=(1, 0))
     assert np.abs(grey[:, 0].numpy() - expected).max() <= 0.5001
-    assert torch.equal(as_shape(grey, (3, 16, 16)), grey.expand(-1, 3, -1, -1))
-    small = as_shape(colour, (3, 8, 8))
+    assert torch.equal(convert_shape(grey, (3, 16, 16)), grey.expand(-1, 3, -1, -1))
+    small = convert_shape(colour, (3, 8, 8))
     assert (small.shape, small.dtype) == ((2, 3, 8, 8), torch.uint8)
-    assert as_shape(colour, (3, 16, 16)) is colour
-    with pytest.raises(InputError, match="3 channels cannot become ones of 4"):
-        as_shape(colour, (4, 16, 16))
+    assert convert_shape(colour, (3, 16, 16)) is colour
+    with pytest.raises(InputError, match="3 channels cannot be converted to 4"):
+        convert_shape(colour, (4, 16, 16))
 
 
 def test_batches_are_standardised():

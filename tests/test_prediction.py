@@ -128,14 +128,14 @@ def test_images_of_too_many_pixels_are_answered_with_what_to_do(
     assert program(words) == 1
     first, advice = capsys.readouterr().err.splitlines()
     assert "1 of 6 images" in first
-    assert advice.startswith("Save it smaller: ")
+    assert "smaller" in advice
     (tmp_path / "other.png").write_bytes(b"no image")
     assert program([*words, str(tmp_path / "other.png")]) == 1
     assert "Save 1 of them smaller" in capsys.readouterr().err
     assert program([*words, "--json"]) == 1
     (reason,) = json.loads(capsys.readouterr().out)["unreadable"].values()
     assert "megapixels" in reason
-    assert "Save it smaller" in reason
+    assert "smaller" in reason
     assert "\n" not in reason
 
 

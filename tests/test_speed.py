@@ -11,9 +11,9 @@ from mixmo_fastai.data.loaders import BatchLoader
 from mixmo_fastai.recipe import override, recipe_from_mapping
 from mixmo_fastai.runs import create_run
 from mixmo_fastai.speed import (
-    MOST_STEPS,
+    MAX_STEPS,
     WARMUP_STEPS,
-    Shorter,
+    ShorterRun,
     Speed,
     StepTimer,
     measure_speed,
@@ -45,7 +45,7 @@ KINDS = {
 @pytest.fixture
 def timed(monkeypatch):
     """Let even a tiny training be timed, briefly."""
-    monkeypatch.setattr(module, "TINY_SECONDS", 0.0)
+    monkeypatch.setattr(module, "MIN_RUN_SECONDS", 0.0)
     monkeypatch.setattr(module, "TIMED_SECONDS", 0.01)
 
 
@@ -115,7 +115,7 @@ def test_a_training_of_seconds_is_not_timed(monkeypatch):
 
 def test_a_step_that_would_take_long_is_not_begun(monkeypatch):
     monkeypatch.setattr(module, "_seconds_per_step", None)
-    monkeypatch.setattr(module, "USUAL_RATE", 1e6)
+    monkeypatch.setattr(module, "CPU_THREAD_FLOPS", 1e6)
     training = prepare(override(TINY, ["train.epochs=1000"]))
     found = measure_speed(training)
     assert not found.is_timed
@@ -130,8 +130,8 @@ def test_a_slow_network_is_timed_on_few_images(monkeypatch):
     training = prepare(override(TINY, ["train.batch_size=160", "train.epochs=10000"]))
     operations = training_operations(training.learn.model, (1, 8, 8))
     for planned in (0.5, 10, 10_000):
-        rate = planned * 4 * operations / module.PLANNED_SECONDS / torch.get_num_threads()
-        monkeypatch.setattr(module, "USUAL_RATE", 1.001 * rate)
+        rate = planned * 4 * operations / module.TARGET_STEP_SECONDS / torch.get_num_threads()
+        monkeypatch.setattr(module, "CPU_THREAD_FLOPS", 1.001 * rate)
         found = measure_speed(training)
         assert found.images_per_second == pytest.approx(sizes[-1] * 4 / 0.5)
     assert sizes == [1, 10, 40]
@@ -192,8 +192,8 @@ def test_the_first_steps_are_not_counted(clock):
 
 def test_quick_steps_come_to_an_end(clock):
     timer, made = clock.run(lambda step: 1e-4)
-    assert (timer.steps, made) == (MOST_STEPS, WARMUP_STEPS + MOST_STEPS)
-    assert timer.seconds == pytest.approx(1e-4 * MOST_STEPS)
+    assert (timer.steps, made) == (MAX_STEPS, WARMUP_STEPS + MAX_STEPS)
+    assert timer.seconds == pytest.approx(1e-4 * MAX_STEPS)
 
 
 @pytest.mark.parametrize(("seconds", "made"), [(30.0, 1), (1.5, 2)])
@@ -231,10 +231,10 @@ def test_the_time_counts_every_epoch_and_evaluation():
 @pytest.mark.parametrize(
     ("epochs", "expected"),
     [
-        (7, Shorter(None, 7)),
-        (1, Shorter(None, 1)),
-        (0.9, Shorter(None, 1, limit=50)),
-        (0.01, Shorter(None, 1, limit=8)),  # one batch
+        (7, ShorterRun(None, 7)),
+        (1, ShorterRun(None, 1)),
+        (0.9, ShorterRun(None, 1, limit=50)),
+        (0.01, ShorterRun(None, 1, limit=8)),  # one batch
     ],
 )
 def test_the_shorter_training_fits_into_twenty_minutes(epochs, expected):
@@ -251,6 +251,6 @@ def test_the_shorter_training_has_a_smaller_network_if_there_is_one():
     )
     own, least = (training_operations(t.learn.model, (1, 8, 8)) for t in (wide, narrow))
     rate = 3.01 * (6 * 32 + len(wide.learn.dls.valid.images) / 3) / 1200
-    slower = rate * least / own / module.CAUTION
-    assert shorter_training(wide, Speed(slower)) == Shorter("wrn10_4", 3)
-    assert shorter_training(narrow, Speed(rate)) == Shorter(None, 3)
+    slower = rate * least / own / module.NARROW_NETWORK_EFFICIENCY
+    assert shorter_training(wide, Speed(slower)) == ShorterRun("wrn10_4", 3)
+    assert shorter_training(narrow, Speed(rate)) == ShorterRun(None, 3)

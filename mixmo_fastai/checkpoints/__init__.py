@@ -1,6 +1,7 @@
-"""Saving and restoring the state of a run: tensors and text only, nothing that runs code.
+"""Save and restore the state of a run: tensors and JSON only, no pickled code.
 
-store    folders of files that are complete or not there, the newest two of them kept
-state    what of a Learner they hold, and putting it back, strictly
-weights  a network's tensors in one file
+store            checkpoint folders, written atomically; the newest two are kept
+state            save the state of a Learner, and restore it with strict checks
+optimizer_state  convert the state of an optimizer to named tensors and back
+weights          tensors of a network in one file
 """

@@ -1,4 +1,4 @@
-"""The state of any optimizer as named tensors, and back.
+"""Convert the state of any optimizer to named tensors, and back.
 
 An optimizer of torch or fastai keeps a dictionary per parameter. Tensors and numbers in it are
 stored as `parameter/key`; the name of a Python number ends with its type. Momentum buffers are
@@ -56,7 +56,7 @@ def optimizer_tensors(optimizer: Any, parameters: Mapping[str, nn.Parameter]) ->
 def restore_optimizer(
     optimizer: Any, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Put the tensors of `optimizer_tensors` back into an optimizer.
+    """Load the tensors of `optimizer_tensors` into an optimizer.
 
     Raises:
         ValueError: a tensor belongs to another network or optimizer; the message names it.
@@ -97,7 +97,7 @@ def restore_optimizer(
 
 
 def keeps_state(optimizer: Any, hypers: Iterable[Mapping[str, float]]) -> bool:
-    """Return whether an optimizer has state after a step; SGD without momentum has none.
+    """Check whether an optimizer has state after a step; SGD without momentum has none.
 
     Args:
         optimizer: fastai optimizer, or fastai's wrapper of a torch optimizer.
@@ -119,11 +119,11 @@ def _is_fused(optimizer: Any) -> bool:
 
 
 def _on_device(value: Tensor, parameter: Tensor, is_fused: bool) -> Tensor:
-    """Copy a value to where the optimizer keeps it."""
+    """Copy a value to the device on which the optimizer keeps it."""
     if value.shape == parameter.shape and value.ndim:
         # In the layout of the parameter, which fused optimizers require.
-        own = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
-        return own.copy_(value)
+        copied = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
+        return copied.copy_(value)
     if value.ndim == 0 and not is_fused:
         return value.clone()  # step counters stay on the CPU
     return value.to(parameter.device, copy=True)

@@ -1,14 +1,13 @@
-"""The state of a run's Learner: what a checkpoint holds of it, and putting it back.
+"""Save the state of a run's Learner in a checkpoint, and restore it.
 
-    state.json              place in training, schedule, recipe, fingerprint of the data
+    state.json              position in training, schedule, recipe, fingerprint of the data
     model.safetensors       weights and running statistics
     optimizer.safetensors   state of the optimizer, such as momentum
-    <callback>.safetensors  what a callback keeps: averages of the weights, the best epoch
-    history.json            rows of the epochs that are done, sums of the one under way
+    <callback>.safetensors  state of a callback: averaged weights, weights of the best epoch
+    history.json            rows of the completed epochs, sums of the current epoch
 
-Every random draw is a function of seed, epoch and step, so no random state is among it; nothing is
-scaled, since bfloat16 needs no gradient scaler. All of it must be there, and nothing else, and fit
-the run: otherwise nothing is resumed.
+Every random draw is a function of seed, epoch and step, so no RNG state is saved; bfloat16 needs no
+gradient scaler. Exactly these files must be present and match the run, otherwise it is not resumed.
 """
 
 import json
@@ -41,11 +40,11 @@ HYPERS = ("lr", "mom")
 
 @dataclass(frozen=True)
 class Position:
-    """How far training has come.
+    """Progress of training.
 
     Attributes:
-        epoch: epochs that are done, their validation included.
-        step: steps of the next one that are done; all of them where only its validation is left.
+        epoch: number of completed epochs, including their validation.
+        step: number of completed steps of the next epoch; all of them if only validation is left.
     """
 
     epoch: int = 0
@@ -53,51 +52,51 @@ class Position:
 
 
 class Stateful(Protocol):
-    """A callback whose tensors a resumed fit needs; `name` names its file."""
+    """A callback whose tensors a resumed fit needs; `name` is the name of its file."""
 
     name: str
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Give the state."""
+        """Return the state."""
 
     def load_state_tensors(self, state: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
-        """Take the state over.
+        """Load the state.
 
         Args:
-            state: as `state_tensors` gave it.
-            like: the network's own tensors, to compare with.
+            state: the output of `state_tensors`.
+            like: tensors of the network, to compare names and shapes.
         """
 
 
 class History(Protocol):
-    """The callback that keeps a run's figures."""
+    """The callback that records the metrics of a run."""
 
     is_diverged: bool
 
     def state(self) -> dict[str, Any]:
-        """Give what JSON can hold; all processes are asked for it together."""
+        """Return a state that JSON can represent; all processes call this together."""
 
     def load_state(self, state: Mapping[str, Any], *, within_epoch: bool) -> None:
-        """Take the state over."""
+        """Load the state."""
 
     def stop_diverged(self) -> None:
-        """End the fit, since its numbers are not finite."""
+        """End the fit because its values are not finite."""
 
 
 class NotFiniteError(RuntimeError):
-    """A state is not worth keeping; the message names the first number that is not one."""
+    """A state holds values that are not finite; the message names the first such tensor."""
 
 
 @dataclass(frozen=True)
 class RunState:
-    """Everything that a run's checkpoint is made of.
+    """The complete state of a run, as saved in checkpoints.
 
     Attributes:
-        learn: with its network, optimizer and recorder.
-        history: its figures.
-        parts: callbacks with tensors of their own.
-        identity: what must be the same when the run goes on, by name: recipe and data, nested as
-            JSON has it.
+        learn: the Learner with network, optimizer and recorder.
+        history: the callback that records metrics.
+        parts: callbacks with their own tensors.
+        identity: settings that must be equal when the run is resumed: recipe and data, nested
+            dictionaries as in JSON.
     """
 
     learn: Learner
@@ -106,15 +105,16 @@ class RunState:
     identity: Mapping[str, Any]
 
     def save(self, store: CheckpointStore | None, position: Position) -> None:
-        """Save the state at a place in training; all processes that train together at the same.
+        """Save the state; all processes call this at the same position.
 
         Args:
-            store: where to; None in a process that leaves writing to the first.
-            position: the place.
+            store: the checkpoint store; None on ranks other than 0, which do not write.
+            position: the position in training.
 
         Raises:
-            NotFiniteError: a weight, an average or momentum is not finite; nothing was written.
-            OSError: it could not be written; the checkpoints before are there still.
+            NotFiniteError: a value of the network, an average or the optimizer is not finite;
+                nothing was written.
+            OSError: the checkpoint cannot be written; existing checkpoints are kept.
         """
         with ExitStack() as stack:
             for part in self.parts:
@@ -126,15 +126,16 @@ class RunState:
                 store.save(self._files(tensors, history, position))
 
     def restore(self, saved: Saved) -> "Restored":
-        """Put a checkpoint's state into the Learner.
+        """Load the state of a checkpoint into the Learner.
 
         Raises:
-            InputError: something is missing, unknown or different; the message says which.
+            InputError: something is missing, unknown or different from this run; the message names
+                it.
         """
-        expected = {*self._tensors_names(), "state.json", "history.json"}
-        if odd := sorted(expected ^ set(saved.files)):
-            problem = "lacks" if odd[0] in expected else "has what the recipe does not call for:"
-            raise InputError(f"The checkpoint {saved.path} {problem} {odd[0]}.\n{_START_ANEW}")
+        expected = {*self._tensor_files(), "state.json", "history.json"}
+        if different := sorted(expected ^ set(saved.files)):
+            problem = "lacks" if different[0] in expected else "has the unexpected file"
+            raise InputError(f"The checkpoint {saved.path} {problem} {different[0]}.\n{_NEW_RUN}")
         try:
             state, history = (
                 json.loads((saved.path / name).read_bytes())
@@ -150,7 +151,7 @@ class RunState:
         self._check_identity(state, saved.path)
         self._check_position(restored, saved.path)
         load_tensors(self.learn.model, tensors["model"], saved.path / "model.safetensors")
-        self._put_optimizer(tensors["optimizer"], restored, saved.path)
+        self._restore_optimizer(tensors["optimizer"], restored, saved.path)
         for part in self.parts:
             part.load_state_tensors(tensors[part.name], unwrap(self.learn.model).state_dict())
         self.history.load_state(history, within_epoch=restored.position.step > 0)
@@ -160,7 +161,7 @@ class RunState:
     def _parameters(self) -> dict[str, nn.Parameter]:
         return dict(unwrap(self.learn.model).named_parameters())
 
-    def _tensors_names(self) -> list[str]:
+    def _tensor_files(self) -> list[str]:
         names = ("model", "optimizer", *(part.name for part in self.parts))
         return [f"{name}.safetensors" for name in names]
 
@@ -196,38 +197,43 @@ class RunState:
             yield f"{name}.safetensors", to_bytes(part)
 
     def _check_identity(self, state: Mapping[str, Any], path: Path) -> None:
-        own, theirs = (
+        current, saved = (
             dict(_flattened({name: values.get(name) for name in self.identity}))
             for values in map(_with_defaults, (self.identity, state))
         )
-        differing = [key for key in own | theirs if own.get(key, _NONE) != theirs.get(key, _NONE)]
-        if differing:
-            key = differing[0]
+        different = [
+            key for key in current | saved if current.get(key, _MISSING) != saved.get(key, _MISSING)
+        ]
+        if different:
+            key = different[0]
             raise InputError(
-                f"{key} is {_shown(own, key)} now and {_shown(theirs, key)} in the checkpoint "
-                f"{path}.\nPut back what has changed, or start a new run."
+                f"{key} is {_shown(current, key)} now and {_shown(saved, key)} in the checkpoint "
+                f"{path}.\nUndo the change, or start a new run."
             )
 
     def _check_position(self, restored: "Restored", path: Path) -> None:
         steps, position = len(self.learn.dls.train), restored.position
         epochs = self.identity["recipe"]["train"]["epochs"]
-        inside = position.epoch < epochs or (position.epoch == epochs and position.step == 0)
-        if restored.steps_per_epoch != steps or position.step > steps or not inside:
+        is_within = position.epoch < epochs or (position.epoch == epochs and position.step == 0)
+        if restored.steps_per_epoch != steps or position.step > steps or not is_within:
             raise InputError(
                 f"The checkpoint {path} is at step {position.step} of "
                 f"{restored.steps_per_epoch} of epoch {position.epoch + 1}; this run has {epochs} "
                 f"epochs of {steps} steps.\n"
-                f"{_START_ANEW}"
+                f"{_NEW_RUN}"
             )
 
-    def _put_optimizer(
+    def _restore_optimizer(
         self, tensors: Mapping[str, Tensor], restored: "Restored", path: Path
     ) -> None:
         learn = self.learn
         if learn.opt is None:
             learn.create_opt()
         if len(restored.hypers) != len(learn.opt.hypers):
-            raise InputError(f"The optimizer's state in {path} has other groups.\n{_START_ANEW}")
+            raise InputError(
+                f"The optimizer state in {path} has {len(restored.hypers)} parameter groups; "
+                f"this run has {len(learn.opt.hypers)}.\n{_NEW_RUN}"
+            )
         parameters = self._parameters()
         missing = set(parameters) - {name.rpartition("/")[0] or name for name in tensors}
         has_state = restored.position != Position() and keeps_state(learn.opt, restored.hypers)
@@ -239,22 +245,22 @@ class RunState:
             restore_optimizer(learn.opt, parameters, tensors)
         except ValueError as error:
             raise InputError(
-                f"The optimizer's state in {path} is of another network: {error}.\n{_START_ANEW}"
+                f"The optimizer state in {path} belongs to another network: {error}.\n{_NEW_RUN}"
             ) from error
 
 
 @dataclass(frozen=True)
 class Restored:
-    """Where a fit goes on.
+    """The state from which a fit continues.
 
     Attributes:
-        position: what is done.
-        steps_per_epoch: of the run that was saved.
-        pct_train: share of training done, as fastai adds it up step by step.
-        hypers: learning rate and momentum of each group of parameters.
-        smooth_loss, smooth_count: of fastai's recorder; the loss is a sum over members.
-        torch: the version that trained so far.
-        num_processes: that did.
+        position: completed epochs and steps.
+        steps_per_epoch: steps per epoch of the saved run.
+        pct_train: completed fraction of training, as accumulated by fastai.
+        hypers: learning rate and momentum of each parameter group.
+        smooth_loss, smooth_count: state of fastai's recorder; the loss is a sum over members.
+        torch: version of torch that trained so far.
+        num_processes: number of processes that trained so far.
     """
 
     position: Position
@@ -268,14 +274,14 @@ class Restored:
 
     @classmethod
     def from_mapping(cls, values: Any, path: Path) -> "Restored":
-        """Read what was saved as JSON.
+        """Build from the content of state.json.
 
         Raises:
-            InputError: something is missing or of another kind.
+            InputError: a value is missing or has the wrong type.
         """
         try:
             epoch, step, steps, count, processes = (
-                _natural(values[name])
+                _check_count(values[name])
                 for name in ("epoch", "step", "steps_per_epoch", "smooth_count", "num_processes")
             )
             pct_train, smooth_loss = float(values["pct_train"]), float(values["smooth_loss"])
@@ -287,16 +293,15 @@ class Restored:
         except (LookupError, TypeError, ValueError, ArithmeticError) as error:
             problem = f"{type(error).__name__}: {error}"
             raise InputError(
-                f"The checkpoint {path} does not say where training stands ({problem}).\n"
-                f"{_START_ANEW}"
+                f"state.json of the checkpoint {path} is not valid ({problem}).\n{_NEW_RUN}"
             ) from error
-        place = Position(epoch, step)
-        return cls(place, steps, pct_train, hypers, smooth_loss, count, version, processes)
+        position = Position(epoch, step)
+        return cls(position, steps, pct_train, hypers, smooth_loss, count, version, processes)
 
 
-_NONE = object()
-_START_ANEW = (
-    "Nothing was changed. Resume with the files that it was made with, or start a new run."
+_MISSING = object()
+_NEW_RUN = (
+    "Nothing was changed. Resume with the files the run was started with, or start a new run."
 )
 
 
@@ -305,25 +310,25 @@ def _hypers(learn: Learner) -> list[dict[str, float]]:
     return [{name: group[name] for name in HYPERS if name in group} for group in groups]
 
 
-def _natural(value: Any) -> int:
+def _check_count(value: Any) -> int:
     if type(value) is not int or value < 0:
-        raise ValueError(f"{value!r} is no count")
+        raise ValueError(f"{value!r} is not a count")
     return value
 
 
 def _check_finite(tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Check everything in one look per device, not one per tensor."""
+    """Check that all values are finite, with one synchronization per device."""
     names = [
         (part, name)
-        for part, own in tensors.items()
-        for name, tensor in own.items()
+        for part, named in tensors.items()
+        for name, tensor in named.items()
         if tensor.is_floating_point()
     ]
     finite = [tensors[part][name].isfinite().all() for part, name in names]
     devices = {flag.device for flag in finite}
     if all(torch.stack([f for f in finite if f.device == d]).all() for d in devices):
         return
-    part, name = next(place for place, flag in zip(names, finite, strict=True) if not flag)
+    part, name = next(key for key, flag in zip(names, finite, strict=True) if not flag)
     raise NotFiniteError(f"{name} of the {part}")
 
 
@@ -332,7 +337,7 @@ def _as_json(values: Mapping[str, Any]) -> bytes:
 
 
 def _with_defaults(values: Mapping[str, Any]) -> Any:
-    """Fill in the settings that came after a recipe was saved: they are at their defaults."""
+    """Add the settings that did not exist when a recipe was saved, with their defaults."""
     plain = json.loads(json.dumps(dict(values)))
     recipe = plain.get("recipe")
     for section, name, default in _ADDED:
@@ -347,11 +352,11 @@ _ADDED = (
     ("model", "readout", "core"),
     ("optimizer", "name", "sgd"),
 )
-"""Settings that recipes of older checkpoints lack, with what they are there."""
+"""Settings that recipes of older checkpoints lack, with the values used at that time."""
 
 
 def _flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Give settings by the names that a person types: optimizer.lr."""
+    """Iterate over settings with dotted names, as typed by users: optimizer.lr."""
     for key, value in values.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping):

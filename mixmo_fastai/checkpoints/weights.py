@@ -1,4 +1,4 @@
-"""A network's tensors in one file."""
+"""Tensors of a network in one safetensors file."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,36 +15,38 @@ from mixmo_fastai.runs import RunFolder
 
 
 def to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
-    """Give tensors as the content of a safetensors file."""
+    """Serialize tensors in the safetensors format."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     return safetensors.torch.save(plain, metadata={"format": "pt"})
 
 
 def save_weights(model: nn.Module, run: RunFolder) -> None:
-    """Write a network's tensors into its run."""
+    """Write the tensors of a network into its run folder."""
     run.write_weights(to_bytes(unwrap(model).state_dict()))
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Read a network's tensors.
+    """Load the tensors of a file into a network.
 
     Raises:
-        InputError: the file is missing, damaged or of another network.
+        InputError: the file is missing, damaged or belongs to another network.
     """
     load_tensors(model, _read_tensors(path), path)
 
 
 def load_network(run: RunFolder) -> MixMoModel:
-    """Build the network of a run of one network, from its files alone, on the CPU.
+    """Build the network of a run with a single network from its files, on the CPU.
 
     Raises:
-        InputError: the weights are missing, damaged or of another network than the recipe says.
+        InputError: the weights are missing, damaged or do not match the recipe.
     """
     run.check_trained()
     recipe, tensors = run.recipe(), _read_tensors(run.weights)
     head, encoder = (tensors.get(f"{part}.0.weight") for part in ("heads", "encoders"))
     if head is None or encoder is None or head.ndim != 2 or encoder.ndim != 4:
-        raise InputError(f"{run.weights} holds another network than the recipe says.")
+        raise InputError(
+            f"{run.weights} does not match the recipe: it needs the weights of heads and encoders."
+        )
     facts = run.data_facts()
     model = build_model(
         recipe.model,
@@ -57,20 +59,25 @@ def load_network(run: RunFolder) -> MixMoModel:
 
 
 def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Put the tensors of a file into a network.
+    """Load tensors into a network.
+
+    Args:
+        model: the network.
+        tensors: its tensors by name.
+        path: the file they come from, for messages.
 
     Raises:
-        InputError: they are those of another network.
+        InputError: the tensors belong to another network.
     """
-    own = unwrap(model).state_dict()
+    expected = unwrap(model).state_dict()
     for name, tensor in tensors.items():
-        if name in own and tensor.dtype != own[name].dtype:
-            raise InputError(f"{path} holds {name} as {tensor.dtype}, not as {own[name].dtype}.")
+        if name in expected and tensor.dtype != expected[name].dtype:
+            raise InputError(f"{path} holds {name} as {tensor.dtype}, not {expected[name].dtype}.")
     try:
         unwrap(model).load_state_dict(tensors)
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise InputError(f"{path} holds another network than the recipe says: {first}") from error
+        raise InputError(f"{path} does not match the recipe: {first}") from error
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -1,5 +1,5 @@
-"""Data sets: where their images come from, and how they reach the network.
+"""Data sets and data loaders.
 
-`sources` reads; a new data set is a module with one reading function, a line in
-`sources.SOURCES` and a line in `mixmo_fastai.names.DATASETS`.
+To add a data set, write a module with a function that reads it, and add one line each to
+`sources.SOURCES` and `mixmo_fastai.names.DATASETS`.
 """

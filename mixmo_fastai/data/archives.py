@@ -1,4 +1,4 @@
-"""Official archives: found, downloaded, checked against their checksums and unpacked."""
+"""Official archives: find, download, verify by checksum and unpack."""
 
 import hashlib
 import shutil
@@ -15,20 +15,19 @@ from typing import IO
 
 from mixmo_fastai.errors import InputError
 
-_TIMEOUT = 10.0  # seconds of silence after which a server counts as unreachable
+_TIMEOUT = 10.0  # seconds without a response after which a server counts as unreachable
 
 
 @dataclass(frozen=True)
 class Archive:
-    """An archive as its authors publish it.
+    """An archive as published by the authors of a data set.
 
     Attributes:
         dataset: name of the data set, for messages.
-        url: where it is published; its last part is the file name.
+        url: address of the archive; its last part is the file name.
         md5: checksum of the archive.
-        folder: the folder it unpacks to.
-        members: what the folder must hold: checksum by file name, None for a file or folder that is
-            only looked for.
+        folder: name of the folder that the archive contains.
+        members: required files and folders: checksum by name, or None if only presence is checked.
     """
 
     dataset: str
@@ -45,10 +44,10 @@ class Archive:
 
 @dataclass(frozen=True)
 class Unpacked:
-    """An archive's folder below a data folder.
+    """An unpacked archive in a data folder.
 
     Attributes:
-        archive: its description.
+        archive: description of the archive.
         home: the data folder.
     """
 
@@ -57,21 +56,21 @@ class Unpacked:
 
     @property
     def folder(self) -> Path:
-        """The folder that the archive unpacks to, or the one of its name inside, if all is there.
+        """The folder of the archive, or the folder of the same name inside it.
 
-        Some programs unpack x.zip into a new folder x, where it lies in x/x.
+        Some programs unpack x.zip into a new folder x, which results in x/x.
         """
         folder = self.home / self.archive.folder
         inner = folder / folder.name
         members = self.archive.members
-        doubled = inner.is_dir() and not any((folder / name).exists() for name in members)
-        return inner if doubled else folder
+        is_nested = inner.is_dir() and not any((folder / name).exists() for name in members)
+        return inner if is_nested else folder
 
     def read(self, name: str) -> bytes:
-        """Read a member, whose checksum is compared before a byte of it is used.
+        """Read a member, and verify its checksum.
 
         Raises:
-            InputError: the member is missing, or not the official one.
+            InputError: the member is missing, or differs from its checksum.
         """
         path = self.folder / name
         if not path.is_file():
@@ -82,7 +81,7 @@ class Unpacked:
         return content
 
     def require_members(self) -> None:
-        """Check that nothing is missing; checksums are left to `read`.
+        """Check that all members exist; `read` verifies checksums.
 
         Raises:
             InputError: a member is missing.
@@ -92,7 +91,7 @@ class Unpacked:
                 raise self._damaged(f"{name} is missing")
 
     def damage(self) -> str | None:
-        """Check every member with its checksum, and say in a line what is wrong, if anything."""
+        """Verify every member; return the first problem in one line, or None if all are intact."""
         try:
             self.require_members()
             for name, md5 in self.archive.members.items():
@@ -102,38 +101,38 @@ class Unpacked:
             return str(error).partition("\n")[0]
         return None
 
-    def _damaged(self, what: str) -> InputError:
-        archive, there = self.archive, self._names_there()
+    def _damaged(self, problem: str) -> InputError:
+        archive, present = self.archive, self._present_names()
         return InputError(
-            f"Data set {archive.dataset!r} is damaged: {what} in {self.folder}, which has {there}."
-            f"\nRename that folder and run again: it is then made from {archive.file_name}, which "
-            "is downloaded if it is not there."
+            f"Data set {archive.dataset!r} is damaged: {problem} in {self.folder}, which has "
+            f"{present}.\nRename that folder and run again: {archive.file_name} is unpacked again, "
+            "and downloaded if necessary."
         )
 
-    def _names_there(self) -> str:
-        """List what a reader looks for, to tell a wrong folder from a damaged one."""
+    def _present_names(self) -> str:
+        """List the content of the folder: shows users whether it is the wrong folder."""
         names = sorted(path.name for path in self.folder.iterdir() if path.name[0] != ".")
         return ", ".join(names[:6]) + ", …" * (len(names) > 6) if names else "nothing"
 
 
 def fetch(archive: Archive, home: Path, *, download: bool = True) -> Unpacked:
-    """Find the unpacked archive in a data folder; else unpack it; else download it first.
+    """Return the unpacked archive in a data folder; unpack it and download it if necessary.
 
     Raises:
-        InputError: it is not there and cannot be had, or is damaged. The message says which file
-            to put into which folder.
+        InputError: the archive is missing and cannot be downloaded, or is damaged. The message says
+            which file to put into which folder.
     """
     unpacked = Unpacked(archive, home)
     if not unpacked.folder.is_dir():
         if not (home / archive.file_name).is_file():
-            _obtain(archive, home, download)
+            _download(archive, home, download)
         _unpack(unpacked)
     unpacked.require_members()
     return unpacked
 
 
 def archive_damage(archive: Archive, home: Path) -> str | None:
-    """Compare the archive file with its checksum, and say in a line what is wrong, if anything."""
+    """Verify the checksum of an archive file; return the problem in one line, or None."""
     if file_md5(home / archive.file_name) == archive.md5:
         return None
     return f"{home / archive.file_name} differs from its checksum."
@@ -142,7 +141,7 @@ def archive_damage(archive: Archive, home: Path) -> str | None:
 def file_md5(path: Path) -> str:
     """Compute the MD5 checksum of a file, in hexadecimal."""
     with path.open("rb") as file:
-        # Said not to be for security, or hardened Pythons refuse the algorithm.
+        # Without usedforsecurity=False, hardened builds of Python refuse MD5.
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
@@ -150,9 +149,9 @@ def _md5(content: bytes) -> str:
     return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
-def _obtain(archive: Archive, home: Path, download: bool) -> None:
-    if not download:
-        raise _absent(archive, home, "and downloading is off")
+def _download(archive: Archive, home: Path, is_allowed: bool) -> None:
+    if not is_allowed:
+        raise _absent(archive, home, "and downloading is disabled")
     from torchvision.datasets.utils import download_url
 
     partial = home / f"{archive.file_name}.part"
@@ -163,13 +162,13 @@ def _obtain(archive: Archive, home: Path, download: bool) -> None:
     except (OSError, HTTPException, RuntimeError) as error:
         with suppress(OSError):
             partial.unlink()
-        reason = getattr(error, "reason", error)  # a URLError wraps what is worth reading
+        reason = getattr(error, "reason", error)  # a URLError wraps the actual error
         raise _absent(archive, home, f"and downloading it failed ({reason})") from error
 
 
-def _absent(archive: Archive, home: Path, why: str) -> InputError:
+def _absent(archive: Archive, home: Path, reason: str) -> InputError:
     return InputError(
-        f"Data set {archive.dataset!r} is not in {home}, {why}.\n"
+        f"Data set {archive.dataset!r} is not in {home}, {reason}.\n"
         f"Put the file {archive.file_name} into that folder, from\n{archive.url}"
     )
 
@@ -189,40 +188,40 @@ def _unpack(unpacked: Unpacked) -> None:
     if problem := archive_damage(archive, home):
         raise InputError(
             f"Data set {archive.dataset!r}: {problem}\n"
-            "Rename it and run again: the official file is downloaded anew."
+            "Rename the file and run again to download the official one."
         )
     try:
-        # Renamed when complete: an interrupted run leaves no folder that looks intact.
+        # Renamed when complete, so that an interrupted run leaves no folder that looks intact.
         with tempfile.TemporaryDirectory(prefix=f".{archive.folder}-", dir=home) as staging:
             extract(home / archive.file_name, Path(staging))
             (Path(staging) / archive.folder).rename(unpacked.folder)
     except OSError as error:
-        if unpacked.folder.is_dir():  # another process, such as another rank, was faster
+        if unpacked.folder.is_dir():  # another process, such as another rank, has unpacked it
             return
         raise InputError(
             f"Cannot unpack {home / archive.file_name}: {error}.\n"
-            f"Make room or allow writing in {home}, or choose another data folder."
+            f"Free disk space or allow writing in {home}, or choose another data folder."
         ) from error
 
 
 def extract(file: Path, folder: Path) -> None:
-    """Unpack a .zip or .tar archive into a folder, and never write outside it.
+    """Unpack a .zip or .tar archive into a folder, without ever writing outside it.
 
     Raises:
-        InputError: a member is a link or a device, or leads out of the folder.
+        InputError: a member is a link or a device, or its path leaves the folder.
     """
     for name, content in _contents(file):
         path = PurePosixPath(name.replace("\\", "/"))
         if path.is_absolute() or ".." in path.parts or ":" in name:
-            raise InputError(f"Archive {file} is unsafe: {name!r} leads out of its folder.")
+            raise InputError(f"Archive {file} is unsafe: the path {name!r} leaves the folder.")
         target = folder / path
         target.parent.mkdir(parents=True, exist_ok=True)
-        with target.open("wb") as copy:
-            shutil.copyfileobj(content, copy)
+        with target.open("wb") as target_file:
+            shutil.copyfileobj(content, target_file)
 
 
 def _contents(file: Path) -> Iterator[tuple[str, IO[bytes]]]:
-    """Iterate over the files in an archive: their names and contents."""
+    """Iterate over the names and contents of the files in an archive."""
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
             for name in archive.namelist():
@@ -233,6 +232,8 @@ def _contents(file: Path) -> Iterator[tuple[str, IO[bytes]]]:
     with tarfile.open(file) as archive:
         for member in archive:
             if not (member.isfile() or member.isdir()):
-                raise InputError(f"Archive {file} is unsafe: {member.name!r} is not a file.")
+                raise InputError(
+                    f"Archive {file} is unsafe: {member.name!r} is not a regular file."
+                )
             if file_content := archive.extractfile(member):  # None for a folder
                 yield member.name, file_content

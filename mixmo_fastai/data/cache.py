@@ -1,11 +1,11 @@
-"""Decoded image folders, kept so that each is decoded once.
+"""Cache of decoded image folders.
 
     <data folder>/mixmo-cache/<name>-<fingerprint>/train.npy  valid.npy  test.npy  facts.json
 
-The fingerprint covers the folder's real path and the path, size and times of every file, in
-nanoseconds, so that a changed folder is decoded again, and no two folders share an entry. The entry
-of a folder with damaged images holds their names instead. All of `mixmo-cache` may be deleted at
-any time. Without a cache that can be written, images are decoded each time.
+The fingerprint covers the real path of the folder, and path, size and times (in nanoseconds) of
+every file, so a changed folder is decoded again and no two folders share an entry. For a folder
+with damaged images, the entry holds their names instead. The folder `mixmo-cache` may be deleted at
+any time. If the cache cannot be written, images are decoded each time.
 """
 
 import hashlib
@@ -30,15 +30,15 @@ from mixmo_fastai.data.image_sets import ArrayImages, FileImages, ImageSet
 CACHE_LIMIT = 8 * 2**30
 """Bytes of decoded images above which a folder is decoded at each access instead."""
 
-_FORMAT = 2  # to be raised when the same files would decode to other pixels
+_FORMAT = 2  # increment when the same files would be decoded to different pixels
 
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """What is kept of one image folder in one state.
+    """Cache entry of an image folder in one state.
 
     Attributes:
-        folder: where it is kept.
+        folder: folder of the entry.
         root: the image folder.
         files: all image files, relative to `root`.
     """
@@ -48,79 +48,79 @@ class CacheEntry:
     files: tuple[str, ...]
 
     def fact(self, name: str, compute: Callable[[], Any]) -> Any:
-        """Return a value that JSON can hold, computed if it is not kept yet.
+        """Return a cached value that JSON can represent, computing it if it is missing.
 
         Raises:
-            DamagedImagesError: it cannot be computed, as images are damaged; all are named.
+            DamagedImagesError: images are damaged; the error lists all of them.
         """
         facts = self._facts()
         if name not in facts:
-            with self._all_damage_named():
+            with self._reporting_all_damage():
                 facts[name] = compute()
-            self._keep(facts)
+            self._write_facts(facts)
         return facts[name]
 
     def decoded(
         self, parts: Mapping[str, FileImages], limit: int = CACHE_LIMIT
     ) -> Mapping[str, ImageSet]:
-        """Decode all parts through the cache; above the limit return them as they are.
+        """Decode all splits through the cache; above the limit return them undecoded.
 
-        Above the limit every image is decoded once as a check, whose result is kept.
+        Above the limit, every image is decoded once as a check, and the result is cached.
 
         Args:
-            parts: by name, which is that of their file.
-            limit: bytes.
+            parts: image sets by the name of their cache file.
+            limit: maximum size of the decoded images in bytes.
 
         Raises:
-            DamagedImagesError: images cannot be decoded; all are named.
+            DamagedImagesError: images cannot be decoded; the error lists all of them.
         """
         if sum(images.num_bytes for images in parts.values()) > limit:
             self.fact("damaged", self._find_damaged)
             return parts
-        with self._all_damage_named():
+        with self._reporting_all_damage():
             return {part: self._decoded(part, images) for part, images in parts.items()}
 
     def check(self) -> None:
-        """Refuse damaged images that are known from before.
+        """Check the images that the cache lists as damaged.
 
         Raises:
-            DamagedImagesError: images cannot be decoded; all are named.
+            DamagedImagesError: they still cannot be decoded; the error lists all of them.
         """
         facts = self._facts()
         known = facts.get("damaged")
         if not known or not isinstance(known, dict) or not known.keys() <= set(self.files):
             return
-        # They may be readable now: to another user, or on a network that works again.
+        # They may be readable now, for example after a network failure or by another user.
         if find_damaged(self.root, [*known]).keys() == known.keys():
-            raise self._damage(known)
+            raise self._damage_error(known)
         del facts["damaged"]
-        self._keep(facts)
+        self._write_facts(facts)
 
     @contextmanager
-    def _all_damage_named(self) -> Iterator[None]:
-        """Look for all damaged images when one is met."""
+    def _reporting_all_damage(self) -> Iterator[None]:
+        """Search for all damaged images if one is found in a with block."""
         try:
             yield
         except UndecodableError:
             self._find_damaged()
-            raise  # it can be decoded after all, but not to the size that was asked for
+            raise  # the image can be decoded, but not to the requested size
 
     def _find_damaged(self) -> dict[str, str]:
-        """Return no damaged image, or keep and name all.
+        """Search for damaged images, and cache the result.
 
         Raises:
-            DamagedImagesError: there are some.
+            DamagedImagesError: images are damaged.
         """
         found = find_damaged(self.root, self.files)
         if found:
-            self._keep({**self._facts(), "damaged": found})
-            raise self._damage(found)
+            self._write_facts({**self._facts(), "damaged": found})
+            raise self._damage_error(found)
         return found
 
-    def _damage(self, reasons: dict[str, str]) -> DamagedImagesError:
+    def _damage_error(self, reasons: dict[str, str]) -> DamagedImagesError:
         return damaged_images(self.root, reasons, len(self.files), self.folder)
 
-    def _keep(self, facts: dict[str, Any]) -> None:
+    def _write_facts(self, facts: dict[str, Any]) -> None:
         with suppress(OSError), _replacing(self.folder / "facts.json") as file:
             file.write(json.dumps(facts, indent=1).encode())
 
@@ -144,17 +144,17 @@ class CacheEntry:
 def cache_entry(
     home: Path, name: str, root: Path, files: Sequence[str], image_size: int | None
 ) -> CacheEntry:
-    """Find where a folder in its present state is kept.
+    """Return the cache entry of a folder in its current state.
 
     Args:
         home: the data folder.
-        name: of the data set; the first part of the entry's name.
-        root: the folder that the files are relative to.
-        files: every file that is read, in order.
-        image_size: the size that was asked for, None for that of the images.
+        name: name of the data set; the first part of the entry's name.
+        root: the folder to which the files are relative.
+        files: all files that are read, in order.
+        image_size: the requested size; None for a size chosen from the images.
 
     Raises:
-        DamagedImagesError: it is known from before that images cannot be decoded; all are named.
+        DamagedImagesError: the cache lists damaged images; the error lists all of them.
     """
     digest = hashlib.sha256(f"{_FORMAT} {image_size}\n{os.path.realpath(root)}\n".encode(*_NAMES))
     real_folders: dict[str, str] = {}
@@ -170,10 +170,10 @@ _NAMES = ("utf-8", "surrogateescape")  # file names may be any bytes
 
 
 def _state(root: Path, file: str, real_folders: dict[str, str]) -> str:
-    """Describe a file by its real place, size and times; the places of folders are looked up once.
+    """Describe a file by its real path, size and times; real paths of folders are looked up once.
 
-    The time of the last change of any kind tells files that were put in the place of others with
-    their sizes and times, as archives are unpacked.
+    The time of the last status change (ctime) detects files that replace others of equal size and
+    modification time, as when an archive is unpacked.
     """
     path = os.path.join(root, file)
     folder, name = os.path.split(path)
@@ -185,15 +185,15 @@ def _state(root: Path, file: str, real_folders: dict[str, str]) -> str:
             if folder not in real_folders:
                 real_folders[folder] = os.path.realpath(folder)
             real = os.path.join(real_folders[folder], name)
-    except OSError as error:  # reading it will name it
+    except OSError as error:  # reading the file will report it
         return f"missing: {error.errno}"
     return f"{real}\0{state.st_size}\0{state.st_mtime_ns}\0{state.st_ctime_ns}"
 
 
 def _map(path: Path, images: FileImages) -> Tensor | None:
-    """Map a kept array into memory, or None where it is missing, damaged or of other images."""
+    """Memory-map a cached array; return None if it is missing, damaged or of other images."""
     try:
-        # Copy on write: PyTorch warns of arrays that it could not write to.
+        # Copy-on-write mode, since PyTorch warns about read-only arrays.
         array = np.lib.format.open_memmap(path, mode="c")
     except (OSError, ValueError, EOFError):
         return None
@@ -203,7 +203,7 @@ def _map(path: Path, images: FileImages) -> Tensor | None:
 
 
 def _write(path: Path, images: FileImages) -> bool:
-    """Decode to an array file, batch by batch; False where it cannot be written."""
+    """Decode images to an array file, batch by batch; return False if it cannot be written."""
     shape = (len(images), *images.image_shape)
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     try:
@@ -218,7 +218,7 @@ def _write(path: Path, images: FileImages) -> bool:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file that takes its name only when it was written to the end."""
+    """Open a temporary file that is renamed to `path` when it is written completely."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
     try:

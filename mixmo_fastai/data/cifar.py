@@ -48,7 +48,7 @@ def read_cifar10(unpacked: Unpacked) -> DataSource:
     """Read CIFAR-10 from its five training batches and its test batch.
 
     Raises:
-        InputError: a file is missing, or is not the official one.
+        InputError: a file is missing, or differs from its checksum.
     """
     batches = [f"data_batch_{number}" for number in range(1, 6)]
     train = _part(unpacked, "train", batches, "labels")
@@ -61,7 +61,7 @@ def read_cifar100(unpacked: Unpacked) -> DataSource:
     """Read CIFAR-100 with its 100 fine labels.
 
     Raises:
-        InputError: a file is missing, or is not the official one.
+        InputError: a file is missing, or differs from its checksum.
     """
     train = _part(unpacked, "train", ["train"], "fine_labels")
     test = _part(unpacked, "test", ["test"], "fine_labels")
@@ -82,21 +82,21 @@ def _load(unpacked: Unpacked, name: str, *keys: str) -> dict[str, Any]:
     try:
         batch = _ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()
         return {key: batch[key] for key in keys}
-    except Exception as error:  # an unpickler may raise anything on other content
+    except Exception as error:  # an unpickler may raise any exception on invalid content
         raise InputError(
             f"{unpacked.folder / name} is not in the official format: {error}."
         ) from error
 
 
 def _dtype(spec: str, align: bool = False, copy: bool = False) -> np.dtype:
-    # Python 2 pickled these flags as integers, which NumPy no longer takes without a warning.
+    # Python 2 pickled these flags as integers, for which NumPy now warns.
     return np.dtype(spec, align=bool(align), copy=bool(copy))
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Reads containers, numbers, strings and arrays, and calls nothing else."""
+    """Unpickles containers, numbers, strings and arrays only."""
 
-    # NumPy's own answer to where its function is, since the module was renamed in NumPy 2.
+    # Looked up through NumPy, since the module of this function was renamed in NumPy 2.
     _reconstruct = np.empty(0).__reduce__()[0]
     _allowed = {  # noqa: RUF012
         ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
@@ -107,5 +107,5 @@ class _ArrayUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self._allowed:
-            raise pickle.UnpicklingError(f"it wants to call {module}.{name}")
+            raise pickle.UnpicklingError(f"it calls {module}.{name}, which is not allowed")
         return self._allowed[module, name]

@@ -1,4 +1,4 @@
-"""Corrupted test images: the official files of CIFAR-10-C and CIFAR-100-C, and a set made here.
+"""Corrupted test images: the official CIFAR-10-C and CIFAR-100-C, and built-in corruptions.
 
 Shapes: n test images of C channels, H × W pixels, uint8.
 Source: Hendrycks, Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and
@@ -38,16 +38,16 @@ OFFICIAL_TYPES = (
     "pixelate",
     "jpeg_compression",
 )
-"""The types over which the published means go; the archives hold four more, for validation."""
+"""The types averaged in published results; the archives hold four more, for validation."""
 
 
 @dataclass(frozen=True)
 class CorruptedPart:
-    """The test images under one corruption of one severity.
+    """The test images with one corruption at one severity.
 
     Attributes:
-        kind: the corruption.
-        severity: 1 to 5.
+        kind: name of the corruption.
+        severity: severity, 1 to 5.
         pixels: (n, C, H, W) uint8.
         labels: (n,) int64.
     """
@@ -59,26 +59,26 @@ class CorruptedPart:
 
 
 def read_official(folder: Path) -> Iterator[CorruptedPart]:
-    """Read CIFAR-10-C or CIFAR-100-C, one corruption and severity at a time.
+    """Load CIFAR-10-C or CIFAR-100-C, one corruption and severity at a time.
 
-    Each file holds the n test images five times, from the mildest severity to the strongest, as
-    (5n, 32, 32, 3) uint8, and labels.npy their labels, (5n,). All files are checked before the
-    first part is given; no pixel is read before it is needed.
+    Each file holds the n test images at five increasing severities as (5n, 32, 32, 3) uint8;
+    labels.npy holds their labels, (5n,). All files are checked before the first part is returned;
+    pixels are read when needed.
 
     Raises:
-        InputError: a file is missing, truncated, or not of that form; the message names it.
+        InputError: a file is missing, truncated or has another shape or type; the message names it.
     """
     labels = _load(folder / "labels.npy")
     if labels.ndim != 1 or len(labels) % NUM_SEVERITIES or labels.dtype.kind not in "iu":
         raise InputError(
-            f"{folder / 'labels.npy'} must hold whole numbers, five times the test set; it is "
+            f"{folder / 'labels.npy'} must hold integers, five times the test set; got "
             f"{labels.dtype} of shape {labels.shape}."
         )
     files = {kind: _load(folder / f"{kind}.npy") for kind in OFFICIAL_TYPES}
     for kind, array in files.items():
         if array.shape != (len(labels), 32, 32, 3) or array.dtype != np.uint8:
             raise InputError(
-                f"{folder / kind}.npy must be uint8 of shape ({len(labels)}, 32, 32, 3); it is "
+                f"{folder / kind}.npy must be uint8 of shape ({len(labels)}, 32, 32, 3); got "
                 f"{array.dtype} of shape {array.shape}."
             )
     num_images = len(labels) // NUM_SEVERITIES
@@ -86,20 +86,20 @@ def read_official(folder: Path) -> Iterator[CorruptedPart]:
         for severity in range(1, NUM_SEVERITIES + 1):
             part = slice((severity - 1) * num_images, severity * num_images)
             pixels = torch.from_numpy(np.array(array[part])).permute(0, 3, 1, 2).contiguous()
-            own_labels = torch.from_numpy(np.array(labels[part]).astype(np.int64))
-            yield CorruptedPart(kind, severity, pixels, own_labels)
+            part_labels = torch.from_numpy(np.array(labels[part]).astype(np.int64))
+            yield CorruptedPart(kind, severity, pixels, part_labels)
 
 
 def make_corrupted(
     pixels: Tensor, labels: Tensor, device: torch.device | str = "cpu", *, seed: int = 0
 ) -> Iterator[CorruptedPart]:
-    """Corrupt test images in each way of `BUILT_IN`, at five severities, on a device.
+    """Apply every corruption of `BUILT_IN` to test images, at five severities.
 
     Args:
         pixels: (n, C, H, W) uint8, with 1 or 3 channels.
         labels: (n,).
-        device: where it is done.
-        seed: of the noise.
+        device: device of the computation.
+        seed: seed of the noise.
     """
     for kind, (corrupt, strengths) in BUILT_IN.items():
         for severity, strength in enumerate(strengths, 1):
@@ -111,32 +111,32 @@ def make_corrupted(
 
 
 def add_noise(pixels: Tensor, strength: float, generator: torch.Generator) -> Tensor:
-    """Add Gaussian noise of this deviation, of pixels in [0, 1]."""
+    """Add Gaussian noise with standard deviation `strength`, for pixels in [0, 1]."""
     noise = torch.randn(pixels.shape, generator=generator, device=pixels.device)
     return _as_bytes(pixels / 255 + strength * noise)
 
 
 def blur(pixels: Tensor, strength: float, generator: torch.Generator) -> Tensor:
-    """Blur by a Gaussian of this deviation, in pixels."""
+    """Apply a Gaussian blur with standard deviation `strength`, in pixels."""
     size = 2 * int(4 * strength + 0.5) + 1
     blurred: Tensor = transforms.gaussian_blur(pixels, [size, size], [strength, strength])
     return blurred
 
 
 def brighten(pixels: Tensor, strength: float, generator: torch.Generator) -> Tensor:
-    """Add this to pixels in [0, 1]."""
+    """Add `strength` to pixels in [0, 1]."""
     return _as_bytes(pixels / 255 + strength)
 
 
 def lower_contrast(pixels: Tensor, strength: float, generator: torch.Generator) -> Tensor:
-    """Keep this share of each image's distance from its own mean, channel by channel."""
+    """Scale the deviation of each channel from its mean by `strength`, per image."""
     scaled = pixels / 255
     mean = scaled.mean(dim=(2, 3), keepdim=True)
     return _as_bytes(mean + strength * (scaled - mean))
 
 
 def pixelate(pixels: Tensor, strength: float, generator: torch.Generator) -> Tensor:
-    """Scale down to this share of the size and up again without smoothing."""
+    """Shrink to the fraction `strength` of the size, then enlarge without interpolation."""
     size = list(pixels.shape[2:])
     small = [max(1, int(side * strength)) for side in size]
     nearest = transforms.InterpolationMode.NEAREST
@@ -146,7 +146,7 @@ def pixelate(pixels: Tensor, strength: float, generator: torch.Generator) -> Ten
 
 
 def compress(pixels: Tensor, strength: float, generator: torch.Generator) -> Tensor:
-    """Compress as JPEG of this quality; on the CPU, by Pillow."""
+    """Compress as JPEG with quality `strength`; Pillow does this on the CPU."""
     return torch.stack([_through_jpeg(i, int(strength)) for i in pixels.cpu()]).to(pixels.device)
 
 
@@ -159,7 +159,7 @@ BUILT_IN: dict[str, tuple[Corruption, tuple[float, ...]]] = {
     "pixelate": (pixelate, (0.95, 0.9, 0.85, 0.75, 0.65)),
     "jpeg": (compress, (80, 65, 58, 50, 40)),
 }
-"""Corruptions for any data, mildest first: a function and its strength at each severity."""
+"""Corruptions for any data: a function, and its strength at severities 1 to 5."""
 _BATCH = 1000
 
 
@@ -175,7 +175,7 @@ def _through_jpeg(image: Tensor, quality: int) -> Tensor:
 
 
 def _as_bytes(values: Tensor) -> Tensor:
-    """Turn values around [0, 1] into uint8."""
+    """Clamp values to [0, 1] and convert them to uint8."""
     return (values.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
@@ -184,12 +184,12 @@ def _load(path: Path) -> np.ndarray:
         array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise InputError(
-            f"{path} is missing.\nGive the folder of CIFAR-10-C or CIFAR-100-C, with labels.npy "
+            f"{path} is missing.\nUse the folder of CIFAR-10-C or CIFAR-100-C, with labels.npy "
             f"and {len(OFFICIAL_TYPES)} types such as fog.npy, or 'built-in'."
         ) from None
     except (OSError, ValueError, EOFError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
-            f"{path} is truncated or no file of NumPy: {reason}.\nFetch it again."
+            f"{path} is truncated or not a NumPy file: {reason}.\nDownload it again."
         ) from error
     return array

@@ -1,4 +1,4 @@
-"""From a data source to fastai DataLoaders: split, limit, augment, load."""
+"""Build fastai DataLoaders from a data source."""
 
 from typing import Any
 
@@ -14,9 +14,9 @@ from mixmo_fastai.data.splits import limit_images, training_parts
 from mixmo_fastai.errors import InputError
 
 HOST_BUDGET = 8 * 2**30
-"""Bytes of decoded images that are kept in the main memory at most."""
-GPU_SHARE = 0.25
-"""Share of the free memory of a GPU that decoded images may take."""
+"""Maximum bytes of decoded images that are kept in main memory."""
+GPU_MEMORY_FRACTION = 0.25
+"""Maximum fraction of the free GPU memory that decoded images may use."""
 
 
 class BatchTooLargeError(InputError):
@@ -24,7 +24,7 @@ class BatchTooLargeError(InputError):
 
     Attributes:
         num_images: training images, after the split and the limit.
-        problem: the first line of the message, without a full stop.
+        problem: the first line of the message, without the period.
     """
 
     def __init__(self, num_images: int, batch_size: int) -> None:
@@ -47,23 +47,23 @@ def make_dataloaders(
     loader: str = "auto",
     num_workers: int = 2,
 ) -> DataLoaders:
-    """Build the loaders of training, validation and test; the test set is number 2.
+    """Build the loaders for training, validation and test, in this order.
 
     Args:
         source: from `load_source`.
         batch_size: distinct images per training batch, before any repetition.
-        valid_split: fraction of each class of the training set that validates; 0 for none, and the
-            validation loader is then empty. None takes `recipe.default_valid_split`: 2 %, and more
-            of fewer than 5,000 images. Not used when the source has validation images.
-        limit: at most so many training images, balanced; 0 for all.
-        augmentation: of training; the source's own where not given.
-        seed: of order and augmentation.
-        device: where batches are made; fastai's default device where not given.
-        loader: "resident", "streaming", or "auto" for resident where the images fit.
-        num_workers: of the streaming loader.
+        valid_split: fraction of each training class to hold out for validation; with 0 the
+            validation loader is empty. None for `recipe.default_valid_split`: 2 %, and more for
+            fewer than 5,000 images. Ignored if the source has validation images.
+        limit: maximum number of training images, balanced over classes; 0 for all.
+        augmentation: augmentation of training images; None for that of the source.
+        seed: seed of order and augmentation.
+        device: device of the batches; None for fastai's default device.
+        loader: "resident", "streaming", or "auto" for resident if the images fit in memory.
+        num_workers: number of worker processes of the streaming loader.
 
     Raises:
-        InputError: fewer than two classes, or too few images for one batch.
+        InputError: the source has fewer than two classes, or too few images for one batch.
     """
     train, valid = _training_parts(source, batch_size, valid_split, limit)
     device = torch.device(default_device() if device is None else device)
@@ -84,14 +84,14 @@ def make_evaluation_loaders(
     loader: str = "auto",
     num_workers: int = 2,
 ) -> tuple[BatchLoader, ...]:
-    """Build the loaders of parts of a source, without training.
+    """Build loaders for evaluation, one per image set.
 
     Args:
-        source: says how images are normalised.
-        parts: what is evaluated, such as the source's test part.
-        device: as for `make_dataloaders`.
-        loader: as there.
-        num_workers: as there.
+        source: the source, for its classes and normalization.
+        parts: the image sets to evaluate, such as `source.test`.
+        device: see `make_dataloaders`.
+        loader: see `make_dataloaders`.
+        num_workers: see `make_dataloaders`.
     """
     device = torch.device(default_device() if device is None else device)
     kind = _loader_kind(loader, parts, device)
@@ -121,16 +121,16 @@ def _loader_kind(
     loader: str,
     parts: tuple[ImageSet, ...],
     device: torch.device,
-    of_first: Augmentation = Augmentation(),  # noqa: B008
+    first_augmentation: Augmentation = Augmentation(),  # noqa: B008
 ) -> type[BatchLoader]:
     if loader != "auto":
         return {"resident": ResidentLoader, "streaming": StreamingLoader}[loader]
-    augmentations = [of_first, *(Augmentation() for _ in parts[1:])]
+    augmentations = [first_augmentation, *(Augmentation() for _ in parts[1:])]
     needed = sum(
-        StoredImages.num_bytes(len(part), part.image_shape, own.crop_padding, own.flip)
-        for part, own in zip(parts, augmentations, strict=True)
+        StoredImages.num_bytes(len(part), part.image_shape, each.crop_padding, each.flip)
+        for part, each in zip(parts, augmentations, strict=True)
     )
     budget = HOST_BUDGET
     if device.type == "cuda":
-        budget = int(torch.cuda.mem_get_info(device)[0] * GPU_SHARE)
+        budget = int(torch.cuda.mem_get_info(device)[0] * GPU_MEMORY_FRACTION)
     return ResidentLoader if needed <= budget else StreamingLoader

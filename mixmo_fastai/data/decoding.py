@@ -1,4 +1,4 @@
-"""Image files to uint8 tensors: any colour mode to RGB or grey, upright, one size.
+"""Decode image files to uint8 tensors: RGB or greyscale, upright, of one size.
 
 Shapes: n images of C channels, H × W pixels, uint8.
 """
@@ -22,13 +22,13 @@ from mixmo_fastai.data.depth import to_eight_bits
 from mixmo_fastai.errors import InputError
 
 BATCH = 128
-"""Images that one thread decodes in a row: enough to hide the cost of handing them over."""
+"""Images decoded by a thread per task: enough to make the cost of a task negligible."""
 
-_TURNED = range(2, 9)
+_ROTATED = range(2, 9)
 """EXIF orientations of images that are not upright; from 5 on, height and width are swapped."""
 
 _DAMAGE = ("data stream", "decoder error", "decoder object", "broken")
-"""Words of Pillow's errors about damaged data; about files that are cut off it says "truncated"."""
+"""Words in Pillow's errors about damaged data. For truncated files, it uses "truncated"."""
 
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
@@ -39,7 +39,7 @@ class UndecodableError(InputError):
     """An image file cannot be decoded.
 
     Attributes:
-        reason: why, without the file's name and without a full stop.
+        reason: the reason, without file name and period.
     """
 
     def __init__(self, message: str, reason: str = "") -> None:
@@ -50,14 +50,14 @@ class UndecodableError(InputError):
 def decode_image(path: Path, size: tuple[int, int] | None = None, *, channels: int = 3) -> Tensor:
     """Decode an image file to (C, H, W) uint8.
 
-    The EXIF orientation is applied, 16 and 32 bits become 8 as `to_eight_bits` says, and
-    transparency is laid over white. An image of another size is scaled, antialiased, until it
-    covers the target, then cropped at the centre.
+    The EXIF orientation is applied, 16 and 32 bits are converted to 8 by `to_eight_bits`, and
+    transparent images are composited onto white. An image of another size is resized with
+    antialiasing to cover the target size, then centre-cropped.
 
     Args:
-        path: the file, in any format and colour mode that Pillow reads.
-        size: (H, W) of the result; None keeps that of the image.
-        channels: 3 for RGB, 1 for grey.
+        path: the file, in any format and colour mode that Pillow supports.
+        size: (H, W) of the result; None keeps the size of the image.
+        channels: 3 for RGB, 1 for greyscale.
 
     Raises:
         InputError: the file is missing, truncated or not an image; the message names it.
@@ -69,13 +69,13 @@ def decode_image(path: Path, size: tuple[int, int] | None = None, *, channels: i
 def image_to_tensor(
     image: Image.Image, size: tuple[int, int] | None = None, *, channels: int = 3
 ) -> Tensor:
-    """Turn an opened image into (C, H, W) uint8; see `decode_image`.
+    """Convert an open image to (C, H, W) uint8; see `decode_image`.
 
     Raises:
-        ValueError: it has pixels that are not finite.
-        OSError: it is truncated.
+        ValueError: the image has pixels that are not finite.
+        OSError: the image is truncated.
     """
-    image.load()  # before the orientation is asked for, whose errors are overlooked
+    image.load()  # raises errors that reading the orientation would suppress
     plain = _opaque(_upright(image)).convert("L" if channels == 1 else "RGB")
     if size is not None and plain.size != size[::-1]:
         plain = ImageOps.fit(plain, size[::-1], Image.Resampling.BILINEAR)
@@ -110,7 +110,7 @@ def image_sizes(paths: Sequence[Path]) -> Iterator[tuple[int, int]]:
 
 
 def undecodable(paths: Sequence[Path]) -> Iterator[str | None]:
-    """Decode files in threads, and return for each why it cannot be decoded, or None."""
+    """Decode files in threads; for each, return the reason why it cannot be decoded, or None."""
 
     def reason(path: Path) -> str | None:
         try:
@@ -124,7 +124,7 @@ def undecodable(paths: Sequence[Path]) -> Iterator[str | None]:
 
 
 def is_image(name: str) -> bool:
-    """Tell by its name whether a file is an image that Pillow reads, and not hidden."""
+    """Check by name whether a file is an image that Pillow can read, and is not hidden."""
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in _extensions()
 
 
@@ -137,7 +137,7 @@ def _extensions() -> frozenset[str]:
 def _in_threads(
     function: Callable[[Sequence[Path]], _Result], paths: Sequence[Path]
 ) -> Iterator[_Result]:
-    # Pillow decodes without the interpreter lock, so threads suffice and copy nothing.
+    # Pillow releases the GIL while decoding, so threads suffice.
     chunks: Iterable[Sequence[Path]] = (
         paths[start : start + BATCH] for start in range(0, len(paths), BATCH)
     )
@@ -148,81 +148,82 @@ def _in_threads(
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
     try:
-        # By its file, not its name: Pillow would map some TIFF into memory and mix up their rows.
+        # Open the file first: given a name, Pillow memory-maps some TIFF files and mixes up their
+        # rows.
         with path.open("rb") as file, Image.open(file) as image:
             yield image
-    except Exception as error:  # a decoder may raise anything on damaged bytes
+    except Exception as error:  # a decoder may raise any exception on damaged data
         if isinstance(error, MemoryError) or getattr(error, "errno", None) in _SHORTAGES:
-            raise  # which is not the file's fault
-        reason, advice = _explained(path, error)
+            raise  # not caused by the file
+        reason, advice = _explain(path, error)
         message = f"Cannot decode the image {path}: {reason}.\n{advice}"
         raise UndecodableError(message, reason) from error
 
 
-def _explained(path: Path, error: Exception) -> tuple[str, str]:
-    """Return why an image cannot be decoded, and what to do."""
+def _explain(path: Path, error: Exception) -> tuple[str, str]:
+    """Return the reason why an image cannot be decoded, and advice."""
     if isinstance(error, Image.DecompressionBombError) and (size := re.search(r"\d+", str(error))):
-        most = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6
         return (
-            f"it has {int(size[0]) / 1e6:.0f} megapixels, and at most {most} are read",
-            "Save it smaller: images are scaled down to the size of training in any case.",
+            f"it has {int(size[0]) / 1e6:.0f} megapixels, and the limit is {limit}",
+            "Save it at a smaller size: images are resized to the training size anyway.",
         )
     if isinstance(error, ValueError) and "not finite" in str(error):
         return str(error), "Save it with 8 or 16 bits per pixel."
-    replace = "Replace it by an intact image, or remove it."
+    replace = "Replace it with an intact image, or remove it."
     if isinstance(error, UnidentifiedImageError):
         is_empty = path.stat().st_size == 0
-        known = "it is damaged, or in no known image format"
-        return ("the file is empty" if is_empty else known), replace
+        unidentified = "it is damaged, or not in a known image format"
+        return ("the file is empty" if is_empty else unidentified), replace
     if isinstance(error, OSError) and error.strerror:
         return error.strerror, replace
-    return _in_plain_words(str(error).partition("\n")[0] or type(error).__name__), replace
+    return _readable(str(error).partition("\n")[0] or type(error).__name__), replace
 
 
-def _in_plain_words(said: str) -> str:
-    """Return what an error of Pillow means, if it is one of the frequent ones."""
-    if "truncated" in said.lower():
-        return "the file is cut off, and its end is missing"
-    if any(words in said for words in _DAMAGE):
-        return f"the file is damaged ({said})"
-    return said
+def _readable(message: str) -> str:
+    """Return a readable form of the most common error messages of Pillow."""
+    if "truncated" in message.lower():
+        return "the file is truncated"
+    if any(words in message for words in _DAMAGE):
+        return f"the file is damaged ({message})"
+    return message
 
 
 def _upright_size(path: Path) -> tuple[int, int]:
     with _opened(path) as image:
         orientation = _orientation(image)
-        if image.format == "TIFF" and orientation in _TURNED:
-            image.load()  # Pillow turns it then; the size before differs between its versions
+        if image.format == "TIFF" and orientation in _ROTATED:
+            image.load()  # rotates TIFF; the size before depends on the version of Pillow
             orientation = 1
         width, height = image.size
     return (width, height) if orientation >= 5 else (height, width)
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turn a loaded image upright, as 8 bits where its pixels are grey and have more."""
-    # Pillow turns TIFF as it loads it, and its older versions leave the orientation in place.
+    """Rotate a loaded image upright; convert greyscale pixels to 8 bits."""
+    # Pillow rotates TIFF images on loading, and older versions keep the orientation tag.
     orientation = 1 if image.format == "TIFF" else _orientation(image)
     plain = to_eight_bits(image)
     if orientation == 1:
         return plain
-    # The orientation alone: other tags may be damaged, and Pillow writes all of them again.
+    # Keep only the orientation: other tags may be damaged, and Pillow writes them all again.
     tags = Image.Exif()
     tags[ExifTags.Base.Orientation] = orientation
-    bare = plain.copy()
-    bare.info = {**plain.info, "exif": tags.tobytes()}
-    return ImageOps.exif_transpose(bare)
+    copied = plain.copy()
+    copied.info = {**plain.info, "exif": tags.tobytes()}
+    return ImageOps.exif_transpose(copied)
 
 
 def _orientation(image: Image.Image) -> int:
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # damaged tags do not make the pixels of an image unusable
+    except Exception:  # the pixels of an image with damaged tags are still usable
         return 1
-    return orientation if orientation in _TURNED else 1
+    return orientation if orientation in _ROTATED else 1
 
 
 def _opaque(image: Image.Image) -> Image.Image:
-    # Pixels under full transparency have an arbitrary colour, which must not reach the network.
+    # Fully transparent pixels have arbitrary colours, which must not reach the network.
     if image.mode not in ("RGBA", "LA", "PA", "RGBa", "La") and "transparency" not in image.info:
         return image
     layer = image.convert("RGBA")

@@ -1,4 +1,4 @@
-"""The 1,797 handwritten digits of 8 × 8 pixels that come with scikit-learn."""
+"""scikit-learn's digits: 1,797 handwritten digits of 8 × 8 pixels."""
 
 import numpy as np
 import torch
@@ -9,16 +9,16 @@ _TEST_EVERY = 5
 
 
 def read_digits() -> DataSource:
-    """Read the digits, their levels 0 to 16 stretched to 0 to 255.
+    """Load the digits, with pixel values scaled from [0, 16] to [0, 255].
 
-    There is no official split. Within each class every fifth image is a test image, so that the
-    split is fixed and both parts hold the classes in the same shares.
+    There is no official split. Every fifth image of each class is a test image, which gives a
+    fixed, stratified split.
     """
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)[:, None]  # (N, 1, 8, 8)
-    is_test = _occurrence(digits.target) % _TEST_EVERY == _TEST_EVERY - 1
+    is_test = _index_within_class(digits.target) % _TEST_EVERY == _TEST_EVERY - 1
     classes = tuple(str(name) for name in digits.target_names)
     return named_source(
         "digits",
@@ -28,13 +28,13 @@ def read_digits() -> DataSource:
     )
 
 
-def _occurrence(labels: np.ndarray) -> np.ndarray:
-    """Number the images of each class from 0, in their order."""
-    number = np.empty_like(labels)
+def _index_within_class(labels: np.ndarray) -> np.ndarray:
+    """Number the images of each class from 0, in order."""
+    index = np.empty_like(labels)
     for label in np.unique(labels):
-        of_class = labels == label
-        number[of_class] = np.arange(of_class.sum())
-    return number
+        is_class = labels == label
+        index[is_class] = np.arange(is_class.sum())
+    return index
 
 
 def _part(name: str, pixels: np.ndarray, labels: np.ndarray) -> ArrayImages:

@@ -1,9 +1,8 @@
-"""Copies of each image within a batch, with fresh augmentation per copy.
+"""Batches with several copies of each image, each copy augmented independently.
 
-MixMo needs every image M·b times in a batch. Copying after the loader's batch transforms would
-give all copies the same crop and flip, so the copies are made *before* them. Nothing of a user's
-loader is changed for longer than the fetching of one batch, hence nothing stays changed after an
-interruption.
+MixMo needs every image M·b times in a batch. Copies made after the loader's batch transforms would
+all have the same crop and flip, so they are made *before*. A user's loader is modified only while
+one batch is fetched, so that it is unchanged after an interruption.
 """
 
 import sys
@@ -19,10 +18,10 @@ from mixmo_fastai.data.loaders import Arrangement, BatchLoader
 
 
 class Expansion(NamedTuple):
-    """A view of a loader, how often each image is in its batches, and in which order.
+    """A view of a loader, with the number of copies of each image per batch and their order.
 
-    In a batch of n distinct images, slot s is copy s // n of image s mod n. Position s shows slot
-    s, unless the batch is `arranged`: its positions then show the slots that were asked for.
+    In a batch of n distinct images, slot s is copy s // n of image s mod n. Position s holds slot
+    s, unless the batch is `arranged`: its positions then hold the slots returned by `arrange`.
     """
 
     loader: Any
@@ -31,29 +30,29 @@ class Expansion(NamedTuple):
 
 
 def expand(loader: Any, copies: int, arrange: Arrangement | None = None) -> Expansion:
-    """View a loader so that each batch holds every image `copies` times, each augmented afresh.
+    """Return a view with `copies` independently augmented copies of each image per batch.
 
     Args:
         loader: one of this package's loaders, or another fastai loader, whose batch transforms then
-            run on the copies. What it does item by item is done once per image. A loader of another
-            kind, such as torch's, cannot augment copies; it is given back as it is, with one copy.
-        copies: how often each image is to be there.
-        arrange: says which slots the positions of a batch show, from step and n; only this
-            package's loaders ask it.
+            run on the copies. Its item transforms run once per image. Other loaders, such as
+            torch's, cannot augment copies and are returned unchanged, with one copy.
+        copies: number of copies of each image.
+        arrange: maps step and n to the slots of the batch positions; only used by this package's
+            loaders.
     """
     if isinstance(loader, BatchLoader) and (copies > 1 or arrange is not None):
         return Expansion(loader.expanded(copies, arrange), copies, arrange is not None)
     if copies == 1:
         return Expansion(loader, 1)
-    transforming = _transforming(loader)
-    if isinstance(transforming, DataLoader) and isinstance(transforming.after_batch, Pipeline):
+    inner = _inner_loader(loader)
+    if isinstance(inner, DataLoader) and isinstance(inner.after_batch, Pipeline):
         return Expansion(TransformedCopies(loader, copies), copies)
     return Expansion(loader, 1)
 
 
-def _transforming(loader: Any) -> Any:
-    """Give the loader that runs the batch transforms: within fastai's distributed one, its own."""
-    # Importing fastai's module needs accelerate; where nobody has, nobody has such a loader.
+def _inner_loader(loader: Any) -> Any:
+    """Return the loader that runs the batch transforms; unwrap fastai's distributed loader."""
+    # Importing fastai's module needs accelerate; without it, such a loader cannot exist.
     module = sys.modules.get("fastai.distributed")
     distributed = module is not None and isinstance(loader, module.DistributedDL)
     return loader.dl if distributed else loader
@@ -75,12 +74,12 @@ class RepeatBatch(Transform):
 class TransformedCopies:
     """A fastai loader whose batches are repeated before its batch transforms.
 
-    It passes for the loader itself with callbacks that look at it, and with fastai, which would
-    wrap a distributed one once more.
+    It imitates the loader for callbacks that inspect it, and for fastai, which would otherwise wrap
+    a distributed loader again.
     """
 
     def __init__(self, loader: DataLoader, copies: int) -> None:
-        self.loader, self.copies, self.transforming = loader, copies, _transforming(loader)
+        self.loader, self.copies, self.inner = loader, copies, _inner_loader(loader)
 
     @property
     def __class__(self) -> Any:
@@ -99,11 +98,11 @@ class TransformedCopies:
 
     def __iter__(self) -> Iterator[Any]:
         batches = iter(self.loader)
-        # One pipeline for the whole pass: fastai tells it at the start that it is of training.
-        own = self.transforming.after_batch
-        repeating = Pipeline([RepeatBatch(self.copies), *own.fs], split_idx=own.split_idx)
+        # One pipeline for the whole pass: fastai sets its split index at the start.
+        original = self.inner.after_batch
+        repeating = Pipeline([RepeatBatch(self.copies), *original.fs], split_idx=original.split_idx)
         while True:
-            with self._transforming_with(repeating):
+            with self._replaced_transforms(repeating):
                 try:
                     batch = next(batches)
                 except StopIteration:
@@ -111,16 +110,16 @@ class TransformedCopies:
             yield batch
 
     @contextmanager
-    def _transforming_with(self, pipeline: Pipeline) -> Iterator[None]:
-        own, self.transforming.after_batch = self.transforming.after_batch, pipeline
+    def _replaced_transforms(self, pipeline: Pipeline) -> Iterator[None]:
+        original, self.inner.after_batch = self.inner.after_batch, pipeline
         try:
             yield
         finally:
-            self.transforming.after_batch = own
+            self.inner.after_batch = original
 
 
 def repeat_batch(batch: Any, copies: int) -> Any:
-    """Repeat every tensor of a batch along its first axis, keeping its type."""
+    """Repeat every tensor of a batch along its first axis, keeping container types."""
     if isinstance(batch, Tensor):
         return batch.repeat(copies, *(1 for _ in batch.shape[1:]))
     if isinstance(batch, list | tuple):

@@ -1,4 +1,4 @@
-"""Whether data is the same as before: names, sizes and labels of all images."""
+"""Fingerprint of a data set: checksums of the names, sizes and labels of all images."""
 
 import hashlib
 
@@ -6,10 +6,10 @@ from mixmo_fastai.data.image_sets import DataSource, ImageSet
 
 
 def fingerprint(source: DataSource) -> dict[str, str]:
-    """Tell two states of a data set apart.
+    """Compute the fingerprint of a data set, to detect changes.
 
     Returns:
-        for each part, and for the classes, how many there are and the start of a checksum.
+        for the classes and for each split, a text with their number and a short checksum.
     """
     classes = _digest("\0".join(source.classes))
     parts = {"train": source.train, "valid": source.valid, "test": source.test}

@@ -1,4 +1,4 @@
-"""A look at a loader's first batch, of which the loader and its random states know nothing."""
+"""Read the first batch of a loader without changing random states."""
 
 import random
 from collections.abc import Iterator
@@ -13,30 +13,35 @@ from mixmo_fastai.errors import InputError
 
 
 def first_batch(loader: Any) -> Any:
-    """Take a loader's first batch, without the worker processes of a whole pass."""
-    with ExitStack() as alone:
-        own = vars(loader).get("loader", loader)  # behind a view
-        if isinstance(own, DataLoader):
-            alone.enter_context(own.fake_l.no_multiproc())
+    """Return the first batch of a loader, without starting worker processes.
+
+    Raises:
+        InputError: the loader has no batch.
+    """
+    with ExitStack() as stack:
+        inner = vars(loader).get("loader", loader)  # unwrap a view
+        if isinstance(inner, DataLoader):
+            stack.enter_context(inner.fake_l.no_multiproc())
         for batch in loader:
             return batch
     raise InputError(
-        "The loader gives no batch: it has no images, or fewer than its batch size and drop_last."
+        "The loader has no batch: it has no images, or drop_last is set and it has fewer images "
+        "than the batch size.\nAdd images, or lower the batch size."
     )
 
 
 @contextmanager
 def preserved_random_states(loader: Any) -> Iterator[None]:
-    """Draw what a loader and its transforms draw, and let nobody find out."""
-    python, numpy = random.getstate(), np.random.get_state()
-    own = getattr(loader, "rng", None)
-    order = None if own is None else own.getstate()
+    """Restore the RNG states of Python, NumPy, torch and a loader after a with block."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    loader_rng = getattr(loader, "rng", None)
+    loader_state = None if loader_rng is None else loader_rng.getstate()
     with torch.random.fork_rng():
         try:
             yield
         finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
-            if own is not None:
-                loader.rng = own  # fastai makes another for each pass
-                own.setstate(order)
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+            if loader_rng is not None:
+                loader.rng = loader_rng  # fastai creates a new one for each pass
+                loader_rng.setstate(loader_state)

@@ -1,4 +1,4 @@
-"""Any folder of images: one folder per class, with or without train/, valid/ and test/."""
+"""Load image folders: one folder per class, with or without train/, valid/ and test/."""
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
@@ -17,10 +17,10 @@ from mixmo_fastai.data.parts import DataParts
 from mixmo_fastai.data.statistics import channel_statistics
 from mixmo_fastai.errors import InputError
 
-LARGEST_OWN_SIZE = 224
-"""Height and width above which images are scaled down where no size is asked for."""
+MAX_DEFAULT_SIZE = 224
+"""Maximum height and width of images if no size is requested."""
 
-_STATISTICS_SAMPLE = 2048  # images that give mean and deviation where not all are kept decoded
+_STATISTICS_SAMPLE = 2048  # number of images for mean and std if decoded images are not cached
 
 
 def read_image_folder(
@@ -36,30 +36,31 @@ def read_image_folder(
     skip_damaged: bool = False,
     left_out: LeftOut | None = None,
 ) -> DataSource:
-    """Read a folder of images, decoded to RGB of one size once and kept in the cache.
+    """Load a folder of images, decoded once to RGB images of one size and cached.
 
-    The padding of the random crop is an eighth of the shorter side, as 4 pixels are for CIFAR's 32,
-    and a mirrored image is taken to keep its label.
+    The padding of the random crop is one eighth of the shorter side, the ratio used for CIFAR (4 of
+    32 pixels). Mirrored images are assumed to keep their label.
 
     Args:
-        folder: holds one folder per class, or `train/<class>/` and others; see `layout`.
+        folder: a folder with one folder per class, or with `train/<class>/` and others; see
+            `layout`.
         home: the data folder, for the cache.
-        image_size: height and width of all images, whatever their proportions were. None takes
-            those that `own_size` chooses.
-        largest_side: where `image_size` is None and a side of their own size is longer than this,
-            it becomes the image size.
+        image_size: height and width of all images, whatever their aspect ratio; None for the size
+            chosen by `choose_image_size`.
+        largest_side: if `image_size` is None and a side of the chosen size is longer than this, it
+            becomes the image size.
         cache_limit: bytes of decoded images above which they are decoded at each access instead.
-        test_split: fraction of each class to set aside as the test set of a folder without one;
-            None for `DEFAULT_TEST_SPLIT`, or for nothing beside a validation folder.
-        parts: what an earlier run trained and tested on; None to find it.
-        classes: in the order of that run's network; None for the order of their names.
-        skip_damaged: whether images that cannot be decoded are left out; otherwise an error names
-            all of them.
-        left_out: images that an earlier run has left out; no others are then.
+        test_split: fraction of each class to hold out as the test set of a folder without one;
+            None for `DEFAULT_TEST_SPLIT`, or for no test set if there is a validation folder.
+        parts: the splits of an earlier run; None to find them.
+        classes: class names in the label order of that run; None for alphabetical order.
+        skip_damaged: whether to skip images that cannot be decoded; otherwise an error lists all of
+            them.
+        left_out: images skipped by an earlier run; exactly these are skipped again.
 
     Raises:
-        InputError: the folder is not of that form, is no longer what `parts` and `classes` say, or
-            an image cannot be decoded.
+        InputError: the folder has another layout, no longer matches `parts` and `classes`, or an
+            image cannot be decoded.
     """
 
     def read(files_left_out: Collection[str]) -> DataSource:
@@ -73,7 +74,7 @@ def read_image_folder(
             cache_limit=cache_limit,
         )
 
-    _require_size(image_size)
+    _check_image_size(image_size)
     chosen = (
         choose_images(folder, test_split)
         if parts is None
@@ -95,13 +96,19 @@ def _read(
     files = {name: _without(part, left_out) for name, part in _parts(chosen)}
     train = _all(files["train"])
     name = folder.resolve().name
-    # Two splits of a folder may list the same files in the same order.
-    kept_as = name if chosen.parts.drawn is None else f"{name}-split-{len(train)}"
+    # Different splits of a folder may list the same files in the same order.
+    cache_name = name if chosen.parts.drawn is None else f"{name}-split-{len(train)}"
     entry = cache_entry(
-        home, kept_as, folder, [file for part in files.values() for file in _all(part)], image_size
+        home,
+        cache_name,
+        folder,
+        [file for part in files.values() for file in _all(part)],
+        image_size,
     )
     if image_size is None:
-        height, width = entry.fact("size", lambda: own_size(folder / file for file in train))
+        height, width = entry.fact(
+            "size", lambda: choose_image_size(folder / file for file in train)
+        )
         if largest_side is not None and max(height, width) > largest_side:
             return _read(folder, home, chosen, largest_side, left_out, cache_limit=cache_limit)
     else:
@@ -127,10 +134,10 @@ def _read(
     )
 
 
-def own_size(paths: Iterable[Path]) -> tuple[int, int]:
-    """Choose (H, W) for image files, each at most `LARGEST_OWN_SIZE`.
+def choose_image_size(paths: Iterable[Path]) -> tuple[int, int]:
+    """Choose the size (H, W) to which image files are decoded, each at most `MAX_DEFAULT_SIZE`.
 
-    The size of more than half of them, or where there is none, the median height and width.
+    This is the size of more than half of the images, or otherwise the median height and width.
 
     Raises:
         InputError: a file is not an image; the message names it.
@@ -139,16 +146,16 @@ def own_size(paths: Iterable[Path]) -> tuple[int, int]:
     (height, width), times = Counter(sizes).most_common(1)[0]
     if 2 * times <= len(sizes):
         height, width = (median_low(sides) for sides in zip(*sizes, strict=True))
-    return min(height, LARGEST_OWN_SIZE), min(width, LARGEST_OWN_SIZE)
+    return min(height, MAX_DEFAULT_SIZE), min(width, MAX_DEFAULT_SIZE)
 
 
-def _require_size(image_size: int | None) -> None:
+def _check_image_size(image_size: int | None) -> None:
     if image_size is not None and image_size < 1:
         raise InputError(f"image_size is {image_size}; it must be 1 pixel or more.")
 
 
 def _parts(chosen: ChosenImages) -> list[tuple[str, FilesByClass]]:
-    """List the parts that have images, by name."""
+    """Return the splits that have images, by name."""
     parts = (("train", chosen.train), ("valid", chosen.valid), ("test", chosen.test))
     return [(name, files) for name, files in parts if files and any(files.values())]
 

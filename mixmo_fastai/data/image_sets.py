@@ -34,13 +34,13 @@ class ImageSet(Protocol):
         """Return one image, (C, H, W) uint8."""
 
     def tensor(self, indices: Tensor | None = None) -> Tensor:
-        """Return all or the selected images, (N, C, H, W) uint8; do not modify the result."""
+        """Return all images, or those at `indices`: (N, C, H, W) uint8; do not modify."""
 
     def name(self, index: int) -> str:
-        """Return the name of an image for messages and reports: its file, or e.g. "train/123"."""
+        """Return the name of an image for messages and reports: its file, or "train/123"."""
 
     def sizes(self) -> tuple[int, ...]:
-        """Return the size in bytes of each source image, which helps to detect changed images."""
+        """Return the size of each image in bytes, to detect changed files."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,8 +50,8 @@ class ArrayImages:
     Attributes:
         pixels: (N, C, H, W) uint8, contiguous.
         labels: (N,) int64.
-        names: one per image.
-        files: image files from which the pixels were decoded, if any.
+        names: names of the images.
+        files: the files the images were decoded from, if any.
     """
 
     pixels: Tensor
@@ -72,7 +72,7 @@ class ArrayImages:
         return self.pixels[index]
 
     def tensor(self, indices: Tensor | None = None) -> Tensor:
-        """Return all images, without a copy, or the selected ones: (N, C, H, W) uint8."""
+        """Return all images without a copy, or those at `indices`: (N, C, H, W) uint8."""
         return self.pixels if indices is None else self.pixels[indices]
 
     def name(self, index: int) -> str:
@@ -80,17 +80,17 @@ class ArrayImages:
         return self.names[index]
 
     def sizes(self) -> tuple[int, ...]:
-        """Return the size of each image's file, or of its pixels if it has none, in bytes."""
+        """Return the size of each image's file in bytes, or of its pixels if there are no files."""
         return self.files.sizes() if self.files else (math.prod(self.image_shape),) * len(self)
 
 
 @dataclass(frozen=True, eq=False)
 class FileImages:
-    """Image files, decoded at each access to RGB of one size.
+    """Image files, decoded at each access to RGB images of one size.
 
     Attributes:
-        root: folder to which the names are relative.
-        names: paths below the root, one per image, with forward slashes.
+        root: the folder to which names are relative.
+        names: paths relative to the root, with forward slashes.
         labels: (N,) int64.
         size: (H, W) of the decoded images.
     """
@@ -121,7 +121,7 @@ class FileImages:
         return decode_batches([self.root / name for name in self.names], self.size)
 
     def tensor(self, indices: Tensor | None = None) -> Tensor:
-        """Decode all or the selected images, in threads: (N, 3, H, W) uint8."""
+        """Decode all images, or those at `indices`, in threads, to (N, 3, H, W) uint8."""
         if indices is not None:
             return self.chosen(indices).tensor()
         pixels = torch.empty((len(self), *self.image_shape), dtype=torch.uint8)
@@ -132,34 +132,34 @@ class FileImages:
         return pixels
 
     def chosen(self, indices: Tensor) -> "FileImages":
-        """Return the image set of the selected images."""
+        """Return the set of the images at `indices`."""
         names = tuple(self.names[i] for i in indices.tolist())
         return replace(self, names=names, labels=self.labels[indices])
 
     def without(self, names: Collection[str]) -> "FileImages":
-        """Return the image set without the named images."""
+        """Return the set without the images of these names."""
         if not names:
             return self
         kept = [index for index, name in enumerate(self.names) if name not in names]
         return self.chosen(torch.tensor(kept, dtype=torch.int64))
 
     def name(self, index: int) -> str:
-        """Return the name of an image for messages and reports: its path below the root."""
+        """Return the name of an image for messages and reports: its path relative to the root."""
         return self.names[index]
 
     def sizes(self) -> tuple[int, ...]:
-        """Return the size of each file in bytes; -1 if it no longer exists."""
+        """Return the size of each file in bytes; -1 if the file no longer exists."""
         paths = (self.root / name for name in self.names)
         return tuple(path.stat().st_size if path.is_file() else -1 for path in paths)
 
 
 @dataclass(frozen=True, eq=False)
 class Subset:
-    """Selected images of an image set, as an image set.
+    """A subset of an image set, itself an image set.
 
     Attributes:
-        images: the image set.
-        indices: (n,) int64, indices of the selected images.
+        images: the complete image set.
+        indices: indices of the images in the subset, (n,) int64.
     """
 
     images: ImageSet
@@ -182,41 +182,42 @@ class Subset:
         return self.images[int(self.indices[index])]
 
     def tensor(self, indices: Tensor | None = None) -> Tensor:
-        """Return all or the selected images of the subset: (n, C, H, W) uint8."""
+        """Return all images of the subset, or those at `indices`: (n, C, H, W) uint8."""
         return self.images.tensor(self.indices if indices is None else self.indices[indices])
 
     def name(self, index: int) -> str:
-        """Return the name of an image in the whole set."""
+        """Return the name of an image in the complete set."""
         return self.images.name(int(self.indices[index]))
 
     def sizes(self) -> tuple[int, ...]:
-        """Return the size of each image in bytes, as in the whole set."""
-        every = self.images.sizes()
-        return tuple(every[index] for index in self.indices.tolist())
+        """Return the size of each image in bytes, as in the complete set."""
+        all_sizes = self.images.sizes()
+        return tuple(all_sizes[index] for index in self.indices.tolist())
 
 
 def no_images(like: ImageSet) -> Subset:
-    """Return an empty image set with the image shape of another one."""
+    """Return an empty image set with the image shape of another set."""
     return Subset(like, torch.empty(0, dtype=torch.int64))
 
 
 @dataclass(frozen=True, eq=False)
 class DataSource:
-    """A data set, ready for a loader.
+    """A data set with its splits and normalization.
 
     Attributes:
         name: name of the data set or of the folder.
         classes: class names, indexed by label.
-        train, test: training and test images. The test images are only for the final metrics; the
-            set is empty if there are no labelled test images.
-        mean, std: statistics per channel, of pixels in [0, 1].
-        crop_padding: pixels of zero padding before the random crop.
+        train, test: training and test split. The test split is used for the final metrics only; it
+            is empty if there are no labelled test images.
+        mean, std: per channel, of pixels in [0, 1].
+        crop_padding: zero padding of the random crop, in pixels.
         flip: whether a mirrored image keeps its label.
-        valid: validation images of the data set; None if they are drawn from the training images.
-        parts: sources of the splits of an image folder; None for other data.
-        notes: labels and texts for the plan of a run on how an image folder was read.
+        valid: validation split; None if it is drawn from the training split.
+        parts: origin of the splits of an image folder; None for other data.
+        notes: notes on how an image folder was read, for the plan of a run: labels and texts.
         left_out: skipped damaged files, with the reason for each.
-        scaled_to: height and width to which all images of a folder were scaled; 0 if not scaled.
+        scaled_to: height and width to which all images of a folder were resized; 0 for the size
+            chosen from the images.
     """
 
     name: str
@@ -237,7 +238,7 @@ class DataSource:
 def named_source(
     name: str, classes: tuple[str, ...], train: ImageSet, test: ImageSet
 ) -> DataSource:
-    """Build the source of a named data set with its properties from `DATASETS`."""
+    """Build the source of a named data set, with its facts in `DATASETS`."""
     info = DATASETS[name]
     return DataSource(name, classes, train, test, info.mean, info.std, info.crop_padding, info.flip)
 

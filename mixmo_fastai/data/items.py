@@ -1,4 +1,4 @@
-"""Images as single items, for fastai's inference and display functions."""
+"""Image sets as fastai data sets of single items, for fastai's inference and display functions."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +18,14 @@ from mixmo_fastai.data.image_sets import ImageSet
 
 @dataclass(frozen=True, slots=True)
 class StoredImage:
-    """An image of a set. Only items refer to the set, so exported Learners do not contain it."""
+    """Reference to an image of a set. Only items hold the set, so exported Learners omit it."""
 
     images: ImageSet
     index: int
 
 
 class OpenImage(Transform):
-    """Convert a stored image, a file, an array or a PIL image to an image as in training.
+    """Convert a stored image, file, array or PIL image to the format of the training images.
 
     Args:
         image_shape: (C, H, W) of the training images.
@@ -68,8 +68,8 @@ def as_items(images: ImageSet, classes: tuple[str, ...]) -> Datasets:
     categorize = Categorize(vocab=list(classes), sort=False)
     pipelines = [[OpenImage(images.image_shape)], [LabelOf(classes), categorize]]
     items = [StoredImage(images, index) for index in range(len(images))]
-    # Setup needs a first item, but the vocabulary is known without it.
+    # Setup needs a first item; the vocabulary is already known.
     datasets = Datasets(items, pipelines, do_setup=bool(items))
-    # `Learner.predict` skips transforms depending on the item type; OpenImage accepts all types.
+    # `Learner.predict` skips transforms by item type; OpenImage accepts every type.
     datasets.tls[0].types = [object]
     return datasets

@@ -1,7 +1,7 @@
-"""Image files below a folder, as torchvision and fastai list them: recursive, links followed.
+"""List image files in a folder like torchvision and fastai: recursively, following links.
 
-Skipped are hidden files and folders (.DS_Store, ._x.jpg, .ipynb_checkpoints), folders that
-operating systems leave (__MACOSX) and files that are not images (Thumbs.db).
+Hidden files and folders (.DS_Store, ._x.jpg, .ipynb_checkpoints), system folders (__MACOSX) and
+files that are not images (Thumbs.db) are skipped.
 """
 
 import os
@@ -15,7 +15,7 @@ from mixmo_fastai.errors import InputError
 SYSTEM_FOLDERS = frozenset(
     {"__macosx", "$recycle.bin", "system volume information", "@eadir", "lost+found"}
 )
-"""Folders, in lower case, that hold copies, previews or deleted files, never a data set."""
+"""Folders, in lower case, with copies, previews or deleted files, never with a data set."""
 
 HIDDEN_FILE = ("hidden file", "hidden files")
 HIDDEN_FOLDER = ("hidden or system folder", "hidden or system folders")
@@ -28,16 +28,16 @@ NUM_EXAMPLES = 3
 
 @dataclass
 class Skipped:
-    """Everything that was found and not used, by kind."""
+    """Files and folders that were skipped, by kind."""
 
     names: dict[tuple[str, str], list[str]] = field(default_factory=dict)
 
     def add(self, kind: tuple[str, str], name: str) -> None:
-        """Note one file or folder.
+        """Record a skipped file or folder.
 
         Args:
             kind: singular and plural, as `HIDDEN_FILE`.
-            name: of the file or folder.
+            name: name of the file or folder.
         """
         self.names.setdefault(kind, []).append(name)
 
@@ -55,20 +55,20 @@ def count_images(count: int) -> str:
 
 
 def _examples(names: list[str]) -> str:
-    different = list(dict.fromkeys(names))
-    more = ", …" if len(different) > NUM_EXAMPLES else ""
-    return ", ".join(different[:NUM_EXAMPLES]) + more
+    unique = list(dict.fromkeys(names))
+    more = ", …" if len(unique) > NUM_EXAMPLES else ""
+    return ", ".join(unique[:NUM_EXAMPLES]) + more
 
 
 def scan(folder: Path, skipped: Skipped) -> tuple[list[str], list[str]]:
-    """List the names of the folders and of the images directly in a folder, both sorted.
+    """List the names of the folders and images directly in a folder, both sorted.
 
-    A link counts as what it leads to. A link to nowhere counts as an image if it is named like
-    one, so that reading it names it.
+    Links are followed. A broken link counts as an image if it has an image's name, so that reading
+    it raises an error that names it.
 
     Args:
-        folder: to list.
-        skipped: receives everything else.
+        folder: the folder to list.
+        skipped: collects everything else.
 
     Raises:
         InputError: the folder cannot be listed.
@@ -79,7 +79,8 @@ def scan(folder: Path, skipped: Skipped) -> tuple[list[str], list[str]]:
             entries = sorted(found, key=lambda entry: entry.name)
     except OSError as error:
         raise InputError(
-            f"Cannot list the folder {folder}: {error.strerror}.\nAllow reading it, or remove it."
+            f"Cannot list the folder {folder}: {error.strerror}.\n"
+            "Grant read permission, or remove the folder."
         ) from error
     for entry in entries:
         name, is_folder = entry.name, entry.is_dir()
@@ -97,12 +98,12 @@ def scan(folder: Path, skipped: Skipped) -> tuple[list[str], list[str]]:
 
 
 def images_below(folder: Path, skipped: Skipped, above: Iterable[Path] = ()) -> list[str]:
-    """List all images below a folder: paths relative to it, with forward slashes, sorted.
+    """List all images in a folder and its subfolders: relative paths with forward slashes, sorted.
 
     Args:
-        folder: to list, whatever its own name is.
-        skipped: receives everything else.
-        above: folders that hold it; a link to one of them is not followed.
+        folder: the folder to list; its own name is not checked.
+        skipped: collects everything else.
+        above: parent folders; links to them are not followed.
 
     Raises:
         InputError: a folder cannot be listed.
@@ -112,7 +113,7 @@ def images_below(folder: Path, skipped: Skipped, above: Iterable[Path] = ()) -> 
 
 def _walk(folder: Path, prefix: str, skipped: Skipped, above: frozenset[str]) -> Iterator[str]:
     real = os.path.realpath(folder)
-    if real in above:  # a link to a folder that holds the link
+    if real in above:  # a link to a parent folder
         return
     folders, images = scan(folder, skipped)
     yield from (f"{prefix}{name}" for name in images)

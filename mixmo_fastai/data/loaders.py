@@ -1,11 +1,11 @@
 """Loaders that augment whole batches on the device: resident and streaming.
 
-Shapes: N images of the set, n distinct images of a batch, C channels, H W image size, p crop
+Shapes: N images of the data set, n distinct images per batch, C channels, H W image size, p crop
 padding.
 
 Both are fastai loaders and differ only in the source of the pixels. Order and augmentation are
 functions of (seed, epoch, step), so they depend neither on the number of workers nor on earlier
-draws. They are drawn, and windows are cut, for several steps at once.
+draws. Drawing and cropping are done for several steps at once.
 """
 
 import math
@@ -41,11 +41,11 @@ class Augmentation:
     """Augmentation of training images.
 
     Attributes:
-        crop_padding: p; 0 for no crop.
-        flip: whether images are mirrored with probability 0.5.
+        crop_padding: p, padding of the random crop; 0 for no crop.
+        flip: whether images are mirrored with probability 1/2.
         alternating_flip: whether every second copy of an image in a batch is mirrored, instead of
             each copy at random.
-        augmix: whether AugMix is applied first; supported by the streaming loader only.
+        augmix: whether AugMix is applied first; needs the streaming loader.
     """
 
     crop_padding: int = 0
@@ -55,25 +55,26 @@ class Augmentation:
 
 
 Arrangement = Callable[[int, int], Tensor]
-"""Function of the first of `STEPS_AT_ONCE` steps and n that returns slots (steps, any) int64."""
+"""Maps the first of `STEPS_AT_ONCE` steps and n to the slots of these steps, (steps, any) int64."""
 STEPS_AT_ONCE = 16
-"""Number of batches that are drawn together, so that each step launches few kernels."""
+"""Number of batches whose random draws are made together, to launch fewer kernels per step."""
 Reader = Callable[[Tensor, "Cuts"], Iterator[tuple[Tensor, Tensor]]]
-_WINDOW_BYTES = 32 * 2**20  # maximum size of the uint8 windows that are cut at once
+_WINDOW_BYTES = 32 * 2**20  # maximum size of the uint8 windows that are cropped at once
 
 
 class BatchLoader(TfmdDL):
     """A fastai loader that crops, flips and normalises whole batches.
 
     Args:
-        images: images to load.
-        classes: names of all classes, indexed by label.
-        mean, std: statistics per channel, of pixels in [0, 1].
-        bs: images per batch, before repetition.
-        shuffle: whether to shuffle in each epoch; incomplete batches are then dropped.
-        augmentation: augmentation in training; None for evaluation.
+        images: the images to load.
+        classes: class names, in the order of the labels.
+        mean, std: per channel, of pixels in [0, 1].
+        bs: images per batch, before any repetition.
+        shuffle: whether to shuffle every epoch; the last batch is then dropped if incomplete.
+        augmentation: augmentation of the images; None for evaluation.
         seed: seed of order and augmentation.
         device: device of the batches.
+        num_workers: number of worker processes of the streaming loader.
     """
 
     def __init__(
@@ -96,8 +97,8 @@ class BatchLoader(TfmdDL):
         self.mean, self.std = torch.tensor(mean), torch.tensor(std)
         self.normalizer = Normalizer(self.mean, self.std, images.image_shape[2]).to(device)
         self.workers = num_workers
-        # fastai uses these per-item transforms in show_batch, predict and test loaders; they give
-        # the same values as the batch path.
+        # Item and batch transforms for fastai's show_batch, predict and test loaders; they give the
+        # same values as the batches of this loader.
         super().__init__(
             as_items(images, classes),
             bs=bs,
@@ -111,14 +112,14 @@ class BatchLoader(TfmdDL):
         self._n_inp, self._types = 1, {tuple: [TensorImage, TensorCategory]}
 
     def to(self, device: torch.device | str) -> None:
-        """Move the tensors used to build batches."""
+        """Move the loader to a device."""
         super().to(device)
         self.normalizer.to(self.device)
 
     def to_detach(self, b: Any, cpu: bool = True, gather: bool = True) -> Any:
-        """Detach tensors that fastai's metrics accumulate; scalars stay on their device.
+        """Detach a batch for fastai's metrics; scalars stay on their device.
 
-        fastai calls this method of the loader. Fetching a scalar per batch would synchronize a GPU.
+        Called by fastai. Copying a scalar to the host for every batch would stall a GPU.
         """
         return to_detach(b, cpu=cpu and getattr(b, "ndim", 1) > 0, gather=gather)
 
@@ -127,15 +128,15 @@ class BatchLoader(TfmdDL):
         self.epoch = epoch
 
     def new(self, dataset: Any = None, cls: Any = None, **kwargs: Any) -> TfmdDL:
-        """Create a plain fastai loader of this data or of other items, for inference."""
+        """Return a plain fastai loader for this data or other items; used for inference."""
         return super().new(dataset, TfmdDL if cls is None else cls, **kwargs)
 
     def expanded(self, copies: int, arrange: Arrangement | None = None) -> "ExpandedLoader":
-        """Return a view with each image `copies` times per batch, augmented separately."""
+        """Return a view with `copies` independently augmented copies of every image per batch."""
         return ExpandedLoader(self, copies, arrange)
 
     def shard(self, processes: Processes) -> "LoaderShard":
-        """Return a view of the images that one process evaluates."""
+        """Return a view of the images that this process evaluates."""
         return LoaderShard(self, processes)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -148,34 +149,38 @@ class BatchLoader(TfmdDL):
         first_step: int = 0,
         images: slice = slice(None),
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Iterate once over the images. A complete pass advances to the next epoch.
+        """Iterate over the images once. A complete pass increments the epoch.
 
-        Slot s in [0, copies · n) is copy s // n of image s mod n, augmented separately.
+        Slot s in [0, copies · n) is copy s // n of image s mod n, with its own augmentation.
 
         Args:
             copies: number of copies of each image in a batch.
-            arrange: returns the slot at each position of a batch; by default slot s at position s.
-                Arranging here avoids a second copy of the pixels.
-            first_step: first batch to yield; it and the following ones equal those of a full pass.
-            images: positions of the epoch's order to load; all by default.
+            arrange: returns the slot at each position of a batch; None for slot s at position s.
+                Arranging here avoids copying pixels again later.
+            first_step: skip the batches before this step; the others equal those of a complete
+                pass.
+            images: positions in the order of the epoch to load; all by default.
 
         Yields:
             images (any, C, H, W) float, channels last in memory, and their labels (any,) int64.
         """
         epoch = self.epoch
-        order = self._placed(self.order(epoch)[images])
+        order = self._on_device(self.order(epoch)[images])
         num_kept = len(order) - (len(order) % self.bs if self.drop_last else 0)
-        # If incomplete batches are kept, the last one is shorter, so batches are drawn one by one.
+        # If nothing is dropped, the last batch may be shorter: process batches one by one.
         steps = STEPS_AT_ONCE if self.drop_last else 1
         rows = order[:num_kept].split(steps * self.bs) if num_kept else ()
         groups = [row.view(-1, min(self.bs, len(row))) for row in rows]  # (steps, n) each
-        first, left_out = divmod(first_step, steps)  # whole groups, and batches of the next
-        kept = [group[left_out if number == first else 0 :] for number, group in enumerate(groups)]
+        # Number of groups to skip, and of batches to skip in the next group.
+        first, num_skipped = divmod(first_step, steps)
+        kept = [
+            group[num_skipped if number == first else 0 :] for number, group in enumerate(groups)
+        ]
         read = self.reader(kept[first:])
         for number, group in enumerate(groups[first:], first):
             cuts = self._draw(group, copies, arrange, (epoch, steps * number))
             if number == first:
-                cuts = cuts.since(left_out)
+                cuts = cuts.since(num_skipped)
             for windows, labels in read(kept[number], cuts):
                 x = self.normalizer(windows)
                 yield x.as_subclass(TensorImage), labels.as_subclass(TensorCategory)
@@ -188,16 +193,16 @@ class BatchLoader(TfmdDL):
         generator = make_generator(self.seed, "order", epoch)
         return torch.randperm(len(self.images), generator=generator)
 
-    def _placed(self, order: Tensor) -> Tensor:
-        """Move the order of an epoch to the device on which it is used."""
+    def _on_device(self, order: Tensor) -> Tensor:
+        """Move the order of an epoch to the device on which `reader` needs it."""
         return order
 
     def reader(self, groups: Sequence[Tensor]) -> Reader:
-        """Prepare a pass over groups of batches, (steps, n) indices of images each.
+        """Prepare a pass over groups of batches, each (steps, n) image indices.
 
         Returns:
-            a function of a group and its cuts, called for the groups in order, that yields for each
-            batch the windows (P, C, H, W) uint8 on the device and their labels (P,).
+            a function to call with each group, in order, and its cuts. It yields for every batch
+            the windows (P, C, H, W) uint8 on the device, and their labels (P,).
         """
         raise NotImplementedError
 
@@ -206,25 +211,26 @@ class BatchLoader(TfmdDL):
         group: Tensor,
         copies: int,
         arrange: Arrangement | None,
-        place: tuple[int, int],
+        position: tuple[int, int],
     ) -> "Cuts":
-        """Draw images, crops and flips of a group of batches (steps, n); place is (epoch, step)."""
-        (steps, count), device, own = group.shape, self.device, self.augmentation
+        """Draw the cuts for a group of batches (steps, n) at a position (epoch, first step)."""
+        (steps, count), device, augmentation = group.shape, self.device, self.augmentation
         slots = torch.arange(copies * count, device=device).expand(steps, -1)
         if arrange is not None:
-            slots = arrange(place[1], count)[:steps]
+            slots = arrange(position[1], count)[:steps]
         if not self.augments:
             return Cuts(slots % count)
-        # All processes draw the same numbers, and each uses its slots of the whole batch.
-        generator = make_generator(self.seed, "augment", *place, device=device)
+        # All processes draw the same numbers for the whole batch; each uses its own slots.
+        generator = make_generator(self.seed, "augment", *position, device=device)
         drawn = {"generator": generator, "device": device}
-        # Always for a full group, also at the end of an epoch, so draws depend on the place only.
+        # Draw for a complete group even if the epoch ends within it, so that the draws depend
+        # on the position only.
         shape = (STEPS_AT_ONCE, copies * count)
-        corners = draw_crops(math.prod(shape), own.crop_padding, **drawn).view(*shape, 2)[:steps]
-        corners = corners.gather(1, slots[..., None].expand(-1, -1, 2))
-        if not own.flip:
+        corners = draw_crops(math.prod(shape), augmentation.crop_padding, **drawn).view(*shape, 2)
+        corners = corners[:steps].gather(1, slots[..., None].expand(-1, -1, 2))
+        if not augmentation.flip:
             return Cuts(slots % count, corners)
-        if own.alternating_flip:
+        if augmentation.alternating_flip:
             flips = draw_alternating_flips(STEPS_AT_ONCE * count, copies, **drawn)
             flips = flips.view(copies, STEPS_AT_ONCE, count).transpose(0, 1).reshape(shape)
         else:
@@ -232,18 +238,20 @@ class BatchLoader(TfmdDL):
         return Cuts(slots % count, corners, flips[:steps].gather(1, slots))
 
     def _store(self, pixels: Tensor) -> StoredImages:
-        """Store images (any, C, H, W) uint8 on the device in the layout for cutting windows."""
-        own = self.augmentation
-        return StoredImages(pixels.to(self.device), own.crop_padding, mirrored=own.flip)
+        """Store images (any, C, H, W) uint8 on the device in the layout needed for cropping."""
+        augmentation = self.augmentation
+        return StoredImages(
+            pixels.to(self.device), augmentation.crop_padding, mirrored=augmentation.flip
+        )
 
 
 class Cuts(NamedTuple):
-    """Image, crop and flip at each of the P positions of several batches.
+    """Images, crops and flips of the P positions of several batches.
 
     Attributes:
-        images: (steps, P) int64, indices into the n images of a batch.
-        corners: (steps, P, 2), corners of the windows for `StoredImages.windows`.
-        flips: (steps, P) bool.
+        images: (steps, P) int64, index among the n images of the batch.
+        corners: (steps, P, 2), corners of the crop windows; see `StoredImages.windows`.
+        flips: (steps, P) bool, whether the position is mirrored.
     """
 
     images: Tensor
@@ -251,17 +259,17 @@ class Cuts(NamedTuple):
     flips: Tensor | None = None
 
     def since(self, step: int) -> "Cuts":
-        """Drop all steps before the given one."""
+        """Drop the steps before `step`."""
         return Cuts(*(None if each is None else each[step:] for each in self))
 
     def part(self, start: int, stop: int) -> dict[str, Tensor | None]:
-        """Return corners and flips of some steps, with the step axis flattened."""
+        """Return corners and flips of some steps, flattened over steps."""
         parts = {"corners": self.corners, "flips": self.flips}
         return {k: None if v is None else v[start:stop].flatten(0, 1) for k, v in parts.items()}
 
 
 class ResidentLoader(BatchLoader):
-    """Keep the decoded data set on the device and gather batches there with few kernels."""
+    """Keeps the decoded data set on the device and gathers batches there with few kernels."""
 
     def __init__(self, images: ImageSet, **kwargs: Any) -> None:
         super().__init__(images, **kwargs)
@@ -273,28 +281,28 @@ class ResidentLoader(BatchLoader):
         super().to(device)
         self.stored, self.labels = self.stored.to(self.device), self.labels.to(self.device)
 
-    def _placed(self, order: Tensor) -> Tensor:
-        return order.to(self.device)  # once per epoch, which avoids a copy per step
+    def _on_device(self, order: Tensor) -> Tensor:
+        return order.to(self.device)  # one copy per epoch, so that no step waits for one
 
     def reader(self, groups: Sequence[Tensor]) -> Reader:
-        """Cut the windows of several batches at once from the resident data set."""
+        """Crop the windows of several batches at once from the resident data set."""
         return self._cut
 
     def _cut(self, group: Tensor, cuts: Cuts) -> Iterator[tuple[Tensor, Tensor]]:
-        places = group.gather(1, cuts.images)
-        labels = self.labels[places]
-        steps, positions = places.shape
+        image_indices = group.gather(1, cuts.images)
+        labels = self.labels[image_indices]
+        steps, positions = image_indices.shape
         batch_bytes = positions * math.prod(self.stored.image_shape)
         at_once = max(1, _WINDOW_BYTES // batch_bytes)
         for start in range(0, steps, at_once):
             stop = start + at_once
-            indices = places[start:stop].flatten()
+            indices = image_indices[start:stop].flatten()
             windows = self.stored.windows(indices, **cuts.part(start, stop))
             yield from zip(windows.split(positions), labels[start:stop], strict=True)
 
 
 class StreamingLoader(BatchLoader):
-    """Read images on demand in worker processes, for data that does not fit on the device."""
+    """Reads images in worker processes when needed, for data that does not fit on the device."""
 
     def reader(self, groups: Sequence[Tensor]) -> Reader:
         """Start reading batch by batch, in worker processes if there are any."""
@@ -305,9 +313,9 @@ class StreamingLoader(BatchLoader):
             _ChunkReader(self.images, chunks, augmix),
             num_workers=self.workers,
             pin_memory=pinned,
-            wif=leave_signals_to_parent,  # a signal must not end a worker in the middle of a step
+            wif=leave_signals_to_parent,  # a signal that kills a worker would abort the step
         )
-        # torch draws the workers' seeds from this generator instead of the global one.
+        # torch draws the seeds of the workers from this generator, not from the global one.
         loader.fake_l.generator = torch.Generator()
         batches = self._started(loader)
 
@@ -323,7 +331,7 @@ class StreamingLoader(BatchLoader):
         return cut
 
     def _started(self, loader: DataLoader) -> Iterator[Any]:
-        """Start the workers while the signals that this process handles are blocked."""
+        """Start the workers with signals blocked, since only this process may handle signals."""
         batches = iter(loader)
         if not self.workers:
             return batches
@@ -333,7 +341,7 @@ class StreamingLoader(BatchLoader):
 
 
 class ExpandedLoader:
-    """View of a `BatchLoader` with each image several times per batch."""
+    """A view of a `BatchLoader` with several copies of every image per batch."""
 
     def __init__(
         self,
@@ -352,7 +360,7 @@ class ExpandedLoader:
         return getattr(self.loader, name)
 
     def starting_at(self, step: int) -> "ExpandedLoader":
-        """Return the same view without the batches before a step, with the full length."""
+        """Return a view that skips the batches before a step; its length does not change."""
         return ExpandedLoader(self.loader, self.copies, self.arrange, step)
 
     def __len__(self) -> int:
@@ -363,7 +371,7 @@ class ExpandedLoader:
 
 
 class LoaderShard:
-    """Images of a `BatchLoader` for one process: every count-th one, starting at its rank."""
+    """The images of a `BatchLoader` that belong to one process: rank, rank + count, and so on."""
 
     def __init__(self, loader: BatchLoader, processes: Processes) -> None:
         self.loader, self.processes = loader, processes
@@ -376,12 +384,12 @@ class LoaderShard:
         return self.loader.batches(images=slice(self.processes.rank, None, self.processes.count))
 
     def to_detach(self, b: Any, cpu: bool = True, gather: bool = True) -> Any:
-        """Detach without gathering; the caller reduces metrics over all processes."""
+        """Detach without gathering over processes; the evaluation code gathers the results."""
         return self.loader.to_detach(b, cpu=cpu, gather=False)
 
 
 class _ChunkReader:
-    """Data set whose item i is the whole i-th batch, so that a worker sends one tensor, not n."""
+    """A data set whose item i is the complete i-th batch, so that a worker sends one tensor."""
 
     def __init__(
         self, images: ImageSet, chunks: Sequence[Tensor], augmix: "SeededAugMix | None"
@@ -396,7 +404,7 @@ class _ChunkReader:
         try:
             pixels = torch.stack([self._image(i) for i in chunk.tolist()])
         except InputError as error:
-            return error  # if raised in a worker, it would arrive as the text of a traceback
+            return error  # an error raised in a worker would arrive as the text of a traceback
         return pixels, self.images.labels[chunk]
 
     def _image(self, index: int) -> Tensor:
@@ -405,19 +413,19 @@ class _ChunkReader:
 
 
 class SeededAugMix:
-    """Torchvision's AugMix with draws that are a function of (seed, epoch, image).
+    """torchvision's AugMix with random draws that are a function of (seed, epoch, image).
 
-    Torchvision draws from torch's global generator, whose state is restored afterwards.
+    torchvision draws from torch's global generator, whose state is restored afterwards.
     Source: Hendrycks et al., "AugMix", ICLR 2020.
     """
 
     def __init__(self, seed: int, epoch: int) -> None:
-        from torchvision.transforms import AugMix  # the import takes 1.5 s, and few runs use it
+        from torchvision.transforms import AugMix  # importing takes 1.5 s, and few runs need it
 
         self.seed, self.epoch, self.transform = seed, epoch, AugMix()
 
     def __call__(self, pixels: Tensor, index: int) -> Tensor:
         with torch.random.fork_rng(devices=[]):
             seed = derive_seed(self.seed, "augmix", self.epoch, index)
-            torch.default_generator.manual_seed(seed)  # of the CPU only
+            torch.default_generator.manual_seed(seed)  # seeds the CPU generator only
             return self.transform(pixels)

@@ -1,4 +1,4 @@
-"""Images outside of any data set: single files, folders without classes, other data sets.
+"""Images for prediction and out-of-distribution detection: files, folders, other data sets.
 
 Shapes: n images of C channels, H × W pixels, uint8.
 """
@@ -19,44 +19,46 @@ Shape = tuple[int, int, int]
 EVALUATION_BATCH = 256
 
 
-def find_images(places: Iterable[Path], skipped: Skipped | None = None) -> list[Path]:
-    """List image files: those given, and all below the folders given, in order of their names.
+def find_images(paths: Iterable[Path], skipped: Skipped | None = None) -> list[Path]:
+    """List image files: the given files, and all images in the given folders, sorted by name.
 
-    A file is taken whatever its name is; in folders, images are told by their names, and hidden and
-    other files are skipped as in training.
+    A given file is accepted whatever its name. In folders, images are recognized by name, and
+    hidden and other files are skipped, as for training.
 
     Args:
-        places: files and folders.
-        skipped: receives what was skipped.
+        paths: files and folders.
+        skipped: collects the skipped files.
 
     Raises:
-        InputError: a place does not exist, or no image is found.
+        InputError: a path does not exist, or no image is found.
     """
     found: list[Path] = []
     skipped = Skipped() if skipped is None else skipped
-    for place in places:
-        if os.path.isdir(place):
-            found += sorted(place / name for name in images_below(place, skipped))
-        elif os.path.lexists(place):
-            found.append(place)
+    for path in paths:
+        if os.path.isdir(path):
+            found += sorted(path / name for name in images_below(path, skipped))
+        elif os.path.lexists(path):
+            found.append(path)
         else:
-            raise InputError(f"There is no image or folder {str(place)!r}.")
+            raise InputError(f"There is no image or folder {str(path)!r}.")
     if not found:
-        told = f" Skipped: {skipped.describe()}." if skipped.names else ""
-        raise InputError(f"No image was found.{told}\nGive image files, or folders that hold some.")
+        details = f" Skipped: {skipped.describe()}." if skipped.names else ""
+        raise InputError(
+            f"No image was found.{details}\nGive image files, or folders that contain images."
+        )
     return found
 
 
 def decode_readable(
     paths: Iterable[Path], shape: Shape, unreadable: dict[Path, str]
 ) -> Iterator[tuple[Path, Tensor]]:
-    """Decode images to one shape, going on where one cannot be read.
+    """Decode images to one shape, skipping those that cannot be read.
 
     Args:
         paths: the files.
         shape: (C, H, W), with 1 or 3 channels.
-        unreadable: filled with the message for each file that cannot be read: the reason on the
-            first line, then what to do.
+        unreadable: collects the message for each file that cannot be read: the reason in the first
+            line, then advice.
     """
     for path in paths:
         try:
@@ -65,37 +67,40 @@ def decode_readable(
             unreadable[path] = str(error)
 
 
-def as_shape(images: Tensor, shape: Shape) -> Tensor:
-    """Bring decoded images (n, C', H', W') to another shape (n, C, H, W): grey or RGB, antialiased.
+def convert_shape(images: Tensor, shape: Shape) -> Tensor:
+    """Convert decoded images (n, C', H', W') to (n, C, H, W): greyscale or RGB, antialiased.
 
     Raises:
-        InputError: the channels are neither one nor three.
+        InputError: the number of channels is neither 1 nor 3.
     """
     channels = images.shape[1]
     if channels != shape[0]:
         if {channels, shape[0]} != {1, 3}:
-            raise InputError(f"Images of {channels} channels cannot become ones of {shape[0]}.")
-        grey = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
+            raise InputError(
+                f"Images with {channels} channels cannot be converted to {shape[0]}; only 1 and 3 "
+                "channels are supported."
+            )
+        luma = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
         images = (
             images.expand(-1, 3, -1, -1)
             if channels == 1
-            else (images.float() * grey).sum(1, keepdim=True).round().to(torch.uint8)
+            else (images.float() * luma).sum(1, keepdim=True).round().to(torch.uint8)
         )
     if images.shape[2:] == shape[1:]:
         return images
-    from torchvision.transforms.v2.functional import resize  # a second and a half to load
+    from torchvision.transforms.v2.functional import resize  # importing takes 1.5 s
 
     resized: Tensor = resize(images, list(shape[1:]), antialias=True)
     return resized
 
 
 class PixelLoader:
-    """Batches of standardised images without labels, for evaluation.
+    """Loader of normalized images without labels, for evaluation.
 
     Args:
         pixels: (n, C, H, W) uint8.
         mean, std: per channel, of pixels in [0, 1].
-        device: where batches are made.
+        device: device of the batches.
     """
 
     def __init__(
@@ -109,7 +114,7 @@ class PixelLoader:
         self.mean, self.std = (torch.tensor(v, device=device) for v in (mean, std))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Give batches (n, C, H, W) and, in place of labels, -1 for each image."""
+        """Iterate over batches (n, C, H, W), with -1 for each image instead of labels."""
         for batch in self.pixels.split(EVALUATION_BATCH):
             x = normalize(batch.to(self.mean.device), self.mean, self.std)
             yield x, torch.full((len(batch),), -1, device=x.device)

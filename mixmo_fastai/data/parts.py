@@ -1,4 +1,4 @@
-"""Training, validation and test images of a folder, as stored in split.json of a run."""
+"""The splits of an image folder, as stored in the split.json of a run."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ class DrawnTest:
     """A test set drawn from a folder that has none.
 
     Attributes:
-        test_split: fraction of each class drawn for testing.
+        test_split: fraction of each class that was drawn.
         train, test: files of both splits, relative to the image folder.
     """
 
@@ -24,14 +24,13 @@ class DrawnTest:
 
 @dataclass(frozen=True)
 class DataParts:
-    """Sources of the splits of an image folder.
+    """Origin of the splits of an image folder.
 
     Attributes:
-        train: folder of the training images, relative to the image folder; "." for the folder
-            itself.
+        train: folder of the training images, relative to the image folder; "." for itself.
         valid: folder of the validation images; None if they are drawn from the training images.
         test: folder of the labelled test images; None if there is none.
-        drawn: test set drawn from `train` instead; None if none was drawn.
+        drawn: test set drawn from `train`; None if none was drawn.
     """
 
     train: str
@@ -44,7 +43,7 @@ class DataParts:
         """Build from the output of `dataclasses.asdict`, as read from JSON.
 
         Args:
-            values: values read from the file.
+            values: the content of the file.
             where: the file, for messages.
 
         Raises:
@@ -59,7 +58,7 @@ class DataParts:
             return cls(str(values["train"]), _text(valid), _text(test), drawn)
         except (LookupError, TypeError, ValueError) as error:
             raise InputError(
-                f"{where} is damaged: {type(error).__name__}: {error}.\nPut back the original."
+                f"{where} is damaged: {type(error).__name__}: {error}.\nRestore the original file."
             ) from error
 
 
@@ -68,9 +67,9 @@ def _text(value: Any) -> str | None:
 
 
 def parts_before_split_json(folder: Path) -> DataParts:
-    """Return the splits as chosen by version 0.1.0, whose runs have no split.json.
+    """Return the splits of a run of version 0.1.0, which wrote no split.json.
 
-    Its test set was test/, or val/ or valid/ if there was no test/; it had no validation folder.
+    That version tested on test/, or else on val/ or valid/, and had no validation folder.
     """
     found = (name for name in ("test", "val", "valid") if (folder / name).is_dir())
     return DataParts("train", test=next(found, None))

@@ -1,4 +1,4 @@
-"""Data sets by name or folder: where they are stored and how they are read."""
+"""Load data sets by name or folder."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -33,13 +33,13 @@ __all__ = [
 
 @dataclass(frozen=True)
 class NamedSource:
-    """A named data set.
+    """How to load a named data set.
 
     Attributes:
-        read: function that reads it from its unpacked archive, or without arguments if it has none.
-        archive: archive that is downloaded, verified and unpacked first; None for data that comes
-            with a library.
-        has_files: whether its images are separate files, some of which may be damaged.
+        read: builds the data source from the unpacked archive; without arguments if there is no
+            archive.
+        archive: the archive to download, verify and unpack; None for data included in a library.
+        has_files: whether the images are separate files, some of which may be damaged.
     """
 
     read: Callable[..., DataSource]
@@ -54,7 +54,7 @@ class NamedSource:
         skip_damaged: bool = False,
         left_out: LeftOut | None = None,
     ) -> DataSource:
-        """Read the data set from a data folder, after `fetch` has made sure that it is there."""
+        """Load the data set from a data folder; `fetch` first downloads or unpacks it if needed."""
         if self.archive is None:
             return self.read()
         unpacked = fetch(self.archive, home, download=download)
@@ -69,7 +69,7 @@ SOURCES = {
     "cifar100": NamedSource(read_cifar100, CIFAR100),
     "tinyimagenet": NamedSource(read_tiny_imagenet, TINY_IMAGENET, has_files=True),
 }
-"""Named data sets. Properties that are known before reading are in `names.DATASETS`."""
+"""All named data sets. `names.DATASETS` holds the facts that are known without reading them."""
 
 
 def load_source(
@@ -85,39 +85,41 @@ def load_source(
     skip_damaged: bool = False,
     left_out: LeftOut | None = None,
 ) -> DataSource:
-    """Read a data set, downloading it if it is missing.
+    """Load a data set, downloading it if necessary.
 
     Args:
-        dataset: a name in `SOURCES`, or the path of an image folder; a name takes precedence over a
+        dataset: a name in `SOURCES`, or the path of an image folder; a name has priority over a
             folder of the same name.
         data_dir: the data folder; see `data_home`.
-        image_size: height and width to which an image folder is scaled; None for its own size.
-        largest_side: maximum side of an image folder's own size; larger images are scaled down.
+        image_size: height and width to which the images of a folder are resized; None for the
+            size chosen by `choose_image_size`.
+        largest_side: maximum for that chosen size; if a side is longer, images are resized to
+            squares of this size.
         download: whether an archive may be downloaded.
-        test_split: fraction of each class to set aside as the test set of an image folder without
+        test_split: fraction of each class to hold out as the test set of an image folder without
             one; see `read_image_folder`.
-        parts: images of an image folder that an earlier run used; see `read_image_folder`.
-        classes: class names of that run.
-        skip_damaged: whether to skip image files that cannot be decoded; otherwise an error names
+        parts: the split of an image folder in an earlier run; see `read_image_folder`.
+        classes: classes of that run.
+        skip_damaged: whether to skip image files that cannot be decoded; otherwise an error lists
             all of them.
-        left_out: image files that an earlier run skipped; no others are skipped then.
+        left_out: image files skipped by an earlier run; exactly these are skipped again.
 
     Raises:
-        InputError: the data set is unknown, missing, damaged or malformed.
+        InputError: the data set is unknown, missing, damaged or not in a supported layout.
     """
     home = data_home(data_dir)
     if home.exists() and not home.is_dir():
         raise InputError(f"The data folder {home} is a file.\nChoose another --data-dir.")
     if dataset in SOURCES:
-        _require_own_size(str(dataset), image_size)
-        _refuse_test_split(str(dataset), test_split)
+        _check_image_size(str(dataset), image_size)
+        _check_no_test_split(str(dataset), test_split)
         return SOURCES[dataset].load(
             home, download=download, skip_damaged=skip_damaged, left_out=left_out
         )
     if isinstance(dataset, str) and not _is_path(dataset):
         raise InputError(
             f"{unknown('data set', dataset, SOURCES)}\n"
-            "Or the path of a folder of images, as in ./flowers."
+            "Or give the path of a folder of images, such as ./flowers."
         )
     return read_image_folder(
         Path(dataset).expanduser(),
@@ -133,22 +135,22 @@ def load_source(
 
 
 def data_home(data_dir: Path | None = None) -> Path:
-    """Return the data folder: the argument, $MIXMO_DATA_DIR, or fastai's data folder."""
+    """Return the data folder: `data_dir`, else $MIXMO_DATA_DIR, else fastai's data folder."""
     chosen = data_dir or os.environ.get("MIXMO_DATA_DIR")
     fastai_home = os.environ.get("FASTAI_HOME") or "~/.fastai"
-    # Unlike os.path.expanduser, pathlib raises an error for an unknown user.
+    # Unlike os.path.expanduser, Path.expanduser raises an error for an unknown user.
     return Path(os.path.expanduser(chosen or Path(fastai_home) / "data"))
 
 
 @dataclass(frozen=True)
 class DatasetStatus:
-    """Availability of a named data set.
+    """State of a named data set on disk.
 
     Attributes:
         name: name of the data set.
-        place: the folder or file that was checked; None for data that comes with a library.
-        state: whether it is present and intact.
-        detail: one line of explanation.
+        place: the folder or file that was checked; None for data included in a library.
+        state: whether the data set is present and intact.
+        detail: explanation in one line.
     """
 
     name: str
@@ -171,13 +173,13 @@ def dataset_status(name: str, data_dir: Path | None = None) -> DatasetStatus:
     unpacked = Unpacked(archive, home)
     if unpacked.folder.is_dir():
         problem = unpacked.damage()
-        checked = any(md5 is not None for md5 in archive.members.values())
-        found = "intact" if checked else "there; its files have no checksums to compare"
+        has_checksums = any(md5 is not None for md5 in archive.members.values())
+        found = "intact" if has_checksums else "present; its files have no checksums to verify"
         return _status(name, unpacked.folder, problem, found)
     file = home / archive.file_name
     if file.is_file():
-        return _status(name, file, archive_damage(archive, home), "unpacked at the first use")
-    return DatasetStatus(name, unpacked.folder, "absent", "downloaded at the first use")
+        return _status(name, file, archive_damage(archive, home), "unpacked on first use")
+    return DatasetStatus(name, unpacked.folder, "absent", "downloaded on first use")
 
 
 def _status(name: str, place: Path, problem: str | None, detail: str) -> DatasetStatus:
@@ -186,20 +188,20 @@ def _status(name: str, place: Path, problem: str | None, detail: str) -> Dataset
     return DatasetStatus(name, place, "present", detail)
 
 
-def _require_own_size(dataset: str, image_size: int | None) -> None:
-    own = DATASETS[dataset].image_shape[-1]
-    if image_size not in (None, own):
+def _check_image_size(dataset: str, image_size: int | None) -> None:
+    size = DATASETS[dataset].image_shape[-1]
+    if image_size not in (None, size):
         raise InputError(
-            f"image_size is {image_size}, but images of {dataset!r} are {own} x {own} pixels.\n"
-            "Leave image_size out; it is for image folders."
+            f"image_size is {image_size}, but images of {dataset!r} are {size} x {size} pixels.\n"
+            "Remove image_size; it applies to image folders only."
         )
 
 
-def _refuse_test_split(dataset: str, test_split: float | None) -> None:
+def _check_no_test_split(dataset: str, test_split: float | None) -> None:
     if test_split is not None:
         raise InputError(
             f"--test-split is for image folders without test images; {dataset!r} has a test set.\n"
-            "Leave --test-split out."
+            "Remove --test-split."
         )
 
 

@@ -1,7 +1,7 @@
-"""Subsets of the training set: validation split, test split, and a balanced subset for trials.
+"""Splits of the training set: validation split, test split and balanced subset.
 
-They do not depend on the seed of a run, so that runs are compared on the same images and the
-networks of a deep ensemble share a validation split.
+All splits are independent of the seed of the run, so that runs are compared on the same images and
+the networks of a deep ensemble share a validation split.
 """
 
 import torch
@@ -14,13 +14,14 @@ from mixmo_fastai.recipe import default_valid_split
 
 SPLIT_SEED = 0
 DEFAULT_TEST_SPLIT = 0.2
-"""Fraction of each class used for testing if an image folder has no split."""
+"""Fraction of each class for the test set of an image folder without one."""
 
 
 def training_parts(source: DataSource, valid_split: float | None) -> tuple[ImageSet, ImageSet]:
-    """Return the training and the validation images.
+    """Return the training images and the validation images.
 
-    If the data set has its own validation images, they are used, and `valid_split` is ignored.
+    If the data set has validation images, all training images are used for training and
+    `valid_split` is ignored.
 
     Args:
         source: the data set.
@@ -32,11 +33,12 @@ def training_parts(source: DataSource, valid_split: float | None) -> tuple[Image
 
 
 def draw_test(labels: Tensor, fraction: float) -> Tensor:
-    """Choose the same fraction of every class for a test set, the same images for every run.
+    """Draw a stratified test set, the same images for every run.
 
     Args:
         labels: (N,) int64.
-        fraction: in [0, 1). At least one image per class is chosen, but never its only one.
+        fraction: fraction of each class, in [0, 1). At least one image of a class is drawn, but
+            never its only one.
 
     Returns:
         whether each image is in the test set, (N,) bool.
@@ -46,45 +48,45 @@ def draw_test(labels: Tensor, fraction: float) -> Tensor:
     return ranks < num_test
 
 
-def split_validation(images: ImageSet, share: float | None) -> tuple[ImageSet, Subset]:
-    """Set aside a fraction of every class for validation.
+def split_validation(images: ImageSet, fraction: float | None) -> tuple[ImageSet, Subset]:
+    """Hold out a fraction of every class for validation.
 
     Args:
         images: the training set.
-        share: fraction in [0, 1); 0 for no validation split, None for `default_valid_split`. At
-            least one image of each class remains for training.
+        fraction: in [0, 1); 0 holds out nothing, None uses `default_valid_split`. At least one
+            image of each class is kept for training.
 
     Returns:
-        the training and the validation images.
+        the training images and the validation images.
 
     Raises:
-        InputError: the fraction is out of range, or no class has two images.
+        InputError: `fraction` is out of range, or no class has two images.
     """
-    if share is None:
-        share = default_valid_split(len(images))
-    if not 0 <= share < 1:
-        raise InputError(f"valid_split must be at least 0 and below 1; got {share}.")
-    if share == 0:
+    if fraction is None:
+        fraction = default_valid_split(len(images))
+    if not 0 <= fraction < 1:
+        raise InputError(f"valid_split must be at least 0 and below 1; got {fraction}.")
+    if fraction == 0:
         return images, Subset(images, torch.empty(0, dtype=torch.int64))
     ranks, sizes = _ranks_within_class(images.labels, "split")
-    num_valid = torch.minimum((sizes * share).round().clamp(min=1), sizes - 1)
+    num_valid = torch.minimum((sizes * fraction).round().clamp(min=1), sizes - 1)
     valid = ranks < num_valid
     if not valid.any():
         raise InputError(
-            f"No class has 2 training images or more, so that valid_split={share:g} takes none of "
-            f"the {len(images):,}.\n"
-            "Add images: a class needs 2 to train and validate, 3 if its test images are drawn.\n"
+            f"valid_split={fraction:g} selects none of the {len(images):,} training images: "
+            "no class has two or more.\n"
+            "Add images: a class needs 2 to train and validate, 3 if test images are drawn too.\n"
             "Or train without a validation split: --valid-split 0."
         )
     return Subset(images, (~valid).nonzero()[:, 0]), Subset(images, valid.nonzero()[:, 0])
 
 
 def limit_images(images: ImageSet, limit: int) -> ImageSet:
-    """Keep at most `limit` images, with equal numbers per class as far as possible.
+    """Keep at most `limit` images, balanced over classes as far as possible.
 
     Args:
         images: the training images.
-        limit: maximum number; 0 for all.
+        limit: maximum number of images; 0 keeps all.
     """
     if limit == 0 or limit >= len(images):
         return images

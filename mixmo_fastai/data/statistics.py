@@ -1,4 +1,4 @@
-"""Mean and deviation of pixels, per channel."""
+"""Mean and standard deviation of pixels, per channel."""
 
 import torch
 from torch import Tensor
@@ -7,10 +7,11 @@ _BATCH = 512
 
 
 def channel_statistics(pixels: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Compute the mean and the standard deviation per channel, of pixels scaled to [0, 1].
+    """Compute mean and standard deviation per channel, for pixels scaled to [0, 1].
 
-    Exact, since it counts levels; the batches keep a mapped array out of memory. The deviation is
-    at least one level, so that an image of one colour can be divided by it.
+    The result is exact, since it is computed from histograms; batches avoid loading a memory-mapped
+    array at once. The standard deviation is at least 1/255, so that images of a single colour can
+    be normalized.
 
     Args:
         pixels: (N, C, H, W) uint8.
@@ -19,9 +20,9 @@ def channel_statistics(pixels: Tensor) -> tuple[tuple[float, ...], tuple[float, 
     for start in range(0, len(pixels), _BATCH):
         counts += _level_counts(pixels[start : start + _BATCH])
     levels = torch.arange(256, dtype=torch.float64) / 255
-    share = counts / counts.sum(1, keepdim=True)
-    mean = share @ levels  # (C,)
-    variance = (share * (levels - mean[:, None]) ** 2).sum(1)
+    fractions = counts / counts.sum(1, keepdim=True)
+    mean = fractions @ levels  # (C,)
+    variance = (fractions * (levels - mean[:, None]) ** 2).sum(1)
     return tuple(mean.tolist()), tuple(variance.sqrt().clamp(min=1 / 255).tolist())
 
 

@@ -1,14 +1,14 @@
-"""Tiny ImageNet in its official layout: 200 classes of ImageNet at 64 × 64 pixels.
+"""Tiny ImageNet in its official layout: 200 ImageNet classes at 64 × 64 pixels.
 
     tiny-imagenet-200/wnids.txt  words.txt
                       train/<wnid>/images/*.JPEG
                       val/images/*.JPEG  val/val_annotations.txt
 
-A wnid names a class of WordNet, as in n01443537. The labels of the official test images are not
-published, so the validation part is the test part here, as in every published figure.
+A wnid is the identifier of a WordNet class, such as n01443537. Labels of the official test images
+are not published, so the validation split serves as the test set, as in all published results.
 
-Also read is the usual reorganisation for other programs, val/<wnid>/*.JPEG, with or without images/
-between. Without words.txt, wnids are the names of the classes.
+The common reorganized layout val/<wnid>/*.JPEG, with or without an images/ folder inside, is
+supported too. Without words.txt, classes are named by their wnids.
 """
 
 from collections.abc import Collection
@@ -32,20 +32,20 @@ TINY_IMAGENET = Archive(
 )
 
 ANNOTATIONS = "val_annotations.txt"
-"""File beside the validation images that has their labels."""
+"""File with the labels of the validation images."""
 _SIZE = 64
 
 
 def read_tiny_imagenet(
     unpacked: Unpacked, *, skip_damaged: bool = False, left_out: LeftOut | None = None
 ) -> DataSource:
-    """Read Tiny ImageNet, decoded once and kept in the cache.
+    """Load Tiny ImageNet, which is decoded once and cached.
 
     Args:
-        unpacked: its folder.
-        skip_damaged: whether images that cannot be decoded are left out; otherwise an error names
-            all of them.
-        left_out: images that an earlier run has left out; no others are then.
+        unpacked: the unpacked archive.
+        skip_damaged: whether to skip images that cannot be decoded; otherwise an error lists all of
+            them.
+        left_out: images skipped by an earlier run; exactly these are skipped again.
 
     Raises:
         InputError: a file is missing, is not in the official format or cannot be decoded.
@@ -55,7 +55,7 @@ def read_tiny_imagenet(
 
 def _read(unpacked: Unpacked, left_out: Collection[str]) -> DataSource:
     root = unpacked.folder
-    # Sorted, as by every reader that lists the class folders: published networks count so.
+    # Sorted, as in readers that list the class folders: published networks use this label order.
     wnids = sorted((root / "wnids.txt").read_text(encoding="utf-8").split())
     train, test = (
         images.without(left_out)
@@ -68,7 +68,7 @@ def _read(unpacked: Unpacked, left_out: Collection[str]) -> DataSource:
 
 
 def read_annotations(path: Path) -> list[tuple[str, str]]:
-    """Read file names and wnids from lines that go on with four box coordinates, tabs between."""
+    """Read file names and wnids from tab-separated lines, which also hold four box coordinates."""
     lines = path.read_text(encoding="utf-8").splitlines()
     fields = (line.split("\t") for line in lines)
     return [(name, rest[0] if rest else "") for name, *rest in fields]
@@ -79,7 +79,7 @@ def _train_images(root: Path, wnids: list[str]) -> FileImages:
 
 
 def _by_class_folder(root: Path, part: str, wnids: list[str]) -> dict[str, int]:
-    """List images below one folder per class: labels by file name."""
+    """List the images in one folder per class, as labels by file name."""
     labels_by_name: dict[str, int] = {}
     for label, wnid in enumerate(wnids):
         folder = root / part / wnid
@@ -87,7 +87,7 @@ def _by_class_folder(root: Path, part: str, wnids: list[str]) -> dict[str, int]:
         if not names:
             raise InputError(
                 f"Tiny ImageNet: no images below {folder}.\n"
-                f"{part}/ needs images of every class that wnids.txt names."
+                f"{part}/ needs images of every class in wnids.txt."
             )
         labels_by_name |= {f"{part}/{wnid}/{name}": label for name in names}
     return labels_by_name
@@ -100,17 +100,17 @@ def _val_images(root: Path, wnids: list[str]) -> FileImages:
     if not path.is_file():
         raise InputError(
             f"Tiny ImageNet: {root / 'val'} has neither {ANNOTATIONS} nor a folder per class, such "
-            f"as val/{wnids[0]}/.\nPut back {ANNOTATIONS} from {TINY_IMAGENET.file_name}."
+            f"as val/{wnids[0]}/.\nRestore {ANNOTATIONS} from {TINY_IMAGENET.file_name}."
         )
-    label_of = {wnid: label for label, wnid in enumerate(wnids)}
+    label_by_wnid = {wnid: label for label, wnid in enumerate(wnids)}
     labels_by_name = {}
     for number, (name, wnid) in enumerate(read_annotations(path), start=1):
-        if wnid not in label_of:
+        if wnid not in label_by_wnid:
             raise InputError(
-                f"Tiny ImageNet: line {number} of {path} names no class of wnids.txt: {wnid!r}.\n"
-                f"Put back that file from {TINY_IMAGENET.file_name}."
+                f"Tiny ImageNet: line {number} of {path} has the class {wnid!r}, which is not in "
+                f"wnids.txt.\nRestore that file from {TINY_IMAGENET.file_name}."
             )
-        labels_by_name[f"val/images/{name}"] = label_of[wnid]
+        labels_by_name[f"val/images/{name}"] = label_by_wnid[wnid]
     return _file_images(root, labels_by_name)
 
 
