@@ -36,10 +36,10 @@ from mixmo_fastai.msda import (
     MsdaDraw,
     check_msda,
     draw_msda,
+    gather_partners,
     make_own_image_dominant,
     mix_images,
     own_label_weights,
-    take_partners,
 )
 from mixmo_fastai.pairing import check_pairing, draw_pairings, num_copies
 from mixmo_fastai.processes import broadcast_from_rank0, process_group
@@ -201,7 +201,7 @@ class MixMoCallback(_PlainErrors):
             self.learn.xb, self.learn.yb = (inputs, masks), (targets, weights)
             return
         draw, own_weights = self.draw_msda(inputs, masks)
-        pasted_targets = take_partners(targets, draw.partners)
+        pasted_targets = gather_partners(targets, draw.partners)
         self.learn.xb = (mix_images(inputs, draw), masks)
         self.learn.yb = (targets, weights, pasted_targets, own_weights)
 
