@@ -26,6 +26,7 @@ class NetworkSpec:
         num_members: M; None for the default.
         pretrained, independent: see `mixmo_learner`.
         unfreeze: unfreeze all parameters of a converted network.
+        readout: readout of a new or converted network; None for the default.
 
     Raises:
         InputError: a number is not allowed.
@@ -37,6 +38,7 @@ class NetworkSpec:
     pretrained: bool = False
     independent: bool | None = None
     unfreeze: bool = True
+    readout: str | nn.Module | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_classes", "num_members"):
@@ -77,6 +79,7 @@ def build_mixmo_model(
             image_size=spec.image_size,
             generator=generator,
             pretrained=spec.pretrained,
+            readout=spec.readout,
         ).requires_grad_()
     if isinstance(arch, Learner) or not callable(arch):
         raise InputError(
@@ -95,6 +98,8 @@ def build_mixmo_model(
         arch, second = _call_twice(arch, spec.num_classes, generator)
     if isinstance(arch, MixMoModel):
         _check_fits(arch, spec)
+        if spec.readout is not None:
+            arch.set_readout(spec.readout)
         return arch
     names = find_end_layers(arch, image_size=spec.image_size, in_channels=spec.image_shape[0])
     independent = [_weights_differ(arch, second, name) for name in (names.first, names.last)]
@@ -113,6 +118,7 @@ def build_mixmo_model(
         unfreeze=spec.unfreeze,
         generator=generator,
     )
+    converted.set_readout(spec.readout)
     return converted.requires_grad_() if spec.unfreeze else converted
 
 

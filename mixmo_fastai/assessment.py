@@ -31,7 +31,7 @@ from mixmo_fastai.detection import detection_metrics
 from mixmo_fastai.devices import choose_device, keep_freed_memory, move_to_device
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.evaluation import LabelledLogits, collect_member_logits, evaluate_splits
-from mixmo_fastai.models import MixMoModel, create_model
+from mixmo_fastai.models import MixMoModel, build_model
 from mixmo_fastai.names import DATASETS
 from mixmo_fastai.recipe import Recipe
 from mixmo_fastai.resolve import check_dataset
@@ -280,14 +280,8 @@ def open_finished(
     keep_freed_memory()  # halves the time of the metrics of a large test set
     chosen = choose_device(device or recipe.train.device)
     source = source or read_source(recipe, data_dir, run)
-    (channels, *size), model = source.train.image_shape, recipe.model
-    network = create_model(
-        model.arch,
-        len(source.classes),
-        model.num_members,
-        channels,
-        image_size=(size[0], size[1]),
-    )
+    channels, height, width = source.train.image_shape
+    network = build_model(recipe.model, len(source.classes), channels, image_size=(height, width))
     move_to_device(network, chosen)
     return FinishedRun(run, recipe, source, chosen, network, fused)
 

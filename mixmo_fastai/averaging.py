@@ -46,6 +46,11 @@ class EMACallback(Callback):
         self.step_skipped = self.restored = False
         self._reset()
 
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        """Restore a pickled callback, also one of version 0.1.0 with its attribute names."""
+        renamed = {"skipped": "step_skipped", "trained": "training_tensors"}
+        self.__dict__.update({renamed.get(name, name): value for name, value in state.items()})
+
     def before_fit(self) -> None:
         """Record the start of a fit or of a validation."""
         self.fit_trained.append(False)

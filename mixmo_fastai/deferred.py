@@ -118,3 +118,6 @@ def defer_readbacks(learn: Learner) -> Learner:
 
 
 _RECORDER_SETTINGS = ("add_time", "train_metrics", "valid_metrics")
+
+
+_SmoothLossInPlace = _SmoothLossOnDevice  # its name in Learners exported by version 0.1.0

@@ -50,7 +50,7 @@ def _reduced_sums(metric: Any) -> list[float]:
 
 
 @contextmanager
-def distributed_training(learn: Learner) -> Iterator[Learner]:
+def shared(learn: Learner) -> Iterator[Learner]:
     """Train a Learner with this package's loaders in all processes of the process group.
 
     Like fastai's `distrib_ctx`, for loaders that shard their batches themselves, on GPUs and CPUs.

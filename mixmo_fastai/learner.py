@@ -54,6 +54,7 @@ def mixmo_learner(
     pretrained: bool = False,
     independent: bool | None = None,
     ghost_batch_size: int = 0,
+    readout: str | nn.Module | None = None,
     **kwargs: Any,
 ) -> Learner:
     """Build a fastai Learner that trains a MixMo network.
@@ -76,6 +77,7 @@ def mixmo_learner(
             for a network.
         ghost_batch_size: number of images over which BatchNorm computes its statistics in training;
             0 for the whole batch.
+        readout: how the heads read the core's feature maps; see `MixMoModel`.
         kwargs: arguments of `MixMoCallback` (alpha, mix_prob, batch_repetitions, seed, …) and of
             fastai's `Learner` (loss_func, opt_func, metrics, cbs, …). The default opt_func is SGD,
             as published, whose learning rates are about a hundred times those of Adam; see `sgd`.
@@ -97,7 +99,9 @@ def mixmo_learner(
         raise InputError(f"dls must be fastai DataLoaders; got {type(dls).__name__}.")
     num_classes = _num_classes(dls) if num_classes is None else num_classes
     image_shape, targets = _inspect_batches(dls)
-    spec = NetworkSpec(image_shape, num_classes, num_members, pretrained, independent)
+    spec = NetworkSpec(
+        image_shape, num_classes, num_members, pretrained, independent, readout=readout
+    )
     check_kind(mix, spec.num_members_for(arch))
     callback = MixMoCallback(mix, **mixing)
     _check_classes(targets, num_classes, _known_classes(dls))
@@ -244,6 +248,7 @@ def learner_from_recipe(
         num_members=recipe.model.num_members,
         pretrained=recipe.model.pretrained,
         ghost_batch_size=recipe.model.ghost_batch_size if model is None else 0,
+        readout=recipe.model.readout if model is None else None,
         alpha=mix.alpha,
         mix_prob=mix.mix_prob,
         decay_start=mix.decay_start,

@@ -36,7 +36,9 @@ MASK_OPTIONS = {"patchup": _BLOCKS, "patchup-soft": _BLOCKS, "cow": tuple(COW_DE
 MSDA_KINDS = ("cutmix", "mixup")
 """Kinds of mixed-sample data augmentation inside each member; drawn by `mixmo_fastai.msda`."""
 
-READOUTS = {"core": "mixmo_fastai.models.readout:core_pooling"}
+READOUTS = {
+    "core": "mixmo_fastai.models.readout:core_pooling",
+}
 """How the heads read the core's maps; each name with the module and factory of its readout."""
 
 OPTIMIZERS = {

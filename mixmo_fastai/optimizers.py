@@ -184,3 +184,4 @@ def _check_options(name: str, build: Callable[..., Any], options: Iterable[str])
 
 
 _SET_ELSEWHERE = ("self", "params", "lr", "wd", "weight_decay")
+_sgd = partial(_build, torch.optim.SGD)  # its name in Learners exported by version 0.1.0

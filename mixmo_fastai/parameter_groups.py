@@ -59,6 +59,9 @@ class ConvertedSplitter:
         return _replace_parameters(groups, replacements)
 
 
+ConvertedGroups = ConvertedSplitter  # its name in Learners exported by version 0.1.0
+
+
 def converted_splitter(splitter: Splitter, model: MixMoModel) -> Splitter:
     """Convert the splitter of the original network into one for the MixMo network.
 

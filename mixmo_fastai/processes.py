@@ -96,6 +96,9 @@ _CONNECTION_LOST = re.compile(
 )
 
 
+joined = joined_process_group  # its name in version 0.1.0
+
+
 def process_group() -> Processes:
     """Return rank and size of the process group; (0, 1) if none is initialized."""
     if not dist.is_available() or not dist.is_initialized():

@@ -25,6 +25,7 @@ from mixmo_fastai.names import (
     MSDA_KINDS,
     OPTIMIZERS,
     PRECISIONS,
+    READOUTS,
     SCHEDULES,
     SELECTIONS,
     parse_architecture,
@@ -118,6 +119,7 @@ class Model:
         num_members: subnetworks M; 1 is the vanilla network.
         num_nets: networks of a deep ensemble, each trained separately with its own seed; 1 for a
             single network.
+        readout: how the heads read the core's feature maps; "core" is the core's own pooling.
         ghost_batch_size: images over which BatchNorm normalises in training; 0 for the whole batch.
     """
 
@@ -125,6 +127,7 @@ class Model:
     pretrained: bool = False
     num_members: int = number(2, 1, 64)
     num_nets: int = number(1, 1, 64)
+    readout: str = "core"
     ghost_batch_size: int = number(0, 0, 65_536)
 
 
@@ -460,6 +463,10 @@ def _check_mixing(recipe: Recipe, source: str) -> None:
 
 
 def _check_data_and_network(recipe: Recipe, source: str) -> None:
+    if recipe.model.readout not in READOUTS:
+        raise InputError(
+            f"{source}: model.readout: {unknown('readout', recipe.model.readout, READOUTS)}"
+        )
     mix, train = recipe.mix, recipe.train
     if recipe.model.ghost_batch_size == 1:
         raise InputError(

@@ -31,7 +31,7 @@ from mixmo_fastai.data.parts import DataParts, parts_before_split_json
 from mixmo_fastai.data.sources import load_source
 from mixmo_fastai.data.splits import training_parts
 from mixmo_fastai.devices import choose_device, describe_device
-from mixmo_fastai.distributed import distributed_training
+from mixmo_fastai.distributed import shared
 from mixmo_fastai.errors import InputError, RunFailedError
 from mixmo_fastai.evaluation import collect_member_logits, evaluate_splits
 from mixmo_fastai.failures import readable_errors
@@ -307,7 +307,7 @@ def train(
             readable_errors(recipe, precision),
             learn.no_logging(),
             training.accelerated(),
-            distributed_training(learn),
+            shared(learn),
             stop.deferred(),
         ):
             learn.fit(

@@ -111,7 +111,7 @@ def test_it_is_resumed_network_by_network(ensemble, tmp_path, place):
     assert [n.is_finished for n in run.networks()] == [i < network - 1 for i in range(3)]
     with pytest.raises(InputError, match=f"{network - 1} of 3 networks are finished"):
         evaluate_run(run)
-    with pytest.raises(InputError, match=r"has no 'net-9', or none yet.\n.*--resume"):
+    with pytest.raises(InputError, match=r"has no 'net-9'.\n.*--resume"):
         open_run(run.path / "net-9")
 
     lines = []

@@ -266,7 +266,7 @@ def test_a_run_of_two_processes_goes_on_in_one(together, mixmo, alone, tmp_path)
     assert [command.wait() for command in commands] == [130, 130]
     command = mixmo("fit", "--resume", run)
     assert command.wait() == 0
-    assert "trained with processes: 2 so far, now 1: equal up to rounding" in command.said
+    assert "with processes: 2, now 1: results agree up to rounding" in command.said
     assert_close(open_run(run), alone())
 
 
@@ -278,7 +278,7 @@ def test_where_one_dies_the_others_end(together, tmp_path, lost):
     commands[lost].signal(signal.SIGKILL)
     code = commands[1 - lost].wait(patience=30)
     assert code == 1, commands[1 - lost].said
-    assert "A process that trains along was lost: Connection" in commands[1 - lost].said
+    assert "Another training process was lost: Connection" in commands[1 - lost].said
     assert "Traceback" not in commands[1 - lost].said
     all_done(together("fit", "--resume", run))
 
@@ -369,7 +369,7 @@ def test_what_the_first_is_refused_the_others_tell_as_well(together, mixmo, tmp_
 
 def test_a_launcher_that_says_too_little(mixmo, tmp_path):
     command = mixmo(*FIT, tmp_path / "run", environment={"WORLD_SIZE": 2, "RANK": 0})
-    ended(command, 2, "WORLD_SIZE is set, but not LOCAL_RANK")
+    ended(command, 2, "WORLD_SIZE is set but LOCAL_RANK is not")
 
 
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -485,7 +485,7 @@ def test_metrics_that_cannot_be_added_up_are_refused():
 
     summed = SummedMetrics()
     summed.learn = SimpleNamespace(recorder=SimpleNamespace(_valid_mets=[F1Score()]))
-    with pytest.raises(InputError, match="cannot be added up"):
+    with pytest.raises(InputError, match="cannot be summed"):
         summed.after_validate()
 
 

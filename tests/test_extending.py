@@ -41,8 +41,8 @@ def test_changes_are_short(change):
 
 
 def test_there_is_a_change_of_each_kind():
-    assert len(CHANGES) == 3
-    assert len(COMMANDS) >= 4
+    assert len(CHANGES) == 5
+    assert len(COMMANDS) >= 6
 
 
 @pytest.mark.parametrize("command", COMMANDS)

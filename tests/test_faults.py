@@ -133,7 +133,7 @@ def test_a_run_folder_that_somebody_removes(mixmo, tmp_path):
     command = mixmo(*FIT, run, prelude=SLOW_STEPS)
     command.until_said("1/3 ")
     shutil.rmtree(run)
-    ended(command, 1, f"{run} is gone", "removed or renamed")
+    ended(command, 1, f"{run} no longer exists", "removed or renamed")
     assert not run.exists()
 
 

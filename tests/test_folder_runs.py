@@ -58,7 +58,7 @@ def test_the_largest_batch_is_named_and_trains(tmp_path, flags, capsys):
     message = capsys.readouterr().err
     (size,) = re.findall(r"Lower the batch size: --batch-size (\d+) is the largest", message)
     assert ("Or raise --limit" in message) == ("--limit" in flags)
-    assert (", each 4 times." in message) == ("--members" not in flags)
+    assert ("each repeated 4 times" in message) == ("--members" not in flags)
     for wanted, code in ((int(size) + 4, 2), (int(size), 0)):
         out = str(tmp_path / f"run-{wanted}")
         assert program([*words, "--batch-size", str(wanted), "--out", out, "--quiet"]) == code

@@ -321,7 +321,7 @@ def test_a_finished_run_that_is_resumed_logs_nothing_twice(logged, tmp_path):
 
 def test_a_checkpoint_holds_no_step_that_is_not_logged(tmp_path, monkeypatch):
     monkeypatch.setattr(CheckpointCallback, "EVERY_SECONDS", 0.0)
-    monkeypatch.setattr(CheckpointCallback, "SHARE", 1e9)
+    monkeypatch.setattr(CheckpointCallback, "MAX_TIME_FRACTION", 1e9)
     lengths, run = [], create_run(override(TINY, ["train.epochs=1"]), tmp_path / "run")
 
     class Count(Callback):

@@ -1,15 +1,22 @@
 """Readouts: how the heads read the core's maps."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from test_resuming import TINY
 from torch import nn
 
 from mixmo_fastai import MixMoLoss
+from mixmo_fastai.checkpoints.weights import load_network
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.mixing import draw_lam, draw_masks, loss_weights
 from mixmo_fastai.models import create_model
 from mixmo_fastai.models.mixmo_model import MixMoModel
 from mixmo_fastai.models.readout import Readout, average, embed, resize_masks
+from mixmo_fastai.names import READOUTS
+from mixmo_fastai.runs import create_run
+from mixmo_fastai.training import prepare, train
 
 ARCHS = ["wrn10_1", "preact_resnet18_1"]
 
@@ -134,3 +141,18 @@ def test_embed_takes_maps_of_any_core():
 
     features = torch.randn(2, 3, 4, 4)
     torch.testing.assert_close(embed(PlainAverage(), Core(), features, None), Core()(features))
+
+
+def test_a_run_with_a_readout_is_evaluated_and_resumed(tmp_path, monkeypatch):
+    """Registered by name, as docs/extending.md shows."""
+    monkeypatch.setitem(READOUTS, "plain", f"{__name__}:PlainAverage")
+    recipe = replace(TINY, model=replace(TINY.model, readout="plain"))
+    run = create_run(recipe, tmp_path / "run")
+    training = prepare(recipe)
+    assert isinstance(training.learn.model.readout, PlainAverage)
+    found = train(training, run)
+    assert isinstance(load_network(run).readout, PlainAverage)
+    other = create_run(TINY, tmp_path / "other")
+    assert train(prepare(TINY), other)["test"] == found["test"]
+    with pytest.raises(InputError, match=r"model.readout is 'core' now and 'plain'"):
+        train(prepare(TINY), run, resume=True)

@@ -1,5 +1,6 @@
 """Runs of every release go on with this version."""
 
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import mixmo_fastai
+from mixmo_fastai.averaging import EMACallback
 from mixmo_fastai.cli import run as program
 from mixmo_fastai.runs import open_run
 
@@ -31,3 +33,34 @@ def test_a_run_of_a_release_goes_on(version, tmp_path, capsys):
     expected = json.loads((folder / "end.json").read_text())["train_losses"]
     # Equal up to the rounding of another machine and another torch.
     assert losses == pytest.approx(expected, rel=0.02)
+
+
+NAMES_IN_PICKLES = {
+    "averaging": ["EMACallback"],
+    "callback": ["MixMoCallback", "MixMoGuard"],
+    "deferred": ["_SmoothLossInPlace"],
+    "losses": ["MixMoLoss", "_FunctionLoss"],
+    "metrics": ["MemberAccuracy"],
+    "models.backbone_core": ["BackboneCore", "GivenFeatures", "_OfThread"],
+    "models.mixmo_model": ["MixMoModel"],
+    "models.wide_resnet": ["WideBlock", "WideResNetCore"],
+    "models.preact_resnet": ["PreActBlock", "PreActResNetCore"],
+    "optimizers": ["TorchOptimizer", "_sgd"],
+    "parameter_groups": ["ConvertedGroups", "body_and_heads"],
+    "per_sample": ["BatchLoss", "FunctionLoss"],
+}
+
+
+@pytest.mark.parametrize("module", NAMES_IN_PICKLES)
+def test_names_in_learners_exported_by_version_0_1_0_exist(module):
+    found = importlib.import_module(f"mixmo_fastai.{module}")
+    assert all(hasattr(found, name) for name in NAMES_IN_PICKLES[module])
+
+
+def test_callbacks_pickled_by_version_0_1_0_are_read():
+    callback = EMACallback(0.9)
+    old = dict(vars(callback))
+    old["skipped"], old["trained"] = old.pop("step_skipped"), old.pop("training_tensors")
+    loaded = EMACallback.__new__(EMACallback)
+    loaded.__setstate__(old)
+    assert vars(loaded).keys() == vars(callback).keys()

@@ -319,7 +319,7 @@ def test_a_history_of_unequal_rows_is_refused(resumable, tmp_path, rows):
     history = json.loads(files["history.json"]) | {"rows": rows}
     store = CheckpointStore(tmp_path)
     store.save({**files, "history.json": json.dumps(history).encode()}.items())
-    with pytest.raises(InputError, match=r"history\.json is of no run: .*the same columns"):
+    with pytest.raises(InputError, match=r"history\.json of the checkpoint.*the same columns"):
         state.restore(store.newest())
 
 

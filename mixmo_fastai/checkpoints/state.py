@@ -344,6 +344,7 @@ def _with_defaults(values: Mapping[str, Any]) -> Any:
 _ADDED = (
     ("model", "pretrained", False),
     ("data", "skip_damaged", False),
+    ("model", "readout", "core"),
     ("optimizer", "name", "sgd"),
 )
 """Settings that recipes of older checkpoints lack, with what they are there."""

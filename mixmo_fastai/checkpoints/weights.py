@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.models import MixMoModel, create_model
+from mixmo_fastai.models import MixMoModel, build_model
 from mixmo_fastai.models.mixmo_model import unwrap
 from mixmo_fastai.runs import RunFolder
 
@@ -46,10 +46,9 @@ def load_network(run: RunFolder) -> MixMoModel:
     if head is None or encoder is None or head.ndim != 2 or encoder.ndim != 4:
         raise InputError(f"{run.weights} holds another network than the recipe says.")
     facts = run.data_facts()
-    model = create_model(
-        recipe.model.arch,
+    model = build_model(
+        recipe.model,
         head.shape[0],
-        recipe.model.num_members,
         encoder.shape[1],
         image_size=None if facts is None else (facts.image_shape[1], facts.image_shape[2]),
     )

@@ -4,8 +4,8 @@ To add a backbone, add a file here that returns encoders, core and heads, and a 
 `create_model`.
 """
 
-from mixmo_fastai.models.create import create_model
+from mixmo_fastai.models.create import build_model, create_model
 from mixmo_fastai.models.mixmo_model import MixMoModel
 from mixmo_fastai.models.surgery import convert_to_mixmo
 
-__all__ = ["MixMoModel", "convert_to_mixmo", "create_model"]
+__all__ = ["MixMoModel", "build_model", "convert_to_mixmo", "create_model"]

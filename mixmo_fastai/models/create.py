@@ -12,6 +12,7 @@ from mixmo_fastai.models.initialization import initialize
 from mixmo_fastai.models.mixmo_model import MixMoModel
 from mixmo_fastai.models.surgery import MemberInit, convert_at_layers, find_end_layers
 from mixmo_fastai.names import Architecture, parse_architecture
+from mixmo_fastai.recipe import Model
 
 PREACT_HEAD_STD = 0.01
 
@@ -87,6 +88,32 @@ def create_model(
         for head in heads:
             nn.init.normal_(head.weight, std=PREACT_HEAD_STD, generator=generator)
     return model
+
+
+def build_model(
+    settings: Model,
+    num_classes: int,
+    in_channels: int,
+    *,
+    image_size: tuple[int, int] | None = None,
+) -> MixMoModel:
+    """Create the network that a recipe describes, to load the weights of a run into it.
+
+    Args:
+        settings: the section `[model]` of the recipe.
+        num_classes: K.
+        in_channels: C.
+        image_size: height and width of the images; see `create_model`.
+    """
+    assert settings.arch is not None
+    return create_model(
+        settings.arch,
+        num_classes,
+        settings.num_members,
+        in_channels,
+        image_size=image_size,
+        readout=settings.readout,
+    )
 
 
 def _build_published(arch: Architecture) -> tuple[Callable[[int], nn.Module], nn.Module, int]:
