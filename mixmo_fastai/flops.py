@@ -19,7 +19,7 @@ def count_flops(model: nn.Module, image_shape: tuple[int, ...]) -> int:
     device, without computing values.
 
     Args:
-        model: a `MixMoModel`, or another network that takes images.
+        model: a `MixMoModel`, or any module with the input (B, C, H, W).
         image_shape: (C, H, W).
     """
     network = copy.deepcopy(unwrap(model)).to("meta").eval()

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixmo_fastai.errors import InputError, unknown
+from mixmo_fastai.errors import InputError, unknown_name_error
 from mixmo_fastai.mixing.ratios import draw_lam
 from mixmo_fastai.mixing.regions import box
 from mixmo_fastai.names import MSDA_KINDS
@@ -132,7 +132,7 @@ def check_msda(kind: str, alpha: float, prob: float) -> None:
         InputError: unknown kind, or a value out of range.
     """
     if kind not in MSDA_KINDS:
-        raise unknown("MSDA kind", kind, MSDA_KINDS)
+        raise unknown_name_error("MSDA kind", kind, MSDA_KINDS)
     if not 0 < alpha < float("inf"):
         raise InputError(f"msda_alpha must be positive and finite; got {alpha}.")
     if not 0 <= prob <= 1:

@@ -15,7 +15,7 @@ import fastai.optimizer
 import torch
 from fastai.optimizer import OptimWrapper
 
-from mixmo_fastai.errors import InputError, nearest, unknown
+from mixmo_fastai.errors import InputError, nearest, unknown_name_error
 from mixmo_fastai.muon import Muon
 from mixmo_fastai.names import OPTIMIZERS
 from mixmo_fastai.recipe import Optimizer
@@ -47,7 +47,7 @@ def build_optimizer_factory(name: str, weight_decay: float, **options: Any) -> O
         build = _find_in_fastai(own)
         _check_options(name, build, options)
         return partial(build, wd=weight_decay, **options)
-    raise unknown("optimizer", name, [*OPTIMIZERS, "torch/NAME", "fastai/NAME"])
+    raise unknown_name_error("optimizer", name, [*OPTIMIZERS, "torch/NAME", "fastai/NAME"])
 
 
 def optimizer_from_recipe(optimizer: Optimizer) -> OptimizerFactory:

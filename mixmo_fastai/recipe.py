@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mixmo_fastai.errors import InputError, nearest, unknown
+from mixmo_fastai.errors import InputError, nearest, unknown_name_error
 from mixmo_fastai.names import (
     COMPILE,
     COW_DEFAULTS,
@@ -465,7 +465,8 @@ def _check_mixing(recipe: Recipe, source: str) -> None:
 def _check_data_and_network(recipe: Recipe, source: str) -> None:
     if recipe.model.readout not in READOUTS:
         raise InputError(
-            f"{source}: model.readout: {unknown('readout', recipe.model.readout, READOUTS)}"
+            f"{source}: model.readout: "
+            f"{unknown_name_error('readout', recipe.model.readout, READOUTS)}"
         )
     mix, train = recipe.mix, recipe.train
     if recipe.model.ghost_batch_size == 1:
@@ -510,7 +511,7 @@ def _check_optimizer(optimizer: Optimizer, source: str) -> None:
     name, default = optimizer.name, Optimizer()
     family, _, own = name.partition("/")
     if name not in OPTIMIZERS and not (family in ("torch", "fastai") and own):
-        error = unknown("optimizer", name, [*OPTIMIZERS, "torch/NAME", "fastai/NAME"])
+        error = unknown_name_error("optimizer", name, [*OPTIMIZERS, "torch/NAME", "fastai/NAME"])
         raise InputError(f"{source}: optimizer.name: {error}")
     if name == "sgd":
         if optimizer.options:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from mixmo_fastai.errors import InputError, unknown
+from mixmo_fastai.errors import InputError, unknown_name_error
 from mixmo_fastai.names import DATASETS, MASK_KINDS
 from mixmo_fastai.recipe import (
     Expected,
@@ -119,7 +119,7 @@ def default_recipe(dataset: str, flags: Mapping[str, Any]) -> Recipe:
     """Load the shipped recipe closest to data set and flags, or the default settings."""
     kind, msda = flags.get("mix.kind"), flags.get("mix.msda")
     if kind is not None and kind not in MASK_KINDS:
-        raise unknown("mask kind", str(kind), MASK_KINDS)
+        raise unknown_name_error("mask kind", str(kind), MASK_KINDS)
     if flags.get("model.num_members") == 1 and kind in (None, "sum"):
         candidates = [SINGLE_METHODS.get(msda), "vanilla"]
         fallback = {"mix": {"kind": "sum", "batch_repetitions": 1}, "model": {"num_members": 1}}
@@ -148,7 +148,7 @@ def check_dataset(dataset: str) -> None:
             f"Pass a folder with one subfolder per class, or one of: {', '.join(DATASETS)}."
         )
     raise InputError(
-        f"{unknown('data set', dataset, DATASETS)} Or pass the path of an image folder."
+        f"{unknown_name_error('data set', dataset, DATASETS)} Or pass the path of an image folder."
     )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from mixmo_fastai.errors import InputError, unknown
+from mixmo_fastai.errors import InputError, unknown_name_error
 from mixmo_fastai.mixing.regions import REGIONS, SOFT_REGIONS, Region, Shape
 from mixmo_fastai.names import MASK_KINDS, MASK_OPTIONS
 
@@ -107,7 +107,7 @@ def check_kind(kind: str | Region, num_members: int) -> None:
         InputError: unknown kind, or one member with a kind that mixes.
     """
     if kind not in MASK_KINDS and not callable(kind):
-        raise unknown("mask kind", str(kind), MASK_KINDS)
+        raise unknown_name_error("mask kind", str(kind), MASK_KINDS)
     if kind != "sum" and num_members < 2:
         raise InputError(
             f"mix={kind_name(kind)!r} needs at least two members; got num_members={num_members}.\n"

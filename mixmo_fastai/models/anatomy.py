@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from mixmo_fastai.errors import InputError, first_line
+from mixmo_fastai.errors import InputError, summarize_error
 
 IMAGE_SIZES = (224, 64, 32, 28, 16, 8)
 """Image heights and widths to try if the network's input size is unknown."""
@@ -125,7 +125,7 @@ def record_forward(
                 with _recording(model, record, encoder), torch.no_grad():
                     record.output = model(record.image)
             except Exception as error:  # user code may raise anything
-                reasons.append(f"{size[0]}x{size[1]}: {first_line(error)}")
+                reasons.append(f"{size[0]}x{size[1]}: {summarize_error(error)}")
                 continue
             return record
     if len(image_sizes) == 1:
@@ -222,7 +222,7 @@ def check_image_unchanged(
                 except Exception as error:  # the model may not accept this size
                     if size == own:
                         raise InputError(
-                            f"{record.name} could not be run{mode}: {first_line(error)}."
+                            f"{record.name} could not be run{mode}: {summarize_error(error)}."
                         ) from error
     finally:
         hook.remove()
@@ -448,7 +448,7 @@ def _is_model_output(model: nn.Module, record: ForwardRecord, call: LayerCall) -
     assert failure is not None
     if model.training:
         raise InputError(
-            f"{record.name} could not be run in training: {first_line(failure)}.\n"
+            f"{record.name} could not be run in training: {summarize_error(failure)}.\n"
             "If it has auxiliary outputs, build it without them, for example with aux_logits=False."
         ) from failure
     return False  # the model reads the values of its logits

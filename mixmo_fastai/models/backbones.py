@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mixmo_fastai.errors import InputError, first_line
+from mixmo_fastai.errors import InputError, summarize_error
 from mixmo_fastai.names import Architecture, unknown_in_timm
 
 _WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
@@ -53,7 +53,7 @@ def build_backbone(
         except (ValueError, AssertionError, RuntimeError) as error:
             size = f" for images of {image_size[0]}x{image_size[1]}" if image_size else ""
             raise InputError(
-                f"{arch.name} cannot be built{size}: {first_line(error, most=200)}."
+                f"{arch.name} cannot be built{size}: {summarize_error(error, max_length=200)}."
                 + ("\nChoose another network or another image size." if size else "")
             ) from error
 

@@ -14,7 +14,7 @@ from typing import Protocol, runtime_checkable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixmo_fastai.errors import InputError, unknown
+from mixmo_fastai.errors import InputError, unknown_name_error
 from mixmo_fastai.names import READOUTS
 
 
@@ -76,7 +76,7 @@ def build_readout(readout: str | nn.Module | None) -> nn.Module | None:
     if not isinstance(readout, str):
         return readout
     if readout not in READOUTS:
-        raise unknown("readout", readout, READOUTS)
+        raise unknown_name_error("readout", readout, READOUTS)
     built: nn.Module | None = resolve_name(READOUTS[readout])()
     return built
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mixmo_fastai.errors import InputError, check_count, first_line
+from mixmo_fastai.errors import InputError, check_count, summarize_error
 from mixmo_fastai.models.anatomy import (
     OTHER_SIZES,
     ForwardRecord,
@@ -295,7 +295,7 @@ def _copy_model(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model)
     except Exception as error:  # user modules may raise anything
         raise InputError(
-            f"{type(model).__name__} cannot be copied: {first_line(error)}.\n"
+            f"{type(model).__name__} cannot be copied: {summarize_error(error)}.\n"
             "A module in it keeps tensors of a forward pass, such as activations, pruned weights "
             "or old-style weight_norm; remove these first."
         ) from error
@@ -396,7 +396,7 @@ def _run_core(
     except Exception as error:  # user code may raise anything
         raise InputError(
             f"{model} cannot be run{when} without its first convolution and last layer: "
-            f"{first_line(error)}."
+            f"{summarize_error(error)}."
         ) from error
 
 
