@@ -56,8 +56,8 @@ __all__ = [
 def default_valid_split(num_images: int) -> float:
     """Return the default fraction of the training set that is used for validation.
 
-    2 %; if that is less than 100 images, 100 images or 20 %, whichever is smaller. The 95 %
-    interval of an accuracy on 100 images is about ±10 percentage points.
+    The default is 2 %. If that is less than 100 images, it is 100 images or 20 %, whichever is
+    smaller. The 95 % interval of an accuracy on 100 images is about ±10 percentage points.
 
     Args:
         num_images: number of training images before the split.
@@ -71,15 +71,16 @@ class Data:
 
     Attributes:
         dataset: a named data set, or the path of an image folder.
-        valid_split: fraction of each class of the training set used for validation instead of
-            training; if None, it depends on the number of images, see `default_valid_split`; unused
-            for an image folder with a validation folder.
-        test_split: fraction of each class of an image folder used as the test set if the folder has
-            none; if None, 0.2, or 0 if the folder has a validation folder.
+        valid_split: fraction of each class of the training set that is used for validation instead
+            of training; if None, see `default_valid_split`; ignored if an image folder has a
+            validation folder.
+        test_split: fraction of each class of an image folder that becomes the test set if the
+            folder has none; if None, 0.2, or 0 if the folder has a validation folder.
         limit: maximum number of training images, balanced over the classes; 0 for all.
-        image_size: height and width to which the images of a folder are resized. 0 keeps their own
-            size: that of most training images or, if there is none, the median height and the
-            median width. If None, their own size, on a CPU at most `sizing.MAX_CPU_SIDE`.
+        image_size: height and width to which the images of a folder are resized. If 0, the size of
+            more than half of the training images or, if there is none, the median height and the
+            median width, each at most 224. If None, the same, but on a CPU at most
+            `sizing.MAX_CPU_SIDE`.
         skip_damaged: whether to skip image files that cannot be decoded; otherwise an error lists
             them. A run stores the names of skipped files in left-out.json.
         crop_padding: pixels of padding before the random crop; if None, that of the data set.
@@ -117,10 +118,11 @@ class Model:
         pretrained: whether to start a torchvision or timm network from its library's pretrained
             weights.
         num_members: subnetworks M; 1 is the vanilla network.
-        num_nets: networks of a deep ensemble, each trained separately with its own seed; 1 for a
+        num_nets: networks of a deep ensemble, trained separately with different seeds; 1 for a
             single network.
         readout: how the heads read the core's feature maps; "core" is the core's own pooling.
-        ghost_batch_size: images over which BatchNorm normalises in training; 0 for the whole batch.
+        ghost_batch_size: number of images over which BatchNorm normalises in training; 0 for the
+            whole batch.
     """
 
     arch: str | None = None
@@ -157,9 +159,9 @@ class Mix:
 
     @property
     def options(self) -> dict[str, float]:
-        """The mask options that are set."""
-        named = {name: getattr(self, name) for names in MASK_OPTIONS.values() for name in names}
-        return {name: value for name, value in named.items() if value is not None}
+        """The mask options that are not None."""
+        options = {name: getattr(self, name) for names in MASK_OPTIONS.values() for name in names}
+        return _drop_none(options)
 
 
 @dataclass(frozen=True)
@@ -177,10 +179,9 @@ class Train:
         compile: "on", "off", or "auto": on CUDA if the training is long enough to pay for
             compilation.
         threads: CPU threads; 0 for torch's default.
-        ema_decay: decay of an exponential moving average of the weights, which is then evaluated
-            and saved instead of the weights; 0 for none.
-        select: which weights are kept: those of the "last" epoch, or of the "best" epoch on the
-            validation split.
+        ema_decay: decay of an exponential moving average of the weights, which replaces the weights
+            in evaluation and in saved files; 0 for no average.
+        select: epoch whose weights are kept: "last", or "best" on the validation split.
     """
 
     epochs: int | None = number(None, 1, 1_000_000)
@@ -202,14 +203,14 @@ class Optimizer:
     Attributes:
         name: one of `names.OPTIMIZERS`, or "torch/NAME" or "fastai/NAME" for an optimizer of
             torch.optim or fastai.optimizer.
-        base_lr: published learning rate, for a batch of 64 without repetition.
-        lr: replaces the rate derived from base_lr, which is for SGD only; for one-cycle, the peak
-            rate.
+        base_lr: published learning rate of SGD, for a batch of 64 without repetition.
+        lr: learning rate, instead of the rate derived from base_lr; required for optimizers other
+            than SGD; for one-cycle, the peak rate.
         momentum: momentum of SGD in all schedules except one-cycle, which uses
             `schedule.momentums`.
         nesterov: whether SGD uses Nesterov momentum.
-        weight_decay: applied to all parameters, including BatchNorm's, as published: 3e-4 · Σ W² in
-            the loss has the gradient 6e-4 · W.
+        weight_decay: weight decay of all parameters, including those of BatchNorm, as published:
+            3e-4 · Σ W² in the loss has the gradient 6e-4 · W.
         options: further keyword arguments of an optimizer other than SGD, such as betas.
     """
 
@@ -229,15 +230,15 @@ class Schedule:
     Attributes:
         kind: "one-cycle" (cosine up, cosine down), "flat-cosine" (constant, then cosine down) or
             "published" (warm-up, then steps).
-        peak: one-cycle: peak rate divided by the published rate, which stays constant for a third
-            of training.
+        peak: one-cycle: peak rate divided by the published rate, which is constant for the first
+            third of training.
         pct_start: one-cycle: fraction of training during which the rate rises.
         div: one-cycle: peak rate divided by the initial rate.
         div_final: one-cycle and flat-cosine: peak rate divided by the final rate.
         flat_share: flat-cosine: fraction of training with a constant rate.
         momentums: one-cycle: momentum at start, peak and end.
         milestones: published: fractions of training after which the rate is multiplied by gamma.
-        gamma: published: factor of each reduction.
+        gamma: published: factor of the rate at each milestone.
         warmup_epochs: published: epochs of linear warm-up, as counted by `Recipe.warmup_steps`; the
             rate rises at every step.
     """
@@ -287,7 +288,7 @@ class Recipe:
     def lr(self) -> float:
         """The learning rate: base_lr · batch_size / 64 / batch_repetitions, times the peak.
 
-        The rate is divided by the repetitions, as published, since b copies of an image carry less
+        As published, the rate is divided by the repetitions, since b copies of an image carry less
         information than b images. The factor `peak` applies to one-cycle only.
         """
         if self.optimizer.lr is not None:
@@ -336,7 +337,7 @@ def override(recipe: Recipe, assignments: Iterable[str], source: str = "--set") 
     Raises:
         InputError: an assignment has no "=", an unknown key or an invalid value.
     """
-    values = dataclasses.asdict(recipe)  # unlike to_mapping, includes settings that are None
+    values = dataclasses.asdict(recipe)  # unlike to_mapping, keeps settings that are None
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals or not key.strip():
@@ -352,14 +353,14 @@ def override(recipe: Recipe, assignments: Iterable[str], source: str = "--set") 
                     f"{source} {assignment!r}: {name!r} is not a section.\n"
                     "Write section.key=value, such as train.epochs=5."
                 )
-        if isinstance(section.get(last), dict):  # its other keys would be reset to defaults
+        if isinstance(section.get(last), dict):  # assignment would reset its other keys
             raise InputError(
                 f"{source} {assignment!r}: {last!r} is a section.\n"
                 "Set its keys separately, such as train.epochs=5."
             )
         section[last] = parse_value(text.strip())
     return recipe_from_mapping(
-        {k: _without_none(part) if isinstance(part, dict) else part for k, part in values.items()},
+        {k: _drop_none(item) if isinstance(item, dict) else item for k, item in values.items()},
         source,
     )
 
@@ -413,13 +414,13 @@ def recipe_names() -> list[str]:
 
 
 def recipe_home() -> Path:
-    """Return the folder of shipped recipes, next to the package in a checkout, else inside it."""
+    """Return the folder of shipped recipes: inside the package, or next to it in a checkout."""
     package = Path(__file__).resolve().parent
     installed = package / "recipes"
     return installed if installed.is_dir() else package.parent / "recipes"
 
 
-def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
+def _drop_none(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -453,11 +454,10 @@ def _check_mixing(recipe: Recipe, source: str) -> None:
     if mix.block_size is not None and mix.block_size % 2 == 0:
         raise InputError(f"{source}: mix.block_size is {mix.block_size}; it must be odd.")
     for low, high in (("sigma_min", "sigma_max"), ("area_min", "area_max")):
-        bounds = {name: getattr(mix, name) for name in (low, high)}
-        lowest, highest = ({**COW_DEFAULTS, **_without_none(bounds)}[name] for name in (low, high))
-        if lowest > highest:
+        bounds = {**COW_DEFAULTS, **mix.options}
+        if bounds[low] > bounds[high]:
             raise InputError(
-                f"{source}: mix.{low} is {lowest:g} and mix.{high} is {highest:g}; "
+                f"{source}: mix.{low} is {bounds[low]:g} and mix.{high} is {bounds[high]:g}; "
                 f"mix.{low} must not exceed mix.{high}."
             )
 
@@ -509,8 +509,8 @@ def _check_schedule(recipe: Recipe, source: str) -> None:
 
 def _check_optimizer(optimizer: Optimizer, source: str) -> None:
     name, default = optimizer.name, Optimizer()
-    family, _, own = name.partition("/")
-    if name not in OPTIMIZERS and not (family in ("torch", "fastai") and own):
+    library, _, library_name = name.partition("/")
+    if name not in OPTIMIZERS and not (library in ("torch", "fastai") and library_name):
         error = unknown_name_error("optimizer", name, [*OPTIMIZERS, "torch/NAME", "fastai/NAME"])
         raise InputError(f"{source}: optimizer.name: {error}")
     if name == "sgd":

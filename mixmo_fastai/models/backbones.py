@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mixmo_fastai.errors import InputError, summarize_error
-from mixmo_fastai.names import Architecture, unknown_in_timm
+from mixmo_fastai.names import Architecture, unknown_timm_error
 
 _WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
 _FIXED_SIZE_PREFIXES = ("vit_", "maxvit_")
@@ -113,7 +113,7 @@ def _build_timm(
     import timm
 
     if name.partition(".")[0] not in (known := timm.list_models()):
-        raise unknown_in_timm(name, known)
+        raise unknown_timm_error(name, known)
     has_classes = pretrained and timm.get_pretrained_cfg_value(name, "num_classes") != 0
     settings: dict[str, Any] = {} if has_classes else {"num_classes": num_classes}
     settings |= {"pretrained": pretrained}
