@@ -48,7 +48,7 @@ def build_backbone(
         except OSError as error:
             raise InputError(
                 f"The weights of {arch.name} cannot be downloaded: {error}.\n"
-                "Train without pretrained weights, or place the file in the library's cache folder."
+                "Train without pretrained weights, or put the file in the library's cache folder."
             ) from error
         except (ValueError, AssertionError, RuntimeError) as error:
             size = f" for images of {image_size[0]}x{image_size[1]}" if image_size else ""

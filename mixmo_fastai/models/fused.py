@@ -2,7 +2,7 @@
 
 At inference all encoders see the same image, so their sum equals one convolution with the summed
 weights. All heads see the same embedding, so their mean equals one linear layer with the mean
-weights. Both are exact up to rounding: inference costs as much as with one plain network.
+weights. Both are exact up to rounding, and inference costs as much as that of a plain network.
 
 Shapes: B batch, M members, C image channels, H W image size, K classes.
 """
@@ -19,7 +19,7 @@ from mixmo_fastai.models.ghost_norm import use_full_batches
 
 
 class FusedNetwork(nn.Module):
-    """One encoder, the core, one head.
+    """A plain network of one encoder, the core and one head.
 
     Args:
         encoder: (B, C, H, W) -> (B, D, h, w).
@@ -59,7 +59,7 @@ class FusedNetwork(nn.Module):
 
 
 def run_core(core: nn.Module, features: Tensor, image: Tensor) -> Tensor:
-    """Run a core on features (B, D, h, w) of images (…, H, W), whose size some cores need."""
+    """Run a core on features (B, D, h, w) of images (…, H, W), from which some cores need H, W."""
     if isinstance(core, BackboneCore):
         embedding: Tensor = core(features, (image.shape[-2], image.shape[-1]))
     else:

@@ -20,7 +20,7 @@ from mixmo_fastai.names import READOUTS
 
 @runtime_checkable
 class HasMaps(Protocol):
-    """A core whose feature maps can be read before they are pooled."""
+    """A core that can return its feature maps before pooling."""
 
     def maps(self, features: Tensor) -> Tensor:
         """Compute feature maps: (B, D, h, w) -> (B, F, a, b)."""
@@ -34,7 +34,7 @@ class Readout(nn.Module):
         maps: (B, F, a, b).
         masks: (B, M, 1 or D, h, w) in training; None if all members see the same image.
 
-    It returns an embedding for all heads (B, F), or one per head (B, M, F). Without masks it must
+    It returns one embedding for all heads (B, F), or one per head (B, M, F). Without masks, it must
     return one for all heads.
 
     Attributes:
@@ -51,7 +51,7 @@ def average(maps: Tensor) -> Tensor:
 
 
 def resize_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
-    """Average masks over channels and over the cells of a coarser map.
+    """Average masks over channels and pool them to a coarser size.
 
     Args:
         masks: (B, M, 1 or D, h, w).
@@ -64,7 +64,7 @@ def resize_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def core_pooling() -> None:
-    """Return None, which stands for the core's own pooling."""
+    """Return None, which means the core's own pooling."""
 
 
 def build_readout(readout: str | nn.Module | None) -> nn.Module | None:
@@ -100,7 +100,7 @@ def embed(readout: nn.Module, core: nn.Module, features: Tensor, masks: Tensor |
     """Apply a core and a readout to mixed features.
 
     Args:
-        readout: module of (maps, masks); see `Readout`.
+        readout: module that takes (maps, masks); see `Readout`.
         core: core with a method `maps`.
         features: (B, D, h, w).
         masks: (B, M, 1 or D, h, w), or None.
