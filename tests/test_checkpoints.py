@@ -239,8 +239,8 @@ def test_where_there_are_no_links_one_process_claims_a_name(tmp_path, monkeypatc
 def test_a_crash_of_a_crash(stopped, tmp_path):
     """What a crash leaves behind may be found by a process that crashes as well."""
     run, later = stopped
-    for first in range(1, 40, 4):
-        for second in range(1, 40, 7):
+    for first in range(1, 40, 5):
+        for second in range(1, 40, 8):
             mine = copied(run, tmp_path / "run")
             store = CheckpointStore(mine.checkpoint)
             for fatal in (first, second):

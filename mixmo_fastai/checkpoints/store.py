@@ -1,12 +1,12 @@
-"""Checkpoints on disk: each is complete and intact, or it is passed over.
+"""Checkpoints on disk; incomplete or damaged ones are skipped.
 
-    checkpoint/save-000007/   manifest.json and the files that it lists, with sizes and checksums
+    checkpoint/save-000007/   manifest.json and the files it lists, with sizes and checksums
     checkpoint/save-000008/   the newest
-    checkpoint/.unfinished/   one that is being written
-    checkpoint/damaged-…/     one that was found damaged; gone after the next two saves
+    checkpoint/.unfinished/   a checkpoint that is being written
+    checkpoint/damaged-…/     a damaged checkpoint; removed after the next two saves
 
-A save is written under another name, flushed to the disk, read back against its manifest, and takes
-its name by one rename; only then are older ones removed. So a process may end at any point.
+A checkpoint is written under a temporary name, flushed, read back, compared with its manifest and
+renamed; only then are older ones removed. A process may therefore end at any point.
 """
 
 import hashlib
@@ -27,14 +27,14 @@ from mixmo_fastai.files import (
 )
 
 FORMAT = 2
-"""To be raised when a checkpoint's files change their meaning."""
+"""Format version; increase it when the meaning of a checkpoint's files changes."""
 KEPT = 2
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"save-(\d{6,})")
 
 
 class DamagedError(ValueError):
-    """A checkpoint is not what was written; the message says in which way."""
+    """A checkpoint differs from what was written; the message explains how."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class Saved:
     """A complete checkpoint.
 
     Attributes:
-        path: its folder.
-        files: names of its files, the manifest apart.
-        skipped: what is wrong with each newer one, by name.
+        path: folder of the checkpoint.
+        files: names of its files, without the manifest.
+        skipped: newer, damaged checkpoints by name, each with the problem.
     """
 
     path: Path
@@ -56,23 +56,23 @@ class CheckpointStore:
     """The checkpoints of one run, oldest to newest.
 
     Args:
-        folder: of all of them; made by the first save.
+        folder: folder of all checkpoints; created by the first save.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def save(self, files: Iterable[tuple[str, bytes]]) -> Path:
-        """Write a checkpoint, and remove all but the newest `KEPT`.
+        """Write a checkpoint and remove all but the newest `KEPT`.
 
         Args:
-            files: names and contents, asked for one at a time.
+            files: names and contents, consumed one at a time.
 
         Returns:
-            its folder.
+            the folder of the checkpoint.
 
         Raises:
-            OSError: it could not be written; those before are there still.
+            OSError: writing failed; existing checkpoints are unchanged.
         """
         make_folder(self.folder)
         unfinished = self.folder / ".unfinished"
@@ -84,7 +84,7 @@ class CheckpointStore:
             flush_folder(unfinished)
             check(unfinished)
         except BaseException:
-            remove_folder(unfinished)  # where the disk is full, it is needed
+            remove_folder(unfinished)  # frees the space if the disk is full
             raise
         numbers = self._numbers()
         path = self._path(max(numbers, default=0) + 1)
@@ -93,10 +93,10 @@ class CheckpointStore:
         return path
 
     def newest(self) -> Saved | None:
-        """Find the newest checkpoint that is intact, None where none was ever saved.
+        """Return the newest intact checkpoint, or None if none was saved.
 
         Raises:
-            InputError: all are damaged, or one is of a format that this version does not read.
+            InputError: all checkpoints are damaged, or one has an unsupported format.
         """
         skipped: dict[str, str] = {}
         for number in reversed(self._numbers()):
@@ -120,7 +120,7 @@ class CheckpointStore:
         return None
 
     def set_aside(self, names: Iterable[str]) -> None:
-        """Rename damaged checkpoints, so that they are neither read nor counted any more."""
+        """Rename damaged checkpoints, so that they are no longer read or counted."""
         for name in names:
             aside = self.folder / f"damaged-{name}"
             remove_folder(aside)
@@ -133,7 +133,7 @@ class CheckpointStore:
         return sorted(int(match[1]) for match in matches if match)
 
     def _strange(self) -> str | None:
-        """Name something that no save leaves behind."""
+        """Return the name of an unknown file or folder, if any."""
         names = sorted(p.name for p in self.folder.iterdir()) if self.folder.is_dir() else []
         known = (".unfinished", "damaged-")
         return next((name for name in names if not name.startswith(known)), None)
@@ -151,14 +151,14 @@ class CheckpointStore:
 
 
 def check(path: Path) -> tuple[str, ...]:
-    """Read a checkpoint whole, and compare it with its manifest.
+    """Read a whole checkpoint and compare it with its manifest.
 
     Returns:
         the names of its files.
 
     Raises:
-        DamagedError: it is not what was written.
-        InputError: its format is not that of this version.
+        DamagedError: the checkpoint differs from what was written.
+        InputError: its format is not supported by this version.
     """
     try:
         return tuple(_checked(path))
@@ -188,7 +188,7 @@ def _written(folder: Path, files: Iterable[tuple[str, bytes]]) -> Iterator[tuple
 
 
 def _manifest(listed: dict[str, Any]) -> str:
-    """List the files, and sign the list itself, since a bit may turn there as well."""
+    """Format the list of files with a checksum of the list itself."""
     return _signed({"format": FORMAT, "files": listed})
 
 
@@ -219,7 +219,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _checked_list(listed: Any) -> dict[str, Any]:
-    """Check what a manifest lists: a signature can be made by anybody."""
+    """Check the entries of a manifest; its checksum does not prove who wrote it."""
     if not isinstance(listed, dict):
         raise DamagedError(f"{MANIFEST} lists no files")
     for name, facts in listed.items():

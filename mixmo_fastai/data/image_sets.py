@@ -1,4 +1,4 @@
-"""What every data source gives: images and labels of a training and a test part.
+"""Image sets and data sources: images and labels for training, validation and test.
 
 Shapes: N images of C channels, H × W pixels, uint8.
 """
@@ -18,7 +18,7 @@ from mixmo_fastai.names import DATASETS
 
 
 class ImageSet(Protocol):
-    """One part, training or test, of a data set."""
+    """Images and labels of one split of a data set."""
 
     @property
     def labels(self) -> Tensor:
@@ -31,16 +31,16 @@ class ImageSet(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Tensor:
-        """Give one image, (C, H, W) uint8."""
+        """Return one image, (C, H, W) uint8."""
 
     def tensor(self, indices: Tensor | None = None) -> Tensor:
-        """Give all images, or those chosen: (N, C, H, W) uint8, not to be written to."""
+        """Return all or the selected images, (N, C, H, W) uint8; do not modify the result."""
 
     def name(self, index: int) -> str:
-        """Name an image in messages and reports: its file, or such as "train/123"."""
+        """Return the name of an image for messages and reports: its file, or e.g. "train/123"."""
 
     def sizes(self) -> tuple[int, ...]:
-        """Give the bytes of each image where it comes from; a changed image mostly changes its."""
+        """Return the size in bytes of each source image, which helps to detect changed images."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +51,7 @@ class ArrayImages:
         pixels: (N, C, H, W) uint8, contiguous.
         labels: (N,) int64.
         names: one per image.
-        files: that they were decoded from.
+        files: image files from which the pixels were decoded, if any.
     """
 
     pixels: Tensor
@@ -72,15 +72,15 @@ class ArrayImages:
         return self.pixels[index]
 
     def tensor(self, indices: Tensor | None = None) -> Tensor:
-        """Give all images without a copy, or those chosen: (N, C, H, W) uint8."""
+        """Return all images, without a copy, or the selected ones: (N, C, H, W) uint8."""
         return self.pixels if indices is None else self.pixels[indices]
 
     def name(self, index: int) -> str:
-        """Name an image in messages and reports."""
+        """Return the name of an image for messages and reports."""
         return self.names[index]
 
     def sizes(self) -> tuple[int, ...]:
-        """Give the bytes of each image's file, or of its pixels where there is none."""
+        """Return the size of each image's file, or of its pixels if it has none, in bytes."""
         return self.files.sizes() if self.files else (math.prod(self.image_shape),) * len(self)
 
 
@@ -89,7 +89,7 @@ class FileImages:
     """Image files, decoded at each access to RGB of one size.
 
     Attributes:
-        root: the folder that the names are relative to.
+        root: folder to which the names are relative.
         names: paths below the root, one per image, with forward slashes.
         labels: (N,) int64.
         size: (H, W) of the decoded images.
@@ -107,7 +107,7 @@ class FileImages:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that all images take when decoded."""
+        """Size of all decoded images in bytes."""
         return len(self) * 3 * self.size[0] * self.size[1]
 
     def __len__(self) -> int:
@@ -121,7 +121,7 @@ class FileImages:
         return decode_batches([self.root / name for name in self.names], self.size)
 
     def tensor(self, indices: Tensor | None = None) -> Tensor:
-        """Decode all images, or those chosen, in threads, to (N, 3, H, W) uint8."""
+        """Decode all or the selected images, in threads: (N, 3, H, W) uint8."""
         if indices is not None:
             return self.chosen(indices).tensor()
         pixels = torch.empty((len(self), *self.image_shape), dtype=torch.uint8)
@@ -132,34 +132,34 @@ class FileImages:
         return pixels
 
     def chosen(self, indices: Tensor) -> "FileImages":
-        """Give the set of some of the images."""
+        """Return the image set of the selected images."""
         names = tuple(self.names[i] for i in indices.tolist())
         return replace(self, names=names, labels=self.labels[indices])
 
     def without(self, names: Collection[str]) -> "FileImages":
-        """Return the set of the images that have other names."""
+        """Return the image set without the named images."""
         if not names:
             return self
         kept = [index for index, name in enumerate(self.names) if name not in names]
         return self.chosen(torch.tensor(kept, dtype=torch.int64))
 
     def name(self, index: int) -> str:
-        """Name an image in messages and reports: its path below the root."""
+        """Return the name of an image for messages and reports: its path below the root."""
         return self.names[index]
 
     def sizes(self) -> tuple[int, ...]:
-        """Give the bytes of each file; -1 of one that is not there any more."""
+        """Return the size of each file in bytes; -1 if it no longer exists."""
         paths = (self.root / name for name in self.names)
         return tuple(path.stat().st_size if path.is_file() else -1 for path in paths)
 
 
 @dataclass(frozen=True, eq=False)
 class Subset:
-    """Some images of an image set; an image set itself.
+    """Selected images of an image set, as an image set.
 
     Attributes:
-        images: all of them.
-        indices: which are in, (n,) int64.
+        images: the image set.
+        indices: (n,) int64, indices of the selected images.
     """
 
     images: ImageSet
@@ -182,21 +182,21 @@ class Subset:
         return self.images[int(self.indices[index])]
 
     def tensor(self, indices: Tensor | None = None) -> Tensor:
-        """Give all images of the subset, or those chosen: (n, C, H, W) uint8."""
+        """Return all or the selected images of the subset: (n, C, H, W) uint8."""
         return self.images.tensor(self.indices if indices is None else self.indices[indices])
 
     def name(self, index: int) -> str:
-        """Name an image as the whole set does."""
+        """Return the name of an image in the whole set."""
         return self.images.name(int(self.indices[index]))
 
     def sizes(self) -> tuple[int, ...]:
-        """Return the bytes of each image, as the whole set does."""
+        """Return the size of each image in bytes, as in the whole set."""
         every = self.images.sizes()
         return tuple(every[index] for index in self.indices.tolist())
 
 
 def no_images(like: ImageSet) -> Subset:
-    """Return an image set without images, of the shape of another's."""
+    """Return an empty image set with the image shape of another one."""
     return Subset(like, torch.empty(0, dtype=torch.int64))
 
 
@@ -205,18 +205,18 @@ class DataSource:
     """A data set, ready for a loader.
 
     Attributes:
-        name: of the data set, or of the folder.
-        classes: class names, in the order of the labels.
-        train, test: its two parts. The test part is for the last figures only; it is empty when
-            there are no labelled test images.
-        mean, std: per channel, of pixels in [0, 1].
+        name: name of the data set or of the folder.
+        classes: class names, indexed by label.
+        train, test: training and test images. The test images are only for the final metrics; the
+            set is empty if there are no labelled test images.
+        mean, std: statistics per channel, of pixels in [0, 1].
         crop_padding: pixels of zero padding before the random crop.
         flip: whether a mirrored image keeps its label.
-        valid: its own validation images; None when they are drawn from the training part.
-        parts: where the parts of an image folder come from; None for other data.
-        notes: about how an image folder was read, for the plan of a run: labels and texts.
-        left_out: damaged files that are in no part, with the reason for each.
-        scaled_to: height and width to which all images of a folder were scaled; 0 for their own.
+        valid: validation images of the data set; None if they are drawn from the training images.
+        parts: sources of the splits of an image folder; None for other data.
+        notes: labels and texts for the plan of a run on how an image folder was read.
+        left_out: skipped damaged files, with the reason for each.
+        scaled_to: height and width to which all images of a folder were scaled; 0 if not scaled.
     """
 
     name: str
@@ -237,11 +237,11 @@ class DataSource:
 def named_source(
     name: str, classes: tuple[str, ...], train: ImageSet, test: ImageSet
 ) -> DataSource:
-    """Build the source of a named data set, with the facts that `DATASETS` holds of it."""
+    """Build the source of a named data set with its properties from `DATASETS`."""
     info = DATASETS[name]
     return DataSource(name, classes, train, test, info.mean, info.std, info.crop_padding, info.flip)
 
 
 def numbered(part: str, count: int) -> tuple[str, ...]:
-    """Name images that have no file: "train/0", "train/1", and so on."""
+    """Return names for images without files: "train/0", "train/1", and so on."""
     return tuple(f"{part}/{index}" for index in range(count))

@@ -1,4 +1,4 @@
-"""The same images, item by item, as fastai's inference and display functions want them."""
+"""Images as single items, for fastai's inference and display functions."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,17 +18,17 @@ from mixmo_fastai.data.image_sets import ImageSet
 
 @dataclass(frozen=True, slots=True)
 class StoredImage:
-    """An image of a set. The set hangs on the items alone, so an exported Learner leaves it."""
+    """An image of a set. Only items refer to the set, so exported Learners do not contain it."""
 
     images: ImageSet
     index: int
 
 
 class OpenImage(Transform):
-    """A stored image, a file, an array or a PIL image becomes an image like those of training.
+    """Convert a stored image, a file, an array or a PIL image to an image as in training.
 
     Args:
-        image_shape: (C, H, W) of training.
+        image_shape: (C, H, W) of the training images.
     """
 
     def __init__(self, image_shape: tuple[int, int, int]) -> None:
@@ -53,7 +53,7 @@ class OpenImage(Transform):
 
 
 class LabelOf(Transform):
-    """A stored image becomes the name of its class."""
+    """Convert a stored image to the name of its class."""
 
     def __init__(self, classes: tuple[str, ...]) -> None:
         super().__init__()
@@ -64,12 +64,12 @@ class LabelOf(Transform):
 
 
 def as_items(images: ImageSet, classes: tuple[str, ...]) -> Datasets:
-    """View an image set as fastai's `Datasets` of (image, category)."""
+    """Wrap an image set as fastai's `Datasets` of (image, category)."""
     categorize = Categorize(vocab=list(classes), sort=False)
     pipelines = [[OpenImage(images.image_shape)], [LabelOf(classes), categorize]]
     items = [StoredImage(images, index) for index in range(len(images))]
-    # Setting up asks for a first item; the vocabulary is known without.
+    # Setup needs a first item, but the vocabulary is known without it.
     datasets = Datasets(items, pipelines, do_setup=bool(items))
-    # `Learner.predict` skips transforms by the type of its item; OpenImage takes all of them.
+    # `Learner.predict` skips transforms depending on the item type; OpenImage accepts all types.
     datasets.tls[0].types = [object]
     return datasets

@@ -1,11 +1,11 @@
-"""Loaders that augment whole batches where they lie: resident and streaming.
+"""Loaders that augment whole batches on the device: resident and streaming.
 
 Shapes: N images of the set, n distinct images of a batch, C channels, H W image size, p crop
 padding.
 
-Both are fastai loaders and differ only in where a batch's pixels come from. Order and augmentation
-are functions of (seed, epoch, step), so neither workers nor what ran before change them; they are
-drawn, and pixels are cut, for some steps at a time.
+Both are fastai loaders and differ only in the source of the pixels. Order and augmentation are
+functions of (seed, epoch, step), so they depend neither on the number of workers nor on earlier
+draws. They are drawn, and windows are cut, for several steps at once.
 """
 
 import math
@@ -38,14 +38,14 @@ from mixmo_fastai.randomness import derive_seed, make_generator
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What happens to a training image.
+    """Augmentation of training images.
 
     Attributes:
         crop_padding: p; 0 for no crop.
-        flip: whether half of the images are mirrored.
-        alternating_flip: whether every second copy of an image within a batch is mirrored, in place
-            of each by chance.
-        augmix: whether each image goes through AugMix before; only the streaming loader does it.
+        flip: whether images are mirrored with probability 0.5.
+        alternating_flip: whether every second copy of an image in a batch is mirrored, instead of
+            each copy at random.
+        augmix: whether AugMix is applied first; supported by the streaming loader only.
     """
 
     crop_padding: int = 0
@@ -55,25 +55,25 @@ class Augmentation:
 
 
 Arrangement = Callable[[int, int], Tensor]
-"""From the first of `STEPS_AT_ONCE` steps and n to their slots, (steps, any) int64."""
+"""Function of the first of `STEPS_AT_ONCE` steps and n that returns slots (steps, any) int64."""
 STEPS_AT_ONCE = 16
-"""Batches whose draws are made together, so that a step costs few kernels."""
+"""Number of batches that are drawn together, so that each step launches few kernels."""
 Reader = Callable[[Tensor, "Cuts"], Iterator[tuple[Tensor, Tensor]]]
-_WINDOW_BYTES = 32 * 2**20  # of uint8 windows that are cut at a time
+_WINDOW_BYTES = 32 * 2**20  # maximum size of the uint8 windows that are cut at once
 
 
 class BatchLoader(TfmdDL):
     """A fastai loader that crops, flips and normalises whole batches.
 
     Args:
-        images: the part of the data set to load.
-        classes: names of all classes, by label.
-        mean, std: per channel, of pixels in [0, 1].
-        bs: images per batch, before any repetition.
-        shuffle: whether each epoch has an order of its own; incomplete batches are then dropped.
-        augmentation: None for evaluation.
-        seed: of order and augmentation.
-        device: where batches are made.
+        images: images to load.
+        classes: names of all classes, indexed by label.
+        mean, std: statistics per channel, of pixels in [0, 1].
+        bs: images per batch, before repetition.
+        shuffle: whether to shuffle in each epoch; incomplete batches are then dropped.
+        augmentation: augmentation in training; None for evaluation.
+        seed: seed of order and augmentation.
+        device: device of the batches.
     """
 
     def __init__(
@@ -96,7 +96,8 @@ class BatchLoader(TfmdDL):
         self.mean, self.std = torch.tensor(mean), torch.tensor(std)
         self.normalizer = Normalizer(self.mean, self.std, images.image_shape[2]).to(device)
         self.workers = num_workers
-        # What fastai does item by item in show_batch, predict and test loaders; the same figures.
+        # fastai uses these per-item transforms in show_batch, predict and test loaders; they give
+        # the same values as the batch path.
         super().__init__(
             as_items(images, classes),
             bs=bs,
@@ -110,31 +111,31 @@ class BatchLoader(TfmdDL):
         self._n_inp, self._types = 1, {tuple: [TensorImage, TensorCategory]}
 
     def to(self, device: torch.device | str) -> None:
-        """Move what batches are made of."""
+        """Move the tensors used to build batches."""
         super().to(device)
         self.normalizer.to(self.device)
 
     def to_detach(self, b: Any, cpu: bool = True, gather: bool = True) -> Any:
-        """Detach what fastai's metrics add up; a single number stays where it is.
+        """Detach tensors that fastai's metrics accumulate; scalars stay on their device.
 
-        fastai asks its loader for this. Fetched per batch, each would make a GPU wait.
+        fastai calls this method of the loader. Fetching a scalar per batch would synchronize a GPU.
         """
         return to_detach(b, cpu=cpu and getattr(b, "ndim", 1) > 0, gather=gather)
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch the next pass is, counted from the start of training."""
+        """Set the epoch of the next pass, counted from the start of training."""
         self.epoch = epoch
 
     def new(self, dataset: Any = None, cls: Any = None, **kwargs: Any) -> TfmdDL:
-        """Make fastai's plain loader of this data or of other items, as its inference asks for."""
+        """Create a plain fastai loader of this data or of other items, for inference."""
         return super().new(dataset, TfmdDL if cls is None else cls, **kwargs)
 
     def expanded(self, copies: int, arrange: Arrangement | None = None) -> "ExpandedLoader":
-        """View this loader with every image `copies` times per batch, each augmented afresh."""
+        """Return a view with each image `copies` times per batch, augmented separately."""
         return ExpandedLoader(self, copies, arrange)
 
     def shard(self, processes: Processes) -> "LoaderShard":
-        """View the images of this loader that are one process's to evaluate."""
+        """Return a view of the images that one process evaluates."""
         return LoaderShard(self, processes)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -147,16 +148,16 @@ class BatchLoader(TfmdDL):
         first_step: int = 0,
         images: slice = slice(None),
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Go once through the images. A complete pass moves on to the next epoch.
+        """Iterate once over the images. A complete pass advances to the next epoch.
 
-        Slot s in [0, copies · n) is copy s // n of image s mod n, with an augmentation of its own.
+        Slot s in [0, copies · n) is copy s // n of image s mod n, augmented separately.
 
         Args:
-            copies: of each image in a batch.
-            arrange: says which slot each position of a batch shows; slot s at position s where not
-                given. To say it here moves no pixel twice.
-            first_step: batches before it are left out; those from it on are as in a whole pass.
-            images: which places of the epoch's order are loaded; all where not given.
+            copies: number of copies of each image in a batch.
+            arrange: returns the slot at each position of a batch; by default slot s at position s.
+                Arranging here avoids a second copy of the pixels.
+            first_step: first batch to yield; it and the following ones equal those of a full pass.
+            images: positions of the epoch's order to load; all by default.
 
         Yields:
             images (any, C, H, W) float, channels last in memory, and their labels (any,) int64.
@@ -164,7 +165,7 @@ class BatchLoader(TfmdDL):
         epoch = self.epoch
         order = self._placed(self.order(epoch)[images])
         num_kept = len(order) - (len(order) % self.bs if self.drop_last else 0)
-        # Where nothing is dropped the last batch may be shorter than the others: one by one.
+        # If incomplete batches are kept, the last one is shorter, so batches are drawn one by one.
         steps = STEPS_AT_ONCE if self.drop_last else 1
         rows = order[:num_kept].split(steps * self.bs) if num_kept else ()
         groups = [row.view(-1, min(self.bs, len(row))) for row in rows]  # (steps, n) each
@@ -181,22 +182,22 @@ class BatchLoader(TfmdDL):
         self.epoch = epoch + 1
 
     def order(self, epoch: int) -> Tensor:
-        """Give the order of an epoch: (N,) int64."""
+        """Return the order of the images in an epoch: (N,) int64."""
         if not self.shuffle:
             return torch.arange(len(self.images))
         generator = make_generator(self.seed, "order", epoch)
         return torch.randperm(len(self.images), generator=generator)
 
     def _placed(self, order: Tensor) -> Tensor:
-        """Bring an epoch's order to where `raw_batches` wants it."""
+        """Move the order of an epoch to the device on which it is used."""
         return order
 
     def reader(self, groups: Sequence[Tensor]) -> Reader:
         """Prepare a pass over groups of batches, (steps, n) indices of images each.
 
         Returns:
-            a function to be called with each group in turn, and its cuts, that gives for every
-            batch the windows (P, C, H, W) uint8 on the device, and their labels (P,).
+            a function of a group and its cuts, called for the groups in order, that yields for each
+            batch the windows (P, C, H, W) uint8 on the device and their labels (P,).
         """
         raise NotImplementedError
 
@@ -207,17 +208,17 @@ class BatchLoader(TfmdDL):
         arrange: Arrangement | None,
         place: tuple[int, int],
     ) -> "Cuts":
-        """Draw what the batches of a group (steps, n) show, at a place (epoch, first step)."""
+        """Draw images, crops and flips of a group of batches (steps, n); place is (epoch, step)."""
         (steps, count), device, own = group.shape, self.device, self.augmentation
         slots = torch.arange(copies * count, device=device).expand(steps, -1)
         if arrange is not None:
             slots = arrange(place[1], count)[:steps]
         if not self.augments:
             return Cuts(slots % count)
-        # The same in all processes that train together: each takes its slots of the whole batch.
+        # All processes draw the same numbers, and each uses its slots of the whole batch.
         generator = make_generator(self.seed, "augment", *place, device=device)
         drawn = {"generator": generator, "device": device}
-        # For a whole group even where the epoch ends within, so that a place says it all.
+        # Always for a full group, also at the end of an epoch, so draws depend on the place only.
         shape = (STEPS_AT_ONCE, copies * count)
         corners = draw_crops(math.prod(shape), own.crop_padding, **drawn).view(*shape, 2)[:steps]
         corners = corners.gather(1, slots[..., None].expand(-1, -1, 2))
@@ -231,17 +232,17 @@ class BatchLoader(TfmdDL):
         return Cuts(slots % count, corners, flips[:steps].gather(1, slots))
 
     def _store(self, pixels: Tensor) -> StoredImages:
-        """Lay images (any, C, H, W) uint8 on the device out for this loader's windows."""
+        """Store images (any, C, H, W) uint8 on the device in the layout for cutting windows."""
         own = self.augmentation
         return StoredImages(pixels.to(self.device), own.crop_padding, mirrored=own.flip)
 
 
 class Cuts(NamedTuple):
-    """What the P positions of several batches show.
+    """Image, crop and flip at each of the P positions of several batches.
 
     Attributes:
-        images: (steps, P) int64, which of a batch's n images.
-        corners: (steps, P, 2) of the windows, as `StoredImages.windows` takes them.
+        images: (steps, P) int64, indices into the n images of a batch.
+        corners: (steps, P, 2), corners of the windows for `StoredImages.windows`.
         flips: (steps, P) bool.
     """
 
@@ -250,17 +251,17 @@ class Cuts(NamedTuple):
     flips: Tensor | None = None
 
     def since(self, step: int) -> "Cuts":
-        """Leave out the steps before one."""
+        """Drop all steps before the given one."""
         return Cuts(*(None if each is None else each[step:] for each in self))
 
     def part(self, start: int, stop: int) -> dict[str, Tensor | None]:
-        """Give corners and flips of some steps, without the axis of steps."""
+        """Return corners and flips of some steps, with the step axis flattened."""
         parts = {"corners": self.corners, "flips": self.flips}
         return {k: None if v is None else v[start:stop].flatten(0, 1) for k, v in parts.items()}
 
 
 class ResidentLoader(BatchLoader):
-    """The decoded data set lies on the device; batches are gathered there in a few kernels."""
+    """Keep the decoded data set on the device and gather batches there with few kernels."""
 
     def __init__(self, images: ImageSet, **kwargs: Any) -> None:
         super().__init__(images, **kwargs)
@@ -273,10 +274,10 @@ class ResidentLoader(BatchLoader):
         self.stored, self.labels = self.stored.to(self.device), self.labels.to(self.device)
 
     def _placed(self, order: Tensor) -> Tensor:
-        return order.to(self.device)  # once per epoch, so that no step waits for a copy
+        return order.to(self.device)  # once per epoch, which avoids a copy per step
 
     def reader(self, groups: Sequence[Tensor]) -> Reader:
-        """Cut the windows of several batches at once out of the resident data set."""
+        """Cut the windows of several batches at once from the resident data set."""
         return self._cut
 
     def _cut(self, group: Tensor, cuts: Cuts) -> Iterator[tuple[Tensor, Tensor]]:
@@ -293,10 +294,10 @@ class ResidentLoader(BatchLoader):
 
 
 class StreamingLoader(BatchLoader):
-    """Images are read by workers as they are needed; for data that does not fit on the device."""
+    """Read images on demand in worker processes, for data that does not fit on the device."""
 
     def reader(self, groups: Sequence[Tensor]) -> Reader:
-        """Start to read batch by batch, in worker processes where there are some."""
+        """Start reading batch by batch, in worker processes if there are any."""
         pinned = self.device.type == "cuda"
         augmix = SeededAugMix(self.seed, self.epoch) if self.augmentation.augmix else None
         chunks = [chunk for group in groups for chunk in group]
@@ -304,9 +305,9 @@ class StreamingLoader(BatchLoader):
             _ChunkReader(self.images, chunks, augmix),
             num_workers=self.workers,
             pin_memory=pinned,
-            wif=leave_signals_to_parent,  # a worker that a signal ends would take the step with it
+            wif=leave_signals_to_parent,  # a signal must not end a worker in the middle of a step
         )
-        # Torch seeds its workers, which draw nothing here; not from the global generator.
+        # torch draws the workers' seeds from this generator instead of the global one.
         loader.fake_l.generator = torch.Generator()
         batches = self._started(loader)
 
@@ -322,7 +323,7 @@ class StreamingLoader(BatchLoader):
         return cut
 
     def _started(self, loader: DataLoader) -> Iterator[Any]:
-        """Start the workers, out of reach of the signals that this process handles."""
+        """Start the workers while the signals that this process handles are blocked."""
         batches = iter(loader)
         if not self.workers:
             return batches
@@ -332,7 +333,7 @@ class StreamingLoader(BatchLoader):
 
 
 class ExpandedLoader:
-    """A view of a `BatchLoader` with every image several times per batch."""
+    """View of a `BatchLoader` with each image several times per batch."""
 
     def __init__(
         self,
@@ -345,13 +346,13 @@ class ExpandedLoader:
         self.first_step = first_step
 
     def __getattr__(self, name: str) -> Any:
-        """Pass for the loader with callbacks that look at it."""
+        """Delegate to the loader, for callbacks that read its attributes."""
         if name.startswith("__") or "loader" not in vars(self):
             raise AttributeError(name)
         return getattr(self.loader, name)
 
     def starting_at(self, step: int) -> "ExpandedLoader":
-        """Give the same view without the batches before a step; its length is that of the whole."""
+        """Return the same view without the batches before a step, with the full length."""
         return ExpandedLoader(self.loader, self.copies, self.arrange, step)
 
     def __len__(self) -> int:
@@ -362,7 +363,7 @@ class ExpandedLoader:
 
 
 class LoaderShard:
-    """One process's share of a `BatchLoader`'s images: every so many-th, from its own rank on."""
+    """Images of a `BatchLoader` for one process: every count-th one, starting at its rank."""
 
     def __init__(self, loader: BatchLoader, processes: Processes) -> None:
         self.loader, self.processes = loader, processes
@@ -375,12 +376,12 @@ class LoaderShard:
         return self.loader.batches(images=slice(self.processes.rank, None, self.processes.count))
 
     def to_detach(self, b: Any, cpu: bool = True, gather: bool = True) -> Any:
-        """Leave what metrics add up to this process; who evaluates brings it together."""
+        """Detach without gathering; the caller reduces metrics over all processes."""
         return self.loader.to_detach(b, cpu=cpu, gather=False)
 
 
 class _ChunkReader:
-    """Item i is the whole i-th batch, so that a worker sends one tensor, not n."""
+    """Data set whose item i is the whole i-th batch, so that a worker sends one tensor, not n."""
 
     def __init__(
         self, images: ImageSet, chunks: Sequence[Tensor], augmix: "SeededAugMix | None"
@@ -395,7 +396,7 @@ class _ChunkReader:
         try:
             pixels = torch.stack([self._image(i) for i in chunk.tolist()])
         except InputError as error:
-            return error  # raised in a worker, it would come back as a traceback in text
+            return error  # if raised in a worker, it would arrive as the text of a traceback
         return pixels, self.images.labels[chunk]
 
     def _image(self, index: int) -> Tensor:
@@ -404,19 +405,19 @@ class _ChunkReader:
 
 
 class SeededAugMix:
-    """Torchvision's AugMix, whose draws are a function of (seed, epoch, image).
+    """Torchvision's AugMix with draws that are a function of (seed, epoch, image).
 
-    Torchvision draws from torch's global generator, which is put back as it was.
+    Torchvision draws from torch's global generator, whose state is restored afterwards.
     Source: Hendrycks et al., "AugMix", ICLR 2020.
     """
 
     def __init__(self, seed: int, epoch: int) -> None:
-        from torchvision.transforms import AugMix  # a second and a half that few runs need
+        from torchvision.transforms import AugMix  # the import takes 1.5 s, and few runs use it
 
         self.seed, self.epoch, self.transform = seed, epoch, AugMix()
 
     def __call__(self, pixels: Tensor, index: int) -> Tensor:
         with torch.random.fork_rng(devices=[]):
             seed = derive_seed(self.seed, "augmix", self.epoch, index)
-            torch.default_generator.manual_seed(seed)  # not that of any GPU
+            torch.default_generator.manual_seed(seed)  # of the CPU only
             return self.transform(pixels)

@@ -1,4 +1,4 @@
-"""Which images of a folder train, validate and test, as a run keeps it in split.json."""
+"""Training, validation and test images of a folder, as stored in split.json of a run."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,11 +10,11 @@ from mixmo_fastai.errors import InputError
 
 @dataclass(frozen=True)
 class DrawnTest:
-    """A test set that was drawn from a folder without one.
+    """A test set drawn from a folder that has none.
 
     Attributes:
-        test_split: fraction of each class that was drawn.
-        train, test: the files of both parts, relative to the image folder.
+        test_split: fraction of each class drawn for testing.
+        train, test: files of both splits, relative to the image folder.
     """
 
     test_split: float
@@ -24,13 +24,14 @@ class DrawnTest:
 
 @dataclass(frozen=True)
 class DataParts:
-    """Where the parts of an image folder come from.
+    """Sources of the splits of an image folder.
 
     Attributes:
-        train: folder of the training images, relative to the image folder, "." for itself.
-        valid: folder of the validation images; None where they are drawn from the training images.
-        test: folder of the labelled test images; None where there is none.
-        drawn: the test set that was drawn from `train` instead; None where none was.
+        train: folder of the training images, relative to the image folder; "." for the folder
+            itself.
+        valid: folder of the validation images; None if they are drawn from the training images.
+        test: folder of the labelled test images; None if there is none.
+        drawn: test set drawn from `train` instead; None if none was drawn.
     """
 
     train: str
@@ -40,14 +41,14 @@ class DataParts:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], where: Path) -> "DataParts":
-        """Read what `dataclasses.asdict` gave, from JSON.
+        """Build from the output of `dataclasses.asdict`, as read from JSON.
 
         Args:
-            values: as read.
+            values: values read from the file.
             where: the file, for messages.
 
         Raises:
-            InputError: it is something else.
+            InputError: a value is missing or has the wrong type.
         """
         try:
             drawn = values["drawn"]
@@ -67,9 +68,9 @@ def _text(value: Any) -> str | None:
 
 
 def parts_before_split_json(folder: Path) -> DataParts:
-    """Return the parts as version 0.1.0 took them, which kept no split.json with its runs.
+    """Return the splits as chosen by version 0.1.0, whose runs have no split.json.
 
-    Its test set was test/, or val/ or valid/ where there was no test/; none validated.
+    Its test set was test/, or val/ or valid/ if there was no test/; it had no validation folder.
     """
     found = (name for name in ("test", "val", "valid") if (folder / name).is_dir())
     return DataParts("train", test=next(found, None))

@@ -1,4 +1,4 @@
-"""Data sets by name or folder: where they are looked for, and how they are read."""
+"""Data sets by name or folder: where they are stored and how they are read."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -33,12 +33,13 @@ __all__ = [
 
 @dataclass(frozen=True)
 class NamedSource:
-    """How a named data set is had.
+    """A named data set.
 
     Attributes:
-        read: builds it from its unpacked archive, or from nothing where there is no archive.
-        archive: what is downloaded, checked and unpacked first; None for data of a library.
-        has_files: whether its images are files, some of which may be damaged.
+        read: function that reads it from its unpacked archive, or without arguments if it has none.
+        archive: archive that is downloaded, verified and unpacked first; None for data that comes
+            with a library.
+        has_files: whether its images are separate files, some of which may be damaged.
     """
 
     read: Callable[..., DataSource]
@@ -53,7 +54,7 @@ class NamedSource:
         skip_damaged: bool = False,
         left_out: LeftOut | None = None,
     ) -> DataSource:
-        """Read the data set from a data folder; see `fetch` for what is done before."""
+        """Read the data set from a data folder, after `fetch` has made sure that it is there."""
         if self.archive is None:
             return self.read()
         unpacked = fetch(self.archive, home, download=download)
@@ -68,7 +69,7 @@ SOURCES = {
     "cifar100": NamedSource(read_cifar100, CIFAR100),
     "tinyimagenet": NamedSource(read_tiny_imagenet, TINY_IMAGENET, has_files=True),
 }
-"""Every data set that has a name. What is known of it before reading is in `names.DATASETS`."""
+"""Named data sets. Properties that are known before reading are in `names.DATASETS`."""
 
 
 def load_source(
@@ -84,25 +85,25 @@ def load_source(
     skip_damaged: bool = False,
     left_out: LeftOut | None = None,
 ) -> DataSource:
-    """Read a data set, which is downloaded where it is missing.
+    """Read a data set, downloading it if it is missing.
 
     Args:
-        dataset: a name of `SOURCES`, or the path of an image folder; a name goes before a folder
-            of the same name.
+        dataset: a name in `SOURCES`, or the path of an image folder; a name takes precedence over a
+            folder of the same name.
         data_dir: the data folder; see `data_home`.
-        image_size: height and width to which an image folder is scaled; None for its own.
-        largest_side: of an image folder's own size; images with a longer one are scaled to it.
+        image_size: height and width to which an image folder is scaled; None for its own size.
+        largest_side: maximum side of an image folder's own size; larger images are scaled down.
         download: whether an archive may be downloaded.
         test_split: fraction of each class to set aside as the test set of an image folder without
             one; see `read_image_folder`.
-        parts: what an earlier run took of an image folder; see there.
-        classes: of that run.
-        skip_damaged: whether image files that cannot be decoded are left out; otherwise an error
-            names all of them.
-        left_out: image files that an earlier run has left out; no others are then.
+        parts: images of an image folder that an earlier run used; see `read_image_folder`.
+        classes: class names of that run.
+        skip_damaged: whether to skip image files that cannot be decoded; otherwise an error names
+            all of them.
+        left_out: image files that an earlier run skipped; no others are skipped then.
 
     Raises:
-        InputError: the data set is unknown, missing, damaged or not of the right form.
+        InputError: the data set is unknown, missing, damaged or malformed.
     """
     home = data_home(data_dir)
     if home.exists() and not home.is_dir():
@@ -132,22 +133,22 @@ def load_source(
 
 
 def data_home(data_dir: Path | None = None) -> Path:
-    """Find the data folder: the argument, else $MIXMO_DATA_DIR, else fastai's data folder."""
+    """Return the data folder: the argument, $MIXMO_DATA_DIR, or fastai's data folder."""
     chosen = data_dir or os.environ.get("MIXMO_DATA_DIR")
     fastai_home = os.environ.get("FASTAI_HOME") or "~/.fastai"
-    # pathlib's own expansion raises where there is no such user.
+    # Unlike os.path.expanduser, pathlib raises an error for an unknown user.
     return Path(os.path.expanduser(chosen or Path(fastai_home) / "data"))
 
 
 @dataclass(frozen=True)
 class DatasetStatus:
-    """Whether a named data set can be read.
+    """Availability of a named data set.
 
     Attributes:
-        name: of the data set.
-        place: the folder or file that was looked at; None for data of a library.
-        state: whether it is there and intact.
-        detail: a line that says more.
+        name: name of the data set.
+        place: the folder or file that was checked; None for data that comes with a library.
+        state: whether it is present and intact.
+        detail: one line of explanation.
     """
 
     name: str
@@ -157,10 +158,10 @@ class DatasetStatus:
 
 
 def dataset_status(name: str, data_dir: Path | None = None) -> DatasetStatus:
-    """Look for a named data set and compare its files with their checksums; nothing is changed.
+    """Check whether a named data set is present and its checksums match; nothing is changed.
 
     Raises:
-        InputError: there is no data set of that name.
+        InputError: the name is unknown.
     """
     if name not in SOURCES:
         raise unknown_name_error("data set", name, SOURCES)

@@ -1,7 +1,7 @@
-"""Parts of the training set: the validation split, the test split and the balanced trial.
+"""Subsets of the training set: validation split, test split, and a balanced subset for trials.
 
-All are the same for every run, whatever its seed, so that runs are compared on the same images
-and members of a deep ensemble share a validation split.
+They do not depend on the seed of a run, so that runs are compared on the same images and the
+networks of a deep ensemble share a validation split.
 """
 
 import torch
@@ -14,14 +14,13 @@ from mixmo_fastai.recipe import default_valid_split
 
 SPLIT_SEED = 0
 DEFAULT_TEST_SPLIT = 0.2
-"""Fraction of each class that tests, when an image folder has no split of its own."""
+"""Fraction of each class used for testing if an image folder has no split."""
 
 
 def training_parts(source: DataSource, valid_split: float | None) -> tuple[ImageSet, ImageSet]:
-    """Return the images that train and those that validate.
+    """Return the training and the validation images.
 
-    A data set with validation images of its own validates on them and trains on all of its training
-    images; `valid_split` is then not used.
+    If the data set has its own validation images, they are used, and `valid_split` is ignored.
 
     Args:
         source: the data set.
@@ -37,7 +36,7 @@ def draw_test(labels: Tensor, fraction: float) -> Tensor:
 
     Args:
         labels: (N,) int64.
-        fraction: in [0, 1). One image of a class is chosen at least, but never its only one.
+        fraction: in [0, 1). At least one image per class is chosen, but never its only one.
 
     Returns:
         whether each image is in the test set, (N,) bool.
@@ -48,18 +47,18 @@ def draw_test(labels: Tensor, fraction: float) -> Tensor:
 
 
 def split_validation(images: ImageSet, share: float | None) -> tuple[ImageSet, Subset]:
-    """Set aside a share of every class for validation.
+    """Set aside a fraction of every class for validation.
 
     Args:
         images: the training set.
-        share: in [0, 1); 0 sets nothing aside, None takes `default_valid_split`. At least one image
-            of a class stays for training.
+        share: fraction in [0, 1); 0 for no validation split, None for `default_valid_split`. At
+            least one image of each class remains for training.
 
     Returns:
-        the images that train and those that validate.
+        the training and the validation images.
 
     Raises:
-        InputError: the share is out of range, or no class has two images.
+        InputError: the fraction is out of range, or no class has two images.
     """
     if share is None:
         share = default_valid_split(len(images))
@@ -81,11 +80,11 @@ def split_validation(images: ImageSet, share: float | None) -> tuple[ImageSet, S
 
 
 def limit_images(images: ImageSet, limit: int) -> ImageSet:
-    """Keep at most `limit` images, as many of each class as of any other where there are enough.
+    """Keep at most `limit` images, with equal numbers per class as far as possible.
 
     Args:
-        images: the images that train.
-        limit: 0 keeps all.
+        images: the training images.
+        limit: maximum number; 0 for all.
     """
     if limit == 0 or limit >= len(images):
         return images
@@ -95,7 +94,7 @@ def limit_images(images: ImageSet, limit: int) -> ImageSet:
 
 
 def _ranks_within_class(labels: Tensor, stream: str) -> tuple[Tensor, Tensor]:
-    """Shuffle, and number the images of each class from 0; also give the size of each's class."""
+    """Return the random rank of each image within its class, and the size of its class."""
     generator = make_generator(SPLIT_SEED, stream)  # type: ignore[arg-type]
     shuffled = torch.randperm(len(labels), generator=generator)
     by_class = shuffled[labels[shuffled].argsort(stable=True)]
