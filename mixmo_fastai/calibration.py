@@ -105,8 +105,8 @@ class ReliabilityBins:
 def reliability_bins(logits: Tensor, labels: Tensor, num_bins: int = NUM_BINS) -> ReliabilityBins:
     """Group samples by confidence into bins of equal width, closed on the right.
 
-    A confidence of one falls into the last bin; zero, which cannot occur, would fall into the
-    first.
+    A confidence of one falls into the last bin. Zero does not occur; it would fall into the first
+    bin.
 
     Args:
         logits: (N, K).
@@ -311,13 +311,13 @@ def _equal_mass_edges(num_kept: Tensor, num_samples: int, num_bins: int) -> Tens
     return edges
 
 
-def _nll_derivatives(margins: Tensor, inverse: float) -> tuple[float, float]:
+def _nll_derivatives(margins: Tensor, inverse_temperature: float) -> tuple[float, float]:
     """Compute the first two derivatives of the NLL with respect to s = 1 / T.
 
     They are the mean and variance of a sample's margins under softmax(s · d_n), averaged over n.
     """
     # With margins instead of logits, rounding does not hide the sign of a vanishing slope.
-    probabilities = (inverse * margins).softmax(dim=1)
+    probabilities = (inverse_temperature * margins).softmax(dim=1)
     mean = (probabilities * margins).sum(dim=1)
     variance = (probabilities * (margins - mean[:, None]).square()).sum(dim=1)
     return mean.mean().item(), variance.mean().item()

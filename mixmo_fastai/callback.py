@@ -121,16 +121,16 @@ class MixMoCallback(_PlainErrorCallback):
         if mask_options is not None and not isinstance(mask_options, Mapping):
             raise InputError(f"mask_options must map names to values; got {mask_options!r}.")
         self.mask_options = dict(mask_options or {})
-        trial = torch.Generator()  # the global generator belongs to the user
+        generator = torch.Generator()  # the checks must not draw from the global generator
         if isinstance(mix, str):
             lam = torch.full((1, 2), 0.5)
-            draw_masks(mix, lam, (2, 8, 8), generator=trial, **self.mask_options)
+            draw_masks(mix, lam, (2, 8, 8), generator=generator, **self.mask_options)
         else:  # not called here, since it may require another feature size
             check_options(mix, self.mask_options)
         check_pairing(1, batch_repetitions, input_repetition)
         _check_fractions(mix_prob=mix_prob, decay_start=decay_start, msda_prob=msda_prob)
         loss_weights(torch.ones(1, 1), weight_root)
-        draw_lam(1, 1, alpha, generator=trial)
+        draw_lam(1, 1, alpha, generator=generator)
         msda = None if msda == "none" else msda  # recipes write None as "none"
         if msda is not None:
             check_msda(msda, msda_alpha, msda_prob)

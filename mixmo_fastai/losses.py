@@ -203,8 +203,8 @@ class MixMoLoss(nn.Module):
             batch_loss = batch_loss * divisor / len(targets)
         # One loss per sample or per predicted number; any other count results from broadcasting.
         is_valid = batch_loss.numel() == 1 and losses.numel() in {len(rows), rows.numel()}
-        losses = losses.as_subclass(Tensor).reshape(len(rows), -1) if is_valid else losses
-        matching = matching_averages(batch_loss, losses) if is_valid else []
+        losses = losses.as_subclass(Tensor)
+        matching = matching_averages(batch_loss, losses.reshape(len(rows), -1)) if is_valid else []
         self.averages = tuple(average for average in self.averages if average in matching)
         if not self.averages:
             self.checks_left = 0  # one counterexample suffices

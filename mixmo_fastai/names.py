@@ -143,7 +143,7 @@ def parse_architecture(name: str) -> Architecture:
     Names of timm networks are not checked, since that requires importing timm.
 
     Raises:
-        InputError: the name belongs to no family, or its depth or width is invalid.
+        InputError: the name does not match any family, or its depth or width is invalid.
     """
     if match := re.fullmatch(r"wrn(\d{1,4})_(\d{1,3})", name):
         depth, width = int(match[1]), int(match[2])
@@ -170,8 +170,8 @@ def parse_architecture(name: str) -> Architecture:
         return Architecture("timm", name=match[1])
     if name in _WITHOUT_LINEAR_LAYER:
         raise InputError(
-            f"{name} does not end with a linear layer but with a convolution before pooling, so "
-            "MixMo cannot create member heads.\n"
+            f"{name} does not end with a linear layer: its last layer is a convolution before "
+            "pooling, so MixMo cannot create member heads.\n"
             "Use another torchvision network, such as mobilenet_v2."
         )
     raise _unknown_architecture(name)

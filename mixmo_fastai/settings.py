@@ -57,6 +57,8 @@ def build(kind: type, values: Mapping[str, Any], source: str) -> Any:
 
 
 class _Reader:
+    """Builds nested dataclasses; keeps the root and the source for error messages."""
+
     def __init__(self, root: type, source: str) -> None:
         self.root, self.source = root, source
 
@@ -66,7 +68,7 @@ class _Reader:
         built = {}
         for key, value in values.items():
             if key not in known:
-                raise _unknown_key(self.root, f"{prefix}{key}", self.source)
+                raise _unknown_key_error(self.root, f"{prefix}{key}", self.source)
             if dataclasses.is_dataclass(hints[key]):
                 section = typing.cast(type, hints[key])
                 built[key] = self._section(section, value, f"{prefix}{key}")
@@ -84,7 +86,7 @@ class _Reader:
         return self.read(kind, value, f"{name}.")
 
 
-def _unknown_key(root: type, key: str, source: str) -> InputError:
+def _unknown_key_error(root: type, key: str, source: str) -> InputError:
     names = [
         f"{f.name}.{g.name}" if dataclasses.is_dataclass(f.default) else f.name
         for f in fields(root)

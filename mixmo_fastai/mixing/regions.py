@@ -95,8 +95,9 @@ def cow(
 ) -> Tensor:
     """Threshold Gaussian-blurred noise into irregular spots (CowMask).
 
-    The area is drawn from its own uniform distribution; `area` only sets batch size, dtype and
-    device. The threshold assumes that the blurred noise is normal, so the area is exact on average.
+    The spots' area is drawn from a separate uniform distribution; `area` sets only batch size,
+    dtype and device. The threshold assumes that the blurred noise is normal, so the drawn area is
+    exact on average.
     Source: French, Oliver, Salimans, "Milking CowMask", 2020.
 
     Args:

@@ -207,7 +207,7 @@ def check_image_unchanged(
     _, channels, height, width = record.image.shape
     recorded_size = (height, width)
     try:
-        for training, mode in ((True, " in training"), (False, "")):
+        for training, when in ((True, " in training"), (False, "")):
             model.train(training)
             for size in dict.fromkeys((recorded_size, *sizes)):
                 image = _random_image(channels, size).to(record.image)
@@ -220,11 +220,11 @@ def check_image_unchanged(
                         continue  # the converted network raises an error for such images
                     if not _equal_with_nan(received[-1], image):
                         at_size = "" if size == recorded_size else f" of {size[0]}x{size[1]}"
-                        raise _image_changed_error(record.name, name, at_size + mode) from None
+                        raise _image_changed_error(record.name, name, at_size + when) from None
                 except Exception as error:  # the model may not accept this size
                     if size == recorded_size:
                         raise InputError(
-                            f"{record.name} could not be run{mode}: {summarize_error(error)}."
+                            f"{record.name} could not be run{when}: {summarize_error(error)}."
                         ) from error
     finally:
         hook.remove()

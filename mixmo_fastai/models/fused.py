@@ -24,8 +24,8 @@ class FusedNetwork(nn.Module):
     Args:
         encoder: (B, C, H, W) -> (B, D, h, w).
         core: (B, D, h, w) -> (B, features).
-        head: (B, features) -> (B, votes · K).
-        num_votes: 1 if the head is the mean of the members' heads, M if it stacks all of them.
+        head: (B, features) -> (B, num_votes · K).
+        num_votes: M if the head stacks the heads of all members, 1 if it is their mean.
         output: layer that turns the mean logits into predictions; see `MixMoModel`.
     """
 
@@ -49,7 +49,7 @@ class FusedNetwork(nn.Module):
         return logits if output is None else output(logits)
 
     def member_logits(self, x: Tensor) -> Tensor:
-        """Compute the logits of each head: (B, C, H, W) -> (B, votes, K)."""
+        """Compute the logits of each head: (B, C, H, W) -> (B, num_votes, K)."""
         logits = self._head_outputs(x)
         return logits.view(len(logits), self.num_votes, -1)
 

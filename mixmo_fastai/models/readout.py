@@ -3,9 +3,9 @@
 Shapes: B batch, M members, F channels and a b size of the core's maps, D h w encoder's output.
 
 The default readout, "core", is the core's own pooling: the mean over all positions in the published
-networks, or whatever a converted network does. Any other readout is a module that receives the maps
-and the masks with which the features were mixed. To add one, write a class and register it in
-`names.READOUTS`.
+networks, the original pooling in a converted network. Any other readout is a module that receives
+the maps and the masks with which the features were mixed. To add a readout, write a class and
+register it in `names.READOUTS`.
 """
 
 from pkgutil import resolve_name

@@ -65,7 +65,7 @@ def convert_to_mixmo(
     the original. This is checked with a copy on the CPU, in float32 or better, including the
     network's hooks.
 
-    Encoders and heads are trainable; other parameters remain frozen if they were.
+    Encoders and heads are trainable; other frozen parameters remain frozen.
 
     An elementwise layer without parameters that turns logits into predictions, such as the
     `SigmoidRange` of fastai's `y_range`, may follow the last linear layer. In training it is
