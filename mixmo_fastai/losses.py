@@ -212,7 +212,7 @@ class MixMoLoss(nn.Module):
     def _sum_over_members(
         self, pred: Tensor, targets: Tensor, weights: Tensor, *, is_pasted: bool
     ) -> Tensor:
-        """Call a base that does not average once per member, and weight each member's loss.
+        """Call a base that is not an average once for each member; return the weighted sum.
 
         Raises:
             InputError: weights differ within the batch, or predictions (B, 1) would be broadcast.

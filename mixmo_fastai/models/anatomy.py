@@ -56,9 +56,7 @@ class ForwardRecord:
     parameter_free: list[LayerCall] = field(default_factory=list)
 
 
-def layers_of_type(
-    model: nn.Module, kind: type[nn.Module] | tuple[type, ...]
-) -> dict[str, nn.Module]:
+def find_layers(model: nn.Module, kind: type[nn.Module] | tuple[type, ...]) -> dict[str, nn.Module]:
     """Return the layers of a type, by name."""
     modules: dict[str, nn.Module] = dict(model.named_modules())
     return {name: module for name, module in modules.items() if isinstance(module, kind)}
@@ -109,7 +107,7 @@ def record_forward(
         InputError: the model has no convolution, or fails at all sizes.
     """
     name = type(model).__name__
-    convolutions = layers_of_type(model, nn.Conv2d)
+    convolutions = find_layers(model, nn.Conv2d)
     if not convolutions:
         raise InputError(
             f"{name} has no convolution (nn.Conv2d) to convert into encoders.\n"
@@ -155,7 +153,7 @@ def candidate_sizes(model: nn.Module, image_size: Size | None) -> list[tuple[int
     return [*([declared] if declared else []), *((size, size) for size in IMAGE_SIZES)]
 
 
-def first_convolution(model: nn.Module, record: ForwardRecord, name: str | None) -> LayerCall:
+def find_first_convolution(model: nn.Module, record: ForwardRecord, name: str | None) -> LayerCall:
     """Find and check the first convolution, whose input must be the image itself.
 
     Args:
@@ -231,7 +229,7 @@ def check_image_unchanged(
         model.eval()
 
 
-def output_layer(model: nn.Module, record: ForwardRecord) -> str | None:
+def find_output_layer(model: nn.Module, record: ForwardRecord) -> str | None:
     """Find an elementwise layer after the last linear layer that turns logits into predictions.
 
     Examples are the `SigmoidRange` of fastai's `y_range` and `nn.Sigmoid`. The layer has no
@@ -287,7 +285,7 @@ def _probe_values(like: Tensor) -> Tensor:
     return (signs * torch.linspace(0.5, 3, count)).to(like).view(like.shape)
 
 
-def last_linear(model: nn.Module, record: ForwardRecord, name: str | None) -> LayerCall:
+def find_last_linear(model: nn.Module, record: ForwardRecord, name: str | None) -> LayerCall:
     """Find the linear layer whose output is the model's output.
 
     Args:
@@ -394,7 +392,7 @@ def _recording(model: nn.Module, record: ForwardRecord, encoder: str | None) -> 
     hooks = [
         module.register_forward_hook(make_hook(name), with_kwargs=True)
         for kind, make_hook in ((nn.Conv2d, record_convolution), (nn.Linear, record_linear))
-        for name, module in layers_of_type(model, kind).items()
+        for name, module in find_layers(model, kind).items()
     ]
     hooks += [
         module.register_forward_hook(record_parameter_free(name), with_kwargs=True)
@@ -474,10 +472,10 @@ def _check_layer_name(
     argument: str,
     kind_name: str,
 ) -> None:
-    known = layers_of_type(model, kind)
+    known = find_layers(model, kind)
     if name is not None and name not in known:
         # For a head, list the linear layers if there are any, and otherwise the convolutions.
-        names = [*layers_of_type(model, nn.Linear)] if argument == "head" else []
+        names = [*find_layers(model, nn.Linear)] if argument == "head" else []
         names = names or [*known]
         raise InputError(
             f"{argument} must name a {kind_name} of {type(model).__name__}; got {name!r}.\n"

@@ -27,9 +27,9 @@ from mixmo_fastai.models.anatomy import (
     check_image_unchanged,
     check_model,
     example_parameter,
-    first_convolution,
-    last_linear,
-    output_layer,
+    find_first_convolution,
+    find_last_linear,
+    find_output_layer,
     record_forward,
 )
 from mixmo_fastai.models.backbone_core import (
@@ -189,12 +189,12 @@ def find_end_layers(
     with _isolated_from_caller():
         sizes = candidate_sizes(network, image_size)
         record = record_forward(network, sizes, encoder, in_channels)
-        if output := output_layer(network, record):
+        if output := find_output_layer(network, record):
             replace_with_identity(network, output)
             record = record_forward(network, sizes, encoder, in_channels)
-        first = first_convolution(network, record, encoder)
+        first = find_first_convolution(network, record, encoder)
         check_image_unchanged(network, record, first.name, OTHER_SIZES if try_other_sizes else ())
-        last = last_linear(network, record, head)
+        last = find_last_linear(network, record, head)
         convolution, linear = network.get_submodule(first.name), network.get_submodule(last.name)
         core = BackboneCore(network, first.name, last.name)
         _check_core(core, record, first, last)
