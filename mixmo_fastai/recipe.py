@@ -32,9 +32,9 @@ from mixmo_fastai.names import (
 )
 from mixmo_fastai.settings import (
     TOML_ERRORS,
-    build,
-    choice,
-    number,
+    build_settings,
+    choice_field,
+    number_field,
     parse_value,
     to_mapping,
     to_toml,
@@ -95,17 +95,17 @@ class Data:
     """
 
     dataset: str = "digits"
-    valid_split: float | None = number(None, 0, 0.9)
-    test_split: float | None = number(None, 0, 0.9)
-    limit: int = number(0, 0)
-    image_size: int | None = number(None, 0, 4096)
+    valid_split: float | None = number_field(None, 0, 0.9)
+    test_split: float | None = number_field(None, 0, 0.9)
+    limit: int = number_field(0, 0)
+    image_size: int | None = number_field(None, 0, 4096)
     skip_damaged: bool = False
-    crop_padding: int | None = number(None, 0, 64)
+    crop_padding: int | None = number_field(None, 0, 64)
     flip: bool | None = None
     alternating_flip: bool = False
     augmix: bool = False
-    loader: str = choice("auto", LOADERS)
-    num_workers: int = number(2, 0, 256)
+    loader: str = choice_field("auto", LOADERS)
+    num_workers: int = number_field(2, 0, 256)
 
 
 @dataclass(frozen=True)
@@ -127,10 +127,10 @@ class Model:
 
     arch: str | None = None
     pretrained: bool = False
-    num_members: int = number(2, 1, 64)
-    num_nets: int = number(1, 1, 64)
+    num_members: int = number_field(2, 1, 64)
+    num_nets: int = number_field(1, 1, 64)
     readout: str = "core"
-    ghost_batch_size: int = number(0, 0, 65_536)
+    ghost_batch_size: int = number_field(0, 0, 65_536)
 
 
 @dataclass(frozen=True)
@@ -141,21 +141,21 @@ class Mix:
     area_min and area_max of "cow") are None, the defaults in `mixing/regions.py` apply.
     """
 
-    kind: str = choice("cutmix", MASK_KINDS)
-    alpha: float = number(2.0, 1e-3, 1e6)
-    mix_prob: float = number(0.5, 0, 1)
-    decay_start: float = number(11 / 12, 0, 1)
-    weight_root: float = number(3.0, 1, finite=False)
-    batch_repetitions: int = number(4, 1, 1024)
-    input_repetition: float = number(0.0, 0, 1)
-    msda: str = choice("none", ("none", *MSDA_KINDS))
-    msda_alpha: float = number(1.0, 1e-3, 1e6)
-    msda_prob: float = number(0.5, 0, 1)
-    block_size: int | None = number(None, 1, 1023)
-    sigma_min: float | None = number(None, 0, 1e4, open_low=True)
-    sigma_max: float | None = number(None, 0, 1e4, open_low=True)
-    area_min: float | None = number(None, 0, 1)
-    area_max: float | None = number(None, 0, 1)
+    kind: str = choice_field("cutmix", MASK_KINDS)
+    alpha: float = number_field(2.0, 1e-3, 1e6)
+    mix_prob: float = number_field(0.5, 0, 1)
+    decay_start: float = number_field(11 / 12, 0, 1)
+    weight_root: float = number_field(3.0, 1, finite=False)
+    batch_repetitions: int = number_field(4, 1, 1024)
+    input_repetition: float = number_field(0.0, 0, 1)
+    msda: str = choice_field("none", ("none", *MSDA_KINDS))
+    msda_alpha: float = number_field(1.0, 1e-3, 1e6)
+    msda_prob: float = number_field(0.5, 0, 1)
+    block_size: int | None = number_field(None, 1, 1023)
+    sigma_min: float | None = number_field(None, 0, 1e4, open_low=True)
+    sigma_max: float | None = number_field(None, 0, 1e4, open_low=True)
+    area_min: float | None = number_field(None, 0, 1)
+    area_max: float | None = number_field(None, 0, 1)
 
     @property
     def options(self) -> dict[str, float]:
@@ -173,10 +173,10 @@ class Train:
             If None, chosen by `sizing.fill_defaults`.
         batch_size: images that the network sees per step, including repetitions.
         seed: random seed.
-        device: "auto" is CUDA if available.
+        device: "auto" is CUDA if available, otherwise the CPU.
         precision: "auto" is bfloat16 on CUDA, TF32 on GPUs without bfloat16, float32 on a CPU.
         memory_format: memory format of weights and features; "auto" is "channels-last".
-        compile: "on", "off", or "auto": on CUDA if the training is long enough to pay for
+        compile: "on", "off", or "auto": on CUDA if the training is long enough to amortise
             compilation.
         threads: CPU threads; 0 for torch's default.
         ema_decay: decay of an exponential moving average of the weights, which replaces the weights
@@ -184,16 +184,16 @@ class Train:
         select: epoch whose weights are kept: "last", or "best" on the validation split.
     """
 
-    epochs: int | None = number(None, 1, 1_000_000)
-    batch_size: int = number(64, 1, 65_536)
-    seed: int = number(0, 0, 2**63 - 1)
-    device: str = choice("auto", DEVICES)
-    precision: str = choice("auto", PRECISIONS)
-    memory_format: str = choice("auto", MEMORY_FORMATS)
-    compile: str = choice("auto", COMPILE)
-    threads: int = number(0, 0, 1024)
-    ema_decay: float = number(0.0, 0, 0.999999)
-    select: str = choice("last", SELECTIONS)
+    epochs: int | None = number_field(None, 1, 1_000_000)
+    batch_size: int = number_field(64, 1, 65_536)
+    seed: int = number_field(0, 0, 2**63 - 1)
+    device: str = choice_field("auto", DEVICES)
+    precision: str = choice_field("auto", PRECISIONS)
+    memory_format: str = choice_field("auto", MEMORY_FORMATS)
+    compile: str = choice_field("auto", COMPILE)
+    threads: int = number_field(0, 0, 1024)
+    ema_decay: float = number_field(0.0, 0, 0.999999)
+    select: str = choice_field("last", SELECTIONS)
 
 
 @dataclass(frozen=True)
@@ -215,11 +215,11 @@ class Optimizer:
     """
 
     name: str = "sgd"
-    base_lr: float = number(0.05, 0, 1e30, open_low=True)
-    lr: float | None = number(None, 0, 1e30, open_low=True)
-    momentum: float = number(0.9, 0, 1)
+    base_lr: float = number_field(0.05, 0, 1e30, open_low=True)
+    lr: float | None = number_field(None, 0, 1e30, open_low=True)
+    momentum: float = number_field(0.9, 0, 1)
     nesterov: bool = True
-    weight_decay: float = number(6e-4, 0, 1e30)
+    weight_decay: float = number_field(6e-4, 0, 1e30)
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -238,21 +238,21 @@ class Schedule:
         flat_share: flat-cosine: fraction of training with a constant rate.
         momentums: one-cycle: momentum at start, peak and end.
         milestones: published: fractions of training after which the rate is multiplied by gamma.
-        gamma: published: factor of the rate at each milestone.
+        gamma: published: factor by which the rate is multiplied at each milestone.
         warmup_epochs: published: epochs of linear warm-up, as counted by `Recipe.warmup_steps`; the
             rate rises at every step.
     """
 
-    kind: str = choice("one-cycle", SCHEDULES)
-    peak: float = number(2.0, 0, 1e6, open_low=True)
-    pct_start: float = number(0.25, 0, 1)
-    div: float = number(25.0, 1, 1e12)
-    div_final: float = number(1e5, 1, 1e12)
-    flat_share: float = number(0.75, 0, 1)
-    momentums: tuple[float, ...] = number((0.95, 0.85, 0.95), 0, 1)
-    milestones: tuple[float, ...] = number((101 / 300, 201 / 300, 226 / 300), 0, 1)
-    gamma: float = number(0.1, 0, 1, open_low=True)
-    warmup_epochs: float = number(1.0, 0, 1_000_000)
+    kind: str = choice_field("one-cycle", SCHEDULES)
+    peak: float = number_field(2.0, 0, 1e6, open_low=True)
+    pct_start: float = number_field(0.25, 0, 1)
+    div: float = number_field(25.0, 1, 1e12)
+    div_final: float = number_field(1e5, 1, 1e12)
+    flat_share: float = number_field(0.75, 0, 1)
+    momentums: tuple[float, ...] = number_field((0.95, 0.85, 0.95), 0, 1)
+    milestones: tuple[float, ...] = number_field((101 / 300, 201 / 300, 226 / 300), 0, 1)
+    gamma: float = number_field(0.1, 0, 1, open_low=True)
+    warmup_epochs: float = number_field(1.0, 0, 1_000_000)
 
 
 @dataclass(frozen=True)
@@ -265,7 +265,7 @@ class Expected:
         arch: network of the accuracy.
     """
 
-    accuracy: float | None = number(None, 0, 1)
+    accuracy: float | None = number_field(None, 0, 1)
     source: str = ""
     arch: str = ""
 
@@ -326,7 +326,7 @@ def recipe_from_mapping(values: Mapping[str, Any], source: str) -> Recipe:
     Raises:
         InputError: a key is unknown, a value is invalid, or values contradict each other.
     """
-    recipe: Recipe = build(Recipe, values, source)
+    recipe: Recipe = build_settings(Recipe, values, source)
     _check_consistency(recipe, source)
     return recipe
 

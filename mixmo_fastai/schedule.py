@@ -61,7 +61,7 @@ def published_steps(
         epochs: number of epochs.
         steps_per_epoch: batches per epoch.
         milestones: fractions of training, each rounded to whole epochs.
-        gamma: factor of the rate at each milestone.
+        gamma: factor by which the rate is multiplied at each milestone.
         warmup_steps: S; the rate at step s of the warm-up is lr · (s + 1) / S.
     """
     total = epochs * steps_per_epoch

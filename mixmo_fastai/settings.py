@@ -16,7 +16,7 @@ from typing import Any
 from mixmo_fastai.errors import InputError, nearest
 
 
-def number(
+def number_field(
     default: Any,
     low: float,
     high: float = math.inf,
@@ -37,12 +37,12 @@ def number(
     return field(default=default, metadata=limits)
 
 
-def choice(default: str, choices: Iterable[str]) -> Any:
+def choice_field(default: str, choices: Iterable[str]) -> Any:
     """Declare a field for a string that must be one of `choices`."""
     return field(default=default, metadata={"choices": tuple(choices)})
 
 
-def build(kind: type, values: Mapping[str, Any], source: str) -> Any:
+def build_settings(kind: type, values: Mapping[str, Any], source: str) -> Any:
     """Build settings from nested values, checking every key, type and range.
 
     Args:
@@ -208,7 +208,7 @@ def to_mapping(settings: Any) -> dict[str, Any]:
 
 
 def to_toml(settings: Any) -> str:
-    """Format settings as TOML, from which `build` restores them; omit settings that are None."""
+    """Format settings as TOML that `build_settings` can read; omit settings that are None."""
     lines = []
     for key, value in to_mapping(settings).items():
         if isinstance(value, dict):
