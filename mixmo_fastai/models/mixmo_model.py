@@ -222,17 +222,19 @@ class MixMoModel(nn.Module):
         return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
 
-def first_difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
+def find_first_difference(
+    actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> str | None:
     """Return the name of the first tensor that differs, or None.
 
     A tensor differs if it is missing, unexpected, or has another shape or dtype.
     """
-    expected_types, found_types = (
+    expected_types, actual_types = (
         {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-        for tensors in (expected, found)
+        for tensors in (expected, actual)
     )
-    names = expected_types | found_types
-    return next((n for n in names if expected_types.get(n) != found_types.get(n)), None)
+    names = expected_types | actual_types
+    return next((n for n in names if expected_types.get(n) != actual_types.get(n)), None)
 
 
 def unwrap(model: nn.Module) -> Any:

@@ -362,16 +362,16 @@ def _check_core(
     """
     nan_image = torch.full_like(record.image[:1, :1, :1, :1], float("nan")).expand_as(record.image)
     expected = last.input.flatten(1)
-    found = _run_core(core, first.output, nan_image, record.name)
-    if not isinstance(found, Tensor) or found.shape != expected.shape:
+    actual = _run_core(core, first.output, nan_image, record.name)
+    if not isinstance(actual, Tensor) or actual.shape != expected.shape:
         raise InputError(
             f"{record.name} cannot be converted: without its last layer, it does not return that "
             "layer's input."
         )
     is_finite = bool(expected.isfinite().all())
-    if is_finite and not found.isfinite().all():
+    if is_finite and not actual.isfinite().all():
         raise _image_reused_error(record.name, first.name)
-    if is_finite and _relative_difference(found, expected) > RELATIVE_TOLERANCE:
+    if is_finite and _relative_difference(actual, expected) > RELATIVE_TOLERANCE:
         raise InputError(
             f"{record.name} cannot be converted: it uses more than the output of {first.name!r}, "
             "for example that\nconvolution's weights or attributes."
@@ -414,15 +414,15 @@ def _check_combined_output(
 ) -> None:
     """Check that the members' layers, summed or averaged, reproduce the original layer's output."""
     input = call.input if isinstance(layers[0], nn.Conv2d) else call.input.flatten(1)
-    found = reduce(torch.stack([layer(input) for layer in layers]), dim=0)
-    expected = call.output.reshape(found.shape)
-    if expected.isfinite().all() and _relative_difference(found, expected) > RELATIVE_TOLERANCE:
+    actual = reduce(torch.stack([layer(input) for layer in layers]), dim=0)
+    expected = call.output.reshape(actual.shape)
+    if expected.isfinite().all() and _relative_difference(actual, expected) > RELATIVE_TOLERANCE:
         raise InputError(
             f"{model} cannot be converted: its layer {call.name!r} ({type(layers[0]).__name__}) is "
             "not linear in its weights,\nfor example because it normalises them."
         )
 
 
-def _relative_difference(found: Tensor, expected: Tensor) -> float:
+def _relative_difference(actual: Tensor, expected: Tensor) -> float:
     """Return the largest absolute difference divided by the largest expected absolute value."""
-    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+    return float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
