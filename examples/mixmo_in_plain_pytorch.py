@@ -1,4 +1,4 @@
-"""Cut-MixMo of two members on the embedded digits: one training loop in plain PyTorch.
+"""Train Cut-MixMo with two members on scikit-learn's digits, in a plain PyTorch loop.
 
 The loop follows section 3 of the paper (Ramé, Sun, Cord, "MixMo", ICCV 2021): pair the images, draw
 masks, mix the features, weight the losses. It takes about a minute on one CPU core and ends with
@@ -22,10 +22,10 @@ ALPHA, MIX_PROB, DECAY_START, ROOT = 2.0, 0.5, 11 / 12, 3.0
 
 def training_loss(model, x, y, progress):
     """Compute the loss of n images (n, C, H, W) with labels (n,); progress is in [0, 1]."""
-    # Pair the images: each member sees every image b times, in an independent random order.
+    # Pair the images: every member sees every image b times, in an independent random order.
     indices = draw_pairing(len(x), MEMBERS, REPETITIONS) % len(x)  # (B, M), image at each position
     inputs, targets = x[indices], y[indices]  # (B, M, C, H, W) and (B, M)
-    # Mix the features, by boxes with a probability that decays at the end, otherwise linearly.
+    # Mix the features: with boxes, with a probability that decays at the end; otherwise linearly.
     prob = MIX_PROB * min(1.0, (1 - progress) / (1 - DECAY_START))
     kind = "cutmix" if torch.rand(()) < prob else "linear"
     features = torch.stack([model.encoders[i](inputs[:, i]) for i in range(MEMBERS)], dim=1)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.models.mixmo_model import first_difference, unwrap
+from mixmo_fastai.models.mixmo_model import find_first_difference, unwrap
 
 
 class EMACallback(Callback):
@@ -139,7 +139,7 @@ class EMACallback(Callback):
         """
         averages = _copied({name: tensor for name, tensor in like.items() if _has_average(tensor)})
         expected = averages | {_NUM_STEPS: torch.tensor(0)}
-        if difference := first_difference(state, expected):
+        if difference := find_first_difference(state, expected):
             raise InputError(f"The averaged weights belong to another network: {difference}.")
         self._reset()
         self.averages = averages

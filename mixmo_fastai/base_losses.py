@@ -1,4 +1,4 @@
-"""Properties of the loss of a member, which may come from torch, fastai or a user.
+"""Properties of a member's loss, which may come from torch, fastai or the user.
 
 Shapes: R samples, K classes.
 """
@@ -19,12 +19,12 @@ from mixmo_fastai.per_sample import BatchLoss, FunctionLoss
 
 def is_cross_entropy(base: Any) -> bool:
     """Check whether a loss is cross-entropy of logits: one class per image."""
-    return _is(base, nn.CrossEntropyLoss, F.cross_entropy)
+    return _is_loss(base, nn.CrossEntropyLoss, F.cross_entropy)
 
 
 def is_multi_label(base: Any) -> bool:
     """Check whether a loss is binary cross-entropy of logits: several labels per image."""
-    return _is(base, nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits)
+    return _is_loss(base, nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits)
 
 
 def is_known(base: Any) -> bool:
@@ -33,20 +33,20 @@ def is_known(base: Any) -> bool:
         return False
     return all(
         _module_of(loss).startswith(("torch.", "fastai."))
-        for loss in (unwrap_loss(base), _inner(base))
+        for loss in (unwrap_loss(base), _torch_loss(base))
     )
 
 
 def unwrap_loss(base: Any) -> Any:
-    """Return the loss that the user passed."""
+    """Return the loss that the user passed, without the wrappers of `per_sample`."""
     while isinstance(base, FunctionLoss | BatchLoss):
         base = base.function
     return base
 
 
-def name_of(base: Any) -> str:
-    """Return the name of a loss as the user wrote it."""
-    loss = _unbound(unwrap_loss(base))
+def loss_name(base: Any) -> str:
+    """Return the name of the function or class of a loss."""
+    loss = _unwrap_partial(unwrap_loss(base))
     return str(getattr(loss, "__name__", type(loss).__name__))
 
 
@@ -56,49 +56,50 @@ def mean_divisor(base: Any, targets: Tensor) -> Tensor | None:
     Returns:
         a scalar; None if it is the number of samples.
     """
-    if not is_cross_entropy(base) and not _is(base, nn.NLLLoss, F.nll_loss):
+    if not is_cross_entropy(base) and not _is_loss(base, nn.NLLLoss, F.nll_loss):
         return None
-    settings = _settings(_inner(base))
-    weight, ignored = settings.get("weight"), settings.get("ignore_index", -100)
-    counts = targets != ignored
-    if weight is not None:
-        counts = counts * weight[targets.where(counts, 0).long()]
-    divisor: Tensor = counts.sum()
+    arguments = _loss_arguments(_torch_loss(base))
+    class_weights, ignored = arguments.get("weight"), arguments.get("ignore_index", -100)
+    weights = targets != ignored
+    if class_weights is not None:
+        weights = weights * class_weights[targets.where(weights, 0).long()]
+    divisor: Tensor = weights.sum()
     return divisor
 
 
-def _settings(loss: Any) -> dict[str, Any]:
+def _loss_arguments(loss: Any) -> dict[str, Any]:
+    """Return the keyword arguments of a loss module or of a `partial` of a loss function."""
     if isinstance(loss, nn.Module):
         return {name: getattr(loss, name, None) for name in ("weight", "ignore_index")}
     return dict(loss.keywords) if isinstance(loss, partial) else {}
 
 
-def smoothing_parts(base: Any) -> list[tuple[float, nn.Module]]:
+def smoothing_terms(base: Any) -> list[tuple[float, nn.Module]]:
     """Split fastai's label smoothing with class weights into two losses.
 
-    Its class weights enter (1 - ε) · cross-entropy and the mean of that part, but not the part ε
-    that is spread over all classes, so the two parts have different divisors.
+    fastai applies the class weights to the term (1 - ε) · cross-entropy and to the divisor of its
+    mean, but not to the uniform term with the factor ε, so the two terms have different divisors.
 
     Returns:
         factors and losses whose weighted sum is the loss; empty for any other loss.
     """
-    inner = _inner(base)
-    is_fastais = _module_of(inner).startswith("fastai.") and type(inner).__name__ == _SMOOTHING
-    if not is_fastais or inner.weight is None:
+    loss = _torch_loss(base)
+    is_smoothing = (
+        _module_of(loss).startswith("fastai.")
+        and type(loss).__name__ == "LabelSmoothingCrossEntropy"
+    )
+    if not is_smoothing or loss.weight is None:
         return []
     uniform = nn.CrossEntropyLoss(label_smoothing=1.0, reduction=base.reduction)
-    target = nn.CrossEntropyLoss(weight=inner.weight, reduction=base.reduction)
-    return [(inner.eps, uniform), (1 - inner.eps, target)]
+    target = nn.CrossEntropyLoss(weight=loss.weight, reduction=base.reduction)
+    return [(loss.eps, uniform), (1 - loss.eps, target)]
 
 
-_SMOOTHING = "LabelSmoothingCrossEntropy"
-
-
-def ignores_shifts(loss: Callable[..., Tensor], num_classes: int, device: torch.device) -> bool:
+def is_shift_invariant(loss: Callable[..., Tensor], num_classes: int, device: torch.device) -> bool:
     """Check whether a classification loss is invariant to a shift of a sample's logits.
 
-    Losses that depend on logits only through softmax, such as cross-entropy in a lambda, are
-    invariant.
+    Losses that depend on the logits only through softmax are invariant, such as cross-entropy in a
+    lambda.
 
     Args:
         loss: predictions (R, K) and class indices (R,) -> a scalar.
@@ -111,40 +112,44 @@ def ignores_shifts(loss: Callable[..., Tensor], num_classes: int, device: torch.
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.no_grad():
         warnings.simplefilter("ignore")
         try:
-            original, moved = (loss(each, targets) for each in (logits, shifted))
-            return bool(original.isfinite().all()) and torch.allclose(original, moved, rtol=1e-4)
-        except _UNSUITABLE:  # the loss does not accept class indices
+            original, of_shifted = loss(logits, targets), loss(shifted, targets)
+            return bool(original.isfinite().all()) and torch.allclose(
+                original, of_shifted, rtol=1e-4
+            )
+        except _TARGET_ERRORS:  # the loss does not accept class indices
             return False
 
 
-_UNSUITABLE = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError)
+_TARGET_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError)
 
 
 def check_shapes(base: Any, pred: Tensor, targets: Tensor) -> None:
-    """Check that an elementwise loss of torch would not broadcast; other losses pass.
+    """Check that an elementwise loss of torch would not broadcast; do not check other losses.
 
     Args:
-        base: any loss; elementwise ones are recognised also in fastai's flattening wrapper.
+        base: any loss; elementwise losses are recognised in fastai's flattening wrapper too.
         pred: (R, …).
         targets: (R, …).
 
     Raises:
         InputError: predictions and targets differ in shape.
     """
-    name = next((kind.__name__ for kind, f in _ELEMENTWISE.items() if _is(base, kind, f)), None)
-    if name is None:
+    kinds = (kind for kind, function in _ELEMENTWISE.items() if _is_loss(base, kind, function))
+    kind = next(kinds, None)
+    if kind is None:
         return
+    name = kind.__name__
     flattens = getattr(base, "flatten", False) and hasattr(base, "is_2d")
     if pred.numel() == targets.numel() if flattens else pred.shape == targets.shape:
         return
-    advice = f"Pass targets {_shape(pred)}"
+    advice = f"Pass targets {_format_shape(pred)}"
     if pred.ndim == targets.ndim + 1 and pred.shape[-1] == 1:
         advice += f", or flatten both: {_FLATTENING.get(name, f'BaseLoss(nn.{name}, is_2d=False)')}"
     elif not targets.is_floating_point():
         advice += ", or for one class per image use CrossEntropyLossFlat()"
     raise InputError(
-        f"{name} is elementwise: predictions {_shape(pred)} do not match targets "
-        f"{_shape(targets)}.\n{advice}."
+        f"{name} is elementwise: predictions {_format_shape(pred)} do not match targets "
+        f"{_format_shape(targets)}.\n{advice}."
     )
 
 
@@ -168,33 +173,33 @@ _FLATTENING = {
 """Losses of `fastai.losses` that flatten predictions and targets."""
 
 
-def _shape(tensor: Tensor) -> str:
+def _format_shape(tensor: Tensor) -> str:
     """Format a shape with B for the number of samples, such as (B,) or (B, 3)."""
     sizes = ", ".join(map(str, tensor.shape[1:]))
     return f"(B, {sizes})" if sizes else "(B,)"
 
 
-def _is(base: Any, kind: type[nn.Module], function: Callable[..., Tensor]) -> bool:
-    """Check whether a loss is torch's `kind` or `function`, also in fastai's wrapper."""
-    loss = _unbound(_inner(base))
+def _is_loss(base: Any, kind: type[nn.Module], function: Callable[..., Tensor]) -> bool:
+    """Check whether a loss is torch's `kind` or `function`, or fastai's wrapper of either."""
+    loss = _unwrap_partial(_torch_loss(base))
     return isinstance(loss, kind) or loss is function
 
 
-def _inner(base: Any) -> Any:
+def _torch_loss(base: Any) -> Any:
+    """Return the torch loss in fastai's flattening wrapper, or the loss itself."""
     loss = unwrap_loss(base)
-    # fastai's flattening losses wrap torch losses.
     return getattr(loss, "func", loss) if hasattr(loss, "is_2d") else loss
 
 
-def _unbound(loss: Any) -> Any:
+def _unwrap_partial(loss: Any) -> Any:
     return loss.func if isinstance(loss, partial) else loss
 
 
 def _module_of(loss: Any) -> str:
-    """Return the name of the module that defines the code of a loss."""
-    unbound = _unbound(loss)
-    if inspect.isroutine(unbound):
-        code: Any = unbound
+    """Return the name of the Python module that defines the code of a loss."""
+    loss = _unwrap_partial(loss)
+    if inspect.isroutine(loss):
+        code: Any = loss
     else:
-        code = type(unbound).forward if isinstance(unbound, nn.Module) else type(unbound).__call__
+        code = type(loss).forward if isinstance(loss, nn.Module) else type(loss).__call__
     return str(getattr(code, "__module__", ""))

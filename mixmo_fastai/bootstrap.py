@@ -20,18 +20,18 @@ from mixmo_fastai.randomness import make_generator
 
 NUM_RESAMPLES = 1000
 LEVEL = 0.95
-_CHUNK = 100  # resamples per step, so that their counts take only tens of megabytes
+_RESAMPLES_AT_ONCE = 100  # limits the memory of their counts to tens of megabytes
 
 Interval = tuple[float, float]
 
 
 def accuracy_half_width(num_images: int) -> float:
-    """Return the largest half-width of the 95 % interval of an accuracy, that at 50 %.
+    """Return the half-width of the 95 % interval of an accuracy of 50 %, where it is largest.
 
     By the normal approximation: 1.96 · sqrt(0.25 / n), at most 1.
 
     Args:
-        num_images: n, the number of images of the accuracy.
+        num_images: n, the number of images on which the accuracy is measured.
     """
     return min(1.0, 0.98 / max(1, num_images) ** 0.5)
 
@@ -58,10 +58,10 @@ def intervals(
 
     Raises:
         InputError: wrong shapes, labels out of range, logits that are not finite, R below 1 or a
-            level outside of (0, 1).
+            level outside (0, 1).
     """
-    parts = _additive_parts(logits, labels)
-    resampled = _resampled(parts, num_resamples, seed)
+    terms = _sample_terms(logits, labels)
+    resampled = _resample(terms, num_resamples, seed)
     return {name: _interval(values, level) for name, values in resampled.items()}
 
 
@@ -76,8 +76,8 @@ def paired_intervals(
 ) -> dict[str, Interval]:
     """Compute percentile intervals of the differences second - first, on the same samples.
 
-    Both networks use the same resamples, so images that are difficult for both do not widen the
-    interval.
+    The same resamples are used for both networks, so images that are difficult for both do not
+    widen the interval.
 
     Args:
         first: logits (N, K) of one network.
@@ -94,8 +94,7 @@ def paired_intervals(
         InputError: as for `intervals`.
     """
     resampled_first, resampled_second = (
-        _resampled(_additive_parts(logits, labels), num_resamples, seed)
-        for logits in (first, second)
+        _resample(_sample_terms(logits, labels), num_resamples, seed) for logits in (first, second)
     )
     return {
         name: _interval(resampled_second[name] - values, level)
@@ -105,13 +104,13 @@ def paired_intervals(
 
 def draw_counts(num_samples: int, num_resamples: int, *, generator: torch.Generator) -> Tensor:
     """Draw the count of each sample in each resample: (R, N) float32, each row summing to N."""
-    chosen = torch.randint(num_samples, (num_resamples, num_samples), generator=generator)
+    indices = torch.randint(num_samples, (num_resamples, num_samples), generator=generator)
     counts = torch.zeros(num_resamples, num_samples)
-    return counts.scatter_add_(1, chosen, torch.ones(1, 1).expand_as(chosen))
+    return counts.scatter_add_(1, indices, torch.ones(1, 1).expand_as(indices))
 
 
-def _additive_parts(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Compute the summands of each metric per sample: accuracy (N,), nll (N,), ece (N, Q)."""
+def _sample_terms(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Compute each sample's term in each metric: accuracy (N,), nll (N,), ece (N, Q)."""
     check_logits(logits, labels)
     logits, labels = logits.detach().cpu().double(), labels.detach().cpu()
     confidence, correct = top_predictions(logits, labels)
@@ -123,14 +122,14 @@ def _additive_parts(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _resampled(parts: Mapping[str, Tensor], num_resamples: int, seed: int) -> dict[str, Tensor]:
+def _resample(terms: Mapping[str, Tensor], num_resamples: int, seed: int) -> dict[str, Tensor]:
     """Compute each metric for each resample: (R,) by name."""
     if num_resamples < 1:
         raise InputError(f"num_resamples must be 1 or more; got {num_resamples}.")
-    columns = torch.cat([part.reshape(len(part), -1) for part in parts.values()], dim=1).float()
+    columns = torch.cat([term.reshape(len(term), -1) for term in terms.values()], dim=1).float()
     generator, sums = make_generator(seed, "bootstrap"), []
-    for start in range(0, num_resamples, _CHUNK):
-        size = min(_CHUNK, num_resamples - start)
+    for start in range(0, num_resamples, _RESAMPLES_AT_ONCE):
+        size = min(_RESAMPLES_AT_ONCE, num_resamples - start)
         sums.append(draw_counts(len(columns), size, generator=generator) @ columns)
     accuracy, nll, *bins = (torch.cat(sums).double() / len(columns)).unbind(dim=1)
     return {"accuracy": accuracy, "nll": nll, "ece": torch.stack(bins, dim=1).abs().sum(dim=1)}

@@ -96,8 +96,8 @@ class ReliabilityBins:
     accuracy: Tensor
 
     @property
-    def expected_error(self) -> Tensor:
-        """The ECE: mean over samples of |accuracy - confidence| of their bin."""
+    def expected_calibration_error(self) -> Tensor:
+        """The ECE: Σ_q (n_q / N) · |accuracy_q - confidence_q|."""
         gaps = (self.accuracy - self.confidence).abs()
         return (self.counts * gaps).sum() / self.counts.sum()
 
@@ -105,8 +105,8 @@ class ReliabilityBins:
 def reliability_bins(logits: Tensor, labels: Tensor, num_bins: int = NUM_BINS) -> ReliabilityBins:
     """Group samples by confidence into bins of equal width, closed on the right.
 
-    A confidence of one falls into the last bin; zero, which cannot occur, would fall into the
-    first.
+    A confidence of one falls into the last bin. Zero does not occur; it would fall into the first
+    bin.
 
     Args:
         logits: (N, K).
@@ -149,7 +149,7 @@ def expected_calibration_error(logits: Tensor, labels: Tensor, num_bins: int = N
     Raises:
         InputError: as for `nll`, or `num_bins` is below one.
     """
-    return reliability_bins(logits, labels, num_bins).expected_error
+    return reliability_bins(logits, labels, num_bins).expected_calibration_error
 
 
 def thresholded_adaptive_calibration_error(
@@ -193,8 +193,8 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """Find the temperature T that minimises nll(logits / T, labels) (Guo et al., section 4.2).
 
     The problem is convex in s = 1 / T: with margins d_nk = z_nk - z_ny, the NLL is the mean over n
-    of log Σ_k exp(s · d_nk). It is solved to a relative tolerance of 1e-10 by Newton steps on its
-    derivative, in float64, within a bracket of the root.
+    of log Σ_k exp(s · d_nk). The root of its derivative is bracketed and found by Newton steps in
+    float64, to a relative tolerance of 1e-10.
 
     The result lies within `TEMPERATURE_BOUNDS`: logits that separate the classes perfectly, for
     which the optimum is zero, yield the lower bound; logits that predict worse than chance yield
@@ -224,9 +224,9 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 def temperature_error(logits: Tensor, temperature: float) -> float:
     """Compute the relative standard error of a fitted temperature.
 
-    The Fisher information of log T in N samples is Σ_n Var_k[z_nk / T] with k drawn from
+    The Fisher information of log T in N samples is I = Σ_n Var_k[z_nk / T] with k drawn from
     softmax(z_n / T). The standard error of log T, which is the relative standard error of T, is
-    1 / √ of that sum. It is large for few samples and for samples with confidences near one.
+    1 / √I. It is large if samples are few or their confidences are near one.
 
     Args:
         logits: (N, K), of the samples on which the temperature was fitted.
@@ -311,17 +311,20 @@ def _equal_mass_edges(num_kept: Tensor, num_samples: int, num_bins: int) -> Tens
     return edges
 
 
-def _nll_derivatives(margins: Tensor, inverse: float) -> tuple[float, float]:
-    """Compute the derivatives of the NLL by s = 1 / T: mean and variance of the margins."""
+def _nll_derivatives(margins: Tensor, inverse_temperature: float) -> tuple[float, float]:
+    """Compute the first two derivatives of the NLL with respect to s = 1 / T.
+
+    They are the mean and variance of a sample's margins under softmax(s · d_n), averaged over n.
+    """
     # With margins instead of logits, rounding does not hide the sign of a vanishing slope.
-    probabilities = (inverse * margins).softmax(dim=1)
+    probabilities = (inverse_temperature * margins).softmax(dim=1)
     mean = (probabilities * margins).sum(dim=1)
     variance = (probabilities * (margins - mean[:, None]).square()).sum(dim=1)
     return mean.mean().item(), variance.mean().item()
 
 
 def _find_root(margins: Tensor, low: float, high: float, tolerance: float = 1e-10) -> float:
-    """Find the s in (low, high) at which the slope of the NLL changes sign."""
+    """Find s in (low, high) at which the slope of the NLL changes sign."""
     current, step = 1.0, high - low
     for _ in range(200):
         slope, curvature = _nll_derivatives(margins, current)
@@ -329,11 +332,11 @@ def _find_root(margins: Tensor, low: float, high: float, tolerance: float = 1e-1
         proposal = current - slope / curvature if curvature > 0 else high
         # Newton's method converges slowly if the slope decays exponentially, so each step must be
         # at most half the previous one, unless it is already within the tolerance.
-        length = abs(proposal - current)
-        is_short = length < abs(step) / 2 or length <= tolerance * current
+        size = abs(proposal - current)
+        is_short = size < abs(step) / 2 or size <= tolerance * current
         is_accepted = low <= proposal <= high and is_short
-        following = proposal if is_accepted else (low * high) ** 0.5
-        step, current = following - current, following
+        new = proposal if is_accepted else (low * high) ** 0.5
+        step, current = new - current, new
         if abs(step) <= tolerance * current:
             break
     return current

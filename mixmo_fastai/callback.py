@@ -36,10 +36,10 @@ from mixmo_fastai.msda import (
     MsdaDraw,
     check_msda,
     draw_msda,
+    gather_partners,
     make_own_image_dominant,
     mix_images,
     own_label_weights,
-    take_partners,
 )
 from mixmo_fastai.pairing import check_pairing, draw_pairings, num_copies
 from mixmo_fastai.processes import broadcast_from_rank0, process_group
@@ -48,48 +48,48 @@ from mixmo_fastai.randomness import Stream, fresh_seed, make_generator
 Device = torch.device | str | None
 
 
-class _PlainErrors(Callback):
-    """A callback that raises `InputError` without the text that fastai prepends."""
+class _PlainErrorCallback(Callback):
+    """A callback whose `InputError`s do not have the prefix that fastai adds."""
 
     def __call__(self, event_name: str) -> Any:
-        """Run an event, and remove fastai's prefix from an `InputError`."""
+        """Run an event; remove fastai's prefix from an `InputError`."""
         try:
             return super().__call__(event_name)
         except InputError as error:
             raise remove_fastai_prefix(error) from None
 
 
-class MixMoCallback(_PlainErrors):
+class MixMoCallback(_PlainErrorCallback):
     """Pair and mix the training batches of a Learner whose model is a `MixMoModel`.
 
     Each training batch (n, C, H, W) becomes inputs (B, M, C, H, W) with masks (B, M, 1 or D, h, w),
-    and targets (B, M) with weights (B, M). Evaluation batches stay unchanged. The Learner's loss is
-    wrapped once in `MixMoLoss` and stays wrapped. The gradient is that of the sum over members;
-    `learn.loss`, and thus every training loss that fastai records, shows or monitors, is divided
-    by M.
+    and targets (B, M) with weights (B, M). Evaluation batches are not changed. The Learner's loss
+    is wrapped in `MixMoLoss` when the first fit begins and stays wrapped. Gradients are those of
+    the sum over members; `learn.loss`, and thus every training loss that fastai records, shows or
+    monitors, is divided by M.
 
-    The network sees B = batch_repetitions · n images per step: a loader with batch size 16
-    gives the published batch size of 64. Batch transforms are applied to each copy of an image
+    The network sees B = batch_repetitions · n images per step: a loader with batch size 16 yields
+    the published batch size of 64. Batch transforms are applied to each copy of an image
     separately, item transforms once per image.
 
     Args:
         mix: mask kind, one of `mixing.MASK_KINDS`, or a function with the signature of those in
-            `mixing/regions.py`; "sum" is MIMO, and the only kind for one member.
+            `mixing/regions.py`; "sum" is MIMO and the only kind that supports one member.
         alpha: concentration of the mixing ratios, lam ~ Dirichlet(alpha).
         mix_prob: probability that a batch is mixed by the regions of `mix`, such as boxes; other
             batches are mixed linearly.
-        decay_start: fraction of training after which mix_prob decays linearly to 0 at the end.
-        weight_root: r of the loss weights; 1 weights members by lam, infinity equally.
+        decay_start: fraction of training after which mix_prob decays linearly, to 0 at the end.
+        weight_root: r of the loss weights; 1 weights members by lam, infinity weights them equally.
         batch_repetitions: b.
         input_repetition: fraction of positions at which all members see the same image.
-        msda: "cutmix" or "mixup" mixes each member's image and label with another image of the same
-            member; None for no MSDA.
+        msda: "cutmix" or "mixup" to mix each member's image and label with those of another image
+            of the same member; None for no MSDA.
         msda_alpha: the ratio of the member's own image is Beta(msda_alpha, msda_alpha).
         msda_prob: probability of MSDA, per sample and member.
         mask_options: options of the mask kind, such as {"block_size": 5} for "patchup"; see
             `mixing.draw_masks`.
-        seed: seed of all draws; if None, it is drawn from torch's global generator, which
-            `set_seed` seeds, when the first fit begins.
+        seed: seed of all draws; if None, it is drawn when the first fit begins, from torch's global
+            generator, which `set_seed` seeds.
 
     Raises:
         InputError: an argument is out of range; when a fit begins: the model is not a `MixMoModel`,
@@ -98,7 +98,7 @@ class MixMoCallback(_PlainErrors):
 
     # After callbacks that read self.x, before mixed precision (10) enters autocast.
     order, run_valid = 9, False
-    num_processes = 1  # processes that split each batch of the loader; unset in pickles of 0.1.0
+    num_processes = 1  # processes that split each batch of the loader; missing in pickles of 0.1.0
 
     def __init__(
         self,
@@ -121,31 +121,31 @@ class MixMoCallback(_PlainErrors):
         if mask_options is not None and not isinstance(mask_options, Mapping):
             raise InputError(f"mask_options must map names to values; got {mask_options!r}.")
         self.mask_options = dict(mask_options or {})
-        trial = torch.Generator()  # the global generator belongs to the user
+        generator = torch.Generator()  # the checks must not draw from the global generator
         if isinstance(mix, str):
             lam = torch.full((1, 2), 0.5)
-            draw_masks(mix, lam, (2, 8, 8), generator=trial, **self.mask_options)
-        else:
-            check_options(mix, self.mask_options)  # the function may require another feature size
+            draw_masks(mix, lam, (2, 8, 8), generator=generator, **self.mask_options)
+        else:  # not called here, since it may require another feature size
+            check_options(mix, self.mask_options)
         check_pairing(1, batch_repetitions, input_repetition)
         _check_fractions(mix_prob=mix_prob, decay_start=decay_start, msda_prob=msda_prob)
         loss_weights(torch.ones(1, 1), weight_root)
-        draw_lam(1, 1, alpha, generator=trial)
-        msda = None if msda == "none" else msda  # the name in recipes
+        draw_lam(1, 1, alpha, generator=generator)
+        msda = None if msda == "none" else msda  # recipes write None as "none"
         if msda is not None:
             check_msda(msda, msda_alpha, msda_prob)
         self.mix, self.alpha, self.mix_prob, self.decay_start = mix, alpha, mix_prob, decay_start
         self.weight_root, self.batch_repetitions = weight_root, batch_repetitions
         self.input_repetition, self.seed = input_repetition, seed
         self.msda, self.msda_alpha, self.msda_prob = msda, msda_alpha, msda_prob
-        self.epochs_trained = 0  # over all fits, except lr_find
+        self.epochs_trained = 0  # in all fits, not counting lr_find
         self.fit_seed = seed
-        self.copies_in_batch, self.arranged = 1, False
+        self.copies_in_batch, self.loader_applies_slots = 1, False
         self.drawn_slots: tuple[Any, Tensor] | None = None
         self.drawn_mixings: tuple[Any, DrawnMixings] | None = None
 
     def before_fit(self) -> None:
-        """Check the Learner and wrap its loss, if it is not wrapped yet."""
+        """Check the Learner, and wrap its loss if it is not wrapped yet."""
         network = unwrap(self.learn.model)
         if not isinstance(network, MixMoModel):
             raise InputError(
@@ -162,7 +162,7 @@ class MixMoCallback(_PlainErrors):
             self.learn.loss_func = MixMoLoss(self.learn.loss_func).to(device)
 
     def before_train(self) -> None:
-        """Make the loader of this epoch repeat every image for all members."""
+        """Set the epoch's loader to repeat every image for all members."""
         check_optimizer(self.learn)
         if self.fit_seed is None:
             self.fit_seed = broadcast_from_rank0(fresh_seed())
@@ -176,44 +176,46 @@ class MixMoCallback(_PlainErrors):
             loader.set_epoch(self._epoch)
             self.num_processes = process_group().count
             self._check_divisible(loader.bs)
-        # fastai sets `Learner.dl` for every pass, so this view is used for this epoch only.
+        # fastai sets `Learner.dl` before every epoch, so this view lasts for one epoch only.
         copies = num_copies(self._num_members, self.batch_repetitions)
         device = getattr(loader, "device", None)
 
         def arrange(first_step: int, num_images: int) -> Tensor:
             return self.draw_slots(first_step, num_images, device)
 
-        self.learn.dl, self.copies_in_batch, self.arranged = expand(loader, copies, arrange)
-        self.drawn_slots = self.drawn_mixings = None  # they may be of another fit
+        expansion = expand(loader, copies, arrange)
+        self.learn.dl, self.copies_in_batch, self.loader_applies_slots = expansion
+        self.drawn_slots = self.drawn_mixings = None  # they may belong to another fit
 
     def before_batch(self) -> None:
         """Replace the batch by paired inputs and targets, masks and loss weights."""
         check_batch(len(self.learn.xb), len(self.learn.yb))
-        x, y = (part[0].as_subclass(Tensor) for part in (self.learn.xb, self.learn.yb))
-        # Members are the outer dimension in memory, so the batch of each encoder is contiguous.
+        x, y = self.learn.xb[0].as_subclass(Tensor), self.learn.yb[0].as_subclass(Tensor)
+        # Members are the outer dimension in memory, so that each encoder's batch is contiguous.
         by_member = (self._num_members, -1)
-        if not self.arranged:
-            slots = self._slots_of_step(len(x) // self.copies_in_batch, x.device)
+        if not self.loader_applies_slots:
+            slots = self._current_slots(len(x) // self.copies_in_batch, x.device)
             x, y = x.index_select(0, slots), y[slots]
-        inputs, targets = (part.unflatten(0, by_member).transpose(0, 1) for part in (x, y))
-        masks, weights = self._mixing_of_step(len(inputs), x)
+        inputs = x.unflatten(0, by_member).transpose(0, 1)  # (B, M, C, H, W)
+        targets = y.unflatten(0, by_member).transpose(0, 1)  # (B, M)
+        masks, weights = self._current_mixing(len(inputs), x)
         if self.msda is None:
             self.learn.xb, self.learn.yb = (inputs, masks), (targets, weights)
             return
         draw, own_weights = self.draw_msda(inputs, masks)
-        pasted_targets = take_partners(targets, draw.partners)
+        pasted_targets = gather_partners(targets, draw.partners)
         self.learn.xb = (mix_images(inputs, draw), masks)
         self.learn.yb = (targets, weights, pasted_targets, own_weights)
 
     def after_loss(self) -> None:
-        """Record the mean loss over members, which is comparable with a validation loss.
+        """Divide the recorded loss by M, so that it is comparable with a validation loss.
 
-        fastai records `learn.loss` and differentiates `learn.loss_grad`, which stays the sum.
+        fastai records `learn.loss` and differentiates `learn.loss_grad`, which remains the sum.
         """
         self.learn.loss = self.learn.loss / self._num_members
 
     def after_batch(self) -> None:
-        """Flatten the members into the batch for fastai's training metrics, if they are on."""
+        """Flatten the members into the batch axis if fastai's training metrics are enabled."""
         recorder = getattr(self.learn, "recorder", None)
         if recorder is not None and recorder.train_metrics:
             self.learn.pred = self.learn.pred.flatten(0, 1)  # (B · M, K)
@@ -228,17 +230,17 @@ class MixMoCallback(_PlainErrors):
         if (batch := num_images * self.batch_repetitions) % self.num_processes:
             raise InputError(
                 f"A batch of {batch} images cannot be split evenly among {self.num_processes} "
-                "processes.\nUse a batch size that is a multiple of their number."
+                "processes.\nUse a batch size that is a multiple of the number of processes."
             )
 
     def _rank_slice(self, batch_size: int) -> slice:
-        """Return the positions of this process in the whole batch."""
+        """Return this process's positions in the batch of all processes."""
         size = batch_size // self.num_processes
         start = size * rank_distrib() if self.num_processes > 1 else 0
         return slice(start, start + size)
 
-    def _slots_of_step(self, num_images: int, device: Device) -> Tensor:
-        """Return the slots (M · B,) of this step; they are drawn for several steps at once."""
+    def _current_slots(self, num_images: int, device: Device) -> Tensor:
+        """Return the slots (M · B,) of this step, drawn for several steps at once."""
         first = self.learn.iter - self.learn.iter % STEPS_AT_ONCE
         key = (self._epoch, first, num_images, device)
         if self.drawn_slots is None or self.drawn_slots[0] != key:
@@ -248,8 +250,8 @@ class MixMoCallback(_PlainErrors):
     def draw_slots(self, first_step: int, num_images: int, device: Device) -> Tensor:
         """Draw the slots that this process sees, grouped by member: (steps, M · B).
 
-        They are drawn for `STEPS_AT_ONCE` steps, since one large draw is cheaper than many small
-        ones.
+        `STEPS_AT_ONCE` steps are drawn together, since one large draw is cheaper than many small
+        draws.
         """
         slots = draw_pairings(
             STEPS_AT_ONCE,
@@ -263,37 +265,37 @@ class MixMoCallback(_PlainErrors):
         slots = slots[:, self._rank_slice(slots.shape[1])].transpose(1, 2).flatten(1)
         return slots if self.copies_in_batch > 1 else slots % num_images
 
-    def _mixing_of_step(self, batch_size: int, x: Tensor) -> Mixing:
-        """Return the masks and weights of this step; cheap ones are drawn for several steps.
+    def _current_mixing(self, batch_size: int, x: Tensor) -> Mixing:
+        """Return the masks and weights of this step; cheap masks are drawn for several steps.
 
-        They are drawn for the batch of all processes, of which this process uses its part.
+        They are drawn for the batch of all processes; this process uses its part of them.
         """
         batch_size *= self.num_processes
         num_steps = STEPS_AT_ONCE if self.mix in CHEAP_KINDS else 1
         first = self.learn.iter - self.learn.iter % num_steps
         key = (self._epoch, first, batch_size, x.shape[-2:], x.device)
-        # Expensive masks are drawn only when used. Cheap ones must not depend on the step at which
+        # Expensive masks are drawn only when used. Cheap masks must not depend on the step at which
         # they are drawn, so they are drawn for the largest probability.
         max_prob = self.mix_prob if num_steps > 1 else self.current_mix_prob()
         if self.drawn_mixings is None or self.drawn_mixings[0] != key:
-            drawn = self.draw_mixings(first, num_steps, batch_size, x, max_prob)
-            self.drawn_mixings = key, drawn
-        whole = self.drawn_mixings[1].select(self.learn.iter - first, self.current_mix_prob())
-        part = self._rank_slice(batch_size)
-        return Mixing(whole.masks[part], whole.weights[part])
+            mixings = self.draw_mixings(first, num_steps, batch_size, x, max_prob)
+            self.drawn_mixings = key, mixings
+        mixing = self.drawn_mixings[1].select(self.learn.iter - first, self.current_mix_prob())
+        rank_slice = self._rank_slice(batch_size)
+        return Mixing(mixing.masks[rank_slice], mixing.weights[rank_slice])
 
     def draw_mixings(
         self, first_step: int, num_steps: int, batch_size: int, x: Tensor, mix_prob: float
     ) -> DrawnMixings:
         """Draw masks and loss weights of several steps, for images of the size of `x`.
 
-        The host decides whether a step is mixed by regions: it compares a number that is drawn here
-        with the probability at that step, which is at most `mix_prob`.
+        A step is mixed by regions if the uniform number that is drawn for it on the CPU is below
+        the probability at that step, which is at most `mix_prob`.
         """
-        schedule = self._generator("schedule", "cpu", first_step)
+        uniforms = torch.rand(num_steps, generator=self._generator("schedule", "cpu", first_step))
         return draw_mixings(
             self.mix,
-            torch.rand(num_steps, generator=schedule).tolist(),
+            uniforms.tolist(),
             (batch_size, self._num_members),
             unwrap(self.learn.model).mask_shape(*x.shape[-2:]),
             mix_prob=mix_prob,
@@ -323,7 +325,7 @@ class MixMoCallback(_PlainErrors):
         return make_own_image_dominant(draw, own_weights)
 
     def current_mix_prob(self) -> float:
-        """Return the scheduled probability of mixing by regions; `lr_find` sees no decay."""
+        """Return the scheduled probability of mixing by regions; it does not decay in `lr_find`."""
         if hasattr(self.learn, "lr_finder"):
             return self.mix_prob
         return scheduled_mix_prob(self.learn.pct_train, self.mix_prob, self.decay_start)
@@ -334,7 +336,7 @@ class MixMoCallback(_PlainErrors):
 
     @property
     def _epoch(self) -> int:
-        """Number of epochs trained before this one; `lr_find` continues from there."""
+        """Number of epochs trained before this one, including those of a current `lr_find`."""
         lr_find_epochs = self.learn.epoch if hasattr(self.learn, "lr_finder") else 0
         return self.epochs_trained + lr_find_epochs
 
@@ -345,16 +347,16 @@ class MixMoCallback(_PlainErrors):
         assert self.fit_seed is not None
         # Processes that split a batch draw the same numbers for the whole batch, except for MSDA,
         # whose partners are images of the same process. All processes use the same schedule.
-        is_common = stream == "schedule" or (self.num_processes > 1 and stream != "msda")
-        rank = 0 if is_common else rank_distrib()
+        is_shared = stream == "schedule" or (self.num_processes > 1 and stream != "msda")
+        rank = 0 if is_shared else rank_distrib()
         return make_generator(self.fit_seed, stream, self._epoch, step, rank, device=device)
 
 
-class MixMoGuard(_PlainErrors):
-    """Refuse to train a MixMo network in a Learner whose `MixMoCallback` was removed.
+class MixMoGuard(_PlainErrorCallback):
+    """Raise an error if a MixMo network is trained after its `MixMoCallback` was removed.
 
     Without the callback, all members would be trained on the same images. `to_mixmo`,
-    `mixmo_learner` and the callback itself add the guard; evaluation is not affected.
+    `mixmo_learner` and the callback itself add the guard. Evaluation is not affected.
     """
 
     order = 9
@@ -379,7 +381,7 @@ def add_guard(learn: Any) -> None:
 
 
 def scheduled_mix_prob(progress: float, mix_prob: float, decay_start: float) -> float:
-    """Return mix_prob, which decays linearly to 0 after `decay_start` of training.
+    """Return mix_prob until `decay_start`; then decay linearly to 0 at the end of training.
 
     Args:
         progress: completed fraction of training, in [0, 1].

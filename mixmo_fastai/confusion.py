@@ -11,7 +11,7 @@ from mixmo_fastai.calibration import check_logits
 
 
 class ConfusedPair(NamedTuple):
-    """A true class and another class that is predicted instead.
+    """A true class and the class that is predicted instead of it.
 
     Attributes:
         true, predicted: class indices.
@@ -45,7 +45,7 @@ def confusion_matrix(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def most_confused(matrix: Tensor, count: int) -> list[ConfusedPair]:
-    """Return the pairs with the most errors, in descending order, without pairs of no errors.
+    """Return the pairs with the most errors, in descending order; omit pairs without errors.
 
     Args:
         matrix: (K, K), from `confusion_matrix`.
@@ -53,12 +53,12 @@ def most_confused(matrix: Tensor, count: int) -> list[ConfusedPair]:
     """
     errors = matrix.clone()
     errors.fill_diagonal_(0)
-    counts, cells = errors.flatten().sort(descending=True, stable=True)
-    sizes = matrix.sum(dim=1).tolist()
+    sorted_errors, cells = errors.flatten().sort(descending=True, stable=True)
+    class_sizes = matrix.sum(dim=1).tolist()
     pairs = []
-    for number, cell in zip(counts[:count].tolist(), cells[:count].tolist(), strict=True):
-        if number == 0:
+    for samples, cell in zip(sorted_errors[:count].tolist(), cells[:count].tolist(), strict=True):
+        if samples == 0:
             break
         true, predicted = divmod(cell, len(matrix))
-        pairs.append(ConfusedPair(true, predicted, number, number / sizes[true]))
+        pairs.append(ConfusedPair(true, predicted, samples, samples / class_sizes[true]))
     return pairs

@@ -16,7 +16,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 
 from mixmo_fastai.calibration import check_logits
-from mixmo_fastai.diversity import information_per_sample
+from mixmo_fastai.diversity import mutual_information_per_sample
 from mixmo_fastai.errors import InputError
 
 TRUE_POSITIVE_RATE = 0.95
@@ -38,7 +38,7 @@ def entropy_uncertainty(member_logits: Tensor) -> Tensor:
 UNCERTAINTIES: dict[str, Callable[[Tensor], Tensor]] = {
     "confidence": confidence_uncertainty,
     "entropy": entropy_uncertainty,
-    "mutual_information": information_per_sample,
+    "mutual_information": mutual_information_per_sample,
 }
 """Measures of uncertainty by name: functions (N, M, K) -> (N,), larger for more uncertain."""
 
@@ -67,14 +67,14 @@ def detection_metrics(in_logits: Tensor, out_logits: Tensor) -> dict[str, Any]:
     for name, uncertainty in UNCERTAINTIES.items():
         try:
             scores = (uncertainty(logits).numpy() for logits in (in_logits, out_logits))
-            metrics[name] = separation(*scores)
+            metrics[name] = separation_metrics(*scores)
         except InputError as error:
             absent[name] = str(error)
     return {**metrics, "absent": absent} if absent else metrics
 
 
-def separation(in_scores: np.ndarray, out_scores: np.ndarray) -> dict[str, float]:
-    """Compute AUROC, AUPR and the false positive rate at 95 %; see `detection_metrics`.
+def separation_metrics(in_scores: np.ndarray, out_scores: np.ndarray) -> dict[str, float]:
+    """Compute AUROC, AUPR and the FPR at 95 % TPR; see `detection_metrics`.
 
     Args:
         in_scores: uncertainties (N,) of in-distribution images.

@@ -37,7 +37,7 @@ def ratio_error(member_logits: Tensor, labels: Tensor) -> Tensor:
     """Compute the ratio of errors: d_re = (N01 + N10) / N00, averaged over pairs of members.
 
     N01 + N10 is the number of samples that exactly one member of the pair misclassifies, N00 the
-    number that both misclassify. It is larger the more the errors differ.
+    number that both misclassify. A larger ratio means more diverse errors.
 
     Args:
         member_logits: (N, M, K).
@@ -47,18 +47,18 @@ def ratio_error(member_logits: Tensor, labels: Tensor) -> Tensor:
         A scalar in float64, zero or more, without an upper bound.
 
     Raises:
-        InputError: as for `member_accuracies`, there is only one member, or a pair has no common
-            error, so that its ratio is undefined.
+        InputError: as for `member_accuracies`; there is only one member; two members have no common
+            errors, so that their ratio is undefined.
     """
     first, second = _pairs(~_correct(member_logits, labels), "ratio_error")
-    by_one = (first ^ second).sum(dim=0)  # (P,)
-    by_both = (first & second).sum(dim=0)
-    if not by_both.all():
+    num_by_one = (first ^ second).sum(dim=0)  # (P,)
+    num_by_both = (first & second).sum(dim=0)
+    if not num_by_both.all():
         raise InputError(
             "ratio_error divides by the number of common errors of two members; got a pair "
             "without common errors."
         )
-    return (by_one.double() / by_both).mean()
+    return (num_by_one.double() / num_by_both).mean()
 
 
 def disagreement(member_logits: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ def disagreement(member_logits: Tensor) -> Tensor:
         member_logits: (N, M, K).
 
     Returns:
-        A scalar in [0, 1], in float64, the mean over pairs of members.
+        A scalar in [0, 1], in float64: the mean over pairs of members.
 
     Raises:
         InputError: wrong shape, logits that are not finite, or only one member.
@@ -81,7 +81,7 @@ def disagreement(member_logits: Tensor) -> Tensor:
 def mutual_information(member_logits: Tensor) -> Tensor:
     """Compute the mutual information of the predicted class and the member, in nats.
 
-    The mean over samples of H(mean_m p_m) - mean_m H(p_m), where H(p) = -Σ_k p_k log p_k. It is
+    It is the mean over samples of H(mean_m p_m) - mean_m H(p_m), where H(p) = -Σ_k p_k log p_k:
     zero if all members predict the same probabilities, and at most log M.
 
     Args:
@@ -93,10 +93,10 @@ def mutual_information(member_logits: Tensor) -> Tensor:
     Raises:
         InputError: wrong shape, logits that are not finite, or only one member.
     """
-    return information_per_sample(member_logits).mean()
+    return mutual_information_per_sample(member_logits).mean()
 
 
-def information_per_sample(member_logits: Tensor) -> Tensor:
+def mutual_information_per_sample(member_logits: Tensor) -> Tensor:
     """Compute the mutual information of each sample, a measure of uncertainty.
 
     It is large if the members disagree with high confidence, and zero if their probabilities are
@@ -151,12 +151,12 @@ def accuracy_by_agreement(member_logits: Tensor, labels: Tensor) -> tuple[Tensor
 
     Returns:
         counts (M + 1,) int64, the number of samples with 0, 1, … M such members; accuracy (M + 1,)
-        in float64, that of the ensemble on these samples, zero if there are none.
+        in float64, of the ensemble on these samples, zero if there are none.
 
     Raises:
         InputError: wrong shapes, labels out of range or logits that are not finite.
     """
-    check_logits(member_logits, labels, axes="(N, M, K)", name="member_logits")
+    check_logits(member_logits, labels, axes=AXES, name="member_logits")
     num_members = member_logits.shape[1]
     predicted = member_logits.double().mean(dim=1).argmax(dim=1)  # (N,)
     agreeing = (member_logits.argmax(dim=2) == predicted[:, None]).sum(dim=1)
@@ -166,13 +166,13 @@ def accuracy_by_agreement(member_logits: Tensor, labels: Tensor) -> tuple[Tensor
 
 
 def _correct(member_logits: Tensor, labels: Tensor) -> Tensor:
-    """Compute which predictions of the members are correct: (N, M) bool."""
+    """Check which predictions of the members are correct: (N, M) bool."""
     check_logits(member_logits, labels, axes=AXES, name="member_logits")
     return member_logits.argmax(dim=2) == labels[:, None]
 
 
 def _pairs(values: Tensor, metric: str) -> tuple[Tensor, Tensor]:
-    """Return the values of the first and second member of each pair: (N, M) -> twice (N, P)."""
+    """Return the values of the first and second member of each pair: (N, M) -> two (N, P)."""
     num_members = values.shape[1]
     if num_members < 2:
         raise InputError(f"{metric} compares members and needs at least two; got {num_members}.")

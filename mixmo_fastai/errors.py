@@ -1,4 +1,4 @@
-"""Errors with messages for users, suggestions for misspelt names, and argument checks."""
+"""Exceptions with messages for users, suggestions for misspelt names, and argument checks."""
 
 import re
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ class InputError(ValueError):
 
 
 class RunFailedError(RuntimeError):
-    """Raised when a run fails for another reason than invalid input.
+    """Raised when a run fails for a reason other than invalid input.
 
     The message has one to three lines. The command line prints it without a traceback and exits
     with code 1.
@@ -33,9 +33,9 @@ def remove_fastai_prefix(error: _AnyError) -> _AnyError:
 _FASTAI_PREFIX = re.compile(r"Exception occured in `\w+` when calling event `\w+`:\n\t")
 
 
-def first_line(error: BaseException, most: int = 120) -> str:
-    """Format an error as its type and the first line of its message, at most `most` characters."""
-    message = str(error).partition("\n")[0][:most].rstrip(".: ")
+def summarize_error(error: BaseException, max_length: int = 120) -> str:
+    """Format an error as its type and the first `max_length` characters of its first line."""
+    message = str(error).partition("\n")[0][:max_length].rstrip(".: ")
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
@@ -43,7 +43,7 @@ def check_count(name: str, value: object) -> None:
     """Check that a value is an integer, 1 or more.
 
     Raises:
-        InputError: it is not; the message names it `name`.
+        InputError: it is not; the message contains `name`.
     """
     if not isinstance(value, int) or value < 1:
         raise InputError(f"{name} must be an integer, 1 or more; got {value!r}.")
@@ -62,11 +62,11 @@ def nearest(name: str, choices: Iterable[str], cutoff: float = 0.6) -> str | Non
     return by_normalized[matches[0]] if matches else None
 
 
-def unknown(kind: str, name: str, choices: Iterable[str]) -> InputError:
+def unknown_name_error(kind: str, name: str, choices: Iterable[str]) -> InputError:
     """Build the error for an unknown name.
 
     Args:
-        kind: what the name stands for, such as "mask kind".
+        kind: the kind of name, such as "mask kind".
         name: the received name.
         choices: the allowed names, in the order in which to list them.
     """

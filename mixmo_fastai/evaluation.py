@@ -30,7 +30,7 @@ from mixmo_fastai.diversity import (
     mutual_information,
     ratio_error,
 )
-from mixmo_fastai.errors import InputError, unknown
+from mixmo_fastai.errors import InputError, unknown_name_error
 from mixmo_fastai.processes import all_gather, process_group
 from mixmo_fastai.randomness import make_generator
 from mixmo_fastai.selective import aurc, failure_auroc, risk_at_coverage
@@ -274,7 +274,7 @@ def evaluate_logits(
             is unknown.
     """
     if average not in AVERAGES:
-        raise unknown("average of members", average, AVERAGES)
+        raise unknown_name_error("average of members", average, AVERAGES)
     member_logits = torch.as_tensor(member_logits, device="cpu").double()
     labels = torch.as_tensor(labels, device="cpu")
     check_logits(member_logits, labels, axes="(N, M, K)", name="member_logits")

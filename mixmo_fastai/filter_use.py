@@ -39,9 +39,9 @@ class FilterUse:
 def filter_use(model: MixMoModel, thresholds: tuple[float, ...] = THRESHOLDS) -> FilterUse:
     """Compute the fraction of active filters in each convolution of the core, by L1 norm.
 
-    A filter is the weights of one output channel of a convolution. It is active if its norm is
-    above a threshold times the largest norm of its layer. A layer whose weights are all zero has
-    no active filters.
+    A filter consists of the weights of one output channel. It is active if its norm exceeds a
+    threshold times the largest norm in its layer. A layer whose weights are all zero has no active
+    filters.
 
     Args:
         model: a trained network.
@@ -82,5 +82,5 @@ def encoder_norms(model: MixMoModel) -> Tensor:
 
 
 def _l1_norms(weight: Tensor) -> Tensor:
-    """(out, in, kh, kw) -> (out,)."""
+    """Compute the L1 norm of each filter: (out, in, kh, kw) -> (out,)."""
     return weight.detach().cpu().double().abs().flatten(1).sum(dim=1)

@@ -9,17 +9,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from mixmo_fastai.models.mixmo_model import unwrap
 
 BACKWARD_COST = 2
-"""Cost of a backward pass in forward passes: one for input gradients, one for weight gradients."""
+"""Cost of a backward pass, in forward passes: one for input gradients, one for weight gradients."""
 
 
 def count_flops(model: nn.Module, image_shape: tuple[int, ...]) -> int:
     """Count the FLOPs of a forward pass on one image; a multiply-add counts as two.
 
-    Only matrix products and convolutions are counted; the rest is small. The pass runs on the meta
-    device, without computing values.
+    Only matrix products and convolutions are counted; other operations cost little. The pass runs
+    on the meta device, without computing values.
 
     Args:
-        model: a `MixMoModel`, or another network that takes images.
+        model: a `MixMoModel`, or any module with the input (B, C, H, W).
         image_shape: (C, H, W).
     """
     network = copy.deepcopy(unwrap(model)).to("meta").eval()

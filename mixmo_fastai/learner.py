@@ -24,7 +24,7 @@ from mixmo_fastai.data.glance import first_batch, preserved_random_states
 from mixmo_fastai.data.loaders import BatchLoader
 from mixmo_fastai.deferred import defer_readbacks
 from mixmo_fastai.devices import move_to_device
-from mixmo_fastai.errors import InputError, nearest, unknown
+from mixmo_fastai.errors import InputError, nearest, unknown_name_error
 from mixmo_fastai.learner_checks import (
     check_batch,
     check_callbacks,
@@ -160,7 +160,7 @@ def to_mixmo(
         )
     unknown_names = [name for name in kwargs if name not in CALLBACK_ARGUMENTS]
     if unknown_names:
-        raise unknown("argument of to_mixmo", unknown_names[0], CALLBACK_ARGUMENTS)
+        raise unknown_name_error("argument of to_mixmo", unknown_names[0], CALLBACK_ARGUMENTS)
     if any(isinstance(each, MixMoCallback) for each in learn.cbs):
         raise InputError("The Learner already has a MixMoCallback; do not call to_mixmo again.")
     check_callbacks(learn.cbs)

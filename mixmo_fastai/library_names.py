@@ -12,13 +12,13 @@ from pathlib import Path
 
 @cache
 def timm_networks() -> frozenset[str]:
-    """Return the networks of the installed timm, as `timm.list_models()`; empty without timm."""
+    """Return the same names as `timm.list_models()`; empty if timm is not installed."""
     return _names("timm", "models/*.py", r"^@register_model\s+def (\w+)\(")
 
 
 @cache
 def fastai_networks() -> frozenset[str]:
-    """Return the names of fastai's functions that build classifiers; all are XResNets."""
+    """Return the names of fastai's functions that build classifiers, all of them XResNets."""
     return _names("fastai", "vision/models/xresnet.py", r"^def (x\w+) *\(")
 
 

@@ -10,10 +10,10 @@ from mixmo_fastai.models.mixmo_model import unwrap
 
 
 class MemberAccuracy(Metric):
-    """Mean accuracy of the individual members, from the forward pass of the ensemble.
+    """Mean accuracy of the individual members, computed from the forward pass of the ensemble.
 
-    For multi-label targets (B, K), it is fastai's `accuracy_multi`: the fraction of correct
-    decisions at a probability of 0.5. For the ensemble, use fastai's own metrics.
+    For multi-label targets (B, K), it equals fastai's `accuracy_multi`: the fraction of correct
+    decisions at a probability of 0.5. For the accuracy of the ensemble, use fastai's metrics.
     """
 
     def __init__(self) -> None:
@@ -31,11 +31,11 @@ class MemberAccuracy(Metric):
             pred = learn.pred[:, None]
         else:
             pred = network.predictions(network.latest_member_logits)  # (B, M, K)
-        is_probability = getattr(network, "output", None) is not None
-        threshold = 0.5 if is_probability else 0.0
+        has_output_layer = getattr(network, "output", None) is not None
+        threshold = 0.5 if has_output_layer else 0.0
         correct = _correct(pred, learn.y, threshold).float().flatten(1).mean(dim=1)  # (B,)
-        correct = learn.to_detach(correct, cpu=False)  # in distributed training, of all processes
-        # The sum stays on the device, to avoid synchronization.
+        correct = learn.to_detach(correct, cpu=False)  # gathers the values of all processes
+        # The sum stays on the device, to avoid synchronisation.
         self.num_correct = self.num_correct + correct.sum()
         self.num_seen += len(correct)
 
@@ -51,7 +51,7 @@ class MemberAccuracy(Metric):
 
 
 def _correct(pred: Tensor, targets: Tensor, threshold: float) -> Tensor:
-    """Compute which member predictions (B, M, K) are correct: (B, M), or (B, M, K) for multi-label.
+    """Check which member predictions are correct: (B, M), or (B, M, K) for multi-label targets.
 
     Args:
         pred: member logits or probabilities (B, M, K).

@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixmo_fastai.errors import InputError, unknown
+from mixmo_fastai.errors import InputError, unknown_name_error
 from mixmo_fastai.mixing.ratios import draw_lam
 from mixmo_fastai.mixing.regions import box
 from mixmo_fastai.names import MSDA_KINDS
 
 
 class MsdaDraw(NamedTuple):
-    """Draw of MSDA for a batch.
+    """Random draws of MSDA for one batch.
 
     Attributes:
         masks: (B, M, 1, H, W) in [0, 1], weight of the member's own image at each pixel.
@@ -59,14 +59,15 @@ def draw_msda(
         InputError: unknown kind, or a value out of range.
     """
     check_msda(kind, alpha, prob)
-    total = num_samples * num_members
-    pasted = draw_lam(total, 2, alpha, generator=generator, device=device)[:, 1]  # Beta
-    chosen = torch.rand(total, generator=generator, device=device) < prob
-    pasted = torch.where(chosen, pasted, 0.0)
+    num_inputs = num_samples * num_members
+    # A two-dimensional Dirichlet draw is a Beta draw.
+    pasted_ratio = draw_lam(num_inputs, 2, alpha, generator=generator, device=device)[:, 1]
+    is_mixed = torch.rand(num_inputs, generator=generator, device=device) < prob
+    pasted_ratio = torch.where(is_mixed, pasted_ratio, 0.0)
     if kind == "cutmix":
-        region = box(pasted, (1, *size), generator)  # (B·M, 1, H, W)
+        region = box(pasted_ratio, (1, *size), generator)  # (B·M, 1, H, W)
     else:
-        region = pasted[:, None, None, None].expand(-1, 1, *size)
+        region = pasted_ratio[:, None, None, None].expand(-1, 1, *size)
     keys = torch.rand((num_samples, num_members), generator=generator, device=device)
     masks = (1 - region).reshape(num_samples, num_members, 1, *size)
     return MsdaDraw(masks, keys.argsort(dim=0))
@@ -76,7 +77,7 @@ def own_label_weights(msda_masks: Tensor, masks: Tensor) -> Tensor:
     """Compute the weight of each member's own label: mean(msda_mask · mask_i) / mean(mask_i).
 
     Args:
-        msda_masks: (B, M, 1, H, W); average pooling reduces them to h x w.
+        msda_masks: (B, M, 1, H, W); reduced to h x w by average pooling.
         masks: MixMo masks (B, M, 1 or D, h, w).
 
     Returns:
@@ -85,22 +86,22 @@ def own_label_weights(msda_masks: Tensor, masks: Tensor) -> Tensor:
     height, width = masks.shape[-2:]
     pooled = F.adaptive_avg_pool2d(msda_masks.flatten(0, 1), (height, width))
     pooled = pooled.reshape(*masks.shape[:2], 1, height, width)
-    seen = masks.mean(dim=(2, 3, 4))
-    own_weights = (pooled * masks).mean(dim=(2, 3, 4)) / seen
-    return torch.where(seen > 0, own_weights, 1.0).clamp(0, 1)
+    mask_means = masks.mean(dim=(2, 3, 4))
+    own_weights = (pooled * masks).mean(dim=(2, 3, 4)) / mask_means
+    return torch.where(mask_means > 0, own_weights, 1.0).clamp(0, 1)
 
 
 def make_own_image_dominant(draw: MsdaDraw, own_weights: Tensor) -> tuple[MsdaDraw, Tensor]:
-    """Swap the two images if the member's own image has less weight.
+    """Swap the two images of a member if its own image has the smaller weight.
 
-    The published implementation does the same for several members.
+    The published implementation does the same if there are several members.
 
     Args:
         draw: from `draw_msda`.
         own_weights: (B, M) from `own_label_weights`.
 
     Returns:
-        the draw, with masks inverted where the weight is below 0.5, and the new weights.
+        the draw, with masks inverted if the weight is below 0.5, and the new weights.
     """
     swap = own_weights < 0.5
     masks = torch.where(swap[:, :, None, None, None], 1 - draw.masks, draw.masks)
@@ -110,10 +111,10 @@ def make_own_image_dominant(draw: MsdaDraw, own_weights: Tensor) -> tuple[MsdaDr
 def mix_images(inputs: Tensor, draw: MsdaDraw) -> Tensor:
     """Mix each member's images: (B, M, C, H, W) -> (B, M, C, H, W)."""
     masks = draw.masks.to(inputs.dtype)
-    return masks * inputs + (1 - masks) * take_partners(inputs, draw.partners)
+    return masks * inputs + (1 - masks) * gather_partners(inputs, draw.partners)
 
 
-def take_partners(values: Tensor, partners: Tensor) -> Tensor:
+def gather_partners(values: Tensor, partners: Tensor) -> Tensor:
     """Gather the values at the partners' positions, for the same member.
 
     Args:
@@ -131,7 +132,7 @@ def check_msda(kind: str, alpha: float, prob: float) -> None:
         InputError: unknown kind, or a value out of range.
     """
     if kind not in MSDA_KINDS:
-        raise unknown("MSDA kind", kind, MSDA_KINDS)
+        raise unknown_name_error("MSDA kind", kind, MSDA_KINDS)
     if not 0 < alpha < float("inf"):
         raise InputError(f"msda_alpha must be positive and finite; got {alpha}.")
     if not 0 <= prob <= 1:

@@ -1,4 +1,4 @@
-"""Names that users may type, and the properties of what they name. Standard library only.
+"""Names that users may type: mask kinds, data sets, architectures, options. Standard library only.
 
 The command line and recipes check names here, before torch or fastai is imported.
 """
@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from mixmo_fastai.errors import InputError, nearest, unknown
+from mixmo_fastai.errors import InputError, nearest, unknown_name_error
 from mixmo_fastai.library_names import fastai_networks, timm_networks
 
 MASK_KINDS = (
@@ -27,10 +27,14 @@ MASK_KINDS = (
 """Kinds of feature mixing; masks are drawn by `mixmo_fastai.mixing.draw_masks`."""
 
 COW_DEFAULTS = {"sigma_min": 4.0, "sigma_max": 16.0, "area_min": 0.2, "area_max": 0.8}
-"""CowMask: standard deviation of the blur in feature-map locations, and area fraction; lowest and
-highest values."""
-_BLOCKS = ("block_size",)
-MASK_OPTIONS = {"patchup": _BLOCKS, "patchup-soft": _BLOCKS, "cow": tuple(COW_DEFAULTS)}
+"""CowMask: bounds of the blur's standard deviation, in positions of the feature map, and of the
+area, as a fraction."""
+_BLOCK_OPTIONS = ("block_size",)
+MASK_OPTIONS = {
+    "patchup": _BLOCK_OPTIONS,
+    "patchup-soft": _BLOCK_OPTIONS,
+    "cow": tuple(COW_DEFAULTS),
+}
 """Options of mask kinds, documented in `mixing/regions.py`; kinds without options are omitted."""
 
 MSDA_KINDS = ("cutmix", "mixup")
@@ -39,15 +43,15 @@ MSDA_KINDS = ("cutmix", "mixup")
 READOUTS: dict[str, str | None] = {
     "core": None,
 }
-"""How the heads read the core's maps: by name, the module and class of each readout; None stands
-for the core's own pooling."""
+"""Readouts by name: how the heads read the core's maps. Each value is a module and a class; None
+means the core's own pooling."""
 
 OPTIMIZERS = {
     "sgd": "mixmo_fastai.optimizers:sgd",
     "adamw": "mixmo_fastai.optimizers:adamw",
     "muon": "mixmo_fastai.optimizers:muon",
 }
-"""Optimizers by name, each with the module and function that builds it."""
+"""Optimizers by name. Each value is a module and a function that builds the optimizer."""
 
 SELECTIONS = ("last", "best")
 SCHEDULES = ("one-cycle", "flat-cosine", "published")
@@ -67,7 +71,7 @@ class DatasetInfo:
         num_classes: number of classes K.
         image_shape: (C, H, W) of one image.
         num_images: number of images in the training set and in the test set.
-        mean, std: per channel, of pixels in [0, 1]; the published values if they exist.
+        mean, std: per channel, of pixels in [0, 1]; the published values if there are any.
         crop_padding: pixels of zero padding before the random crop.
         flip: whether a horizontal flip preserves the label.
     """
@@ -149,7 +153,7 @@ def parse_optimizer(name: str) -> tuple[str, str]:
         return "", name
     if match := re.fullmatch(r"(torch|fastai)/(.+)", name):
         return match[1], match[2]
-    raise unknown("optimizer", name, [*OPTIMIZERS, "torch/NAME", "fastai/NAME"])
+    raise unknown_name_error("optimizer", name, [*OPTIMIZERS, "torch/NAME", "fastai/NAME"])
 
 
 def parse_architecture(name: str) -> Architecture:
@@ -158,7 +162,7 @@ def parse_architecture(name: str) -> Architecture:
     Names of timm networks are not checked, since that requires importing timm.
 
     Raises:
-        InputError: the name belongs to no family, or its depth or width is invalid.
+        InputError: the name does not match any family, or its depth or width is invalid.
     """
     if match := re.fullmatch(r"wrn(\d{1,4})_(\d{1,3})", name):
         depth, width = int(match[1]), int(match[2])
@@ -183,16 +187,16 @@ def parse_architecture(name: str) -> Architecture:
         return Architecture("torchvision", name=name)
     if match := re.fullmatch(r"timm/([\w.-]+)", name):
         return Architecture("timm", name=match[1])
-    if name in _WITHOUT_HEADS:
+    if name in _WITHOUT_LINEAR_LAYER:
         raise InputError(
-            f"{name} does not end with a linear layer but with a convolution before pooling, so "
-            "MixMo cannot create member heads.\n"
+            f"{name} does not end with a linear layer: its last layer is a convolution before "
+            "pooling, so MixMo cannot create member heads.\n"
             "Use another torchvision network, such as mobilenet_v2."
         )
     raise _unknown_architecture(name)
 
 
-def unknown_in_timm(name: str, known: Iterable[str]) -> InputError:
+def unknown_timm_error(name: str, known: Iterable[str]) -> InputError:
     """Build the error for a network that timm does not have.
 
     Args:
@@ -223,8 +227,8 @@ def _unknown_architecture(name: str) -> InputError:
             f"Python:\nfrom fastai.vision.models.xresnet import {name}; "
             f"mixmo_learner(dls, {name})"
         )
-    guess = _corrected(name)
-    hint = f" Did you mean {guess!r}?" if guess else _longer_names(name)
+    guess = _correct_spelling(name)
+    hint = f" Did you mean {guess!r}?" if guess else _timm_variants_hint(name)
     install = "" if timm_networks() else "\nFor timm networks: pip install 'mixmo-fastai[timm]'."
     return InputError(
         f"Unknown architecture {name!r}.{hint}\n"
@@ -233,43 +237,43 @@ def _unknown_architecture(name: str) -> InputError:
     )
 
 
-def _corrected(name: str) -> str | None:
-    """Return the architecture that a misspelt name most probably means, or None.
+def _correct_spelling(name: str) -> str | None:
+    """Return the most probable architecture for a misspelt name, or None.
 
-    Only small misspellings are corrected. A larger difference may indicate another network, such as
-    one of a library that is not installed.
+    Only small misspellings are corrected. A larger difference may indicate another network, for
+    example of a library that is not installed.
     """
-    if match := re.fullmatch(_WIDE_RESNET, name, re.IGNORECASE):
+    if match := re.fullmatch(_WIDE_RESNET_PATTERN, name, re.IGNORECASE):
         return f"wrn{match[1]}_{match[2]}"
-    without_prefix = {each: each for each in (*_EXAMPLE_ARCHITECTURES, *TORCHVISION_NETWORKS)}
-    choices = {**{each: f"timm/{each}" for each in timm_networks()}, **without_prefix}
-    guess = nearest(name, choices, cutoff=0.8)
-    return choices[guess] if guess is not None and _is_misspelling(name, guess) else None
+    architectures = {network: f"timm/{network}" for network in timm_networks()}
+    architectures |= {name: name for name in (*_EXAMPLE_ARCHITECTURES, *TORCHVISION_NETWORKS)}
+    guess = nearest(name, architectures, cutoff=0.8)
+    return architectures[guess] if guess is not None and _is_misspelling(name, guess) else None
 
 
-def _longer_names(name: str) -> str:
-    """Suggest a timm network whose name starts with `name`; "" if there is none."""
-    longer = sorted(n for n in timm_networks() if n.startswith(f"{name.lower()}_"))
-    if not longer:
+def _timm_variants_hint(name: str) -> str:
+    """Suggest a timm network whose name starts with `name`; return "" if there is none."""
+    variants = sorted(n for n in timm_networks() if n.startswith(f"{name.lower()}_"))
+    if not variants:
         return ""
-    shortest = min(longer, key=len)
-    count = f"{len(longer)} networks that start" if len(longer) > 1 else "one network that starts"
-    return f" timm has {count} with this name, such as 'timm/{shortest}'."
+    shortest, count = min(variants, key=len), len(variants)
+    networks = f"{count} networks that start" if count > 1 else "one network that starts"
+    return f" timm has {networks} with this name, such as 'timm/{shortest}'."
 
 
 def _is_misspelling(name: str, network: str) -> bool:
-    """Check whether a name misspells a network (resnt50), not names a variant of it (resnet50d)."""
+    """Check whether a name misspells a network (resnt50) and is not a variant of it (resnet50d)."""
     if network in _EXAMPLE_ARCHITECTURES:  # timm has no networks of these families
         return True
-    typed, correct = (re.sub(r"[\W_]", "", each.lower()) for each in (name, network))
+    typed, correct = (re.sub(r"[\W_]", "", text.lower()) for text in (name, network))
     if re.findall(r"\d+", typed) != re.findall(r"\d+", correct):
         return typed == correct
-    with_one_missing = {correct[:i] + correct[i + 1 :] for i in range(len(correct))}
-    return sorted(typed) == sorted(correct) or typed in with_one_missing
+    one_letter_missing = {correct[:i] + correct[i + 1 :] for i in range(len(correct))}
+    return sorted(typed) == sorted(correct) or typed in one_letter_missing
 
 
-_WIDE_RESNET = r"(?:wrn|wide[-_ ]?resnet)[-_ ]?(\d{1,4})[-_ x](\d{1,3})"
-_WITHOUT_HEADS = ("squeezenet1_0", "squeezenet1_1")
+_WIDE_RESNET_PATTERN = r"(?:wrn|wide[-_ ]?resnet)[-_ ]?(\d{1,4})[-_ x](\d{1,3})"
+_WITHOUT_LINEAR_LAYER = ("squeezenet1_0", "squeezenet1_1")
 _EXAMPLE_ARCHITECTURES = (
     "wrn28_10",
     "wrn16_4",

@@ -1,8 +1,8 @@
 """Optimizers by name, as functions that build fastai optimizers.
 
 A name is one of `names.OPTIMIZERS`, "torch/NAME" for any optimizer of torch.optim, or "fastai/NAME"
-for any of fastai.optimizer. To add one, write a function like those below and register it in
-`names.OPTIMIZERS`.
+for any optimizer of fastai.optimizer. To add an optimizer, write a function like those below and
+register it in `names.OPTIMIZERS`.
 """
 
 import inspect
@@ -28,22 +28,22 @@ def build_optimizer_factory(name: str, weight_decay: float, **options: Any) -> O
     """Return the function that builds an optimizer, for `opt_func` of a Learner.
 
     Args:
-        name: see the module.
-        weight_decay: weight decay of all parameters, as the optimizer defines it.
+        name: name of the optimizer; see the module's docstring.
+        weight_decay: weight decay of all parameters, as defined by the optimizer.
         options: keyword arguments of the optimizer, except for the learning rate.
 
     Raises:
-        InputError: unknown name or option, or an optimizer that takes more than one forward pass
+        InputError: unknown name or option, or an optimizer that needs more than one forward pass
             per step.
     """
-    library, own_name = parse_optimizer(name)
+    library, library_name = parse_optimizer(name)
     if library == "torch":
-        return from_torch(_find_in_torch(own_name), weight_decay=weight_decay, **options)
+        return from_torch(_find_in_torch(library_name), weight_decay=weight_decay, **options)
     if library == "fastai":
-        build = _find_in_fastai(own_name)
+        build = _find_in_fastai(library_name)
         _check_options(name, build, options)
         return partial(build, wd=weight_decay, **options)
-    build = resolve_name(OPTIMIZERS[own_name])
+    build = resolve_name(OPTIMIZERS[library_name])
     _check_options(name, build, options)
     factory: OptimizerFactory = build(weight_decay=weight_decay, **options)
     return factory
@@ -66,8 +66,8 @@ def sgd(
 ) -> OptimizerFactory:
     """Return the published optimizer: torch's SGD with Nesterov momentum.
 
-    Weight decay applies to all parameters, including those of BatchNorm; fastai's own SGD excludes
-    them and has no Nesterov momentum.
+    Weight decay applies to all parameters, including those of BatchNorm; fastai's SGD excludes
+    BatchNorm and has no Nesterov momentum.
     """
     return from_torch(
         torch.optim.SGD, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay
@@ -89,7 +89,7 @@ def muon(
 
 
 class TorchOptimizer(OptimWrapper):
-    """fastai's wrapper of a torch optimizer, without the settings that torch leaves at None.
+    """fastai's wrapper of a torch optimizer, without settings that are None.
 
     fastai's TensorBoardCallback requires every setting to be a number.
     """
@@ -97,11 +97,11 @@ class TorchOptimizer(OptimWrapper):
     @property
     def hypers(self) -> list[dict[str, Any]]:
         """Settings of each parameter group."""
-        return [{k: v for k, v in own.items() if v is not None} for own in super().hypers]
+        return [{k: v for k, v in group.items() if v is not None} for group in super().hypers]
 
 
 def from_torch(kind: type[torch.optim.Optimizer], **settings: Any) -> OptimizerFactory:
-    """Return a function that builds a torch optimizer for fastai, fused on a GPU if it can be.
+    """Return a function that builds a torch optimizer for fastai; on a GPU, fused if supported.
 
     Raises:
         InputError: unknown setting, or `step` of the optimizer requires a closure.
@@ -110,8 +110,8 @@ def from_torch(kind: type[torch.optim.Optimizer], **settings: Any) -> OptimizerF
     closure = inspect.signature(kind.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise InputError(
-            f"The optimizer {name} needs a closure: it computes several forward passes per step, "
-            "while fastai computes one.\nUse an optimizer whose step() needs no closure."
+            f"The optimizer {name} needs a closure for several forward passes per step; fastai "
+            "computes one.\nUse an optimizer whose step() needs no closure."
         )
     has_decay = "weight_decay" in inspect.signature(kind).parameters
     if not has_decay and settings.pop("weight_decay", 0.0):
@@ -125,19 +125,18 @@ def _build(
 ) -> torch.optim.Optimizer:
     groups = [*groups]
     parameters = [p for g in groups for p in (g["params"] if isinstance(g, dict) else [g])]
-    known = inspect.signature(kind).parameters
-    if "fused" in known and all(p.is_cuda for p in parameters):
+    if "fused" in inspect.signature(kind).parameters and all(p.is_cuda for p in parameters):
         settings["fused"] = True
     try:
         return kind(groups, **settings)
     except (ValueError, TypeError) as error:
         raise InputError(
-            f"The optimizer torch/{kind.__name__} refuses its settings: {error}."
+            f"The optimizer torch/{kind.__name__} rejects its settings: {error}."
         ) from error
 
 
 def _find_in_torch(name: str) -> type[torch.optim.Optimizer]:
-    """Find a class of torch.optim by its name, in any case."""
+    """Find a class of torch.optim by its name, ignoring case."""
     known = {
         key: value
         for key, value in vars(torch.optim).items()
@@ -145,42 +144,43 @@ def _find_in_torch(name: str) -> type[torch.optim.Optimizer]:
         and issubclass(value, torch.optim.Optimizer)
         and value is not torch.optim.Optimizer
     }
-    return known[_match(name, known, "torch")]
+    return known[_match_name(name, known, "torch")]
 
 
 def _find_in_fastai(name: str) -> Callable[..., Any]:
-    """Find a function of fastai.optimizer that builds an optimizer."""
+    """Find a function of fastai.optimizer by its name, ignoring case."""
     known = {
         key: value
         for key, value in vars(fastai.optimizer).items()
         if inspect.isfunction(value)
         and {"params", "lr", "wd"} <= inspect.signature(value).parameters.keys()
     }
-    return known[_match(name, known, "fastai")]
+    return known[_match_name(name, known, "fastai")]
 
 
-def _match(name: str, known: Iterable[str], library: str) -> str:
-    by_lower = {each.lower(): each for each in known}
-    if name.lower() not in by_lower:
-        guess = nearest(name, by_lower.values())
+def _match_name(name: str, known: Iterable[str], library: str) -> str:
+    """Return the known name that equals `name`, ignoring case."""
+    by_lowercase = {knlibrary_name.lower(): known_name for known_name in known}
+    if name.lower() not in by_lowercase:
+        guess = nearest(name, by_lowercase.values())
         hint = f" Did you mean '{library}/{guess}'?" if guess else ""
-        names = ", ".join(sorted(by_lower.values()))
-        raise InputError(f"{library} has no optimizer {name!r}.{hint}\nAllowed: {names}.")
-    return by_lower[name.lower()]
+        allowed = ", ".join(sorted(by_lowercase.values()))
+        raise InputError(f"{library} has no optimizer {name!r}.{hint}\nAllowed: {allowed}.")
+    return by_lowercase[name.lower()]
 
 
 def _check_options(name: str, build: Callable[..., Any], options: Iterable[str]) -> None:
-    known = inspect.signature(build).parameters
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values()):
+    parameters = inspect.signature(build).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return
-    allowed = [each for each in known if each not in _SET_ELSEWHERE]
+    allowed = [parameter for parameter in parameters if parameter not in _NOT_OPTIONS]
     for option in options:
-        if option not in known:
+        if option not in parameters:
             raise InputError(
                 f"The optimizer {name} has no option {option!r}.\n"
                 f"Allowed: {', '.join(allowed) or 'none'}."
             )
 
 
-_SET_ELSEWHERE = ("self", "params", "lr", "wd", "weight_decay")
+_NOT_OPTIONS = ("self", "params", "lr", "wd", "weight_decay")
 _sgd = partial(_build, torch.optim.SGD)  # its name in Learners exported by version 0.1.0

@@ -1,8 +1,8 @@
 """Pairing: which member sees which image.
 
 Shapes: n distinct images, b batch repetitions, M members, B = b·n positions in the batch that the
-network sees. The images are copied to M·B *slots*; slot s holds image s mod n. Member i draws from
-its own B slots, so that with augmentation per slot no two positions see the same pixels.
+network sees. The images are copied into M·B *slots*; slot s holds image s mod n. Member i draws
+from its own B slots, so with augmentation per slot, no two positions show the same pixels.
 
 Source: Havasi et al., "MIMO", ICLR 2021, appendix (batch and input repetition); MixMo, section 4.1.
 """
@@ -45,11 +45,11 @@ def draw_pairings(
     """Draw the slot that each member sees at each position, for several batches at once.
 
     Every member sees every image exactly `batch_repetitions` times, in an independent, uniformly
-    random order. At round(input_repetition · B) positions all members see the same slot and thus
+    random order. At round(input_repetition · B) positions, all members see the same slot and thus
     the same pixels, as at inference.
 
     Args:
-        num_batches: S; each batch is drawn independently.
+        num_batches: S; batches are drawn independently.
         num_images: n distinct images.
         num_members: M.
         batch_repetitions: b; 4 in the paper, 1 pairs each image once.
@@ -69,16 +69,16 @@ def draw_pairings(
         raise InputError(
             f"num_images and num_batches must be 1 or more; got {num_images} and {num_batches}."
         )
-    batch = batch_repetitions * num_images
-    num_free = batch - round(input_repetition * batch)
-    main = _permutations((num_batches, 1, batch), generator, device)  # member 0: (S, 1, B)
-    others = (num_batches, num_members - 1, num_free)
-    orders = _permutations(others, generator, device)
-    slot_offsets = batch * torch.arange(1, num_members, device=device)[:, None]
+    batch_size = batch_repetitions * num_images
+    num_free = batch_size - round(input_repetition * batch_size)
+    member_0 = _draw_permutations((num_batches, 1, batch_size), generator, device)  # (S, 1, B)
+    free_shape = (num_batches, num_members - 1, num_free)
+    orders = _draw_permutations(free_shape, generator, device)
+    slot_offsets = batch_size * torch.arange(1, num_members, device=device)[:, None]
     # The same images as member 0, in each member's own slots.
-    free = main[..., :num_free].expand(others).gather(2, orders) + slot_offsets
-    shared = main[..., num_free:].expand(-1, num_members - 1, -1)
-    return torch.cat([main, torch.cat([free, shared], dim=2)], dim=1).transpose(1, 2)
+    free = member_0[..., :num_free].expand(free_shape).gather(2, orders) + slot_offsets
+    shared = member_0[..., num_free:].expand(-1, num_members - 1, -1)
+    return torch.cat([member_0, torch.cat([free, shared], dim=2)], dim=1).transpose(1, 2)
 
 
 def check_pairing(num_members: int, batch_repetitions: int, input_repetition: float) -> None:
@@ -95,7 +95,7 @@ def check_pairing(num_members: int, batch_repetitions: int, input_repetition: fl
         raise InputError(f"input_repetition must be from 0 to 1; got {input_repetition}.")
 
 
-def _permutations(
+def _draw_permutations(
     shape: tuple[int, ...],
     generator: torch.Generator | None,
     device: torch.device | str | None,

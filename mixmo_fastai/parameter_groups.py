@@ -10,7 +10,7 @@ from fastai.learner import Learner
 from fastai.torch_core import params, trainable_params
 from torch import Tensor, nn
 
-from mixmo_fastai.errors import InputError, first_line
+from mixmo_fastai.errors import InputError, summarize_error
 from mixmo_fastai.models import MixMoModel
 from mixmo_fastai.models.backbone_core import BackboneCore
 
@@ -80,7 +80,7 @@ def converted_splitter(splitter: Splitter, model: MixMoModel) -> Splitter:
         converted(model)
     except Exception as error:  # a user's function may raise any error
         raise InputError(
-            f"The Learner's splitter fails on its network: {first_line(error)}.\n"
+            f"The Learner's splitter fails on its network: {summarize_error(error)}.\n"
             "Set another splitter; learn.splitter = trainable_params puts all in one group."
         ) from error
     return converted

@@ -15,7 +15,7 @@ from torch.func import vmap
 from mixmo_fastai.errors import InputError
 
 Average = Literal["values", "samples", "nothing"]
-"""Divisor of the sum of a loss: the number of values, the number of samples, or one."""
+"""What a loss divides its sum by: the number of values, the number of samples, or nothing."""
 
 
 class FunctionLoss(nn.Module):
@@ -32,8 +32,8 @@ class FunctionLoss(nn.Module):
 class BatchLoss(nn.Module):
     """Wrap a loss without `reduction` as a module with that attribute.
 
-    "mean" returns the loss of the batch; "none" returns the per-sample losses (R,), each computed
-    on a batch of one, and "sum" their sum.
+    "mean" returns the loss of the batch. "none" returns the per-sample losses (R,), each computed
+    on a batch of one; "sum" returns their sum.
 
     Args:
         function: (R, …) predictions and (R, …) targets -> a scalar.
@@ -48,50 +48,51 @@ class BatchLoss(nn.Module):
         if self.reduction == "mean":
             return self.function(pred, targets)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about batches of one and slow batching rules
-            losses = self._losses_of_samples(pred.as_subclass(Tensor), targets.as_subclass(Tensor))
+            # torch warns about batches of one and about slow batching rules.
+            warnings.simplefilter("ignore")
+            losses = self._per_sample_losses(pred.as_subclass(Tensor), targets.as_subclass(Tensor))
         return losses.sum() if self.reduction == "sum" else losses
 
-    def _losses_of_samples(self, pred: Tensor, targets: Tensor) -> Tensor:
-        def loss_of(sample: Tensor, target: Tensor) -> Tensor:
+    def _per_sample_losses(self, pred: Tensor, targets: Tensor) -> Tensor:
+        def sample_loss(sample: Tensor, target: Tensor) -> Tensor:
             return self.function(sample[None], target[None]).as_subclass(Tensor)
 
         if self.can_vmap:
             try:
-                losses: Tensor = vmap(loss_of)(pred, targets)
+                losses: Tensor = vmap(sample_loss)(pred, targets)
                 return losses
-            except RuntimeError:  # for example, for branches that depend on values
+            except RuntimeError:  # for example, if branches depend on values
                 self.can_vmap = False
-        return torch.stack([loss_of(*sample) for sample in zip(pred, targets, strict=True)])
+        return torch.stack([sample_loss(*sample) for sample in zip(pred, targets, strict=True)])
 
 
-def averages_of(whole: Tensor, values: Tensor) -> list[Average]:
-    """Find the averages of per-sample losses that equal the loss of a batch.
+def matching_averages(batch_loss: Tensor, losses: Tensor) -> list[Average]:
+    """Find the kinds of averaging that reproduce the loss of a batch from unreduced losses.
 
     Args:
-        whole: loss of the batch, a scalar.
-        values: unreduced losses (R, k), k numbers per sample.
+        batch_loss: loss of the batch, a scalar.
+        losses: unreduced losses (R, k), k values per sample.
 
     Returns:
-        the possible divisors; empty if the loss of the batch is not an average. Several are
-        possible if they coincide for this batch or all losses are zero.
+        the matching kinds; empty if the batch loss is not an average. Several match if their
+        divisors are equal for this batch or all losses are zero.
     """
-    total, scale = values.sum(), values.abs().sum()
-    # Rounding of sums in a different order.
-    tolerance = torch.finfo(whole.dtype).eps ** 0.5
+    total, scale = losses.sum(), losses.abs().sum()
+    # Sums in another order differ by rounding.
+    tolerance = torch.finfo(batch_loss.dtype).eps ** 0.5
     divisors: dict[Average, int] = {
-        "values": values.numel(),
-        "samples": len(values),
+        "values": losses.numel(),
+        "samples": len(losses),
         "nothing": 1,
     }
     return [
         average
         for average, divisor in divisors.items()
-        if (whole - total / divisor).abs() <= tolerance * scale / divisor
+        if (batch_loss - total / divisor).abs() <= tolerance * scale / divisor
     ]
 
 
-def reducible(loss: Callable[..., Tensor]) -> Any:
+def ensure_reduction(loss: Callable[..., Tensor]) -> Any:
     """Return a loss with a `reduction` attribute, wrapping it if it has none.
 
     Raises:

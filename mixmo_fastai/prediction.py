@@ -15,7 +15,7 @@ from mixmo_fastai.data.listing import Skipped
 from mixmo_fastai.data.loose_images import PixelLoader, decode_readable, find_images
 from mixmo_fastai.detection import entropy_uncertainty
 from mixmo_fastai.devices import choose_device, move_to_device
-from mixmo_fastai.diversity import information_per_sample
+from mixmo_fastai.diversity import mutual_information_per_sample
 from mixmo_fastai.evaluation import collect_member_logits
 from mixmo_fastai.export import ExportedNetwork
 from mixmo_fastai.runs import DataFacts, RunFolder
@@ -114,7 +114,9 @@ def _predictions(images: Sequence[str], logits: Tensor, facts: DataFacts) -> lis
     votes = logits.argmax(dim=2)  # (n, M)
     agreement = (votes == labels[:, None]).double().mean(dim=1)
     several = logits.shape[1] > 1
-    information = information_per_sample(logits).tolist() if several else [None] * len(logits)
+    information = (
+        mutual_information_per_sample(logits).tolist() if several else [None] * len(logits)
+    )
     entropies = entropy_uncertainty(logits).tolist()
     return [
         Prediction(

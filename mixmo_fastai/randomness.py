@@ -1,4 +1,4 @@
-"""Random generators, each determined by (seed, stream, epoch, step, rank) alone.
+"""Random generators, each determined only by (seed, stream, epoch, step, rank).
 
 No draw depends on earlier draws. A run therefore resumes at any step without saved random states,
 `lr_find` or an evaluation in between does not change it, and the caller decides whether ranks draw
@@ -34,7 +34,7 @@ STREAMS: tuple[Stream, ...] = get_args(Stream)
 
 
 def derive_seed(seed: int, stream: Stream, epoch: int = 0, step: int = 0, rank: int = 0) -> int:
-    """Hash the arguments to a 63-bit seed.
+    """Hash the arguments into a 63-bit seed.
 
     torch's CPU generator uses its low 32 bits, its CUDA generator all bits.
 
@@ -61,7 +61,7 @@ def make_generator(
     *,
     device: torch.device | str | None = None,
 ) -> torch.Generator:
-    """Create the generator of a stream at a given epoch, step and rank.
+    """Create the generator of a stream for an epoch, step and rank.
 
     Args:
         seed: seed of the run.

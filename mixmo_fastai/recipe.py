@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mixmo_fastai.errors import InputError, nearest, unknown
+from mixmo_fastai.errors import InputError, nearest, unknown_name_error
 from mixmo_fastai.names import (
     COMPILE,
     COW_DEFAULTS,
@@ -32,9 +32,9 @@ from mixmo_fastai.names import (
 )
 from mixmo_fastai.settings import (
     TOML_ERRORS,
-    build,
-    choice,
-    number,
+    build_settings,
+    choice_field,
+    number_field,
     parse_value,
     to_mapping,
     to_toml,
@@ -56,8 +56,8 @@ __all__ = [
 def default_valid_split(num_images: int) -> float:
     """Return the default fraction of the training set that is used for validation.
 
-    2 %; if that is less than 100 images, 100 images or 20 %, whichever is smaller. The 95 %
-    interval of an accuracy on 100 images is about ±10 percentage points.
+    The default is 2 %. If that is less than 100 images, it is 100 images or 20 %, whichever is
+    smaller. The 95 % interval of an accuracy on 100 images is about ±10 percentage points.
 
     Args:
         num_images: number of training images before the split.
@@ -71,15 +71,16 @@ class Data:
 
     Attributes:
         dataset: a named data set, or the path of an image folder.
-        valid_split: fraction of each class of the training set used for validation instead of
-            training; if None, it depends on the number of images, see `default_valid_split`; unused
-            for an image folder with a validation folder.
-        test_split: fraction of each class of an image folder used as the test set if the folder has
-            none; if None, 0.2, or 0 if the folder has a validation folder.
+        valid_split: fraction of each class of the training set that is used for validation instead
+            of training; if None, see `default_valid_split`; ignored if an image folder has a
+            validation folder.
+        test_split: fraction of each class of an image folder that becomes the test set if the
+            folder has none; if None, 0.2, or 0 if the folder has a validation folder.
         limit: maximum number of training images, balanced over the classes; 0 for all.
-        image_size: height and width to which the images of a folder are resized. 0 keeps their own
-            size: that of most training images or, if there is none, the median height and the
-            median width. If None, their own size, on a CPU at most `sizing.MAX_CPU_SIDE`.
+        image_size: height and width to which the images of a folder are resized. If 0, the size of
+            more than half of the training images or, if there is none, the median height and the
+            median width, each at most 224. If None, the same, but on a CPU at most
+            `sizing.MAX_CPU_SIDE`.
         skip_damaged: whether to skip image files that cannot be decoded; otherwise an error lists
             them. A run stores the names of skipped files in left-out.json.
         crop_padding: pixels of padding before the random crop; if None, that of the data set.
@@ -94,17 +95,17 @@ class Data:
     """
 
     dataset: str = "digits"
-    valid_split: float | None = number(None, 0, 0.9)
-    test_split: float | None = number(None, 0, 0.9)
-    limit: int = number(0, 0)
-    image_size: int | None = number(None, 0, 4096)
+    valid_split: float | None = number_field(None, 0, 0.9)
+    test_split: float | None = number_field(None, 0, 0.9)
+    limit: int = number_field(0, 0)
+    image_size: int | None = number_field(None, 0, 4096)
     skip_damaged: bool = False
-    crop_padding: int | None = number(None, 0, 64)
+    crop_padding: int | None = number_field(None, 0, 64)
     flip: bool | None = None
     alternating_flip: bool = False
     augmix: bool = False
-    loader: str = choice("auto", LOADERS)
-    num_workers: int = number(2, 0, 256)
+    loader: str = choice_field("auto", LOADERS)
+    num_workers: int = number_field(2, 0, 256)
 
 
 @dataclass(frozen=True)
@@ -117,18 +118,19 @@ class Model:
         pretrained: whether to start a torchvision or timm network from its library's pretrained
             weights.
         num_members: subnetworks M; 1 is the vanilla network.
-        num_nets: networks of a deep ensemble, each trained separately with its own seed; 1 for a
+        num_nets: networks of a deep ensemble, trained separately with different seeds; 1 for a
             single network.
         readout: how the heads read the core's feature maps; "core" is the core's own pooling.
-        ghost_batch_size: images over which BatchNorm normalises in training; 0 for the whole batch.
+        ghost_batch_size: number of images over which BatchNorm normalises in training; 0 for the
+            whole batch.
     """
 
     arch: str | None = None
     pretrained: bool = False
-    num_members: int = number(2, 1, 64)
-    num_nets: int = number(1, 1, 64)
+    num_members: int = number_field(2, 1, 64)
+    num_nets: int = number_field(1, 1, 64)
     readout: str = "core"
-    ghost_batch_size: int = number(0, 0, 65_536)
+    ghost_batch_size: int = number_field(0, 0, 65_536)
 
 
 @dataclass(frozen=True)
@@ -139,27 +141,27 @@ class Mix:
     area_min and area_max of "cow") are None, the defaults in `mixing/regions.py` apply.
     """
 
-    kind: str = choice("cutmix", MASK_KINDS)
-    alpha: float = number(2.0, 1e-3, 1e6)
-    mix_prob: float = number(0.5, 0, 1)
-    decay_start: float = number(11 / 12, 0, 1)
-    weight_root: float = number(3.0, 1, finite=False)
-    batch_repetitions: int = number(4, 1, 1024)
-    input_repetition: float = number(0.0, 0, 1)
-    msda: str = choice("none", ("none", *MSDA_KINDS))
-    msda_alpha: float = number(1.0, 1e-3, 1e6)
-    msda_prob: float = number(0.5, 0, 1)
-    block_size: int | None = number(None, 1, 1023)
-    sigma_min: float | None = number(None, 0, 1e4, open_low=True)
-    sigma_max: float | None = number(None, 0, 1e4, open_low=True)
-    area_min: float | None = number(None, 0, 1)
-    area_max: float | None = number(None, 0, 1)
+    kind: str = choice_field("cutmix", MASK_KINDS)
+    alpha: float = number_field(2.0, 1e-3, 1e6)
+    mix_prob: float = number_field(0.5, 0, 1)
+    decay_start: float = number_field(11 / 12, 0, 1)
+    weight_root: float = number_field(3.0, 1, finite=False)
+    batch_repetitions: int = number_field(4, 1, 1024)
+    input_repetition: float = number_field(0.0, 0, 1)
+    msda: str = choice_field("none", ("none", *MSDA_KINDS))
+    msda_alpha: float = number_field(1.0, 1e-3, 1e6)
+    msda_prob: float = number_field(0.5, 0, 1)
+    block_size: int | None = number_field(None, 1, 1023)
+    sigma_min: float | None = number_field(None, 0, 1e4, open_low=True)
+    sigma_max: float | None = number_field(None, 0, 1e4, open_low=True)
+    area_min: float | None = number_field(None, 0, 1)
+    area_max: float | None = number_field(None, 0, 1)
 
     @property
     def options(self) -> dict[str, float]:
-        """The mask options that are set."""
-        named = {name: getattr(self, name) for names in MASK_OPTIONS.values() for name in names}
-        return {name: value for name, value in named.items() if value is not None}
+        """The mask options that are not None."""
+        options = {name: getattr(self, name) for names in MASK_OPTIONS.values() for name in names}
+        return _drop_none(options)
 
 
 @dataclass(frozen=True)
@@ -171,28 +173,27 @@ class Train:
             If None, chosen by `sizing.fill_defaults`.
         batch_size: images that the network sees per step, including repetitions.
         seed: random seed.
-        device: "auto" is CUDA if available.
+        device: "auto" is CUDA if available, otherwise the CPU.
         precision: "auto" is bfloat16 on CUDA, TF32 on GPUs without bfloat16, float32 on a CPU.
         memory_format: memory format of weights and features; "auto" is "channels-last".
-        compile: "on", "off", or "auto": on CUDA if the training is long enough to pay for
+        compile: "on", "off", or "auto": on CUDA if the training is long enough to amortise
             compilation.
         threads: CPU threads; 0 for torch's default.
-        ema_decay: decay of an exponential moving average of the weights, which is then evaluated
-            and saved instead of the weights; 0 for none.
-        select: which weights are kept: those of the "last" epoch, or of the "best" epoch on the
-            validation split.
+        ema_decay: decay of an exponential moving average of the weights, which replaces the weights
+            in evaluation and in saved files; 0 for no average.
+        select: epoch whose weights are kept: "last", or "best" on the validation split.
     """
 
-    epochs: int | None = number(None, 1, 1_000_000)
-    batch_size: int = number(64, 1, 65_536)
-    seed: int = number(0, 0, 2**63 - 1)
-    device: str = choice("auto", DEVICES)
-    precision: str = choice("auto", PRECISIONS)
-    memory_format: str = choice("auto", MEMORY_FORMATS)
-    compile: str = choice("auto", COMPILE)
-    threads: int = number(0, 0, 1024)
-    ema_decay: float = number(0.0, 0, 0.999999)
-    select: str = choice("last", SELECTIONS)
+    epochs: int | None = number_field(None, 1, 1_000_000)
+    batch_size: int = number_field(64, 1, 65_536)
+    seed: int = number_field(0, 0, 2**63 - 1)
+    device: str = choice_field("auto", DEVICES)
+    precision: str = choice_field("auto", PRECISIONS)
+    memory_format: str = choice_field("auto", MEMORY_FORMATS)
+    compile: str = choice_field("auto", COMPILE)
+    threads: int = number_field(0, 0, 1024)
+    ema_decay: float = number_field(0.0, 0, 0.999999)
+    select: str = choice_field("last", SELECTIONS)
 
 
 @dataclass(frozen=True)
@@ -202,23 +203,23 @@ class Optimizer:
     Attributes:
         name: one of `names.OPTIMIZERS`, or "torch/NAME" or "fastai/NAME" for an optimizer of
             torch.optim or fastai.optimizer.
-        base_lr: published learning rate, for a batch of 64 without repetition.
-        lr: replaces the rate derived from base_lr, which is for SGD only; for one-cycle, the peak
-            rate.
+        base_lr: published learning rate of SGD, for a batch of 64 without repetition.
+        lr: learning rate, instead of the rate derived from base_lr; required for optimizers other
+            than SGD; for one-cycle, the peak rate.
         momentum: momentum of SGD in all schedules except one-cycle, which uses
             `schedule.momentums`.
         nesterov: whether SGD uses Nesterov momentum.
-        weight_decay: applied to all parameters, including BatchNorm's, as published: 3e-4 · Σ W² in
-            the loss has the gradient 6e-4 · W.
+        weight_decay: weight decay of all parameters, including those of BatchNorm, as published:
+            3e-4 · Σ W² in the loss has the gradient 6e-4 · W.
         options: further keyword arguments of an optimizer other than SGD, such as betas.
     """
 
     name: str = "sgd"
-    base_lr: float = number(0.05, 0, 1e30, open_low=True)
-    lr: float | None = number(None, 0, 1e30, open_low=True)
-    momentum: float = number(0.9, 0, 1)
+    base_lr: float = number_field(0.05, 0, 1e30, open_low=True)
+    lr: float | None = number_field(None, 0, 1e30, open_low=True)
+    momentum: float = number_field(0.9, 0, 1)
     nesterov: bool = True
-    weight_decay: float = number(6e-4, 0, 1e30)
+    weight_decay: float = number_field(6e-4, 0, 1e30)
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -229,29 +230,29 @@ class Schedule:
     Attributes:
         kind: "one-cycle" (cosine up, cosine down), "flat-cosine" (constant, then cosine down) or
             "published" (warm-up, then steps).
-        peak: one-cycle: peak rate divided by the published rate, which stays constant for a third
-            of training.
+        peak: one-cycle: peak rate divided by the published rate, which is constant for the first
+            third of training.
         pct_start: one-cycle: fraction of training during which the rate rises.
         div: one-cycle: peak rate divided by the initial rate.
         div_final: one-cycle and flat-cosine: peak rate divided by the final rate.
         flat_share: flat-cosine: fraction of training with a constant rate.
         momentums: one-cycle: momentum at start, peak and end.
         milestones: published: fractions of training after which the rate is multiplied by gamma.
-        gamma: published: factor of each reduction.
+        gamma: published: factor by which the rate is multiplied at each milestone.
         warmup_epochs: published: epochs of linear warm-up, as counted by `Recipe.warmup_steps`; the
             rate rises at every step.
     """
 
-    kind: str = choice("one-cycle", SCHEDULES)
-    peak: float = number(2.0, 0, 1e6, open_low=True)
-    pct_start: float = number(0.25, 0, 1)
-    div: float = number(25.0, 1, 1e12)
-    div_final: float = number(1e5, 1, 1e12)
-    flat_share: float = number(0.75, 0, 1)
-    momentums: tuple[float, ...] = number((0.95, 0.85, 0.95), 0, 1)
-    milestones: tuple[float, ...] = number((101 / 300, 201 / 300, 226 / 300), 0, 1)
-    gamma: float = number(0.1, 0, 1, open_low=True)
-    warmup_epochs: float = number(1.0, 0, 1_000_000)
+    kind: str = choice_field("one-cycle", SCHEDULES)
+    peak: float = number_field(2.0, 0, 1e6, open_low=True)
+    pct_start: float = number_field(0.25, 0, 1)
+    div: float = number_field(25.0, 1, 1e12)
+    div_final: float = number_field(1e5, 1, 1e12)
+    flat_share: float = number_field(0.75, 0, 1)
+    momentums: tuple[float, ...] = number_field((0.95, 0.85, 0.95), 0, 1)
+    milestones: tuple[float, ...] = number_field((101 / 300, 201 / 300, 226 / 300), 0, 1)
+    gamma: float = number_field(0.1, 0, 1, open_low=True)
+    warmup_epochs: float = number_field(1.0, 0, 1_000_000)
 
 
 @dataclass(frozen=True)
@@ -264,7 +265,7 @@ class Expected:
         arch: network of the accuracy.
     """
 
-    accuracy: float | None = number(None, 0, 1)
+    accuracy: float | None = number_field(None, 0, 1)
     source: str = ""
     arch: str = ""
 
@@ -287,7 +288,7 @@ class Recipe:
     def lr(self) -> float:
         """The learning rate: base_lr · batch_size / 64 / batch_repetitions, times the peak.
 
-        The rate is divided by the repetitions, as published, since b copies of an image carry less
+        As published, the rate is divided by the repetitions, since b copies of an image carry less
         information than b images. The factor `peak` applies to one-cycle only.
         """
         if self.optimizer.lr is not None:
@@ -325,7 +326,7 @@ def recipe_from_mapping(values: Mapping[str, Any], source: str) -> Recipe:
     Raises:
         InputError: a key is unknown, a value is invalid, or values contradict each other.
     """
-    recipe: Recipe = build(Recipe, values, source)
+    recipe: Recipe = build_settings(Recipe, values, source)
     _check_consistency(recipe, source)
     return recipe
 
@@ -336,7 +337,7 @@ def override(recipe: Recipe, assignments: Iterable[str], source: str = "--set") 
     Raises:
         InputError: an assignment has no "=", an unknown key or an invalid value.
     """
-    values = dataclasses.asdict(recipe)  # unlike to_mapping, includes settings that are None
+    values = dataclasses.asdict(recipe)  # unlike to_mapping, keeps settings that are None
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals or not key.strip():
@@ -352,14 +353,14 @@ def override(recipe: Recipe, assignments: Iterable[str], source: str = "--set") 
                     f"{source} {assignment!r}: {name!r} is not a section.\n"
                     "Write section.key=value, such as train.epochs=5."
                 )
-        if isinstance(section.get(last), dict):  # its other keys would be reset to defaults
+        if isinstance(section.get(last), dict):  # assignment would reset its other keys
             raise InputError(
                 f"{source} {assignment!r}: {last!r} is a section.\n"
                 "Set its keys separately, such as train.epochs=5."
             )
         section[last] = parse_value(text.strip())
     return recipe_from_mapping(
-        {k: _without_none(part) if isinstance(part, dict) else part for k, part in values.items()},
+        {k: _drop_none(item) if isinstance(item, dict) else item for k, item in values.items()},
         source,
     )
 
@@ -413,13 +414,13 @@ def recipe_names() -> list[str]:
 
 
 def recipe_home() -> Path:
-    """Return the folder of shipped recipes, next to the package in a checkout, else inside it."""
+    """Return the folder of shipped recipes: inside the package, or next to it in a checkout."""
     package = Path(__file__).resolve().parent
     installed = package / "recipes"
     return installed if installed.is_dir() else package.parent / "recipes"
 
 
-def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
+def _drop_none(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -453,11 +454,10 @@ def _check_mixing(recipe: Recipe, source: str) -> None:
     if mix.block_size is not None and mix.block_size % 2 == 0:
         raise InputError(f"{source}: mix.block_size is {mix.block_size}; it must be odd.")
     for low, high in (("sigma_min", "sigma_max"), ("area_min", "area_max")):
-        bounds = {name: getattr(mix, name) for name in (low, high)}
-        lowest, highest = ({**COW_DEFAULTS, **_without_none(bounds)}[name] for name in (low, high))
-        if lowest > highest:
+        bounds = {**COW_DEFAULTS, **mix.options}
+        if bounds[low] > bounds[high]:
             raise InputError(
-                f"{source}: mix.{low} is {lowest:g} and mix.{high} is {highest:g}; "
+                f"{source}: mix.{low} is {bounds[low]:g} and mix.{high} is {bounds[high]:g}; "
                 f"mix.{low} must not exceed mix.{high}."
             )
 
@@ -465,7 +465,8 @@ def _check_mixing(recipe: Recipe, source: str) -> None:
 def _check_data_and_network(recipe: Recipe, source: str) -> None:
     if recipe.model.readout not in READOUTS:
         raise InputError(
-            f"{source}: model.readout: {unknown('readout', recipe.model.readout, READOUTS)}"
+            f"{source}: model.readout: "
+            f"{unknown_name_error('readout', recipe.model.readout, READOUTS)}"
         )
     mix, train = recipe.mix, recipe.train
     if recipe.model.ghost_batch_size == 1:

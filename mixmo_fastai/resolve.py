@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from mixmo_fastai.errors import InputError, unknown
+from mixmo_fastai.errors import InputError, unknown_name_error
 from mixmo_fastai.names import DATASETS, MASK_KINDS
 from mixmo_fastai.recipe import (
     Expected,
@@ -54,10 +54,10 @@ def resolve_recipe(
         flags["data.dataset"] = dataset
     resolved = override(_with_flags(base, flags), assignments)
     check_dataset(resolved.data.dataset)  # recipes and assignments may set it too
-    return _without_stale_name(_with_absolute_path(resolved), base)
+    return _clear_stale_name(_make_path_absolute(resolved), base)
 
 
-def _with_absolute_path(recipe: Recipe) -> Recipe:
+def _make_path_absolute(recipe: Recipe) -> Recipe:
     """Make the data folder absolute, so that a run can be evaluated from any working directory."""
     if recipe.data.dataset in DATASETS:
         return recipe
@@ -65,8 +65,8 @@ def _with_absolute_path(recipe: Recipe) -> Recipe:
     return replace(recipe, data=replace(recipe.data, dataset=absolute))
 
 
-def _without_stale_name(recipe: Recipe, base: Recipe) -> Recipe:
-    """Remove name and published accuracy if flags changed the method or the data set."""
+def _clear_stale_name(recipe: Recipe, base: Recipe) -> Recipe:
+    """Clear name and published accuracy if flags changed the method or the data set."""
     methods = {
         (r.mix.kind, r.mix.msda, r.model.num_members, r.model.num_nets) for r in (recipe, base)
     }
@@ -78,24 +78,25 @@ def _without_stale_name(recipe: Recipe, base: Recipe) -> Recipe:
 def changed_settings(recipe: Recipe) -> list[str]:
     """List the settings that differ from the shipped recipe of the same name.
 
-    Settings that do not change the expected accuracy, such as seed, device and loader, are
-    excluded, and so are changes to the published schedule and to no validation split, since the
-    shipped recipes deviate from the published training there.
+    Settings that do not change the expected accuracy are excluded, such as seed, device and loader.
+    So are the published schedule and valid_split=0: both are closer to the published training than
+    the shipped recipes.
     """
     if recipe.name not in recipe_names():
         return []
-    values, shipped = (_with_dataset_defaults(r) for r in (recipe, load_recipe(recipe.name)))
+    values, shipped = (_fill_dataset_defaults(r) for r in (recipe, load_recipe(recipe.name)))
     return [
         f"{section}.{key}"
         for section in ("data", "model", "mix", "train", "optimizer", "schedule")
         for key in sorted(values[section].keys() | shipped[section].keys())
         if values[section].get(key) != shipped[section].get(key)
-        if key not in _WITHOUT_EFFECT_ON_ACCURACY
+        if key not in _KEYS_WITHOUT_EFFECT_ON_ACCURACY
         if (key, values[section].get(key)) not in _PUBLISHED_SETTINGS
     ]
 
 
-def _with_dataset_defaults(recipe: Recipe) -> dict[str, Any]:
+def _fill_dataset_defaults(recipe: Recipe) -> dict[str, Any]:
+    """Convert a recipe to a mapping, with defaults of its data set instead of missing values."""
     values, info = to_mapping(recipe), DATASETS.get(recipe.data.dataset)
     if info:
         defaults = {
@@ -108,7 +109,7 @@ def _with_dataset_defaults(recipe: Recipe) -> dict[str, Any]:
     return values
 
 
-_WITHOUT_EFFECT_ON_ACCURACY = (
+_KEYS_WITHOUT_EFFECT_ON_ACCURACY = (
     *("seed", "device", "precision", "memory_format", "compile", "threads"),
     *("loader", "num_workers", "skip_damaged"),
 )
@@ -116,10 +117,10 @@ _PUBLISHED_SETTINGS = (("kind", "published"), ("valid_split", 0.0))
 
 
 def default_recipe(dataset: str, flags: Mapping[str, Any]) -> Recipe:
-    """Load the shipped recipe closest to data set and flags, or the default settings."""
+    """Load the shipped recipe that best matches data set and flags, or the default settings."""
     kind, msda = flags.get("mix.kind"), flags.get("mix.msda")
     if kind is not None and kind not in MASK_KINDS:
-        raise unknown("mask kind", str(kind), MASK_KINDS)
+        raise unknown_name_error("mask kind", str(kind), MASK_KINDS)
     if flags.get("model.num_members") == 1 and kind in (None, "sum"):
         candidates = [SINGLE_METHODS.get(msda), "vanilla"]
         fallback = {"mix": {"kind": "sum", "batch_repetitions": 1}, "model": {"num_members": 1}}
@@ -128,8 +129,8 @@ def default_recipe(dataset: str, flags: Mapping[str, Any]) -> Recipe:
         candidates = [f"{method}-{msda}" if msda else method, method, "cut-mixmo"]
         fallback = {}
     names = recipe_names()
-    found = (f"{dataset}/{name}" for name in candidates if f"{dataset}/{name}" in names)
-    name = next(found, None)
+    matches = (f"{dataset}/{name}" for name in candidates if f"{dataset}/{name}" in names)
+    name = next(matches, None)
     return load_recipe(name) if name else recipe_from_mapping(fallback, "defaults")
 
 
@@ -139,7 +140,7 @@ def check_dataset(dataset: str) -> None:
     Raises:
         InputError: it is neither.
     """
-    # pathlib raises for some strings that are not valid paths; os.path accepts any string.
+    # os.path accepts any string, while pathlib raises for some that are not valid paths.
     if dataset in DATASETS or os.path.isdir(os.path.expanduser(dataset)):
         return
     if os.sep in dataset or dataset.startswith((".", "~")) or os.path.exists(dataset):
@@ -148,7 +149,7 @@ def check_dataset(dataset: str) -> None:
             f"Pass a folder with one subfolder per class, or one of: {', '.join(DATASETS)}."
         )
     raise InputError(
-        f"{unknown('data set', dataset, DATASETS)} Or pass the path of an image folder."
+        f"{unknown_name_error('data set', dataset, DATASETS)} Or pass the path of an image folder."
     )
 
 

@@ -11,7 +11,7 @@ ScheduleFunction = Callable[[float], float]
 
 
 def one_cycle(start: float, peak: float, end: float, pct_start: float) -> ScheduleFunction:
-    """Return a schedule that rises from `start` to `peak` and falls to `end`, along cosines.
+    """Return a schedule that rises from `start` to `peak` and decays to `end`, along cosines.
 
     Args:
         start: initial value.
@@ -29,7 +29,7 @@ def one_cycle(start: float, peak: float, end: float, pct_start: float) -> Schedu
 
 
 def flat_cosine(lr: float, end: float, pct_flat: float) -> ScheduleFunction:
-    """Return a schedule with a constant rate that then falls to `end` along a cosine.
+    """Return a schedule that is constant at `lr` and then decays to `end` along a cosine.
 
     Args:
         lr: constant rate.
@@ -54,14 +54,14 @@ def published_steps(
     gamma: float,
     warmup_steps: int,
 ) -> ScheduleFunction:
-    """Return a schedule with linear warm-up that multiplies the rate by gamma at each milestone.
+    """Return a schedule with linear warm-up and a step decay by gamma at each milestone.
 
     Args:
         lr: rate after the warm-up.
         epochs: number of epochs.
         steps_per_epoch: batches per epoch.
-        milestones: fractions of training, each rounded to full epochs.
-        gamma: factor at each milestone.
+        milestones: fractions of training, each rounded to whole epochs.
+        gamma: factor by which the rate is multiplied at each milestone.
         warmup_steps: S; the rate at step s of the warm-up is lr · (s + 1) / S.
     """
     total = epochs * steps_per_epoch

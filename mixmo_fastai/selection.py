@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mixmo_fastai.epochs import TrainedEpochCallback
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.models.mixmo_model import first_difference, unwrap
+from mixmo_fastai.models.mixmo_model import find_first_difference, unwrap
 
 _BEST = "selection.standing"  # name of the tensor in checkpoints
 
@@ -69,7 +69,7 @@ class BestEpochCallback(TrainedEpochCallback):
         if not state:
             return
         expected = {**like, _BEST: torch.zeros(3, dtype=torch.float64)}
-        if difference := first_difference(state, expected):
+        if difference := find_first_difference(state, expected):
             raise InputError(
                 f"The weights of the best epoch belong to another network: {difference}."
             )

@@ -64,8 +64,8 @@ def risk_coverage(confidence: Tensor, correct: Tensor) -> tuple[Tensor, Tensor]:
     num_correct, num_incorrect = _count_by_confidence(confidence, correct)
     sizes = num_correct + num_incorrect
     errors = (num_incorrect / sizes).repeat_interleave(sizes.long()).cumsum(dim=0)  # (N,)
-    accepted = torch.arange(1, len(errors) + 1, dtype=torch.float64, device=errors.device)
-    return accepted / len(errors), errors / accepted
+    num_accepted = torch.arange(1, len(errors) + 1, dtype=torch.float64, device=errors.device)
+    return num_accepted / len(errors), errors / num_accepted
 
 
 def risk_at_coverage(confidence: Tensor, correct: Tensor, coverage: float) -> Tensor:
@@ -85,8 +85,9 @@ def risk_at_coverage(confidence: Tensor, correct: Tensor, coverage: float) -> Te
     if not 0 < coverage <= 1:
         raise InputError(f"coverage must be above 0 and at most 1; got {coverage}.")
     _, risk = risk_coverage(confidence, correct)
-    accepted = math.ceil(coverage * len(risk) - 1e-9)  # rounding can exceed the exact product
-    return risk[max(accepted, 1) - 1]
+    # The product may exceed its exact value by a rounding error.
+    num_accepted = math.ceil(coverage * len(risk) - 1e-9)
+    return risk[max(num_accepted, 1) - 1]
 
 
 def aurc(confidence: Tensor, correct: Tensor) -> Tensor:
@@ -109,9 +110,9 @@ def _count_by_confidence(confidence: Tensor, correct: Tensor) -> tuple[Tensor, T
     """Count correct and incorrect predictions per confidence value, in descending order.
 
     Returns:
-        twice (G,), in float64.
+        num_correct (G,) and num_incorrect (G,), in float64.
     """
-    _check(confidence, correct)
+    _check_inputs(confidence, correct)
     descending, order = confidence.sort(descending=True)
     group = F.pad((descending[1:] != descending[:-1]).cumsum(dim=0), (1, 0))  # (N,), 0 … G - 1
     total = group.bincount().double()
@@ -119,7 +120,7 @@ def _count_by_confidence(confidence: Tensor, correct: Tensor) -> tuple[Tensor, T
     return num_correct, total - num_correct
 
 
-def _check(confidence: Tensor, correct: Tensor) -> None:
+def _check_inputs(confidence: Tensor, correct: Tensor) -> None:
     if confidence.ndim != 1 or len(confidence) < 1:
         raise InputError(f"confidence must have shape (N,), N ≥ 1; got {tuple(confidence.shape)}.")
     if confidence.isnan().any():

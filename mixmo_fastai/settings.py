@@ -16,7 +16,7 @@ from typing import Any
 from mixmo_fastai.errors import InputError, nearest
 
 
-def number(
+def number_field(
     default: Any,
     low: float,
     high: float = math.inf,
@@ -24,7 +24,7 @@ def number(
     open_low: bool = False,
     finite: bool = True,
 ) -> Any:
-    """Declare a field for a number, or a tuple of numbers, with its range.
+    """Declare a field for a number, or a tuple of numbers, in a range.
 
     Args:
         default: default value; None for an optional number.
@@ -37,12 +37,12 @@ def number(
     return field(default=default, metadata=limits)
 
 
-def choice(default: str, choices: Iterable[str]) -> Any:
+def choice_field(default: str, choices: Iterable[str]) -> Any:
     """Declare a field for a string that must be one of `choices`."""
     return field(default=default, metadata={"choices": tuple(choices)})
 
 
-def build(kind: type, values: Mapping[str, Any], source: str) -> Any:
+def build_settings(kind: type, values: Mapping[str, Any], source: str) -> Any:
     """Build settings from nested values, checking every key, type and range.
 
     Args:
@@ -57,6 +57,8 @@ def build(kind: type, values: Mapping[str, Any], source: str) -> Any:
 
 
 class _Reader:
+    """Builds nested dataclasses; keeps the root and the source for error messages."""
+
     def __init__(self, root: type, source: str) -> None:
         self.root, self.source = root, source
 
@@ -66,13 +68,13 @@ class _Reader:
         built = {}
         for key, value in values.items():
             if key not in known:
-                raise _unknown_key(self.root, f"{prefix}{key}", self.source)
+                raise _unknown_key_error(self.root, f"{prefix}{key}", self.source)
             if dataclasses.is_dataclass(hints[key]):
                 section = typing.cast(type, hints[key])
                 built[key] = self._section(section, value, f"{prefix}{key}")
             else:
                 label = f"{self.source}: {prefix}{key}"
-                built[key] = _checked(value, hints[key], known[key].metadata, label)
+                built[key] = _check_value(value, hints[key], known[key].metadata, label)
         return kind(**built)
 
     def _section(self, kind: type, value: Any, name: str) -> Any:
@@ -84,7 +86,7 @@ class _Reader:
         return self.read(kind, value, f"{name}.")
 
 
-def _unknown_key(root: type, key: str, source: str) -> InputError:
+def _unknown_key_error(root: type, key: str, source: str) -> InputError:
     names = [
         f"{f.name}.{g.name}" if dataclasses.is_dataclass(f.default) else f.name
         for f in fields(root)
@@ -101,8 +103,9 @@ def _unknown_key(root: type, key: str, source: str) -> InputError:
     return InputError(f"{source}: unknown key {key!r}.{hint}\nAllowed: {', '.join(choices)}.")
 
 
-def _checked(value: Any, hint: Any, metadata: Mapping[str, Any], label: str) -> Any:
-    value = _with_type(value, hint, label)
+def _check_value(value: Any, hint: Any, metadata: Mapping[str, Any], label: str) -> Any:
+    """Convert a value to the type of its field, and check choices and range."""
+    value = _convert(value, hint, label)
     numbers = value if isinstance(value, tuple) else (value,)
     if "choices" in metadata and value not in metadata["choices"]:
         guess = nearest(str(value), metadata["choices"])
@@ -125,20 +128,21 @@ def _check_range(number: float, metadata: Mapping[str, Any], label: str) -> None
     raise InputError(f"{label} is {_format(number)}; it must be {relation} {low}{upper}.")
 
 
-def _with_type(value: Any, hint: Any, label: str) -> Any:
-    """Convert a value to the type of its hint; only numbers and lists need conversion."""
+def _convert(value: Any, hint: Any, label: str) -> Any:
+    """Convert a value to the hinted type; only numbers, lists and tables are converted."""
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     for kind in kinds:
         if typing.get_origin(kind) is tuple:
             if isinstance(value, list | tuple) and all(_is_number(v) for v in value):
                 return tuple(_as_float(v) for v in value)
         elif typing.get_origin(kind) is dict:
-            if isinstance(value, Mapping) and all(map(_is_plain, value.values())):
+            if isinstance(value, Mapping) and all(map(_is_table_value, value.values())):
                 return dict(value)
         elif kind is float and _is_number(value):
             return _as_float(value)
         elif kind is str and isinstance(value, str):
-            return _without_control_characters(value, label)
+            _check_no_control_characters(value, label)
+            return value
         elif kind is not float and type(value) is kind:
             return value
     expected = " or ".join(
@@ -157,7 +161,7 @@ _TYPE_NAMES = {
 }
 
 
-def _is_plain(value: Any) -> bool:
+def _is_table_value(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return all(map(_is_number, value))
     return isinstance(value, bool | str) or _is_number(value)
@@ -174,13 +178,12 @@ def _as_float(value: float) -> float:
         return math.inf if value > 0 else -math.inf
 
 
-def _without_control_characters(value: str, label: str) -> str:
+def _check_no_control_characters(value: str, label: str) -> None:
     """Refuse control characters and surrogates, which are invalid in file names and log lines."""
     if any(unicodedata.category(character) in ("Cc", "Cs") for character in value):
         raise InputError(
             f"{label} is {_format(value)}; it must be a string without control characters."
         )
-    return value
 
 
 def _format(value: Any) -> str:
@@ -193,19 +196,19 @@ def _format(value: Any) -> str:
 
 
 def to_mapping(settings: Any) -> dict[str, Any]:
-    """Convert settings to nested dictionaries, without those that are None."""
+    """Convert settings to nested dictionaries; omit settings that are None."""
 
-    def compact(value: Any) -> Any:
+    def drop_none(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: compact(part) for key, part in value.items() if part is not None}
+            return {key: drop_none(item) for key, item in value.items() if item is not None}
         return value
 
-    compacted: dict[str, Any] = compact(dataclasses.asdict(settings))
-    return compacted
+    mapping: dict[str, Any] = drop_none(dataclasses.asdict(settings))
+    return mapping
 
 
 def to_toml(settings: Any) -> str:
-    """Format settings as TOML, without those that are None; reading it returns equal settings."""
+    """Format settings as TOML that `build_settings` can read; omit settings that are None."""
     lines = []
     for key, value in to_mapping(settings).items():
         if isinstance(value, dict):

@@ -83,7 +83,9 @@ def test_bins_against_the_oracle():
     assert found.counts.dtype == torch.int64
     np.testing.assert_allclose(found.confidence, means, atol=1e-12)
     np.testing.assert_allclose(found.accuracy, accuracies, atol=1e-12)
-    assert found.expected_error.item() == pytest.approx(oracle.ece(confidence, correct, 7))
+    assert found.expected_calibration_error.item() == pytest.approx(
+        oracle.ece(confidence, correct, 7)
+    )
 
 
 @pytest.mark.parametrize(
@@ -106,7 +108,7 @@ def test_empty_bins_are_zeros_and_count_for_nothing():
     assert bins.counts.tolist() == [0] * 14 + [2]
     assert bins.confidence[:14].tolist() == bins.accuracy[:14].tolist() == [0.0] * 14
     expected = 1 / (1 + np.exp(-9)) - 0.5
-    assert bins.expected_error.item() == pytest.approx(expected, rel=1e-12)
+    assert bins.expected_calibration_error.item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_certain_predictions():

@@ -3,7 +3,7 @@ import oracle_metrics as oracle
 import pytest
 import torch
 
-from mixmo_fastai.detection import UNCERTAINTIES, detection_metrics, separation
+from mixmo_fastai.detection import UNCERTAINTIES, detection_metrics, separation_metrics
 from mixmo_fastai.errors import InputError
 
 
@@ -18,7 +18,7 @@ def draw(count, signal, *, num_members=2, seed=0):
 def test_separation_against_the_definitions(seed):
     random = np.random.default_rng(seed)
     own, other = random.normal(0, 1, 60).round(1), random.normal(1, 1, 40).round(1)  # with ties
-    found = separation(own, other)
+    found = separation_metrics(own, other)
     scores = np.concatenate([own, other])
     is_other = np.arange(100) >= 60
     assert found["auroc"] == pytest.approx(oracle.failure_auroc(scores, is_other))

@@ -267,7 +267,7 @@ def pixels_dls():
         ),
         (lambda: mixmo_learner(pixels_dls(), small(), num_classes=3), "targets have shape"),
         (lambda: create_model("squeezenet1_1", 3), "does not end with a linear layer"),
-        (lambda: convert_to_mixmo(resnet18), "got function; call it first"),
+        (lambda: convert_to_mixmo(resnet18), "got function; call it"),
         (lambda: convert_to_mixmo(torch.jit.script(small())), "scripted network cannot"),
         (lambda: convert_to_mixmo(small(), head="nope"), "Available: 4."),
         (lambda: create_model(18, 10), "arch must be the name"),

@@ -13,10 +13,10 @@ from mixmo_fastai.mixing import draw_lam, draw_masks, loss_weights
 from mixmo_fastai.msda import (
     MsdaDraw,
     draw_msda,
+    gather_partners,
     make_own_image_dominant,
     mix_images,
     own_label_weights,
-    take_partners,
 )
 
 
@@ -128,7 +128,7 @@ def test_partners_are_of_the_same_member():
     values = torch.arange(10).view(5, 2)
     partners = torch.tensor([[4, 0], [3, 1], [2, 2], [1, 3], [0, 4]])
     expected = [[8, 1], [6, 3], [4, 5], [2, 7], [0, 9]]
-    assert take_partners(values, partners).tolist() == expected
+    assert gather_partners(values, partners).tolist() == expected
     assert isinstance(MsdaDraw(values, partners).masks, torch.Tensor)
 
 

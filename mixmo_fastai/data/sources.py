@@ -14,7 +14,7 @@ from mixmo_fastai.data.image_folder import read_image_folder
 from mixmo_fastai.data.image_sets import ArrayImages, DataSource, FileImages, ImageSet
 from mixmo_fastai.data.parts import DataParts
 from mixmo_fastai.data.tiny_imagenet import TINY_IMAGENET, read_tiny_imagenet
-from mixmo_fastai.errors import InputError, unknown
+from mixmo_fastai.errors import InputError, unknown_name_error
 from mixmo_fastai.names import DATASETS
 
 __all__ = [
@@ -118,7 +118,7 @@ def load_source(
         )
     if isinstance(dataset, str) and not _is_path(dataset):
         raise InputError(
-            f"{unknown('data set', dataset, SOURCES)}\n"
+            f"{unknown_name_error('data set', dataset, SOURCES)}\n"
             "Or give the path of a folder of images, such as ./flowers."
         )
     return read_image_folder(
@@ -166,7 +166,7 @@ def dataset_status(name: str, data_dir: Path | None = None) -> DatasetStatus:
         InputError: the name is unknown.
     """
     if name not in SOURCES:
-        raise unknown("data set", name, SOURCES)
+        raise unknown_name_error("data set", name, SOURCES)
     archive, home = SOURCES[name].archive, data_home(data_dir)
     if archive is None:
         return DatasetStatus(name, None, "present", "nothing to download")

@@ -7,7 +7,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
-from mixmo_fastai.errors import InputError, unknown
+from mixmo_fastai.errors import InputError, unknown_name_error
 
 
 class Logger(NamedTuple):
@@ -43,7 +43,7 @@ def parse_loggers(text: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
     for name in names:
         if name not in LOGGERS:
-            raise unknown("logger", name, LOGGERS)
+            raise unknown_name_error("logger", name, LOGGERS)
         package = LOGGERS[name].package
         if package and find_spec(package) is None:
             raise InputError(

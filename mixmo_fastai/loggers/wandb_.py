@@ -15,7 +15,7 @@ from typing import Any
 import wandb
 from PIL import Image
 
-from mixmo_fastai.errors import first_line
+from mixmo_fastai.errors import summarize_error
 from mixmo_fastai.loggers.tracker import Step, TrackedRun
 
 PROJECT = "mixmo"
@@ -39,7 +39,7 @@ class WandbTracker:
         except wandb.Error as error:
             if mode in OFFLINE_MODES:
                 raise
-            mode, reason = "offline", first_line(error)
+            mode, reason = "offline", summarize_error(error)
             self.wandb_run = self._start(run, mode)
         self.progress.is_active = mode != "disabled"
         self.progress.save(id=self.wandb_run.id)
@@ -144,5 +144,5 @@ def _choose_mode() -> tuple[str, str]:
         if wandb.login(prompt=False, verify=False):
             return mode, ""
     except wandb.Error as error:
-        return "offline", first_line(error)
+        return "offline", summarize_error(error)
     return "offline", "not logged in"

@@ -9,7 +9,7 @@ from torch import Tensor
 def mix_features(features: Tensor, masks: Tensor) -> Tensor:
     """Mix the members' features: F = M · Σ_i masks_i ⊙ features_i (paper, equation 5).
 
-    `MixMoModel` computes the same sum member by member. The factor M is part of the method.
+    `MixMoModel` computes the same sum one member at a time. The factor M is part of the method.
 
     Args:
         features: (B, M, D, h, w).

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from mixmo_fastai.errors import InputError, unknown
+from mixmo_fastai.errors import InputError, unknown_name_error
 from mixmo_fastai.mixing.regions import REGIONS, SOFT_REGIONS, Region, Shape
 from mixmo_fastai.names import MASK_KINDS, MASK_OPTIONS
 
@@ -44,7 +44,7 @@ def draw_masks(
         channel, channel-stack: one member in random or the first channels, at all positions.
         noise: blended at each position by uniform noise with mean lam.
 
-    All but the first two draw a region for the member in role 0. With M > 2 the other members share
+    All but the first two draw a region for the member in role 0. With M > 2, the other members fill
     the rest in proportion to their lam; for `cutmix` this is CutMix(A, Mixup(B, C, …)). The
     functions in `regions.py` document each kind and its options.
 
@@ -53,9 +53,10 @@ def draw_masks(
         lam: (B, M) from `draw_lam`; the masks have its device and dtype.
         shape: shape (D, h, w) of the features to be mixed.
         generator: generator on the device of lam.
-        shuffle_roles: draw, once per batch, which member is in role 0; otherwise it is member 0.
-        num_batches: number of batches of equal size into which the samples are split, in order;
-            roles are drawn for each batch.
+        shuffle_roles: whether to draw the member in role 0 once per batch; otherwise it is
+            member 0.
+        num_batches: number of batches of equal size that lam concatenates; roles are drawn for
+            each batch.
         options: options of the kind, such as block_size=5 for patchup.
 
     Returns:
@@ -73,28 +74,28 @@ def draw_masks(
         means = lam if kind == "linear" else torch.full_like(lam, 1.0 / lam.shape[1])
         masks = means[:, :, None, None, None]
     else:
-        first = torch.zeros(num_batches, dtype=torch.int64, device=lam.device)
+        members_in_role_0 = torch.zeros(num_batches, dtype=torch.int64, device=lam.device)
         if shuffle_roles:
-            first = torch.randint(
+            members_in_role_0 = torch.randint(
                 lam.shape[1], (num_batches,), generator=generator, device=lam.device
             )
-        inside, outside = _member_fractions(lam, first)
+        inside, outside = _member_fractions(lam, members_in_role_0)
         area = (lam * inside).sum(dim=1)
         if isinstance(kind, str):
             region = REGIONS[kind](area, shape, generator, **options)
         else:
             _check_arguments(kind, (area, shape, generator), options)
             region = kind(area, shape, generator, **options)
-            _check_region(region, lam, shape, name_of(kind))
+            _check_region(region, lam, shape, kind_name(kind))
         # The mean is computed before broadcasting, on the smallest tensor.
         means = torch.lerp(outside, inside, region.mean(dim=(1, 2, 3))[:, None])
-        inside, outside = (each[:, :, None, None, None] for each in (inside, outside))
+        inside, outside = (weights[:, :, None, None, None] for weights in (inside, outside))
         # On a CPU, addcmul takes twice as long for these shapes as a product and an in-place sum.
         masks = (region[:, None] * (inside - outside)).add_(outside)
     return masks.expand(-1, -1, -1, *shape[1:]), means
 
 
-def name_of(kind: str | Region) -> str:
+def kind_name(kind: str | Region) -> str:
     """Return the name of a mask kind or of the function that draws it."""
     return kind if isinstance(kind, str) else getattr(kind, "__name__", type(kind).__name__)
 
@@ -106,10 +107,10 @@ def check_kind(kind: str | Region, num_members: int) -> None:
         InputError: unknown kind, or one member with a kind that mixes.
     """
     if kind not in MASK_KINDS and not callable(kind):
-        raise unknown("mask kind", str(kind), MASK_KINDS)
+        raise unknown_name_error("mask kind", str(kind), MASK_KINDS)
     if kind != "sum" and num_members < 2:
         raise InputError(
-            f"mix={name_of(kind)!r} needs at least two members; got num_members={num_members}.\n"
+            f"mix={kind_name(kind)!r} needs at least two members; got num_members={num_members}.\n"
             "Use num_members=2, or mix='sum' for a network with one member."
         )
 
@@ -120,54 +121,57 @@ def check_options(kind: str | Region, options: Mapping[str, float]) -> None:
     Raises:
         InputError: unknown option; the message lists the options of the kind.
     """
-    allowed = MASK_OPTIONS.get(kind, ()) if isinstance(kind, str) else _keywords_of(kind)
+    allowed = MASK_OPTIONS.get(kind, ()) if isinstance(kind, str) else _option_names(kind)
     for name in options:
         if name not in allowed and not _accepts_any_option(kind):
             options_text = (
                 f"Its options: {', '.join(allowed)}." if allowed else "It has no options."
             )
             raise InputError(
-                f"Unknown option {name!r} of mask kind {name_of(kind)!r}.\n{options_text}"
+                f"Unknown option {name!r} of mask kind {kind_name(kind)!r}.\n{options_text}"
             )
 
 
 def _accepts_any_option(kind: str | Region) -> bool:
-    signature = None if isinstance(kind, str) else _signature_of(kind)
-    kinds = [] if signature is None else [p.kind for p in signature.parameters.values()]
-    return inspect.Parameter.VAR_KEYWORD in kinds
+    signature = None if isinstance(kind, str) else _signature(kind)
+    parameters = [] if signature is None else signature.parameters.values()
+    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
 
 
-def _keywords_of(region: Region) -> tuple[str, ...]:
+def _option_names(region: Region) -> tuple[str, ...]:
     """Return the parameters of a function after area, shape and generator."""
-    signature = _signature_of(region)
+    signature = _signature(region)
     return () if signature is None else tuple(signature.parameters)[3:]
 
 
-def _signature_of(region: Region) -> inspect.Signature | None:
+def _signature(region: Region) -> inspect.Signature | None:
+    """Return the signature of a function, or None if it cannot be read."""
     try:
         return inspect.signature(region)
-    except (TypeError, ValueError):  # some builtins have none
+    except (TypeError, ValueError):  # some builtins have no signature
         return None
 
 
 def _check_arguments(
     region: Region, arguments: tuple[object, ...], options: Mapping[str, float]
 ) -> None:
-    signature = _signature_of(region)
+    signature = _signature(region)
     try:
         if signature is not None:
             signature.bind(*arguments, **options)
     except TypeError as error:
         raise InputError(
-            f"The mask function {name_of(region)!r} must accept area (B,), shape (D, h, w), a "
+            f"The mask function {kind_name(region)!r} must accept area (B,), shape (D, h, w), a "
             f"generator and keyword options: {error}."
         ) from error
 
 
 def _check_region(region: Tensor, lam: Tensor, shape: Shape, name: str) -> None:
-    limits = ((len(lam),), *((1, size) for size in shape))
-    fits = isinstance(region, Tensor) and region.ndim == 4 and region.dtype == lam.dtype
-    if not fits or any(n not in allowed for n, allowed in zip(region.shape, limits, strict=True)):
+    allowed_sizes = ((len(lam),), *((1, size) for size in shape))
+    is_4d = isinstance(region, Tensor) and region.ndim == 4 and region.dtype == lam.dtype
+    if not is_4d or any(
+        size not in allowed for size, allowed in zip(region.shape, allowed_sizes, strict=True)
+    ):
         expected = ", ".join(f"1 or {size}" for size in shape)
         got = (
             f"{region.dtype} of shape {tuple(region.shape)}"
@@ -178,7 +182,7 @@ def _check_region(region: Tensor, lam: Tensor, shape: Shape, name: str) -> None:
             f"The mask function {name!r} must return {lam.dtype} of shape ({len(lam)}, {expected}) "
             f"in [0, 1]; it returned {got}."
         )
-    # Only checked on a CPU, since reading values would synchronize a GPU.
+    # Values are checked on a CPU only, since reading them would synchronise a GPU.
     if region.device.type == "cpu" and not bool(((region >= 0) & (region <= 1)).all()):
         raise InputError(
             f"The mask function {name!r} must return values in [0, 1]; they range from "
@@ -186,24 +190,25 @@ def _check_region(region: Tensor, lam: Tensor, shape: Shape, name: str) -> None:
         )
 
 
-def _member_fractions(lam: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+def _member_fractions(lam: Tensor, members_in_role_0: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the fraction of each member inside and outside the regions.
 
     Args:
         lam: (B, M), of one batch or several concatenated batches.
-        first: (batches,), the member in role 0 of each batch.
+        members_in_role_0: (batches,), the member in role 0 of each batch.
 
     Returns:
         inside (B, M), which is 1 for the member in role 0; outside (B, M), the other members in
         proportion to their lam.
     """
-    size, members = lam.shape
-    in_role_0 = torch.arange(members, device=lam.device) == first[:, None]
-    in_role_0 = in_role_0[:, None].expand(-1, size // len(first), -1).reshape(size, members)
-    inside = in_role_0.to(lam.dtype)
+    num_samples, num_members = lam.shape
+    is_role_0 = torch.arange(num_members, device=lam.device) == members_in_role_0[:, None]
+    batch_size = num_samples // len(members_in_role_0)
+    is_role_0 = is_role_0[:, None].expand(-1, batch_size, -1).reshape(num_samples, num_members)
+    inside = is_role_0.to(lam.dtype)
     others = lam * (1 - inside)
     total = others.sum(dim=1, keepdim=True)
-    outside = torch.where(total > 0, others / total, (1 - inside) / (members - 1))
+    outside = torch.where(total > 0, others / total, (1 - inside) / (num_members - 1))
     return inside, outside
 
 

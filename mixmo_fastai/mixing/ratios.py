@@ -22,13 +22,14 @@ def draw_lam(
 ) -> Tensor:
     """Draw mixing ratios, one set per sample: lam ~ Dirichlet(alpha, …, alpha).
 
-    A Dirichlet draw is a normalised vector of Gamma(alpha) draws. They are computed as
-    Gamma(alpha + 1) · U^(1/alpha) and normalised in log space to avoid underflow for small alpha.
+    A Dirichlet draw is a normalised vector of Gamma(alpha) draws. These are computed as
+    Gamma(alpha + 1) · U^(1/alpha) and normalised in log space, to avoid underflow for small alpha.
 
     Args:
         num_samples: B.
         num_members: M.
-        alpha: concentration; 2 in the paper, 1 is uniform on the simplex, large values give 1/M.
+        alpha: concentration; 2 in the paper; 1 is uniform on the simplex; lam approaches 1/M as
+            alpha grows.
         generator: generator on `device`.
         device: device of lam.
 
@@ -53,7 +54,7 @@ def loss_weights(lam: Tensor, root: float) -> Tensor:
 
     Args:
         lam: (B, M) mask means, in [0, 1].
-        root: r; 1 weights by lam, 3 in the paper, infinity weights all members equally.
+        root: r; 3 in the paper; 1 weights members by lam, infinity weights them equally.
 
     Returns:
         weights (B, M), each row summing to M.

@@ -1,10 +1,10 @@
-"""Regions: the positions at which the member in role 0 is seen, and how strongly.
+"""Regions: the weight of the member in role 0 at each position.
 
 Shapes: B batch, D feature channels, h w feature size after the encoder.
 
-Each function draws regions in [0, 1] that broadcast to (B, D, h, w). Its arguments are the fraction
-`area` (B,) of role 0, the shape (D, h, w) and a generator; options are keyword arguments. All
-operations are batched, on the device of `area`, without synchronization.
+Each function draws regions in [0, 1] that broadcast to (B, D, h, w). Its arguments are the mixing
+ratio `area` (B,) of role 0, the shape (D, h, w) and a generator; options are keyword arguments. All
+operations are batched and run on the device of `area`, without synchronisation.
 """
 
 import math
@@ -25,31 +25,31 @@ Region = Callable[..., Tensor]
 def box(area: Tensor, shape: Shape, generator: Generator) -> Tensor:
     """Draw a box with sides floor(h·√area) and floor(w·√area), clipped to the map (CutMix).
 
-    The centre is uniform over the map and the extent is centre ± side // 2.
+    The centre is uniform over the map; the box extends by side // 2 in each direction.
 
     Returns:
         (B, 1, h, w), binary.
     """
-    # Floats, since broadcasting a logical "and" is slow on a CPU.
-    rows = _span(area, shape[1], generator)  # (B, h)
-    columns = _span(area, shape[2], generator)  # (B, w)
+    # A product of floats, since broadcasting a logical AND is slow on a CPU.
+    rows = _draw_span(area, shape[1], generator)  # (B, h)
+    columns = _draw_span(area, shape[2], generator)  # (B, w)
     return rows[:, None, :, None] * columns[:, None, None, :]
 
 
 def horizontal(area: Tensor, shape: Shape, generator: Generator) -> Tensor:
     """Select the first floor(h·area) rows: (B, 1, h, 1), binary."""
-    return _first(area, shape[1])[:, None, :, None]
+    return _first_positions(area, shape[1])[:, None, :, None]
 
 
 def vertical(area: Tensor, shape: Shape, generator: Generator) -> Tensor:
     """Select the first floor(w·area) columns: (B, 1, 1, w), binary."""
-    return _first(area, shape[2])[:, None, None, :]
+    return _first_positions(area, shape[2])[:, None, None, :]
 
 
 def blocks(area: Tensor, shape: Shape, generator: Generator, *, block_size: int = 7) -> Tensor:
-    """Grow Bernoulli seeds to square blocks (PatchUp).
+    """Expand Bernoulli seeds into square blocks (PatchUp).
 
-    As in the published code, seeds lie anywhere on the map, with probability
+    As in the published code, any position can be a seed, with probability
     area / block² · h·w / ((h - block + 1)·(w - block + 1)). Because of overlaps and borders, the
     mean is slightly below `area`.
     Source: Faramarzi et al., "PatchUp", AAAI 2022, with DropBlock's seed probability.
@@ -67,15 +67,15 @@ def blocks(area: Tensor, shape: Shape, generator: Generator, *, block_size: int 
         raise InputError(f"block_size must be an odd integer, 1 or more; got {block_size!r}.")
     height, width = shape[1:]
     side = min(block_size, _odd_at_most(height), _odd_at_most(width))
-    inner = (height - side + 1) * (width - side + 1)
-    probability = area / side**2 * (height * width / inner)
-    draws = torch.rand((len(area), 1, height, width), generator=generator, device=area.device)
-    seeds = (draws < probability[:, None, None, None]).to(area.dtype)
+    num_inner = (height - side + 1) * (width - side + 1)
+    probability = area / side**2 * (height * width / num_inner)
+    uniform = torch.rand((len(area), 1, height, width), generator=generator, device=area.device)
+    seeds = (uniform < probability[:, None, None, None]).to(area.dtype)
     return torch.max_pool2d(seeds, side, stride=1, padding=side // 2)
 
 
 def soft_blocks(area: Tensor, shape: Shape, generator: Generator, *, block_size: int = 7) -> Tensor:
-    """Blend by `area` inside the blocks; the other members fill the outside (soft PatchUp).
+    """Weight the blocks of `blocks` by `area` instead of 1 (soft PatchUp).
 
     Returns:
         (B, 1, h, w) with values 0 and area.
@@ -93,10 +93,11 @@ def cow(
     area_min: float = COW_DEFAULTS["area_min"],
     area_max: float = COW_DEFAULTS["area_max"],
 ) -> Tensor:
-    """Threshold Gaussian-blurred noise to irregular spots (CowMask).
+    """Threshold Gaussian-blurred noise into irregular spots (CowMask).
 
-    The area is drawn from its own uniform distribution; `area` only sets batch size, dtype and
-    device. The threshold assumes that the blurred noise is normal, so the area is exact on average.
+    The spots' area is drawn from a separate uniform distribution; `area` sets only batch size,
+    dtype and device. The threshold assumes that the blurred noise is normal, so the drawn area is
+    exact on average.
     Source: French, Oliver, Salimans, "Milking CowMask", 2020.
 
     Args:
@@ -141,7 +142,7 @@ def first_channels(area: Tensor, shape: Shape, generator: Generator) -> Tensor:
 
 
 def noise(area: Tensor, shape: Shape, generator: Generator) -> Tensor:
-    """Draw each position uniformly from the widest interval in [0, 1] with mean `area`.
+    """Draw each position uniformly from the widest interval in [0, 1] whose midpoint is `area`.
 
     Returns:
         (B, 1, h, w) in [0, 1].
@@ -168,28 +169,30 @@ SOFT_REGIONS = ("patchup-soft", "noise")
 """Kinds of `REGIONS` with values other than 0 and 1."""
 
 
-def _span(area: Tensor, length: int, generator: Generator) -> Tensor:
-    """Draw one side of a box with the given area: (B,) -> (B, length), values 0 and 1."""
+def _draw_span(area: Tensor, length: int, generator: Generator) -> Tensor:
+    """Draw the extent of a box along one axis: (B,) -> (B, length), values 0 and 1."""
     half = (length * area.sqrt()).long().div(2, rounding_mode="floor")
     centre = torch.randint(length, area.shape, generator=generator, device=area.device)
     # Row k of the table holds k ones followed by zeros, so a span is row "end" minus row "start",
     # both clipped to the map. Two lookups are faster than two comparisons.
-    before = torch.ones((length + 1, length), dtype=area.dtype, device=area.device).tril(-1)
+    table = torch.ones((length + 1, length), dtype=area.dtype, device=area.device).tril(-1)
     ends, starts = (centre + half).clamp(max=length), (centre - half).clamp(min=0)
-    return before.index_select(0, ends).sub_(before.index_select(0, starts))
+    return table.index_select(0, ends).sub_(table.index_select(0, starts))
 
 
-def _first(area: Tensor, length: int) -> Tensor:
+def _first_positions(area: Tensor, length: int) -> Tensor:
+    """Select the first floor(length·area) positions: (B,) -> (B, length), values 0 and 1."""
     positions = torch.arange(length, device=area.device)
     return (positions < (length * area).floor()[:, None]).to(area.dtype)
 
 
 def _odd_at_most(length: int) -> int:
+    """Return the largest odd number that does not exceed `length`."""
     return length - 1 + length % 2
 
 
 def _blur_matrix(sigma: Tensor, length: int) -> Tensor:
-    """Build the blur along one axis: (B,) -> (B, length, length); rows are Gaussians of sum 1."""
+    """Build the blur along one axis: (B,) -> (B, length, length); rows are Gaussians, sum 1."""
     positions = torch.arange(length, device=sigma.device, dtype=sigma.dtype)
     distance = positions[:, None] - positions
     return torch.softmax(-(distance**2) / (2 * sigma[:, None, None] ** 2), dim=2)

@@ -1,7 +1,7 @@
 """Networks: MixMoModel, which combines encoders, core and heads, and the published backbones.
 
-To add a backbone, add a file here that returns encoders, core and heads, and a branch in
-`create_model`.
+To add a backbone, write a file here like `wide_resnet.py`, with a stem and a core, and add a branch
+to `create.py`.
 """
 
 from mixmo_fastai.models.create import build_model, create_model

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from mixmo_fastai.errors import InputError, first_line
+from mixmo_fastai.errors import InputError, summarize_error
 
 IMAGE_SIZES = (224, 64, 32, 28, 16, 8)
 """Image heights and widths to try if the network's input size is unknown."""
 OTHER_SIZES = ((97, 97), (40, 56), (224, 224))
-"""Further sizes; if the network accepts one, the image must reach the convolution unchanged."""
+"""Further sizes; at those that the network accepts, it must not change the image."""
 Size = int | tuple[int, int]
 
 
@@ -40,11 +40,11 @@ class ForwardRecord:
         image: the input, (2, C, H, W).
         output: the model's output.
         convolutions: names of the convolutions, in the order of their calls.
-        first: call of the first convolution, or of the one that the user named.
-        last_candidates: calls of layers that could be the last: linear layers with 2-D output and
-            1x1 convolutions of 1x1 maps.
-        parameter_free: calls of layers without parameters, with 2-D input and output, one of which
-            could be an output layer.
+        first: call of the first convolution, or of the convolution that the user named.
+        last_candidates: calls of layers that could be the last layer: linear layers with 2-D output
+            and 1x1 convolutions of 1x1 maps.
+        parameter_free: calls of layers without parameters, with 2-D input and output: candidates
+            for the output layer.
     """
 
     name: str
@@ -56,9 +56,7 @@ class ForwardRecord:
     parameter_free: list[LayerCall] = field(default_factory=list)
 
 
-def layers_of_type(
-    model: nn.Module, kind: type[nn.Module] | tuple[type, ...]
-) -> dict[str, nn.Module]:
+def find_layers(model: nn.Module, kind: type[nn.Module] | tuple[type, ...]) -> dict[str, nn.Module]:
     """Return the layers of a type, by name."""
     modules: dict[str, nn.Module] = dict(model.named_modules())
     return {name: module for name, module in modules.items() if isinstance(module, kind)}
@@ -73,8 +71,8 @@ def check_model(model: Any) -> None:
     if isinstance(model, torch.jit.ScriptModule):
         raise InputError("A scripted network cannot be converted; pass the original nn.Module.")
     if not isinstance(model, nn.Module):
-        received = f"{model!r}" if isinstance(model, str) else type(model).__name__
-        received += "; call it first and pass the result" if callable(model) else ""
+        received = repr(model) if isinstance(model, str) else type(model).__name__
+        received += "; call it and pass the result" if callable(model) else ""
         raise InputError(
             f"model must be a network (nn.Module); got {received}.\n"
             "Pass learn.model of a Learner, or use create_model(name, num_classes) for a name."
@@ -109,14 +107,14 @@ def record_forward(
         InputError: the model has no convolution, or fails at all sizes.
     """
     name = type(model).__name__
-    convolutions = layers_of_type(model, nn.Conv2d)
+    convolutions = find_layers(model, nn.Conv2d)
     if not convolutions:
         raise InputError(
             f"{name} has no convolution (nn.Conv2d) to convert into encoders.\n"
             "MixMo needs a convolution as the first layer of the network."
         )
     counts = _candidate_channels(convolutions, encoder, in_channels)
-    reasons = []
+    failures = []
     for size in image_sizes:
         for channels in counts:
             image = _random_image(channels, size).to(example_parameter(model))
@@ -125,19 +123,19 @@ def record_forward(
                 with _recording(model, record, encoder), torch.no_grad():
                     record.output = model(record.image)
             except Exception as error:  # user code may raise anything
-                reasons.append(f"{size[0]}x{size[1]}: {first_line(error)}")
+                failures.append(f"{size[0]}x{size[1]}: {summarize_error(error)}")
                 continue
             return record
     if len(image_sizes) == 1:
-        raise InputError(f"{name} does not accept images of {reasons[0]}.")
+        raise InputError(f"{name} does not accept images of {failures[0]}.")
     raise InputError(
-        f"{name} failed at all image sizes that were tried; at {reasons[0]}.\n"
+        f"{name} failed at all image sizes that were tried; at {failures[0]}.\n"
         "Specify the size of its images: image_size=(height, width)."
     )
 
 
 def candidate_sizes(model: nn.Module, image_size: Size | None) -> list[tuple[int, int]]:
-    """Return image sizes to try: `image_size`, or the size that the model declares, then others.
+    """Return the image sizes to try: `image_size`, or the model's declared size and others.
 
     Raises:
         InputError: image_size is not a valid size.
@@ -148,24 +146,24 @@ def candidate_sizes(model: nn.Module, image_size: Size | None) -> list[tuple[int
                 f"image_size must be a number of pixels or (height, width); got {image_size!r}."
             )
         return [pair]
-    config = getattr(model, "default_cfg", None)  # in timm
+    # timm's models declare `default_cfg["input_size"]`, torchvision's `image_size`.
+    config = getattr(model, "default_cfg", None)
     input_size = config.get("input_size") if isinstance(config, dict) else None
-    # In torchvision, `image_size`.
     declared = _as_pair(input_size[1:] if input_size else getattr(model, "image_size", None))
     return [*([declared] if declared else []), *((size, size) for size in IMAGE_SIZES)]
 
 
-def first_convolution(model: nn.Module, record: ForwardRecord, name: str | None) -> LayerCall:
+def find_first_convolution(model: nn.Module, record: ForwardRecord, name: str | None) -> LayerCall:
     """Find and check the first convolution, whose input must be the image itself.
 
     Args:
         model: the model that was recorded.
         record: from `record_forward`.
-        name: of the convolution; None to use the first that was called.
+        name: name of the convolution; None to use the first that was called.
 
     Raises:
-        InputError: no such convolution was called, it was called more than once, its weights are
-            shared or computed, or its input is not the unchanged image.
+        InputError: the convolution was not called, or more than once, its weights are shared or
+            computed, or its input is not the unchanged image.
     """
     _check_layer_name(model, name, nn.Conv2d, "encoder", "convolution")
     if record.first is None:
@@ -191,8 +189,8 @@ def check_image_unchanged(
     Args:
         model: the model that was recorded.
         record: from `record_forward`.
-        name: of the convolution.
-        sizes: further image sizes; those that the model rejects or resizes are skipped.
+        name: name of the convolution.
+        sizes: further image sizes; sizes that the model rejects or resizes are skipped.
 
     Raises:
         InputError: the model changes the image before the convolution.
@@ -204,36 +202,39 @@ def check_image_unchanged(
         raise _FirstConvolutionCalled
 
     hook = model.get_submodule(name).register_forward_pre_hook(stop, with_kwargs=True)
-    channels, own = record.image.shape[1], (record.image.shape[2], record.image.shape[3])
+    _, channels, height, width = record.image.shape
+    recorded_size = (height, width)
     try:
-        for training, mode in ((True, " in training"), (False, "")):
+        for training, when in ((True, " in training"), (False, "")):
             model.train(training)
-            for size in dict.fromkeys((own, *sizes)):
+            for size in dict.fromkeys((recorded_size, *sizes)):
                 image = _random_image(channels, size).to(record.image)
                 try:
                     with torch.no_grad():
                         model(image)
                 except _FirstConvolutionCalled:
-                    if size != own and getattr(received[-1], "shape", None) != image.shape:
-                        continue  # the converted network refuses such images
+                    is_resized = getattr(received[-1], "shape", None) != image.shape
+                    if size != recorded_size and is_resized:
+                        continue  # the converted network raises an error for such images
                     if not _equal_with_nan(received[-1], image):
-                        at = "" if size == own else f" of {size[0]}x{size[1]}"
-                        raise _image_changed_error(record.name, name, at + mode) from None
+                        at_size = "" if size == recorded_size else f" of {size[0]}x{size[1]}"
+                        raise _image_changed_error(record.name, name, at_size + when) from None
                 except Exception as error:  # the model may not accept this size
-                    if size == own:
+                    if size == recorded_size:
                         raise InputError(
-                            f"{record.name} could not be run{mode}: {first_line(error)}."
+                            f"{record.name} could not be run{when}: {summarize_error(error)}."
                         ) from error
     finally:
         hook.remove()
         model.eval()
 
 
-def output_layer(model: nn.Module, record: ForwardRecord) -> str | None:
+def find_output_layer(model: nn.Module, record: ForwardRecord) -> str | None:
     """Find an elementwise layer after the last linear layer that turns logits into predictions.
 
-    Such as the `SigmoidRange` of fastai's `y_range`, or `nn.Sigmoid`. The layer has no parameters,
-    and each output depends only on the input at the same position, in training and in evaluation.
+    Examples are the `SigmoidRange` of fastai's `y_range` and `nn.Sigmoid`. The layer has no
+    parameters, and each output depends only on the input at the same position, in training and in
+    evaluation.
 
     Args:
         model: the model that was recorded; it is run again.
@@ -247,27 +248,28 @@ def output_layer(model: nn.Module, record: ForwardRecord) -> str | None:
         probe = _probe_values(call.output)
         if _equal_with_nan(_try_layer(layer, probe), probe):
             continue  # an identity in evaluation, such as Dropout
-        called_once = [each.name for each in record.parameter_free].count(call.name) == 1
-        same_shape = call.input.shape == call.output.shape
-        if called_once and same_shape and _is_elementwise(layer, probe):
-            both_modes = (model, copy.deepcopy(model).train())
-            found = all(_is_model_output(each, record, call) for each in both_modes)
-            return call.name if found else None
+        is_called_once = [other.name for other in record.parameter_free].count(call.name) == 1
+        keeps_shape = call.input.shape == call.output.shape
+        if is_called_once and keeps_shape and _is_elementwise(layer, probe):
+            models = (model, copy.deepcopy(model).train())
+            is_last = all(_is_model_output(network, record, call) for network in models)
+            return call.name if is_last else None
         return None
     return None
 
 
 def _is_elementwise(layer: nn.Module, values: Tensor) -> bool:
-    """Check that changing half of the inputs does not change the outputs at the other half."""
-    half = (torch.arange(values.numel()) % 2 == 0).view(values.shape)
-    expected = _try_layer(layer, values)
-    changed = values.where(half, values * 0.5 + 1)
-    outputs = [expected, *(_try_layer(layer.train(mode), changed) for mode in (True, False))]
-    valid = [each for each in outputs if each is not None and each.shape == half.shape]
-    return len(valid) == 3 and all(_equal_with_nan(each[half], valid[0][half]) for each in valid)
+    """Check that changing half of the inputs does not change the other half of the outputs."""
+    unchanged = (torch.arange(values.numel()) % 2 == 0).view(values.shape)
+    changed_values = values.where(unchanged, values * 0.5 + 1)
+    outputs = [_try_layer(layer, values)]
+    outputs += [_try_layer(layer.train(mode), changed_values) for mode in (True, False)]
+    valid = [out[unchanged] for out in outputs if out is not None and out.shape == values.shape]
+    return len(valid) == 3 and all(_equal_with_nan(out, valid[0]) for out in valid)
 
 
 def _try_layer(layer: nn.Module, values: Tensor) -> Tensor | None:
+    """Run a layer on a copy of the values; return None if it fails or returns no tensor."""
     try:
         with torch.no_grad():
             output = layer(values.clone())
@@ -283,13 +285,13 @@ def _probe_values(like: Tensor) -> Tensor:
     return (signs * torch.linspace(0.5, 3, count)).to(like).view(like.shape)
 
 
-def last_linear(model: nn.Module, record: ForwardRecord, name: str | None) -> LayerCall:
+def find_last_linear(model: nn.Module, record: ForwardRecord, name: str | None) -> LayerCall:
     """Find the linear layer whose output is the model's output.
 
     Args:
         model: the model that was recorded; it is run again.
         record: from `record_forward`.
-        name: of the layer, to be checked; None to find it.
+        name: name of the layer, if known.
 
     Raises:
         InputError: the model does not end with such a layer.
@@ -304,10 +306,10 @@ def last_linear(model: nn.Module, record: ForwardRecord, name: str | None) -> La
     candidates = [call for call in record.last_candidates if name in (None, call.name)]
     matches = [call for call in candidates if _is_model_output(model, record, call)]
     if not matches:
-        which = f"linear layer {candidates[-1].name!r}" if candidates else "a linear layer"
-        which = which if name is None else repr(name)
+        layer = f"linear layer {candidates[-1].name!r}" if candidates else "a linear layer"
+        layer = layer if name is None else repr(name)
         raise InputError(
-            f"{record.name} does not end with {which}: cannot create member heads.\n"
+            f"{record.name} does not end with {layer}: cannot create member heads.\n"
             "Its output must be that of one linear layer (nn.Linear), without softmax, reshaping "
             "or a second head;\nan elementwise output layer may follow, such as SigmoidRange."
         )
@@ -327,18 +329,19 @@ def last_linear(model: nn.Module, record: ForwardRecord, name: str | None) -> La
 def _candidate_channels(
     convolutions: dict[str, nn.Module], encoder: str | None, in_channels: int | None
 ) -> list[int]:
-    """Return numbers of image channels to try, the most likely first."""
+    """Return the numbers of image channels to try, in descending order of likelihood."""
     counts = [m.in_channels for m in convolutions.values() if isinstance(m, nn.Conv2d)]
     if encoder in convolutions:
         return [counts[[*convolutions].index(encoder)]]
     likely = [counts[0], *(count for count in (in_channels, 3, 1) if count in counts)]
+    distinct = [*dict.fromkeys(counts)][:5]
     # The network may change the number of channels before its first convolution.
-    other = [count for count in (in_channels, 3) if count is not None]
-    return [*dict.fromkeys([*likely, *[*dict.fromkeys(counts)][:5], *other])]
+    others = [count for count in (in_channels, 3) if count is not None]
+    return [*dict.fromkeys([*likely, *distinct, *others])]
 
 
 def example_parameter(model: nn.Module) -> Tensor:
-    """Return a floating-point parameter of a model, to read its device and dtype."""
+    """Return a floating-point parameter, to read the dtype and device of a model."""
     return next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
 
 
@@ -361,11 +364,11 @@ def _recording(model: nn.Module, record: ForwardRecord, encoder: str | None) -> 
             record.convolutions.append(name)
             is_first = record.first is None and encoder in (None, name)
             maps = (_first_argument(args, kwargs), output)
-            is_1x1 = all(set(each.shape[2:]) == {1} for each in maps)
-            is_candidate = is_1x1 and set(module.kernel_size) == {1}
+            are_1x1 = all(set(map_.shape[2:]) == {1} for map_ in maps)
+            is_candidate = are_1x1 and set(module.kernel_size) == {1}
             if not is_first and not is_candidate:
                 return
-            call = _call(name, args, kwargs, output)
+            call = _copy_call(name, args, kwargs, output)
             record.first = call if is_first else record.first
             record.last_candidates += [call] if is_candidate else []
 
@@ -374,22 +377,22 @@ def _recording(model: nn.Module, record: ForwardRecord, encoder: str | None) -> 
     def record_linear(name: str) -> Any:
         def hook(_: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
             if output.ndim == 2:
-                record.last_candidates.append(_call(name, args, kwargs, output))
+                record.last_candidates.append(_copy_call(name, args, kwargs, output))
 
         return hook
 
     def record_parameter_free(name: str) -> Any:
         def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             input = _first_argument(args, kwargs)
-            if all(isinstance(each, Tensor) and each.ndim == 2 for each in (input, output)):
-                record.parameter_free.append(_call(name, args, kwargs, output))
+            if all(isinstance(value, Tensor) and value.ndim == 2 for value in (input, output)):
+                record.parameter_free.append(_copy_call(name, args, kwargs, output))
 
         return hook
 
     hooks = [
         module.register_forward_hook(make_hook(name), with_kwargs=True)
         for kind, make_hook in ((nn.Conv2d, record_convolution), (nn.Linear, record_linear))
-        for name, module in layers_of_type(model, kind).items()
+        for name, module in find_layers(model, kind).items()
     ]
     hooks += [
         module.register_forward_hook(record_parameter_free(name), with_kwargs=True)
@@ -403,9 +406,11 @@ def _recording(model: nn.Module, record: ForwardRecord, encoder: str | None) -> 
             hook.remove()
 
 
-def _call(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> LayerCall:
+def _copy_call(
+    name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+) -> LayerCall:
+    """Record a call with copies of its tensors, which the next layer may modify in place."""
     input = _first_argument(args, kwargs)
-    # Copies, because the next layer may modify them in place.
     return LayerCall(name, input.clone() if isinstance(input, Tensor) else input, output.clone())
 
 
@@ -420,17 +425,17 @@ class _FirstConvolutionCalled(Exception):  # noqa: N818  # not an error
 def _image_changed_error(model: str, convolution: str, when: str = "") -> InputError:
     return InputError(
         f"{model} changes the image{when} before its first convolution, {convolution!r}, so the "
-        "encoders would not see\nthe same image. Do such steps in the data loader, for example "
-        "standardisation; in torchvision set transform_input=False."
+        "encoders would not see\nthe same image. Move such steps to the data loader, for example "
+        "standardisation; in torchvision, set transform_input=False."
     )
 
 
 def _is_model_output(model: nn.Module, record: ForwardRecord, call: LayerCall) -> bool:
-    """Check that a layer's output is the model's output, by replacing it with marker values."""
+    """Check whether a layer's output is the model's output, by replacing it with marker values."""
     if call.output.numel() != record.output.numel():
         return False
     layer, size = model.get_submodule(call.name), call.output.numel()
-    values = (1e3 * (torch.arange(size) - size / 2)).to(record.image)  # of both signs
+    values = (1e3 * (torch.arange(size) - size / 2)).to(record.image)  # positive and negative
     failure: Exception | None = None
     for first in (float("nan"), float(values[0])):  # some models reject NaN
         marker = torch.cat([values.new_tensor([first]), values[1:]]).reshape(call.output.shape)
@@ -448,10 +453,10 @@ def _is_model_output(model: nn.Module, record: ForwardRecord, call: LayerCall) -
     assert failure is not None
     if model.training:
         raise InputError(
-            f"{record.name} could not be run in training: {first_line(failure)}.\n"
+            f"{record.name} could not be run in training: {summarize_error(failure)}.\n"
             "If it has auxiliary outputs, build it without them, for example with aux_logits=False."
         ) from failure
-    return False  # the model reads the values of its logits
+    return False  # the model fails on marker values, so it processes its logits further
 
 
 def _equal_with_nan(tensor: Any, expected: Tensor) -> bool:
@@ -467,10 +472,10 @@ def _check_layer_name(
     argument: str,
     kind_name: str,
 ) -> None:
-    known = layers_of_type(model, kind)
+    known = find_layers(model, kind)
     if name is not None and name not in known:
-        # For a head, list the linear layers, if any, not the convolutions.
-        names = [*layers_of_type(model, nn.Linear)] if argument == "head" else []
+        # For a head, list the linear layers if there are any, and otherwise the convolutions.
+        names = [*find_layers(model, nn.Linear)] if argument == "head" else []
         names = names or [*known]
         raise InputError(
             f"{argument} must name a {kind_name} of {type(model).__name__}; got {name!r}.\n"
@@ -483,14 +488,14 @@ def _check_own_weights(model: nn.Module, name: str, model_name: str) -> None:
     layer = model.get_submodule(name)
     if is_parametrized(layer) or "weight" not in dict(layer.named_parameters(recurse=False)):
         raise InputError(
-            f"The layer {name!r} of {model_name} computes its weights from other parameters, as "
-            "weight and spectral normalisation do.\nRemove that first, with torch.nn.utils."
+            f"The layer {name!r} of {model_name} computes its weights from other parameters, as in "
+            "weight or spectral normalisation.\nRemove this first, with torch.nn.utils."
             "parametrize.remove_parametrizations or torch.nn.utils.remove_weight_norm."
         )
-    own = {id(parameter) for parameter in layer.parameters()}
+    layer_ids = {id(parameter) for parameter in layer.parameters()}
     for other_name, other in model.named_modules():
-        others = {id(parameter) for parameter in other.parameters(recurse=False)}
-        if other is not layer and own & others:
+        other_ids = {id(parameter) for parameter in other.parameters(recurse=False)}
+        if other is not layer and layer_ids & other_ids:
             raise InputError(
                 f"The layer {name!r} of {model_name} shares its weights with {other_name!r}; "
                 "the conversion would untie them.\nGive each layer a separate copy first."

@@ -88,12 +88,12 @@ class BackboneCore(nn.Module):
     def original_names(self, names: Iterable[str]) -> set[str]:
         """Return tensor names of the original network, from those of its `MixMoModel`."""
         prefix = "core.body."
-        kept = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
-        return kept | {f"{self.first}.weight", f"{self.last}.weight"}
+        core_names = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+        return core_names | {f"{self.first}.weight", f"{self.last}.weight"}
 
     @contextmanager
     def restored(self, convolution: nn.Module, linear: nn.Module) -> Iterator[nn.Module]:
-        """Temporarily put back a first convolution and a last layer; yield the original network."""
+        """Yield the original network with this first convolution and last layer, temporarily."""
         placeholders = [self.body.get_submodule(name) for name in (self.first, self.last)]
         layers = (convolution, linear)
         for placeholder, layer in zip(placeholders, layers, strict=True):
@@ -108,13 +108,13 @@ class BackboneCore(nn.Module):
         """Find the block that contains the last layer, such as the head that fastai builds.
 
         Returns:
-            The largest submodule that contains the last layer but not the first; None if that is
-            the last layer itself.
+            The largest submodule that contains the last layer but not the first convolution; None
+            if that is the last layer itself.
         """
         path = self.last.split(".")
         num_shared = 0
-        for of_last, of_first in zip(path[:-1], self.first.split("."), strict=False):
-            if of_last != of_first:
+        for last_part, first_part in zip(path[:-1], self.first.split("."), strict=False):
+            if last_part != first_part:
                 break
             num_shared += 1
         block = path[: num_shared + 1]
@@ -122,10 +122,10 @@ class BackboneCore(nn.Module):
 
 
 class FeaturePlaceholder(nn.Module):
-    """Replaces the first convolution, and returns the features that the core received.
+    """Replaces the first convolution and returns the features that the core received.
 
-    Several threads may run one network at a time. Pickles of version 0.1.0 hold this module, so
-    its attributes keep their names.
+    Several threads may run one network at the same time. Pickles of version 0.1.0 contain this
+    module, so do not rename its attributes.
     """
 
     def __init__(self) -> None:
@@ -135,7 +135,7 @@ class FeaturePlaceholder(nn.Module):
 
     def set_features(self, features: Tensor | None, image_shape: torch.Size | None) -> None:
         """Set the features to return and the shape of their images; None clears them."""
-        if torch.compiler.is_compiling():  # tracing ignores threads, and keeps no state
+        if torch.compiler.is_compiling():  # tracing does not support thread-local state
             self.traced = features, image_shape
         else:
             self.of_thread.features, self.of_thread.image_shape = features, image_shape
@@ -143,14 +143,14 @@ class FeaturePlaceholder(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         features, shape = self.traced
         if not torch.compiler.is_compiling() or features is None:
-            features, shape = self._of_this_thread()
+            features, shape = self._thread_features()
         if features is None:
             raise InputError(
                 "The first convolution was called outside the model's forward pass.\n"
                 "Exclude it from gradient checkpointing and from torch.compiler.disable."
             )
         if shape is not None and input.shape != shape:
-            before, after = ("x".join(map(str, each[2:])) for each in (shape, input.shape))
+            before, after = ("x".join(map(str, size[2:])) for size in (shape, input.shape))
             raise InputError(
                 f"The network changes images of {before} to {after} before its first convolution, "
                 "so the encoders would not\nsee the same image. Resize images in the data loader, "
@@ -159,14 +159,14 @@ class FeaturePlaceholder(nn.Module):
         return features
 
     @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
-    def _of_this_thread(self) -> tuple[Tensor | None, torch.Size | None]:
+    def _thread_features(self) -> tuple[Tensor | None, torch.Size | None]:
         stored = self.of_thread
         # After a graph break, features that were set while compiling are read outside the graph.
         return self.traced if stored.features is None else (stored.features, stored.image_shape)
 
 
 class _ThreadFeatures(threading.local):
-    """Features of each thread; copies and pickles start empty."""
+    """Features of each thread; empty after copying and unpickling."""
 
     features: Tensor | None = None
     image_shape: torch.Size | None = None
@@ -175,19 +175,19 @@ class _ThreadFeatures(threading.local):
         return _ThreadFeatures, ()
 
 
-# Their names in Learners that version 0.1.0 exported.
+# The names of these classes in Learners that version 0.1.0 exported.
 GivenFeatures, _OfThread = FeaturePlaceholder, _ThreadFeatures
 
 
 def replace_with_identity(network: nn.Module, name: str) -> nn.Module:
-    """Replace a layer by `nn.Identity`, and return the layer."""
+    """Replace a layer by `nn.Identity`; return the layer."""
     layer = network.get_submodule(name)
     _replace_layer(network, layer, nn.Identity())
     return layer
 
 
 def as_linear(layer: nn.Module) -> nn.Linear:
-    """Return a linear layer unchanged, or a 1x1 convolution of 1x1 maps as a linear layer."""
+    """Return a linear layer unchanged; convert a 1x1 convolution of 1x1 maps to a linear layer."""
     if isinstance(layer, nn.Linear):
         return layer
     assert isinstance(layer, nn.Conv2d)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from mixmo_fastai.errors import InputError, first_line
-from mixmo_fastai.names import Architecture, unknown_in_timm
+from mixmo_fastai.errors import InputError, summarize_error
+from mixmo_fastai.names import Architecture, unknown_timm_error
 
 _WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
 _FIXED_SIZE_PREFIXES = ("vit_", "maxvit_")
@@ -48,12 +48,12 @@ def build_backbone(
         except OSError as error:
             raise InputError(
                 f"The weights of {arch.name} cannot be downloaded: {error}.\n"
-                "Train without pretrained weights, or place the file in the library's cache folder."
+                "Train without pretrained weights, or put the file in the library's cache folder."
             ) from error
         except (ValueError, AssertionError, RuntimeError) as error:
             size = f" for images of {image_size[0]}x{image_size[1]}" if image_size else ""
             raise InputError(
-                f"{arch.name} cannot be built{size}: {first_line(error, most=200)}."
+                f"{arch.name} cannot be built{size}: {summarize_error(error, max_length=200)}."
                 + ("\nChoose another network or another image size." if size else "")
             ) from error
 
@@ -113,7 +113,7 @@ def _build_timm(
     import timm
 
     if name.partition(".")[0] not in (known := timm.list_models()):
-        raise unknown_in_timm(name, known)
+        raise unknown_timm_error(name, known)
     has_classes = pretrained and timm.get_pretrained_cfg_value(name, "num_classes") != 0
     settings: dict[str, Any] = {} if has_classes else {"num_classes": num_classes}
     settings |= {"pretrained": pretrained}

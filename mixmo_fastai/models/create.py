@@ -33,7 +33,7 @@ def create_model(
     Args:
         arch: "wrn<depth>_<width>" such as "wrn28_10", "preact_resnet18_<width>", a torchvision
             classifier such as "resnet50", or a timm one such as "timm/convnext_atto".
-        num_classes: K; 1 for regression of one value.
+        num_classes: K; 1 to regress one value.
         num_members: M; 1 is the vanilla network on the same code path.
         in_channels: C.
         image_size: height and width, for networks with a fixed input size, such as vision
@@ -43,8 +43,8 @@ def create_model(
         readout: how the heads read the core's maps; see `MixMoModel`.
 
     Raises:
-        InputError: the name or a number is invalid, there are no pretrained weights, or the network
-            has no maps for the readout.
+        InputError: the name or a number is invalid, there are no pretrained weights, or the core
+            does not return the maps that the readout needs.
     """
     if not isinstance(arch, str):
         raise InputError(
@@ -76,7 +76,7 @@ def create_model(
     if pretrained:
         raise InputError(
             f"There are no pretrained weights for {arch}.\n"
-            "Leave pretrained out, or import a published checkpoint with `mixmo import`."
+            "Omit pretrained, or import a published checkpoint with `mixmo import`."
         )
     with torch.random.fork_rng(devices=[]):  # `initialize` draws all weights again
         stem, core, width = _build_published(parsed)
@@ -97,7 +97,7 @@ def build_model(
     *,
     image_size: tuple[int, int] | None = None,
 ) -> MixMoModel:
-    """Create the network that a recipe describes, to load the weights of a run into it.
+    """Create the network of a recipe, to load the weights of a run into it.
 
     Args:
         settings: the section `[model]` of the recipe.

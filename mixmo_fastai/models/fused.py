@@ -2,7 +2,7 @@
 
 At inference all encoders see the same image, so their sum equals one convolution with the summed
 weights. All heads see the same embedding, so their mean equals one linear layer with the mean
-weights. Both are exact up to rounding: inference costs as much as with one plain network.
+weights. Both are exact up to rounding, and inference costs as much as that of a plain network.
 
 Shapes: B batch, M members, C image channels, H W image size, K classes.
 """
@@ -19,13 +19,13 @@ from mixmo_fastai.models.ghost_norm import use_full_batches
 
 
 class FusedNetwork(nn.Module):
-    """One encoder, the core, one head.
+    """A plain network of one encoder, the core and one head.
 
     Args:
         encoder: (B, C, H, W) -> (B, D, h, w).
         core: (B, D, h, w) -> (B, features).
-        head: (B, features) -> (B, votes · K).
-        num_votes: 1 if the head is the mean of the members' heads, M if it stacks all of them.
+        head: (B, features) -> (B, num_votes · K).
+        num_votes: M if the head stacks the heads of all members, 1 if it is their mean.
         output: layer that turns the mean logits into predictions; see `MixMoModel`.
     """
 
@@ -49,7 +49,7 @@ class FusedNetwork(nn.Module):
         return logits if output is None else output(logits)
 
     def member_logits(self, x: Tensor) -> Tensor:
-        """Compute the logits of each head: (B, C, H, W) -> (B, votes, K)."""
+        """Compute the logits of each head: (B, C, H, W) -> (B, num_votes, K)."""
         logits = self._head_outputs(x)
         return logits.view(len(logits), self.num_votes, -1)
 
@@ -59,7 +59,7 @@ class FusedNetwork(nn.Module):
 
 
 def run_core(core: nn.Module, features: Tensor, image: Tensor) -> Tensor:
-    """Run a core on features (B, D, h, w) of images (…, H, W), whose size some cores need."""
+    """Run a core on features (B, D, h, w) of images (…, H, W), from which some cores need H, W."""
     if isinstance(core, BackboneCore):
         embedding: Tensor = core(features, (image.shape[-2], image.shape[-1]))
     else:

@@ -1,7 +1,7 @@
 """BatchNorm over groups of a batch ("ghost" batches).
 
-A GPU needs large batches to be fully used, but BatchNorm statistics over a large batch have less
-noise, which lowers accuracy. Over groups, the statistics are as noisy as those of a small batch.
+A GPU needs large batches for full utilisation, but BatchNorm statistics over a large batch have
+less noise, which lowers accuracy. Statistics over a group are as noisy as those of a small batch.
 Source: Hoffer, Hubara, Soudry, "Train longer, generalize better", NeurIPS 2017.
 """
 
@@ -22,11 +22,11 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
 
     Args:
         num_features: C.
-        group_size: maximum number of images per group; a batch is split into the fewest groups
-            possible, whose sizes differ by at most one image.
+        group_size: maximum number of images per group; a batch is split into the smallest possible
+            number of groups, whose sizes differ by at most one image.
         kwargs: passed to `nn.BatchNorm2d`.
 
-    With fastai's `distrib_ctx` pass `sync_bn=False`; otherwise fastai replaces this layer by
+    With fastai's `distrib_ctx`, pass `sync_bn=False`; otherwise fastai replaces this layer by
     BatchNorm over all processes.
 
     Shapes: (B, C, H, W) -> (B, C, H, W).
@@ -47,7 +47,8 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
             return super().forward(x)
         small, num_larger = divmod(len(x), num_groups)
         sizes = [small + 1] * num_larger + [small] * (num_groups - num_larger)
-        # `split` has one backward pass; each slice would allocate a gradient of the whole batch.
+        # The backward pass of `split` allocates one gradient; that of each slice would allocate a
+        # gradient of the whole batch.
         groups = torch.split(x, sizes)
         return torch.cat([super(GhostBatchNorm2d, self).forward(group) for group in groups])
 

@@ -22,23 +22,24 @@ from mixmo_fastai.models.readout import build_readout, check_readout, embed
 class MixMoModel(nn.Module):
     """M encoders, one core, M heads.
 
-    In training, each member gets its own image, and masks mix the members' features. At inference,
-    all members get the same image, and the network is an ensemble of M members at the cost of one
-    network. The arguments of `forward` select the mode, not `model.training`.
+    In training, each member receives a different image, and masks mix the members' features. At
+    inference, all members receive the same image, and the network is an ensemble of M members at
+    the cost of one network. The mode depends on the arguments of `forward`, not on
+    `model.training`.
 
     Args:
         encoders: M modules (B, C, H, W) -> (B, D, h, w), one first convolution per member.
         core: module (B, D, h, w) -> (B, features).
         heads: M modules (B, features) -> (B, K), one last linear layer per member.
         output: elementwise layer that turns logits into predictions, such as the `SigmoidRange` of
-            fastai's `y_range`; None if the logits are the predictions. It is applied to the mean
-            of the members' logits, so that `fuse` stays exact.
-        readout: name in `names.READOUTS`, or a module as in `models/readout.py` through which the
+            fastai's `y_range`; None if the logits are the predictions. At inference it is applied
+            to the mean of the members' logits, so that `fuse` remains exact.
+        readout: name in `names.READOUTS`, or a module as in `models/readout.py`, through which the
             heads read the core's maps; None or "core" for the core's own pooling.
 
     Raises:
-        InputError: there are no encoders, the numbers of encoders and heads differ, or the core has
-            no maps for the readout.
+        InputError: there are no encoders, the numbers of encoders and heads differ, or the core
+            does not return the maps that the readout needs.
     """
 
     def __init__(
@@ -61,14 +62,15 @@ class MixMoModel(nn.Module):
             )
         self.set_readout(readout)
         self._mask_shapes: dict[tuple[int, int], tuple[int, int, int]] = {}
-        # (B, M, K), logits of the last batch in evaluation mode, for the members' metrics.
+        # Member logits (B, M, K) of the latest batch in evaluation mode, for metrics.
         self.latest_member_logits: Tensor | None = None
 
     def set_readout(self, readout: str | nn.Module | None) -> None:
-        """Replace the readout; see the class.
+        """Replace the readout; see the docstring of the class.
 
         Raises:
-            InputError: the name is unknown, or the core has no maps for the readout.
+            InputError: the name is unknown, or the core does not return the maps that the readout
+                needs.
         """
         self.readout = build_readout(readout)
         if self.readout is not None:
@@ -100,7 +102,7 @@ class MixMoModel(nn.Module):
 
         Returns:
             Ensemble logits (B, K), the mean of the members' logits; with masks, member logits
-            (B, M, K). If there is an `output` layer, it is applied to them.
+            (B, M, K). The `output` layer, if any, is applied to them.
         """
         if masks is not None:
             features = self._mix(inputs, masks)
@@ -119,7 +121,7 @@ class MixMoModel(nn.Module):
     def member_logits(self, x: Tensor) -> Tensor:
         """Compute logits of all members for the same image: (B, C, H, W) -> (B, M, K).
 
-        Any `output` layer is not applied.
+        The `output` layer is not applied.
         """
         features = self.encoders[0](x)
         for encoder in self.encoders[1:]:
@@ -148,21 +150,21 @@ class MixMoModel(nn.Module):
                 still return the logits of each member.
 
         Returns:
-            A new network (B, C, H, W) -> (B, K): for a converted model, an instance of the
-            original class; otherwise a `FusedNetwork` of one encoder, a copy of the core and one
-            head. With `keep_members` always a `FusedNetwork`, whose `member_logits` returns
-            (B, M, K).
+            A new network (B, C, H, W) -> (B, K): an instance of the original class if the model was
+            converted, otherwise a `FusedNetwork` of one encoder, a copy of the core and one head.
+            With `keep_members`, always a `FusedNetwork`, whose `member_logits` returns (B, M, K).
 
         Raises:
             InputError: an encoder is not a single convolution, a head is not a single linear
-                layer, or encoders or heads differ in more than their weights.
+                layer, encoders or heads differ in more than their weights, or the readout is not
+                fusable.
         """
         readout: nn.Module | None = getattr(self, "readout", None)  # not in pickles of 0.1.0
         if readout is not None and not getattr(readout, "is_fusable", False):
             raise InputError(
-                f"fuse() cannot fuse a network with the readout {type(readout).__name__}, which "
-                "differs from the core's pooling at inference.\n"
-                "Set is_fusable on it if it does not."
+                f"fuse() cannot fuse a network with the readout {type(readout).__name__}, because "
+                "its is_fusable is False.\n"
+                "Set is_fusable=True if the readout without masks equals the core's own pooling."
             )
         parts = [*self.encoders], self.core, [*self.heads], getattr(self, "output", None)
         return fuse_parts(*parts, keep_members=keep_members)
@@ -173,11 +175,11 @@ class MixMoModel(nn.Module):
         Raises:
             InputError: the state dict was saved before the network was converted.
         """
-        loaded, own = state_dict.keys(), self.state_dict().keys()
+        loaded_names, model_names = state_dict.keys(), self.state_dict().keys()
         if (
             isinstance(self.core, BackboneCore)
-            and not loaded & own
-            and loaded & self.core.original_names(own)
+            and not loaded_names & model_names
+            and loaded_names & self.core.original_names(model_names)
         ):
             raise InputError(
                 "These weights were saved before the network was converted to MixMo: they have no "
@@ -188,7 +190,8 @@ class MixMoModel(nn.Module):
 
     def _mix(self, inputs: Tensor, masks: Tensor) -> Tensor:
         # One member at a time, so that the stacked features (B, M, D, h, w) are never in memory;
-        # `mixing.mix_features` is the direct form. The factor M scales the masks, which are small.
+        # `mixing.mix_features` is the direct form. The factor M is applied to the masks because
+        # they are smaller than the features.
         scaled = masks * self.num_members
         mixed: Tensor | None = None
         for i, encoder in enumerate(self.encoders):
@@ -213,22 +216,25 @@ class MixMoModel(nn.Module):
         if embedding.ndim == 2:
             logits = torch.stack([head(embedding) for head in self.heads], dim=1)
         else:  # (B, M, F), one embedding per head
-            own = embedding.unbind(dim=1)
-            logits = torch.stack([h(e) for h, e in zip(self.heads, own, strict=True)], dim=1)
-        # In half precision, averaged logits of different classes would often be equal.
+            pairs = zip(self.heads, embedding.unbind(dim=1), strict=True)
+            logits = torch.stack([head(head_embedding) for head, head_embedding in pairs], dim=1)
+        # In half precision, the mean logits of different classes would often tie.
         return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
 
-def first_difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
+def find_first_difference(
+    actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> str | None:
     """Return the name of the first tensor that differs, or None.
 
     A tensor differs if it is missing, unexpected, or has another shape or dtype.
     """
-    wanted, actual = (
+    expected_types, actual_types = (
         {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-        for tensors in (expected, found)
+        for tensors in (expected, actual)
     )
-    return next((name for name in wanted | actual if wanted.get(name) != actual.get(name)), None)
+    names = expected_types | actual_types
+    return next((n for n in names if expected_types.get(n) != actual_types.get(n)), None)
 
 
 def unwrap(model: nn.Module) -> Any:
@@ -248,18 +254,18 @@ def _output_shape(encoder: nn.Module, image: Tensor) -> tuple[int, int, int]:
         raise InputError(
             f"Cannot compute the output shape of encoder {name} for images of "
             f"{tuple(image.shape[1:])}: {reason}\n"
-            "Masks need this shape; make the encoder's forward pass run on the meta device."
+            "Masks need this shape: change the encoder so that it runs on the meta device."
         ) from error
     if len(shape) != 3:
         raise InputError(
             f"Encoder {name} returns (B, {', '.join(map(str, shape))}); expected feature maps "
-            "(B, D, h, w), to which masks can be applied."
+            "(B, D, h, w) for the masks."
         )
     return shape
 
 
 def _dry_run(encoder: nn.Module, image: Tensor) -> Tensor:
-    """Run an encoder on the meta device, without its hooks, which may read values."""
+    """Run an encoder on the meta device without its hooks, since these may read values."""
     if type(encoder) is nn.Conv2d:  # not for subclasses, which may pad differently
         out: Tensor = encoder._conv_forward(image, encoder.weight.to("meta"), None)
     else:

@@ -3,9 +3,9 @@
 Shapes: B batch, M members, F channels and a b size of the core's maps, D h w encoder's output.
 
 The default readout, "core", is the core's own pooling: the mean over all positions in the published
-networks, or whatever a converted network does. Any other readout is a module that receives the maps
-and the masks with which the features were mixed. To add one, write a class and register it in
-`names.READOUTS`.
+networks, the original pooling in a converted network. Any other readout is a module that receives
+the maps and the masks with which the features were mixed. To add a readout, write a class and
+register it in `names.READOUTS`.
 """
 
 from pkgutil import resolve_name
@@ -14,13 +14,13 @@ from typing import Protocol, runtime_checkable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixmo_fastai.errors import InputError, unknown
+from mixmo_fastai.errors import InputError, unknown_name_error
 from mixmo_fastai.names import READOUTS
 
 
 @runtime_checkable
 class HasMaps(Protocol):
-    """A core whose feature maps can be read before they are pooled."""
+    """A core that can return its feature maps before pooling."""
 
     def maps(self, features: Tensor) -> Tensor:
         """Compute feature maps: (B, D, h, w) -> (B, F, a, b)."""
@@ -34,7 +34,7 @@ class Readout(nn.Module):
         maps: (B, F, a, b).
         masks: (B, M, 1 or D, h, w) in training; None if all members see the same image.
 
-    It returns an embedding for all heads (B, F), or one per head (B, M, F). Without masks it must
+    It returns one embedding for all heads (B, F), or one per head (B, M, F). Without masks, it must
     return one for all heads.
 
     Attributes:
@@ -51,7 +51,7 @@ def average(maps: Tensor) -> Tensor:
 
 
 def resize_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
-    """Average masks over channels and over the cells of a coarser map.
+    """Average masks over channels and pool them to a coarser size.
 
     Args:
         masks: (B, M, 1 or D, h, w).
@@ -72,7 +72,7 @@ def build_readout(readout: str | nn.Module | None) -> nn.Module | None:
     if not isinstance(readout, str):
         return readout
     if readout not in READOUTS:
-        raise unknown("readout", readout, READOUTS)
+        raise unknown_name_error("readout", readout, READOUTS)
     target = READOUTS[readout]
     return None if target is None else resolve_name(target)()
 
@@ -96,7 +96,7 @@ def embed(readout: nn.Module, core: nn.Module, features: Tensor, masks: Tensor |
     """Apply a core and a readout to mixed features.
 
     Args:
-        readout: module of (maps, masks); see `Readout`.
+        readout: module that takes (maps, masks); see `Readout`.
         core: core with a method `maps`.
         features: (B, D, h, w).
         masks: (B, M, 1 or D, h, w), or None.

@@ -59,7 +59,7 @@ def import_reference(
     """Build a network and load a published state dict into it.
 
     Args:
-        state_dict: tensors by their published names, which also give the number of members.
+        state_dict: tensors by their published names, from which the number of members is inferred.
         arch: name of the architecture, such as "wrn28_10".
         num_classes: K.
         in_channels: C.
@@ -87,14 +87,14 @@ def read_reference_checkpoint(path: Path) -> dict[str, Tensor]:
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # warnings that torch addresses to developers
+            warnings.simplefilter("ignore")  # torch's warnings are for developers, not for users
             stored = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise InputError(f"Cannot read {path}: {error.strerror or error}.") from error
     except Exception as error:  # an unpickler may raise anything on invalid content
         raise InputError(
-            f"{path} is not a checkpoint that can be read safely: it is damaged, or contains code "
-            "or objects other than tensors.\n"
+            f"{path} cannot be loaded safely: it is damaged, or contains code or objects other "
+            "than tensors.\n"
             "Pass a checkpoint of the published implementation that contains only tensors."
         ) from error
     tensors = stored.get(_STATE_KEY) if isinstance(stored, Mapping) else None

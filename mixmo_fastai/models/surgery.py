@@ -1,8 +1,8 @@
 """Convert any network with a first convolution and a last linear layer into a MixMo network.
 
-The first convolution is replaced by M encoders and the last linear layer by M heads; all layers
-between them are the core. The converted network has the same outputs as the original, so the
-training of a pretrained network can continue.
+The first convolution is replaced by M encoders and the last linear layer by M heads; the layers
+between them become the core. The converted network has the same outputs as the original, so a
+pretrained network can be fine-tuned.
 
 Shapes: B batch, M members, C image channels, H W image size, K classes.
 """
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mixmo_fastai.errors import InputError, check_count, first_line
+from mixmo_fastai.errors import InputError, check_count, summarize_error
 from mixmo_fastai.models.anatomy import (
     OTHER_SIZES,
     ForwardRecord,
@@ -27,9 +27,9 @@ from mixmo_fastai.models.anatomy import (
     check_image_unchanged,
     check_model,
     example_parameter,
-    first_convolution,
-    last_linear,
-    output_layer,
+    find_first_convolution,
+    find_last_linear,
+    find_output_layer,
     record_forward,
 )
 from mixmo_fastai.models.backbone_core import (
@@ -60,12 +60,12 @@ def convert_to_mixmo(
     """Convert a copy of a network into a MixMo network; the original is not modified.
 
     Encoders are initialised as the first convolution divided by M, heads as copies of the last
-    linear layer, with small random perturbations that break the symmetry between members. The
+    linear layer, both with small random perturbations that break the symmetry between members. The
     perturbations sum to zero over the members, so the converted network has the same outputs as
-    the original. This is checked on a copy on the CPU, in float32 or better; the network's hooks
-    run there too.
+    the original. This is checked with a copy on the CPU, in float32 or better, including the
+    network's hooks.
 
-    Encoders and heads are trainable; other parameters that were frozen stay frozen.
+    Encoders and heads are trainable; other frozen parameters remain frozen.
 
     An elementwise layer without parameters that turns logits into predictions, such as the
     `SigmoidRange` of fastai's `y_range`, may follow the last linear layer. In training it is
@@ -76,14 +76,15 @@ def convert_to_mixmo(
         num_members: M.
         encoder: name of the first convolution, as in `model.named_modules()`; if None, it is found
             by running the model.
-        head: name of the last layer, linear or a 1x1 convolution; if None, it is found likewise.
-        image_size: the only image size at which the model is tried; if None, the size that the
-            model declares or the first that works, and a few others.
+        head: name of the last layer, linear or a 1x1 convolution; if None, it is found in the same
+            way.
+        image_size: the only image size at which to run the model; if None, the size that the model
+            declares or the first that works, and a few others.
         perturbation: standard deviation of the perturbations, as a fraction of that of the weights.
-        independent: for untrained models: initialise encoders and heads independently, each as a
-            random permutation of the original layer's weights.
-        num_classes: K of new heads, initialised at random; if None, the model's K is kept.
-        in_channels: C; if it differs from the model's, weights are redistributed, see
+        independent: whether to initialise encoders and heads independently, each as a random
+            permutation of the original layer's weights; for untrained models.
+        num_classes: K; if it differs from the model's, heads are initialised randomly.
+        in_channels: C; if it differs from the model's, weights are redistributed; see
             `set_in_channels`.
         generator: for perturbations, permutations and new heads.
 
@@ -151,8 +152,8 @@ class EndLayers(NamedTuple):
 
     Attributes:
         first: the first convolution.
-        last: the last linear layer, or the 1x1 convolution used as one.
-        output: the layer after `last` that turns logits into predictions; None if there is none.
+        last: the last linear layer, or a 1x1 convolution in its place.
+        output: the layer after `last` that turns logits into predictions, if any.
     """
 
     first: str
@@ -175,27 +176,27 @@ def find_end_layers(
         model: see `convert_to_mixmo`.
         encoder: name of the first convolution, if known.
         head: name of the last layer, if known.
-        image_size: size of the images on which to run the model.
-        try_other_sizes: whether to check other image sizes too, if the model accepts them.
+        image_size: image size at which to run the model.
+        try_other_sizes: whether to check other image sizes that the model accepts too.
         in_channels: C, if known.
 
     Raises:
         InputError: the model cannot be converted; the message names the missing part.
     """
     check_model(model)
-    trial = _copy_model(model).cpu()
-    trial.to(torch.promote_types(example_parameter(trial).dtype, torch.float32)).eval()
-    with _isolated():
-        sizes = candidate_sizes(trial, image_size)
-        record = record_forward(trial, sizes, encoder, in_channels)
-        if output := output_layer(trial, record):
-            replace_with_identity(trial, output)
-            record = record_forward(trial, sizes, encoder, in_channels)
-        first = first_convolution(trial, record, encoder)
-        check_image_unchanged(trial, record, first.name, OTHER_SIZES if try_other_sizes else ())
-        last = last_linear(trial, record, head)
-        convolution, linear = trial.get_submodule(first.name), trial.get_submodule(last.name)
-        core = BackboneCore(trial, first.name, last.name)
+    network = _copy_model(model).cpu()
+    network.to(torch.promote_types(example_parameter(network).dtype, torch.float32)).eval()
+    with _isolated_from_caller():
+        sizes = candidate_sizes(network, image_size)
+        record = record_forward(network, sizes, encoder, in_channels)
+        if output := find_output_layer(network, record):
+            replace_with_identity(network, output)
+            record = record_forward(network, sizes, encoder, in_channels)
+        first = find_first_convolution(network, record, encoder)
+        check_image_unchanged(network, record, first.name, OTHER_SIZES if try_other_sizes else ())
+        last = find_last_linear(network, record, head)
+        convolution, linear = network.get_submodule(first.name), network.get_submodule(last.name)
+        core = BackboneCore(network, first.name, last.name)
         _check_core(core, record, first, last)
         encoders = _perturbed_copies(convolution, 2, 0.5, 0.0, None)
         _check_combined_output(encoders, first, record.name, torch.sum)
@@ -217,13 +218,13 @@ def convert_at_layers(
     """Convert a network at known layers; see `convert_to_mixmo`.
 
     Args:
-        model: a model that `find_end_layers` accepted.
+        model: a model that `find_end_layers` accepts.
         names: the layers to replace, from `find_end_layers`.
         init: how to initialise encoders and heads.
         num_classes: K of new heads.
         in_channels: C.
         unfreeze: whether encoders and heads are trainable even if the original layers are frozen.
-        generator: for everything random.
+        generator: for perturbations, permutations and new heads.
     """
     _check_counts(num_classes, in_channels)
     network = _copy_model(model)
@@ -248,9 +249,9 @@ def convert_at_layers(
 def set_in_channels(model: MixMoModel, in_channels: int) -> MixMoModel:
     """Change the number of image channels of a converted network, in place.
 
-    The weights of the original channels are redistributed over the new ones: a single channel gets
-    their sum; with six channels instead of three, each original channel is used twice at half its
-    weight. Outputs for images whose channels are all equal do not change.
+    The weights of the original channels are redistributed over the new channels: a single channel
+    gets their sum; with six channels instead of three, each original channel is used twice at half
+    its weight. Outputs for images whose channels are all equal do not change.
 
     Args:
         model: from `convert_to_mixmo`.
@@ -295,15 +296,15 @@ def _copy_model(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model)
     except Exception as error:  # user modules may raise anything
         raise InputError(
-            f"{type(model).__name__} cannot be copied: {first_line(error)}.\n"
-            "A module in it keeps tensors of a forward pass, such as activations, pruned weights "
-            "or old-style weight_norm; remove these first."
+            f"{type(model).__name__} cannot be copied: {summarize_error(error)}.\n"
+            "One of its modules stores tensors of a forward pass, such as activations, pruned "
+            "weights or old-style weight_norm; remove these first."
         ) from error
 
 
 @contextmanager
-def _isolated() -> Iterator[None]:
-    """Disable the caller's autocast within, and restore the global RNG state afterwards."""
+def _isolated_from_caller() -> Iterator[None]:
+    """Disable the caller's autocast, and restore the global RNG state afterwards."""
     with torch.autocast("cpu", enabled=False), torch.random.fork_rng(devices=[]):
         yield
 
@@ -324,8 +325,8 @@ def _perturbed_copies(
             noise = torch.randn(noise.shape, generator=generator).to(parameter)
             std = float(parameter.float().std(correction=0))
             noise = (noise - noise.mean(dim=0)) * (perturbation * std)
-        for each, its_noise in zip(copies, noise, strict=True):
-            each.get_parameter(name).copy_(scale * (parameter + its_noise))
+        for i, layer_copy in enumerate(copies):
+            layer_copy.get_parameter(name).copy_(scale * (parameter + noise[i]))
     return copies
 
 
@@ -333,10 +334,10 @@ def _perturbed_copies(
 def _permuted_copies(
     layer: nn.Module, count: int, generator: torch.Generator | None
 ) -> list[nn.Module]:
-    """Copy a layer with the values of each parameter permuted, independently for each copy."""
+    """Copy a layer, and permute the values of each parameter independently for each copy."""
     copies = [copy.deepcopy(layer) for _ in range(count)]
-    for each in copies:
-        for parameter in each.parameters():
+    for layer_copy in copies:
+        for parameter in layer_copy.parameters():
             order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
             parameter.copy_(parameter.flatten()[order].view_as(parameter))
     return copies
@@ -357,20 +358,20 @@ def _check_core(
 ) -> None:
     """Check that the core reproduces the input of the last layer from the features alone.
 
-    The image is all NaN, which propagates to the output of any layer that reads the image.
+    The core is run on an image of NaN, which propagates to the output if a layer reads the image.
     """
     nan_image = torch.full_like(record.image[:1, :1, :1, :1], float("nan")).expand_as(record.image)
     expected = last.input.flatten(1)
-    found = _run_core(core, first.output, nan_image, record.name)
-    if not isinstance(found, Tensor) or found.shape != expected.shape:
+    actual = _run_core(core, first.output, nan_image, record.name)
+    if not isinstance(actual, Tensor) or actual.shape != expected.shape:
         raise InputError(
             f"{record.name} cannot be converted: without its last layer, it does not return that "
             "layer's input."
         )
-    finite = bool(expected.isfinite().all())
-    if finite and not found.isfinite().all():
+    is_finite = bool(expected.isfinite().all())
+    if is_finite and not actual.isfinite().all():
         raise _image_reused_error(record.name, first.name)
-    if finite and _relative_difference(found, expected) > RELATIVE_TOLERANCE:
+    if is_finite and _relative_difference(actual, expected) > RELATIVE_TOLERANCE:
         raise InputError(
             f"{record.name} cannot be converted: it uses more than the output of {first.name!r}, "
             "for example that\nconvolution's weights or attributes."
@@ -383,7 +384,7 @@ def _check_core(
             f"{record.name} returns {type(in_training).__name__} in training; expected logits "
             "only.\nBuild it without auxiliary outputs, for example with aux_logits=False."
         )
-    if finite and not in_training.isfinite().all():
+    if is_finite and not in_training.isfinite().all():
         raise _image_reused_error(record.name, first.name, " in training")
 
 
@@ -396,14 +397,14 @@ def _run_core(
     except Exception as error:  # user code may raise anything
         raise InputError(
             f"{model} cannot be run{when} without its first convolution and last layer: "
-            f"{first_line(error)}."
+            f"{summarize_error(error)}."
         ) from error
 
 
 def _image_reused_error(model: str, convolution: str, when: str = "") -> InputError:
     return InputError(
-        f"{model} uses the image{when} in more layers than its first convolution, "
-        f"{convolution!r}; encoders must be\nthe only layers that receive it."
+        f"{model} passes the image{when} to more layers than its first convolution, "
+        f"{convolution!r}.\nThe first convolution must be the only layer that receives the image."
     )
 
 
@@ -413,15 +414,15 @@ def _check_combined_output(
 ) -> None:
     """Check that the members' layers, summed or averaged, reproduce the original layer's output."""
     input = call.input if isinstance(layers[0], nn.Conv2d) else call.input.flatten(1)
-    found = reduce(torch.stack([layer(input) for layer in layers]), dim=0)
-    expected = call.output.reshape(found.shape)
-    if expected.isfinite().all() and _relative_difference(found, expected) > RELATIVE_TOLERANCE:
+    actual = reduce(torch.stack([layer(input) for layer in layers]), dim=0)
+    expected = call.output.reshape(actual.shape)
+    if expected.isfinite().all() and _relative_difference(actual, expected) > RELATIVE_TOLERANCE:
         raise InputError(
             f"{model} cannot be converted: its layer {call.name!r} ({type(layers[0]).__name__}) is "
             "not linear in its weights,\nfor example because it normalises them."
         )
 
 
-def _relative_difference(found: Tensor, expected: Tensor) -> float:
+def _relative_difference(actual: Tensor, expected: Tensor) -> float:
     """Return the largest absolute difference divided by the largest expected absolute value."""
-    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+    return float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-12))

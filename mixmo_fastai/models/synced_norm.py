@@ -37,7 +37,7 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
         momentum = self.momentum
-        if momentum is None:  # in torch: cumulative average
+        if momentum is None:  # torch's convention for a cumulative average
             momentum = 1.0 / float(self.num_batches_tracked)
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
         unbiased = var.to(self.running_var.dtype) * (count / max(1, count - 1))
@@ -45,7 +45,7 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
 
 
 def sync_batch_norm(network: nn.Module) -> nn.Module:
-    """Turn every `nn.BatchNorm2d` in a network into `SyncedBatchNorm2d`, in place, with its state.
+    """Convert every `nn.BatchNorm2d` in a network to `SyncedBatchNorm2d`, in place, with its state.
 
     Args:
         network: any module; subclasses of `nn.BatchNorm2d` in it are not changed.

@@ -32,8 +32,9 @@ class WideBlock(nn.Module):
         y = self.conv1(F.relu(self.bn1(x)))
         y = F.relu(self.bn2(y))
         if self.stride != 1:
-            # Pad by one on the right and at the bottom, as published. An odd side, which never
-            # occurs in the published networks, needs one more to match the shortcut's size.
+            # Pad by one on the right and at the bottom, as published. An odd side, which does not
+            # occur in the published networks, is also padded on the left or at the top, to match
+            # the size of the shortcut.
             y = F.pad(y, (y.shape[3] % 2, 1, y.shape[2] % 2, 1))
         out: Tensor = self.conv2(y) + self.shortcut(x)
         return out
