@@ -160,7 +160,7 @@ def _find_in_fastai(name: str) -> Callable[..., Any]:
 
 def _match_name(name: str, known: Iterable[str], library: str) -> str:
     """Return the known name that equals `name`, ignoring case."""
-    by_lowercase = {knlibrary_name.lower(): known_name for known_name in known}
+    by_lowercase = {known_name.lower(): known_name for known_name in known}
     if name.lower() not in by_lowercase:
         guess = nearest(name, by_lowercase.values())
         hint = f" Did you mean '{library}/{guess}'?" if guess else ""
