@@ -177,7 +177,7 @@ RUNS = [
     ("export trained --to net.onnx", "no weights yet", "mixmo fit --resume trained"),
     ("export other --to net.onnx", "does not match the recipe", ""),
     ("import none.ckpt --arch wrn10_1 --dataset cifar10", "none.ckpt", "No such file"),
-    ("import file --arch wrn10_1 --dataset cifar10", "not a checkpoint", "published"),
+    ("import file --arch wrn10_1 --dataset cifar10", "cannot be loaded safely", "published"),
     ("import file --arch wrn10_1 --dataset imagenet", "--dataset 'imagenet'", "cifar100"),
     ("import file --arch wrn11_1 --dataset cifar10", "6n+4", "Nearest"),
     ("import finished --arch wrn10_1 --dataset cifar10", "Cannot read finished", "directory"),
