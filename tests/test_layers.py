@@ -20,6 +20,7 @@ LAYERS = {
     "interruption": STDLIB,
     "library_names": STDLIB,
     "locking": STDLIB,
+    "metric_table": STDLIB,
     "names": STDLIB,
     "recipe": STDLIB,
     "resolve": STDLIB,

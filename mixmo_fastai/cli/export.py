@@ -9,9 +9,9 @@ from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output
 from mixmo_fastai.cli.render import align
 from mixmo_fastai.errors import InputError
+from mixmo_fastai.metric_table import percent
 from mixmo_fastai.names import EXPORT_SUFFIXES
 from mixmo_fastai.runs import free_file, open_run
-from mixmo_fastai.wording import percent
 
 
 def export(

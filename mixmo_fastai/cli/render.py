@@ -4,21 +4,23 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from mixmo_fastai.metric_table import (
+    METRICS,
+    MULTI_MEMBER_METRICS,
+    decimal,
+    percent,
+    points,
+    round_percent,
+    signed_decimal,
+)
 from mixmo_fastai.recipe import Recipe, to_mapping
 from mixmo_fastai.resolve import changed_settings
 from mixmo_fastai.wording import (
-    METRICS,
-    MULTI_MEMBER_METRICS,
     SPLIT_NAMES,
-    decimal,
     duration,
     final_metrics,
     method_name,
-    percent,
-    points,
     published_result,
-    round_percent,
-    signed_decimal,
     temperature_warning,
 )
 

@@ -21,9 +21,10 @@ from mixmo_fastai.calibration import (
 )
 from mixmo_fastai.diversity import accuracy_by_agreement
 from mixmo_fastai.evaluation import COVERAGES
+from mixmo_fastai.metric_table import decimal, percent
 from mixmo_fastai.report.drawing import CORRECT, ENSEMBLE, INCORRECT, INK, MEMBERS, Plot
 from mixmo_fastai.selective import risk_at_coverage, risk_coverage
-from mixmo_fastai.wording import decimal, percent, truncate
+from mixmo_fastai.wording import truncate
 
 MARKERS = ("o", "s", "^", "D")
 CURVE_POINTS = 200

@@ -12,9 +12,9 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from mixmo_fastai.filter_use import FilterUse
+from mixmo_fastai.metric_table import percent, round_percent
 from mixmo_fastai.report.charts import MARKERS, Chart, percent_axis
 from mixmo_fastai.report.drawing import INK, MEMBERS, OPACITIES, Plot
-from mixmo_fastai.wording import percent, round_percent
 
 MAX_NAMES = 80
 """Number of convolutions above which the plot of `mixmo inspect` names only some of them."""

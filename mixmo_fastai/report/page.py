@@ -16,22 +16,24 @@ from torch import Tensor
 
 from mixmo_fastai import __version__
 from mixmo_fastai.files import write_atomically
+from mixmo_fastai.metric_table import (
+    METRIC_BY_NAME,
+    METRICS,
+    MULTI_MEMBER_METRICS,
+    decimal,
+    percent,
+    round_percent,
+)
 from mixmo_fastai.recipe import to_toml
 from mixmo_fastai.report.findings import Mistake, ReportData, collect_report_data
 from mixmo_fastai.report.sections import calibration_name, sections, voter_name
 from mixmo_fastai.runs import RunFolder
 from mixmo_fastai.wording import (
-    METRIC_BY_NAME,
-    METRICS,
-    MULTI_MEMBER_METRICS,
     SPLIT_NAMES,
-    decimal,
     duration,
     final_metrics,
     method_name,
-    percent,
     published_result,
-    round_percent,
     temperature_error,
     temperature_warning,
 )
