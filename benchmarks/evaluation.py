@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from measure import interleaved, report, spread
 
-from mixmo_fastai.bootstrap import intervals
-from mixmo_fastai.devices import keep_freed_memory
-from mixmo_fastai.evaluation import evaluate_splits
+from mixmo_fastai.evaluation.logits import evaluate_splits
+from mixmo_fastai.metrics.bootstrap import intervals
+from mixmo_fastai.runtime.devices import keep_freed_memory
 
 
 def random_logits(num_images, num_members, num_classes, seed):

@@ -39,17 +39,17 @@ from memory import peak_bytes
 from steps import SIZE, Setup
 from torch import nn
 
-from mixmo_fastai.acceleration import Acceleration
-from mixmo_fastai.averaging import EMACallback
+from mixmo_fastai.callbacks.ema import EMACallback
 from mixmo_fastai.cli.console import Output
 from mixmo_fastai.cli.progress import TrainingDisplay
-from mixmo_fastai.devices import float32_precision
-from mixmo_fastai.flops import BACKWARD_COST, count_flops
-from mixmo_fastai.losses import MixMoLoss
-from mixmo_fastai.recipe import load_recipe
-from mixmo_fastai.recording import HistoryCallback
-from mixmo_fastai.runs import RunFolder
-from mixmo_fastai.schedule import one_cycle
+from mixmo_fastai.config.recipe import load_recipe
+from mixmo_fastai.mixing.loss import MixMoLoss
+from mixmo_fastai.models.flops import BACKWARD_COST, count_flops
+from mixmo_fastai.runs.folder import RunFolder
+from mixmo_fastai.runtime.acceleration import Acceleration
+from mixmo_fastai.runtime.devices import float32_precision
+from mixmo_fastai.training.recording import HistoryCallback
+from mixmo_fastai.training.schedule import one_cycle
 
 RECIPES = ("vanilla", "cutmix", "mimo", "linear-mixmo", "cut-mixmo")
 Results = dict[str, Any]

@@ -14,8 +14,8 @@ from evaluation import random_logits
 from measure import RATIO, SECONDS, format_rows, interleaved, paired_ratio, report, spreads
 from steps import Setup, step_parser
 
-from mixmo_fastai.devices import keep_freed_memory
-from mixmo_fastai.evaluation import evaluate_splits
+from mixmo_fastai.evaluation.logits import evaluate_splits
+from mixmo_fastai.runtime.devices import keep_freed_memory
 
 MEMBERS, CLASSES = (1, 2, 3, 4), 100
 
@@ -60,8 +60,8 @@ def startup_commands(folder):
 
     return {
         "mixmo --help": partial(run, "--help"),
-        "import mixmo_fastai.training": partial(
-            subprocess.run, [sys.executable, "-c", "import mixmo_fastai.training"], check=True
+        "import mixmo_fastai.training.train": partial(
+            subprocess.run, [sys.executable, "-c", "import mixmo_fastai.training.train"], check=True
         ),
         "mixmo fit, 64 images": lambda: run(*fit, "--out", str(folder / str(next(number)))),
     }

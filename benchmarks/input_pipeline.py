@@ -18,12 +18,12 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from mixmo_fastai.callback import MixMoCallback
+from mixmo_fastai.callbacks.mixmo import MixMoCallback
 from mixmo_fastai.data.image_sets import ArrayImages, numbered
 from mixmo_fastai.data.loaders import Augmentation, ResidentLoader
-from mixmo_fastai.devices import keep_freed_memory
+from mixmo_fastai.mixing.pairing import num_copies
 from mixmo_fastai.models import create_model
-from mixmo_fastai.pairing import num_copies
+from mixmo_fastai.runtime.devices import keep_freed_memory
 
 MEMBERS, REPETITIONS, BATCH, NUM_IMAGES = 2, 4, 64, 50_000
 MEAN, STD, PADDING = (0.49, 0.48, 0.45), (0.2, 0.2, 0.2), 4

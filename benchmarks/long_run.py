@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 
 from measure import SECONDS, format_rows, report, spread
 
-from mixmo_fastai.runs import open_run
+from mixmo_fastai.runs.folder import open_run
 
 
 def epoch_seconds(args, folder):

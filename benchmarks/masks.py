@@ -11,8 +11,8 @@ import torch
 from measure import interleaved, report, spread
 from steps import Setup
 
-from mixmo_fastai.acceleration import Acceleration
 from mixmo_fastai.mixing import MASK_KINDS, draw_lam, draw_masks
+from mixmo_fastai.runtime.acceleration import Acceleration
 
 SHAPE = (16, 32, 32)
 

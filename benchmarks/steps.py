@@ -12,15 +12,15 @@ from fastai.callback.core import Callback, CancelValidException
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 
-from mixmo_fastai.acceleration import Acceleration
 from mixmo_fastai.data.image_sets import ArrayImages, numbered
 from mixmo_fastai.data.loaders import Augmentation, ResidentLoader
-from mixmo_fastai.learner import mixmo_learner
-from mixmo_fastai.losses import MixMoLoss
+from mixmo_fastai.learner.build import mixmo_learner
+from mixmo_fastai.learner.optimizers import sgd
 from mixmo_fastai.mixing import draw_lam, draw_masks, loss_weights
+from mixmo_fastai.mixing.loss import MixMoLoss
 from mixmo_fastai.models import MixMoModel, create_model
 from mixmo_fastai.models.ghost_norm import use_ghost_batches
-from mixmo_fastai.optimizers import sgd
+from mixmo_fastai.runtime.acceleration import Acceleration
 
 SIZE, CLASSES, REPETITIONS, LR = 32, 10, 4, 1e-3
 

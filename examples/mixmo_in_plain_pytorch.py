@@ -13,8 +13,8 @@ from torch.nn.functional import cross_entropy
 
 from mixmo_fastai.data.sources import load_source
 from mixmo_fastai.mixing import draw_lam, draw_masks, loss_weights, mix_features
+from mixmo_fastai.mixing.pairing import draw_pairing
 from mixmo_fastai.models import create_model
-from mixmo_fastai.pairing import draw_pairing
 
 MEMBERS, REPETITIONS, IMAGES = 2, 4, 16  # M, b and n: the network sees B = b · n = 64 positions
 ALPHA, MIX_PROB, DECAY_START, ROOT = 2.0, 0.5, 11 / 12, 3.0

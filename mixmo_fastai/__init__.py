@@ -4,35 +4,30 @@ The public names are imported on first use, so that `import mixmo_fastai` import
 fastai.
 """
 
-from importlib import import_module
-from typing import Any
+from mixmo_fastai.imports import find_former_modules, lazy_names
 
 __version__ = "0.1.0"
 
 _MODULES = {
-    "EMACallback": "averaging",
-    "MixMoCallback": "callback",
-    "MixMoLoss": "losses",
+    "EMACallback": "callbacks.ema",
+    "MixMoCallback": "callbacks.mixmo",
+    "MixMoLoss": "mixing.loss",
     "MixMoModel": "models",
-    "body_and_heads": "parameter_groups",
+    "body_and_heads": "learner.parameter_groups",
     "convert_to_mixmo": "models",
     "create_model": "models",
-    "defer_readbacks": "deferred",
-    "member_preds": "member_predictions",
-    "mixmo_learner": "learner",
-    "evaluate_logits": "evaluation",
-    "load_fused": "export",
-    "Recipe": "recipe",
-    "show_pairs": "figures",
-    "to_mixmo": "learner",
+    "defer_readbacks": "callbacks.deferred",
+    "member_preds": "learner.member_preds",
+    "mixmo_learner": "learner.build",
+    "evaluate_logits": "evaluation.logits",
+    "load_fused": "export.files",
+    "Recipe": "config.recipe",
+    "show_pairs": "plots.png",
+    "to_mixmo": "learner.build",
 }
 __all__ = ["__version__", *_MODULES]  # noqa: PLE0604
-
-
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, _ = lazy_names(__name__, _MODULES)
+find_former_modules()
 
 
 def __dir__() -> list[str]:

@@ -27,7 +27,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixmo_fastai.runs import RunFolder
+from mixmo_fastai.runs.folder import RunFolder
 
 PATIENCE = 60.0  # seconds until a process that says nothing counts as hung
 
@@ -254,8 +254,8 @@ def keep_digits():
 
 
 def _serve():
-    import mixmo_fastai.deep_ensemble
-    import mixmo_fastai.lr_search  # noqa: F401
+    import mixmo_fastai.training.ensemble
+    import mixmo_fastai.training.lr_find  # noqa: F401
     from mixmo_fastai.cli.program import run
 
     with open(os.devnull, "w") as nothing, redirect_stdout(nothing):

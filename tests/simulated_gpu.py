@@ -13,9 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixmo_fastai.data.loaders import Augmentation
-from mixmo_fastai.learner import mixmo_learner
+from mixmo_fastai.learner.build import mixmo_learner
 from mixmo_fastai.models import create_model
-from mixmo_fastai.randomness import make_generator
+from mixmo_fastai.rng import make_generator
 
 READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "item")
 
@@ -65,7 +65,7 @@ def learner_on_gpu(monkeypatch, num_steps, **settings):
         for loader in dls.loaders:
             loader.to("cuda")
         dls.device = torch.device("cuda")
-        monkeypatch.setattr("mixmo_fastai.adoption.create_model", _on_gpu(create_model))
+        monkeypatch.setattr("mixmo_fastai.learner.arch.create_model", _on_gpu(create_model))
         learn = mixmo_learner(dls, "wrn10_1", seed=1, **settings)
         learn._backward = lambda: _zero_gradients(learn.model)
         yield learn

@@ -9,16 +9,16 @@ from fastai.callback.core import Callback
 from synthetic import mixmo_dls
 from torch import nn
 
-from mixmo_fastai import acceleration
-from mixmo_fastai.acceleration import Acceleration, choose_acceleration
 from mixmo_fastai.cli import run as program
-from mixmo_fastai.devices import float32_precision
+from mixmo_fastai.config.recipe import Recipe
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.flops import count_flops, training_flops
-from mixmo_fastai.learner import mixmo_learner
+from mixmo_fastai.learner.build import mixmo_learner
 from mixmo_fastai.mixing import draw_lam, draw_masks
 from mixmo_fastai.models import create_model
-from mixmo_fastai.recipe import Recipe
+from mixmo_fastai.models.flops import count_flops, training_flops
+from mixmo_fastai.runtime import acceleration
+from mixmo_fastai.runtime.acceleration import Acceleration, choose_acceleration
+from mixmo_fastai.runtime.devices import float32_precision
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

@@ -1,7 +1,7 @@
 import pytest
 
-from mixmo_fastai.advice import advise
-from mixmo_fastai.recipe import override, recipe_from_mapping
+from mixmo_fastai.config.recipe import override, recipe_from_mapping
+from mixmo_fastai.training.advice import advise
 
 PLAIN = recipe_from_mapping(
     {

@@ -44,8 +44,8 @@ from mixmo_fastai import (
     to_mixmo,
 )
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.metrics import MemberAccuracy
-from mixmo_fastai.preview import preview_batch
+from mixmo_fastai.learner.preview import preview_batch
+from mixmo_fastai.metrics.fastai import MemberAccuracy
 
 
 @dataclass

@@ -4,16 +4,16 @@ import pytest
 import torch
 from datasets import write_image_folder
 
-from mixmo_fastai.assessment import evaluate_ensemble, evaluate_run
-from mixmo_fastai.bootstrap import paired_intervals
 from mixmo_fastai.cli import run as program
-from mixmo_fastai.comparison import compare_runs
+from mixmo_fastai.config.recipe import override
+from mixmo_fastai.config.resolve import resolve_recipe
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.evaluation import collect_member_logits, evaluate_logits
-from mixmo_fastai.recipe import override
-from mixmo_fastai.resolve import resolve_recipe
-from mixmo_fastai.runs import create_run
-from mixmo_fastai.training import prepare, train
+from mixmo_fastai.evaluation.compare import compare_runs
+from mixmo_fastai.evaluation.logits import collect_member_logits, evaluate_logits
+from mixmo_fastai.evaluation.runs import evaluate_ensemble, evaluate_run
+from mixmo_fastai.metrics.bootstrap import paired_intervals
+from mixmo_fastai.runs.folder import create_run
+from mixmo_fastai.training.train import prepare, train
 
 TINY = resolve_recipe(
     "digits",
@@ -39,7 +39,7 @@ def runs(tmp_path_factory):
 
 def logits_of(run):
     """The slow way: the run's network on the test images, members averaged."""
-    from mixmo_fastai.checkpoints.weights import load_weights
+    from mixmo_fastai.runs.weights import load_weights
 
     training = prepare(run.recipe())
     load_weights(training.learn.model, run.weights)

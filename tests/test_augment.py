@@ -5,7 +5,7 @@ import oracle
 import pytest
 import torch
 
-from mixmo_fastai.augment import (
+from mixmo_fastai.data.augment import (
     StoredImages,
     draw_alternating_flips,
     draw_crops,

@@ -5,12 +5,12 @@ import torch
 from test_surgery import CLASSES, plain
 from torchvision.models import get_model, list_models
 
-from mixmo_fastai.checkpoints.weights import load_network, save_weights
+from mixmo_fastai.config.choices import TORCHVISION_NETWORKS
+from mixmo_fastai.config.recipe import load_recipe, override
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.models import create_model
-from mixmo_fastai.names import TORCHVISION_NETWORKS
-from mixmo_fastai.recipe import load_recipe, override
-from mixmo_fastai.runs import create_run
+from mixmo_fastai.runs.folder import create_run
+from mixmo_fastai.runs.weights import load_network, save_weights
 
 
 def test_names_of_torchvision_are_its_names():

@@ -3,9 +3,14 @@ import oracle_metrics as oracle
 import pytest
 import torch
 
-from mixmo_fastai.bootstrap import accuracy_half_width, draw_counts, intervals, paired_intervals
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.randomness import make_generator
+from mixmo_fastai.metrics.bootstrap import (
+    accuracy_half_width,
+    draw_counts,
+    intervals,
+    paired_intervals,
+)
+from mixmo_fastai.rng import make_generator
 
 R = 25
 

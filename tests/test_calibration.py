@@ -5,7 +5,8 @@ import torch
 from golden import arrays, facts, needs_golden
 from sklearn.metrics import log_loss
 
-from mixmo_fastai.calibration import (
+from mixmo_fastai.errors import InputError
+from mixmo_fastai.metrics.calibration import (
     TEMPERATURE_BOUNDS,
     brier,
     expected_calibration_error,
@@ -16,7 +17,6 @@ from mixmo_fastai.calibration import (
     thresholded_adaptive_calibration_error,
     top_predictions,
 )
-from mixmo_fastai.errors import InputError
 
 SWEEP = [(1, 2), (3, 2), (14, 3), (40, 5), (200, 10), (331, 7)]
 FIGURES = [

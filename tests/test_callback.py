@@ -21,18 +21,18 @@ from fasttransform import Transform
 from synthetic import foreign_dls, mixmo_dls
 from torch import nn
 
-from mixmo_fastai import metrics
-from mixmo_fastai.averaging import EMACallback
-from mixmo_fastai.callback import MixMoCallback, scheduled_mix_prob
-from mixmo_fastai.data.expansion import expand
-from mixmo_fastai.deferred import DeferredRecorder, defer_readbacks
+from mixmo_fastai.callbacks.best_epoch import BestEpochCallback
+from mixmo_fastai.callbacks.deferred import DeferredRecorder, defer_readbacks
+from mixmo_fastai.callbacks.ema import EMACallback
+from mixmo_fastai.callbacks.mixmo import MixMoCallback, scheduled_mix_prob
+from mixmo_fastai.data.repeat import expand
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.learner import mixmo_learner
-from mixmo_fastai.losses import MixMoLoss
+from mixmo_fastai.learner.build import mixmo_learner
+from mixmo_fastai.metrics import fastai as metrics
+from mixmo_fastai.mixing.loss import MixMoLoss
 from mixmo_fastai.models import create_model
-from mixmo_fastai.recording import CheckpointCallback, HistoryCallback, StopInValidation
-from mixmo_fastai.resuming import ResumeCallback, StepOffset
-from mixmo_fastai.selection import BestEpochCallback
+from mixmo_fastai.training.recording import CheckpointCallback, HistoryCallback, StopInValidation
+from mixmo_fastai.training.resume import ResumeCallback, StepOffset
 
 
 def learner(dls=None, *, cbs=(), callback=None, num_members=2, seed=0, **kwargs):

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_resuming import EVERYTHING, TINY, assert_same, fit
 
-from mixmo_fastai import files
-from mixmo_fastai.checkpoints import store as store_module
-from mixmo_fastai.checkpoints.state import _with_defaults
-from mixmo_fastai.checkpoints.store import CheckpointStore
+from mixmo_fastai.config.recipe import load_recipe, override, to_mapping
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.recipe import load_recipe, override, to_mapping
-from mixmo_fastai.runs import create_run, open_run
-from mixmo_fastai.training import prepare, train
+from mixmo_fastai.runs import checkpoints as store_module
+from mixmo_fastai.runs import files
+from mixmo_fastai.runs.checkpoints import CheckpointStore
+from mixmo_fastai.runs.folder import create_run, open_run
+from mixmo_fastai.training.state import _with_defaults
+from mixmo_fastai.training.train import prepare, train
 
 pytestmark = pytest.mark.slow
 

@@ -10,15 +10,15 @@ from datasets import write_cifar100, write_image_folder
 from safetensors.torch import load_file
 
 import mixmo_fastai
-from mixmo_fastai.checkpoints import store
-from mixmo_fastai.checkpoints.store import CheckpointStore
 from mixmo_fastai.cli import lr_find, run
 from mixmo_fastai.cli.progress import TrainingDisplay
+from mixmo_fastai.config.choices import DATASETS
+from mixmo_fastai.config.recipe import load_recipe, recipe_names, to_mapping
 from mixmo_fastai.data.sources import SOURCES
-from mixmo_fastai.lr_search import LrSearch
-from mixmo_fastai.names import DATASETS
-from mixmo_fastai.recipe import load_recipe, recipe_names, to_mapping
-from mixmo_fastai.runs import create_run, open_run
+from mixmo_fastai.runs import checkpoints as store
+from mixmo_fastai.runs.checkpoints import CheckpointStore
+from mixmo_fastai.runs.folder import create_run, open_run
+from mixmo_fastai.training.lr_find import LrSearch
 
 TINY = ("--arch", "wrn10_1", "--limit", "48", "--batch-size", "16", "--device", "cpu")
 FILES = {
@@ -189,7 +189,7 @@ def test_a_failure_shows_its_place_under_debug(monkeypatch, capsys):
     def fail(*_):
         raise RuntimeError("the first line\nthe second\nthe third")
 
-    monkeypatch.setattr("mixmo_fastai.training.prepare", fail)
+    monkeypatch.setattr("mixmo_fastai.training.train.prepare", fail)
     assert run(["fit", *TINY]) == 1
     message = "Error: RuntimeError: the first line\nthe second\nAdd --debug to see the traceback.\n"
     assert capsys.readouterr().err == message

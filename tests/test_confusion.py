@@ -3,8 +3,8 @@ import pytest
 import torch
 from sklearn.metrics import confusion_matrix as sklearn_confusion
 
-from mixmo_fastai.confusion import ConfusedPair, confusion_matrix, most_confused
 from mixmo_fastai.errors import InputError
+from mixmo_fastai.metrics.confusion import ConfusedPair, confusion_matrix, most_confused
 
 
 def test_agrees_with_scikit_learn():

@@ -5,9 +5,8 @@ import pytest
 import torch
 from datasets import write_image_folder
 
-from mixmo_fastai.assessment import evaluate_corruptions, open_finished
-from mixmo_fastai.calibration import expected_calibration_error, nll
 from mixmo_fastai.cli import run as program
+from mixmo_fastai.config.resolve import resolve_recipe
 from mixmo_fastai.data.corruptions import (
     BUILT_IN,
     NUM_SEVERITIES,
@@ -15,11 +14,12 @@ from mixmo_fastai.data.corruptions import (
     make_corrupted,
     read_official,
 )
-from mixmo_fastai.deep_ensemble import train_run
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.resolve import resolve_recipe
-from mixmo_fastai.runs import create_run
-from mixmo_fastai.training import prepare
+from mixmo_fastai.evaluation.runs import evaluate_corruptions, open_finished
+from mixmo_fastai.metrics.calibration import expected_calibration_error, nll
+from mixmo_fastai.runs.folder import create_run
+from mixmo_fastai.training.ensemble import train_run
+from mixmo_fastai.training.train import prepare
 
 N = 6
 

@@ -6,7 +6,6 @@ import torch
 from datasets import write_image_folder, write_tiny_imagenet
 from PIL import Image
 
-from mixmo_fastai.assessment import open_finished
 from mixmo_fastai.cli import run as program
 from mixmo_fastai.data import cache
 from mixmo_fastai.data.damage import DamagedImagesError
@@ -14,7 +13,8 @@ from mixmo_fastai.data.image_folder import read_image_folder
 from mixmo_fastai.data.sources import load_source
 from mixmo_fastai.data.tiny_imagenet import read_tiny_imagenet
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.runs import check_same_left_out, open_run
+from mixmo_fastai.evaluation.runs import open_finished
+from mixmo_fastai.runs.folder import check_same_left_out, open_run
 
 _WORDS = "--arch wrn10_1 --epochs 1 --batch-size 16 --repeat 1 --device cpu --threads 1 --quiet"
 TINY = tuple(_WORDS.split())

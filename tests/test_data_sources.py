@@ -25,13 +25,13 @@ from datasets import (
     write_tiny_imagenet,
 )
 
+from mixmo_fastai.config.choices import DATASETS
 from mixmo_fastai.data.archives import Unpacked, extract, fetch
 from mixmo_fastai.data.cifar import CIFAR10, CIFAR100, read_cifar10, read_cifar100
 from mixmo_fastai.data.sources import SOURCES, data_home, dataset_status, load_source
 from mixmo_fastai.data.statistics import channel_statistics
 from mixmo_fastai.data.tiny_imagenet import TINY_IMAGENET, read_tiny_imagenet
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.names import DATASETS
 
 REAL_TINY = Path(__file__).resolve().parents[2] / "shared/data/tiny-imagenet-200-small.tar.xz"
 WRITERS = {

@@ -6,15 +6,15 @@ import torch
 from fastai.callback.core import Callback
 from safetensors.torch import load_file
 
-from mixmo_fastai.assessment import evaluate_ensemble, evaluate_run
 from mixmo_fastai.cli import run as program
+from mixmo_fastai.config.recipe import Expected, override
+from mixmo_fastai.config.resolve import resolve_recipe
 from mixmo_fastai.data.loaders import ResidentLoader
-from mixmo_fastai.deep_ensemble import network_recipe, train_run
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.recipe import Expected, override
-from mixmo_fastai.resolve import resolve_recipe
-from mixmo_fastai.runs import create_run, open_run
-from mixmo_fastai.training import prepare, train
+from mixmo_fastai.evaluation.runs import evaluate_ensemble, evaluate_run
+from mixmo_fastai.runs.folder import create_run, open_run
+from mixmo_fastai.training.ensemble import network_recipe, train_run
+from mixmo_fastai.training.train import prepare, train
 
 pytestmark = pytest.mark.slow
 

@@ -11,7 +11,7 @@ from synthetic import mixmo_dls
 from torch import nn
 
 from mixmo_fastai import defer_readbacks
-from mixmo_fastai.deferred import DeferredProgressCallback, DeferredRecorder
+from mixmo_fastai.callbacks.deferred import DeferredProgressCallback, DeferredRecorder
 
 
 def learner(recorder, dls=None):

@@ -3,8 +3,8 @@ import oracle_metrics as oracle
 import pytest
 import torch
 
-from mixmo_fastai.detection import UNCERTAINTIES, detection_metrics, separation_metrics
 from mixmo_fastai.errors import InputError
+from mixmo_fastai.metrics.ood import UNCERTAINTIES, detection_metrics, separation_metrics
 
 
 def draw(count, signal, *, num_members=2, seed=0):

@@ -19,15 +19,15 @@ from test_faults import ended
 from test_resuming import assert_same
 from test_signals import SLOW_STEPS
 
-from mixmo_fastai.callback import MixMoCallback
-from mixmo_fastai.checkpoints.store import CheckpointStore
+from mixmo_fastai.callbacks.mixmo import MixMoCallback
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.mixing import MASK_KINDS
+from mixmo_fastai.mixing.pairing import num_copies
 from mixmo_fastai.models import create_model
 from mixmo_fastai.models.synced_norm import SyncedBatchNorm2d, sync_batch_norm
-from mixmo_fastai.pairing import num_copies
-from mixmo_fastai.processes import Processes, launched_processes
-from mixmo_fastai.runs import open_run
+from mixmo_fastai.runs.checkpoints import CheckpointStore
+from mixmo_fastai.runs.folder import open_run
+from mixmo_fastai.runtime.processes import Processes, launched_processes
 
 pytestmark = pytest.mark.slow
 
@@ -180,8 +180,10 @@ class Drawn:
     """What a process of several sees of one epoch."""
 
     def __init__(self, monkeypatch, rank, count, kind):
-        monkeypatch.setattr("mixmo_fastai.callback.process_group", lambda: Processes(rank, count))
-        monkeypatch.setattr("mixmo_fastai.callback.rank_distrib", lambda: rank)
+        monkeypatch.setattr(
+            "mixmo_fastai.callbacks.mixmo.process_group", lambda: Processes(rank, count)
+        )
+        monkeypatch.setattr("mixmo_fastai.callbacks.mixmo.rank_distrib", lambda: rank)
         self.loader = mixmo_dls().train
         # A label of its own for each image, to tell them apart.
         self.loader.labels = torch.arange(len(self.loader.labels))
@@ -235,7 +237,7 @@ def test_other_commands_run_in_one_process(together):
 
 def test_the_package_for_it_may_be_missing(together, tmp_path):
     without = """
-import mixmo_fastai.processes as processes
+import mixmo_fastai.runtime.processes as processes
 processes.find_spec = lambda name: None
 """
     commands = together(*FIT, tmp_path / "run", prelude=without)
@@ -287,7 +289,7 @@ def test_a_loss_that_is_not_finite_in_one_ends_all(together, tmp_path):
     fault = """
 import os
 from fastai.callback.core import Callback
-from mixmo_fastai.recording import HistoryCallback
+from mixmo_fastai.training.recording import HistoryCallback
 own = HistoryCallback.after_batch
 def fail(self):
     if os.environ["RANK"] == "1" and (self.learn.epoch, self.learn.iter) == (1, 2):
@@ -306,7 +308,7 @@ def test_saving_takes_its_share_in_several_processes_as_well(together, tmp_path)
     """The process that writes decides, since it alone knows what a save costs."""
     slow = """
 import os, time
-from mixmo_fastai import files
+from mixmo_fastai.runs import files
 class Disk:
     def __getattr__(self, name):
         own = getattr(os, name)
@@ -481,7 +483,7 @@ def test_alone_it_is_plain_batch_norm():
 def test_metrics_that_cannot_be_added_up_are_refused():
     from fastai.metrics import F1Score
 
-    from mixmo_fastai.distributed import SummedMetrics
+    from mixmo_fastai.learner.distributed import SummedMetrics
 
     summed = SummedMetrics()
     summed.learn = SimpleNamespace(recorder=SimpleNamespace(_valid_mets=[F1Score()]))
@@ -502,8 +504,8 @@ from fastai.torch_core import TensorImage
 from fasttransform import Transform
 from synthetic import foreign_dls
 
-from mixmo_fastai.callback import MixMoCallback
-from mixmo_fastai.metrics import MemberAccuracy
+from mixmo_fastai.callbacks.mixmo import MixMoCallback
+from mixmo_fastai.metrics.fastai import MemberAccuracy
 from mixmo_fastai.models import create_model
 
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 from golden import arrays, facts, needs_golden
 
-from mixmo_fastai.diversity import (
+from mixmo_fastai.errors import InputError
+from mixmo_fastai.metrics.diversity import (
     accuracy_by_agreement,
     disagreement,
     member_accuracies,
     mutual_information,
     ratio_error,
 )
-from mixmo_fastai.errors import InputError
 
 
 def draw(num_samples, num_members, num_classes, seed=0):

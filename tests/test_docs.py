@@ -19,18 +19,18 @@ from datasets import write_image_folder
 from mixmo_fastai.cli import fit
 from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.program import app, run
-from mixmo_fastai.data.corruptions import BUILT_IN
-from mixmo_fastai.errors import InputError
-from mixmo_fastai.evaluation import MIN_IMAGES_FOR_TEMPERATURE, evaluate_logits
-from mixmo_fastai.names import COW_DEFAULTS, DATASETS, MASK_KINDS, MASK_OPTIONS
-from mixmo_fastai.recipe import (
+from mixmo_fastai.config.choices import COW_DEFAULTS, DATASETS, MASK_KINDS, MASK_OPTIONS
+from mixmo_fastai.config.recipe import (
     Recipe,
     default_valid_split,
     load_recipe,
     recipe_from_mapping,
     recipe_names,
 )
-from mixmo_fastai.resolve import check_dataset, resolve_recipe
+from mixmo_fastai.config.resolve import check_dataset, resolve_recipe
+from mixmo_fastai.data.corruptions import BUILT_IN
+from mixmo_fastai.errors import InputError
+from mixmo_fastai.evaluation.logits import MIN_IMAGES_FOR_TEMPERATURE, evaluate_logits
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))

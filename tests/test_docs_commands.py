@@ -15,8 +15,8 @@ from test_docs import EXTENDING, TEXTS, blocks, command_lines
 
 from mixmo_fastai.cli import fit, lr_find, show
 from mixmo_fastai.cli.program import run as program
+from mixmo_fastai.config.recipe import override
 from mixmo_fastai.data.sources import SOURCES
-from mixmo_fastai.recipe import override
 
 pytestmark = pytest.mark.slow
 

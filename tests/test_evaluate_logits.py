@@ -9,13 +9,13 @@ from golden import arrays, facts, needs_golden
 from sklearn.metrics import top_k_accuracy_score
 
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.evaluation import (
+from mixmo_fastai.evaluation.logits import (
     collect_member_logits,
     cross_fitted,
     evaluate_logits,
     evaluate_splits,
 )
-from mixmo_fastai.randomness import make_generator
+from mixmo_fastai.rng import make_generator
 
 FIGURES = [
     "accuracy",

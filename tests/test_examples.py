@@ -17,8 +17,8 @@ from torchvision.models import resnet50
 
 from mixmo_fastai import MixMoLoss
 from mixmo_fastai.mixing import draw_lam, draw_masks, loss_weights
+from mixmo_fastai.mixing.pairing import draw_pairing
 from mixmo_fastai.models import create_model
-from mixmo_fastai.pairing import draw_pairing
 
 pytestmark = pytest.mark.slow
 

@@ -11,17 +11,18 @@ from datasets import write_image_folder
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from mixmo_fastai import export, load_fused
-from mixmo_fastai.assessment import evaluate_run
-from mixmo_fastai.checkpoints.weights import load_network
+from mixmo_fastai import load_fused
 from mixmo_fastai.cli import run as program
-from mixmo_fastai.deep_ensemble import train_run
+from mixmo_fastai.config.resolve import resolve_recipe
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.export import FORMAT, check_export, export_run
-from mixmo_fastai.prediction import predict_images
-from mixmo_fastai.resolve import resolve_recipe
-from mixmo_fastai.runs import RunFolder, create_run
-from mixmo_fastai.training import prepare
+from mixmo_fastai.evaluation.predict import predict_images
+from mixmo_fastai.evaluation.runs import evaluate_run
+from mixmo_fastai.export import files as export
+from mixmo_fastai.export.files import FORMAT, check_export, export_run
+from mixmo_fastai.runs.folder import RunFolder, create_run
+from mixmo_fastai.runs.weights import load_network
+from mixmo_fastai.training.ensemble import train_run
+from mixmo_fastai.training.train import prepare
 
 pytestmark = pytest.mark.slow
 

@@ -14,10 +14,10 @@ from datasets import write_image_folder
 from test_resuming import assert_same
 from test_signals import ALL_STEPS_SLOW, FIT, SLOW_STEPS, STREAMED, resumed, whole
 
-from mixmo_fastai.checkpoints.store import CheckpointStore
 from mixmo_fastai.errors import InputError, RunFailedError
-from mixmo_fastai.locking import locked
-from mixmo_fastai.runs import open_run
+from mixmo_fastai.runs.checkpoints import CheckpointStore
+from mixmo_fastai.runs.folder import open_run
+from mixmo_fastai.runs.lock import locked
 
 pytestmark = pytest.mark.slow
 
@@ -203,7 +203,7 @@ def test_a_loss_that_is_not_finite(mixmo, tmp_path):
     run = tmp_path / "run"
     fault = """
 import torch
-from mixmo_fastai.recording import HistoryCallback
+from mixmo_fastai.training.recording import HistoryCallback
 own = HistoryCallback.after_batch
 def break_down(self):
     if (self.learn.epoch, self.learn.iter) == (1, 2):

@@ -6,9 +6,9 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from mixmo_fastai.figures import MARKERS, plot_comparison, plot_lr_search, plot_preview
-from mixmo_fastai.lr_search import LrSearch
-from mixmo_fastai.preview import Preview
+from mixmo_fastai.learner.preview import Preview
+from mixmo_fastai.plots.png import MARKERS, plot_comparison, plot_lr_search, plot_preview
+from mixmo_fastai.training.lr_find import LrSearch
 
 
 class Part:

@@ -7,8 +7,8 @@ from torch import nn
 
 from mixmo_fastai.cli.render import filter_lines
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.filter_use import THRESHOLDS, encoder_norms, filter_use
 from mixmo_fastai.models import MixMoModel, create_model
+from mixmo_fastai.models.filters import THRESHOLDS, encoder_norms, filter_use
 from mixmo_fastai.report.filters import side_by_side
 
 

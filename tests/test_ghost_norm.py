@@ -5,7 +5,7 @@ from synthetic import mixmo_dls
 from torch import nn
 
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.learner import mixmo_learner
+from mixmo_fastai.learner.build import mixmo_learner
 from mixmo_fastai.models import create_model
 from mixmo_fastai.models.ghost_norm import GhostBatchNorm2d, use_ghost_batches
 

@@ -10,93 +10,35 @@ import pytest
 import mixmo_fastai
 
 PACKAGE = Path(mixmo_fastai.__file__).parent
-STDLIB, MATHEMATICS, FASTAI, ASSEMBLY, SHELL = range(5)
+NUMERIC = {"torch", "numpy"}
+VISION = {"torchvision", "PIL"}
+FASTAI = {"fastai", "fasttransform"}
 
-LAYERS = {
-    "__init__": STDLIB,
-    "advice": STDLIB,
-    "errors": STDLIB,
-    "files": STDLIB,
-    "interruption": STDLIB,
-    "library_names": STDLIB,
-    "locking": STDLIB,
-    "metric_table": STDLIB,
-    "names": STDLIB,
-    "recipe": STDLIB,
-    "resolve": STDLIB,
-    "runs": STDLIB,
-    "schedule": STDLIB,
-    "settings": STDLIB,
-    "sizing": STDLIB,
-    "wording": STDLIB,
-    "augment": MATHEMATICS,
-    "base_losses": MATHEMATICS,
-    "bootstrap": MATHEMATICS,
-    "calibration": MATHEMATICS,
-    "confusion": MATHEMATICS,
-    "diversity": MATHEMATICS,
-    "filter_use": MATHEMATICS,
-    "losses": MATHEMATICS,
-    "mixing": MATHEMATICS,
-    "msda": MATHEMATICS,
-    "models": MATHEMATICS,
-    "pairing": MATHEMATICS,
-    "per_sample": MATHEMATICS,
-    "processes": MATHEMATICS,
-    "randomness": MATHEMATICS,
-    "selective": MATHEMATICS,
-    "flops": MATHEMATICS,
-    "adoption": FASTAI,
-    "averaging": FASTAI,
-    "callback": FASTAI,
-    "data": FASTAI,
-    "deferred": FASTAI,
-    "distributed": FASTAI,
-    "epochs": FASTAI,
-    "learner_checks": FASTAI,
-    "metrics": FASTAI,
-    "muon": MATHEMATICS,
-    "optimizers": FASTAI,
-    "parameter_groups": FASTAI,
-    "preview": FASTAI,
-    "selection": FASTAI,
-    "acceleration": ASSEMBLY,
-    "checkpoints": ASSEMBLY,
-    "assessment": ASSEMBLY,
-    "comparison": ASSEMBLY,
-    "deep_ensemble": ASSEMBLY,
-    "detection": ASSEMBLY,
-    "evaluation": ASSEMBLY,
-    "export": ASSEMBLY,
-    "learner": ASSEMBLY,
-    "lr_search": ASSEMBLY,
-    "member_predictions": ASSEMBLY,
-    "prediction": ASSEMBLY,
-    "speed": ASSEMBLY,
-    "training": ASSEMBLY,
-    "recording": ASSEMBLY,
-    "resuming": ASSEMBLY,
-    "devices": ASSEMBLY,
-    "failures": ASSEMBLY,
-    "figures": SHELL,
-    "loggers": SHELL,
-    "report": SHELL,
-    "cli": SHELL,
-    "__main__": SHELL,
+PACKAGES = {
+    # Each imports from the packages above it, and from these libraries.
+    "imports": set(),
+    "__init__": set(),
+    "errors": set(),
+    "config": set(),
+    "rng": NUMERIC,
+    "mixing": NUMERIC,
+    "models": NUMERIC | {"torchvision", "timm"},
+    "runtime": NUMERIC,
+    "metrics": NUMERIC | FASTAI,
+    "runs": NUMERIC | {"safetensors"},
+    "data": NUMERIC | FASTAI | VISION | {"sklearn"},
+    "callbacks": NUMERIC | FASTAI,
+    "learner": NUMERIC | FASTAI | {"accelerate"},
+    "export": NUMERIC | {"safetensors", "onnxruntime"},
+    "evaluation": NUMERIC,
+    "training": NUMERIC | FASTAI,
+    "plots": {"torch", "matplotlib", "PIL"},
+    "report": NUMERIC | {"matplotlib", "jinja2", "markupsafe", "PIL"},
+    "loggers": {"torch", "fastai", "PIL", "wandb"},
+    "cli": {"torch", "fastai", "rich", "typer"},
+    "__main__": set(),
 }
-ALLOWED_FROM_ELSEWHERE = {
-    STDLIB: set(),
-    MATHEMATICS: {"torch", "numpy", "torchvision", "timm"},  # the latter two give backbones
-    FASTAI: {
-        *{"torch", "numpy", "fastai", "fasttransform", "torchvision", "PIL", "sklearn"},
-        "accelerate",  # what fastai's distributed training is built on
-    },
-    ASSEMBLY: {"torch", "numpy", "fastai", "safetensors", "sklearn", "onnxruntime"},
-    SHELL: {
-        *{"torch", "fastai", "rich", "typer", "matplotlib", "jinja2", "markupsafe", "PIL"},
-        "wandb",
-    },
-}
+ORDER = list(PACKAGES)
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -114,20 +56,23 @@ def imports(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_imports_point_down(path):
-    layer = LAYERS[part_of(path)]
+def test_imports_point_one_way(path):
+    package = part_of(path)
     for name in imports(path):
         top, *inside = name.split(".")
         if top == "mixmo_fastai":
-            own = inside[0] if inside and inside[0] in LAYERS else "__init__"
-            assert LAYERS[own] <= layer, f"{path.name} imports {name} from above"
+            imported = inside[0] if inside and inside[0] in PACKAGES else "__init__"
+            assert ORDER.index(imported) <= ORDER.index(package), (
+                f"{path.name} imports {name}, but {package} is before {imported}"
+            )
         elif top not in sys.stdlib_module_names:
-            allowed = ALLOWED_FROM_ELSEWHERE[layer]
-            assert top in allowed, f"{path.name} imports {top}; its layer has {sorted(allowed)}"
+            assert top in PACKAGES[package], (
+                f"{path.name} imports {top}; {package} may import {sorted(PACKAGES[package])}"
+            )
 
 
-def test_every_module_has_a_layer():
-    assert {part_of(path) for path in FILES} == set(LAYERS)
+def test_every_package_has_a_row():
+    assert {part_of(path) for path in FILES} == set(PACKAGES)
 
 
 def test_importing_the_package_loads_neither_torch_nor_fastai():

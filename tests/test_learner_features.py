@@ -38,7 +38,7 @@ from mixmo_fastai import (
     show_pairs,
     to_mixmo,
 )
-from mixmo_fastai.learner import body_and_heads
+from mixmo_fastai.learner.build import body_and_heads
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quiet_figures")]

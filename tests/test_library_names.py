@@ -7,11 +7,11 @@ import pytest
 import timm
 from fastai.vision.models import xresnet
 
-from mixmo_fastai import names
+from mixmo_fastai.config import choices as names
+from mixmo_fastai.config.choices import TORCHVISION_NETWORKS, parse_architecture
+from mixmo_fastai.config.library_names import fastai_networks, timm_networks
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.library_names import fastai_networks, timm_networks
 from mixmo_fastai.models import create_model
-from mixmo_fastai.names import TORCHVISION_NETWORKS, parse_architecture
 
 
 def message_of(name):
@@ -108,7 +108,7 @@ def test_a_function_of_fastai_is_not_taken_for_a_network_of_timm():
 def test_neither_library_is_imported():
     program = (
         "import sys\n"
-        "from mixmo_fastai.names import parse_architecture\n"
+        "from mixmo_fastai.config.choices import parse_architecture\n"
         "for name in ('convnext_atto', 'xresnet18', 'resnt50'):\n"
         "    try: parse_architecture(name)\n"
         "    except ValueError as error: print(str(error).splitlines()[0])\n"

@@ -8,8 +8,8 @@ from fastai.vision.augment import RandomErasing
 from PIL import Image
 from synthetic import foreign_dls, image_arrays, mixmo_dls, source
 
+from mixmo_fastai.config.resolve import resolve_recipe
 from mixmo_fastai.data.dataloaders import make_dataloaders
-from mixmo_fastai.data.expansion import expand
 from mixmo_fastai.data.image_folder import read_image_folder
 from mixmo_fastai.data.loaders import (
     STEPS_AT_ONCE,
@@ -17,10 +17,10 @@ from mixmo_fastai.data.loaders import (
     ResidentLoader,
     StreamingLoader,
 )
+from mixmo_fastai.data.repeat import expand
 from mixmo_fastai.data.splits import limit_images, split_validation
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.learner import mixmo_learner
-from mixmo_fastai.resolve import resolve_recipe
+from mixmo_fastai.learner.build import mixmo_learner
 
 
 def loader(kind=ResidentLoader, *, bs=10, augmentation=Augmentation(1, True), seed=0, **kwargs):  # noqa: B008
@@ -389,7 +389,7 @@ class TestArrangement:
 
         found = []
         for view in (expand, plain_view):
-            monkeypatch.setattr("mixmo_fastai.callback.expand", view)
+            monkeypatch.setattr("mixmo_fastai.callbacks.mixmo.expand", view)
             dls = mixmo_dls(augmentation=Augmentation(1, True))
             seen = SeenBatches()
             learn = mixmo_learner(dls, "wrn10_1", seed=3, cbs=seen, **settings)

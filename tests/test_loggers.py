@@ -23,19 +23,19 @@ from test_signals import FIT, SLOW_STEPS
 from wandb.proto import wandb_internal_pb2
 
 from mixmo_fastai import loggers
-from mixmo_fastai.checkpoints.store import CheckpointStore
 from mixmo_fastai.cli import run as program
-from mixmo_fastai.deep_ensemble import train_run
+from mixmo_fastai.config.recipe import override
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.interruption import InterruptedBySignal, StopRequest
 from mixmo_fastai.loggers import LOGGERS, parse_loggers
 from mixmo_fastai.loggers import callback as callback_module
 from mixmo_fastai.loggers import wandb_ as wandb_module
 from mixmo_fastai.loggers.callback import LoggingCallback
-from mixmo_fastai.recipe import override
-from mixmo_fastai.recording import CheckpointCallback
-from mixmo_fastai.runs import create_run, open_run
-from mixmo_fastai.training import TrainingDivergedError, prepare, train
+from mixmo_fastai.runs.checkpoints import CheckpointStore
+from mixmo_fastai.runs.folder import create_run, open_run
+from mixmo_fastai.runtime.signals import InterruptedBySignal, StopRequest
+from mixmo_fastai.training.ensemble import train_run
+from mixmo_fastai.training.recording import CheckpointCallback
+from mixmo_fastai.training.train import TrainingDivergedError, prepare, train
 
 pytestmark = pytest.mark.slow
 

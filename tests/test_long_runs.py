@@ -8,9 +8,9 @@ import pytest
 from fastai.callback.core import Callback
 from test_resuming import STEPS, TINY
 
-from mixmo_fastai.recipe import override
-from mixmo_fastai.runs import create_run, open_run
-from mixmo_fastai.training import prepare, train
+from mixmo_fastai.config.recipe import override
+from mixmo_fastai.runs.folder import create_run, open_run
+from mixmo_fastai.training.train import prepare, train
 
 pytestmark = pytest.mark.slow
 
@@ -54,7 +54,7 @@ def test_memory_and_open_files_do_not_grow_with_the_epochs(mixmo, tmp_path, way)
 
 PAUSE = f"""
 import gc, os, time
-from mixmo_fastai.recording import CheckpointCallback
+from mixmo_fastai.training.recording import CheckpointCallback
 own = CheckpointCallback.after_trained_epoch
 def pause(self):
     own(self)

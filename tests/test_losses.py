@@ -18,8 +18,8 @@ from fastai.losses import (
 from torch import nn
 
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.losses import MixMoLoss
 from mixmo_fastai.mixing import draw_lam, loss_weights
+from mixmo_fastai.mixing.loss import MixMoLoss
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from mixmo_fastai.lr_search import LrSearch
+from mixmo_fastai.training.lr_find import LrSearch
 
 RATES = [10.0 ** (power / 4 - 5) for power in range(24)]
 

@@ -5,8 +5,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixmo_fastai.mixing import MASK_KINDS, draw_lam, draw_masks, loss_weights
-from mixmo_fastai.msda import draw_msda, make_own_image_dominant, mix_images, own_label_weights
-from mixmo_fastai.pairing import draw_pairing
+from mixmo_fastai.mixing.msda import (
+    draw_msda,
+    make_own_image_dominant,
+    mix_images,
+    own_label_weights,
+)
+from mixmo_fastai.mixing.pairing import draw_pairing
 
 WAITING = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "item")
 

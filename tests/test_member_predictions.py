@@ -17,7 +17,7 @@ from torch import nn
 
 from mixmo_fastai import MixMoCallback, create_model, member_preds, mixmo_learner, to_mixmo
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.metrics import MemberAccuracy
+from mixmo_fastai.metrics.fastai import MemberAccuracy
 
 
 def quiet(learn):

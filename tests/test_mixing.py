@@ -7,7 +7,7 @@ import oracle
 import pytest
 import torch
 
-from mixmo_fastai.callback import MixMoCallback
+from mixmo_fastai.callbacks.mixmo import MixMoCallback
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.mixing import (
     BINARY_KINDS,

@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.losses import MixMoLoss
 from mixmo_fastai.mixing import draw_lam, draw_masks, loss_weights, mix_features
+from mixmo_fastai.mixing.loss import MixMoLoss
 from mixmo_fastai.models import MixMoModel, create_model
 from mixmo_fastai.models.reference import load_reference_state_dict, rename
 

@@ -6,11 +6,11 @@ import torch.nn.functional as F
 from synthetic import mixmo_dls
 from test_callback import Spy, learner
 
-from mixmo_fastai.callback import MixMoCallback
+from mixmo_fastai.callbacks.mixmo import MixMoCallback
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.losses import MixMoLoss
 from mixmo_fastai.mixing import draw_lam, draw_masks, loss_weights
-from mixmo_fastai.msda import (
+from mixmo_fastai.mixing.loss import MixMoLoss
+from mixmo_fastai.mixing.msda import (
     MsdaDraw,
     draw_msda,
     gather_partners,

@@ -8,13 +8,13 @@ from fastai.callback.schedule import ParamScheduler
 from fastai.learner import Recorder
 from simulated_gpu import Watch, learner_on_gpu
 
-from mixmo_fastai.averaging import EMACallback
-from mixmo_fastai.deferred import DeferredRecorder
+from mixmo_fastai.callbacks.deferred import DeferredRecorder
+from mixmo_fastai.callbacks.ema import EMACallback
+from mixmo_fastai.config.resolve import resolve_recipe
 from mixmo_fastai.loggers.callback import LoggingCallback
-from mixmo_fastai.recording import HistoryCallback
-from mixmo_fastai.resolve import resolve_recipe
-from mixmo_fastai.runs import create_run
-from mixmo_fastai.schedule import one_cycle
+from mixmo_fastai.runs.folder import create_run
+from mixmo_fastai.training.recording import HistoryCallback
+from mixmo_fastai.training.schedule import one_cycle
 
 
 def waits(monkeypatch, folder, num_steps, *, recorder=None, logging=None, **settings):

@@ -6,9 +6,9 @@ from synthetic import mixmo_dls
 from torch import nn
 
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.learner import mixmo_learner
-from mixmo_fastai.muon import Muon, orthogonalize
-from mixmo_fastai.optimizers import build_optimizer_factory, from_torch, sgd
+from mixmo_fastai.learner.build import mixmo_learner
+from mixmo_fastai.learner.muon import Muon, orthogonalize
+from mixmo_fastai.learner.optimizers import build_optimizer_factory, from_torch, sgd
 
 NAMES = ["sgd", "adamw", "muon", "torch/RAdam", "torch/Adagrad", "fastai/Adam", "fastai/ranger"]
 

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.pairing import draw_pairing, num_copies
+from mixmo_fastai.mixing.pairing import draw_pairing, num_copies
 
 
 @settings(deadline=None, max_examples=60)

@@ -8,14 +8,14 @@ import pytest
 from datasets import write_image_folder
 from rich.console import Console
 
-from mixmo_fastai import speed
 from mixmo_fastai.cli import progress, run
 from mixmo_fastai.cli.console import Output
 from mixmo_fastai.cli.progress import TrainingDisplay, format_clock
-from mixmo_fastai.runs import open_run
-from mixmo_fastai.speed import Speed
-from mixmo_fastai.training import prepare, train
-from mixmo_fastai.wording import estimated_duration
+from mixmo_fastai.config.methods import estimated_duration
+from mixmo_fastai.runs.folder import open_run
+from mixmo_fastai.training import speed
+from mixmo_fastai.training.speed import Speed
+from mixmo_fastai.training.train import prepare, train
 
 TINY = ("--arch", "wrn10_1", "--limit", "48", "--batch-size", "16", "--device", "cpu")
 
@@ -56,7 +56,7 @@ def test_a_short_plan_is_all_there_is_and_settings_go_to_the_log(capsys):
 
 @pytest.mark.slow
 def test_hours_on_a_cpu_are_answered_with_what_fits(slow, capsys, monkeypatch):
-    monkeypatch.setattr("mixmo_fastai.deep_ensemble.train", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("mixmo_fastai.training.ensemble.train", lambda *_, **__: 1 / 0)
     words = ["fit", *TINY, "--arch", "wrn16_8", "--epochs", "100", "--out", "here"]
     assert run(words) == 1
     out = capsys.readouterr().out
@@ -66,7 +66,7 @@ def test_hours_on_a_cpu_are_answered_with_what_fits(slow, capsys, monkeypatch):
 
 @pytest.mark.parametrize("epochs", ["1", "6"])
 def test_less_than_an_hour_is_not(slow, capsys, epochs, monkeypatch):
-    monkeypatch.setattr("mixmo_fastai.deep_ensemble.train", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("mixmo_fastai.training.ensemble.train", lambda *_, **__: 1 / 0)
     assert run(["fit", *TINY, "--epochs", epochs, "--out", "here"]) == 1
     assert "20 minutes" not in capsys.readouterr().out
 

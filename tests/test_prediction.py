@@ -10,16 +10,16 @@ import torch
 from datasets import write_image_folder
 from PIL import Image
 
-from mixmo_fastai.assessment import open_finished
-from mixmo_fastai.checkpoints.weights import load_network
 from mixmo_fastai.cli import run as program
-from mixmo_fastai.deep_ensemble import train_run
+from mixmo_fastai.config.resolve import resolve_recipe
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.evaluation import collect_member_logits
-from mixmo_fastai.prediction import predict_images
-from mixmo_fastai.resolve import resolve_recipe
-from mixmo_fastai.runs import create_run
-from mixmo_fastai.training import prepare
+from mixmo_fastai.evaluation.logits import collect_member_logits
+from mixmo_fastai.evaluation.predict import predict_images
+from mixmo_fastai.evaluation.runs import open_finished
+from mixmo_fastai.runs.folder import create_run
+from mixmo_fastai.runs.weights import load_network
+from mixmo_fastai.training.ensemble import train_run
+from mixmo_fastai.training.train import prepare
 
 CLASSES = ("cat", "dog", "fish")
 
@@ -168,7 +168,7 @@ def test_predictions_go_into_a_file(run, images, tmp_path, capsys):
 
 def test_more_images_than_are_held_at_once(run, images, monkeypatch):
     whole, _ = predict_images(run, [images / "test"])
-    monkeypatch.setattr("mixmo_fastai.prediction.IMAGES_AT_ONCE", 4)
+    monkeypatch.setattr("mixmo_fastai.evaluation.predict.IMAGES_AT_ONCE", 4)
     parts, _ = predict_images(run, [images / "test"])
     assert [p.label for p in parts] == [p.label for p in whole]
     assert torch.tensor([p.entropy for p in parts]).allclose(

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mixmo_fastai.randomness import STREAMS, derive_seed, make_generator
+from mixmo_fastai.rng import STREAMS, derive_seed, make_generator
 
 
 def test_same_place_same_draws():

@@ -8,15 +8,15 @@ from test_resuming import TINY
 from torch import nn
 
 from mixmo_fastai import MixMoLoss
-from mixmo_fastai.checkpoints.weights import load_network
+from mixmo_fastai.config.choices import READOUTS
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.mixing import draw_lam, draw_masks, loss_weights
 from mixmo_fastai.models import create_model
 from mixmo_fastai.models.mixmo_model import MixMoModel
 from mixmo_fastai.models.readout import Readout, average, embed, resize_masks
-from mixmo_fastai.names import READOUTS
-from mixmo_fastai.runs import create_run
-from mixmo_fastai.training import prepare, train
+from mixmo_fastai.runs.folder import create_run
+from mixmo_fastai.runs.weights import load_network
+from mixmo_fastai.training.train import prepare, train
 
 ARCHS = ["wrn10_1", "preact_resnet18_1"]
 

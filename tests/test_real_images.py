@@ -8,10 +8,10 @@ import pytest
 import torch
 from fastai.callback.core import Callback, CancelFitException
 
-from mixmo_fastai.assessment import evaluate_run
-from mixmo_fastai.recipe import recipe_from_mapping
-from mixmo_fastai.runs import create_run
-from mixmo_fastai.training import prepare, train
+from mixmo_fastai.config.recipe import recipe_from_mapping
+from mixmo_fastai.evaluation.runs import evaluate_run
+from mixmo_fastai.runs.folder import create_run
+from mixmo_fastai.training.train import prepare, train
 
 pytestmark = pytest.mark.slow
 

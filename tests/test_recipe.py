@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixmo_fastai.errors import InputError
-from mixmo_fastai.recipe import (
+from mixmo_fastai.config.recipe import (
     Recipe,
     default_valid_split,
     find_recipe,
@@ -19,6 +18,7 @@ from mixmo_fastai.recipe import (
     to_mapping,
     to_toml,
 )
+from mixmo_fastai.errors import InputError
 
 DEFAULTS = Recipe()
 SECTIONS = [f.name for f in dataclasses.fields(Recipe) if dataclasses.is_dataclass(f.default)]

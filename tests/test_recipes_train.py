@@ -7,10 +7,10 @@ import torch
 from datasets import write_cifar10, write_cifar100, write_tiny_imagenet
 from fastai.callback.core import Callback, CancelFitException
 
+from mixmo_fastai.config.recipe import recipe_names
+from mixmo_fastai.config.resolve import resolve_recipe
 from mixmo_fastai.data.sources import SOURCES
-from mixmo_fastai.recipe import recipe_names
-from mixmo_fastai.resolve import resolve_recipe
-from mixmo_fastai.training import prepare, schedules
+from mixmo_fastai.training.train import prepare, schedules
 
 WRITERS = {
     "cifar10": write_cifar10,

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from mixmo_fastai import recording
-from mixmo_fastai.interruption import StopRequest
-from mixmo_fastai.recording import CheckpointCallback
+from mixmo_fastai.runtime.signals import StopRequest
+from mixmo_fastai.training import recording
+from mixmo_fastai.training.recording import CheckpointCallback
 
 
 class Clockwork:

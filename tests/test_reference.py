@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from mixmo_fastai.cli import run
+from mixmo_fastai.config.recipe import Expected, load_recipe
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.models import create_model
 from mixmo_fastai.models.reference import import_reference, read_reference_checkpoint
-from mixmo_fastai.recipe import Expected, load_recipe
-from mixmo_fastai.runs import open_run
+from mixmo_fastai.runs.folder import open_run
 
 
 def published_names(model):

@@ -11,10 +11,10 @@ import pytest
 import torch
 from scipy.special import erfinv
 
+from mixmo_fastai.config.choices import MASK_OPTIONS
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.mixing import draw_lam, draw_masks
 from mixmo_fastai.mixing.regions import REGIONS, SOFT_REGIONS
-from mixmo_fastai.names import MASK_OPTIONS
 
 SHAPE = (16, 12, 15)
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import mixmo_fastai
-from mixmo_fastai.averaging import EMACallback
+from mixmo_fastai.callbacks.ema import EMACallback
 from mixmo_fastai.cli import run as program
-from mixmo_fastai.runs import open_run
+from mixmo_fastai.runs.folder import open_run
 
 RELEASES = Path(__file__).parent / "releases"
 VERSIONS = sorted(path.name for path in RELEASES.iterdir() if (path / "recipe.toml").exists())

@@ -13,19 +13,19 @@ from datasets import write_image_folder
 from matplotlib.figure import Figure
 from PIL import Image, ImageColor
 
-from mixmo_fastai.checkpoints.weights import save_weights
 from mixmo_fastai.cli import run as program
-from mixmo_fastai.deep_ensemble import train_run
+from mixmo_fastai.config.recipe import Expected
+from mixmo_fastai.config.resolve import resolve_recipe
 from mixmo_fastai.models import create_model
-from mixmo_fastai.recipe import Expected
 from mixmo_fastai.report.charts import agreement, reliability
 from mixmo_fastai.report.drawing import INCORRECT, LIGHT, PLACEHOLDER_COLORS, Plot
-from mixmo_fastai.report.findings import collect_report_data
 from mixmo_fastai.report.page import as_data_uri, render
+from mixmo_fastai.report.report_data import collect_report_data
 from mixmo_fastai.report.sections import sections
-from mixmo_fastai.resolve import resolve_recipe
-from mixmo_fastai.runs import create_run
-from mixmo_fastai.training import prepare
+from mixmo_fastai.runs.folder import create_run
+from mixmo_fastai.runs.weights import save_weights
+from mixmo_fastai.training.ensemble import train_run
+from mixmo_fastai.training.train import prepare
 
 pytestmark = pytest.mark.slow
 
@@ -251,7 +251,7 @@ def test_a_perfect_network_without_history_has_a_report(tmp_path, images, monkey
         logits = 50.0 * torch.nn.functional.one_hot(labels, 3).float()
         return None, (logits[:, None].expand(-1, 2, -1), labels)
 
-    monkeypatch.setattr("mixmo_fastai.assessment.FinishedRun.logits", all_right)
+    monkeypatch.setattr("mixmo_fastai.evaluation.runs.FinishedRun.logits", all_right)
     text = Elements(render(collect_report_data(run))).text
     for words in (
         "The run has no history.csv",

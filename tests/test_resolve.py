@@ -1,9 +1,9 @@
 import pytest
 
+from mixmo_fastai.config.choices import DATASETS
+from mixmo_fastai.config.recipe import Recipe, load_recipe, recipe_from_mapping
+from mixmo_fastai.config.resolve import changed_settings, check_dataset, resolve_recipe
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.names import DATASETS
-from mixmo_fastai.recipe import Recipe, load_recipe, recipe_from_mapping
-from mixmo_fastai.resolve import changed_settings, check_dataset, resolve_recipe
 
 
 def test_nothing_said_is_cut_mixmo_on_the_digits():

@@ -8,14 +8,14 @@ import pytest
 from fastai.callback.core import Callback
 from safetensors.torch import load_file
 
-from mixmo_fastai.checkpoints.store import CheckpointStore
+from mixmo_fastai.config.recipe import override, recipe_from_mapping
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.interruption import InterruptedBySignal, StopRequest
-from mixmo_fastai.lr_search import search_lr
 from mixmo_fastai.mixing import MASK_KINDS
-from mixmo_fastai.recipe import override, recipe_from_mapping
-from mixmo_fastai.runs import create_run, open_run
-from mixmo_fastai.training import prepare, train
+from mixmo_fastai.runs.checkpoints import CheckpointStore
+from mixmo_fastai.runs.folder import create_run, open_run
+from mixmo_fastai.runtime.signals import InterruptedBySignal, StopRequest
+from mixmo_fastai.training.lr_find import search_lr
+from mixmo_fastai.training.train import prepare, train
 
 pytestmark = pytest.mark.slow
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from mixmo_fastai.config.recipe import Recipe, load_recipe, override
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.recipe import Recipe, load_recipe, override
-from mixmo_fastai.runs import (
+from mixmo_fastai.runs.folder import (
     RunFolder,
     check_free,
     create_run,

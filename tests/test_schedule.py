@@ -5,7 +5,7 @@ import pytest
 import torch
 from fastai.callback.schedule import combined_cos
 
-from mixmo_fastai.schedule import flat_cosine, one_cycle, published_steps
+from mixmo_fastai.training.schedule import flat_cosine, one_cycle, published_steps
 
 PUBLISHED = {"milestones": (101 / 300, 201 / 300, 226 / 300), "gamma": 0.1}
 BOUNDS = (1, 101, 201, 226, 300)  # epochs: end of the warm-up, drops, end

@@ -4,8 +4,8 @@ from fastai.callback.core import Callback
 from synthetic import mixmo_dls
 
 from mixmo_fastai import EMACallback, mixmo_learner
+from mixmo_fastai.callbacks.best_epoch import BestEpochCallback
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.selection import BestEpochCallback
 
 
 class Script(Callback):

@@ -5,7 +5,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.selective import aurc, failure_auroc, risk_coverage
+from mixmo_fastai.metrics.selective import aurc, failure_auroc, risk_coverage
 
 
 def draw(num_samples, num_levels, seed=0):

@@ -8,8 +8,8 @@ import pytest
 from processes import undisturbed
 from test_resuming import assert_same
 
-from mixmo_fastai.checkpoints.store import CheckpointStore
-from mixmo_fastai.runs import open_run
+from mixmo_fastai.runs.checkpoints import CheckpointStore
+from mixmo_fastai.runs.folder import open_run
 
 pytestmark = pytest.mark.slow
 
@@ -25,7 +25,7 @@ TO = pytest.mark.parametrize("group", [False, True], ids=["to the process", "to 
 
 SLOW_STEPS = """
 import time
-from mixmo_fastai.recording import HistoryCallback
+from mixmo_fastai.training.recording import HistoryCallback
 own = HistoryCallback.after_batch
 def slow(self):
     if self.learn.epoch:  # the first epoch is over soon, since most tests wait for its end
@@ -36,7 +36,7 @@ HistoryCallback.after_batch = slow
 ALL_STEPS_SLOW = SLOW_STEPS.replace("if self.learn.epoch:", "if True:")
 SLOW_VALIDATION = """
 import time
-from mixmo_fastai.recording import StopInValidation
+from mixmo_fastai.training.recording import StopInValidation
 own = StopInValidation.after_batch
 def slow(self):
     if not self.learn.training:
@@ -47,7 +47,7 @@ StopInValidation.after_batch = slow
 """
 SLOW_TEST = """
 import time
-import mixmo_fastai.training as training
+import mixmo_fastai.training.train as training
 own = training.evaluate_splits
 def slow(*args, **kwargs):
     print("evaluating", flush=True)
@@ -58,7 +58,7 @@ training.evaluate_splits = slow
 """
 SLOW_DISK = """
 import os, time
-from mixmo_fastai import files
+from mixmo_fastai.runs import files
 class Disk:
     def __getattr__(self, name):
         own = getattr(os, name)
@@ -83,7 +83,7 @@ torch.compile = slow
 """
 SLOW_SEARCH = """
 import time
-import mixmo_fastai.lr_search
+import mixmo_fastai.training.lr_find
 from fastai.learner import Learner
 own = Learner.lr_find
 def slow(self, *args, **kwargs):

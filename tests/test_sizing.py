@@ -7,10 +7,7 @@ import pytest
 from datasets import write_image_folder
 
 from mixmo_fastai.cli import run
-from mixmo_fastai.recipe import Recipe, load_recipe, override, recipe_from_mapping, recipe_names
-from mixmo_fastai.resolve import resolve_recipe
-from mixmo_fastai.runs import create_run, open_run
-from mixmo_fastai.sizing import (
+from mixmo_fastai.config.defaults import (
     DEFAULTS,
     MAX_CPU_SIDE,
     MAX_VIEWS,
@@ -21,7 +18,16 @@ from mixmo_fastai.sizing import (
     open_settings,
     unmet_requirement,
 )
-from mixmo_fastai.training import prepare, train
+from mixmo_fastai.config.recipe import (
+    Recipe,
+    load_recipe,
+    override,
+    recipe_from_mapping,
+    recipe_names,
+)
+from mixmo_fastai.config.resolve import resolve_recipe
+from mixmo_fastai.runs.folder import create_run, open_run
+from mixmo_fastai.training.train import prepare, train
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "recipes.md").read_text(encoding="utf-8")
 FOLDER = recipe_from_mapping({"data": {"dataset": "/a/folder"}}, "here")

@@ -6,11 +6,11 @@ import pytest
 import torch
 from fastai.callback.core import CancelFitException, CancelValidException
 
-from mixmo_fastai import speed as module
+from mixmo_fastai.config.recipe import override, recipe_from_mapping
 from mixmo_fastai.data.loaders import BatchLoader
-from mixmo_fastai.recipe import override, recipe_from_mapping
-from mixmo_fastai.runs import create_run
-from mixmo_fastai.speed import (
+from mixmo_fastai.runs.folder import create_run
+from mixmo_fastai.training import speed as module
+from mixmo_fastai.training.speed import (
     MAX_STEPS,
     WARMUP_STEPS,
     ShorterRun,
@@ -21,7 +21,7 @@ from mixmo_fastai.speed import (
     shorter_training,
     training_operations,
 )
-from mixmo_fastai.training import prepare, train
+from mixmo_fastai.training.train import prepare, train
 
 TINY = recipe_from_mapping(
     {

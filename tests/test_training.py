@@ -5,22 +5,22 @@ import torch
 from fastai.callback.core import Callback
 from safetensors.torch import load_file
 
-from mixmo_fastai.assessment import evaluate_run
-from mixmo_fastai.checkpoints.weights import load_weights
 from mixmo_fastai.cli import run as program
-from mixmo_fastai.errors import InputError
-from mixmo_fastai.lr_search import search_lr
-from mixmo_fastai.names import DATASETS
-from mixmo_fastai.recipe import (
+from mixmo_fastai.config.choices import DATASETS
+from mixmo_fastai.config.recipe import (
     default_valid_split,
     load_recipe,
     override,
     recipe_from_mapping,
 )
-from mixmo_fastai.recording import HistoryCallback
-from mixmo_fastai.runs import create_run, open_run
-from mixmo_fastai.schedule import flat_cosine, one_cycle
-from mixmo_fastai.training import (
+from mixmo_fastai.errors import InputError
+from mixmo_fastai.evaluation.runs import evaluate_run
+from mixmo_fastai.runs.folder import create_run, open_run
+from mixmo_fastai.runs.weights import load_weights
+from mixmo_fastai.training.lr_find import search_lr
+from mixmo_fastai.training.recording import HistoryCallback
+from mixmo_fastai.training.schedule import flat_cosine, one_cycle
+from mixmo_fastai.training.train import (
     TrainingDivergedError,
     choose_device,
     images_of_warmup,

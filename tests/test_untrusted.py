@@ -18,22 +18,22 @@ from safetensors.torch import load_file, save
 from test_resuming import TINY, fit
 
 import mixmo_fastai
-from mixmo_fastai.averaging import EMACallback
-from mixmo_fastai.checkpoints.state import RunState
-from mixmo_fastai.checkpoints.store import CheckpointStore
-from mixmo_fastai.checkpoints.weights import load_network
+from mixmo_fastai.callbacks.ema import EMACallback
 from mixmo_fastai.cli import run as program
+from mixmo_fastai.config.recipe import override
 from mixmo_fastai.data.image_folder import read_image_folder
 from mixmo_fastai.data.sources import load_source
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.export import export_run, load_fused
+from mixmo_fastai.export.files import export_run, load_fused
 from mixmo_fastai.models import create_model
 from mixmo_fastai.models.reference import read_reference_checkpoint
-from mixmo_fastai.recipe import override
-from mixmo_fastai.recording import HistoryCallback
-from mixmo_fastai.report.findings import read_history
-from mixmo_fastai.runs import RunFolder, create_run
-from mixmo_fastai.training import prepare
+from mixmo_fastai.report.report_data import read_history
+from mixmo_fastai.runs.checkpoints import CheckpointStore
+from mixmo_fastai.runs.folder import RunFolder, create_run
+from mixmo_fastai.runs.weights import load_network
+from mixmo_fastai.training.recording import HistoryCallback
+from mixmo_fastai.training.state import RunState
+from mixmo_fastai.training.train import prepare
 
 pytestmark = pytest.mark.slow
 
@@ -325,7 +325,7 @@ def test_a_history_of_unequal_rows_is_refused(resumable, tmp_path, rows):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_never_committed(resumable, tmp_path, value):
-    from mixmo_fastai.checkpoints.state import NotFiniteError, Position
+    from mixmo_fastai.training.state import NotFiniteError, Position
 
     state, files = resumable
     store = CheckpointStore(tmp_path)

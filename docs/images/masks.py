@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
 
-from mixmo_fastai.figures import COLORS
+from mixmo_fastai.config.choices import MASK_KINDS
 from mixmo_fastai.mixing import draw_masks
-from mixmo_fastai.names import MASK_KINDS
-from mixmo_fastai.randomness import make_generator
+from mixmo_fastai.plots.png import COLORS
+from mixmo_fastai.rng import make_generator
 
 SIZE = 32
 SEED = 26  # gives an unclipped box, and areas near 0.4

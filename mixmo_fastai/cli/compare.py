@@ -9,7 +9,7 @@ import typer
 from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output
 from mixmo_fastai.cli.render import comparison_lines
-from mixmo_fastai.runs import free_file, open_runs
+from mixmo_fastai.runs.folder import free_file, open_runs
 
 
 def compare(
@@ -32,8 +32,8 @@ def compare(
     opt.check_device(device)
     plot_path = free_file(out, "compare", ".png")
 
-    from mixmo_fastai.comparison import compare_runs
-    from mixmo_fastai.figures import plot_comparison
+    from mixmo_fastai.evaluation.compare import compare_runs
+    from mixmo_fastai.plots.png import plot_comparison
 
     compared = compare_runs(folders, data_dir, device=device)
     names = [folder.path.resolve().name for folder in folders]

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from mixmo_fastai.runs import RunFolder
+from mixmo_fastai.runs.folder import RunFolder
 
 
 class RunInterruptedError(Exception):

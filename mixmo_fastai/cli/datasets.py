@@ -4,7 +4,7 @@ import dataclasses
 
 from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output
-from mixmo_fastai.names import DATASETS
+from mixmo_fastai.config.choices import DATASETS
 
 
 def datasets(

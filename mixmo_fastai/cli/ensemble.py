@@ -8,7 +8,7 @@ import typer
 from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output
 from mixmo_fastai.cli.render import ensemble_lines
-from mixmo_fastai.runs import open_runs
+from mixmo_fastai.runs.folder import open_runs
 
 
 def ensemble(
@@ -23,7 +23,7 @@ def ensemble(
     folders = open_runs(runs, "An ensemble")
     opt.check_device(device)
 
-    from mixmo_fastai.assessment import evaluate_ensemble
+    from mixmo_fastai.evaluation.runs import evaluate_ensemble
 
     metrics = evaluate_ensemble(folders, data_dir, device=device)
     names = [str(folder.path) for folder in folders]

@@ -8,9 +8,9 @@ import typer
 from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output
 from mixmo_fastai.cli.render import incompleteness_lines, metric_lines
-from mixmo_fastai.resolve import check_dataset
-from mixmo_fastai.runs import open_run
-from mixmo_fastai.wording import method_name
+from mixmo_fastai.config.methods import method_name
+from mixmo_fastai.config.resolve import check_dataset
+from mixmo_fastai.runs.folder import open_run
 
 CHANGED = (
     "Changed",
@@ -58,7 +58,7 @@ def evaluate(
         check_dataset(ood)
     opt.check_device(device)
 
-    from mixmo_fastai.assessment import (
+    from mixmo_fastai.evaluation.runs import (
         evaluate_finished,
         open_finished,
         training_images_changed,

@@ -8,10 +8,10 @@ import typer
 from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output
 from mixmo_fastai.cli.render import align
+from mixmo_fastai.config.choices import EXPORT_SUFFIXES
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.metric_table import percent
-from mixmo_fastai.names import EXPORT_SUFFIXES
-from mixmo_fastai.runs import free_file, open_run
+from mixmo_fastai.metrics.table import percent
+from mixmo_fastai.runs.folder import free_file, open_run
 
 
 def export(
@@ -37,7 +37,7 @@ def export(
         raise InputError(f"--to {str(to)!r} must end in {' or '.join(EXPORT_SUFFIXES)}.")
     path = free_file(to, "", suffix, flag="--to")
 
-    from mixmo_fastai.export import export_run
+    from mixmo_fastai.export.files import export_run
 
     result = export_run(folder, path, data_dir)
     rows = [

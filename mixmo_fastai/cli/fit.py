@@ -8,18 +8,18 @@ from typing import Annotated, Any
 
 import typer
 
-from mixmo_fastai.checkpoints.store import CheckpointStore
 from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output, RunInterruptedError
 from mixmo_fastai.cli.plan import print_next_steps, print_plan
 from mixmo_fastai.cli.render import METRIC_WIDTH, align, metric_lines
+from mixmo_fastai.config.recipe import Recipe
+from mixmo_fastai.config.resolve import resolve_recipe
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.interruption import exit_code_of, handling_signals
-from mixmo_fastai.locking import locked
 from mixmo_fastai.loggers import parse_loggers
-from mixmo_fastai.recipe import Recipe
-from mixmo_fastai.resolve import resolve_recipe
-from mixmo_fastai.runs import RunFolder, check_free, create_run, open_run
+from mixmo_fastai.runs.checkpoints import CheckpointStore
+from mixmo_fastai.runs.folder import RunFolder, check_free, create_run, open_run
+from mixmo_fastai.runs.lock import locked
+from mixmo_fastai.runtime.signals import exit_code_of, handling_signals
 
 
 def fit(
@@ -99,7 +99,7 @@ def _start(
     output: Output,
 ) -> None:
     with _prepared(recipe, data_dir, output) as (training, is_rank0):
-        from mixmo_fastai.processes import run_on_rank0
+        from mixmo_fastai.runtime.processes import run_on_rank0
 
         path = run_on_rank0(lambda: _make_folder(training, out))
         output.run = run = RunFolder(path, is_writer=is_rank0)
@@ -138,11 +138,11 @@ def _prepared(
     Yields:
         The training, and whether this process is rank 0, the only one that prints and writes.
     """
-    from mixmo_fastai.devices import choose_device
-    from mixmo_fastai.processes import joined_process_group
+    from mixmo_fastai.runtime.devices import choose_device
+    from mixmo_fastai.runtime.processes import joined_process_group
 
     with joined_process_group(choose_device(recipe.train.device)) as processes:
-        from mixmo_fastai.training import prepare
+        from mixmo_fastai.training.train import prepare
 
         output.is_silent = not processes.is_rank0
         yield prepare(recipe, data_dir, resumed), processes.is_rank0
@@ -189,7 +189,7 @@ def _train(
 ) -> None:
     """Train with a progress display, and print the result."""
     from mixmo_fastai.cli.progress import TrainingDisplay
-    from mixmo_fastai.deep_ensemble import train_run
+    from mixmo_fastai.training.ensemble import train_run
 
     output.print(f"Run folder: {run.path}")
     display = TrainingDisplay(output, training.recipe.train.batch_size, speed)

@@ -8,11 +8,11 @@ import typer
 
 from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output
+from mixmo_fastai.config.choices import DATASETS
+from mixmo_fastai.config.recipe import Expected, Recipe
+from mixmo_fastai.config.resolve import resolve_recipe
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.names import DATASETS
-from mixmo_fastai.recipe import Expected, Recipe
-from mixmo_fastai.resolve import resolve_recipe
-from mixmo_fastai.runs import check_free, create_run
+from mixmo_fastai.runs.folder import check_free, create_run
 
 
 def import_(
@@ -37,8 +37,8 @@ def import_(
     resolve_recipe(dataset, recipe, {"model.arch": arch})  # before torch is imported
     check_free(out)
 
-    from mixmo_fastai.checkpoints.weights import save_weights
     from mixmo_fastai.models.reference import import_reference, read_reference_checkpoint
+    from mixmo_fastai.runs.weights import save_weights
 
     info = DATASETS[dataset]
     tensors = read_reference_checkpoint(checkpoint)

@@ -9,8 +9,8 @@ from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output
 from mixmo_fastai.cli.render import filter_lines
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.files import write_atomically
-from mixmo_fastai.runs import free_file, open_run
+from mixmo_fastai.runs.files import write_atomically
+from mixmo_fastai.runs.folder import free_file, open_run
 
 
 def inspect(
@@ -39,9 +39,9 @@ def inspect(
     names = [folder.path.resolve().name for folder in folders]
     plot_path = free_file(out, f"inspect-{'-'.join(names)}", ".png")
 
-    from mixmo_fastai.checkpoints.weights import load_network
-    from mixmo_fastai.filter_use import encoder_norms, filter_use
+    from mixmo_fastai.models.filters import encoder_norms, filter_use
     from mixmo_fastai.report.filters import side_by_side
+    from mixmo_fastai.runs.weights import load_network
 
     networks = [load_network(folder) for folder in folders]
     uses = [filter_use(network) for network in networks]

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mixmo_fastai.names import DEVICES
+from mixmo_fastai.config.choices import DEVICES
 
 DATA, NETWORK, TRAINING, OUTPUT = "Data", "Method and network", "Training", "Output"
 

@@ -5,15 +5,15 @@ import shlex
 from contextlib import suppress
 from typing import Any
 
-from mixmo_fastai.advice import advise, members_advice
 from mixmo_fastai.cli.console import Output
 from mixmo_fastai.cli.render import METRIC_WIDTH, PLAN_WIDTH, align, plan_lines, recipe_lines
-from mixmo_fastai.names import DATASETS
-from mixmo_fastai.recipe import Recipe
-from mixmo_fastai.resolve import changed_settings
-from mixmo_fastai.runs import RunFolder
-from mixmo_fastai.sizing import unmet_requirement
-from mixmo_fastai.wording import estimated_duration
+from mixmo_fastai.config.choices import DATASETS
+from mixmo_fastai.config.defaults import unmet_requirement
+from mixmo_fastai.config.methods import estimated_duration
+from mixmo_fastai.config.recipe import Recipe
+from mixmo_fastai.config.resolve import changed_settings
+from mixmo_fastai.runs.folder import RunFolder
+from mixmo_fastai.training.advice import advise, members_advice
 
 LONG_SECONDS = 3600.0
 """Duration of a training on a CPU from which a shorter one is suggested, in seconds."""
@@ -78,7 +78,7 @@ def _print_time(training: Any, output: Output, run: RunFolder, *, resume: bool) 
     """Time a few steps and print how long the run will take; do nothing under --quiet."""
     if output.quiet:
         return None
-    from mixmo_fastai.speed import measure_speed, seconds_left, shorter_training
+    from mixmo_fastai.training.speed import measure_speed, seconds_left, shorter_training
 
     speed = measure_speed(training)
     if speed is None:

@@ -12,8 +12,8 @@ import typer
 from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output
 from mixmo_fastai.errors import InputError, RunFailedError
-from mixmo_fastai.files import write_atomically
-from mixmo_fastai.runs import free_file, open_run
+from mixmo_fastai.runs.files import write_atomically
+from mixmo_fastai.runs.folder import free_file, open_run
 
 
 def predict(
@@ -48,8 +48,8 @@ def predict(
         out = free_file(out, "predictions", suffix)
 
     from mixmo_fastai.data.listing import Skipped
-    from mixmo_fastai.export import load_fused
-    from mixmo_fastai.prediction import predict_images
+    from mixmo_fastai.evaluation.predict import predict_images
+    from mixmo_fastai.export.files import load_fused
 
     network = load_fused(run) if folder is None else folder
     skipped = Skipped()

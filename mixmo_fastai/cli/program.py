@@ -30,7 +30,7 @@ from mixmo_fastai.cli import (
 from mixmo_fastai.cli.console import RunInterruptedError
 from mixmo_fastai.cli.options import use_flag_names
 from mixmo_fastai.errors import InputError, RunFailedError
-from mixmo_fastai.interruption import StopRequest, handling_signals
+from mixmo_fastai.runtime.signals import StopRequest, handling_signals
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 SIGNAL_MESSAGES = {INTERRUPTED: "Interrupted.", 143: "Terminated.", 129: "Hung up."}

@@ -8,9 +8,9 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Column
 from rich.text import Text
 
+from mixmo_fastai.callbacks.epoch import TrainedEpochCallback
 from mixmo_fastai.cli.console import Output
-from mixmo_fastai.epochs import TrainedEpochCallback
-from mixmo_fastai.recording import HistoryCallback
+from mixmo_fastai.training.recording import HistoryCallback
 
 COLUMNS = (
     ("epoch", "epoch", 9),

@@ -4,7 +4,17 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mixmo_fastai.metric_table import (
+from mixmo_fastai.config.methods import (
+    SPLIT_NAMES,
+    duration,
+    final_metrics,
+    method_name,
+    published_result,
+    temperature_warning,
+)
+from mixmo_fastai.config.recipe import Recipe, to_mapping
+from mixmo_fastai.config.resolve import changed_settings
+from mixmo_fastai.metrics.table import (
     METRICS,
     MULTI_MEMBER_METRICS,
     decimal,
@@ -12,16 +22,6 @@ from mixmo_fastai.metric_table import (
     points,
     round_percent,
     signed_decimal,
-)
-from mixmo_fastai.recipe import Recipe, to_mapping
-from mixmo_fastai.resolve import changed_settings
-from mixmo_fastai.wording import (
-    SPLIT_NAMES,
-    duration,
-    final_metrics,
-    method_name,
-    published_result,
-    temperature_warning,
 )
 
 PLAN_WIDTH, METRIC_WIDTH = len("Validation"), len("Validation accuracy")
@@ -113,7 +113,7 @@ def _setup_rows(training: Any) -> list[tuple[str, str]]:
 
 def _validation_rows(num_images: int) -> list[tuple[str, str]]:
     """Describe the precision of the validation accuracy."""
-    from mixmo_fastai.bootstrap import accuracy_half_width
+    from mixmo_fastai.metrics.bootstrap import accuracy_half_width
 
     if not num_images:
         return []

@@ -7,9 +7,9 @@ import typer
 
 from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output
-from mixmo_fastai.resolve import resolve_recipe
-from mixmo_fastai.runs import free_file, run_label
-from mixmo_fastai.wording import method_name
+from mixmo_fastai.config.methods import method_name
+from mixmo_fastai.config.resolve import resolve_recipe
+from mixmo_fastai.runs.folder import free_file, run_label
 
 
 def show(
@@ -44,10 +44,10 @@ def show(
     resolved = resolve_recipe(dataset, recipe, settings, assignments or ())
     plot_path = free_file(out, f"show-{run_label(resolved)}", ".png")
 
-    from mixmo_fastai.devices import choose_device
-    from mixmo_fastai.figures import plot_preview
-    from mixmo_fastai.preview import preview_batch
-    from mixmo_fastai.training import prepare
+    from mixmo_fastai.learner.preview import preview_batch
+    from mixmo_fastai.plots.png import plot_preview
+    from mixmo_fastai.runtime.devices import choose_device
+    from mixmo_fastai.training.train import prepare
 
     # Runs on the CPU, with the network and image size that training would use on this machine.
     training = prepare(resolved, data_dir, sized_for=choose_device("auto").type)

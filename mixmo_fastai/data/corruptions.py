@@ -18,7 +18,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from mixmo_fastai.data.decoding import image_to_tensor
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.randomness import make_generator
+from mixmo_fastai.rng import make_generator
 
 NUM_SEVERITIES = 5
 OFFICIAL_TYPES = (

@@ -6,7 +6,7 @@ import torch
 from fastai.data.core import DataLoaders
 from fastai.torch_core import default_device
 
-from mixmo_fastai.augment import StoredImages
+from mixmo_fastai.data.augment import StoredImages
 from mixmo_fastai.data.image_sets import DataSource, ImageSet
 from mixmo_fastai.data.loaders import Augmentation, BatchLoader, ResidentLoader, StreamingLoader
 from mixmo_fastai.data.loose_images import EVALUATION_BATCH

@@ -12,9 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mixmo_fastai.config.choices import DATASETS
 from mixmo_fastai.data.decoding import decode_batches, decode_image
 from mixmo_fastai.data.parts import DataParts
-from mixmo_fastai.names import DATASETS
 
 
 class ImageSet(Protocol):

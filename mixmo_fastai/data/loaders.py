@@ -21,7 +21,7 @@ from fastai.data.transforms import IntToFloatTensor, Normalize, ToTensor
 from fastai.torch_core import TensorCategory, TensorImage, to_detach
 from torch import Tensor
 
-from mixmo_fastai.augment import (
+from mixmo_fastai.data.augment import (
     Normalizer,
     StoredImages,
     draw_alternating_flips,
@@ -31,9 +31,9 @@ from mixmo_fastai.augment import (
 from mixmo_fastai.data.image_sets import ImageSet
 from mixmo_fastai.data.items import as_items
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.interruption import leave_signals_to_parent, signals_blocked
-from mixmo_fastai.processes import Processes
-from mixmo_fastai.randomness import derive_seed, make_generator
+from mixmo_fastai.rng import derive_seed, make_generator
+from mixmo_fastai.runtime.processes import Processes
+from mixmo_fastai.runtime.signals import leave_signals_to_parent, signals_blocked
 
 
 @dataclass(frozen=True)

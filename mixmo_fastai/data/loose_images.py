@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mixmo_fastai.augment import normalize
+from mixmo_fastai.data.augment import normalize
 from mixmo_fastai.data.decoding import decode_image
 from mixmo_fastai.data.listing import Skipped, images_below
 from mixmo_fastai.errors import InputError

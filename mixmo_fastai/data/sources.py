@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from mixmo_fastai.config.choices import DATASETS
 from mixmo_fastai.data.archives import Archive, Unpacked, archive_damage, fetch
 from mixmo_fastai.data.cifar import CIFAR10, CIFAR100, read_cifar10, read_cifar100
 from mixmo_fastai.data.damage import LeftOut
@@ -15,7 +16,6 @@ from mixmo_fastai.data.image_sets import ArrayImages, DataSource, FileImages, Im
 from mixmo_fastai.data.parts import DataParts
 from mixmo_fastai.data.tiny_imagenet import TINY_IMAGENET, read_tiny_imagenet
 from mixmo_fastai.errors import InputError, unknown_name_error
-from mixmo_fastai.names import DATASETS
 
 __all__ = [
     "SOURCES",

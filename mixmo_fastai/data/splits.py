@@ -7,10 +7,10 @@ the networks of a deep ensemble share a validation split.
 import torch
 from torch import Tensor
 
+from mixmo_fastai.config.recipe import default_valid_split
 from mixmo_fastai.data.image_sets import DataSource, ImageSet, Subset
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.randomness import make_generator
-from mixmo_fastai.recipe import default_valid_split
+from mixmo_fastai.rng import make_generator
 
 SPLIT_SEED = 0
 DEFAULT_TEST_SPLIT = 0.2

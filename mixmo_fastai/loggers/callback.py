@@ -7,19 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixmo_fastai.checkpoints.state import Position
-from mixmo_fastai.evaluation import LabelledLogits
-from mixmo_fastai.interruption import exit_code_of
+from mixmo_fastai.config.methods import method_name
+from mixmo_fastai.config.recipe import Recipe
+from mixmo_fastai.config.schema import to_mapping
+from mixmo_fastai.evaluation.logits import LabelledLogits
+from mixmo_fastai.learner.preview import Preview, preview_current_batch
 from mixmo_fastai.loggers import LOGGERS
 from mixmo_fastai.loggers.pictures import plot_first_batch, plot_results
 from mixmo_fastai.loggers.tracker import Step, TrackedRun, Tracker
-from mixmo_fastai.preview import Preview, preview_current_batch
-from mixmo_fastai.recipe import Recipe
-from mixmo_fastai.recording import HistoryCallback, RunCallback
-from mixmo_fastai.runs import RunFolder
-from mixmo_fastai.settings import to_mapping
-from mixmo_fastai.training import Training
-from mixmo_fastai.wording import method_name
+from mixmo_fastai.runs.folder import RunFolder
+from mixmo_fastai.runtime.signals import exit_code_of
+from mixmo_fastai.training.recording import HistoryCallback, RunCallback
+from mixmo_fastai.training.state import Position
+from mixmo_fastai.training.train import Training
 
 
 class LoggingCallback(RunCallback):

@@ -7,8 +7,8 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 
-from mixmo_fastai.files import write_atomically
 from mixmo_fastai.loggers.tracker import Step, TrackedRun
+from mixmo_fastai.runs.files import write_atomically
 
 
 class CsvTracker:

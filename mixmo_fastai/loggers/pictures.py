@@ -4,16 +4,16 @@ import io
 
 from torch import Tensor
 
-from mixmo_fastai.confusion import confusion_matrix
-from mixmo_fastai.figures import plot_preview
-from mixmo_fastai.preview import Preview
-from mixmo_fastai.recipe import Recipe
+from mixmo_fastai.config.methods import method_name
+from mixmo_fastai.config.recipe import Recipe
+from mixmo_fastai.learner.preview import Preview
+from mixmo_fastai.metrics.confusion import confusion_matrix
+from mixmo_fastai.plots.png import plot_preview
 from mixmo_fastai.report import charts
-from mixmo_fastai.report.findings import read_history
+from mixmo_fastai.report.report_data import read_history
 from mixmo_fastai.report.sections import MAX_MATRIX_CLASSES
-from mixmo_fastai.runs import RunFolder
-from mixmo_fastai.training import Training
-from mixmo_fastai.wording import method_name
+from mixmo_fastai.runs.folder import RunFolder
+from mixmo_fastai.training.train import Training
 
 
 def plot_first_batch(preview: Preview, training: Training) -> dict[str, bytes]:

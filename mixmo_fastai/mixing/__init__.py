@@ -13,6 +13,7 @@ Source: Ramé, Sun, Cord, "MixMo", ICCV 2021, sections 3.2 and 3.3.
     features.py the mixing operation
 """
 
+from mixmo_fastai.config.choices import MASK_KINDS
 from mixmo_fastai.mixing.batches import CHEAP_KINDS, DrawnMixings, Mixing, draw_mixings
 from mixmo_fastai.mixing.features import mix_features
 from mixmo_fastai.mixing.masks import (
@@ -24,7 +25,6 @@ from mixmo_fastai.mixing.masks import (
 )
 from mixmo_fastai.mixing.ratios import draw_lam, loss_weights
 from mixmo_fastai.mixing.regions import Region
-from mixmo_fastai.names import MASK_KINDS
 
 __all__ = [
     "BINARY_KINDS",

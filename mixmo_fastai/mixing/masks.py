@@ -12,9 +12,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from mixmo_fastai.config.choices import MASK_KINDS, MASK_OPTIONS
 from mixmo_fastai.errors import InputError, unknown_name_error
 from mixmo_fastai.mixing.regions import REGIONS, SOFT_REGIONS, Region, Shape
-from mixmo_fastai.names import MASK_KINDS, MASK_OPTIONS
 
 BLEND_KINDS = ("sum", "linear")
 """Kinds that blend the members with the same ratio at all positions."""

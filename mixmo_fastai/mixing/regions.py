@@ -13,8 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from mixmo_fastai.config.choices import COW_DEFAULTS
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.names import COW_DEFAULTS
 
 Shape = tuple[int, int, int]
 Generator = torch.Generator | None

@@ -5,14 +5,14 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from mixmo_fastai.config.choices import Architecture, parse_architecture
+from mixmo_fastai.config.recipe import Model
 from mixmo_fastai.errors import InputError, check_count
 from mixmo_fastai.models import preact_resnet, wide_resnet
-from mixmo_fastai.models.backbones import build_backbone
+from mixmo_fastai.models.convert import MemberInit, convert_at_layers, find_end_layers
 from mixmo_fastai.models.initialization import initialize
+from mixmo_fastai.models.library import build_backbone
 from mixmo_fastai.models.mixmo_model import MixMoModel
-from mixmo_fastai.models.surgery import MemberInit, convert_at_layers, find_end_layers
-from mixmo_fastai.names import Architecture, parse_architecture
-from mixmo_fastai.recipe import Model
 
 PREACT_HEAD_STD = 0.01
 

@@ -14,8 +14,8 @@ from typing import Protocol, runtime_checkable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixmo_fastai.config.choices import READOUTS
 from mixmo_fastai.errors import InputError, unknown_name_error
-from mixmo_fastai.names import READOUTS
 
 
 @runtime_checkable

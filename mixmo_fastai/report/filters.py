@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from mixmo_fastai.filter_use import FilterUse
-from mixmo_fastai.metric_table import percent, round_percent
+from mixmo_fastai.metrics.table import percent, round_percent
+from mixmo_fastai.models.filters import FilterUse
 from mixmo_fastai.report.charts import MARKERS, Chart, percent_axis
 from mixmo_fastai.report.drawing import INK, MEMBERS, OPACITIES, Plot
 

@@ -15,20 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from mixmo_fastai import __version__
-from mixmo_fastai.files import write_atomically
-from mixmo_fastai.metric_table import (
-    METRIC_BY_NAME,
-    METRICS,
-    MULTI_MEMBER_METRICS,
-    decimal,
-    percent,
-    round_percent,
-)
-from mixmo_fastai.recipe import to_toml
-from mixmo_fastai.report.findings import Mistake, ReportData, collect_report_data
-from mixmo_fastai.report.sections import calibration_name, sections, voter_name
-from mixmo_fastai.runs import RunFolder
-from mixmo_fastai.wording import (
+from mixmo_fastai.config.methods import (
     SPLIT_NAMES,
     duration,
     final_metrics,
@@ -37,6 +24,19 @@ from mixmo_fastai.wording import (
     temperature_error,
     temperature_warning,
 )
+from mixmo_fastai.config.recipe import to_toml
+from mixmo_fastai.metrics.table import (
+    METRIC_BY_NAME,
+    METRICS,
+    MULTI_MEMBER_METRICS,
+    decimal,
+    percent,
+    round_percent,
+)
+from mixmo_fastai.report.report_data import Mistake, ReportData, collect_report_data
+from mixmo_fastai.report.sections import calibration_name, sections, voter_name
+from mixmo_fastai.runs.files import write_atomically
+from mixmo_fastai.runs.folder import RunFolder
 
 SMALLEST_THUMBNAIL = 64
 _UNIT = re.compile(r"(?<=\d) (?=(?:%|points|nats|min|h|s)(?!\w))")

@@ -15,11 +15,11 @@ from tempfile import TemporaryDirectory
 from fastai.callback.core import Callback
 
 import mixmo_fastai
-from mixmo_fastai.checkpoints.store import CheckpointStore
-from mixmo_fastai.interruption import InterruptedBySignal, StopRequest
-from mixmo_fastai.recipe import recipe_from_mapping
-from mixmo_fastai.runs import create_run, open_run
-from mixmo_fastai.training import prepare, train
+from mixmo_fastai.config.recipe import recipe_from_mapping
+from mixmo_fastai.runs.checkpoints import CheckpointStore
+from mixmo_fastai.runs.folder import create_run, open_run
+from mixmo_fastai.runtime.signals import InterruptedBySignal, StopRequest
+from mixmo_fastai.training.train import prepare, train
 
 HERE = Path(__file__).parent
 RECIPE = {

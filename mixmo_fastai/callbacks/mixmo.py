@@ -1,0 +1,400 @@
+"""fastai callback that pairs the images of a batch and mixes their features.
+
+Shapes: n images from the loader, M members, b batch repetitions, B = b·n batch that the network
+sees, C channels, H W image size, D feature channels, h w feature size after the encoder.
+Source: Ramé, Sun, Cord, "MixMo", ICCV 2021.
+"""
+
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any
+
+import torch
+from fastai.callback.core import Callback
+from fastai.torch_core import rank_distrib
+from torch import Tensor
+
+from mixmo_fastai.callbacks.checks import check_batch, check_callbacks, check_optimizer
+from mixmo_fastai.data.loaders import STEPS_AT_ONCE, BatchLoader
+from mixmo_fastai.data.repeat import expand
+from mixmo_fastai.errors import InputError, remove_fastai_prefix
+from mixmo_fastai.mixing import (
+    CHEAP_KINDS,
+    DrawnMixings,
+    Mixing,
+    Region,
+    check_kind,
+    check_options,
+    draw_lam,
+    draw_masks,
+    draw_mixings,
+    loss_weights,
+)
+from mixmo_fastai.mixing.loss import MixMoLoss
+from mixmo_fastai.mixing.msda import (
+    MsdaDraw,
+    check_msda,
+    draw_msda,
+    gather_partners,
+    make_own_image_dominant,
+    mix_images,
+    own_label_weights,
+)
+from mixmo_fastai.mixing.pairing import check_pairing, draw_pairings, num_copies
+from mixmo_fastai.models.mixmo_model import MixMoModel, unwrap
+from mixmo_fastai.rng import Stream, fresh_seed, make_generator
+from mixmo_fastai.runtime.processes import broadcast_from_rank0, process_group
+
+Device = torch.device | str | None
+
+
+class _PlainErrorCallback(Callback):
+    """A callback whose `InputError`s do not have the prefix that fastai adds."""
+
+    def __call__(self, event_name: str) -> Any:
+        """Run an event; remove fastai's prefix from an `InputError`."""
+        try:
+            return super().__call__(event_name)
+        except InputError as error:
+            raise remove_fastai_prefix(error) from None
+
+
+class MixMoCallback(_PlainErrorCallback):
+    """Pair and mix the training batches of a Learner whose model is a `MixMoModel`.
+
+    Each training batch (n, C, H, W) becomes inputs (B, M, C, H, W) with masks (B, M, 1 or D, h, w),
+    and targets (B, M) with weights (B, M). Evaluation batches are not changed. The Learner's loss
+    is wrapped in `MixMoLoss` when the first fit begins and stays wrapped. Gradients are those of
+    the sum over members; `learn.loss`, and thus every training loss that fastai records, shows or
+    monitors, is divided by M.
+
+    The network sees B = batch_repetitions · n images per step: a loader with batch size 16 yields
+    the published batch size of 64. Batch transforms are applied to each copy of an image
+    separately, item transforms once per image.
+
+    Args:
+        mix: mask kind, one of `mixing.MASK_KINDS`, or a function with the signature of those in
+            `mixing/regions.py`; "sum" is MIMO and the only kind that supports one member.
+        alpha: concentration of the mixing ratios, lam ~ Dirichlet(alpha).
+        mix_prob: probability that a batch is mixed by the regions of `mix`, such as boxes; other
+            batches are mixed linearly.
+        decay_start: fraction of training after which mix_prob decays linearly, to 0 at the end.
+        weight_root: r of the loss weights; 1 weights members by lam, infinity weights them equally.
+        batch_repetitions: b.
+        input_repetition: fraction of positions at which all members see the same image.
+        msda: "cutmix" or "mixup" to mix each member's image and label with those of another image
+            of the same member; None for no MSDA.
+        msda_alpha: the ratio of the member's own image is Beta(msda_alpha, msda_alpha).
+        msda_prob: probability of MSDA, per sample and member.
+        mask_options: options of the mask kind, such as {"block_size": 5} for "patchup"; see
+            `mixing.draw_masks`.
+        seed: seed of all draws; if None, it is drawn when the first fit begins, from torch's global
+            generator, which `set_seed` seeds.
+
+    Raises:
+        InputError: an argument is out of range; when a fit begins: the model is not a `MixMoModel`,
+            the loss cannot be weighted, or the Learner also has one of fastai's Mix callbacks.
+    """
+
+    # After callbacks that read self.x, before mixed precision (10) enters autocast.
+    order, run_valid = 9, False
+    num_processes = 1  # processes that split each batch of the loader; missing in pickles of 0.1.0
+
+    def __init__(
+        self,
+        mix: str | Region = "cutmix",
+        *,
+        alpha: float = 2.0,
+        mix_prob: float = 0.5,
+        decay_start: float = 11 / 12,
+        weight_root: float = 3.0,
+        batch_repetitions: int = 4,
+        input_repetition: float = 0.0,
+        msda: str | None = None,
+        msda_alpha: float = 1.0,
+        msda_prob: float = 0.5,
+        mask_options: Mapping[str, float] | None = None,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        check_kind(mix, num_members=2)
+        if mask_options is not None and not isinstance(mask_options, Mapping):
+            raise InputError(f"mask_options must map names to values; got {mask_options!r}.")
+        self.mask_options = dict(mask_options or {})
+        generator = torch.Generator()  # the checks must not draw from the global generator
+        if isinstance(mix, str):
+            lam = torch.full((1, 2), 0.5)
+            draw_masks(mix, lam, (2, 8, 8), generator=generator, **self.mask_options)
+        else:  # not called here, since it may require another feature size
+            check_options(mix, self.mask_options)
+        check_pairing(1, batch_repetitions, input_repetition)
+        _check_fractions(mix_prob=mix_prob, decay_start=decay_start, msda_prob=msda_prob)
+        loss_weights(torch.ones(1, 1), weight_root)
+        draw_lam(1, 1, alpha, generator=generator)
+        msda = None if msda == "none" else msda  # recipes write None as "none"
+        if msda is not None:
+            check_msda(msda, msda_alpha, msda_prob)
+        self.mix, self.alpha, self.mix_prob, self.decay_start = mix, alpha, mix_prob, decay_start
+        self.weight_root, self.batch_repetitions = weight_root, batch_repetitions
+        self.input_repetition, self.seed = input_repetition, seed
+        self.msda, self.msda_alpha, self.msda_prob = msda, msda_alpha, msda_prob
+        self.epochs_trained = 0  # in all fits, not counting lr_find
+        self.fit_seed = seed
+        self.copies_in_batch, self.loader_applies_slots = 1, False
+        self.drawn_slots: tuple[Any, Tensor] | None = None
+        self.drawn_mixings: tuple[Any, DrawnMixings] | None = None
+
+    def before_fit(self) -> None:
+        """Check the Learner, and wrap its loss if it is not wrapped yet."""
+        network = unwrap(self.learn.model)
+        if not isinstance(network, MixMoModel):
+            raise InputError(
+                f"MixMoCallback needs a MixMoModel; the Learner has a {type(network).__name__}.\n"
+                "Build it with mixmo_learner(dls, arch) or create_model(arch, num_classes)."
+            )
+        check_kind(self.mix, network.num_members)
+        if sum(isinstance(other, MixMoCallback) for other in self.learn.cbs) > 1:
+            raise InputError("The Learner has more than one MixMoCallback; remove the others.")
+        check_callbacks(self.learn.cbs)
+        add_guard(self.learn)
+        if not isinstance(self.learn.loss_func, MixMoLoss):
+            device = next(network.parameters()).device
+            self.learn.loss_func = MixMoLoss(self.learn.loss_func).to(device)
+
+    def before_train(self) -> None:
+        """Set the epoch's loader to repeat every image for all members."""
+        check_optimizer(self.learn)
+        if self.fit_seed is None:
+            self.fit_seed = broadcast_from_rank0(fresh_seed())
+        loader = self.learn.dl
+        if isinstance(getattr(loader, "dl", None), BatchLoader):  # in fastai's DistributedDL
+            raise InputError(
+                "This loader splits its batches among processes itself, so fastai's distrib_ctx "
+                "must not split them.\n"
+                "Use `shared(learn)` of mixmo_fastai.learner.distributed instead."
+            )
+        if isinstance(loader, BatchLoader):
+            loader.set_epoch(self._epoch)
+            self.num_processes = process_group().count
+            self._check_divisible(loader.bs)
+        # fastai sets `Learner.dl` before every epoch, so this view lasts for one epoch only.
+        copies = num_copies(self._num_members, self.batch_repetitions)
+        device = getattr(loader, "device", None)
+
+        def arrange(first_step: int, num_images: int) -> Tensor:
+            return self.draw_slots(first_step, num_images, device)
+
+        expansion = expand(loader, copies, arrange)
+        self.learn.dl, self.copies_in_batch, self.loader_applies_slots = expansion
+        self.drawn_slots = self.drawn_mixings = None  # they may belong to another fit
+
+    def before_batch(self) -> None:
+        """Replace the batch by paired inputs and targets, masks and loss weights."""
+        check_batch(len(self.learn.xb), len(self.learn.yb))
+        x, y = self.learn.xb[0].as_subclass(Tensor), self.learn.yb[0].as_subclass(Tensor)
+        # Members are the outer dimension in memory, so that each encoder's batch is contiguous.
+        by_member = (self._num_members, -1)
+        if not self.loader_applies_slots:
+            slots = self._current_slots(len(x) // self.copies_in_batch, x.device)
+            x, y = x.index_select(0, slots), y[slots]
+        inputs = x.unflatten(0, by_member).transpose(0, 1)  # (B, M, C, H, W)
+        targets = y.unflatten(0, by_member).transpose(0, 1)  # (B, M)
+        masks, weights = self._current_mixing(len(inputs), x)
+        if self.msda is None:
+            self.learn.xb, self.learn.yb = (inputs, masks), (targets, weights)
+            return
+        draw, own_weights = self.draw_msda(inputs, masks)
+        pasted_targets = gather_partners(targets, draw.partners)
+        self.learn.xb = (mix_images(inputs, draw), masks)
+        self.learn.yb = (targets, weights, pasted_targets, own_weights)
+
+    def after_loss(self) -> None:
+        """Divide the recorded loss by M, so that it is comparable with a validation loss.
+
+        fastai records `learn.loss` and differentiates `learn.loss_grad`, which remains the sum.
+        """
+        self.learn.loss = self.learn.loss / self._num_members
+
+    def after_batch(self) -> None:
+        """Flatten the members into the batch axis if fastai's training metrics are enabled."""
+        recorder = getattr(self.learn, "recorder", None)
+        if recorder is not None and recorder.train_metrics:
+            self.learn.pred = self.learn.pred.flatten(0, 1)  # (B · M, K)
+            self.learn.yb = (self.learn.yb[0].flatten(0, 1),)
+
+    def after_train(self) -> None:
+        """Count trained epochs."""
+        if not hasattr(self.learn, "lr_finder"):
+            self.epochs_trained += 1
+
+    def _check_divisible(self, num_images: int) -> None:
+        if (batch := num_images * self.batch_repetitions) % self.num_processes:
+            raise InputError(
+                f"A batch of {batch} images cannot be split evenly among {self.num_processes} "
+                "processes.\nUse a batch size that is a multiple of the number of processes."
+            )
+
+    def _rank_slice(self, batch_size: int) -> slice:
+        """Return this process's positions in the batch of all processes."""
+        size = batch_size // self.num_processes
+        start = size * rank_distrib() if self.num_processes > 1 else 0
+        return slice(start, start + size)
+
+    def _current_slots(self, num_images: int, device: Device) -> Tensor:
+        """Return the slots (M · B,) of this step, drawn for several steps at once."""
+        first = self.learn.iter - self.learn.iter % STEPS_AT_ONCE
+        key = (self._epoch, first, num_images, device)
+        if self.drawn_slots is None or self.drawn_slots[0] != key:
+            self.drawn_slots = key, self.draw_slots(first, num_images, device)
+        return self.drawn_slots[1][self.learn.iter - first]
+
+    def draw_slots(self, first_step: int, num_images: int, device: Device) -> Tensor:
+        """Draw the slots that this process sees, grouped by member: (steps, M · B).
+
+        `STEPS_AT_ONCE` steps are drawn together, since one large draw is cheaper than many small
+        draws.
+        """
+        slots = draw_pairings(
+            STEPS_AT_ONCE,
+            num_images,
+            self._num_members,
+            self.batch_repetitions,
+            self.input_repetition,
+            generator=self._generator("pairing", device, first_step),
+            device=device,
+        )
+        slots = slots[:, self._rank_slice(slots.shape[1])].transpose(1, 2).flatten(1)
+        return slots if self.copies_in_batch > 1 else slots % num_images
+
+    def _current_mixing(self, batch_size: int, x: Tensor) -> Mixing:
+        """Return the masks and weights of this step; cheap masks are drawn for several steps.
+
+        They are drawn for the batch of all processes; this process uses its part of them.
+        """
+        batch_size *= self.num_processes
+        num_steps = STEPS_AT_ONCE if self.mix in CHEAP_KINDS else 1
+        first = self.learn.iter - self.learn.iter % num_steps
+        key = (self._epoch, first, batch_size, x.shape[-2:], x.device)
+        # Expensive masks are drawn only when used. Cheap masks must not depend on the step at which
+        # they are drawn, so they are drawn for the largest probability.
+        max_prob = self.mix_prob if num_steps > 1 else self.current_mix_prob()
+        if self.drawn_mixings is None or self.drawn_mixings[0] != key:
+            mixings = self.draw_mixings(first, num_steps, batch_size, x, max_prob)
+            self.drawn_mixings = key, mixings
+        mixing = self.drawn_mixings[1].select(self.learn.iter - first, self.current_mix_prob())
+        rank_slice = self._rank_slice(batch_size)
+        return Mixing(mixing.masks[rank_slice], mixing.weights[rank_slice])
+
+    def draw_mixings(
+        self, first_step: int, num_steps: int, batch_size: int, x: Tensor, mix_prob: float
+    ) -> DrawnMixings:
+        """Draw masks and loss weights of several steps, for images of the size of `x`.
+
+        A step is mixed by regions if the uniform number that is drawn for it on the CPU is below
+        the probability at that step, which is at most `mix_prob`.
+        """
+        uniforms = torch.rand(num_steps, generator=self._generator("schedule", "cpu", first_step))
+        return draw_mixings(
+            self.mix,
+            uniforms.tolist(),
+            (batch_size, self._num_members),
+            unwrap(self.learn.model).mask_shape(*x.shape[-2:]),
+            mix_prob=mix_prob,
+            alpha=self.alpha,
+            weight_root=self.weight_root,
+            options=self.mask_options,
+            lam_generator=self._generator("lam", x.device, first_step),
+            mask_generator=self._generator("masks", x.device, first_step),
+            device=x.device,
+        )
+
+    def draw_msda(self, inputs: Tensor, masks: Tensor) -> tuple[MsdaDraw, Tensor]:
+        """Draw MSDA and the weights (B, M) of the members' own labels."""
+        assert self.msda is not None
+        draw = draw_msda(
+            self.msda,
+            *inputs.shape[:2],
+            size=inputs.shape[-2:],
+            alpha=self.msda_alpha,
+            prob=self.msda_prob,
+            generator=self._generator("msda", inputs.device),
+            device=inputs.device,
+        )
+        own_weights = own_label_weights(draw.masks, masks)
+        if self._num_members == 1:
+            return draw, own_weights
+        return make_own_image_dominant(draw, own_weights)
+
+    def current_mix_prob(self) -> float:
+        """Return the scheduled probability of mixing by regions; it does not decay in `lr_find`."""
+        if hasattr(self.learn, "lr_finder"):
+            return self.mix_prob
+        return scheduled_mix_prob(self.learn.pct_train, self.mix_prob, self.decay_start)
+
+    @property
+    def _num_members(self) -> int:
+        return int(unwrap(self.learn.model).num_members)
+
+    @property
+    def _epoch(self) -> int:
+        """Number of epochs trained before this one, including those of a current `lr_find`."""
+        lr_find_epochs = self.learn.epoch if hasattr(self.learn, "lr_finder") else 0
+        return self.epochs_trained + lr_find_epochs
+
+    def _generator(
+        self, stream: Stream, device: Device, step: int | None = None
+    ) -> torch.Generator:
+        step = self.learn.iter if step is None else step
+        assert self.fit_seed is not None
+        # Processes that split a batch draw the same numbers for the whole batch, except for MSDA,
+        # whose partners are images of the same process. All processes use the same schedule.
+        is_shared = stream == "schedule" or (self.num_processes > 1 and stream != "msda")
+        rank = 0 if is_shared else rank_distrib()
+        return make_generator(self.fit_seed, stream, self._epoch, step, rank, device=device)
+
+
+class MixMoGuard(_PlainErrorCallback):
+    """Raise an error if a MixMo network is trained after its `MixMoCallback` was removed.
+
+    Without the callback, all members would be trained on the same images. `to_mixmo`,
+    `mixmo_learner` and the callback itself add the guard. Evaluation is not affected.
+    """
+
+    order = 9
+
+    def before_train(self) -> None:
+        """Check that the Learner has a `MixMoCallback` if the network has several members."""
+        network = unwrap(self.learn.model)
+        if not isinstance(network, MixMoModel) or network.num_members == 1:
+            return
+        if not any(isinstance(other, MixMoCallback) for other in self.learn.cbs):
+            raise InputError(
+                f"The network has {network.num_members} members, but the Learner has no "
+                "MixMoCallback that pairs their images.\nAdd one: learn.add_cb(MixMoCallback()).\n"
+                "For a plain network: learn.model = learn.model.fuse(), then learn.create_opt()."
+            )
+
+
+def add_guard(learn: Any) -> None:
+    """Add a `MixMoGuard` to a Learner if it has none."""
+    if not any(isinstance(other, MixMoGuard) for other in learn.cbs):
+        learn.add_cb(MixMoGuard())
+
+
+def scheduled_mix_prob(progress: float, mix_prob: float, decay_start: float) -> float:
+    """Return mix_prob until `decay_start`; then decay linearly to 0 at the end of training.
+
+    Args:
+        progress: completed fraction of training, in [0, 1].
+        mix_prob: probability before the decay.
+        decay_start: fraction of training at which the decay begins; 1 for no decay.
+    """
+    if progress <= decay_start or decay_start == 1:
+        return mix_prob
+    return mix_prob * max(0.0, 1 - progress) / (1 - decay_start)
+
+
+def _check_fractions(**fractions: float) -> None:
+    for name, value in fractions.items():
+        if not isinstance(value, Real) or not 0 <= value <= 1:
+            raise InputError(f"{name} must be from 0 to 1; got {value!r}.")

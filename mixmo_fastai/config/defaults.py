@@ -1,0 +1,126 @@
+"""Default network, number of epochs and image size, by data and device.
+
+The defaults are in one table, `DEFAULTS`, which `docs/recipes.md` shows. The recipe of a run holds
+the values that were chosen, so resuming and evaluating use the same. Standard library only.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from mixmo_fastai.config.choices import DATASETS, Architecture, parse_architecture
+from mixmo_fastai.config.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Default:
+    """Defaults for images up to a size.
+
+    Attributes:
+        side: largest size of the images in pixels: the square root of H · W.
+        arch: name of the network.
+        images_seen: number of images seen by the network, including repetitions.
+    """
+
+    side: float
+    arch: str
+    images_seen: int
+
+
+DEFAULTS = {
+    "cpu": (
+        Default(20, "wrn10_4", 1_500_000),
+        Default(40, "wrn10_4", 250_000),
+        Default(math.inf, "resnet18", 250_000),
+    ),
+    "cuda": (
+        Default(40, "wrn16_8", 20_000_000),
+        Default(96, "preact_resnet18_2", 10_000_000),
+        Default(math.inf, "resnet50", 5_000_000),
+    ),
+}
+"""Rows by device; the first row whose side is large enough applies."""
+MAX_CPU_SIDE = 64
+"""Height and width to which images of a folder are resized on a CPU if a side is longer."""
+MAX_VIEWS = 1200
+"""Largest default number of views of each image: as published, 300 epochs of 4 repetitions."""
+PUBLISHED_ARCH, PUBLISHED_EPOCHS = "wrn28_10", 300
+"""Defaults for the named data sets."""
+
+MIN_IMAGES_SEEN = 1_500_000
+"""Number of images seen from which two members were found more accurate than a plain network."""
+MIN_WIDTH = 4
+"""Smallest width of a WideResNet for which this was found."""
+OPTIONAL_SETTINGS = ("data.image_size", "model.arch", "train.epochs")
+"""Settings that a recipe may leave open (None)."""
+
+
+def default_for(device: str, image_shape: Sequence[int]) -> Default:
+    """Return the row of the table for a device ("cpu" or "cuda") and images (C, H, W)."""
+    side = math.sqrt(image_shape[1] * image_shape[2])
+    rows = DEFAULTS.get(device, DEFAULTS["cpu"])
+    return next(row for row in rows if side <= row.side)
+
+
+def open_settings(recipe: Recipe) -> list[str]:
+    """List the settings that a recipe leaves open (None)."""
+    pairs = [(name, *name.split(".")) for name in OPTIONAL_SETTINGS]
+    return [name for name, section, key in pairs if getattr(getattr(recipe, section), key) is None]
+
+
+def fill_defaults(
+    recipe: Recipe,
+    *,
+    device: str,
+    image_shape: Sequence[int],
+    num_images: int,
+    scaled_to: int = 0,
+) -> Recipe:
+    """Fill in the settings that a recipe leaves open; other settings are unchanged.
+
+    Args:
+        recipe: the recipe.
+        device: "cpu" or "cuda".
+        image_shape: (C, H, W) of the images as read.
+        num_images: number of training images, without the validation split.
+        scaled_to: height and width to which images of a folder were resized; 0 if not resized.
+    """
+    data, model, train = recipe.data, recipe.model, recipe.train
+    if data.image_size is None:
+        data = replace(data, image_size=scaled_to)
+    arch, epochs = PUBLISHED_ARCH, PUBLISHED_EPOCHS
+    if data.dataset not in DATASETS:
+        default = default_for(device, image_shape)
+        images_seen = min(default.images_seen, MAX_VIEWS * num_images)
+        seen_per_epoch = recipe.mix.batch_repetitions * num_images
+        arch, epochs = default.arch, max(1, round(images_seen / seen_per_epoch))
+    if model.arch is None:
+        model = replace(model, arch=arch)
+    if train.epochs is None:
+        train = replace(train, epochs=epochs)
+    return replace(recipe, data=data, model=model, train=train)
+
+
+def narrow_network(recipe: Recipe) -> Architecture | None:
+    """Return the network if it is a WideResNet narrower than `MIN_WIDTH`, otherwise None."""
+    parsed = parse_architecture(recipe.model.arch or PUBLISHED_ARCH)
+    return parsed if parsed.family == "wrn" and parsed.width < MIN_WIDTH else None
+
+
+def unmet_requirement(recipe: Recipe, images_seen: int) -> str | None:
+    """Describe the unmet requirements for several members to outperform a plain network, or None.
+
+    The digits are easy enough that they have no requirements.
+
+    Args:
+        recipe: recipe without open settings.
+        images_seen: number of images seen by one network in training.
+    """
+    if recipe.model.num_members == 1 or recipe.data.dataset == "digits":
+        return None
+    unmet = []
+    if images_seen < MIN_IMAGES_SEEN:
+        unmet.append(f"about {MIN_IMAGES_SEEN:,} images seen (here {images_seen:,})")
+    if narrow := narrow_network(recipe):
+        unmet.append(f"a width of {MIN_WIDTH} (here {narrow.width})")
+    return " and ".join(unmet) or None

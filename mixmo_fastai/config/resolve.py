@@ -1,0 +1,161 @@
+"""Resolve a recipe from data set, recipe name, flags and assignments, applied in that order.
+
+Standard library only, so that invalid input is refused before torch is imported.
+"""
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from mixmo_fastai.config.choices import DATASETS, MASK_KINDS
+from mixmo_fastai.config.recipe import (
+    Expected,
+    Recipe,
+    default_valid_split,
+    load_recipe,
+    override,
+    recipe_from_mapping,
+    recipe_names,
+    to_mapping,
+)
+from mixmo_fastai.errors import InputError, unknown_name_error
+
+METHODS = {"cutmix": "cut-mixmo", "linear": "linear-mixmo", "sum": "mimo"}
+"""Recipe of each mask kind, for several members."""
+SINGLE_METHODS = {None: "vanilla", "none": "vanilla", "cutmix": "cutmix", "mixup": "mixup"}
+"""Recipe of each MSDA kind, for a network of one member."""
+
+
+def resolve_recipe(
+    dataset: str | None = None,
+    recipe: str | None = None,
+    flags: Mapping[str, Any] | None = None,
+    assignments: Iterable[str] = (),
+) -> Recipe:
+    """Resolve the recipe of a run.
+
+    Args:
+        dataset: a named data set or a folder; by default that of the recipe, or "digits" without
+            a recipe.
+        recipe: a recipe name or file; by default the shipped recipe for the data set and mask kind
+            if there is one, otherwise the default settings.
+        flags: settings such as {"model.arch": "wrn28_10"}; None keeps the value of the recipe.
+        assignments: assignments such as "optimizer.lr=0.05".
+
+    Raises:
+        InputError: a name is unknown or a value invalid.
+    """
+    flags = {key: value for key, value in (flags or {}).items() if value is not None}
+    if dataset is not None:
+        check_dataset(dataset)
+    base = load_recipe(recipe) if recipe else default_recipe(dataset or "digits", flags)
+    if dataset is not None:
+        flags["data.dataset"] = dataset
+    resolved = override(_with_flags(base, flags), assignments)
+    check_dataset(resolved.data.dataset)  # recipes and assignments may set it too
+    return _clear_stale_name(_make_path_absolute(resolved), base)
+
+
+def _make_path_absolute(recipe: Recipe) -> Recipe:
+    """Make the data folder absolute, so that a run can be evaluated from any working directory."""
+    if recipe.data.dataset in DATASETS:
+        return recipe
+    absolute = os.path.abspath(os.path.expanduser(recipe.data.dataset))
+    return replace(recipe, data=replace(recipe.data, dataset=absolute))
+
+
+def _clear_stale_name(recipe: Recipe, base: Recipe) -> Recipe:
+    """Clear name and published accuracy if flags changed the method or the data set."""
+    methods = {
+        (r.mix.kind, r.mix.msda, r.model.num_members, r.model.num_nets) for r in (recipe, base)
+    }
+    if len(methods) == 1 and recipe.data.dataset == base.data.dataset:
+        return recipe
+    return replace(recipe, name="", title="", expected=Expected())
+
+
+def changed_settings(recipe: Recipe) -> list[str]:
+    """List the settings that differ from the shipped recipe of the same name.
+
+    Settings that do not change the expected accuracy are excluded, such as seed, device and loader.
+    So are the published schedule and valid_split=0: both are closer to the published training than
+    the shipped recipes.
+    """
+    if recipe.name not in recipe_names():
+        return []
+    values, shipped = (_fill_dataset_defaults(r) for r in (recipe, load_recipe(recipe.name)))
+    return [
+        f"{section}.{key}"
+        for section in ("data", "model", "mix", "train", "optimizer", "schedule")
+        for key in sorted(values[section].keys() | shipped[section].keys())
+        if values[section].get(key) != shipped[section].get(key)
+        if key not in _KEYS_WITHOUT_EFFECT_ON_ACCURACY
+        if (key, values[section].get(key)) not in _PUBLISHED_SETTINGS
+    ]
+
+
+def _fill_dataset_defaults(recipe: Recipe) -> dict[str, Any]:
+    """Convert a recipe to a mapping, with defaults of its data set instead of missing values."""
+    values, info = to_mapping(recipe), DATASETS.get(recipe.data.dataset)
+    if info:
+        defaults = {
+            "crop_padding": info.crop_padding,
+            "flip": info.flip,
+            "image_size": 0,
+            "valid_split": default_valid_split(info.num_images[0]),
+        }
+        values["data"] = {**defaults, **values["data"]}
+    return values
+
+
+_KEYS_WITHOUT_EFFECT_ON_ACCURACY = (
+    *("seed", "device", "precision", "memory_format", "compile", "threads"),
+    *("loader", "num_workers", "skip_damaged"),
+)
+_PUBLISHED_SETTINGS = (("kind", "published"), ("valid_split", 0.0))
+
+
+def default_recipe(dataset: str, flags: Mapping[str, Any]) -> Recipe:
+    """Load the shipped recipe that best matches data set and flags, or the default settings."""
+    kind, msda = flags.get("mix.kind"), flags.get("mix.msda")
+    if kind is not None and kind not in MASK_KINDS:
+        raise unknown_name_error("mask kind", str(kind), MASK_KINDS)
+    if flags.get("model.num_members") == 1 and kind in (None, "sum"):
+        candidates = [SINGLE_METHODS.get(msda), "vanilla"]
+        fallback = {"mix": {"kind": "sum", "batch_repetitions": 1}, "model": {"num_members": 1}}
+    else:
+        method = METHODS.get(kind or "cutmix", "cut-mixmo")
+        candidates = [f"{method}-{msda}" if msda else method, method, "cut-mixmo"]
+        fallback = {}
+    names = recipe_names()
+    matches = (f"{dataset}/{name}" for name in candidates if f"{dataset}/{name}" in names)
+    name = next(matches, None)
+    return load_recipe(name) if name else recipe_from_mapping(fallback, "defaults")
+
+
+def check_dataset(dataset: str) -> None:
+    """Check that a data set is a known name or an existing folder.
+
+    Raises:
+        InputError: it is neither.
+    """
+    # os.path accepts any string, while pathlib raises for some that are not valid paths.
+    if dataset in DATASETS or os.path.isdir(os.path.expanduser(dataset)):
+        return
+    if os.sep in dataset or dataset.startswith((".", "~")) or os.path.exists(dataset):
+        raise InputError(
+            f"There is no folder {dataset!r}.\n"
+            f"Pass a folder with one subfolder per class, or one of: {', '.join(DATASETS)}."
+        )
+    raise InputError(
+        f"{unknown_name_error('data set', dataset, DATASETS)} Or pass the path of an image folder."
+    )
+
+
+def _with_flags(base: Recipe, flags: Mapping[str, Any]) -> Recipe:
+    values = to_mapping(base)
+    for key, value in flags.items():
+        section, name = key.split(".")
+        values[section][name] = value
+    return recipe_from_mapping(values, "Command line")

@@ -1,0 +1,20 @@
+"""Predictions and metrics of trained networks.
+
+logits   member logits of every image of a loader, and the metrics of a run's splits
+runs     evaluation of finished runs, alone or together as a deep ensemble
+compare  comparison of runs on the same test images
+predict  predictions for image files
+"""
+
+from mixmo_fastai.imports import lazy_names
+
+_MODULES = {
+    "collect_member_logits": "evaluation.logits",
+    "evaluate_logits": "evaluation.logits",
+    "evaluate_splits": "evaluation.logits",
+    "evaluate_run": "evaluation.runs",
+    "compare_runs": "evaluation.compare",
+    "predict_images": "evaluation.predict",
+}
+__all__ = [*_MODULES]  # noqa: PLE0604
+__getattr__, __dir__ = lazy_names(__name__, _MODULES)

@@ -1,0 +1,132 @@
+"""Predictions of a trained run for image files.
+
+Shapes: n images of C channels, H × W pixels; M members, or networks of a deep ensemble; K classes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mixmo_fastai.data.listing import Skipped
+from mixmo_fastai.data.loose_images import PixelLoader, decode_readable, find_images
+from mixmo_fastai.evaluation.logits import collect_member_logits
+from mixmo_fastai.export.files import ExportedNetwork
+from mixmo_fastai.metrics.diversity import mutual_information_per_sample
+from mixmo_fastai.metrics.ood import entropy_uncertainty
+from mixmo_fastai.runs.folder import DataFacts, RunFolder
+from mixmo_fastai.runs.weights import load_network
+from mixmo_fastai.runtime.devices import choose_device, move_to_device
+from mixmo_fastai.training.train import facts_of, read_source
+
+IMAGES_AT_ONCE = 1024
+"""Number of decoded images in memory at a time."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Prediction for one image.
+
+    Attributes:
+        image: path of the file.
+        label: class predicted by the ensemble, from the mean of the members' logits.
+        probability: probability of that class.
+        votes: class predicted by each member; for an exported network, only the ensemble's class.
+        agreement: fraction of the votes for the ensemble's class; None for a single vote.
+        entropy: entropy of the ensemble's probabilities, in nats; 0 if one class has all of it.
+        mutual_information: mutual information of the members, in nats; None for one member.
+    """
+
+    image: str
+    label: str
+    probability: float
+    votes: tuple[str, ...]
+    agreement: float | None
+    entropy: float
+    mutual_information: float | None
+
+
+def predict_images(
+    run: RunFolder | ExportedNetwork,
+    paths: Sequence[Path],
+    data_dir: Path | None = None,
+    *,
+    device: str | None = None,
+    skipped: Skipped | None = None,
+) -> tuple[list[Prediction], dict[Path, str]]:
+    """Predict the classes of image files, including all images in folders.
+
+    The run's data set is not needed, except for runs without data.json, such as imported ones.
+
+    Args:
+        run: a finished run, or an exported network.
+        paths: files and folders.
+        data_dir: folder of the data sets.
+        device: device to predict on; by default, that of the recipe, or the best one available for
+            an exported network.
+        skipped: receives the files of folders that are not predicted, such as hidden files.
+
+    Returns:
+        The predictions; and for each unreadable file, the reason and what to do.
+
+    Raises:
+        InputError: the run is not finished, its classes are not known, or no image is found.
+    """
+    if isinstance(run, ExportedNetwork):
+        facts, default_device, plain = run.facts, "auto", [run.model]
+    else:
+        facts = run.data_facts() or facts_of(read_source(run.recipe(), data_dir, run))
+        default_device = run.recipe().train.device
+        plain = [load_network(network).fuse(keep_members=True) for network in run.networks()]
+    chosen = choose_device(device or default_device)
+    networks = [move_to_device(network, chosen) for network in plain]
+    image_paths, unreadable = find_images(paths, skipped), {}
+    predictions: list[Prediction] = []
+    for start in range(0, len(image_paths), IMAGES_AT_ONCE):
+        chunk = image_paths[start : start + IMAGES_AT_ONCE]
+        decoded = dict(decode_readable(chunk, facts.image_shape, unreadable))  # type: ignore[arg-type]
+        if decoded:
+            pixels = torch.stack(list(decoded.values()))
+            loader = PixelLoader(pixels, facts.mean, facts.std, chosen)
+            logits = torch.cat(
+                [_voter_logits(network, loader, networks) for network in networks], 1
+            )
+            predictions += _predictions([str(path) for path in decoded], logits, facts)
+    return predictions, unreadable
+
+
+def _voter_logits(
+    network: torch.nn.Module, loader: PixelLoader, networks: Sequence[object]
+) -> Tensor:
+    """Return the logits of the voters: the members, or one network of a deep ensemble."""
+    labelled = collect_member_logits(network, loader)
+    assert labelled is not None
+    logits = labelled[0]
+    return logits if len(networks) == 1 else logits.mean(dim=1, keepdim=True)
+
+
+def _predictions(images: Sequence[str], logits: Tensor, facts: DataFacts) -> list[Prediction]:
+    """Build predictions from member logits (n, M, K)."""
+    probabilities = logits.double().mean(dim=1).softmax(dim=1)
+    top, labels = probabilities.max(dim=1)
+    votes = logits.argmax(dim=2)  # (n, M)
+    agreement = (votes == labels[:, None]).double().mean(dim=1)
+    several = logits.shape[1] > 1
+    information = (
+        mutual_information_per_sample(logits).tolist() if several else [None] * len(logits)
+    )
+    entropies = entropy_uncertainty(logits).tolist()
+    return [
+        Prediction(
+            image=image,
+            label=facts.classes[int(labels[i])],
+            probability=float(top[i]),
+            votes=tuple(facts.classes[vote] for vote in votes[i].tolist()),
+            agreement=float(agreement[i]) if several else None,
+            entropy=entropies[i],
+            mutual_information=information[i],
+        )
+        for i, image in enumerate(images)
+    ]

@@ -1,0 +1,365 @@
+"""Evaluation of finished runs, alone or together as a deep ensemble.
+
+Shapes: N images, M members of a run, R runs, K classes.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixmo_fastai.config.choices import DATASETS
+from mixmo_fastai.config.recipe import Recipe
+from mixmo_fastai.config.resolve import check_dataset
+from mixmo_fastai.data.corruptions import make_corrupted, read_official
+from mixmo_fastai.data.damage import damaged_images, find_damaged
+from mixmo_fastai.data.dataloaders import make_evaluation_loaders
+from mixmo_fastai.data.fingerprint import fingerprint
+from mixmo_fastai.data.image_sets import DataSource, ImageSet
+from mixmo_fastai.data.layout import evaluation_folder
+from mixmo_fastai.data.loaders import BatchLoader
+from mixmo_fastai.data.loose_images import PixelLoader, convert_shape, decode_readable, find_images
+from mixmo_fastai.data.sources import load_source
+from mixmo_fastai.data.splits import training_parts
+from mixmo_fastai.errors import InputError
+from mixmo_fastai.evaluation.logits import LabelledLogits, collect_member_logits, evaluate_splits
+from mixmo_fastai.metrics.calibration import expected_calibration_error, nll, top_predictions
+from mixmo_fastai.metrics.ood import detection_metrics
+from mixmo_fastai.models import MixMoModel, build_model
+from mixmo_fastai.runs.checkpoints import CheckpointStore
+from mixmo_fastai.runs.folder import RunFolder, check_same_left_out, check_several
+from mixmo_fastai.runs.weights import load_weights
+from mixmo_fastai.runtime.devices import choose_device, keep_freed_memory, move_to_device
+from mixmo_fastai.training.train import data_parts, read_source
+
+BUILT_IN_NAME = "built-in"
+OFFICIAL_SHAPE = (3, 32, 32)
+
+
+def evaluate_run(
+    run: RunFolder,
+    data_dir: Path | None = None,
+    *,
+    device: str | None = None,
+    ood: str | None = None,
+    corruptions: str | None = None,
+    fused: bool = False,
+) -> dict[str, Any]:
+    """Evaluate a trained run again; each network of a deep ensemble counts as one member.
+
+    Args:
+        run: a finished run.
+        data_dir: folder of the run's data, if not the one that training used.
+        device: device to evaluate on; by default, that of the recipe.
+        ood: an out-of-distribution data set, or folder of images.
+        corruptions: the folder of CIFAR-10-C or CIFAR-100-C, or "built-in" to apply
+            `data.corruptions` to the run's own test images.
+        fused: evaluate the plain network that each network fuses into, which has no members.
+
+    Returns:
+        The metrics of `evaluation.evaluate_splits`; with `ood`, those of
+        `detection.detection_metrics`; with `corruptions`, accuracy, nll and ece per type, as means
+        over the severities and per severity, and their means over the types, cA, cNLL and cECE.
+
+    Raises:
+        InputError: the run is not finished or damaged, or data is missing.
+    """
+    finished = open_finished(run, data_dir, device, fused=fused)
+    return evaluate_finished(finished, data_dir, ood=ood, corruptions=corruptions)
+
+
+def evaluate_finished(
+    finished: "FinishedRun",
+    data_dir: Path | None = None,
+    *,
+    ood: str | None = None,
+    corruptions: str | None = None,
+) -> dict[str, Any]:
+    """Evaluate an opened run; see `evaluate_run`.
+
+    Raises:
+        InputError: a weights file is damaged, or data is missing.
+    """
+    ood_loaders = [] if ood is None else [finished.loader(read_ood_images(ood, finished, data_dir))]
+    validation, test, *others = finished.logits([*finished.loaders(), *ood_loaders])
+    metrics = evaluate_splits(validation, test)
+    for logits, _ in others:
+        detected = detection_metrics((test or validation)[0], logits)
+        metrics["ood"] = {"dataset": ood, "num_images": len(logits), **detected}
+    if corruptions is not None:
+        metrics["corruptions"] = evaluate_corruptions(finished, corruptions)
+    return metrics
+
+
+def evaluate_corruptions(finished: "FinishedRun", corruptions: str) -> dict[str, Any]:
+    """Evaluate a run on corrupted test images; see `evaluate_run`.
+
+    Raises:
+        InputError: the files are missing or damaged, or do not match the run's images or classes.
+    """
+    test, shape = finished.final_images, finished.source.train.image_shape
+    if corruptions != BUILT_IN_NAME and shape != OFFICIAL_SHAPE:
+        raise InputError(
+            f"--corruptions DIR needs images of 3x32x32; this run has {shape}.\n"
+            f"Use --corruptions {BUILT_IN_NAME}."
+        )
+    corrupted_sets = (
+        make_corrupted(test.tensor(), test.labels, finished.device)
+        if corruptions == BUILT_IN_NAME
+        else read_official(Path(corruptions).expanduser())
+    )
+    by_kind: dict[str, dict[str, list[float]]] = {}
+    for corrupted in corrupted_sets:
+        labels = corrupted.labels
+        if int(labels.max()) >= len(finished.source.classes):
+            raise InputError(
+                f"{corruptions} has labels up to {int(labels.max())}; this run has "
+                f"{len(finished.source.classes)} classes."
+            )
+        logits = finished.logits([finished.loader(corrupted.pixels)])[0][0].double().mean(dim=1)
+        values = {
+            "accuracy": top_predictions(logits, labels)[1].double().mean().item(),
+            "nll": nll(logits, labels).item(),
+            "ece": expected_calibration_error(logits, labels).item(),
+        }
+        for name, value in values.items():
+            by_kind.setdefault(corrupted.kind, {}).setdefault(name, []).append(value)
+    types = {
+        kind: {**{name: mean(each) for name, each in by_name.items()}, "severities": by_name}
+        for kind, by_name in by_kind.items()
+    }
+    names = {"cA": "accuracy", "cNLL": "nll", "cECE": "ece"}
+    overall = {short: mean(t[name] for t in types.values()) for short, name in names.items()}
+    return {"source": corruptions, **overall, "types": types}
+
+
+def evaluate_ensemble(
+    runs: Sequence[RunFolder], data_dir: Path | None = None, *, device: str | None = None
+) -> dict[str, Any]:
+    """Evaluate several runs as one deep ensemble, the mean of their logits.
+
+    Each run counts as one member, regardless of its own members, so all runs have equal weight.
+
+    Args:
+        runs: two or more finished runs, trained on the same data set with the same validation
+            split; if a run has none, there are no validation metrics.
+        data_dir: folder of the data, if not the one that training used.
+        device: device to evaluate on; by default, that of each recipe.
+
+    Returns:
+        The metrics of `evaluation.evaluate_splits`.
+
+    Raises:
+        InputError: there are fewer than two runs, one is not finished, or their data differs.
+    """
+    _check_comparable(runs)
+    for run in runs:
+        run.check_trained()
+    source = read_source(runs[0].recipe(), data_dir, runs[0])
+    opened = [open_finished(run, data_dir, device, source) for run in runs]
+    per_run = [finished.logits(finished.loaders()) for finished in opened]
+    validation, test = (_stack_runs(of_split) for of_split in zip(*per_run, strict=True))
+    return evaluate_splits(validation, test)
+
+
+def collect_logits(
+    run: RunFolder, model: MixMoModel, loaders: Sequence[Any], *, fused: bool = False
+) -> tuple[LabelledLogits, ...]:
+    """Compute a run's logits of every image of each loader.
+
+    Args:
+        run: a run whose networks are all trained.
+        model: a network built from the run's recipe; the weights of each network are loaded into it
+            in turn.
+        loaders: loaders on the model's device.
+        fused: evaluate the plain network that each network fuses into.
+
+    Returns:
+        Member logits and labels for each loader. The members are those of the network, or the
+        networks of a deep ensemble.
+    """
+    per_network = []
+    for network in run.networks():
+        load_weights(model, network.weights)
+        evaluated = model.fuse() if fused else model
+        per_network.append([collect_member_logits(evaluated, loader) for loader in loaders])
+    if len(per_network) == 1:
+        return tuple(per_network[0])
+    return tuple(_stack_runs(of_loader) for of_loader in zip(*per_network, strict=True))
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A trained run with its data, ready for evaluation.
+
+    Attributes:
+        run: the run folder.
+        recipe: recipe of the run.
+        source: data of the run.
+        device: device of the evaluation.
+        model: a network built from the recipe, on the device; `logits` loads the weights into it.
+        fused: evaluate the plain network that each network fuses into.
+    """
+
+    run: RunFolder
+    recipe: Recipe
+    source: DataSource
+    device: torch.device
+    model: MixMoModel
+    fused: bool = False
+
+    def loaders(self) -> tuple[BatchLoader, ...]:
+        """Build the loaders of the validation split and of the test set; either may be empty."""
+        return self._loaders_of(self._valid, self.source.test)
+
+    @property
+    def final_images(self) -> ImageSet:
+        """Images of the final metrics: the test set, or the validation images if it is empty."""
+        return self.source.test if len(self.source.test) else self._valid
+
+    @property
+    def final_split(self) -> str:
+        """Split of `final_images`: "test" or "valid"."""
+        return "test" if len(self.source.test) else "valid"
+
+    @property
+    def _valid(self) -> ImageSet:
+        return training_parts(self.source, self.recipe.data.valid_split)[1]
+
+    def final_loader(self) -> BatchLoader:
+        """Build the loader of `final_images`."""
+        return self._loaders_of(self.final_images)[0]
+
+    def _loaders_of(self, *image_sets: ImageSet) -> tuple[BatchLoader, ...]:
+        data = self.recipe.data
+        return make_evaluation_loaders(
+            self.source,
+            *image_sets,
+            device=self.device,
+            loader=data.loader,
+            num_workers=data.num_workers,
+        )
+
+    def loader(self, pixels: Tensor) -> PixelLoader:
+        """Build a loader of other images (n, C, H, W) uint8 of the run's shape."""
+        return PixelLoader(pixels, self.source.mean, self.source.std, self.device)
+
+    def logits(self, loaders: Sequence[Any]) -> tuple[Any, ...]:
+        """Compute the run's logits of every image of each loader; see `collect_logits`."""
+        return collect_logits(self.run, self.model, loaders, fused=self.fused)
+
+
+def open_finished(
+    run: RunFolder,
+    data_dir: Path | None = None,
+    device: str | None = None,
+    source: DataSource | None = None,
+    *,
+    fused: bool = False,
+) -> FinishedRun:
+    """Open a run for evaluation.
+
+    Args:
+        run: a finished run.
+        data_dir: folder of the run's data, if not the one that training used.
+        device: device to evaluate on; by default, that of the recipe.
+        source: data of the run, if it was read before.
+        fused: see `FinishedRun`.
+
+    Raises:
+        InputError: the run is not finished, or its data is missing.
+    """
+    recipe = run.recipe()
+    run.check_trained()
+    keep_freed_memory()  # halves the time of the metrics of a large test set
+    chosen = choose_device(device or recipe.train.device)
+    source = source or read_source(recipe, data_dir, run)
+    channels, height, width = source.train.image_shape
+    network = build_model(recipe.model, len(source.classes), channels, image_size=(height, width))
+    move_to_device(network, chosen)
+    return FinishedRun(run, recipe, source, chosen, network, fused)
+
+
+def training_images_changed(run: RunFolder, source: DataSource) -> bool:
+    """Check whether the training images differ from those that the run was trained on.
+
+    Returns False if the run has no checkpoint, since only the checkpoint holds their fingerprint.
+    """
+    try:
+        saved = CheckpointStore(run.networks()[0].checkpoint).newest()
+        prints = json.loads((saved.path / "state.json").read_bytes())["data"] if saved else {}
+    except (InputError, OSError, ValueError, KeyError, TypeError):
+        return False
+    return "train" in prints and prints["train"] != fingerprint(source)["train"]
+
+
+def read_ood_images(ood: str, finished: FinishedRun, data_dir: Path | None) -> Tensor:
+    """Read out-of-distribution images, converted to the shape of a run's images.
+
+    Args:
+        ood: the name of a data set, whose test set is read, or a folder: its `test/` or `valid/` if
+            it has one, otherwise all images below it.
+        finished: the run.
+        data_dir: folder of the data sets.
+
+    Returns:
+        (O, C, H, W) uint8.
+
+    Raises:
+        InputError: `ood` is the run's own data set or is missing, or an image cannot be read.
+    """
+    shape = finished.source.train.image_shape
+    if ood in DATASETS:
+        if ood == finished.recipe.data.dataset:
+            raise InputError(f"The run was trained on {ood}; give --ood another data set.")
+        return convert_shape(load_source(ood, data_dir).test.tensor(), shape)
+    check_dataset(ood)
+    folder, unreadable = Path(ood).expanduser(), dict[Path, str]()
+    paths = find_images([evaluation_folder(folder)])
+    decoded = [image for _, image in decode_readable(paths, shape, unreadable)]
+    if unreadable:
+        names = [os.path.relpath(path, folder) for path in unreadable]
+        error = damaged_images(folder, find_damaged(folder, names), len(paths))
+        raise error.with_advice("Replace or remove them.")
+    return torch.stack(decoded)
+
+
+def _check_comparable(runs: Sequence[RunFolder]) -> None:
+    check_several(runs, "An ensemble")
+    first, *others = [run.recipe().data for run in runs]
+    for run, data in zip(runs[1:], others, strict=True):
+        for setting in ("dataset", "valid_split", "image_size"):
+            value, expected = getattr(data, setting), getattr(first, setting)
+            without_split = setting == "valid_split" and 0 in (value, expected)
+            is_open = None in (value, expected)  # not started, or with a validation folder
+            if value != expected and not (without_split or is_open):
+                raise InputError(
+                    f"{run.path} has data.{setting}={value!r}; {runs[0].path} has {expected!r}.\n"
+                    "Runs of one ensemble must share the data and the validation split."
+                )
+        _check_same_parts(runs[0], run)
+        check_same_left_out(runs[0], run)
+
+
+def _check_same_parts(first: RunFolder, other: RunFolder) -> None:
+    """Check that two runs on one image folder use the same images for each split."""
+    if data_parts(first) != data_parts(other):
+        raise InputError(
+            f"{other.path} and {first.path} split {first.recipe().data.dataset} differently.\n"
+            "Runs of one ensemble must share training, validation and test images; see split.json "
+            "in each run."
+        )
+
+
+def _stack_runs(per_run: Sequence[LabelledLogits]) -> LabelledLogits:
+    """Make each run one member: R times (N, M, K) -> (N, R, K); None if a run has no images."""
+    present = [labelled for labelled in per_run if labelled is not None]
+    if len(present) < len(per_run):  # a run without validation split has trained on these images
+        return None
+    return torch.stack([logits.mean(dim=1) for logits, _ in present], dim=1), present[0][1]

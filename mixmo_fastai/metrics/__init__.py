@@ -1,0 +1,19 @@
+"""Metrics of logits and labels.
+
+calibration  NLL, Brier, ECE, TACE, temperature
+diversity    ratio error, disagreement, mutual information of the members
+selective    failure AUROC, risk-coverage
+confusion    confusion matrix, most confused classes
+ood          out-of-distribution detection: AUROC, AUPR, FPR at 95 % TPR
+bootstrap    confidence intervals
+fastai       metrics for a Learner
+table        display names and formats
+"""
+
+from mixmo_fastai.imports import lazy_names
+
+_MODULES = {
+    "MemberAccuracy": "metrics.fastai",
+}
+__all__ = [*_MODULES]  # noqa: PLE0604
+__getattr__, __dir__ = lazy_names(__name__, _MODULES)

@@ -1,0 +1,143 @@
+"""Bootstrap confidence intervals of metrics over test images.
+
+Shapes: N samples, R resamples, Q bins. Logits are (N, K), labels (N,).
+Source: Efron, Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13 (percentile
+interval); pairing as in Koehn, "Statistical Significance Tests", EMNLP 2004.
+
+A resample draws N of the N samples with replacement and is represented by the count of each sample,
+so that the metrics of all resamples are computed by matrix products.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mixmo_fastai.errors import InputError
+from mixmo_fastai.metrics.calibration import NUM_BINS, bin_indices, check_logits, top_predictions
+from mixmo_fastai.rng import make_generator
+
+NUM_RESAMPLES = 1000
+LEVEL = 0.95
+_RESAMPLES_AT_ONCE = 100  # limits the memory of their counts to tens of megabytes
+
+Interval = tuple[float, float]
+
+
+def accuracy_half_width(num_images: int) -> float:
+    """Return the half-width of the 95 % interval of an accuracy of 50 %, where it is largest.
+
+    By the normal approximation: 1.96 · sqrt(0.25 / n), at most 1.
+
+    Args:
+        num_images: n, the number of images on which the accuracy is measured.
+    """
+    half_width: float = min(1.0, 0.98 / max(1, num_images) ** 0.5)
+    return half_width
+
+
+def intervals(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    num_resamples: int = NUM_RESAMPLES,
+    level: float = LEVEL,
+    seed: int = 0,
+) -> dict[str, Interval]:
+    """Compute percentile intervals of accuracy, NLL and ECE.
+
+    Args:
+        logits: (N, K).
+        labels: (N,).
+        num_resamples: R.
+        level: confidence level.
+        seed: seed of the resamples.
+
+    Returns:
+        lower and upper bound by metric: accuracy, nll, ece.
+
+    Raises:
+        InputError: wrong shapes, labels out of range, logits that are not finite, R below 1 or a
+            level outside (0, 1).
+    """
+    terms = _sample_terms(logits, labels)
+    resampled = _resample(terms, num_resamples, seed)
+    return {name: _interval(values, level) for name, values in resampled.items()}
+
+
+def paired_intervals(
+    first: Tensor,
+    second: Tensor,
+    labels: Tensor,
+    *,
+    num_resamples: int = NUM_RESAMPLES,
+    level: float = LEVEL,
+    seed: int = 0,
+) -> dict[str, Interval]:
+    """Compute percentile intervals of the differences second - first, on the same samples.
+
+    The same resamples are used for both networks, so images that are difficult for both do not
+    widen the interval.
+
+    Args:
+        first: logits (N, K) of one network.
+        second: logits (N, K) of the other network.
+        labels: (N,).
+        num_resamples: R.
+        level: confidence level.
+        seed: seed of the resamples.
+
+    Returns:
+        lower and upper bound of the difference by metric: accuracy, nll, ece.
+
+    Raises:
+        InputError: as for `intervals`.
+    """
+    resampled_first, resampled_second = (
+        _resample(_sample_terms(logits, labels), num_resamples, seed) for logits in (first, second)
+    )
+    return {
+        name: _interval(resampled_second[name] - values, level)
+        for name, values in resampled_first.items()
+    }
+
+
+def draw_counts(num_samples: int, num_resamples: int, *, generator: torch.Generator) -> Tensor:
+    """Draw the count of each sample in each resample: (R, N) float32, each row summing to N."""
+    indices = torch.randint(num_samples, (num_resamples, num_samples), generator=generator)
+    counts = torch.zeros(num_resamples, num_samples)
+    return counts.scatter_add_(1, indices, torch.ones(1, 1).expand_as(indices))
+
+
+def _sample_terms(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Compute each sample's term in each metric: accuracy (N,), nll (N,), ece (N, Q)."""
+    check_logits(logits, labels)
+    logits, labels = logits.detach().cpu().double(), labels.detach().cpu()
+    confidence, correct = top_predictions(logits, labels)
+    in_bin = F.one_hot(bin_indices(confidence, NUM_BINS), NUM_BINS)
+    return {
+        "accuracy": correct.double(),
+        "nll": F.cross_entropy(logits, labels.long(), reduction="none"),
+        "ece": (correct.double() - confidence)[:, None] * in_bin,
+    }
+
+
+def _resample(terms: Mapping[str, Tensor], num_resamples: int, seed: int) -> dict[str, Tensor]:
+    """Compute each metric for each resample: (R,) by name."""
+    if num_resamples < 1:
+        raise InputError(f"num_resamples must be 1 or more; got {num_resamples}.")
+    columns = torch.cat([term.reshape(len(term), -1) for term in terms.values()], dim=1).float()
+    generator, sums = make_generator(seed, "bootstrap"), []
+    for start in range(0, num_resamples, _RESAMPLES_AT_ONCE):
+        size = min(_RESAMPLES_AT_ONCE, num_resamples - start)
+        sums.append(draw_counts(len(columns), size, generator=generator) @ columns)
+    accuracy, nll, *bins = (torch.cat(sums).double() / len(columns)).unbind(dim=1)
+    return {"accuracy": accuracy, "nll": nll, "ece": torch.stack(bins, dim=1).abs().sum(dim=1)}
+
+
+def _interval(values: Tensor, level: float) -> Interval:
+    if not 0 < level < 1:
+        raise InputError(f"level must be above 0 and below 1; got {level}.")
+    low, high = values.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2]).double()).tolist()
+    return low, high

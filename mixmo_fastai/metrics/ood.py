@@ -1,0 +1,91 @@
+"""Out-of-distribution detection: how well uncertainty identifies images of another data set.
+
+Shapes: N in-distribution images, O out-of-distribution images, M members, K classes.
+Sources: Hendrycks, Gimpel, "A Baseline for Detecting Misclassified and Out-of-Distribution
+Examples", ICLR 2017 (confidence, AUROC, AUPR); Liang, Li, Srikant, "ODIN", ICLR 2018 (false
+positive rate at 95 % true positive rate).
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.metrics import average_precision_score, roc_auc_score
+from torch import Tensor
+
+from mixmo_fastai.errors import InputError
+from mixmo_fastai.metrics.calibration import check_logits
+from mixmo_fastai.metrics.diversity import mutual_information_per_sample
+
+TRUE_POSITIVE_RATE = 0.95
+"""Fraction of in-distribution images accepted at the threshold of the false positive rate."""
+
+
+def confidence_uncertainty(member_logits: Tensor) -> Tensor:
+    """Compute 1 - the largest probability of the ensemble (mean of logits): (N, M, K) -> (N,)."""
+    return 1 - member_logits.double().mean(dim=1).softmax(dim=1).amax(dim=1)
+
+
+def entropy_uncertainty(member_logits: Tensor) -> Tensor:
+    """Compute the entropy of the ensemble (mean of logits), in nats: (N, M, K) -> (N,)."""
+    probabilities = member_logits.double().mean(dim=1).softmax(dim=1)
+    entropy: Tensor = torch.special.entr(probabilities).sum(dim=1)
+    return entropy
+
+
+UNCERTAINTIES: dict[str, Callable[[Tensor], Tensor]] = {
+    "confidence": confidence_uncertainty,
+    "entropy": entropy_uncertainty,
+    "mutual_information": mutual_information_per_sample,
+}
+"""Measures of uncertainty by name: functions (N, M, K) -> (N,), larger for more uncertain."""
+
+
+def detection_metrics(in_logits: Tensor, out_logits: Tensor) -> dict[str, Any]:
+    """Compute how well each uncertainty separates in- and out-of-distribution images.
+
+    Args:
+        in_logits: member logits (N, M, K) of in-distribution test images.
+        out_logits: member logits (O, M, K) of out-of-distribution images.
+
+    Returns:
+        metrics by uncertainty: "auroc", the probability that an out-of-distribution image is more
+        uncertain than an in-distribution one; "aupr", the average precision with
+        out-of-distribution as the positive class; "fpr95", the fraction of out-of-distribution
+        images accepted at the threshold that accepts 95 % of the in-distribution images. If some
+        uncertainties cannot be computed, "absent" maps them to the reason.
+
+    Raises:
+        InputError: wrong shapes, or logits that are not finite.
+    """
+    for name, logits in (("in_logits", in_logits), ("out_logits", out_logits)):
+        check_logits(logits, axes="(N, M, K)", name=name)
+    metrics: dict[str, Any] = {}
+    absent: dict[str, str] = {}
+    for name, uncertainty in UNCERTAINTIES.items():
+        try:
+            scores = (uncertainty(logits).numpy() for logits in (in_logits, out_logits))
+            metrics[name] = separation_metrics(*scores)
+        except InputError as error:
+            absent[name] = str(error)
+    return {**metrics, "absent": absent} if absent else metrics
+
+
+def separation_metrics(in_scores: np.ndarray, out_scores: np.ndarray) -> dict[str, float]:
+    """Compute AUROC, AUPR and the FPR at 95 % TPR; see `detection_metrics`.
+
+    Args:
+        in_scores: uncertainties (N,) of in-distribution images.
+        out_scores: uncertainties (O,) of out-of-distribution images.
+    """
+    scores = np.concatenate([in_scores, out_scores])
+    is_out = np.arange(len(scores)) >= len(in_scores)
+    # The lowest threshold that accepts 95 % of the in-distribution images; ties are accepted.
+    threshold = np.sort(in_scores)[math.ceil(TRUE_POSITIVE_RATE * len(in_scores) - 1e-9) - 1]
+    return {
+        "auroc": float(roc_auc_score(is_out, scores)),
+        "aupr": float(average_precision_score(is_out, scores)),
+        "fpr95": float((out_scores <= threshold).mean()),
+    }

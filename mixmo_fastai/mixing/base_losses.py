@@ -1,0 +1,205 @@
+"""Properties of a member's loss, which may come from torch, fastai or the user.
+
+Shapes: R samples, K classes.
+"""
+
+import inspect
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mixmo_fastai.errors import InputError
+from mixmo_fastai.mixing.per_sample import BatchLoss, FunctionLoss
+
+
+def is_cross_entropy(base: Any) -> bool:
+    """Check whether a loss is cross-entropy of logits: one class per image."""
+    return _is_loss(base, nn.CrossEntropyLoss, F.cross_entropy)
+
+
+def is_multi_label(base: Any) -> bool:
+    """Check whether a loss is binary cross-entropy of logits: several labels per image."""
+    return _is_loss(base, nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits)
+
+
+def is_known(base: Any) -> bool:
+    """Check whether a loss comes from torch or fastai, so that its averaging is known."""
+    if isinstance(base, BatchLoss) or base.reduction not in {"mean", "sum", "none"}:
+        return False
+    return all(
+        _module_of(loss).startswith(("torch.", "fastai."))
+        for loss in (unwrap_loss(base), _torch_loss(base))
+    )
+
+
+def unwrap_loss(base: Any) -> Any:
+    """Return the loss that the user passed, without the wrappers of `per_sample`."""
+    while isinstance(base, FunctionLoss | BatchLoss):
+        base = base.function
+    return base
+
+
+def loss_name(base: Any) -> str:
+    """Return the name of the function or class of a loss."""
+    loss = _unwrap_partial(unwrap_loss(base))
+    return str(getattr(loss, "__name__", type(loss).__name__))
+
+
+def mean_divisor(base: Any, targets: Tensor) -> Tensor | None:
+    """Compute the divisor of the mean of a torch loss, for class indices (R,).
+
+    Returns:
+        a scalar; None if it is the number of samples.
+    """
+    if not is_cross_entropy(base) and not _is_loss(base, nn.NLLLoss, F.nll_loss):
+        return None
+    arguments = _loss_arguments(_torch_loss(base))
+    class_weights, ignored = arguments.get("weight"), arguments.get("ignore_index", -100)
+    weights = targets != ignored
+    if class_weights is not None:
+        weights = weights * class_weights[targets.where(weights, 0).long()]
+    divisor: Tensor = weights.sum()
+    return divisor
+
+
+def _loss_arguments(loss: Any) -> dict[str, Any]:
+    """Return the keyword arguments of a loss module or of a `partial` of a loss function."""
+    if isinstance(loss, nn.Module):
+        return {name: getattr(loss, name, None) for name in ("weight", "ignore_index")}
+    return dict(loss.keywords) if isinstance(loss, partial) else {}
+
+
+def smoothing_terms(base: Any) -> list[tuple[float, nn.Module]]:
+    """Split fastai's label smoothing with class weights into two losses.
+
+    fastai applies the class weights to the term (1 - ε) · cross-entropy and to the divisor of its
+    mean, but not to the uniform term with the factor ε, so the two terms have different divisors.
+
+    Returns:
+        factors and losses whose weighted sum is the loss; empty for any other loss.
+    """
+    loss = _torch_loss(base)
+    is_smoothing = (
+        _module_of(loss).startswith("fastai.")
+        and type(loss).__name__ == "LabelSmoothingCrossEntropy"
+    )
+    if not is_smoothing or loss.weight is None:
+        return []
+    uniform = nn.CrossEntropyLoss(label_smoothing=1.0, reduction=base.reduction)
+    target = nn.CrossEntropyLoss(weight=loss.weight, reduction=base.reduction)
+    return [(loss.eps, uniform), (1 - loss.eps, target)]
+
+
+def is_shift_invariant(loss: Callable[..., Tensor], num_classes: int, device: torch.device) -> bool:
+    """Check whether a classification loss is invariant to a shift of a sample's logits.
+
+    Losses that depend on the logits only through softmax are invariant, such as cross-entropy in a
+    lambda.
+
+    Args:
+        loss: predictions (R, K) and class indices (R,) -> a scalar.
+        num_classes: K.
+        device: device on which to evaluate the loss.
+    """
+    logits = torch.arange(2.0 * num_classes, device=device).mul(1.7).sin().view(2, num_classes)
+    shifted = logits + torch.tensor([[1.0], [3.0]], device=device)
+    targets = torch.arange(2, device=device) % num_classes
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.no_grad():
+        warnings.simplefilter("ignore")
+        try:
+            original, of_shifted = loss(logits, targets), loss(shifted, targets)
+            return bool(original.isfinite().all()) and torch.allclose(
+                original, of_shifted, rtol=1e-4
+            )
+        except _TARGET_ERRORS:  # the loss does not accept class indices
+            return False
+
+
+_TARGET_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError)
+
+
+def check_shapes(base: Any, pred: Tensor, targets: Tensor) -> None:
+    """Check that an elementwise loss of torch would not broadcast; do not check other losses.
+
+    Args:
+        base: any loss; elementwise losses are recognised in fastai's flattening wrapper too.
+        pred: (R, …).
+        targets: (R, …).
+
+    Raises:
+        InputError: predictions and targets differ in shape.
+    """
+    kinds = (kind for kind, function in _ELEMENTWISE.items() if _is_loss(base, kind, function))
+    kind = next(kinds, None)
+    if kind is None:
+        return
+    name = kind.__name__
+    flattens = getattr(base, "flatten", False) and hasattr(base, "is_2d")
+    if pred.numel() == targets.numel() if flattens else pred.shape == targets.shape:
+        return
+    advice = f"Pass targets {_format_shape(pred)}"
+    if pred.ndim == targets.ndim + 1 and pred.shape[-1] == 1:
+        advice += f", or flatten both: {_FLATTENING.get(name, f'BaseLoss(nn.{name}, is_2d=False)')}"
+    elif not targets.is_floating_point():
+        advice += ", or for one class per image use CrossEntropyLossFlat()"
+    raise InputError(
+        f"{name} is elementwise: predictions {_format_shape(pred)} do not match targets "
+        f"{_format_shape(targets)}.\n{advice}."
+    )
+
+
+_ELEMENTWISE: dict[type[nn.Module], Callable[..., Tensor]] = {
+    nn.MSELoss: F.mse_loss,
+    nn.L1Loss: F.l1_loss,
+    nn.SmoothL1Loss: F.smooth_l1_loss,
+    nn.HuberLoss: F.huber_loss,
+    nn.BCELoss: F.binary_cross_entropy,
+    nn.BCEWithLogitsLoss: F.binary_cross_entropy_with_logits,
+    nn.PoissonNLLLoss: F.poisson_nll_loss,
+    nn.SoftMarginLoss: F.soft_margin_loss,
+    nn.KLDivLoss: F.kl_div,
+}
+_FLATTENING = {
+    "MSELoss": "MSELossFlat()",
+    "L1Loss": "L1LossFlat()",
+    "BCELoss": "BCELossFlat()",
+    "BCEWithLogitsLoss": "BCEWithLogitsLossFlat()",
+}
+"""Losses of `fastai.losses` that flatten predictions and targets."""
+
+
+def _format_shape(tensor: Tensor) -> str:
+    """Format a shape with B for the number of samples, such as (B,) or (B, 3)."""
+    sizes = ", ".join(map(str, tensor.shape[1:]))
+    return f"(B, {sizes})" if sizes else "(B,)"
+
+
+def _is_loss(base: Any, kind: type[nn.Module], function: Callable[..., Tensor]) -> bool:
+    """Check whether a loss is torch's `kind` or `function`, or fastai's wrapper of either."""
+    loss = _unwrap_partial(_torch_loss(base))
+    return isinstance(loss, kind) or loss is function
+
+
+def _torch_loss(base: Any) -> Any:
+    """Return the torch loss in fastai's flattening wrapper, or the loss itself."""
+    loss = unwrap_loss(base)
+    return getattr(loss, "func", loss) if hasattr(loss, "is_2d") else loss
+
+
+def _unwrap_partial(loss: Any) -> Any:
+    return loss.func if isinstance(loss, partial) else loss
+
+
+def _module_of(loss: Any) -> str:
+    """Return the name of the Python module that defines the code of a loss."""
+    loss = _unwrap_partial(loss)
+    if inspect.isroutine(loss):
+        code: Any = loss
+    else:
+        code = type(loss).forward if isinstance(loss, nn.Module) else type(loss).__call__
+    return str(getattr(code, "__module__", ""))

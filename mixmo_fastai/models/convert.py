@@ -1,0 +1,428 @@
+"""Convert any network with a first convolution and a last linear layer into a MixMo network.
+
+The first convolution is replaced by M encoders and the last linear layer by M heads; the layers
+between them become the core. The converted network has the same outputs as the original, so a
+pretrained network can be fine-tuned.
+
+Shapes: B batch, M members, C image channels, H W image size, K classes.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from numbers import Real
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mixmo_fastai.errors import InputError, check_count, summarize_error
+from mixmo_fastai.models.backbone_core import (
+    BackboneCore,
+    as_linear,
+    empty_linear,
+    replace_with_identity,
+)
+from mixmo_fastai.models.mixmo_model import MixMoModel
+from mixmo_fastai.models.probe import (
+    OTHER_SIZES,
+    ForwardRecord,
+    LayerCall,
+    Size,
+    candidate_sizes,
+    check_image_unchanged,
+    check_model,
+    example_parameter,
+    find_first_convolution,
+    find_last_linear,
+    find_output_layer,
+    record_forward,
+)
+
+RELATIVE_TOLERANCE = 1e-4
+"""Largest difference attributed to rounding, as a fraction of the largest value."""
+
+
+def convert_to_mixmo(
+    model: nn.Module,
+    num_members: int = 2,
+    *,
+    encoder: str | None = None,
+    head: str | None = None,
+    image_size: Size | None = None,
+    perturbation: float = 0.1,
+    independent: bool = False,
+    num_classes: int | None = None,
+    in_channels: int | None = None,
+    generator: torch.Generator | None = None,
+) -> MixMoModel:
+    """Convert a copy of a network into a MixMo network; the original is not modified.
+
+    Encoders are initialised as the first convolution divided by M, heads as copies of the last
+    linear layer, both with small random perturbations that break the symmetry between members. The
+    perturbations sum to zero over the members, so the converted network has the same outputs as
+    the original. This is checked with a copy on the CPU, in float32 or better, including the
+    network's hooks.
+
+    Encoders and heads are trainable; other frozen parameters remain frozen.
+
+    An elementwise layer without parameters that turns logits into predictions, such as the
+    `SigmoidRange` of fastai's `y_range`, may follow the last linear layer. In training it is
+    applied to each member's logits, in evaluation to the mean of the members' logits.
+
+    Args:
+        model: (B, C, H, W) -> (B, K): from torchvision, timm, fastai, or your own.
+        num_members: M.
+        encoder: name of the first convolution, as in `model.named_modules()`; if None, it is found
+            by running the model.
+        head: name of the last layer, linear or a 1x1 convolution; if None, it is found in the same
+            way.
+        image_size: the only image size at which to run the model; if None, the size that the model
+            declares or the first that works, and a few others.
+        perturbation: standard deviation of the perturbations, as a fraction of that of the weights.
+        independent: whether to initialise encoders and heads independently, each as a random
+            permutation of the original layer's weights; for untrained models.
+        num_classes: K; if it differs from the model's, heads are initialised randomly.
+        in_channels: C; if it differs from the model's, weights are redistributed; see
+            `set_in_channels`.
+        generator: for perturbations, permutations and new heads.
+
+    Raises:
+        InputError: the model cannot be converted; the message names the missing part.
+    """
+    init = MemberInit(num_members, perturbation, independent, independent)
+    _check_counts(num_classes, in_channels)
+    names = find_end_layers(
+        model,
+        encoder=encoder,
+        head=head,
+        image_size=image_size,
+        try_other_sizes=image_size is None,
+        in_channels=in_channels,
+    )
+    return convert_at_layers(
+        model,
+        names,
+        init,
+        num_classes=num_classes,
+        in_channels=in_channels,
+        generator=generator,
+    )
+
+
+@dataclass(frozen=True)
+class MemberInit:
+    """How the encoders and heads of a converted network are initialised.
+
+    Attributes:
+        num_members: M.
+        perturbation: see `convert_to_mixmo`.
+        independent_encoders, independent_heads: whether these are initialised independently.
+    """
+
+    num_members: int = 2
+    perturbation: float = 0.1
+    independent_encoders: bool = False
+    independent_heads: bool = False
+
+    def __post_init__(self) -> None:
+        check_count("num_members", self.num_members)
+        if not isinstance(self.perturbation, Real) or not 0 <= self.perturbation < 1:
+            raise InputError(
+                f"perturbation must be at least 0 and below 1; got {self.perturbation!r}."
+            )
+
+    def make_encoders(self, layer: nn.Module, generator: torch.Generator | None) -> list[nn.Module]:
+        """Create M encoders from a convolution."""
+        if self.independent_encoders:
+            return _permuted_copies(layer, self.num_members, generator)
+        scale = 1 / self.num_members
+        return _perturbed_copies(layer, self.num_members, scale, self.perturbation, generator)
+
+    def make_heads(self, layer: nn.Module, generator: torch.Generator | None) -> list[nn.Module]:
+        """Create M heads from a linear layer."""
+        if self.independent_heads:
+            return _permuted_copies(layer, self.num_members, generator)
+        return _perturbed_copies(layer, self.num_members, 1.0, self.perturbation, generator)
+
+
+class EndLayers(NamedTuple):
+    """Names of the layers that the conversion replaces.
+
+    Attributes:
+        first: the first convolution.
+        last: the last linear layer, or a 1x1 convolution in its place.
+        output: the layer after `last` that turns logits into predictions, if any.
+    """
+
+    first: str
+    last: str
+    output: str | None = None
+
+
+def find_end_layers(
+    model: nn.Module,
+    *,
+    encoder: str | None = None,
+    head: str | None = None,
+    image_size: Size | None = None,
+    try_other_sizes: bool = True,
+    in_channels: int | None = None,
+) -> EndLayers:
+    """Find a network's first convolution and last layer, and check that both can be replaced.
+
+    Args:
+        model: see `convert_to_mixmo`.
+        encoder: name of the first convolution, if known.
+        head: name of the last layer, if known.
+        image_size: image size at which to run the model.
+        try_other_sizes: whether to check other image sizes that the model accepts too.
+        in_channels: C, if known.
+
+    Raises:
+        InputError: the model cannot be converted; the message names the missing part.
+    """
+    check_model(model)
+    network = _copy_model(model).cpu()
+    network.to(torch.promote_types(example_parameter(network).dtype, torch.float32)).eval()
+    with _isolated_from_caller():
+        sizes = candidate_sizes(network, image_size)
+        record = record_forward(network, sizes, encoder, in_channels)
+        if output := find_output_layer(network, record):
+            replace_with_identity(network, output)
+            record = record_forward(network, sizes, encoder, in_channels)
+        first = find_first_convolution(network, record, encoder)
+        check_image_unchanged(network, record, first.name, OTHER_SIZES if try_other_sizes else ())
+        last = find_last_linear(network, record, head)
+        convolution, linear = network.get_submodule(first.name), network.get_submodule(last.name)
+        core = BackboneCore(network, first.name, last.name)
+        _check_core(core, record, first, last)
+        encoders = _perturbed_copies(convolution, 2, 0.5, 0.0, None)
+        _check_combined_output(encoders, first, record.name, torch.sum)
+        heads = _perturbed_copies(as_linear(linear), 2, 1.0, 0.0, None)
+        _check_combined_output(heads, last, record.name, torch.mean)
+    return EndLayers(first.name, last.name, output)
+
+
+def convert_at_layers(
+    model: nn.Module,
+    names: EndLayers,
+    init: MemberInit,
+    *,
+    num_classes: int | None = None,
+    in_channels: int | None = None,
+    unfreeze: bool = True,
+    generator: torch.Generator | None = None,
+) -> MixMoModel:
+    """Convert a network at known layers; see `convert_to_mixmo`.
+
+    Args:
+        model: a model that `find_end_layers` accepts.
+        names: the layers to replace, from `find_end_layers`.
+        init: how to initialise encoders and heads.
+        num_classes: K of new heads.
+        in_channels: C.
+        unfreeze: whether encoders and heads are trainable even if the original layers are frozen.
+        generator: for perturbations, permutations and new heads.
+    """
+    _check_counts(num_classes, in_channels)
+    network = _copy_model(model)
+    convolution, linear = (network.get_submodule(name) for name in names[:2])
+    output = network.get_submodule(names.output) if names.output else None
+    core = BackboneCore(network, *names)
+    last = as_linear(linear)
+    encoders = init.make_encoders(convolution, generator)
+    heads = init.make_heads(last, generator)
+    if num_classes is not None and num_classes != last.out_features:
+        heads = [_new_head(last, num_classes, generator) for _ in range(init.num_members)]
+    converted = MixMoModel(encoders, core, heads, output)
+    converted.training = model.training
+    for layers in (converted.encoders, converted.heads):
+        layers.train(model.training)
+        if unfreeze:
+            layers.requires_grad_()
+    return converted if in_channels is None else set_in_channels(converted, in_channels)
+
+
+@torch.no_grad()
+def set_in_channels(model: MixMoModel, in_channels: int) -> MixMoModel:
+    """Change the number of image channels of a converted network, in place.
+
+    The weights of the original channels are redistributed over the new channels: a single channel
+    gets their sum; with six channels instead of three, each original channel is used twice at half
+    its weight. Outputs for images whose channels are all equal do not change.
+
+    Args:
+        model: from `convert_to_mixmo`.
+        in_channels: C.
+
+    Returns:
+        The model.
+
+    Raises:
+        InputError: the first convolution is grouped.
+    """
+    for layer in model.encoders:
+        assert isinstance(layer, nn.Conv2d)
+        current = layer.in_channels
+        if current == in_channels:
+            continue
+        if layer.groups != 1:
+            raise InputError(
+                f"The first convolution has {layer.groups} groups of channels; cannot change "
+                f"in_channels from {current} to {in_channels}."
+            )
+        channels = torch.arange(max(current, in_channels))
+        mapping = torch.zeros(in_channels, current).index_put_(
+            (channels % in_channels, channels % current), torch.ones(len(channels))
+        )
+        mapping = mapping / mapping.sum(dim=0)  # (new, old): fraction of each old channel's weight
+        weight = torch.einsum("dchw,nc->dnhw", layer.weight, mapping.to(layer.weight))
+        trainable = layer.weight.requires_grad
+        layer.weight = nn.Parameter(weight.contiguous(), requires_grad=trainable)
+        layer.in_channels = in_channels
+    return model
+
+
+def _check_counts(num_classes: int | None, in_channels: int | None) -> None:
+    for name, value in (("num_classes", num_classes), ("in_channels", in_channels)):
+        if value is not None:
+            check_count(name, value)
+
+
+def _copy_model(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # user modules may raise anything
+        raise InputError(
+            f"{type(model).__name__} cannot be copied: {summarize_error(error)}.\n"
+            "One of its modules stores tensors of a forward pass, such as activations, pruned "
+            "weights or old-style weight_norm; remove these first."
+        ) from error
+
+
+@contextmanager
+def _isolated_from_caller() -> Iterator[None]:
+    """Disable the caller's autocast, and restore the global RNG state afterwards."""
+    with torch.autocast("cpu", enabled=False), torch.random.fork_rng(devices=[]):
+        yield
+
+
+@torch.no_grad()
+def _perturbed_copies(
+    layer: nn.Module,
+    count: int,
+    scale: float,
+    perturbation: float,
+    generator: torch.Generator | None,
+) -> list[nn.Module]:
+    """Copy and scale a layer, with weight perturbations that sum to zero over the copies."""
+    copies = [copy.deepcopy(layer) for _ in range(count)]
+    for name, parameter in layer.named_parameters():
+        noise = parameter.new_zeros(count, *parameter.shape)
+        if parameter.ndim > 1 and count > 1 and perturbation:  # not biases
+            noise = torch.randn(noise.shape, generator=generator).to(parameter)
+            std = float(parameter.float().std(correction=0))
+            noise = (noise - noise.mean(dim=0)) * (perturbation * std)
+        for i, layer_copy in enumerate(copies):
+            layer_copy.get_parameter(name).copy_(scale * (parameter + noise[i]))
+    return copies
+
+
+@torch.no_grad()
+def _permuted_copies(
+    layer: nn.Module, count: int, generator: torch.Generator | None
+) -> list[nn.Module]:
+    """Copy a layer, and permute the values of each parameter independently for each copy."""
+    copies = [copy.deepcopy(layer) for _ in range(count)]
+    for layer_copy in copies:
+        for parameter in layer_copy.parameters():
+            order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
+            parameter.copy_(parameter.flatten()[order].view_as(parameter))
+    return copies
+
+
+@torch.no_grad()
+def _new_head(last: nn.Linear, num_classes: int, generator: torch.Generator | None) -> nn.Module:
+    """Create a head for another number of classes, with torch's default initialisation."""
+    head, bound = empty_linear(last.in_features, num_classes, like=last), last.in_features**-0.5
+    for parameter in head.parameters():
+        values = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
+        parameter.copy_(values)
+    return head
+
+
+def _check_core(
+    core: BackboneCore, record: ForwardRecord, first: LayerCall, last: LayerCall
+) -> None:
+    """Check that the core reproduces the input of the last layer from the features alone.
+
+    The core is run on an image of NaN, which propagates to the output if a layer reads the image.
+    """
+    nan_image = torch.full_like(record.image[:1, :1, :1, :1], float("nan")).expand_as(record.image)
+    expected = last.input.flatten(1)
+    actual = _run_core(core, first.output, nan_image, record.name)
+    if not isinstance(actual, Tensor) or actual.shape != expected.shape:
+        raise InputError(
+            f"{record.name} cannot be converted: without its last layer, it does not return that "
+            "layer's input."
+        )
+    is_finite = bool(expected.isfinite().all())
+    if is_finite and not actual.isfinite().all():
+        raise _image_reused_error(record.name, first.name)
+    if is_finite and _relative_difference(actual, expected) > RELATIVE_TOLERANCE:
+        raise InputError(
+            f"{record.name} cannot be converted: it uses more than the output of {first.name!r}, "
+            "for example that\nconvolution's weights or attributes."
+        )
+    in_training = _run_core(
+        copy.deepcopy(core).train(), first.output, nan_image, record.name, " in training"
+    )
+    if not isinstance(in_training, Tensor) or in_training.shape != expected.shape:
+        raise InputError(
+            f"{record.name} returns {type(in_training).__name__} in training; expected logits "
+            "only.\nBuild it without auxiliary outputs, for example with aux_logits=False."
+        )
+    if is_finite and not in_training.isfinite().all():
+        raise _image_reused_error(record.name, first.name, " in training")
+
+
+def _run_core(
+    core: BackboneCore, features: Tensor, image: Tensor, model: str, when: str = ""
+) -> object:
+    try:
+        with torch.no_grad():
+            return core.run(features.clone(), image)
+    except Exception as error:  # user code may raise anything
+        raise InputError(
+            f"{model} cannot be run{when} without its first convolution and last layer: "
+            f"{summarize_error(error)}."
+        ) from error
+
+
+def _image_reused_error(model: str, convolution: str, when: str = "") -> InputError:
+    return InputError(
+        f"{model} passes the image{when} to more layers than its first convolution, "
+        f"{convolution!r}.\nThe first convolution must be the only layer that receives the image."
+    )
+
+
+@torch.no_grad()
+def _check_combined_output(
+    layers: list[nn.Module], call: LayerCall, model: str, reduce: Callable[..., Tensor]
+) -> None:
+    """Check that the members' layers, summed or averaged, reproduce the original layer's output."""
+    input = call.input if isinstance(layers[0], nn.Conv2d) else call.input.flatten(1)
+    actual = reduce(torch.stack([layer(input) for layer in layers]), dim=0)
+    expected = call.output.reshape(actual.shape)
+    if expected.isfinite().all() and _relative_difference(actual, expected) > RELATIVE_TOLERANCE:
+        raise InputError(
+            f"{model} cannot be converted: its layer {call.name!r} ({type(layers[0]).__name__}) is "
+            "not linear in its weights,\nfor example because it normalises them."
+        )
+
+
+def _relative_difference(actual: Tensor, expected: Tensor) -> float:
+    """Return the largest absolute difference divided by the largest expected absolute value."""
+    return float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-12))

@@ -1,0 +1,123 @@
+"""Build classifiers of torchvision and timm by name."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+
+from mixmo_fastai.config.choices import Architecture, unknown_timm_error
+from mixmo_fastai.errors import InputError, summarize_error
+
+_WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
+_FIXED_SIZE_PREFIXES = ("vit_", "maxvit_")
+
+
+def build_backbone(
+    arch: Architecture,
+    num_classes: int,
+    *,
+    image_size: tuple[int, int] | None = None,
+    pretrained: bool = False,
+    generator: torch.Generator | None = None,
+) -> nn.Module:
+    """Build a plain classifier.
+
+    Args:
+        arch: an architecture of torchvision or timm.
+        num_classes: K; ignored if the pretrained weights include a classifier.
+        image_size: height and width, for networks with a fixed input size; if None, the library's
+            default.
+        pretrained: whether to download the library's default pretrained weights.
+        generator: for the initial weights; the state of torch's global generator is restored.
+
+    Raises:
+        InputError: timm is not installed or does not have the network, the network does not
+            support the image size, or its weights cannot be downloaded.
+    """
+    seed = int(torch.randint(2**63 - 1, (), generator=generator))
+    with _seeded(seed):
+        try:
+            if arch.family == "torchvision":
+                return _build_torchvision(arch.name, num_classes, image_size, pretrained)
+            return _build_timm(arch.name, num_classes, image_size, pretrained)
+        except InputError:
+            raise
+        except OSError as error:
+            raise InputError(
+                f"The weights of {arch.name} cannot be downloaded: {error}.\n"
+                "Train without pretrained weights, or put the file in the library's cache folder."
+            ) from error
+        except (ValueError, AssertionError, RuntimeError) as error:
+            size = f" for images of {image_size[0]}x{image_size[1]}" if image_size else ""
+            raise InputError(
+                f"{arch.name} cannot be built{size}: {summarize_error(error, max_length=200)}."
+                + ("\nChoose another network or another image size." if size else "")
+            ) from error
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would seed GPUs too
+        yield
+
+
+def _build_torchvision(
+    name: str, num_classes: int, image_size: tuple[int, int] | None, pretrained: bool
+) -> nn.Module:
+    from torchvision.models import get_model
+
+    if pretrained and name in _WITH_AUXILIARY_HEADS:
+        raise InputError(
+            f"The pretrained {name} standardises its input inside the network, which MixMo does "
+            "not support.\nChoose another network, or train it from scratch."
+        )
+    settings: dict[str, Any] = {} if pretrained else {"num_classes": num_classes}
+    if name in _WITH_AUXILIARY_HEADS:
+        # Auxiliary classifiers on intermediate features have no MixMo heads.
+        settings |= {"aux_logits": False, "init_weights": True}
+    if (
+        image_size not in (None, (224, 224))
+        and not pretrained
+        and name.startswith(_FIXED_SIZE_PREFIXES)
+    ):
+        settings |= _image_size_settings(name, image_size)
+    model: nn.Module = get_model(name, weights="DEFAULT" if pretrained else None, **settings)
+    return model
+
+
+def _image_size_settings(name: str, image_size: tuple[int, int] | None) -> dict[str, Any]:
+    """Return torchvision's keyword argument for the input size of a network."""
+    assert image_size is not None
+    height, width = image_size
+    if name.startswith("maxvit_"):
+        return {"input_size": image_size}
+    if height != width:
+        raise InputError(
+            f"{name} needs square images; got {height}x{width}.\n"
+            "Set data.image_size in a recipe, or resize in the data loaders' transforms."
+        )
+    return {"image_size": height}
+
+
+def _build_timm(
+    name: str, num_classes: int, image_size: tuple[int, int] | None, pretrained: bool
+) -> nn.Module:
+    if find_spec("timm") is None:
+        raise InputError(
+            f"timm/{name} requires timm.\nInstall it: pip install 'mixmo-fastai[timm]'"
+        )
+    import timm
+
+    if name.partition(".")[0] not in (known := timm.list_models()):
+        raise unknown_timm_error(name, known)
+    has_classes = pretrained and timm.get_pretrained_cfg_value(name, "num_classes") != 0
+    settings: dict[str, Any] = {} if has_classes else {"num_classes": num_classes}
+    settings |= {"pretrained": pretrained}
+    if image_size is not None and timm.get_pretrained_cfg_value(name, "fixed_input_size"):
+        settings |= {"img_size": image_size}
+    model: nn.Module = timm.create_model(name, **settings)
+    return model

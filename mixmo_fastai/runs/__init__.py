@@ -1,0 +1,18 @@
+"""Run folders: what a training leaves on disk.
+
+folder       the run folder
+checkpoints  checkpoint folders, written atomically; the newest two are kept
+weights      tensors of a network in one file
+files        atomic writing of files
+lock         one process at a time trains in a run folder
+"""
+
+from mixmo_fastai.imports import lazy_names
+
+_MODULES = {
+    "RunFolder": "runs.folder",
+    "create_run": "runs.folder",
+    "open_run": "runs.folder",
+}
+__all__ = [*_MODULES]  # noqa: PLE0604
+__getattr__, __dir__ = lazy_names(__name__, _MODULES)

@@ -1,0 +1,582 @@
+"""The run folder: all files of a run, readable without this project.
+
+recipe.toml        resolved, everything needed to run it again
+environment.json   versions, device, command, seed, git revision
+data.json          class names; mean, standard deviation and shape of the images
+split.json         for image folders: the training, validation and test images
+left-out.json      with --skip-damaged: image files that could not be decoded, with reasons
+history.csv        one row per epoch
+metrics.json       final metrics
+model.safetensors  weights
+checkpoint/        state to resume from
+log.txt            printed output
+logs/              output of `--logger`: metrics per step, plots, and the loggers' own files
+report.html        the page written by `mixmo report`
+net-1/, net-2/     deep ensembles only: one run folder per network, with its weights, history and
+                   checkpoint
+"""
+
+import csv
+import dataclasses
+import io
+import itertools
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from mixmo_fastai.config.methods import METHOD_NAMES
+from mixmo_fastai.config.recipe import Recipe, load_recipe, to_toml
+from mixmo_fastai.errors import InputError, RunFailedError
+from mixmo_fastai.runs.files import flush_folder, make_folder, write_atomically, write_new
+
+PACKAGES = ("mixmo-fastai", "torch", "torchvision", "fastai", "numpy", "safetensors")
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """Facts about the training data that prediction needs.
+
+    Attributes:
+        classes: class names, in the order of the logits.
+        mean, std: per channel, of pixels in [0, 1].
+        image_shape: (C, H, W).
+    """
+
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    image_shape: tuple[int, ...]
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> "DataFacts":
+        """Build from the output of `dataclasses.asdict`, as read from JSON.
+
+        Raises:
+            ValueError: a value is missing, has the wrong type or is impossible.
+        """
+        try:
+            parts = [values[name] for name in ("classes", "mean", "std", "image_shape")]
+            if not all(isinstance(part, list | tuple) for part in parts):
+                raise ValueError("classes, mean, std and image_shape must be lists")
+            names, *numbers = parts
+            mean, std = (tuple(float(v) for v in values) for values in numbers[:2])
+            facts = cls(tuple(map(str, names)), mean, std, tuple(int(v) for v in numbers[2]))
+        except (LookupError, TypeError, ArithmeticError) as error:
+            raise ValueError(f"{type(error).__name__}: {error}") from error
+        facts._check()
+        return facts
+
+    def _check(self) -> None:
+        """Raise ValueError if no data set can have these facts."""
+        if len(self.classes) < 2:
+            raise ValueError(f"classes must name at least 2; got {len(self.classes)}")
+        if len(self.image_shape) != 3 or min(self.image_shape) < 1:
+            raise ValueError(f"image_shape must be (C, H, W); got {self.image_shape}")
+        if not len(self.mean) == len(self.std) == self.image_shape[0]:
+            raise ValueError("mean and std must have one value per channel")
+        if not all(map(math.isfinite, self.mean)) or not all(0 < v < math.inf for v in self.std):
+            raise ValueError("mean must be finite and std positive")
+
+
+class RunFolder:
+    """The folder of one run. Use `create_run` or `open_run` to obtain an instance.
+
+    Args:
+        path: the folder.
+        is_writer: whether this process writes to the folder. In distributed training only rank 0
+            does.
+    """
+
+    def __init__(self, path: Path, *, is_writer: bool = True) -> None:
+        self.path, self.is_writer = path, is_writer
+
+    @property
+    def weights(self) -> Path:
+        """Path of the trained weights."""
+        return self.path / "model.safetensors"
+
+    @property
+    def report(self) -> Path:
+        """Path of the HTML report."""
+        return self.path / "report.html"
+
+    @property
+    def logs(self) -> Path:
+        """Folder for the output of loggers."""
+        return self.path / "logs"
+
+    @property
+    def checkpoint(self) -> Path:
+        """Folder of the checkpoints to resume from."""
+        return self.path / "checkpoint"
+
+    @property
+    def has_state(self) -> bool:
+        """Whether the run has a checkpoint, intact or not."""
+        return any(self.checkpoint.glob("save-*"))
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has its final metrics."""
+        return (self.path / "metrics.json").is_file()
+
+    def check_trained(self) -> None:
+        """Check that every network of the run has trained weights.
+
+        Raises:
+            InputError: the weights of a network are missing.
+        """
+        networks = self.networks()
+        done = sum(network.weights.is_file() for network in networks)
+        if done == len(networks):
+            return
+        progress = f"{done} of {len(networks)} networks are finished"
+        state = progress if len(networks) > 1 else "the run is not finished"
+        raise InputError(
+            f"{self.path} has no weights yet: {state}.\nContinue it: mixmo fit --resume {self.path}"
+        )
+
+    def check_resumable(self) -> None:
+        """Check that training can continue from the checkpoints of the run.
+
+        Raises:
+            InputError: the run has weights but no checkpoint, as after `mixmo import`.
+        """
+        for network in self.networks():
+            if network.weights.is_file() and not network.has_state:
+                raise InputError(
+                    f"{network.path} has weights but no checkpoint to resume from: the run was "
+                    "imported, or the checkpoint was removed.\n"
+                    "The run is unchanged. Use `mixmo eval` to evaluate it."
+                )
+
+    def recipe(self) -> Recipe:
+        """Read the resolved recipe."""
+        return load_recipe(self.path / "recipe.toml")
+
+    def write_recipe(self, recipe: Recipe) -> None:
+        """Replace recipe.toml by a fully resolved recipe."""
+        self._write("recipe.toml", to_toml(recipe))
+
+    def networks(self) -> list["RunFolder"]:
+        """Return one run per network: the networks of a deep ensemble, otherwise this run."""
+        num_nets = self.recipe().model.num_nets
+        if num_nets == 1:
+            return [self]
+        paths = [self.path / f"net-{number}" for number in range(1, num_nets + 1)]
+        return [RunFolder(path, is_writer=self.is_writer) for path in paths]
+
+    def metrics(self) -> dict[str, Any]:
+        """Read the final metrics.
+
+        Raises:
+            InputError: the run is not finished, or the file is damaged.
+        """
+        if not self.is_finished:
+            raise InputError(
+                f"{self.path} has no final metrics: the run is not finished.\n"
+                f"Continue it: mixmo fit --resume {self.path}"
+            )
+        return self._read_json("metrics.json")
+
+    def environment(self) -> dict[str, Any]:
+        """Read environment.json; return an empty dictionary if the run has none.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        exists = (self.path / "environment.json").is_file()
+        return self._read_json("environment.json") if exists else {}
+
+    def _read_json(self, name: str) -> dict[str, Any]:
+        path = self.path / name
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:  # invalid JSON or invalid UTF-8
+            raise InputError(f"{path} is damaged: {error}.") from error
+        if not isinstance(values, dict):
+            raise InputError(f"{path} is damaged: it must hold a JSON object.")
+        return values
+
+    def data_facts(self) -> "DataFacts | None":
+        """Read data.json; return None if the run has none.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        path = self.path / "data.json"
+        try:
+            return DataFacts.from_mapping(json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{path} is damaged: {error}.") from error
+
+    def write_data_facts(self, facts: "DataFacts") -> None:
+        """Write data.json."""
+        self._write("data.json", json.dumps(dataclasses.asdict(facts), indent=2) + "\n")
+
+    def split(self) -> dict[str, Any] | None:
+        """Read split.json; return None if the run has none.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        return self._read_json("split.json") if (self.path / "split.json").is_file() else None
+
+    def write_split(self, parts: Mapping[str, Any]) -> None:
+        """Write split.json: the training, validation and test images of a folder."""
+        self._write("split.json", json.dumps(parts, indent=1) + "\n")
+
+    def left_out(self) -> dict[str, str] | None:
+        """Read the skipped damaged files, with reasons; return None without --skip-damaged.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        return self._read_json("left-out.json") if (self.path / "left-out.json").is_file() else None
+
+    def write_left_out(self, files: Mapping[str, str]) -> None:
+        """Write the skipped damaged files, with reasons."""
+        self._write("left-out.json", json.dumps(dict(files), indent=1) + "\n")
+
+    def history(self) -> list[dict[str, str]]:
+        """Read the rows of history.csv."""
+        path = self.path / "history.csv"
+        if not path.is_file():
+            return []
+        with path.open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+
+    def append_history(self, row: Mapping[str, Any]) -> None:
+        """Append the row of one epoch to history.csv."""
+        if not self.is_writer:
+            return
+        with (
+            writing(self.path / "history.csv") as path,
+            path.open("a", newline="", encoding="utf-8") as file,
+        ):
+            is_empty = not file.tell()
+            writer = csv.DictWriter(file, list(row), lineterminator="\n")
+            if is_empty:
+                writer.writeheader()
+            writer.writerow(row)
+
+    def write_history(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Replace history.csv by these rows, the completed epochs of a resumed run."""
+        if not rows:
+            if self.is_writer:
+                with writing(self.path / "history.csv") as path:
+                    path.unlink(missing_ok=True)
+            return
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        self._write("history.csv", text.getvalue())
+
+    def log(self, line: str) -> None:
+        """Append a line to log.txt. Errors are ignored: a log line must not end a run."""
+        if not self.is_writer:
+            return
+        with suppress(OSError), (self.path / "log.txt").open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def write_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """Write the final metrics."""
+        self._write("metrics.json", json.dumps(metrics, indent=2) + "\n")
+
+    def write_weights(self, content: bytes) -> None:
+        """Write the trained weights atomically."""
+        self._write(self.weights.name, content)
+
+    def _write(self, name: str, content: str | bytes) -> None:
+        if self.is_writer:
+            with writing(self.path / name) as path:
+                write_atomically(path, content)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """Convert an OSError while writing a file or folder of a run into a RunFailedError.
+
+    Raises:
+        RunFailedError: the file cannot be written. Files written before are unchanged.
+    """
+    try:
+        yield path
+    except OSError as error:
+        reason = f"Cannot write {path}: {error.strerror or error}."
+        if not path.parent.is_dir():
+            reason = f"{path.parent} no longer exists: the run folder was removed or renamed."
+        raise RunFailedError(
+            f"{reason}\nExisting checkpoints are unchanged. Fix the cause, then continue with "
+            "--resume."
+        ) from error
+
+
+def create_run(
+    recipe: Recipe, path: Path | None = None, *, device: str = "", acceleration: str = ""
+) -> RunFolder:
+    """Create a run folder and write its recipe.toml and environment.json.
+
+    Args:
+        recipe: the resolved recipe.
+        path: the folder; None for the first free `runs/<data set>-<name>-<n>`.
+        device: description of the device.
+        acceleration: description of precision, memory format and compilation.
+
+    Raises:
+        InputError: the folder is not empty, or cannot be created.
+    """
+    try:
+        folder = _claim(path) if path is not None else _claim_next(Path("runs"), run_label(recipe))
+        _write_recipe(folder / "recipe.toml", recipe)
+        environment = describe_environment(recipe, device, acceleration)
+        write_atomically(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
+    except OSError as error:
+        raise InputError(
+            f"Cannot write the run folder {path or 'runs/'}: {error.strerror}.\n"
+            "Choose another folder with --out DIR."
+        ) from error
+    return RunFolder(folder)
+
+
+def check_free(path: Path | None) -> None:
+    """Check that a run folder can be created at a path, or below `runs/` if it is None.
+
+    Raises:
+        InputError: the folder is not empty, or cannot be written to.
+    """
+    if path is None:
+        _check_writable(Path("runs"))
+        return
+    path = _expanded(path)
+    if path.is_dir() and any(path.iterdir()):
+        kind = "already a run" if (path / "recipe.toml").exists() else "not empty"
+        raise InputError(
+            f"The folder {str(path)!r} is {kind}. It was not changed.\n"
+            "Choose another --out DIR, or continue a run with --resume RUN."
+        )
+    _check_writable(path)
+
+
+def free_file(path: Path | None, stem: str, suffix: str, flag: str = "--out") -> Path:
+    """Return a path that does not exist yet: `path`, or the first free name with this stem.
+
+    Raises:
+        InputError: `path` exists, has another suffix, or its folder does not exist.
+    """
+    if path is None:
+        names = itertools.chain([stem], (f"{stem}-{n}" for n in itertools.count(2)))
+        paths = (Path(f"{name}{suffix}") for name in names)
+        return _writable_file(next(path for path in paths if not path.exists()))
+    path = _expanded(path)
+    if os.path.lexists(path):
+        raise InputError(f"{str(path)!r} exists and was not changed. Choose another {flag}.")
+    if path.suffix.lower() != suffix:
+        raise InputError(f"{flag} {str(path)!r} must end in {suffix}.")
+    if not path.parent.is_dir():
+        raise InputError(
+            f"There is no folder {str(path.parent)!r} for {flag} {path.name}.\nCreate it first."
+        )
+    return _writable_file(path, flag)
+
+
+def _writable_file(path: Path, flag: str = "--out") -> Path:
+    """Check that a file can be created, by creating and deleting it."""
+    try:
+        path.touch(exist_ok=False)
+        path.unlink()
+    except OSError as error:
+        raise InputError(
+            f"Cannot write {str(path)!r}: {error.strerror}.\nChoose another file with {flag} FILE."
+        ) from error
+    return path
+
+
+def open_run(path: Path | str) -> RunFolder:
+    """Open an existing run folder.
+
+    Raises:
+        InputError: the path is not a folder, or not a run folder.
+    """
+    folder = _expanded(path)
+    if not os.path.isdir(folder) and (folder.parent / "recipe.toml").is_file():
+        raise InputError(
+            f"The run {str(folder.parent)!r} has no {folder.name!r}.\n"
+            f"If the run is not finished, continue it: mixmo fit --resume {folder.parent}"
+        )
+    if not os.path.isdir(folder):
+        raise InputError(
+            f"There is no run folder {str(path)!r}.\nRuns are in runs/ unless --out was given."
+        )
+    if not (folder / "recipe.toml").is_file():
+        raise InputError(
+            f"{str(path)!r} is not a run folder: it has no recipe.toml.\n"
+            "Give a folder created by `mixmo fit`."
+        )
+    return RunFolder(folder)
+
+
+def open_runs(paths: Sequence[Path | str], subject: str) -> list[RunFolder]:
+    """Open two or more distinct run folders.
+
+    Args:
+        paths: the run folders.
+        subject: the first words of an error message, such as "An ensemble".
+
+    Raises:
+        InputError: there are fewer than two paths, a run is given twice, or a path is not a run
+            folder.
+    """
+    check_several(paths, subject)
+    folders = [open_run(path) for path in paths]
+    resolved = [folder.path.resolve() for folder in folders]
+    if duplicate := next((path for path in resolved if resolved.count(path) > 1), None):
+        raise InputError(
+            f"The run {str(duplicate)!r} is given twice. {subject} needs distinct runs."
+        )
+    return folders
+
+
+def check_several(runs: Sequence[object], subject: str) -> None:
+    """Check that there are at least two runs; `subject` starts the error, as in "An ensemble"."""
+    if len(runs) < 2:
+        raise InputError(f"{subject} needs two runs or more; got {len(runs)}.")
+
+
+def check_same_left_out(first: RunFolder, other: RunFolder) -> None:
+    """Check that two runs on one data set skipped the same damaged images.
+
+    Raises:
+        InputError: the skipped images differ.
+    """
+    other_files, first_files = (set(run.left_out() or ()) for run in (other, first))
+    if other_files != first_files:
+        raise InputError(
+            f"{other.path} skipped {len(other_files):,} unreadable images and {first.path} "
+            f"{len(first_files):,}, and they differ; see left-out.json in both.\n"
+            "Runs that are evaluated together need the same images: train one of them again."
+        )
+
+
+def run_label(recipe: Recipe) -> str:
+    """Return the name of a run: its data set and its recipe or method."""
+    dataset = Path(recipe.data.dataset).name or "data"
+    return f"{dataset}-{recipe.name.rpartition('/')[2] or _method_label(recipe)}"
+
+
+def _method_label(recipe: Recipe) -> str:
+    """Return the name of a method: mask kind or pixel mixing, and the number of networks."""
+    model, mix = recipe.model, recipe.mix
+    pixels = [mix.msda] if mix.msda != "none" else []
+    if model.num_members > 1:
+        parts = [METHOD_NAMES.get(mix.kind, f"{mix.kind}-MixMo").lower(), *pixels]
+    else:
+        parts = pixels or ["vanilla"]
+    return "-".join(parts) + (f"-x{model.num_nets}" if model.num_nets > 1 else "")
+
+
+def describe_environment(recipe: Recipe, device: str, acceleration: str) -> dict[str, Any]:
+    """Return the content of environment.json."""
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "seed": recipe.train.seed,
+        "device": device,
+        "acceleration": acceleration,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "git": _git_revision(),
+    }
+
+
+def _expanded(path: Path | str) -> Path:
+    expanded = Path(os.path.expanduser(path))  # Path.expanduser raises for an unknown user
+    if longest := next((part for part in expanded.parts if len(os.fsencode(part)) > 255), None):
+        raise InputError(
+            f"The name {longest[:40]!r}… is too long for a file. Choose a shorter name."
+        )
+    return expanded
+
+
+def _check_writable(path: Path) -> None:
+    """Check that a folder exists or can be created, from its nearest existing parent."""
+    existing = next(parent for parent in (path, *path.parents) if os.path.exists(parent))
+    if existing.is_dir() and os.access(existing, os.W_OK):
+        return
+    problem = "cannot be written to" if existing.is_dir() else "is not a folder"
+    raise InputError(
+        f"Cannot create the run folder {str(path)!r}: {str(existing)!r} {problem}.\n"
+        "Choose another folder with --out DIR."
+    )
+
+
+def _claim(path: Path) -> Path:
+    check_free(path)
+    path = _expanded(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path)
+    return path
+
+
+def _write_recipe(path: Path, recipe: Recipe) -> None:
+    """Write recipe.toml, which makes the folder a run folder; only one process can succeed."""
+    try:
+        write_new(path, to_toml(recipe))
+    except FileExistsError as error:
+        raise InputError(
+            f"Another process has just created a run in {str(path.parent)!r}.\n"
+            "Choose another --out DIR."
+        ) from error
+
+
+def _claim_next(parent: Path, label: str) -> Path:
+    parent.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while True:
+        try:
+            (parent / f"{label}-{number}").mkdir()
+        except FileExistsError:
+            number += 1
+        else:
+            flush_folder(parent)
+            return parent / f"{label}-{number}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    """Return the git revision of this package, or None if it does not run from a checkout."""
+    if not (Path(__file__).parents[2] / ".git").exists():
+        return None  # installed, or copied into another repository
+    try:
+        result = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()

@@ -1,0 +1,7 @@
+"""The machine: devices, processes and signals.
+
+devices       choice of the device, float32 precision, memory
+acceleration  precision, memory format, compilation, threads
+processes     distributed processes and their collective operations
+signals       graceful shutdown on Ctrl-C, SIGTERM and SIGHUP
+"""

@@ -1,0 +1,14 @@
+"""Train the network of a recipe in a run folder, and resume it.
+
+train            from a recipe to a finished run
+ensemble         the networks of a run, one after another
+schedule         one-cycle and published step schedules, as functions
+recording        callbacks that write history and checkpoints
+state            the state of a Learner in a checkpoint, restored with strict checks
+optimizer_state  the state of an optimizer as named tensors
+resume           resume within an epoch
+lr_find          learning-rate range test
+speed            estimate of the training time, from a few steps of a copy
+advice           one line of advice from a run's history
+failures         readable errors for out-of-memory and lost workers
+"""

@@ -1,0 +1,102 @@
+"""One line of advice after training, based on its history; never on the test set.
+
+Standard library only.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from mixmo_fastai.config.defaults import (
+    MAX_VIEWS,
+    MIN_IMAGES_SEEN,
+    MIN_WIDTH,
+    narrow_network,
+    unmet_requirement,
+)
+from mixmo_fastai.config.recipe import Recipe
+
+GOOD_ACCURACY = 0.95
+"""Validation accuracy from which no advice is given."""
+LOW_TRAIN_LOSS = 0.1
+"""Training loss that indicates a training accuracy near 100 %: the geometric mean of the true
+class's probability is 0.9."""
+OVERFIT_ACCURACY = 0.85
+"""Validation accuracy below which a low training loss counts as overfitting."""
+LAST_FRACTION = 0.25
+"""Fraction of the epochs, at the end, in which a decreasing validation loss is detected."""
+MIN_DECREASE = 0.05
+"""Fraction by which the validation loss must decrease in these epochs."""
+
+
+def advise(recipe: Recipe, history: Sequence[Mapping[str, str]], images_seen: int) -> str | None:
+    """Return advice based on the curves of a finished training, or None.
+
+    Checked in this order: a network or training too small for several members, overfitting, a
+    validation loss that is still decreasing.
+
+    Args:
+        recipe: recipe of the run, without open settings.
+        history: rows of history.csv; for a deep ensemble, those of one network.
+        images_seen: number of images seen by one network in training.
+    """
+    rows = [row for row in history if row.get("valid_loss")]
+    if not rows:
+        return None
+    accuracy, train_loss = float(rows[-1]["accuracy"]), float(rows[-1]["train_loss"])
+    if accuracy >= GOOD_ACCURACY:
+        return None
+    if unmet_requirement(recipe, images_seen):
+        return _size_advice(recipe, images_seen)
+    if train_loss <= LOW_TRAIN_LOSS and accuracy < OVERFIT_ACCURACY:
+        return _overfitting_advice(recipe)
+    if _is_decreasing([float(row["valid_loss"]) for row in rows]):
+        epochs = recipe.train.epochs or len(rows)
+        return f"The validation loss was still decreasing: train longer, e.g. --epochs {2 * epochs}"
+    return None
+
+
+def members_advice(recipe: Recipe, requirement: str) -> str:
+    """Return the advice before a training that is too small for several members.
+
+    Args:
+        recipe: recipe without open settings.
+        requirement: from `sizing.unmet_requirement`.
+    """
+    members = recipe.model.num_members
+    return f"{members} members need {requirement}; otherwise --members 1 is usually more accurate"
+
+
+def _size_advice(recipe: Recipe, images_seen: int) -> str:
+    """Return the advice after a training that was too small for several members."""
+    members, changes = recipe.model.num_members, []
+    if images_seen < MIN_IMAGES_SEEN:
+        epochs = math.ceil((recipe.train.epochs or 1) * MIN_IMAGES_SEEN / max(images_seen, 1))
+        if epochs * recipe.mix.batch_repetitions > MAX_VIEWS:
+            return f"{members} members need more training images: use --members 1"
+        changes.append(f"--epochs {epochs}")
+    if narrow := narrow_network(recipe):
+        changes.append(f"--arch wrn{narrow.depth}_{MIN_WIDTH}")
+    return (
+        f"Compare with --members 1, or train {members} members with {' '.join(changes)} "
+        "(docs/recipes.md)"
+    )
+
+
+def _overfitting_advice(recipe: Recipe) -> str:
+    remedy = "add images, or use --msda cutmix"
+    if recipe.mix.msda != "none":
+        remedy = "add images, or increase optimizer.weight_decay"
+    return f"The network overfits (training accuracy near 100 %): {remedy}"
+
+
+def _is_decreasing(losses: Sequence[float]) -> bool:
+    """Check whether the last loss is the lowest, and clearly lower than those before the last part.
+
+    A small decrease does not count, since every schedule lowers the learning rate at the end and
+    the loss with it.
+    """
+    num_last = max(1, round(LAST_FRACTION * len(losses)))
+    if len(losses) <= num_last:
+        return False
+    earlier = min(losses[:-num_last])
+    return losses[-1] <= min(losses) and losses[-1] < (1 - MIN_DECREASE) * earlier

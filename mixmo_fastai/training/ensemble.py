@@ -1,0 +1,157 @@
+"""Deep ensembles: networks that are trained one after another and evaluated together.
+
+`train_run` also trains runs of a single network.
+"""
+
+import gc
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+from fastai.callback.core import Callback
+
+from mixmo_fastai.config.recipe import Expected, Recipe
+from mixmo_fastai.evaluation.logits import evaluate_splits
+from mixmo_fastai.evaluation.runs import collect_logits
+from mixmo_fastai.rng import derive_seed
+from mixmo_fastai.runs.folder import RunFolder, create_run
+from mixmo_fastai.runs.lock import locked
+from mixmo_fastai.runtime.processes import broadcast_from_rank0, run_on_rank0
+from mixmo_fastai.runtime.signals import StopRequest
+from mixmo_fastai.training.failures import readable_errors
+from mixmo_fastai.training.recording import entered_run_callbacks
+from mixmo_fastai.training.state import Position
+from mixmo_fastai.training.train import TEST_SET, Training, describe_run, prepare_network, train
+
+
+def train_run(
+    training: Training,
+    run: RunFolder,
+    *,
+    cbs: Sequence[Callback] = (),
+    resume: bool = False,
+    stop: StopRequest | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Train every network of a run, evaluate the ensemble, and write the run folder.
+
+    Args:
+        training: from `prepare`.
+        run: the run folder; each network of an ensemble gets its own folder inside.
+        cbs: additional fastai callbacks, such as a progress display; they see one fit per network.
+            A `RunCallback` also sees the evaluations and the end.
+        resume: continue the run; finished networks are not trained again.
+        stop: whether a signal asked to stop.
+        say: called with a line when a network of an ensemble starts and when training resumes.
+
+    Returns:
+        the final metrics, as in metrics.json. Each network counts as one member there.
+
+    Raises:
+        InputError: no checkpoint is intact, the checkpoint belongs to another run, or another
+        process trains in the folder.
+        RunFailedError: see `train`.
+        InterruptedBySignal: a signal asked to stop.
+    """
+    recipe = training.recipe
+    if resume:
+        run.check_resumable()
+    with _locked(run):
+        if recipe.model.num_nets == 1:
+            return train(training, run, cbs=cbs, resume=resume, stop=stop, say=say)
+        return _train_networks(training, run, cbs=cbs, resume=resume, stop=stop, say=say)
+
+
+@contextmanager
+def _locked(run: RunFolder) -> Iterator[None]:
+    """Lock a run against other trainings; rank 0 holds the lock."""
+    with ExitStack() as stack:
+        run_on_rank0(lambda: stack.enter_context(locked(run.path)))
+        yield
+
+
+def _train_networks(
+    training: Training,
+    run: RunFolder,
+    *,
+    cbs: Sequence[Callback],
+    resume: bool,
+    stop: StopRequest | None,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    recipe = training.recipe
+    describe_run(training, run)
+    folders = run.networks()
+    for index, folder in enumerate(folders):
+        net_recipe = network_recipe(recipe, index)
+        label = f"Network {index + 1} of {len(folders)}, seed {net_recipe.train.seed}"
+        if resume and broadcast_from_rank0(folder.is_finished):
+            say(f"{label}: finished.")
+            continue
+        say(f"{label}: {folder.path}")
+        net_training = _network_training(training, net_recipe, index)
+        has_started = broadcast_from_rank0(run.is_writer and resume and _has_started(folder))
+        if not has_started and run.is_writer:
+            create_run(
+                net_recipe,
+                folder.path,
+                device=training.device_name,
+                acceleration=training.acceleration.describe(),
+            )
+        with _locked(folder):
+            train(net_training, folder, cbs=cbs, resume=has_started, stop=stop, say=say)
+        del net_training  # free its memory before the next network is built
+        gc.collect()  # a Learner and its callbacks form reference cycles
+    loaders = training.learn.dls.valid, training.learn.dls[TEST_SET]
+    per_network = broadcast_from_rank0(run.is_writer and [folder.metrics() for folder in folders])
+    selected = [each["selected_epoch"] for each in per_network if "selected_epoch" in each]
+    with entered_run_callbacks(cbs, training, run, Position(recipe.train.epochs)) as run_callbacks:
+        with readable_errors(recipe, training.acceleration.describe()):
+            valid, test = collect_logits(run, training.learn.model, loaders)
+            evaluated = evaluate_splits(valid, test)
+        metrics = {
+            **training.summary(),
+            **({"selected_epoch": selected} if selected else {}),
+            "seconds": round(sum(float(each["seconds"]) for each in per_network), 1),
+            **evaluated,
+        }
+        run.write_metrics(metrics)
+        for callback in run_callbacks:
+            callback.after_evaluation(metrics, test or valid)
+    return metrics
+
+
+def _network_training(training: Training, recipe: Recipe, index: int) -> Training:
+    """Prepare the training of one network; the first network is built already."""
+    if index == 0:
+        return replace(training, recipe=recipe)
+    return prepare_network(recipe, training.source, training.learn.dls)
+
+
+def network_recipe(recipe: Recipe, index: int) -> Recipe:
+    """Return the recipe of one network of an ensemble, counted from 0.
+
+    The first network has the ensemble's seed, so it equals the network of the same recipe with
+    `num_nets = 1`. The other seeds are derived from that seed, so ensembles with different seeds
+    share no network. Name, title and published result of the ensemble are removed.
+    """
+    seed = recipe.train.seed
+    net_seed = derive_seed(seed, "network", step=index) if index else seed
+    return replace(
+        recipe,
+        name="",
+        title="",
+        model=replace(recipe.model, num_nets=1),
+        train=replace(recipe.train, seed=net_seed),
+        expected=Expected(),
+    )
+
+
+def _has_started(folder: RunFolder) -> bool:
+    """Check whether a network has a run folder; remove an incomplete one without a recipe."""
+    if (folder.path / "recipe.toml").is_file():
+        return True
+    shutil.rmtree(folder.path, ignore_errors=True)
+    return False

@@ -1,0 +1,237 @@
+"""Estimate training speed and time of a run from a few timed steps on a copy of the network.
+
+The copy has its own optimizer, callbacks and view of the training data. The run itself is not
+changed: neither its weights and BatchNorm statistics nor any random draw.
+"""
+
+import copy
+import gc
+import time
+from dataclasses import dataclass, replace
+
+import torch
+from fastai.callback.core import Callback, CancelFitException, CancelValidException
+from fastai.callback.progress import ProgressCallback
+from fastai.data.core import DataLoaders
+from torch import nn
+
+from mixmo_fastai.config.defaults import default_for
+from mixmo_fastai.data.first_batch import preserved_random_states
+from mixmo_fastai.errors import InputError
+from mixmo_fastai.learner.build import learner_from_recipe
+from mixmo_fastai.models.create import create_model
+from mixmo_fastai.models.flops import BACKWARD_COST, training_flops
+from mixmo_fastai.models.mixmo_model import unwrap
+from mixmo_fastai.runtime.processes import process_group
+from mixmo_fastai.training.train import Training
+
+CPU_THREAD_FLOPS = 40e9
+"""Typical operations per second of one CPU thread on these networks, to plan the timed steps."""
+TARGET_STEP_SECONDS, MAX_STEP_SECONDS = 0.4, 6.0
+"""Target duration of a timed step on a CPU, and the expected duration above which none is timed."""
+MIN_RUN_SECONDS = 2.0
+"""Expected duration of a run on a CPU below which nothing is timed."""
+TIMED_SECONDS, LONG_WARMUP_SECONDS, MAX_STEPS, WARMUP_STEPS = 0.6, 2.0, 40, 2
+"""Duration of the timed steps; warm-up duration above which the warm-up itself is timed; maximum
+number of timed steps; number of warm-up steps, in which a GPU selects its kernels."""
+SHORT_RUN_SECONDS = 20 * 60.0
+"""Duration of the shorter run that is suggested instead of one that takes hours."""
+NARROW_NETWORK_EFFICIENCY = 0.8
+"""Relative efficiency of narrow networks: they use a processor less well than wide ones."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Training speed.
+
+    Attributes:
+        images_per_second: images per second in training.
+        is_timed: whether steps were timed; otherwise the speed is computed from the operations.
+        is_lower_bound: whether the run will be compiled; the timed steps are not.
+    """
+
+    images_per_second: float
+    is_timed: bool = True
+    is_lower_bound: bool = False
+
+
+@dataclass(frozen=True)
+class ShorterRun:
+    """A run that takes about `SHORT_RUN_SECONDS`.
+
+    Attributes:
+        arch: the network; None for that of the run.
+        epochs: number of epochs.
+        limit: number of training images; 0 for all.
+    """
+
+    arch: str | None
+    epochs: int
+    limit: int = 0
+
+
+class StepTimer(Callback):
+    """Time training steps after a warm-up, then end the fit; validation is skipped.
+
+    If a step takes long on a CPU, the warm-up itself is timed and no further step is run.
+    """
+
+    order = 100  # after all other callbacks
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps, self.seconds = -WARMUP_STEPS, 0.0
+
+    def before_fit(self) -> None:
+        """Start the clock."""
+        self.started_at = time.perf_counter()
+
+    def after_batch(self) -> None:
+        """Count a step; end the fit when enough steps are timed."""
+        self.steps += 1
+        if self.steps <= 0:
+            self._synchronize()
+        self.seconds = time.perf_counter() - self.started_at
+        is_long = self.learn.loss.device.type == "cpu" and self.seconds >= LONG_WARMUP_SECONDS
+        if self.steps <= 0 and is_long:
+            self.steps += WARMUP_STEPS
+            raise CancelFitException
+        if self.steps == 0:
+            self.started_at += self.seconds
+        elif self.steps >= MAX_STEPS or (self.steps > 0 and self.seconds >= TIMED_SECONDS):
+            self._synchronize()
+            self.seconds = time.perf_counter() - self.started_at
+            raise CancelFitException
+
+    def before_validate(self) -> None:
+        """Skip validation."""
+        raise CancelValidException
+
+    def _synchronize(self) -> None:
+        """Wait for all pending work of a GPU."""
+        device = self.learn.loss.device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+
+def measure_speed(training: Training) -> Speed | None:
+    """Time a few training steps on this machine, without changing the run.
+
+    On a CPU the batch is reduced so that a step takes less than a second. If even the smallest
+    batch would take far longer, the speed is computed from the number of operations. The same holds
+    for runs of a few seconds. Timed steps are not compiled.
+
+    Returns:
+        None if the speed cannot be determined, for example if there is not enough memory.
+    """
+    on_cpu = training.device.type == "cpu"
+    rate = CPU_THREAD_FLOPS * (training.acceleration.threads or torch.get_num_threads())
+    image_shape, copies = training.source.train.image_shape, training.recipe.mix.batch_repetitions
+    operations = training_operations(training.learn.model, image_shape)
+    if operations and operations * training.images_seen < rate * MIN_RUN_SECONDS:
+        return Speed(rate / operations, is_timed=False)
+    size = training.recipe.loader_batch_size
+    if on_cpu and operations:
+        smallest = max(1, 2 // copies)  # BatchNorm needs two images or more
+        planned = int(rate * TARGET_STEP_SECONDS / (operations * copies))
+        size = min(size, max(smallest, planned))
+        size = min(training.recipe.loader_batch_size, size + -size % process_group().count)
+        if size * copies * operations > rate * MAX_STEP_SECONDS:
+            return Speed(rate / operations, is_timed=False)
+    try:
+        with preserved_random_states(training.learn.dls.train):
+            seconds = _seconds_per_step(training, size)
+    except (RuntimeError, MemoryError, InputError):
+        return None  # training itself will report the error
+    finally:
+        gc.collect()  # a Learner and its callbacks form reference cycles
+        if not on_cpu:
+            torch.cuda.empty_cache()
+    return Speed(size * copies / seconds, is_lower_bound=training.acceleration.compiled)
+
+
+def training_operations(model: nn.Module, image_shape: tuple[int, ...]) -> float | None:
+    """Count the operations of one image (C, H, W) in training; None if they cannot be counted."""
+    try:
+        return training_flops(model, image_shape, num_images=1) or None
+    except (RuntimeError, NotImplementedError, TypeError):  # layers without meta-device support
+        return None
+
+
+def _seconds_per_step(training: Training, size: int) -> float:
+    """Time steps of `size` distinct images on a copy of everything that a step changes."""
+    recipe = training.recipe
+    train = replace(recipe.train, batch_size=size * recipe.mix.batch_repetitions)
+    model = copy.deepcopy(unwrap(training.learn.model))
+    dls = _with_batch_size(size, training.learn.dls)
+    learn = learner_from_recipe(replace(recipe, train=train), dls, model)
+    learn.remove_cbs(ProgressCallback)
+    acceleration = replace(training.acceleration, compiled=False)
+    acceleration.move_to_device(model)
+    timer = StepTimer()
+    with learn.no_logging(), acceleration.applied(model):
+        epochs = 1 + WARMUP_STEPS + MAX_STEPS  # an epoch has at least one step
+        learn.fit(epochs, lr=recipe.lr / 25, cbs=[timer])
+    return timer.seconds / timer.steps
+
+
+def _with_batch_size(size: int, dls: DataLoaders) -> DataLoaders:
+    """Return loaders with another batch size for training and a separate epoch counter."""
+    loader = copy.copy(dls.train)
+    loader.bs = size
+    return DataLoaders(loader, *dls.loaders[1:], device=dls.device)
+
+
+def seconds_left(training: Training, speed: Speed, epochs_done: int = 0) -> float:
+    """Estimate the remaining seconds of a run, including its evaluations.
+
+    Args:
+        training: the run.
+        speed: its training speed; evaluating an image takes a third of the time.
+        epochs_done: epochs completed by all of its networks together.
+    """
+    train, nets = training.recipe.train, training.recipe.model.num_nets
+    evaluated = sum(len(loader.images) for loader in training.learn.dls.loaders[1:])
+    epochs = max(0, train.epochs * nets - epochs_done)
+    images = epochs * _images_per_epoch(training) + nets * evaluated / (1 + BACKWARD_COST)
+    return images / speed.images_per_second
+
+
+def _images_per_epoch(training: Training) -> float:
+    """Return the images per epoch in training cost; a validation image counts as a third."""
+    seen = training.steps_per_epoch * training.recipe.train.batch_size
+    return seen + len(training.learn.dls.valid.images) / (1 + BACKWARD_COST)
+
+
+def shorter_training(training: Training, speed: Speed) -> ShorterRun | None:
+    """Find a network and a number of epochs that take about `SHORT_RUN_SECONDS` on this machine.
+
+    The network is that of the run, or the default network for a CPU if that is smaller.
+
+    Returns:
+        None if the operations of one of the two networks are unknown.
+    """
+    recipe = training.recipe
+    image_shape = training.source.train.image_shape
+    arch: str | None = default_for("cpu", image_shape).arch
+    current = training_operations(training.learn.model, image_shape)
+    default = training_operations(_build_network(arch, training), image_shape)
+    if current is None or default is None:
+        return None
+    images = SHORT_RUN_SECONDS * speed.images_per_second / recipe.model.num_nets
+    if default < current:
+        images *= NARROW_NETWORK_EFFICIENCY * current / default
+    else:
+        arch = None
+    if (epochs := int(images / _images_per_epoch(training))) >= 1:
+        return ShorterRun(arch, epochs)
+    distinct = int(images / recipe.mix.batch_repetitions)
+    rounded = distinct - distinct % 10 ** (len(str(distinct)) - 1)  # to one significant digit
+    return ShorterRun(arch, 1, limit=max(recipe.loader_batch_size, rounded))
+
+
+def _build_network(arch: str, training: Training) -> nn.Module:
+    """Build another network for the data of a run."""
+    channels, height, width = training.source.train.image_shape
+    num_classes, num_members = len(training.source.classes), training.recipe.model.num_members
+    return create_model(arch, num_classes, num_members, channels, image_size=(height, width))
