@@ -12,8 +12,9 @@ from mixmo_fastai.evaluation.compare import compare_runs
 from mixmo_fastai.evaluation.logits import collect_member_logits, evaluate_logits
 from mixmo_fastai.evaluation.runs import evaluate_ensemble, evaluate_run
 from mixmo_fastai.metrics.bootstrap import paired_intervals
-from mixmo_fastai.runs.folder import create_run
-from mixmo_fastai.training.train import prepare, train
+from mixmo_fastai.runs.create import create_run
+from mixmo_fastai.training.prepare import prepare
+from mixmo_fastai.training.train import train
 
 TINY = resolve_recipe(
     "digits",

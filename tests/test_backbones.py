@@ -9,7 +9,7 @@ from mixmo_fastai.config.choices import TORCHVISION_NETWORKS
 from mixmo_fastai.config.recipe import load_recipe, override
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.models import create_model
-from mixmo_fastai.runs.folder import create_run
+from mixmo_fastai.runs.create import create_run
 from mixmo_fastai.runs.weights import load_network, save_weights
 
 

@@ -17,9 +17,11 @@ from mixmo_fastai.errors import InputError
 from mixmo_fastai.runs import checkpoints as store_module
 from mixmo_fastai.runs import files
 from mixmo_fastai.runs.checkpoints import CheckpointStore
-from mixmo_fastai.runs.folder import create_run, open_run
+from mixmo_fastai.runs.create import create_run
+from mixmo_fastai.runs.folder import open_run
+from mixmo_fastai.training.prepare import prepare
 from mixmo_fastai.training.state import _with_defaults
-from mixmo_fastai.training.train import prepare, train
+from mixmo_fastai.training.train import train
 
 pytestmark = pytest.mark.slow
 

@@ -17,7 +17,8 @@ from mixmo_fastai.config.recipe import load_recipe, recipe_names, to_mapping
 from mixmo_fastai.data.sources import SOURCES
 from mixmo_fastai.runs import checkpoints as store
 from mixmo_fastai.runs.checkpoints import CheckpointStore
-from mixmo_fastai.runs.folder import create_run, open_run
+from mixmo_fastai.runs.create import create_run
+from mixmo_fastai.runs.folder import open_run
 from mixmo_fastai.training.lr_find import LrSearch
 
 TINY = ("--arch", "wrn10_1", "--limit", "48", "--batch-size", "16", "--device", "cpu")
@@ -189,7 +190,7 @@ def test_a_failure_shows_its_place_under_debug(monkeypatch, capsys):
     def fail(*_):
         raise RuntimeError("the first line\nthe second\nthe third")
 
-    monkeypatch.setattr("mixmo_fastai.training.train.prepare", fail)
+    monkeypatch.setattr("mixmo_fastai.training.prepare.prepare", fail)
     assert run(["fit", *TINY]) == 1
     message = "Error: RuntimeError: the first line\nthe second\nAdd --debug to see the traceback.\n"
     assert capsys.readouterr().err == message

@@ -11,7 +11,7 @@ from mixmo_fastai.config.recipe import load_recipe, override
 from mixmo_fastai.models import create_model
 from mixmo_fastai.runs import checkpoints as store_module
 from mixmo_fastai.runs.checkpoints import CheckpointStore
-from mixmo_fastai.runs.folder import create_run
+from mixmo_fastai.runs.create import create_run
 from mixmo_fastai.runs.weights import save_weights
 
 HINT = "--help` for the allowed arguments"
@@ -296,7 +296,7 @@ def test_ctrl_c_while_the_data_is_read_leaves_nothing(folder, monkeypatch, capsy
         raise KeyboardInterrupt
 
     before = contents(folder)
-    monkeypatch.setattr("mixmo_fastai.training.train.prepare", interrupt)
+    monkeypatch.setattr("mixmo_fastai.training.prepare.prepare", interrupt)
     assert run(["fit"]) == 130
     assert "Interrupted." in capsys.readouterr().err
     assert contents(folder) == before

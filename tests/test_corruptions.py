@@ -17,9 +17,9 @@ from mixmo_fastai.data.corruptions import (
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.evaluation.runs import evaluate_corruptions, open_finished
 from mixmo_fastai.metrics.calibration import expected_calibration_error, nll
-from mixmo_fastai.runs.folder import create_run
+from mixmo_fastai.runs.create import create_run
 from mixmo_fastai.training.ensemble import train_run
-from mixmo_fastai.training.train import prepare
+from mixmo_fastai.training.prepare import prepare
 
 N = 6
 

@@ -12,9 +12,11 @@ from mixmo_fastai.config.resolve import resolve_recipe
 from mixmo_fastai.data.loaders import ResidentLoader
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.evaluation.runs import evaluate_ensemble, evaluate_run
-from mixmo_fastai.runs.folder import create_run, open_run
+from mixmo_fastai.runs.create import create_run
+from mixmo_fastai.runs.folder import open_run
 from mixmo_fastai.training.ensemble import network_recipe, train_run
-from mixmo_fastai.training.train import prepare, train
+from mixmo_fastai.training.prepare import prepare
+from mixmo_fastai.training.train import train
 
 pytestmark = pytest.mark.slow
 

@@ -19,10 +19,11 @@ from mixmo_fastai.evaluation.predict import predict_images
 from mixmo_fastai.evaluation.runs import evaluate_run
 from mixmo_fastai.export import files as export
 from mixmo_fastai.export.files import FORMAT, check_export, export_run
-from mixmo_fastai.runs.folder import RunFolder, create_run
+from mixmo_fastai.runs.create import create_run
+from mixmo_fastai.runs.folder import RunFolder
 from mixmo_fastai.runs.weights import load_network
 from mixmo_fastai.training.ensemble import train_run
-from mixmo_fastai.training.train import prepare
+from mixmo_fastai.training.prepare import prepare
 
 pytestmark = pytest.mark.slow
 

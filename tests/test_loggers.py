@@ -31,11 +31,13 @@ from mixmo_fastai.loggers import callback as callback_module
 from mixmo_fastai.loggers import wandb_ as wandb_module
 from mixmo_fastai.loggers.callback import LoggingCallback
 from mixmo_fastai.runs.checkpoints import CheckpointStore
-from mixmo_fastai.runs.folder import create_run, open_run
+from mixmo_fastai.runs.create import create_run
+from mixmo_fastai.runs.folder import open_run
 from mixmo_fastai.runtime.signals import InterruptedBySignal, StopRequest
 from mixmo_fastai.training.ensemble import train_run
+from mixmo_fastai.training.prepare import prepare
 from mixmo_fastai.training.recording import CheckpointCallback
-from mixmo_fastai.training.train import TrainingDivergedError, prepare, train
+from mixmo_fastai.training.train import TrainingDivergedError, train
 
 pytestmark = pytest.mark.slow
 

@@ -9,8 +9,10 @@ from fastai.callback.core import Callback
 from test_resuming import STEPS, TINY
 
 from mixmo_fastai.config.recipe import override
-from mixmo_fastai.runs.folder import create_run, open_run
-from mixmo_fastai.training.train import prepare, train
+from mixmo_fastai.runs.create import create_run
+from mixmo_fastai.runs.folder import open_run
+from mixmo_fastai.training.prepare import prepare
+from mixmo_fastai.training.train import train
 
 pytestmark = pytest.mark.slow
 

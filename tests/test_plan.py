@@ -11,11 +11,12 @@ from rich.console import Console
 from mixmo_fastai.cli import progress, run
 from mixmo_fastai.cli.console import Output
 from mixmo_fastai.cli.progress import TrainingDisplay, format_clock
-from mixmo_fastai.config.methods import estimated_duration
 from mixmo_fastai.runs.folder import open_run
+from mixmo_fastai.runtime.text import estimated_duration
 from mixmo_fastai.training import speed
+from mixmo_fastai.training.prepare import prepare
 from mixmo_fastai.training.speed import Speed
-from mixmo_fastai.training.train import prepare, train
+from mixmo_fastai.training.train import train
 
 TINY = ("--arch", "wrn10_1", "--limit", "48", "--batch-size", "16", "--device", "cpu")
 

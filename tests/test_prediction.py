@@ -16,10 +16,10 @@ from mixmo_fastai.errors import InputError
 from mixmo_fastai.evaluation.logits import collect_member_logits
 from mixmo_fastai.evaluation.predict import predict_images
 from mixmo_fastai.evaluation.runs import open_finished
-from mixmo_fastai.runs.folder import create_run
+from mixmo_fastai.runs.create import create_run
 from mixmo_fastai.runs.weights import load_network
 from mixmo_fastai.training.ensemble import train_run
-from mixmo_fastai.training.train import prepare
+from mixmo_fastai.training.prepare import prepare
 
 CLASSES = ("cat", "dog", "fish")
 

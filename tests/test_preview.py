@@ -7,7 +7,7 @@ from mixmo_fastai.cli import run
 from mixmo_fastai.config.resolve import resolve_recipe
 from mixmo_fastai.learner.preview import preview_batch
 from mixmo_fastai.plots.png import plot_preview
-from mixmo_fastai.training.train import prepare
+from mixmo_fastai.training.prepare import prepare
 
 
 def preview(count=5, **flags):

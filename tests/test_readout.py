@@ -14,9 +14,10 @@ from mixmo_fastai.mixing import draw_lam, draw_masks, loss_weights
 from mixmo_fastai.models import create_model
 from mixmo_fastai.models.mixmo_model import MixMoModel
 from mixmo_fastai.models.readout import Readout, average, embed, resize_masks
-from mixmo_fastai.runs.folder import create_run
+from mixmo_fastai.runs.create import create_run
 from mixmo_fastai.runs.weights import load_network
-from mixmo_fastai.training.train import prepare, train
+from mixmo_fastai.training.prepare import prepare
+from mixmo_fastai.training.train import train
 
 ARCHS = ["wrn10_1", "preact_resnet18_1"]
 

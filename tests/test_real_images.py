@@ -10,8 +10,9 @@ from fastai.callback.core import Callback, CancelFitException
 
 from mixmo_fastai.config.recipe import recipe_from_mapping
 from mixmo_fastai.evaluation.runs import evaluate_run
-from mixmo_fastai.runs.folder import create_run
-from mixmo_fastai.training.train import prepare, train
+from mixmo_fastai.runs.create import create_run
+from mixmo_fastai.training.prepare import prepare
+from mixmo_fastai.training.train import train
 
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,8 @@ from fastai.callback.core import Callback, CancelFitException
 from mixmo_fastai.config.recipe import recipe_names
 from mixmo_fastai.config.resolve import resolve_recipe
 from mixmo_fastai.data.sources import SOURCES
-from mixmo_fastai.training.train import prepare, schedules
+from mixmo_fastai.training.prepare import prepare
+from mixmo_fastai.training.train import schedules
 
 WRITERS = {
     "cifar10": write_cifar10,

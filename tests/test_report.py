@@ -22,10 +22,10 @@ from mixmo_fastai.report.drawing import INCORRECT, LIGHT, PLACEHOLDER_COLORS, Pl
 from mixmo_fastai.report.page import as_data_uri, render
 from mixmo_fastai.report.report_data import collect_report_data
 from mixmo_fastai.report.sections import sections
-from mixmo_fastai.runs.folder import create_run
+from mixmo_fastai.runs.create import create_run
 from mixmo_fastai.runs.weights import save_weights
 from mixmo_fastai.training.ensemble import train_run
-from mixmo_fastai.training.train import prepare
+from mixmo_fastai.training.prepare import prepare
 
 pytestmark = pytest.mark.slow
 

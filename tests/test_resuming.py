@@ -12,10 +12,12 @@ from mixmo_fastai.config.recipe import override, recipe_from_mapping
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.mixing import MASK_KINDS
 from mixmo_fastai.runs.checkpoints import CheckpointStore
-from mixmo_fastai.runs.folder import create_run, open_run
+from mixmo_fastai.runs.create import create_run
+from mixmo_fastai.runs.folder import open_run
 from mixmo_fastai.runtime.signals import InterruptedBySignal, StopRequest
 from mixmo_fastai.training.lr_find import search_lr
-from mixmo_fastai.training.train import prepare, train
+from mixmo_fastai.training.prepare import prepare
+from mixmo_fastai.training.train import train
 
 pytestmark = pytest.mark.slow
 

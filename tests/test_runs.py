@@ -5,17 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from mixmo_fastai.config.methods import run_label
 from mixmo_fastai.config.recipe import Recipe, load_recipe, override
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.runs.folder import (
-    RunFolder,
-    check_free,
-    create_run,
-    free_file,
-    open_run,
-    run_label,
-    write_atomically,
-)
+from mixmo_fastai.runs.create import check_free, create_run
+from mixmo_fastai.runs.folder import RunFolder, open_run, write_atomically
+from mixmo_fastai.runs.output import free_file
 
 RECIPE = override(Recipe(), ["train.seed=5"])
 

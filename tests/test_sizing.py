@@ -26,8 +26,10 @@ from mixmo_fastai.config.recipe import (
     recipe_names,
 )
 from mixmo_fastai.config.resolve import resolve_recipe
-from mixmo_fastai.runs.folder import create_run, open_run
-from mixmo_fastai.training.train import prepare, train
+from mixmo_fastai.runs.create import create_run
+from mixmo_fastai.runs.folder import open_run
+from mixmo_fastai.training.prepare import prepare
+from mixmo_fastai.training.train import train
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "recipes.md").read_text(encoding="utf-8")
 FOLDER = recipe_from_mapping({"data": {"dataset": "/a/folder"}}, "here")

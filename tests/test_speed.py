@@ -8,8 +8,9 @@ from fastai.callback.core import CancelFitException, CancelValidException
 
 from mixmo_fastai.config.recipe import override, recipe_from_mapping
 from mixmo_fastai.data.loaders import BatchLoader
-from mixmo_fastai.runs.folder import create_run
+from mixmo_fastai.runs.create import create_run
 from mixmo_fastai.training import speed as module
+from mixmo_fastai.training.prepare import prepare
 from mixmo_fastai.training.speed import (
     MAX_STEPS,
     WARMUP_STEPS,
@@ -21,7 +22,7 @@ from mixmo_fastai.training.speed import (
     shorter_training,
     training_operations,
 )
-from mixmo_fastai.training.train import prepare, train
+from mixmo_fastai.training.train import train
 
 TINY = recipe_from_mapping(
     {

@@ -29,11 +29,12 @@ from mixmo_fastai.models import create_model
 from mixmo_fastai.models.reference import read_reference_checkpoint
 from mixmo_fastai.report.report_data import read_history
 from mixmo_fastai.runs.checkpoints import CheckpointStore
-from mixmo_fastai.runs.folder import RunFolder, create_run
+from mixmo_fastai.runs.create import create_run
+from mixmo_fastai.runs.folder import RunFolder
 from mixmo_fastai.runs.weights import load_network
+from mixmo_fastai.training.prepare import prepare
 from mixmo_fastai.training.recording import HistoryCallback
 from mixmo_fastai.training.state import RunState
-from mixmo_fastai.training.train import prepare
 
 pytestmark = pytest.mark.slow
 

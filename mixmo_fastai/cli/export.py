@@ -11,7 +11,8 @@ from mixmo_fastai.cli.render import align
 from mixmo_fastai.config.choices import EXPORT_SUFFIXES
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.metrics.table import percent
-from mixmo_fastai.runs.folder import free_file, open_run
+from mixmo_fastai.runs.folder import open_run
+from mixmo_fastai.runs.output import free_file
 
 
 def export(

@@ -17,7 +17,8 @@ from mixmo_fastai.config.resolve import resolve_recipe
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.loggers import parse_loggers
 from mixmo_fastai.runs.checkpoints import CheckpointStore
-from mixmo_fastai.runs.folder import RunFolder, check_free, create_run, open_run
+from mixmo_fastai.runs.create import check_free, create_run
+from mixmo_fastai.runs.folder import RunFolder, open_run
 from mixmo_fastai.runs.lock import locked
 from mixmo_fastai.runtime.signals import exit_code_of, handling_signals
 
@@ -142,7 +143,7 @@ def _prepared(
     from mixmo_fastai.runtime.processes import joined_process_group
 
     with joined_process_group(choose_device(recipe.train.device)) as processes:
-        from mixmo_fastai.training.train import prepare
+        from mixmo_fastai.training.prepare import prepare
 
         output.is_silent = not processes.is_rank0
         yield prepare(recipe, data_dir, resumed), processes.is_rank0

@@ -12,7 +12,7 @@ from mixmo_fastai.config.choices import DATASETS
 from mixmo_fastai.config.recipe import Expected, Recipe
 from mixmo_fastai.config.resolve import resolve_recipe
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.runs.folder import check_free, create_run
+from mixmo_fastai.runs.create import check_free, create_run
 
 
 def import_(

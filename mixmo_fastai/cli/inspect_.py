@@ -10,7 +10,8 @@ from mixmo_fastai.cli.console import Output
 from mixmo_fastai.cli.render import filter_lines
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.runs.files import write_atomically
-from mixmo_fastai.runs.folder import free_file, open_run
+from mixmo_fastai.runs.folder import open_run
+from mixmo_fastai.runs.output import free_file
 
 
 def inspect(

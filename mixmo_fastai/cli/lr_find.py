@@ -8,9 +8,9 @@ import typer
 from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output
 from mixmo_fastai.cli.render import columns, setup_lines
-from mixmo_fastai.config.methods import method_name
+from mixmo_fastai.config.methods import method_name, run_label
 from mixmo_fastai.config.resolve import resolve_recipe
-from mixmo_fastai.runs.folder import free_file, run_label
+from mixmo_fastai.runs.output import free_file
 
 MAX_STEPS = 10_000
 
@@ -78,7 +78,7 @@ def lr_find(
 
     from mixmo_fastai.plots.png import plot_lr_search
     from mixmo_fastai.training.lr_find import search_lr
-    from mixmo_fastai.training.train import prepare
+    from mixmo_fastai.training.prepare import prepare
 
     output = Output(as_json=as_json, quiet=quiet)
     training = prepare(resolved, data_dir)

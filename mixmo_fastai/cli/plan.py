@@ -9,10 +9,10 @@ from mixmo_fastai.cli.console import Output
 from mixmo_fastai.cli.render import METRIC_WIDTH, PLAN_WIDTH, align, plan_lines, recipe_lines
 from mixmo_fastai.config.choices import DATASETS
 from mixmo_fastai.config.defaults import unmet_requirement
-from mixmo_fastai.config.methods import estimated_duration
 from mixmo_fastai.config.recipe import Recipe
 from mixmo_fastai.config.resolve import changed_settings
 from mixmo_fastai.runs.folder import RunFolder
+from mixmo_fastai.runtime.text import estimated_duration
 from mixmo_fastai.training.advice import advise, members_advice
 
 LONG_SECONDS = 3600.0

@@ -13,7 +13,8 @@ from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output
 from mixmo_fastai.errors import InputError, RunFailedError
 from mixmo_fastai.runs.files import write_atomically
-from mixmo_fastai.runs.folder import free_file, open_run
+from mixmo_fastai.runs.folder import open_run
+from mixmo_fastai.runs.output import free_file
 
 
 def predict(

@@ -4,16 +4,10 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mixmo_fastai.config.methods import (
-    SPLIT_NAMES,
-    duration,
-    final_metrics,
-    method_name,
-    published_result,
-    temperature_warning,
-)
+from mixmo_fastai.config.methods import method_name, published_result
 from mixmo_fastai.config.recipe import Recipe, to_mapping
 from mixmo_fastai.config.resolve import changed_settings
+from mixmo_fastai.evaluation.results import SPLIT_NAMES, final_metrics, temperature_warning
 from mixmo_fastai.metrics.table import (
     METRICS,
     MULTI_MEMBER_METRICS,
@@ -23,6 +17,7 @@ from mixmo_fastai.metrics.table import (
     round_percent,
     signed_decimal,
 )
+from mixmo_fastai.runtime.text import duration
 
 PLAN_WIDTH, METRIC_WIDTH = len("Validation"), len("Validation accuracy")
 """Lengths of the longest label in a plan and among metrics, so that later rows are aligned."""

@@ -7,9 +7,9 @@ import typer
 
 from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output
-from mixmo_fastai.config.methods import method_name
+from mixmo_fastai.config.methods import method_name, run_label
 from mixmo_fastai.config.resolve import resolve_recipe
-from mixmo_fastai.runs.folder import free_file, run_label
+from mixmo_fastai.runs.output import free_file
 
 
 def show(
@@ -47,7 +47,7 @@ def show(
     from mixmo_fastai.learner.preview import preview_batch
     from mixmo_fastai.plots.png import plot_preview
     from mixmo_fastai.runtime.devices import choose_device
-    from mixmo_fastai.training.train import prepare
+    from mixmo_fastai.training.prepare import prepare
 
     # Runs on the CPU, with the network and image size that training would use on this machine.
     training = prepare(resolved, data_dir, sized_for=choose_device("auto").type)

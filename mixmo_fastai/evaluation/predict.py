@@ -12,14 +12,15 @@ from torch import Tensor
 
 from mixmo_fastai.data.listing import Skipped
 from mixmo_fastai.data.loose_images import PixelLoader, decode_readable, find_images
+from mixmo_fastai.data.run_data import facts_of, read_source
 from mixmo_fastai.evaluation.logits import collect_member_logits
 from mixmo_fastai.export.files import ExportedNetwork
 from mixmo_fastai.metrics.diversity import mutual_information_per_sample
 from mixmo_fastai.metrics.ood import entropy_uncertainty
-from mixmo_fastai.runs.folder import DataFacts, RunFolder
+from mixmo_fastai.runs.data_facts import DataFacts
+from mixmo_fastai.runs.folder import RunFolder
 from mixmo_fastai.runs.weights import load_network
 from mixmo_fastai.runtime.devices import choose_device, move_to_device
-from mixmo_fastai.training.train import facts_of, read_source
 
 IMAGES_AT_ONCE = 1024
 """Number of decoded images in memory at a time."""

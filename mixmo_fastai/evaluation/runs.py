@@ -25,6 +25,7 @@ from mixmo_fastai.data.image_sets import DataSource, ImageSet
 from mixmo_fastai.data.layout import evaluation_folder
 from mixmo_fastai.data.loaders import BatchLoader
 from mixmo_fastai.data.loose_images import PixelLoader, convert_shape, decode_readable, find_images
+from mixmo_fastai.data.run_data import data_parts, read_source
 from mixmo_fastai.data.sources import load_source
 from mixmo_fastai.data.splits import training_parts
 from mixmo_fastai.errors import InputError
@@ -36,7 +37,6 @@ from mixmo_fastai.runs.checkpoints import CheckpointStore
 from mixmo_fastai.runs.folder import RunFolder, check_same_left_out, check_several
 from mixmo_fastai.runs.weights import load_weights
 from mixmo_fastai.runtime.devices import choose_device, keep_freed_memory, move_to_device
-from mixmo_fastai.training.train import data_parts, read_source
 
 BUILT_IN_NAME = "built-in"
 OFFICIAL_SHAPE = (3, 32, 32)

@@ -25,12 +25,13 @@ from torch import Tensor, nn
 from mixmo_fastai.config.choices import EXPORT_SUFFIXES, parse_architecture
 from mixmo_fastai.data.augment import normalize
 from mixmo_fastai.data.image_sets import ImageSet
+from mixmo_fastai.data.run_data import facts_of, read_source
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.models import create_model
 from mixmo_fastai.models.fused import assemble
-from mixmo_fastai.runs.folder import DataFacts, RunFolder
+from mixmo_fastai.runs.data_facts import DataFacts
+from mixmo_fastai.runs.folder import RunFolder
 from mixmo_fastai.runs.weights import load_network
-from mixmo_fastai.training.train import facts_of, read_source
 
 FORMAT = "mixmo-fused-1"
 NUM_CHECKED = 256

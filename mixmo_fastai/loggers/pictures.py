@@ -13,7 +13,7 @@ from mixmo_fastai.report import charts
 from mixmo_fastai.report.report_data import read_history
 from mixmo_fastai.report.sections import MAX_MATRIX_CLASSES
 from mixmo_fastai.runs.folder import RunFolder
-from mixmo_fastai.training.train import Training
+from mixmo_fastai.training.prepare import Training
 
 
 def plot_first_batch(preview: Preview, training: Training) -> dict[str, bytes]:

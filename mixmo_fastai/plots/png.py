@@ -15,10 +15,11 @@ from matplotlib.ticker import NullFormatter, NullLocator
 from matplotlib.transforms import offset_copy
 from torch import Tensor
 
-from mixmo_fastai.config.methods import SPLIT_NAMES, truncate
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.evaluation.compare import ComparedRun
+from mixmo_fastai.evaluation.results import SPLIT_NAMES
 from mixmo_fastai.learner.preview import Preview, preview_batch
+from mixmo_fastai.runtime.text import truncate
 from mixmo_fastai.training.lr_find import LrSearch
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # distinguishable by colour-blind readers

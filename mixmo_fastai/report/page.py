@@ -15,16 +15,14 @@ from PIL import Image
 from torch import Tensor
 
 from mixmo_fastai import __version__
-from mixmo_fastai.config.methods import (
+from mixmo_fastai.config.methods import method_name, published_result
+from mixmo_fastai.config.recipe import to_toml
+from mixmo_fastai.evaluation.results import (
     SPLIT_NAMES,
-    duration,
     final_metrics,
-    method_name,
-    published_result,
     temperature_error,
     temperature_warning,
 )
-from mixmo_fastai.config.recipe import to_toml
 from mixmo_fastai.metrics.table import (
     METRIC_BY_NAME,
     METRICS,
@@ -37,6 +35,7 @@ from mixmo_fastai.report.report_data import Mistake, ReportData, collect_report_
 from mixmo_fastai.report.sections import calibration_name, sections, voter_name
 from mixmo_fastai.runs.files import write_atomically
 from mixmo_fastai.runs.folder import RunFolder
+from mixmo_fastai.runtime.text import duration
 
 SMALLEST_THUMBNAIL = 64
 _UNIT = re.compile(r"(?<=\d) (?=(?:%|points|nats|min|h|s)(?!\w))")

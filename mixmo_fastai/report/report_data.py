@@ -17,7 +17,8 @@ from mixmo_fastai.metrics.calibration import top_predictions
 from mixmo_fastai.models.filters import FilterUse, encoder_norms, filter_use
 from mixmo_fastai.runs.folder import RunFolder
 from mixmo_fastai.runs.weights import load_network
-from mixmo_fastai.training.train import images_of_warmup, schedules
+from mixmo_fastai.training.prepare import images_of_warmup
+from mixmo_fastai.training.train import schedules
 
 NUM_MISTAKES = 12
 """Number of confident mistakes in the report."""

@@ -19,73 +19,18 @@ net-1/, net-2/     deep ensembles only: one run folder per network, with its wei
 import csv
 import dataclasses
 import io
-import itertools
 import json
-import math
 import os
-import platform
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from mixmo_fastai.config.methods import METHOD_NAMES
 from mixmo_fastai.config.recipe import Recipe, load_recipe, to_toml
 from mixmo_fastai.errors import InputError, RunFailedError
-from mixmo_fastai.runs.files import flush_folder, make_folder, write_atomically, write_new
-
-PACKAGES = ("mixmo-fastai", "torch", "torchvision", "fastai", "numpy", "safetensors")
-
-
-@dataclass(frozen=True)
-class DataFacts:
-    """Facts about the training data that prediction needs.
-
-    Attributes:
-        classes: class names, in the order of the logits.
-        mean, std: per channel, of pixels in [0, 1].
-        image_shape: (C, H, W).
-    """
-
-    classes: tuple[str, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    image_shape: tuple[int, ...]
-
-    @classmethod
-    def from_mapping(cls, values: Mapping[str, Any]) -> "DataFacts":
-        """Build from the output of `dataclasses.asdict`, as read from JSON.
-
-        Raises:
-            ValueError: a value is missing, has the wrong type or is impossible.
-        """
-        try:
-            parts = [values[name] for name in ("classes", "mean", "std", "image_shape")]
-            if not all(isinstance(part, list | tuple) for part in parts):
-                raise ValueError("classes, mean, std and image_shape must be lists")
-            names, *numbers = parts
-            mean, std = (tuple(float(v) for v in values) for values in numbers[:2])
-            facts = cls(tuple(map(str, names)), mean, std, tuple(int(v) for v in numbers[2]))
-        except (LookupError, TypeError, ArithmeticError) as error:
-            raise ValueError(f"{type(error).__name__}: {error}") from error
-        facts._check()
-        return facts
-
-    def _check(self) -> None:
-        """Raise ValueError if no data set can have these facts."""
-        if len(self.classes) < 2:
-            raise ValueError(f"classes must name at least 2; got {len(self.classes)}")
-        if len(self.image_shape) != 3 or min(self.image_shape) < 1:
-            raise ValueError(f"image_shape must be (C, H, W); got {self.image_shape}")
-        if not len(self.mean) == len(self.std) == self.image_shape[0]:
-            raise ValueError("mean and std must have one value per channel")
-        if not all(map(math.isfinite, self.mean)) or not all(0 < v < math.inf for v in self.std):
-            raise ValueError("mean must be finite and std positive")
+from mixmo_fastai.runs.data_facts import DataFacts
+from mixmo_fastai.runs.files import write_atomically
+from mixmo_fastai.runs.output import _expanded
 
 
 class RunFolder:
@@ -325,86 +270,6 @@ def writing(path: Path) -> Iterator[Path]:
         ) from error
 
 
-def create_run(
-    recipe: Recipe, path: Path | None = None, *, device: str = "", acceleration: str = ""
-) -> RunFolder:
-    """Create a run folder and write its recipe.toml and environment.json.
-
-    Args:
-        recipe: the resolved recipe.
-        path: the folder; None for the first free `runs/<data set>-<name>-<n>`.
-        device: description of the device.
-        acceleration: description of precision, memory format and compilation.
-
-    Raises:
-        InputError: the folder is not empty, or cannot be created.
-    """
-    try:
-        folder = _claim(path) if path is not None else _claim_next(Path("runs"), run_label(recipe))
-        _write_recipe(folder / "recipe.toml", recipe)
-        environment = describe_environment(recipe, device, acceleration)
-        write_atomically(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
-    except OSError as error:
-        raise InputError(
-            f"Cannot write the run folder {path or 'runs/'}: {error.strerror}.\n"
-            "Choose another folder with --out DIR."
-        ) from error
-    return RunFolder(folder)
-
-
-def check_free(path: Path | None) -> None:
-    """Check that a run folder can be created at a path, or below `runs/` if it is None.
-
-    Raises:
-        InputError: the folder is not empty, or cannot be written to.
-    """
-    if path is None:
-        _check_writable(Path("runs"))
-        return
-    path = _expanded(path)
-    if path.is_dir() and any(path.iterdir()):
-        kind = "already a run" if (path / "recipe.toml").exists() else "not empty"
-        raise InputError(
-            f"The folder {str(path)!r} is {kind}. It was not changed.\n"
-            "Choose another --out DIR, or continue a run with --resume RUN."
-        )
-    _check_writable(path)
-
-
-def free_file(path: Path | None, stem: str, suffix: str, flag: str = "--out") -> Path:
-    """Return a path that does not exist yet: `path`, or the first free name with this stem.
-
-    Raises:
-        InputError: `path` exists, has another suffix, or its folder does not exist.
-    """
-    if path is None:
-        names = itertools.chain([stem], (f"{stem}-{n}" for n in itertools.count(2)))
-        paths = (Path(f"{name}{suffix}") for name in names)
-        return _writable_file(next(path for path in paths if not path.exists()))
-    path = _expanded(path)
-    if os.path.lexists(path):
-        raise InputError(f"{str(path)!r} exists and was not changed. Choose another {flag}.")
-    if path.suffix.lower() != suffix:
-        raise InputError(f"{flag} {str(path)!r} must end in {suffix}.")
-    if not path.parent.is_dir():
-        raise InputError(
-            f"There is no folder {str(path.parent)!r} for {flag} {path.name}.\nCreate it first."
-        )
-    return _writable_file(path, flag)
-
-
-def _writable_file(path: Path, flag: str = "--out") -> Path:
-    """Check that a file can be created, by creating and deleting it."""
-    try:
-        path.touch(exist_ok=False)
-        path.unlink()
-    except OSError as error:
-        raise InputError(
-            f"Cannot write {str(path)!r}: {error.strerror}.\nChoose another file with {flag} FILE."
-        ) from error
-    return path
-
-
 def open_run(path: Path | str) -> RunFolder:
     """Open an existing run folder.
 
@@ -469,114 +334,3 @@ def check_same_left_out(first: RunFolder, other: RunFolder) -> None:
             f"{len(first_files):,}, and they differ; see left-out.json in both.\n"
             "Runs that are evaluated together need the same images: train one of them again."
         )
-
-
-def run_label(recipe: Recipe) -> str:
-    """Return the name of a run: its data set and its recipe or method."""
-    dataset = Path(recipe.data.dataset).name or "data"
-    return f"{dataset}-{recipe.name.rpartition('/')[2] or _method_label(recipe)}"
-
-
-def _method_label(recipe: Recipe) -> str:
-    """Return the name of a method: mask kind or pixel mixing, and the number of networks."""
-    model, mix = recipe.model, recipe.mix
-    pixels = [mix.msda] if mix.msda != "none" else []
-    if model.num_members > 1:
-        parts = [METHOD_NAMES.get(mix.kind, f"{mix.kind}-MixMo").lower(), *pixels]
-    else:
-        parts = pixels or ["vanilla"]
-    return "-".join(parts) + (f"-x{model.num_nets}" if model.num_nets > 1 else "")
-
-
-def describe_environment(recipe: Recipe, device: str, acceleration: str) -> dict[str, Any]:
-    """Return the content of environment.json."""
-    return {
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": sys.argv,
-        "seed": recipe.train.seed,
-        "device": device,
-        "acceleration": acceleration,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpus": os.cpu_count(),
-        "packages": {name: _version(name) for name in PACKAGES},
-        "git": _git_revision(),
-    }
-
-
-def _expanded(path: Path | str) -> Path:
-    expanded = Path(os.path.expanduser(path))  # Path.expanduser raises for an unknown user
-    if longest := next((part for part in expanded.parts if len(os.fsencode(part)) > 255), None):
-        raise InputError(
-            f"The name {longest[:40]!r}… is too long for a file. Choose a shorter name."
-        )
-    return expanded
-
-
-def _check_writable(path: Path) -> None:
-    """Check that a folder exists or can be created, from its nearest existing parent."""
-    existing = next(parent for parent in (path, *path.parents) if os.path.exists(parent))
-    if existing.is_dir() and os.access(existing, os.W_OK):
-        return
-    problem = "cannot be written to" if existing.is_dir() else "is not a folder"
-    raise InputError(
-        f"Cannot create the run folder {str(path)!r}: {str(existing)!r} {problem}.\n"
-        "Choose another folder with --out DIR."
-    )
-
-
-def _claim(path: Path) -> Path:
-    check_free(path)
-    path = _expanded(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    make_folder(path)
-    return path
-
-
-def _write_recipe(path: Path, recipe: Recipe) -> None:
-    """Write recipe.toml, which makes the folder a run folder; only one process can succeed."""
-    try:
-        write_new(path, to_toml(recipe))
-    except FileExistsError as error:
-        raise InputError(
-            f"Another process has just created a run in {str(path.parent)!r}.\n"
-            "Choose another --out DIR."
-        ) from error
-
-
-def _claim_next(parent: Path, label: str) -> Path:
-    parent.mkdir(parents=True, exist_ok=True)
-    number = 1
-    while True:
-        try:
-            (parent / f"{label}-{number}").mkdir()
-        except FileExistsError:
-            number += 1
-        else:
-            flush_folder(parent)
-            return parent / f"{label}-{number}"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _git_revision() -> str | None:
-    """Return the git revision of this package, or None if it does not run from a checkout."""
-    if not (Path(__file__).parents[2] / ".git").exists():
-        return None  # installed, or copied into another repository
-    try:
-        result = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=5,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return result.stdout.strip()

@@ -16,14 +16,16 @@ from mixmo_fastai.config.recipe import Expected, Recipe
 from mixmo_fastai.evaluation.logits import evaluate_splits
 from mixmo_fastai.evaluation.runs import collect_logits
 from mixmo_fastai.rng import derive_seed
-from mixmo_fastai.runs.folder import RunFolder, create_run
+from mixmo_fastai.runs.create import create_run
+from mixmo_fastai.runs.folder import RunFolder
 from mixmo_fastai.runs.lock import locked
 from mixmo_fastai.runtime.processes import broadcast_from_rank0, run_on_rank0
 from mixmo_fastai.runtime.signals import StopRequest
 from mixmo_fastai.training.failures import readable_errors
+from mixmo_fastai.training.prepare import TEST_SET, Training, prepare_network
 from mixmo_fastai.training.recording import entered_run_callbacks
 from mixmo_fastai.training.state import Position
-from mixmo_fastai.training.train import TEST_SET, Training, describe_run, prepare_network, train
+from mixmo_fastai.training.train import describe_run, train
 
 
 def train_run(

@@ -11,7 +11,7 @@ from fastai.callback.schedule import minimum, slide, steep, valley
 
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.runtime.acceleration import Acceleration
-from mixmo_fastai.training.train import Training
+from mixmo_fastai.training.prepare import Training
 
 SUGGESTIONS = (valley, slide, steep, minimum)
 MIN_DECREASE = 0.01

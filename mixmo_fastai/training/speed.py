@@ -23,7 +23,7 @@ from mixmo_fastai.models.create import create_model
 from mixmo_fastai.models.flops import BACKWARD_COST, training_flops
 from mixmo_fastai.models.mixmo_model import unwrap
 from mixmo_fastai.runtime.processes import process_group
-from mixmo_fastai.training.train import Training
+from mixmo_fastai.training.prepare import Training
 
 CPU_THREAD_FLOPS = 40e9
 """Typical operations per second of one CPU thread on these networks, to plan the timed steps."""

@@ -17,9 +17,11 @@ from fastai.callback.core import Callback
 import mixmo_fastai
 from mixmo_fastai.config.recipe import recipe_from_mapping
 from mixmo_fastai.runs.checkpoints import CheckpointStore
-from mixmo_fastai.runs.folder import create_run, open_run
+from mixmo_fastai.runs.create import create_run
+from mixmo_fastai.runs.folder import open_run
 from mixmo_fastai.runtime.signals import InterruptedBySignal, StopRequest
-from mixmo_fastai.training.train import prepare, train
+from mixmo_fastai.training.prepare import prepare
+from mixmo_fastai.training.train import train
 
 HERE = Path(__file__).parent
 RECIPE = {

@@ -1,0 +1,66 @@
+"""The data set of a recipe, with the split and the skipped images of its run."""
+
+from pathlib import Path
+
+from mixmo_fastai.config.choices import DATASETS
+from mixmo_fastai.config.recipe import Recipe
+from mixmo_fastai.data.image_sets import DataSource
+from mixmo_fastai.data.parts import DataParts, parts_before_split_json
+from mixmo_fastai.data.sources import load_source
+from mixmo_fastai.runs.data_facts import DataFacts
+from mixmo_fastai.runs.folder import RunFolder
+
+
+def facts_of(source: DataSource) -> DataFacts:
+    """Return the facts about a data set that prediction needs."""
+    return DataFacts(source.classes, source.mean, source.std, source.train.image_shape)
+
+
+def read_source(
+    recipe: Recipe,
+    data_dir: Path | None,
+    run: RunFolder | None = None,
+    *,
+    largest_side: int | None = None,
+) -> DataSource:
+    """Load the data set of a recipe.
+
+    Args:
+        recipe: the recipe.
+        data_dir: see `load_source`.
+        run: the run whose images are loaded again; None for a new run.
+        largest_side: see `load_source`.
+    """
+    left_out, parts, facts = None, None, None
+    if run is not None:
+        # None: the run was to skip damaged images, but has not searched for them yet.
+        default = None if recipe.data.skip_damaged else {}
+        left_out = default if (recorded := run.left_out()) is None else recorded
+        parts = data_parts(run)
+        facts = None if parts is None else run.data_facts()
+    return load_source(
+        recipe.data.dataset,
+        data_dir,
+        image_size=recipe.data.image_size or None,
+        largest_side=largest_side,
+        test_split=recipe.data.test_split,
+        parts=parts,
+        classes=None if facts is None else facts.classes,
+        skip_damaged=recipe.data.skip_damaged,
+        left_out=left_out,
+    )
+
+
+def data_parts(run: RunFolder) -> DataParts | None:
+    """Read the data split of a run on an image folder.
+
+    Returns:
+        None for named data sets and for runs that never started.
+    """
+    dataset = run.recipe().data.dataset
+    if dataset in DATASETS:
+        return None
+    if (split := run.split()) is not None:
+        return DataParts.from_mapping(split, run.path / "split.json")
+    has_begun = run.data_facts() is not None
+    return parts_before_split_json(Path(dataset)) if has_begun else None
