@@ -23,7 +23,7 @@ def print_plan(training: Any, output: Output, run: RunFolder, *, resume: bool = 
     """Print what will be trained and how long it will take; log all settings.
 
     Args:
-        training: from `training.prepare`.
+        training: from `prepare.prepare`.
         output: console of the command.
         run: the run folder.
         resume: the run is resumed.

@@ -80,7 +80,7 @@ class Data:
         image_size: height and width to which the images of a folder are resized. If 0, the size of
             more than half of the training images or, if there is none, the median height and the
             median width, each at most 224. If None, the same, but on a CPU at most
-            `sizing.MAX_CPU_SIDE`.
+            `defaults.MAX_CPU_SIDE`.
         skip_damaged: whether to skip image files that cannot be decoded; otherwise an error lists
             them. A run stores the names of skipped files in left-out.json.
         crop_padding: pixels of padding before the random crop; if None, that of the data set.
@@ -114,7 +114,7 @@ class Model:
 
     Attributes:
         arch: architecture, such as "wrn28_10", "preact_resnet18_3", "resnet50" or
-            "timm/convnext_atto"; if None, chosen by `sizing.fill_defaults`.
+            "timm/convnext_atto"; if None, chosen by `defaults.fill_defaults`.
         pretrained: whether to start a torchvision or timm network from its library's pretrained
             weights.
         num_members: subnetworks M; 1 is the vanilla network.
@@ -170,7 +170,7 @@ class Train:
 
     Attributes:
         epochs: passes over the loader; each shows every image batch_repetitions times per member.
-            If None, chosen by `sizing.fill_defaults`.
+            If None, chosen by `defaults.fill_defaults`.
         batch_size: images that the network sees per step, including repetitions.
         seed: random seed.
         device: "auto" is CUDA if available, otherwise the CPU.
@@ -201,7 +201,7 @@ class Optimizer:
     """The optimizer.
 
     Attributes:
-        name: one of `names.OPTIMIZERS`, or "torch/NAME" or "fastai/NAME" for an optimizer of
+        name: one of `choices.OPTIMIZERS`, or "torch/NAME" or "fastai/NAME" for an optimizer of
             torch.optim or fastai.optimizer.
         base_lr: published learning rate of SGD, for a batch of 64 without repetition.
         lr: learning rate, instead of the rate derived from base_lr; required for optimizers other

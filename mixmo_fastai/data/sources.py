@@ -69,7 +69,7 @@ SOURCES = {
     "cifar100": NamedSource(read_cifar100, CIFAR100),
     "tinyimagenet": NamedSource(read_tiny_imagenet, TINY_IMAGENET, has_files=True),
 }
-"""All named data sets. `names.DATASETS` holds the facts that are known without reading them."""
+"""All named data sets. `choices.DATASETS` holds the facts that are known without reading them."""
 
 
 def load_source(

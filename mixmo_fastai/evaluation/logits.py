@@ -97,7 +97,7 @@ def evaluate_splits(validation: LabelledLogits, test: LabelledLogits) -> dict[st
     Returns:
         - "test" and, if there is a validation split, "valid": from `evaluate_logits`. Without
           labelled test images, "test" is missing and all entries below are computed on the
-          validation images instead; see `wording.final_metrics`;
+          validation images instead; see `results.final_metrics`;
         - "test_mean_probabilities": the metrics on the test set with the members' probabilities
           averaged instead of their logits;
         - "intervals": 95 % bootstrap intervals of accuracy, nll and ece on the test set;

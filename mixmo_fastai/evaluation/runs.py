@@ -64,7 +64,7 @@ def evaluate_run(
 
     Returns:
         The metrics of `evaluation.evaluate_splits`; with `ood`, those of
-        `detection.detection_metrics`; with `corruptions`, accuracy, nll and ece per type, as means
+        `ood.detection_metrics`; with `corruptions`, accuracy, nll and ece per type, as means
         over the severities and per severity, and their means over the types, cA, cNLL and cECE.
 
     Raises:

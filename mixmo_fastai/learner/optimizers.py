@@ -1,8 +1,8 @@
 """Optimizers by name, as functions that build fastai optimizers.
 
-A name is one of `names.OPTIMIZERS`, "torch/NAME" for any optimizer of torch.optim, or "fastai/NAME"
-for any optimizer of fastai.optimizer. To add an optimizer, write a function like those below and
-register it in `names.OPTIMIZERS`.
+A name is one of `choices.OPTIMIZERS`, "torch/NAME" for any optimizer of torch.optim, or
+"fastai/NAME" for any optimizer of fastai.optimizer. To add an optimizer, write a function like
+those below and register it in `choices.OPTIMIZERS`.
 """
 
 import inspect

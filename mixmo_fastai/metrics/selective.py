@@ -1,7 +1,7 @@
 """Selective prediction: how well confidence separates correct from incorrect predictions.
 
 Shapes: N samples, G groups of samples with equal confidence. `confidence` is (N,), on any scale,
-larger for more confident predictions; `correct` is (N,) bool. `calibration.top_predictions`
+larger for more confident predictions; `correct` is (N,) bool. `metrics.calibration.top_predictions`
 computes both.
 Sources: Geifman, Uziel, El-Yaniv, "Bias-Reduced Uncertainty Estimation for Deep Neural
 Classifiers", ICLR 2019 (AURC); Ramé, Sun, Cord, "MixMo", ICCV 2021, section 4 (failure AUROC).

@@ -3,7 +3,7 @@
 Shapes: B batch, M members, D feature channels, h w feature size after the encoder.
 
 To add a kind, write a function in `regions.py`, register it in `REGIONS` and add its name to
-`names.MASK_KINDS` and its options, if any, to `names.MASK_OPTIONS`.
+`choices.MASK_KINDS` and its options, if any, to `choices.MASK_OPTIONS`.
 """
 
 import inspect

@@ -34,8 +34,8 @@ class MixMoModel(nn.Module):
         output: elementwise layer that turns logits into predictions, such as the `SigmoidRange` of
             fastai's `y_range`; None if the logits are the predictions. At inference it is applied
             to the mean of the members' logits, so that `fuse` remains exact.
-        readout: name in `names.READOUTS`, or a module as in `models/readout.py`, through which the
-            heads read the core's maps; None or "core" for the core's own pooling.
+        readout: name in `choices.READOUTS`, or a module as in `models/readout.py`, through which
+            the heads read the core's maps; None or "core" for the core's own pooling.
 
     Raises:
         InputError: there are no encoders, the numbers of encoders and heads differ, or the core

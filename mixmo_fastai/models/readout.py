@@ -5,7 +5,7 @@ Shapes: B batch, M members, F channels and a b size of the core's maps, D h w en
 The default readout, "core", is the core's own pooling: the mean over all positions in the published
 networks, the original pooling in a converted network. Any other readout is a module that receives
 the maps and the masks with which the features were mixed. To add a readout, write a class and
-register it in `names.READOUTS`.
+register it in `choices.READOUTS`.
 """
 
 from pkgutil import resolve_name

@@ -60,7 +60,7 @@ def members_advice(recipe: Recipe, requirement: str) -> str:
 
     Args:
         recipe: recipe without open settings.
-        requirement: from `sizing.unmet_requirement`.
+        requirement: from `defaults.unmet_requirement`.
     """
     members = recipe.model.num_members
     return f"{members} members need {requirement}; otherwise --members 1 is usually more accurate"

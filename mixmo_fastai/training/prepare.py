@@ -46,7 +46,8 @@ class Training:
         recipe: the recipe, fully resolved.
         source: the data set.
         learn: the Learner with loaders and network; for a deep ensemble, that of the first network.
-        decided: names of the settings that the recipe left open and `sizing.fill_defaults` has set.
+        decided: names of the settings that the recipe left open and `defaults.fill_defaults` has
+            set.
     """
 
     recipe: Recipe

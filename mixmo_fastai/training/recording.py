@@ -151,7 +151,7 @@ class RunCallback(TrainedEpochCallback):
         """Wrap the run in a with block; its exceptions are raised at the yield.
 
         Args:
-            training: from `training.prepare`. For a deep ensemble, first that of each network,
+            training: from `prepare.prepare`. For a deep ensemble, first that of each network,
                 then, after all are trained, that of the ensemble.
             run: the run folder.
             done: the position at which training starts.
