@@ -165,7 +165,7 @@ class TestWhatTheNetworkSees:
 
             def before_batch(self):
                 if self.learn.iter % 3 == 2:
-                    self.learn.mix_mo.drawn_mixings = None
+                    self.learn.mix_mo.draws.latest.clear()
 
         seen = []
         for cbs in ([], [Forget()]):
@@ -688,7 +688,7 @@ class TestMemberAccuracy:
 )
 def test_public_methods_are_events_or_documented_extras(kind):
     """fastai ignores a misspelt event in silence."""
-    extras = {"draw_slots", "draw_mixings", "draw_msda", "current_mix_prob"}
+    extras = {"current_mix_prob"}
     extras |= {"state_tensors", "load_state_tensors", "finish", "restore", "training_weights"}
     extras |= {"after_trained_epoch", "state", "load_state", "stop_diverged", "act"}
     extras |= {"save"}

@@ -6,46 +6,34 @@ Source: Ramé, Sun, Cord, "MixMo", ICCV 2021.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from numbers import Real
 from typing import Any
 
 import torch
 from fastai.callback.core import Callback
-from fastai.torch_core import rank_distrib
 from torch import Tensor
 
 from mixmo_fastai.callbacks.checks import check_batch, check_callbacks, check_optimizer
-from mixmo_fastai.data.loaders import STEPS_AT_ONCE, BatchLoader
+from mixmo_fastai.callbacks.draws import EpochDraws
+from mixmo_fastai.data.loaders import BatchLoader
 from mixmo_fastai.data.repeat import expand
 from mixmo_fastai.errors import InputError, remove_fastai_prefix
 from mixmo_fastai.mixing import (
-    CHEAP_KINDS,
-    DrawnMixings,
     Mixing,
     Region,
     check_kind,
     check_options,
     draw_lam,
     draw_masks,
-    draw_mixings,
     loss_weights,
 )
 from mixmo_fastai.mixing.loss import MixMoLoss
-from mixmo_fastai.mixing.msda import (
-    MsdaDraw,
-    check_msda,
-    draw_msda,
-    gather_partners,
-    make_own_image_dominant,
-    mix_images,
-    own_label_weights,
-)
-from mixmo_fastai.mixing.pairing import check_pairing, draw_pairings, num_copies
+from mixmo_fastai.mixing.msda import check_msda, gather_partners, mix_images
+from mixmo_fastai.mixing.pairing import check_pairing, num_copies
 from mixmo_fastai.models.mixmo_model import MixMoModel, unwrap
-from mixmo_fastai.rng import Stream, fresh_seed, make_generator
+from mixmo_fastai.rng import fresh_seed
 from mixmo_fastai.runtime.processes import broadcast_from_rank0, process_group
-
-Device = torch.device | str | None
 
 
 class _PlainErrorCallback(Callback):
@@ -98,7 +86,7 @@ class MixMoCallback(_PlainErrorCallback):
 
     # After callbacks that read self.x, before mixed precision (10) enters autocast.
     order, run_valid = 9, False
-    num_processes = 1  # processes that split each batch of the loader; missing in pickles of 0.1.0
+    draws: EpochDraws | None = None  # those of the current epoch
 
     def __init__(
         self,
@@ -141,8 +129,6 @@ class MixMoCallback(_PlainErrorCallback):
         self.epochs_trained = 0  # in all fits, not counting lr_find
         self.fit_seed = seed
         self.copies_in_batch, self.loader_applies_slots = 1, False
-        self.drawn_slots: tuple[Any, Tensor] | None = None
-        self.drawn_mixings: tuple[Any, DrawnMixings] | None = None
 
     def before_fit(self) -> None:
         """Check the Learner, and wrap its loss if it is not wrapped yet."""
@@ -173,40 +159,54 @@ class MixMoCallback(_PlainErrorCallback):
                 "must not split them.\n"
                 "Use `shared(learn)` of mixmo_fastai.learner.distributed instead."
             )
+        num_processes = 1  # that split each batch of the loader
         if isinstance(loader, BatchLoader):
             loader.set_epoch(self._epoch)
-            self.num_processes = process_group().count
-            self._check_divisible(loader.bs)
+            num_processes = process_group().count
+            self._check_divisible(loader.bs, num_processes)
+        draws = EpochDraws(self, self.fit_seed, self._epoch, self._num_members, num_processes)
         # fastai sets `Learner.dl` before every epoch, so this view lasts for one epoch only.
         copies = num_copies(self._num_members, self.batch_repetitions)
         device = getattr(loader, "device", None)
-
-        def arrange(first_step: int, num_images: int) -> Tensor:
-            return self.draw_slots(first_step, num_images, device)
-
-        expansion = expand(loader, copies, arrange)
+        expansion = expand(loader, copies, partial(draws.slots_from, device=device))
         self.learn.dl, self.copies_in_batch, self.loader_applies_slots = expansion
-        self.drawn_slots = self.drawn_mixings = None  # they may belong to another fit
+        self.draws = draws
 
     def before_batch(self) -> None:
-        """Replace the batch by paired inputs and targets, masks and loss weights."""
+        """Pair the images, and draw masks, loss weights and MSDA.
+
+        The network mixes the features of its inputs with the masks; the loss weights the targets.
+        """
         check_batch(len(self.learn.xb), len(self.learn.yb))
         x, y = self.learn.xb[0].as_subclass(Tensor), self.learn.yb[0].as_subclass(Tensor)
-        # Members are the outer dimension in memory, so that each encoder's batch is contiguous.
-        by_member = (self._num_members, -1)
-        if not self.loader_applies_slots:
-            slots = self._current_slots(len(x) // self.copies_in_batch, x.device)
-            x, y = x.index_select(0, slots), y[slots]
-        inputs = x.unflatten(0, by_member).transpose(0, 1)  # (B, M, C, H, W)
-        targets = y.unflatten(0, by_member).transpose(0, 1)  # (B, M)
-        masks, weights = self._current_mixing(len(inputs), x)
+        inputs, targets = self._pair(x, y)
+        masks, weights = self._draw_mixing(inputs)
         if self.msda is None:
             self.learn.xb, self.learn.yb = (inputs, masks), (targets, weights)
             return
-        draw, own_weights = self.draw_msda(inputs, masks)
+        draw, own_weights = self._epoch_draws.msda(self.learn.iter, inputs, masks)
         pasted_targets = gather_partners(targets, draw.partners)
         self.learn.xb = (mix_images(inputs, draw), masks)
         self.learn.yb = (targets, weights, pasted_targets, own_weights)
+
+    def _pair(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the images (B, M, C, H, W) and targets (B, M) that the members see."""
+        if not self.loader_applies_slots:
+            num_images = len(x) // self.copies_in_batch
+            slots = self._epoch_draws.slots(self.learn.iter, num_images, x.device)
+            slots = slots if self.copies_in_batch > 1 else slots % num_images
+            x, y = x.index_select(0, slots), y[slots]
+        # Members are the outer dimension in memory, so that each encoder's batch is contiguous.
+        by_member = (self._num_members, -1)
+        return x.unflatten(0, by_member).transpose(0, 1), y.unflatten(0, by_member).transpose(0, 1)
+
+    def _draw_mixing(self, inputs: Tensor) -> Mixing:
+        """Return the masks (B, M, 1 or D, h, w) and loss weights (B, M) of this step."""
+        feature_shape = unwrap(self.learn.model).mask_shape(*inputs.shape[-2:])
+        mix_prob = self.current_mix_prob()
+        return self._epoch_draws.mixing(
+            self.learn.iter, len(inputs), feature_shape, mix_prob, inputs.device
+        )
 
     def after_loss(self) -> None:
         """Divide the recorded loss by M, so that it is comparable with a validation loss.
@@ -224,106 +224,16 @@ class MixMoCallback(_PlainErrorCallback):
 
     def after_train(self) -> None:
         """Count trained epochs."""
+        self.draws = None
         if not hasattr(self.learn, "lr_finder"):
             self.epochs_trained += 1
 
-    def _check_divisible(self, num_images: int) -> None:
-        if (batch := num_images * self.batch_repetitions) % self.num_processes:
+    def _check_divisible(self, num_images: int, num_processes: int) -> None:
+        if (batch := num_images * self.batch_repetitions) % num_processes:
             raise InputError(
-                f"A batch of {batch} images cannot be split evenly among {self.num_processes} "
+                f"A batch of {batch} images cannot be split evenly among {num_processes} "
                 "processes.\nUse a batch size that is a multiple of the number of processes."
             )
-
-    def _rank_slice(self, batch_size: int) -> slice:
-        """Return this process's positions in the batch of all processes."""
-        size = batch_size // self.num_processes
-        start = size * rank_distrib() if self.num_processes > 1 else 0
-        return slice(start, start + size)
-
-    def _current_slots(self, num_images: int, device: Device) -> Tensor:
-        """Return the slots (M · B,) of this step, drawn for several steps at once."""
-        first = self.learn.iter - self.learn.iter % STEPS_AT_ONCE
-        key = (self._epoch, first, num_images, device)
-        if self.drawn_slots is None or self.drawn_slots[0] != key:
-            self.drawn_slots = key, self.draw_slots(first, num_images, device)
-        return self.drawn_slots[1][self.learn.iter - first]
-
-    def draw_slots(self, first_step: int, num_images: int, device: Device) -> Tensor:
-        """Draw the slots that this process sees, grouped by member: (steps, M · B).
-
-        `STEPS_AT_ONCE` steps are drawn together, since one large draw is cheaper than many small
-        draws.
-        """
-        slots = draw_pairings(
-            STEPS_AT_ONCE,
-            num_images,
-            self._num_members,
-            self.batch_repetitions,
-            self.input_repetition,
-            generator=self._generator("pairing", device, first_step),
-            device=device,
-        )
-        slots = slots[:, self._rank_slice(slots.shape[1])].transpose(1, 2).flatten(1)
-        return slots if self.copies_in_batch > 1 else slots % num_images
-
-    def _current_mixing(self, batch_size: int, x: Tensor) -> Mixing:
-        """Return the masks and weights of this step; cheap masks are drawn for several steps.
-
-        They are drawn for the batch of all processes; this process uses its part of them.
-        """
-        batch_size *= self.num_processes
-        num_steps = STEPS_AT_ONCE if self.mix in CHEAP_KINDS else 1
-        first = self.learn.iter - self.learn.iter % num_steps
-        key = (self._epoch, first, batch_size, x.shape[-2:], x.device)
-        # Expensive masks are drawn only when used. Cheap masks must not depend on the step at which
-        # they are drawn, so they are drawn for the largest probability.
-        max_prob = self.mix_prob if num_steps > 1 else self.current_mix_prob()
-        if self.drawn_mixings is None or self.drawn_mixings[0] != key:
-            mixings = self.draw_mixings(first, num_steps, batch_size, x, max_prob)
-            self.drawn_mixings = key, mixings
-        mixing = self.drawn_mixings[1].select(self.learn.iter - first, self.current_mix_prob())
-        rank_slice = self._rank_slice(batch_size)
-        return Mixing(mixing.masks[rank_slice], mixing.weights[rank_slice])
-
-    def draw_mixings(
-        self, first_step: int, num_steps: int, batch_size: int, x: Tensor, mix_prob: float
-    ) -> DrawnMixings:
-        """Draw masks and loss weights of several steps, for images of the size of `x`.
-
-        A step is mixed by regions if the uniform number that is drawn for it on the CPU is below
-        the probability at that step, which is at most `mix_prob`.
-        """
-        uniforms = torch.rand(num_steps, generator=self._generator("schedule", "cpu", first_step))
-        return draw_mixings(
-            self.mix,
-            uniforms.tolist(),
-            (batch_size, self._num_members),
-            unwrap(self.learn.model).mask_shape(*x.shape[-2:]),
-            mix_prob=mix_prob,
-            alpha=self.alpha,
-            weight_root=self.weight_root,
-            options=self.mask_options,
-            lam_generator=self._generator("lam", x.device, first_step),
-            mask_generator=self._generator("masks", x.device, first_step),
-            device=x.device,
-        )
-
-    def draw_msda(self, inputs: Tensor, masks: Tensor) -> tuple[MsdaDraw, Tensor]:
-        """Draw MSDA and the weights (B, M) of the members' own labels."""
-        assert self.msda is not None
-        draw = draw_msda(
-            self.msda,
-            *inputs.shape[:2],
-            size=inputs.shape[-2:],
-            alpha=self.msda_alpha,
-            prob=self.msda_prob,
-            generator=self._generator("msda", inputs.device),
-            device=inputs.device,
-        )
-        own_weights = own_label_weights(draw.masks, masks)
-        if self._num_members == 1:
-            return draw, own_weights
-        return make_own_image_dominant(draw, own_weights)
 
     def current_mix_prob(self) -> float:
         """Return the scheduled probability of mixing by regions; it does not decay in `lr_find`."""
@@ -341,16 +251,10 @@ class MixMoCallback(_PlainErrorCallback):
         lr_find_epochs = self.learn.epoch if hasattr(self.learn, "lr_finder") else 0
         return self.epochs_trained + lr_find_epochs
 
-    def _generator(
-        self, stream: Stream, device: Device, step: int | None = None
-    ) -> torch.Generator:
-        step = self.learn.iter if step is None else step
-        assert self.fit_seed is not None
-        # Processes that split a batch draw the same numbers for the whole batch, except for MSDA,
-        # whose partners are images of the same process. All processes use the same schedule.
-        is_shared = stream == "schedule" or (self.num_processes > 1 and stream != "msda")
-        rank = 0 if is_shared else rank_distrib()
-        return make_generator(self.fit_seed, stream, self._epoch, step, rank, device=device)
+    @property
+    def _epoch_draws(self) -> EpochDraws:
+        assert self.draws is not None, "before_train was not called"
+        return self.draws
 
 
 class MixMoGuard(_PlainErrorCallback):

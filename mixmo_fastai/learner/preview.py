@@ -107,7 +107,7 @@ def _simulated_first_step(learn: Learner, callback: MixMoCallback) -> Iterator[N
             yield
     finally:
         callback.mix_prob, callback.fit_seed = mix_prob, fit_seed
-        callback.drawn_slots = callback.drawn_mixings = None
+        callback.draws = None
         for name in names:
             vars(learn).pop(name, None)
         vars(learn).update(original)
