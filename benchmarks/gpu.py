@@ -42,7 +42,7 @@ from torch import nn
 from mixmo_fastai.callbacks.ema import EMACallback
 from mixmo_fastai.cli.console import Output
 from mixmo_fastai.cli.progress import TrainingDisplay
-from mixmo_fastai.config.recipe import load_recipe
+from mixmo_fastai.config.load import load_recipe
 from mixmo_fastai.mixing.loss import MixMoLoss
 from mixmo_fastai.models.flops import BACKWARD_COST, count_flops
 from mixmo_fastai.runs.folder import RunFolder

@@ -19,8 +19,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from mixmo_fastai.callbacks.mixmo import MixMoCallback
+from mixmo_fastai.data.cuts import Augmentation
 from mixmo_fastai.data.image_sets import ArrayImages, numbered
-from mixmo_fastai.data.loaders import Augmentation, ResidentLoader
+from mixmo_fastai.data.loaders import ResidentLoader
 from mixmo_fastai.mixing.pairing import num_copies
 from mixmo_fastai.models import create_model
 from mixmo_fastai.runtime.devices import keep_freed_memory

@@ -12,8 +12,9 @@ from fastai.callback.core import Callback, CancelValidException
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 
+from mixmo_fastai.data.cuts import Augmentation
 from mixmo_fastai.data.image_sets import ArrayImages, numbered
-from mixmo_fastai.data.loaders import Augmentation, ResidentLoader
+from mixmo_fastai.data.loaders import ResidentLoader
 from mixmo_fastai.learner.build import mixmo_learner
 from mixmo_fastai.learner.optimizers import sgd
 from mixmo_fastai.mixing import draw_lam, draw_masks, loss_weights

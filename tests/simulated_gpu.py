@@ -12,7 +12,7 @@ from synthetic import mixmo_dls
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mixmo_fastai.data.loaders import Augmentation
+from mixmo_fastai.data.cuts import Augmentation
 from mixmo_fastai.learner.build import mixmo_learner
 from mixmo_fastai.models import create_model
 from mixmo_fastai.rng import make_generator

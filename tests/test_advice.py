@@ -1,6 +1,6 @@
 import pytest
 
-from mixmo_fastai.config.recipe import override, recipe_from_mapping
+from mixmo_fastai.config.load import override, recipe_from_mapping
 from mixmo_fastai.training.advice import advise
 
 PLAIN = recipe_from_mapping(

@@ -5,7 +5,7 @@ import torch
 from datasets import write_image_folder
 
 from mixmo_fastai.cli import run as program
-from mixmo_fastai.config.recipe import override
+from mixmo_fastai.config.load import override
 from mixmo_fastai.config.resolve import resolve_recipe
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.evaluation.compare import compare_runs

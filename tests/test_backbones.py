@@ -6,7 +6,7 @@ from test_surgery import CLASSES, plain
 from torchvision.models import get_model, list_models
 
 from mixmo_fastai.config.choices import TORCHVISION_NETWORKS
-from mixmo_fastai.config.recipe import load_recipe, override
+from mixmo_fastai.config.load import load_recipe, override
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.models import create_model
 from mixmo_fastai.runs.create import create_run

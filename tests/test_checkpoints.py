@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_resuming import EVERYTHING, TINY, assert_same, fit
 
-from mixmo_fastai.config.recipe import load_recipe, override, to_mapping
+from mixmo_fastai.config.load import load_recipe, override
+from mixmo_fastai.config.schema import to_mapping
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.runs import checkpoints as store_module
 from mixmo_fastai.runs import files

@@ -13,7 +13,8 @@ import mixmo_fastai
 from mixmo_fastai.cli import lr_find, run
 from mixmo_fastai.cli.progress import TrainingDisplay
 from mixmo_fastai.config.choices import DATASETS
-from mixmo_fastai.config.recipe import load_recipe, recipe_names, to_mapping
+from mixmo_fastai.config.load import load_recipe, recipe_names
+from mixmo_fastai.config.schema import to_mapping
 from mixmo_fastai.data.sources import SOURCES
 from mixmo_fastai.runs import checkpoints as store
 from mixmo_fastai.runs.checkpoints import CheckpointStore

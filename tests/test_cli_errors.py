@@ -7,7 +7,7 @@ import torch
 from datasets import write_image_folder
 
 from mixmo_fastai.cli import run
-from mixmo_fastai.config.recipe import load_recipe, override
+from mixmo_fastai.config.load import load_recipe, override
 from mixmo_fastai.models import create_model
 from mixmo_fastai.runs import checkpoints as store_module
 from mixmo_fastai.runs.checkpoints import CheckpointStore

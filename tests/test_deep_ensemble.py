@@ -7,7 +7,8 @@ from fastai.callback.core import Callback
 from safetensors.torch import load_file
 
 from mixmo_fastai.cli import run as program
-from mixmo_fastai.config.recipe import Expected, override
+from mixmo_fastai.config.load import override
+from mixmo_fastai.config.recipe import Expected
 from mixmo_fastai.config.resolve import resolve_recipe
 from mixmo_fastai.data.loaders import ResidentLoader
 from mixmo_fastai.errors import InputError

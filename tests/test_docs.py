@@ -20,13 +20,8 @@ from mixmo_fastai.cli import fit
 from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.program import app, run
 from mixmo_fastai.config.choices import COW_DEFAULTS, DATASETS, MASK_KINDS, MASK_OPTIONS
-from mixmo_fastai.config.recipe import (
-    Recipe,
-    default_valid_split,
-    load_recipe,
-    recipe_from_mapping,
-    recipe_names,
-)
+from mixmo_fastai.config.load import load_recipe, recipe_from_mapping, recipe_names
+from mixmo_fastai.config.recipe import Recipe, default_valid_split
 from mixmo_fastai.config.resolve import check_dataset, resolve_recipe
 from mixmo_fastai.data.corruptions import BUILT_IN
 from mixmo_fastai.errors import InputError

@@ -15,7 +15,7 @@ from test_docs import EXTENDING, TEXTS, blocks, command_lines
 
 from mixmo_fastai.cli import fit, lr_find, show
 from mixmo_fastai.cli.program import run as program
-from mixmo_fastai.config.recipe import override
+from mixmo_fastai.config.load import override
 from mixmo_fastai.data.sources import SOURCES
 
 pytestmark = pytest.mark.slow

@@ -8,7 +8,7 @@ import pytest
 from datasets import write_image_folder
 
 from mixmo_fastai.cli import run as program
-from mixmo_fastai.config.recipe import load_recipe
+from mixmo_fastai.config.load import load_recipe
 from mixmo_fastai.runs.folder import open_run
 
 TINY = (

@@ -9,14 +9,10 @@ from PIL import Image
 from synthetic import foreign_dls, image_arrays, mixmo_dls, source
 
 from mixmo_fastai.config.resolve import resolve_recipe
+from mixmo_fastai.data.cuts import STEPS_AT_ONCE, Augmentation
 from mixmo_fastai.data.dataloaders import make_dataloaders
 from mixmo_fastai.data.image_folder import read_image_folder
-from mixmo_fastai.data.loaders import (
-    STEPS_AT_ONCE,
-    Augmentation,
-    ResidentLoader,
-    StreamingLoader,
-)
+from mixmo_fastai.data.loaders import ResidentLoader, StreamingLoader
 from mixmo_fastai.data.repeat import expand
 from mixmo_fastai.data.splits import limit_images, split_validation
 from mixmo_fastai.errors import InputError

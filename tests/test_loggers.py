@@ -24,7 +24,7 @@ from wandb.proto import wandb_internal_pb2
 
 from mixmo_fastai import loggers
 from mixmo_fastai.cli import run as program
-from mixmo_fastai.config.recipe import override
+from mixmo_fastai.config.load import override
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.loggers import LOGGERS, parse_loggers
 from mixmo_fastai.loggers import callback as callback_module

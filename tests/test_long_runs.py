@@ -8,7 +8,7 @@ import pytest
 from fastai.callback.core import Callback
 from test_resuming import STEPS, TINY
 
-from mixmo_fastai.config.recipe import override
+from mixmo_fastai.config.load import override
 from mixmo_fastai.runs.create import create_run
 from mixmo_fastai.runs.folder import open_run
 from mixmo_fastai.training.prepare import prepare

@@ -8,8 +8,9 @@ import pytest
 
 from mixmo_fastai.cli.program import _COMMANDS
 from mixmo_fastai.config.choices import DATASETS, MASK_KINDS
-from mixmo_fastai.config.recipe import load_recipe, to_mapping
+from mixmo_fastai.config.load import load_recipe
 from mixmo_fastai.config.resolve import resolve_recipe
+from mixmo_fastai.config.schema import to_mapping
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

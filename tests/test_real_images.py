@@ -8,7 +8,7 @@ import pytest
 import torch
 from fastai.callback.core import Callback, CancelFitException
 
-from mixmo_fastai.config.recipe import recipe_from_mapping
+from mixmo_fastai.config.load import recipe_from_mapping
 from mixmo_fastai.evaluation.runs import evaluate_run
 from mixmo_fastai.runs.create import create_run
 from mixmo_fastai.training.prepare import prepare

@@ -6,18 +6,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixmo_fastai.config.recipe import (
-    Recipe,
-    default_valid_split,
+from mixmo_fastai.config.load import (
     find_recipe,
     load_recipe,
     override,
     recipe_from_mapping,
     recipe_home,
     recipe_names,
-    to_mapping,
-    to_toml,
 )
+from mixmo_fastai.config.recipe import Recipe, default_valid_split
+from mixmo_fastai.config.schema import to_mapping, to_toml
 from mixmo_fastai.errors import InputError
 
 DEFAULTS = Recipe()

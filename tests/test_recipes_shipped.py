@@ -1,8 +1,9 @@
 import pytest
 
 from mixmo_fastai.config.choices import DATASETS, parse_architecture
-from mixmo_fastai.config.recipe import load_recipe, recipe_home, recipe_names, to_toml
+from mixmo_fastai.config.load import load_recipe, recipe_home, recipe_names
 from mixmo_fastai.config.resolve import resolve_recipe
+from mixmo_fastai.config.schema import to_toml
 
 # Top-1 in percent: the poster's table, and the table of the published implementation for the rest.
 PUBLISHED = {

@@ -7,7 +7,7 @@ import torch
 from datasets import write_cifar10, write_cifar100, write_tiny_imagenet
 from fastai.callback.core import Callback, CancelFitException
 
-from mixmo_fastai.config.recipe import recipe_names
+from mixmo_fastai.config.load import recipe_names
 from mixmo_fastai.config.resolve import resolve_recipe
 from mixmo_fastai.data.sources import SOURCES
 from mixmo_fastai.training.prepare import prepare

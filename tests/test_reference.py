@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from mixmo_fastai.cli import run
-from mixmo_fastai.config.recipe import Expected, load_recipe
+from mixmo_fastai.config.load import load_recipe
+from mixmo_fastai.config.recipe import Expected
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.models import create_model
 from mixmo_fastai.models.reference import import_reference, read_reference_checkpoint

@@ -1,7 +1,8 @@
 import pytest
 
 from mixmo_fastai.config.choices import DATASETS
-from mixmo_fastai.config.recipe import Recipe, load_recipe, recipe_from_mapping
+from mixmo_fastai.config.load import load_recipe, recipe_from_mapping
+from mixmo_fastai.config.recipe import Recipe
 from mixmo_fastai.config.resolve import changed_settings, check_dataset, resolve_recipe
 from mixmo_fastai.errors import InputError
 

@@ -8,7 +8,7 @@ import pytest
 from fastai.callback.core import Callback
 from safetensors.torch import load_file
 
-from mixmo_fastai.config.recipe import override, recipe_from_mapping
+from mixmo_fastai.config.load import override, recipe_from_mapping
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.mixing import MASK_KINDS
 from mixmo_fastai.runs.checkpoints import CheckpointStore

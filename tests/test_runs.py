@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from mixmo_fastai.config.load import load_recipe, override
 from mixmo_fastai.config.methods import run_label
-from mixmo_fastai.config.recipe import Recipe, load_recipe, override
+from mixmo_fastai.config.recipe import Recipe
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.runs.create import check_free, create_run
 from mixmo_fastai.runs.folder import RunFolder, open_run, write_atomically

@@ -18,13 +18,8 @@ from mixmo_fastai.config.defaults import (
     open_settings,
     unmet_requirement,
 )
-from mixmo_fastai.config.recipe import (
-    Recipe,
-    load_recipe,
-    override,
-    recipe_from_mapping,
-    recipe_names,
-)
+from mixmo_fastai.config.load import load_recipe, override, recipe_from_mapping, recipe_names
+from mixmo_fastai.config.recipe import Recipe
 from mixmo_fastai.config.resolve import resolve_recipe
 from mixmo_fastai.runs.create import create_run
 from mixmo_fastai.runs.folder import open_run

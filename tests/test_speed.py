@@ -6,7 +6,7 @@ import pytest
 import torch
 from fastai.callback.core import CancelFitException, CancelValidException
 
-from mixmo_fastai.config.recipe import override, recipe_from_mapping
+from mixmo_fastai.config.load import override, recipe_from_mapping
 from mixmo_fastai.data.loaders import BatchLoader
 from mixmo_fastai.runs.create import create_run
 from mixmo_fastai.training import speed as module

@@ -7,12 +7,8 @@ from safetensors.torch import load_file
 
 from mixmo_fastai.cli import run as program
 from mixmo_fastai.config.choices import DATASETS
-from mixmo_fastai.config.recipe import (
-    default_valid_split,
-    load_recipe,
-    override,
-    recipe_from_mapping,
-)
+from mixmo_fastai.config.load import load_recipe, override, recipe_from_mapping
+from mixmo_fastai.config.recipe import default_valid_split
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.evaluation.runs import evaluate_run
 from mixmo_fastai.runs.create import create_run

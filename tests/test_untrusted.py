@@ -20,7 +20,7 @@ from test_resuming import TINY, fit
 import mixmo_fastai
 from mixmo_fastai.callbacks.ema import EMACallback
 from mixmo_fastai.cli import run as program
-from mixmo_fastai.config.recipe import override
+from mixmo_fastai.config.load import override
 from mixmo_fastai.data.image_folder import read_image_folder
 from mixmo_fastai.data.sources import load_source
 from mixmo_fastai.errors import InputError

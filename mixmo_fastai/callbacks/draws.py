@@ -16,7 +16,7 @@ import torch
 from fastai.torch_core import rank_distrib
 from torch import Tensor
 
-from mixmo_fastai.data.loaders import STEPS_AT_ONCE
+from mixmo_fastai.data.cuts import STEPS_AT_ONCE
 from mixmo_fastai.mixing import CHEAP_KINDS, Mixing, Region, draw_mixings
 from mixmo_fastai.mixing.msda import MsdaDraw, draw_msda, make_own_image_dominant, own_label_weights
 from mixmo_fastai.mixing.pairing import draw_pairings

@@ -6,7 +6,8 @@ import typer
 
 from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output
-from mixmo_fastai.config.recipe import load_recipe, recipe_names, to_mapping, to_toml
+from mixmo_fastai.config.load import load_recipe, recipe_names
+from mixmo_fastai.config.schema import to_mapping, to_toml
 
 
 def recipes(

@@ -5,8 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mixmo_fastai.config.methods import method_name, published_result
-from mixmo_fastai.config.recipe import Recipe, to_mapping
+from mixmo_fastai.config.recipe import Recipe
 from mixmo_fastai.config.resolve import changed_settings
+from mixmo_fastai.config.schema import to_mapping
 from mixmo_fastai.evaluation.results import SPLIT_NAMES, final_metrics, temperature_warning
 from mixmo_fastai.metrics.table import (
     METRICS,

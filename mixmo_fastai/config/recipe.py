@@ -4,18 +4,12 @@ A recipe is a TOML file that sets only what differs from the defaults, which are
 Standard library only, so that a wrong key or value is refused before torch is imported.
 """
 
-import dataclasses
 import math
-import os
-import tomllib
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from mixmo_fastai.config.choices import (
     COMPILE,
-    COW_DEFAULTS,
     DEVICES,
     LOADERS,
     MASK_KINDS,
@@ -23,34 +17,14 @@ from mixmo_fastai.config.choices import (
     MEMORY_FORMATS,
     MSDA_KINDS,
     PRECISIONS,
-    READOUTS,
     SCHEDULES,
     SELECTIONS,
-    parse_architecture,
-    parse_optimizer,
 )
 from mixmo_fastai.config.schema import (
-    TOML_ERRORS,
-    build_settings,
     choice_field,
+    drop_none,
     number_field,
-    parse_value,
-    to_mapping,
-    to_toml,
 )
-from mixmo_fastai.errors import InputError, nearest, unknown_name_error
-
-__all__ = [
-    "Recipe",
-    "find_recipe",
-    "load_recipe",
-    "override",
-    "recipe_from_mapping",
-    "recipe_home",
-    "recipe_names",
-    "to_mapping",
-    "to_toml",
-]
 
 
 def default_valid_split(num_images: int) -> float:
@@ -161,7 +135,7 @@ class Mix:
     def options(self) -> dict[str, float]:
         """The mask options that are not None."""
         options = {name: getattr(self, name) for names in MASK_OPTIONS.values() for name in names}
-        return _drop_none(options)
+        return drop_none(options)
 
 
 @dataclass(frozen=True)
@@ -314,230 +288,3 @@ class Recipe:
     def loader_batch_size(self) -> int:
         """Number of distinct images per batch."""
         return self.train.batch_size // self.mix.batch_repetitions
-
-
-def recipe_from_mapping(values: Mapping[str, Any], source: str) -> Recipe:
-    """Build a recipe from nested values, checking every key, type and range.
-
-    Args:
-        values: nested values, as read from TOML.
-        source: where the values come from, such as a file; error messages name it.
-
-    Raises:
-        InputError: a key is unknown, a value is invalid, or values contradict each other.
-    """
-    recipe: Recipe = build_settings(Recipe, values, source)
-    _check_consistency(recipe, source)
-    return recipe
-
-
-def override(recipe: Recipe, assignments: Iterable[str], source: str = "--set") -> Recipe:
-    """Apply assignments such as "optimizer.lr=0.05"; a value that is not valid TOML is a string.
-
-    Raises:
-        InputError: an assignment has no "=", an unknown key or an invalid value.
-    """
-    values = dataclasses.asdict(recipe)  # unlike to_mapping, keeps settings that are None
-    for assignment in assignments:
-        key, equals, text = assignment.partition("=")
-        if not equals or not key.strip():
-            raise InputError(
-                f"{source} {assignment!r}: write section.key=value, such as train.epochs=5."
-            )
-        *path, last = key.strip().split(".")
-        section = values
-        for name in path:
-            section = section.setdefault(name, {})
-            if not isinstance(section, dict):
-                raise InputError(
-                    f"{source} {assignment!r}: {name!r} is not a section.\n"
-                    "Write section.key=value, such as train.epochs=5."
-                )
-        if isinstance(section.get(last), dict):  # assignment would reset its other keys
-            raise InputError(
-                f"{source} {assignment!r}: {last!r} is a section.\n"
-                "Set its keys separately, such as train.epochs=5."
-            )
-        section[last] = parse_value(text.strip())
-    return recipe_from_mapping(
-        {k: _drop_none(item) if isinstance(item, dict) else item for k, item in values.items()},
-        source,
-    )
-
-
-def load_recipe(name_or_file: str | Path) -> Recipe:
-    """Load a recipe by name, such as "cifar100/cut-mixmo", or from a TOML file.
-
-    Raises:
-        InputError: the recipe does not exist or is invalid.
-    """
-    path = find_recipe(name_or_file)
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"Recipe {path} cannot be read: {error.strerror}.") from error
-    except TOML_ERRORS as error:
-        raise InputError(
-            f"Recipe {path} is not valid TOML: {error}.\n"
-            "`mixmo recipes NAME` shows a valid recipe with all settings."
-        ) from error
-    if path.resolve().is_relative_to(recipe_home()):
-        name = path.resolve().relative_to(recipe_home()).with_suffix("").as_posix()
-        values.setdefault("name", name)
-    return recipe_from_mapping(values, f"Recipe {path}")
-
-
-def find_recipe(name_or_file: str | Path) -> Path:
-    """Return the path of a recipe.
-
-    Raises:
-        InputError: `name_or_file` is neither a known name nor an existing file.
-    """
-    text = str(name_or_file)
-    if text in recipe_names():
-        return recipe_home() / f"{text}.toml"
-    path = os.path.expanduser(text)
-    if os.path.isfile(path):  # unlike Path.is_file, accepts any string
-        return Path(path)
-    guess = nearest(text, recipe_names())
-    hint = f" Did you mean {guess!r}?" if guess else ""
-    raise InputError(
-        f"There is no recipe {text!r}.{hint}\n"
-        "Pass a name that `mixmo recipes` lists, or the path of a TOML file."
-    )
-
-
-def recipe_names() -> list[str]:
-    """List the names of the shipped recipes."""
-    home = recipe_home()
-    return sorted(p.relative_to(home).with_suffix("").as_posix() for p in home.rglob("*.toml"))
-
-
-def recipe_home() -> Path:
-    """Return the folder of shipped recipes: inside the package, or next to it in a checkout."""
-    package = Path(__file__).resolve().parents[1]
-    installed = package / "recipes"
-    return installed if installed.is_dir() else package.parent / "recipes"
-
-
-def _drop_none(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def _check_consistency(recipe: Recipe, source: str) -> None:
-    """Check that the settings are consistent with each other."""
-    _check_mixing(recipe, source)
-    _check_data_and_network(recipe, source)
-    _check_schedule(recipe, source)
-    _check_optimizer(recipe.optimizer, source)
-
-
-def _check_mixing(recipe: Recipe, source: str) -> None:
-    mix = recipe.mix
-    try:
-        if recipe.model.arch is not None:
-            parse_architecture(recipe.model.arch)
-    except InputError as error:
-        raise InputError(f"{source}: model.arch: {error}") from None
-    if mix.kind != "sum" and recipe.model.num_members < 2:
-        raise InputError(
-            f"{source}: mix.kind={mix.kind!r} needs model.num_members of 2 or more; got 1.\n"
-            "For one member, use mix.kind='sum' and mix.batch_repetitions=1."
-        )
-    allowed = MASK_OPTIONS.get(mix.kind, ())
-    if unknown_options := [name for name in mix.options if name not in allowed]:
-        options = f"Its options: {', '.join(allowed)}." if allowed else "It has no options."
-        raise InputError(
-            f"{source}: mix.{unknown_options[0]} is not an option of mix.kind={mix.kind!r}.\n"
-            f"{options}"
-        )
-    if mix.block_size is not None and mix.block_size % 2 == 0:
-        raise InputError(f"{source}: mix.block_size is {mix.block_size}; it must be odd.")
-    for low, high in (("sigma_min", "sigma_max"), ("area_min", "area_max")):
-        bounds = {**COW_DEFAULTS, **mix.options}
-        if bounds[low] > bounds[high]:
-            raise InputError(
-                f"{source}: mix.{low} is {bounds[low]:g} and mix.{high} is {bounds[high]:g}; "
-                f"mix.{low} must not exceed mix.{high}."
-            )
-
-
-def _check_data_and_network(recipe: Recipe, source: str) -> None:
-    if recipe.model.readout not in READOUTS:
-        raise InputError(
-            f"{source}: model.readout: "
-            f"{unknown_name_error('readout', recipe.model.readout, READOUTS)}"
-        )
-    mix, train = recipe.mix, recipe.train
-    if recipe.model.ghost_batch_size == 1:
-        raise InputError(
-            f"{source}: model.ghost_batch_size is 1; it must be 0, for the whole batch, or 2 or "
-            "more."
-        )
-    if recipe.data.augmix and recipe.data.loader == "resident":
-        raise InputError(
-            f"{source}: data.augmix processes single images and does not work with the resident "
-            "loader.\nUse data.loader='streaming' or 'auto'."
-        )
-    if train.select == "best" and recipe.data.valid_split == 0:
-        raise InputError(
-            f"{source}: train.select='best' selects the epoch on the validation split, but "
-            "data.valid_split=0 leaves no validation images.\n"
-            "Set data.valid_split, or use train.select='last'; the test set is only for the final "
-            "evaluation."
-        )
-    if train.batch_size % mix.batch_repetitions:
-        multiple = max(1, round(train.batch_size / mix.batch_repetitions)) * mix.batch_repetitions
-        raise InputError(
-            f"{source}: train.batch_size={train.batch_size} is not a multiple of "
-            f"mix.batch_repetitions={mix.batch_repetitions}.\nNearest: {multiple}."
-        )
-
-
-def _check_schedule(recipe: Recipe, source: str) -> None:
-    if len(recipe.schedule.momentums) != 3:
-        raise InputError(
-            f"{source}: schedule.momentums is {recipe.schedule.momentums}; "
-            "it must be three numbers: start, peak, end."
-        )
-    if list(recipe.schedule.milestones) != sorted(recipe.schedule.milestones):
-        raise InputError(
-            f"{source}: schedule.milestones is {recipe.schedule.milestones}; it must be sorted in "
-            "ascending order."
-        )
-
-
-def _check_optimizer(optimizer: Optimizer, source: str) -> None:
-    name, default = optimizer.name, Optimizer()
-    try:
-        parse_optimizer(name)
-    except InputError as error:
-        raise InputError(f"{source}: optimizer.name: {error}") from None
-    if name == "sgd":
-        if optimizer.options:
-            raise InputError(
-                f"{source}: optimizer.options is for optimizers other than sgd.\n"
-                "Use optimizer.momentum, optimizer.nesterov and optimizer.weight_decay."
-            )
-        if optimizer.nesterov and optimizer.momentum == 0:
-            raise InputError(
-                f"{source}: optimizer.nesterov=true needs optimizer.momentum above 0; got 0.\n"
-                "Increase optimizer.momentum, or use optimizer.nesterov=false."
-            )
-        return
-    if optimizer.lr is None:
-        raise InputError(
-            f"{source}: optimizer.name={name!r} needs optimizer.lr (--lr); the default learning "
-            "rate is for sgd.\n`mixmo lr-find` suggests one, given --set optimizer.lr=0.001."
-        )
-    if reserved := sorted({"lr", "params", "wd", "weight_decay"} & optimizer.options.keys()):
-        raise InputError(
-            f"{source}: optimizer.options.{reserved[0]} is not allowed.\n"
-            "Use optimizer.lr and optimizer.weight_decay."
-        )
-    for key in ("momentum", "nesterov"):
-        if getattr(optimizer, key) != getattr(default, key):
-            raise InputError(
-                f"{source}: optimizer.{key} is a setting of sgd; got optimizer.name={name!r}.\n"
-                f"Use optimizer.options.{key} if {name} has it."
-            )

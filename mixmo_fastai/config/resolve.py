@@ -9,16 +9,9 @@ from dataclasses import replace
 from typing import Any
 
 from mixmo_fastai.config.choices import DATASETS, MASK_KINDS
-from mixmo_fastai.config.recipe import (
-    Expected,
-    Recipe,
-    default_valid_split,
-    load_recipe,
-    override,
-    recipe_from_mapping,
-    recipe_names,
-    to_mapping,
-)
+from mixmo_fastai.config.load import load_recipe, override, recipe_from_mapping, recipe_names
+from mixmo_fastai.config.recipe import Expected, Recipe, default_valid_split
+from mixmo_fastai.config.schema import to_mapping
 from mixmo_fastai.errors import InputError, unknown_name_error
 
 METHODS = {"cutmix": "cut-mixmo", "linear": "linear-mixmo", "sum": "mimo"}

@@ -250,3 +250,8 @@ _TOML_ESCAPES = {
     '"': '\\"',
     **{chr(code): f"\\u{code:04x}" for code in [*range(32), 127]},
 }
+
+
+def drop_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries whose value is not None."""
+    return {name: value for name, value in values.items() if value is not None}

@@ -1,5 +1,17 @@
-"""Data sets and data loaders.
+"""Data sets, image folders and loaders.
 
-To add a data set, write a module with a function that reads it, and add one line each to
-`sources.SOURCES` and `mixmo_fastai.config.choices.DATASETS`.
+sources                       data sets by name or folder
+digits, cifar, tiny_imagenet  one data set each; archives: download and verify official archives
+image_sets                    images and labels of the training, validation and test set
+image_folder                  image folders; layout, class_folders, listing: find their images
+chosen_images, parts          which images of a folder are used, as stored in split.json
+decoding, depth, cache        image files to uint8 tensors, once; damage: unreadable files
+splits, statistics            validation split, subset; mean and standard deviation
+run_data                      the data set of a recipe, with the split of its run
+dataloaders                   DataLoaders from a data source
+loaders, cuts, augment        resident and streaming loaders that augment whole batches
+repeat                        several copies of each image in a batch
+items, loose_images           single items for fastai; files to predict
+corruptions, fingerprint      corrupted test images; checksums of a data set
+first_batch                   the first batch, without changing random states
 """

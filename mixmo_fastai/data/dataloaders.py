@@ -7,8 +7,9 @@ from fastai.data.core import DataLoaders
 from fastai.torch_core import default_device
 
 from mixmo_fastai.data.augment import StoredImages
+from mixmo_fastai.data.cuts import Augmentation
 from mixmo_fastai.data.image_sets import DataSource, ImageSet
-from mixmo_fastai.data.loaders import Augmentation, BatchLoader, ResidentLoader, StreamingLoader
+from mixmo_fastai.data.loaders import BatchLoader, ResidentLoader, StreamingLoader
 from mixmo_fastai.data.loose_images import EVALUATION_BATCH
 from mixmo_fastai.data.splits import limit_images, training_parts
 from mixmo_fastai.errors import InputError

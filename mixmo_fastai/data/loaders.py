@@ -10,9 +10,8 @@ draws. Drawing and cropping are done for several steps at once.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from fastai.data.core import TfmdDL
@@ -28,6 +27,7 @@ from mixmo_fastai.data.augment import (
     draw_crops,
     draw_flips,
 )
+from mixmo_fastai.data.cuts import STEPS_AT_ONCE, Arrangement, Augmentation, Cuts
 from mixmo_fastai.data.image_sets import ImageSet
 from mixmo_fastai.data.items import as_items
 from mixmo_fastai.errors import InputError
@@ -35,29 +35,6 @@ from mixmo_fastai.rng import derive_seed, make_generator
 from mixmo_fastai.runtime.processes import Processes
 from mixmo_fastai.runtime.signals import leave_signals_to_parent, signals_blocked
 
-
-@dataclass(frozen=True)
-class Augmentation:
-    """Augmentation of training images.
-
-    Attributes:
-        crop_padding: p, padding of the random crop; 0 for no crop.
-        flip: whether images are mirrored with probability 1/2.
-        alternating_flip: whether every second copy of an image in a batch is mirrored, instead of
-            each copy at random.
-        augmix: whether AugMix is applied first; needs the streaming loader.
-    """
-
-    crop_padding: int = 0
-    flip: bool = False
-    alternating_flip: bool = False
-    augmix: bool = False
-
-
-Arrangement = Callable[[int, int], Tensor]
-"""Maps the first of `STEPS_AT_ONCE` steps and n to the slots of these steps, (steps, any) int64."""
-STEPS_AT_ONCE = 16
-"""Number of batches whose random draws are made together, to launch fewer kernels per step."""
 Reader = Callable[[Tensor, "Cuts"], Iterator[tuple[Tensor, Tensor]]]
 _WINDOW_BYTES = 32 * 2**20  # maximum size of the uint8 windows that are cropped at once
 
@@ -243,29 +220,6 @@ class BatchLoader(TfmdDL):
         return StoredImages(
             pixels.to(self.device), augmentation.crop_padding, mirrored=augmentation.flip
         )
-
-
-class Cuts(NamedTuple):
-    """Images, crops and flips of the P positions of several batches.
-
-    Attributes:
-        images: (steps, P) int64, index among the n images of the batch.
-        corners: (steps, P, 2), corners of the crop windows; see `StoredImages.windows`.
-        flips: (steps, P) bool, whether the position is mirrored.
-    """
-
-    images: Tensor
-    corners: Tensor | None = None
-    flips: Tensor | None = None
-
-    def since(self, step: int) -> "Cuts":
-        """Drop the steps before `step`."""
-        return Cuts(*(None if each is None else each[step:] for each in self))
-
-    def part(self, start: int, stop: int) -> dict[str, Tensor | None]:
-        """Return corners and flips of some steps, flattened over steps."""
-        parts = {"corners": self.corners, "flips": self.flips}
-        return {k: None if v is None else v[start:stop].flatten(0, 1) for k, v in parts.items()}
 
 
 class ResidentLoader(BatchLoader):

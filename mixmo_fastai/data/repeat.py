@@ -14,7 +14,8 @@ from fastai.data.load import DataLoader
 from fasttransform import Pipeline, Transform
 from torch import Tensor
 
-from mixmo_fastai.data.loaders import Arrangement, BatchLoader
+from mixmo_fastai.data.cuts import Arrangement
+from mixmo_fastai.data.loaders import BatchLoader
 
 
 class Expansion(NamedTuple):

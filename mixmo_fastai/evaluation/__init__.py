@@ -4,6 +4,7 @@ logits   member logits of every image of a loader, and the metrics of a run's sp
 runs     evaluation of finished runs, alone or together as a deep ensemble
 compare  comparison of runs on the same test images
 predict  predictions for image files
+results  the final metrics of a run
 """
 
 from mixmo_fastai.imports import lazy_names

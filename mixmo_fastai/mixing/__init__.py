@@ -11,6 +11,9 @@ Source: Ramé, Sun, Cord, "MixMo", ICCV 2021, sections 3.2 and 3.3.
     batches.py  ratios, masks and loss weights of several batches at once
     regions.py  regions of the member in role 0: boxes, stripes, blocks, cow spots, channels, noise
     features.py the mixing operation
+    pairing.py  which member sees which image
+    msda.py     CutMix and Mixup of pixels, inside each member
+    loss.py     MixMoLoss; base_losses.py, per_sample.py: any loss, per sample
 """
 
 from mixmo_fastai.config.choices import MASK_KINDS

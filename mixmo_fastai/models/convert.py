@@ -8,14 +8,14 @@ Shapes: B batch, M members, C image channels, H W image size, K classes.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mixmo_fastai.errors import InputError, check_count, summarize_error
 from mixmo_fastai.models.backbone_core import (
@@ -24,24 +24,22 @@ from mixmo_fastai.models.backbone_core import (
     empty_linear,
     replace_with_identity,
 )
+from mixmo_fastai.models.conversion_checks import check_combined_output, check_core
+from mixmo_fastai.models.forward_record import (
+    Size,
+    candidate_sizes,
+    check_model,
+    example_parameter,
+    record_forward,
+)
 from mixmo_fastai.models.mixmo_model import MixMoModel
 from mixmo_fastai.models.probe import (
     OTHER_SIZES,
-    ForwardRecord,
-    LayerCall,
-    Size,
-    candidate_sizes,
     check_image_unchanged,
-    check_model,
-    example_parameter,
     find_first_convolution,
     find_last_linear,
     find_output_layer,
-    record_forward,
 )
-
-RELATIVE_TOLERANCE = 1e-4
-"""Largest difference attributed to rounding, as a fraction of the largest value."""
 
 
 def convert_to_mixmo(
@@ -197,11 +195,11 @@ def find_end_layers(
         last = find_last_linear(network, record, head)
         convolution, linear = network.get_submodule(first.name), network.get_submodule(last.name)
         core = BackboneCore(network, first.name, last.name)
-        _check_core(core, record, first, last)
+        check_core(core, record, first, last)
         encoders = _perturbed_copies(convolution, 2, 0.5, 0.0, None)
-        _check_combined_output(encoders, first, record.name, torch.sum)
+        check_combined_output(encoders, first, record.name, torch.sum)
         heads = _perturbed_copies(as_linear(linear), 2, 1.0, 0.0, None)
-        _check_combined_output(heads, last, record.name, torch.mean)
+        check_combined_output(heads, last, record.name, torch.mean)
     return EndLayers(first.name, last.name, output)
 
 
@@ -351,78 +349,3 @@ def _new_head(last: nn.Linear, num_classes: int, generator: torch.Generator | No
         values = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
         parameter.copy_(values)
     return head
-
-
-def _check_core(
-    core: BackboneCore, record: ForwardRecord, first: LayerCall, last: LayerCall
-) -> None:
-    """Check that the core reproduces the input of the last layer from the features alone.
-
-    The core is run on an image of NaN, which propagates to the output if a layer reads the image.
-    """
-    nan_image = torch.full_like(record.image[:1, :1, :1, :1], float("nan")).expand_as(record.image)
-    expected = last.input.flatten(1)
-    actual = _run_core(core, first.output, nan_image, record.name)
-    if not isinstance(actual, Tensor) or actual.shape != expected.shape:
-        raise InputError(
-            f"{record.name} cannot be converted: without its last layer, it does not return that "
-            "layer's input."
-        )
-    is_finite = bool(expected.isfinite().all())
-    if is_finite and not actual.isfinite().all():
-        raise _image_reused_error(record.name, first.name)
-    if is_finite and _relative_difference(actual, expected) > RELATIVE_TOLERANCE:
-        raise InputError(
-            f"{record.name} cannot be converted: it uses more than the output of {first.name!r}, "
-            "for example that\nconvolution's weights or attributes."
-        )
-    in_training = _run_core(
-        copy.deepcopy(core).train(), first.output, nan_image, record.name, " in training"
-    )
-    if not isinstance(in_training, Tensor) or in_training.shape != expected.shape:
-        raise InputError(
-            f"{record.name} returns {type(in_training).__name__} in training; expected logits "
-            "only.\nBuild it without auxiliary outputs, for example with aux_logits=False."
-        )
-    if is_finite and not in_training.isfinite().all():
-        raise _image_reused_error(record.name, first.name, " in training")
-
-
-def _run_core(
-    core: BackboneCore, features: Tensor, image: Tensor, model: str, when: str = ""
-) -> object:
-    try:
-        with torch.no_grad():
-            return core.run(features.clone(), image)
-    except Exception as error:  # user code may raise anything
-        raise InputError(
-            f"{model} cannot be run{when} without its first convolution and last layer: "
-            f"{summarize_error(error)}."
-        ) from error
-
-
-def _image_reused_error(model: str, convolution: str, when: str = "") -> InputError:
-    return InputError(
-        f"{model} passes the image{when} to more layers than its first convolution, "
-        f"{convolution!r}.\nThe first convolution must be the only layer that receives the image."
-    )
-
-
-@torch.no_grad()
-def _check_combined_output(
-    layers: list[nn.Module], call: LayerCall, model: str, reduce: Callable[..., Tensor]
-) -> None:
-    """Check that the members' layers, summed or averaged, reproduce the original layer's output."""
-    input = call.input if isinstance(layers[0], nn.Conv2d) else call.input.flatten(1)
-    actual = reduce(torch.stack([layer(input) for layer in layers]), dim=0)
-    expected = call.output.reshape(actual.shape)
-    if expected.isfinite().all() and _relative_difference(actual, expected) > RELATIVE_TOLERANCE:
-        raise InputError(
-            f"{model} cannot be converted: its layer {call.name!r} ({type(layers[0]).__name__}) is "
-            "not linear in its weights,\nfor example because it normalises them."
-        )
-
-
-def _relative_difference(actual: Tensor, expected: Tensor) -> float:
-    """Return the largest absolute difference divided by the largest expected absolute value."""
-    return float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-12))

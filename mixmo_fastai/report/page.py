@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mixmo_fastai import __version__
 from mixmo_fastai.config.methods import method_name, published_result
-from mixmo_fastai.config.recipe import to_toml
+from mixmo_fastai.config.schema import to_toml
 from mixmo_fastai.evaluation.results import (
     SPLIT_NAMES,
     final_metrics,

@@ -1,6 +1,10 @@
 """Run folders: what a training leaves on disk.
 
 folder       the run folder
+create       create run folders
+data_facts   facts about the training data
+environment  versions, device and code revision
+output       paths for output, checked before any work is done
 checkpoints  checkpoint folders, written atomically; the newest two are kept
 weights      tensors of a network in one file
 files        atomic writing of files

@@ -4,12 +4,13 @@ import json
 from pathlib import Path
 
 from mixmo_fastai.config.methods import run_label
-from mixmo_fastai.config.recipe import Recipe, to_toml
+from mixmo_fastai.config.recipe import Recipe
+from mixmo_fastai.config.schema import to_toml
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.runs.environment import describe_environment
 from mixmo_fastai.runs.files import flush_folder, make_folder, write_atomically, write_new
 from mixmo_fastai.runs.folder import RunFolder
-from mixmo_fastai.runs.output import _check_writable, _expanded
+from mixmo_fastai.runs.output import check_writable, expand_user
 
 
 def create_run(
@@ -46,21 +47,21 @@ def check_free(path: Path | None) -> None:
         InputError: the folder is not empty, or cannot be written to.
     """
     if path is None:
-        _check_writable(Path("runs"))
+        check_writable(Path("runs"))
         return
-    path = _expanded(path)
+    path = expand_user(path)
     if path.is_dir() and any(path.iterdir()):
         kind = "already a run" if (path / "recipe.toml").exists() else "not empty"
         raise InputError(
             f"The folder {str(path)!r} is {kind}. It was not changed.\n"
             "Choose another --out DIR, or continue a run with --resume RUN."
         )
-    _check_writable(path)
+    check_writable(path)
 
 
 def _claim(path: Path) -> Path:
     check_free(path)
-    path = _expanded(path)
+    path = expand_user(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     make_folder(path)
     return path

@@ -26,11 +26,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from mixmo_fastai.config.recipe import Recipe, load_recipe, to_toml
+from mixmo_fastai.config.load import load_recipe
+from mixmo_fastai.config.recipe import Recipe
+from mixmo_fastai.config.schema import to_toml
 from mixmo_fastai.errors import InputError, RunFailedError
 from mixmo_fastai.runs.data_facts import DataFacts
 from mixmo_fastai.runs.files import write_atomically
-from mixmo_fastai.runs.output import _expanded
+from mixmo_fastai.runs.output import expand_user
 
 
 class RunFolder:
@@ -276,7 +278,7 @@ def open_run(path: Path | str) -> RunFolder:
     Raises:
         InputError: the path is not a folder, or not a run folder.
     """
-    folder = _expanded(path)
+    folder = expand_user(path)
     if not os.path.isdir(folder) and (folder.parent / "recipe.toml").is_file():
         raise InputError(
             f"The run {str(folder.parent)!r} has no {folder.name!r}.\n"

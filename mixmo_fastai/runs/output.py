@@ -17,7 +17,7 @@ def free_file(path: Path | None, stem: str, suffix: str, flag: str = "--out") ->
         names = itertools.chain([stem], (f"{stem}-{n}" for n in itertools.count(2)))
         paths = (Path(f"{name}{suffix}") for name in names)
         return _writable_file(next(path for path in paths if not path.exists()))
-    path = _expanded(path)
+    path = expand_user(path)
     if os.path.lexists(path):
         raise InputError(f"{str(path)!r} exists and was not changed. Choose another {flag}.")
     if path.suffix.lower() != suffix:
@@ -41,7 +41,12 @@ def _writable_file(path: Path, flag: str = "--out") -> Path:
     return path
 
 
-def _expanded(path: Path | str) -> Path:
+def expand_user(path: Path | str) -> Path:
+    """Expand ~ in a path.
+
+    Raises:
+        InputError: a part of the path is too long for the name of a file.
+    """
     expanded = Path(os.path.expanduser(path))  # Path.expanduser raises for an unknown user
     if longest := next((part for part in expanded.parts if len(os.fsencode(part)) > 255), None):
         raise InputError(
@@ -50,7 +55,7 @@ def _expanded(path: Path | str) -> Path:
     return expanded
 
 
-def _check_writable(path: Path) -> None:
+def check_writable(path: Path) -> None:
     """Check that a folder exists or can be created, from its nearest existing parent."""
     existing = next(parent for parent in (path, *path.parents) if os.path.exists(parent))
     if existing.is_dir() and os.access(existing, os.W_OK):

@@ -4,4 +4,5 @@ devices       choice of the device, float32 precision, memory
 acceleration  precision, memory format, compilation, threads
 processes     distributed processes and their collective operations
 signals       graceful shutdown on Ctrl-C, SIGTERM and SIGHUP
+text          times and long names as text
 """

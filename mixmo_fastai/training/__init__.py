@@ -1,6 +1,7 @@
 """Train the network of a recipe in a run folder, and resume it.
 
-train            from a recipe to a finished run
+prepare          load the data, build the Learner, choose open settings
+train            train, evaluate, and write the run folder
 ensemble         the networks of a run, one after another
 schedule         one-cycle and published step schedules, as functions
 recording        callbacks that write history and checkpoints

@@ -17,10 +17,10 @@ from torch import nn
 from mixmo_fastai.config.defaults import MAX_CPU_SIDE, fill_defaults, open_settings
 from mixmo_fastai.config.recipe import Recipe, default_valid_split
 from mixmo_fastai.config.schema import to_mapping
+from mixmo_fastai.data.cuts import Augmentation
 from mixmo_fastai.data.dataloaders import BatchTooLargeError, make_dataloaders
 from mixmo_fastai.data.fingerprint import fingerprint
 from mixmo_fastai.data.image_sets import DataSource
-from mixmo_fastai.data.loaders import Augmentation
 from mixmo_fastai.data.run_data import read_source
 from mixmo_fastai.data.splits import training_parts
 from mixmo_fastai.errors import InputError

@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from fastai.callback.core import Callback
 
 import mixmo_fastai
-from mixmo_fastai.config.recipe import recipe_from_mapping
+from mixmo_fastai.config.load import recipe_from_mapping
 from mixmo_fastai.runs.checkpoints import CheckpointStore
 from mixmo_fastai.runs.create import create_run
 from mixmo_fastai.runs.folder import open_run

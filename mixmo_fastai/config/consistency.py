@@ -1,0 +1,130 @@
+"""Checks of a recipe whose settings are valid one by one, but do not fit together."""
+
+from mixmo_fastai.config.choices import (
+    COW_DEFAULTS,
+    MASK_OPTIONS,
+    READOUTS,
+    parse_architecture,
+    parse_optimizer,
+)
+from mixmo_fastai.config.recipe import Optimizer, Recipe
+from mixmo_fastai.errors import InputError, unknown_name_error
+
+
+def check_consistency(recipe: Recipe, source: str) -> None:
+    """Check that the settings are consistent with each other."""
+    _check_mixing(recipe, source)
+    _check_data_and_network(recipe, source)
+    _check_schedule(recipe, source)
+    _check_optimizer(recipe.optimizer, source)
+
+
+def _check_mixing(recipe: Recipe, source: str) -> None:
+    mix = recipe.mix
+    try:
+        if recipe.model.arch is not None:
+            parse_architecture(recipe.model.arch)
+    except InputError as error:
+        raise InputError(f"{source}: model.arch: {error}") from None
+    if mix.kind != "sum" and recipe.model.num_members < 2:
+        raise InputError(
+            f"{source}: mix.kind={mix.kind!r} needs model.num_members of 2 or more; got 1.\n"
+            "For one member, use mix.kind='sum' and mix.batch_repetitions=1."
+        )
+    allowed = MASK_OPTIONS.get(mix.kind, ())
+    if unknown_options := [name for name in mix.options if name not in allowed]:
+        options = f"Its options: {', '.join(allowed)}." if allowed else "It has no options."
+        raise InputError(
+            f"{source}: mix.{unknown_options[0]} is not an option of mix.kind={mix.kind!r}.\n"
+            f"{options}"
+        )
+    if mix.block_size is not None and mix.block_size % 2 == 0:
+        raise InputError(f"{source}: mix.block_size is {mix.block_size}; it must be odd.")
+    for low, high in (("sigma_min", "sigma_max"), ("area_min", "area_max")):
+        bounds = {**COW_DEFAULTS, **mix.options}
+        if bounds[low] > bounds[high]:
+            raise InputError(
+                f"{source}: mix.{low} is {bounds[low]:g} and mix.{high} is {bounds[high]:g}; "
+                f"mix.{low} must not exceed mix.{high}."
+            )
+
+
+def _check_data_and_network(recipe: Recipe, source: str) -> None:
+    if recipe.model.readout not in READOUTS:
+        raise InputError(
+            f"{source}: model.readout: "
+            f"{unknown_name_error('readout', recipe.model.readout, READOUTS)}"
+        )
+    mix, train = recipe.mix, recipe.train
+    if recipe.model.ghost_batch_size == 1:
+        raise InputError(
+            f"{source}: model.ghost_batch_size is 1; it must be 0, for the whole batch, or 2 or "
+            "more."
+        )
+    if recipe.data.augmix and recipe.data.loader == "resident":
+        raise InputError(
+            f"{source}: data.augmix processes single images and does not work with the resident "
+            "loader.\nUse data.loader='streaming' or 'auto'."
+        )
+    if train.select == "best" and recipe.data.valid_split == 0:
+        raise InputError(
+            f"{source}: train.select='best' selects the epoch on the validation split, but "
+            "data.valid_split=0 leaves no validation images.\n"
+            "Set data.valid_split, or use train.select='last'; the test set is only for the final "
+            "evaluation."
+        )
+    if train.batch_size % mix.batch_repetitions:
+        multiple = max(1, round(train.batch_size / mix.batch_repetitions)) * mix.batch_repetitions
+        raise InputError(
+            f"{source}: train.batch_size={train.batch_size} is not a multiple of "
+            f"mix.batch_repetitions={mix.batch_repetitions}.\nNearest: {multiple}."
+        )
+
+
+def _check_schedule(recipe: Recipe, source: str) -> None:
+    if len(recipe.schedule.momentums) != 3:
+        raise InputError(
+            f"{source}: schedule.momentums is {recipe.schedule.momentums}; "
+            "it must be three numbers: start, peak, end."
+        )
+    if list(recipe.schedule.milestones) != sorted(recipe.schedule.milestones):
+        raise InputError(
+            f"{source}: schedule.milestones is {recipe.schedule.milestones}; it must be sorted in "
+            "ascending order."
+        )
+
+
+def _check_optimizer(optimizer: Optimizer, source: str) -> None:
+    name, default = optimizer.name, Optimizer()
+    try:
+        parse_optimizer(name)
+    except InputError as error:
+        raise InputError(f"{source}: optimizer.name: {error}") from None
+    if name == "sgd":
+        if optimizer.options:
+            raise InputError(
+                f"{source}: optimizer.options is for optimizers other than sgd.\n"
+                "Use optimizer.momentum, optimizer.nesterov and optimizer.weight_decay."
+            )
+        if optimizer.nesterov and optimizer.momentum == 0:
+            raise InputError(
+                f"{source}: optimizer.nesterov=true needs optimizer.momentum above 0; got 0.\n"
+                "Increase optimizer.momentum, or use optimizer.nesterov=false."
+            )
+        return
+    if optimizer.lr is None:
+        raise InputError(
+            f"{source}: optimizer.name={name!r} needs optimizer.lr (--lr); the default learning "
+            "rate is for sgd.\n`mixmo lr-find` suggests one, given --set optimizer.lr=0.001."
+        )
+    if reserved := sorted({"lr", "params", "wd", "weight_decay"} & optimizer.options.keys()):
+        raise InputError(
+            f"{source}: optimizer.options.{reserved[0]} is not allowed.\n"
+            "Use optimizer.lr and optimizer.weight_decay."
+        )
+    for key in ("momentum", "nesterov"):
+        if getattr(optimizer, key) != getattr(default, key):
+            raise InputError(
+                f"{source}: optimizer.{key} is a setting of sgd; got optimizer.name={name!r}.\n"
+                f"Use optimizer.options.{key} if {name} has it."
+            )
