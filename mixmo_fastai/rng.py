@@ -19,6 +19,7 @@ Stream = Literal[
     "order",  # image order of an epoch
     "augment",  # crops and flips of a batch
     "augmix",  # AugMix operations, per image
+    "transform",  # other transforms of whole images, per image or per batch
     "pairing",  # which member sees which image
     "schedule",  # whether a batch is mixed by regions or linearly
     "lam",  # mixing ratios

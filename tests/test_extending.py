@@ -41,7 +41,7 @@ def test_changes_are_short(change):
 
 
 def test_there_is_a_change_of_each_kind():
-    assert len(CHANGES) == 5
+    assert len(CHANGES) == 6
     assert len(COMMANDS) >= 6
 
 

@@ -15,6 +15,7 @@ from mixmo_fastai.data.image_folder import read_image_folder
 from mixmo_fastai.data.loaders import ResidentLoader, StreamingLoader
 from mixmo_fastai.data.repeat import expand
 from mixmo_fastai.data.splits import limit_images, split_validation
+from mixmo_fastai.data.transforms import augmix
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.learner.build import mixmo_learner
 
@@ -80,7 +81,9 @@ class TestBothLoaders:
 class TestAugMix:
     @staticmethod
     def batches(seed=0, epoch=0, **kwargs):
-        dl = loader(StreamingLoader, augmentation=Augmentation(augmix=True), seed=seed, **kwargs)
+        dl = loader(
+            StreamingLoader, augmentation=Augmentation(transform=augmix()), seed=seed, **kwargs
+        )
         dl.set_epoch(epoch)
         return batches(dl)
 
@@ -107,13 +110,13 @@ class TestAugMix:
         assert torch.equal(torch.random.get_rng_state(), before)
 
     def test_training_alone_is_augmented_by_the_streaming_loader(self):
-        dls = mixmo_dls(augmentation=Augmentation(augmix=True))
+        dls = mixmo_dls(augmentation=Augmentation(transform=augmix()))
         kinds = [type(dl) for dl in dls.loaders]
         assert kinds == [StreamingLoader, ResidentLoader, ResidentLoader]
 
     def test_the_recipe_has_it(self):
         recipe = resolve_recipe("digits", None, {"model.num_members": 1}, ["data.augmix=true"])
-        assert recipe.data.augmix
+        assert recipe.data.transform == "augmix"
         with pytest.raises(InputError, match=r"data\.loader='streaming' or 'auto'"):
             resolve_recipe("digits", None, {}, ["data.augmix=true", "data.loader=resident"])
 

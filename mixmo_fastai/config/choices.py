@@ -46,6 +46,42 @@ READOUTS: dict[str, str | None] = {
 """Readouts by name: how the heads read the core's maps. Each value is a module and a class; None
 means the core's own pooling."""
 
+
+@dataclass(frozen=True)
+class TransformInfo:
+    """Properties of a transform of training images, known before it is imported.
+
+    Attributes:
+        target: module and function that builds it; None if only crop and flip are applied.
+        label: display name, added to the name of the method; "" for none.
+        crops: whether the padded random crop of `data.crop_padding` is also applied.
+        flips: whether the flips of `data.flip` are also applied.
+        is_per_image: whether it processes single images, which requires the streaming loader.
+    """
+
+    target: str | None
+    label: str = ""
+    crops: bool = True
+    flips: bool = True
+    is_per_image: bool = False
+
+
+_TRANSFORMS = "mixmo_fastai.data.transforms"
+TRANSFORMS = {
+    "none": TransformInfo(None, crops=False, flips=False),
+    "standard": TransformInfo(None),
+    "randaugment": TransformInfo(f"{_TRANSFORMS}:rand_augment", "RandAugment", is_per_image=True),
+    "trivialaugment": TransformInfo(
+        f"{_TRANSFORMS}:trivial_augment", "TrivialAugment", is_per_image=True
+    ),
+    "augmix": TransformInfo(f"{_TRANSFORMS}:augmix", "AugMix", is_per_image=True),
+    "random-resized-crop": TransformInfo(
+        f"{_TRANSFORMS}:random_resized_crop", "RandomResizedCrop", crops=False
+    ),
+    "aug-transforms": TransformInfo(f"{_TRANSFORMS}:aug_transforms", "aug_transforms", crops=False),
+}
+"""Transforms of training images by name."""
+
 OPTIMIZERS = {
     "sgd": "mixmo_fastai.learner.optimizers:sgd",
     "adamw": "mixmo_fastai.learner.optimizers:adamw",

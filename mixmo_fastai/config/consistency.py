@@ -4,6 +4,7 @@ from mixmo_fastai.config.choices import (
     COW_DEFAULTS,
     MASK_OPTIONS,
     READOUTS,
+    TRANSFORMS,
     parse_architecture,
     parse_optimizer,
 )
@@ -61,11 +62,7 @@ def _check_data_and_network(recipe: Recipe, source: str) -> None:
             f"{source}: model.ghost_batch_size is 1; it must be 0, for the whole batch, or 2 or "
             "more."
         )
-    if recipe.data.augmix and recipe.data.loader == "resident":
-        raise InputError(
-            f"{source}: data.augmix processes single images and does not work with the resident "
-            "loader.\nUse data.loader='streaming' or 'auto'."
-        )
+    _check_transform(recipe, source)
     if train.select == "best" and recipe.data.valid_split == 0:
         raise InputError(
             f"{source}: train.select='best' selects the epoch on the validation split, but "
@@ -79,6 +76,31 @@ def _check_data_and_network(recipe: Recipe, source: str) -> None:
             f"{source}: train.batch_size={train.batch_size} is not a multiple of "
             f"mix.batch_repetitions={mix.batch_repetitions}.\nNearest: {multiple}."
         )
+
+
+def _check_transform(recipe: Recipe, source: str) -> None:
+    data = recipe.data
+    info = TRANSFORMS[data.transform]
+    if info.is_per_image and data.loader == "resident":
+        raise InputError(
+            f"{source}: data.transform={data.transform!r} processes single images and does not "
+            "work with the resident loader.\nUse data.loader='streaming' or 'auto'."
+        )
+    if info.target is None and data.transform_options:
+        raise InputError(
+            f"{source}: data.transform={data.transform!r} has no options.\n"
+            "Remove data.transform_options, or choose another data.transform."
+        )
+    for key, is_applied, off in (
+        ("crop_padding", info.crops, "0"),
+        ("flip", info.flips, "false"),
+        ("alternating_flip", info.flips, "false"),
+    ):
+        if getattr(data, key) and not is_applied:
+            raise InputError(
+                f"{source}: data.{key} has no effect with data.transform={data.transform!r}.\n"
+                f"Set data.{key}={off}, or choose another data.transform."
+            )
 
 
 def _check_schedule(recipe: Recipe, source: str) -> None:

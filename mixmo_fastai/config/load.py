@@ -28,9 +28,23 @@ def recipe_from_mapping(values: Mapping[str, Any], source: str) -> Recipe:
     Raises:
         InputError: a key is unknown, a value is invalid, or values contradict each other.
     """
-    recipe: Recipe = build_settings(Recipe, values, source)
+    recipe: Recipe = build_settings(Recipe, with_present_names(values), source)
     check_consistency(recipe, source)
     return recipe
+
+
+def with_present_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Rename the settings of version 0.1.0 in nested values: data.augmix is now data.transform."""
+    values = dict(values)
+    data = values.get("data")
+    if isinstance(data, Mapping) and isinstance(data.get("augmix"), bool):
+        values["data"] = data = dict(data)
+        is_augmix = data.pop("augmix")
+        if is_augmix and data.get("transform", "standard") == "standard":
+            data["transform"] = "augmix"
+        elif not is_augmix and data.get("transform") == "augmix":
+            data["transform"] = "standard"
+    return values
 
 
 def override(recipe: Recipe, assignments: Iterable[str], source: str = "--set") -> Recipe:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from mixmo_fastai.config.choices import TRANSFORMS
 from mixmo_fastai.config.recipe import Recipe
 from mixmo_fastai.config.resolve import changed_settings
 
@@ -18,8 +19,8 @@ def method_name(recipe: Recipe) -> str:
         name = "Vanilla"
     if pixels := PIXEL_NAMES.get(recipe.mix.msda):
         name = f"{name} + {pixels}"
-    if recipe.data.augmix:
-        name = f"{name} + AugMix"
+    if label := TRANSFORMS[recipe.data.transform].label:
+        name = f"{name} + {label}"
     nets = recipe.model.num_nets
     return f"{name}, deep ensemble of {nets} networks" if nets > 1 else name
 

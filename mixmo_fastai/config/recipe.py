@@ -19,6 +19,7 @@ from mixmo_fastai.config.choices import (
     PRECISIONS,
     SCHEDULES,
     SELECTIONS,
+    TRANSFORMS,
 )
 from mixmo_fastai.config.schema import (
     choice_field,
@@ -61,8 +62,9 @@ class Data:
         flip: whether to flip images horizontally at random; if None, that of the data set.
         alternating_flip: whether to flip every second copy of an image in a batch instead of each
             copy at random.
-        augmix: whether to apply AugMix to each training image, once per batch; requires the
-            streaming loader.
+        transform: transform of the training images, one of `choices.TRANSFORMS`; "standard" is
+            crop and flip, "none" neither.
+        transform_options: keyword arguments of the transform.
         loader: "resident" (on the device), "streaming" (from worker processes), or "auto": resident
             if the data fits.
         num_workers: worker processes of the streaming loader.
@@ -77,7 +79,8 @@ class Data:
     crop_padding: int | None = number_field(None, 0, 64)
     flip: bool | None = None
     alternating_flip: bool = False
-    augmix: bool = False
+    transform: str = choice_field("standard", TRANSFORMS)
+    transform_options: dict[str, Any] = field(default_factory=dict)
     loader: str = choice_field("auto", LOADERS)
     num_workers: int = number_field(2, 0, 256)
 

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from mixmo_fastai.data.transforms import Transform
+
 
 @dataclass(frozen=True)
 class Augmentation:
@@ -16,13 +18,14 @@ class Augmentation:
         flip: whether images are mirrored with probability 1/2.
         alternating_flip: whether every second copy of an image in a batch is mirrored, instead of
             each copy at random.
-        augmix: whether AugMix is applied first; needs the streaming loader.
+        transform: further transform, from `transforms.build_transform`; an `ImageTransform` needs
+            the streaming loader.
     """
 
     crop_padding: int = 0
     flip: bool = False
     alternating_flip: bool = False
-    augmix: bool = False
+    transform: Transform | None = None
 
 
 Arrangement = Callable[[int, int], Tensor]

@@ -12,6 +12,7 @@ from mixmo_fastai.data.image_sets import DataSource, ImageSet
 from mixmo_fastai.data.loaders import BatchLoader, ResidentLoader, StreamingLoader
 from mixmo_fastai.data.loose_images import EVALUATION_BATCH
 from mixmo_fastai.data.splits import limit_images, training_parts
+from mixmo_fastai.data.transforms import ImageTransform
 from mixmo_fastai.errors import InputError
 
 HOST_BUDGET = 8 * 2**30
@@ -71,7 +72,16 @@ def make_dataloaders(
     augmentation = augmentation or Augmentation(source.crop_padding, source.flip)
     kind = _loader_kind(loader, (train, valid, source.test), device, augmentation)
     settings = _settings(source, seed=seed, device=device, num_workers=num_workers)
-    training = (StreamingLoader if augmentation.augmix else kind)(
+    if isinstance(augmentation.transform, ImageTransform):
+        if loader == "resident":
+            raise InputError(
+                "This transform processes single images, which requires the streaming loader.\n"
+                "Use loader='streaming' or 'auto'."
+            )
+        training_kind: type[BatchLoader] = StreamingLoader
+    else:
+        training_kind = kind
+    training = training_kind(
         train, bs=batch_size, shuffle=True, augmentation=augmentation, **settings
     )
     others = (kind(part, bs=EVALUATION_BATCH, **settings) for part in (valid, source.test))

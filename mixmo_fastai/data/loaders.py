@@ -30,9 +30,10 @@ from mixmo_fastai.data.augment import (
 from mixmo_fastai.data.cuts import STEPS_AT_ONCE, Arrangement, Augmentation, Cuts
 from mixmo_fastai.data.image_sets import ImageSet
 from mixmo_fastai.data.items import as_items
+from mixmo_fastai.data.transforms import BatchTransform, ImageTransform, SeededTransform
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.rng import derive_seed, make_generator
-from mixmo_fastai.runtime.processes import Processes
+from mixmo_fastai.rng import make_generator
+from mixmo_fastai.runtime.processes import Processes, process_group
 from mixmo_fastai.runtime.signals import leave_signals_to_parent, signals_blocked
 
 Reader = Callable[[Tensor, "Cuts"], Iterator[tuple[Tensor, Tensor]]]
@@ -158,8 +159,9 @@ class BatchLoader(TfmdDL):
             cuts = self._draw(group, copies, arrange, (epoch, steps * number))
             if number == first:
                 cuts = cuts.since(num_skipped)
-            for windows, labels in read(kept[number], cuts):
-                x = self.normalizer(windows)
+            first_in_group = steps * number + (num_skipped if number == first else 0)
+            for step, (windows, labels) in enumerate(read(kept[number], cuts), first_in_group):
+                x = self.normalizer(self._transformed(windows, epoch, step))
                 yield x.as_subclass(TensorImage), labels.as_subclass(TensorCategory)
         self.epoch = epoch + 1
 
@@ -214,6 +216,15 @@ class BatchLoader(TfmdDL):
             flips = draw_flips(math.prod(shape), **drawn).view(shape)
         return Cuts(slots % count, corners, flips[:steps].gather(1, slots))
 
+    def _transformed(self, windows: Tensor, epoch: int, step: int) -> Tensor:
+        """Apply the batch transform of the augmentation, if any, to windows (P, C, H, W) uint8."""
+        transform = self.augmentation.transform if self.augments else None
+        if not isinstance(transform, BatchTransform):
+            return windows
+        position, rank, device = (epoch, step), process_group().rank, windows.device
+        generator = make_generator(self.seed, "transform", *position, rank, device=device)
+        return transform.function(windows, generator)
+
     def _store(self, pixels: Tensor) -> StoredImages:
         """Store images (any, C, H, W) uint8 on the device in the layout needed for cropping."""
         augmentation = self.augmentation
@@ -261,10 +272,13 @@ class StreamingLoader(BatchLoader):
     def reader(self, groups: Sequence[Tensor]) -> Reader:
         """Start reading batch by batch, in worker processes if there are any."""
         pinned = self.device.type == "cuda"
-        augmix = SeededAugMix(self.seed, self.epoch) if self.augmentation.augmix else None
+        transform = self.augmentation.transform if self.augments else None
+        seeded = None
+        if isinstance(transform, ImageTransform):
+            seeded = transform.seeded(self.seed, self.epoch)
         chunks = [chunk for group in groups for chunk in group]
         loader = DataLoader(
-            _ChunkReader(self.images, chunks, augmix),
+            _ChunkReader(self.images, chunks, seeded),
             num_workers=self.workers,
             pin_memory=pinned,
             wif=leave_signals_to_parent,  # a signal that kills a worker would abort the step
@@ -346,9 +360,9 @@ class _ChunkReader:
     """A data set whose item i is the complete i-th batch, so that a worker sends one tensor."""
 
     def __init__(
-        self, images: ImageSet, chunks: Sequence[Tensor], augmix: "SeededAugMix | None"
+        self, images: ImageSet, chunks: Sequence[Tensor], transform: SeededTransform | None
     ) -> None:
-        self.images, self.chunks, self.augmix = images, chunks, augmix
+        self.images, self.chunks, self.transform = images, chunks, transform
 
     def __len__(self) -> int:
         return len(self.chunks)
@@ -363,23 +377,4 @@ class _ChunkReader:
 
     def _image(self, index: int) -> Tensor:
         pixels = self.images[index]
-        return pixels if self.augmix is None else self.augmix(pixels, index)
-
-
-class SeededAugMix:
-    """torchvision's AugMix with random draws that are a function of (seed, epoch, image).
-
-    torchvision draws from torch's global generator, whose state is restored afterwards.
-    Source: Hendrycks et al., "AugMix", ICLR 2020.
-    """
-
-    def __init__(self, seed: int, epoch: int) -> None:
-        from torchvision.transforms import AugMix  # importing takes 1.5 s, and few runs need it
-
-        self.seed, self.epoch, self.transform = seed, epoch, AugMix()
-
-    def __call__(self, pixels: Tensor, index: int) -> Tensor:
-        with torch.random.fork_rng(devices=[]):
-            seed = derive_seed(self.seed, "augmix", self.epoch, index)
-            torch.default_generator.manual_seed(seed)  # seeds the CPU generator only
-            return self.transform(pixels)
+        return pixels if self.transform is None else self.transform(pixels, index)

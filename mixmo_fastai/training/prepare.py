@@ -14,6 +14,7 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from torch import nn
 
+from mixmo_fastai.config.choices import TRANSFORMS
 from mixmo_fastai.config.defaults import MAX_CPU_SIDE, fill_defaults, open_settings
 from mixmo_fastai.config.recipe import Recipe, default_valid_split
 from mixmo_fastai.config.schema import to_mapping
@@ -23,6 +24,7 @@ from mixmo_fastai.data.fingerprint import fingerprint
 from mixmo_fastai.data.image_sets import DataSource
 from mixmo_fastai.data.run_data import read_source
 from mixmo_fastai.data.splits import training_parts
+from mixmo_fastai.data.transforms import build_transform
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.learner.build import learner_from_recipe
 from mixmo_fastai.runs.folder import RunFolder
@@ -198,13 +200,18 @@ def prepare_network(
 def _make_dataloaders(recipe: Recipe, source: DataSource, device: torch.device) -> DataLoaders:
     data = recipe.data
     try:
+        image_shape = source.train.image_shape
+        transform = build_transform(data.transform, data.transform_options, image_shape)
+    except InputError as error:
+        raise InputError(f"data.transform: {error}") from error
+    try:
         return make_dataloaders(
             source,
             batch_size=recipe.loader_batch_size,
             valid_split=data.valid_split,
             limit=data.limit,
             augmentation=Augmentation(
-                data.crop_padding, data.flip, data.alternating_flip, augmix=data.augmix
+                data.crop_padding, data.flip, data.alternating_flip, transform
             ),
             seed=recipe.train.seed,
             device=device,
@@ -252,8 +259,12 @@ def _with_test_split(recipe: Recipe, source: DataSource) -> Recipe:
 def _with_data_settings(recipe: Recipe, source: DataSource) -> Recipe:
     """Set the augmentation and the validation split that depend on the data."""
     data = recipe.data
-    padding = source.crop_padding if data.crop_padding is None else data.crop_padding
-    flip = source.flip if data.flip is None else data.flip
+    applied = TRANSFORMS[data.transform]
+    padding, flip = data.crop_padding, data.flip
+    if padding is None:
+        padding = source.crop_padding if applied.crops else 0
+    if flip is None:
+        flip = source.flip and applied.flips
     valid_split = data.valid_split
     if valid_split is None and source.valid is None:
         valid_split = default_valid_split(len(source.train))

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mixmo_fastai.callbacks.ema import EMACallback
+from mixmo_fastai.config.load import with_present_names
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.models.mixmo_model import unwrap
 from mixmo_fastai.runs.checkpoints import CheckpointStore, Saved
@@ -340,6 +341,8 @@ def _with_defaults(values: Mapping[str, Any]) -> Any:
     """Add the settings that did not exist when a recipe was saved, with their defaults."""
     plain = json.loads(json.dumps(dict(values)))
     recipe = plain.get("recipe")
+    if isinstance(recipe, dict):
+        recipe = plain["recipe"] = with_present_names(recipe)
     for section, name, default in _ADDED:
         if isinstance(recipe, dict) and isinstance(part := recipe.get(section), dict):
             part.setdefault(name, default)
@@ -351,6 +354,7 @@ _ADDED = (
     ("data", "skip_damaged", False),
     ("model", "readout", "core"),
     ("optimizer", "name", "sgd"),
+    ("data", "transform", "standard"),
 )
 """Settings that recipes of older checkpoints lack, with the values used at that time."""
 
