@@ -56,7 +56,7 @@ def _generator(*args, device=None, **kwargs):
 @contextmanager
 def learner_on_gpu(monkeypatch, num_steps, **settings):
     """A Learner whose network and data lie on the GPU, with epochs of so many steps."""
-    for module in ("callback", "data.loaders"):
+    for module in ("callbacks.draws", "data.loaders"):
         monkeypatch.setattr(f"mixmo_fastai.{module}.make_generator", _generator)
     monkeypatch.setattr("mixmo_fastai.models.create.initialize", lambda *_: None)
     monkeypatch.setattr(torch.Tensor, "as_subclass", lambda self, kind: self)
