@@ -10,13 +10,11 @@ from mixmo_fastai.config.resolve import changed_settings
 from mixmo_fastai.config.schema import to_mapping
 from mixmo_fastai.evaluation.results import SPLIT_NAMES, final_metrics, temperature_warning
 from mixmo_fastai.metrics.table import (
+    LISTED_METRICS,
+    MAIN_METRICS,
     METRICS,
-    MULTI_MEMBER_METRICS,
-    decimal,
     percent,
-    points,
     round_percent,
-    signed_decimal,
 )
 from mixmo_fastai.runtime.text import duration
 
@@ -231,15 +229,14 @@ def comparison_lines(compared: Sequence[Any]) -> list[str]:
 
 
 def _comparison_table(compared: Sequence[Any]) -> list[tuple[str, ...]]:
-    table = [("run", "accuracy", "NLL", "ECE", "parameters", "images seen", "time")]
+    labels = (metric.label for metric in MAIN_METRICS)
+    table = [("run", *labels, "parameters", "images seen", "time")]
     for each in compared:
-        metrics, seen = each.metrics, each.images_seen
+        seen = each.images_seen
         table.append(
             (
                 str(each.run.path),
-                percent(metrics["accuracy"]),
-                decimal(metrics["nll"]),
-                percent(metrics["ece"]),
+                *(metric.format.value(each.metrics[metric.name]) for metric in MAIN_METRICS),
                 f"{each.parameters:,}",
                 "-" if seen is None else f"{seen:,}",
                 "-" if each.seconds is None else duration(each.seconds),
@@ -250,20 +247,15 @@ def _comparison_table(compared: Sequence[Any]) -> list[tuple[str, ...]]:
 
 def _difference_lines(compared: Any, first: Any) -> list[str]:
     lines = []
-    for name, label, in_points in (
-        ("accuracy", "accuracy", 1),
-        ("nll", "NLL", 0),
-        ("ece", "ECE", 1),
-    ):
-        difference = compared.metrics[name] - first.metrics[name]
-        low, high = compared.differences[name]
-        if in_points:
-            text = f"{points(difference):>15}  ({100 * low:+.2f} to {100 * high:+.2f})"
-        else:
-            ends = f"{signed_decimal(low)} to {signed_decimal(high)}"
-            text = f"{signed_decimal(difference):>8}         ({ends})"
-        note = "" if low <= difference <= high else "; resampling increases ECE"
-        lines.append(f"    {label:<8}  {text}{note}")
+    width = max(len(metric.label) for metric in MAIN_METRICS)
+    for metric in MAIN_METRICS:
+        difference = compared.metrics[metric.name] - first.metrics[metric.name]
+        low, high = compared.differences[metric.name]
+        number, _, unit = metric.format.difference(difference).partition(" ")
+        ends = (metric.format.difference(end).partition(" ")[0] for end in (low, high))
+        text = f"{number:>8} {unit:<6}  ({' to '.join(ends)})"
+        note = "" if low <= difference <= high else f"; resampling increases {metric.label}"
+        lines.append(f"    {metric.label:<{width}}  {text}{note}")
     return lines
 
 
@@ -278,17 +270,17 @@ def ensemble_lines(names: list[str], metrics: Mapping[str, Any]) -> list[str]:
 
 def _metric_rows(metrics: Mapping[str, Any], num_members: int) -> list[tuple[str, str]]:
     split, test = final_metrics(metrics)
-    hidden = _MANY_CLASS_METRICS + (MULTI_MEMBER_METRICS if num_members == 1 else ())
     rows = []
-    for name, label, format_value, _ in METRICS[1:]:  # the caller adds the row of the accuracy
-        if name in test:
-            rows.append((label, format_value(test[name])))
-        elif name in test.get("absent", {}) and name not in hidden:
-            rows.append((label, f"undefined: {test['absent'][name]}"))
+    for metric in LISTED_METRICS[1:]:  # the caller adds the row of the accuracy
+        is_hidden = metric.min_classes > 2 or (metric.compares_members and num_members == 1)
+        if metric.name in test:
+            rows.append((metric.title, metric.format.value(test[metric.name])))
+        elif metric.name in test.get("absent", {}) and not is_hidden:
+            rows.append((metric.title, f"undefined: {test['absent'][metric.name]}"))
     rows += _interval_rows(metrics)
     absent = metrics.get("absent", {})
     if averaged := metrics.get(f"{split}_mean_probabilities"):
-        text = ", ".join(f"{label} {show(averaged[name])}" for name, label, show in _MAIN_METRICS)
+        text = _main_values(averaged)
         rows.append(("Mean probabilities", f"{text} (instead of the mean of the logits)"))
     for name, label, origin in _CALIBRATIONS:
         if name in absent:
@@ -305,19 +297,23 @@ def _corruption_lines(corruptions: Mapping[str, Any] | None, split: str) -> list
     if corruptions is None:
         return []
     types = corruptions["types"]
+    computed = [metric for metric in METRICS if metric.corrupted_name]
     lines = [
         f"Corrupted {split} images ({corruptions['source']}), mean of {len(types)} types of 5 "
         "severities",
-        f"cA {percent(corruptions['cA'])}, cNLL {decimal(corruptions['cNLL'])}, "
-        f"cECE {percent(corruptions['cECE'])}",
+        ", ".join(
+            f"{metric.corrupted_name} {metric.format.value(corruptions[metric.corrupted_name])}"
+            for metric in computed
+        ),
         "",
     ]
-    table = [("", "accuracy", "NLL", "ECE", "accuracy in %, severity 1 to 5")]
+    labels = (metric.label for metric in computed)
+    table = [("", *labels, "accuracy in %, severity 1 to 5")]
     for kind, values in types.items():
         by_severity = "  ".join(f"{100 * value:5.2f}" for value in values["severities"]["accuracy"])
-        texts = percent(values["accuracy"]), decimal(values["nll"]), percent(values["ece"])
+        texts = (metric.format.value(values[metric.name]) for metric in computed)
         table.append((kind, *texts, by_severity))
-    return [*lines, *columns(table, left=(0, 4)), ""]
+    return [*lines, *columns(table, left=(0, 1 + len(computed))), ""]
 
 
 def _ood_lines(ood: Mapping[str, Any]) -> list[str]:
@@ -341,9 +337,9 @@ def _interval_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     if "intervals" not in metrics:
         return []
     parts = [
-        f"{label} {show(low)} to {show(high)}"
-        for (name, label, show) in _MAIN_METRICS
-        for low, high in [metrics["intervals"][name]]
+        f"{metric.label} {metric.format.value(low)} to {metric.format.value(high)}"
+        for metric in MAIN_METRICS
+        for low, high in [metrics["intervals"][metric.name]]
     ]
     return [("95 % CI", f"{', '.join(parts)} (bootstrap)")]
 
@@ -352,23 +348,22 @@ def _calibrated_text(values: Mapping[str, Any], origin: str) -> str:
     temperatures = values.get("temperatures", [values.get("temperature")])
     shown = " and ".join(f"{t:.3f}" for t in temperatures)
     plural = "s" * (len(temperatures) > 1)
-    text = f"NLL {decimal(values['nll'])}, ECE {percent(values['ece'])}"
-    return f"{text} at temperature{plural} {shown}, {origin}"
+    return f"{_main_values(values)} at temperature{plural} {shown}, {origin}"
+
+
+def _main_values(values: Mapping[str, Any]) -> str:
+    """Format those of the main metrics that are among the values, in one line."""
+    present = [metric for metric in MAIN_METRICS if metric.name in values]
+    return ", ".join(f"{each.label} {each.format.value(values[each.name])}" for each in present)
 
 
 _INCOMPLETE = ("Missing", "Skipped", "Left out", "Changed")
 _ENSEMBLE = " (ensemble, mean of the logits)"
-_MANY_CLASS_METRICS = ("top5",)
 _UNCERTAINTIES = {
     "confidence": "1 - confidence",
     "entropy": "entropy",
     "mutual_information": "mutual information",
 }
-_MAIN_METRICS = (
-    ("accuracy", "accuracy", percent),
-    ("nll", "NLL", decimal),
-    ("ece", "ECE", percent),
-)
 _CALIBRATIONS = (
     ("calibrated", "Calibrated", "fitted on the validation split"),
     ("cross_fitted", "Cross-fitted", "each fitted on the other half of these images, as published"),

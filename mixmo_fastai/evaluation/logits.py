@@ -4,7 +4,7 @@ Shapes: N samples, M members, K classes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NoReturn
 
 import torch
@@ -14,37 +14,25 @@ from mixmo_fastai.errors import InputError, unknown_name_error
 from mixmo_fastai.metrics.bootstrap import intervals
 from mixmo_fastai.metrics.calibration import (
     TEMPERATURE_BOUNDS,
-    brier,
     check_logits,
-    expected_calibration_error,
     fit_temperature,
-    nll,
     temperature_error,
-    thresholded_adaptive_calibration_error,
     top_predictions,
 )
-from mixmo_fastai.metrics.diversity import (
-    disagreement,
-    mean_probability_logits,
-    member_accuracies,
-    mutual_information,
-    ratio_error,
-)
-from mixmo_fastai.metrics.selective import aurc, failure_auroc, risk_at_coverage
+from mixmo_fastai.metrics.diversity import mean_probability_logits
+from mixmo_fastai.metrics.table import METRICS
 from mixmo_fastai.rng import make_generator
 from mixmo_fastai.runtime.devices import float32_precision
 from mixmo_fastai.runtime.processes import all_gather, process_group
 
 MIN_IMAGES_FOR_TEMPERATURE = 50
 """Smallest number of images on which a temperature is fitted."""
-COVERAGES = (80, 90, 95)
-"""Percentages of the most confident predictions among which the error rate is reported."""
 AVERAGES: dict[str, Callable[[Tensor], Tensor]] = {
     "logits": lambda member_logits: member_logits.mean(dim=1),
     "probabilities": mean_probability_logits,
 }
 """How member logits (N, M, K) are averaged into ensemble logits (N, K); the first as published."""
-_MEMBER_METRICS = ("member_accuracy", "ratio_error", "disagreement", "mutual_information")
+_MEMBER_METRICS = {metric.name for metric in METRICS if "member_logits" in metric.arguments}
 LabelledLogits = tuple[Tensor, Tensor] | None
 """Member logits (N, M, K) and labels (N,); None if there are no images."""
 
@@ -232,8 +220,8 @@ def _check_temperature(temperature: float, image: str, split: str) -> None:
 
 
 def _calibration_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    functions = {"nll": nll, "brier": brier, "ece": expected_calibration_error}
-    return {name: function(logits, labels).item() for name, function in functions.items()}
+    inputs = MetricInputs(logits, labels)
+    return {metric.name: metric.compute(inputs) for metric in METRICS if metric.after_scaling}
 
 
 def _average_probabilities(member_logits: Tensor, labels: Tensor) -> dict[str, Any]:
@@ -279,47 +267,47 @@ def evaluate_logits(
     labels = torch.as_tensor(labels, device="cpu")
     check_logits(member_logits, labels, axes="(N, M, K)", name="member_logits")
     ensemble_logits = AVERAGES[average](member_logits)
-    return _compute_defined(_metric_functions(member_logits, labels, ensemble_logits))
+    inputs = MetricInputs(ensemble_logits, labels, member_logits)
+    temperature = fit_temperature(ensemble_logits, labels)
+    scaled = MetricInputs(ensemble_logits / temperature, labels)
+    return _compute_defined(
+        {
+            **{metric.name: partial(metric.compute, inputs) for metric in METRICS},
+            "temperature": lambda: temperature,
+            **{
+                f"{metric.name}_calibrated": partial(metric.compute, scaled)
+                for metric in METRICS
+                if metric.at_optimum
+            },
+        }
+    )
 
 
-def _metric_functions(
-    member_logits: Tensor, labels: Tensor, logits: Tensor
-) -> dict[str, Callable[[], Any]]:
-    """Return a function that computes each metric, by name.
+class MetricInputs:
+    """The arguments of metrics, by the names in `metric_table.INPUTS`.
 
     Args:
-        member_logits: (N, M, K).
-        labels: (N,).
         logits: of the ensemble, (N, K).
+        labels: (N,).
+        member_logits: (N, M, K); None for metrics of the ensemble alone.
     """
-    confidence, correct = top_predictions(logits, labels)
-    temperature = fit_temperature(logits, labels)
-    calibrated = logits / temperature
-    return {
-        "accuracy": lambda: correct.double().mean().item(),
-        "top5": lambda: _top5(logits, labels).item(),
-        "nll": lambda: nll(logits, labels).item(),
-        "brier": lambda: brier(logits, labels).item(),
-        "ece": lambda: expected_calibration_error(logits, labels).item(),
-        "tace": lambda: thresholded_adaptive_calibration_error(logits, labels).item(),
-        "failure_auroc": lambda: failure_auroc(confidence, correct).item(),
-        "aurc": lambda: aurc(confidence, correct).item(),
-        **{
-            f"risk_at_{coverage}": partial(_risk_at, confidence, correct, coverage / 100)
-            for coverage in COVERAGES
-        },
-        "member_accuracy": lambda: member_accuracies(member_logits, labels).tolist(),
-        "ratio_error": lambda: ratio_error(member_logits, labels).item(),
-        "disagreement": lambda: disagreement(member_logits).item(),
-        "mutual_information": lambda: mutual_information(member_logits).item(),
-        "temperature": lambda: temperature,
-        "nll_calibrated": lambda: nll(calibrated, labels).item(),
-        "ece_calibrated": lambda: expected_calibration_error(calibrated, labels).item(),
-    }
 
+    def __init__(self, logits: Tensor, labels: Tensor, member_logits: Tensor | None = None) -> None:
+        self.logits, self.labels, self.member_logits = logits, labels, member_logits
 
-def _risk_at(confidence: Tensor, correct: Tensor, coverage: float) -> float:
-    return risk_at_coverage(confidence, correct, coverage).item()
+    @cached_property
+    def _top_predictions(self) -> tuple[Tensor, Tensor]:
+        return top_predictions(self.logits, self.labels)
+
+    @property
+    def confidence(self) -> Tensor:
+        """Largest probability of each sample, (N,)."""
+        return self._top_predictions[0]
+
+    @property
+    def correct(self) -> Tensor:
+        """Whether each prediction is correct, (N,)."""
+        return self._top_predictions[1]
 
 
 def _compute_defined(functions: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
@@ -332,14 +320,3 @@ def _compute_defined(functions: Mapping[str, Callable[[], Any]]) -> dict[str, An
         except InputError as error:
             absent[name] = str(error)
     return {**values, "absent": absent} if absent else values
-
-
-def _top5(logits: Tensor, labels: Tensor) -> Tensor:
-    """Compute top-5 accuracy; of tied classes, those with a smaller index rank first."""
-    num_classes = logits.shape[1]
-    if num_classes <= 5:
-        raise InputError(f"top5 is always 1 with five classes or fewer; got {num_classes}.")
-    true_logits = logits.gather(1, labels.long()[:, None])  # (N, 1)
-    is_earlier = torch.arange(num_classes) < labels[:, None]
-    is_ahead = (logits > true_logits) | ((logits == true_logits) & is_earlier)  # (N, K)
-    return (is_ahead.sum(dim=1) < 5).double().mean()

@@ -29,9 +29,14 @@ from mixmo_fastai.data.run_data import data_parts, read_source
 from mixmo_fastai.data.sources import load_source
 from mixmo_fastai.data.splits import training_parts
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.evaluation.logits import LabelledLogits, collect_member_logits, evaluate_splits
-from mixmo_fastai.metrics.calibration import expected_calibration_error, nll, top_predictions
+from mixmo_fastai.evaluation.logits import (
+    LabelledLogits,
+    MetricInputs,
+    collect_member_logits,
+    evaluate_splits,
+)
 from mixmo_fastai.metrics.ood import detection_metrics
+from mixmo_fastai.metrics.table import METRICS
 from mixmo_fastai.models import MixMoModel, build_model
 from mixmo_fastai.runs.checkpoints import CheckpointStore
 from mixmo_fastai.runs.folder import RunFolder, check_same_left_out, check_several
@@ -114,6 +119,7 @@ def evaluate_corruptions(finished: "FinishedRun", corruptions: str) -> dict[str,
         if corruptions == BUILT_IN_NAME
         else read_official(Path(corruptions).expanduser())
     )
+    computed = [metric for metric in METRICS if metric.corrupted_name]
     by_kind: dict[str, dict[str, list[float]]] = {}
     for corrupted in corrupted_sets:
         labels = corrupted.labels
@@ -123,19 +129,17 @@ def evaluate_corruptions(finished: "FinishedRun", corruptions: str) -> dict[str,
                 f"{len(finished.source.classes)} classes."
             )
         logits = finished.logits([finished.loader(corrupted.pixels)])[0][0].double().mean(dim=1)
-        values = {
-            "accuracy": top_predictions(logits, labels)[1].double().mean().item(),
-            "nll": nll(logits, labels).item(),
-            "ece": expected_calibration_error(logits, labels).item(),
-        }
-        for name, value in values.items():
-            by_kind.setdefault(corrupted.kind, {}).setdefault(name, []).append(value)
+        inputs, values = MetricInputs(logits, labels), by_kind.setdefault(corrupted.kind, {})
+        for metric in computed:
+            values.setdefault(metric.name, []).append(metric.compute(inputs))
     types = {
         kind: {**{name: mean(each) for name, each in by_name.items()}, "severities": by_name}
         for kind, by_name in by_kind.items()
     }
-    names = {"cA": "accuracy", "cNLL": "nll", "cECE": "ece"}
-    overall = {short: mean(t[name] for t in types.values()) for short, name in names.items()}
+    overall = {
+        metric.corrupted_name: mean(values[metric.name] for values in types.values())
+        for metric in computed
+    }
     return {"source": corruptions, **overall, "types": types}
 
 

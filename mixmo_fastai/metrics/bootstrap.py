@@ -11,11 +11,11 @@ so that the metrics of all resamples are computed by matrix products.
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.metrics.calibration import NUM_BINS, bin_indices, check_logits, top_predictions
+from mixmo_fastai.metrics.calibration import check_logits
+from mixmo_fastai.metrics.table import MAIN_METRICS
 from mixmo_fastai.rng import make_generator
 
 NUM_RESAMPLES = 1000
@@ -45,7 +45,7 @@ def intervals(
     level: float = LEVEL,
     seed: int = 0,
 ) -> dict[str, Interval]:
-    """Compute percentile intervals of accuracy, NLL and ECE.
+    """Compute percentile intervals of accuracy, NLL and ECE, which are `metric_table.MAIN_METRICS`.
 
     Args:
         logits: (N, K).
@@ -111,16 +111,10 @@ def draw_counts(num_samples: int, num_resamples: int, *, generator: torch.Genera
 
 
 def _sample_terms(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Compute each sample's term in each metric: accuracy (N,), nll (N,), ece (N, Q)."""
+    """Compute each sample's terms in each metric by name: (N,) or, for Q bins, (N, Q)."""
     check_logits(logits, labels)
     logits, labels = logits.detach().cpu().double(), labels.detach().cpu()
-    confidence, correct = top_predictions(logits, labels)
-    in_bin = F.one_hot(bin_indices(confidence, NUM_BINS), NUM_BINS)
-    return {
-        "accuracy": correct.double(),
-        "nll": F.cross_entropy(logits, labels.long(), reduction="none"),
-        "ece": (correct.double() - confidence)[:, None] * in_bin,
-    }
+    return {metric.name: metric.compute_terms(logits, labels) for metric in MAIN_METRICS}
 
 
 def _resample(terms: Mapping[str, Tensor], num_resamples: int, seed: int) -> dict[str, Tensor]:
@@ -132,8 +126,12 @@ def _resample(terms: Mapping[str, Tensor], num_resamples: int, seed: int) -> dic
     for start in range(0, num_resamples, _RESAMPLES_AT_ONCE):
         size = min(_RESAMPLES_AT_ONCE, num_resamples - start)
         sums.append(draw_counts(len(columns), size, generator=generator) @ columns)
-    accuracy, nll, *bins = (torch.cat(sums).double() / len(columns)).unbind(dim=1)
-    return {"accuracy": accuracy, "nll": nll, "ece": torch.stack(bins, dim=1).abs().sum(dim=1)}
+    means = torch.cat(sums).double() / len(columns)  # (R, columns of all terms)
+    parts = means.split([term[0].numel() for term in terms.values()], dim=1)
+    return {
+        name: part[:, 0] if term.ndim == 1 else part.abs().sum(dim=1)
+        for (name, term), part in zip(terms.items(), parts, strict=True)
+    }
 
 
 def _interval(values: Tensor, level: float) -> Interval:

@@ -41,6 +41,14 @@ def nll(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.double(), labels.long())
 
 
+def nll_terms(logits: Tensor, labels: Tensor) -> Tensor:
+    """Compute the negative log-likelihood of each sample: (N,) in float64.
+
+    The arguments are not checked, so that the device is not synchronised.
+    """
+    return F.cross_entropy(logits.double(), labels.long(), reduction="none")
+
+
 def brier(logits: Tensor, labels: Tensor) -> Tensor:
     """Compute the Brier score: mean over n of Σ_k (p_nk - [k = y_n])², in [0, 2].
 
@@ -58,8 +66,17 @@ def brier(logits: Tensor, labels: Tensor) -> Tensor:
         InputError: wrong shapes, labels out of range or logits that are not finite.
     """
     check_logits(logits, labels)
-    errors = _probabilities(logits) - F.one_hot(labels.long(), logits.shape[1])  # (N, K)
-    return errors.square().sum(dim=1).mean()
+    return brier_terms(logits, labels).mean()
+
+
+def brier_terms(logits: Tensor, labels: Tensor) -> Tensor:
+    """Compute the Brier score of each sample: (N,) in float64.
+
+    The arguments are not checked, so that the device is not synchronised.
+    """
+    probabilities = _probabilities(logits)
+    is_true_class = torch.zeros_like(probabilities).scatter_(1, labels.long()[:, None], 1.0)
+    return (probabilities - is_true_class).square().sum(dim=1)
 
 
 def top_predictions(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,6 +167,26 @@ def expected_calibration_error(logits: Tensor, labels: Tensor, num_bins: int = N
         InputError: as for `nll`, or `num_bins` is below one.
     """
     return reliability_bins(logits, labels, num_bins).expected_calibration_error
+
+
+def ece_terms(logits: Tensor, labels: Tensor, num_bins: int = NUM_BINS) -> Tensor:
+    """Compute correctness - confidence of each sample in the column of its bin, zero elsewhere.
+
+    The sum over bins of the absolute values of the means over samples is the ECE. The arguments are
+    not checked, so that the device is not synchronised.
+
+    Args:
+        logits: (N, K).
+        labels: (N,).
+        num_bins: Q, of equal width.
+
+    Returns:
+        (N, Q) in float64.
+    """
+    confidence = _probabilities(logits).amax(dim=1)
+    gap = (logits.argmax(dim=1) == labels).double() - confidence
+    bins = torch.arange(num_bins, device=logits.device)
+    return gap[:, None] * (bin_indices(confidence, num_bins)[:, None] == bins)
 
 
 def thresholded_adaptive_calibration_error(

@@ -1,7 +1,18 @@
-"""Display names and formats of metrics."""
+"""The table of metrics: how each metric of an ensemble is computed, formatted and compared.
 
-from collections.abc import Callable
-from typing import NamedTuple
+`evaluation.evaluate_logits`, the bootstrap, the command line and the report iterate over `METRICS`,
+so a new metric is one function and one row. Functions are imported when they are called, so that
+reading the table needs the standard library only.
+
+Shapes: N samples, M members, K classes, Q bins.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pkgutil import resolve_name
+from typing import Any, NamedTuple
+
+from mixmo_fastai.errors import InputError
 
 
 def percent(value: float) -> str:
@@ -34,48 +45,250 @@ def nats(value: float) -> str:
     return f"{value:.4f} nats"
 
 
-class MetricFormat(NamedTuple):
-    """Display name and format of a metric of `evaluation.evaluate_logits`.
+def signed_nats(value: float) -> str:
+    """Format a difference of two amounts of information in nats."""
+    return f"{value:+.4f} nats"
+
+
+class NumberFormat(NamedTuple):
+    """How the values of a metric, and the differences of two values, are formatted.
+
+    Attributes:
+        value: formats a value.
+        difference: formats a difference, with its sign; a unit follows after a space.
+    """
+
+    value: Callable[[float], str]
+    difference: Callable[[float], str]
+
+
+PERCENT = NumberFormat(percent, points)
+DECIMAL = NumberFormat(decimal, signed_decimal)
+NATS = NumberFormat(nats, signed_nats)
+
+COVERAGES = (80, 90, 95)
+"""Percentages of the most confident predictions among which the error rate is reported."""
+ENSEMBLE_INPUTS = ("logits", "labels", "confidence", "correct")
+INPUTS = ("member_logits", *ENSEMBLE_INPUTS)
+"""What a metric may be computed from: member logits (N, M, K); the ensemble's logits (N, K); labels
+(N,); the confidence (N,) and correctness (N,) of the ensemble's predictions."""
+
+
+@dataclass(frozen=True)
+class MetricSpec:
+    """A metric: one row of the table.
 
     Attributes:
         name: key of the metric in the result of `evaluate_logits`.
-        label: short display name.
-        format_value: formats a value.
+        label: display name within a line; `title` begins with a capital letter.
         definition: short definition.
+        format: format of its values.
+        function: module and function that computes it, as "module:function". The function receives
+            the arguments in float64 and returns a scalar tensor. It raises an `InputError` if the
+            metric is undefined for these arguments.
+        arguments: names of the function's positional arguments, from `INPUTS`.
+        options: further arguments of the function, by keyword.
+        terms: for a metric with bootstrap intervals, the function of its terms, as
+            "module:function": of logits (N, K) in float64 and labels (N,), which are already
+            checked. It returns terms (N,), the mean of which is the metric, or (N, Q), for which
+            the metric is the sum over Q of the absolute values of their means.
+        is_per_member: the function returns one value per member, (M,). Such a metric is a list in
+            JSON and is not in printed tables.
+        compares_members: the metric is undefined for one member.
+        min_classes: smallest number of classes for which the metric is defined. If it is above 2,
+            printed lines do not report that the metric is undefined.
+        after_scaling: the metric is also computed after temperature scaling, in "calibrated" and
+            "cross_fitted" of `evaluation.evaluate_splits`.
+        at_optimum: the metric is also computed at the temperature that is optimal for the evaluated
+            images themselves, as NAME_calibrated.
+        corrupted_name: name of its mean over corrupted images; "" if it is not computed on them.
+
+    Raises:
+        InputError: an argument is not one of `INPUTS`, or a metric that is computed from the
+            ensemble's logits alone has the argument `member_logits`.
     """
 
     name: str
     label: str
-    format_value: Callable[[float], str]
     definition: str
+    format: NumberFormat
+    function: str
+    arguments: tuple[str, ...] = ("logits", "labels")
+    options: Mapping[str, float] = field(default_factory=dict)
+    terms: str = ""
+    is_per_member: bool = False
+    compares_members: bool = False
+    min_classes: int = 2
+    after_scaling: bool = False
+    at_optimum: bool = False
+    corrupted_name: str = ""
+
+    def __post_init__(self) -> None:
+        needs_ensemble_alone = (
+            self.terms or self.after_scaling or self.at_optimum or self.corrupted_name
+        )
+        allowed = ENSEMBLE_INPUTS if needs_ensemble_alone else INPUTS
+        for argument in self.arguments:
+            if argument not in allowed:
+                raise InputError(
+                    f"arguments of the metric {self.name!r} must be among {', '.join(allowed)}; "
+                    f"got {argument!r}."
+                )
+
+    @property
+    def title(self) -> str:
+        """Display name at the start of a line."""
+        return self.label[:1].upper() + self.label[1:]
+
+    def compute(self, inputs: Any) -> Any:
+        """Compute the metric.
+
+        Args:
+            inputs: an object with attributes named as in `INPUTS`.
+
+        Returns:
+            A float, or a list of M floats if `is_per_member`.
+
+        Raises:
+            InputError: the metric is undefined.
+        """
+        if self.compares_members and (num_members := inputs.member_logits.shape[1]) < 2:
+            raise InputError(
+                f"{self.name} compares members and needs at least two; got {num_members}."
+            )
+        arguments = (getattr(inputs, name) for name in self.arguments)
+        return resolve_name(self.function)(*arguments, **self.options).tolist()
+
+    def compute_terms(self, logits: Any, labels: Any) -> Any:
+        """Compute the terms of samples for the bootstrap; see `terms`."""
+        return resolve_name(self.terms)(logits, labels)
 
 
 METRICS = (
-    MetricFormat(
-        "accuracy", "Accuracy", percent, "images whose most likely class is the true class"
+    MetricSpec(
+        "accuracy",
+        "accuracy",
+        "images whose most likely class is the true class",
+        PERCENT,
+        "mixmo_fastai.metrics.accuracy:accuracy",
+        terms="mixmo_fastai.metrics.accuracy:accuracy_terms",
+        corrupted_name="cA",
     ),
-    MetricFormat("top5", "Top-5", percent, "images whose true class is among the five most likely"),
-    MetricFormat("nll", "NLL", decimal, "mean of -log probability of the true class, in nats"),
-    MetricFormat(
-        "brier", "Brier", decimal, "squared error of the probabilities, summed over classes"
+    MetricSpec(
+        "top5",
+        "top-5",
+        "images whose true class is among the five most likely",
+        PERCENT,
+        "mixmo_fastai.metrics.accuracy:top5",
+        min_classes=6,
     ),
-    MetricFormat(
-        "ece", "ECE", percent, "gap between confidence and accuracy, 15 bins of equal width"
+    MetricSpec(
+        "nll",
+        "NLL",
+        "mean of -log probability of the true class, in nats",
+        DECIMAL,
+        "mixmo_fastai.metrics.calibration:nll",
+        terms="mixmo_fastai.metrics.calibration:nll_terms",
+        after_scaling=True,
+        at_optimum=True,
+        corrupted_name="cNLL",
     ),
-    MetricFormat("tace", "TACE", percent, "the same per class, bins of equal mass, above 0.001"),
-    MetricFormat("failure_auroc", "Failure AUROC", percent, "confidence as a detector of errors"),
-    MetricFormat("aurc", "AURC", percent, "error rate, mean over coverages; most confident first"),
-    MetricFormat("risk_at_80", "Risk at 80 %", percent, "error rate among the most confident 80 %"),
-    MetricFormat("risk_at_90", "Risk at 90 %", percent, "error rate among the most confident 90 %"),
-    MetricFormat("risk_at_95", "Risk at 95 %", percent, "error rate among the most confident 95 %"),
-    MetricFormat(
-        "ratio_error", "Ratio of errors", decimal, "errors of one member per error of both"
+    MetricSpec(
+        "brier",
+        "Brier",
+        "squared error of the probabilities, summed over classes",
+        DECIMAL,
+        "mixmo_fastai.metrics.calibration:brier",
+        after_scaling=True,
     ),
-    MetricFormat("disagreement", "Disagreement", percent, "images on which two members differ"),
-    MetricFormat(
-        "mutual_information", "Mutual information", nats, "between the members, mean over images"
+    MetricSpec(
+        "ece",
+        "ECE",
+        "gap between confidence and accuracy, 15 bins of equal width",
+        PERCENT,
+        "mixmo_fastai.metrics.calibration:expected_calibration_error",
+        terms="mixmo_fastai.metrics.calibration:ece_terms",
+        after_scaling=True,
+        at_optimum=True,
+        corrupted_name="cECE",
+    ),
+    MetricSpec(
+        "tace",
+        "TACE",
+        "the same per class, bins of equal mass, above 0.001",
+        PERCENT,
+        "mixmo_fastai.metrics.calibration:thresholded_adaptive_calibration_error",
+    ),
+    MetricSpec(
+        "failure_auroc",
+        "failure AUROC",
+        "confidence as a detector of errors",
+        PERCENT,
+        "mixmo_fastai.metrics.selective:failure_auroc",
+        ("confidence", "correct"),
+    ),
+    MetricSpec(
+        "aurc",
+        "AURC",
+        "error rate, mean over coverages; most confident first",
+        PERCENT,
+        "mixmo_fastai.metrics.selective:aurc",
+        ("confidence", "correct"),
+    ),
+    *(
+        MetricSpec(
+            f"risk_at_{coverage}",
+            f"risk at {coverage} %",
+            f"error rate among the most confident {coverage} %",
+            PERCENT,
+            "mixmo_fastai.metrics.selective:risk_at_coverage",
+            ("confidence", "correct"),
+            {"coverage": coverage / 100},
+        )
+        for coverage in COVERAGES
+    ),
+    MetricSpec(
+        "member_accuracy",
+        "member accuracy",
+        "accuracy of each member",
+        PERCENT,
+        "mixmo_fastai.metrics.diversity:member_accuracies",
+        ("member_logits", "labels"),
+        is_per_member=True,
+    ),
+    MetricSpec(
+        "ratio_error",
+        "ratio of errors",
+        "errors of one member per error of both",
+        DECIMAL,
+        "mixmo_fastai.metrics.diversity:ratio_error",
+        ("member_logits", "labels"),
+        compares_members=True,
+    ),
+    MetricSpec(
+        "disagreement",
+        "disagreement",
+        "images on which two members differ",
+        PERCENT,
+        "mixmo_fastai.metrics.diversity:disagreement",
+        ("member_logits",),
+        compares_members=True,
+    ),
+    MetricSpec(
+        "mutual_information",
+        "mutual information",
+        "between the members, mean over images",
+        NATS,
+        "mixmo_fastai.metrics.diversity:mutual_information",
+        ("member_logits",),
+        compares_members=True,
     ),
 )
+"""All metrics, in the order of `evaluate_logits`."""
 METRIC_BY_NAME = {metric.name: metric for metric in METRICS}
-MULTI_MEMBER_METRICS = ("ratio_error", "disagreement", "mutual_information")
+MAIN_METRICS = tuple(metric for metric in METRICS if metric.terms)
+"""Metrics with bootstrap intervals: displayed first, and compared between runs."""
+LISTED_METRICS = tuple(metric for metric in METRICS if not metric.is_per_member)
+"""Metrics with one value, listed in printed tables."""
+MULTI_MEMBER_METRICS = tuple(metric.name for metric in METRICS if metric.compares_members)
 """Metrics that compare members: undefined for a network with one member."""

@@ -14,7 +14,6 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from mixmo_fastai.evaluation.logits import COVERAGES
 from mixmo_fastai.metrics.calibration import (
     expected_calibration_error,
     reliability_bins,
@@ -22,7 +21,7 @@ from mixmo_fastai.metrics.calibration import (
 )
 from mixmo_fastai.metrics.diversity import accuracy_by_agreement
 from mixmo_fastai.metrics.selective import risk_at_coverage, risk_coverage
-from mixmo_fastai.metrics.table import decimal, percent
+from mixmo_fastai.metrics.table import COVERAGES, decimal, percent
 from mixmo_fastai.report.drawing import CORRECT, ENSEMBLE, INCORRECT, INK, MEMBERS, Plot
 from mixmo_fastai.runtime.text import truncate
 

@@ -24,10 +24,11 @@ from mixmo_fastai.evaluation.results import (
     temperature_warning,
 )
 from mixmo_fastai.metrics.table import (
+    LISTED_METRICS,
+    MAIN_METRICS,
     METRIC_BY_NAME,
-    METRICS,
     MULTI_MEMBER_METRICS,
-    decimal,
+    MetricSpec,
     percent,
     round_percent,
 )
@@ -130,10 +131,10 @@ def _tiles(data: ReportData) -> list[tuple[str, str, str]]:
     split, test = final_metrics(data.metrics)
     ends = data.metrics.get("intervals", {})
     expected = data.recipe.expected
+    titles = (f"{SPLIT_NAMES[split]} accuracy", *(metric.title for metric in MAIN_METRICS[1:]))
     tiles = [
-        (f"{SPLIT_NAMES[split]} accuracy", percent(test["accuracy"]), _interval(ends, "accuracy")),
-        ("NLL", decimal(test["nll"]), _interval(ends, "nll")),
-        ("ECE", percent(test["ece"]), _interval(ends, "ece")),
+        (title, metric.format.value(test[metric.name]), _interval(ends, metric))
+        for title, metric in zip(titles, MAIN_METRICS, strict=True)
     ]
     if expected.accuracy is not None:
         tiles.insert(1, ("Published", percent(expected.accuracy), f"with {expected.arch}"))
@@ -153,12 +154,11 @@ def _tiles(data: ReportData) -> list[tuple[str, str, str]]:
     return tiles
 
 
-def _interval(ends: Mapping[str, Sequence[float]], name: str) -> str:
-    if name not in ends:
+def _interval(ends: Mapping[str, Sequence[float]], metric: MetricSpec) -> str:
+    if metric.name not in ends:
         return ""
-    low, high = ends[name]
-    show = METRIC_BY_NAME[name].format_value
-    return f"{show(low)} to {show(high)}"
+    low, high = ends[metric.name]
+    return f"{metric.format.value(low)} to {metric.format.value(high)}"
 
 
 def _metric_columns(data: ReportData) -> list[tuple[str, str, Mapping[str, Any]]]:
@@ -178,14 +178,14 @@ def _metric_table(data: ReportData) -> list[tuple[Any, list[tuple[str, str]]]]:
     rows = []
     columns = _metric_columns(data)
     has_one_member = len(columns[0][2]["member_accuracy"]) == 1
-    for metric in METRICS:
+    for metric in LISTED_METRICS:
         cells = []
         for _, _, values in columns:
             if metric.name in values:
-                cells.append((metric.format_value(values[metric.name]), ""))
+                cells.append((metric.format.value(values[metric.name]), ""))
             else:
                 cells.append(("-", values.get("absent", {}).get(metric.name, "")))
-        if not (has_one_member and metric.name in MULTI_MEMBER_METRICS):
+        if not (has_one_member and metric.compares_members):
             rows.append((metric, cells))
     return rows
 
@@ -204,7 +204,7 @@ def _notes(data: ReportData) -> list[str]:
     }
     reasons: dict[str, list[str]] = {}
     for name, reason in absent.items():
-        label = names.get(name) or (METRIC_BY_NAME[name].label if name in METRIC_BY_NAME else name)
+        label = names.get(name) or (METRIC_BY_NAME[name].title if name in METRIC_BY_NAME else name)
         reasons.setdefault(reason, []).append(label)
     return [f"{', '.join(labels)} undefined: {reason}" for reason, labels in reasons.items()]
 

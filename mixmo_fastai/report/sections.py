@@ -5,12 +5,11 @@ from typing import NamedTuple
 
 import torch
 
-from mixmo_fastai.evaluation.logits import COVERAGES
 from mixmo_fastai.evaluation.results import final_metrics, temperature_warning
 from mixmo_fastai.metrics.calibration import top_predictions
 from mixmo_fastai.metrics.confusion import confusion_matrix, most_confused
 from mixmo_fastai.metrics.selective import risk_at_coverage
-from mixmo_fastai.metrics.table import decimal, percent, round_percent
+from mixmo_fastai.metrics.table import COVERAGES, decimal, percent, round_percent
 from mixmo_fastai.report import charts, filters
 from mixmo_fastai.report.report_data import ReportData
 from mixmo_fastai.runtime.text import duration

@@ -1,0 +1,63 @@
+"""Accuracy: how often the true class is the most likely one, or among the five most likely.
+
+Shapes: N samples, K classes. Logits are (N, K), labels (N,) integers in [0, K).
+"""
+
+import torch
+from torch import Tensor
+
+from mixmo_fastai.errors import InputError
+from mixmo_fastai.metrics.calibration import check_logits
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Compute the fraction of samples whose most likely class is the true class.
+
+    If classes tie, the first one is predicted.
+
+    Args:
+        logits: (N, K).
+        labels: (N,).
+
+    Returns:
+        A scalar in [0, 1], in float64.
+
+    Raises:
+        InputError: wrong shapes, labels out of range or logits that are not finite.
+    """
+    check_logits(logits, labels)
+    return accuracy_terms(logits, labels).mean()
+
+
+def accuracy_terms(logits: Tensor, labels: Tensor) -> Tensor:
+    """Check which predictions are correct: (N,) of 0 and 1 in float64.
+
+    The arguments are not checked, so that the device is not synchronised.
+    """
+    return (logits.argmax(dim=1) == labels).double()
+
+
+def top5(logits: Tensor, labels: Tensor) -> Tensor:
+    """Compute the fraction of samples whose true class is among the five most likely.
+
+    Of tied classes, those with a smaller index rank first.
+
+    Args:
+        logits: (N, K).
+        labels: (N,).
+
+    Returns:
+        A scalar in [0, 1], in float64.
+
+    Raises:
+        InputError: as for `accuracy`, or there are at most five classes.
+    """
+    check_logits(logits, labels)
+    num_classes = logits.shape[1]
+    if num_classes <= 5:
+        raise InputError(f"top5 is always 1 with five classes or fewer; got {num_classes}.")
+    labels = labels.long()[:, None]  # (N, 1)
+    true_logits = logits.gather(1, labels)
+    is_earlier = torch.arange(num_classes, device=logits.device) < labels
+    is_ahead = (logits > true_logits) | ((logits == true_logits) & is_earlier)  # (N, K)
+    return (is_ahead.sum(dim=1) < 5).double().mean()

@@ -1,0 +1,135 @@
+import subprocess
+import sys
+from pkgutil import resolve_name
+
+import numpy as np
+import pytest
+import torch
+from test_evaluate_logits import draw
+
+from mixmo_fastai.errors import InputError
+from mixmo_fastai.evaluation.logits import MetricInputs, evaluate_logits
+from mixmo_fastai.metrics.table import (
+    COVERAGES,
+    DECIMAL,
+    INPUTS,
+    LISTED_METRICS,
+    MAIN_METRICS,
+    METRICS,
+    MULTI_MEMBER_METRICS,
+    NATS,
+    PERCENT,
+    MetricSpec,
+)
+
+
+def names(metrics):
+    return [metric.name for metric in metrics]
+
+
+def test_every_row_is_computed_and_no_name_occurs_twice():
+    found = evaluate_logits(*draw(200, 3, 10, signal=1.0))
+    assert len(set(names(METRICS))) == len(METRICS)
+    assert [name for name in found if name in names(METRICS)] == names(METRICS)
+    for metric in METRICS:
+        value = found[metric.name]
+        assert isinstance(value, list) == metric.is_per_member
+        assert np.size(value) == (3 if metric.is_per_member else 1)
+
+
+def test_rows_name_the_options_that_their_functions_take():
+    risks = [metric for metric in METRICS if metric.options]
+    assert names(risks) == [f"risk_at_{coverage}" for coverage in COVERAGES]
+    assert [metric.options for metric in risks] == [{"coverage": c / 100} for c in COVERAGES]
+
+
+@pytest.mark.parametrize("metric", MAIN_METRICS, ids=names(MAIN_METRICS))
+@pytest.mark.parametrize("size", [(1, 1, 2), (150, 1, 10), (997, 1, 100)])
+def test_a_main_metric_follows_from_its_terms(metric, size):
+    member_logits, labels = draw(*size)
+    logits = member_logits[:, 0].double()
+    terms = metric.compute_terms(logits, labels)
+    assert terms.dtype == torch.float64
+    assert len(terms) == len(labels)
+    means = terms.mean(dim=0)
+    expected = means if terms.ndim == 1 else means.abs().sum()
+    value = metric.compute(MetricInputs(logits, labels))
+    assert value == pytest.approx(expected.item(), rel=1e-12, abs=1e-15)
+
+
+def test_terms_neither_check_nor_wait():
+    """On the meta device, which has no values, any read of a value fails."""
+    logits, labels = torch.zeros(4, 5, device="meta"), torch.zeros(4, device="meta").long()
+    for name in ("accuracy:accuracy_terms", "calibration:nll_terms", "calibration:brier_terms",
+                 "calibration:ece_terms"):  # fmt: skip
+        assert len(resolve_name(f"mixmo_fastai.{name}")(logits, labels)) == 4
+
+
+def test_groups_of_metrics():
+    assert names(MAIN_METRICS) == ["accuracy", "nll", "ece"]
+    assert MULTI_MEMBER_METRICS == ("ratio_error", "disagreement", "mutual_information")
+    assert set(names(METRICS)) - set(names(LISTED_METRICS)) == {"member_accuracy"}
+    assert names(m for m in METRICS if m.after_scaling) == ["nll", "brier", "ece"]
+    assert names(m for m in METRICS if m.at_optimum) == ["nll", "ece"]
+    corrupted = {m.corrupted_name: m.name for m in METRICS if m.corrupted_name}
+    assert corrupted == {"cA": "accuracy", "cNLL": "nll", "cECE": "ece"}
+
+
+def test_titles_begin_with_a_capital_letter():
+    titles = {metric.name: metric.title for metric in METRICS}
+    assert titles["accuracy"] == "Accuracy"
+    assert titles["nll"] == "NLL"
+    assert titles["failure_auroc"] == "Failure AUROC"
+    assert titles["risk_at_80"] == "Risk at 80 %"
+
+
+@pytest.mark.parametrize(
+    ("number_format", "value", "difference"),
+    [(PERCENT, "1.25 %", "+1.25 points"), (DECIMAL, "0.0125", "+0.0125"),
+     (NATS, "0.0125 nats", "+0.0125 nats")],
+)  # fmt: skip
+def test_formats(number_format, value, difference):
+    assert number_format.value(0.0125) == value
+    assert number_format.difference(0.0125) == difference
+    assert number_format.difference(-0.0125) == difference.replace("+", "-")
+
+
+def spec(**fields):
+    return MetricSpec(
+        "new", "new", "a new one", DECIMAL, "mixmo_fastai.metrics.calibration:nll", **fields
+    )
+
+
+def test_an_unknown_argument_is_refused():
+    with pytest.raises(InputError, match="arguments of the metric 'new' must be among") as raised:
+        spec(arguments=("logits", "targets"))
+    assert "got 'targets'" in str(raised.value)
+    assert all(name in str(raised.value) for name in INPUTS)
+
+
+@pytest.mark.parametrize(
+    "field", [{"terms": "a:b"}, {"after_scaling": True}, {"at_optimum": True},
+              {"corrupted_name": "cNew"}],
+)  # fmt: skip
+def test_metrics_of_the_ensemble_alone_cannot_take_member_logits(field):
+    spec(**field)
+    with pytest.raises(InputError, match=r"must be among logits, .*got 'member_logits'"):
+        spec(arguments=("member_logits", "labels"), **field)
+
+
+def test_a_metric_that_compares_members_is_undefined_for_one_whatever_its_function_does():
+    member_logits, labels = draw(20, 1, 4)
+    metric = spec(compares_members=True)
+    with pytest.raises(InputError, match="new compares members and needs at least two; got 1"):
+        metric.compute(MetricInputs(member_logits[:, 0], labels, member_logits))
+    member_logits, labels = draw(20, 2, 4)
+    inputs = MetricInputs(member_logits.mean(dim=1), labels, member_logits)
+    assert metric.compute(inputs) == spec().compute(inputs)
+
+
+def test_reading_the_table_needs_neither_torch_nor_numpy():
+    program = (
+        "import sys, mixmo_fastai.metrics.table;"
+        "sys.exit(bool({'torch', 'numpy', 'fastai'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
