@@ -1,5 +1,6 @@
 """The changes that docs/extending.md shows, made to a copy of the package, do what it says."""
 
+import json
 import os
 import re
 import shlex
@@ -41,8 +42,8 @@ def test_changes_are_short(change):
 
 
 def test_there_is_a_change_of_each_kind():
-    assert len(CHANGES) == 6
-    assert len(COMMANDS) >= 6
+    assert len(CHANGES) == 7
+    assert len(COMMANDS) >= 9
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -58,6 +59,11 @@ assert mixmo_fastai.__file__.startswith({str(extended)!r})
     done = mixmo(*shlex.split(command), prelude=own)
     assert done.wait() == 0, done.said
     assert len([*tmp_path.iterdir()]) > 1  # more than what was printed
+    files = [*tmp_path.glob("runs/*/metrics.json")]
+    assert len(files) == command.startswith("fit")
+    for file in files:
+        value = json.loads(file.read_text())["test"]["balanced_accuracy"]
+        assert f"Balanced accuracy    {100 * value:.2f} %" in done.said
 
 
 def test_without_the_changes_they_do_not(mixmo):

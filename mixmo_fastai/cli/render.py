@@ -271,7 +271,9 @@ def ensemble_lines(names: list[str], metrics: Mapping[str, Any]) -> list[str]:
 def _metric_rows(metrics: Mapping[str, Any], num_members: int) -> list[tuple[str, str]]:
     split, test = final_metrics(metrics)
     rows = []
-    for metric in LISTED_METRICS[1:]:  # the caller adds the row of the accuracy
+    for metric in LISTED_METRICS:
+        if metric.name == "accuracy":  # the caller adds this row
+            continue
         is_hidden = metric.min_classes > 2 or (metric.compares_members and num_members == 1)
         if metric.name in test:
             rows.append((metric.title, metric.format.value(test[metric.name])))

@@ -131,10 +131,13 @@ def _tiles(data: ReportData) -> list[tuple[str, str, str]]:
     split, test = final_metrics(data.metrics)
     ends = data.metrics.get("intervals", {})
     expected = data.recipe.expected
-    titles = (f"{SPLIT_NAMES[split]} accuracy", *(metric.title for metric in MAIN_METRICS[1:]))
     tiles = [
-        (title, metric.format.value(test[metric.name]), _interval(ends, metric))
-        for title, metric in zip(titles, MAIN_METRICS, strict=True)
+        (
+            f"{SPLIT_NAMES[split]} accuracy" if metric.name == "accuracy" else metric.title,
+            metric.format.value(test[metric.name]),
+            _interval(ends, metric),
+        )
+        for metric in MAIN_METRICS
     ]
     if expected.accuracy is not None:
         tiles.insert(1, ("Published", percent(expected.accuracy), f"with {expected.arch}"))
