@@ -9,10 +9,15 @@ from mixmo_fastai.imports import find_former_modules, lazy_names
 __version__ = "0.1.0"
 
 _MODULES = {
+    "Brier": "metrics.fastai",
+    "Disagreement": "metrics.fastai",
+    "ECE": "metrics.fastai",
     "EMACallback": "callbacks.ema",
+    "MemberAccuracy": "metrics.fastai",
     "MixMoCallback": "callbacks.mixmo",
     "MixMoLoss": "mixing.loss",
     "MixMoModel": "models",
+    "NLL": "metrics.fastai",
     "body_and_heads": "learner.parameter_groups",
     "convert_to_mixmo": "models",
     "create_model": "models",

@@ -21,6 +21,7 @@ from test_signals import SLOW_STEPS
 
 from mixmo_fastai.callbacks.mixmo import MixMoCallback
 from mixmo_fastai.errors import InputError
+from mixmo_fastai.evaluation.logits import evaluate_logits
 from mixmo_fastai.mixing import MASK_KINDS
 from mixmo_fastai.mixing.pairing import num_copies
 from mixmo_fastai.models import create_model
@@ -491,6 +492,67 @@ def test_metrics_that_cannot_be_added_up_are_refused():
         summed.after_validate()
 
 
+def test_a_process_without_validation_images_adds_nothing(monkeypatch):
+    from mixmo_fastai.learner.distributed import SummedMetrics
+    from mixmo_fastai.metrics.fastai import ECE
+
+    idle, busy = ECE(), ECE()
+    busy.sums, busy.num_seen = torch.arange(15.0, dtype=torch.float64), 30
+    expected = busy.value
+    gathered = [[0.0, 0.0], [busy.sums, 30.0]]
+    monkeypatch.setattr("mixmo_fastai.learner.distributed.all_gather", lambda sums: gathered)
+    for metric in (idle, busy):
+        summed = SummedMetrics()
+        summed.learn = SimpleNamespace(recorder=SimpleNamespace(_valid_mets=[metric]))
+        summed.after_validate()
+        assert metric.value == expected
+
+
+SHARED = """
+import sys
+
+import torch
+import torch.distributed as dist
+from synthetic import mixmo_dls
+from mixmo_fastai import ECE, NLL, Brier, Disagreement, MemberAccuracy, mixmo_learner
+from mixmo_fastai.learner.distributed import shared
+from mixmo_fastai.models.mixmo_model import unwrap
+
+dist.init_process_group("gloo")
+learn = mixmo_learner(
+    mixmo_dls(), "wrn10_1", seed=0,
+    metrics=[NLL(), Brier(), ECE(), MemberAccuracy(), Disagreement()],
+)
+with shared(learn), learn.no_bar(), learn.no_logging():
+    learn.fit(1, 0.05)
+    values = [*learn.validate(ds_idx=2)]
+    model = unwrap(learn.model).eval()
+    with torch.no_grad():
+        found = [(model.member_logits(x), y) for x, y in learn.dls[2]]
+logits, labels = (torch.cat(parts) for parts in zip(*found))
+torch.save((values[1:], torch.Tensor(logits), torch.Tensor(labels).long()), f"{dist.get_rank()}.pt")
+dist.barrier()
+sys.exit(0)
+"""
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_streaming_metrics_are_those_of_all_images(together, tmp_path, count):
+    all_done(together(prelude=SHARED, count=count))
+    stored = [torch.load(tmp_path / f"{rank}.pt") for rank in range(count)]
+    for values, logits, labels in stored:
+        assert len(labels) == 30
+        assert values == stored[0][0]
+        assert_equal_to_evaluate_logits(values, logits, labels)
+
+
+def assert_equal_to_evaluate_logits(values, logits, labels):
+    found = evaluate_logits(logits, labels)
+    found["member_accuracy"] = sum(found["member_accuracy"]) / logits.shape[1]
+    names = ("nll", "brier", "ece", "member_accuracy", "disagreement")
+    assert values == pytest.approx([found[name] for name in names], abs=1e-6)
+
+
 OF_FASTAI = """
 import sys
 
@@ -505,7 +567,7 @@ from fasttransform import Transform
 from synthetic import foreign_dls
 
 from mixmo_fastai.callbacks.mixmo import MixMoCallback
-from mixmo_fastai.metrics.fastai import MemberAccuracy
+from mixmo_fastai.metrics.fastai import ECE, NLL, Brier, Disagreement, MemberAccuracy
 from mixmo_fastai.models import create_model
 
 
@@ -536,6 +598,12 @@ class Watch(Callback):
         self.shapes.add((tuple(inputs.shape), tuple(self.learn.pred.shape)))
 
 
+class ShareBuffers(Callback):  # the statistics of BatchNorm differ without sync_bn
+    def before_validate(self):
+        for buffer in self.learn.model.buffers():
+            dist.broadcast(buffer, 0)
+
+
 of_fastai.DistributedDL._broadcast = broadcast_on_cpus
 dist.init_process_group("gloo")
 rank = dist.get_rank()
@@ -544,14 +612,20 @@ model = create_model("wrn10_1", 3, generator=torch.Generator().manual_seed(0))
 watch = Watch()
 learn = Learner(
     foreign_dls(after_batch=[AddNoise()]), model, torch.nn.CrossEntropyLoss(),
-    cbs=[MixMoCallback(), watch],
-    metrics=[accuracy, MemberAccuracy()],
+    cbs=[MixMoCallback(), watch, ShareBuffers()],
+    metrics=[NLL(), Brier(), ECE(), MemberAccuracy(), Disagreement(), accuracy],
 )
 with learn.distrib_ctx(sync_bn=False, cpu=True), learn.no_bar(), learn.no_logging():
     learn.fit(2, 0.05)
+    last = learn.recorder.values[-1]
     figures = learn.validate()
+    valid = foreign_dls().valid
+    with torch.no_grad():
+        batches = [(learn.model.member_logits(x), y) for x, y in valid]
+    logits, labels = (torch.cat(parts) for parts in zip(*batches))
 torch.save(
     {
+        "last": [*last], "valid": (torch.Tensor(logits), torch.Tensor(labels).long()),
         "seen": watch.seen, "masks": watch.masks, "shapes": watch.shapes, "figures": [*figures],
         "weights": {n: p.detach() for n, p in learn.model.named_parameters()},
         "logits": learn.model.eval()(torch.ones(2, 3, 8, 8)).detach(),
@@ -580,6 +654,9 @@ def test_distrib_ctx_of_fastai(together, tmp_path):
     for name, tensor in one["weights"].items():
         assert torch.equal(tensor, two["weights"][name]), name
     assert one["figures"] == pytest.approx(two["figures"], rel=1e-5)
+    for each in (one, two):  # images that fastai repeats to fill the last batch count once
+        assert len(each["valid"][1]) == 30
+        assert_equal_to_evaluate_logits(each["last"][2:7], *each["valid"])
 
 
 def test_distrib_ctx_of_fastai_leaves_our_loaders_alone(together):

@@ -31,8 +31,14 @@ from synthetic import CLASSES, image_arrays, mixmo_dls
 from torch import nn
 
 from mixmo_fastai import (
+    ECE,
+    NLL,
+    Brier,
+    Disagreement,
+    MemberAccuracy,
     MixMoCallback,
     create_model,
+    evaluate_logits,
     member_preds,
     mixmo_learner,
     show_pairs,
@@ -514,6 +520,35 @@ def test_train_metrics(make):
     assert figures.get("train_member_accuracy", figures["train_accuracy"]) == pytest.approx(
         figures["train_accuracy"]
     )
+
+
+@pytest.mark.filterwarnings("ignore:load_learner")
+def test_nll_brier_ece_member_accuracy_and_disagreement(make, tmp_path):
+    """They are those of `evaluate_logits`, after a fit, an lr_find and in an exported Learner."""
+    learn = make()
+    learn.metrics = [NLL(), Brier(), ECE(), MemberAccuracy(), Disagreement()]
+    learn.lr_find(num_it=5, show_plot=False)
+    learn.fit_one_cycle(1, 0.05)
+    assert list(learn.recorder.metric_names[3:8]) == [
+        *("nll", "brier", "ece", "member_accuracy", "disagreement")
+    ]
+    learn.model.eval()
+    with torch.no_grad():
+        batches = [(learn.model.member_logits(x), y) for x, y in learn.dls.valid]
+    logits, labels = (
+        torch.cat(parts).as_subclass(torch.Tensor) for parts in zip(*batches, strict=True)
+    )
+    expected = evaluate_logits(logits, labels)
+    expected["member_accuracy"] = sum(expected["member_accuracy"]) / 2
+    learn.export("learner.pkl")
+    loaded = load_learner(tmp_path / "learner.pkl")
+    for values in (
+        learn.recorder.values[-1][2:7],
+        learn.validate()[1:],
+        loaded.validate(dl=learn.dls.valid)[1:],
+    ):
+        for metric, value in zip(learn.metrics, values, strict=True):
+            assert value == pytest.approx(expected[metric.name], rel=1e-5, abs=1e-6), metric.name
 
 
 def test_summary(make):

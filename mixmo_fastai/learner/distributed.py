@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 from fastai.callback.core import Callback
 from fastai.learner import AvgLoss, AvgMetric, Learner
+from torch import Tensor
 
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.metrics.fastai import MemberAccuracy
+from mixmo_fastai.metrics.fastai import StreamingMetric
 from mixmo_fastai.models.ghost_norm import GhostBatchNorm2d
 from mixmo_fastai.models.synced_norm import sync_batch_norm
 from mixmo_fastai.runtime.processes import all_gather, process_group
@@ -36,17 +37,24 @@ def _sum_names(metric: Any) -> tuple[str, str]:
     """Return the names of the attributes of a metric that are sums over samples."""
     if isinstance(metric, AvgMetric | AvgLoss):
         return "total", "count"
-    if isinstance(metric, MemberAccuracy):
-        return "num_correct", "num_seen"
+    if isinstance(metric, StreamingMetric):
+        return "sums", "num_seen"
     raise InputError(
         f"The metric {metric.name!r} cannot be summed over processes.\n"
-        "Use AvgMetric, AvgLoss or MemberAccuracy, or train in one process."
+        "Use AvgMetric, AvgLoss or a StreamingMetric, or train in one process."
     )
 
 
-def _reduced_sums(metric: Any) -> list[float]:
-    local_sums = [float(getattr(metric, name)) for name in _sum_names(metric)]
+def _reduced_sums(metric: Any) -> list[float | Tensor]:
+    """Return the totals of a metric's sums over all processes: numbers, or tensors on the CPU."""
+    local_sums = [_on_host(getattr(metric, name)) for name in _sum_names(metric)]
     return [sum(values) for values in zip(*all_gather(local_sums), strict=True)]
+
+
+def _on_host(value: float | Tensor) -> float | Tensor:
+    if isinstance(value, Tensor) and value.ndim:
+        return value.cpu()
+    return float(value)  # also before the first batch, when sums have no shape yet
 
 
 @contextmanager

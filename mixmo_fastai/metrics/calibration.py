@@ -133,7 +133,7 @@ def reliability_bins(logits: Tensor, labels: Tensor, num_bins: int = NUM_BINS) -
     Raises:
         InputError: as for `nll`, or `num_bins` is below one.
     """
-    _check_num_bins(num_bins)
+    check_num_bins(num_bins)
     confidence, correct = top_predictions(logits, labels)
     in_bin = F.one_hot(bin_indices(confidence, num_bins), num_bins).double()  # (N, Q)
     counts = in_bin.sum(dim=0)
@@ -214,7 +214,7 @@ def thresholded_adaptive_calibration_error(
         InputError: as for `nll`, or `num_bins` is below one.
     """
     check_logits(logits, labels)
-    _check_num_bins(num_bins)
+    check_num_bins(num_bins)
     num_samples, num_classes = logits.shape
     probabilities, order = _probabilities(logits).T.sort(dim=1, stable=True)  # (K, N)
     classes = torch.arange(num_classes, device=logits.device)[:, None]
@@ -331,7 +331,12 @@ def _check_labels(labels: Tensor, num_samples: int, num_classes: int) -> None:
         )
 
 
-def _check_num_bins(num_bins: int) -> None:
+def check_num_bins(num_bins: int) -> None:
+    """Check a number of bins.
+
+    Raises:
+        InputError: it is below one.
+    """
     if num_bins < 1:
         raise InputError(f"num_bins must be 1 or more; got {num_bins}.")
 

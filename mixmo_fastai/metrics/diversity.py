@@ -78,6 +78,18 @@ def disagreement(member_logits: Tensor) -> Tensor:
     return (first != second).double().mean()
 
 
+def disagreement_terms(member_logits: Tensor) -> Tensor:
+    """Compute the fraction of pairs of members that differ, for each sample: (N, M, K) -> (N,).
+
+    The result is in float64. The logits are not checked, so that the device is not synchronised.
+
+    Raises:
+        InputError: there is only one member.
+    """
+    first, second = _pairs(member_logits.argmax(dim=2), "disagreement")
+    return (first != second).double().mean(dim=1)
+
+
 def mutual_information(member_logits: Tensor) -> Tensor:
     """Compute the mutual information of the predicted class and the member, in nats.
 

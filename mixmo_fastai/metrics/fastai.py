@@ -1,53 +1,255 @@
-"""fastai metrics for networks with several members."""
+"""fastai metrics for the `metrics` of a Learner: calibration of the predictions, and the members.
+
+Shapes: B samples of a batch, M members, K classes, Q bins.
+
+All of them are sums over samples, kept in float64 on the device of the predictions: the memory does
+not grow with the number of samples, and no batch waits for the device. They equal the metrics of
+`evaluation.evaluate_logits` on the same logits.
+"""
 
 from typing import Any
 
+import torch
 from fastai.learner import Metric
 from torch import Tensor
 
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.models.mixmo_model import unwrap
+from mixmo_fastai.metrics.calibration import (
+    NUM_BINS,
+    brier_terms,
+    check_num_bins,
+    ece_terms,
+    nll_terms,
+)
+from mixmo_fastai.metrics.diversity import disagreement_terms
+from mixmo_fastai.mixing.base_losses import loss_name
+from mixmo_fastai.mixing.loss import MixMoLoss
+from mixmo_fastai.models.mixmo_model import MixMoModel, unwrap
+
+__all__ = ["ECE", "NLL", "Brier", "Disagreement", "MemberAccuracy", "StreamingMetric"]
 
 
-class MemberAccuracy(Metric):
+class StreamingMetric(Metric):
+    """A metric that is computed from the mean of its terms over all samples.
+
+    Subclasses implement `terms`. Their name in fastai's tables is that of the class in snake case.
+    In distributed training, `distributed.SummedMetrics` adds up `sums` and `num_seen`.
+
+    Attributes:
+        sums: sums of the terms over the samples so far: a scalar, or (Q,).
+        num_seen: number of samples so far.
+    """
+
+    # Class attributes, since Learners exported by version 0.1.0 do not have them.
+    sums: float | Tensor = 0.0
+    num_seen: int = 0
+
+    def reset(self) -> None:
+        """Reset the sums."""
+        self.sums, self.num_seen = 0.0, 0
+
+    def terms(self, learn: Any) -> Tensor | None:
+        """Compute the terms of the current batch, without waiting for the device.
+
+        Returns:
+            Terms (B,), the mean of which is the metric; or (B, Q), for which the metric is the sum
+            over Q of the absolute values of their means; None if the batch has none.
+        """
+        raise NotImplementedError
+
+    def accumulate(self, learn: Any) -> None:
+        """Add the current batch."""
+        terms = self.terms(learn)
+        if terms is None:
+            return
+        terms = learn.to_detach(terms, cpu=False)  # gathers the terms of all processes
+        self.sums = self.sums + terms.sum(dim=0)
+        self.num_seen += len(terms)
+
+    @property
+    def value(self) -> float | None:
+        """The metric of all samples so far; None if there are none."""
+        if not self.num_seen:
+            return None
+        means = torch.as_tensor(self.sums, dtype=torch.float64) / self.num_seen
+        return float(means.abs().sum() if means.ndim else means)
+
+
+class _ClassificationMetric(StreamingMetric):
+    """A metric of the predicted logits (B, K) and classes (B,), in any classification Learner.
+
+    With a MixMo network, the logits are those of the ensemble. If fastai's training metrics are
+    enabled, they are those of the members in training, each on its own images.
+    """
+
+    def terms(self, learn: Any) -> Tensor:
+        """Compute the terms of the current batch: (B,) or (B, Q).
+
+        Raises:
+            InputError: the Learner's loss does not compare softmax probabilities with one class per
+                image.
+        """
+        logits, labels = learn.pred, learn.y
+        is_classification = (
+            isinstance(labels, Tensor)
+            and labels.ndim == 1
+            and not labels.is_floating_point()
+            and isinstance(logits, Tensor)
+            and logits.ndim == 2
+            and len(logits) == len(labels)
+        )
+        # The loss cannot change between batches, and the check waits for the device.
+        if not is_classification or (not self.num_seen and not _uses_softmax(learn, logits)):
+            raise InputError(
+                f"{type(self).__name__} needs one class per image and a loss of softmax "
+                f"probabilities, such as cross-entropy; got {_describe(labels)} and the loss "
+                f"{loss_name(_as_mixmo_loss(learn).base)!r}.\n"
+                f"Remove {type(self).__name__}() from the metrics."
+            )
+        return self.terms_of(_in_float64(logits), _plain(labels, logits))
+
+    def terms_of(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Compute the terms of logits (B, K) and labels (B,): (B,) or (B, Q), in float64."""
+        raise NotImplementedError
+
+
+class NLL(_ClassificationMetric):
+    """Negative log-likelihood: mean of -log probability of the true class, in nats.
+
+    It equals the validation loss if this is cross-entropy without class weights and label
+    smoothing. For another loss of softmax probabilities, such as fastai's label smoothing or focal
+    loss, it is still the negative log-likelihood.
+    """
+
+    def terms_of(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Compute the negative log-likelihood of each sample: (B,)."""
+        return nll_terms(logits, labels)
+
+
+class Brier(_ClassificationMetric):
+    """Brier score: mean of the squared error of the probabilities, summed over the classes."""
+
+    def terms_of(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Compute the Brier score of each sample: (B,)."""
+        return brier_terms(logits, labels)
+
+
+class ECE(_ClassificationMetric):
+    """Expected calibration error: gap between confidence and accuracy, in bins of equal width.
+
+    Args:
+        num_bins: Q, the number of bins.
+
+    Raises:
+        InputError: `num_bins` is below one.
+    """
+
+    def __init__(self, num_bins: int = NUM_BINS) -> None:
+        check_num_bins(num_bins)
+        self.num_bins = num_bins
+
+    def terms_of(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Compute correctness - confidence of each sample in the column of its bin: (B, Q)."""
+        return ece_terms(logits, labels, self.num_bins)
+
+
+class MemberAccuracy(StreamingMetric):
     """Mean accuracy of the individual members, computed from the forward pass of the ensemble.
 
     For multi-label targets (B, K), it equals fastai's `accuracy_multi`: the fraction of correct
     decisions at a probability of 0.5. For the accuracy of the ensemble, use fastai's metrics.
     """
 
-    def __init__(self) -> None:
-        self.reset()
+    def terms(self, learn: Any) -> Tensor:
+        """Compute the fraction of correct members or decisions of each sample: (B,).
 
-    def reset(self) -> None:
-        """Reset the counts."""
-        self.num_correct: float | Tensor = 0.0
-        self.num_seen = 0
-
-    def accumulate(self, learn: Any) -> None:
-        """Add the current batch."""
-        network = unwrap(learn.model)
+        Raises:
+            InputError: the network is not a MixMo network, or the targets are regression targets.
+        """
+        network = _mixmo_network(self, learn)
         if learn.training:  # MixMoCallback has flattened the members into the batch axis
             pred = learn.pred[:, None]
         else:
             pred = network.predictions(network.latest_member_logits)  # (B, M, K)
         has_output_layer = getattr(network, "output", None) is not None
         threshold = 0.5 if has_output_layer else 0.0
-        correct = _correct(pred, learn.y, threshold).float().flatten(1).mean(dim=1)  # (B,)
-        correct = learn.to_detach(correct, cpu=False)  # gathers the values of all processes
-        # The sum stays on the device, to avoid synchronisation.
-        self.num_correct = self.num_correct + correct.sum()
-        self.num_seen += len(correct)
+        correct = _correct(pred.as_subclass(Tensor), learn.y.as_subclass(Tensor), threshold)
+        return _in_float64(correct).flatten(1).mean(dim=1)
 
-    @property
-    def value(self) -> float | None:
-        """The accuracy in [0, 1], or None before the first batch."""
-        return float(self.num_correct) / self.num_seen if self.num_seen else None
 
-    @property
-    def name(self) -> str:
-        """Column name in fastai's table."""
-        return "member_accuracy"
+class Disagreement(StreamingMetric):
+    """Fraction of images on which two members predict different classes, mean over pairs.
+
+    It is None for a network with one member, and in training, where members see different images.
+    """
+
+    def terms(self, learn: Any) -> Tensor | None:
+        """Compute the fraction of pairs of members that differ, for each sample: (B,).
+
+        Raises:
+            InputError: the network is not a MixMo network, or the targets are not classes.
+        """
+        network = _mixmo_network(self, learn)
+        if learn.y.ndim != 1 or learn.y.is_floating_point():
+            raise InputError(
+                f"Disagreement needs one class per image; got {_describe(learn.y)}.\n"
+                "Remove Disagreement() from the metrics."
+            )
+        if learn.training or network.num_members == 1:
+            return None
+        return disagreement_terms(_in_float64(network.latest_member_logits))
+
+
+def _mixmo_network(metric: StreamingMetric, learn: Any) -> Any:
+    """Return the Learner's MixMo network.
+
+    Raises:
+        InputError: the network is another one.
+    """
+    network = unwrap(learn.model)
+    if not isinstance(network, MixMoModel):
+        raise InputError(
+            f"{type(metric).__name__} needs a MixMo network; the Learner has a "
+            f"{type(network).__name__}.\nConvert it first, to_mixmo(learn), or remove "
+            f"{type(metric).__name__}() from the metrics."
+        )
+    return network
+
+
+def _as_mixmo_loss(learn: Any) -> MixMoLoss:
+    loss = learn.loss_func
+    return loss if isinstance(loss, MixMoLoss) else MixMoLoss(loss)
+
+
+def _uses_softmax(learn: Any, logits: Tensor) -> bool:
+    """Check whether the activation of the Learner's loss is the softmax over K classes."""
+    num_classes = logits.shape[1]
+    if num_classes < 2:
+        return False
+    probe = torch.linspace(-1, 2, 2 * num_classes, device=logits.device).view(2, num_classes)
+    probabilities = _as_mixmo_loss(learn).activation(probe)
+    return probabilities.shape == probe.shape and torch.allclose(
+        probabilities.to(probe), probe.softmax(dim=1)
+    )
+
+
+def _in_float64(values: Tensor) -> Tensor:
+    """Convert values to float64, on the CPU if their device is Apple's MPS, which has none."""
+    values = values.detach().as_subclass(Tensor)
+    return (values.cpu() if values.device.type == "mps" else values).double()
+
+
+def _plain(labels: Tensor, logits: Tensor) -> Tensor:
+    labels = labels.as_subclass(Tensor)
+    return labels.cpu() if logits.device.type == "mps" else labels
+
+
+def _describe(targets: Any) -> str:
+    """Describe targets by dtype and shape, such as "float32 targets (B, 3)"."""
+    if not isinstance(targets, Tensor):
+        return f"{type(targets).__name__} targets"
+    sizes = ", ".join(("B", *map(str, targets.shape[1:])))
+    return f"{str(targets.dtype).removeprefix('torch.')} targets ({sizes})"
 
 
 def _correct(pred: Tensor, targets: Tensor, threshold: float) -> Tensor:

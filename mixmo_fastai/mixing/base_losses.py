@@ -45,8 +45,10 @@ def unwrap_loss(base: Any) -> Any:
 
 
 def loss_name(base: Any) -> str:
-    """Return the name of the function or class of a loss."""
+    """Return the name of the function or class of a loss, such as MSELoss for fastai's wrapper."""
     loss = _unwrap_partial(unwrap_loss(base))
+    if type(loss).__name__ == "BaseLoss":  # what fastai's MSELossFlat() and others return
+        loss = _unwrap_partial(_torch_loss(loss))
     return str(getattr(loss, "__name__", type(loss).__name__))
 
 
