@@ -24,6 +24,11 @@ def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
 
     Raises:
         InputError: wrong shapes, labels out of range or logits that are not finite.
+
+    Example:
+        >>> logits, labels = torch.tensor([[2.0, 1.0], [0.0, 3.0]]), torch.tensor([0, 0])
+        >>> accuracy(logits, labels).item()
+        0.5
     """
     check_logits(logits, labels)
     return accuracy_terms(logits, labels).mean()
@@ -33,6 +38,11 @@ def accuracy_terms(logits: Tensor, labels: Tensor) -> Tensor:
     """Check which predictions are correct: (N,) of 0 and 1 in float64.
 
     The arguments are not checked, so that the device is not synchronised.
+
+    Example:
+        >>> logits, labels = torch.tensor([[2.0, 1.0], [0.0, 3.0]]), torch.tensor([0, 0])
+        >>> accuracy_terms(logits, labels).tolist()
+        [1.0, 0.0]
     """
     return (logits.argmax(dim=1) == labels).double()
 
@@ -51,6 +61,11 @@ def top5(logits: Tensor, labels: Tensor) -> Tensor:
 
     Raises:
         InputError: as for `accuracy`, or there are at most five classes.
+
+    Example:
+        >>> logits = torch.arange(6.0).expand(2, 6)  # class 0 ranks sixth, class 1 fifth
+        >>> top5(logits, torch.tensor([0, 1])).item()
+        0.5
     """
     check_logits(logits, labels)
     num_classes = logits.shape[1]

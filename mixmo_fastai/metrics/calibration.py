@@ -36,6 +36,11 @@ def nll(logits: Tensor, labels: Tensor) -> Tensor:
 
     Raises:
         InputError: wrong shapes, labels out of range or logits that are not finite.
+
+    Example:
+        >>> logits = torch.tensor([[3.0, 1.0], [1.0, 1.0]]).log()  # probabilities 3/4 and 1/2
+        >>> round(nll(logits, torch.tensor([0, 1])).item(), 4)  # (log 4/3 + log 2) / 2
+        0.4904
     """
     check_logits(logits, labels)
     return F.cross_entropy(logits.double(), labels.long())
@@ -45,6 +50,11 @@ def nll_terms(logits: Tensor, labels: Tensor) -> Tensor:
     """Compute the negative log-likelihood of each sample: (N,) in float64.
 
     The arguments are not checked, so that the device is not synchronised.
+
+    Example:
+        >>> logits = torch.tensor([[3.0, 1.0], [1.0, 1.0]]).log()
+        >>> nll_terms(logits, torch.tensor([0, 1]))  # log 4/3 and log 2
+        tensor([0.2877, 0.6931], dtype=torch.float64)
     """
     return F.cross_entropy(logits.double(), labels.long(), reduction="none")
 
@@ -64,6 +74,11 @@ def brier(logits: Tensor, labels: Tensor) -> Tensor:
 
     Raises:
         InputError: wrong shapes, labels out of range or logits that are not finite.
+
+    Example:
+        >>> logits = torch.tensor([[3.0, 1.0], [1.0, 1.0]]).log()
+        >>> round(brier(logits, torch.tensor([0, 1])).item(), 4)  # (2/16 + 2/4) / 2
+        0.3125
     """
     check_logits(logits, labels)
     return brier_terms(logits, labels).mean()
@@ -73,6 +88,11 @@ def brier_terms(logits: Tensor, labels: Tensor) -> Tensor:
     """Compute the Brier score of each sample: (N,) in float64.
 
     The arguments are not checked, so that the device is not synchronised.
+
+    Example:
+        >>> logits = torch.tensor([[3.0, 1.0], [1.0, 1.0]]).log()
+        >>> brier_terms(logits, torch.tensor([0, 1]))
+        tensor([0.1250, 0.5000], dtype=torch.float64)
     """
     probabilities = _probabilities(logits)
     is_true_class = torch.zeros_like(probabilities).scatter_(1, labels.long()[:, None], 1.0)
@@ -93,6 +113,11 @@ def top_predictions(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
     Raises:
         InputError: wrong shapes, labels out of range or logits that are not finite.
+
+    Example:
+        >>> logits = torch.tensor([[3.0, 1.0], [1.0, 1.0]]).log()
+        >>> top_predictions(logits, torch.tensor([0, 1]))
+        (tensor([0.7500, 0.5000], dtype=torch.float64), tensor([ True, False]))
     """
     check_logits(logits, labels)
     return _probabilities(logits).amax(dim=1), logits.argmax(dim=1) == labels
@@ -132,6 +157,14 @@ def reliability_bins(logits: Tensor, labels: Tensor, num_bins: int = NUM_BINS) -
 
     Raises:
         InputError: as for `nll`, or `num_bins` is below one.
+
+    Example:
+        >>> logits = torch.tensor([[3.0, 1.0], [1.0, 1.0]]).log()  # confidences 3/4 and 1/2
+        >>> bins = reliability_bins(logits, torch.tensor([0, 1]), num_bins=2)
+        >>> bins.counts.tolist(), bins.accuracy.tolist()
+        ([1, 1], [0.0, 1.0])
+        >>> bins.confidence
+        tensor([0.5000, 0.7500], dtype=torch.float64)
     """
     check_num_bins(num_bins)
     confidence, correct = top_predictions(logits, labels)
@@ -146,7 +179,12 @@ def reliability_bins(logits: Tensor, labels: Tensor, num_bins: int = NUM_BINS) -
 
 
 def bin_indices(confidence: Tensor, num_bins: int) -> Tensor:
-    """Return the equal-width bin, closed on the right, of each confidence: (N,) -> (N,) int64."""
+    """Return the equal-width bin, closed on the right, of each confidence: (N,) -> (N,) int64.
+
+    Example:
+        >>> bin_indices(torch.tensor([0.2, 0.5, 0.7]).double(), num_bins=2).tolist()
+        [0, 0, 1]
+    """
     # Division rounds each edge correctly, so that 1/3 equals the edge 5/15.
     edges = torch.arange(1, num_bins, dtype=torch.float64, device=confidence.device) / num_bins
     return torch.bucketize(confidence, edges)
@@ -165,6 +203,12 @@ def expected_calibration_error(logits: Tensor, labels: Tensor, num_bins: int = N
 
     Raises:
         InputError: as for `nll`, or `num_bins` is below one.
+
+    Example:
+        >>> logits = torch.tensor([[3.0, 1.0], [1.0, 1.0]]).log()
+        >>> ece = expected_calibration_error(logits, torch.tensor([0, 1]), num_bins=2)
+        >>> round(ece.item(), 4)  # |1 - 3/4| / 2 + |0 - 1/2| / 2
+        0.375
     """
     return reliability_bins(logits, labels, num_bins).expected_calibration_error
 
@@ -182,6 +226,12 @@ def ece_terms(logits: Tensor, labels: Tensor, num_bins: int = NUM_BINS) -> Tenso
 
     Returns:
         (N, Q) in float64.
+
+    Example:
+        >>> logits = torch.tensor([[3.0, 1.0], [1.0, 1.0]]).log()
+        >>> terms = ece_terms(logits, torch.tensor([0, 1]), num_bins=2)
+        >>> terms.sum(dim=0)
+        tensor([-0.5000,  0.2500], dtype=torch.float64)
     """
     confidence = _probabilities(logits).amax(dim=1)
     gap = (logits.argmax(dim=1) == labels).double() - confidence
@@ -212,6 +262,13 @@ def thresholded_adaptive_calibration_error(
 
     Raises:
         InputError: as for `nll`, or `num_bins` is below one.
+
+    Example:
+        >>> logits = torch.tensor([[3.0, 1.0], [1.0, 1.0]]).log()
+        >>> labels = torch.tensor([0, 1])
+        >>> tace = thresholded_adaptive_calibration_error(logits, labels, num_bins=1)
+        >>> round(tace.item(), 4)  # each class: probabilities sum to 5/4 or 3/4, frequencies to 1
+        0.125
     """
     check_logits(logits, labels)
     check_num_bins(num_bins)
@@ -243,6 +300,12 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
     Raises:
         InputError: wrong shapes, labels out of range or logits that are not finite.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 0.0]]).expand(4, 2)
+        >>> labels = torch.tensor([0, 0, 0, 1])  # three of four correct: 2 / T = log 3
+        >>> round(fit_temperature(logits, labels), 4)
+        1.8205
     """
     check_logits(logits, labels)
     logits = logits.detach().double()
@@ -275,6 +338,11 @@ def temperature_error(logits: Tensor, temperature: float) -> float:
     Raises:
         InputError: wrong shapes, logits that are not finite, or probabilities that do not depend
             on the temperature.
+
+    Example:
+        >>> logits = torch.tensor([[3.0, 1.0]]).log().expand(4, 2)
+        >>> round(temperature_error(logits, 1.0), 4)  # I = 4 · 3/4 · 1/4 · (log 3)²
+        1.0511
     """
     check_logits(logits)
     scaled = logits.detach().double() / temperature  # (N, K)
@@ -301,6 +369,12 @@ def check_logits(
 
     Raises:
         InputError: wrong shapes, labels out of range or logits that are not finite.
+
+    Example:
+        >>> check_logits(torch.zeros(2, 3), torch.tensor([0, 2]))
+        >>> check_logits(torch.zeros(2, 3), torch.tensor([0, 2, 1]))
+        Traceback (most recent call last):
+        mixmo_fastai.errors.InputError: labels must have shape (N,) with N = 2, ...; got (3,).
     """
     shape = tuple(logits.shape)
     if len(shape) != axes.count(",") + 1 or min(shape) < 1 or shape[-1] < 2:
@@ -336,6 +410,11 @@ def check_num_bins(num_bins: int) -> None:
 
     Raises:
         InputError: it is below one.
+
+    Example:
+        >>> check_num_bins(0)
+        Traceback (most recent call last):
+        mixmo_fastai.errors.InputError: num_bins must be 1 or more; got 0.
     """
     if num_bins < 1:
         raise InputError(f"num_bins must be 1 or more; got {num_bins}.")

@@ -37,6 +37,12 @@ def confusion_matrix(logits: Tensor, labels: Tensor) -> Tensor:
 
     Raises:
         InputError: wrong shapes, labels out of range or logits that are not finite.
+
+    Example:
+        >>> import torch
+        >>> logits = torch.eye(2)[[0, 1, 1]]
+        >>> confusion_matrix(logits, torch.tensor([0, 0, 1])).tolist()
+        [[1, 1], [0, 1]]
     """
     check_logits(logits, labels)
     num_classes = logits.shape[1]
@@ -50,6 +56,11 @@ def most_confused(matrix: Tensor, count: int) -> list[ConfusedPair]:
     Args:
         matrix: (K, K), from `confusion_matrix`.
         count: maximum number of pairs.
+
+    Example:
+        >>> import torch
+        >>> most_confused(torch.tensor([[1, 1], [0, 1]]), count=1)
+        [ConfusedPair(true=0, predicted=1, samples=1, fraction=0.5)]
     """
     errors = matrix.clone()
     errors.fill_diagonal_(0)

@@ -29,6 +29,11 @@ def member_accuracies(member_logits: Tensor, labels: Tensor) -> Tensor:
 
     Raises:
         InputError: wrong shapes, labels out of range or logits that are not finite.
+
+    Example:
+        >>> predictions = torch.tensor([[0, 0], [1, 0], [0, 1], [1, 1]])  # (N, M)
+        >>> member_accuracies(torch.eye(3)[predictions], torch.tensor([0, 1, 2, 0])).tolist()
+        [0.5, 0.25]
     """
     return _correct(member_logits, labels).double().mean(dim=0)
 
@@ -49,6 +54,12 @@ def ratio_error(member_logits: Tensor, labels: Tensor) -> Tensor:
     Raises:
         InputError: as for `member_accuracies`; there is only one member; two members have no common
             errors, so that their ratio is undefined.
+
+    Example:
+        >>> predictions = torch.tensor([[0, 0], [1, 0], [0, 1], [1, 1]])
+        >>> labels = torch.tensor([0, 1, 2, 0])  # one member is wrong once, both are wrong twice
+        >>> ratio_error(torch.eye(3)[predictions], labels).item()
+        0.5
     """
     first, second = _pairs(~_correct(member_logits, labels), "ratio_error")
     num_by_one = (first ^ second).sum(dim=0)  # (P,)
@@ -72,6 +83,11 @@ def disagreement(member_logits: Tensor) -> Tensor:
 
     Raises:
         InputError: wrong shape, logits that are not finite, or only one member.
+
+    Example:
+        >>> predictions = torch.tensor([[0, 0], [1, 0], [0, 1], [1, 1]])
+        >>> disagreement(torch.eye(3)[predictions]).item()
+        0.5
     """
     check_logits(member_logits, axes=AXES, name="member_logits")
     first, second = _pairs(member_logits.argmax(dim=2), "disagreement")
@@ -85,6 +101,11 @@ def disagreement_terms(member_logits: Tensor) -> Tensor:
 
     Raises:
         InputError: there is only one member.
+
+    Example:
+        >>> predictions = torch.tensor([[0, 0], [1, 0], [0, 1], [1, 1]])
+        >>> disagreement_terms(torch.eye(3)[predictions]).tolist()
+        [0.0, 1.0, 1.0, 0.0]
     """
     first, second = _pairs(member_logits.argmax(dim=2), "disagreement")
     return (first != second).double().mean(dim=1)
@@ -104,6 +125,11 @@ def mutual_information(member_logits: Tensor) -> Tensor:
 
     Raises:
         InputError: wrong shape, logits that are not finite, or only one member.
+
+    Example:
+        >>> member_logits = 100 * torch.eye(2)[None]  # each member is certain of its own class
+        >>> round(mutual_information(member_logits).item(), 4)  # log 2
+        0.6931
     """
     return mutual_information_per_sample(member_logits).mean()
 
@@ -122,6 +148,11 @@ def mutual_information_per_sample(member_logits: Tensor) -> Tensor:
 
     Raises:
         InputError: wrong shape, logits that are not finite, or only one member.
+
+    Example:
+        >>> differing, equal = 100 * torch.eye(2), torch.zeros(2, 2)
+        >>> mutual_information_per_sample(torch.stack([differing, equal]))
+        tensor([0.6931, 0.0000], dtype=torch.float64)
     """
     check_logits(member_logits, axes=AXES, name="member_logits")
     if member_logits.shape[1] < 2:
@@ -130,7 +161,12 @@ def mutual_information_per_sample(member_logits: Tensor) -> Tensor:
 
 
 def mixture_information(probabilities: Tensor) -> Tensor:
-    """Compute H(mean_m p_m) - mean_m H(p_m) of each sample: (N, M, …, K) -> (N, …), in nats."""
+    """Compute H(mean_m p_m) - mean_m H(p_m) of each sample: (N, M, …, K) -> (N, …), in nats.
+
+    Example:
+        >>> mixture_information(torch.eye(2)[None])  # log 2
+        tensor([0.6931], dtype=torch.float64)
+    """
     of_mean: Tensor = torch.special.entr(probabilities.double().mean(dim=1)).sum(dim=-1)
     of_members: Tensor = torch.special.entr(probabilities.double()).sum(dim=-1).mean(dim=1)
     # If members agree, rounding can make the difference negative.
@@ -147,6 +183,11 @@ def mean_probability_logits(member_logits: Tensor) -> Tensor:
 
     Returns:
         (N, K), whose softmax is the mean of the members' probabilities.
+
+    Example:
+        >>> member_logits = 100 * torch.eye(2)[None]
+        >>> mean_probability_logits(member_logits).exp()
+        tensor([[0.5000, 0.5000]], dtype=torch.float64)
     """
     log_probabilities = member_logits.double().log_softmax(dim=2)
     return log_probabilities.logsumexp(dim=1) - math.log(member_logits.shape[1])
@@ -167,6 +208,13 @@ def accuracy_by_agreement(member_logits: Tensor, labels: Tensor) -> tuple[Tensor
 
     Raises:
         InputError: wrong shapes, labels out of range or logits that are not finite.
+
+    Example:
+        >>> predictions = torch.tensor([[0, 0], [1, 0], [1, 1]])
+        >>> member_logits = torch.eye(2)[predictions]  # of tied classes, the first is predicted
+        >>> counts, accuracy = accuracy_by_agreement(member_logits, torch.tensor([0, 1, 0]))
+        >>> counts.tolist(), accuracy.tolist()
+        ([0, 1, 2], [0.0, 0.0, 0.5])
     """
     check_logits(member_logits, labels, axes=AXES, name="member_logits")
     num_members = member_logits.shape[1]

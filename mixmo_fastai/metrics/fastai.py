@@ -5,6 +5,23 @@ Shapes: B samples of a batch, M members, K classes, Q bins.
 All of them are sums over samples, kept in float64 on the device of the predictions: the memory does
 not grow with the number of samples, and no batch waits for the device. They equal the metrics of
 `evaluation.evaluate_logits` on the same logits.
+
+Example:
+    A network that leaves inputs of zero unchanged, so that both classes have probability 1/2. The
+    first class is predicted, and it is correct three times in four.
+
+    >>> import fastai.callback.progress  # adds `no_bar` to Learner
+    >>> from fastai.data.core import DataLoaders
+    >>> from fastai.data.load import DataLoader
+    >>> from fastai.learner import Learner
+    >>> loader = DataLoader([*zip(torch.zeros(4, 2), torch.tensor([0, 0, 0, 1]))], bs=3)
+    >>> dls = DataLoaders(loader, loader, device="cpu")
+    >>> metrics = [NLL(), Brier(), ECE()]
+    >>> learn = Learner(dls, torch.nn.PReLU(), torch.nn.CrossEntropyLoss(), metrics=metrics)
+    >>> with learn.no_bar():
+    ...     loss, nll, brier, ece = learn.validate()
+    >>> round(nll, 4), brier, ece  # log 2, 1/4 + 1/4, |3/4 - 1/2|
+    (0.6931, 0.5, 0.25)
 """
 
 from typing import Any
@@ -38,6 +55,13 @@ class StreamingMetric(Metric):
     Attributes:
         sums: sums of the terms over the samples so far: a scalar, or (Q,).
         num_seen: number of samples so far.
+
+    Example:
+        >>> class Confidence(StreamingMetric):
+        ...     def terms(self, learn):
+        ...         return learn.pred.double().softmax(dim=1).amax(dim=1)
+        >>> Confidence().name
+        'confidence'
     """
 
     # Class attributes, since Learners exported by version 0.1.0 do not have them.
@@ -119,6 +143,11 @@ class NLL(_ClassificationMetric):
     It equals the validation loss if this is cross-entropy without class weights and label
     smoothing. For another loss of softmax probabilities, such as fastai's label smoothing or focal
     loss, it is still the negative log-likelihood.
+
+    Example:
+        >>> terms = NLL().terms_of(torch.zeros(1, 2), torch.tensor([0]))  # log 2
+        >>> terms
+        tensor([0.6931], dtype=torch.float64)
     """
 
     def terms_of(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -127,7 +156,12 @@ class NLL(_ClassificationMetric):
 
 
 class Brier(_ClassificationMetric):
-    """Brier score: mean of the squared error of the probabilities, summed over the classes."""
+    """Brier score: mean of the squared error of the probabilities, summed over the classes.
+
+    Example:
+        >>> Brier().terms_of(torch.zeros(1, 2), torch.tensor([0]))
+        tensor([0.5000], dtype=torch.float64)
+    """
 
     def terms_of(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Compute the Brier score of each sample: (B,)."""
@@ -142,6 +176,10 @@ class ECE(_ClassificationMetric):
 
     Raises:
         InputError: `num_bins` is below one.
+
+    Example:
+        >>> ECE(num_bins=2).terms_of(torch.zeros(1, 2), torch.tensor([0]))  # 1 - 1/2, first bin
+        tensor([[0.5000, 0.0000]], dtype=torch.float64)
     """
 
     def __init__(self, num_bins: int = NUM_BINS) -> None:
@@ -158,6 +196,19 @@ class MemberAccuracy(StreamingMetric):
 
     For multi-label targets (B, K), it equals fastai's `accuracy_multi`: the fraction of correct
     decisions at a probability of 0.5. For the accuracy of the ensemble, use fastai's metrics.
+
+    Example:
+        >>> from mixmo_fastai.learner.build import mixmo_learner
+        >>> from mixmo_fastai.data.dataloaders import make_dataloaders
+        >>> from mixmo_fastai.data.sources import load_source
+        >>> dls = make_dataloaders(load_source("digits"), batch_size=16, valid_split=0.1)
+        >>> learn = mixmo_learner(dls, "wrn10_1", metrics=MemberAccuracy())
+        >>> for head in learn.model.heads:  # each member always predicts the first class
+        ...     nothing = torch.nn.init.zeros_(head.weight), torch.nn.init.zeros_(head.bias)
+        >>> with learn.no_bar():
+        ...     loss, member_accuracy = learn.validate()
+        >>> round(member_accuracy, 1)  # one of ten classes
+        0.1
     """
 
     def terms(self, learn: Any) -> Tensor:
@@ -181,6 +232,19 @@ class Disagreement(StreamingMetric):
     """Fraction of images on which two members predict different classes, mean over pairs.
 
     It is None for a network with one member, and in training, where members see different images.
+
+    Example:
+        >>> from mixmo_fastai.learner.build import mixmo_learner
+        >>> from mixmo_fastai.data.dataloaders import make_dataloaders
+        >>> from mixmo_fastai.data.sources import load_source
+        >>> dls = make_dataloaders(load_source("digits"), batch_size=16, valid_split=0.1)
+        >>> learn = mixmo_learner(dls, "wrn10_1", num_members=3, mix="sum", metrics=Disagreement())
+        >>> for head, favourite in zip(learn.model.heads, (4, 4, 7)):  # two members always agree
+        ...     nothing = torch.nn.init.zeros_(head.weight), head.bias.data[favourite].fill_(9)
+        >>> with learn.no_bar():
+        ...     loss, disagreement = learn.validate()
+        >>> round(disagreement, 4)  # two of three pairs
+        0.6667
     """
 
     def terms(self, learn: Any) -> Tensor | None:

@@ -34,6 +34,12 @@ def failure_auroc(confidence: Tensor, correct: Tensor) -> Tensor:
     Raises:
         InputError: wrong shapes or values, or the predictions are all correct or all incorrect, so
             that the AUROC is undefined.
+
+    Example:
+        >>> confidence = torch.tensor([0.9, 0.8, 0.6, 0.5])
+        >>> correct = torch.tensor([True, True, False, True])
+        >>> round(failure_auroc(confidence, correct).item(), 4)  # 2 of 3 are above the error
+        0.6667
     """
     num_correct, num_incorrect = _count_by_confidence(confidence, correct)
     if not num_correct.any() or not num_incorrect.any():
@@ -60,6 +66,14 @@ def risk_coverage(confidence: Tensor, correct: Tensor) -> tuple[Tensor, Tensor]:
 
     Raises:
         InputError: wrong shapes or values.
+
+    Example:
+        >>> confidence = torch.tensor([0.9, 0.8, 0.6, 0.5])
+        >>> coverage, risk = risk_coverage(confidence, torch.tensor([True, True, False, True]))
+        >>> coverage.tolist()
+        [0.25, 0.5, 0.75, 1.0]
+        >>> risk
+        tensor([0.0000, 0.0000, 0.3333, 0.2500], dtype=torch.float64)
     """
     num_correct, num_incorrect = _count_by_confidence(confidence, correct)
     sizes = num_correct + num_incorrect
@@ -81,6 +95,11 @@ def risk_at_coverage(confidence: Tensor, correct: Tensor, coverage: float) -> Te
 
     Raises:
         InputError: wrong shapes or values.
+
+    Example:
+        >>> confidence = torch.tensor([0.9, 0.8, 0.6, 0.5])
+        >>> risk_at_coverage(confidence, torch.tensor([True, True, False, True]), 0.8).item()
+        0.25
     """
     if not 0 < coverage <= 1:
         raise InputError(f"coverage must be above 0 and at most 1; got {coverage}.")
@@ -102,6 +121,12 @@ def aurc(confidence: Tensor, correct: Tensor) -> Tensor:
 
     Raises:
         InputError: wrong shapes or values.
+
+    Example:
+        >>> confidence = torch.tensor([0.9, 0.8, 0.6, 0.5])
+        >>> correct = torch.tensor([True, True, False, True])
+        >>> round(aurc(confidence, correct).item(), 4)  # (0 + 0 + 1/3 + 1/4) / 4
+        0.1458
     """
     return risk_coverage(confidence, correct)[1].mean()
 
