@@ -72,21 +72,18 @@ class StreamingMetric(Metric):
         """Reset the sums."""
         self.sums, self.num_seen = 0.0, 0
 
-    def terms(self, learn: Any) -> Tensor | None:
+    def terms(self, learn: Any) -> Tensor:
         """Compute the terms of the current batch, without waiting for the device.
 
         Returns:
-            Terms (B,), the mean of which is the metric; or (B, Q), for which the metric is the sum
-            over Q of the absolute values of their means; None if the batch has none.
+            Terms (B,) in float64, the mean of which is the metric; or (B, Q), for which the metric
+            is the sum over Q of the absolute values of their means.
         """
         raise NotImplementedError
 
     def accumulate(self, learn: Any) -> None:
         """Add the current batch."""
-        terms = self.terms(learn)
-        if terms is None:
-            return
-        terms = learn.to_detach(terms, cpu=False)  # gathers the terms of all processes
+        terms = learn.to_detach(self.terms(learn), cpu=False)  # gathers those of all processes
         self.sums = self.sums + terms.sum(dim=0)
         self.num_seen += len(terms)
 
@@ -231,7 +228,8 @@ class MemberAccuracy(StreamingMetric):
 class Disagreement(StreamingMetric):
     """Fraction of images on which two members predict different classes, mean over pairs.
 
-    It is None for a network with one member, and in training, where members see different images.
+    It is nan where it is undefined: for a network with one member, and in training, where the
+    members see different images.
 
     Example:
         >>> from mixmo_fastai.learner.build import mixmo_learner
@@ -247,7 +245,7 @@ class Disagreement(StreamingMetric):
         0.6667
     """
 
-    def terms(self, learn: Any) -> Tensor | None:
+    def terms(self, learn: Any) -> Tensor:
         """Compute the fraction of pairs of members that differ, for each sample: (B,).
 
         Raises:
@@ -260,7 +258,7 @@ class Disagreement(StreamingMetric):
                 "Remove Disagreement() from the metrics."
             )
         if learn.training or network.num_members == 1:
-            return None
+            return _in_float64(torch.full(learn.y.shape, torch.nan, device=learn.y.device))
         return disagreement_terms(_in_float64(network.latest_member_logits))
 
 
