@@ -1,20 +1,26 @@
+import dataclasses
 import subprocess
 import sys
 from pkgutil import resolve_name
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from test_evaluate_logits import draw
 
+from mixmo_fastai.cli import render
+from mixmo_fastai.config.recipe import Recipe
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.evaluation.logits import MetricInputs, evaluate_logits
+from mixmo_fastai.metrics import bootstrap
 from mixmo_fastai.metrics.table import (
     COVERAGES,
     DECIMAL,
     INPUTS,
     LISTED_METRICS,
     MAIN_METRICS,
+    METRIC_BY_NAME,
     METRICS,
     MULTI_MEMBER_METRICS,
     NATS,
@@ -125,6 +131,41 @@ def test_a_metric_that_compares_members_is_undefined_for_one_whatever_its_functi
     member_logits, labels = draw(20, 2, 4)
     inputs = MetricInputs(member_logits.mean(dim=1), labels, member_logits)
     assert metric.compute(inputs) == spec().compute(inputs)
+
+
+def test_a_metric_with_terms_has_intervals_and_is_compared(monkeypatch):
+    with_terms = dataclasses.replace(
+        METRIC_BY_NAME["brier"], terms="mixmo_fastai.metrics.calibration:brier_terms"
+    )
+    for module in (bootstrap, render):
+        monkeypatch.setattr(module, "MAIN_METRICS", (*MAIN_METRICS, with_terms))
+    member_logits, labels = draw(300, 2, 6, signal=1.0)
+    first, second = (2.0**i * member_logits for i in range(2))
+    means = [logits.double().mean(dim=1) for logits in (first, second)]
+    differences = bootstrap.paired_intervals(*means, labels)
+    compared = [
+        SimpleNamespace(
+            run=SimpleNamespace(path=f"run-{number}"), recipe=Recipe(), parameters=1,
+            images_seen=None, seconds=None, metrics=evaluate_logits(logits, labels),
+            intervals=bootstrap.intervals(mean, labels),
+            differences=differences if number else None,
+        )
+        for number, (logits, mean) in enumerate(zip((first, second), means, strict=True))
+    ]  # fmt: skip
+    values = [each.metrics["brier"] for each in compared]
+    for each, value in zip(compared, values, strict=True):
+        low, high = each.intervals["brier"]
+        assert low < value < high
+        assert list(each.intervals) == ["accuracy", "nll", "ece", "brier"]
+    low, high = differences["brier"]
+    assert low < values[1] - values[0] < high
+    lines = render.comparison_lines(compared)
+    assert lines[0].split()[:5] == ["run", "accuracy", "NLL", "ECE", "Brier"]
+    assert lines[1].split()[6] == f"{values[0]:.4f}"
+    assert lines[-1].split() == [
+        *("Brier", f"{values[1] - values[0]:+.4f}"),
+        *(f"({low:+.4f}", "to", f"{high:+.4f})"),
+    ]
 
 
 def test_reading_the_table_needs_neither_torch_nor_numpy():

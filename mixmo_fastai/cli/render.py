@@ -341,6 +341,7 @@ def _interval_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     parts = [
         f"{metric.label} {metric.format.value(low)} to {metric.format.value(high)}"
         for metric in MAIN_METRICS
+        if metric.name in metrics["intervals"]
         for low, high in [metrics["intervals"][metric.name]]
     ]
     return [("95 % CI", f"{', '.join(parts)} (bootstrap)")]

@@ -91,7 +91,8 @@ class MetricSpec:
         terms: for a metric with bootstrap intervals, the function of its terms, as
             "module:function": of logits (N, K) in float64 and labels (N,), which are already
             checked. It returns terms (N,), the mean of which is the metric, or (N, Q), for which
-            the metric is the sum over Q of the absolute values of their means.
+            the metric is the sum over Q of the absolute values of their means. Such a metric must
+            be defined for all logits.
         is_per_member: the function returns one value per member, (M,). Such a metric is a list in
             JSON and is not in printed tables.
         compares_members: the metric is undefined for one member.
@@ -101,7 +102,8 @@ class MetricSpec:
             "cross_fitted" of `evaluation.evaluate_splits`.
         at_optimum: the metric is also computed at the temperature that is optimal for the evaluated
             images themselves, as NAME_calibrated.
-        corrupted_name: name of its mean over corrupted images; "" if it is not computed on them.
+        corrupted_name: name of its mean over corrupted images, for which it must be defined
+            whatever the logits; "" if it is not computed on them.
 
     Raises:
         InputError: an argument is not one of `INPUTS`, or a metric that is computed from the

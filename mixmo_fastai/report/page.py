@@ -138,6 +138,7 @@ def _tiles(data: ReportData) -> list[tuple[str, str, str]]:
             _interval(ends, metric),
         )
         for metric in MAIN_METRICS
+        if metric.name in test  # missing if the metric is newer than the run's evaluation
     ]
     if expected.accuracy is not None:
         tiles.insert(1, ("Published", percent(expected.accuracy), f"with {expected.arch}"))
