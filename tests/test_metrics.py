@@ -214,6 +214,18 @@ def test_a_million_samples_do_not_lose_precision():
     assert metric.value == 1
 
 
+def test_member_accuracy_pickled_by_version_0_1_0():
+    """It comes in exported Learners, with sums of another name."""
+    metric = MemberAccuracy.__new__(MemberAccuracy)
+    metric.__dict__.update(num_correct=torch.tensor(3.0), num_seen=0)
+    assert metric.value is None
+    member_logits, labels = draw(NUM_SAMPLES, 2, 6)
+    found, _ = validated(Stored(2), member_logits, labels, 64, [metric])
+    assert found == pytest.approx(
+        {"member_accuracy": expected_values(member_logits, labels)["member_accuracy"]}
+    )
+
+
 def test_training_metrics_are_those_of_the_members():
     class Record(Callback):
         run_valid, order = False, 60
