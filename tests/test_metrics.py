@@ -155,6 +155,21 @@ def test_other_losses_and_targets_are_refused(kind, targets, loss, described):
     assert f"Remove {kind.__name__}()" in str(raised.value)
 
 
+@pytest.mark.parametrize("kind", [NLL, Brier, ECE])
+def test_other_losses_are_refused_before_a_training_begins(kind):
+    class NoStep(Callback):
+        def before_train(self):
+            pytest.fail("the training has begun")
+
+    loss = nn.BCEWithLogitsLoss()
+    learn = mixmo_learner(mixmo_dls(), "wrn10_1", loss_func=loss, metrics=kind(), cbs=NoStep())
+    with learn.no_bar(), pytest.raises(InputError) as raised:
+        learn.fit(1, 0.05)
+    message = str(raised.value)
+    assert message.startswith(f"{kind.__name__} needs one class per image")
+    assert "got the loss 'BCEWithLogitsLoss'" in message
+
+
 @pytest.mark.parametrize("kind", [MemberAccuracy, Disagreement])
 def test_a_network_without_members_is_refused(kind):
     member_logits, labels = draw(9, 1, 6)

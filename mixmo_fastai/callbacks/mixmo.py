@@ -19,6 +19,7 @@ from mixmo_fastai.callbacks.draws import EpochDraws
 from mixmo_fastai.data.loaders import BatchLoader
 from mixmo_fastai.data.repeat import expand
 from mixmo_fastai.errors import InputError, remove_fastai_prefix
+from mixmo_fastai.metrics.fastai import StreamingMetric
 from mixmo_fastai.mixing import (
     Mixing,
     Region,
@@ -81,7 +82,8 @@ class MixMoCallback(_PlainErrorCallback):
 
     Raises:
         InputError: an argument is out of range; when a fit begins: the model is not a `MixMoModel`,
-            the loss cannot be weighted, or the Learner also has one of fastai's Mix callbacks.
+            the loss cannot be weighted, a metric of `mixmo_fastai.metrics.fastai` is undefined for the
+            loss, or the Learner also has one of fastai's Mix callbacks.
     """
 
     # After callbacks that read self.x, before mixed precision (10) enters autocast.
@@ -146,6 +148,9 @@ class MixMoCallback(_PlainErrorCallback):
         if not isinstance(self.learn.loss_func, MixMoLoss):
             device = next(network.parameters()).device
             self.learn.loss_func = MixMoLoss(self.learn.loss_func).to(device)
+        for metric in self.learn.metrics:
+            if isinstance(metric, StreamingMetric):
+                metric.check(self.learn)
 
     def before_train(self) -> None:
         """Set the epoch's loader to repeat every image for all members."""

@@ -39,7 +39,7 @@ from mixmo_fastai.metrics.calibration import (
     nll_terms,
 )
 from mixmo_fastai.metrics.diversity import disagreement_terms
-from mixmo_fastai.mixing.base_losses import loss_name
+from mixmo_fastai.mixing.base_losses import is_known, loss_name
 from mixmo_fastai.mixing.loss import MixMoLoss
 from mixmo_fastai.models.mixmo_model import MixMoModel, unwrap
 
@@ -72,6 +72,9 @@ class StreamingMetric(Metric):
         """Reset the sums."""
         self.sums, self.num_seen = 0.0, 0
 
+    def check(self, learn: Any) -> None:
+        """Check that the metric is defined for a Learner; `MixMoCallback` calls it before a fit."""
+
     def terms(self, learn: Any) -> Tensor:
         """Compute the terms of the current batch, without waiting for the device.
 
@@ -103,6 +106,16 @@ class _ClassificationMetric(StreamingMetric):
     enabled, they are those of the members in training, each on its own images.
     """
 
+    def check(self, learn: Any) -> None:
+        """Check the loss, if it is one of torch or fastai; others are checked at the first batch.
+
+        Raises:
+            InputError: its activation is not the softmax.
+        """
+        loss = _as_mixmo_loss(learn)
+        if is_known(loss.base) and not _uses_softmax(loss, torch.zeros(1, 2)):
+            raise self._error(loss)
+
     def terms(self, learn: Any) -> Tensor:
         """Compute the terms of the current batch: (B,) or (B, Q).
 
@@ -119,15 +132,21 @@ class _ClassificationMetric(StreamingMetric):
             and logits.ndim == 2
             and len(logits) == len(labels)
         )
-        # The loss cannot change between batches, and the check waits for the device.
-        if not is_classification or (not self.num_seen and not _uses_softmax(learn, logits)):
-            raise InputError(
-                f"{type(self).__name__} needs one class per image and a loss of softmax "
-                f"probabilities, such as cross-entropy; got {_describe(labels)} and the loss "
-                f"{loss_name(_as_mixmo_loss(learn).base)!r}.\n"
-                f"Remove {type(self).__name__}() from the metrics."
-            )
+        if not is_classification:
+            raise self._error(_as_mixmo_loss(learn), f"{_describe(labels)} and ")
+        if not self.num_seen:  # the loss does not change between batches, and its check waits
+            loss = _as_mixmo_loss(learn)
+            if not _uses_softmax(loss, logits):
+                raise self._error(loss)
         return self.terms_of(_in_float64(logits), _plain(labels, logits))
+
+    def _error(self, loss: MixMoLoss, targets: str = "") -> InputError:
+        name = type(self).__name__
+        return InputError(
+            f"{name} needs one class per image and a loss of softmax probabilities, such as "
+            f"cross-entropy; got {targets}the loss {loss_name(loss.base)!r}.\n"
+            f"Remove {name}() from the metrics."
+        )
 
     def terms_of(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Compute the terms of logits (B, K) and labels (B,): (B,) or (B, Q), in float64."""
@@ -283,13 +302,13 @@ def _as_mixmo_loss(learn: Any) -> MixMoLoss:
     return loss if isinstance(loss, MixMoLoss) else MixMoLoss(loss)
 
 
-def _uses_softmax(learn: Any, logits: Tensor) -> bool:
-    """Check whether the activation of the Learner's loss is the softmax over K classes."""
+def _uses_softmax(loss: MixMoLoss, logits: Tensor) -> bool:
+    """Check whether the activation of a loss is the softmax of logits like these, (B, K)."""
     num_classes = logits.shape[1]
     if num_classes < 2:
         return False
     probe = torch.linspace(-1, 2, 2 * num_classes, device=logits.device).view(2, num_classes)
-    probabilities = _as_mixmo_loss(learn).activation(probe)
+    probabilities = loss.activation(probe)
     return probabilities.shape == probe.shape and torch.allclose(
         probabilities.to(probe), probe.softmax(dim=1)
     )
