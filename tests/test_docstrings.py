@@ -7,14 +7,14 @@ import inspect
 import pytest
 
 MODULES = [
-    "accuracy",
-    "bootstrap",
-    "calibration",
-    "confusion",
-    "detection",
-    "diversity",
-    pytest.param("metrics", marks=pytest.mark.slow),
-    "selective",
+    "metrics.accuracy",
+    "metrics.bootstrap",
+    "metrics.calibration",
+    "metrics.confusion",
+    "metrics.diversity",
+    pytest.param("metrics.fastai", marks=pytest.mark.slow),
+    "metrics.ood",
+    "metrics.selective",
 ]
 RUNNER = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS, verbose=False)
 

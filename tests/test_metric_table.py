@@ -68,7 +68,7 @@ def test_terms_neither_check_nor_wait():
     logits, labels = torch.zeros(4, 5, device="meta"), torch.zeros(4, device="meta").long()
     for name in ("accuracy:accuracy_terms", "calibration:nll_terms", "calibration:brier_terms",
                  "calibration:ece_terms"):  # fmt: skip
-        assert len(resolve_name(f"mixmo_fastai.{name}")(logits, labels)) == 4
+        assert len(resolve_name(f"mixmo_fastai.metrics.{name}")(logits, labels)) == 4
 
 
 def test_groups_of_metrics():

@@ -82,7 +82,7 @@ class MixMoCallback(_PlainErrorCallback):
 
     Raises:
         InputError: an argument is out of range; when a fit begins: the model is not a `MixMoModel`,
-            the loss cannot be weighted, a metric of `mixmo_fastai.metrics.fastai` is undefined for the
+            the loss cannot be weighted, a metric of `metrics.fastai` is undefined for the
             loss, or the Learner also has one of fastai's Mix callbacks.
     """
 

@@ -1,5 +1,6 @@
 """Metrics of logits and labels.
 
+accuracy     top-1 and top-5 accuracy
 calibration  NLL, Brier, ECE, TACE, temperature
 diversity    ratio error, disagreement, mutual information of the members
 selective    failure AUROC, risk-coverage
@@ -7,13 +8,17 @@ confusion    confusion matrix, most confused classes
 ood          out-of-distribution detection: AUROC, AUPR, FPR at 95 % TPR
 bootstrap    confidence intervals
 fastai       metrics for a Learner
-table        display names and formats
+table        the table of all metrics: how each is computed, displayed and compared
 """
 
 from mixmo_fastai.imports import lazy_names
 
 _MODULES = {
+    "Brier": "metrics.fastai",
+    "Disagreement": "metrics.fastai",
+    "ECE": "metrics.fastai",
     "MemberAccuracy": "metrics.fastai",
+    "NLL": "metrics.fastai",
 }
 __all__ = [*_MODULES]  # noqa: PLE0604
 __getattr__, __dir__ = lazy_names(__name__, _MODULES)

@@ -147,7 +147,7 @@ def _resample(terms: Mapping[str, Tensor], num_resamples: int, seed: int) -> dic
         size = min(_RESAMPLES_AT_ONCE, num_resamples - start)
         sums.append(draw_counts(len(columns), size, generator=generator) @ columns)
     means = torch.cat(sums).double() / len(columns)  # (R, columns of all terms)
-    parts = means.split([term[0].numel() for term in terms.values()], dim=1)
+    parts = torch.split(means, [term[0].numel() for term in terms.values()], dim=1)
     return {
         name: part[:, 0] if term.ndim == 1 else part.abs().sum(dim=1)
         for (name, term), part in zip(terms.items(), parts, strict=True)
