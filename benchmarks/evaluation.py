@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from measure import interleaved, report, spread
 
-from mixmo_fastai.evaluation.logits import evaluate_splits
+from mixmo_fastai.evaluation.splits import evaluate_splits
 from mixmo_fastai.metrics.bootstrap import intervals
 from mixmo_fastai.runtime.devices import keep_freed_memory
 

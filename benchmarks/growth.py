@@ -14,7 +14,7 @@ from evaluation import random_logits
 from measure import RATIO, SECONDS, format_rows, interleaved, paired_ratio, report, spreads
 from steps import Setup, step_parser
 
-from mixmo_fastai.evaluation.logits import evaluate_splits
+from mixmo_fastai.evaluation.splits import evaluate_splits
 from mixmo_fastai.runtime.devices import keep_freed_memory
 
 MEMBERS, CLASSES = (1, 2, 3, 4), 100

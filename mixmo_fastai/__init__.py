@@ -24,7 +24,7 @@ _MODULES = {
     "defer_readbacks": "callbacks.deferred",
     "member_preds": "learner.member_preds",
     "mixmo_learner": "learner.build",
-    "evaluate_logits": "evaluation.logits",
+    "evaluate_logits": "metrics.summary",
     "load_fused": "export.files",
     "Recipe": "config.recipe",
     "show_pairs": "plots.png",

@@ -9,9 +9,10 @@ from mixmo_fastai.config.load import override
 from mixmo_fastai.config.resolve import resolve_recipe
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.evaluation.compare import compare_runs
-from mixmo_fastai.evaluation.logits import collect_member_logits, evaluate_logits
+from mixmo_fastai.evaluation.logits import collect_member_logits
 from mixmo_fastai.evaluation.runs import evaluate_ensemble, evaluate_run
 from mixmo_fastai.metrics.bootstrap import paired_intervals
+from mixmo_fastai.metrics.summary import evaluate_logits
 from mixmo_fastai.runs.create import create_run
 from mixmo_fastai.training.prepare import prepare
 from mixmo_fastai.training.train import train

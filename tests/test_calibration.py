@@ -7,16 +7,14 @@ from sklearn.metrics import log_loss
 
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.metrics.calibration import (
-    TEMPERATURE_BOUNDS,
     brier,
     expected_calibration_error,
-    fit_temperature,
     nll,
     reliability_bins,
-    temperature_error,
     thresholded_adaptive_calibration_error,
     top_predictions,
 )
+from mixmo_fastai.metrics.temperature import TEMPERATURE_BOUNDS, fit_temperature, temperature_error
 
 SWEEP = [(1, 2), (3, 2), (14, 3), (40, 5), (200, 10), (331, 7)]
 FIGURES = [

@@ -21,7 +21,7 @@ from test_signals import SLOW_STEPS
 
 from mixmo_fastai.callbacks.mixmo import MixMoCallback
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.evaluation.logits import evaluate_logits
+from mixmo_fastai.metrics.summary import evaluate_logits
 from mixmo_fastai.mixing import MASK_KINDS
 from mixmo_fastai.mixing.pairing import num_copies
 from mixmo_fastai.models import create_model

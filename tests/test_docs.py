@@ -25,7 +25,8 @@ from mixmo_fastai.config.recipe import Recipe, default_valid_split
 from mixmo_fastai.config.resolve import check_dataset, resolve_recipe
 from mixmo_fastai.data.corruptions import BUILT_IN
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.evaluation.logits import MIN_IMAGES_FOR_TEMPERATURE, evaluate_logits
+from mixmo_fastai.evaluation.splits import MIN_IMAGES_FOR_TEMPERATURE
+from mixmo_fastai.metrics.summary import evaluate_logits
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))

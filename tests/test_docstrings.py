@@ -15,6 +15,7 @@ MODULES = [
     pytest.param("metrics.fastai", marks=pytest.mark.slow),
     "metrics.ood",
     "metrics.selective",
+    "metrics.temperature",
 ]
 RUNNER = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS, verbose=False)
 

@@ -9,12 +9,9 @@ from golden import arrays, facts, needs_golden
 from sklearn.metrics import top_k_accuracy_score
 
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.evaluation.logits import (
-    collect_member_logits,
-    cross_fitted,
-    evaluate_logits,
-    evaluate_splits,
-)
+from mixmo_fastai.evaluation.logits import collect_member_logits
+from mixmo_fastai.evaluation.splits import cross_fitted, evaluate_splits
+from mixmo_fastai.metrics.summary import evaluate_logits
 from mixmo_fastai.rng import make_generator
 
 FIGURES = [

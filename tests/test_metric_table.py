@@ -12,8 +12,8 @@ from test_evaluate_logits import draw
 from mixmo_fastai.cli import render
 from mixmo_fastai.config.recipe import Recipe
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.evaluation.logits import MetricInputs, evaluate_logits
 from mixmo_fastai.metrics import bootstrap
+from mixmo_fastai.metrics.summary import MetricInputs, evaluate_logits
 from mixmo_fastai.metrics.table import (
     COVERAGES,
     DECIMAL,

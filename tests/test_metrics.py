@@ -24,8 +24,8 @@ from torch import nn
 
 from mixmo_fastai import mixmo_learner
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.evaluation.logits import evaluate_logits
 from mixmo_fastai.metrics.fastai import ECE, NLL, Brier, Disagreement, MemberAccuracy
+from mixmo_fastai.metrics.summary import evaluate_logits
 from mixmo_fastai.models import MixMoModel
 
 NUM_SAMPLES = 150

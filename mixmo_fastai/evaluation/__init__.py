@@ -1,6 +1,7 @@
 """Predictions and metrics of trained networks.
 
-logits   member logits of every image of a loader, and the metrics of a run's splits
+logits   member logits of every image of a loader
+splits   metrics of a run's splits, calibrated
 runs     evaluation of finished runs, alone or together as a deep ensemble
 compare  comparison of runs on the same test images
 predict  predictions for image files
@@ -11,8 +12,8 @@ from mixmo_fastai.imports import lazy_names
 
 _MODULES = {
     "collect_member_logits": "evaluation.logits",
-    "evaluate_logits": "evaluation.logits",
-    "evaluate_splits": "evaluation.logits",
+    "evaluate_logits": "metrics.summary",
+    "evaluate_splits": "evaluation.splits",
     "evaluate_run": "evaluation.runs",
     "compare_runs": "evaluation.compare",
     "predict_images": "evaluation.predict",

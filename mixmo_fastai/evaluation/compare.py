@@ -14,9 +14,9 @@ from torch import Tensor
 from mixmo_fastai.config.recipe import Recipe
 from mixmo_fastai.data.run_data import data_parts, read_source
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.evaluation.logits import evaluate_logits
 from mixmo_fastai.evaluation.runs import open_finished
 from mixmo_fastai.metrics.bootstrap import Interval, intervals, paired_intervals
+from mixmo_fastai.metrics.summary import evaluate_logits
 from mixmo_fastai.runs.folder import RunFolder, check_same_left_out, check_several
 
 

@@ -29,13 +29,10 @@ from mixmo_fastai.data.run_data import data_parts, read_source
 from mixmo_fastai.data.sources import load_source
 from mixmo_fastai.data.splits import training_parts
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.evaluation.logits import (
-    LabelledLogits,
-    MetricInputs,
-    collect_member_logits,
-    evaluate_splits,
-)
+from mixmo_fastai.evaluation.logits import LabelledLogits, collect_member_logits
+from mixmo_fastai.evaluation.splits import evaluate_splits
 from mixmo_fastai.metrics.ood import detection_metrics
+from mixmo_fastai.metrics.summary import MetricInputs
 from mixmo_fastai.metrics.table import METRICS
 from mixmo_fastai.models import MixMoModel, build_model
 from mixmo_fastai.runs.checkpoints import CheckpointStore

@@ -1,10 +1,12 @@
 """Metrics of logits and labels.
 
 accuracy     top-1 and top-5 accuracy
-calibration  NLL, Brier, ECE, TACE, temperature
+calibration  NLL, Brier, ECE, TACE
+temperature  temperature scaling
 diversity    ratio error, disagreement, mutual information of the members
 selective    failure AUROC, risk-coverage
 confusion    confusion matrix, most confused classes
+summary      all metrics: `evaluate_logits`
 ood          out-of-distribution detection: AUROC, AUPR, FPR at 95 % TPR
 bootstrap    confidence intervals
 fastai       metrics for a Learner

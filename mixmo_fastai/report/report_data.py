@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mixmo_fastai.config.recipe import Recipe
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.evaluation.logits import cross_scale, evaluate_splits
 from mixmo_fastai.evaluation.runs import FinishedRun, open_finished
+from mixmo_fastai.evaluation.splits import cross_scale, evaluate_splits
 from mixmo_fastai.metrics.calibration import top_predictions
 from mixmo_fastai.models.filters import FilterUse, encoder_norms, filter_use
 from mixmo_fastai.runs.folder import RunFolder

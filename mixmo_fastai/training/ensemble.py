@@ -13,8 +13,8 @@ from typing import Any
 from fastai.callback.core import Callback
 
 from mixmo_fastai.config.recipe import Expected, Recipe
-from mixmo_fastai.evaluation.logits import evaluate_splits
 from mixmo_fastai.evaluation.runs import collect_logits
+from mixmo_fastai.evaluation.splits import evaluate_splits
 from mixmo_fastai.rng import derive_seed
 from mixmo_fastai.runs.create import create_run
 from mixmo_fastai.runs.folder import RunFolder

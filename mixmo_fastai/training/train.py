@@ -15,7 +15,8 @@ from mixmo_fastai.callbacks.ema import EMACallback
 from mixmo_fastai.config.recipe import Recipe
 from mixmo_fastai.data.run_data import facts_of
 from mixmo_fastai.errors import RunFailedError
-from mixmo_fastai.evaluation.logits import collect_member_logits, evaluate_splits
+from mixmo_fastai.evaluation.logits import collect_member_logits
+from mixmo_fastai.evaluation.splits import evaluate_splits
 from mixmo_fastai.learner.distributed import shared
 from mixmo_fastai.runs.checkpoints import CheckpointStore
 from mixmo_fastai.runs.folder import RunFolder
