@@ -5,6 +5,7 @@ import importlib
 import inspect
 
 import pytest
+import torch
 
 MODULES = [
     "metrics.accuracy",
@@ -22,7 +23,7 @@ RUNNER = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS, verbose=False)
 
 def examples_of(module):
     """All docstrings of a module that have examples, by name within the module."""
-    tests = doctest.DocTestFinder(exclude_empty=True).find(module)
+    tests = doctest.DocTestFinder(exclude_empty=True).find(module, extraglobs={"torch": torch})
     return {test.name.removeprefix(module.__name__).lstrip("."): test for test in tests}
 
 
