@@ -1,4 +1,4 @@
-"""`mixmo_learner` with what fastai users have: names, functions, networks of their own."""
+"""`mixmo_learner` and `to_mixmo` with names, functions and networks of a fastai user."""
 
 import random
 from functools import partial
@@ -32,13 +32,13 @@ from mixmo_fastai import (
 from mixmo_fastai.errors import InputError
 
 
-def small():
+def small_network():
     return nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)
     )
 
 
-def trained(learn):
+def fit_and_list_changed_parameters(learn):
     before = {n: p.detach().clone() for n, p in learn.model.named_parameters()}
     with learn.no_bar(), learn.no_logging():
         learn.fit(1, 1e-2)
@@ -46,78 +46,78 @@ def trained(learn):
 
 
 @pytest.mark.parametrize("dls", [mixmo_dls, foreign_dls])
-def test_a_network_of_ones_own_trains(dls):
-    learn = mixmo_learner(dls(), small(), seed=0)
-    assert len(trained(learn)) == len([*learn.model.parameters()])
+def test_custom_network_trains(dls):
+    learn = mixmo_learner(dls(), small_network(), seed=0)
+    assert len(fit_and_list_changed_parameters(learn)) == len([*learn.model.parameters()])
     assert learn.get_preds()[0].shape == (len(learn.dls.valid_ds), 3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("function", [resnet18, xresnet.xresnet18])
-def test_a_function_makes_the_network(function):
+def test_network_is_created_by_a_function(function):
     learn = mixmo_learner(mixmo_dls(), function, seed=0)
     assert isinstance(learn.model, MixMoModel)
     assert learn.model(torch.randn(2, 3, 32, 32)).shape == (2, 3)
 
 
 @pytest.mark.slow
-def test_a_model_of_a_vision_learner_is_converted():
+def test_model_of_vision_learner_is_converted():
     model = create_vision_model(resnet18, 3, pretrained=False).eval()
     learn = mixmo_learner(mixmo_dls(), model, seed=0)
     x = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(learn.model.eval()(x), model(x), rtol=1e-3, atol=1e-4)
 
 
-def test_a_mixmo_model_is_taken_as_it_is():
+def test_mixmo_model_is_used_unchanged():
     model = create_model("wrn10_1", 3)
     assert mixmo_learner(mixmo_dls(), model).model is model
 
 
-def test_other_classes_get_heads_of_their_own():
-    model = nn.Sequential(*small()[:-1], nn.Linear(8, 1000))
+def test_new_heads_if_the_number_of_classes_differs():
+    model = nn.Sequential(*small_network()[:-1], nn.Linear(8, 1000))
     learn = mixmo_learner(mixmo_dls(), model, seed=0)
     assert learn.model(torch.randn(2, 3, 8, 8)).shape == (2, 3)
 
 
-def test_fine_tuning_freezes_all_but_the_heads_first():
-    learn = mixmo_learner(mixmo_dls(), small(), seed=0)
+def test_freeze_trains_only_the_heads():
+    learn = mixmo_learner(mixmo_dls(), small_network(), seed=0)
     learn.freeze()
-    moved = trained(learn)
-    assert moved
-    assert all(name.startswith("heads") for name in moved)
+    changed = fit_and_list_changed_parameters(learn)
+    assert changed
+    assert all(name.startswith("heads") for name in changed)
     learn.unfreeze()
     with learn.no_bar(), learn.no_logging():
         learn.fine_tune(1, 1e-2)
     assert len(learn.opt.hypers) == 2
 
 
-def test_a_function_of_ones_own_is_called_whatever_its_name():
+def test_custom_function_with_the_name_of_a_known_network():
     def resnet18(n_classes):
-        return nn.Sequential(*small()[:-1], nn.Linear(8, n_classes))
+        return nn.Sequential(*small_network()[:-1], nn.Linear(8, n_classes))
 
     learn = mixmo_learner(mixmo_dls(), resnet18, seed=0)
     assert [encoder.out_channels for encoder in learn.model.encoders] == [8, 8]
 
 
-@pytest.mark.parametrize("trained", [True, False])
-def test_a_trained_network_keeps_its_weights_and_an_untrained_one_starts_apart(trained):
-    weights = small().state_dict()
+@pytest.mark.parametrize("is_trained", [True, False])
+def test_only_trained_networks_keep_their_weights(is_trained):
+    weights = small_network().state_dict()
 
     def make():
-        model = small()
-        if trained:
+        model = small_network()
+        if is_trained:
             model.load_state_dict(weights)
         return model
 
     encoders = mixmo_learner(mixmo_dls(), make, seed=0).model.encoders
-    whole = sum(encoder.weight for encoder in encoders)
-    assert torch.allclose(whole, weights["0.weight"], atol=1e-6) == trained
+    total = sum(encoder.weight for encoder in encoders)
+    assert torch.allclose(total, weights["0.weight"], atol=1e-6) == is_trained
     both = torch.stack([encoder.weight.flatten() for encoder in encoders])
-    assert (abs(torch.corrcoef(both)[0, 1]) > 0.9) == trained
+    assert (abs(torch.corrcoef(both)[0, 1]) > 0.9) == is_trained
 
 
-def test_a_trained_body_with_a_new_head():
-    """As people write it: the head alone is drawn anew."""
+def test_trained_body_with_a_new_head():
+    """The weights of the body are loaded, and only the head is initialised."""
     weights = resnet18().state_dict()
 
     def make(num_classes):
@@ -127,14 +127,14 @@ def test_a_trained_body_with_a_new_head():
         return model
 
     model = mixmo_learner(mixmo_dls(), make, seed=0).model
-    whole = sum(encoder.weight for encoder in model.encoders)
-    torch.testing.assert_close(whole, weights["conv1.weight"])
+    total = sum(encoder.weight for encoder in model.encoders)
+    torch.testing.assert_close(total, weights["conv1.weight"])
     heads = torch.stack([head.weight.flatten() for head in model.heads]).detach()
     assert torch.corrcoef(heads)[0, 1].abs() < 0.2
 
 
-def test_independent_members_of_ones_own_network():
-    model = small()
+def test_independent_members_of_a_custom_network():
+    model = small_network()
     encoders = mixmo_learner(mixmo_dls(), model, seed=0, independent=True).model.encoders
     assert torch.equal(
         encoders[0].weight.flatten().sort().values, model[0].weight.flatten().sort().values
@@ -147,102 +147,104 @@ def test_independent_members_of_ones_own_network():
     [
         partial(xresnet.xresnet18, act_cls=nn.SiLU),
         partial(xresnet.xresnet18, n_out=3),
-        lambda n: nn.Sequential(*small()[:-1], nn.Linear(8, n)),
+        lambda n: nn.Sequential(*small_network()[:-1], nn.Linear(8, n)),
         partial(resnet18, weights=None),
-        lambda: small(),  # noqa: PLW0108
+        lambda: small_network(),  # noqa: PLW0108
     ],
 )
-def test_functions_with_arguments_bound(make):
+def test_functions_with_bound_arguments(make):
     assert mixmo_learner(mixmo_dls(), make, seed=0).model.heads[0].out_features == 3
 
 
-def test_the_global_generator_is_left_alone_by_functions():
+def test_functions_do_not_change_the_global_generator():
     state = torch.get_rng_state()
-    mixmo_learner(mixmo_dls(), small, seed=0)
+    mixmo_learner(mixmo_dls(), small_network, seed=0)
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_what_a_vision_learner_has_frozen_trains_again():
+def test_frozen_parameters_of_vision_learner_are_unfrozen():
     model = create_vision_model(resnet18, 3, pretrained=False)
-    model[0].requires_grad_(False)  # as vision_learner does with trained weights
+    model[0].requires_grad_(False)  # as vision_learner does with pretrained weights
     learn = mixmo_learner(mixmo_dls(), model, seed=0)
     assert all(p.requires_grad for p in learn.model.parameters())
 
 
-def test_the_head_of_a_vision_learner_is_one_piece():
-    """In the first phase of `fine_tune` all of it trains, not the last layer alone."""
+def test_whole_head_of_vision_learner_trains_first():
+    """All layers of the head train in the first phase of `fine_tune`, not only the last layer."""
     model = create_vision_model(resnet18, 3, pretrained=False)
     learn = mixmo_learner(mixmo_dls(), model, seed=0)
     learn.freeze()
-    moves = {name for name, p in learn.model.named_parameters() if p.requires_grad}
-    assert "core.body.1.4.weight" in moves  # fastai's linear layer before the last
-    assert "heads.0.weight" in moves
-    # fastai trains normalisation always.
-    assert not [n for n in moves if n.startswith("encoders") or n.endswith("conv2.weight")]
-    body, late = learn.opt.param_lists
-    everything = {*learn.model.parameters()}
-    assert {*body} | {*late} == everything
-    assert len(body) + len(late) == len(everything)
+    trainable = {name for name, p in learn.model.named_parameters() if p.requires_grad}
+    assert "core.body.1.4.weight" in trainable  # the linear layer before the last
+    assert "heads.0.weight" in trainable
+    # fastai always trains normalisation layers.
+    assert not [n for n in trainable if n.startswith("encoders") or n.endswith("conv2.weight")]
+    body, head = learn.opt.param_lists
+    all_parameters = {*learn.model.parameters()}
+    assert {*body} | {*head} == all_parameters
+    assert len(body) + len(head) == len(all_parameters)
 
 
-def test_images_of_other_channels_than_the_networks():
-    learn = mixmo_learner(foreign_dls(), nn.Sequential(nn.Conv2d(1, 8, 3), *small()[1:]), seed=0)
+def test_network_with_another_number_of_channels():
+    learn = mixmo_learner(
+        foreign_dls(), nn.Sequential(nn.Conv2d(1, 8, 3), *small_network()[1:]), seed=0
+    )
     assert learn.model.in_channels == 3
-    trained(learn)
+    fit_and_list_changed_parameters(learn)
 
 
-def test_a_network_for_one_size_is_tried_at_that_of_the_images():
-    class Fixed(nn.Module):
+def test_network_is_probed_at_the_image_size():
+    class FixedSizeNetwork(nn.Module):
         def __init__(self):
             super().__init__()
-            self.all = small()
+            self.layers = small_network()
 
         def forward(self, x):
             assert x.shape[2:] == (8, 8)
-            return self.all(x)
+            return self.layers(x)
 
-    learn = mixmo_learner(mixmo_dls(), Fixed(), seed=0)
-    trained(learn)
+    learn = mixmo_learner(mixmo_dls(), FixedSizeNetwork(), seed=0)
+    fit_and_list_changed_parameters(learn)
     assert learn.model(torch.randn(2, 3, 8, 8)).shape == (2, 3)
 
 
 @pytest.mark.parametrize(
     ("arch", "message"),
     [
-        (lambda: mixmo_learner(mixmo_dls(), small()), r"got Learner.\n.*learn.model"),
+        (lambda: mixmo_learner(mixmo_dls(), small_network()), r"got Learner.\n.*learn.model"),
         (lambda: 18, "got int"),
         (lambda: create_model("wrn10_1", 5), "has 5 classes, the data 3"),
         (lambda: create_model("wrn10_1", 3, in_channels=1), "expects images of 1 channels"),
         (lambda: lambda: "resnet18", "must return a network.*returned str"),
-        (lambda: lambda width: small(), "requires width; only the number of classes"),
-        (lambda: lambda width, depth: small(), "requires width, depth; only"),
+        (lambda: lambda width: small_network(), "requires width; only the number of classes"),
+        (lambda: lambda width, depth: small_network(), "requires width, depth; only"),
         (lambda: dict, "'dict' (has no signature|must return a network)"),
         (lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), "has no convolution"),
     ],
 )
-def test_what_is_no_network_for_the_data(arch, message):
+def test_unsuitable_networks_are_rejected(arch, message):
     with pytest.raises(InputError, match=message):
         mixmo_learner(mixmo_dls(), arch())
 
 
-def test_a_function_with_trained_weights_is_told_no_classes():
-    """As torchvision's, which refuse other classes than those of their weights."""
+def test_number_of_classes_is_not_passed_with_pretrained_weights():
+    """Functions of torchvision reject another number of classes than that of their weights."""
 
     def make(weights=None, num_classes=1000):
         assert weights is None or num_classes == 1000
-        return nn.Sequential(*small()[:-1], nn.Linear(8, num_classes))
+        return nn.Sequential(*small_network()[:-1], nn.Linear(8, num_classes))
 
     for bound in (partial(make, weights="IMAGENET1K_V1"), partial(make, num_classes=3)):
         assert mixmo_learner(mixmo_dls(), bound, seed=0).model.heads[0].out_features == 3
 
 
-def classes_dls():
+def dls_with_three_classes():
     dls = foreign_dls()
     dls.c = 3
     return dls
 
 
-def pixels_dls():
+def dls_with_pixel_targets():
     data = TensorDataset(torch.rand(32, 3, 8, 8), torch.randint(3, (32, 8, 8)))
     dls = DataLoaders.from_dsets(data, data, bs=8, device="cpu", num_workers=0)
     dls.train.dataset.loss_func = CrossEntropyLossFlat(axis=1)
@@ -253,78 +255,91 @@ def pixels_dls():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: mixmo_learner("cifar10", small()), "dls must be.*got str"),
-        (lambda: mixmo_learner(small(), mixmo_dls()), "dls must be.*got Sequential"),
-        (lambda: mixmo_learner(mixmo_dls(), small(), loss_func="ce"), "must be a loss"),
-        (lambda: mixmo_learner(mixmo_dls(), small(), alpha="a"), "alpha must be"),
-        (lambda: mixmo_learner(mixmo_dls(), small(), mix_prob=None), "mix_prob must be"),
-        (lambda: mixmo_learner(foreign_dls(batch_size=1000), small()), "The loader has no batch"),
-        (lambda: to_mixmo(small()), "learn must be a Learner; got Sequential"),
-        (lambda: mixmo_learner(mixmo_dls(), small(), num_members=2.5), "num_members must be"),
+        (lambda: mixmo_learner("cifar10", small_network()), "dls must be.*got str"),
+        (lambda: mixmo_learner(small_network(), mixmo_dls()), "dls must be.*got Sequential"),
+        (lambda: mixmo_learner(mixmo_dls(), small_network(), loss_func="ce"), "must be a loss"),
+        (lambda: mixmo_learner(mixmo_dls(), small_network(), alpha="a"), "alpha must be"),
+        (lambda: mixmo_learner(mixmo_dls(), small_network(), mix_prob=None), "mix_prob must be"),
         (
-            lambda: mixmo_learner(classes_dls(), small(), num_classes=2),
+            lambda: mixmo_learner(foreign_dls(batch_size=1000), small_network()),
+            "The loader has no batch",
+        ),
+        (lambda: to_mixmo(small_network()), "learn must be a Learner; got Sequential"),
+        (
+            lambda: mixmo_learner(mixmo_dls(), small_network(), num_members=2.5),
+            "num_members must be",
+        ),
+        (
+            lambda: mixmo_learner(dls_with_three_classes(), small_network(), num_classes=2),
             "num_classes must be at least 3",
         ),
-        (lambda: mixmo_learner(pixels_dls(), small(), num_classes=3), "targets have shape"),
+        (
+            lambda: mixmo_learner(dls_with_pixel_targets(), small_network(), num_classes=3),
+            "targets have shape",
+        ),
         (lambda: create_model("squeezenet1_1", 3), "does not end with a linear layer"),
         (lambda: convert_to_mixmo(resnet18), "got function; call it"),
-        (lambda: convert_to_mixmo(torch.jit.script(small())), "scripted network cannot"),
-        (lambda: convert_to_mixmo(small(), head="nope"), "Available: 4."),
+        (lambda: convert_to_mixmo(torch.jit.script(small_network())), "scripted network cannot"),
+        (lambda: convert_to_mixmo(small_network(), head="nope"), "Available: 4."),
         (lambda: create_model(18, 10), "arch must be the name"),
         (lambda: create_model("resnet18", "10"), "num_classes must be an integer"),
         (lambda: create_model("wrn10_1", 10, 2.5), "num_members must be an integer"),
     ],
 )
-def test_wrong_arguments_are_told_in_words(call, message):
+def test_invalid_arguments_are_explained(call, message):
     with pytest.raises(InputError, match=message) as caught:
         call()
     assert len(str(caught.value).splitlines()) <= 3
 
 
-def test_callbacks_may_come_as_fastais_list():
-    learn = mixmo_learner(mixmo_dls(), small(), cbs=L(CSVLogger()))
+def test_callbacks_in_a_fastai_list():
+    learn = mixmo_learner(mixmo_dls(), small_network(), cbs=L(CSVLogger()))
     assert learn.csv_logger
     assert learn.mix_mo
 
 
-@pytest.mark.parametrize("kind", [torch.float32, torch.int64])
-def test_several_labels_of_plain_loaders(kind):
-    images, labels = torch.rand(32, 3, 8, 8), torch.randint(2, (32, 4)).to(kind)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+def test_multi_label_targets_of_plain_loaders(dtype):
+    images, labels = torch.rand(32, 3, 8, 8), torch.randint(2, (32, 4)).to(dtype)
     data = TensorDataset(images, labels)
     dls = DataLoaders.from_dsets(data, data, bs=8, device="cpu", num_workers=0)
     with pytest.raises(InputError, match=r"class indices(.|\n)*BCEWithLogitsLossFlat"):
-        mixmo_learner(dls, small(), num_classes=4)
+        mixmo_learner(dls, small_network(), num_classes=4)
     floats = TensorDataset(images, labels.float())
     dls = DataLoaders.from_dsets(floats, floats, bs=8, device="cpu", num_workers=0)
-    learn = mixmo_learner(dls, small(), num_classes=4, loss_func=nn.BCEWithLogitsLoss(), seed=0)
+    learn = mixmo_learner(
+        dls, small_network(), num_classes=4, loss_func=nn.BCEWithLogitsLoss(), seed=0
+    )
     with learn.no_bar(), learn.no_logging():
         learn.fit(1, 1e-2)
-        figure = learn.recorder.values[-1][2]
+        metric = learn.recorder.values[-1][2]
         probabilities, targets = learn.get_preds()
-    assert ((probabilities > 0.5) == targets).float().mean() == pytest.approx(figure)
+    assert ((probabilities > 0.5) == targets).float().mean() == pytest.approx(metric)
 
 
-def test_integer_labels_get_the_metrics_of_their_loss():
+def test_metrics_of_integer_multi_labels():
     data = TensorDataset(torch.rand(32, 3, 8, 8), torch.randint(2, (32, 4)))
     dls = DataLoaders.from_dsets(data, data, bs=8, device="cpu", num_workers=0)
-    learn = mixmo_learner(dls, small(), num_classes=4, loss_func=BCEWithLogitsLossFlat())
-    trained(learn)
+    learn = mixmo_learner(dls, small_network(), num_classes=4, loss_func=BCEWithLogitsLossFlat())
+    fit_and_list_changed_parameters(learn)
     assert 0 < learn.recorder.values[-1][2] < 1
 
 
-def test_numbers_of_plain_losses_come_out_as_they_are():
+def test_regression_outputs_are_unchanged():
     data = TensorDataset(torch.rand(32, 3, 8, 8), torch.rand(32, 1))
     dls = DataLoaders.from_dsets(data, data, bs=8, device="cpu", num_workers=0)
-    learn = Learner(dls, nn.Sequential(*small()[:-1], nn.Linear(8, 1)), loss_func=nn.MSELoss())
+    learn = Learner(
+        dls, nn.Sequential(*small_network()[:-1], nn.Linear(8, 1)), loss_func=nn.MSELoss()
+    )
     with learn.no_bar():
         before = learn.get_preds(with_decoded=True)
         to_mixmo(learn, mix="sum")
         after = learn.get_preds(with_decoded=True)
-    for ours, theirs in zip(after, before, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    for converted, original in zip(after, before, strict=True):
+        torch.testing.assert_close(converted, original, rtol=1e-4, atol=1e-5)
 
 
-def test_weights_of_a_function_are_not_guessed():
+def test_pretrained_is_rejected_for_a_function():
     with pytest.raises(InputError, match=r"pretrained=True needs.*got a function"):
         mixmo_learner(mixmo_dls(), xresnet.xresnet18, pretrained=True)
 
@@ -337,12 +352,12 @@ def test_weights_of_a_function_are_not_guessed():
         ({"alpa": 2.0}, "Did you mean 'alpha'"),
     ],
 )
-def test_arguments_that_do_not_go_with_a_network(arguments, message):
+def test_arguments_not_supported_for_a_network(arguments, message):
     with pytest.raises(InputError, match=message):
-        mixmo_learner(mixmo_dls(), small(), **arguments)
+        mixmo_learner(mixmo_dls(), small_network(), **arguments)
 
 
-def test_members_of_a_mixmo_model_are_its_own():
+def test_number_of_members_must_match_the_mixmo_model():
     model = create_model("wrn10_1", 3, num_members=3).requires_grad_(False)
     learn = mixmo_learner(mixmo_dls(), model)
     assert not any(p.requires_grad for p in learn.model.parameters())
@@ -351,23 +366,23 @@ def test_members_of_a_mixmo_model_are_its_own():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["wrn10_1", small, xresnet.xresnet18, "resnet18"])
-def test_every_network_can_be_frozen(arch):
+@pytest.mark.parametrize("arch", ["wrn10_1", small_network, xresnet.xresnet18, "resnet18"])
+def test_freeze_with_every_kind_of_network(arch):
     learn = mixmo_learner(mixmo_dls(), arch, seed=0)
-    body, late = learn.splitter(learn.model)
+    body, head = learn.splitter(learn.model)
     heads = {*learn.model.heads.parameters()}
-    assert heads <= {*late}
+    assert heads <= {*head}
     assert {*learn.model.encoders.parameters()} <= {*body}
     learn.freeze()
-    moves = {p for p in learn.model.parameters() if p.requires_grad}
+    trainable = {p for p in learn.model.parameters() if p.requires_grad}
     norms = {
         p for m in learn.model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()
     }
-    assert moves - norms == {*late}
+    assert trainable - norms == {*head}
 
 
 @pytest.mark.parametrize("transforms", [None, [RandomErasing(p=1.0)]])
-def test_making_a_learner_leaves_random_states_alone(transforms):
+def test_creating_a_learner_keeps_random_states(transforms):
     dls = foreign_dls(after_batch=transforms)
 
     def states():
@@ -382,7 +397,7 @@ def test_making_a_learner_leaves_random_states_alone(transforms):
 class TestToMixmo:
     @pytest.mark.slow
     @pytest.mark.parametrize("fitted", [False, True])
-    def test_a_vision_learner_goes_on_as_mixmo(self, fitted, tmp_path):
+    def test_vision_learner_is_converted(self, fitted, tmp_path):
         learn = vision_learner(
             foreign_dls(), resnet18, pretrained=False, normalize=False,
             loss_func=CrossEntropyLossFlat(), metrics=accuracy, path=tmp_path,
@@ -396,22 +411,22 @@ class TestToMixmo:
             torch.testing.assert_close(learn.get_preds()[0], before, rtol=1e-3, atol=1e-4)
             weights = {n: p.detach().clone() for n, p in learn.model.named_parameters()}
             learn.fit_one_cycle(1, 1e-2)
-        moved = [n for n, p in learn.model.named_parameters() if not torch.equal(p, weights[n])]
-        assert len(moved) == len(weights)
+        changed = [n for n, p in learn.model.named_parameters() if not torch.equal(p, weights[n])]
+        assert len(changed) == len(weights)
         assert (learn.mix_mo.mix, learn.mix_mo.batch_repetitions) == ("linear", 2)
         assert len(learn.opt.hypers) == 3  # the groups of fastai's ResNets
         assert learn.opt_func is Adam
 
-    def test_it_takes_a_mixmo_model_and_independent_members(self):
+    def test_mixmo_model_and_independent_members(self):
         model = create_model("wrn10_1", 3)
         learn = Learner(foreign_dls(), model, loss_func=CrossEntropyLossFlat())
         assert to_mixmo(learn).model is model
-        learn = Learner(foreign_dls(), small(), loss_func=CrossEntropyLossFlat())
+        learn = Learner(foreign_dls(), small_network(), loss_func=CrossEntropyLossFlat())
         encoders = to_mixmo(learn, independent=True, seed=0).model.encoders
         both = torch.stack([encoder.weight.flatten() for encoder in encoders]).detach()
         assert torch.corrcoef(both)[0, 1].abs() < 0.3
 
-    def test_what_cannot_be_leaves_the_learner_as_it_was(self):
+    def test_learner_is_unchanged_after_an_error(self):
         model = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
         learn = Learner(foreign_dls(), model, loss_func=CrossEntropyLossFlat())
         for arguments, message in (
@@ -426,15 +441,15 @@ class TestToMixmo:
         assert isinstance(learn.loss_func, CrossEntropyLossFlat)
         assert not learn.cbs.filter(lambda cb: isinstance(cb, MixMoCallback))
 
-    def test_one_member_is_refused_before_anything_is_changed(self):
-        model = small()
+    def test_one_member_is_rejected_before_any_change(self):
+        model = small_network()
         learn = Learner(foreign_dls(), model, loss_func=CrossEntropyLossFlat())
         with pytest.raises(InputError, match="one member"):
             to_mixmo(learn, num_members=1)
         assert learn.model is model
         assert to_mixmo(learn).model.num_members == 2
 
-    def test_it_is_done_once_and_with_the_members_there_are(self):
+    def test_second_conversion_and_wrong_num_members_are_rejected(self):
         learn = Learner(foreign_dls(), create_model("wrn10_1", 3), loss_func=CrossEntropyLossFlat())
         with pytest.raises(InputError, match=r"num_members must be 2.*got 3"):
             to_mixmo(learn, num_members=3)

@@ -1,4 +1,4 @@
-"""What cannot train a MixMo network is refused at once, in words, and changes nothing."""
+"""Learners that cannot train a MixMo network are rejected early and stay unchanged."""
 
 from functools import partial
 
@@ -17,7 +17,7 @@ from mixmo_fastai import MixMoCallback, create_model, mixmo_learner, to_mixmo
 from mixmo_fastai.errors import InputError
 
 
-def small():
+def small_network():
     return nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)
     )
@@ -34,102 +34,106 @@ def loaders(num_inputs, num_targets):
 
 def learner(dls=None, model=None, **kwargs):
     kwargs = {"loss_func": CrossEntropyLossFlat(), **kwargs}
-    learn = Learner(dls or foreign_dls(), model or small(), **kwargs)
+    learn = Learner(dls or foreign_dls(), model or small_network(), **kwargs)
     learn.remove_cb(learn.progress)
     learn.logger = lambda *_: None
     return learn
 
 
-def everything_of(learn):
+def attributes_and_tensors(learn):
     tensors = {name: tensor.clone() for name, tensor in learn.model.state_dict().items()}
     return {**vars(learn), "cbs": [*learn.cbs]}, tensors
 
 
-def assert_refused(learn, call, message):
-    attributes, tensors = everything_of(learn)
+def assert_rejected(learn, call, message):
+    attributes, tensors = attributes_and_tensors(learn)
     with pytest.raises(InputError, match=message) as caught:
         call(learn)
     assert len(str(caught.value).splitlines()) <= 3
-    now, tensors_now = everything_of(learn)
+    now, tensors_now = attributes_and_tensors(learn)
     assert now == attributes
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in tensors_now.items())
 
 
-BATCHES = {
+BATCH_ERRORS = {
     (1, 2): r"yields 1 input and 2 targets.\nTrain a Learner for each target",
     (2, 1): r"yields 2 inputs and 1 target.\nJoin the inputs",
     (1, 0): r"yields 1 input and 0 targets.\nPass loaders of pairs",
 }
 
 
-@pytest.mark.parametrize("counts", BATCHES)
-def test_batches_of_more_than_a_pair(counts):
-    message = BATCHES[counts]
-    assert_refused(learner(loaders(*counts)), to_mixmo, message)
+@pytest.mark.parametrize("counts", BATCH_ERRORS)
+def test_batches_that_are_not_pairs_are_rejected(counts):
+    message = BATCH_ERRORS[counts]
+    assert_rejected(learner(loaders(*counts)), to_mixmo, message)
     with pytest.raises(InputError, match=message):
-        mixmo_learner(loaders(*counts), small(), num_classes=3, loss_func=CrossEntropyLossFlat())
-    by_hand = learner(loaders(*counts), create_model("wrn10_1", 3), cbs=MixMoCallback(seed=0))
-    before = {name: tensor.clone() for name, tensor in by_hand.model.state_dict().items()}
+        mixmo_learner(
+            loaders(*counts), small_network(), num_classes=3, loss_func=CrossEntropyLossFlat()
+        )
+    manual = learner(loaders(*counts), create_model("wrn10_1", 3), cbs=MixMoCallback(seed=0))
+    before = {name: tensor.clone() for name, tensor in manual.model.state_dict().items()}
     with pytest.raises(InputError, match=message):
-        by_hand.fit(1)
-    now = by_hand.model.state_dict()
+        manual.fit(1)
+    now = manual.model.state_dict()
     assert all(torch.equal(now[name], tensor) for name, tensor in before.items())
 
 
 @pytest.mark.parametrize("mix", [MixUp, CutMix])
-def test_fastais_mix_callbacks(mix):
+def test_fastai_mix_callbacks_are_rejected(mix):
     message = rf"fastai's {mix.__name__} cannot be combined.*\n.*remove_cb\({mix.__name__}\)"
     hint = f"msda='{mix.__name__.lower()}'"
     learn = learner(cbs=mix())
-    assert_refused(learn, to_mixmo, message)
+    assert_rejected(learn, to_mixmo, message)
     learn.remove_cb(mix)
     to_mixmo(learn)
     with pytest.raises(InputError, match=hint):
         learn.fit(1, cbs=mix())
-    for given in (mix, mix(), [mix()]):
+    for callbacks in (mix, mix(), [mix()]):
         with pytest.raises(InputError, match=message):
-            mixmo_learner(mixmo_dls(), "wrn10_1", cbs=given)
+            mixmo_learner(mixmo_dls(), "wrn10_1", cbs=callbacks)
 
 
-def test_a_second_mixmo_callback():
+def test_second_mixmo_callback_is_rejected():
     with pytest.raises(InputError, match="must not contain a MixMoCallback"):
         mixmo_learner(mixmo_dls(), "wrn10_1", cbs=[MixMoCallback("linear")])
 
 
-def test_an_optimizer_made_for_the_network_before():
-    model = small()
-    made = OptimWrapper(opt=torch.optim.SGD(model.parameters(), lr=0.1))
-    assert_refused(learner(model=model, opt_func=made), to_mixmo, "opt_func must be a function")
+def test_optimizer_of_the_original_network_is_rejected():
+    model = small_network()
+    optimizer = OptimWrapper(opt=torch.optim.SGD(model.parameters(), lr=0.1))
+    assert_rejected(
+        learner(model=model, opt_func=optimizer), to_mixmo, "opt_func must be a function"
+    )
     with pytest.raises(InputError, match="opt_func must be a function"):
-        mixmo_learner(mixmo_dls(), model, opt_func=made)
-    own = create_model("wrn10_1", 3)
-    fits = OptimWrapper(opt=torch.optim.SGD(own.parameters(), lr=0.1))
-    learn = mixmo_learner(mixmo_dls(), own, opt_func=fits)
+        mixmo_learner(mixmo_dls(), model, opt_func=optimizer)
+    mixmo_model = create_model("wrn10_1", 3)
+    matching = OptimWrapper(opt=torch.optim.SGD(mixmo_model.parameters(), lr=0.1))
+    learn = mixmo_learner(mixmo_dls(), mixmo_model, opt_func=matching)
     with learn.no_bar(), learn.no_logging():
         learn.fit(1)
-    made_later = partial(OptimWrapper, opt=torch.optim.SGD)
-    assert to_mixmo(learner(opt_func=made_later)).opt is None
+    factory = partial(OptimWrapper, opt=torch.optim.SGD)
+    assert to_mixmo(learner(opt_func=factory)).opt is None
 
 
-def converted():
+def converted_learner():
     return to_mixmo(learner(), seed=0)
 
 
-def of_ours():
-    learn = mixmo_learner(mixmo_dls(), small(), seed=0)
+def package_learner():
+    learn = mixmo_learner(mixmo_dls(), small_network(), seed=0)
     learn.remove_cb(learn.progress)
     learn.logger = lambda *_: None
     return learn
 
 
-def by_hand():
+def manual_learner():
     learn = learner(model=create_model("wrn10_1", 3), cbs=MixMoCallback(seed=0))
     learn.fit(1)
     return learn
 
 
-@pytest.mark.parametrize("make", [converted, of_ours, by_hand])
-def test_a_fit_without_the_callback(make):
+@pytest.mark.parametrize("make", [converted_learner, package_learner, manual_learner])
+def test_fit_without_the_callback_is_rejected(make):
     learn = make()
     learn.remove_cb(MixMoCallback)
     before = {name: tensor.clone() for name, tensor in learn.model.state_dict().items()}
@@ -144,8 +148,8 @@ def test_a_fit_without_the_callback(make):
     assert learn.mix_mo.epochs_trained == 1
 
 
-def test_the_plain_network_may_go_on_without_the_callback():
-    learn = converted()
+def test_fused_network_trains_without_the_callback():
+    learn = converted_learner()
     learn.remove_cb(MixMoCallback)
     learn.model = learn.model.fuse()
     learn.create_opt()
@@ -162,7 +166,7 @@ def test_one_member_needs_no_callback():
 
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("fitted", [True, False])
-def test_weights_from_before_the_conversion(tmp_path, strict, fitted):
+def test_loading_weights_saved_before_the_conversion(tmp_path, strict, fitted):
     learn = learner(path=tmp_path)
     if fitted:
         learn.fit(1)
@@ -170,8 +174,10 @@ def test_weights_from_before_the_conversion(tmp_path, strict, fitted):
     predicted = learn.get_preds()[0]
     to_mixmo(learn, seed=0)
     learn.create_opt()
-    assert_refused(
-        learn, lambda each: each.load("before", strict=strict), r"saved before.*\n.*to_mixmo\(learn"
+    assert_rejected(
+        learn,
+        lambda learner: learner.load("before", strict=strict),
+        r"saved before.*\n.*to_mixmo\(learn",
     )
     learn.save("after")
     assert learn.load("after") is learn
@@ -179,7 +185,7 @@ def test_weights_from_before_the_conversion(tmp_path, strict, fitted):
     torch.testing.assert_close(again.get_preds()[0], predicted, rtol=1e-3, atol=1e-4)
 
 
-def test_weights_of_another_network_are_torchs_to_refuse():
+def test_torch_rejects_weights_of_another_network():
     model = to_mixmo(learner()).model
     with pytest.raises(RuntimeError, match="Missing key"):
         model.load_state_dict({"elsewhere": torch.zeros(1)})

@@ -1,8 +1,8 @@
-"""What fastai users do with a Learner works with MixMo: one test per row of the README's table.
+"""fastai's Learner features work with MixMo: one test per row of the README's table.
 
-Each runs in three Learners: one of the user's own with a network of ours, on a folder of images
-with transforms; one whose own network `to_mixmo` has converted; and `mixmo_learner` on this
-package's loaders.
+Each test runs with three Learners: a user's Learner with a network of this package, on a folder of
+images with transforms; a user's Learner and network converted by `to_mixmo`; and `mixmo_learner` on
+this package's loaders.
 """
 
 import random
@@ -47,11 +47,11 @@ from mixmo_fastai import (
 from mixmo_fastai.learner.build import body_and_heads
 
 ROOT = Path(__file__).resolve().parents[1]
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quiet_figures")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("hidden_plots")]
 
 
 @pytest.fixture
-def quiet_figures():
+def hidden_plots():
     import matplotlib.pyplot as plt
 
     before = plt.get_backend()
@@ -63,14 +63,14 @@ def quiet_figures():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Images as files, a folder per class, of several sizes."""
+    """Return a folder of image files of several sizes, with one folder per class."""
     root = tmp_path_factory.mktemp("blocks")
     pixels, labels = image_arrays(60, size=16)
     for number, (image, label) in enumerate(zip(pixels, labels, strict=True)):
         path = root / CLASSES[label] / f"{number}.png"
         path.parent.mkdir(exist_ok=True)
-        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-        picture.resize((16 + number % 5, 16 + number % 3), Image.Resampling.NEAREST).save(path)
+        image_file = Image.fromarray(image.permute(1, 2, 0).numpy())
+        image_file.resize((16 + number % 5, 16 + number % 3), Image.Resampling.NEAREST).save(path)
     return root
 
 
@@ -81,8 +81,8 @@ def folder_dls(folder):
     )  # fmt: skip
 
 
-def own_learner(folder, path, *, cbs=(), **kwargs):
-    """A Learner as fastai's users build it, with the callback added."""
+def user_learner(folder, path, *, cbs=(), **kwargs):
+    """Build a Learner as fastai users do, with the callback added."""
     dls = folder_dls(folder)
     model = create_model("wrn10_1", dls.c, generator=torch.Generator().manual_seed(3))
     return Learner(
@@ -91,7 +91,7 @@ def own_learner(folder, path, *, cbs=(), **kwargs):
 
 
 def converted_learner(folder, path, *, cbs=(), **kwargs):
-    """A Learner that knew nothing of MixMo."""
+    """Build a plain Learner and convert it."""
     dls = folder_dls(folder)
     layers = (
         [nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()]
@@ -102,19 +102,19 @@ def converted_learner(folder, path, *, cbs=(), **kwargs):
     return to_mixmo(learn, independent=True, seed=0)
 
 
-def our_learner(folder, path, *, cbs=(), **kwargs):
+def package_learner(folder, path, *, cbs=(), **kwargs):
     return mixmo_learner(mixmo_dls(), "wrn10_1", seed=0, cbs=cbs, path=path, **kwargs)
 
 
-LEARNERS = [own_learner, converted_learner, our_learner]
+LEARNERS = [user_learner, converted_learner, package_learner]
 
 
 @pytest.fixture(params=LEARNERS)
 def make(request, folder, tmp_path):
-    """A function that builds a Learner, quietly."""
+    """Return a function that builds a Learner without printed output."""
 
     def build(**kwargs):
-        set_seed(0)  # fastai's loaders take the order of images from Python's generator
+        set_seed(0)  # fastai's loaders shuffle with Python's global generator
         learn = request.param(folder, tmp_path, **kwargs)
         learn.logger = lambda *_: None
         learn.remove_cbs(ProgressCallback)
@@ -123,38 +123,38 @@ def make(request, folder, tmp_path):
     return build
 
 
-class Watch(Callback):
-    """Notes what each training step was like."""
+class StepRecorder(Callback):
+    """Record learning rates, losses, gradient norms and dtypes of all training steps."""
 
-    order, run_valid = 60, False  # after the parameters were scheduled, and recorded
+    order, run_valid = 60, False  # after fastai's ParamScheduler and Recorder
 
     def __init__(self):
         super().__init__()
         self.lrs, self.losses, self.norms = [], [], []
-        self.types = set()
+        self.dcore_dtypes = set()
 
     def after_pred(self):
-        self.types.add(self.learn.pred.dtype)
+        self.dtypes.add(self.learn.pred.dtype)
 
     def before_step(self):
         gradients = [p.grad for p in self.learn.model.parameters() if p.grad is not None]
         self.norms.append(torch.stack([g.norm() for g in gradients]).norm().item())
-        self.lrs.append([own["lr"] for own in self.learn.opt.hypers])
+        self.lrs.append([hyper["lr"] for hyper in self.learn.opt.hypers])
 
     def after_batch(self):
         self.losses.append(self.learn.loss.item())
 
 
-def weights(learn):
+def copy_weights(learn):
     return {name: tensor.clone() for name, tensor in learn.model.state_dict().items()}
 
 
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+def equal_weights(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def without_norms(learn, names):
-    """Leave out what fastai trains even where the rest is frozen."""
+    """Remove the names of normalisation layers, which fastai trainable even when frozen."""
     modules = learn.model.named_modules()
     norms = {name for name, module in modules if isinstance(module, nn.BatchNorm2d)}
     return {name for name in names if name.rpartition(".")[0] not in norms}
@@ -167,16 +167,16 @@ def accuracy_of(learn):
 
 def test_lr_find(make):
     learn = make()
-    before = weights(learn)
-    found = learn.lr_find(num_it=30, show_plot=False)
-    assert 1e-7 < found.valley < 10
-    assert same(weights(learn), before)
+    before = copy_weights(learn)
+    suggestions = learn.lr_find(num_it=30, show_plot=False)
+    assert 1e-7 < suggestions.valley < 10
+    assert equal_weights(copy_weights(learn), before)
     assert len(learn.recorder.lrs) > 10
     learn.fit(1, 1e-3)
     assert learn.mix_mo.epochs_trained == 1
 
 
-def test_lr_find_draws_its_curve(make):
+def test_lr_find_plots_its_curve(make):
     import matplotlib.pyplot as plt
 
     make().lr_find(num_it=20)
@@ -184,10 +184,10 @@ def test_lr_find_draws_its_curve(make):
 
 
 def test_fit_one_cycle(make):
-    watch = Watch()
-    learn = make(cbs=[watch])
+    recorder = StepRecorder()
+    learn = make(cbs=[recorder])
     learn.fit_one_cycle(8, 0.05)
-    rates = [step[-1] for step in watch.lrs]
+    rates = [step[-1] for step in recorder.lrs]
     peak = rates.index(max(rates))
     assert max(rates) == pytest.approx(0.05, rel=0.02)
     assert rates[:peak] == sorted(rates[:peak])
@@ -196,103 +196,107 @@ def test_fit_one_cycle(make):
 
 
 def test_fit_flat_cos(make):
-    watch = Watch()
-    make(cbs=[watch]).fit_flat_cos(4, 0.01)
-    rates = [step[-1] for step in watch.lrs]
+    recorder = StepRecorder()
+    make(cbs=[recorder]).fit_flat_cos(4, 0.01)
+    rates = [step[-1] for step in recorder.lrs]
     assert rates[: int(0.7 * len(rates))] == [0.01] * int(0.7 * len(rates))
     assert rates[-1] < 0.001
 
 
 def test_fine_tune(make):
-    """First the heads alone, then all of it, the body more slowly."""
-    moved = []
+    """First only the heads train, then all parameters, with a lower rate for the body."""
+    changed = []
 
-    class Moves(Callback):
+    class ChangedParameters(Callback):
         def before_epoch(self):
-            self.before = weights(self.learn)
+            self.before = copy_weights(self.learn)
 
         def after_train(self):
-            now = weights(self.learn)
+            now = copy_weights(self.learn)
             names = (n for n, _ in self.learn.model.named_parameters())
-            moved.append({n for n in names if not torch.equal(now[n], self.before[n])})
+            changed.append({n for n in names if not torch.equal(now[n], self.before[n])})
 
-    watch = Watch()
-    learn = make(cbs=[watch, Moves()], splitter=body_and_heads)
+    recorder = StepRecorder()
+    learn = make(cbs=[recorder, ChangedParameters()], splitter=body_and_heads)
     learn.fine_tune(2, 0.02, freeze_epochs=1)
     heads = {f"heads.{i}.{kind}" for i in range(2) for kind in ("weight", "bias")}
-    assert without_norms(learn, moved[0]) == heads
-    everything = {name for name, _ in learn.model.named_parameters()}
-    assert moved[1] | moved[2] == everything
-    body, heads = watch.lrs[-5]
+    assert without_norms(learn, changed[0]) == heads
+    all_names = {name for name, _ in learn.model.named_parameters()}
+    assert changed[1] | changed[2] == all_names
+    body, heads = recorder.lrs[-5]
     assert body < heads / 10
 
 
-def test_freeze_and_learning_rates_by_depth(make):
-    watch = Watch()
-    learn = make(cbs=[watch], splitter=body_and_heads)
+def test_freeze_and_discriminative_learning_rates(make):
+    recorder = StepRecorder()
+    learn = make(cbs=[recorder], splitter=body_and_heads)
     learn.fit(1, slice(1e-4, 1e-2))
-    assert watch.lrs[0] == pytest.approx([1e-4, 1e-2])
+    assert recorder.lrs[0] == pytest.approx([1e-4, 1e-2])
     learn.freeze()
-    trains = {name for name, p in learn.model.named_parameters() if p.requires_grad}
-    assert {name.split(".")[0] for name in without_norms(learn, trains)} == {"heads"}
+    trainable = {name for name, p in learn.model.named_parameters() if p.requires_grad}
+    assert {name.split(".")[0] for name in without_norms(learn, trainable)} == {"heads"}
     learn.unfreeze()
     assert all(p.requires_grad for p in learn.model.parameters())
 
 
-NOT_ON_CPUS = "ignore:(User provided device_type of 'cuda'|CUDA is not|torch.cuda.amp.GradScaler)"
+IGNORE_CUDA_WARNINGS = (
+    "ignore:(User provided device_type of 'cuda'|CUDA is not|torch.cuda.amp.GradScaler)"
+)
 
 
-@pytest.mark.filterwarnings(NOT_ON_CPUS)
+@pytest.mark.filterwarnings(IGNORE_CUDA_WARNINGS)
 @pytest.mark.parametrize(
     ("change", "dtype"),
     [(Learner.to_fp16, torch.float16), (Learner.to_bf16, torch.bfloat16)],
     ids=["to_fp16", "to_bf16"],
 )
 def test_to_fp16_and_to_bf16(make, monkeypatch, change, dtype):
-    """fastai's regions are CUDA's alone; with a CPU's in their place, the precision is real."""
+    """fastai uses CUDA autocast, which is replaced by CPU autocast to test real low precision."""
     monkeypatch.setattr(
         fastai.callback.fp16, "autocast", lambda *_, dtype: torch.autocast("cpu", dtype=dtype)
     )
-    watch = Watch()
-    learn = change(make(cbs=[watch]))
-    types = set()
-    handle = learn.model.core.register_forward_hook(lambda *given: types.add(given[2].dtype))
+    recorder = StepRecorder()
+    learn = change(make(cbs=[recorder]))
+    core_dtypes = set()
+    handle = learn.model.core.register_forward_hook(lambda *args: core_dtypes.add(args[2].dtype))
     learn.fit_one_cycle(8, 0.05)
     handle.remove()
-    assert types == {dtype}
-    assert watch.types == {torch.float32}  # of logits, in which means of members would tie
+    assert core_dtypes == {dtype}
+    assert recorder.dtypes == {
+        torch.float32
+    }  # of the logits, whose means would tie in low precision
     assert not torch.is_autocast_enabled("cpu")
     assert accuracy_of(learn) > 0.7
 
 
 def test_channels_last(make):
-    watch = Watch()
-    learn = make(cbs=[watch, ChannelsLast()])
-    learn.model.to(memory_format=torch.contiguous_format)  # `mixmo_learner` has done it by itself
+    recorder = StepRecorder()
+    learn = make(cbs=[recorder, ChannelsLast()])
+    learn.model.to(memory_format=torch.contiguous_format)  # undo channels_last of `mixmo_learner`
     learn.fit(1, 1e-2)
     convolutions = [tensor for tensor in learn.model.state_dict().values() if tensor.ndim == 4]
     assert len(convolutions) > len(learn.model.encoders)
     assert all(t.is_contiguous(memory_format=torch.channels_last) for t in convolutions)
-    assert all(np.isfinite(watch.losses))
+    assert all(np.isfinite(recorder.losses))
 
 
 def test_gradient_accumulation(make):
-    """Twice the images of the loader's batch per step."""
-    watch = Watch()
-    learn = make(cbs=[watch, GradientAccumulation(2 * 4 * make().dls.bs)])
-    random.seed(0)  # of fastai's order of images
+    """Each step accumulates the gradients of two batches."""
+    recorder = StepRecorder()
+    learn = make(cbs=[recorder, GradientAccumulation(2 * 4 * make().dls.bs)])
+    random.seed(0)  # fastai shuffles with Python's global generator
     learn.fit(2, 1e-3)
-    assert len(watch.lrs) == len(watch.losses) // 2
-    plain = Watch()
+    assert len(recorder.lrs) == len(recorder.losses) // 2
+    plain = StepRecorder()
     other = make(cbs=[plain])
     random.seed(0)
     other.fit(2, 1e-3)
-    # The mean of two batches' gradients, of nearly the same weights.
-    assert 0.3 < watch.norms[0] / np.mean(plain.norms[:2]) < 1.05
+    # The accumulated gradient is the mean over two batches, at nearly the same weights.
+    assert 0.3 < recorder.norms[0] / np.mean(plain.norms[:2]) < 1.05
 
 
 def test_gradient_clip(make):
-    plain, clipped = Watch(), Watch()
+    plain, clipped = StepRecorder(), StepRecorder()
     make(cbs=[plain]).fit(1, 1e-3)
     make(cbs=[clipped, GradientClip(0.1)]).fit(1, 1e-3)
     assert min(plain.norms) > 0.1
@@ -313,12 +317,12 @@ def test_save_model_callback(make):
     learn.fit_one_cycle(4, 0.05)
     losses = [row[1] for row in learn.recorder.values]
     assert learn.validate()[0] == pytest.approx(min(losses), rel=1e-4)
-    best = weights(learn)
+    best = copy_weights(learn)
     learn.remove_cbs(SaveModelCallback)
     learn.fit(1, 0.1)
-    assert not same(weights(learn), best)
+    assert not equal_weights(copy_weights(learn), best)
     learn.load("best", with_opt=False)
-    assert same(weights(learn), best)
+    assert equal_weights(copy_weights(learn), best)
 
 
 def test_csv_logger(make, tmp_path):
@@ -351,23 +355,23 @@ def test_tensor_board_callback(make, tmp_path):
 
 
 def test_wandb_callback(make, tmp_path, monkeypatch):
-    import fastai.callback.wandb as of_fastai
+    import fastai.callback.wandb as fastai_wandb
     import wandb
 
     try:
-        of_fastai._format_config({"a number": 1})
+        fastai_wandb._format_config({"a number": 1})
     except TypeError:  # https://github.com/fastai/fastai/issues/4173
-        monkeypatch.setattr(of_fastai, "_format_config", lambda config: config)
+        monkeypatch.setattr(fastai_wandb, "_format_config", lambda config: config)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     seen = []
     with wandb.init(project="mixmo", dir=tmp_path) as run:
         monkeypatch.setattr(run, "log", lambda values, **_: seen.append(values))
         monkeypatch.setattr(wandb, "log", run.log)
-        learn = make(cbs=[of_fastai.WandbCallback(n_preds=4)])
+        learn = make(cbs=[fastai_wandb.WandbCallback(n_preds=4)])
         learn.fit(2, 1e-3)
     assert sum("train_loss" in values for values in seen) == 2 * len(learn.dls.train)
-    wandb.teardown()  # or it would keep this environment for the tests that follow
+    wandb.teardown()  # otherwise later tests would see this environment
     assert sum("valid_loss" in values for values in seen) == 2
 
 
@@ -384,14 +388,14 @@ def test_show_pairs(make):
 
     learn = make()
     show_pairs(learn, max_n=3, title="pairs")
-    figure = plt.gcf()
-    assert len(figure.axes) == 3 * 5  # image and mask of each member, and the mixture
-    names = {axes.get_title().split("\n")[-1] for axes in figure.axes}
+    fig = plt.gcf()
+    assert len(fig.axes) == 3 * 5  # image and mask of each member, and the mixture
+    names = {axes.get_title().split("\n")[-1] for axes in fig.axes}
     assert names & set(CLASSES)
-    assert all(axes.images for axes in figure.axes)
+    assert all(axes.images for axes in fig.axes)
 
 
-def test_show_pairs_leaves_the_learner_as_it_was(make):
+def test_show_pairs_does_not_change_the_learner(make):
     random.seed(0)
     shown = make()
     random.seed(0)
@@ -406,7 +410,7 @@ def test_show_pairs_leaves_the_learner_as_it_was(make):
         random.seed(0)
         torch.manual_seed(0)
         learn.fit(1, 1e-2)
-    assert same(weights(shown), weights(other))
+    assert equal_weights(copy_weights(shown), copy_weights(other))
 
 
 def random_states():
@@ -434,21 +438,21 @@ def test_get_preds(make):
     expected = learn.model.eval()(inputs)
     torch.testing.assert_close(probabilities, expected.softmax(1).detach(), rtol=1e-3, atol=1e-4)
     assert torch.equal(decoded, probabilities.argmax(1))
-    log = -probabilities.gather(1, targets[:, None].long()).log().squeeze(1)
-    torch.testing.assert_close(losses, log, rtol=1e-3, atol=1e-4)
+    nll = -probabilities.gather(1, targets[:, None].long()).log().squeeze(1)
+    torch.testing.assert_close(losses, nll, rtol=1e-3, atol=1e-4)
 
 
 def test_member_preds(make):
     learn = make()
     learn.fit(1, 1e-2)
     probabilities, targets, votes, information = member_preds(learn)
-    inputs, ensemble, of_ensemble = learn.get_preds(with_input=True)
-    assert torch.equal(targets, torch.Tensor(of_ensemble))
+    inputs, ensemble, ensemble_targets = learn.get_preds(with_input=True)
+    assert torch.equal(targets, torch.Tensor(ensemble_targets))
     expected = learn.model.eval().member_logits(inputs).softmax(2).detach()
     torch.testing.assert_close(probabilities, torch.Tensor(expected), rtol=1e-3, atol=1e-4)
     assert torch.equal(votes, probabilities.argmax(2))
-    mean = probabilities.log().mean(1).softmax(1)
-    torch.testing.assert_close(mean, torch.Tensor(ensemble), rtol=1e-3, atol=1e-4)
+    ensemble_probabilities = probabilities.log().mean(1).softmax(1)
+    torch.testing.assert_close(ensemble_probabilities, torch.Tensor(ensemble), rtol=1e-3, atol=1e-4)
     assert information.shape == targets.shape
 
 
@@ -476,14 +480,14 @@ def test_classification_interpretation(make):
 
     learn = make()
     learn.fit_one_cycle(4, 0.05)
-    found = ClassificationInterpretation.from_learner(learn)
-    matrix = found.confusion_matrix()
+    interpretation = ClassificationInterpretation.from_learner(learn)
+    matrix = interpretation.confusion_matrix()
     assert matrix.sum() == len(learn.dls.valid_ds)
     assert np.trace(matrix) / matrix.sum() == pytest.approx(accuracy_of(learn))
-    found.plot_confusion_matrix()
-    found.plot_top_losses(4)
+    interpretation.plot_confusion_matrix()
+    interpretation.plot_top_losses(4)
     assert sum(bool(axes.images) for axes in plt.gcf().axes) == 4
-    found.print_classification_report()
+    interpretation.print_classification_report()
 
 
 @pytest.mark.filterwarnings("ignore:load_learner")
@@ -501,24 +505,24 @@ def test_export_and_load_learner(make, tmp_path):
 def test_save_and_load(make):
     learn = make()
     learn.fit(1, 1e-2)
-    before = weights(learn)
+    before = copy_weights(learn)
     learn.save("stage-1")
     learn.fit(1, 1e-2)
     learn.load("stage-1")
-    assert same(weights(learn), before)
+    assert equal_weights(copy_weights(learn), before)
 
 
 def test_train_metrics(make):
-    """Of the members, each on images of its own."""
+    """Training metrics average over the members, each with its own images."""
     learn = make()
     learn.recorder.train_metrics = True
     learn.fit_one_cycle(8, 0.05)
     names, row = learn.recorder.metric_names, learn.recorder.values[-1]
-    figures = dict(zip(names[1:], row, strict=False))
-    assert 0.4 < figures["train_accuracy"] <= 1
-    assert figures["valid_accuracy"] > 0.7
-    assert figures.get("train_member_accuracy", figures["train_accuracy"]) == pytest.approx(
-        figures["train_accuracy"]
+    metrics = dict(zip(names[1:], row, strict=False))
+    assert 0.4 < metrics["train_accuracy"] <= 1
+    assert metrics["valid_accuracy"] > 0.7
+    assert metrics.get("train_member_accuracy", metrics["train_accuracy"]) == pytest.approx(
+        metrics["train_accuracy"]
     )
 
 
@@ -562,8 +566,8 @@ def test_summary(make):
 def test_progress_bars(make_learner, folder, tmp_path, capsys):
     learn = make_learner(folder, tmp_path)
     learn.fit(2, 1e-3)
-    said = capsys.readouterr().out
-    assert "epoch" in said
-    assert "valid_loss" in said
+    output = capsys.readouterr().out
+    assert "epoch" in output
+    assert "valid_loss" in output
     with learn.no_bar():
         learn.fit(1, 1e-3)

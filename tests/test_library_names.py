@@ -1,4 +1,4 @@
-"""Names of networks in timm and fastai are known without importing them."""
+"""Names of the networks in timm and fastai are known without importing the libraries."""
 
 import subprocess
 import sys
@@ -14,35 +14,35 @@ from mixmo_fastai.errors import InputError
 from mixmo_fastai.models import create_model
 
 
-def message_of(name):
+def error_for(name):
     with pytest.raises(InputError) as caught:
         parse_architecture(name)
     return str(caught.value)
 
 
-def test_they_are_those_that_the_libraries_have():
+def test_names_equal_those_of_the_libraries():
     assert timm_networks() == {*timm.list_models()}
     functions = {name for name in xresnet.__all__ if name.startswith("x")}
     assert fastai_networks() == functions
 
 
-def test_every_bare_name_of_timm_leads_to_timm():
+def test_timm_names_without_prefix_suggest_the_prefix():
     bare = timm_networks() - {*TORCHVISION_NETWORKS}
     assert len(bare) > 1000
-    assert {name for name in bare if f"Write 'timm/{name}'" not in message_of(name)} == set()
-    assert "Write 'timm/convnext_atto.d2_in1k'" in message_of("convnext_atto.d2_in1k")
+    assert {name for name in bare if f"Write 'timm/{name}'" not in error_for(name)} == set()
+    assert "Write 'timm/convnext_atto.d2_in1k'" in error_for("convnext_atto.d2_in1k")
 
 
-def test_a_function_of_fastai_is_to_be_passed():
-    said = message_of("xresnet18")
-    assert "from fastai.vision.models.xresnet import xresnet18" in said
-    assert "mixmo_learner(dls, xresnet18)" in said
-    assert "Did you mean" not in said
+def test_fastai_names_suggest_passing_the_function():
+    message = error_for("xresnet18")
+    assert "from fastai.vision.models.xresnet import xresnet18" in message
+    assert "mixmo_learner(dls, xresnet18)" in message
+    assert "Did you mean" not in message
 
 
 @pytest.mark.parametrize("with_timm", [True, False])
 @pytest.mark.parametrize(
-    ("name", "meant"),
+    ("name", "suggestion"),
     [
         ("resnt50", "resnet50"),
         ("ResNet-50", "resnet50"),
@@ -53,38 +53,38 @@ def test_a_function_of_fastai_is_to_be_passed():
         ("wide_resnet_16_4", "wrn16_4"),
     ],
 )
-def test_slips_of_the_keyboard_are_corrected(monkeypatch, with_timm, name, meant):
+def test_typing_errors_are_corrected(monkeypatch, with_timm, name, suggestion):
     if not with_timm:
         monkeypatch.setattr(names, "timm_networks", frozenset)
-    assert f"Did you mean {meant!r}?" in message_of(name)
+    assert f"Did you mean {suggestion!r}?" in error_for(name)
 
 
 @pytest.mark.parametrize("name", ["resnet20", "resnet9", "deit_micro", "vit_minuscule"])
-def test_another_network_is_not_suggested(name):
-    said = message_of(name)
-    assert "Did you mean" not in said
-    assert "such as 'timm/" not in said
+def test_different_networks_are_not_suggested(name):
+    message = error_for(name)
+    assert "Did you mean" not in message
+    assert "such as 'timm/" not in message
 
 
 @pytest.mark.parametrize("name", ["vit_small", "deit_tiny"])
-def test_the_beginning_of_a_name_leads_to_names_that_begin_so(name):
-    assert f"with this name, such as 'timm/{name}_" in message_of(name)
+def test_prefix_of_timm_names_suggests_a_full_name(name):
+    assert f"with this name, such as 'timm/{name}_" in error_for(name)
 
 
-def test_without_timm_none_of_its_names_is_taken_for_another_network(monkeypatch):
-    every = timm_networks() - {*TORCHVISION_NETWORKS}
+def test_without_timm_its_names_do_not_suggest_other_networks(monkeypatch):
+    timm_names = timm_networks() - {*TORCHVISION_NETWORKS}
     monkeypatch.setattr(names, "timm_networks", frozenset)
 
     def letters(name):
         return name.replace("_", "")
 
-    taken = {}
-    for name in every:
-        first, _, guess = message_of(name).partition("\n")[0].partition("Did you mean '")
+    wrong_guesses = {}
+    for name in timm_names:
+        first, _, guess = error_for(name).partition("\n")[0].partition("Did you mean '")
         if guess and letters(guess.rstrip("'?")) != letters(name):
-            taken[name] = first + guess
-    assert taken == {}
-    assert "pip install 'mixmo-fastai[timm]'" in message_of("convnext_atto")
+            wrong_guesses[name] = first + guess
+    assert wrong_guesses == {}
+    assert "pip install 'mixmo-fastai[timm]'" in error_for("convnext_atto")
 
 
 @pytest.mark.parametrize(
@@ -94,18 +94,18 @@ def test_without_timm_none_of_its_names_is_taken_for_another_network(monkeypatch
         ("timm/wrn28_10", "Write it without timm/: 'wrn28_10'"),
     ],
 )
-def test_names_that_timm_does_not_have(name, message):
+def test_names_missing_from_timm(name, message):
     with pytest.raises(InputError, match=message):
         create_model(name, 3)
 
 
-def test_a_function_of_fastai_is_not_taken_for_a_network_of_timm():
+def test_timm_prefix_with_a_fastai_name():
     with pytest.raises(InputError, match="timm has no network 'xresnet18'") as caught:
         create_model("timm/xresnet18", 3)
     assert "Did you mean" not in str(caught.value)
 
 
-def test_neither_library_is_imported():
+def test_libraries_are_not_imported():
     program = (
         "import sys\n"
         "from mixmo_fastai.config.choices import parse_architecture\n"

@@ -5,7 +5,7 @@ import pytest
 from mixmo_fastai.data.listing import Skipped, images_below, scan
 from mixmo_fastai.errors import InputError
 
-JUNK = (
+SYSTEM_FILES = (
     "._a.jpg",
     ".DS_Store",
     "Thumbs.db",
@@ -25,8 +25,8 @@ def write(root, *names):
     return root
 
 
-def test_images_below_a_folder_are_listed_without_what_systems_leave(tmp_path):
-    write(tmp_path, *JUNK, "b.JPG", "a.jpg", "inner/c.png", "inner/deeper/d.png")
+def test_images_are_listed_without_system_files(tmp_path):
+    write(tmp_path, *SYSTEM_FILES, "b.JPG", "a.jpg", "inner/c.png", "inner/deeper/d.png")
     skipped = Skipped()
     assert images_below(tmp_path, skipped) == [
         "a.jpg",
@@ -41,25 +41,25 @@ def test_images_below_a_folder_are_listed_without_what_systems_leave(tmp_path):
     )
 
 
-def test_nothing_skipped_is_not_described(tmp_path):
+def test_description_is_empty_if_no_file_was_skipped(tmp_path):
     skipped = Skipped()
     images_below(write(tmp_path, "a.jpg"), skipped)
     assert skipped.describe() == ""
 
 
-def test_of_many_skipped_files_three_are_named(tmp_path):
+def test_description_names_three_skipped_files(tmp_path):
     skipped = Skipped()
     images_below(write(tmp_path, *(f"{number}.txt" for number in range(5))), skipped)
     assert skipped.describe() == "5 files that are not images (0.txt, 1.txt, 2.txt, …)"
 
 
-def test_one_name_in_many_folders_is_named_once(tmp_path):
+def test_description_names_a_repeated_file_name_once(tmp_path):
     skipped = Skipped()
     images_below(write(tmp_path, "a/Thumbs.db", "b/Thumbs.db"), skipped)
     assert skipped.describe() == "2 files that are not images (Thumbs.db)"
 
 
-def test_links_are_followed_and_end_where_they_meet_themselves(tmp_path):
+def test_links_are_followed_except_for_loops(tmp_path):
     root = write(tmp_path / "root", "a.jpg")
     elsewhere = write(tmp_path / "elsewhere", "b.jpg")
     (root / "link").symlink_to(elsewhere)
@@ -68,7 +68,7 @@ def test_links_are_followed_and_end_where_they_meet_themselves(tmp_path):
     assert images_below(root, Skipped()) == ["a.jpg", "again/b.jpg", "link/b.jpg"]
 
 
-def test_the_folder_that_is_given_may_be_hidden(tmp_path):
+def test_root_folder_may_be_hidden(tmp_path):
     root = write(tmp_path / ".cache" / ".images", "a.jpg")
     assert images_below(root, Skipped()) == ["a.jpg"]
 
@@ -78,7 +78,7 @@ def test_folders_and_images_are_sorted(tmp_path):
     assert scan(tmp_path, Skipped()) == (["a", "b"], ["1.png", "2.png"])
 
 
-def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+def test_error_names_an_unreadable_folder(tmp_path, monkeypatch):
     def refuse(folder):
         raise PermissionError(13, "Permission denied", str(folder))
 
@@ -87,6 +87,6 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
         images_below(tmp_path, Skipped())
 
 
-def test_names_stay_as_they_are_on_the_disk(tmp_path):
+def test_unicode_names_are_not_normalised(tmp_path):
     name = unicodedata.normalize("NFD", "é.jpg")
     assert images_below(write(tmp_path, name), Skipped()) == [name]

@@ -1,4 +1,4 @@
-"""What loggers leave is read back: from CSV, TensorBoard's event files, wandb's own log."""
+"""The logs are read back from CSV files, TensorBoard's event files and wandb's log files."""
 
 import csv
 import gc
@@ -43,12 +43,12 @@ pytestmark = pytest.mark.slow
 
 ALL = ("csv", "tensorboard", "wandb")
 KEY = "0123456789abcdef" * 5
-PICTURES = {"first-batch", "loss", "validation-accuracy", "reliability", "confusion"}
+PLOT_NAMES = {"first-batch", "loss", "validation-accuracy", "reliability", "confusion"}
 
 
 @pytest.fixture(autouse=True, scope="module")
-def without_a_login(tmp_path_factory):
-    """Nobody's login, network or settings; afterwards none of wandb's processes."""
+def no_wandb_login(tmp_path_factory):
+    """Hide logins and settings of wandb from the tests, and stop its processes afterwards."""
     home = tmp_path_factory.mktemp("home")
     (home / "netrc").touch()
     with pytest.MonkeyPatch.context() as patch:
@@ -56,26 +56,29 @@ def without_a_login(tmp_path_factory):
             patch.delenv(name, raising=False)
         patch.setenv("HOME", str(home))
         patch.setenv("NETRC", str(home / "netrc"))
-        wandb.teardown()  # other tests of this process may have let it read the environment
+        wandb.teardown()  # it may have read the environment in earlier tests
         yield
         wandb.teardown()
 
 
-def logged_fit(run, names=ALL, place=None, *, resume=False, cbs=(), validating=False):
-    """Train with loggers until the end, or until a place; give what was said."""
+def logged_fit(run, names=ALL, stop_at=None, *, resume=False, cbs=(), validating=False):
+    """Train with loggers to the end or up to `stop_at`, and return the printed lines."""
     if resume:
-        time.sleep(1 - time.time() % 1)  # wandb names folders by the second in which they begin
-    said, stop = [], StopRequest()
-    watch, logging = Watch(stop, place, validating=validating), LoggingCallback(names, said.append)
+        time.sleep(1 - time.time() % 1)  # wandb names its folders by the second of their creation
+    lines, stop = [], StopRequest()
+    watch, logging = (
+        Watch(stop, stop_at, validating=validating),
+        LoggingCallback(names, lines.append),
+    )
     try:
         cbs = [watch, logging, *cbs]
-        train(prepare(run.recipe()), run, cbs=cbs, resume=resume, stop=stop, say=said.append)
+        train(prepare(run.recipe()), run, cbs=cbs, resume=resume, stop=stop, say=lines.append)
     except InterruptedBySignal:
-        assert place is not None
-    return said
+        assert stop_at is not None
+    return lines
 
 
-def in_csv(run):
+def read_csv(run):
     with (run.logs / "steps.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     return [
@@ -84,8 +87,8 @@ def in_csv(run):
     ]
 
 
-def in_tensorboard(run):
-    """Scalars by tag, as steps and values; pictures by name; settings."""
+def read_tensorboard(run):
+    """Return scalars by tag as (step, value) pairs, images by name, and hyperparameters."""
     events = EventAccumulator(
         str(run.logs / "tensorboard"), size_guidance={"scalars": 0, "images": 0}
     ).Reload()
@@ -99,35 +102,35 @@ def in_tensorboard(run):
 
 
 def wandb_records(run):
-    """What wandb's files hold, in order; its process may write the last of it after a run's end."""
+    """Return the records of wandb's files in order, after its process has finished writing."""
     paths = sorted((run.logs / "wandb").glob("offline-run-*/*.wandb"))
-    until = time.monotonic() + 10
+    deadline = time.monotonic() + 10
     for path in paths:
         while not any(r.HasField("exit") for r in records_of(path)):
-            assert time.monotonic() < until, f"{path} has no end"
+            assert time.monotonic() < deadline, f"{path} is incomplete"
             time.sleep(0.02)
     return [record for path in paths for record in records_of(path)]
 
 
 def records_of(path):
-    """Read a log of LevelDB's format, of records in protobuf."""
-    records, data, at, whole, block = [], path.read_bytes(), 7, b"", 2**15
+    """Read protobuf records from a log in LevelDB's format."""
+    records, data, at, record, block = [], path.read_bytes(), 7, b"", 2**15
     assert data.startswith(b":W&B") or not data
     while at + 7 <= len(data):
         if block - at % block < 7:
             at += block - at % block
             continue
         _, size, kind = struct.unpack("<IHB", data[at : at + 7])
-        whole += data[at + 7 : at + 7 + size]
+        record += data[at + 7 : at + 7 + size]
         at += 7 + size
-        if kind in (1, 4) and at <= len(data):  # the whole of a record, or its last part
-            records.append(wandb_internal_pb2.Record.FromString(whole))
-            whole = b""
+        if kind in (1, 4) and at <= len(data):  # a complete record, or the last part of one
+            records.append(wandb_internal_pb2.Record.FromString(record))
+            record = b""
     return records
 
 
-def in_wandb(run):
-    """Rows of the history by the key that they have; ids, settings and exit codes of its runs."""
+def read_wandb(run):
+    """Return the history as (step, value) pairs by key, run ids, settings and exit codes."""
     rows, ids, settings, codes = {}, [], {}, []
     for record in wandb_records(run):
         kind = record.WhichOneof("record_type")
@@ -144,169 +147,175 @@ def in_wandb(run):
 
 
 def all_steps(run):
-    """Steps, loss, rate and momentum as each logger has them."""
-    scalars, rows = in_tensorboard(run)[0], in_wandb(run)[0]
-    found = [in_csv(run)]
+    """Return step, loss, learning rate and momentum of all steps, for each logger."""
+    scalars, rows = read_tensorboard(run)[0], read_wandb(run)[0]
+    by_logger = [read_csv(run)]
     for values in (scalars, rows):
         loss, lr, momentum = (values[f"train/{name}"] for name in ("loss", "lr", "momentum"))
         pairs = zip(loss, lr, momentum, strict=True)
-        found.append([(step, x, rate[1], mom[1]) for (step, x), rate, mom in pairs])
-    return found
+        by_logger.append([(step, x, rate[1], mom[1]) for (step, x), rate, mom in pairs])
+    return by_logger
 
 
-def numbers(figures, prefix="final"):
-    if isinstance(figures, bool | str):
+def flatten_numbers(metrics, prefix="final"):
+    if isinstance(metrics, bool | str):
         return {}
-    if isinstance(figures, int | float):
-        return {prefix: figures}
-    pairs = figures.items() if isinstance(figures, dict) else enumerate(figures, start=1)
-    return {k: v for key, part in pairs for k, v in numbers(part, f"{prefix}/{key}").items()}
+    if isinstance(metrics, int | float):
+        return {prefix: metrics}
+    pairs = metrics.items() if isinstance(metrics, dict) else enumerate(metrics, start=1)
+    return {
+        k: v for key, part in pairs for k, v in flatten_numbers(part, f"{prefix}/{key}").items()
+    }
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """A run without loggers, and what each of its steps trained with."""
+    """Return a run without loggers, and the hyperparameters of its steps."""
     run = create_run(TINY, tmp_path_factory.mktemp("plain") / "run")
     return run, fit(run)
 
 
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory):
-    """The same run with all loggers, and what was said."""
+    """Return the same run with all loggers, and the printed lines."""
     run = create_run(TINY, tmp_path_factory.mktemp("logged") / "run")
     return run, logged_fit(run)
 
 
-class TestWhatArrives:
-    def test_a_logged_run_is_the_run_without(self, logged, plain):
+class TestLoggedValues:
+    def test_loggers_do_not_change_the_run(self, logged, plain):
         assert_same(plain[0], logged[0])
 
-    def test_every_step_once_and_what_it_trained_with(self, logged, plain):
+    def test_each_step_is_logged_once_with_its_hyperparameters(self, logged, plain):
         hypers = [(lr, momentum) for _, lr, momentum, _ in plain[1]]
-        for found in all_steps(logged[0]):
-            assert [step for step, *_ in found] == [*range(3 * STEPS)]
-            for (*_, lr, momentum), expected in zip(found, hypers, strict=True):
+        for steps in all_steps(logged[0]):
+            assert [step for step, *_ in steps] == [*range(3 * STEPS)]
+            for (*_, lr, momentum), expected in zip(steps, hypers, strict=True):
                 assert (lr, momentum) == pytest.approx(expected, rel=1e-5)
 
-    def test_losses_average_to_those_of_the_history(self, logged):
-        for found in all_steps(logged[0]):
-            losses = torch.tensor([loss for _, loss, *_ in found], dtype=torch.float64)
+    def test_step_losses_average_to_the_history(self, logged):
+        for steps in all_steps(logged[0]):
+            losses = torch.tensor([loss for _, loss, *_ in steps], dtype=torch.float64)
             means = losses.view(3, STEPS).mean(1).tolist()
             rows = [float(row["train_loss"]) for row in logged[0].history()]
             assert means == pytest.approx(rows, rel=1e-5)
 
-    def test_epochs_are_the_rows_of_the_history(self, logged):
+    def test_epoch_values_equal_the_history(self, logged):
         rows = logged[0].history()
-        for found in (in_tensorboard(logged[0])[0], in_wandb(logged[0])[0]):
+        for values in (read_tensorboard(logged[0])[0], read_wandb(logged[0])[0]):
             for name in rows[0].keys() - {"epoch"}:
-                steps, values = zip(*found[f"epoch/{name}"], strict=True)
+                steps, logged_values = zip(*values[f"epoch/{name}"], strict=True)
                 assert steps == (STEPS, 2 * STEPS, 3 * STEPS)
-                assert values == pytest.approx([float(row[name]) for row in rows], rel=1e-6)
+                assert logged_values == pytest.approx([float(row[name]) for row in rows], rel=1e-6)
 
-    def test_final_figures_are_those_of_the_metrics(self, logged):
-        expected = numbers(logged[0].metrics())
+    def test_final_values_equal_the_metrics(self, logged):
+        expected = flatten_numbers(logged[0].metrics())
         assert {"final/test/accuracy", "final/test/member_accuracy/2"} < expected.keys()
-        for found in (in_tensorboard(logged[0])[0], in_wandb(logged[0])[0]):
-            final = {name: rows for name, rows in found.items() if name.startswith("final/")}
+        for values in (read_tensorboard(logged[0])[0], read_wandb(logged[0])[0]):
+            final = {name: rows for name, rows in values.items() if name.startswith("final/")}
             assert final.keys() == expected.keys()
             for name, value in expected.items():
                 assert final[name] == [(3 * STEPS, pytest.approx(value, rel=1e-6))]
 
-    def test_settings_are_the_recipe_s(self, logged):
+    def test_settings_equal_the_recipe(self, logged):
         assert logged[0].recipe().mix.kind == "cutmix"
-        for found in (in_tensorboard(logged[0])[2], in_wandb(logged[0])[2]):
-            assert found["method"] == "Cut-MixMo"
-            assert found["model.arch"] == "wrn10_1"
-            assert found["train.batch_size"] == 32
-            assert found["optimizer.lr"] == logged[0].recipe().lr
+        for values in (read_tensorboard(logged[0])[2], read_wandb(logged[0])[2]):
+            assert values["method"] == "Cut-MixMo"
+            assert values["model.arch"] == "wrn10_1"
+            assert values["train.batch_size"] == 32
+            assert values["optimizer.lr"] == logged[0].recipe().lr
 
-    def test_pictures_are_the_same_everywhere(self, logged):
+    def test_plots_are_equal_in_all_loggers(self, logged):
         run = logged[0]
         written = {p.stem: Image.open(p).convert("RGB") for p in run.logs.glob("*.png")}
-        assert written.keys() == PICTURES
-        _, images, _ = in_tensorboard(run)
-        assert images.keys() == PICTURES
-        media = list((run.logs / "wandb").glob("offline-run-*/files/media/images/pictures/*.png"))
-        assert {path.name.partition("_")[0] for path in media} == PICTURES
-        for name, picture in written.items():
-            assert len(picture.getcolors(2**20)) > 20, "blank"
+        assert written.keys() == PLOT_NAMES
+        _, images, _ = read_tensorboard(run)
+        assert images.keys() == PLOT_NAMES
+        wandb_files = list(
+            (run.logs / "wandb").glob("offline-run-*/files/media/images/pictures/*.png")
+        )
+        assert {path.name.partition("_")[0] for path in wandb_files} == PLOT_NAMES
+        for name, plot in written.items():
+            assert len(plot.getcolors(2**20)) > 20, "blank"
             assert [event.step for event in images[name]] == [0 if "batch" in name else 18]
-            events = Image.open(io.BytesIO(images[name][0].encoded_image_string))
-            (path,) = [path for path in media if path.name.startswith(f"{name}_")]
-            assert picture.tobytes() == events.convert("RGB").tobytes()
-            assert picture.tobytes() == Image.open(path).convert("RGB").tobytes()
+            logged_image = Image.open(io.BytesIO(images[name][0].encoded_image_string))
+            (path,) = [path for path in wandb_files if path.name.startswith(f"{name}_")]
+            assert plot.tobytes() == logged_image.convert("RGB").tobytes()
+            assert plot.tobytes() == Image.open(path).convert("RGB").tobytes()
 
-    def test_wandb_is_told_who_it_is_and_how_it_ended(self, logged):
-        run, said = logged
-        _, ids, _, codes = in_wandb(run)
+    def test_wandb_knows_the_names_and_the_exit_code(self, logged):
+        run, lines = logged
+        _, ids, _, codes = read_wandb(run)
         assert len(ids) == 1
         assert codes == [0]
         first = next(r.run for r in wandb_records(run) if r.WhichOneof("record_type") == "run")
         assert (first.project, first.display_name) == ("mixmo", "run")
-        assert len(said) == 1
-        assert "not logged in" in said[0]
-        assert Path(said[0].rpartition("wandb sync ")[2]).is_dir()
+        assert len(lines) == 1
+        assert "not logged in" in lines[0]
+        assert Path(lines[0].rpartition("wandb sync ")[2]).is_dir()
 
 
-def test_the_first_batch_is_the_one_that_was_trained_on(tmp_path, monkeypatch):
-    seen, drawn = [], []
+def test_logged_first_batch_is_the_trained_batch(tmp_path, monkeypatch):
+    seen, plotted = [], []
 
-    class Spy(Callback):
+    class FirstBatch(Callback):
         order = 90
 
         def before_batch(self):
             if self.learn.training and not seen:
                 seen.extend([*self.learn.xb, self.learn.yb[0]])
 
-    own = callback_module.plot_first_batch
+    original = callback_module.plot_first_batch
     monkeypatch.setattr(
-        callback_module, "plot_first_batch", lambda *args: (drawn.append(args[0]), own(*args))[1]
+        callback_module,
+        "plot_first_batch",
+        lambda *args: (plotted.append(args[0]), original(*args))[1],
     )
     run = create_run(override(TINY, ["train.epochs=1"]), tmp_path / "run")
-    logged_fit(run, ("csv",), cbs=[Spy()])
-    (preview,) = drawn
+    logged_fit(run, ("csv",), cbs=[FirstBatch()])
+    (preview,) = plotted
     inputs, masks, targets = seen
     torch.testing.assert_close(preview.masks, masks[:6].mean(dim=2))
     pixels = preview.inputs.flatten(1)
     both = torch.stack([pixels.flatten(), inputs[:6].flatten()])
-    assert torch.corrcoef(both)[0, 1] > 0.9999  # but for mean and deviation
+    assert torch.corrcoef(both)[0, 1] > 0.9999  # equal up to normalisation
     assert preview.labels == [[str(int(label)) for label in row] for row in targets[:6]]
 
 
 STOPS = [((0, 4), False), ((0, STEPS), False), ((1, 1), True), ((2, STEPS), False)]
 
 
-@pytest.mark.parametrize(("place", "validating"), STOPS, ids=str)
-def test_a_resumed_run_is_logged_as_if_it_was_not(logged, tmp_path, place, validating):
+@pytest.mark.parametrize(("stop_at", "validating"), STOPS, ids=str)
+def test_resumed_run_has_the_same_logs(logged, tmp_path, stop_at, validating):
     run = create_run(TINY, tmp_path / "run")
-    logged_fit(run, place=place, validating=validating)
-    epoch, step = (place[0] + 1, 0) if validating else place
-    stopped_after = epoch * STEPS + step if not validating else (place[0] + 1) * STEPS
-    assert [step for step, *_ in in_csv(run)] == [*range(stopped_after)]
+    logged_fit(run, stop_at=stop_at, validating=validating)
+    epoch, step = (stop_at[0] + 1, 0) if validating else stop_at
+    stopped_after = epoch * STEPS + step if not validating else (stop_at[0] + 1) * STEPS
+    assert [step for step, *_ in read_csv(run)] == [*range(stopped_after)]
     logged_fit(run, resume=True)
     check_same_logs(logged[0], run)
-    assert set(in_wandb(run)[3]) == {130, 0}
+    assert set(read_wandb(run)[3]) == {130, 0}
 
 
-def check_same_logs(one, other):
-    """Check that all was logged once, and in all of wandb's files under one id."""
-    for ours, theirs in zip(all_steps(one), all_steps(other), strict=True):
-        assert theirs == ours
-    for read in (in_tensorboard, in_wandb):
-        ours, theirs = read(one)[0], read(other)[0]
-        names = [n for n in ours if n.startswith(("train/", "epoch/", "final/"))]
+def check_same_logs(first, second):
+    """Check that both runs logged the same values, once, and under one id in wandb's files."""
+    for steps, other_steps in zip(all_steps(first), all_steps(second), strict=True):
+        assert other_steps == steps
+    for read in (read_tensorboard, read_wandb):
+        values, other_values = read(first)[0], read(second)[0]
+        names = [n for n in values if n.startswith(("train/", "epoch/", "final/"))]
         assert names
         for name in names:
             if not name.endswith(("seconds", "per_second")):
-                assert theirs[name] == ours[name], name
-    assert len(set(in_wandb(other)[1])) == 1
-    assert in_tensorboard(other)[1].keys() == PICTURES
+                assert other_values[name] == values[name], name
+    assert len(set(read_wandb(second)[1])) == 1
+    assert read_tensorboard(second)[1].keys() == PLOT_NAMES
 
 
-def test_what_was_logged_after_the_checkpoint_is_void(logged, tmp_path):
-    """As after a power cut: the newest checkpoint is older than what is logged."""
+def test_logs_after_the_last_checkpoint_are_discarded(logged, tmp_path):
+    """After a power failure the newest checkpoint may be older than the logs."""
     run = create_run(TINY, tmp_path / "run")
-    logged_fit(run, place=(2, 3))
+    logged_fit(run, stop_at=(2, 3))
     shutil.rmtree(CheckpointStore(run.checkpoint).newest().path)
     with (run.logs / "steps.csv").open("a") as file:
         file.write("15,3,1.2")
@@ -314,142 +323,142 @@ def test_what_was_logged_after_the_checkpoint_is_void(logged, tmp_path):
     check_same_logs(logged[0], run)
 
 
-def test_a_finished_run_that_is_resumed_logs_nothing_twice(logged, tmp_path):
+def test_resuming_a_finished_run_logs_no_duplicates(logged, tmp_path):
     shutil.copytree(logged[0].path, tmp_path / "run")
     run = open_run(tmp_path / "run")
     logged_fit(run, resume=True)
     check_same_logs(logged[0], run)
 
 
-def test_a_checkpoint_holds_no_step_that_is_not_logged(tmp_path, monkeypatch):
+def test_all_steps_of_a_checkpoint_are_logged(tmp_path, monkeypatch):
     monkeypatch.setattr(CheckpointCallback, "EVERY_SECONDS", 0.0)
     monkeypatch.setattr(CheckpointCallback, "MAX_TIME_FRACTION", 1e9)
     lengths, run = [], create_run(override(TINY, ["train.epochs=1"]), tmp_path / "run")
 
-    class Count(Callback):
+    class CountLoggedSteps(Callback):
         order, run_valid = 66, False
 
         def after_batch(self):
-            lengths.append(len(in_csv(run)))
+            lengths.append(len(read_csv(run)))
 
-    logged_fit(run, ("csv",), cbs=[Count()])
+    logged_fit(run, ("csv",), cbs=[CountLoggedSteps()])
     assert lengths == [*range(1, STEPS + 1)]
 
 
-def test_a_loss_that_is_not_finite_is_logged(tmp_path):
+def test_non_finite_loss_is_logged(tmp_path):
     run = create_run(override(TINY, ["optimizer.lr=1e30"]), tmp_path / "run")
     with pytest.raises(TrainingDivergedError, match="at step 2 of epoch 1"):
         logged_fit(run)
-    steps = in_csv(run)
+    steps = read_csv(run)
     assert [step for step, *_ in steps] == [0, 1]
     assert [torch.tensor(loss).isfinite().item() for _, loss, *_ in steps] == [True, False]
-    assert len(in_tensorboard(run)[0]["train/lr"]) == 2
-    rows, _, _, codes = in_wandb(run)
+    assert len(read_tensorboard(run)[0]["train/lr"]) == 2
+    rows, _, _, codes = read_wandb(run)
     assert len(rows["train/lr"]) == 2
     assert codes == [1]
 
 
-class Broken:
-    """A tracker that fails at one of the things that it is told."""
+class BrokenTracker:
+    """A tracker that fails in one of its methods."""
 
-    where = ""
+    failing_method = ""
 
     def __init__(self, subject):
         self.fail("__init__")
 
     def fail(self, name):
-        if name == self.where:
+        if name == self.failing_method:
             raise OSError("no\nroute to host")
 
     def __getattr__(self, name):
         return lambda *args: self.fail(name)
 
 
-@pytest.mark.parametrize("where", ["__init__", "log_steps", "log_metrics", "log_images", "close"])
-def test_a_logger_that_fails_ends_no_training(plain, tmp_path, monkeypatch, where):
+@pytest.mark.parametrize("method", ["__init__", "log_steps", "log_metrics", "log_images", "close"])
+def test_training_continues_if_a_logger_fails(plain, tmp_path, monkeypatch, method):
     class Logger:
         def load(self):
-            return type("Here", (Broken,), {"where": where})
+            return type("Tracker", (BrokenTracker,), {"failing_method": method})
 
     monkeypatch.setitem(LOGGERS, "broken", Logger())
     run = create_run(TINY, tmp_path / "run")
-    said = logged_fit(run, ("broken", "csv"))
-    assert said == ["--logger broken failed and is now disabled: OSError: no route to host"]
+    lines = logged_fit(run, ("broken", "csv"))
+    assert lines == ["--logger broken failed and is now disabled: OSError: no route to host"]
     assert_same(plain[0], run)
-    assert len(in_csv(run)) == 3 * STEPS
+    assert len(read_csv(run)) == 3 * STEPS
 
 
-def test_a_picture_that_cannot_be_drawn_is_told(tmp_path, monkeypatch):
+def test_failed_plots_are_reported(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise MemoryError("full")
 
     monkeypatch.setattr(callback_module, "plot_results", refuse)
     monkeypatch.setattr(callback_module, "preview_current_batch", refuse)
     run = create_run(override(TINY, ["train.epochs=1"]), tmp_path / "run")
-    said = logged_fit(run, ("csv",))
-    assert len(said) == 2
-    assert all("could not be logged: MemoryError: full" in line for line in said)
+    lines = logged_fit(run, ("csv",))
+    assert len(lines) == 2
+    assert all("could not be logged: MemoryError: full" in line for line in lines)
     assert run.is_finished
 
 
-def test_networks_of_a_deep_ensemble_are_logged_in_their_folders(tmp_path):
+def test_networks_of_a_deep_ensemble_have_their_own_logs(tmp_path):
     changes = ["model.num_nets=2", "train.epochs=1"]
     run = create_run(override(TINY, changes), tmp_path / "both")
     logging = LoggingCallback(ALL, lambda line: None)
     train_run(prepare(run.recipe()), run, cbs=[logging])
     for net in run.networks():
-        assert len(in_csv(net)) == STEPS
-        assert in_tensorboard(net)[0]["final/test/nll"][0][1] == pytest.approx(
+        assert len(read_csv(net)) == STEPS
+        assert read_tensorboard(net)[0]["final/test/nll"][0][1] == pytest.approx(
             net.metrics()["test"]["nll"], rel=1e-6
         )
         record = next(r.run for r in wandb_records(net) if r.WhichOneof("record_type") == "run")
         assert (record.display_name, record.run_group) == (f"both/{net.path.name}", "both")
     assert not (run.logs / "steps.csv").exists()
-    scalars, images, _ = in_tensorboard(run)
+    scalars, images, _ = read_tensorboard(run)
     assert scalars["final/test/nll"] == [
         (STEPS, pytest.approx(run.metrics()["test"]["nll"], rel=1e-6))
     ]
-    assert images.keys() == PICTURES - {"first-batch"}
+    assert images.keys() == PLOT_NAMES - {"first-batch"}
 
 
-class TestRefusals:
+class TestInvalidLoggers:
     @pytest.fixture(autouse=True)
-    def elsewhere(self, tmp_path, monkeypatch):
+    def working_folder(self, tmp_path, monkeypatch):
         monkeypatch.setenv("MIXMO_DATA_DIR", str(tmp_path / "data"))
         monkeypatch.chdir(tmp_path)
 
     @pytest.mark.parametrize("names", ["tensorbord", "csv,tensorbord", "csv, tensorbord,wandb"])
-    def test_an_unknown_name(self, names, tmp_path, capsys):
+    def test_unknown_name(self, names, tmp_path, capsys):
         assert program(["fit", "cifar10", "--logger", names]) == 2
-        said = capsys.readouterr().err.splitlines()
-        assert said == [
+        lines = capsys.readouterr().err.splitlines()
+        assert lines == [
             "Error: Unknown logger 'tensorbord'. Did you mean 'tensorboard'?",
             "Allowed: csv, tensorboard, wandb.",
         ]
         assert not [*tmp_path.iterdir()]
 
     @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
-    def test_a_package_that_is_missing(self, name, tmp_path, monkeypatch, capsys):
+    def test_missing_package(self, name, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(loggers, "find_spec", lambda package: None)
         assert program(["fit", "cifar10", "--logger", f"csv,{name}"]) == 2
-        said = capsys.readouterr().err
-        assert f"--logger {name} needs the package {name}" in said
-        assert "pip install 'mixmo-fastai[loggers]'" in said
+        message = capsys.readouterr().err
+        assert f"--logger {name} needs the package {name}" in message
+        assert "pip install 'mixmo-fastai[loggers]'" in message
         assert not [*tmp_path.iterdir()]
 
-    def test_before_a_run_is_resumed(self, plain, capsys):
+    def test_names_are_checked_before_resuming(self, plain, capsys):
         assert program(["fit", "--resume", str(plain[0].path), "--logger", "csvs"]) == 2
         assert "Did you mean 'csv'" in capsys.readouterr().err
         assert not plain[0].logs.exists()
 
-    def test_names_may_be_said_twice_and_apart(self):
+    def test_repeated_names_and_spaces_are_allowed(self):
         assert parse_loggers("wandb, csv,wandb") == ("wandb", "csv")
         with pytest.raises(InputError, match="Unknown logger ''"):
             parse_loggers("csv,")
 
 
 class TestLogin:
-    """Nobody is asked to log in."""
+    """wandb never asks for a login."""
 
     @pytest.mark.parametrize(
         ("variables", "netrc", "expected"),
@@ -469,12 +478,14 @@ class TestLogin:
             ({}, "not a netrc", ("offline", "not logged in")),
         ],
     )
-    def test_the_mode(self, tmp_path, monkeypatch, capfd, variables, netrc, expected):
+    def test_mode_depends_on_the_login(
+        self, tmp_path, monkeypatch, capfd, variables, netrc, expected
+    ):
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
         (tmp_path / "netrc").write_text(netrc)
         monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-        wandb.teardown()  # it has read the environment
+        wandb.teardown()  # it has already read the environment
         try:
             mode, reason = wandb_module._choose_mode()
             assert mode == expected[0]
@@ -483,22 +494,22 @@ class TestLogin:
         finally:
             wandb.teardown()
 
-    def test_without_a_connection_the_run_is_kept(self, tmp_path, monkeypatch):
-        own = wandb.init
+    def test_run_is_stored_locally_without_a_connection(self, tmp_path, monkeypatch):
+        original = wandb.init
 
         def init(**settings):
             if settings["mode"] == "online":
                 raise wandb.errors.CommError("Timed out\nin 90 s")
-            return own(**settings)
+            return original(**settings)
 
         monkeypatch.setattr(wandb, "init", init)
         monkeypatch.setattr(wandb_module, "_choose_mode", lambda: ("online", ""))
         run = create_run(override(TINY, ["train.epochs=1"]), tmp_path / "run")
-        (said,) = logged_fit(run, ("wandb",))
-        assert said.startswith("wandb: stored locally (CommError: Timed out); upload with")
-        assert len(in_wandb(run)[0]["train/loss"]) == STEPS
+        (line,) = logged_fit(run, ("wandb",))
+        assert line.startswith("wandb: stored locally (CommError: Timed out); upload with")
+        assert len(read_wandb(run)[0]["train/loss"]) == STEPS
 
-    def test_a_run_that_is_disabled_is_not_remembered(self, tmp_path, monkeypatch):
+    def test_disabled_wandb_writes_no_files(self, tmp_path, monkeypatch):
         monkeypatch.setenv("WANDB_MODE", "disabled")
         wandb.teardown()
         run = create_run(override(TINY, ["train.epochs=1"]), tmp_path / "run")
@@ -510,7 +521,7 @@ class TestLogin:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
-def test_the_command_interrupted_and_resumed(mixmo, tmp_path, number):
+def test_command_is_interrupted_and_resumed(mixmo, tmp_path, number):
     run, more = tmp_path / "run", ["--logger", "csv,tensorboard,wandb"]
     command = mixmo(*FIT, run, *more, prelude=SLOW_STEPS)
     command.until_said("1/3 ")
@@ -518,26 +529,26 @@ def test_the_command_interrupted_and_resumed(mixmo, tmp_path, number):
     assert command.wait() == 128 + number, command.said
     assert "Traceback" not in command.said
     assert command.said.splitlines()[-1].startswith("Interrupted. The state is saved")
-    assert_nothing_is_left(command)
+    assert_no_process_is_left(command)
     run = open_run(run)
     state = json.loads((CheckpointStore(run.checkpoint).newest().path / "state.json").read_text())
     done = state["epoch"] * state["steps_per_epoch"] + state["step"]
-    for found in all_steps(run):
-        assert [step for step, *_ in found] == [*range(done)]
-    assert in_wandb(run)[3] == [128 + number]
+    for steps in all_steps(run):
+        assert [step for step, *_ in steps] == [*range(done)]
+    assert read_wandb(run)[3] == [128 + number]
     command = mixmo("fit", "--resume", run.path, *more)
     assert command.wait() == 0, command.said
-    for found in all_steps(run):
-        assert [step for step, *_ in found] == [*range(3 * state["steps_per_epoch"])]
-    assert in_wandb(run)[3] == [128 + number, 0]
-    assert_nothing_is_left(command)
+    for steps in all_steps(run):
+        assert [step for step, *_ in steps] == [*range(3 * state["steps_per_epoch"])]
+    assert read_wandb(run)[3] == [128 + number, 0]
+    assert_no_process_is_left(command)
 
 
-def assert_nothing_is_left(command):
-    """Check that wandb's process, which has a session of its own, ends with its command."""
-    until = time.monotonic() + 10
-    while left := [*processes_for(command.pid)]:
-        assert time.monotonic() < until, left
+def assert_no_process_is_left(command):
+    """Check that wandb's process, which has its own session, ends with its command."""
+    deadline = time.monotonic() + 10
+    while processes := [*processes_for(command.pid)]:
+        assert time.monotonic() < deadline, processes
         time.sleep(0.05)
     assert not command.others()
 
@@ -552,22 +563,22 @@ def processes_for(pid):
             yield words
 
 
-def test_a_run_of_wandb_that_is_open_is_left_alone(tmp_path):
-    with wandb.init(project="mine", dir=tmp_path, mode="offline") as mine:
+def test_open_wandb_run_of_the_user_is_not_changed(tmp_path):
+    with wandb.init(project="mine", dir=tmp_path, mode="offline") as user_run:
         run = create_run(TINY, tmp_path / "run")
         logged_fit(run, ["wandb"])
-        mine.log({"still": 1})
-        assert in_wandb(run)[1] != [mine.id]
-        assert wandb.run is mine
+        user_run.log({"still": 1})
+        assert read_wandb(run)[1] != [user_run.id]
+        assert wandb.run is user_run
 
 
-def test_a_network_does_not_outlive_its_training(tmp_path):
+def test_network_is_freed_after_training(tmp_path):
     logging = LoggingCallback(["csv"], print)
     training = prepare(TINY)
     with training.learn.no_bar():
         train(training, create_run(TINY, tmp_path / "run"), cbs=[logging])
-    left = weakref.ref(training.learn.model)
+    reference = weakref.ref(training.learn.model)
     training.learn.remove_cbs(LoggingCallback)
     del training
     gc.collect()
-    assert left() is None
+    assert reference() is None

@@ -1,4 +1,4 @@
-"""Nothing grows with the epochs of a run: no memory, no open files, nothing kept per step."""
+"""Memory, open files and recorded steps do not grow with the number of epochs."""
 
 import os
 import time
@@ -20,47 +20,47 @@ _FIT = (
     "fit --arch wrn10_1 --limit 32 --valid-split 0.05 --batch-size 32 --epochs 60 --device cpu "
     "--threads 1 --set train.ema_decay=0.9 --set train.select=best --out"
 )
-WAYS = {
+LOADERS = {
     "resident": [],
     "streaming": ["--set", "data.loader=streaming", "--set", "data.num_workers=1"],
 }
-MEASURED = (20, 60)  # epochs; libraries take what they keep in the first ones
-MOST_GROWTH = 2 * 2**20  # bytes: 50 kB an epoch
+MEASURED_EPOCHS = (20, 60)  # epochs; libraries allocate their caches in the first ones
+MAX_GROWTH = 2 * 2**20  # bytes: 50 kB an epoch
 
 
-def memory_of(pid):
+def memory_used_by(pid):
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def files_of(pid):
+def num_open_files(pid):
     return len(os.listdir(f"/proc/{pid}/fd"))
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_memory_and_open_files_do_not_grow_with_the_epochs(mixmo, tmp_path, way):
+@pytest.mark.parametrize("loader", LOADERS)
+def test_memory_and_open_files_do_not_grow(mixmo, tmp_path, loader):
     run, measured = tmp_path / "run", {}
-    command = mixmo(*_FIT.split(), run, *WAYS[way], prelude=PAUSE)
-    for epoch in MEASURED:
+    command = mixmo(*_FIT.split(), run, *LOADERS[loader], prelude=PAUSE)
+    for epoch in MEASURED_EPOCHS:
         mark = tmp_path / f"epoch-{epoch}"
         command.until(mark.exists, patience=240)
-        time.sleep(0.2)  # a worker of the epoch before may still be leaving
-        measured[epoch] = memory_of(command.pid), files_of(command.pid)
+        time.sleep(0.2)  # a worker of the previous epoch may still be exiting
+        measured[epoch] = memory_used_by(command.pid), num_open_files(command.pid)
         mark.unlink()
     assert command.wait() == 0, command.said
     assert len(open_run(run).history()) == 60
-    (early, few), (late, many) = measured.values()
-    assert late - early < MOST_GROWTH
-    assert many <= few
+    (memory, num_files), (later_memory, later_num_files) = measured.values()
+    assert later_memory - memory < MAX_GROWTH
+    assert later_num_files <= num_files
 
 
 PAUSE = f"""
 import gc, os, time
 from mixmo_fastai.training.recording import CheckpointCallback
-own = CheckpointCallback.after_trained_epoch
+original = CheckpointCallback.after_trained_epoch
 def pause(self):
-    own(self)
-    if self.learn.epoch + 1 in {MEASURED}:
+    original(self)
+    if self.learn.epoch + 1 in {MEASURED_EPOCHS}:
         gc.collect()
         mark = f"epoch-{{self.learn.epoch + 1}}"
         open(mark, "w").close()
@@ -70,18 +70,18 @@ CheckpointCallback.after_trained_epoch = pause
 """
 
 
-def test_nothing_is_kept_of_every_step(tmp_path):
+def test_recorded_steps_do_not_accumulate(tmp_path):
     lengths = []
 
-    class Watch(Callback):
+    class RecordedLengths(Callback):
         order = 90
 
         def after_epoch(self):
             recorder, scheduler = self.learn.recorder, self.learn.param_scheduler
-            kept = [recorder.losses, recorder.lrs, *scheduler.hps.values()]
-            lengths.append(max(map(len, kept)))
+            recorded = [recorder.losses, recorder.lrs, *scheduler.hps.values()]
+            lengths.append(max(map(len, recorded)))
 
     recipe = override(TINY, ["train.epochs=4"])
-    train(prepare(recipe), create_run(recipe, tmp_path / "run"), cbs=[Watch()])
+    train(prepare(recipe), create_run(recipe, tmp_path / "run"), cbs=[RecordedLengths()])
     assert len(lengths) == 4
     assert max(lengths) < STEPS

@@ -13,25 +13,29 @@ def write(path, size=(8, 6), mode="RGB", value=90):
     return path
 
 
-def test_images_are_found_below_folders_and_files_taken_as_given(tmp_path):
+def test_images_are_found_in_folders_and_listed_files_are_kept(tmp_path):
     first, second = write(tmp_path / "b/2.png"), write(tmp_path / "a/1.jpg")
-    (tmp_path / "a/notes.txt").write_text("no image")
+    (tmp_path / "a/notes.txt").write_text("not an image")
     (tmp_path / "a/.hidden.png").write_text("")
-    odd = tmp_path / "picture"
-    odd.write_bytes(first.read_bytes())
-    assert find_images([tmp_path / "a", tmp_path / "b", odd]) == [second, first, odd]
+    without_suffix = tmp_path / "picture"
+    without_suffix.write_bytes(first.read_bytes())
+    assert find_images([tmp_path / "a", tmp_path / "b", without_suffix]) == [
+        second,
+        first,
+        without_suffix,
+    ]
 
 
-def test_places_without_images_are_refused(tmp_path):
+def test_paths_without_images_are_rejected(tmp_path):
     with pytest.raises(InputError, match="no image or folder"):
         find_images([tmp_path / "none.png"])
     with pytest.raises(InputError, match="No image was found"):
         find_images([tmp_path])
 
 
-def test_what_cannot_be_read_is_noted_and_the_rest_goes_on(tmp_path):
+def test_unreadable_images_are_reported_and_skipped(tmp_path):
     good, bad = write(tmp_path / "a.png"), tmp_path / "b.png"
-    bad.write_bytes(b"no image")
+    bad.write_bytes(b"not an image")
     unreadable = {}
     found = dict(decode_readable([bad, good], (3, 4, 5), unreadable))
     assert {path: pixels.shape for path, pixels in found.items()} == {good: (3, 4, 5)}
@@ -39,7 +43,7 @@ def test_what_cannot_be_read_is_noted_and_the_rest_goes_on(tmp_path):
     assert "b.png" in unreadable[bad]
 
 
-def test_images_of_another_shape_are_brought_to_it():
+def test_images_are_converted_to_the_requested_shape():
     colour = torch.randint(0, 256, (2, 3, 16, 16), generator=torch.Generator().manual_seed(0))
     colour = colour.to(torch.uint8)
     grey = convert_shape(colour, (1, 16, 16))
@@ -53,7 +57,7 @@ def test_images_of_another_shape_are_brought_to_it():
         convert_shape(colour, (4, 16, 16))
 
 
-def test_batches_are_standardised():
+def test_batches_are_normalised():
     pixels = torch.arange(2 * 3 * 4).view(2, 3, 2, 2).to(torch.uint8)
     mean, std = (0.1, 0.2, 0.3), (0.5, 0.4, 0.3)
     ((x, y),) = PixelLoader(pixels, mean, std)
