@@ -1,4 +1,4 @@
-"""A real Chromium, without a screen, for pages that the project makes."""
+"""Headless Chromium, for tests of the HTML pages that the package writes."""
 
 import atexit
 import json
@@ -25,7 +25,7 @@ needs_chromium = pytest.mark.skipif(
 
 @cache
 def _driver():
-    """Start the browser that all pages share, one after the other."""
+    """Start the browser, which all pages share."""
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
@@ -43,9 +43,9 @@ class Page:
     """A page in a new tab; use it in a `with` statement, one at a time.
 
     Args:
-        path: of the HTML file.
-        width: of the window in CSS pixels.
-        scheme: "light" or "dark".
+        path: path of the HTML file.
+        width: width of the window in CSS pixels.
+        scheme: colour scheme, "light" or "dark".
     """
 
     def __init__(self, path, *, width=1100, scheme="light"):
@@ -56,15 +56,15 @@ class Page:
         self.first_tab = self.driver.current_window_handle
         self.driver.switch_to.new_window("tab")
         for log in ("browser", "performance"):
-            self.driver.get_log(log)  # discards the entries of the page before
-        self.tell(
+            self.driver.get_log(log)  # discards the entries of earlier pages
+        self.run_devtools(
             "Emulation.setDeviceMetricsOverride",
             width=self.width,
             height=900,
             deviceScaleFactor=1,
             mobile=self.width < 500,
         )
-        self.dress(self.scheme)
+        self.set_colors(self.scheme)
         self.driver.get(self.path.resolve().as_uri())
         return self
 
@@ -72,22 +72,22 @@ class Page:
         self.driver.close()
         self.driver.switch_to.window(self.first_tab)
 
-    def tell(self, command, **arguments):
+    def run_devtools(self, command, **arguments):
         return self.driver.execute_cdp_cmd(command, arguments)
 
-    def dress(self, scheme, media=""):
+    def set_colors(self, scheme, media=""):
         feature = {"name": "prefers-color-scheme", "value": scheme}
-        self.tell("Emulation.setEmulatedMedia", media=media, features=[feature])
+        self.run_devtools("Emulation.setEmulatedMedia", media=media, features=[feature])
 
-    def ask(self, script):
+    def evaluate(self, script):
         return self.driver.execute_script(f"return {script}")
 
     def console(self):
         return [entry["message"] for entry in self.driver.get_log("browser")]
 
     def requests(self):
-        """Addresses that the page asked for, but for those that are their own content."""
+        """Return the addresses that the page requested, except for data URIs."""
         messages = [json.loads(e["message"])["message"] for e in self.driver.get_log("performance")]
-        asked = [m for m in messages if m["method"] == "Network.requestWillBeSent"]
-        urls = [m["params"]["request"]["url"] for m in asked]
+        requests = [m for m in messages if m["method"] == "Network.requestWillBeSent"]
+        urls = [m["params"]["request"]["url"] for m in requests]
         return [url for url in urls if not url.startswith("data:")]

@@ -131,7 +131,7 @@ class StepRecorder(Callback):
     def __init__(self):
         super().__init__()
         self.lrs, self.losses, self.norms = [], [], []
-        self.dcore_dtypes = set()
+        self.dtypes = set()
 
     def after_pred(self):
         self.dtypes.add(self.learn.pred.dtype)

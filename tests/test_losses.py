@@ -34,24 +34,24 @@ BASES = [None, nn.CrossEntropyLoss(), CrossEntropyLossFlat(), F.cross_entropy]
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_members_loss_against_the_oracle(batch, base):
+def test_weighted_loss_equals_the_oracle(batch, base):
     pred, targets, weights = batch
     expected = oracle.loss(pred.numpy(), targets.numpy(), weights.numpy())
     assert MixMoLoss(base)(pred, targets, weights).item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_soft_targets_against_the_oracle(batch, base):
+def test_soft_targets_equal_the_oracle(batch, base):
     pred, _, weights = batch
     soft = torch.rand(6, 3, 5).softmax(-1)
     expected = oracle.loss(pred.numpy(), soft.numpy(), weights.numpy())
     assert MixMoLoss(base)(pred, soft, weights).item() == pytest.approx(expected, rel=1e-5)
     ensemble = MixMoLoss(base)(pred[:, 0], soft[:, 0]).item()
-    rows = [
+    losses = [
         oracle.cross_entropy(p, t)
         for p, t in zip(pred[:, 0].numpy(), soft[:, 0].numpy(), strict=True)
     ]
-    assert ensemble == pytest.approx(np.mean(rows), rel=1e-5)
+    assert ensemble == pytest.approx(np.mean(losses), rel=1e-5)
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -64,16 +64,16 @@ def test_ensemble_loss_is_the_base_loss(batch, base):
 def test_hard_and_one_hot_targets_agree(batch):
     pred, targets, weights = batch
     loss = MixMoLoss()
-    hot = F.one_hot(targets, 5).float()
-    torch.testing.assert_close(loss(pred, targets, weights), loss(pred, hot, weights))
+    one_hot = F.one_hot(targets, 5).float()
+    torch.testing.assert_close(loss(pred, targets, weights), loss(pred, one_hot, weights))
 
 
 @pytest.mark.parametrize(("reduction", "shape"), [("none", (6,)), ("sum", ()), ("mean", ())])
 def test_reduction(batch, reduction, shape):
     pred, targets, weights = batch
-    loss, none = MixMoLoss(), MixMoLoss()
-    loss.reduction, none.reduction = reduction, "none"
-    values = none(pred, targets, weights)
+    loss, unreduced = MixMoLoss(), MixMoLoss()
+    loss.reduction, unreduced.reduction = reduction, "none"
+    values = unreduced(pred, targets, weights)
     expected = {"none": values, "sum": values.sum(), "mean": values.mean()}[reduction]
     result = loss(pred, targets, weights)
     assert result.shape == shape
@@ -81,7 +81,7 @@ def test_reduction(batch, reduction, shape):
     assert loss.reduction == reduction
 
 
-def test_the_base_keeps_its_reduction_after_an_error(batch):
+def test_reduction_is_restored_after_an_error(batch):
     pred, targets, weights = batch
     loss = MixMoLoss(CrossEntropyLossFlat())
     with pytest.raises((IndexError, RuntimeError, ValueError)):
@@ -89,16 +89,16 @@ def test_the_base_keeps_its_reduction_after_an_error(batch):
     assert loss.reduction == "mean"
 
 
-def test_class_weights_and_label_smoothing_carry_over(batch):
+def test_class_weights_and_label_smoothing_are_kept(batch):
     pred, targets, weights = batch
     class_weights = torch.tensor([1.0, 2.0, 0.5, 1.0, 3.0])
     weighted = MixMoLoss(nn.CrossEntropyLoss(weight=class_weights))
     expected = F.cross_entropy(
         pred.flatten(0, 1), targets.flatten(), weight=class_weights, reduction="none"
     )
-    counted = class_weights[targets].sum() / 3  # as torch counts the images of one member
+    total_weight = class_weights[targets].sum() / 3  # torch's normaliser for one member
     torch.testing.assert_close(
-        weighted(pred, targets, weights), (weights * expected.view(6, 3)).sum() / counted
+        weighted(pred, targets, weights), (weights * expected.view(6, 3)).sum() / total_weight
     )
     smooth = MixMoLoss(LabelSmoothingCrossEntropy(eps=0.1))
     expected = F.cross_entropy(
@@ -127,7 +127,7 @@ CLASS_WEIGHTS = torch.tensor([1.0, 9.0, 4.0, 1.0, 7.0])
         LabelSmoothingCrossEntropy(),
     ],
 )
-def test_one_member_has_the_loss_that_the_base_gives(batch, base):
+def test_loss_of_one_member_equals_the_base_loss(batch, base):
     pred = batch[0][:, :1].log_softmax(-1)
     targets = torch.tensor([0, 1, 2, 3, 4, 0])[:, None]
     expected = torch.Tensor(base(pred[:, 0], targets[:, 0]))
@@ -135,20 +135,20 @@ def test_one_member_has_the_loss_that_the_base_gives(batch, base):
     torch.testing.assert_close(found, expected)
 
 
-def test_targets_that_a_base_ignores_count_for_nothing(batch):
+def test_ignored_targets_do_not_count(batch):
     pred, targets, weights = batch
     ignored = torch.cat([targets, torch.full_like(targets, -100)])
     found = MixMoLoss()(pred.repeat(2, 1, 1), ignored, weights.repeat(2, 1))
     torch.testing.assert_close(found, MixMoLoss()(pred, targets, weights))
 
 
-def test_classes_in_a_column_are_no_soft_targets(batch):
+def test_column_of_class_indices_is_not_soft_targets(batch):
     pred, targets, weights = batch
     loss = MixMoLoss(CrossEntropyLossFlat())
     found = loss(pred, targets[..., None], weights)
     torch.testing.assert_close(found, loss(pred, targets, weights))
-    alone = loss(pred[:, 0], targets[:, :1])
-    torch.testing.assert_close(alone, loss(pred[:, 0], targets[:, 0]))
+    single = loss(pred[:, 0], targets[:, :1])
+    torch.testing.assert_close(single, loss(pred[:, 0], targets[:, 0]))
 
 
 def test_multi_label_base(batch):
@@ -159,7 +159,7 @@ def test_multi_label_base(batch):
     torch.testing.assert_close(torch.Tensor(loss), (weights * expected).sum(1).mean())
 
 
-def test_inference_helpers_of_the_base_carry_over():
+def test_activation_and_decodes_of_the_base_are_used():
     logits = torch.tensor([[0.0, 2.0]])
     assert MixMoLoss().activation(logits).sum().item() == pytest.approx(1)
     assert MixMoLoss().decodes(logits).tolist() == [1]
@@ -171,32 +171,32 @@ def test_inference_helpers_of_the_base_carry_over():
 @pytest.mark.parametrize(
     "base", [nn.CrossEntropyLoss(), F.cross_entropy, partial(F.cross_entropy, label_smoothing=0.1)]
 )
-def test_cross_entropy_of_torch_gives_probabilities_and_classes(base):
+def test_torch_cross_entropy_implies_softmax_and_argmax(base):
     logits = torch.tensor([[0.0, 2.0]])
     torch.testing.assert_close(MixMoLoss(base).activation(logits), logits.softmax(1))
     assert MixMoLoss(base).decodes(logits.softmax(1)).tolist() == [1]
 
 
 @pytest.mark.parametrize("base", [nn.BCEWithLogitsLoss(), F.binary_cross_entropy_with_logits])
-def test_binary_cross_entropy_of_torch_decides_label_by_label(base):
+def test_torch_binary_cross_entropy_implies_sigmoid_and_thresholds(base):
     logits = torch.tensor([[1.0, 2.0, -1.0]])
     torch.testing.assert_close(MixMoLoss(base).activation(logits), logits.sigmoid())
     assert MixMoLoss(base).decodes(logits.sigmoid()).tolist() == [[True, True, False]]
 
 
 @pytest.mark.parametrize("base", [nn.MSELoss(), F.l1_loss, nn.NLLLoss(), MSELossFlat()])
-def test_other_losses_leave_predictions_as_they_are(base):
+def test_other_losses_do_not_change_predictions(base):
     numbers = torch.tensor([[0.3], [-4.0]])
     assert torch.equal(MixMoLoss(base).activation(numbers), numbers)
     assert torch.equal(MixMoLoss(base).decodes(numbers), numbers)
 
 
-def test_what_is_no_loss_is_refused():
+def test_objects_that_are_not_losses_are_rejected():
     with pytest.raises(InputError, match=r"must be a loss.*got 'ce'"):
         MixMoLoss("ce")
 
 
-FASTAIS_WITH_WEIGHTS = [
+FASTAI_LOSSES_WITH_CLASS_WEIGHTS = [
     LabelSmoothingCrossEntropy(weight=CLASS_WEIGHTS),
     LabelSmoothingCrossEntropy(weight=CLASS_WEIGHTS, reduction="sum"),
     LabelSmoothingCrossEntropyFlat(eps=0.3, weight=CLASS_WEIGHTS),
@@ -205,34 +205,34 @@ FASTAIS_WITH_WEIGHTS = [
 ]
 
 
-class PerClass(nn.Module):
-    """A loss of a user's own, without a choice of reduction."""
+class FixedReductionLoss(nn.Module):
+    """A custom loss without a `reduction` attribute."""
 
     def forward(self, pred, targets):
         return F.cross_entropy(pred, targets, label_smoothing=0.2)
 
 
-class Deaf(PerClass):
-    """It has a reduction and does not heed it."""
+class IgnoredReductionLoss(FixedReductionLoss):
+    """A custom loss that ignores its `reduction` attribute."""
 
     reduction = "mean"
 
 
-class Branching(nn.Module):
+class DataDependentLoss(nn.Module):
     def forward(self, pred, targets):
-        shown = pred[targets >= 0]  # of a shape that depends on values
-        return F.cross_entropy(shown, targets) if float(shown.detach().sum()) else pred.sum()
+        selected = pred[targets >= 0]  # its shape depends on the values
+        return F.cross_entropy(selected, targets) if float(selected.detach().sum()) else pred.sum()
 
 
-class Weighted(nn.CrossEntropyLoss):
-    """One of torch's with a word of the user's own."""
+class CustomCrossEntropy(nn.CrossEntropyLoss):
+    """A custom subclass of a torch loss."""
 
     def forward(self, pred, targets):
         return super().forward(pred, targets.long())
 
 
-class Exponents(nn.Module):
-    """A user's own with a reduction that it heeds, number by number."""
+class ElementwiseLoss(nn.Module):
+    """A custom loss with reduction, which yields one value per element."""
 
     def __init__(self):
         super().__init__()
@@ -247,15 +247,15 @@ def power(pred, targets, exponent=2.0):
     return (1 - pred.softmax(1).gather(1, targets[:, None])).pow(exponent).mean()
 
 
-OF_USERS = [
+CUSTOM_LOSSES = [
     lambda pred, targets: F.cross_entropy(pred, targets.long()),
     lambda pred, targets: F.cross_entropy(pred, targets, reduction="sum"),
     partial(power, exponent=3.0),
-    PerClass(),
-    Deaf(),
-    Branching(),
-    Weighted(weight=CLASS_WEIGHTS),
-    Exponents(),
+    FixedReductionLoss(),
+    IgnoredReductionLoss(),
+    DataDependentLoss(),
+    CustomCrossEntropy(weight=CLASS_WEIGHTS),
+    ElementwiseLoss(),
     partial(F.cross_entropy, reduction="sum"),
 ]
 
@@ -266,8 +266,8 @@ def value_and_gradient(loss, pred, *args):
     return value.detach(), torch.autograd.grad(value, pred)[0]
 
 
-@pytest.mark.parametrize("base", [*FASTAIS_WITH_WEIGHTS, *OF_USERS])
-def test_one_member_learns_as_from_the_base(batch, base):
+@pytest.mark.parametrize("base", [*FASTAI_LOSSES_WITH_CLASS_WEIGHTS, *CUSTOM_LOSSES])
+def test_gradient_of_one_member_equals_that_of_the_base(batch, base):
     pred, targets, _ = batch
     expected = value_and_gradient(base, pred[:, 0], targets[:, 0])
     found = value_and_gradient(MixMoLoss(base), pred[:, :1], targets[:, :1], torch.ones(6, 1))
@@ -275,15 +275,18 @@ def test_one_member_learns_as_from_the_base(batch, base):
     torch.testing.assert_close(found[1][:, 0], expected[1])
 
 
-@pytest.mark.parametrize("base", [*FASTAIS_WITH_WEIGHTS, *OF_USERS])
-def test_members_of_one_weight_learn_as_from_the_base_of_all_their_samples(batch, base):
+@pytest.mark.parametrize("base", [*FASTAI_LOSSES_WITH_CLASS_WEIGHTS, *CUSTOM_LOSSES])
+def test_equal_weights_equal_the_base_loss_of_all_samples(batch, base):
     pred, targets, _ = batch
-    rows = value_and_gradient(base, pred.flatten(0, 1), targets.flatten())
-    is_sum = getattr(base, "reduction", None) == "sum" or base in (OF_USERS[1], OF_USERS[-1])
+    base_results = value_and_gradient(base, pred.flatten(0, 1), targets.flatten())
+    is_sum = getattr(base, "reduction", None) == "sum" or base in (
+        CUSTOM_LOSSES[1],
+        CUSTOM_LOSSES[-1],
+    )
     found = value_and_gradient(MixMoLoss(base), pred, targets, torch.ones(6, 3))
-    for own, expected in zip(found, rows, strict=True):
+    for actual, expected in zip(found, base_results, strict=True):
         factor = 1 if is_sum else 3
-        torch.testing.assert_close(own, (factor * expected).reshape(own.shape))
+        torch.testing.assert_close(actual, (factor * expected).reshape(actual.shape))
 
 
 @pytest.mark.parametrize(
@@ -296,7 +299,7 @@ def test_members_of_one_weight_learn_as_from_the_base_of_all_their_samples(batch
         BCEWithLogitsLossFlat(reduction="sum"),
     ],
 )
-def test_a_sum_of_numbers_is_a_sum(batch, base):
+def test_sum_reduction_of_elementwise_losses(batch, base):
     pred = batch[0]
     targets = torch.rand_like(pred)
     expected = value_and_gradient(base, pred[:, 0], targets[:, 0])
@@ -305,56 +308,61 @@ def test_a_sum_of_numbers_is_a_sum(batch, base):
     torch.testing.assert_close(found[1][:, 0], expected[1])
 
 
-def test_label_smoothing_with_class_weights_by_hand(batch):
-    """Weights belong to the classes of the targets, and not to what is spread over all."""
+def test_label_smoothing_with_class_weights_equals_the_formula(batch):
+    """Class weights apply to the target term, but not to the uniform term."""
     pred, targets, weights = batch
-    spread = -0.1 * pred.log_softmax(2).mean(2)
-    own = F.nll_loss(
+    uniform_term = -0.1 * pred.log_softmax(2).mean(2)
+    target_term = F.nll_loss(
         pred.log_softmax(2).flatten(0, 1), targets.flatten(), CLASS_WEIGHTS, reduction="none"
     ).view(6, 3)
-    counted = CLASS_WEIGHTS[targets].sum() / 3
-    expected = (weights * spread).sum(1).mean() + 0.9 * (weights * own).sum() / counted
+    total_weight = CLASS_WEIGHTS[targets].sum() / 3
+    expected = (weights * uniform_term).sum(1).mean()
+    expected += 0.9 * (weights * target_term).sum() / total_weight
     loss = MixMoLoss(LabelSmoothingCrossEntropyFlat(weight=CLASS_WEIGHTS))
     torch.testing.assert_close(loss(pred, targets, weights), expected)
     mixed = loss(pred, targets, weights, (targets + 1) % 5, torch.ones(6, 3))
     torch.testing.assert_close(mixed, expected)
 
 
-def test_samples_of_a_loss_without_reduction_are_weighted(batch):
+def test_loss_without_reduction_is_weighted_per_sample(batch):
     pred, targets, weights = batch
-    known = value_and_gradient(MixMoLoss(), pred, targets, weights)
-    for base in (OF_USERS[0], lambda p, t: F.nll_loss(p.log_softmax(1), t), Branching()):
+    expected = value_and_gradient(MixMoLoss(), pred, targets, weights)
+    for base in (
+        CUSTOM_LOSSES[0],
+        lambda p, t: F.nll_loss(p.log_softmax(1), t),
+        DataDependentLoss(),
+    ):
         loss = MixMoLoss(base)
-        for _ in range(12):  # more than are checked
+        for _ in range(12):  # more batches than are checked
             found = value_and_gradient(loss, pred, targets, weights)
-            torch.testing.assert_close(found, known)
+            torch.testing.assert_close(found, expected)
 
 
 def test_mixed_labels_of_a_loss_without_reduction(batch):
     pred, targets, weights = batch
-    mixture = (targets + 1) % 5, torch.rand(6, 3)
-    found = MixMoLoss(OF_USERS[0])(pred, targets, weights, *mixture)
-    torch.testing.assert_close(found, MixMoLoss()(pred, targets, weights, *mixture))
+    msda_targets = (targets + 1) % 5, torch.rand(6, 3)
+    found = MixMoLoss(CUSTOM_LOSSES[0])(pred, targets, weights, *msda_targets)
+    torch.testing.assert_close(found, MixMoLoss()(pred, targets, weights, *msda_targets))
 
 
-def test_losses_of_samples_for_interpretation(batch):
+def test_per_sample_losses_for_interpretation(batch):
     pred, targets, _ = batch
-    loss = MixMoLoss(OF_USERS[0])
+    loss = MixMoLoss(CUSTOM_LOSSES[0])
     loss.reduction = "none"
     expected = F.cross_entropy(pred[:, 0], targets[:, 0], reduction="none")
     torch.testing.assert_close(loss(pred[:, 0], targets[:, 0]), expected)
 
 
-NO_AVERAGES = [
+BATCH_DEPENDENT_LOSSES = [
     lambda pred, targets: F.cross_entropy(pred, targets, weight=CLASS_WEIGHTS),
     lambda pred, targets: F.cross_entropy(pred - pred.mean(0), targets),
-    lambda pred, targets: F.cross_entropy(pred / pred.std(0), targets),  # of one sample, no number
+    lambda pred, targets: F.cross_entropy(pred / pred.std(0), targets),  # nan for one sample
     lambda pred, targets: F.cross_entropy(F.dropout(pred), targets),
 ]
 
 
-@pytest.mark.parametrize("base", NO_AVERAGES)
-def test_a_loss_that_is_no_average_of_samples_is_refused(batch, base):
+@pytest.mark.parametrize("base", BATCH_DEPENDENT_LOSSES)
+def test_batch_dependent_losses_are_rejected(batch, base):
     pred, targets, weights = batch
     with pytest.raises(InputError, match=r"'<lambda>' is not the mean or the sum.*\n.*weight_root"):
         MixMoLoss(base)(pred, targets, weights)
@@ -362,35 +370,33 @@ def test_a_loss_that_is_no_average_of_samples_is_refused(batch, base):
         MixMoLoss(base)(pred, targets, torch.ones(6, 3), targets, torch.ones(6, 3))
 
 
-@pytest.mark.parametrize("base", NO_AVERAGES[:3])
+@pytest.mark.parametrize("base", BATCH_DEPENDENT_LOSSES[:3])
 @pytest.mark.parametrize("num_members", [1, 3])
-def test_a_loss_that_is_no_average_is_called_once_per_member_of_one_weight(
-    batch, base, num_members
-):
-    pred, targets = (each[:, :num_members] for each in batch[:2])
+def test_batch_dependent_losses_work_with_equal_weights(batch, base, num_members):
+    pred, targets = (tensor[:, :num_members] for tensor in batch[:2])
     expected = sum(base(pred[:, i], targets[:, i]) for i in range(num_members))
     found = MixMoLoss(base)(pred, targets, torch.ones(6, num_members))
     torch.testing.assert_close(found, expected)
 
 
-def test_one_batch_that_shows_no_average_outweighs_all_others(batch):
-    """Without a rare class, a loss with class weights looks like a mean of samples."""
+def test_one_batch_can_reveal_a_batch_dependent_loss(batch):
+    """A loss with class weights looks like a mean over samples until a rare class occurs."""
     pred, _, _ = batch
     weight = torch.tensor([1.0, 1.0, 1.0, 1.0, 10.0])
 
     def base(pred, targets):
         return F.cross_entropy(pred, targets, weight=weight)
 
-    common = torch.arange(18).reshape(6, 3) % 4
-    rare = torch.where(torch.arange(6)[:, None] == 0, 4, common)
+    without_rare_class = torch.arange(18).reshape(6, 3) % 4
+    with_rare_class = torch.where(torch.arange(6)[:, None] == 0, 4, without_rare_class)
     loss = MixMoLoss(base)
     for step in range(15):
-        targets = common if step in (0, 9) else rare
+        targets = without_rare_class if step in (0, 9) else with_rare_class
         expected = sum(base(pred[:, i], targets[:, i]) for i in range(3))
         torch.testing.assert_close(loss(pred, targets, torch.ones(6, 3)), expected)
 
 
-def test_a_batch_without_losses_leaves_open_how_others_are_averaged():
+def test_zero_losses_do_not_decide_the_reduction():
     def base(pred, targets):
         return (pred - targets).square().sum() / len(pred)
 
@@ -402,23 +408,25 @@ def test_a_batch_without_losses_leaves_open_how_others_are_averaged():
     torch.testing.assert_close(loss(pred, targets, ones), expected)
 
 
-def test_checks_leave_the_generator_alone(batch):
+def test_checks_restore_the_rng_state(batch):
     before = torch.get_rng_state()
     with pytest.raises(InputError):
-        MixMoLoss(NO_AVERAGES[3])(*batch)
+        MixMoLoss(BATCH_DEPENDENT_LOSSES[3])(*batch)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_loss_that_is_no_number_ends_nothing(batch):
-    """fastai's callbacks end such a training; the next batch is checked again."""
+def test_nan_loss_raises_no_error(batch):
+    """A nan loss is returned, for fastai's callbacks to handle; the next batch is checked again."""
     pred, targets, weights = batch
-    loss = MixMoLoss(OF_USERS[0])
+    loss = MixMoLoss(CUSTOM_LOSSES[0])
     assert loss(pred * torch.nan, targets, weights).isnan()
     torch.testing.assert_close(loss(*batch), MixMoLoss()(*batch))
 
 
-@pytest.mark.parametrize("base", [OF_USERS[0], PerClass(), partial(power), Weighted()])
-def test_a_loss_that_sees_probabilities_gives_them(base):
+@pytest.mark.parametrize(
+    "base", [CUSTOM_LOSSES[0], FixedReductionLoss(), partial(power), CustomCrossEntropy()]
+)
+def test_softmax_is_detected_in_custom_losses(base):
     logits = torch.tensor([[0.0, 2.0, 1.0], [9.0, 2.0, 1.0]])
     torch.testing.assert_close(MixMoLoss(base).activation(logits), logits.softmax(1))
     assert MixMoLoss(base).decodes(logits.softmax(1)).tolist() == [1, 0]
@@ -433,13 +441,13 @@ def test_a_loss_that_sees_probabilities_gives_them(base):
         lambda pred, targets: F.binary_cross_entropy(pred, targets.float()),
     ],
 )
-def test_a_loss_of_something_else_leaves_predictions_as_they_are(base):
+def test_custom_losses_without_softmax_do_not_change_predictions(base):
     numbers = torch.tensor([[0.3, 0.1], [-4.0, 0.2]])
     assert torch.equal(MixMoLoss(base).activation(numbers), numbers)
     assert torch.equal(MixMoLoss(base).decodes(numbers), numbers)
 
 
-def test_a_users_activation_carries_over():
+def test_custom_activation_is_used():
     def loss(pred, targets):
         return F.cross_entropy(pred, targets)
 
@@ -449,46 +457,48 @@ def test_a_users_activation_carries_over():
     assert torch.equal(MixMoLoss(loss).decodes(numbers), numbers.sign())
 
 
-def test_the_mean_of_a_batch_in_kl_divergence():
+def test_batchmean_reduction_of_kl_divergence():
     random = torch.Generator().manual_seed(0)
     pred = torch.randn(6, 3, 5, generator=random).log_softmax(2)
     targets = torch.randn(6, 3, 5, generator=random).softmax(2)
-    each = (targets * (targets.log() - pred)).sum(2)
+    divergences = (targets * (targets.log() - pred)).sum(2)
     weights = loss_weights(draw_lam(6, 3, 2.0, generator=random), 3)
     for base in (nn.KLDivLoss(reduction="batchmean"), partial(F.kl_div, reduction="batchmean")):
         found = MixMoLoss(base)(pred, targets, weights)
-        torch.testing.assert_close(found, (weights * each).sum(1).mean())
+        torch.testing.assert_close(found, (weights * divergences).sum(1).mean())
 
 
-OF_NUMBERS = [
+ELEMENTWISE_LOSSES = [
     *(nn.MSELoss(), nn.L1Loss(), nn.SmoothL1Loss(), nn.HuberLoss(), nn.BCEWithLogitsLoss()),
     *(F.mse_loss, F.l1_loss, partial(F.huber_loss, delta=2.0), F.binary_cross_entropy_with_logits),
     BaseLoss(nn.MSELoss, flatten=False),
 ]
 
 
-@pytest.mark.parametrize("base", OF_NUMBERS)
-def test_nothing_is_broadcast_between_predictions_and_targets(base):
+@pytest.mark.parametrize("base", ELEMENTWISE_LOSSES)
+def test_shape_mismatch_is_rejected_instead_of_broadcast(base):
     pred, targets = torch.rand(6, 3, 1), torch.rand(6, 3)
-    said = r"predictions \(B, 1\) do not match targets \(B,\).\nPass targets \(B, 1\), or flatten"
-    with pytest.raises(InputError, match=said):
+    message = (
+        r"predictions \(B, 1\) do not match targets \(B,\).\nPass targets \(B, 1\), or flatten"
+    )
+    with pytest.raises(InputError, match=message):
         MixMoLoss(base)(pred, targets, torch.ones(6, 3))
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         MixMoLoss(base)(pred[:, 0], targets[:, 0])
     with pytest.raises(
         InputError, match=r"\(B, 4\) do not match targets \(B,\).\nPass targets .B, 4.\.$"
     ):
         MixMoLoss(base)(torch.rand(6, 3, 4), targets, torch.ones(6, 3))
-    alike = MixMoLoss(base)(pred, targets[..., None], torch.ones(6, 3))
-    torch.testing.assert_close(alike, 3 * torch.Tensor(base(pred, targets[..., None])))
+    matching = MixMoLoss(base)(pred, targets[..., None], torch.ones(6, 3))
+    torch.testing.assert_close(matching, 3 * torch.Tensor(base(pred, targets[..., None])))
 
 
-def test_a_loss_of_numbers_for_classes_is_told_cross_entropy():
+def test_regression_loss_with_class_targets_suggests_cross_entropy():
     with pytest.raises(InputError, match=r"Pass targets \(B, 4\), or .* CrossEntropyLossFlat\(\)"):
         MixMoLoss(nn.MSELoss())(torch.rand(6, 3, 4), torch.zeros(6, 3).long(), torch.ones(6, 3))
 
 
-def test_losses_that_flatten_take_a_column_for_a_row():
+def test_flattening_losses_accept_a_column():
     pred, targets = torch.rand(6, 3, 1), torch.rand(6, 3)
     found = MixMoLoss(MSELossFlat())(pred, targets, torch.ones(6, 3))
     torch.testing.assert_close(torch.Tensor(found), 3 * (pred[..., 0] - targets).square().mean())
@@ -496,7 +506,7 @@ def test_losses_that_flatten_take_a_column_for_a_row():
         MixMoLoss(MSELossFlat())(torch.rand(6, 3, 2), targets, torch.ones(6, 3))
 
 
-class OwnError(nn.Module):
+class CustomAbsoluteError(nn.Module):
     def __init__(self, reduction="mean"):
         super().__init__()
         self.reduction = reduction
@@ -506,8 +516,8 @@ class OwnError(nn.Module):
         return values if self.reduction == "none" else values.mean()
 
 
-@pytest.mark.parametrize("base", [OwnError(), lambda p, t: (p - t).square().mean()])
-def test_a_users_loss_that_broadcasts_is_refused(base):
+@pytest.mark.parametrize("base", [CustomAbsoluteError(), lambda p, t: (p - t).square().mean()])
+def test_custom_losses_that_broadcast_are_rejected(base):
     with pytest.raises(InputError, match=r"Predictions are \(B, 1\) and targets \(B,\)"):
         MixMoLoss(base)(torch.rand(6, 3, 1), torch.rand(6, 3), torch.ones(6, 3))
     pred, targets = torch.rand(6, 3, 1), torch.rand(6, 3, 1)

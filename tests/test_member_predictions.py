@@ -20,43 +20,47 @@ from mixmo_fastai.errors import InputError
 from mixmo_fastai.metrics.fastai import MemberAccuracy
 
 
-def quiet(learn):
+def without_output(learn):
     learn.remove_cb(learn.progress)
     learn.logger = lambda *_: None
     return learn
 
 
-def ours(num_members=2, dls=None, **kwargs):
+def package_learner(num_members=2, dls=None, **kwargs):
     mix = "sum" if num_members == 1 else "cutmix"
     dls = dls or mixmo_dls()
-    return quiet(mixmo_learner(dls, "wrn10_1", mix=mix, num_members=num_members, seed=0, **kwargs))
+    return without_output(
+        mixmo_learner(dls, "wrn10_1", mix=mix, num_members=num_members, seed=0, **kwargs)
+    )
 
 
-def own():
-    """A user's own Learner that has not been fitted, with a loss of torch's."""
+def user_learner():
+    """Return a user's Learner that has not been fitted, with a torch loss."""
     model = create_model("wrn10_1", 3, 3, generator=torch.Generator().manual_seed(3))
     dls = foreign_dls()
-    return quiet(Learner(dls, model, nn.CrossEntropyLoss(), metrics=accuracy, cbs=MixMoCallback()))
+    return without_output(
+        Learner(dls, model, nn.CrossEntropyLoss(), metrics=accuracy, cbs=MixMoCallback())
+    )
 
 
-def converted():
+def converted_learner():
     layers = nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)
     learn = Learner(foreign_dls(), nn.Sequential(*layers), CrossEntropyLossFlat())
-    return quiet(to_mixmo(learn, independent=True, seed=0))
+    return without_output(to_mixmo(learn, independent=True, seed=0))
 
 
-def logits_by_hand(learn, loader):
+def expected_logits(learn, loader):
     with torch.no_grad():
         return torch.cat([learn.model.eval().member_logits(x) for x, *_ in loader]).as_subclass(
             torch.Tensor
         )
 
 
-@pytest.mark.parametrize("make", [ours, own, converted])
-def test_members_of_a_learner(make):
+@pytest.mark.parametrize("make", [package_learner, user_learner, converted_learner])
+def test_member_preds_equal_the_model_outputs(make):
     learn = make()
     found = member_preds(learn)
-    expected = logits_by_hand(learn, learn.dls.valid)
+    expected = expected_logits(learn, learn.dls.valid)
     assert found.probabilities.shape == expected.shape
     assert expected.shape[::2] == (len(learn.dls.valid_ds), 3)
     assert type(found.probabilities) is torch.Tensor
@@ -73,16 +77,16 @@ def test_members_of_a_learner(make):
     assert torch.equal(found.targets, targets.as_subclass(torch.Tensor))
 
 
-def test_members_of_the_training_images_come_in_their_order():
-    learn = ours()
+def test_training_images_keep_their_order():
+    learn = package_learner()
     found = member_preds(learn, ds_idx=0)
     assert len(found.targets) == len(learn.dls.train_ds)
-    expected = logits_by_hand(learn, learn.dls.train.new(shuffle=False, drop_last=False))
+    expected = expected_logits(learn, learn.dls.train.new(shuffle=False, drop_last=False))
     torch.testing.assert_close(found.probabilities, expected.softmax(2))
 
 
-def test_members_of_a_shuffled_loader_come_in_the_order_of_the_data():
-    learn = own()
+def test_shuffled_loader_yields_the_order_of_the_data():
+    learn = user_learner()
     shuffled = learn.dls.valid.new(shuffle=True)
     found, expected = member_preds(learn, dl=shuffled), member_preds(learn)
     torch.testing.assert_close(found.probabilities, expected.probabilities)
@@ -90,32 +94,32 @@ def test_members_of_a_shuffled_loader_come_in_the_order_of_the_data():
 
 
 def test_images_without_targets():
-    learn = ours()
+    learn = package_learner()
     files = learn.dls.test_dl([learn.dls.valid_ds[i][0] for i in range(5)])
     found = member_preds(learn, dl=files)
     assert found.targets is None
     torch.testing.assert_close(found.probabilities, member_preds(learn).probabilities[:5])
 
 
-def test_a_single_member_shares_no_information():
-    learn = ours(num_members=1)
+def test_single_member_has_no_mutual_information():
+    learn = package_learner(num_members=1)
     found = member_preds(learn)
     assert found.mutual_information is None
     torch.testing.assert_close(found.probabilities[:, 0], learn.get_preds()[0])
 
 
-def test_a_learner_stays_as_it_was():
-    learn = ours()
+def test_learner_is_unchanged():
+    learn = package_learner()
     learn.fit(1, 0.01)
-    callbacks, record = [*learn.cbs], learn.validate()
+    callbacks, metrics = [*learn.cbs], learn.validate()
     member_preds(learn)
     assert [*learn.cbs] == callbacks
-    assert [*learn.validate()] == pytest.approx([*record])
+    assert [*learn.validate()] == pytest.approx([*metrics])
     learn.fit(1, 0.01)
     assert learn.mix_mo.epochs_trained == 2
 
 
-def pictures(target_block, get_y):
+def block_dls(target_block, get_y):
     pixels, labels = image_arrays(24)
     images = [image.float() / 255 for image in pixels]
     block = DataBlock(
@@ -127,11 +131,11 @@ def pictures(target_block, get_y):
     return block.dataloaders(range(24), bs=6, num_workers=0, device="cpu")
 
 
-def test_several_labels_per_image():
-    dls = pictures(MultiCategoryBlock(), lambda label: ["odd"] if label % 2 else ["even", "small"])
-    learn = ours(dls=dls, loss_func=BCEWithLogitsLossFlat(thresh=0.6))
+def test_multi_label_targets():
+    dls = block_dls(MultiCategoryBlock(), lambda label: ["odd"] if label % 2 else ["even", "small"])
+    learn = package_learner(dls=dls, loss_func=BCEWithLogitsLossFlat(thresh=0.6))
     found = member_preds(learn)
-    expected = logits_by_hand(learn, dls.valid).sigmoid()
+    expected = expected_logits(learn, dls.valid).sigmoid()
     torch.testing.assert_close(found.probabilities, expected)
     assert torch.equal(found.votes, expected > 0.6)
     assert found.targets.shape == (12, 3)
@@ -144,53 +148,53 @@ def test_several_labels_per_image():
     assert found.mutual_information.numpy() == pytest.approx(information, rel=1e-4, abs=1e-9)
 
 
-def test_numbers_to_predict():
-    learn = ours(dls=pictures(RegressionBlock(n_out=1), float))
+def test_regression():
+    learn = package_learner(dls=block_dls(RegressionBlock(n_out=1), float))
     found = member_preds(learn)
-    expected = logits_by_hand(learn, learn.dls.valid)
+    expected = expected_logits(learn, learn.dls.valid)
     torch.testing.assert_close(found.probabilities, expected)
     assert torch.equal(found.votes, found.probabilities)
     assert found.mutual_information is None
 
 
-def test_numbers_within_a_range():
-    """The members' predictions are within it, as the ensemble's are."""
-    dls = pictures(RegressionBlock(n_out=1), float)
+def test_regression_with_a_sigmoid_range():
+    """The members' predictions are in the range, like those of the ensemble."""
+    dls = block_dls(RegressionBlock(n_out=1), float)
     body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 1))
     network = nn.Sequential(body, SigmoidRange(2, 5))
     learn = to_mixmo(Learner(dls, network, MSELossFlat()), seed=0)
     found = member_preds(learn)
-    expected = 2 + 3 * logits_by_hand(learn, dls.valid).sigmoid()
+    expected = 2 + 3 * expected_logits(learn, dls.valid).sigmoid()
     torch.testing.assert_close(found.probabilities, expected)
     assert torch.equal(found.votes, found.probabilities)
 
 
-def test_decisions_of_a_network_that_ends_with_probabilities():
-    """A probability below one half is a no, in training as in validation."""
-    dls = pictures(MultiCategoryBlock(), lambda label: ["odd"] if label % 2 else ["even", "small"])
-    last = nn.Linear(4, 3)
-    body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), last)
-    nn.init.zeros_(last.weight)
-    nn.init.constant_(last.bias, -1.0)
+def test_network_that_ends_with_a_sigmoid():
+    """A probability below 0.5 is a negative decision, in training and in validation."""
+    dls = block_dls(MultiCategoryBlock(), lambda label: ["odd"] if label % 2 else ["even", "small"])
+    linear = nn.Linear(4, 3)
+    body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear)
+    nn.init.zeros_(linear.weight)
+    nn.init.constant_(linear.bias, -1.0)
     metrics = MemberAccuracy()
     learn = Learner(dls, nn.Sequential(body, nn.Sigmoid()), nn.BCELoss(), metrics=metrics)
-    quiet(to_mixmo(learn, seed=0)).recorder.train_metrics = True
+    without_output(to_mixmo(learn, seed=0)).recorder.train_metrics = True
     learn.fit(1, 0.0)
-    _, trained, _, validated = learn.recorder.values[-1]
-    every = [torch.cat([y for _, y in part]) for part in (dls.train, dls.valid)]
-    assert trained == pytest.approx(float((every[0] == 0).float().mean()))
-    assert validated == pytest.approx(float((every[1] == 0).float().mean()))
+    _, train_accuracy, _, valid_accuracy = learn.recorder.values[-1]
+    targets = [torch.cat([y for _, y in part]) for part in (dls.train, dls.valid)]
+    assert train_accuracy == pytest.approx(float((targets[0] == 0).float().mean()))
+    assert valid_accuracy == pytest.approx(float((targets[1] == 0).float().mean()))
 
 
-def test_a_loss_of_a_users_own():
-    learn = ours(loss_func=lambda pred, targets: F.cross_entropy(pred, targets.long()))
+def test_custom_loss():
+    learn = package_learner(loss_func=lambda pred, targets: F.cross_entropy(pred, targets.long()))
     learn.fit(1, 0.01)
     found = member_preds(learn)
     torch.testing.assert_close(found.probabilities.sum(2), torch.ones(found.votes.shape))
     assert torch.equal(found.votes, found.probabilities.argmax(2))
 
 
-def test_a_plain_learner_is_told_to_convert():
+def test_plain_learner_is_rejected():
     dls = DataLoaders(*foreign_dls())
     learn = Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), nn.CrossEntropyLoss())
     with pytest.raises(InputError, match=r"the Learner has a Sequential.*\n.*to_mixmo"):

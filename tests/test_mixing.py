@@ -28,7 +28,7 @@ def generator(seed=0):
 class TestDrawLam:
     @pytest.mark.parametrize("num_members", [1, 2, 3, 5])
     @pytest.mark.parametrize("alpha", [0.01, 0.5, 2.0, 50.0])
-    def test_rows_are_ratios_with_dirichlet_moments(self, num_members, alpha):
+    def test_ratios_have_dirichlet_moments(self, num_members, alpha):
         lam = draw_lam(40_000, num_members, alpha, generator=generator())
         assert lam.shape == (40_000, num_members)
         assert bool((lam >= 0).all())
@@ -39,21 +39,21 @@ class TestDrawLam:
         assert lam.mean(0) == pytest.approx(torch.full((num_members,), mean), abs=sampling_error)
         assert lam.var(0).mean().item() == pytest.approx(variance, rel=0.05, abs=1e-6)
 
-    def test_follows_its_generator(self):
+    def test_generator_determines_the_ratios(self):
         assert torch.equal(
             draw_lam(9, 2, 2.0, generator=generator(1)), draw_lam(9, 2, 2.0, generator=generator(1))
         )
 
     @pytest.mark.parametrize("alpha", [0.0, -1.0, math.inf, math.nan])
-    def test_alpha_out_of_range(self, alpha):
+    def test_alpha_out_of_range_is_rejected(self, alpha):
         with pytest.raises(InputError, match="alpha must be positive"):
             draw_lam(4, 2, alpha)
 
 
 @pytest.mark.parametrize("kind", MASK_KINDS)
 @pytest.mark.parametrize("num_members", [2, 3, 4])
-class TestEveryKind:
-    def test_masks_partition_unity_and_lam_is_their_mean(self, kind, num_members):
+class TestAllMaskKinds:
+    def test_masks_sum_to_one_and_lam_is_their_mean(self, kind, num_members):
         lam = draw_lam(64, num_members, 1.0, generator=generator())
         masks, corrected = draw_masks(kind, lam, (16, 9, 12), generator=generator(1))
         channels = 16 if kind.startswith("channel") else 1
@@ -62,7 +62,7 @@ class TestEveryKind:
         torch.testing.assert_close(masks.sum(1), torch.ones(64, channels, 9, 12))
         torch.testing.assert_close(corrected, masks.mean((2, 3, 4)))
 
-    def test_follows_its_generator_and_leaves_the_global_one(self, kind, num_members):
+    def test_only_the_passed_generator_is_used(self, kind, num_members):
         before = torch.random.get_rng_state()
         lam = draw_lam(8, num_members, 2.0, generator=generator())
         first, second = (draw_masks(kind, lam, (1, 8, 8), generator=generator(5))[0] for _ in "ab")
@@ -88,8 +88,8 @@ def test_linear_masks_are_lam_everywhere():
 
 
 @pytest.mark.parametrize("size", [(32, 32), (9, 14), (1, 1), (2, 5)])
-def test_every_box_is_one_that_the_paper_allows(size):
-    """Each mask equals the oracle's box for some centre on the map."""
+def test_boxes_equal_the_oracle(size):
+    """Each mask equals the oracle's box for one of the possible centres."""
     lam = draw_lam(60, 2, 1.0, generator=generator())
     masks, _ = draw_masks("cutmix", lam, (1, *size), generator=generator(1), shuffle_roles=False)
     for ratio, mask in zip(lam[:, 0].numpy(), masks[:, 0, 0].numpy(), strict=True):
@@ -102,16 +102,18 @@ def test_every_box_is_one_that_the_paper_allows(size):
 
 
 def test_box_centres_are_uniform_over_the_map():
-    lam = torch.tensor([[0.04, 0.96]]).repeat(40_000, 1)  # floor(10·√0.04) = 2: half a side is 1
+    lam = torch.tensor([[0.04, 0.96]]).repeat(
+        40_000, 1
+    )  # floor(10·√0.04) = 2: half of the side is 1
     masks, _ = draw_masks("cutmix", lam, (1, 10, 10), generator=generator(), shuffle_roles=False)
     boxes = masks[:, 0, 0]
-    last_row_share = (boxes[:, 9].sum(1) > 0).float().mean().item()
-    assert last_row_share == pytest.approx(0.1, abs=0.01)  # only the centre in the last row
-    first_row_share = (boxes[:, 0].sum(1) > 0).float().mean().item()
-    assert first_row_share == pytest.approx(0.2, abs=0.01)  # centres 0 and 1
+    last_row_fraction = (boxes[:, 9].sum(1) > 0).float().mean().item()
+    assert last_row_fraction == pytest.approx(0.1, abs=0.01)  # only centres in the last row
+    first_row_fraction = (boxes[:, 0].sum(1) > 0).float().mean().item()
+    assert first_row_fraction == pytest.approx(0.2, abs=0.01)  # centres in rows 0 and 1
 
 
-def test_three_members_share_the_complement_in_proportion():
+def test_other_members_fill_the_complement_in_proportion():
     lam = draw_lam(20, 3, 2.0, generator=generator())
     masks, _ = draw_masks("cutmix", lam, (1, 8, 8), generator=generator(1), shuffle_roles=False)
     for b in range(20):
@@ -119,7 +121,7 @@ def test_three_members_share_the_complement_in_proportion():
         np.testing.assert_allclose(masks[b, :, 0].numpy(), expected, atol=1e-6)
 
 
-def test_a_member_without_share_gets_nothing_and_no_nan():
+def test_member_with_lam_zero_has_an_empty_mask():
     lam = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.0, 0.5]])
     masks, corrected = draw_masks("cutmix", lam, (1, 8, 8), shuffle_roles=False)
     assert bool(torch.isfinite(masks).all())
@@ -127,71 +129,71 @@ def test_a_member_without_share_gets_nothing_and_no_nan():
     assert corrected[1, 1] == 0
 
 
-def test_roles_are_shuffled_per_batch_and_members_keep_their_lam():
+def test_roles_are_shuffled_but_members_keep_their_lam():
     lam = torch.tensor([[0.9, 0.05, 0.05]]).repeat(16, 1)
-    winners = set()
+    members_with_boxes = set()
     for seed in range(30):
         masks, _ = draw_masks("cutmix", lam, (1, 8, 8), generator=generator(seed))
         binary = [m for m in range(3) if bool(((masks[:, m] == 0) | (masks[:, m] == 1)).all())]
         boxed = min(binary, key=lambda m: -masks[:, m].max())
-        winners.add(boxed)
-        if boxed != 0:  # a small box: the member with lam 0.9 has almost all of the rest
+        members_with_boxes.add(boxed)
+        if boxed != 0:  # a small box: the member with lam 0.9 has most of the rest
             assert bool((masks[:, 0].mean((1, 2, 3)) > 0.5).all())
-    assert winners == {0, 1, 2}
+    assert members_with_boxes == {0, 1, 2}
 
 
 @pytest.mark.parametrize("num_members", [2, 3])
-def test_each_of_several_batches_has_roles_of_its_own(num_members):
+def test_roles_are_drawn_per_batch(num_members):
     lam = torch.full((60 * 4, num_members), 0.1)
     lam[:, 0] = 1 - 0.1 * (num_members - 1)
     masks, means = draw_masks("horizontal", lam, (1, 10, 10), num_batches=60, generator=generator())
-    top = masks[:, :, 0, 0, 0].view(60, 4, num_members)  # who is seen in the first row
-    firsts = {int(batch[0].argmax()) for batch in top if batch.max() == 1}
-    assert firsts == set(range(num_members))
-    assert torch.equal(top, top[:, :1].expand_as(top))  # one per batch
+    first_row = masks[:, :, 0, 0, 0].view(60, 4, num_members)  # weights of the members there
+    in_role_0 = {int(batch[0].argmax()) for batch in first_row if batch.max() == 1}
+    assert in_role_0 == set(range(num_members))
+    assert torch.equal(first_row, first_row[:, :1].expand_as(first_row))  # same in each batch
     torch.testing.assert_close(means, masks.mean((2, 3, 4)))
 
 
 class TestDrawMixings:
-    def drawn(self, kind="cutmix", chances=(0.1, 0.7, 0.4), mix_prob=0.5, **options):
+    def draw(self, kind="cutmix", uniforms=(0.1, 0.7, 0.4), mix_prob=0.5, **options):
         return draw_mixings(
-            kind, chances, (6, 2), (1, 8, 8), mix_prob=mix_prob, alpha=2.0, weight_root=3.0,
+            kind, uniforms, (6, 2), (1, 8, 8), mix_prob=mix_prob, alpha=2.0, weight_root=3.0,
             options=options, lam_generator=generator(1), mask_generator=generator(2),
         )  # fmt: skip
 
-    def test_regions_come_where_chance_has_it(self):
-        drawn = self.drawn()
+    def test_uniform_numbers_decide_which_steps_use_regions(self):
+        drawn = self.draw()
         assert [mixing is None for mixing in drawn.regional] == [False, True, False]
-        kinds = [len(drawn.select(i, 0.5).masks[0, 0].unique()) for i in range(3)]
-        assert kinds == [2, 1, 2]
-        assert len(drawn.select(2, 0.3).masks[0, 0].unique()) == 1  # a probability that has fallen
+        num_values = [len(drawn.select(i, 0.5).masks[0, 0].unique()) for i in range(3)]
+        assert num_values == [2, 1, 2]
+        assert len(drawn.select(2, 0.3).masks[0, 0].unique()) == 1  # the probability has decreased
 
-    def test_a_batch_has_one_lam_however_it_is_mixed(self):
-        drawn = self.drawn(mix_prob=1.0)
+    def test_lam_does_not_depend_on_the_kind_of_mixing(self):
+        drawn = self.draw(mix_prob=1.0)
         lam = draw_lam(18, 2, 2.0, generator=generator(1)).view(3, 6, 2)
         for i in range(3):
             blended, boxes = drawn.blended[i], drawn.regional[i]
             assert torch.equal(blended.masks[:, :, 0, 0, 0], lam[i])
             means = boxes.masks.mean((2, 3, 4))
             torch.testing.assert_close(boxes.weights, loss_weights(means, 3.0))
-            # A box takes lam of the map, clipped and rounded down: of one member in every sample.
+            # The boxes belong to the same member in all samples, and are clipped and rounded down.
             clipped = [bool((means[:, m] <= lam[i, :, m] + 1e-6).all()) for m in range(2)]
             assert any(clipped)
 
     @pytest.mark.parametrize("kind", ["sum", "linear"])
-    def test_kinds_that_blend_have_no_regions(self, kind):
-        drawn = self.drawn(kind)
+    def test_blending_kinds_have_no_regions(self, kind):
+        drawn = self.draw(kind)
         assert drawn.regional == [None] * 3
         expected, _ = draw_masks(kind, draw_lam(18, 2, 2.0, generator=generator(1)), (1, 8, 8))
         assert torch.equal(torch.cat([mixing.masks for mixing in drawn.blended]), expected)
 
-    def test_options_are_those_of_the_kind(self):
-        small = self.drawn("patchup", block_size=1, mix_prob=1.0)
+    def test_options_are_passed_to_the_kind(self):
+        small = self.draw("patchup", block_size=1, mix_prob=1.0)
         assert small.regional[0].masks.shape == (6, 2, 1, 8, 8)
 
 
 @golden.needs_golden
-def test_box_areas_agree_with_the_published_statistics():
+def test_box_areas_match_the_published_implementation():
     published = json.loads((golden.GOLDEN / "mask_statistics_alpha2_32x32.json").read_text())
     expected = published["cutmix"]
     num_draws = 20_000
@@ -200,7 +202,7 @@ def test_box_areas_agree_with_the_published_statistics():
         "cutmix", lam, (1, 32, 32), generator=generator(1), shuffle_roles=False
     )
     areas = corrected[:, 0]
-    # Both samples have an error; the published one, of 20,000 draws, has the larger one.
+    # Both samples have a sampling error.
     standard_error = expected["std_area"] * math.sqrt(1 / expected["draws"] + 1 / num_draws)
     assert areas.mean().item() == pytest.approx(expected["mean_area"], abs=3 * standard_error)
     assert areas.std().item() == pytest.approx(expected["std_area"], rel=0.02)
@@ -211,7 +213,7 @@ def test_box_areas_agree_with_the_published_statistics():
 
 
 @golden.needs_golden
-def test_linear_ratios_agree_with_the_published_statistics():
+def test_linear_ratios_match_the_published_implementation():
     published = json.loads((golden.GOLDEN / "mask_statistics_alpha2_32x32.json").read_text())
     expected = published["mixup"]
     lam = draw_lam(50_000, 2, 2.0, generator=generator())[:, 0]
@@ -220,13 +222,13 @@ def test_linear_ratios_agree_with_the_published_statistics():
 
 
 @pytest.mark.parametrize("root", [1, 2, 3, 10])
-def test_loss_weights_against_the_oracle(root):
+def test_loss_weights_equal_the_oracle(root):
     lam = draw_lam(50, 3, 0.5, generator=generator())
     expected = np.stack([oracle.weights(row, root) for row in lam.double().numpy()])
     np.testing.assert_allclose(loss_weights(lam, root).numpy(), expected, rtol=2e-5, atol=1e-6)
 
 
-def test_loss_weights_at_the_ends():
+def test_loss_weights_for_extreme_roots():
     lam = torch.tensor([[0.0, 1.0], [0.3, 0.7]])
     assert torch.equal(loss_weights(lam, math.inf), torch.ones(2, 2))
     torch.testing.assert_close(loss_weights(lam, 1), 2 * lam)
@@ -234,7 +236,7 @@ def test_loss_weights_at_the_ends():
         loss_weights(lam, 0.5)
 
 
-def test_mix_features_against_the_oracle():
+def test_mix_features_equals_the_oracle():
     features = torch.randn(3, 3, 4, 5, 6, generator=generator(), dtype=torch.float64)
     lam = draw_lam(3, 3, 1.0, generator=generator())
     masks, _ = draw_masks("cutmix", lam, (4, 5, 6), generator=generator(1))
@@ -243,7 +245,7 @@ def test_mix_features_against_the_oracle():
     np.testing.assert_allclose(mix_features(features, masks).numpy(), expected)
 
 
-def test_mixing_keeps_the_type_of_the_features():
+def test_mix_features_keeps_the_dtype():
     features = torch.ones(1, 2, 4, 5, 5, dtype=torch.bfloat16)
     masks, _ = draw_masks("cutmix", draw_lam(1, 2, 1.0), (4, 5, 5))
     assert mix_features(features, masks).dtype == torch.bfloat16
@@ -269,29 +271,29 @@ def test_binary_kinds_are_binary():
         (("cutmix", (4, 2), (1, 8, 8), {"num_batches": 0}), "4 samples cannot be split into 0"),
     ],
 )
-def test_bad_arguments_are_named(arguments, message):
+def test_invalid_arguments_are_rejected(arguments, message):
     kind, lam_shape, shape, options = arguments
     with pytest.raises(InputError, match=message):
         draw_masks(kind, torch.rand(lam_shape), shape, **options)
 
 
-def test_one_member_is_left_whole_by_sum():
+def test_sum_mask_of_one_member_is_one():
     masks, lam = draw_masks("sum", torch.ones(4, 1), (1, 8, 8))
     assert torch.equal(masks, torch.ones(4, 1, 1, 8, 8))
     assert torch.equal(lam, torch.ones(4, 1))
 
 
-class TestRegionsOfOnesOwn:
-    def test_the_share_asked_for_is_that_of_the_member_in_role_0(self):
-        seen = []
+class TestCustomRegions:
+    def test_area_is_lam_of_the_member_in_role_0(self):
+        areas = []
 
-        def left(area, shape, generator):
-            seen.append(area)
+        def left_columns(area, shape, generator):
+            areas.append(area)
             return (torch.arange(shape[2]) < (shape[2] * area)[:, None]).float()[:, None, None]
 
         lam = draw_lam(6, 3, 2.0, generator=torch.Generator().manual_seed(0))
-        masks, means = draw_masks(left, lam, (4, 5, 1000), shuffle_roles=False)
-        assert torch.equal(seen[0], lam[:, 0])
+        masks, means = draw_masks(left_columns, lam, (4, 5, 1000), shuffle_roles=False)
+        assert torch.equal(areas[0], lam[:, 0])
         assert masks.shape == (6, 3, 1, 5, 1000)
         torch.testing.assert_close(masks.sum(dim=1), torch.ones(6, 1, 5, 1000))
         torch.testing.assert_close(means[:, 0], lam[:, 0], atol=1e-3, rtol=0)
@@ -299,7 +301,7 @@ class TestRegionsOfOnesOwn:
         others = lam[:, 1:] / lam[:, 1:].sum(dim=1, keepdim=True)
         torch.testing.assert_close(masks[:, 1:, 0, 0, -1], others)
 
-    def test_options_are_arguments_after_the_generator(self):
+    def test_options_are_passed_as_keyword_arguments(self):
         def half(area, shape, generator, *, side="left"):
             assert side == "right"
             return torch.zeros(len(area), 1, 1, shape[2])
@@ -315,29 +317,29 @@ class TestRegionsOfOnesOwn:
         [torch.zeros(2, 4, 4), torch.zeros(1, 1, 4, 4), torch.zeros(2, 1, 4, 3), "left", None]
         + [torch.zeros(2, 1, 4, 4, dtype=torch.bool)],
     )
-    def test_what_is_no_region_is_refused(self, region):
+    def test_invalid_regions_are_rejected(self, region):
         with pytest.raises(
             InputError, match=r"'<lambda>' must return torch.float32 of shape \(2, "
         ):
             draw_masks(lambda *_: region, draw_lam(2, 2, 2.0), (3, 4, 4))
 
-    def test_a_function_may_take_any_option_and_one_map_size(self):
-        def any_of(area, shape, generator, **options):
+    def test_function_with_any_option_and_a_fixed_map_size(self):
+        def fixed_size_region(area, shape, generator, **options):
             assert options == {"size": 3}
             assert shape == (1, 5, 7)
             return torch.zeros(len(area), 1, 5, 7)
 
-        draw_masks(any_of, draw_lam(2, 2, 2.0), (1, 5, 7), size=3)
-        MixMoCallback(mix=any_of, mask_options={"size": 3})
+        draw_masks(fixed_size_region, draw_lam(2, 2, 2.0), (1, 5, 7), size=3)
+        MixMoCallback(mix=fixed_size_region, mask_options={"size": 3})
 
-    def test_a_function_of_other_arguments_is_refused(self):
+    def test_function_with_a_wrong_signature_is_rejected(self):
         with pytest.raises(InputError, match=r"must accept area .* too many positional arguments"):
             draw_masks(lambda area: area, draw_lam(2, 2, 2.0), (1, 4, 4))
 
-    def test_values_beyond_one_are_refused(self):
+    def test_values_above_one_are_rejected(self):
         with pytest.raises(InputError, match=r"in \[0, 1\]; they range from 5 to 5"):
             draw_masks(lambda *_: torch.full((2, 1, 4, 4), 5.0), draw_lam(2, 2, 2.0), (1, 4, 4))
 
-    def test_one_member_has_nothing_to_be_mixed_with(self):
+    def test_one_member_is_rejected(self):
         with pytest.raises(InputError, match="'<lambda>' needs at least two members"):
             check_kind(lambda *_: None, 1)

@@ -23,7 +23,7 @@ def published_model(name):
 
 @golden.needs_golden
 @pytest.mark.parametrize("name", golden.NETWORKS)
-class TestAgainstPublishedNetworks:
+class TestPublishedNetworks:
     def test_number_of_parameters(self, name):
         model = published_model(name)
         assert sum(p.numel() for p in model.parameters()) == golden.facts(name)["num_parameters"]
@@ -32,34 +32,34 @@ class TestAgainstPublishedNetworks:
         model, expected = published_model(name).eval(), golden.arrays(name)
         x = expected["inputs"][:, 0]
         with torch.no_grad():
-            close(model(x), expected["eval_logits"])
-            close(model.member_logits(x), expected["eval_member_logits"])
+            assert_all_close(model(x), expected["eval_logits"])
+            assert_all_close(model.member_logits(x), expected["eval_member_logits"])
 
     def test_training_logits_loss_and_gradients(self, name):
         model, expected = published_model(name).train(), golden.arrays(name)
         pred = model(expected["inputs"], expected["masks"])
-        close(pred, expected["train_member_logits"])
+        assert_all_close(pred, expected["train_member_logits"])
 
         weights = loss_weights(expected["lam"], root=3)
-        close(weights, expected["loss_weights_root3"])
+        assert_all_close(weights, expected["loss_weights_root3"])
         loss = MixMoLoss()(pred, expected["labels"].long(), weights)
-        close(loss, expected["loss_root3"])
+        assert_all_close(loss, expected["loss_root3"])
 
         loss.backward()
         parameters = dict(model.named_parameters())
         norms = golden.facts(name)["grad_norms_loss_root3"]
         assert len(norms) == len(parameters)
         for tensor, norm in norms.items():
-            close(parameters[rename(tensor)].grad.norm(), torch.tensor(norm))
+            assert_all_close(parameters[rename(tensor)].grad.norm(), torch.tensor(norm))
 
 
-def close(actual, expected):
-    """1e-4 relative to the largest figure of the array."""
+def assert_all_close(actual, expected):
+    """Check that the largest error is at most 1e-4 of the largest expected value."""
     error = (actual - expected).abs().max()
     assert error <= 1e-4 * expected.abs().max()
 
 
-def test_number_of_parameters_of_the_headline_network():
+def test_number_of_parameters_of_wrn28_10():
     model = create_model("wrn28_10", num_classes=100, num_members=2)
     assert sum(p.numel() for p in model.parameters()) == 36_601_416
 
@@ -68,7 +68,7 @@ def test_number_of_parameters_of_the_headline_network():
 @pytest.mark.parametrize("num_members", [1, 2, 3])
 class TestMixMoModel:
     def test_training_and_inference_formulas_agree(self, arch, num_members):
-        """One image for all members and masks of 1/M is inference."""
+        """Training with the same image for all members and masks of 1/M equals inference."""
         model = create_model(arch, 5, num_members).eval()
         x = torch.randn(3, 3, 16, 16)
         inputs = x[:, None].expand(-1, num_members, -1, -1, -1)
@@ -76,7 +76,7 @@ class TestMixMoModel:
         torch.testing.assert_close(model(inputs, masks), model.member_logits(x))
         torch.testing.assert_close(model(x), model.member_logits(x).mean(1))
 
-    def test_every_parameter_gets_a_gradient(self, arch, num_members):
+    def test_every_parameter_has_a_gradient(self, arch, num_members):
         model = create_model(arch, 5, num_members)
         kind = "cutmix" if num_members > 1 else "sum"
         lam = draw_lam(4, num_members, 2.0)
@@ -87,7 +87,7 @@ class TestMixMoModel:
 
     def test_fused_network_has_the_same_logits(self, arch, num_members):
         model = create_model(arch, 5, num_members).eval()
-        _settle_statistics(model)
+        _randomize_batch_norms(model)
         fused = model.fuse()
         x = torch.randn(3, 3, 16, 16)
         assert _relative_error(fused(x), model(x)) <= 1e-5
@@ -97,9 +97,9 @@ class TestMixMoModel:
             p.numel() for p in plain.parameters()
         )
 
-    def test_fused_network_may_keep_its_members(self, arch, num_members):
+    def test_fused_network_with_its_members(self, arch, num_members):
         model = create_model(arch, 5, num_members).eval()
-        _settle_statistics(model)
+        _randomize_batch_norms(model)
         fused = model.fuse(keep_members=True)
         x = torch.randn(3, 3, 16, 16)
         assert fused.member_logits(x).shape == (3, num_members, 5)
@@ -109,8 +109,8 @@ class TestMixMoModel:
         assert isinstance(fused.head, nn.Linear)
 
 
-def _settle_statistics(model):
-    """Give every BatchNorm statistics and weights that are not those of a new network."""
+def _randomize_batch_norms(model):
+    """Draw the statistics and weights of all BatchNorm layers."""
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -124,7 +124,7 @@ def _relative_error(found, expected):
     return float(((found - expected).abs().max() / expected.abs().max()).detach())
 
 
-def test_fusing_leaves_the_network_alone():
+def test_fuse_does_not_change_the_network():
     model = create_model("wrn10_1", 5, 2).eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     fused = model.fuse()
@@ -133,7 +133,7 @@ def test_fusing_leaves_the_network_alone():
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-def test_biases_of_encoders_are_summed_and_heads_need_none():
+def test_fuse_encoders_with_bias_and_heads_without():
     encoders = [nn.Conv2d(3, 4, 3) for _ in range(3)]
     heads = [nn.Linear(4, 5, bias=False) for _ in range(3)]
     core = nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -157,13 +157,13 @@ def test_biases_of_encoders_are_summed_and_heads_need_none():
         ),
     ],
 )
-def test_what_cannot_be_fused_is_refused(encoders, heads, message):
+def test_networks_that_cannot_be_fused_are_rejected(encoders, heads, message):
     model = MixMoModel(encoders, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), heads)
     with pytest.raises(InputError, match=message):
         model.fuse()
 
 
-def test_model_mixes_as_the_plain_form_does():
+def test_model_mixes_like_mix_features():
     model = create_model("wrn10_1", 5, 3)
     inputs = torch.randn(4, 3, 3, 8, 8)
     masks, _ = draw_masks("cutmix", draw_lam(4, 3, 1.0), (16, 8, 8))
@@ -171,12 +171,12 @@ def test_model_mixes_as_the_plain_form_does():
     torch.testing.assert_close(model._mix(inputs, masks), mix_features(features, masks))
 
 
-def test_mask_shape_is_the_encoders_output():
+def test_mask_shape_is_the_shape_of_encoder_outputs():
     assert create_model("wrn10_1", 5).mask_shape(32, 30) == (16, 32, 30)
     assert create_model("preact_resnet18_1", 5, in_channels=1).mask_shape(64, 33) == (64, 32, 17)
 
 
-def test_evaluation_keeps_the_training_mode_and_the_statistics():
+def test_mask_shape_keeps_the_training_mode_and_statistics():
     model = create_model("wrn10_1", 5).train()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     model.mask_shape(8, 8)
@@ -184,7 +184,7 @@ def test_evaluation_keeps_the_training_mode_and_the_statistics():
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
-def test_initialisation_is_he_normal_and_truncated():
+def test_initialisation_is_truncated_he_normal():
     model = create_model("wrn10_2", 10, generator=torch.Generator().manual_seed(0))
     weight = model.core.groups[2][0].conv2.weight
     std = (2 / (128 * 9)) ** 0.5
@@ -195,7 +195,7 @@ def test_initialisation_is_he_normal_and_truncated():
     assert head.weight.std().item() == pytest.approx(0.01, rel=0.02)
 
 
-def test_initial_weights_follow_the_generator():
+def test_generator_determines_the_initial_weights():
     a, b = (
         create_model("wrn10_1", 5, generator=torch.Generator().manual_seed(7)) for _ in range(2)
     )
@@ -213,12 +213,12 @@ def test_initial_weights_follow_the_generator():
         ("vgg", "Examples: wrn28_10"),
     ],
 )
-def test_impossible_architectures_are_refused(arch, hint):
+def test_impossible_architectures_are_rejected(arch, hint):
     with pytest.raises(InputError, match=hint):
         create_model(arch, 10)
 
 
-def test_numbers_out_of_range_are_refused():
+def test_numbers_out_of_range_are_rejected():
     with pytest.raises(InputError, match="num_members"):
         create_model("wrn10_1", 10, num_members=0)
     with pytest.raises(InputError, match="num_classes"):
@@ -227,7 +227,7 @@ def test_numbers_out_of_range_are_refused():
         MixMoModel([nn.Identity(), nn.Identity()], nn.Identity(), [nn.Identity()])
 
 
-def test_weights_of_another_network_are_refused_and_nothing_changes():
+def test_weights_of_another_network_are_rejected():
     model = create_model("wrn10_1", 10, num_members=1)
     before = model.encoders[0].weight.clone()
     with pytest.raises(InputError, match=r"encoders\.0\.weight is missing"):
@@ -244,7 +244,7 @@ def test_images_of_any_size(arch, size):
 
 
 class Tokens(nn.Module):
-    """A patch embedding that forgets the map."""
+    """A patch embedding that flattens the feature map."""
 
     def __init__(self):
         super().__init__()
@@ -254,7 +254,7 @@ class Tokens(nn.Module):
         return self.conv(x).flatten(2).transpose(1, 2)
 
 
-class LooksAtValues(nn.Module):
+class DataDependentEncoder(nn.Module):
     def __init__(self):
         super().__init__()
         self.conv = nn.Conv2d(3, 8, 3)
@@ -267,17 +267,17 @@ class LooksAtValues(nn.Module):
     ("encoder", "message"),
     [
         (Tokens, r"Tokens returns \(B, 4, 8\); expected feature maps"),
-        (LooksAtValues, r"output shape of encoder LooksAtValues for images of"),
+        (DataDependentEncoder, r"output shape of encoder DataDependentEncoder for images of"),
     ],
 )
-def test_an_encoder_that_cannot_say_its_channels_is_named(encoder, message):
+def test_encoders_with_unknown_output_shape_are_rejected(encoder, message):
     model = MixMoModel([encoder(), encoder()], nn.Identity(), [nn.Linear(8, 2), nn.Linear(8, 2)])
     with pytest.raises(InputError, match=message) as caught:
         model.mask_shape(8, 8)
     assert len(str(caught.value).splitlines()) <= 3
 
 
-def test_lazy_encoders_are_told_apart():
+def test_lazy_encoders_have_their_own_message():
     model = MixMoModel([nn.LazyConv2d(8, 3)], nn.Identity(), [nn.Linear(8, 2)])
     with pytest.raises(InputError, match="run lazy layers on one batch first"):
         model.mask_shape(8, 8)

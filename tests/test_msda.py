@@ -34,29 +34,29 @@ class TestDraw:
         for member in range(num_members):
             assert sorted(draw.partners[:, member].tolist()) == list(range(20))
 
-    def test_it_happens_with_its_probability(self, kind, num_members):
+    def test_images_are_mixed_with_the_given_probability(self, kind, num_members):
         draw = draw_msda(kind, 3000, num_members, (8, 8), prob=0.3, generator=generator())
         changed = (draw.masks < 1).flatten(2).any(dim=2).float().mean().item()
-        # A CutMix box may be empty; a ratio of Mixup is never 1.
+        # A CutMix box may be empty; a Mixup ratio is never 1.
         assert 0.2 < changed < 0.33
         never = draw_msda(kind, 50, num_members, (8, 8), prob=0, generator=generator())
         assert bool((never.masks == 1).all())
 
-    def test_shares_against_the_oracle(self, kind, num_members):
+    def test_label_weights_equal_the_oracle(self, kind, num_members):
         mask_kind = "cutmix" if num_members > 1 else "sum"
         lam = draw_lam(12, num_members, 2.0, generator=generator())
         masks, _ = draw_masks(mask_kind, lam, (4, 4, 5), generator=generator(1))
         draw = draw_msda(kind, 12, num_members, (8, 10), prob=1, generator=generator(2))
-        shares = own_label_weights(draw.masks, masks)
+        own_weights = own_label_weights(draw.masks, masks)
         for b in range(12):
             for i in range(num_members):
                 if masks[b, i].sum() == 0:
-                    assert shares[b, i] == 1
+                    assert own_weights[b, i] == 1
                     continue
                 expected = oracle.label_share(
                     draw.masks[b, i, 0].double().numpy(), masks[b, i].double().numpy()
                 )
-                assert shares[b, i].item() == pytest.approx(expected, abs=1e-5)
+                assert own_weights[b, i].item() == pytest.approx(expected, abs=1e-5)
 
 
 def test_mixup_ratios_are_uniform_for_alpha_one():
@@ -65,44 +65,44 @@ def test_mixup_ratios_are_uniform_for_alpha_one():
     assert quantiles == pytest.approx([0.1, 0.5, 0.9], abs=0.012)
 
 
-def test_mixed_images_are_made_place_by_place():
+def test_mixed_images_select_pixels_by_the_mask():
     inputs = torch.rand(5, 2, 3, 4, 4, generator=generator())
     draw = draw_msda("cutmix", 5, 2, (4, 4), prob=1, generator=generator(1))
     mixed = mix_images(inputs, draw)
     for b in range(5):
         for i in range(2):
-            own, pasted = inputs[b, i], inputs[draw.partners[b, i], i]
-            expected = np.where(draw.masks[b, i].numpy() == 1, own.numpy(), pasted.numpy())
+            original, pasted = inputs[b, i], inputs[draw.partners[b, i], i]
+            expected = np.where(draw.masks[b, i].numpy() == 1, original.numpy(), pasted.numpy())
             np.testing.assert_array_equal(mixed[b, i].numpy(), expected)
 
 
-def test_the_own_image_becomes_the_major_one():
+def test_own_image_becomes_dominant():
     draw = draw_msda("mixup", 30, 2, (4, 4), prob=1, generator=generator())
     masks = torch.full((30, 2, 1, 4, 4), 0.5)
-    shares = own_label_weights(draw.masks, masks)
-    assert bool((shares < 0.5).any())
-    swapped, new_shares = make_own_image_dominant(draw, shares)
-    assert bool((new_shares >= 0.5).all())
-    torch.testing.assert_close(own_label_weights(swapped.masks, masks), new_shares)
+    own_weights = own_label_weights(draw.masks, masks)
+    assert bool((own_weights < 0.5).any())
+    swapped, new_weights = make_own_image_dominant(draw, own_weights)
+    assert bool((new_weights >= 0.5).all())
+    torch.testing.assert_close(own_label_weights(swapped.masks, masks), new_weights)
     assert torch.equal(swapped.partners, draw.partners)
 
 
-def test_a_member_that_is_not_seen_keeps_its_label():
+def test_member_with_an_empty_mask_keeps_its_label():
     masks = torch.stack([torch.ones(1, 4, 4), torch.zeros(1, 4, 4)])[None]
-    shares = own_label_weights(torch.zeros(1, 2, 1, 8, 8), masks)
-    assert shares.tolist() == [[0.0, 1.0]]
+    own_weights = own_label_weights(torch.zeros(1, 2, 1, 8, 8), masks)
+    assert own_weights.tolist() == [[0.0, 1.0]]
 
 
-def test_loss_of_two_targets_is_that_of_the_mixed_one():
+def test_loss_of_two_targets_equals_that_of_soft_targets():
     pred = torch.randn(6, 2, 5, generator=generator())
     first, second = torch.randint(5, (2, 6, 2), generator=generator())
-    shares = torch.rand(6, 2, generator=generator())
+    own_weights = torch.rand(6, 2, generator=generator())
     weights = loss_weights(draw_lam(6, 2, 2.0, generator=generator()), 3)
-    hot = [F.one_hot(t, 5).float() for t in (first, second)]
-    soft = shares[..., None] * hot[0] + (1 - shares[..., None]) * hot[1]
+    one_hot = [F.one_hot(t, 5).float() for t in (first, second)]
+    soft = own_weights[..., None] * one_hot[0] + (1 - own_weights[..., None]) * one_hot[1]
     loss = MixMoLoss()
     torch.testing.assert_close(
-        loss(pred, first, weights, second, shares), loss(pred, soft, weights)
+        loss(pred, first, weights, second, own_weights), loss(pred, soft, weights)
     )
 
 
@@ -114,17 +114,17 @@ def test_training_sees_mixed_images_with_both_targets(num_members, msda):
     callback = MixMoCallback(mix, msda=msda, msda_prob=1.0, seed=0)
     learn = learner(mixmo_dls(), cbs=[spy], callback=callback, num_members=num_members)
     learn.fit(1, 0.01)
-    _, _, targets, _, pasted, shares, _ = spy.seen[0]
-    assert targets.shape == pasted.shape == shares.shape == (48, num_members)
-    assert bool((shares < 1).any())
+    _, _, targets, _, pasted, own_weights, _ = spy.seen[0]
+    assert targets.shape == pasted.shape == own_weights.shape == (48, num_members)
+    assert bool((own_weights < 1).any())
     if num_members > 1:
-        assert bool((shares >= 0.5).all())
-    else:  # one member's pasted image may be the larger one
-        assert bool((shares < 0.5).any())
+        assert bool((own_weights >= 0.5).all())
+    else:  # with one member, the pasted image may be dominant
+        assert bool((own_weights < 0.5).any())
     assert not torch.equal(targets, pasted)
 
 
-def test_partners_are_of_the_same_member():
+def test_partners_belong_to_the_same_member():
     values = torch.arange(10).view(5, 2)
     partners = torch.tensor([[4, 0], [3, 1], [2, 2], [1, 3], [0, 4]])
     expected = [[8, 1], [6, 3], [4, 5], [2, 7], [0, 9]]
@@ -140,6 +140,6 @@ def test_partners_are_of_the_same_member():
         ({"msda": "mixup", "msda_prob": 2}, "msda_prob"),
     ],
 )
-def test_bad_arguments_are_named(arguments, message):
+def test_invalid_arguments_are_rejected(arguments, message):
     with pytest.raises(InputError, match=message):
         MixMoCallback(**arguments)

@@ -1,4 +1,4 @@
-"""Training never waits for a GPU within its steps, as a simulated one shows."""
+"""Training steps never synchronise with the GPU, checked on a simulated GPU."""
 
 from types import SimpleNamespace
 
@@ -17,8 +17,8 @@ from mixmo_fastai.training.recording import HistoryCallback
 from mixmo_fastai.training.schedule import one_cycle
 
 
-def waits(monkeypatch, folder, num_steps, *, recorder=None, logging=None, **settings):
-    """What one epoch of so many steps, with its validation, waits for."""
+def synchronisations(monkeypatch, folder, num_steps, *, recorder=None, logging=None, **settings):
+    """Return the synchronisations of one epoch of `num_steps` steps, with validation."""
     with learner_on_gpu(monkeypatch, num_steps, **settings) as learn:
         if recorder is not None:
             learn.remove_cbs(Recorder)
@@ -49,18 +49,18 @@ def waits(monkeypatch, folder, num_steps, *, recorder=None, logging=None, **sett
     ],
     ids=str,
 )
-def test_waiting_does_not_grow_with_the_steps(monkeypatch, tmp_path, settings):
-    few = waits(monkeypatch, tmp_path / "few", 4, **settings)
-    many = waits(monkeypatch, tmp_path / "many", 16, **settings)
+def test_number_of_synchronisations_does_not_depend_on_steps(monkeypatch, tmp_path, settings):
+    few = synchronisations(monkeypatch, tmp_path / "few", 4, **settings)
+    many = synchronisations(monkeypatch, tmp_path / "many", 16, **settings)
     assert many == few
-    # Into an epoch: its order, and the start of the smoothed loss; out of it: the losses once, the
-    # epoch's figures. Validation has one batch here.
+    # At the start of an epoch: its order and the initial smoothed loss; at the end: all losses at
+    # once and the epoch's metrics. Validation has one batch here.
     assert few.count("to device") <= 3
     assert few.count("read") + few.count("to host") <= 7
 
 
-class Noted:
-    """A tracker that counts steps."""
+class CountingTracker:
+    """A tracker that counts steps and calls."""
 
     def __init__(self):
         self.num_steps, self.num_calls = 0, 0
@@ -69,46 +69,49 @@ class Noted:
         self.num_steps, self.num_calls = self.num_steps + len(steps), self.num_calls + 1
 
     def log_metrics(self, kind, step, metrics):
-        """Nothing that waits."""
+        """Do nothing."""
 
 
 def logging_to(tracker, steps_per_fetch):
-    """A callback that logs every step, as in a run that goes on after its first batch."""
+    """Return a callback that logs every step, as after the first batch of a run."""
     recipe = resolve_recipe("digits", None, {})
     logging = LoggingCallback([], print)
-    logging.trackers, logging.current_training = {"noted": tracker}, SimpleNamespace(recipe=recipe)
+    logging.trackers, logging.current_training = (
+        {"counting": tracker},
+        SimpleNamespace(recipe=recipe),
+    )
     logging.before_batch = lambda: setattr(logging.learn.recorder, "every", steps_per_fetch)
     return logging
 
 
 @pytest.mark.slow
-def test_loggers_wait_once_beside_each_fetch(monkeypatch, tmp_path):
-    """Of sixteen steps there are losses thrice: after six, after twelve, and at the end."""
-    found = []
-    for tracker in (None, Noted()):
-        logging = logging_to(tracker or Noted(), 6)
+def test_loggers_synchronise_once_per_fetch(monkeypatch, tmp_path):
+    """Of 16 steps, losses are fetched three times: after 6, after 12, and at the end."""
+    counts = []
+    for tracker in (None, CountingTracker()):
+        logging = logging_to(tracker or CountingTracker(), 6)
         logging.trackers = logging.trackers if tracker else {}
-        seen = waits(monkeypatch, tmp_path / str(len(found)), 16, logging=logging)
-        found.append(seen.count("to host") + seen.count("read"))
+        seen = synchronisations(monkeypatch, tmp_path / str(len(counts)), 16, logging=logging)
+        counts.append(seen.count("to host") + seen.count("read"))
     assert (tracker.num_calls, tracker.num_steps >= 16) == (3, True)
-    assert found[1] - found[0] == 3
+    assert counts[1] - counts[0] == 3
 
 
 @pytest.mark.slow
-def test_losses_are_fetched_every_so_many_steps(monkeypatch, tmp_path):
-    plain = waits(monkeypatch, tmp_path / "a", 16, recorder=DeferredRecorder())
-    often = waits(monkeypatch, tmp_path / "b", 16, recorder=DeferredRecorder(every=5))
-    assert often.count("to host") == plain.count("to host") + 3
+def test_losses_are_fetched_every_n_steps(monkeypatch, tmp_path):
+    plain = synchronisations(monkeypatch, tmp_path / "a", 16, recorder=DeferredRecorder())
+    frequent = synchronisations(monkeypatch, tmp_path / "b", 16, recorder=DeferredRecorder(every=5))
+    assert frequent.count("to host") == plain.count("to host") + 3
 
 
 @pytest.mark.slow
-def test_the_watch_sees_fastais_own_recorder_wait(monkeypatch, tmp_path):
-    few = waits(monkeypatch, tmp_path / "few", 4, recorder=Recorder())
-    many = waits(monkeypatch, tmp_path / "many", 16, recorder=Recorder())
+def test_fastai_recorder_is_detected(monkeypatch, tmp_path):
+    few = synchronisations(monkeypatch, tmp_path / "few", 4, recorder=Recorder())
+    many = synchronisations(monkeypatch, tmp_path / "many", 16, recorder=Recorder())
     assert many.count("to host") - few.count("to host") >= 12
 
 
-def test_the_watch_sees_what_waits(monkeypatch):
+def test_synchronising_operations_are_detected(monkeypatch):
     with learner_on_gpu(monkeypatch, 4), Watch() as watch:
         x = torch.zeros(3, device="cuda")
         x.sum().item()

@@ -1,4 +1,4 @@
-"""Optimizers by name."""
+"""Optimizers that are selected by name."""
 
 import pytest
 import torch
@@ -27,18 +27,18 @@ def test_every_optimizer_trains(name):
     assert all(not torch.equal(v, before[k]) for k, v in learn.model.named_parameters())
 
 
-def test_options_reach_the_optimizer():
+def test_options_are_passed_to_the_optimizer():
     learn = learner(build_optimizer_factory("adamw", 0.3, betas=[0.8, 0.9]))
     learn.create_opt()
     assert learn.opt.hypers[0]["wd"] == 0.3
     assert (learn.opt.hypers[0]["mom"], learn.opt.hypers[0]["sqr_mom"]) == (0.8, 0.9)
 
 
-def test_the_default_is_the_published_one():
+def test_default_is_the_published_optimizer():
     learn = learner(build_optimizer_factory("sgd", 6e-4, momentum=0.9, nesterov=True))
     published = learner(sgd())
-    for each in (learn, published):
-        each.create_opt()
+    for learner_ in (learn, published):
+        learner_.create_opt()
     assert type(learn.opt.opt) is torch.optim.SGD
     assert learn.opt.hypers == published.opt.hypers
 
@@ -58,7 +58,7 @@ def test_the_default_is_the_published_one():
         ("torch/Rprop", {"lr_decay": 1}, "no option 'lr_decay'"),
     ],
 )
-def test_bad_names_and_options_are_refused(name, options, message):
+def test_invalid_names_and_options_are_rejected(name, options, message):
     if message is None:
         assert callable(build_optimizer_factory(name, 0.0, **options))
         return
@@ -66,16 +66,16 @@ def test_bad_names_and_options_are_refused(name, options, message):
         build_optimizer_factory(name, **{"weight_decay": 0.0, **options})
 
 
-def test_an_optimizer_of_two_passes_is_refused():
-    class TwoPasses(torch.optim.SGD):
+def test_optimizer_with_two_passes_is_rejected():
+    class TwoPassOptimizer(torch.optim.SGD):
         def step(self, closure):
             """Evaluate the gradient twice."""
 
     with pytest.raises(InputError, match="several forward passes"):
-        from_torch(TwoPasses)
+        from_torch(TwoPassOptimizer)
 
 
-def test_values_that_torch_refuses_are_an_error_of_the_user():
+def test_values_rejected_by_torch_raise_input_error():
     with pytest.raises(InputError, match="Invalid beta"):
         learner(build_optimizer_factory("adamw", 0.0, betas=[1.5, 0.9])).create_opt()
 
@@ -91,25 +91,25 @@ def test_orthogonalized_matrices_have_singular_values_near_one(shape):
     assert overlap > 0.8
 
 
-def test_a_convolution_is_updated_as_a_matrix():
-    """One step against torch's formula on the flattened weight, without momentum."""
+def test_muon_updates_convolutions_as_matrices():
+    """One step without momentum equals the formula for the flattened weight."""
     torch.manual_seed(0)
     conv = nn.Conv2d(3, 4, 3, bias=False)
     before = conv.weight.detach().clone()
     conv.weight.grad = torch.randn_like(conv.weight)
     Muon(conv.parameters(), lr=0.1, momentum=0.0, weight_decay=0.5).step()
-    flat = orthogonalize(conv.weight.grad.reshape(4, -1)).reshape(before.shape)
-    torch.testing.assert_close(conv.weight.detach(), before * (1 - 0.05) - 0.1 * flat)
+    update = orthogonalize(conv.weight.grad.reshape(4, -1)).reshape(before.shape)
+    torch.testing.assert_close(conv.weight.detach(), before * (1 - 0.05) - 0.1 * update)
 
 
-def test_muon_updates_vectors_as_adam_does():
+def test_muon_updates_vectors_like_adam():
     torch.manual_seed(0)
-    ours, theirs = (nn.Parameter(torch.ones(6)) for _ in range(2))
-    muon = Muon([ours], lr=0.1, weight_decay=0.0, adam_ratio=0.5)
-    adam = torch.optim.Adam([theirs], lr=0.05, betas=(0.9, 0.95))
+    parameter, reference = (nn.Parameter(torch.ones(6)) for _ in range(2))
+    muon = Muon([parameter], lr=0.1, weight_decay=0.0, adam_ratio=0.5)
+    adam = torch.optim.Adam([reference], lr=0.05, betas=(0.9, 0.95))
     for _ in range(4):
-        ours.grad = torch.randn(6)
-        theirs.grad = ours.grad.clone()
+        parameter.grad = torch.randn(6)
+        reference.grad = parameter.grad.clone()
         muon.step()
         adam.step()
-    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(parameter, reference)

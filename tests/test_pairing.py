@@ -12,12 +12,18 @@ from mixmo_fastai.mixing.pairing import draw_pairing, num_copies
     num_images=st.integers(1, 9),
     members=st.integers(1, 4),
     repetitions=st.integers(1, 5),
-    share=st.floats(0, 1),
+    input_repetition=st.floats(0, 1),
     seed=st.integers(0, 1000),
 )
-def test_every_member_sees_every_image_equally_often(num_images, members, repetitions, share, seed):
+def test_every_member_sees_every_image_equally_often(
+    num_images, members, repetitions, input_repetition, seed
+):
     slots = draw_pairing(
-        num_images, members, repetitions, share, generator=torch.Generator().manual_seed(seed)
+        num_images,
+        members,
+        repetitions,
+        input_repetition,
+        generator=torch.Generator().manual_seed(seed),
     )
     batch = num_images * repetitions
     assert slots.shape == (batch, members)
@@ -27,27 +33,27 @@ def test_every_member_sees_every_image_equally_often(num_images, members, repeti
         counts = images[:, member].bincount(minlength=num_images)
         assert counts.tolist() == [repetitions] * num_images
     shared = int((slots == slots[:, :1]).all(1).sum())
-    assert shared >= round(share * batch)
+    assert shared >= round(input_repetition * batch)
     if members > 1:
-        assert shared == round(share * batch)
+        assert shared == round(input_repetition * batch)
 
 
-def test_without_input_repetition_no_two_positions_share_pixels():
+def test_slots_are_unique_without_input_repetition():
     slots = draw_pairing(16, 2, 4)
     assert slots.flatten().unique().numel() == 128
 
 
 def test_orders_are_independent_and_uniform():
-    """Over many draws, each pair of images meets equally often."""
-    meetings = torch.zeros(4, 4)
+    """Over many draws, all pairs of images occur equally often."""
+    pair_counts = torch.zeros(4, 4)
     for seed in range(3000):
         slots = draw_pairing(4, 2, 1, generator=torch.Generator().manual_seed(seed)) % 4
-        meetings[slots[:, 0], slots[:, 1]] += 1
-    assert meetings.sum() == 12_000
-    assert bool(((meetings - 750).abs() < 4 * 750**0.5).all())
+        pair_counts[slots[:, 0], slots[:, 1]] += 1
+    assert pair_counts.sum() == 12_000
+    assert bool(((pair_counts - 750).abs() < 4 * 750**0.5).all())
 
 
-def test_follows_its_generator():
+def test_generator_determines_the_pairs():
     first, second = (draw_pairing(8, 3, generator=torch.Generator().manual_seed(2)) for _ in "ab")
     assert torch.equal(first, second)
 
@@ -62,6 +68,6 @@ def test_follows_its_generator():
         ((0, 2), "num_images"),
     ],
 )
-def test_numbers_out_of_range(arguments, message):
+def test_numbers_out_of_range_are_rejected(arguments, message):
     with pytest.raises(InputError, match=message):
         draw_pairing(*arguments)

@@ -31,7 +31,7 @@ def images(tmp_path_factory):
     )
 
 
-def trained(images, folder, **changes):
+def train_small_run(images, folder, **changes):
     settings = {
         "model.arch": "wrn10_1",
         "train.epochs": 1,
@@ -48,11 +48,11 @@ def trained(images, folder, **changes):
 
 @pytest.fixture(scope="module")
 def run(images, tmp_path_factory):
-    return trained(images, tmp_path_factory.mktemp("runs") / "mixmo")
+    return train_small_run(images, tmp_path_factory.mktemp("runs") / "mixmo")
 
 
-def test_predictions_are_those_of_the_evaluation(run, images):
-    """File by file what the loaders of `mixmo eval` give."""
+def test_predictions_equal_the_evaluation(run, images):
+    """Predictions per file equal those for the loaders of `mixmo eval`."""
     finished = open_finished(run)
     _, test = finished.loaders()
     network = load_network(run)
@@ -72,24 +72,24 @@ def test_predictions_are_those_of_the_evaluation(run, images):
         assert prediction.mutual_information == pytest.approx(expected, abs=1e-5)
 
 
-def test_neither_the_data_nor_its_place_is_needed(run, images, tmp_path):
+def test_training_images_are_not_needed(run, images, tmp_path):
     image = tmp_path / "a.png"
     image.write_bytes(next((images / "test/cat").iterdir()).read_bytes())
-    moved = images.rename(images.with_name("elsewhere"))
+    hidden_images = images.rename(images.with_name("elsewhere"))
     try:
         assert len(predict_images(run, [image])[0]) == 1
         (run.path / "data.json").rename(run.path / "hidden.json")
         with pytest.raises(InputError, match="does not exist"):
             predict_images(run, [image])
     finally:
-        moved.rename(images)
+        hidden_images.rename(images)
         (run.path / "hidden.json").rename(run.path / "data.json")
 
 
 @pytest.mark.slow
-def test_networks_of_an_ensemble_and_one_member_vote(images, tmp_path):
+def test_votes_of_a_deep_ensemble_and_of_one_member(images, tmp_path):
     vanilla = {"model.num_members": 1, "mix.kind": "sum", "mix.batch_repetitions": 1}
-    both = trained(images, tmp_path / "both", **vanilla, **{"model.num_nets": 2})
+    both = train_small_run(images, tmp_path / "both", **vanilla, **{"model.num_nets": 2})
     found, _ = predict_images(both, [images / "test/cat"])
     parts = [predict_images(n, [images / "test/cat"])[0] for n in both.networks()]
     for prediction, first, second in zip(found, *parts, strict=True):
@@ -99,11 +99,11 @@ def test_networks_of_an_ensemble_and_one_member_vote(images, tmp_path):
         assert (first.votes, first.agreement) == ((first.label,), None)
 
 
-def test_the_command_reports_the_unreadable_and_predicts_the_rest(run, images, tmp_path, capsys):
+def test_command_reports_unreadable_images_and_predicts_the_others(run, images, tmp_path, capsys):
     bad = tmp_path / "bad.png"
-    bad.write_bytes(b"no image")
-    words = ["predict", str(run.path), str(images / "test/dog"), str(bad)]
-    assert program(words) == 1
+    bad.write_bytes(b"not an image")
+    arguments = ["predict", str(run.path), str(images / "test/dog"), str(bad)]
+    assert program(arguments) == 1
     out, err = capsys.readouterr()
     rows = list(csv.DictReader(io.StringIO(out)))
     assert [row["image"] for row in rows] == sorted(str(p) for p in (images / "test/dog").iterdir())
@@ -111,28 +111,26 @@ def test_the_command_reports_the_unreadable_and_predicts_the_rest(run, images, t
     assert all(len(row["votes"].split("|")) == 2 for row in rows)
     assert "1 of 6 images could not be read" in err
     assert "bad.png" in err
-    assert program([*words, "--json"]) == 1
-    value = json.loads(capsys.readouterr().out)
-    assert list(value["unreadable"]) == [str(bad)]
-    assert len(value["predictions"]) == 5
-    assert program([*words[:3], "--json"]) == 0
+    assert program([*arguments, "--json"]) == 1
+    result = json.loads(capsys.readouterr().out)
+    assert list(result["unreadable"]) == [str(bad)]
+    assert len(result["predictions"]) == 5
+    assert program([*arguments[:3], "--json"]) == 0
 
 
-def test_images_of_too_many_pixels_are_answered_with_what_to_do(
-    run, images, tmp_path, monkeypatch, capsys
-):
+def test_too_large_images_have_advice(run, images, tmp_path, monkeypatch, capsys):
     for name in ("scan", "other"):
         Image.new("RGB", (90, 90)).save(tmp_path / f"{name}.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)
-    words = ["predict", str(run.path), str(images / "test/dog"), str(tmp_path / "scan.png")]
-    assert program(words) == 1
+    arguments = ["predict", str(run.path), str(images / "test/dog"), str(tmp_path / "scan.png")]
+    assert program(arguments) == 1
     first, advice = capsys.readouterr().err.splitlines()
     assert "1 of 6 images" in first
     assert "smaller" in advice
-    (tmp_path / "other.png").write_bytes(b"no image")
-    assert program([*words, str(tmp_path / "other.png")]) == 1
+    (tmp_path / "other.png").write_bytes(b"not an image")
+    assert program([*arguments, str(tmp_path / "other.png")]) == 1
     assert "Save 1 of them smaller" in capsys.readouterr().err
-    assert program([*words, "--json"]) == 1
+    assert program([*arguments, "--json"]) == 1
     (reason,) = json.loads(capsys.readouterr().out)["unreadable"].values()
     assert "megapixels" in reason
     assert "smaller" in reason
@@ -140,44 +138,44 @@ def test_images_of_too_many_pixels_are_answered_with_what_to_do(
 
 
 @pytest.mark.parametrize(
-    ("place", "message"),
+    ("path", "message"),
     [("none.png", "no image or folder 'none.png'"), ("empty", "No image was found")],
 )
-def test_images_that_are_not_there(run, place, message, tmp_path, monkeypatch, capsys):
+def test_missing_images_are_rejected(run, path, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    assert program(["predict", str(run.path), place]) == 2
+    assert program(["predict", str(run.path), path]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_predictions_go_into_a_file(run, images, tmp_path, capsys):
-    words = ["predict", str(run.path), str(images / "test")]
-    assert program([*words, "--json"]) == 0
+def test_predictions_are_written_to_a_file(run, images, tmp_path, capsys):
+    arguments = ["predict", str(run.path), str(images / "test")]
+    assert program([*arguments, "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     for name in ("all.csv", "all.JSON"):
-        assert program([*words, "--out", str(tmp_path / name)]) == 0
+        assert program([*arguments, "--out", str(tmp_path / name)]) == 0
         assert name in capsys.readouterr().out
     assert json.loads((tmp_path / "all.JSON").read_text()) == printed
     rows = list(csv.DictReader(io.StringIO((tmp_path / "all.csv").read_text())))
     assert [row["label"] for row in rows] == [p["label"] for p in printed["predictions"]]
-    assert program([*words, "--out", str(tmp_path / "all.csv")]) == 2
+    assert program([*arguments, "--out", str(tmp_path / "all.csv")]) == 2
     assert "exists and was not changed" in capsys.readouterr().err
-    assert program([*words, "--out", str(tmp_path / "all.txt")]) == 2
+    assert program([*arguments, "--out", str(tmp_path / "all.txt")]) == 2
     assert "must end in .csv or .json" in capsys.readouterr().err
 
 
-def test_more_images_than_are_held_at_once(run, images, monkeypatch):
-    whole, _ = predict_images(run, [images / "test"])
+def test_images_are_predicted_in_several_batches(run, images, monkeypatch):
+    expected, _ = predict_images(run, [images / "test"])
     monkeypatch.setattr("mixmo_fastai.evaluation.predict.IMAGES_AT_ONCE", 4)
-    parts, _ = predict_images(run, [images / "test"])
-    assert [p.label for p in parts] == [p.label for p in whole]
-    assert torch.tensor([p.entropy for p in parts]).allclose(
-        torch.tensor([p.entropy for p in whole]), atol=1e-5
+    batched, _ = predict_images(run, [images / "test"])
+    assert [p.label for p in batched] == [p.label for p in expected]
+    assert torch.tensor([p.entropy for p in batched]).allclose(
+        torch.tensor([p.entropy for p in expected]), atol=1e-5
     )
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"classes": ["a"]}', '{"classes": 3, "mean": 1}'])
-def test_damaged_facts_are_refused(run, text, tmp_path, images):
+def test_damaged_data_json_is_rejected(run, text, tmp_path, images):
     path = run.path / "data.json"
     before = path.read_text()
     path.write_text(text)
@@ -189,7 +187,7 @@ def test_damaged_facts_are_refused(run, text, tmp_path, images):
 
 
 @pytest.mark.slow
-def test_filters_of_one_run_and_of_two(run, images, tmp_path, monkeypatch, capsys):
+def test_inspect_one_run_and_two_runs(run, images, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     path = str(run.path)
     assert program(["inspect", path]) == 0
@@ -198,11 +196,11 @@ def test_filters_of_one_run_and_of_two(run, images, tmp_path, monkeypatch, capsy
     assert "average" in out
     assert (tmp_path / "inspect-mixmo.png").read_bytes().startswith(b"\x89PNG")
     assert program(["inspect", path, path, "--out", "two.png", "--json"]) == 0
-    value = json.loads(capsys.readouterr().out)
-    assert len(value["runs"]) == 2
-    assert len(value["runs"][0]["encoder_norms"]) == 2
-    assert len(value["runs"][0]["average"]) == len(value["runs"][0]["thresholds"]) == 4
-    first = value["runs"][0]
+    result = json.loads(capsys.readouterr().out)
+    assert len(result["runs"]) == 2
+    assert len(result["runs"][0]["encoder_norms"]) == 2
+    assert len(result["runs"][0]["average"]) == len(result["runs"][0]["thresholds"]) == 4
+    first = result["runs"][0]
     assert first["convolutions"][0] == {"number": 1, "module": "core.groups.0.0.conv1"}
     assert list(first["layers"]) == [convolution["module"] for convolution in first["convolutions"]]
     assert program(["inspect", path, path, path]) == 2

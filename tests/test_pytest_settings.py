@@ -1,4 +1,4 @@
-"""The settings of pytest hold on any Python, whatever plugins are installed in it."""
+"""pytest's settings do not depend on the installed plugins."""
 
 import os
 import subprocess
@@ -9,18 +9,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-INSTALLED = """
-raise RuntimeError("a plugin was loaded that nobody asked for")
+UNUSED_PLUGIN = """
+raise RuntimeError("a plugin was loaded that was not requested")
 """
-ASKED_FOR = """
+REQUESTED_PLUGIN = """
 import warnings
 import pytest
 
 def pytest_configure(config):
-    config.issue_config_time_warning(pytest.PytestWarning("a plugin warns at its start"), 2)
+    config.issue_config_time_warning(pytest.PytestWarning("a warning at the start"), 2)
 
 def pytest_sessionfinish():
-    warnings.warn("a plugin warns at its end")
+    warnings.warn("a warning at the end")
 """
 
 
@@ -31,11 +31,11 @@ def test_warnings_of_any_category_are_errors_in_a_test():
 
 
 @pytest.mark.filterwarnings("ignore:a warning that a test allows")
-def test_a_test_may_allow_a_warning():
+def test_filterwarnings_mark_allows_a_warning():
     warnings.warn("a warning that a test allows", stacklevel=1)
 
 
-def test_workers_and_plugins_are_chosen_by_whoever_runs_the_tests(request):
+def test_no_workers_or_plugins_by_default(request):
     options = request.config.getini("addopts")
     assert not {"-n", "--numprocesses", "--dist"} & {*options}
     loaded = {name for name, _ in request.config.pluginmanager.list_name_plugin()}
@@ -43,15 +43,25 @@ def test_workers_and_plugins_are_chosen_by_whoever_runs_the_tests(request):
 
 
 @pytest.mark.slow
-def test_installed_plugins_are_not_loaded_and_others_may_warn(tmp_path):
-    facts = tmp_path / "installed-1.dist-info"
-    facts.mkdir()
-    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: installed\nVersion: 1\n")
-    (facts / "entry_points.txt").write_text("[pytest11]\ninstalled = installed_plugin\n")
-    (tmp_path / "installed_plugin.py").write_text(INSTALLED)
-    (tmp_path / "asked_for.py").write_text(ASKED_FOR)
+def test_only_requested_plugins_are_loaded_and_may_warn(tmp_path):
+    metadata = tmp_path / "installed-1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: installed\nVersion: 1\n")
+    (metadata / "entry_points.txt").write_text("[pytest11]\ninstalled = installed_plugin\n")
+    (tmp_path / "installed_plugin.py").write_text(UNUSED_PLUGIN)
+    (tmp_path / "requested_plugin.py").write_text(REQUESTED_PLUGIN)
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "asked_for", "-p", "no:cacheprovider", "-n", "1"]
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-p",
+            "requested_plugin",
+            "-p",
+            "no:cacheprovider",
+            "-n",
+            "1",
+        ]
         + ["tests/test_pytest_settings.py::test_warnings_of_any_category_are_errors_in_a_test"],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
@@ -60,4 +70,4 @@ def test_installed_plugins_are_not_loaded_and_others_may_warn(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "1 passed, 4 warnings" in done.stdout  # of the worker and of the process that starts it
+    assert "1 passed, 4 warnings" in done.stdout  # two in the worker and two in the main process

@@ -4,7 +4,7 @@ import torch
 from mixmo_fastai.rng import STREAMS, derive_seed, make_generator
 
 
-def test_same_place_same_draws():
+def test_same_coordinates_yield_the_same_draws():
     draws = [torch.rand(5, generator=make_generator(3, "lam", 2, 7)) for _ in range(2)]
     assert torch.equal(*draws)
 
@@ -27,12 +27,12 @@ def test_seeds_do_not_collide_in_a_long_run():
     assert max(seeds) < 2**63
 
 
-def test_the_global_generator_is_left_alone():
+def test_global_generator_is_not_used():
     before = torch.random.get_rng_state()
     torch.rand(3, generator=make_generator(0, "order"))
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_unknown_stream_is_refused():
+def test_unknown_stream_is_rejected():
     with pytest.raises(ValueError, match="'dropout'"):
         derive_seed(0, "dropout")

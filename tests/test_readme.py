@@ -1,4 +1,4 @@
-"""What the README names exists, and what it shows runs."""
+"""Files, commands and names in the README exist, and its code runs."""
 
 import re
 import tomllib
@@ -26,11 +26,11 @@ def tree_paths():
 
 
 @pytest.mark.parametrize("path", list(tree_paths()))
-def test_files_of_the_tree_exist(path):
+def test_files_in_the_layout_exist(path):
     assert (ROOT / path).exists()
 
 
-def test_the_tree_is_complete():
+def test_layout_is_complete():
     listed = {path.rstrip("/") for path in tree_paths()}
     modules = {
         f"mixmo_fastai/{path.name}"
@@ -45,17 +45,17 @@ def test_linked_files_exist():
         assert (ROOT / target).exists(), target
 
 
-def test_commands_are_those_of_the_program():
+def test_all_commands_are_listed():
     named = set(re.findall(r"^\| `mixmo ([\w-]+)", README, flags=re.MULTILINE))
     assert named == set(_COMMANDS)
 
 
-def test_names_are_those_of_the_program():
+def test_all_datasets_and_mask_kinds_are_listed():
     for name in (*DATASETS, *MASK_KINDS):
         assert f"`{name}`" in README, name
 
 
-def test_the_two_commands_make_their_own_environment():
+def test_both_commands_create_an_environment():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     prefix = "python3 -m venv .venv && . .venv/bin/activate && "
     commands = re.findall(rf"^    {re.escape(prefix)}(.*)$", README, flags=re.MULTILINE)
@@ -67,7 +67,7 @@ def test_the_two_commands_make_their_own_environment():
     assert "dev" in project["optional-dependencies"]
 
 
-def test_the_headline_command_is_the_published_recipe():
+def test_main_command_is_the_published_recipe():
     recipe = resolve_recipe("cifar100", None, {"model.arch": "wrn28_10", "mix.kind": "cutmix"})
     assert to_mapping(recipe) == to_mapping(load_recipe("cifar100/cut-mixmo"))
 
@@ -83,10 +83,10 @@ def test_code_runs():
     assert names["learn"].mix_mo.epochs_trained == 1
 
 
-def test_every_feature_of_a_learner_that_is_named_has_a_test():
+def test_every_listed_learner_feature_has_a_test():
     (table,) = re.findall(r"\| feature \|.*?\n\n", README, flags=re.DOTALL)
-    firsts = [row.split("|")[1] for row in table.strip().splitlines()[2:]]
-    features = [name for first in firsts for name in re.findall(r"`(\w+)`", first)]
+    first_cells = [row.split("|")[1] for row in table.strip().splitlines()[2:]]
+    features = [name for cell in first_cells for name in re.findall(r"`(\w+)`", cell)]
     files = ("test_learner_features.py", "test_distributed.py")
     sources = "".join((ROOT / "tests" / file).read_text(encoding="utf-8") for file in files)
     tests = re.findall(r"^def test_(\w+)\(", sources, flags=re.MULTILINE)

@@ -1,4 +1,4 @@
-"""Readouts: how the heads read the core's maps."""
+"""Readouts, through which the heads read the core's maps."""
 
 from dataclasses import replace
 
@@ -23,7 +23,7 @@ ARCHS = ["wrn10_1", "preact_resnet18_1"]
 
 
 class PlainAverage(Readout):
-    """The core's own pooling, through the maps."""
+    """Average pooling, as in the core."""
 
     is_fusable = True
 
@@ -32,7 +32,7 @@ class PlainAverage(Readout):
 
 
 class MaskedAverage(Readout):
-    """Each head averages the maps where its member was seen."""
+    """Each head averages the maps with the weights of its member's mask."""
 
     is_fusable = True
 
@@ -44,11 +44,11 @@ class MaskedAverage(Readout):
         return torch.einsum("bfhw,bmhw->bmf", maps, weights)
 
 
-def model_of(arch, readout=None):
+def small_model(arch, readout=None):
     return create_model(arch, 5, readout=readout, generator=torch.Generator().manual_seed(0))
 
 
-def batch_of(model, size=16):
+def random_batch(model, size=16):
     random = torch.Generator().manual_seed(1)
     lam = draw_lam(6, 2, 2.0, generator=random)
     masks, means = draw_masks("cutmix", lam, model.mask_shape(size, size), generator=random)
@@ -56,18 +56,18 @@ def batch_of(model, size=16):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_the_average_through_maps_is_the_pooling_of_the_core(arch):
-    plain, through_maps = model_of(arch), model_of(arch, PlainAverage())
-    x, masks, _ = batch_of(plain)
+def test_plain_average_equals_the_core_pooling(arch):
+    plain, through_maps = small_model(arch), small_model(arch, PlainAverage())
+    x, masks, _ = random_batch(plain)
     assert torch.equal(through_maps(x, masks), plain(x, masks))
     assert torch.equal(through_maps(x[:, 0]), plain(x[:, 0]))
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_each_head_gets_its_own_embedding(arch):
-    """Against a loop over samples, members and positions."""
-    model = model_of(arch, MaskedAverage()).eval()
-    x, masks, _ = batch_of(model)
+def test_each_head_has_its_own_embedding(arch):
+    """The logits equal those of a loop over samples, members and positions."""
+    model = small_model(arch, MaskedAverage()).eval()
+    x, masks, _ = random_batch(model)
     with torch.no_grad():
         features = model._mix(x, masks)
         maps = model.core.maps(features)
@@ -86,31 +86,31 @@ def test_each_head_gets_its_own_embedding(arch):
                 torch.testing.assert_close(found[sample, member], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_at_inference_and_fused_it_is_the_plain_network():
-    model = model_of("wrn10_1", MaskedAverage()).eval()
+def test_masked_average_is_plain_at_inference():
+    model = small_model("wrn10_1", MaskedAverage()).eval()
     x = torch.randn(4, 3, 16, 16)
     with torch.no_grad():
-        torch.testing.assert_close(model(x), model_of("wrn10_1").eval()(x))
+        torch.testing.assert_close(model(x), small_model("wrn10_1").eval()(x))
         torch.testing.assert_close(model.fuse()(x), model(x), rtol=1e-4, atol=1e-5)
 
 
-def test_gradients_reach_every_parameter():
-    model = model_of("wrn10_1", MaskedAverage()).train()
-    x, masks, means = batch_of(model)
+def test_all_parameters_have_gradients():
+    model = small_model("wrn10_1", MaskedAverage()).train()
+    x, masks, means = random_batch(model)
     MixMoLoss()(
         model(x, masks), torch.arange(12).view(6, 2) % 5, loss_weights(means, 3.0)
     ).backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
 
 
-def test_a_readout_that_differs_at_inference_is_not_fused():
-    class Largest(Readout):
+def test_readout_that_is_not_fusable_is_rejected_by_fuse():
+    class MaxReadout(Readout):
         def forward(self, maps, masks=None):
             return maps.amax(dim=(2, 3))
 
-    model = model_of("wrn10_1", Largest())
+    model = small_model("wrn10_1", MaxReadout())
     assert model(torch.randn(2, 3, 8, 8)).shape == (2, 5)
-    with pytest.raises(InputError, match="readout Largest"):
+    with pytest.raises(InputError, match="readout MaxReadout"):
         model.fuse()
 
 
@@ -121,10 +121,10 @@ def test_resized_masks_still_sum_to_one():
     torch.testing.assert_close(resized.sum(dim=1), torch.ones(3, 4, 3))
 
 
-def test_names_and_cores_are_checked():
-    assert model_of("wrn10_1", "core").readout is None
+def test_unknown_names_and_unsuitable_cores_are_rejected():
+    assert small_model("wrn10_1", "core").readout is None
     with pytest.raises(InputError, match="Unknown readout 'cor'"):
-        model_of("wrn10_1", "cor")
+        small_model("wrn10_1", "cor")
     with pytest.raises(InputError, match=r"needs feature maps.*BackboneCore"):
         create_model("resnet18", 5, readout=MaskedAverage())
     flat = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -132,7 +132,7 @@ def test_names_and_cores_are_checked():
         MixMoModel([nn.Conv2d(3, 4, 3)], flat, [nn.Linear(4, 2)], readout=MaskedAverage())
 
 
-def test_embed_takes_maps_of_any_core():
+def test_embed_works_with_any_core_that_has_maps():
     class Core(nn.Module):
         def maps(self, features):
             return features.relu()
@@ -144,16 +144,16 @@ def test_embed_takes_maps_of_any_core():
     torch.testing.assert_close(embed(PlainAverage(), Core(), features, None), Core()(features))
 
 
-def test_a_run_with_a_readout_is_evaluated_and_resumed(tmp_path, monkeypatch):
-    """Registered by name, as docs/extending.md shows."""
+def test_run_with_a_custom_readout(tmp_path, monkeypatch):
+    """The readout is registered by name, as in docs/extending.md."""
     monkeypatch.setitem(READOUTS, "plain", f"{__name__}:PlainAverage")
     recipe = replace(TINY, model=replace(TINY.model, readout="plain"))
     run = create_run(recipe, tmp_path / "run")
     training = prepare(recipe)
     assert isinstance(training.learn.model.readout, PlainAverage)
-    found = train(training, run)
+    metrics = train(training, run)
     assert isinstance(load_network(run).readout, PlainAverage)
     other = create_run(TINY, tmp_path / "other")
-    assert train(prepare(TINY), other)["test"] == found["test"]
+    assert train(prepare(TINY), other)["test"] == metrics["test"]
     with pytest.raises(InputError, match=r"model.readout is 'core' now and 'plain'"):
         train(prepare(TINY), run, resume=True)

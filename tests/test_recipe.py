@@ -26,8 +26,8 @@ SETTINGS = {
     for f in dataclasses.fields(getattr(DEFAULTS, section))
 }
 
-# (setting, value as TOML, part of the message)
-WRONG_VALUES = [
+# (setting, value as TOML, message_part of the message)
+INVALID_VALUES = [
     ("train.epochs", "0", "at least 1"),
     ("train.epochs", "1.5", "an integer"),
     ("train.epochs", "true", "an integer"),
@@ -83,26 +83,26 @@ UNKNOWN_KEYS = [
 ]
 
 
-@pytest.mark.parametrize(("setting", "value", "part"), WRONG_VALUES)
-def test_a_wrong_value_is_explained(setting, value, part):
+@pytest.mark.parametrize(("setting", "value", "message_part"), INVALID_VALUES)
+def test_invalid_values_are_explained(setting, value, message_part):
     with pytest.raises(InputError) as caught:
         override(DEFAULTS, [f"{setting}={value}"], "here")
     message = str(caught.value)
     assert message.startswith(f"here: {setting}")
-    assert part in message
+    assert message_part in message
     assert len(message.splitlines()) <= 3
     assert max(map(len, message.splitlines())) <= 200
 
 
-@pytest.mark.parametrize(("key", "part"), UNKNOWN_KEYS)
-def test_an_unknown_key_is_answered_with_the_nearest(key, part):
+@pytest.mark.parametrize(("key", "message_part"), UNKNOWN_KEYS)
+def test_unknown_keys_suggest_a_similar_key(key, message_part):
     with pytest.raises(InputError, match="unknown key") as caught:
         override(DEFAULTS, [f"{key}=1"])
-    assert part in str(caught.value)
+    assert message_part in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("assignment", "part"),
+    ("assignment", "message_part"),
     [
         ("lr", "write section.key=value"),
         ("=3", "write section.key=value"),
@@ -112,14 +112,14 @@ def test_an_unknown_key_is_answered_with_the_nearest(key, part):
         ("train=3", "'train' is a section"),
     ],
 )
-def test_an_assignment_of_another_form_is_refused(assignment, part):
-    with pytest.raises(InputError, match=part) as caught:
+def test_malformed_assignments_are_rejected(assignment, message_part):
+    with pytest.raises(InputError, match=message_part) as caught:
         override(DEFAULTS, [assignment])
     assert "train.epochs=5" in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("values", "part"),
+    ("values", "message_part"),
     [
         ({"train": {"batch_size": 30}}, "Nearest: 32"),
         ({"train": {"batch_size": 2}}, "Nearest: 4"),
@@ -129,13 +129,13 @@ def test_an_assignment_of_another_form_is_refused(assignment, part):
         ({"data": {"dataset": {}}}, "data.dataset is {}; it must be a string"),
     ],
 )
-def test_values_are_checked_together(values, part):
+def test_inconsistent_values_are_rejected(values, message_part):
     with pytest.raises(InputError, match=r"^file\.toml: ") as caught:
         recipe_from_mapping(values, "file.toml")
-    assert part in str(caught.value)
+    assert message_part in str(caught.value)
 
 
-def test_a_long_value_is_cut_in_the_message():
+def test_long_values_are_shortened_in_messages():
     with pytest.raises(InputError) as caught:
         recipe_from_mapping({"train": {"epochs": "x" * 10_000}}, "here")
     assert len(str(caught.value)) < 200
@@ -148,11 +148,11 @@ def test_a_long_value_is_cut_in_the_message():
         *((5000, 0.02), (50_000, 0.02), (100_000, 0.02), (0, 0.2)),
     ],
 )
-def test_a_small_set_validates_on_a_larger_fraction(num_images, expected):
+def test_default_validation_split_is_larger_for_small_data_sets(num_images, expected):
     assert default_valid_split(num_images) == expected
 
 
-def test_the_learning_rate_follows_from_batch_and_repetitions():
+def test_learning_rate_depends_on_batch_size_and_repetitions():
     assert pytest.approx(0.05 * 64 / 64 / 4 * 2) == DEFAULTS.lr
     published = override(DEFAULTS, ["schedule.kind=published", "train.batch_size=128"])
     assert published.lr == pytest.approx(0.05 * 128 / 64 / 4)
@@ -161,11 +161,11 @@ def test_the_learning_rate_follows_from_batch_and_repetitions():
     assert override(DEFAULTS, ["optimizer.lr=0.7", "schedule.peak=3"]).lr == 0.7
 
 
-def test_the_loader_gives_a_share_of_the_batch():
+def test_loader_batch_size_is_a_fraction_of_the_batch_size():
     assert (DEFAULTS.loader_batch_size, DEFAULTS.train.batch_size) == (16, 64)
 
 
-def test_an_override_leaves_everything_else():
+def test_override_keeps_other_settings():
     recipe = load_recipe("cifar100/mimo")
     changed = override(recipe, ["train.epochs = 5", "expected.source=some text", "name=other"])
     assert (changed.train.epochs, changed.expected.source, changed.name) == (
@@ -178,20 +178,20 @@ def test_an_override_leaves_everything_else():
     )
 
 
-def test_an_assignment_sets_one_key_only():
+def test_assignment_with_a_line_break_sets_no_second_key():
     with pytest.raises(InputError, match=r"train\.epochs is '3\\ntrain"):
         override(DEFAULTS, ["train.epochs=3\ntrain.seed=4"])
 
 
 @pytest.mark.parametrize("extra", [[], ["optimizer.lr=1e-7", "data.flip=false", 'title=a"\\é€😀']])
-def test_a_written_recipe_reads_as_the_same(tmp_path, extra):
+def test_written_recipe_is_read_back_unchanged(tmp_path, extra):
     recipe = override(load_recipe("cifar100/cut-mixmo"), extra)
     (tmp_path / "recipe.toml").write_text(to_toml(recipe), encoding="utf-8")
     assert load_recipe(tmp_path / "recipe.toml") == recipe
 
 
 @pytest.mark.parametrize(
-    ("content", "part"),
+    ("content", "message_part"),
     [
         (b"train", "is not valid TOML"),
         (b"\xff", "is not valid TOML"),
@@ -200,10 +200,10 @@ def test_a_written_recipe_reads_as_the_same(tmp_path, extra):
         (b"[train]\nepocs = 3", "Did you mean 'train.epochs'"),
     ],
 )
-def test_a_file_that_is_no_recipe_is_named(tmp_path, content, part):
+def test_error_names_an_invalid_recipe_file(tmp_path, content, message_part):
     path = tmp_path / "mine.toml"
     path.write_bytes(content)
-    with pytest.raises(InputError, match=part) as caught:
+    with pytest.raises(InputError, match=message_part) as caught:
         load_recipe(path)
     assert str(path) in str(caught.value)
     assert len(str(caught.value).splitlines()) <= 3
@@ -212,30 +212,30 @@ def test_a_file_that_is_no_recipe_is_named(tmp_path, content, part):
 @pytest.mark.parametrize(
     "name", ["cifar100/cutmixmo", "cut-mixmo", "", ".", "~nobody/x", "a" * 300]
 )
-def test_a_recipe_that_is_not_there_is_said_so(name):
+def test_missing_recipe_is_rejected(name):
     with pytest.raises(InputError, match=r"There is no recipe(.|\n)*mixmo recipes"):
         load_recipe(name)
 
 
-def test_the_nearest_recipe_is_suggested():
+def test_similar_recipe_is_suggested():
     with pytest.raises(InputError, match="Did you mean 'cifar100/cut-mixmo'"):
         find_recipe("cifar100/cutmixmo")
 
 
-def test_a_shipped_recipe_has_its_name_by_path_too(monkeypatch):
+def test_shipped_recipe_loaded_by_path_has_its_name(monkeypatch):
     monkeypatch.chdir(recipe_home())
     by_path = load_recipe("cifar10/mimo.toml")
     assert by_path.name == "cifar10/mimo"
     assert by_path == load_recipe("cifar10/mimo")
 
 
-def test_a_mapping_leaves_out_what_is_not_set():
+def test_mapping_omits_unset_settings():
     assert "lr" not in to_mapping(DEFAULTS)["optimizer"]
     assert to_mapping(DEFAULTS)["expected"] == {"source": "", "arch": ""}
     assert recipe_from_mapping(to_mapping(DEFAULTS), "here") == DEFAULTS
 
 
-def test_every_default_is_allowed():
+def test_defaults_and_shipped_recipes_are_valid():
     assert recipe_from_mapping({}, "here") == DEFAULTS
     for name in recipe_names():
         assert load_recipe(name).name == name
@@ -269,11 +269,11 @@ ANY_MAPPING = st.dictionaries(
 )
 
 
-def recipe_or_refusal(make):
+def check_valid_or_rejected(make):
     try:
         recipe = make()
-    except InputError as refusal:
-        message = str(refusal)
+    except InputError as error:
+        message = str(error)
     else:
         message = "none"
         assert recipe_from_mapping(tomllib.loads(to_toml(recipe)), "again") == recipe
@@ -282,32 +282,32 @@ def recipe_or_refusal(make):
 
 @settings(deadline=None)
 @given(ANY_MAPPING)
-def test_any_mapping_is_a_recipe_or_refused(values):
-    recipe_or_refusal(lambda: recipe_from_mapping(values, "here"))
+def test_any_mapping_is_valid_or_rejected(values):
+    check_valid_or_rejected(lambda: recipe_from_mapping(values, "here"))
 
 
 @settings(deadline=None)
 @given(st.sampled_from(sorted(SETTINGS)), ANY_VALUE)
-def test_any_value_of_a_known_key_is_allowed_or_refused(setting, value):
+def test_any_value_of_a_known_key_is_valid_or_rejected(setting, value):
     section, name = setting.split(".")
-    recipe_or_refusal(lambda: recipe_from_mapping({section: {name: value}}, "here"))
+    check_valid_or_rejected(lambda: recipe_from_mapping({section: {name: value}}, "here"))
 
 
 @settings(deadline=None)
 @given(st.text(max_size=30))
-def test_any_text_is_an_assignment_or_refused(text):
-    recipe_or_refusal(lambda: override(DEFAULTS, [text]))
+def test_any_text_as_assignment_is_valid_or_rejected(text):
+    check_valid_or_rejected(lambda: override(DEFAULTS, [text]))
 
 
 @settings(deadline=None)
 @given(st.sampled_from(sorted(SETTINGS)), st.one_of(PLAIN_TEXT, st.text(), st.floats().map(str)))
-def test_any_text_is_a_value_or_refused(setting, text):
-    recipe_or_refusal(lambda: override(DEFAULTS, [f"{setting}={text}"]))
+def test_any_text_as_value_is_valid_or_rejected(setting, text):
+    check_valid_or_rejected(lambda: override(DEFAULTS, [f"{setting}={text}"]))
 
 
 @settings(deadline=None)
 @given(title=PLAIN_TEXT, lr=st.floats(min_value=0, exclude_min=True, max_value=1e30))
-def test_any_text_and_number_survive_the_file(title, lr):
+def test_any_title_and_rate_are_read_back_unchanged(title, lr):
     recipe = recipe_from_mapping({"title": title, "optimizer": {"lr": lr}}, "here")
     assert (recipe.title, recipe.lr) == (title, lr)
     assert recipe_from_mapping(tomllib.loads(to_toml(recipe)), "again") == recipe
@@ -316,22 +316,22 @@ def test_any_text_and_number_survive_the_file(title, lr):
 class TestOptimizers:
     """`[optimizer]` with a name and options."""
 
-    def changed(self, *assignments):
-        return override(Recipe(), [f"optimizer.{each}" for each in assignments])
+    def recipe_with(self, *assignments):
+        return override(Recipe(), [f"optimizer.{assignment}" for assignment in assignments])
 
-    def test_name_and_options_survive_a_file(self):
-        recipe = self.changed(
+    def test_name_and_options_are_read_back_unchanged(self):
+        recipe = self.recipe_with(
             "name=adamw", "lr=0.002", "options.betas=[0.9, 0.95]", "options.eps=1e-6"
         )
         assert recipe.optimizer.options == {"betas": [0.9, 0.95], "eps": 1e-6}
-        assert recipe_from_mapping(tomllib.loads(to_toml(recipe)), "it") == recipe
+        assert recipe_from_mapping(tomllib.loads(to_toml(recipe)), "test") == recipe
 
-    def test_the_default_is_written_and_read(self):
-        assert recipe_from_mapping(tomllib.loads(to_toml(Recipe())), "it") == Recipe()
+    def test_default_is_read_back_unchanged(self):
+        assert recipe_from_mapping(tomllib.loads(to_toml(Recipe())), "test") == Recipe()
 
     @pytest.mark.parametrize("name", ["torch/RAdam", "fastai/ranger"])
-    def test_names_of_libraries(self, name):
-        assert self.changed(f"name={name}", "lr=0.001").optimizer.name == name
+    def test_optimizers_of_libraries(self, name):
+        assert self.recipe_with(f"name={name}", "lr=0.001").optimizer.name == name
 
     @pytest.mark.parametrize(
         ("assignments", "message"),
@@ -351,6 +351,6 @@ class TestOptimizers:
             (["name=adamw", "lr=1", "options.a={b=1}"], "table of numbers"),
         ],
     )
-    def test_bad_settings_are_refused(self, assignments, message):
+    def test_invalid_settings_are_rejected(self, assignments, message):
         with pytest.raises(InputError, match=message):
-            self.changed(*assignments)
+            self.recipe_with(*assignments)

@@ -5,7 +5,7 @@ from mixmo_fastai.config.load import load_recipe, recipe_home, recipe_names
 from mixmo_fastai.config.resolve import resolve_recipe
 from mixmo_fastai.config.schema import to_toml
 
-# Top-1 in percent: the poster's table, and the table of the published implementation for the rest.
+# Top-1 accuracy in percent, from the poster's table or that of the published implementation.
 PUBLISHED = {
     "cifar10/vanilla": 96.34,
     "cifar10/mixup": 97.07,
@@ -43,7 +43,7 @@ UNPUBLISHED = {
     *(f"tinyimagenet/{method}-w{w}" for method in ("mixup", "cutmix", "mimo") for w in (1, 2)),
     *(f"digits/{method}" for method in ("vanilla", "mimo", "linear-mixmo", "cut-mixmo")),
 }
-METHOD = {  # members, mask kind, pixels, repetitions
+METHODS = {  # members, mask kind, MSDA, repetitions
     "vanilla": (1, "sum", "none", 1),
     "mixup": (1, "sum", "mixup", 1),
     "cutmix": (1, "sum", "cutmix", 1),
@@ -57,18 +57,18 @@ METHOD = {  # members, mask kind, pixels, repetitions
 
 
 def split_name(name):
-    """("tinyimagenet", "mimo", 2) of "tinyimagenet/mimo-w2"."""
+    """Split "tinyimagenet/mimo-w2" into ("tinyimagenet", "mimo", 2)."""
     dataset, method = name.split("/")
     stem, marker, width = method.partition("-w")
     return dataset, stem, int(width) if marker else 3
 
 
-def test_there_is_a_recipe_for_every_row_and_no_other():
+def test_every_row_of_the_tables_has_a_recipe():
     assert set(recipe_names()) == set(PUBLISHED) | UNPUBLISHED
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_the_figure_is_the_published_one_or_absent(name):
+def test_expected_accuracy_is_published_or_absent(name):
     recipe = load_recipe(name)
     if name in PUBLISHED:
         assert recipe.expected.accuracy == pytest.approx(PUBLISHED[name] / 100, abs=1e-12)
@@ -79,7 +79,7 @@ def test_the_figure_is_the_published_one_or_absent(name):
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_the_method_is_that_of_the_name(name):
+def test_settings_match_the_method_name(name):
     recipe, (_, method, _) = load_recipe(name), split_name(name)
     mix = recipe.mix
     assert (
@@ -87,13 +87,13 @@ def test_the_method_is_that_of_the_name(name):
         mix.kind,
         mix.msda,
         mix.batch_repetitions,
-    ) == METHOD[method]
+    ) == METHODS[method]
     assert recipe.model.num_nets == (2 if method == "deep-ensemble" else 1)
 
 
 @pytest.mark.parametrize("name", [n for n in recipe_names() if not n.startswith("digits")])
-def test_the_published_training_comes_back(name):
-    """As the published configurations have it, for one repetition."""
+def test_published_schedule_equals_the_published_training(name):
+    """Rates, warm-up and milestones equal the published configurations, for one repetition."""
     recipe, (dataset, _, width) = load_recipe(name), split_name(name)
     published = resolve_recipe(recipe=name, assignments=["schedule.kind=published"])
     tiny = dataset == "tinyimagenet"
@@ -105,12 +105,12 @@ def test_the_published_training_comes_back(name):
     copies = recipe.mix.batch_repetitions
     per_copy = (1000, 100_000) if tiny else (782, 50_000)
     assert recipe.warmup_steps(per_copy[1]) == per_copy[0] * copies
-    drops = [round(share * recipe.train.epochs) for share in recipe.schedule.milestones]
+    drops = [round(fraction * recipe.train.epochs) for fraction in recipe.schedule.milestones]
     assert drops == ([600, 900] if tiny else [101, 201, 226])
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_a_recipe_resolves_as_it_is(name):
+def test_resolving_does_not_change_a_recipe(name):
     recipe = resolve_recipe(recipe=name)
     assert recipe == load_recipe(name)
     assert recipe.name == name
@@ -121,21 +121,21 @@ def test_a_recipe_resolves_as_it_is(name):
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_a_recipe_survives_its_own_file(name, tmp_path):
+def test_written_recipe_is_read_back_unchanged(name, tmp_path):
     path = tmp_path / "recipe.toml"
     path.write_text(to_toml(load_recipe(name)), encoding="utf-8")
     assert load_recipe(path) == load_recipe(name)
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_a_recipe_opens_with_figure_and_command(name):
+def test_recipe_file_begins_with_accuracy_and_command(name):
     lines = (recipe_home() / f"{name}.toml").read_text(encoding="utf-8").splitlines()
     comment = lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]
     command = next(line for line in comment if "mixmo fit" in line)
-    # The command is followed by spaces and a remark, or by nothing.
+    # The command may be followed by two spaces and a remark.
     words = command.lstrip("# ").split("  ")[0].split()
     assert words[:2] == ["mixmo", "fit"]
-    dataset, named = (words[2], words[4]) if len(words) > 2 else (None, None)
-    assert resolve_recipe(dataset, named) == load_recipe(name)
+    dataset, recipe = (words[2], words[4]) if len(words) > 2 else (None, None)
+    assert resolve_recipe(dataset, recipe) == load_recipe(name)
     if name in PUBLISHED:
         assert f"{PUBLISHED[name]:.2f} % top-1 published" in comment[0]

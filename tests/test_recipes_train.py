@@ -1,4 +1,4 @@
-"""Every shipped recipe trains, on generated data in the official formats, with a small network."""
+"""Every shipped recipe trains with a small network, on generated data in the official formats."""
 
 import dataclasses
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
+def data_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     with pytest.MonkeyPatch.context() as patch:
         for name, write in WRITERS.items():
@@ -33,7 +33,7 @@ def home(tmp_path_factory):
 
 
 class FewSteps(Callback):
-    """End the fit after a few steps, and keep their losses."""
+    """End the fit after a few steps, and record their losses."""
 
     run_valid = False
 
@@ -47,18 +47,18 @@ class FewSteps(Callback):
             raise CancelFitException
 
 
-def small(name):
-    """The recipe with a small network, small batches and nothing else changed."""
+def small_recipe(name):
+    """Return a recipe with a small network and small batches, otherwise unchanged."""
     flags = {"model.arch": "wrn10_1", "train.batch_size": 4, "train.device": "cpu"}
     return resolve_recipe(recipe=name, flags=flags)
 
 
 @pytest.mark.parametrize("name", recipe_names())
 @pytest.mark.parametrize("kind", ["one-cycle", "published"])
-def test_a_recipe_trains_a_few_steps(name, kind, home):
-    recipe = small(name)
+def test_recipe_trains_for_a_few_steps(name, kind, data_folder):
+    recipe = small_recipe(name)
     schedule = dataclasses.replace(recipe.schedule, kind=kind)
-    training = prepare(dataclasses.replace(recipe, schedule=schedule), home)
+    training = prepare(dataclasses.replace(recipe, schedule=schedule), data_folder)
     learn, steps = training.learn, FewSteps()
     before = [parameter.clone() for parameter in learn.model.parameters()]
     assert set(schedules(training.recipe, training.steps_per_epoch, training.warmup_steps)) >= {

@@ -1,4 +1,4 @@
-"""When a checkpoint is saved: often, and never for more than its share of the time."""
+"""Checkpoints are saved often, within a limited fraction of the training time."""
 
 from itertools import pairwise
 from types import SimpleNamespace
@@ -10,8 +10,8 @@ from mixmo_fastai.training import recording
 from mixmo_fastai.training.recording import CheckpointCallback
 
 
-class Clockwork:
-    """A fit without a network: steps and saves take what they are said to take."""
+class SimulatedFit:
+    """A fit without a network, whose steps and saves take given times."""
 
     def __init__(self, monkeypatch, *, step, save):
         self.now, self.step, self.cost, self.saves = 0.0, step, save, []
@@ -43,25 +43,25 @@ class Clockwork:
 @pytest.mark.slow
 @pytest.mark.parametrize("save", [1.5, 10.0, 60.0])
 @pytest.mark.parametrize(("step", "steps"), [(0.02, 500), (1.0, 3000), (0.5, 100_000)])
-def test_saving_takes_its_share_of_the_time_at_most(monkeypatch, save, step, steps):
-    clock = Clockwork(monkeypatch, step=step, save=save)
+def test_saving_takes_a_limited_fraction_of_the_time(monkeypatch, save, step, steps):
+    fit = SimulatedFit(monkeypatch, step=step, save=save)
     epochs = max(2, int(12 * save / 0.035 / (step * steps)))
-    share = clock.run(epochs, steps)
-    # The first and the last have no choice: nothing is known of their cost, or all is at stake.
-    forced = 2 * save / clock.now
-    assert share <= 0.035 + forced
-    assert clock.saves[-1][1].epoch == epochs
+    fraction = fit.run(epochs, steps)
+    # The first save, whose cost is unknown, and the last save are always made.
+    forced = 2 * save / fit.now
+    assert fraction <= 0.035 + forced
+    assert fit.saves[-1][1].epoch == epochs
 
 
-def test_a_quick_save_is_made_at_every_epoch(monkeypatch):
-    clock = Clockwork(monkeypatch, step=0.1, save=0.9)
-    clock.run(20, 50)
-    assert [position.epoch for _, position in clock.saves] == [*range(1, 21)]
+def test_fast_saves_are_made_at_every_epoch(monkeypatch):
+    fit = SimulatedFit(monkeypatch, step=0.1, save=0.9)
+    fit.run(20, 50)
+    assert [position.epoch for _, position in fit.saves] == [*range(1, 21)]
 
 
-def test_within_a_long_epoch_there_is_a_save_every_five_minutes(monkeypatch):
-    clock = Clockwork(monkeypatch, step=1.0, save=2.0)
-    clock.run(1, 3600)
-    times = [0.0, *(now for now, _ in clock.saves)]
+def test_long_epochs_are_saved_every_five_minutes(monkeypatch):
+    fit = SimulatedFit(monkeypatch, step=1.0, save=2.0)
+    fit.run(1, 3600)
+    times = [0.0, *(now for now, _ in fit.saves)]
     assert max(after - before for before, after in pairwise(times)) <= 303
-    assert len(clock.saves) == 11 + 1 + 1  # that of the last second, and that of the epoch
+    assert len(fit.saves) == 11 + 1 + 1  # 11 regular saves, the last second, the end of the epoch

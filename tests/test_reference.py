@@ -1,4 +1,4 @@
-"""Checkpoints of the published implementation become runs."""
+"""Checkpoints of the published implementation are imported as runs."""
 
 import pickle
 
@@ -16,15 +16,15 @@ from mixmo_fastai.runs.folder import open_run
 
 
 def published_names(model):
-    """Write a model's tensors under published names, the inverse of `rename`."""
+    """Return a model's tensors by their published names, the inverse of `rename`."""
     names = {}
-    several = model.num_members > 1
+    multiple = model.num_members > 1
     for name, tensor in model.state_dict().items():
         part, *rest = name.split(".")
         if part == "encoders":
-            new = f"list_conv1.{rest[0]}.weight" if several else "conv1.weight"
+            new = f"list_conv1.{rest[0]}.weight" if multiple else "conv1.weight"
         elif part == "heads":
-            new = f"list_fc.{rest[0]}.{rest[1]}" if several else f"fc.{rest[1]}"
+            new = f"list_fc.{rest[0]}.{rest[1]}" if multiple else f"fc.{rest[1]}"
         elif rest[0] == "bn":
             new = f"bn1.{rest[1]}"
         else:
@@ -44,17 +44,17 @@ def write(path, model, **extra):
     return path
 
 
-def test_members_and_weights_are_read_from_the_file(model, tmp_path):
+def test_members_and_weights_are_read_from_a_checkpoint(model, tmp_path):
     tensors = read_reference_checkpoint(write(tmp_path / "a.ckpt", model))
     imported = import_reference(tensors, "wrn10_1", 10)
     assert imported.num_members == model.num_members
-    own, theirs = model.state_dict(), imported.state_dict()
-    assert all(torch.equal(own[name], theirs[name]) for name in own)
+    expected, found = model.state_dict(), imported.state_dict()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 @golden.needs_golden
 @pytest.mark.parametrize("name", golden.NETWORKS[:3])
-def test_a_published_network_gives_its_published_logits(name, tmp_path):
+def test_imported_network_has_the_published_logits(name, tmp_path):
     path = tmp_path / "published.ckpt"
     torch.save({"classifier_state_dict": golden.published_weights(name)}, path)
     facts, expected = golden.facts(name), golden.arrays(name)
@@ -65,30 +65,28 @@ def test_a_published_network_gives_its_published_logits(name, tmp_path):
     torch.testing.assert_close(logits, expected["eval_logits"], rtol=1e-4, atol=1e-3)
 
 
-def test_the_command_makes_a_run(model, tmp_path, monkeypatch, capsys):
+def test_import_command_creates_a_run(model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "a.ckpt", model)
     assert run(["import", "a.ckpt", "--arch", "wrn10_1", "--dataset", "cifar10", "--out", "r"]) == 0
     assert "mixmo eval r" in capsys.readouterr().out
     recipe = open_run("r").recipe()
     assert (recipe.model.arch, recipe.model.num_members) == ("wrn10_1", model.num_members)
-    assert recipe.name == "imported"  # the file does not say how it was trained
+    assert recipe.name == "imported"  # the method is not stored in the file
     assert recipe.expected.accuracy is None
-    assert recipe.data.valid_split == 0  # published networks have seen every training image
+    assert recipe.data.valid_split == 0  # published networks are trained on all training images
     assert open_run("r").weights.is_file()
 
 
-def test_a_named_recipe_brings_its_figure_where_the_members_agree(
-    model, tmp_path, monkeypatch, capsys
-):
+def test_recipe_must_have_the_same_number_of_members(model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "a.ckpt", model)
-    words = ["import", "a.ckpt", "--arch", "wrn10_1", "--dataset", "cifar10", "--recipe"]
+    arguments = ["import", "a.ckpt", "--arch", "wrn10_1", "--dataset", "cifar10", "--recipe"]
     names = {1: "cifar10/deep-ensemble", 2: "cifar10/mimo"}
     for members, name in names.items():
-        fits = members == model.num_members
-        assert run([*words, name, "--out", f"r{members}"]) == (0 if fits else 2)
-        if not fits:
+        matches = members == model.num_members
+        assert run([*arguments, name, "--out", f"r{members}"]) == (0 if matches else 2)
+        if not matches:
             assert f"The checkpoint has num_members={model.num_members}" in capsys.readouterr().err
     if model.num_members not in names:
         return
@@ -108,7 +106,7 @@ def test_a_named_recipe_brings_its_figure_where_the_members_agree(
         (["--arch", "wrn11_1", "--dataset", "cifar10"], "6n+4"),
     ],
 )
-def test_another_network_is_refused(model, flags, message, tmp_path, monkeypatch, capsys):
+def test_other_networks_are_rejected(model, flags, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "a.ckpt", model)
     assert run(["import", "a.ckpt", *flags]) == 2
@@ -118,29 +116,29 @@ def test_another_network_is_refused(model, flags, message, tmp_path, monkeypatch
     assert [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]
 
 
-class Harmful:
+class HarmfulPickle:
     def __reduce__(self):
         return (open, ("harmed", "w"))
 
 
-def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, monkeypatch):
+def test_code_in_a_pickle_is_rejected_and_not_executed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.save({"classifier_state_dict": Harmful()}, tmp_path / "torch.ckpt")
-    (tmp_path / "plain.ckpt").write_bytes(pickle.dumps(Harmful()))
+    torch.save({"classifier_state_dict": HarmfulPickle()}, tmp_path / "torch.ckpt")
+    (tmp_path / "plain.ckpt").write_bytes(pickle.dumps(HarmfulPickle()))
     for name in ("torch.ckpt", "plain.ckpt"):
         with pytest.raises(InputError, match=r"loaded safely|Cannot read"):
             read_reference_checkpoint(tmp_path / name)
     assert not (tmp_path / "harmed").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 broken"])
-def test_other_files_are_refused(content, tmp_path):
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 broken"])
+def test_other_files_are_rejected(content, tmp_path):
     (tmp_path / "a.ckpt").write_bytes(content)
     with pytest.raises(InputError, match=r"a\.ckpt"):
         read_reference_checkpoint(tmp_path / "a.ckpt")
 
 
-def test_a_checkpoint_without_network_is_refused(tmp_path):
+def test_checkpoint_without_network_is_rejected(tmp_path):
     torch.save({"epoch": 3}, tmp_path / "a.ckpt")
     with pytest.raises(InputError, match="has no tensors under 'classifier_state_dict'"):
         read_reference_checkpoint(tmp_path / "a.ckpt")
@@ -148,7 +146,7 @@ def test_a_checkpoint_without_network_is_refused(tmp_path):
         read_reference_checkpoint(tmp_path / "missing.ckpt")
 
 
-def test_an_imported_run_is_not_trained_over(model, tmp_path, monkeypatch, capsys):
+def test_resuming_an_imported_run_is_rejected(model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "a.ckpt", model)
     assert run(["import", "a.ckpt", "--arch", "wrn10_1", "--dataset", "cifar10", "--out", "r"]) == 0
@@ -160,7 +158,7 @@ def test_an_imported_run_is_not_trained_over(model, tmp_path, monkeypatch, capsy
     assert open_run("r").weights.read_bytes() == before
 
 
-def test_weights_that_are_not_finite_are_refused(model, tmp_path):
+def test_non_finite_weights_are_rejected(model, tmp_path):
     model.heads[0].bias.data[0] = float("nan")
     tensors = read_reference_checkpoint(write(tmp_path / "a.ckpt", model))
     with pytest.raises(InputError, match="not finite"):

@@ -1,4 +1,4 @@
-"""Each region against the oracle, with the very numbers that it draws."""
+"""Each region equals the oracle, which uses the same random numbers."""
 
 import inspect
 import json
@@ -29,7 +29,7 @@ def area():
 
 
 @pytest.mark.parametrize("name", REGIONS)
-def test_regions_broadcast_to_the_features_and_stay_in_range(name, area):
+def test_regions_broadcast_to_the_features_and_are_in_range(name, area):
     region = REGIONS[name](area, SHAPE, generator())
     assert torch.broadcast_shapes(region.shape, (40, *SHAPE)) == (40, *SHAPE)
     assert bool(((region >= 0) & (region <= 1)).all())
@@ -37,59 +37,59 @@ def test_regions_broadcast_to_the_features_and_stay_in_range(name, area):
 
 
 @pytest.mark.parametrize("name", REGIONS)
-def test_areas_at_the_ends(name):
-    """Nothing for an area of 0, and for 1 all that the kind can give; never NaN."""
+def test_areas_zero_and_one(name):
+    """Area 0 yields an empty region, area 1 a large region, and neither yields nan."""
     region = REGIONS[name](torch.tensor([0.0, 1.0]), SHAPE, generator())
     assert bool(region.isfinite().all())
-    if name != "cow":  # whose area is its own
+    if name != "cow":  # which draws its own area
         assert region[0].sum() == 0
         assert region[1].mean() > 0.2
 
 
 @pytest.mark.parametrize("name", REGIONS)
-def test_no_draw_depends_on_the_other_samples_number_of_channels(name, area):
+def test_regions_do_not_depend_on_the_number_of_channels(name, area):
     if name.startswith("channel"):
-        pytest.skip("its region is made of channels")
-    narrow = REGIONS[name](area, (1, *SHAPE[1:]), generator(3))
-    wide = REGIONS[name](area, (64, *SHAPE[1:]), generator(3))
-    assert torch.equal(narrow, wide)
+        pytest.skip("its region depends on the channels")
+    few_channels = REGIONS[name](area, (1, *SHAPE[1:]), generator(3))
+    many_channels = REGIONS[name](area, (64, *SHAPE[1:]), generator(3))
+    assert torch.equal(few_channels, many_channels)
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 7])
-def test_blocks_grow_from_seeds_of_the_published_probability(area, block_size):
+def test_blocks_have_the_published_probability(area, block_size):
     _, height, width = SHAPE
     region = REGIONS["patchup"](area, SHAPE, generator(), block_size=block_size)
     draws = torch.rand((40, 1, height, width), generator=generator())[:, 0].numpy()
-    inner = (height - block_size + 1) * (width - block_size + 1)
+    num_centres = (height - block_size + 1) * (width - block_size + 1)
     for sample in range(40):
-        probability = area[sample].item() / block_size**2 * height * width / inner
+        probability = area[sample].item() / block_size**2 * height * width / num_centres
         expected = oracle.grown_blocks(draws[sample] < probability, block_size)
         assert np.array_equal(region[sample, 0].numpy(), expected)
 
 
-def test_blocks_are_cut_down_to_small_maps():
+def test_blocks_are_smaller_on_small_maps():
     region = REGIONS["patchup"](torch.full((200,), 0.5), (1, 4, 4), generator())
     assert 0.1 < region.mean() < 0.9
 
 
-def test_soft_blocks_blend_inside_the_hard_ones(area):
+def test_soft_blocks_have_the_value_of_the_area(area):
     hard = REGIONS["patchup"](area, SHAPE, generator())
     soft = REGIONS["patchup-soft"](area, SHAPE, generator())
     assert torch.equal(soft, hard * area[:, None, None, None])
 
 
-def test_cow_spots_are_thresholded_blurred_noise():
+def test_cow_regions_are_thresholded_blurred_noise():
     region = REGIONS["cow"](torch.zeros(6), SHAPE, generator())
     random = generator()
     uniform = torch.rand((2, 6), generator=random).double().numpy()
     noise = torch.randn((6, *SHAPE[1:]), generator=random).double().numpy()
-    wrong = 0
+    num_different = 0
     for sample in range(6):
-        sigma, share = 4 * 4 ** uniform[0, sample], 0.2 + 0.6 * uniform[1, sample]
+        sigma, fraction = 4 * 4 ** uniform[0, sample], 0.2 + 0.6 * uniform[1, sample]
         smooth = oracle.blur(noise[sample], sigma)
-        limit = smooth.mean() + smooth.std(ddof=1) * math.sqrt(2) * erfinv(2 * share - 1)
-        wrong += (region[sample, 0].numpy() != (smooth < limit)).sum()
-    assert wrong <= 2  # places that lie on the threshold but for rounding
+        threshold = smooth.mean() + smooth.std(ddof=1) * math.sqrt(2) * erfinv(2 * fraction - 1)
+        num_different += (region[sample, 0].numpy() != (smooth < threshold)).sum()
+    assert num_different <= 2  # positions at the threshold, up to rounding
 
 
 def test_cow_areas_are_uniform_on_average():
@@ -99,7 +99,7 @@ def test_cow_areas_are_uniform_on_average():
     assert areas.std().item() == pytest.approx(0.6 / math.sqrt(12), abs=0.03)
 
 
-def test_channels_are_whole_and_counted(area):
+def test_channel_regions_cover_the_expected_number_of_channels(area):
     for name in ("channel", "channel-stack"):
         region = REGIONS[name](area, SHAPE, generator())
         assert region.shape == (40, 16, 1, 1)
@@ -110,7 +110,7 @@ def test_channels_are_whole_and_counted(area):
     assert bool(((many.mean((0, 2, 3)) - 0.25).abs() < 0.03).all())
 
 
-def test_stripes_are_the_first_rows_or_columns(area):
+def test_horizontal_and_vertical_cover_the_first_rows_or_columns(area):
     rows = REGIONS["horizontal"](area, SHAPE, generator())
     columns = REGIONS["vertical"](area, SHAPE, generator())
     assert torch.equal(rows.sum((1, 2, 3)), (12 * area).floor())
@@ -120,9 +120,9 @@ def test_stripes_are_the_first_rows_or_columns(area):
 
 
 def test_noise_is_uniform_around_the_area():
-    for share, low, high in ((0.2, 0.0, 0.4), (0.5, 0.0, 1.0), (0.9, 0.8, 1.0)):
-        region = REGIONS["noise"](torch.full((50,), share), (1, 32, 32), generator())
-        assert region.mean().item() == pytest.approx(share, abs=0.005)
+    for fraction, low, high in ((0.2, 0.0, 0.4), (0.5, 0.0, 1.0), (0.9, 0.8, 1.0)):
+        region = REGIONS["noise"](torch.full((50,), fraction), (1, 32, 32), generator())
+        assert region.mean().item() == pytest.approx(fraction, abs=0.005)
         assert region.min().item() == pytest.approx(low, abs=0.001)
         assert region.max().item() == pytest.approx(high, abs=0.001)
         assert region.var().item() == pytest.approx((high - low) ** 2 / 12, rel=0.05)
@@ -133,14 +133,14 @@ def test_noise_is_uniform_around_the_area():
     ("kind", "published", "same_correlation"),
     [
         ("patchup", "patchuphard2d", True),
-        # The published split is drawn apart from lam; here it is lam, as for every other kind.
+        # The published split is drawn independently of lam; here it equals lam, as in other kinds.
         ("horizontal", "stackhorizontal", False),
         ("vertical", "stackvertical", False),
     ],
 )
-def test_areas_agree_with_the_published_statistics(kind, published, same_correlation):
-    figures = json.loads((golden.GOLDEN / "mask_statistics_alpha2_32x32.json").read_text())
-    expected, num_draws = figures[published], 100_000
+def test_areas_match_the_published_implementation(kind, published, same_correlation):
+    statistics = json.loads((golden.GOLDEN / "mask_statistics_alpha2_32x32.json").read_text())
+    expected, num_draws = statistics[published], 100_000
     lam = draw_lam(num_draws, 2, 2.0, generator=generator())
     draws = generator(1)
     areas = torch.cat(
@@ -176,12 +176,12 @@ def test_areas_agree_with_the_published_statistics(kind, published, same_correla
         ("horizontal", {"block_size": 3}, "It has no options"),
     ],
 )
-def test_bad_options_are_named(kind, options, message):
+def test_invalid_options_are_rejected(kind, options, message):
     with pytest.raises(InputError, match=message):
         draw_masks(kind, torch.full((4, 2), 0.5), (1, 8, 8), **options)
 
 
-def test_the_options_that_users_may_type_are_those_of_the_functions():
+def test_option_names_equal_the_parameters_of_the_functions():
     for kind, draw in REGIONS.items():
         assert MASK_OPTIONS.get(kind, ()) == tuple(inspect.signature(draw).parameters)[3:]
     assert MASK_OPTIONS.keys() <= REGIONS.keys()

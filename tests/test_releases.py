@@ -1,4 +1,4 @@
-"""Runs of every release go on with this version."""
+"""Runs of every release can be resumed with this version."""
 
 import importlib
 import json
@@ -16,13 +16,13 @@ RELEASES = Path(__file__).parent / "releases"
 VERSIONS = sorted(path.name for path in RELEASES.iterdir() if (path / "recipe.toml").exists())
 
 
-def test_this_version_has_its_run():
-    """`python tests/releases/make.py` makes it."""
+def test_this_version_has_a_stored_run():
+    """The run is created by `python tests/releases/make.py`."""
     assert mixmo_fastai.__version__ in VERSIONS
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_a_run_of_a_release_goes_on(version, tmp_path, capsys):
+def test_stored_run_is_resumed(version, tmp_path, capsys):
     folder = shutil.copytree(RELEASES / version, tmp_path / "run")
     before = open_run(folder).history()
     assert program(["fit", "--resume", str(folder)]) == 0
@@ -31,7 +31,7 @@ def test_a_run_of_a_release_goes_on(version, tmp_path, capsys):
     assert rows[:1] == before[:1]
     losses = [float(row["train_loss"]) for row in rows]
     expected = json.loads((folder / "end.json").read_text())["train_losses"]
-    # Equal up to the rounding of another machine and another torch.
+    # Equal up to the rounding differences between machines and versions of torch.
     assert losses == pytest.approx(expected, rel=0.02)
 
 
@@ -53,11 +53,11 @@ NAMES_IN_PICKLES = {
 
 @pytest.mark.parametrize("module", NAMES_IN_PICKLES)
 def test_names_in_learners_exported_by_version_0_1_0_exist(module):
-    found = importlib.import_module(f"mixmo_fastai.{module}")
-    assert all(hasattr(found, name) for name in NAMES_IN_PICKLES[module])
+    imported = importlib.import_module(f"mixmo_fastai.{module}")
+    assert all(hasattr(imported, name) for name in NAMES_IN_PICKLES[module])
 
 
-def test_callbacks_pickled_by_version_0_1_0_are_read():
+def test_callbacks_pickled_by_version_0_1_0_are_loaded():
     callback = EMACallback(0.9)
     old = dict(vars(callback))
     old["skipped"], old["trained"] = old.pop("step_skipped"), old.pop("training_tensors")
