@@ -141,11 +141,11 @@ class Elements(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.elements, self.open, self.text = [], [], ""
+        self.tags, self.open, self.text = [], [], ""
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
+        self.tags.append((tag, dict(attrs)))
         if tag not in self.VOID:
             self.open.append(tag)
 
@@ -154,13 +154,13 @@ class Elements(HTMLParser):
             assert self.open.pop() == tag
 
     def handle_startendtag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
+        self.tags.append((tag, dict(attrs)))
 
     def handle_data(self, data):
         self.text += data
 
     def attributes_of(self, tag):
-        return [attrs for name, attrs in self.elements if name == tag]
+        return [attrs for name, attrs in self.tags if name == tag]
 
 
 @pytest.mark.parametrize("kind", NUM_CHARTS)
@@ -168,7 +168,7 @@ class TestPage:
     def test_is_well_formed(self, pages, kind):
         elements = Elements(pages[kind].read_text(encoding="utf-8"))
         assert elements.open == []
-        names = [attrs["id"] for _, attrs in elements.elements if "id" in attrs]
+        names = [attrs["id"] for _, attrs in elements.tags if "id" in attrs]
         assert len(names) == len(set(names))
 
     def test_every_plot_has_alternative_text(self, pages, kind):
@@ -181,11 +181,11 @@ class TestPage:
 
     def test_has_no_external_references(self, pages, kind):
         elements = Elements(pages[kind].read_text(encoding="utf-8"))
-        addresses = [a[k] for _, a in elements.elements for k in ("href", "src") if k in a]
+        addresses = [a[k] for _, a in elements.tags for k in ("href", "src") if k in a]
         assert all(address.startswith(("#", "data:")) for address in addresses)
         assert elements.attributes_of("script") == []
         targets = {address for address in addresses if address.startswith("#")}
-        assert targets <= {f"#{a['id']}" for _, a in elements.elements if "id" in a}
+        assert targets <= {f"#{a['id']}" for _, a in elements.tags if "id" in a}
         text = pages[kind].read_text(encoding="utf-8")
         assert "http:" not in text
         assert "https:" not in text

@@ -7,11 +7,11 @@ from mixmo_fastai.config.resolve import changed_settings, check_dataset, resolve
 from mixmo_fastai.errors import InputError
 
 
-def test_nothing_said_is_cut_mixmo_on_the_digits():
+def test_default_is_cut_mixmo_on_the_digits():
     assert resolve_recipe() == load_recipe("digits/cut-mixmo")
 
 
-def test_the_headline_command_is_the_published_recipe():
+def test_main_command_is_the_published_recipe():
     flags = {"model.arch": "wrn28_10", "mix.kind": "cutmix", "train.epochs": None}
     recipe = resolve_recipe("cifar100", flags=flags)
     assert recipe == load_recipe("cifar100/cut-mixmo")
@@ -31,11 +31,11 @@ def test_the_headline_command_is_the_published_recipe():
         ({"model.num_members": 1, "mix.kind": "sum"}, "vanilla"),
     ],
 )
-def test_the_mask_kind_chooses_the_recipe(dataset, flags, method):
+def test_mask_kind_and_members_select_the_recipe(dataset, flags, method):
     assert resolve_recipe(dataset, flags=flags) == load_recipe(f"{dataset}/{method}")
 
 
-def test_a_data_set_without_recipe_has_the_defaults(tmp_path):
+def test_data_set_without_recipe_uses_the_defaults(tmp_path):
     recipe = resolve_recipe(str(tmp_path), flags={"mix.kind": "linear"})
     values = {"data": {"dataset": str(tmp_path)}, "mix": {"kind": "linear"}}
     assert recipe == recipe_from_mapping(values, "here")
@@ -53,15 +53,19 @@ def test_a_data_set_without_recipe_has_the_defaults(tmp_path):
         ({"mix.kind": "linear", "mix.msda": "cutmix"}, "linear-mixmo-cutmix"),
     ],
 )
-def test_every_row_is_found_by_its_flags(flags, name):
+def test_msda_selects_the_recipe(flags, name):
     assert resolve_recipe("cifar100", flags=flags).name == f"cifar100/{name}"
 
 
-def test_a_kind_without_recipe_trains_like_the_data_sets_own():
+def test_mask_kind_without_recipe_uses_the_default_training():
     cow = resolve_recipe("digits", flags={"mix.kind": "cow"})
-    own = load_recipe("digits/cut-mixmo")
+    default = load_recipe("digits/cut-mixmo")
     assert (cow.mix.kind, cow.name) == ("cow", "")
-    assert (cow.train, cow.model, cow.optimizer) == (own.train, own.model, own.optimizer)
+    assert (cow.train, cow.model, cow.optimizer) == (
+        default.train,
+        default.model,
+        default.optimizer,
+    )
 
 
 def test_changed_settings_of_a_shipped_recipe_are_listed():
@@ -70,13 +74,13 @@ def test_changed_settings_of_a_shipped_recipe_are_listed():
     )
     assert changed_settings(recipe) == ["data.limit", "mix.alpha", "train.epochs"]
     assert changed_settings(load_recipe("cifar10/mimo")) == []
-    filled_in = {"data.valid_split": 0.02}  # as a run's own recipe says it
+    filled_in = {"data.valid_split": 0.02}  # as in the recipe of a run
     assert changed_settings(resolve_recipe("cifar10", "cifar10/mimo", filled_in)) == []
-    nearest = {"schedule.kind": "published", "data.valid_split": 0.0, "train.threads": 2}
-    assert changed_settings(resolve_recipe("cifar10", "cifar10/mimo", nearest)) == []
+    allowed = {"schedule.kind": "published", "data.valid_split": 0.0, "train.threads": 2}
+    assert changed_settings(resolve_recipe("cifar10", "cifar10/mimo", allowed)) == []
 
 
-def test_assignments_go_before_flags_and_flags_before_the_recipe(tmp_path):
+def test_assignments_override_flags_and_flags_override_the_recipe(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text("[train]\nepochs = 7\nseed = 7\nbatch_size = 80\n")
     flags = {"train.epochs": 8, "train.seed": 8, "train.device": None}
@@ -85,20 +89,24 @@ def test_assignments_go_before_flags_and_flags_before_the_recipe(tmp_path):
     assert recipe.train.device == "auto"
 
 
-def test_a_given_data_set_goes_before_the_recipes():
+def test_data_set_argument_overrides_the_recipe():
     recipe = resolve_recipe("digits", "cifar100/mimo")
-    own = load_recipe("cifar100/mimo")
+    expected = load_recipe("cifar100/mimo")
     assert recipe.data.dataset == "digits"
-    assert (recipe.model, recipe.mix, recipe.train) == (own.model, own.mix, own.train)
+    assert (recipe.model, recipe.mix, recipe.train) == (
+        expected.model,
+        expected.mix,
+        expected.train,
+    )
 
 
 @pytest.mark.parametrize("name", [*DATASETS, "."])
-def test_a_known_data_set_or_folder_is_let_through(name):
+def test_known_data_sets_and_folders_are_valid(name):
     assert check_dataset(name) is None
 
 
 @pytest.mark.parametrize(
-    ("name", "part"),
+    ("name", "message"),
     [
         ("cifra10", "Did you mean 'cifar10'"),
         ("zzz", "Allowed: digits, cifar10, cifar100, tinyimagenet"),
@@ -109,18 +117,18 @@ def test_a_known_data_set_or_folder_is_let_through(name):
         ("", "Unknown data set ''"),
     ],
 )
-def test_a_data_set_that_is_not_there_is_said_so(name, part):
-    with pytest.raises(InputError, match=part):
+def test_unknown_data_sets_are_rejected(name, message):
+    with pytest.raises(InputError, match=message):
         resolve_recipe(name)
 
 
-def test_a_file_is_no_data_set(tmp_path):
+def test_file_is_not_a_data_set(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="There is no folder"):
         check_dataset(str(tmp_path / "file"))
 
 
-def test_a_data_set_is_checked_wherever_it_was_said(tmp_path):
+def test_data_set_is_checked_in_assignments_and_files(tmp_path):
     with pytest.raises(InputError, match="Did you mean 'cifar10'"):
         resolve_recipe(assignments=["data.dataset=cifra10"])
     (tmp_path / "mine.toml").write_text('[data]\ndataset = "cifra10"\n')
@@ -129,22 +137,22 @@ def test_a_data_set_is_checked_wherever_it_was_said(tmp_path):
 
 
 @pytest.mark.parametrize("recipe", [None, "cifar100/mimo"])
-def test_a_wrong_mask_kind_is_answered_with_the_nearest(recipe):
+def test_unknown_mask_kind_suggests_a_similar_name(recipe):
     with pytest.raises(InputError, match="Did you mean 'cutmix'"):
         resolve_recipe(None, recipe, {"mix.kind": "cutmx"})
 
 
-def test_another_method_than_the_recipes_has_neither_its_name_nor_its_figure():
+def test_changed_method_has_no_name_and_no_expected_accuracy():
     changed = resolve_recipe("cifar100", "cifar100/cut-mixmo", {"mix.kind": "linear"})
     assert changed.expected.accuracy is None
     assert changed.name == ""
-    moved = resolve_recipe("cifar10", "cifar100/cut-mixmo")
-    assert moved.expected.accuracy is None
-    kept = resolve_recipe("cifar100", "cifar100/cut-mixmo", {"model.arch": "wrn16_4"})
-    assert kept.expected.accuracy == 0.8540
+    other_data = resolve_recipe("cifar10", "cifar100/cut-mixmo")
+    assert other_data.expected.accuracy is None
+    same_method = resolve_recipe("cifar100", "cifar100/cut-mixmo", {"model.arch": "wrn16_4"})
+    assert same_method.expected.accuracy == 0.8540
 
 
-def test_a_folder_is_remembered_with_its_whole_path(tmp_path, monkeypatch):
+def test_folders_are_stored_as_absolute_paths(tmp_path, monkeypatch):
     (tmp_path / "flowers").mkdir()
     monkeypatch.chdir(tmp_path)
     assert resolve_recipe("flowers").data.dataset == str(tmp_path / "flowers")

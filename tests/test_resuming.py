@@ -1,4 +1,4 @@
-"""A run that was stopped anywhere ends exactly as one that was not."""
+"""A run that was interrupted and resumed equals an uninterrupted run bit by bit."""
 
 import json
 import shutil
@@ -35,49 +35,45 @@ TINY = recipe_from_mapping(
 STEPS = 6  # per epoch
 EVERYTHING = ("train.ema_decay=0.9", "train.select=best")
 SCHEDULES = ("one-cycle", "published", "flat-cosine")
-TIMED = ("seconds", "images_per_second")
+TIMING_COLUMNS = ("seconds", "images_per_second")
 
 
 class Watch(Callback):
-    """Note what each step trains with; ask to stop at a place, or while it is being validated."""
+    """Record the hyperparameters of each step; request a stop after a step or in validation."""
 
-    order = 64  # before the checkpoint of a step
+    order = 64  # before CheckpointCallback
 
-    def __init__(self, stop, place=None, *, validating=False):
+    def __init__(self, stop, stop_at=None, *, validating=False):
         super().__init__()
-        self.stop, self.place, self.validating, self.steps = stop, place, validating, []
+        self.stop, self.stop_at, self.validating, self.steps = stop, stop_at, validating, []
 
     def after_batch(self):
-        place = self.learn.epoch, self.learn.iter + 1
+        position = self.learn.epoch, self.learn.iter + 1
         if self.learn.training:
             hypers = self.learn.opt.hypers[-1]
-            self.steps.append((place, hypers["lr"], hypers.get("mom"), self.learn.pct_train))
-        if place == self.place and self.learn.training != self.validating:
+            self.steps.append((position, hypers["lr"], hypers.get("mom"), self.learn.pct_train))
+        if position == self.stop_at and self.learn.training != self.validating:
             self.stop.number = signal.SIGINT
 
 
-def start(recipe, folder):
-    return create_run(recipe, folder)
-
-
-def fit(run, place=None, *, resume=False, validating=False, prepare=prepare):
-    """Train until the end, or until a place; give what each step trained with."""
+def fit(run, stop_at=None, *, resume=False, validating=False, prepare=prepare):
+    """Train to the end or up to `stop_at`; return the hyperparameters of each step."""
     stop = StopRequest()
-    watch = Watch(stop, place, validating=validating)
+    watch = Watch(stop, stop_at, validating=validating)
     try:
         train(prepare(run.recipe()), run, cbs=[watch], resume=resume, stop=stop)
     except InterruptedBySignal:
-        assert place is not None
+        assert stop_at is not None
     else:
-        assert place is None or place == (2, STEPS)
+        assert stop_at is None or stop_at == (2, STEPS)
     return watch.steps
 
 
 @pytest.mark.parametrize("num_members", [2, 3])
-def test_checkpoints_hold_the_loss_as_a_sum_over_members(tmp_path, num_members):
-    """As of version 0.1.0; what is recorded is per member."""
+def test_checkpoints_store_the_loss_as_sum_over_members(tmp_path, num_members):
+    """The format is that of version 0.1.0, although recorded losses are per member."""
 
-    class SeeSmoothed(Callback):
+    class SmoothLosses(Callback):
         order = 63
 
         def __init__(self):
@@ -88,8 +84,8 @@ def test_checkpoints_hold_the_loss_as_a_sum_over_members(tmp_path, num_members):
             if self.learn.training:
                 self.values.append(self.learn.recorder.smooth_loss.val.item())
 
-    run = start(override(TINY, [f"model.num_members={num_members}"]), tmp_path / "run")
-    stop, before, after = StopRequest(), SeeSmoothed(), SeeSmoothed()
+    run = create_run(override(TINY, [f"model.num_members={num_members}"]), tmp_path / "run")
+    stop, before, after = StopRequest(), SmoothLosses(), SmoothLosses()
     with pytest.raises(InterruptedBySignal):
         train(prepare(run.recipe()), run, cbs=[before, Watch(stop, (1, 2))], stop=stop)
     saved = CheckpointStore(run.checkpoint).newest().path
@@ -100,79 +96,84 @@ def test_checkpoints_hold_the_loss_as_a_sum_over_members(tmp_path, num_members):
         num_members * float(row["train_loss"]), rel=0.25
     )
     train(prepare(run.recipe()), run, cbs=[after], resume=True)
-    whole = SeeSmoothed()
-    fresh = start(run.recipe(), tmp_path / "whole")
-    train(prepare(fresh.recipe()), fresh, cbs=[whole])
-    assert before.values + after.values == whole.values
+    uninterrupted = SmoothLosses()
+    fresh = create_run(run.recipe(), tmp_path / "uninterrupted")
+    train(prepare(fresh.recipe()), fresh, cbs=[uninterrupted])
+    assert before.values + after.values == uninterrupted.values
 
 
-def content(run):
-    """Everything in a run's newest checkpoint but how long it took."""
+def checkpoint_content(run):
+    """Return the files of a run's newest checkpoint and its history without timings."""
     saved = CheckpointStore(run.checkpoint).newest()
     files = {name: (saved.path / name).read_bytes() for name in saved.files}
     history = json.loads(files.pop("history.json"))
     del history["seconds"]
-    history["rows"] = untimed(history["rows"])
+    history["rows"] = without_timings(history["rows"])
     return files, history
 
 
-def untimed(rows):
-    return [{name: value for name, value in row.items() if name not in TIMED} for row in rows]
+def without_timings(rows):
+    return [
+        {name: value for name, value in row.items() if name not in TIMING_COLUMNS} for row in rows
+    ]
 
 
-def assert_same(one, other):
-    ours, theirs = content(one), content(other)
-    assert ours[1] == theirs[1]
-    assert ours[0].keys() == theirs[0].keys()
-    for name in ours[0]:
-        assert ours[0][name] == theirs[0][name], name
-    assert one.weights.read_bytes() == other.weights.read_bytes()
-    assert untimed([one.metrics()]) == untimed([other.metrics()])
-    assert untimed(one.history()) == untimed(other.history())
+def assert_same(first, second):
+    """Check that two runs have the same checkpoint, weights, metrics and history."""
+    (files, history), (other_files, other_history) = map(checkpoint_content, (first, second))
+    assert history == other_history
+    assert files.keys() == other_files.keys()
+    for name in files:
+        assert files[name] == other_files[name], name
+    assert first.weights.read_bytes() == second.weights.read_bytes()
+    assert without_timings([first.metrics()]) == without_timings([second.metrics()])
+    assert without_timings(first.history()) == without_timings(second.history())
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    """Runs that nobody stopped, made when they are first asked for, and their steps."""
+    """Return a function that trains uninterrupted runs, cached, with their steps."""
     runs = {}
 
-    def give(*assignments):
+    def get(*assignments):
         if assignments not in runs:
-            run = start(override(TINY, assignments), tmp_path_factory.mktemp("whole") / "run")
+            run = create_run(
+                override(TINY, assignments), tmp_path_factory.mktemp("uninterrupted") / "run"
+            )
             runs[assignments] = run, fit(run)
         return runs[assignments]
 
-    return give
+    return get
 
 
-PLACES = [(epoch, step) for epoch in range(3) for step in range(1, STEPS + 1)]
+STOPS = [(epoch, step) for epoch in range(3) for step in range(1, STEPS + 1)]
 
 
-def stopped_and_resumed(whole, folder, place, **stopping):
-    run, steps = whole
-    mine = start(run.recipe(), folder)
-    first = fit(mine, place, **stopping)
-    assert not mine.is_finished
-    rest = fit(mine, resume=True)
+def check_stop_and_resume(uninterrupted, folder, stop_at, **options):
+    expected, steps = uninterrupted
+    run = create_run(expected.recipe(), folder)
+    first = fit(run, stop_at, **options)
+    assert not run.is_finished
+    rest = fit(run, resume=True)
     assert first + rest == steps
-    assert_same(run, mine)
+    assert_same(expected, run)
 
 
-@pytest.mark.parametrize("place", PLACES, ids=str)
-def test_a_run_stopped_after_any_step_ends_as_if_it_was_not(uninterrupted, tmp_path, place):
-    stopped_and_resumed(uninterrupted(*EVERYTHING), tmp_path / "run", place)
+@pytest.mark.parametrize("stop_at", STOPS, ids=str)
+def test_run_stopped_after_any_step(uninterrupted, tmp_path, stop_at):
+    check_stop_and_resume(uninterrupted(*EVERYTHING), tmp_path / "run", stop_at)
 
 
-@pytest.mark.parametrize("place", [(0, 1), (2, 1)], ids=str)
-def test_a_run_stopped_while_validating_ends_as_if_it_was_not(uninterrupted, tmp_path, place):
-    stopped_and_resumed(uninterrupted(*EVERYTHING), tmp_path / "run", place, validating=True)
+@pytest.mark.parametrize("stop_at", [(0, 1), (2, 1)], ids=str)
+def test_run_stopped_during_validation(uninterrupted, tmp_path, stop_at):
+    check_stop_and_resume(uninterrupted(*EVERYTHING), tmp_path / "run", stop_at, validating=True)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("place", [(0, 1), (1, 3), (1, STEPS)], ids=str)
-def test_every_schedule_goes_on_where_it_was(uninterrupted, tmp_path, schedule, place):
-    whole = uninterrupted(f"schedule.kind={schedule}")
-    stopped_and_resumed(whole, tmp_path / "run", place)
+@pytest.mark.parametrize("stop_at", [(0, 1), (1, 3), (1, STEPS)], ids=str)
+def test_every_schedule_is_resumed(uninterrupted, tmp_path, schedule, stop_at):
+    expected = uninterrupted(f"schedule.kind={schedule}")
+    check_stop_and_resume(expected, tmp_path / "run", stop_at)
 
 
 OPTIMIZERS = {
@@ -193,14 +194,16 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("schedule", ["one-cycle", "published"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_every_optimizer_goes_on_where_it_was(uninterrupted, tmp_path, name, schedule):
-    settings = [f"optimizer.{each}" for each in (f"name={name}", *OPTIMIZERS[name])]
-    whole = uninterrupted(*settings, f"schedule.kind={schedule}")
-    stopped_and_resumed(whole, tmp_path / "run", (1, 2))
+def test_every_optimizer_is_resumed(uninterrupted, tmp_path, name, schedule):
+    settings = [f"optimizer.{setting}" for setting in (f"name={name}", *OPTIMIZERS[name])]
+    expected = uninterrupted(*settings, f"schedule.kind={schedule}")
+    check_stop_and_resume(expected, tmp_path / "run", (1, 2))
 
 
-def test_the_optimizer_of_a_run_cannot_be_changed(tmp_path):
-    run = start(override(TINY, ["optimizer.name=adamw", "optimizer.lr=0.002"]), tmp_path / "run")
+def test_changing_the_optimizer_is_rejected(tmp_path):
+    run = create_run(
+        override(TINY, ["optimizer.name=adamw", "optimizer.lr=0.002"]), tmp_path / "run"
+    )
     fit(run, (1, 1))
     changed = override(run.recipe(), ["optimizer.name=torch/RAdam"])
     with pytest.raises(InputError, match=r"optimizer.name is 'torch/RAdam' now and 'adamw'"):
@@ -208,9 +211,9 @@ def test_the_optimizer_of_a_run_cannot_be_changed(tmp_path):
 
 
 @pytest.mark.parametrize("kind", MASK_KINDS)
-def test_every_kind_of_mask_goes_on_where_it_was(uninterrupted, tmp_path, kind):
-    whole = uninterrupted(f"mix.kind={kind}", "train.epochs=2", "mix.mix_prob=0.8")
-    stopped_and_resumed(whole, tmp_path / "run", (1, 3))
+def test_every_mask_kind_is_resumed(uninterrupted, tmp_path, kind):
+    expected = uninterrupted(f"mix.kind={kind}", "train.epochs=2", "mix.mix_prob=0.8")
+    check_stop_and_resume(expected, tmp_path / "run", (1, 3))
 
 
 @pytest.mark.parametrize(
@@ -227,65 +230,66 @@ def test_every_kind_of_mask_goes_on_where_it_was(uninterrupted, tmp_path, kind):
     ],
     ids=" ".join,
 )
-def test_every_way_of_training_goes_on_where_it_was(uninterrupted, tmp_path, assignments):
-    stopped_and_resumed(uninterrupted(*assignments), tmp_path / "run", (1, 3))
+def test_other_settings_are_resumed(uninterrupted, tmp_path, assignments):
+    check_stop_and_resume(uninterrupted(*assignments), tmp_path / "run", (1, 3))
 
 
-def test_steps_beyond_a_group_of_draws_go_on_where_they_were(uninterrupted, tmp_path):
-    """Draws are made for 16 steps at a time."""
-    whole = uninterrupted("data.limit=200", "train.batch_size=16", "train.epochs=1")
-    assert len(whole[1]) > 40
+def test_resuming_near_the_ends_of_groups_of_draws(uninterrupted, tmp_path):
+    """Random numbers are drawn for 16 steps at a time."""
+    expected = uninterrupted("data.limit=200", "train.batch_size=16", "train.epochs=1")
+    assert len(expected[1]) > 40
     for step in (15, 16, 17, 33):
-        stopped_and_resumed(whole, tmp_path / f"run-{step}", (0, step))
+        check_stop_and_resume(expected, tmp_path / f"run-{step}", (0, step))
 
 
-def test_a_resumed_run_can_be_resumed(uninterrupted, tmp_path):
-    run, steps = uninterrupted(*EVERYTHING)
-    mine = start(run.recipe(), tmp_path / "run")
-    places = [(0, 2), (0, 3), (0, STEPS), (2, 1), (2, STEPS), None]
-    seen = [step for i, place in enumerate(places) for step in fit(mine, place, resume=i > 0)]
+def test_run_is_resumed_several_times(uninterrupted, tmp_path):
+    expected, steps = uninterrupted(*EVERYTHING)
+    run = create_run(expected.recipe(), tmp_path / "run")
+    stops = [(0, 2), (0, 3), (0, STEPS), (2, 1), (2, STEPS), None]
+    seen = [step for i, stop in enumerate(stops) for step in fit(run, stop, resume=i > 0)]
     assert seen == steps
-    assert_same(run, mine)
+    assert_same(expected, run)
 
 
-def test_a_search_for_a_rate_changes_nothing_of_a_resumed_run(uninterrupted, tmp_path):
-    def searched(recipe):
+def test_lr_search_does_not_change_a_resumed_run(uninterrupted, tmp_path):
+    def prepare_with_search(recipe):
         training = prepare(recipe)
         search_lr(training, num_steps=40)
         return training
 
-    run, steps = uninterrupted(*EVERYTHING)
-    mine = start(run.recipe(), tmp_path / "run")
-    seen = fit(mine, (1, 2), prepare=searched) + fit(mine, resume=True, prepare=searched)
+    expected, steps = uninterrupted(*EVERYTHING)
+    run = create_run(expected.recipe(), tmp_path / "run")
+    seen = fit(run, (1, 2), prepare=prepare_with_search)
+    seen += fit(run, resume=True, prepare=prepare_with_search)
     assert seen == steps
-    assert_same(run, mine)
+    assert_same(expected, run)
 
 
-def test_a_process_that_ends_at_once_loses_what_came_after_the_checkpoint(uninterrupted, tmp_path):
-    class Fall(Callback):
+def test_steps_after_the_last_checkpoint_are_repeated(uninterrupted, tmp_path):
+    class InterruptImmediately(Callback):
         order = 90
 
         def after_batch(self):
             if (self.learn.epoch, self.learn.iter) == (1, 3):
                 raise KeyboardInterrupt
 
-    run, steps = uninterrupted(*EVERYTHING)
-    mine = start(run.recipe(), tmp_path / "run")
+    expected, steps = uninterrupted(*EVERYTHING)
+    run = create_run(expected.recipe(), tmp_path / "run")
     with pytest.raises(KeyboardInterrupt):
-        train(prepare(mine.recipe()), mine, cbs=[Fall()])
-    assert fit(mine, resume=True) == steps[STEPS:]
-    assert_same(run, mine)
+        train(prepare(run.recipe()), run, cbs=[InterruptImmediately()])
+    assert fit(run, resume=True) == steps[STEPS:]
+    assert_same(expected, run)
 
 
-def test_a_finished_run_stays_as_it_is(uninterrupted, tmp_path):
-    run, _ = uninterrupted(*EVERYTHING)
-    shutil.copytree(run.path, tmp_path / "run")
-    mine = open_run(tmp_path / "run")
-    assert fit(mine, resume=True) == []
-    assert_same(run, mine)
+def test_finished_run_is_unchanged(uninterrupted, tmp_path):
+    expected, _ = uninterrupted(*EVERYTHING)
+    shutil.copytree(expected.path, tmp_path / "run")
+    run = open_run(tmp_path / "run")
+    assert fit(run, resume=True) == []
+    assert_same(expected, run)
 
 
-def test_the_checkpoint_holds_tensors_and_text(uninterrupted):
+def test_checkpoint_contains_tensors_and_json(uninterrupted):
     run, _ = uninterrupted(*EVERYTHING)
     saved = CheckpointStore(run.checkpoint).newest()
     names = {"model", "optimizer", "ema", "best_epoch"}

@@ -17,19 +17,19 @@ RECIPE = override(Recipe(), ["train.seed=5"])
 
 
 @pytest.fixture(autouse=True)
-def folder(monkeypatch, tmp_path):
+def working_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def files(folder):
+def list_files(folder):
     return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_default_run_folders_are_numbered(folder):
+def test_default_run_folders_are_numbered(working_folder):
     names = [create_run(RECIPE).path.as_posix() for _ in range(3)]
     assert names == [f"runs/digits-cut-mixmo-{number}" for number in (1, 2, 3)]
-    (folder / "runs/digits-cut-mixmo-2/recipe.toml").unlink()
+    (working_folder / "runs/digits-cut-mixmo-2/recipe.toml").unlink()
     assert create_run(RECIPE).path.name == "digits-cut-mixmo-4"
 
 
@@ -46,13 +46,13 @@ def test_default_run_folders_are_numbered(folder):
         ("cifar10/vanilla", ["name=../../up"], "cifar10-up"),
     ],
 )
-def test_a_run_is_named_by_data_set_and_method(recipe, assignments, label):
+def test_run_label_names_data_set_and_method(recipe, assignments, label):
     assert run_label(override(load_recipe(recipe), assignments)) == label
 
 
-def test_a_new_run_says_how_to_run_it_again(folder):
-    run = create_run(RECIPE, folder / "a" / "b", device="some device")
-    assert files(run.path) == {"recipe.toml", "environment.json"}
+def test_new_run_contains_recipe_and_environment(working_folder):
+    run = create_run(RECIPE, working_folder / "a" / "b", device="some device")
+    assert list_files(run.path) == {"recipe.toml", "environment.json"}
     assert run.recipe() == RECIPE
     environment = json.loads((run.path / "environment.json").read_text())
     assert (environment["seed"], environment["device"]) == (5, "some device")
@@ -61,91 +61,91 @@ def test_a_new_run_says_how_to_run_it_again(folder):
     assert open_run(run.path).recipe() == RECIPE
 
 
-def test_an_empty_folder_is_taken_and_a_full_one_is_not(folder):
-    (folder / "empty").mkdir()
-    create_run(RECIPE, folder / "empty")
+def test_empty_folder_is_used_and_full_folder_is_rejected(working_folder):
+    (working_folder / "empty").mkdir()
+    create_run(RECIPE, working_folder / "empty")
     with pytest.raises(InputError, match="already a run") as caught:
-        create_run(override(RECIPE, ["train.seed=6"]), folder / "empty")
+        create_run(override(RECIPE, ["train.seed=6"]), working_folder / "empty")
     assert "--resume" in str(caught.value)
-    assert open_run(folder / "empty").recipe() == RECIPE
-    (folder / "full").mkdir()
-    (folder / "full" / "letter").write_text("dear")
+    assert open_run(working_folder / "empty").recipe() == RECIPE
+    (working_folder / "full").mkdir()
+    (working_folder / "full" / "notes").write_text("text")
     with pytest.raises(InputError, match="not empty"):
-        check_free(folder / "full")
-    assert files(folder / "full") == {"letter"}
+        check_free(working_folder / "full")
+    assert list_files(working_folder / "full") == {"notes"}
 
 
 @pytest.mark.parametrize("path", ["file", "file/run", "file/a/b"])
-def test_a_place_that_cannot_be_written_is_refused(folder, path):
-    (folder / "file").write_text("text")
-    for refuse in (check_free, lambda place: create_run(RECIPE, place)):
+def test_paths_below_a_file_are_rejected(working_folder, path):
+    (working_folder / "file").write_text("text")
+    for use_folder in (check_free, lambda path: create_run(RECIPE, path)):
         with pytest.raises(InputError, match=r"'.*file' is not a folder(.|\n)*--out"):
-            refuse(folder / path)
-    assert files(folder) == {"file"}
+            use_folder(working_folder / path)
+    assert list_files(working_folder) == {"file"}
 
 
-def test_a_folder_without_permission_is_refused(folder, monkeypatch):
+def test_folder_without_permission_is_rejected(working_folder, monkeypatch):
     monkeypatch.setattr(os, "access", lambda *_: False)  # the tests may run as root
     with pytest.raises(InputError, match="cannot be written to"):
-        check_free(folder / "a" / "b")
+        check_free(working_folder / "a" / "b")
 
 
-def test_runs_that_is_a_file_is_refused(folder):
-    (folder / "runs").touch()
-    for refuse in (check_free, lambda _: create_run(RECIPE)):
+def test_file_named_runs_is_rejected(working_folder):
+    (working_folder / "runs").touch()
+    for use_folder in (check_free, lambda _: create_run(RECIPE)):
         with pytest.raises(InputError, match="--out DIR"):
-            refuse(None)
+            use_folder(None)
 
 
-def test_what_is_free_is_left_as_it_is(folder):
-    for path in (None, folder / "new", folder / "new" / "deeper"):
+def test_check_free_creates_no_folder(working_folder):
+    for path in (None, working_folder / "new", working_folder / "new" / "deeper"):
         assert check_free(path) is None
-    assert files(folder) == set()
-    assert not (folder / "new").exists()
+    assert list_files(working_folder) == set()
+    assert not (working_folder / "new").exists()
 
 
-def test_the_home_folder_of_nobody_is_a_name_like_any_other(folder):
+def test_tilde_with_unknown_user_is_a_plain_name(working_folder):
     assert create_run(RECIPE, "~nobody-at-all").path.as_posix() == "~nobody-at-all"
     assert open_run("~nobody-at-all").recipe() == RECIPE
 
 
 @pytest.mark.parametrize("path", ["missing", "file", "a\0b"])
-def test_a_missing_run_is_said_so(folder, path):
-    (folder / "file").touch()
+def test_missing_run_is_rejected(working_folder, path):
+    (working_folder / "file").touch()
     with pytest.raises(InputError, match="There is no run folder"):
         open_run(path)
 
 
-USES = [
+FUNCTIONS = [
     open_run,
     lambda path: check_free(Path(path)),
     lambda path: free_file(Path(path), "a", ".png"),
 ]
 
 
-@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("path", ["a" * 300, "new/" + "a" * 300])
-def test_names_that_no_file_can_have(folder, use, path):
+def test_too_long_names_are_rejected(working_folder, function, path):
     with pytest.raises(InputError, match="too long for a file"):
-        use(path)
-    assert files(folder) == set()
+        function(path)
+    assert list_files(working_folder) == set()
 
 
-def test_a_folder_of_something_else_is_no_run(folder):
+def test_folder_without_a_run_is_rejected(working_folder):
     with pytest.raises(InputError, match=r"not a run folder(.|\n)*mixmo fit"):
-        open_run(folder)
+        open_run(working_folder)
 
 
-def test_a_file_is_free_under_the_next_name(folder):
+def test_free_file_numbers_existing_names(working_folder):
     assert free_file(None, "curve", ".png").name == "curve.png"
     for name in ("curve.png", "curve-2.png"):
-        (folder / name).touch()
+        (working_folder / name).touch()
     assert free_file(None, "curve", ".png").name == "curve-3.png"
-    assert free_file(folder / "other.PNG", "curve", ".png") == folder / "other.PNG"
+    assert free_file(working_folder / "other.PNG", "curve", ".png") == working_folder / "other.PNG"
 
 
 @pytest.mark.parametrize(
-    ("path", "part"),
+    ("path", "message"),
     [
         ("curve.png", "exists and was not changed"),
         ("link.png", "exists and was not changed"),
@@ -156,68 +156,68 @@ def test_a_file_is_free_under_the_next_name(folder):
         ("curve.png/x.png", "There is no folder 'curve.png'"),
     ],
 )
-def test_a_file_that_cannot_be_made_is_refused(folder, path, part):
-    (folder / "curve.png").write_text("picture")
-    (folder / "link.png").symlink_to("nowhere")
-    (folder / "folder.png").mkdir()
-    with pytest.raises(InputError, match=part):
-        free_file(folder / path if "/" not in path else type(folder)(path), "x", ".png")
-    assert (folder / "curve.png").read_text() == "picture"
+def test_unusable_file_paths_are_rejected(working_folder, path, message):
+    (working_folder / "curve.png").write_text("text")
+    (working_folder / "link.png").symlink_to("nowhere")
+    (working_folder / "folder.png").mkdir()
+    with pytest.raises(InputError, match=message):
+        free_file(working_folder / path if "/" not in path else Path(path), "x", ".png")
+    assert (working_folder / "curve.png").read_text() == "text"
 
 
 def row(epoch, loss=0.5):
     return {"epoch": epoch, "train_loss": loss, "valid_loss": ""}
 
 
-def test_history_has_a_row_per_epoch(folder):
-    run = RunFolder(folder)
+def test_history_has_one_row_per_epoch(working_folder):
+    run = RunFolder(working_folder)
     assert run.history() == []
     for epoch in (1, 2):
         run.append_history(row(epoch))
-    text = (folder / "history.csv").read_text()
+    text = (working_folder / "history.csv").read_text()
     assert text == "epoch,train_loss,valid_loss\n1,0.5,\n2,0.5,\n"
     assert run.history() == list(csv.DictReader(text.splitlines()))
 
 
-@pytest.mark.parametrize("kept", [0, 1, 2, 3])
-def test_history_is_put_back_to_the_epochs_that_are_saved(folder, kept):
-    run = RunFolder(folder)
+@pytest.mark.parametrize("num_rows", [0, 1, 2, 3])
+def test_history_is_truncated_to_the_saved_epochs(working_folder, num_rows):
+    run = RunFolder(working_folder)
     for epoch in (1, 2, 3):
         run.append_history(row(epoch))
-    with (folder / "history.csv").open("a") as file:
-        file.write("4,0.")  # the power failed
-    run.write_history(run.history()[:kept])
-    assert (folder / "history.csv").exists() == (kept > 0)
-    run.append_history(row(kept + 1, 0.25))
+    with (working_folder / "history.csv").open("a") as file:
+        file.write("4,0.")  # an incomplete row after a power failure
+    run.write_history(run.history()[:num_rows])
+    assert (working_folder / "history.csv").exists() == (num_rows > 0)
+    run.append_history(row(num_rows + 1, 0.25))
     losses = [(int(entry["epoch"]), entry["train_loss"]) for entry in run.history()]
-    assert losses == [*((epoch, "0.5") for epoch in range(1, kept + 1)), (kept + 1, "0.25")]
+    assert losses == [*((epoch, "0.5") for epoch in range(1, num_rows + 1)), (num_rows + 1, "0.25")]
 
 
-def test_metrics_are_read_back_or_refused(folder):
-    run = RunFolder(folder)
+def test_metrics_are_read_back_or_rejected(working_folder):
+    run = RunFolder(working_folder)
     with pytest.raises(InputError, match="not finished"):
         run.metrics()
     run.write_metrics({"test": {"accuracy": 0.1 + 0.2}})
     assert run.metrics() == {"test": {"accuracy": 0.1 + 0.2}}
-    (folder / "metrics.json").write_text('{"test": ')
+    (working_folder / "metrics.json").write_text('{"test": ')
     with pytest.raises(InputError, match="damaged"):
         run.metrics()
 
 
-def test_the_log_grows_by_lines(folder):
-    run = RunFolder(folder)
+def test_log_appends_lines(working_folder):
+    run = RunFolder(working_folder)
     run.log("one")
     run.log("two")
-    assert (folder / "log.txt").read_text() == "one\ntwo\n"
+    assert (working_folder / "log.txt").read_text() == "one\ntwo\n"
 
 
-def test_a_file_is_written_whole_or_not_at_all(folder, monkeypatch):
-    write_atomically(folder / "a.txt", "old")
+def test_write_is_atomic(working_folder, monkeypatch):
+    write_atomically(working_folder / "a.txt", "old")
 
     def fail(_):
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="disk full"):
-        write_atomically(folder / "a.txt", "new")
-    assert (folder / "a.txt").read_text() == "old"
+        write_atomically(working_folder / "a.txt", "new")
+    assert (working_folder / "a.txt").read_text() == "old"

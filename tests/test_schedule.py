@@ -8,23 +8,26 @@ from fastai.callback.schedule import combined_cos
 from mixmo_fastai.training.schedule import flat_cosine, one_cycle, published_steps
 
 PUBLISHED = {"milestones": (101 / 300, 201 / 300, 226 / 300), "gamma": 0.1}
-BOUNDS = (1, 101, 201, 226, 300)  # epochs: end of the warm-up, drops, end
+BOUNDS = (1, 101, 201, 226, 300)  # epochs of the end of the warm-up, the drops and the end
 
 
 @pytest.mark.parametrize("pct_start", [0.1, 0.25, 0.3, 0.5, 0.9])
 @pytest.mark.parametrize(("start", "peak", "end"), [(0.004, 0.1, 1e-6), (0.95, 0.85, 0.95)])
-def test_one_cycle_is_fastais(monkeypatch, pct_start, start, peak, end):
-    def in_double(values):  # fastai's own tensor is of single precision
+def test_one_cycle_equals_fastai(monkeypatch, pct_start, start, peak, end):
+    def double_tensor(values):  # fastai uses single precision
         return torch.tensor(list(values), dtype=torch.float64)
 
-    monkeypatch.setattr(fastai.callback.schedule, "tensor", in_double)
-    ours, theirs = one_cycle(start, peak, end, pct_start), combined_cos(pct_start, start, peak, end)
+    monkeypatch.setattr(fastai.callback.schedule, "tensor", double_tensor)
+    schedule, reference = (
+        one_cycle(start, peak, end, pct_start),
+        combined_cos(pct_start, start, peak, end),
+    )
     for point in range(2000):
         progress = point / 2000
-        assert ours(progress) == pytest.approx(float(theirs(progress)), abs=1e-12), progress
+        assert schedule(progress) == pytest.approx(float(reference(progress)), abs=1e-12), progress
 
 
-def test_one_cycle_starts_peaks_and_ends_as_told():
+def test_one_cycle_start_peak_and_end():
     schedule = one_cycle(0.1, 1.0, 0.01, 0.25)
     assert (schedule(0), schedule(0.25)) == (pytest.approx(0.1), 1.0)
     assert schedule(1.0) == pytest.approx(0.01)
@@ -34,12 +37,12 @@ def test_one_cycle_starts_peaks_and_ends_as_told():
 
 
 @pytest.mark.parametrize(("pct_start", "first", "last"), [(0, 1.0, 0.01), (1, 0.1, 1.0)])
-def test_one_cycle_can_be_one_half_alone(pct_start, first, last):
+def test_one_cycle_with_only_one_half(pct_start, first, last):
     schedule = one_cycle(0.1, 1.0, 0.01, pct_start)
     assert (schedule(0.0), schedule(1.0)) == (pytest.approx(first), pytest.approx(last))
 
 
-def test_published_warm_up_is_linear_per_step():
+def test_published_warmup_is_linear_per_step():
     schedule = published_steps(0.4, epochs=300, steps_per_epoch=8, warmup_steps=8, **PUBLISHED)
     rates = [schedule(step / 2400) for step in range(10)]
     assert rates == pytest.approx([0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.4, 0.4])
@@ -51,18 +54,18 @@ def test_published_rate_drops_after_epochs_101_201_and_226():
         0.1, epochs=300, steps_per_epoch=steps, warmup_steps=steps, **PUBLISHED
     )
     rates = [schedule(step / (300 * steps)) for step in range(300 * steps)]
-    held = [rates[begin * steps : end * steps] for begin, end in itertools.pairwise(BOUNDS)]
-    for rate, stretch in zip([0.1, 0.01, 0.001, 0.0001], held, strict=True):
-        assert stretch == pytest.approx([rate] * len(stretch), rel=1e-12)
+    stages = [rates[begin * steps : end * steps] for begin, end in itertools.pairwise(BOUNDS)]
+    for rate, stage in zip([0.1, 0.01, 0.001, 0.0001], stages, strict=True):
+        assert stage == pytest.approx([rate] * len(stage), rel=1e-12)
 
 
-def test_drops_are_exact_where_progress_is_a_sum():
+def test_drops_are_exact_despite_rounding_of_progress():
     epochs, steps = 300, 195
     schedule = published_steps(
         1.0, epochs=epochs, steps_per_epoch=steps, warmup_steps=100, **PUBLISHED
     )
     for epoch in (100, 101, 200, 201, 225, 226):
-        progress = epoch / epochs  # as fastai counts: from the epoch's start, step by step
+        progress = epoch / epochs  # like fastai, which adds one step at a time
         for _ in range(steps):
             drops = (epoch >= 101) + (epoch >= 201) + (epoch >= 226)
             assert schedule(progress) == pytest.approx(0.1**drops, rel=1e-12), epoch
@@ -70,7 +73,7 @@ def test_drops_are_exact_where_progress_is_a_sum():
 
 
 @pytest.mark.parametrize(("warmup_steps", "first"), [(0, 1.0), (5, 0.2), (20, 0.05)])
-def test_warm_up_may_be_absent_or_a_part_of_an_epoch(warmup_steps, first):
+def test_warmup_of_any_length(warmup_steps, first):
     schedule = published_steps(
         1.0, epochs=10, steps_per_epoch=10, milestones=(), gamma=0.1, warmup_steps=warmup_steps
     )
@@ -78,21 +81,21 @@ def test_warm_up_may_be_absent_or_a_part_of_an_epoch(warmup_steps, first):
     assert schedule(0.5) == 1.0
 
 
-@pytest.mark.parametrize("flat_share", [0.0, 0.5, 0.75])
-def test_flat_cosine_is_fastais(monkeypatch, flat_share):
-    """fit_flat_cos holds lr up to pct_start and then anneals it to lr / div_final."""
+@pytest.mark.parametrize("flat_fraction", [0.0, 0.5, 0.75])
+def test_flat_cosine_equals_fastai(monkeypatch, flat_fraction):
+    """fit_flat_cos keeps lr constant until pct_start and then anneals it to lr / div_final."""
     monkeypatch.setattr(
         fastai.callback.schedule,
         "tensor",
         lambda values: torch.tensor(list(values), dtype=torch.float64),
     )
-    theirs = combined_cos(flat_share, 0.4, 0.4, 0.4e-5)
-    ours = flat_cosine(0.4, 0.4e-5, flat_share)
+    reference = combined_cos(flat_fraction, 0.4, 0.4, 0.4e-5)
+    schedule = flat_cosine(0.4, 0.4e-5, flat_fraction)
     for point in range(1000):
         progress = point / 1000
-        assert ours(progress) == pytest.approx(float(theirs(progress)), abs=1e-12), progress
+        assert schedule(progress) == pytest.approx(float(reference(progress)), abs=1e-12), progress
 
 
-def test_flat_cosine_may_hold_to_the_end():
+def test_flat_cosine_may_be_constant():
     assert flat_cosine(0.4, 0.0, 1.0)(1.0) == 0.4
     assert flat_cosine(0.4, 0.1, 0.5)(1.0) == pytest.approx(0.1)

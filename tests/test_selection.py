@@ -8,8 +8,8 @@ from mixmo_fastai.callbacks.best_epoch import BestEpochCallback
 from mixmo_fastai.errors import InputError
 
 
-class Script(Callback):
-    """Pretend what each epoch's validation found; note the weights it found it with."""
+class SimulatedValidation(Callback):
+    """Replace the validation metrics of each epoch, and record the weights."""
 
     order, run_valid = 56, False
 
@@ -27,47 +27,47 @@ class Script(Callback):
 def fit(records, *cbs):
     learn = mixmo_learner(mixmo_dls(), "wrn10_1", seed=0)
     learn.remove_cb(learn.progress)
-    best, script = BestEpochCallback(), Script(records)
+    best, simulated = BestEpochCallback(), SimulatedValidation(records)
     with learn.no_logging():
-        learn.fit(len(records), 0.05, cbs=[best, script, *cbs])
-    return learn, best, script
+        learn.fit(len(records), 0.05, cbs=[best, simulated, *cbs])
+    return learn, best, simulated
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("records", "epoch"),
     [
-        ([(1.0, 0.5), (2.0, 0.7), (0.5, 0.6)], 2),  # accuracy decides
-        ([(1.0, 0.5), (0.8, 0.5), (0.9, 0.5)], 2),  # then the loss
-        ([(1.0, 0.5), (1.0, 0.5)], 1),  # then the first
+        ([(1.0, 0.5), (2.0, 0.7), (0.5, 0.6)], 2),  # highest accuracy
+        ([(1.0, 0.5), (0.8, 0.5), (0.9, 0.5)], 2),  # then lowest loss
+        ([(1.0, 0.5), (1.0, 0.5)], 1),  # then first epoch
     ],
 )
-@pytest.mark.parametrize("averaged", [False, True])
-def test_the_best_epoch_is_kept(records, epoch, averaged):
-    learn, best, script = fit(records, *([EMACallback(0.5)] if averaged else []))
+@pytest.mark.parametrize("is_averaged", [False, True])
+def test_best_epoch_is_restored(records, epoch, is_averaged):
+    learn, best, simulated = fit(records, *([EMACallback(0.5)] if is_averaged else []))
     assert best.number == epoch
     best.restore(learn.model)
     state = learn.model.state_dict()
-    assert all(torch.equal(state[n], t) for n, t in script.weights[epoch - 1].items())
+    assert all(torch.equal(state[n], t) for n, t in simulated.weights[epoch - 1].items())
 
 
-def test_nothing_is_restored_where_nothing_was_validated():
+def test_restore_without_validation_is_rejected():
     learn = mixmo_learner(mixmo_dls(), "wrn10_1", seed=0)
     with pytest.raises(InputError, match="No epoch was validated"):
         BestEpochCallback().restore(learn.model)
 
 
-def test_its_state_comes_back():
-    learn, best, script = fit([(1.0, 0.5), (2.0, 0.7)])
-    again = BestEpochCallback()
-    again.load_state_tensors(best.state_tensors(), learn.model.state_dict())
-    assert (again.number, again.best) == (2, best.best)
-    again.restore(learn.model)
+def test_state_is_restored():
+    learn, best, simulated = fit([(1.0, 0.5), (2.0, 0.7)])
+    restored = BestEpochCallback()
+    restored.load_state_tensors(best.state_tensors(), learn.model.state_dict())
+    assert (restored.number, restored.best) == (2, best.best)
+    restored.restore(learn.model)
     state = learn.model.state_dict()
-    assert all(torch.equal(state[n], t) for n, t in script.weights[1].items())
+    assert all(torch.equal(state[n], t) for n, t in simulated.weights[1].items())
 
 
-def test_a_state_without_standing_is_refused():
+def test_incomplete_state_is_rejected():
     state = {"weight": torch.zeros(2)}
     with pytest.raises(InputError, match="another network: selection"):
         BestEpochCallback().load_state_tensors(state, state)

@@ -9,7 +9,7 @@ from mixmo_fastai.metrics.selective import aurc, failure_auroc, risk_coverage
 
 
 def draw(num_samples, num_levels, seed=0):
-    """Confidences on `num_levels` levels, so that few levels make many ties."""
+    """Draw confidences from `num_levels` values, so that few levels yield many ties."""
     random = torch.Generator().manual_seed(seed)
     levels = torch.rand(num_levels, generator=random, dtype=torch.float64)
     confidence = levels[torch.randint(num_levels, (num_samples,), generator=random)]
@@ -20,7 +20,7 @@ def draw(num_samples, num_levels, seed=0):
 
 @pytest.mark.parametrize("num_levels", [1, 2, 7, 10_000])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_figures_against_the_oracle(num_levels, seed):
+def test_metrics_equal_the_oracle(num_levels, seed):
     confidence, correct = draw(120, num_levels, seed)
     c, r = confidence.numpy(), correct.numpy()
     auroc = failure_auroc(confidence, correct).item()
@@ -33,12 +33,12 @@ def test_figures_against_the_oracle(num_levels, seed):
 
 
 @pytest.mark.parametrize("num_levels", [1, 3, 1000])
-def test_the_order_of_samples_does_not_matter(num_levels):
+def test_metrics_do_not_depend_on_the_order_of_samples(num_levels):
     confidence, correct = draw(100, num_levels)
     order = torch.randperm(100, generator=torch.Generator().manual_seed(5))
-    for figure in (failure_auroc, aurc):
-        turned = figure(confidence[order], correct[order]).item()
-        assert turned == pytest.approx(figure(confidence, correct).item(), abs=1e-14)
+    for metric in (failure_auroc, aurc):
+        reordered = metric(confidence[order], correct[order]).item()
+        assert reordered == pytest.approx(metric(confidence, correct).item(), abs=1e-14)
 
 
 def test_risk_within_ties_is_the_mean_over_their_orders():
@@ -52,16 +52,16 @@ def test_risk_within_ties_is_the_mean_over_their_orders():
     torch.testing.assert_close(torch.stack(curves).mean(dim=0), expected, atol=0.03, rtol=0)
 
 
-def test_only_the_ranking_counts():
+def test_failure_auroc_depends_only_on_the_ranking():
     confidence, correct = draw(100, 20)
     for monotone in (torch.exp, torch.logit, lambda c: 5 * c - 3):
         auroc = failure_auroc(monotone(confidence), correct).item()
         assert auroc == failure_auroc(confidence, correct).item()
-    turned = failure_auroc(-confidence, correct).item()
-    assert turned == pytest.approx(1 - failure_auroc(confidence, correct).item(), abs=1e-14)
+    reversed_auroc = failure_auroc(-confidence, correct).item()
+    assert reversed_auroc == pytest.approx(1 - failure_auroc(confidence, correct).item(), abs=1e-14)
 
 
-def test_perfect_and_worst_rankings_by_hand():
+def test_best_and_worst_rankings():
     confidence = torch.tensor([0.9, 0.8, 0.7, 0.6])
     best, worst = torch.tensor([True, True, False, False]), torch.tensor([False, False, True, True])
     assert failure_auroc(confidence, best).item() == 1
@@ -71,7 +71,7 @@ def test_perfect_and_worst_rankings_by_hand():
     assert aurc(confidence, worst).item() == pytest.approx((1 + 1 + 2 / 3 + 1 / 2) / 4)
 
 
-def test_confidence_that_says_nothing_is_chance():
+def test_constant_confidence_is_chance():
     confidence, correct = torch.ones(10), torch.arange(10) < 7
     assert failure_auroc(confidence, correct).item() == 0.5
     assert risk_coverage(confidence, correct)[1].tolist() == pytest.approx([0.3] * 10)
@@ -85,22 +85,22 @@ def test_infinite_confidences_tie():
 
 
 @pytest.mark.parametrize("num_samples", [1, 6])
-@pytest.mark.parametrize("right", [True, False])
-def test_without_errors_or_with_nothing_else(num_samples, right):
+@pytest.mark.parametrize("is_correct", [True, False])
+def test_all_correct_or_all_incorrect(num_samples, is_correct):
     confidence = torch.linspace(0.1, 0.9, num_samples)
-    correct = torch.full((num_samples,), right)
+    correct = torch.full((num_samples,), is_correct)
     count = (
         f"{num_samples} correct and 0 incorrect"
-        if right
+        if is_correct
         else f"0 correct and {num_samples} incorrect"
     )
     with pytest.raises(InputError, match=f"failure_auroc needs correct and incorrect.*{count}"):
         failure_auroc(confidence, correct)
-    assert aurc(confidence, correct).item() == 1 - right
-    assert risk_coverage(confidence, correct)[1].tolist() == [1 - right] * num_samples
+    assert aurc(confidence, correct).item() == 1 - is_correct
+    assert risk_coverage(confidence, correct)[1].tolist() == [1 - is_correct] * num_samples
 
 
-@pytest.mark.parametrize("figure", [failure_auroc, risk_coverage, aurc])
+@pytest.mark.parametrize("metric", [failure_auroc, risk_coverage, aurc])
 @pytest.mark.parametrize(
     ("confidence", "correct", "message"),
     [
@@ -111,6 +111,6 @@ def test_without_errors_or_with_nothing_else(num_samples, right):
         (torch.zeros(2), torch.zeros(2), r"correct must be bool.*got torch\.float32"),
     ],
 )
-def test_what_cannot_be_ranked_is_refused(figure, confidence, correct, message):
+def test_invalid_inputs_are_rejected(metric, confidence, correct, message):
     with pytest.raises(InputError, match=message):
-        figure(confidence, correct)
+        metric(confidence, correct)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, sent to real processes: what there is of a run is saved, and goes on."""
+"""Ctrl-C and SIGTERM sent to real processes: the run is saved and can be resumed."""
 
 import random
 import shutil
@@ -20,40 +20,42 @@ _FIT = (
 FIT = _FIT.split()
 STREAMED = ["--set", "data.loader=streaming", "--set", "data.num_workers=2"]
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
-BOTH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
-TO = pytest.mark.parametrize("group", [False, True], ids=["to the process", "to its group"])
+BOTH_SIGNALS = pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name
+)
+BOTH_TARGETS = pytest.mark.parametrize("group", [False, True], ids=["process", "process group"])
 
 SLOW_STEPS = """
 import time
 from mixmo_fastai.training.recording import HistoryCallback
-own = HistoryCallback.after_batch
+original = HistoryCallback.after_batch
 def slow(self):
-    if self.learn.epoch:  # the first epoch is over soon, since most tests wait for its end
+    if self.learn.epoch:  # the first epoch is not slowed down, since most tests wait for its end
         time.sleep(0.1)
-    own(self)
+    original(self)
 HistoryCallback.after_batch = slow
 """
 ALL_STEPS_SLOW = SLOW_STEPS.replace("if self.learn.epoch:", "if True:")
 SLOW_VALIDATION = """
 import time
 from mixmo_fastai.training.recording import StopInValidation
-own = StopInValidation.after_batch
+original = StopInValidation.after_batch
 def slow(self):
     if not self.learn.training:
         print("validating", flush=True)
         time.sleep(0.5)
-    own(self)
+    original(self)
 StopInValidation.after_batch = slow
 """
 SLOW_TEST = """
 import time
 import mixmo_fastai.training.train as training
-own = training.evaluate_splits
+original = training.evaluate_splits
 def slow(*args, **kwargs):
     print("evaluating", flush=True)
-    for _ in range(6000):  # a signal just before a long sleep would wait for its end
+    for _ in range(6000):  # one long sleep would delay a signal that arrives before it
         time.sleep(0.01)
-    return own(*args, **kwargs)
+    return original(*args, **kwargs)
 training.evaluate_splits = slow
 """
 SLOW_DISK = """
@@ -61,15 +63,15 @@ import os, time
 from mixmo_fastai.runs import files
 class Disk:
     def __getattr__(self, name):
-        own = getattr(os, name)
+        original = getattr(os, name)
         if name == "fsync":
-            return lambda *args: (time.sleep(0.12), own(*args))[1]
-        return own
+            return lambda *args: (time.sleep(0.12), original(*args))[1]
+        return original
 files.os = Disk()
 """
 SLOW_COMPILER = """
 import time, torch
-own = torch.compile
+original = torch.compile
 def slow(function, **settings):
     compiled = []
     def run(*args):
@@ -85,24 +87,24 @@ SLOW_SEARCH = """
 import time
 import mixmo_fastai.training.lr_find
 from fastai.learner import Learner
-own = Learner.lr_find
+original = Learner.lr_find
 def slow(self, *args, **kwargs):
     print("searching", flush=True)
-    one = self.one_batch
-    self.one_batch = lambda *args: (time.sleep(0.1), one(*args))
-    return own(self, *args, **kwargs)
+    original_batch = self.one_batch
+    self.one_batch = lambda *args: (time.sleep(0.1), original_batch(*args))
+    return original(self, *args, **kwargs)
 Learner.lr_find = slow
 """
 
 
 @pytest.fixture(scope="module")
 def whole(server, tmp_path_factory):
-    """Runs that nobody disturbed, by what was asked for beyond `FIT`."""
+    """Return a function that trains uninterrupted runs with `FIT` and further arguments."""
     return undisturbed(server, tmp_path_factory.mktemp("whole"), FIT)
 
 
-def stopped(command, number, run_path):
-    """Check that a command ended as one that was asked to stop."""
+def check_stopped(command, number, run_path):
+    """Check that a command ended in response to a signal; return its last line."""
     assert command.wait() == CODES[number], command.said
     assert "Traceback" not in command.said
     assert not command.others()
@@ -114,59 +116,59 @@ def stopped(command, number, run_path):
 
 
 def resumed(mixmo, run_path, whole):
-    """Check that a run goes on to the end that it would have had."""
+    """Resume a run and check that it equals the uninterrupted run."""
     command = mixmo("fit", "--resume", run_path)
     assert command.wait() == 0, command.said
     assert_same(whole, open_run(run_path))
 
 
-@BOTH
-@TO
-def test_in_a_step(mixmo, tmp_path, whole, number, group):
+@BOTH_SIGNALS
+@BOTH_TARGETS
+def test_signal_in_a_step(mixmo, tmp_path, whole, number, group):
     run = tmp_path / "run"
     command = mixmo(*FIT, run, prelude=SLOW_STEPS)
     command.until_said("1/3 ")
     command.signal(number, group=group)
-    assert stopped(command, number, run).startswith("Interrupted. The state is saved")
+    assert check_stopped(command, number, run).startswith("Interrupted. The state is saved")
     position = CheckpointStore(run / "checkpoint").newest()
     assert position is not None
     resumed(mixmo, run, whole())
 
 
-@BOTH
-def test_in_a_step_with_workers(mixmo, tmp_path, whole, number):
+@BOTH_SIGNALS
+def test_signal_in_a_step_with_workers(mixmo, tmp_path, whole, number):
     run = tmp_path / "run"
     command = mixmo(*FIT, run, *STREAMED, prelude=SLOW_STEPS)
     command.until_said("1/3 ")
     command.until(command.others)
     command.signal(number, group=True)
-    assert stopped(command, number, run).startswith("Interrupted. The state is saved")
+    assert check_stopped(command, number, run).startswith("Interrupted. The state is saved")
     resumed(mixmo, run, whole(*STREAMED))
 
 
-def test_a_terminal_that_is_closed(mixmo, tmp_path, whole):
+def test_closing_the_terminal(mixmo, tmp_path, whole):
     run = tmp_path / "run"
     command = mixmo(*FIT, run, prelude=SLOW_STEPS)
     command.until_said("1/3 ")
     command.signal(signal.SIGHUP, group=True)
-    stopped(command, signal.SIGHUP, run)
+    check_stopped(command, signal.SIGHUP, run)
     resumed(mixmo, run, whole())
 
 
-@BOTH
-def test_in_the_first_step_which_compiles(mixmo, tmp_path, whole, number):
+@BOTH_SIGNALS
+def test_signal_in_the_first_step_with_compilation(mixmo, tmp_path, whole, number):
     run = tmp_path / "run"
     command = mixmo(*FIT, run, "--compile", "on", prelude=SLOW_COMPILER)
     command.until_said("compiling")
     command.signal(number)
     command.until_said("Stopping after this step")
-    stopped(command, number, run)
+    check_stopped(command, number, run)
     assert CheckpointStore(run / "checkpoint").newest() is not None
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler for torch.compile")
-def test_in_a_compilation(mixmo, tmp_path):
-    """A real one, whose own processes are in the group; the step is finished and saved."""
+def test_signal_in_a_real_compilation(mixmo, tmp_path):
+    """The compiler's processes are in the group; the step is finished and saved."""
     run = tmp_path / "run"
     few_kernels = """
 from mixmo_fastai.models.wide_resnet import WideBlock
@@ -182,75 +184,77 @@ WideBlock.forward = lambda self, x: self.shortcut(x)
     assert not command.others()
 
 
-@BOTH
-def test_in_a_validation(mixmo, tmp_path, whole, number):
+@BOTH_SIGNALS
+def test_signal_in_a_validation(mixmo, tmp_path, whole, number):
     run = tmp_path / "run"
     command = mixmo(*FIT, run, prelude=SLOW_VALIDATION)
     command.until_said("validating")
     command.signal(number)
-    stopped(command, number, run)
+    check_stopped(command, number, run)
     resumed(mixmo, run, whole())
 
 
-@BOTH
-def test_in_the_last_evaluation(mixmo, tmp_path, whole, number):
+@BOTH_SIGNALS
+def test_signal_in_the_final_evaluation(mixmo, tmp_path, whole, number):
     run = tmp_path / "run"
     command = mixmo(*FIT, run, prelude=SLOW_TEST)
     command.until_said("evaluating")
     command.signal(number)
-    assert stopped(command, number, run).startswith("Interrupted. The state is saved")
+    assert check_stopped(command, number, run).startswith("Interrupted. The state is saved")
     resumed(mixmo, run, whole())
 
 
-@BOTH
-def test_in_a_save(mixmo, tmp_path, whole, number):
+@BOTH_SIGNALS
+def test_signal_in_a_save(mixmo, tmp_path, whole, number):
     run = tmp_path / "run"
     command = mixmo(*FIT, run, prelude=SLOW_DISK)
     command.until((run / "checkpoint" / ".unfinished").exists)
     command.signal(number)
-    stopped(command, number, run)
+    check_stopped(command, number, run)
     assert not (run / "checkpoint" / ".unfinished").exists()
     resumed(mixmo, run, whole())
 
 
-@BOTH
-def test_twice_in_a_save(mixmo, tmp_path, whole, number):
-    """The second one leaves at once, with the checkpoint before intact."""
+@BOTH_SIGNALS
+def test_two_signals_in_a_save(mixmo, tmp_path, whole, number):
+    """The second signal exits immediately; the previous checkpoint is intact."""
     run = tmp_path / "run"
     command = mixmo(*FIT, run, prelude=SLOW_DISK)
     command.until((run / "checkpoint" / "save-000001").exists)
     command.until((run / "checkpoint" / ".unfinished").exists)
     command.signal(number)
     command.until_said("again to exit now")
-    assert not command.ends_within(0.4)  # two within 0.3 s count as one
+    assert not command.ends_within(0.4)  # two signals within 0.3 s count as one
     command.signal(number)
     assert command.wait(patience=5) == CODES[number]
     assert CheckpointStore(run / "checkpoint").newest() is not None
     resumed(mixmo, run, whole())
 
 
-@BOTH
-@TO
-def test_in_a_search_for_a_rate(mixmo, tmp_path, number, group):
+@BOTH_SIGNALS
+@BOTH_TARGETS
+def test_signal_in_lr_find(mixmo, tmp_path, number, group):
     command = mixmo("lr-find", "--arch", "wrn10_1", "--threads", "1", prelude=SLOW_SEARCH)
     command.until_said("searching")
     command.signal(number, group=group)
-    last = stopped(command, number, None)
+    last = check_stopped(command, number, None)
     assert last == {signal.SIGINT: "Interrupted.", signal.SIGTERM: "Terminated."}[number]
     assert not [*tmp_path.glob("*.png")]
 
 
-def test_before_anything_is_saved(mixmo, tmp_path, whole):
+def test_signal_before_the_first_save(mixmo, tmp_path, whole):
     slow = SLOW_TEST.replace("training.evaluate_splits", "training.CheckpointStore")
     run = tmp_path / "run"
     command = mixmo(*FIT, run, prelude=slow)
     command.until_said("evaluating")
     command.signal(signal.SIGINT)
-    assert stopped(command, signal.SIGINT, run).startswith("Interrupted. Nothing was saved yet")
+    assert check_stopped(command, signal.SIGINT, run).startswith(
+        "Interrupted. Nothing was saved yet"
+    )
     resumed(mixmo, run, whole())
 
 
-def test_under_nohup_a_closed_terminal_is_nothing(mixmo, tmp_path):
+def test_sighup_is_ignored_under_nohup(mixmo, tmp_path):
     ignored = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)"
     command = mixmo(*FIT, tmp_path / "run", prelude=ignored + SLOW_STEPS)
     command.until_said("1/3 ")
@@ -259,58 +263,60 @@ def test_under_nohup_a_closed_terminal_is_nothing(mixmo, tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_killed_at_any_moment(mixmo, tmp_path, whole, seed):
-    """Nothing can be done about SIGKILL, and nothing is lost that a checkpoint holds."""
-    moments, run = random.Random(seed), tmp_path / "run"
-    words = [*FIT, run]
-    disk = SLOW_DISK.replace("0.12", "0.02") if seed % 2 else ""
+def test_sigkill_at_any_time(mixmo, tmp_path, whole, seed):
+    """SIGKILL cannot be handled, but the last checkpoint is intact."""
+    times, run = random.Random(seed), tmp_path / "run"
+    arguments = [*FIT, run]
+    slow_disk = SLOW_DISK.replace("0.12", "0.02") if seed % 2 else ""
     for _ in range(3):
-        command = mixmo(*words, prelude=ALL_STEPS_SLOW.replace("0.1", "0.03") + disk)
+        command = mixmo(*arguments, prelude=ALL_STEPS_SLOW.replace("0.1", "0.03") + slow_disk)
         command.until_said("Run folder")
-        if not command.ends_within(moments.uniform(0, 0.9)):
+        if not command.ends_within(times.uniform(0, 0.9)):
             command.signal(signal.SIGKILL, group=True)
         assert command.wait() in (0, -signal.SIGKILL), command.said
-        words = ["fit", "--resume", run]
+        arguments = ["fit", "--resume", run]
     resumed(mixmo, run, whole())
 
 
-def test_a_deep_ensemble_is_stopped_in_its_second_network(mixmo, tmp_path, whole):
+def test_signal_in_the_second_network_of_a_deep_ensemble(mixmo, tmp_path, whole):
     more = ["--set", "model.num_nets=2"]
     run = tmp_path / "run"
     command = mixmo(*FIT, run, *more, prelude=SLOW_STEPS)
     command.until((run / "net-2" / "history.csv").exists)
     command.signal(signal.SIGTERM)
-    stopped(command, signal.SIGTERM, run)
+    check_stopped(command, signal.SIGTERM, run)
     command = mixmo("fit", "--resume", run)
     assert command.wait() == 0, command.said
     for name in ("net-1", "net-2"):
         assert_same(open_run(whole(*more).path / name), open_run(run / name))
 
 
-def test_an_interrupted_run_can_be_moved(mixmo, tmp_path, whole):
+def test_interrupted_run_can_be_moved(mixmo, tmp_path, whole):
     command = mixmo(*FIT, tmp_path / "run", prelude=SLOW_STEPS)
     command.until_said("1/3 ")
     command.signal(signal.SIGINT)
-    stopped(command, signal.SIGINT, tmp_path / "run")
+    check_stopped(command, signal.SIGINT, tmp_path / "run")
     shutil.move(tmp_path / "run", tmp_path / "elsewhere")
     resumed(mixmo, tmp_path / "elsewhere", whole())
 
 
-def test_between_the_run_folder_and_the_first_step(mixmo, tmp_path, whole):
+def test_signal_before_the_first_step(mixmo, tmp_path, whole):
     slow = """
 import time
 import mixmo_fastai.cli.fit as fit
-own = fit.print_plan
+original = fit.print_plan
 def slow(*args, **kwargs):
     print("planning", flush=True)
     for _ in range(6000):
         time.sleep(0.01)
-    return own(*args, **kwargs)
+    return original(*args, **kwargs)
 fit.print_plan = slow
 """
     run = tmp_path / "run"
     command = mixmo(*FIT, run, prelude=slow)
     command.until_said("planning")
     command.signal(signal.SIGTERM)
-    assert stopped(command, signal.SIGTERM, run).startswith("Interrupted. Nothing was saved yet")
+    assert check_stopped(command, signal.SIGTERM, run).startswith(
+        "Interrupted. Nothing was saved yet"
+    )
     resumed(mixmo, run, whole())

@@ -9,7 +9,7 @@ from fastai.callback.core import CancelFitException, CancelValidException
 from mixmo_fastai.config.load import override, recipe_from_mapping
 from mixmo_fastai.data.loaders import BatchLoader
 from mixmo_fastai.runs.create import create_run
-from mixmo_fastai.training import speed as module
+from mixmo_fastai.training import speed as speed_module
 from mixmo_fastai.training.prepare import prepare
 from mixmo_fastai.training.speed import (
     MAX_STEPS,
@@ -35,31 +35,31 @@ TINY = recipe_from_mapping(
 KINDS = {
     "plain": [],
     "streaming": ["data.loader=streaming", "data.num_workers=0"],
-    "averaged": ["train.ema_decay=0.9"],
-    "ghosts": ["model.ghost_batch_size=8"],
-    "pixels": ["mix.msda=cutmix"],
+    "EMA": ["train.ema_decay=0.9"],
+    "ghost norm": ["model.ghost_batch_size=8"],
+    "MSDA": ["mix.msda=cutmix"],
     "bfloat16": ["train.precision=bfloat16"],
-    "library": ["model.arch=resnet18"],
+    "torchvision": ["model.arch=resnet18"],
 }
 
 
 @pytest.fixture
-def timed(monkeypatch):
-    """Let even a tiny training be timed, briefly."""
-    monkeypatch.setattr(module, "MIN_RUN_SECONDS", 0.0)
-    monkeypatch.setattr(module, "TIMED_SECONDS", 0.01)
+def short_timing(monkeypatch):
+    """Time even tiny trainings, for a short time."""
+    monkeypatch.setattr(speed_module, "MIN_RUN_SECONDS", 0.0)
+    monkeypatch.setattr(speed_module, "TIMED_SECONDS", 0.01)
 
 
 def state_of(training):
-    """Everything that a training reads, as values that compare."""
+    """Return the complete state of a training as comparable values."""
     learn, loader = training.learn, training.learn.dls.train
     callback = next(cb for cb in learn.cbs if type(cb).__name__ == "MixMoCallback")
-    numbers = np.random.get_state()
+    numpy_state = np.random.get_state()
     return {
         "weights": {k: v.clone() for k, v in learn.model.state_dict().items()},
         "gradients": [p.grad for p in learn.model.parameters()],
         "is_training": [m.training for m in learn.model.modules()],
-        "draws": (random.getstate(), numbers[1].tolist(), numbers[2]),
+        "draws": (random.getstate(), numpy_state[1].tolist(), numpy_state[2]),
         "torch": torch.get_rng_state(),
         "threads": torch.get_num_threads(),
         "loader": (loader.epoch, loader.bs, loader.seed, len(loader), id(loader)),
@@ -84,17 +84,17 @@ def assert_unchanged(before, after):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_timing_changes_nothing(kind, timed):
+def test_timing_does_not_change_the_training(kind, short_timing):
     training = prepare(override(TINY, KINDS[kind]))
     before = state_of(training)
-    found = measure_speed(training)
-    assert found.is_timed
-    assert found.images_per_second > 0
+    speed = measure_speed(training)
+    assert speed.is_timed
+    assert speed.images_per_second > 0
     assert_unchanged(before, state_of(training))
 
 
 @pytest.mark.slow
-def test_a_run_is_the_same_with_and_without_timing(tmp_path, timed):
+def test_timing_does_not_change_the_weights(tmp_path, short_timing):
     weights = []
     for is_timed in (False, True):
         training = prepare(TINY)
@@ -106,41 +106,43 @@ def test_a_run_is_the_same_with_and_without_timing(tmp_path, timed):
     assert weights[0] == weights[1]
 
 
-def test_a_training_of_seconds_is_not_timed(monkeypatch):
-    monkeypatch.setattr(module, "_seconds_per_step", None)
+def test_short_trainings_are_not_timed(monkeypatch):
+    monkeypatch.setattr(speed_module, "_seconds_per_step", None)
     training = prepare(TINY)
-    found = measure_speed(training)
-    assert not found.is_timed
-    assert seconds_left(training, found) < 10
+    speed = measure_speed(training)
+    assert not speed.is_timed
+    assert seconds_left(training, speed) < 10
 
 
-def test_a_step_that_would_take_long_is_not_begun(monkeypatch):
-    monkeypatch.setattr(module, "_seconds_per_step", None)
-    monkeypatch.setattr(module, "CPU_THREAD_FLOPS", 1e6)
+def test_long_steps_are_estimated_without_timing(monkeypatch):
+    monkeypatch.setattr(speed_module, "_seconds_per_step", None)
+    monkeypatch.setattr(speed_module, "CPU_THREAD_FLOPS", 1e6)
     training = prepare(override(TINY, ["train.epochs=1000"]))
-    found = measure_speed(training)
-    assert not found.is_timed
+    speed = measure_speed(training)
+    assert not speed.is_timed
     operations = training_operations(training.learn.model, (1, 8, 8))
-    assert found.images_per_second == pytest.approx(1e6 * torch.get_num_threads() / operations)
+    assert speed.images_per_second == pytest.approx(1e6 * torch.get_num_threads() / operations)
 
 
 @pytest.mark.slow
-def test_a_slow_network_is_timed_on_few_images(monkeypatch):
+def test_slow_networks_are_timed_on_few_images(monkeypatch):
     sizes = []
-    monkeypatch.setattr(module, "_seconds_per_step", lambda _, size: sizes.append(size) or 0.5)
+    monkeypatch.setattr(
+        speed_module, "_seconds_per_step", lambda _, size: sizes.append(size) or 0.5
+    )
     training = prepare(override(TINY, ["train.batch_size=160", "train.epochs=10000"]))
     operations = training_operations(training.learn.model, (1, 8, 8))
     for planned in (0.5, 10, 10_000):
-        rate = planned * 4 * operations / module.TARGET_STEP_SECONDS / torch.get_num_threads()
-        monkeypatch.setattr(module, "CPU_THREAD_FLOPS", 1.001 * rate)
-        found = measure_speed(training)
-        assert found.images_per_second == pytest.approx(sizes[-1] * 4 / 0.5)
+        rate = planned * 4 * operations / speed_module.TARGET_STEP_SECONDS / torch.get_num_threads()
+        monkeypatch.setattr(speed_module, "CPU_THREAD_FLOPS", 1.001 * rate)
+        speed = measure_speed(training)
+        assert speed.images_per_second == pytest.approx(sizes[-1] * 4 / 0.5)
     assert sizes == [1, 10, 40]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), MemoryError()])
-def test_what_cannot_be_timed_stops_no_run(error, timed, monkeypatch):
+def test_errors_in_the_timing_are_ignored(error, short_timing, monkeypatch):
     def fail(*_, **__):
         raise error
 
@@ -151,24 +153,24 @@ def test_what_cannot_be_timed_stops_no_run(error, timed, monkeypatch):
     assert_unchanged(before, state_of(training))
 
 
-def test_compilation_is_not_timed(timed, monkeypatch):
+def test_compilation_is_not_timed(short_timing, monkeypatch):
     training = prepare(TINY)
     monkeypatch.setitem(
-        vars(training), "acceleration", module.replace(training.acceleration, compiled=True)
+        vars(training), "acceleration", speed_module.replace(training.acceleration, compiled=True)
     )
     monkeypatch.setattr(torch, "compile", None)
     assert measure_speed(training).is_lower_bound
 
 
-# The clock
+# StepTimer
 
 
 @pytest.fixture
-def clock(monkeypatch):
-    """A timer whose steps take as long as they are said to; the device is waited for in them."""
-    now, waits = [0.0], []
-    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: waits.append(device.type))
+def simulated_timer(monkeypatch):
+    """Run a `StepTimer` with given step times; count the synchronisations of the device."""
+    now, synchronised = [0.0], []
+    monkeypatch.setattr(speed_module.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: synchronised.append(device.type))
 
     def run(seconds, device="cpu"):
         timer = StepTimer()
@@ -180,51 +182,53 @@ def clock(monkeypatch):
                 timer.after_batch()
             except CancelFitException:
                 return timer, step + 1
-        raise AssertionError("it never ended")
+        raise AssertionError("the timer did not end")
 
-    return SimpleNamespace(run=run, waits=waits)
+    return SimpleNamespace(run=run, synchronised=synchronised)
 
 
-def test_the_first_steps_are_not_counted(clock):
-    timer, made = clock.run(lambda step: 0.9 if step < WARMUP_STEPS else 0.1)
+def test_warmup_steps_are_not_counted(simulated_timer):
+    timer, num_steps = simulated_timer.run(lambda step: 0.9 if step < WARMUP_STEPS else 0.1)
     assert timer.seconds / timer.steps == pytest.approx(0.1)
-    assert made <= WARMUP_STEPS + 7
+    assert num_steps <= WARMUP_STEPS + 7
 
 
-def test_quick_steps_come_to_an_end(clock):
-    timer, made = clock.run(lambda step: 1e-4)
-    assert (timer.steps, made) == (MAX_STEPS, WARMUP_STEPS + MAX_STEPS)
+def test_number_of_fast_steps_is_limited(simulated_timer):
+    timer, num_steps = simulated_timer.run(lambda step: 1e-4)
+    assert (timer.steps, num_steps) == (MAX_STEPS, WARMUP_STEPS + MAX_STEPS)
     assert timer.seconds == pytest.approx(1e-4 * MAX_STEPS)
 
 
-@pytest.mark.parametrize(("seconds", "made"), [(30.0, 1), (1.5, 2)])
-def test_a_slow_first_step_is_enough_on_a_cpu(clock, seconds, made):
-    timer, steps = clock.run(lambda step: seconds)
-    assert steps == made
+@pytest.mark.parametrize(("seconds", "num_steps"), [(30.0, 1), (1.5, 2)])
+def test_few_slow_steps_are_enough_on_a_cpu(simulated_timer, seconds, num_steps):
+    timer, steps = simulated_timer.run(lambda step: seconds)
+    assert steps == num_steps
     assert timer.seconds / timer.steps == pytest.approx(seconds)
 
 
-def test_a_gpu_is_waited_for_and_its_first_steps_are_never_counted(clock):
-    timer, _ = clock.run(lambda step: 30.0 if step < WARMUP_STEPS else 0.25, "cuda")
+def test_gpu_is_synchronised_and_warmup_is_not_counted(simulated_timer):
+    timer, _ = simulated_timer.run(lambda step: 30.0 if step < WARMUP_STEPS else 0.25, "cuda")
     assert timer.seconds / timer.steps == pytest.approx(0.25)
-    assert clock.waits == ["cuda"] * (WARMUP_STEPS + 1)  # before the clock starts, and at the end
+    assert simulated_timer.synchronised == ["cuda"] * (
+        WARMUP_STEPS + 1
+    )  # before the timing starts, and at the end
 
 
-def test_validation_is_left_out():
+def test_validation_is_skipped():
     with pytest.raises(CancelValidException):
         StepTimer().before_validate()
 
 
-# What follows from a speed
+# Estimates from a speed
 
 
-def test_the_time_counts_every_epoch_and_evaluation():
+def test_seconds_left_includes_epochs_and_evaluations():
     training = prepare(TINY)
     valid, test = len(training.learn.dls.valid.images), len(training.learn.dls[2].images)
     images = 2 * 6 * 32 + (2 + 1) * valid / 3 + test / 3
     assert seconds_left(training, Speed(10.0)) == pytest.approx(images / 10)
-    left = 6 * 32 + 2 * valid / 3 + test / 3
-    assert seconds_left(training, Speed(10.0), epochs_done=1) == pytest.approx(left / 10)
+    images_left = 6 * 32 + 2 * valid / 3 + test / 3
+    assert seconds_left(training, Speed(10.0), epochs_done=1) == pytest.approx(images_left / 10)
     ensemble = prepare(override(TINY, ["model.num_nets=3"]))
     assert seconds_left(ensemble, Speed(10.0)) == pytest.approx(3 * images / 10)
 
@@ -238,7 +242,7 @@ def test_the_time_counts_every_epoch_and_evaluation():
         (0.01, ShorterRun(None, 1, limit=8)),  # one batch
     ],
 )
-def test_the_shorter_training_fits_into_twenty_minutes(epochs, expected):
+def test_shorter_training_takes_twenty_minutes(epochs, expected):
     training = prepare(override(TINY, ["train.epochs=1000"]))
     valid = len(training.learn.dls.valid.images)
     rate = 1.0001 * epochs * (6 * 32 + valid / 3) / 1200
@@ -246,12 +250,14 @@ def test_the_shorter_training_fits_into_twenty_minutes(epochs, expected):
 
 
 @pytest.mark.slow
-def test_the_shorter_training_has_a_smaller_network_if_there_is_one():
+def test_shorter_training_uses_a_smaller_network():
     wide, narrow = (
         prepare(override(TINY, [f"model.arch={arch}"])) for arch in ("wrn16_8", "wrn10_4")
     )
-    own, least = (training_operations(t.learn.model, (1, 8, 8)) for t in (wide, narrow))
+    wide_operations, narrow_operations = (
+        training_operations(t.learn.model, (1, 8, 8)) for t in (wide, narrow)
+    )
     rate = 3.01 * (6 * 32 + len(wide.learn.dls.valid.images) / 3) / 1200
-    slower = rate * least / own / module.NARROW_NETWORK_EFFICIENCY
-    assert shorter_training(wide, Speed(slower)) == ShorterRun("wrn10_4", 3)
+    slow_rate = rate * narrow_operations / wide_operations / speed_module.NARROW_NETWORK_EFFICIENCY
+    assert shorter_training(wide, Speed(slow_rate)) == ShorterRun("wrn10_4", 3)
     assert shorter_training(narrow, Speed(rate)) == ShorterRun(None, 3)

@@ -1,4 +1,4 @@
-"""Backbones of others as MixMo networks: the same outputs, gradients everywhere, clear refusals."""
+"""Conversion of other networks: equal outputs, gradients everywhere, readable errors."""
 
 import copy
 import pickle
@@ -18,7 +18,7 @@ from mixmo_fastai.errors import InputError
 from mixmo_fastai.mixing import draw_lam, draw_masks
 from mixmo_fastai.models import convert_to_mixmo, create_model
 
-FAMILIES = {  # name: height and width at which it is tried here
+FAMILIES = {  # name: height and width of the images in these tests
     "resnet18": 64, "resnext50_32x4d": 64, "wide_resnet50_2": 64, "alexnet": 64, "vgg11_bn": 32,
     "densenet121": 64, "mobilenet_v2": 64, "mobilenet_v3_small": 64, "efficientnet_b0": 64,
     "convnext_tiny": 64, "regnet_y_400mf": 64, "mnasnet0_5": 64, "shufflenet_v2_x0_5": 64,
@@ -38,7 +38,7 @@ def plain(name):
     else:
         auxiliary = {"aux_logits": False, "init_weights": False} if name == "googlenet" else {}
         model = get_model(name, num_classes=CLASSES, **auxiliary)
-    for module in model.modules():  # some heads begin at zero, and would hide everything
+    for module in model.modules():  # heads and norms initialised with zeros would hide errors
         if isinstance(module, nn.Linear) and module.out_features == CLASSES:
             nn.init.normal_(module.weight)
         if isinstance(module, nn.BatchNorm2d) and not module.weight.any():
@@ -52,14 +52,14 @@ def largest_difference(found, expected):
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request):
-    """A network, its weights before it was converted, the MixMo network, and an image size."""
+    """Return a network, its original weights, the converted network and an image size."""
     model = plain(request.param)
     before = copy.deepcopy(model.state_dict())
     return model, before, convert_to_mixmo(model, 2), FAMILIES[request.param]
 
 
 @pytest.mark.slow
-def test_a_converted_network_gives_what_it_gave(family):
+def test_converted_network_has_equal_outputs(family):
     model, before, converted, size = family
     converted.eval()
     x = torch.randn(2, 3, size, size)
@@ -73,25 +73,27 @@ def test_a_converted_network_gives_what_it_gave(family):
 
 
 @pytest.mark.slow
-def test_every_parameter_gets_a_gradient(family):
+def test_every_parameter_has_a_gradient(family):
     *_, converted, size = family
     torch.manual_seed(0)
     converted.train().zero_grad()
     shape = converted.mask_shape(size, size)
-    for _ in range(3):  # stochastic depth leaves out a block at some of the passes
+    for _ in range(3):  # stochastic depth skips random blocks
         masks, _ = draw_masks("cutmix", draw_lam(2, 2, 2.0), shape)
         logits = converted(torch.randn(2, 2, 3, size, size), masks)
         assert logits.shape == (2, 2, CLASSES)
         logits.square().sum().backward()
-        without = [n for n, p in converted.named_parameters() if p.grad is None or not p.grad.any()]
-        if not without:
+        without_gradient = [
+            n for n, p in converted.named_parameters() if p.grad is None or not p.grad.any()
+        ]
+        if not without_gradient:
             break
-    assert not without
+    assert not without_gradient
     assert converted.heads[0].weight.grad.abs().sum() > 0
 
 
 @pytest.mark.slow
-def test_members_see_images_of_their_own():
+def test_output_depends_on_the_images_of_all_members():
     converted = convert_to_mixmo(plain("resnet18"), 2).eval()
     masks, _ = draw_masks("linear", draw_lam(1, 2, 2.0), converted.mask_shape(32, 32))
     images = torch.randn(1, 2, 3, 32, 32)
@@ -102,12 +104,12 @@ def test_members_see_images_of_their_own():
         assert not torch.allclose(converted(changed, masks), before)
 
 
-def test_patches_of_a_transformer_are_the_map_that_masks_are_laid_over():
+def test_mask_shape_of_a_transformer_is_its_grid_of_patches():
     converted = convert_to_mixmo(plain("timm/vit_tiny_patch16_224"), 2)
     assert converted.mask_shape(224, 224) == (192, 14, 14)
 
 
-class Own(nn.Module):
+class SmallNetwork(nn.Module):
     def __init__(self):
         super().__init__()
         self.last, self.first = nn.Linear(4, 3), nn.Conv2d(2, 4, 3, stride=2, bias=True)
@@ -118,8 +120,8 @@ class Own(nn.Module):
 
 @pytest.mark.parametrize("names", [{}, {"encoder": "first", "head": "last"}])
 @pytest.mark.parametrize("num_members", [1, 2, 3])
-def test_a_network_of_ones_own(names, num_members):
-    model, x = Own(), torch.randn(2, 2, 9, 9)
+def test_custom_network(names, num_members):
+    model, x = SmallNetwork(), torch.randn(2, 2, 9, 9)
     converted = convert_to_mixmo(model, num_members, **names)
     torch.testing.assert_close(converted(x), model(x))
     assert converted.num_members == num_members
@@ -127,7 +129,7 @@ def test_a_network_of_ones_own(names, num_members):
     torch.testing.assert_close(weights.sum(dim=0), model.first.weight)
 
 
-def test_the_training_mode_of_each_part_stays():
+def test_training_modes_of_all_parts_are_kept():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.LazyLinear(3))
     model(torch.zeros(2, 3, 8, 8))
     model[1].eval()
@@ -139,25 +141,25 @@ def test_the_training_mode_of_each_part_stays():
     assert not model[1].training
 
 
-class Changing(Own):
+class ScaledImage(SmallNetwork):
     def forward(self, x):
         return super().forward(2 * x)
 
 
-class ChangingInTraining(Own):
+class NoiseInTraining(SmallNetwork):
     def forward(self, x):
         return super().forward(x + torch.randn_like(x) if self.training else x)
 
 
-class Padding(Own):
-    """Pads to a multiple of 32, which an image of 224 is already."""
+class PaddedImage(SmallNetwork):
+    """Pads the image to a multiple of 32; an image of 224 is not changed."""
 
     def forward(self, x):
         return super().forward(nn.functional.pad(x, (0, -x.shape[3] % 32, 0, -x.shape[2] % 32)))
 
 
-class Folding(Own):
-    """Makes channels of pixels before it looks at them."""
+class PixelUnshuffle(SmallNetwork):
+    """Rearranges pixels into channels before the first convolution."""
 
     def __init__(self):
         super().__init__()
@@ -167,8 +169,8 @@ class Folding(Own):
         return super().forward(nn.functional.pixel_unshuffle(x, 4))
 
 
-class Striding(Own):
-    """Ends with a convolution that leaves places out, which no linear layer does."""
+class StridedHead(SmallNetwork):
+    """Ends with a strided convolution, which is not equivalent to a linear layer."""
 
     def __init__(self):
         super().__init__()
@@ -179,8 +181,8 @@ class Striding(Own):
         return self.last(features).flatten(1)
 
 
-class Tied(Own):
-    """Two layers of the same weights."""
+class TiedWeights(SmallNetwork):
+    """Two layers share their weights."""
 
     def __init__(self):
         super().__init__()
@@ -191,8 +193,8 @@ class Tied(Own):
         return self.last(self.between(self.first(x).relu().mean((2, 3))))
 
 
-class Demanding(Own):
-    """Takes no logits that are not numbers."""
+class FiniteLogitsRequired(SmallNetwork):
+    """Fails if the logits are not finite."""
 
     def forward(self, x):
         logits = super().forward(x)
@@ -200,42 +202,42 @@ class Demanding(Own):
         return logits
 
 
-class Saving(Own):
-    """Computes its first convolution, and what follows, again in the backward pass."""
+class GradientCheckpointing(SmallNetwork):
+    """Computes the first convolution again in the backward pass."""
 
     def forward(self, x):
         features = checkpoint(lambda x: self.first(x).square(), x, use_reentrant=False)
         return self.last(features.mean((2, 3)))
 
 
-class Brightening(Own):
+class ChangedAtOneSize(SmallNetwork):
     def forward(self, x):
         return super().forward(x + (x.shape[2] == 97))
 
 
-class Softmax(Own):
+class Softmax(SmallNetwork):
     def forward(self, x):
         return super().forward(x).softmax(1)
 
 
-class Clamping(Own):
-    """Says what its last layer says, as long as that is within some range."""
+class ClampedLogits(SmallNetwork):
+    """Clamps the logits, which changes only large values."""
 
     def forward(self, x):
         return super().forward(x).clamp(-100, 100)
 
 
-class Rectifying(Own):
+class RectifiedLogits(SmallNetwork):
     def forward(self, x):
         return super().forward(x).relu()
 
 
-class Twice(Own):
+class TwoPasses(SmallNetwork):
     def forward(self, x):
         return super().forward(x) + super().forward(x)
 
 
-class Branching(Own):
+class TwoFirstConvolutions(SmallNetwork):
     def __init__(self):
         super().__init__()
         self.other = nn.Conv2d(2, 4, 3, stride=2)
@@ -244,31 +246,31 @@ class Branching(Own):
         return self.last((self.first(x) + self.other(x)).relu().mean((2, 3)))
 
 
-class BranchingInTraining(Branching):
+class TwoFirstConvolutionsInTraining(TwoFirstConvolutions):
     def forward(self, x):
-        return super().forward(x) if self.training else Own.forward(self, x)
+        return super().forward(x) if self.training else SmallNetwork.forward(self, x)
 
 
-class Auxiliary(Own):
+class AuxiliaryOutput(SmallNetwork):
     def forward(self, x):
         return (super().forward(x), x) if self.training else super().forward(x)
 
 
-class LogSoftmaxInTraining(Own):
+class LogSoftmaxInTraining(SmallNetwork):
     def forward(self, x):
         logits = super().forward(x)
         return logits.log_softmax(1) if self.training else logits
 
 
-class RectifyingInPlace(Own):
-    """Its end writes over the logits, but is no layer."""
+class RectifiedInPlace(SmallNetwork):
+    """Changes the logits in place with a function, not with a layer."""
 
     def forward(self, x):
         return super().forward(x).relu_()
 
 
-class BoundedInEvaluation(Own):
-    """Ends with an output layer, but not in training."""
+class SigmoidInEvaluation(SmallNetwork):
+    """Applies its output layer only in evaluation."""
 
     def __init__(self):
         super().__init__()
@@ -279,8 +281,8 @@ class BoundedInEvaluation(Own):
         return logits if self.training else self.bound(logits)
 
 
-class BoundedTwice(Own):
-    """Uses its output layer in between as well."""
+class SigmoidUsedTwice(SmallNetwork):
+    """Uses its output layer also between other layers."""
 
     def __init__(self):
         super().__init__()
@@ -290,39 +292,39 @@ class BoundedTwice(Own):
         return self.bound(self.last(self.bound(self.between(self.first(x).mean((2, 3))))))
 
 
-class Dropping(Own):
+class DropoutOfLogits(SmallNetwork):
     def forward(self, x):
         return nn.functional.dropout(super().forward(x), 0.5, self.training)
 
 
-class Keeping(Own):
+class StoredActivations(SmallNetwork):
     def forward(self, x):
-        self.kept = self.first(x).relu()
-        return self.last(self.kept.mean((2, 3)))
+        self.stored = self.first(x).relu()
+        return self.last(self.stored.mean((2, 3)))
 
 
-def keeping():
-    model = Keeping()
+def network_with_stored_activations():
+    model = StoredActivations()
     model(torch.randn(1, 2, 9, 9))
     return model
 
 
-class Tuple(Own):
+class TupleOutput(SmallNetwork):
     def forward(self, x):
         return super().forward(x), x
 
 
-class Failing(Own):
+class FailingNetwork(SmallNetwork):
     def forward(self, x):
-        raise RuntimeError("no images today")
+        raise RuntimeError("forward fails")
 
 
-class Reading(Own):
+class WeightDtype(SmallNetwork):
     def forward(self, x):
         return super().forward(x.to(self.first.weight.dtype))
 
 
-class TwoHeads(Own):
+class TwoHeads(SmallNetwork):
     def __init__(self):
         super().__init__()
         self.other = nn.Linear(4, 3)
@@ -332,88 +334,112 @@ class TwoHeads(Own):
         return (self.last(features) + self.other(features)) / 2
 
 
-class Standardising(nn.Conv2d):
+class StandardisedConv2d(nn.Conv2d):
     def forward(self, x):
         weight = self.weight / self.weight.std()
         return self._conv_forward(x, weight, self.bias)
 
 
-def standardising():
-    model = Own()
-    model.first = Standardising(2, 4, 3)
-    nn.init.zeros_(model.last.weight)  # whatever the head makes of it
+def network_with_standardised_convolution():
+    model = SmallNetwork()
+    model.first = StandardisedConv2d(2, 4, 3)
+    nn.init.zeros_(model.last.weight)  # the error must not depend on the head
     return model
 
 
-def normalised(part, normalise):
-    model = Own()
-    setattr(model, part, normalise(getattr(model, part)))
+def network_with_normalised_layer(name, normalise):
+    model = SmallNetwork()
+    setattr(model, name, normalise(getattr(model, name)))
     return model
 
 
-def on_meta():
+def network_on_meta_device():
     with torch.device("meta"):
-        return Own()
+        return SmallNetwork()
 
 
-REFUSED = {
+UNSUPPORTED = {
     "no convolution": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(8, 2)), "has no convolution"),
     "no linear layer": (lambda: nn.Sequential(nn.Conv2d(3, 2, 1)), "MixMo needs logits"),
-    "convolution at the end": (
+    "ends with a convolution": (
         lambda: nn.Sequential(nn.Conv2d(3, 2, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
         "does not end with a linear layer",
     ),
     "softmax": (Softmax, "does not end with linear layer 'last'"),
-    "rectifying": (Rectifying, "does not end with linear layer 'last'"),
-    "rectifying in place": (RectifyingInPlace, "does not end with linear layer 'last'"),
-    "softmax as a layer": (lambda: nn.Sequential(Own(), nn.Softmax(1)), "does not end with linear"),
-    "dropout as a layer": (lambda: nn.Sequential(Own(), nn.Dropout()), "last' in training"),
-    "trained output": (lambda: nn.Sequential(Own(), nn.BatchNorm1d(3)), "does not end with linear"),
-    "output in evaluation": (BoundedInEvaluation, "does not end with linear layer 'last'"),
-    "output twice": (BoundedTwice, "does not end with linear layer 'last'"),
-    "clamping": (Clamping, "does not end with linear layer 'last'"),
+    "relu of logits": (RectifiedLogits, "does not end with linear layer 'last'"),
+    "in-place relu of logits": (RectifiedInPlace, "does not end with linear layer 'last'"),
+    "softmax layer": (
+        lambda: nn.Sequential(SmallNetwork(), nn.Softmax(1)),
+        "does not end with linear",
+    ),
+    "dropout layer": (lambda: nn.Sequential(SmallNetwork(), nn.Dropout()), "last' in training"),
+    "batch norm of logits": (
+        lambda: nn.Sequential(SmallNetwork(), nn.BatchNorm1d(3)),
+        "does not end with linear",
+    ),
+    "output layer only in evaluation": (
+        SigmoidInEvaluation,
+        "does not end with linear layer 'last'",
+    ),
+    "output layer used twice": (SigmoidUsedTwice, "does not end with linear layer 'last'"),
+    "clamped logits": (ClampedLogits, "does not end with linear layer 'last'"),
     "two heads": (TwoHeads, "does not end with linear layer 'other'"),
-    "distilled": (
+    "distilled transformer": (
         lambda: timm.create_model("deit_tiny_distilled_patch16_224"),
         "does not end with linear",
     ),
-    "changed image": (Changing, "changes the image before its first convolution, 'first'"),
-    "changed in training": (ChangingInTraining, "changes the image in training before its first"),
-    "folded": (Folding, "changes the image before its first convolution, 'first'"),
-    "tied": (Tied, "'last' of Tied shares its weights with 'between'"),
-    "striding": (Striding, "does not end with a linear layer"),
-    "brightened": (Brightening, "changes the image of 97x97"),
-    "dropped out": (lambda: nn.Sequential(nn.Dropout(0.5), Own()), "image in training before"),
-    "branching in training": (BranchingInTraining, "passes the image in training to more layers"),
-    "auxiliary": (Auxiliary, "does not end with 'last' in training"),
+    "image is scaled": (ScaledImage, "changes the image before its first convolution, 'first'"),
+    "noise in training": (NoiseInTraining, "changes the image in training before its first"),
+    "pixel unshuffle": (PixelUnshuffle, "changes the image before its first convolution, 'first'"),
+    "tied weights": (TiedWeights, "'last' of TiedWeights shares its weights with 'between'"),
+    "strided head": (StridedHead, "does not end with a linear layer"),
+    "image is changed at one size": (ChangedAtOneSize, "changes the image of 97x97"),
+    "dropout of the image": (
+        lambda: nn.Sequential(nn.Dropout(0.5), SmallNetwork()),
+        "image in training before",
+    ),
+    "two first convolutions in training": (
+        TwoFirstConvolutionsInTraining,
+        "passes the image in training to more layers",
+    ),
+    "auxiliary output": (AuxiliaryOutput, "does not end with 'last' in training"),
     "softmax in training": (LogSoftmaxInTraining, "does not end with 'last' in training"),
-    "dropping logits": (Dropping, "does not end with 'last' in training"),
-    "keeps activations": (
-        keeping,
+    "dropout of logits": (DropoutOfLogits, "does not end with 'last' in training"),
+    "stored activations": (
+        network_with_stored_activations,
         "cannot be copied: RuntimeError: Only Tensors created explicitly",
     ),
-    "reads weights": (Reading, "without its first convolution and last layer: AttributeError"),
-    "lazy": (lambda: nn.Sequential(nn.LazyConv2d(4, 1)), "uninitialised lazy layers"),
-    "meta": (on_meta, "is on the meta device"),
-    "a name": (lambda: "resnet18", "model must be a network .*; got 'resnet18'"),
+    "reads the dtype of weights": (
+        WeightDtype,
+        "without its first convolution and last layer: AttributeError",
+    ),
+    "lazy layers": (lambda: nn.Sequential(nn.LazyConv2d(4, 1)), "uninitialised lazy layers"),
+    "meta device": (network_on_meta_device, "is on the meta device"),
+    "name instead of a network": (lambda: "resnet18", "model must be a network .*; got 'resnet18'"),
     "spectral norm": (
-        lambda: normalised("first", spectral_norm),
+        lambda: network_with_normalised_layer("first", spectral_norm),
         "'first' .* computes its weights",
     ),
-    "weight norm": (lambda: normalised("last", weight_norm), "'last' .* computes its weights"),
-    "called twice": (Twice, "calls its convolution 'first' 2 times"),
-    "image goes elsewhere": (Branching, "passes the image to more layers than"),
-    "tuple": (Tuple, "returns tuple"),
-    "failing": (Failing, "no images today"),
-    "weights normalised": (standardising, "'first' .*not linear in its weights"),
+    "weight norm": (
+        lambda: network_with_normalised_layer("last", weight_norm),
+        "'last' .* computes its weights",
+    ),
+    "two passes": (TwoPasses, "calls its convolution 'first' 2 times"),
+    "two first convolutions": (TwoFirstConvolutions, "passes the image to more layers than"),
+    "tuple output": (TupleOutput, "returns tuple"),
+    "failing forward pass": (FailingNetwork, "forward fails"),
+    "standardised weights": (
+        network_with_standardised_convolution,
+        "'first' .*not linear in its weights",
+    ),
     "squeezenet": (lambda: get_model("squeezenet1_1"), "does not end with a linear layer"),
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_converted_says_which_part_is_missing(case):
-    make, message = REFUSED[case]
+@pytest.mark.parametrize("case", UNSUPPORTED)
+def test_unsupported_networks_are_explained(case):
+    make, message = UNSUPPORTED[case]
     with pytest.raises(InputError, match=message) as caught:
         convert_to_mixmo(make())
     assert len(str(caught.value).splitlines()) <= 3
@@ -422,7 +448,7 @@ def test_what_cannot_be_converted_says_which_part_is_missing(case):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"encoder": "last"}, "encoder must name a convolution of Own; got 'last'"),
+        ({"encoder": "last"}, "encoder must name a convolution of SmallNetwork; got 'last'"),
         ({"head": "first"}, "does not end with 'first'"),
         ({"num_members": 0}, "num_members must be an integer, 1 or more"),
         ({"perturbation": 1.0}, "perturbation must be"),
@@ -434,13 +460,13 @@ def test_what_cannot_be_converted_says_which_part_is_missing(case):
         ({"in_channels": 0}, "in_channels must be an integer, 1 or more"),
     ],
 )
-def test_wrong_arguments_are_explained(arguments, message):
+def test_invalid_arguments_are_explained(arguments, message):
     with pytest.raises(InputError, match=message):
-        convert_to_mixmo(Own(), **arguments)
+        convert_to_mixmo(SmallNetwork(), **arguments)
 
 
-class Named(Own):
-    """Its layers have two names each, and are called by keyword."""
+class TwoNamesPerLayer(SmallNetwork):
+    """Each layer has two names, and the first is called with a keyword argument."""
 
     def __init__(self):
         super().__init__()
@@ -451,8 +477,8 @@ class Named(Own):
         return self.classifier(self.first(input=x).relu().mean((2, 3)))
 
 
-class Reordered(Own):
-    """Registers a convolution of other channels before the first that it calls."""
+class Reordered(SmallNetwork):
+    """The convolution that is registered first is not called first."""
 
     def __init__(self):
         super().__init__()
@@ -465,7 +491,7 @@ class Reordered(Own):
         return self.last(self.between(self.first(x)).relu().mean((2, 3)))
 
 
-class OneByOne(Own):
+class ConvolutionalHead(SmallNetwork):
     def __init__(self):
         super().__init__()
         self.last = nn.Conv2d(4, 3, 1)
@@ -475,13 +501,20 @@ class OneByOne(Own):
 
 
 @pytest.mark.parametrize(
-    ("kind", "channels"), [(Named, 2), (Reordered, 3), (OneByOne, 2), (Own, 2), (Demanding, 2)]
+    ("network", "channels"),
+    [
+        (TwoNamesPerLayer, 2),
+        (Reordered, 3),
+        (ConvolutionalHead, 2),
+        (SmallNetwork, 2),
+        (FiniteLogitsRequired, 2),
+    ],
 )
-def test_networks_built_in_their_own_ways(kind, channels):
-    model = kind().eval()
+def test_networks_of_unusual_structure(network, channels):
+    model = network().eval()
     x = torch.randn(3, channels, 20, 13)
-    for given in ({}, {"encoder": "first"}):
-        converted = convert_to_mixmo(model, **given).eval()
+    for arguments in ({}, {"encoder": "first"}):
+        converted = convert_to_mixmo(model, **arguments).eval()
         torch.testing.assert_close(converted(x), model(x))
         torch.testing.assert_close(converted.fuse()(x), model(x))
     assert all(isinstance(head, nn.Linear) for head in converted.heads)
@@ -490,15 +523,15 @@ def test_networks_built_in_their_own_ways(kind, channels):
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [40, 97])
 @pytest.mark.parametrize("name", ["resnet18", "convnext_tiny", "densenet121", "mobilenet_v2"])
-def test_other_sizes_than_that_it_was_tried_at(name, size):
+def test_images_of_other_sizes(name, size):
     model = plain(name)
     converted, x = convert_to_mixmo(model).eval(), torch.randn(2, 3, size, size)
     with torch.no_grad():
         assert largest_difference(converted(x), model(x)) < 1e-4
 
 
-class SizedByImage(Own):
-    """Looks at the size of the image beside the features."""
+class UsesImageSize(SmallNetwork):
+    """Uses the image size in its forward pass."""
 
     def forward(self, x):
         features = nn.functional.interpolate(self.first(x), x.shape[2:]).relu()
@@ -506,20 +539,20 @@ class SizedByImage(Own):
 
 
 @pytest.mark.parametrize("size", [9, 32, 33])
-def test_networks_that_look_at_the_size_of_the_image(size):
-    model, x = SizedByImage().eval(), torch.randn(2, 2, size, size + 2)
+def test_networks_that_use_the_image_size(size):
+    model, x = UsesImageSize().eval(), torch.randn(2, 2, size, size + 2)
     converted = convert_to_mixmo(model).eval()
     for network in (converted, converted.fuse(), converted.fuse(keep_members=True)):
         torch.testing.assert_close(network(x), model(x))
     masks = torch.full((2, 2, 1, *converted.mask_shape(size, size + 2)[1:]), 0.5)
-    alike = x[:, None].expand(-1, 2, -1, -1, -1)
-    torch.testing.assert_close(converted(alike, masks).mean(1), model(x))
+    same_images = x[:, None].expand(-1, 2, -1, -1, -1)
+    torch.testing.assert_close(converted(same_images, masks).mean(1), model(x))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "timm/convnext_atto", "timm/dla34"])
-def test_what_is_fused_is_of_the_class_that_it_was(name):
-    """So that its weights go wherever those of such a network go."""
+def test_fused_network_has_the_original_class(name):
+    """Its weights can be loaded into a network of that class."""
     model = plain(name)
     fused = convert_to_mixmo(model).eval().fuse()
     assert type(fused) is type(model)
@@ -530,8 +563,8 @@ def test_what_is_fused_is_of_the_class_that_it_was(name):
         assert largest_difference(other(x), model(x)) < 1e-4
 
 
-def test_images_that_the_network_would_pad_are_refused_when_they_come():
-    model = Padding().eval()
+def test_images_that_the_network_pads_are_rejected():
+    model = PaddedImage().eval()
     converted = convert_to_mixmo(model).eval()
     x = torch.randn(2, 2, 64, 96)
     torch.testing.assert_close(converted(x), model(x))
@@ -543,61 +576,63 @@ def test_images_that_the_network_would_pad_are_refused_when_they_come():
 
 @pytest.fixture
 def dynamo():
-    """The compiler, which knows nothing of other tests, nor they of these."""
+    """Return torch.compile with a backend for tests; reset the compiler before and after."""
     torch.compiler.reset()
     yield partial(torch.compile, backend="eager")
     torch.compiler.reset()
 
 
 @pytest.mark.slow
-def test_a_compiled_network_refuses_them_too(dynamo):
-    compiled = dynamo(convert_to_mixmo(Padding()).eval())
+def test_compiled_network_rejects_images_that_it_pads(dynamo):
+    compiled = dynamo(convert_to_mixmo(PaddedImage()).eval())
     with torch.no_grad(), pytest.raises(InputError, match="images of 64x40 to 64x64"):
         compiled(torch.randn(2, 2, 64, 40))
 
 
-def test_a_first_convolution_that_is_computed_twice_is_told_in_words():
-    converted = convert_to_mixmo(Saving())
+def test_gradient_checkpointing_of_the_first_convolution_is_rejected():
+    converted = convert_to_mixmo(GradientCheckpointing())
     with pytest.raises(InputError, match="Exclude it from gradient checkpointing"):
         converted(torch.randn(2, 2, 9, 9)).sum().backward()
 
 
-def test_what_is_fused_tells_its_classes():
+def test_fused_timm_network_has_num_classes():
     model = create_model("timm/resnet10t", 3, image_size=(32, 32))
     assert model.fuse().num_classes == 3
 
 
 @pytest.mark.slow
-def test_independent_members_start_apart():
+def test_independent_members_are_permutations():
     model = plain("resnet18")
     converted = convert_to_mixmo(model, 3, independent=True)
-    for layers, own in ((converted.encoders, model.conv1), (converted.heads, model.fc)):
+    for layers, original in ((converted.encoders, model.conv1), (converted.heads, model.fc)):
         weights = torch.stack([layer.weight.flatten() for layer in layers]).detach()
-        assert torch.equal(weights.sort().values, own.weight.flatten().sort().values.expand(3, -1))
+        assert torch.equal(
+            weights.sort().values, original.weight.flatten().sort().values.expand(3, -1)
+        )
         assert torch.corrcoef(weights).triu(1).abs().max() < 0.1
 
 
 @pytest.mark.slow
-def test_types_are_kept_part_by_part():
+def test_dtypes_of_all_parts_are_kept():
     model = plain("resnet18").half()
     model.bn1.float()
-    model.register_buffer("fine", torch.full((1,), 1 / 3, dtype=torch.float64))
+    model.register_buffer("double_buffer", torch.full((1,), 1 / 3, dtype=torch.float64))
     body = convert_to_mixmo(model).core.body
     assert body.bn1.weight.dtype == torch.float32
     assert body.layer1[0].conv1.weight.dtype == torch.float16
-    assert torch.equal(body.fine, model.fine)
+    assert torch.equal(body.double_buffer, model.double_buffer)
 
 
-class Noisy(Own):
+class RandomForward(SmallNetwork):
     def forward(self, x):
         features = self.first(x).relu().mean((2, 3))
         return self.last(features + 0 * torch.randn_like(features))
 
 
-def test_networks_that_draw_leave_the_global_generator_alone():
+def test_global_generator_is_restored_after_random_forward_passes():
     state = torch.get_rng_state()
-    convert_to_mixmo(model := Noisy(), generator=torch.Generator())
-    assert not torch.equal(torch.get_rng_state(), state)  # its own layers were drawn
+    convert_to_mixmo(model := RandomForward(), generator=torch.Generator())
+    assert not torch.equal(torch.get_rng_state(), state)  # creating the network changes the state
     state = torch.get_rng_state()
     convert_to_mixmo(model, generator=torch.Generator())
     assert torch.equal(torch.get_rng_state(), state)
@@ -605,7 +640,7 @@ def test_networks_that_draw_leave_the_global_generator_alone():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_the_type_of_the_weights_stays(dtype):
+def test_dtype_of_the_weights_is_kept(dtype):
     model = plain("resnet18").to(dtype)
     converted = convert_to_mixmo(model)
     assert {p.dtype for p in converted.parameters()} == {dtype}
@@ -616,7 +651,7 @@ def test_the_type_of_the_weights_stays(dtype):
 
 
 @pytest.mark.slow
-def test_a_region_of_lower_precision_does_not_spoil_the_check():
+def test_conversion_inside_autocast():
     model, x = plain("resnet18"), torch.randn(2, 3, 32, 32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         converted = convert_to_mixmo(model)
@@ -624,20 +659,20 @@ def test_a_region_of_lower_precision_does_not_spoil_the_check():
         assert largest_difference(converted.eval()(x), model(x)) < 1e-4
 
 
-def test_encoders_and_heads_train_and_what_was_frozen_between_stays_so():
+def test_frozen_core_stays_frozen_but_encoders_and_heads_train():
     model = plain("resnet18").requires_grad_(False)
     converted = convert_to_mixmo(model)
-    trains = {name.split(".")[0] for name, p in converted.named_parameters() if p.requires_grad}
-    assert trains == {"encoders", "heads"}
+    trainable = {name.split(".")[0] for name, p in converted.named_parameters() if p.requires_grad}
+    assert trainable == {"encoders", "heads"}
 
 
-def test_a_network_that_diverged_is_converted_all_the_same():
-    model = Own()
+def test_network_with_nan_weights_is_converted():
+    model = SmallNetwork()
     nn.init.constant_(model.last.weight, float("nan"))
     assert convert_to_mixmo(model)(torch.randn(1, 2, 9, 9)).isnan().all()
 
 
-def test_the_network_is_left_alone():
+def test_conversion_does_not_change_the_network():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(256, 3))
     model.train()
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
@@ -650,30 +685,30 @@ def test_the_network_is_left_alone():
 
 
 @pytest.mark.slow
-def test_several_threads_may_ask_one_network():
-    """Each is given the features of its own images."""
+def test_inference_in_several_threads():
+    """Each thread receives the predictions for its own images."""
     converted = convert_to_mixmo(plain("resnet18")).eval()
     images = torch.randn(8, 1, 3, 32, 32)
     with torch.no_grad():
         expected = [converted(image) for image in images]
 
-        def ask(number):
+        def predict(number):
             with torch.no_grad():
                 return number, converted(images[number])
 
         with ThreadPoolExecutor(4) as pool:
-            for number, found in pool.map(ask, [*range(8)] * 15):
+            for number, found in pool.map(predict, [*range(8)] * 15):
                 torch.testing.assert_close(found, expected[number])
 
 
-def test_copies_and_pickles_are_networks_as_well():
-    converted, x = convert_to_mixmo(Own()), torch.randn(2, 2, 9, 9)
+def test_copies_and_pickles_have_equal_outputs():
+    converted, x = convert_to_mixmo(SmallNetwork()), torch.randn(2, 2, 9, 9)
     for other in (copy.deepcopy(converted), pickle.loads(pickle.dumps(converted))):
         torch.testing.assert_close(other(x), converted(x))
 
 
-def test_no_image_is_kept():
-    converted = convert_to_mixmo(Own())
+def test_features_are_not_kept_after_the_forward_pass():
+    converted = convert_to_mixmo(SmallNetwork())
     converted(torch.randn(2, 2, 9, 9))
     assert converted.core.body.first.of_thread.features is None
 
@@ -691,7 +726,7 @@ def test_no_image_is_kept():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The tensor attribute self.latest_member_logits")
-def test_it_is_compiled_and_traced_whole(dynamo):
+def test_compilation_and_export_without_graph_breaks(dynamo):
     converted, x = convert_to_mixmo(plain("resnet18")).eval(), torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         expected = converted(x)
@@ -702,8 +737,8 @@ def test_it_is_compiled_and_traced_whole(dynamo):
             torch.testing.assert_close(exported(x), expected, rtol=1e-3, atol=1e-3)
 
 
-class Halting(Own):
-    """Cannot be compiled in one piece."""
+class GraphBreak(SmallNetwork):
+    """Cannot be compiled as one graph."""
 
     def forward(self, x):
         torch._dynamo.graph_break()
@@ -711,15 +746,15 @@ class Halting(Own):
 
 
 @pytest.mark.slow
-def test_it_is_compiled_in_parts(dynamo):
-    converted, x = convert_to_mixmo(Halting()).eval(), torch.randn(2, 2, 9, 9)
+def test_compilation_with_graph_breaks(dynamo):
+    converted, x = convert_to_mixmo(GraphBreak()).eval(), torch.randn(2, 2, 9, 9)
     with torch.no_grad():
         torch.testing.assert_close(dynamo(converted)(x), converted(x))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("channels", [1, 2, 4, 6])
-def test_other_channels_give_the_same_for_grey_images(channels):
+def test_other_numbers_of_channels_have_equal_outputs_for_grey_images(channels):
     model = plain("resnet18")
     grey = torch.randn(2, 1, 32, 32)
     expected = model(grey.expand(-1, 3, -1, -1))
@@ -731,22 +766,22 @@ def test_other_channels_give_the_same_for_grey_images(channels):
 
 OUTPUTS = {
     "y_range": lambda: SigmoidRange(-1, 6),
-    "y_range of each number": lambda: SigmoidRange(torch.tensor([0.0, 1, 2]), torch.tensor(7.0)),
+    "y_range per output": lambda: SigmoidRange(torch.tensor([0.0, 1, 2]), torch.tensor(7.0)),
     "sigmoid": nn.Sigmoid,
-    "tanh, then nothing": lambda: nn.Sequential(nn.Tanh(), nn.Dropout(0.0), nn.Identity()),
-    "rectifying in place": lambda: nn.ReLU(inplace=True),
+    "tanh and inactive layers": lambda: nn.Sequential(nn.Tanh(), nn.Dropout(0.0), nn.Identity()),
+    "in-place relu": lambda: nn.ReLU(inplace=True),
 }
 
 
-@pytest.mark.parametrize("kind", OUTPUTS)
-def test_an_output_layer_may_follow_the_last_layer(kind):
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_output_layer_after_the_last_linear_layer(name):
     torch.manual_seed(0)
-    model = nn.Sequential(Own(), OUTPUTS[kind]()).eval()
+    model = nn.Sequential(SmallNetwork(), OUTPUTS[name]()).eval()
     x = torch.randn(4, 2, 9, 9)
     with torch.no_grad():
         converted = convert_to_mixmo(model)
         torch.testing.assert_close(converted(x), model(x))
-        for head in converted.heads:  # members that differ, as after training
+        for head in converted.heads:  # different members, as after training
             nn.init.normal_(head.weight, std=2.0)
         expected = converted.output(converted.member_logits(x).mean(dim=1))
         assert torch.equal(converted(x), expected)
@@ -756,13 +791,13 @@ def test_an_output_layer_may_follow_the_last_layer(kind):
         assert type(fused) is nn.Sequential
         assert not fused.training
         torch.testing.assert_close(fused(x), expected)
-        votes = converted.fuse(keep_members=True)
-        torch.testing.assert_close(votes(x), expected)
-        torch.testing.assert_close(votes.member_logits(x), converted.member_logits(x))
+        fused_members = converted.fuse(keep_members=True)
+        torch.testing.assert_close(fused_members(x), expected)
+        torch.testing.assert_close(fused_members.member_logits(x), converted.member_logits(x))
 
 
-def test_in_training_each_member_predicts_within_the_range():
-    converted = convert_to_mixmo(nn.Sequential(Own(), SigmoidRange(2, 3)))
+def test_members_predict_within_the_range_in_training():
+    converted = convert_to_mixmo(nn.Sequential(SmallNetwork(), SigmoidRange(2, 3)))
     nn.init.normal_(converted.heads[0].weight, std=20.0)
     x = torch.randn(4, 2, 2, 9, 9)
     masks = torch.full((4, 2, 1, *converted.mask_shape(9, 9)[1:]), 0.5)
@@ -772,11 +807,13 @@ def test_in_training_each_member_predicts_within_the_range():
     assert predictions.max() <= 3
 
 
-def test_an_output_layer_adds_no_tensors_and_pickles_of_before_have_none():
-    plain, bounded = (convert_to_mixmo(m) for m in (Own(), nn.Sequential(Own(), nn.Sigmoid())))
+def test_output_layer_adds_no_tensors_and_old_pickles_load():
+    plain, bounded = (
+        convert_to_mixmo(m) for m in (SmallNetwork(), nn.Sequential(SmallNetwork(), nn.Sigmoid()))
+    )
     assert len(plain.state_dict()) == len(bounded.state_dict())
-    del plain.__dict__["output"], plain.core.__dict__["output"]  # as version 0.1.0 pickled it
-    again = pickle.loads(pickle.dumps(plain))
+    del plain.__dict__["output"], plain.core.__dict__["output"]  # as in pickles of version 0.1.0
+    loaded = pickle.loads(pickle.dumps(plain))
     x = torch.randn(4, 2, 9, 9)
-    assert torch.equal(again(x), plain(x))
-    torch.testing.assert_close(again.eval().fuse()(x), plain(x))
+    assert torch.equal(loaded(x), plain(x))
+    torch.testing.assert_close(loaded.eval().fuse()(x), plain(x))

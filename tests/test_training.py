@@ -32,11 +32,11 @@ TINY = recipe_from_mapping(
     },
     "here",
 )
-TIMES = {"seconds", "images_per_second"}
+TIMING_COLUMNS = {"seconds", "images_per_second"}
 
 
-class Watch(Callback):
-    """Note what each step trains with; press Ctrl-C in a given epoch, counted from 1."""
+class StepRecorder(Callback):
+    """Record the hyperparameters of each step; raise KeyboardInterrupt in a given epoch from 1."""
 
     order, run_valid = 100, False
 
@@ -52,69 +52,71 @@ class Watch(Callback):
 
 
 def fit(recipe, folder, *, resume=False, interrupt_in=0):
-    """Train into a folder; give the run and what each step trained with."""
+    """Train in a folder; return the run and the hyperparameters of each step."""
     run = open_run(folder) if resume else create_run(recipe, folder)
-    watch = Watch(interrupt_in)
-    train(prepare(recipe), run, cbs=[watch], resume=resume)
-    return run, watch.steps
+    recorder = StepRecorder(interrupt_in)
+    train(prepare(recipe), run, cbs=[recorder], resume=resume)
+    return run, recorder.steps
 
 
-def untimed(rows):
-    return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+def without_timings(rows):
+    return [
+        {name: value for name, value in row.items() if name not in TIMING_COLUMNS} for row in rows
+    ]
 
 
-def assert_same_weights(one, other):
-    ours, theirs = load_file(one.weights), load_file(other.weights)
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        assert torch.equal(tensor, theirs[name]), name
+def assert_same_weights(first, second):
+    tensors, other_tensors = load_file(first.weights), load_file(second.weights)
+    assert tensors.keys() == other_tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, other_tensors[name]), name
 
 
 @pytest.fixture(scope="module", params=["one-cycle", "flat-cosine", "published"])
-def whole(request, tmp_path_factory):
-    """An uninterrupted run, with what each of its steps trained with."""
+def uninterrupted(request, tmp_path_factory):
+    """Train an uninterrupted run; return it with the hyperparameters of its steps."""
     recipe = override(TINY, [f"schedule.kind={request.param}"])
-    return fit(recipe, tmp_path_factory.mktemp("whole"))
+    return fit(recipe, tmp_path_factory.mktemp("uninterrupted"))
 
 
 @pytest.fixture(scope="module", params=[["ema"], ["best"], ["ema", "best"]], ids="+".join)
-def settled(request, tmp_path_factory):
-    """An uninterrupted run whose kept weights are not the last ones of training."""
+def selected(request, tmp_path_factory):
+    """Train an uninterrupted run whose final weights are averaged or of the best epoch."""
     changes = {"ema": "train.ema_decay=0.5", "best": "train.select=best"}
     recipe = override(TINY, [changes[name] for name in request.param])
-    return fit(recipe, tmp_path_factory.mktemp("settled"))[0]
+    return fit(recipe, tmp_path_factory.mktemp("selected"))[0]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("interrupt_in", [2, 3])
-def test_averages_and_the_best_epoch_survive_an_interruption(settled, tmp_path, interrupt_in):
+def test_averages_and_best_epoch_are_resumed(selected, tmp_path, interrupt_in):
     with pytest.raises(KeyboardInterrupt):
-        fit(settled.recipe(), tmp_path / "run", interrupt_in=interrupt_in)
-    run, _ = fit(settled.recipe(), tmp_path / "run", resume=True)
-    assert_same_weights(settled, run)
-    assert untimed(run.history()) == untimed(settled.history())
-    assert untimed([run.metrics()]) == untimed([settled.metrics()])
-    again, steps = fit(settled.recipe(), tmp_path / "run", resume=True)
+        fit(selected.recipe(), tmp_path / "run", interrupt_in=interrupt_in)
+    run, _ = fit(selected.recipe(), tmp_path / "run", resume=True)
+    assert_same_weights(selected, run)
+    assert without_timings(run.history()) == without_timings(selected.history())
+    assert without_timings([run.metrics()]) == without_timings([selected.metrics()])
+    finished, steps = fit(selected.recipe(), tmp_path / "run", resume=True)
     assert steps == []
-    assert_same_weights(settled, again)
+    assert_same_weights(selected, finished)
 
 
 @pytest.mark.slow
-def test_the_kept_weights_are_those_that_were_validated(settled):
-    recipe, figures = settled.recipe(), settled.metrics()
-    epoch = figures.get("selected_epoch", 3)
+def test_final_weights_are_those_that_were_validated(selected):
+    recipe, metrics = selected.recipe(), selected.metrics()
+    epoch = metrics.get("selected_epoch", 3)
     if recipe.train.select == "best":
-        rows = settled.history()
+        rows = selected.history()
         keys = [(float(row["accuracy"]), -float(row["valid_loss"])) for row in rows]
         assert epoch == 1 + keys.index(max(keys))
-    row = settled.history()[epoch - 1]
-    assert figures["valid"]["accuracy"] == pytest.approx(float(row["accuracy"]), abs=1e-6)
-    assert figures["valid"]["nll"] == pytest.approx(float(row["valid_loss"]), abs=1e-5)
+    row = selected.history()[epoch - 1]
+    assert metrics["valid"]["accuracy"] == pytest.approx(float(row["accuracy"]), abs=1e-6)
+    assert metrics["valid"]["nll"] == pytest.approx(float(row["valid_loss"]), abs=1e-5)
 
 
 @pytest.mark.slow
-def test_a_callback_that_validates_disturbs_nothing(settled, tmp_path):
-    class NestedPass(Callback):
+def test_validation_in_a_callback_does_not_change_the_run(selected, tmp_path):
+    class NestedValidation(Callback):
         order, run_valid = 75, False
 
         def after_epoch(self):
@@ -123,10 +125,10 @@ def test_a_callback_that_validates_disturbs_nothing(settled, tmp_path):
                 self.learn.validate()
                 del self.learn.nested
 
-    run = create_run(settled.recipe(), tmp_path / "run")
-    train(prepare(settled.recipe()), run, cbs=[NestedPass()])
-    assert_same_weights(settled, run)
-    assert untimed(run.history()) == untimed(settled.history())
+    run = create_run(selected.recipe(), tmp_path / "run")
+    train(prepare(selected.recipe()), run, cbs=[NestedValidation()])
+    assert_same_weights(selected, run)
+    assert without_timings(run.history()) == without_timings(selected.history())
 
 
 @pytest.fixture(scope="module")
@@ -134,29 +136,29 @@ def run(tmp_path_factory):
     return fit(override(TINY, ["train.epochs=1"]), tmp_path_factory.mktemp("run"))[0]
 
 
-def test_the_same_seed_gives_the_same_weights(whole, tmp_path):
-    first, steps = whole
+def test_same_seed_yields_the_same_weights(uninterrupted, tmp_path):
+    first, steps = uninterrupted
     again, again_steps = fit(first.recipe(), tmp_path / "again")
     assert_same_weights(first, again)
     assert steps == again_steps
-    assert untimed(first.history()) == untimed(again.history())
+    assert without_timings(first.history()) == without_timings(again.history())
     assert first.metrics()["test"] == again.metrics()["test"]
 
 
 @pytest.mark.slow
-def test_another_seed_gives_other_weights(whole, tmp_path):
-    first, _ = whole
+def test_other_seed_yields_other_weights(uninterrupted, tmp_path):
+    first, _ = uninterrupted
     other, _ = fit(override(first.recipe(), ["train.seed=1"]), tmp_path / "other")
-    ours, theirs = load_file(first.weights), load_file(other.weights)
-    filters = [name for name, tensor in ours.items() if tensor.ndim == 4]
+    tensors, other_tensors = load_file(first.weights), load_file(other.weights)
+    filters = [name for name, tensor in tensors.items() if tensor.ndim == 4]
     assert filters
-    assert not any(torch.equal(ours[name], theirs[name]) for name in filters)
+    assert not any(torch.equal(tensors[name], other_tensors[name]) for name in filters)
 
 
 @pytest.mark.parametrize("interrupt_in", [2, 3])
-def test_a_resumed_run_ends_as_if_never_interrupted(whole, tmp_path, interrupt_in):
-    uninterrupted, steps = whole
-    recipe = uninterrupted.recipe()
+def test_resumed_run_equals_an_uninterrupted_run(uninterrupted, tmp_path, interrupt_in):
+    expected, steps = uninterrupted
+    recipe = expected.recipe()
     with pytest.raises(KeyboardInterrupt):
         fit(recipe, tmp_path / "run", interrupt_in=interrupt_in)
     run = open_run(tmp_path / "run")
@@ -164,26 +166,26 @@ def test_a_resumed_run_ends_as_if_never_interrupted(whole, tmp_path, interrupt_i
     assert not run.weights.exists()
 
     run, resumed_steps = fit(recipe, run.path, resume=True)
-    assert_same_weights(uninterrupted, run)
-    assert untimed(run.history()) == untimed(uninterrupted.history())
+    assert_same_weights(expected, run)
+    assert without_timings(run.history()) == without_timings(expected.history())
     assert resumed_steps == [step for step in steps if step[0] >= interrupt_in]
-    assert untimed([run.metrics()]) == untimed([uninterrupted.metrics()])
+    assert without_timings([run.metrics()]) == without_timings([expected.metrics()])
 
 
 @pytest.mark.slow
-def test_a_row_without_its_checkpoint_is_trained_again(whole, tmp_path):
-    uninterrupted, _ = whole
+def test_epoch_without_a_checkpoint_is_trained_again(uninterrupted, tmp_path):
+    expected, _ = uninterrupted
     with pytest.raises(KeyboardInterrupt):
-        fit(uninterrupted.recipe(), tmp_path / "run", interrupt_in=3)
+        fit(expected.recipe(), tmp_path / "run", interrupt_in=3)
     run = open_run(tmp_path / "run")
-    run.append_history({**run.history()[-1], "epoch": 3})  # interrupted before it was saved
+    run.append_history({**run.history()[-1], "epoch": 3})  # interrupted before the save
     fit(run.recipe(), run.path, resume=True)
-    assert untimed(run.history()) == untimed(uninterrupted.history())
+    assert without_timings(run.history()) == without_timings(expected.history())
 
 
 @pytest.mark.slow
-def test_resuming_a_finished_run_changes_nothing(whole, tmp_path):
-    recipe = override(whole[0].recipe(), ["train.epochs=1"])
+def test_resuming_a_finished_run_changes_nothing(uninterrupted, tmp_path):
+    recipe = override(uninterrupted[0].recipe(), ["train.epochs=1"])
     run, _ = fit(recipe, tmp_path / "run")
     before = {name: (run.path / name).read_bytes() for name in ("metrics.json", "history.csv")}
     weights = load_file(run.weights)
@@ -193,8 +195,8 @@ def test_resuming_a_finished_run_changes_nothing(whole, tmp_path):
     assert all(torch.equal(tensor, load_file(run.weights)[n]) for n, tensor in weights.items())
 
 
-def test_each_step_trains_with_its_scheduled_rate(whole):
-    run, steps = whole
+def test_steps_follow_the_schedule(uninterrupted):
+    run, steps = uninterrupted
     recipe = run.recipe()
     rates = [lr for _, lr, _ in steps]
     assert len(steps) == 3 * (48 // 8)
@@ -209,15 +211,15 @@ def test_each_step_trains_with_its_scheduled_rate(whole):
         assert {m for *_, m in steps} == {0.9}
     else:
         # Four repetitions of ceil(48 / 32) batches.
-        warmth = [min(1, (step + 1) / 8) for step in range(18)]
+        warmup = [min(1, (step + 1) / 8) for step in range(18)]
         drops = [*[1.0] * 6, *[0.1] * 6, *[0.01] * 6]
-        factors = [w * d for w, d in zip(warmth, drops, strict=True)]
+        factors = [w * d for w, d in zip(warmup, drops, strict=True)]
         assert rates == pytest.approx([recipe.lr * factor for factor in factors])
         assert {m for *_, m in steps} == {0.9}
 
 
-def test_a_run_leaves_its_history(whole):
-    run, steps = whole
+def test_history_of_a_run(uninterrupted):
+    run, steps = uninterrupted
     rows = run.history()
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
     assert [row["images_seen"] for row in rows] == ["192", "384", "576"]
@@ -226,34 +228,34 @@ def test_a_run_leaves_its_history(whole):
         assert float(row["lr"]) == pytest.approx(last, rel=1e-5)
         assert 0 <= float(row["accuracy"]) <= 1
         assert 0 <= float(row["member_accuracy"]) <= 1
-        # Both are one cross-entropy over ten classes, and nothing is learnt yet.
+        # Both are near the cross-entropy of an untrained network with ten classes.
         assert 1 < float(row["train_loss"]) < 5
         assert 1 < float(row["valid_loss"]) < 5
 
 
-def test_a_run_leaves_its_figures(whole):
-    run, _ = whole
-    figures = run.metrics()
-    assert (figures["recipe"], figures["epochs"], figures["images_seen"]) == ("tiny", 3, 576)
+def test_metrics_of_a_run(uninterrupted):
+    run, _ = uninterrupted
+    metrics = run.metrics()
+    assert (metrics["recipe"], metrics["epochs"], metrics["images_seen"]) == ("tiny", 3, 576)
     model = prepare(run.recipe()).learn.model
-    assert figures["parameters"] == sum(p.numel() for p in model.parameters())
-    assert figures["seconds"] == round(sum(float(row["seconds"]) for row in run.history()), 1)
-    assert len(figures["test"]["member_accuracy"]) == 2
-    # So few validation images may be right or wrong altogether, and then no temperature is best.
-    calibrated = figures.get("calibrated", {"temperature": figures["valid"]["temperature"]})
-    assert calibrated["temperature"] == figures["valid"]["temperature"]
-    assert ("calibrated" in figures) != ("calibrated" in figures.get("absent", {}))
+    assert metrics["parameters"] == sum(p.numel() for p in model.parameters())
+    assert metrics["seconds"] == round(sum(float(row["seconds"]) for row in run.history()), 1)
+    assert len(metrics["test"]["member_accuracy"]) == 2
+    # If all of the few validation images are correct or incorrect, no temperature is optimal.
+    calibrated = metrics.get("calibrated", {"temperature": metrics["valid"]["temperature"]})
+    assert calibrated["temperature"] == metrics["valid"]["temperature"]
+    assert ("calibrated" in metrics) != ("calibrated" in metrics.get("absent", {}))
 
 
-def test_a_run_evaluates_to_its_own_figures(whole):
-    run, _ = whole
-    figures = evaluate_run(run)
-    assert {"valid", "test"} <= figures.keys()
-    assert figures == {name: run.metrics()[name] for name in figures}
+def test_evaluation_equals_the_stored_metrics(uninterrupted):
+    run, _ = uninterrupted
+    metrics = evaluate_run(run)
+    assert {"valid", "test"} <= metrics.keys()
+    assert metrics == {name: run.metrics()[name] for name in metrics}
 
 
 @pytest.mark.slow
-def test_a_rate_search_changes_no_later_run(run, tmp_path):
+def test_lr_search_does_not_change_a_later_run(run, tmp_path):
     training = prepare(run.recipe())
     search = search_lr(training, num_steps=40)
     assert len(search.losses) > 15
@@ -262,49 +264,49 @@ def test_a_rate_search_changes_no_later_run(run, tmp_path):
     assert_same_weights(run, later)
 
 
-def test_a_rate_search_ends_where_the_loss_is_no_number(run):
-    class RunOff(Callback):
+def test_lr_search_ends_at_a_nan_loss(run):
+    class NanLoss(Callback):
         def after_loss(self):
             if self.learn.train_iter >= 35:
                 self.learn.loss = self.learn.loss * float("nan")
 
     training = prepare(run.recipe())
-    training.learn.add_cb(RunOff())
+    training.learn.add_cb(NanLoss())
     search = search_lr(training, num_steps=40)
     assert len(search.lrs) == len(search.losses) == 35
     assert torch.tensor(search.losses).isfinite().all()
 
 
-def test_a_rate_search_that_sees_nothing_says_where_to_start(run):
+def test_lr_search_without_finite_losses_suggests_a_lower_start(run):
     with pytest.raises(InputError, match="--start 10000,"):
         search_lr(prepare(run.recipe()), num_steps=30, start=1e6, end=1e7)
 
 
-def test_without_validation_split_there_are_no_validation_figures(tmp_path):
+def test_no_validation_metrics_without_validation_split(tmp_path):
     run, _ = fit(override(TINY, ["train.epochs=1", "data.valid_split=0"]), tmp_path / "run")
     assert [run.history()[0][name] for name in ("valid_loss", "accuracy")] == ["", ""]
     assert run.metrics().keys().isdisjoint({"valid", "calibrated"})
     assert "accuracy" in run.metrics()["test"]
 
 
-def test_a_diverging_run_is_told_a_lower_rate(tmp_path):
+def test_diverged_run_suggests_a_lower_rate(tmp_path):
     recipe = override(TINY, ["optimizer.lr=1e30"])
     run = create_run(recipe, tmp_path / "run")
     with pytest.raises(TrainingDivergedError) as caught:
         train(prepare(recipe), run)
     lines = str(caught.value).splitlines()
     assert lines[0] == "The training loss is not finite at step 2 of epoch 1."
-    suggested = float(lines[1].partition("--lr ")[2].split(";")[0])
-    assert suggested == pytest.approx(0.05 * 32 / 64 / 4 * 2)
+    suggestion = float(lines[1].partition("--lr ")[2].split(";")[0])
+    assert suggestion == pytest.approx(0.05 * 32 / 64 / 4 * 2)
     assert run.history() == []
     assert not run.checkpoint.exists()
     assert not run.weights.exists()
 
 
-def test_the_step_that_diverged_is_told_where_losses_are_seldom_looked_at(tmp_path, monkeypatch):
-    """As on a GPU, where a checkpoint may be the first to look."""
+def test_diverged_step_is_named_when_losses_are_fetched_later(tmp_path, monkeypatch):
+    """On a GPU, a checkpoint may be the first to read the loss."""
 
-    class RunOff(Callback):
+    class NanLoss(Callback):
         order = 10
 
         def before_fit(self):
@@ -314,26 +316,26 @@ def test_the_step_that_diverged_is_told_where_losses_are_seldom_looked_at(tmp_pa
             if self.learn.iter >= 2:
                 self.learn.loss_grad = self.learn.loss = self.learn.loss * float("nan")
 
-    def add_up(self):
+    def sum_losses_and_save(self):
         self.loss_sum = self.loss_sum + self.learn.loss.detach()
         if self.learn.iter == 4:
             assert self.learn.recorder.pending
             self.learn.checkpoint.save()
 
-    monkeypatch.setattr(HistoryCallback, "after_batch", add_up)
+    monkeypatch.setattr(HistoryCallback, "after_batch", sum_losses_and_save)
     run = create_run(TINY, tmp_path / "run")
     with pytest.raises(TrainingDivergedError, match="at step 3 of epoch 1"):
-        train(prepare(TINY), run, cbs=[RunOff()])
+        train(prepare(TINY), run, cbs=[NanLoss()])
     assert not [*run.checkpoint.glob("save-*")]
 
 
-def test_momentum_is_left_alone_by_the_published_schedule():
+def test_published_schedule_does_not_change_the_momentum():
     published = override(TINY, ["schedule.kind=published"])
     assert set(schedules(published, 6, 6)) == {"lr"}
     assert set(schedules(TINY, 6, 6)) == {"lr", "mom"}
 
 
-def test_a_device_that_is_not_there_is_refused(monkeypatch):
+def test_unavailable_device_is_rejected(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
     with pytest.raises(InputError, match="--device cpu"):
@@ -341,17 +343,17 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_run_without_a_finished_epoch_begins_anew(tmp_path):
+def test_run_without_a_finished_epoch_starts_again(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         fit(TINY, tmp_path / "run", interrupt_in=1)
     assert not open_run(tmp_path / "run").has_state
     fit(TINY, tmp_path / "run", resume=True)
-    fit(TINY, tmp_path / "whole")
-    runs = [open_run(tmp_path / name) for name in ("run", "whole")]
+    fit(TINY, tmp_path / "uninterrupted")
+    runs = [open_run(tmp_path / name) for name in ("run", "uninterrupted")]
     assert runs[0].weights.read_bytes() == runs[1].weights.read_bytes()
 
 
-def test_weights_that_are_missing_or_damaged_are_refused(run, tmp_path):
+def test_missing_or_damaged_weights_are_rejected(run, tmp_path):
     model = prepare(run.recipe()).learn.model
     with pytest.raises(InputError, match="is missing"):
         load_weights(model, tmp_path / "none.safetensors")
@@ -361,9 +363,9 @@ def test_weights_that_are_missing_or_damaged_are_refused(run, tmp_path):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-def test_trained_weights_of_a_library_are_started_from(monkeypatch):
+def test_failed_download_of_pretrained_weights_is_reported(monkeypatch):
     def load(*_, **__):
-        raise OSError("no network here")
+        raise OSError("no connection")
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", load)
     recipe = override(
@@ -381,21 +383,21 @@ def test_trained_weights_of_a_library_are_started_from(monkeypatch):
         ("densenet121", "DenseNet does not accept images of 8x8"),
     ],
 )
-def test_networks_that_do_not_take_the_images(arch, message, tmp_path, monkeypatch, capsys):
+def test_networks_that_do_not_accept_the_images(arch, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert program(["fit", "digits", "--arch", arch]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not [*tmp_path.iterdir()]
 
 
-def test_the_validation_split_is_filled_in_and_kept_with_the_run(tmp_path):
+def test_default_validation_split_is_stored_with_the_run(tmp_path):
     recipe = override(load_recipe("digits/vanilla"), ["model.arch=wrn10_1", "train.device=cpu"])
     recipe = replace(recipe, data=replace(recipe.data, valid_split=None))
     training = prepare(recipe)
     assert training.recipe.data.valid_split == 0.0693
     assert len(training.learn.dls.valid.images) == 100
-    kept = create_run(training.recipe, tmp_path / "run").recipe()
-    assert kept.data.valid_split == 0.0693
+    stored = create_run(training.recipe, tmp_path / "run").recipe()
+    assert stored.data.valid_split == 0.0693
 
 
 @pytest.mark.parametrize("name", ["cifar10/vanilla", "cifar100/cut-mixmo", "tinyimagenet/mimo"])
@@ -407,10 +409,10 @@ def test_shipped_recipes_validate_on_two_percent(name):
 
 
 @pytest.mark.parametrize(
-    ("limit", "share", "expected"), [(0, 0.1, 1442), (100, 0.1, 100), (1400, 0.5, 721)]
+    ("limit", "valid_split", "expected"), [(0, 0.1, 1442), (100, 0.1, 100), (1400, 0.5, 721)]
 )
-def test_the_warm_up_is_measured_in_images_of_the_training_set(limit, share, expected):
-    values = [f"data.limit={limit}", f"data.valid_split={share}", "schedule.kind=published"]
+def test_warmup_is_measured_in_images_of_the_training_set(limit, valid_split, expected):
+    values = [f"data.limit={limit}", f"data.valid_split={valid_split}", "schedule.kind=published"]
     recipe = override(load_recipe("digits/cut-mixmo"), values)
     training = prepare(recipe)
     train, valid = (len(training.learn.dls[i].images) for i in range(2))

@@ -1,4 +1,4 @@
-"""Files that somebody has given: nothing in them is run, and whatever they hold is an answer."""
+"""Files from untrusted sources: no code in them is executed, and errors are readable."""
 
 import ast
 import json
@@ -38,30 +38,30 @@ from mixmo_fastai.training.state import RunState
 
 pytestmark = pytest.mark.slow
 
-FEW = settings(
+FEW_EXAMPLES = settings(
     max_examples=60,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
 
-class Trap:
-    """A pickle that leaves a file behind when it is loaded."""
+class HarmfulPickle:
+    """A pickle that creates a folder when it is loaded."""
 
-    def __init__(self, mark):
-        self.mark = str(mark)
+    def __init__(self, created_folder):
+        self.folder = str(created_folder)
 
     def __reduce__(self):
-        return os.mkdir, (self.mark,)
+        return os.mkdir, (self.folder,)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run, its exported network and its data: an image folder in its cache."""
+    """Create a run on an image folder, its exported network and a published checkpoint."""
     root = tmp_path_factory.mktemp("finished")
     write_image_folder(root / "pets", num_train=20, num_test=4, size=(8, 8))
-    words = "--arch wrn10_1 --batch-size 16 --epochs 1 --device cpu --valid-split 0.1 --quiet"
-    arguments = ["fit", str(root / "pets"), *words.split(), "--data-dir", str(root / "data")]
+    flags = "--arch wrn10_1 --batch-size 16 --epochs 1 --device cpu --valid-split 0.1 --quiet"
+    arguments = ["fit", str(root / "pets"), *flags.split(), "--data-dir", str(root / "data")]
     assert program([*arguments, "--out", str(root / "run")]) == 0
     export_run(RunFolder(root / "run"), root / "net.safetensors", root / "data")
     torch.save(
@@ -75,7 +75,7 @@ def all_files(root):
 
 
 def commands(root):
-    """Everything that reads a run, an exported network, a published checkpoint or images."""
+    """Yield all commands that read a run, an exported network, a published checkpoint or images."""
     run, data = str(root / "run"), ["--data-dir", str(root / "data")]
     image = str(next((root / "pets/test").rglob("*.png")))
     yield ["eval", run, *data]
@@ -90,7 +90,7 @@ def commands(root):
     yield ["fit", "--resume", run, *data]
 
 
-PLACES = [
+FILE_NAMES = [
     *["run/recipe.toml", "run/environment.json", "run/data.json", "run/split.json"],
     "run/history.csv",
     *["run/metrics.json", "run/model.safetensors", "run/log.txt", "net.safetensors", "net.ckpt"],
@@ -99,8 +99,8 @@ PLACES = [
 ]
 
 
-def places_of(root, name):
-    """Files of that name: in the run, in its checkpoint, in the cache, among the data."""
+def paths_of(root, name):
+    """Return the files of a name in the run, its checkpoint, the cache and the data."""
     if (root / name).is_file():
         return [root / name]
     found = [p for p in root.rglob(name) if "checkpoint" in p.parts or "mixmo-cache" in p.parts]
@@ -108,62 +108,72 @@ def places_of(root, name):
     return found
 
 
-def test_every_kind_of_file_has_its_place_here(finished):
-    listed = {path for name in PLACES for path in places_of(finished, name)}
+def test_every_kind_of_file_is_listed(finished):
+    listed = {path for name in FILE_NAMES for path in paths_of(finished, name)}
     unlisted = {path for path in finished.rglob("*") if path.is_file()} - listed
     assert {path.suffix for path in unlisted} == {".png"}
 
 
-@pytest.mark.parametrize("how", ["plain", "torch", "numpy"])
-@pytest.mark.parametrize("name", PLACES)
-def test_a_pickle_is_never_run(finished, tmp_path, monkeypatch, capsys, name, how):
+@pytest.mark.parametrize("pickler", ["plain", "torch", "numpy"])
+@pytest.mark.parametrize("name", FILE_NAMES)
+def test_pickles_are_never_executed(finished, tmp_path, monkeypatch, capsys, name, pickler):
     root = Path(shutil.copytree(finished, tmp_path / "copy"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Figure, "draw", lambda *_: None)  # after all is read, and half of the time
-    # The recipe names the data by its place.
+    monkeypatch.setattr(
+        Figure, "draw", lambda *_: None
+    )  # saves half of the time; all files are read before
+    # The recipe contains the absolute path of the data.
     recipe = root / "run/recipe.toml"
     recipe.write_text(recipe.read_text().replace(str(finished), str(root)))
-    mark = tmp_path / "owned"
-    for path in places_of(root, name):
+    created_folder = tmp_path / "created"
+    for path in paths_of(root, name):
         path.unlink()
-        if how == "plain":
-            path.write_bytes(pickle.dumps(Trap(mark)))
-        elif how == "torch":
-            torch.save({"classifier_state_dict": Trap(mark), "state_dict": Trap(mark)}, path)
+        if pickler == "plain":
+            path.write_bytes(pickle.dumps(HarmfulPickle(created_folder)))
+        elif pickler == "torch":
+            torch.save(
+                {
+                    "classifier_state_dict": HarmfulPickle(created_folder),
+                    "state_dict": HarmfulPickle(created_folder),
+                },
+                path,
+            )
         else:
             with path.open("wb") as file:
-                np.save(file, np.array([Trap(mark)], dtype=object), allow_pickle=True)
-    for words in commands(root):
-        code = program(words)
+                np.save(
+                    file, np.array([HarmfulPickle(created_folder)], dtype=object), allow_pickle=True
+                )
+    for arguments in commands(root):
+        code = program(arguments)
         _, err = capsys.readouterr()
-        assert not mark.exists(), words
-        assert code in (0, 1, 2), words
+        assert not created_folder.exists(), arguments
+        assert code in (0, 1, 2), arguments
         assert "Traceback" not in err
         assert len(err.splitlines()) <= 3, err
         assert code == 0 or err.startswith("Error: "), err
-        assert "Add --debug" not in err, err  # an error that nobody has thought of
+        assert "Add --debug" not in err, err  # an unexpected error
 
 
-def test_only_two_places_unpickle_and_both_are_restricted():
-    """CIFAR's own format, after its checksum; published checkpoints, tensors only."""
-    found = {}
+def test_only_two_modules_unpickle_and_both_are_restricted():
+    """CIFAR files are unpickled after their checksum, published checkpoints only as tensors."""
+    calls = {}
     package = Path(mixmo_fastai.__file__).parent
     for path in package.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute | ast.Name):
                 text = ast.unparse(node)
                 if text in ("pickle.Unpickler", "pickle.load", "pickle.loads", "torch.load"):
-                    found.setdefault(path.relative_to(package).as_posix(), []).append(text)
+                    calls.setdefault(path.relative_to(package).as_posix(), []).append(text)
             if isinstance(node, ast.Call):
-                named = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-                assert named.get("allow_pickle", "False") == "False"
+                keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                assert keywords.get("allow_pickle", "False") == "False"
                 if ast.unparse(node.func) == "torch.load":
-                    assert named["weights_only"] == "True"
-    assert found == {"data/cifar.py": ["pickle.Unpickler"], "models/reference.py": ["torch.load"]}
+                    assert keywords["weights_only"] == "True"
+    assert calls == {"data/cifar.py": ["pickle.Unpickler"], "models/reference.py": ["torch.load"]}
 
 
-def answers(read, *kinds):
-    """Read something; whatever comes is a result or a clear error."""
+def check_read_or_rejected(read, *kinds):
+    """Call a function that reads a file; check that it returns or raises a readable error."""
     try:
         read()
     except (InputError, *kinds) as error:
@@ -174,11 +184,11 @@ def answers(read, *kinds):
 
 
 def mutated(content, edits):
-    """Change some bytes of a file, and cut it."""
+    """Change some bytes of a file's content."""
     changed = bytearray(content)
-    for place, value in edits:
+    for position, value in edits:
         if changed:
-            changed[place % len(changed)] = value
+            changed[position % len(changed)] = value
     return bytes(changed)
 
 
@@ -206,21 +216,21 @@ READERS = {
 
 
 @pytest.mark.parametrize("name", READERS)
-@FEW
-@given(content=st.binary(max_size=200), edits=EDITS, whole=st.booleans(), table=JSON)
-def test_whatever_a_file_of_a_run_holds_is_an_answer(
-    finished, tmp_path, name, content, edits, whole, table
+@FEW_EXAMPLES
+@given(content=st.binary(max_size=200), edits=EDITS, truncate=st.booleans(), table=JSON)
+def test_any_content_of_run_files_is_read_or_rejected(
+    finished, tmp_path, name, content, edits, truncate, table
 ):
     run = RunFolder(tmp_path / "run")
     if not run.path.exists():
         shutil.copytree(finished / "run", run.path)
-    own = (finished / "run" / name).read_bytes()
-    for new in (content, mutated(own, edits), own[: edits[0][0] % (len(own) + 1)]):
+    original = (finished / "run" / name).read_bytes()
+    for new in (content, mutated(original, edits), original[: edits[0][0] % (len(original) + 1)]):
         (run.path / name).write_bytes(new)
-        answers(lambda: READERS[name](run))
+        check_read_or_rejected(lambda: READERS[name](run))
     if name.endswith(".json"):
         (run.path / name).write_text(json.dumps(table))
-        answers(lambda: READERS[name](run))
+        check_read_or_rejected(lambda: READERS[name](run))
 
 
 NAMES = st.sampled_from(["train", "test", "cat", "dog", "a.png", "b.jpg", "c.txt", ".d", "é.png"])
@@ -231,49 +241,55 @@ TREE = st.recursive(
 )
 
 
-def plant(tree, place, image):
+def write_tree(tree, path, image):
     if isinstance(tree, dict):
-        place.mkdir()
+        path.mkdir()
         for name, part in tree.items():
-            plant(part, place / name, image)
+            write_tree(part, path / name, image)
     else:
-        place.write_bytes(image if tree == "image" else tree)
+        path.write_bytes(image if tree == "image" else tree)
 
 
-@FEW
+@FEW_EXAMPLES
 @given(tree=st.fixed_dictionaries({}, optional={"train": TREE, "test": TREE, "val": TREE}))
-def test_whatever_an_image_folder_holds_is_an_answer(finished, tmp_path_factory, tree):
+def test_any_content_of_image_folders_is_read_or_rejected(finished, tmp_path_factory, tree):
     image = next((finished / "pets").rglob("*.png")).read_bytes()
     root = tmp_path_factory.mktemp("tree")
-    plant(tree, root / "folder", image)
-    answers(lambda: read_image_folder(root / "folder", root / "data"))
+    write_tree(tree, root / "folder", image)
+    check_read_or_rejected(lambda: read_image_folder(root / "folder", root / "data"))
 
 
-@FEW
+@FEW_EXAMPLES
 @given(content=st.binary(max_size=300), edits=EDITS)
-def test_whatever_an_image_holds_is_an_answer(finished, tmp_path_factory, content, edits):
+def test_any_content_of_images_is_read_or_rejected(finished, tmp_path_factory, content, edits):
     root = tmp_path_factory.mktemp("images")
     folder = Path(shutil.copytree(finished / "pets", root / "pets"))
     path = next((folder / "train").rglob("*.png"))
     for new in (content, mutated(path.read_bytes(), edits)):
         path.write_bytes(new)
-        answers(lambda: read_image_folder(folder, root / "data"))
+        check_read_or_rejected(lambda: read_image_folder(folder, root / "data"))
 
 
-@pytest.mark.parametrize("suffix", ["net.safetensors", "net.ckpt"])
-@FEW
+@pytest.mark.parametrize("file_name", ["net.safetensors", "net.ckpt"])
+@FEW_EXAMPLES
 @given(content=st.binary(max_size=200), edits=EDITS)
-def test_whatever_a_network_file_holds_is_an_answer(finished, tmp_path, suffix, content, edits):
-    read = load_fused if suffix.endswith("safetensors") else read_reference_checkpoint
-    own, path = (finished / suffix).read_bytes(), tmp_path / suffix
-    for new in (content, mutated(own, edits), mutated(own, [(p % 600, v) for p, v in edits])):
+def test_any_content_of_network_files_is_read_or_rejected(
+    finished, tmp_path, file_name, content, edits
+):
+    read = load_fused if file_name.endswith("safetensors") else read_reference_checkpoint
+    original, path = (finished / file_name).read_bytes(), tmp_path / file_name
+    for new in (
+        content,
+        mutated(original, edits),
+        mutated(original, [(p % 600, v) for p, v in edits]),
+    ):
         path.write_bytes(new)
-        answers(lambda: read(path))
+        check_read_or_rejected(lambda: read(path))
 
 
 @pytest.fixture(scope="module")
 def resumable(tmp_path_factory):
-    """A checkpoint's files, and what restores them."""
+    """Return a run's state, which restores checkpoints, and the files of a checkpoint."""
     recipe = override(TINY, ["train.epochs=2", "train.ema_decay=0.9"])
     run = create_run(recipe, tmp_path_factory.mktemp("resumable") / "run")
     fit(run, (0, 3))
@@ -285,7 +301,7 @@ def resumable(tmp_path_factory):
     return state, {name: (saved.path / name).read_bytes() for name in saved.files}
 
 
-def test_the_checkpoint_of_the_fuzzing_is_one(resumable, tmp_path):
+def test_unchanged_checkpoint_is_restored(resumable, tmp_path):
     state, files = resumable
     store = CheckpointStore(tmp_path)
     store.save(files.items())
@@ -296,26 +312,26 @@ def test_the_checkpoint_of_the_fuzzing_is_one(resumable, tmp_path):
     "name",
     ["state.json", "history.json", "model.safetensors", "optimizer.safetensors", "ema.safetensors"],
 )
-@FEW
+@FEW_EXAMPLES
 @given(content=st.binary(max_size=200), edits=EDITS, table=JSON, key=st.integers(0, 30), value=JSON)
-def test_whatever_a_checkpoint_holds_is_an_answer(
+def test_any_content_of_checkpoints_is_read_or_rejected(
     resumable, tmp_path_factory, name, content, edits, table, key, value
 ):
-    """With checksums that fit, since those anybody can compute."""
+    """The checksums are valid, since an attacker can compute them."""
     state, files = resumable
-    new = [content, mutated(files[name], edits)]
+    contents = [content, mutated(files[name], edits)]
     if name.endswith(".json"):
-        own = json.loads(files[name])
-        own[[*own][key % len(own)]] = value
-        new += [json.dumps(table).encode(), json.dumps(own).encode()]
-    for each in new:
+        changed = json.loads(files[name])
+        changed[[*changed][key % len(changed)]] = value
+        contents += [json.dumps(table).encode(), json.dumps(changed).encode()]
+    for new in contents:
         store = CheckpointStore(tmp_path_factory.mktemp("store"))
-        store.save({**files, name: each}.items())
-        answers(lambda store=store: state.restore(store.newest()))
+        store.save({**files, name: new}.items())
+        check_read_or_rejected(lambda store=store: state.restore(store.newest()))
 
 
 @pytest.mark.parametrize("rows", [[{}], [{}, {"a": 1}], [{"epoch": 1}, {"epoch": 2, "lr": 1}]])
-def test_a_history_of_unequal_rows_is_refused(resumable, tmp_path, rows):
+def test_history_with_unequal_rows_is_rejected(resumable, tmp_path, rows):
     state, files = resumable
     history = json.loads(files["history.json"]) | {"rows": rows}
     store = CheckpointStore(tmp_path)
@@ -325,7 +341,7 @@ def test_a_history_of_unequal_rows_is_refused(resumable, tmp_path, rows):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_never_committed(resumable, tmp_path, value):
+def test_non_finite_weights_are_never_saved(resumable, tmp_path, value):
     from mixmo_fastai.training.state import NotFiniteError, Position
 
     state, files = resumable
@@ -341,8 +357,8 @@ def test_weights_that_are_not_finite_are_never_committed(resumable, tmp_path, va
     state.restore(store.newest())
 
 
-def test_tensors_of_a_network_are_read_as_tensors(finished, tmp_path):
-    """A name that leads elsewhere is a name like any other."""
+def test_tensor_names_with_paths_write_no_files(finished, tmp_path):
+    """A tensor name that looks like a path is treated as a plain name."""
     tensors = load_file(finished / "run/model.safetensors")
     path = tmp_path / "run"
     shutil.copytree(finished / "run", path)
@@ -352,5 +368,5 @@ def test_tensors_of_a_network_are_read_as_tensors(finished, tmp_path):
     assert not (tmp_path / "outside").exists()
 
 
-def test_the_digits_are_no_file_of_a_person():
+def test_digits_load_without_untrusted_files():
     assert len(load_source("digits").classes) == 10
