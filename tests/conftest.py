@@ -8,7 +8,7 @@ from processes import keep_digits, mixmo, server
 __all__ = ["mixmo", "server"]
 
 torch.set_num_threads(1)
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the programs that tests start
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 
 
 @pytest.hookimpl(wrapper=True)
@@ -16,10 +16,10 @@ def pytest_runtestloop(session):
     """Make warnings errors while tests run, but not while pytest, plugins and libraries load."""
     filters = session.config.getini("filterwarnings")
     gc.collect()
-    gc.freeze()  # or each collection would look through all that was imported
+    gc.freeze()  # otherwise each collection traverses all imported objects
     keep_digits()
     configured = [*filters]
-    filters.insert(0, "error")  # first, so that the filters of pyproject.toml, -W and tests prevail
+    filters.insert(0, "error")  # first, so that pyproject.toml, -W and tests override it
     try:
         return (yield)
     finally:
@@ -28,9 +28,9 @@ def pytest_runtestloop(session):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Give each worker tests that follow each other, as they share fixtures, then balance.
+    """Assign consecutive tests, which share fixtures, to each worker, then balance the load.
 
-    The option --dist chooses another way; "load", which deals tests out singly, is what -n implies.
+    This replaces "load", the default of -n; --dist selects another scheduler.
     """
     from xdist.scheduler import WorkStealingScheduling
 

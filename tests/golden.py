@@ -1,4 +1,4 @@
-"""Figures of the published implementation, where they are at hand."""
+"""Reference values of the published implementation, if they are available."""
 
 import json
 import zlib
@@ -12,7 +12,7 @@ GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 NETWORKS = ("wrn10_1_m2", "wrn16_2_m3", "wrn16_1_vanilla", "preact_resnet18_1_m2")
 
 needs_golden = pytest.mark.skipif(
-    not GOLDEN.is_dir(), reason="figures of the published implementation not at hand"
+    not GOLDEN.is_dir(), reason="reference values of the published implementation not available"
 )
 
 
@@ -26,7 +26,7 @@ def arrays(name):
 
 
 def published_weights(name):
-    """The weights are a formula of the tensor's name."""
+    """Compute the weights of the published network from the names of its tensors."""
     stored = facts(name)
     return {
         tensor: torch.from_numpy(_weight(f"{stored['salt']}/{tensor}", tensor, tuple(shape)))

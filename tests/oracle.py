@@ -1,10 +1,10 @@
-"""A slow twin of the mathematics in NumPy, written from the paper in its own notation."""
+"""Slow NumPy reference of the mathematics, written from the paper in its notation."""
 
 import numpy as np
 
 
 def box_mask(height, width, lam, centre_row, centre_column):
-    """One box, place by place: extent centre ± side // 2, clipped to the map."""
+    """Box mask, position by position: centre ± side // 2, clipped to the map."""
     half_height = int(np.floor(height * np.sqrt(lam))) // 2
     half_width = int(np.floor(width * np.sqrt(lam))) // 2
     mask = np.zeros((height, width))
@@ -16,10 +16,10 @@ def box_mask(height, width, lam, centre_row, centre_column):
     return mask
 
 
-def complement_shares(region, lam):
+def complement_masks(region, lam):
     """CutMix(A, Mixup(B, C, …)): lam (M,) by role, region (h, w) of role 0."""
     rest = sum(lam[1:])
-    return np.stack([region] + [(1 - region) * share / rest for share in lam[1:]])
+    return np.stack([region] + [(1 - region) * ratio / rest for ratio in lam[1:]])
 
 
 def mix(features, masks):
@@ -56,7 +56,7 @@ def loss(logits, targets, member_weights):
 
 
 def crop(image, row, column, padding):
-    """The window at (row, column) of an image (C, H, W) surrounded by black."""
+    """Window at (row, column) of an image (C, H, W) with black padding."""
     _, height, width = image.shape
     window = np.zeros_like(image)
     for y in range(height):
@@ -68,7 +68,7 @@ def crop(image, row, column, padding):
 
 
 def grown_blocks(seeds, block_size):
-    """Every seed becomes a square around itself, cut at the border: (h, w) bool -> (h, w)."""
+    """Replace every seed by a square around it, clipped at the border: (h, w) bool -> (h, w)."""
     height, width = seeds.shape
     reach = block_size // 2
     region = np.zeros((height, width))
@@ -79,20 +79,20 @@ def grown_blocks(seeds, block_size):
 
 
 def blur(noise, sigma):
-    """Gaussian blur, place by place, with weights that sum to one within the map."""
+    """Gaussian blur, position by position, with weights that sum to one inside the map."""
     height, width = noise.shape
-    smooth = np.zeros_like(noise)
+    blurred = np.zeros_like(noise)
     for row in range(height):
         for column in range(width):
-            down = np.exp(-((np.arange(height) - row) ** 2) / (2 * sigma**2))
-            across = np.exp(-((np.arange(width) - column) ** 2) / (2 * sigma**2))
-            kernel = np.outer(down / down.sum(), across / across.sum())
-            smooth[row, column] = (kernel * noise).sum()
-    return smooth
+            vertical = np.exp(-((np.arange(height) - row) ** 2) / (2 * sigma**2))
+            horizontal = np.exp(-((np.arange(width) - column) ** 2) / (2 * sigma**2))
+            kernel = np.outer(vertical / vertical.sum(), horizontal / horizontal.sum())
+            blurred[row, column] = (kernel * noise).sum()
+    return blurred
 
 
-def label_share(msda_mask, mask):
-    """mean(msda_mask · m) / mean(m) for one member; (H, W) is averaged down to m's (D, h, w)."""
+def label_weight(msda_mask, mask):
+    """mean(msda_mask · m) / mean(m) for one member; (H, W) is averaged to m's (D, h, w)."""
     _, height, width = mask.shape
     rows, columns = msda_mask.shape[0] // height, msda_mask.shape[1] // width
     total = 0.0
@@ -106,7 +106,7 @@ def label_share(msda_mask, mask):
 
 
 def exponential_average(start, steps, decay):
-    """Average of weights over steps, with the decay held down at the start."""
+    """Moving average of weights over steps, with a smaller decay at the start."""
     average = start
     for t, weights in enumerate(steps):
         d = min(decay, (1 + t) / (10 + t))

@@ -1,4 +1,4 @@
-"""A slow twin of the figures in NumPy: loops over samples, written from the definitions."""
+"""Slow NumPy reference of the metrics: loops over samples, written from the definitions."""
 
 from itertools import combinations
 
@@ -24,14 +24,14 @@ def brier(logits, labels):
 
 
 def top(logits, labels):
-    """Confidence and correctness of each sample's likeliest class, the first of a tie."""
+    """Confidence and correctness of each sample's most likely class, the first of ties."""
     confidence = np.array([softmax(z).max() for z in logits])
     correct = np.array([int(np.argmax(z)) == y for z, y in zip(logits, labels, strict=True)])
     return confidence, correct
 
 
 def top5(logits, labels):
-    """Of classes that tie, the first is the likelier."""
+    """Accuracy of the five most likely classes; of tied classes, the first ranks higher."""
     hits = 0
     for z, y in zip(logits, labels, strict=True):
         ranking = sorted(range(len(z)), key=lambda k, z=z: (-z[k], k))
@@ -40,7 +40,7 @@ def top5(logits, labels):
 
 
 def bins(confidence, correct, num_bins=15):
-    """Count, mean confidence and accuracy of each bin (q/Q, (q + 1)/Q]; zero joins the first."""
+    """Count, mean confidence and accuracy of each bin (q/Q, (q + 1)/Q]; the first includes 0."""
     rows = []
     for q in range(num_bins):
         low = -1 if q == 0 else q / num_bins
@@ -81,7 +81,7 @@ def temperature_error(logits, temperature):
 
 
 def temperature(logits, labels, low=1e-3, high=1e3):
-    """Bisect the slope of the NLL over s = 1 / T, until the bracket is a rounding error wide."""
+    """Bisect the slope of the NLL over s = 1 / T, to rounding precision."""
 
     def slope(s):
         return np.mean(
@@ -107,20 +107,20 @@ def member_accuracy(member_logits, labels):
 def ratio_error(member_logits, labels):
     ratios = []
     for i, j in combinations(range(member_logits.shape[1]), 2):
-        by_one = by_both = 0
+        one_wrong = both_wrong = 0
         for logits, y in zip(member_logits, labels, strict=True):
             wrong = [int(np.argmax(logits[m])) != y for m in (i, j)]
-            by_one += sum(wrong) == 1
-            by_both += sum(wrong) == 2
-        ratios.append(by_one / by_both)
+            one_wrong += sum(wrong) == 1
+            both_wrong += sum(wrong) == 2
+        ratios.append(one_wrong / both_wrong)
     return np.mean(ratios)
 
 
 def disagreement(member_logits):
-    shares = []
+    fractions = []
     for i, j in combinations(range(member_logits.shape[1]), 2):
-        shares.append(np.mean([np.argmax(row[i]) != np.argmax(row[j]) for row in member_logits]))
-    return np.mean(shares)
+        fractions.append(np.mean([np.argmax(row[i]) != np.argmax(row[j]) for row in member_logits]))
+    return np.mean(fractions)
 
 
 def entropy(probabilities):
@@ -137,22 +137,22 @@ def mutual_information(member_logits):
 
 
 def failure_auroc(confidence, correct):
-    """Every right prediction against every wrong one; a tie counts half."""
+    """Compare every correct prediction with every incorrect one; a tie counts half."""
     wins = [
-        float(right > wrong) + 0.5 * float(right == wrong)
-        for right in confidence[correct]
-        for wrong in confidence[~correct]
+        float(correct_one > wrong_one) + 0.5 * float(correct_one == wrong_one)
+        for correct_one in confidence[correct]
+        for wrong_one in confidence[~correct]
     ]
     return np.mean(wins)
 
 
 def risk(confidence, correct):
-    """Expected share of errors among the i surest, i = 1 … N, chance deciding between ties."""
+    """Expected error rate of the i most confident samples, i = 1 … N, with ties in random order."""
     risks = []
     for i in range(1, len(confidence) + 1):
         border = sorted(confidence, reverse=True)[i - 1]
-        surer, tied = confidence > border, confidence == border
-        errors = np.sum(~correct[surer]) + (i - surer.sum()) * np.mean(~correct[tied])
+        higher, tied = confidence > border, confidence == border
+        errors = np.sum(~correct[higher]) + (i - higher.sum()) * np.mean(~correct[tied])
         risks.append(errors / i)
     return np.array(risks)
 
@@ -162,31 +162,31 @@ def aurc(confidence, correct):
 
 
 def risk_at(confidence, correct, percent):
-    """Risk of the fewest surest samples that are so many percent of all."""
+    """Risk at the smallest coverage of at least `percent` percent."""
     accepted = -(-percent * len(confidence) // 100)
     return risk(confidence, correct)[accepted - 1]
 
 
 def resampled_intervals(logits, labels, counts, level=0.95):
-    """The figures of each resample, sample by sample, and their percentiles."""
-    figures = {"accuracy": [], "nll": [], "ece": []}
+    """Metrics of each resample and their percentiles."""
+    metrics = {"accuracy": [], "nll": [], "ece": []}
     for row in counts:
         chosen = np.repeat(np.arange(len(labels)), row)
         z, y = logits[chosen], labels[chosen]
         confidence, correct = top(z, y)
-        figures["accuracy"].append(correct.mean())
-        figures["nll"].append(nll(z, y))
-        figures["ece"].append(ece(confidence, correct))
+        metrics["accuracy"].append(correct.mean())
+        metrics["nll"].append(nll(z, y))
+        metrics["ece"].append(ece(confidence, correct))
     ends = [(1 - level) / 2, (1 + level) / 2]
-    return {name: (values, np.quantile(values, ends)) for name, values in figures.items()}
+    return {name: (values, np.quantile(values, ends)) for name, values in metrics.items()}
 
 
 def average_precision(scores, positive):
     """Σ over thresholds, highest first, of (gain in recall) x precision; ties enter together."""
     total, recall = 0.0, 0.0
     for limit in sorted(set(scores), reverse=True):
-        taken = scores >= limit
-        new_recall = positive[taken].sum() / positive.sum()
-        total += (new_recall - recall) * positive[taken].mean()
+        accepted = scores >= limit
+        new_recall = positive[accepted].sum() / positive.sum()
+        total += (new_recall - recall) * positive[accepted].mean()
         recall = new_recall
     return total

@@ -1,6 +1,6 @@
-"""Run a notebook cell by cell in a kernel, as a reader does.
+"""Run the notebook of examples/ cell by cell in a kernel.
 
-`python tests/run_notebook.py` writes into the notebook of examples/ what its cells give.
+`python tests/run_notebook.py` stores the outputs of its cells in the notebook.
 """
 
 import os
@@ -12,28 +12,28 @@ import nbformat
 from nbclient import NotebookClient
 
 NOTEBOOK = Path(__file__).resolve().parents[1] / "examples" / "learner_to_mixmo.ipynb"
-PATIENCE = 300.0  # seconds for a cell
+TIMEOUT = 300.0  # seconds per cell
 
 
 def run_notebook(folder, *, quick=False):
-    """Run the notebook in a folder, and give it with what its cells gave.
+    """Run the notebook in a folder, and return it with the outputs of its cells.
 
     Args:
-        folder: where it runs.
-        quick: train for one epoch instead of several, on a third of the images.
+        folder: working directory of the kernel.
+        quick: whether to train for one epoch, on a third of the images.
     """
-    book = nbformat.read(NOTEBOOK, as_version=4)
-    for cell in book.cells if quick else ():
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    for cell in notebook.cells if quick else ():
         cell.source = re.sub(r"fit_one_cycle\(\d+,", "fit_one_cycle(1,", cell.source)
         cell.source = cell.source.replace("range(len(images))", "range(0, len(images), 3)")
     resources = {"metadata": {"path": str(folder)}}
-    client = NotebookClient(book, timeout=PATIENCE, resources=resources, record_timing=False)
+    client = NotebookClient(notebook, timeout=TIMEOUT, resources=resources, record_timing=False)
     client.execute(env={**os.environ, "PYTHONWARNINGS": "ignore"})
-    return book
+    return notebook
 
 
 def is_shown(output):
-    """Tell whether an output is for readers: no warning of a library, no emptied progress bar."""
+    """Return whether an output is shown: warnings and finished progress bars are not."""
     html = output.get("data", {}).get("text/html")
     return output.get("name") != "stderr" and html not in ("", "<div></div>")
 

@@ -1,4 +1,4 @@
-"""Small things to train on: coloured blocks whose class is their colour, as an image set."""
+"""Small synthetic image sets: coloured blocks whose class is their colour."""
 
 import torch
 from fastai.data.core import DataLoaders, TfmdDL
@@ -34,7 +34,7 @@ def mixmo_dls(batch_size=12, **kwargs):
 
 
 class _Items:
-    """As fastai's own data sets, they know whether they are of training (0) or validation (1)."""
+    """A data set with the attributes of fastai's; split_idx is 0 for training, 1 for validation."""
 
     def __init__(self, count, seed):
         pixels, labels = image_arrays(count, seed=seed)
@@ -49,7 +49,7 @@ class _Items:
 
 
 def foreign_dls(batch_size=12, after_batch=None, num_train=96, num_workers=0):
-    """Plain fastai loaders, as a user has them."""
+    """Build plain fastai loaders, without this package."""
     train = TfmdDL(
         _Items(num_train, 0),
         bs=batch_size,

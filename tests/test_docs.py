@@ -1,4 +1,4 @@
-"""What the pages in docs/ say is so: their code, command lines, tables and names."""
+"""The pages in docs/ are correct: their code, command lines, tables and names."""
 
 import dataclasses
 import io
@@ -33,32 +33,32 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 TEXTS = {path.name: path.read_text(encoding="utf-8") for path in (*PAGES, ROOT / "README.md")}
 COMMANDS = typer.main.get_command(app).commands
 PLACEHOLDERS = {"METHOD": "vanilla", "E": "4"}
-OF_OTHER_PROGRAMS = {"--multi_gpu", "--node-rank", "--help"}
+FLAGS_OF_OTHER_PROGRAMS = {"--multi_gpu", "--node-rank", "--help"}
 UsageError = typer.BadParameter.__mro__[1]
 
 by_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
-EXTENDING = "extending.md"  # whose commands need its changes: `test_extending.py`
+EXTENDING = "extending.md"  # its commands need its changes: `test_extending.py`
 by_text = pytest.mark.parametrize("name", [name for name in TEXTS if name != EXTENDING])
 
 
 @pytest.mark.slow
 @by_page
-def test_code_of_the_docs_runs(page):
+def test_code_runs(page):
     for number, block in enumerate(blocks(TEXTS[page.name], "python")):
         exec(compile(block, f"{page.name}, block {number}", "exec"), {})
 
 
 @by_page
-def test_files_that_the_docs_name_exist(page):
+def test_named_files_exist(page):
     text = TEXTS[page.name]
     for target in re.findall(r"\]\((?!http)([^)#]+)", text):
         assert (page.parent / target).exists(), target
-    for named in re.findall(r"`((?:tests|docs|benchmarks|recipes|mixmo_fastai)/[\w./-]+)`", text):
-        assert (ROOT / named).exists(), named
+    for name in re.findall(r"`((?:tests|docs|benchmarks|recipes|mixmo_fastai)/[\w./-]+)`", text):
+        assert (ROOT / name).exists(), name
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_links_to_headings_find_them(name):
+def test_linked_headings_exist(name):
     for target, anchor in re.findall(r"\]\((?!http)([^)#]*)#([^)]+)\)", TEXTS[name]):
         headings = re.findall(r"^#+ (.+)$", TEXTS[Path(target or name).name], re.MULTILINE)
         assert anchor in {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}
@@ -72,56 +72,58 @@ def blocks(text, language):
 
 
 def prose(text):
-    """Give a page without its fenced blocks."""
+    """Return a page without its fenced blocks."""
     return re.sub(r"```.*?```", "", text, flags=re.DOTALL)
 
 
 def command_lines(text):
-    """Give the words after `mixmo` of every such line in the code blocks of a page."""
+    """Yield the arguments of every `mixmo` command in the code blocks of a page."""
     shell = "\n".join(blocks(text, "bash"))
     shell += "\n" + "\n".join(re.findall(r"^    (.*)$", prose(text), flags=re.MULTILINE))
     for line in shell.replace("\\\n", " ").splitlines():
         for part in line.split("&&"):
-            words = shlex.split(re.sub(r"\b(METHOD|E)\b", lambda m: PLACEHOLDERS[m[0]], part))
-            if ">" in words:
-                words = words[: words.index(">")]
-            if "mixmo_fastai" in words:
-                yield words[words.index("mixmo_fastai") + 1 :]
-            elif words[:1] == ["mixmo"]:
-                yield words[1:]
+            arguments = shlex.split(re.sub(r"\b(METHOD|E)\b", lambda m: PLACEHOLDERS[m[0]], part))
+            if ">" in arguments:
+                arguments = arguments[: arguments.index(">")]
+            if "mixmo_fastai" in arguments:
+                yield arguments[arguments.index("mixmo_fastai") + 1 :]
+            elif arguments[:1] == ["mixmo"]:
+                yield arguments[1:]
 
 
-def check_command_line(words):
-    """Let a command read its words, and check what it does before it begins to work."""
-    assert words[0] in COMMANDS, words
-    given = COMMANDS[words[0]].make_context(words[0], words[1:]).params
-    opt.check_device(given.get("device"))
-    flags = {name: given[name] for name in opt._SETTINGS if name in given}
-    if given.get("resume"):
-        fit._check_no_settings([given["dataset"], given["recipe"], given["out"], *flags.values()])
-    elif "assignments" in given:
-        settings, assignments = opt.flags(**flags), given["assignments"] or ()
-        resolve_recipe(given["dataset"], given["recipe"], settings, assignments)
-    if given.get("ood"):
-        check_dataset(given["ood"])
-    if words[0] == "recipes" and given["name"]:
-        load_recipe(given["name"])
+def check_command_line(arguments):
+    """Parse the arguments of a command, and run the checks that precede its work."""
+    assert arguments[0] in COMMANDS, arguments
+    parsed = COMMANDS[arguments[0]].make_context(arguments[0], arguments[1:]).params
+    opt.check_device(parsed.get("device"))
+    flags = {name: parsed[name] for name in opt._SETTINGS if name in parsed}
+    if parsed.get("resume"):
+        fit._check_no_settings(
+            [parsed["dataset"], parsed["recipe"], parsed["out"], *flags.values()]
+        )
+    elif "assignments" in parsed:
+        settings, assignments = opt.flags(**flags), parsed["assignments"] or ()
+        resolve_recipe(parsed["dataset"], parsed["recipe"], settings, assignments)
+    if parsed.get("ood"):
+        check_dataset(parsed["ood"])
+    if arguments[0] == "recipes" and parsed["name"]:
+        load_recipe(parsed["name"])
 
 
 @pytest.fixture
-def examples(tmp_path, monkeypatch):
-    """A folder with what the pages' command lines name."""
+def example_files(tmp_path, monkeypatch):
+    """Create the files and folders that the pages' command lines name."""
     for folder in ("path/to/images", "cifar10-images", "data/flowers"):
         (tmp_path / folder).mkdir(parents=True)
-    (own,) = blocks(TEXTS["recipes.md"], "toml")
-    (tmp_path / "flowers.toml").write_text(own, encoding="utf-8")
+    (recipe,) = blocks(TEXTS["recipes.md"], "toml")
+    (tmp_path / "flowers.toml").write_text(recipe, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
 
 
 @by_text
-def test_command_lines_are_valid(name, examples):
-    for words in command_lines(TEXTS[name]):
-        check_command_line(words)
+def test_command_lines_are_valid(name, example_files):
+    for arguments in command_lines(TEXTS[name]):
+        check_command_line(arguments)
 
 
 def test_command_lines_are_found():
@@ -152,15 +154,15 @@ def test_command_lines_are_found():
         "recipes cifar10/none",
     ],
 )
-def test_a_wrong_command_line_is_noticed(line, examples):
+def test_invalid_command_lines_are_detected(line, example_files):
     with pytest.raises((AssertionError, UsageError, InputError)):
         check_command_line(line.split())
 
 
 @by_text
-def test_commands_and_flags_within_sentences_exist(name):
+def test_commands_and_flags_in_sentences_exist(name):
     parameters = [parameter for command in COMMANDS.values() for parameter in command.params]
-    known = {flag for parameter in parameters for flag in parameter.opts} | OF_OTHER_PROGRAMS
+    known = {flag for parameter in parameters for flag in parameter.opts} | FLAGS_OF_OTHER_PROGRAMS
     spans = names_in(prose(TEXTS[name]))
     for span in spans:
         if span.startswith("mixmo "):
@@ -174,7 +176,7 @@ def test_commands_and_flags_within_sentences_exist(name):
 
 
 def tables(text):
-    """Give each table of a page as rows, by the names of its columns."""
+    """Return the tables of a page as lists of rows, which map column names to cells."""
     found = re.findall(r"^(\|.*\|)\n\|[-|]+\|\n((?:\|.*\|\n)+)", text, flags=re.MULTILINE)
     return [[dict(zip(cells(head), cells(row), strict=True)) for row in body.splitlines()]
             for head, body in found]  # fmt: skip
@@ -185,7 +187,7 @@ def cells(line):
 
 
 def table(page, *columns):
-    """Give the rows of the tables of a page that have these columns."""
+    """Return the rows of the tables of a page that have these columns."""
     return [r for rows in tables(TEXTS[page]) for r in rows if set(columns) <= rows[0].keys()]
 
 
@@ -194,7 +196,7 @@ def names_in(text):
 
 
 def value(cell):
-    """Read a cell as TOML, with fractions; "-" is None."""
+    """Parse a cell as TOML, with fractions; "-" is None."""
     if cell == "-":
         return None
     text = re.sub(r"(\d+)/(\d+)", lambda m: repr(int(m[1]) / int(m[2])), cell.strip("`"))
@@ -207,24 +209,24 @@ def value(cell):
 # docs/recipes.md
 
 METHODS = {names_in(row["recipe"])[0]: row for row in table("recipes.md", "`mix.kind`")}
-FIGURES = {names_in(row["recipe"])[0]: row for row in table("recipes.md", "`cifar10/`")}
+EXPECTED_ACCURACIES = {names_in(row["recipe"])[0]: row for row in table("recipes.md", "`cifar10/`")}
 
 
-def own_settings():
-    """Give every setting: its name, its field, its default."""
+def all_settings():
+    """Yield the name, field and default of every setting."""
     for field in dataclasses.fields(Recipe):
         if dataclasses.is_dataclass(field.default):
-            for own in dataclasses.fields(field.default):
-                yield f"{field.name}.{own.name}", own, getattr(field.default, own.name)
+            for inner in dataclasses.fields(field.default):
+                yield f"{field.name}.{inner.name}", inner, getattr(field.default, inner.name)
         else:
             yield field.name, field, field.default
 
 
-def test_every_setting_is_explained_with_its_default():
+def test_every_setting_is_documented_with_its_default():
     rows = {names_in(row["setting"])[0]: row for row in table("recipes.md", "setting", "default")}
-    assert rows.keys() == {name for name, *_ in own_settings()}
+    assert rows.keys() == {name for name, *_ in all_settings()}
     flags = {setting: flag for flag, setting in opt._SETTINGS.items()}
-    for name, field, default in own_settings():
+    for name, field, default in all_settings():
         row = rows[name]
         found = value(row["default"])
         assert found == (list(default) if isinstance(default, tuple) else default), name
@@ -235,42 +237,46 @@ def test_every_setting_is_explained_with_its_default():
         assert row["flag"] == (f"`--{flag.replace('_', '-')}`" if flag else ""), name
 
 
-def test_the_options_of_masks_have_their_defaults():
+def test_defaults_of_mask_options_are_documented():
     rows = {names_in(row["setting"])[0]: row for row in table("recipes.md", "setting", "default")}
     for name, default in {**COW_DEFAULTS, "block_size": 7}.items():
         assert rows[f"mix.{name}"]["meaning"].endswith(f"; {default:g}")
 
 
-def test_recipes_are_what_their_tables_say():
-    places = {"`cifar10/`": "cifar10/{}", "`cifar100/`": "cifar100/{}", "`digits/`": "digits/{}"}
-    places["`tinyimagenet/`"] = "tinyimagenet/{}"
-    places |= {f"its `-w{w}`": f"tinyimagenet/{{}}-w{w}" for w in (1, 2)}
-    named = set()
-    assert METHODS.keys() == FIGURES.keys()
-    for method, row in FIGURES.items():
-        for column, place in places.items():
+def test_tables_of_recipes_match_the_recipes():
+    names_by_column = {
+        "`cifar10/`": "cifar10/{}",
+        "`cifar100/`": "cifar100/{}",
+        "`digits/`": "digits/{}",
+    }
+    names_by_column["`tinyimagenet/`"] = "tinyimagenet/{}"
+    names_by_column |= {f"its `-w{w}`": f"tinyimagenet/{{}}-w{w}" for w in (1, 2)}
+    documented = set()
+    assert METHODS.keys() == EXPECTED_ACCURACIES.keys()
+    for method, row in EXPECTED_ACCURACIES.items():
+        for column, name in names_by_column.items():
             if row[column]:
-                check_recipe(place.format(method), METHODS[method], row[column])
-                named.add(place.format(method))
-    assert named == set(recipe_names())
+                check_recipe(name.format(method), METHODS[method], row[column])
+                documented.add(name.format(method))
+    assert documented == set(recipe_names())
 
 
-def check_recipe(name, method, figure):
+def check_recipe(name, method, accuracy):
     recipe = load_recipe(name)
     for column in method.keys() - {"recipe", "approach"}:
         section, key = column.strip("`").split(".")
         assert str(getattr(getattr(recipe, section), key)) == method[column].strip("`"), name
-    if figure == "-":
+    if accuracy == "-":
         assert recipe.expected.accuracy is None, name
         return
-    assert f"{100 * recipe.expected.accuracy:.2f}" == figure.rstrip("†"), name
-    assert recipe.expected.source.startswith("published") == figure.endswith("†"), name
-    assert ("poster" in recipe.expected.source) != figure.endswith("†"), name
+    assert f"{100 * recipe.expected.accuracy:.2f}" == accuracy.rstrip("†"), name
+    assert recipe.expected.source.startswith("published") == accuracy.endswith("†"), name
+    assert ("poster" in recipe.expected.source) != accuracy.endswith("†"), name
     if "digits" not in name:
         assert recipe.title.startswith(method["approach"].partition(" (")[0]), name
 
 
-def test_data_sets_are_trained_as_their_table_says():
+def test_table_of_data_sets_matches_the_recipes():
     for row in table("recipes.md", "data set", "`model.arch`"):
         for dataset in names_in(row["data set"]):
             for name in (n for n in recipe_names() if n.startswith(f"{dataset}/")):
@@ -292,7 +298,7 @@ def check_training(name, row):
         assert found == value(usual), (name, column)
 
 
-def test_the_recipe_of_ones_own_is_one():
+def test_example_of_a_custom_recipe_is_valid():
     (block,) = blocks(TEXTS["recipes.md"], "toml")
     assert recipe_from_mapping(tomllib.loads(block), "recipes.md").name == "flowers"
 
@@ -300,60 +306,60 @@ def test_the_recipe_of_ones_own_is_one():
 # docs/method.md
 
 
-def test_every_mask_kind_is_explained():
+def test_every_mask_kind_is_documented():
     rows = table("method.md", "kind")
     assert [name for row in rows for name in names_in(row["kind"])] == list(MASK_KINDS)
-    told = {
+    documented = {
         name: names_in(" ".join(row.values())) for row in rows for name in names_in(row["kind"])
     }
     for kind, options in MASK_OPTIONS.items():
-        assert set(options) <= set(told[kind])
+        assert set(options) <= set(documented[kind])
 
 
-def test_the_picture_shows_every_mask_kind(tmp_path):
+def test_image_of_masks_shows_every_mask_kind(tmp_path):
     script = runpy.run_path(str(ROOT / "docs/images/masks.py"))
     assert [kind for kind, num_members in script["PANELS"] if num_members == 2] == list(MASK_KINDS)
     script["main"](tmp_path / "masks.png")
-    for picture in (tmp_path / "masks.png", ROOT / "docs/images/masks.png"):
-        assert picture.read_bytes().startswith(b"\x89PNG")
-        assert 5_000 < picture.stat().st_size < 60_000
+    for image in (tmp_path / "masks.png", ROOT / "docs/images/masks.png"):
+        assert image.read_bytes().startswith(b"\x89PNG")
+        assert 5_000 < image.stat().st_size < 60_000
 
 
-# docs/evaluation.md, and the run folder
+# docs/evaluation.md and the run folder
 
 
 @pytest.fixture(scope="module")
 def small_run(tmp_path_factory):
-    """A finished run, and what the commands print of it as JSON."""
+    """Return a finished run and the JSON output of the commands that read it."""
     folder = tmp_path_factory.mktemp("small")
     path, images = folder / "run", folder / "images"
-    words = ["--arch", "wrn10_1", "--limit", "48", "--batch-size", "16", "--device", "cpu"]
-    assert run(["fit", *words, "--epochs", "1", "--quiet", "--out", str(path)]) == 0
+    arguments = ["--arch", "wrn10_1", "--limit", "48", "--batch-size", "16", "--device", "cpu"]
+    assert run(["fit", *arguments, "--epochs", "1", "--quiet", "--out", str(path)]) == 0
     write_image_folder(images, classes=("a", "b"), num_train=4, num_test=4)
-    others = ["--ood", str(images), "--corruptions", "built-in"]
+    options = ["--ood", str(images), "--corruptions", "built-in"]
     return {
         "folder": path,
-        "eval": as_json("eval", path, *others),
+        "eval": as_json("eval", path, *options),
         "fused": as_json("eval", path, "--fused"),
         "predict": as_json("predict", path, images),
         "report": as_json("report", path),
     }
 
 
-def as_json(*words):
+def as_json(*arguments):
     text = io.StringIO()
     with redirect_stdout(text):
-        assert run([*map(str, words), "--json"]) == 0
+        assert run([*map(str, arguments), "--json"]) == 0
     return json.loads(text.getvalue())
 
 
-def keys_of(figures):
-    for key, found in figures.items() if isinstance(figures, dict) else ():
+def keys_of(metrics):
+    for key, value in metrics.items() if isinstance(metrics, dict) else ():
         yield key
-        yield from keys_of(found)
+        yield from keys_of(value)
 
 
-EXPLAINED = set(names_in(prose(TEXTS["evaluation.md"])))
+DOCUMENTED = set(names_in(prose(TEXTS["evaluation.md"])))
 RANGES = {
     name: row["range"]
     for row in table("evaluation.md", "key", "range")
@@ -363,44 +369,45 @@ RANGES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["eval", "fused"])
-def test_every_key_of_eval_is_explained(small_run, kind):
+def test_every_key_of_eval_is_documented(small_run, kind):
     keys = set(keys_of(small_run[kind]))
     assert ("absent" in keys) == (kind == "fused")
-    assert keys <= EXPLAINED, keys - EXPLAINED
-    assert set(BUILT_IN) <= EXPLAINED
+    assert keys <= DOCUMENTED, keys - DOCUMENTED
+    assert set(BUILT_IN) <= DOCUMENTED
 
 
-def test_every_key_of_a_finished_run_is_explained(small_run):
-    figures = json.loads((small_run["folder"] / "metrics.json").read_text())
-    assert set(keys_of(figures)) <= EXPLAINED
+def test_every_key_of_metrics_json_is_documented(small_run):
+    metrics = json.loads((small_run["folder"] / "metrics.json").read_text())
+    assert set(keys_of(metrics)) <= DOCUMENTED
 
 
-def test_tables_of_figures_have_what_eval_gives(small_run):
-    figures = small_run["eval"]
-    assert set(figures["test"]) <= RANGES.keys()
-    assert set(figures["ood"]["entropy"]) <= RANGES.keys()
-    top = {
+def test_tables_of_metrics_list_all_keys_of_eval(small_run):
+    metrics = small_run["eval"]
+    assert set(metrics["test"]) <= RANGES.keys()
+    assert set(metrics["ood"]["entropy"]) <= RANGES.keys()
+    top_level = {
         name for row in table("evaluation.md", "key", "meaning") for name in names_in(row["key"])
     }
-    assert set(figures) | {"absent", "valid_mean_probabilities"} == top  # not of every run
+    not_in_every_run = {"absent", "valid_mean_probabilities"}
+    assert set(metrics) | not_in_every_run == top_level
 
 
-def sure(right):
-    """Figures of two members that are sure of the right class, or of a wrong one."""
+def confident_metrics(is_correct):
+    """Compute the metrics of two confident members, all correct or all incorrect."""
     labels = torch.arange(8) % 6
-    logits = 100 * torch.nn.functional.one_hot(labels if right else (labels + 1) % 6, 6)
+    logits = 100 * torch.nn.functional.one_hot(labels if is_correct else (labels + 1) % 6, 6)
     member_logits = torch.stack([logits, logits.flip(0)], dim=1).float()
     return evaluate_logits(torch.stack([logits, logits], dim=1).float(), labels) | {
         "mutual_information": evaluate_logits(member_logits, labels)["mutual_information"]
     }
 
 
-def test_figures_lie_in_their_ranges_and_reach_the_ends(small_run):
+def test_metrics_are_in_their_ranges_and_reach_the_ends(small_run):
     ends = {"0 to 1": (0, 1), "0 to 2": (0, 2), "0 to ∞": (0, math.inf), "as above": (0, math.inf)}
     ends |= {"0 to log M": (0, math.log(2)), "0.001 to 1000": (0.001, 1000)}
     parts = [small_run["eval"][name] for name in ("test", "valid", "test_mean_probabilities")]
     found = {}
-    for part in (*parts, sure(right=True), sure(right=False)):
+    for part in (*parts, confident_metrics(is_correct=True), confident_metrics(is_correct=False)):
         for name, values in part.items():
             if name != "absent":
                 found.setdefault(name, []).extend(values if isinstance(values, list) else [values])
@@ -412,13 +419,13 @@ def test_figures_lie_in_their_ranges_and_reach_the_ends(small_run):
         assert max(found[name]) == pytest.approx(ends[RANGES[name]][1]), name
 
 
-def test_columns_of_predictions_are_explained(small_run):
+def test_columns_of_predictions_are_documented(small_run):
     rows = [names_in(row["column"])[0] for row in table("evaluation.md", "column", "meaning")]
     assert rows == list(small_run["predict"]["predictions"][0])
-    assert set(small_run["predict"]) - {"predictions"} <= EXPLAINED
+    assert set(small_run["predict"]) - {"predictions"} <= DOCUMENTED
 
 
-def test_files_of_a_run_folder_are_explained(small_run):
+def test_files_of_a_run_folder_are_documented(small_run):
     rows = {
         name for row in table("recipes.md", "file", "content") for name in names_in(row["file"])
     }
@@ -429,10 +436,10 @@ def test_files_of_a_run_folder_are_explained(small_run):
         "logs/",
         "left-out.json",
         "split.json",
-    }  # not of every run
+    }  # not in every run
 
 
-def test_the_fewest_images_for_a_temperature_are_as_said():
+def test_min_images_for_a_temperature_is_documented():
     rows = table("evaluation.md", "use it")
     assert f"{MIN_IMAGES_FOR_TEMPERATURE} images" in rows[0]["$T$ is fitted on"]
     assert f"{2 * MIN_IMAGES_FOR_TEMPERATURE} images" in rows[1]["$T$ is fitted on"]

@@ -1,4 +1,4 @@
-"""The changes that docs/extending.md shows, made to a copy of the package, do what it says."""
+"""The changes in docs/extending.md work when applied to a copy of the package."""
 
 import json
 import os
@@ -16,12 +16,12 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
 CHANGES = re.findall(r"```diff\n(.*?)```", PAGE, flags=re.DOTALL)
 COMMANDS = re.findall(r"^    mixmo (.*)$", re.sub(r"```.*?```", "", PAGE, flags=re.DOTALL), re.M)
-MOST_LINES = 30
+MAX_LINES = 30
 
 
 @pytest.fixture(scope="module")
-def extended(tmp_path_factory):
-    """A copy of the package with all changes of the page."""
+def extended_package(tmp_path_factory):
+    """Return a copy of the package with all changes of the page."""
     copy = tmp_path_factory.mktemp("extended")
     for part in ("mixmo_fastai", "recipes"):
         shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
@@ -38,27 +38,27 @@ def extended(tmp_path_factory):
 @pytest.mark.parametrize("change", CHANGES)
 def test_changes_are_short(change):
     added = [line for line in change.splitlines() if re.match(r"\+(?!\+\+ )", line)]
-    assert 0 < len(added) < MOST_LINES
+    assert 0 < len(added) < MAX_LINES
 
 
-def test_there_is_a_change_of_each_kind():
+def test_number_of_changes_and_commands():
     assert len(CHANGES) == 7
     assert len(COMMANDS) >= 9
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_of_the_page_run(command, extended, mixmo, tmp_path):
-    own = f"""
+def test_commands_run_with_the_changes(command, extended_package, mixmo, tmp_path):
+    use_extended_package = f"""
 import sys
 for name in [name for name in sys.modules if name.partition(".")[0] == "mixmo_fastai"]:
     del sys.modules[name]
-sys.path.insert(0, {str(extended)!r})
+sys.path.insert(0, {str(extended_package)!r})
 import mixmo_fastai
-assert mixmo_fastai.__file__.startswith({str(extended)!r})
+assert mixmo_fastai.__file__.startswith({str(extended_package)!r})
 """
-    done = mixmo(*shlex.split(command), prelude=own)
+    done = mixmo(*shlex.split(command), prelude=use_extended_package)
     assert done.wait() == 0, done.said
-    assert len([*tmp_path.iterdir()]) > 1  # more than what was printed
+    assert len([*tmp_path.iterdir()]) > 1  # more than the file with the printed output
     files = [*tmp_path.glob("runs/*/metrics.json")]
     assert len(files) == command.startswith("fit")
     for file in files:
@@ -66,7 +66,7 @@ assert mixmo_fastai.__file__.startswith({str(extended)!r})
         assert f"Balanced accuracy    {100 * value:.2f} %" in done.said
 
 
-def test_without_the_changes_they_do_not(mixmo):
+def test_commands_fail_without_the_changes(mixmo):
     done = mixmo("show", "digits", "--mix", "diagonal")
     assert done.wait() == 2
     assert "diagonal" in done.said

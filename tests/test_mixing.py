@@ -117,7 +117,7 @@ def test_other_members_fill_the_complement_in_proportion():
     lam = draw_lam(20, 3, 2.0, generator=generator())
     masks, _ = draw_masks("cutmix", lam, (1, 8, 8), generator=generator(1), shuffle_roles=False)
     for b in range(20):
-        expected = oracle.complement_shares(masks[b, 0, 0].numpy(), lam[b].numpy())
+        expected = oracle.complement_masks(masks[b, 0, 0].numpy(), lam[b].numpy())
         np.testing.assert_allclose(masks[b, :, 0].numpy(), expected, atol=1e-6)
 
 

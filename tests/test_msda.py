@@ -53,7 +53,7 @@ class TestDraw:
                 if masks[b, i].sum() == 0:
                     assert own_weights[b, i] == 1
                     continue
-                expected = oracle.label_share(
+                expected = oracle.label_weight(
                     draw.masks[b, i, 0].double().numpy(), masks[b, i].double().numpy()
                 )
                 assert own_weights[b, i].item() == pytest.approx(expected, abs=1e-5)

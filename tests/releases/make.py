@@ -1,8 +1,8 @@
-"""Makes the run of this version that later versions must resume: once, at its release.
+"""Train the run of this version that later versions must resume; execute once per release.
 
-python tests/releases/make.py
+    python tests/releases/make.py
 
-It is stopped within its second epoch. What it would have come to, had it gone on, lies beside it.
+The run is stopped in its second epoch. The losses of the complete run are stored in end.json.
 """
 
 import json
@@ -30,11 +30,11 @@ RECIPE = {
     "model": {"arch": "wrn10_1"},
     "train": {"epochs": 3, "batch_size": 32, "device": "cpu", "threads": 1},
 }
-KEPT = ("recipe.toml", "data.json", "history.csv")
+FILES = ("recipe.toml", "data.json", "history.csv")
 
 
 class StopWithin(Callback):
-    """Asks to stop in the middle of the second epoch."""
+    """Request a stop in the middle of the second epoch."""
 
     order = 64
 
@@ -48,15 +48,15 @@ class StopWithin(Callback):
 
 
 def make(folder):
-    """Write the stopped run and its end into a folder."""
+    """Write the stopped run and the losses of the complete run to a folder."""
     recipe = recipe_from_mapping(RECIPE, "release")
-    with TemporaryDirectory() as place:
-        run, stop = create_run(recipe, Path(place) / "run"), StopRequest()
+    with TemporaryDirectory() as temporary:
+        run, stop = create_run(recipe, Path(temporary) / "run"), StopRequest()
         with suppress(InterruptedBySignal):
             train(prepare(recipe), run, cbs=[StopWithin(stop)], stop=stop)
         newest = CheckpointStore(run.checkpoint).newest()
         folder.mkdir()
-        for name in KEPT:
+        for name in FILES:
             shutil.copy(run.path / name, folder / name)
         shutil.copytree(newest.path, folder / "checkpoint" / newest.path.name)
         train(prepare(recipe), run, resume=True)
