@@ -550,7 +550,7 @@ def assert_no_process_is_left(command):
     while processes := [*processes_for(command.pid)]:
         assert time.monotonic() < deadline, processes
         time.sleep(0.05)
-    assert not command.others()
+    assert not command.other_processes()
 
 
 def processes_for(pid):

@@ -43,7 +43,7 @@ def test_memory_and_open_files_do_not_grow(mixmo, tmp_path, loader):
     command = mixmo(*_FIT.split(), run, *LOADERS[loader], prelude=PAUSE)
     for epoch in MEASURED_EPOCHS:
         mark = tmp_path / f"epoch-{epoch}"
-        command.until(mark.exists, patience=240)
+        command.wait_until(mark.exists, patience=240)
         time.sleep(0.2)  # a worker of the previous epoch may still be exiting
         measured[epoch] = memory_used_by(command.pid), num_open_files(command.pid)
         mark.unlink()

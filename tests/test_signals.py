@@ -28,11 +28,11 @@ BOTH_TARGETS = pytest.mark.parametrize("group", [False, True], ids=["process", "
 SLOW_STEPS = """
 import time
 from mixmo_fastai.training.recording import HistoryCallback
-original = HistoryCallback.after_batch
+original_after_batch = HistoryCallback.after_batch
 def slow(self):
     if self.learn.epoch:  # the first epoch is not slowed down, since most tests wait for its end
         time.sleep(0.1)
-    original(self)
+    original_after_batch(self)
 HistoryCallback.after_batch = slow
 """
 ALL_STEPS_SLOW = SLOW_STEPS.replace("if self.learn.epoch:", "if True:")
@@ -107,7 +107,7 @@ def check_stopped(command, number, run_path):
     """Check that a command ended in response to a signal; return its last line."""
     assert command.wait() == CODES[number], command.said
     assert "Traceback" not in command.said
-    assert not command.others()
+    assert not command.other_processes()
     last = command.said.splitlines()[-1]
     if run_path is not None:
         assert last.endswith(f"resume with: mixmo fit --resume {run_path}")
@@ -140,7 +140,7 @@ def test_signal_in_a_step_with_workers(mixmo, tmp_path, whole, number):
     run = tmp_path / "run"
     command = mixmo(*FIT, run, *STREAMED, prelude=SLOW_STEPS)
     command.until_said("1/3 ")
-    command.until(command.others)
+    command.wait_until(command.other_processes)
     command.signal(number, group=True)
     assert check_stopped(command, number, run).startswith("Interrupted. The state is saved")
     resumed(mixmo, run, whole(*STREAMED))
@@ -176,12 +176,12 @@ WideBlock.forward = lambda self, x: self.shortcut(x)
 """
     own_cache = {"TORCHINDUCTOR_CACHE_DIR": tmp_path / "cache"}
     command = mixmo(*FIT, run, "--compile", "on", prelude=few_kernels, environment=own_cache)
-    command.until(lambda: any((tmp_path / "cache").rglob("*")))
+    command.wait_until(lambda: any((tmp_path / "cache").rglob("*")))
     command.signal(signal.SIGINT, group=True)
     assert command.wait(patience=240) == 130, command.said
     assert command.said.splitlines()[-1].startswith("Interrupted. The state is saved")
     assert CheckpointStore(run / "checkpoint").newest() is not None
-    assert not command.others()
+    assert not command.other_processes()
 
 
 @BOTH_SIGNALS
@@ -208,7 +208,7 @@ def test_signal_in_the_final_evaluation(mixmo, tmp_path, whole, number):
 def test_signal_in_a_save(mixmo, tmp_path, whole, number):
     run = tmp_path / "run"
     command = mixmo(*FIT, run, prelude=SLOW_DISK)
-    command.until((run / "checkpoint" / ".unfinished").exists)
+    command.wait_until((run / "checkpoint" / ".unfinished").exists)
     command.signal(number)
     check_stopped(command, number, run)
     assert not (run / "checkpoint" / ".unfinished").exists()
@@ -220,8 +220,8 @@ def test_two_signals_in_a_save(mixmo, tmp_path, whole, number):
     """The second signal exits immediately; the previous checkpoint is intact."""
     run = tmp_path / "run"
     command = mixmo(*FIT, run, prelude=SLOW_DISK)
-    command.until((run / "checkpoint" / "save-000001").exists)
-    command.until((run / "checkpoint" / ".unfinished").exists)
+    command.wait_until((run / "checkpoint" / "save-000001").exists)
+    command.wait_until((run / "checkpoint" / ".unfinished").exists)
     command.signal(number)
     command.until_said("again to exit now")
     assert not command.ends_within(0.4)  # two signals within 0.3 s count as one
@@ -282,7 +282,7 @@ def test_signal_in_the_second_network_of_a_deep_ensemble(mixmo, tmp_path, whole)
     more = ["--set", "model.num_nets=2"]
     run = tmp_path / "run"
     command = mixmo(*FIT, run, *more, prelude=SLOW_STEPS)
-    command.until((run / "net-2" / "history.csv").exists)
+    command.wait_until((run / "net-2" / "history.csv").exists)
     command.signal(signal.SIGTERM)
     check_stopped(command, signal.SIGTERM, run)
     command = mixmo("fit", "--resume", run)
