@@ -3,7 +3,7 @@ import os
 
 import pytest
 import torch
-from processes import keep_digits, mixmo, server
+from processes import cache_digits, mixmo, server
 
 __all__ = ["mixmo", "server"]
 
@@ -17,7 +17,7 @@ def pytest_runtestloop(session):
     filters = session.config.getini("filterwarnings")
     gc.collect()
     gc.freeze()  # otherwise each collection traverses all imported objects
-    keep_digits()
+    cache_digits()
     configured = [*filters]
     filters.insert(0, "error")  # first, so that pyproject.toml, -W and tests override it
     try:

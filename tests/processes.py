@@ -29,7 +29,7 @@ import torch
 
 from mixmo_fastai.runs.folder import RunFolder
 
-PATIENCE = 60.0  # seconds after which a process is considered hung
+TIMEOUT = 60.0  # seconds after which a process is considered hung
 
 
 class Server:
@@ -71,8 +71,8 @@ class Server:
         pid = self._read_until(lambda message: message.get("started"))["started"]
         return Command(self, pid, output)
 
-    def _read_until(self, condition, patience=PATIENCE):
-        deadline = time.monotonic() + patience
+    def _read_until(self, condition, timeout=TIMEOUT):
+        deadline = time.monotonic() + timeout
         while True:
             while b"\n" not in self.buffer:
                 remaining = max(0, deadline - time.monotonic())
@@ -87,15 +87,15 @@ class Server:
             if condition(message):
                 return message
 
-    def exit_code(self, pid, patience):
+    def exit_code(self, pid, timeout):
         if pid not in self.exit_codes:
-            self._read_until(lambda message: message.get("ended") == pid, patience)
+            self._read_until(lambda message: message.get("ended") == pid, timeout)
         return self.exit_codes[pid]
 
     def stop(self):
         self.process.stdin.write("null\n")  # closing is not enough if other children hold it open
         self.process.stdin.close()
-        self.process.wait(timeout=PATIENCE)
+        self.process.wait(timeout=TIMEOUT)
         self.process.stdout.close()
 
 
@@ -105,14 +105,14 @@ class Command:
     def __init__(self, server, pid, output):
         self.server, self.pid, self.output = server, pid, output
 
-    def wait(self, patience=PATIENCE):
+    def wait(self, timeout=TIMEOUT):
         """Wait for the end; return the exit code, or -n if signal n ended the command."""
         try:
-            return self.server.exit_code(self.pid, patience)
+            return self.server.exit_code(self.pid, timeout)
         except AssertionError:
             with suppress(ProcessLookupError):
                 self.signal(signal.SIGKILL, group=True)
-            raise AssertionError(f"the command hangs; it printed:\n{self.said}") from None
+            raise AssertionError(f"the command hangs; it printed:\n{self.printed}") from None
 
     def signal(self, number, *, group=False):
         """Send a signal to the process, or to its group as a terminal does."""
@@ -123,12 +123,12 @@ class Command:
         """Text that was written to stdout and stderr."""
         return self.output.read_text()
 
-    def wait_until(self, condition, patience=PATIENCE):
+    def wait_until(self, condition, timeout=TIMEOUT):
         """Wait until a condition holds; fail if the process ends or hangs before."""
         start = time.monotonic()
         while not condition():
-            assert time.monotonic() - start < patience, f"timeout; it printed:\n{self.said}"
-            assert self.is_alive() or condition(), f"it ended; it printed:\n{self.said}"
+            assert time.monotonic() - start < timeout, f"timeout; it printed:\n{self.printed}"
+            assert self.is_alive() or condition(), f"it ended; it printed:\n{self.printed}"
             time.sleep(0.005)
 
     def ends_within(self, seconds):
@@ -138,9 +138,9 @@ class Command:
             time.sleep(0.005)
         return not self.is_alive()
 
-    def until_said(self, text, patience=PATIENCE):
+    def wait_until_printed(self, text, timeout=TIMEOUT):
         """Wait until a text was printed, including the end of its line."""
-        self.wait_until(lambda: "\n" in self.said.partition(text)[2], patience)
+        self.wait_until(lambda: "\n" in self.printed.partition(text)[2], timeout)
 
     def is_alive(self):
         return Path(f"/proc/{self.pid}").exists() and process_state(self.pid) != "Z"
@@ -172,7 +172,7 @@ def processes_in_session(leader):
     return found
 
 
-def undisturbed(server, folder, arguments):
+def uninterrupted_runs(server, folder, arguments):
     """Return a function that trains uninterrupted runs.
 
     Its arguments are added to `arguments`, which end with the flag of the run folder. Runs are
@@ -184,7 +184,7 @@ def undisturbed(server, folder, arguments):
         if more not in runs:
             path = folder / f"run-{len(runs)}"
             command = server.start([*arguments, path, *more], folder)
-            assert command.wait() == 0, command.said
+            assert command.wait() == 0, command.printed
             runs[more] = RunFolder(path)
         return runs[more]
 
@@ -246,7 +246,7 @@ def mixmo(server, tmp_path):
             os.kill(pid, signal.SIGKILL)
 
 
-def keep_digits():
+def cache_digits():
     """Cache the digits in memory; scikit-learn parses a compressed text file at each call."""
     from sklearn import datasets
 
@@ -261,7 +261,7 @@ def _serve():
 
     with open(os.devnull, "w") as null, redirect_stdout(null):
         run(["recipes"])  # imports all modules that parsing a command line needs
-    keep_digits()
+    cache_digits()
     gc.collect()
     gc.freeze()  # otherwise each command traverses all imported objects at its end: 1.5 s
     received = b""

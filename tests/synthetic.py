@@ -48,7 +48,7 @@ class _Items:
         return TensorImage(self.pixels[i]), TensorCategory(self.labels[i])
 
 
-def foreign_dls(batch_size=12, after_batch=None, num_train=96, num_workers=0):
+def fastai_dls(batch_size=12, after_batch=None, num_train=96, num_workers=0):
     """Build plain fastai loaders, without this package."""
     train = TfmdDL(
         _Items(num_train, 0),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_surgery import CLASSES, plain
+from test_surgery import NUM_CLASSES, build_backbone
 from torchvision.models import get_model, list_models
 
 from mixmo_fastai.config.choices import TORCHVISION_NETWORKS
@@ -76,7 +76,7 @@ def test_networks_that_cannot_be_built_so(arch, settings, message):
 @pytest.mark.slow
 def test_pretrained_weights_are_kept(monkeypatch):
     """As they were downloaded; here, from a file that was drawn."""
-    trained = plain("resnet18")
+    trained = build_backbone("resnet18")
 
     def load(url, **_):
         assert "resnet18" in url
@@ -86,11 +86,11 @@ def test_pretrained_weights_are_kept(monkeypatch):
         }
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", load)
-    model = create_model("resnet18", CLASSES, pretrained=True)
+    model = create_model("resnet18", NUM_CLASSES, pretrained=True)
     whole = sum(encoder.weight for encoder in model.encoders)
     torch.testing.assert_close(whole, trained.conv1.weight)
     assert torch.equal(model.core.body.layer4[1].conv2.weight, trained.layer4[1].conv2.weight)
-    assert model.heads[0].out_features == CLASSES
+    assert model.heads[0].out_features == NUM_CLASSES
 
 
 def test_weights_that_cannot_be_had_are_explained(monkeypatch):

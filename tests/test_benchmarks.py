@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from processes import FORK_INSTEAD, PATIENCE
+from processes import FORK_INSTEAD, TIMEOUT
 
 pytestmark = pytest.mark.slow
 
@@ -38,7 +38,7 @@ def benchmark(mixmo):
     def run(name, words, out, prelude=""):
         prelude = FORK_INSTEAD + prelude
         command = mixmo(*words.split(), "--out", out, script=BENCHMARKS / name, prelude=prelude)
-        return command.wait(patience=5 * PATIENCE), command.said
+        return command.wait(timeout=5 * TIMEOUT), command.printed
 
     return run
 

@@ -18,7 +18,7 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.vision.augment import RandomErasing
 from fasttransform import Transform
-from synthetic import foreign_dls, mixmo_dls
+from synthetic import fastai_dls, mixmo_dls
 from torch import nn
 
 from mixmo_fastai.callbacks.best_epoch import BestEpochCallback
@@ -95,7 +95,7 @@ class TestWhatTheNetworkSees:
         torch.testing.assert_close(masks.sum(1), torch.ones(48, 1, 8, 8))
         torch.testing.assert_close(weights.sum(1), torch.full((48,), 2.0))
 
-    @pytest.mark.parametrize("make", [mixmo_dls, foreign_dls])
+    @pytest.mark.parametrize("make", [mixmo_dls, fastai_dls])
     def test_every_member_sees_every_image_and_its_label_as_often(self, make):
         spy = Spy()
         learner(make(), cbs=[spy]).fit(1, 0.01)
@@ -117,7 +117,7 @@ class TestWhatTheNetworkSees:
             def encodes(self, x: torch.Tensor):
                 return x + torch.rand_like(x) * 0.1 if x.is_floating_point() else x
 
-        dls, spy = foreign_dls(after_batch=[AddNoise()]), Spy()
+        dls, spy = fastai_dls(after_batch=[AddNoise()]), Spy()
         learner(dls, cbs=[spy]).fit(1, 0.01)
         inputs = spy.seen[0][0]
         assert len(inputs.flatten(0, 1).flatten(1).unique(dim=0)) == 12 * 8
@@ -127,13 +127,13 @@ class TestWhatTheNetworkSees:
         """fastai tells a pipeline at the start of a pass that it is of training."""
         spy = Spy()
         learner(
-            foreign_dls(after_batch=[RandomErasing(p=1.0, sl=0.2, min_aspect=1.0)]), cbs=[spy]
+            fastai_dls(after_batch=[RandomErasing(p=1.0, sl=0.2, min_aspect=1.0)]), cbs=[spy]
         ).fit(1, 0.01)
         for inputs, *_ in spy.seen:
             assert len(inputs.flatten(0, 1).flatten(1).unique(dim=0)) == 12 * 8
 
     def test_a_torch_loader(self):
-        foreign = foreign_dls()
+        foreign = fastai_dls()
         pairs = [(torch.Tensor(x), torch.tensor(int(y))) for x, y in foreign.train_ds]
         torch_dl = torch.utils.data.DataLoader(pairs, batch_size=12, shuffle=True, drop_last=True)
         dls, spy = DataLoaders(torch_dl, torch_dl, device=torch.device("cpu")), Spy()
@@ -412,7 +412,7 @@ class TestNothingLeaks:
         assert learn.loss_func is wrapped
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("make", [mixmo_dls, foreign_dls])
+    @pytest.mark.parametrize("make", [mixmo_dls, fastai_dls])
     @pytest.mark.parametrize(
         "error", [KeyboardInterrupt(), RuntimeError("boom"), CancelTrainException()]
     )
@@ -438,7 +438,7 @@ class TestNothingLeaks:
         assert equal(state(interrupted), state(fresh))
 
     def test_an_interruption_while_a_batch_is_fetched(self):
-        dls = foreign_dls()
+        dls = fastai_dls()
         calls = []
 
         def interrupt(batch):
@@ -557,14 +557,14 @@ class TestBadInput:
             MixMoCallback(**arguments)
 
     def test_another_model(self):
-        learn = Learner(foreign_dls(), nn.Linear(2, 2), loss_func=nn.CrossEntropyLoss())
+        learn = Learner(fastai_dls(), nn.Linear(2, 2), loss_func=nn.CrossEntropyLoss())
         learn.add_cb(MixMoCallback())
         with pytest.raises(InputError, match=r"\AMixMoCallback needs a MixMoModel; .* Linear"):
             learn.fit(1)
 
     def test_an_optimizer_of_another_model(self):
         flat = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
-        learn = Learner(foreign_dls(), flat, loss_func=nn.CrossEntropyLoss())
+        learn = Learner(fastai_dls(), flat, loss_func=nn.CrossEntropyLoss())
         learn.remove_cb(learn.progress)
         with learn.no_logging():
             learn.fit(1)
@@ -639,7 +639,7 @@ class TestMixmoLearner:
         assert len(learn.activation_stats.stats) > 0
 
     def test_greyscale_and_foreign_loaders(self):
-        learn = mixmo_learner(foreign_dls(), "wrn10_1", loss_func=CrossEntropyLossFlat())
+        learn = mixmo_learner(fastai_dls(), "wrn10_1", loss_func=CrossEntropyLossFlat())
         assert learn.model.in_channels == 3
 
 
@@ -696,7 +696,7 @@ def test_public_methods_are_events_or_documented_extras(kind):
     assert own - extras <= set(vars(event))
 
 
-@pytest.mark.parametrize("make", [mixmo_dls, foreign_dls])
+@pytest.mark.parametrize("make", [mixmo_dls, fastai_dls])
 def test_views_of_loaders_are_copied_and_pass_for_the_loader(make):
     loader = make().train
     view = expand(loader, 2).loader

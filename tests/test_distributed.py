@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from processes import PATIENCE, undisturbed
+from processes import TIMEOUT, uninterrupted_runs
 from safetensors.torch import load_file
 from synthetic import mixmo_dls
 from test_faults import ended
@@ -69,7 +69,7 @@ def together(mixmo):
 @pytest.fixture(scope="module")
 def alone(server, tmp_path_factory):
     """Runs of one process, by what was asked for beyond `FIT`."""
-    return undisturbed(server, tmp_path_factory.mktemp("alone"), FIT)
+    return uninterrupted_runs(server, tmp_path_factory.mktemp("alone"), FIT)
 
 
 def all_done(commands):
@@ -77,7 +77,7 @@ def all_done(commands):
 
 
 def said_by(commands):
-    return "\n".join(command.said for command in commands)
+    return "\n".join(command.printed for command in commands)
 
 
 def assert_close(one, other, rtol=1e-3):
@@ -146,9 +146,9 @@ def test_one_process_speaks_and_writes(together, alone, tmp_path):
     run = tmp_path / "run"
     first, second = together(*FIT, run)
     all_done([first, second])
-    assert re.search("^Device +cpu in 2 processes", first.said, re.MULTILINE)
-    assert "Test accuracy" in first.said
-    assert second.said == ""
+    assert re.search("^Device +cpu in 2 processes", first.printed, re.MULTILINE)
+    assert "Test accuracy" in first.printed
+    assert second.printed == ""
     files = {path.name for path in run.iterdir()}
     assert files == {path.name for path in alone().path.iterdir()}
     assert (run / "log.txt").read_text().count("Run folder:") == 1
@@ -233,7 +233,7 @@ def test_other_commands_run_in_one_process(together):
     first, second = together("lr-find", "--arch", "wrn10_1")
     ended(first, 2, "Only `mixmo fit` runs in several processes")
     assert second.wait() == 2
-    assert second.said.startswith("[process 1] Error: ")
+    assert second.printed.startswith("[process 1] Error: ")
 
 
 def test_the_package_for_it_may_be_missing(together, tmp_path):
@@ -243,7 +243,7 @@ processes.find_spec = lambda name: None
 """
     commands = together(*FIT, tmp_path / "run", prelude=without)
     assert [command.wait() for command in commands] == [2, 2]
-    assert "pip install 'mixmo-fastai[distributed]'" in commands[0].said
+    assert "pip install 'mixmo-fastai[distributed]'" in commands[0].printed
     assert not (tmp_path / "run").exists()
 
 
@@ -252,7 +252,7 @@ def test_stopped_they_stop_at_one_step_and_go_on(together, tmp_path, to):
     whole, run = tmp_path / "whole", tmp_path / "run"
     all_done(together(*FIT, whole))
     commands = together(*FIT, run, prelude=SLOW_STEPS)
-    commands[0].until_said("1/2 ")
+    commands[0].wait_until_printed("1/2 ")
     for rank in to:
         commands[rank].signal(signal.SIGTERM)
     assert [command.wait() for command in commands] == [143, 143], said_by(commands)
@@ -264,12 +264,14 @@ def test_stopped_they_stop_at_one_step_and_go_on(together, tmp_path, to):
 def test_a_run_of_two_processes_goes_on_in_one(together, mixmo, alone, tmp_path):
     run = tmp_path / "run"
     commands = together(*FIT, run, prelude=SLOW_STEPS)
-    commands[0].until_said("1/2 ")
+    commands[0].wait_until_printed("1/2 ")
     commands[1].signal(signal.SIGINT)
     assert [command.wait() for command in commands] == [130, 130]
     command = mixmo("fit", "--resume", run)
     assert command.wait() == 0
-    assert "Trained so far with processes: 2, now 1: results agree up to rounding" in command.said
+    assert (
+        "Trained so far with processes: 2, now 1: results agree up to rounding" in command.printed
+    )
     assert_close(open_run(run), alone())
 
 
@@ -277,12 +279,12 @@ def test_a_run_of_two_processes_goes_on_in_one(together, mixmo, alone, tmp_path)
 def test_where_one_dies_the_others_end(together, tmp_path, lost):
     run = tmp_path / "run"
     commands = together(*FIT, run, prelude=SLOW_STEPS)
-    commands[0].until_said("1/2 ")
+    commands[0].wait_until_printed("1/2 ")
     commands[lost].signal(signal.SIGKILL)
-    code = commands[1 - lost].wait(patience=30)
-    assert code == 1, commands[1 - lost].said
-    assert "Another training process was lost: Connection" in commands[1 - lost].said
-    assert "Traceback" not in commands[1 - lost].said
+    code = commands[1 - lost].wait(timeout=30)
+    assert code == 1, commands[1 - lost].printed
+    assert "Another training process was lost: Connection" in commands[1 - lost].printed
+    assert "Traceback" not in commands[1 - lost].printed
     all_done(together("fit", "--resume", run))
 
 
@@ -339,11 +341,11 @@ d.init_process_group = lambda *a, **k: (print('joining', flush=True), own(*a, **
         *FIT, tmp_path / "run",
         environment={**alone_of_two, "MASTER_PORT": free_port()}, prelude=announce,
     )  # fmt: skip
-    command.until_said("joining")
+    command.wait_until_printed("joining")
     for _ in range(2):
         assert not command.ends_within(0.5)
         command.signal(signal.SIGTERM)
-    assert command.wait(patience=5) == 143
+    assert command.wait(timeout=5) == 143
 
 
 def test_fewer_validation_images_than_processes(together, tmp_path):
@@ -358,7 +360,7 @@ def test_what_the_first_is_refused_the_others_tell_as_well(together, mixmo, tmp_
     run = tmp_path / "run"
     if what == "lock":
         first = mixmo(*FIT, run, prelude=SLOW_STEPS)
-        first.until_said("1/2 ")
+        first.wait_until_printed("1/2 ")
         commands = together("fit", "--resume", run)
     else:
         late = "import mixmo_fastai.cli.fit as f, os; f.check_free = lambda out: None\n"
@@ -398,7 +400,7 @@ def launched(launcher, *words):
 def test_launchers_start_it(alone, tmp_path, launcher):
     run = tmp_path / "run"
     process = launched(launcher, *FIT, run)
-    said, _ = process.communicate(timeout=3 * PATIENCE)
+    said, _ = process.communicate(timeout=3 * TIMEOUT)
     assert process.returncode == 0, said
     assert "in 2 processes" in said
     assert_close(open_run(run), alone())
@@ -412,7 +414,7 @@ def test_a_launcher_tells_that_a_process_died(tmp_path):
             break
     children = [int(pid) for pid in child_pids(process.pid)]
     os.kill(children[-1], signal.SIGKILL)
-    said, _ = process.communicate(timeout=PATIENCE)
+    said, _ = process.communicate(timeout=TIMEOUT)
     assert process.returncode != 0
     assert not any(os.path.exists(f"/proc/{pid}") for pid in children), said
     assert CheckpointStore(run / "checkpoint").newest() is not None
@@ -564,7 +566,7 @@ from fastai.learner import Learner
 from fastai.metrics import accuracy
 from fastai.torch_core import TensorImage
 from fasttransform import Transform
-from synthetic import foreign_dls
+from synthetic import fastai_dls
 
 from mixmo_fastai.callbacks.mixmo import MixMoCallback
 from mixmo_fastai.metrics.fastai import ECE, NLL, Brier, Disagreement, MemberAccuracy
@@ -611,7 +613,7 @@ torch.manual_seed(rank)  # nobody has to seed them alike
 model = create_model("wrn10_1", 3, generator=torch.Generator().manual_seed(0))
 watch = Watch()
 learn = Learner(
-    foreign_dls(after_batch=[AddNoise()]), model, torch.nn.CrossEntropyLoss(),
+    fastai_dls(after_batch=[AddNoise()]), model, torch.nn.CrossEntropyLoss(),
     cbs=[MixMoCallback(), watch, ShareBuffers()],
     metrics=[NLL(), Brier(), ECE(), MemberAccuracy(), Disagreement(), accuracy],
 )
@@ -619,7 +621,7 @@ with learn.distrib_ctx(sync_bn=False, cpu=True), learn.no_bar(), learn.no_loggin
     learn.fit(2, 0.05)
     last = learn.recorder.values[-1]
     figures = learn.validate()
-    valid = foreign_dls().valid
+    valid = fastai_dls().valid
     with torch.no_grad():
         batches = [(learn.model.member_logits(x), y) for x, y in valid]
     logits, labels = (torch.cat(parts) for parts in zip(*batches))
@@ -679,4 +681,4 @@ sys.exit("it was not refused")
 """
     commands = together(prelude=program)
     all_done(commands)
-    assert all("Use `shared(learn)`" in command.said for command in commands)
+    assert all("Use `shared(learn)`" in command.printed for command in commands)

@@ -10,7 +10,7 @@ import nbformat
 import pytest
 import torch
 from PIL import Image
-from processes import PATIENCE
+from processes import TIMEOUT
 from run_notebook import NOTEBOOK, is_shown, run_notebook
 from synthetic import CLASSES, image_arrays
 from torchvision.models import resnet50
@@ -44,8 +44,8 @@ def run(mixmo):
 
     def give(script, *words, code=0):
         command = mixmo(*words, script=EXAMPLES / script)
-        assert command.wait(patience=5 * PATIENCE) == code, command.said
-        return command.said
+        assert command.wait(timeout=5 * TIMEOUT) == code, command.printed
+        return command.printed
 
     return give
 

@@ -57,7 +57,7 @@ import mixmo_fastai
 assert mixmo_fastai.__file__.startswith({str(extended_package)!r})
 """
     done = mixmo(*shlex.split(command), prelude=use_extended_package)
-    assert done.wait() == 0, done.said
+    assert done.wait() == 0, done.printed
     assert len([*tmp_path.iterdir()]) > 1  # more than the file with the printed output
     files = [*tmp_path.glob("runs/*/metrics.json")]
     assert len(files) == command.startswith("fit")
@@ -69,4 +69,4 @@ assert mixmo_fastai.__file__.startswith({str(extended_package)!r})
 def test_commands_fail_without_the_changes(mixmo):
     done = mixmo("show", "digits", "--mix", "diagonal")
     assert done.wait() == 2
-    assert "diagonal" in done.said
+    assert "diagonal" in done.printed

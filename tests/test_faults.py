@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from datasets import write_image_folder
 from test_resuming import assert_same
-from test_signals import ALL_STEPS_SLOW, FIT, SLOW_STEPS, STREAMED, resumed, whole
+from test_signals import ALL_STEPS_SLOW, FIT, SLOW_STEPS, STREAMED, check_resumed, uninterrupted
 
 from mixmo_fastai.errors import InputError, RunFailedError
 from mixmo_fastai.runs.checkpoints import CheckpointStore
@@ -21,7 +21,7 @@ from mixmo_fastai.runs.lock import locked
 
 pytestmark = pytest.mark.slow
 
-__all__ = ["whole"]
+__all__ = ["uninterrupted"]
 LARGE = "fit --arch wrn16_4 --batch-size 2048 --epochs 1 --device cpu --threads 1"
 UNDECODED = """
 from mixmo_fastai.data import image_folder
@@ -35,8 +35,8 @@ AFTERTHOUGHT = re.compile(r"^Exception ignored in.*\nTraceback.*\n(  .*\n)*\S.*\
 
 def ended(command, code, *parts):
     """Check that a command ended with an error in words."""
-    assert command.wait() == code, command.said
-    said = AFTERTHOUGHT.sub("", command.said)
+    assert command.wait() == code, command.printed
+    said = AFTERTHOUGHT.sub("", command.printed)
     assert "Traceback" not in said
     message = said[said.rindex("Error: ") :]
     assert len(message.splitlines()) <= 3
@@ -70,14 +70,14 @@ def disk(tmp_path):
     subprocess.run(["umount", "--lazy", str(own)], capture_output=True, check=False)
 
 
-def test_a_full_disk(mixmo, disk, whole):
+def test_a_full_disk(mixmo, disk, uninterrupted):
     run = disk("size=2m") / "run"
     command = mixmo(*FIT, run)
     ended(command, 1, "Cannot write", "No space left on device", "--resume")
     assert intact(run) is not None
     assert not (run / "checkpoint" / ".unfinished").exists()
     disk("remount,size=64m")
-    resumed(mixmo, run, whole())
+    check_resumed(mixmo, run, uninterrupted())
 
 
 def test_a_disk_that_is_full_from_the_beginning(mixmo, disk):
@@ -86,15 +86,15 @@ def test_a_disk_that_is_full_from_the_beginning(mixmo, disk):
     ended(mixmo(*FIT, place / "run"), 2, "No space left on device", "--out DIR")
 
 
-def test_checkpoints_that_become_read_only(mixmo, disk, tmp_path, whole):
+def test_checkpoints_that_become_read_only(mixmo, disk, tmp_path, uninterrupted):
     run, checkpoints = tmp_path / "run", tmp_path / "run" / "checkpoint"
     command = mixmo(*FIT, run, prelude=SLOW_STEPS)
-    command.until_said("1/3 ")
+    command.wait_until_printed("1/3 ")
     disk("ro", checkpoints)  # hides what is below
     ended(command, 1, "Cannot write", "Read-only file system", "--resume")
     subprocess.run(["umount", checkpoints], check=True)
     assert intact(run) is not None
-    resumed(mixmo, run, whole())
+    check_resumed(mixmo, run, uninterrupted())
 
 
 def test_a_disk_that_is_read_only_from_the_beginning(mixmo, disk):
@@ -121,7 +121,7 @@ def test_a_lock_hides_no_error_of_a_disk(tmp_path, monkeypatch):
 def test_a_run_that_cannot_be_written_cannot_be_resumed(mixmo, disk):
     run = disk("size=64m") / "run"
     command = mixmo(*FIT, run, prelude=SLOW_STEPS)
-    command.until_said("1/3 ")
+    command.wait_until_printed("1/3 ")
     command.signal(signal.SIGINT)
     assert command.wait() == 130
     disk("remount,ro")
@@ -131,33 +131,33 @@ def test_a_run_that_cannot_be_written_cannot_be_resumed(mixmo, disk):
 def test_a_run_folder_that_somebody_removes(mixmo, tmp_path):
     run = tmp_path / "run"
     command = mixmo(*FIT, run, prelude=SLOW_STEPS)
-    command.until_said("1/3 ")
+    command.wait_until_printed("1/3 ")
     shutil.rmtree(run)
     ended(command, 1, f"{run} no longer exists", "removed or renamed")
     assert not run.exists()
 
 
-def test_a_run_folder_that_another_process_uses(mixmo, tmp_path, whole):
+def test_a_run_folder_that_another_process_uses(mixmo, tmp_path, uninterrupted):
     run = tmp_path / "run"
     first = mixmo(*FIT, run, prelude=SLOW_STEPS)
-    first.until_said("1/3 ")
+    first.wait_until_printed("1/3 ")
     before = (run / "history.csv").read_bytes()
     ended(mixmo("fit", "--resume", run), 2, f"is in use: process {first.pid} on ")
     assert (run / "history.csv").read_bytes().startswith(before)
     assert first.wait() == 0
     assert not (run / ".lock").exists()
-    assert_same(whole(), open_run(run))
+    assert_same(uninterrupted(), open_run(run))
 
 
-def test_a_lock_whose_owner_is_dead(mixmo, tmp_path, whole):
+def test_a_lock_whose_owner_is_dead(mixmo, tmp_path, uninterrupted):
     run = tmp_path / "run"
     command = mixmo(*FIT, run, *STREAMED, prelude=SLOW_STEPS)
-    command.until_said("1/3 ")
-    command.until(command.others)
+    command.wait_until_printed("1/3 ")
+    command.wait_until(command.other_processes)
     command.signal(signal.SIGKILL)  # its workers live on for some seconds
     assert command.wait() == -signal.SIGKILL
     assert (run / ".lock").exists()
-    resumed(mixmo, run, whole(*STREAMED))
+    check_resumed(mixmo, run, uninterrupted(*STREAMED))
 
 
 def test_starts_in_one_second_get_folders_of_their_own(mixmo, tmp_path):
@@ -165,14 +165,14 @@ def test_starts_in_one_second_get_folders_of_their_own(mixmo, tmp_path):
     words[words.index("--epochs") + 1] = "1"
     commands = [mixmo(*words, "--json") for _ in range(4)]
     assert [command.wait() for command in commands] == [0] * 4
-    runs = {json.loads(c.said[c.said.index("\n{") :])["run"] for c in commands}
+    runs = {json.loads(c.printed[c.printed.index("\n{") :])["run"] for c in commands}
     assert len(runs) == 4
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {
         f"digits-cut-mixmo-{number}" for number in range(1, 5)
     }
 
 
-def test_of_starts_with_one_folder_one_wins(mixmo, tmp_path, whole):
+def test_of_starts_with_one_folder_one_wins(mixmo, tmp_path, uninterrupted):
     run = tmp_path / "run"
     commands = [mixmo(*FIT, run, "--seed", seed) for seed in range(4)]
     codes = [command.wait() for command in commands]
@@ -180,7 +180,7 @@ def test_of_starts_with_one_folder_one_wins(mixmo, tmp_path, whole):
     seed = codes.index(0)
     assert f"seed = {seed}\n" in (run / "recipe.toml").read_text()
     if seed == 0:
-        assert_same(whole(), open_run(run))
+        assert_same(uninterrupted(), open_run(run))
 
 
 def test_out_of_memory(mixmo, tmp_path):
@@ -231,12 +231,12 @@ def test_an_image_that_disappears(mixmo, tmp_path, workers):
     streamed = [*STREAMED[:3], f"data.num_workers={workers}"]
     run = tmp_path / "run"
     command = image_run(mixmo, run, pictures, *streamed)
-    command.until_said("1/3 ")
+    command.wait_until_printed("1/3 ")
     victim = sorted((pictures / "train").glob("*/*"))[5]
     content = victim.read_bytes()
     victim.unlink()
     ended(command, 2, victim.name)
-    assert not command.others()
+    assert not command.other_processes()
     before = intact(run).path.name
     resume = ["fit", "--resume", run, "--data-dir", tmp_path / "data"]
     message = ended(mixmo(*resume, prelude=UNDECODED), 2, "data.train is", "Undo the change")
@@ -244,14 +244,14 @@ def test_an_image_that_disappears(mixmo, tmp_path, workers):
     assert intact(run).path.name == before
     victim.write_bytes(content)
     command = mixmo(*resume, prelude=UNDECODED)
-    assert command.wait() == 0, command.said
+    assert command.wait() == 0, command.printed
 
 
 def test_an_image_that_changes(mixmo, tmp_path):
     pictures = write_image_folder(tmp_path / "pets", num_train=24, num_test=4)
     run = tmp_path / "run"
     command = image_run(mixmo, run, pictures)
-    command.until_said("1/3 ")
+    command.wait_until_printed("1/3 ")
     command.signal(signal.SIGINT)
     assert command.wait() == 130
     victim, other = sorted((pictures / "train").glob("*/*"))[:2]
@@ -262,18 +262,18 @@ def test_an_image_that_changes(mixmo, tmp_path):
 
 
 @pytest.mark.parametrize("moment", ["training", "as it starts"])
-def test_a_worker_that_is_killed(mixmo, tmp_path, whole, moment):
+def test_a_worker_that_is_killed(mixmo, tmp_path, uninterrupted, moment):
     many_steps = [*STREAMED, "--limit", "320", "--epochs", "2"]
     run = tmp_path / "run"
     command = mixmo(*FIT, run, *many_steps, prelude=ALL_STEPS_SLOW.replace("0.1", "0.02"))
-    command.until_said("1/2 " if moment == "training" else "epoch")
-    command.until(command.others)
-    os.kill(command.others()[0], signal.SIGKILL)
+    command.wait_until_printed("1/2 " if moment == "training" else "epoch")
+    command.wait_until(command.other_processes)
+    os.kill(command.other_processes()[0], signal.SIGKILL)
     began = time.monotonic()
     ended(command, 1, "Data loader worker", "--resume")
     assert time.monotonic() - began < 10
-    assert not command.others()
-    resumed(mixmo, run, whole(*many_steps))
+    assert not command.other_processes()
+    check_resumed(mixmo, run, uninterrupted(*many_steps))
 
 
 # Torch's worker notes its parent's number here, too late where that has ended meanwhile.
@@ -291,11 +291,11 @@ worker.ManagerWatchdog = LateWatchdog
 @pytest.mark.parametrize("slowed", [SLOW_STEPS, SLOW_STEPS + LATE_WATCH], ids=["torch", "late"])
 def test_workers_end_with_their_parent(mixmo, tmp_path, slowed):
     command = mixmo(*FIT, tmp_path / "run", *STREAMED, prelude=slowed)
-    command.until_said("1/3 ")
-    command.until(command.others)
+    command.wait_until_printed("1/3 ")
+    command.wait_until(command.other_processes)
     command.signal(signal.SIGKILL)
     assert command.wait() == -signal.SIGKILL
     until = time.monotonic() + 10
-    while command.others() and time.monotonic() < until:
+    while command.other_processes() and time.monotonic() < until:
         time.sleep(0.1)
-    assert not command.others()
+    assert not command.other_processes()

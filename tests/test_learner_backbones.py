@@ -16,7 +16,7 @@ from fastai.optimizer import Adam
 from fastai.vision.augment import RandomErasing
 from fastai.vision.learner import create_vision_model, vision_learner
 from fastai.vision.models import xresnet
-from synthetic import foreign_dls, mixmo_dls
+from synthetic import fastai_dls, mixmo_dls
 from torch import nn
 from torch.utils.data import TensorDataset
 from torchvision.models import resnet18
@@ -45,7 +45,7 @@ def fit_and_list_changed_parameters(learn):
     return [n for n, p in learn.model.named_parameters() if not torch.equal(p, before[n])]
 
 
-@pytest.mark.parametrize("dls", [mixmo_dls, foreign_dls])
+@pytest.mark.parametrize("dls", [mixmo_dls, fastai_dls])
 def test_custom_network_trains(dls):
     learn = mixmo_learner(dls(), small_network(), seed=0)
     assert len(fit_and_list_changed_parameters(learn)) == len([*learn.model.parameters()])
@@ -187,7 +187,7 @@ def test_whole_head_of_vision_learner_trains_first():
 
 def test_network_with_another_number_of_channels():
     learn = mixmo_learner(
-        foreign_dls(), nn.Sequential(nn.Conv2d(1, 8, 3), *small_network()[1:]), seed=0
+        fastai_dls(), nn.Sequential(nn.Conv2d(1, 8, 3), *small_network()[1:]), seed=0
     )
     assert learn.model.in_channels == 3
     fit_and_list_changed_parameters(learn)
@@ -239,7 +239,7 @@ def test_number_of_classes_is_not_passed_with_pretrained_weights():
 
 
 def dls_with_three_classes():
-    dls = foreign_dls()
+    dls = fastai_dls()
     dls.c = 3
     return dls
 
@@ -261,7 +261,7 @@ def dls_with_pixel_targets():
         (lambda: mixmo_learner(mixmo_dls(), small_network(), alpha="a"), "alpha must be"),
         (lambda: mixmo_learner(mixmo_dls(), small_network(), mix_prob=None), "mix_prob must be"),
         (
-            lambda: mixmo_learner(foreign_dls(batch_size=1000), small_network()),
+            lambda: mixmo_learner(fastai_dls(batch_size=1000), small_network()),
             "The loader has no batch",
         ),
         (lambda: to_mixmo(small_network()), "learn must be a Learner; got Sequential"),
@@ -383,7 +383,7 @@ def test_freeze_with_every_kind_of_network(arch):
 
 @pytest.mark.parametrize("transforms", [None, [RandomErasing(p=1.0)]])
 def test_creating_a_learner_keeps_random_states(transforms):
-    dls = foreign_dls(after_batch=transforms)
+    dls = fastai_dls(after_batch=transforms)
 
     def states():
         numpy = np.random.get_state()[1].tolist()
@@ -399,7 +399,7 @@ class TestToMixmo:
     @pytest.mark.parametrize("fitted", [False, True])
     def test_vision_learner_is_converted(self, fitted, tmp_path):
         learn = vision_learner(
-            foreign_dls(), resnet18, pretrained=False, normalize=False,
+            fastai_dls(), resnet18, pretrained=False, normalize=False,
             loss_func=CrossEntropyLossFlat(), metrics=accuracy, path=tmp_path,
         )  # fmt: skip
         learn.remove_cb(learn.progress)
@@ -419,16 +419,16 @@ class TestToMixmo:
 
     def test_mixmo_model_and_independent_members(self):
         model = create_model("wrn10_1", 3)
-        learn = Learner(foreign_dls(), model, loss_func=CrossEntropyLossFlat())
+        learn = Learner(fastai_dls(), model, loss_func=CrossEntropyLossFlat())
         assert to_mixmo(learn).model is model
-        learn = Learner(foreign_dls(), small_network(), loss_func=CrossEntropyLossFlat())
+        learn = Learner(fastai_dls(), small_network(), loss_func=CrossEntropyLossFlat())
         encoders = to_mixmo(learn, independent=True, seed=0).model.encoders
         both = torch.stack([encoder.weight.flatten() for encoder in encoders]).detach()
         assert torch.corrcoef(both)[0, 1].abs() < 0.3
 
     def test_learner_is_unchanged_after_an_error(self):
         model = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
-        learn = Learner(foreign_dls(), model, loss_func=CrossEntropyLossFlat())
+        learn = Learner(fastai_dls(), model, loss_func=CrossEntropyLossFlat())
         for arguments, message in (
             ({}, "has no convolution"),
             ({"alpa": 1}, "Did you mean 'alpha'"),
@@ -443,14 +443,14 @@ class TestToMixmo:
 
     def test_one_member_is_rejected_before_any_change(self):
         model = small_network()
-        learn = Learner(foreign_dls(), model, loss_func=CrossEntropyLossFlat())
+        learn = Learner(fastai_dls(), model, loss_func=CrossEntropyLossFlat())
         with pytest.raises(InputError, match="one member"):
             to_mixmo(learn, num_members=1)
         assert learn.model is model
         assert to_mixmo(learn).model.num_members == 2
 
     def test_second_conversion_and_wrong_num_members_are_rejected(self):
-        learn = Learner(foreign_dls(), create_model("wrn10_1", 3), loss_func=CrossEntropyLossFlat())
+        learn = Learner(fastai_dls(), create_model("wrn10_1", 3), loss_func=CrossEntropyLossFlat())
         with pytest.raises(InputError, match=r"num_members must be 2.*got 3"):
             to_mixmo(learn, num_members=3)
         to_mixmo(learn)

@@ -9,7 +9,7 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import OptimWrapper
-from synthetic import foreign_dls, mixmo_dls
+from synthetic import fastai_dls, mixmo_dls
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -34,7 +34,7 @@ def loaders(num_inputs, num_targets):
 
 def learner(dls=None, model=None, **kwargs):
     kwargs = {"loss_func": CrossEntropyLossFlat(), **kwargs}
-    learn = Learner(dls or foreign_dls(), model or small_network(), **kwargs)
+    learn = Learner(dls or fastai_dls(), model or small_network(), **kwargs)
     learn.remove_cb(learn.progress)
     learn.logger = lambda *_: None
     return learn

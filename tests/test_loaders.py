@@ -6,7 +6,7 @@ from datasets import write_image_folder
 from fastai.callback.core import Callback
 from fastai.vision.augment import RandomErasing
 from PIL import Image
-from synthetic import foreign_dls, image_arrays, mixmo_dls, source
+from synthetic import fastai_dls, image_arrays, mixmo_dls, source
 
 from mixmo_fastai.config.resolve import resolve_recipe
 from mixmo_fastai.data.cuts import STEPS_AT_ONCE, Augmentation
@@ -157,7 +157,7 @@ class TestExpansion:
         assert expand(plain, 4) == (plain, 1, False)
 
     def test_fastais_loaders_repeat_before_their_batch_transforms(self):
-        dl = foreign_dls(after_batch=[RandomErasing(p=1.0, sl=0.2, min_aspect=1.0)]).train
+        dl = fastai_dls(after_batch=[RandomErasing(p=1.0, sl=0.2, min_aspect=1.0)]).train
         view, copies, _ = expand(dl, 4)
         assert (len(view), copies) == (len(dl), 4)
         for x, y in view:
@@ -168,7 +168,7 @@ class TestExpansion:
     @pytest.mark.slow
     @pytest.mark.parametrize("start", ["fork", "spawn"])
     def test_fastais_workers_are_started_either_way(self, start, monkeypatch):
-        dl = foreign_dls(num_workers=1).train
+        dl = fastai_dls(num_workers=1).train
         monkeypatch.setattr("fastai.data.load.multiprocessing", get_context(start))
         sizes = [len(x) for x, _ in expand(dl, 2).loader]
         assert sizes == [24] * 8

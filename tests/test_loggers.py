@@ -524,11 +524,11 @@ class TestLogin:
 def test_command_is_interrupted_and_resumed(mixmo, tmp_path, number):
     run, more = tmp_path / "run", ["--logger", "csv,tensorboard,wandb"]
     command = mixmo(*FIT, run, *more, prelude=SLOW_STEPS)
-    command.until_said("1/3 ")
+    command.wait_until_printed("1/3 ")
     command.signal(number, group=True)
-    assert command.wait() == 128 + number, command.said
-    assert "Traceback" not in command.said
-    assert command.said.splitlines()[-1].startswith("Interrupted. The state is saved")
+    assert command.wait() == 128 + number, command.printed
+    assert "Traceback" not in command.printed
+    assert command.printed.splitlines()[-1].startswith("Interrupted. The state is saved")
     assert_no_process_is_left(command)
     run = open_run(run)
     state = json.loads((CheckpointStore(run.checkpoint).newest().path / "state.json").read_text())
@@ -537,7 +537,7 @@ def test_command_is_interrupted_and_resumed(mixmo, tmp_path, number):
         assert [step for step, *_ in steps] == [*range(done)]
     assert read_wandb(run)[3] == [128 + number]
     command = mixmo("fit", "--resume", run.path, *more)
-    assert command.wait() == 0, command.said
+    assert command.wait() == 0, command.printed
     for steps in all_steps(run):
         assert [step for step, *_ in steps] == [*range(3 * state["steps_per_epoch"])]
     assert read_wandb(run)[3] == [128 + number, 0]

@@ -43,11 +43,11 @@ def test_memory_and_open_files_do_not_grow(mixmo, tmp_path, loader):
     command = mixmo(*_FIT.split(), run, *LOADERS[loader], prelude=PAUSE)
     for epoch in MEASURED_EPOCHS:
         mark = tmp_path / f"epoch-{epoch}"
-        command.wait_until(mark.exists, patience=240)
+        command.wait_until(mark.exists, timeout=240)
         time.sleep(0.2)  # a worker of the previous epoch may still be exiting
         measured[epoch] = memory_used_by(command.pid), num_open_files(command.pid)
         mark.unlink()
-    assert command.wait() == 0, command.said
+    assert command.wait() == 0, command.printed
     assert len(open_run(run).history()) == 60
     (memory, num_files), (later_memory, later_num_files) = measured.values()
     assert later_memory - memory < MAX_GROWTH

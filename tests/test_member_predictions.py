@@ -12,7 +12,7 @@ from fastai.layers import SigmoidRange
 from fastai.learner import Learner
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
 from fastai.metrics import accuracy
-from synthetic import foreign_dls, image_arrays, mixmo_dls
+from synthetic import fastai_dls, image_arrays, mixmo_dls
 from torch import nn
 
 from mixmo_fastai import MixMoCallback, create_model, member_preds, mixmo_learner, to_mixmo
@@ -37,7 +37,7 @@ def package_learner(num_members=2, dls=None, **kwargs):
 def user_learner():
     """Return a user's Learner that has not been fitted, with a torch loss."""
     model = create_model("wrn10_1", 3, 3, generator=torch.Generator().manual_seed(3))
-    dls = foreign_dls()
+    dls = fastai_dls()
     return without_output(
         Learner(dls, model, nn.CrossEntropyLoss(), metrics=accuracy, cbs=MixMoCallback())
     )
@@ -45,7 +45,7 @@ def user_learner():
 
 def converted_learner():
     layers = nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)
-    learn = Learner(foreign_dls(), nn.Sequential(*layers), CrossEntropyLossFlat())
+    learn = Learner(fastai_dls(), nn.Sequential(*layers), CrossEntropyLossFlat())
     return without_output(to_mixmo(learn, independent=True, seed=0))
 
 
@@ -195,7 +195,7 @@ def test_custom_loss():
 
 
 def test_plain_learner_is_rejected():
-    dls = DataLoaders(*foreign_dls())
+    dls = DataLoaders(*fastai_dls())
     learn = Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), nn.CrossEntropyLoss())
     with pytest.raises(InputError, match=r"the Learner has a Sequential.*\n.*to_mixmo"):
         member_preds(learn)

@@ -10,7 +10,7 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import Adam, OptimWrapper
 from fastai.torch_core import params, trainable_params
 from fastai.vision.learner import vision_learner
-from synthetic import foreign_dls
+from synthetic import fastai_dls
 from torch import nn
 from torchvision.models import resnet18
 
@@ -21,7 +21,7 @@ from mixmo_fastai.errors import InputError
 def resnet_learner(**kwargs):
     torch.manual_seed(0)
     learn = vision_learner(
-        foreign_dls(), resnet18, pretrained=False, normalize=False,
+        fastai_dls(), resnet18, pretrained=False, normalize=False,
         loss_func=CrossEntropyLossFlat(), **kwargs,
     )  # fmt: skip
     learn.remove_cb(learn.progress)
@@ -40,7 +40,7 @@ def three_groups(model):
 
 
 def user_learner(model=None, **kwargs):
-    learn = Learner(foreign_dls(), model or small_network(), CrossEntropyLossFlat(), **kwargs)
+    learn = Learner(fastai_dls(), model or small_network(), CrossEntropyLossFlat(), **kwargs)
     learn.remove_cb(learn.progress)
     learn.logger = lambda *_: None
     return learn

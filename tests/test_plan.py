@@ -139,9 +139,9 @@ def test_quiet_and_json_print_only_the_result(capsys, monkeypatch):
 def test_piped_output_has_no_escape_codes_or_wrapped_lines(mixmo):
     command = mixmo("fit", *TINY, "--epochs", "1", environment={"COLUMNS": 40})
     assert command.wait() == 0
-    assert "Next" in command.said
-    assert "\x1b" not in command.said
-    assert any(len(line) > 80 for line in command.said.splitlines())
+    assert "Next" in command.printed
+    assert "\x1b" not in command.printed
+    assert any(len(line) > 80 for line in command.printed.splitlines())
 
 
 def test_resumed_run_shows_the_remaining_time(slow_machine, capsys):

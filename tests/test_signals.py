@@ -1,11 +1,11 @@
-"""Ctrl-C and SIGTERM sent to real processes: the run is saved and can be resumed."""
+"""Ctrl-C and SIGTERM sent to real processes: the run is saved and can be check_resumed."""
 
 import random
 import shutil
 import signal
 
 import pytest
-from processes import undisturbed
+from processes import uninterrupted_runs
 from test_resuming import assert_same
 
 from mixmo_fastai.runs.checkpoints import CheckpointStore
@@ -98,70 +98,70 @@ Learner.lr_find = slow
 
 
 @pytest.fixture(scope="module")
-def whole(server, tmp_path_factory):
+def uninterrupted(server, tmp_path_factory):
     """Return a function that trains uninterrupted runs with `FIT` and further arguments."""
-    return undisturbed(server, tmp_path_factory.mktemp("whole"), FIT)
+    return uninterrupted_runs(server, tmp_path_factory.mktemp("uninterrupted"), FIT)
 
 
 def check_stopped(command, number, run_path):
     """Check that a command ended in response to a signal; return its last line."""
-    assert command.wait() == CODES[number], command.said
-    assert "Traceback" not in command.said
+    assert command.wait() == CODES[number], command.printed
+    assert "Traceback" not in command.printed
     assert not command.other_processes()
-    last = command.said.splitlines()[-1]
+    last = command.printed.splitlines()[-1]
     if run_path is not None:
         assert last.endswith(f"resume with: mixmo fit --resume {run_path}")
         assert last in (run_path / "log.txt").read_text()
     return last
 
 
-def resumed(mixmo, run_path, whole):
+def check_resumed(mixmo, run_path, uninterrupted):
     """Resume a run and check that it equals the uninterrupted run."""
     command = mixmo("fit", "--resume", run_path)
-    assert command.wait() == 0, command.said
-    assert_same(whole, open_run(run_path))
+    assert command.wait() == 0, command.printed
+    assert_same(uninterrupted, open_run(run_path))
 
 
 @BOTH_SIGNALS
 @BOTH_TARGETS
-def test_signal_in_a_step(mixmo, tmp_path, whole, number, group):
+def test_signal_in_a_step(mixmo, tmp_path, uninterrupted, number, group):
     run = tmp_path / "run"
     command = mixmo(*FIT, run, prelude=SLOW_STEPS)
-    command.until_said("1/3 ")
+    command.wait_until_printed("1/3 ")
     command.signal(number, group=group)
     assert check_stopped(command, number, run).startswith("Interrupted. The state is saved")
     position = CheckpointStore(run / "checkpoint").newest()
     assert position is not None
-    resumed(mixmo, run, whole())
+    check_resumed(mixmo, run, uninterrupted())
 
 
 @BOTH_SIGNALS
-def test_signal_in_a_step_with_workers(mixmo, tmp_path, whole, number):
+def test_signal_in_a_step_with_workers(mixmo, tmp_path, uninterrupted, number):
     run = tmp_path / "run"
     command = mixmo(*FIT, run, *STREAMED, prelude=SLOW_STEPS)
-    command.until_said("1/3 ")
+    command.wait_until_printed("1/3 ")
     command.wait_until(command.other_processes)
     command.signal(number, group=True)
     assert check_stopped(command, number, run).startswith("Interrupted. The state is saved")
-    resumed(mixmo, run, whole(*STREAMED))
+    check_resumed(mixmo, run, uninterrupted(*STREAMED))
 
 
-def test_closing_the_terminal(mixmo, tmp_path, whole):
+def test_closing_the_terminal(mixmo, tmp_path, uninterrupted):
     run = tmp_path / "run"
     command = mixmo(*FIT, run, prelude=SLOW_STEPS)
-    command.until_said("1/3 ")
+    command.wait_until_printed("1/3 ")
     command.signal(signal.SIGHUP, group=True)
     check_stopped(command, signal.SIGHUP, run)
-    resumed(mixmo, run, whole())
+    check_resumed(mixmo, run, uninterrupted())
 
 
 @BOTH_SIGNALS
-def test_signal_in_the_first_step_with_compilation(mixmo, tmp_path, whole, number):
+def test_signal_in_the_first_step_with_compilation(mixmo, tmp_path, uninterrupted, number):
     run = tmp_path / "run"
     command = mixmo(*FIT, run, "--compile", "on", prelude=SLOW_COMPILER)
-    command.until_said("compiling")
+    command.wait_until_printed("compiling")
     command.signal(number)
-    command.until_said("Stopping after this step")
+    command.wait_until_printed("Stopping after this step")
     check_stopped(command, number, run)
     assert CheckpointStore(run / "checkpoint").newest() is not None
 
@@ -178,107 +178,107 @@ WideBlock.forward = lambda self, x: self.shortcut(x)
     command = mixmo(*FIT, run, "--compile", "on", prelude=few_kernels, environment=own_cache)
     command.wait_until(lambda: any((tmp_path / "cache").rglob("*")))
     command.signal(signal.SIGINT, group=True)
-    assert command.wait(patience=240) == 130, command.said
-    assert command.said.splitlines()[-1].startswith("Interrupted. The state is saved")
+    assert command.wait(timeout=240) == 130, command.printed
+    assert command.printed.splitlines()[-1].startswith("Interrupted. The state is saved")
     assert CheckpointStore(run / "checkpoint").newest() is not None
     assert not command.other_processes()
 
 
 @BOTH_SIGNALS
-def test_signal_in_a_validation(mixmo, tmp_path, whole, number):
+def test_signal_in_a_validation(mixmo, tmp_path, uninterrupted, number):
     run = tmp_path / "run"
     command = mixmo(*FIT, run, prelude=SLOW_VALIDATION)
-    command.until_said("validating")
+    command.wait_until_printed("validating")
     command.signal(number)
     check_stopped(command, number, run)
-    resumed(mixmo, run, whole())
+    check_resumed(mixmo, run, uninterrupted())
 
 
 @BOTH_SIGNALS
-def test_signal_in_the_final_evaluation(mixmo, tmp_path, whole, number):
+def test_signal_in_the_final_evaluation(mixmo, tmp_path, uninterrupted, number):
     run = tmp_path / "run"
     command = mixmo(*FIT, run, prelude=SLOW_TEST)
-    command.until_said("evaluating")
+    command.wait_until_printed("evaluating")
     command.signal(number)
     assert check_stopped(command, number, run).startswith("Interrupted. The state is saved")
-    resumed(mixmo, run, whole())
+    check_resumed(mixmo, run, uninterrupted())
 
 
 @BOTH_SIGNALS
-def test_signal_in_a_save(mixmo, tmp_path, whole, number):
+def test_signal_in_a_save(mixmo, tmp_path, uninterrupted, number):
     run = tmp_path / "run"
     command = mixmo(*FIT, run, prelude=SLOW_DISK)
     command.wait_until((run / "checkpoint" / ".unfinished").exists)
     command.signal(number)
     check_stopped(command, number, run)
     assert not (run / "checkpoint" / ".unfinished").exists()
-    resumed(mixmo, run, whole())
+    check_resumed(mixmo, run, uninterrupted())
 
 
 @BOTH_SIGNALS
-def test_two_signals_in_a_save(mixmo, tmp_path, whole, number):
+def test_two_signals_in_a_save(mixmo, tmp_path, uninterrupted, number):
     """The second signal exits immediately; the previous checkpoint is intact."""
     run = tmp_path / "run"
     command = mixmo(*FIT, run, prelude=SLOW_DISK)
     command.wait_until((run / "checkpoint" / "save-000001").exists)
     command.wait_until((run / "checkpoint" / ".unfinished").exists)
     command.signal(number)
-    command.until_said("again to exit now")
+    command.wait_until_printed("again to exit now")
     assert not command.ends_within(0.4)  # two signals within 0.3 s count as one
     command.signal(number)
-    assert command.wait(patience=5) == CODES[number]
+    assert command.wait(timeout=5) == CODES[number]
     assert CheckpointStore(run / "checkpoint").newest() is not None
-    resumed(mixmo, run, whole())
+    check_resumed(mixmo, run, uninterrupted())
 
 
 @BOTH_SIGNALS
 @BOTH_TARGETS
 def test_signal_in_lr_find(mixmo, tmp_path, number, group):
     command = mixmo("lr-find", "--arch", "wrn10_1", "--threads", "1", prelude=SLOW_SEARCH)
-    command.until_said("searching")
+    command.wait_until_printed("searching")
     command.signal(number, group=group)
     last = check_stopped(command, number, None)
     assert last == {signal.SIGINT: "Interrupted.", signal.SIGTERM: "Terminated."}[number]
     assert not [*tmp_path.glob("*.png")]
 
 
-def test_signal_before_the_first_save(mixmo, tmp_path, whole):
+def test_signal_before_the_first_save(mixmo, tmp_path, uninterrupted):
     slow = SLOW_TEST.replace("training.evaluate_splits", "training.CheckpointStore")
     run = tmp_path / "run"
     command = mixmo(*FIT, run, prelude=slow)
-    command.until_said("evaluating")
+    command.wait_until_printed("evaluating")
     command.signal(signal.SIGINT)
     assert check_stopped(command, signal.SIGINT, run).startswith(
         "Interrupted. Nothing was saved yet"
     )
-    resumed(mixmo, run, whole())
+    check_resumed(mixmo, run, uninterrupted())
 
 
 def test_sighup_is_ignored_under_nohup(mixmo, tmp_path):
     ignored = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)"
     command = mixmo(*FIT, tmp_path / "run", prelude=ignored + SLOW_STEPS)
-    command.until_said("1/3 ")
+    command.wait_until_printed("1/3 ")
     command.signal(signal.SIGHUP)
     assert command.wait() == 0
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_sigkill_at_any_time(mixmo, tmp_path, whole, seed):
+def test_sigkill_at_any_time(mixmo, tmp_path, uninterrupted, seed):
     """SIGKILL cannot be handled, but the last checkpoint is intact."""
     times, run = random.Random(seed), tmp_path / "run"
     arguments = [*FIT, run]
     slow_disk = SLOW_DISK.replace("0.12", "0.02") if seed % 2 else ""
     for _ in range(3):
         command = mixmo(*arguments, prelude=ALL_STEPS_SLOW.replace("0.1", "0.03") + slow_disk)
-        command.until_said("Run folder")
+        command.wait_until_printed("Run folder")
         if not command.ends_within(times.uniform(0, 0.9)):
             command.signal(signal.SIGKILL, group=True)
-        assert command.wait() in (0, -signal.SIGKILL), command.said
+        assert command.wait() in (0, -signal.SIGKILL), command.printed
         arguments = ["fit", "--resume", run]
-    resumed(mixmo, run, whole())
+    check_resumed(mixmo, run, uninterrupted())
 
 
-def test_signal_in_the_second_network_of_a_deep_ensemble(mixmo, tmp_path, whole):
+def test_signal_in_the_second_network_of_a_deep_ensemble(mixmo, tmp_path, uninterrupted):
     more = ["--set", "model.num_nets=2"]
     run = tmp_path / "run"
     command = mixmo(*FIT, run, *more, prelude=SLOW_STEPS)
@@ -286,21 +286,21 @@ def test_signal_in_the_second_network_of_a_deep_ensemble(mixmo, tmp_path, whole)
     command.signal(signal.SIGTERM)
     check_stopped(command, signal.SIGTERM, run)
     command = mixmo("fit", "--resume", run)
-    assert command.wait() == 0, command.said
+    assert command.wait() == 0, command.printed
     for name in ("net-1", "net-2"):
-        assert_same(open_run(whole(*more).path / name), open_run(run / name))
+        assert_same(open_run(uninterrupted(*more).path / name), open_run(run / name))
 
 
-def test_interrupted_run_can_be_moved(mixmo, tmp_path, whole):
+def test_interrupted_run_can_be_moved(mixmo, tmp_path, uninterrupted):
     command = mixmo(*FIT, tmp_path / "run", prelude=SLOW_STEPS)
-    command.until_said("1/3 ")
+    command.wait_until_printed("1/3 ")
     command.signal(signal.SIGINT)
     check_stopped(command, signal.SIGINT, tmp_path / "run")
     shutil.move(tmp_path / "run", tmp_path / "elsewhere")
-    resumed(mixmo, tmp_path / "elsewhere", whole())
+    check_resumed(mixmo, tmp_path / "elsewhere", uninterrupted())
 
 
-def test_signal_before_the_first_step(mixmo, tmp_path, whole):
+def test_signal_before_the_first_step(mixmo, tmp_path, uninterrupted):
     slow = """
 import time
 import mixmo_fastai.cli.fit as fit
@@ -314,9 +314,9 @@ fit.print_plan = slow
 """
     run = tmp_path / "run"
     command = mixmo(*FIT, run, prelude=slow)
-    command.until_said("planning")
+    command.wait_until_printed("planning")
     command.signal(signal.SIGTERM)
     assert check_stopped(command, signal.SIGTERM, run).startswith(
         "Interrupted. Nothing was saved yet"
     )
-    resumed(mixmo, run, whole())
+    check_resumed(mixmo, run, uninterrupted())

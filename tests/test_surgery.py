@@ -28,18 +28,18 @@ FAMILIES = {  # name: height and width of the images in these tests
     "timm/poolformer_s12": 64, "timm/edgenext_xx_small": 64, "timm/regnetx_002": 64,
     "timm/dla34": 64, "timm/tnt_s_legacy_patch16_224": 224, "timm/visformer_tiny": 224,
 }  # fmt: skip
-CLASSES = 5
+NUM_CLASSES = 5
 
 
-def plain(name):
+def build_backbone(name):
     torch.manual_seed(0)
     if name.startswith("timm/"):
-        model = timm.create_model(name.removeprefix("timm/"), num_classes=CLASSES)
+        model = timm.create_model(name.removeprefix("timm/"), num_classes=NUM_CLASSES)
     else:
         auxiliary = {"aux_logits": False, "init_weights": False} if name == "googlenet" else {}
-        model = get_model(name, num_classes=CLASSES, **auxiliary)
+        model = get_model(name, num_classes=NUM_CLASSES, **auxiliary)
     for module in model.modules():  # heads and norms initialised with zeros would hide errors
-        if isinstance(module, nn.Linear) and module.out_features == CLASSES:
+        if isinstance(module, nn.Linear) and module.out_features == NUM_CLASSES:
             nn.init.normal_(module.weight)
         if isinstance(module, nn.BatchNorm2d) and not module.weight.any():
             nn.init.ones_(module.weight)
@@ -53,7 +53,7 @@ def largest_difference(found, expected):
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request):
     """Return a network, its original weights, the converted network and an image size."""
-    model = plain(request.param)
+    model = build_backbone(request.param)
     before = copy.deepcopy(model.state_dict())
     return model, before, convert_to_mixmo(model, 2), FAMILIES[request.param]
 
@@ -81,7 +81,7 @@ def test_every_parameter_has_a_gradient(family):
     for _ in range(3):  # stochastic depth skips random blocks
         masks, _ = draw_masks("cutmix", draw_lam(2, 2, 2.0), shape)
         logits = converted(torch.randn(2, 2, 3, size, size), masks)
-        assert logits.shape == (2, 2, CLASSES)
+        assert logits.shape == (2, 2, NUM_CLASSES)
         logits.square().sum().backward()
         without_gradient = [
             n for n, p in converted.named_parameters() if p.grad is None or not p.grad.any()
@@ -94,7 +94,7 @@ def test_every_parameter_has_a_gradient(family):
 
 @pytest.mark.slow
 def test_output_depends_on_the_images_of_all_members():
-    converted = convert_to_mixmo(plain("resnet18"), 2).eval()
+    converted = convert_to_mixmo(build_backbone("resnet18"), 2).eval()
     masks, _ = draw_masks("linear", draw_lam(1, 2, 2.0), converted.mask_shape(32, 32))
     images = torch.randn(1, 2, 3, 32, 32)
     before = converted(images, masks)
@@ -105,7 +105,7 @@ def test_output_depends_on_the_images_of_all_members():
 
 
 def test_mask_shape_of_a_transformer_is_its_grid_of_patches():
-    converted = convert_to_mixmo(plain("timm/vit_tiny_patch16_224"), 2)
+    converted = convert_to_mixmo(build_backbone("timm/vit_tiny_patch16_224"), 2)
     assert converted.mask_shape(224, 224) == (192, 14, 14)
 
 
@@ -524,7 +524,7 @@ def test_networks_of_unusual_structure(network, channels):
 @pytest.mark.parametrize("size", [40, 97])
 @pytest.mark.parametrize("name", ["resnet18", "convnext_tiny", "densenet121", "mobilenet_v2"])
 def test_images_of_other_sizes(name, size):
-    model = plain(name)
+    model = build_backbone(name)
     converted, x = convert_to_mixmo(model).eval(), torch.randn(2, 3, size, size)
     with torch.no_grad():
         assert largest_difference(converted(x), model(x)) < 1e-4
@@ -553,10 +553,10 @@ def test_networks_that_use_the_image_size(size):
 @pytest.mark.parametrize("name", ["resnet18", "timm/convnext_atto", "timm/dla34"])
 def test_fused_network_has_the_original_class(name):
     """Its weights can be loaded into a network of that class."""
-    model = plain(name)
+    model = build_backbone(name)
     fused = convert_to_mixmo(model).eval().fuse()
     assert type(fused) is type(model)
-    other = plain(name)
+    other = build_backbone(name)
     other.load_state_dict(fused.state_dict())
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
@@ -602,7 +602,7 @@ def test_fused_timm_network_has_num_classes():
 
 @pytest.mark.slow
 def test_independent_members_are_permutations():
-    model = plain("resnet18")
+    model = build_backbone("resnet18")
     converted = convert_to_mixmo(model, 3, independent=True)
     for layers, original in ((converted.encoders, model.conv1), (converted.heads, model.fc)):
         weights = torch.stack([layer.weight.flatten() for layer in layers]).detach()
@@ -614,7 +614,7 @@ def test_independent_members_are_permutations():
 
 @pytest.mark.slow
 def test_dtypes_of_all_parts_are_kept():
-    model = plain("resnet18").half()
+    model = build_backbone("resnet18").half()
     model.bn1.float()
     model.register_buffer("double_buffer", torch.full((1,), 1 / 3, dtype=torch.float64))
     body = convert_to_mixmo(model).core.body
@@ -641,7 +641,7 @@ def test_global_generator_is_restored_after_random_forward_passes():
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_dtype_of_the_weights_is_kept(dtype):
-    model = plain("resnet18").to(dtype)
+    model = build_backbone("resnet18").to(dtype)
     converted = convert_to_mixmo(model)
     assert {p.dtype for p in converted.parameters()} == {dtype}
     assert {p.dtype for p in model.parameters()} == {dtype}
@@ -652,7 +652,7 @@ def test_dtype_of_the_weights_is_kept(dtype):
 
 @pytest.mark.slow
 def test_conversion_inside_autocast():
-    model, x = plain("resnet18"), torch.randn(2, 3, 32, 32)
+    model, x = build_backbone("resnet18"), torch.randn(2, 3, 32, 32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         converted = convert_to_mixmo(model)
     with torch.no_grad():
@@ -660,7 +660,7 @@ def test_conversion_inside_autocast():
 
 
 def test_frozen_core_stays_frozen_but_encoders_and_heads_train():
-    model = plain("resnet18").requires_grad_(False)
+    model = build_backbone("resnet18").requires_grad_(False)
     converted = convert_to_mixmo(model)
     trainable = {name.split(".")[0] for name, p in converted.named_parameters() if p.requires_grad}
     assert trainable == {"encoders", "heads"}
@@ -687,7 +687,7 @@ def test_conversion_does_not_change_the_network():
 @pytest.mark.slow
 def test_inference_in_several_threads():
     """Each thread receives the predictions for its own images."""
-    converted = convert_to_mixmo(plain("resnet18")).eval()
+    converted = convert_to_mixmo(build_backbone("resnet18")).eval()
     images = torch.randn(8, 1, 3, 32, 32)
     with torch.no_grad():
         expected = [converted(image) for image in images]
@@ -727,7 +727,7 @@ def test_features_are_not_kept_after_the_forward_pass():
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The tensor attribute self.latest_member_logits")
 def test_compilation_and_export_without_graph_breaks(dynamo):
-    converted, x = convert_to_mixmo(plain("resnet18")).eval(), torch.randn(2, 3, 32, 32)
+    converted, x = convert_to_mixmo(build_backbone("resnet18")).eval(), torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         expected = converted(x)
         compiled = dynamo(converted, fullgraph=True)
@@ -755,7 +755,7 @@ def test_compilation_with_graph_breaks(dynamo):
 @pytest.mark.slow
 @pytest.mark.parametrize("channels", [1, 2, 4, 6])
 def test_other_numbers_of_channels_have_equal_outputs_for_grey_images(channels):
-    model = plain("resnet18")
+    model = build_backbone("resnet18")
     grey = torch.randn(2, 1, 32, 32)
     expected = model(grey.expand(-1, 3, -1, -1))
     converted = convert_to_mixmo(model, in_channels=channels)
@@ -808,12 +808,15 @@ def test_members_predict_within_the_range_in_training():
 
 
 def test_output_layer_adds_no_tensors_and_old_pickles_load():
-    plain, bounded = (
+    unbounded, bounded = (
         convert_to_mixmo(m) for m in (SmallNetwork(), nn.Sequential(SmallNetwork(), nn.Sigmoid()))
     )
-    assert len(plain.state_dict()) == len(bounded.state_dict())
-    del plain.__dict__["output"], plain.core.__dict__["output"]  # as in pickles of version 0.1.0
-    loaded = pickle.loads(pickle.dumps(plain))
+    assert len(unbounded.state_dict()) == len(bounded.state_dict())
+    del (
+        unbounded.__dict__["output"],
+        unbounded.core.__dict__["output"],
+    )  # as in 0.1.0
+    loaded = pickle.loads(pickle.dumps(unbounded))
     x = torch.randn(4, 2, 9, 9)
-    assert torch.equal(loaded(x), plain(x))
-    torch.testing.assert_close(loaded.eval().fuse()(x), plain(x))
+    assert torch.equal(loaded(x), unbounded(x))
+    torch.testing.assert_close(loaded.eval().fuse()(x), unbounded(x))
