@@ -119,7 +119,7 @@ class Command:
         (os.killpg if group else os.kill)(self.pid, number)
 
     @property
-    def said(self):
+    def printed(self):
         """Text that was written to stdout and stderr."""
         return self.output.read_text()
 

@@ -556,11 +556,11 @@ def assert_no_process_is_left(command):
 def processes_for(pid):
     for path in Path("/proc").iterdir():
         try:
-            words = (path / "cmdline").read_bytes().split(b"\0")
+            arguments = (path / "cmdline").read_bytes().split(b"\0")
         except OSError:
             continue
-        if b"--pid" in words and words[words.index(b"--pid") + 1] == str(pid).encode():
-            yield words
+        if b"--pid" in arguments and arguments[arguments.index(b"--pid") + 1] == str(pid).encode():
+            yield arguments
 
 
 def test_open_wandb_run_of_the_user_is_not_changed(tmp_path):

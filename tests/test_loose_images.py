@@ -17,7 +17,7 @@ def test_images_are_found_in_folders_and_listed_files_are_kept(tmp_path):
     first, second = write(tmp_path / "b/2.png"), write(tmp_path / "a/1.jpg")
     (tmp_path / "a/notes.txt").write_text("not an image")
     (tmp_path / "a/.hidden.png").write_text("")
-    without_suffix = tmp_path / "picture"
+    without_suffix = tmp_path / "image-without-suffix"
     without_suffix.write_bytes(first.read_bytes())
     assert find_images([tmp_path / "a", tmp_path / "b", without_suffix]) == [
         second,

@@ -58,8 +58,8 @@ def test_plan_is_short_and_the_log_contains_all_settings(capsys):
 @pytest.mark.slow
 def test_hours_on_a_cpu_suggest_a_smaller_training(slow_machine, capsys, monkeypatch):
     monkeypatch.setattr("mixmo_fastai.training.ensemble.train", lambda *_, **__: 1 / 0)
-    words = ["fit", *TINY, "--arch", "wrn16_8", "--epochs", "100", "--out", "here"]
-    assert run(words) == 1
+    arguments = ["fit", *TINY, "--arch", "wrn16_8", "--epochs", "100", "--out", "here"]
+    assert run(arguments) == 1
     out = capsys.readouterr().out
     assert "about 13 h" in rows_by_label(out)["Time"]
     assert re.search(r"For about 20 minutes: --arch wrn10_4 --epochs \d+\n", out)
@@ -74,8 +74,8 @@ def test_no_suggestion_for_less_than_an_hour(slow_machine, capsys, epochs, monke
 
 def test_image_folder_shows_defaults_and_advice(working_folder, capsys):
     write_image_folder(working_folder / "pets", num_train=8, size=(72, 72))
-    words = ["--arch", "wrn10_1", "--epochs", "1", "--batch-size", "16", "--device", "cpu"]
-    assert run(["fit", "pets", *words]) == 0
+    arguments = ["--arch", "wrn10_1", "--epochs", "1", "--batch-size", "16", "--device", "cpu"]
+    assert run(["fit", "pets", *arguments]) == 0
     out = capsys.readouterr().out
     plan, _, end = out.partition("Run folder:")
     assert rows_by_label(out)["Defaults"].endswith(
@@ -122,14 +122,14 @@ def test_advice_from_the_curves_is_shown(capsys, monkeypatch):
 
 
 def test_quiet_and_json_print_only_the_result(capsys, monkeypatch):
-    words = ["fit", *TINY, "--epochs", "1"]
-    assert run([*words, "--json"]) == 0
+    arguments = ["fit", *TINY, "--epochs", "1"]
+    assert run([*arguments, "--json"]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out)["run"] == "runs/digits-cut-mixmo-1"
     assert "Time" in rows_by_label(err)
     assert "Next" not in rows_by_label(err)
     monkeypatch.setattr(speed, "measure_speed", None)  # must not be called
-    assert run([*words, "--quiet"]) == 0
+    assert run([*arguments, "--quiet"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
     assert not {"Time", "Next", "Advice", "Data"} & rows_by_label(out).keys()
@@ -233,6 +233,6 @@ def test_durations_in_their_largest_unit(seconds, text):
 
 def test_plan_names_the_optimizer(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    words = ["fit", *TINY, "--epochs", "1", "--set", "optimizer.name=adamw", "--lr", "0.002"]
-    assert run([*words, "--out", "here"]) == 0
+    arguments = ["fit", *TINY, "--epochs", "1", "--set", "optimizer.name=adamw", "--lr", "0.002"]
+    assert run([*arguments, "--out", "here"]) == 0
     assert "learning rate 0.002; adamw, weight decay 0.0006" in capsys.readouterr().out

@@ -92,5 +92,5 @@ def test_every_listed_learner_feature_has_a_test():
     tests = re.findall(r"^def test_(\w+)\(", sources, flags=re.MULTILINE)
     assert len(features) > 25
     for feature in features:
-        words = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", feature).lower()
-        assert any(re.search(rf"(^|_){words}($|_)", test) for test in tests), feature
+        snake_case = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", feature).lower()
+        assert any(re.search(rf"(^|_){snake_case}($|_)", test) for test in tests), feature

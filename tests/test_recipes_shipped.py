@@ -133,9 +133,9 @@ def test_recipe_file_begins_with_accuracy_and_command(name):
     comment = lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]
     command = next(line for line in comment if "mixmo fit" in line)
     # The command may be followed by two spaces and a remark.
-    words = command.lstrip("# ").split("  ")[0].split()
-    assert words[:2] == ["mixmo", "fit"]
-    dataset, recipe = (words[2], words[4]) if len(words) > 2 else (None, None)
+    arguments = command.lstrip("# ").split("  ")[0].split()
+    assert arguments[:2] == ["mixmo", "fit"]
+    dataset, recipe = (arguments[2], arguments[4]) if len(arguments) > 2 else (None, None)
     assert resolve_recipe(dataset, recipe) == load_recipe(name)
     if name in PUBLISHED:
         assert f"{PUBLISHED[name]:.2f} % top-1 published" in comment[0]
