@@ -60,11 +60,17 @@ def tace(logits, labels, num_bins=15, threshold=1e-3):
     num_samples, num_classes = probabilities.shape
     total = 0.0
     for k in range(num_classes):
-        kept = [(p, y == k) for p, y in zip(probabilities[:, k], labels, strict=True)]
-        kept = sorted((pair for pair in kept if pair[0] > threshold), key=lambda pair: pair[0])
-        size = len(kept) // num_bins
+        above_threshold = [(p, y == k) for p, y in zip(probabilities[:, k], labels, strict=True)]
+        above_threshold = sorted(
+            (pair for pair in above_threshold if pair[0] > threshold), key=lambda pair: pair[0]
+        )
+        size = len(above_threshold) // num_bins
         for q in range(num_bins):
-            group = kept[q * size :] if q == num_bins - 1 else kept[q * size : (q + 1) * size]
+            group = (
+                above_threshold[q * size :]
+                if q == num_bins - 1
+                else above_threshold[q * size : (q + 1) * size]
+            )
             if group:
                 gap = np.mean([p for p, _ in group]) - np.mean([hit for _, hit in group])
                 total += len(group) * abs(gap)

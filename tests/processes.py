@@ -160,7 +160,7 @@ def process_state(pid):
 
 def processes_in_session(leader):
     """Return the ids of the living processes in a session."""
-    found = []
+    pids = []
     for path in Path("/proc").iterdir():
         if path.name.isdigit():
             try:
@@ -168,8 +168,8 @@ def processes_in_session(leader):
             except ProcessLookupError:
                 continue
             if session == leader and process_state(int(path.name)) != "Z":
-                found.append(int(path.name))
-    return found
+                pids.append(int(path.name))
+    return pids
 
 
 def uninterrupted_runs(server, folder, arguments):

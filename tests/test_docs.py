@@ -127,12 +127,12 @@ def test_command_lines_are_valid(name, example_files):
 
 
 def test_command_lines_are_found():
-    found = {name: [" ".join(w) for w in command_lines(text)] for name, text in TEXTS.items()}
-    assert "fit" in found["README.md"]  # after pip install . &&
+    lines = {name: [" ".join(w) for w in command_lines(text)] for name, text in TEXTS.items()}
+    assert "fit" in lines["README.md"]  # after pip install . &&
     resolved = "fit cifar10-images --recipe cifar10/vanilla --arch wrn10_1 --epochs 4"
-    assert resolved in found["results.md"]
-    assert any(line.endswith("--out /shared/runs/cut-mixmo") for line in found["distributed.md"])
-    assert "eval RUN --json" in found["evaluation.md"]
+    assert resolved in lines["results.md"]
+    assert any(line.endswith("--out /shared/runs/cut-mixmo") for line in lines["distributed.md"])
+    assert "eval RUN --json" in lines["evaluation.md"]
 
 
 @pytest.mark.parametrize(
@@ -177,9 +177,9 @@ def test_commands_and_flags_in_sentences_exist(name):
 
 def tables(text):
     """Return the tables of a page as lists of rows, which map column names to cells."""
-    found = re.findall(r"^(\|.*\|)\n\|[-|]+\|\n((?:\|.*\|\n)+)", text, flags=re.MULTILINE)
+    matches = re.findall(r"^(\|.*\|)\n\|[-|]+\|\n((?:\|.*\|\n)+)", text, flags=re.MULTILINE)
     return [[dict(zip(cells(head), cells(row), strict=True)) for row in body.splitlines()]
-            for head, body in found]  # fmt: skip
+            for head, body in matches]  # fmt: skip
 
 
 def cells(line):
@@ -228,9 +228,9 @@ def test_every_setting_is_documented_with_its_default():
     flags = {setting: flag for flag, setting in opt._SETTINGS.items()}
     for name, field, default in all_settings():
         row = rows[name]
-        found = value(row["default"])
-        assert found == (list(default) if isinstance(default, tuple) else default), name
-        assert type(found) is type(default) or isinstance(default, tuple), name
+        documented = value(row["default"])
+        assert documented == (list(default) if isinstance(default, tuple) else default), name
+        assert type(documented) is type(default) or isinstance(default, tuple), name
         assert row["meaning"], name
         assert set(field.metadata.get("choices", ())) <= {*names_in(row["meaning"])}, name
         flag = {"compiled": "compile"}.get(flags.get(name), flags.get(name))
@@ -290,12 +290,12 @@ def check_training(name, row):
         usual, _, other = row[column].partition(", ")
         if other and names_in(other) == [method]:
             usual = other.split()[1]
-        found = getattr(getattr(recipe, section), key)
-        if key == "valid_split" and found is None:
-            found = default_valid_split(DATASETS[recipe.data.dataset].num_images[0])
+        actual = getattr(getattr(recipe, section), key)
+        if key == "valid_split" and actual is None:
+            actual = default_valid_split(DATASETS[recipe.data.dataset].num_images[0])
         if key == "arch" and (width := re.search(r"-w(\d)$", name)):
-            found = re.sub(r"\d$", "3", found) if found.endswith(width[1]) else found
-        assert found == value(usual), (name, column)
+            actual = re.sub(r"\d$", "3", actual) if actual.endswith(width[1]) else actual
+        assert actual == value(usual), (name, column)
 
 
 def test_example_of_a_custom_recipe_is_valid():
@@ -406,17 +406,19 @@ def test_metrics_are_in_their_ranges_and_reach_the_ends(small_run):
     ends = {"0 to 1": (0, 1), "0 to 2": (0, 2), "0 to ∞": (0, math.inf), "as above": (0, math.inf)}
     ends |= {"0 to log M": (0, math.log(2)), "0.001 to 1000": (0.001, 1000)}
     parts = [small_run["eval"][name] for name in ("test", "valid", "test_mean_probabilities")]
-    found = {}
+    values_by_name = {}
     for part in (*parts, confident_metrics(is_correct=True), confident_metrics(is_correct=False)):
         for name, values in part.items():
             if name != "absent":
-                found.setdefault(name, []).extend(values if isinstance(values, list) else [values])
-    for name, values in found.items():
+                values_by_name.setdefault(name, []).extend(
+                    values if isinstance(values, list) else [values]
+                )
+    for name, values in values_by_name.items():
         low, high = ends[RANGES[name]]
         assert low - 1e-9 <= min(values), name
         assert max(values) <= high + 1e-9, name
     for name in ("accuracy", "brier", "ece", "aurc", "risk_at_90", "temperature"):
-        assert max(found[name]) == pytest.approx(ends[RANGES[name]][1]), name
+        assert max(values_by_name[name]) == pytest.approx(ends[RANGES[name]][1]), name
 
 
 def test_columns_of_predictions_are_documented(small_run):
@@ -429,8 +431,8 @@ def test_files_of_a_run_folder_are_documented(small_run):
     rows = {
         name for row in table("recipes.md", "file", "content") for name in names_in(row["file"])
     }
-    found = {path.name + "/" * path.is_dir() for path in small_run["folder"].iterdir()}
-    assert found == rows - {
+    names = {path.name + "/" * path.is_dir() for path in small_run["folder"].iterdir()}
+    assert names == rows - {
         "net-1/",
         "net-2/",
         "logs/",

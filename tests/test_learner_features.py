@@ -364,15 +364,15 @@ def test_wandb_callback(make, tmp_path, monkeypatch):
         monkeypatch.setattr(fastai_wandb, "_format_config", lambda config: config)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    seen = []
+    logged = []
     with wandb.init(project="mixmo", dir=tmp_path) as run:
-        monkeypatch.setattr(run, "log", lambda values, **_: seen.append(values))
+        monkeypatch.setattr(run, "log", lambda values, **_: logged.append(values))
         monkeypatch.setattr(wandb, "log", run.log)
         learn = make(cbs=[fastai_wandb.WandbCallback(n_preds=4)])
         learn.fit(2, 1e-3)
-    assert sum("train_loss" in values for values in seen) == 2 * len(learn.dls.train)
+    assert sum("train_loss" in values for values in logged) == 2 * len(learn.dls.train)
     wandb.teardown()  # otherwise later tests would see this environment
-    assert sum("valid_loss" in values for values in seen) == 2
+    assert sum("valid_loss" in values for values in logged) == 2
 
 
 def test_show_batch(make):

@@ -256,14 +256,14 @@ class TestLoggedValues:
 
 
 def test_logged_first_batch_is_the_trained_batch(tmp_path, monkeypatch):
-    seen, plotted = [], []
+    first_batch, plotted = [], []
 
     class FirstBatch(Callback):
         order = 90
 
         def before_batch(self):
-            if self.learn.training and not seen:
-                seen.extend([*self.learn.xb, self.learn.yb[0]])
+            if self.learn.training and not first_batch:
+                first_batch.extend([*self.learn.xb, self.learn.yb[0]])
 
     original = callback_module.plot_first_batch
     monkeypatch.setattr(
@@ -274,7 +274,7 @@ def test_logged_first_batch_is_the_trained_batch(tmp_path, monkeypatch):
     run = create_run(override(TINY, ["train.epochs=1"]), tmp_path / "run")
     logged_fit(run, ("csv",), cbs=[FirstBatch()])
     (preview,) = plotted
-    inputs, masks, targets = seen
+    inputs, masks, targets = first_batch
     torch.testing.assert_close(preview.masks, masks[:6].mean(dim=2))
     pixels = preview.inputs.flatten(1)
     both = torch.stack([pixels.flatten(), inputs[:6].flatten()])

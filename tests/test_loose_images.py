@@ -37,8 +37,8 @@ def test_unreadable_images_are_reported_and_skipped(tmp_path):
     good, bad = write(tmp_path / "a.png"), tmp_path / "b.png"
     bad.write_bytes(b"not an image")
     unreadable = {}
-    found = dict(decode_readable([bad, good], (3, 4, 5), unreadable))
-    assert {path: pixels.shape for path, pixels in found.items()} == {good: (3, 4, 5)}
+    decoded = dict(decode_readable([bad, good], (3, 4, 5), unreadable))
+    assert {path: pixels.shape for path, pixels in decoded.items()} == {good: (3, 4, 5)}
     assert list(unreadable) == [bad]
     assert "b.png" in unreadable[bad]
 

@@ -131,22 +131,22 @@ def test_loss_of_one_member_equals_the_base_loss(batch, base):
     pred = batch[0][:, :1].log_softmax(-1)
     targets = torch.tensor([0, 1, 2, 3, 4, 0])[:, None]
     expected = torch.Tensor(base(pred[:, 0], targets[:, 0]))
-    found = torch.Tensor(MixMoLoss(base)(pred, targets, torch.ones(6, 1)))
-    torch.testing.assert_close(found, expected)
+    actual = torch.Tensor(MixMoLoss(base)(pred, targets, torch.ones(6, 1)))
+    torch.testing.assert_close(actual, expected)
 
 
 def test_ignored_targets_do_not_count(batch):
     pred, targets, weights = batch
     ignored = torch.cat([targets, torch.full_like(targets, -100)])
-    found = MixMoLoss()(pred.repeat(2, 1, 1), ignored, weights.repeat(2, 1))
-    torch.testing.assert_close(found, MixMoLoss()(pred, targets, weights))
+    actual = MixMoLoss()(pred.repeat(2, 1, 1), ignored, weights.repeat(2, 1))
+    torch.testing.assert_close(actual, MixMoLoss()(pred, targets, weights))
 
 
 def test_column_of_class_indices_is_not_soft_targets(batch):
     pred, targets, weights = batch
     loss = MixMoLoss(CrossEntropyLossFlat())
-    found = loss(pred, targets[..., None], weights)
-    torch.testing.assert_close(found, loss(pred, targets, weights))
+    actual = loss(pred, targets[..., None], weights)
+    torch.testing.assert_close(actual, loss(pred, targets, weights))
     single = loss(pred[:, 0], targets[:, :1])
     torch.testing.assert_close(single, loss(pred[:, 0], targets[:, 0]))
 
@@ -270,9 +270,9 @@ def value_and_gradient(loss, pred, *args):
 def test_gradient_of_one_member_equals_that_of_the_base(batch, base):
     pred, targets, _ = batch
     expected = value_and_gradient(base, pred[:, 0], targets[:, 0])
-    found = value_and_gradient(MixMoLoss(base), pred[:, :1], targets[:, :1], torch.ones(6, 1))
-    torch.testing.assert_close(found[0], expected[0], rtol=1e-6, atol=0)
-    torch.testing.assert_close(found[1][:, 0], expected[1])
+    actual = value_and_gradient(MixMoLoss(base), pred[:, :1], targets[:, :1], torch.ones(6, 1))
+    torch.testing.assert_close(actual[0], expected[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(actual[1][:, 0], expected[1])
 
 
 @pytest.mark.parametrize("base", [*FASTAI_LOSSES_WITH_CLASS_WEIGHTS, *CUSTOM_LOSSES])
@@ -283,8 +283,8 @@ def test_equal_weights_equal_the_base_loss_of_all_samples(batch, base):
         CUSTOM_LOSSES[1],
         CUSTOM_LOSSES[-1],
     )
-    found = value_and_gradient(MixMoLoss(base), pred, targets, torch.ones(6, 3))
-    for actual, expected in zip(found, base_results, strict=True):
+    results = value_and_gradient(MixMoLoss(base), pred, targets, torch.ones(6, 3))
+    for actual, expected in zip(results, base_results, strict=True):
         factor = 1 if is_sum else 3
         torch.testing.assert_close(actual, (factor * expected).reshape(actual.shape))
 
@@ -303,9 +303,9 @@ def test_sum_reduction_of_elementwise_losses(batch, base):
     pred = batch[0]
     targets = torch.rand_like(pred)
     expected = value_and_gradient(base, pred[:, 0], targets[:, 0])
-    found = value_and_gradient(MixMoLoss(base), pred[:, :1], targets[:, :1], torch.ones(6, 1))
-    torch.testing.assert_close(found[0], expected[0], rtol=1e-6, atol=0)
-    torch.testing.assert_close(found[1][:, 0], expected[1])
+    actual = value_and_gradient(MixMoLoss(base), pred[:, :1], targets[:, :1], torch.ones(6, 1))
+    torch.testing.assert_close(actual[0], expected[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(actual[1][:, 0], expected[1])
 
 
 def test_label_smoothing_with_class_weights_equals_the_formula(batch):
@@ -334,15 +334,15 @@ def test_loss_without_reduction_is_weighted_per_sample(batch):
     ):
         loss = MixMoLoss(base)
         for _ in range(12):  # more batches than are checked
-            found = value_and_gradient(loss, pred, targets, weights)
-            torch.testing.assert_close(found, expected)
+            actual = value_and_gradient(loss, pred, targets, weights)
+            torch.testing.assert_close(actual, expected)
 
 
 def test_mixed_labels_of_a_loss_without_reduction(batch):
     pred, targets, weights = batch
     msda_targets = (targets + 1) % 5, torch.rand(6, 3)
-    found = MixMoLoss(CUSTOM_LOSSES[0])(pred, targets, weights, *msda_targets)
-    torch.testing.assert_close(found, MixMoLoss()(pred, targets, weights, *msda_targets))
+    actual = MixMoLoss(CUSTOM_LOSSES[0])(pred, targets, weights, *msda_targets)
+    torch.testing.assert_close(actual, MixMoLoss()(pred, targets, weights, *msda_targets))
 
 
 def test_per_sample_losses_for_interpretation(batch):
@@ -375,8 +375,8 @@ def test_batch_dependent_losses_are_rejected(batch, base):
 def test_batch_dependent_losses_work_with_equal_weights(batch, base, num_members):
     pred, targets = (tensor[:, :num_members] for tensor in batch[:2])
     expected = sum(base(pred[:, i], targets[:, i]) for i in range(num_members))
-    found = MixMoLoss(base)(pred, targets, torch.ones(6, num_members))
-    torch.testing.assert_close(found, expected)
+    actual = MixMoLoss(base)(pred, targets, torch.ones(6, num_members))
+    torch.testing.assert_close(actual, expected)
 
 
 def test_one_batch_can_reveal_a_batch_dependent_loss(batch):
@@ -464,8 +464,8 @@ def test_batchmean_reduction_of_kl_divergence():
     divergences = (targets * (targets.log() - pred)).sum(2)
     weights = loss_weights(draw_lam(6, 3, 2.0, generator=random), 3)
     for base in (nn.KLDivLoss(reduction="batchmean"), partial(F.kl_div, reduction="batchmean")):
-        found = MixMoLoss(base)(pred, targets, weights)
-        torch.testing.assert_close(found, (weights * divergences).sum(1).mean())
+        actual = MixMoLoss(base)(pred, targets, weights)
+        torch.testing.assert_close(actual, (weights * divergences).sum(1).mean())
 
 
 ELEMENTWISE_LOSSES = [
@@ -500,8 +500,8 @@ def test_regression_loss_with_class_targets_suggests_cross_entropy():
 
 def test_flattening_losses_accept_a_column():
     pred, targets = torch.rand(6, 3, 1), torch.rand(6, 3)
-    found = MixMoLoss(MSELossFlat())(pred, targets, torch.ones(6, 3))
-    torch.testing.assert_close(torch.Tensor(found), 3 * (pred[..., 0] - targets).square().mean())
+    actual = MixMoLoss(MSELossFlat())(pred, targets, torch.ones(6, 3))
+    torch.testing.assert_close(torch.Tensor(actual), 3 * (pred[..., 0] - targets).square().mean())
     with pytest.raises(InputError, match=r"\(B, 2\) do not match targets \(B,\)"):
         MixMoLoss(MSELossFlat())(torch.rand(6, 3, 2), targets, torch.ones(6, 3))
 
@@ -521,5 +521,5 @@ def test_custom_losses_that_broadcast_are_rejected(base):
     with pytest.raises(InputError, match=r"Predictions are \(B, 1\) and targets \(B,\)"):
         MixMoLoss(base)(torch.rand(6, 3, 1), torch.rand(6, 3), torch.ones(6, 3))
     pred, targets = torch.rand(6, 3, 1), torch.rand(6, 3, 1)
-    found = MixMoLoss(base)(pred, targets, torch.ones(6, 3))
-    torch.testing.assert_close(found, 3 * base(pred, targets))
+    actual = MixMoLoss(base)(pred, targets, torch.ones(6, 3))
+    torch.testing.assert_close(actual, 3 * base(pred, targets))

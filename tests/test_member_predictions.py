@@ -59,53 +59,53 @@ def expected_logits(learn, loader):
 @pytest.mark.parametrize("make", [package_learner, user_learner, converted_learner])
 def test_member_preds_equal_the_model_outputs(make):
     learn = make()
-    found = member_preds(learn)
+    predictions = member_preds(learn)
     expected = expected_logits(learn, learn.dls.valid)
-    assert found.probabilities.shape == expected.shape
+    assert predictions.probabilities.shape == expected.shape
     assert expected.shape[::2] == (len(learn.dls.valid_ds), 3)
-    assert type(found.probabilities) is torch.Tensor
-    torch.testing.assert_close(found.probabilities, expected.softmax(2))
-    assert torch.equal(found.votes, expected.argmax(2))
-    assert torch.equal(found.targets, torch.cat([y for _, y in learn.dls.valid]))
+    assert type(predictions.probabilities) is torch.Tensor
+    torch.testing.assert_close(predictions.probabilities, expected.softmax(2))
+    assert torch.equal(predictions.votes, expected.argmax(2))
+    assert torch.equal(predictions.targets, torch.cat([y for _, y in learn.dls.valid]))
     reference = oracle_metrics.mutual_information(expected.numpy())
-    assert found.mutual_information.mean().item() == pytest.approx(reference, rel=1e-4)
-    assert found.mutual_information.min() >= 0
-    assert found.mutual_information.max() <= math.log(expected.shape[1])
+    assert predictions.mutual_information.mean().item() == pytest.approx(reference, rel=1e-4)
+    assert predictions.mutual_information.min() >= 0
+    assert predictions.mutual_information.max() <= math.log(expected.shape[1])
     ensemble, targets = learn.get_preds()
-    probabilities = found.probabilities.log().mean(1).softmax(1)
+    probabilities = predictions.probabilities.log().mean(1).softmax(1)
     torch.testing.assert_close(probabilities, ensemble)
-    assert torch.equal(found.targets, targets.as_subclass(torch.Tensor))
+    assert torch.equal(predictions.targets, targets.as_subclass(torch.Tensor))
 
 
 def test_training_images_keep_their_order():
     learn = package_learner()
-    found = member_preds(learn, ds_idx=0)
-    assert len(found.targets) == len(learn.dls.train_ds)
+    predictions = member_preds(learn, ds_idx=0)
+    assert len(predictions.targets) == len(learn.dls.train_ds)
     expected = expected_logits(learn, learn.dls.train.new(shuffle=False, drop_last=False))
-    torch.testing.assert_close(found.probabilities, expected.softmax(2))
+    torch.testing.assert_close(predictions.probabilities, expected.softmax(2))
 
 
 def test_shuffled_loader_yields_the_order_of_the_data():
     learn = user_learner()
     shuffled = learn.dls.valid.new(shuffle=True)
-    found, expected = member_preds(learn, dl=shuffled), member_preds(learn)
-    torch.testing.assert_close(found.probabilities, expected.probabilities)
-    assert torch.equal(found.targets, expected.targets)
+    predictions, expected = member_preds(learn, dl=shuffled), member_preds(learn)
+    torch.testing.assert_close(predictions.probabilities, expected.probabilities)
+    assert torch.equal(predictions.targets, expected.targets)
 
 
 def test_images_without_targets():
     learn = package_learner()
     files = learn.dls.test_dl([learn.dls.valid_ds[i][0] for i in range(5)])
-    found = member_preds(learn, dl=files)
-    assert found.targets is None
-    torch.testing.assert_close(found.probabilities, member_preds(learn).probabilities[:5])
+    predictions = member_preds(learn, dl=files)
+    assert predictions.targets is None
+    torch.testing.assert_close(predictions.probabilities, member_preds(learn).probabilities[:5])
 
 
 def test_single_member_has_no_mutual_information():
     learn = package_learner(num_members=1)
-    found = member_preds(learn)
-    assert found.mutual_information is None
-    torch.testing.assert_close(found.probabilities[:, 0], learn.get_preds()[0])
+    predictions = member_preds(learn)
+    assert predictions.mutual_information is None
+    torch.testing.assert_close(predictions.probabilities[:, 0], learn.get_preds()[0])
 
 
 def test_learner_is_unchanged():
@@ -134,27 +134,27 @@ def block_dls(target_block, get_y):
 def test_multi_label_targets():
     dls = block_dls(MultiCategoryBlock(), lambda label: ["odd"] if label % 2 else ["even", "small"])
     learn = package_learner(dls=dls, loss_func=BCEWithLogitsLossFlat(thresh=0.6))
-    found = member_preds(learn)
+    predictions = member_preds(learn)
     expected = expected_logits(learn, dls.valid).sigmoid()
-    torch.testing.assert_close(found.probabilities, expected)
-    assert torch.equal(found.votes, expected > 0.6)
-    assert found.targets.shape == (12, 3)
+    torch.testing.assert_close(predictions.probabilities, expected)
+    assert torch.equal(predictions.votes, expected > 0.6)
+    assert predictions.targets.shape == (12, 3)
     p = expected.double().numpy()
 
     def entropy(q):
         return -(q * np.log(q) + (1 - q) * np.log(1 - q)).sum(-1)
 
     information = entropy(p.mean(1)) - entropy(p).mean(1)
-    assert found.mutual_information.numpy() == pytest.approx(information, rel=1e-4, abs=1e-9)
+    assert predictions.mutual_information.numpy() == pytest.approx(information, rel=1e-4, abs=1e-9)
 
 
 def test_regression():
     learn = package_learner(dls=block_dls(RegressionBlock(n_out=1), float))
-    found = member_preds(learn)
+    predictions = member_preds(learn)
     expected = expected_logits(learn, learn.dls.valid)
-    torch.testing.assert_close(found.probabilities, expected)
-    assert torch.equal(found.votes, found.probabilities)
-    assert found.mutual_information is None
+    torch.testing.assert_close(predictions.probabilities, expected)
+    assert torch.equal(predictions.votes, predictions.probabilities)
+    assert predictions.mutual_information is None
 
 
 def test_regression_with_a_sigmoid_range():
@@ -163,10 +163,10 @@ def test_regression_with_a_sigmoid_range():
     body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 1))
     network = nn.Sequential(body, SigmoidRange(2, 5))
     learn = to_mixmo(Learner(dls, network, MSELossFlat()), seed=0)
-    found = member_preds(learn)
+    predictions = member_preds(learn)
     expected = 2 + 3 * expected_logits(learn, dls.valid).sigmoid()
-    torch.testing.assert_close(found.probabilities, expected)
-    assert torch.equal(found.votes, found.probabilities)
+    torch.testing.assert_close(predictions.probabilities, expected)
+    assert torch.equal(predictions.votes, predictions.probabilities)
 
 
 def test_network_that_ends_with_a_sigmoid():
@@ -189,9 +189,11 @@ def test_network_that_ends_with_a_sigmoid():
 def test_custom_loss():
     learn = package_learner(loss_func=lambda pred, targets: F.cross_entropy(pred, targets.long()))
     learn.fit(1, 0.01)
-    found = member_preds(learn)
-    torch.testing.assert_close(found.probabilities.sum(2), torch.ones(found.votes.shape))
-    assert torch.equal(found.votes, found.probabilities.argmax(2))
+    predictions = member_preds(learn)
+    torch.testing.assert_close(
+        predictions.probabilities.sum(2), torch.ones(predictions.votes.shape)
+    )
+    assert torch.equal(predictions.votes, predictions.probabilities.argmax(2))
 
 
 def test_plain_learner_is_rejected():

@@ -120,8 +120,8 @@ def _randomize_batch_norms(model):
                 tensor.uniform_(0.5, 1.5, generator=generator)
 
 
-def _relative_error(found, expected):
-    return float(((found - expected).abs().max() / expected.abs().max()).detach())
+def _relative_error(actual, expected):
+    return float(((actual - expected).abs().max() / expected.abs().max()).detach())
 
 
 def test_fuse_does_not_change_the_network():
@@ -148,8 +148,8 @@ def test_fuse_encoders_with_bias_and_heads_without():
 @pytest.mark.parametrize(
     ("encoders", "heads", "message"),
     [
-        ([nn.Conv2d(3, 4, 1), nn.Identity()], [nn.Linear(4, 2)] * 2, "found Identity"),
-        ([nn.Conv2d(3, 4, 1)] * 2, [nn.Linear(4, 2), nn.Flatten()], "found Flatten"),
+        ([nn.Conv2d(3, 4, 1), nn.Identity()], [nn.Linear(4, 2)] * 2, "actual Identity"),
+        ([nn.Conv2d(3, 4, 1)] * 2, [nn.Linear(4, 2), nn.Flatten()], "actual Flatten"),
         (
             [nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 4, 3, padding=2, dilation=2)],
             [nn.Linear(4, 2)] * 2,

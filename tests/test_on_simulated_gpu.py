@@ -91,8 +91,10 @@ def test_loggers_synchronise_once_per_fetch(monkeypatch, tmp_path):
     for tracker in (None, CountingTracker()):
         logging = logging_to(tracker or CountingTracker(), 6)
         logging.trackers = logging.trackers if tracker else {}
-        seen = synchronisations(monkeypatch, tmp_path / str(len(counts)), 16, logging=logging)
-        counts.append(seen.count("to host") + seen.count("read"))
+        synchronised = synchronisations(
+            monkeypatch, tmp_path / str(len(counts)), 16, logging=logging
+        )
+        counts.append(synchronised.count("to host") + synchronised.count("read"))
     assert (tracker.num_calls, tracker.num_steps >= 16) == (3, True)
     assert counts[1] - counts[0] == 3
 

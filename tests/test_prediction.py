@@ -57,10 +57,10 @@ def test_predictions_equal_the_evaluation(run, images):
     _, test = finished.loaders()
     network = load_network(run)
     logits, labels = collect_member_logits(network, test)
-    found, unreadable = predict_images(run, [images / "test"])
+    predictions, unreadable = predict_images(run, [images / "test"])
     assert not unreadable
-    assert [CLASSES[label] for label in labels] == [p.image.split("/")[-2] for p in found]
-    for row, prediction in zip(logits.double().numpy(), found, strict=True):
+    assert [CLASSES[label] for label in labels] == [p.image.split("/")[-2] for p in predictions]
+    for row, prediction in zip(logits.double().numpy(), predictions, strict=True):
         p = oracle.softmax(row.mean(0))
         assert prediction.label == CLASSES[p.argmax()]
         assert prediction.probability == pytest.approx(p.max(), abs=1e-5)
@@ -90,9 +90,9 @@ def test_training_images_are_not_needed(run, images, tmp_path):
 def test_votes_of_a_deep_ensemble_and_of_one_member(images, tmp_path):
     vanilla = {"model.num_members": 1, "mix.kind": "sum", "mix.batch_repetitions": 1}
     both = train_small_run(images, tmp_path / "both", **vanilla, **{"model.num_nets": 2})
-    found, _ = predict_images(both, [images / "test/cat"])
+    predictions, _ = predict_images(both, [images / "test/cat"])
     parts = [predict_images(n, [images / "test/cat"])[0] for n in both.networks()]
-    for prediction, first, second in zip(found, *parts, strict=True):
+    for prediction, first, second in zip(predictions, *parts, strict=True):
         assert prediction.votes == (first.label, second.label)
         assert prediction.mutual_information is not None
         assert first.mutual_information is None
@@ -139,7 +139,7 @@ def test_too_large_images_have_advice(run, images, tmp_path, monkeypatch, capsys
 
 @pytest.mark.parametrize(
     ("path", "message"),
-    [("none.png", "no image or folder 'none.png'"), ("empty", "No image was found")],
+    [("none.png", "no image or folder 'none.png'"), ("empty", "No image was predictions")],
 )
 def test_missing_images_are_rejected(run, path, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

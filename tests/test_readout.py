@@ -71,7 +71,7 @@ def test_each_head_has_its_own_embedding(arch):
     with torch.no_grad():
         features = model._mix(x, masks)
         maps = model.core.maps(features)
-        found = model(x, masks)
+        actual = model(x, masks)
         for sample in range(len(x)):
             for member, head in enumerate(model.heads):
                 weights = nn.functional.adaptive_avg_pool2d(
@@ -83,7 +83,7 @@ def test_each_head_has_its_own_embedding(arch):
                         embedding += weights[row, column] * maps[sample, :, row, column]
                         total += float(weights[row, column])
                 expected = head(embedding / max(total, 1e-6))
-                torch.testing.assert_close(found[sample, member], expected, rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(actual[sample, member], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_masked_average_is_plain_at_inference():

@@ -48,8 +48,8 @@ def test_members_and_weights_are_read_from_a_checkpoint(model, tmp_path):
     tensors = read_reference_checkpoint(write(tmp_path / "a.ckpt", model))
     imported = import_reference(tensors, "wrn10_1", 10)
     assert imported.num_members == model.num_members
-    expected, found = model.state_dict(), imported.state_dict()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    expected, actual = model.state_dict(), imported.state_dict()
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
 
 
 @golden.needs_golden

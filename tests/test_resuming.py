@@ -246,8 +246,8 @@ def test_run_is_resumed_several_times(uninterrupted, tmp_path):
     expected, steps = uninterrupted(*EVERYTHING)
     run = create_run(expected.recipe(), tmp_path / "run")
     stops = [(0, 2), (0, 3), (0, STEPS), (2, 1), (2, STEPS), None]
-    seen = [step for i, stop in enumerate(stops) for step in fit(run, stop, resume=i > 0)]
-    assert seen == steps
+    actual_steps = [step for i, stop in enumerate(stops) for step in fit(run, stop, resume=i > 0)]
+    assert actual_steps == steps
     assert_same(expected, run)
 
 
@@ -259,9 +259,9 @@ def test_lr_search_does_not_change_a_resumed_run(uninterrupted, tmp_path):
 
     expected, steps = uninterrupted(*EVERYTHING)
     run = create_run(expected.recipe(), tmp_path / "run")
-    seen = fit(run, (1, 2), prepare=prepare_with_search)
-    seen += fit(run, resume=True, prepare=prepare_with_search)
-    assert seen == steps
+    actual_steps = fit(run, (1, 2), prepare=prepare_with_search)
+    actual_steps += fit(run, resume=True, prepare=prepare_with_search)
+    assert actual_steps == steps
     assert_same(expected, run)
 
 

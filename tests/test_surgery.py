@@ -46,8 +46,8 @@ def build_backbone(name):
     return model.eval()
 
 
-def largest_difference(found, expected):
-    return float((found - expected).abs().max() / expected.abs().max())
+def largest_difference(actual, expected):
+    return float((actual - expected).abs().max() / expected.abs().max())
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -697,8 +697,8 @@ def test_inference_in_several_threads():
                 return number, converted(images[number])
 
         with ThreadPoolExecutor(4) as pool:
-            for number, found in pool.map(predict, [*range(8)] * 15):
-                torch.testing.assert_close(found, expected[number])
+            for number, actual in pool.map(predict, [*range(8)] * 15):
+                torch.testing.assert_close(actual, expected[number])
 
 
 def test_copies_and_pickles_have_equal_outputs():
@@ -759,8 +759,8 @@ def test_other_numbers_of_channels_have_equal_outputs_for_grey_images(channels):
     grey = torch.randn(2, 1, 32, 32)
     expected = model(grey.expand(-1, 3, -1, -1))
     converted = convert_to_mixmo(model, in_channels=channels)
-    found = converted(grey.expand(-1, channels, -1, -1))
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    actual = converted(grey.expand(-1, channels, -1, -1))
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
     assert converted.in_channels == channels
 
 

@@ -103,9 +103,9 @@ def paths_of(root, name):
     """Return the files of a name in the run, its checkpoint, the cache and the data."""
     if (root / name).is_file():
         return [root / name]
-    found = [p for p in root.rglob(name) if "checkpoint" in p.parts or "mixmo-cache" in p.parts]
-    assert found, name
-    return found
+    paths = [p for p in root.rglob(name) if "checkpoint" in p.parts or "mixmo-cache" in p.parts]
+    assert paths, name
+    return paths
 
 
 def test_every_kind_of_file_is_listed(finished):
