@@ -26,7 +26,7 @@ SETTINGS = {
     for f in dataclasses.fields(getattr(DEFAULTS, section))
 }
 
-# (setting, value as TOML, message_part of the message)
+# (setting, value as TOML, part of the message)
 INVALID_VALUES = [
     ("train.epochs", "0", "at least 1"),
     ("train.epochs", "1.5", "an integer"),

@@ -392,7 +392,7 @@ def test_bins_with_few_images_are_faint(num_in_bin, is_faint):
 
 @pytest.mark.parametrize("num_images", [5, 10, 15])
 def test_reliability_diagram_fills_its_figure(num_images):
-    """Also if all of its bins, or none of them, are is_faint."""
+    """Check diagrams in which all bins or no bins are faint."""
     logits = torch.tensor([[4.0, 0.0]] * num_images)
     chart = reliability("example", "Title", logits, torch.zeros(num_images).long(), caption="")
     figure = Figure(figsize=chart.plot.size, layout="constrained")

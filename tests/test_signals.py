@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM sent to real processes: the run is saved and can be check_resumed."""
+"""Ctrl-C and SIGTERM sent to real processes: the run is saved and can be resumed."""
 
 import random
 import shutil

@@ -812,10 +812,8 @@ def test_output_layer_adds_no_tensors_and_old_pickles_load():
         convert_to_mixmo(m) for m in (SmallNetwork(), nn.Sequential(SmallNetwork(), nn.Sigmoid()))
     )
     assert len(unbounded.state_dict()) == len(bounded.state_dict())
-    del (
-        unbounded.__dict__["output"],
-        unbounded.core.__dict__["output"],
-    )  # as in 0.1.0
+    # Pickles of version 0.1.0 have no attribute `output`.
+    del unbounded.__dict__["output"], unbounded.core.__dict__["output"]
     loaded = pickle.loads(pickle.dumps(unbounded))
     x = torch.randn(4, 2, 9, 9)
     assert torch.equal(loaded(x), unbounded(x))
