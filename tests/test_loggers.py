@@ -258,7 +258,7 @@ class TestLoggedValues:
 def test_logged_first_batch_is_the_trained_batch(tmp_path, monkeypatch):
     first_batch, plotted = [], []
 
-    class FirstBatch(Callback):
+    class BatchRecorder(Callback):
         order = 90
 
         def before_batch(self):
@@ -272,7 +272,7 @@ def test_logged_first_batch_is_the_trained_batch(tmp_path, monkeypatch):
         lambda *args: (plotted.append(args[0]), original(*args))[1],
     )
     run = create_run(override(TINY, ["train.epochs=1"]), tmp_path / "run")
-    logged_fit(run, ("csv",), cbs=[FirstBatch()])
+    logged_fit(run, ("csv",), cbs=[BatchRecorder()])
     (preview,) = plotted
     inputs, masks, targets = first_batch
     torch.testing.assert_close(preview.masks, masks[:6].mean(dim=2))
