@@ -148,8 +148,8 @@ def test_fuse_encoders_with_bias_and_heads_without():
 @pytest.mark.parametrize(
     ("encoders", "heads", "message"),
     [
-        ([nn.Conv2d(3, 4, 1), nn.Identity()], [nn.Linear(4, 2)] * 2, "actual Identity"),
-        ([nn.Conv2d(3, 4, 1)] * 2, [nn.Linear(4, 2), nn.Flatten()], "actual Flatten"),
+        ([nn.Conv2d(3, 4, 1), nn.Identity()], [nn.Linear(4, 2)] * 2, "found Identity"),
+        ([nn.Conv2d(3, 4, 1)] * 2, [nn.Linear(4, 2), nn.Flatten()], "found Flatten"),
         (
             [nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 4, 3, padding=2, dilation=2)],
             [nn.Linear(4, 2)] * 2,

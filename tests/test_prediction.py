@@ -139,7 +139,7 @@ def test_too_large_images_have_advice(run, images, tmp_path, monkeypatch, capsys
 
 @pytest.mark.parametrize(
     ("path", "message"),
-    [("none.png", "no image or folder 'none.png'"), ("empty", "No image was predictions")],
+    [("none.png", "no image or folder 'none.png'"), ("empty", "No image was found")],
 )
 def test_missing_images_are_rejected(run, path, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
