@@ -1,6 +1,6 @@
-"""Writers of small data sets in the official formats, from generated images.
+"""Write small data sets of generated images in the official formats.
 
-Every image is its class's colour with noise, so that a network can learn them in a few steps.
+Each image has the colour of its class plus noise, so that a network learns them in a few steps.
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ def write_image_folder(
     test_name: str = "test",
     extension: str = ".png",
 ) -> Path:
-    """Write `root/train/<class>/NNN.png` and `root/test/<class>/NNN.png`, counts per class."""
+    """Write `root/train/<class>/NNN.png` and `root/test/<class>/NNN.png`; counts are per class."""
     for seed, (part, count) in enumerate((("train", num_train), (test_name, num_test))):
         labels = np.repeat(np.arange(len(classes)), count)
         images = class_images(labels, len(classes), size, seed)
@@ -60,38 +60,38 @@ def write_image_folder(
     return root
 
 
-def write_cifar10(home: Path, *, per_batch: int = 20, packed: bool = False) -> Archive:
-    """Write CIFAR-10 below a data folder, five batches and a test batch of `per_batch` images."""
+def write_cifar10(data_dir: Path, *, per_batch: int = 20, packed: bool = False) -> Archive:
+    """Write CIFAR-10 to a data folder: five training batches and a test batch of equal size."""
     files = {
         name: _cifar_batch("labels", np.arange(per_batch) % 10, 10, seed)
         for seed, name in enumerate([*(f"data_batch_{n}" for n in range(1, 6)), "test_batch"])
     }
     files["batches.meta"] = {"num_cases_per_batch": per_batch, "label_names": CIFAR10_CLASSES}
-    return _write_cifar(CIFAR10, home, files, packed)
+    return _write_cifar(CIFAR10, data_dir, files, packed)
 
 
 def write_cifar100(
-    home: Path, *, num_train: int = 200, num_test: int = 100, packed: bool = False
+    data_dir: Path, *, num_train: int = 200, num_test: int = 100, packed: bool = False
 ) -> Archive:
-    """Write CIFAR-100 below a data folder."""
+    """Write CIFAR-100 to a data folder."""
     files = {
         "train": _cifar_batch("fine_labels", np.arange(num_train) % 100, 100, seed=0),
         "test": _cifar_batch("fine_labels", np.arange(num_test) % 100, 100, seed=1),
         "meta": {"fine_label_names": [f"fine_{n}" for n in range(100)]},
     }
-    return _write_cifar(CIFAR100, home, files, packed)
+    return _write_cifar(CIFAR100, data_dir, files, packed)
 
 
 def write_tiny_imagenet(
-    home: Path,
+    data_dir: Path,
     *,
     num_classes: int = 4,
     num_train: int = 3,
     num_val: int = 2,
     packed: bool = False,
 ) -> Archive:
-    """Write Tiny ImageNet below a data folder, counts per class; the first images are grey."""
-    root = home / TINY_IMAGENET.folder
+    """Write Tiny ImageNet to a data folder; counts are per class, first images are greyscale."""
+    root = data_dir / TINY_IMAGENET.folder
     wnids = [f"n{number:08}" for number in range(num_classes)]
     _write_text(root / "wnids.txt", wnids[::-1])
     _write_text(root / "words.txt", [f"{w}\tname {w}, other name" for w in [*wnids, "n9"]])
@@ -104,11 +104,11 @@ def write_tiny_imagenet(
             lines.append(f"val_{len(lines)}.JPEG\t{wnid}\t0\t32\t44\t62")
             _save(image, root / "val" / "images" / lines[-1].partition("\t")[0])
     _write_text(root / "val" / "val_annotations.txt", lines)
-    return _packed(TINY_IMAGENET, home) if packed else TINY_IMAGENET
+    return _pack(TINY_IMAGENET, data_dir) if packed else TINY_IMAGENET
 
 
 def python2_pickle(value) -> bytes:
-    """Pickle as Python 2 did, opcode for opcode: the official CIFAR files are of that time."""
+    """Pickle a value with the opcodes of Python 2, as in the official CIFAR files."""
     return b"\x80\x02" + _python2(value) + b"."
 
 
@@ -127,11 +127,11 @@ def _python2(value) -> bytes:
 
 
 def _python2_array(array: np.ndarray) -> bytes:
-    made = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
+    reconstruct = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
     minus_one = _python2(-1)
     dtype = b"cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNN" + 2 * minus_one + b"K\x00tb"
     shape = b"(" + b"".join(_python2(length) for length in array.shape) + b"t"
-    return made + b"(K\x01" + shape + dtype + b"\x89" + _python2(array.tobytes()) + b"tb"
+    return reconstruct + b"(K\x01" + shape + dtype + b"\x89" + _python2(array.tobytes()) + b"tb"
 
 
 def _cifar_batch(label_key: str, labels: np.ndarray, num_classes: int, seed: int) -> dict:
@@ -146,28 +146,28 @@ def _cifar_batch(label_key: str, labels: np.ndarray, num_classes: int, seed: int
     }
 
 
-def _write_cifar(official: Archive, home: Path, files: dict, packed: bool) -> Archive:
-    folder = home / official.folder
+def _write_cifar(official: Archive, data_dir: Path, files: dict, packed: bool) -> Archive:
+    folder = data_dir / official.folder
     folder.mkdir(parents=True)
     for name, content in files.items():
         (folder / name).write_bytes(python2_pickle(content))
-    archive = describe(official, home)
-    return _packed(archive, home) if packed else archive
+    archive = with_checksums(official, data_dir)
+    return _pack(archive, data_dir) if packed else archive
 
 
-def describe(official: Archive, home: Path) -> Archive:
-    """Describe an archive with the checksums of the members that now lie in its folder."""
-    members = {name: file_md5(home / official.folder / name) for name in official.members}
+def with_checksums(official: Archive, data_dir: Path) -> Archive:
+    """Return the archive with the checksums of the files that are in its folder now."""
+    members = {name: file_md5(data_dir / official.folder / name) for name in official.members}
     return dataclasses.replace(official, members=members)
 
 
-def _packed(archive: Archive, home: Path) -> Archive:
-    """Replace the folder by the archive file that unpacks to it."""
-    folder, file = home / archive.folder, home / archive.file_name
+def _pack(archive: Archive, data_dir: Path) -> Archive:
+    """Replace the folder by an archive file with the same content."""
+    folder, file = data_dir / archive.folder, data_dir / archive.file_name
     if file.suffix == ".zip":
         with zipfile.ZipFile(file, "w") as zipped:
             for path in sorted(folder.rglob("*")):
-                zipped.write(path, path.relative_to(home))
+                zipped.write(path, path.relative_to(data_dir))
     else:
         with tarfile.open(file, "w:gz") as tarred:
             tarred.add(folder, archive.folder)

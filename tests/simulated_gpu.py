@@ -1,8 +1,9 @@
-"""A GPU that is not there: tensors without data on a device "cuda", and a watch over what is read.
+"""Simulate a GPU with tensors without data on device "cuda", and record synchronisations.
 
-Torch's fake tensors know shapes, types and devices, and compute nothing. What a program would wait
-for, a number read back or a copy between host and device, can be seen without a GPU. Two things
-need a real one and are stood in for: the backward pass, and the fused optimizer's kernel.
+Torch's fake tensors have a shape, a dtype and a device, but compute nothing. Operations that make
+the host and the device wait for each other, such as reading a value or copying between them, are
+thus found without a GPU. The backward pass and the fused optimizer's kernel, which need a real GPU,
+are replaced.
 """
 
 from contextlib import contextmanager
@@ -20,8 +21,8 @@ from mixmo_fastai.rng import make_generator
 READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "item")
 
 
-class Watch(TorchDispatchMode):
-    """Notes what would make the host wait for the device, or the device for the host."""
+class SyncRecorder(TorchDispatchMode):
+    """Record operations that make the host and the device wait for each other."""
 
     def __init__(self):
         super().__init__()
@@ -33,7 +34,7 @@ class Watch(TorchDispatchMode):
         if name in READS and "cuda" in before:
             self.seen.append("read")
         if name == "_local_scalar_dense":
-            return 0.5  # whatever it is: there is none
+            return 0.5  # any number, since fake tensors have no values
         if name == "_fused_sgd_":
             # As the kernel asks: parameters, gradients and momenta lie alike.
             for tensors in zip(*filter(None, args[:3]), strict=True):
@@ -55,7 +56,7 @@ def _generator(*args, device=None, **kwargs):
 
 @contextmanager
 def learner_on_gpu(monkeypatch, num_steps, **settings):
-    """A Learner whose network and data lie on the GPU, with epochs of so many steps."""
+    """Build a Learner whose network and data are on the GPU, with num_steps steps per epoch."""
     for module in ("callbacks.draws", "data.loaders"):
         monkeypatch.setattr(f"mixmo_fastai.{module}.make_generator", _generator)
     monkeypatch.setattr("mixmo_fastai.models.create.initialize", lambda *_: None)
@@ -72,33 +73,33 @@ def learner_on_gpu(monkeypatch, num_steps, **settings):
 
 
 def _on_gpu(create):
-    """Make networks where they are sent: fake tensors cannot move within a module."""
+    """Replace the tensors of new networks in `to`: modules cannot move fake tensors."""
 
-    def make(*args, **kwargs):
+    def create_on_gpu(*args, **kwargs):
         model = create(*args, **kwargs)
-        sent = []
+        devices = []
 
         def to(device=None, *_, memory_format=None, **__):
-            if not sent:
+            if not devices:
                 assert torch.device(device).type == "cuda"
                 assert memory_format == torch.channels_last
                 for module in model.modules():
                     for tensors in (module._parameters, module._buffers):
                         for name, tensor in tensors.items():
                             if tensor is not None:
-                                tensors[name] = _moved(tensor, memory_format)
-            sent.append(device)
+                                tensors[name] = _move(tensor, memory_format)
+            devices.append(device)
             return model
 
         model.to = to
         return model
 
-    return make
+    return create_on_gpu
 
 
-def _moved(tensor, layout):
+def _move(tensor, memory_format):
     moved = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
-    moved = moved.to(memory_format=layout) if tensor.ndim == 4 else moved
+    moved = moved.to(memory_format=memory_format) if tensor.ndim == 4 else moved
     return torch.nn.Parameter(moved) if isinstance(tensor, torch.nn.Parameter) else moved
 
 

@@ -29,34 +29,37 @@ def batch(model, size=4):
     return torch.randn(size, 2, 3, 8, 8), masks
 
 
-def trained(path, **settings):
+def train_learner(accel, **settings):
     learn = mixmo_learner(mixmo_dls(), "wrn10_1", seed=0, **settings)
-    path.move_to_device(learn.model)
-    with path.applied(learn.model), learn.no_bar(), learn.no_logging():
+    accel.move_to_device(learn.model)
+    with accel.applied(learn.model), learn.no_bar(), learn.no_logging():
         learn.fit(1, 1e-3)
     return learn
 
 
-def owner_of(place):
-    owner = torch.backends
-    for name in filter(None, place.split(".")):
-        owner = getattr(owner, name)
-    return owner
+def find_backend(name):
+    backend = torch.backends
+    for part in filter(None, name.split(".")):
+        backend = getattr(backend, part)
+    return backend
 
 
-class TestPaths:
-    """Each path trains, to the same network but for rounding."""
+class TestTraining:
+    """All settings train the same network up to rounding."""
 
     @pytest.mark.slow
-    def test_threads_and_layout_change_nothing_but_rounding(self):
-        plain = trained(Acceleration(CPU, channels_last=False)).model.state_dict()
-        for path in (Acceleration(CPU), Acceleration(CPU, threads=2)):
-            other = trained(path).model.state_dict()
+    def test_threads_and_memory_format_change_only_rounding(self):
+        plain = train_learner(Acceleration(CPU, channels_last=False)).model.state_dict()
+        for accel in (Acceleration(CPU), Acceleration(CPU, threads=2)):
+            other = train_learner(accel).model.state_dict()
             for name, value in plain.items():
                 torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-4)
 
     def test_bfloat16_trains_close_to_float32(self):
-        plain, rounded = trained(Acceleration(CPU)), trained(Acceleration(CPU, torch.bfloat16))
+        plain, rounded = (
+            train_learner(Acceleration(CPU)),
+            train_learner(Acceleration(CPU, torch.bfloat16)),
+        )
         losses = [torch.stack(learn.recorder.losses) for learn in (plain, rounded)]
         torch.testing.assert_close(losses[1], losses[0], rtol=0.05, atol=0.05)
         assert not torch.equal(*losses)
@@ -64,8 +67,8 @@ class TestPaths:
 
     @pytest.mark.slow
     @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
-    def test_compiled_training_is_the_eager_one(self, autocast, monkeypatch):
-        """Traced and differentiated ahead of time; what generates code is left out, for speed."""
+    def test_compiled_training_matches_eager_training(self, autocast, monkeypatch):
+        """Use the backend aot_eager, which generates no code, for speed."""
         real, calls = torch.compile, []
 
         def traced(function, **settings):
@@ -74,8 +77,8 @@ class TestPaths:
 
         monkeypatch.setattr(torch, "compile", traced)
         torch._dynamo.reset()
-        plain = trained(Acceleration(CPU, autocast))
-        compiled = trained(Acceleration(CPU, autocast, compiled=True))
+        plain = train_learner(Acceleration(CPU, autocast))
+        compiled = train_learner(Acceleration(CPU, autocast, compiled=True))
         assert calls == [{"dynamic": False}]
         tolerance = 1e-5 if autocast is None else 0.02
         torch.testing.assert_close(
@@ -88,57 +91,57 @@ class TestPaths:
 
     @pytest.mark.slow
     @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler for torch.compile")
-    def test_generated_code_gives_the_same_step(self):
+    def test_compiled_step_matches_eager_step(self):
         torch._dynamo.reset()
         model = create_model("wrn10_1", 3, 2)
-        other = copy.deepcopy(model)
+        eager = copy.deepcopy(model)
         inputs, masks = batch(model)
         with Acceleration(CPU, compiled=True).applied(model):
-            found = model(inputs, masks)
-            found.square().sum().backward()
-        expected = other(inputs, masks)
+            actual = model(inputs, masks)
+            actual.square().sum().backward()
+        expected = eager(inputs, masks)
         expected.square().sum().backward()
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-        for own, theirs in zip(model.parameters(), other.parameters(), strict=True):
-            torch.testing.assert_close(own.grad, theirs.grad, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+        for compiled_p, eager_p in zip(model.parameters(), eager.parameters(), strict=True):
+            torch.testing.assert_close(compiled_p.grad, eager_p.grad, rtol=1e-3, atol=1e-3)
 
 
-class TestNothingLeaks:
-    def test_after_an_error_everything_is_as_before(self):
+class TestCleanup:
+    def test_error_restores_threads_autocast_and_forward(self):
         class Fails(Callback):
             def after_pred(self):
                 assert self.learn.pred.dtype == torch.float32
                 assert not torch.is_autocast_enabled("cpu")
-                raise MemoryError("none left")
+                raise MemoryError("out of memory")
 
         threads = torch.get_num_threads()
         learn = mixmo_learner(mixmo_dls(), "wrn10_1", cbs=Fails())
-        path = Acceleration(CPU, torch.bfloat16, threads=threads + 1)
-        with pytest.raises(MemoryError), path.applied(learn.model), learn.no_bar():
+        accel = Acceleration(CPU, torch.bfloat16, threads=threads + 1)
+        with pytest.raises(MemoryError), accel.applied(learn.model), learn.no_bar():
             learn.fit(1, 1e-3)
         assert torch.get_num_threads() == threads
         assert not torch.is_autocast_enabled("cpu")
         assert "forward" not in vars(learn.model)
 
-    def test_an_error_within_the_pass_leaves_no_autocast(self):
+    def test_error_in_the_forward_pass_ends_autocast(self):
         model = create_model("wrn10_1", 3, 2)
         inputs, masks = batch(model)
         seen = []
 
         def fail(*_):
             seen.append(torch.is_autocast_enabled("cpu"))
-            raise RuntimeError("within")
+            raise RuntimeError("failed")
 
         model.core.register_forward_hook(fail)
         with (
-            pytest.raises(RuntimeError, match="within"),
+            pytest.raises(RuntimeError, match="failed"),
             Acceleration(CPU, torch.bfloat16).applied(model),
         ):
             model(inputs, masks)
         assert seen == [True]
         assert not torch.is_autocast_enabled("cpu")
 
-    def test_a_callers_own_autocast_is_left_alone(self):
+    def test_autocast_of_the_caller_is_kept(self):
         seen = []
         model = create_model("wrn10_1", 3, 2)
         model.core.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
@@ -150,7 +153,7 @@ class TestNothingLeaks:
         assert seen == [True]
 
     @pytest.mark.parametrize("tf32", [True, False])
-    def test_products_are_rounded_only_within(self, tf32):
+    def test_float32_precision_is_restored(self, tf32):
         cudnn = torch.backends.cudnn
         before = torch.get_float32_matmul_precision(), cudnn.benchmark, cudnn.allow_tf32
         with float32_precision(tf32=tf32, autotune=True):
@@ -162,40 +165,42 @@ class TestNothingLeaks:
 
     @pytest.mark.parametrize("tf32", [True, False])
     @pytest.mark.parametrize("value", ["ieee", "tf32"])
-    @pytest.mark.parametrize("place", ["", "cudnn.conv", "cuda.matmul"])
-    def test_newer_settings_of_torch_are_left_as_they_were(self, tf32, value, place):
-        """Torch has two ways to say this, and refuses to mix them."""
-        places = ("", "cudnn", "cudnn.conv", "cuda.matmul", "mkldnn.matmul", "mkldnn.conv")
-        owners = {name: owner_of(name) for name in places}
-        if not hasattr(owners["cudnn.conv"], "fp32_precision"):
-            pytest.skip("this torch has the older settings only")
-        original = {name: owner.fp32_precision for name, owner in owners.items()}
+    @pytest.mark.parametrize("name", ["", "cudnn.conv", "cuda.matmul"])
+    def test_newer_precision_settings_of_torch_are_restored(self, tf32, value, name):
+        """Torch has an older and a newer precision setting, and refuses to mix them."""
+        names = ("", "cudnn", "cudnn.conv", "cuda.matmul", "mkldnn.matmul", "mkldnn.conv")
+        backends = {key: find_backend(key) for key in names}
+        if not hasattr(backends["cudnn.conv"], "fp32_precision"):
+            pytest.skip("this version of torch has only the older setting")
+        original = {key: backend.fp32_precision for key, backend in backends.items()}
         try:
-            owners[place].fp32_precision = value
-            before = {name: owner.fp32_precision for name, owner in owners.items()}
+            backends[name].fp32_precision = value
+            before = {key: backend.fp32_precision for key, backend in backends.items()}
             with float32_precision(tf32=tf32, autotune=True):
-                within = owners["cudnn.conv"].fp32_precision, owners["cuda.matmul"].fp32_precision
-                assert (within == ("tf32", "tf32")) == tf32
-                assert "tf32" in within or not tf32
+                inside = tuple(
+                    backends[key].fp32_precision for key in ("cudnn.conv", "cuda.matmul")
+                )
+                assert (inside == ("tf32", "tf32")) == tf32
+                assert "tf32" in inside or not tf32
                 assert torch.backends.cudnn.benchmark
-            assert {name: owner.fp32_precision for name, owner in owners.items()} == before
+            assert {key: backend.fp32_precision for key, backend in backends.items()} == before
             assert not torch.backends.cudnn.benchmark
         finally:
-            for name, owner in owners.items():
-                owner.fp32_precision = original[name]
+            for key, backend in backends.items():
+                backend.fp32_precision = original[key]
 
-    def test_a_copy_made_within_runs_on_its_own_weights(self):
+    def test_copies_use_their_own_weights(self):
         model = create_model("wrn10_1", 3, 2)
         x = torch.randn(2, 3, 8, 8)
         with Acceleration(CPU, torch.bfloat16).applied(model.eval()):
-            twin, sent = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
-            for other in (twin, sent):
+            copied, unpickled = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+            for other in (copied, unpickled):
                 for head in other.heads:
                     nn.init.zeros_(head.weight)
                 assert not other(x).any()
             assert model(x).any()
 
-    def test_one_within_the_other(self):
+    def test_contexts_can_be_nested(self):
         model = create_model("wrn10_1", 3, 2).eval()
         x, seen = torch.randn(2, 3, 8, 8), []
         model.core.register_forward_hook(
@@ -210,12 +215,12 @@ class TestNothingLeaks:
         # The inner one switches no precision off that the outer one switched on.
         assert seen == [(True, threads + 1), (True, threads), (False, threads)]
 
-    def test_another_forward_of_the_network_stays(self):
+    def test_custom_forward_of_the_network_is_kept(self):
         model = create_model("wrn10_1", 3, 2).eval()
-        model.forward = mine = lambda x, masks=None: x + 1
+        model.forward = custom_forward = lambda x, masks=None: x + 1
         with Acceleration(CPU, torch.bfloat16).applied(model):
             assert model(torch.ones(1, 3, 8, 8)).eq(2).all()
-        assert vars(model)["forward"] is mine
+        assert vars(model)["forward"] is custom_forward
 
     def test_evaluation_is_not_compiled(self, monkeypatch):
         def refuse(*_, **__):
@@ -229,24 +234,24 @@ class TestNothingLeaks:
                 model(*batch(model))
 
 
-class TestLayout:
+class TestMemoryFormat:
     @pytest.mark.parametrize("channels_last", [True, False])
-    def test_encoders_see_what_was_asked_for(self, channels_last):
+    def test_encoders_receive_the_requested_memory_format(self, channels_last):
         seen = []
         learn = mixmo_learner(mixmo_dls(), "wrn10_1", seed=0)
-        path = Acceleration(CPU, channels_last=channels_last)
-        path.move_to_device(learn.model)
+        accel = Acceleration(CPU, channels_last=channels_last)
+        accel.move_to_device(learn.model)
         for encoder in learn.model.encoders:
             encoder.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-        with path.applied(learn.model), learn.no_bar(), learn.no_logging():
+        with accel.applied(learn.model), learn.no_bar(), learn.no_logging():
             learn.fit(1, 1e-3)
-        layout = torch.channels_last if channels_last else torch.contiguous_format
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
         assert len(seen) > 4
-        assert all(x.is_contiguous(memory_format=layout) for x in seen)
+        assert all(x.is_contiguous(memory_format=memory_format) for x in seen)
         weight = learn.model.core.groups[0][0].conv1.weight
-        assert weight.is_contiguous(memory_format=layout)
+        assert weight.is_contiguous(memory_format=memory_format)
 
-    def test_masks_of_all_kinds_are_compiled_alike(self, monkeypatch):
+    def test_masks_of_all_kinds_have_equal_strides(self, monkeypatch):
         strides = set()
 
         def compiled(function, **_):
@@ -257,11 +262,11 @@ class TestLayout:
             return run
 
         monkeypatch.setattr(torch, "compile", compiled)
-        trained(Acceleration(CPU, compiled=True), mix_prob=0.5, batch_repetitions=1)
+        train_learner(Acceleration(CPU, compiled=True), mix_prob=0.5, batch_repetitions=1)
         assert len(strides) == 1
 
 
-class TestChoice:
+class TestChooseAcceleration:
     @staticmethod
     def choose(device, num_images=1000, **settings):
         recipe = Recipe()
@@ -270,11 +275,11 @@ class TestChoice:
         return choose_acceleration(recipe, device, model, (3, 32, 32), num_images)
 
     @pytest.fixture(autouse=True)
-    def a_gpu(self, monkeypatch, tmp_path):
-        """One that has bfloat16, or one that has not; with all that compiling takes."""
+    def simulated_gpu(self, monkeypatch, tmp_path):
+        """Simulate a GPU, with or without bfloat16, and everything that compiling needs."""
         self.has_bfloat16, self.capability = True, (9, 0)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: self.capability)
-        monkeypatch.setattr(acceleration, "find_spec", lambda _: "there")
+        monkeypatch.setattr(acceleration, "find_spec", lambda _: "found")
         monkeypatch.setattr(acceleration.shutil, "which", lambda name: f"/usr/bin/{name}")
         (tmp_path / "Python.h").touch()
         monkeypatch.setattr(acceleration.sysconfig, "get_path", lambda _: str(tmp_path))
@@ -282,7 +287,7 @@ class TestChoice:
             torch.cuda, "is_bf16_supported", lambda including_emulation: self.has_bfloat16
         )
 
-    def test_a_gpu_gets_bfloat16_and_an_older_one_tf32(self):
+    def test_precision_on_a_gpu_depends_on_its_capability(self):
         assert self.choose(CUDA).describe() == "bfloat16, channels last"
         self.has_bfloat16 = False
         assert self.choose(CUDA).describe() == "TF32, channels last"
@@ -293,42 +298,44 @@ class TestChoice:
         with pytest.raises(InputError, match="--precision float32"):
             self.choose(CUDA, precision="tf32")
 
-    def test_a_cpu_gets_float32(self):
+    def test_cpu_uses_float32_by_default(self):
         assert self.choose(CPU).describe() == "float32, channels last"
         assert self.choose(CPU, precision="bfloat16").autocast == torch.bfloat16
         with pytest.raises(InputError, match="--precision float32"):
             self.choose(CPU, precision="tf32")
 
-    def test_everything_can_be_switched(self):
-        path = self.choose(
+    def test_all_settings_can_be_set(self):
+        accel = self.choose(
             CUDA, precision="float32", memory_format="contiguous", compile="on", threads=3
         )
-        assert path.describe() == "float32, compiled, 3 threads"
-        assert not path.tf32
+        assert accel.describe() == "float32, compiled, 3 threads"
+        assert not accel.tf32
 
-    @pytest.mark.parametrize("each", [1.0, 1e12], ids=["a small network", "a wide one"])
-    def test_only_long_trainings_are_compiled(self, monkeypatch, each):
-        monkeypatch.setattr(acceleration, "training_flops", lambda *args: each * args[-1])
-        slowest = max(each / acceleration.MAX_FLOPS, 1 / acceleration.MAX_IMAGES_PER_SECOND)
-        enough = acceleration.MIN_COMPILED_SECONDS / slowest
-        assert not self.choose(CUDA, int(enough) - 1).compiled
-        assert self.choose(CUDA, int(enough) + 1).compiled
-        assert not self.choose(CUDA, int(enough) + 1, compile="off").compiled
-        assert not self.choose(CPU, int(enough) + 1).compiled
+    @pytest.mark.parametrize("flops", [1.0, 1e12], ids=["small network", "wide network"])
+    def test_only_long_training_is_compiled(self, monkeypatch, flops):
+        monkeypatch.setattr(acceleration, "training_flops", lambda *args: flops * args[-1])
+        seconds_per_image = max(
+            flops / acceleration.MAX_FLOPS, 1 / acceleration.MAX_IMAGES_PER_SECOND
+        )
+        min_images = acceleration.MIN_COMPILED_SECONDS / seconds_per_image
+        assert not self.choose(CUDA, int(min_images) - 1).compiled
+        assert self.choose(CUDA, int(min_images) + 1).compiled
+        assert not self.choose(CUDA, int(min_images) + 1, compile="off").compiled
+        assert not self.choose(CPU, int(min_images) + 1).compiled
 
     @pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
-    def test_compiling_that_is_asked_for_must_be_possible(self, monkeypatch, device):
+    def test_compile_on_requires_a_compiler(self, monkeypatch, device):
         assert self.choose(device, compile="on").compiled
         monkeypatch.setattr(acceleration.shutil, "which", lambda _: None)
         with pytest.raises(InputError, match="--compile on needs"):
             self.choose(device, compile="on")
 
-    def test_threads_are_not_far_more_than_processors(self):
+    def test_too_many_threads_are_refused(self):
         with pytest.raises(InputError, match="1000 threads are too many"):
             self.choose(CPU, threads=1000)
 
     @pytest.mark.parametrize("missing", ["triton", "compiler", "headers", "capability"])
-    def test_nothing_is_compiled_by_itself_where_it_would_fail(self, monkeypatch, missing):
+    def test_compile_auto_requires_everything_that_compiling_needs(self, monkeypatch, missing):
         if missing == "triton":
             monkeypatch.setattr(acceleration, "find_spec", lambda _: None)
         elif missing == "compiler":
@@ -342,8 +349,8 @@ class TestChoice:
             assert self.choose(CUDA, 10**15, compile="on").compiled
 
 
-def test_operations_are_counted_as_multiplied_and_added():
-    """WRN-10-1 at 8x8, by hand: 2 · (kernel · inputs · outputs · places) per convolution."""
+def test_flops_count_multiplications_and_additions():
+    """WRN-10-1 at 8x8, by hand: 2 · (kernel · inputs · outputs · positions) per convolution."""
     convolutions = [
         (27, 16, 64), (27, 16, 64),  # two encoders
         (144, 16, 64), (144, 16, 64),
@@ -351,14 +358,14 @@ def test_operations_are_counted_as_multiplied_and_added():
         (288, 64, 16), (576, 64, 4), (32, 64, 4),
     ]  # fmt: skip
     heads = 2 * 2 * 64 * 5
-    expected = sum(2 * fan_in * out * places for fan_in, out, places in convolutions) + heads
+    expected = sum(2 * fan_in * out * positions for fan_in, out, positions in convolutions) + heads
     model = create_model("wrn10_1", 5, 2)
     assert count_flops(model, (3, 8, 8)) == expected
     assert training_flops(model, (3, 8, 8), 10) == 30 * expected
     assert count_flops(model.fuse(), (3, 8, 8)) < expected
 
 
-def test_the_flags(tmp_path, monkeypatch, capsys):
+def test_acceleration_flags(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     flags = ["--precision", "bfloat16", "--memory-format", "contiguous", "--threads", "1"]
     flags += ["--compile", "off", "--arch", "wrn10_1", "--epochs", "1", "--limit", "200"]

@@ -1,4 +1,4 @@
-"""Any data that fastai's loaders give: transforms, sizes, channels, classes, several labels."""
+"""Data of fastai's loaders: transforms, sizes, channels, classes, several labels."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -50,19 +50,19 @@ from mixmo_fastai.metrics.fastai import MemberAccuracy
 
 @dataclass
 class Item:
-    """An image, (H, W, 3) uint8, and what is known of it."""
+    """An image, (H, W, 3) uint8, and its label."""
 
     image: np.ndarray
     label: Any
 
 
-def pictures(count=48, size=16):
-    """Images of several sizes with the names of their classes."""
+def draw_items(count=48, size=16):
+    """Draw images of several sizes with the names of their classes."""
     pixels, labels = image_arrays(count, size=size)
     for number, (image, label) in enumerate(zip(pixels, labels, strict=True)):
-        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-        picture = picture.resize((size + number % 5, size + number % 3), Image.Resampling.NEAREST)
-        yield Item(np.asarray(picture), CLASSES[label])
+        resized = Image.fromarray(image.permute(1, 2, 0).numpy())
+        resized = resized.resize((size + number % 5, size + number % 3), Image.Resampling.NEAREST)
+        yield Item(np.asarray(resized), CLASSES[label])
 
 
 def block(image=PILImage, category=CategoryBlock, get_y=lambda item: item.label, **kwargs):
@@ -73,12 +73,12 @@ def block(image=PILImage, category=CategoryBlock, get_y=lambda item: item.label,
 
 
 def loaders(data_block, items=None, **kwargs):
-    items = [*pictures()] if items is None else items
+    items = [*draw_items()] if items is None else items
     return data_block.dataloaders(items, bs=6, num_workers=0, device="cpu", **kwargs)
 
 
-class Watch(Callback):
-    """Notes what the network and the loss are given."""
+class BatchRecorder(Callback):
+    """Record the inputs of the network and of the loss."""
 
     order, run_valid = 60, False
 
@@ -94,26 +94,26 @@ class Watch(Callback):
         self.losses.append(self.learn.loss.item())
 
 
-def trained(dls, epochs=1, lr=0.02, **kwargs):
-    """A Learner that has trained quietly, and what it saw."""
-    watch = Watch()
+def train_learner(dls, epochs=1, lr=0.02, **kwargs):
+    """Train a Learner without output; return it and the recorder of its batches."""
+    recorder = BatchRecorder()
     kwargs.setdefault("batch_repetitions", 2)
-    learn = mixmo_learner(dls, "wrn10_1", seed=0, cbs=[watch], **kwargs)
+    learn = mixmo_learner(dls, "wrn10_1", seed=0, cbs=[recorder], **kwargs)
     with learn.no_bar(), learn.no_logging():
         learn.fit_one_cycle(epochs, lr)
-    assert all(np.isfinite(watch.losses))
-    return learn, watch
+    assert all(np.isfinite(recorder.losses))
+    return learn, recorder
 
 
 @pytest.mark.slow
 def test_item_and_batch_transforms():
-    """The latter run on every copy, and what they are told of training stays."""
+    """Batch transforms run on each copy, with their split set to training."""
     crops = block(
         item_tfms=RandomResizedCrop(14, min_scale=0.5),
         batch_tfms=[*aug_transforms(size=12), Normalize.from_stats(*[[0.4] * 3, [0.25] * 3])],
     )
-    learn, watch = trained(loaders(crops), epochs=8, lr=0.05)
-    inputs = watch.inputs[0]  # 6 images, twice, for 2 members
+    learn, recorder = train_learner(loaders(crops), epochs=8, lr=0.05)
+    inputs = recorder.inputs[0]  # 6 images, twice, for 2 members
     assert inputs.shape == (12, 2, 3, 12, 12)
     assert len(inputs.flatten(0, 1).flatten(1).unique(dim=0)) > 20
     predictions, targets = learn.get_preds()
@@ -121,169 +121,180 @@ def test_item_and_batch_transforms():
 
 
 @pytest.mark.slow
-def test_classes_that_are_rarer_than_others():
-    """Drawn more often by the loader, or weighed by the loss."""
-    items = [item for item in pictures(90) if item.label == "red"] + [
-        item for item in pictures(12) if item.label != "red"
+def test_imbalanced_classes():
+    """Rare classes can be drawn more often by the loader or weighted by the loss."""
+    items = [item for item in draw_items(90) if item.label == "red"] + [
+        item for item in draw_items(12) if item.label != "red"
     ]
     weights = [1.0 if item.label == "red" else 5.0 for item in items]
     weighted = block(splitter=RandomSplitter(0.1, seed=2)).weighted_dataloaders(
         items, weights, bs=6, num_workers=0, device="cpu"
     )
-    _, watch = trained(weighted, epochs=3)
-    seen = torch.cat([targets[0].flatten() for targets in watch.targets])
+    _, recorder = train_learner(weighted, epochs=3)
+    seen = torch.cat([targets[0].flatten() for targets in recorder.targets])
     assert (seen == weighted.vocab.o2i["red"]).float().mean() < 0.8  # of 80 % and more
     dls = loaders(block(), items)
-    losses, rarely = [], []
+    losses, blue_probabilities = [], []
     for weight in (1.0, 50.0):
-        rare = torch.ones(3).index_fill(0, torch.tensor(dls.vocab.o2i["blue"]), weight)
-        learn, _ = trained(dls, loss_func=CrossEntropyLossFlat(weight=rare), epochs=0)
+        class_weights = torch.ones(3).index_fill(0, torch.tensor(dls.vocab.o2i["blue"]), weight)
+        learn, _ = train_learner(
+            dls, loss_func=CrossEntropyLossFlat(weight=class_weights), epochs=0
+        )
         with learn.no_bar(), learn.no_logging():
             learn.fit(1, 0.0)
             losses.append(learn.recorder.values[-1][:2])
             learn.fit(3, 1e-2)
-            rarely.append(learn.get_preds()[0].mean(0)[dls.vocab.o2i["blue"]])
+            blue_probabilities.append(learn.get_preds()[0].mean(0)[dls.vocab.o2i["blue"]])
     # Of the same scale in training and in evaluation, whatever the weights.
     for train, valid in losses:
         assert train == pytest.approx(valid, rel=0.4)
-    assert rarely[1] > 2 * rarely[0]
+    assert blue_probabilities[1] > 2 * blue_probabilities[0]
 
 
-def test_images_grow_from_fit_to_fit():
-    learn, watch = trained(loaders(block()))
+def test_image_size_may_change_between_fits():
+    learn, recorder = train_learner(loaders(block()))
     learn.dls = loaders(block(item_tfms=Resize((20, 16))))
     with learn.no_bar(), learn.no_logging():
         learn.fit(1, 1e-2)
-    assert watch.inputs[0].shape[-2:] == watch.masks[0].shape[-2:] == (12, 12)
-    assert watch.inputs[-1].shape[-2:] == watch.masks[-1].shape[-2:] == (20, 16)
+    assert recorder.inputs[0].shape[-2:] == recorder.masks[0].shape[-2:] == (12, 12)
+    assert recorder.inputs[-1].shape[-2:] == recorder.masks[-1].shape[-2:] == (20, 16)
 
 
-def test_an_incomplete_last_batch():
+def test_incomplete_last_batch_is_used():
     dls = loaders(block(splitter=IndexSplitter(range(5))))
     dls.train.drop_last = False
-    _, watch = trained(dls)
-    assert [len(inputs) for inputs in watch.inputs] == [12] * 7 + [2]
+    _, recorder = train_learner(dls)
+    assert [len(inputs) for inputs in recorder.inputs] == [12] * 7 + [2]
 
 
-def test_one_channel():
+def test_images_with_one_channel():
     dls = loaders(block(PILImageBW, get_x=lambda item: item.image.max(axis=2)))
-    learn, _ = trained(dls)
+    learn, _ = train_learner(dls)
     assert learn.model.in_channels == 1
-    name, _, _ = learn.predict(next(pictures()))
+    name, _, _ = learn.predict(next(draw_items()))
     assert name in CLASSES
 
 
 @pytest.mark.slow
-def test_more_than_three_channels():
-    """Such as of satellites, as arrays of floats."""
+def test_images_with_more_than_three_channels():
+    """For example satellite images, read as float tensors."""
 
     def as_tensor(item):
         image = torch.from_numpy(item.image[:12, :12].copy()).permute(2, 0, 1).float() / 255
         return TensorImage(torch.cat([image, image.flip(0)]))
 
-    cubes = DataBlock(
+    satellite_block = DataBlock(
         (TransformBlock(type_tfms=as_tensor), CategoryBlock),
         get_y=lambda item: item.label, splitter=RandomSplitter(seed=0),
     )  # fmt: skip
-    learn, watch = trained(loaders(cubes), epochs=6, lr=0.05)
-    assert watch.inputs[0].shape == (12, 2, 6, 12, 12)
+    learn, recorder = train_learner(loaders(satellite_block), epochs=6, lr=0.05)
+    assert recorder.inputs[0].shape == (12, 2, 6, 12, 12)
     assert learn.validate()[1] > 0.6
     show_pairs(learn)  # the first three
 
 
-def test_a_thousand_classes():
-    """Targets stay numbers, even where pixels were mixed: no (B, M, K) is made but the logits."""
-    items = [Item(item.image, n) for n, item in enumerate(pictures(24))]
+def test_targets_stay_class_indices_with_a_thousand_classes():
+    """Only the logits have shape (B, M, K), even if pixels are mixed."""
+    items = [Item(item.image, n) for n, item in enumerate(draw_items(24))]
     thousand = CategoryBlock(vocab=[*range(1000)])
     dls = loaders(block(category=thousand), items)
     assert dls.c == 1000
-    sizes, large = [], set()
+    num_elements, large = [], set()
 
-    class Kept(Callback):
+    class SavedTensorRecorder(Callback):
         order = 1
 
         def after_pred(self):
             if self.learn.training:
                 hooks = torch.autograd.graph.saved_tensors_hooks
-                self.within = hooks(self.keep, lambda kept: kept)
-                self.within.__enter__()
+                self.context = hooks(self.record, lambda tensor: tensor)
+                self.context.__enter__()
 
-        def keep(self, kept):
-            sizes.append(kept.numel())
-            large.add(kept.data_ptr() if kept.numel() == 12 * 2 * 1000 else 0)
-            return kept
+        def record(self, tensor):
+            num_elements.append(tensor.numel())
+            large.add(tensor.data_ptr() if tensor.numel() == 12 * 2 * 1000 else 0)
+            return tensor
 
         def after_loss(self):
             if self.learn.training:
-                self.within.__exit__(None, None, None)
+                self.context.__exit__(None, None, None)
 
-    watch = Watch()
+    recorder = BatchRecorder()
     learn = mixmo_learner(
-        dls, "wrn10_1", seed=0, cbs=[Kept(), watch], msda="cutmix", batch_repetitions=2
+        dls,
+        "wrn10_1",
+        seed=0,
+        cbs=[SavedTensorRecorder(), recorder],
+        msda="cutmix",
+        batch_repetitions=2,
     )
     with learn.no_bar(), learn.no_logging():
         learn.fit(1, 0.01)
-    assert all(part.shape == (12, 2) for part in watch.targets[0])
-    assert max(sizes) == 12 * 2 * 1000
+    assert all(part.shape == (12, 2) for part in recorder.targets[0])
+    assert max(num_elements) == 12 * 2 * 1000
     # Nothing but the logits' log-softmax, of each image's two labels.
-    assert len(large - {0}) <= 2 * len(watch.losses)
+    assert len(large - {0}) <= 2 * len(recorder.losses)
 
 
-MARKS = [["red", "blue"], ["green"], ["red"], [], ["blue", "green"], ["red", "green", "blue"]]
+LABEL_SETS = [["red", "blue"], ["green"], ["red"], [], ["blue", "green"], ["red", "green", "blue"]]
 
 
-def several_labels():
-    """Images of several colours, and all of their names."""
-    for number, item in enumerate(pictures(72)):
-        names, image = MARKS[number % len(MARKS)], item.image // 2
+def draw_multi_label_items():
+    """Draw images of several colours with the names of these colours."""
+    for number, item in enumerate(draw_items(72)):
+        names, image = LABEL_SETS[number % len(LABEL_SETS)], item.image // 2
         for name in names:
             image[..., CLASSES.index(name)] += 120
         yield Item(image, names)
 
 
-def several_labels_block():
+def multi_label_block():
     return block(category=MultiCategoryBlock(vocab=list(CLASSES)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("msda", [None, "mixup"])
-def test_several_labels_per_image(msda):
-    """Binary cross-entropy, which the loaders ask for, is the base loss."""
-    dls = loaders(several_labels_block(), [*several_labels()])
-    learn, watch = trained(dls, epochs=10, lr=0.05, msda=msda)
+def test_multi_label_classification(msda):
+    """The base loss is that of the loaders, binary cross-entropy."""
+    dls = loaders(multi_label_block(), [*draw_multi_label_items()])
+    learn, recorder = train_learner(dls, epochs=10, lr=0.05, msda=msda)
     assert isinstance(learn.loss_func.base, BCEWithLogitsLossFlat)
-    assert watch.targets[0][0].shape == (12, 2, 3)
+    assert recorder.targets[0][0].shape == (12, 2, 3)
     _, ensemble, members = learn.validate()
     assert ensemble > 0.8
     assert members > 0.8
     probabilities, targets = learn.get_preds()
     assert ((probabilities > 0.5) == (targets > 0.5)).float().mean() == pytest.approx(ensemble)
-    names, marks, _ = learn.predict(next(several_labels()))
-    assert set(names) == {CLASSES[index] for index in marks.nonzero().flatten()}
+    names, is_present, _ = learn.predict(next(draw_multi_label_items()))
+    assert set(names) == {CLASSES[index] for index in is_present.nonzero().flatten()}
     show_pairs(learn)
 
 
-def test_the_loss_of_several_labels_is_the_weighted_sum_over_members():
+def test_multi_label_loss_is_the_weighted_sum_over_members():
     random = torch.Generator().manual_seed(0)
     logits = torch.randn(5, 2, 3, generator=random)
     targets = (torch.rand(5, 2, 3, generator=random) > 0.5).float()
     weights = torch.rand(5, 2, generator=random)
-    found = MixMoLoss(BCEWithLogitsLossFlat())(logits, targets, weights)
+    actual = MixMoLoss(BCEWithLogitsLossFlat())(logits, targets, weights)
     probabilities = logits.double().sigmoid()
-    each = -(targets * probabilities.log() + (1 - targets) * (1 - probabilities).log()).mean(2)
-    torch.testing.assert_close(found.double(), (weights * each).sum(1).mean(), rtol=1e-5, atol=0)
+    per_member = -(targets * probabilities.log() + (1 - targets) * (1 - probabilities).log()).mean(
+        2
+    )
+    torch.testing.assert_close(
+        actual.double(), (weights * per_member).sum(1).mean(), rtol=1e-5, atol=0
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", [LabelSmoothingCrossEntropyFlat, FocalLossFlat])
 def test_other_losses_of_fastai(loss):
-    learn, _ = trained(loaders(block()), epochs=8, lr=0.05, loss_func=loss())
+    learn, _ = train_learner(loaders(block()), epochs=8, lr=0.05, loss_func=loss())
     assert learn.validate()[1] > 0.7
 
 
 @pytest.mark.slow
-def test_numbers_to_predict():
-    """A regression's loss is weighed alike; its metrics are the user's to name."""
+def test_regression():
+    """A regression loss is weighted like any other; the user chooses the metrics."""
     brightness = RegressionBlock(n_out=1)
     dls = loaders(block(category=brightness, get_y=lambda item: float(item.image.mean() / 255)))
     model = create_model("wrn10_1", num_classes=1)
@@ -295,8 +306,8 @@ def test_numbers_to_predict():
 
 
 @pytest.mark.slow
-def test_numbers_within_a_range():
-    """fastai's `y_range`: the same predictions after the conversion, and within it in training."""
+def test_regression_with_y_range():
+    """Predictions do not change in the conversion and stay within fastai's `y_range`."""
     brightness = RegressionBlock(n_out=1)
     dls = loaders(block(category=brightness, get_y=lambda item: float(item.image.mean() / 255)))
     learn = vision_learner(
@@ -307,51 +318,51 @@ def test_numbers_within_a_range():
         to_mixmo(learn, seed=0, batch_repetitions=2)
         torch.testing.assert_close(learn.get_preds()[0], before, rtol=1e-4, atol=1e-5)
         learn.fit_one_cycle(2, 1e-3)
-        found = learn.get_preds()[0]
-    assert found.shape == before.shape
-    assert found.min() >= -0.5
-    assert found.max() <= 1.5
+        after = learn.get_preds()[0]
+    assert after.shape == before.shape
+    assert after.min() >= -0.5
+    assert after.max() <= 1.5
     images, _ = dls.valid.one_batch()
     model = learn.model.eval()
     torch.testing.assert_close(model.fuse()(images), model(images), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_numbers_to_predict_in_one_line(count):
+def test_mixmo_learner_for_regression(count):
     def values(item):
         return [float(item.image[..., i].mean() / 255) for i in range(count)]
 
     dls = loaders(block(category=RegressionBlock(n_out=count), get_y=values))
-    learn, _ = trained(dls)
+    learn, _ = train_learner(dls)
     assert len(learn.validate()) == 1  # metrics are the user's to name
 
 
-def test_members_have_no_accuracy_of_numbers():
+def test_member_accuracy_refuses_regression_targets():
     dls = loaders(block(category=RegressionBlock, get_y=lambda item: float(item.image.mean())))
     with pytest.raises(InputError, match="MemberAccuracy needs class targets"):
-        trained(dls, metrics=[MemberAccuracy()])
+        train_learner(dls, metrics=[MemberAccuracy()])
 
 
-def test_pixels_that_nobody_has_scaled_are_shown():
+def test_preview_scales_pixels_without_a_known_range():
     raw = DataBlock(
         (TransformBlock(type_tfms=lambda item: TensorImage(torch.full((2, 8, 8), item.value))),
          CategoryBlock),
         get_y=lambda item: item.label, splitter=RandomSplitter(seed=0),
     )  # fmt: skip
 
-    class Level(Item):
+    class ConstantItem(Item):
         @property
         def value(self):
             return 255.0 if self.label == "red" else 51.0
 
-    dls = loaders(raw, [Level(item.image, item.label) for item in pictures()])
-    learn, _ = trained(dls)
+    dls = loaders(raw, [ConstantItem(item.image, item.label) for item in draw_items()])
+    learn, _ = train_learner(dls)
     shown = preview_batch(learn).inputs
     assert shown.unique().tolist() == pytest.approx([0.2, 1.0])
     show_pairs(learn)  # of two channels
 
 
-def test_pixels_standardised_by_nobody_knows_what_are_shown():
+def test_preview_scales_pixels_with_unknown_standardisation():
     images = torch.randn(32, 3, 8, 8).clamp(-2.4, 2.4)
     data = TensorDataset(images, torch.randint(3, (32,)))
     dls = DataLoaders.from_dsets(data, data, bs=8, device="cpu", num_workers=0)
@@ -361,16 +372,16 @@ def test_pixels_standardised_by_nobody_knows_what_are_shown():
     assert shown.mean() == pytest.approx(0.5, abs=0.05)
 
 
-def test_classes_of_a_table():
-    """As of a data frame: the columns are read, the classes found."""
+def test_columns_of_a_data_frame():
+    """Images and labels are read from columns; the classes are found in the data."""
     import pandas as pd
 
     frame = pd.DataFrame({"number": range(48)})
-    frame["label"] = [item.label for item in pictures()]
-    images = [item.image for item in pictures()]
+    frame["label"] = [item.label for item in draw_items()]
+    images = [item.image for item in draw_items()]
     columns = DataBlock(
         (ImageBlock, CategoryBlock), get_x=lambda row: images[row["number"]],
         get_y=ColReader("label"), splitter=RandomSplitter(seed=0), item_tfms=Resize(12),
     )  # fmt: skip
-    learn, _ = trained(loaders(columns, frame))
+    learn, _ = train_learner(loaders(columns, frame))
     assert [*learn.dls.vocab] == sorted(CLASSES)

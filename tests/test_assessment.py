@@ -27,20 +27,20 @@ TINY = resolve_recipe(
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A MixMo run, another of its kind, and a vanilla one."""
+    """Train two MixMo runs that differ in their seeds, and a vanilla run."""
     folder = tmp_path_factory.mktemp("runs")
     vanilla = ["mix.kind=sum", "mix.batch_repetitions=1", "model.num_members=1"]
-    made = []
+    created = []
     for name, changes in {"a": [], "b": ["train.seed=1"], "vanilla": vanilla}.items():
         recipe = override(TINY, changes)
         run = create_run(recipe, folder / name)
         train(prepare(recipe), run)
-        made.append(run)
-    return made
+        created.append(run)
+    return created
 
 
 def logits_of(run):
-    """The slow way: the run's network on the test images, members averaged."""
+    """Compute the logits of a run on the test images, averaged over members."""
     from mixmo_fastai.runs.weights import load_weights
 
     training = prepare(run.recipe())
@@ -50,29 +50,29 @@ def logits_of(run):
 
 
 @pytest.mark.slow
-def test_each_run_is_one_member(runs):
-    figures = evaluate_ensemble(runs)["test"]
+def test_runs_are_the_members_of_the_ensemble(runs):
+    metrics = evaluate_ensemble(runs)["test"]
     parts = [logits_of(run) for run in runs]
     expected = evaluate_logits(torch.stack([p for p, _ in parts], dim=1), parts[0][1])
-    assert len(figures["member_accuracy"]) == 3
-    assert figures.pop("member_accuracy") == pytest.approx(expected.pop("member_accuracy"))
-    assert figures == pytest.approx(expected)
+    assert len(metrics["member_accuracy"]) == 3
+    assert metrics.pop("member_accuracy") == pytest.approx(expected.pop("member_accuracy"))
+    assert metrics == pytest.approx(expected)
 
 
-def test_a_run_twice_is_the_run(runs):
+def test_ensemble_of_a_run_with_itself_equals_the_run(runs):
     twice, once = evaluate_ensemble([runs[0], runs[0]]), evaluate_run(runs[0])
     for name in ("accuracy", "nll", "brier", "ece"):
         assert twice["test"][name] == pytest.approx(once["test"][name])
     assert twice["test"]["disagreement"] == 0
 
 
-def test_the_temperature_is_that_of_the_ensemble(runs):
-    figures = evaluate_ensemble(runs[:2])
-    assert figures["calibrated"]["temperature"] == figures["valid"]["temperature"]
+def test_calibration_uses_the_temperature_of_the_ensemble(runs):
+    metrics = evaluate_ensemble(runs[:2])
+    assert metrics["calibrated"]["temperature"] == metrics["valid"]["temperature"]
 
 
 @pytest.mark.slow
-def test_the_command(runs, capsys):
+def test_ensemble_command(runs, capsys):
     paths = [str(run.path) for run in runs]
     assert program(["ensemble", *paths, "--json"]) == 0
     value = json.loads(capsys.readouterr().out)
@@ -82,7 +82,7 @@ def test_the_command(runs, capsys):
     assert "mean of the runs' logits" in capsys.readouterr().out
 
 
-def test_runs_that_do_not_go_together_are_refused(runs, tmp_path, capsys):
+def test_incompatible_runs_are_refused(runs, tmp_path, capsys):
     with pytest.raises(InputError, match="two runs or more; got 1"):
         evaluate_ensemble(runs[:1])
     other = create_run(override(TINY, ["data.valid_split=0.3"]), tmp_path / "other")
@@ -98,33 +98,33 @@ def test_runs_that_do_not_go_together_are_refused(runs, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_validation_split_that_follows_from_the_data_is_kept_and_compared(tmp_path, monkeypatch):
+def test_default_validation_split_is_stored_and_compared(tmp_path, monkeypatch):
     monkeypatch.setenv("MIXMO_DATA_DIR", str(tmp_path / "home"))
     folder = write_image_folder(tmp_path / "pets", num_train=20)
-    made = []
-    for name, assignments in (("own", []), ("given", ["data.valid_split=0.4"])):
+    created = []
+    for name, assignments in (("default", []), ("explicit", ["data.valid_split=0.4"])):
         settings = {"model.arch": "wrn10_1", "train.epochs": 1, "data.image_size": 32}
         recipe = resolve_recipe(
             str(folder), None, settings, ["train.batch_size=8", "train.device=cpu", *assignments]
         )
         run = create_run(recipe, tmp_path / name)
         train(prepare(recipe), run)
-        made.append(run)
-    assert [run.recipe().data.valid_split for run in made] == [0.2, 0.4]
+        created.append(run)
+    assert [run.recipe().data.valid_split for run in created] == [0.2, 0.4]
     with pytest.raises(InputError, match=r"data\.valid_split=0\.4; .* has 0\.2"):
-        evaluate_ensemble(made)
+        evaluate_ensemble(created)
 
 
-def test_strange_images_are_compared_with_the_own_test_set(runs, tmp_path, capsys):
-    write_image_folder(tmp_path / "strange", num_test=6)
+def test_ood_images_are_compared_with_the_test_set(runs, tmp_path, capsys):
+    write_image_folder(tmp_path / "ood", num_test=6)
     path = str(runs[0].path)
-    assert program(["eval", path, "--ood", str(tmp_path / "strange"), "--json"]) == 0
+    assert program(["eval", path, "--ood", str(tmp_path / "ood"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["ood"]
-    assert (found["dataset"], found["num_images"]) == (str(tmp_path / "strange"), 12)
+    assert (found["dataset"], found["num_images"]) == (str(tmp_path / "ood"), 12)
     assert set(found) == {"dataset", "num_images", "confidence", "entropy", "mutual_information"}
     assert found["entropy"].keys() == {"auroc", "aupr", "fpr95"}
     # Images without classes will do, and the members' information is absent where there is one.
-    loose = tmp_path / "strange/train/cat"
+    loose = tmp_path / "ood/train/cat"
     assert program(["eval", str(runs[2].path), "--ood", str(loose), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["ood"]
     assert found["num_images"] == 4
@@ -138,7 +138,7 @@ def test_strange_images_are_compared_with_the_own_test_set(runs, tmp_path, capsy
 
 
 @pytest.mark.parametrize(
-    ("place", "message"),
+    ("ood", "message"),
     [
         ("digits", "trained on digits"),
         ("cifra10", "Did you mean 'cifar10'"),
@@ -147,12 +147,12 @@ def test_strange_images_are_compared_with_the_own_test_set(runs, tmp_path, capsy
         ("broken", "a.png"),
     ],
 )
-def test_strange_images_that_cannot_be_had(runs, place, message, tmp_path, monkeypatch, capsys):
+def test_unusable_ood_data_is_refused(runs, ood, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
-    (tmp_path / "broken/a.png").write_bytes(b"no image")
-    assert program(["eval", str(runs[0].path), "--ood", place]) == 2
+    (tmp_path / "broken/a.png").write_bytes(b"not an image")
+    assert program(["eval", str(runs[0].path), "--ood", ood]) == 2
     err = capsys.readouterr().err
     assert message in err
     assert len(err.splitlines()) <= 3
@@ -163,17 +163,17 @@ def test_runs_are_compared_on_the_same_images(runs, tmp_path, monkeypatch, capsy
     monkeypatch.chdir(tmp_path)
     compared = compare_runs(runs)
     logits = [logits_of(run) for run in runs]
-    for part, (mean, labels), run in zip(compared, logits, runs, strict=True):
-        assert part.metrics == evaluate_run(run)["test"]
-        assert part.parameters == run.metrics()["parameters"]
-        assert (part.images_seen, part.seconds) == tuple(
+    for result, (mean, labels), run in zip(compared, logits, runs, strict=True):
+        assert result.metrics == evaluate_run(run)["test"]
+        assert result.parameters == run.metrics()["parameters"]
+        assert (result.images_seen, result.seconds) == tuple(
             run.metrics()[name] for name in ("images_seen", "seconds")
         )
         if run is not runs[0]:
             expected = paired_intervals(logits[0][0], mean, labels)
-            for name, ends in part.differences.items():
+            for name, ends in result.differences.items():
                 assert ends == pytest.approx(expected[name], abs=1e-6)
-                assert ends[0] <= part.metrics[name] - compared[0].metrics[name] <= ends[1] or (
+                assert ends[0] <= result.metrics[name] - compared[0].metrics[name] <= ends[1] or (
                     name == "ece"  # which resampling biases upwards
                 )
     assert compared[0].differences is None
@@ -181,29 +181,29 @@ def test_runs_are_compared_on_the_same_images(runs, tmp_path, monkeypatch, capsy
     paths = [str(run.path) for run in runs]
     assert program(["compare", *paths, "--json"]) == 0
     value = json.loads(capsys.readouterr().out)
-    assert [part["run"] for part in value["runs"]] == paths
+    assert [entry["run"] for entry in value["runs"]] == paths
     assert value["runs"][1]["differences"]["nll"] == pytest.approx(compared[1].differences["nll"])
     assert value["runs"][0]["difference"] is None
     nll = compared[1].metrics["nll"] - compared[0].metrics["nll"]
     assert value["runs"][1]["difference"]["nll"] == pytest.approx(nll)
-    for part, told in zip(compared, value["runs"], strict=True):
-        low, high = part.intervals["accuracy"]
-        assert low <= part.metrics["accuracy"] <= high
-        assert told["intervals"]["nll"] == pytest.approx(part.intervals["nll"])
+    for result, entry in zip(compared, value["runs"], strict=True):
+        low, high = result.intervals["accuracy"]
+        assert low <= result.metrics["accuracy"] <= high
+        assert entry["intervals"]["nll"] == pytest.approx(result.intervals["nll"])
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
     assert program(["compare", *paths, "--out", "second.png"]) == 0
     out = capsys.readouterr().out
     assert f"Difference from {paths[0]}, 95 % CI (paired bootstrap)" in out
-    for part in compared[1:]:
-        points = 100 * (part.metrics["accuracy"] - compared[0].metrics["accuracy"])
-        low, high = (100 * end for end in part.differences["accuracy"])
+    for result in compared[1:]:
+        points = 100 * (result.metrics["accuracy"] - compared[0].metrics["accuracy"])
+        low, high = (100 * end for end in result.differences["accuracy"])
         assert f"{points:+.2f} points  ({low:+.2f} to {high:+.2f})" in out
-        nll = part.metrics["nll"] - compared[0].metrics["nll"]
-        assert f"{nll:+.4f}         ({part.differences['nll'][0]:+.4f} to" in out
+        nll = result.metrics["nll"] - compared[0].metrics["nll"]
+        assert f"{nll:+.4f}         ({result.differences['nll'][0]:+.4f} to" in out
     assert f"{compared[2].parameters:,}" in out
 
 
-def test_runs_of_other_images_are_not_compared(runs, tmp_path, monkeypatch, capsys):
+def test_runs_on_different_data_are_not_compared(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert program(["compare", str(runs[0].path)]) == 2
     assert "two runs or more; got 1" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from mixmo_fastai.runs.create import create_run
 from mixmo_fastai.runs.weights import load_network, save_weights
 
 
-def test_names_of_torchvision_are_its_names():
+def test_torchvision_names_exist_in_torchvision():
     import torchvision
 
     known = set(list_models(module=torchvision.models))
@@ -23,7 +23,7 @@ def test_names_of_torchvision_are_its_names():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["resnet18", "timm/convnext_atto"])
-def test_networks_by_name_are_drawn_from_their_generator(arch):
+def test_named_networks_are_initialised_from_the_generator(arch):
     def make(seed, in_channels=3):
         random = torch.Generator().manual_seed(seed)
         return create_model(arch, 4, 2, in_channels, generator=random)
@@ -35,14 +35,14 @@ def test_networks_by_name_are_drawn_from_their_generator(arch):
         assert torch.equal(tensor, again.state_dict()[name])
     assert not torch.equal(first.encoders[0].weight, other.encoders[0].weight)
     # Independent draws of one distribution.
-    ours, theirs = (encoder.weight.flatten() for encoder in first.encoders)
-    assert abs(torch.corrcoef(torch.stack([ours, theirs]))[0, 1]) < 0.1
-    assert torch.equal(ours.sort().values, theirs.sort().values)
+    first_weights, second_weights = (encoder.weight.flatten() for encoder in first.encoders)
+    assert abs(torch.corrcoef(torch.stack([first_weights, second_weights]))[0, 1]) < 0.1
+    assert torch.equal(first_weights.sort().values, second_weights.sort().values)
     assert make(0, 1)(torch.randn(2, 1, 32, 32)).shape == (2, 4)
 
 
 @pytest.mark.slow
-def test_no_gpu_is_seeded_anew(monkeypatch):
+def test_gpu_generators_are_not_seeded(monkeypatch):
     seen = []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seen.append)
     create_model("resnet18", 4)
@@ -54,7 +54,7 @@ def test_no_gpu_is_seeded_anew(monkeypatch):
     ("arch", "size"),
     [("vit_b_32", (64, 64)), ("timm/vit_tiny_patch16_224", (32, 48))],
 )
-def test_networks_of_one_size_are_built_for_that_of_the_images(arch, size):
+def test_fixed_size_networks_are_built_for_the_image_size(arch, size):
     model = create_model(arch, 4, image_size=size).eval()
     assert model(torch.randn(1, 3, *size)).shape == (1, 4)
 
@@ -68,14 +68,14 @@ def test_networks_of_one_size_are_built_for_that_of_the_images(arch, size):
         ("inception_v3", {"pretrained": True}, "inception_v3 standardises its input"),
     ],
 )
-def test_networks_that_cannot_be_built_so(arch, settings, message):
+def test_unsupported_settings_are_refused(arch, settings, message):
     with pytest.raises(InputError, match=message):
         create_model(arch, 4, **settings)
 
 
 @pytest.mark.slow
 def test_pretrained_weights_are_kept(monkeypatch):
-    """As they were downloaded; here, from a file that was drawn."""
+    """The download is replaced by a network with random weights."""
     trained = build_backbone("resnet18")
 
     def load(url, **_):
@@ -87,13 +87,13 @@ def test_pretrained_weights_are_kept(monkeypatch):
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", load)
     model = create_model("resnet18", NUM_CLASSES, pretrained=True)
-    whole = sum(encoder.weight for encoder in model.encoders)
-    torch.testing.assert_close(whole, trained.conv1.weight)
+    summed = sum(encoder.weight for encoder in model.encoders)
+    torch.testing.assert_close(summed, trained.conv1.weight)
     assert torch.equal(model.core.body.layer4[1].conv2.weight, trained.layer4[1].conv2.weight)
     assert model.heads[0].out_features == NUM_CLASSES
 
 
-def test_weights_that_cannot_be_had_are_explained(monkeypatch):
+def test_failed_download_is_reported(monkeypatch):
     def load(*_, **__):
         raise OSError("no network")
 
@@ -102,18 +102,18 @@ def test_weights_that_cannot_be_had_are_explained(monkeypatch):
         create_model("resnet18", 4, pretrained=True)
 
 
-def test_an_unknown_network_of_timm_is_named():
+def test_unknown_network_of_timm_is_refused():
     with pytest.raises(InputError, match="timm has no network 'resnet1800'"):
         create_model("timm/resnet1800", 4)
 
 
-def test_there_are_no_trained_weights_of_published_networks():
+def test_published_networks_have_no_pretrained_weights():
     with pytest.raises(InputError, match="no pretrained weights for wrn10_1"):
         create_model("wrn10_1", 4, pretrained=True)
 
 
 @pytest.mark.slow
-def test_a_run_of_such_a_network_is_read_back(tmp_path):
+def test_saved_torchvision_network_is_loaded(tmp_path):
     recipe = override(load_recipe("digits/cut-mixmo"), ["model.arch=resnet18"])
     run = create_run(recipe, tmp_path / "run")
     model = create_model("resnet18", 10, 2, 1)

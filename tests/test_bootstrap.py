@@ -12,10 +12,10 @@ from mixmo_fastai.metrics.bootstrap import (
 )
 from mixmo_fastai.rng import make_generator
 
-R = 25
+NUM_RESAMPLES = 25
 
 
-def draw(num_samples=60, num_classes=5, seed=0, signal=1.5):
+def draw_logits(num_samples=60, num_classes=5, seed=0, signal=1.5):
     random = torch.Generator().manual_seed(seed)
     labels = torch.randint(num_classes, (num_samples,), generator=random)
     logits = torch.randn(num_samples, num_classes, generator=random).double()
@@ -23,73 +23,73 @@ def draw(num_samples=60, num_classes=5, seed=0, signal=1.5):
     return logits, labels
 
 
-def counts(num_samples, num_resamples=R, seed=0):
+def resample_counts(num_samples, num_resamples=NUM_RESAMPLES, seed=0):
     return draw_counts(num_samples, num_resamples, generator=make_generator(seed, "bootstrap"))
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_intervals_against_the_oracle(seed):
-    logits, labels = draw(seed=seed)
-    resamples = counts(60, seed=seed).int().numpy()
+def test_intervals_match_the_oracle(seed):
+    logits, labels = draw_logits(seed=seed)
+    resamples = resample_counts(60, seed=seed).int().numpy()
     expected = oracle.resampled_intervals(logits.numpy(), labels.numpy(), resamples)
-    found = intervals(logits, labels, num_resamples=R, seed=seed)
+    actual = intervals(logits, labels, num_resamples=NUM_RESAMPLES, seed=seed)
     for name, (_, ends) in expected.items():
-        assert found[name] == pytest.approx(tuple(ends), abs=1e-6), name
+        assert actual[name] == pytest.approx(tuple(ends), abs=1e-6), name
 
 
 @pytest.mark.parametrize("num_images", [80, 400, 1000])
-def test_the_half_width_is_that_of_an_accuracy_near_a_half(num_images):
+def test_half_width_is_that_of_an_accuracy_of_one_half(num_images):
     accuracies = np.random.default_rng(0).binomial(num_images, 0.5, 100_000) / num_images
     low, high = np.quantile(accuracies, (0.025, 0.975))
     assert accuracy_half_width(num_images) == pytest.approx((high - low) / 2, abs=0.6 / num_images)
 
 
-def test_the_half_width_of_a_few_images_is_all_points_at_most():
+def test_half_width_for_few_images():
     assert accuracy_half_width(0) == 0.98
     assert [accuracy_half_width(n) for n in (1, 4, 100)] == pytest.approx([0.98, 0.49, 0.098])
 
 
 def test_differences_are_paired():
-    first, labels = draw()
+    first, labels = draw_logits()
     second = first + 0.3 * torch.randn(60, 5, generator=torch.Generator().manual_seed(7))
-    resamples = counts(60).int().numpy()
-    one, other = (
+    resamples = resample_counts(60).int().numpy()
+    first_resampled, second_resampled = (
         oracle.resampled_intervals(logits.numpy(), labels.numpy(), resamples)
         for logits in (first, second)
     )
-    found = paired_intervals(first, second, labels, num_resamples=R)
-    for name in found:
-        differences = np.subtract(other[name][0], one[name][0])
+    actual = paired_intervals(first, second, labels, num_resamples=NUM_RESAMPLES)
+    for name in actual:
+        differences = np.subtract(second_resampled[name][0], first_resampled[name][0])
         ends = tuple(np.quantile(differences, [0.025, 0.975]))
-        assert found[name] == pytest.approx(ends, abs=1e-6), name
+        assert actual[name] == pytest.approx(ends, abs=1e-6), name
 
 
-def test_a_network_does_not_differ_from_itself():
-    logits, labels = draw()
+def test_difference_between_equal_logits_is_zero():
+    logits, labels = draw_logits()
     assert set(paired_intervals(logits, logits, labels).values()) == {(0.0, 0.0)}
 
 
-def test_resamples_draw_with_replacement():
-    drawn = counts(50, 400)
+def test_resamples_are_drawn_with_replacement():
+    drawn = resample_counts(50, 400)
     assert bool((drawn.sum(dim=1) == 50).all())
     assert drawn.mean().item() == 1
     assert drawn.var().item() == pytest.approx(1 - 1 / 50, abs=0.03)  # binomial, p = 1/N
 
 
-def test_an_interval_covers_the_truth_about_as_often_as_it_says():
-    """Accuracy of 0.8 on 200 samples, many times over."""
+def test_coverage_of_the_intervals_is_close_to_their_level():
+    """Repeat 100 times: 200 samples with an accuracy of 0.8."""
     hits = 0
     for seed in range(100):
         random = torch.Generator().manual_seed(seed)
-        right = torch.rand(200, generator=random) < 0.8
+        correct = torch.rand(200, generator=random) < 0.8
         logits = torch.tensor([1.0, 0.0]).expand(200, 2)
-        low, high = intervals(logits, (~right).long(), num_resamples=400, seed=seed)["accuracy"]
+        low, high = intervals(logits, (~correct).long(), num_resamples=400, seed=seed)["accuracy"]
         hits += low <= 0.8 <= high
     assert 88 <= hits <= 99
 
 
-def test_more_samples_than_resamples_held_at_a_time_change_nothing():
-    logits, labels = draw()
+def test_intervals_are_reproducible():
+    logits, labels = draw_logits()
     assert intervals(logits, labels, num_resamples=250) != intervals(
         logits, labels, num_resamples=100
     )
@@ -105,6 +105,6 @@ def test_more_samples_than_resamples_held_at_a_time_change_nothing():
         ({"level": 1.0}, "level must be above 0 and below 1"),
     ],
 )
-def test_what_makes_no_interval_is_refused(settings, message):
+def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(InputError, match=message):
-        intervals(*draw(), **settings)
+        intervals(*draw_logits(), **settings)

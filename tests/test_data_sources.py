@@ -19,7 +19,7 @@ import torch
 from datasets import (
     CIFAR10_CLASSES,
     class_images,
-    describe,
+    with_checksums,
     write_cifar10,
     write_cifar100,
     write_tiny_imagenet,
@@ -144,7 +144,7 @@ def test_cifar_pickled_by_python_3_is_read_too(tmp_path):
     rows = np.arange(2 * 3072).astype(np.uint8).reshape(2, 3072)
     content = pickle.dumps({"data": rows, "fine_labels": [3, 1]}, protocol=4)
     (tmp_path / "cifar-100-python" / "test").write_bytes(content)
-    source = read_cifar100(Unpacked(describe(CIFAR100, tmp_path), tmp_path))
+    source = read_cifar100(Unpacked(with_checksums(CIFAR100, tmp_path), tmp_path))
     assert np.array_equal(source.test.tensor().flatten(1).numpy(), rows)
 
 
@@ -173,7 +173,7 @@ def test_a_pickle_calls_nothing_even_with_the_right_checksum(tmp_path, call):
     marker = tmp_path / "ran"
     (tmp_path / "cifar-100-python" / "train").write_bytes(calling(*call, str(marker)))
     with pytest.raises(InputError, match=rf"not in the official format.*{call[0]}\.{call[1]}"):
-        read_cifar100(Unpacked(describe(CIFAR100, tmp_path), tmp_path))
+        read_cifar100(Unpacked(with_checksums(CIFAR100, tmp_path), tmp_path))
     assert not marker.exists()
 
 
@@ -189,7 +189,7 @@ def test_a_pickle_of_another_form_is_refused(tmp_path, content):
     write_cifar100(tmp_path)
     (tmp_path / "cifar-100-python" / "meta").write_bytes(content)
     with pytest.raises(InputError, match="meta is not in the official format"):
-        read_cifar100(Unpacked(describe(CIFAR100, tmp_path), tmp_path))
+        read_cifar100(Unpacked(with_checksums(CIFAR100, tmp_path), tmp_path))
 
 
 def test_tiny_imagenet_gives_sorted_classes(tmp_path):

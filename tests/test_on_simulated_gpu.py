@@ -6,7 +6,7 @@ import pytest
 import torch
 from fastai.callback.schedule import ParamScheduler
 from fastai.learner import Recorder
-from simulated_gpu import Watch, learner_on_gpu
+from simulated_gpu import SyncRecorder, learner_on_gpu
 
 from mixmo_fastai.callbacks.deferred import DeferredRecorder
 from mixmo_fastai.callbacks.ema import EMACallback
@@ -29,7 +29,7 @@ def synchronisations(monkeypatch, folder, num_steps, *, recorder=None, logging=N
         rates = {"lr": one_cycle(1e-3, 1e-2, 1e-5, 0.25)}
         cbs = [ParamScheduler(rates)] + ([history] if recorder is None else [])
         cbs += [] if logging is None else [logging]
-        with Watch() as watch, learn.no_bar(), learn.no_logging():
+        with SyncRecorder() as watch, learn.no_bar(), learn.no_logging():
             learn.fit(1, 1e-3, cbs=cbs)
         assert watch.fused_steps == len(learn.opt.hypers) * len(learn.dls.train)
         assert learn.train_iter == len(learn.dls.train)
@@ -114,7 +114,7 @@ def test_fastai_recorder_is_detected(monkeypatch, tmp_path):
 
 
 def test_synchronising_operations_are_detected(monkeypatch):
-    with learner_on_gpu(monkeypatch, 4), Watch() as watch:
+    with learner_on_gpu(monkeypatch, 4), SyncRecorder() as watch:
         x = torch.zeros(3, device="cuda")
         x.sum().item()
         x.cpu()
