@@ -17,7 +17,7 @@ from mixmo_fastai.metrics.calibration import (
 from mixmo_fastai.metrics.temperature import TEMPERATURE_BOUNDS, fit_temperature, temperature_error
 
 SWEEP = [(1, 2), (3, 2), (14, 3), (40, 5), (200, 10), (331, 7)]
-FIGURES = [
+METRICS = [
     nll,
     brier,
     expected_calibration_error,
@@ -26,7 +26,7 @@ FIGURES = [
 ]
 
 
-def draw(num_samples, num_classes, *, signal=1.5, scale=2.0, seed=0):
+def draw_logits(num_samples, num_classes, *, signal=1.5, scale=2.0, seed=0):
     random = torch.Generator().manual_seed(seed)
     labels = torch.randint(num_classes, (num_samples,), generator=random)
     logits = torch.randn(num_samples, num_classes, generator=random)
@@ -36,8 +36,8 @@ def draw(num_samples, num_classes, *, signal=1.5, scale=2.0, seed=0):
 
 @pytest.mark.parametrize("size", SWEEP)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_scores_against_the_oracle(size, seed):
-    logits, labels = draw(*size, seed=seed)
+def test_metrics_match_the_oracle(size, seed):
+    logits, labels = draw_logits(*size, seed=seed)
     z, y = logits.numpy(), labels.numpy()
     assert nll(logits, labels).item() == pytest.approx(oracle.nll(z, y), rel=1e-10)
     assert brier(logits, labels).item() == pytest.approx(oracle.brier(z, y), rel=1e-10)
@@ -47,8 +47,8 @@ def test_scores_against_the_oracle(size, seed):
     assert tace == pytest.approx(oracle.tace(z, y), abs=1e-12)
 
 
-def test_nll_against_scikit_learn():
-    logits, labels = draw(300, 6)
+def test_nll_matches_scikit_learn():
+    logits, labels = draw_logits(300, 6)
     probabilities = logits.double().softmax(1).numpy()
     expected = log_loss(labels.numpy(), probabilities, labels=range(6))
     assert nll(logits, labels).item() == pytest.approx(expected, rel=1e-10)
@@ -56,7 +56,7 @@ def test_nll_against_scikit_learn():
 
 @needs_golden
 @pytest.mark.parametrize("name", ["metrics_k10_m2", "metrics_k20_m3"])
-def test_published_figures(name):
+def test_metrics_match_the_published_implementation(name):
     stored, expected = arrays(name), facts(name)
     logits, labels = stored["member_logits"].mean(dim=1), stored["labels"]
     temperature = fit_temperature(logits, labels)
@@ -68,20 +68,20 @@ def test_published_figures(name):
         "optimal_temperature": temperature,
         "nll_at_optimal_temperature": nll(logits / temperature, labels),
     }
-    for figure, value in measured.items():
-        assert float(value) == pytest.approx(expected[figure], abs=1e-6), figure
+    for metric, value in measured.items():
+        assert float(value) == pytest.approx(expected[metric], abs=1e-6), metric
 
 
-def test_bins_against_the_oracle():
-    logits, labels = draw(500, 4)
+def test_bins_match_the_oracle():
+    logits, labels = draw_logits(500, 4)
     confidence, correct = oracle.top(logits.numpy(), labels.numpy())
-    found = reliability_bins(logits, labels, num_bins=7)
+    actual = reliability_bins(logits, labels, num_bins=7)
     counts, means, accuracies = zip(*oracle.bins(confidence, correct, 7), strict=True)
-    assert found.counts.tolist() == list(counts)
-    assert found.counts.dtype == torch.int64
-    np.testing.assert_allclose(found.confidence, means, atol=1e-12)
-    np.testing.assert_allclose(found.accuracy, accuracies, atol=1e-12)
-    assert found.expected_calibration_error.item() == pytest.approx(
+    assert actual.counts.tolist() == list(counts)
+    assert actual.counts.dtype == torch.int64
+    np.testing.assert_allclose(actual.confidence, means, atol=1e-12)
+    np.testing.assert_allclose(actual.accuracy, accuracies, atol=1e-12)
+    assert actual.expected_calibration_error.item() == pytest.approx(
         oracle.ece(confidence, correct, 7)
     )
 
@@ -101,7 +101,7 @@ def test_bins_are_closed_on_the_right(logits, expected_bin):
     assert bins.accuracy[expected_bin].item() == 1
 
 
-def test_empty_bins_are_zeros_and_count_for_nothing():
+def test_empty_bins_are_zero_and_have_no_weight():
     bins = reliability_bins(torch.tensor([[9.0, 0.0], [9.0, 0.0]]), torch.tensor([0, 1]))
     assert bins.counts.tolist() == [0] * 14 + [2]
     assert bins.confidence[:14].tolist() == bins.accuracy[:14].tolist() == [0.0] * 14
@@ -109,20 +109,20 @@ def test_empty_bins_are_zeros_and_count_for_nothing():
     assert bins.expected_calibration_error.item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_certain_predictions():
+def test_predictions_with_confidence_one():
     logits = torch.tensor([[1e4, 0.0, 0.0], [0.0, 1e4, 0.0]])
-    right, wrong = torch.tensor([0, 1]), torch.tensor([1, 2])
-    confidence, correct = top_predictions(logits, right)
+    correct_labels, wrong_labels = torch.tensor([0, 1]), torch.tensor([1, 2])
+    confidence, correct = top_predictions(logits, correct_labels)
     assert confidence.tolist() == [1.0, 1.0]
     assert correct.tolist() == [True, True]
-    for figure in (nll, brier, expected_calibration_error, thresholded_adaptive_calibration_error):
-        assert figure(logits, right).item() == 0
-    assert nll(logits, wrong).item() == 1e4
-    assert brier(logits, wrong).item() == 2
-    assert expected_calibration_error(logits, wrong).item() == 1
+    for metric in (nll, brier, expected_calibration_error, thresholded_adaptive_calibration_error):
+        assert metric(logits, correct_labels).item() == 0
+    assert nll(logits, wrong_labels).item() == 1e4
+    assert brier(logits, wrong_labels).item() == 2
+    assert expected_calibration_error(logits, wrong_labels).item() == 1
 
 
-def test_one_class_is_predicted_always():
+def test_constant_predictions():
     labels = torch.tensor([0, 0, 1, 2])
     logits = torch.tensor([3.0, 0.0, 0.0]).expand(4, 3)
     p = oracle.softmax([3.0, 0.0, 0.0])
@@ -133,22 +133,22 @@ def test_one_class_is_predicted_always():
     assert tace == pytest.approx(np.abs(p - [0.5, 0.25, 0.25]).mean(), rel=1e-12)
 
 
-def test_the_first_of_tied_classes_is_predicted():
+def test_first_of_tied_classes_is_predicted():
     _, correct = top_predictions(torch.zeros(2, 4), torch.tensor([0, 1]))
     assert correct.tolist() == [True, False]
 
 
 @pytest.mark.parametrize("num_samples", [14, 15, 16, 29, 30, 31, 44])
 @pytest.mark.parametrize("threshold", [0.0, 1e-3, 0.2, 1.0])
-def test_tace_with_bins_of_every_filling(num_samples, threshold):
-    logits, labels = draw(num_samples, 3)
-    found = thresholded_adaptive_calibration_error(logits, labels, threshold=threshold).item()
+def test_tace_matches_the_oracle_for_all_bin_sizes(num_samples, threshold):
+    logits, labels = draw_logits(num_samples, 3)
+    actual = thresholded_adaptive_calibration_error(logits, labels, threshold=threshold).item()
     expected = oracle.tace(logits.numpy(), labels.numpy(), threshold=threshold)
-    assert found == pytest.approx(expected, abs=1e-12)
-    assert (found == 0) == (threshold == 1)
+    assert actual == pytest.approx(expected, abs=1e-12)
+    assert (actual == 0) == (threshold == 1)
 
 
-def test_tace_leaves_out_probabilities_at_the_threshold():
+def test_tace_excludes_probabilities_at_the_threshold():
     logits, labels = torch.zeros(30, 2), torch.zeros(30, dtype=torch.long)
     assert thresholded_adaptive_calibration_error(logits, labels, threshold=0.49).item() == 0.5
     assert thresholded_adaptive_calibration_error(logits, labels, threshold=0.5).item() == 0
@@ -163,15 +163,15 @@ def test_tace_breaks_ties_by_the_order_of_samples():
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 5.0, 40.0])
 @pytest.mark.parametrize("size", [(40, 2), (200, 10), (331, 7)])
-def test_temperature_against_the_oracle(size, scale):
-    logits, labels = draw(*size, scale=scale)
+def test_temperature_matches_the_oracle(size, scale):
+    logits, labels = draw_logits(*size, scale=scale)
     expected = oracle.temperature(logits.double().numpy(), labels.numpy())
     assert TEMPERATURE_BOUNDS[0] < expected < TEMPERATURE_BOUNDS[1]
     assert fit_temperature(logits, labels) == pytest.approx(expected, rel=1e-8)
 
 
-def test_the_error_of_a_temperature_is_its_spread_over_samples():
-    """Of honest logits, refitted on many sets of 100 images."""
+def test_temperature_error_is_the_standard_deviation_over_samples():
+    """Fit calibrated logits on many sets of 100 images."""
     random = torch.Generator().manual_seed(0)
     logits = 1.5 * torch.randn(20_000, 6, generator=random).double()
     labels = torch.multinomial(logits.softmax(dim=1), 1, generator=random)[:, 0]
@@ -181,13 +181,13 @@ def test_the_error_of_a_temperature_is_its_spread_over_samples():
     assert float(fitted.std()) == pytest.approx(float(errors.mean()), rel=0.15)
 
 
-def test_a_temperature_that_changes_nothing_has_no_error():
+def test_temperature_error_of_constant_logits_is_undefined():
     with pytest.raises(InputError, match="no temperature is optimal"):
         temperature_error(torch.ones(10, 3), 1.0)
 
 
-def test_temperature_is_where_the_gradient_of_the_nll_vanishes():
-    logits, labels = draw(400, 8)
+def test_gradient_of_the_nll_is_zero_at_the_temperature():
+    logits, labels = draw_logits(400, 8)
     logits = logits.double()
     temperature = torch.tensor(
         fit_temperature(logits, labels), dtype=torch.float64, requires_grad=True
@@ -201,11 +201,11 @@ def test_temperature_is_where_the_gradient_of_the_nll_vanishes():
 
 
 @pytest.mark.parametrize("margin", [0.1, 1.0, 20.0, 100.0])
-@pytest.mark.parametrize("lone_error", [1e-2, 1e-4, 1e-8])
-def test_slopes_that_vanish_are_solved_too(margin, lone_error):
+@pytest.mark.parametrize("error_margin", [1e-2, 1e-4, 1e-8])
+def test_temperature_with_vanishing_slopes(margin, error_margin):
     logits = torch.zeros(100, 2, dtype=torch.float64)
     logits[:, 0] = margin
-    logits[0, 0] = lone_error
+    logits[0, 0] = error_margin
     labels = torch.zeros(100, dtype=torch.long)
     labels[0] = 1
     expected = oracle.temperature(logits.numpy(), labels.numpy())
@@ -213,12 +213,12 @@ def test_slopes_that_vanish_are_solved_too(margin, lone_error):
 
 
 def test_temperature_scales_with_the_logits():
-    logits, labels = draw(200, 5)
-    once, tenfold = fit_temperature(logits, labels), fit_temperature(10 * logits.double(), labels)
-    assert tenfold == pytest.approx(10 * once, rel=1e-8)
+    logits, labels = draw_logits(200, 5)
+    plain, scaled = fit_temperature(logits, labels), fit_temperature(10 * logits.double(), labels)
+    assert scaled == pytest.approx(10 * plain, rel=1e-8)
 
 
-def test_one_error_far_out_is_solved_too():
+def test_temperature_with_one_confident_error():
     logits = torch.tensor([[20.0, 0.0]]).repeat(1000, 1)
     labels = torch.zeros(1000, dtype=torch.long)
     labels[0] = 1
@@ -228,30 +228,30 @@ def test_one_error_far_out_is_solved_too():
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 10.0])
-def test_separable_logits_take_the_lower_bound(scale):
+def test_separable_logits_have_the_lowest_temperature(scale):
     logits, labels = scale * torch.eye(5), torch.arange(5)
     assert fit_temperature(logits, labels) == TEMPERATURE_BOUNDS[0]
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e6])
-def test_logits_worse_than_chance_take_the_upper_bound(scale):
+def test_logits_worse_than_chance_have_the_highest_temperature(scale):
     assert fit_temperature(-scale * torch.eye(5), torch.arange(5)) == TEMPERATURE_BOUNDS[1]
 
 
 @pytest.mark.parametrize("logits", [torch.ones(3, 4), 1e6 * torch.eye(4)[:3]])
-def test_temperature_is_one_where_nothing_can_be_gained(logits):
+def test_temperature_is_one_if_no_temperature_is_better(logits):
     assert fit_temperature(logits, torch.arange(3)) == 1
 
 
-def test_temperature_ignores_gradients_and_half_precision_is_accepted():
-    logits, labels = draw(50, 4)
+def test_temperature_accepts_gradients_and_half_precision():
+    logits, labels = draw_logits(50, 4)
     logits = logits.half()
     tracked = logits.clone().requires_grad_()
     expected = oracle.temperature(logits.double().numpy(), labels.numpy())
     assert fit_temperature(tracked, labels.to(torch.uint8)) == pytest.approx(expected, rel=1e-8)
 
 
-@pytest.mark.parametrize("figure", FIGURES)
+@pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize(
     ("logits", "labels", "message"),
     [
@@ -268,15 +268,15 @@ def test_temperature_ignores_gradients_and_half_precision_is_accepted():
         (torch.tensor([[-torch.inf, 0]]), torch.tensor([0]), r"finite; got -inf at index"),
     ],
 )
-def test_what_cannot_be_scored_is_refused(figure, logits, labels, message):
+def test_invalid_logits_and_labels_are_refused(metric, logits, labels, message):
     with pytest.raises(InputError, match=message) as raised:
-        figure(logits, labels)
+        metric(logits, labels)
     assert len(str(raised.value).splitlines()) <= 3
 
 
 @pytest.mark.parametrize(
-    "figure", [expected_calibration_error, thresholded_adaptive_calibration_error]
+    "metric", [expected_calibration_error, thresholded_adaptive_calibration_error]
 )
-def test_bins_must_be_there(figure):
+def test_zero_bins_are_refused(metric):
     with pytest.raises(InputError, match="num_bins must be 1 or more; got 0"):
-        figure(*draw(5, 2), num_bins=0)
+        metric(*draw_logits(5, 2), num_bins=0)

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: complete and intact, or passed over, wherever a process ends."""
+"""Checkpoints on disk are complete and intact, or skipped, wherever a process ends."""
 
 import json
 import os
@@ -30,10 +30,10 @@ OPERATIONS = ("mkdir", "open", "write", "fsync", "rename", "link", "unlink", "rm
 CONTENT = [("state.json", b'{"a": 1}'), ("model.safetensors", bytes(range(256)) * 40)]
 
 
-class Deadly:
-    """The os module as `files` sees it; its n-th operation on the disk is never done.
+class KillingOs:
+    """Stand-in for module os in `files` that kills the process at its n-th disk operation.
 
-    With `half`, a write is half done first.
+    With `half`, a killed write has written half of its content.
     """
 
     def __init__(self, fatal=None, *, half=False):
@@ -52,11 +52,11 @@ class Deadly:
         return own(*args)
 
 
-def die_within(action, fatal, *, half=False):
-    """Run an action in a process that is killed at its n-th operation; tell whether it was."""
+def run_and_kill(action, fatal, *, half=False):
+    """Run an action in a process that is killed at its n-th operation; return whether it was."""
     child = os.fork()
     if child == 0:
-        files.os = Deadly(fatal, half=half)
+        files.os = KillingOs(fatal, half=half)
         action()
         os._exit(0)
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
@@ -67,7 +67,7 @@ def read(saved):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
+def uninterrupted_run(tmp_path_factory):
     recipe = override(TINY, [*EVERYTHING, "train.epochs=2", "data.limit=32"])
     run = create_run(recipe, tmp_path_factory.mktemp("whole") / "run")
     fit(run)
@@ -75,10 +75,10 @@ def uninterrupted(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def stopped(uninterrupted, tmp_path_factory):
-    """A run with three saves behind it, of which two are kept, and the next that it makes."""
-    folder = tmp_path_factory.mktemp("stopped")
-    run = create_run(uninterrupted.recipe(), folder / "run")
+def stopped_run(uninterrupted_run, tmp_path_factory):
+    """Train a run that saved three times, keeping two checkpoints; return it and its next save."""
+    folder = tmp_path_factory.mktemp("stopped_run")
+    run = create_run(uninterrupted_run.recipe(), folder / "run")
     fit(run, (0, 1))
     fit(run, (1, 1), resume=True)
     shutil.copytree(run.path, folder / "later")
@@ -87,7 +87,7 @@ def stopped(uninterrupted, tmp_path_factory):
     return run, [*read(CheckpointStore(later.checkpoint).newest()).items()]
 
 
-def copied(run, folder):
+def copy_run(run, folder):
     shutil.copytree(run.path, folder)
     return open_run(folder)
 
@@ -96,7 +96,7 @@ def names(run):
     return sorted(path.name for path in run.checkpoint.iterdir())
 
 
-def test_two_saves_are_kept(tmp_path):
+def test_two_checkpoints_are_kept(tmp_path):
     store = CheckpointStore(tmp_path / "checkpoint")
     assert store.newest() is None
     for number in range(5):
@@ -106,42 +106,44 @@ def test_two_saves_are_kept(tmp_path):
 
 
 @pytest.mark.parametrize("half", [False, True])
-def test_a_process_may_end_at_any_operation_of_a_save(uninterrupted, stopped, tmp_path, half):
-    """Each of them is a crash, and each time the run ends as if there had been none.
+def test_process_may_be_killed_at_any_operation_of_a_save(
+    uninterrupted_run, stopped_run, tmp_path, half
+):
+    """Kill the process at each operation; the resumed run equals an uninterrupted one.
 
     Training is resumed once for each set of files that crashes leave behind.
     """
-    run, later = stopped
+    run, later = stopped_run
     before = read(CheckpointStore(run.checkpoint).newest())
     outcomes, resumed, fatal, done = [], set(), 0, False
     while not done:
         fatal += 1
-        mine = copied(run, tmp_path / f"run-{fatal}")
-        store = CheckpointStore(mine.checkpoint)
-        done = not die_within(lambda store=store: store.save(later), fatal, half=half)
+        run_copy = copy_run(run, tmp_path / f"run-{fatal}")
+        store = CheckpointStore(run_copy.checkpoint)
+        done = not run_and_kill(lambda store=store: store.save(later), fatal, half=half)
         found = read(store.newest())
         assert found in (before, dict(later))
         outcomes.append(found == dict(later))
         state = (
             outcomes[-1],
-            *sorted(str(p.relative_to(mine.path)) for p in mine.checkpoint.rglob("*")),
+            *sorted(str(p.relative_to(run_copy.path)) for p in run_copy.checkpoint.rglob("*")),
         )
         if state not in resumed:
             resumed.add(state)
-            fit(mine, resume=True)
-            assert_same(uninterrupted, mine)
-            assert len(names(mine)) == 2  # whatever the crash left behind is gone
-        shutil.rmtree(mine.path)
+            fit(run_copy, resume=True)
+            assert_same(uninterrupted_run, run_copy)
+            assert len(names(run_copy)) == 2  # whatever the crash left behind is gone
+        shutil.rmtree(run_copy.path)
     assert fatal > 30  # that many operations a save has
     assert outcomes == sorted(outcomes)  # once there, it stays
     assert {False, True} == set(outcomes)
     assert len(resumed) > 3
 
 
-class Disk:
-    """The os module as `files` sees it, noting what is on the disk for good.
+class DiskRecorder:
+    """Stand-in for module os in `files` that records what is durable on disk.
 
-    A file's content is there when the file was flushed, and a name when its folder was.
+    A file's content is durable once the file is flushed, a name once its folder is flushed.
     """
 
     def __init__(self):
@@ -199,9 +201,9 @@ class Disk:
         self.unnamed.setdefault(os.path.dirname(target), set()).add(str(target))
 
 
-def test_what_was_saved_survives_a_loss_of_power(tmp_path, monkeypatch):
-    """Everything is flushed before it takes its name, and its name before anything is removed."""
-    disk = Disk()
+def test_saved_checkpoints_survive_a_power_failure(tmp_path, monkeypatch):
+    """Files are flushed before they are renamed, and names before older files are removed."""
+    disk = DiskRecorder()
     monkeypatch.setattr(files, "os", disk)
     run = create_run(TINY, tmp_path / "run")
     assert not disk.dirty
@@ -213,12 +215,12 @@ def test_what_was_saved_survives_a_loss_of_power(tmp_path, monkeypatch):
     assert len([name for name in disk.renames if "save-" in name]) == 4
 
 
-def test_a_run_that_a_crash_left_half_made_is_no_run(tmp_path):
+def test_partly_created_run_is_not_a_run(tmp_path):
     fatal, done = 0, False
     while not done:
         fatal += 1
         path = tmp_path / f"run-{fatal}"
-        done = not die_within(lambda path=path: create_run(TINY, path), fatal, half=True)
+        done = not run_and_kill(lambda path=path: create_run(TINY, path), fatal, half=True)
         if (path / "recipe.toml").exists():
             assert open_run(path).recipe() == TINY
         else:
@@ -227,7 +229,7 @@ def test_a_run_that_a_crash_left_half_made_is_no_run(tmp_path):
     assert fatal > 8
 
 
-def test_where_there_are_no_links_one_process_claims_a_name(tmp_path, monkeypatch):
+def test_existing_file_is_not_overwritten_without_hard_links(tmp_path, monkeypatch):
     def refuse(*_):
         raise PermissionError(1, "Operation not permitted")
 
@@ -239,21 +241,21 @@ def test_where_there_are_no_links_one_process_claims_a_name(tmp_path, monkeypatc
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_crash_of_a_crash(stopped, tmp_path):
-    """What a crash leaves behind may be found by a process that crashes as well."""
-    run, later = stopped
+def test_two_crashes_leave_an_intact_checkpoint(stopped_run, tmp_path):
+    """A process may crash that finds the files of an earlier crash."""
+    run, later = stopped_run
     for first in range(1, 40, 5):
         for second in range(1, 40, 8):
-            mine = copied(run, tmp_path / "run")
-            store = CheckpointStore(mine.checkpoint)
+            run_copy = copy_run(run, tmp_path / "run")
+            store = CheckpointStore(run_copy.checkpoint)
             for fatal in (first, second):
-                die_within(lambda store=store: store.save(later), fatal)
+                run_and_kill(lambda store=store: store.save(later), fatal)
                 assert store.newest() is not None
-            shutil.rmtree(mine.path)
+            shutil.rmtree(run_copy.path)
 
 
-def cut(folder, sixteenths):
-    """Cut a checkpoint off: files in their order, as if they were one."""
+def truncate(folder, sixteenths):
+    """Truncate a checkpoint as if its files, in sorted order, were one file."""
     paths = sorted(folder.iterdir())
     left = sum(path.stat().st_size for path in paths) * sixteenths // 16
     for path in paths:
@@ -263,36 +265,38 @@ def cut(folder, sixteenths):
 
 
 @pytest.mark.parametrize("sixteenths", range(16))
-def test_a_checkpoint_that_was_cut_off_is_passed_over(uninterrupted, stopped, tmp_path, sixteenths):
-    mine = copied(stopped[0], tmp_path / "run")
-    cut(CheckpointStore(mine.checkpoint).newest().path, sixteenths)
-    said = []
-    train(prepare(mine.recipe()), mine, resume=True, say=said.append)
-    assert_same(uninterrupted, mine)
-    assert said[0].startswith("The checkpoint save-000003 is damaged and was set aside: ")
-    assert said[1].endswith("(from the earlier checkpoint save-000002).")
+def test_truncated_checkpoint_is_skipped(uninterrupted_run, stopped_run, tmp_path, sixteenths):
+    run_copy = copy_run(stopped_run[0], tmp_path / "run")
+    truncate(CheckpointStore(run_copy.checkpoint).newest().path, sixteenths)
+    messages = []
+    train(prepare(run_copy.recipe()), run_copy, resume=True, say=messages.append)
+    assert_same(uninterrupted_run, run_copy)
+    assert messages[0].startswith("The checkpoint save-000003 is damaged and was set aside: ")
+    assert messages[1].endswith("(from the earlier checkpoint save-000002).")
 
 
 @pytest.mark.parametrize(
     "name",
     ["manifest.json", "state.json", "history.json", "model.safetensors", "optimizer.safetensors"],
 )
-def test_a_byte_that_turned_is_noticed(stopped, tmp_path, name):
-    mine = copied(stopped[0], tmp_path / "run")
-    store = CheckpointStore(mine.checkpoint)
+def test_changed_byte_is_detected(stopped_run, tmp_path, name):
+    run_copy = copy_run(stopped_run[0], tmp_path / "run")
+    store = CheckpointStore(run_copy.checkpoint)
     path = store.newest().path / name
     content = path.read_bytes()
-    for place in torch.randint(len(content), (25,)).tolist():
-        path.write_bytes(content[:place] + bytes([content[place] ^ 16]) + content[place + 1 :])
+    for position in torch.randint(len(content), (25,)).tolist():
+        path.write_bytes(
+            content[:position] + bytes([content[position] ^ 16]) + content[position + 1 :]
+        )
         saved = store.newest()
         assert saved.path.name == "save-000002"
         assert list(saved.skipped) == ["save-000003"]
 
 
 @pytest.mark.parametrize("change", ["missing", "more", "a folder"])
-def test_files_that_are_not_listed_are_noticed(stopped, tmp_path, change):
-    mine = copied(stopped[0], tmp_path / "run")
-    store = CheckpointStore(mine.checkpoint)
+def test_missing_and_unlisted_files_are_detected(stopped_run, tmp_path, change):
+    run_copy = copy_run(stopped_run[0], tmp_path / "run")
+    store = CheckpointStore(run_copy.checkpoint)
     folder = store.newest().path
     if change == "more":
         (folder / "other").write_text("")
@@ -303,7 +307,7 @@ def test_files_that_are_not_listed_are_noticed(stopped, tmp_path, change):
     assert list(store.newest().skipped) == ["save-000003"]
 
 
-def test_a_damaged_one_is_set_aside_until_two_others_are_there(tmp_path):
+def test_damaged_checkpoint_is_set_aside_until_two_others_exist(tmp_path):
     store = CheckpointStore(tmp_path)
     for _ in range(2):
         store.save(CONTENT)
@@ -319,17 +323,17 @@ def names_of(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_where_all_are_damaged_nothing_is_changed(stopped, tmp_path):
-    mine = copied(stopped[0], tmp_path / "run")
-    for path in mine.checkpoint.glob("*/state.json"):
+def test_files_are_unchanged_if_all_checkpoints_are_damaged(stopped_run, tmp_path):
+    run_copy = copy_run(stopped_run[0], tmp_path / "run")
+    for path in run_copy.checkpoint.glob("*/state.json"):
         path.write_text("{}")
-    before = {path: path.read_bytes() for path in mine.path.rglob("*") if path.is_file()}
+    before = {path: path.read_bytes() for path in run_copy.path.rglob("*") if path.is_file()}
     with pytest.raises(InputError, match=r"No checkpoint in .* is intact; the newest, save-000003"):
-        fit(mine, resume=True)
-    assert {p: p.read_bytes() for p in mine.path.rglob("*") if p.is_file()} == before
+        fit(run_copy, resume=True)
+    assert {p: p.read_bytes() for p in run_copy.path.rglob("*") if p.is_file()} == before
 
 
-def test_a_format_of_another_version_is_refused_by_name(tmp_path, monkeypatch):
+def test_format_of_another_version_is_refused(tmp_path, monkeypatch):
     store = CheckpointStore(tmp_path)
     store.save(CONTENT)
     monkeypatch.setattr(store_module, "FORMAT", 7)
@@ -340,7 +344,7 @@ def test_a_format_of_another_version_is_refused_by_name(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["../outside", "", ".", "a/b"])
-def test_a_manifest_names_files_of_its_own_folder_only(tmp_path, name):
+def test_manifest_lists_only_files_of_its_folder(tmp_path, name):
     store = CheckpointStore(tmp_path)
     path = store.save(CONTENT)
     listed = {name: {"size": 0, "sha256": "0"}}
@@ -351,7 +355,7 @@ def test_a_manifest_names_files_of_its_own_folder_only(tmp_path, name):
 
 @settings(max_examples=150, deadline=None)
 @given(content=st.binary(max_size=300) | st.text(alphabet='{}[]":,0a', max_size=40))
-def test_whatever_a_manifest_holds_is_an_error_that_says_so(content, tmp_path_factory):
+def test_invalid_manifest_is_an_input_error(content, tmp_path_factory):
     folder = tmp_path_factory.mktemp("store")
     path = CheckpointStore(folder).save(CONTENT)
     (path / "manifest.json").write_bytes(
@@ -361,8 +365,8 @@ def test_whatever_a_manifest_holds_is_an_error_that_says_so(content, tmp_path_fa
         CheckpointStore(folder).newest()
 
 
-def replaced(run, name, change):
-    """Put another content into the newest checkpoint, as an intact one."""
+def replace_file(run, name, change):
+    """Save a new, intact checkpoint in which one file is changed."""
     store = CheckpointStore(run.checkpoint)
     content = read(store.newest())
     new = change(content.get(name))
@@ -370,11 +374,11 @@ def replaced(run, name, change):
     store.save([*content.items(), *([(name, new)] if new is not None else [])])
 
 
-def edited(**changes):
+def edit_json(**changes):
     return lambda content: json.dumps({**json.loads(content), **changes}).encode()
 
 
-def without(key):
+def without_key(key):
     def change(content):
         values = json.loads(content)
         del values[key]
@@ -383,7 +387,7 @@ def without(key):
     return change
 
 
-def retensored(tmp_path, change):
+def edit_tensors(tmp_path, change):
     def replace(content):
         (tmp_path / "in").write_bytes(content)
         save_file(change(load_file(tmp_path / "in")), tmp_path / "out")
@@ -396,34 +400,38 @@ CHANGES = {
     "no state": ("state.json", lambda c: None, "lacks state.json"),
     "no average": ("ema.safetensors", lambda c: None, "lacks ema.safetensors"),
     "no best epoch": ("best_epoch.safetensors", lambda c: None, "lacks best_epoch"),
-    "one part more": ("scaler.safetensors", lambda c: b"", "unexpected file scaler.safetensors"),
-    "no table": ("state.json", lambda c: b"[1]", "is not valid"),
-    "no JSON": ("state.json", lambda c: b"{", "cannot be read"),
+    "additional file": ("scaler.safetensors", lambda c: b"", "unexpected file scaler.safetensors"),
+    "not a table": ("state.json", lambda c: b"[1]", "is not valid"),
+    "not JSON": ("state.json", lambda c: b"{", "cannot be read"),
     "deep JSON": ("state.json", lambda c: b"[" * 100_000, "cannot be read"),
-    "no step": ("state.json", without("step"), "is not valid"),
-    "negative step": ("state.json", edited(step=-1), "is not valid"),
-    "step beyond": ("state.json", edited(step=99), "this run has 2 epochs of 4 steps"),
-    "epoch beyond": ("state.json", edited(epoch=3), "this run has 2 epochs of 4 steps"),
-    "other length": ("state.json", edited(steps_per_epoch=9), "of 9 of epoch"),
-    "other groups": ("state.json", edited(hypers=[]), "0 parameter groups"),
-    "no rates": ("state.json", edited(hypers=[{}]), "is not valid"),
-    "no recipe": ("state.json", without("recipe"), "missing in the checkpoint"),
-    "other data": ("state.json", edited(data={"train": "9 images"}), "data.classes is '10 classes"),
+    "no step": ("state.json", without_key("step"), "is not valid"),
+    "negative step": ("state.json", edit_json(step=-1), "is not valid"),
+    "step too large": ("state.json", edit_json(step=99), "this run has 2 epochs of 4 steps"),
+    "epoch too large": ("state.json", edit_json(epoch=3), "this run has 2 epochs of 4 steps"),
+    "other length": ("state.json", edit_json(steps_per_epoch=9), "of 9 of epoch"),
+    "other groups": ("state.json", edit_json(hypers=[]), "0 parameter groups"),
+    "no rates": ("state.json", edit_json(hypers=[{}]), "is not valid"),
+    "no recipe": ("state.json", without_key("recipe"), "missing in the checkpoint"),
+    "other data": (
+        "state.json",
+        edit_json(data={"train": "9 images"}),
+        "data.classes is '10 classes",
+    ),
     "no rows": ("history.json", lambda c: b"{}", "history.json of the checkpoint is not valid"),
-    "no tensors": ("model.safetensors", lambda c: b"", "cannot be read"),
+    "not tensors": ("model.safetensors", lambda c: b"", "cannot be read"),
 }
 
 
 @pytest.mark.parametrize("case", CHANGES)
-def test_resuming_is_strict(stopped, tmp_path, case):
-    mine = copied(stopped[0], tmp_path / "run")
+def test_invalid_checkpoint_is_refused(stopped_run, tmp_path, case):
+    run_copy = copy_run(stopped_run[0], tmp_path / "run")
     name, change, message = CHANGES[case]
-    replaced(mine, name, change)
-    refused(mine, message)
+    replace_file(run_copy, name, change)
+    check_refused(run_copy, message)
 
 
-def refused(run, message):
-    """Check that nothing is resumed, and nothing changed."""
+def check_refused(run, message):
+    """Check that resuming is refused and changes no file."""
     before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
     with pytest.raises(InputError, match=message) as caught:
         fit(run, resume=True)
@@ -433,7 +441,7 @@ def refused(run, message):
 
 @pytest.mark.parametrize("part", ["model", "optimizer", "ema", "best_epoch"])
 @pytest.mark.parametrize("change", ["missing", "unknown", "shape", "type"])
-def test_every_tensor_must_fit(stopped, tmp_path, part, change):
+def test_tensors_that_do_not_match_are_refused(stopped_run, tmp_path, part, change):
     def altered(tensors):
         name = next(name for name, tensor in tensors.items() if tensor.ndim == 4)
         if change == "missing":
@@ -446,31 +454,31 @@ def test_every_tensor_must_fit(stopped, tmp_path, part, change):
             tensors[name] = tensors[name].double()
         return tensors
 
-    mine = copied(stopped[0], tmp_path / "run")
-    replaced(mine, f"{part}.safetensors", retensored(tmp_path, altered))
-    refused(mine, r"another network|not match the recipe|as torch.float64")
+    run_copy = copy_run(stopped_run[0], tmp_path / "run")
+    replace_file(run_copy, f"{part}.safetensors", edit_tensors(tmp_path, altered))
+    check_refused(run_copy, r"another network|not match the recipe|as torch.float64")
 
 
-def test_another_recipe_is_refused_with_both_values(stopped, tmp_path):
-    mine = copied(stopped[0], tmp_path / "run")
-    path = mine.path / "recipe.toml"
+def test_changed_recipe_is_refused_with_both_values(stopped_run, tmp_path):
+    run_copy = copy_run(stopped_run[0], tmp_path / "run")
+    path = run_copy.path / "recipe.toml"
     path.write_text(path.read_text().replace("epochs = 2", "epochs = 4"))
-    refused(mine, "train.epochs is 4 now and 2 in the checkpoint")
+    check_refused(run_copy, "train.epochs is 4 now and 2 in the checkpoint")
 
 
-def test_momentum_comes_back_in_the_layout_of_its_parameter(stopped, tmp_path):
-    """A fused optimizer takes no other."""
-    mine = copied(stopped[0], tmp_path / "run")
-    training = prepare(mine.recipe())
-    train(training, mine, resume=True)
+def test_momentum_is_restored_in_the_layout_of_its_parameter(stopped_run, tmp_path):
+    """Fused optimizers require it."""
+    run_copy = copy_run(stopped_run[0], tmp_path / "run")
+    training = prepare(run_copy.recipe())
+    train(training, run_copy, resume=True)
     state = training.learn.opt.opt.state
     assert len(state) == len([*training.learn.model.parameters()])
-    for parameter, own in state.items():
-        assert own["momentum_buffer"].stride() == parameter.stride()
-        assert not own["momentum_buffer"].requires_grad
+    for parameter, buffers in state.items():
+        assert buffers["momentum_buffer"].stride() == parameter.stride()
+        assert not buffers["momentum_buffer"].requires_grad
 
 
-def test_only_settings_that_came_later_are_filled_in():
+def test_only_settings_of_later_versions_get_defaults():
     recipe = to_mapping(load_recipe("digits/cut-mixmo"))
     del recipe["model"]["pretrained"], recipe["train"]["epochs"]
     filled = _with_defaults({"recipe": recipe, "data": {}})

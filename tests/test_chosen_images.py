@@ -11,9 +11,9 @@ from mixmo_fastai.data.parts import DataParts, DrawnTest, parts_before_split_jso
 from mixmo_fastai.errors import InputError
 
 
-def images(place, **counts):
-    """Name images below class folders: images("train", cat=2) for two of a cat."""
-    prefix = f"{place}/" if place else ""
+def images(part, **counts):
+    """Return paths of images in class folders: images("train", cat=2) for two images of cats."""
+    prefix = f"{part}/" if part else ""
     return [f"{prefix}{name}/{i}.jpg" for name, count in counts.items() for i in range(count)]
 
 
@@ -21,13 +21,13 @@ def counts(files):
     return {name: len(own) for name, own in files.items()}
 
 
-def note(chosen, label):
+def find_note(chosen, label):
     return "; ".join(text for found, text in chosen.notes if found == label)
 
 
-def test_a_validation_folder_validates(tmp_path):
-    for place in ("train", "valid", "test"):
-        write(tmp_path, *images(place, cat=2, dog=1))
+def test_validation_folder_is_used_for_validation(tmp_path):
+    for part in ("train", "valid", "test"):
+        write(tmp_path, *images(part, cat=2, dog=1))
     chosen = choose_images(tmp_path)
     assert chosen.train == {
         "cat": ["train/cat/0.jpg", "train/cat/1.jpg"],
@@ -36,13 +36,13 @@ def test_a_validation_folder_validates(tmp_path):
     assert chosen.valid["dog"] == ["valid/dog/0.jpg"]
     assert chosen.test["dog"] == ["test/dog/0.jpg"]
     assert chosen.parts == DataParts("train", "valid", "test")
-    assert note(chosen, "Folders") == (
+    assert find_note(chosen, "Folders") == (
         "train/ for training, valid/ for validation (valid_split is not used), test/ for testing"
     )
     assert len(chosen.notes) == 1
 
 
-def test_class_folders_alone_are_split_within_each_class(tmp_path):
+def test_class_folders_without_parts_are_split_within_each_class(tmp_path):
     write(tmp_path, *images("", cat=20, dog=10, eel=2, fox=1))
     chosen = choose_images(tmp_path)
     assert counts(chosen.test) == {"cat": 4, "dog": 2, "eel": 1, "fox": 0}
@@ -52,13 +52,13 @@ def test_class_folders_alone_are_split_within_each_class(tmp_path):
         assert not set(own) & set(chosen.test[name])
         assert own == sorted(own)
     assert chosen.parts.drawn.test_split == 0.2
-    assert "20 % of each class" in note(chosen, "Test set")
+    assert "20 % of each class" in find_note(chosen, "Test set")
     assert choose_images(tmp_path) == chosen
     half = choose_images(tmp_path, 0.5)
     assert counts(half.test) == {"cat": 10, "dog": 5, "eel": 1, "fox": 0}
 
 
-def test_the_drawn_images_are_any_of_a_class(tmp_path):
+def test_test_images_are_drawn_randomly_within_each_class(tmp_path):
     write(tmp_path, *images("", cat=30, dog=30))
     test = choose_images(tmp_path).test
     places = [[int(file.split("/")[1].split(".")[0]) for file in own] for own in test.values()]
@@ -66,19 +66,19 @@ def test_the_drawn_images_are_any_of_a_class(tmp_path):
     assert all(max(own) - min(own) > len(own) for own in places)
 
 
-def test_train_alone_is_split_too(tmp_path):
+def test_train_folder_without_other_parts_is_split(tmp_path):
     write(tmp_path, *images("train", cat=5, dog=5))
     chosen = choose_images(tmp_path)
     assert counts(chosen.test) == {"cat": 1, "dog": 1}
     assert chosen.parts.train == "train"
-    assert note(chosen, "Folders") == "train/ for training, validation and testing"
+    assert find_note(chosen, "Folders") == "train/ for training, validation and testing"
 
 
-def test_beside_a_validation_folder_a_test_set_is_drawn_on_request_only(tmp_path):
+def test_with_a_validation_folder_a_test_set_is_drawn_only_on_request(tmp_path):
     write(tmp_path, *images("train", cat=5, dog=5), *images("val", cat=1, dog=1))
     chosen = choose_images(tmp_path)
     assert chosen.test == {}
-    assert note(chosen, "Test set") == (
+    assert find_note(chosen, "Test set") == (
         "none, so validation gives the final metrics (--test-split 0.2 draws one)"
     )
     chosen = choose_images(tmp_path, 0.4)
@@ -87,7 +87,7 @@ def test_beside_a_validation_folder_a_test_set_is_drawn_on_request_only(tmp_path
     assert counts(chosen.valid) == {"cat": 1, "dog": 1}
 
 
-def test_no_second_test_set_is_drawn(tmp_path):
+def test_test_split_is_refused_if_there_is_a_test_folder(tmp_path):
     write(tmp_path, *images("train", cat=5, dog=5), *images("test", cat=1, dog=1))
     with pytest.raises(InputError, match=r"--test-split is for .* has test/"):
         choose_images(tmp_path, 0.2)
@@ -102,66 +102,70 @@ UNLABELLED = {
 
 
 @pytest.mark.parametrize("case", UNLABELLED)
-@pytest.mark.parametrize("place", ["train", "valid"])
-def test_unlabelled_test_images_are_left_to_predict(tmp_path, case, place):
-    """With a validation folder nothing more is needed; without one, a test set is drawn."""
+@pytest.mark.parametrize("part", ["train", "valid"])
+def test_unlabelled_test_images_are_not_used(tmp_path, case, part):
+    """A test set is drawn unless there is a validation folder."""
     write(tmp_path, *images("train", cat=5, dog=5), *UNLABELLED[case])
-    write(tmp_path, *images(place, cat=5, dog=5))
+    write(tmp_path, *images(part, cat=5, dog=5))
     chosen = choose_images(tmp_path)
-    (told,) = (text for label, text in chosen.notes if label == "Test set")
-    assert told.endswith(
+    (text,) = (text for label, text in chosen.notes if label == "Test set")
+    assert text.endswith(
         f"; test/ has 2 images without labels: mixmo predict RUN {tmp_path / 'test'}"
     )
-    assert len(told) - len(str(tmp_path)) < 140
-    assert ("none, " if place == "valid" else "20 % of each class, ") in told
-    assert counts(chosen.test) == ({"cat": 1, "dog": 1} if place == "train" else {})
-    assert (chosen.valid is None) == (place == "train")
+    assert len(text) - len(str(tmp_path)) < 140
+    assert ("none, " if part == "valid" else "20 % of each class, ") in text
+    assert counts(chosen.test) == ({"cat": 1, "dog": 1} if part == "train" else {})
+    assert (chosen.valid is None) == (part == "train")
 
 
-def test_an_empty_test_folder_is_told(tmp_path):
+def test_empty_test_folder_is_reported(tmp_path):
     write(tmp_path, *images("train", cat=5, dog=5), *images("valid", cat=1, dog=1), "test/cat/")
-    assert "test/ has no images" in note(choose_images(tmp_path), "Test set")
+    assert "test/ has no images" in find_note(choose_images(tmp_path), "Test set")
 
 
-def test_a_class_may_lack_test_images(tmp_path):
+def test_classes_without_test_images_are_reported(tmp_path):
     write(tmp_path, *images("train", cat=2, dog=2, eel=2), *images("test", cat=1, eel=1))
     (tmp_path / "test" / "dog").mkdir()
     chosen = choose_images(tmp_path)
     assert list(chosen.train) == list(chosen.test) == ["cat", "dog", "eel"]
     assert counts(chosen.test) == {"cat": 1, "dog": 0, "eel": 1}
-    assert note(chosen, "Missing") == "test images of 1 of 3 classes: dog"
-    assert note(reopen_images(tmp_path, chosen.parts), "Missing") == note(chosen, "Missing")
+    assert find_note(chosen, "Missing") == "test images of 1 of 3 classes: dog"
+    assert find_note(reopen_images(tmp_path, chosen.parts), "Missing") == find_note(
+        chosen, "Missing"
+    )
 
 
-def test_a_class_may_lack_validation_images(tmp_path):
+def test_classes_without_validation_images_are_reported(tmp_path):
     write(tmp_path, *images("train", cat=2, dog=2, eel=2), *images("val", cat=1))
     chosen = choose_images(tmp_path)
-    assert note(chosen, "Missing") == "validation images of 2 of 3 classes: dog, eel"
-    assert note(reopen_images(tmp_path, chosen.parts), "Missing") == note(chosen, "Missing")
+    assert find_note(chosen, "Missing") == "validation images of 2 of 3 classes: dog, eel"
+    assert find_note(reopen_images(tmp_path, chosen.parts), "Missing") == find_note(
+        chosen, "Missing"
+    )
 
 
-def test_a_folder_that_is_not_read_has_a_reason(tmp_path):
+def test_folders_that_are_not_read_are_reported_with_a_reason(tmp_path):
     write(tmp_path, *images("train", cat=5, dog=5), *images("valid", cat=1), "masks/1.jpg", "val/")
-    assert note(choose_images(tmp_path), "Not read") == (
+    assert find_note(choose_images(tmp_path), "Not read") == (
         "val/ (no images), masks/ (next to train/, only valid/ and test/ are read)"
     )
 
 
-def test_an_empty_class_is_skipped(tmp_path):
+def test_empty_class_folders_are_skipped(tmp_path):
     write(
         tmp_path, *images("train", cat=2, dog=2), *images("test", cat=1), "train/eel/", "test/eel/"
     )
     chosen = choose_images(tmp_path)
     assert list(chosen.train) == ["cat", "dog"]
-    assert note(chosen, "Skipped") == "2 empty class folders (test/eel/, train/eel/)"
+    assert find_note(chosen, "Skipped") == "2 empty class folders (test/eel/, train/eel/)"
 
 
-def test_an_empty_class_beside_the_others_has_no_part_in_its_name(tmp_path):
+def test_skipped_class_folder_is_reported_without_a_part(tmp_path):
     write(tmp_path, *images("", cat=2, dog=2), "eel/")
-    assert note(choose_images(tmp_path), "Skipped") == "1 empty class folder (eel/)"
+    assert find_note(choose_images(tmp_path), "Skipped") == "1 empty class folder (eel/)"
 
 
-def test_images_outside_of_classes_are_counted(tmp_path):
+def test_images_outside_of_class_folders_are_counted(tmp_path):
     write(
         tmp_path,
         *images("train", cat=2, dog=2),
@@ -169,11 +173,11 @@ def test_images_outside_of_classes_are_counted(tmp_path):
         "train/x.jpg",
         "test/y.jpg",
     )
-    told = note(choose_images(tmp_path), "Skipped")
-    assert told == "2 images outside of class folders (test/y.jpg, train/x.jpg)"
+    text = find_note(choose_images(tmp_path), "Skipped")
+    assert text == "2 images outside of class folders (test/y.jpg, train/x.jpg)"
 
 
-def test_images_lie_at_any_depth_of_a_class(tmp_path):
+def test_images_may_be_in_nested_folders_of_a_class(tmp_path):
     write(tmp_path, "cat/1.jpg", "cat/old/2.jpg", "cat/old/older/3.jpg", "dog/images/1.jpg")
     chosen = choose_images(tmp_path, 0)
     assert chosen.train == {
@@ -191,14 +195,14 @@ def test_composed_and_decomposed_names_are_one_class(tmp_path):
     assert chosen.test[composed] == [f"test/{composed}/1.jpg"]
 
 
-def test_a_folder_inside_a_part_of_the_same_name_is_read_through(tmp_path):
+def test_nested_folder_with_the_name_of_its_part_is_read(tmp_path):
     write(tmp_path, *images("train/train", cat=2, dog=2), *images("test/test", cat=1, dog=1))
     chosen = choose_images(tmp_path)
     assert chosen.train["cat"] == ["train/train/cat/0.jpg", "train/train/cat/1.jpg"]
     assert chosen.test["dog"] == ["test/test/dog/0.jpg"]
 
 
-def test_the_official_labels_of_tiny_imagenet_are_read(tmp_path):
+def test_official_labels_of_tiny_imagenet_are_read(tmp_path):
     write(tmp_path, "train/n1/images/1.jpg", "train/n2/images/1.jpg", "val/images/a.jpg")
     write(tmp_path, "val/images/b.jpg", "test/images/c.jpg")
     (tmp_path / "val" / "val_annotations.txt").write_text("a.jpg\tn2\t0\t0\t9\t9\nb.jpg\tn1\t0\n")
@@ -206,10 +210,10 @@ def test_the_official_labels_of_tiny_imagenet_are_read(tmp_path):
     assert chosen.valid == {"n1": ["val/images/b.jpg"], "n2": ["val/images/a.jpg"]}
 
 
-def test_the_folder_above_is_named_when_train_itself_is_given(tmp_path):
+def test_parent_folder_is_reported_if_the_path_is_its_train_folder(tmp_path):
     write(tmp_path, *images("train", cat=5, dog=5), *images("test", cat=1, dog=1))
     chosen = choose_images(tmp_path / "train")
-    assert note(chosen, "Not used") == f"{tmp_path / 'test'}/; to use it, pass {tmp_path}"
+    assert find_note(chosen, "Not used") == f"{tmp_path / 'test'}/; to use it, pass {tmp_path}"
 
 
 CSV = {
@@ -222,7 +226,7 @@ CSV = {
 
 
 @pytest.mark.parametrize("case", CSV)
-def test_labels_in_csv_files_are_answered_with_what_is_read(tmp_path, case):
+def test_labels_in_csv_files_are_refused_with_alternatives(tmp_path, case):
     names, found = CSV[case]
     write(tmp_path, *names)
     with pytest.raises(InputError) as caught:
@@ -234,10 +238,10 @@ def test_labels_in_csv_files_are_answered_with_what_is_read(tmp_path, case):
     assert len(message.splitlines()) == 3
 
 
-def test_a_csv_file_beside_class_folders_is_skipped(tmp_path):
+def test_csv_file_next_to_class_folders_is_skipped(tmp_path):
     write(tmp_path, *images("", cat=5, dog=5), "labels.csv")
     chosen = choose_images(tmp_path)
-    assert note(chosen, "Skipped") == "1 file that is not an image (labels.csv)"
+    assert find_note(chosen, "Skipped") == "1 file that is not an image (labels.csv)"
 
 
 INNER = {
@@ -250,28 +254,28 @@ INNER = {
 
 
 @pytest.mark.parametrize("case", INNER)
-@pytest.mark.parametrize("place", ["", "train/"])
-def test_parts_inside_class_folders_are_refused(tmp_path, case, place):
+@pytest.mark.parametrize("part", ["", "train/"])
+def test_parts_inside_class_folders_are_refused(tmp_path, case, part):
     names, num_classes, found = INNER[case]
-    write(tmp_path, f"{place}cat/0.jpg", f"{place}dog/0.jpg")
+    write(tmp_path, f"{part}cat/0.jpg", f"{part}dog/0.jpg")
     for label in ("cat", "dog")[:num_classes]:
-        write(tmp_path, *(f"{place}{label}/{name}/1.jpg" for name in names))
+        write(tmp_path, *(f"{part}{label}/{name}/1.jpg" for name in names))
     with pytest.raises(InputError) as caught:
         choose_images(tmp_path)
     message = str(caught.value)
     assert f"inside {num_classes} of 2 class folders" in message
-    assert found.replace("cat/", f"{place}cat/") in message
+    assert found.replace("cat/", f"{part}cat/") in message
     assert "train/cat/, " in message.splitlines()[1]
     assert len(message.splitlines()) == 2
 
 
 @pytest.mark.parametrize("name", ["train", "test"])
-def test_a_single_part_inside_class_folders_is_a_folder_inside(tmp_path, name):
+def test_single_part_name_inside_class_folders_is_a_nested_folder(tmp_path, name):
     write(tmp_path, *images("", cat=5, dog=5), f"cat/{name}/1.jpg", f"dog/{name}/1.jpg")
     assert counts(choose_images(tmp_path, 0).train) == {"cat": 6, "dog": 6}
 
 
-def test_a_run_on_parts_inside_class_folders_is_opened_again(tmp_path):
+def test_existing_run_on_parts_inside_class_folders_is_opened(tmp_path):
     write(tmp_path, *images("cat", train=2, test=2), *images("dog", train=2, test=2))
     assert counts(reopen_images(tmp_path, DataParts(".")).train) == {"cat": 4, "dog": 4}
 
@@ -289,107 +293,111 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_labels_that_do_not_fit_are_named(tmp_path, case):
-    names, told = REFUSED[case]
+def test_test_classes_that_do_not_match_are_refused(tmp_path, case):
+    names, text = REFUSED[case]
     write(tmp_path, *images("train", cat=2, dog=2), *names)
     with pytest.raises(InputError) as caught:
         choose_images(tmp_path)
-    assert all(part in str(caught.value) for part in told)
+    assert all(part in str(caught.value) for part in text)
     assert "elete" not in str(caught.value)
     assert len(str(caught.value).splitlines()) == 2
 
 
-def kept(chosen):
-    """Take the parts through JSON, as a run keeps them."""
+def stored_parts(chosen):
+    """Convert the parts to JSON and back, as a run stores them."""
     values = json.loads(json.dumps(dataclasses.asdict(chosen.parts)))
     return DataParts.from_mapping(values, "split.json")
 
 
-def test_a_drawn_split_stays_when_images_come(tmp_path):
+def test_drawn_split_does_not_change_when_images_are_added(tmp_path):
     write(tmp_path, *images("", cat=10, dog=10))
     before = choose_images(tmp_path)
     write(tmp_path, "cat/new.jpg", "eel/0.jpg", "eel/1.jpg")
-    after = reopen_images(tmp_path, kept(before), ("cat", "dog"))
+    after = reopen_images(tmp_path, stored_parts(before), ("cat", "dog"))
     assert (after.train, after.test, after.parts) == (before.train, before.test, before.parts)
-    assert note(after, "Left out").startswith("3 images")
+    assert find_note(after, "Left out").startswith("3 images")
     assert counts(choose_images(tmp_path).train) == {"cat": 9, "dog": 8, "eel": 1}
 
 
-def test_a_lost_image_of_a_drawn_split_is_named(tmp_path):
+def test_missing_image_of_a_drawn_split_is_named(tmp_path):
     write(tmp_path, *images("", cat=10, dog=10))
     before = choose_images(tmp_path)
     (tmp_path / before.test["dog"][0]).unlink()
-    told = f"1 of the run's 20 images is no longer in .*{before.test['dog'][0]}.\nRestore it"
-    with pytest.raises(InputError, match=told):
-        reopen_images(tmp_path, kept(before), ("cat", "dog"))
+    text = f"1 of the run's 20 images is no longer in .*{before.test['dog'][0]}.\nRestore it"
+    with pytest.raises(InputError, match=text):
+        reopen_images(tmp_path, stored_parts(before), ("cat", "dog"))
     (tmp_path / before.test["dog"][1]).unlink()
     with pytest.raises(InputError, match=r"2 of the run's 20 images are .*\nRestore them"):
-        reopen_images(tmp_path, kept(before), ("cat", "dog"))
+        reopen_images(tmp_path, stored_parts(before), ("cat", "dog"))
 
 
-def test_an_image_that_was_left_out_may_be_removed(tmp_path):
-    """As the message on damaged images advises; it was never used."""
+def test_skipped_image_may_be_removed(tmp_path):
+    """The message on damaged images advises to remove them."""
     write(tmp_path, *images("", cat=10, dog=10))
     before = choose_images(tmp_path)
     damaged = before.train["cat"][0]
     (tmp_path / damaged).unlink()
-    after = reopen_images(tmp_path, kept(before), ("cat", "dog"), {damaged: "it is damaged"})
+    after = reopen_images(
+        tmp_path, stored_parts(before), ("cat", "dog"), {damaged: "it is damaged"}
+    )
     assert counts(after.train) == {"cat": len(before.train["cat"]) - 1, "dog": 8}
 
 
-def test_a_new_class_with_test_images_is_named(tmp_path):
+def test_new_class_with_test_images_is_named(tmp_path):
     write(tmp_path, *images("train", cat=5, dog=5), *images("test", cat=1, dog=1))
     before = choose_images(tmp_path)
     write(tmp_path, *images("test", ship=5))
     with pytest.raises(InputError, match=r"test/ship/ is not a class of the run, but has 5 images"):
-        reopen_images(tmp_path, kept(before))
+        reopen_images(tmp_path, stored_parts(before))
 
 
-def test_a_link_to_the_data_set_is_not_followed(tmp_path):
+def test_links_to_the_data_set_are_not_followed(tmp_path):
     write(tmp_path, *images("train", cat=2, dog=2), *images("test", cat=1, dog=1))
     (tmp_path / "train" / "loop").symlink_to(tmp_path)
     (tmp_path / "train" / "again").symlink_to(tmp_path / "train")
     assert counts(choose_images(tmp_path).train) == {"cat": 2, "dog": 2}
 
 
-def test_no_test_set_can_be_drawn_from_single_images(tmp_path):
+def test_no_test_set_is_drawn_from_single_images(tmp_path):
     write(tmp_path, *images("", cat=1, dog=1))
-    assert note(choose_images(tmp_path), "Test set").startswith("none: each class has one image")
+    assert find_note(choose_images(tmp_path), "Test set").startswith(
+        "none: each class has one image"
+    )
 
 
-def test_classes_may_lie_in_a_folder_for_images(tmp_path):
+def test_classes_may_be_in_a_folder_named_images(tmp_path):
     write(tmp_path, *images("train/images", cat=2, dog=2), *images("test/images", cat=1, dog=1))
     chosen = choose_images(tmp_path)
     assert chosen.train["cat"] == ["train/images/cat/0.jpg", "train/images/cat/1.jpg"]
     assert counts(chosen.test) == {"cat": 1, "dog": 1}
-    assert reopen_images(tmp_path, kept(chosen)).train == chosen.train
+    assert reopen_images(tmp_path, stored_parts(chosen)).train == chosen.train
 
 
-def test_unlabelled_images_may_lie_in_folders_that_are_no_classes(tmp_path):
+def test_unlabelled_images_may_be_in_folders_that_are_not_classes(tmp_path):
     write(tmp_path, *images("train", cat=2, dog=2), *images("test/images", monday=1, tuesday=1))
-    told = note(choose_images(tmp_path), "Test set")
-    assert "test/ has 2 images without labels" in told
+    text = find_note(choose_images(tmp_path), "Test set")
+    assert "test/ has 2 images without labels" in text
 
 
-def test_parts_stay_when_folders_come(tmp_path):
+def test_parts_do_not_change_when_folders_are_added(tmp_path):
     write(tmp_path, *images("train", cat=5, dog=5), *images("valid", cat=1, dog=1))
     before = choose_images(tmp_path)
     write(tmp_path, *images("test", cat=1, dog=1))
-    after = reopen_images(tmp_path, kept(before))
+    after = reopen_images(tmp_path, stored_parts(before))
     assert after == before
     assert choose_images(tmp_path).test != before.test
 
 
-def test_a_missing_part_is_named(tmp_path):
+def test_missing_part_is_named(tmp_path):
     write(tmp_path, *images("train", cat=5, dog=5), *images("valid", cat=1, dog=1))
     before = choose_images(tmp_path)
     (tmp_path / "valid").rename(tmp_path / "away")
     with pytest.raises(InputError, match=r"no folder .*valid, which the run"):
-        reopen_images(tmp_path, kept(before))
+        reopen_images(tmp_path, stored_parts(before))
 
 
 @pytest.mark.parametrize("odd", ["eel", "dog"])
-def test_other_classes_than_the_run_has_are_named(tmp_path, odd):
+def test_classes_that_differ_from_the_run_are_named(tmp_path, odd):
     write(tmp_path, *images("train", cat=5, dog=5, eel=5))
     (tmp_path / "test").mkdir()
     parts, classes = DataParts("train"), [name for name in ("cat", "dog", "eel") if name != odd]
@@ -400,7 +408,7 @@ def test_other_classes_than_the_run_has_are_named(tmp_path, odd):
         reopen_images(tmp_path, parts, ("cat", "dog", "eel"))
 
 
-def test_a_run_keeps_its_spelling_and_order_of_classes(tmp_path):
+def test_run_keeps_the_spelling_and_order_of_its_classes(tmp_path):
     decomposed = normalize("NFD", "ñu")
     write(tmp_path, f"train/{decomposed}/1.jpg", "train/oso/1.jpg", "train/o/1.jpg")
     chosen = reopen_images(tmp_path, DataParts("train"), ("o", decomposed, "oso"))
@@ -411,7 +419,7 @@ def test_a_run_keeps_its_spelling_and_order_of_classes(tmp_path):
     ("folders", "test"),
     [(("test", "val"), "test"), (("val", "valid"), "val"), (("valid",), "valid"), ((), None)],
 )
-def test_runs_of_version_0_1_0_tested_on_the_first_of_three(tmp_path, folders, test):
+def test_runs_of_version_0_1_0_use_the_first_of_three_test_folders(tmp_path, folders, test):
     for name in folders:
         (tmp_path / name).mkdir()
     assert parts_before_split_json(tmp_path) == DataParts("train", test=test)
@@ -426,12 +434,12 @@ def test_runs_of_version_0_1_0_tested_on_the_first_of_three(tmp_path, folders, t
         {"train": "train", "valid": None, "test": None, "drawn": 3},
     ],
 )
-def test_a_damaged_split_is_refused(values):
+def test_damaged_split_is_refused(values):
     with pytest.raises(InputError, match=r"split\.json is damaged"):
         DataParts.from_mapping(values, "split.json")
 
 
-def test_every_image_of_a_drawn_split_is_kept_once(tmp_path):
+def test_drawn_split_contains_each_image_once(tmp_path):
     write(tmp_path, *images("", cat=7, dog=4))
     drawn = choose_images(tmp_path, 0.3).parts.drawn
     assert isinstance(drawn, DrawnTest)

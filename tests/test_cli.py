@@ -45,7 +45,7 @@ def folder(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A finished run of two epochs."""
+    """Train a run of two epochs."""
     path = tmp_path_factory.mktemp("trained") / "run"
     assert run(["fit", *TINY, "--epochs", "2", "--quiet", "--out", str(path)]) == 0
     return open_run(path)
@@ -55,31 +55,31 @@ def names(folder):
     return {path.name for path in folder.iterdir()}
 
 
-def test_fit_leaves_a_complete_run_folder(folder, capsys):
+def test_fit_writes_a_complete_run_folder(folder, capsys):
     assert run(["fit", *TINY, "--epochs", "2"]) == 0
     out = capsys.readouterr().out
-    made = open_run(folder / "runs" / "digits-cut-mixmo-1")
-    assert names(made.path) == FILES
+    created_run = open_run(folder / "runs" / "digits-cut-mixmo-1")
+    assert names(created_run.path) == FILES
     assert names(folder) == {"runs"}
-    assert len(made.history()) == 2
-    recipe = made.recipe()
+    assert len(created_run.history()) == 2
+    recipe = created_run.recipe()
     assert (recipe.model.arch, recipe.train.epochs, recipe.data.limit) == ("wrn10_1", 2, 48)
-    accuracy = made.metrics()["test"]["accuracy"]
+    accuracy = created_run.metrics()["test"]["accuracy"]
     for part in (f"{100 * accuracy:.2f} %", "1/2", "2/2", "runs/digits-cut-mixmo-1", "48 training"):
         assert part in out
     assert "143 images; 95 % CI of the accuracy: ±8.2 points" in out
-    log = (made.path / "log.txt").read_text()
+    log = (created_run.path / "log.txt").read_text()
     assert f"{100 * accuracy:.2f} %" in log
     assert "[train]" in log
 
 
-def test_default_runs_are_numbered(folder):
+def test_default_run_folders_are_numbered(folder):
     for _ in range(2):
         assert run(["fit", *TINY, "--epochs", "1", "--quiet"]) == 0
     assert names(folder / "runs") == {"digits-cut-mixmo-1", "digits-cut-mixmo-2"}
 
 
-def test_json_alone_is_on_standard_output(folder, capsys):
+def test_only_json_is_on_standard_output(folder, capsys):
     assert run(["fit", *TINY, "--epochs", "1", "--out", "here", "--json"]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out) == {"run": "here", **open_run("here").metrics()}
@@ -87,7 +87,7 @@ def test_json_alone_is_on_standard_output(folder, capsys):
     assert names(folder) == {"here"}
 
 
-def test_quiet_says_the_result_only(capsys):
+def test_quiet_prints_only_the_result(capsys):
     arguments = ["fit", *TINY, "--epochs", "1", "--out", "here", "--quiet"]
     assert run(arguments) == 0
     out, err = capsys.readouterr()
@@ -109,29 +109,29 @@ def test_flags_and_assignments_reach_the_recipe(trained):
     assert len(open_run("here").metrics()["test"]["member_accuracy"]) == 3
 
 
-def test_one_member_is_the_vanilla_network():
+def test_one_member_trains_the_vanilla_network():
     assert run(["fit", *TINY, "--members", "1", "--epochs", "1", "--out", "a", "--quiet"]) == 0
-    figures = open_run("a").metrics()["test"]
-    assert figures["member_accuracy"] == [figures["accuracy"]]
-    assert "disagreement" in figures["absent"]
+    metrics = open_run("a").metrics()["test"]
+    assert metrics["member_accuracy"] == [metrics["accuracy"]]
+    assert "disagreement" in metrics["absent"]
 
 
-def test_eval_gives_the_figures_of_the_run(trained, capsys):
+def test_eval_prints_the_metrics_of_the_run(trained, capsys):
     assert run(["eval", str(trained.path), "--json"]) == 0
     out, err = capsys.readouterr()
-    figures = json.loads(out)
+    metrics = json.loads(out)
     assert err == ""
-    assert figures.pop("run") == str(trained.path)
-    assert figures == {name: trained.metrics()[name] for name in figures}
+    assert metrics.pop("run") == str(trained.path)
+    assert metrics == {name: trained.metrics()[name] for name in metrics}
     parts = {"valid", "test", "test_mean_probabilities", "intervals", "cross_fitted"}
-    assert parts <= figures.keys()
+    assert parts <= metrics.keys()
     assert run(["eval", str(trained.path), "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
     accuracy = next(line.split()[2] for line in lines if line.startswith("Test accuracy "))
-    assert accuracy == f"{100 * figures['test']['accuracy']:.2f}"
+    assert accuracy == f"{100 * metrics['test']['accuracy']:.2f}"
 
 
-def test_an_interrupted_run_is_continued_to_the_same_end(monkeypatch, capsys):
+def test_resumed_run_equals_an_uninterrupted_one(monkeypatch, capsys):
     arguments = ["fit", *TINY, "--epochs", "3", "--quiet"]
     assert run([*arguments, "--out", "whole"]) == 0
 
@@ -161,7 +161,7 @@ def test_an_interrupted_run_is_continued_to_the_same_end(monkeypatch, capsys):
     assert whole.metrics()["test"] == part.metrics()["test"]
 
 
-def test_interrupted_in_the_first_epoch_a_run_is_continued_from_its_beginning(monkeypatch, capsys):
+def test_run_interrupted_in_the_first_epoch_resumes_from_the_start(monkeypatch, capsys):
     def interrupt(_):
         raise KeyboardInterrupt
 
@@ -176,7 +176,7 @@ def test_interrupted_in_the_first_epoch_a_run_is_continued_from_its_beginning(mo
     assert (Path("part") / "metrics.json").is_file()
 
 
-def test_a_diverging_run_fails_with_advice(capsys):
+def test_diverging_run_fails_with_advice(capsys):
     assert run(["fit", *TINY, "--epochs", "1", "--lr", "1e30", "--json"]) == 1
     out, err = capsys.readouterr()
     message = err[err.index("Error: ") :]
@@ -187,7 +187,7 @@ def test_a_diverging_run_fails_with_advice(capsys):
     assert len(message.splitlines()) <= 3
 
 
-def test_a_failure_shows_its_place_under_debug(monkeypatch, capsys):
+def test_debug_shows_the_traceback_of_a_failure(monkeypatch, capsys):
     def fail(*_):
         raise RuntimeError("the first line\nthe second\nthe third")
 
@@ -205,13 +205,13 @@ def test_cifar100_trains_from_the_official_format(tmp_path, monkeypatch):
     place = ["--data-dir", str(tmp_path / "cifar"), "--out", "here", "--quiet"]
     arguments = ["fit", "cifar100", *TINY, "--mix", "cutmix", "--epochs", "1", *place]
     assert run(arguments) == 0
-    made = open_run("here")
-    assert made.recipe().name == "cifar100/cut-mixmo"
-    assert 0 <= made.metrics()["test"]["top5"] <= 1
-    assert load_file(made.weights)
+    created_run = open_run("here")
+    assert created_run.recipe().name == "cifar100/cut-mixmo"
+    assert 0 <= created_run.metrics()["test"]["top5"] <= 1
+    assert load_file(created_run.weights)
 
 
-def test_an_image_folder_trains(tmp_path):
+def test_fit_trains_on_an_image_folder(tmp_path):
     root = write_image_folder(tmp_path / "pets", num_train=12, size=(16, 16))
     arguments = ["--arch", "wrn10_1", "--batch-size", "16", "--epochs", "1", "--quiet"]
     assert run(["fit", str(root), *arguments]) == 0
@@ -219,7 +219,7 @@ def test_an_image_folder_trains(tmp_path):
 
 
 @pytest.mark.slow
-def test_lr_find_draws_and_suggests(folder, capsys):
+def test_lr_find_plots_and_suggests_a_learning_rate(folder, capsys):
     assert run(["lr-find", *TINY, "--steps", "40", "--quiet"]) == 0
     assert names(folder) == {"lr-find-digits-cut-mixmo.png"}
     assert (folder / "lr-find-digits-cut-mixmo.png").read_bytes().startswith(b"\x89PNG")
@@ -236,9 +236,9 @@ def test_lr_find_draws_and_suggests(folder, capsys):
     assert f"{rate:g}" in advice
 
 
-def test_lr_find_gives_json_where_the_loss_runs_off(folder, capsys):
+def test_lr_find_prints_valid_json_if_the_loss_diverges(folder, capsys):
     def refuse(constant):
-        raise AssertionError(f"{constant} is no JSON")
+        raise AssertionError(f"{constant} is not JSON")
 
     arguments = ["--steps", "60", "--start", "1e-4", "--end", "1e6", "--out", "a.png", "--json"]
     assert run(["lr-find", *TINY, *arguments]) == 0
@@ -255,7 +255,7 @@ def test_lr_find_gives_json_where_the_loss_runs_off(folder, capsys):
         assert found["advised_lr"] == found["recipe_lr"]
 
 
-def test_lr_find_advises_the_recipe_s_rate_on_a_flat_curve(folder, capsys):
+def test_lr_find_advises_the_learning_rate_of_the_recipe_on_a_flat_curve(folder, capsys):
     arguments = ["--steps", "40", "--end", "1e-4", "--out", "a.png", "--quiet"]
     assert run(["lr-find", *TINY, *arguments]) == 0
     *_, reason, advice, command = capsys.readouterr().out.splitlines()
@@ -267,7 +267,7 @@ def test_lr_find_advises_the_recipe_s_rate_on_a_flat_curve(folder, capsys):
 
 
 @pytest.mark.parametrize(("steps", "advised"), [(40, 120), (5000, 10_000), (10_000, None)])
-def test_lr_find_advises_no_more_steps_than_it_takes(steps, advised):
+def test_lr_find_advises_at_most_the_allowed_steps(steps, advised):
     search = LrSearch([1e-4, 1e-3, 1e-2, 1e-1], [2.3] * 4, {})
     remedy = lr_find._advice(search, 0.1, steps)[1]
     assert remedy.startswith("Keep the recipe's learning rate, 0.1")
@@ -275,7 +275,7 @@ def test_lr_find_advises_no_more_steps_than_it_takes(steps, advised):
     assert ("--steps" in remedy) == (advised is not None)
 
 
-def test_recipes_are_listed_with_their_figures(capsys):
+def test_recipes_are_listed_with_their_accuracies(capsys):
     assert run(["recipes"]) == 0
     rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line}
     assert set(recipe_names()) <= set(rows)
@@ -287,7 +287,7 @@ def test_recipes_are_listed_with_their_figures(capsys):
     assert list(listed) == recipe_names()
 
 
-def test_a_shown_recipe_is_a_recipe(folder, capsys):
+def test_printed_recipe_can_be_loaded(folder, capsys):
     assert run(["recipes", "cifar100/mimo"]) == 0
     (folder / "mine.toml").write_text(capsys.readouterr().out)
     assert load_recipe("mine.toml") == load_recipe("cifar100/mimo")
@@ -296,7 +296,7 @@ def test_a_shown_recipe_is_a_recipe(folder, capsys):
     assert shown == json.loads(json.dumps(to_mapping(load_recipe("cifar100/mimo"))))
 
 
-def test_datasets_are_listed_with_their_state(tmp_path, capsys):
+def test_datasets_are_listed_with_their_status(tmp_path, capsys):
     assert run(["datasets"]) == 0
     out = capsys.readouterr().out
     assert str(tmp_path / "data") in out
@@ -308,7 +308,7 @@ def test_datasets_are_listed_with_their_state(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["fit", "--help"]])
-def test_help_is_no_error(arguments, capsys):
+def test_help_exits_without_error(arguments, capsys):
     assert run(arguments) == 0
     out, err = capsys.readouterr()
     assert "Usage: mixmo" in out
@@ -321,14 +321,14 @@ def python(*arguments, cwd):
     )
 
 
-def test_the_module_is_the_program(folder):
+def test_module_runs_the_command_line(folder):
     done = python("-m", "mixmo_fastai", "--version", cwd=folder)
     assert done.stdout == f"mixmo {mixmo_fastai.__version__}\n"
     assert (done.returncode, done.stderr) == (0, "")
     assert python("-m", "mixmo_fastai", "fit", "cifra10", cwd=folder).returncode == 2
 
 
-WRONG_WORDS = [
+INVALID_ARGUMENTS = [
     ["fit", "cifra10"],
     ["fit", "--recipe", "cifar100/cutmixmo"],
     ["fit", "--arch", "wrn28_1o"],
@@ -354,11 +354,11 @@ WRONG_WORDS = [
 ]
 
 
-def test_wrong_words_are_refused_before_torch_is_imported(folder):
+def test_invalid_arguments_are_refused_before_torch_is_imported(folder):
     (folder / "file").touch()
     for name in ("damaged", "future"):
-        made = create_run(load_recipe("digits/cut-mixmo"), folder / name)
-        path = CheckpointStore(made.checkpoint).save([("state.json", b"{}")])
+        created_run = create_run(load_recipe("digits/cut-mixmo"), folder / name)
+        path = CheckpointStore(created_run.checkpoint).save([("state.json", b"{}")])
         if name == "damaged":
             (path / "state.json").unlink()
         else:
@@ -368,11 +368,11 @@ def test_wrong_words_are_refused_before_torch_is_imported(folder):
         "from mixmo_fastai.cli import run\n"
         "assert run(['--help']) == 0\n"
         "assert run(['recipes']) == 0\n"
-        f"for words in {WRONG_WORDS!r}:\n"
-        "    assert run(words) == 2, words\n"
+        f"for arguments in {INVALID_ARGUMENTS!r}:\n"
+        "    assert run(arguments) == 2, arguments\n"
         "    heavy = {'torch', 'fastai', 'numpy', 'matplotlib'} & set(sys.modules)\n"
-        "    assert not heavy, (words, heavy)\n"
+        "    assert not heavy, (arguments, heavy)\n"
     )
     done = python("-c", code, cwd=folder)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("Error: ") == len(WRONG_WORDS)
+    assert done.stderr.count("Error: ") == len(INVALID_ARGUMENTS)

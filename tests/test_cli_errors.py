@@ -99,7 +99,7 @@ PLACES = [
     ("fit --out file", "'file' is not a folder", "--out DIR"),
     ("fit --out file/run", "'file' is not a folder", "--out DIR"),
     ("fit --out file/deep/run", "'file' is not a folder", "--out DIR"),
-    ("lr-find --out picture.png", "exists and was not changed", "another --out"),
+    ("lr-find --out image.png", "exists and was not changed", "another --out"),
     ("lr-find --out none/a.png", "no folder 'none'", "Create it first"),
     ("lr-find --out file/a.png", "no folder 'file'", "Create it first"),
     ("lr-find --out a.jpg", "'a.jpg'", "must end in .png"),
@@ -156,16 +156,16 @@ RUNS = [
     ("inspect trained", "no weights yet", "mixmo fit --resume trained"),
     ("inspect truncated", "model.safetensors cannot be read", ""),
     ("inspect finished finished finished", "one or two runs", "got 3"),
-    ("inspect finished --out picture.png", "exists and was not changed", "another --out"),
+    ("inspect finished --out image.png", "exists and was not changed", "another --out"),
     ("predict none file", "no run folder 'none'", "runs/"),
     ("predict finished none.png", "no image or folder 'none.png'", ""),
     ("predict finished notes", "No image was found", "Give image files"),
-    ("predict trained picture.png", "no weights yet", "mixmo fit --resume trained"),
-    ("predict finished picture.png --out a.txt", "'a.txt'", "must end in .csv or .json"),
-    ("predict finished picture.png --out none/a.csv", "no folder 'none'", "Create it first"),
-    ("predict file.safetensors picture.png", "no exported network", "'file.safetensors'"),
-    ("predict broken.safetensors picture.png", "cannot be read", ""),
-    ("predict finished/model.safetensors picture.png", "not an exported network", "mixmo export"),
+    ("predict trained image.png", "no weights yet", "mixmo fit --resume trained"),
+    ("predict finished image.png --out a.txt", "'a.txt'", "must end in .csv or .json"),
+    ("predict finished image.png --out none/a.csv", "no folder 'none'", "Create it first"),
+    ("predict file.safetensors image.png", "no exported network", "'file.safetensors'"),
+    ("predict broken.safetensors image.png", "cannot be read", ""),
+    ("predict finished/model.safetensors image.png", "not an exported network", "mixmo export"),
     ("report none", "no run folder 'none'", "runs/"),
     ("report trained", "no weights yet", "mixmo fit --resume trained"),
     ("report finished --out file", "exists and was not changed", "another --out"),
@@ -184,20 +184,20 @@ RUNS = [
     ("import file --arch wrn10_1 --dataset cifar10 --out notes", "not empty", "--out DIR"),
     ("show --mix cutmx", "mask kind 'cutmx'", "Did you mean 'cutmix'"),
     ("show --count 0", "--count", "1"),
-    ("show --out picture.png", "exists and was not changed", "another --out"),
+    ("show --out image.png", "exists and was not changed", "another --out"),
     ("fit --resume finished", "finished has weights but no checkpoint", "mixmo eval"),
     ("fit --resume foreign", "foreign/checkpoint", "start a new run"),
     ("fit --resume damaged-checkpoint", "No checkpoint in", "start a new run"),
     ("fit --resume future", "has format 99", "version that wrote it"),
     ("fit --recipe notes", "no recipe 'notes'", "mixmo recipes"),
-    ("fit --recipe picture.png", "not valid TOML", "mixmo recipes NAME"),
+    ("fit --recipe image.png", "not valid TOML", "mixmo recipes NAME"),
     ("fit --data-dir file", "file is a file", "--data-dir"),
 ]
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Image folders, each wrong in its own way."""
+    """Write image folders, each with another error."""
     root = tmp_path_factory.mktemp("folders")
     write_image_folder(root / "one-class", classes=["cat"])
     (root / "empty").mkdir()
@@ -213,30 +213,30 @@ def folders(tmp_path_factory):
     write_image_folder(root / "bare", num_train=20)
     shutil.rmtree(root / "bare/test")
     write_image_folder(root / "undecodable")
-    (root / "undecodable/train/dog/002.png").write_bytes(b"no image")
+    (root / "undecodable/train/dog/002.png").write_bytes(b"not an image")
     return root
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """Make what `folder` copies once, since making runs takes longer than most tests."""
+    """Prepare the folder that `folder` copies, once, since creating runs is slow."""
     work = tmp_path_factory.mktemp("prepared") / "work"
     (work / "notes").mkdir(parents=True)
-    for name in ("file", "picture.png", "notes/today.txt"):
+    for name in ("file", "image.png", "notes/today.txt"):
         (work / name).write_text("precious")
     (work / "broken.toml").write_text("[train\n")
     (work / "wrong.toml").write_text("[train]\nepocs = 3\n")
     for name in ("trained", "damaged"):
         create_run(load_recipe("digits/cut-mixmo"), work / name)
     (work / "damaged" / "recipe.toml").write_text("[train\n")
-    (work / "broken.safetensors").write_bytes(b"no tensors")
-    make_runs(work)
+    (work / "broken.safetensors").write_bytes(b"not tensors")
+    create_runs(work)
     return work
 
 
 @pytest.fixture
 def folder(prepared, monkeypatch, tmp_path):
-    """A folder to work in, with a few things that must stay as they are."""
+    """Copy the prepared folder and make it the working directory."""
     monkeypatch.setenv("MIXMO_DATA_DIR", str(tmp_path / "data"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     work = shutil.copytree(prepared, tmp_path / "work")
@@ -244,13 +244,13 @@ def folder(prepared, monkeypatch, tmp_path):
     return work
 
 
-MADE = "finished emptied truncated other unclear foreign damaged-checkpoint future"
+RUN_NAMES = "finished emptied truncated other unclear foreign damaged-checkpoint future"
 
 
-def make_runs(work):
-    """Runs that are finished, or wrong in their own ways."""
+def create_runs(work):
+    """Create finished runs and runs with errors."""
     recipe = override(load_recipe("digits/cut-mixmo"), ["model.arch=wrn10_1"])
-    runs = {name: create_run(recipe, work / name) for name in MADE.split()}
+    runs = {name: create_run(recipe, work / name) for name in RUN_NAMES.split()}
     for name in ("finished", "truncated", "other"):
         save_weights(create_model("wrn10_1", 10, 2, 1), runs[name])
     os.truncate(runs["truncated"].weights, 1000)
@@ -270,20 +270,20 @@ def contents(folder: Path):
     return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
-ALL = [*NAMES, *ASSIGNMENTS, *NUMBERS, *DEVICES, *PLACES, *FOLDERS, *RUNS]
+ALL_CASES = [*NAMES, *ASSIGNMENTS, *NUMBERS, *DEVICES, *PLACES, *FOLDERS, *RUNS]
 
 
-@pytest.mark.parametrize("more", [[], ["--json"]], ids=["plain", "json"])
-@pytest.mark.parametrize("case", ALL)
-def test_wrong_input_is_explained_and_leaves_no_trace(folder, folders, capsys, case, more):
-    words, wrong, remedy = case
+@pytest.mark.parametrize("extra", [[], ["--json"]], ids=["plain", "json"])
+@pytest.mark.parametrize("case", ALL_CASES)
+def test_invalid_input_is_explained_and_changes_no_file(folder, folders, capsys, case, extra):
+    arguments, problem, remedy = case
     before = contents(folder), contents(folders)
-    assert run([*words.format(folders=folders).split(), *more]) == 2
+    assert run([*arguments.format(folders=folders).split(), *extra]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("Error: ")
     assert "Traceback" not in err
-    assert wrong in err
+    assert problem in err
     assert remedy in err
     lines = err.splitlines()
     assert len(lines) <= 3
@@ -291,7 +291,7 @@ def test_wrong_input_is_explained_and_leaves_no_trace(folder, folders, capsys, c
     assert (contents(folder), contents(folders)) == before
 
 
-def test_ctrl_c_while_the_data_is_read_leaves_nothing(folder, monkeypatch, capsys):
+def test_ctrl_c_while_data_is_read_changes_no_file(folder, monkeypatch, capsys):
     def interrupt(*_):
         raise KeyboardInterrupt
 

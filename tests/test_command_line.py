@@ -1,11 +1,11 @@
-"""Command lines that messages print are the ones that were given."""
+"""Command lines in messages repeat the flags of the user."""
 
 import shlex
 
 from mixmo_fastai.cli import options as opt
 
 
-def test_the_command_of_fit_has_the_given_flags_in_quotes():
+def test_fit_command_contains_the_flags_of_the_user():
     flags = {
         "recipe": "digits/mimo",
         "arch": None,

@@ -7,7 +7,7 @@ from mixmo_fastai.errors import InputError
 from mixmo_fastai.metrics.confusion import ConfusedPair, confusion_matrix, most_confused
 
 
-def test_agrees_with_scikit_learn():
+def test_confusion_matrix_matches_scikit_learn():
     random = torch.Generator().manual_seed(0)
     logits = torch.randn(500, 7, generator=random)
     labels = torch.randint(0, 7, (500,), generator=random)
@@ -21,7 +21,7 @@ def test_a_class_without_samples_has_a_row_of_zeros():
     assert matrix[3].tolist() == [0, 1, 0, 0]
 
 
-def test_pairs_are_sorted_and_without_right_ones():
+def test_confused_pairs_are_sorted_and_exclude_correct_predictions():
     matrix = torch.tensor([[90, 4, 0], [7, 80, 4], [0, 0, 10]])
     assert most_confused(matrix, 2) == [
         ConfusedPair(1, 0, 7, 7 / 91),

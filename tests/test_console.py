@@ -6,7 +6,7 @@ LINE = "95 % CI     accuracy 25.44 % to 27.18 %, NLL 1.9251 to 1.9558, ECE 1.91 
 
 
 @pytest.mark.parametrize("width", range(30, 90))
-def test_lines_are_folded_under_their_second_column(width):
+def test_wrapped_lines_are_aligned_with_the_second_column(width):
     lines = wrap_line(LINE, width)
     assert " ".join([lines[0], *(line.strip() for line in lines[1:])]) == LINE
     assert all(len(line) <= width for line in lines)
@@ -15,11 +15,11 @@ def test_lines_are_folded_under_their_second_column(width):
 
 
 @pytest.mark.parametrize("width", range(30, 90))
-def test_a_number_stays_with_its_unit(width):
+def test_numbers_are_not_separated_from_their_unit(width):
     assert not [line for line in wrap_line(LINE, width) if line.strip().startswith("%")]
 
 
-def test_what_is_copied_is_left_whole():
+def test_commands_and_paths_are_not_wrapped():
     command = "  mixmo fit " + "--set data.valid_split=0.1 " * 5
     assert wrap_line(command, 40) == [command]
     path = "Curve: " + "folder/" * 20

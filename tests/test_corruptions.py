@@ -25,7 +25,7 @@ N = 6
 
 
 def write_official(folder, *, num_images=N, num_classes=2):
-    """As in the archives: per type five times the test set, mildest first."""
+    """Write files as in the official archives: five severities of the test set for each type."""
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(0)
     labels = np.tile(np.arange(num_images) % num_classes, NUM_SEVERITIES)
@@ -46,12 +46,12 @@ def run(tmp_path_factory):
         {"model.arch": "wrn10_1", "train.epochs": 1, "train.batch_size": 16, "train.device": "cpu"},
         ["data.valid_split=0.1"],
     )
-    made = create_run(recipe, folder / "run")
-    train_run(prepare(recipe, folder), made)
-    return made
+    created = create_run(recipe, folder / "run")
+    train_run(prepare(recipe, folder), created)
+    return created
 
 
-def test_official_files_are_read_part_by_part(tmp_path):
+def test_official_files_are_read_by_type_and_severity(tmp_path):
     folder = write_official(tmp_path / "CIFAR-10-C")
     parts = list(read_official(folder))
     assert [(p.kind, p.severity) for p in parts] == [
@@ -78,7 +78,7 @@ def test_official_files_are_read_part_by_part(tmp_path):
         ),
     ],
 )
-def test_files_that_are_not_right_are_named_before_any_is_used(tmp_path, damage, message):
+def test_invalid_files_are_named_before_any_is_used(tmp_path, damage, message):
     folder = write_official(tmp_path / "c")
     damage(folder)
     with pytest.raises(InputError, match=message) as caught:
@@ -87,7 +87,7 @@ def test_files_that_are_not_right_are_named_before_any_is_used(tmp_path, damage,
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_each_built_in_corruption_grows_with_its_severity(channels):
+def test_built_in_corruptions_grow_with_severity(channels):
     random = torch.Generator().manual_seed(0)
     smooth = torch.randint(0, 256, (20, channels, 8, 8), generator=random).float()
     pixels = torch.nn.functional.interpolate(smooth, 32, mode="bilinear").to(torch.uint8)
@@ -103,7 +103,7 @@ def test_each_built_in_corruption_grows_with_its_severity(channels):
     assert all(torch.equal(a.pixels, b.pixels) for a, b in zip(parts, again, strict=True))
 
 
-def test_strengths_are_what_they_say():
+def test_strengths_of_built_in_corruptions():
     grey = torch.full((50, 3, 32, 32), 128, dtype=torch.uint8)
     parts = {
         (p.kind, p.severity): p.pixels.float() / 255 for p in make_corrupted(grey, torch.zeros(50))
@@ -112,19 +112,19 @@ def test_strengths_are_what_they_say():
     assert parts["brightness", 5].mean().item() == pytest.approx(128 / 255 + 0.3, abs=0.003)
     edge = torch.zeros(1, 1, 32, 32, dtype=torch.uint8)
     edge[..., 16:] = 200
-    found = next(
+    actual = next(
         p.pixels
         for p in make_corrupted(edge, torch.zeros(1))
         if (p.kind, p.severity) == ("contrast", 2)
     )
-    assert sorted(found.unique().tolist()) == [50, 150]  # half the distance from the mean of 100
+    assert sorted(actual.unique().tolist()) == [50, 150]  # half the distance from the mean of 100
 
 
 @pytest.mark.slow
-def test_figures_are_means_over_severities_and_types(run, tmp_path, capsys):
+def test_metrics_are_means_over_severities_and_types(run, tmp_path, capsys):
     folder = write_official(tmp_path / "c")
-    found = evaluate_corruptions(open_finished(run), str(folder))
-    assert list(found["types"]) == list(OFFICIAL_TYPES)
+    actual = evaluate_corruptions(open_finished(run), str(folder))
+    assert list(actual["types"]) == list(OFFICIAL_TYPES)
     finished = open_finished(run)
     accuracies, losses, errors = [], [], []
     for part in read_official(folder):
@@ -132,22 +132,22 @@ def test_figures_are_means_over_severities_and_types(run, tmp_path, capsys):
         accuracies.append((logits.argmax(1) == part.labels).double().mean().item())
         losses.append(nll(logits, part.labels).item())
         errors.append(expected_calibration_error(logits, part.labels).item())
-    assert found["cA"] == pytest.approx(np.mean(accuracies))
-    assert found["cNLL"] == pytest.approx(np.mean(losses))
-    assert found["cECE"] == pytest.approx(np.mean(errors))
+    assert actual["cA"] == pytest.approx(np.mean(accuracies))
+    assert actual["cNLL"] == pytest.approx(np.mean(losses))
+    assert actual["cECE"] == pytest.approx(np.mean(errors))
     fog = OFFICIAL_TYPES.index("fog")
-    assert found["types"]["fog"]["severities"]["nll"] == pytest.approx(
+    assert actual["types"]["fog"]["severities"]["nll"] == pytest.approx(
         losses[5 * fog : 5 * fog + 5]
     )
-    assert found["types"]["fog"]["nll"] == pytest.approx(np.mean(losses[5 * fog : 5 * fog + 5]))
+    assert actual["types"]["fog"]["nll"] == pytest.approx(np.mean(losses[5 * fog : 5 * fog + 5]))
 
 
 @pytest.mark.slow
-def test_the_command(run, tmp_path, capsys):
+def test_corruptions_option_of_eval(run, tmp_path, capsys):
     path = str(run.path)
     assert program(["eval", path, "--corruptions", "built-in", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)["corruptions"]
-    assert list(found["types"]) == list(BUILT_IN)
+    actual = json.loads(capsys.readouterr().out)["corruptions"]
+    assert list(actual["types"]) == list(BUILT_IN)
     assert program(["eval", path, "--corruptions", str(write_official(tmp_path / "c"))]) == 0
     out = capsys.readouterr().out
     assert "mean of 15 types of 5 severities" in out

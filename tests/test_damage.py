@@ -16,14 +16,14 @@ from mixmo_fastai.errors import InputError
 from mixmo_fastai.evaluation.runs import open_finished
 from mixmo_fastai.runs.folder import check_same_left_out, open_run
 
-_WORDS = "--arch wrn10_1 --epochs 1 --batch-size 16 --repeat 1 --device cpu --threads 1 --quiet"
-TINY = tuple(_WORDS.split())
+_ARGUMENTS = "--arch wrn10_1 --epochs 1 --batch-size 16 --repeat 1 --device cpu --threads 1 --quiet"
+TINY = tuple(_ARGUMENTS.split())
 
 
 @pytest.fixture
-def home(tmp_path, monkeypatch):
-    monkeypatch.setenv("MIXMO_DATA_DIR", str(tmp_path / "home"))
-    return tmp_path / "home"
+def data_dir(tmp_path, monkeypatch):
+    monkeypatch.setenv("MIXMO_DATA_DIR", str(tmp_path / "data_dir"))
+    return tmp_path / "data_dir"
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def folder(tmp_path):
 
 
 def damage(folder):
-    """Empty one file, cut one and put text into one; return their names."""
+    """Empty a file, truncate another and write text to a third; return their names."""
     names = ["train/cat/001.png", "train/dog/003.png", "test/dog/002.png"]
     (folder / names[0]).write_bytes(b"")
     (folder / names[1]).write_bytes((folder / names[1]).read_bytes()[:-60])
@@ -40,16 +40,16 @@ def damage(folder):
     return names
 
 
-LIMITS = {"kept": cache.CACHE_LIMIT, "decoded at each access": 0}
+LIMITS = {"cached": cache.CACHE_LIMIT, "decoded at each access": 0}
 
 
 @pytest.mark.parametrize("limit", LIMITS.values(), ids=LIMITS)
 @pytest.mark.parametrize("size", [None, 24])
-def test_one_error_names_all_damaged_images_of_every_part(folder, home, size, limit):
+def test_damaged_images_of_all_parts_are_named_in_one_error(folder, data_dir, size, limit):
     names = damage(folder)
     for _ in range(2):  # found, then known
         with pytest.raises(DamagedImagesError) as caught:
-            read_image_folder(folder, home, image_size=size, cache_limit=limit)
+            read_image_folder(folder, data_dir, image_size=size, cache_limit=limit)
         message = str(caught.value)
         assert all(name in message for name in names)
         assert "3 of 48 images" in message
@@ -60,34 +60,34 @@ def test_one_error_names_all_damaged_images_of_every_part(folder, home, size, li
         assert lines[0][1] == "the file is empty"
 
 
-def test_of_many_damaged_images_ten_are_named_and_all_listed(folder, home):
+def test_ten_damaged_images_are_named_and_all_are_listed_in_a_file(folder, data_dir):
     for path in (folder / "train" / "cat").iterdir():
         path.write_bytes(b"damaged")
     with pytest.raises(DamagedImagesError, match=r"cat/009\.png and 10 more") as caught:
-        load_source(folder, home)
+        load_source(folder, data_dir)
     assert "010.png" not in str(caught.value)
     assert len(caught.value.listed.read_text().splitlines()) == len(caught.value.reasons) == 20
 
 
-def test_a_single_damaged_image_is_named_with_the_reason(folder, home):
+def test_single_damaged_image_is_named_with_its_reason(folder, data_dir):
     (folder / "train" / "cat" / "001.png").write_bytes(b"")
     with pytest.raises(DamagedImagesError, match=r"001\.png \(the file is empty\)"):
-        load_source(folder, home)
+        load_source(folder, data_dir)
 
 
-def test_links_to_nowhere_are_named_together(folder, home):
+def test_broken_links_are_named_in_one_error(folder, data_dir):
     for name in ("lost", "gone"):
-        (folder / "train" / "cat" / f"{name}.png").symlink_to(folder / "nowhere.png")
+        (folder / "train" / "cat" / f"{name}.png").symlink_to(folder / "missing.png")
     with pytest.raises(DamagedImagesError, match=r"gone\.png, train/cat/lost\.png"):
-        load_source(folder, home)
+        load_source(folder, data_dir)
 
 
-def test_the_list_goes_elsewhere_when_the_cache_cannot_be_written(folder, home):
+def test_list_is_written_elsewhere_if_the_cache_is_not_writable(folder, data_dir):
     names = damage(folder)
-    home.mkdir()
-    (home / "mixmo-cache").touch()
+    data_dir.mkdir()
+    (data_dir / "mixmo-cache").touch()
     with pytest.raises(DamagedImagesError) as caught:
-        load_source(folder, home)
+        load_source(folder, data_dir)
     try:
         assert len(caught.value.listed.read_text().splitlines()) == len(names)
     finally:
@@ -95,77 +95,79 @@ def test_the_list_goes_elsewhere_when_the_cache_cannot_be_written(folder, home):
 
 
 @pytest.mark.parametrize("limit", LIMITS.values(), ids=LIMITS)
-def test_damaged_images_are_left_out_and_the_others_unchanged(tmp_path, folder, home, limit):
-    whole = load_source(folder, home)
+def test_damaged_images_are_skipped_and_others_unchanged(tmp_path, folder, data_dir, limit):
+    complete = load_source(folder, data_dir)
     names = damage(folder)
     for _ in range(2):
-        source = read_image_folder(folder, home, cache_limit=limit, skip_damaged=True)
+        source = read_image_folder(folder, data_dir, cache_limit=limit, skip_damaged=True)
         assert [*source.left_out] == names
         assert dict(source.notes)["Left out"].startswith("3 unreadable images: train/cat/001.png")
         for part in ("train", "test"):
-            every, kept = getattr(whole, part), getattr(source, part)
-            rows = [i for i in range(len(every)) if every.name(i) not in names]
-            assert [kept.name(i) for i in range(len(kept))] == [every.name(i) for i in rows]
-            assert torch.equal(kept.labels, every.labels[rows])
-            assert torch.equal(kept.tensor(), every.tensor()[rows])
+            all_images, remaining = getattr(complete, part), getattr(source, part)
+            rows = [i for i in range(len(all_images)) if all_images.name(i) not in names]
+            assert [remaining.name(i) for i in range(len(remaining))] == [
+                all_images.name(i) for i in rows
+            ]
+            assert torch.equal(remaining.labels, all_images.labels[rows])
+            assert torch.equal(remaining.tensor(), all_images.tensor()[rows])
 
 
-def test_a_single_image_is_left_out_with_the_reason(folder, home, monkeypatch):
+def test_single_skipped_image_is_named_with_its_reason(folder, data_dir, monkeypatch):
     Image.new("RGB", (60, 60)).save(folder / "train" / "cat" / "001.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1100)
-    source = load_source(folder, home, skip_damaged=True)
+    source = load_source(folder, data_dir, skip_damaged=True)
     assert dict(source.notes)["Left out"].startswith(
         "1 unreadable image: train/cat/001.png (it has 0 megapixels, "
     )
 
 
-def test_without_damage_nothing_is_left_out(folder, home):
-    source = load_source(folder, home, skip_damaged=True)
+def test_nothing_is_skipped_without_damage(folder, data_dir):
+    source = load_source(folder, data_dir, skip_damaged=True)
     assert (len(source.train), source.left_out) == (40, {})
     assert "Left out" not in dict(source.notes)
 
 
-def test_a_mended_image_is_used_again(folder, home):
+def test_repaired_images_are_used_again(folder, data_dir):
     names = damage(folder)
-    load_source(folder, home, skip_damaged=True)
+    load_source(folder, data_dir, skip_damaged=True)
     for name in names:
         Image.new("RGB", (32, 32)).save(folder / name)
-    assert len(load_source(folder, home).train) == 40
+    assert len(load_source(folder, data_dir).train) == 40
 
 
-def test_a_class_cannot_be_left_out_as_a_whole(folder, home):
+def test_skipping_all_images_of_a_class_is_refused(folder, data_dir):
     for path in (folder / "train" / "cat").iterdir():
         path.write_bytes(b"damaged")
     with pytest.raises(InputError, match="No training image of the class 'cat' can"):
-        load_source(folder, home, skip_damaged=True)
+        load_source(folder, data_dir, skip_damaged=True)
 
 
 @pytest.mark.parametrize("error", [MemoryError(), OSError(24, "Too many open files")])
-def test_what_the_machine_lacks_is_not_held_against_an_image(folder, home, monkeypatch, error):
+def test_errors_of_the_machine_are_not_treated_as_damage(folder, data_dir, monkeypatch, error):
     def fail(*_, **__):
         raise error
 
     monkeypatch.setattr(Image, "open", fail)
     with pytest.raises(type(error)):
-        load_source(folder, home, skip_damaged=True)
+        load_source(folder, data_dir, skip_damaged=True)
 
 
-def test_tiny_imagenet_leaves_damaged_images_out(tmp_path):
+def test_tiny_imagenet_skips_damaged_images(tmp_path):
     from mixmo_fastai.data.archives import Unpacked
 
     archive = write_tiny_imagenet(tmp_path, packed=False)
     unpacked = Unpacked(archive, tmp_path)
-    whole = read_tiny_imagenet(unpacked)
+    complete = read_tiny_imagenet(unpacked)
     path = sorted(unpacked.folder.glob("train/*/images/*.JPEG"))[1]
     path.write_bytes(b"")
     with pytest.raises(DamagedImagesError, match=path.name):
         read_tiny_imagenet(unpacked)
     source = read_tiny_imagenet(unpacked, skip_damaged=True)
-    assert len(source.train) == len(whole.train) - 1
+    assert len(source.train) == len(complete.train) - 1
     assert [*source.left_out] == [path.relative_to(unpacked.folder).as_posix()]
 
 
-def test_a_run_keeps_what_it_has_left_out(folder, home, tmp_path, capsys):
+def test_run_stores_its_skipped_images(folder, data_dir, tmp_path, capsys):
     names = damage(folder)
     run = tmp_path / "run"
     assert program(["fit", str(folder), *TINY, "--skip-damaged", "--out", str(run)]) == 0
@@ -182,13 +184,13 @@ def test_a_run_keeps_what_it_has_left_out(folder, home, tmp_path, capsys):
 
     (folder / "train" / "cat" / "000.png").write_bytes(b"")
     assert program(["eval", str(run)]) == 2
-    shown = " ".join(capsys.readouterr().err.split())
-    assert "train/cat/000.png" in shown
-    assert "restore" in shown
-    assert "--skip-damaged" not in shown
+    output = " ".join(capsys.readouterr().err.split())
+    assert "train/cat/000.png" in output
+    assert "restore" in output
+    assert "--skip-damaged" not in output
 
 
-def test_runs_that_left_out_other_images_are_not_compared(tmp_path, folder, home):
+def test_runs_with_different_skipped_images_are_not_compared(tmp_path, folder, data_dir):
     runs = [tmp_path / "first", tmp_path / "second"]
     for number, run in enumerate(runs):
         (folder / f"train/cat/{number:03}.png").write_bytes(b"")
@@ -199,12 +201,12 @@ def test_runs_that_left_out_other_images_are_not_compared(tmp_path, folder, home
         check_same_left_out(first, second)
 
 
-def test_prediction_names_what_cannot_be_read(folder, home, tmp_path, capsys):
+def test_prediction_names_unreadable_images(folder, data_dir, tmp_path, capsys):
     run = tmp_path / "run"
     assert program(["fit", str(folder), *TINY, "--out", str(run)]) == 0
     names = [name for name in damage(folder) if name.startswith("train")]
     capsys.readouterr()
     assert program(["predict", str(run), str(folder / "train")]) == 1
-    shown = capsys.readouterr().err.replace("\n", "")
-    assert "2 of 40 images" in shown
-    assert all(os.path.basename(name) in shown for name in names)
+    output = capsys.readouterr().err.replace("\n", "")
+    assert "2 of 40 images" in output
+    assert all(os.path.basename(name) in output for name in names)

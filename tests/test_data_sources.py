@@ -43,7 +43,7 @@ WRITERS = {
 
 @pytest.fixture
 def register(monkeypatch):
-    """Let a data set's name stand for a generated archive."""
+    """Return a function that replaces a data set's archive by a generated one."""
 
     def replace(archive):
         source = dataclasses.replace(SOURCES[archive.dataset], archive=archive)
@@ -62,7 +62,7 @@ def offline(monkeypatch):
 
 @pytest.fixture
 def server(tmp_path):
-    """Serve a folder from this machine; gives the folder and its address."""
+    """Serve a folder on localhost; yield the folder and its address."""
     folder = tmp_path / "served"
     folder.mkdir()
 
@@ -79,11 +79,11 @@ def server(tmp_path):
         thread.join()
 
 
-def test_every_name_has_a_source_and_facts():
+def test_every_named_data_set_has_a_source():
     assert list(SOURCES) == list(DATASETS)
 
 
-def test_digits_are_as_their_facts_say():
+def test_digits_have_their_stated_properties():
     source = load_source("digits")
     facts = DATASETS["digits"]
     assert (len(source.train), len(source.test)) == facts.num_images
@@ -106,7 +106,7 @@ def test_digits_are_split_within_each_class():
         assert (source.train.labels == label).sum() == count - count // 5
 
 
-def test_digits_take_every_fifth_image_of_a_class():
+def test_every_fifth_digit_of_a_class_is_a_test_image():
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -116,7 +116,7 @@ def test_digits_take_every_fifth_image_of_a_class():
     assert np.array_equal(of_test, zeros[4::5])
 
 
-def test_cifar10_gives_the_written_images(tmp_path):
+def test_cifar10_is_read(tmp_path):
     source = read_cifar10(Unpacked(write_cifar10(tmp_path), tmp_path))
     assert source.classes == CIFAR10_CLASSES
     assert (len(source.train), len(source.test)) == (100, 20)
@@ -131,7 +131,7 @@ def test_cifar10_gives_the_written_images(tmp_path):
     assert (source.mean, source.flip) == (DATASETS["cifar10"].mean, True)
 
 
-def test_cifar100_gives_fine_labels(tmp_path):
+def test_cifar100_is_read_with_fine_labels(tmp_path):
     source = read_cifar100(Unpacked(write_cifar100(tmp_path), tmp_path))
     assert (len(source.train), len(source.test)) == (200, 100)
     assert source.test.labels.tolist() == list(range(100))
@@ -139,7 +139,7 @@ def test_cifar100_gives_fine_labels(tmp_path):
     assert source.train.image_shape == DATASETS["cifar100"].image_shape
 
 
-def test_cifar_pickled_by_python_3_is_read_too(tmp_path):
+def test_cifar_pickled_by_python_3_is_read(tmp_path):
     write_cifar100(tmp_path)
     rows = np.arange(2 * 3072).astype(np.uint8).reshape(2, 3072)
     content = pickle.dumps({"data": rows, "fine_labels": [3, 1]}, protocol=4)
@@ -148,7 +148,7 @@ def test_cifar_pickled_by_python_3_is_read_too(tmp_path):
     assert np.array_equal(source.test.tensor().flatten(1).numpy(), rows)
 
 
-def test_a_changed_cifar_file_is_refused(tmp_path):
+def test_changed_cifar_file_is_refused(tmp_path):
     archive = write_cifar10(tmp_path)
     path = tmp_path / archive.folder / "data_batch_3"
     path.write_bytes(path.read_bytes() + b" ")
@@ -158,26 +158,26 @@ def test_a_changed_cifar_file_is_refused(tmp_path):
     assert len(str(caught.value).splitlines()) <= 3
 
 
-def test_no_byte_is_unpickled_before_its_checksum(tmp_path):
+def test_nothing_is_unpickled_before_its_checksum_is_verified(tmp_path):
     write_cifar100(tmp_path)
     marker = tmp_path / "ran"
-    (tmp_path / "cifar-100-python" / "train").write_bytes(calling("os", "mkdir", str(marker)))
+    (tmp_path / "cifar-100-python" / "train").write_bytes(pickled_call("os", "mkdir", str(marker)))
     with pytest.raises(InputError, match="differs from its checksum"):
         load_source("cifar100", tmp_path)
     assert not marker.exists()
 
 
 @pytest.mark.parametrize("call", [("os", "mkdir"), ("numpy", "load"), ("builtins", "open")])
-def test_a_pickle_calls_nothing_even_with_the_right_checksum(tmp_path, call):
+def test_pickle_with_correct_checksum_calls_no_function(tmp_path, call):
     write_cifar100(tmp_path)
     marker = tmp_path / "ran"
-    (tmp_path / "cifar-100-python" / "train").write_bytes(calling(*call, str(marker)))
+    (tmp_path / "cifar-100-python" / "train").write_bytes(pickled_call(*call, str(marker)))
     with pytest.raises(InputError, match=rf"not in the official format.*{call[0]}\.{call[1]}"):
         read_cifar100(Unpacked(with_checksums(CIFAR100, tmp_path), tmp_path))
     assert not marker.exists()
 
 
-def calling(module, name, argument):
+def pickled_call(module, name, argument):
     text = argument.encode()
     return b"".join(
         (b"\x80\x02c", f"{module}\n{name}\n".encode(), b"U", bytes([len(text)]), text, b"\x85R.")
@@ -185,14 +185,14 @@ def calling(module, name, argument):
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x02", b"\x80\x02].", b"text\n", b"\x80\x02}."])
-def test_a_pickle_of_another_form_is_refused(tmp_path, content):
+def test_pickle_in_another_format_is_refused(tmp_path, content):
     write_cifar100(tmp_path)
     (tmp_path / "cifar-100-python" / "meta").write_bytes(content)
     with pytest.raises(InputError, match="meta is not in the official format"):
         read_cifar100(Unpacked(with_checksums(CIFAR100, tmp_path), tmp_path))
 
 
-def test_tiny_imagenet_gives_sorted_classes(tmp_path):
+def test_tiny_imagenet_is_read_with_sorted_classes(tmp_path):
     source = read_tiny_imagenet(Unpacked(write_tiny_imagenet(tmp_path), tmp_path))
     assert source.classes[:2] == ("name n00000000", "name n00000001")
     assert source.train.labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
@@ -205,7 +205,7 @@ def test_tiny_imagenet_gives_sorted_classes(tmp_path):
     assert (tmp_path / "mixmo-cache").is_dir()
 
 
-def test_tiny_imagenet_names_what_is_missing(tmp_path):
+def test_missing_files_of_tiny_imagenet_are_named(tmp_path):
     root = tmp_path / write_tiny_imagenet(tmp_path).folder
     (root / "val" / "images" / "val_3.JPEG").unlink()
     with pytest.raises(InputError, match=r"val_3\.JPEG"):
@@ -219,7 +219,7 @@ def test_tiny_imagenet_names_what_is_missing(tmp_path):
         load_source("tinyimagenet", tmp_path)
 
 
-def test_tiny_imagenet_names_an_unknown_class(tmp_path):
+def test_unknown_class_of_tiny_imagenet_is_named(tmp_path):
     root = tmp_path / write_tiny_imagenet(tmp_path).folder
     with (root / "val" / "val_annotations.txt").open("a") as file:
         file.write("val_0.JPEG\tn77\t0\t0\t0\t0\n")
@@ -228,13 +228,13 @@ def test_tiny_imagenet_names_an_unknown_class(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not REAL_TINY.exists(), reason=f"{REAL_TINY} is not there")
-def test_real_images_of_tiny_imagenet(tmp_path):
-    def wanted(member):
+@pytest.mark.skipif(not REAL_TINY.exists(), reason=f"{REAL_TINY} does not exist")
+def test_official_images_of_tiny_imagenet(tmp_path):
+    def is_needed(member):
         return re.match(r"[^/]+/([^/]+\.txt$|val/|train/n01)", member.name)
 
     with tarfile.open(REAL_TINY) as archive:
-        archive.extractall(tmp_path, [m for m in archive if wanted(m)], filter="data")
+        archive.extractall(tmp_path, [m for m in archive if is_needed(m)], filter="data")
     root = tmp_path / TINY_IMAGENET.folder
     wnids = sorted(path.name for path in (root / "train").iterdir())
     annotations = (root / "val" / "val_annotations.txt").read_text().splitlines()
@@ -251,7 +251,7 @@ def test_real_images_of_tiny_imagenet(tmp_path):
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_an_archive_is_checked_and_unpacked(tmp_path, register, name):
+def test_archive_is_verified_and_unpacked(tmp_path, register, name):
     archive = WRITERS[name](tmp_path, packed=True)
     register(archive)
     assert dataset_status(name, tmp_path).detail == "unpacked on first use"
@@ -264,7 +264,7 @@ def test_an_archive_is_checked_and_unpacked(tmp_path, register, name):
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_an_archive_with_another_checksum_is_not_unpacked(tmp_path, name):
+def test_archive_with_wrong_checksum_is_not_unpacked(tmp_path, name):
     archive = WRITERS[name](tmp_path, packed=True)
     with pytest.raises(InputError, match="differs from its checksum") as caught:
         load_source(name, tmp_path)
@@ -274,7 +274,7 @@ def test_an_archive_with_another_checksum_is_not_unpacked(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_without_network_the_message_says_which_file_goes_where(tmp_path, offline, name):
+def test_failed_download_names_the_file_its_address_and_its_folder(tmp_path, offline, name):
     with pytest.raises(InputError, match="Name or service not known") as caught:
         load_source(name, tmp_path)
     archive = SOURCES[name].archive
@@ -283,39 +283,39 @@ def test_without_network_the_message_says_which_file_goes_where(tmp_path, offlin
     assert len(str(caught.value).splitlines()) <= 3
 
 
-def test_downloading_can_be_off(tmp_path):
+def test_downloading_can_be_disabled(tmp_path):
     with pytest.raises(InputError, match=r"downloading is disabled(.|\n)*cifar-10-python\.tar\.gz"):
         load_source("cifar10", tmp_path / "missing", download=False)
     assert not (tmp_path / "missing").exists()
 
 
-def test_an_archive_is_downloaded(tmp_path, server):
+def test_archive_is_downloaded(tmp_path, server):
     folder, address = server
     archive = write_cifar100(folder, packed=True)
     archive = dataclasses.replace(archive, url=f"{address}/{archive.file_name}")
-    home = tmp_path / "home"
-    source = read_cifar100(fetch(archive, home))
+    data_dir = tmp_path / "data_dir"
+    source = read_cifar100(fetch(archive, data_dir))
     assert len(source.train) == 200
-    assert {path.name for path in home.iterdir()} == {archive.file_name, archive.folder}
+    assert {path.name for path in data_dir.iterdir()} == {archive.file_name, archive.folder}
 
 
-def test_a_download_with_another_checksum_is_removed(tmp_path, server):
+def test_download_with_wrong_checksum_is_removed(tmp_path, server):
     folder, address = server
     archive = write_cifar100(folder, packed=True)
     wrong = dataclasses.replace(archive, url=f"{address}/{archive.file_name}", md5="0" * 32)
     with pytest.raises(InputError, match="downloading it failed"):
-        fetch(wrong, tmp_path / "home")
-    assert list((tmp_path / "home").iterdir()) == []
+        fetch(wrong, tmp_path / "data_dir")
+    assert list((tmp_path / "data_dir").iterdir()) == []
 
 
-def test_a_data_folder_that_is_a_file_is_explained(tmp_path, offline):
-    (tmp_path / "home").touch()
+def test_data_folder_that_is_a_file_is_refused(tmp_path, offline):
+    (tmp_path / "data_dir").touch()
     with pytest.raises(InputError, match="is a file"):
-        load_source("cifar10", tmp_path / "home")
+        load_source("cifar10", tmp_path / "data_dir")
 
 
 @pytest.mark.parametrize("name", ["../out", "/tmp/out", "a/../../out", "..\\out", "C:out"])
-def test_an_archive_writes_nothing_outside_its_folder(tmp_path, name):
+def test_archive_writes_no_file_outside_its_folder(tmp_path, name):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr(name, "x")
     with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as archive:
@@ -327,7 +327,7 @@ def test_an_archive_writes_nothing_outside_its_folder(tmp_path, name):
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
-def test_an_archive_holds_files_only(tmp_path, kind):
+def test_archive_may_contain_only_regular_files(tmp_path, kind):
     member = tarfile.TarInfo("member")
     member.type, member.linkname = kind, "/etc/passwd"
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
@@ -336,7 +336,7 @@ def test_an_archive_holds_files_only(tmp_path, kind):
         extract(tmp_path / "a.tar", tmp_path / "in")
 
 
-def test_the_state_of_every_data_set_can_be_told(tmp_path, register):
+def test_status_of_data_sets(tmp_path, register):
     assert dataset_status("digits", tmp_path).state == "present"
     for name in WRITERS:
         status = dataset_status(name, tmp_path)
@@ -354,14 +354,18 @@ def test_the_state_of_every_data_set_can_be_told(tmp_path, register):
 def test_official_checksums_are_those_of_torchvision():
     from torchvision import datasets
 
-    for ours, theirs in ((CIFAR10, datasets.CIFAR10), (CIFAR100, datasets.CIFAR100)):
-        expected = dict(theirs.train_list + theirs.test_list)
-        expected[theirs.meta["filename"]] = theirs.meta["md5"]
-        assert ours.members == expected
-        assert (ours.url, ours.md5, ours.folder) == (theirs.url, theirs.tgz_md5, theirs.base_folder)
+    for own, official in ((CIFAR10, datasets.CIFAR10), (CIFAR100, datasets.CIFAR100)):
+        expected = dict(official.train_list + official.test_list)
+        expected[official.meta["filename"]] = official.meta["md5"]
+        assert own.members == expected
+        assert (own.url, own.md5, own.folder) == (
+            official.url,
+            official.tgz_md5,
+            official.base_folder,
+        )
 
 
-def test_an_unknown_name_is_answered_with_the_nearest():
+def test_unknown_name_is_refused_with_the_nearest_name():
     with pytest.raises(InputError, match="Did you mean 'cifar100'") as caught:
         load_source("cifar_100")
     assert "path of a folder" in str(caught.value)
@@ -369,18 +373,18 @@ def test_an_unknown_name_is_answered_with_the_nearest():
 
 
 @pytest.mark.parametrize("path", ["./no-such", "no/such", "~/no-such-folder"])
-def test_a_path_is_told_from_a_name(path, tmp_path):
+def test_paths_are_distinguished_from_names(path, tmp_path):
     with pytest.raises(InputError, match=r"Image folder .* does not exist"):
         load_source(path, tmp_path)
 
 
-def test_a_named_data_set_keeps_its_size():
+def test_named_data_sets_have_a_fixed_image_size():
     assert load_source("digits", image_size=8).train.image_shape == (1, 8, 8)
     with pytest.raises(InputError, match="image_size is 32, but images of 'digits' are 8 x 8"):
         load_source("digits", image_size=32)
 
 
-def test_the_data_folder_is_chosen_in_order(monkeypatch, tmp_path):
+def test_data_folder_is_chosen_by_precedence(monkeypatch, tmp_path):
     for variable in ("MIXMO_DATA_DIR", "FASTAI_HOME"):
         monkeypatch.delenv(variable, raising=False)
     assert data_home() == Path("~/.fastai/data").expanduser()
@@ -388,11 +392,11 @@ def test_the_data_folder_is_chosen_in_order(monkeypatch, tmp_path):
     assert data_home() == tmp_path / "fastai" / "data"
     monkeypatch.setenv("MIXMO_DATA_DIR", str(tmp_path / "mixmo"))
     assert data_home() == tmp_path / "mixmo"
-    assert data_home(Path("given")) == Path("given")
+    assert data_home(Path("explicit")) == Path("explicit")
 
 
 @pytest.mark.slow
-def test_reading_data_needs_no_fastai():
+def test_reading_data_does_not_import_fastai():
     code = (
         "import sys, mixmo_fastai.data; assert 'torch' not in sys.modules, 'torch'\n"
         "import mixmo_fastai.data.sources; assert 'fastai' not in sys.modules, 'fastai'"

@@ -23,7 +23,7 @@ def save(path, array, mode=None, **options):
     return path
 
 
-def one_colour(colour, size=(6, 4)):
+def uniform_image(colour, size=(6, 4)):
     return np.full((*size, len(colour)), colour, dtype=np.uint8)
 
 
@@ -31,8 +31,8 @@ def one_colour(colour, size=(6, 4)):
     ("mode", "extension"),
     [("RGB", ".png"), ("CMYK", ".tif"), ("RGBA", ".png"), ("P", ".gif"), ("P", ".png")],
 )
-def test_every_colour_mode_becomes_rgb(tmp_path, mode, extension):
-    path = save(tmp_path / f"red{extension}", one_colour((255, 0, 0)), mode)
+def test_colour_modes_are_converted_to_rgb(tmp_path, mode, extension):
+    path = save(tmp_path / f"red{extension}", uniform_image((255, 0, 0)), mode)
     pixels = decode_image(path)
     assert pixels.shape == (3, 6, 4)
     assert pixels.dtype == torch.uint8
@@ -41,14 +41,14 @@ def test_every_colour_mode_becomes_rgb(tmp_path, mode, extension):
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "1"])
-def test_grey_images_become_three_equal_channels(tmp_path, mode):
+def test_greyscale_images_have_three_equal_channels(tmp_path, mode):
     path = save(tmp_path / "white.png", np.full((5, 5), 255, dtype=np.uint8), mode)
     assert decode_image(path).eq(255).all()
     assert decode_image(path, channels=1).shape == (1, 5, 5)
 
 
 @pytest.mark.parametrize("extension", [".png", ".tif"])
-def test_sixteen_bits_become_eight(tmp_path, extension):
+def test_16_bit_images_are_scaled_to_8_bits(tmp_path, extension):
     levels = np.array([[0, 257, 32896, 65535]], dtype=np.uint16)
     Image.fromarray(levels).save(tmp_path / f"deep{extension}")
     assert decode_image(tmp_path / f"deep{extension}")[0, 0].tolist() == [0, 1, 128, 255]
@@ -56,13 +56,13 @@ def test_sixteen_bits_become_eight(tmp_path, extension):
 
 @pytest.mark.parametrize("extension", [".png", ".tif"])
 @pytest.mark.parametrize("bits", [8, 12, 16])
-def test_levels_of_fewer_bits_in_sixteen_are_kept(tmp_path, bits, extension):
+def test_levels_of_lower_depth_in_16_bits_are_scaled(tmp_path, bits, extension):
     levels = np.linspace(0, 2**bits - 1, 256).round().astype(np.uint16).reshape(16, 16)
     Image.fromarray(levels).save(tmp_path / f"deep{extension}")
     assert decode_image(tmp_path / f"deep{extension}")[0].flatten().tolist() == list(range(256))
 
 
-def test_a_tiff_of_twelve_bits_has_the_depth_that_it_says(tmp_path):
+def test_12_bit_tiff_is_scaled_by_its_stated_depth(tmp_path):
     levels = [0, 16, 1606, 80]
     packed = int("".join(f"{level:012b}" for level in levels), 2).to_bytes(6, "big")
     tags = [  # width, height, bits, compression, meaning, place, samples, rows, bytes
@@ -75,7 +75,7 @@ def test_a_tiff_of_twelve_bits_has_the_depth_that_it_says(tmp_path):
     assert decode_image(tmp_path / "dark.tif")[0, 0].tolist() == [0, 1, 100, 5]
 
 
-def test_a_netpbm_file_has_the_depth_that_it_says(tmp_path):
+def test_netpbm_is_scaled_by_its_stated_maximum(tmp_path):
     (tmp_path / "dark.pgm").write_bytes(b"P5 2 1 4095\n" + struct.pack(">2H", 0, 1638))
     assert decode_image(tmp_path / "dark.pgm")[0, 0].tolist() == [0, 102]
 
@@ -94,21 +94,21 @@ def test_a_netpbm_file_has_the_depth_that_it_says(tmp_path):
         (np.float32, [0, 51, 102, 255], [0, 51, 102, 255]),
     ],
 )
-def test_thirty_two_bits_are_scaled_by_their_own_range(tmp_path, dtype, levels, expected):
+def test_32_bit_images_are_scaled_by_their_range(tmp_path, dtype, levels, expected):
     Image.fromarray(np.array([levels], dtype=dtype)).save(tmp_path / "scan.tif")
     assert decode_image(tmp_path / "scan.tif")[0, 0].tolist() == expected
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_pixels_that_are_no_finite_numbers_are_refused(tmp_path, value):
+def test_pixels_that_are_not_finite_are_refused(tmp_path, value):
     Image.fromarray(np.array([[0.5, value]], dtype=np.float32)).save(tmp_path / "float.tif")
     with pytest.raises(InputError, match=r"float\.tif.*not finite") as caught:
         decode_image(tmp_path / "float.tif")
     assert "8 or 16 bits" in str(caught.value)
 
 
-def png_of_sixteen_bits(levels, transparent):
-    """Write a row of grey levels of 16 bits, one of them transparent, as PNG has it."""
+def encode_16_bit_png(levels, transparent):
+    """Encode a row of 16-bit grey levels, one of them transparent, as PNG."""
     header = struct.pack(">IIBBBBB", len(levels), 1, 16, 0, 0, 0, 0)
     row = b"\0" + struct.pack(f">{len(levels)}H", *levels)
     chunks = [
@@ -129,14 +129,14 @@ def png_of_sixteen_bits(levels, transparent):
         ([300, 300], 300, [255, 255]),
     ],
 )
-def test_transparent_grey_of_sixteen_bits_is_white(tmp_path, levels, transparent, expected):
-    (tmp_path / "clear.png").write_bytes(png_of_sixteen_bits(levels, transparent))
+def test_transparent_16_bit_grey_becomes_white(tmp_path, levels, transparent, expected):
+    (tmp_path / "clear.png").write_bytes(encode_16_bit_png(levels, transparent))
     for channels in (1, 3):
         assert decode_image(tmp_path / "clear.png", channels=channels)[0, 0].tolist() == expected
 
 
-def test_a_scan_that_is_too_large_is_named_with_its_size(tmp_path, monkeypatch):
-    path = save(tmp_path / "scan.png", one_colour((9, 9, 9), (30, 50)))
+def test_too_large_image_is_named_with_its_size(tmp_path, monkeypatch):
+    path = save(tmp_path / "scan.png", uniform_image((9, 9, 9), (30, 50)))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 700)
     for read in (decode_image, lambda path: list(image_sizes([path]))):
         with pytest.raises(InputError, match=r"scan\.png.*megapixels.*\n.*smaller") as caught:
@@ -144,15 +144,15 @@ def test_a_scan_that_is_too_large_is_named_with_its_size(tmp_path, monkeypatch):
         assert "intact" not in str(caught.value)
 
 
-def test_transparency_is_laid_over_white(tmp_path):
-    pixels = one_colour((10, 20, 30, 0))
+def test_transparent_images_are_composited_over_white(tmp_path):
+    pixels = uniform_image((10, 20, 30, 0))
     pixels[0] = (10, 20, 30, 255)
     decoded = decode_image(save(tmp_path / "clear.png", pixels))
     assert decoded[:, 0, 0].tolist() == [10, 20, 30]
     assert decoded[:, 1:].eq(255).all()
 
 
-def test_palette_with_transparency_is_laid_over_white(tmp_path):
+def test_transparent_palettes_are_composited_over_white(tmp_path):
     image = Image.new("P", (3, 3), 1)
     image.putpalette([9, 9, 9, 50, 60, 70])
     image.putpixel((0, 0), 0)
@@ -164,7 +164,7 @@ def test_palette_with_transparency_is_laid_over_white(tmp_path):
 
 @pytest.mark.parametrize("extension", [".png", ".jpg", ".webp"])
 @pytest.mark.parametrize("orientation", range(10))
-def test_the_orientation_of_a_photograph_is_applied(tmp_path, orientation, extension):
+def test_exif_orientation_is_applied(tmp_path, orientation, extension):
     noise = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -176,7 +176,7 @@ def test_the_orientation_of_a_photograph_is_applied(tmp_path, orientation, exten
     assert list(image_sizes([path])) == [tuple(decoded.shape[1:])]
 
 
-TURNED = {  # what makes an upright image one of that orientation
+TRANSPOSES = {  # from an upright image to each orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -189,15 +189,15 @@ TURNED = {  # what makes an upright image one of that orientation
 
 @pytest.mark.parametrize("compression", [None, "tiff_lzw"])
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "1", "I;16", "I", "F"])
-@pytest.mark.parametrize("orientation", TURNED)
-def test_the_orientation_of_a_tiff_is_applied_once(tmp_path, orientation, mode, compression):
+@pytest.mark.parametrize("orientation", TRANSPOSES)
+def test_tiff_orientation_is_applied_once(tmp_path, orientation, mode, compression):
     noise = np.random.default_rng(0).integers(0, 2, (6, 10), dtype=np.uint8) * 255
     dtype = {"I;16": np.uint16, "I": np.int32, "F": np.float32}.get(mode)
     upright = Image.fromarray(noise if dtype is None else noise.astype(dtype))
     if dtype is None:
         upright = upright.convert(mode)
     path = tmp_path / "turned.tif"
-    upright.transpose(TURNED[orientation]).save(
+    upright.transpose(TRANSPOSES[orientation]).save(
         path, tiffinfo={0x0112: orientation}, compression=compression
     )
     decoded = decode_image(path)
@@ -205,55 +205,57 @@ def test_the_orientation_of_a_tiff_is_applied_once(tmp_path, orientation, mode, 
     assert list(image_sizes([path])) == [(6, 10)]
 
 
-def test_the_orientation_counts_beside_tags_that_cannot_be_written_again(tmp_path):
+def test_orientation_is_applied_next_to_tags_that_pillow_cannot_write(tmp_path):
     upright = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
     # The orientation is 6. A thumbnail's place is given as text, which Pillow does not write.
     tags = b"II*\0\x08\0\0\0\x02\0"
     tags += struct.pack("<HHII", 0x0112, 3, 1, 6) + struct.pack("<HHII", 0x0201, 2, 4, 65)
-    turned = np.asarray(Image.fromarray(upright).transpose(TURNED[6]))
+    turned = np.asarray(Image.fromarray(upright).transpose(TRANSPOSES[6]))
     path = save(tmp_path / "photo.png", turned, exif=b"Exif\0\0" + tags + bytes(4))
     with warnings.catch_warnings(action="ignore"):
         decoded = decode_image(path)
     assert np.array_equal(decoded.permute(1, 2, 0).numpy(), upright)
 
 
-@pytest.mark.parametrize("notes", [b"no tags", b"II*\0\x08\0\0\0\xff\xff\x12\x01"])
+@pytest.mark.parametrize("exif_data", [b"not tags", b"II*\0\x08\0\0\0\xff\xff\x12\x01"])
 @pytest.mark.parametrize("extension", [".png", ".jpg", ".webp"])
-def test_a_damaged_orientation_is_overlooked(tmp_path, extension, notes):
-    path = save(tmp_path / f"image{extension}", one_colour((9, 9, 9)), exif=b"Exif\0\0" + notes)
+def test_damaged_exif_data_is_ignored(tmp_path, extension, exif_data):
+    path = save(
+        tmp_path / f"image{extension}", uniform_image((9, 9, 9)), exif=b"Exif\0\0" + exif_data
+    )
     with warnings.catch_warnings(action="ignore"):
         assert decode_image(path).shape == (3, 6, 4)
         assert list(image_sizes([path])) == [(6, 4)]
 
 
-def test_another_shape_is_cropped_at_the_centre(tmp_path):
-    thirds = np.repeat(one_colour((0, 0, 0), (20, 60))[None], 1, axis=0)[0]
-    thirds[:, 20:40] = (0, 255, 0)
-    decoded = decode_image(save(tmp_path / "wide.png", thirds), (10, 10))
+def test_images_of_another_aspect_ratio_are_centre_cropped(tmp_path):
+    wide_image = np.repeat(uniform_image((0, 0, 0), (20, 60))[None], 1, axis=0)[0]
+    wide_image[:, 20:40] = (0, 255, 0)
+    decoded = decode_image(save(tmp_path / "wide.png", wide_image), (10, 10))
     assert decoded.shape == (3, 10, 10)
     assert decoded[1, :, 1:-1].eq(255).all()
 
 
-def test_a_target_need_not_be_square(tmp_path):
-    path = save(tmp_path / "image.png", one_colour((1, 2, 3), (50, 50)))
+def test_target_size_need_not_be_square(tmp_path):
+    path = save(tmp_path / "image.png", uniform_image((1, 2, 3), (50, 50)))
     assert decode_image(path, (12, 30)).shape == (3, 12, 30)
 
 
-def test_scaling_down_is_antialiased(tmp_path):
+def test_downscaling_is_antialiased(tmp_path):
     checkers = np.indices((64, 64)).sum(0) % 2 * 255
     path = save(tmp_path / "checkers.png", checkers.astype(np.uint8))
     decoded = decode_image(path, (8, 8)).float()
     assert decoded.sub(127.5).abs().max() < 10
 
 
-def test_an_image_of_the_target_size_keeps_its_pixels(tmp_path):
+def test_image_of_the_target_size_is_unchanged(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
     decoded = decode_image(save(tmp_path / "noise.png", pixels), (9, 7))
     assert np.array_equal(decoded.permute(1, 2, 0).numpy(), pixels)
 
 
 @pytest.mark.parametrize("extension", [".png", ".jpg", ".gif", ".bmp"])
-def test_a_truncated_image_is_named(tmp_path, extension):
+def test_truncated_image_is_named(tmp_path, extension):
     noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     path = save(tmp_path / f"cut{extension}", noise)
     path.write_bytes(path.read_bytes()[:-700])
@@ -265,7 +267,7 @@ def test_a_truncated_image_is_named(tmp_path, extension):
 
 
 @pytest.mark.parametrize("end", [300, 400, -2])
-def test_a_jpeg_file_that_is_cut_off_is_called_so(tmp_path, end):
+def test_truncated_jpeg_is_reported_as_truncated(tmp_path, end):
     path = save(tmp_path / "cut.jpg", np.full((40, 40, 3), 90, np.uint8))
     path.write_bytes(path.read_bytes()[:end])
     with pytest.raises(UndecodableError) as caught:
@@ -273,21 +275,21 @@ def test_a_jpeg_file_that_is_cut_off_is_called_so(tmp_path, end):
     assert caught.value.reason == "the file is truncated"
 
 
-@pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n", b"GIF89a\x01"])
+@pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n", b"GIF89a\x01"])
 @pytest.mark.parametrize("read", [decode_image, lambda path: list(image_sizes([path]))])
-def test_what_is_no_image_is_named(tmp_path, content, read):
+def test_files_that_are_not_images_are_named(tmp_path, content, read):
     path = tmp_path / "text.png"
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"text\.png"):
         read(path)
 
 
-def test_a_missing_image_is_named(tmp_path):
+def test_missing_image_is_named(tmp_path):
     with pytest.raises(InputError, match=r"gone\.png: No such file"):
         decode_image(tmp_path / "gone.png")
 
 
-def test_batches_keep_the_order(tmp_path):
+def test_batches_are_in_order(tmp_path):
     count = 2 * BATCH + 3
     paths = [
         save(tmp_path / f"{level:03}.png", np.full((2, 2), level % 256, dtype=np.uint8))
@@ -299,8 +301,8 @@ def test_batches_keep_the_order(tmp_path):
     assert list(image_sizes(paths)) == [(2, 2)] * count
 
 
-def test_batches_name_the_image_that_fails(tmp_path):
-    good = save(tmp_path / "good.png", one_colour((1, 2, 3)))
+def test_undecodable_image_in_a_batch_is_named(tmp_path):
+    good = save(tmp_path / "good.png", uniform_image((1, 2, 3)))
     (tmp_path / "bad.png").write_bytes(b"bad")
     with pytest.raises(InputError, match=r"bad\.png"):
         list(decode_batches([good] * BATCH + [tmp_path / "bad.png"], (6, 4)))
@@ -322,5 +324,5 @@ def test_no_paths_give_no_batches():
         ("Thumbs.db", False),
     ],
 )
-def test_images_are_told_by_their_names(name, expected):
+def test_images_are_recognised_by_file_name(name, expected):
     assert is_image(name) is expected

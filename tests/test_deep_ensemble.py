@@ -31,19 +31,19 @@ NETWORKS = ["net-1", "net-2", "net-3"]
 
 
 class Interrupt(Callback):
-    """Press Ctrl-C in an epoch of a network, both counted from 1."""
+    """Raise KeyboardInterrupt in an epoch of a network; both are counted from 1."""
 
     order, run_valid = 100, False
 
     def __init__(self, network, epoch):
         super().__init__()
-        self.place, self.network = (network, epoch), 0
+        self.target, self.network = (network, epoch), 0
 
     def before_fit(self):
         self.network += 1
 
     def after_batch(self):
-        if (self.network, self.learn.epoch + 1) == self.place:
+        if (self.network, self.learn.epoch + 1) == self.target:
             raise KeyboardInterrupt
 
 
@@ -59,7 +59,7 @@ def weights(run):
     return [(network.path / "model.safetensors").read_bytes() for network in run.networks()]
 
 
-def test_each_network_has_a_run_folder_of_its_own(ensemble):
+def test_each_network_has_its_own_run_folder(ensemble):
     run, lines = ensemble
     assert [network.path.name for network in run.networks()] == NETWORKS
     assert not run.weights.exists()
@@ -74,41 +74,41 @@ def test_each_network_has_a_run_folder_of_its_own(ensemble):
         assert f"seed {recipe.train.seed}" in line
 
 
-def test_the_first_network_is_what_its_recipe_trains_alone(ensemble, tmp_path):
-    alone = override(TINY, ["model.num_nets=1", "name=", "title="])
-    assert network_recipe(TINY, 0) == alone
-    run = create_run(alone, tmp_path / "alone")
-    train(prepare(alone), run)
+def test_first_network_equals_a_single_run_of_its_recipe(ensemble, tmp_path):
+    single = override(TINY, ["model.num_nets=1", "name=", "title="])
+    assert network_recipe(TINY, 0) == single
+    run = create_run(single, tmp_path / "single")
+    train(prepare(single), run)
     assert run.weights.read_bytes() == weights(ensemble[0])[0]
 
 
-def test_ensembles_of_other_seeds_share_no_network():
+def test_ensembles_with_different_seeds_have_no_common_network():
     other = override(TINY, ["train.seed=1"])
     seeds = [network_recipe(r, i).train.seed for r in (TINY, other) for i in range(3)]
     assert len(set(seeds)) == 6
 
 
-def test_the_figures_are_those_of_the_networks_together(ensemble):
+def test_metrics_are_those_of_the_ensemble_of_all_networks(ensemble):
     run, _ = ensemble
-    figures, together = run.metrics(), evaluate_ensemble(run.networks())
-    assert {name: figures[name] for name in together} == together
-    assert evaluate_run(run) == together
+    metrics, expected = run.metrics(), evaluate_ensemble(run.networks())
+    assert {name: metrics[name] for name in expected} == expected
+    assert evaluate_run(run) == expected
     parts = [network.metrics() for network in run.networks()]
-    each = [part["test"]["accuracy"] for part in parts]
-    assert figures["test"]["member_accuracy"] == pytest.approx(each)
+    accuracies = [part["test"]["accuracy"] for part in parts]
+    assert metrics["test"]["member_accuracy"] == pytest.approx(accuracies)
     for name in ("images_seen", "parameters"):
-        assert figures[name] == sum(part[name] for part in parts)
-    assert figures["seconds"] == pytest.approx(sum(part["seconds"] for part in parts), abs=0.11)
-    assert figures["epochs"] == 2
+        assert metrics[name] == sum(part[name] for part in parts)
+    assert metrics["seconds"] == pytest.approx(sum(part["seconds"] for part in parts), abs=0.11)
+    assert metrics["epochs"] == 2
 
 
-@pytest.mark.parametrize("place", [(1, 1), (2, 1), (2, 2), (3, 2)])
-def test_it_is_resumed_network_by_network(ensemble, tmp_path, place):
-    whole, _ = ensemble
+@pytest.mark.parametrize("network_and_epoch", [(1, 1), (2, 1), (2, 2), (3, 2)])
+def test_ensemble_is_resumed_at_the_interrupted_network(ensemble, tmp_path, network_and_epoch):
+    uninterrupted, _ = ensemble
     run = create_run(TINY, tmp_path / "run")
     with pytest.raises(KeyboardInterrupt):
-        train_run(prepare(TINY), run, cbs=[Interrupt(*place)])
-    network, _ = place
+        train_run(prepare(TINY), run, cbs=[Interrupt(*network_and_epoch)])
+    network, _ = network_and_epoch
     finished = [n.path / "model.safetensors" for n in run.networks()[: network - 1]]
     times = [path.stat().st_mtime_ns for path in finished]
     assert [n.is_finished for n in run.networks()] == [i < network - 1 for i in range(3)]
@@ -123,11 +123,11 @@ def test_it_is_resumed_network_by_network(ensemble, tmp_path, place):
     assert [line.endswith("finished.") for line in networks] == [i < network - 1 for i in range(3)]
     assert sum(line.startswith("Resuming: ") for line in lines) == 1
     assert [path.stat().st_mtime_ns for path in finished] == times
-    assert weights(run) == weights(whole)
-    assert run.metrics()["test"] == whole.metrics()["test"]
+    assert weights(run) == weights(uninterrupted)
+    assert run.metrics()["test"] == uninterrupted.metrics()["test"]
 
 
-def test_a_network_that_was_killed_before_its_recipe_was_written(ensemble, tmp_path):
+def test_resume_after_a_kill_before_the_recipe_was_written(ensemble, tmp_path):
     run = create_run(TINY, tmp_path / "run")
     with pytest.raises(KeyboardInterrupt):
         train_run(prepare(TINY), run, cbs=[Interrupt(2, 1)])
@@ -138,8 +138,8 @@ def test_a_network_that_was_killed_before_its_recipe_was_written(ensemble, tmp_p
 
 
 def test_networks_share_one_copy_of_the_data(tmp_path):
-    class Count(Callback):
-        """Count the data sets that are alive while a network trains."""
+    class LoaderCounter(Callback):
+        """Count the loaders in memory while a network trains."""
 
         def __init__(self):
             super().__init__()
@@ -151,36 +151,36 @@ def test_networks_share_one_copy_of_the_data(tmp_path):
             self.seeds.append(self.learn.dls.train.seed)
 
     gc.collect()
-    count, before = Count(), sum(type(o) is ResidentLoader for o in gc.get_objects())
+    counter, before = LoaderCounter(), sum(type(o) is ResidentLoader for o in gc.get_objects())
     recipe = override(TINY, ["train.epochs=1"])
-    train_run(prepare(recipe), create_run(recipe, tmp_path / "run"), cbs=[count])
-    assert count.counts == [before + 3] * 3  # training, validation and test
-    assert len(set(count.seeds)) == 3
+    train_run(prepare(recipe), create_run(recipe, tmp_path / "run"), cbs=[counter])
+    assert counter.counts == [before + 3] * 3  # training, validation and test
+    assert len(set(counter.seeds)) == 3
 
 
-def test_the_best_epoch_of_each_network_is_noted(tmp_path):
+def test_best_epoch_of_each_network_is_recorded(tmp_path):
     recipe = override(TINY, ["train.select=best", "model.num_nets=2"])
     run = create_run(recipe, tmp_path / "run")
-    figures = train_run(prepare(recipe), run)
-    assert figures["selected_epoch"] == [n.metrics()["selected_epoch"] for n in run.networks()]
+    metrics = train_run(prepare(recipe), run)
+    assert metrics["selected_epoch"] == [n.metrics()["selected_epoch"] for n in run.networks()]
 
 
-def test_mixmo_networks_count_one_each(tmp_path):
+def test_each_mixmo_network_is_one_member(tmp_path):
     changes = ["model.num_members=2", "model.num_nets=2", "mix.kind=cutmix", "train.epochs=1"]
     recipe = override(TINY, [*changes, "mix.batch_repetitions=2"])
     run = create_run(recipe, tmp_path / "run")
-    figures = train_run(prepare(recipe), run)
-    assert len(figures["test"]["member_accuracy"]) == 2
+    metrics = train_run(prepare(recipe), run)
+    assert len(metrics["test"]["member_accuracy"]) == 2
     assert [len(n.metrics()["test"]["member_accuracy"]) for n in run.networks()] == [2, 2]
     first = load_file(run.networks()[0].weights)
     assert not torch.equal(first["encoders.0.weight"], first["encoders.1.weight"])
 
 
-def test_the_command_trains_evaluates_and_resumes_one(tmp_path, monkeypatch, capsys):
+def test_commands_train_evaluate_and_resume_an_ensemble(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    words = ["fit", "--recipe", "digits/vanilla", "--arch", "wrn10_1", "--limit", "64"]
-    more = ["--epochs", "1", "--device", "cpu", "--set", "model.num_nets=2"]
-    assert program([*words, *more]) == 0
+    arguments = ["fit", "--recipe", "digits/vanilla", "--arch", "wrn10_1", "--limit", "64"]
+    options = ["--epochs", "1", "--device", "cpu", "--set", "model.num_nets=2"]
+    assert program([*arguments, *options]) == 0
     out = capsys.readouterr().out
     for text in ("2 x wrn10_1", "Network 1 of 2, seed 0", "Network 2 of 2", "Networks "):
         assert text in out

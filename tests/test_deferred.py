@@ -14,7 +14,7 @@ from mixmo_fastai import defer_readbacks
 from mixmo_fastai.callbacks.deferred import DeferredProgressCallback, DeferredRecorder
 
 
-def learner(recorder, dls=None):
+def make_learner(recorder, dls=None):
     torch.manual_seed(0)
     dls = dls or mixmo_dls(batch_size=5)
     model = nn.Sequential(nn.Flatten(), nn.Linear(dls.train.one_batch()[0][0].numel(), 3))
@@ -26,30 +26,30 @@ def learner(recorder, dls=None):
 
 
 @pytest.mark.parametrize("every", [1, 7, 20, 1000])
-def test_the_record_is_fastais(every):
+def test_recorded_values_equal_those_of_fastai(every):
     records = []
     for recorder in (Recorder(), DeferredRecorder(every=every)):
-        learn = learner(recorder)
+        learn = make_learner(recorder)
         with learn.no_logging():
             learn.fit_one_cycle(2, 1e-2)
         assert learn.recorder is recorder
         records.append(recorder)
-    fastais, ours = records
-    assert len(ours.losses) == len(fastais.losses) == 2 * 17
-    assert torch.equal(torch.stack(ours.losses), torch.stack(fastais.losses))
-    assert ours.lrs == fastais.lrs
-    assert ours.iters == fastais.iters
-    for own, theirs in zip(ours.values, fastais.values, strict=True):
-        assert list(own) == pytest.approx(list(theirs))
-    assert ours.metric_names == fastais.metric_names
+    reference, deferred = records
+    assert len(deferred.losses) == len(reference.losses) == 2 * 17
+    assert torch.equal(torch.stack(deferred.losses), torch.stack(reference.losses))
+    assert deferred.lrs == reference.lrs
+    assert deferred.iters == reference.iters
+    for actual, expected in zip(deferred.values, reference.values, strict=True):
+        assert list(actual) == pytest.approx(list(expected))
+    assert deferred.metric_names == reference.metric_names
 
 
-def test_losses_come_several_at_a_time():
+def test_losses_are_fetched_in_groups():
     lengths = []
     recorder = DeferredRecorder(every=6)
-    own = recorder.after_batch
-    recorder.after_batch = lambda: (own(), lengths.append(len(recorder.fetched)))
-    learn = learner(recorder)
+    original = recorder.after_batch
+    recorder.after_batch = lambda: (original(), lengths.append(len(recorder.fetched)))
+    learn = make_learner(recorder)
     with learn.no_logging():
         learn.fit(1, 1e-3)
     training = lengths[:17]
@@ -57,17 +57,17 @@ def test_losses_come_several_at_a_time():
     assert len(recorder.losses) == 17
 
 
-def test_a_search_for_a_learning_rate_works():
-    learn = learner(DeferredRecorder())
+def test_lr_find_works_with_the_deferred_recorder():
+    learn = make_learner(DeferredRecorder())
     with learn.no_bar():
-        found = learn.lr_find(show_plot=False, num_it=30)
-    assert 0 < found.valley < 10
+        suggestion = learn.lr_find(show_plot=False, num_it=30)
+    assert 0 < suggestion.valley < 10
     assert len(learn.recorder.losses) == len(learn.recorder.lrs)
 
 
 @pytest.mark.parametrize("error", [CancelFitException, KeyboardInterrupt, RuntimeError])
-def test_an_epoch_cut_short_loses_no_loss(error):
-    learn = learner(DeferredRecorder())
+def test_interrupted_epoch_records_all_losses(error):
+    learn = make_learner(DeferredRecorder())
 
     def stop():
         if learn.train_iter == 3:
@@ -80,7 +80,7 @@ def test_an_epoch_cut_short_loses_no_loss(error):
     assert len(learn.recorder.losses) == len(learn.recorder.lrs) == 3
 
 
-def test_any_learner_can_have_it():
+def test_defer_readbacks_replaces_recorder_and_progress_bar():
     dls = mixmo_dls()
     learn = Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), nn.CrossEntropyLoss())
     learn.recorder.add_time = False
@@ -94,7 +94,7 @@ def test_any_learner_can_have_it():
     assert [*learn.cbs] == before
 
 
-def test_a_learner_without_a_bar_gets_none():
+def test_defer_readbacks_adds_no_progress_bar():
     dls = mixmo_dls()
     learn = Learner(dls, nn.Flatten(), nn.CrossEntropyLoss())
     learn.remove_cbs(ProgressCallback)
@@ -102,30 +102,30 @@ def test_a_learner_without_a_bar_gets_none():
     assert not hasattr(learn, "progress")
 
 
-def test_the_bar_shows_a_fetched_loss(capsys):
-    learn = learner(DeferredRecorder(every=5))
+def test_progress_bar_shows_the_latest_fetched_loss(capsys):
+    learn = make_learner(DeferredRecorder(every=5))
     learn.add_cb(DeferredProgressCallback())
     shown = []
-    own = learn.progress.after_batch
-    learn.progress.after_batch = lambda: (own(), shown.append(learn.progress.pbar.comment))
+    original = learn.progress.after_batch
+    learn.progress.after_batch = lambda: (original(), shown.append(learn.progress.pbar.comment))
     learn.fit(1, 1e-3)
     losses = [f"{loss.item():.4f}" for loss in learn.recorder.losses]
     assert shown[4:17] == [losses[4]] * 5 + [losses[9]] * 5 + [losses[14]] * 3
 
 
-def test_losses_of_a_cpu_are_shown_as_they_come():
-    learn = learner(DeferredRecorder())
+def test_losses_on_a_cpu_are_shown_at_each_step():
+    learn = make_learner(DeferredRecorder())
     learn.add_cb(DeferredProgressCallback())
     shown = []
-    own = learn.progress.after_batch
-    learn.progress.after_batch = lambda: (own(), shown.append(learn.progress.pbar.comment))
+    original = learn.progress.after_batch
+    learn.progress.after_batch = lambda: (original(), shown.append(learn.progress.pbar.comment))
     learn.fit(1, 1e-3)
     assert shown[:17] == [f"{loss.item():.4f}" for loss in learn.recorder.losses]
 
 
-def test_a_plain_bar_does_not_come_back():
-    """fastai's `no_bar` puts one back."""
-    learn = defer_readbacks(learner(Recorder()))
+def test_deferred_progress_bar_remains_after_no_bar():
+    """fastai's `no_bar` adds its own progress bar afterwards."""
+    learn = defer_readbacks(make_learner(Recorder()))
     learn.add_cb(DeferredProgressCallback())
     with learn.no_bar():
         learn.fit(1, 1e-3)
@@ -133,9 +133,9 @@ def test_a_plain_bar_does_not_come_back():
     assert type(learn.progress) is DeferredProgressCallback
 
 
-def test_predictions_are_gathered_beside_the_bar():
-    """fastai then leaves the recorder out."""
-    learn = learner(DeferredRecorder())
+def test_predictions_are_gathered_with_the_deferred_progress_bar():
+    """fastai removes the recorder for this pass."""
+    learn = make_learner(DeferredRecorder())
     learn.add_cb(DeferredProgressCallback())
     gather = FetchPredsCallback()
     learn.fit(1, 1e-3, cbs=gather)

@@ -1,4 +1,4 @@
-"""One training in several processes is the training of one."""
+"""Training in several processes equals training in one process."""
 
 import itertools
 import json
@@ -44,7 +44,7 @@ PORTS = itertools.count(20_000 + 2_000 * WORKER)
 
 
 def free_port():
-    """Give a port that no other test takes, as one of the system's choice may be."""
+    """Return a port that no other test uses; a port chosen by the system might be in use by one."""
     for port in PORTS:
         with socket.socket() as own:
             if own.connect_ex(("127.0.0.1", port)):
@@ -53,8 +53,8 @@ def free_port():
 
 
 @pytest.fixture
-def together(mixmo):
-    """A function that starts a command in several processes, as a launcher does."""
+def start_processes(mixmo):
+    """Return a function that starts a command in several processes, as a launcher does."""
 
     def start(*words, count=2, **how):
         shared = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
@@ -67,35 +67,37 @@ def together(mixmo):
 
 
 @pytest.fixture(scope="module")
-def alone(server, tmp_path_factory):
-    """Runs of one process, by what was asked for beyond `FIT`."""
-    return uninterrupted_runs(server, tmp_path_factory.mktemp("alone"), FIT)
+def train_alone(server, tmp_path_factory):
+    """Return a function that trains in one process with arguments in addition to `FIT`."""
+    return uninterrupted_runs(server, tmp_path_factory.mktemp("train_alone"), FIT)
 
 
-def all_done(commands):
-    assert [command.wait() for command in commands] == [0] * len(commands), said_by(commands)
+def wait_for_all(commands):
+    assert [command.wait() for command in commands] == [0] * len(commands), output_of(commands)
 
 
-def said_by(commands):
+def output_of(commands):
     return "\n".join(command.printed for command in commands)
 
 
-def assert_close(one, other, rtol=1e-3):
+def assert_close(first, second, rtol=1e-3):
     """Check that two runs are equal up to rounding."""
-    for ours, theirs in zip(one.history(), other.history(), strict=True):
+    for row, expected in zip(first.history(), second.history(), strict=True):
         for name in ("train_loss", "valid_loss", "accuracy", "member_accuracy"):
-            assert float(ours[name]) == pytest.approx(float(theirs[name]), rel=rtol, abs=0.03)
-        assert ours["images_seen"] == theirs["images_seen"]
-        assert float(ours["train_loss"]) == pytest.approx(float(theirs["train_loss"]), rel=rtol)
-    ours, theirs = (load_file(run.weights) for run in (one, other))
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        difference = (tensor - theirs[name]).float().norm()
-        assert difference <= 0.02 * theirs[name].float().norm() + 1e-6, name
-    assert one.metrics()["test"]["nll"] == pytest.approx(other.metrics()["test"]["nll"], rel=rtol)
+            assert float(row[name]) == pytest.approx(float(expected[name]), rel=rtol, abs=0.03)
+        assert row["images_seen"] == expected["images_seen"]
+        assert float(row["train_loss"]) == pytest.approx(float(expected["train_loss"]), rel=rtol)
+    weights, expected = (load_file(run.weights) for run in (first, second))
+    assert weights.keys() == expected.keys()
+    for name, tensor in weights.items():
+        difference = (tensor - expected[name]).float().norm()
+        assert difference <= 0.02 * expected[name].float().norm() + 1e-6, name
+    assert first.metrics()["test"]["nll"] == pytest.approx(
+        second.metrics()["test"]["nll"], rel=rtol
+    )
 
 
-WAYS = [
+OPTIONS = [
     [],
     ["--members", "3", "--mix", "patchup"],
     ["--members", "1", "--mix", "sum", "--repeat", "1"],
@@ -105,71 +107,73 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize("way", WAYS, ids=" ".join)
-def test_two_processes_train_the_network_of_one(together, alone, tmp_path, way):
+@pytest.mark.parametrize("options", OPTIONS, ids=" ".join)
+def test_two_processes_train_the_same_network_as_one(
+    start_processes, train_alone, tmp_path, options
+):
     run = tmp_path / "run"
-    all_done(together(*FIT, run, *way))
-    assert_close(open_run(run), alone(*way))
+    wait_for_all(start_processes(*FIT, run, *options))
+    assert_close(open_run(run), train_alone(*options))
 
 
-def test_four_processes_train_the_network_of_one(together, alone, tmp_path):
+def test_four_processes_train_the_same_network_as_one(start_processes, train_alone, tmp_path):
     run = tmp_path / "run"
-    all_done(together(*FIT, run, count=4))
-    assert_close(open_run(run), alone())
+    wait_for_all(start_processes(*FIT, run, count=4))
+    assert_close(open_run(run), train_alone())
 
 
-def test_ghost_batches_are_those_of_one_process(together, alone, tmp_path):
-    """Training is the same; of the running statistics each process moves its own."""
+def test_ghost_batches_equal_those_of_one_process(start_processes, train_alone, tmp_path):
+    """Training is equal, but each process updates its own running statistics."""
     ghosts = ["--set", "model.ghost_batch_size=16"]
     run = tmp_path / "run"
-    all_done(together(*FIT, run, *ghosts))
+    wait_for_all(start_processes(*FIT, run, *ghosts))
     losses = [row["train_loss"] for row in open_run(run).history()]
-    expected = [row["train_loss"] for row in alone(*ghosts).history()]
+    expected = [row["train_loss"] for row in train_alone(*ghosts).history()]
     assert [*map(float, losses)] == pytest.approx([*map(float, expected)], rel=1e-4)
 
 
-def test_a_deep_ensemble_trains_in_several_processes(together, alone, tmp_path):
+def test_deep_ensemble_trains_in_several_processes(start_processes, train_alone, tmp_path):
     run, nets = tmp_path / "run", ["--set", "model.num_nets=2"]
-    all_done(together(*FIT, run, *nets))
+    wait_for_all(start_processes(*FIT, run, *nets))
     for name in ("net-1", "net-2"):
-        assert_close(open_run(run / name), open_run(alone(*nets).path / name))
+        assert_close(open_run(run / name), open_run(train_alone(*nets).path / name))
 
 
-def test_mixed_pixels_train_in_several_processes(together, tmp_path):
-    """Their partners are those of the same process, so that it is not the run of one."""
+def test_msda_trains_in_several_processes(start_processes, tmp_path):
+    """Partners are images of the same process, so the run differs from that of one process."""
     run = tmp_path / "run"
-    all_done(together(*FIT, run, "--msda", "cutmix"))
+    wait_for_all(start_processes(*FIT, run, "--msda", "cutmix"))
     assert len(open_run(run).history()) == 2
 
 
-def test_one_process_speaks_and_writes(together, alone, tmp_path):
+def test_only_rank_0_prints_and_writes(start_processes, train_alone, tmp_path):
     run = tmp_path / "run"
-    first, second = together(*FIT, run)
-    all_done([first, second])
+    first, second = start_processes(*FIT, run)
+    wait_for_all([first, second])
     assert re.search("^Device +cpu in 2 processes", first.printed, re.MULTILINE)
     assert "Test accuracy" in first.printed
     assert second.printed == ""
     files = {path.name for path in run.iterdir()}
-    assert files == {path.name for path in alone().path.iterdir()}
+    assert files == {path.name for path in train_alone().path.iterdir()}
     assert (run / "log.txt").read_text().count("Run folder:") == 1
     assert "in 2 processes" in json.loads((run / "environment.json").read_text())["device"]
 
 
-def test_the_first_process_writes_what_a_logger_leaves(together, alone, tmp_path):
+def test_only_rank_0_writes_logs(start_processes, train_alone, tmp_path):
     run = tmp_path / "run"
-    all_done(together(*FIT, run, "--logger", "csv"))
+    wait_for_all(start_processes(*FIT, run, "--logger", "csv"))
     lines = (run / "logs" / "steps.csv").read_text().splitlines()
     steps = len(lines) - 1
     assert [line.partition(",")[0] for line in lines[1:]] == [*map(str, range(steps))]
     assert steps * 32 == int(open_run(run).history()[-1]["images_seen"])
     assert (run / "logs" / "first-batch.png").exists()
-    assert_close(open_run(run), alone())
+    assert_close(open_run(run), train_alone())
 
 
-def test_the_metrics_are_those_of_all_images(together, tmp_path):
-    """What each epoch says of the validation split is what one process finds in the weights."""
+def test_metrics_are_computed_from_all_images(start_processes, tmp_path):
+    """Validation metrics of an epoch equal those of its weights in one process."""
     run = tmp_path / "run"
-    all_done(together(*FIT, run, "--batch-size", "24", "--limit", "60", count=3))
+    wait_for_all(start_processes(*FIT, run, "--batch-size", "24", "--limit", "60", count=3))
     row, figures = open_run(run).history()[-1], open_run(run).metrics()
     assert float(row["accuracy"]) == pytest.approx(figures["valid"]["accuracy"], abs=1e-6)
     assert float(row["valid_loss"]) == pytest.approx(figures["valid"]["nll"], abs=1e-5)
@@ -177,8 +181,8 @@ def test_the_metrics_are_those_of_all_images(together, tmp_path):
     assert float(row["member_accuracy"]) == pytest.approx(sum(members) / 2, abs=1e-6)
 
 
-class Drawn:
-    """What a process of several sees of one epoch."""
+class EpochOfProcess:
+    """The batches that one of several processes trains on in one epoch."""
 
     def __init__(self, monkeypatch, rank, count, kind):
         monkeypatch.setattr(
@@ -203,67 +207,71 @@ class Drawn:
 
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("kind", MASK_KINDS)
-def test_processes_share_each_batch_without_loss_or_repeats(monkeypatch, kind, count):
-    whole = [*Drawn(monkeypatch, 0, 1, kind).steps()]
-    shares = [[*Drawn(monkeypatch, rank, count, kind).steps()] for rank in range(count)]
-    for step, parts in zip(whole, zip(*shares, strict=True), strict=True):
+def test_batches_are_split_without_missing_or_repeated_images(monkeypatch, kind, count):
+    uninterrupted = [*EpochOfProcess(monkeypatch, 0, 1, kind).steps()]
+    parts_of_ranks = [
+        [*EpochOfProcess(monkeypatch, rank, count, kind).steps()] for rank in range(count)
+    ]
+    for step, parts in zip(uninterrupted, zip(*parts_of_ranks, strict=True), strict=True):
         assert len({len(part[0]) for part in parts}) == 1
         for own, theirs in zip(step, zip(*parts, strict=True), strict=True):
             assert torch.equal(own, torch.cat(theirs))
-    images = torch.cat([targets for *_, targets, _ in itertools.chain(*shares)])
+    images = torch.cat([targets for *_, targets, _ in itertools.chain(*parts_of_ranks)])
     times = images.flatten().bincount().tolist()
-    num_whole = len(whole) * 12  # what is left over fills no batch
+    num_whole = len(uninterrupted) * 12  # what is left over fills no batch
     assert sorted(times, reverse=True)[:num_whole] == [num_copies(2, 4)] * num_whole
     assert not any(sorted(times, reverse=True)[num_whole:])
 
 
-def test_processes_have_masks_of_their_own(monkeypatch):
-    shares = [[*Drawn(monkeypatch, rank, 2, "cutmix").steps()] for rank in range(2)]
-    assert all(not torch.equal(a[1], b[1]) for a, b in zip(*shares, strict=True))
+def test_masks_differ_between_processes(monkeypatch):
+    parts_of_ranks = [
+        [*EpochOfProcess(monkeypatch, rank, 2, "cutmix").steps()] for rank in range(2)
+    ]
+    assert all(not torch.equal(a[1], b[1]) for a, b in zip(*parts_of_ranks, strict=True))
 
 
-def test_a_batch_that_cannot_be_shared_is_refused(together, tmp_path):
-    commands = together(*FIT, tmp_path / "run", count=3)
+def test_batch_that_cannot_be_split_evenly_is_refused(start_processes, tmp_path):
+    commands = start_processes(*FIT, tmp_path / "run", count=3)
     for command in commands:
         ended(command, 2, "A batch of 32 images cannot be split evenly over 3 processes", "33")
     assert not (tmp_path / "run").exists()
 
 
-def test_other_commands_run_in_one_process(together):
-    first, second = together("lr-find", "--arch", "wrn10_1")
+def test_other_commands_run_in_one_process(start_processes):
+    first, second = start_processes("lr-find", "--arch", "wrn10_1")
     ended(first, 2, "Only `mixmo fit` runs in several processes")
     assert second.wait() == 2
     assert second.printed.startswith("[process 1] Error: ")
 
 
-def test_the_package_for_it_may_be_missing(together, tmp_path):
+def test_missing_package_is_reported(start_processes, tmp_path):
     without = """
 import mixmo_fastai.runtime.processes as processes
 processes.find_spec = lambda name: None
 """
-    commands = together(*FIT, tmp_path / "run", prelude=without)
+    commands = start_processes(*FIT, tmp_path / "run", prelude=without)
     assert [command.wait() for command in commands] == [2, 2]
     assert "pip install 'mixmo-fastai[distributed]'" in commands[0].printed
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("to", [[0], [1], [0, 1]], ids=str)
-def test_stopped_they_stop_at_one_step_and_go_on(together, tmp_path, to):
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    all_done(together(*FIT, whole))
-    commands = together(*FIT, run, prelude=SLOW_STEPS)
+def test_processes_stop_at_the_same_step_and_resume(start_processes, tmp_path, to):
+    uninterrupted, run = tmp_path / "uninterrupted", tmp_path / "run"
+    wait_for_all(start_processes(*FIT, uninterrupted))
+    commands = start_processes(*FIT, run, prelude=SLOW_STEPS)
     commands[0].wait_until_printed("1/2 ")
     for rank in to:
         commands[rank].signal(signal.SIGTERM)
-    assert [command.wait() for command in commands] == [143, 143], said_by(commands)
+    assert [command.wait() for command in commands] == [143, 143], output_of(commands)
     assert CheckpointStore(run / "checkpoint").newest() is not None
-    all_done(together("fit", "--resume", run))
-    assert_same(open_run(whole), open_run(run))
+    wait_for_all(start_processes("fit", "--resume", run))
+    assert_same(open_run(uninterrupted), open_run(run))
 
 
-def test_a_run_of_two_processes_goes_on_in_one(together, mixmo, alone, tmp_path):
+def test_run_of_two_processes_resumes_in_one(start_processes, mixmo, train_alone, tmp_path):
     run = tmp_path / "run"
-    commands = together(*FIT, run, prelude=SLOW_STEPS)
+    commands = start_processes(*FIT, run, prelude=SLOW_STEPS)
     commands[0].wait_until_printed("1/2 ")
     commands[1].signal(signal.SIGINT)
     assert [command.wait() for command in commands] == [130, 130]
@@ -272,23 +280,23 @@ def test_a_run_of_two_processes_goes_on_in_one(together, mixmo, alone, tmp_path)
     assert (
         "Trained so far with processes: 2, now 1: results agree up to rounding" in command.printed
     )
-    assert_close(open_run(run), alone())
+    assert_close(open_run(run), train_alone())
 
 
 @pytest.mark.parametrize("lost", [0, 1])
-def test_where_one_dies_the_others_end(together, tmp_path, lost):
+def test_processes_end_if_another_is_killed(start_processes, tmp_path, lost):
     run = tmp_path / "run"
-    commands = together(*FIT, run, prelude=SLOW_STEPS)
+    commands = start_processes(*FIT, run, prelude=SLOW_STEPS)
     commands[0].wait_until_printed("1/2 ")
     commands[lost].signal(signal.SIGKILL)
     code = commands[1 - lost].wait(timeout=30)
     assert code == 1, commands[1 - lost].printed
     assert "Another training process was lost: Connection" in commands[1 - lost].printed
     assert "Traceback" not in commands[1 - lost].printed
-    all_done(together("fit", "--resume", run))
+    wait_for_all(start_processes("fit", "--resume", run))
 
 
-def test_a_loss_that_is_not_finite_in_one_ends_all(together, tmp_path):
+def test_loss_that_is_not_finite_in_one_process_ends_all(start_processes, tmp_path):
     fault = """
 import os
 from fastai.callback.core import Callback
@@ -301,14 +309,14 @@ def fail(self):
 HistoryCallback.after_batch = fail
 """
     run = tmp_path / "run"
-    for command in together(*FIT, run, prelude=fault):
+    for command in start_processes(*FIT, run, prelude=fault):
         ended(command, 1, "The training loss is not finite at step ", " of epoch 2")
     state = CheckpointStore(run / "checkpoint").newest().path / "state.json"
     assert json.loads(state.read_text())["epoch"] == 1
 
 
-def test_saving_takes_its_share_in_several_processes_as_well(together, tmp_path):
-    """The process that writes decides, since it alone knows what a save costs."""
+def test_time_for_saving_is_limited_in_several_processes(start_processes, tmp_path):
+    """The process that writes decides, since only it measures the duration of a save."""
     slow = """
 import os, time
 from mixmo_fastai.runs import files
@@ -319,18 +327,20 @@ class Disk:
 files.os = Disk()
 """
     run = tmp_path / "run"
-    all_done(together(*FIT, run, "--epochs", "5", prelude=slow))
+    wait_for_all(start_processes(*FIT, run, "--epochs", "5", prelude=slow))
     newest = CheckpointStore(run / "checkpoint").newest()
     assert newest.path.name == "save-000002"  # the first, and the last
 
 
-def test_precision_is_the_recipes_whatever_a_launcher_says(together, alone, tmp_path):
+def test_precision_is_that_of_the_recipe_not_of_the_launcher(
+    start_processes, train_alone, tmp_path
+):
     run, asked = tmp_path / "run", "import os; os.environ['ACCELERATE_MIXED_PRECISION'] = 'bf16'"
-    all_done(together(*FIT, run, prelude=asked))
-    assert_close(open_run(run), alone(), rtol=1e-4)
+    wait_for_all(start_processes(*FIT, run, prelude=asked))
+    assert_close(open_run(run), train_alone(), rtol=1e-4)
 
 
-def test_who_waits_for_others_in_vain_can_be_ended(mixmo, tmp_path):
+def test_process_that_waits_for_others_can_be_terminated(mixmo, tmp_path):
     alone_of_two = {"WORLD_SIZE": 2, "RANK": 0, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1"}
     announce = """
 import torch.distributed as d
@@ -348,31 +358,31 @@ d.init_process_group = lambda *a, **k: (print('joining', flush=True), own(*a, **
     assert command.wait(timeout=5) == 143
 
 
-def test_fewer_validation_images_than_processes(together, tmp_path):
+def test_fewer_validation_images_than_processes(start_processes, tmp_path):
     run = tmp_path / "run"
     few = ["--valid-split", "0.002", "--set", "model.ghost_batch_size=4"]
-    all_done(together(*FIT, run, *few, count=4))
+    wait_for_all(start_processes(*FIT, run, *few, count=4))
     assert len(open_run(run).history()) == 2
 
 
 @pytest.mark.parametrize("what", ["folder", "lock"])
-def test_what_the_first_is_refused_the_others_tell_as_well(together, mixmo, tmp_path, what):
+def test_errors_of_rank_0_are_reported_by_all_processes(start_processes, mixmo, tmp_path, what):
     run = tmp_path / "run"
     if what == "lock":
         first = mixmo(*FIT, run, prelude=SLOW_STEPS)
         first.wait_until_printed("1/2 ")
-        commands = together("fit", "--resume", run)
+        commands = start_processes("fit", "--resume", run)
     else:
         late = "import mixmo_fastai.cli.fit as f, os; f.check_free = lambda out: None\n"
         run.mkdir()
         (run / "notes").touch()
-        commands = together(*FIT, run, prelude=late)
+        commands = start_processes(*FIT, run, prelude=late)
     assert [command.wait() for command in commands] == [2, 2] if what == "folder" else True
     for command in commands if what == "folder" else commands[:1]:
         ended(command, 2, "not empty" if what == "folder" else "is in use")
 
 
-def test_a_launcher_that_says_too_little(mixmo, tmp_path):
+def test_incomplete_environment_of_a_launcher_is_refused(mixmo, tmp_path):
     command = mixmo(*FIT, tmp_path / "run", environment={"WORLD_SIZE": 2, "RANK": 0})
     ended(command, 2, "WORLD_SIZE is set but LOCAL_RANK is not")
 
@@ -385,7 +395,7 @@ LAUNCH = [
 LAUNCHERS = pytest.mark.parametrize("launcher", [TORCHRUN, LAUNCH], ids=["torchrun", "accelerate"])
 
 
-def launched(launcher, *words):
+def start_launcher(launcher, *words):
     module = ["-m", "mixmo_fastai"]
     return subprocess.Popen(
         [sys.executable, "-m", *launcher, *module, *map(str, words)],
@@ -397,18 +407,18 @@ def launched(launcher, *words):
 
 
 @LAUNCHERS
-def test_launchers_start_it(alone, tmp_path, launcher):
+def test_launchers_start_training(train_alone, tmp_path, launcher):
     run = tmp_path / "run"
-    process = launched(launcher, *FIT, run)
+    process = start_launcher(launcher, *FIT, run)
     said, _ = process.communicate(timeout=3 * TIMEOUT)
     assert process.returncode == 0, said
     assert "in 2 processes" in said
-    assert_close(open_run(run), alone())
+    assert_close(open_run(run), train_alone())
 
 
-def test_a_launcher_tells_that_a_process_died(tmp_path):
+def test_launcher_fails_if_a_process_is_killed(tmp_path):
     run = tmp_path / "run"
-    process = launched(TORCHRUN, *FIT, run, "--epochs", "100000")
+    process = start_launcher(TORCHRUN, *FIT, run, "--epochs", "100000")
     for line in process.stdout:
         if "2/100000" in line:
             break
@@ -425,7 +435,7 @@ def child_pids(pid):
         return file.read().split()
 
 
-def test_where_nothing_was_launched_there_is_one_process(monkeypatch):
+def test_without_a_launcher_there_is_one_process(monkeypatch):
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     assert launched_processes() == (0, 1)
@@ -434,7 +444,7 @@ def test_where_nothing_was_launched_there_is_one_process(monkeypatch):
     assert launched_processes() == (2, 4)
 
 
-NORM = """
+NORM_PROGRAM = """
 import torch
 import torch.distributed as dist
 from mixmo_fastai.models.synced_norm import SyncedBatchNorm2d
@@ -453,7 +463,7 @@ dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_statistics_over_processes_are_those_of_the_whole_batch(together, tmp_path, momentum):
+def test_synced_statistics_equal_those_of_the_whole_batch(start_processes, tmp_path, momentum):
     random = torch.Generator().manual_seed(0)
     x, weights = (torch.randn(8, 5, 3, 4, generator=random) for _ in range(2))
     x = x * 3 + 7
@@ -462,7 +472,9 @@ def test_statistics_over_processes_are_those_of_the_whole_batch(together, tmp_pa
         norm.weight.copy_(torch.rand(5, generator=random) + 0.5)
         norm.bias.copy_(torch.randn(5, generator=random))
     torch.save({"state": norm.state_dict(), "x": x, "weights": weights}, tmp_path / "given.pt")
-    all_done(together("fit", "--help", prelude=NORM.replace("MOMENTUM", str(momentum))))
+    wait_for_all(
+        start_processes("fit", "--help", prelude=NORM_PROGRAM.replace("MOMENTUM", str(momentum)))
+    )
     found = [torch.load(tmp_path / f"found-{rank}.pt") for rank in range(2)]
     x.requires_grad_()
     out = norm(x)
@@ -475,7 +487,7 @@ def test_statistics_over_processes_are_those_of_the_whole_batch(together, tmp_pa
         torch.testing.assert_close(part[4], norm.state_dict())
 
 
-def test_alone_it_is_plain_batch_norm():
+def test_synced_norm_in_one_process_equals_batch_norm():
     norm = torch.nn.Sequential(torch.nn.BatchNorm2d(3))
     x = torch.randn(4, 3, 2, 2)
     expected = norm(x)
@@ -483,7 +495,7 @@ def test_alone_it_is_plain_batch_norm():
     torch.testing.assert_close(norm(x), expected)
 
 
-def test_metrics_that_cannot_be_added_up_are_refused():
+def test_metrics_that_cannot_be_summed_are_refused():
     from fastai.metrics import F1Score
 
     from mixmo_fastai.learner.distributed import SummedMetrics
@@ -539,8 +551,8 @@ sys.exit(0)
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_streaming_metrics_are_those_of_all_images(together, tmp_path, count):
-    all_done(together(prelude=SHARED, count=count))
+def test_streaming_metrics_are_those_of_all_images(start_processes, tmp_path, count):
+    wait_for_all(start_processes(prelude=SHARED, count=count))
     stored = [torch.load(tmp_path / f"{rank}.pt") for rank in range(count)]
     for values, logits, labels in stored:
         assert len(labels) == 30
@@ -555,7 +567,7 @@ def assert_equal_to_evaluate_logits(values, logits, labels):
     assert values == pytest.approx([found[name] for name in names], abs=1e-6)
 
 
-OF_FASTAI = """
+FASTAI_PROGRAM = """
 import sys
 
 import torch
@@ -639,9 +651,9 @@ sys.exit(0)
 """
 
 
-def test_distrib_ctx_of_fastai(together, tmp_path):
-    """Each process pairs and mixes the images that fastai gives it."""
-    all_done(together(prelude=OF_FASTAI))
+def test_distrib_ctx_of_fastai(start_processes, tmp_path):
+    """Each process pairs and mixes the images of its part of fastai's batch."""
+    wait_for_all(start_processes(prelude=FASTAI_PROGRAM))
     one, two = (torch.load(tmp_path / f"seen-{rank}.pt", weights_only=False) for rank in range(2))
     assert one["shapes"] == two["shapes"] == {((48, 2, 3, 8, 8), (48, 2, 3))}  # 12 images, 4 times
     assert len(one["seen"]) == 2 * 96 // 2 // 12
@@ -661,7 +673,7 @@ def test_distrib_ctx_of_fastai(together, tmp_path):
         assert_equal_to_evaluate_logits(each["last"][2:7], *each["valid"])
 
 
-def test_distrib_ctx_of_fastai_leaves_our_loaders_alone(together):
+def test_distrib_ctx_of_fastai_refuses_own_loaders(start_processes):
     program = """
 import sys
 from fastai import distributed
@@ -677,8 +689,8 @@ try:
 except InputError as error:
     print(error)
     sys.exit(0)
-sys.exit("it was not refused")
+sys.exit("no error was raised")
 """
-    commands = together(prelude=program)
-    all_done(commands)
+    commands = start_processes(prelude=program)
+    wait_for_all(commands)
     assert all("Use `shared(learn)`" in command.printed for command in commands)

@@ -16,21 +16,21 @@ from mixmo_fastai.metrics.diversity import (
 )
 
 
-def draw(num_samples, num_members, num_classes, seed=0):
+def draw_logits(num_samples, num_members, num_classes, seed=0):
     random = torch.Generator().manual_seed(seed)
     logits = torch.randn(num_samples, num_members, num_classes, generator=random)
     return logits, torch.randint(num_classes, (num_samples,), generator=random)
 
 
-def vote(predictions, num_classes=3):
-    """Member logits (N, M, K) that predict the given classes (N, M)."""
+def make_logits(predictions, num_classes=3):
+    """Return member logits (N, M, K) that predict the classes (N, M)."""
     return torch.nn.functional.one_hot(torch.tensor(predictions), num_classes).float()
 
 
 @pytest.mark.parametrize("size", [(40, 2, 3), (60, 3, 4), (90, 5, 10)])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_figures_against_the_oracle(size, seed):
-    logits, labels = draw(*size, seed=seed)
+def test_metrics_match_the_oracle(size, seed):
+    logits, labels = draw_logits(*size, seed=seed)
     z, y = logits.numpy(), labels.numpy()
     accuracies = member_accuracies(logits, labels)
     assert accuracies.tolist() == pytest.approx(oracle.member_accuracy(z, y))
@@ -42,7 +42,7 @@ def test_figures_against_the_oracle(size, seed):
 
 @needs_golden
 @pytest.mark.parametrize("name", ["metrics_k10_m2", "metrics_k20_m3"])
-def test_published_figures(name):
+def test_metrics_match_the_published_implementation(name):
     stored, expected = arrays(name), facts(name)
     logits, labels = stored["member_logits"], stored["labels"]
     ratio = ratio_error(logits, labels).item()
@@ -53,42 +53,44 @@ def test_published_figures(name):
     assert np.mean(accuracies) == pytest.approx(expected["accuracy_mean"], abs=1e-9)
 
 
-def test_ratio_by_hand():
+def test_metrics_of_a_small_example():
     labels = torch.tensor([0, 0, 0, 0, 0])
-    logits = vote([[1, 1], [1, 2], [0, 1], [0, 2], [1, 0]])  # two common errors, three lone ones
+    logits = make_logits(
+        [[1, 1], [1, 2], [0, 1], [0, 2], [1, 0]]
+    )  # two common errors, three lone ones
     assert ratio_error(logits, labels).item() == 1.5
     assert disagreement(logits).item() == 0.8
     assert member_accuracies(logits, labels).tolist() == [0.4, 0.2]
 
 
-def test_members_in_another_order_are_as_diverse():
-    logits, labels = draw(80, 4, 5)
-    turned = logits[:, [2, 0, 3, 1]]
-    assert ratio_error(turned, labels).item() == pytest.approx(ratio_error(logits, labels).item())
-    assert disagreement(turned).item() == pytest.approx(disagreement(logits).item())
+def test_diversity_does_not_depend_on_the_order_of_members():
+    logits, labels = draw_logits(80, 4, 5)
+    permuted = logits[:, [2, 0, 3, 1]]
+    assert ratio_error(permuted, labels).item() == pytest.approx(ratio_error(logits, labels).item())
+    assert disagreement(permuted).item() == pytest.approx(disagreement(logits).item())
 
 
-def test_members_that_agree_have_no_diversity():
-    logits, labels = draw(30, 1, 4)
-    twins = logits.expand(30, 3, 4)
-    assert ratio_error(twins, labels).item() == 0
-    assert disagreement(twins).item() == 0
-    assert mutual_information(twins).item() < 1e-12
+def test_equal_members_have_no_diversity():
+    logits, labels = draw_logits(30, 1, 4)
+    copies = logits.expand(30, 3, 4)
+    assert ratio_error(copies, labels).item() == 0
+    assert disagreement(copies).item() == 0
+    assert mutual_information(copies).item() < 1e-12
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_information_is_never_negative(seed):
-    logits, _ = draw(1, 1, 4, seed=seed)
+def test_mutual_information_is_never_negative(seed):
+    logits, _ = draw_logits(1, 1, 4, seed=seed)
     assert 0 <= mutual_information(logits.expand(1, 3, 4)).item() < 1e-12
 
 
-def test_information_is_the_logarithm_of_members_that_are_sure_of_different_classes():
+def test_mutual_information_of_confident_disagreeing_members_is_log_m():
     logits = 1e4 * torch.eye(3).expand(7, 3, 3)
     assert mutual_information(logits).item() == pytest.approx(math.log(3), rel=1e-12)
 
 
-def test_one_member_has_nothing_to_differ_from():
-    logits, labels = draw(5, 1, 3)
+def test_diversity_of_one_member_is_refused():
+    logits, labels = draw_logits(5, 1, 3)
     with pytest.raises(InputError, match=r"mutual_information compares members.*got 1"):
         mutual_information(logits)
     with pytest.raises(InputError, match=r"ratio_error compares members.*got 1"):
@@ -105,26 +107,26 @@ def test_one_member_has_nothing_to_differ_from():
         [[1, 1, 0], [1, 1, 0]],  # one pair of three has some
     ],
 )
-def test_without_common_errors_the_ratio_is_undefined(predictions):
+def test_ratio_error_is_undefined_without_common_errors(predictions):
     with pytest.raises(InputError, match="got a pair without common errors"):
-        ratio_error(vote(predictions), torch.tensor([0, 0]))
+        ratio_error(make_logits(predictions), torch.tensor([0, 0]))
 
 
-@pytest.mark.parametrize("figure", [member_accuracies, ratio_error])
-def test_labels_are_checked(figure):
-    logits, labels = draw(6, 2, 3)
+@pytest.mark.parametrize("metric", [member_accuracies, ratio_error])
+def test_invalid_labels_are_refused(metric):
+    logits, labels = draw_logits(6, 2, 3)
     with pytest.raises(InputError, match=r"labels must be in 0 … 2.*got 5 at index 5"):
-        figure(logits, labels.index_fill(0, torch.tensor([5]), 5))
+        metric(logits, labels.index_fill(0, torch.tensor([5]), 5))
     with pytest.raises(InputError, match=r"labels must have shape.*N = 6"):
-        figure(logits, labels[:4])
+        metric(logits, labels[:4])
 
 
-@pytest.mark.parametrize("figure", [disagreement, mutual_information])
-def test_logits_are_checked(figure):
+@pytest.mark.parametrize("metric", [disagreement, mutual_information])
+def test_invalid_logits_are_refused(metric):
     with pytest.raises(InputError, match=r"member_logits must have shape \(N, M, K\).*\(6, 3\)"):
-        figure(torch.zeros(6, 3))
+        metric(torch.zeros(6, 3))
     with pytest.raises(InputError, match=r"member_logits must be finite; got inf.*\(0, 1, 0\)"):
-        figure(torch.tensor([[[0.0, 0.0], [torch.inf, 0.0]]]))
+        metric(torch.tensor([[[0.0, 0.0], [torch.inf, 0.0]]]))
 
 
 def test_accuracy_by_agreement():
@@ -132,10 +134,10 @@ def test_accuracy_by_agreement():
     logits = torch.randn(200, 3, 4, generator=random)
     labels = torch.randint(0, 4, (200,), generator=random)
     counts, accuracy = accuracy_by_agreement(logits, labels)
-    votes, together = logits.argmax(2), logits.double().mean(1).argmax(1)
+    predictions, ensemble = logits.argmax(2), logits.double().mean(1).argmax(1)
     for number in range(4):
-        group = [i for i in range(200) if (votes[i] == together[i]).sum() == number]
+        group = [i for i in range(200) if (predictions[i] == ensemble[i]).sum() == number]
         assert counts[number] == len(group)
-        right = sum(bool(together[i] == labels[i]) for i in group)
-        assert accuracy[number] == pytest.approx(right / max(len(group), 1))
+        num_correct = sum(bool(ensemble[i] == labels[i]) for i in group)
+        assert accuracy[number] == pytest.approx(num_correct / max(len(group), 1))
     assert counts[0] > 0  # all members differ from what they decide together

@@ -1,7 +1,7 @@
-"""The command lines of the README and the docs run, in the order in which they stand.
+"""Run the command lines of the README and the docs in order.
 
-Made small: the data sets are generated in their official formats, and whatever a line trains is a
-small network for an epoch. Lines of a launcher run in one process; `test_distributed.py` starts
+To be fast, the data sets are small and generated in their official formats, and a small network is
+trained for one epoch. Lines with a launcher run in one process; `test_distributed.py` starts
 several.
 """
 
@@ -20,12 +20,12 @@ from mixmo_fastai.data.sources import SOURCES
 
 pytestmark = pytest.mark.slow
 
-SMALL = [
+SMALL_SETTINGS = [
     *("model.arch=wrn10_1", "model.pretrained=false", "train.epochs=1", "train.batch_size=16"),
     *("data.limit=40", "data.loader=resident", "train.device=cpu", "train.threads=1"),
 ]
 PAGES = [name for name in TEXTS if name != EXTENDING and [*command_lines(TEXTS[name])]]
-FIRST = {  # what the lines of a page take to be there
+SETUP_COMMANDS = {  # commands whose results the lines of a page require
     "evaluation.md": [
         "fit cifar10 --recipe cifar10/vanilla --out runs/vanilla",
         "fit cifar10 --recipe cifar10/cut-mixmo --out runs/cut-mixmo",
@@ -35,14 +35,14 @@ FIRST = {  # what the lines of a page take to be there
 }
 
 
-def made_small(module):
-    """Let a command find the recipe that was asked for, and then make it small."""
-    own = module.resolve_recipe
+def make_small(module):
+    """Return a `resolve_recipe` that reduces the resolved recipe to a small one."""
+    original = module.resolve_recipe
 
-    def resolve(*asked, **by_name):
-        recipe = own(*asked, **by_name)
-        changes = [*SMALL]
-        if "num_nets" not in str(asked) and recipe.model.num_nets > 1:
+    def resolve(*args, **kwargs):
+        recipe = original(*args, **kwargs)
+        changes = [*SMALL_SETTINGS]
+        if "num_nets" not in str(args) and recipe.model.num_nets > 1:
             changes.append("model.num_nets=1")
         return override(recipe, changes)
 
@@ -50,8 +50,8 @@ def made_small(module):
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
-    """A folder with what the lines name, and small data."""
+def work_dir(tmp_path, monkeypatch):
+    """Create a working directory with the files that the lines name, and small data."""
     for name, write in {"cifar10": write_cifar10, "cifar100": write_cifar100}.items():
         archive = write(tmp_path / "data")
         monkeypatch.setitem(SOURCES, name, dataclasses.replace(SOURCES[name], archive=archive))
@@ -60,10 +60,10 @@ def place(tmp_path, monkeypatch):
     photos = write_image_folder(tmp_path / "photos", num_train=2, num_test=2)
     next(photos.rglob("*.png")).rename(tmp_path / "cat.png")
     write_official(tmp_path / "path/to/CIFAR-10-C", num_images=20, num_classes=10)
-    (own,) = blocks(TEXTS["recipes.md"], "toml")
-    (tmp_path / "flowers.toml").write_text(own, encoding="utf-8")
+    (toml,) = blocks(TEXTS["recipes.md"], "toml")
+    (tmp_path / "flowers.toml").write_text(toml, encoding="utf-8")
     for module in (fit, lr_find, show):
-        monkeypatch.setattr(module, "resolve_recipe", made_small(module))
+        monkeypatch.setattr(module, "resolve_recipe", make_small(module))
     monkeypatch.setenv("MIXMO_DATA_DIR", str(tmp_path / "data"))
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.chdir(tmp_path)
@@ -71,20 +71,22 @@ def place(tmp_path, monkeypatch):
     wandb.teardown()  # or it would keep this environment for the tests that follow
 
 
-def test_every_page_with_lines_is_here():
+def test_pages_with_command_lines_are_found():
     assert {"README.md", "recipes.md", "evaluation.md", "distributed.md"} <= set(PAGES)
 
 
-@pytest.mark.parametrize("words", ["fit digits --epoch 1", "eval nothing", "fit --recipe none"])
-def test_a_line_that_does_not_run_is_noticed(words, place):
-    assert program(words.split()) != 0
+@pytest.mark.parametrize("arguments", ["fit digits --epoch 1", "eval nothing", "fit --recipe none"])
+def test_invalid_command_line_fails(arguments, work_dir):
+    assert program(arguments.split()) != 0
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_command_lines_run(name, place, capsys):
-    first = [line.split() for line in FIRST.get(name, ())]
-    for words in [*first, *command_lines(TEXTS[name])]:
-        here = [word.removeprefix("/") if word.startswith("/shared") else word for word in words]
-        code = program(here)
-        said = capsys.readouterr()
-        assert code == 0, f"mixmo {' '.join(words)}\n{said.out}{said.err}"
+def test_command_lines_run_without_error(name, work_dir, capsys):
+    first = [line.split() for line in SETUP_COMMANDS.get(name, ())]
+    for arguments in [*first, *command_lines(TEXTS[name])]:
+        local_arguments = [
+            word.removeprefix("/") if word.startswith("/shared") else word for word in arguments
+        ]
+        code = program(local_arguments)
+        output = capsys.readouterr()
+        assert code == 0, f"mixmo {' '.join(arguments)}\n{output.out}{output.err}"
