@@ -15,7 +15,7 @@ import torch
 from processes import TIMEOUT, uninterrupted_runs
 from safetensors.torch import load_file
 from synthetic import mixmo_dls
-from test_faults import ended
+from test_faults import check_failed
 from test_resuming import assert_same
 from test_signals import SLOW_STEPS
 
@@ -233,13 +233,15 @@ def test_masks_differ_between_processes(monkeypatch):
 def test_batch_that_cannot_be_split_evenly_is_refused(start_processes, tmp_path):
     commands = start_processes(*FIT, tmp_path / "run", count=3)
     for command in commands:
-        ended(command, 2, "A batch of 32 images cannot be split evenly over 3 processes", "33")
+        check_failed(
+            command, 2, "A batch of 32 images cannot be split evenly over 3 processes", "33"
+        )
     assert not (tmp_path / "run").exists()
 
 
 def test_other_commands_run_in_one_process(start_processes):
     first, second = start_processes("lr-find", "--arch", "wrn10_1")
-    ended(first, 2, "Only `mixmo fit` runs in several processes")
+    check_failed(first, 2, "Only `mixmo fit` runs in several processes")
     assert second.wait() == 2
     assert second.printed.startswith("[process 1] Error: ")
 
@@ -310,7 +312,7 @@ HistoryCallback.after_batch = fail
 """
     run = tmp_path / "run"
     for command in start_processes(*FIT, run, prelude=fault):
-        ended(command, 1, "The training loss is not finite at step ", " of epoch 2")
+        check_failed(command, 1, "The training loss is not finite at step ", " of epoch 2")
     state = CheckpointStore(run / "checkpoint").newest().path / "state.json"
     assert json.loads(state.read_text())["epoch"] == 1
 
@@ -379,12 +381,12 @@ def test_errors_of_rank_0_are_reported_by_all_processes(start_processes, mixmo, 
         commands = start_processes(*FIT, run, prelude=late)
     assert [command.wait() for command in commands] == [2, 2] if what == "folder" else True
     for command in commands if what == "folder" else commands[:1]:
-        ended(command, 2, "not empty" if what == "folder" else "is in use")
+        check_failed(command, 2, "not empty" if what == "folder" else "is in use")
 
 
 def test_incomplete_environment_of_a_launcher_is_refused(mixmo, tmp_path):
     command = mixmo(*FIT, tmp_path / "run", environment={"WORLD_SIZE": 2, "RANK": 0})
-    ended(command, 2, "WORLD_SIZE is set but LOCAL_RANK is not")
+    check_failed(command, 2, "WORLD_SIZE is set but LOCAL_RANK is not")
 
 
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

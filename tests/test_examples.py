@@ -1,4 +1,4 @@
-"""The examples run: the notebook in a kernel, the scripts as programs."""
+"""Run the examples: the notebook in a kernel, the scripts as programs."""
 
 import re
 import runpy
@@ -29,7 +29,7 @@ PLAIN_PYTORCH = "mixmo_in_plain_pytorch.py"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    root = tmp_path_factory.mktemp("pictures")
+    root = tmp_path_factory.mktemp("images")
     pixels, labels = image_arrays(45, size=40)
     for number, (image, label) in enumerate(zip(pixels, labels, strict=True)):
         path = root / CLASSES[label] / f"{number}.png"
@@ -40,20 +40,20 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def run(mixmo):
-    """A function that runs a script in the test's folder; it gives what was printed."""
+    """Return a function that runs a script in the test's folder and returns its output."""
 
-    def give(script, *words, code=0):
-        command = mixmo(*words, script=EXAMPLES / script)
-        assert command.wait(timeout=5 * TIMEOUT) == code, command.printed
-        return command.printed
+    def run_script(script, *arguments, code=0):
+        command = mixmo(*arguments, script=EXAMPLES / script)
+        assert command.wait(timeout=5 * TIMEOUT) == code, command.output
+        return command.output
 
-    return give
+    return run_script
 
 
 def test_own_images(run, folder, tmp_path):
-    said = run("own_images.py", folder, "--size", 32, "--epochs", 2, "--out", "it")
-    assert re.search(r"accuracy \d+\.\d%, per member \d+\.\d%", said)
-    assert re.search(rf"png: ({'|'.join(CLASSES)}), probability \d+%", said)
+    output = run("own_images.py", folder, "--size", 32, "--epochs", 2, "--out", "it")
+    assert re.search(r"accuracy \d+\.\d%, per member \d+\.\d%", output)
+    assert re.search(rf"png: ({'|'.join(CLASSES)}), probability \d+%", output)
     network = torch.export.load(tmp_path / "it/network.pt2").module()
     assert network(torch.zeros(5, 3, 32, 32)).shape == (5, 3)
     assert (tmp_path / "it/learner.pkl").exists()
@@ -63,11 +63,11 @@ def test_own_images(run, folder, tmp_path):
 def test_pretrained_resnet50(run, folder, tmp_path):
     weights = resnet50().state_dict()  # trained ones cannot be had without a network
     torch.save(weights, tmp_path / "weights.pth")
-    said = run(
+    output = run(
         "pretrained_resnet50.py", folder, "--weights", "weights.pth", "--size", 32,
         "--epochs", 1, "--batch-size", 6,
     )  # fmt: skip
-    assert float(re.search(r"logits differ by (\S+)", said)[1]) < 1e-4
+    assert float(re.search(r"logits differ by (\S+)", output)[1]) < 1e-4
     plain = torch.load(tmp_path / "resnet50-mixmo.pth")
     resnet50(num_classes=3).load_state_dict(plain)
     assert sum(tensor.numel() for tensor in plain.values()) < sum(
@@ -77,13 +77,13 @@ def test_pretrained_resnet50(run, folder, tmp_path):
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_have_help(script, run):
-    said = run(script, "--help")
+    output = run(script, "--help")
     first = script.read_text(encoding="utf-8").splitlines()[0].strip('"')
-    assert " ".join(first.split()) in " ".join(said.split())
+    assert " ".join(first.split()) in " ".join(output.split())
 
 
 def test_scripts_import_what_they_use():
-    """In a new interpreter, where nothing has been imported before."""
+    """A new interpreter has no modules that other tests imported."""
     source = "import runpy, sys\nfor path in sys.argv[1:]: runpy.run_path(path, run_name=path)"
     command = [sys.executable, "-c", source, *SCRIPTS]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -91,56 +91,56 @@ def test_scripts_import_what_they_use():
 
 
 def test_plain_pytorch_learns_the_digits(run):
-    said = run(PLAIN_PYTORCH, "--epochs", 2)
-    assert float(re.findall(r"accuracy (\S+)%", said)[-1]) > 90
+    output = run(PLAIN_PYTORCH, "--epochs", 2)
+    assert float(re.findall(r"accuracy (\S+)%", output)[-1]) > 90
     assert len((EXAMPLES / PLAIN_PYTORCH).read_text(encoding="utf-8").splitlines()) < 80
 
 
 @pytest.mark.parametrize("progress", [0.5, 1.0])  # masks are boxes or ratios; ratios alone
-def test_plain_pytorch_has_the_loss_of_the_package(progress):
+def test_plain_pytorch_loss_equals_that_of_the_package(progress):
     page = runpy.run_path(str(EXAMPLES / PLAIN_PYTORCH))
     x, y = torch.randn(4, 1, 8, 8), torch.tensor([3, 1, 2, 0])
     generator = torch.Generator().manual_seed(0)
     model = create_model("wrn10_1", 10, 2, 1, generator=generator).train()
     for seed in range(4):
         torch.manual_seed(seed)
-        found = page["training_loss"](model, x, y, progress)
+        actual = page["training_loss"](model, x, y, progress)
         torch.manual_seed(seed)
         seen = draw_pairing(4, 2, 4) % 4
         kind = "cutmix" if torch.rand(()) < progress * (1 - progress) * 2 else "linear"
         masks, means = draw_masks(kind, draw_lam(16, 2, 2.0), model.mask_shape(8, 8))
         expected = MixMoLoss()(model(x[seen], masks), y[seen], loss_weights(means, 3.0))
-        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("script", ["own_images.py", "pretrained_resnet50.py"])
-def test_scripts_tell_wrong_words_without_a_traceback(script, run):
-    said = run(script, "nowhere", code=2)
-    assert "Traceback" not in said
-    assert "nowhere contains no class folders" in said
+def test_scripts_report_invalid_arguments_without_a_traceback(script, run):
+    output = run(script, "nowhere", code=2)
+    assert "Traceback" not in output
+    assert "nowhere contains no class folders" in output
 
 
-def test_own_images_with_a_network_that_is_not_there(run, folder):
-    said = run("own_images.py", folder, "--arch", "resnet19", code=1)
-    assert "Traceback" not in said
-    assert "Unknown architecture 'resnet19'." in said
+def test_own_images_reports_an_unknown_network(run, folder):
+    output = run("own_images.py", folder, "--arch", "resnet19", code=1)
+    assert "Traceback" not in output
+    assert "Unknown architecture 'resnet19'." in output
 
 
 def outputs(book):
-    return [output for cell in book.cells for output in cell.get("outputs", ())]
+    return [item for cell in book.cells for item in cell.get("outputs", ())]
 
 
-def test_the_notebook_runs(tmp_path):
-    shown = [*filter(is_shown, outputs(run_notebook(tmp_path, quick=True)))]
-    assert sum("image/png" in output.get("data", {}) for output in shown) == 4
-    said = "".join(output.get("text", "") for output in shown)
-    differences = re.findall(r"largest difference of a \w+: (\S+)", said)
+def test_notebook_runs(tmp_path):
+    visible_outputs = [*filter(is_shown, outputs(run_notebook(tmp_path, quick=True)))]
+    assert sum("image/png" in item.get("data", {}) for item in visible_outputs) == 4
+    output = "".join(item.get("text", "") for item in visible_outputs)
+    differences = re.findall(r"largest difference of a \w+: (\S+)", output)
     assert len(differences) == 2
     assert all(float(difference) < 1e-4 for difference in differences)
 
 
-def test_the_notebook_shows_what_it_gave():
-    """So that it can be read where nothing runs."""
+def test_notebook_contains_its_outputs():
+    """The stored notebook can be read without running it."""
     book = nbformat.read(NOTEBOOK, as_version=4)
     cells = [cell for cell in book.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == [*range(1, len(cells) + 1)]

@@ -39,7 +39,7 @@ def images(tmp_path_factory):
     )
 
 
-def trained(images, folder, **changes):
+def train_small_run(images, folder, **changes):
     settings = {
         "model.arch": "wrn10_1",
         "train.epochs": 1,
@@ -63,7 +63,7 @@ DATA = {
 
 @pytest.fixture(scope="module")
 def run(images, tmp_path_factory):
-    return trained(images, tmp_path_factory.mktemp("runs") / "mixmo")
+    return train_small_run(images, tmp_path_factory.mktemp("runs") / "mixmo")
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def fused_file(run, tmp_path_factory):
     return path
 
 
-def test_tensors_hold_the_ensemble_in_one_plain_network(run, fused_file):
+def test_exported_network_equals_the_ensemble(run, fused_file):
     exported, model = load_fused(fused_file), load_network(run)
     x = torch.randn(7, 3, 12, 12)
     with torch.inference_mode():
@@ -86,12 +86,12 @@ def test_tensors_hold_the_ensemble_in_one_plain_network(run, fused_file):
     assert not any(name.startswith(("encoders", "heads")) for name in tensors)
 
 
-def test_onnx_takes_any_batch_and_says_what_it_is(run, tmp_path):
+def test_onnx_accepts_any_batch_size_and_contains_metadata(run, tmp_path):
     path = tmp_path / "net.onnx"
-    found = export_run(run, path)
-    assert found["relative_difference"] <= 1e-4
-    assert found["num_images"] == 15
-    assert found["num_bytes"] == path.stat().st_size
+    result = export_run(run, path)
+    assert result["relative_difference"] <= 1e-4
+    assert result["num_images"] == 15
+    assert result["num_bytes"] == path.stat().st_size
     model, session = load_network(run), onnxruntime.InferenceSession(str(path))
     for batch in (1, 2, 9):
         x = torch.randn(batch, 3, 12, 12)
@@ -100,14 +100,14 @@ def test_onnx_takes_any_batch_and_says_what_it_is(run, tmp_path):
         logits = session.run(["logits"], {"images": x.numpy()})[0]
         np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
     properties = {p.key: p.value for p in onnx.load(path).metadata_props}
-    about = json.loads(properties["mixmo"])
-    assert about["arch"] == "wrn10_1"
-    assert about["data"]["classes"] == ["cat", "dog", "fish"]
+    info = json.loads(properties["mixmo"])
+    assert info["arch"] == "wrn10_1"
+    assert info["data"]["classes"] == ["cat", "dog", "fish"]
 
 
 @pytest.mark.parametrize("arch", ["wrn10_2", "preact_resnet18_1"])
-def test_other_networks_are_the_same_in_onnx(images, tmp_path, arch):
-    run = trained(images, tmp_path / "run", **{"model.arch": arch})
+def test_onnx_equals_the_run_for_other_networks(images, tmp_path, arch):
+    run = train_small_run(images, tmp_path / "run", **{"model.arch": arch})
     export_run(run, tmp_path / "net.onnx")
     session = onnxruntime.InferenceSession(str(tmp_path / "net.onnx"))
     x = torch.randn(3, 3, 12, 12)
@@ -117,7 +117,7 @@ def test_other_networks_are_the_same_in_onnx(images, tmp_path, arch):
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4 * abs(expected).max())
 
 
-def test_a_stricter_umask_holds_for_exported_files(run, tmp_path):
+def test_exported_files_follow_the_umask(run, tmp_path):
     before = os.umask(0o077)
     try:
         export_run(run, tmp_path / "net.safetensors")
@@ -131,25 +131,25 @@ def test_a_stricter_umask_holds_for_exported_files(run, tmp_path):
 @pytest.mark.parametrize(
     ("name", "value"), [("mean", [0.9, 0.5, 0.5]), ("image_shape", [3, 16, 16])]
 )
-def test_what_a_run_says_of_its_data_must_be_so(run, tmp_path, name, value):
-    mine = RunFolder(shutil.copytree(run.path, tmp_path / "run"))
-    path = mine.path / "data.json"
+def test_run_with_changed_data_facts_is_refused(run, tmp_path, name, value):
+    run_copy = RunFolder(shutil.copytree(run.path, tmp_path / "run"))
+    path = run_copy.path / "data.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
     with pytest.raises(InputError, match=rf"{name} is .* in .*data\.json"):
-        export_run(mine, tmp_path / "net.onnx")
+        export_run(run_copy, tmp_path / "net.onnx")
 
 
-def test_weights_that_are_not_finite_are_called_that(run, tmp_path):
-    mine = RunFolder(shutil.copytree(run.path, tmp_path / "run"))
-    tensors = load_file(mine.weights)
+def test_weights_that_are_not_finite_are_refused(run, tmp_path):
+    run_copy = RunFolder(shutil.copytree(run.path, tmp_path / "run"))
+    tensors = load_file(run_copy.weights)
     tensors["encoders.0.weight"][:] = float("nan")
-    save_file(tensors, mine.weights)
+    save_file(tensors, run_copy.weights)
     with pytest.raises(InputError, match="logits of the run are not finite"):
-        export_run(mine, tmp_path / "net.safetensors")
+        export_run(run_copy, tmp_path / "net.safetensors")
 
 
-def test_another_network_than_the_runs_is_never_written(run, tmp_path, monkeypatch):
-    """The file itself is asked, so that a fault anywhere on the way is found."""
+def test_file_that_differs_from_the_run_is_not_kept(run, tmp_path, monkeypatch):
+    """The written file is checked, so that errors at any step of the export are found."""
     write, read = export._FORMATS[".safetensors"]
 
     def damage(model, facts, metadata, path):
@@ -163,37 +163,41 @@ def test_another_network_than_the_runs_is_never_written(run, tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_logits_that_are_no_numbers_are_refused():
+def test_nan_logits_are_refused():
     bad = torch.full((2, 3), float("nan"))
     with pytest.raises(InputError, match="must match the run's"):
         export._compare(bad, torch.ones(2, 3), 1e-5)
 
 
-def test_an_exported_network_predicts_as_its_run(run, fused_file, images, capsys):
-    ours, _ = predict_images(run, [images / "test"])
-    theirs, _ = predict_images(load_fused(fused_file), [images / "test"])
-    assert [p.label for p in theirs] == [p.label for p in ours]
-    assert [p.probability for p in theirs] == pytest.approx([p.probability for p in ours], abs=1e-5)
-    assert all(p.mutual_information is None and p.votes == (p.label,) for p in theirs)
-    picture = next((images / "test").rglob("*.png"))
-    assert program(["predict", str(fused_file), str(picture), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["predictions"][0]["label"] in ("cat", "dog", "fish")
+def test_predictions_of_the_exported_network_equal_those_of_the_run(
+    run, fused_file, images, capsys
+):
+    from_run, _ = predict_images(run, [images / "test"])
+    from_file, _ = predict_images(load_fused(fused_file), [images / "test"])
+    assert [p.label for p in from_file] == [p.label for p in from_run]
+    assert [p.probability for p in from_file] == pytest.approx(
+        [p.probability for p in from_run], abs=1e-5
+    )
+    assert all(p.mutual_information is None and p.votes == (p.label,) for p in from_file)
+    image = next((images / "test").rglob("*.png"))
+    assert program(["predict", str(fused_file), str(image), "--json"]) == 0
+    output = json.loads(capsys.readouterr().out)
+    assert output["predictions"][0]["label"] in ("cat", "dog", "fish")
 
 
-def test_fused_evaluation_agrees(run):
-    whole, fused = evaluate_run(run), evaluate_run(run, fused=True)
+def test_fused_evaluation_equals_the_unfused_one(run):
+    unfused, fused = evaluate_run(run), evaluate_run(run, fused=True)
     for name in ("accuracy", "nll", "brier", "ece"):
-        assert fused["test"][name] == pytest.approx(whole["test"][name], abs=1e-5)
+        assert fused["test"][name] == pytest.approx(unfused["test"][name], abs=1e-5)
     assert "ratio_error" in fused["test"]["absent"]
     assert len(fused["test"]["member_accuracy"]) == 1
 
 
-def test_fused_deep_ensemble_keeps_its_networks(images, tmp_path, capsys):
+def test_fused_deep_ensemble_has_one_member_per_network(images, tmp_path, capsys):
     changes = {"model.num_nets": 2, "model.num_members": 2}
-    run = trained(images, tmp_path / "two", **changes)
-    whole, fused = evaluate_run(run), evaluate_run(run, fused=True)
-    assert fused["test"]["nll"] == pytest.approx(whole["test"]["nll"], abs=1e-5)
+    run = train_small_run(images, tmp_path / "two", **changes)
+    unfused, fused = evaluate_run(run), evaluate_run(run, fused=True)
+    assert fused["test"]["nll"] == pytest.approx(unfused["test"]["nll"], abs=1e-5)
     assert len(fused["test"]["member_accuracy"]) == 2
     with pytest.raises(InputError, match="deep ensemble"):
         check_export(run, tmp_path / "net.onnx")
@@ -201,7 +205,7 @@ def test_fused_deep_ensemble_keeps_its_networks(images, tmp_path, capsys):
     assert "same class for 100.00 %" in capsys.readouterr().out
 
 
-def test_the_command(run, tmp_path, capsys):
+def test_export_command(run, tmp_path, capsys):
     path = tmp_path / "net.onnx"
     assert program(["export", str(run.path), "--to", str(path)]) == 0
     out = capsys.readouterr().out
@@ -221,7 +225,7 @@ def test_the_command(run, tmp_path, capsys):
         ([], "--to"),
     ],
 )
-def test_wrong_arguments(run, arguments, message, capsys):
+def test_invalid_arguments_are_refused(run, arguments, message, capsys):
     assert program(["export", str(run.path), *arguments]) == 2
     assert message in capsys.readouterr().err
 
@@ -232,7 +236,7 @@ def test_missing_packages_are_named(run, tmp_path, monkeypatch, capsys):
     assert "ONNX files need onnxruntime." in capsys.readouterr().err
 
 
-def test_a_file_that_exists_stays(run, fused_file):
+def test_existing_file_is_not_overwritten(run, fused_file):
     before = fused_file.read_bytes()
     with pytest.raises(InputError, match="exists and was not changed"):
         export_run(run, fused_file)
@@ -242,28 +246,28 @@ def test_a_file_that_exists_stays(run, fused_file):
 def test_tensors_of_another_type_are_refused(fused_file, tmp_path):
     with safe_open(fused_file, "pt") as file:
         metadata = file.metadata()
-    halves = {
+    half_tensors = {
         name: t.half() if t.is_floating_point() else t for name, t in load_file(fused_file).items()
     }
-    save_file(halves, tmp_path / "half.safetensors", metadata=metadata)
+    save_file(half_tensors, tmp_path / "half.safetensors", metadata=metadata)
     with pytest.raises(InputError, match="its tensors are not those of wrn10_1"):
         load_fused(tmp_path / "half.safetensors")
 
 
-def test_loading_draws_nothing(fused_file):
+def test_loading_does_not_use_the_global_generator(fused_file):
     before = torch.get_rng_state()
     model = load_fused(fused_file).model
     assert torch.equal(torch.get_rng_state(), before)
     assert all(p.device.type == "cpu" and p.requires_grad for p in model.parameters())
 
 
-def test_an_onnx_file_is_not_read_here(tmp_path, images, capsys):
+def test_predict_refuses_onnx_files(tmp_path, images, capsys):
     (tmp_path / "net.onnx").write_bytes(b"onnx")
     assert program(["predict", str(tmp_path / "net.onnx"), str(images)]) == 2
     assert "--to FILE.safetensors" in capsys.readouterr().err
 
 
-def test_a_file_that_cannot_be_written_is_named(run, tmp_path, monkeypatch):
+def test_failed_write_is_reported(run, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise SafetensorError("No space left on device")
 
@@ -273,16 +277,16 @@ def test_a_file_that_cannot_be_written_is_named(run, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_runs_own_weights_are_no_exported_network(run, images, capsys):
+def test_predict_refuses_the_weights_of_a_run(run, images, capsys):
     assert program(["predict", str(run.weights), str(images)]) == 2
     assert "is not an exported network" in capsys.readouterr().err
 
 
-def changed(path, tmp_path, **changes):
+def change_metadata(path, tmp_path, **changes):
     with safe_open(path, "pt") as file:
-        about = json.loads(file.metadata()["mixmo"])
+        info = json.loads(file.metadata()["mixmo"])
     copy = tmp_path / "changed.safetensors"
-    save_file(load_file(path), copy, metadata={"mixmo": json.dumps({**about, **changes})})
+    save_file(load_file(path), copy, metadata={"mixmo": json.dumps({**info, **changes})})
     return copy
 
 
@@ -307,23 +311,23 @@ def changed(path, tmp_path, **changes):
 )
 def test_changed_files_are_refused(fused_file, tmp_path, changes, message):
     with pytest.raises(InputError, match=message) as caught:
-        load_fused(changed(fused_file, tmp_path, **changes))
+        load_fused(change_metadata(fused_file, tmp_path, **changes))
     assert len(str(caught.value).splitlines()) <= 3
 
 
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
-def test_truncated_files_are_refused(fused_file, tmp_path, share):
+@pytest.mark.parametrize("fraction", [0.0, 0.01, 0.5, 0.99])
+def test_truncated_files_are_refused(fused_file, tmp_path, fraction):
     content = fused_file.read_bytes()
     part = tmp_path / "part.safetensors"
-    part.write_bytes(content[: int(share * len(content))])
+    part.write_bytes(content[: int(fraction * len(content))])
     with pytest.raises(InputError, match="cannot be read"):
         load_fused(part)
 
 
-def test_data_that_is_gone_is_named(images, tmp_path, capsys):
+def test_missing_data_is_named(images, tmp_path, capsys):
     moved = tmp_path / "pets"
     shutil.copytree(images, moved)
-    run = trained(moved, tmp_path / "run")
+    run = train_small_run(moved, tmp_path / "run")
     shutil.rmtree(moved)
     assert program(["export", str(run.path), "--to", str(tmp_path / "net.safetensors")]) == 2
     assert "pets" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Real faults of disks, memory, data and processes: an error in words, and nothing lost."""
+"""Faults of disks, memory, data and processes cause readable errors and lose no checkpoint."""
 
 import json
 import os
@@ -30,81 +30,83 @@ image_folder.read_image_folder.__kwdefaults__["cache_limit"] = 0
 
 
 # What torch's loader says where a worker is lost just as others are being started.
-AFTERTHOUGHT = re.compile(r"^Exception ignored in.*\nTraceback.*\n(  .*\n)*\S.*\n?", re.MULTILINE)
+IGNORED_EXCEPTION = re.compile(
+    r"^Exception ignored in.*\nTraceback.*\n(  .*\n)*\S.*\n?", re.MULTILINE
+)
 
 
-def ended(command, code, *parts):
-    """Check that a command ended with an error in words."""
+def check_failed(command, code, *parts):
+    """Check that a command failed with a readable error; return its message."""
     assert command.wait() == code, command.printed
-    said = AFTERTHOUGHT.sub("", command.printed)
-    assert "Traceback" not in said
-    message = said[said.rindex("Error: ") :]
+    output = IGNORED_EXCEPTION.sub("", command.printed)
+    assert "Traceback" not in output
+    message = output[output.rindex("Error: ") :]
     assert len(message.splitlines()) <= 3
     for part in parts:
         assert part in message
     return message
 
 
-def intact(run):
+def newest_checkpoint(run):
     return CheckpointStore(run / "checkpoint").newest()
 
 
 @pytest.fixture
 def disk(tmp_path):
-    """A small disk of its own, as a function that mounts it or changes it."""
-    own = tmp_path / "disk"
-    own.mkdir()
+    """Return a function that mounts or remounts a small file system."""
+    mount_point = tmp_path / "disk"
+    mount_point.mkdir()
 
-    def mount(options, place=own):
-        done = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", options, "none", str(place)],
+    def mount(options, path=mount_point):
+        result = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "none", str(path)],
             capture_output=True,
             text=True,
             check=False,
         )
-        if done.returncode:
-            pytest.skip(f"no disk can be mounted here: {done.stderr.strip()}")
-        return place
+        if result.returncode:
+            pytest.skip(f"no file system can be mounted: {result.stderr.strip()}")
+        return path
 
     yield mount
-    subprocess.run(["umount", "--lazy", str(own)], capture_output=True, check=False)
+    subprocess.run(["umount", "--lazy", str(mount_point)], capture_output=True, check=False)
 
 
-def test_a_full_disk(mixmo, disk, uninterrupted):
+def test_disk_becomes_full(mixmo, disk, uninterrupted):
     run = disk("size=2m") / "run"
     command = mixmo(*FIT, run)
-    ended(command, 1, "Cannot write", "No space left on device", "--resume")
-    assert intact(run) is not None
+    check_failed(command, 1, "Cannot write", "No space left on device", "--resume")
+    assert newest_checkpoint(run) is not None
     assert not (run / "checkpoint" / ".unfinished").exists()
     disk("remount,size=64m")
     check_resumed(mixmo, run, uninterrupted())
 
 
-def test_a_disk_that_is_full_from_the_beginning(mixmo, disk):
-    place = disk("size=4k")
-    (place / "filler").write_bytes(bytes(4096))
-    ended(mixmo(*FIT, place / "run"), 2, "No space left on device", "--out DIR")
+def test_disk_is_full_from_the_start(mixmo, disk):
+    folder = disk("size=4k")
+    (folder / "filler").write_bytes(bytes(4096))
+    check_failed(mixmo(*FIT, folder / "run"), 2, "No space left on device", "--out DIR")
 
 
-def test_checkpoints_that_become_read_only(mixmo, disk, tmp_path, uninterrupted):
+def test_checkpoint_folder_becomes_read_only(mixmo, disk, tmp_path, uninterrupted):
     run, checkpoints = tmp_path / "run", tmp_path / "run" / "checkpoint"
     command = mixmo(*FIT, run, prelude=SLOW_STEPS)
     command.wait_until_printed("1/3 ")
     disk("ro", checkpoints)  # hides what is below
-    ended(command, 1, "Cannot write", "Read-only file system", "--resume")
+    check_failed(command, 1, "Cannot write", "Read-only file system", "--resume")
     subprocess.run(["umount", checkpoints], check=True)
-    assert intact(run) is not None
+    assert newest_checkpoint(run) is not None
     check_resumed(mixmo, run, uninterrupted())
 
 
-def test_a_disk_that_is_read_only_from_the_beginning(mixmo, disk):
-    place = disk("size=1m")
+def test_disk_is_read_only_from_the_start(mixmo, disk):
+    folder = disk("size=1m")
     disk("remount,ro")
-    ended(mixmo(*FIT, place / "run"), 2, "cannot be written to", "--out DIR")
-    assert not [*place.iterdir()]
+    check_failed(mixmo(*FIT, folder / "run"), 2, "cannot be written to", "--out DIR")
+    assert not [*folder.iterdir()]
 
 
-def test_a_lock_hides_no_error_of_a_disk(tmp_path, monkeypatch):
+def test_lock_does_not_hide_disk_errors(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError(30, "Read-only file system")
 
@@ -118,38 +120,38 @@ def test_a_lock_hides_no_error_of_a_disk(tmp_path, monkeypatch):
     assert not (tmp_path / ".lock").exists()
 
 
-def test_a_run_that_cannot_be_written_cannot_be_resumed(mixmo, disk):
+def test_resume_on_a_read_only_disk_fails(mixmo, disk):
     run = disk("size=64m") / "run"
     command = mixmo(*FIT, run, prelude=SLOW_STEPS)
     command.wait_until_printed("1/3 ")
     command.signal(signal.SIGINT)
     assert command.wait() == 130
     disk("remount,ro")
-    ended(mixmo("fit", "--resume", run), 1, "Cannot write", "Read-only file system")
+    check_failed(mixmo("fit", "--resume", run), 1, "Cannot write", "Read-only file system")
 
 
-def test_a_run_folder_that_somebody_removes(mixmo, tmp_path):
+def test_run_folder_is_removed_during_training(mixmo, tmp_path):
     run = tmp_path / "run"
     command = mixmo(*FIT, run, prelude=SLOW_STEPS)
     command.wait_until_printed("1/3 ")
     shutil.rmtree(run)
-    ended(command, 1, f"{run} no longer exists", "removed or renamed")
+    check_failed(command, 1, f"{run} no longer exists", "removed or renamed")
     assert not run.exists()
 
 
-def test_a_run_folder_that_another_process_uses(mixmo, tmp_path, uninterrupted):
+def test_run_folder_in_use_is_refused(mixmo, tmp_path, uninterrupted):
     run = tmp_path / "run"
     first = mixmo(*FIT, run, prelude=SLOW_STEPS)
     first.wait_until_printed("1/3 ")
     before = (run / "history.csv").read_bytes()
-    ended(mixmo("fit", "--resume", run), 2, f"is in use: process {first.pid} on ")
+    check_failed(mixmo("fit", "--resume", run), 2, f"is in use: process {first.pid} on ")
     assert (run / "history.csv").read_bytes().startswith(before)
     assert first.wait() == 0
     assert not (run / ".lock").exists()
     assert_same(uninterrupted(), open_run(run))
 
 
-def test_a_lock_whose_owner_is_dead(mixmo, tmp_path, uninterrupted):
+def test_lock_of_a_killed_process_does_not_prevent_resuming(mixmo, tmp_path, uninterrupted):
     run = tmp_path / "run"
     command = mixmo(*FIT, run, *STREAMED, prelude=SLOW_STEPS)
     command.wait_until_printed("1/3 ")
@@ -160,10 +162,10 @@ def test_a_lock_whose_owner_is_dead(mixmo, tmp_path, uninterrupted):
     check_resumed(mixmo, run, uninterrupted(*STREAMED))
 
 
-def test_starts_in_one_second_get_folders_of_their_own(mixmo, tmp_path):
-    words = [word for word in FIT if word != "--out"]
-    words[words.index("--epochs") + 1] = "1"
-    commands = [mixmo(*words, "--json") for _ in range(4)]
+def test_simultaneous_runs_have_different_folders(mixmo, tmp_path):
+    arguments = [argument for argument in FIT if argument != "--out"]
+    arguments[arguments.index("--epochs") + 1] = "1"
+    commands = [mixmo(*arguments, "--json") for _ in range(4)]
     assert [command.wait() for command in commands] == [0] * 4
     runs = {json.loads(c.printed[c.printed.index("\n{") :])["run"] for c in commands}
     assert len(runs) == 4
@@ -172,7 +174,7 @@ def test_starts_in_one_second_get_folders_of_their_own(mixmo, tmp_path):
     }
 
 
-def test_of_starts_with_one_folder_one_wins(mixmo, tmp_path, uninterrupted):
+def test_only_one_of_simultaneous_runs_uses_a_folder(mixmo, tmp_path, uninterrupted):
     run = tmp_path / "run"
     commands = [mixmo(*FIT, run, "--seed", seed) for seed in range(4)]
     codes = [command.wait() for command in commands]
@@ -190,7 +192,7 @@ used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 500 * 2**20,) * 2)
 """
     command = mixmo(*LARGE.split(), "--out", tmp_path / "run", prelude=limit)
-    ended(
+    check_failed(
         command,
         1,
         "Out of memory with 2048 images per step in float32",
@@ -198,8 +200,8 @@ resource.setrlimit(resource.RLIMIT_AS, (used + 500 * 2**20,) * 2)
     )
 
 
-def test_a_loss_that_is_not_finite(mixmo, tmp_path):
-    """From the second epoch on; what was saved before is there still."""
+def test_loss_becomes_not_finite(mixmo, tmp_path):
+    """The checkpoint of the first epoch remains."""
     run = tmp_path / "run"
     fault = """
 import torch
@@ -213,65 +215,65 @@ def break_down(self):
 HistoryCallback.after_batch = break_down
 """
     command = mixmo(*FIT, run, prelude=fault)
-    ended(command, 1, "not finite at step 4 of epoch 2", "--lr ", "mixmo lr-find")
-    state = json.loads((intact(run).path / "state.json").read_text())
+    check_failed(command, 1, "not finite at step 4 of epoch 2", "--lr ", "mixmo lr-find")
+    state = json.loads((newest_checkpoint(run).path / "state.json").read_text())
     assert (state["epoch"], state["step"]) == (1, 0)
 
 
-def image_run(mixmo, folder, pictures, *more, prelude=SLOW_STEPS):
+def image_run(mixmo, folder, images, *options, prelude=SLOW_STEPS):
     return mixmo(
-        *FIT, folder, pictures, "--data-dir", folder.parent / "data", *more,
+        *FIT, folder, images, "--data-dir", folder.parent / "data", *options,
         prelude=UNDECODED + prelude,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_image_that_disappears(mixmo, tmp_path, workers):
-    pictures = write_image_folder(tmp_path / "pets", num_train=24, num_test=4)
+def test_image_is_removed_during_training(mixmo, tmp_path, workers):
+    images = write_image_folder(tmp_path / "pets", num_train=24, num_test=4)
     streamed = [*STREAMED[:3], f"data.num_workers={workers}"]
     run = tmp_path / "run"
-    command = image_run(mixmo, run, pictures, *streamed)
+    command = image_run(mixmo, run, images, *streamed)
     command.wait_until_printed("1/3 ")
-    victim = sorted((pictures / "train").glob("*/*"))[5]
-    content = victim.read_bytes()
-    victim.unlink()
-    ended(command, 2, victim.name)
+    image = sorted((images / "train").glob("*/*"))[5]
+    content = image.read_bytes()
+    image.unlink()
+    check_failed(command, 2, image.name)
     assert not command.other_processes()
-    before = intact(run).path.name
+    before = newest_checkpoint(run).path.name
     resume = ["fit", "--resume", run, "--data-dir", tmp_path / "data"]
-    message = ended(mixmo(*resume, prelude=UNDECODED), 2, "data.train is", "Undo the change")
+    message = check_failed(mixmo(*resume, prelude=UNDECODED), 2, "data.train is", "Undo the change")
     assert message.count("checksum") == 2
-    assert intact(run).path.name == before
-    victim.write_bytes(content)
+    assert newest_checkpoint(run).path.name == before
+    image.write_bytes(content)
     command = mixmo(*resume, prelude=UNDECODED)
     assert command.wait() == 0, command.printed
 
 
-def test_an_image_that_changes(mixmo, tmp_path):
-    pictures = write_image_folder(tmp_path / "pets", num_train=24, num_test=4)
+def test_image_is_changed_before_resuming(mixmo, tmp_path):
+    images = write_image_folder(tmp_path / "pets", num_train=24, num_test=4)
     run = tmp_path / "run"
-    command = image_run(mixmo, run, pictures)
+    command = image_run(mixmo, run, images)
     command.wait_until_printed("1/3 ")
     command.signal(signal.SIGINT)
     assert command.wait() == 130
-    victim, other = sorted((pictures / "train").glob("*/*"))[:2]
-    victim.write_bytes(other.read_bytes() + b"more")
+    image, other = sorted((images / "train").glob("*/*"))[:2]
+    image.write_bytes(other.read_bytes() + b"more")
     resume = mixmo("fit", "--resume", run, "--data-dir", tmp_path / "data")
-    message = ended(resume, 2, "data.train is", "Undo the change")
+    message = check_failed(resume, 2, "data.train is", "Undo the change")
     assert message.count("checksum") == 2
 
 
-@pytest.mark.parametrize("moment", ["training", "as it starts"])
-def test_a_worker_that_is_killed(mixmo, tmp_path, uninterrupted, moment):
+@pytest.mark.parametrize("moment", ["training", "at the start"])
+def test_worker_is_killed(mixmo, tmp_path, uninterrupted, moment):
     many_steps = [*STREAMED, "--limit", "320", "--epochs", "2"]
     run = tmp_path / "run"
     command = mixmo(*FIT, run, *many_steps, prelude=ALL_STEPS_SLOW.replace("0.1", "0.02"))
     command.wait_until_printed("1/2 " if moment == "training" else "epoch")
     command.wait_until(command.other_processes)
     os.kill(command.other_processes()[0], signal.SIGKILL)
-    began = time.monotonic()
-    ended(command, 1, "Data loader worker", "--resume")
-    assert time.monotonic() - began < 10
+    start = time.monotonic()
+    check_failed(command, 1, "Data loader worker", "--resume")
+    assert time.monotonic() - start < 10
     assert not command.other_processes()
     check_resumed(mixmo, run, uninterrupted(*many_steps))
 
@@ -288,14 +290,14 @@ worker.ManagerWatchdog = LateWatchdog
 """
 
 
-@pytest.mark.parametrize("slowed", [SLOW_STEPS, SLOW_STEPS + LATE_WATCH], ids=["torch", "late"])
-def test_workers_end_with_their_parent(mixmo, tmp_path, slowed):
-    command = mixmo(*FIT, tmp_path / "run", *STREAMED, prelude=slowed)
+@pytest.mark.parametrize("prelude", [SLOW_STEPS, SLOW_STEPS + LATE_WATCH], ids=["torch", "late"])
+def test_workers_end_with_their_parent(mixmo, tmp_path, prelude):
+    command = mixmo(*FIT, tmp_path / "run", *STREAMED, prelude=prelude)
     command.wait_until_printed("1/3 ")
     command.wait_until(command.other_processes)
     command.signal(signal.SIGKILL)
     assert command.wait() == -signal.SIGKILL
-    until = time.monotonic() + 10
-    while command.other_processes() and time.monotonic() < until:
+    deadline = time.monotonic() + 10
+    while command.other_processes() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not command.other_processes()

@@ -1,4 +1,4 @@
-"""What figures say can be read: class names as they are, ticks as numbers."""
+"""Plots are readable: markers do not overlap, ticks are numbers, long names are cut."""
 
 from itertools import combinations, pairwise
 
@@ -11,8 +11,8 @@ from mixmo_fastai.plots.png import MARKERS, plot_comparison, plot_lr_search, plo
 from mixmo_fastai.training.lr_find import LrSearch
 
 
-class Part:
-    """A run as `plot_comparison` takes it."""
+class ComparedRun:
+    """The attributes of a run that `plot_comparison` reads."""
 
     def __init__(self, parameters):
         self.parameters, self.images_seen, self.split = parameters, 1000, "test"
@@ -22,20 +22,20 @@ class Part:
 
 @pytest.fixture
 def ticks(monkeypatch):
-    """The texts of the horizontal axis of whatever is saved."""
-    seen = []
+    """Return the list to which saving a plot adds the tick labels of its horizontal axes."""
+    collected = []
 
-    def look(figure, *_, **__):
+    def inspect_figure(figure, *_, **__):
         figure.canvas.draw()
         for axes in figure.axes:
             labels = [*axes.get_xticklabels(), *axes.get_xticklabels(minor=True)]
-            seen.extend(text for label in labels if (text := label.get_text()))
+            collected.extend(text for label in labels if (text := label.get_text()))
 
-    monkeypatch.setattr(Figure, "savefig", look)
-    return seen
+    monkeypatch.setattr(Figure, "savefig", inspect_figure)
+    return collected
 
 
-def test_rates(ticks, tmp_path):
+def test_learning_rate_ticks_are_plain_numbers(ticks, tmp_path):
     rates = [10.0**power for power in range(-6, 2)]
     suggestions = dict.fromkeys(("valley", "slide", "steep", "minimum"), 1e-3)
     plot_lr_search(LrSearch(rates, [*range(8, 0, -1)], suggestions), tmp_path / "it.png", "rates")
@@ -44,10 +44,10 @@ def test_rates(ticks, tmp_path):
 
 
 @pytest.mark.parametrize("rate", [1e-6, 1e-3, 0.3, 10.0])
-def test_marks_of_equal_rates_do_not_hide_each_other(monkeypatch, tmp_path, rate):
-    places = []
+def test_markers_of_nearly_equal_learning_rates_do_not_overlap(monkeypatch, tmp_path, rate):
+    positions = []
 
-    def look(figure, *_, **__):
+    def inspect_figure(figure, *_, **__):
         figure.canvas.draw()
         (axes,) = figure.axes
         for line in axes.get_lines():
@@ -55,24 +55,24 @@ def test_marks_of_equal_rates_do_not_hide_each_other(monkeypatch, tmp_path, rate
                 (x, y) = line.get_transform().transform(line.get_xydata()[0])
                 assert axes.bbox.contains(x, y)
                 assert line.get_xdata()[0] == pytest.approx(rate, rel=0.1)
-                places.append((x, y))
+                positions.append((x, y))
 
-    monkeypatch.setattr(Figure, "savefig", look)
+    monkeypatch.setattr(Figure, "savefig", inspect_figure)
     names = ("valley", "slide", "steep", "minimum")
     suggestions = {name: rate * (1 + 0.02 * i) for i, name in enumerate(names)}
     rates = [10.0 ** (power / 10 - 6) for power in range(71)]
     losses = [2.5] * 35 + [2.5 - 0.04 * step for step in range(36)]
     plot_lr_search(LrSearch(rates, losses, suggestions), tmp_path / "it.png", "rates")
-    assert len(places) == 4
-    for (x, y), (u, v) in combinations(places, 2):
+    assert len(positions) == 4
+    for (x, y), (u, v) in combinations(positions, 2):
         assert abs(x - u) > 15 or abs(y - v) > 15  # of markers 8 points wide, at 120 dpi
 
 
-@pytest.mark.parametrize(("fall", "flat"), [(0.001, True), (0.04, False)])
-def test_the_title_of_a_flat_curve_says_so(monkeypatch, tmp_path, fall, flat):
+@pytest.mark.parametrize(("slope", "flat"), [(0.001, True), (0.04, False)])
+def test_title_states_that_a_curve_is_flat(monkeypatch, tmp_path, slope, flat):
     titles = []
     monkeypatch.setattr(Figure, "savefig", lambda f, *_, **__: titles.append(f.axes[0].get_title()))
-    losses = [2.5] * 4 + [2.5 - fall * step for step in range(20)]
+    losses = [2.5] * 4 + [2.5 - slope * step for step in range(20)]
     suggestions = dict.fromkeys(("valley", "slide", "steep", "minimum"), 1e-3)
     rates = [10.0 ** (power / 4 - 5) for power in range(24)]
     plot_lr_search(LrSearch(rates, losses, suggestions), tmp_path / "it.png", "rates")
@@ -83,11 +83,13 @@ UNITS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("smaller", [8, 77_850, 99_000, 1_200_000, 36_479_194, 2_000_000_000])
+@pytest.mark.parametrize(
+    "num_parameters", [8, 77_850, 99_000, 1_200_000, 36_479_194, 2_000_000_000]
+)
 @pytest.mark.parametrize("ratio", [1, 1.002, 1.1, 1.5, 2, 3.7, 10, 100, 4000])
-def test_sizes_have_labels_for_any_pair(ticks, tmp_path, smaller, ratio):
-    sizes = (smaller, round(smaller * ratio))
-    plot_comparison(["one", "two"], [Part(size) for size in sizes], tmp_path / "it.png")
+def test_size_axis_has_labels_for_all_pairs_of_sizes(ticks, tmp_path, num_parameters, ratio):
+    sizes = (num_parameters, round(num_parameters * ratio))
+    plot_comparison(["one", "two"], [ComparedRun(size) for size in sizes], tmp_path / "it.png")
     left, right = ticks[: len(ticks) // 2], ticks[len(ticks) // 2 :]
     assert left == right
     assert 3 <= len(left) <= 8
@@ -97,33 +99,33 @@ def test_sizes_have_labels_for_any_pair(ticks, tmp_path, smaller, ratio):
 
 
 @pytest.mark.parametrize("ratio", [1, 1.002, 2, 100])
-def test_runs_lie_in_the_picture_and_none_hides_another(monkeypatch, tmp_path, ratio):
-    places = []
+def test_markers_of_runs_are_inside_the_plot_and_do_not_overlap(monkeypatch, tmp_path, ratio):
+    positions = []
 
-    def look(figure, *_, **__):
+    def inspect_figure(figure, *_, **__):
         figure.canvas.draw()
         for axes in figure.axes:
             for container in axes.containers:
                 (x, y) = axes.transData.transform(container[0].get_xydata()[0])
                 assert axes.bbox.contains(x, y)
-                places.append((axes, x))
+                positions.append((axes, x))
 
-    monkeypatch.setattr(Figure, "savefig", look)
+    monkeypatch.setattr(Figure, "savefig", inspect_figure)
     sizes = (36_479_194, round(36_479_194 * ratio))
-    plot_comparison(["one", "two"], [Part(size) for size in sizes], tmp_path / "it.png")
-    assert len(places) == 4
-    for (axes, x), (other, next_x) in pairwise(places):
+    plot_comparison(["one", "two"], [ComparedRun(size) for size in sizes], tmp_path / "it.png")
+    assert len(positions) == 4
+    for (axes, x), (other, next_x) in pairwise(positions):
         assert axes is not other or next_x - x > 15  # of markers 8 points wide, at 120 dpi
 
 
 def leaders_of(axes):
-    """The thin lines of a panel: the points of each, first the one on the axis."""
+    """Return the points of each leader line of a panel, starting at the axis."""
     marked = [line for container in axes.containers for line in container.get_children()]
     return [line.get_xydata() for line in axes.get_lines() if line not in marked]
 
 
 @pytest.mark.parametrize(
-    ("sizes", "num_apart"),
+    ("sizes", "num_shifted"),
     [
         ((303_418, 304_852), 2),
         ((304_852, 303_418, 304_000, 5_000_000), 3),
@@ -132,58 +134,58 @@ def leaders_of(axes):
         ((300_000,) * 40, 40),
     ],
 )
-def test_a_marker_beside_its_size_has_a_line_to_it(monkeypatch, tmp_path, sizes, num_apart):
+def test_shifted_markers_have_leader_lines(monkeypatch, tmp_path, sizes, num_shifted):
     panels = []
 
-    def look(figure, *_, **__):
+    def inspect_figure(figure, *_, **__):
         figure.canvas.draw()
         panels.extend(figure.axes)
         for axes in figure.axes:
             markers = [container[0].get_xydata()[0] for container in axes.containers]
-            apart = [
+            shifted = [
                 (size, marker)
                 for size, marker in zip(sizes, markers, strict=True)
                 if marker[0] != size
             ]
             leaders = leaders_of(axes)
-            assert len(apart) == len(leaders) == num_apart
-            for (size, marker), leader in zip(apart, leaders, strict=True):
+            assert len(shifted) == len(leaders) == num_shifted
+            for (size, marker), leader in zip(shifted, leaders, strict=True):
                 assert leader[0].tolist() == [size, axes.get_ylim()[0]]  # on the axis
                 assert leader[-1][0] == marker[0]
-            assert ("markers shifted" in axes.get_xlabel()) == (num_apart > 0)
-            places = [axes.transData.transform(marker)[0] for marker in markers]
-            in_order = [place for _, place in sorted(zip(sizes, places, strict=True))]
-            assert in_order == sorted(places)
+            assert ("markers shifted" in axes.get_xlabel()) == (num_shifted > 0)
+            positions = [axes.transData.transform(marker)[0] for marker in markers]
+            in_order = [position for _, position in sorted(zip(sizes, positions, strict=True))]
+            assert in_order == sorted(positions)
             assert axes.bbox.x0 < in_order[0]
             assert in_order[-1] < axes.bbox.x1
 
-    monkeypatch.setattr(Figure, "savefig", look)
+    monkeypatch.setattr(Figure, "savefig", inspect_figure)
     names = [f"run {number}" for number in range(len(sizes))]
-    plot_comparison(names, [Part(size) for size in sizes], tmp_path / "it.png")
+    plot_comparison(names, [ComparedRun(size) for size in sizes], tmp_path / "it.png")
     assert len(panels) == 2
 
 
-def test_neighbours_move_no_further_than_needed(monkeypatch, tmp_path):
-    """A group that is set apart keeps its distance from a run beside it, too."""
-    places = []
+def test_shifted_markers_keep_their_distance_from_neighbours(monkeypatch, tmp_path):
+    """A group of shifted markers also keeps its distance from the marker next to it."""
+    positions = []
 
-    def look(figure, *_, **__):
+    def inspect_figure(figure, *_, **__):
         figure.canvas.draw()
         axes = figure.axes[0]
         for container in axes.containers:
-            places.append(axes.transData.transform(container[0].get_xydata()[0])[0])
+            positions.append(axes.transData.transform(container[0].get_xydata()[0])[0])
 
-    monkeypatch.setattr(Figure, "savefig", look)
+    monkeypatch.setattr(Figure, "savefig", inspect_figure)
     sizes = (300_000, 300_000, 300_000, 300_000, 315_000)
-    plot_comparison(list("abcde"), [Part(size) for size in sizes], tmp_path / "it.png")
-    for place, next_place in pairwise(places):
-        assert next_place - place > 15
+    plot_comparison(list("abcde"), [ComparedRun(size) for size in sizes], tmp_path / "it.png")
+    for position, next_place in pairwise(positions):
+        assert next_place - position > 15
 
 
-def test_a_long_class_name_is_cut(monkeypatch, tmp_path):
-    seen = []
+def test_long_class_name_is_cut(monkeypatch, tmp_path):
+    collected = []
     monkeypatch.setattr(
-        Figure, "savefig", lambda f, *_, **__: seen.extend(a.get_title() for a in f.axes)
+        Figure, "savefig", lambda f, *_, **__: collected.extend(a.get_title() for a in f.axes)
     )
     preview = Preview(
         torch.zeros(1, 2, 1, 4, 4),
@@ -192,25 +194,25 @@ def test_a_long_class_name_is_cut(monkeypatch, tmp_path):
         [["a" * 80, "b"]],
     )
     plot_preview(preview, tmp_path / "it.png", "pairs")
-    assert max(len(title.splitlines()[-1]) for title in seen) == 22
+    assert max(len(title.splitlines()[-1]) for title in collected) == 22
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3])
-def test_levels_of_all_panels_compare(monkeypatch, tmp_path, channels):
-    """An image of nearly one grey is not stretched from black to white."""
-    seen = []
+def test_all_panels_have_the_same_grey_levels(monkeypatch, tmp_path, channels):
+    """The contrast of a nearly uniform image is not stretched."""
+    collected = []
 
-    def look(figure, *_, **__):
+    def inspect_figure(figure, *_, **__):
         for axes in figure.axes:
-            seen.extend(image.to_rgba(image.get_array(), norm=True) for image in axes.images)
+            collected.extend(image.to_rgba(image.get_array(), norm=True) for image in axes.images)
 
-    monkeypatch.setattr(Figure, "savefig", look)
+    monkeypatch.setattr(Figure, "savefig", inspect_figure)
     inputs = torch.full((1, 2, channels, 4, 4), 0.5)
     inputs[..., 0, 0] = 0.52
     masks = torch.full((1, 2, 4, 4), 0.5)
     plot_preview(
         Preview(inputs, masks, inputs.mean(dim=1), [["a", "b"]]), tmp_path / "it.png", "pairs"
     )
-    assert len(seen) == 5
-    for picture in seen:
-        assert abs(picture[..., 0] - 0.5).max() < 0.03
+    assert len(collected) == 5
+    for image in collected:
+        assert abs(image[..., 0] - 0.5).max() < 0.03

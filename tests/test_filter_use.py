@@ -13,11 +13,11 @@ from mixmo_fastai.report.filters import side_by_side
 
 
 def l1_norms(weight):
-    """Filter by filter, weight by weight."""
+    """Compute the L1 norm of each filter in plain Python."""
     return np.array([sum(abs(float(w)) for w in kernel.flatten()) for kernel in weight])
 
 
-def test_shares_against_the_definition():
+def test_active_fractions_match_their_definition():
     model = create_model("wrn10_1", 10, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():  # half of one layer asleep
         first = next(m for m in model.core.modules() if isinstance(m, nn.Conv2d))
@@ -34,7 +34,7 @@ def test_shares_against_the_definition():
     assert use.average.tolist() == pytest.approx(use.fractions.numpy().mean(0))
 
 
-def test_norms_of_encoders_side_by_side():
+def test_encoder_norms_match_their_definition():
     model = create_model("wrn10_1", 10, 3)
     norms = encoder_norms(model)
     assert norms.shape == (3, 16)
@@ -42,7 +42,7 @@ def test_norms_of_encoders_side_by_side():
         assert row.tolist() == pytest.approx(l1_norms(encoder.weight.detach()), rel=1e-5)
 
 
-def test_a_layer_of_zeros_has_no_active_filter():
+def test_zero_layer_has_no_active_filter():
     model = create_model("wrn10_1", 10)
     with torch.no_grad():
         next(m for m in model.core.modules() if isinstance(m, nn.Conv2d)).weight.zero_()
@@ -59,36 +59,36 @@ def test_networks_without_convolutions_are_refused():
         filter_use(create_model("wrn10_1", 10), (1.0,))
 
 
-def test_the_picture_names_every_convolution(monkeypatch):
+def test_plot_names_all_convolutions(monkeypatch):
     model = create_model("wrn10_1", 10, 2)
     use, norms = filter_use(model), encoder_norms(model)
     texts = []
 
-    def look(canvas, *_, **__):
+    def inspect_canvas(canvas, *_, **__):
         canvas.draw()
         for axes in canvas.figure.findobj(Axes):
             texts.extend(label.get_text() for label in axes.get_xticklabels())
 
-    monkeypatch.setattr("matplotlib.backends.backend_agg.FigureCanvasAgg.print_png", look)
+    monkeypatch.setattr("matplotlib.backends.backend_agg.FigureCanvasAgg.print_png", inspect_canvas)
     side_by_side(["one", "two"], [use, use], [norms, norms]).png()
     for number, name in enumerate(use.layers, 1):
         assert texts.count(f"{name}  {number}") == 2
 
 
-def test_runs_with_different_numbers_of_members_are_drawn_side_by_side():
+def test_runs_with_different_numbers_of_members_are_plotted():
     models = [create_model("wrn10_1", 10, 1), create_model("wrn16_1", 10, 3)]
     uses, norms = [filter_use(m) for m in models], [encoder_norms(m) for m in models]
     assert side_by_side(["one", "two"], uses, norms).png().startswith(b"\x89PNG")
 
 
-def test_the_picture_of_two_runs_is_full_and_readable(monkeypatch):
-    """Every bar and every row of ticks can be read, and no quarter of the picture is empty."""
+def test_plot_of_two_runs_is_filled_and_readable(monkeypatch):
+    """All bars and ticks are visible, and the panels fill the plot."""
     models = [create_model("wrn10_1", 10, 1), create_model("wrn10_1", 10, 3)]
     uses, norms = [filter_use(m) for m in models], [encoder_norms(m) for m in models]
     norms[1][2, 3] = 3 * max(norm.max() for norm in norms)
     panels, legends = [], []
 
-    def look(canvas, *_, **__):
+    def inspect_canvas(canvas, *_, **__):
         canvas.draw()
         bars = [axes for axes in canvas.figure.findobj(Axes) if axes.patches]
         panels.extend((axes.bbox, axes.get_ylim(), axes.patches, axes) for axes in bars)
@@ -99,21 +99,21 @@ def test_the_picture_of_two_runs_is_full_and_readable(monkeypatch):
         for lowest in (bars[0], bars[-1]):
             assert any(label.get_text() for label in lowest.get_xticklabels())
 
-    monkeypatch.setattr("matplotlib.backends.backend_agg.FigureCanvasAgg.print_png", look)
+    monkeypatch.setattr("matplotlib.backends.backend_agg.FigureCanvasAgg.print_png", inspect_canvas)
     side_by_side(["one", "two"], uses, norms).png()
     assert len(panels) == 4
     for _, (low, high), bars, _ in panels:
         assert low == 0
         assert max(bar.get_height() for bar in bars) < 0.99 * high
-    (alone, *_), *others = panels
-    assert alone.y0 == pytest.approx(others[-1][0].y0, abs=2)  # down to the same line
-    assert alone.y1 == pytest.approx(others[0][0].y1, abs=2)
+    (left, *_), *right = panels
+    assert left.y0 == pytest.approx(right[-1][0].y0, abs=2)  # down to the same line
+    assert left.y1 == pytest.approx(right[0][0].y1, abs=2)
     assert len(legends) == 1
     texts = [text.get_text() for text in legends[0].get_texts()]
     assert texts == [f"above {threshold:.0%}".replace("%", " %") for threshold in THRESHOLDS]
 
 
-def test_the_table_has_the_norms_of_the_encoders():
+def test_table_contains_the_norms_of_the_encoders():
     model = create_model("wrn10_1", 10, 2)
     norms = torch.tensor([[1.0, 4.0, 2.5], [3.0, 2.0, 1.0]])
     lines = filter_lines(["run"], [filter_use(model)], [norms])

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from synthetic import mixmo_dls
-from test_callback import Spy, learner
+from test_callback import BatchRecorder, make_learner
 
 from mixmo_fastai.callbacks.mixmo import MixMoCallback
 from mixmo_fastai.errors import InputError
@@ -109,10 +109,10 @@ def test_loss_of_two_targets_equals_that_of_soft_targets():
 @pytest.mark.parametrize("num_members", [1, 2, 3])
 @pytest.mark.parametrize("msda", ["cutmix", "mixup"])
 def test_training_sees_mixed_images_with_both_targets(num_members, msda):
-    spy = Spy()
+    spy = BatchRecorder()
     mix = "cutmix" if num_members > 1 else "sum"
     callback = MixMoCallback(mix, msda=msda, msda_prob=1.0, seed=0)
-    learn = learner(mixmo_dls(), cbs=[spy], callback=callback, num_members=num_members)
+    learn = make_learner(mixmo_dls(), cbs=[spy], callback=callback, num_members=num_members)
     learn.fit(1, 0.01)
     _, _, targets, _, pasted, own_weights, _ = spy.seen[0]
     assert targets.shape == pasted.shape == own_weights.shape == (48, num_members)
