@@ -36,7 +36,7 @@ class SyncRecorder(TorchDispatchMode):
         if name == "_local_scalar_dense":
             return 0.5  # any number, since fake tensors have no values
         if name == "_fused_sgd_":
-            # As the kernel asks: parameters, gradients and momenta lie alike.
+            # The kernel requires equal layouts of parameters, gradients and momenta.
             for tensors in zip(*filter(None, args[:3]), strict=True):
                 assert len({(t.shape, t.stride(), t.device) for t in tensors}) == 1
             self.fused_steps += 1
@@ -45,7 +45,7 @@ class SyncRecorder(TorchDispatchMode):
         if name in ("_to_copy", "copy_") and before | {out.device.type} == {"cpu", "cuda"}:
             self.seen.append("to host" if out.device.type == "cpu" else "to device")
         if name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1]):
-            self.seen.append("read")  # a boolean index is a nonzero in disguise
+            self.seen.append("read")  # a boolean index calls nonzero
         return out
 
 

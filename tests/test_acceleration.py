@@ -212,7 +212,7 @@ class TestCleanup:
                 model(x)
             model(x)
         model(x)
-        # The inner one switches no precision off that the outer one switched on.
+        # The inner context keeps the autocast of the outer context.
         assert seen == [(True, threads + 1), (True, threads), (False, threads)]
 
     def test_custom_forward_of_the_network_is_kept(self):
@@ -345,7 +345,7 @@ class TestChooseAcceleration:
         else:
             self.capability = (6, 1)
         assert not self.choose(CUDA, 10**15).compiled
-        if missing != "compiler":  # who asks for it may know better
+        if missing != "compiler":  # an explicit request requires only a compiler
             assert self.choose(CUDA, 10**15, compile="on").compiled
 
 

@@ -53,8 +53,8 @@ def test_decreasing_validation_loss_leads_to_more_epochs():
         [
             *linear_decrease(2.0, 1.0, 30),
             *linear_decrease(1.0, 0.97, 10),
-        ],  # as any schedule does at its end
-        [*linear_decrease(2.0, 1.0, 38), 0.8, 1.1],  # the last is not the lowest
+        ],  # small decrease at the end of a schedule
+        [*linear_decrease(2.0, 1.0, 38), 0.8, 1.1],  # the last loss is not the lowest
         [1.0],
     ],
 )
@@ -82,7 +82,7 @@ def test_too_few_images_seen_takes_precedence():
 
 def test_too_few_images_lead_to_one_member():
     rows = history(linear_decrease(2.0, 1.0))
-    assert "--epochs 300 " in advise(MIXMO, rows, images_seen=200_000)  # 1,200 views of an image
+    assert "--epochs 300 " in advise(MIXMO, rows, images_seen=200_000)  # 1,200 views per image
     advice = advise(MIXMO, rows, images_seen=199_000)
     assert advice == "2 members need more training images: use --members 1"
 

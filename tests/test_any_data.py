@@ -132,7 +132,9 @@ def test_imbalanced_classes():
     )
     _, recorder = train_learner(weighted, epochs=3)
     seen = torch.cat([targets[0].flatten() for targets in recorder.targets])
-    assert (seen == weighted.vocab.o2i["red"]).float().mean() < 0.8  # of 80 % and more
+    assert (
+        seen == weighted.vocab.o2i["red"]
+    ).float().mean() < 0.8  # the fraction of red images is about 80 %
     dls = loaders(block(), items)
     losses, blue_probabilities = [], []
     for weight in (1.0, 50.0):
@@ -145,7 +147,7 @@ def test_imbalanced_classes():
             losses.append(learn.recorder.values[-1][:2])
             learn.fit(3, 1e-2)
             blue_probabilities.append(learn.get_preds()[0].mean(0)[dls.vocab.o2i["blue"]])
-    # Of the same scale in training and in evaluation, whatever the weights.
+    # Training and validation losses have the same scale for all weights.
     for train, valid in losses:
         assert train == pytest.approx(valid, rel=0.4)
     assert blue_probabilities[1] > 2 * blue_probabilities[0]
@@ -190,7 +192,7 @@ def test_images_with_more_than_three_channels():
     learn, recorder = train_learner(loaders(satellite_block), epochs=6, lr=0.05)
     assert recorder.inputs[0].shape == (12, 2, 6, 12, 12)
     assert learn.validate()[1] > 0.6
-    show_pairs(learn)  # the first three
+    show_pairs(learn)  # shows the first three channels
 
 
 def test_targets_stay_class_indices_with_a_thousand_classes():
@@ -232,7 +234,7 @@ def test_targets_stay_class_indices_with_a_thousand_classes():
         learn.fit(1, 0.01)
     assert all(part.shape == (12, 2) for part in recorder.targets[0])
     assert max(num_elements) == 12 * 2 * 1000
-    # Nothing but the logits' log-softmax, of each image's two labels.
+    # Only the log-softmax of the logits is saved, once for each of an image's two labels.
     assert len(large - {0}) <= 2 * len(recorder.losses)
 
 
@@ -334,7 +336,7 @@ def test_mixmo_learner_for_regression(count):
 
     dls = loaders(block(category=RegressionBlock(n_out=count), get_y=values))
     learn, _ = train_learner(dls)
-    assert len(learn.validate()) == 1  # metrics are the user's to name
+    assert len(learn.validate()) == 1  # the loss only: there are no default metrics
 
 
 def test_member_accuracy_refuses_regression_targets():
@@ -359,7 +361,7 @@ def test_preview_scales_pixels_without_a_known_range():
     learn, _ = train_learner(dls)
     shown = preview_batch(learn).inputs
     assert shown.unique().tolist() == pytest.approx([0.2, 1.0])
-    show_pairs(learn)  # of two channels
+    show_pairs(learn)  # images with two channels
 
 
 def test_preview_scales_pixels_with_unknown_standardisation():

@@ -123,7 +123,7 @@ def test_ood_images_are_compared_with_the_test_set(runs, tmp_path, capsys):
     assert (found["dataset"], found["num_images"]) == (str(tmp_path / "ood"), 12)
     assert set(found) == {"dataset", "num_images", "confidence", "entropy", "mutual_information"}
     assert found["entropy"].keys() == {"auroc", "aupr", "fpr95"}
-    # Images without classes will do, and the members' information is absent where there is one.
+    # Images need no classes. A network with one member has no mutual information.
     loose = tmp_path / "ood/train/cat"
     assert program(["eval", str(runs[2].path), "--ood", str(loose), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["ood"]
@@ -131,7 +131,7 @@ def test_ood_images_are_compared_with_the_test_set(runs, tmp_path, capsys):
     assert "mutual_information" in found["absent"]
     assert program(["eval", path, "--ood", str(loose)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert f"4 images of {loose}" in lines[2]  # what was asked for comes first
+    assert f"4 images of {loose}" in lines[2]  # the result of --ood comes first
     (entropy,) = [line.split() for line in lines if line.startswith("entropy")]
     assert entropy[2] == entropy[4] == entropy[6] == "%"
     assert lines.index("") < next(i for i, x in enumerate(lines) if x.startswith("Test accuracy"))
@@ -174,7 +174,7 @@ def test_runs_are_compared_on_the_same_images(runs, tmp_path, monkeypatch, capsy
             for name, ends in result.differences.items():
                 assert ends == pytest.approx(expected[name], abs=1e-6)
                 assert ends[0] <= result.metrics[name] - compared[0].metrics[name] <= ends[1] or (
-                    name == "ece"  # which resampling biases upwards
+                    name == "ece"  # resampling biases the ECE upwards
                 )
     assert compared[0].differences is None
 

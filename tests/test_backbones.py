@@ -34,7 +34,7 @@ def test_named_networks_are_initialised_from_the_generator(arch):
     for name, tensor in first.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name])
     assert not torch.equal(first.encoders[0].weight, other.encoders[0].weight)
-    # Independent draws of one distribution.
+    # The encoders have the same values in an uncorrelated order.
     first_weights, second_weights = (encoder.weight.flatten() for encoder in first.encoders)
     assert abs(torch.corrcoef(torch.stack([first_weights, second_weights]))[0, 1]) < 0.1
     assert torch.equal(first_weights.sort().values, second_weights.sort().values)

@@ -91,7 +91,7 @@ def test_bins_match_the_oracle():
     [
         ([0.0, 0.0, 0.0], 4),  # 1/3 = 5/15: an edge belongs to the bin on its left
         ([0.0, 0.0, 0.0, 0.0, 0.0], 2),  # 1/5 = 3/15
-        ([800.0, 0.0, 0.0], 14),  # exactly one
+        ([800.0, 0.0, 0.0], 14),  # confidence exactly 1
         ([0.0] * 30, 0),
     ],
 )
@@ -128,7 +128,7 @@ def test_constant_predictions():
     p = oracle.softmax([3.0, 0.0, 0.0])
     ece = expected_calibration_error(logits, labels).item()
     assert ece == pytest.approx(p[0] - 0.5, rel=1e-12)
-    # Four samples are one bin per class: p_k against the share of k.
+    # With four samples, each class has one bin: p_k is compared with the fraction of class k.
     tace = thresholded_adaptive_calibration_error(logits, labels).item()
     assert tace == pytest.approx(np.abs(p - [0.5, 0.25, 0.25]).mean(), rel=1e-12)
 
@@ -222,7 +222,7 @@ def test_temperature_with_one_confident_error():
     logits = torch.tensor([[20.0, 0.0]]).repeat(1000, 1)
     labels = torch.zeros(1000, dtype=torch.long)
     labels[0] = 1
-    # Two classes, margin 20 / T: the NLL is least where sigmoid(20 / T) is the accuracy.
+    # Two classes with margin 20 / T: the NLL is minimal if sigmoid(20 / T) equals the accuracy.
     expected = 20 / np.log(0.999 / 0.001)
     assert fit_temperature(logits, labels) == pytest.approx(expected, rel=1e-8)
 

@@ -100,7 +100,7 @@ class TestTrainingBatches:
         recorder = BatchRecorder()
         make_learner(make(), cbs=[recorder]).fit(1, 0.01)
         for inputs, _, targets, _, _ in recorder.seen:
-            # The class of a block is its strongest colour, whatever crop and flip did to it.
+            # The class of an image is its strongest colour, also after crop and flip.
             assert torch.equal(inputs.mean((3, 4)).argmax(2), targets)
             counts = [targets[:, member].bincount(minlength=3) for member in range(2)]
             assert torch.equal(*counts)
@@ -110,7 +110,7 @@ class TestTrainingBatches:
         make_learner(cbs=[recorder]).fit(1, 0.01)
         inputs = recorder.seen[0][0]
         distinct = inputs.flatten(0, 1).flatten(1).unique(dim=0)
-        assert len(distinct) > 12 * 8 * 0.6  # 12 images, 8 copies; 18 crops and flips exist
+        assert len(distinct) > 12 * 8 * 0.6  # 12 images, 8 copies; there are 18 crops and flips
 
     def test_batch_transforms_of_the_user_augment_each_copy_separately(self):
         class AddNoise(Transform):
@@ -121,7 +121,7 @@ class TestTrainingBatches:
         make_learner(dls, cbs=[recorder]).fit(1, 0.01)
         inputs = recorder.seen[0][0]
         assert len(inputs.flatten(0, 1).flatten(1).unique(dim=0)) == 12 * 8
-        assert len(dls.train.one_batch()[0]) == 12  # the user's loader is as before
+        assert len(dls.train.one_batch()[0]) == 12  # the user's loader is unchanged
 
     def test_training_transforms_of_the_user_run_on_copies(self):
         """fastai sets the split of a pipeline at the start of each pass."""
@@ -153,7 +153,7 @@ class TestTrainingBatches:
             make_learner(cbs=[recorder], callback=MixMoCallback(mix, seed=0)).fit(1, 0.01)
             masks = recorder.seen[0][1]
             assert masks[:, 0, 0].flatten(1).unique(dim=0).shape[0] == expected
-            assert bool((masks == masks[..., :1, :1]).all())  # the same at every place
+            assert bool((masks == masks[..., :1, :1]).all())  # equal at all positions
 
     @pytest.mark.slow
     @pytest.mark.parametrize("mix", ["cutmix", "noise"])
@@ -197,7 +197,7 @@ class TestTrainingBatches:
         masks = [seen[1] for seen in recorder.seen]
         binary = [m for m in masks if ((m == 0) | (m == 1)).all()]
         assert 0 < len(binary) < len(masks)
-        # Single places, where blocks of 7x7 would leave whole rows alike.
+        # Neighbouring positions differ; they rarely would with blocks of 7x7.
         alone = torch.cat(binary)[:, :1].sub(torch.cat(binary)[:, :1].roll(1, -1)).abs().mean()
         assert alone > 0.2
 

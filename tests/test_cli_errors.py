@@ -16,7 +16,7 @@ from mixmo_fastai.runs.weights import save_weights
 
 HINT = "--help` for the allowed arguments"
 
-# arguments, then what the message must say: what is wrong, and what to do
+# Arguments, then parts of the message: the problem and the remedy.
 NAMES = [
     ("fit cifra10", "data set 'cifra10'", "Did you mean 'cifar10'"),
     ("fit ./none", "no folder './none'", "one subfolder per class"),

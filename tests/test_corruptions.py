@@ -117,7 +117,10 @@ def test_strengths_of_built_in_corruptions():
         for p in make_corrupted(edge, torch.zeros(1))
         if (p.kind, p.severity) == ("contrast", 2)
     )
-    assert sorted(actual.unique().tolist()) == [50, 150]  # half the distance from the mean of 100
+    assert sorted(actual.unique().tolist()) == [
+        50,
+        150,
+    ]  # contrast is halved around the mean of 100
 
 
 @pytest.mark.slow

@@ -47,7 +47,7 @@ LIMITS = {"cached": cache.CACHE_LIMIT, "decoded at each access": 0}
 @pytest.mark.parametrize("size", [None, 24])
 def test_damaged_images_of_all_parts_are_named_in_one_error(folder, data_dir, size, limit):
     names = damage(folder)
-    for _ in range(2):  # found, then known
+    for _ in range(2):  # the second pass uses the stored result
         with pytest.raises(DamagedImagesError) as caught:
             read_image_folder(folder, data_dir, image_size=size, cache_limit=limit)
         message = str(caught.value)
@@ -173,7 +173,7 @@ def test_run_stores_its_skipped_images(folder, data_dir, tmp_path, capsys):
     assert program(["fit", str(folder), *TINY, "--skip-damaged", "--out", str(run)]) == 0
     assert [*json.loads((run / "left-out.json").read_text())] == names
     before = open_run(run).metrics()["test"]
-    for name in names:  # the run's images are those that it had
+    for name in names:  # the run does not use repaired images
         Image.new("RGB", (32, 32)).save(folder / name)
     finished = open_finished(open_run(run))
     assert (len(finished.source.train), len(finished.source.test)) == (38, 7)

@@ -65,7 +65,7 @@ def test_levels_of_lower_depth_in_16_bits_are_scaled(tmp_path, bits, extension):
 def test_12_bit_tiff_is_scaled_by_its_stated_depth(tmp_path):
     levels = [0, 16, 1606, 80]
     packed = int("".join(f"{level:012b}" for level in levels), 2).to_bytes(6, "big")
-    tags = [  # width, height, bits, compression, meaning, place, samples, rows, bytes
+    tags = [  # width, height, bits, compression, colour, offset, samples, rows, bytes
         *((256, 4, 4), (257, 4, 1), (258, 3, 12), (259, 3, 1), (262, 3, 1)),
         *((273, 4, 8), (277, 3, 1), (278, 4, 1), (279, 4, 6)),
     ]
@@ -125,7 +125,7 @@ def encode_16_bit_png(levels, transparent):
     ("levels", "transparent", "expected"),
     [
         ([0, 257, 65535, 9000], 257, [0, 255, 255, 35]),
-        ([0, 4095, 65535], 65535, [0, 255, 255]),  # which says nothing of the depth
+        ([0, 4095, 65535], 65535, [0, 255, 255]),  # a transparent level does not show the bit depth
         ([300, 300], 300, [255, 255]),
     ],
 )
@@ -207,7 +207,7 @@ def test_tiff_orientation_is_applied_once(tmp_path, orientation, mode, compressi
 
 def test_orientation_is_applied_next_to_tags_that_pillow_cannot_write(tmp_path):
     upright = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
-    # The orientation is 6. A thumbnail's place is given as text, which Pillow does not write.
+    # The orientation is 6. The offset of a thumbnail is text, which Pillow does not write.
     tags = b"II*\0\x08\0\0\0\x02\0"
     tags += struct.pack("<HHII", 0x0112, 3, 1, 6) + struct.pack("<HHII", 0x0201, 2, 4, 65)
     turned = np.asarray(Image.fromarray(upright).transpose(TRANSPOSES[6]))

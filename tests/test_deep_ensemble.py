@@ -67,7 +67,7 @@ def test_each_network_has_its_own_run_folder(ensemble):
     for network, line in zip(run.networks(), lines, strict=True):
         recipe = network.recipe()
         assert recipe.model.num_nets == 1
-        # Neither the ensemble's name nor its figure is that of a part.
+        # The name and the published accuracy of the ensemble do not apply to one network.
         assert (recipe.name, recipe.title, recipe.expected) == ("", "", Expected())
         assert len(network.history()) == 2
         assert network.metrics()["test"] == evaluate_run(network)["test"]
@@ -191,7 +191,7 @@ def test_commands_train_evaluate_and_resume_an_ensemble(tmp_path, monkeypatch, c
     assert "2 of 2 networks are finished" in capsys.readouterr().out
     assert program(["ensemble", *(str(n.path) for n in run.networks()), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["test"] == run.metrics()["test"]
-    # An ensemble is one part of a larger one.
+    # An ensemble can be part of a larger ensemble.
     assert program(["ensemble", str(run.path), str(run.path / "net-1"), "--json"]) == 0
     members = json.loads(capsys.readouterr().out)["test"]["member_accuracy"]
     assert members == [

@@ -174,10 +174,10 @@ def test_metrics_are_computed_from_all_images(start_processes, tmp_path):
     """Validation metrics of an epoch equal those of its weights in one process."""
     run = tmp_path / "run"
     wait_for_all(start_processes(*FIT, run, "--batch-size", "24", "--limit", "60", count=3))
-    row, figures = open_run(run).history()[-1], open_run(run).metrics()
-    assert float(row["accuracy"]) == pytest.approx(figures["valid"]["accuracy"], abs=1e-6)
-    assert float(row["valid_loss"]) == pytest.approx(figures["valid"]["nll"], abs=1e-5)
-    members = figures["valid"]["member_accuracy"]
+    row, metrics = open_run(run).history()[-1], open_run(run).metrics()
+    assert float(row["accuracy"]) == pytest.approx(metrics["valid"]["accuracy"], abs=1e-6)
+    assert float(row["valid_loss"]) == pytest.approx(metrics["valid"]["nll"], abs=1e-5)
+    members = metrics["valid"]["member_accuracy"]
     assert float(row["member_accuracy"]) == pytest.approx(sum(members) / 2, abs=1e-6)
 
 
@@ -190,7 +190,7 @@ class EpochOfProcess:
         )
         monkeypatch.setattr("mixmo_fastai.callbacks.mixmo.rank_distrib", lambda: rank)
         self.loader = mixmo_dls().train
-        # A label of its own for each image, to tell them apart.
+        # Each image has its own label, so that images can be identified.
         self.loader.labels = torch.arange(len(self.loader.labels))
         self.callback = MixMoCallback(kind, mix_prob=1.0, seed=3, batch_repetitions=4)
         model = create_model("wrn10_1", 3, 2)
@@ -214,11 +214,11 @@ def test_batches_are_split_without_missing_or_repeated_images(monkeypatch, kind,
     ]
     for step, parts in zip(uninterrupted, zip(*parts_of_ranks, strict=True), strict=True):
         assert len({len(part[0]) for part in parts}) == 1
-        for own, theirs in zip(step, zip(*parts, strict=True), strict=True):
-            assert torch.equal(own, torch.cat(theirs))
+        for expected, actual in zip(step, zip(*parts, strict=True), strict=True):
+            assert torch.equal(expected, torch.cat(actual))
     images = torch.cat([targets for *_, targets, _ in itertools.chain(*parts_of_ranks)])
     times = images.flatten().bincount().tolist()
-    num_whole = len(uninterrupted) * 12  # what is left over fills no batch
+    num_whole = len(uninterrupted) * 12  # the remaining images do not fill a batch
     assert sorted(times, reverse=True)[:num_whole] == [num_copies(2, 4)] * num_whole
     assert not any(sorted(times, reverse=True)[num_whole:])
 
@@ -285,16 +285,16 @@ def test_run_of_two_processes_resumes_in_one(start_processes, mixmo, train_alone
     assert_close(open_run(run), train_alone())
 
 
-@pytest.mark.parametrize("lost", [0, 1])
-def test_processes_end_if_another_is_killed(start_processes, tmp_path, lost):
+@pytest.mark.parametrize("killed_rank", [0, 1])
+def test_processes_end_if_another_is_killed(start_processes, tmp_path, killed_rank):
     run = tmp_path / "run"
     commands = start_processes(*FIT, run, prelude=SLOW_STEPS)
     commands[0].wait_until_printed("1/2 ")
-    commands[lost].signal(signal.SIGKILL)
-    code = commands[1 - lost].wait(timeout=30)
-    assert code == 1, commands[1 - lost].printed
-    assert "Another training process was lost: Connection" in commands[1 - lost].printed
-    assert "Traceback" not in commands[1 - lost].printed
+    commands[killed_rank].signal(signal.SIGKILL)
+    code = commands[1 - killed_rank].wait(timeout=30)
+    assert code == 1, commands[1 - killed_rank].printed
+    assert "Another training process was lost: Connection" in commands[1 - killed_rank].printed
+    assert "Traceback" not in commands[1 - killed_rank].printed
     wait_for_all(start_processes("fit", "--resume", run))
 
 
@@ -331,14 +331,17 @@ files.os = Disk()
     run = tmp_path / "run"
     wait_for_all(start_processes(*FIT, run, "--epochs", "5", prelude=slow))
     newest = CheckpointStore(run / "checkpoint").newest()
-    assert newest.path.name == "save-000002"  # the first, and the last
+    assert newest.path.name == "save-000002"  # the first and the last save
 
 
 def test_precision_is_that_of_the_recipe_not_of_the_launcher(
     start_processes, train_alone, tmp_path
 ):
-    run, asked = tmp_path / "run", "import os; os.environ['ACCELERATE_MIXED_PRECISION'] = 'bf16'"
-    wait_for_all(start_processes(*FIT, run, prelude=asked))
+    run, set_precision = (
+        tmp_path / "run",
+        "import os; os.environ['ACCELERATE_MIXED_PRECISION'] = 'bf16'",
+    )
+    wait_for_all(start_processes(*FIT, run, prelude=set_precision))
     assert_close(open_run(run), train_alone(), rtol=1e-4)
 
 
@@ -367,10 +370,10 @@ def test_fewer_validation_images_than_processes(start_processes, tmp_path):
     assert len(open_run(run).history()) == 2
 
 
-@pytest.mark.parametrize("what", ["folder", "lock"])
-def test_errors_of_rank_0_are_reported_by_all_processes(start_processes, mixmo, tmp_path, what):
+@pytest.mark.parametrize("conflict", ["folder", "lock"])
+def test_errors_of_rank_0_are_reported_by_all_processes(start_processes, mixmo, tmp_path, conflict):
     run = tmp_path / "run"
-    if what == "lock":
+    if conflict == "lock":
         first = mixmo(*FIT, run, prelude=SLOW_STEPS)
         first.wait_until_printed("1/2 ")
         commands = start_processes("fit", "--resume", run)
@@ -379,9 +382,9 @@ def test_errors_of_rank_0_are_reported_by_all_processes(start_processes, mixmo, 
         run.mkdir()
         (run / "notes").touch()
         commands = start_processes(*FIT, run, prelude=late)
-    assert [command.wait() for command in commands] == [2, 2] if what == "folder" else True
-    for command in commands if what == "folder" else commands[:1]:
-        check_failed(command, 2, "not empty" if what == "folder" else "is in use")
+    assert [command.wait() for command in commands] == [2, 2] if conflict == "folder" else True
+    for command in commands if conflict == "folder" else commands[:1]:
+        check_failed(command, 2, "not empty" if conflict == "folder" else "is in use")
 
 
 def test_incomplete_environment_of_a_launcher_is_refused(mixmo, tmp_path):
@@ -412,9 +415,9 @@ def start_launcher(launcher, *words):
 def test_launchers_start_training(train_alone, tmp_path, launcher):
     run = tmp_path / "run"
     process = start_launcher(launcher, *FIT, run)
-    said, _ = process.communicate(timeout=3 * TIMEOUT)
-    assert process.returncode == 0, said
-    assert "in 2 processes" in said
+    output, _ = process.communicate(timeout=3 * TIMEOUT)
+    assert process.returncode == 0, output
+    assert "in 2 processes" in output
     assert_close(open_run(run), train_alone())
 
 
@@ -426,9 +429,9 @@ def test_launcher_fails_if_a_process_is_killed(tmp_path):
             break
     children = [int(pid) for pid in child_pids(process.pid)]
     os.kill(children[-1], signal.SIGKILL)
-    said, _ = process.communicate(timeout=TIMEOUT)
+    output, _ = process.communicate(timeout=TIMEOUT)
     assert process.returncode != 0
-    assert not any(os.path.exists(f"/proc/{pid}") for pid in children), said
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in children), output
     assert CheckpointStore(run / "checkpoint").newest() is not None
 
 
@@ -574,7 +577,7 @@ import sys
 
 import torch
 import torch.distributed as dist
-from fastai import distributed as of_fastai
+from fastai import distributed as fastai_distributed
 from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastai.metrics import accuracy
@@ -587,7 +590,7 @@ from mixmo_fastai.metrics.fastai import ECE, NLL, Brier, Disagreement, MemberAcc
 from mixmo_fastai.models import create_model
 
 
-def broadcast_on_cpus(self, values, rank):  # fastai's own moves them to a GPU
+def broadcast_on_cpus(self, values, rank):  # fastai's method moves them to a GPU
     values = torch.tensor(values)
     dist.broadcast(values, rank)
     return values.tolist()
@@ -600,7 +603,7 @@ class AddNoise(Transform):
         return x + torch.rand_like(x) / 600
 
 
-class Watch(Callback):
+class BatchRecorder(Callback):
     run_valid, order = False, 50
 
     def __init__(self):
@@ -620,21 +623,21 @@ class ShareBuffers(Callback):  # the statistics of BatchNorm differ without sync
             dist.broadcast(buffer, 0)
 
 
-of_fastai.DistributedDL._broadcast = broadcast_on_cpus
+fastai_distributed.DistributedDL._broadcast = broadcast_on_cpus
 dist.init_process_group("gloo")
 rank = dist.get_rank()
-torch.manual_seed(rank)  # nobody has to seed them alike
+torch.manual_seed(rank)  # processes may have different seeds
 model = create_model("wrn10_1", 3, generator=torch.Generator().manual_seed(0))
-watch = Watch()
+recorder = BatchRecorder()
 learn = Learner(
     fastai_dls(after_batch=[AddNoise()]), model, torch.nn.CrossEntropyLoss(),
-    cbs=[MixMoCallback(), watch, ShareBuffers()],
+    cbs=[MixMoCallback(), recorder, ShareBuffers()],
     metrics=[NLL(), Brier(), ECE(), MemberAccuracy(), Disagreement(), accuracy],
 )
 with learn.distrib_ctx(sync_bn=False, cpu=True), learn.no_bar(), learn.no_logging():
     learn.fit(2, 0.05)
     last = learn.recorder.values[-1]
-    figures = learn.validate()
+    metrics = learn.validate()
     valid = fastai_dls().valid
     with torch.no_grad():
         batches = [(learn.model.member_logits(x), y) for x, y in valid]
@@ -642,7 +645,8 @@ with learn.distrib_ctx(sync_bn=False, cpu=True), learn.no_bar(), learn.no_loggin
 torch.save(
     {
         "last": [*last], "valid": (torch.Tensor(logits), torch.Tensor(labels).long()),
-        "seen": watch.seen, "masks": watch.masks, "shapes": watch.shapes, "figures": [*figures],
+        "seen": recorder.seen, "masks": recorder.masks, "shapes": recorder.shapes,
+        "metrics": [*metrics],
         "weights": {n: p.detach() for n, p in learn.model.named_parameters()},
         "logits": learn.model.eval()(torch.ones(2, 3, 8, 8)).detach(),
     },
@@ -656,23 +660,27 @@ sys.exit(0)
 def test_distrib_ctx_of_fastai(start_processes, tmp_path):
     """Each process pairs and mixes the images of its part of fastai's batch."""
     wait_for_all(start_processes(prelude=FASTAI_PROGRAM))
-    one, two = (torch.load(tmp_path / f"seen-{rank}.pt", weights_only=False) for rank in range(2))
-    assert one["shapes"] == two["shapes"] == {((48, 2, 3, 8, 8), (48, 2, 3))}  # 12 images, 4 times
-    assert len(one["seen"]) == 2 * 96 // 2 // 12
-    for ours, theirs in zip(one["seen"], two["seen"], strict=True):
-        for batch in (ours, theirs):
-            assert len(batch.unique()) > 48 * 2 - 5  # each copy has noise of its own
+    first, second = (
+        torch.load(tmp_path / f"seen-{rank}.pt", weights_only=False) for rank in range(2)
+    )
+    assert (
+        first["shapes"] == second["shapes"] == {((48, 2, 3, 8, 8), (48, 2, 3))}
+    )  # 12 images, 4 times
+    assert len(first["seen"]) == 2 * 96 // 2 // 12
+    for first_batch, second_batch in zip(first["seen"], second["seen"], strict=True):
+        for batch in (first_batch, second_batch):
+            assert len(batch.unique()) > 48 * 2 - 5  # each copy has its own noise
             values, counts = (batch * 255).floor().unique(return_counts=True)
             assert len(values) > 1
-            assert bool((counts % 8 == 0).all())  # each image for two members, four times
+            assert bool((counts % 8 == 0).all())  # each image is used by two members, four times
             assert not torch.equal(batch[:, 0], batch[:, 1])
-    assert not any(torch.equal(*pair) for pair in zip(one["masks"], two["masks"], strict=True))
-    for name, tensor in one["weights"].items():
-        assert torch.equal(tensor, two["weights"][name]), name
-    assert one["figures"] == pytest.approx(two["figures"], rel=1e-5)
-    for each in (one, two):  # images that fastai repeats to fill the last batch count once
-        assert len(each["valid"][1]) == 30
-        assert_equal_to_evaluate_logits(each["last"][2:7], *each["valid"])
+    assert not any(torch.equal(*pair) for pair in zip(first["masks"], second["masks"], strict=True))
+    for name, tensor in first["weights"].items():
+        assert torch.equal(tensor, second["weights"][name]), name
+    assert first["metrics"] == pytest.approx(second["metrics"], rel=1e-5)
+    for saved in (first, second):  # images that fastai repeats to fill the last batch count once
+        assert len(saved["valid"][1]) == 30
+        assert_equal_to_evaluate_logits(saved["last"][2:7], *saved["valid"])
 
 
 def test_distrib_ctx_of_fastai_refuses_own_loaders(start_processes):

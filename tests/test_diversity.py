@@ -57,7 +57,7 @@ def test_metrics_of_a_small_example():
     labels = torch.tensor([0, 0, 0, 0, 0])
     logits = make_logits(
         [[1, 1], [1, 2], [0, 1], [0, 2], [1, 0]]
-    )  # two common errors, three lone ones
+    )  # two common errors, three individual errors
     assert ratio_error(logits, labels).item() == 1.5
     assert disagreement(logits).item() == 0.8
     assert member_accuracies(logits, labels).tolist() == [0.4, 0.2]
@@ -102,9 +102,9 @@ def test_diversity_of_one_member_is_refused():
 @pytest.mark.parametrize(
     "predictions",
     [
-        [[0, 0], [0, 0]],  # no error at all
-        [[0, 1], [1, 0]],  # none in common
-        [[1, 1, 0], [1, 1, 0]],  # one pair of three has some
+        [[0, 0], [0, 0]],  # no errors
+        [[0, 1], [1, 0]],  # no common errors
+        [[1, 1, 0], [1, 1, 0]],  # common errors in one of three pairs
     ],
 )
 def test_ratio_error_is_undefined_without_common_errors(predictions):
@@ -140,4 +140,4 @@ def test_accuracy_by_agreement():
         assert counts[number] == len(group)
         num_correct = sum(bool(ensemble[i] == labels[i]) for i in group)
         assert accuracy[number] == pytest.approx(num_correct / max(len(group), 1))
-    assert counts[0] > 0  # all members differ from what they decide together
+    assert counts[0] > 0  # all members differ from the ensemble

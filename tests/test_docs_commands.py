@@ -68,7 +68,7 @@ def work_dir(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.chdir(tmp_path)
     yield tmp_path
-    wandb.teardown()  # or it would keep this environment for the tests that follow
+    wandb.teardown()  # otherwise wandb keeps this environment for later tests
 
 
 def test_pages_with_command_lines_are_found():

@@ -166,8 +166,8 @@ def test_metrics_without_correct_predictions():
 @pytest.mark.parametrize(
     "member_logits",
     [
-        torch.zeros(6, 2, 7),  # every class ties
-        torch.tensor([900.0] + [0.0] * 6).expand(6, 2, 7),  # one class, confidence exactly one
+        torch.zeros(6, 2, 7),  # all classes tie
+        torch.tensor([900.0] + [0.0] * 6).expand(6, 2, 7),  # one class with confidence 1
         1e30 * torch.randn(6, 2, 7, generator=torch.Generator().manual_seed(0)),
     ],
 )

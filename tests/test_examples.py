@@ -61,7 +61,7 @@ def test_own_images(run, folder, tmp_path):
 
 
 def test_pretrained_resnet50(run, folder, tmp_path):
-    weights = resnet50().state_dict()  # trained ones cannot be had without a network
+    weights = resnet50().state_dict()  # pretrained weights would have to be downloaded
     torch.save(weights, tmp_path / "weights.pth")
     output = run(
         "pretrained_resnet50.py", folder, "--weights", "weights.pth", "--size", 32,
@@ -96,7 +96,7 @@ def test_plain_pytorch_learns_the_digits(run):
     assert len((EXAMPLES / PLAIN_PYTORCH).read_text(encoding="utf-8").splitlines()) < 80
 
 
-@pytest.mark.parametrize("progress", [0.5, 1.0])  # masks are boxes or ratios; ratios alone
+@pytest.mark.parametrize("progress", [0.5, 1.0])  # with boxes and ratios; with ratios only
 def test_plain_pytorch_loss_equals_that_of_the_package(progress):
     page = runpy.run_path(str(EXAMPLES / PLAIN_PYTORCH))
     x, y = torch.randn(4, 1, 8, 8), torch.tensor([3, 1, 2, 0])

@@ -296,7 +296,7 @@ def change_metadata(path, tmp_path, **changes):
         ({"format": "mixmo-fused-9"}, f"format 'mixmo-fused-9'; this version reads {FORMAT}"),
         ({"arch": "wrn16_1"}, "is damaged"),
         ({"arch": "lenet"}, "lenet"),
-        ({"arch": "wrn604_999"}, "is damaged"),  # before any memory is taken for it
+        ({"arch": "wrn604_999"}, "is damaged"),  # refused before memory is allocated
         ({"arch": None}, "None"),
         ({"data": {"classes": ["a"]}}, "is damaged"),
         ({"data": None}, "is damaged"),

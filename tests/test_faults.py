@@ -29,7 +29,7 @@ image_folder.read_image_folder.__kwdefaults__["cache_limit"] = 0
 """
 
 
-# What torch's loader says where a worker is lost just as others are being started.
+# Output of torch's loader if a worker is lost while others are being started.
 IGNORED_EXCEPTION = re.compile(
     r"^Exception ignored in.*\nTraceback.*\n(  .*\n)*\S.*\n?", re.MULTILINE
 )
@@ -92,7 +92,7 @@ def test_checkpoint_folder_becomes_read_only(mixmo, disk, tmp_path, uninterrupte
     run, checkpoints = tmp_path / "run", tmp_path / "run" / "checkpoint"
     command = mixmo(*FIT, run, prelude=SLOW_STEPS)
     command.wait_until_printed("1/3 ")
-    disk("ro", checkpoints)  # hides what is below
+    disk("ro", checkpoints)  # hides the existing files
     check_failed(command, 1, "Cannot write", "Read-only file system", "--resume")
     subprocess.run(["umount", checkpoints], check=True)
     assert newest_checkpoint(run) is not None
@@ -156,7 +156,7 @@ def test_lock_of_a_killed_process_does_not_prevent_resuming(mixmo, tmp_path, uni
     command = mixmo(*FIT, run, *STREAMED, prelude=SLOW_STEPS)
     command.wait_until_printed("1/3 ")
     command.wait_until(command.other_processes)
-    command.signal(signal.SIGKILL)  # its workers live on for some seconds
+    command.signal(signal.SIGKILL)  # its workers run for some more seconds
     assert command.wait() == -signal.SIGKILL
     assert (run / ".lock").exists()
     check_resumed(mixmo, run, uninterrupted(*STREAMED))
@@ -278,7 +278,7 @@ def test_worker_is_killed(mixmo, tmp_path, uninterrupted, moment):
     check_resumed(mixmo, run, uninterrupted(*many_steps))
 
 
-# Torch's worker notes its parent's number here, too late where that has ended meanwhile.
+# Torch's workers store the ID of their parent here, too late if it has already ended.
 LATE_WATCH = """
 import time
 from torch.utils.data._utils import worker

@@ -65,7 +65,7 @@ def test_markers_of_nearly_equal_learning_rates_do_not_overlap(monkeypatch, tmp_
     plot_lr_search(LrSearch(rates, losses, suggestions), tmp_path / "it.png", "rates")
     assert len(positions) == 4
     for (x, y), (u, v) in combinations(positions, 2):
-        assert abs(x - u) > 15 or abs(y - v) > 15  # of markers 8 points wide, at 120 dpi
+        assert abs(x - u) > 15 or abs(y - v) > 15  # markers are 8 points wide, at 120 dpi
 
 
 @pytest.mark.parametrize(("slope", "flat"), [(0.001, True), (0.04, False)])
@@ -115,7 +115,7 @@ def test_markers_of_runs_are_inside_the_plot_and_do_not_overlap(monkeypatch, tmp
     plot_comparison(["one", "two"], [ComparedRun(size) for size in sizes], tmp_path / "it.png")
     assert len(positions) == 4
     for (axes, x), (other, next_x) in pairwise(positions):
-        assert axes is not other or next_x - x > 15  # of markers 8 points wide, at 120 dpi
+        assert axes is not other or next_x - x > 15  # markers are 8 points wide, at 120 dpi
 
 
 def leaders_of(axes):

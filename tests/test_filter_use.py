@@ -19,7 +19,7 @@ def l1_norms(weight):
 
 def test_active_fractions_match_their_definition():
     model = create_model("wrn10_1", 10, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():  # half of one layer asleep
+    with torch.no_grad():  # half of the filters of one layer become inactive
         first = next(m for m in model.core.modules() if isinstance(m, nn.Conv2d))
         first.weight[::2] *= 0.25
     use = filter_use(model)
@@ -106,7 +106,7 @@ def test_plot_of_two_runs_is_filled_and_readable(monkeypatch):
         assert low == 0
         assert max(bar.get_height() for bar in bars) < 0.99 * high
     (left, *_), *right = panels
-    assert left.y0 == pytest.approx(right[-1][0].y0, abs=2)  # down to the same line
+    assert left.y0 == pytest.approx(right[-1][0].y0, abs=2)  # at the same height
     assert left.y1 == pytest.approx(right[0][0].y1, abs=2)
     assert len(legends) == 1
     texts = [text.get_text() for text in legends[0].get_texts()]

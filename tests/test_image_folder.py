@@ -119,7 +119,7 @@ def test_default_size_is_the_most_common_training_size(tmp_path, data_dir):
 def test_default_size_is_the_median_of_many_sizes(tmp_path):
     paths = [tmp_path / f"{number}.png" for number in range(5)]
     for path, size in zip(paths, [(9, 50), (9, 50), (20, 10), (30, 20), (40, 30)], strict=True):
-        Image.new("RGB", size).save(path)  # width, height
+        Image.new("RGB", size).save(path)  # (width, height)
     assert choose_image_size(paths) == (30, 20)
 
 
@@ -176,7 +176,9 @@ def test_cached_images_are_not_decoded_again(folder, data_dir, no_decoding):
 
 
 def test_changed_image_is_decoded_again(tmp_path, data_dir):
-    folder = write_image_folder(tmp_path / "pets", extension=".bmp")  # the file keeps its size
+    folder = write_image_folder(
+        tmp_path / "pets", extension=".bmp"
+    )  # the size of the file does not change
     load_source(folder, data_dir)
     Image.new("RGB", (32, 32), "red").save(folder / "train" / "cat" / "000.bmp")
     assert load_source(folder, data_dir).train[0].flatten(1)[:, 0].tolist() == [255, 0, 0]
@@ -270,7 +272,7 @@ def test_folders_with_equal_names_sizes_and_times_have_separate_caches(tmp_path,
         write_colours(tmp_path / version / "pets", colour)
         for version, colour in (("v1", (255, 0, 0)), ("v2", (0, 0, 255)))
     )
-    if case == "links":  # the class folders of one folder lead to either
+    if case == "links":  # links in one folder point to the first, then to the second folder
         linked = tmp_path / "linked" / "pets"
         for part in ("train", "test"):
             (linked / part).mkdir(parents=True)
