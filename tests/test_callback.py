@@ -462,11 +462,11 @@ class TestCleanup:
             return batch
 
         dls.train.after_batch.add(Transform(interrupt))
-        own = vars(dls.train)["after_batch"]
+        pipeline = vars(dls.train)["after_batch"]
         learn = make_learner(dls)
         with pytest.raises(KeyboardInterrupt):
             learn.fit(1, 0.01)
-        assert vars(dls.train)["after_batch"] is own
+        assert vars(dls.train)["after_batch"] is pipeline
 
     def test_evaluation_batches_are_not_changed(self):
         learn = make_learner()
@@ -706,8 +706,8 @@ def test_public_methods_are_events_or_documented_extras(kind):
     extras |= {"state_tensors", "load_state_tensors", "finish", "restore", "training_weights"}
     extras |= {"after_trained_epoch", "state", "load_state", "stop_diverged", "act"}
     extras |= {"save"}
-    own = {name for name, value in vars(kind).items() if callable(value) and name[0] != "_"}
-    assert own - extras <= set(vars(event))
+    methods = {name for name, value in vars(kind).items() if callable(value) and name[0] != "_"}
+    assert methods - extras <= set(vars(event))
 
 
 @pytest.mark.parametrize("make", [mixmo_dls, fastai_dls])

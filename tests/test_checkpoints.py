@@ -40,16 +40,16 @@ class KillingOs:
         self.fatal, self.half, self.count = fatal, half, 0
 
     def __getattr__(self, name):
-        own = getattr(os, name)
-        return (lambda *args: self.do(name, own, args)) if name in OPERATIONS else own
+        original = getattr(os, name)
+        return (lambda *args: self.do(name, original, args)) if name in OPERATIONS else original
 
-    def do(self, name, own, args):
+    def do(self, name, original, args):
         self.count += 1
         if self.count == self.fatal:
             if name == "write" and self.half:
-                own(args[0], args[1][: len(args[1]) // 2])
+                original(args[0], args[1][: len(args[1]) // 2])
             os.kill(os.getpid(), signal.SIGKILL)
-        return own(*args)
+        return original(*args)
 
 
 def run_and_kill(action, fatal, *, half=False):
@@ -69,7 +69,7 @@ def read(saved):
 @pytest.fixture(scope="module")
 def uninterrupted_run(tmp_path_factory):
     recipe = override(TINY, [*EVERYTHING, "train.epochs=2", "data.limit=32"])
-    run = create_run(recipe, tmp_path_factory.mktemp("whole") / "run")
+    run = create_run(recipe, tmp_path_factory.mktemp("uninterrupted") / "run")
     fit(run)
     return run
 
@@ -150,8 +150,8 @@ class DiskRecorder:
         self.paths, self.dirty, self.unnamed, self.renames = {}, set(), {}, []
 
     def __getattr__(self, name):
-        own = getattr(os, name)
-        return getattr(self, f"do_{name}", own) if name in OPERATIONS else own
+        original = getattr(os, name)
+        return getattr(self, f"do_{name}", original) if name in OPERATIONS else original
 
     def do_open(self, path, *args):
         is_new = not os.path.exists(path)

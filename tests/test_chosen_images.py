@@ -18,7 +18,7 @@ def images(part, **counts):
 
 
 def counts(files):
-    return {name: len(own) for name, own in files.items()}
+    return {name: len(paths) for name, paths in files.items()}
 
 
 def find_note(chosen, label):
@@ -48,9 +48,9 @@ def test_class_folders_without_parts_are_split_within_each_class(tmp_path):
     assert counts(chosen.test) == {"cat": 4, "dog": 2, "eel": 1, "fox": 0}
     assert counts(chosen.train) == {"cat": 16, "dog": 8, "eel": 1, "fox": 1}
     assert chosen.valid is None
-    for name, own in chosen.train.items():
-        assert not set(own) & set(chosen.test[name])
-        assert own == sorted(own)
+    for name, paths in chosen.train.items():
+        assert not set(paths) & set(chosen.test[name])
+        assert paths == sorted(paths)
     assert chosen.parts.drawn.test_split == 0.2
     assert "20 % of each class" in find_note(chosen, "Test set")
     assert choose_images(tmp_path) == chosen
@@ -61,9 +61,9 @@ def test_class_folders_without_parts_are_split_within_each_class(tmp_path):
 def test_test_images_are_drawn_randomly_within_each_class(tmp_path):
     write(tmp_path, *images("", cat=30, dog=30))
     test = choose_images(tmp_path).test
-    places = [[int(file.split("/")[1].split(".")[0]) for file in own] for own in test.values()]
-    assert places[0] != places[1]
-    assert all(max(own) - min(own) > len(own) for own in places)
+    numbers = [[int(file.split("/")[1].split(".")[0]) for file in paths] for paths in test.values()]
+    assert numbers[0] != numbers[1]
+    assert all(max(drawn) - min(drawn) > len(drawn) for drawn in numbers)
 
 
 def test_train_folder_without_other_parts_is_split(tmp_path):

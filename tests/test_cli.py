@@ -133,7 +133,7 @@ def test_eval_prints_the_metrics_of_the_run(trained, capsys):
 
 def test_resumed_run_equals_an_uninterrupted_one(monkeypatch, capsys):
     arguments = ["fit", *TINY, "--epochs", "3", "--quiet"]
-    assert run([*arguments, "--out", "whole"]) == 0
+    assert run([*arguments, "--out", "uninterrupted"]) == 0
 
     after_batch = TrainingDisplay.after_batch
 
@@ -153,12 +153,12 @@ def test_resumed_run_equals_an_uninterrupted_one(monkeypatch, capsys):
     assert len(open_run("part").history()) == 2
 
     assert run(["fit", "--resume", "part", "--quiet"]) == 0
-    whole, part = open_run("whole"), open_run("part")
-    assert whole.weights.read_bytes() == part.weights.read_bytes()
+    uninterrupted, part = open_run("uninterrupted"), open_run("part")
+    assert uninterrupted.weights.read_bytes() == part.weights.read_bytes()
     times = ("seconds", "images_per_second")
-    rows = [[{**row, **dict.fromkeys(times)} for row in r.history()] for r in (whole, part)]
+    rows = [[{**row, **dict.fromkeys(times)} for row in r.history()] for r in (uninterrupted, part)]
     assert rows[0] == rows[1]
-    assert whole.metrics()["test"] == part.metrics()["test"]
+    assert uninterrupted.metrics()["test"] == part.metrics()["test"]
 
 
 def test_run_interrupted_in_the_first_epoch_resumes_from_the_start(monkeypatch, capsys):

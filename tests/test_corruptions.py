@@ -95,9 +95,11 @@ def test_built_in_corruptions_grow_with_severity(channels):
     parts = list(make_corrupted(pixels, labels))
     assert len(parts) == len(BUILT_IN) * NUM_SEVERITIES
     for kind in BUILT_IN:
-        own = [part for part in parts if part.kind == kind]
-        changes = [(p.pixels.float() - pixels.float()).abs().mean().item() for p in own]
-        assert all(p.pixels.shape == pixels.shape and p.pixels.dtype == torch.uint8 for p in own)
+        same_kind = [part for part in parts if part.kind == kind]
+        changes = [(p.pixels.float() - pixels.float()).abs().mean().item() for p in same_kind]
+        assert all(
+            p.pixels.shape == pixels.shape and p.pixels.dtype == torch.uint8 for p in same_kind
+        )
         assert 0 < changes[0] < changes[-1], kind
     again = list(make_corrupted(pixels, labels))
     assert all(torch.equal(a.pixels, b.pixels) for a, b in zip(parts, again, strict=True))
