@@ -44,8 +44,8 @@ def run(mixmo):
 
     def run_script(script, *arguments, code=0):
         command = mixmo(*arguments, script=EXAMPLES / script)
-        assert command.wait(timeout=5 * TIMEOUT) == code, command.output
-        return command.output
+        assert command.wait(timeout=5 * TIMEOUT) == code, command.printed
+        return command.printed
 
     return run_script
 
