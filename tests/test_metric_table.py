@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_evaluate_logits import draw
+from test_evaluate_logits import draw_logits
 
 from mixmo_fastai.cli import render
 from mixmo_fastai.config.recipe import Recipe
@@ -34,7 +34,7 @@ def names(metrics):
 
 
 def test_every_row_is_computed_and_no_name_occurs_twice():
-    found = evaluate_logits(*draw(200, 3, 10, signal=1.0))
+    found = evaluate_logits(*draw_logits(200, 3, 10, signal=1.0))
     assert len(set(names(METRICS))) == len(METRICS)
     assert [name for name in found if name in names(METRICS)] == names(METRICS)
     for metric in METRICS:
@@ -52,7 +52,7 @@ def test_rows_name_the_options_that_their_functions_take():
 @pytest.mark.parametrize("metric", MAIN_METRICS, ids=names(MAIN_METRICS))
 @pytest.mark.parametrize("size", [(1, 1, 2), (150, 1, 10), (997, 1, 100)])
 def test_a_main_metric_follows_from_its_terms(metric, size):
-    member_logits, labels = draw(*size)
+    member_logits, labels = draw_logits(*size)
     logits = member_logits[:, 0].double()
     terms = metric.compute_terms(logits, labels)
     assert terms.dtype == torch.float64
@@ -124,11 +124,11 @@ def test_metrics_of_the_ensemble_alone_cannot_take_member_logits(field):
 
 
 def test_a_metric_that_compares_members_is_undefined_for_one_whatever_its_function_does():
-    member_logits, labels = draw(20, 1, 4)
+    member_logits, labels = draw_logits(20, 1, 4)
     metric = spec(compares_members=True)
     with pytest.raises(InputError, match="new compares members and needs at least two; got 1"):
         metric.compute(MetricInputs(member_logits[:, 0], labels, member_logits))
-    member_logits, labels = draw(20, 2, 4)
+    member_logits, labels = draw_logits(20, 2, 4)
     inputs = MetricInputs(member_logits.mean(dim=1), labels, member_logits)
     assert metric.compute(inputs) == spec().compute(inputs)
 
@@ -139,7 +139,7 @@ def test_a_metric_with_terms_has_intervals_and_is_compared(monkeypatch):
     )
     for module in (bootstrap, render):
         monkeypatch.setattr(module, "MAIN_METRICS", (*MAIN_METRICS, with_terms))
-    member_logits, labels = draw(300, 2, 6, signal=1.0)
+    member_logits, labels = draw_logits(300, 2, 6, signal=1.0)
     first, second = (2.0**i * member_logits for i in range(2))
     means = [logits.double().mean(dim=1) for logits in (first, second)]
     differences = bootstrap.paired_intervals(*means, labels)

@@ -19,7 +19,7 @@ from fastai.losses import (
     MSELossFlat,
 )
 from synthetic import mixmo_dls
-from test_evaluate_logits import draw
+from test_evaluate_logits import draw_logits
 from torch import nn
 
 from mixmo_fastai import mixmo_learner
@@ -73,7 +73,7 @@ def expected_values(member_logits, labels):
 @pytest.mark.parametrize("num_members", [1, 2, 3])
 @pytest.mark.parametrize("batch_size", [1, 7, 64, 200])
 def test_they_equal_evaluate_logits(num_members, batch_size):
-    member_logits, labels = draw(NUM_SAMPLES, num_members, 6, signal=1.0)
+    member_logits, labels = draw_logits(NUM_SAMPLES, num_members, 6, signal=1.0)
     metrics = [kind() for kind in KINDS]
     found, _ = validated(Stored(num_members), member_logits, labels, batch_size, metrics)
     expected = expected_values(member_logits, labels)
@@ -106,7 +106,7 @@ LOSSES = [
 
 @pytest.mark.parametrize("loss", LOSSES, ids=[type(loss).__name__ for loss in LOSSES])
 def test_without_mixmo_and_with_any_loss_of_softmax_probabilities(loss):
-    member_logits, labels = draw(NUM_SAMPLES, 1, 6, signal=1.0)
+    member_logits, labels = draw_logits(NUM_SAMPLES, 1, 6, signal=1.0)
     metrics = [NLL(), Brier(), ECE()]
     found, _ = validated(Unchanged(), member_logits[:, 0], labels, 64, metrics, loss)
     expected = evaluate_logits(member_logits, labels)
@@ -115,7 +115,7 @@ def test_without_mixmo_and_with_any_loss_of_softmax_probabilities(loss):
 
 
 def test_nll_is_the_validation_loss_of_cross_entropy():
-    member_logits, labels = draw(NUM_SAMPLES, 2, 6)
+    member_logits, labels = draw_logits(NUM_SAMPLES, 2, 6)
     found, learn = validated(Stored(2), member_logits, labels, 64, [NLL()])
     assert found["nll"] == pytest.approx(learn.final_record[0], rel=1e-6)
 
@@ -124,7 +124,7 @@ def test_nll_is_the_validation_loss_of_cross_entropy():
 def test_bins_of_the_ece(num_bins):
     from mixmo_fastai.metrics.calibration import expected_calibration_error
 
-    member_logits, labels = draw(NUM_SAMPLES, 1, 6)
+    member_logits, labels = draw_logits(NUM_SAMPLES, 1, 6)
     found, learn = validated(Unchanged(), member_logits[:, 0], labels, 7, [ECE(num_bins)])
     expected = expected_calibration_error(member_logits[:, 0], labels, num_bins).item()
     assert found["ece"] == pytest.approx(expected, rel=1e-13)
@@ -148,7 +148,7 @@ def test_too_few_bins_are_refused():
     ],
 )
 def test_other_losses_and_targets_are_refused(kind, targets, loss, described):
-    logits = draw(9, 1, 6)[0][:, 0]
+    logits = draw_logits(9, 1, 6)[0][:, 0]
     with pytest.raises(InputError, match=f"{kind.__name__} needs one class per image") as raised:
         validated(Unchanged(), logits, targets, 4, [kind()], loss)
     assert described in str(raised.value)
@@ -172,13 +172,13 @@ def test_other_losses_are_refused_before_a_training_begins(kind):
 
 @pytest.mark.parametrize("kind", [MemberAccuracy, Disagreement])
 def test_a_network_without_members_is_refused(kind):
-    member_logits, labels = draw(9, 1, 6)
+    member_logits, labels = draw_logits(9, 1, 6)
     with pytest.raises(InputError, match="needs a MixMo network; the Learner has a Unchanged"):
         validated(Unchanged(), member_logits[:, 0], labels, 4, [kind()])
 
 
 def test_disagreement_refuses_several_labels_per_image():
-    member_logits, _ = draw(9, 2, 6)
+    member_logits, _ = draw_logits(9, 2, 6)
     targets = torch.ones(9, 6)
     with pytest.raises(InputError, match=r"Disagreement needs .* got float32 targets \(B, 6\)"):
         validated(Stored(2), member_logits, targets, 4, [Disagreement()], BCEWithLogitsLossFlat())
@@ -204,7 +204,7 @@ def test_no_batch_waits_for_the_device(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_sums_stay_small_and_start_again(kind):
-    member_logits, labels = draw(NUM_SAMPLES, 2, 6)
+    member_logits, labels = draw_logits(NUM_SAMPLES, 2, 6)
     metric = kind()
     assert metric.value is None
     found, learn = validated(Stored(2), member_logits, labels, 7, [metric])
@@ -234,7 +234,7 @@ def test_member_accuracy_pickled_by_version_0_1_0():
     metric = MemberAccuracy.__new__(MemberAccuracy)
     metric.__dict__.update(num_correct=torch.tensor(3.0), num_seen=0)
     assert metric.value is None
-    member_logits, labels = draw(NUM_SAMPLES, 2, 6)
+    member_logits, labels = draw_logits(NUM_SAMPLES, 2, 6)
     found, _ = validated(Stored(2), member_logits, labels, 64, [metric])
     assert found == pytest.approx(
         {"member_accuracy": expected_values(member_logits, labels)["member_accuracy"]}
