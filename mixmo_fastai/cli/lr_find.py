@@ -9,12 +9,14 @@ from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output
 from mixmo_fastai.cli.render import columns, setup_lines
 from mixmo_fastai.config.methods import method_name, run_label
+from mixmo_fastai.config.recipe import Recipe
 from mixmo_fastai.config.resolve import resolve_recipe
 from mixmo_fastai.runs.output import free_file
 
 MAX_STEPS = 10_000
 
 
+# Long, since each flag is a parameter.
 def lr_find(
     dataset: opt.Dataset = None,
     *,
@@ -76,27 +78,15 @@ def lr_find(
     resolved = resolve_recipe(dataset, recipe, settings, assignments or ())
     plot_path = free_file(out, f"lr-find-{run_label(resolved)}", ".png")
 
-    from mixmo_fastai.plots.png import plot_lr_search
-    from mixmo_fastai.training.lr_find import search_lr
-    from mixmo_fastai.training.prepare import prepare
-
     output = Output(as_json=as_json, quiet=quiet)
-    training = prepare(resolved, data_dir)
-    for line in setup_lines(training):
-        output.print(line)
-    output.print(f"Testing learning rates from {start:g} to {end:g} in {steps} steps …")
-    search = search_lr(training, num_steps=steps, start=start, end=end)
-    title = f"{method_name(resolved)} on {training.source.name}, {training.recipe.model.arch}"
-    plot_lr_search(search, plot_path, title)
+    search = _search(resolved, data_dir, output, plot_path, num_steps=steps, start=start, end=end)
     rate = resolved.lr if search.recommended is None else search.recommended
     other_assignments = [text for text in assignments or () if not text.startswith("optimizer.lr=")]
     flags = {"recipe": recipe, **fit_flags, "data_dir": data_dir, "lr": rate}
     command = opt.fit_command(dataset, flags, other_assignments)
-    table = [("method", "rate", "meaning")]
-    table += [(name, f"{r:.3g}", MEANINGS[name]) for name, r in search.suggestions.items()]
     advice = _advice(search, resolved.lr, steps)
     output.print_result(
-        ["", *columns(table, left=(0, 2)), "", f"Plot: {plot_path}", *advice, f"  {command}"],
+        ["", *_table(search), "", f"Plot: {plot_path}", *advice, f"  {command}"],
         {
             "advised_lr": rate,
             "flat": search.is_flat,
@@ -110,6 +100,30 @@ def lr_find(
             "losses": search.losses,
         },
     )
+
+
+def _search(
+    recipe: Recipe, data_dir: Path | None, output: Output, plot_path: Path, **search_range: Any
+) -> Any:
+    """Prepare the training, run the test and plot the curve; return the `LrSearch`."""
+    from mixmo_fastai.plots.png import plot_lr_search
+    from mixmo_fastai.training.lr_find import search_lr
+    from mixmo_fastai.training.prepare import prepare
+
+    training = prepare(recipe, data_dir)
+    for line in setup_lines(training):
+        output.print(line)
+    steps, start, end = (search_range[name] for name in ("num_steps", "start", "end"))
+    output.print(f"Testing learning rates from {start:g} to {end:g} in {steps} steps …")
+    search = search_lr(training, **search_range)
+    title = f"{method_name(recipe)} on {training.source.name}, {training.recipe.model.arch}"
+    plot_lr_search(search, plot_path, title)
+    return search
+
+
+def _table(search: Any) -> list[str]:
+    rows = [(name, f"{lr:.3g}", MEANINGS[name]) for name, lr in search.suggestions.items()]
+    return columns([("method", "rate", "meaning"), *rows], left=(0, 2))
 
 
 def _advice(search: Any, recipe_lr: float, steps: int) -> list[str]:

@@ -15,7 +15,7 @@ from mixmo_fastai.callbacks.ema import EMACallback
 from mixmo_fastai.config.recipe import Recipe
 from mixmo_fastai.data.run_data import facts_of
 from mixmo_fastai.errors import RunFailedError
-from mixmo_fastai.evaluation.logits import collect_member_logits
+from mixmo_fastai.evaluation.logits import LabelledLogits, collect_member_logits
 from mixmo_fastai.evaluation.splits import evaluate_splits
 from mixmo_fastai.learner.distributed import shared
 from mixmo_fastai.runs.checkpoints import CheckpointStore
@@ -79,12 +79,7 @@ def train(
     if restored is None:
         run.write_history([])
     describe_run(training, run)
-    steps = training.steps_per_epoch, training.warmup_steps
-    if learn.opt is None:
-        learn.create_opt()
-    hypers = learn.opt.hypers[0]  # some optimizers have no momentum
-    scheduled = schedules(recipe, *steps)
-    scheduler = ParamScheduler({name: f for name, f in scheduled.items() if name in hypers})
+    scheduler = _scheduler(training)
     is_single_process = process_group().count == 1
     precision = training.acceleration.describe()
     done = Position() if restored is None else restored.position
@@ -117,19 +112,38 @@ def train(
         _load_final_weights(learn, best)
         save_weights(learn.model, run)
         with readable_errors(recipe, precision), training.acceleration.threaded():
-            loaders = learn.dls.valid, learn.dls[TEST_SET]
-            valid, test = (collect_member_logits(learn.model, loader) for loader in loaders)
-            evaluated = evaluate_splits(valid, test)
-        metrics = {
-            **training.summary(),
-            **({"selected_epoch": best.number} if best else {}),
-            "seconds": round(sum(float(row["seconds"]) for row in run.history()), 1),
-            **evaluated,
-        }
+            metrics, logits = _evaluate(training, run, best)
         run.write_metrics(metrics)
         for callback in run_callbacks:
-            callback.after_evaluation(metrics, test or valid)
+            callback.after_evaluation(metrics, logits)
     return metrics
+
+
+def _evaluate(
+    training: Training, run: RunFolder, best: BestEpochCallback | None
+) -> tuple[dict[str, Any], LabelledLogits]:
+    """Return the final metrics, and the logits of the test images or else validation images."""
+    learn = training.learn
+    loaders = learn.dls.valid, learn.dls[TEST_SET]
+    valid, test = (collect_member_logits(learn.model, loader) for loader in loaders)
+    evaluated = evaluate_splits(valid, test)
+    metrics = {
+        **training.summary(),
+        **({"selected_epoch": best.number} if best else {}),
+        "seconds": round(sum(float(row["seconds"]) for row in run.history()), 1),
+        **evaluated,
+    }
+    return metrics, test or valid
+
+
+def _scheduler(training: Training) -> ParamScheduler:
+    """Create the optimizer, and the callback that sets its learning rate and momentum."""
+    learn = training.learn
+    if learn.opt is None:
+        learn.create_opt()
+    hypers = learn.opt.hypers[0]  # some optimizers have no momentum
+    functions = schedules(training.recipe, training.steps_per_epoch, training.warmup_steps)
+    return ParamScheduler({name: f for name, f in functions.items() if name in hypers})
 
 
 def describe_run(training: Training, run: RunFolder) -> None:
