@@ -24,7 +24,7 @@ GPU_ARGUMENTS = (
     "--no-compile --data digits --recipes vanilla,cut-mixmo --limit 64 --recipe-arch wrn10_1 "
     "--recipe-batch 16 --passes 4"
 )
-HELPERS = {"measure.py", "steps.py"}
+HELPERS = {"gpu_checks.py", "measure.py", "steps.py"}
 
 
 def test_all_benchmarks_are_listed():
