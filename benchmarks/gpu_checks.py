@@ -21,7 +21,7 @@ from mixmo_fastai.mixing.loss import MixMoLoss
 from mixmo_fastai.runs.folder import RunFolder
 from mixmo_fastai.runtime.acceleration import Acceleration
 from mixmo_fastai.runtime.devices import float32_precision
-from mixmo_fastai.training.recording import HistoryCallback
+from mixmo_fastai.training.history import HistoryCallback
 from mixmo_fastai.training.schedule import one_cycle
 
 Results = dict[str, Any]

@@ -28,7 +28,7 @@ MOVED = {
     "processes": "runtime.processes",
     "randomness": "rng",
     "recipe": "config.recipe",
-    "recording": "training.recording",
+    "recording": "training.history",
     "selection": "callbacks.best_epoch",
 }
 """Modules of version 0.1.0 that exported Learners refer to, and their present names."""

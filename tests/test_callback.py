@@ -31,7 +31,8 @@ from mixmo_fastai.learner.build import mixmo_learner
 from mixmo_fastai.metrics import fastai as metrics
 from mixmo_fastai.mixing.loss import MixMoLoss
 from mixmo_fastai.models import create_model
-from mixmo_fastai.training.recording import CheckpointCallback, HistoryCallback, StopInValidation
+from mixmo_fastai.training.checkpointing import CheckpointCallback, StopInValidation
+from mixmo_fastai.training.history import HistoryCallback
 from mixmo_fastai.training.resume import ResumeCallback, StepOffset
 
 

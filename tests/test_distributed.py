@@ -16,7 +16,7 @@ from processes import TIMEOUT, uninterrupted_runs
 from safetensors.torch import load_file
 from synthetic import mixmo_dls
 from test_faults import check_failed
-from test_resuming import assert_same
+from test_resume import assert_same
 from test_signals import SLOW_STEPS
 
 from mixmo_fastai.callbacks.mixmo import MixMoCallback
@@ -302,7 +302,7 @@ def test_loss_that_is_not_finite_in_one_process_ends_all(start_processes, tmp_pa
     fault = """
 import os
 from fastai.callback.core import Callback
-from mixmo_fastai.training.recording import HistoryCallback
+from mixmo_fastai.training.history import HistoryCallback
 own = HistoryCallback.after_batch
 def fail(self):
     if os.environ["RANK"] == "1" and (self.learn.epoch, self.learn.iter) == (1, 2):

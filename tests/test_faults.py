@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from datasets import write_image_folder
-from test_resuming import assert_same
+from test_resume import assert_same
 from test_signals import ALL_STEPS_SLOW, FIT, SLOW_STEPS, STREAMED, check_resumed, uninterrupted
 
 from mixmo_fastai.errors import InputError, RunFailedError
@@ -205,7 +205,7 @@ def test_loss_becomes_not_finite(mixmo, tmp_path):
     run = tmp_path / "run"
     fault = """
 import torch
-from mixmo_fastai.training.recording import HistoryCallback
+from mixmo_fastai.training.history import HistoryCallback
 own = HistoryCallback.after_batch
 def break_down(self):
     if (self.learn.epoch, self.learn.iter) == (1, 2):

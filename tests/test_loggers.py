@@ -18,7 +18,7 @@ from fastai.callback.core import Callback
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
-from test_resuming import STEPS, TINY, Watch, assert_same, fit
+from test_resume import STEPS, TINY, Watch, assert_same, fit
 from test_signals import FIT, SLOW_STEPS
 from wandb.proto import wandb_internal_pb2
 
@@ -34,9 +34,9 @@ from mixmo_fastai.runs.checkpoints import CheckpointStore
 from mixmo_fastai.runs.create import create_run
 from mixmo_fastai.runs.folder import open_run
 from mixmo_fastai.runtime.signals import InterruptedBySignal, StopRequest
+from mixmo_fastai.training.checkpointing import CheckpointCallback
 from mixmo_fastai.training.ensemble import train_run
 from mixmo_fastai.training.prepare import prepare
-from mixmo_fastai.training.recording import CheckpointCallback
 from mixmo_fastai.training.train import TrainingDivergedError, train
 
 pytestmark = pytest.mark.slow

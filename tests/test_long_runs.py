@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from fastai.callback.core import Callback
-from test_resuming import STEPS, TINY
+from test_resume import STEPS, TINY
 
 from mixmo_fastai.config.load import override
 from mixmo_fastai.runs.create import create_run
@@ -56,7 +56,7 @@ def test_memory_and_open_files_do_not_grow(mixmo, tmp_path, loader):
 
 PAUSE = f"""
 import gc, os, time
-from mixmo_fastai.training.recording import CheckpointCallback
+from mixmo_fastai.training.checkpointing import CheckpointCallback
 original = CheckpointCallback.after_trained_epoch
 def pause(self):
     original(self)

@@ -13,7 +13,7 @@ from mixmo_fastai.callbacks.ema import EMACallback
 from mixmo_fastai.config.resolve import resolve_recipe
 from mixmo_fastai.loggers.callback import LoggingCallback
 from mixmo_fastai.runs.create import create_run
-from mixmo_fastai.training.recording import HistoryCallback
+from mixmo_fastai.training.history import HistoryCallback
 from mixmo_fastai.training.schedule import one_cycle
 
 

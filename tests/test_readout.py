@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_resuming import TINY
+from test_resume import TINY
 from torch import nn
 
 from mixmo_fastai import MixMoLoss

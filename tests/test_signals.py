@@ -6,7 +6,7 @@ import signal
 
 import pytest
 from processes import uninterrupted_runs
-from test_resuming import assert_same
+from test_resume import assert_same
 
 from mixmo_fastai.runs.checkpoints import CheckpointStore
 from mixmo_fastai.runs.folder import open_run
@@ -27,7 +27,7 @@ BOTH_TARGETS = pytest.mark.parametrize("group", [False, True], ids=["process", "
 
 SLOW_STEPS = """
 import time
-from mixmo_fastai.training.recording import HistoryCallback
+from mixmo_fastai.training.history import HistoryCallback
 original_after_batch = HistoryCallback.after_batch
 def slow(self):
     if self.learn.epoch:  # the first epoch is not slowed down, since most tests wait for its end
@@ -38,7 +38,7 @@ HistoryCallback.after_batch = slow
 ALL_STEPS_SLOW = SLOW_STEPS.replace("if self.learn.epoch:", "if True:")
 SLOW_VALIDATION = """
 import time
-from mixmo_fastai.training.recording import StopInValidation
+from mixmo_fastai.training.checkpointing import StopInValidation
 original = StopInValidation.after_batch
 def slow(self):
     if not self.learn.training:

@@ -15,9 +15,9 @@ from mixmo_fastai.runs.create import create_run
 from mixmo_fastai.runs.folder import open_run
 from mixmo_fastai.runs.weights import load_weights
 from mixmo_fastai.runtime.devices import choose_device
+from mixmo_fastai.training.history import HistoryCallback
 from mixmo_fastai.training.lr_find import search_lr
 from mixmo_fastai.training.prepare import images_of_warmup, prepare
-from mixmo_fastai.training.recording import HistoryCallback
 from mixmo_fastai.training.schedule import flat_cosine, one_cycle
 from mixmo_fastai.training.train import TrainingDivergedError, schedules, train
 

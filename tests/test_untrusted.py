@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from safetensors.torch import load_file, save
-from test_resuming import TINY, fit
+from test_resume import TINY, fit
 
 import mixmo_fastai
 from mixmo_fastai.callbacks.ema import EMACallback
@@ -32,8 +32,8 @@ from mixmo_fastai.runs.checkpoints import CheckpointStore
 from mixmo_fastai.runs.create import create_run
 from mixmo_fastai.runs.folder import RunFolder
 from mixmo_fastai.runs.weights import load_network
+from mixmo_fastai.training.history import HistoryCallback
 from mixmo_fastai.training.prepare import prepare
-from mixmo_fastai.training.recording import HistoryCallback
 from mixmo_fastai.training.state import RunState
 
 pytestmark = pytest.mark.slow

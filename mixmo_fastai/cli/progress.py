@@ -10,7 +10,7 @@ from rich.text import Text
 
 from mixmo_fastai.callbacks.epoch import TrainedEpochCallback
 from mixmo_fastai.cli.console import Output
-from mixmo_fastai.training.recording import HistoryCallback
+from mixmo_fastai.training.history import HistoryCallback
 
 COLUMNS = (
     ("epoch", "epoch", 9),

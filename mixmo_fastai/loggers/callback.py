@@ -17,8 +17,9 @@ from mixmo_fastai.loggers.pictures import plot_first_batch, plot_results
 from mixmo_fastai.loggers.tracker import Step, TrackedRun, Tracker
 from mixmo_fastai.runs.folder import RunFolder
 from mixmo_fastai.runtime.signals import exit_code_of
+from mixmo_fastai.training.history import HistoryCallback
 from mixmo_fastai.training.prepare import Training
-from mixmo_fastai.training.recording import HistoryCallback, RunCallback
+from mixmo_fastai.training.run_callbacks import RunCallback
 from mixmo_fastai.training.state import Position
 
 

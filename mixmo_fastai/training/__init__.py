@@ -4,7 +4,9 @@ prepare          load the data, build the Learner, choose open settings
 train            train, evaluate, and write the run folder
 ensemble         the networks of a run, one after another
 schedule         one-cycle and published step schedules, as functions
-recording        callbacks that write history and checkpoints
+history          callback that records the history of a run
+checkpointing    callbacks that save checkpoints
+run_callbacks    base class of callbacks that follow a run, such as loggers
 state            the state of a Learner in a checkpoint, restored with strict checks
 optimizer_state  the state of an optimizer as named tensors
 resume           resume within an epoch

@@ -23,7 +23,7 @@ from mixmo_fastai.runtime.processes import broadcast_from_rank0, run_on_rank0
 from mixmo_fastai.runtime.signals import StopRequest
 from mixmo_fastai.training.failures import readable_errors
 from mixmo_fastai.training.prepare import TEST_SET, Training, prepare_network
-from mixmo_fastai.training.recording import entered_run_callbacks
+from mixmo_fastai.training.run_callbacks import entered_run_callbacks
 from mixmo_fastai.training.state import Position
 from mixmo_fastai.training.train import describe_run, train
 

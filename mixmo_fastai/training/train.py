@@ -23,15 +23,12 @@ from mixmo_fastai.runs.folder import RunFolder
 from mixmo_fastai.runs.weights import save_weights
 from mixmo_fastai.runtime.processes import process_group, rank0_first
 from mixmo_fastai.runtime.signals import StopRequest
+from mixmo_fastai.training.checkpointing import CheckpointCallback, StopInValidation
 from mixmo_fastai.training.failures import readable_errors
+from mixmo_fastai.training.history import HistoryCallback
 from mixmo_fastai.training.prepare import TEST_SET, Training
-from mixmo_fastai.training.recording import (
-    CheckpointCallback,
-    HistoryCallback,
-    StopInValidation,
-    entered_run_callbacks,
-)
 from mixmo_fastai.training.resume import resume_callbacks
+from mixmo_fastai.training.run_callbacks import entered_run_callbacks
 from mixmo_fastai.training.schedule import flat_cosine, one_cycle, published_steps
 from mixmo_fastai.training.state import Position, Restored, RunState, Stateful
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_evaluate_logits import draw_logits
+from test_summary import draw_logits
 
 from mixmo_fastai.cli import render
 from mixmo_fastai.config.recipe import Recipe

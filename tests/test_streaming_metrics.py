@@ -19,7 +19,7 @@ from fastai.losses import (
     MSELossFlat,
 )
 from synthetic import mixmo_dls
-from test_evaluate_logits import draw_logits
+from test_summary import draw_logits
 from torch import nn
 
 from mixmo_fastai import mixmo_learner

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from mixmo_fastai.runtime.signals import StopRequest
-from mixmo_fastai.training import recording
-from mixmo_fastai.training.recording import CheckpointCallback
+from mixmo_fastai.training import checkpointing
+from mixmo_fastai.training.checkpointing import CheckpointCallback
 
 
 class SimulatedFit:
@@ -15,7 +15,7 @@ class SimulatedFit:
 
     def __init__(self, monkeypatch, *, step, save):
         self.now, self.step, self.cost, self.saves = 0.0, step, save, []
-        monkeypatch.setattr(recording, "time", SimpleNamespace(perf_counter=lambda: self.now))
+        monkeypatch.setattr(checkpointing, "time", SimpleNamespace(perf_counter=lambda: self.now))
         state = SimpleNamespace(save=self.save, history=SimpleNamespace(is_diverged=False))
         self.callback = CheckpointCallback(None, state, StopRequest())
         self.learn = self.callback.learn = SimpleNamespace(
