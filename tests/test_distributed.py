@@ -188,7 +188,7 @@ class EpochOfProcess:
         monkeypatch.setattr(
             "mixmo_fastai.callbacks.mixmo.process_group", lambda: Processes(rank, count)
         )
-        monkeypatch.setattr("mixmo_fastai.callbacks.mixmo.rank_distrib", lambda: rank)
+        monkeypatch.setattr("mixmo_fastai.callbacks.draws.rank_distrib", lambda: rank)
         self.loader = mixmo_dls().train
         # Each image has its own label, so that images can be identified.
         self.loader.labels = torch.arange(len(self.loader.labels))
