@@ -24,6 +24,18 @@ class RunFailedError(RuntimeError):
     """
 
 
+class RunInterruptedError(Exception):
+    """Training was interrupted by the user or a signal; the message says how to resume it.
+
+    Attributes:
+        exit_code: exit code of the process.
+    """
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 def remove_fastai_prefix(error: _AnyError) -> _AnyError:
     """Remove the prefix that fastai adds to the message of an error raised in a callback."""
     error.args = (_FASTAI_PREFIX.sub("", str(error)),)

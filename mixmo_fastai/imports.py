@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -55,8 +54,11 @@ def lazy_names(
     return get, lambda: sorted({*vars(sys.modules[package]), *modules})
 
 
-class FormerModules(MetaPathFinder, Loader):
-    """Import a module of version 0.1.0 under its former name, as pickled Learners do."""
+class FormerModules:
+    """Import a module of version 0.1.0 under its former name, as pickled Learners do.
+
+    It does not inherit from `importlib.abc`, whose import would double that of this package.
+    """
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None

@@ -257,8 +257,9 @@ def cache_digits():
 def _serve():
     import mixmo_fastai.training.ensemble
     import mixmo_fastai.training.lr_find  # noqa: F401
-    from mixmo_fastai.cli.program import run
+    from mixmo_fastai.cli.program import build_app, run
 
+    build_app()
     with open(os.devnull, "w") as null, redirect_stdout(null):
         run(["recipes"])  # imports all modules that parsing a command line needs
     cache_digits()

@@ -18,7 +18,7 @@ from datasets import write_image_folder
 
 from mixmo_fastai.cli import fit
 from mixmo_fastai.cli import options as opt
-from mixmo_fastai.cli.program import app, run
+from mixmo_fastai.cli.program import build_app, run
 from mixmo_fastai.config.choices import COW_DEFAULTS, DATASETS, MASK_KINDS, MASK_OPTIONS
 from mixmo_fastai.config.load import load_recipe, recipe_from_mapping, recipe_names
 from mixmo_fastai.config.recipe import Recipe, default_valid_split
@@ -31,7 +31,7 @@ from mixmo_fastai.metrics.summary import evaluate_logits
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 TEXTS = {path.name: path.read_text(encoding="utf-8") for path in (*PAGES, ROOT / "README.md")}
-COMMANDS = typer.main.get_command(app).commands
+COMMANDS = typer.main.get_command(build_app()).commands
 PLACEHOLDERS = {"METHOD": "vanilla", "E": "4"}
 FLAGS_OF_OTHER_PROGRAMS = {"--multi_gpu", "--node-rank", "--help"}
 UsageError = typer.BadParameter.__mro__[1]

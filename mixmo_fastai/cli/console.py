@@ -12,18 +12,6 @@ from rich.console import Console
 from mixmo_fastai.runs.folder import RunFolder
 
 
-class RunInterruptedError(Exception):
-    """Training was interrupted by the user or a signal; the message says how to resume it.
-
-    Attributes:
-        exit_code: exit code of the process.
-    """
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
-
-
 def wrap_line(line: str, width: int) -> list[str]:
     """Wrap a line to a width; further lines are indented to its second column, if it has one.
 

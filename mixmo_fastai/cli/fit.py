@@ -9,12 +9,12 @@ from typing import Annotated, Any
 import typer
 
 from mixmo_fastai.cli import options as opt
-from mixmo_fastai.cli.console import Output, RunInterruptedError
+from mixmo_fastai.cli.console import Output
 from mixmo_fastai.cli.plan import print_next_steps, print_plan
 from mixmo_fastai.cli.render import METRIC_WIDTH, align, metric_lines
 from mixmo_fastai.config.recipe import Recipe
 from mixmo_fastai.config.resolve import resolve_recipe
-from mixmo_fastai.errors import InputError
+from mixmo_fastai.errors import InputError, RunInterruptedError
 from mixmo_fastai.loggers import parse_loggers
 from mixmo_fastai.runs.checkpoints import CheckpointStore
 from mixmo_fastai.runs.create import check_free, create_run

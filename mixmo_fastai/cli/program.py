@@ -7,57 +7,68 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
+from pkgutil import resolve_name
 
 import typer
 
 from mixmo_fastai import __version__
-from mixmo_fastai.cli import (
-    compare,
-    datasets,
-    ensemble,
-    evaluate,
-    export,
-    fit,
-    import_,
-    inspect_,
-    lr_find,
-    predict,
-    recipes,
-    report,
-    show,
-)
-from mixmo_fastai.cli.console import RunInterruptedError
 from mixmo_fastai.cli.options import use_flag_names
-from mixmo_fastai.errors import InputError, RunFailedError
+from mixmo_fastai.errors import InputError, RunFailedError, RunInterruptedError
 from mixmo_fastai.runtime.signals import StopRequest, handling_signals
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 SIGNAL_MESSAGES = {INTERRUPTED: "Interrupted.", 143: "Terminated.", 129: "Hung up."}
 
-app = typer.Typer(
-    name="mixmo",
-    help="MixMo for fastai: the accuracy of an ensemble at the cost of one network.",
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-)
 _COMMANDS = {
-    "fit": fit.fit,
-    "lr-find": lr_find.lr_find,
-    "eval": evaluate.evaluate,
-    "ensemble": ensemble.ensemble,
-    "compare": compare.compare,
-    "predict": predict.predict,
-    "inspect": inspect_.inspect,
-    "report": report.report,
-    "show": show.show,
-    "export": export.export,
-    "import": import_.import_,
-    "recipes": recipes.recipes,
-    "datasets": datasets.datasets,
+    "fit": (
+        "fit:fit",
+        "Train a network, evaluate it once on the test set, and write a run folder.",
+    ),
+    "lr-find": (
+        "lr_find:lr_find",
+        "Increase the learning rate step by step, and recommend one from the loss curve.",
+    ),
+    "eval": (
+        "evaluate:evaluate",
+        "Evaluate a trained run on its test set; calibrate on its validation split.",
+    ),
+    "ensemble": (
+        "ensemble:ensemble",
+        "Evaluate finished runs as one ensemble, the mean of their logits, on the test set.",
+    ),
+    "compare": (
+        "compare:compare",
+        "Evaluate runs on the same test images, compare each with the first, and plot the results.",
+    ),
+    "predict": (
+        "predict:predict",
+        "Predict class, probability and the members' votes of each image, as CSV or JSON.",
+    ),
+    "inspect": (
+        "inspect_:inspect",
+        "Measure active filters per convolution, and the norms of the encoders' filters.",
+    ),
+    "report": ("report:report", "Evaluate a trained run and write a self-contained HTML report."),
+    "show": ("show:show", "Plot image pairs, masks and mixtures of the first training batch."),
+    "export": (
+        "export:export",
+        "Write one plain network (encoder, core, head) that computes the logits of the ensemble.",
+    ),
+    "import": (
+        "import_:import_",
+        "Convert a published checkpoint to a run that can be evaluated; only its tensors are read.",
+    ),
+    "recipes": (
+        "recipes:recipes",
+        "List the recipes with their published accuracy, or show all settings of one.",
+    ),
+    "datasets": (
+        "datasets:datasets",
+        "List the data sets, and verify the checksums of those that are present.",
+    ),
 }
-for _name, _command in _COMMANDS.items():
-    app.command(_name)(_command)
+"""Module and function of each command, imported only to run it, and the first line of its help."""
 
 # Some versions of Typer bundle their own copy of click, so its exceptions are taken from the MRO.
 UsageError = typer.BadParameter.__mro__[1]
@@ -70,13 +81,28 @@ def _print_version(is_requested: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _options(
     version: bool = typer.Option(
         False, "--version", help="Print the version.", callback=_print_version, is_eager=True
     ),
 ) -> None:
-    """Define the options of the program itself."""
+    """MixMo for fastai: the accuracy of an ensemble at the cost of one network."""
+
+
+def build_app(commands: Container[str] = frozenset(_COMMANDS)) -> typer.Typer:
+    """Build the program, with these commands; the others have their help but no parameters."""
+    app = typer.Typer(
+        name="mixmo",
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    )
+    app.callback()(_options)
+    for name, (target, first_line) in _COMMANDS.items():
+        if name in commands:
+            app.command(name)(resolve_name(f"mixmo_fastai.cli.{target}"))
+        else:
+            app.command(name, help=first_line)(lambda: None)
+    return app
 
 
 def run(args: Sequence[str]) -> int:
@@ -96,8 +122,8 @@ def run(args: Sequence[str]) -> int:
     with handling_signals() as stop:
         try:
             _check_processes(args)
-            command = typer.main.get_command(app)
             arguments = list(args) or ["--help"]
+            command = typer.main.get_command(build_app(_commands_to_import(args)))
             code = command.main(args=arguments, prog_name="mixmo", standalone_mode=False) or DONE
             # Typer converts KeyboardInterrupt to this code without a message.
             return _stopped(stop) if code == INTERRUPTED else int(code)
@@ -107,6 +133,13 @@ def run(args: Sequence[str]) -> int:
             return _stopped(stop) if isinstance(error, typer.Abort) else _report(error)
         except KeyboardInterrupt:
             return _stopped(stop)
+
+
+def _commands_to_import(args: Sequence[str]) -> Container[str]:
+    """Return the command to run, so that no others are imported; all of them for completion."""
+    if "_MIXMO_COMPLETE" in os.environ:
+        return frozenset(_COMMANDS)
+    return [next((argument for argument in args if not argument.startswith("-")), "")]
 
 
 def _check_processes(args: Sequence[str]) -> None:
