@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
+from numbers import Integral, Real
 from typing import TypeVar
 
 _AnyError = TypeVar("_AnyError", bound=Exception)
@@ -51,14 +52,27 @@ def summarize_error(error: BaseException, max_length: int = 120) -> str:
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
-def check_count(name: str, value: object) -> None:
-    """Check that a value is an integer, 1 or more.
+def check_count(name: str, value: object, minimum: int = 1) -> None:
+    """Check that a value is an integer of at least `minimum`.
 
     Raises:
         InputError: it is not; the message contains `name`.
     """
-    if not isinstance(value, int) or value < 1:
-        raise InputError(f"{name} must be an integer, 1 or more; got {value!r}.")
+    is_integer = isinstance(value, Integral) and not isinstance(value, bool)
+    if not is_integer or value < minimum:  # type: ignore[operator]
+        raise InputError(f"{name} must be an integer, {minimum} or more; got {value!r}.")
+
+
+def check_fraction(name: str, value: object, *, below_one: bool = False) -> None:
+    """Check that a value is a number from 0 to 1; with `below_one`, 1 is not allowed.
+
+    Raises:
+        InputError: it is not; the message contains `name`.
+    """
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not 0 <= value <= 1 or (below_one and value == 1):  # type: ignore[operator]
+        allowed = "at least 0 and below 1" if below_one else "from 0 to 1"
+        raise InputError(f"{name} must be {allowed}; got {value!r}.")
 
 
 def nearest(name: str, choices: Iterable[str], cutoff: float = 0.6) -> str | None:

@@ -101,7 +101,7 @@ def test_intervals_are_reproducible():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_resamples": 0}, "num_resamples must be 1 or more"),
+        ({"num_resamples": 0}, "num_resamples must be an integer, 1 or more"),
         ({"level": 1.0}, "level must be above 0 and below 1"),
     ],
 )

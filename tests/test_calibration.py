@@ -278,5 +278,5 @@ def test_invalid_logits_and_labels_are_refused(metric, logits, labels, message):
     "metric", [expected_calibration_error, thresholded_adaptive_calibration_error]
 )
 def test_zero_bins_are_refused(metric):
-    with pytest.raises(InputError, match="num_bins must be 1 or more; got 0"):
+    with pytest.raises(InputError, match="num_bins must be an integer, 1 or more; got 0"):
         metric(*draw_logits(5, 2), num_bins=0)

@@ -256,7 +256,7 @@ def test_second_fit_starts_from_the_averages():
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, 2, float("nan"), "x", None])
 def test_a_decay_out_of_range_is_refused(decay):
-    with pytest.raises(InputError, match="decay must be a number, at least 0 and below 1"):
+    with pytest.raises(InputError, match="decay must be at least 0 and below 1"):
         EMACallback(decay)
 
 

@@ -132,7 +132,7 @@ def test_bins_of_the_ece(num_bins):
 
 
 def test_too_few_bins_are_refused():
-    with pytest.raises(InputError, match="num_bins must be 1 or more; got 0"):
+    with pytest.raises(InputError, match="num_bins must be an integer, 1 or more; got 0"):
         ECE(0)
 
 

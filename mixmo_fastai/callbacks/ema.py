@@ -9,7 +9,7 @@ from fastai.callback.core import Callback
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from mixmo_fastai.errors import InputError
+from mixmo_fastai.errors import InputError, check_fraction
 from mixmo_fastai.models.mixmo_model import find_first_difference, unwrap
 
 
@@ -37,8 +37,7 @@ class EMACallback(Callback):
 
     def __init__(self, decay: float = 0.999) -> None:
         super().__init__()
-        if not isinstance(decay, int | float) or not 0 <= decay < 1:
-            raise InputError(f"decay must be a number, at least 0 and below 1; got {decay!r}.")
+        check_fraction("decay", decay, below_one=True)
         self.decay = decay
         # A stack, since `Learner.validate` also triggers before_fit and after_fit, even during a
         # fit.

@@ -7,7 +7,6 @@ Source: Ramé, Sun, Cord, "MixMo", ICCV 2021.
 
 from collections.abc import Mapping
 from functools import partial
-from numbers import Real
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from mixmo_fastai.callbacks.checks import check_batch, check_callbacks, check_op
 from mixmo_fastai.callbacks.draws import EpochDraws
 from mixmo_fastai.data.loaders import BatchLoader
 from mixmo_fastai.data.repeat import expand
-from mixmo_fastai.errors import InputError, remove_fastai_prefix
+from mixmo_fastai.errors import InputError, check_fraction, remove_fastai_prefix
 from mixmo_fastai.metrics.fastai import StreamingMetric
 from mixmo_fastai.mixing import (
     Mixing,
@@ -118,7 +117,9 @@ class MixMoCallback(_PlainErrorCallback):
         else:  # not called here, since it may require another feature size
             check_options(mix, self.mask_options)
         check_pairing(1, batch_repetitions, input_repetition)
-        _check_fractions(mix_prob=mix_prob, decay_start=decay_start, msda_prob=msda_prob)
+        check_fraction("mix_prob", mix_prob)
+        check_fraction("decay_start", decay_start)
+        check_fraction("msda_prob", msda_prob)
         loss_weights(torch.ones(1, 1), weight_root)
         draw_lam(1, 1, alpha, generator=generator)
         msda = None if msda == "none" else msda  # recipes write None as "none"
@@ -301,9 +302,3 @@ def scheduled_mix_prob(progress: float, mix_prob: float, decay_start: float) -> 
     if progress <= decay_start or decay_start == 1:
         return mix_prob
     return mix_prob * max(0.0, 1 - progress) / (1 - decay_start)
-
-
-def _check_fractions(**fractions: float) -> None:
-    for name, value in fractions.items():
-        if not isinstance(value, Real) or not 0 <= value <= 1:
-            raise InputError(f"{name} must be from 0 to 1; got {value!r}.")

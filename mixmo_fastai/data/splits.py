@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mixmo_fastai.config.recipe import default_valid_split
 from mixmo_fastai.data.image_sets import DataSource, ImageSet, Subset
-from mixmo_fastai.errors import InputError
+from mixmo_fastai.errors import InputError, check_fraction
 from mixmo_fastai.rng import make_generator
 
 SPLIT_SEED = 0
@@ -64,8 +64,7 @@ def split_validation(images: ImageSet, fraction: float | None) -> tuple[ImageSet
     """
     if fraction is None:
         fraction = default_valid_split(len(images))
-    if not 0 <= fraction < 1:
-        raise InputError(f"valid_split must be at least 0 and below 1; got {fraction}.")
+    check_fraction("valid_split", fraction, below_one=True)
     if fraction == 0:
         return images, Subset(images, torch.empty(0, dtype=torch.int64))
     ranks, sizes = _ranks_within_class(images.labels, "split")

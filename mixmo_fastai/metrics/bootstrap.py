@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from mixmo_fastai.errors import InputError
+from mixmo_fastai.errors import InputError, check_count
 from mixmo_fastai.metrics.calibration import check_logits
 from mixmo_fastai.metrics.table import MAIN_METRICS
 from mixmo_fastai.rng import make_generator
@@ -139,8 +139,7 @@ def _sample_terms(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
 
 def _resample(terms: Mapping[str, Tensor], num_resamples: int, seed: int) -> dict[str, Tensor]:
     """Compute each metric for each resample: (R,) by name."""
-    if num_resamples < 1:
-        raise InputError(f"num_resamples must be 1 or more; got {num_resamples}.")
+    check_count("num_resamples", num_resamples)
     columns = torch.cat([term.reshape(len(term), -1) for term in terms.values()], dim=1).float()
     generator, sums = make_generator(seed, "bootstrap"), []
     for start in range(0, num_resamples, _RESAMPLES_AT_ONCE):

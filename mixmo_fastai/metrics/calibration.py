@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixmo_fastai.errors import InputError
+from mixmo_fastai.errors import InputError, check_count
 
 NUM_BINS = 15
 """Number of bins of ECE and TACE, as published."""
@@ -338,10 +338,9 @@ def check_num_bins(num_bins: int) -> None:
     Example:
         >>> check_num_bins(0)
         Traceback (most recent call last):
-        mixmo_fastai.errors.InputError: num_bins must be 1 or more; got 0.
+        mixmo_fastai.errors.InputError: num_bins must be an integer, 1 or more; got 0.
     """
-    if num_bins < 1:
-        raise InputError(f"num_bins must be 1 or more; got {num_bins}.")
+    check_count("num_bins", num_bins)
 
 
 def _probabilities(logits: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixmo_fastai.config.choices import MSDA_KINDS
-from mixmo_fastai.errors import InputError, unknown_name_error
+from mixmo_fastai.errors import InputError, check_fraction, unknown_name_error
 from mixmo_fastai.mixing.ratios import draw_lam
 from mixmo_fastai.mixing.regions import box
 
@@ -135,5 +135,4 @@ def check_msda(kind: str, alpha: float, prob: float) -> None:
         raise unknown_name_error("MSDA kind", kind, MSDA_KINDS)
     if not 0 < alpha < float("inf"):
         raise InputError(f"msda_alpha must be positive and finite; got {alpha}.")
-    if not 0 <= prob <= 1:
-        raise InputError(f"msda_prob must be from 0 to 1; got {prob}.")
+    check_fraction("msda_prob", prob)

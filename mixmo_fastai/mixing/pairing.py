@@ -10,7 +10,7 @@ Source: Havasi et al., "MIMO", ICLR 2021, appendix (batch and input repetition);
 import torch
 from torch import Tensor
 
-from mixmo_fastai.errors import InputError
+from mixmo_fastai.errors import check_count, check_fraction
 
 
 def num_copies(num_members: int, batch_repetitions: int) -> int:
@@ -65,10 +65,8 @@ def draw_pairings(
         InputError: a count is below one, or input_repetition is outside [0, 1].
     """
     check_pairing(num_members, batch_repetitions, input_repetition)
-    if num_images < 1 or num_batches < 1:
-        raise InputError(
-            f"num_images and num_batches must be 1 or more; got {num_images} and {num_batches}."
-        )
+    check_count("num_images", num_images)
+    check_count("num_batches", num_batches)
     batch_size = batch_repetitions * num_images
     num_free = batch_size - round(input_repetition * batch_size)
     member_0 = _draw_permutations((num_batches, 1, batch_size), generator, device)  # (S, 1, B)
@@ -87,12 +85,9 @@ def check_pairing(num_members: int, batch_repetitions: int, input_repetition: fl
     Raises:
         InputError: a count is below one, or input_repetition is outside [0, 1].
     """
-    if num_members < 1:
-        raise InputError(f"num_members must be 1 or more; got {num_members}.")
-    if batch_repetitions < 1:
-        raise InputError(f"batch_repetitions must be 1 or more; got {batch_repetitions}.")
-    if not 0 <= input_repetition <= 1:
-        raise InputError(f"input_repetition must be from 0 to 1; got {input_repetition}.")
+    check_count("num_members", num_members)
+    check_count("batch_repetitions", batch_repetitions)
+    check_fraction("input_repetition", input_repetition)
 
 
 def _draw_permutations(

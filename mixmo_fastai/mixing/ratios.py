@@ -9,7 +9,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from mixmo_fastai.errors import InputError
+from mixmo_fastai.errors import InputError, check_count
 
 
 def draw_lam(
@@ -39,8 +39,8 @@ def draw_lam(
     Raises:
         InputError: a count is below one or alpha is not positive and finite.
     """
-    _check_count("num_samples", num_samples)
-    _check_count("num_members", num_members)
+    check_count("num_samples", num_samples)
+    check_count("num_members", num_members)
     if not isinstance(alpha, Real) or not 0 < alpha < math.inf:
         raise InputError(f"alpha must be positive and finite; got {alpha!r}.")
     size = (num_samples, num_members)
@@ -66,8 +66,3 @@ def loss_weights(lam: Tensor, root: float) -> Tensor:
         raise InputError(f"weight_root must be 1 or more (infinity is allowed); got {root}.")
     powers = lam.pow(1.0 / root)
     return lam.shape[1] * powers / powers.sum(dim=1, keepdim=True)
-
-
-def _check_count(name: str, value: int) -> None:
-    if value < 1:
-        raise InputError(f"{name} must be 1 or more; got {value}.")

@@ -112,8 +112,8 @@ def cow(
     Returns:
         (B, 1, h, w), binary.
     """
-    _check_interval("sigma", sigma_min, sigma_max, above=0.0, upper=math.inf)
-    _check_interval("area", area_min, area_max, above=-1e-9, upper=1.0)
+    _check_interval("sigma", sigma_min, sigma_max, is_zero_allowed=False, upper=math.inf)
+    _check_interval("area", area_min, area_max, is_zero_allowed=True, upper=1.0)
     uniform = torch.rand((2, len(area)), generator=generator, device=area.device)
     sigma = sigma_min * (sigma_max / sigma_min) ** uniform[0]
     drawn_area = (area_min + (area_max - area_min) * uniform[1])[:, None, None]
@@ -198,10 +198,13 @@ def _blur_matrix(sigma: Tensor, length: int) -> Tensor:
     return torch.softmax(-(distance**2) / (2 * sigma[:, None, None] ** 2), dim=2)
 
 
-def _check_interval(name: str, low: float, high: float, *, above: float, upper: float) -> None:
+def _check_interval(
+    name: str, low: float, high: float, *, is_zero_allowed: bool, upper: float
+) -> None:
     are_finite = all(isinstance(end, int | float) and math.isfinite(end) for end in (low, high))
-    if not (are_finite and above < low <= high <= upper):
-        lower_text = "above 0" if above == 0 else "0 or more"
+    is_low_allowed = are_finite and (low > 0 or (is_zero_allowed and low == 0))
+    if not (is_low_allowed and low <= high <= upper):
+        lower_text = "0 or more" if is_zero_allowed else "above 0"
         upper_text = f"at most {upper:g}" if upper < math.inf else "finite"
         raise InputError(
             f"{name}_min={low!r} and {name}_max={high!r} must be numbers in ascending order, "

@@ -11,13 +11,12 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from numbers import Real
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from mixmo_fastai.errors import InputError, check_count, summarize_error
+from mixmo_fastai.errors import InputError, check_count, check_fraction, summarize_error
 from mixmo_fastai.models.backbone_core import (
     BackboneCore,
     as_linear,
@@ -126,10 +125,7 @@ class MemberInit:
 
     def __post_init__(self) -> None:
         check_count("num_members", self.num_members)
-        if not isinstance(self.perturbation, Real) or not 0 <= self.perturbation < 1:
-            raise InputError(
-                f"perturbation must be at least 0 and below 1; got {self.perturbation!r}."
-            )
+        check_fraction("perturbation", self.perturbation, below_one=True)
 
     def make_encoders(self, layer: nn.Module, generator: torch.Generator | None) -> list[nn.Module]:
         """Create M encoders from a convolution."""

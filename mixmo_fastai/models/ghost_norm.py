@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from mixmo_fastai.errors import InputError
+from mixmo_fastai.errors import check_count
 
 
 class GhostBatchNorm2d(nn.BatchNorm2d):
@@ -37,8 +37,7 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
 
     def __init__(self, num_features: int, group_size: int, **kwargs: object) -> None:
         super().__init__(num_features, **kwargs)  # type: ignore[arg-type]
-        if group_size < 2:
-            raise InputError(f"group_size must be 2 or more; got {group_size}.")
+        check_count("group_size", group_size, minimum=2)
         self.group_size = group_size
 
     def forward(self, x: Tensor) -> Tensor:

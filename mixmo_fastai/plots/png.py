@@ -15,7 +15,7 @@ from matplotlib.ticker import NullFormatter, NullLocator
 from matplotlib.transforms import offset_copy
 from torch import Tensor
 
-from mixmo_fastai.errors import InputError
+from mixmo_fastai.errors import check_count
 from mixmo_fastai.evaluation.compare import ComparedRun
 from mixmo_fastai.evaluation.results import SPLIT_NAMES
 from mixmo_fastai.learner.preview import Preview, preview_batch
@@ -126,8 +126,7 @@ def show_pairs(learn: Learner, max_n: int = 4, title: str = "") -> None:
     """
     import matplotlib.pyplot as plt  # notebooks display pyplot figures
 
-    if max_n < 1:
-        raise InputError(f"max_n must be 1 or more; got {max_n}.")
+    check_count("max_n", max_n)
     preview = preview_batch(learn, max_n)
     figure = plt.figure(figsize=_preview_size(preview), layout="constrained")
     _draw_preview(preview, figure, title)
