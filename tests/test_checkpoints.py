@@ -26,7 +26,7 @@ from mixmo_fastai.training.train import train
 
 pytestmark = pytest.mark.slow
 
-OPERATIONS = ("mkdir", "open", "write", "fsync", "rename", "link", "unlink", "rmdir")
+OPERATIONS = ("mkdir", "open", "write", "fsync", "rename", "replace", "link", "unlink", "rmdir")
 CONTENT = [("state.json", b'{"a": 1}'), ("model.safetensors", bytes(range(256)) * 40)]
 
 
@@ -175,10 +175,16 @@ class DiskRecorder:
         self.unnamed.pop(self.paths[handle], None)
 
     def do_rename(self, source, target):
+        self.move(os.rename, source, target)
+
+    def do_replace(self, source, target):
+        self.move(os.replace, source, target)
+
+    def move(self, operation, source, target):
         inside = {path for path in self.dirty if path.startswith(str(source))}
         assert not inside, "renamed before its content was flushed"
         assert not self.unnamed.get(str(source)), "renamed before its names were flushed"
-        os.rename(source, target)
+        operation(source, target)
         self.renames.append(str(target))
         self.unnamed.setdefault(os.path.dirname(target), set()).add(str(target))
 

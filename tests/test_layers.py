@@ -25,7 +25,7 @@ PACKAGES = {
     "models": NUMERIC | {"torchvision", "timm"},
     "runtime": NUMERIC,
     "metrics": NUMERIC | FASTAI | {"sklearn"},
-    "runs": NUMERIC | {"safetensors"},
+    "runs": NUMERIC | {"safetensors", "filelock"},
     "data": NUMERIC | FASTAI | VISION | {"sklearn"},
     "callbacks": NUMERIC | FASTAI,
     "learner": NUMERIC | FASTAI | {"accelerate"},

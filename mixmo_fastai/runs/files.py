@@ -11,6 +11,7 @@ from pathlib import Path
 
 # Errors of file systems without hard links.
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+_BINARY = getattr(os, "O_BINARY", 0)  # otherwise Windows would convert line endings
 _CHUNK_BYTES = 8 * 2**20
 
 
@@ -23,7 +24,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         write_durably(temporary, content)
-        os.rename(temporary, path)
+        os.replace(temporary, path)
     except BaseException:
         remove_file(temporary)
         raise
@@ -46,7 +47,7 @@ def write_new(path: Path, content: str | bytes) -> None:
             if error.errno not in _NO_LINKS:
                 raise
             os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o644))  # claims the name
-            os.rename(temporary, path)
+            os.replace(temporary, path)
     finally:
         remove_file(temporary)
     flush_folder(path.parent)
@@ -55,7 +56,7 @@ def write_new(path: Path, content: str | bytes) -> None:
 def write_durably(path: Path, content: str | bytes) -> None:
     """Write a file and flush it to disk."""
     data = memoryview(content.encode() if isinstance(content, str) else content)
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _BINARY, 0o644)
     try:
         while data:
             data = data[os.write(handle, data[:_CHUNK_BYTES]) :]
@@ -72,7 +73,9 @@ def make_folder(path: Path) -> None:
 
 
 def flush_folder(path: Path) -> None:
-    """Flush the directory entries of a folder to disk."""
+    """Flush the directory entries of a folder to disk, where the system can."""
+    if os.name == "nt":  # Windows cannot open a folder
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

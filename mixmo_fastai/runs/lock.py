@@ -1,17 +1,23 @@
 """File lock: only one process at a time trains in a run folder.
 
-The kernel releases the lock when its process ends for any reason, so a lock is never stale.
+The kernel releases the lock when its process ends for any reason, so a lock is never stale. On
+Windows it is a lock of `filelock`. Elsewhere it is not, since child processes would inherit it: the
+workers of a killed training would keep the folder locked.
 """
 
-import fcntl
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.runs.folder import writing
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 LOCK = ".lock"
 
@@ -36,18 +42,40 @@ def locked(folder: Path) -> Iterator[None]:
     if real_path in _HELD:
         raise _in_use(folder, "this process")
     with writing(path):
-        handle = _open_and_lock(path)
+        release = _lock_with_filelock(path) if fcntl is None else _lock(path)
     _HELD.add(real_path)
     try:
-        with suppress(OSError):  # the content only serves error messages
-            os.ftruncate(handle, 0)
-            os.write(handle, f"process {os.getpid()} on {platform.node()}".encode())
         yield
     finally:
         _HELD.discard(real_path)
+        release()
+
+
+def _lock_with_filelock(path: Path) -> Callable[[], None]:
+    """Lock a file on Windows; return the function that releases the lock."""
+    import filelock  # 40 ms
+
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise _in_use(path.parent, "another process") from None
+    return lock.release
+
+
+def _lock(path: Path) -> Callable[[], None]:
+    """Lock a file and write the name of the owner to it; return the function that releases it."""
+    handle = _open_and_lock(path)
+    with suppress(OSError):  # the content only serves error messages
+        os.ftruncate(handle, 0)
+        os.write(handle, f"process {os.getpid()} on {platform.node()}".encode())
+
+    def release() -> None:
         with suppress(OSError):
             path.unlink(missing_ok=True)  # while the lock is still held
         os.close(handle)
+
+    return release
 
 
 def _open_and_lock(path: Path) -> int:

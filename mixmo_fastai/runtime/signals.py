@@ -122,7 +122,13 @@ def handling_signals(say: Callable[[str], None] = lambda line: None) -> Iterator
 
 @contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Block signals while child processes are started; the children inherit the mask."""
+    """Block signals while child processes are started; the children inherit the mask.
+
+    Windows has no such masks.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
     old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -138,11 +144,13 @@ def leave_signals_to_parent() -> None:
     process that was started within `signals_blocked`.
     """
     signal.set_wakeup_fd(-1)
-    os.setpgrp()
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # also discards pending signals
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
