@@ -23,8 +23,9 @@ RUNNER = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS, verbose=False)
 
 def examples_of(module):
     """All docstrings of a module that have examples, by name within the module."""
-    tests = doctest.DocTestFinder(exclude_empty=True).find(module, extraglobs={"torch": torch})
-    return {test.name.removeprefix(module.__name__).lstrip("."): test for test in tests}
+    tests = doctest.DocTestFinder().find(module, extraglobs={"torch": torch})
+    prefix = module.__name__
+    return {test.name.removeprefix(prefix).lstrip("."): test for test in tests if test.examples}
 
 
 @pytest.mark.parametrize("name", MODULES)
