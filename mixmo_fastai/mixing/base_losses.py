@@ -18,17 +18,35 @@ from mixmo_fastai.mixing.per_sample import BatchLoss, FunctionLoss
 
 
 def is_cross_entropy(base: Any) -> bool:
-    """Check whether a loss is cross-entropy of logits: one class per image."""
+    """Check whether a loss is cross-entropy of logits: one class per image.
+
+    Example:
+        >>> is_cross_entropy(nn.CrossEntropyLoss()), is_cross_entropy(nn.MSELoss())
+        (True, False)
+    """
     return _is_loss(base, nn.CrossEntropyLoss, F.cross_entropy)
 
 
 def is_multi_label(base: Any) -> bool:
-    """Check whether a loss is binary cross-entropy of logits: several labels per image."""
+    """Check whether a loss is binary cross-entropy of logits: several labels per image.
+
+    Example:
+        >>> is_multi_label(nn.BCEWithLogitsLoss()), is_multi_label(nn.CrossEntropyLoss())
+        (True, False)
+    """
     return _is_loss(base, nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits)
 
 
 def is_known(base: Any) -> bool:
-    """Check whether a loss comes from torch or fastai, so that its averaging is known."""
+    """Check whether a loss comes from torch or fastai, so that its averaging is known.
+
+    Example:
+        >>> class MyLoss(nn.CrossEntropyLoss):
+        ...     def forward(self, pred, targets):
+        ...         return super().forward(pred, targets).square()
+        >>> is_known(nn.CrossEntropyLoss()), is_known(MyLoss())
+        (True, False)
+    """
     if isinstance(base, BatchLoss) or base.reduction not in {"mean", "sum", "none"}:
         return False
     return all(
@@ -38,14 +56,24 @@ def is_known(base: Any) -> bool:
 
 
 def unwrap_loss(base: Any) -> Any:
-    """Return the loss that the user passed, without the wrappers of `per_sample`."""
+    """Return the loss that the user passed, without the wrappers of `per_sample`.
+
+    Example:
+        >>> unwrap_loss(FunctionLoss(F.l1_loss, "mean")) is F.l1_loss
+        True
+    """
     while isinstance(base, FunctionLoss | BatchLoss):
         base = base.function
     return base
 
 
 def loss_name(base: Any) -> str:
-    """Return the name of the function or class of a loss, such as MSELoss for fastai's wrapper."""
+    """Return the name of the function or class of a loss, such as MSELoss for fastai's wrapper.
+
+    Example:
+        >>> loss_name(nn.MSELoss()), loss_name(FunctionLoss(F.l1_loss, "mean"))
+        ('MSELoss', 'l1_loss')
+    """
     loss = _unwrap_partial(unwrap_loss(base))
     if type(loss).__name__ == "BaseLoss":  # what fastai's MSELossFlat() and others return
         loss = _unwrap_partial(_torch_loss(loss))
@@ -57,6 +85,13 @@ def mean_divisor(base: Any, targets: Tensor) -> Tensor | None:
 
     Returns:
         a scalar; None if it is the number of samples.
+
+    Example:
+        >>> targets = torch.tensor([0, 1, 1])
+        >>> mean_divisor(nn.CrossEntropyLoss(weight=torch.tensor([1.0, 3.0])), targets)  # 1 + 3 + 3
+        tensor(7.)
+        >>> mean_divisor(nn.MSELoss(), targets) is None
+        True
     """
     if not is_cross_entropy(base) and not _is_loss(base, nn.NLLLoss, F.nll_loss):
         return None
@@ -84,6 +119,14 @@ def smoothing_terms(base: Any) -> list[tuple[float, nn.Module]]:
 
     Returns:
         factors and losses whose weighted sum is the loss; empty for any other loss.
+
+    Example:
+        >>> from fastai.losses import LabelSmoothingCrossEntropy
+        >>> loss = LabelSmoothingCrossEntropy(eps=0.25, weight=torch.ones(2))
+        >>> [factor for factor, _ in smoothing_terms(loss)]  # uniform term, true class
+        [0.25, 0.75]
+        >>> smoothing_terms(nn.CrossEntropyLoss())
+        []
     """
     loss = _torch_loss(base)
     is_smoothing = (
@@ -107,6 +150,12 @@ def is_shift_invariant(loss: Callable[..., Tensor], num_classes: int, device: to
         loss: predictions (R, K) and class indices (R,) -> a scalar.
         num_classes: K.
         device: device on which to evaluate the loss.
+
+    Example:
+        >>> is_shift_invariant(nn.CrossEntropyLoss(), num_classes=3, device=torch.device("cpu"))
+        True
+        >>> is_shift_invariant(lambda pred, _: pred.mean(), 3, torch.device("cpu"))
+        False
     """
     logits = torch.arange(2.0 * num_classes, device=device).mul(1.7).sin().view(2, num_classes)
     shifted = logits + torch.tensor([[1.0], [3.0]], device=device)
@@ -135,6 +184,12 @@ def check_shapes(base: Any, pred: Tensor, targets: Tensor) -> None:
 
     Raises:
         InputError: predictions and targets differ in shape.
+
+    Example:
+        >>> check_shapes(nn.MSELoss(), torch.zeros(4, 1), torch.zeros(4, 1))
+        >>> check_shapes(nn.MSELoss(), torch.zeros(4, 1), torch.zeros(4))
+        Traceback (most recent call last):
+        mixmo_fastai.errors.InputError: MSELoss is elementwise: predictions (B, 1) do not match ...
     """
     kinds = (kind for kind, function in _ELEMENTWISE.items() if _is_loss(base, kind, function))
     kind = next(kinds, None)

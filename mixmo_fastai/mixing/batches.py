@@ -24,6 +24,12 @@ class Mixing(NamedTuple):
     Attributes:
         masks: (B, M, 1 or D, h, w), summing to one over the members.
         weights: (B, M), the loss weights.
+
+    Example:
+        >>> masks, means = draw_masks("linear", torch.tensor([[0.25, 0.75]]), (16, 4, 4))
+        >>> mixing = Mixing(masks, loss_weights(means, root=1))
+        >>> mixing.masks.shape, mixing.weights
+        (torch.Size([1, 2, 1, 4, 4]), tensor([[0.5000, 1.5000]]))
     """
 
     masks: Tensor
@@ -39,6 +45,12 @@ class DrawnMixings:
         blended: mixing of each batch with the same ratio at all positions.
         regional: mixing of each batch by regions; None if its uniform number is not below the
             `mix_prob` of the draw.
+
+    Example:
+        >>> mixing = Mixing(masks=torch.full((8, 2, 1, 4, 4), 0.5), weights=torch.ones(8, 2))
+        >>> drawn = DrawnMixings(uniforms=[0.2, 0.9], blended=[mixing] * 2, regional=[mixing, None])
+        >>> drawn.select(1, mix_prob=0.5).masks.shape
+        torch.Size([8, 2, 1, 4, 4])
     """
 
     uniforms: Sequence[float]
@@ -46,7 +58,15 @@ class DrawnMixings:
     regional: Sequence[Mixing | None]
 
     def select(self, batch: int, mix_prob: float) -> Mixing:
-        """Select the mixing of one batch; `mix_prob` must not exceed that of the draw."""
+        """Select the mixing of one batch; `mix_prob` must not exceed that of the draw.
+
+        Example:
+            >>> masks, weights = torch.full((8, 2, 1, 4, 4), 0.5), torch.ones(8, 2)
+            >>> blended, regional = Mixing(masks, weights), Mixing(masks, weights)
+            >>> drawn = DrawnMixings(uniforms=[0.4], blended=[blended], regional=[regional])
+            >>> drawn.select(0, mix_prob=0.5) is regional, drawn.select(0, mix_prob=0.3) is blended
+            (True, True)
+        """
         regional = self.regional[batch]
         if regional is None or self.uniforms[batch] >= mix_prob:
             return self.blended[batch]
@@ -81,6 +101,16 @@ def draw_mixings(
         lam_generator: generator of the ratios, on `device`.
         mask_generator: generator of masks and roles, on `device`.
         device: device of all results.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> settings = {"mix_prob": 0.5, "alpha": 2.0, "weight_root": 3.0, "options": {}}
+        >>> settings |= {"lam_generator": generator, "mask_generator": generator}
+        >>> drawn = draw_mixings("cutmix", [0.2, 0.9], (8, 2), (16, 4, 4), **settings)
+        >>> drawn.blended[0].masks.shape, drawn.blended[0].weights.shape
+        (torch.Size([8, 2, 1, 4, 4]), torch.Size([8, 2]))
+        >>> [mixing is not None for mixing in drawn.regional]
+        [True, False]
     """
     batch_size, num_members = lam_shape
     lam = draw_lam(

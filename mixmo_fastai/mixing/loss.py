@@ -64,6 +64,13 @@ class MixMoLoss(nn.Module):
     Raises:
         InputError: `base` is not callable; its samples cannot be weighted in training; predictions
             and targets of an elementwise loss differ in shape.
+
+    Example:
+        >>> pred, targets = torch.zeros(4, 2, 10), torch.zeros(4, 2, dtype=torch.int64)
+        >>> MixMoLoss()(pred, targets, weights=torch.ones(4, 2))  # two members, log 10 each
+        tensor(4.6052)
+        >>> MixMoLoss()(pred.mean(dim=1), targets[:, 0])  # ensemble, log 10
+        tensor(2.3026)
     """
 
     checks_left = 0
@@ -111,6 +118,12 @@ class MixMoLoss(nn.Module):
 
         Returns:
             A scalar, or (B,) if `reduction` is "none".
+
+        Example:
+            >>> pred = torch.tensor([[[3.0, 1.0], [1.0, 1.0]]]).log()  # (B, M, K)
+            >>> targets, weights = torch.tensor([[0, 1]]), torch.tensor([[0.5, 1.5]])
+            >>> MixMoLoss()(pred, targets, weights)  # 0.5 · log 4/3 + 1.5 · log 2
+            tensor(1.1836)
         """
         if weights is None:
             check_shapes(self.base, pred, targets)
@@ -135,7 +148,13 @@ class MixMoLoss(nn.Module):
         return losses.mean() if divisor is None else losses.sum() / divisor
 
     def member_losses(self, pred: Tensor, targets: Tensor) -> Tensor:
-        """Compute the loss of each sample and member: (B, M, K) and targets -> (B, M)."""
+        """Compute the loss of each sample and member: (B, M, K) and targets -> (B, M).
+
+        Example:
+            >>> pred = torch.tensor([[[3.0, 1.0], [1.0, 1.0]]]).log()
+            >>> MixMoLoss().member_losses(pred, torch.tensor([[0, 1]]))  # log 4/3 and log 2
+            tensor([[0.2877, 0.6931]])
+        """
         rows, row_targets = pred.flatten(0, 1), targets.flatten(0, 1)
         check_shapes(self.base, rows, row_targets)
         values = self._unreduced_losses(rows, row_targets).reshape(*pred.shape[:2], -1)
@@ -143,7 +162,14 @@ class MixMoLoss(nn.Module):
         return values.mean(dim=2) if is_mean else values.sum(dim=2)
 
     def activation(self, pred: Tensor) -> Tensor:
-        """Convert logits (B, K) to probabilities with the activation of the base loss."""
+        """Convert logits (B, K) to probabilities with the activation of the base loss.
+
+        Example:
+            >>> MixMoLoss().activation(torch.tensor([[3.0, 1.0]]).log())
+            tensor([[0.7500, 0.2500]])
+            >>> MixMoLoss(nn.MSELoss()).activation(torch.tensor([[3.0, 1.0]]))
+            tensor([[3., 1.]])
+        """
         activation: Callable[[Tensor], Tensor] | None = getattr(
             unwrap_loss(self.base), "activation", None
         )
@@ -156,7 +182,14 @@ class MixMoLoss(nn.Module):
         return pred
 
     def decodes(self, pred: Tensor) -> Tensor:
-        """Convert probabilities (B, K) to decisions with `decodes` of the base loss."""
+        """Convert probabilities (B, K) to decisions with `decodes` of the base loss.
+
+        Example:
+            >>> MixMoLoss().decodes(torch.tensor([[0.75, 0.25]]))
+            tensor([0])
+            >>> MixMoLoss(nn.BCEWithLogitsLoss()).decodes(torch.tensor([[0.75, 0.25]]))
+            tensor([[ True, False]])
+        """
         decodes: Callable[[Tensor], Tensor] | None = getattr(
             unwrap_loss(self.base), "decodes", None
         )
@@ -169,7 +202,13 @@ class MixMoLoss(nn.Module):
         return pred
 
     def to(self, *args: Any, **kwargs: Any) -> "MixMoLoss":
-        """Move tensors such as class weights, including those of a base that is not a module."""
+        """Move tensors such as class weights, including those of a base that is not a module.
+
+        Example:
+            >>> loss = MixMoLoss(nn.CrossEntropyLoss(weight=torch.ones(10))).to(torch.float64)
+            >>> loss.base.weight.dtype
+            torch.float64
+        """
         super().to(*args, **kwargs)
         loss = unwrap_loss(self.base)
         if not isinstance(loss, nn.Module) and hasattr(loss, "to"):

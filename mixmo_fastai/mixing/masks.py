@@ -66,6 +66,14 @@ def draw_masks(
     Raises:
         InputError: unknown kind or option, wrong shapes, batches of unequal size, one member with a
             kind that needs two, or a function that returns an invalid region.
+
+    Example:
+        >>> lam = torch.tensor([[0.3, 0.7]])
+        >>> masks, lam = draw_masks("horizontal", lam, (16, 4, 4), shuffle_roles=False)
+        >>> masks.shape, lam  # one row of four
+        (torch.Size([1, 2, 1, 4, 4]), tensor([[0.2500, 0.7500]]))
+        >>> masks[0, :, 0, :, 0].tolist()
+        [[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 1.0, 1.0]]
     """
     _check_lam_and_shape(lam, shape, num_batches)
     check_kind(kind, lam.shape[1])
@@ -96,7 +104,12 @@ def draw_masks(
 
 
 def kind_name(kind: str | Region) -> str:
-    """Return the name of a mask kind or of the function that draws it."""
+    """Return the name of a mask kind or of the function that draws it.
+
+    Example:
+        >>> kind_name("cutmix"), kind_name(REGIONS["cutmix"])
+        ('cutmix', 'box')
+    """
     return kind if isinstance(kind, str) else getattr(kind, "__name__", type(kind).__name__)
 
 
@@ -105,6 +118,12 @@ def check_kind(kind: str | Region, num_members: int) -> None:
 
     Raises:
         InputError: unknown kind, or one member with a kind that mixes.
+
+    Example:
+        >>> check_kind("cutmix", num_members=2)
+        >>> check_kind("cutmix", num_members=1)
+        Traceback (most recent call last):
+        mixmo_fastai.errors.InputError: mix='cutmix' needs at least two members; got ...
     """
     if kind not in MASK_KINDS and not callable(kind):
         raise unknown_name_error("mask kind", str(kind), MASK_KINDS)
@@ -120,6 +139,12 @@ def check_options(kind: str | Region, options: Mapping[str, float]) -> None:
 
     Raises:
         InputError: unknown option; the message lists the options of the kind.
+
+    Example:
+        >>> check_options("patchup", {"block_size": 5})
+        >>> check_options("cutmix", {"block_size": 5})
+        Traceback (most recent call last):
+        mixmo_fastai.errors.InputError: Unknown option 'block_size' of mask kind 'cutmix'...
     """
     allowed = MASK_OPTIONS.get(kind, ()) if isinstance(kind, str) else _option_names(kind)
     for name in options:

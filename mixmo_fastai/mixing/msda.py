@@ -26,6 +26,12 @@ class MsdaDraw(NamedTuple):
     Attributes:
         masks: (B, M, 1, H, W) in [0, 1], weight of the member's own image at each pixel.
         partners: (B, M) int64, position in the batch of the pasted image.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> draw = draw_msda("mixup", 4, 2, (32, 32), generator=generator)
+        >>> draw.masks.shape, draw.partners.shape
+        (torch.Size([4, 2, 1, 32, 32]), torch.Size([4, 2]))
     """
 
     masks: Tensor
@@ -57,6 +63,14 @@ def draw_msda(
 
     Raises:
         InputError: unknown kind, or a value out of range.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> draw = draw_msda("cutmix", 4, 2, size=(32, 32), generator=generator)
+        >>> draw.masks.unique()
+        tensor([0., 1.])
+        >>> draw.partners.sort(dim=0).values.T.tolist()  # each image is pasted once per member
+        [[0, 1, 2, 3], [0, 1, 2, 3]]
     """
     check_msda(kind, alpha, prob)
     num_inputs = num_samples * num_members
@@ -82,6 +96,12 @@ def own_label_weights(msda_masks: Tensor, masks: Tensor) -> Tensor:
 
     Returns:
         own_weights (B, M) in [0, 1]; 1 if the mask of the member is zero.
+
+    Example:
+        >>> masks, msda_masks = torch.full((1, 2, 1, 4, 4), 0.5), torch.ones(1, 2, 1, 8, 8)
+        >>> msda_masks[:, 1, :, :2] = 0  # member 1: a quarter of the rows is pasted
+        >>> own_label_weights(msda_masks, masks)
+        tensor([[1.0000, 0.7500]])
     """
     height, width = masks.shape[-2:]
     pooled = F.adaptive_avg_pool2d(msda_masks.flatten(0, 1), (height, width))
@@ -102,6 +122,12 @@ def make_own_image_dominant(draw: MsdaDraw, own_weights: Tensor) -> tuple[MsdaDr
 
     Returns:
         the draw, with masks inverted if the weight is below 0.5, and the new weights.
+
+    Example:
+        >>> draw = MsdaDraw(torch.full((1, 2, 1, 4, 4), 0.25), torch.zeros(1, 2, dtype=torch.int64))
+        >>> draw, own_weights = make_own_image_dominant(draw, torch.tensor([[0.25, 0.75]]))
+        >>> draw.masks[0, :, 0, 0, 0], own_weights
+        (tensor([0.7500, 0.2500]), tensor([[0.7500, 0.7500]]))
     """
     swap = own_weights < 0.5
     masks = torch.where(swap[:, :, None, None, None], 1 - draw.masks, draw.masks)
@@ -109,7 +135,14 @@ def make_own_image_dominant(draw: MsdaDraw, own_weights: Tensor) -> tuple[MsdaDr
 
 
 def mix_images(inputs: Tensor, draw: MsdaDraw) -> Tensor:
-    """Mix each member's images: (B, M, C, H, W) -> (B, M, C, H, W)."""
+    """Mix each member's images: (B, M, C, H, W) -> (B, M, C, H, W).
+
+    Example:
+        >>> images = torch.arange(2.0).view(2, 1, 1, 1, 1).expand(2, 1, 3, 4, 4)  # black, white
+        >>> draw = MsdaDraw(torch.full((2, 1, 1, 4, 4), 0.75), partners=torch.tensor([[1], [0]]))
+        >>> mix_images(images, draw)[:, 0, 0, 0, 0]  # 3/4 · 0 + 1/4 · 1, 3/4 · 1 + 1/4 · 0
+        tensor([0.2500, 0.7500])
+    """
     masks = draw.masks.to(inputs.dtype)
     return masks * inputs + (1 - masks) * gather_partners(inputs, draw.partners)
 
@@ -120,6 +153,11 @@ def gather_partners(values: Tensor, partners: Tensor) -> Tensor:
     Args:
         values: (B, M, …), such as images or labels.
         partners: (B, M) int64.
+
+    Example:
+        >>> labels = torch.tensor([[5, 6], [7, 8]])
+        >>> gather_partners(labels, partners=torch.tensor([[1, 0], [0, 1]])).tolist()
+        [[7, 6], [5, 8]]
     """
     members = torch.arange(partners.shape[1], device=partners.device)
     return values[partners, members]
@@ -130,6 +168,12 @@ def check_msda(kind: str, alpha: float, prob: float) -> None:
 
     Raises:
         InputError: unknown kind, or a value out of range.
+
+    Example:
+        >>> check_msda("cutmix", alpha=1.0, prob=0.5)
+        >>> check_msda("cutmix", alpha=1.0, prob=50)
+        Traceback (most recent call last):
+        mixmo_fastai.errors.InputError: msda_prob must be from 0 to 1; got 50.
     """
     if kind not in MSDA_KINDS:
         raise unknown_name_error("MSDA kind", kind, MSDA_KINDS)

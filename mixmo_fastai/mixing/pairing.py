@@ -14,7 +14,12 @@ from mixmo_fastai.errors import check_count, check_fraction
 
 
 def num_copies(num_members: int, batch_repetitions: int) -> int:
-    """Return the number of copies of each image in one batch."""
+    """Return the number of copies of each image in one batch.
+
+    Example:
+        >>> num_copies(num_members=2, batch_repetitions=4)
+        8
+    """
     return num_members * batch_repetitions
 
 
@@ -27,7 +32,16 @@ def draw_pairing(
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Draw the slots of one batch, (B, M); see `draw_pairings`."""
+    """Draw the slots of one batch, (B, M); see `draw_pairings`.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> slots = draw_pairing(3, num_members=2, batch_repetitions=2, generator=generator)
+        >>> slots.shape
+        torch.Size([6, 2])
+        >>> (slots % 3).sort(dim=0).values.T.tolist()  # images of each member
+        [[0, 0, 1, 1, 2, 2], [0, 0, 1, 1, 2, 2]]
+    """
     counts = (1, num_images, num_members, batch_repetitions, input_repetition)
     return draw_pairings(*counts, generator=generator, device=device)[0]
 
@@ -63,6 +77,14 @@ def draw_pairings(
 
     Raises:
         InputError: a count is below one, or input_repetition is outside [0, 1].
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> slots = draw_pairings(5, 4, 2, 2, input_repetition=0.25, generator=generator)
+        >>> slots.shape
+        torch.Size([5, 8, 2])
+        >>> (slots[:, :, 0] == slots[:, :, 1]).sum(dim=1)  # 1/4 of 8 positions in each batch
+        tensor([2, 2, 2, 2, 2])
     """
     check_pairing(num_members, batch_repetitions, input_repetition)
     check_count("num_images", num_images)
@@ -84,6 +106,12 @@ def check_pairing(num_members: int, batch_repetitions: int, input_repetition: fl
 
     Raises:
         InputError: a count is below one, or input_repetition is outside [0, 1].
+
+    Example:
+        >>> check_pairing(num_members=2, batch_repetitions=4, input_repetition=0.5)
+        >>> check_pairing(num_members=2, batch_repetitions=0, input_repetition=0.5)
+        Traceback (most recent call last):
+        mixmo_fastai.errors.InputError: batch_repetitions must be an integer, 1 or more; got 0.
     """
     check_count("num_members", num_members)
     check_count("batch_repetitions", batch_repetitions)

@@ -19,7 +19,13 @@ Average = Literal["values", "samples", "nothing"]
 
 
 class FunctionLoss(nn.Module):
-    """Wrap a loss function with a `reduction` argument as a module with that attribute."""
+    """Wrap a loss function with a `reduction` argument as a module with that attribute.
+
+    Example:
+        >>> loss = FunctionLoss(nn.functional.l1_loss, reduction="none")
+        >>> loss(torch.tensor([1.0, 3.0]), torch.zeros(2))
+        tensor([1., 3.])
+    """
 
     def __init__(self, function: Callable[..., Tensor], reduction: str) -> None:
         super().__init__()
@@ -37,6 +43,14 @@ class BatchLoss(nn.Module):
 
     Args:
         function: (R, …) predictions and (R, …) targets -> a scalar.
+
+    Example:
+        >>> loss = BatchLoss(lambda pred, targets: (pred - targets).square().mean())
+        >>> loss(torch.tensor([1.0, 3.0]), torch.zeros(2))
+        tensor(5.)
+        >>> loss.reduction = "none"
+        >>> loss(torch.tensor([1.0, 3.0]), torch.zeros(2))
+        tensor([1., 9.])
     """
 
     def __init__(self, function: Callable[..., Tensor]) -> None:
@@ -76,6 +90,13 @@ def matching_averages(batch_loss: Tensor, losses: Tensor) -> list[Average]:
     Returns:
         the matching kinds; empty if the batch loss is not an average. Several match if their
         divisors are equal for this batch or all losses are zero.
+
+    Example:
+        >>> losses = torch.tensor([[1.0, 3.0], [5.0, 7.0]])  # two samples, two values each
+        >>> matching_averages(torch.tensor(4.0), losses)  # 16 / 4
+        ['values']
+        >>> matching_averages(torch.tensor(8.0), losses)  # 16 / 2
+        ['samples']
     """
     total, scale = losses.sum(), losses.abs().sum()
     # Sums in another order differ by rounding.
@@ -97,6 +118,12 @@ def ensure_reduction(loss: Callable[..., Tensor]) -> Any:
 
     Raises:
         InputError: `loss` is not callable.
+
+    Example:
+        >>> ensure_reduction(nn.CrossEntropyLoss())
+        CrossEntropyLoss()
+        >>> ensure_reduction(lambda pred, targets: (pred - targets).abs().mean()).reduction
+        'mean'
     """
     if not callable(loss):
         raise InputError(f"loss_func must be a loss, such as nn.CrossEntropyLoss(); got {loss!r}.")

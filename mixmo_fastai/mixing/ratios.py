@@ -38,6 +38,13 @@ def draw_lam(
 
     Raises:
         InputError: a count is below one or alpha is not positive and finite.
+
+    Example:
+        >>> lam = draw_lam(4, num_members=2, alpha=2.0, generator=torch.Generator().manual_seed(0))
+        >>> lam.shape
+        torch.Size([4, 2])
+        >>> torch.allclose(lam.sum(dim=1), torch.ones(4))
+        True
     """
     check_count("num_samples", num_samples)
     check_count("num_members", num_members)
@@ -61,6 +68,11 @@ def loss_weights(lam: Tensor, root: float) -> Tensor:
 
     Raises:
         InputError: `root` is below one.
+
+    Example:
+        >>> lam = torch.tensor([[0.25, 0.75]])
+        >>> loss_weights(lam, root=1), loss_weights(lam, root=float("inf"))
+        (tensor([[0.5000, 1.5000]]), tensor([[1., 1.]]))
     """
     if not root >= 1:
         raise InputError(f"weight_root must be 1 or more (infinity is allowed); got {root}.")

@@ -29,6 +29,11 @@ def box(area: Tensor, shape: Shape, generator: Generator) -> Tensor:
 
     Returns:
         (B, 1, h, w), binary.
+
+    Example:
+        >>> region = box(torch.tensor([0.25]), (16, 4, 4), torch.Generator().manual_seed(4))
+        >>> region[0, 0].int().tolist()
+        [[0, 0, 0, 0], [0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]]
     """
     # A product of floats, since broadcasting a logical AND is slow on a CPU.
     rows = _draw_span(area, shape[1], generator)  # (B, h)
@@ -37,12 +42,24 @@ def box(area: Tensor, shape: Shape, generator: Generator) -> Tensor:
 
 
 def horizontal(area: Tensor, shape: Shape, generator: Generator) -> Tensor:
-    """Select the first floor(h·area) rows: (B, 1, h, 1), binary."""
+    """Select the first floor(h·area) rows: (B, 1, h, 1), binary.
+
+    Example:
+        >>> region = horizontal(torch.tensor([0.5]), (16, 4, 4), None)
+        >>> region.shape, region.flatten()
+        (torch.Size([1, 1, 4, 1]), tensor([1., 1., 0., 0.]))
+    """
     return _first_positions(area, shape[1])[:, None, :, None]
 
 
 def vertical(area: Tensor, shape: Shape, generator: Generator) -> Tensor:
-    """Select the first floor(w·area) columns: (B, 1, 1, w), binary."""
+    """Select the first floor(w·area) columns: (B, 1, 1, w), binary.
+
+    Example:
+        >>> region = vertical(torch.tensor([0.5]), (16, 4, 4), None)
+        >>> region.shape, region.flatten()
+        (torch.Size([1, 1, 1, 4]), tensor([1., 1., 0., 0.]))
+    """
     return _first_positions(area, shape[2])[:, None, None, :]
 
 
@@ -62,6 +79,12 @@ def blocks(area: Tensor, shape: Shape, generator: Generator, *, block_size: int 
 
     Returns:
         (B, 1, h, w), binary.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> region = blocks(torch.full((64,), 0.4), (16, 8, 8), generator, block_size=3)
+        >>> region.shape, region.unique()
+        (torch.Size([64, 1, 8, 8]), tensor([0., 1.]))
     """
     if type(block_size) is not int or block_size < 1 or block_size % 2 == 0:
         raise InputError(f"block_size must be an odd integer, 1 or more; got {block_size!r}.")
@@ -79,6 +102,11 @@ def soft_blocks(area: Tensor, shape: Shape, generator: Generator, *, block_size:
 
     Returns:
         (B, 1, h, w) with values 0 and area.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> soft_blocks(torch.tensor([0.25]), (16, 8, 8), generator, block_size=3).unique()
+        tensor([0.0000, 0.2500])
     """
     return area[:, None, None, None] * blocks(area, shape, generator, block_size=block_size)
 
@@ -111,6 +139,14 @@ def cow(
 
     Returns:
         (B, 1, h, w), binary.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> region = cow(torch.zeros(64), (16, 32, 32), generator, area_min=0.2, area_max=0.4)
+        >>> region.shape, region.unique()
+        (torch.Size([64, 1, 32, 32]), tensor([0., 1.]))
+        >>> round(region.mean().item(), 1)
+        0.3
     """
     _check_interval("sigma", sigma_min, sigma_max, is_zero_allowed=False, upper=math.inf)
     _check_interval("area", area_min, area_max, is_zero_allowed=True, upper=1.0)
@@ -127,7 +163,14 @@ def cow(
 
 
 def channels(area: Tensor, shape: Shape, generator: Generator) -> Tensor:
-    """Select round(D·area) random channels: (B, D, 1, 1), binary."""
+    """Select round(D·area) random channels: (B, D, 1, 1), binary.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> region = channels(torch.tensor([0.25, 0.5]), (8, 4, 4), generator)
+        >>> region.shape, region.sum(dim=(1, 2, 3))
+        (torch.Size([2, 8, 1, 1]), tensor([2., 4.]))
+    """
     keys = torch.rand((len(area), shape[0]), generator=generator, device=area.device)
     ranks = keys.argsort(dim=1).argsort(dim=1)
     count = (shape[0] * area).round()[:, None]
@@ -135,7 +178,12 @@ def channels(area: Tensor, shape: Shape, generator: Generator) -> Tensor:
 
 
 def first_channels(area: Tensor, shape: Shape, generator: Generator) -> Tensor:
-    """Select the first round(D·area) channels: (B, D, 1, 1), binary."""
+    """Select the first round(D·area) channels: (B, D, 1, 1), binary.
+
+    Example:
+        >>> first_channels(torch.tensor([0.25]), (8, 4, 4), None).flatten().tolist()
+        [1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    """
     count = (shape[0] * area).round()[:, None]
     positions = torch.arange(shape[0], device=area.device)
     return (positions < count).to(area.dtype)[:, :, None, None]
@@ -146,6 +194,11 @@ def noise(area: Tensor, shape: Shape, generator: Generator) -> Tensor:
 
     Returns:
         (B, 1, h, w) in [0, 1].
+
+    Example:
+        >>> region = noise(torch.tensor([0.25]), (16, 32, 32), torch.Generator().manual_seed(0))
+        >>> region.shape, bool(region.max() <= 0.5)
+        (torch.Size([1, 1, 32, 32]), True)
     """
     low, high = (2 * area - 1).clamp(min=0), (2 * area).clamp(max=1)
     size = (len(area), 1, *shape[1:])

@@ -29,6 +29,12 @@ class BackboneCore(nn.Module):
         output: name of the layer that turns logits into predictions, if any.
 
     Shapes: (B, D, h, w) and the size (H, W) of the image -> (B, features).
+
+    Example:
+        >>> layers = nn.Conv2d(3, 8, 3), nn.AvgPool2d(6), nn.Flatten(), nn.Linear(8, 10)
+        >>> core = BackboneCore(nn.Sequential(*layers), first="0", last="3")
+        >>> core(torch.zeros(2, 8, 6, 6), size=(8, 8)).shape
+        torch.Size([2, 8])
     """
 
     output: str | None = None  # missing in pickles of version 0.1.0
@@ -63,7 +69,14 @@ class BackboneCore(nn.Module):
         return embedding
 
     def run(self, features: Tensor, image: Tensor) -> Any:
-        """Run the network on an image, with `features` as the output of its first convolution."""
+        """Run the network on an image, with `features` as the output of its first convolution.
+
+        Example:
+            >>> network = nn.Sequential(nn.Conv2d(3, 8, 4), nn.Flatten(), nn.Linear(8, 10))
+            >>> core = BackboneCore(network, first="0", last="2")
+            >>> core.run(features=torch.zeros(2, 8, 1, 1), image=torch.zeros(2, 3, 4, 4)).shape
+            torch.Size([2, 8])
+        """
         placeholder: Any = self.body.get_submodule(self.first)
         placeholder.set_features(features, image.shape)
         try:
@@ -74,7 +87,14 @@ class BackboneCore(nn.Module):
     def rebuild(
         self, convolution: nn.Module, linear: nn.Module, output: nn.Module | None = None
     ) -> nn.Module:
-        """Return a copy of the original network with these first, last and output layers."""
+        """Return a copy of the original network with these first, last and output layers.
+
+        Example:
+            >>> network = nn.Sequential(nn.Conv2d(3, 8, 4), nn.Flatten(), nn.Linear(8, 10))
+            >>> core = BackboneCore(network, first="0", last="2")
+            >>> core.rebuild(nn.Conv2d(3, 8, 4), nn.Linear(8, 5))(torch.zeros(2, 3, 4, 4)).shape
+            torch.Size([2, 5])
+        """
         network = copy.deepcopy(self.body)
         if "num_classes" in vars(network):  # an attribute of timm's networks
             vars(network)["num_classes"] = linear.get_parameter("weight").shape[0]
@@ -86,14 +106,29 @@ class BackboneCore(nn.Module):
         return network
 
     def original_names(self, names: Iterable[str]) -> set[str]:
-        """Return tensor names of the original network, from those of its `MixMoModel`."""
+        """Return tensor names of the original network, from those of its `MixMoModel`.
+
+        Example:
+            >>> layers = nn.Conv2d(3, 8, 4), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 10)
+            >>> core = BackboneCore(nn.Sequential(*layers), first="0", last="3")
+            >>> sorted(core.original_names(["encoders.0.weight", "core.body.1.weight"]))
+            ['0.weight', '1.weight', '3.weight']
+        """
         prefix = "core.body."
         core_names = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
         return core_names | {f"{self.first}.weight", f"{self.last}.weight"}
 
     @contextmanager
     def restored(self, convolution: nn.Module, linear: nn.Module) -> Iterator[nn.Module]:
-        """Yield the original network with this first convolution and last layer, temporarily."""
+        """Yield the original network with this first convolution and last layer, temporarily.
+
+        Example:
+            >>> network = nn.Sequential(nn.Conv2d(3, 8, 4), nn.Flatten(), nn.Linear(8, 10))
+            >>> core = BackboneCore(network, first="0", last="2")
+            >>> with core.restored(nn.Conv2d(3, 8, 4), nn.Linear(8, 5)) as original:
+            ...     original(torch.zeros(2, 3, 4, 4)).shape
+            torch.Size([2, 5])
+        """
         placeholders = [self.body.get_submodule(name) for name in (self.first, self.last)]
         layers = (convolution, linear)
         for placeholder, layer in zip(placeholders, layers, strict=True):
@@ -110,6 +145,12 @@ class BackboneCore(nn.Module):
         Returns:
             The largest submodule that contains the last layer but not the first convolution; None
             if that is the last layer itself.
+
+        Example:
+            >>> head = nn.Sequential(nn.Flatten(), nn.Linear(8, 10))
+            >>> core = BackboneCore(nn.Sequential(nn.Conv2d(3, 8, 4), head), first="0", last="1.1")
+            >>> core.head_block() is head
+            True
         """
         path = self.last.split(".")
         num_shared = 0
@@ -126,6 +167,12 @@ class FeaturePlaceholder(nn.Module):
 
     Several threads may run one network at the same time. Pickles of version 0.1.0 contain this
     module, so do not rename its attributes.
+
+    Example:
+        >>> placeholder = FeaturePlaceholder()
+        >>> placeholder.set_features(torch.ones(2, 8, 6, 6), torch.Size([2, 3, 8, 8]))
+        >>> placeholder(torch.zeros(2, 3, 8, 8)).shape
+        torch.Size([2, 8, 6, 6])
     """
 
     def __init__(self) -> None:
@@ -134,7 +181,15 @@ class FeaturePlaceholder(nn.Module):
         self.traced: tuple[Tensor | None, torch.Size | None] = None, None
 
     def set_features(self, features: Tensor | None, image_shape: torch.Size | None) -> None:
-        """Set the features to return and the shape of their images; None clears them."""
+        """Set the features to return and the shape of their images; None clears them.
+
+        Example:
+            >>> placeholder = FeaturePlaceholder()
+            >>> placeholder.set_features(None, None)
+            >>> placeholder(torch.zeros(2, 3, 8, 8))
+            Traceback (most recent call last):
+            mixmo_fastai.errors.InputError: The first convolution was called outside the model's ...
+        """
         if torch.compiler.is_compiling():  # tracing does not support thread-local state
             self.traced = features, image_shape
         else:
@@ -180,14 +235,25 @@ GivenFeatures, _OfThread = FeaturePlaceholder, _ThreadFeatures
 
 
 def replace_with_identity(network: nn.Module, name: str) -> nn.Module:
-    """Replace a layer by `nn.Identity`; return the layer."""
+    """Replace a layer by `nn.Identity`; return the layer.
+
+    Example:
+        >>> network = nn.Sequential(nn.Linear(8, 1), nn.Sigmoid())
+        >>> replace_with_identity(network, "1"), network[1]
+        (Sigmoid(), Identity())
+    """
     layer = network.get_submodule(name)
     _replace_layer(network, layer, nn.Identity())
     return layer
 
 
 def as_linear(layer: nn.Module) -> nn.Linear:
-    """Return a linear layer unchanged; convert a 1x1 convolution of 1x1 maps to a linear layer."""
+    """Return a linear layer unchanged; convert a 1x1 convolution of 1x1 maps to a linear layer.
+
+    Example:
+        >>> as_linear(nn.Conv2d(8, 10, kernel_size=1))
+        Linear(in_features=8, out_features=10, bias=True)
+    """
     if isinstance(layer, nn.Linear):
         return layer
     assert isinstance(layer, nn.Conv2d)
@@ -201,7 +267,12 @@ def as_linear(layer: nn.Module) -> nn.Linear:
 
 
 def empty_linear(in_features: int, out_features: int, *, like: nn.Module) -> nn.Linear:
-    """Create an uninitialised linear layer, without using torch's global generator."""
+    """Create an uninitialised linear layer, without using torch's global generator.
+
+    Example:
+        >>> empty_linear(8, 10, like=nn.Linear(8, 5, bias=False))
+        Linear(in_features=8, out_features=10, bias=False)
+    """
     weight, has_bias = like.get_parameter("weight"), getattr(like, "bias", None) is not None
     layer = nn.Linear(in_features, out_features, has_bias, device="meta", dtype=weight.dtype)
     return layer.to_empty(device=weight.device)

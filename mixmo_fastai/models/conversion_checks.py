@@ -28,6 +28,13 @@ def check_core(
     """Check that the core reproduces the input of the last layer from the features alone.
 
     The core is run on an image of NaN, which propagates to the output if a layer reads the image.
+
+    Example:
+        >>> from mixmo_fastai.models.forward_record import record_forward
+        >>> network = nn.Sequential(nn.Conv2d(3, 8, 4), nn.Flatten(), nn.Linear(8, 10)).eval()
+        >>> record = record_forward(network, [(4, 4)])
+        >>> core = BackboneCore(network, first="0", last="2")
+        >>> check_core(core, record, record.first, record.last_candidates[0])
     """
     nan_image = torch.full_like(record.image[:1, :1, :1, :1], float("nan")).expand_as(record.image)
     expected = last.input.flatten(1)
@@ -81,7 +88,16 @@ def _image_reused_error(model: str, convolution: str, when: str = "") -> InputEr
 def check_combined_output(
     layers: list[nn.Module], call: LayerCall, model: str, reduce: Callable[..., Tensor]
 ) -> None:
-    """Check that the members' layers, summed or averaged, reproduce the original layer's output."""
+    """Check that the members' layers, summed or averaged, reproduce the original layer's output.
+
+    Example:
+        >>> linear, x = nn.Linear(8, 10), torch.ones(2, 8)
+        >>> call = LayerCall("fc", x, linear(x))
+        >>> check_combined_output([linear, linear], call, "MyNetwork", torch.mean)
+        >>> check_combined_output([linear, linear], call, "MyNetwork", torch.sum)
+        Traceback (most recent call last):
+        mixmo_fastai.errors.InputError: MyNetwork cannot be converted: its layer 'fc' ...
+    """
     input = call.input if isinstance(layers[0], nn.Conv2d) else call.input.flatten(1)
     actual = reduce(torch.stack([layer(input) for layer in layers]), dim=0)
     expected = call.output.reshape(actual.shape)

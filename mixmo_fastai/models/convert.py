@@ -87,6 +87,15 @@ def convert_to_mixmo(
 
     Raises:
         InputError: the model cannot be converted; the message names the missing part.
+
+    Example:
+        >>> from torchvision.models import resnet18
+        >>> network, images = resnet18(num_classes=10).eval(), torch.ones(4, 3, 32, 32)
+        >>> model = convert_to_mixmo(network, num_members=2, image_size=32)
+        >>> torch.allclose(model(images), network(images), atol=1e-4)
+        True
+        >>> model.member_logits(images).shape
+        torch.Size([4, 2, 10])
     """
     init = MemberInit(num_members, perturbation, independent, independent)
     _check_counts(num_classes, in_channels)
@@ -116,6 +125,10 @@ class MemberInit:
         num_members: M.
         perturbation: see `convert_to_mixmo`.
         independent_encoders, independent_heads: whether these are initialised independently.
+
+    Example:
+        >>> MemberInit(num_members=3).perturbation
+        0.1
     """
 
     num_members: int = 2
@@ -128,14 +141,28 @@ class MemberInit:
         check_fraction("perturbation", self.perturbation, below_one=True)
 
     def make_encoders(self, layer: nn.Module, generator: torch.Generator | None) -> list[nn.Module]:
-        """Create M encoders from a convolution."""
+        """Create M encoders from a convolution.
+
+        Example:
+            >>> layer, generator = nn.Conv2d(3, 8, 3), torch.Generator().manual_seed(0)
+            >>> first, second = MemberInit(num_members=2).make_encoders(layer, generator)
+            >>> torch.allclose(first.weight + second.weight, layer.weight, atol=1e-6)
+            True
+        """
         if self.independent_encoders:
             return _permuted_copies(layer, self.num_members, generator)
         scale = 1 / self.num_members
         return _perturbed_copies(layer, self.num_members, scale, self.perturbation, generator)
 
     def make_heads(self, layer: nn.Module, generator: torch.Generator | None) -> list[nn.Module]:
-        """Create M heads from a linear layer."""
+        """Create M heads from a linear layer.
+
+        Example:
+            >>> layer, generator = nn.Linear(8, 10), torch.Generator().manual_seed(0)
+            >>> first, second = MemberInit(num_members=2).make_heads(layer, generator)
+            >>> torch.allclose((first.weight + second.weight) / 2, layer.weight, atol=1e-6)
+            True
+        """
         if self.independent_heads:
             return _permuted_copies(layer, self.num_members, generator)
         return _perturbed_copies(layer, self.num_members, 1.0, self.perturbation, generator)
@@ -176,6 +203,11 @@ def find_end_layers(
 
     Raises:
         InputError: the model cannot be converted; the message names the missing part.
+
+    Example:
+        >>> layers = nn.Conv2d(3, 8, 4), nn.Flatten(), nn.Linear(8, 1), nn.Sigmoid()
+        >>> find_end_layers(nn.Sequential(*layers), image_size=4)
+        EndLayers(first='0', last='2', output='3')
     """
     check_model(model)
     network = _copy_model(model).cpu()
@@ -219,6 +251,13 @@ def convert_at_layers(
         in_channels: C.
         unfreeze: whether encoders and heads are trainable even if the original layers are frozen.
         generator: for perturbations, permutations and new heads.
+
+    Example:
+        >>> network = nn.Sequential(nn.Conv2d(3, 8, 4), nn.Flatten(), nn.Linear(8, 10))
+        >>> names, init = EndLayers(first="0", last="2"), MemberInit(num_members=3)
+        >>> model = convert_at_layers(network, names, init, num_classes=5)
+        >>> model.member_logits(torch.zeros(2, 3, 4, 4)).shape
+        torch.Size([2, 3, 5])
     """
     _check_counts(num_classes, in_channels)
     network = _copy_model(model)
@@ -256,6 +295,12 @@ def set_in_channels(model: MixMoModel, in_channels: int) -> MixMoModel:
 
     Raises:
         InputError: the first convolution is grouped.
+
+    Example:
+        >>> network = nn.Sequential(nn.Conv2d(3, 8, 4), nn.Flatten(), nn.Linear(8, 10))
+        >>> model = convert_to_mixmo(network, image_size=4)
+        >>> set_in_channels(model, 1)(torch.zeros(2, 1, 4, 4)).shape
+        torch.Size([2, 10])
     """
     for layer in model.encoders:
         assert isinstance(layer, nn.Conv2d)

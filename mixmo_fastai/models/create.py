@@ -45,6 +45,14 @@ def create_model(
     Raises:
         InputError: the name or a number is invalid, there are no pretrained weights, or the core
             does not return the maps that the readout needs.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> model = create_model("wrn10_1", num_classes=10, num_members=2, generator=generator)
+        >>> model(torch.zeros(4, 3, 32, 32)).shape  # ensemble logits
+        torch.Size([4, 10])
+        >>> model.member_logits(torch.zeros(4, 3, 32, 32)).shape
+        torch.Size([4, 2, 10])
     """
     if not isinstance(arch, str):
         raise InputError(
@@ -104,6 +112,12 @@ def build_model(
         num_classes: K.
         in_channels: C.
         image_size: height and width of the images; see `create_model`.
+
+    Example:
+        >>> settings = Model(arch="wrn10_1", num_members=3)
+        >>> model = build_model(settings, num_classes=10, in_channels=1)
+        >>> model.member_logits(torch.zeros(4, 1, 32, 32)).shape
+        torch.Size([4, 3, 10])
     """
     assert settings.arch is not None
     return create_model(

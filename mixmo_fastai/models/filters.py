@@ -24,6 +24,11 @@ class FilterUse:
         layers: module names of the core's L convolutions, in order, such as core.groups.0.0.conv1.
         fractions: (L, T) in [0, 1]; 0 only for a layer whose weights are all zero.
         thresholds: T fractions of the largest norm.
+
+    Example:
+        >>> fractions = torch.tensor([[1.0, 0.75], [0.5, 0.25]])
+        >>> FilterUse(("core.conv1", "core.conv2"), fractions, thresholds=(0.2, 0.4)).average
+        tensor([0.7500, 0.5000])
     """
 
     layers: tuple[str, ...]
@@ -49,6 +54,14 @@ def filter_use(model: MixMoModel, thresholds: tuple[float, ...] = THRESHOLDS) ->
 
     Raises:
         InputError: the core has no convolution, or a threshold is out of range.
+
+    Example:
+        >>> convolution = nn.Conv2d(1, 4, kernel_size=1)
+        >>> convolution.weight.data = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(4, 1, 1, 1)
+        >>> core = nn.Sequential(convolution, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        >>> model = MixMoModel([nn.Conv2d(3, 1, 3)], core, [nn.Linear(4, 10)])
+        >>> filter_use(model, thresholds=(0.3, 0.6)).fractions  # norms above 1.2 and above 2.4
+        tensor([[0.7500, 0.5000]], dtype=torch.float64)
     """
     if not thresholds or not all(0 <= t < 1 for t in thresholds):
         raise InputError(f"thresholds must be at least 0 and below 1; got {thresholds}.")
@@ -71,6 +84,12 @@ def encoder_norms(model: MixMoModel) -> Tensor:
 
     Raises:
         InputError: an encoder has no convolution.
+
+    Example:
+        >>> encoder = nn.Conv2d(3, 2, kernel_size=1)
+        >>> encoder.weight.data = torch.tensor([[1.0, -1.0, 1.0], [0.0, 0.5, 0.0]]).view(2, 3, 1, 1)
+        >>> encoder_norms(MixMoModel([encoder], nn.Flatten(), [nn.Linear(2, 10)]))
+        tensor([[3.0000, 0.5000]], dtype=torch.float64)
     """
     norms = []
     for encoder in model.encoders:

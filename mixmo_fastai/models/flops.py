@@ -21,6 +21,10 @@ def count_flops(model: nn.Module, image_shape: tuple[int, ...]) -> int:
     Args:
         model: a `MixMoModel`, or any module with the input (B, C, H, W).
         image_shape: (C, H, W).
+
+    Example:
+        >>> count_flops(nn.Conv2d(3, 8, kernel_size=1), (3, 4, 4))  # 2 · 3 · 8 per position
+        768
     """
     network = copy.deepcopy(unwrap(model)).to("meta").eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -29,5 +33,10 @@ def count_flops(model: nn.Module, image_shape: tuple[int, ...]) -> int:
 
 
 def training_flops(model: nn.Module, image_shape: tuple[int, ...], num_images: int) -> float:
-    """Count the FLOPs of training on `num_images` images: forward and backward passes."""
+    """Count the FLOPs of training on `num_images` images: forward and backward passes.
+
+    Example:
+        >>> training_flops(nn.Conv2d(3, 8, kernel_size=1), (3, 4, 4), num_images=10)  # 3 · 768 · 10
+        23040.0
+    """
     return float(1 + BACKWARD_COST) * count_flops(model, image_shape) * num_images

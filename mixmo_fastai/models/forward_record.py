@@ -52,7 +52,12 @@ class ForwardRecord:
 
 
 def find_layers(model: nn.Module, kind: type[nn.Module] | tuple[type, ...]) -> dict[str, nn.Module]:
-    """Return the layers of a type, by name."""
+    """Return the layers of a type, by name.
+
+    Example:
+        >>> find_layers(nn.Sequential(nn.Flatten(), nn.Linear(8, 10)), nn.Linear)
+        {'1': Linear(in_features=8, out_features=10, bias=True)}
+    """
     modules: dict[str, nn.Module] = dict(model.named_modules())
     return {name: module for name, module in modules.items() if isinstance(module, kind)}
 
@@ -62,6 +67,12 @@ def check_model(model: Any) -> None:
 
     Raises:
         InputError: it is not an eager `nn.Module`, is a MixMoModel, or has uninitialised weights.
+
+    Example:
+        >>> check_model(nn.Linear(8, 10))
+        >>> check_model("resnet18")
+        Traceback (most recent call last):
+        mixmo_fastai.errors.InputError: model must be a network (nn.Module); got 'resnet18'...
     """
     if isinstance(model, torch.jit.ScriptModule):
         raise InputError("A scripted network cannot be converted; pass the original nn.Module.")
@@ -100,6 +111,14 @@ def record_forward(
 
     Raises:
         InputError: the model has no convolution, or fails at all sizes.
+
+    Example:
+        >>> network = nn.Sequential(nn.Conv2d(3, 8, 4), nn.Flatten(), nn.Linear(8, 10)).eval()
+        >>> record = record_forward(network, [(4, 4)])
+        >>> record.first.name, record.first.output.shape
+        ('0', torch.Size([2, 8, 1, 1]))
+        >>> [call.name for call in record.last_candidates]
+        ['2']
     """
     name = type(model).__name__
     convolutions = find_layers(model, nn.Conv2d)
@@ -134,6 +153,12 @@ def candidate_sizes(model: nn.Module, image_size: Size | None) -> list[tuple[int
 
     Raises:
         InputError: image_size is not a valid size.
+
+    Example:
+        >>> candidate_sizes(nn.Identity(), image_size=(64, 48))
+        [(64, 48)]
+        >>> candidate_sizes(nn.Identity(), image_size=None)[:3]
+        [(224, 224), (64, 64), (32, 32)]
     """
     if image_size is not None:
         if (pair := _as_pair(image_size)) is None:
@@ -163,7 +188,12 @@ def _candidate_channels(
 
 
 def example_parameter(model: nn.Module) -> Tensor:
-    """Return a floating-point parameter, to read the dtype and device of a model."""
+    """Return a floating-point parameter, to read the dtype and device of a model.
+
+    Example:
+        >>> example_parameter(nn.Linear(8, 10).double()).dtype
+        torch.float64
+    """
     return next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
 
 

@@ -27,6 +27,12 @@ class FusedNetwork(nn.Module):
         head: (B, features) -> (B, num_votes · K).
         num_votes: M if the head stacks the heads of all members, 1 if it is their mean.
         output: layer that turns the mean logits into predictions; see `MixMoModel`.
+
+    Example:
+        >>> parts = nn.Conv2d(3, 8, 4), nn.Flatten(), nn.Linear(8, 2 * 10)
+        >>> network = FusedNetwork(*parts, num_votes=2)
+        >>> network(torch.zeros(5, 3, 4, 4)).shape
+        torch.Size([5, 10])
     """
 
     def __init__(
@@ -42,14 +48,26 @@ class FusedNetwork(nn.Module):
         self.output = output
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute ensemble logits, or predictions with `output`: (B, C, H, W) -> (B, K)."""
+        """Compute ensemble logits, or predictions with `output`: (B, C, H, W) -> (B, K).
+
+        Example:
+            >>> parts = nn.Conv2d(3, 8, 4), nn.Flatten(), nn.Linear(8, 10)
+            >>> FusedNetwork(*parts, output=nn.Softmax(dim=1))(torch.zeros(5, 3, 4, 4)).shape
+            torch.Size([5, 10])
+        """
         logits = self._head_outputs(x) if self.num_votes == 1 else self.member_logits(x).mean(dim=1)
         # Pickles of version 0.1.0 have no `output`.
         output: nn.Module | None = getattr(self, "output", None)
         return logits if output is None else output(logits)
 
     def member_logits(self, x: Tensor) -> Tensor:
-        """Compute the logits of each head: (B, C, H, W) -> (B, num_votes, K)."""
+        """Compute the logits of each head: (B, C, H, W) -> (B, num_votes, K).
+
+        Example:
+            >>> parts = nn.Conv2d(3, 8, 4), nn.Flatten(), nn.Linear(8, 2 * 10)
+            >>> FusedNetwork(*parts, num_votes=2).member_logits(torch.zeros(5, 3, 4, 4)).shape
+            torch.Size([5, 2, 10])
+        """
         logits = self._head_outputs(x)
         return logits.view(len(logits), self.num_votes, -1)
 
@@ -59,7 +77,13 @@ class FusedNetwork(nn.Module):
 
 
 def run_core(core: nn.Module, features: Tensor, image: Tensor) -> Tensor:
-    """Run a core on features (B, D, h, w) of images (…, H, W), from which some cores need H, W."""
+    """Run a core on features (B, D, h, w) of images (…, H, W), from which some cores need H, W.
+
+    Example:
+        >>> features, image = torch.zeros(2, 8, 1, 1), torch.zeros(2, 3, 4, 4)
+        >>> run_core(nn.Flatten(), features, image).shape
+        torch.Size([2, 8])
+    """
     if isinstance(core, BackboneCore):
         embedding: Tensor = core(features, (image.shape[-2], image.shape[-1]))
     else:
@@ -80,6 +104,13 @@ def fuse_parts(
     Raises:
         InputError: an encoder is not a convolution, a head is not a linear layer, or the members'
             layers differ in more than their weights.
+
+    Example:
+        >>> encoders = [nn.Conv2d(3, 8, 4) for _ in range(2)]
+        >>> heads = [nn.Linear(8, 10) for _ in range(2)]
+        >>> fused = fuse_parts(encoders, nn.Flatten(), heads)
+        >>> torch.allclose(fused.encoder.weight, encoders[0].weight + encoders[1].weight)
+        True
     """
     _check_same_layers(encoders, nn.Conv2d, "encoder", "convolution")
     _check_same_layers(heads, nn.Linear, "head", "linear layer")
@@ -96,7 +127,13 @@ def fuse_parts(
 def assemble(
     encoder: nn.Module, core: nn.Module, head: nn.Module, output: nn.Module | None = None
 ) -> nn.Module:
-    """Build a plain network from one encoder and one head, with copies of core and output."""
+    """Build a plain network from one encoder and one head, with copies of core and output.
+
+    Example:
+        >>> network = assemble(nn.Conv2d(3, 8, 4), nn.Flatten(), nn.Linear(8, 10))
+        >>> network(torch.zeros(5, 3, 4, 4)).shape
+        torch.Size([5, 10])
+    """
     output = copy.deepcopy(output)
     if isinstance(core, BackboneCore):
         return core.rebuild(encoder, head, output)

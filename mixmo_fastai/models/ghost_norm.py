@@ -33,6 +33,12 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
 
     Raises:
         InputError: group_size is below 2.
+
+    Example:
+        >>> x = torch.tensor([1.0, 3.0, 10.0, 14.0]).view(4, 1, 1, 1)
+        >>> y = GhostBatchNorm2d(1, group_size=2)(x)  # means 2 and 12, standard deviations 1 and 2
+        >>> [round(value, 2) for value in y.flatten().tolist()]
+        [-1.0, 1.0, -1.0, 1.0]
     """
 
     def __init__(self, num_features: int, group_size: int, **kwargs: object) -> None:
@@ -68,6 +74,11 @@ def use_ghost_batches(network: nn.Module, group_size: int) -> nn.Module:
 
     Raises:
         InputError: group_size is neither 0 nor at least 2.
+
+    Example:
+        >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+        >>> use_ghost_batches(network, group_size=16)[1].group_size
+        16
     """
     if group_size == 0:
         return network
@@ -84,6 +95,11 @@ def use_full_batches(network: nn.Module) -> nn.Module:
 
     Returns:
         The network.
+
+    Example:
+        >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), GhostBatchNorm2d(8, group_size=16))
+        >>> type(use_full_batches(network)[1]) is nn.BatchNorm2d
+        True
     """
     for module in [*network.modules()]:
         for name, child in module.named_children():

@@ -21,6 +21,12 @@ def initialize(network: nn.Module, generator: torch.Generator | None = None) -> 
     Args:
         network: all its parameters must belong to convolutions, linear layers or BatchNorm.
         generator: on the device of the weights.
+
+    Example:
+        >>> linear = nn.Linear(50, 2000)
+        >>> initialize(linear, torch.Generator().manual_seed(0))
+        >>> round(linear.weight.std().item(), 2), linear.bias.any().item()  # √(2 / 50)
+        (0.2, False)
     """
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
@@ -33,7 +39,13 @@ def initialize(network: nn.Module, generator: torch.Generator | None = None) -> 
 
 @torch.no_grad()
 def he_normal_(weight: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Fill a weight (out, in, …) in place: truncated He-normal, std √(2 / fan-in)."""
+    """Fill a weight (out, in, …) in place: truncated He-normal, std √(2 / fan-in).
+
+    Example:
+        >>> weight = he_normal_(torch.empty(2000, 50), torch.Generator().manual_seed(0))
+        >>> round(weight.std().item(), 2)  # √(2 / 50)
+        0.2
+    """
     fan_in = weight[0].numel()
     std = math.sqrt(2.0 / fan_in) / TRUNCATED_STD
     return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator)

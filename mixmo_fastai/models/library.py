@@ -36,6 +36,13 @@ def build_backbone(
     Raises:
         InputError: timm is not installed or does not have the network, the network does not
             support the image size, or its weights cannot be downloaded.
+
+    Example:
+        >>> from mixmo_fastai.config.choices import parse_architecture
+        >>> arch, generator = parse_architecture("resnet18"), torch.Generator().manual_seed(0)
+        >>> network = build_backbone(arch, num_classes=10, generator=generator)
+        >>> network(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
     """
     seed = int(torch.randint(2**63 - 1, (), generator=generator))
     with _seeded(seed):

@@ -40,6 +40,16 @@ class MixMoModel(nn.Module):
     Raises:
         InputError: there are no encoders, the numbers of encoders and heads differ, or the core
             does not return the maps that the readout needs.
+
+    Example:
+        >>> encoders = [nn.Conv2d(3, 8, 3, padding=1) for _ in range(2)]
+        >>> core = nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        >>> model = MixMoModel(encoders, core, heads=[nn.Linear(8, 10) for _ in range(2)])
+        >>> model(torch.zeros(4, 3, 32, 32)).shape  # one image for both members: ensemble logits
+        torch.Size([4, 10])
+        >>> images, masks = torch.zeros(4, 2, 3, 32, 32), torch.full((4, 2, 1, 32, 32), 0.5)
+        >>> model(images, masks).shape  # one image per member: member logits
+        torch.Size([4, 2, 10])
     """
 
     def __init__(
@@ -71,6 +81,17 @@ class MixMoModel(nn.Module):
         Raises:
             InputError: the name is unknown, or the core does not return the maps that the readout
                 needs.
+
+        Example:
+            >>> from mixmo_fastai.models.create import create_model
+            >>> from mixmo_fastai.models.readout import Readout
+            >>> class MaxPooling(Readout):
+            ...     def forward(self, maps, masks):
+            ...         return maps.amax(dim=(2, 3))
+            >>> model = create_model("wrn10_1", num_classes=10)
+            >>> model.set_readout(MaxPooling())
+            >>> model(torch.zeros(4, 3, 32, 32)).shape
+            torch.Size([4, 10])
         """
         self.readout = build_readout(readout)
         if self.readout is not None:
@@ -103,6 +124,15 @@ class MixMoModel(nn.Module):
         Returns:
             Ensemble logits (B, K), the mean of the members' logits; with masks, member logits
             (B, M, K). The `output` layer, if any, is applied to them.
+
+        Example:
+            >>> from mixmo_fastai.models.create import create_model
+            >>> model = create_model("wrn10_1", num_classes=10, num_members=2)
+            >>> model(torch.zeros(4, 3, 32, 32)).shape
+            torch.Size([4, 10])
+            >>> masks = torch.full((4, 2, 1, *model.mask_shape(32, 32)[1:]), 0.5)
+            >>> model(torch.zeros(4, 2, 3, 32, 32), masks).shape
+            torch.Size([4, 2, 10])
         """
         if masks is not None:
             features = self._mix(inputs, masks)
@@ -113,7 +143,14 @@ class MixMoModel(nn.Module):
         return self.predictions(logits.mean(dim=1))
 
     def predictions(self, logits: Tensor) -> Tensor:
-        """Apply the `output` layer, if any, to member or ensemble logits (…, K)."""
+        """Apply the `output` layer, if any, to member or ensemble logits (…, K).
+
+        Example:
+            >>> parts = [nn.Conv2d(3, 8, 4)], nn.Flatten(), [nn.Linear(8, 1)]
+            >>> MixMoModel(*parts, output=nn.Sigmoid()).predictions(torch.zeros(2, 1))
+            tensor([[0.5000],
+                    [0.5000]])
+        """
         # Pickles of version 0.1.0 have no `output`.
         output: nn.Module | None = getattr(self, "output", None)
         return logits if output is None else output(logits)
@@ -122,6 +159,12 @@ class MixMoModel(nn.Module):
         """Compute logits of all members for the same image: (B, C, H, W) -> (B, M, K).
 
         The `output` layer is not applied.
+
+        Example:
+            >>> from mixmo_fastai.models.create import create_model
+            >>> model = create_model("wrn10_1", num_classes=10, num_members=2)
+            >>> model.member_logits(torch.zeros(4, 3, 32, 32)).shape
+            torch.Size([4, 2, 10])
         """
         features = self.encoders[0](x)
         for encoder in self.encoders[1:]:
@@ -133,6 +176,11 @@ class MixMoModel(nn.Module):
 
         Raises:
             InputError: the shape cannot be computed, or the encoder's output is not a feature map.
+
+        Example:
+            >>> from mixmo_fastai.models.create import create_model
+            >>> create_model("wrn10_1", num_classes=10).mask_shape(32, 32)
+            (16, 32, 32)
         """
         if (height, width) not in self._mask_shapes:
             image = torch.empty(1, self.in_channels, height, width, device="meta")
@@ -158,6 +206,14 @@ class MixMoModel(nn.Module):
             InputError: an encoder is not a single convolution, a head is not a single linear
                 layer, encoders or heads differ in more than their weights, or the readout is not
                 fusable.
+
+        Example:
+            >>> from mixmo_fastai.models.create import create_model
+            >>> generator = torch.Generator().manual_seed(0)
+            >>> model = create_model("wrn10_1", num_classes=10, generator=generator).eval()
+            >>> images = torch.randn(4, 3, 32, 32, generator=generator)
+            >>> torch.allclose(model.fuse()(images), model(images), atol=1e-4)
+            True
         """
         readout: nn.Module | None = getattr(self, "readout", None)  # not in pickles of 0.1.0
         if readout is not None and not getattr(readout, "is_fusable", False):
@@ -174,6 +230,12 @@ class MixMoModel(nn.Module):
 
         Raises:
             InputError: the state dict was saved before the network was converted.
+
+        Example:
+            >>> from mixmo_fastai.models.create import create_model
+            >>> model, other = (create_model("wrn10_1", num_classes=10) for _ in range(2))
+            >>> model.load_state_dict(other.state_dict())
+            <All keys matched successfully>
         """
         loaded_names, model_names = state_dict.keys(), self.state_dict().keys()
         if (
@@ -228,6 +290,12 @@ def find_first_difference(
     """Return the name of the first tensor that differs, or None.
 
     A tensor differs if it is missing, unexpected, or has another shape or dtype.
+
+    Example:
+        >>> find_first_difference({"weight": torch.zeros(2)}, {"weight": torch.zeros(3)})
+        'weight'
+        >>> find_first_difference({"weight": torch.zeros(2)}, {"weight": torch.ones(2)}) is None
+        True
     """
     expected_types, actual_types = (
         {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
@@ -238,7 +306,13 @@ def find_first_difference(
 
 
 def unwrap(model: nn.Module) -> Any:
-    """Return the model inside the wrappers of distributed training and `torch.compile`."""
+    """Return the model inside the wrappers of distributed training and `torch.compile`.
+
+    Example:
+        >>> model = MixMoModel([nn.Conv2d(3, 8, 4)], nn.Flatten(), [nn.Linear(8, 10)])
+        >>> unwrap(nn.DataParallel(model)) is model
+        True
+    """
     for attribute in ("module", "_orig_mod"):
         if not isinstance(model, MixMoModel):
             model = getattr(model, attribute, model)

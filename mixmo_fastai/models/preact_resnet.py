@@ -12,7 +12,12 @@ from mixmo_fastai.models.readout import average
 
 
 class PreActBlock(nn.Module):
-    """BN-ReLU-conv with the stride, BN-ReLU-conv, plus the shortcut."""
+    """BN-ReLU-conv with the stride, BN-ReLU-conv, plus the shortcut.
+
+    Example:
+        >>> PreActBlock(64, 128, stride=2)(torch.zeros(4, 64, 8, 8)).shape
+        torch.Size([4, 128, 4, 4])
+    """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -39,6 +44,10 @@ class PreActResNetCore(nn.Module):
         width: w; the four groups have 64w, 128w, 256w and 512w channels.
 
     Shapes: (B, 64, h, w) -> (B, 512w).
+
+    Example:
+        >>> PreActResNetCore(width=1)(torch.zeros(4, 64, 8, 8)).shape
+        torch.Size([4, 512])
     """
 
     def __init__(self, width: int) -> None:
@@ -50,7 +59,12 @@ class PreActResNetCore(nn.Module):
         self.out_features = widths[4]
 
     def maps(self, features: Tensor) -> Tensor:
-        """Compute feature maps before pooling: (B, 64, h, w) -> (B, 512w, h/8, w/8)."""
+        """Compute feature maps before pooling: (B, 64, h, w) -> (B, 512w, h/8, w/8).
+
+        Example:
+            >>> PreActResNetCore(width=1).maps(torch.zeros(4, 64, 8, 8)).shape
+            torch.Size([4, 512, 1, 1])
+        """
         maps: Tensor = self.groups(features)
         return maps
 
@@ -62,7 +76,12 @@ STEM_CHANNELS = 64
 
 
 def stem(in_channels: int) -> nn.Conv2d:
-    """Build one encoder: (B, C, H, W) -> (B, 64, H/2, W/2)."""
+    """Build one encoder: (B, C, H, W) -> (B, 64, H/2, W/2).
+
+    Example:
+        >>> stem(in_channels=3)(torch.zeros(4, 3, 64, 64)).shape
+        torch.Size([4, 64, 32, 32])
+    """
     return nn.Conv2d(in_channels, STEM_CHANNELS, 3, stride=2, padding=1, bias=False)
 
 

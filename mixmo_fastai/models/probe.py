@@ -36,6 +36,13 @@ def find_first_convolution(model: nn.Module, record: ForwardRecord, name: str | 
     Raises:
         InputError: the convolution was not called, or more than once, its weights are shared or
             computed, or its input is not the unchanged image.
+
+    Example:
+        >>> from mixmo_fastai.models.forward_record import record_forward
+        >>> network = nn.Sequential(nn.Conv2d(3, 8, 4), nn.Flatten(), nn.Linear(8, 10)).eval()
+        >>> record = record_forward(network, [(4, 4)])
+        >>> find_first_convolution(network, record, name=None).name
+        '0'
     """
     _check_layer_name(model, name, nn.Conv2d, "encoder", "convolution")
     if record.first is None:
@@ -66,6 +73,15 @@ def check_image_unchanged(
 
     Raises:
         InputError: the model changes the image before the convolution.
+
+    Example:
+        >>> from mixmo_fastai.models.forward_record import record_forward
+        >>> layers = nn.Dropout(), nn.Conv2d(3, 8, 4), nn.Flatten(), nn.Linear(8, 10)
+        >>> network = nn.Sequential(*layers).eval()
+        >>> record = record_forward(network, [(4, 4)])
+        >>> check_image_unchanged(network, record, "1", sizes=())
+        Traceback (most recent call last):
+        mixmo_fastai.errors.InputError: Sequential changes the image in training before its ...
     """
     received: list[Any] = []
 
@@ -114,6 +130,13 @@ def find_output_layer(model: nn.Module, record: ForwardRecord) -> str | None:
 
     Returns:
         The layer's name; None if the model does not end with such a layer.
+
+    Example:
+        >>> from mixmo_fastai.models.forward_record import record_forward
+        >>> layers = nn.Conv2d(3, 8, 4), nn.Flatten(), nn.Linear(8, 1), nn.Sigmoid()
+        >>> network = nn.Sequential(*layers).eval()
+        >>> find_output_layer(network, record_forward(network, [(4, 4)]))
+        '3'
     """
     for call in reversed(record.parameter_free):
         layer = copy.deepcopy(model.get_submodule(call.name))
@@ -167,6 +190,13 @@ def find_last_linear(model: nn.Module, record: ForwardRecord, name: str | None) 
 
     Raises:
         InputError: the model does not end with such a layer.
+
+    Example:
+        >>> from mixmo_fastai.models.forward_record import record_forward
+        >>> network = nn.Sequential(nn.Conv2d(3, 8, 4), nn.Flatten(), nn.Linear(8, 10)).eval()
+        >>> record = record_forward(network, [(4, 4)])
+        >>> find_last_linear(network, record, name=None).name
+        '2'
     """
     _check_layer_name(model, name, (nn.Linear, nn.Conv2d), "head", "linear layer")
     output = record.output

@@ -20,7 +20,14 @@ from mixmo_fastai.errors import InputError, unknown_name_error
 
 @runtime_checkable
 class HasMaps(Protocol):
-    """A core that can return its feature maps before pooling."""
+    """A core that can return its feature maps before pooling.
+
+    Example:
+        >>> from mixmo_fastai.models.wide_resnet import WideResNetCore
+        >>> core = WideResNetCore(depth=10, width=1)
+        >>> isinstance(core, HasMaps), isinstance(nn.Flatten(), HasMaps)
+        (True, False)
+    """
 
     def maps(self, features: Tensor) -> Tensor:
         """Compute feature maps: (B, D, h, w) -> (B, F, a, b)."""
@@ -40,13 +47,25 @@ class Readout(nn.Module):
     Attributes:
         is_fusable: whether the readout without masks equals the core's own pooling, so that `fuse`
             remains exact.
+
+    Example:
+        >>> class MaxPooling(Readout):
+        ...     def forward(self, maps, masks):
+        ...         return maps.amax(dim=(2, 3))
+        >>> MaxPooling()(torch.zeros(4, 64, 8, 8), masks=None).shape
+        torch.Size([4, 64])
     """
 
     is_fusable = False
 
 
 def average(maps: Tensor) -> Tensor:
-    """Compute the mean over all positions: (B, F, a, b) -> (B, F)."""
+    """Compute the mean over all positions: (B, F, a, b) -> (B, F).
+
+    Example:
+        >>> average(torch.arange(4.0).view(1, 1, 2, 2))
+        tensor([[1.5000]])
+    """
     return F.adaptive_avg_pool2d(maps, 1).flatten(1)
 
 
@@ -59,6 +78,11 @@ def resize_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
 
     Returns:
         (B, M, a, b), summing to one over the members if the masks do.
+
+    Example:
+        >>> masks = torch.tensor([1.0, 1.0, 1.0, 0.0]).expand(1, 1, 1, 4, 4)
+        >>> resize_masks(masks, (2, 2)).tolist()
+        [[[[1.0, 0.5], [1.0, 0.5]]]]
     """
     return F.adaptive_avg_pool2d(masks.mean(dim=2), size)
 
@@ -68,6 +92,13 @@ def build_readout(readout: str | nn.Module | None) -> nn.Module | None:
 
     Raises:
         InputError: the name is unknown.
+
+    Example:
+        >>> build_readout("core") is None
+        True
+        >>> build_readout("attention")
+        Traceback (most recent call last):
+        mixmo_fastai.errors.InputError: Unknown readout 'attention'...
     """
     if not isinstance(readout, str):
         return readout
@@ -82,6 +113,11 @@ def check_readout(readout: nn.Module, core: nn.Module) -> None:
 
     Raises:
         InputError: the core has no method `maps`.
+
+    Example:
+        >>> check_readout(Readout(), core=nn.Flatten())
+        Traceback (most recent call last):
+        mixmo_fastai.errors.InputError: The readout Readout needs feature maps, but ...
     """
     if not isinstance(core, HasMaps):
         raise InputError(
@@ -103,6 +139,15 @@ def embed(readout: nn.Module, core: nn.Module, features: Tensor, masks: Tensor |
 
     Returns:
         (B, F), or (B, M, F) with one embedding per head.
+
+    Example:
+        >>> from mixmo_fastai.models.wide_resnet import WideResNetCore
+        >>> class MaxPooling(Readout):
+        ...     def forward(self, maps, masks):
+        ...         return maps.amax(dim=(2, 3))
+        >>> core, features = WideResNetCore(depth=10, width=1), torch.zeros(4, 16, 8, 8)
+        >>> embed(MaxPooling(), core, features, masks=None).shape
+        torch.Size([4, 64])
     """
     assert isinstance(core, HasMaps)
     embedding: Tensor = readout(core.maps(features), masks)

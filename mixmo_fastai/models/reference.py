@@ -33,6 +33,15 @@ def load_reference_state_dict(model: MixMoModel, state_dict: Mapping[str, Tensor
 
     Raises:
         InputError: a tensor is missing, unknown or has another shape; the model is unchanged.
+
+    Example:
+        >>> layers = torch.nn.Conv2d(3, 8, 4, bias=False), torch.nn.Linear(8, 10)
+        >>> model = MixMoModel(layers[:1], torch.nn.Flatten(), layers[1:])
+        >>> shapes = {"conv1.weight": (8, 3, 4, 4), "fc.weight": (10, 8), "fc.bias": (10,)}
+        >>> published = {name: torch.ones(shape) for name, shape in shapes.items()}
+        >>> load_reference_state_dict(model, published)
+        >>> model.heads[0].bias.sum().item()
+        10.0
     """
     renamed = {rename(name): tensor for name, tensor in state_dict.items()}
     expected = model.state_dict()
@@ -67,6 +76,11 @@ def import_reference(
     Raises:
         InputError: the state dict has another architecture or number of classes, or its values
             are not finite.
+
+    Example:
+        >>> import_reference({"conv1.weight": torch.zeros(16, 3, 3, 3)}, "wrn10_1", num_classes=10)
+        Traceback (most recent call last):
+        mixmo_fastai.errors.InputError: These weights belong to another network: ...
     """
     heads = {match[1] for name in state_dict if (match := re.match(r"list_fc\.(\d+)\.", name))}
     model = create_model(arch, num_classes, max(1, len(heads)), in_channels)
@@ -84,6 +98,14 @@ def read_reference_checkpoint(path: Path) -> dict[str, Tensor]:
 
     Raises:
         InputError: the file is missing or damaged, contains other objects, or has no network.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     path = Path(folder, "published.ckpt")
+        ...     torch.save({"classifier_state_dict": {"module.fc.bias": torch.zeros(10)}}, path)
+        ...     [*read_reference_checkpoint(path)]
+        ['fc.bias']
     """
     try:
         with warnings.catch_warnings():
@@ -111,7 +133,12 @@ _STATE_KEY = "classifier_state_dict"
 
 
 def rename(name: str) -> str:
-    """Convert a published tensor name to this project's; return unknown names unchanged."""
+    """Convert a published tensor name to this project's; return unknown names unchanged.
+
+    Example:
+        >>> rename("layer1.0.conv1.weight"), rename("list_fc.1.bias")
+        ('core.groups.0.0.conv1.weight', 'heads.1.bias')
+    """
     for pattern, replacement in _RENAMES:
         if match := re.fullmatch(pattern, name):
             return re.sub(r"(?<=groups\.)\d+", _zero_based, match.expand(replacement))

@@ -15,6 +15,12 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
     same in all processes.
 
     Shapes: (B, C, H, W) -> (B, C, H, W).
+
+    Example:
+        >>> x = torch.tensor([1.0, 3.0]).view(2, 1, 1, 1)
+        >>> y = SyncedBatchNorm2d(1)(x)  # one process
+        >>> [round(value, 2) for value in y.flatten().tolist()]
+        [-1.0, 1.0]
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -52,6 +58,11 @@ def sync_batch_norm(network: nn.Module) -> nn.Module:
 
     Returns:
         The network.
+
+    Example:
+        >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+        >>> type(sync_batch_norm(network)[1]) is SyncedBatchNorm2d
+        True
     """
     for module in network.modules():
         if type(module) is nn.BatchNorm2d:

@@ -13,7 +13,12 @@ from mixmo_fastai.models.readout import average
 
 
 class WideBlock(nn.Module):
-    """BN-ReLU-conv, BN-ReLU-conv with the stride, plus the shortcut."""
+    """BN-ReLU-conv, BN-ReLU-conv with the stride, plus the shortcut.
+
+    Example:
+        >>> WideBlock(16, 32, stride=2)(torch.zeros(4, 16, 8, 8)).shape
+        torch.Size([4, 32, 4, 4])
+    """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -48,6 +53,10 @@ class WideResNetCore(nn.Module):
         width: k.
 
     Shapes: (B, 16, h, w) -> (B, 64k).
+
+    Example:
+        >>> WideResNetCore(depth=10, width=1)(torch.zeros(4, 16, 32, 32)).shape
+        torch.Size([4, 64])
     """
 
     def __init__(self, depth: int, width: int) -> None:
@@ -64,7 +73,12 @@ class WideResNetCore(nn.Module):
         self.out_features = widths[3]
 
     def maps(self, features: Tensor) -> Tensor:
-        """Compute feature maps before pooling: (B, 16, h, w) -> (B, 64k, h/4, w/4)."""
+        """Compute feature maps before pooling: (B, 16, h, w) -> (B, 64k, h/4, w/4).
+
+        Example:
+            >>> WideResNetCore(depth=10, width=1).maps(torch.zeros(4, 16, 32, 32)).shape
+            torch.Size([4, 64, 8, 8])
+        """
         return F.relu(self.bn(self.groups(features)))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -75,7 +89,12 @@ STEM_CHANNELS = 16
 
 
 def stem(in_channels: int) -> nn.Conv2d:
-    """Build one encoder: (B, C, H, W) -> (B, 16, H, W)."""
+    """Build one encoder: (B, C, H, W) -> (B, 16, H, W).
+
+    Example:
+        >>> stem(in_channels=3)(torch.zeros(4, 3, 32, 32)).shape
+        torch.Size([4, 16, 32, 32])
+    """
     return nn.Conv2d(in_channels, STEM_CHANNELS, 3, padding=1, bias=False)
 
 
