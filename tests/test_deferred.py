@@ -129,8 +129,13 @@ def test_deferred_progress_bar_remains_after_no_bar():
     learn.add_cb(DeferredProgressCallback())
     with learn.no_bar():
         learn.fit(1, 1e-3)
-    learn.fit(1, 1e-3)
-    assert type(learn.progress) is DeferredProgressCallback
+    reads = []
+    plain = ProgressCallback.after_batch
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ProgressCallback, "after_batch", lambda self: reads.append(plain(self)))
+        learn.fit(1, 1e-3)
+    assert type(learn.progress) is ProgressCallback
+    assert not reads
 
 
 def test_predictions_are_gathered_with_the_deferred_progress_bar():

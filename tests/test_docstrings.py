@@ -39,6 +39,7 @@ MIXING_AND_MODELS = [
     "models.forward_record",
     "models.fused",
     "models.ghost_norm",
+    "models.norms",
     "models.initialization",
     "models.library",
     "models.mixmo_model",

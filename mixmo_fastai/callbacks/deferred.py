@@ -5,6 +5,8 @@ each read stalls a GPU that could run ahead. The classes here keep losses on the
 many at a time.
 """
 
+from functools import partial
+
 import torch
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import AvgSmoothLoss, Learner, Recorder
@@ -48,7 +50,7 @@ class DeferredRecorder(Recorder):
         for callback in self.learn.cbs:
             if type(callback) is ProgressCallback:
                 # A replacement callback would miss this event. fastai's setter would warn.
-                object.__setattr__(callback, "__class__", DeferredProgressCallback)
+                vars(callback)["after_batch"] = partial(_advance_bar, callback)
 
     def after_batch(self) -> None:
         """Update the metrics; in training, record learning rate and loss."""
@@ -84,10 +86,15 @@ class DeferredProgressCallback(ProgressCallback):
 
     def after_batch(self) -> None:
         """Advance the bar."""
-        self.pbar.update(self.learn.iter + 1)
-        recorder = getattr(self.learn, "recorder", None)  # None while fastai gathers predictions
-        if recorder is not None and recorder.fetched:
-            self.pbar.comment = f"{recorder.fetched[-1].item():.4f}"
+        _advance_bar(self)
+
+
+def _advance_bar(callback: ProgressCallback) -> None:
+    """Advance a progress bar, with the latest loss that is on the host."""
+    callback.pbar.update(callback.learn.iter + 1)
+    recorder = getattr(callback.learn, "recorder", None)  # None while fastai gathers predictions
+    if recorder is not None and recorder.fetched:
+        callback.pbar.comment = f"{recorder.fetched[-1].item():.4f}"
 
 
 class _SmoothLossOnDevice(AvgSmoothLoss):

@@ -68,7 +68,7 @@ def blocks(area: Tensor, shape: Shape, generator: Generator, *, block_size: int 
 
     As in the published code, any position can be a seed, with probability
     area / block² · h·w / ((h - block + 1)·(w - block + 1)). Because of overlaps and borders, the
-    mean is slightly below `area`.
+    mean differs from `area`: with the default block on 32 x 32, 0.13 for 0.1, and 0.66 for 0.8.
     Source: Faramarzi et al., "PatchUp", AAAI 2022, with DropBlock's seed probability.
 
     Args:

@@ -9,7 +9,7 @@ forward_record, probe          find these layers; conversion_checks: check the c
 backbone_core                  the part of a network between these layers
 readout                        how the heads read the feature maps of the core
 fused                          fuse into a plain network for inference
-ghost_norm, synced_norm        BatchNorm over groups of a batch, and over processes
+ghost_norm, synced_norm        BatchNorm over groups of a batch, and over processes; norms
 reference                      weights of the published implementation
 filters, flops                 filter use; number of operations
 

@@ -5,13 +5,13 @@ less noise, which lowers accuracy. Statistics over a group are as noisy as those
 Source: Hoffer, Hubara, Soudry, "Train longer, generalize better", NeurIPS 2017.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from mixmo_fastai.errors import check_count
+from mixmo_fastai.models.norms import replace_norms
 
 
 class GhostBatchNorm2d(nn.BatchNorm2d):
@@ -82,12 +82,7 @@ def use_ghost_batches(network: nn.Module, group_size: int) -> nn.Module:
     """
     if group_size == 0:
         return network
-    for module in [*network.modules()]:
-        for name, child in module.named_children():
-            if type(child) is nn.BatchNorm2d:
-                ghost = partial(GhostBatchNorm2d, group_size=group_size)
-                setattr(module, name, _convert_norm(child, ghost))
-    return network
+    return replace_norms(network, nn.BatchNorm2d, partial(GhostBatchNorm2d, group_size=group_size))
 
 
 def use_full_batches(network: nn.Module) -> nn.Module:
@@ -101,23 +96,4 @@ def use_full_batches(network: nn.Module) -> nn.Module:
         >>> type(use_full_batches(network)[1]) is nn.BatchNorm2d
         True
     """
-    for module in [*network.modules()]:
-        for name, child in module.named_children():
-            if isinstance(child, GhostBatchNorm2d):
-                setattr(module, name, _convert_norm(child, nn.BatchNorm2d))
-    return network
-
-
-def _convert_norm(norm: nn.BatchNorm2d, make: Callable[..., nn.BatchNorm2d]) -> nn.BatchNorm2d:
-    converted = make(
-        norm.num_features,
-        eps=norm.eps,
-        momentum=norm.momentum,
-        affine=norm.affine,
-        track_running_stats=norm.track_running_stats,
-    )
-    converted.train(norm.training)
-    # The same Parameter objects, because an optimizer may already hold them.
-    converted._parameters.update(norm._parameters)
-    converted._buffers.update(norm._buffers)
-    return converted
+    return replace_norms(network, GhostBatchNorm2d, nn.BatchNorm2d)

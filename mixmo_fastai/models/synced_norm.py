@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mixmo_fastai.models.norms import replace_norms
+
 
 class SyncedBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm over the batches of all processes of a group, on any device.
@@ -64,10 +66,7 @@ def sync_batch_norm(network: nn.Module) -> nn.Module:
         >>> type(sync_batch_norm(network)[1]) is SyncedBatchNorm2d
         True
     """
-    for module in network.modules():
-        if type(module) is nn.BatchNorm2d:
-            module.__class__ = SyncedBatchNorm2d  # both classes have the same attributes
-    return network
+    return replace_norms(network, nn.BatchNorm2d, SyncedBatchNorm2d)
 
 
 def _mean_over_processes(local: Tensor) -> Tensor:
