@@ -84,6 +84,7 @@ class TestRegistry:
             ("randaugment", {"magnitude": 31}, "'randaugment' with options"),
             ("random-resized-crop", {"scale": [0.5, 2]}, "scale must be two numbers"),
             ("random-resized-crop", {"ratio": [2, 0.5]}, "ratio must be two numbers"),
+            ("random-resized-crop", {"scale": 2}, "scale must be two numbers"),
             ("aug-transforms", {"do_flip": True}, r"Use data\.flip"),
             ("aug-transforms", {"size": 8}, r"Use data\.image_size"),
             ("aug-transforms", {"max_rotat": 8}, "max_rotate"),
@@ -95,7 +96,7 @@ class TestRegistry:
 
     @pytest.mark.parametrize("name", PER_IMAGE)
     def test_unsupported_channels_are_explained(self, name):
-        with pytest.raises(InputError, match="5 channels"):
+        with pytest.raises(InputError, match=r"shape \(5, 8, 8\)"):
             build_transform(name, image_shape=(5, 8, 8))
 
 
@@ -173,7 +174,7 @@ class TestLoaders:
     def test_a_pass_that_begins_later_yields_the_same_batches(self, name):
         whole = train_batches(name, batch_size=2)
         assert len(whole) > 20
-        for step in (1, 15, 16, 18):
+        for step in (1, 16):
             assert equal(train_batches(name, batch_size=2, first_step=step), whole[step:])
 
     @pytest.mark.parametrize("name", BATCHED)

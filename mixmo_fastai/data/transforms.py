@@ -108,10 +108,10 @@ def build_transform(
     except InputError:
         raise
     except Exception as error:
-        channels, height, width = image_shape
         raise InputError(
-            f"The transform {name!r} with options {options} fails for images of {channels} "
-            f"channels and {height}x{width} pixels: {summarize_error(error)}."
+            f"The transform {name!r} with options {options} fails on images of shape "
+            f"{tuple(image_shape)}: {summarize_error(error)}.\n"
+            "Use other options or another transform."
         ) from error
     return transform
 
@@ -218,7 +218,8 @@ def random_resized_crop(
         InputError: a range is empty, or not positive.
     """
     for name, bounds, highest in (("scale", scale, 1.0), ("ratio", ratio, float("inf"))):
-        if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1] <= highest:
+        is_pair = isinstance(bounds, Sequence) and len(bounds) == 2
+        if not is_pair or not 0 < bounds[0] <= bounds[1] <= highest:
             limit = " and at most 1" if name == "scale" else ""
             raise InputError(
                 f"{name} must be two numbers in ascending order, above 0{limit}; got {bounds!r}."
