@@ -11,19 +11,23 @@ from typing import Literal
 from mixmo_fastai.config.library_names import fastai_networks, timm_networks
 from mixmo_fastai.errors import InputError, nearest, unknown_name_error
 
-MASK_KINDS = (
-    "sum",
-    "linear",
-    "cutmix",
-    "horizontal",
-    "vertical",
-    "patchup",
-    "patchup-soft",
-    "cow",
-    "channel",
-    "channel-stack",
-    "noise",
-)
+_REGIONS = "mixmo_fastai.mixing.regions"
+MASK_REGIONS = {
+    "sum": None,
+    "linear": None,
+    "cutmix": f"{_REGIONS}:box",
+    "horizontal": f"{_REGIONS}:horizontal",
+    "vertical": f"{_REGIONS}:vertical",
+    "patchup": f"{_REGIONS}:blocks",
+    "patchup-soft": f"{_REGIONS}:soft_blocks",
+    "cow": f"{_REGIONS}:cow",
+    "channel": f"{_REGIONS}:channels",
+    "channel-stack": f"{_REGIONS}:first_channels",
+    "noise": f"{_REGIONS}:noise",
+}
+"""Mask kinds by name: module and function that draws the region of role 0; None if the mask has the
+same value at all positions."""
+MASK_KINDS = tuple(MASK_REGIONS)
 """Kinds of feature mixing; masks are drawn by `mixmo_fastai.mixing.draw_masks`."""
 
 COW_DEFAULTS = {"sigma_min": 4.0, "sigma_max": 16.0, "area_min": 0.2, "area_max": 0.8}

@@ -2,8 +2,8 @@
 
 Shapes: B batch, M members, D feature channels, h w feature size after the encoder.
 
-To add a kind, write a function in `regions.py`, register it in `REGIONS` and add its name to
-`choices.MASK_KINDS` and its options, if any, to `choices.MASK_OPTIONS`.
+To add a kind, write a function like those in `regions.py`, and register it in
+`choices.MASK_REGIONS`, and its options, if any, in `choices.MASK_OPTIONS`.
 """
 
 import inspect

@@ -9,11 +9,12 @@ operations are batched and run on the device of `area`, without synchronisation.
 
 import math
 from collections.abc import Callable
+from pkgutil import resolve_name
 
 import torch
 from torch import Tensor
 
-from mixmo_fastai.config.choices import COW_DEFAULTS
+from mixmo_fastai.config.choices import COW_DEFAULTS, MASK_REGIONS
 from mixmo_fastai.errors import InputError
 
 Shape = tuple[int, int, int]
@@ -206,22 +207,6 @@ def noise(area: Tensor, shape: Shape, generator: Generator) -> Tensor:
     return low[:, None, None, None] + (high - low)[:, None, None, None] * uniform
 
 
-REGIONS: dict[str, Region] = {
-    "cutmix": box,
-    "horizontal": horizontal,
-    "vertical": vertical,
-    "patchup": blocks,
-    "patchup-soft": soft_blocks,
-    "cow": cow,
-    "channel": channels,
-    "channel-stack": first_channels,
-    "noise": noise,
-}
-"""Mask kinds that draw a region for role 0, by name."""
-SOFT_REGIONS = ("patchup-soft", "noise")
-"""Kinds of `REGIONS` with values other than 0 and 1."""
-
-
 def _draw_span(area: Tensor, length: int, generator: Generator) -> Tensor:
     """Draw the extent of a box along one axis: (B,) -> (B, length), values 0 and 1."""
     half = (length * area.sqrt()).long().div(2, rounding_mode="floor")
@@ -263,3 +248,11 @@ def _check_interval(
             f"{name}_min={low!r} and {name}_max={high!r} must be numbers in ascending order, "
             f"{lower_text} and {upper_text}."
         )
+
+
+REGIONS: dict[str, Region] = {
+    kind: resolve_name(target) for kind, target in MASK_REGIONS.items() if target is not None
+}
+"""Mask kinds that draw a region for role 0, by name. At the end, since most are defined here."""
+SOFT_REGIONS = ("patchup-soft", "noise")
+"""Kinds of `REGIONS` with values other than 0 and 1."""
