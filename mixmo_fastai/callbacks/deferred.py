@@ -1,4 +1,4 @@
-"""fastai's Recorder and progress bar without a device synchronization at every step.
+"""fastai's Recorder and progress bar without a device synchronisation at every step.
 
 fastai's Recorder copies the loss to the host at every step, and its progress bar reads it again;
 each read stalls a GPU that could run ahead. The classes here keep losses on the device and copy

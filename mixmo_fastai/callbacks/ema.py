@@ -78,7 +78,7 @@ class EMACallback(Callback):
         self.step_skipped = True
 
     def after_step(self) -> None:
-        """Update the averages on the device, without synchronization."""
+        """Update the averages on the device, without synchronisation."""
         if self.step_skipped or self._finding_lr or not self.averages:
             self.step_skipped = False
             return

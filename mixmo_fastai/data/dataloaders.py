@@ -98,7 +98,7 @@ def make_evaluation_loaders(
     """Build loaders for evaluation, one per image set.
 
     Args:
-        source: the source, for its classes and normalization.
+        source: the source, for its classes and normalisation.
         parts: the image sets to evaluate, such as `source.test`.
         device: see `make_dataloaders`.
         loader: see `make_dataloaders`.

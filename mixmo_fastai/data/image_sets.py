@@ -202,7 +202,7 @@ def no_images(like: ImageSet) -> Subset:
 
 @dataclass(frozen=True, eq=False)
 class DataSource:
-    """A data set with its splits and normalization.
+    """A data set with its splits and normalisation.
 
     Attributes:
         name: name of the data set or of the folder.

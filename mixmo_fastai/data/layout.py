@@ -1,6 +1,6 @@
 """Layout of image folders: find the training, validation and test folders.
 
-Splits are recognized by folder names, ignoring case: train/ or training/; val/, valid/ or
+Splits are recognised by folder names, ignoring case: train/ or training/; val/, valid/ or
 validation/; test/ or testing/; each also with the suffix _set, _data or _images. Without a training
 folder, every folder is a class. If the only content is one folder of folders, as after unpacking an
 archive into a folder of the same name, that inner folder is read instead.

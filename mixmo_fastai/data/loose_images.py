@@ -22,7 +22,7 @@ EVALUATION_BATCH = 256
 def find_images(paths: Iterable[Path], skipped: Skipped | None = None) -> list[Path]:
     """List image files: the given files, and all images in the given folders, sorted by name.
 
-    A given file is accepted whatever its name. In folders, images are recognized by name, and
+    A given file is accepted whatever its name. In folders, images are recognised by name, and
     hidden and other files are skipped, as for training.
 
     Args:

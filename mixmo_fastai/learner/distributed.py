@@ -62,7 +62,7 @@ def shared(learn: Learner) -> Iterator[Learner]:
     """Train a Learner with this package's loaders in all processes of the process group.
 
     Like fastai's `distrib_ctx`, for loaders that shard their batches themselves, on GPUs and CPUs.
-    BatchNorm statistics are synchronized over all processes, unless the network uses ghost batches.
+    BatchNorm statistics are synchronised over all processes, unless the network uses ghost batches.
     """
     if process_group().count == 1:
         yield learn

@@ -1,4 +1,4 @@
-"""Muon: momentum whose update is orthogonalized, for convolutions and linear layers.
+"""Muon: momentum whose update is orthogonalised, for convolutions and linear layers.
 
 Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024. A
 convolution's weight (out, in, kh, kw) is treated as a matrix (out, in · kh · kw). torch.optim.Muon
@@ -42,7 +42,7 @@ class Muon(torch.optim.Optimizer):
 
     Args:
         params: parameters or groups.
-        lr: learning rate of the orthogonalized updates.
+        lr: learning rate of the orthogonalised updates.
         momentum: momentum of the updates, in Nesterov's form.
         weight_decay: decoupled weight decay.
         adam_ratio: learning rate of Adam, as a multiple of `lr`.

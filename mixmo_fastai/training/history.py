@@ -46,7 +46,7 @@ class HistoryCallback(TrainedEpochCallback):
         self.began, self.loss_sum = time.perf_counter() - seconds, torch.tensor(loss_sum)
 
     def after_batch(self) -> None:
-        """Add the loss on its device, and check for divergence without synchronization.
+        """Add the loss on its device, and check for divergence without synchronisation.
 
         On a CPU the check happens at every step; on a GPU, when the recorder has just copied
         losses.

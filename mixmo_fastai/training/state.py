@@ -318,7 +318,7 @@ def _check_count(value: Any) -> int:
 
 
 def _check_finite(tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Check that all values are finite, with one synchronization per device."""
+    """Check that all values are finite, with one synchronisation per device."""
     names = [
         (part, name)
         for part, named in tensors.items()
