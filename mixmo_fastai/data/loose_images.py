@@ -95,7 +95,7 @@ def convert_shape(images: Tensor, shape: Shape) -> Tensor:
 
 
 class PixelLoader:
-    """Loader of normalized images without labels, for evaluation.
+    """Loader of normalised images without labels, for evaluation.
 
     Args:
         pixels: (n, C, H, W) uint8.

@@ -11,7 +11,7 @@ def channel_statistics(pixels: Tensor) -> tuple[tuple[float, ...], tuple[float, 
 
     The result is exact, since it is computed from histograms; batches avoid loading a memory-mapped
     array at once. The standard deviation is at least 1/255, so that images of a single colour can
-    be normalized.
+    be normalised.
 
     Args:
         pixels: (N, C, H, W) uint8.

@@ -100,7 +100,7 @@ joined = joined_process_group  # its name in version 0.1.0
 
 
 def process_group() -> Processes:
-    """Return rank and size of the process group; (0, 1) if none is initialized."""
+    """Return rank and size of the process group; (0, 1) if none is initialised."""
     if not dist.is_available() or not dist.is_initialized():
         return Processes()
     return Processes(dist.get_rank(), dist.get_world_size())
