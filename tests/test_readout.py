@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from synthetic import mixmo_dls
 from test_resume import TINY
 from torch import nn
 
-from mixmo_fastai import MixMoLoss
+from mixmo_fastai import MixMoLoss, body_and_heads, mixmo_learner
 from mixmo_fastai.config.choices import READOUTS
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.mixing import draw_lam, draw_masks, loss_weights
@@ -157,3 +158,26 @@ def test_run_with_a_custom_readout(tmp_path, monkeypatch):
     assert train(prepare(TINY), other)["test"] == metrics["test"]
     with pytest.raises(InputError, match=r"model.readout is 'core' now and 'plain'"):
         train(prepare(TINY), run, resume=True)
+
+
+class WeightedAverage(Readout):
+    """Average pooling of maps that are multiplied by one weight per channel."""
+
+    def __init__(self, num_channels):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(num_channels))
+
+    def forward(self, maps, masks=None):
+        return average(maps) * self.weight
+
+
+def test_a_learner_trains_the_weights_of_the_readout():
+    learn = mixmo_learner(mixmo_dls(), "wrn10_1", readout=WeightedAverage(64), seed=0)
+    body, heads = body_and_heads(learn.model)
+    weight = learn.model.readout.weight
+    assert any(parameter is weight for parameter in heads)
+    groups = {id(parameter) for group in (body, heads) for parameter in group}
+    assert groups == {id(parameter) for parameter in learn.model.parameters()}
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, 0.1)
+    assert not torch.equal(weight, torch.ones(64))

@@ -20,6 +20,7 @@ from mixmo_fastai.data.transforms import (
     ImageTransform,
     build_transform,
     draw_boxes,
+    rand_augment,
     resize_boxes,
 )
 from mixmo_fastai.errors import InputError
@@ -98,6 +99,12 @@ class TestRegistry:
     def test_unsupported_channels_are_explained(self, name):
         with pytest.raises(InputError, match=r"shape \(5, 8, 8\)"):
             build_transform(name, image_shape=(5, 8, 8))
+
+
+@pytest.mark.parametrize("transform", ["randaugment", rand_augment, lambda image: image])
+def test_other_objects_are_no_transforms(transform):
+    with pytest.raises(InputError, match=r"BatchTransform or an ImageTransform"):
+        Augmentation(transform=transform)
 
 
 class TestRandomResizedCrop:

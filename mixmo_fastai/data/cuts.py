@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from mixmo_fastai.data.transforms import Transform
+from mixmo_fastai.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,14 @@ class Augmentation:
     flip: bool = False
     alternating_flip: bool = False
     transform: Transform | None = None
+
+    def __post_init__(self) -> None:
+        if self.transform is not None and not isinstance(self.transform, Transform):
+            raise InputError(
+                "transform must be a BatchTransform or an ImageTransform, from mixmo_fastai.data."
+                f"transforms; got {self.transform!r}.\nCall the function that builds it: "
+                "Augmentation(transform=rand_augment())."
+            )
 
 
 Arrangement = Callable[[int, int], Tensor]

@@ -20,15 +20,18 @@ Splitter = Callable[[Any], Any]
 def body_and_heads(model: MixMoModel) -> list[list[nn.Parameter]]:
     """Split a network's parameters for fastai's `freeze` and for discriminative learning rates.
 
-    The first group holds the encoders and the core, the second the heads, together with the module
-    that contained the network's last layer, such as the head of fastai's `vision_learner`.
+    The first group holds the encoders and the core, the second the readout and the heads, together
+    with the module that contained the network's last layer, such as the head of fastai's
+    `vision_learner`.
     """
     core = model.core
     head_module = core.head_block() if isinstance(core, BackboneCore) else None
     head_parameters = [] if head_module is None else params(head_module)
     head_ids = {id(parameter) for parameter in head_parameters}
     body = [p for p in (*params(model.encoders), *params(core)) if id(p) not in head_ids]
-    return [body, [*head_parameters, *params(model.heads)]]
+    readout = getattr(model, "readout", None)  # missing in Learners exported by version 0.1.0
+    readout_parameters = [] if readout is None else params(readout)
+    return [body, [*head_parameters, *readout_parameters, *params(model.heads)]]
 
 
 class ConvertedSplitter:
