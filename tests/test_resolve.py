@@ -174,3 +174,14 @@ def test_weight_root_may_be_infinite():
 )
 def test_digits_have_a_recipe_for_each_method(flags, name):
     assert resolve_recipe(None, None, flags).name == name
+
+
+@pytest.mark.parametrize("name", ["adamw", "torch/RAdam"])
+def test_another_optimizer_needs_its_own_learning_rate(name):
+    """The recipe of the digits has the learning rate of SGD."""
+    assignment = f"optimizer.name={name}"
+    with pytest.raises(InputError, match=rf"optimizer\.name='{name}' needs optimizer\.lr"):
+        resolve_recipe("digits", None, {}, [assignment])
+    assert resolve_recipe("digits", None, {"optimizer.lr": 0.002}, [assignment]).lr == 0.002
+    assert resolve_recipe("digits", None, {}, [assignment, "optimizer.lr=0.003"]).lr == 0.003
+    assert resolve_recipe("digits", None, {}, ["optimizer.name=sgd"]).lr == 0.1

@@ -11,7 +11,7 @@ from typing import Any
 from mixmo_fastai.config.choices import DATASETS, MASK_KINDS
 from mixmo_fastai.config.load import load_recipe, override, recipe_from_mapping, recipe_names
 from mixmo_fastai.config.recipe import Expected, Recipe, default_valid_split
-from mixmo_fastai.config.schema import to_mapping
+from mixmo_fastai.config.schema import parse_value, to_mapping
 from mixmo_fastai.errors import InputError, unknown_name_error
 
 METHODS = {"cutmix": "cut-mixmo", "linear": "linear-mixmo", "sum": "mimo"}
@@ -45,9 +45,21 @@ def resolve_recipe(
     base = load_recipe(recipe) if recipe else default_recipe(dataset or "digits", flags)
     if dataset is not None:
         flags["data.dataset"] = dataset
+    assignments = list(assignments)
+    base = _with_optimizer(base, assignments)
     resolved = override(_with_flags(base, flags), assignments)
     check_dataset(resolved.data.dataset)  # recipes and assignments may set it too
     return _clear_stale_name(_make_path_absolute(resolved), base)
+
+
+def _with_optimizer(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
+    """Drop the learning rate and the options of the recipe if another optimizer is assigned."""
+    pairs = (assignment.partition("=") for assignment in assignments)
+    values = {key.strip(): parse_value(text.strip()) for key, _, text in pairs}
+    name = values.get("optimizer.name", recipe.optimizer.name)
+    if name == recipe.optimizer.name or not isinstance(name, str) or "optimizer.lr" in values:
+        return recipe
+    return replace(recipe, optimizer=replace(recipe.optimizer, name=name, lr=None, options={}))
 
 
 def _make_path_absolute(recipe: Recipe) -> Recipe:
