@@ -111,7 +111,7 @@ def test_lock_does_not_hide_disk_errors(tmp_path, monkeypatch):
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(Path, "unlink", fail)
-    monkeypatch.setattr(os, "ftruncate", fail)
+    monkeypatch.setattr(Path, "open", fail)
     with pytest.raises(RunFailedError, match="first"), locked(tmp_path):
         raise RunFailedError("first")
     monkeypatch.undo()

@@ -49,7 +49,8 @@ for arguments, code in {COMMANDS!r}:
 @pytest.mark.slow
 def test_networks_are_trained_and_resumed(tmp_path):
     program = f"""
-import fastai.vision.all, torch, mixmo_fastai.metrics.fastai  # these may use POSIX
+# These may use POSIX. On Windows, filelock uses other functions instead.
+import fastai.vision.all, filelock, torch, mixmo_fastai.metrics.fastai
 {WINDOWS}
 from mixmo_fastai.runs import files
 os.name = "nt"  # pathlib could not create paths in a whole command under this name
@@ -58,7 +59,6 @@ os.name = "posix"
 files.flush_folder = lambda path: None
 from mixmo_fastai.cli import run
 from mixmo_fastai.runs import lock
-assert lock.fcntl is None
 assert run({[*TRAINING, "--out", "run"]!r}) == 0
 assert run(["fit", "--resume", "run"]) == 0
 assert run({[*TRAINING, "--out", "streaming", "--set", "data.loader=streaming"]!r}) == 0
