@@ -672,21 +672,6 @@ class TestMemberAccuracy:
             num_seen += len(y)
         assert value == pytest.approx(num_correct / num_seen)
 
-    def test_interrupted_validation_leaves_no_hooks(self):
-        class Interrupt(Callback):
-            run_train = False
-
-            def after_pred(self):
-                raise KeyboardInterrupt
-
-        learn = make_learner()
-        learn.metrics = [metrics.MemberAccuracy()]
-        with pytest.raises(KeyboardInterrupt):
-            learn.fit(1, 0.01, cbs=Interrupt())
-        assert not any(module._forward_hooks for module in learn.model.modules())
-        seen = learn.model.latest_member_logits
-        assert seen is None or seen.grad_fn is None
-
 
 @pytest.mark.parametrize(
     "kind",

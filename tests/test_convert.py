@@ -725,7 +725,6 @@ def test_features_are_not_kept_after_the_forward_pass():
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:The tensor attribute self.latest_member_logits")
 def test_compilation_and_export_without_graph_breaks(dynamo):
     converted, x = convert_to_mixmo(build_backbone("resnet18")).eval(), torch.randn(2, 3, 32, 32)
     with torch.no_grad():

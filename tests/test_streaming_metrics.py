@@ -25,6 +25,7 @@ from torch import nn
 from mixmo_fastai import mixmo_learner
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.metrics.fastai import ECE, NLL, Brier, Disagreement, MemberAccuracy
+from mixmo_fastai.metrics.members import MemberLogits
 from mixmo_fastai.metrics.summary import evaluate_logits
 from mixmo_fastai.models import MixMoModel
 
@@ -55,10 +56,14 @@ class Unchanged(nn.Module):
         return x
 
 
-def validated(model, inputs, targets, batch_size, metrics, loss=None):
+def keep(values, cpu):
+    return values
+
+
+def validated(model, inputs, targets, batch_size, metrics, loss=None, cbs=None):
     loader = DataLoader(list(zip(inputs, targets, strict=True)), bs=batch_size, num_workers=0)
     dls = DataLoaders(loader, loader, device=torch.device("cpu"))
-    learn = Learner(dls, model, loss or nn.CrossEntropyLoss(), metrics=metrics)
+    learn = Learner(dls, model, loss or nn.CrossEntropyLoss(), metrics=metrics, cbs=cbs)
     with learn.no_bar(), learn.no_logging():
         values = learn.validate()[1:]
     return dict(zip(learn.metrics.attrgot("name"), values, strict=True)), learn
@@ -70,12 +75,14 @@ def expected_values(member_logits, labels):
     return {**found, "member_accuracy": sum(members) / len(members)}
 
 
+@pytest.mark.parametrize("cbs", [None, MemberLogits()], ids=["second pass", "one pass"])
 @pytest.mark.parametrize("num_members", [1, 2, 3])
 @pytest.mark.parametrize("batch_size", [1, 7, 64, 200])
-def test_they_equal_evaluate_logits(num_members, batch_size):
+def test_they_equal_evaluate_logits(num_members, batch_size, cbs):
     member_logits, labels = draw_logits(NUM_SAMPLES, num_members, 6, signal=1.0)
     metrics = [kind() for kind in KINDS]
-    found, _ = validated(Stored(num_members), member_logits, labels, batch_size, metrics)
+    network = Stored(num_members)
+    found, _ = validated(network, member_logits, labels, batch_size, metrics, cbs=cbs)
     expected = expected_values(member_logits, labels)
     assert list(found) == ["nll", "brier", "ece", "member_accuracy", "disagreement"]
     if num_members == 1:
@@ -187,11 +194,11 @@ def test_disagreement_refuses_several_labels_per_image():
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_batch_waits_for_the_device(kind):
     """On the meta device, which has no values, any read of a value fails."""
-    model = Stored(3).eval()
-    model.latest_member_logits = torch.zeros(5, 3, 6, device="meta")
     pred, labels = torch.zeros(5, 6, device="meta"), torch.zeros(5, device="meta").long()
+    members = MemberLogits()
+    members.logits = torch.zeros(5, 3, 6, device="meta")
     learn = SimpleNamespace(
-        model=model, pred=pred, y=labels, training=False, to_detach=lambda values, cpu: values
+        model=Stored(3), pred=pred, y=labels, cbs=[members], training=False, to_detach=keep
     )
     metric = kind()
     metric.num_seen = 5  # the loss is checked at the first batch only
@@ -220,10 +227,10 @@ def test_a_million_samples_do_not_lose_precision():
     """As sums in float32 would, from 2^24 on."""
     metric = MemberAccuracy()
     metric.sums, metric.num_seen = torch.tensor(2.0**24, dtype=torch.float64), 2**24
-    model = Stored(1).eval()
-    model.latest_member_logits = torch.eye(3)[:, None]
+    members = MemberLogits()
+    members.logits = torch.eye(3)[:, None]
     learn = SimpleNamespace(
-        model=model, y=torch.arange(3), training=False, to_detach=lambda values, cpu: values
+        model=Stored(1), y=torch.arange(3), cbs=[members], training=False, to_detach=keep
     )
     metric.accumulate(learn)
     assert metric.value == 1

@@ -19,6 +19,7 @@ from mixmo_fastai.data.loaders import BatchLoader
 from mixmo_fastai.data.repeat import expand
 from mixmo_fastai.errors import InputError, check_fraction, remove_fastai_prefix
 from mixmo_fastai.metrics.fastai import StreamingMetric
+from mixmo_fastai.metrics.members import add_member_logits
 from mixmo_fastai.mixing import (
     Mixing,
     Region,
@@ -146,6 +147,7 @@ class MixMoCallback(_PlainErrorCallback):
             raise InputError("The Learner has more than one MixMoCallback; remove the others.")
         check_callbacks(self.learn.cbs)
         add_guard(self.learn)
+        add_member_logits(self.learn)
         if not isinstance(self.learn.loss_func, MixMoLoss):
             device = next(network.parameters()).device
             self.learn.loss_func = MixMoLoss(self.learn.loss_func).to(device)

@@ -38,6 +38,7 @@ from mixmo_fastai.learner.parameter_groups import (
     converted_splitter,
 )
 from mixmo_fastai.metrics.fastai import MemberAccuracy
+from mixmo_fastai.metrics.members import add_member_logits
 from mixmo_fastai.mixing import Region, check_kind
 from mixmo_fastai.mixing.loss import MixMoLoss, is_multi_label
 from mixmo_fastai.models import MixMoModel
@@ -120,6 +121,7 @@ def mixmo_learner(
     kwargs.setdefault("metrics", _default_metrics(targets, loss))
     learn = Learner(dls, model, loss, cbs=[callback, *L(kwargs.pop("cbs", None))], **kwargs)
     add_guard(learn)
+    add_member_logits(learn)
     return defer_readbacks(learn)
 
 
@@ -188,6 +190,7 @@ def to_mixmo(
     learn.loss_func = loss
     learn.add_cb(callback)
     add_guard(learn)
+    add_member_logits(learn)
     return learn
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.metrics.diversity import mixture_information
+from mixmo_fastai.metrics.members import current_member_logits, missing_callbacks
 from mixmo_fastai.mixing.loss import MixMoLoss
 from mixmo_fastai.models.mixmo_model import MixMoModel, unwrap
 
@@ -57,10 +58,13 @@ def member_preds(learn: Learner, ds_idx: int = 1, dl: Any = None) -> MemberPreds
         )
     loss = learn.loss_func
     loss = loss if isinstance(loss, MixMoLoss) else MixMoLoss(loss)
-    members = _MemberLogits()
+    members = _CollectMembers()
     # fastai sorts the output of `act` into the order of the data set.
     logits, targets = learn.get_preds(
-        ds_idx=ds_idx, dl=dl, cbs=members, act=lambda _: torch.cat(members.batches)
+        ds_idx=ds_idx,
+        dl=dl,
+        cbs=[*missing_callbacks(learn), members],
+        act=lambda _: torch.cat(members.batches),
     )
     rows = loss.activation(logits.flatten(0, 1))
     probabilities = rows.reshape(logits.shape)
@@ -73,18 +77,18 @@ def member_preds(learn: Learner, ds_idx: int = 1, dl: Any = None) -> MemberPreds
     )
 
 
-class _MemberLogits(Callback):
-    """Collect the members' logits of each batch."""
+class _CollectMembers(Callback):
+    """Collect the members' predictions of each batch."""
 
     def __init__(self) -> None:
         super().__init__()
         self.batches: list[Tensor] = []
 
     def after_batch(self) -> None:
-        """Copy the member logits of the latest batch to the CPU."""
+        """Copy the member predictions of the current batch to the CPU."""
         network = unwrap(self.learn.model)
-        logits = network.predictions(network.latest_member_logits).as_subclass(Tensor)
-        self.batches.append(self.learn.to_detach(logits))
+        preds = network.predictions(current_member_logits(self.learn)).as_subclass(Tensor)
+        self.batches.append(self.learn.to_detach(preds))
 
 
 def _mutual_information(probabilities: Tensor, votes: Tensor) -> Tensor | None:

@@ -39,6 +39,7 @@ from mixmo_fastai.metrics.calibration import (
     nll_terms,
 )
 from mixmo_fastai.metrics.diversity import disagreement_terms
+from mixmo_fastai.metrics.members import current_member_logits
 from mixmo_fastai.mixing.base_losses import is_known, loss_name
 from mixmo_fastai.mixing.loss import MixMoLoss
 from mixmo_fastai.models.mixmo_model import MixMoModel, unwrap
@@ -237,7 +238,7 @@ class MemberAccuracy(StreamingMetric):
         if learn.training:  # MixMoCallback has flattened the members into the batch axis
             pred = learn.pred[:, None]
         else:
-            pred = network.predictions(network.latest_member_logits)  # (B, M, K)
+            pred = network.predictions(current_member_logits(learn))  # (B, M, K)
         has_output_layer = getattr(network, "output", None) is not None
         threshold = 0.5 if has_output_layer else 0.0
         correct = _correct(pred.as_subclass(Tensor), learn.y.as_subclass(Tensor), threshold)
@@ -278,7 +279,7 @@ class Disagreement(StreamingMetric):
             )
         if learn.training or network.num_members == 1:
             return _in_float64(torch.full(learn.y.shape, torch.nan, device=learn.y.device))
-        return disagreement_terms(_in_float64(network.latest_member_logits))
+        return disagreement_terms(_in_float64(current_member_logits(learn)))
 
 
 def _mixmo_network(metric: StreamingMetric, learn: Any) -> Any:

@@ -72,8 +72,6 @@ class MixMoModel(nn.Module):
             )
         self.set_readout(readout)
         self._mask_shapes: dict[tuple[int, int], tuple[int, int, int]] = {}
-        # Member logits (B, M, K) of the latest batch in evaluation mode, for metrics.
-        self.latest_member_logits: Tensor | None = None
 
     def set_readout(self, readout: str | nn.Module | None) -> None:
         """Replace the readout; see the docstring of the class.
@@ -114,12 +112,15 @@ class MixMoModel(nn.Module):
             "convolution.\nGive each encoder a convolution; run lazy layers on one batch first."
         )
 
-    def forward(self, inputs: Tensor, masks: Tensor | None = None) -> Tensor:
+    def forward(
+        self, inputs: Tensor, masks: Tensor | None = None, all_members: bool = False
+    ) -> Tensor:
         """Compute ensemble logits, or member logits if masks are given.
 
         Args:
             inputs: (B, C, H, W) without masks; (B, M, C, H, W), one image per member, with masks.
             masks: (B, M, 1 or D, h, w), summing to one over the members.
+            all_members: without masks, return what `member_logits` returns instead.
 
         Returns:
             Ensemble logits (B, K), the mean of the members' logits; with masks, member logits
@@ -138,9 +139,7 @@ class MixMoModel(nn.Module):
             features = self._mix(inputs, masks)
             return self.predictions(self._apply_core_and_heads(features, inputs, masks))
         logits = self.member_logits(inputs)
-        if not self.training:
-            self.latest_member_logits = logits.detach()
-        return self.predictions(logits.mean(dim=1))
+        return logits if all_members else self.predictions(logits.mean(dim=1))
 
     def predictions(self, logits: Tensor) -> Tensor:
         """Apply the `output` layer, if any, to member or ensemble logits (…, K).
@@ -262,9 +261,6 @@ class MixMoModel(nn.Module):
             mixed = mask * features if mixed is None else torch.addcmul(mixed, mask, features)
         assert mixed is not None
         return mixed
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "latest_member_logits": None}  # keep data out of pickles
 
     def _apply_core_and_heads(
         self, features: Tensor, image: Tensor, masks: Tensor | None = None
