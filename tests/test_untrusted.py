@@ -5,6 +5,8 @@ import json
 import os
 import pickle
 import shutil
+import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from safetensors.torch import load_file, save
+from test_reference import published_names
 from test_resume import TINY, fit
 
 import mixmo_fastai
@@ -63,10 +66,10 @@ def finished(tmp_path_factory):
     flags = "--arch wrn10_1 --batch-size 16 --epochs 1 --device cpu --valid-split 0.1 --quiet"
     arguments = ["fit", str(root / "pets"), *flags.split(), "--data-dir", str(root / "data")]
     assert program([*arguments, "--out", str(root / "run")]) == 0
+    shutil.copytree(root / "run", root / "second")  # for `mixmo compare`
     export_run(RunFolder(root / "run"), root / "net.safetensors", root / "data")
-    torch.save(
-        {"classifier_state_dict": create_model("wrn10_1", 10).state_dict()}, root / "net.ckpt"
-    )
+    published = published_names(create_model("wrn10_1", 10))
+    torch.save({"classifier_state_dict": published}, root / "net.ckpt")
     return root
 
 
@@ -85,7 +88,7 @@ def commands(root):
     yield ["inspect", run, "--out", str(root / "inspect.png")]
     yield ["report", run, *data]
     yield ["export", run, *data, "--to", str(root / "other.safetensors")]
-    yield ["compare", run, run, *data, "--out", str(root / "compare.png")]
+    yield ["compare", run, str(root / "second"), *data, "--out", str(root / "compare.png")]
     yield ["import", str(root / "net.ckpt"), "--arch", "wrn10_1", "--dataset", "cifar10"]
     yield ["fit", "--resume", run, *data]
 
@@ -99,8 +102,57 @@ FILE_NAMES = [
 ]
 
 
+class OpenedFiles:
+    """Record the paths of the files that Python opens in a `with` block."""
+
+    def __init__(self):
+        self.paths, self.is_recording = set(), False
+        sys.addaudithook(self._record)  # cannot be removed
+
+    def _record(self, event, arguments):
+        if self.is_recording and event == "open" and isinstance(arguments[0], str):
+            self.paths.add(os.path.abspath(arguments[0]))
+
+    def __enter__(self):
+        self.paths, self.is_recording = set(), True
+        return self
+
+    def __exit__(self, *_):
+        self.is_recording = False
+
+
+@pytest.fixture(scope="module")
+def opened_by_commands(finished, tmp_path_factory):
+    """Return the paths of the files that each command opens if all are intact."""
+    files, opened = OpenedFiles(), []
+    with restored(finished), pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("intact"))
+        patch.setattr(Figure, "draw", lambda *_: None)
+        for arguments in commands(finished):
+            with files:
+                assert program(arguments) == 0, arguments
+            opened.append(files.paths)
+    return opened
+
+
+@contextmanager
+def restored(root):
+    """Restore a folder after the block; a copy elsewhere would not do, since runs contain paths."""
+    backup = root.with_suffix(".backup")
+    shutil.copytree(root, backup)
+    try:
+        yield
+    finally:
+        shutil.rmtree(root)
+        backup.rename(root)
+
+
+# safetensors does not open its files with Python, and changed images are read instead of the cache.
+OPENED_UNKNOWN = (".safetensors", ".png")
+
+
 def paths_of(root, name):
-    """Return the files of a name in the run, its checkpoint, the cache and the data."""
+    """Return the files of a name in the run, its checkpoints, the cache and the data."""
     if (root / name).is_file():
         return [root / name]
     paths = [p for p in root.rglob(name) if "checkpoint" in p.parts or "mixmo-cache" in p.parts]
@@ -111,47 +163,47 @@ def paths_of(root, name):
 def test_every_kind_of_file_is_listed(finished):
     listed = {path for name in FILE_NAMES for path in paths_of(finished, name)}
     unlisted = {path for path in finished.rglob("*") if path.is_file()} - listed
+    unlisted = {path for path in unlisted if "second" not in path.parts}
     assert {path.suffix for path in unlisted} == {".png"}
 
 
 @pytest.mark.parametrize("pickler", ["plain", "torch", "numpy"])
 @pytest.mark.parametrize("name", FILE_NAMES)
-def test_pickles_are_never_executed(finished, tmp_path, monkeypatch, capsys, name, pickler):
-    root = Path(shutil.copytree(finished, tmp_path / "copy"))
+def test_pickles_are_never_executed(
+    finished, opened_by_commands, tmp_path, monkeypatch, capsys, name, pickler
+):
+    """A command is run if it opens the file when all files are intact."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
         Figure, "draw", lambda *_: None
     )  # saves half of the time; all files are read before
-    # The recipe contains the absolute path of the data.
-    recipe = root / "run/recipe.toml"
-    recipe.write_text(recipe.read_text().replace(str(finished), str(root)))
     created_folder = tmp_path / "created"
-    for path in paths_of(root, name):
-        path.unlink()
-        if pickler == "plain":
-            path.write_bytes(pickle.dumps(HarmfulPickle(created_folder)))
-        elif pickler == "torch":
-            torch.save(
-                {
-                    "classifier_state_dict": HarmfulPickle(created_folder),
-                    "state_dict": HarmfulPickle(created_folder),
-                },
-                path,
-            )
-        else:
-            with path.open("wb") as file:
-                np.save(
-                    file, np.array([HarmfulPickle(created_folder)], dtype=object), allow_pickle=True
-                )
-    for arguments in commands(root):
-        code = program(arguments)
-        _, err = capsys.readouterr()
-        assert not created_folder.exists(), arguments
-        assert code in (0, 1, 2), arguments
-        assert "Traceback" not in err
-        assert len(err.splitlines()) <= 3, err
-        assert code == 0 or err.startswith("Error: "), err
-        assert "Add --debug" not in err, err  # an unexpected error
+    with restored(finished):
+        paths = paths_of(finished, name)
+        for path in paths:
+            path.unlink()
+            write_pickle(path, pickler, HarmfulPickle(created_folder))
+        for arguments, opened in zip(commands(finished), opened_by_commands, strict=True):
+            if opened.isdisjoint(map(str, paths)) and not name.endswith(OPENED_UNKNOWN):
+                continue
+            code = program(arguments)
+            _, err = capsys.readouterr()
+            assert not created_folder.exists(), arguments
+            assert code in (0, 1, 2), arguments
+            assert "Traceback" not in err
+            assert len(err.splitlines()) <= 3, err
+            assert code == 0 or err.startswith("Error: "), err
+            assert "Add --debug" not in err, err  # an unexpected error
+
+
+def write_pickle(path, pickler, harmful):
+    if pickler == "plain":
+        path.write_bytes(pickle.dumps(harmful))
+    elif pickler == "torch":
+        torch.save({"classifier_state_dict": harmful, "state_dict": harmful}, path)
+    else:
+        with path.open("wb") as file:
+            np.save(file, np.array([harmful], dtype=object), allow_pickle=True)
 
 
 def test_only_two_modules_unpickle_and_both_are_restricted():
