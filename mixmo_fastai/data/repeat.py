@@ -8,6 +8,7 @@ one batch is fetched, so that it is unchanged after an interruption.
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, NamedTuple
 
 from fastai.data.load import DataLoader
@@ -47,7 +48,7 @@ def expand(loader: Any, copies: int, arrange: Arrangement | None = None) -> Expa
         return Expansion(loader, 1)
     inner = _inner_loader(loader)
     if isinstance(inner, DataLoader) and isinstance(inner.after_batch, Pipeline):
-        return Expansion(TransformedCopies(loader, copies), copies)
+        return Expansion(with_copies(loader, copies), copies)
     return Expansion(loader, 1)
 
 
@@ -72,51 +73,53 @@ class RepeatBatch(Transform):
         return repeat_batch(batch, self.copies)
 
 
-class TransformedCopies:
-    """A fastai loader whose batches are repeated before its batch transforms.
+class _WithCopies:
+    """The iteration of a fastai loader whose batches are repeated before its batch transforms."""
 
-    It imitates the loader for callbacks that inspect it, and for fastai, which would otherwise wrap
-    a distributed loader again.
-    """
-
-    def __init__(self, loader: DataLoader, copies: int) -> None:
-        self.loader, self.copies, self.inner = loader, copies, _inner_loader(loader)
-
-    @property
-    def __class__(self) -> Any:
-        return type(self.loader)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or "loader" not in vars(self):
-            raise AttributeError(name)
-        return getattr(self.loader, name)
-
-    def __reduce__(self) -> Any:
-        return TransformedCopies, (self.loader, self.copies)
-
-    def __len__(self) -> int:
-        return len(self.loader)
+    # Not in the dictionary of attributes, which the user's loader shares.
+    __slots__ = ("copies", "loader")
 
     def __iter__(self) -> Iterator[Any]:
-        batches = iter(self.loader)
+        inner = _inner_loader(self)
+        batches = super().__iter__()  # type: ignore[misc]
         # One pipeline for the whole pass: fastai sets its split index at the start.
-        original = self.inner.after_batch
+        original = inner.after_batch
         repeating = Pipeline([RepeatBatch(self.copies), *original.fs], split_idx=original.split_idx)
         while True:
-            with self._replaced_transforms(repeating):
+            with _replaced_transforms(inner, repeating):
                 try:
                     batch = next(batches)
                 except StopIteration:
                     return
             yield batch
 
-    @contextmanager
-    def _replaced_transforms(self, pipeline: Pipeline) -> Iterator[None]:
-        original, self.inner.after_batch = self.inner.after_batch, pipeline
-        try:
-            yield
-        finally:
-            self.inner.after_batch = original
+    def __reduce__(self) -> Any:
+        return with_copies, (self.loader, self.copies)
+
+
+def with_copies(loader: DataLoader, copies: int) -> Any:
+    """Return a view of a fastai loader whose batches are repeated before its batch transforms.
+
+    The view is an instance of a subclass of the loader's class, and has the same attributes, also
+    those that are set later: the loader's random order, for example, advances with each pass.
+    """
+    view = object.__new__(_class_with_copies(type(loader)))
+    view.loader, view.copies, view.__dict__ = loader, copies, vars(loader)
+    return view
+
+
+@cache
+def _class_with_copies(kind: type) -> Any:
+    return type(kind.__name__, (_WithCopies, kind), {"__module__": __name__})
+
+
+@contextmanager
+def _replaced_transforms(loader: Any, pipeline: Pipeline) -> Iterator[None]:
+    original, loader.after_batch = loader.after_batch, pipeline
+    try:
+        yield
+    finally:
+        loader.after_batch = original
 
 
 def repeat_batch(batch: Any, copies: int) -> Any:
