@@ -122,6 +122,14 @@ def test_after_an_interruption_the_network_returns_the_ensemble(error, event):
     assert learn.model.eval()(torch.zeros(2, 3, 8, 8)).ndim == 2
 
 
+def test_a_forward_pass_of_the_user_needs_no_further_argument():
+    learn = make_learner()
+    expected = learn.validate()
+    original = learn.model.forward
+    learn.model.forward = lambda inputs, masks=None: original(inputs, masks)
+    assert learn.validate() == expected
+
+
 def test_member_preds_do_not_change_the_learner():
     learn = make_learner()
     expected = member_preds(learn).probabilities

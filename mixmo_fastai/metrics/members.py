@@ -3,6 +3,7 @@
 Shapes: B samples of a batch, M members, K classes.
 """
 
+import inspect
 from typing import Any
 
 from fastai.callback.core import Callback
@@ -49,15 +50,22 @@ class RequestMembers(Callback):
     def before_batch(self) -> None:
         """Request member logits by the arguments of the network."""
         is_requested = any(isinstance(other, MemberLogits) for other in self.learn.cbs)
-        if is_requested and len(self.learn.xb) == 1 and _has_members(self.learn):
+        network = unwrap(self.learn.model)
+        if is_requested and len(self.learn.xb) == 1 and _can_return_members(network):
             self.learn.xb = (*self.learn.xb, *_REQUEST)
 
 
 _REQUEST = (None, True)  # no masks, all members
 
 
-def _has_members(learn: Any) -> bool:
-    return isinstance(unwrap(learn.model), MixMoModel)
+def _can_return_members(network: Any) -> bool:
+    if not isinstance(network, MixMoModel):
+        return False
+    try:
+        inspect.signature(network.forward).bind("inputs", *_REQUEST)
+    except TypeError:  # a forward pass of the user's
+        return False
+    return True
 
 
 def current_member_logits(learn: Any) -> Tensor:

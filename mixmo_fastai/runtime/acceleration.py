@@ -100,11 +100,13 @@ class Acceleration:
         Autocast is entered and left within the pass, so that no error can leave it on.
 
         Args:
-            plain: the forward pass, (network, inputs, masks) -> logits.
+            plain: the forward pass, `MixMoModel.forward`.
         """
         training_forward: Any = torch.compile(plain, dynamic=False) if self.compiled else plain
 
-        def forward(network: nn.Module, inputs: Tensor, masks: Tensor | None = None) -> Tensor:
+        def forward(
+            network: nn.Module, inputs: Tensor, masks: Tensor | None = None, *more: Any
+        ) -> Tensor:
             if not self.channels_last:  # loaders return channels-last batches
                 inputs = _member_by_member(inputs) if inputs.ndim == 5 else inputs.contiguous()
             if self.compiled and masks is not None:
@@ -112,9 +114,9 @@ class Acceleration:
             # Evaluation batches have other shapes, each of which would be compiled again.
             run = plain if masks is None else training_forward
             if self.autocast is None:  # keep the caller's autocast setting
-                return run(network, inputs, masks)
+                return run(network, inputs, masks, *more)
             with torch.autocast(self.device.type, self.autocast):
-                logits: Tensor = run(network, inputs, masks)
+                logits: Tensor = run(network, inputs, masks, *more)
             return logits
 
         return forward
