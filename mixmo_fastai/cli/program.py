@@ -8,12 +8,12 @@ import sys
 import traceback
 import warnings
 from collections.abc import Container, Sequence
-from pkgutil import resolve_name
 
 import typer
 
 from mixmo_fastai import __version__
 from mixmo_fastai.cli.options import use_flag_names
+from mixmo_fastai.config.registered import resolve_registered
 from mixmo_fastai.errors import InputError, RunFailedError, RunInterruptedError
 from mixmo_fastai.runtime.signals import StopRequest, handling_signals
 
@@ -99,7 +99,8 @@ def build_app(commands: Container[str] = frozenset(_COMMANDS)) -> typer.Typer:
     app.callback()(_options)
     for name, (target, first_line) in _COMMANDS.items():
         if name in commands:
-            app.command(name)(resolve_name(f"mixmo_fastai.cli.{target}"))
+            function = resolve_registered("command", name, f"mixmo_fastai.cli.{target}")
+            app.command(name)(function)
         else:
             app.command(name, help=first_line)(lambda: None)
     return app

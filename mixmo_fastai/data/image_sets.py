@@ -15,6 +15,7 @@ from torch import Tensor
 from mixmo_fastai.config.choices import DATASETS
 from mixmo_fastai.data.decoding import decode_batches, decode_image
 from mixmo_fastai.data.parts import DataParts
+from mixmo_fastai.data.source_checks import check_array_images, check_source
 
 
 class ImageSet(Protocol):
@@ -52,12 +53,18 @@ class ArrayImages:
         labels: (N,) int64.
         names: names of the images.
         files: the files the images were decoded from, if any.
+
+    Raises:
+        InputError: an attribute has another type or shape.
     """
 
     pixels: Tensor
     labels: Tensor
     names: tuple[str, ...]
     files: "FileImages | None" = None
+
+    def __post_init__(self) -> None:
+        check_array_images(self.pixels, self.labels, self.names)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -218,6 +225,10 @@ class DataSource:
         left_out: skipped damaged files, with the reason for each.
         scaled_to: height and width to which all images of a folder were resized; 0 for the size
             chosen from the images.
+
+    Raises:
+        InputError: labels are not indices of `classes`, splits differ in their image shape, or
+            `mean` or `std` do not fit the channels.
     """
 
     name: str
@@ -233,6 +244,9 @@ class DataSource:
     notes: tuple[tuple[str, str], ...] = ()
     left_out: Mapping[str, str] = field(default_factory=dict)
     scaled_to: int = 0
+
+    def __post_init__(self) -> None:
+        check_source(self)
 
 
 def named_source(

@@ -223,7 +223,7 @@ class BatchLoader(TfmdDL):
             return windows
         position, rank, device = (epoch, step), process_group().rank, windows.device
         generator = make_generator(self.seed, "transform", *position, rank, device=device)
-        return transform.function(windows, generator)
+        return transform(windows, generator)
 
     def _store(self, pixels: Tensor) -> StoredImages:
         """Store images (any, C, H, W) uint8 on the device in the layout needed for cropping."""

@@ -14,6 +14,7 @@ from mixmo_fastai.data.digits import read_digits
 from mixmo_fastai.data.image_folder import read_image_folder
 from mixmo_fastai.data.image_sets import ArrayImages, DataSource, FileImages, ImageSet
 from mixmo_fastai.data.parts import DataParts
+from mixmo_fastai.data.source_checks import check_against_facts
 from mixmo_fastai.data.tiny_imagenet import TINY_IMAGENET, read_tiny_imagenet
 from mixmo_fastai.errors import InputError, unknown_name_error
 
@@ -113,9 +114,12 @@ def load_source(
     if dataset in SOURCES:
         _check_image_size(str(dataset), image_size)
         _check_no_test_split(str(dataset), test_split)
-        return SOURCES[dataset].load(
+        source = SOURCES[dataset].load(
             home, download=download, skip_damaged=skip_damaged, left_out=left_out
         )
+        facts, has_files = DATASETS[str(dataset)], SOURCES[dataset].has_files
+        check_against_facts(source, facts, may_have_fewer_classes=has_files)
+        return source
     if isinstance(dataset, str) and not _is_path(dataset):
         raise InputError(
             f"{unknown_name_error('data set', dataset, SOURCES)}\n"

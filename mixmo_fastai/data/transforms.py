@@ -13,7 +13,6 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from fasttransform import Pipeline
 from torch import Generator, Tensor
 
 from mixmo_fastai.config.choices import TRANSFORMS
+from mixmo_fastai.config.registered import resolve_registered
 from mixmo_fastai.errors import InputError, nearest, summarize_error, unknown_name_error
 from mixmo_fastai.rng import Stream, derive_seed
 
@@ -59,7 +59,22 @@ class SeededTransform:
         with torch.random.fork_rng(devices=[]):
             seed = derive_seed(self.seed, self.transform.stream, self.epoch, index)
             torch.default_generator.manual_seed(seed)  # seeds the CPU generator only
-            return self.transform.function(pixels)
+            result = self.transform.function(pixels)
+        _check_unchanged_type(result, pixels)
+        return result
+
+
+def _check_unchanged_type(result: Any, images: Tensor) -> None:
+    if not isinstance(result, Tensor):
+        found = type(result).__name__
+    elif result.shape != images.shape or result.dtype != images.dtype:
+        found = f"{tuple(result.shape)} {str(result.dtype).removeprefix('torch.')}"
+    else:
+        return
+    raise InputError(
+        f"A transform must keep shape and type: {tuple(images.shape)} uint8; got {found}.\n"
+        "Convert the result back, for example with result.round().clamp(0, 255).to(torch.uint8)."
+    )
 
 
 @dataclass(frozen=True)
@@ -74,6 +89,27 @@ class BatchTransform:
     """
 
     function: Callable[[Tensor, Generator], Tensor]
+
+    def __post_init__(self) -> None:
+        try:
+            inspect.signature(self.function).bind("images", "generator")
+        except TypeError as error:
+            raise InputError(
+                f"The function of a BatchTransform must take images and a generator: {error}.\n"
+                "Its draws must come from the generator, so that runs are reproducible."
+            ) from None
+        except ValueError:  # a builtin without a signature
+            pass
+
+    def __call__(self, images: Tensor, generator: Generator) -> Tensor:
+        """Transform images (P, C, H, W) uint8.
+
+        Raises:
+            InputError: the function returned another shape or dtype.
+        """
+        result = self.function(images, generator)
+        _check_unchanged_type(result, images)
+        return result
 
 
 Transform = ImageTransform | BatchTransform
@@ -100,7 +136,7 @@ def build_transform(
         raise unknown_name_error("transform", name, TRANSFORMS)
     options = dict(options or {})
     target = TRANSFORMS[name].target
-    build = (lambda: None) if target is None else resolve_name(target)
+    build = (lambda: None) if target is None else resolve_registered("transform", name, target)
     _check_options(name, build, options)
     try:
         transform: Transform | None = build(**options)
@@ -133,17 +169,9 @@ def _try_transform(transform: Transform | None, image_shape: Sequence[int]) -> N
     """Run a transform once, to find invalid options before training."""
     image = torch.zeros(*image_shape, dtype=torch.uint8)
     if isinstance(transform, ImageTransform):
-        result, expected = transform.seeded(0, 0)(image, 0), image
+        transform.seeded(0, 0)(image, 0)
     elif isinstance(transform, BatchTransform):
-        expected = image.repeat(2, 1, 1, 1)
-        result = transform.function(expected.clone(), Generator().manual_seed(0))
-    else:
-        return
-    if result.shape != expected.shape or result.dtype != torch.uint8:
-        raise InputError(
-            f"A transform must keep shape and type: {tuple(expected.shape)} uint8; got "
-            f"{tuple(result.shape)} {result.dtype}."
-        )
+        transform(image.repeat(2, 1, 1, 1), Generator().manual_seed(0))
 
 
 def rand_augment(

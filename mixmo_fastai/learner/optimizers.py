@@ -8,7 +8,6 @@ those below and register it in `choices.OPTIMIZERS`.
 import inspect
 from collections.abc import Callable, Iterable
 from functools import partial
-from pkgutil import resolve_name
 from typing import Any
 
 import fastai.optimizer
@@ -17,6 +16,7 @@ from fastai.optimizer import OptimWrapper
 
 from mixmo_fastai.config.choices import OPTIMIZERS, parse_optimizer
 from mixmo_fastai.config.recipe import Optimizer
+from mixmo_fastai.config.registered import resolve_registered
 from mixmo_fastai.errors import InputError, nearest
 from mixmo_fastai.learner.muon import Muon
 
@@ -43,7 +43,7 @@ def build_optimizer_factory(name: str, weight_decay: float, **options: Any) -> O
         build = _find_in_fastai(library_name)
         _check_options(name, build, options)
         return partial(build, wd=weight_decay, **options)
-    build = resolve_name(OPTIMIZERS[library_name])
+    build = resolve_registered("optimizer", library_name, OPTIMIZERS[library_name])
     _check_options(name, build, options)
     factory: OptimizerFactory = build(weight_decay=weight_decay, **options)
     return factory

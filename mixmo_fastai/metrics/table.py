@@ -9,9 +9,9 @@ Shapes: N samples, M members, K classes, Q bins.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
+from mixmo_fastai.config.registered import resolve_registered
 from mixmo_fastai.errors import InputError
 
 
@@ -159,11 +159,12 @@ class MetricSpec:
                 f"{self.name} compares members and needs at least two; got {num_members}."
             )
         arguments = (getattr(inputs, name) for name in self.arguments)
-        return resolve_name(self.function)(*arguments, **self.options).tolist()
+        function = resolve_registered("metric", self.name, self.function)
+        return function(*arguments, **self.options).tolist()
 
     def compute_terms(self, logits: Any, labels: Any) -> Any:
         """Compute the terms of samples for the bootstrap; see `terms`."""
-        return resolve_name(self.terms)(logits, labels)
+        return resolve_registered("metric", self.name, self.terms)(logits, labels)
 
 
 METRICS = (

@@ -9,12 +9,12 @@ operations are batched and run on the device of `area`, without synchronisation.
 
 import math
 from collections.abc import Callable
-from pkgutil import resolve_name
 
 import torch
 from torch import Tensor
 
 from mixmo_fastai.config.choices import COW_DEFAULTS, MASK_REGIONS
+from mixmo_fastai.config.registered import resolve_registered
 from mixmo_fastai.errors import InputError
 
 Shape = tuple[int, int, int]
@@ -251,7 +251,9 @@ def _check_interval(
 
 
 REGIONS: dict[str, Region] = {
-    kind: resolve_name(target) for kind, target in MASK_REGIONS.items() if target is not None
+    kind: resolve_registered("mask kind", kind, target)
+    for kind, target in MASK_REGIONS.items()
+    if target is not None
 }
 """Mask kinds that draw a region for role 0, by name. At the end, since most are defined here."""
 SOFT_REGIONS = ("patchup-soft", "noise")

@@ -174,7 +174,8 @@ class MixMoModel(nn.Module):
         """Return the shape (D, h, w) of an encoder's output for images of this size.
 
         Raises:
-            InputError: the shape cannot be computed, or the encoder's output is not a feature map.
+            InputError: the shape cannot be computed, the output is not a feature map, or encoders
+                differ in it.
 
         Example:
             >>> from mixmo_fastai.models.create import create_model
@@ -183,7 +184,13 @@ class MixMoModel(nn.Module):
         """
         if (height, width) not in self._mask_shapes:
             image = torch.empty(1, self.in_channels, height, width, device="meta")
-            self._mask_shapes[height, width] = _output_shape(self.encoders[0], image)
+            shapes = [_output_shape(encoder, image) for encoder in self.encoders]
+            if len(set(shapes)) > 1:
+                raise InputError(
+                    "Encoders must return feature maps of equal shape, which are added; got "
+                    f"{', '.join(map(str, shapes))} for images of ({height}, {width})."
+                )
+            self._mask_shapes[height, width] = shapes[0]
         return self._mask_shapes[height, width]
 
     def fuse(self, *, keep_members: bool = False) -> nn.Module:
@@ -270,7 +277,8 @@ class MixMoModel(nn.Module):
         if readout is None:
             embedding = run_core(self.core, features, image)
         else:
-            embedding = embed(readout, self.core, features, masks)
+            num_features = getattr(self.heads[0], "in_features", None)
+            embedding = embed(readout, self.core, features, masks, num_features)
         if embedding.ndim == 2:
             logits = torch.stack([head(embedding) for head in self.heads], dim=1)
         else:  # (B, M, F), one embedding per head

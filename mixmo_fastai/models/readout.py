@@ -8,13 +8,14 @@ the maps and the masks with which the features were mixed. To add a readout, wri
 register it in `choices.READOUTS`.
 """
 
-from pkgutil import resolve_name
-from typing import Protocol, runtime_checkable
+import inspect
+from typing import Any, Protocol, runtime_checkable
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixmo_fastai.config.choices import READOUTS
+from mixmo_fastai.config.registered import resolve_registered
 from mixmo_fastai.errors import InputError, unknown_name_error
 
 
@@ -91,7 +92,7 @@ def build_readout(readout: str | nn.Module | None) -> nn.Module | None:
     """Build a readout from its name; modules and None are returned unchanged.
 
     Raises:
-        InputError: the name is unknown.
+        InputError: the name is unknown, or the readout is neither a name nor a module.
 
     Example:
         >>> build_readout("core") is None
@@ -100,25 +101,41 @@ def build_readout(readout: str | nn.Module | None) -> nn.Module | None:
         Traceback (most recent call last):
         mixmo_fastai.errors.InputError: Unknown readout 'attention'...
     """
-    if not isinstance(readout, str):
+    if readout is None or isinstance(readout, nn.Module):
         return readout
+    if not isinstance(readout, str):
+        hint = f"{readout.__name__}()" if isinstance(readout, type) else "a Readout"
+        raise InputError(
+            f"readout must be a name, a module or None; got {readout!r}.\n"
+            f"Names: {', '.join(READOUTS)}. To pass a module, pass an instance: readout={hint}."
+        )
     if readout not in READOUTS:
         raise unknown_name_error("readout", readout, READOUTS)
     target = READOUTS[readout]
-    return None if target is None else resolve_name(target)()
+    if target is None:
+        return None
+    built: nn.Module = resolve_registered("readout", readout, target)()
+    return built
 
 
 def check_readout(readout: nn.Module, core: nn.Module) -> None:
-    """Check that a core has the feature maps that a readout needs.
+    """Check that a readout takes maps and masks, and that a core has maps.
 
     Raises:
-        InputError: the core has no method `maps`.
+        InputError: the readout takes other arguments, or the core has no method `maps`.
 
     Example:
         >>> check_readout(Readout(), core=nn.Flatten())
         Traceback (most recent call last):
         mixmo_fastai.errors.InputError: The readout Readout needs feature maps, but ...
     """
+    try:
+        inspect.signature(readout.forward).bind("maps", "masks")
+    except TypeError as error:
+        raise InputError(
+            f"The readout {type(readout).__name__} must have a method forward(maps, masks): "
+            f"{error}.\nMasks are None at inference."
+        ) from None
     if not isinstance(core, HasMaps):
         raise InputError(
             f"The readout {type(readout).__name__} needs feature maps, but the core "
@@ -128,7 +145,13 @@ def check_readout(readout: nn.Module, core: nn.Module) -> None:
         )
 
 
-def embed(readout: nn.Module, core: nn.Module, features: Tensor, masks: Tensor | None) -> Tensor:
+def embed(
+    readout: nn.Module,
+    core: nn.Module,
+    features: Tensor,
+    masks: Tensor | None,
+    num_features: int | None = None,
+) -> Tensor:
     """Apply a core and a readout to mixed features.
 
     Args:
@@ -136,9 +159,13 @@ def embed(readout: nn.Module, core: nn.Module, features: Tensor, masks: Tensor |
         core: core with a method `maps`.
         features: (B, D, h, w).
         masks: (B, M, 1 or D, h, w), or None.
+        num_features: F, the number of features that the heads take; None if it is unknown.
 
     Returns:
         (B, F), or (B, M, F) with one embedding per head.
+
+    Raises:
+        InputError: the readout returns something else.
 
     Example:
         >>> from mixmo_fastai.models.wide_resnet import WideResNetCore
@@ -150,5 +177,29 @@ def embed(readout: nn.Module, core: nn.Module, features: Tensor, masks: Tensor |
         torch.Size([4, 64])
     """
     assert isinstance(core, HasMaps)
-    embedding: Tensor = readout(core.maps(features), masks)
-    return embedding
+    maps = core.maps(features)
+    embedding = readout(maps, masks)
+    _check_embedding(readout, embedding, maps, masks, num_features)
+    return embedding  # type: ignore[no-any-return]
+
+
+def _check_embedding(
+    readout: nn.Module,
+    embedding: Any,
+    maps: Tensor,
+    masks: Tensor | None,
+    num_features: int | None,
+) -> None:
+    batch, features = len(maps), num_features or maps.shape[1]
+    allowed: list[tuple[int, ...]] = [(batch, features)]
+    if masks is not None:
+        allowed.append((batch, masks.shape[1], features))
+    shape = tuple(embedding.shape) if isinstance(embedding, Tensor) else type(embedding).__name__
+    if shape in allowed or (num_features is None and shape[:-1] in {each[:-1] for each in allowed}):
+        return
+    expected = " or ".join(map(str, allowed))
+    raise InputError(
+        f"The readout {type(readout).__name__} returned {shape} for maps {tuple(maps.shape)}; "
+        f"expected {expected}.\n"
+        "It must return (B, F) for all heads or, with masks, (B, M, F) with one embedding per head."
+    )

@@ -1,0 +1,115 @@
+"""Checks of data sources, so that mistakes in one's own data are found before training.
+
+They read labels and metadata only; pixels may be mapped from a file larger than the memory.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixmo_fastai.errors import InputError, check_count
+
+
+def check_array_images(pixels: Any, labels: Any, names: Sequence[str]) -> None:
+    """Check the attributes of an `ArrayImages`.
+
+    Raises:
+        InputError: pixels are not (N, C, H, W) uint8, labels are not (N,) int64, or there are not N
+            names.
+    """
+    if not isinstance(pixels, Tensor) or pixels.dtype != torch.uint8 or pixels.ndim != 4:
+        raise InputError(
+            f"pixels must be a tensor (N, C, H, W) of uint8; got {_describe(pixels)}.\n"
+            "Scale floats to 0…255 and round them, then call .to(torch.uint8)."
+        )
+    if pixels.shape[1] > 4 and pixels.shape[3] <= 4:
+        raise InputError(
+            f"pixels must be (N, C, H, W); got {tuple(pixels.shape)}, which looks like "
+            "(N, H, W, C).\nMove the channels: pixels.permute(0, 3, 1, 2).contiguous()."
+        )
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.ndim != 1:
+        raise InputError(
+            f"labels must be a tensor (N,) of int64; got {_describe(labels)}.\n"
+            "Use torch.tensor(labels), or labels.long()."
+        )
+    if not len(pixels) == len(labels) == len(names):
+        raise InputError(
+            f"There must be one label and one name per image; got {len(pixels)} images, "
+            f"{len(labels)} labels and {len(names)} names."
+        )
+
+
+def check_source(source: Any) -> None:
+    """Check the attributes of a `DataSource`.
+
+    Raises:
+        InputError: labels are not indices of classes, splits differ in their image shape, or
+            normalisation, padding or flip have invalid values.
+    """
+    splits = {"train": source.train, "test": source.test}
+    if source.valid is not None:
+        splits["valid"] = source.valid
+    shape = tuple(source.train.image_shape)
+    for name, images in splits.items():
+        _check_labels(f"{source.name!r}, {name}", images.labels, len(source.classes))
+        if len(images) and tuple(images.image_shape) != shape:
+            raise InputError(
+                f"All images of {source.name!r} must have one shape; training images have {shape}, "
+                f"those of {name} {tuple(images.image_shape)}.\nResize them to one size."
+            )
+    _check_normalization("mean", source.mean, shape[0], lowest=-math.inf)
+    _check_normalization("std", source.std, shape[0], lowest=0.0)
+    check_count("crop_padding", source.crop_padding, minimum=0)
+
+
+def check_against_facts(source: Any, info: Any, *, may_have_fewer_classes: bool = False) -> None:
+    """Check that a named data set has the properties that `choices.DATASETS` states.
+
+    Args:
+        source: the `DataSource`.
+        info: its entry in `DATASETS`.
+        may_have_fewer_classes: whether users may have removed classes, such as folders of images.
+
+    Raises:
+        InputError: the number of classes or the image shape differs.
+    """
+    found = {"num_classes": len(source.classes), "image_shape": tuple(source.train.image_shape)}
+    if may_have_fewer_classes and found["num_classes"] < info.num_classes:
+        del found["num_classes"]
+    for name, value in found.items():
+        if (stated := getattr(info, name)) != value:
+            raise InputError(
+                f"The data set {source.name!r} has {name} {value}, but its entry in DATASETS "
+                f"states {stated}.\nCorrect the entry in mixmo_fastai/config/choices.py."
+            )
+
+
+def _check_labels(name: str, labels: Tensor, num_classes: int) -> None:
+    if not len(labels):
+        return
+    low, high = (int(bound) for bound in labels.aminmax())
+    if low < 0 or high >= num_classes:
+        raise InputError(
+            f"Labels of {name} must be indices of its {num_classes} classes, from 0 to "
+            f"{num_classes - 1}; got {low} to {high}."
+        )
+
+
+def _check_normalization(name: str, values: Any, channels: int, *, lowest: float) -> None:
+    is_sequence = isinstance(values, Sequence) and not isinstance(values, str)
+    is_valid = is_sequence and len(values) == channels
+    if not is_valid or not all(math.isfinite(value) and value > lowest for value in values):
+        positive = "positive " if lowest == 0 else ""
+        raise InputError(
+            f"{name} must have one {positive}number per channel, here {channels}, for pixels in "
+            f"[0, 1]; got {values!r}."
+        )
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
+    return type(value).__name__
