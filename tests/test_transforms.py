@@ -15,14 +15,9 @@ from mixmo_fastai.config.methods import method_name
 from mixmo_fastai.config.resolve import resolve_recipe
 from mixmo_fastai.data.cuts import Augmentation
 from mixmo_fastai.data.loaders import ResidentLoader, StreamingLoader
-from mixmo_fastai.data.transforms import (
-    BatchTransform,
-    ImageTransform,
-    build_transform,
-    draw_boxes,
-    rand_augment,
-    resize_boxes,
-)
+from mixmo_fastai.data.resized_crop import draw_boxes, resize_boxes
+from mixmo_fastai.data.torchvision_transforms import rand_augment
+from mixmo_fastai.data.transforms import BatchTransform, ImageTransform, build_transform
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.training.prepare import prepare
 
