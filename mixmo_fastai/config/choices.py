@@ -197,7 +197,9 @@ def parse_optimizer(name: str) -> tuple[str, str]:
         return "", name
     if match := re.fullmatch(r"(torch|fastai)/(.+)", name):
         return match[1], match[2]
-    raise unknown_name_error("optimizer", name, [*OPTIMIZERS, "torch/NAME", "fastai/NAME"])
+    error = unknown_name_error("optimizer", name, [*OPTIMIZERS, "torch/NAME", "fastai/NAME"])
+    hint = "" if "/" in name else f"\nOf other libraries: torch/{name} or fastai/{name}."
+    raise InputError(f"{error}{hint}")
 
 
 def parse_architecture(name: str) -> Architecture:

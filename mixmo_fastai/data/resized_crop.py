@@ -13,7 +13,7 @@ from mixmo_fastai.errors import InputError
 
 
 def random_resized_crop(
-    scale: Sequence[float] = (0.08, 1.0), ratio: Sequence[float] = (3 / 4, 4 / 3)
+    scale: Sequence[float] | None = None, ratio: Sequence[float] = (3 / 4, 4 / 3)
 ) -> BatchTransform:
     """Return random crops that are resized to the image size, as in training on ImageNet.
 
@@ -21,13 +21,16 @@ def random_resized_crop(
     interpolation. A crop is never larger than the result, so antialiasing would have no effect.
 
     Args:
-        scale: smallest and largest fraction of the image's area.
+        scale: smallest and largest fraction of the image's area; None for 0.08 and 1, as on
+            ImageNet, but at least 25 pixels: of an image of 8 x 8 pixels, 0.39.
         ratio: smallest and largest ratio of width to height.
 
     Raises:
         InputError: a range is empty, or not positive.
     """
     for name, bounds, highest in (("scale", scale, 1.0), ("ratio", ratio, float("inf"))):
+        if bounds is None:
+            continue
         is_pair = isinstance(bounds, Sequence) and len(bounds) == 2
         if not is_pair or not 0 < bounds[0] <= bounds[1] <= highest:
             limit = " and at most 1" if name == "scale" else ""
@@ -37,12 +40,19 @@ def random_resized_crop(
 
     def crop(images: Tensor, generator: Generator) -> Tensor:
         count, (height, width) = len(images), images.shape[-2:]
-        boxes = draw_boxes(count, (height, width), scale, ratio, generator)
+        areas = default_scale(height, width) if scale is None else scale
+        boxes = draw_boxes(count, (height, width), areas, ratio, generator)
         return resize_boxes(images, boxes)
 
     return BatchTransform(crop)
 
 
+def default_scale(height: int, width: int) -> tuple[float, float]:
+    """Return the default areas of crops, as fractions of the image's area."""
+    return min(1.0, max(0.08, MIN_PIXELS / (height * width))), 1.0
+
+
+MIN_PIXELS = 25
 _ATTEMPTS = 10
 
 

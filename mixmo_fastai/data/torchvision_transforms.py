@@ -1,6 +1,7 @@
 """Transforms of torchvision for single training images."""
 
 from mixmo_fastai.data.transforms import ImageTransform
+from mixmo_fastai.errors import InputError, check_count
 
 
 def rand_augment(
@@ -14,7 +15,17 @@ def rand_augment(
         num_ops: number of operations per image.
         magnitude: strength of the operations, from 0 to `num_magnitude_bins` - 1.
         num_magnitude_bins: number of strengths.
+
+    Raises:
+        InputError: an argument is not an integer, or out of range.
     """
+    check_count("num_ops", num_ops)
+    check_count("num_magnitude_bins", num_magnitude_bins, minimum=2)
+    check_count("magnitude", magnitude, minimum=0)
+    if magnitude >= num_magnitude_bins:
+        raise InputError(
+            f"magnitude must be below num_magnitude_bins={num_magnitude_bins}; got {magnitude}."
+        )
     from torchvision.transforms import RandAugment  # importing takes 1.5 s, and few runs need it
 
     return ImageTransform(RandAugment(num_ops, magnitude, num_magnitude_bins))
@@ -27,7 +38,11 @@ def trivial_augment(num_magnitude_bins: int = 31) -> ImageTransform:
 
     Args:
         num_magnitude_bins: number of strengths.
+
+    Raises:
+        InputError: the number is not an integer above 1.
     """
+    check_count("num_magnitude_bins", num_magnitude_bins, minimum=2)
     from torchvision.transforms import TrivialAugmentWide
 
     return ImageTransform(TrivialAugmentWide(num_magnitude_bins))
@@ -51,7 +66,18 @@ def augmix(
         alpha: concentration of the weights of the chains.
         all_ops: whether to use brightness, colour, contrast and sharpness too, which overlap with
             the corruptions of CIFAR-C.
+
+    Raises:
+        InputError: an argument is out of range.
     """
+    check_count("severity", severity)
+    if severity > 10:
+        raise InputError(f"severity must be from 1 to 10; got {severity}.")
+    check_count("mixture_width", mixture_width)
+    if chain_depth != -1:
+        check_count("chain_depth, if it is not -1,", chain_depth)
+    if not isinstance(alpha, int | float) or not 0 < alpha < float("inf"):
+        raise InputError(f"alpha must be a number above 0; got {alpha!r}.")
     from torchvision.transforms import AugMix
 
     return ImageTransform(

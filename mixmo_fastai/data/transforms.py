@@ -137,12 +137,12 @@ def build_transform(
     try:
         transform: Transform | None = build(**options)
         _try_transform(transform, image_shape)
-    except InputError:
-        raise
+    except InputError as error:
+        raise InputError(f"The transform {name!r}: {error}") from error
     except Exception as error:
         raise InputError(
             f"The transform {name!r} with options {options} fails on images of shape "
-            f"{tuple(image_shape)}: {summarize_error(error)}.\n"
+            f"{tuple(image_shape)}:\n{summarize_error(error)}.\n"
             "Use other options or another transform."
         ) from error
     return transform
