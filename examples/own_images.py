@@ -40,6 +40,8 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("own-images"), help="output folder")
     args = parser.parse_args()
+    if args.epochs < 1:
+        parser.error(f"--epochs must be 1 or more; got {args.epochs}")
     if not any(args.folder.glob("*/*")):
         parser.error(f"{args.folder} contains no class folders with images")
     args.out.mkdir(parents=True, exist_ok=True)

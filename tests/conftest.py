@@ -9,6 +9,7 @@ __all__ = ["mixmo", "server"]
 
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
+MANY_TESTS = 20  # from which on caching the digits takes less time than it saves
 
 
 @pytest.hookimpl(wrapper=True)
@@ -17,13 +18,26 @@ def pytest_runtestloop(session):
     filters = session.config.getini("filterwarnings")
     gc.collect()
     gc.freeze()  # otherwise each collection traverses all imported objects
-    cache_digits()
+    if len(session.items) > MANY_TESTS:
+        cache_digits()
     configured = [*filters]
     filters.insert(0, "error")  # first, so that pyproject.toml, -W and tests override it
     try:
         return (yield)
     finally:
         filters[:] = configured
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """Start one worker more than there are cores, since many tests wait for other processes."""
+    return num_cores() + 1
+
+
+def num_cores():
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 @pytest.hookimpl(optionalhook=True)

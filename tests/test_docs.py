@@ -101,7 +101,7 @@ def check_command_line(arguments):
         fit._check_no_settings(
             [parsed["dataset"], parsed["recipe"], parsed["out"], *flags.values()]
         )
-    elif "assignments" in parsed:
+    elif "dataset" in parsed and "assignments" in parsed:
         settings, assignments = opt.flags(**flags), parsed["assignments"] or ()
         resolve_recipe(parsed["dataset"], parsed["recipe"], settings, assignments)
     if parsed.get("ood"):

@@ -15,7 +15,7 @@ from mixmo_fastai.data.image_folder import read_image_folder
 from mixmo_fastai.data.loaders import ResidentLoader, StreamingLoader
 from mixmo_fastai.data.repeat import expand
 from mixmo_fastai.data.splits import limit_images, split_validation
-from mixmo_fastai.data.transforms import augmix
+from mixmo_fastai.data.torchvision_transforms import augmix
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.learner.build import mixmo_learner
 

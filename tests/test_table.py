@@ -12,7 +12,7 @@ from test_summary import draw_logits
 from mixmo_fastai.cli import render
 from mixmo_fastai.config.recipe import Recipe
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.metrics import bootstrap
+from mixmo_fastai.metrics import bootstrap, summary
 from mixmo_fastai.metrics.summary import MetricInputs, evaluate_logits
 from mixmo_fastai.metrics.table import (
     COVERAGES,
@@ -174,3 +174,44 @@ def test_reading_the_table_needs_neither_torch_nor_numpy():
         "sys.exit(bool({'torch', 'numpy', 'fastai'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def failing_metric(logits, labels):
+    return logits[labels.unknown]
+
+
+def vector_metric(logits, labels):
+    return logits.mean(dim=1)
+
+
+@pytest.mark.parametrize(
+    ("function", "is_per_member", "expected"),
+    [
+        (failing_metric, False, "failed with AttributeError: 'Tensor' object has no attribute"),
+        (vector_metric, False, "must return one number; got ["),
+        (lambda logits, labels: None, False, "must return one number; got None"),
+        (lambda logits, labels: logits.mean(), True, "must return one value per member (M,)"),
+    ],
+)
+def test_a_metric_that_fails_does_not_cost_the_others(
+    monkeypatch, function, is_per_member, expected
+):
+    is_failing = function is failing_metric
+    monkeypatch.setattr(sys.modules[__name__], "failing_metric", function)
+    mine = MetricSpec(
+        "mine",
+        "mine",
+        "a metric with an error",
+        PERCENT,
+        f"{__name__}:failing_metric",
+        is_per_member=is_per_member,
+    )
+    monkeypatch.setattr(summary, "METRICS", (*METRICS, mine))
+    inputs = draw_logits(200, 2, 10)
+    found = evaluate_logits(*inputs)
+    reason = found["absent"].pop("mine")
+    assert reason.startswith(f"{__name__}:failing_metric {expected}")
+    assert ("test_table.py, line" in reason) == is_failing
+    monkeypatch.undo()
+    assert found.pop("absent") == evaluate_logits(*inputs).pop("absent", {})
+    assert "nll" in found

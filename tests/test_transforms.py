@@ -15,14 +15,14 @@ from mixmo_fastai.config.methods import method_name
 from mixmo_fastai.config.resolve import resolve_recipe
 from mixmo_fastai.data.cuts import Augmentation
 from mixmo_fastai.data.loaders import ResidentLoader, StreamingLoader
-from mixmo_fastai.data.transforms import (
-    BatchTransform,
-    ImageTransform,
-    build_transform,
+from mixmo_fastai.data.resized_crop import (
+    default_scale,
     draw_boxes,
-    rand_augment,
+    random_resized_crop,
     resize_boxes,
 )
+from mixmo_fastai.data.torchvision_transforms import rand_augment
+from mixmo_fastai.data.transforms import BatchTransform, ImageTransform, build_transform
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.training.prepare import prepare
 
@@ -81,8 +81,18 @@ class TestRegistry:
             ("randaugment", {"magnitud": 3}, "Did you mean 'magnitude'"),
             ("trivialaugment", {"num_ops": 3}, "Allowed: num_magnitude_bins"),
             ("standard", {"padding": 3}, "Allowed: none"),
-            ("augmix", {"severity": 11}, "severity must be between"),
-            ("randaugment", {"magnitude": 31}, "'randaugment' with options"),
+            ("augmix", {"severity": 11}, "'augmix': severity must be from 1 to 10; got 11"),
+            ("augmix", {"alpha": 0}, "alpha must be a number above 0; got 0"),
+            ("augmix", {"chain_depth": 0}, "chain_depth, if it is not -1, must be an integer"),
+            ("randaugment", {"magnitude": 31}, "magnitude must be below num_magnitude_bins=31"),
+            ("randaugment", {"magnitude": "high"}, "magnitude must be an integer, 0 or more"),
+            ("randaugment", {"num_ops": -1}, "num_ops must be an integer, 1 or more; got -1"),
+            ("trivialaugment", {"num_magnitude_bins": 1}, "an integer, 2 or more; got 1"),
+            (
+                "aug-transforms",
+                {"max_rotate": "wide"},
+                r"with options {'max_rotate': 'wide'} fails",
+            ),
             ("random-resized-crop", {"scale": [0.5, 2]}, "scale must be two numbers"),
             ("random-resized-crop", {"ratio": [2, 0.5]}, "ratio must be two numbers"),
             ("random-resized-crop", {"scale": 2}, "scale must be two numbers"),
@@ -108,6 +118,18 @@ def test_other_objects_are_no_transforms(transform):
 
 
 class TestRandomResizedCrop:
+    @pytest.mark.parametrize(
+        ("size", "smallest"), [((8, 8), 25 / 64), ((16, 16), 25 / 256), ((32, 32), 0.08)]
+    )
+    def test_default_areas_leave_enough_pixels(self, size, smallest):
+        assert default_scale(*size) == (pytest.approx(smallest), 1.0)
+        images = random_images(300, 3, *size)
+        explicit = random_resized_crop(scale=default_scale(*size)).function(images, generator(1))
+        assert torch.equal(random_resized_crop().function(images, generator(1)), explicit)
+
+    def test_tiny_images_are_not_cropped_by_default(self):
+        assert default_scale(4, 4) == (1.0, 1.0)
+
     @pytest.mark.parametrize("size", [(16, 16), (11, 24)])
     def test_boxes_are_resized_as_by_torchvision(self, size):
         images = random_images(200, 3, *size)

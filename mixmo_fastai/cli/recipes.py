@@ -6,21 +6,24 @@ import typer
 
 from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output
-from mixmo_fastai.config.load import load_recipe, recipe_names
+from mixmo_fastai.config.load import load_recipe, override, recipe_names
 from mixmo_fastai.config.schema import to_mapping, to_toml
 
 
 def recipes(
     name: Annotated[str | None, typer.Argument(help="A recipe to show, or a file.")] = None,
+    assignments: opt.Assignments = None,
     as_json: opt.Json = False,
     debug: opt.Debug = False,
 ) -> None:
     """List the recipes with their published accuracy, or show all settings of one."""
     output = Output(as_json=as_json)
     if name is not None:
-        recipe = load_recipe(name)
+        recipe = override(load_recipe(name), assignments or ())
         output.print_result([to_toml(recipe).rstrip()], to_mapping(recipe))
         return
+    if assignments:
+        raise typer.BadParameter("--set changes one recipe; name it: mixmo recipes NAME --set …")
     known = [load_recipe(known_name) for known_name in recipe_names()]
     rows = [("recipe", "network", "networks", "members", "mix", "pixels", "epochs", "published")]
     rows += [

@@ -53,7 +53,7 @@ def plan_lines(training: Any) -> list[str]:
 
 def _optimizer_name(recipe: Recipe) -> str:
     name = recipe.optimizer.name
-    return name.upper() if name == "sgd" else name
+    return {"sgd": "SGD", "adamw": "AdamW", "muon": "Muon"}.get(name, name)
 
 
 def _published_rows(recipe: Recipe) -> list[tuple[str, str]]:

@@ -70,19 +70,23 @@ class TransformInfo:
     is_per_image: bool = False
 
 
-_TRANSFORMS = "mixmo_fastai.data.transforms"
+_TORCHVISION_TRANSFORMS = "mixmo_fastai.data.torchvision_transforms"
 TRANSFORMS = {
     "none": TransformInfo(None, crops=False, flips=False),
     "standard": TransformInfo(None),
-    "randaugment": TransformInfo(f"{_TRANSFORMS}:rand_augment", "RandAugment", is_per_image=True),
+    "randaugment": TransformInfo(
+        f"{_TORCHVISION_TRANSFORMS}:rand_augment", "RandAugment", is_per_image=True
+    ),
     "trivialaugment": TransformInfo(
-        f"{_TRANSFORMS}:trivial_augment", "TrivialAugment", is_per_image=True
+        f"{_TORCHVISION_TRANSFORMS}:trivial_augment", "TrivialAugment", is_per_image=True
     ),
-    "augmix": TransformInfo(f"{_TRANSFORMS}:augmix", "AugMix", is_per_image=True),
+    "augmix": TransformInfo(f"{_TORCHVISION_TRANSFORMS}:augmix", "AugMix", is_per_image=True),
     "random-resized-crop": TransformInfo(
-        f"{_TRANSFORMS}:random_resized_crop", "RandomResizedCrop", crops=False
+        "mixmo_fastai.data.resized_crop:random_resized_crop", "RandomResizedCrop", crops=False
     ),
-    "aug-transforms": TransformInfo(f"{_TRANSFORMS}:aug_transforms", "aug_transforms", crops=False),
+    "aug-transforms": TransformInfo(
+        "mixmo_fastai.data.fastai_transforms:aug_transforms", "aug_transforms", crops=False
+    ),
 }
 """Transforms of training images by name."""
 
@@ -193,7 +197,9 @@ def parse_optimizer(name: str) -> tuple[str, str]:
         return "", name
     if match := re.fullmatch(r"(torch|fastai)/(.+)", name):
         return match[1], match[2]
-    raise unknown_name_error("optimizer", name, [*OPTIMIZERS, "torch/NAME", "fastai/NAME"])
+    error = unknown_name_error("optimizer", name, [*OPTIMIZERS, "torch/NAME", "fastai/NAME"])
+    hint = "" if "/" in name else f"\nOf other libraries: torch/{name} or fastai/{name}."
+    raise InputError(f"{error}{hint}")
 
 
 def parse_architecture(name: str) -> Architecture:

@@ -70,9 +70,11 @@ def override(recipe: Recipe, assignments: Iterable[str], source: str = "--set") 
                     "Write section.key=value, such as train.epochs=5."
                 )
         if isinstance(section.get(last), dict):  # assignment would reset its other keys
+            key = key.strip()
+            example = f"{key}.name={text.strip()}" if "name" in section[last] else "train.epochs=5"
             raise InputError(
                 f"{source} {assignment!r}: {last!r} is a section.\n"
-                "Set its keys separately, such as train.epochs=5."
+                f"Set its keys separately, such as {source} {example}."
             )
         section[last] = parse_value(text.strip())
     return recipe_from_mapping(

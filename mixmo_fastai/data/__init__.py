@@ -7,9 +7,11 @@ image_folder                  image folders; layout, class_folders, listing: fin
 chosen_images, parts          which images of a folder are used, as stored in split.json
 decoding, depth, cache        image files to uint8 tensors, once; damage: unreadable files
 splits, statistics            validation split, subset; mean and standard deviation
+source_checks                 checks of a data source
 run_data                      the data set of a recipe, with the split of its run
 dataloaders                   DataLoaders from a data source
-loaders, cuts, augment        resident and streaming loaders that augment whole batches
+loaders, cuts, augment        resident and streaming loaders that crop and flip whole batches
+transforms                    transforms of training images by name; *_transforms, resized_crop
 repeat                        several copies of each image in a batch
 items, loose_images           single items for fastai; files to predict
 corruptions, fingerprint      corrupted test images; checksums of a data set

@@ -115,7 +115,9 @@ def from_torch(kind: type[torch.optim.Optimizer], **settings: Any) -> OptimizerF
         )
     has_decay = "weight_decay" in inspect.signature(kind).parameters
     if not has_decay and settings.pop("weight_decay", 0.0):
-        raise InputError(f"The optimizer {name} has no weight decay; set it to 0.")
+        raise InputError(
+            f"The optimizer {name} has no weight decay.\nSet optimizer.weight_decay=0."
+        )
     _check_options(name, kind, settings)
     return partial(TorchOptimizer, opt=partial(_build, kind), **settings)
 
@@ -131,7 +133,7 @@ def _build(
         return kind(groups, **settings)
     except (ValueError, TypeError) as error:
         raise InputError(
-            f"The optimizer torch/{kind.__name__} rejects its settings: {error}."
+            f"The optimizer torch/{kind.__name__} rejects the settings {settings}:\n{error}."
         ) from error
 
 
@@ -176,8 +178,10 @@ def _check_options(name: str, build: Callable[..., Any], options: Iterable[str])
     allowed = [parameter for parameter in parameters if parameter not in _NOT_OPTIONS]
     for option in options:
         if option not in parameters:
+            guess = nearest(option, allowed, cutoff=0.5)
+            hint = f" Did you mean {guess!r}?" if guess else ""
             raise InputError(
-                f"The optimizer {name} has no option {option!r}.\n"
+                f"The optimizer {name} has no option {option!r}.{hint}\n"
                 f"Allowed: {', '.join(allowed) or 'none'}."
             )
 

@@ -7,12 +7,14 @@ reading the table needs the standard library only.
 Shapes: N samples, M members, K classes, Q bins.
 """
 
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from mixmo_fastai.config.registered import resolve_registered
-from mixmo_fastai.errors import InputError
+from mixmo_fastai.errors import InputError, summarize_error
 
 
 def percent(value: float) -> str:
@@ -152,7 +154,8 @@ class MetricSpec:
             A float, or a list of M floats if `is_per_member`.
 
         Raises:
-            InputError: the metric is undefined.
+            InputError: the metric is undefined, or its function fails or returns something else;
+                an error in one metric must not cost the others.
         """
         if self.compares_members and (num_members := inputs.member_logits.shape[1]) < 2:
             raise InputError(
@@ -160,11 +163,29 @@ class MetricSpec:
             )
         arguments = (getattr(inputs, name) for name in self.arguments)
         function = resolve_registered("metric", self.name, self.function)
-        return function(*arguments, **self.options).tolist()
+        try:
+            value = function(*arguments, **self.options)
+            value = value.tolist() if hasattr(value, "tolist") else value
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(
+                f"{self.function} failed with {summarize_error(error)} ({_position(error)})"
+            ) from error
+        if not isinstance(value, list if self.is_per_member else int | float):
+            expected = "one value per member (M,)" if self.is_per_member else "one number"
+            raise InputError(f"{self.function} must return {expected}; got {value!r:.60}")
+        return value
 
     def compute_terms(self, logits: Any, labels: Any) -> Any:
         """Compute the terms of samples for the bootstrap; see `terms`."""
         return resolve_registered("metric", self.name, self.terms)(logits, labels)
+
+
+def _position(error: Exception) -> str:
+    """Return the file and line at which an error was raised."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{Path(frame.filename).name}, line {frame.lineno}"
 
 
 METRICS = (
