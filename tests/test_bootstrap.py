@@ -98,6 +98,15 @@ def test_intervals_are_reproducible():
     )
 
 
+@pytest.mark.parametrize("at_once", [1, 7, 250])
+def test_intervals_do_not_depend_on_the_chunks_of_resamples(monkeypatch, at_once):
+    logits, labels = draw_logits()
+    expected = intervals(logits, labels, num_resamples=250)
+    monkeypatch.setattr("mixmo_fastai.metrics.bootstrap._RESAMPLES_AT_ONCE", at_once)
+    for name, ends in intervals(logits, labels, num_resamples=250).items():
+        assert ends == pytest.approx(expected[name], abs=1e-6), name
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
