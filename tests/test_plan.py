@@ -235,4 +235,4 @@ def test_plan_names_the_optimizer(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     arguments = ["fit", *TINY, "--epochs", "1", "--set", "optimizer.name=adamw", "--lr", "0.002"]
     assert run([*arguments, "--out", "here"]) == 0
-    assert "learning rate 0.002; adamw, weight decay 0.0006" in capsys.readouterr().out
+    assert "learning rate 0.002; AdamW, weight decay 0.0006" in capsys.readouterr().out
