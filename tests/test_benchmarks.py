@@ -14,6 +14,7 @@ SMALL_ARGUMENTS = {
     "training_step.py": "--arch wrn10_1 --batch-size 4 --repeats 1",
     "inference.py": "--arch wrn10_1 --batch-size 4 --repeats 1",
     "memory.py": "--arch wrn10_1 --batch-size 4",
+    "cpu_precision.py": "--archs wrn10_1 --batch-size 4 --repeats 1",
     "growth.py": "--arch wrn10_1 --batch-size 8 --repeats 1 --images 100",
     "evaluation.py": "--images 200 --classes 10 --repeats 1",
     "long_run.py": "--epochs 2 --limit 32",

@@ -84,6 +84,18 @@ def test_importing_the_package_loads_neither_torch_nor_fastai():
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
+@pytest.mark.slow
+def test_evaluation_and_plots_import_neither_torchvision_nor_the_tracer_of_torch():
+    """Each of them takes one to two seconds; training needs torch._dynamo for torch.optim."""
+    program = (
+        "import sys, mixmo_fastai.evaluation.runs, mixmo_fastai.evaluation.predict;"
+        "import mixmo_fastai.report.page, mixmo_fastai.plots.png, mixmo_fastai.export.files;"
+        "import mixmo_fastai.training.train, mixmo_fastai.models;"
+        "sys.exit(bool({'torch._dynamo', 'torchvision'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
 def test_public_names_are_there():
     for name in mixmo_fastai.__all__:
         assert getattr(mixmo_fastai, name) is not None

@@ -227,6 +227,8 @@ def test_every_mask_kind_is_resumed(uninterrupted, tmp_path, kind):
         ("data.transform=aug-transforms",),
         ("data.loader=streaming", "data.num_workers=1"),
         ("model.ghost_batch_size=16", "data.flip=true", "data.alternating_flip=true"),
+        ("train.precision=bfloat16", "train.ema_decay=0.9"),
+        ("train.precision=bfloat16", "optimizer.name=adamw", "optimizer.lr=0.001"),
     ],
     ids=" ".join,
 )

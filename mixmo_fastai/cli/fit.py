@@ -99,20 +99,23 @@ def _start(
     loggers: Sequence[str],
     output: Output,
 ) -> None:
-    with _prepared(recipe, data_dir, output) as (training, is_rank0):
+    with _prepared(recipe, data_dir, output) as (prepared, is_rank0):
         from mixmo_fastai.runtime.processes import run_on_rank0
+        from mixmo_fastai.training.precision import choose_precision
 
-        path = run_on_rank0(lambda: _make_folder(training, out))
+        training, times = choose_precision(prepared)
+        path = run_on_rank0(lambda: _make_folder(training, out, times))
         output.run = run = RunFolder(path, is_writer=is_rank0)
         with _errors_logged(run):
             speed = print_plan(training, output, run)
             _train(training, run, loggers, output, speed, resume=False)
 
 
-def _make_folder(training: Any, out: Path | None) -> Path:
-    """Create the run folder of a training."""
+def _make_folder(training: Any, out: Path | None, times: Any) -> Path:
+    """Create the run folder of a training; `times` are those of `precision.choose_precision`."""
     device, how = training.device_name, training.acceleration.describe()
-    return create_run(training.recipe, out, device=device, acceleration=how).path
+    more = {"measured_precision": times.as_dict()} if times is not None else {}
+    return create_run(training.recipe, out, device=device, acceleration=how, **more).path
 
 
 def _resume(run: RunFolder, data_dir: Path | None, loggers: Sequence[str], output: Output) -> None:

@@ -31,7 +31,8 @@ def print_plan(training: Any, output: Output, run: RunFolder, *, resume: bool = 
     Returns:
         The measured `speed.Speed`, or None if no steps were timed.
     """
-    for line in [*plan_lines(training), *_defaults_lines(training)]:
+    precision = _precision_lines(training, run, resume=resume)
+    for line in [*plan_lines(training), *_defaults_lines(training), *precision]:
         output.print(line)
     if not resume and (line := _too_small_line(training)):
         output.print(line)
@@ -62,6 +63,29 @@ def _defaults_lines(training: Any) -> list[str]:
     device = "a GPU" if training.device.type == "cuda" else "a CPU"
     text = f"{_join(parts)}, chosen for {device}; change with {_join(flags)}"
     return [_row("Defaults", text)]
+
+
+def _precision_lines(training: Any, run: RunFolder, *, resume: bool) -> list[str]:
+    """Describe the precision if it was chosen by measurement, and whether the CPU is another."""
+    measured = run.environment().get("measured_precision")
+    if not isinstance(measured, dict):
+        return []
+    precision, ratio = measured.get("precision"), measured.get("ratio")
+    if precision != training.recipe.train.precision or not isinstance(ratio, float):
+        return []  # the user has changed the recipe or the file
+    if resume:
+        from mixmo_fastai.runtime.devices import cpu_name
+
+        if (before := measured.get("cpu")) == (now := cpu_name()):
+            return []
+        return [_row("Precision", f"{precision} is kept; it was chosen on {before}, this is {now}")]
+    if precision == "bfloat16":
+        text = f"bfloat16, measured to be {ratio:.2f} times as fast as float32"
+    elif ratio < 1:
+        text = f"float32, measured to be {1 / ratio:.2f} times as fast as bfloat16"
+    else:
+        text = f"float32; bfloat16 was measured to be only {ratio:.2f} times as fast"
+    return [_row("Precision", f"{text}; change with --precision")]
 
 
 def _too_small_line(training: Any) -> str | None:

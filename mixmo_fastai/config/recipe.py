@@ -151,7 +151,8 @@ class Train:
         batch_size: images that the network sees per step, including repetitions.
         seed: random seed.
         device: "auto" is CUDA if available, otherwise the CPU.
-        precision: "auto" is bfloat16 on CUDA, TF32 on GPUs without bfloat16, float32 on a CPU.
+        precision: "auto" is bfloat16 on CUDA, TF32 on GPUs without bfloat16; on a CPU, `mixmo fit`
+            measures which of float32 and bfloat16 is faster, in runs of a minute or more.
         memory_format: memory format of weights and features; "auto" is "channels-last".
         compile: "on", "off", or "auto": on CUDA if the training is long enough to amortise
             compilation.

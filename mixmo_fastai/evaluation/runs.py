@@ -17,7 +17,6 @@ from torch import Tensor
 from mixmo_fastai.config.choices import DATASETS
 from mixmo_fastai.config.recipe import Recipe
 from mixmo_fastai.config.resolve import check_dataset
-from mixmo_fastai.data.corruptions import make_corrupted, read_official
 from mixmo_fastai.data.damage import damaged_images, find_damaged
 from mixmo_fastai.data.dataloaders import make_evaluation_loaders
 from mixmo_fastai.data.fingerprint import fingerprint
@@ -105,6 +104,8 @@ def evaluate_corruptions(finished: "FinishedRun", corruptions: str) -> dict[str,
     Raises:
         InputError: the files are missing or damaged, or do not match the run's images or classes.
     """
+    from mixmo_fastai.data.corruptions import make_corrupted, read_official  # torchvision: 2 s
+
     test, shape = finished.final_images, finished.source.train.image_shape
     if corruptions != BUILT_IN_NAME and shape != OFFICIAL_SHAPE:
         raise InputError(

@@ -5,6 +5,7 @@ H W image size, K classes.
 """
 
 import copy
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -193,6 +194,7 @@ class FeaturePlaceholder(nn.Module):
         if torch.compiler.is_compiling():  # tracing does not support thread-local state
             self.traced = features, image_shape
         else:
+            _exclude_from_tracing()
             self.of_thread.features, self.of_thread.image_shape = features, image_shape
 
     def forward(self, input: Tensor) -> Tensor:
@@ -213,11 +215,24 @@ class FeaturePlaceholder(nn.Module):
             )
         return features
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
     def _thread_features(self) -> tuple[Tensor | None, torch.Size | None]:
         stored = self.of_thread
         # After a graph break, features that were set while compiling are read outside the graph.
         return self.traced if stored.features is None else (stored.features, stored.image_shape)
+
+
+_READ_FEATURES = FeaturePlaceholder._thread_features
+
+
+def _exclude_from_tracing() -> None:
+    """Exclude the reading of thread-local state from tracing, if anything may be traced.
+
+    The decorator imports `torch._dynamo`, which takes 1.5 s and is loaded anyway before something
+    is compiled.
+    """
+    method = FeaturePlaceholder._thread_features
+    if "torch._dynamo" in sys.modules and method is _READ_FEATURES:
+        FeaturePlaceholder._thread_features = torch.compiler.disable(method)  # type: ignore[method-assign, no-untyped-call, unused-ignore]
 
 
 class _ThreadFeatures(threading.local):

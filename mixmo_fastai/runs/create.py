@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from mixmo_fastai.config.methods import run_label
 from mixmo_fastai.config.recipe import Recipe
@@ -14,7 +15,12 @@ from mixmo_fastai.runs.output import check_writable, expand_user
 
 
 def create_run(
-    recipe: Recipe, path: Path | None = None, *, device: str = "", acceleration: str = ""
+    recipe: Recipe,
+    path: Path | None = None,
+    *,
+    device: str = "",
+    acceleration: str = "",
+    **more: Any,
 ) -> RunFolder:
     """Create a run folder and write its recipe.toml and environment.json.
 
@@ -23,6 +29,7 @@ def create_run(
         path: the folder; None for the first free `runs/<data set>-<name>-<n>`.
         device: description of the device.
         acceleration: description of precision, memory format and compilation.
+        more: further entries of environment.json.
 
     Raises:
         InputError: the folder is not empty, or cannot be created.
@@ -30,7 +37,7 @@ def create_run(
     try:
         folder = _claim(path) if path is not None else _claim_next(Path("runs"), run_label(recipe))
         _write_recipe(folder / "recipe.toml", recipe)
-        environment = describe_environment(recipe, device, acceleration)
+        environment = {**describe_environment(recipe, device, acceleration), **more}
         write_atomically(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
     except OSError as error:
         raise InputError(

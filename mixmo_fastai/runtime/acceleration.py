@@ -133,7 +133,8 @@ def choose_acceleration(
 
     On CUDA, "auto" selects bfloat16 if the GPU supports it, otherwise TF32 if supported; channels
     last; and compilation if training is long enough and a compiler, Python's headers and Triton are
-    installed. On a CPU it selects float32, channels last and no compilation.
+    installed. On a CPU it selects float32, channels last and no compilation; `choose_precision`
+    of `training/precision.py` replaces "auto" before, if it measures the precisions.
 
     Args:
         recipe: `train.precision`, `train.memory_format`, `train.compile` and `train.threads` are

@@ -13,6 +13,7 @@ import torch
 from fastai.callback.core import Callback, CancelFitException, CancelValidException
 from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders
+from fastai.learner import Learner
 from torch import nn
 
 from mixmo_fastai.config.defaults import default_for
@@ -22,6 +23,7 @@ from mixmo_fastai.learner.build import learner_from_recipe
 from mixmo_fastai.models.create import create_model
 from mixmo_fastai.models.flops import BACKWARD_COST, training_flops
 from mixmo_fastai.models.mixmo_model import unwrap
+from mixmo_fastai.runtime.acceleration import Acceleration
 from mixmo_fastai.runtime.processes import process_group
 from mixmo_fastai.training.prepare import Training
 
@@ -74,13 +76,25 @@ class StepTimer(Callback):
     """Time training steps after a warm-up, then end the fit; validation is skipped.
 
     If a step takes long on a CPU, the warm-up itself is timed and no further step is run.
+
+    Args:
+        warmup_steps: steps before the timed ones.
+        timed_seconds: duration of the timed steps, of which there is at least one.
+        max_steps: maximum number of timed steps.
     """
 
     order = 100  # after all other callbacks
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        warmup_steps: int = WARMUP_STEPS,
+        timed_seconds: float | None = None,
+        max_steps: int = MAX_STEPS,
+    ) -> None:
         super().__init__()
-        self.steps, self.seconds = -WARMUP_STEPS, 0.0
+        self.warmup_steps, self.steps, self.seconds = warmup_steps, -warmup_steps, 0.0
+        self.max_steps = max_steps
+        self.timed_seconds = TIMED_SECONDS if timed_seconds is None else timed_seconds
 
     def before_fit(self) -> None:
         """Start the clock."""
@@ -94,11 +108,13 @@ class StepTimer(Callback):
         self.seconds = time.perf_counter() - self.started_at
         is_long = self.learn.loss.device.type == "cpu" and self.seconds >= LONG_WARMUP_SECONDS
         if self.steps <= 0 and is_long:
-            self.steps += WARMUP_STEPS
+            self.steps += self.warmup_steps
             raise CancelFitException
         if self.steps == 0:
             self.started_at += self.seconds
-        elif self.steps >= MAX_STEPS or (self.steps > 0 and self.seconds >= TIMED_SECONDS):
+        elif self.steps >= self.max_steps or (
+            self.steps > 0 and self.seconds >= self.timed_seconds
+        ):
             self._synchronize()
             self.seconds = time.perf_counter() - self.started_at
             raise CancelFitException
@@ -160,18 +176,32 @@ def training_operations(model: nn.Module, image_shape: tuple[int, ...]) -> float
 
 def _seconds_per_step(training: Training, size: int) -> float:
     """Time steps of `size` distinct images on a copy of everything that a step changes."""
+    learn = copy_for_timing(training, size)
+    return time_steps(learn, replace(training.acceleration, compiled=False), StepTimer())
+
+
+def copy_for_timing(training: Training, size: int) -> Learner:
+    """Copy everything that a training step changes.
+
+    Returns:
+        A Learner of its own, with batches of `size` distinct images.
+    """
     recipe = training.recipe
     train = replace(recipe.train, batch_size=size * recipe.mix.batch_repetitions)
     model = copy.deepcopy(unwrap(training.learn.model))
     dls = _with_batch_size(size, training.learn.dls)
     learn = learner_from_recipe(replace(recipe, train=train), dls, model)
     learn.remove_cbs(ProgressCallback)
-    acceleration = replace(training.acceleration, compiled=False)
-    acceleration.move_to_device(model)
-    timer = StepTimer()
-    with learn.no_logging(), acceleration.applied(model):
-        epochs = 1 + WARMUP_STEPS + MAX_STEPS  # an epoch has at least one step
-        learn.fit(epochs, lr=recipe.lr / 25, cbs=[timer])
+    training.acceleration.move_to_device(model)
+    learn.lr = recipe.lr / 25
+    return learn
+
+
+def time_steps(learn: Learner, acceleration: Acceleration, timer: StepTimer) -> float:
+    """Return the seconds per step of a Learner from `copy_for_timing`."""
+    with learn.no_logging(), acceleration.applied(learn.model):
+        epochs = 1 + timer.warmup_steps + timer.max_steps  # an epoch has at least one step
+        learn.fit(epochs, cbs=[timer])
     return timer.seconds / timer.steps
 
 
