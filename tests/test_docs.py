@@ -41,9 +41,20 @@ EXTENDING = "extending.md"  # its commands need its changes: `test_extending.py`
 by_text = pytest.mark.parametrize("name", [name for name in TEXTS if name != EXTENDING])
 
 
+COMMANDS_BEFORE_CODE = {
+    "export.md": [
+        "fit digits --arch wrn10_1 --limit 64 --epochs 1 --device cpu --out RUN --quiet",
+        "export RUN --to net.pt2",
+    ]
+}
+
+
 @pytest.mark.slow
 @by_page
-def test_code_runs(page):
+def test_code_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for line in COMMANDS_BEFORE_CODE.get(page.name, ()):
+        assert run(line.split()) == 0
     for number, block in enumerate(blocks(TEXTS[page.name], "python")):
         exec(compile(block, f"{page.name}, block {number}", "exec"), {})
 

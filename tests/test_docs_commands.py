@@ -31,6 +31,7 @@ SETUP_COMMANDS = {  # commands whose results the lines of a page require
         "fit cifar10 --recipe cifar10/cut-mixmo --out runs/cut-mixmo",
         "fit cifar10 --out RUN",
     ],
+    "export.md": ["fit cifar10 --out RUN"],
     "recipes.md": ["fit digits --out runs/digits-cut-mixmo-1"],
 }
 

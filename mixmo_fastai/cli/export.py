@@ -21,7 +21,9 @@ def export(
     to: Annotated[
         Path,
         typer.Option(
-            help="File to write: .safetensors or .onnx.", metavar="FILE", rich_help_panel=opt.OUTPUT
+            help="File to write: .safetensors, .onnx or .pt2 (torch.export).",
+            metavar="FILE",
+            rich_help_panel=opt.OUTPUT,
         ),
     ],
     data_dir: opt.DataDir = None,
@@ -35,7 +37,7 @@ def export(
     folder = open_run(run)
     suffix = to.suffix.lower()
     if suffix not in EXPORT_SUFFIXES:
-        raise InputError(f"--to {str(to)!r} must end in {' or '.join(EXPORT_SUFFIXES)}.")
+        raise InputError(f"--to {str(to)!r} must end in {', '.join(EXPORT_SUFFIXES)}.")
     path = free_file(to, "", suffix, flag="--to")
 
     from mixmo_fastai.export.files import export_run

@@ -20,7 +20,7 @@ from mixmo_fastai.runs.output import free_file
 def predict(
     run: Annotated[
         Path,
-        typer.Argument(help="A run folder of `mixmo fit`, or a .safetensors of `mixmo export`."),
+        typer.Argument(help="A run folder, or a .safetensors or .onnx of `mixmo export`."),
     ],
     images: Annotated[list[Path], typer.Argument(help="Image files, or folders of images.")],
     *,

@@ -104,7 +104,7 @@ DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "float32", "tf32", "bfloat16")
 MEMORY_FORMATS = ("auto", "channels-last", "contiguous")
 COMPILE = ("auto", "on", "off")
-EXPORT_SUFFIXES = (".safetensors", ".onnx")
+EXPORT_SUFFIXES = (".safetensors", ".onnx", ".pt2")
 
 
 @dataclass(frozen=True)

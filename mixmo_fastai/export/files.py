@@ -1,16 +1,19 @@
-"""Export of a trained run as one plain network, to safetensors or ONNX, checked against the run.
+"""Export of a trained run as one plain network, checked against the run.
+
+The formats are safetensors, ONNX, and the programs of `torch.export` (.pt2).
 
 Shapes: n images of C channels and H × W pixels, K classes.
 
-The metadata of both file formats hold, as JSON under "mixmo", the name of the format, the
-architecture, and the facts about the data that the network needs. Both networks expect standardised
+The metadata of all formats hold, as JSON under "mixmo", the name of the format, the
+architecture, and the facts about the data that the network needs. All networks expect standardised
 images: (pixels / 255 - mean) / std.
 """
 
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,6 +30,7 @@ from mixmo_fastai.data.augment import normalize
 from mixmo_fastai.data.image_sets import ImageSet
 from mixmo_fastai.data.run_data import facts_of, read_source
 from mixmo_fastai.errors import InputError
+from mixmo_fastai.export.onnx_network import OnnxNetwork
 from mixmo_fastai.models import create_model
 from mixmo_fastai.models.fused import assemble
 from mixmo_fastai.runs.data_facts import DataFacts
@@ -36,8 +40,8 @@ from mixmo_fastai.runs.weights import load_network
 FORMAT = "mixmo-fused-1"
 NUM_CHECKED = 256
 """Number of images on which an exported network is compared with the run."""
-TOLERANCES = {".safetensors": 1e-5, ".onnx": 1e-4}
-"""Largest difference of logits relative to the largest logit; ONNX sums in a different order."""
+TOLERANCES = {".safetensors": 1e-5, ".onnx": 1e-4, ".pt2": 1e-4}
+"""Largest difference of logits relative to the largest logit; others sum in a different order."""
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 Metadata = dict[str, str]
 
@@ -65,7 +69,7 @@ def check_export(run: RunFolder, path: Path) -> None:
             or the packages for it are missing.
     """
     if path.suffix.lower() not in EXPORT_SUFFIXES:
-        raise InputError(f"{str(path)!r} must end in {' or '.join(EXPORT_SUFFIXES)}.")
+        raise InputError(f"{str(path)!r} must end in {', '.join(EXPORT_SUFFIXES)}.")
     missing = [name for name in ONNX_PACKAGES if find_spec(name) is None]
     if path.suffix.lower() == ".onnx" and missing:
         raise InputError(
@@ -87,7 +91,7 @@ def export_run(run: RunFolder, path: Path, data_dir: Path | None = None) -> dict
 
     Args:
         run: a finished run of one network.
-        path: a file that ends in .safetensors or .onnx.
+        path: a file that ends in one of `choices.EXPORT_SUFFIXES`.
         data_dir: folder of the run's data, if not the one that training used.
 
     Returns:
@@ -116,7 +120,8 @@ def export_run(run: RunFolder, path: Path, data_dir: Path | None = None) -> dict
                 expected = model(x)
             # Two batch sizes, to check that the network does not depend on the size at export.
             predict = read(temporary)
-            logits = torch.cat([predict(x[:1]), predict(x[1:])])
+            with torch.inference_mode():
+                logits = torch.cat([predict(x[:1]), predict(x[1:])])
             agreement = _compare(logits, expected, TOLERANCES[suffix])
             temporary.replace(path)
     except (OSError, SafetensorError) as error:
@@ -131,41 +136,34 @@ def export_run(run: RunFolder, path: Path, data_dir: Path | None = None) -> dict
 
 
 def load_fused(path: Path | str) -> ExportedNetwork:
-    """Load a network that `mixmo export` wrote as .safetensors. No code in the file is executed.
+    """Load a network that `mixmo export` wrote. No code in the file is executed.
 
     Args:
-        path: the file.
+        path: a .safetensors file, or an .onnx file, which onnxruntime runs on the CPU.
 
     Raises:
-        InputError: the file is missing, damaged, or not an exported .safetensors network.
+        InputError: the file is missing, damaged, or not an exported network of these formats.
     """
     path = Path(path)
     if path.is_dir() or not path.exists():
         raise InputError(f"There is no file {str(path)!r}.")
+    if path.suffix.lower() == ".onnx":
+        network = OnnxNetwork(path)
+        header = _read_header(path, network.metadata)
+        return ExportedNetwork(network.eval(), *_arch_and_facts(path, header))
+    if path.suffix.lower() == ".pt2":
+        raise InputError(
+            f"{path} is a program of torch.export; run it with torch.export.load.\n"
+            "For `mixmo predict`, export to .safetensors or .onnx."
+        )
     try:
-        if path.suffix.lower() == ".onnx":
-            raise InputError(
-                f"{path} is an ONNX file, which cannot be loaded here.\n"
-                "Export to safetensors instead: mixmo export RUN --to FILE.safetensors"
-            )
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} cannot be read: {error}.") from error
-    if "mixmo" not in metadata:
-        raise InputError(
-            f"{path} is not an exported network.\n"
-            "Create one with: mixmo export RUN --to FILE.safetensors"
-        )
-    try:
-        header = json.loads(metadata["mixmo"])
-        if header["format"] != FORMAT:
-            raise InputError(
-                f"{path} has format {header['format']!r}; this version reads {FORMAT}."
-            )
-        facts = DataFacts.from_mapping(header["data"])
-        arch = str(header["arch"])
+    arch, facts = _arch_and_facts(path, _read_header(path, metadata))
+    with _damage_explained(path):
         published = parse_architecture(arch).depth > 0
         # A damaged file may claim a huge network: on "meta", no memory is allocated for it.
         with torch.device("meta" if published else "cpu"):
@@ -176,12 +174,40 @@ def load_fused(path: Path | str) -> ExportedNetwork:
         if types != {name: tensor.dtype for name, tensor in tensors.items()}:
             raise ValueError(f"its tensors are not those of {arch}")
         model.load_state_dict(tensors, assign=True)
+    return ExportedNetwork(model.eval(), arch, facts)
+
+
+@contextmanager
+def _damage_explained(path: Path) -> Iterator[None]:
+    """Replace the errors that invalid content causes by an `InputError`."""
+    try:
+        yield
     except InputError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path} is damaged: {reason}.") from error
-    return ExportedNetwork(model.eval(), arch, facts)
+
+
+def _read_header(path: Path, metadata: Metadata) -> dict[str, Any]:
+    """Read the header from the metadata of a file."""
+    if "mixmo" not in metadata:
+        raise InputError(
+            f"{path} is not an exported network.\n"
+            f"Create one with: mixmo export RUN --to FILE{path.suffix.lower()}"
+        )
+    with _damage_explained(path):
+        header: dict[str, Any] = json.loads(metadata["mixmo"])
+        if header["format"] != FORMAT:
+            raise InputError(
+                f"{path} has format {header['format']!r}; this version reads {FORMAT}."
+            )
+    return header
+
+
+def _arch_and_facts(path: Path, header: dict[str, Any]) -> tuple[str, DataFacts]:
+    with _damage_explained(path):
+        return str(header["arch"]), DataFacts.from_mapping(header["data"])
 
 
 def _check_facts(run: RunFolder, facts: DataFacts) -> None:
@@ -230,14 +256,8 @@ def _write_tensors(model: nn.Module, facts: DataFacts, metadata: Metadata, path:
     path.write_bytes(save(tensors, metadata={"format": "pt", **metadata}))
 
 
-def _read_tensors(path: Path) -> Callable[[Tensor], Tensor]:
-    model = load_fused(path).model
-
-    def predict(x: Tensor) -> Tensor:
-        with torch.inference_mode():
-            return model(x)
-
-    return predict
+def _read_fused(path: Path) -> Callable[[Tensor], Tensor]:
+    return load_fused(path).model
 
 
 def _write_onnx(model: nn.Module, facts: DataFacts, metadata: Metadata, path: Path) -> None:
@@ -256,15 +276,20 @@ def _write_onnx(model: nn.Module, facts: DataFacts, metadata: Metadata, path: Pa
     program.save(path)
 
 
-def _read_onnx(path: Path) -> Callable[[Tensor], Tensor]:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-
-    def predict(x: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
-
-    return predict
+def _write_program(model: nn.Module, facts: DataFacts, metadata: Metadata, path: Path) -> None:
+    example = torch.zeros(2, *facts.image_shape)
+    batches = ({0: torch.export.Dim("batch")},)
+    program = torch.export.export(model, (example,), dynamic_shapes=batches)
+    torch.export.save(program, path, extra_files=metadata)
 
 
-_FORMATS = {".safetensors": (_write_tensors, _read_tensors), ".onnx": (_write_onnx, _read_onnx)}
+def _read_program(path: Path) -> Callable[[Tensor], Tensor]:
+    program: Callable[[Tensor], Tensor] = torch.export.load(path).module()
+    return program
+
+
+_FORMATS = {
+    ".safetensors": (_write_tensors, _read_fused),
+    ".onnx": (_write_onnx, _read_fused),
+    ".pt2": (_write_program, _read_program),
+}
