@@ -10,8 +10,8 @@ import dataclasses
 import pytest
 import wandb
 from datasets import write_cifar10, write_cifar100, write_image_folder
+from pages import EXTENDING, TEXTS, blocks, command_lines
 from test_corruptions import write_official
-from test_docs import EXTENDING, TEXTS, blocks, command_lines
 
 from mixmo_fastai.cli import fit, lr_find, show
 from mixmo_fastai.cli.program import run as program
