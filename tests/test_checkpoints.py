@@ -10,7 +10,7 @@ from disk_faults import CONTENT, run_and_kill
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_resume import EVERYTHING, TINY, assert_same, fit
+from short_runs import EVERYTHING, TINY, assert_same, fit
 
 from mixmo_fastai.config.load import load_recipe, override
 from mixmo_fastai.config.schema import to_mapping

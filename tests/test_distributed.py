@@ -12,12 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from commands import SLOW_STEPS, check_failed
 from processes import TIMEOUT, uninterrupted_runs
 from safetensors.torch import load_file
+from short_runs import assert_same
 from synthetic import mixmo_dls
-from test_faults import check_failed
-from test_resume import assert_same
-from test_signals import SLOW_STEPS
 
 from mixmo_fastai.callbacks.mixmo import MixMoCallback
 from mixmo_fastai.errors import InputError

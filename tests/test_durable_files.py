@@ -2,7 +2,7 @@
 
 import pytest
 from disk_faults import CONTENT, DiskRecorder, run_and_kill
-from test_resume import TINY
+from short_runs import TINY
 
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.runs import files

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 import wandb
+from commands import FIT, SLOW_STEPS
 from fastai.callback.core import Callback
 from PIL import Image
+from short_runs import STEPS, TINY, Watch, assert_same, fit
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
-from test_resume import STEPS, TINY, Watch, assert_same, fit
-from test_signals import FIT, SLOW_STEPS
 from wandb.proto import wandb_internal_pb2
 
 from mixmo_fastai import loggers

@@ -7,7 +7,7 @@ import torch
 from fuzzing import EDITS, FEW_EXAMPLES, JSON, check_read_or_rejected, mutated
 from hypothesis import given
 from hypothesis import strategies as st
-from test_resume import TINY, fit
+from short_runs import TINY, fit
 
 from mixmo_fastai.callbacks.ema import EMACallback
 from mixmo_fastai.config.load import override
