@@ -8,6 +8,7 @@ from datasets import write_image_folder
 
 from mixmo_fastai.config.recipe import Expected
 from mixmo_fastai.config.resolve import resolve_recipe
+from mixmo_fastai.report.page import render
 from mixmo_fastai.report.report_data import collect_report_data
 from mixmo_fastai.runs.create import create_run
 from mixmo_fastai.training.ensemble import train_run
@@ -116,3 +117,34 @@ class Elements(HTMLParser):
 
     def attributes_of(self, tag):
         return [attrs for name, attrs in self.tags if name == tag]
+
+
+NUM_CHARTS = {
+    "mixmo": 11,  # 3 training, 2 calibration, risk, 2 members, confusion, 2 filters
+    "vanilla": 9,
+    "ensemble": 11,
+}
+
+
+@pytest.fixture(scope="module")
+def pages(reports, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pages")
+    for name, report in reports.items():
+        (folder / f"{name}.html").write_text(render(report), encoding="utf-8")
+    return {name: folder / f"{name}.html" for name in reports}
+
+
+NUM_TILES = {"three": 3, "four": 4, "five": 5, "six": 6, "validation only": 4}
+
+
+@pytest.fixture(scope="module")
+def tiled_pages(reports, tmp_path_factory):
+    """Write pages with three to six tiles; return their paths by name in `NUM_TILES`."""
+    folder, paths = tmp_path_factory.mktemp("tiles"), {}
+    for name, num_tiles in NUM_TILES.items():
+        report = with_tiles(reports["vanilla" if num_tiles == 3 else "mixmo"], num_tiles)
+        if name == "validation only":
+            report = validation_only(reports["mixmo"])
+        paths[name] = folder / f"{name.replace(' ', '-')}.html"
+        paths[name].write_text(render(report), encoding="utf-8")
+    return paths

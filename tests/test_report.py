@@ -6,7 +6,18 @@ from itertools import pairwise
 import pytest
 import torch
 from chromium import Page, needs_chromium
-from report_pages import CLASSES, Elements, images, reports, runs, validation_only, with_tiles
+from report_pages import (
+    CLASSES,
+    NUM_CHARTS,
+    NUM_TILES,
+    Elements,
+    images,
+    pages,
+    reports,
+    runs,
+    tiled_pages,
+    with_tiles,
+)
 
 from mixmo_fastai.cli import run as program
 from mixmo_fastai.config.resolve import resolve_recipe
@@ -19,37 +30,7 @@ from mixmo_fastai.runs.weights import save_weights
 
 pytestmark = pytest.mark.slow
 
-__all__ = ["images", "reports", "runs"]  # fixtures
-
-NUM_CHARTS = {
-    "mixmo": 11,  # 3 training, 2 calibration, risk, 2 members, confusion, 2 filters
-    "vanilla": 9,
-    "ensemble": 11,
-}
-
-
-@pytest.fixture(scope="module")
-def pages(reports, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pages")
-    for name, report in reports.items():
-        (folder / f"{name}.html").write_text(render(report), encoding="utf-8")
-    return {name: folder / f"{name}.html" for name in reports}
-
-
-NUM_TILES = {"three": 3, "four": 4, "five": 5, "six": 6, "validation only": 4}
-
-
-@pytest.fixture(scope="module")
-def tiled_pages(reports, tmp_path_factory):
-    """Write pages with three to six tiles; return their paths by name in `NUM_TILES`."""
-    folder, paths = tmp_path_factory.mktemp("tiles"), {}
-    for name, num_tiles in NUM_TILES.items():
-        report = with_tiles(reports["vanilla" if num_tiles == 3 else "mixmo"], num_tiles)
-        if name == "validation only":
-            report = validation_only(reports["mixmo"])
-        paths[name] = folder / f"{name.replace(' ', '-')}.html"
-        paths[name].write_text(render(report), encoding="utf-8")
-    return paths
+__all__ = ["images", "pages", "reports", "runs", "tiled_pages"]  # fixtures
 
 
 @pytest.mark.parametrize("kind", NUM_CHARTS)
