@@ -1,8 +1,8 @@
 """Run the command lines of the README and the docs in order.
 
 To be fast, the data sets are small and generated in their official formats, and a small network is
-trained for one epoch. Lines with a launcher run in one process; `test_distributed.py` starts
-several.
+trained for one epoch. Lines with a launcher run in one process; `test_distributed_launchers.py`
+starts several.
 """
 
 import dataclasses
