@@ -3,20 +3,19 @@
 import json
 import os
 import shutil
-import signal
 
 import pytest
 import torch
+from disk_faults import CONTENT, run_and_kill
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_resume import EVERYTHING, TINY, assert_same, fit
+from short_runs import EVERYTHING, TINY, assert_same, fit
 
 from mixmo_fastai.config.load import load_recipe, override
 from mixmo_fastai.config.schema import to_mapping
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.runs import checkpoints as store_module
-from mixmo_fastai.runs import files
 from mixmo_fastai.runs.checkpoints import CheckpointStore
 from mixmo_fastai.runs.create import create_run
 from mixmo_fastai.runs.folder import open_run
@@ -25,41 +24,6 @@ from mixmo_fastai.training.state import _with_defaults
 from mixmo_fastai.training.train import train
 
 pytestmark = pytest.mark.slow
-
-OPERATIONS = ("mkdir", "open", "write", "fsync", "rename", "replace", "link", "unlink", "rmdir")
-CONTENT = [("state.json", b'{"a": 1}'), ("model.safetensors", bytes(range(256)) * 40)]
-
-
-class KillingOs:
-    """Stand-in for module os in `files` that kills the process at its n-th disk operation.
-
-    With `half`, a killed write has written half of its content.
-    """
-
-    def __init__(self, fatal=None, *, half=False):
-        self.fatal, self.half, self.count = fatal, half, 0
-
-    def __getattr__(self, name):
-        original = getattr(os, name)
-        return (lambda *args: self.do(name, original, args)) if name in OPERATIONS else original
-
-    def do(self, name, original, args):
-        self.count += 1
-        if self.count == self.fatal:
-            if name == "write" and self.half:
-                original(args[0], args[1][: len(args[1]) // 2])
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*args)
-
-
-def run_and_kill(action, fatal, *, half=False):
-    """Run an action in a process that is killed at its n-th operation; return whether it was."""
-    child = os.fork()
-    if child == 0:
-        files.os = KillingOs(fatal, half=half)
-        action()
-        os._exit(0)
-    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 
 
 def read(saved):
@@ -138,113 +102,6 @@ def test_process_may_be_killed_at_any_operation_of_a_save(
     assert outcomes == sorted(outcomes)  # from some operation on, the new checkpoint is complete
     assert {False, True} == set(outcomes)
     assert len(resumed) > 3
-
-
-class DiskRecorder:
-    """Stand-in for module os in `files` that records what is durable on disk.
-
-    A file's content is durable once the file is flushed, a name once its folder is flushed.
-    """
-
-    def __init__(self):
-        self.paths, self.dirty, self.unnamed, self.renames = {}, set(), {}, []
-
-    def __getattr__(self, name):
-        original = getattr(os, name)
-        return getattr(self, f"do_{name}", original) if name in OPERATIONS else original
-
-    def do_open(self, path, *args):
-        is_new = not os.path.exists(path)
-        handle = os.open(path, *args)
-        self.paths[handle] = str(path)
-        if is_new:
-            self.unnamed.setdefault(os.path.dirname(path), set()).add(str(path))
-        return handle
-
-    def do_write(self, handle, content):
-        self.dirty.add(self.paths[handle])
-        return os.write(handle, content)
-
-    def do_mkdir(self, path):
-        os.mkdir(path)
-        self.unnamed.setdefault(os.path.dirname(path), set()).add(str(path))
-
-    def do_fsync(self, handle):
-        os.fsync(handle)
-        self.dirty.discard(self.paths[handle])
-        self.unnamed.pop(self.paths[handle], None)
-
-    def do_rename(self, source, target):
-        self.move(os.rename, source, target)
-
-    def do_replace(self, source, target):
-        self.move(os.replace, source, target)
-
-    def move(self, operation, source, target):
-        inside = {path for path in self.dirty if path.startswith(str(source))}
-        assert not inside, "renamed before its content was flushed"
-        assert not self.unnamed.get(str(source)), "renamed before its names were flushed"
-        operation(source, target)
-        self.renames.append(str(target))
-        self.unnamed.setdefault(os.path.dirname(target), set()).add(str(target))
-
-    def do_unlink(self, path):
-        os.unlink(path)
-        self.dirty.discard(str(path))
-        for names in self.unnamed.values():
-            names.discard(str(path))
-
-    def do_rmdir(self, path):
-        if str(path) not in self.renames[-1:]:
-            assert not self.unnamed.get(os.path.dirname(path), set()) - {str(path)}, (
-                "removed before the name of what replaces it was flushed"
-            )
-        os.rmdir(path)
-
-    def do_link(self, source, target):
-        assert str(source) not in self.dirty
-        os.link(source, target)
-        self.unnamed.setdefault(os.path.dirname(target), set()).add(str(target))
-
-
-def test_saved_checkpoints_survive_a_power_failure(tmp_path, monkeypatch):
-    """Files are flushed before they are renamed, and names before older files are removed."""
-    disk = DiskRecorder()
-    monkeypatch.setattr(files, "os", disk)
-    run = create_run(TINY, tmp_path / "run")
-    assert not disk.dirty
-    assert not any(disk.unnamed.values())
-    for number in range(4):
-        CheckpointStore(run.checkpoint).save(CONTENT)
-        assert not disk.dirty
-        assert not any(disk.unnamed.values()), number
-    assert len([name for name in disk.renames if "save-" in name]) == 4
-
-
-def test_partly_created_run_is_not_a_run(tmp_path):
-    fatal, done = 0, False
-    while not done:
-        fatal += 1
-        path = tmp_path / f"run-{fatal}"
-        done = not run_and_kill(lambda path=path: create_run(TINY, path), fatal, half=True)
-        if (path / "recipe.toml").exists():
-            assert open_run(path).recipe() == TINY
-        else:
-            with pytest.raises(InputError):
-                open_run(path)
-    assert fatal > 8
-
-
-def test_existing_file_is_not_overwritten_without_hard_links(tmp_path, monkeypatch):
-    def refuse(*_):
-        raise PermissionError(1, "Operation not permitted")
-
-    monkeypatch.setattr(files.os, "link", refuse)
-    files.write_new(tmp_path / "file", "whole")
-    assert (tmp_path / "file").read_text() == "whole"
-    with pytest.raises(FileExistsError):
-        files.write_new(tmp_path / "file", "other")
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_two_crashes_leave_an_intact_checkpoint(stopped_run, tmp_path):

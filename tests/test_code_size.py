@@ -10,6 +10,8 @@ import mixmo_fastai
 
 PACKAGE = Path(mixmo_fastai.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
+TESTS = Path(__file__).parent
+TEST_FILES = sorted(TESTS.rglob("*.py"))
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_MEDIAN_LINES, MAX_ROOT_MODULES = 400, 60, 12, 5
 LONG = "# Long, since "  # the comment above a longer function, with the reason
 
@@ -32,6 +34,11 @@ def test_files_and_functions_are_short(path):
     for name, length, documented, comment in functions(path):
         is_short = length - documented <= MAX_FUNCTION_LINES
         assert is_short or comment.startswith(LONG), f"{name} has {length - documented} lines"
+
+
+@pytest.mark.parametrize("path", TEST_FILES, ids=lambda path: str(path.relative_to(TESTS)))
+def test_files_of_tests_are_short(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_FILE_LINES
 
 
 def test_most_functions_are_very_short():

@@ -1,8 +1,8 @@
 """Run the command lines of the README and the docs in order.
 
 To be fast, the data sets are small and generated in their official formats, and a small network is
-trained for one epoch. Lines with a launcher run in one process; `test_distributed.py` starts
-several.
+trained for one epoch. Lines with a launcher run in one process; `test_distributed_launchers.py`
+starts several.
 """
 
 import dataclasses
@@ -10,8 +10,8 @@ import dataclasses
 import pytest
 import wandb
 from datasets import write_cifar10, write_cifar100, write_image_folder
+from pages import EXTENDING, TEXTS, blocks, command_lines
 from test_corruptions import write_official
-from test_docs import EXTENDING, TEXTS, blocks, command_lines
 
 from mixmo_fastai.cli import fit, lr_find, show
 from mixmo_fastai.cli.program import run as program

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -10,9 +9,17 @@ import time
 from pathlib import Path
 
 import pytest
+from commands import (
+    ALL_STEPS_SLOW,
+    FIT,
+    SLOW_STEPS,
+    STREAMED,
+    check_failed,
+    check_resumed,
+    uninterrupted,
+)
 from datasets import write_image_folder
-from test_resume import assert_same
-from test_signals import ALL_STEPS_SLOW, FIT, SLOW_STEPS, STREAMED, check_resumed, uninterrupted
+from short_runs import assert_same
 
 from mixmo_fastai.errors import InputError, RunFailedError
 from mixmo_fastai.runs.checkpoints import CheckpointStore
@@ -27,24 +34,6 @@ UNDECODED = """
 from mixmo_fastai.data import image_folder
 image_folder.read_image_folder.__kwdefaults__["cache_limit"] = 0
 """
-
-
-# Output of torch's loader if a worker is lost while others are being started.
-IGNORED_EXCEPTION = re.compile(
-    r"^Exception ignored in.*\nTraceback.*\n(  .*\n)*\S.*\n?", re.MULTILINE
-)
-
-
-def check_failed(command, code, *parts):
-    """Check that a command failed with a readable error; return its message."""
-    assert command.wait() == code, command.printed
-    output = IGNORED_EXCEPTION.sub("", command.printed)
-    assert "Traceback" not in output
-    message = output[output.rindex("Error: ") :]
-    assert len(message.splitlines()) <= 3
-    for part in parts:
-        assert part in message
-    return message
 
 
 def newest_checkpoint(run):

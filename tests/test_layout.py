@@ -1,17 +1,8 @@
 import pytest
+from image_paths import write
 
 from mixmo_fastai.data.layout import SplitFolders, evaluation_folder, find_split_folders, role_of
 from mixmo_fastai.errors import InputError
-
-
-def write(root, *names):
-    """Create empty image files, and folders for names that end in a slash."""
-    for name in names:
-        path = root / name
-        (path if name.endswith("/") else path.parent).mkdir(parents=True, exist_ok=True)
-        if not name.endswith("/"):
-            path.touch()
-    return root
 
 
 @pytest.mark.parametrize(

@@ -9,40 +9,18 @@ import torch
 from fastai.callback.progress import CSVLogger
 from fastai.data.core import DataLoaders
 from fastai.imports import L
-from fastai.learner import Learner
-from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
-from fastai.metrics import accuracy
-from fastai.optimizer import Adam
+from fastai.losses import CrossEntropyLossFlat
 from fastai.vision.augment import RandomErasing
-from fastai.vision.learner import create_vision_model, vision_learner
+from fastai.vision.learner import create_vision_model
 from fastai.vision.models import xresnet
+from learners import fit_and_list_changed_parameters, small_network
 from synthetic import fastai_dls, mixmo_dls
 from torch import nn
 from torch.utils.data import TensorDataset
 from torchvision.models import resnet18
 
-from mixmo_fastai import (
-    MixMoCallback,
-    MixMoModel,
-    convert_to_mixmo,
-    create_model,
-    mixmo_learner,
-    to_mixmo,
-)
+from mixmo_fastai import MixMoModel, convert_to_mixmo, create_model, mixmo_learner, to_mixmo
 from mixmo_fastai.errors import InputError
-
-
-def small_network():
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)
-    )
-
-
-def fit_and_list_changed_parameters(learn):
-    before = {n: p.detach().clone() for n, p in learn.model.named_parameters()}
-    with learn.no_bar(), learn.no_logging():
-        learn.fit(1, 1e-2)
-    return [n for n, p in learn.model.named_parameters() if not torch.equal(p, before[n])]
 
 
 @pytest.mark.parametrize("dls", [mixmo_dls, fastai_dls])
@@ -298,47 +276,6 @@ def test_callbacks_in_a_fastai_list():
     assert learn.mix_mo
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
-def test_multi_label_targets_of_plain_loaders(dtype):
-    images, labels = torch.rand(32, 3, 8, 8), torch.randint(2, (32, 4)).to(dtype)
-    data = TensorDataset(images, labels)
-    dls = DataLoaders.from_dsets(data, data, bs=8, device="cpu", num_workers=0)
-    with pytest.raises(InputError, match=r"class indices(.|\n)*BCEWithLogitsLossFlat"):
-        mixmo_learner(dls, small_network(), num_classes=4)
-    floats = TensorDataset(images, labels.float())
-    dls = DataLoaders.from_dsets(floats, floats, bs=8, device="cpu", num_workers=0)
-    learn = mixmo_learner(
-        dls, small_network(), num_classes=4, loss_func=nn.BCEWithLogitsLoss(), seed=0
-    )
-    with learn.no_bar(), learn.no_logging():
-        learn.fit(1, 1e-2)
-        metric = learn.recorder.values[-1][2]
-        probabilities, targets = learn.get_preds()
-    assert ((probabilities > 0.5) == targets).float().mean() == pytest.approx(metric)
-
-
-def test_metrics_of_integer_multi_labels():
-    data = TensorDataset(torch.rand(32, 3, 8, 8), torch.randint(2, (32, 4)))
-    dls = DataLoaders.from_dsets(data, data, bs=8, device="cpu", num_workers=0)
-    learn = mixmo_learner(dls, small_network(), num_classes=4, loss_func=BCEWithLogitsLossFlat())
-    fit_and_list_changed_parameters(learn)
-    assert 0 < learn.recorder.values[-1][2] < 1
-
-
-def test_regression_outputs_are_unchanged():
-    data = TensorDataset(torch.rand(32, 3, 8, 8), torch.rand(32, 1))
-    dls = DataLoaders.from_dsets(data, data, bs=8, device="cpu", num_workers=0)
-    learn = Learner(
-        dls, nn.Sequential(*small_network()[:-1], nn.Linear(8, 1)), loss_func=nn.MSELoss()
-    )
-    with learn.no_bar():
-        before = learn.get_preds(with_decoded=True)
-        to_mixmo(learn, mix="sum")
-        after = learn.get_preds(with_decoded=True)
-    for converted, original in zip(after, before, strict=True):
-        torch.testing.assert_close(converted, original, rtol=1e-4, atol=1e-5)
-
-
 def test_pretrained_is_rejected_for_a_function():
     with pytest.raises(InputError, match=r"pretrained=True needs.*got a function"):
         mixmo_learner(mixmo_dls(), xresnet.xresnet18, pretrained=True)
@@ -392,67 +329,3 @@ def test_creating_a_learner_keeps_random_states(transforms):
     before = states()
     mixmo_learner(dls, "wrn10_1", seed=0)
     assert states() == before
-
-
-class TestToMixmo:
-    @pytest.mark.slow
-    @pytest.mark.parametrize("fitted", [False, True])
-    def test_vision_learner_is_converted(self, fitted, tmp_path):
-        learn = vision_learner(
-            fastai_dls(), resnet18, pretrained=False, normalize=False,
-            loss_func=CrossEntropyLossFlat(), metrics=accuracy, path=tmp_path,
-        )  # fmt: skip
-        learn.remove_cb(learn.progress)
-        with learn.no_logging():
-            if fitted:
-                learn.fine_tune(1)
-            before = learn.get_preds()[0]
-            assert to_mixmo(learn, mix="linear", seed=0, batch_repetitions=2) is learn
-            torch.testing.assert_close(learn.get_preds()[0], before, rtol=1e-3, atol=1e-4)
-            weights = {n: p.detach().clone() for n, p in learn.model.named_parameters()}
-            learn.fit_one_cycle(1, 1e-2)
-        changed = [n for n, p in learn.model.named_parameters() if not torch.equal(p, weights[n])]
-        assert len(changed) == len(weights)
-        assert (learn.mix_mo.mix, learn.mix_mo.batch_repetitions) == ("linear", 2)
-        assert len(learn.opt.hypers) == 3  # the groups of fastai's ResNets
-        assert learn.opt_func is Adam
-
-    def test_mixmo_model_and_independent_members(self):
-        model = create_model("wrn10_1", 3)
-        learn = Learner(fastai_dls(), model, loss_func=CrossEntropyLossFlat())
-        assert to_mixmo(learn).model is model
-        learn = Learner(fastai_dls(), small_network(), loss_func=CrossEntropyLossFlat())
-        encoders = to_mixmo(learn, independent=True, seed=0).model.encoders
-        both = torch.stack([encoder.weight.flatten() for encoder in encoders]).detach()
-        assert torch.corrcoef(both)[0, 1].abs() < 0.3
-
-    def test_learner_is_unchanged_after_an_error(self):
-        model = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
-        learn = Learner(fastai_dls(), model, loss_func=CrossEntropyLossFlat())
-        for arguments, message in (
-            ({}, "has no convolution"),
-            ({"alpa": 1}, "Did you mean 'alpha'"),
-            ({"alpha": -1}, "alpha"),
-            ({"num_members": 1}, "member"),
-        ):
-            with pytest.raises(InputError, match=message):
-                to_mixmo(learn, **arguments)
-        assert learn.model is model
-        assert isinstance(learn.loss_func, CrossEntropyLossFlat)
-        assert not learn.cbs.filter(lambda cb: isinstance(cb, MixMoCallback))
-
-    def test_one_member_is_rejected_before_any_change(self):
-        model = small_network()
-        learn = Learner(fastai_dls(), model, loss_func=CrossEntropyLossFlat())
-        with pytest.raises(InputError, match="one member"):
-            to_mixmo(learn, num_members=1)
-        assert learn.model is model
-        assert to_mixmo(learn).model.num_members == 2
-
-    def test_second_conversion_and_wrong_num_members_are_rejected(self):
-        learn = Learner(fastai_dls(), create_model("wrn10_1", 3), loss_func=CrossEntropyLossFlat())
-        with pytest.raises(InputError, match=r"num_members must be 2.*got 3"):
-            to_mixmo(learn, num_members=3)
-        to_mixmo(learn)
-        with pytest.raises(InputError, match="already has a MixMoCallback"):
-            to_mixmo(learn)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_convert import NUM_CLASSES, build_backbone
+from networks import NUM_CLASSES, build_backbone
 from torchvision.models import get_model, list_models
 
 from mixmo_fastai.config.choices import TORCHVISION_NETWORKS

@@ -1,26 +1,26 @@
 """The logs are read back from CSV files, TensorBoard's event files and wandb's log files."""
 
-import csv
 import gc
 import io
-import json
 import shutil
-import signal
-import struct
-import time
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
-import wandb
 from fastai.callback.core import Callback
+from logs import (
+    ALL,
+    all_steps,
+    logged_fit,
+    no_wandb_login,
+    read_csv,
+    read_tensorboard,
+    read_wandb,
+    wandb_records,
+)
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.plugins.hparams import plugin_data_pb2
-from test_resume import STEPS, TINY, Watch, assert_same, fit
-from test_signals import FIT, SLOW_STEPS
-from wandb.proto import wandb_internal_pb2
+from short_runs import STEPS, TINY, assert_same, fit
 
 from mixmo_fastai import loggers
 from mixmo_fastai.cli import run as program
@@ -28,12 +28,10 @@ from mixmo_fastai.config.load import override
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.loggers import LOGGERS, parse_loggers
 from mixmo_fastai.loggers import callback as callback_module
-from mixmo_fastai.loggers import wandb_ as wandb_module
 from mixmo_fastai.loggers.callback import LoggingCallback
 from mixmo_fastai.runs.checkpoints import CheckpointStore
 from mixmo_fastai.runs.create import create_run
 from mixmo_fastai.runs.folder import open_run
-from mixmo_fastai.runtime.signals import InterruptedBySignal, StopRequest
 from mixmo_fastai.training.checkpointing import CheckpointCallback
 from mixmo_fastai.training.ensemble import train_run
 from mixmo_fastai.training.prepare import prepare
@@ -41,120 +39,9 @@ from mixmo_fastai.training.train import TrainingDivergedError, train
 
 pytestmark = pytest.mark.slow
 
-ALL = ("csv", "tensorboard", "wandb")
-KEY = "0123456789abcdef" * 5
+__all__ = ["no_wandb_login"]  # fixtures
+
 PLOT_NAMES = {"first-batch", "loss", "validation-accuracy", "reliability", "confusion"}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_wandb_login(tmp_path_factory):
-    """Hide logins and settings of wandb from the tests, and stop its processes afterwards."""
-    home = tmp_path_factory.mktemp("home")
-    (home / "netrc").touch()
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_PROJECT", "WANDB_NAME"):
-            patch.delenv(name, raising=False)
-        patch.setenv("HOME", str(home))
-        patch.setenv("NETRC", str(home / "netrc"))
-        wandb.teardown()  # it may have read the environment in earlier tests
-        yield
-        wandb.teardown()
-
-
-def logged_fit(run, names=ALL, stop_at=None, *, resume=False, cbs=(), validating=False):
-    """Train with loggers to the end or up to `stop_at`, and return the printed lines."""
-    if resume:
-        time.sleep(1 - time.time() % 1)  # wandb names its folders by the second of their creation
-    lines, stop = [], StopRequest()
-    watch, logging = (
-        Watch(stop, stop_at, validating=validating),
-        LoggingCallback(names, lines.append),
-    )
-    try:
-        cbs = [watch, logging, *cbs]
-        train(prepare(run.recipe()), run, cbs=cbs, resume=resume, stop=stop, say=lines.append)
-    except InterruptedBySignal:
-        assert stop_at is not None
-    return lines
-
-
-def read_csv(run):
-    with (run.logs / "steps.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [
-        (int(row["step"]), *(float(row[name]) for name in ("loss", "lr", "momentum")))
-        for row in rows
-    ]
-
-
-def read_tensorboard(run):
-    """Return scalars by tag as (step, value) pairs, images by name, and hyperparameters."""
-    events = EventAccumulator(
-        str(run.logs / "tensorboard"), size_guidance={"scalars": 0, "images": 0}
-    ).Reload()
-    tags = events.Tags()
-    scalars = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags["scalars"]}
-    images = {tag.partition("/")[2]: events.Images(tag) for tag in tags["images"]}
-    start = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
-    settings = plugin_data_pb2.HParamsPluginData.FromString(start).session_start_info.hparams
-    values = {name: getattr(v, v.WhichOneof("kind")) for name, v in settings.items()}
-    return scalars, images, values
-
-
-def wandb_records(run):
-    """Return the records of wandb's files in order, after its process has finished writing."""
-    paths = sorted((run.logs / "wandb").glob("offline-run-*/*.wandb"))
-    deadline = time.monotonic() + 10
-    for path in paths:
-        while not any(r.HasField("exit") for r in records_of(path)):
-            assert time.monotonic() < deadline, f"{path} is incomplete"
-            time.sleep(0.02)
-    return [record for path in paths for record in records_of(path)]
-
-
-def records_of(path):
-    """Read protobuf records from a log in LevelDB's format."""
-    records, data, at, record, block = [], path.read_bytes(), 7, b"", 2**15
-    assert data.startswith(b":W&B") or not data
-    while at + 7 <= len(data):
-        if block - at % block < 7:
-            at += block - at % block
-            continue
-        _, size, kind = struct.unpack("<IHB", data[at : at + 7])
-        record += data[at + 7 : at + 7 + size]
-        at += 7 + size
-        if kind in (1, 4) and at <= len(data):  # a complete record, or the last part of one
-            records.append(wandb_internal_pb2.Record.FromString(record))
-            record = b""
-    return records
-
-
-def read_wandb(run):
-    """Return the history as (step, value) pairs by key, run ids, settings and exit codes."""
-    rows, ids, settings, codes = {}, [], {}, []
-    for record in wandb_records(run):
-        kind = record.WhichOneof("record_type")
-        if kind == "history":
-            row = {tuple(i.nested_key): json.loads(i.value_json) for i in record.history.item}
-            for name, value in row.items():
-                rows.setdefault("/".join(name), []).append((row["step",], value))
-        elif kind == "run" and record.run.run_id not in ids[-1:]:
-            ids.append(record.run.run_id)
-            settings = {u.key: json.loads(u.value_json) for u in record.run.config.update}
-        elif kind == "exit":
-            codes.append(record.exit.exit_code)
-    return rows, ids, settings, codes
-
-
-def all_steps(run):
-    """Return step, loss, learning rate and momentum of all steps, for each logger."""
-    scalars, rows = read_tensorboard(run)[0], read_wandb(run)[0]
-    by_logger = [read_csv(run)]
-    for values in (scalars, rows):
-        loss, lr, momentum = (values[f"train/{name}"] for name in ("loss", "lr", "momentum"))
-        pairs = zip(loss, lr, momentum, strict=True)
-        by_logger.append([(step, x, rate[1], mom[1]) for (step, x), rate, mom in pairs])
-    return by_logger
 
 
 def flatten_numbers(metrics, prefix="final"):
@@ -455,121 +342,6 @@ class TestInvalidLoggers:
         assert parse_loggers("wandb, csv,wandb") == ("wandb", "csv")
         with pytest.raises(InputError, match="Unknown logger ''"):
             parse_loggers("csv,")
-
-
-class TestLogin:
-    """wandb never asks for a login."""
-
-    @pytest.mark.parametrize(
-        ("variables", "netrc", "expected"),
-        [
-            ({}, "", ("offline", "not logged in")),
-            ({"WANDB_MODE": "online"}, "", ("offline", "not logged in")),
-            ({"WANDB_MODE": "offline"}, "", ("offline", "")),
-            ({"WANDB_MODE": "disabled"}, "", ("disabled", "")),
-            ({"WANDB_API_KEY": KEY}, "", ("online", "")),
-            ({"WANDB_API_KEY": "?"}, "", ("offline", "AuthenticationError: ")),
-            ({}, f"machine api.wandb.ai login user password {KEY}", ("online", "")),
-            (
-                {},
-                f"machine elsewhere login user password {KEY}",
-                ("offline", "not logged in"),
-            ),
-            ({}, "not a netrc", ("offline", "not logged in")),
-        ],
-    )
-    def test_mode_depends_on_the_login(
-        self, tmp_path, monkeypatch, capfd, variables, netrc, expected
-    ):
-        for name, value in variables.items():
-            monkeypatch.setenv(name, value)
-        (tmp_path / "netrc").write_text(netrc)
-        monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-        wandb.teardown()  # it has already read the environment
-        try:
-            mode, reason = wandb_module._choose_mode()
-            assert mode == expected[0]
-            assert reason.startswith(expected[1])
-            assert capfd.readouterr() == ("", "")
-        finally:
-            wandb.teardown()
-
-    def test_run_is_stored_locally_without_a_connection(self, tmp_path, monkeypatch):
-        original = wandb.init
-
-        def init(**settings):
-            if settings["mode"] == "online":
-                raise wandb.errors.CommError("Timed out\nin 90 s")
-            return original(**settings)
-
-        monkeypatch.setattr(wandb, "init", init)
-        monkeypatch.setattr(wandb_module, "_choose_mode", lambda: ("online", ""))
-        run = create_run(override(TINY, ["train.epochs=1"]), tmp_path / "run")
-        (line,) = logged_fit(run, ("wandb",))
-        assert line.startswith("wandb: stored locally (CommError: Timed out); upload with")
-        assert len(read_wandb(run)[0]["train/loss"]) == STEPS
-
-    def test_disabled_wandb_writes_no_files(self, tmp_path, monkeypatch):
-        monkeypatch.setenv("WANDB_MODE", "disabled")
-        wandb.teardown()
-        run = create_run(override(TINY, ["train.epochs=1"]), tmp_path / "run")
-        try:
-            assert logged_fit(run, ("wandb",)) == ["wandb: disabled."]
-        finally:
-            wandb.teardown()
-        assert [*(run.logs / "wandb").iterdir()] == []
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
-def test_command_is_interrupted_and_resumed(mixmo, tmp_path, number):
-    run, more = tmp_path / "run", ["--logger", "csv,tensorboard,wandb"]
-    command = mixmo(*FIT, run, *more, prelude=SLOW_STEPS)
-    command.wait_until_printed("1/3 ")
-    command.signal(number, group=True)
-    assert command.wait() == 128 + number, command.printed
-    assert "Traceback" not in command.printed
-    assert command.printed.splitlines()[-1].startswith("Interrupted. The state is saved")
-    assert_no_process_is_left(command)
-    run = open_run(run)
-    state = json.loads((CheckpointStore(run.checkpoint).newest().path / "state.json").read_text())
-    done = state["epoch"] * state["steps_per_epoch"] + state["step"]
-    for steps in all_steps(run):
-        assert [step for step, *_ in steps] == [*range(done)]
-    assert read_wandb(run)[3] == [128 + number]
-    command = mixmo("fit", "--resume", run.path, *more)
-    assert command.wait() == 0, command.printed
-    for steps in all_steps(run):
-        assert [step for step, *_ in steps] == [*range(3 * state["steps_per_epoch"])]
-    assert read_wandb(run)[3] == [128 + number, 0]
-    assert_no_process_is_left(command)
-
-
-def assert_no_process_is_left(command):
-    """Check that wandb's process, which has its own session, ends with its command."""
-    deadline = time.monotonic() + 10
-    while processes := [*processes_for(command.pid)]:
-        assert time.monotonic() < deadline, processes
-        time.sleep(0.05)
-    assert not command.other_processes()
-
-
-def processes_for(pid):
-    for path in Path("/proc").iterdir():
-        try:
-            arguments = (path / "cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if b"--pid" in arguments and arguments[arguments.index(b"--pid") + 1] == str(pid).encode():
-            yield arguments
-
-
-def test_open_wandb_run_of_the_user_is_not_changed(tmp_path):
-    with wandb.init(project="mine", dir=tmp_path, mode="offline") as user_run:
-        run = create_run(TINY, tmp_path / "run")
-        logged_fit(run, ["wandb"])
-        user_run.log({"still": 1})
-        assert read_wandb(run)[1] != [user_run.id]
-        assert wandb.run is user_run
 
 
 def test_network_is_freed_after_training(tmp_path):

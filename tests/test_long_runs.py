@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from fastai.callback.core import Callback
-from test_resume import STEPS, TINY
+from short_runs import STEPS, TINY
 
 from mixmo_fastai.config.load import override
 from mixmo_fastai.runs.create import create_run

@@ -5,12 +5,15 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from custom_losses import (
+    CLASS_WEIGHTS,
+    CUSTOM_LOSSES,
+    FASTAI_LOSSES_WITH_CLASS_WEIGHTS,
+    DataDependentLoss,
+)
 from fastai.losses import (
-    BaseLoss,
     BCEWithLogitsLossFlat,
     CrossEntropyLossFlat,
-    FocalLoss,
-    FocalLossFlat,
     LabelSmoothingCrossEntropy,
     LabelSmoothingCrossEntropyFlat,
     MSELossFlat,
@@ -109,9 +112,6 @@ def test_class_weights_and_label_smoothing_are_kept(batch):
     )
 
 
-CLASS_WEIGHTS = torch.tensor([1.0, 9.0, 4.0, 1.0, 7.0])
-
-
 @pytest.mark.parametrize(
     "base",
     [
@@ -157,107 +157,6 @@ def test_multi_label_base(batch):
     expected = F.binary_cross_entropy_with_logits(pred, labels, reduction="none").mean(2)
     loss = MixMoLoss(BCEWithLogitsLossFlat())(pred, labels, weights)
     torch.testing.assert_close(torch.Tensor(loss), (weights * expected).sum(1).mean())
-
-
-def test_activation_and_decodes_of_the_base_are_used():
-    logits = torch.tensor([[0.0, 2.0]])
-    assert MixMoLoss().activation(logits).sum().item() == pytest.approx(1)
-    assert MixMoLoss().decodes(logits).tolist() == [1]
-    multi = MixMoLoss(BCEWithLogitsLossFlat(thresh=0.9))
-    torch.testing.assert_close(multi.activation(logits), logits.sigmoid())
-    assert multi.decodes(logits.sigmoid()).tolist() == [[False, False]]
-
-
-@pytest.mark.parametrize(
-    "base", [nn.CrossEntropyLoss(), F.cross_entropy, partial(F.cross_entropy, label_smoothing=0.1)]
-)
-def test_torch_cross_entropy_implies_softmax_and_argmax(base):
-    logits = torch.tensor([[0.0, 2.0]])
-    torch.testing.assert_close(MixMoLoss(base).activation(logits), logits.softmax(1))
-    assert MixMoLoss(base).decodes(logits.softmax(1)).tolist() == [1]
-
-
-@pytest.mark.parametrize("base", [nn.BCEWithLogitsLoss(), F.binary_cross_entropy_with_logits])
-def test_torch_binary_cross_entropy_implies_sigmoid_and_thresholds(base):
-    logits = torch.tensor([[1.0, 2.0, -1.0]])
-    torch.testing.assert_close(MixMoLoss(base).activation(logits), logits.sigmoid())
-    assert MixMoLoss(base).decodes(logits.sigmoid()).tolist() == [[True, True, False]]
-
-
-@pytest.mark.parametrize("base", [nn.MSELoss(), F.l1_loss, nn.NLLLoss(), MSELossFlat()])
-def test_other_losses_do_not_change_predictions(base):
-    numbers = torch.tensor([[0.3], [-4.0]])
-    assert torch.equal(MixMoLoss(base).activation(numbers), numbers)
-    assert torch.equal(MixMoLoss(base).decodes(numbers), numbers)
-
-
-def test_objects_that_are_not_losses_are_rejected():
-    with pytest.raises(InputError, match=r"must be a loss.*got 'ce'"):
-        MixMoLoss("ce")
-
-
-FASTAI_LOSSES_WITH_CLASS_WEIGHTS = [
-    LabelSmoothingCrossEntropy(weight=CLASS_WEIGHTS),
-    LabelSmoothingCrossEntropy(weight=CLASS_WEIGHTS, reduction="sum"),
-    LabelSmoothingCrossEntropyFlat(eps=0.3, weight=CLASS_WEIGHTS),
-    FocalLoss(weight=CLASS_WEIGHTS),
-    FocalLossFlat(weight=CLASS_WEIGHTS, gamma=1.0),
-]
-
-
-class FixedReductionLoss(nn.Module):
-    """A custom loss without a `reduction` attribute."""
-
-    def forward(self, pred, targets):
-        return F.cross_entropy(pred, targets, label_smoothing=0.2)
-
-
-class IgnoredReductionLoss(FixedReductionLoss):
-    """A custom loss that ignores its `reduction` attribute."""
-
-    reduction = "mean"
-
-
-class DataDependentLoss(nn.Module):
-    def forward(self, pred, targets):
-        selected = pred[targets >= 0]  # its shape depends on the values
-        return F.cross_entropy(selected, targets) if float(selected.detach().sum()) else pred.sum()
-
-
-class CustomCrossEntropy(nn.CrossEntropyLoss):
-    """A custom subclass of a torch loss."""
-
-    def forward(self, pred, targets):
-        return super().forward(pred, targets.long())
-
-
-class ElementwiseLoss(nn.Module):
-    """A custom loss with reduction, which yields one value per element."""
-
-    def __init__(self):
-        super().__init__()
-        self.reduction = "mean"
-
-    def forward(self, pred, targets):
-        values = pred.exp() * F.one_hot(targets, pred.shape[1])
-        return values if self.reduction == "none" else values.mean()
-
-
-def power(pred, targets, exponent=2.0):
-    return (1 - pred.softmax(1).gather(1, targets[:, None])).pow(exponent).mean()
-
-
-CUSTOM_LOSSES = [
-    lambda pred, targets: F.cross_entropy(pred, targets.long()),
-    lambda pred, targets: F.cross_entropy(pred, targets, reduction="sum"),
-    partial(power, exponent=3.0),
-    FixedReductionLoss(),
-    IgnoredReductionLoss(),
-    DataDependentLoss(),
-    CustomCrossEntropy(weight=CLASS_WEIGHTS),
-    ElementwiseLoss(),
-    partial(F.cross_entropy, reduction="sum"),
-]
 
 
 def value_and_gradient(loss, pred, *args):
@@ -423,40 +322,6 @@ def test_nan_loss_raises_no_error(batch):
     torch.testing.assert_close(loss(*batch), MixMoLoss()(*batch))
 
 
-@pytest.mark.parametrize(
-    "base", [CUSTOM_LOSSES[0], FixedReductionLoss(), partial(power), CustomCrossEntropy()]
-)
-def test_softmax_is_detected_in_custom_losses(base):
-    logits = torch.tensor([[0.0, 2.0, 1.0], [9.0, 2.0, 1.0]])
-    torch.testing.assert_close(MixMoLoss(base).activation(logits), logits.softmax(1))
-    assert MixMoLoss(base).decodes(logits.softmax(1)).tolist() == [1, 0]
-
-
-@pytest.mark.parametrize(
-    "base",
-    [
-        lambda pred, targets: (pred - targets).square().mean(),
-        lambda pred, targets: F.mse_loss(pred, targets.float()),
-        lambda pred, targets: F.nll_loss(pred, targets.long()),
-        lambda pred, targets: F.binary_cross_entropy(pred, targets.float()),
-    ],
-)
-def test_custom_losses_without_softmax_do_not_change_predictions(base):
-    numbers = torch.tensor([[0.3, 0.1], [-4.0, 0.2]])
-    assert torch.equal(MixMoLoss(base).activation(numbers), numbers)
-    assert torch.equal(MixMoLoss(base).decodes(numbers), numbers)
-
-
-def test_custom_activation_is_used():
-    def loss(pred, targets):
-        return F.cross_entropy(pred, targets)
-
-    loss.activation, loss.decodes = torch.tanh, torch.sign
-    numbers = torch.tensor([[0.3, -0.1]])
-    assert torch.equal(MixMoLoss(loss).activation(numbers), numbers.tanh())
-    assert torch.equal(MixMoLoss(loss).decodes(numbers), numbers.sign())
-
-
 def test_batchmean_reduction_of_kl_divergence():
     random = torch.Generator().manual_seed(0)
     pred = torch.randn(6, 3, 5, generator=random).log_softmax(2)
@@ -466,60 +331,3 @@ def test_batchmean_reduction_of_kl_divergence():
     for base in (nn.KLDivLoss(reduction="batchmean"), partial(F.kl_div, reduction="batchmean")):
         actual = MixMoLoss(base)(pred, targets, weights)
         torch.testing.assert_close(actual, (weights * divergences).sum(1).mean())
-
-
-ELEMENTWISE_LOSSES = [
-    *(nn.MSELoss(), nn.L1Loss(), nn.SmoothL1Loss(), nn.HuberLoss(), nn.BCEWithLogitsLoss()),
-    *(F.mse_loss, F.l1_loss, partial(F.huber_loss, delta=2.0), F.binary_cross_entropy_with_logits),
-    BaseLoss(nn.MSELoss, flatten=False),
-]
-
-
-@pytest.mark.parametrize("base", ELEMENTWISE_LOSSES)
-def test_shape_mismatch_is_rejected_instead_of_broadcast(base):
-    pred, targets = torch.rand(6, 3, 1), torch.rand(6, 3)
-    message = (
-        r"predictions \(B, 1\) do not match targets \(B,\).\nPass targets \(B, 1\), or flatten"
-    )
-    with pytest.raises(InputError, match=message):
-        MixMoLoss(base)(pred, targets, torch.ones(6, 3))
-    with pytest.raises(InputError, match=message):
-        MixMoLoss(base)(pred[:, 0], targets[:, 0])
-    with pytest.raises(
-        InputError, match=r"\(B, 4\) do not match targets \(B,\).\nPass targets .B, 4.\.$"
-    ):
-        MixMoLoss(base)(torch.rand(6, 3, 4), targets, torch.ones(6, 3))
-    matching = MixMoLoss(base)(pred, targets[..., None], torch.ones(6, 3))
-    torch.testing.assert_close(matching, 3 * torch.Tensor(base(pred, targets[..., None])))
-
-
-def test_regression_loss_with_class_targets_suggests_cross_entropy():
-    with pytest.raises(InputError, match=r"Pass targets \(B, 4\), or .* CrossEntropyLossFlat\(\)"):
-        MixMoLoss(nn.MSELoss())(torch.rand(6, 3, 4), torch.zeros(6, 3).long(), torch.ones(6, 3))
-
-
-def test_flattening_losses_accept_a_column():
-    pred, targets = torch.rand(6, 3, 1), torch.rand(6, 3)
-    actual = MixMoLoss(MSELossFlat())(pred, targets, torch.ones(6, 3))
-    torch.testing.assert_close(torch.Tensor(actual), 3 * (pred[..., 0] - targets).square().mean())
-    with pytest.raises(InputError, match=r"\(B, 2\) do not match targets \(B,\)"):
-        MixMoLoss(MSELossFlat())(torch.rand(6, 3, 2), targets, torch.ones(6, 3))
-
-
-class CustomAbsoluteError(nn.Module):
-    def __init__(self, reduction="mean"):
-        super().__init__()
-        self.reduction = reduction
-
-    def forward(self, pred, targets):
-        values = (pred - targets).abs()
-        return values if self.reduction == "none" else values.mean()
-
-
-@pytest.mark.parametrize("base", [CustomAbsoluteError(), lambda p, t: (p - t).square().mean()])
-def test_custom_losses_that_broadcast_are_rejected(base):
-    with pytest.raises(InputError, match=r"Predictions are \(B, 1\) and targets \(B,\)"):
-        MixMoLoss(base)(torch.rand(6, 3, 1), torch.rand(6, 3), torch.ones(6, 3))
-    pred, targets = torch.rand(6, 3, 1), torch.rand(6, 3, 1)
-    actual = MixMoLoss(base)(pred, targets, torch.ones(6, 3))
-    torch.testing.assert_close(actual, 3 * base(pred, targets))

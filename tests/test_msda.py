@@ -3,8 +3,8 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from learners import BatchRecorder, make_learner
 from synthetic import mixmo_dls
-from test_callback import BatchRecorder, make_learner
 
 from mixmo_fastai.callbacks.mixmo import MixMoCallback
 from mixmo_fastai.errors import InputError

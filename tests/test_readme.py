@@ -87,8 +87,9 @@ def test_every_listed_learner_feature_has_a_test():
     (table,) = re.findall(r"\| feature \|.*?\n\n", README, flags=re.DOTALL)
     first_cells = [row.split("|")[1] for row in table.strip().splitlines()[2:]]
     features = [name for cell in first_cells for name in re.findall(r"`(\w+)`", cell)]
-    files = ("test_learner_features.py", "test_distributed.py")
-    sources = "".join((ROOT / "tests" / file).read_text(encoding="utf-8") for file in files)
+    patterns = ("test_learner_features*.py", "test_distributed*.py")
+    files = [file for pattern in patterns for file in (ROOT / "tests").glob(pattern)]
+    sources = "".join(file.read_text(encoding="utf-8") for file in files)
     tests = re.findall(r"^def test_(\w+)\(", sources, flags=re.MULTILINE)
     assert len(features) > 25
     for feature in features:

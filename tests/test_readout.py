@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from short_runs import TINY
 from synthetic import mixmo_dls
-from test_resume import TINY
 from torch import nn
 
 from mixmo_fastai import MixMoLoss, body_and_heads, mixmo_learner

@@ -1,166 +1,36 @@
-import io
 import json
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
-from importlib.resources import files
 from itertools import pairwise
 
 import pytest
 import torch
 from chromium import Page, needs_chromium
-from datasets import write_image_folder
-from matplotlib.figure import Figure
-from PIL import Image, ImageColor
+from report_pages import (
+    CLASSES,
+    NUM_CHARTS,
+    NUM_TILES,
+    Elements,
+    images,
+    pages,
+    reports,
+    runs,
+    tiled_pages,
+    with_tiles,
+)
 
 from mixmo_fastai.cli import run as program
-from mixmo_fastai.config.recipe import Expected
 from mixmo_fastai.config.resolve import resolve_recipe
 from mixmo_fastai.models import create_model
-from mixmo_fastai.report.charts import agreement, reliability
-from mixmo_fastai.report.drawing import INCORRECT, LIGHT, PLACEHOLDER_COLORS, Plot
-from mixmo_fastai.report.page import as_data_uri, render
+from mixmo_fastai.report.page import render
 from mixmo_fastai.report.report_data import collect_report_data
 from mixmo_fastai.report.sections import sections
 from mixmo_fastai.runs.create import create_run
 from mixmo_fastai.runs.weights import save_weights
-from mixmo_fastai.training.ensemble import train_run
-from mixmo_fastai.training.prepare import prepare
 
 pytestmark = pytest.mark.slow
 
-UNESCAPED_NAME = "<script>alert('$x$')</script> & \"co\""
-CLASSES = ("cat", UNESCAPED_NAME.replace("/", "\u2215"), "fish")
-NUM_CHARTS = {
-    "mixmo": 11,  # 3 training, 2 calibration, risk, 2 members, confusion, 2 filters
-    "vanilla": 9,
-    "ensemble": 11,
-}
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    """Write images whose class names contain HTML and TeX markup; a third is mislabelled."""
-    root = write_image_folder(
-        tmp_path_factory.mktemp("images") / "pets<b>", classes=CLASSES, num_train=64, num_test=40
-    )
-    for part, count in (("train", 64), ("test", 40)):
-        for number in range(0, count, 3):
-            files = [root / part / name / f"{number:03}.png" for name in CLASSES]
-            contents = [file.read_bytes() for file in files]
-            for file, other in zip(files, contents[1:] + contents[:1], strict=True):
-                file.write_bytes(other)
-    return root
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory, images):
-    """Train a MixMo run, a vanilla run and a deep ensemble for one epoch."""
-    changes_by_kind = {
-        "mixmo": [],
-        "vanilla": ["model.num_members=1", "mix.kind=sum", "mix.batch_repetitions=1"],
-        "ensemble": [
-            "model.num_nets=2",
-            "model.num_members=1",
-            "mix.kind=sum",
-            "mix.batch_repetitions=1",
-        ],
-    }
-    trained = {}
-    for name, changes in changes_by_kind.items():
-        settings = {"model.arch": "wrn10_1", "train.epochs": 1, "train.batch_size": 32}
-        common = ["data.valid_split=0.3", "train.device=cpu", "data.augmix=false"]
-        recipe = resolve_recipe(str(images), None, settings, [*common, *changes])
-        run = create_run(recipe, tmp_path_factory.mktemp("runs") / f"{name} <i>")
-        train_run(prepare(recipe), run)
-        trained[name] = run
-    return trained
-
-
-@pytest.fixture(scope="module")
-def reports(runs):
-    return {name: collect_report_data(run) for name, run in runs.items()}
-
-
-@pytest.fixture(scope="module")
-def pages(reports, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pages")
-    for name, report in reports.items():
-        (folder / f"{name}.html").write_text(render(report), encoding="utf-8")
-    return {name: folder / f"{name}.html" for name in reports}
-
-
-NUM_TILES = {"three": 3, "four": 4, "five": 5, "six": 6, "validation only": 4}
-
-
-@pytest.fixture(scope="module")
-def tiled_pages(reports, tmp_path_factory):
-    """Write pages with three to six tiles; return their paths by name in `NUM_TILES`."""
-    folder, paths = tmp_path_factory.mktemp("tiles"), {}
-    for name, num_tiles in NUM_TILES.items():
-        report = with_tiles(reports["vanilla" if num_tiles == 3 else "mixmo"], num_tiles)
-        if name == "validation only":
-            report = validation_only(reports["mixmo"])
-        paths[name] = folder / f"{name.replace(' ', '-')}.html"
-        paths[name].write_text(render(report), encoding="utf-8")
-    return paths
-
-
-def with_tiles(report, num_tiles):
-    """Change a report's data to have `num_tiles` tiles: accuracy, NLL, ECE and up to three more."""
-    metrics = {k: v for k, v in report.metrics.items() if k not in ("calibrated", "cross_fitted")}
-    recipe = report.recipe
-    if num_tiles >= 5:
-        scaled = {"nll": 1.0, "ece": 0.02, "brier": 0.1, "temperature": 1.0, "num_images": 57}
-        metrics["calibrated"] = {**scaled, "temperature_error": 0.3}
-    if num_tiles >= 6:
-        recipe = replace(recipe, expected=Expected(accuracy=0.9, source="Table 1", arch="wrn28_10"))
-    return replace(report, metrics=metrics, recipe=recipe)
-
-
-def validation_only(report):
-    """Change a report's data to have no test images and too few validation images to calibrate."""
-    reason = "there are no labelled test images beside the validation images"
-    metrics = {k: v for k, v in with_tiles(report, 4).metrics.items() if k != "valid"}
-    metrics["valid"] = metrics.pop("test")
-    metrics["absent"] = {"calibrated": reason, "cross_fitted": "it takes 100 images or more"}
-    metrics = {k: v for k, v in metrics.items() if not k.startswith("test_")}
-    return replace(
-        report,
-        metrics=metrics,
-        num_images=(len(report.labels), 0),
-        calibrated=None,
-        calibration=f"{reason}; it takes 100 images or more",
-    )
-
-
-class Elements(HTMLParser):
-    """Parse the elements of a page, and check that each has its end tag."""
-
-    VOID = ("meta", "link", "img", "path", "use", "br", "wbr")
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.open, self.text = [], [], ""
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        if tag not in self.VOID:
-            assert self.open.pop() == tag
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data):
-        self.text += data
-
-    def attributes_of(self, tag):
-        return [attrs for name, attrs in self.tags if name == tag]
+__all__ = ["images", "pages", "reports", "runs", "tiled_pages"]  # fixtures
 
 
 @pytest.mark.parametrize("kind", NUM_CHARTS)
@@ -316,91 +186,6 @@ class TestCommand:
         assert not run.report.exists()
 
 
-def draw_line(figure):
-    figure.subplots().plot([1, 2], color=INCORRECT)
-
-
-class TestPlot:
-    def test_ids_have_a_prefix_and_colours_are_variables(self):
-        svg = Plot(draw_line, "example", "Description").svg()
-        assert "var(--incorrect)" in svg
-        assert "#0101" not in svg
-        names = re.findall(r' id="([^"]+)"', svg)
-        assert names
-        assert all(name.startswith("example-") for name in names)
-        for target in re.findall(r"url\(#([^)]+)\)", svg) + re.findall(r'href="#([^"]+)"', svg):
-            assert target in names
-
-    def test_text_is_escaped(self):
-        svg = Plot(
-            lambda figure: figure.text(0.5, 0.5, UNESCAPED_NAME), "example", UNESCAPED_NAME
-        ).svg()
-        assert "<script" not in svg
-        assert "alert" in svg
-        assert "$x$" in svg  # not parsed as TeX
-
-    def test_svg_is_deterministic(self):
-        assert (
-            Plot(draw_line, "example", "Description").svg()
-            == Plot(draw_line, "example", "Description").svg()
-        )
-
-    def test_png_has_the_colours_of_the_light_page(self):
-        css = (files("mixmo_fastai.report") / "page.css").read_text(encoding="utf-8")
-        light = dict(re.findall(r"(--[\w-]+): (#\w+)", css.partition("@media")[0]))
-        assert tuple(light[variable[4:-1]] for variable in PLACEHOLDER_COLORS.values()) == LIGHT
-        image = Image.open(
-            io.BytesIO(Plot(draw_line, "example", "Description").png("Title"))
-        ).convert("RGB")
-        colors = {color for _, color in image.getcolors(maxcolors=2**16)}
-        for expected in (light["--paper"], light["--incorrect"], light["--ink"]):
-            assert ImageColor.getrgb(expected) in colors, expected
-
-
-def test_description_of_a_reliability_diagram():
-    logits = torch.tensor([[4.0, 0.0]] * 10)  # confidence 98.2 %, nine of ten correct
-    labels = torch.tensor([0] * 9 + [1])
-    chart = reliability("example", "Title", logits, labels, caption="")
-    assert "ECE 8.20 %" in chart.svg
-    assert "8.20 points above the accuracy" in chart.svg
-
-
-@pytest.mark.parametrize(
-    ("num_correct", "word", "other"),
-    [(9, "overconfident", "under"), (10, "underconfident", "over")],
-)
-def test_caption_names_over_or_underconfidence(num_correct, word, other):
-    logits = torch.tensor([[4.0, 0.0]] * 10)  # confidence 98.2 %
-    labels = torch.tensor([0] * num_correct + [1] * (10 - num_correct))
-    caption = reliability("example", "Title", logits, labels, caption="").caption
-    assert f"{word} on average" in caption
-    assert f"{other}confident" not in caption
-
-
-@pytest.mark.parametrize(("num_in_bin", "is_faint"), [(1, True), (9, True), (10, False)])
-def test_bins_with_few_images_are_faint(num_in_bin, is_faint):
-    logits = torch.tensor([[4.0, 0.0]] * 30 + [[0.5, 0.0]] * num_in_bin)
-    labels = torch.tensor([0] * 30 + [1] * num_in_bin)
-    chart = reliability("example", "Title", logits, labels, caption="")
-    figure = Figure()
-    chart.plot.draw(figure)
-    alphas = {round(bar.get_x(), 2): bar.get_alpha() for bar in figure.axes[0].patches}
-    assert alphas[round(14 / 15, 2)] > 0.5
-    assert (alphas[round(9 / 15, 2)] < 0.2) == is_faint
-    assert ("fewer than 10 images are faint" in chart.caption) == is_faint
-
-
-@pytest.mark.parametrize("num_images", [5, 10, 15])
-def test_reliability_diagram_fills_its_figure(num_images):
-    """Check diagrams in which all bins or no bins are faint."""
-    logits = torch.tensor([[4.0, 0.0]] * num_images)
-    chart = reliability("example", "Title", logits, torch.zeros(num_images).long(), caption="")
-    figure = Figure(figsize=chart.plot.size, layout="constrained")
-    chart.plot.draw(figure)
-    figure.draw_without_rendering()
-    assert figure.axes[0].get_position().height > 0.55
-
-
 def tiles_of(report):
     text = render(report)
     return re.findall(r"<div><dt>(.*?)</dt><dd>(.*?)</dd><dd class=\"aside\">(.*?)</dd>", text)
@@ -491,29 +276,6 @@ def test_many_classes_have_two_tables(reports):
     assert len(pairs.rows) == len(worst.rows) == 15
     accuracy = (many.logits.argmax(1) == labels).view(10, 30).double().mean(0)
     assert worst.rows[0][2] == f"{100 * float(accuracy.min()):.2f} %"
-
-
-def test_description_of_the_agreement():
-    members = torch.tensor(
-        [[[3.0, 0], [0, 1]], [[2, 0], [1, 0]], [[2, 0], [1, 0]], [[0, 1], [0, 1]]]
-    )
-    chart = agreement(members, torch.tensor([1, 0, 1, 1]), "member")
-    assert "2 of 2 on 75.00 % of the images, 66.67 % of them correct" in chart.svg
-    assert "1 of 2 on 25.00 % of the images, 0.00 % of them correct" in chart.svg
-
-
-@pytest.mark.parametrize("channels", [1, 3, 4])
-def test_data_uri_contains_the_pixels(channels):
-    import base64
-
-    import numpy as np
-
-    pixels = torch.randint(0, 256, (channels, 8, 8), dtype=torch.uint8)
-    address = as_data_uri(pixels)
-    image = np.asarray(Image.open(io.BytesIO(base64.b64decode(address.split(",")[1]))))
-    assert image.shape[:2] == (64, 64)  # enlarged eight times
-    small = image[::8, ::8].reshape(8, 8, min(channels, 3))
-    np.testing.assert_array_equal(small.transpose(2, 0, 1), pixels[:3])
 
 
 @needs_chromium

@@ -2,13 +2,13 @@
 
 import json
 import shutil
-import signal
 
 import pytest
 from fastai.callback.core import Callback
 from safetensors.torch import load_file
+from short_runs import EVERYTHING, STEPS, TINY, Watch, assert_same, fit
 
-from mixmo_fastai.config.load import override, recipe_from_mapping
+from mixmo_fastai.config.load import override
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.mixing import MASK_KINDS
 from mixmo_fastai.runs.checkpoints import CheckpointStore
@@ -21,52 +21,7 @@ from mixmo_fastai.training.train import train
 
 pytestmark = pytest.mark.slow
 
-TINY = recipe_from_mapping(
-    {
-        "name": "tiny",
-        "data": {"dataset": "digits", "limit": 48, "valid_split": 0.05},
-        "model": {"arch": "wrn10_1"},
-        "train": {"epochs": 3, "batch_size": 32, "device": "cpu"},
-        # The published schedule drops after the first and the second epoch.
-        "schedule": {"milestones": [0.3, 0.6]},
-    },
-    "here",
-)
-STEPS = 6  # per epoch
-EVERYTHING = ("train.ema_decay=0.9", "train.select=best")
 SCHEDULES = ("one-cycle", "published", "flat-cosine")
-TIMING_COLUMNS = ("seconds", "images_per_second")
-
-
-class Watch(Callback):
-    """Record the hyperparameters of each step; request a stop after a step or in validation."""
-
-    order = 64  # before CheckpointCallback
-
-    def __init__(self, stop, stop_at=None, *, validating=False):
-        super().__init__()
-        self.stop, self.stop_at, self.validating, self.steps = stop, stop_at, validating, []
-
-    def after_batch(self):
-        position = self.learn.epoch, self.learn.iter + 1
-        if self.learn.training:
-            hypers = self.learn.opt.hypers[-1]
-            self.steps.append((position, hypers["lr"], hypers.get("mom"), self.learn.pct_train))
-        if position == self.stop_at and self.learn.training != self.validating:
-            self.stop.number = signal.SIGINT
-
-
-def fit(run, stop_at=None, *, resume=False, validating=False, prepare=prepare):
-    """Train to the end or up to `stop_at`; return the hyperparameters of each step."""
-    stop = StopRequest()
-    watch = Watch(stop, stop_at, validating=validating)
-    try:
-        train(prepare(run.recipe()), run, cbs=[watch], resume=resume, stop=stop)
-    except InterruptedBySignal:
-        assert stop_at is not None
-    else:
-        assert stop_at is None or stop_at == (2, STEPS)
-    return watch.steps
 
 
 @pytest.mark.parametrize("num_members", [2, 3])
@@ -100,34 +55,6 @@ def test_checkpoints_store_the_loss_as_sum_over_members(tmp_path, num_members):
     fresh = create_run(run.recipe(), tmp_path / "uninterrupted")
     train(prepare(fresh.recipe()), fresh, cbs=[uninterrupted])
     assert before.values + after.values == uninterrupted.values
-
-
-def checkpoint_content(run):
-    """Return the files of a run's newest checkpoint and its history without timings."""
-    saved = CheckpointStore(run.checkpoint).newest()
-    files = {name: (saved.path / name).read_bytes() for name in saved.files}
-    history = json.loads(files.pop("history.json"))
-    del history["seconds"]
-    history["rows"] = without_timings(history["rows"])
-    return files, history
-
-
-def without_timings(rows):
-    return [
-        {name: value for name, value in row.items() if name not in TIMING_COLUMNS} for row in rows
-    ]
-
-
-def assert_same(first, second):
-    """Check that two runs have the same checkpoint, weights, metrics and history."""
-    (files, history), (other_files, other_history) = map(checkpoint_content, (first, second))
-    assert history == other_history
-    assert files.keys() == other_files.keys()
-    for name in files:
-        assert files[name] == other_files[name], name
-    assert first.weights.read_bytes() == second.weights.read_bytes()
-    assert without_timings([first.metrics()]) == without_timings([second.metrics()])
-    assert without_timings(first.history()) == without_timings(second.history())
 
 
 @pytest.fixture(scope="module")

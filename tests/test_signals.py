@@ -5,37 +5,21 @@ import shutil
 import signal
 
 import pytest
-from processes import uninterrupted_runs
-from test_resume import assert_same
+from commands import ALL_STEPS_SLOW, FIT, SLOW_STEPS, STREAMED, check_resumed, uninterrupted
+from short_runs import assert_same
 
 from mixmo_fastai.runs.checkpoints import CheckpointStore
 from mixmo_fastai.runs.folder import open_run
 
 pytestmark = pytest.mark.slow
 
-_FIT = (
-    "fit --arch wrn10_1 --limit 64 --valid-split 0.05 --batch-size 32 --epochs 3 --device cpu "
-    "--threads 1 --set train.ema_decay=0.9 --set train.select=best --out"
-)
-FIT = _FIT.split()
-STREAMED = ["--set", "data.loader=streaming", "--set", "data.num_workers=2"]
+__all__ = ["uninterrupted"]
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 BOTH_SIGNALS = pytest.mark.parametrize(
     "number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name
 )
 BOTH_TARGETS = pytest.mark.parametrize("group", [False, True], ids=["process", "process group"])
 
-SLOW_STEPS = """
-import time
-from mixmo_fastai.training.history import HistoryCallback
-original_after_batch = HistoryCallback.after_batch
-def slow(self):
-    if self.learn.epoch:  # the first epoch is not slowed down, since most tests wait for its end
-        time.sleep(0.1)
-    original_after_batch(self)
-HistoryCallback.after_batch = slow
-"""
-ALL_STEPS_SLOW = SLOW_STEPS.replace("if self.learn.epoch:", "if True:")
 SLOW_VALIDATION = """
 import time
 from mixmo_fastai.training.checkpointing import StopInValidation
@@ -97,12 +81,6 @@ Learner.lr_find = slow
 """
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(server, tmp_path_factory):
-    """Return a function that trains uninterrupted runs with `FIT` and further arguments."""
-    return uninterrupted_runs(server, tmp_path_factory.mktemp("uninterrupted"), FIT)
-
-
 def check_stopped(command, number, run_path):
     """Check that a command ended in response to a signal; return its last line."""
     assert command.wait() == CODES[number], command.printed
@@ -113,13 +91,6 @@ def check_stopped(command, number, run_path):
         assert last.endswith(f"resume with: mixmo fit --resume {run_path}")
         assert last in (run_path / "log.txt").read_text()
     return last
-
-
-def check_resumed(mixmo, run_path, uninterrupted):
-    """Resume a run and check that it equals the uninterrupted run."""
-    command = mixmo("fit", "--resume", run_path)
-    assert command.wait() == 0, command.printed
-    assert_same(uninterrupted, open_run(run_path))
 
 
 @BOTH_SIGNALS

@@ -1,0 +1,84 @@
+"""`MixMoLoss` turns outputs into predictions as the loss it wraps does."""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from custom_losses import CUSTOM_LOSSES, CustomCrossEntropy, FixedReductionLoss, power
+from fastai.losses import BCEWithLogitsLossFlat, MSELossFlat
+from torch import nn
+
+from mixmo_fastai.errors import InputError
+from mixmo_fastai.mixing.loss import MixMoLoss
+
+
+def test_activation_and_decodes_of_the_base_are_used():
+    logits = torch.tensor([[0.0, 2.0]])
+    assert MixMoLoss().activation(logits).sum().item() == pytest.approx(1)
+    assert MixMoLoss().decodes(logits).tolist() == [1]
+    multi = MixMoLoss(BCEWithLogitsLossFlat(thresh=0.9))
+    torch.testing.assert_close(multi.activation(logits), logits.sigmoid())
+    assert multi.decodes(logits.sigmoid()).tolist() == [[False, False]]
+
+
+@pytest.mark.parametrize(
+    "base", [nn.CrossEntropyLoss(), F.cross_entropy, partial(F.cross_entropy, label_smoothing=0.1)]
+)
+def test_torch_cross_entropy_implies_softmax_and_argmax(base):
+    logits = torch.tensor([[0.0, 2.0]])
+    torch.testing.assert_close(MixMoLoss(base).activation(logits), logits.softmax(1))
+    assert MixMoLoss(base).decodes(logits.softmax(1)).tolist() == [1]
+
+
+@pytest.mark.parametrize("base", [nn.BCEWithLogitsLoss(), F.binary_cross_entropy_with_logits])
+def test_torch_binary_cross_entropy_implies_sigmoid_and_thresholds(base):
+    logits = torch.tensor([[1.0, 2.0, -1.0]])
+    torch.testing.assert_close(MixMoLoss(base).activation(logits), logits.sigmoid())
+    assert MixMoLoss(base).decodes(logits.sigmoid()).tolist() == [[True, True, False]]
+
+
+@pytest.mark.parametrize("base", [nn.MSELoss(), F.l1_loss, nn.NLLLoss(), MSELossFlat()])
+def test_other_losses_do_not_change_predictions(base):
+    numbers = torch.tensor([[0.3], [-4.0]])
+    assert torch.equal(MixMoLoss(base).activation(numbers), numbers)
+    assert torch.equal(MixMoLoss(base).decodes(numbers), numbers)
+
+
+def test_objects_that_are_not_losses_are_rejected():
+    with pytest.raises(InputError, match=r"must be a loss.*got 'ce'"):
+        MixMoLoss("ce")
+
+
+@pytest.mark.parametrize(
+    "base", [CUSTOM_LOSSES[0], FixedReductionLoss(), partial(power), CustomCrossEntropy()]
+)
+def test_softmax_is_detected_in_custom_losses(base):
+    logits = torch.tensor([[0.0, 2.0, 1.0], [9.0, 2.0, 1.0]])
+    torch.testing.assert_close(MixMoLoss(base).activation(logits), logits.softmax(1))
+    assert MixMoLoss(base).decodes(logits.softmax(1)).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        lambda pred, targets: (pred - targets).square().mean(),
+        lambda pred, targets: F.mse_loss(pred, targets.float()),
+        lambda pred, targets: F.nll_loss(pred, targets.long()),
+        lambda pred, targets: F.binary_cross_entropy(pred, targets.float()),
+    ],
+)
+def test_custom_losses_without_softmax_do_not_change_predictions(base):
+    numbers = torch.tensor([[0.3, 0.1], [-4.0, 0.2]])
+    assert torch.equal(MixMoLoss(base).activation(numbers), numbers)
+    assert torch.equal(MixMoLoss(base).decodes(numbers), numbers)
+
+
+def test_custom_activation_is_used():
+    def loss(pred, targets):
+        return F.cross_entropy(pred, targets)
+
+    loss.activation, loss.decodes = torch.tanh, torch.sign
+    numbers = torch.tensor([[0.3, -0.1]])
+    assert torch.equal(MixMoLoss(loss).activation(numbers), numbers.tanh())
+    assert torch.equal(MixMoLoss(loss).decodes(numbers), numbers.sign())

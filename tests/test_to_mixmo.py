@@ -1,0 +1,80 @@
+"""`to_mixmo` converts a Learner, or leaves it unchanged."""
+
+import pytest
+import torch
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.metrics import accuracy
+from fastai.optimizer import Adam
+from fastai.vision.learner import vision_learner
+from learners import small_network
+from synthetic import fastai_dls
+from torch import nn
+from torchvision.models import resnet18
+
+from mixmo_fastai import MixMoCallback, create_model, to_mixmo
+from mixmo_fastai.errors import InputError
+
+
+class TestToMixmo:
+    @pytest.mark.slow
+    @pytest.mark.parametrize("fitted", [False, True])
+    def test_vision_learner_is_converted(self, fitted, tmp_path):
+        learn = vision_learner(
+            fastai_dls(), resnet18, pretrained=False, normalize=False,
+            loss_func=CrossEntropyLossFlat(), metrics=accuracy, path=tmp_path,
+        )  # fmt: skip
+        learn.remove_cb(learn.progress)
+        with learn.no_logging():
+            if fitted:
+                learn.fine_tune(1)
+            before = learn.get_preds()[0]
+            assert to_mixmo(learn, mix="linear", seed=0, batch_repetitions=2) is learn
+            torch.testing.assert_close(learn.get_preds()[0], before, rtol=1e-3, atol=1e-4)
+            weights = {n: p.detach().clone() for n, p in learn.model.named_parameters()}
+            learn.fit_one_cycle(1, 1e-2)
+        changed = [n for n, p in learn.model.named_parameters() if not torch.equal(p, weights[n])]
+        assert len(changed) == len(weights)
+        assert (learn.mix_mo.mix, learn.mix_mo.batch_repetitions) == ("linear", 2)
+        assert len(learn.opt.hypers) == 3  # the groups of fastai's ResNets
+        assert learn.opt_func is Adam
+
+    def test_mixmo_model_and_independent_members(self):
+        model = create_model("wrn10_1", 3)
+        learn = Learner(fastai_dls(), model, loss_func=CrossEntropyLossFlat())
+        assert to_mixmo(learn).model is model
+        learn = Learner(fastai_dls(), small_network(), loss_func=CrossEntropyLossFlat())
+        encoders = to_mixmo(learn, independent=True, seed=0).model.encoders
+        both = torch.stack([encoder.weight.flatten() for encoder in encoders]).detach()
+        assert torch.corrcoef(both)[0, 1].abs() < 0.3
+
+    def test_learner_is_unchanged_after_an_error(self):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+        learn = Learner(fastai_dls(), model, loss_func=CrossEntropyLossFlat())
+        for arguments, message in (
+            ({}, "has no convolution"),
+            ({"alpa": 1}, "Did you mean 'alpha'"),
+            ({"alpha": -1}, "alpha"),
+            ({"num_members": 1}, "member"),
+        ):
+            with pytest.raises(InputError, match=message):
+                to_mixmo(learn, **arguments)
+        assert learn.model is model
+        assert isinstance(learn.loss_func, CrossEntropyLossFlat)
+        assert not learn.cbs.filter(lambda cb: isinstance(cb, MixMoCallback))
+
+    def test_one_member_is_rejected_before_any_change(self):
+        model = small_network()
+        learn = Learner(fastai_dls(), model, loss_func=CrossEntropyLossFlat())
+        with pytest.raises(InputError, match="one member"):
+            to_mixmo(learn, num_members=1)
+        assert learn.model is model
+        assert to_mixmo(learn).model.num_members == 2
+
+    def test_second_conversion_and_wrong_num_members_are_rejected(self):
+        learn = Learner(fastai_dls(), create_model("wrn10_1", 3), loss_func=CrossEntropyLossFlat())
+        with pytest.raises(InputError, match=r"num_members must be 2.*got 3"):
+            to_mixmo(learn, num_members=3)
+        to_mixmo(learn)
+        with pytest.raises(InputError, match="already has a MixMoCallback"):
+            to_mixmo(learn)
