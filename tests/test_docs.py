@@ -13,6 +13,7 @@ from pages import EXTENDING, PAGES, ROOT, TEXTS, blocks, command_lines, names_in
 from mixmo_fastai.cli import fit
 from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.program import build_app
+from mixmo_fastai.cli.program import run as program
 from mixmo_fastai.config.choices import COW_DEFAULTS, DATASETS, MASK_KINDS, MASK_OPTIONS
 from mixmo_fastai.config.load import load_recipe, recipe_from_mapping, recipe_names
 from mixmo_fastai.config.recipe import Recipe, default_valid_split
@@ -40,7 +41,7 @@ COMMANDS_BEFORE_CODE = {
 def test_code_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for line in COMMANDS_BEFORE_CODE.get(page.name, ()):
-        assert run(line.split()) == 0
+        assert program(line.split()) == 0
     for number, block in enumerate(blocks(TEXTS[page.name], "python")):
         exec(compile(block, f"{page.name}, block {number}", "exec"), {})
 
