@@ -7,6 +7,9 @@ from processes import cache_digits, mixmo, server
 
 __all__ = ["mixmo", "server"]
 
+# Failed assertions of these helper modules show the compared values, as those of tests do.
+pytest.register_assert_rewrite("commands", "fuzzing", "launches", "short_runs")
+
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 MANY_TESTS = 20  # from which on caching the digits takes less time than it saves

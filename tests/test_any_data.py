@@ -132,9 +132,8 @@ def test_imbalanced_classes():
     )
     _, recorder = train_learner(weighted, epochs=3)
     seen = torch.cat([targets[0].flatten() for targets in recorder.targets])
-    assert (
-        seen == weighted.vocab.o2i["red"]
-    ).float().mean() < 0.8  # the fraction of red images is about 80 %
+    # Of the images, 30 of 38 are red; of the draws, 30 of 70 are expected to be.
+    assert (seen == weighted.vocab.o2i["red"]).float().mean() < 0.65
     dls = loaders(block(), items)
     losses, blue_probabilities = [], []
     for weight in (1.0, 50.0):

@@ -103,8 +103,9 @@ def test_errors_of_rank_0_are_reported_by_all_processes(start_processes, mixmo, 
         run.mkdir()
         (run / "notes").touch()
         commands = start_processes(*FIT, run, prelude=late)
-    assert [command.wait() for command in commands] == [2, 2] if conflict == "folder" else True
-    for command in commands if conflict == "folder" else commands[:1]:
+    # Rank 0 finds the lock before it joins the others, which a launcher then ends.
+    refused = commands if conflict == "folder" else commands[:1]
+    for command in refused:
         check_failed(command, 2, "not empty" if conflict == "folder" else "is in use")
 
 

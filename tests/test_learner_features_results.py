@@ -131,9 +131,10 @@ def test_predict(make):
 def test_tta(make):
     learn = make()
     learn.fit_one_cycle(6, 0.05)
-    probabilities, targets = learn.tta(n=2)
-    torch.testing.assert_close(probabilities.sum(1), torch.ones(len(targets)))
-    assert (probabilities.argmax(1) == targets).float().mean() > 0.5
+    (augmented, plain), targets = learn.tta(n=2, beta=None)
+    torch.testing.assert_close(plain, learn.get_preds()[0])
+    torch.testing.assert_close(augmented.sum(1), torch.ones(len(targets)))
+    assert (augmented.argmax(1) == targets).float().mean() > 0.8  # of 9 or 12 images
 
 
 def test_classification_interpretation(make):
