@@ -1,7 +1,7 @@
 """`mixmo export`: write a trained run as one plain network."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -26,6 +26,23 @@ def export(
             rich_help_panel=opt.OUTPUT,
         ),
     ],
+    int8: Annotated[
+        bool,
+        typer.Option(
+            "--int8",
+            help="Quantise an .onnx file to 8-bit integers: a quarter of the size, faster on CPUs.",
+            rich_help_panel=opt.OUTPUT,
+        ),
+    ] = False,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            help="Percentage points of accuracy that --int8 may cost. Default: 0.5.",
+            min=0,
+            max=100,
+            rich_help_panel=opt.OUTPUT,
+        ),
+    ] = None,
     data_dir: opt.DataDir = None,
     as_json: opt.Json = False,
     debug: opt.Debug = False,
@@ -38,11 +55,14 @@ def export(
     suffix = to.suffix.lower()
     if suffix not in EXPORT_SUFFIXES:
         raise InputError(f"--to {str(to)!r} must end in {', '.join(EXPORT_SUFFIXES)}.")
+    _check_int8(to, max_drop, int8=int8)
     path = free_file(to, "", suffix, flag="--to")
 
     from mixmo_fastai.export.files import export_run
+    from mixmo_fastai.export.int8 import MAX_DROP
 
-    result = export_run(folder, path, data_dir)
+    allowed = (MAX_DROP if max_drop is None else max_drop) if int8 else None
+    result = export_run(folder, path, data_dir, max_drop=allowed)
     rows = [
         ("Network", f"{result['arch']}, {result['parameters']:,} parameters"),
         ("File", f"{path}, {result['num_bytes']:,} bytes"),
@@ -53,5 +73,24 @@ def export(
             f"{percent(result['same_class'])}",
         ),
     ]
+    if measured := result.get("int8"):
+        rows.append(("int8", _int8_text(measured)))
     output = Output(as_json=as_json)
     output.print_result(align(rows), {"run": str(folder.path), "file": str(path), **result})
+
+
+def _check_int8(to: Path, max_drop: float | None, *, int8: bool) -> None:
+    if int8 and to.suffix.lower() != ".onnx":
+        raise InputError(f"--int8 needs --to FILE.onnx; got {str(to)!r}.")
+    if max_drop is not None and not int8:
+        raise InputError("--max-drop limits the loss of --int8; add --int8, or remove --max-drop.")
+
+
+def _int8_text(measured: dict[str, Any]) -> str:
+    """Describe the accuracies of `int8.Quantised`."""
+    change = 100 * (measured["after"] - measured["before"])
+    return (
+        f"accuracy {percent(measured['after'])} instead of {percent(measured['before'])} on "
+        f"{measured['num_images']:,} {measured['split']} images: {change:+.2f} "
+        f"± {100 * measured['half_width']:.2f} points"
+    )

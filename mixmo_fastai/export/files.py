@@ -26,10 +26,12 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from mixmo_fastai.config.choices import EXPORT_SUFFIXES, parse_architecture
+from mixmo_fastai.config.recipe import Recipe
 from mixmo_fastai.data.augment import normalize
-from mixmo_fastai.data.image_sets import ImageSet
+from mixmo_fastai.data.image_sets import DataSource, ImageSet
 from mixmo_fastai.data.run_data import facts_of, read_source
 from mixmo_fastai.errors import InputError
+from mixmo_fastai.export import int8
 from mixmo_fastai.export.onnx_network import OnnxNetwork
 from mixmo_fastai.models import create_model
 from mixmo_fastai.models.fused import assemble
@@ -83,7 +85,9 @@ def check_export(run: RunFolder, path: Path) -> None:
     run.check_trained()
 
 
-def export_run(run: RunFolder, path: Path, data_dir: Path | None = None) -> dict[str, Any]:
+def export_run(
+    run: RunFolder, path: Path, data_dir: Path | None = None, *, max_drop: float | None = None
+) -> dict[str, Any]:
     """Fuse a finished run into one plain network, and write it if its logits match the run's.
 
     The network is written to a temporary file in the same folder, read back, and evaluated on test
@@ -93,8 +97,11 @@ def export_run(run: RunFolder, path: Path, data_dir: Path | None = None) -> dict
         run: a finished run of one network.
         path: a file that ends in one of `choices.EXPORT_SUFFIXES`.
         data_dir: folder of the run's data, if not the one that training used.
+        max_drop: quantise an ONNX network to 8-bit integers, which may lower the accuracy by this
+            many percentage points; None for float32.
 
     Returns:
+        With `max_drop` also int8, see `int8.Quantised`, and
         arch, parameters, num_bytes, num_images, relative_difference (largest difference of logits
         relative to the largest logit) and same_class (fraction of images with the same class).
 
@@ -123,6 +130,8 @@ def export_run(run: RunFolder, path: Path, data_dir: Path | None = None) -> dict
             with torch.inference_mode():
                 logits = torch.cat([predict(x[:1]), predict(x[1:])])
             agreement = _compare(logits, expected, TOLERANCES[suffix])
+            if max_drop is not None:
+                temporary, agreement["int8"] = _quantise(source, recipe, temporary, max_drop)
             temporary.replace(path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"Cannot write {str(path)!r}: {error}.") from error
@@ -222,6 +231,16 @@ def _check_facts(run: RunFolder, facts: DataFacts) -> None:
             )
 
 
+def _quantise(
+    source: DataSource, recipe: Recipe, original: Path, max_drop: float
+) -> tuple[Path, dict[str, Any]]:
+    """Quantise an ONNX network; return the new file and the accuracies."""
+    target = original.with_name("int8.onnx")
+    result = int8.quantise(source, recipe.data.valid_split, original, target)
+    int8.check_drop(result, max_drop, source, original, target)
+    return target, dataclasses.asdict(result)
+
+
 def _metadata(arch: str, facts: DataFacts) -> Metadata:
     header = {"format": FORMAT, "arch": arch, "data": dataclasses.asdict(facts)}
     return {"mixmo": json.dumps(header)}
@@ -235,7 +254,7 @@ def _standardized_images(images: ImageSet, facts: DataFacts) -> Tensor:
     return normalize(pixels, torch.tensor(facts.mean), torch.tensor(facts.std))
 
 
-def _compare(logits: Tensor, expected: Tensor, tolerance: float) -> dict[str, float]:
+def _compare(logits: Tensor, expected: Tensor, tolerance: float) -> dict[str, Any]:
     """Compare logits (n, K); raise if they differ by more than the tolerance."""
     if not expected.isfinite().all():
         raise InputError("The logits of the run are not finite; its weights cannot be exported.")
