@@ -10,6 +10,7 @@ from typing import Any
 ROOT = "mixmo_fastai"
 
 MOVED = {
+    "augment": "data.augment",
     "averaging": "callbacks.ema",
     "base_losses": "mixing.base_losses",
     "callback": "callbacks.mixmo",
@@ -20,6 +21,7 @@ MOVED = {
     "learner_checks": "callbacks.checks",
     "losses": "mixing.loss",
     "msda": "mixing.msda",
+    "muon": "learner.muon",
     "optimizers": "learner.optimizers",
     "pairing": "mixing.pairing",
     "parameter_groups": "learner.parameter_groups",

@@ -4,10 +4,11 @@ import dataclasses
 
 import pytest
 import torch
-from synthetic import image_arrays, mixmo_dls, source
+from synthetic import fastai_dls, image_arrays, mixmo_dls, source
 from torch import nn
 
 from mixmo_fastai import MixMoModel, mixmo_learner
+from mixmo_fastai.cli.program import run as program
 from mixmo_fastai.config import choices
 from mixmo_fastai.config.choices import DATASETS, TransformInfo
 from mixmo_fastai.config.registered import resolve_registered
@@ -17,7 +18,8 @@ from mixmo_fastai.data.image_sets import ArrayImages, DataSource, Subset, number
 from mixmo_fastai.data.sources import SOURCES, NamedSource, load_source
 from mixmo_fastai.data.transforms import BatchTransform, ImageTransform, build_transform
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.learner.optimizers import build_optimizer_factory
+from mixmo_fastai.learner.optimizers import build_optimizer_factory, from_torch
+from mixmo_fastai.metrics.fastai import StreamingMetric
 from mixmo_fastai.metrics.table import METRICS
 from mixmo_fastai.models import create_model
 from mixmo_fastai.models.readout import Readout, average
@@ -60,11 +62,17 @@ def images_with(labels=LABELS, size=8):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"std": (0.2, 0.0, 0.2)}, "std must have one positive number per channel, here 3"),
-        ({"std": (0.2,)}, "std must have one positive number per channel, here 3"),
-        ({"mean": (0.2, 0.3)}, "mean must have one number per channel, here 3"),
-        ({"mean": (0.2, 0.3, float("nan"))}, "mean must have one number per channel"),
-        ({"mean": 0.5}, "mean must have one number per channel"),
+        (
+            {"std": (0.2, 0.0, 0.2)},
+            "std must have one number above 0 and at most 1 per channel, here 3",
+        ),
+        ({"std": (0.2,)}, "std must have one number above 0 and at most 1 per channel"),
+        ({"mean": (0.2, 0.3)}, "mean must have one number from 0 to 1 per channel, here 3"),
+        ({"mean": (0.2, 0.3, float("nan"))}, "mean must have one number from 0 to 1 per channel"),
+        ({"mean": 0.5}, "mean must have one number from 0 to 1 per channel"),
+        ({"mean": (128.0,) * 3, "std": (50.0,) * 3}, "since pixels are divided by 255"),
+        ({"classes": 3}, "classes must be the names of the classes, as strings; got 3"),
+        ({"classes": "abc"}, "as strings; got 'abc'"),
         ({"crop_padding": 0.5}, "crop_padding must be an integer, 0 or more"),
         ({"train": images_with(LABELS + 1)}, "'blocks', train must be indices of its 3 classes"),
         ({"test": images_with(LABELS - 1)}, "from 0 to 2; got -1 to 1"),
@@ -241,3 +249,104 @@ def test_every_table_names_its_kind(monkeypatch):
     metric = dataclasses.replace(METRICS[0], name="mine", function=absent, arguments=())
     with pytest.raises(InputError, match="The metric 'mine' is registered as"):
         metric.compute(None)
+
+
+def parts(num_features=8):
+    core = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return [nn.Conv2d(3, 8, 3) for _ in range(2)], core, [nn.Linear(num_features, 3) for _ in "ab"]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({0: [nn.Conv2d(3, 8, 3)] * 2}, "encoders must be separate modules"),
+        ({2: [nn.Linear(8, 3)] * 2}, "heads must be separate modules"),
+        ({0: [nn.Conv2d, nn.Conv2d]}, "encoders must be modules; got <class"),
+        ({0: nn.Conv2d(3, 8, 3)}, "encoders must be a list of modules"),
+    ],
+)
+def test_parts_of_a_network(change, expected):
+    arguments = [change.get(position, part) for position, part in enumerate(parts())]
+    with pytest.raises(InputError) as raised:
+        MixMoModel(*arguments)
+    assert expected in explained(raised)
+
+
+@pytest.mark.parametrize(
+    ("core", "num_features", "expected"),
+    [
+        (nn.AdaptiveAvgPool2d(1), 8, "The core returned (4, 8, 1, 1); the heads need (B, 8)"),
+        (nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), 9, "(4, 8); the heads need (B, 9)"),
+    ],
+)
+def test_cores_that_do_not_fit_the_heads(core, num_features, expected):
+    encoders, _, heads = parts(num_features)
+    with pytest.raises(InputError) as raised:
+        MixMoModel(encoders, core, heads)(torch.zeros(4, 3, 8, 8))
+    assert expected in explained(raised)
+
+
+@pytest.mark.parametrize(
+    ("opt_func", "expected"),
+    [
+        (torch.optim.AdamW, "Wrap it: opt_func=from_torch(AdamW)"),
+        ("adamw", "must be a function that creates an optimizer; got 'adamw'"),
+    ],
+)
+def test_optimizers_of_torch_need_a_wrapper(opt_func, expected):
+    with pytest.raises(InputError) as raised:
+        mixmo_learner(mixmo_dls(), "wrn10_1", opt_func=opt_func)
+    assert expected in explained(raised)
+
+
+@pytest.mark.parametrize("kind", ["adamw", torch.nn.Linear, 3])
+def test_from_torch_needs_a_class_of_optimizers(kind):
+    with pytest.raises(InputError, match="from_torch needs a class of optimizers"):
+        from_torch(kind)
+
+
+def test_settings_of_an_optimizer_are_refused_before_a_run_is_created(tmp_path, capsys):
+    folder = tmp_path / "run"
+    settings = "--set optimizer.name=torch/RAdam --lr 0.001 --set optimizer.options.betas=[0.9,1.5]"
+    arguments = f"fit digits --arch wrn10_1 --limit 64 --epochs 1 --device cpu {settings}".split()
+    assert program([*arguments, "--out", str(folder)]) == 2
+    assert "torch/RAdam rejects the settings" in capsys.readouterr().err
+    assert not folder.exists()
+
+
+class Terms(StreamingMetric):
+    def __init__(self, function):
+        self.function = function
+
+    def terms(self, learn):
+        return self.function(learn.pred)
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (lambda pred: pred.double(), "(16,); got (16, 3) of float64"),
+        (lambda pred: pred.double()[:, :1], "(16,); got (16, 1) of float64"),
+        (lambda pred: pred.argmax(dim=1), "(16,); got (16,) of int64"),
+        (lambda pred: pred.double().mean(), "(16,); got () of float64"),
+        (lambda pred: pred.double()[:3, 0], "(16,); got (3,) of float64"),
+        (lambda pred: pred[:, 0].tolist(), "(16,); got list"),
+        (lambda pred: None, "(16,); got NoneType"),
+    ],
+)
+def test_terms_of_a_streaming_metric(function, expected):
+    dls = fastai_dls()
+    learn = mixmo_learner(dls, "wrn10_1", loss_func=nn.CrossEntropyLoss(), metrics=Terms(function))
+    with learn.no_bar(), pytest.raises(InputError) as raised:
+        learn.validate()
+    message = explained(raised)
+    assert "Terms.terms must return one floating-point number per sample, " in message
+    assert expected in message
+
+
+def test_a_streaming_metric_without_terms():
+    class Nothing(StreamingMetric):
+        pass
+
+    with pytest.raises(InputError, match=r"Nothing must define the method terms\(learn\)"):
+        Nothing().terms(None)

@@ -1,6 +1,7 @@
 """Imports point down only."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +95,17 @@ def test_evaluation_and_plots_import_neither_torchvision_nor_the_tracer_of_torch
         "sys.exit(bool({'torch._dynamo', 'torchvision'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", sorted(PACKAGES))
+def test_public_names_of_packages_are_there(name):
+    package = (
+        importlib.import_module("mixmo_fastai" if name == "__init__" else f"mixmo_fastai.{name}")
+        if name != "__main__"
+        else mixmo_fastai
+    )
+    for public_name in getattr(package, "__all__", ()):
+        assert getattr(package, public_name) is not None
 
 
 def test_public_names_are_there():

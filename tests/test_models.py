@@ -145,14 +145,22 @@ def test_fuse_encoders_with_bias_and_heads_without():
     )
 
 
+def two_heads():
+    return [nn.Linear(4, 2), nn.Linear(4, 2)]
+
+
 @pytest.mark.parametrize(
     ("encoders", "heads", "message"),
     [
-        ([nn.Conv2d(3, 4, 1), nn.Identity()], [nn.Linear(4, 2)] * 2, "found Identity"),
-        ([nn.Conv2d(3, 4, 1)] * 2, [nn.Linear(4, 2), nn.Flatten()], "found Flatten"),
+        ([nn.Conv2d(3, 4, 1), nn.Identity()], two_heads(), "found Identity"),
+        (
+            [nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)],
+            [nn.Linear(4, 2), nn.Flatten()],
+            "found Flatten",
+        ),
         (
             [nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 4, 3, padding=2, dilation=2)],
-            [nn.Linear(4, 2)] * 2,
+            two_heads(),
             "differ in more than their weights",
         ),
     ],

@@ -47,7 +47,7 @@ def test_default_is_the_published_optimizer():
     ("name", "options", "message"),
     [
         ("adam", {}, "Unknown optimizer 'adam'"),
-        ("radam", {}, "Of other libraries: torch/radam or fastai/radam"),
+        ("radam", {}, "If a library has it: torch/radam or fastai/radam"),
         ("adamw", {"ep": 1}, "Did you mean 'eps'"),
         ("torch/Adm", {}, "Did you mean 'torch/Adam'"),
         ("fastai/Rangr", {}, "Did you mean 'fastai/ranger'"),

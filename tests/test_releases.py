@@ -36,6 +36,8 @@ def test_stored_run_is_resumed(version, tmp_path, capsys):
 
 
 NAMES_IN_PICKLES = {
+    "augment": ["Normalizer", "StoredImages"],
+    "muon": ["Muon"],
     "averaging": ["EMACallback"],
     "callback": ["MixMoCallback", "MixMoGuard"],
     "deferred": ["_SmoothLossInPlace"],

@@ -185,3 +185,44 @@ def test_another_optimizer_needs_its_own_learning_rate(name):
     assert resolve_recipe("digits", None, {"optimizer.lr": 0.002}, [assignment]).lr == 0.002
     assert resolve_recipe("digits", None, {}, [assignment, "optimizer.lr=0.003"]).lr == 0.003
     assert resolve_recipe("digits", None, {}, ["optimizer.name=sgd"]).lr == 0.1
+
+
+def recipe_file(tmp_path, text):
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize("lr", [{"optimizer.lr": 0.1}, {}])
+@pytest.mark.parametrize("name", ["sgd", "muon", "torch/RAdam"])
+def test_another_optimizer_drops_the_settings_of_the_recipes_optimizer(tmp_path, name, lr):
+    text = '[optimizer]\nname = "adamw"\nlr = 0.001\noptions = {betas = [0.8, 0.9]}\n'
+    assignments = [f"optimizer.name={name}", *([] if lr else ["optimizer.lr=0.1"])]
+    resolved = resolve_recipe(None, recipe_file(tmp_path, text), lr, assignments)
+    assert resolved.optimizer.options == {}
+    assert resolved.optimizer.lr == 0.1
+    kept = resolve_recipe(None, recipe_file(tmp_path, text), {}, ["optimizer.lr=0.1"])
+    assert kept.optimizer.options == {"betas": [0.8, 0.9]}
+
+
+def test_another_optimizer_drops_momentum(tmp_path):
+    path = recipe_file(tmp_path, "[optimizer]\nmomentum = 0.95\nnesterov = false\n")
+    resolved = resolve_recipe(None, path, {"optimizer.lr": 0.1}, ["optimizer.name=adamw"])
+    assert (resolved.optimizer.momentum, resolved.optimizer.nesterov) == (0.9, True)
+
+
+@pytest.mark.parametrize("name", ["standard", "trivialaugment"])
+def test_another_transform_drops_the_options_of_the_recipes_transform(tmp_path, name):
+    text = '[data]\ntransform = "randaugment"\ntransform_options = {magnitude = 5}\n'
+    path = recipe_file(tmp_path, text)
+    resolved = resolve_recipe(None, path, {}, [f"data.transform={name}"])
+    assert resolved.data.transform_options == {}
+    same = resolve_recipe(None, path, {}, ["data.transform=randaugment"])
+    assert same.data.transform_options == {"magnitude": 5}
+    emptied = resolve_recipe(None, path, {}, ["data.transform_options={}"])
+    assert emptied.data.transform_options == {}
+
+
+def test_augmix_of_version_0_1_0_beside_another_transform_is_refused():
+    with pytest.raises(InputError, match=r"another data\.transform is set"):
+        resolve_recipe("digits", None, {}, ["data.transform=randaugment", "data.augmix=true"])

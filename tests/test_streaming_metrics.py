@@ -230,7 +230,12 @@ def test_a_million_samples_do_not_lose_precision():
     members = MemberLogits()
     members.logits = torch.eye(3)[:, None]
     learn = SimpleNamespace(
-        model=Stored(1), y=torch.arange(3), cbs=[members], training=False, to_detach=keep
+        model=Stored(1),
+        pred=torch.eye(3),
+        y=torch.arange(3),
+        cbs=[members],
+        training=False,
+        to_detach=keep,
     )
     metric.accumulate(learn)
     assert metric.value == 1

@@ -185,11 +185,34 @@ def vector_metric(logits, labels):
 
 
 @pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (failing_metric, "failing_metric failed with AttributeError: 'Tensor' object"),
+        (lambda logits, labels: logits[:3, 0], "one row per sample, (200,) or (200, Q); got (3,)"),
+        (lambda logits, labels: 0.5, "failing_metric failed with TypeError"),
+    ],
+)
+def test_terms_that_fail_do_not_cost_the_other_intervals(monkeypatch, function, reason):
+    monkeypatch.setattr(sys.modules[__name__], "failing_metric", function)
+    target = f"{__name__}:failing_metric"
+    mine = MetricSpec("mine", "mine", "its terms fail", PERCENT, target, terms=target)
+    member_logits, labels = draw_logits(200, 1, 10)
+    logits = member_logits[:, 0]
+    with pytest.raises(InputError) as raised:
+        mine.compute_terms(logits, labels)
+    assert reason in str(raised.value)
+    expected = bootstrap.intervals(logits, labels, num_resamples=50)
+    monkeypatch.setattr(bootstrap, "MAIN_METRICS", (mine, *MAIN_METRICS))
+    assert bootstrap.intervals(logits, labels, num_resamples=50) == expected
+
+
+@pytest.mark.parametrize(
     ("function", "is_per_member", "expected"),
     [
         (failing_metric, False, "failed with AttributeError: 'Tensor' object has no attribute"),
         (vector_metric, False, "must return one number; got ["),
         (lambda logits, labels: None, False, "must return one number; got None"),
+        (lambda logits, labels: logits.mean() * torch.nan, False, "returned nan"),
         (lambda logits, labels: logits.mean(), True, "must return one value per member (M,)"),
     ],
 )

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from fastai.optimizer import OptimWrapper
 
 from mixmo_fastai.errors import InputError
@@ -61,8 +62,20 @@ def check_opt_func(opt_func: Any) -> None:
     """Check that `opt_func` is a function that creates an optimizer, not an optimizer.
 
     Raises:
-        InputError: it is an optimizer.
+        InputError: it is an optimizer, a class of torch, or not a function.
     """
+    if isinstance(opt_func, type) and issubclass(opt_func, torch.optim.Optimizer):
+        raise InputError(
+            f"opt_func must create an optimizer of fastai; got the class {opt_func.__name__} of "
+            "torch.\n"
+            f"Wrap it: opt_func=from_torch({opt_func.__name__}), from "
+            "mixmo_fastai.learner.optimizers."
+        )
+    if opt_func is not None and not callable(opt_func):
+        raise InputError(
+            f"opt_func must be a function that creates an optimizer; got {opt_func!r}.\n"
+            "Functions: Adam of fastai.optimizer, or sgd() of mixmo_fastai.learner.optimizers."
+        )
     is_optimizer = isinstance(opt_func, OptimWrapper) or hasattr(opt_func, "param_groups")
     if is_optimizer and not isinstance(opt_func, type):
         raise InputError(

@@ -6,7 +6,8 @@ import typer
 
 from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output
-from mixmo_fastai.config.load import load_recipe, override, recipe_names
+from mixmo_fastai.config.load import load_recipe, recipe_names
+from mixmo_fastai.config.resolve import resolve_recipe
 from mixmo_fastai.config.schema import to_mapping, to_toml
 
 
@@ -19,7 +20,7 @@ def recipes(
     """List the recipes with their published accuracy, or show all settings of one."""
     output = Output(as_json=as_json)
     if name is not None:
-        recipe = override(load_recipe(name), assignments or ())
+        recipe = resolve_recipe(None, name, {}, assignments) if assignments else load_recipe(name)
         output.print_result([to_toml(recipe).rstrip()], to_mapping(recipe))
         return
     if assignments:

@@ -1,6 +1,7 @@
 """Recipes and the names in them. Standard library only, so that commands start fast.
 
 choices        names that users may type: mask kinds, data sets, networks, optimizers
+registered     look up the functions that the tables of `choices` name
 library_names  names of the networks in timm and fastai, read without importing these
 schema         strict reading of nested settings; TOML reading and writing
 recipe         recipes: everything that defines a run

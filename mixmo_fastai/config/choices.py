@@ -198,7 +198,8 @@ def parse_optimizer(name: str) -> tuple[str, str]:
     if match := re.fullmatch(r"(torch|fastai)/(.+)", name):
         return match[1], match[2]
     error = unknown_name_error("optimizer", name, [*OPTIMIZERS, "torch/NAME", "fastai/NAME"])
-    hint = "" if "/" in name else f"\nOf other libraries: torch/{name} or fastai/{name}."
+    is_misspelt = "/" in name or nearest(name, OPTIMIZERS, cutoff=0.9) is not None
+    hint = "" if is_misspelt else f"\nIf a library has it: torch/{name} or fastai/{name}."
     raise InputError(f"{error}{hint}")
 
 

@@ -40,6 +40,11 @@ def with_present_names(values: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(data, Mapping) and isinstance(data.get("augmix"), bool):
         values["data"] = data = dict(data)
         is_augmix = data.pop("augmix")
+        if is_augmix and data.get("transform", "standard") not in ("standard", "augmix"):
+            raise InputError(
+                "data.augmix is now data.transform='augmix', and another data.transform is set.\n"
+                "Remove data.augmix."
+            )
         if is_augmix and data.get("transform", "standard") == "standard":
             data["transform"] = "augmix"
         elif not is_augmix and data.get("transform") == "augmix":
@@ -69,14 +74,17 @@ def override(recipe: Recipe, assignments: Iterable[str], source: str = "--set") 
                     f"{source} {assignment!r}: {name!r} is not a section.\n"
                     "Write section.key=value, such as train.epochs=5."
                 )
-        if isinstance(section.get(last), dict):  # assignment would reset its other keys
+        value = parse_value(text.strip())
+        if (
+            isinstance(section.get(last), dict) and value != {}
+        ):  # assignment would reset its other keys
             key = key.strip()
             example = f"{key}.name={text.strip()}" if "name" in section[last] else "train.epochs=5"
             raise InputError(
                 f"{source} {assignment!r}: {last!r} is a section.\n"
                 f"Set its keys separately, such as {source} {example}."
             )
-        section[last] = parse_value(text.strip())
+        section[last] = value
     return recipe_from_mapping(
         {k: drop_none(item) if isinstance(item, dict) else item for k, item in values.items()},
         source,

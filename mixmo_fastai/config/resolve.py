@@ -10,7 +10,7 @@ from typing import Any
 
 from mixmo_fastai.config.choices import DATASETS, MASK_KINDS
 from mixmo_fastai.config.load import load_recipe, override, recipe_from_mapping, recipe_names
-from mixmo_fastai.config.recipe import Expected, Recipe, default_valid_split
+from mixmo_fastai.config.recipe import Expected, Optimizer, Recipe, default_valid_split
 from mixmo_fastai.config.schema import parse_value, to_mapping
 from mixmo_fastai.errors import InputError, unknown_name_error
 
@@ -46,20 +46,38 @@ def resolve_recipe(
     if dataset is not None:
         flags["data.dataset"] = dataset
     assignments = list(assignments)
-    base = _with_optimizer(base, assignments)
+    base = _without_stale_options(base, assignments)
     resolved = override(_with_flags(base, flags), assignments)
     check_dataset(resolved.data.dataset)  # recipes and assignments may set it too
     return _clear_stale_name(_make_path_absolute(resolved), base)
 
 
-def _with_optimizer(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
-    """Drop the learning rate and the options of the recipe if another optimizer is assigned."""
+def _without_stale_options(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
+    """Drop settings of the recipe's optimizer and transform if another one is assigned."""
     pairs = (assignment.partition("=") for assignment in assignments)
     values = {key.strip(): parse_value(text.strip()) for key, _, text in pairs}
+    recipe = _with_transform(recipe, values)
     name = values.get("optimizer.name", recipe.optimizer.name)
-    if name == recipe.optimizer.name or not isinstance(name, str) or "optimizer.lr" in values:
+    if name == recipe.optimizer.name or not isinstance(name, str):
         return recipe
-    return replace(recipe, optimizer=replace(recipe.optimizer, name=name, lr=None, options={}))
+    default = Optimizer()
+    optimizer = replace(
+        recipe.optimizer,
+        name=name,
+        lr=recipe.optimizer.lr if "optimizer.lr" in values else None,
+        options={},
+        momentum=default.momentum,
+        nesterov=default.nesterov,
+    )
+    return replace(recipe, optimizer=optimizer)
+
+
+def _with_transform(recipe: Recipe, values: Mapping[str, object]) -> Recipe:
+    """Drop the options of the recipe's transform if another transform is assigned."""
+    name = values.get("data.transform", recipe.data.transform)
+    if name == recipe.data.transform or not isinstance(name, str):
+        return recipe
+    return replace(recipe, data=replace(recipe.data, transform=name, transform_options={}))
 
 
 def _make_path_absolute(recipe: Recipe) -> Recipe:

@@ -3,7 +3,6 @@
 They read labels and metadata only; pixels may be mapped from a file larger than the memory.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,6 +48,7 @@ def check_source(source: Any) -> None:
         InputError: labels are not indices of classes, splits differ in their image shape, or
             normalisation, padding or flip have invalid values.
     """
+    _check_classes(source.classes)
     splits = {"train": source.train, "test": source.test}
     if source.valid is not None:
         splits["valid"] = source.valid
@@ -60,8 +60,8 @@ def check_source(source: Any) -> None:
                 f"All images of {source.name!r} must have one shape; training images have {shape}, "
                 f"those of {name} {tuple(images.image_shape)}.\nResize them to one size."
             )
-    _check_normalization("mean", source.mean, shape[0], lowest=-math.inf)
-    _check_normalization("std", source.std, shape[0], lowest=0.0)
+    _check_normalization("mean", source.mean, shape[0], is_zero_allowed=True)
+    _check_normalization("std", source.std, shape[0], is_zero_allowed=False)
     check_count("crop_padding", source.crop_padding, minimum=0)
 
 
@@ -87,6 +87,14 @@ def check_against_facts(source: Any, info: Any, *, may_have_fewer_classes: bool 
             )
 
 
+def _check_classes(classes: Any) -> None:
+    is_sequence = isinstance(classes, Sequence) and not isinstance(classes, str)
+    if not is_sequence or not all(isinstance(name, str) for name in classes):
+        raise InputError(
+            f"classes must be the names of the classes, as strings; got {classes!r:.80}."
+        )
+
+
 def _check_labels(name: str, labels: Tensor, num_classes: int) -> None:
     if not len(labels):
         return
@@ -98,14 +106,14 @@ def _check_labels(name: str, labels: Tensor, num_classes: int) -> None:
         )
 
 
-def _check_normalization(name: str, values: Any, channels: int, *, lowest: float) -> None:
+def _check_normalization(name: str, values: Any, channels: int, *, is_zero_allowed: bool) -> None:
     is_sequence = isinstance(values, Sequence) and not isinstance(values, str)
     is_valid = is_sequence and len(values) == channels
-    if not is_valid or not all(math.isfinite(value) and value > lowest for value in values):
-        positive = "positive " if lowest == 0 else ""
+    if not is_valid or not all(0 <= value <= 1 and (value or is_zero_allowed) for value in values):
+        bounds = "from 0 to 1" if is_zero_allowed else "above 0 and at most 1"
         raise InputError(
-            f"{name} must have one {positive}number per channel, here {channels}, for pixels in "
-            f"[0, 1]; got {values!r}."
+            f"{name} must have one number {bounds} per channel, here {channels}, since pixels are "
+            f"divided by 255; got {values!r}."
         )
 
 

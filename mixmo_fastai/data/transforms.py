@@ -138,7 +138,9 @@ def build_transform(
         transform: Transform | None = build(**options)
         _try_transform(transform, image_shape)
     except InputError as error:
-        raise InputError(f"The transform {name!r}: {error}") from error
+        prefix = f"The transform {name!r}"
+        text = str(error)
+        raise InputError(text if text.startswith(prefix) else f"{prefix}: {text}") from error
     except Exception as error:
         raise InputError(
             f"The transform {name!r} with options {options} fails on images of shape "

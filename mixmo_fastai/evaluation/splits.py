@@ -4,6 +4,7 @@ Shapes: N samples, M members, K classes.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, NoReturn
 
 import torch
@@ -13,9 +14,9 @@ from mixmo_fastai.errors import InputError
 from mixmo_fastai.evaluation.logits import LabelledLogits
 from mixmo_fastai.metrics.bootstrap import intervals
 from mixmo_fastai.metrics.summary import (
-    _MEMBER_METRICS,
+    MEMBER_METRICS,
     MetricInputs,
-    _compute_defined,
+    compute_defined,
     evaluate_logits,
 )
 from mixmo_fastai.metrics.table import METRICS
@@ -57,7 +58,7 @@ def evaluate_splits(validation: LabelledLogits, test: LabelledLogits) -> dict[st
     }
     if validation is not None and test is not None:
         metrics["valid"] = evaluate_logits(*validation)
-    return {**metrics, **_compute_defined(functions)}
+    return {**metrics, **compute_defined(functions)}
 
 
 def _calibrate(
@@ -167,15 +168,19 @@ def _check_temperature(temperature: float, image: str, split: str) -> None:
 
 
 def _calibration_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    inputs = MetricInputs(logits, labels)
-    return {metric.name: metric.compute(inputs) for metric in METRICS if metric.after_scaling}
+    inputs, values = MetricInputs(logits, labels), {}
+    for metric in METRICS:
+        if metric.after_scaling:
+            with suppress(InputError):  # the reason is among those of the other metrics
+                values[metric.name] = metric.compute(inputs)
+    return values
 
 
 def _average_probabilities(member_logits: Tensor, labels: Tensor) -> dict[str, Any]:
     if member_logits.shape[1] == 1:
         raise InputError("with one member it equals the mean of the logits")
     metrics = evaluate_logits(member_logits, labels, average="probabilities")
-    return {name: value for name, value in metrics.items() if name not in _MEMBER_METRICS}
+    return {name: value for name, value in metrics.items() if name not in MEMBER_METRICS}
 
 
 def _refuse_empty() -> NoReturn:

@@ -1,4 +1,9 @@
-"""Fused networks as files, checked against their run."""
+"""Fused networks as files, checked against their run.
+
+files         export to safetensors, ONNX and torch.export; loading
+onnx_network  an ONNX file as a module, run by onnxruntime
+int8          quantisation of an ONNX file, with a limit on the loss of accuracy
+"""
 
 from mixmo_fastai.imports import lazy_names
 

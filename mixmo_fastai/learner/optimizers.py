@@ -61,6 +61,20 @@ def optimizer_from_recipe(optimizer: Optimizer) -> OptimizerFactory:
     return build_optimizer_factory(optimizer.name, optimizer.weight_decay, **options)
 
 
+def check_optimizer_settings(build: Callable[..., Any], lr: float) -> None:
+    """Create an optimizer for one small parameter, to find invalid settings before training.
+
+    Raises:
+        InputError: the optimizer rejects its settings.
+    """
+    try:
+        build([[torch.nn.Parameter(torch.zeros(2, 2))]], lr=lr)
+    except InputError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise InputError(f"The optimizer rejects its settings: {error}.") from error
+
+
 def sgd(
     momentum: float = 0.9, nesterov: bool = True, weight_decay: float = 6e-4
 ) -> OptimizerFactory:
@@ -106,6 +120,10 @@ def from_torch(kind: type[torch.optim.Optimizer], **settings: Any) -> OptimizerF
     Raises:
         InputError: unknown setting, or `step` of the optimizer requires a closure.
     """
+    if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
+        raise InputError(
+            f"from_torch needs a class of optimizers, such as torch.optim.AdamW; got {kind!r}."
+        )
     name = f"torch/{kind.__name__}"
     closure = inspect.signature(kind.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:

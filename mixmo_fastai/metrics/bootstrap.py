@@ -9,6 +9,7 @@ so that the metrics of all resamples are computed by matrix products.
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ def intervals(
     level: float = LEVEL,
     seed: int = 0,
 ) -> dict[str, Interval]:
-    """Compute percentile intervals of accuracy, NLL and ECE, which are `metric_table.MAIN_METRICS`.
+    """Compute percentile intervals of accuracy, NLL and ECE, which are `table.MAIN_METRICS`.
 
     Args:
         logits: (N, K).
@@ -134,7 +135,11 @@ def _sample_terms(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """Compute each sample's terms in each metric by name: (N,) or, for Q bins, (N, Q)."""
     check_logits(logits, labels)
     logits, labels = logits.detach().cpu().double(), labels.detach().cpu()
-    return {metric.name: metric.compute_terms(logits, labels) for metric in MAIN_METRICS}
+    terms = {}
+    for metric in MAIN_METRICS:
+        with suppress(InputError):  # `evaluate_logits` reports it; the others keep their intervals
+            terms[metric.name] = metric.compute_terms(logits, labels)
+    return terms
 
 
 def _resample(terms: Mapping[str, Tensor], num_resamples: int, seed: int) -> dict[str, Tensor]:

@@ -56,6 +56,7 @@ class StreamingMetric(Metric):
     Attributes:
         sums: sums of the terms over the samples so far: a scalar, or (Q,).
         num_seen: number of samples so far.
+        sums_columns: whether the terms are (B, Q) instead of (B,); see `terms`.
 
     Example:
         >>> class Confidence(StreamingMetric):
@@ -65,6 +66,7 @@ class StreamingMetric(Metric):
         'confidence'
     """
 
+    sums_columns = False
     # Class attributes, since Learners exported by version 0.1.0 do not have them.
     sums: float | Tensor = 0.0
     num_seen: int = 0
@@ -80,16 +82,33 @@ class StreamingMetric(Metric):
         """Compute the terms of the current batch, without waiting for the device.
 
         Returns:
-            Terms (B,) in float64, the mean of which is the metric; or (B, Q), for which the metric
-            is the sum over Q of the absolute values of their means.
+            Terms (B,) in float64 on the device of the predictions, the mean of which is the metric;
+            or, if `sums_columns` is True, (B, Q), for which the metric is the sum over Q of the
+            absolute values of their means.
         """
-        raise NotImplementedError
+        raise InputError(f"{type(self).__name__} must define the method terms(learn).")
 
     def accumulate(self, learn: Any) -> None:
         """Add the current batch."""
-        terms = learn.to_detach(self.terms(learn), cpu=False)  # gathers those of all processes
+        terms = self.terms(learn)
+        self._check_terms(terms, learn)
+        terms = learn.to_detach(terms, cpu=False)  # gathers those of all processes
         self.sums = self.sums + terms.sum(dim=0)
         self.num_seen += len(terms)
+
+    def _check_terms(self, terms: Any, learn: Any) -> None:
+        count = len(learn.pred) if isinstance(learn.pred, Tensor) else None
+        if isinstance(terms, Tensor):
+            is_valid = terms.ndim == 1 or (terms.ndim == 2 and self.sums_columns)
+            if is_valid and terms.is_floating_point() and count in (None, len(terms)):
+                return
+            found = f"{tuple(terms.shape)} of {str(terms.dtype).removeprefix('torch.')}"
+        else:
+            found = type(terms).__name__
+        raise InputError(
+            f"{type(self).__name__}.terms must return one floating-point number per sample, "
+            f"({'B' if count is None else count},); got {found}."
+        )
 
     @property
     def value(self) -> float | None:
@@ -198,6 +217,8 @@ class ECE(_ClassificationMetric):
         >>> ECE(num_bins=2).terms_of(torch.zeros(1, 2), torch.tensor([0]))  # 1 - 1/2, first bin
         tensor([[0.5000, 0.0000]], dtype=torch.float64)
     """
+
+    sums_columns = True
 
     def __init__(self, num_bins: int = NUM_BINS) -> None:
         check_num_bins(num_bins)

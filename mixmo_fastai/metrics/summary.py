@@ -23,7 +23,7 @@ AVERAGES: dict[str, Callable[[Tensor], Tensor]] = {
 """How member logits (N, M, K) are averaged into ensemble logits (N, K); the first as published."""
 
 
-_MEMBER_METRICS = {metric.name for metric in METRICS if "member_logits" in metric.arguments}
+MEMBER_METRICS = {metric.name for metric in METRICS if "member_logits" in metric.arguments}
 
 
 @torch.no_grad()
@@ -61,7 +61,7 @@ def evaluate_logits(
     inputs = MetricInputs(ensemble_logits, labels, member_logits)
     temperature = fit_temperature(ensemble_logits, labels)
     scaled = MetricInputs(ensemble_logits / temperature, labels)
-    return _compute_defined(
+    return compute_defined(
         {
             **{metric.name: partial(metric.compute, inputs) for metric in METRICS},
             "temperature": lambda: temperature,
@@ -74,7 +74,7 @@ def evaluate_logits(
     )
 
 
-def _compute_defined(functions: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
+def compute_defined(functions: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
     """Compute the metrics that are defined; "absent" holds the reasons for the others."""
     values: dict[str, Any] = {}
     absent: dict[str, str] = {}
@@ -87,7 +87,7 @@ def _compute_defined(functions: Mapping[str, Callable[[], Any]]) -> dict[str, An
 
 
 class MetricInputs:
-    """The arguments of metrics, by the names in `metric_table.INPUTS`.
+    """The arguments of metrics, by the names in `table.INPUTS`.
 
     Args:
         logits: of the ensemble, (N, K).

@@ -7,8 +7,10 @@ reading the table needs the standard library only.
 Shapes: N samples, M members, K classes, Q bins.
 """
 
+import math
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -163,23 +165,44 @@ class MetricSpec:
             )
         arguments = (getattr(inputs, name) for name in self.arguments)
         function = resolve_registered("metric", self.name, self.function)
-        try:
+        with _failure_explained(self.function):
             value = function(*arguments, **self.options)
             value = value.tolist() if hasattr(value, "tolist") else value
-        except InputError:
-            raise
-        except Exception as error:
-            raise InputError(
-                f"{self.function} failed with {summarize_error(error)} ({_position(error)})"
-            ) from error
         if not isinstance(value, list if self.is_per_member else int | float):
             expected = "one value per member (M,)" if self.is_per_member else "one number"
             raise InputError(f"{self.function} must return {expected}; got {value!r:.60}")
+        if any(map(math.isnan, value if isinstance(value, list) else [value])):
+            raise InputError(f"{self.function} returned nan")
         return value
 
     def compute_terms(self, logits: Any, labels: Any) -> Any:
-        """Compute the terms of samples for the bootstrap; see `terms`."""
-        return resolve_registered("metric", self.name, self.terms)(logits, labels)
+        """Compute the terms of samples for the bootstrap; see `terms`.
+
+        Raises:
+            InputError: the function fails, or does not return one row per sample.
+        """
+        function = resolve_registered("metric", self.name, self.terms)
+        with _failure_explained(self.terms):
+            terms = function(logits, labels)
+            if len(terms) != len(labels) or terms.ndim > 2:
+                raise InputError(
+                    f"{self.terms} must return one row per sample, ({len(labels)},) or "
+                    f"({len(labels)}, Q); got {tuple(terms.shape)}"
+                )
+        return terms
+
+
+@contextmanager
+def _failure_explained(function: str) -> Iterator[None]:
+    """Replace an error of a metric's function by an `InputError` that names it."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"{function} failed with {summarize_error(error)} ({_position(error)})"
+        ) from error
 
 
 def _position(error: Exception) -> str:

@@ -38,8 +38,9 @@ class MixMoModel(nn.Module):
             the heads read the core's maps; None or "core" for the core's own pooling.
 
     Raises:
-        InputError: there are no encoders, the numbers of encoders and heads differ, or the core
-            does not return the maps that the readout needs.
+        InputError: there are no encoders, the numbers of encoders and heads differ, one of them is
+            not a module or is given twice, or the core does not return the maps that the readout
+            needs.
 
     Example:
         >>> encoders = [nn.Conv2d(3, 8, 3, padding=1) for _ in range(2)]
@@ -61,9 +62,9 @@ class MixMoModel(nn.Module):
         readout: str | nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.encoders = nn.ModuleList(encoders)
+        self.encoders = nn.ModuleList(_separate_modules("encoders", encoders))
         self.core = core
-        self.heads = nn.ModuleList(heads)
+        self.heads = nn.ModuleList(_separate_modules("heads", heads))
         self.output = output
         if not len(self.encoders) == len(self.heads) >= 1:
             raise InputError(
@@ -279,13 +280,42 @@ class MixMoModel(nn.Module):
         else:
             num_features = getattr(self.heads[0], "in_features", None)
             embedding = embed(readout, self.core, features, masks, num_features)
-        if embedding.ndim == 2:
+        if embedding.ndim == 2 or readout is None:
+            _check_embedding(embedding, self.heads[0])
             logits = torch.stack([head(embedding) for head in self.heads], dim=1)
         else:  # (B, M, F), one embedding per head
             pairs = zip(self.heads, embedding.unbind(dim=1), strict=True)
             logits = torch.stack([head(head_embedding) for head, head_embedding in pairs], dim=1)
         # In half precision, the mean logits of different classes would often tie.
         return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+
+
+def _check_embedding(embedding: Tensor, head: nn.Module) -> None:
+    """Check that the heads can read the output of the core."""
+    width = getattr(head, "in_features", None)
+    if embedding.ndim != 2 or (isinstance(width, int) and embedding.shape[1] != width):
+        raise InputError(
+            f"The core returned {tuple(embedding.shape)}; the heads need (B, "
+            f"{'features' if width is None else width}).\n"
+            "End the core with pooling and nn.Flatten(), and give the heads its number of features."
+        )
+
+
+def _separate_modules(name: str, modules: Any) -> list[nn.Module]:
+    """Check that members do not share a module."""
+    if isinstance(modules, nn.Module) and not isinstance(modules, nn.ModuleList | nn.Sequential):
+        raise InputError(f"{name} must be a list of modules, one per member; got one module.")
+    separate = [*modules]
+    for module in separate:
+        if not isinstance(module, nn.Module):
+            raise InputError(f"{name} must be modules; got {module!r}.")
+    if len({id(module) for module in separate}) < len(separate):
+        raise InputError(
+            f"{name} must be separate modules; the same module is given more than once, so that "
+            "members would share its weights.\n"
+            "Build each one: [make() for _ in range(2)] instead of [make()] * 2."
+        )
+    return separate
 
 
 def find_first_difference(

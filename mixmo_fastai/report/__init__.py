@@ -1,4 +1,5 @@
 """The report: a self-contained HTML page about a trained run.
 
-`findings` collects the data, `charts` and `filters` plot it, `sections` and `page` lay it out.
+`report_data` collects the data, `charts` and `filters` plot it with `drawing`, `sections` and
+`page` lay it out.
 """

@@ -15,7 +15,7 @@ from mixmo_fastai.imports import lazy_names
 
 _MODULES = {
     "RunFolder": "runs.folder",
-    "create_run": "runs.folder",
+    "create_run": "runs.create",
     "open_run": "runs.folder",
 }
 __all__ = [*_MODULES]  # noqa: PLE0604
