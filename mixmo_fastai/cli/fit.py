@@ -100,9 +100,11 @@ def _start(
     output: Output,
 ) -> None:
     with _prepared(recipe, data_dir, output) as (prepared, is_rank0):
+        from mixmo_fastai.learner.optimizers import check_optimizer_settings
         from mixmo_fastai.runtime.processes import run_on_rank0
         from mixmo_fastai.training.precision import choose_precision
 
+        check_optimizer_settings(prepared.learn.opt_func, prepared.recipe.lr)
         training, times = choose_precision(prepared)
         path = run_on_rank0(lambda: _make_folder(training, out, times))
         output.run = run = RunFolder(path, is_writer=is_rank0)

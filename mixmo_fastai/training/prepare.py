@@ -27,7 +27,6 @@ from mixmo_fastai.data.splits import training_parts
 from mixmo_fastai.data.transforms import build_transform
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.learner.build import learner_from_recipe
-from mixmo_fastai.learner.optimizers import check_optimizer_settings
 from mixmo_fastai.runs.folder import RunFolder
 from mixmo_fastai.runtime.acceleration import Acceleration, choose_acceleration
 from mixmo_fastai.runtime.devices import choose_device, describe_device
@@ -193,7 +192,6 @@ def prepare_network(
     _check_image_size(recipe, source, learn.model)
     _check_evaluation_images(source, dls)
     learn.remove_cbs(ProgressCallback)  # the caller provides the progress display
-    check_optimizer_settings(learn.opt_func, recipe.lr)
     training = Training(recipe, source, learn, open_names)
     training.acceleration.move_to_device(learn.model)
     return training
