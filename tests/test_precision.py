@@ -6,13 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_speed import TINY, assert_unchanged, state_of
+from training_states import TINY, assert_unchanged, state_of
 
 from mixmo_fastai.cli import plan
 from mixmo_fastai.cli.program import run as program
 from mixmo_fastai.config.load import override
 from mixmo_fastai.runs.folder import open_run
-from mixmo_fastai.training import precision
+from mixmo_fastai.training import precision, speed
 from mixmo_fastai.training.precision import PrecisionTimes, choose_precision, measure_precisions
 from mixmo_fastai.training.prepare import prepare
 
@@ -83,7 +83,7 @@ def test_measuring_takes_at_most_two_percent_of_the_expected_time(monkeypatch, a
     monkeypatch.setattr(precision, "MIN_RUN_SECONDS", 1.0)
     training = prepare(override(TINY, [f"model.arch={arch}", f"train.epochs={epochs}"]))
     operations = precision.training_operations(training.learn.model, (1, 8, 8))
-    rate = precision.CPU_THREAD_FLOPS * torch.get_num_threads()
+    rate = speed.CPU_THREAD_FLOPS * torch.get_num_threads()
     seconds, sizes = 0.0, []
 
     def copy(_, size):

@@ -6,22 +6,21 @@ measured: the steps run on a copy of the network, as those of `speed.py`, and al
 precisions, so that other work on the machine affects both.
 """
 
-import gc
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
 import torch
 
-from mixmo_fastai.data.first_batch import preserved_random_states
-from mixmo_fastai.errors import InputError
 from mixmo_fastai.runtime.devices import cpu_name
 from mixmo_fastai.runtime.processes import run_on_rank0
 from mixmo_fastai.training.prepare import Training
 from mixmo_fastai.training.speed import (
-    CPU_THREAD_FLOPS,
     StepTimer,
+    assumed_rate,
     copy_for_timing,
+    measure_on_copy,
+    smallest_size,
     time_steps,
     training_operations,
 )
@@ -97,13 +96,9 @@ def measure_precisions(training: Training) -> PrecisionTimes | None:
     if plan is None:
         return None
     size, seconds_per_block = plan
-    try:
-        with preserved_random_states(training.learn.dls.train):
-            rounds = _measure(training, size, seconds_per_block)
-    except (RuntimeError, MemoryError, InputError):
-        return None  # training itself will report the error
-    finally:
-        gc.collect()  # a Learner and its callbacks form reference cycles
+    rounds = measure_on_copy(training, lambda: _measure(training, size, seconds_per_block))
+    if rounds is None:
+        return None
     return PrecisionTimes(
         *(median(times) for times in zip(*rounds, strict=True)),
         ratio=median(float32 / bfloat16 for float32, bfloat16 in rounds),
@@ -117,7 +112,7 @@ def _plan(training: Training) -> tuple[int, float] | None:
     operations = training_operations(training.learn.model, training.source.train.image_shape)
     if not operations:
         return None
-    rate = CPU_THREAD_FLOPS * (training.acceleration.threads or torch.get_num_threads())
+    rate = assumed_rate(training)
     run_seconds = operations * training.images_seen / rate
     if run_seconds < MIN_RUN_SECONDS:
         return None
@@ -125,8 +120,7 @@ def _plan(training: Training) -> tuple[int, float] | None:
     recipe = training.recipe
     copies = recipe.mix.batch_repetitions
     planned = int(rate * seconds_per_block / (WARMUP_STEPS + 1) / (operations * copies))
-    smallest = max(1, 2 // copies)  # BatchNorm needs two images or more
-    if planned < smallest:
+    if planned < smallest_size(copies):
         return None
     return min(recipe.loader_batch_size, planned), seconds_per_block
 

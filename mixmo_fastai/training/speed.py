@@ -7,7 +7,9 @@ changed: neither its weights and BatchNorm statistics nor any random draw.
 import copy
 import gc
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from fastai.callback.core import Callback, CancelFitException, CancelValidException
@@ -26,6 +28,8 @@ from mixmo_fastai.models.mixmo_model import unwrap
 from mixmo_fastai.runtime.acceleration import Acceleration
 from mixmo_fastai.runtime.processes import process_group
 from mixmo_fastai.training.prepare import Training
+
+_Result = TypeVar("_Result")
 
 CPU_THREAD_FLOPS = 40e9
 """Typical operations per second of one CPU thread on these networks, to plan the timed steps."""
@@ -140,30 +144,49 @@ def measure_speed(training: Training) -> Speed | None:
     Returns:
         None if the speed cannot be determined, for example if there is not enough memory.
     """
-    on_cpu = training.device.type == "cpu"
-    rate = CPU_THREAD_FLOPS * (training.acceleration.threads or torch.get_num_threads())
+    rate = assumed_rate(training)
     image_shape, copies = training.source.train.image_shape, training.recipe.mix.batch_repetitions
     operations = training_operations(training.learn.model, image_shape)
     if operations and operations * training.images_seen < rate * MIN_RUN_SECONDS:
         return Speed(rate / operations, is_timed=False)
     size = training.recipe.loader_batch_size
-    if on_cpu and operations:
-        smallest = max(1, 2 // copies)  # BatchNorm needs two images or more
+    if training.device.type == "cpu" and operations:
         planned = int(rate * TARGET_STEP_SECONDS / (operations * copies))
-        size = min(size, max(smallest, planned))
+        size = min(size, max(smallest_size(copies), planned))
         size = min(training.recipe.loader_batch_size, size + -size % process_group().count)
         if size * copies * operations > rate * MAX_STEP_SECONDS:
             return Speed(rate / operations, is_timed=False)
+    seconds = measure_on_copy(training, lambda: _seconds_per_step(training, size))
+    if seconds is None:
+        return None
+    return Speed(size * copies / seconds, is_lower_bound=training.acceleration.compiled)
+
+
+def assumed_rate(training: Training) -> float:
+    """Return the operations per second of a CPU that the timed steps are planned for."""
+    return CPU_THREAD_FLOPS * (training.acceleration.threads or torch.get_num_threads())
+
+
+def smallest_size(copies: int) -> int:
+    """Return the smallest number of distinct images of a step: BatchNorm needs two images."""
+    return max(1, 2 // copies)
+
+
+def measure_on_copy(training: Training, measure: Callable[[], _Result]) -> _Result | None:
+    """Measure on a copy of a training, without changing random states or keeping memory.
+
+    Returns:
+        The result; None if a step fails, since training itself will report the error.
+    """
     try:
         with preserved_random_states(training.learn.dls.train):
-            seconds = _seconds_per_step(training, size)
+            return measure()
     except (RuntimeError, MemoryError, InputError):
-        return None  # training itself will report the error
+        return None
     finally:
         gc.collect()  # a Learner and its callbacks form reference cycles
-        if not on_cpu:
+        if training.device.type != "cpu":
             torch.cuda.empty_cache()
-    return Speed(size * copies / seconds, is_lower_bound=training.acceleration.compiled)
 
 
 def training_operations(model: nn.Module, image_shape: tuple[int, ...]) -> float | None:
