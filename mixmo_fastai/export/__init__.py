@@ -1,6 +1,7 @@
 """Fused networks as files, checked against their run.
 
 files         export to safetensors, ONNX and torch.export; loading
+images        standardised images for checks and calibration
 onnx_network  an ONNX file as a module, run by onnxruntime
 int8          quantisation of an ONNX file, with a limit on the loss of accuracy
 """

@@ -27,11 +27,11 @@ from torch import Tensor, nn
 
 from mixmo_fastai.config.choices import EXPORT_SUFFIXES, parse_architecture
 from mixmo_fastai.config.recipe import Recipe
-from mixmo_fastai.data.augment import normalize
-from mixmo_fastai.data.image_sets import DataSource, ImageSet
+from mixmo_fastai.data.image_sets import DataSource
 from mixmo_fastai.data.run_data import facts_of, read_source
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.export import int8
+from mixmo_fastai.export.images import evenly_spaced, standardized
 from mixmo_fastai.export.onnx_network import OnnxNetwork
 from mixmo_fastai.models import create_model
 from mixmo_fastai.models.fused import assemble
@@ -116,7 +116,8 @@ def export_run(
     source = read_source(recipe, data_dir, run)
     facts = facts_of(source)
     _check_facts(run, facts)
-    x = _standardized_images(source.test if len(source.test) else source.train, facts)
+    images = source.test if len(source.test) else source.train
+    x = standardized(images, evenly_spaced(images, NUM_CHECKED), facts)
     fused = model.fuse()
     write, read = _FORMATS[suffix]
     try:
@@ -244,14 +245,6 @@ def _quantise(
 def _metadata(arch: str, facts: DataFacts) -> Metadata:
     header = {"format": FORMAT, "arch": arch, "data": dataclasses.asdict(facts)}
     return {"mixmo": json.dumps(header)}
-
-
-def _standardized_images(images: ImageSet, facts: DataFacts) -> Tensor:
-    """Return evenly spaced images of a data set, standardised: (n, C, H, W) float."""
-    count = min(NUM_CHECKED, len(images))
-    chosen = torch.linspace(0, len(images) - 1, count).round().long().tolist()
-    pixels = torch.stack([images[i] for i in chosen])
-    return normalize(pixels, torch.tensor(facts.mean), torch.tensor(facts.std))
 
 
 def _compare(logits: Tensor, expected: Tensor, tolerance: float) -> dict[str, Any]:

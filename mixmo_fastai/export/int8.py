@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixmo_fastai.data.augment import normalize
 from mixmo_fastai.data.image_sets import ImageSet
 from mixmo_fastai.data.run_data import facts_of
 from mixmo_fastai.data.splits import training_parts
 from mixmo_fastai.errors import InputError
+from mixmo_fastai.export.images import evenly_spaced, standardized
 from mixmo_fastai.export.onnx_network import OnnxNetwork
 from mixmo_fastai.metrics.table import percent
 
@@ -79,12 +79,12 @@ def quantise(source: Any, valid_split: float | None, original: Path, target: Pat
         raise InputError(
             "--int8 compares accuracies on validation or test images, and this run has neither."
         )
-    prepared = original.with_name("prepared.onnx")
+    prepared = _prepared(original)
     quant_pre_process(str(original), str(prepared), skip_symbolic_shape=True)
     quantize_static(
         str(prepared),
         str(target),
-        _Calibration(_standardized(source, valid if len(valid) else train, NUM_CALIBRATION)),
+        _Calibration(_chosen(source, valid if len(valid) else train, NUM_CALIBRATION)),
         quant_format=QuantFormat.QDQ,
         op_types_to_quantize=["Conv", "Gemm", "MatMul"],
         per_channel=True,
@@ -93,6 +93,11 @@ def quantise(source: Any, valid_split: float | None, original: Path, target: Pat
     )
     correct = _correct(source, evaluated, OnnxNetwork(prepared), OnnxNetwork(target))
     return Quantised(split, len(correct), *_compared(*correct.unbind(dim=1)))
+
+
+def _prepared(original: Path) -> Path:
+    """Return the file of the float network that onnxruntime has prepared for quantisation."""
+    return original.with_name("prepared.onnx")
 
 
 def check_drop(
@@ -106,7 +111,7 @@ def check_drop(
     """
     if result.drop <= max_drop:
         return
-    errors = layer_errors(source, original.with_name("prepared.onnx"), target)
+    errors = layer_errors(source, _prepared(original), target)
     worst = ", ".join(f"{name} {error:.0%}" for name, error in errors[:NUM_NAMED_LAYERS])
     raise InputError(
         f"int8 lowers the accuracy by {result.drop:.2f} points (from {percent(result.before)} to "
@@ -128,7 +133,7 @@ def layer_errors(source: Any, original: Path, quantised: Path) -> list[tuple[str
         modify_model_output_intermediate_tensors,
     )
 
-    images = _standardized(source, source.train, NUM_LAYER_IMAGES)
+    images = _chosen(source, source.train, NUM_LAYER_IMAGES)
     activations = []
     for path in (original, quantised):
         observed = path.with_name(f"observed-{path.name}")
@@ -166,25 +171,16 @@ class _Calibration:
         return None if batch is None else {"images": batch.numpy()}
 
 
-def _evenly_spaced(images: ImageSet, count: int) -> Tensor:
-    return torch.linspace(0, len(images) - 1, min(count, len(images))).round().long()
-
-
-def _standardized(source: Any, images: ImageSet, count: int) -> Tensor:
-    return _standardized_at(source, images, _evenly_spaced(images, count))
-
-
-def _standardized_at(source: Any, images: ImageSet, indices: Tensor) -> Tensor:
-    facts = facts_of(source)
-    pixels = images.tensor(indices)
-    return normalize(pixels, torch.tensor(facts.mean), torch.tensor(facts.std))
+def _chosen(source: Any, images: ImageSet, count: int) -> Tensor:
+    """Return at most `count` evenly spaced images, standardised."""
+    return standardized(images, evenly_spaced(images, count), facts_of(source))
 
 
 def _correct(source: Any, images: ImageSet, *networks: OnnxNetwork) -> Tensor:
     """Return whether the prediction of each network is correct: (N, number of networks)."""
-    correct = []
-    for indices in _evenly_spaced(images, MAX_EVALUATED).split(BATCH):
-        batch = _standardized_at(source, images, indices)
+    facts, correct = facts_of(source), []
+    for indices in evenly_spaced(images, MAX_EVALUATED).split(BATCH):
+        batch = standardized(images, indices, facts)
         predicted = [network(batch).argmax(dim=1) for network in networks]
         correct.append(torch.stack(predicted, dim=1) == images.labels[indices, None])
     return torch.cat(correct)
