@@ -1,8 +1,9 @@
 """Exceptions with messages for users, suggestions for misspelt names, and argument checks."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from inspect import signature
 from numbers import Integral, Real
 from typing import TypeVar
 
@@ -100,6 +101,36 @@ def unknown_name_error(kind: str, name: str, choices: Iterable[str]) -> InputErr
     guess = nearest(name, choices)
     hint = f" Did you mean {guess!r}?" if guess else ""
     return InputError(f"Unknown {kind} {name!r}.{hint}\nAllowed: {', '.join(choices)}.")
+
+
+def unknown_option_error(
+    owner: str, option: str, allowed: Iterable[str], cutoff: float = 0.6
+) -> InputError:
+    """Build the error for an unknown option.
+
+    Args:
+        owner: what has options, such as "The optimizer adamw".
+        option: the received option.
+        allowed: the allowed options.
+        cutoff: see `nearest`.
+    """
+    allowed = list(allowed)
+    guess = nearest(option, allowed, cutoff)
+    hint = f" Did you mean {guess!r}?" if guess else ""
+    return InputError(
+        f"{owner} has no option {option!r}.{hint}\nAllowed: {', '.join(allowed) or 'none'}."
+    )
+
+
+def signature_mismatch(function: Callable[..., object], *arguments: object) -> str | None:
+    """Return why a function does not take these arguments; None if it does, or is a builtin."""
+    try:
+        signature(function).bind(*arguments)
+    except TypeError as error:
+        return str(error)
+    except ValueError:  # a builtin without a signature
+        pass
+    return None
 
 
 def _normalized(name: str) -> str:

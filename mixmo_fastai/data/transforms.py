@@ -18,7 +18,13 @@ from torch import Generator, Tensor
 
 from mixmo_fastai.config.choices import TRANSFORMS
 from mixmo_fastai.config.registered import resolve_registered
-from mixmo_fastai.errors import InputError, nearest, summarize_error, unknown_name_error
+from mixmo_fastai.errors import (
+    InputError,
+    signature_mismatch,
+    summarize_error,
+    unknown_name_error,
+    unknown_option_error,
+)
 from mixmo_fastai.rng import Stream, derive_seed
 
 
@@ -87,15 +93,11 @@ class BatchTransform:
     function: Callable[[Tensor, Generator], Tensor]
 
     def __post_init__(self) -> None:
-        try:
-            inspect.signature(self.function).bind("images", "generator")
-        except TypeError as error:
+        if reason := signature_mismatch(self.function, "images", "generator"):
             raise InputError(
-                f"The function of a BatchTransform must take images and a generator: {error}.\n"
+                f"The function of a BatchTransform must take images and a generator: {reason}.\n"
                 "Its draws must come from the generator, so that runs are reproducible."
-            ) from None
-        except ValueError:  # a builtin without a signature
-            pass
+            )
 
     def __call__(self, images: Tensor, generator: Generator) -> Tensor:
         """Transform images (P, C, H, W) uint8.
@@ -155,12 +157,7 @@ def _check_options(name: str, build: Callable[..., Any], options: Mapping[str, A
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return
     if unknown := next((option for option in options if option not in parameters), None):
-        guess = nearest(unknown, parameters)
-        raise InputError(
-            f"The transform {name!r} has no option {unknown!r}."
-            f"{f' Did you mean {guess!r}?' if guess else ''}\n"
-            f"Allowed: {', '.join(parameters) or 'none'}."
-        )
+        raise unknown_option_error(f"The transform {name!r}", unknown, parameters)
 
 
 def _try_transform(transform: Transform | None, image_shape: Sequence[int]) -> None:

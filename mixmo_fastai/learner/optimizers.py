@@ -17,7 +17,7 @@ from fastai.optimizer import OptimWrapper
 from mixmo_fastai.config.choices import OPTIMIZERS, parse_optimizer
 from mixmo_fastai.config.recipe import Optimizer
 from mixmo_fastai.config.registered import resolve_registered
-from mixmo_fastai.errors import InputError, nearest
+from mixmo_fastai.errors import InputError, nearest, unknown_option_error
 from mixmo_fastai.learner.muon import Muon
 
 OptimizerFactory = Callable[..., Any]
@@ -196,12 +196,7 @@ def _check_options(name: str, build: Callable[..., Any], options: Iterable[str])
     allowed = [parameter for parameter in parameters if parameter not in _NOT_OPTIONS]
     for option in options:
         if option not in parameters:
-            guess = nearest(option, allowed, cutoff=0.5)
-            hint = f" Did you mean {guess!r}?" if guess else ""
-            raise InputError(
-                f"The optimizer {name} has no option {option!r}.{hint}\n"
-                f"Allowed: {', '.join(allowed) or 'none'}."
-            )
+            raise unknown_option_error(f"The optimizer {name}", option, allowed, cutoff=0.5)
 
 
 _NOT_OPTIONS = ("self", "params", "lr", "wd", "weight_decay")

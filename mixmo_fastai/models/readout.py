@@ -8,7 +8,6 @@ the maps and the masks with which the features were mixed. To add a readout, wri
 register it in `choices.READOUTS`.
 """
 
-import inspect
 from typing import Any, Protocol, runtime_checkable
 
 import torch.nn.functional as F
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from mixmo_fastai.config.choices import READOUTS
 from mixmo_fastai.config.registered import resolve_registered
-from mixmo_fastai.errors import InputError, unknown_name_error
+from mixmo_fastai.errors import InputError, signature_mismatch, unknown_name_error
 
 
 @runtime_checkable
@@ -129,13 +128,11 @@ def check_readout(readout: nn.Module, core: nn.Module) -> None:
         Traceback (most recent call last):
         mixmo_fastai.errors.InputError: The readout Readout needs feature maps, but ...
     """
-    try:
-        inspect.signature(readout.forward).bind("maps", "masks")
-    except TypeError as error:
+    if reason := signature_mismatch(readout.forward, "maps", "masks"):
         raise InputError(
             f"The readout {type(readout).__name__} must have a method forward(maps, masks): "
-            f"{error}.\nMasks are None at inference."
-        ) from None
+            f"{reason}.\nMasks are None at inference."
+        )
     if not isinstance(core, HasMaps):
         raise InputError(
             f"The readout {type(readout).__name__} needs feature maps, but the core "
