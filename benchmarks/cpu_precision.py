@@ -163,10 +163,8 @@ def main():
     torch.set_num_threads(args.threads)
     results = {arch: measure_arch(arch, args) for arch in args.archs.split(",")}
     matrices = matrix_rates(args.repeats)
-    capability, limit = (
-        torch.backends.cpu.get_cpu_capability(),
-        os.environ.get("ONEDNN_MAX_CPU_ISA"),
-    )
+    capability = torch.backends.cpu.get_cpu_capability()
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA")
     rows = [
         *((f"matrices, {name}", f"{rate:.0f} GFLOP/s") for name, rate in matrices.items()),
         ("instructions of the CPU", ", ".join(cpu_flags()) or "unknown"),

@@ -10,6 +10,8 @@ from pathlib import Path
 import fastai
 import torch
 
+from mixmo_fastai.runtime.devices import cpu_name
+
 Seconds = list[float]
 SECONDS = "{median:.3f} s ({min:.3f} to {max:.3f})"
 RATIO = "{median:.3f} ({min:.3f} to {max:.3f})"
@@ -66,7 +68,7 @@ def paired_ratio(numerator: Seconds, denominator: Seconds) -> dict[str, float]:
 def machine() -> dict[str, object]:
     """Return the hardware and versions used for the measurements."""
     return {
-        "processor": _processor(),
+        "processor": cpu_name(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_initialized() else None,
         "cuda": torch.version.cuda if torch.cuda.is_initialized() else None,
@@ -87,11 +89,3 @@ def report(title: str, rows: list[tuple[str, str]], results: dict[str, object], 
     print("  on " + ", ".join(f"{key} {value}" for key, value in environment.items() if value))
     if out is not None:
         out.write_text(json.dumps({"machine": environment, **results}, indent=2) + "\n")
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
