@@ -8,18 +8,15 @@ import oracle_metrics as oracle
 import pytest
 import torch
 from datasets import write_image_folder
+from exports import train_small_run
 from PIL import Image
 
 from mixmo_fastai.cli import run as program
-from mixmo_fastai.config.resolve import resolve_recipe
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.evaluation.logits import collect_member_logits
 from mixmo_fastai.evaluation.predict import predict_images
 from mixmo_fastai.evaluation.runs import open_finished
-from mixmo_fastai.runs.create import create_run
 from mixmo_fastai.runs.weights import load_network
-from mixmo_fastai.training.ensemble import train_run
-from mixmo_fastai.training.prepare import prepare
 
 CLASSES = ("cat", "dog", "fish")
 
@@ -29,21 +26,6 @@ def images(tmp_path_factory):
     return write_image_folder(
         tmp_path_factory.mktemp("images") / "pets", classes=CLASSES, num_train=12, num_test=5
     )
-
-
-def train_small_run(images, folder, **changes):
-    settings = {
-        "model.arch": "wrn10_1",
-        "train.epochs": 1,
-        "train.batch_size": 16,
-        "train.device": "cpu",
-        "data.valid_split": 0.1,
-        **changes,
-    }
-    recipe = resolve_recipe(str(images), None, settings)
-    run = create_run(recipe, folder)
-    train_run(prepare(recipe, folder.parent), run)
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,9 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 from safetensors.torch import load_file
+from short_runs import TINY, without_timings
 
-from mixmo_fastai.config.load import override, recipe_from_mapping
+from mixmo_fastai.config.load import override
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.evaluation.runs import evaluate_run
 from mixmo_fastai.runs.create import create_run
@@ -14,19 +15,6 @@ from mixmo_fastai.training.lr_find import search_lr
 from mixmo_fastai.training.prepare import prepare
 from mixmo_fastai.training.schedule import flat_cosine, one_cycle
 from mixmo_fastai.training.train import TrainingDivergedError, schedules, train
-
-TINY = recipe_from_mapping(
-    {
-        "name": "tiny",
-        "data": {"dataset": "digits", "limit": 48, "valid_split": 0.05},
-        "model": {"arch": "wrn10_1"},
-        "train": {"epochs": 3, "batch_size": 32, "device": "cpu"},
-        # The published schedule drops after the first and the second epoch.
-        "schedule": {"milestones": [0.3, 0.6]},
-    },
-    "here",
-)
-TIMING_COLUMNS = {"seconds", "images_per_second"}
 
 
 class StepRecorder(Callback):
@@ -51,12 +39,6 @@ def fit(recipe, folder, *, resume=False, interrupt_in=0):
     recorder = StepRecorder(interrupt_in)
     train(prepare(recipe), run, cbs=[recorder], resume=resume)
     return run, recorder.steps
-
-
-def without_timings(rows):
-    return [
-        {name: value for name, value in row.items() if name not in TIMING_COLUMNS} for row in rows
-    ]
 
 
 def assert_same_weights(first, second):
