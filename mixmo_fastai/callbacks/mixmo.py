@@ -146,8 +146,7 @@ class MixMoCallback(_PlainErrorCallback):
         if sum(isinstance(other, MixMoCallback) for other in self.learn.cbs) > 1:
             raise InputError("The Learner has more than one MixMoCallback; remove the others.")
         check_callbacks(self.learn.cbs)
-        add_guard(self.learn)
-        add_member_logits(self.learn)
+        add_companions(self.learn)
         if not isinstance(self.learn.loss_func, MixMoLoss):
             device = next(network.parameters()).device
             self.learn.loss_func = MixMoLoss(self.learn.loss_func).to(device)
@@ -287,10 +286,11 @@ class MixMoGuard(_PlainErrorCallback):
             )
 
 
-def add_guard(learn: Any) -> None:
-    """Add a `MixMoGuard` to a Learner if it has none."""
+def add_companions(learn: Any) -> None:
+    """Add a `MixMoGuard` and the callbacks of `metrics.members` to a Learner without them."""
     if not any(isinstance(other, MixMoGuard) for other in learn.cbs):
         learn.add_cb(MixMoGuard())
+    add_member_logits(learn)
 
 
 def scheduled_mix_prob(progress: float, mix_prob: float, decay_start: float) -> float:

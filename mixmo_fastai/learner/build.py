@@ -25,7 +25,7 @@ from mixmo_fastai.callbacks.checks import (
 )
 from mixmo_fastai.callbacks.deferred import defer_readbacks
 from mixmo_fastai.callbacks.ema import EMACallback
-from mixmo_fastai.callbacks.mixmo import MixMoCallback, add_guard
+from mixmo_fastai.callbacks.mixmo import MixMoCallback, add_companions
 from mixmo_fastai.config.recipe import Recipe
 from mixmo_fastai.data.first_batch import first_batch, preserved_random_states
 from mixmo_fastai.data.loaders import BatchLoader
@@ -38,7 +38,6 @@ from mixmo_fastai.learner.parameter_groups import (
     converted_splitter,
 )
 from mixmo_fastai.metrics.fastai import MemberAccuracy
-from mixmo_fastai.metrics.members import add_member_logits
 from mixmo_fastai.mixing import Region, check_kind
 from mixmo_fastai.mixing.loss import MixMoLoss, is_multi_label
 from mixmo_fastai.models import MixMoModel
@@ -120,8 +119,7 @@ def mixmo_learner(
     kwargs.setdefault("opt_func", sgd())
     kwargs.setdefault("metrics", _default_metrics(targets, loss))
     learn = Learner(dls, model, loss, cbs=[callback, *L(kwargs.pop("cbs", None))], **kwargs)
-    add_guard(learn)
-    add_member_logits(learn)
+    add_companions(learn)
     return defer_readbacks(learn)
 
 
@@ -189,8 +187,7 @@ def to_mixmo(
                 convert_optimizer(learn, original)
     learn.loss_func = loss
     learn.add_cb(callback)
-    add_guard(learn)
-    add_member_logits(learn)
+    add_companions(learn)
     return learn
 
 

@@ -281,7 +281,7 @@ class MixMoModel(nn.Module):
             num_features = getattr(self.heads[0], "in_features", None)
             embedding = embed(readout, self.core, features, masks, num_features)
         if embedding.ndim == 2 or readout is None:
-            _check_embedding(embedding, self.heads[0])
+            _check_core_output(embedding, self.heads[0])
             logits = torch.stack([head(embedding) for head in self.heads], dim=1)
         else:  # (B, M, F), one embedding per head
             pairs = zip(self.heads, embedding.unbind(dim=1), strict=True)
@@ -290,7 +290,7 @@ class MixMoModel(nn.Module):
         return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
 
-def _check_embedding(embedding: Tensor, head: nn.Module) -> None:
+def _check_core_output(embedding: Tensor, head: nn.Module) -> None:
     """Check that the heads can read the output of the core."""
     width = getattr(head, "in_features", None)
     if embedding.ndim != 2 or (isinstance(width, int) and embedding.shape[1] != width):
