@@ -18,6 +18,7 @@ FLAGS = (
     "--disable-component-update",
     "--disable-sync",
 )
+SECONDS_TO_LOAD = 60
 needs_chromium = pytest.mark.skipif(
     not (BROWSER and DRIVER), reason="Debian's chromium and chromium-driver are not installed"
 )
@@ -65,8 +66,18 @@ class Page:
             mobile=self.width < 500,
         )
         self.set_colors(self.scheme)
-        self.driver.get(self.path.resolve().as_uri())
+        self._open(self.path.resolve().as_uri())
         return self
+
+    def _open(self, address):
+        """Open an address; on a busy machine, chromedriver may return before the page is parsed."""
+        from selenium.webdriver.support.wait import WebDriverWait
+
+        self.driver.get(address)
+        loaded = ["complete", address]
+        WebDriverWait(self.driver, SECONDS_TO_LOAD, poll_frequency=0.05).until(
+            lambda _: self.evaluate("[document.readyState, location.href]") == loaded
+        )
 
     def __exit__(self, *_):
         self.driver.close()
