@@ -68,7 +68,7 @@ def make_generator(
         seed: seed of the run.
         stream: purpose of the draws.
         epoch: index of the epoch, counted from the start of training.
-        step: index of the batch in the epoch.
+        step: index of the batch in the epoch; of the first, if several batches are drawn together.
         rank: rank in distributed training; 0 if all ranks must draw the same numbers.
         device: device of the generator and of the tensors drawn with it.
     """

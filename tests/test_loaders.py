@@ -326,7 +326,7 @@ class TestArrangement:
             learn = mixmo_learner(dls, "wrn10_1", seed=3, cbs=seen, **settings)
             with learn.no_bar(), learn.no_logging():
                 learn.fit(1, 0.0)
-            assert learn.mix_mo.loader_applies_slots == (view is expand)
+            assert learn.mix_mo.is_paired_by_loader == (view is expand)
             found.append(seen.batches)
         assert len(found[0]) > 2
         for ours, plain in zip(*found, strict=True):

@@ -2,10 +2,14 @@
 
 import re
 import tomllib
+from importlib import import_module
 from pathlib import Path
+from pkgutil import walk_packages
 
 import pytest
+from fastai.callback.core import Callback
 
+import mixmo_fastai
 from mixmo_fastai.cli.program import _COMMANDS
 from mixmo_fastai.config.choices import DATASETS, MASK_KINDS
 from mixmo_fastai.config.load import load_recipe
@@ -38,6 +42,31 @@ def test_layout_is_complete():
         if not path.name.startswith("__") and (path.suffix == ".py" or path.is_dir())
     }
     assert modules <= listed
+
+
+def test_callbacks_are_listed_with_their_orders():
+    listed = {
+        name: int(order)
+        for order, names in re.findall(r"^\| (-?\d+) \| (`\w.*?) \| ", CONTRIBUTING, re.MULTILINE)
+        for name in re.findall(r"`(\w+)`", names)
+    }
+    for module in walk_packages(mixmo_fastai.__path__, "mixmo_fastai."):
+        if not module.name.endswith("__main__"):
+            import_module(module.name)
+    expected = {
+        kind.__name__: kind.order
+        for kind in subclasses(Callback)
+        if kind.__module__.startswith("mixmo_fastai.") and not kind.__name__.startswith("_")
+    }
+    bases = {"TrainedEpochCallback", "RunCallback"}
+    assert listed == {name: order for name, order in expected.items() if name not in bases}
+    assert list(listed.values()) == sorted(listed.values())
+
+
+def subclasses(kind):
+    for subclass in kind.__subclasses__():
+        yield subclass
+        yield from subclasses(subclass)
 
 
 def test_linked_files_exist():

@@ -109,8 +109,9 @@ class EpochDraws:
         is_cheap = self.settings.mix in CHEAP_KINDS
         num_steps = STEPS_AT_ONCE if is_cheap else 1
         first = step - step % num_steps
-        # Expensive masks are drawn only if used. Cheap masks must not depend on the step at which
-        # they are drawn, so they are drawn for the largest probability.
+        # mix_prob decays from step to step. Expensive masks are drawn for one step, with its
+        # probability. Cheap masks are drawn for several steps, with the largest probability;
+        # `select` then compares the same uniform number with that of the step.
         max_prob = self.settings.mix_prob if is_cheap else mix_prob
         mixings = self._drawn_once(
             "masks",
@@ -178,6 +179,6 @@ class EpochDraws:
     def _generator(self, stream: Stream, step: int, device: Any) -> torch.Generator:
         # Processes that split a batch draw the same numbers for the whole batch, except for MSDA,
         # whose partners are images of the same process. All processes use the same schedule.
-        is_shared = stream == "schedule" or (self.num_processes > 1 and stream != "msda")
-        rank = 0 if is_shared else rank_distrib()
+        is_common = stream == "schedule" or (self.num_processes > 1 and stream != "msda")
+        rank = 0 if is_common else rank_distrib()
         return make_generator(self.seed, stream, self.epoch, step, rank, device=device)

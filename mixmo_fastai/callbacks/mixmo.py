@@ -51,11 +51,22 @@ class _PlainErrorCallback(Callback):
 class MixMoCallback(_PlainErrorCallback):
     """Pair and mix the training batches of a Learner whose model is a `MixMoModel`.
 
-    Each training batch (n, C, H, W) becomes inputs (B, M, C, H, W) with masks (B, M, 1 or D, h, w),
-    and targets (B, M) with weights (B, M). Evaluation batches are not changed. The Learner's loss
-    is wrapped in `MixMoLoss` when the first fit begins and stays wrapped. Gradients are those of
-    the sum over members; `learn.loss`, and thus every training loss that fastai records, shows or
-    monitors, is divided by M.
+    Each training batch becomes inputs (B, M, C, H, W) with masks (B, M, 1 or D, h, w), and targets
+    (B, M) with loss weights (B, M). How the images of a batch are copied, augmented and paired
+    depends on the loader; only the place differs, not the distribution:
+
+    - A loader of this package, as `mixmo fit` uses, pairs while it loads: it asks `EpochDraws`
+      which image each member sees at each position, and returns M·B images in this order.
+    - Another fastai loader returns M·B images, b copies per member, augmented separately by its
+      batch transforms; this callback pairs them.
+    - Any other loader returns n images; this callback pairs them, and all copies look the same.
+
+    In validation the network gets one image for all members, as without this callback; the
+    callbacks of `metrics/members.py`, which this one adds, then provide the logits of the members.
+
+    The Learner's loss is wrapped in `MixMoLoss` when the first fit begins and stays wrapped.
+    Gradients are those of the sum over members; `learn.loss`, and thus every training loss that
+    fastai records, shows or monitors, is divided by M.
 
     The network sees B = batch_repetitions · n images per step: a loader with batch size 16 yields
     the published batch size of 64. Batch transforms are applied to each copy of an image
@@ -66,9 +77,10 @@ class MixMoCallback(_PlainErrorCallback):
             `mixing/regions.py`; "sum" is MIMO and the only kind that supports one member.
         alpha: concentration of the mixing ratios, lam ~ Dirichlet(alpha).
         mix_prob: probability that a batch is mixed by the regions of `mix`, such as boxes; other
-            batches are mixed linearly.
+            batches are mixed linearly. The kinds "sum" and "linear" have no regions and ignore it.
         decay_start: fraction of training after which mix_prob decays linearly, to 0 at the end.
-        weight_root: r of the loss weights; 1 weights members by lam, infinity weights them equally.
+        weight_root: r of the loss weights; 1 weights members by the means of their masks, infinity
+            weights them equally.
         batch_repetitions: b.
         input_repetition: fraction of positions at which all members see the same image.
         msda: "cutmix" or "mixup" to mix each member's image and label with those of another image
@@ -86,7 +98,8 @@ class MixMoCallback(_PlainErrorCallback):
             loss, or the Learner also has one of fastai's Mix callbacks.
     """
 
-    # After callbacks that read self.x, before mixed precision (10) enters autocast.
+    # After callbacks that read self.x; before fastai's MixedPrecision (10) enters autocast, since
+    # masks and loss weights are drawn in float32.
     order, run_valid = 9, False
     draws: EpochDraws | None = None  # those of the current epoch
 
@@ -132,7 +145,7 @@ class MixMoCallback(_PlainErrorCallback):
         self.msda, self.msda_alpha, self.msda_prob = msda, msda_alpha, msda_prob
         self.epochs_trained = 0  # in all fits, not counting lr_find
         self.fit_seed = seed
-        self.copies_in_batch, self.loader_applies_slots = 1, False
+        self.copies_in_batch, self.is_paired_by_loader = 1, False
 
     def before_fit(self) -> None:
         """Check the Learner, and wrap its loss if it is not wrapped yet."""
@@ -155,7 +168,7 @@ class MixMoCallback(_PlainErrorCallback):
                 metric.check(self.learn)
 
     def before_train(self) -> None:
-        """Set the epoch's loader to repeat every image for all members."""
+        """Make the epoch's loader return every image M·b times, paired if it can pair."""
         check_optimizer(self.learn)
         if self.fit_seed is None:
             self.fit_seed = broadcast_from_rank0(fresh_seed())
@@ -172,11 +185,13 @@ class MixMoCallback(_PlainErrorCallback):
             num_processes = process_group().count
             self._check_divisible(loader.bs, num_processes)
         draws = EpochDraws(self, self.fit_seed, self._epoch, self._num_members, num_processes)
-        # fastai sets `Learner.dl` before every epoch, so this view lasts for one epoch only.
         copies = num_copies(self._num_members, self.batch_repetitions)
-        device = getattr(loader, "device", None)
-        expansion = expand(loader, copies, partial(draws.slots_from, device=device))
-        self.learn.dl, self.copies_in_batch, self.loader_applies_slots = expansion
+        # A loader of this package calls this function every `STEPS_AT_ONCE` batches, for the slots
+        # in which `BatchLoader.batches` then puts the copies; others never call it.
+        arrange = partial(draws.slots_from, device=getattr(loader, "device", None))
+        # fastai sets `Learner.dl` before every epoch, so this view lasts for one epoch only.
+        expansion = expand(loader, copies, arrange)
+        self.learn.dl, self.copies_in_batch, self.is_paired_by_loader = expansion
         self.draws = draws
 
     def before_batch(self) -> None:
@@ -198,14 +213,20 @@ class MixMoCallback(_PlainErrorCallback):
 
     def _pair(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return the images (B, M, C, H, W) and targets (B, M) that the members see."""
-        if not self.loader_applies_slots:
-            num_images = len(x) // self.copies_in_batch
-            slots = self._epoch_draws.slots(self.learn.iter, num_images, x.device)
-            slots = slots if self.copies_in_batch > 1 else slots % num_images
-            x, y = x.index_select(0, slots), y[slots]
-        # Members are the outer dimension in memory, so that each encoder's batch is contiguous.
+        if not self.is_paired_by_loader:
+            x, y = self._grouped_by_member(x, y)
+        # Of the M·B images, the first B are those of member 0, and so on. Members remain the outer
+        # dimension in memory, so that each encoder's batch is contiguous.
         by_member = (self._num_members, -1)
         return x.unflatten(0, by_member).transpose(0, 1), y.unflatten(0, by_member).transpose(0, 1)
+
+    def _grouped_by_member(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Draw the pairing of a batch that the loader did not pair; apply it: (M·B, …) each."""
+        num_images = len(x) // self.copies_in_batch
+        slots = self._epoch_draws.slots(self.learn.iter, num_images, x.device)
+        # A loader that cannot copy returns n images, and each slot shows its image as it is.
+        indices = slots if self.copies_in_batch > 1 else slots % num_images
+        return x.index_select(0, indices), y[indices]
 
     def _draw_mixing(self, inputs: Tensor) -> Mixing:
         """Return the masks (B, M, 1 or D, h, w) and loss weights (B, M) of this step."""

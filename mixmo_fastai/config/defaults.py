@@ -19,7 +19,8 @@ class Default:
     Attributes:
         side: largest size of the images in pixels: the square root of H · W.
         arch: name of the network.
-        images_seen: number of images seen by the network, including repetitions.
+        images_seen: number of inputs seen by the network, including repetitions; a mixture of M
+            images counts as one.
     """
 
     side: float

@@ -38,7 +38,11 @@ class Augmentation:
 
 
 Arrangement = Callable[[int, int], Tensor]
-"""Maps the first of `STEPS_AT_ONCE` steps and n to the slots of these steps, (steps, any) int64."""
+"""Maps the first of `STEPS_AT_ONCE` steps and n to the slots of these steps, (steps, P) int64.
+
+Slot s is copy s // n of image s mod n; entry [i, p] is the slot at position p of batch i. In
+training with MixMo, the function is `EpochDraws.slots_from`, which draws the pairing.
+"""
 
 
 STEPS_AT_ONCE = 16

@@ -133,8 +133,8 @@ class BatchLoader(TfmdDL):
 
         Args:
             copies: number of copies of each image in a batch.
-            arrange: returns the slot at each position of a batch; None for slot s at position s.
-                Arranging here avoids copying pixels again later.
+            arrange: returns the slot at each position of the next batches; see `Arrangement`. None
+                for slot s at position s. Arranging here avoids copying pixels again later.
             first_step: skip the batches before this step; the others equal those of a complete
                 pass.
             images: positions in the order of the epoch to load; all by default.

@@ -23,7 +23,8 @@ class Expansion(NamedTuple):
     """A view of a loader, with the number of copies of each image per batch and their order.
 
     In a batch of n distinct images, slot s is copy s // n of image s mod n. Position s holds slot
-    s, unless the batch is `arranged`: its positions then hold the slots returned by `arrange`.
+    s, unless the batch is `arranged`: its positions then hold the slots returned by `arrange`, and
+    the loader has thus paired the images.
     """
 
     loader: Any
@@ -39,8 +40,7 @@ def expand(loader: Any, copies: int, arrange: Arrangement | None = None) -> Expa
             run on the copies. Its item transforms run once per image. Other loaders, such as
             torch's, cannot augment copies and are returned unchanged, with one copy.
         copies: number of copies of each image.
-        arrange: maps step and n to the slots of the batch positions; only used by this package's
-            loaders.
+        arrange: see `cuts.Arrangement`; only used by this package's loaders.
     """
     if isinstance(loader, BatchLoader) and (copies > 1 or arrange is not None):
         return Expansion(loader.expanded(copies, arrange), copies, arrange is not None)

@@ -81,10 +81,10 @@ def loss_name(base: Any) -> str:
 
 
 def mean_divisor(base: Any, targets: Tensor) -> Tensor | None:
-    """Compute the divisor of the mean of a torch loss, for class indices (R,).
+    """Compute the divisor of the mean of a torch loss, for class indices of any shape.
 
     Returns:
-        a scalar; None if it is the number of samples.
+        a scalar; None if it is the number of targets.
 
     Example:
         >>> targets = torch.tensor([0, 1, 1])

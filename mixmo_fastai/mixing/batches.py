@@ -117,6 +117,7 @@ def draw_mixings(
         len(uniforms) * batch_size, num_members, alpha, generator=lam_generator, device=device
     )
     blend_kind = kind if isinstance(kind, str) and kind in BLEND_KINDS else "linear"
+    # Also batches with regions are blended here: `select` may still choose it for a lower mix_prob.
     masks, means = draw_masks(blend_kind, lam, shape)
     blended = _split_batches(masks, loss_weights(means, weight_root), batch_size)
     regional: list[Mixing | None] = [None] * len(uniforms)

@@ -125,7 +125,7 @@ class MixMoLoss(nn.Module):
             >>> MixMoLoss()(pred, targets, weights)  # 0.5 · log 4/3 + 1.5 · log 2
             tensor(1.1836)
         """
-        if weights is None:
+        if weights is None:  # ensemble logits
             check_shapes(self.base, pred, targets)
             return self._base_for(pred, targets)(pred, targets)
         if terms := smoothing_terms(self.base):
@@ -135,17 +135,13 @@ class MixMoLoss(nn.Module):
             self._check_average(pred, targets)
         if self.average is None:
             return self._sum_over_members(pred, targets, weights, is_pasted=own_weights is not None)
+        # The usual case.
         member_losses = self.member_losses(pred, targets)  # (B, M)
         if pasted_targets is not None and own_weights is not None:
             pasted_losses = self.member_losses(pred, pasted_targets)
             member_losses = own_weights * member_losses + (1 - own_weights) * pasted_losses
         losses = (weights * member_losses).sum(dim=1)  # (B,)
-        if self.reduction == "none":
-            return losses
-        if self.reduction == "sum" or self.average == "nothing":
-            return losses.sum()
-        divisor = self._divisor(targets, pred)
-        return losses.mean() if divisor is None else losses.sum() / divisor
+        return self._reduced(losses, targets, pred)
 
     def member_losses(self, pred: Tensor, targets: Tensor) -> Tensor:
         """Compute the loss of each sample and member: (B, M, K) and targets -> (B, M).
@@ -214,6 +210,15 @@ class MixMoLoss(nn.Module):
         if not isinstance(loss, nn.Module) and hasattr(loss, "to"):
             loss.to(*args, **kwargs)
         return self
+
+    def _reduced(self, losses: Tensor, targets: Tensor, pred: Tensor) -> Tensor:
+        """Reduce losses (B,) over the batch as the base does."""
+        if self.reduction == "none":
+            return losses
+        if self.reduction == "sum" or self.average == "nothing":
+            return losses.sum()
+        divisor = self._divisor(targets, pred)
+        return losses.mean() if divisor is None else losses.sum() / divisor
 
     def _unreduced_losses(self, rows: Tensor, row_targets: Tensor) -> Tensor:
         """Compute the unreduced base loss of samples (R, …): (R,) or (R, k)."""

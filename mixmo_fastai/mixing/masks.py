@@ -60,8 +60,8 @@ def draw_masks(
         options: options of the kind, such as block_size=5 for patchup.
 
     Returns:
-        masks (B, M, 1 or D, h, w) in [0, 1], summing to one over the members, and lam (B, M)
-        corrected to the mean of each mask.
+        masks (B, M, 1 or D, h, w) in [0, 1], summing to one over the members, and the mean (B, M)
+        of each mask: the ratios as they are, for `loss_weights`.
 
     Raises:
         InputError: unknown kind or option, wrong shapes, batches of unequal size, one member with a
@@ -69,8 +69,8 @@ def draw_masks(
 
     Example:
         >>> lam = torch.tensor([[0.3, 0.7]])
-        >>> masks, lam = draw_masks("horizontal", lam, (16, 4, 4), shuffle_roles=False)
-        >>> masks.shape, lam  # one row of four
+        >>> masks, means = draw_masks("horizontal", lam, (16, 4, 4), shuffle_roles=False)
+        >>> masks.shape, means  # one row of four
         (torch.Size([1, 2, 1, 4, 4]), tensor([[0.2500, 0.7500]]))
         >>> masks[0, :, 0, :, 0].tolist()
         [[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 1.0, 1.0]]
@@ -97,7 +97,7 @@ def draw_masks(
             _check_region(region, lam, shape, kind_name(kind))
         # The mean is computed before broadcasting, on the smallest tensor.
         means = torch.lerp(outside, inside, region.mean(dim=(1, 2, 3))[:, None])
-        inside, outside = (weights[:, :, None, None, None] for weights in (inside, outside))
+        inside, outside = (share[:, :, None, None, None] for share in (inside, outside))
         # On a CPU, addcmul takes twice as long for these shapes as a product and an in-place sum.
         masks = (region[:, None] * (inside - outside)).add_(outside)
     return masks.expand(-1, -1, -1, *shape[1:]), means

@@ -2,7 +2,8 @@
 
 Shapes: n distinct images, b batch repetitions, M members, B = b·n positions in the batch that the
 network sees. The images are copied into M·B *slots*; slot s holds image s mod n. Member i draws
-from its own B slots, so with augmentation per slot, no two positions show the same pixels.
+from its own B slots, i·B to (i + 1)·B - 1, so with augmentation per slot, no two positions show the
+same pixels. The exception is input repetition, which shows slots of member 0 to all members.
 
 Source: Havasi et al., "MIMO", ICLR 2021, appendix (batch and input repetition); MixMo, section 4.1.
 """
@@ -97,8 +98,8 @@ def draw_pairings(
     slot_offsets = batch_size * torch.arange(1, num_members, device=device)[:, None]
     # The same images as member 0, in each member's own slots.
     free = member_0[..., :num_free].expand(free_shape).gather(2, orders) + slot_offsets
-    shared = member_0[..., num_free:].expand(-1, num_members - 1, -1)
-    return torch.cat([member_0, torch.cat([free, shared], dim=2)], dim=1).transpose(1, 2)
+    repeated = member_0[..., num_free:].expand(-1, num_members - 1, -1)
+    return torch.cat([member_0, torch.cat([free, repeated], dim=2)], dim=1).transpose(1, 2)
 
 
 def check_pairing(num_members: int, batch_repetitions: int, input_repetition: float) -> None:

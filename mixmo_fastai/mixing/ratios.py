@@ -60,8 +60,9 @@ def loss_weights(lam: Tensor, root: float) -> Tensor:
     """Compute the loss weights of the members: w_i = M · lam_i^(1/root) / Σ_j lam_j^(1/root).
 
     Args:
-        lam: (B, M) mask means, in [0, 1].
-        root: r; 3 in the paper; 1 weights members by lam, infinity weights them equally.
+        lam: (B, M) ratios in [0, 1]: in training the means of the masks from `draw_masks`, since a
+            mask of whole pixels does not cover exactly the ratio drawn by `draw_lam`.
+        root: r; 3 in the paper; 1 weights members by these ratios, infinity weights them equally.
 
     Returns:
         weights (B, M), each row summing to M.

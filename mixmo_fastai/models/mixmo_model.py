@@ -166,6 +166,7 @@ class MixMoModel(nn.Module):
             >>> model.member_logits(torch.zeros(4, 3, 32, 32)).shape
             torch.Size([4, 2, 10])
         """
+        # Masks of 1/M, the mean mask of training, times the factor M of `_mix`.
         features = self.encoders[0](x)
         for encoder in self.encoders[1:]:
             features = features + encoder(x)

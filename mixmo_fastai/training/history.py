@@ -21,12 +21,13 @@ class HistoryCallback(TrainedEpochCallback):
 
     The training loss is the mean over the steps of the epoch: fastai's smoothed loss also depends
     on earlier epochs, which a resumed run has not seen. The loss is per member, to be comparable
-    with the validation loss, a single cross-entropy. The sums within an epoch, as stored in
-    checkpoints, are over members.
+    with the validation loss, a single cross-entropy. The sums within an epoch are over members,
+    since checkpoints of version 0.1.0 store them so.
 
     Args:
         run: the run whose history is written.
-        images_per_step: images that the network sees per step, including repetitions.
+        images_per_step: B, the inputs that the network sees per step, including repetitions; a
+            mixture of M images counts as one.
     """
 
     order = 55  # after the Recorder
