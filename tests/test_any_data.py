@@ -72,9 +72,9 @@ def block(image=PILImage, category=CategoryBlock, get_y=lambda item: item.label,
     return DataBlock((ImageBlock(image), category), get_y=get_y, **kwargs)
 
 
-def loaders(data_block, items=None, **kwargs):
+def loaders(data_block, items=None, bs=6, **kwargs):
     items = [*draw_items()] if items is None else items
-    return data_block.dataloaders(items, bs=6, num_workers=0, device="cpu", **kwargs)
+    return data_block.dataloaders(items, bs=bs, num_workers=0, device="cpu", **kwargs)
 
 
 class BatchRecorder(Callback):
@@ -356,7 +356,8 @@ def test_preview_scales_pixels_without_a_known_range():
         def value(self):
             return 255.0 if self.label == "red" else 51.0
 
-    dls = loaders(raw, [ConstantItem(item.image, item.label) for item in draw_items()])
+    items = [ConstantItem(item.image, item.label) for item in draw_items(40)]
+    dls = loaders(raw, items, bs=32)  # all training images, so that both values occur
     learn, _ = train_learner(dls)
     shown = preview_batch(learn, count=100).inputs
     assert shown.unique().tolist() == pytest.approx([0.2, 1.0])
