@@ -6,7 +6,7 @@ fastai.
 
 from mixmo_fastai.imports import find_former_modules, lazy_names
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 _MODULES = {
     "Brier": "metrics.fastai",

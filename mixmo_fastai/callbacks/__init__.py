@@ -1,6 +1,6 @@
 """fastai callbacks that work in any Learner.
 
-mixmo       MixMoCallback: pairs the images of a batch and mixes their features
+mixmo       MixMoCallback: pairs the images of a batch and draws the masks that mix them
 draws       its random draws: pairing, masks, loss weights, MSDA
 ema         EMACallback: moving average of the weights
 best_epoch  selection of the best epoch on the validation split

@@ -1,6 +1,6 @@
 """The random draws of one training epoch: pairing, masks with loss weights, and MSDA.
 
-Shapes: n images from the loader, M members, b batch repetitions, B = b·n batch that the network
+Shapes: n distinct images per batch, M members, b batch repetitions, B = b·n batch that the network
 sees, C channels, H W image size, D feature channels, h w feature size after the encoder.
 
 Each draw is a function of (seed, stream, epoch, step, rank), so it does not depend on earlier

@@ -1,6 +1,6 @@
-"""fastai callback that pairs the images of a batch and mixes their features.
+"""fastai callback that pairs the images of a batch and draws the masks that mix their features.
 
-Shapes: n images from the loader, M members, b batch repetitions, B = b·n batch that the network
+Shapes: n distinct images per batch, M members, b batch repetitions, B = b·n batch that the network
 sees, C channels, H W image size, D feature channels, h w feature size after the encoder.
 Source: Ramé, Sun, Cord, "MixMo", ICCV 2021.
 """
@@ -52,14 +52,15 @@ class MixMoCallback(_PlainErrorCallback):
     """Pair and mix the training batches of a Learner whose model is a `MixMoModel`.
 
     Each training batch becomes inputs (B, M, C, H, W) with masks (B, M, 1 or D, h, w), and targets
-    (B, M) with loss weights (B, M). How the images of a batch are copied, augmented and paired
-    depends on the loader; only the place differs, not the distribution:
+    (B, M) with loss weights (B, M). The pairing has the same distribution with every loader, but
+    not the augmentation of an image's copies:
 
     - A loader of this package, as `mixmo fit` uses, pairs while it loads: it asks `EpochDraws`
-      which image each member sees at each position, and returns M·B images in this order.
+      which image each member sees at each position, and returns M·B images in this order, each
+      cropped and flipped separately.
     - Another fastai loader returns M·B images, b copies per member, augmented separately by its
       batch transforms; this callback pairs them.
-    - Any other loader returns n images; this callback pairs them, and all copies look the same.
+    - Any other loader returns n images; this callback pairs them, and all copies are the same.
 
     In validation the network gets one image for all members, as without this callback; the
     callbacks of `metrics/members.py`, which this one adds, then provide the logits of the members.
@@ -68,7 +69,7 @@ class MixMoCallback(_PlainErrorCallback):
     Gradients are those of the sum over members; `learn.loss`, and thus every training loss that
     fastai records, shows or monitors, is divided by M.
 
-    The network sees B = batch_repetitions · n images per step: a loader with batch size 16 yields
+    The network sees B = batch_repetitions · n inputs per step: a loader with batch size 16 yields
     the published batch size of 64. Batch transforms are applied to each copy of an image
     separately, item transforms once per image.
 
@@ -195,13 +196,14 @@ class MixMoCallback(_PlainErrorCallback):
         self.draws = draws
 
     def before_batch(self) -> None:
-        """Pair the images, and draw masks, loss weights and MSDA.
+        """Pair the images if the loader has not, draw masks and MSDA, compute loss weights.
 
-        The network mixes the features of its inputs with the masks; the loss weights the targets.
+        The network then mixes features with the masks; the loss multiplies the members' losses by
+        the weights.
         """
         check_batch(len(self.learn.xb), len(self.learn.yb))
         x, y = self.learn.xb[0].as_subclass(Tensor), self.learn.yb[0].as_subclass(Tensor)
-        inputs, targets = self._pair(x, y)
+        inputs, targets = self._paired(x, y)
         masks, weights = self._draw_mixing(inputs)
         if self.msda is None:
             self.learn.xb, self.learn.yb = (inputs, masks), (targets, weights)
@@ -211,16 +213,16 @@ class MixMoCallback(_PlainErrorCallback):
         self.learn.xb = (mix_images(inputs, draw), masks)
         self.learn.yb = (targets, weights, pasted_targets, own_weights)
 
-    def _pair(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def _paired(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return the images (B, M, C, H, W) and targets (B, M) that the members see."""
         if not self.is_paired_by_loader:
-            x, y = self._grouped_by_member(x, y)
+            x, y = self._drawn_pairing(x, y)
         # Of the M·B images, the first B are those of member 0, and so on. Members remain the outer
         # dimension in memory, so that each encoder's batch is contiguous.
         by_member = (self._num_members, -1)
         return x.unflatten(0, by_member).transpose(0, 1), y.unflatten(0, by_member).transpose(0, 1)
 
-    def _grouped_by_member(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def _drawn_pairing(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Draw the pairing of a batch that the loader did not pair; apply it: (M·B, …) each."""
         num_images = len(x) // self.copies_in_batch
         slots = self._epoch_draws.slots(self.learn.iter, num_images, x.device)

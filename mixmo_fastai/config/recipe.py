@@ -148,7 +148,8 @@ class Train:
     Attributes:
         epochs: passes over the loader; each shows every image batch_repetitions times per member.
             If None, chosen by `defaults.fill_defaults`.
-        batch_size: images that the network sees per step, including repetitions.
+        batch_size: inputs that the network sees per step, including repetitions; a mixture of M
+            images counts as one.
         seed: random seed.
         device: "auto" is CUDA if available, otherwise the CPU.
         precision: "auto" is bfloat16 on CUDA, TF32 on GPUs without bfloat16; on a CPU, `mixmo fit`

@@ -129,7 +129,8 @@ class BatchLoader(TfmdDL):
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Iterate over the images once. A complete pass increments the epoch.
 
-        Slot s in [0, copies · n) is copy s // n of image s mod n, with its own augmentation.
+        Slot s in [0, copies · n) is copy s // n of image s mod n, with its own crop and flip. A
+        `BatchTransform` also treats each copy separately, an `ImageTransform` all copies alike.
 
         Args:
             copies: number of copies of each image in a batch.
@@ -137,7 +138,7 @@ class BatchLoader(TfmdDL):
                 for slot s at position s. Arranging here avoids copying pixels again later.
             first_step: skip the batches before this step; the others equal those of a complete
                 pass.
-            images: positions in the order of the epoch to load; all by default.
+            images: the part of the epoch's order to load; all of it by default.
 
         Yields:
             images (any, C, H, W) float, channels last in memory, and their labels (any,) int64.
@@ -190,20 +191,20 @@ class BatchLoader(TfmdDL):
         group: Tensor,
         copies: int,
         arrange: Arrangement | None,
-        position: tuple[int, int],
+        start: tuple[int, int],
     ) -> "Cuts":
-        """Draw the cuts for a group of batches (steps, n) at a position (epoch, first step)."""
+        """Draw the cuts for a group of batches (steps, n) that starts at (epoch, first step)."""
         (steps, count), device, augmentation = group.shape, self.device, self.augmentation
         slots = torch.arange(copies * count, device=device).expand(steps, -1)
         if arrange is not None:
-            slots = arrange(position[1], count)[:steps]
+            slots = arrange(start[1], count)[:steps]
         if not self.augments:
             return Cuts(slots % count)
         # All processes draw the same numbers for the whole batch; each uses its own slots.
-        generator = make_generator(self.seed, "augment", *position, device=device)
+        generator = make_generator(self.seed, "augment", *start, device=device)
         drawn = {"generator": generator, "device": device}
         # Draw for a complete group even if the epoch ends within it, so that the draws depend
-        # on the position only.
+        # on its start only.
         shape = (STEPS_AT_ONCE, copies * count)
         corners = draw_crops(math.prod(shape), augmentation.crop_padding, **drawn).view(*shape, 2)
         corners = corners[:steps].gather(1, slots[..., None].expand(-1, -1, 2))

@@ -3,8 +3,8 @@
 Shapes: B batch, M members, D feature channels, h w feature size after the encoder.
 Source: Ramé, Sun, Cord, "MixMo", ICCV 2021, sections 3.2 and 3.3.
 
-`draw_lam` and `draw_masks` draw all random numbers from one generator; `mix_features` and
-`loss_weights` are deterministic.
+Functions named `draw_…` take a generator for all their random numbers; the others are
+deterministic.
 
     ratios.py   mixing ratios lam and loss weights
     masks.py    masks of every kind, for any number of members

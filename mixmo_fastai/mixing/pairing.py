@@ -2,8 +2,8 @@
 
 Shapes: n distinct images, b batch repetitions, M members, B = b·n positions in the batch that the
 network sees. The images are copied into M·B *slots*; slot s holds image s mod n. Member i draws
-from its own B slots, i·B to (i + 1)·B - 1, so with augmentation per slot, no two positions show the
-same pixels. The exception is input repetition, which shows slots of member 0 to all members.
+from its own B slots, i·B to (i + 1)·B - 1, so with augmentation per slot, each position has an
+augmentation of its own. The exception is input repetition, which shows slots of member 0 to all.
 
 Source: Havasi et al., "MIMO", ICLR 2021, appendix (batch and input repetition); MixMo, section 4.1.
 """

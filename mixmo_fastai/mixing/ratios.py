@@ -60,8 +60,9 @@ def loss_weights(lam: Tensor, root: float) -> Tensor:
     """Compute the loss weights of the members: w_i = M · lam_i^(1/root) / Σ_j lam_j^(1/root).
 
     Args:
-        lam: (B, M) ratios in [0, 1]: in training the means of the masks from `draw_masks`, since a
-            mask of whole pixels does not cover exactly the ratio drawn by `draw_lam`.
+        lam: (B, M) ratios in [0, 1]: in training the means of the masks from `draw_masks`, since
+            boxes are clipped at the border and have whole, even sides, so that they cover less than
+            the ratio drawn by `draw_lam`.
         root: r; 3 in the paper; 1 weights members by these ratios, infinity weights them equally.
 
     Returns:

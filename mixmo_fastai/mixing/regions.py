@@ -24,9 +24,11 @@ Region = Callable[..., Tensor]
 
 
 def box(area: Tensor, shape: Shape, generator: Generator) -> Tensor:
-    """Draw a box with sides floor(h·√area) and floor(w·√area), clipped to the map (CutMix).
+    """Draw a box with sides of about h·√area and w·√area, clipped to the map (CutMix).
 
-    The centre is uniform over the map; the box extends by side // 2 in each direction.
+    The centre is uniform over the map; the box extends from it by floor(h·√area) // 2 rows and
+    floor(w·√area) // 2 columns in each direction, as published. Its sides are therefore even before
+    clipping.
 
     Returns:
         (B, 1, h, w), binary.

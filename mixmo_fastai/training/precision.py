@@ -42,8 +42,8 @@ class PrecisionTimes:
     Attributes:
         float32, bfloat16: seconds per step, median of the rounds.
         ratio: median of the ratios of float32 to bfloat16 in each round.
-        images: images that the network sees in such a step; fewer than in training if a step is
-            slow.
+        images: inputs of the network in such a step, as in `Train.batch_size`; fewer than in
+            training if a step is slow.
         cpu: name of the CPU.
     """
 
