@@ -51,7 +51,9 @@ def predict(
     from mixmo_fastai.data.listing import Skipped
     from mixmo_fastai.evaluation.predict import predict_images
     from mixmo_fastai.export.files import load_fused
+    from mixmo_fastai.runtime.devices import keep_freed_memory
 
+    keep_freed_memory()
     network = load_fused(run) if folder is None else folder
     skipped = Skipped()
     predictions, unreadable = predict_images(

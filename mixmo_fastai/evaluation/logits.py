@@ -7,18 +7,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from mixmo_fastai.models.folding import fold_batch_norm
 from mixmo_fastai.runtime.devices import float32_precision
 from mixmo_fastai.runtime.processes import all_gather, process_group
 
 LabelledLogits = tuple[Tensor, Tensor] | None
 """Member logits (N, M, K) and labels (N,); None if there are no images."""
+NUM_COMPARED = 8
+"""Images on which the network for inference is compared with the original."""
 
 
 def collect_member_logits(model: Any, loader: Any) -> LabelledLogits:
     """Compute the member logits of every image of a loader, in full float32 without TF32.
 
+    On a CPU, BatchNorm is folded into convolutions where that is exact up to rounding.
     In a distributed run each process evaluates part of the images and receives all logits.
 
     Args:
@@ -32,18 +36,35 @@ def collect_member_logits(model: Any, loader: Any) -> LabelledLogits:
     """
     was_training = model.training
     model.eval()
-    members = getattr(model, "member_logits", None) or (lambda x: model(x)[:, None])
     try:
         with torch.inference_mode(), float32_precision(tf32=False):
             # Copied to the CPU after the loop, so that the GPU never waits inside it.
             batches_of_rank = loader.shard(process_group()) if process_group().count > 1 else loader
-            batches = [(members(x.as_subclass(Tensor)), y) for x, y in batches_of_rank]
+            batches, inference_model = [], None
+            for images, labels in batches_of_rank:
+                x = images.as_subclass(Tensor)
+                if inference_model is None:
+                    inference_model = _faster(model, x)
+                batches.append((_member_logits(inference_model, x), labels))
     finally:
         model.train(was_training)
     if not batches and process_group().count == 1:
         return None
     parts = (torch.cat(parts).as_subclass(Tensor).cpu() for parts in zip(*batches, strict=True))
     return _interleave([part for part in all_gather(tuple(parts)) if part])
+
+
+def _faster(model: Any, x: Tensor) -> Any:
+    """Return an equal network that is faster on images like these."""
+    is_on_cpu = isinstance(model, nn.Module) and x.device.type == "cpu"
+    return fold_batch_norm(model, x[:NUM_COMPARED]) if is_on_cpu else model
+
+
+def _member_logits(model: Any, x: Tensor) -> Tensor:
+    """Return member logits (B, M, K); a plain network counts as one member."""
+    members = getattr(model, "member_logits", None)
+    logits: Tensor = model(x)[:, None] if members is None else members(x)
+    return logits
 
 
 def _interleave(parts: Sequence[tuple[Tensor, Tensor]]) -> LabelledLogits:

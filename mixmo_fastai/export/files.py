@@ -34,6 +34,7 @@ from mixmo_fastai.export import int8
 from mixmo_fastai.export.images import evenly_spaced, standardized
 from mixmo_fastai.export.onnx_network import OnnxNetwork
 from mixmo_fastai.models import create_model
+from mixmo_fastai.models.folding import fold_batch_norm
 from mixmo_fastai.models.fused import assemble
 from mixmo_fastai.runs.data_facts import DataFacts
 from mixmo_fastai.runs.folder import RunFolder
@@ -123,7 +124,9 @@ def export_run(
     try:
         with TemporaryDirectory(prefix=".unchecked-", dir=path.parent) as folder:
             temporary = Path(folder) / f"network{suffix}"
-            write(fused, facts, _metadata(recipe.model.arch, facts), temporary)
+            # The .safetensors of a network have the names of its architecture.
+            written = fused if suffix == ".safetensors" else fold_batch_norm(fused.eval(), x[:8])
+            write(written, facts, _metadata(recipe.model.arch, facts), temporary)
             with torch.inference_mode():
                 expected = model(x)
             # Two batch sizes, to check that the network does not depend on the size at export.
