@@ -5,12 +5,15 @@ import pytest
 import torch
 from processes import cache_digits, mixmo, server
 
+from mixmo_fastai.runtime.devices import keep_freed_memory
+
 __all__ = ["mixmo", "server"]
 
 # Failed assertions of these helper modules show the compared values, as those of tests do.
 pytest.register_assert_rewrite("commands", "fuzzing", "launches", "short_runs")
 
 torch.set_num_threads(1)
+keep_freed_memory()  # a sixth of the time of the suite is spent in the kernel otherwise
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 MANY_TESTS = 20  # from which on caching the digits takes less time than it saves
 

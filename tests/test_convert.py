@@ -22,12 +22,17 @@ FAMILIES = {  # name: height and width of the images in these tests
 }  # fmt: skip
 
 
+FOUND_WITHOUT_SIZE = ("resnet18", "mobilenet_v3_small", "vit_b_32", "timm/convnext_atto")
+
+
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request):
     """Return a network, its original weights, the converted network and an image size."""
-    model = build_backbone(request.param)
+    model, size = build_backbone(request.param), FAMILIES[request.param]
     before = copy.deepcopy(model.state_dict())
-    return model, before, convert_to_mixmo(model, 2), FAMILIES[request.param]
+    # Without a size, most networks would be run with images of 224 pixels, which takes long.
+    image_size = None if request.param in FOUND_WITHOUT_SIZE else size
+    return model, before, convert_to_mixmo(model, 2, image_size=image_size), size
 
 
 @pytest.mark.slow
