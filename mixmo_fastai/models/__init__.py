@@ -8,7 +8,7 @@ convert                        any network with a first convolution and a last l
 forward_record, probe          find these layers; conversion_checks: check the converted network
 backbone_core                  the part of a network between these layers
 readout                        how the heads read the feature maps of the core
-fused                          fuse into a plain network for inference
+fused, folding                 fuse into a plain network for inference; fold BatchNorm into convolutions
 ghost_norm, synced_norm        BatchNorm over groups of a batch, and over processes; norms
 reference                      weights of the published implementation
 filters, flops                 filter use; number of operations
