@@ -18,6 +18,7 @@ SMALL_ARGUMENTS = {
     "growth.py": "--arch wrn10_1 --batch-size 8 --repeats 1 --images 100",
     "evaluation.py": "--images 200 --classes 10 --repeats 1",
     "long_run.py": "--epochs 2 --limit 32",
+    "edge.py": "--archs wrn10_1 --size 8 --batch-sizes 1,2 --repeats 1",
     "masks.py": "--arch wrn10_1 --batch-size 4 --repeats 1",
 }
 GPU_ARGUMENTS = (
@@ -29,7 +30,9 @@ HELPERS = {"gpu_checks.py", "measure.py", "steps.py"}
 
 
 def test_all_benchmarks_are_listed():
-    assert {*SMALL_ARGUMENTS, "gpu.py"} == {path.name for path in BENCHMARKS.glob("*.py")} - HELPERS
+    assert {*SMALL_ARGUMENTS, "gpu.py", "peers.py"} == {
+        path.name for path in BENCHMARKS.glob("*.py")
+    } - HELPERS
 
 
 @pytest.fixture
@@ -53,6 +56,23 @@ def test_benchmark_writes_its_results(name, benchmark, tmp_path):
     assert results["machine"]["torch"]
     assert len(results) > 1
     assert "on processor" in output
+
+
+def test_peers_are_compared(benchmark, tmp_path):
+    pytest.importorskip("torch_uncertainty", reason="its extra is not installed")
+    out = tmp_path / "results.json"
+    code, output = benchmark("peers.py", "--arch wrn10_1 --batch-size 4 --repeats 1", out)
+    assert code == 0, output
+    ratios = json.loads(out.read_text())["ratios"]
+    assert len(ratios) == 5
+    assert min(ratio["median"] for ratio in ratios.values()) > 0
+
+
+def test_missing_peer_is_named(benchmark, tmp_path):
+    without = "import sys; sys.modules['torch_uncertainty'] = None\n"
+    code, output = benchmark("peers.py", "", tmp_path / "results.json", without)
+    assert code == 1
+    assert output.splitlines()[-1].endswith("pip install -e '.[benchmarks]'")
 
 
 def test_gpu_benchmark_runs_on_a_cpu(benchmark, tmp_path):

@@ -36,6 +36,7 @@ MIXING_AND_MODELS = [
     "models.create",
     "models.filters",
     "models.flops",
+    "models.folding",
     "models.forward_record",
     "models.fused",
     "models.ghost_norm",

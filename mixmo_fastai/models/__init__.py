@@ -8,7 +8,8 @@ convert                        any network with a first convolution and a last l
 forward_record, probe          find these layers; conversion_checks: check the converted network
 backbone_core                  the part of a network between these layers
 readout                        how the heads read the feature maps of the core
-fused, folding                 fuse into a plain network for inference; fold BatchNorm into convolutions
+fused                          fuse into a plain network for inference
+folding                        fold BatchNorm into convolutions, for inference
 ghost_norm, synced_norm        BatchNorm over groups of a batch, and over processes; norms
 reference                      weights of the published implementation
 filters, flops                 filter use; number of operations
