@@ -266,7 +266,7 @@ class MixMoModel(nn.Module):
         mixed: Tensor | None = None
         for i, encoder in enumerate(self.encoders):
             features = encoder(inputs[:, i])
-            mask = scaled[:, i].to(features.dtype)
+            mask = _in_fast_layout(scaled[:, i], features)
             mixed = mask * features if mixed is None else torch.addcmul(mixed, mask, features)
         assert mixed is not None
         return mixed
@@ -289,6 +289,17 @@ class MixMoModel(nn.Module):
             logits = torch.stack([head(head_embedding) for head, head_embedding in pairs], dim=1)
         # In half precision, the mean logits of different classes would often tie.
         return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+
+
+def _in_fast_layout(mask: Tensor, features: Tensor) -> Tensor:
+    """Convert a mask (B, 1 or D, h, w) to the dtype of features (B, D, h, w).
+
+    On a CPU, it takes nine times as long to multiply channels-last bfloat16 features by a mask of
+    one channel as by one of all channels, so the mask is copied to all channels.
+    """
+    if features.device.type == "cpu" and features.dtype == torch.bfloat16:
+        return torch.empty_like(features, requires_grad=False).copy_(mask)
+    return mask.to(features.dtype)
 
 
 def _check_core_output(embedding: Tensor, head: nn.Module) -> None:
