@@ -4,12 +4,14 @@ python benchmarks/cpu_precision.py [--archs wrn16_4,wrn10_2] [--batch-size 64] [
                                    [--repeats 7] [--out FILE.json]
 
 The convolutions alone are the forward and backward convolutions of a step, called directly on
-tensors of the same shape, layout and precision: no step can be faster. The output also shows which
-instructions the CPU and torch have, and the speed of large matrix products in both precisions.
+tensors of the same shape, layout and precision: no step can be faster. The shares of the parts of a
+step are those of torch's profiler. The output also shows which instructions the CPU and torch have,
+and the speed of large matrix products in both precisions.
 """
 
 import argparse
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -19,12 +21,22 @@ import torch.nn.functional as F
 from measure import RATIO, SECONDS, format_rows, interleaved, paired_ratio, report, spreads
 from steps import REPETITIONS, Setup
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from mixmo_fastai.runtime.acceleration import Acceleration
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "avx512_fp16", "avx_ne_convert")
-MATRIX_SIZE = 2048
+MATRIX_SIZE, PROFILED_STEPS = 2048, 3
+PARTS = {  # parts of the names of torch's operations; the first that matches counts
+    "convolutions": ("conv",),
+    "BatchNorm": ("batch_norm",),
+    "ReLU": ("clamp_min", "relu", "threshold"),
+    "optimizer": ("sgd", "Optimizer", "foreach"),
+    "pooling, heads and loss": ("mean", "mm", "log_softmax", "nll_loss", "div", "pow"),
+    "sums and mixing": ("aten::add", "aten::mul", "aten::sum", "addcmul"),
+    "copies": ("copy", "fill_", "zero_", "clone", "aten::empty", "pad"),
+}
 
 
 class Convolution(NamedTuple):
@@ -82,6 +94,22 @@ def convolutions(setup: Setup) -> list[Convolution]:
     return recorded
 
 
+def profiled(step: Callable[[], None]) -> dict[str, float]:
+    """Return the fractions of a step's time that its parts take, by torch's profiler."""
+    step()
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        start = time.perf_counter()
+        for _ in range(PROFILED_STEPS):
+            step()
+        microseconds = 1e6 * (time.perf_counter() - start)
+    fractions = dict.fromkeys([*PARTS, "others"], 0.0)
+    for event in recorded.key_averages():
+        names = (part for part, words in PARTS.items() if any(word in event.key for word in words))
+        fractions[next(names, "others")] += event.self_cpu_time_total / microseconds
+    # What the profiler attributes to no operation is the time of Python between them.
+    return {**fractions, "Python": max(0.0, 1 - sum(fractions.values()))}
+
+
 def run_all(recorded: list[Convolution]) -> Callable[[], None]:
     """Return a function that runs all convolutions."""
 
@@ -94,13 +122,14 @@ def run_all(recorded: list[Convolution]) -> Callable[[], None]:
 
 def measure_arch(arch: str, args: argparse.Namespace) -> dict[str, object]:
     """Measure the steps of a network and print a table."""
-    functions, operations = {}, 0
+    functions, parts, operations = {}, {}, 0
     for name, autocast in PRECISIONS.items():
         acceleration = Acceleration(torch.device("cpu"), autocast=autocast, threads=args.threads)
         setup = Setup(arch, args.batch_size, acceleration=acceleration)
         recorded = convolutions(setup)
         operations = sum(each.operations for each in recorded)
         functions |= {f"step, {name}": setup.steps(), f"convolutions, {name}": run_all(recorded)}
+        parts[name] = profiled(functions[f"step, {name}"])
     seconds = interleaved(functions, args.repeats)
     ratios = {
         "step, float32 / bfloat16": paired_ratio(
@@ -123,9 +152,13 @@ def measure_arch(arch: str, args: argparse.Namespace) -> dict[str, object]:
     print(f"{arch}, batch {args.batch_size}, 32x32; goals: 1.9 for the steps, 0.80 of each step")
     rows = format_rows(times, SECONDS) + format_rows(ratios, RATIO)
     rows += [(f"convolutions, {name}", f"{rate:.0f} GFLOP/s") for name, rate in rates.items()]
+    rows += [
+        (part, ", ".join(f"{parts[name][part]:6.1%} of {name}" for name in PRECISIONS))
+        for part in parts["float32"]
+    ]
     for name, text in rows:
         print(f"  {name:<34}{text}")
-    return {"seconds": times, "ratios": ratios, "gflops": rates}
+    return {"seconds": times, "ratios": ratios, "gflops": rates, "parts": parts}
 
 
 def matrix_rates(repeats: int) -> dict[str, float]:
