@@ -29,7 +29,7 @@ OPTIONS = [
     [],
     ["--members", "3", "--mix", "patchup"],
     ["--members", "1", "--mix", "sum", "--repeat", "1"],
-    ["--mix", "channel", "--set", "mix.input_repetition=0.5"],
+    ["--mix", "channel", "--set", "mix.input_repetition=0.5", "--set", "mix.early_repetition=1"],
     ["--set", "train.ema_decay=0.9", "--set", "train.select=best", "--repeat", "2"],
     ["--set", "data.loader=streaming", "--set", "data.num_workers=1"],
 ]

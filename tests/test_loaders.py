@@ -311,7 +311,10 @@ class TestArrangement:
             assert torch.equal(copies[1], copies[0].flip(-1))
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("settings", [{}, {"input_repetition": 0.5}, {"batch_repetitions": 1}])
+    @pytest.mark.parametrize(
+        "settings",
+        [{}, {"input_repetition": 0.5}, {"batch_repetitions": 1}, {"early_repetition": 1.0}],
+    )
     def test_the_callback_trains_on_what_it_would_have_picked_itself(self, settings, monkeypatch):
         """Asked in advance, the loader shows what the callback would pick out of a plain batch."""
 

@@ -16,9 +16,10 @@ RELEASES = Path(__file__).parent / "releases"
 VERSIONS = sorted(path.name for path in RELEASES.iterdir() if (path / "recipe.toml").exists())
 
 
-def test_this_version_has_a_stored_run():
+def test_this_version_has_a_stored_run_if_it_is_released():
     """The run is created by `python tests/releases/make.py`."""
-    assert mixmo_fastai.__version__ in VERSIONS
+    version = mixmo_fastai.__version__
+    assert version in VERSIONS or ".dev" in version
 
 
 @pytest.mark.parametrize("version", VERSIONS)

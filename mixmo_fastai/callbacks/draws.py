@@ -34,7 +34,6 @@ class DrawSettings(Protocol):
     mix_prob: float
     weight_root: float
     batch_repetitions: int
-    input_repetition: float
     msda: str | None
     msda_alpha: float
     msda_prob: float
@@ -50,13 +49,23 @@ class EpochDraws:
         num_members: M.
         num_processes: number of processes that split each batch. They draw the same pairings and
             masks for the whole batch, and each uses its part.
+        repetition_at: returns the fraction of positions at which all members see the same image at
+            a step of the epoch.
     """
 
     def __init__(
-        self, settings: DrawSettings, seed: int, epoch: int, num_members: int, num_processes: int
+        self,
+        settings: DrawSettings,
+        seed: int,
+        epoch: int,
+        num_members: int,
+        *,
+        num_processes: int,
+        repetition_at: Callable[[int], float],
     ) -> None:
         self.settings, self.seed, self.epoch = settings, seed, epoch
         self.num_members, self.num_processes = num_members, num_processes
+        self.repetition_at = repetition_at
         self.latest: dict[str, tuple[Hashable, Any]] = {}  # draws for several steps, by stream
 
     def slots(self, step: int, num_images: int, device: torch.device) -> Tensor:
@@ -82,7 +91,7 @@ class EpochDraws:
             num_images,
             self.num_members,
             self.settings.batch_repetitions,
-            self.settings.input_repetition,
+            [self.repetition_at(first_step + i) for i in range(STEPS_AT_ONCE)],
             generator=self._generator("pairing", first_step, device),
             device=device,
         )

@@ -31,7 +31,7 @@ from mixmo_fastai.mixing import (
 )
 from mixmo_fastai.mixing.loss import MixMoLoss
 from mixmo_fastai.mixing.msda import check_msda, gather_partners, mix_images
-from mixmo_fastai.mixing.pairing import check_pairing, num_copies
+from mixmo_fastai.mixing.pairing import check_pairing, num_copies, scheduled_repetition
 from mixmo_fastai.models.mixmo_model import MixMoModel, unwrap
 from mixmo_fastai.rng import fresh_seed
 from mixmo_fastai.runtime.processes import broadcast_from_rank0, process_group
@@ -84,6 +84,10 @@ class MixMoCallback(_PlainErrorCallback):
             weights them equally.
         batch_repetitions: b.
         input_repetition: fraction of positions at which all members see the same image.
+        early_repetition: this fraction at the start of training, from which it changes to
+            `input_repetition`; None for no change.
+        early_span: fraction of training after which it is `input_repetition`.
+        early_shape: "step", "linear" or "cosine", the shape of the change.
         msda: "cutmix" or "mixup" to mix each member's image and label with those of another image
             of the same member; None for no MSDA.
         msda_alpha: the ratio of the member's own image is Beta(msda_alpha, msda_alpha).
@@ -103,6 +107,9 @@ class MixMoCallback(_PlainErrorCallback):
     # masks and loss weights are drawn in float32.
     order, run_valid = 9, False
     draws: EpochDraws | None = None  # those of the current epoch
+    # Callbacks in Learners exported by version 0.1.0 do not have these attributes.
+    early_repetition: float | None = None
+    early_span, early_shape = 0.4, "linear"
 
     def __init__(
         self,
@@ -114,6 +121,9 @@ class MixMoCallback(_PlainErrorCallback):
         weight_root: float = 3.0,
         batch_repetitions: int = 4,
         input_repetition: float = 0.0,
+        early_repetition: float | None = None,
+        early_span: float = 0.4,
+        early_shape: str = "linear",
         msda: str | None = None,
         msda_alpha: float = 1.0,
         msda_prob: float = 0.5,
@@ -132,6 +142,9 @@ class MixMoCallback(_PlainErrorCallback):
         else:  # not called here, since it may require another feature size
             check_options(mix, self.mask_options)
         check_pairing(1, batch_repetitions, input_repetition)
+        check_fraction("early_repetition", early_repetition or 0.0)
+        check_fraction("early_span", early_span)
+        scheduled_repetition(0.0, input_repetition, early_repetition, early_span, early_shape)
         check_fraction("mix_prob", mix_prob)
         check_fraction("decay_start", decay_start)
         check_fraction("msda_prob", msda_prob)
@@ -142,7 +155,8 @@ class MixMoCallback(_PlainErrorCallback):
             check_msda(msda, msda_alpha, msda_prob)
         self.mix, self.alpha, self.mix_prob, self.decay_start = mix, alpha, mix_prob, decay_start
         self.weight_root, self.batch_repetitions = weight_root, batch_repetitions
-        self.input_repetition, self.seed = input_repetition, seed
+        self.input_repetition, self.early_repetition = input_repetition, early_repetition
+        self.early_span, self.early_shape, self.seed = early_span, early_shape, seed
         self.msda, self.msda_alpha, self.msda_prob = msda, msda_alpha, msda_prob
         self.epochs_trained = 0  # in all fits, not counting lr_find
         self.fit_seed = seed
@@ -185,7 +199,14 @@ class MixMoCallback(_PlainErrorCallback):
             loader.set_epoch(self._epoch)
             num_processes = process_group().count
             self._check_divisible(loader.bs, num_processes)
-        draws = EpochDraws(self, self.fit_seed, self._epoch, self._num_members, num_processes)
+        draws = EpochDraws(
+            self,
+            self.fit_seed,
+            self._epoch,
+            self._num_members,
+            num_processes=num_processes,
+            repetition_at=partial(self._repetition_at, num_steps=len(loader)),
+        )
         copies = num_copies(self._num_members, self.batch_repetitions)
         # A loader of this package calls this function every `STEPS_AT_ONCE` batches, for the slots
         # in which `BatchLoader.batches` then puts the copies; others never call it.
@@ -270,6 +291,15 @@ class MixMoCallback(_PlainErrorCallback):
         if hasattr(self.learn, "lr_finder"):
             return self.mix_prob
         return scheduled_mix_prob(self.learn.pct_train, self.mix_prob, self.decay_start)
+
+    def _repetition_at(self, step: int, num_steps: int) -> float:
+        """Return the scheduled input repetition at a step of this epoch, which has `num_steps`."""
+        # Not pct_train, since loaders draw the pairing of several steps in advance.
+        progress = (self.learn.epoch + step / max(1, num_steps)) / max(1, self.learn.n_epoch)
+        if hasattr(self.learn, "lr_finder"):
+            progress = 1.0  # as mix_prob, the schedule does not change the search
+        settings = self.input_repetition, self.early_repetition, self.early_span, self.early_shape
+        return scheduled_repetition(progress, *settings)
 
     @property
     def _num_members(self) -> int:

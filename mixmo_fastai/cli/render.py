@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mixmo_fastai.config.methods import method_name, published_result
-from mixmo_fastai.config.recipe import Recipe
+from mixmo_fastai.config.recipe import Mix, Recipe
 from mixmo_fastai.config.resolve import changed_settings
 from mixmo_fastai.config.schema import to_mapping
 from mixmo_fastai.evaluation.results import SPLIT_NAMES, final_metrics, temperature_warning
@@ -87,6 +87,7 @@ def _setup_rows(training: Any) -> list[tuple[str, str]]:
     mixing = ""
     if mix.kind not in ("sum", "linear"):
         mixing = f", {mix.kind} masks with probability {mix.mix_prob:g}"
+    mixing += _repetition_text(mix)
     return [
         (
             "Data",
@@ -103,6 +104,20 @@ def _setup_rows(training: Any) -> list[tuple[str, str]]:
             f"seed {recipe.train.seed}",
         ),
     ]
+
+
+def _repetition_text(mix: Mix) -> str:
+    """Describe at how many positions all members see the same image."""
+    if mix.early_repetition is None or mix.early_repetition == mix.input_repetition:
+        same = mix.input_repetition
+        return f", the same for all members at {same:.0%} of positions" if same else ""
+    change = "until" if mix.early_shape == "step" else f"falling to {mix.input_repetition:.0%} at"
+    if mix.early_repetition < mix.input_repetition:
+        change = change.replace("falling", "rising")
+    return (
+        f", the same for all members at {mix.early_repetition:.0%} of positions {change} "
+        f"{mix.early_span:.0%} of training"
+    )
 
 
 def _validation_rows(num_images: int) -> list[tuple[str, str]]:

@@ -44,6 +44,10 @@ MASK_OPTIONS = {
 MSDA_KINDS = ("cutmix", "mixup")
 """Kinds of mixed-sample data augmentation inside each member; drawn by `mixing.msda`."""
 
+EARLY_SHAPES = ("step", "linear", "cosine")
+"""How the fraction of positions at which all members see the same image changes after the start of
+training; computed by `mixing.pairing.scheduled_repetition`."""
+
 READOUTS: dict[str, str | None] = {
     "core": None,
 }

@@ -11,6 +11,7 @@ from typing import Any
 from mixmo_fastai.config.choices import (
     COMPILE,
     DEVICES,
+    EARLY_SHAPES,
     LOADERS,
     MASK_KINDS,
     MASK_OPTIONS,
@@ -125,6 +126,9 @@ class Mix:
     weight_root: float = number_field(3.0, 1, finite=False)
     batch_repetitions: int = number_field(4, 1, 1024)
     input_repetition: float = number_field(0.0, 0, 1)
+    early_repetition: float | None = number_field(None, 0, 1)
+    early_span: float = number_field(0.4, 0, 1)
+    early_shape: str = choice_field("linear", EARLY_SHAPES)
     msda: str = choice_field("none", ("none", *MSDA_KINDS))
     msda_alpha: float = number_field(1.0, 1e-3, 1e6)
     msda_prob: float = number_field(0.5, 0, 1)

@@ -48,8 +48,8 @@ class Preview:
 def preview_batch(learn: Learner, count: int = 6) -> Preview:
     """Draw the first training batch, mixed with the callback's kind regardless of `mix_prob`.
 
-    The Learner is restored afterwards, including random states; only its loss stays wrapped in
-    `MixMoLoss`.
+    Members see different images, also if a fit begins with equal ones. The Learner is restored
+    afterwards, including random states; only its loss stays wrapped in `MixMoLoss`.
 
     Args:
         learn: a Learner with a `MixMoCallback`.
@@ -90,23 +90,27 @@ def preview_current_batch(learn: Learner, count: int = 6) -> Preview:
     )
 
 
+_CHANGED = ("mix_prob", "early_repetition", "fit_seed")
+
+
 @contextmanager
 def _simulated_first_step(learn: Learner, callback: MixMoCallback) -> Iterator[None]:
     """Put Learner and callback in the state of the first step of a fit; restore them afterwards."""
-    names = ("epoch", "iter", "pct_train", "dl", "xb", "yb")
+    names = ("epoch", "n_epoch", "iter", "pct_train", "dl", "xb", "yb")
     original = {name: vars(learn)[name] for name in names if name in vars(learn)}
-    mix_prob, fit_seed = callback.mix_prob, callback.fit_seed
+    changed = {name: getattr(callback, name) for name in _CHANGED}
     try:
         with preserved_random_states(learn.dls.train):
-            callback.mix_prob = 1.0
+            callback.mix_prob, callback.early_repetition = 1.0, None
             if callback.fit_seed is None:  # otherwise before_fit would wait for the other ranks
                 callback.fit_seed = fresh_seed()
-            learn.epoch, learn.iter, learn.pct_train, learn.dl = 0, 0, 0.0, learn.dls.train
+            learn.epoch, learn.n_epoch, learn.iter, learn.pct_train = 0, 1, 0, 0.0
+            learn.dl = learn.dls.train
             callback.before_fit()
             callback.before_train()
             yield
     finally:
-        callback.mix_prob, callback.fit_seed = mix_prob, fit_seed
+        vars(callback).update(changed)
         callback.draws = None
         for name in names:
             vars(learn).pop(name, None)

@@ -8,10 +8,14 @@ augmentation of its own. The exception is input repetition, which shows slots of
 Source: Havasi et al., "MIMO", ICLR 2021, appendix (batch and input repetition); MixMo, section 4.1.
 """
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from mixmo_fastai.errors import check_count, check_fraction
+from mixmo_fastai.config.choices import EARLY_SHAPES
+from mixmo_fastai.errors import InputError, check_count, check_fraction, unknown_name_error
 
 
 def num_copies(num_members: int, batch_repetitions: int) -> int:
@@ -52,7 +56,7 @@ def draw_pairings(
     num_images: int,
     num_members: int,
     batch_repetitions: int = 4,
-    input_repetition: float = 0.0,
+    input_repetition: float | Sequence[float] = 0.0,
     *,
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
@@ -68,8 +72,8 @@ def draw_pairings(
         num_images: n distinct images.
         num_members: M.
         batch_repetitions: b; 4 in the paper, 1 pairs each image once.
-        input_repetition: fraction of positions at which all members see the same image; 0 in the
-            paper.
+        input_repetition: fraction of positions at which all members see the same image, for all
+            batches or one per batch; 0 in the paper.
         generator: generator on `device`.
         device: device of the slots.
 
@@ -77,7 +81,8 @@ def draw_pairings(
         slots (S, B, M) int64 in [0, M·B), with B = b·n; slot s shows image s mod n.
 
     Raises:
-        InputError: a count is below one, or input_repetition is outside [0, 1].
+        InputError: a count is below one, input_repetition is outside [0, 1], or there is not one
+            per batch.
 
     Example:
         >>> generator = torch.Generator().manual_seed(0)
@@ -87,19 +92,67 @@ def draw_pairings(
         >>> (slots[:, :, 0] == slots[:, :, 1]).sum(dim=1)  # 1/4 of 8 positions in each batch
         tensor([2, 2, 2, 2, 2])
     """
-    check_pairing(num_members, batch_repetitions, input_repetition)
     check_count("num_images", num_images)
     check_count("num_batches", num_batches)
+    if isinstance(input_repetition, Sequence):
+        fractions = [*input_repetition]
+    else:
+        fractions = [input_repetition] * num_batches
+    if len(fractions) != num_batches:
+        raise InputError(f"input_repetition has {len(fractions)} values for {num_batches} batches.")
+    for fraction in set(fractions):
+        check_pairing(num_members, batch_repetitions, fraction)
     batch_size = batch_repetitions * num_images
-    num_free = batch_size - round(input_repetition * batch_size)
+    counts = [batch_size - round(fraction * batch_size) for fraction in fractions]
+    num_free = max(counts)  # positions at which the members may see different images
     member_0 = _draw_permutations((num_batches, 1, batch_size), generator, device)  # (S, 1, B)
     free_shape = (num_batches, num_members - 1, num_free)
-    orders = _draw_permutations(free_shape, generator, device)
+    # In batches with fewer free positions, the others keep the order of member 0.
+    num_permuted = counts if min(counts) < num_free else None
+    orders = _draw_permutations(free_shape, generator, device, num_permuted)
     slot_offsets = batch_size * torch.arange(1, num_members, device=device)[:, None]
     # The same images as member 0, in each member's own slots.
+    if num_permuted is not None:
+        slot_offsets = slot_offsets * _is_permuted(num_permuted, num_free, device)
     free = member_0[..., :num_free].expand(free_shape).gather(2, orders) + slot_offsets
     repeated = member_0[..., num_free:].expand(-1, num_members - 1, -1)
     return torch.cat([member_0, torch.cat([free, repeated], dim=2)], dim=1).transpose(1, 2)
+
+
+def scheduled_repetition(
+    progress: float, late: float, early: float | None, span: float, shape: str
+) -> float:
+    """Return the fraction of positions at which all members see the same image, by schedule.
+
+    Members that see the same images learn as a plain network does; this takes fewer images than
+    learning from mixed images from the start.
+
+    Args:
+        progress: completed fraction of training, in [0, 1].
+        late: the fraction from `span` on.
+        early: the fraction at the start; None for `late`.
+        span: fraction of training in which it changes.
+        shape: "step" for a change at `span`; "linear" or "cosine" for a change from the start on.
+
+    Raises:
+        InputError: unknown shape.
+
+    Example:
+        >>> [scheduled_repetition(p, 0.0, 1.0, 0.5, "linear") for p in (0.0, 0.25, 0.5, 1.0)]
+        [1.0, 0.5, 0.0, 0.0]
+        >>> [scheduled_repetition(p, 0.0, 1.0, 0.5, "step") for p in (0.0, 0.25, 0.5, 1.0)]
+        [1.0, 1.0, 0.0, 0.0]
+    """
+    if shape not in EARLY_SHAPES:
+        raise unknown_name_error("shape of a schedule", shape, EARLY_SHAPES)
+    if early is None or progress >= span:
+        return late
+    fraction = progress / span
+    if shape == "step":
+        return early
+    if shape == "cosine":
+        fraction = (1 - math.cos(math.pi * fraction)) / 2
+    return early + (late - early) * fraction
 
 
 def check_pairing(num_members: int, batch_repetitions: int, input_repetition: float) -> None:
@@ -123,7 +176,27 @@ def _draw_permutations(
     shape: tuple[int, ...],
     generator: torch.Generator | None,
     device: torch.device | str | None,
+    num_permuted: Sequence[int] | None = None,
 ) -> Tensor:
-    """Draw independent uniform permutations of the last axis with one sort."""
+    """Draw independent uniform permutations of the last axis with one sort.
+
+    Args:
+        shape: of the result.
+        generator: generator on `device`.
+        device: device of the result.
+        num_permuted: for each entry of the first axis, how many positions are permuted; the
+            positions after them keep their places. None for all.
+    """
     keys = torch.rand(shape, generator=generator, device=device, dtype=torch.float64)
+    if num_permuted is not None:
+        places = 1.0 + torch.arange(shape[-1], device=device)  # above all random keys, ascending
+        keys = keys.where(_is_permuted(num_permuted, shape[-1], device), places)
     return keys.argsort(dim=-1)
+
+
+def _is_permuted(
+    num_permuted: Sequence[int], length: int, device: torch.device | str | None
+) -> Tensor:
+    """Return whether each position of each batch is permuted: (S, 1, length)."""
+    counts = torch.tensor(num_permuted, device=device)[:, None, None]
+    return torch.arange(length, device=device) < counts

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from mixmo_fastai.callbacks.ema import EMACallback
 from mixmo_fastai.config.load import with_present_names
+from mixmo_fastai.config.recipe import Mix
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.models.mixmo_model import unwrap
 from mixmo_fastai.runs.checkpoints import CheckpointStore, Saved
@@ -355,6 +356,9 @@ _ADDED = (
     ("model", "readout", "core"),
     ("optimizer", "name", "sgd"),
     ("data", "transform", "standard"),
+    # Without an early_repetition, these two have no effect.
+    ("mix", "early_span", Mix().early_span),
+    ("mix", "early_shape", Mix().early_shape),
 )
 """Settings that recipes of older checkpoints lack, with the values used at that time."""
 
