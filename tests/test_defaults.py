@@ -21,6 +21,7 @@ from mixmo_fastai.config.defaults import (
 from mixmo_fastai.config.load import load_recipe, override, recipe_from_mapping, recipe_names
 from mixmo_fastai.config.recipe import Recipe
 from mixmo_fastai.config.resolve import resolve_recipe
+from mixmo_fastai.errors import InputError
 from mixmo_fastai.runs.create import create_run
 from mixmo_fastai.runs.folder import open_run
 from mixmo_fastai.training.prepare import prepare
@@ -102,6 +103,38 @@ def test_explicit_settings_are_kept():
     assert with_defaults(explicit, scaled_to=64) == explicit
     assert open_settings(FOLDER) == ["data.image_size", "model.arch", "train.epochs"]
     assert open_settings(with_defaults(FOLDER)) == []
+
+
+@pytest.mark.parametrize(
+    ("assignments", "epochs"),
+    [
+        ([], 15),  # 60,000 inputs of 1,000 images, each 4 times
+        (["mix.batch_repetitions=1"], 60),
+        (["model.num_nets=2"], 8),  # 7.5 epochs of each
+        (["train.images_seen=100"], 1),
+    ],
+)
+def test_images_seen_set_the_number_of_epochs(assignments, epochs):
+    recipe = override(FOLDER, ["train.images_seen=60000", *assignments])
+    filled = with_defaults(recipe)
+    assert (filled.train.epochs, filled.train.images_seen) == (epochs, None)
+    named = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, dataset="cifar10"))
+    assert with_defaults(named).train.epochs == epochs
+
+
+def test_epochs_and_images_seen_replace_each_other():
+    seen = resolve_recipe("cifar10", "cifar10/cut-mixmo", assignments=["train.images_seen=90000"])
+    assert (seen.train.epochs, seen.train.images_seen) == (None, 90_000)
+    Path("recipe.toml").write_text("[train]\nimages_seen = 90_000\n")
+    assert resolve_recipe("cifar10", "recipe.toml").train.images_seen == 90_000
+    epochs = resolve_recipe("cifar10", "recipe.toml", {"train.epochs": 7}).train
+    assert (epochs.epochs, epochs.images_seen) == (7, None)
+    with pytest.raises(InputError, match="both set the length of training"):
+        override(seen, ["train.epochs=3"])
+    with pytest.raises(InputError, match="both set the length of training"):
+        resolve_recipe(
+            "cifar10", None, {"train.epochs": 3}, assignments=["train.images_seen=90000"]
+        )
 
 
 def test_named_data_sets_keep_the_published_settings():

@@ -76,7 +76,7 @@ UNKNOWN_KEYS = [
     ("epochs", "Did you mean 'train.epochs'"),
     ("lr", "Did you mean 'optimizer.lr'"),
     ("mix.kinds", "Did you mean 'mix.kind'"),
-    ("train.zzzzzz", "Allowed: train.epochs, train.batch_size"),
+    ("train.zzzzzz", "Allowed: train.epochs, train.images_seen"),
     ("a.b.c", "Allowed: data, expected, mix"),
     ("train.", "unknown key 'train.'"),
     (".", "unknown key"),

@@ -104,6 +104,12 @@ def _check_transform(recipe: Recipe, source: str) -> None:
 
 
 def _check_schedule(recipe: Recipe, source: str) -> None:
+    train = recipe.train
+    if train.epochs is not None and train.images_seen is not None:
+        raise InputError(
+            f"{source}: train.epochs={train.epochs} and train.images_seen={train.images_seen} both "
+            "set the length of training.\nSet one of them."
+        )
     if len(recipe.schedule.momentums) != 3:
         raise InputError(
             f"{source}: schedule.momentums is {recipe.schedule.momentums}; "

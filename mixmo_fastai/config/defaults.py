@@ -97,8 +97,11 @@ def fill_defaults(
         arch, epochs = default.arch, max(1, round(images_seen / seen_per_epoch))
     if model.arch is None:
         model = replace(model, arch=arch)
+    if train.images_seen is not None:
+        seen_per_epoch = recipe.mix.batch_repetitions * num_images * model.num_nets
+        epochs = max(1, round(train.images_seen / seen_per_epoch))
     if train.epochs is None:
-        train = replace(train, epochs=epochs)
+        train = replace(train, epochs=epochs, images_seen=None)
     return replace(recipe, data=data, model=model, train=train)
 
 

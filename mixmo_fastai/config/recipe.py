@@ -152,6 +152,8 @@ class Train:
     Attributes:
         epochs: passes over the loader; each shows every image batch_repetitions times per member.
             If None, chosen by `defaults.fill_defaults`.
+        images_seen: length of training as the number of inputs that all networks see together, to
+            the nearest epoch, instead of `epochs`.
         batch_size: inputs that the network sees per step, including repetitions; a mixture of M
             images counts as one.
         seed: random seed.
@@ -168,6 +170,7 @@ class Train:
     """
 
     epochs: int | None = number_field(None, 1, 1_000_000)
+    images_seen: int | None = number_field(None, 1, 10**15)
     batch_size: int = number_field(64, 1, 65_536)
     seed: int = number_field(0, 0, 2**63 - 1)
     device: str = choice_field("auto", DEVICES)

@@ -47,6 +47,7 @@ def resolve_recipe(
         flags["data.dataset"] = dataset
     assignments = list(assignments)
     base = _without_stale_options(base, assignments)
+    base = _without_other_length(base, flags, assignments)
     resolved = override(_with_flags(base, flags), assignments)
     check_dataset(resolved.data.dataset)  # recipes and assignments may set it too
     return _clear_stale_name(_make_path_absolute(resolved), base)
@@ -70,6 +71,19 @@ def _without_stale_options(recipe: Recipe, assignments: Iterable[str]) -> Recipe
         nesterov=default.nesterov,
     )
     return replace(recipe, optimizer=optimizer)
+
+
+def _without_other_length(
+    recipe: Recipe, flags: Mapping[str, Any], assignments: Iterable[str]
+) -> Recipe:
+    """Drop the recipe's epochs if its images seen are assigned, and the other way round."""
+    assigned = {*flags, *(assignment.partition("=")[0].strip() for assignment in assignments)}
+    train = recipe.train
+    if "train.images_seen" in assigned and "train.epochs" not in assigned:
+        train = replace(train, epochs=None)
+    elif "train.epochs" in assigned and "train.images_seen" not in assigned:
+        train = replace(train, images_seen=None)
+    return replace(recipe, train=train)
 
 
 def _with_transform(recipe: Recipe, values: Mapping[str, object]) -> Recipe:
