@@ -9,6 +9,7 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 TEXTS = {path.name: path.read_text(encoding="utf-8") for path in (*PAGES, ROOT / "README.md")}
 PLACEHOLDERS = {"METHOD": "vanilla", "E": "4"}
 EXTENDING = "extending.md"  # its commands need its changes: `test_extending.py`
+STUDY = "study.md"  # its commands train for long: `test_study.py`
 
 
 def blocks(text, language):

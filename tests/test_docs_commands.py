@@ -10,7 +10,7 @@ import dataclasses
 import pytest
 import wandb
 from datasets import write_cifar10, write_cifar100, write_image_folder
-from pages import EXTENDING, TEXTS, blocks, command_lines
+from pages import EXTENDING, STUDY, TEXTS, blocks, command_lines
 from test_corruptions import write_official
 
 from mixmo_fastai.cli import fit, lr_find, show
@@ -24,7 +24,7 @@ SMALL_SETTINGS = [
     *("model.arch=wrn10_1", "model.pretrained=false", "train.epochs=1", "train.batch_size=16"),
     *("data.limit=40", "data.loader=resident", "train.device=cpu", "train.threads=1"),
 ]
-PAGES = [name for name in TEXTS if name != EXTENDING and [*command_lines(TEXTS[name])]]
+PAGES = [name for name in TEXTS if name not in (EXTENDING, STUDY) and [*command_lines(TEXTS[name])]]
 SETUP_COMMANDS = {  # commands whose results the lines of a page require
     "evaluation.md": [
         "fit cifar10 --recipe cifar10/vanilla --out runs/vanilla",

@@ -33,6 +33,7 @@ PACKAGES = {
     "export": NUMERIC | {"safetensors", "onnxruntime"},
     "evaluation": NUMERIC,
     "training": NUMERIC | FASTAI | {"safetensors"},
+    "study": NUMERIC | {"safetensors"},
     "plots": {"torch", "fastai", "matplotlib", "PIL"},
     "report": NUMERIC | {"matplotlib", "jinja2", "markupsafe", "PIL"},
     "loggers": {"torch", "fastai", "PIL", "wandb"},

@@ -41,6 +41,10 @@ _COMMANDS = {
         "compare:compare",
         "Evaluate runs on the same test images, compare each with the first, and plot the results.",
     ),
+    "study": (
+        "study:study",
+        "Train methods with several seeds and training lengths, and compare them.",
+    ),
     "predict": (
         "predict:predict",
         "Predict class, probability and the members' votes of each image, as CSV or JSON.",

@@ -1,0 +1,89 @@
+"""`mixmo study`: train and compare methods over seeds and training lengths."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mixmo_fastai.cli import options as opt
+from mixmo_fastai.cli.console import Output
+from mixmo_fastai.errors import InputError
+from mixmo_fastai.runs.files import write_atomically
+from mixmo_fastai.runs.folder import writing
+from mixmo_fastai.runs.output import check_writable
+from mixmo_fastai.study.execute import Executor
+from mixmo_fastai.study.plan import Study, read_study
+
+
+def study(
+    file: Annotated[Path, typer.Argument(help="A TOML file; docs/study.md describes it.")],
+    *,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the runs and results. Default: studies/<name>.",
+            rich_help_panel=opt.OUTPUT,
+        ),
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Data set or image folder instead of the file's.")
+    ] = None,
+    jobs: Annotated[
+        int, typer.Option(min=1, max=1024, help="Number of runs to train at the same time.")
+    ] = 1,
+    reference: Annotated[
+        str | None,
+        typer.Option(help="Method from which differences are taken. Default: the first."),
+    ] = None,
+    summary: Annotated[
+        bool, typer.Option("--summary", help="Train nothing; only write the results so far.")
+    ] = False,
+    data_dir: opt.DataDir = None,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Train methods with several seeds and training lengths, and compare them.
+
+    Finished runs are skipped and interrupted ones resumed, so the same command continues a study.
+    Several processes, also on several machines, may share a folder.
+    """
+    planned = read_study(file, dataset)
+    if reference is not None and reference not in planned.methods:
+        methods = ", ".join(planned.methods)
+        raise InputError(f"There is no method {reference!r} in {file}.\nMethods: {methods}.")
+    folder = out or Path("studies") / planned.name
+    check_writable(folder)
+    output = Output(as_json=as_json, quiet=quiet)
+    if not summary:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        output.print(f"{planned.name}: {len(planned.runs)} runs in {folder}")
+        Executor(folder, jobs, data_dir, output.print).train(planned.runs)
+    lines, value = _write_results(planned, folder, data_dir, reference)
+    output.print_result(lines, value)
+
+
+def _write_results(
+    planned: Study, folder: Path, data_dir: Path | None, reference: str | None
+) -> tuple[list[str], dict[str, Any]]:
+    """Write study.md, study.json and the plots; return what is printed."""
+    from mixmo_fastai.plots.study import AXES, plot_study
+    from mixmo_fastai.runs.folder import RunFolder
+    from mixmo_fastai.study.results import as_json, collect_results
+    from mixmo_fastai.study.tables import markdown
+
+    cells = collect_results(planned, folder, data_dir, reference=reference)
+    if not cells:
+        raise InputError(f"No run in {folder} is finished yet.\nTrain them without --summary.")
+    runs = [RunFolder(folder / "runs" / run.name) for run in planned.runs]
+    missing = sum(not run.is_finished for run in runs)
+    text = markdown(planned.name, cells, reference or planned.methods[0], missing)
+    value = {"name": planned.name, "unfinished": missing, "cells": as_json(cells)}
+    with writing(folder):
+        write_atomically(folder / "study.md", text)
+        write_atomically(folder / "study.json", json.dumps(value, indent=2) + "\n")
+        for axis in AXES:
+            plot_study(cells, folder / f"{axis.replace('_', '-')}.png", axis)
+    return [text.rstrip(), "", f"Results: {folder / 'study.md'}"], value

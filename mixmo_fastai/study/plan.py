@@ -1,0 +1,181 @@
+"""The runs of a study, read from a TOML file. Standard library only.
+
+    name = "small-cifar10"
+    dataset = "images/cifar10"
+    seeds = [0, 1, 2]
+    images_seen = [300_000, 1_500_000]
+    set = ["data.limit=2000", "model.arch=wrn10_4"]
+
+    [methods.vanilla]
+    recipe = "cifar10/vanilla"
+
+    [methods.ensemble]
+    recipe = "cifar10/deep-ensemble"
+    set = ["mix.msda=cutmix"]
+    budget = "each"
+
+`set` holds assignments as for `mixmo fit --set`; those of a method follow those of the study. A
+method may have its own `seeds` and `images_seen`. The networks of a deep ensemble share the images
+seen, unless `budget` is "each": then each network sees as many.
+"""
+
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mixmo_fastai.config.recipe import Recipe
+from mixmo_fastai.config.resolve import resolve_recipe
+from mixmo_fastai.config.schema import TOML_ERRORS
+from mixmo_fastai.errors import InputError, nearest
+
+BUDGETS = ("in all", "each")
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of a study.
+
+    Attributes:
+        method: name of the method.
+        images_seen: the length of training in the table of the study; the run itself may be longer,
+            see `Method.budget`.
+        seed: seed.
+        recipe: its recipe; the number of epochs is open.
+    """
+
+    method: str
+    images_seen: int
+    seed: int
+    recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        """Name of the run folder."""
+        return f"{self.method}-{self.images_seen}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study.
+
+    Attributes:
+        name: its name.
+        methods: names of the methods, in the order of the file.
+        runs: its runs, in the order in which they are trained: short ones first, so that every
+            method has its first results early.
+    """
+
+    name: str
+    methods: tuple[str, ...]
+    runs: tuple[PlannedRun, ...]
+
+
+def read_study(path: Path, dataset: str | None = None) -> Study:
+    """Read a study and resolve the recipes of all runs.
+
+    Args:
+        path: a TOML file.
+        dataset: data set or image folder instead of that of the file.
+
+    Raises:
+        InputError: the file is missing or invalid, or a recipe is.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"The study {str(path)!r} cannot be read: {error.strerror}.") from error
+    except TOML_ERRORS as error:
+        raise InputError(f"{path} is not valid TOML: {error}.") from error
+    source = str(path)
+    defaults = {"name": path.stem, "dataset": "digits", "seeds": [0], "images_seen": [], "set": []}
+    _check_keys(values, {**defaults, "methods": {}}, source)
+    values = {**defaults, **values}
+    if dataset is not None:
+        values["dataset"] = dataset
+    methods = values.get("methods")
+    if not isinstance(methods, Mapping) or not methods:
+        raise InputError(f"{source} has no methods.\nAdd a section such as [methods.vanilla].")
+    for key in ("name", "dataset"):
+        _check(isinstance(values[key], str), f"{source}: {key}", values[key], "a string")
+    runs = [
+        run
+        for name, method in methods.items()
+        for run in _runs_of(name, method, values, f"{source}: methods.{name}")
+    ]
+    _check_equal_data(runs, source)
+    order = sorted(runs, key=lambda run: (run.images_seen, run.seed))
+    return Study(str(values["name"]), tuple(methods), tuple(order))
+
+
+def _runs_of(name: str, method: Any, study: Mapping[str, Any], source: str) -> list[PlannedRun]:
+    if not _NAME.fullmatch(name):
+        raise InputError(f"{source}: names consist of a-z, 0-9, '.', '_' and '-'.")
+    _check(isinstance(method, Mapping), source, method, "a section")
+    known = {"recipe": "", "set": [], "seeds": [], "images_seen": [], "budget": ""}
+    _check_keys(method, known, source)
+    if not isinstance(recipe := method.get("recipe"), str):
+        raise InputError(f"{source}.recipe is missing.\nSet it to a name of `mixmo recipes`.")
+    budget = method.get("budget", BUDGETS[0])
+    _check(budget in BUDGETS, f"{source}.budget", budget, " or ".join(map(repr, BUDGETS)))
+    assignments = [
+        *_strings(study["set"], f"{source.partition(':')[0]}: set"),
+        *_strings(method.get("set", []), f"{source}.set"),
+    ]
+    seeds, lengths = (
+        _numbers(method.get(key, study[key]), f"{source}.{key}", minimum)
+        for key, minimum in (("seeds", 0), ("images_seen", 1))
+    )
+    runs = []
+    for length in lengths:
+        resolved = resolve_recipe(
+            study["dataset"], recipe, {}, [*assignments, f"train.images_seen={length}"]
+        )
+        total = length * (resolved.model.num_nets if budget == "each" else 1)
+        for seed in seeds:
+            train = replace(resolved.train, seed=seed, images_seen=total)
+            runs.append(PlannedRun(name, length, seed, replace(resolved, train=train)))
+    return runs
+
+
+def _check_equal_data(runs: Sequence[PlannedRun], source: str) -> None:
+    """Check that all runs have the same data, and thus the same test images."""
+    for key in ("dataset", "image_size", "test_split"):
+        found = {getattr(run.recipe.data, key) for run in runs}
+        if len(found) > 1:
+            names = ", ".join(sorted(map(repr, found)))
+            raise InputError(
+                f"{source}: data.{key} differs between methods: {names}.\n"
+                f"Set it for all methods: set = ['data.{key}=…']."
+            )
+
+
+def _check_keys(values: Mapping[str, Any], known: Mapping[str, Any], source: str) -> None:
+    for key in values:
+        if key not in known:
+            guess = nearest(key, known)
+            hint = f" Did you mean {guess!r}?" if guess else ""
+            raise InputError(f"{source}: unknown key {key!r}.{hint}\nAllowed: {', '.join(known)}.")
+
+
+def _check(is_valid: bool, label: str, value: object, expected: str) -> None:
+    if not is_valid:
+        raise InputError(f"{label} is {str(value)[:60]!r}; it must be {expected}.")
+
+
+def _strings(value: Any, label: str) -> list[str]:
+    is_valid = isinstance(value, list) and all(isinstance(each, str) for each in value)
+    _check(is_valid, label, value, "a list of assignments such as 'train.batch_size=32'")
+    return list(value)
+
+
+def _numbers(value: Any, label: str, minimum: int) -> list[int]:
+    is_valid = isinstance(value, list) and all(
+        isinstance(each, int) and not isinstance(each, bool) and each >= minimum for each in value
+    )
+    _check(is_valid and bool(value), label, value, f"a list of integers of {minimum} or more")
+    _check(len(set(value)) == len(value), label, value, "a list without repetitions")
+    return list(value)

@@ -1,0 +1,362 @@
+"""Studies: their files, the training of their runs, and their results."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from pages import STUDY, TEXTS, blocks, command_lines
+from PIL import Image
+
+from mixmo_fastai.cli import run as program
+from mixmo_fastai.errors import InputError, RunFailedError
+from mixmo_fastai.metrics.bootstrap import resampled_metrics
+from mixmo_fastai.plots.study import MAX_TICKS, _short, _ticks
+from mixmo_fastai.runs.create import create_run
+from mixmo_fastai.runs.folder import RunFolder
+from mixmo_fastai.runs.lock import locked
+from mixmo_fastai.study.execute import Executor, is_in_use
+from mixmo_fastai.study.plan import read_study
+from mixmo_fastai.study.results import collect_results, seed_interval, standard_error
+from mixmo_fastai.study.tables import markdown
+from mixmo_fastai.training.ensemble import train_run
+from mixmo_fastai.training.prepare import prepare
+
+SMALL = """
+name = "tiny"
+dataset = "digits"
+seeds = [0, 1]
+images_seen = [400, 800]
+set = [
+  "model.arch=wrn10_1", "data.limit=40", "train.batch_size=8", "data.valid_split=0",
+  "train.device=cpu", "train.precision=float32",
+]
+
+[methods.vanilla]
+recipe = "digits/vanilla"
+
+[methods.cut-mixmo]
+recipe = "digits/cut-mixmo"
+images_seen = [800]
+
+[methods.ensemble]
+recipe = "cifar10/deep-ensemble"
+set = ["mix.msda=cutmix"]
+seeds = [0]
+images_seen = [800]
+budget = "each"
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "study.toml"
+    path.write_text(SMALL)
+    return path
+
+
+class TestFile:
+    def test_runs_are_planned(self, file):
+        study = read_study(file)
+        assert study.methods == ("vanilla", "cut-mixmo", "ensemble")
+        assert [run.name for run in study.runs] == [
+            "vanilla-400-seed0",
+            "vanilla-400-seed1",
+            "vanilla-800-seed0",
+            "cut-mixmo-800-seed0",
+            "ensemble-800-seed0",
+            "vanilla-800-seed1",
+            "cut-mixmo-800-seed1",
+        ]
+        recipes = {run.name: run.recipe for run in study.runs}
+        assert {recipe.data.limit for recipe in recipes.values()} == {40}
+        assert {recipe.train.epochs for recipe in recipes.values()} == {None}
+        assert recipes["vanilla-400-seed1"].train.seed == 1
+        ensemble = recipes["ensemble-800-seed0"]
+        assert (ensemble.data.dataset, ensemble.mix.msda) == ("digits", "cutmix")
+        assert (ensemble.model.num_nets, ensemble.train.images_seen) == (2, 1600)
+
+    def test_networks_share_the_images_by_default(self, file):
+        file.write_text(SMALL.replace('budget = "each"\n', ""))
+        runs = {run.name: run for run in read_study(file).runs}
+        assert runs["ensemble-800-seed0"].recipe.train.images_seen == 800
+
+    def test_data_set_is_replaced(self, file, tmp_path):
+        (tmp_path / "images").mkdir()
+        study = read_study(file, str(tmp_path / "images"))
+        assert {run.recipe.data.dataset for run in study.runs} == {str(tmp_path / "images")}
+
+    @pytest.mark.parametrize(
+        ("old", "new", "message"),
+        [
+            ("seeds = [0, 1]", "sedes = [0, 1]", "unknown key 'sedes'. Did you mean 'seeds'"),
+            ("seeds = [0, 1]", "seeds = 3", "methods.vanilla.seeds is '3'; it must be a list"),
+            ("seeds = [0, 1]", "seeds = [1, 1]", "without repetitions"),
+            ("seeds = [0, 1]", "seeds = [true]", "list of integers"),
+            ("images_seen = [400, 800]\n", "", "vanilla.images_seen is"),
+            ("images_seen = [400, 800]\n", "images_seen = [0]\n", "integers of 1 or more"),
+            ('recipe = "digits/vanilla"', "", "methods.vanilla.recipe is missing"),
+            ('recipe = "digits/vanilla"', 'recipe = "digits/vanila"', "vanila"),
+            ('budget = "each"', 'budget = "half"', "budget is 'half'; it must be 'in all' or"),
+            ('"mix.msda=cutmix"', '"mix.msda=cutmax"', "mix.msda is 'cutmax'"),
+            ('set = ["mix.msda=cutmix"]', "set = [1]", "list of assignments"),
+            ('set = ["mix.msda=cutmix"]', 'set = ["data.image_size=4"]', "data.image_size differs"),
+            ("[methods.vanilla]", '[methods."a b"]', "names consist of"),
+            ("[methods.vanilla]", "[methods.vanilla", "not valid TOML"),
+            ('name = "tiny"', "name = 3", "name is '3'; it must be a string"),
+        ],
+    )
+    def test_mistakes_are_explained(self, file, old, new, message):
+        assert SMALL.count(old) >= 1
+        file.write_text(SMALL.replace(old, new, 1))
+        with pytest.raises(InputError) as error:
+            read_study(file)
+        assert message in str(error.value)
+        assert len(str(error.value).splitlines()) <= 3
+
+    def test_missing_files_and_methods_are_named(self, file, tmp_path):
+        with pytest.raises(InputError, match=r"absent\.toml' cannot be read"):
+            read_study(tmp_path / "absent.toml")
+        file.write_text('name = "empty"\n')
+        with pytest.raises(InputError, match="has no methods"):
+            read_study(file)
+
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_studies_of_docs_and_examples_are_valid(tmp_path):
+    (tmp_path / "images").mkdir()
+    (text,) = blocks(TEXTS[STUDY], "toml")
+    example = (ROOT / "examples" / "small_cifar10.toml").read_text(encoding="utf-8")
+    for content, num_runs in ((text, 18), (example, 27)):
+        (tmp_path / "study.toml").write_text(content)
+        study = read_study(tmp_path / "study.toml", str(tmp_path / "images"))
+        assert len(study.runs) == num_runs
+
+
+def test_commands_of_the_docs_are_valid(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for line in command_lines(TEXTS[STUDY]):
+        assert program(line) == 2
+        assert "cannot be read" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A study whose runs are trained in this process, and whose results the command wrote."""
+    folder = tmp_path_factory.mktemp("study")
+    file = folder / "study.toml"
+    file.write_text(SMALL)
+    study, out = read_study(file), folder / "out"
+    for planned in study.runs:
+        training = prepare(planned.recipe)
+        train_run(training, create_run(training.recipe, out / "runs" / planned.name))
+    assert program(["study", str(file), "--out", str(out), "--quiet"]) == 0
+    return study, out, file
+
+
+@pytest.mark.slow
+class TestResults:
+    def test_all_runs_are_finished_and_ordinary(self, trained):
+        study, out, _ = trained
+        for run in study.runs:
+            folder = RunFolder(out / "runs" / run.name)
+            assert folder.is_finished
+            seen = folder.metrics()["images_seen"]
+            total = run.images_seen * (2 if run.method == "ensemble" else 1)
+            assert seen == pytest.approx(total, rel=0.25)  # whole epochs
+            assert folder.recipe().train.seed == run.seed
+
+    def test_cells_hold_the_metrics_of_the_runs(self, trained):
+        study, out, _ = trained
+        cells = collect_results(study, out)
+        assert [(cell.method, cell.images_seen, cell.seeds) for cell in cells] == [
+            ("vanilla", 400, (0, 1)),
+            ("vanilla", 800, (0, 1)),
+            ("cut-mixmo", 800, (0, 1)),
+            ("ensemble", 800, (0,)),
+        ]
+        vanilla, mixmo, ensemble = cells[1:]
+        runs = [RunFolder(out / "runs" / f"cut-mixmo-800-seed{seed}") for seed in (0, 1)]
+        values = [run.metrics()["test"]["accuracy"] for run in runs]
+        assert list(mixmo.metrics["accuracy"]) == values
+        assert mixmo.mean("accuracy") == pytest.approx(sum(values) / 2)
+        assert mixmo.spread("accuracy") == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+        assert ensemble.spread("accuracy") is None
+        assert {"nll", "ece", "nll_calibrated", "ece_calibrated"} <= mixmo.metrics.keys()
+        assert vanilla.differences is None
+        for cell in (mixmo, ensemble):
+            for name, found in cell.differences.items():
+                difference = cell.mean(name) - vanilla.mean(name)
+                assert found.value == pytest.approx(difference)
+                assert found.interval[0] <= difference <= found.interval[1]
+        assert ensemble.differences["nll"].standard_error is None
+
+    def test_stored_logits_are_those_of_the_present_runs(self, trained):
+        study, out, _ = trained
+        cells = collect_results(study, out)
+        stored = out / "logits" / "vanilla-400-seed0.safetensors"
+        before = stored.read_bytes()
+        stored.write_bytes((out / "logits" / "cut-mixmo-800-seed0.safetensors").read_bytes())
+        assert collect_results(study, out) == cells
+        assert stored.read_bytes() == before
+
+    def test_another_reference_reverses_the_differences(self, trained):
+        study, out, _ = trained
+        forward = collect_results(study, out)[2].differences["nll"]
+        cells = collect_results(study, out, reference="cut-mixmo")
+        backward = cells[1].differences["nll"]
+        assert backward.value == pytest.approx(-forward.value)
+        assert backward.standard_error == pytest.approx(forward.standard_error)
+        assert cells[0].differences is None  # the reference was not trained for 400 images
+        with pytest.raises(InputError, match="Methods: vanilla, cut-mixmo, ensemble"):
+            collect_results(study, out, reference="mimo")
+
+    def test_files_of_the_results(self, trained):
+        _, out, _ = trained
+        text = (out / "study.md").read_text()
+        assert "## 400 images seen" in text
+        assert "not finished" not in text
+        rows = [line for line in text.splitlines() if line.startswith("| cut-mixmo")]
+        assert len(rows) == 1
+        assert rows[0].count("|") == text.splitlines()[4].count("|")
+        values = json.loads((out / "study.json").read_text())
+        assert values["unfinished"] == 0
+        assert len(values["cells"]) == 4
+        for name in ("images-trained.png", "parameters.png"):
+            with Image.open(out / name) as picture:
+                assert picture.width > 800
+
+    def test_summary_trains_nothing(self, trained, tmp_path, capsys):
+        study, out, file = trained
+        copied = tmp_path / "out"
+        (copied / "runs").mkdir(parents=True)
+        for run in study.runs[:3]:
+            (copied / "runs" / run.name).symlink_to(out / "runs" / run.name)
+        assert program(["study", str(file), "--out", str(copied), "--summary", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["unfinished"] == 4
+        assert "4 runs are not finished" in (copied / "study.md").read_text()
+        empty = tmp_path / "empty"
+        assert program(["study", str(file), "--out", str(empty), "--summary"]) == 2
+        assert "is finished yet" in capsys.readouterr().err
+
+    def test_a_finished_study_is_not_trained_again(self, trained, capsys):
+        _, out, file = trained
+        recorded = out / "runs" / "vanilla-400-seed0" / "metrics.json"
+        before = recorded.stat().st_mtime_ns
+        assert program(["study", str(file), "--out", str(out)]) == 0
+        assert "training" not in capsys.readouterr().out.partition("# tiny")[0]
+        assert recorded.stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_runs_of_other_processes_and_failures_do_not_stop_a_study(file, tmp_path):
+    study = read_study(file)
+    first, second, third = study.runs[:3]
+    broken = replace(second.recipe, data=replace(second.recipe.data, limit=3))
+    lines = []
+    executor = Executor(tmp_path / "out", say=lines.append)
+    in_use = executor.run_folder(first).path
+    in_use.mkdir(parents=True)
+    with locked(in_use):  # as another process does
+        assert is_in_use(in_use)
+        with pytest.raises(
+            RunFailedError, match=r"1 of 3 runs failed\.\nvanilla-400-seed1: Error: "
+        ):
+            executor.train([first, replace(second, recipe=broken), third])
+    assert f"{first.name}: another process trains it" in lines
+    assert not is_in_use(in_use)
+    assert executor.run_folder(third).is_finished
+    assert not executor.run_folder(first).is_finished
+    assert "Run folder" in (tmp_path / "out" / "logs" / f"{third.name}.txt").read_text()
+
+
+@pytest.mark.slow
+def test_interrupted_studies_are_continued(file, tmp_path):
+    file.write_text(
+        SMALL.replace("images_seen = [400, 800]", "images_seen = [200_000]")
+        .replace("images_seen = [800]", "images_seen = [200_000]")
+        .replace("seeds = [0, 1]", "seeds = [0]")
+    )
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "mixmo_fastai", "study", str(file), "--out", str(out)]
+    with subprocess.Popen([*command, "--jobs", "2"], stdout=subprocess.PIPE, text=True) as process:
+        runs = [out / "runs" / f"{name}-200000-seed0" for name in ("vanilla", "cut-mixmo")]
+        deadline = time.monotonic() + 120
+        while not all((run / "history.csv").exists() for run in runs):
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.1)
+        os.kill(process.pid, signal.SIGTERM)
+        output, _ = process.communicate(timeout=120)
+    assert process.returncode == 143
+    assert "they save their states" in output
+    for run in runs:
+        folder = RunFolder(run)
+        assert folder.has_state
+        assert not folder.is_finished
+        assert not is_in_use(run)
+    study = read_study(file)
+    rows = [RunFolder(run).history() for run in runs]
+    executor = Executor(out)
+    resumed = executor._start(study.runs[0])
+    try:
+        deadline = time.monotonic() + 120
+        while len(RunFolder(runs[0]).history()) <= len(rows[0]):
+            assert time.monotonic() < deadline
+            assert resumed.poll() is None
+            time.sleep(0.1)
+    finally:
+        executor._stop([resumed])
+    assert RunFolder(runs[0]).history()[: len(rows[0])] == rows[0]
+
+
+def test_interval_of_a_difference_resamples_images_and_seeds():
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randn(3, 4000, generator=generator, dtype=torch.float64)
+    second = 2 + torch.tensor([[0.0], [3.0], [6.0]]) + 0 * first[:1]
+    low, high = seed_interval(first, second)
+    # The mean of three of 0, 3, 6 drawn with replacement is 0 in 1/27 of cases, and 6 as often.
+    assert low == pytest.approx(2, abs=1.2)
+    assert high == pytest.approx(8, abs=1.2)
+    same = seed_interval(first[:1], first[:1] + 1)
+    assert same == pytest.approx((1, 1))
+
+
+def test_standard_error_of_a_difference():
+    assert standard_error([1.0, 2.0, 3.0], [5.0, 9.0]) == pytest.approx((1 / 3 + 8 / 2) ** 0.5)
+    assert standard_error([1.0], [5.0, 9.0]) is None
+
+
+def test_resamples_are_the_same_for_all_networks():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(3, (50,), generator=generator)
+    logits = torch.randn(50, 3, generator=generator)
+    first, second = (resampled_metrics(part, labels) for part in (logits, 2 * logits))
+    assert torch.equal(first["accuracy"], second["accuracy"])
+    assert not torch.equal(first["nll"], second["nll"])
+
+
+@pytest.mark.parametrize("limits", [(0.9e6, 1.1e6), (3e5, 3e6), (1e3, 1e9), (7e4, 9e4)])
+def test_ticks_are_round_and_few(limits):
+    ticks = _ticks(*limits)
+    assert 1 <= len(ticks) <= MAX_TICKS
+    assert all(limits[0] <= tick <= limits[1] for tick in ticks)
+    assert _short(1_500_000.0) == "1.5M"
+
+
+@pytest.mark.slow
+def test_markdown_without_spread_and_differences(trained):
+    study, out, _ = trained
+    cells = [cell for cell in collect_results(study, out) if cell.method == "ensemble"]
+    cells = [replace(cell, differences=None) for cell in cells]
+    (row,) = [line for line in markdown("x", cells, "vanilla").splitlines() if "| ensemble" in line]
+    assert "±" not in row
+    assert row.count("| - ") == 2
