@@ -149,6 +149,7 @@ def test_every_mask_kind_is_resumed(uninterrupted, tmp_path, kind):
         ("model.num_members=1", "mix.kind=sum", "mix.batch_repetitions=1", "train.batch_size=8"),
         ("model.num_members=3", "mix.msda=cutmix", "mix.input_repetition=0.5"),
         ("mix.early_repetition=1", "mix.early_span=0.7", "mix.early_shape=cosine"),
+        ("model.readout=unmixing", "mix.mix_prob=1"),
         ("data.loader=streaming", "data.num_workers=0", "data.augmix=true"),
         ("data.transform=randaugment", "data.num_workers=0"),
         ("data.transform=random-resized-crop", "data.transform_options.scale=[0.5, 1]"),

@@ -7,7 +7,7 @@ library                        classifiers of torchvision and timm by name
 convert                        any network with a first convolution and a last linear layer
 forward_record, probe          find these layers; conversion_checks: check the converted network
 backbone_core                  the part of a network between these layers
-readout                        how the heads read the feature maps of the core
+readout, unmixing              how the heads read the feature maps of the core
 fused                          fuse into a plain network for inference
 folding                        fold BatchNorm into convolutions, for inference
 ghost_norm, synced_norm        BatchNorm over groups of a batch, and over processes; norms
