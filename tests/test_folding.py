@@ -41,7 +41,11 @@ def assert_equal_outputs(actual, expected, x):
 
 @pytest.mark.parametrize(
     ("arch", "remaining"),  # in each block of the first two, one of two follows a sum
-    [("wrn10_1", 4), ("preact_resnet18_1", 8), ("resnet18", 1)],
+    [
+        ("wrn10_1", 4),
+        pytest.param("preact_resnet18_1", 8, marks=pytest.mark.slow),
+        pytest.param("resnet18", 1, marks=pytest.mark.slow),
+    ],
 )
 def test_networks_have_equal_outputs(arch, remaining):
     network, x = trained(create_model(arch, num_classes=4)), images(32)

@@ -106,7 +106,9 @@ def test_heads_get_gradients_from_their_own_regions_only():
 
 
 @pytest.mark.parametrize("name", ["unmixing", "unmixing-normalized"])
-@pytest.mark.parametrize("arch", ["wrn10_1", "preact_resnet18_1"])
+@pytest.mark.parametrize(
+    "arch", ["wrn10_1", pytest.param("preact_resnet18_1", marks=pytest.mark.slow)]
+)
 def test_fused_networks_are_exact(name, arch):
     model = create_model(arch, 4, readout=name, generator=torch.Generator().manual_seed(0)).eval()
     images = torch.randn(2, 3, 16, 16)
