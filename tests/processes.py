@@ -8,6 +8,7 @@ joined and exit handlers run as usual.
 
 import atexit
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -255,6 +256,9 @@ def cache_digits():
 
 
 def _serve():
+    # Optimizers import torch._dynamo, which takes longer than a short training.
+    for module in ("torch._dynamo", "matplotlib.backends.backend_agg", "filelock"):
+        importlib.import_module(module)
     import mixmo_fastai.training.ensemble
     import mixmo_fastai.training.lr_find  # noqa: F401
     from mixmo_fastai.cli.program import build_app, run
