@@ -41,7 +41,7 @@ def _driver():
 
 
 class Page:
-    """A page in a new tab; use it in a `with` statement, one at a time.
+    """A page in the browser's only tab; use it in a `with` statement, one at a time.
 
     Args:
         path: path of the HTML file.
@@ -54,8 +54,7 @@ class Page:
 
     def __enter__(self):
         self.driver = _driver()
-        self.first_tab = self.driver.current_window_handle
-        self.driver.switch_to.new_window("tab")
+        self._open("about:blank")  # otherwise the same page would seem to be loaded
         for log in ("browser", "performance"):
             self.driver.get_log(log)  # discards the entries of earlier pages
         self.run_devtools(
@@ -80,8 +79,7 @@ class Page:
         )
 
     def __exit__(self, *_):
-        self.driver.close()
-        self.driver.switch_to.window(self.first_tab)
+        """Leave the page open; a tab for each page would need a process of the browser."""
 
     def run_devtools(self, command, **arguments):
         return self.driver.execute_cdp_cmd(command, arguments)

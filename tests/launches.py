@@ -8,11 +8,14 @@ import pytest
 from processes import uninterrupted_runs
 from safetensors.torch import load_file
 
+from mixmo_fastai.runs.folder import open_run
+
 _FIT = (
     "fit --arch wrn10_1 --limit 64 --valid-split 0.05 --batch-size 32 --epochs 2 --device cpu "
     "--threads 1 --out"
 )
 FIT = _FIT.split()
+SHORT = ["--limit", "32"]  # added to FIT, it halves the number of steps
 WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 PORTS = itertools.count(20_000 + 2_000 * WORKER)
 
@@ -26,18 +29,42 @@ def free_port():
     return None
 
 
+def start_all(start, words, count=2, **how):
+    """Start a command in several processes with a function that starts one."""
+    shared = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    return [
+        start(words, environment={**shared, "RANK": rank, "LOCAL_RANK": rank}, **how)
+        for rank in range(count)
+    ]
+
+
 @pytest.fixture
 def start_processes(mixmo):
     """Return a function that starts a command in several processes, as a launcher does."""
 
     def start(*words, count=2, **how):
-        shared = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-        return [
-            mixmo(*words, environment={**shared, "RANK": rank, "LOCAL_RANK": rank}, **how)
-            for rank in range(count)
-        ]
+        return start_all(lambda words, **how: mixmo(*words, **how), words, count, **how)
 
     return start
+
+
+@pytest.fixture(scope="module")
+def train_by_two(server, tmp_path_factory):
+    """Return a function that trains in two processes with arguments in addition to `FIT`.
+
+    It returns the run and the commands. Runs are cached by the arguments.
+    """
+    folder, trained = tmp_path_factory.mktemp("train_by_two"), {}
+
+    def get(*more):
+        if more not in trained:
+            path = folder / f"run-{len(trained)}"
+            commands = start_all(server.start, [*FIT, path, *more], folder=folder)
+            wait_for_all(commands)
+            trained[more] = open_run(path), commands
+        return trained[more]
+
+    return get
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ joined and exit handlers run as usual.
 
 import atexit
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -21,7 +22,7 @@ import time
 import traceback
 import weakref
 from contextlib import redirect_stdout, suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -192,21 +193,27 @@ def uninterrupted_runs(server, folder, arguments):
 
 
 def fork_instead(command, *, check, capture_output=False, text=False):
-    """Replace `subprocess.run`; fork if the command is `python -m mixmo_fastai …`."""
-    program = [sys.executable, "-m", "mixmo_fastai"]
-    if command[: len(program)] != program:
+    """Replace `subprocess.run`; fork for `python -m mixmo_fastai …` and `python -c …`."""
+    if command[:3] == [sys.executable, "-m", "mixmo_fastai"]:
+        function = partial(_run_mixmo, command[3:])
+    elif command[:2] == [sys.executable, "-c"]:
+        function = partial(exec, command[2], {})
+    else:
         return subprocess.run(command, check=check, capture_output=capture_output, text=text)
-    assert capture_output
     with tempfile.TemporaryDirectory() as folder:
         outputs = [os.path.join(folder, name) for name in ("stdout", "stderr")]
         child = os.fork()
         if not child:
             _drop_exit_handlers()
-            _redirect(*outputs)
+            if capture_output:
+                _redirect(*outputs)
             torch.set_grad_enabled(True)  # the script may have disabled gradients
-            _run_and_exit(lambda: _run_mixmo(command[len(program) :]))
+            _run_and_exit(function)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        contents = [Path(path).read_text() if text else Path(path).read_bytes() for path in outputs]
+        contents = [None, None]
+        if capture_output:
+            paths = map(Path, outputs)
+            contents = [path.read_text() if text else path.read_bytes() for path in paths]
     done = subprocess.CompletedProcess(command, code, *contents)
     if check:
         done.check_returncode()
@@ -255,6 +262,9 @@ def cache_digits():
 
 
 def _serve():
+    # Optimizers import torch._dynamo, which takes longer than a short training.
+    for module in ("torch._dynamo", "matplotlib.backends.backend_agg", "filelock"):
+        importlib.import_module(module)
     import mixmo_fastai.training.ensemble
     import mixmo_fastai.training.lr_find  # noqa: F401
     from mixmo_fastai.cli.program import build_app, run

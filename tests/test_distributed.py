@@ -9,7 +9,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from commands import SLOW_STEPS
-from launches import FIT, assert_close, output_of, start_processes, train_alone, wait_for_all
+from launches import (
+    FIT,
+    SHORT,
+    assert_close,
+    output_of,
+    start_processes,
+    train_alone,
+    train_by_two,
+    wait_for_all,
+)
 from short_runs import assert_same
 from synthetic import mixmo_dls
 
@@ -23,7 +32,7 @@ from mixmo_fastai.runtime.processes import Processes
 
 pytestmark = pytest.mark.slow
 
-__all__ = ["start_processes", "train_alone"]  # fixtures
+__all__ = ["start_processes", "train_alone", "train_by_two"]  # fixtures
 
 OPTIONS = [
     [],
@@ -36,23 +45,20 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=" ".join)
-def test_two_processes_train_the_same_network_as_one(
-    start_processes, train_alone, tmp_path, options
-):
-    run = tmp_path / "run"
-    wait_for_all(start_processes(*FIT, run, *options))
-    assert_close(open_run(run), train_alone(*options))
+def test_two_processes_train_the_same_network_as_one(train_by_two, train_alone, options):
+    run, _ = train_by_two(*SHORT, *options)
+    assert_close(run, train_alone(*SHORT, *options))
 
 
 def test_four_processes_train_the_same_network_as_one(start_processes, train_alone, tmp_path):
     run = tmp_path / "run"
-    wait_for_all(start_processes(*FIT, run, count=4))
-    assert_close(open_run(run), train_alone())
+    wait_for_all(start_processes(*FIT, run, *SHORT, count=4))
+    assert_close(open_run(run), train_alone(*SHORT))
 
 
 def test_ghost_batches_equal_those_of_one_process(start_processes, train_alone, tmp_path):
     """Training is equal, but each process updates its own running statistics."""
-    ghosts = ["--set", "model.ghost_batch_size=16"]
+    ghosts = [*SHORT, "--set", "model.ghost_batch_size=16"]
     run = tmp_path / "run"
     wait_for_all(start_processes(*FIT, run, *ghosts))
     losses = [row["train_loss"] for row in open_run(run).history()]
@@ -61,7 +67,7 @@ def test_ghost_batches_equal_those_of_one_process(start_processes, train_alone, 
 
 
 def test_deep_ensemble_trains_in_several_processes(start_processes, train_alone, tmp_path):
-    run, nets = tmp_path / "run", ["--set", "model.num_nets=2"]
+    run, nets = tmp_path / "run", [*SHORT, "--set", "model.num_nets=2"]
     wait_for_all(start_processes(*FIT, run, *nets))
     for name in ("net-1", "net-2"):
         assert_close(open_run(run / name), open_run(train_alone(*nets).path / name))
@@ -70,32 +76,31 @@ def test_deep_ensemble_trains_in_several_processes(start_processes, train_alone,
 def test_msda_trains_in_several_processes(start_processes, tmp_path):
     """Partners are images of the same process, so the run differs from that of one process."""
     run = tmp_path / "run"
-    wait_for_all(start_processes(*FIT, run, "--msda", "cutmix"))
+    wait_for_all(start_processes(*FIT, run, *SHORT, "--msda", "cutmix"))
     assert len(open_run(run).history()) == 2
 
 
-def test_only_rank_0_prints_and_writes(start_processes, train_alone, tmp_path):
-    run = tmp_path / "run"
-    first, second = start_processes(*FIT, run)
-    wait_for_all([first, second])
+def test_only_rank_0_prints_and_writes(train_by_two, train_alone):
+    trained, (first, second) = train_by_two(*SHORT)
+    run = trained.path
     assert re.search("^Device +cpu in 2 processes", first.printed, re.MULTILINE)
     assert "Test accuracy" in first.printed
     assert second.printed == ""
     files = {path.name for path in run.iterdir()}
-    assert files == {path.name for path in train_alone().path.iterdir()}
+    assert files == {path.name for path in train_alone(*SHORT).path.iterdir()}
     assert (run / "log.txt").read_text().count("Run folder:") == 1
     assert "in 2 processes" in json.loads((run / "environment.json").read_text())["device"]
 
 
 def test_only_rank_0_writes_logs(start_processes, train_alone, tmp_path):
     run = tmp_path / "run"
-    wait_for_all(start_processes(*FIT, run, "--logger", "csv"))
+    wait_for_all(start_processes(*FIT, run, *SHORT, "--logger", "csv"))
     lines = (run / "logs" / "steps.csv").read_text().splitlines()
     steps = len(lines) - 1
     assert [line.partition(",")[0] for line in lines[1:]] == [*map(str, range(steps))]
     assert steps * 32 == int(open_run(run).history()[-1]["images_seen"])
     assert (run / "logs" / "first-batch.png").exists()
-    assert_close(open_run(run), train_alone())
+    assert_close(open_run(run), train_alone(*SHORT))
 
 
 def test_metrics_are_computed_from_all_images(start_processes, tmp_path):
@@ -159,9 +164,8 @@ def test_masks_differ_between_processes(monkeypatch):
 
 
 @pytest.mark.parametrize("to", [[0], [1], [0, 1]], ids=str)
-def test_processes_stop_at_the_same_step_and_resume(start_processes, tmp_path, to):
-    uninterrupted, run = tmp_path / "uninterrupted", tmp_path / "run"
-    wait_for_all(start_processes(*FIT, uninterrupted))
+def test_processes_stop_at_the_same_step_and_resume(start_processes, train_by_two, tmp_path, to):
+    uninterrupted, run = train_by_two()[0], tmp_path / "run"
     commands = start_processes(*FIT, run, prelude=SLOW_STEPS)
     commands[0].wait_until_printed("1/2 ")
     for rank in to:
@@ -169,7 +173,7 @@ def test_processes_stop_at_the_same_step_and_resume(start_processes, tmp_path, t
     assert [command.wait() for command in commands] == [143, 143], output_of(commands)
     assert CheckpointStore(run / "checkpoint").newest() is not None
     wait_for_all(start_processes("fit", "--resume", run))
-    assert_same(open_run(uninterrupted), open_run(run))
+    assert_same(uninterrupted, open_run(run))
 
 
 def test_run_of_two_processes_resumes_in_one(start_processes, mixmo, train_alone, tmp_path):
@@ -198,7 +202,7 @@ class Disk:
 files.os = Disk()
 """
     run = tmp_path / "run"
-    wait_for_all(start_processes(*FIT, run, "--epochs", "5", prelude=slow))
+    wait_for_all(start_processes(*FIT, run, *SHORT, "--epochs", "4", prelude=slow))
     newest = CheckpointStore(run / "checkpoint").newest()
     assert newest.path.name == "save-000002"  # the first and the last save
 
@@ -210,12 +214,12 @@ def test_precision_is_that_of_the_recipe_not_of_the_launcher(
         tmp_path / "run",
         "import os; os.environ['ACCELERATE_MIXED_PRECISION'] = 'bf16'",
     )
-    wait_for_all(start_processes(*FIT, run, prelude=set_precision))
-    assert_close(open_run(run), train_alone(), rtol=1e-4)
+    wait_for_all(start_processes(*FIT, run, *SHORT, prelude=set_precision))
+    assert_close(open_run(run), train_alone(*SHORT), rtol=1e-4)
 
 
 def test_fewer_validation_images_than_processes(start_processes, tmp_path):
     run = tmp_path / "run"
-    few = ["--valid-split", "0.002", "--set", "model.ghost_batch_size=4"]
+    few = [*SHORT, "--valid-split", "0.002", "--set", "model.ghost_batch_size=4"]
     wait_for_all(start_processes(*FIT, run, *few, count=4))
     assert len(open_run(run).history()) == 2

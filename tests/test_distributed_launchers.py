@@ -2,11 +2,10 @@
 
 import os
 import signal
-import subprocess
-import sys
+from importlib.util import find_spec
 
 import pytest
-from launches import FIT, assert_close, train_alone
+from launches import FIT, SHORT, assert_close, train_alone
 from processes import TIMEOUT
 
 from mixmo_fastai.runs.checkpoints import CheckpointStore
@@ -25,38 +24,35 @@ LAUNCH = [
 LAUNCHERS = pytest.mark.parametrize("launcher", [TORCHRUN, LAUNCH], ids=["torchrun", "accelerate"])
 
 
-def start_launcher(launcher, *words):
-    module = ["-m", "mixmo_fastai"]
-    return subprocess.Popen(
-        [sys.executable, "-m", *launcher, *module, *map(str, words)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+@pytest.fixture
+def start_launcher(mixmo):
+    """Return a function that starts `mixmo` with a launcher, which starts new interpreters."""
+
+    def start(launcher, *words):
+        module, *options = launcher
+        script = find_spec(module).origin
+        return mixmo(*options, "-m", "mixmo_fastai", *words, script=script)
+
+    return start
 
 
 @LAUNCHERS
-def test_launchers_start_training(train_alone, tmp_path, launcher):
+def test_launchers_start_training(start_launcher, train_alone, tmp_path, launcher):
     run = tmp_path / "run"
-    process = start_launcher(launcher, *FIT, run)
-    output, _ = process.communicate(timeout=3 * TIMEOUT)
-    assert process.returncode == 0, output
-    assert "in 2 processes" in output
-    assert_close(open_run(run), train_alone())
+    command = start_launcher(launcher, *FIT, run, *SHORT)
+    assert command.wait(timeout=3 * TIMEOUT) == 0, command.printed
+    assert "in 2 processes" in command.printed
+    assert_close(open_run(run), train_alone(*SHORT))
 
 
-def test_launcher_fails_if_a_process_is_killed(tmp_path):
+def test_launcher_fails_if_a_process_is_killed(start_launcher, tmp_path):
     run = tmp_path / "run"
-    process = start_launcher(TORCHRUN, *FIT, run, "--epochs", "100000")
-    for line in process.stdout:
-        if "2/100000" in line:
-            break
-    children = [int(pid) for pid in child_pids(process.pid)]
+    command = start_launcher(TORCHRUN, *FIT, run, "--epochs", "100000")
+    command.wait_until_printed("2/100000")
+    children = [int(pid) for pid in child_pids(command.pid)]
     os.kill(children[-1], signal.SIGKILL)
-    output, _ = process.communicate(timeout=TIMEOUT)
-    assert process.returncode != 0
-    assert not any(os.path.exists(f"/proc/{pid}") for pid in children), output
+    assert command.wait() != 0
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in children), command.printed
     assert CheckpointStore(run / "checkpoint").newest() is not None
 
 

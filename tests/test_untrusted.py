@@ -17,6 +17,7 @@ from fuzzing import EDITS, FEW_EXAMPLES, JSON, check_read_or_rejected, mutated
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
+from safetensors import safe_open
 from safetensors.torch import load_file, save
 from test_reference import published_names
 
@@ -90,11 +91,18 @@ FILE_NAMES = [
 
 
 class OpenedFiles:
-    """Record the paths of the files that Python opens in a `with` block."""
+    """Record the paths of the files that Python or safetensors opens in a `with` block."""
 
-    def __init__(self):
+    def __init__(self, patch):
         self.paths, self.is_recording = set(), False
         sys.addaudithook(self._record)  # cannot be removed
+        for name, module in [*sys.modules.items()]:
+            if name.startswith(("mixmo_fastai", "safetensors")) and "safe_open" in vars(module):
+                patch.setattr(module, "safe_open", self._open_tensors)  # not a function of Python
+
+    def _open_tensors(self, path, *args, **kwargs):
+        self._record("open", [str(path)])
+        return safe_open(path, *args, **kwargs)
 
     def _record(self, event, arguments):
         if self.is_recording and event == "open" and isinstance(arguments[0], str):
@@ -111,14 +119,17 @@ class OpenedFiles:
 @pytest.fixture(scope="module")
 def opened_by_commands(finished, tmp_path_factory):
     """Return the paths of the files that each command opens if all are intact."""
-    files, opened = OpenedFiles(), []
+    opened = []
     with restored(finished), pytest.MonkeyPatch.context() as patch:
+        files = OpenedFiles(patch)
         patch.chdir(tmp_path_factory.mktemp("intact"))
         patch.setattr(Figure, "draw", lambda *_: None)
         for arguments in commands(finished):
             with files:
                 assert program(arguments) == 0, arguments
             opened.append(files.paths)
+    read = {path for paths in opened for path in paths if path.endswith(".safetensors")}
+    assert read >= {str(finished / name) for name in ("run/model.safetensors", "net.safetensors")}
     return opened
 
 
@@ -134,8 +145,7 @@ def restored(root):
         backup.rename(root)
 
 
-# safetensors does not open its files with Python, and changed images are read instead of the cache.
-OPENED_UNKNOWN = (".safetensors", ".png")
+OPENED_UNKNOWN = ".png"  # changed images are read instead of the cache
 
 
 def paths_of(root, name):
