@@ -91,7 +91,7 @@ def test_scripts_import_what_they_use():
 
 
 def test_plain_pytorch_learns_the_digits(run):
-    output = run(PLAIN_PYTORCH, "--epochs", 2)
+    output = run(PLAIN_PYTORCH, "--epochs", 1)
     assert float(re.findall(r"accuracy (\S+)%", output)[-1]) > 90
     assert len((EXAMPLES / PLAIN_PYTORCH).read_text(encoding="utf-8").splitlines()) < 80
 
