@@ -30,7 +30,7 @@ PLAIN_PYTORCH = "mixmo_in_plain_pytorch.py"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("images")
-    pixels, labels = image_arrays(45, size=40)
+    pixels, labels = image_arrays(24, size=40)
     for number, (image, label) in enumerate(zip(pixels, labels, strict=True)):
         path = root / CLASSES[label] / f"{number}.png"
         path.parent.mkdir(exist_ok=True)
