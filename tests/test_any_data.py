@@ -112,7 +112,7 @@ def test_item_and_batch_transforms():
         item_tfms=RandomResizedCrop(14, min_scale=0.5),
         batch_tfms=[*aug_transforms(size=12), Normalize.from_stats(*[[0.4] * 3, [0.25] * 3])],
     )
-    learn, recorder = train_learner(loaders(crops), epochs=6, lr=0.05)
+    learn, recorder = train_learner(loaders(crops), epochs=8, lr=0.05)
     inputs = recorder.inputs[0]  # 6 images, twice, for 2 members
     assert inputs.shape == (12, 2, 3, 12, 12)
     assert len(inputs.flatten(0, 1).flatten(1).unique(dim=0)) > 20
@@ -188,7 +188,7 @@ def test_images_with_more_than_three_channels():
         (TransformBlock(type_tfms=as_tensor), CategoryBlock),
         get_y=lambda item: item.label, splitter=RandomSplitter(seed=0),
     )  # fmt: skip
-    learn, recorder = train_learner(loaders(satellite_block), epochs=4, lr=0.05)
+    learn, recorder = train_learner(loaders(satellite_block), epochs=6, lr=0.05)
     assert recorder.inputs[0].shape == (12, 2, 6, 12, 12)
     assert learn.validate()[1] > 0.6
     show_pairs(learn)  # shows the first three channels
@@ -258,7 +258,7 @@ def multi_label_block():
 def test_multi_label_classification(msda):
     """The base loss is that of the loaders, binary cross-entropy."""
     dls = loaders(multi_label_block(), [*draw_multi_label_items()])
-    learn, recorder = train_learner(dls, epochs=6, lr=0.05, msda=msda)
+    learn, recorder = train_learner(dls, epochs=8, lr=0.05, msda=msda)
     assert isinstance(learn.loss_func.base, BCEWithLogitsLossFlat)
     assert recorder.targets[0][0].shape == (12, 2, 3)
     _, ensemble, members = learn.validate()
@@ -289,7 +289,7 @@ def test_multi_label_loss_is_the_weighted_sum_over_members():
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", [LabelSmoothingCrossEntropyFlat, FocalLossFlat])
 def test_other_losses_of_fastai(loss):
-    learn, _ = train_learner(loaders(block()), epochs=5, lr=0.05, loss_func=loss())
+    learn, _ = train_learner(loaders(block()), epochs=7, lr=0.05, loss_func=loss())
     assert learn.validate()[1] > 0.7
 
 
@@ -302,7 +302,7 @@ def test_regression():
     learn = Learner(dls, model, metrics=mae, cbs=MixMoCallback(seed=0, batch_repetitions=2))
     with learn.no_bar(), learn.no_logging():
         before = learn.validate()[1]
-        learn.fit_one_cycle(5, 0.01)
+        learn.fit_one_cycle(10, 0.01)
     assert learn.validate()[1] < min(0.2, before)
 
 
