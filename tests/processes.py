@@ -272,6 +272,9 @@ def _serve():
     build_app()
     with open(os.devnull, "w") as null, redirect_stdout(null):
         run(["recipes"])  # imports all modules that parsing a command line needs
+    import torch._dynamo  # noqa: F401  # by the first optimizer: 1.3 s of each training otherwise
+    import torchvision  # noqa: F401  # by the examples and by networks of torchvision
+
     cache_digits()
     gc.collect()
     gc.freeze()  # otherwise each command traverses all imported objects at its end: 1.5 s

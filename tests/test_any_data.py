@@ -30,10 +30,10 @@ from fastai.vision.augment import RandomResizedCrop, Resize, aug_transforms
 from fastai.vision.core import PILImage, PILImageBW
 from fastai.vision.data import ImageBlock
 from fastai.vision.learner import vision_learner
+from networks import NarrowResNet18
 from PIL import Image
 from synthetic import CLASSES, image_arrays
 from torch.utils.data import TensorDataset
-from torchvision.models import resnet18
 
 from mixmo_fastai import (
     MixMoCallback,
@@ -258,7 +258,7 @@ def multi_label_block():
 def test_multi_label_classification(msda):
     """The base loss is that of the loaders, binary cross-entropy."""
     dls = loaders(multi_label_block(), [*draw_multi_label_items()])
-    learn, recorder = train_learner(dls, epochs=10, lr=0.05, msda=msda)
+    learn, recorder = train_learner(dls, epochs=8, lr=0.05, msda=msda)
     assert isinstance(learn.loss_func.base, BCEWithLogitsLossFlat)
     assert recorder.targets[0][0].shape == (12, 2, 3)
     _, ensemble, members = learn.validate()
@@ -289,7 +289,7 @@ def test_multi_label_loss_is_the_weighted_sum_over_members():
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", [LabelSmoothingCrossEntropyFlat, FocalLossFlat])
 def test_other_losses_of_fastai(loss):
-    learn, _ = train_learner(loaders(block()), epochs=8, lr=0.05, loss_func=loss())
+    learn, _ = train_learner(loaders(block()), epochs=7, lr=0.05, loss_func=loss())
     assert learn.validate()[1] > 0.7
 
 
@@ -312,7 +312,7 @@ def test_regression_with_y_range():
     brightness = RegressionBlock(n_out=1)
     dls = loaders(block(category=brightness, get_y=lambda item: float(item.image.mean() / 255)))
     learn = vision_learner(
-        dls, resnet18, pretrained=False, normalize=False, y_range=(-0.5, 1.5), metrics=mae
+        dls, NarrowResNet18, pretrained=False, normalize=False, y_range=(-0.5, 1.5), metrics=mae
     )
     with learn.no_bar(), learn.no_logging():
         before = learn.get_preds()[0]

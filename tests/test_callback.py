@@ -9,7 +9,7 @@ from fastai.data.core import DataLoaders
 from fastai.losses import CrossEntropyLossFlat
 from fastai.vision.augment import RandomErasing
 from fasttransform import Transform
-from learners import BatchRecorder, equal, make_learner, state
+from learners import BatchRecorder, SkipBackward, equal, make_learner, state
 from synthetic import fastai_dls, mixmo_dls
 
 from mixmo_fastai.callbacks.best_epoch import BestEpochCallback
@@ -110,9 +110,8 @@ class TestTrainingBatches:
         for cbs in ([], [DiscardDraws()]):
             recorder = BatchRecorder()
             callback = MixMoCallback(mix, mix_prob=0.6, decay_start=0.2, seed=0)
-            make_learner(mixmo_dls(batch_size=3), cbs=[recorder, *cbs], callback=callback).fit(
-                2, 0.0
-            )
+            callbacks = [recorder, SkipBackward(), *cbs]
+            make_learner(mixmo_dls(batch_size=3), cbs=callbacks, callback=callback).fit(2, 0.0)
             seen.append([step[1] for step in recorder.seen])
         assert len(seen[0]) > 32
         assert all(torch.equal(*masks) for masks in zip(*seen, strict=True))
@@ -121,7 +120,8 @@ class TestTrainingBatches:
     def test_half_of_the_batches_have_binary_masks(self):
         callback = MixMoCallback(seed=0, batch_repetitions=1)
         recorder = BatchRecorder()
-        make_learner(mixmo_dls(batch_size=2), cbs=[recorder], callback=callback).fit(4, 0.01)
+        cbs = [recorder, SkipBackward()]
+        make_learner(mixmo_dls(batch_size=2), cbs=cbs, callback=callback).fit(4, 0.01)
         binary = [
             bool(((m == 0) | (m == 1)).all())
             for _, m, *_ in recorder.seen[: len(recorder.seen) // 2]
@@ -243,7 +243,8 @@ class TestSchedule:
     def test_schedule_applies_in_training(self):
         callback = MixMoCallback(mix_prob=1.0, decay_start=0.0, seed=0)
         recorder = BatchRecorder()
-        make_learner(mixmo_dls(batch_size=2), cbs=[recorder], callback=callback).fit(2, 0.01)
+        cbs = [recorder, SkipBackward()]
+        make_learner(mixmo_dls(batch_size=2), cbs=cbs, callback=callback).fit(2, 0.01)
         binary = [bool(((m == 0) | (m == 1)).all()) for _, m, *_ in recorder.seen]
         third = len(binary) // 3
         assert sum(binary[:third]) > 2 * sum(binary[-third:])

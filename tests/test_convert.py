@@ -71,7 +71,7 @@ def test_every_parameter_has_a_gradient(family):
 
 @pytest.mark.slow
 def test_output_depends_on_the_images_of_all_members():
-    converted = convert_to_mixmo(build_backbone("resnet18"), 2).eval()
+    converted = convert_to_mixmo(build_backbone("resnet18"), 2, image_size=32).eval()
     masks, _ = draw_masks("linear", draw_lam(1, 2, 2.0), converted.mask_shape(32, 32))
     images = torch.randn(1, 2, 3, 32, 32)
     before = converted(images, masks)
@@ -161,12 +161,17 @@ def test_networks_of_unusual_structure(network, channels):
     assert all(isinstance(head, nn.Linear) for head in converted.heads)
 
 
+@pytest.fixture(scope="module", params=["resnet18", "convnext_tiny", "densenet121", "mobilenet_v2"])
+def converted_without_size(request):
+    model = build_backbone(request.param)
+    return model, convert_to_mixmo(model).eval()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [40, 97])
-@pytest.mark.parametrize("name", ["resnet18", "convnext_tiny", "densenet121", "mobilenet_v2"])
-def test_images_of_other_sizes(name, size):
-    model = build_backbone(name)
-    converted, x = convert_to_mixmo(model).eval(), torch.randn(2, 3, size, size)
+def test_images_of_other_sizes(converted_without_size, size):
+    model, converted = converted_without_size
+    x = torch.randn(2, 3, size, size)
     with torch.no_grad():
         assert largest_difference(converted(x), model(x)) < 1e-4
 
@@ -195,7 +200,7 @@ def test_networks_that_use_the_image_size(size):
 def test_fused_network_has_the_original_class(name):
     """Its weights can be loaded into a network of that class."""
     model = build_backbone(name)
-    fused = convert_to_mixmo(model).eval().fuse()
+    fused = convert_to_mixmo(model, image_size=64).eval().fuse()
     assert type(fused) is type(model)
     other = build_backbone(name)
     other.load_state_dict(fused.state_dict())
@@ -209,13 +214,18 @@ def test_fused_timm_network_has_num_classes():
     assert model.fuse().num_classes == 3
 
 
+@pytest.fixture(scope="module")
+def resnet18():
+    return build_backbone("resnet18")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("channels", [1, 2, 4, 6])
-def test_other_numbers_of_channels_have_equal_outputs_for_grey_images(channels):
-    model = build_backbone("resnet18")
+def test_other_numbers_of_channels_have_equal_outputs_for_grey_images(resnet18, channels):
+    model = resnet18
     grey = torch.randn(2, 1, 32, 32)
     expected = model(grey.expand(-1, 3, -1, -1))
-    converted = convert_to_mixmo(model, in_channels=channels)
+    converted = convert_to_mixmo(model, image_size=32, in_channels=channels)
     actual = converted(grey.expand(-1, channels, -1, -1))
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
     assert converted.in_channels == channels

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from networks import SmallNetwork, build_backbone, largest_difference
+from networks import NarrowResNet18, SmallNetwork, build_backbone, largest_difference
 from torch import nn
 
 from mixmo_fastai.models import convert_to_mixmo
@@ -27,7 +27,7 @@ def test_training_modes_of_all_parts_are_kept():
 @pytest.mark.slow
 def test_independent_members_are_permutations():
     model = build_backbone("resnet18")
-    converted = convert_to_mixmo(model, 3, independent=True)
+    converted = convert_to_mixmo(model, 3, independent=True, image_size=32)
     for layers, original in ((converted.encoders, model.conv1), (converted.heads, model.fc)):
         weights = torch.stack([layer.weight.flatten() for layer in layers]).detach()
         assert torch.equal(
@@ -41,7 +41,7 @@ def test_dtypes_of_all_parts_are_kept():
     model = build_backbone("resnet18").half()
     model.bn1.float()
     model.register_buffer("double_buffer", torch.full((1,), 1 / 3, dtype=torch.float64))
-    body = convert_to_mixmo(model).core.body
+    body = convert_to_mixmo(model, image_size=32).core.body
     assert body.bn1.weight.dtype == torch.float32
     assert body.layer1[0].conv1.weight.dtype == torch.float16
     assert torch.equal(body.double_buffer, model.double_buffer)
@@ -66,7 +66,7 @@ def test_global_generator_is_restored_after_random_forward_passes():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_dtype_of_the_weights_is_kept(dtype):
     model = build_backbone("resnet18").to(dtype)
-    converted = convert_to_mixmo(model)
+    converted = convert_to_mixmo(model, image_size=32)
     assert {p.dtype for p in converted.parameters()} == {dtype}
     assert {p.dtype for p in model.parameters()} == {dtype}
     if dtype == torch.float64:
@@ -78,14 +78,14 @@ def test_dtype_of_the_weights_is_kept(dtype):
 def test_conversion_inside_autocast():
     model, x = build_backbone("resnet18"), torch.randn(2, 3, 32, 32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        converted = convert_to_mixmo(model)
+        converted = convert_to_mixmo(model, image_size=32)
     with torch.no_grad():
         assert largest_difference(converted.eval()(x), model(x)) < 1e-4
 
 
 def test_frozen_core_stays_frozen_but_encoders_and_heads_train():
     model = build_backbone("resnet18").requires_grad_(False)
-    converted = convert_to_mixmo(model)
+    converted = convert_to_mixmo(model, image_size=32)
     trainable = {name.split(".")[0] for name, p in converted.named_parameters() if p.requires_grad}
     assert trainable == {"encoders", "heads"}
 
@@ -111,7 +111,7 @@ def test_conversion_does_not_change_the_network():
 @pytest.mark.slow
 def test_inference_in_several_threads():
     """Each thread receives the predictions for its own images."""
-    converted = convert_to_mixmo(build_backbone("resnet18")).eval()
+    converted = convert_to_mixmo(NarrowResNet18().eval(), image_size=32)
     images = torch.randn(8, 1, 3, 32, 32)
     with torch.no_grad():
         expected = [converted(image) for image in images]

@@ -21,8 +21,8 @@ from mixmo_fastai.data.sources import SOURCES
 pytestmark = pytest.mark.slow
 
 SMALL_SETTINGS = [
-    *("model.arch=wrn10_1", "model.pretrained=false", "train.epochs=1", "train.batch_size=16"),
-    *("data.limit=40", "data.loader=resident", "train.device=cpu", "train.threads=1"),
+    *("model.arch=wrn10_1", "model.pretrained=false", "train.epochs=1", "train.batch_size=8"),
+    *("data.limit=20", "data.loader=resident", "train.device=cpu", "train.threads=1"),
 ]
 PAGES = [name for name in TEXTS if name not in (EXTENDING, STUDY) and [*command_lines(TEXTS[name])]]
 SETUP_COMMANDS = {  # commands whose results the lines of a page require

@@ -30,7 +30,7 @@ PLAIN_PYTORCH = "mixmo_in_plain_pytorch.py"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("images")
-    pixels, labels = image_arrays(45, size=40)
+    pixels, labels = image_arrays(24, size=40)
     for number, (image, label) in enumerate(zip(pixels, labels, strict=True)):
         path = root / CLASSES[label] / f"{number}.png"
         path.parent.mkdir(exist_ok=True)
@@ -91,7 +91,7 @@ def test_scripts_import_what_they_use():
 
 
 def test_plain_pytorch_learns_the_digits(run):
-    output = run(PLAIN_PYTORCH, "--epochs", 2)
+    output = run(PLAIN_PYTORCH, "--epochs", 1)
     assert float(re.findall(r"accuracy (\S+)%", output)[-1]) > 90
     assert len((EXAMPLES / PLAIN_PYTORCH).read_text(encoding="utf-8").splitlines()) < 80
 

@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from exports import images, run, train_small_run
+from exports import images, run
 
 from mixmo_fastai import load_fused
 from mixmo_fastai.cli import run as program
@@ -43,10 +43,9 @@ def test_convolutions_and_linear_layers_are_quantised(int8_file):
         assert by_output[layer.input[0]].op_type == "DequantizeLinear"
 
 
-def test_file_is_smaller_and_predicts(run, images, int8_file, tmp_path, capsys):
+def test_file_is_smaller_and_predicts(run, images, int8_file, files, capsys):
     path, result = int8_file
-    export_run(run, tmp_path / "float.onnx")
-    assert path.stat().st_size < 0.6 * (tmp_path / "float.onnx").stat().st_size
+    assert path.stat().st_size < 0.6 * files[1].stat().st_size
     assert result["num_bytes"] == path.stat().st_size
     predictions, _ = predict_images(load_fused(path), [images / "test"])
     float_predictions, _ = predict_images(run, [images / "test"])
@@ -95,10 +94,9 @@ def test_contradicting_flags_are_refused(run, tmp_path, monkeypatch, capsys, arg
 
 
 @pytest.fixture(scope="module")
-def files(images, tmp_path_factory):
-    """Export a run; return its data source, the float network and a folder."""
+def files(run, tmp_path_factory):
+    """Export the run; return its data source, the float network and a folder."""
     folder = tmp_path_factory.mktemp("quantised")
-    run = train_small_run(images, folder / "run")
     export_run(run, folder / "net.onnx")
     return read_source(run.recipe(), folder, run), folder / "net.onnx", folder
 

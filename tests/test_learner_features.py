@@ -27,6 +27,7 @@ from three_learners import (
     folder,
     hidden_plots,
     make,
+    make_learner,
     without_norms,
 )
 
@@ -35,13 +36,13 @@ from mixmo_fastai.learner.build import body_and_heads
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("hidden_plots")]
 
-__all__ = ["folder", "hidden_plots", "make"]  # fixtures
+__all__ = ["folder", "hidden_plots", "make", "make_learner"]  # fixtures
 
 
 def test_lr_find(make):
     learn = make()
     before = copy_weights(learn)
-    suggestions = learn.lr_find(num_it=30, show_plot=False)
+    suggestions = learn.lr_find(num_it=20, show_plot=False)
     assert 1e-7 < suggestions.valley < 10
     assert equal_weights(copy_weights(learn), before)
     assert len(learn.recorder.lrs) > 10
@@ -52,14 +53,14 @@ def test_lr_find(make):
 def test_lr_find_plots_its_curve(make):
     import matplotlib.pyplot as plt
 
-    make().lr_find(num_it=20)
+    make().lr_find(num_it=10)
     assert plt.gca().get_xlabel() == "Learning Rate"
 
 
 def test_fit_one_cycle(make):
     recorder = StepRecorder()
     learn = make(cbs=[recorder])
-    learn.fit_one_cycle(8, 0.05)
+    learn.fit_one_cycle(6, 0.05)
     rates = [step[-1] for step in recorder.lrs]
     peak = rates.index(max(rates))
     assert max(rates) == pytest.approx(0.05, rel=0.02)
@@ -70,7 +71,7 @@ def test_fit_one_cycle(make):
 
 def test_fit_flat_cos(make):
     recorder = StepRecorder()
-    make(cbs=[recorder]).fit_flat_cos(4, 0.01)
+    make(cbs=[recorder]).fit_flat_cos(5, 0.01)
     rates = [step[-1] for step in recorder.lrs]
     assert rates[: int(0.7 * len(rates))] == [0.01] * int(0.7 * len(rates))
     assert rates[-1] < 0.001

@@ -26,7 +26,7 @@ def test_torchvision_names_exist_in_torchvision():
 def test_named_networks_are_initialised_from_the_generator(arch):
     def make(seed, in_channels=3):
         random = torch.Generator().manual_seed(seed)
-        return create_model(arch, 4, 2, in_channels, generator=random)
+        return create_model(arch, 4, 2, in_channels, image_size=(32, 32), generator=random)
 
     state = torch.get_rng_state()
     first, again, other = make(0), make(0), make(1)
@@ -45,7 +45,7 @@ def test_named_networks_are_initialised_from_the_generator(arch):
 def test_gpu_generators_are_not_seeded(monkeypatch):
     seen = []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seen.append)
-    create_model("resnet18", 4)
+    create_model("resnet18", 4, image_size=(32, 32))
     assert not seen
 
 

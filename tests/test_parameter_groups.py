@@ -9,7 +9,8 @@ from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import Adam, OptimWrapper
 from fastai.torch_core import params, trainable_params
-from fastai.vision.learner import vision_learner
+from fastai.vision.learner import model_meta, vision_learner
+from networks import NarrowResNet18
 from synthetic import fastai_dls
 from torch import nn
 from torchvision.models import resnet18
@@ -21,8 +22,8 @@ from mixmo_fastai.errors import InputError
 def resnet_learner(**kwargs):
     torch.manual_seed(0)
     learn = vision_learner(
-        fastai_dls(), resnet18, pretrained=False, normalize=False,
-        loss_func=CrossEntropyLossFlat(), **kwargs,
+        fastai_dls(num_train=24), NarrowResNet18, pretrained=False, normalize=False,
+        loss_func=CrossEntropyLossFlat(), splitter=model_meta[resnet18]["split"], **kwargs,
     )  # fmt: skip
     learn.remove_cb(learn.progress)
     learn.logger = lambda *_: None

@@ -22,11 +22,13 @@ class ComparedRun:
 
 @pytest.fixture
 def ticks(monkeypatch):
-    """Return the list to which saving a plot adds the tick labels of its horizontal axes."""
+    """Return the list to which saving a plot adds the tick labels of its horizontal axes.
+
+    They do not depend on the layout, so the plot is not drawn.
+    """
     collected = []
 
     def inspect_figure(figure, *_, **__):
-        figure.canvas.draw()
         for axes in figure.axes:
             labels = [*axes.get_xticklabels(), *axes.get_xticklabels(minor=True)]
             collected.extend(text for label in labels if (text := label.get_text()))

@@ -76,12 +76,16 @@ def test_an_error_in_a_step_is_left_to_the_training(monkeypatch, short_runs):
     assert measure_precisions(prepare(TINY)) is None
 
 
+@pytest.fixture(scope="module", params=["wrn10_1", "wrn16_4", "wrn28_10"])
+def prepared(request):
+    return prepare(override(TINY, [f"model.arch={request.param}"]))
+
+
 @pytest.mark.parametrize("epochs", [100, 3_000, 10**6])
-@pytest.mark.parametrize("arch", ["wrn10_1", "wrn16_4", "wrn28_10"])
-def test_measuring_takes_at_most_two_percent_of_the_expected_time(monkeypatch, arch, epochs):
+def test_measuring_takes_at_most_two_percent_of_the_expected_time(monkeypatch, prepared, epochs):
     """The simulated machine is as fast as assumed, so that times follow from the operations."""
     monkeypatch.setattr(precision, "MIN_RUN_SECONDS", 1.0)
-    training = prepare(override(TINY, [f"model.arch={arch}", f"train.epochs={epochs}"]))
+    training = replace(prepared, recipe=override(prepared.recipe, [f"train.epochs={epochs}"]))
     operations = precision.training_operations(training.learn.model, (1, 8, 8))
     rate = speed.CPU_THREAD_FLOPS * torch.get_num_threads()
     seconds, sizes = 0.0, []

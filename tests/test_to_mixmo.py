@@ -21,7 +21,7 @@ class TestToMixmo:
     @pytest.mark.parametrize("fitted", [False, True])
     def test_vision_learner_is_converted(self, fitted, tmp_path):
         learn = vision_learner(
-            fastai_dls(), resnet18, pretrained=False, normalize=False,
+            fastai_dls(num_train=24), resnet18, pretrained=False, normalize=False,
             loss_func=CrossEntropyLossFlat(), metrics=accuracy, path=tmp_path,
         )  # fmt: skip
         learn.remove_cb(learn.progress)

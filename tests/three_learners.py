@@ -10,10 +10,11 @@ from fastai.torch_core import set_seed
 from fastai.vision.augment import Resize, aug_transforms
 from fastai.vision.data import ImageDataLoaders
 from PIL import Image
-from synthetic import CLASSES, image_arrays, mixmo_dls
+from synthetic import CLASSES, image_arrays, source
 from torch import nn
 
 from mixmo_fastai import MixMoCallback, create_model, mixmo_learner, to_mixmo
+from mixmo_fastai.data.dataloaders import make_dataloaders
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def hidden_plots():
 def folder(tmp_path_factory):
     """Return a folder of image files of several sizes, with one folder per class."""
     root = tmp_path_factory.mktemp("blocks")
-    pixels, labels = image_arrays(60, size=16)
+    pixels, labels = image_arrays(36, size=16)
     for number, (image, label) in enumerate(zip(pixels, labels, strict=True)):
         path = root / CLASSES[label] / f"{number}.png"
         path.parent.mkdir(exist_ok=True)
@@ -42,7 +43,7 @@ def folder(tmp_path_factory):
 
 def folder_dls(folder):
     return ImageDataLoaders.from_folder(
-        folder, valid_pct=0.2, seed=1, bs=6, num_workers=0, device="cpu",
+        folder, valid_pct=0.25, seed=8, bs=6, num_workers=0, device="cpu",
         item_tfms=Resize(16), batch_tfms=aug_transforms(size=12, flip_vert=True),
     )  # fmt: skip
 
@@ -69,21 +70,50 @@ def converted_learner(folder, path, *, cbs=(), **kwargs):
 
 
 def package_learner(folder, path, *, cbs=(), **kwargs):
-    return mixmo_learner(mixmo_dls(), "wrn10_1", seed=0, cbs=cbs, path=path, **kwargs)
+    images = source(num_train=48)
+    dls = make_dataloaders(images, batch_size=8, valid_split=0.2, device="cpu")
+    return mixmo_learner(dls, "wrn10_1", seed=0, cbs=cbs, path=path, **kwargs)
 
 
 LEARNERS = [user_learner, converted_learner, package_learner]
 
 
 @pytest.fixture(params=LEARNERS)
-def make(request, folder, tmp_path):
+def make_learner(request):
+    return request.param
+
+
+@pytest.fixture
+def make(make_learner, folder, tmp_path):
     """Return a function that builds a Learner without printed output."""
 
     def build(**kwargs):
         set_seed(0)  # fastai's loaders shuffle with Python's global generator
-        learn = request.param(folder, tmp_path, **kwargs)
+        learn = make_learner(folder, tmp_path, **kwargs)
         learn.logger = lambda *_: None
         learn.remove_cbs(ProgressCallback)
+        return learn
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def trained_weights():
+    """Return the weights of trained Learners, by the functions that build them."""
+    return {}
+
+
+@pytest.fixture
+def make_trained(make_learner, make, trained_weights):
+    """Return a function that builds a Learner with the weights of a trained one."""
+
+    def build():
+        if make_learner not in trained_weights:
+            learn = make()
+            learn.fit_one_cycle(6, 0.05)
+            trained_weights[make_learner] = copy_weights(learn)
+        learn = make()
+        learn.model.load_state_dict(trained_weights[make_learner])
         return learn
 
     return build
