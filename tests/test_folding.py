@@ -241,9 +241,9 @@ def test_evaluation_folds_and_leaves_the_network_unchanged(monkeypatch):
     monkeypatch.setattr(
         nn.BatchNorm2d, "forward", lambda self, x: calls.append(len(x)) or forward(self, x)
     )
-    batches = [(x, torch.zeros(2, dtype=torch.int64))] * 3
+    batches = [(x, torch.zeros(2, dtype=torch.int64))] * 5
     logits, _ = collect_member_logits(network.train(), batches)
     assert network.training
-    torch.testing.assert_close(logits, expected.repeat(3, 1, 1), rtol=1e-4, atol=1e-4)
-    # 7 layers in the first pass, which finds pairs; 4 in the comparison and in each batch.
-    assert len(calls) == 7 + 4 + 3 * 4
+    torch.testing.assert_close(logits, expected.repeat(5, 1, 1), rtol=1e-4, atol=1e-4)
+    # 7 layers in the first two batches and in the pass that finds pairs; then 4.
+    assert len(calls) == 3 * 7 + 4 + 3 * 4

@@ -17,6 +17,8 @@ LabelledLogits = tuple[Tensor, Tensor] | None
 """Member logits (N, M, K) and labels (N,); None if there are no images."""
 NUM_COMPARED = 8
 """Images on which the network for inference is compared with the original."""
+BATCHES_BEFORE_FOLDING = 2
+"""For fewer batches, folding takes longer than it saves."""
 
 
 def collect_member_logits(model: Any, loader: Any) -> LabelledLogits:
@@ -40,10 +42,10 @@ def collect_member_logits(model: Any, loader: Any) -> LabelledLogits:
         with torch.inference_mode(), float32_precision(tf32=False):
             # Copied to the CPU after the loop, so that the GPU never waits inside it.
             batches_of_rank = loader.shard(process_group()) if process_group().count > 1 else loader
-            batches, inference_model = [], None
-            for images, labels in batches_of_rank:
+            batches, inference_model = [], model
+            for number, (images, labels) in enumerate(batches_of_rank):
                 x = images.as_subclass(Tensor)
-                if inference_model is None:
+                if number == BATCHES_BEFORE_FOLDING:
                     inference_model = _faster(model, x)
                 batches.append((_member_logits(inference_model, x), labels))
     finally:
