@@ -297,12 +297,12 @@ class MixMoCallback(_PlainErrorCallback):
 
     def _repetition_at(self, step: int, num_steps: int) -> float:
         """Return the scheduled input repetition at a step of this epoch, which has `num_steps`."""
+        late, early = self.input_repetition, self.early_repetition
+        if early is None or hasattr(self.learn, "lr_finder"):  # as for mix_prob
+            return late
         # Not pct_train, since loaders draw the pairing of several steps in advance.
         progress = (self.learn.epoch + step / max(1, num_steps)) / max(1, self.learn.n_epoch)
-        if hasattr(self.learn, "lr_finder"):
-            progress = 1.0  # as mix_prob, the schedule does not change the search
-        settings = self.input_repetition, self.early_repetition, self.early_span, self.early_shape
-        return scheduled_repetition(progress, *settings)
+        return scheduled_repetition(progress, late, early, self.early_span, self.early_shape)
 
     @property
     def _num_members(self) -> int:
