@@ -66,6 +66,7 @@ def test_every_key_of_eval_is_documented(small_run, kind):
     assert set(BUILT_IN) <= DOCUMENTED
 
 
+@pytest.mark.slow
 def test_every_key_of_metrics_json_is_documented(small_run):
     metrics = json.loads((small_run["folder"] / "metrics.json").read_text())
     assert set(keys_of(metrics)) <= DOCUMENTED

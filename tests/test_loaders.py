@@ -303,6 +303,7 @@ class TestArrangement:
             assert torch.equal(x, plain_x[orders[step]])
             assert torch.equal(y, plain_y[orders[step]])
 
+    @pytest.mark.slow
     def test_alternating_flips_show_an_image_both_ways(self):
         dl = loader(augmentation=Augmentation(0, True, alternating_flip=True))
         for x, _ in dl.expanded(4):

@@ -81,6 +81,7 @@ def prepared(request):
     return prepare(override(TINY, [f"model.arch={request.param}"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epochs", [100, 3_000, 10**6])
 def test_measuring_takes_at_most_two_percent_of_the_expected_time(monkeypatch, prepared, epochs):
     """The simulated machine is as fast as assumed, so that times follow from the operations."""

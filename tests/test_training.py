@@ -112,6 +112,7 @@ def run(tmp_path_factory):
     return fit(override(TINY, ["train.epochs=1"]), tmp_path_factory.mktemp("run"))[0]
 
 
+@pytest.mark.slow
 def test_same_seed_yields_the_same_weights(uninterrupted, tmp_path):
     first, steps = uninterrupted
     again, again_steps = fit(first.recipe(), tmp_path / "again")
@@ -131,6 +132,7 @@ def test_other_seed_yields_other_weights(uninterrupted, tmp_path):
     assert not any(torch.equal(tensors[name], other_tensors[name]) for name in filters)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interrupt_in", [2, 3])
 def test_resumed_run_equals_an_uninterrupted_run(uninterrupted, tmp_path, interrupt_in):
     expected, steps = uninterrupted

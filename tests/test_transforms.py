@@ -180,6 +180,7 @@ class TestRandomResizedCrop:
 
 
 class TestLoaders:
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", BUILT)
     def test_batches_follow_seed_and_epoch(self, name):
         batches = train_batches(name)
@@ -199,6 +200,7 @@ class TestLoaders:
         if name in BATCHED:  # fastai's loader, which runs the workers, seeds itself from `random`
             assert random.getstate() == before[1]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", BUILT)
     def test_a_pass_that_begins_later_yields_the_same_batches(self, name):
         whole = train_batches(name, batch_size=2)
