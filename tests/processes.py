@@ -262,8 +262,8 @@ def cache_digits():
 
 
 def _serve():
-    # Optimizers import torch._dynamo, which takes longer than a short training.
-    for module in ("torch._dynamo", "matplotlib.backends.backend_agg", "filelock"):
+    # The first optimizer imports torch._dynamo, which takes longer than a short training.
+    for module in ("torch._dynamo", "torchvision", "matplotlib.backends.backend_agg", "filelock"):
         importlib.import_module(module)
     import mixmo_fastai.training.ensemble
     import mixmo_fastai.training.lr_find  # noqa: F401
@@ -272,9 +272,6 @@ def _serve():
     build_app()
     with open(os.devnull, "w") as null, redirect_stdout(null):
         run(["recipes"])  # imports all modules that parsing a command line needs
-    import torch._dynamo  # noqa: F401  # by the first optimizer: 1.3 s of each training otherwise
-    import torchvision  # noqa: F401  # by the examples and by networks of torchvision
-
     cache_digits()
     gc.collect()
     gc.freeze()  # otherwise each command traverses all imported objects at its end: 1.5 s
