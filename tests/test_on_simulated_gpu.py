@@ -43,6 +43,7 @@ def synchronisations(monkeypatch, folder, num_steps, *, recorder=None, logging=N
         {},
         {"mix": "patchup", "mix_prob": 1.0},
         {"mix": "cow", "input_repetition": 0.5},
+        {"early_repetition": 1.0},
         {"msda": "cutmix"},
         {"cbs": EMACallback(0.9)},
         {"ghost_batch_size": 8},

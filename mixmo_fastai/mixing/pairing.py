@@ -107,13 +107,16 @@ def draw_pairings(
     num_free = max(counts)  # positions at which the members may see different images
     member_0 = _draw_permutations((num_batches, 1, batch_size), generator, device)  # (S, 1, B)
     free_shape = (num_batches, num_members - 1, num_free)
-    # In batches with fewer free positions, the others keep the order of member 0.
-    num_permuted = counts if min(counts) < num_free else None
-    orders = _draw_permutations(free_shape, generator, device, num_permuted)
+    permuted = None
+    if min(counts) < num_free:  # in some batches, the last positions keep the order of member 0
+        positions = torch.arange(num_free, device=device)
+        # One comparison per batch: copying the counts to a GPU would make the host wait.
+        permuted = torch.stack([positions < count for count in counts])[:, None]  # (S, 1, free)
+    orders = _draw_permutations(free_shape, generator, device, permuted)
     slot_offsets = batch_size * torch.arange(1, num_members, device=device)[:, None]
     # The same images as member 0, in each member's own slots.
-    if num_permuted is not None:
-        slot_offsets = slot_offsets * _is_permuted(num_permuted, num_free, device)
+    if permuted is not None:
+        slot_offsets = slot_offsets * permuted
     free = member_0[..., :num_free].expand(free_shape).gather(2, orders) + slot_offsets
     repeated = member_0[..., num_free:].expand(-1, num_members - 1, -1)
     return torch.cat([member_0, torch.cat([free, repeated], dim=2)], dim=1).transpose(1, 2)
@@ -176,7 +179,7 @@ def _draw_permutations(
     shape: tuple[int, ...],
     generator: torch.Generator | None,
     device: torch.device | str | None,
-    num_permuted: Sequence[int] | None = None,
+    permuted: Tensor | None = None,
 ) -> Tensor:
     """Draw independent uniform permutations of the last axis with one sort.
 
@@ -184,19 +187,11 @@ def _draw_permutations(
         shape: of the result.
         generator: generator on `device`.
         device: device of the result.
-        num_permuted: for each entry of the first axis, how many positions are permuted; the
-            positions after them keep their places. None for all.
+        permuted: (S, 1, length) bool, the first positions of the last axis; those after them keep
+            their places. None if all are permuted.
     """
     keys = torch.rand(shape, generator=generator, device=device, dtype=torch.float64)
-    if num_permuted is not None:
+    if permuted is not None:
         places = 1.0 + torch.arange(shape[-1], device=device)  # above all random keys, ascending
-        keys = keys.where(_is_permuted(num_permuted, shape[-1], device), places)
+        keys = keys.where(permuted, places)
     return keys.argsort(dim=-1)
-
-
-def _is_permuted(
-    num_permuted: Sequence[int], length: int, device: torch.device | str | None
-) -> Tensor:
-    """Return whether each position of each batch is permuted: (S, 1, length)."""
-    counts = torch.tensor(num_permuted, device=device)[:, None, None]
-    return torch.arange(length, device=device) < counts
