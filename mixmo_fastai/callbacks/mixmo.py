@@ -224,8 +224,8 @@ class MixMoCallback(_PlainErrorCallback):
         the weights.
         """
         check_batch(len(self.learn.xb), len(self.learn.yb))
-        searches = hasattr(self.learn, "lr_finder")  # schedules do not change the search
-        tell_progress(unwrap(self.learn.model), 1.0 if searches else self.learn.pct_train)
+        progress = 1.0 if self._is_search else self.learn.pct_train
+        tell_progress(unwrap(self.learn.model), progress)
         x, y = self.learn.xb[0].as_subclass(Tensor), self.learn.yb[0].as_subclass(Tensor)
         inputs, targets = self._paired(x, y)
         masks, weights = self._draw_mixing(inputs)
@@ -279,7 +279,7 @@ class MixMoCallback(_PlainErrorCallback):
     def after_train(self) -> None:
         """Count trained epochs."""
         self.draws = None
-        if not hasattr(self.learn, "lr_finder"):
+        if not self._is_search:
             self.epochs_trained += 1
 
     def _check_divisible(self, num_images: int, num_processes: int) -> None:
@@ -291,18 +291,23 @@ class MixMoCallback(_PlainErrorCallback):
 
     def current_mix_prob(self) -> float:
         """Return the scheduled probability of mixing by regions; it does not decay in `lr_find`."""
-        if hasattr(self.learn, "lr_finder"):
+        if self._is_search:
             return self.mix_prob
         return scheduled_mix_prob(self.learn.pct_train, self.mix_prob, self.decay_start)
 
     def _repetition_at(self, step: int, num_steps: int) -> float:
         """Return the scheduled input repetition at a step of this epoch, which has `num_steps`."""
         late, early = self.input_repetition, self.early_repetition
-        if early is None or hasattr(self.learn, "lr_finder"):  # as for mix_prob
+        if early is None or self._is_search:
             return late
         # Not pct_train, since loaders draw the pairing of several steps in advance.
         progress = (self.learn.epoch + step / max(1, num_steps)) / max(1, self.learn.n_epoch)
         return scheduled_repetition(progress, late, early, self.early_span, self.early_shape)
+
+    @property
+    def _is_search(self) -> bool:
+        """Whether this is an `lr_find`, in which nothing is scheduled but the learning rate."""
+        return hasattr(self.learn, "lr_finder")
 
     @property
     def _num_members(self) -> int:
@@ -311,7 +316,7 @@ class MixMoCallback(_PlainErrorCallback):
     @property
     def _epoch(self) -> int:
         """Number of epochs trained before this one, including those of a current `lr_find`."""
-        lr_find_epochs = self.learn.epoch if hasattr(self.learn, "lr_finder") else 0
+        lr_find_epochs = self.learn.epoch if self._is_search else 0
         return self.epochs_trained + lr_find_epochs
 
     @property
