@@ -17,7 +17,8 @@ from PIL import Image
 from mixmo_fastai.cli import run as program
 from mixmo_fastai.errors import InputError, RunFailedError
 from mixmo_fastai.metrics.bootstrap import resampled_metrics
-from mixmo_fastai.plots.study import MAX_TICKS, _short, _ticks
+from mixmo_fastai.plots.png import MAX_TICKS, size_ticks
+from mixmo_fastai.plots.study import _short
 from mixmo_fastai.runs.create import create_run
 from mixmo_fastai.runs.folder import RunFolder
 from mixmo_fastai.runs.lock import locked
@@ -346,7 +347,7 @@ def test_resamples_are_the_same_for_all_networks():
 
 @pytest.mark.parametrize("limits", [(0.9e6, 1.1e6), (3e5, 3e6), (1e3, 1e9), (7e4, 9e4)])
 def test_ticks_are_round_and_few(limits):
-    ticks = _ticks(*limits)
+    ticks = size_ticks(*limits)
     assert 1 <= len(ticks) <= MAX_TICKS
     assert all(limits[0] <= tick <= limits[1] for tick in ticks)
     assert _short(1_500_000.0) == "1.5M"

@@ -26,6 +26,8 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # distinguishable by colo
 MARKERS = ("o", "s", "^", "D")
 MAX_NAME_LENGTH = 22
 """Largest number of characters of a class name above an image."""
+MAX_TICKS = 7
+"""Largest number of ticks of a logarithmic axis."""
 _plain_text = rc_context({"text.parse_math": False})  # a class may be called $5$
 
 
@@ -189,13 +191,13 @@ def plot_comparison(names: list[str], compared: Sequence[ComparedRun], path: Pat
                 position,
                 value,
                 [[value - lowest[-1]], [max(ends[1], value) - value]],
-                fmt=MARKERS[(number + number // len(COLORS)) % len(MARKERS)],
-                color=COLORS[number % len(COLORS)],
+                **marker_style(number),
+                linestyle="none",
                 markersize=MARKER_SIZE,
                 capsize=4,
                 label=name + _legend_text(each),
             )
-        ticks = _size_ticks(low, high)
+        ticks = size_ticks(low, high)
         axes.set_xticks(ticks, [_format_size(tick) for tick in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
         _draw_leader_lines(axes, sizes, positions, lowest)
@@ -221,6 +223,14 @@ LEADER_HEIGHT = 0.07
 """Fraction of a panel's height in which leader lines run to the true sizes."""
 
 
+def marker_style(number: int) -> dict[str, str]:
+    """Return marker and colour of a run or method, different for the first sixteen."""
+    return {
+        "marker": MARKERS[(number + number // len(COLORS)) % len(MARKERS)],
+        "color": COLORS[number % len(COLORS)],
+    }
+
+
 def _size_limits(sizes: Sequence[int]) -> tuple[float, float]:
     """Return the limits of a logarithmic axis of sizes."""
     low, high = min(sizes), max(sizes)
@@ -237,8 +247,8 @@ _LEADING_DIGITS: tuple[tuple[float, ...], ...] = (
 )
 
 
-def _size_ticks(low: float, high: float) -> list[float]:
-    """Return three to seven round sizes within the limits of a logarithmic axis."""
+def size_ticks(low: float, high: float) -> list[float]:
+    """Return three to `MAX_TICKS` round sizes within the limits of a logarithmic axis."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks: list[float] = []
     for digits in _LEADING_DIGITS:
@@ -246,7 +256,7 @@ def _size_ticks(low: float, high: float) -> list[float]:
         ticks = [tick for tick in ticks if low <= tick <= high]
         if len(ticks) >= 3:
             break
-    return ticks[:: -(-len(ticks) // 7)]
+    return ticks[:: -(-len(ticks) // MAX_TICKS)]
 
 
 def _format_size(size: float) -> str:

@@ -1,6 +1,5 @@
 """Plots of a study."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,14 +8,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from mixmo_fastai.plots.png import COLORS, MARKERS
+from mixmo_fastai.plots.png import marker_style, size_ticks
 
 METRICS = {
     "accuracy": "accuracy",
     "nll": "NLL in nats",
     "nll_calibrated": "NLL in nats, calibrated",
 }
-MAX_TICKS = 8
 AXES = {
     "images_trained": "images seen by all networks (log scale)",
     "parameters": "parameters of all networks (log scale)",
@@ -45,14 +43,13 @@ def plot_study(cells: Sequence[Any], path: Path, axis: str = "images_trained") -
                 [getattr(cell, axis) for cell in points],
                 [cell.mean(name) for cell in points],
                 [cell.spread(name) or 0.0 for cell in points],
-                marker=MARKERS[(number + number // len(COLORS)) % len(MARKERS)],
-                color=COLORS[number % len(COLORS)],
+                **marker_style(number),
                 linestyle="-" if axis == "images_trained" else "none",
                 capsize=3,
                 label=method,
             )
         axes.set_xscale("log")
-        ticks = _ticks(*axes.get_xlim())
+        ticks = size_ticks(*axes.get_xlim())
         axes.set_xticks(ticks, [_short(tick) for tick in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set(xlabel=AXES[axis], ylabel=f"test {label}")
@@ -62,16 +59,6 @@ def plot_study(cells: Sequence[Any], path: Path, axis: str = "images_trained") -
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower left", ncols=4, fontsize=8, frameon=False)
     figure.savefig(path)
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Choose round numbers on a logarithmic axis, at most eight."""
-    for steps in ((1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9), (1, 2, 3, 5, 7), (1, 2, 5), (1,)):
-        exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        ticks = [step * 10.0**exponent for exponent in exponents for step in steps]
-        if len(inside := [tick for tick in ticks if low <= tick <= high]) <= MAX_TICKS:
-            return inside
-    return inside
 
 
 def _short(value: float) -> str:
