@@ -264,7 +264,7 @@ def test_runs_of_other_processes_and_failures_do_not_stop_a_study(file, tmp_path
     broken = replace(second.recipe, data=replace(second.recipe.data, limit=3))
     lines = []
     executor = Executor(tmp_path / "out", say=lines.append)
-    in_use = executor.run_folder(first).path
+    in_use = first.folder(executor.folder).path
     in_use.mkdir(parents=True)
     with locked(in_use):  # as another process does
         assert is_in_use(in_use)
@@ -274,8 +274,8 @@ def test_runs_of_other_processes_and_failures_do_not_stop_a_study(file, tmp_path
             executor.train([first, replace(second, recipe=broken), third])
     assert f"{first.name}: another process trains it" in lines
     assert not is_in_use(in_use)
-    assert executor.run_folder(third).is_finished
-    assert not executor.run_folder(first).is_finished
+    assert third.folder(executor.folder).is_finished
+    assert not first.folder(executor.folder).is_finished
     assert "Run folder" in (tmp_path / "out" / "logs" / f"{third.name}.txt").read_text()
 
 

@@ -1,5 +1,6 @@
 """`mixmo study`: train and compare methods over seeds and training lengths."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -50,9 +51,7 @@ def study(
     Several processes, also on several machines, may share a folder.
     """
     planned = read_study(file, dataset)
-    if reference is not None and reference not in planned.methods:
-        methods = ", ".join(planned.methods)
-        raise InputError(f"There is no method {reference!r} in {file}.\nMethods: {methods}.")
+    chosen = planned.check_method(reference)
     folder = out or Path("studies") / planned.name
     check_writable(folder)
     output = Output(as_json=as_json, quiet=quiet)
@@ -61,26 +60,28 @@ def study(
             folder.mkdir(parents=True, exist_ok=True)
         output.print(f"{planned.name}: {len(planned.runs)} runs in {folder}")
         Executor(folder, jobs, data_dir, output.print).train(planned.runs)
-    lines, value = _write_results(planned, folder, data_dir, reference)
+    lines, value = _write_results(planned, folder, data_dir, chosen)
     output.print_result(lines, value)
 
 
 def _write_results(
-    planned: Study, folder: Path, data_dir: Path | None, reference: str | None
+    planned: Study, folder: Path, data_dir: Path | None, reference: str
 ) -> tuple[list[str], dict[str, Any]]:
     """Write study.md, study.json and the plots; return what is printed."""
     from mixmo_fastai.plots.study import AXES, plot_study
-    from mixmo_fastai.runs.folder import RunFolder
-    from mixmo_fastai.study.results import as_json, collect_results
+    from mixmo_fastai.study.results import collect_results
     from mixmo_fastai.study.tables import markdown
 
     cells = collect_results(planned, folder, data_dir, reference=reference)
     if not cells:
         raise InputError(f"No run in {folder} is finished yet.\nTrain them without --summary.")
-    runs = [RunFolder(folder / "runs" / run.name) for run in planned.runs]
-    missing = sum(not run.is_finished for run in runs)
-    text = markdown(planned.name, cells, reference or planned.methods[0], missing)
-    value = {"name": planned.name, "unfinished": missing, "cells": as_json(cells)}
+    missing = sum(not run.folder(folder).is_finished for run in planned.runs)
+    text = markdown(planned.name, cells, reference, missing)
+    value = {
+        "name": planned.name,
+        "unfinished": missing,
+        "cells": [dataclasses.asdict(cell) for cell in cells],
+    }
     with writing(folder):
         write_atomically(folder / "study.md", text)
         write_atomically(folder / "study.json", json.dumps(value, indent=2) + "\n")

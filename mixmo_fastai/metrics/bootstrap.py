@@ -73,7 +73,7 @@ def intervals(
     """
     terms = _sample_terms(logits, labels)
     resampled = _resample(terms, num_resamples, seed)
-    return {name: _interval(values, level) for name, values in resampled.items()}
+    return {name: percentile_interval(values, level) for name, values in resampled.items()}
 
 
 def paired_intervals(
@@ -113,7 +113,7 @@ def paired_intervals(
         _resample(_sample_terms(logits, labels), num_resamples, seed) for logits in (first, second)
     )
     return {
-        name: _interval(resampled_second[name] - values, level)
+        name: percentile_interval(resampled_second[name] - values, level)
         for name, values in resampled_first.items()
     }
 
@@ -140,6 +140,26 @@ def resampled_metrics(
         (torch.Size([1000]), 0.7)
     """
     return _resample(_sample_terms(logits, labels), num_resamples, seed)
+
+
+def percentile_interval(values: Tensor, level: float = LEVEL) -> Interval:
+    """Compute the percentile interval of a metric from its values in resamples, (R,).
+
+    Args:
+        values: (R,) float64.
+        level: confidence level.
+
+    Raises:
+        InputError: a level outside (0, 1).
+
+    Example:
+        >>> percentile_interval(torch.arange(101).double(), level=0.5)
+        (25.0, 75.0)
+    """
+    if not 0 < level < 1:
+        raise InputError(f"level must be above 0 and below 1; got {level}.")
+    low, high = values.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2]).double()).tolist()
+    return low, high
 
 
 def draw_counts(num_samples: int, num_resamples: int, *, generator: torch.Generator) -> Tensor:
@@ -180,10 +200,3 @@ def _resample(terms: Mapping[str, Tensor], num_resamples: int, seed: int) -> dic
         name: part[:, 0] if term.ndim == 1 else part.abs().sum(dim=1)
         for (name, term), part in zip(terms.items(), parts, strict=True)
     }
-
-
-def _interval(values: Tensor, level: float) -> Interval:
-    if not 0 < level < 1:
-        raise InputError(f"level must be above 0 and below 1; got {level}.")
-    low, high = values.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2]).double()).tolist()
-    return low, high

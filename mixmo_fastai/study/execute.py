@@ -15,7 +15,6 @@ from pathlib import Path
 from mixmo_fastai.config.schema import to_toml
 from mixmo_fastai.errors import InputError, RunFailedError, RunInterruptedError
 from mixmo_fastai.runs.files import write_atomically
-from mixmo_fastai.runs.folder import RunFolder
 from mixmo_fastai.runs.lock import locked
 from mixmo_fastai.runtime.signals import exit_code_of
 from mixmo_fastai.study.plan import PlannedRun
@@ -50,7 +49,7 @@ class Executor:
             RunFailedError: some runs failed; the others were trained.
             RunInterruptedError: interrupted; the runs have saved their states.
         """
-        waiting = [run for run in runs if not self.run_folder(run).is_finished]
+        waiting = [run for run in runs if not run.folder(self.folder).is_finished]
         total, active = len(waiting), {}
         started = 0
         try:
@@ -58,7 +57,7 @@ class Executor:
                 while waiting and len(active) < self.jobs:
                     run = waiting.pop(0)
                     started += 1
-                    if is_in_use(self.run_folder(run).path):
+                    if is_in_use(run.folder(self.folder).path):
                         self.say(f"{run.name}: another process trains it")
                         continue
                     self.say(f"{run.name}: training, {started} of {total}")
@@ -76,12 +75,8 @@ class Executor:
             reasons = "".join(f"\n{name}: {reason}" for name, reason in [*self.failed.items()][:2])
             raise RunFailedError(f"{len(self.failed)} of {total} runs failed.{reasons}")
 
-    def run_folder(self, run: PlannedRun) -> RunFolder:
-        """Return the folder of a run, which may not exist yet."""
-        return RunFolder(self.folder / "runs" / run.name)
-
     def _start(self, run: PlannedRun) -> "subprocess.Popen[bytes]":
-        path = self.run_folder(run).path
+        path = run.folder(self.folder).path
         if (path / "recipe.toml").exists():
             arguments = ["--resume", str(path)]
         else:
@@ -112,7 +107,7 @@ class Executor:
         return path
 
     def _finish(self, run: PlannedRun, code: int) -> None:
-        folder = self.run_folder(run)
+        folder = run.folder(self.folder)
         if folder.is_finished:
             self.say(f"{run.name}: finished in {folder.metrics()['seconds'] / 60:.1f} minutes")
         elif is_in_use(folder.path):  # another process was faster

@@ -1,4 +1,4 @@
-"""The runs of a study, read from a TOML file. Standard library only.
+"""The runs of a study, read from a TOML file. Nothing that it imports needs torch.
 
     name = "small-cifar10"
     dataset = "images/cifar10"
@@ -30,6 +30,7 @@ from mixmo_fastai.config.recipe import Recipe
 from mixmo_fastai.config.resolve import resolve_recipe
 from mixmo_fastai.config.schema import TOML_ERRORS
 from mixmo_fastai.errors import InputError, nearest
+from mixmo_fastai.runs.folder import RunFolder
 
 BUDGETS = ("in all", "each")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
@@ -41,8 +42,8 @@ class PlannedRun:
 
     Attributes:
         method: name of the method.
-        images_seen: the length of training in the table of the study; the run itself may be longer,
-            see `Method.budget`.
+        images_seen: the length of training in the table of the study; with the budget "each", the
+            networks of a deep ensemble together see more.
         seed: seed.
         recipe: its recipe; the number of epochs is open.
     """
@@ -56,6 +57,10 @@ class PlannedRun:
     def name(self) -> str:
         """Name of the run folder."""
         return f"{self.method}-{self.images_seen}-seed{self.seed}"
+
+    def folder(self, study_folder: Path) -> RunFolder:
+        """Return the run's folder in the folder of its study; it may not exist yet."""
+        return RunFolder(study_folder / "runs" / self.name)
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,16 @@ class Study:
     name: str
     methods: tuple[str, ...]
     runs: tuple[PlannedRun, ...]
+
+    def check_method(self, name: str | None) -> str:
+        """Return the name of a method; the first one for None.
+
+        Raises:
+            InputError: there is no such method.
+        """
+        if name is not None and name not in self.methods:
+            raise InputError(f"There is no method {name!r}.\nMethods: {', '.join(self.methods)}.")
+        return name or self.methods[0]
 
 
 def read_study(path: Path, dataset: str | None = None) -> Study:

@@ -14,16 +14,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from mixmo_fastai.errors import InputError
 from mixmo_fastai.evaluation.results import final_metrics
 from mixmo_fastai.evaluation.runs import open_finished
-from mixmo_fastai.metrics.bootstrap import resampled_metrics
+from mixmo_fastai.metrics.bootstrap import percentile_interval, resampled_metrics
 from mixmo_fastai.rng import make_generator
 from mixmo_fastai.runs.files import write_atomically
 from mixmo_fastai.runs.folder import RunFolder
 from mixmo_fastai.study.plan import PlannedRun, Study
 
-NUM_RESAMPLES, LEVEL = 1000, 0.95
 COMPARED = ("accuracy", "nll")
 """Metrics whose differences have intervals."""
 
@@ -95,76 +93,89 @@ def collect_results(
     Raises:
         InputError: the reference is unknown, or the data of the runs is missing.
     """
-    reference = reference or study.methods[0]
-    if reference not in study.methods:
-        raise InputError(f"There is no method {reference!r}.\nMethods: {', '.join(study.methods)}.")
-    finished = [run for run in study.runs if RunFolder(folder / "runs" / run.name).is_finished]
-    samples = {run.name: _resampled(run, folder, data_dir) for run in finished}
+    reference = study.check_method(reference)
+    finished = [
+        _FinishedRun.read(run, folder, data_dir)
+        for run in study.runs
+        if run.folder(folder).is_finished
+    ]
     cells = []
-    for images_seen in sorted({run.images_seen for run in finished}):
+    for images_seen in sorted({each.run.images_seen for each in finished}):
         first = _runs_of(finished, reference, images_seen)
         for method in study.methods:
             if runs := _runs_of(finished, method, images_seen):
-                differences = None
-                if first and method != reference:
-                    differences = _differences(first, runs, samples, folder)
-                cells.append(_cell(runs, folder, differences))
+                differs = first and method != reference
+                cells.append(_cell(runs, _differences(first, runs) if differs else None))
     return cells
 
 
-def _runs_of(runs: Sequence[PlannedRun], method: str, images_seen: int) -> list[PlannedRun]:
-    return [run for run in runs if (run.method, run.images_seen) == (method, images_seen)]
+@dataclass(frozen=True)
+class _FinishedRun:
+    """A finished run of a study, with what its cell needs.
+
+    Attributes:
+        run: the planned run.
+        recorded: content of its metrics.json.
+        metrics: its final metrics, those after temperature scaling as `…_calibrated`.
+        samples: metrics (R,) in resamples of the test images, the same for all runs, by name.
+    """
+
+    run: PlannedRun
+    recorded: dict[str, Any]
+    metrics: dict[str, float]
+    samples: dict[str, Tensor]
+
+    @classmethod
+    def read(cls, run: PlannedRun, folder: Path, data_dir: Path | None) -> "_FinishedRun":
+        run_folder = run.folder(folder)
+        recorded = run_folder.metrics()
+        metrics = _values(recorded)
+        stored = folder / "logits" / f"{run.name}.safetensors"
+        logits, labels = _logits(run_folder, stored, metrics["accuracy"], data_dir)
+        return cls(run, recorded, metrics, resampled_metrics(logits, labels))
 
 
-def _cell(
-    runs: Sequence[PlannedRun], folder: Path, differences: Mapping[str, Difference] | None
-) -> Cell:
-    found = [_metrics_of(run, folder) for run in runs]
-    recorded = [RunFolder(folder / "runs" / run.name).metrics() for run in runs]
-    names = [name for name in found[0] if all(name in metrics for metrics in found)]
+def _runs_of(finished: Sequence[_FinishedRun], method: str, images_seen: int) -> list[_FinishedRun]:
+    return [
+        each
+        for each in finished
+        if (each.run.method, each.run.images_seen) == (method, images_seen)
+    ]
+
+
+def _cell(runs: Sequence[_FinishedRun], differences: Mapping[str, Difference] | None) -> Cell:
+    first = runs[0]
+    names = [name for name in first.metrics if all(name in each.metrics for each in runs)]
     return Cell(
-        method=runs[0].method,
-        images_seen=runs[0].images_seen,
-        seeds=tuple(run.seed for run in runs),
-        metrics={name: tuple(metrics[name] for metrics in found) for name in names},
-        parameters=recorded[0]["parameters"],
-        hours=tuple(metrics["seconds"] / 3600 for metrics in recorded),
-        images_trained=statistics.fmean(metrics["images_seen"] for metrics in recorded),
+        method=first.run.method,
+        images_seen=first.run.images_seen,
+        seeds=tuple(each.run.seed for each in runs),
+        metrics={name: tuple(each.metrics[name] for each in runs) for name in names},
+        parameters=first.recorded["parameters"],
+        hours=tuple(each.recorded["seconds"] / 3600 for each in runs),
+        images_trained=statistics.fmean(each.recorded["images_seen"] for each in runs),
         differences=differences,
     )
 
 
-def _metrics_of(run: PlannedRun, folder: Path) -> dict[str, float]:
-    """Return the final metrics of a run, those after temperature scaling as `…_calibrated`."""
-    metrics = RunFolder(folder / "runs" / run.name).metrics()
-    _, final = final_metrics(metrics)
+def _values(recorded: Mapping[str, Any]) -> dict[str, float]:
+    """Return the final metrics of a metrics.json, see `_FinishedRun.metrics`."""
+    _, final = final_metrics(recorded)
     values = {name: final[name] for name in ("accuracy", "nll", "ece") if name in final}
-    scaled = metrics.get("cross_fitted") or {}
+    scaled = recorded.get("cross_fitted") or {}
     values |= {f"{name}_calibrated": scaled[name] for name in ("nll", "ece") if name in scaled}
     return values
 
 
 def _differences(
-    first: Sequence[PlannedRun],
-    second: Sequence[PlannedRun],
-    samples: Mapping[str, Mapping[str, Tensor]],
-    folder: Path,
+    first: Sequence[_FinishedRun], second: Sequence[_FinishedRun]
 ) -> dict[str, Difference]:
-    """Compute the differences of two methods.
-
-    Args:
-        first: runs of the reference.
-        second: runs of the other method.
-        samples: metrics (R,) in the same resamples, by name of the run and metric.
-        folder: folder of the study.
-    """
-    values = [[_metrics_of(run, folder) for run in group] for group in (first, second)]
+    """Compute the differences of two methods, second minus first."""
     differences = {}
     for name in COMPARED:
-        numbers = [[metrics[name] for metrics in group] for group in values]
+        numbers = [[each.metrics[name] for each in group] for group in (first, second)]
         resampled = [
-            torch.stack([samples[run.name][name] for run in group])  # (S, R)
-            for group in (first, second)
+            torch.stack([each.samples[name] for each in group]) for group in (first, second)
         ]
         differences[name] = Difference(
             statistics.fmean(numbers[1]) - statistics.fmean(numbers[0]),
@@ -188,9 +199,7 @@ def seed_interval(first: Tensor, second: Tensor) -> tuple[float, float]:
     for values in (first, second):
         seeds = torch.randint(len(values), values.shape, generator=generator)
         means.append(values.gather(0, seeds).mean(dim=0))
-    tail = (1 - LEVEL) / 2
-    low, high = torch.quantile(means[1] - means[0], torch.tensor([tail, 1 - tail]).double())
-    return float(low), float(high)
+    return percentile_interval(means[1] - means[0])
 
 
 def standard_error(first: Sequence[float], second: Sequence[float]) -> float | None:
@@ -202,15 +211,17 @@ def standard_error(first: Sequence[float], second: Sequence[float]) -> float | N
     return error
 
 
-def _resampled(run: PlannedRun, folder: Path, data_dir: Path | None) -> dict[str, Tensor]:
-    """Return the metrics of a run in R resamples of the test images, the same for all runs."""
-    logits, labels = _logits(run, folder, data_dir)
-    return resampled_metrics(logits, labels, num_resamples=NUM_RESAMPLES)
+def _logits(
+    run: RunFolder, path: Path, accuracy: float, data_dir: Path | None
+) -> tuple[Tensor, Tensor]:
+    """Read the ensemble's logits (N, K) and labels (N,) of a run, or compute and store them.
 
-
-def _logits(run: PlannedRun, folder: Path, data_dir: Path | None) -> tuple[Tensor, Tensor]:
-    """Read the ensemble's logits (N, K) and labels (N,) of a run, or compute and store them."""
-    path = folder / "logits" / f"{run.name}.safetensors"
+    Args:
+        run: the run.
+        path: where they are stored.
+        accuracy: recorded accuracy of the run; other logits are those of a former run.
+        data_dir: folder of the data, if not the one that training used.
+    """
     try:
         stored = load_file(path)
         logits, labels = stored["logits"].double(), stored["labels"]
@@ -218,37 +229,11 @@ def _logits(run: PlannedRun, folder: Path, data_dir: Path | None) -> tuple[Tenso
         pass
     else:
         correct = float((logits.argmax(dim=1) == labels).double().mean())
-        if abs(correct - _metrics_of(run, folder)["accuracy"]) < 1e-6:  # else of a former run
+        if abs(correct - accuracy) < 1e-6:
             return logits, labels
-    finished = open_finished(RunFolder(folder / "runs" / run.name), data_dir)
+    finished = open_finished(run, data_dir)
     ((logits, labels),) = finished.logits([finished.final_loader()])
     mean = logits.double().mean(dim=1)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, save({"logits": mean.float(), "labels": labels}))
     return mean, labels
-
-
-def as_json(cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """Convert cells to values for JSON."""
-    return [
-        {
-            "method": cell.method,
-            "images_seen": cell.images_seen,
-            "seeds": list(cell.seeds),
-            "parameters": cell.parameters,
-            "images_trained": cell.images_trained,
-            "hours": list(cell.hours),
-            "metrics": {name: list(values) for name, values in cell.metrics.items()},
-            "differences": None
-            if cell.differences is None
-            else {
-                name: {
-                    "value": each.value,
-                    "interval": list(each.interval),
-                    "standard_error": each.standard_error,
-                }
-                for name, each in cell.differences.items()
-            },
-        }
-        for cell in cells
-    ]
