@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from measure import RATIO, SECONDS, format_rows, interleaved, paired_ratio, report, spreads
-from steps import REPETITIONS, Setup
+from steps import Setup, check_batch_size, cpu_parser
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -182,17 +182,11 @@ def cpu_flags() -> list[str]:
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cpu_parser(__doc__, repeats=7)
     parser.add_argument("--archs", default="wrn16_4,wrn10_2")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--out", type=Path, help="write the results as JSON")
     args = parser.parse_args()
-    if args.batch_size % REPETITIONS:
-        raise SystemExit(f"--batch-size must be a multiple of the {REPETITIONS} repetitions.")
+    check_batch_size(args.batch_size)
     torch.set_num_threads(args.threads)
     results = {arch: measure_arch(arch, args) for arch in args.archs.split(",")}
     matrices = matrix_rates(args.repeats)

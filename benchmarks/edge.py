@@ -18,6 +18,7 @@ import onnxruntime
 import torch
 from cpu_precision import cpu_flags
 from measure import RATIO, format_rows, interleaved, paired_ratio, report, spreads
+from steps import cpu_parser
 from torch import Tensor, nn
 from torchvision.io import write_png
 
@@ -124,15 +125,10 @@ def measure_arch(arch: str, images: Path, folder: Path, args: argparse.Namespace
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cpu_parser(__doc__, repeats=15)
     parser.add_argument("--archs", default="wrn10_2,wrn16_4")
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--batch-sizes", default="1,64")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--out", type=Path, help="write the results as JSON")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     keep_freed_memory()  # as the commands do

@@ -10,13 +10,12 @@ first, which is one of 6 channels there and two of 3 channels here; there, Batch
 convolutions instead of preceding them. Ratios above 1 mean that torch-uncertainty takes longer.
 """
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from cpu_precision import PRECISIONS
 from measure import RATIO, SECONDS, format_rows, interleaved, paired_ratio, report, spreads
-from steps import CLASSES, LR, REPETITIONS, SIZE, Setup
+from steps import CLASSES, LR, REPETITIONS, SIZE, Setup, check_batch_size, cpu_parser
 from torch import nn
 
 from mixmo_fastai.config.choices import parse_architecture
@@ -37,7 +36,6 @@ except ImportError:
 
 MEMBERS = 2
 PEER = "torch-uncertainty, MIMO"
-PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 
 
 def peer_network(arch: str) -> nn.Module:
@@ -111,19 +109,13 @@ def predictions(setup: Setup) -> dict[str, Callable[[], None]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cpu_parser(__doc__, repeats=11)
     parser.add_argument("--arch", default="wrn16_4")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=11)
-    parser.add_argument("--out", type=Path, help="write the results as JSON")
     args = parser.parse_args()
     if _MIMOWideResNet is None:
         raise SystemExit("peers.py needs torch-uncertainty: pip install -e '.[benchmarks]'")
-    if args.batch_size % REPETITIONS:
-        raise SystemExit(f"--batch-size must be a multiple of the {REPETITIONS} repetitions.")
+    check_batch_size(args.batch_size)
     torch.set_num_threads(args.threads)
     keep_freed_memory()  # for both sides
     count = args.batch_size // REPETITIONS

@@ -47,8 +47,7 @@ class Setup:
     @classmethod
     def from_arguments(cls, args: argparse.Namespace) -> "Setup":
         """Create a setup from the arguments of `step_parser`."""
-        if args.batch_size % REPETITIONS:
-            raise SystemExit(f"--batch-size must be a multiple of the {REPETITIONS} repetitions.")
+        check_batch_size(args.batch_size)
         acceleration = Acceleration(
             torch.device(args.device),
             autocast=torch.bfloat16 if args.precision == "bfloat16" else None,
@@ -143,6 +142,23 @@ class Setup:
         )
         self.acceleration.move_to_device(learn.model)
         return learn
+
+
+def check_batch_size(batch_size: int) -> None:
+    """End the program if a batch cannot show each image `REPETITIONS` times."""
+    if batch_size % REPETITIONS:
+        raise SystemExit(f"--batch-size must be a multiple of the {REPETITIONS} repetitions.")
+
+
+def cpu_parser(description: str | None, *, repeats: int) -> argparse.ArgumentParser:
+    """Create the argument parser of a benchmark that measures a CPU only."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument("--out", type=Path, help="write the results as JSON")
+    return parser
 
 
 def step_parser(
