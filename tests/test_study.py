@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,18 +14,18 @@ import pytest
 import torch
 from pages import STUDY, TEXTS, blocks, command_lines
 from PIL import Image
+from safetensors.torch import load_file
 
 from mixmo_fastai.cli import run as program
 from mixmo_fastai.errors import InputError, RunFailedError
-from mixmo_fastai.metrics.bootstrap import resampled_metrics
-from mixmo_fastai.plots.png import MAX_TICKS, size_ticks
-from mixmo_fastai.plots.study import _short
+from mixmo_fastai.metrics.bootstrap import resampled_means
+from mixmo_fastai.plots.png import MAX_TICKS, format_size, size_ticks
 from mixmo_fastai.runs.create import create_run
 from mixmo_fastai.runs.folder import RunFolder
 from mixmo_fastai.runs.lock import locked
 from mixmo_fastai.study.execute import Executor, is_in_use
 from mixmo_fastai.study.plan import read_study
-from mixmo_fastai.study.results import collect_results, seed_interval, standard_error
+from mixmo_fastai.study.results import Predictions, collect_results, seed_interval, standard_error
 from mixmo_fastai.study.tables import markdown
 from mixmo_fastai.training.ensemble import train_run
 from mixmo_fastai.training.prepare import prepare
@@ -200,14 +201,38 @@ class TestResults:
                 assert found.interval[0] <= difference <= found.interval[1]
         assert ensemble.differences["nll"].standard_error is None
 
-    def test_stored_logits_are_those_of_the_present_runs(self, trained):
+    def test_stored_predictions_are_those_of_the_present_runs(self, trained):
         study, out, _ = trained
         cells = collect_results(study, out)
-        stored = out / "logits" / "vanilla-400-seed0.safetensors"
+        stored = out / "predictions" / "vanilla-400-seed0.safetensors"
         before = stored.read_bytes()
-        stored.write_bytes((out / "logits" / "cut-mixmo-800-seed0.safetensors").read_bytes())
+        stored.write_bytes((out / "predictions" / "cut-mixmo-800-seed0.safetensors").read_bytes())
         assert collect_results(study, out) == cells
         assert stored.read_bytes() == before
+
+    def test_predictions_equal_the_metrics_of_the_run(self, trained):
+        study, out, _ = trained
+        for cell in collect_results(study, out):
+            assert cell.split == "test"
+            bins = cell.reliability
+            assert sum(each.images for each in bins) == 355 * len(cell.seeds)
+            correct = sum(each.accuracy * each.images for each in bins)
+            assert correct / (355 * len(cell.seeds)) == pytest.approx(cell.mean("accuracy"))
+            if len(cell.seeds) == 1:
+                gaps = [abs(each.accuracy - each.confidence) * each.images for each in bins]
+                assert sum(gaps) / 355 == pytest.approx(cell.mean("ece"), abs=1e-3)
+                stored = load_file(out / "predictions" / "ensemble-800-seed0.safetensors")
+                assert stored["nll"].mean().item() == pytest.approx(cell.mean("nll"))
+
+    def test_results_need_no_weights_once_predictions_are_stored(self, trained, tmp_path):
+        study, out, _ = trained
+        shutil.copytree(out, tmp_path / "out")
+        for run in study.runs:
+            folder = tmp_path / "out" / "runs" / run.name
+            for file in folder.iterdir():
+                if file.name != "metrics.json":
+                    shutil.rmtree(file) if file.is_dir() else file.unlink()
+        assert collect_results(study, tmp_path / "out") == collect_results(study, out)
 
     def test_another_reference_reverses_the_differences(self, trained):
         study, out, _ = trained
@@ -231,7 +256,7 @@ class TestResults:
         values = json.loads((out / "study.json").read_text())
         assert values["unfinished"] == 0
         assert len(values["cells"]) == 4
-        for name in ("images-trained.png", "parameters.png"):
+        for name in ("images-trained.png", "parameters.png", "calibration.png"):
             with Image.open(out / name) as picture:
                 assert picture.width > 800
 
@@ -340,7 +365,10 @@ def test_resamples_are_the_same_for_all_networks():
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(3, (50,), generator=generator)
     logits = torch.randn(50, 3, generator=generator)
-    first, second = (resampled_metrics(part, labels) for part in (logits, 2 * logits))
+    first, second = (
+        resampled_means({"accuracy": each.correct, "nll": each.nll})
+        for each in (Predictions.of(part, labels) for part in (logits, 2 * logits))
+    )
     assert torch.equal(first["accuracy"], second["accuracy"])
     assert not torch.equal(first["nll"], second["nll"])
 
@@ -350,7 +378,7 @@ def test_ticks_are_round_and_few(limits):
     ticks = size_ticks(*limits)
     assert 1 <= len(ticks) <= MAX_TICKS
     assert all(limits[0] <= tick <= limits[1] for tick in ticks)
-    assert _short(1_500_000.0) == "1.5M"
+    assert format_size(1_500_000.0) == "1.5 M"
 
 
 @pytest.mark.slow

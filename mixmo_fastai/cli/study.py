@@ -67,10 +67,11 @@ def study(
 def _write_results(
     planned: Study, folder: Path, data_dir: Path | None, reference: str
 ) -> tuple[list[str], dict[str, Any]]:
-    """Write study.md, study.json and the plots; return what is printed."""
-    from mixmo_fastai.plots.study import AXES, plot_study
+    """Write the files of the results; return what is printed."""
+    from mixmo_fastai.plots.study import AXES, plot_calibration, plot_study
+    from mixmo_fastai.report.study import render
     from mixmo_fastai.study.results import collect_results
-    from mixmo_fastai.study.tables import markdown
+    from mixmo_fastai.study.tables import by_length, markdown
 
     cells = collect_results(planned, folder, data_dir, reference=reference)
     if not cells:
@@ -87,4 +88,8 @@ def _write_results(
         write_atomically(folder / "study.json", json.dumps(value, indent=2) + "\n")
         for axis in AXES:
             plot_study(cells, folder / f"{axis.replace('_', '-')}.png", axis)
-    return [text.rstrip(), "", f"Results: {folder / 'study.md'}"], value
+        longest = [*by_length(cells).values()][-1]
+        plot_calibration(longest, folder / "calibration.png")
+        page = render(planned, cells, reference, folder, missing)
+        write_atomically(folder / "study.html", page)
+    return [text.rstrip(), "", f"Results: {folder / 'study.html'}"], value

@@ -118,28 +118,24 @@ def paired_intervals(
     }
 
 
-def resampled_metrics(
-    logits: Tensor, labels: Tensor, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0
+def resampled_means(
+    terms: Mapping[str, Tensor], *, num_resamples: int = NUM_RESAMPLES, seed: int = 0
 ) -> dict[str, Tensor]:
-    """Compute accuracy, NLL and ECE in each resample: (R,) by name.
+    """Compute the mean of each sample's values in each resample: (R,) by name.
 
     Calls with equal N, R and seed have the same resamples, so that networks can be compared.
 
     Args:
-        logits: (N, K).
-        labels: (N,).
+        terms: (N,) by name, such as 1 for a correct sample in accuracy, or its NLL.
         num_resamples: R.
         seed: seed of the resamples.
 
-    Raises:
-        InputError: as for `intervals`.
-
     Example:
-        >>> found = resampled_metrics(100 * torch.eye(4), torch.tensor([0, 1, 2, 0]))
-        >>> found["accuracy"].shape, round(float(found["accuracy"].mean()), 1)  # 3 of 4 are correct
+        >>> found = resampled_means({"accuracy": torch.tensor([True, True, True, False])})
+        >>> found["accuracy"].shape, round(float(found["accuracy"].mean()), 1)
         (torch.Size([1000]), 0.7)
     """
-    return _resample(_sample_terms(logits, labels), num_resamples, seed)
+    return _resample(terms, num_resamples, seed)
 
 
 def percentile_interval(values: Tensor, level: float = LEVEL) -> Interval:

@@ -163,8 +163,28 @@ def reliability_bins(logits: Tensor, labels: Tensor, num_bins: int = NUM_BINS) -
         >>> bins.confidence
         tensor([0.5000, 0.7500], dtype=torch.float64)
     """
+    return bins_of_predictions(*top_predictions(logits, labels), num_bins)
+
+
+def bins_of_predictions(
+    confidence: Tensor, correct: Tensor, num_bins: int = NUM_BINS
+) -> ReliabilityBins:
+    """Group predictions by confidence, as `reliability_bins` does.
+
+    Args:
+        confidence: (N,), largest probabilities.
+        correct: (N,) bool.
+        num_bins: Q.
+
+    Raises:
+        InputError: `num_bins` is below one.
+
+    Example:
+        >>> bins_of_predictions(torch.tensor([0.5, 0.75]), torch.tensor([False, True]), 2).counts
+        tensor([1, 1])
+    """
     check_num_bins(num_bins)
-    confidence, correct = top_predictions(logits, labels)
+    confidence = confidence.double()
     in_bin = F.one_hot(bin_indices(confidence, num_bins), num_bins).double()  # (N, Q)
     counts = in_bin.sum(dim=0)
     sizes = counts.clamp(min=1)

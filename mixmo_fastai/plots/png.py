@@ -198,7 +198,7 @@ def plot_comparison(names: list[str], compared: Sequence[ComparedRun], path: Pat
                 label=name + _legend_text(each),
             )
         ticks = size_ticks(low, high)
-        axes.set_xticks(ticks, [_format_size(tick) for tick in ticks])
+        axes.set_xticks(ticks, [format_size(tick) for tick in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
         _draw_leader_lines(axes, sizes, positions, lowest)
         remark = SHIFTED_REMARK * (positions != sizes)
@@ -259,11 +259,12 @@ def size_ticks(low: float, high: float) -> list[float]:
     return ticks[:: -(-len(ticks) // MAX_TICKS)]
 
 
-def _format_size(size: float) -> str:
+def format_size(size: float) -> str:
+    """Format a large number: 1500000 is "1.5 M"."""
     for unit, name in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
         if size >= unit:
-            return f"{size / unit:g}{name}"
-    return f"{size:g}"
+            return f"{size / unit:.3g}{name}"
+    return f"{size:.3g}"
 
 
 def _marker_positions(sizes: Sequence[int], limits: tuple[float, float]) -> list[float]:

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from mixmo_fastai.plots.png import marker_style, size_ticks
+from mixmo_fastai.plots.png import format_size, marker_style, size_ticks
 
 METRICS = {
     "accuracy": "accuracy",
@@ -19,6 +20,8 @@ AXES = {
     "images_trained": "images seen by all networks (log scale)",
     "parameters": "parameters of all networks (log scale)",
 }
+MIN_BIN_IMAGES = 50
+"""Number of images from which on the accuracy in a bin of confidence is drawn."""
 
 
 def plot_study(cells: Sequence[Any], path: Path, axis: str = "images_trained") -> None:
@@ -32,8 +35,7 @@ def plot_study(cells: Sequence[Any], path: Path, axis: str = "images_trained") -
     metrics = {
         name: label for name, label in METRICS.items() if all(name in c.metrics for c in cells)
     }
-    figure = Figure(figsize=(4.2 * len(metrics) + 1, 4.6), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _new_figure(4.2 * len(metrics) + 1)
     methods = list(dict.fromkeys(cell.method for cell in cells))
     panels = figure.subplots(1, len(metrics), squeeze=False)[0]
     for axes, (name, label) in zip(panels, metrics.items(), strict=True):
@@ -50,20 +52,63 @@ def plot_study(cells: Sequence[Any], path: Path, axis: str = "images_trained") -
             )
         axes.set_xscale("log")
         ticks = size_ticks(*axes.get_xlim())
-        axes.set_xticks(ticks, [_short(tick) for tick in ticks])
+        axes.set_xticks(ticks, [format_size(tick) for tick in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.set(xlabel=AXES[axis], ylabel=f"test {label}")
+        axes.set(xlabel=AXES[axis], ylabel=f"{_split_name(cells)} {label}")
         axes.grid(alpha=0.3)
         if name == "accuracy":
-            axes.yaxis.set_major_formatter(lambda fraction, _: f"{100 * fraction:.4g} %")
-    handles, labels = panels[0].get_legend_handles_labels()
+            axes.yaxis.set_major_formatter(_percent)
+    _save(figure, panels[0], path)
+
+
+def plot_calibration(cells: Sequence[Any], path: Path) -> None:
+    """Plot accuracy minus confidence in bins of confidence, over all seeds of each method.
+
+    Args:
+        cells: of one training length, from `study.results.collect_results`.
+        path: PNG to write.
+    """
+    figure = _new_figure(7.5)
+    axes = figure.subplots()
+    axes.axhline(0, color="black", linewidth=1, linestyle=(0, (4, 3)))
+    for number, cell in enumerate(cells):
+        bins = [each for each in cell.reliability if each.images >= MIN_BIN_IMAGES]
+        axes.plot(
+            [each.confidence for each in bins],
+            [each.accuracy - each.confidence for each in bins],
+            **marker_style(number),
+            markersize=4,
+            label=cell.method,
+        )
+    axes.set(
+        xlim=(0, 1),
+        xlabel="confidence",
+        ylabel=f"{_split_name(cells)} accuracy minus confidence, in points",
+    )
+    title = f"{cells[0].images_seen:,} images seen; methods below the line are overconfident"
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.xaxis.set_major_formatter(_percent)
+    axes.yaxis.set_major_formatter(lambda fraction, _: f"{100 * fraction:.4g}")
+    _save(figure, axes, path)
+
+
+def _new_figure(width: float) -> Figure:
+    figure = Figure(figsize=(width, 4.6), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Figure, axes: Axes, path: Path) -> None:
+    """Add a legend of the methods and write the PNG."""
+    handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower left", ncols=4, fontsize=8, frameon=False)
     figure.savefig(path)
 
 
-def _short(value: float) -> str:
-    """Format a large number: 1500000 is "1.5M"."""
-    for factor, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= factor:
-            return f"{value / factor:.3g}{suffix}"
-    return f"{value:.3g}"
+def _split_name(cells: Sequence[Any]) -> str:
+    return "test" if cells[0].split == "test" else "validation"
+
+
+def _percent(fraction: float, _: int) -> str:
+    return f"{100 * fraction:.4g} %"

@@ -66,15 +66,10 @@ def write_report(
 
 def render(data: ReportData) -> str:
     """Render a report as HTML. Names of classes, files and recipes are escaped."""
-    recipe, folder = data.recipe, files("mixmo_fastai.report")
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["data_uri"] = as_data_uri
-    template = environment.from_string((folder / "page.html").read_text(encoding="utf-8"))
-    page = template.render(
+    recipe = data.recipe
+    return render_template(
+        "page.html",
         name=data.run.path.resolve().name,
-        style=Markup((folder / "page.css").read_text(encoding="utf-8")),
         method=method_name(recipe),
         lead=_lead(data),
         tiles=_tiles(data),
@@ -89,8 +84,25 @@ def render(data: ReportData) -> str:
         percent=percent,
         recipe=to_toml(recipe),
         environment=_environment_rows(data.environment),
+    )
+
+
+def render_template(template: str, **values: Any) -> str:
+    """Render a template of this package as a self-contained page; values are escaped.
+
+    The template also gets the style sheet `style`, the version `version` of this package and the
+    time `written`.
+    """
+    folder = files("mixmo_fastai.report")
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["data_uri"] = as_data_uri
+    page = environment.from_string((folder / template).read_text(encoding="utf-8")).render(
+        style=Markup((folder / "page.css").read_text(encoding="utf-8")),
         version=__version__,
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        **values,
     )
     return _UNIT.sub("\u00a0", page)  # no line break between a number and its unit
 
@@ -106,7 +118,12 @@ def as_data_uri(pixels: Tensor) -> str:
     image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
     file = io.BytesIO()
     image.save(file, "PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return png_uri(file.getvalue())
+
+
+def png_uri(data: bytes) -> str:
+    """Encode a PNG file as a data URI."""
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
 
 
 def _lead(data: ReportData) -> str:

@@ -5,18 +5,21 @@ Shapes: N test images, K classes, S seeds, R resamples.
 
 import statistics
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from mixmo_fastai.evaluation.results import final_metrics
 from mixmo_fastai.evaluation.runs import open_finished
-from mixmo_fastai.metrics.bootstrap import percentile_interval, resampled_metrics
+from mixmo_fastai.metrics.bootstrap import percentile_interval, resampled_means
+from mixmo_fastai.metrics.calibration import bins_of_predictions
 from mixmo_fastai.rng import make_generator
 from mixmo_fastai.runs.files import write_atomically
 from mixmo_fastai.runs.folder import RunFolder
@@ -24,6 +27,42 @@ from mixmo_fastai.study.plan import PlannedRun, Study
 
 COMPARED = ("accuracy", "nll")
 """Metrics whose differences have intervals."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What the results of a study need of each test image, in 7 bytes per image.
+
+    Attributes:
+        correct: (N,) bool, whether the class is correct.
+        confidence: (N,) float16, largest probability.
+        nll: (N,) float32, negative log-likelihood of the label in nats.
+    """
+
+    correct: Tensor
+    confidence: Tensor
+    nll: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor, labels: Tensor) -> "Predictions":
+        """Return the predictions of logits (N, K) for labels (N,)."""
+        confidence, classes = logits.softmax(dim=1).max(dim=1)
+        nll = cross_entropy(logits, labels, reduction="none")
+        return cls(classes == labels, confidence.half(), nll.float())
+
+
+class Bin(NamedTuple):
+    """Predictions of similar confidence.
+
+    Attributes:
+        confidence: their mean confidence.
+        accuracy: fraction of them that is correct.
+        images: their number.
+    """
+
+    confidence: float
+    accuracy: float
+    images: int
 
 
 @dataclass(frozen=True)
@@ -54,6 +93,8 @@ class Cell:
         parameters: number of parameters of all networks.
         hours: duration of training, over the seeds.
         images_trained: images that all networks saw, mean over the seeds.
+        split: "test", or "valid" if there are no labelled test images.
+        reliability: predictions of all seeds in bins of confidence; empty bins are left out.
         differences: from the first method of the study at this length; None for it itself or if it
             is not trained.
     """
@@ -65,6 +106,8 @@ class Cell:
     parameters: int
     hours: tuple[float, ...]
     images_trained: float
+    split: str
+    reliability: tuple[Bin, ...]
     differences: Mapping[str, Difference] | None
 
     def mean(self, name: str) -> float:
@@ -82,7 +125,8 @@ def collect_results(
 ) -> list[Cell]:
     """Collect the results of all finished runs of a study.
 
-    The logits of the test images are computed once per run and stored in `FOLDER/logits`.
+    What the results need of each test image is computed once per run and stored in
+    `FOLDER/predictions`, after which neither the weights of the run nor the images are needed.
 
     Args:
         study: the study.
@@ -117,22 +161,25 @@ class _FinishedRun:
         run: the planned run.
         recorded: content of its metrics.json.
         metrics: its final metrics, those after temperature scaling as `…_calibrated`.
-        samples: metrics (R,) in resamples of the test images, the same for all runs, by name.
+        samples: accuracy and NLL (R,) in resamples of the test images, the same for all runs.
+        predictions: of the test images.
     """
 
     run: PlannedRun
     recorded: dict[str, Any]
     metrics: dict[str, float]
     samples: dict[str, Tensor]
+    predictions: Predictions
 
     @classmethod
     def read(cls, run: PlannedRun, folder: Path, data_dir: Path | None) -> "_FinishedRun":
         run_folder = run.folder(folder)
         recorded = run_folder.metrics()
         metrics = _values(recorded)
-        stored = folder / "logits" / f"{run.name}.safetensors"
-        logits, labels = _logits(run_folder, stored, metrics["accuracy"], data_dir)
-        return cls(run, recorded, metrics, resampled_metrics(logits, labels))
+        path = folder / "predictions" / f"{run.name}.safetensors"
+        predictions = _predictions(run_folder, path, metrics["accuracy"], data_dir)
+        terms = {"accuracy": predictions.correct, "nll": predictions.nll}
+        return cls(run, recorded, metrics, resampled_means(terms), predictions)
 
 
 def _runs_of(finished: Sequence[_FinishedRun], method: str, images_seen: int) -> list[_FinishedRun]:
@@ -154,8 +201,19 @@ def _cell(runs: Sequence[_FinishedRun], differences: Mapping[str, Difference] | 
         parameters=first.recorded["parameters"],
         hours=tuple(each.recorded["seconds"] / 3600 for each in runs),
         images_trained=statistics.fmean(each.recorded["images_seen"] for each in runs),
+        split=final_metrics(first.recorded)[0],
+        reliability=_reliability([each.predictions for each in runs]),
         differences=differences,
     )
+
+
+def _reliability(predictions: Sequence[Predictions]) -> tuple[Bin, ...]:
+    bins = bins_of_predictions(
+        torch.cat([each.confidence for each in predictions]),
+        torch.cat([each.correct for each in predictions]),
+    )
+    columns = (bins.confidence.tolist(), bins.accuracy.tolist(), bins.counts.tolist())
+    return tuple(Bin(*each) for each in zip(*columns, strict=True) if each[2])
 
 
 def _values(recorded: Mapping[str, Any]) -> dict[str, float]:
@@ -211,29 +269,22 @@ def standard_error(first: Sequence[float], second: Sequence[float]) -> float | N
     return error
 
 
-def _logits(
-    run: RunFolder, path: Path, accuracy: float, data_dir: Path | None
-) -> tuple[Tensor, Tensor]:
-    """Read the ensemble's logits (N, K) and labels (N,) of a run, or compute and store them.
+def _predictions(run: RunFolder, path: Path, accuracy: float, data_dir: Path | None) -> Predictions:
+    """Read the predictions of a run, or compute and store them.
 
     Args:
         run: the run.
         path: where they are stored.
-        accuracy: recorded accuracy of the run; other logits are those of a former run.
+        accuracy: recorded accuracy of the run; other predictions are those of a former run.
         data_dir: folder of the data, if not the one that training used.
     """
-    try:
-        stored = load_file(path)
-        logits, labels = stored["logits"].double(), stored["labels"]
-    except (OSError, SafetensorError, KeyError):
-        pass
-    else:
-        correct = float((logits.argmax(dim=1) == labels).double().mean())
-        if abs(correct - accuracy) < 1e-6:
-            return logits, labels
+    with suppress(OSError, SafetensorError, KeyError):
+        stored = Predictions(**load_file(path))
+        if abs(float(stored.correct.double().mean()) - accuracy) < 1e-6:
+            return stored
     finished = open_finished(run, data_dir)
     ((logits, labels),) = finished.logits([finished.final_loader()])
-    mean = logits.double().mean(dim=1)
+    predictions = Predictions.of(logits.double().mean(dim=1), labels)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, save({"logits": mean.float(), "labels": labels}))
-    return mean, labels
+    write_atomically(path, save(vars(predictions)))
+    return predictions

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
+from mixmo_fastai.evaluation.results import SPLIT_NAMES
 from mixmo_fastai.metrics.table import decimal, percent, points, signed_decimal
-from mixmo_fastai.study.results import Cell, Difference
+from mixmo_fastai.study.results import Cell
 
 _COLUMNS = {  # metric: title and format
     "accuracy": ("accuracy", percent),
@@ -27,19 +28,49 @@ def markdown(name: str, cells: Sequence[Cell], reference: str, num_missing: int 
     lines = [f"# {name}", ""]
     if num_missing:
         lines += [f"{num_missing} runs are not finished; their seeds are missing below.", ""]
-    for images_seen in dict.fromkeys(cell.images_seen for cell in cells):
-        group = [cell for cell in cells if cell.images_seen == images_seen]
-        lines += [f"## {images_seen:,} images seen", "", *_table(group, reference), ""]
-    lines += [
-        "Means over seeds, ± their standard deviation. Calibrated: temperatures fitted on one half "
-        "of the test images and applied to the other. In brackets: 95 % bootstrap intervals of the "
-        "differences, over test images and seeds; then the standard error from the seeds alone.",
-        "",
-    ]
-    return "\n".join(lines)
+    for images_seen, group in by_length(cells).items():
+        titles, *rows = table(group, reference)
+        lines += [
+            f"## {images_seen:,} images seen",
+            "",
+            _row(titles),
+            f"|{'---|' * len(titles)}",
+            *map(_row, rows),
+            "",
+        ]
+    return "\n".join([*lines, legend(cells), ""])
 
 
-def _table(cells: Sequence[Cell], reference: str) -> list[str]:
+def _row(texts: Sequence[str]) -> str:
+    return f"| {' | '.join(texts)} |"
+
+
+def legend(cells: Sequence[Cell]) -> str:
+    """Explain the values of the tables."""
+    split = SPLIT_NAMES[cells[0].split].lower()
+    return (
+        f"Means over seeds, ± their standard deviation, on the {split} images. Calibrated: "
+        f"temperatures fitted on one half of the {split} images and applied to the other. In "
+        f"brackets: 95 % bootstrap intervals of the differences, over {split} images and seeds; "
+        "then ± the standard error from the seeds alone."
+    )
+
+
+def by_length(cells: Sequence[Cell]) -> dict[int, list[Cell]]:
+    """Group the results by the training length."""
+    return {
+        images_seen: [cell for cell in cells if cell.images_seen == images_seen]
+        for images_seen in dict.fromkeys(cell.images_seen for cell in cells)
+    }
+
+
+def table(cells: Sequence[Cell], reference: str) -> list[list[str]]:
+    """Return the texts of a table: its titles, then a row for each method.
+
+    Args:
+        cells: of one training length.
+        reference: the method from which differences are taken.
+    """
     columns = [name for name in _COLUMNS if any(name in cell.metrics for cell in cells)]
     titles = [
         "method",
@@ -60,11 +91,7 @@ def _table(cells: Sequence[Cell], reference: str) -> list[str]:
         ]
         for cell in cells
     ]
-    return [
-        f"| {' | '.join(titles)} |",
-        f"|{'---|' * len(titles)}",
-        *(f"| {' | '.join(row)} |" for row in rows),
-    ]
+    return [titles, *rows]
 
 
 def _value(cell: Cell, name: str) -> str:
@@ -79,12 +106,8 @@ def _difference(cell: Cell, name: str) -> str:
     if cell.differences is None:
         return "-"
     form, found = _DIFFERENCES[name][1], cell.differences[name]
-    low, high = map(form, found.interval)
-    return f"{form(found.value)} ({low} to {high}){_error_text(found, name)}"
-
-
-def _error_text(difference: Difference, name: str) -> str:
-    if difference.standard_error is None:
-        return ""
-    form = _DIFFERENCES[name][1]
-    return f"; {form(difference.standard_error).removeprefix('+')}"
+    low, high = (form(value).removesuffix(" points") for value in found.interval)
+    text = f"{form(found.value)} ({low} to {high})"
+    if found.standard_error is None:
+        return text
+    return f"{text}; ± {form(found.standard_error).removeprefix('+').removesuffix(' points')}"
