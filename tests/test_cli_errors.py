@@ -62,7 +62,6 @@ ASSIGNMENTS = [
     ("fit --set train.ema_decay=1", "train.ema_decay is 1", "at most"),
     ("fit --set train.select=test", "train.select is 'test'", "Allowed: last, best"),
     ("fit --valid-split 0 --set train.select=best", "validation split", "data.valid_split"),
-    ("fit --set data.image_size=16", "image_size is 16", "Remove image_size"),
 ]
 NUMBERS = [
     ("fit --epochs 0", "--epochs is 0", "at least 1"),

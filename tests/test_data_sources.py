@@ -213,10 +213,19 @@ def test_paths_are_distinguished_from_names(path, tmp_path):
         load_source(path, tmp_path)
 
 
-def test_named_data_sets_have_a_fixed_image_size():
-    assert load_source("digits", image_size=8).train.image_shape == (1, 8, 8)
-    with pytest.raises(InputError, match="image_size is 32, but images of 'digits' are 8 x 8"):
-        load_source("digits", image_size=32)
+@pytest.mark.parametrize("size", [4, 16])
+def test_named_data_sets_are_resized(size):
+    plain, resized = load_source("digits", image_size=8), load_source("digits", image_size=size)
+    for before, after in ((plain.train, resized.train), (plain.test, resized.test)):
+        assert after.image_shape == (1, size, size)
+        assert torch.equal(after.labels, before.labels)
+        assert [after.name(i) for i in (0, 5)] == [before.name(i) for i in (0, 5)]
+        expected = torch.nn.functional.interpolate(
+            before.tensor().float(), (size, size), mode="bilinear", antialias=True
+        )
+        torch.testing.assert_close(after.tensor().float(), expected, atol=1.0, rtol=0)
+    assert (plain.crop_padding, resized.crop_padding) == (1, size // 8)
+    assert torch.equal(plain.train.tensor(), load_source("digits").train.tensor())
 
 
 def test_data_folder_is_chosen_by_precedence(monkeypatch, tmp_path):

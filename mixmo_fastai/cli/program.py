@@ -65,7 +65,7 @@ _COMMANDS = {
     ),
     "recipes": (
         "recipes:recipes",
-        "List the recipes with their published accuracy, or show all settings of one.",
+        "List the recipes with their expected accuracy, or show all settings of one.",
     ),
     "datasets": (
         "datasets:datasets",

@@ -7,6 +7,8 @@ import typer
 from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output
 from mixmo_fastai.config.load import load_recipe, recipe_names
+from mixmo_fastai.config.methods import expected_label
+from mixmo_fastai.config.recipe import Recipe
 from mixmo_fastai.config.resolve import resolve_recipe
 from mixmo_fastai.config.schema import to_mapping, to_toml
 
@@ -17,7 +19,7 @@ def recipes(
     as_json: opt.Json = False,
     debug: opt.Debug = False,
 ) -> None:
-    """List the recipes with their published accuracy, or show all settings of one."""
+    """List the recipes with their expected accuracy, or show all settings of one."""
     output = Output(as_json=as_json)
     if name is not None:
         recipe = resolve_recipe(None, name, {}, assignments) if assignments else load_recipe(name)
@@ -26,7 +28,7 @@ def recipes(
     if assignments:
         raise typer.BadParameter("--set changes one recipe; name it: mixmo recipes NAME --set …")
     known = [load_recipe(known_name) for known_name in recipe_names()]
-    rows = [("recipe", "network", "networks", "members", "mix", "pixels", "epochs", "published")]
+    rows = [("recipe", "network", "networks", "members", "mix", "pixels", "epochs", "accuracy")]
     rows += [
         (
             recipe.name,
@@ -35,14 +37,33 @@ def recipes(
             str(recipe.model.num_members),
             recipe.mix.kind,
             recipe.mix.msda,
-            str(recipe.train.epochs),
-            f"{100 * recipe.expected.accuracy:.2f} %" if recipe.expected.accuracy else "-",
+            _length(recipe),
+            _expected(recipe),
         )
         for recipe in known
     ]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)) for row in rows]
     output.print_result(
-        [*(line.rstrip() for line in lines), "", "Train one: mixmo fit --recipe NAME"],
+        [
+            *(line.rstrip() for line in lines),
+            "",
+            "Accuracies are published; those with * were measured by this project.",
+            "Train one: mixmo fit --recipe NAME",
+        ],
         {recipe.name: to_mapping(recipe) for recipe in known},
     )
+
+
+def _length(recipe: Recipe) -> str:
+    """Return the length of training: epochs, or images seen by all networks."""
+    if recipe.train.images_seen is None:
+        return str(recipe.train.epochs)
+    return f"{recipe.train.images_seen / 1e6:g}M images"
+
+
+def _expected(recipe: Recipe) -> str:
+    if recipe.expected.accuracy is None:
+        return "-"
+    mark = "*" * (expected_label(recipe) != "Published")
+    return f"{100 * recipe.expected.accuracy:.2f} %{mark}"

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mixmo_fastai.config.methods import method_name, published_result
+from mixmo_fastai.config.methods import expected_label, expected_result, method_name
 from mixmo_fastai.config.recipe import Mix, Recipe
 from mixmo_fastai.config.resolve import changed_settings
 from mixmo_fastai.config.schema import to_mapping
@@ -46,7 +46,7 @@ def plan_lines(training: Any) -> list[str]:
             f"weight decay {recipe.optimizer.weight_decay:g}",
         ),
         *([("Weights", kept)] if (kept := _kept_weights(recipe)) else []),
-        *_published_rows(recipe),
+        *_expected_rows(recipe),
     ]
     return align(rows, PLAN_WIDTH)
 
@@ -56,9 +56,9 @@ def _optimizer_name(recipe: Recipe) -> str:
     return {"sgd": "SGD", "adamw": "AdamW", "muon": "Muon"}.get(name, name)
 
 
-def _published_rows(recipe: Recipe) -> list[tuple[str, str]]:
-    text = published_result(recipe)
-    return [("Published", text)] if text else []
+def _expected_rows(recipe: Recipe) -> list[tuple[str, str]]:
+    text = expected_result(recipe)
+    return [(expected_label(recipe), text)] if text else []
 
 
 def _kept_weights(recipe: Recipe) -> str:
@@ -178,7 +178,7 @@ def metric_lines(metrics: Mapping[str, Any], recipe: Recipe) -> list[str]:
             else "these same images, so their metrics are too optimistic"
         )
         rows.append(("Kept weights", f"epoch {shown}, best on {images}"))
-    rows += _published_rows(recipe)
+    rows += _expected_rows(recipe)
     return [*requested, *align([*rows, *_metric_rows(metrics, num_members)], METRIC_WIDTH)]
 
 
@@ -236,7 +236,8 @@ def comparison_lines(compared: Sequence[Any]) -> list[str]:
             if (accuracy := each.recipe.expected.accuracy) is not None:
                 remark = " with settings that differ from this run's; see `mixmo eval`"
                 changed = remark if changed_settings(each.recipe) else ""
-                lines.append(f"{each.run.path}: published {percent(accuracy)}{changed}")
+                label = expected_label(each.recipe).lower()
+                lines.append(f"{each.run.path}: {label} {percent(accuracy)}{changed}")
     lines += ["", f"Difference from {compared[0].run.path}, 95 % CI (paired bootstrap)"]
     for each in compared[1:]:
         lines += [f"  {each.run.path}", *_difference_lines(each, compared[0])]

@@ -25,8 +25,13 @@ def method_name(recipe: Recipe) -> str:
     return f"{name}, deep ensemble of {nets} networks" if nets > 1 else name
 
 
-def published_result(recipe: Recipe) -> str:
-    """Return the published result of a recipe and the settings that differ; "" if there is none."""
+def expected_label(recipe: Recipe) -> str:
+    """Return "Published" or, if this project measured the expected accuracy itself, "Expected"."""
+    return "Expected" if recipe.expected.source.startswith("measured") else "Published"
+
+
+def expected_result(recipe: Recipe) -> str:
+    """Return the expected accuracy of a recipe and the settings that differ; "" if it has none."""
     expected = recipe.expected
     if expected.accuracy is None:
         return ""

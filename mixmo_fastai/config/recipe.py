@@ -53,10 +53,10 @@ class Data:
         test_split: fraction of each class of an image folder that becomes the test set if the
             folder has none; if None, 0.2, or 0 if the folder has a validation folder.
         limit: maximum number of training images, balanced over the classes; 0 for all.
-        image_size: height and width to which the images of a folder are resized. If 0, the size of
-            more than half of the training images or, if there is none, the median height and the
-            median width, each at most 224. If None, the same, but on a CPU at most
-            `defaults.MAX_CPU_SIDE`.
+        image_size: height and width to which images are resized. If 0 or None, named data sets keep
+            their size. A folder has, if 0, the size of more than half of the training images or, if
+            there is none, the median height and the median width, each at most 224; if None, the
+            same, but on a CPU at most `defaults.MAX_CPU_SIDE`.
         skip_damaged: whether to skip image files that cannot be decoded; otherwise an error lists
             them. A run stores the names of skipped files in left-out.json.
         crop_padding: pixels of padding before the random crop; if None, that of the data set.
@@ -243,11 +243,11 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Expected:
-    """The published accuracy, for comparison; it does not affect training.
+    """The accuracy to expect, for comparison; it does not affect training.
 
     Attributes:
-        accuracy: top-1 accuracy in [0, 1].
-        source: source of the accuracy.
+        accuracy: top-1 accuracy in [0, 1], published or measured by this project.
+        source: source of the accuracy; begins with "measured" if it is this project.
         arch: network of the accuracy.
     """
 

@@ -160,6 +160,20 @@ class FileImages:
         return tuple(path.stat().st_size if path.is_file() else -1 for path in paths)
 
 
+def resize_images(images: ImageSet, size: int) -> ImageSet:
+    """Resize the images of a set to squares of `size` pixels, with antialiasing."""
+    if images.image_shape[1:] == (size, size):
+        return images
+    if isinstance(images, FileImages):
+        return replace(images, size=(size, size))
+    from torchvision.transforms.v2.functional import resize  # importing takes 1.5 s
+
+    pixels = resize(images.tensor(), [size, size], antialias=True)
+    names = tuple(map(images.name, range(len(images))))
+    files = images.files if isinstance(images, ArrayImages) else None
+    return ArrayImages(pixels, images.labels, names, files)
+
+
 @dataclass(frozen=True, eq=False)
 class Subset:
     """A subset of an image set, itself an image set.

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +12,13 @@ from mixmo_fastai.data.cifar import CIFAR10, CIFAR100, read_cifar10, read_cifar1
 from mixmo_fastai.data.damage import LeftOut
 from mixmo_fastai.data.digits import read_digits
 from mixmo_fastai.data.image_folder import read_image_folder
-from mixmo_fastai.data.image_sets import ArrayImages, DataSource, FileImages, ImageSet
+from mixmo_fastai.data.image_sets import (
+    ArrayImages,
+    DataSource,
+    FileImages,
+    ImageSet,
+    resize_images,
+)
 from mixmo_fastai.data.parts import DataParts
 from mixmo_fastai.data.source_checks import check_against_facts
 from mixmo_fastai.data.tiny_imagenet import TINY_IMAGENET, read_tiny_imagenet
@@ -92,8 +98,8 @@ def load_source(
         dataset: a name in `SOURCES`, or the path of an image folder; a name has priority over a
             folder of the same name.
         data_dir: the data folder; see `data_home`.
-        image_size: height and width to which the images of a folder are resized; None for the
-            size chosen by `choose_image_size`.
+        image_size: height and width to which images are resized; None for the original size of a
+            named data set, or the size chosen for a folder by `choose_image_size`.
         largest_side: maximum for that chosen size; if a side is longer, images are resized to
             squares of this size.
         download: whether an archive may be downloaded.
@@ -112,14 +118,13 @@ def load_source(
     if home.exists() and not home.is_dir():
         raise InputError(f"The data folder {home} is a file.\nChoose another --data-dir.")
     if dataset in SOURCES:
-        _check_image_size(str(dataset), image_size)
         _check_no_test_split(str(dataset), test_split)
         source = SOURCES[dataset].load(
             home, download=download, skip_damaged=skip_damaged, left_out=left_out
         )
         facts, has_files = DATASETS[str(dataset)], SOURCES[dataset].has_files
         check_against_facts(source, facts, may_have_fewer_classes=has_files)
-        return source
+        return source if image_size is None else _resized(source, image_size)
     if isinstance(dataset, str) and not _is_path(dataset):
         raise InputError(
             f"{unknown_name_error('data set', dataset, SOURCES)}\n"
@@ -192,13 +197,12 @@ def _status(name: str, place: Path, problem: str | None, detail: str) -> Dataset
     return DatasetStatus(name, place, "present", detail)
 
 
-def _check_image_size(dataset: str, image_size: int | None) -> None:
-    size = DATASETS[dataset].image_shape[-1]
-    if image_size not in (None, size):
-        raise InputError(
-            f"image_size is {image_size}, but images of {dataset!r} are {size} x {size} pixels.\n"
-            "Remove image_size; it applies to image folders only."
-        )
+def _resized(source: DataSource, size: int) -> DataSource:
+    """Resize the images of a named data set, and the padding of its random crop in proportion."""
+    before = source.train.image_shape[-1]
+    padding = source.crop_padding * size // before
+    train, test = (resize_images(images, size) for images in (source.train, source.test))
+    return replace(source, train=train, test=test, crop_padding=padding)
 
 
 def _check_no_test_split(dataset: str, test_split: float | None) -> None:

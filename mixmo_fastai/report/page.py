@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from mixmo_fastai import __version__
-from mixmo_fastai.config.methods import method_name, published_result
+from mixmo_fastai.config.methods import expected_label, expected_result, method_name
 from mixmo_fastai.config.schema import to_toml
 from mixmo_fastai.evaluation.results import (
     SPLIT_NAMES,
@@ -73,7 +73,8 @@ def render(data: ReportData) -> str:
         method=method_name(recipe),
         lead=_lead(data),
         tiles=_tiles(data),
-        published=published_result(recipe),
+        expected=expected_result(recipe),
+        expected_label=expected_label(recipe),
         table=_metric_table(data),
         metric_columns=_metric_columns(data),
         notes=_notes(data),
@@ -158,7 +159,8 @@ def _tiles(data: ReportData) -> list[tuple[str, str, str]]:
         if metric.name in test  # missing if the metric is newer than the run's evaluation
     ]
     if expected.accuracy is not None:
-        tiles.insert(1, ("Published", percent(expected.accuracy), f"with {expected.arch}"))
+        label, value = expected_label(data.recipe), percent(expected.accuracy)
+        tiles.insert(1, (label, value, f"with {expected.arch}"))
     if name := calibration_name(data):
         calibrated = data.metrics[name]
         images = "validation split" if name == "calibrated" else "other half"
