@@ -187,19 +187,19 @@ def test_callbacks_pickled_without_the_settings_have_no_schedule():
     ("assignments", "text"),
     [
         ([], None),
-        (["input_repetition=0.5"], "the same for all members at 50% of positions"),
+        (["input_repetition=0.5"], "the same for all members at 50 % of positions"),
         (["early_repetition=0"], None),
         (
             ["early_repetition=1", "early_shape=step"],
-            "the same for all members at 100% of positions until 40% of training",
+            "the same for all members at 100 % of positions until 40 % of training",
         ),
         (
             ["early_repetition=1", "early_span=0.5"],
-            "the same for all members at 100% of positions falling to 0% at 50% of training",
+            "the same for all members at 100 % of positions falling to 0 % at 50 % of training",
         ),
         (
             ["early_repetition=0", "input_repetition=0.5", "early_shape=cosine"],
-            "the same for all members at 0% of positions rising to 50% at 40% of training",
+            "the same for all members at 0 % of positions rising to 50 % at 40 % of training",
         ),
     ],
 )

@@ -112,6 +112,7 @@ class TestFile:
             ("[methods.vanilla]", '[methods."a b"]', "names consist of"),
             ("[methods.vanilla]", "[methods.vanilla", "not valid TOML"),
             ('name = "tiny"', "name = 3", "name is '3'; it must be a string"),
+            ('name = "tiny"', 'name = "../x"', "name is '../x'; it may contain letters"),
         ],
     )
     def test_mistakes_are_explained(self, file, old, new, message):

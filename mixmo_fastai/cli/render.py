@@ -108,16 +108,13 @@ def _setup_rows(training: Any) -> list[tuple[str, str]]:
 
 def _repetition_text(mix: Mix) -> str:
     """Describe at how many positions all members see the same image."""
+    last = round_percent(mix.input_repetition)
     if mix.early_repetition is None or mix.early_repetition == mix.input_repetition:
-        same = mix.input_repetition
-        return f", the same for all members at {same:.0%} of positions" if same else ""
-    change = "until" if mix.early_shape == "step" else f"falling to {mix.input_repetition:.0%} at"
-    if mix.early_repetition < mix.input_repetition:
-        change = change.replace("falling", "rising")
-    return (
-        f", the same for all members at {mix.early_repetition:.0%} of positions {change} "
-        f"{mix.early_span:.0%} of training"
-    )
+        return f", the same for all members at {last} of positions" if mix.input_repetition else ""
+    first, end = map(round_percent, (mix.early_repetition, mix.early_span))
+    verb = "falling" if mix.early_repetition > mix.input_repetition else "rising"
+    change = "until" if mix.early_shape == "step" else f"{verb} to {last} at"
+    return f", the same for all members at {first} of positions {change} {end} of training"
 
 
 def _validation_rows(num_images: int) -> list[tuple[str, str]]:

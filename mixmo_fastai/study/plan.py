@@ -34,6 +34,7 @@ from mixmo_fastai.runs.folder import RunFolder
 
 BUDGETS = ("in all", "each")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+_CHARACTERS = "letters, digits, '.', '_' and '-'"
 
 
 @dataclass(frozen=True)
@@ -111,11 +112,13 @@ def read_study(path: Path, dataset: str | None = None) -> Study:
     values = {**defaults, **values}
     if dataset is not None:
         values["dataset"] = dataset
+    for key in ("name", "dataset"):
+        _check(isinstance(values[key], str), f"{source}: {key}", values[key], "a string")
+    if not _NAME.fullmatch(values["name"].lower()):
+        raise InputError(f"{source}: name is {values['name']!r}; it may contain {_CHARACTERS}.")
     methods = values.get("methods")
     if not isinstance(methods, Mapping) or not methods:
         raise InputError(f"{source} has no methods.\nAdd a section such as [methods.vanilla].")
-    for key in ("name", "dataset"):
-        _check(isinstance(values[key], str), f"{source}: {key}", values[key], "a string")
     runs = [
         run
         for name, method in methods.items()
@@ -128,7 +131,7 @@ def read_study(path: Path, dataset: str | None = None) -> Study:
 
 def _runs_of(name: str, method: Any, study: Mapping[str, Any], source: str) -> list[PlannedRun]:
     if not _NAME.fullmatch(name):
-        raise InputError(f"{source}: names consist of a-z, 0-9, '.', '_' and '-'.")
+        raise InputError(f"{source}: names consist of lower-case {_CHARACTERS}.")
     _check(isinstance(method, Mapping), source, method, "a section")
     known = {"recipe": "", "set": [], "seeds": [], "images_seen": [], "budget": ""}
     _check_keys(method, known, source)
