@@ -1,7 +1,7 @@
 """Compare training steps in bfloat16 and float32 on a CPU, and both with their convolutions alone.
 
 python benchmarks/cpu_precision.py [--archs wrn16_4,wrn10_2] [--batch-size 64] [--threads 1]
-                                   [--repeats 7] [--out FILE.json]
+                                   [--repeats 7] [--compiled] [--out FILE.json]
 
 The convolutions alone are the forward and backward convolutions of a step, called directly on
 tensors of the same shape, layout and precision: no step can be faster. The shares of the parts of a
@@ -122,7 +122,7 @@ def run_all(recorded: list[Convolution]) -> Callable[[], None]:
 
 def measure_arch(arch: str, args: argparse.Namespace) -> dict[str, object]:
     """Measure the steps of a network and print a table."""
-    functions, parts, operations = {}, {}, 0
+    functions, parts, operations, compilation = {}, {}, 0, {}
     for name, autocast in PRECISIONS.items():
         acceleration = Acceleration(torch.device("cpu"), autocast=autocast, threads=args.threads)
         setup = Setup(arch, args.batch_size, acceleration=acceleration)
@@ -130,8 +130,19 @@ def measure_arch(arch: str, args: argparse.Namespace) -> dict[str, object]:
         operations = sum(each.operations for each in recorded)
         functions |= {f"step, {name}": setup.steps(), f"convolutions, {name}": run_all(recorded)}
         parts[name] = profiled(functions[f"step, {name}"])
+        if args.compiled:
+            functions[f"compiled step, {name}"] = step = setup.replace(compiled=True).steps()
+            start = time.perf_counter()
+            step()
+            compilation[name] = time.perf_counter() - start
     seconds = interleaved(functions, args.repeats)
     ratios = {
+        **{
+            f"step / compiled step, {name}": paired_ratio(
+                seconds[f"step, {name}"], seconds[f"compiled step, {name}"]
+            )
+            for name in compilation
+        },
         "step, float32 / bfloat16": paired_ratio(
             seconds["step, float32"], seconds["step, bfloat16"]
         ),
@@ -156,9 +167,16 @@ def measure_arch(arch: str, args: argparse.Namespace) -> dict[str, object]:
         (part, ", ".join(f"{parts[name][part]:6.1%} of {name}" for name in PRECISIONS))
         for part in parts["float32"]
     ]
+    rows += [(f"compilation, {name}", f"{each:.0f} s") for name, each in compilation.items()]
     for name, text in rows:
         print(f"  {name:<34}{text}")
-    return {"seconds": times, "ratios": ratios, "gflops": rates, "parts": parts}
+    return {
+        "seconds": times,
+        "ratios": ratios,
+        "gflops": rates,
+        "parts": parts,
+        "compilation_seconds": compilation,
+    }
 
 
 def matrix_rates(repeats: int) -> dict[str, float]:
@@ -185,6 +203,7 @@ def main():
     parser = cpu_parser(__doc__, repeats=7)
     parser.add_argument("--archs", default="wrn16_4,wrn10_2")
     parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--compiled", action="store_true", help="measure compiled steps as well")
     args = parser.parse_args()
     check_batch_size(args.batch_size)
     torch.set_num_threads(args.threads)

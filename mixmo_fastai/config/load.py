@@ -119,6 +119,8 @@ def find_recipe(name_or_file: str | Path) -> Path:
     Raises:
         InputError: `name_or_file` is neither a known name nor an existing file.
     """
+    if isinstance(name_or_file, Path) and name_or_file.is_file():
+        return name_or_file
     text = str(name_or_file)
     if text in recipe_names():
         return recipe_home() / f"{text}.toml"
