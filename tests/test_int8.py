@@ -17,7 +17,7 @@ from mixmo_fastai.errors import InputError
 from mixmo_fastai.evaluation.predict import predict_images
 from mixmo_fastai.export import int8
 from mixmo_fastai.export.files import export_run
-from mixmo_fastai.export.int8 import Quantised, check_drop, layer_errors, quantise
+from mixmo_fastai.export.int8 import Quantised, check_drop, layer_errors, module_names, quantise
 
 __all__ = ["images", "run"]
 
@@ -62,7 +62,7 @@ def test_command_shows_the_accuracies(run, tmp_path, capsys):
     assert measured["split"] == "valid"
     assert measured["num_images"] == 3
     assert program([*arguments[:-1], "--to", str(tmp_path / "other.onnx")]) == 0
-    assert "on 3 valid images: " in capsys.readouterr().out
+    assert "on 3 validation images: " in capsys.readouterr().out
 
 
 def test_a_large_loss_of_accuracy_is_refused(run, tmp_path, monkeypatch, capsys):
@@ -112,12 +112,14 @@ def test_accuracies_are_of_validation_images_or_else_test_images(files, valid_sp
 
 def test_accuracies_are_those_of_the_two_networks(files):
     source, original, folder = files
-    result = quantise(source, 0.0, original, folder / "int8.onnx")
+    result, predicted = quantise(source, 0.0, original, folder / "int8.onnx"), []
     for path, accuracy in ((original, result.before), (folder / "int8.onnx", result.after)):
         network = load_fused(path)
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in (source.mean, source.std))
         logits = network.model((source.test.tensor() / 255 - mean) / std)
         assert accuracy == (logits.argmax(1) == source.test.labels).double().mean().item()
+        predicted.append(logits.argmax(1))
+    assert result.same_class == (predicted[0] == predicted[1]).double().mean().item()
 
 
 def test_runs_without_validation_and_test_images_are_refused(files):
@@ -133,10 +135,14 @@ def test_layers_with_large_errors_are_first(files, monkeypatch):
     values = [error for _, error in errors]
     assert values == sorted(values, reverse=True)
     assert 0 < values[-1] < values[0] < 0.5
-    named = [("layer7", 0.25), ("layer2", 0.125)]
+    modules = module_names(original)
+    assert modules["conv2d_1"] == "core.groups.0.0.conv1"
+    assert modules["relu"] == "core.groups.0.0 (Relu)"
+    assert {name for name, _ in errors} & modules.keys()
+    named = [("conv2d_1", 0.25), ("layer2", 0.125)]
     monkeypatch.setattr(int8, "layer_errors", lambda *_: named)
-    bad = Quantised("valid", 100, 0.9, 0.8, 0.01)
-    with pytest.raises(InputError, match=r"layers: layer7 25%, layer2 12%\.$"):
+    bad = Quantised("valid", 100, 0.9, 0.8, 0.01, 0.95)
+    with pytest.raises(InputError, match=r"layers: core.groups.0.0.conv1 25 %, layer2 12 %\.$"):
         check_drop(bad, 9.0, source, original, folder / "int8.onnx")
     check_drop(bad, 10.001, source, original, folder / "int8.onnx")
 
@@ -154,8 +160,9 @@ def test_interval_of_the_difference():
     found = int8._compared(before, after)
     differences = after.numpy().astype(float) - before.numpy().astype(float)
     assert found[:2] == (before.double().mean(), after.double().mean())
-    assert found[2] == pytest.approx(1.96 * differences.std() / 20)
-    assert int8._compared(before, before)[2] == 0
+    assert found[2] == pytest.approx(1.96 * differences.std() / 20, rel=0.01)
+    # Agresti and Min (2005): with no discordant pair, z / (N + 2).
+    assert int8._compared(before, before)[2] == pytest.approx(1.96 / 402)
 
 
 def test_calibration_passes_every_image_once():

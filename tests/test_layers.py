@@ -30,7 +30,7 @@ PACKAGES = {
     "data": NUMERIC | FASTAI | VISION | {"sklearn"},
     "callbacks": NUMERIC | FASTAI,
     "learner": NUMERIC | FASTAI | {"accelerate"},
-    "export": NUMERIC | {"safetensors", "onnxruntime"},
+    "export": NUMERIC | {"safetensors", "onnx", "onnxruntime"},
     "evaluation": NUMERIC,
     "training": NUMERIC | FASTAI | {"safetensors"},
     "study": NUMERIC | {"safetensors"},

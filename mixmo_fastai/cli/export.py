@@ -10,6 +10,7 @@ from mixmo_fastai.cli.console import Output
 from mixmo_fastai.cli.render import align
 from mixmo_fastai.config.choices import EXPORT_SUFFIXES
 from mixmo_fastai.errors import InputError
+from mixmo_fastai.evaluation.results import SPLIT_NAMES
 from mixmo_fastai.metrics.table import percent
 from mixmo_fastai.runs.folder import open_run
 from mixmo_fastai.runs.output import free_file
@@ -68,8 +69,8 @@ def export(
         ("File", f"{path}, {result['num_bytes']:,} bytes"),
         (
             "Checked",
-            f"on {result['num_images']} images: logits differ by at most "
-            f"{result['relative_difference']:.1e} of the largest logit, same class for "
+            f"{'before quantisation, ' * int8}on {result['num_images']} images: logits differ by "
+            f"at most {result['relative_difference']:.1e} of the largest logit, same class for "
             f"{percent(result['same_class'])}",
         ),
     ]
@@ -91,6 +92,7 @@ def _int8_text(measured: dict[str, Any]) -> str:
     change = 100 * (measured["after"] - measured["before"])
     return (
         f"accuracy {percent(measured['after'])} instead of {percent(measured['before'])} on "
-        f"{measured['num_images']:,} {measured['split']} images: {change:+.2f} "
-        f"± {100 * measured['half_width']:.2f} points"
+        f"{measured['num_images']:,} {SPLIT_NAMES[measured['split']].lower()} images: "
+        f"{change:+.2f} ± {100 * measured['half_width']:.2f} points; same class for "
+        f"{percent(measured['same_class'])}"
     )

@@ -7,6 +7,7 @@ outputs of the network remain float32.
 Shapes: N images, K classes.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from mixmo_fastai.data.splits import training_parts
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.export.images import evenly_spaced, standardized
 from mixmo_fastai.export.onnx_network import OnnxNetwork
-from mixmo_fastai.metrics.table import percent
+from mixmo_fastai.metrics.table import percent, round_percent
 
 MAX_DROP = 0.5
 """Default of the largest accepted loss of accuracy, in percentage points."""
@@ -29,6 +30,8 @@ NUM_CALIBRATION, MAX_EVALUATED, BATCH = 512, 10_000, 64
 """Images for the ranges of activations, largest number of images for the accuracy, batch size."""
 NUM_LAYER_IMAGES, NUM_NAMED_LAYERS = 32, 3
 """Images from which the error of each layer is computed, and layers that a message names."""
+_SCOPES = "pkg.torch.onnx.name_scopes"
+"""Key under which torch's exporter stores the modules around an operation, outermost first."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,8 @@ class Quantised:
         split: the split of these images, "valid" or "test".
         num_images: N.
         before, after: accuracies.
-        half_width: half-width of the 95 % interval of the difference of the two, from the images on
-            which exactly one of the networks is correct.
+        half_width: half-width of the 95 % interval of the difference of the two, see `_compared`.
+        same_class: fraction of images for which both networks predict the same class.
     """
 
     split: str
@@ -48,6 +51,7 @@ class Quantised:
     before: float
     after: float
     half_width: float
+    same_class: float
 
     @property
     def drop(self) -> float:
@@ -91,8 +95,11 @@ def quantise(source: Any, valid_split: float | None, original: Path, target: Pat
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
     )
-    correct = _correct(source, evaluated, OnnxNetwork(prepared), OnnxNetwork(target))
-    return Quantised(split, len(correct), *_compared(*correct.unbind(dim=1)))
+    networks = OnnxNetwork(prepared), OnnxNetwork(target)
+    *predicted, labels = _predicted(source, evaluated, *networks)
+    same_class = float((predicted[0] == predicted[1]).double().mean())
+    compared = _compared(*(each == labels for each in predicted))
+    return Quantised(split, len(labels), *compared, same_class)
 
 
 def _prepared(original: Path) -> Path:
@@ -111,8 +118,11 @@ def check_drop(
     """
     if result.drop <= max_drop:
         return
-    errors = layer_errors(source, _prepared(original), target)
-    worst = ", ".join(f"{name} {error:.0%}" for name, error in errors[:NUM_NAMED_LAYERS])
+    errors, modules = layer_errors(source, _prepared(original), target), module_names(original)
+    worst = ", ".join(
+        f"{modules.get(name, name)} {round_percent(error)}"
+        for name, error in errors[:NUM_NAMED_LAYERS]
+    )
     raise InputError(
         f"int8 lowers the accuracy by {result.drop:.2f} points (from {percent(result.before)} to "
         f"{percent(result.after)}), more than --max-drop {max_drop:g}. Nothing was written.\n"
@@ -143,6 +153,23 @@ def layer_errors(source: Any, original: Path, quantised: Path) -> list[tuple[str
     errors = compute_activation_error(matched, _relative_error)
     found = {name: each["xmodel_err"] for name, each in errors.items() if "xmodel_err" in each}
     return sorted(found.items(), key=lambda item: -item[1])
+
+
+def module_names(path: Path) -> dict[str, str]:
+    """Return the modules of the network that compute the activations of an ONNX file, by name.
+
+    Operations of a module that is no layer of its own have its name, such as ReLU that of a block.
+    """
+    import onnx
+
+    names = {}
+    for node in onnx.load(str(path)).graph.node:
+        scopes = {each.key: each.value for each in node.metadata_props}.get(_SCOPES)
+        if scopes is not None:
+            *_, module, operation = ["", *json.loads(scopes.replace("'", '"'))]
+            kind = "" if node.op_type in ("Conv", "Gemm", "MatMul") else f" ({node.op_type})"
+            names[node.output[0]] = f"{module or operation}{kind}"
+    return names
 
 
 def _relative_error(expected: Any, actual: Any) -> float:
@@ -176,18 +203,28 @@ def _chosen(source: Any, images: ImageSet, count: int) -> Tensor:
     return standardized(images, evenly_spaced(images, count), facts_of(source))
 
 
-def _correct(source: Any, images: ImageSet, *networks: OnnxNetwork) -> Tensor:
-    """Return whether the prediction of each network is correct: (N, number of networks)."""
-    facts, correct = facts_of(source), []
-    for indices in evenly_spaced(images, MAX_EVALUATED).split(BATCH):
-        batch = standardized(images, indices, facts)
-        predicted = [network(batch).argmax(dim=1) for network in networks]
-        correct.append(torch.stack(predicted, dim=1) == images.labels[indices, None])
-    return torch.cat(correct)
+def _predicted(source: Any, images: ImageSet, *networks: OnnxNetwork) -> list[Tensor]:
+    """Return the classes (N,) that each network predicts, then the labels (N,)."""
+    facts, predicted = facts_of(source), []
+    indices = evenly_spaced(images, MAX_EVALUATED)
+    for some in indices.split(BATCH):
+        batch = standardized(images, some, facts)
+        predicted.append(torch.stack([network(batch).argmax(dim=1) for network in networks]))
+    return [*torch.cat(predicted, dim=1), images.labels[indices]]
 
 
 def _compared(before: Tensor, after: Tensor) -> tuple[float, float, float]:
-    """Return both accuracies, and the half-width of the interval of their difference."""
-    differences = after.double() - before.double()
-    half_width = 1.96 * float(differences.std(correction=0)) / len(differences) ** 0.5
+    """Return both accuracies, and the half-width of the 95 % interval of their difference.
+
+    The interval of Agresti and Min (2005) adds two to the number of images, and a half to each of
+    the numbers of images on which exactly one network is correct, so that its width is not zero if
+    there is none.
+
+    Args:
+        before: (N,) bool, whether the float network is correct.
+        after: (N,), the same for the quantised network.
+    """
+    lost, gained = int((before & ~after).sum()), int((after & ~before).sum())
+    count = len(before) + 2
+    half_width = 1.96 * (lost + gained + 1 - (gained - lost) ** 2 / count) ** 0.5 / count
     return float(before.double().mean()), float(after.double().mean()), half_width
