@@ -1,16 +1,22 @@
 """Timing that is robust on a noisy machine: interleaved repetitions, medians and spreads."""
 
 import json
+import os
 import platform
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import fastai
-import torch
+# Before the imports that print and warn: torch's profiler, and torch.jit in fastai.
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+warnings.filterwarnings("ignore", r".torch\.jit\.\w+. is deprecated")
 
-from mixmo_fastai.runtime.devices import cpu_name
+import fastai  # noqa: E402
+import torch  # noqa: E402
+
+from mixmo_fastai.runtime.devices import cpu_name  # noqa: E402
 
 Seconds = list[float]
 SECONDS = "{median:.3f} s ({min:.3f} to {max:.3f})"

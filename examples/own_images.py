@@ -23,8 +23,8 @@ from mixmo_fastai.errors import InputError
 REPETITIONS = 4  # copies of each image in a batch, per member
 
 
-def main() -> None:
-    """Parse the arguments, train, evaluate and export."""
+def parse_arguments() -> argparse.Namespace:
+    """Parse and check the arguments."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path, help="folder with one folder per class")
     parser.add_argument(
@@ -44,6 +44,12 @@ def main() -> None:
         parser.error(f"--epochs must be 1 or more; got {args.epochs}")
     if not any(args.folder.glob("*/*")):
         parser.error(f"{args.folder} contains no class folders with images")
+    return args
+
+
+def main() -> None:
+    """Train, evaluate and export."""
+    args = parse_arguments()
     args.out.mkdir(parents=True, exist_ok=True)
 
     set_seed(0)

@@ -12,6 +12,8 @@ PACKAGE = Path(mixmo_fastai.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 TESTS = Path(__file__).parent
 TEST_FILES = sorted(TESTS.rglob("*.py"))
+ROOT = TESTS.parent
+PROGRAMS = sorted([*(ROOT / "examples").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_MEDIAN_LINES, MAX_ROOT_MODULES = 400, 60, 12, 5
 LONG = "# Long, since "  # the comment above a longer function, with the reason
 
@@ -28,7 +30,9 @@ def functions(path):
             yield node.name, length, documented, lines[first - 2].strip() if first > 1 else ""
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+@pytest.mark.parametrize(
+    "path", FILES + PROGRAMS, ids=lambda path: f"{path.parent.name}/{path.name}"
+)
 def test_files_and_functions_are_short(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_FILE_LINES
     for name, length, documented, comment in functions(path):

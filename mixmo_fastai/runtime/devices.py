@@ -38,13 +38,19 @@ def describe_device(device: torch.device) -> str:
 
 
 def cpu_name() -> str:
-    """Return the name of the CPU, such as "AMD EPYC 9654 96-Core Processor"."""
+    """Return the name of the CPU, such as "AMD EPYC 9654 96-Core Processor, family 25 model 17".
+
+    Virtual machines may shorten the name of different generations to the same one.
+    """
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:  # not on Linux
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.processor() or platform.machine()
+        text = ""
+    pairs = (line.partition(":") for line in text.partition("\n\n")[0].splitlines())
+    first = {key.strip(): value.strip() for key, _, value in pairs}
+    name = first.get("model name") or platform.processor() or platform.machine()
+    generation = [first.get(key, "") for key in ("cpu family", "model")]
+    return f"{name}, family {generation[0]} model {generation[1]}" if all(generation) else name
 
 
 def move_to_device(
