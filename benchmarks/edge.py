@@ -6,7 +6,8 @@ python benchmarks/edge.py [--archs wrn10_2,wrn16_4] [--size 32] [--batch-sizes 1
 Each network is trained for a few steps on generated images, and exported by the functions of `mixmo
 export` as ONNX in float32 and in 8-bit integers, and as a program of torch.export. Ratios are to
 onnxruntime in float32. The accuracy of quantised networks is not measured here, since it is that of
-noise; `mixmo export --int8` prints it.
+noise; `mixmo export --int8` prints it. The commands fold BatchNorm for more than 512 images; here
+it is folded for each batch size.
 """
 
 import argparse

@@ -8,8 +8,8 @@ with two members on 32x32 images, by hand: pairing, masks, forward and backward 
 of 64 shows 16 images four times per member. The networks have the same convolutions except for the
 first, which is one of 6 channels there and two of 3 channels here; there, BatchNorm follows the
 convolutions instead of preceding them. The prediction here is that of `mixmo predict`: the fused
-network, channels last, with folded BatchNorm. torch-uncertainty is measured in its default, float32;
-here both precisions are. Ratios above 1 mean that torch-uncertainty takes longer.
+network, channels last, with folded BatchNorm. torch-uncertainty is measured in its default,
+float32; here both precisions are. Ratios above 1 mean that torch-uncertainty takes longer.
 """
 
 from collections.abc import Callable

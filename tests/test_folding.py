@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations
 
 from mixmo_fastai import create_model
 from mixmo_fastai.evaluation.logits import collect_member_logits
-from mixmo_fastai.models.folding import fold_batch_norm
+from mixmo_fastai.models.folding import _is_equal, fold_batch_norm
 from mixmo_fastai.models.ghost_norm import GhostBatchNorm2d, use_ghost_batches
 
 
@@ -134,6 +134,14 @@ def with_a_use_of_the_weight(layers, x):
     return layers.norm(layers.conv(x)) * layers.conv.weight.mean()
 
 
+def with_a_use_of_the_norm(layers, x):
+    return layers.norm(layers.conv(x)) * layers.norm.weight.mean()
+
+
+def with_an_attribute_of_the_norm(layers, x):
+    return layers.norm(layers.conv(x)) * layers.norm.num_features
+
+
 CONNECTIONS = (
     with_a_shortcut,
     with_two_convolutions,
@@ -141,7 +149,9 @@ CONNECTIONS = (
     with_a_changed_output,
     with_other_layers_between,
     with_a_use_in_a_list,
-    with_a_use_of_the_weight,  # found by the comparison of outputs
+    with_a_use_of_the_weight,
+    with_a_use_of_the_norm,
+    with_an_attribute_of_the_norm,
 )
 
 
@@ -149,6 +159,15 @@ CONNECTIONS = (
 def test_layers_are_not_folded_if_that_is_not_exact(connect):
     network, x = trained(Layers(connect)), images()
     assert fold_batch_norm(network, x) is network
+
+
+def test_an_excluded_class_does_not_hide_a_difference():
+    expected = torch.tensor([[0.3, -0.2, -1e9], [0.1, 0.4, -1e9]])
+    assert _is_equal(expected * (1 + 1e-6), expected)
+    assert not _is_equal(expected + torch.tensor([0.1, 0.0, 0.0]), expected)
+    # Rounding errors of a class whose logits are all close to zero are on the scale of the others.
+    near_zero = torch.tensor([[0.3, 1e-9, 0.1], [0.1, 1e-9, 0.4]])
+    assert _is_equal(near_zero + 1e-7, near_zero)
 
 
 def test_other_uses_before_and_sizes_do_not_prevent_folding():
