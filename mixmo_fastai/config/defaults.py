@@ -98,11 +98,22 @@ def fill_defaults(
     if model.arch is None:
         model = replace(model, arch=arch)
     if train.images_seen is not None:
-        seen_per_epoch = recipe.mix.batch_repetitions * num_images * model.num_nets
+        seen_per_epoch = images_per_epoch(recipe, num_images) * model.num_nets
         epochs = max(1, round(train.images_seen / seen_per_epoch))
     if train.epochs is None:
         train = replace(train, epochs=epochs, images_seen=None)
     return replace(recipe, data=data, model=model, train=train)
+
+
+def images_per_epoch(recipe: Recipe, num_images: int) -> int:
+    """Return how many inputs a network sees per epoch, without the incomplete last batch.
+
+    Args:
+        recipe: the recipe.
+        num_images: number of training images.
+    """
+    num_distinct = max(1, recipe.train.batch_size // recipe.mix.batch_repetitions)
+    return max(1, num_images // num_distinct) * num_distinct * recipe.mix.batch_repetitions
 
 
 def narrow_network(recipe: Recipe) -> Architecture | None:
