@@ -25,6 +25,7 @@ Stream = Literal[
     "lam",  # mixing ratios
     "msda",  # partners, ratios and boxes of MSDA
     "bootstrap",  # resamples of test images
+    "bootstrap seeds",  # resamples of the seeds of a study
     "halves",  # halves of the test set for cross-fitted temperatures
     "corruption",  # noise on test images
     "masks",  # boxes, seeds, noise and roles of the members

@@ -33,7 +33,7 @@ PACKAGES = {
     "export": NUMERIC | {"safetensors", "onnx", "onnxruntime"},
     "evaluation": NUMERIC,
     "training": NUMERIC | FASTAI | {"safetensors"},
-    "study": NUMERIC | {"safetensors"},
+    "study": NUMERIC | {"safetensors", "scipy"},
     "plots": {"torch", "fastai", "matplotlib", "PIL"},
     "report": NUMERIC | {"matplotlib", "jinja2", "markupsafe", "PIL"},
     "loggers": {"torch", "fastai", "PIL", "wandb"},

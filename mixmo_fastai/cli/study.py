@@ -9,7 +9,7 @@ import typer
 
 from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output
-from mixmo_fastai.errors import InputError
+from mixmo_fastai.errors import InputError, RunFailedError
 from mixmo_fastai.runs.files import write_atomically
 from mixmo_fastai.runs.folder import writing
 from mixmo_fastai.runs.output import check_writable
@@ -59,9 +59,25 @@ def study(
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         output.print(f"{planned.name}: {len(planned.runs)} runs in {folder}")
-        Executor(folder, jobs, data_dir, output.print).train(planned.runs)
+        executor = Executor(folder, jobs, data_dir, output.print)
+        try:
+            executor.train(planned.runs)
+        except RunFailedError:
+            if _has_results(planned, folder):
+                _write_results(planned, folder, data_dir, chosen)
+            raise
+        if not _has_results(planned, folder):
+            output.print_result(
+                ["No run is finished yet: other processes train them."],
+                {"name": planned.name, "unfinished": len(planned.runs), "cells": []},
+            )
+            return
     lines, value = _write_results(planned, folder, data_dir, chosen)
     output.print_result(lines, value)
+
+
+def _has_results(planned: Study, folder: Path) -> bool:
+    return any(run.folder(folder).is_finished for run in planned.runs)
 
 
 def _write_results(
@@ -80,6 +96,7 @@ def _write_results(
     text = markdown(planned.name, cells, reference, missing)
     value = {
         "name": planned.name,
+        "reference": reference,
         "unfinished": missing,
         "cells": [dataclasses.asdict(cell) for cell in cells],
     }

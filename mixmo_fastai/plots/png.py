@@ -248,7 +248,10 @@ _LEADING_DIGITS: tuple[tuple[float, ...], ...] = (
 
 
 def size_ticks(low: float, high: float) -> list[float]:
-    """Return three to `MAX_TICKS` round sizes within the limits of a logarithmic axis."""
+    """Return two to `MAX_TICKS` round sizes within the limits of a logarithmic axis.
+
+    In a narrow range without round sizes these are its limits, rounded to three digits.
+    """
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks: list[float] = []
     for digits in _LEADING_DIGITS:
@@ -256,6 +259,8 @@ def size_ticks(low: float, high: float) -> list[float]:
         ticks = [tick for tick in ticks if low <= tick <= high]
         if len(ticks) >= 3:
             break
+    if len(ticks) < 2:  # a narrow range
+        return sorted({float(f"{end:.3g}") for end in (low, high)})
     return ticks[:: -(-len(ticks) // MAX_TICKS)]
 
 

@@ -1,5 +1,6 @@
 """Plots of a study."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def plot_study(cells: Sequence[Any], path: Path, axis: str = "images_trained") -
             axes.errorbar(
                 [getattr(cell, axis) for cell in points],
                 [cell.mean(name) for cell in points],
-                [cell.spread(name) or 0.0 for cell in points],
+                [cell.spread(name) or math.nan for cell in points],
                 **marker_style(number),
                 linestyle="-" if axis == "images_trained" else "none",
                 capsize=3,

@@ -7,7 +7,7 @@ from mixmo_fastai.config.schema import to_toml
 from mixmo_fastai.report.page import png_uri, render_template
 from mixmo_fastai.study.plan import Study
 from mixmo_fastai.study.results import Cell
-from mixmo_fastai.study.tables import by_length, legend, table
+from mixmo_fastai.study.tables import by_length, legend, missing_text, table
 
 PLOTS = {
     "images-trained.png": "Results against the images seen",
@@ -40,7 +40,7 @@ def render(
         "study.html",
         name=study.name,
         lead=lead,
-        num_missing=num_missing,
+        missing=missing_text(num_missing) if num_missing else None,
         tables=[
             (images_seen, (rows[0], rows[1:]))
             for images_seen, group in by_length(cells).items()

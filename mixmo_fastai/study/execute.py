@@ -12,12 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mixmo_fastai.config.schema import to_toml
 from mixmo_fastai.errors import InputError, RunFailedError, RunInterruptedError
-from mixmo_fastai.runs.files import write_atomically
 from mixmo_fastai.runs.lock import locked
 from mixmo_fastai.runtime.signals import exit_code_of
 from mixmo_fastai.study.plan import PlannedRun
+from mixmo_fastai.study.records import check_unchanged, write_record
 
 POLL_SECONDS = 0.2
 SECONDS_TO_STOP = 600
@@ -30,25 +29,29 @@ class Executor:
 
     Attributes:
         folder: folder of the study.
-        jobs: number of runs at a time; with several, each has an equal part of the cores.
+        jobs: number of runs at a time; with several, each has an equal part of the cores, unless
+            OMP_NUM_THREADS is set.
         data_dir: as for `mixmo fit`.
-        say: prints a line.
+        print_line: prints a line.
         failed: names of the runs that failed, with the last line of their output.
     """
 
     folder: Path
     jobs: int = 1
     data_dir: Path | None = None
-    say: Callable[[str], None] = print
+    print_line: Callable[[str], None] = print
     failed: dict[str, str] = field(default_factory=dict)
+    _log_starts: dict[str, int] = field(default_factory=dict)
 
     def train(self, runs: Sequence[PlannedRun]) -> None:
-        """Train the runs that are not finished and that nobody else trains.
+        """Train the runs that are not finished and that no other process trains.
 
         Raises:
+            InputError: a run was started with other settings; see `check_unchanged`.
             RunFailedError: some runs failed; the others were trained.
             RunInterruptedError: interrupted; the runs have saved their states.
         """
+        check_unchanged(runs, self.folder)
         waiting = [run for run in runs if not run.folder(self.folder).is_finished]
         total, active = len(waiting), {}
         started = 0
@@ -58,9 +61,9 @@ class Executor:
                     run = waiting.pop(0)
                     started += 1
                     if is_in_use(run.folder(self.folder).path):
-                        self.say(f"{run.name}: another process trains it")
+                        self.print_line(f"{run.name}: another process trains it")
                         continue
-                    self.say(f"{run.name}: training, {started} of {total}")
+                    self.print_line(f"{run.name}: training, {started} of {total}")
                     active[self._start(run)] = run
                 time.sleep(POLL_SECONDS)
                 for process in [each for each in active if each.poll() is not None]:
@@ -80,17 +83,14 @@ class Executor:
         if (path / "recipe.toml").exists():
             arguments = ["--resume", str(path)]
         else:
-            recipe = self.folder / "recipes" / f"{run.name}.toml"
-            recipe.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(recipe, to_toml(run.recipe))
-            arguments = ["--recipe", str(recipe), "--out", str(path)]
+            arguments = ["--recipe", str(write_record(run, self.folder)), "--out", str(path)]
         if self.data_dir is not None:
             arguments += ["--data-dir", str(self.data_dir)]
         environment = {**os.environ}
         if self.jobs > 1:
-            cores = os.cpu_count() or 1
-            environment["OMP_NUM_THREADS"] = str(max(1, cores // self.jobs))
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // self.jobs)))
         with self._log(run).open("ab") as output:
+            self._log_starts[run.name] = output.tell()
             return subprocess.Popen(
                 [sys.executable, "-m", "mixmo_fastai", "fit", "--quiet", *arguments],
                 stdin=subprocess.DEVNULL,
@@ -109,18 +109,21 @@ class Executor:
     def _finish(self, run: PlannedRun, code: int) -> None:
         folder = run.folder(self.folder)
         if folder.is_finished:
-            self.say(f"{run.name}: finished in {folder.metrics()['seconds'] / 60:.1f} minutes")
+            self.print_line(
+                f"{run.name}: finished in {folder.metrics()['seconds'] / 60:.1f} minutes"
+            )
         elif is_in_use(folder.path):  # another process was faster
-            self.say(f"{run.name}: another process trains it")
+            self.print_line(f"{run.name}: another process trains it")
         else:
-            lines = self._log(run).read_text(encoding="utf-8", errors="replace").split("\n")
+            output = self._log(run).read_bytes()[self._log_starts[run.name] :]
+            lines = output.decode("utf-8", errors="replace").split("\n")
             errors = [line for line in lines if line.startswith("Error:")]
             self.failed[run.name] = (errors or [f"exit code {code}; see {self._log(run)}"])[-1]
-            self.say(f"{run.name}: failed. {self.failed[run.name]}")
+            self.print_line(f"{run.name}: failed. {self.failed[run.name]}")
 
     def _stop(self, processes: Sequence["subprocess.Popen[bytes]"]) -> None:
         if processes:
-            self.say("Stopping the runs; they save their states.")
+            self.print_line("Stopping the runs; they save their states.")
         for process in processes:
             if process.poll() is None:
                 # Not SIGINT, which a shell lets processes in its background ignore.
@@ -132,6 +135,13 @@ class Executor:
             except (subprocess.TimeoutExpired, KeyboardInterrupt):
                 process.kill()
                 process.wait()
+
+
+def num_cores() -> int:
+    """Return the number of cores on which this process may run."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def is_in_use(folder: Path) -> bool:

@@ -34,6 +34,13 @@ from mixmo_fastai.runs.folder import RunFolder
 
 BUDGETS = ("in all", "each")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+_OWN_KEYS = {
+    "train.seed": "seeds",
+    "train.epochs": "images_seen",
+    "train.images_seen": "images_seen",
+    "data.dataset": "dataset",
+}
+"""Settings of a recipe that a study sets by its own keys."""
 _CHARACTERS = "letters, digits, '.', '_' and '-'"
 
 
@@ -139,12 +146,15 @@ def _runs_of(name: str, method: Any, study: Mapping[str, Any], source: str) -> l
         raise InputError(f"{source}.recipe is missing.\nSet it to a name of `mixmo recipes`.")
     budget = method.get("budget", BUDGETS[0])
     _check(budget in BUDGETS, f"{source}.budget", budget, " or ".join(map(repr, BUDGETS)))
+    file = source.partition(":")[0]
     assignments = [
-        *_strings(study["set"], f"{source.partition(':')[0]}: set"),
-        *_strings(method.get("set", []), f"{source}.set"),
+        *_assignments(study["set"], f"{file}: set"),
+        *_assignments(method.get("set", []), f"{source}.set"),
     ]
     seeds, lengths = (
-        _numbers(method.get(key, study[key]), f"{source}.{key}", minimum)
+        _numbers(method[key], f"{source}.{key}", minimum)
+        if key in method
+        else _numbers(study[key], f"{file}: {key}", minimum)
         for key, minimum in (("seeds", 0), ("images_seen", 1))
     )
     runs = []
@@ -184,9 +194,12 @@ def _check(is_valid: bool, label: str, value: object, expected: str) -> None:
         raise InputError(f"{label} is {str(value)[:60]!r}; it must be {expected}.")
 
 
-def _strings(value: Any, label: str) -> list[str]:
+def _assignments(value: Any, label: str) -> list[str]:
     is_valid = isinstance(value, list) and all(isinstance(each, str) for each in value)
     _check(is_valid, label, value, "a list of assignments such as 'train.batch_size=32'")
+    for key in (assignment.partition("=")[0].strip() for assignment in value):
+        if key in _OWN_KEYS:
+            raise InputError(f"{label} contains {key}.\nUse the study's {_OWN_KEYS[key]} instead.")
     return list(value)
 
 

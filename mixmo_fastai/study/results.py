@@ -1,54 +1,28 @@
 """Results of a study: means and spreads over seeds, and differences with intervals.
 
-Shapes: N test images, K classes, S seeds, R resamples.
+Shapes: R resamples of the test images.
 """
 
 import statistics
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
+from mixmo_fastai.errors import InputError
 from mixmo_fastai.evaluation.results import final_metrics
-from mixmo_fastai.evaluation.runs import open_finished
-from mixmo_fastai.metrics.bootstrap import percentile_interval, resampled_means
+from mixmo_fastai.metrics.bootstrap import resampled_means
 from mixmo_fastai.metrics.calibration import bins_of_predictions
-from mixmo_fastai.rng import make_generator
-from mixmo_fastai.runs.files import write_atomically
-from mixmo_fastai.runs.folder import RunFolder
+from mixmo_fastai.study.differences import Difference, difference
 from mixmo_fastai.study.plan import PlannedRun, Study
+from mixmo_fastai.study.predictions import Predictions, have_equal_labels, read_predictions
+from mixmo_fastai.study.records import check_unchanged
 
 COMPARED = ("accuracy", "nll")
 """Metrics whose differences have intervals."""
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """What the results of a study need of each test image, in 7 bytes per image.
-
-    Attributes:
-        correct: (N,) bool, whether the class is correct.
-        confidence: (N,) float16, largest probability.
-        nll: (N,) float32, negative log-likelihood of the label in nats.
-    """
-
-    correct: Tensor
-    confidence: Tensor
-    nll: Tensor
-
-    @classmethod
-    def of(cls, logits: Tensor, labels: Tensor) -> "Predictions":
-        """Return the predictions of logits (N, K) for labels (N,)."""
-        confidence, classes = logits.softmax(dim=1).max(dim=1)
-        nll = cross_entropy(logits, labels, reduction="none")
-        return cls(classes == labels, confidence.half(), nll.float())
 
 
 class Bin(NamedTuple):
@@ -66,21 +40,6 @@ class Bin(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Difference:
-    """Difference of two methods in a metric: of the means over their seeds.
-
-    Attributes:
-        value: second minus first.
-        interval: 95 % bootstrap interval, which resamples test images and seeds.
-        standard_error: standard error from the spread over seeds alone; None with a single seed.
-    """
-
-    value: float
-    interval: tuple[float, float]
-    standard_error: float | None
-
-
-@dataclass(frozen=True)
 class Cell:
     """One method at one training length.
 
@@ -95,8 +54,8 @@ class Cell:
         images_trained: images that all networks saw, mean over the seeds.
         split: "test", or "valid" if there are no labelled test images.
         reliability: predictions of all seeds in bins of confidence; empty bins are left out.
-        differences: from the first method of the study at this length; None for it itself or if it
-            is not trained.
+        differences: from the reference at this length, by metric; None for the reference itself or
+            if it is not trained.
     """
 
     method: str
@@ -135,14 +94,17 @@ def collect_results(
         reference: method from which differences are taken; the first one by default.
 
     Raises:
-        InputError: the reference is unknown, or the data of the runs is missing.
+        InputError: the reference is unknown, a run was trained with other settings than those of
+            the study, two runs have other test images, or the data of the runs is missing.
     """
     reference = study.check_method(reference)
+    check_unchanged(study.runs, folder)
     finished = [
         _FinishedRun.read(run, folder, data_dir)
         for run in study.runs
         if run.folder(folder).is_finished
     ]
+    _check_equal_images(finished)
     cells = []
     for images_seen in sorted({each.run.images_seen for each in finished}):
         first = _runs_of(finished, reference, images_seen)
@@ -177,9 +139,9 @@ class _FinishedRun:
         recorded = run_folder.metrics()
         metrics = _values(recorded)
         path = folder / "predictions" / f"{run.name}.safetensors"
-        predictions = _predictions(run_folder, path, metrics["accuracy"], data_dir)
-        terms = {"accuracy": predictions.correct, "nll": predictions.nll}
-        return cls(run, recorded, metrics, resampled_means(terms), predictions)
+        predictions = read_predictions(run_folder, path, data_dir)
+        samples = resampled_means(predictions.terms())
+        return cls(run, recorded, metrics, samples, predictions)
 
 
 def _runs_of(finished: Sequence[_FinishedRun], method: str, images_seen: int) -> list[_FinishedRun]:
@@ -229,62 +191,24 @@ def _differences(
     first: Sequence[_FinishedRun], second: Sequence[_FinishedRun]
 ) -> dict[str, Difference]:
     """Compute the differences of two methods, second minus first."""
-    differences = {}
-    for name in COMPARED:
-        numbers = [[each.metrics[name] for each in group] for group in (first, second)]
-        resampled = [
-            torch.stack([each.samples[name] for each in group]) for group in (first, second)
-        ]
-        differences[name] = Difference(
-            statistics.fmean(numbers[1]) - statistics.fmean(numbers[0]),
-            seed_interval(*resampled),
-            standard_error(*numbers),
+    return {
+        name: difference(
+            [each.metrics[name] for each in first],
+            [each.metrics[name] for each in second],
+            (_stacked(first, name), _stacked(second, name)),
         )
-    return differences
+        for name in COMPARED
+    }
 
 
-def seed_interval(first: Tensor, second: Tensor) -> tuple[float, float]:
-    """Compute the percentile interval of a difference of means over seeds.
-
-    Args:
-        first: (S, R), a metric of each seed in R resamples of the test images.
-        second: (S', R), of the other method, in the same resamples.
-
-    In each resample, the seeds of each method are drawn with replacement as well.
-    """
-    generator = make_generator(0, "bootstrap")
-    means = []
-    for values in (first, second):
-        seeds = torch.randint(len(values), values.shape, generator=generator)
-        means.append(values.gather(0, seeds).mean(dim=0))
-    return percentile_interval(means[1] - means[0])
+def _stacked(runs: Sequence[_FinishedRun], name: str) -> Tensor:
+    return torch.stack([each.samples[name] for each in runs])
 
 
-def standard_error(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Return the standard error of a difference of two means; None with a single value."""
-    if min(len(first), len(second)) < 2:
-        return None
-    variances = (statistics.variance(values) / len(values) for values in (first, second))
-    error: float = sum(variances) ** 0.5
-    return error
-
-
-def _predictions(run: RunFolder, path: Path, accuracy: float, data_dir: Path | None) -> Predictions:
-    """Read the predictions of a run, or compute and store them.
-
-    Args:
-        run: the run.
-        path: where they are stored.
-        accuracy: recorded accuracy of the run; other predictions are those of a former run.
-        data_dir: folder of the data, if not the one that training used.
-    """
-    with suppress(OSError, SafetensorError, KeyError):
-        stored = Predictions(**load_file(path))
-        if abs(float(stored.correct.double().mean()) - accuracy) < 1e-6:
-            return stored
-    finished = open_finished(run, data_dir)
-    ((logits, labels),) = finished.logits([finished.final_loader()])
-    predictions = Predictions.of(logits.double().mean(dim=1), labels)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, save(vars(predictions)))
-    return predictions
+def _check_equal_images(finished: Sequence[_FinishedRun]) -> None:
+    for each in finished[1:]:
+        if not have_equal_labels(finished[0].predictions, each.predictions):
+            raise InputError(
+                f"{each.run.name} was evaluated on other images than {finished[0].run.name}, so "
+                "their results are not comparable.\nTrain both with the same data and splits."
+            )

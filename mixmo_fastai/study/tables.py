@@ -1,6 +1,6 @@
 """The results of a study as Markdown."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from mixmo_fastai.evaluation.results import SPLIT_NAMES
 from mixmo_fastai.metrics.table import decimal, percent, points, signed_decimal
@@ -27,7 +27,7 @@ def markdown(name: str, cells: Sequence[Cell], reference: str, num_missing: int 
     """
     lines = [f"# {name}", ""]
     if num_missing:
-        lines += [f"{num_missing} runs are not finished; their seeds are missing below.", ""]
+        lines += [missing_text(num_missing), ""]
     for images_seen, group in by_length(cells).items():
         titles, *rows = table(group, reference)
         lines += [
@@ -41,6 +41,12 @@ def markdown(name: str, cells: Sequence[Cell], reference: str, num_missing: int 
     return "\n".join([*lines, legend(cells), ""])
 
 
+def missing_text(num_missing: int) -> str:
+    """Return the sentence on runs that are not finished."""
+    runs = "run is" if num_missing == 1 else "runs are"
+    return f"{num_missing} {runs} not finished; such seeds are missing below."
+
+
 def _row(texts: Sequence[str]) -> str:
     return f"| {' | '.join(texts)} |"
 
@@ -51,8 +57,9 @@ def legend(cells: Sequence[Cell]) -> str:
     return (
         f"Means over seeds, ± their standard deviation, on the {split} images. Calibrated: "
         f"temperatures fitted on one half of the {split} images and applied to the other. In "
-        f"brackets: 95 % bootstrap intervals of the differences, over {split} images and seeds; "
-        "then ± the standard error from the seeds alone."
+        f"brackets: 95 % bootstrap interval of the difference over {split} images and seeds; then "
+        "the 95 % interval by Welch's t distribution from the seeds alone, which is the wider one "
+        "if there are few seeds."
     )
 
 
@@ -75,6 +82,7 @@ def table(cells: Sequence[Cell], reference: str) -> list[list[str]]:
     titles = [
         "method",
         "seeds",
+        "images",
         *(_COLUMNS[name][0] for name in columns),
         *(f"{title} - {reference}" for title, _ in _DIFFERENCES.values()),
         "parameters",
@@ -84,6 +92,7 @@ def table(cells: Sequence[Cell], reference: str) -> list[list[str]]:
         [
             cell.method,
             ", ".join(map(str, cell.seeds)),
+            f"{cell.images_trained:,.0f}",
             *(_value(cell, name) for name in columns),
             *(_difference(cell, name) for name in _DIFFERENCES),
             f"{cell.parameters:,}",
@@ -106,8 +115,11 @@ def _difference(cell: Cell, name: str) -> str:
     if cell.differences is None:
         return "-"
     form, found = _DIFFERENCES[name][1], cell.differences[name]
-    low, high = (form(value).removesuffix(" points") for value in found.interval)
-    text = f"{form(found.value)} ({low} to {high})"
-    if found.standard_error is None:
-        return text
-    return f"{text}; ± {form(found.standard_error).removeprefix('+').removesuffix(' points')}"
+    text = f"{form(found.value)} ({_range(found.interval, form)}"
+    if found.seeds_interval is not None:
+        text += f"; seeds {_range(found.seeds_interval, form)}"
+    return f"{text})"
+
+
+def _range(interval: tuple[float, float], form: Callable[[float], str]) -> str:
+    return " to ".join(form(value).removesuffix(" points") for value in interval)

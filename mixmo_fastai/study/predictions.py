@@ -1,0 +1,89 @@
+"""What the results of a study need of each test image, stored in one small file per run.
+
+Shapes: N test images, K classes.
+"""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from mixmo_fastai.evaluation.results import final_metrics
+from mixmo_fastai.evaluation.runs import open_finished
+from mixmo_fastai.runs.files import write_atomically
+from mixmo_fastai.runs.folder import RunFolder
+
+TOLERANCE = 1e-4
+"""Largest relative difference of the accuracy and the NLL from those that the run recorded."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Predictions for the test images, in 11 bytes per image.
+
+    Attributes:
+        labels: (N,) int32.
+        correct: (N,) bool, whether the predicted class is the label.
+        confidence: (N,) float16, largest probability.
+        nll: (N,) float32, negative log-likelihood of the label in nats.
+    """
+
+    labels: Tensor
+    correct: Tensor
+    confidence: Tensor
+    nll: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor, labels: Tensor) -> "Predictions":
+        """Return the predictions of logits (N, K) for labels (N,)."""
+        confidence, classes = logits.softmax(dim=1).max(dim=1)
+        nll = cross_entropy(logits, labels, reduction="none")
+        return cls(labels.int(), classes == labels, confidence.half(), nll.float())
+
+    def terms(self) -> dict[str, Tensor]:
+        """Return the values of each image whose means are accuracy and NLL: (N,) by name."""
+        return {"accuracy": self.correct, "nll": self.nll}
+
+    def agree_with(self, metrics: Mapping[str, Any]) -> bool:
+        """Check whether accuracy and NLL are those of a metrics.json, and not of a former run."""
+        means = {name: float(values.double().mean()) for name, values in self.terms().items()}
+        return all(
+            abs(mean - metrics[name]) <= TOLERANCE * (1 + abs(metrics[name]))
+            for name, mean in means.items()
+        )
+
+
+def read_predictions(run: RunFolder, path: Path, data_dir: Path | None) -> Predictions:
+    """Read the predictions of a finished run, or compute and store them.
+
+    Args:
+        run: the run.
+        path: where they are stored.
+        data_dir: folder of the data, if not the one that training used.
+
+    Raises:
+        InputError: they are not stored, and the weights or the data are missing.
+    """
+    _, metrics = final_metrics(run.metrics())
+    with suppress(OSError, SafetensorError, TypeError):
+        stored = Predictions(**load_file(path))
+        if stored.agree_with(metrics):
+            return stored
+    finished = open_finished(run, data_dir)
+    ((logits, labels),) = finished.logits([finished.final_loader()])
+    predictions = Predictions.of(logits.double().mean(dim=1), labels)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, save(vars(predictions)))
+    return predictions
+
+
+def have_equal_labels(first: Predictions, second: Predictions) -> bool:
+    """Check that two runs were evaluated on the same labels in the same order."""
+    return torch.equal(first.labels, second.labels)

@@ -1,0 +1,57 @@
+"""The recipe with which each run of a study was started, to notice changes of the study.
+
+A run is found by its name, METHOD-IMAGES-seedS. If settings of the study change, its runs with the
+former settings keep their names; they must not be taken for runs with the present ones.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from mixmo_fastai.config.load import load_recipe
+from mixmo_fastai.config.recipe import Recipe
+from mixmo_fastai.config.schema import to_mapping, to_toml
+from mixmo_fastai.errors import InputError
+from mixmo_fastai.runs.files import write_atomically
+from mixmo_fastai.study.plan import PlannedRun
+
+
+def record_path(run: PlannedRun, folder: Path) -> Path:
+    """Return the file with the recipe of a run, in the folder of its study."""
+    return folder / "recipes" / f"{run.name}.toml"
+
+
+def write_record(run: PlannedRun, folder: Path) -> Path:
+    """Write the recipe of a run; return the file."""
+    path = record_path(run, folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, to_toml(run.recipe))
+    return path
+
+
+def check_unchanged(runs: Sequence[PlannedRun], folder: Path) -> None:
+    """Check that the runs which were started have the settings of the study.
+
+    The folder of the data set may be another one of the same name, as on another machine.
+
+    Raises:
+        InputError: a setting differs; the message names it.
+    """
+    for run in runs:
+        path = record_path(run, folder)
+        if not path.exists() or not run.folder(folder).path.exists():
+            continue
+        before, now = (_comparable(recipe) for recipe in (load_recipe(path), run.recipe))
+        for section, values in now.items():
+            for key, value in values.items():
+                if (old := before[section].get(key)) != value:
+                    raise InputError(
+                        f"{run.name} was started with {section}.{key}={old!r}; the study now has "
+                        f"{value!r}.\nName the changed method differently, or use another --out."
+                    )
+
+
+def _comparable(recipe: Recipe) -> dict[str, dict[str, object]]:
+    name = Path(recipe.data.dataset).name
+    values = to_mapping(replace(recipe, data=replace(recipe.data, dataset=name)))
+    return {section: entries for section, entries in values.items() if isinstance(entries, dict)}
