@@ -72,11 +72,21 @@ def test_free_positions_are_uniform():
     slots = draw_pairings(draws, 4, 2, 1, [0.0, 0.5] * (draws // 2), generator=generator)
     first, second = (slots % 4).unbind(dim=2)
     partly, all_free = slice(1, None, 2), slice(0, None, 2)
-    assert torch.equal(first[partly, 2:], second[partly, 2:])
-    swapped = first[partly, 0] == second[partly, 1]
+    assert torch.equal(first[partly, 1::2], second[partly, 1::2])
+    swapped = first[partly, 0] == second[partly, 2]  # the free positions
     assert float(swapped.double().mean()) == pytest.approx(0.5, abs=4 * 0.5 / (draws / 2) ** 0.5)
     equal = (first[all_free] == second[all_free]).double().mean(dim=0)
     assert equal.tolist() == pytest.approx([0.25] * 4, abs=4 * 0.433 / (draws / 2) ** 0.5)
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.25, 0.5, 0.7])
+def test_repeated_positions_are_spread_over_the_batch(fraction):
+    """Every group of neighbouring positions, such as a ghost batch, has its share of them."""
+    slots = draw_pairings(3, 16, 2, 4, fraction, generator=torch.Generator().manual_seed(0))
+    is_repeated = slots[..., 0] == slots[..., 1]
+    assert int(is_repeated.sum()) == 3 * round(64 * fraction)
+    in_groups = is_repeated.view(3, 4, 16).sum(dim=2)
+    assert bool(((in_groups - 16 * fraction).abs() < 1.1).all())
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
@@ -214,6 +224,9 @@ def test_recipes_check_the_settings():
     for mix, message in (
         ({"early_repetition": 2}, "mix.early_repetition is 2"),
         ({"early_shape": "stairs"}, "mix.early_shape is 'stairs'"),
+        ({"early_shape": "step"}, "mix.early_shape='step' has no effect without"),
+        ({"early_span": 0.5}, "mix.early_span=0.5 has no effect without"),
+        ({"early_repetition": 1, "early_span": 0}, "mix.early_span is 0"),
     ):
         with pytest.raises(InputError, match=message):
             recipe_from_mapping({"name": "tiny", "mix": mix}, "here")

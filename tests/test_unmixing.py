@@ -11,7 +11,7 @@ from mixmo_fastai import MixMoCallback, create_model, mixmo_learner
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.mixing import draw_lam, draw_masks
 from mixmo_fastai.models.readout import average
-from mixmo_fastai.models.unmixing import NormalizedUnmixing, Unmixing, tell_progress
+from mixmo_fastai.models.unmixing import NormalizedUnmixing, Unmixing, set_readout_progress
 
 
 def oracle(maps, masks, kept, *, normalized):
@@ -63,7 +63,7 @@ def test_after_the_fadeout_all_heads_read_the_plain_average(kind):
 def test_without_a_span_it_is_the_plain_average():
     readout = Unmixing(span=0.0)
     readout.set_progress(0.0)
-    assert readout.kept == 1
+    assert readout.fadeout == 1
     with pytest.raises(InputError, match="span must be from 0 to 1"):
         Unmixing(span=2)
 
@@ -78,7 +78,7 @@ class Watch(Callback):
         self.seen = []
 
     def after_pred(self):
-        self.seen.append((self.learn.pct_train, float(self.learn.model.readout.kept)))
+        self.seen.append((self.learn.pct_train, float(self.learn.model.readout.fadeout)))
 
 
 def test_training_fades_out():
@@ -86,14 +86,14 @@ def test_training_fades_out():
     learn = mixmo_learner(mixmo_dls(), "wrn10_1", seed=0, readout="unmixing", cbs=[watch])
     with learn.no_bar(), learn.no_logging():
         learn.fit(2, 0.01)
-    assert [kept for _, kept in watch.seen] == pytest.approx(
+    assert [fadeout for _, fadeout in watch.seen] == pytest.approx(
         [min(1, 3 * progress) for progress, _ in watch.seen]
     )
     assert watch.seen[0][1] == 0
     assert watch.seen[-1][1] == 1
     watch.seen.clear()
     learn.lr_find(num_it=5, show_plot=False)
-    assert {kept for _, kept in watch.seen} == {1.0}
+    assert {fadeout for _, fadeout in watch.seen} == {1.0}
 
 
 def test_heads_get_gradients_from_their_own_regions_only():
@@ -114,9 +114,14 @@ def test_fused_networks_are_exact(name, arch):
     images = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         torch.testing.assert_close(model.fuse()(images), model(images), rtol=1e-4, atol=1e-4)
-    assert not any("kept" in key for key in model.state_dict())
+    assert not any("fadeout" in key for key in model.state_dict())
 
 
-def test_other_networks_are_not_told():
-    tell_progress(create_model("wrn10_1", 4), 0.5)
-    make_learner(callback=MixMoCallback(seed=0)).fit(1, 0.0)
+def test_networks_with_another_readout_train_as_before():
+    model = create_model("wrn10_1", 4)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    set_readout_progress(model, 0.5)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    learn = make_learner(callback=MixMoCallback(seed=0))
+    learn.fit(1, 0.0)
+    assert learn.recorder.values[-1][0] > 0

@@ -33,7 +33,7 @@ from mixmo_fastai.mixing.loss import MixMoLoss
 from mixmo_fastai.mixing.msda import check_msda, gather_partners, mix_images
 from mixmo_fastai.mixing.pairing import check_pairing, num_copies, scheduled_repetition
 from mixmo_fastai.models.mixmo_model import MixMoModel, unwrap
-from mixmo_fastai.models.unmixing import tell_progress
+from mixmo_fastai.models.unmixing import set_readout_progress
 from mixmo_fastai.rng import fresh_seed
 from mixmo_fastai.runtime.processes import broadcast_from_rank0, process_group
 
@@ -225,7 +225,7 @@ class MixMoCallback(_PlainErrorCallback):
         """
         check_batch(len(self.learn.xb), len(self.learn.yb))
         progress = 1.0 if self._is_search else self.learn.pct_train
-        tell_progress(unwrap(self.learn.model), progress)
+        set_readout_progress(unwrap(self.learn.model), progress)
         x, y = self.learn.xb[0].as_subclass(Tensor), self.learn.yb[0].as_subclass(Tensor)
         inputs, targets = self._paired(x, y)
         masks, weights = self._draw_mixing(inputs)

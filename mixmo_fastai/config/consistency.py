@@ -8,7 +8,7 @@ from mixmo_fastai.config.choices import (
     parse_architecture,
     parse_optimizer,
 )
-from mixmo_fastai.config.recipe import Optimizer, Recipe
+from mixmo_fastai.config.recipe import Mix, Optimizer, Recipe
 from mixmo_fastai.errors import InputError, unknown_name_error
 
 
@@ -63,6 +63,7 @@ def _check_data_and_network(recipe: Recipe, source: str) -> None:
             "more."
         )
     _check_transform(recipe, source)
+    _check_repetition(recipe, source)
     if train.select == "best" and recipe.data.valid_split == 0:
         raise InputError(
             f"{source}: train.select='best' selects the epoch on the validation split, but "
@@ -76,6 +77,22 @@ def _check_data_and_network(recipe: Recipe, source: str) -> None:
             f"{source}: train.batch_size={train.batch_size} is not a multiple of "
             f"mix.batch_repetitions={mix.batch_repetitions}.\nNearest: {multiple}."
         )
+
+
+def _check_repetition(recipe: Recipe, source: str) -> None:
+    mix, members = recipe.mix, recipe.model.num_members
+    if mix.early_repetition is not None and members == 1:
+        raise InputError(
+            f"{source}: mix.early_repetition={mix.early_repetition:g} has no effect with one "
+            "member.\nRemove it, or set model.num_members."
+        )
+    if mix.early_repetition is None:
+        for key, default in (("early_span", Mix.early_span), ("early_shape", Mix.early_shape)):
+            if (value := getattr(mix, key)) != default:
+                raise InputError(
+                    f"{source}: mix.{key}={value!r} has no effect without mix.early_repetition.\n"
+                    "Set mix.early_repetition, such as 1."
+                )
 
 
 def _check_transform(recipe: Recipe, source: str) -> None:

@@ -127,7 +127,7 @@ class Mix:
     batch_repetitions: int = number_field(4, 1, 1024)
     input_repetition: float = number_field(0.0, 0, 1)
     early_repetition: float | None = number_field(None, 0, 1)
-    early_span: float = number_field(0.4, 0, 1)
+    early_span: float = number_field(0.4, 1e-3, 1)
     early_shape: str = choice_field("linear", EARLY_SHAPES)
     msda: str = choice_field("none", ("none", *MSDA_KINDS))
     msda_alpha: float = number_field(1.0, 1e-3, 1e6)

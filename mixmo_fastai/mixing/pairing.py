@@ -64,8 +64,8 @@ def draw_pairings(
     """Draw the slot that each member sees at each position, for several batches at once.
 
     Every member sees every image exactly `batch_repetitions` times, in an independent, uniformly
-    random order. At round(input_repetition · B) positions, all members see the same slot and thus
-    the same pixels, as at inference.
+    random order. At round(input_repetition · B) positions, spread evenly over the batch, all
+    members see the same slot and thus the same pixels, as at inference.
 
     Args:
         num_batches: S; batches are drawn independently.
@@ -119,7 +119,24 @@ def draw_pairings(
         slot_offsets = slot_offsets * permuted
     free = member_0[..., :num_free].expand(free_shape).gather(2, orders) + slot_offsets
     repeated = member_0[..., num_free:].expand(-1, num_members - 1, -1)
-    return torch.cat([member_0, torch.cat([free, repeated], dim=2)], dim=1).transpose(1, 2)
+    slots = torch.cat([member_0, torch.cat([free, repeated], dim=2)], dim=1).transpose(1, 2)
+    if all(count in (0, batch_size) for count in counts):
+        return slots
+    order = torch.stack([_spread_order(count, batch_size, device) for count in counts])  # (S, B)
+    return slots.gather(1, order[..., None].expand_as(slots))
+
+
+def _spread_order(num_first: int, size: int, device: torch.device | str | None) -> Tensor:
+    """Order positions such that those from `num_first` on are spread evenly among the others.
+
+    Groups of neighbouring positions, such as those of ghost batches or of a process, then have
+    about equal fractions of both kinds.
+    """
+    positions = torch.arange(size, device=device)
+    num_last = size - num_first
+    last_before = positions * num_last // size  # how many of the last come before each position
+    is_last = (positions + 1) * num_last // size > last_before
+    return torch.where(is_last, num_first + last_before, positions - last_before)
 
 
 def scheduled_repetition(
@@ -127,8 +144,8 @@ def scheduled_repetition(
 ) -> float:
     """Return the fraction of positions at which all members see the same image, by schedule.
 
-    Members that see the same images learn as a plain network does; this takes fewer images than
-    learning from mixed images from the start.
+    Members that see the same images learn almost as a plain network does, apart from the masks and
+    the weights of the loss; this takes fewer images than learning from mixed images from the start.
 
     Args:
         progress: completed fraction of training, in [0, 1].

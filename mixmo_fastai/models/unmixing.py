@@ -40,14 +40,14 @@ class Unmixing(Readout):
     """
 
     is_fusable = True
-    kept: Tensor
+    fadeout: Tensor
 
     def __init__(self, span: float = 1 / 3, *, normalized: bool = False) -> None:
         super().__init__()
         check_fraction("span", span)
         self.span, self.normalized = span, normalized
         # A tensor, so that a compiled network is not compiled again when m changes.
-        self.register_buffer("kept", torch.zeros(()), persistent=False)
+        self.register_buffer("fadeout", torch.zeros(()), persistent=False)
 
     def set_progress(self, progress: float) -> None:
         """Set m for a completed fraction of training.
@@ -55,16 +55,16 @@ class Unmixing(Readout):
         Example:
             >>> readout = Unmixing(span=0.5)
             >>> readout.set_progress(0.25)
-            >>> readout.kept
+            >>> readout.fadeout
             tensor(0.5000)
         """
-        self.kept.fill_(min(1.0, progress / self.span) if self.span else 1.0)
+        self.fadeout.fill_(min(1.0, progress / self.span) if self.span else 1.0)
 
     def forward(self, maps: Tensor, masks: Tensor | None) -> Tensor:
         if masks is None:
             return average(maps)
         weights = resize_masks(masks, (maps.shape[-2], maps.shape[-1]))  # (B, M, a, b)
-        weights = weights + self.kept * (1 - weights)
+        weights = weights + self.fadeout * (1 - weights)
         positions = weights.flatten(2)
         total = positions.sum(dim=2, keepdim=True) if self.normalized else positions.shape[2]
         fractions = positions / total
@@ -84,14 +84,14 @@ class NormalizedUnmixing(Unmixing):
         super().__init__(span, normalized=True)
 
 
-def tell_progress(network: nn.Module, progress: float) -> None:
-    """Tell a network's readout how much of training is completed, if it has `set_progress`.
+def set_readout_progress(network: nn.Module, progress: float) -> None:
+    """Pass the completed fraction of training to a network's readout, if it has `set_progress`.
 
     Example:
         >>> network = nn.Module()
         >>> network.readout = Unmixing()
-        >>> tell_progress(network, 1.0)
-        >>> network.readout.kept
+        >>> set_readout_progress(network, 1.0)
+        >>> network.readout.fadeout
         tensor(1.)
     """
     set_progress = getattr(getattr(network, "readout", None), "set_progress", None)
