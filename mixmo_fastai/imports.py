@@ -22,6 +22,7 @@ MOVED = {
     "losses": "mixing.loss",
     "msda": "mixing.msda",
     "muon": "learner.muon",
+    "names": "config.choices",
     "optimizers": "learner.optimizers",
     "pairing": "mixing.pairing",
     "parameter_groups": "learner.parameter_groups",
@@ -32,7 +33,7 @@ MOVED = {
     "recording": "training.history",
     "selection": "callbacks.best_epoch",
 }
-"""Modules of version 0.1.0 that exported Learners refer to, and their present names."""
+"""Modules of version 0.1.0 that exported Learners and programs refer to: their present names."""
 
 
 def lazy_names(
