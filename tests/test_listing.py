@@ -2,7 +2,7 @@ import unicodedata
 
 import pytest
 
-from mixmo_fastai.data.listing import Skipped, images_below, scan
+from mixmo_fastai.data.listing import Skipped, count_hidden, images_below, scan
 from mixmo_fastai.errors import InputError
 
 SYSTEM_FILES = (
@@ -90,3 +90,19 @@ def test_error_names_an_unreadable_folder(tmp_path, monkeypatch):
 def test_unicode_names_are_not_normalised(tmp_path):
     name = unicodedata.normalize("NFD", "é.jpg")
     assert images_below(write(tmp_path, name), Skipped()) == [name]
+
+
+def test_hidden_folders_beside_the_training_images_are_counted(tmp_path):
+    for name in ("x/train/cat", "__MACOSX/x", "x/.git", "x/notes"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("x/._train", "x/train/.DS_Store", "x/README.txt"):
+        (tmp_path / name).touch()
+    skipped = Skipped()
+    count_hidden(tmp_path, "x/train", skipped)
+    assert (
+        skipped.describe()
+        == "2 hidden or system folders (.git/, __MACOSX/), 1 hidden file (._train)"
+    )
+    nothing = Skipped()
+    count_hidden(tmp_path, ".", nothing)
+    assert nothing.describe() == ""

@@ -19,7 +19,7 @@ from mixmo_fastai.data.class_folders import (
     training_files,
 )
 from mixmo_fastai.data.layout import SplitFolders, find_split_folders, role_of
-from mixmo_fastai.data.listing import Skipped, count_images, scan
+from mixmo_fastai.data.listing import Skipped, count_hidden, count_images, scan
 from mixmo_fastai.data.parts import DataParts, DrawnTest
 from mixmo_fastai.data.splits import DEFAULT_TEST_SPLIT, draw_test
 from mixmo_fastai.errors import InputError
@@ -60,6 +60,7 @@ def choose_images(folder: Path, test_split: float | None = None) -> ChosenImages
             test images.
     """
     split_folders, skipped = find_split_folders(folder), Skipped()
+    count_hidden(folder, split_folders.train, skipped)
     listed = list_part(folder, split_folders.train, skipped)
     check_no_inner_splits(folder, listed)
     train = training_files(folder, listed, skipped)
@@ -126,6 +127,7 @@ def reopen_images(
                 "Restore it at this path."
             )
     skipped, notes = Skipped(), list[Note]()
+    count_hidden(folder, parts.train, skipped)
     files = training_files(folder, list_part(folder, parts.train, skipped), skipped)
     if parts.drawn is not None:
         notes += _check_drawn(folder, parts.drawn, files, left_out)

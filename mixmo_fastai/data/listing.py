@@ -97,6 +97,22 @@ def scan(folder: Path, skipped: Skipped) -> tuple[list[str], list[str]]:
     return folders, images
 
 
+def count_hidden(folder: Path, subfolder: str, skipped: Skipped) -> None:
+    """Count the hidden files and folders beside a subfolder and beside its parents.
+
+    Args:
+        folder: the folder of a data set.
+        subfolder: path relative to it, such as "train"; nothing is counted for ".".
+        skipped: receives them.
+    """
+    for parent in Path(subfolder).parents:
+        beside = Skipped()
+        scan(folder / parent, beside)
+        for kind in (HIDDEN_FOLDER, HIDDEN_FILE):
+            for name in beside.names.get(kind, []):
+                skipped.add(kind, name)
+
+
 def images_below(folder: Path, skipped: Skipped, above: Iterable[Path] = ()) -> list[str]:
     """List all images in a folder and its subfolders: relative paths with forward slashes, sorted.
 
