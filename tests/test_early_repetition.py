@@ -153,7 +153,7 @@ def test_training_follows_the_schedule(kind, shape):
     seen = Fractions()
     callback = MixMoCallback(seed=0, batch_repetitions=2, early_shape=shape, **SETTINGS)
     learn = make_learner(LOADERS[kind](), callback=callback, cbs=[seen])
-    for num_epochs in (1, 2):  # every fit follows the schedule anew, as those of rate and mix_prob
+    for num_epochs in (1, 2):  # every fit begins the schedule again, as those of rate and mix_prob
         seen.seen.clear()
         learn.fit(num_epochs, 0.0)
         steps = num_epochs * len(learn.dls.train)
