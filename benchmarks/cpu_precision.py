@@ -4,9 +4,10 @@ python benchmarks/cpu_precision.py [--archs wrn16_4,wrn10_2] [--batch-size 64] [
                                    [--repeats 7] [--compiled] [--out FILE.json]
 
 The convolutions alone are the forward and backward convolutions of a step, called directly on
-tensors of the same shape, layout and precision: no step can be faster. The fractions of the parts of
-a step are those of torch's profiler. The output also shows which instructions the CPU and torch have,
-and the speed of large matrix products in both precisions.
+tensors of the same shape, layout and precision: no step can be faster. The fractions of the parts
+of a step are those of torch's profiler. With --compiled, compiled steps are measured as well. The
+output also shows which instructions the CPU and torch have, and the speed of large matrix products
+in both precisions.
 """
 
 import argparse
