@@ -27,6 +27,7 @@ Stream = Literal[
     "bootstrap",  # resamples of test images
     "bootstrap seeds",  # resamples of the seeds of a study
     "halves",  # halves of the test set for cross-fitted temperatures
+    "folds",  # parts of the calibration images for cross-validation
     "corruption",  # noise on test images
     "masks",  # boxes, seeds, noise and roles of the members
 ]

@@ -25,7 +25,7 @@ PACKAGES = {
     "mixing": NUMERIC,
     "models": NUMERIC | {"torchvision", "timm"},
     "runtime": NUMERIC,
-    "metrics": NUMERIC | FASTAI | {"sklearn"},
+    "metrics": NUMERIC | FASTAI | {"sklearn", "scipy"},
     "runs": NUMERIC | {"safetensors", "filelock"},
     "data": NUMERIC | FASTAI | VISION | {"sklearn"},
     "callbacks": NUMERIC | FASTAI,

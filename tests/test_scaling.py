@@ -1,0 +1,105 @@
+"""Temperature and vector scaling against independent optimisers."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import minimize, minimize_scalar
+
+from mixmo_fastai.errors import InputError
+from mixmo_fastai.metrics.scaling import (
+    METHODS,
+    NUM_FOLDS,
+    Scaling,
+    cross_scaled,
+    fit_scaling,
+    temperature_scaling,
+    vector_scaling,
+)
+
+
+def draw(num_images, num_classes=4, seed=0):
+    """Draw overconfident logits with a bias towards the first class."""
+    generator = torch.Generator().manual_seed(seed)
+    true = torch.randn(num_images, num_classes, generator=generator, dtype=torch.float64)
+    labels = torch.multinomial(true.softmax(dim=1), 1, generator=generator)[:, 0]
+    return 3 * true + torch.tensor([1.0, 0, 0, 0])[:num_classes], labels
+
+
+def nll(logits, labels):
+    """Return the mean NLL, in NumPy."""
+    logits = np.asarray(logits)
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    log_sums = np.log(np.exp(shifted).sum(axis=1))
+    return float((log_sums - shifted[np.arange(len(logits)), np.asarray(labels)]).mean())
+
+
+def test_temperature_minimises_the_nll():
+    logits, labels = draw(800)
+    found = temperature_scaling(logits, labels)
+    best = minimize_scalar(
+        lambda t: nll(logits / t, labels), bounds=(0.1, 10), options={"xatol": 1e-9}
+    )
+    assert found.temperature == pytest.approx(best.x, rel=1e-5)
+    assert found.bias == ()
+
+
+def test_vector_scaling_minimises_the_nll():
+    """Against Nelder and Mead's method, which uses no gradient."""
+    logits, labels = draw(800, num_classes=3)
+    found = vector_scaling(logits, labels)
+    start = np.array([*found.scale, *found.bias]) + 0.1
+    best = minimize(
+        lambda p: nll(logits.numpy() * p[:3] + p[3:], labels),
+        start,
+        method="Nelder-Mead",
+        options={"maxiter": 20_000, "maxfev": 20_000, "xatol": 1e-7, "fatol": 1e-12},
+    )
+    assert nll(found(logits), labels) == pytest.approx(best.fun, abs=1e-6)
+    assert nll(found(logits), labels) < nll(temperature_scaling(logits, labels)(logits), labels)
+    assert sum(found.bias) == pytest.approx(0, abs=1e-9)
+    assert found.temperature is None
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_scaled_logits_are_scale_times_logits_plus_bias(method):
+    logits, labels = draw(200)
+    found = fit_scaling(logits, labels, method)
+    members = torch.stack([logits, logits.roll(1, 0)], dim=1)  # (N, M, K)
+    expected = members.numpy() * np.array(found.scale) + (np.array(found.bias) if found.bias else 0)
+    np.testing.assert_allclose(found(members).numpy(), expected, atol=1e-12)
+    # The mean of scaled members is the scaled mean.
+    torch.testing.assert_close(found(members).mean(dim=1), found(members.mean(dim=1)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_cross_scaling_fits_on_other_images(method):
+    logits, labels = draw(203)
+    scaled = cross_scaled(logits, labels, method)
+    # Changing the label of an image must not change its own scaling.
+    changed = labels.clone()
+    changed[7] = (labels[7] + 1) % 4
+    again = cross_scaled(logits, changed, method)
+    torch.testing.assert_close(again[7], scaled[7])
+    different = (again - scaled).abs().amax(dim=1) > 1e-9
+    assert int(different.sum()) == pytest.approx(203 * (1 - 1 / NUM_FOLDS), abs=2)
+    assert nll(scaled, labels) < nll(logits, labels)
+    assert nll(scaled, labels) > nll(fit_scaling(logits, labels, method)(logits), labels)
+
+
+def test_calibrated_logits_are_left_almost_unchanged():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5000, 4, generator=generator, dtype=torch.float64)
+    labels = torch.multinomial(logits.softmax(dim=1), 1, generator=generator)[:, 0]
+    assert temperature_scaling(logits, labels).temperature == pytest.approx(1, abs=0.08)
+
+
+def test_failures_are_explained():
+    separated, labels = 10 * torch.eye(3).repeat(5, 1), torch.arange(3).repeat(5)
+    for method in METHODS:
+        with pytest.raises(InputError, match="every calibration image is classified correctly"):
+            fit_scaling(separated, labels, method)
+    with pytest.raises(InputError, match="Did you mean 'vector'"):
+        fit_scaling(separated, labels, "vektor")
+    with pytest.raises(InputError, match="labels"):
+        fit_scaling(separated, labels[:3])
+    assert Scaling("temperature", (0.5,)).temperature == 2
