@@ -14,6 +14,7 @@ Stream = Literal[
     "network",  # seed of each network of a deep ensemble
     "init",  # initial weights
     "split",  # validation split of the training images
+    "calibration split",  # calibration images of the validation split
     "test split",  # test split of an image folder without a test set
     "limit",  # subset of training images for --limit
     "order",  # image order of an epoch

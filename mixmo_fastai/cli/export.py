@@ -15,6 +15,12 @@ from mixmo_fastai.metrics.table import percent
 from mixmo_fastai.runs.folder import open_run
 from mixmo_fastai.runs.output import free_file
 
+CALIBRATIONS = {
+    "temperature": "the logits contain the temperature of the run's calibration",
+    "vector": "the logits contain the vector scaling of the run's calibration",
+    "none": "no: the logits are those of the network",
+}
+
 
 def export(
     run: Annotated[Path, typer.Argument(help="A run folder of `mixmo fit`.")],
@@ -44,6 +50,9 @@ def export(
             rich_help_panel=opt.OUTPUT,
         ),
     ] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Write the logits without calibration.")
+    ] = False,
     data_dir: opt.DataDir = None,
     as_json: opt.Json = False,
     debug: opt.Debug = False,
@@ -63,7 +72,7 @@ def export(
     from mixmo_fastai.export.int8 import MAX_DROP
 
     allowed = (MAX_DROP if max_drop is None else max_drop) if int8 else None
-    result = export_run(folder, path, data_dir, max_drop=allowed)
+    result = export_run(folder, path, data_dir, max_drop=allowed, raw=raw)
     rows = [
         ("Network", f"{result['arch']}, {result['parameters']:,} parameters"),
         ("File", f"{path}, {result['num_bytes']:,} bytes"),
@@ -74,6 +83,7 @@ def export(
             f"{percent(result['same_class'])}",
         ),
     ]
+    rows.append(("Calibrated", CALIBRATIONS[result["calibration"]]))
     if measured := result.get("int8"):
         rows.append(("int8", _int8_text(measured)))
     output = Output(as_json=as_json)

@@ -10,6 +10,7 @@ import typer
 from mixmo_fastai.config.choices import DEVICES
 
 DATA, NETWORK, TRAINING, OUTPUT = "Data", "Method and network", "Training", "Output"
+DECISIONS = "Decisions"
 
 Dataset = Annotated[
     str | None,

@@ -24,6 +24,43 @@ def predict(
     ],
     images: Annotated[list[Path], typer.Argument(help="Image files, or folders of images.")],
     *,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Print probabilities without calibration.")
+    ] = False,
+    coverage: Annotated[
+        float | None,
+        typer.Option(
+            help="Print a set of classes that contains the label with this probability.",
+            rich_help_panel=opt.DECISIONS,
+        ),
+    ] = None,
+    set_score: Annotated[
+        str,
+        typer.Option(help="Score of the sets: lac, aps, raps.", rich_help_panel=opt.DECISIONS),
+    ] = "raps",
+    per_class: Annotated[
+        bool,
+        typer.Option(
+            "--per-class",
+            help="The coverage holds for each class separately.",
+            rich_help_panel=opt.DECISIONS,
+        ),
+    ] = False,
+    max_risk: Annotated[
+        float | None,
+        typer.Option(
+            help="Accept predictions so that at most this fraction of them is wrong; ask about "
+            "the others.",
+            rich_help_panel=opt.DECISIONS,
+        ),
+    ] = None,
+    risk_score: Annotated[
+        str,
+        typer.Option(
+            help="Score of accepted predictions: confidence, entropy, mutual-information.",
+            rich_help_panel=opt.DECISIONS,
+        ),
+    ] = "confidence",
     data_dir: opt.DataDir = None,
     device: opt.Device = None,
     out: Annotated[
@@ -40,6 +77,7 @@ def predict(
         raise InputError(f"There is no exported network or run folder {str(run)!r}.")
     folder = None if run.is_file() else open_run(run)
     opt.check_device(device)
+    _check_fractions(coverage=coverage, max_risk=max_risk)
     if missing := [image for image in images if not image.exists()]:
         raise InputError(f"There is no image or folder {str(missing[0])!r}.")
     if out is not None:
@@ -49,19 +87,24 @@ def predict(
         out = free_file(out, "predictions", suffix)
 
     from mixmo_fastai.data.listing import Skipped
+    from mixmo_fastai.evaluation.decisions import Request, decide_for
     from mixmo_fastai.evaluation.predict import predict_images
     from mixmo_fastai.export.files import load_fused
     from mixmo_fastai.runtime.devices import keep_freed_memory
 
     keep_freed_memory()
     network = load_fused(run) if folder is None else folder
+    request = Request(raw, coverage, set_score, per_class, max_risk, risk_score)
+    decisions = decide_for(request, network, str(run))
+    if decisions.note:
+        typer.echo(decisions.note, err=True)
     skipped = Skipped()
     predictions, unreadable = predict_images(
-        network, images, data_dir, device=device, skipped=skipped
+        network, images, data_dir, device=device, skipped=skipped, decisions=decisions
     )
     if skipped_text := skipped.describe():
         typer.echo(f"Skipped: {skipped_text}", err=True)
-    rows = [dataclasses.asdict(prediction) for prediction in predictions]
+    rows = [_row(prediction, request) for prediction in predictions]
     reasons = {str(path): " ".join(text.splitlines()) for path, text in unreadable.items()}
     table = {"run": str(run), "predictions": rows, "unreadable": reasons, "skipped": skipped_text}
     output = Output(as_json=as_json)
@@ -92,13 +135,34 @@ def _describe_unreadable(unreadable: dict[Path, str]) -> str:
     return f"{paths}{more}.\n{advice}See the result of --json for the reasons."
 
 
+def _row(prediction: Any, request: Any) -> dict[str, Any]:
+    """Return the entries of a prediction; those that were not asked for are left out."""
+    row = dataclasses.asdict(prediction)
+    classes, is_accepted = row.pop("classes"), row.pop("is_accepted")
+    if request.coverage is not None:
+        row["set"] = classes
+    if request.max_risk is not None:
+        row["decision"] = "accept" if is_accepted else "ask"
+    return row
+
+
+def _check_fractions(**values: float | None) -> None:
+    for name, value in values.items():
+        if value is not None and not 0 < value < 1:
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(f"{flag} is {value:g}; it must be above 0 and below 1.")
+
+
 def _csv_lines(rows: list[dict[str, Any]]) -> list[str]:
-    names = ("image", "label", "probability", "votes", "agreement", "entropy", "mutual_information")
+    names = ["image", "label", "probability", "votes", "agreement", "entropy", "mutual_information"]
+    names += [name for name in ("set", "decision") if rows and name in rows[0]]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(names)
     for row in rows:
         values = {**row, "votes": "|".join(row["votes"])}
+        if "set" in row:
+            values["set"] = "|".join(row["set"])
         for name in ("probability", "agreement", "entropy", "mutual_information"):
             values[name] = "" if values[name] is None else f"{values[name]:.6g}"
         writer.writerow(values[name] for name in names)

@@ -71,6 +71,11 @@ def _check_data_and_network(recipe: Recipe, source: str) -> None:
             "Set data.valid_split, or use train.select='last'; the test set is only for the final "
             "evaluation."
         )
+    if train.select == "best" and recipe.data.calibration_split == 1:
+        raise InputError(
+            f"{source}: data.calibration_split=1 leaves no validation images for "
+            "train.select='best'.\nSet it below 1, or use train.select='last'."
+        )
     if train.batch_size % mix.batch_repetitions:
         multiple = max(1, round(train.batch_size / mix.batch_repetitions)) * mix.batch_repetitions
         raise InputError(

@@ -50,6 +50,9 @@ class Data:
         valid_split: fraction of each class of the training set that is used for validation instead
             of training; if None, see `default_valid_split`; ignored if an image folder has a
             validation folder.
+        calibration_split: fraction of each class of the validation images that is only used for
+            calibration. If None: all of them, or half of them if `train.select` is "best", so that
+            the images which select an epoch do not calibrate it.
         test_split: fraction of each class of an image folder that becomes the test set if the
             folder has none; if None, 0.2, or 0 if the folder has a validation folder.
         limit: maximum number of training images, balanced over the classes; 0 for all.
@@ -73,6 +76,7 @@ class Data:
 
     dataset: str = "digits"
     valid_split: float | None = number_field(None, 0, 0.9)
+    calibration_split: float | None = number_field(None, 0, 1)
     test_split: float | None = number_field(None, 0, 0.9)
     limit: int = number_field(0, 0)
     image_size: int | None = number_field(None, 0, 4096)

@@ -11,7 +11,7 @@ from mixmo_fastai.data.cuts import Augmentation
 from mixmo_fastai.data.image_sets import DataSource, ImageSet
 from mixmo_fastai.data.loaders import BatchLoader, ResidentLoader, StreamingLoader
 from mixmo_fastai.data.loose_images import EVALUATION_BATCH
-from mixmo_fastai.data.splits import limit_images, training_parts
+from mixmo_fastai.data.splits import limit_images, split_calibration, training_parts
 from mixmo_fastai.data.transforms import ImageTransform
 from mixmo_fastai.errors import InputError
 
@@ -42,6 +42,7 @@ def make_dataloaders(
     *,
     batch_size: int,
     valid_split: float | None = None,
+    calibration_split: float | None = None,
     limit: int = 0,
     augmentation: Augmentation | None = None,
     seed: int = 0,
@@ -49,7 +50,7 @@ def make_dataloaders(
     loader: str = "auto",
     num_workers: int = 2,
 ) -> DataLoaders:
-    """Build the loaders for training, validation and test, in this order.
+    """Build the loaders for training, validation and test, in this order, and for calibration.
 
     Args:
         source: from `load_source`.
@@ -57,6 +58,8 @@ def make_dataloaders(
         valid_split: fraction of each training class to hold out for validation; with 0 the
             validation loader is empty. None for `recipe.default_valid_split`: 2 %, and more for
             fewer than 5,000 images. Ignored if the source has validation images.
+        calibration_split: fraction of each class of the validation images for a fourth loader, for
+            calibration; None or 1 for none, since all validation images then serve for both.
         limit: maximum number of training images, balanced over classes; 0 for all.
         augmentation: augmentation of training images; None for that of the source.
         seed: seed of order and augmentation.
@@ -68,9 +71,11 @@ def make_dataloaders(
         InputError: the source has fewer than two classes, or too few images for one batch.
     """
     train, valid = _training_parts(source, batch_size, valid_split, limit)
+    valid, calibration = split_calibration(valid, calibration_split)
+    evaluated = [valid, source.test, *([] if calibration is None else [calibration])]
     device = torch.device(default_device() if device is None else device)
     augmentation = augmentation or Augmentation(source.crop_padding, source.flip)
-    kind = _loader_kind(loader, (train, valid, source.test), device, augmentation)
+    kind = _loader_kind(loader, (train, *evaluated), device, augmentation)
     settings = _settings(source, seed=seed, device=device, num_workers=num_workers)
     if isinstance(augmentation.transform, ImageTransform):
         if loader == "resident":
@@ -84,7 +89,7 @@ def make_dataloaders(
     training = training_kind(
         train, bs=batch_size, shuffle=True, augmentation=augmentation, **settings
     )
-    others = (kind(part, bs=EVALUATION_BATCH, **settings) for part in (valid, source.test))
+    others = (kind(part, bs=EVALUATION_BATCH, **settings) for part in evaluated)
     return DataLoaders(training, *others, device=device)
 
 

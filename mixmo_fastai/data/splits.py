@@ -80,6 +80,25 @@ def split_validation(images: ImageSet, fraction: float | None) -> tuple[ImageSet
     return Subset(images, (~valid).nonzero()[:, 0]), Subset(images, valid.nonzero()[:, 0])
 
 
+def split_calibration(valid: ImageSet, fraction: float | None) -> tuple[ImageSet, ImageSet | None]:
+    """Set a fraction of every class of the validation images aside for calibration.
+
+    Args:
+        valid: the validation images.
+        fraction: in [0, 1]; None or 1 for all of them.
+
+    Returns:
+        the validation images that remain, and those for calibration; None if all validation images
+        serve for both.
+    """
+    if fraction is None or fraction == 1 or not len(valid):
+        return valid, None
+    check_fraction("calibration_split", fraction)
+    ranks, sizes = _ranks_within_class(valid.labels, "calibration split")
+    chosen = ranks < (sizes * fraction).round()
+    return Subset(valid, (~chosen).nonzero()[:, 0]), Subset(valid, chosen.nonzero()[:, 0])
+
+
 def limit_images(images: ImageSet, limit: int) -> ImageSet:
     """Keep at most `limit` images, balanced over classes as far as possible.
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from mixmo_fastai.data.listing import Skipped
 from mixmo_fastai.data.loose_images import PixelLoader, decode_readable, find_images
 from mixmo_fastai.data.run_data import facts_of, read_source
+from mixmo_fastai.evaluation.decisions import Decisions
 from mixmo_fastai.evaluation.logits import collect_member_logits
 from mixmo_fastai.export.files import ExportedNetwork
 from mixmo_fastai.metrics.diversity import mutual_information_per_sample
@@ -38,6 +39,8 @@ class Prediction:
         agreement: fraction of the votes for the ensemble's class; None for a single vote.
         entropy: entropy of the ensemble's probabilities, in nats; 0 if one class has all of it.
         mutual_information: mutual information of the members, in nats; None for one member.
+        classes: the prediction set, most likely class first; None if it was not asked for.
+        is_accepted: whether the prediction is accepted at the asked risk; None if not asked for.
     """
 
     image: str
@@ -47,6 +50,8 @@ class Prediction:
     agreement: float | None
     entropy: float
     mutual_information: float | None
+    classes: tuple[str, ...] | None = None
+    is_accepted: bool | None = None
 
 
 def predict_images(
@@ -56,6 +61,7 @@ def predict_images(
     *,
     device: str | None = None,
     skipped: Skipped | None = None,
+    decisions: Decisions | None = None,
 ) -> tuple[list[Prediction], dict[Path, str]]:
     """Predict the classes of image files, including all images in folders.
 
@@ -68,6 +74,7 @@ def predict_images(
         device: device to predict on; by default, that of the recipe, or the best one available for
             an exported network.
         skipped: receives the files of folders that are not predicted, such as hidden files.
+        decisions: from `decisions.decide`; None for the network's own probabilities.
 
     Returns:
         The predictions; and for each unreadable file, the reason and what to do.
@@ -94,7 +101,8 @@ def predict_images(
             logits = torch.cat(
                 [_voter_logits(network, loader, networks) for network in networks], 1
             )
-            predictions += _predictions([str(path) for path in decoded], logits, facts)
+            names = [str(path) for path in decoded]
+            predictions += _predictions(names, logits, facts, decisions or Decisions())
     return predictions, unreadable
 
 
@@ -108,8 +116,12 @@ def _voter_logits(
     return logits if len(networks) == 1 else logits.mean(dim=1, keepdim=True)
 
 
-def _predictions(images: Sequence[str], logits: Tensor, facts: DataFacts) -> list[Prediction]:
+def _predictions(
+    images: Sequence[str], logits: Tensor, facts: DataFacts, decisions: Decisions
+) -> list[Prediction]:
     """Build predictions from member logits (n, M, K)."""
+    sets, accepted = decisions.set_members(logits), decisions.accepted(logits)
+    logits = decisions.shown_logits(logits.double())
     probabilities = logits.double().mean(dim=1).softmax(dim=1)
     top, labels = probabilities.max(dim=1)
     votes = logits.argmax(dim=2)  # (n, M)
@@ -128,6 +140,14 @@ def _predictions(images: Sequence[str], logits: Tensor, facts: DataFacts) -> lis
             agreement=float(agreement[i]) if several else None,
             entropy=entropies[i],
             mutual_information=information[i],
+            classes=None if sets is None else _set_names(sets[i], probabilities[i], facts),
+            is_accepted=None if accepted is None else bool(accepted[i]),
         )
         for i, image in enumerate(images)
     ]
+
+
+def _set_names(members: Tensor, probabilities: Tensor, facts: DataFacts) -> tuple[str, ...]:
+    """Return the names of the classes of a set, most likely first."""
+    order = probabilities.argsort(descending=True, stable=True).tolist()
+    return tuple(facts.classes[label] for label in order if bool(members[label]))

@@ -26,14 +26,16 @@ from mixmo_fastai.data.loaders import BatchLoader
 from mixmo_fastai.data.loose_images import PixelLoader, convert_shape, decode_readable, find_images
 from mixmo_fastai.data.run_data import data_parts, read_source
 from mixmo_fastai.data.sources import load_source
-from mixmo_fastai.data.splits import training_parts
+from mixmo_fastai.data.splits import split_calibration, training_parts
 from mixmo_fastai.errors import InputError
+from mixmo_fastai.evaluation.calibration import calibrate_images
 from mixmo_fastai.evaluation.logits import LabelledLogits, collect_member_logits
 from mixmo_fastai.evaluation.splits import evaluate_splits
 from mixmo_fastai.metrics.ood import detection_metrics
 from mixmo_fastai.metrics.summary import MetricInputs
 from mixmo_fastai.metrics.table import METRICS
 from mixmo_fastai.models import MixMoModel, build_model
+from mixmo_fastai.runs.calibration import Calibration, read_calibration
 from mixmo_fastai.runs.checkpoints import CheckpointStore
 from mixmo_fastai.runs.folder import RunFolder, check_same_left_out, check_several
 from mixmo_fastai.runs.weights import load_weights
@@ -89,7 +91,8 @@ def evaluate_finished(
     """
     ood_loaders = [] if ood is None else [finished.loader(read_ood_images(ood, finished, data_dir))]
     validation, test, *others = finished.logits([*finished.loaders(), *ood_loaders])
-    metrics = evaluate_splits(validation, test)
+    calibration = finished.calibration(validation)
+    metrics = evaluate_splits(validation, test, calibration)
     for logits, _ in others:
         detected = detection_metrics((test or validation)[0], logits)
         metrics["ood"] = {"dataset": ood, "num_images": len(logits), **detected}
@@ -232,7 +235,28 @@ class FinishedRun:
 
     @property
     def _valid(self) -> ImageSet:
-        return training_parts(self.source, self.recipe.data.valid_split)[1]
+        return self._valid_parts()[0]
+
+    def _valid_parts(self) -> tuple[ImageSet, ImageSet | None]:
+        """Return the validation images, and those for calibration if they are others."""
+        data = self.recipe.data
+        return split_calibration(
+            training_parts(self.source, data.valid_split)[1], data.calibration_split
+        )
+
+    def calibration(self, validation: LabelledLogits) -> Calibration | None:
+        """Read the run's calibration, or fit one that is not stored; None without such images.
+
+        Args:
+            validation: member logits and labels of the validation images.
+        """
+        stored = read_calibration(self.run)
+        if stored is not None:
+            return stored
+        valid, images = self._valid_parts()
+        if images is None:
+            return calibrate_images(validation, valid)
+        return calibrate_images(self.logits([self._loaders_of(images)[0]])[0], images)
 
     def final_loader(self) -> BatchLoader:
         """Build the loader of `final_images`."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mixmo_fastai.errors import InputError
+from mixmo_fastai.evaluation.calibration import evaluate_promises, summary
 from mixmo_fastai.evaluation.logits import LabelledLogits
 from mixmo_fastai.metrics.bootstrap import intervals
 from mixmo_fastai.metrics.summary import (
@@ -22,13 +23,21 @@ from mixmo_fastai.metrics.summary import (
 from mixmo_fastai.metrics.table import METRICS
 from mixmo_fastai.metrics.temperature import TEMPERATURE_BOUNDS, fit_temperature, temperature_error
 from mixmo_fastai.rng import make_generator
+from mixmo_fastai.runs.calibration import Calibration
 
 MIN_IMAGES_FOR_TEMPERATURE = 50
 """Smallest number of images on which a temperature is fitted."""
 
 
-def evaluate_splits(validation: LabelledLogits, test: LabelledLogits) -> dict[str, Any]:
+def evaluate_splits(
+    validation: LabelledLogits, test: LabelledLogits, calibration: Calibration | None = None
+) -> dict[str, Any]:
     """Compute all metrics from the logits on both splits.
+
+    Args:
+        validation: of the validation split.
+        test: of the test set.
+        calibration: fitted on validation images; None for none.
 
     Returns:
         - "test" and, if there is a validation split, "valid": from `evaluate_logits`. Without
@@ -41,7 +50,9 @@ def evaluate_splits(validation: LabelledLogits, test: LabelledLogits) -> dict[st
           validation split, the relative standard error of this temperature, and the number of
           images it was fitted on;
         - "cross_fitted": the same for two halves of the test set, each at the temperature fitted
-          on the other half, as published; the number of images is that of the smaller half.
+          on the other half, as published; the number of images is that of the smaller half;
+        - "calibration", "sets" and "abstention", with a calibration: the first from
+          `calibration.summary`, the others from `calibration.evaluate_promises`.
 
         Undefined entries are omitted; "absent", present only then, maps their names to the reasons.
     """
@@ -58,6 +69,10 @@ def evaluate_splits(validation: LabelledLogits, test: LabelledLogits) -> dict[st
     }
     if validation is not None and test is not None:
         metrics["valid"] = evaluate_logits(*validation)
+    if calibration is not None:
+        metrics["calibration"] = summary(calibration)
+        if test is not None:
+            metrics |= evaluate_promises(calibration, test)
     return {**metrics, **compute_defined(functions)}
 
 

@@ -5,14 +5,15 @@ The formats are safetensors, ONNX, and the programs of `torch.export` (.pt2).
 Shapes: n images of C channels and H × W pixels, K classes.
 
 The metadata of all formats hold, as JSON under "mixmo", the name of the format, the
-architecture, and the facts about the data that the network needs. All networks expect standardised
-images: (pixels / 255 - mean) / std.
+architecture, the facts about the data that the network needs, and the calibration (`thresholds`).
+All networks expect standardised images: (pixels / 255 - mean) / std. Their logits are calibrated,
+unless the run has no calibration.
 """
 
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -33,9 +34,15 @@ from mixmo_fastai.errors import InputError
 from mixmo_fastai.export import int8
 from mixmo_fastai.export.images import evenly_spaced, standardized
 from mixmo_fastai.export.onnx_network import OnnxNetwork
+from mixmo_fastai.export.thresholds import (
+    exported_scaling,
+    exported_thresholds,
+    scale_heads,
+)
 from mixmo_fastai.models import create_model
 from mixmo_fastai.models.folding import fold_batch_norm
 from mixmo_fastai.models.fused import assemble
+from mixmo_fastai.runs.calibration import read_calibration
 from mixmo_fastai.runs.data_facts import DataFacts
 from mixmo_fastai.runs.folder import RunFolder
 from mixmo_fastai.runs.weights import load_network
@@ -57,11 +64,13 @@ class ExportedNetwork:
         model: the network, in evaluation mode, on the CPU.
         arch: name of its architecture.
         facts: facts about its data that prediction needs.
+        calibration: entry of the header, see `thresholds`; None if the file has none.
     """
 
     model: nn.Module
     arch: str
     facts: DataFacts
+    calibration: Mapping[str, Any] | None = None
 
 
 def check_export(run: RunFolder, path: Path) -> None:
@@ -87,9 +96,16 @@ def check_export(run: RunFolder, path: Path) -> None:
 
 
 def export_run(
-    run: RunFolder, path: Path, data_dir: Path | None = None, *, max_drop: float | None = None
+    run: RunFolder,
+    path: Path,
+    data_dir: Path | None = None,
+    *,
+    max_drop: float | None = None,
+    raw: bool = False,
 ) -> dict[str, Any]:
     """Fuse a finished run into one plain network, and write it if its logits match the run's.
+
+    The logits are calibrated if the run has a calibration, and those of the check as well.
 
     The network is written to a temporary file in the same folder, read back, and evaluated on test
     images; the file is renamed to `path` only if its logits match those of the run.
@@ -100,11 +116,13 @@ def export_run(
         data_dir: folder of the run's data, if not the one that training used.
         max_drop: quantise an ONNX network to 8-bit integers, which may lower the accuracy by this
             many percentage points; None for float32.
+        raw: whether to write the logits without calibration.
 
     Returns:
         With `max_drop` also int8, see `int8.Quantised`, and
         arch, parameters, num_bytes, num_images, relative_difference (largest difference of logits
-        relative to the largest logit) and same_class (fraction of images with the same class).
+        relative to the largest logit), same_class (fraction of images with the same class) and
+        calibration ("temperature", "vector" or "none").
 
     Raises:
         InputError: see `check_export`; or the file exists, or there is no data to compare on.
@@ -117,6 +135,11 @@ def export_run(
     source = read_source(recipe, data_dir, run)
     facts = facts_of(source)
     _check_facts(run, facts)
+    calibration = read_calibration(run)
+    scaling = None if raw or calibration is None else calibration.scaling
+    if scaling is not None:
+        scale_heads(model, scaling)
+    entry = None if calibration is None else exported_thresholds(calibration, scaling)
     images = source.test if len(source.test) else source.train
     x = standardized(images, evenly_spaced(images, NUM_CHECKED), facts)
     fused = model.fuse()
@@ -126,7 +149,7 @@ def export_run(
             temporary = Path(folder) / f"network{suffix}"
             # The .safetensors of a network have the names of its architecture.
             written = fused if suffix == ".safetensors" else fold_batch_norm(fused.eval(), x[:8])
-            write(written, facts, _metadata(recipe.model.arch, facts), temporary)
+            write(written, facts, _metadata(recipe.model.arch, facts, entry), temporary)
             with torch.inference_mode():
                 expected = model(x)
             # Two batch sizes, to check that the network does not depend on the size at export.
@@ -144,6 +167,7 @@ def export_run(
         "parameters": sum(p.numel() for p in fused.parameters()),
         "num_bytes": path.stat().st_size,
         "num_images": len(x),
+        "calibration": "none" if scaling is None else scaling.method,
         **agreement,
     }
 
@@ -163,7 +187,7 @@ def load_fused(path: Path | str) -> ExportedNetwork:
     if path.suffix.lower() == ".onnx":
         network = OnnxNetwork(path)
         header = _read_header(path, network.metadata)
-        return ExportedNetwork(network.eval(), *_arch_and_facts(path, header))
+        return ExportedNetwork(network.eval(), *_parts_of_header(path, header))
     if path.suffix.lower() == ".pt2":
         raise InputError(
             f"{path} is a program of torch.export; run it with torch.export.load.\n"
@@ -175,7 +199,7 @@ def load_fused(path: Path | str) -> ExportedNetwork:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} cannot be read: {error}.") from error
-    arch, facts = _arch_and_facts(path, _read_header(path, metadata))
+    arch, facts, calibration = _parts_of_header(path, _read_header(path, metadata))
     with _damage_explained(path):
         published = parse_architecture(arch).depth > 0
         # A damaged file may claim a huge network: on "meta", no memory is allocated for it.
@@ -187,7 +211,7 @@ def load_fused(path: Path | str) -> ExportedNetwork:
         if types != {name: tensor.dtype for name, tensor in tensors.items()}:
             raise ValueError(f"its tensors are not those of {arch}")
         model.load_state_dict(tensors, assign=True)
-    return ExportedNetwork(model.eval(), arch, facts)
+    return ExportedNetwork(model.eval(), arch, facts, calibration)
 
 
 @contextmanager
@@ -218,9 +242,14 @@ def _read_header(path: Path, metadata: Metadata) -> dict[str, Any]:
     return header
 
 
-def _arch_and_facts(path: Path, header: dict[str, Any]) -> tuple[str, DataFacts]:
+def _parts_of_header(
+    path: Path, header: dict[str, Any]
+) -> tuple[str, DataFacts, Mapping[str, Any] | None]:
     with _damage_explained(path):
-        return str(header["arch"]), DataFacts.from_mapping(header["data"])
+        calibration = header.get("calibration")
+        if calibration is not None:
+            exported_scaling(calibration)  # raises if it is damaged
+        return str(header["arch"]), DataFacts.from_mapping(header["data"]), calibration
 
 
 def _check_facts(run: RunFolder, facts: DataFacts) -> None:
@@ -245,8 +274,13 @@ def _quantise(
     return target, dataclasses.asdict(result)
 
 
-def _metadata(arch: str, facts: DataFacts) -> Metadata:
-    header = {"format": FORMAT, "arch": arch, "data": dataclasses.asdict(facts)}
+def _metadata(arch: str, facts: DataFacts, calibration: dict[str, Any] | None) -> Metadata:
+    header = {
+        "format": FORMAT,
+        "arch": arch,
+        "data": dataclasses.asdict(facts),
+        "calibration": calibration,
+    }
     return {"mixmo": json.dumps(header)}
 
 

@@ -132,18 +132,15 @@ class ConformalSets:
         if score not in SCORES:
             raise unknown_name_error("score of prediction sets", score, SCORES)
         probabilities = check_probabilities(probabilities, labels)
-        labels = labels.long()
-        of_labels = SCORES[score](probabilities).gather(1, labels[:, None])[:, 0]
-        thresholds: tuple[float, ...]
-        if per_class:
-            _check_images_per_class(labels, probabilities.shape[1], coverage)
-            thresholds = tuple(
-                conformal_quantile(of_labels[labels == label], coverage)
-                for label in range(probabilities.shape[1])
-            )
-        else:
-            thresholds = (conformal_quantile(of_labels, coverage),)
-        return cls(score, coverage, thresholds, len(labels))
+        of_labels = SCORES[score](probabilities).gather(1, labels.long()[:, None])[:, 0]
+        return sets_from_scores(
+            of_labels,
+            labels,
+            num_classes=probabilities.shape[1],
+            coverage=coverage,
+            score=score,
+            per_class=per_class,
+        )
 
     def __call__(self, probabilities: Tensor) -> Tensor:
         """Return which classes each set contains, (N, K) bool.
@@ -158,6 +155,47 @@ class ConformalSets:
         sets = SCORES[self.score](probabilities) <= limits
         top = torch.nn.functional.one_hot(probabilities.argmax(dim=1), probabilities.shape[1])
         return torch.where(sets.any(dim=1, keepdim=True), sets, top.bool())
+
+
+def sets_from_scores(
+    of_labels: Tensor,
+    labels: Tensor,
+    *,
+    num_classes: int,
+    coverage: float,
+    score: str,
+    per_class: bool = False,
+) -> ConformalSets:
+    """Choose thresholds from the scores of the labels alone; see `ConformalSets.fit`.
+
+    Args:
+        of_labels: (n,), the score of the label of each calibration image.
+        labels: (n,).
+        num_classes: K.
+        coverage: as for `ConformalSets.fit`.
+        score: name of the score.
+        per_class: as for `ConformalSets.fit`.
+
+    Raises:
+        InputError: too few images, or a coverage out of range.
+
+    Example:
+        >>> scores, labels = torch.arange(20.0), torch.arange(20) % 2
+        >>> options = {"num_classes": 2, "coverage": 0.5, "score": "lac"}
+        >>> sets_from_scores(scores, labels, **options).thresholds  # the 11th of 20
+        (10.0,)
+        >>> sets_from_scores(scores, labels, **options, per_class=True).thresholds  # the 6th of 10
+        (10.0, 11.0)
+    """
+    thresholds: tuple[float, ...]
+    if per_class:
+        _check_images_per_class(labels.long(), num_classes, coverage)
+        thresholds = tuple(
+            conformal_quantile(of_labels[labels == label], coverage) for label in range(num_classes)
+        )
+    else:
+        thresholds = (conformal_quantile(of_labels, coverage),)
+    return ConformalSets(score, coverage, thresholds, len(labels))
 
 
 def conformal_quantile(scores: Tensor, coverage: float) -> float:

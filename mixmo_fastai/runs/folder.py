@@ -247,6 +247,10 @@ class RunFolder:
         """Write the trained weights atomically."""
         self._write(self.weights.name, content)
 
+    def write_file(self, name: str, content: str | bytes) -> None:
+        """Write another file of the run atomically, if this process writes the run."""
+        self._write(name, content)
+
     def _write(self, name: str, content: str | bytes) -> None:
         if self.is_writer:
             with writing(self.path / name) as path:

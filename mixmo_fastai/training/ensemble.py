@@ -14,7 +14,6 @@ from fastai.callback.core import Callback
 
 from mixmo_fastai.config.recipe import Expected, Recipe
 from mixmo_fastai.evaluation.runs import collect_logits
-from mixmo_fastai.evaluation.splits import evaluate_splits
 from mixmo_fastai.rng import derive_seed
 from mixmo_fastai.runs.create import create_run
 from mixmo_fastai.runs.folder import RunFolder
@@ -22,7 +21,8 @@ from mixmo_fastai.runs.lock import locked
 from mixmo_fastai.runtime.processes import broadcast_from_rank0, run_on_rank0
 from mixmo_fastai.runtime.signals import StopRequest
 from mixmo_fastai.training.failures import readable_errors
-from mixmo_fastai.training.prepare import TEST_SET, Training, prepare_network
+from mixmo_fastai.training.final import evaluate_and_calibrate
+from mixmo_fastai.training.prepare import Training, prepare_network
 from mixmo_fastai.training.run_callbacks import entered_run_callbacks
 from mixmo_fastai.training.state import Position
 from mixmo_fastai.training.train import describe_run, train
@@ -106,13 +106,14 @@ def _train_networks(
             train(net_training, folder, cbs=cbs, resume=has_started, stop=stop, say=say)
         del net_training  # free its memory before the next network is built
         gc.collect()  # a Learner and its callbacks form reference cycles
-    loaders = training.learn.dls.valid, training.learn.dls[TEST_SET]
+    loaders = training.learn.dls.loaders[1:]
     per_network = broadcast_from_rank0(run.is_writer and [folder.metrics() for folder in folders])
     selected = [each["selected_epoch"] for each in per_network if "selected_epoch" in each]
     with entered_run_callbacks(cbs, training, run, Position(recipe.train.epochs)) as run_callbacks:
         with readable_errors(recipe, training.acceleration.describe()):
-            valid, test = collect_logits(run, training.learn.model, loaders)
-            evaluated = evaluate_splits(valid, test)
+            logits = collect_logits(run, training.learn.model, loaders)
+            evaluated = evaluate_and_calibrate(run, loaders, logits)
+            valid, test = logits[:2]
         metrics = {
             **training.summary(),
             **({"selected_epoch": selected} if selected else {}),

@@ -34,6 +34,8 @@ from mixmo_fastai.runtime.processes import process_group, rank0_first
 
 TEST_SET = 2
 """Index of the test loader in the DataLoaders of `make_dataloaders`."""
+SPLIT_FOR_CALIBRATION = 0.5
+"""Fraction of the validation images for calibration if the others select the best epoch."""
 
 
 SMALLEST_SAFE_SIZE = 32
@@ -209,6 +211,7 @@ def _make_dataloaders(recipe: Recipe, source: DataSource, device: torch.device) 
             source,
             batch_size=recipe.loader_batch_size,
             valid_split=data.valid_split,
+            calibration_split=data.calibration_split,
             limit=data.limit,
             augmentation=Augmentation(
                 data.crop_padding, data.flip, data.alternating_flip, transform
@@ -273,7 +276,16 @@ def _with_data_settings(recipe: Recipe, source: DataSource) -> Recipe:
             "data.alternating_flip is true, but data.flip is false for this data set.\n"
             "Set data.flip=true, or remove data.alternating_flip."
         )
-    data = replace(data, crop_padding=padding, flip=flip, valid_split=valid_split)
+    calibration_split = data.calibration_split
+    if calibration_split is None and recipe.train.select == "best":
+        calibration_split = SPLIT_FOR_CALIBRATION
+    data = replace(
+        data,
+        crop_padding=padding,
+        flip=flip,
+        valid_split=valid_split,
+        calibration_split=calibration_split,
+    )
     return replace(recipe, data=data)
 
 

@@ -16,7 +16,6 @@ from mixmo_fastai.config.recipe import Recipe
 from mixmo_fastai.data.run_data import facts_of
 from mixmo_fastai.errors import RunFailedError
 from mixmo_fastai.evaluation.logits import LabelledLogits, collect_member_logits
-from mixmo_fastai.evaluation.splits import evaluate_splits
 from mixmo_fastai.learner.distributed import shared
 from mixmo_fastai.runs.checkpoints import CheckpointStore
 from mixmo_fastai.runs.folder import RunFolder
@@ -25,8 +24,9 @@ from mixmo_fastai.runtime.processes import process_group, rank0_first
 from mixmo_fastai.runtime.signals import StopRequest
 from mixmo_fastai.training.checkpointing import CheckpointCallback, StopInValidation
 from mixmo_fastai.training.failures import readable_errors
+from mixmo_fastai.training.final import evaluate_and_calibrate
 from mixmo_fastai.training.history import HistoryCallback
-from mixmo_fastai.training.prepare import TEST_SET, Training
+from mixmo_fastai.training.prepare import Training
 from mixmo_fastai.training.resume import resume_callbacks
 from mixmo_fastai.training.run_callbacks import entered_run_callbacks
 from mixmo_fastai.training.schedule import flat_cosine, one_cycle, published_steps
@@ -121,9 +121,10 @@ def _evaluate(
 ) -> tuple[dict[str, Any], LabelledLogits]:
     """Return the final metrics, and the logits of the test images or else validation images."""
     learn = training.learn
-    loaders = learn.dls.valid, learn.dls[TEST_SET]
-    valid, test = (collect_member_logits(learn.model, loader) for loader in loaders)
-    evaluated = evaluate_splits(valid, test)
+    loaders = learn.dls.loaders[1:]
+    logits = [collect_member_logits(learn.model, loader) for loader in loaders]
+    evaluated = evaluate_and_calibrate(run, loaders, logits)
+    valid, test = logits[:2]
     metrics = {
         **training.summary(),
         **({"selected_epoch": best.number} if best else {}),

@@ -1,0 +1,223 @@
+"""Fit the calibration of a run on its calibration images, and evaluate what it promises.
+
+Shapes: n calibration images, N test images, M members, K classes.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixmo_fastai.data.image_sets import ImageSet
+from mixmo_fastai.errors import InputError
+from mixmo_fastai.evaluation.logits import LabelledLogits
+from mixmo_fastai.metrics.abstention import Abstain, abstention_metrics
+from mixmo_fastai.metrics.bootstrap import intervals
+from mixmo_fastai.metrics.calibration import expected_calibration_error, nll
+from mixmo_fastai.metrics.conformal import SCORES, ConformalSets, set_metrics
+from mixmo_fastai.metrics.diversity import mutual_information_per_sample
+from mixmo_fastai.metrics.scaling import METHODS, Scaling, cross_scaled, fit_scaling
+from mixmo_fastai.runs.calibration import Calibration
+
+MIN_IMAGES = {"temperature": 50, "vector": 0}
+"""Smallest number of calibration images of a method."""
+MIN_IMAGES_PER_CLASS = {"temperature": 0, "vector": 20}
+"""The same per class: vector scaling has two numbers for each class."""
+COVERAGE, MAX_RISK = 0.9, 0.05
+"""Coverage of prediction sets and risk of accepted predictions that are evaluated by default."""
+
+
+def calibrate(
+    member_logits: Tensor, labels: Tensor, names: Sequence[str], method: str = "temperature"
+) -> Calibration:
+    """Fit a calibration.
+
+    The scaling is kept only if it lowers the NLL in cross-validation on the same images.
+
+    Args:
+        member_logits: (n, M, K), of images that were neither trained on nor used for a choice.
+        labels: (n,).
+        names: names of the images.
+        method: a name in `scaling.METHODS`, or "none".
+
+    Raises:
+        InputError: invalid arguments.
+    """
+    logits = member_logits.double().mean(dim=1)
+    scaling, reason, effect = _helpful_scaling(logits, labels, method)
+    scaled = logits if scaling is None else scaling(logits)
+    probabilities = scaled.softmax(dim=1)
+    label_scores = {
+        name: score(probabilities).gather(1, labels.long()[:, None])[:, 0]
+        for name, score in SCORES.items()
+    }
+    return Calibration(
+        scaling=scaling,
+        reason=reason,
+        effect=effect,
+        num_classes=logits.shape[1],
+        names=tuple(names),
+        labels=labels.long(),
+        correct=logits_correct(scaled, labels),
+        label_scores=label_scores,
+        confidences=confidences(member_logits, scaling),
+    )
+
+
+def calibrate_images(
+    labelled: LabelledLogits, images: ImageSet, method: str = "temperature"
+) -> Calibration | None:
+    """Fit a calibration on images; None if there are none.
+
+    Args:
+        labelled: member logits (n, M, K) and labels (n,) of the images.
+        images: the images, for their names.
+        method: as for `calibrate`.
+    """
+    if labelled is None:
+        return None
+    return calibrate(*labelled, [images.name(i) for i in range(len(images))], method)
+
+
+def summary(calibration: Calibration) -> dict[str, Any]:
+    """Return what metrics.json and the JSON of `mixmo eval` say about a calibration."""
+    scaling = calibration.scaling
+    return {
+        "method": "none" if scaling is None else scaling.method,
+        "temperature": None if scaling is None else scaling.temperature,
+        "reason": calibration.reason,
+        "num_images": len(calibration.labels),
+        **calibration.effect,
+    }
+
+
+def logits_correct(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return whether the most likely class is the label: (N, K), (N,) -> (N,)."""
+    return logits.argmax(dim=1) == labels
+
+
+def confidences(member_logits: Tensor, scaling: Scaling | None) -> dict[str, Tensor]:
+    """Compute the scores of `runs.calibration.CONFIDENCES` from member logits (N, M, K): (N,) each.
+
+    The mutual information of one member is undefined and missing.
+    """
+    scaled = member_logits.double() if scaling is None else scaling(member_logits.double())
+    probabilities = scaled.mean(dim=1).softmax(dim=1)
+    found = {
+        "confidence": probabilities.amax(dim=1),
+        "entropy": -torch.special.entr(probabilities).sum(dim=1),
+    }
+    if member_logits.shape[1] > 1:
+        found["mutual-information"] = -mutual_information_per_sample(scaled)
+    return found
+
+
+def _helpful_scaling(
+    logits: Tensor, labels: Tensor, method: str
+) -> tuple[Scaling | None, str, dict[str, Any]]:
+    """Fit a scaling; return it with its effect, or None with the reason why it is left off."""
+    before = _quality(logits, labels)
+    if method == "none":
+        return None, "it was not asked for", {"before": before}
+    try:
+        _check_enough_images(labels, logits.shape[1], method)
+        scaling = fit_scaling(logits, labels, method)
+        after = _quality(cross_scaled(logits, labels, method), labels)
+    except InputError as error:
+        return None, str(error), {"before": before}
+    effect = {"before": before, "after": after}
+    if after["nll"] >= before["nll"]:
+        return None, f"{method} scaling does not lower the NLL in cross-validation", effect
+    return scaling, "", effect
+
+
+def _check_enough_images(labels: Tensor, num_classes: int, method: str) -> None:
+    if method not in METHODS:
+        fit_scaling(torch.zeros(1, 2), torch.zeros(1).long(), method)  # raises the right error
+    needed, per_class = MIN_IMAGES[method], MIN_IMAGES_PER_CLASS[method]
+    if len(labels) < needed:
+        raise InputError(
+            f"{method} scaling needs {needed} calibration images; there are {len(labels)}"
+        )
+    fewest = int(labels.bincount(minlength=num_classes).min())
+    if fewest < per_class:
+        raise InputError(
+            f"{method} scaling needs {per_class} calibration images per class; a class has {fewest}"
+        )
+
+
+def _quality(logits: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Return NLL and ECE with their bootstrap intervals."""
+    ends = intervals(logits, labels)
+    return {
+        "nll": float(nll(logits, labels)),
+        "ece": float(expected_calibration_error(logits, labels)),
+        "intervals": {name: list(ends[name]) for name in ("nll", "ece") if name in ends},
+    }
+
+
+def evaluate_promises(
+    calibration: Calibration,
+    test: LabelledLogits,
+    *,
+    coverage: float = COVERAGE,
+    max_risk: float = MAX_RISK,
+) -> dict[str, Any]:
+    """Compute what prediction sets and abstention reach on test images.
+
+    Args:
+        calibration: from `calibrate`.
+        test: member logits (N, M, K) and labels (N,).
+        coverage: coverage of the sets.
+        max_risk: risk of the accepted predictions.
+
+    Returns:
+        - "sets": by score, and by score with "-per-class", the metrics of `set_metrics`, or
+          "absent" with the reason, such as too few calibration images;
+        - "abstention": by score of `CONFIDENCES`, the metrics of `abstention_metrics`, with the
+          "threshold" and the upper "bound" of the risk.
+
+    Raises:
+        InputError: there are no test images, or a value is out of range.
+    """
+    if test is None:
+        raise InputError("there are no test images")
+    member_logits, labels = test
+    logits = member_logits.double().mean(dim=1)
+    scaled = logits if calibration.scaling is None else calibration.scaling(logits)
+    probabilities, correct = scaled.softmax(dim=1), logits_correct(scaled, labels)
+    sets: dict[str, Any] = {}
+    for score in SCORES:
+        for per_class in (False, True):
+            name = f"{score}-per-class" if per_class else score
+            try:
+                found = calibration.sets(coverage, score, per_class=per_class)
+            except InputError as error:
+                sets[name] = {"absent": str(error)}
+            else:
+                sets[name] = _set_values(found, probabilities, labels)
+    accepted = {}
+    for name, values in confidences(member_logits, calibration.scaling).items():
+        if name in calibration.confidences:
+            abstain = calibration.abstain(max_risk, name)
+            accepted[name] = _abstention_values(abstain, values, correct)
+    return {
+        "sets": {"asked_coverage": coverage, **sets},
+        "abstention": {"max_risk": max_risk, **accepted},
+    }
+
+
+def _set_values(sets: ConformalSets, probabilities: Tensor, labels: Tensor) -> dict[str, Any]:
+    return {"thresholds": list(sets.thresholds), **set_metrics(sets(probabilities), labels)}
+
+
+def _abstention_values(abstain: Abstain, values: Tensor, correct: Tensor) -> dict[str, Any]:
+    found = abstention_metrics(abstain(values), correct)
+    threshold = abstain.threshold if found["coverage"] or abstain.coverage else None
+    return {
+        "threshold": threshold,
+        "bound": abstain.bound,
+        "guarantee": abstain.guarantee,
+        **found,
+    }

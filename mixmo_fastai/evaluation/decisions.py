@@ -1,0 +1,168 @@
+"""What `mixmo predict` says about an image beyond its class: calibrated, a set, accepted or not.
+
+Shapes: n images, M members, K classes.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mixmo_fastai.errors import InputError
+from mixmo_fastai.evaluation.calibration import confidences
+from mixmo_fastai.export.files import ExportedNetwork
+from mixmo_fastai.export.thresholds import exported_abstain, exported_scaling, exported_sets
+from mixmo_fastai.metrics.abstention import Abstain, images_needed
+from mixmo_fastai.metrics.conformal import ConformalSets
+from mixmo_fastai.metrics.scaling import Scaling
+from mixmo_fastai.runs.calibration import Calibration, read_calibration
+from mixmo_fastai.runs.folder import RunFolder
+
+_NOT_CALIBRATED = "The probabilities are not calibrated: the run has no calibration images."
+SET_SCORE, RISK_SCORE = "raps", "confidence"
+"""Default scores of prediction sets and of accepted predictions."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for each image.
+
+    Attributes:
+        raw: whether the probabilities are those of the network, without calibration.
+        coverage: probability with which the set of an image contains its label; None for no sets.
+        set_score: name of the score of the sets, see `conformal.SCORES`.
+        per_class: whether the coverage holds for each class separately.
+        max_risk: largest fraction of errors among the accepted predictions; None to accept all.
+        risk_score: name of the score of accepted predictions, see `runs.calibration.CONFIDENCES`.
+    """
+
+    raw: bool = False
+    coverage: float | None = None
+    set_score: str = SET_SCORE
+    per_class: bool = False
+    max_risk: float | None = None
+    risk_score: str = RISK_SCORE
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the request cannot be met without calibration images."""
+        return self.coverage is not None or self.max_risk is not None
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """Thresholds that were chosen for a request.
+
+    Attributes:
+        scaling: applied to the logits; None for none.
+        sets: makes the prediction sets; None for no sets.
+        abstain: decides which predictions are accepted; None to accept all.
+        risk_score: the score that `abstain` compares.
+        raw: whether the probabilities are shown without `scaling`.
+        unscaling: undoes the scaling that the logits of an exported network contain, to show its
+            probabilities without calibration; None for none.
+        note: a remark, such as why no prediction is accepted; "" for none.
+    """
+
+    scaling: Scaling | None = None
+    sets: ConformalSets | None = None
+    abstain: Abstain | None = None
+    risk_score: str = RISK_SCORE
+    raw: bool = False
+    unscaling: Scaling | None = None
+    note: str = ""
+
+    def shown_logits(self, member_logits: Tensor) -> Tensor:
+        """Return the logits (n, M, K) whose probabilities are shown."""
+        if self.unscaling is not None:
+            return self.unscaling(member_logits)
+        return member_logits if self.raw or self.scaling is None else self.scaling(member_logits)
+
+    def set_members(self, member_logits: Tensor) -> Tensor | None:
+        """Return which classes each set contains, (n, K) bool; None without sets."""
+        if self.sets is None:
+            return None
+        logits = member_logits.double().mean(dim=1)
+        scaled = logits if self.scaling is None else self.scaling(logits)
+        return self.sets(scaled.softmax(dim=1))
+
+    def accepted(self, member_logits: Tensor) -> Tensor | None:
+        """Return which predictions are accepted, (n,) bool; None if that was not asked."""
+        if self.abstain is None:
+            return None
+        return self.abstain(confidences(member_logits, self.scaling)[self.risk_score])
+
+
+def decide_for(request: Request, run: RunFolder | ExportedNetwork, name: str) -> Decisions:
+    """Choose the thresholds for a run or an exported network; see `decide`.
+
+    Raises:
+        InputError: as for `decide`, or the file of the network has no threshold for the request.
+    """
+    if isinstance(run, ExportedNetwork):
+        return _decide_exported(request, run, name)
+    return decide(request, read_calibration(run), name)
+
+
+def _decide_exported(request: Request, network: ExportedNetwork, name: str) -> Decisions:
+    entry = network.calibration
+    if entry is None:
+        return decide(request, None, name)
+    baked = exported_scaling(entry)
+    sets = abstain = None
+    if request.coverage is not None:
+        score = f"{request.set_score}-per-class" if request.per_class else request.set_score
+        sets = exported_sets(entry, request.coverage, score)
+    if request.max_risk is not None:
+        abstain = exported_abstain(entry, request.max_risk, request.risk_score)
+    unscaling = _inverse(baked) if request.raw and baked is not None else None
+    return Decisions(None, sets, abstain, request.risk_score, unscaling=unscaling)
+
+
+def _inverse(scaling: Scaling) -> Scaling:
+    """Return what undoes a scaling."""
+    scale = tuple(1 / value for value in scaling.scale)
+    if not scaling.bias:
+        return Scaling(scaling.method, scale)
+    wide = scale if len(scale) > 1 else scale * len(scaling.bias)
+    bias = tuple(-b * s for b, s in zip(scaling.bias, wide, strict=True))
+    return Scaling(scaling.method, wide, bias)
+
+
+def decide(request: Request, calibration: Calibration | None, name: str) -> Decisions:
+    """Choose the thresholds for a request.
+
+    Args:
+        request: what is asked.
+        calibration: of the run; None if it has none.
+        name: name of the run, for messages.
+
+    Raises:
+        InputError: the request needs calibration images that are missing or too few.
+    """
+    if calibration is None:
+        if request.needs_calibration:
+            raise InputError(
+                f"{name} has no calibration, which --coverage and --max-risk need.\n"
+                f"If it has validation images, write one: mixmo calibrate {name}"
+            )
+        return Decisions(raw=request.raw, note="" if request.raw else _NOT_CALIBRATED)
+    sets, abstain, note = None, None, ""
+    if request.coverage is not None:
+        sets = calibration.sets(request.coverage, request.set_score, per_class=request.per_class)
+    if request.max_risk is not None:
+        abstain = calibration.abstain(request.max_risk, request.risk_score)
+        note = "" if abstain.coverage else _no_threshold(abstain)
+    if calibration.scaling is None and not request.raw:
+        note = note or f"The probabilities are not calibrated: {calibration.reason}."
+    return Decisions(calibration.scaling, sets, abstain, request.risk_score, request.raw, note=note)
+
+
+def _no_threshold(abstain: Abstain) -> str:
+    needed = images_needed(abstain.max_risk, abstain.guarantee)
+    text = (
+        f"No prediction is accepted: no threshold has a risk of at most {abstain.max_risk:g} with "
+        f"a guarantee of {abstain.guarantee:g} on the {abstain.num_images:,} calibration images."
+    )
+    if abstain.num_images < needed:
+        return f"{text}\nEven without errors it takes {needed:,} images; raise --valid-split."
+    return f"{text}\nThe network is too often wrong with high confidence; raise --max-risk."

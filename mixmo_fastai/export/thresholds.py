@@ -1,0 +1,139 @@
+"""Calibration in exported files: scaled heads, and thresholds for sets and accepted predictions.
+
+The metadata of a file hold, under "calibration" of its header:
+
+- "scaling": the method, scale and bias that the logits of the network already contain, or null;
+- "num_images": number of calibration images;
+- "sets": by score (with "-per-class" if the coverage holds for each class), by coverage, such as
+  "0.9": the thresholds, one for all classes or one per class;
+- "abstention": by score, by risk, such as "0.05": the smallest accepted confidence.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from mixmo_fastai.errors import InputError
+from mixmo_fastai.metrics.abstention import GUARANTEE, Abstain
+from mixmo_fastai.metrics.conformal import SCORES, ConformalSets
+from mixmo_fastai.metrics.scaling import Scaling
+from mixmo_fastai.models import MixMoModel
+from mixmo_fastai.runs.calibration import Calibration
+
+COVERAGES, RISKS = (0.8, 0.9, 0.95, 0.99), (0.01, 0.02, 0.05, 0.1, 0.2)
+"""Coverages and risks whose thresholds exported files hold."""
+EXPORTED_CONFIDENCES = ("confidence", "entropy")
+"""Scores of accepted predictions that need no members."""
+
+
+@torch.no_grad()
+def scale_heads(model: MixMoModel, scaling: Scaling) -> None:
+    """Scale the heads of a network in place, so that its logits are calibrated.
+
+    Raises:
+        InputError: a head is not a linear layer, or has no bias for vector scaling.
+    """
+    for head in model.heads:
+        if not isinstance(head, nn.Linear) or (scaling.bias and head.bias is None):
+            raise InputError(
+                f"Calibrated logits need linear heads{' with a bias' * bool(scaling.bias)}; this "
+                f"network has {head}.\nExport without calibration: --raw."
+            )
+        scale = head.weight.new_tensor(scaling.scale)
+        head.weight.mul_(scale[:, None] if len(scale) > 1 else scale)
+        if head.bias is not None:
+            head.bias.mul_(scale)
+            if scaling.bias:
+                head.bias.add_(head.bias.new_tensor(scaling.bias))
+
+
+def exported_thresholds(calibration: Calibration, scaling: Scaling | None) -> dict[str, Any]:
+    """Return the entry of a file's header.
+
+    Args:
+        calibration: of the run.
+        scaling: what the heads contain; None for none.
+    """
+    sets: dict[str, dict[str, list[float]]] = {}
+    for score in SCORES:
+        for per_class in (False, True):
+            found = _thresholds(calibration, score, per_class=per_class)
+            if found:
+                sets[f"{score}-per-class" if per_class else score] = found
+    abstention = {
+        score: {
+            str(risk): abstain.threshold
+            for risk in RISKS
+            for abstain in [calibration.abstain(risk, score)]
+            if abstain.coverage
+        }
+        for score in EXPORTED_CONFIDENCES
+    }
+    return {
+        "scaling": None if scaling is None else dataclasses.asdict(scaling),
+        "num_images": len(calibration.labels),
+        "sets": sets,
+        "abstention": abstention,
+    }
+
+
+def _thresholds(calibration: Calibration, score: str, *, per_class: bool) -> dict[str, list[float]]:
+    found = {}
+    for coverage in COVERAGES:
+        try:
+            sets = calibration.sets(coverage, score, per_class=per_class)
+        except InputError:  # too few images
+            continue
+        found[str(coverage)] = list(sets.thresholds)
+    return found
+
+
+def exported_scaling(entry: Mapping[str, Any]) -> Scaling | None:
+    """Return the scaling that the logits of a file contain."""
+    values = entry["scaling"]
+    if values is None:
+        return None
+    scale, bias = (tuple(map(float, values[key])) for key in ("scale", "bias"))
+    return Scaling(str(values["method"]), scale, bias)
+
+
+def exported_sets(entry: Mapping[str, Any], coverage: float, score: str) -> ConformalSets:
+    """Return the sets of a coverage.
+
+    Args:
+        entry: of the header, see the module.
+        coverage: one of those in the file.
+        score: name of the score, with "-per-class" if the coverage holds for each class.
+
+    Raises:
+        InputError: the file has no thresholds for it; the message lists those it has.
+    """
+    values = _chosen(entry["sets"], score, coverage, "coverage")
+    name = score.removesuffix("-per-class")
+    return ConformalSets(name, coverage, tuple(map(float, values)), int(entry["num_images"]))
+
+
+def exported_abstain(entry: Mapping[str, Any], max_risk: float, score: str) -> Abstain:
+    """Return what accepts predictions at a risk; see `exported_sets`.
+
+    Raises:
+        InputError: the file has no threshold for it; the message lists those it has.
+    """
+    threshold = float(_chosen(entry["abstention"], score, max_risk, "risk"))
+    # Bound and coverage on the calibration images are not in the file.
+    return Abstain(threshold, max_risk, GUARANTEE, max_risk, math.nan, int(entry["num_images"]))
+
+
+def _chosen(table: Mapping[str, Any], score: str, value: float, kind: str) -> Any:
+    of_score = table.get(score, {})
+    if (key := str(value)) in of_score:
+        return of_score[key]
+    known = ", ".join(of_score) or "none"
+    raise InputError(
+        f"The file has no threshold for a {kind} of {value:g} with the score {score!r}; it has: "
+        f"{known}.\nPredict with the run for others, or with another score: {', '.join(table)}."
+    )

@@ -1,0 +1,170 @@
+"""The calibration of a run: what was fitted on its calibration images, and their scores.
+
+`calibration.json` holds the scaling of the logits and its effect, `calibration.safetensors` what
+later choices need of each calibration image: a coverage of prediction sets, a risk of accepted
+predictions. Neither the images nor the network are needed for them.
+
+Shapes: n calibration images, K classes.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from mixmo_fastai.errors import InputError, unknown_name_error
+from mixmo_fastai.metrics.abstention import GUARANTEE, Abstain
+from mixmo_fastai.metrics.conformal import SCORES, ConformalSets, sets_from_scores
+from mixmo_fastai.metrics.scaling import Scaling
+from mixmo_fastai.runs.folder import RunFolder
+
+CALIBRATION, CALIBRATION_IMAGES = "calibration.json", "calibration.safetensors"
+FORMAT = 1
+CONFIDENCES = ("confidence", "entropy", "mutual-information")
+"""Scores by which predictions are accepted: the largest probability, or the negative of another."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was fitted and computed on calibration images.
+
+    Attributes:
+        scaling: applied to the logits; None if it does not help.
+        reason: why `scaling` is None; "" otherwise.
+        effect: NLL and ECE of the calibration images "before" and "after" scaling, with their
+            "intervals"; after, each fifth is scaled by what was fitted on the others.
+        num_classes: K.
+        names: names of the calibration images.
+        labels: (n,) int64.
+        correct: (n,) bool.
+        label_scores: score of the label by name of `conformal.SCORES`, each (n,).
+        confidences: by name of `CONFIDENCES`, each (n,), larger for more confident predictions;
+            those that are undefined, such as mutual information with one member, are missing.
+    """
+
+    scaling: Scaling | None
+    reason: str
+    effect: Mapping[str, Any]
+    num_classes: int
+    names: tuple[str, ...]
+    labels: Tensor
+    correct: Tensor
+    label_scores: Mapping[str, Tensor]
+    confidences: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def sets(
+        self, coverage: float, score: str = "aps", *, per_class: bool = False
+    ) -> ConformalSets:
+        """Choose the thresholds of prediction sets; see `ConformalSets.fit`.
+
+        Raises:
+            InputError: invalid arguments, or too few calibration images.
+        """
+        if score not in SCORES:
+            raise unknown_name_error("score of prediction sets", score, SCORES)
+        return sets_from_scores(
+            self.label_scores[score],
+            self.labels,
+            num_classes=self.num_classes,
+            coverage=coverage,
+            score=score,
+            per_class=per_class,
+        )
+
+    def abstain(
+        self, max_risk: float, score: str = "confidence", *, guarantee: float = GUARANTEE
+    ) -> Abstain:
+        """Choose the threshold of accepted predictions; see `Abstain.fit`.
+
+        Raises:
+            InputError: invalid arguments, or a score that is undefined for this network.
+        """
+        if score not in CONFIDENCES:
+            raise unknown_name_error("score of accepted predictions", score, CONFIDENCES)
+        if score not in self.confidences:
+            raise InputError(f"The score {score!r} needs several members.")
+        confidence = self.confidences[score]
+        return Abstain.fit(confidence, self.correct, max_risk=max_risk, guarantee=guarantee)
+
+
+def write_calibration(run: RunFolder, calibration: Calibration) -> None:
+    """Write the calibration of a run."""
+    scaling = calibration.scaling
+    values = {
+        "format": FORMAT,
+        "scaling": None if scaling is None else dataclasses.asdict(scaling),
+        "temperature": None if scaling is None else scaling.temperature,
+        "reason": calibration.reason,
+        "effect": calibration.effect,
+        "num_classes": calibration.num_classes,
+        "num_images": len(calibration.names),
+        "images": list(calibration.names),
+    }
+    tensors = {
+        "labels": calibration.labels,
+        "correct": calibration.correct,
+        **{f"score.{name}": each for name, each in calibration.label_scores.items()},
+        **{f"confidence.{name}": each for name, each in calibration.confidences.items()},
+    }
+    run.write_file(CALIBRATION_IMAGES, save({k: v.contiguous() for k, v in tensors.items()}))
+    run.write_file(CALIBRATION, json.dumps(values, indent=1) + "\n")
+
+
+def read_calibration(run: RunFolder) -> Calibration | None:
+    """Read the calibration of a run; None if it has none.
+
+    Raises:
+        InputError: a file is missing or damaged.
+    """
+    path = run.path / CALIBRATION
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        tensors = load((run.path / CALIBRATION_IMAGES).read_bytes())
+        return _from_parts(values, tensors)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
+        raise InputError(
+            f"{path} or {CALIBRATION_IMAGES} beside it is damaged: {type(error).__name__}: "
+            f"{str(error)[:80]}.\nWrite them again: mixmo calibrate {run.path}"
+        ) from error
+
+
+def _from_parts(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Calibration:
+    if values["format"] != FORMAT:
+        raise ValueError(f"format {values['format']!r} is not known")
+    scaling = values["scaling"]
+    count = len(tensors["labels"])
+    names = tuple(map(str, values["images"]))
+    if any(tensor.shape != (count,) for tensor in tensors.values()) or len(names) != count:
+        raise ValueError("the numbers of images differ")
+    if not all(bool(each.isfinite().all()) for each in tensors.values()):
+        raise ValueError("a score is not finite")
+    return Calibration(
+        scaling=None if scaling is None else _scaling(scaling),
+        reason=str(values["reason"]),
+        effect=values["effect"],
+        num_classes=int(values["num_classes"]),
+        names=names,
+        labels=tensors["labels"].long(),
+        correct=tensors["correct"].bool(),
+        label_scores={name: tensors[f"score.{name}"].double() for name in SCORES},
+        confidences={
+            name: tensors[f"confidence.{name}"].double()
+            for name in CONFIDENCES
+            if f"confidence.{name}" in tensors
+        },
+    )
+
+
+def _scaling(values: Mapping[str, Any]) -> Scaling:
+    scale, bias = (tuple(map(float, values[key])) for key in ("scale", "bias"))
+    if not bool(torch.tensor([*scale, *bias]).isfinite().all()) or not scale:
+        raise ValueError("the scaling is not finite")
+    return Scaling(str(values["method"]), scale, bias)

@@ -1,0 +1,38 @@
+"""The evaluation at the end of a training, with the calibration of the run."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from mixmo_fastai.data.loaders import BatchLoader
+from mixmo_fastai.evaluation.calibration import calibrate_images
+from mixmo_fastai.evaluation.logits import LabelledLogits
+from mixmo_fastai.evaluation.splits import evaluate_splits
+from mixmo_fastai.runs.calibration import write_calibration
+from mixmo_fastai.runs.folder import RunFolder
+
+
+def evaluate_and_calibrate(
+    run: RunFolder, loaders: Sequence[BatchLoader], logits: Sequence[LabelledLogits]
+) -> dict[str, Any]:
+    """Compute the final metrics, and write the calibration.
+
+    Args:
+        run: the run.
+        loaders: of validation, test and, if calibration has images of its own, those.
+        logits: member logits and labels of each loader.
+
+    Returns:
+        The metrics of `evaluate_splits`.
+    """
+    valid, test = logits[:2]
+    calibration = calibrate_images(*_calibration_part(loaders, logits))
+    if calibration is not None:
+        write_calibration(run, calibration)
+    return evaluate_splits(valid, test, calibration)
+
+
+def _calibration_part(
+    loaders: Sequence[BatchLoader], logits: Sequence[LabelledLogits]
+) -> tuple[LabelledLogits, Any]:
+    index = 2 if len(loaders) > 2 else 0  # all validation images, if there are no others
+    return logits[index], loaders[index].images
