@@ -47,6 +47,18 @@ def evaluate(
             rich_help_panel=opt.NETWORK,
         ),
     ] = False,
+    coverage: Annotated[
+        float,
+        typer.Option(
+            help="Coverage of the prediction sets to evaluate.", rich_help_panel=opt.DECISIONS
+        ),
+    ] = 0.9,
+    max_risk: Annotated[
+        float,
+        typer.Option(
+            help="Risk of the accepted predictions to evaluate.", rich_help_panel=opt.DECISIONS
+        ),
+    ] = 0.05,
     device: opt.Device = None,
     as_json: opt.Json = False,
     debug: opt.Debug = False,
@@ -57,6 +69,7 @@ def evaluate(
     if ood is not None:
         check_dataset(ood)
     opt.check_device(device)
+    opt.check_fractions(coverage=coverage, max_risk=max_risk)
 
     from mixmo_fastai.evaluation.runs import (
         evaluate_finished,
@@ -65,7 +78,14 @@ def evaluate(
     )
 
     finished = open_finished(folder, data_dir, device, fused=fused)
-    metrics = evaluate_finished(finished, data_dir, ood=ood, corruptions=corruptions)
+    metrics = evaluate_finished(
+        finished,
+        data_dir,
+        ood=ood,
+        corruptions=corruptions,
+        coverage=coverage,
+        max_risk=max_risk,
+    )
     output = Output(as_json=as_json)
     is_changed = training_images_changed(folder, finished.source)
     notes = incompleteness_lines([*finished.source.notes, *([CHANGED] if is_changed else [])])

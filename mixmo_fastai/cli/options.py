@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from mixmo_fastai.config.choices import DEVICES
+from mixmo_fastai.errors import InputError
 
 DATA, NETWORK, TRAINING, OUTPUT = "Data", "Method and network", "Training", "Output"
 DECISIONS = "Decisions"
@@ -216,3 +217,18 @@ def use_flag_names(message: str) -> str:
         name = "compile" if flag == "compiled" else flag.replace("_", "-")
         message = message.replace(f"Command line: {setting} ", f"--{name} ")
     return message
+
+
+def check_fractions(**values: float | None) -> None:
+    """Check that the values of flags are above 0 and below 1; None is not checked.
+
+    Args:
+        values: by name of the parameter.
+
+    Raises:
+        InputError: a value is out of range.
+    """
+    for name, value in values.items():
+        if value is not None and not 0 < value < 1:
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(f"{flag} is {value:g}; it must be above 0 and below 1.")

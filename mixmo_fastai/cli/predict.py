@@ -77,7 +77,7 @@ def predict(
         raise InputError(f"There is no exported network or run folder {str(run)!r}.")
     folder = None if run.is_file() else open_run(run)
     opt.check_device(device)
-    _check_fractions(coverage=coverage, max_risk=max_risk)
+    opt.check_fractions(coverage=coverage, max_risk=max_risk)
     if missing := [image for image in images if not image.exists()]:
         raise InputError(f"There is no image or folder {str(missing[0])!r}.")
     if out is not None:
@@ -144,13 +144,6 @@ def _row(prediction: Any, request: Any) -> dict[str, Any]:
     if request.max_risk is not None:
         row["decision"] = "accept" if is_accepted else "ask"
     return row
-
-
-def _check_fractions(**values: float | None) -> None:
-    for name, value in values.items():
-        if value is not None and not 0 < value < 1:
-            flag = f"--{name.replace('_', '-')}"
-            raise InputError(f"{flag} is {value:g}; it must be above 0 and below 1.")
 
 
 def _csv_lines(rows: list[dict[str, Any]]) -> list[str]:

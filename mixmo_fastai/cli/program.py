@@ -49,6 +49,10 @@ _COMMANDS = {
         "predict:predict",
         "Predict class, probability and the members' votes of each image, as CSV or JSON.",
     ),
+    "calibrate": (
+        "calibrate:calibrate",
+        "Fit the calibration of a finished run on its validation images, and store it.",
+    ),
     "inspect": (
         "inspect_:inspect",
         "Measure active filters per convolution, and the norms of the encoders' filters.",

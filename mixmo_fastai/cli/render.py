@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from mixmo_fastai.cli.render_calibration import calibration_rows
 from mixmo_fastai.config.methods import expected_label, expected_result, method_name
 from mixmo_fastai.config.recipe import Mix, Recipe
 from mixmo_fastai.config.resolve import changed_settings
@@ -176,7 +177,8 @@ def metric_lines(metrics: Mapping[str, Any], recipe: Recipe) -> list[str]:
         )
         rows.append(("Kept weights", f"epoch {shown}, best on {images}"))
     rows += _expected_rows(recipe)
-    return [*requested, *align([*rows, *_metric_rows(metrics, num_members)], METRIC_WIDTH)]
+    rows += [*_metric_rows(metrics, num_members), *calibration_rows(metrics)]
+    return [*requested, *align(rows, METRIC_WIDTH)]
 
 
 def filter_lines(titles: list[str], uses: Sequence[Any], norms: Sequence[Any]) -> list[str]:

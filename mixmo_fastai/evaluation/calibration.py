@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mixmo_fastai.data.image_sets import ImageSet
-from mixmo_fastai.errors import InputError
+from mixmo_fastai.errors import InputError, unknown_name_error
 from mixmo_fastai.evaluation.logits import LabelledLogits
 from mixmo_fastai.metrics.abstention import Abstain, abstention_metrics
 from mixmo_fastai.metrics.bootstrap import intervals
@@ -120,6 +120,8 @@ def _helpful_scaling(
     before = _quality(logits, labels)
     if method == "none":
         return None, "it was not asked for", {"before": before}
+    if method not in METHODS:
+        raise unknown_name_error("calibration method", method, METHODS)
     try:
         _check_enough_images(labels, logits.shape[1], method)
         scaling = fit_scaling(logits, labels, method)
@@ -133,8 +135,6 @@ def _helpful_scaling(
 
 
 def _check_enough_images(labels: Tensor, num_classes: int, method: str) -> None:
-    if method not in METHODS:
-        fit_scaling(torch.zeros(1, 2), torch.zeros(1).long(), method)  # raises the right error
     needed, per_class = MIN_IMAGES[method], MIN_IMAGES_PER_CLASS[method]
     if len(labels) < needed:
         raise InputError(

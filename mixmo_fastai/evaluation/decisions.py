@@ -108,14 +108,15 @@ def _decide_exported(request: Request, network: ExportedNetwork, name: str) -> D
     if entry is None:
         return decide(request, None, name)
     baked = exported_scaling(entry)
-    sets = abstain = None
+    sets, abstain, note = None, None, ""
     if request.coverage is not None:
         score = f"{request.set_score}-per-class" if request.per_class else request.set_score
         sets = exported_sets(entry, request.coverage, score)
     if request.max_risk is not None:
         abstain = exported_abstain(entry, request.max_risk, request.risk_score)
+        note = "" if abstain.coverage else _no_threshold(abstain)
     unscaling = _inverse(baked) if request.raw and baked is not None else None
-    return Decisions(None, sets, abstain, request.risk_score, unscaling=unscaling)
+    return Decisions(None, sets, abstain, request.risk_score, unscaling=unscaling, note=note)
 
 
 def _inverse(scaling: Scaling) -> Scaling:

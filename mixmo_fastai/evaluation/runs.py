@@ -28,7 +28,7 @@ from mixmo_fastai.data.run_data import data_parts, read_source
 from mixmo_fastai.data.sources import load_source
 from mixmo_fastai.data.splits import split_calibration, training_parts
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.evaluation.calibration import calibrate_images
+from mixmo_fastai.evaluation.calibration import COVERAGE, MAX_RISK, calibrate_images
 from mixmo_fastai.evaluation.logits import LabelledLogits, collect_member_logits
 from mixmo_fastai.evaluation.splits import evaluate_splits
 from mixmo_fastai.metrics.ood import detection_metrics
@@ -83,8 +83,18 @@ def evaluate_finished(
     *,
     ood: str | None = None,
     corruptions: str | None = None,
+    coverage: float = COVERAGE,
+    max_risk: float = MAX_RISK,
 ) -> dict[str, Any]:
     """Evaluate an opened run; see `evaluate_run`.
+
+    Args:
+        finished: the run.
+        data_dir: as for `evaluate_run`.
+        ood: as for `evaluate_run`.
+        corruptions: as for `evaluate_run`.
+        coverage: coverage of the prediction sets.
+        max_risk: risk of the accepted predictions.
 
     Raises:
         InputError: a weights file is damaged, or data is missing.
@@ -92,7 +102,7 @@ def evaluate_finished(
     ood_loaders = [] if ood is None else [finished.loader(read_ood_images(ood, finished, data_dir))]
     validation, test, *others = finished.logits([*finished.loaders(), *ood_loaders])
     calibration = finished.calibration(validation)
-    metrics = evaluate_splits(validation, test, calibration)
+    metrics = evaluate_splits(validation, test, calibration, coverage=coverage, max_risk=max_risk)
     for logits, _ in others:
         detected = detection_metrics((test or validation)[0], logits)
         metrics["ood"] = {"dataset": ood, "num_images": len(logits), **detected}
@@ -254,9 +264,18 @@ class FinishedRun:
         if stored is not None:
             return stored
         valid, images = self._valid_parts()
-        if images is None:
-            return calibrate_images(validation, valid)
-        return calibrate_images(self.logits([self._loaders_of(images)[0]])[0], images)
+        return calibrate_images(validation, valid) if images is None else self.fit_calibration()
+
+    def fit_calibration(self, method: str = "temperature") -> Calibration | None:
+        """Fit a calibration on the run's calibration images; None if it has none.
+
+        Args:
+            method: a name in `scaling.METHODS`, or "none".
+        """
+        valid, separate = self._valid_parts()
+        images = valid if separate is None else separate
+        (logits,) = self.logits(self._loaders_of(images))
+        return calibrate_images(logits, images, method)
 
     def final_loader(self) -> BatchLoader:
         """Build the loader of `final_images`."""

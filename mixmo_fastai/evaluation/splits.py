@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.evaluation.calibration import evaluate_promises, summary
+from mixmo_fastai.evaluation.calibration import COVERAGE, MAX_RISK, evaluate_promises, summary
 from mixmo_fastai.evaluation.logits import LabelledLogits
 from mixmo_fastai.metrics.bootstrap import intervals
 from mixmo_fastai.metrics.summary import (
@@ -30,7 +30,12 @@ MIN_IMAGES_FOR_TEMPERATURE = 50
 
 
 def evaluate_splits(
-    validation: LabelledLogits, test: LabelledLogits, calibration: Calibration | None = None
+    validation: LabelledLogits,
+    test: LabelledLogits,
+    calibration: Calibration | None = None,
+    *,
+    coverage: float = COVERAGE,
+    max_risk: float = MAX_RISK,
 ) -> dict[str, Any]:
     """Compute all metrics from the logits on both splits.
 
@@ -38,6 +43,8 @@ def evaluate_splits(
         validation: of the validation split.
         test: of the test set.
         calibration: fitted on validation images; None for none.
+        coverage: coverage of the prediction sets.
+        max_risk: risk of the accepted predictions.
 
     Returns:
         - "test" and, if there is a validation split, "valid": from `evaluate_logits`. Without
@@ -72,7 +79,7 @@ def evaluate_splits(
     if calibration is not None:
         metrics["calibration"] = summary(calibration)
         if test is not None:
-            metrics |= evaluate_promises(calibration, test)
+            metrics |= evaluate_promises(calibration, test, coverage=coverage, max_risk=max_risk)
     return {**metrics, **compute_defined(functions)}
 
 

@@ -6,7 +6,8 @@ The metadata of a file hold, under "calibration" of its header:
 - "num_images": number of calibration images;
 - "sets": by score (with "-per-class" if the coverage holds for each class), by coverage, such as
   "0.9": the thresholds, one for all classes or one per class;
-- "abstention": by score, by risk, such as "0.05": the smallest accepted confidence.
+- "abstention": by score, by risk, such as "0.05": the smallest accepted confidence, or null if no
+  prediction is accepted.
 """
 
 import dataclasses
@@ -66,10 +67,9 @@ def exported_thresholds(calibration: Calibration, scaling: Scaling | None) -> di
                 sets[f"{score}-per-class" if per_class else score] = found
     abstention = {
         score: {
-            str(risk): abstain.threshold
+            str(risk): abstain.threshold if abstain.coverage else None
             for risk in RISKS
             for abstain in [calibration.abstain(risk, score)]
-            if abstain.coverage
         }
         for score in EXPORTED_CONFIDENCES
     }
@@ -123,9 +123,14 @@ def exported_abstain(entry: Mapping[str, Any], max_risk: float, score: str) -> A
     Raises:
         InputError: the file has no threshold for it; the message lists those it has.
     """
-    threshold = float(_chosen(entry["abstention"], score, max_risk, "risk"))
+    threshold, num_images = (
+        _chosen(entry["abstention"], score, max_risk, "risk"),
+        int(entry["num_images"]),
+    )
+    if threshold is None:
+        return Abstain(math.inf, max_risk, GUARANTEE, 0.0, 0.0, num_images)
     # Bound and coverage on the calibration images are not in the file.
-    return Abstain(threshold, max_risk, GUARANTEE, max_risk, math.nan, int(entry["num_images"]))
+    return Abstain(float(threshold), max_risk, GUARANTEE, max_risk, math.nan, num_images)
 
 
 def _chosen(table: Mapping[str, Any], score: str, value: float, kind: str) -> Any:

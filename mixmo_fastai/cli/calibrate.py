@@ -1,0 +1,58 @@
+"""`mixmo calibrate`: fit the calibration of a finished run again."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mixmo_fastai.cli import options as opt
+from mixmo_fastai.cli.console import Output
+from mixmo_fastai.cli.render import align
+from mixmo_fastai.cli.render_calibration import calibration_rows
+from mixmo_fastai.errors import InputError, unknown_name_error
+from mixmo_fastai.runs.folder import open_run
+
+METHODS = ("temperature", "vector", "none")
+
+
+def calibrate(
+    run: Annotated[Path, typer.Argument(help="A run folder of `mixmo fit`.")],
+    *,
+    method: Annotated[
+        str, typer.Option(help="temperature, vector (a scale and a bias per class) or none.")
+    ] = "temperature",
+    data_dir: opt.DataDir = None,
+    device: opt.Device = None,
+    as_json: opt.Json = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Fit the calibration of a finished run on its validation images, and store it.
+
+    `mixmo fit` does this at its end. `mixmo predict`, `eval` and `export` use the calibration.
+    """
+    folder = open_run(run)
+    if method not in METHODS:
+        raise unknown_name_error("calibration method", method, METHODS)
+    opt.check_device(device)
+
+    from mixmo_fastai.evaluation.calibration import summary
+    from mixmo_fastai.evaluation.runs import open_finished, training_images_changed
+    from mixmo_fastai.runs.calibration import write_calibration
+
+    finished = open_finished(folder, data_dir, device)
+    if training_images_changed(folder, finished.source):
+        raise InputError(
+            f"The training images differ from those of {folder.path}, so its validation images may "
+            "include images it was trained on.\nRestore the data."
+        )
+    calibration = finished.fit_calibration(method)
+    if calibration is None:
+        raise InputError(
+            f"{folder.path} has no validation images to calibrate on.\n"
+            "Train with a validation split: --valid-split 0.1."
+        )
+    write_calibration(folder, calibration)
+    value = summary(calibration)
+    Output(as_json=as_json).print_result(
+        align(calibration_rows({"calibration": value})), {"run": str(folder.path), **value}
+    )
