@@ -15,7 +15,8 @@ from mixmo_fastai.data.corruptions import (
     read_official,
 )
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.evaluation.runs import evaluate_corruptions, open_finished
+from mixmo_fastai.evaluation.corruptions import evaluate_corruptions
+from mixmo_fastai.evaluation.runs import open_finished
 from mixmo_fastai.metrics.calibration import expected_calibration_error, nll
 from mixmo_fastai.runs.create import create_run
 from mixmo_fastai.training.ensemble import train_run

@@ -7,6 +7,7 @@ import typer
 
 from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output
+from mixmo_fastai.cli.decision_options import EvaluatedCoverage, EvaluatedRisk
 from mixmo_fastai.cli.render import incompleteness_lines, metric_lines
 from mixmo_fastai.config.methods import method_name
 from mixmo_fastai.config.resolve import check_dataset
@@ -47,18 +48,8 @@ def evaluate(
             rich_help_panel=opt.NETWORK,
         ),
     ] = False,
-    coverage: Annotated[
-        float,
-        typer.Option(
-            help="Coverage of the prediction sets to evaluate.", rich_help_panel=opt.DECISIONS
-        ),
-    ] = 0.9,
-    max_risk: Annotated[
-        float,
-        typer.Option(
-            help="Risk of the accepted predictions to evaluate.", rich_help_panel=opt.DECISIONS
-        ),
-    ] = 0.05,
+    coverage: EvaluatedCoverage = 0.9,
+    max_risk: EvaluatedRisk = 0.05,
     device: opt.Device = None,
     as_json: opt.Json = False,
     debug: opt.Debug = False,

@@ -7,6 +7,7 @@ import typer
 
 from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output
+from mixmo_fastai.cli.decision_options import RawLogits
 from mixmo_fastai.cli.render import align
 from mixmo_fastai.config.choices import EXPORT_SUFFIXES
 from mixmo_fastai.errors import InputError
@@ -50,9 +51,7 @@ def export(
             rich_help_panel=opt.OUTPUT,
         ),
     ] = None,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Write the logits without calibration.")
-    ] = False,
+    raw: RawLogits = False,
     data_dir: opt.DataDir = None,
     as_json: opt.Json = False,
     debug: opt.Debug = False,

@@ -11,6 +11,14 @@ import typer
 
 from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output
+from mixmo_fastai.cli.decision_options import (
+    Coverage,
+    MaxRisk,
+    PerClass,
+    RawProbabilities,
+    RiskScore,
+    SetScore,
+)
 from mixmo_fastai.errors import InputError, RunFailedError
 from mixmo_fastai.runs.files import write_atomically
 from mixmo_fastai.runs.folder import open_run
@@ -24,43 +32,12 @@ def predict(
     ],
     images: Annotated[list[Path], typer.Argument(help="Image files, or folders of images.")],
     *,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Print probabilities without calibration.")
-    ] = False,
-    coverage: Annotated[
-        float | None,
-        typer.Option(
-            help="Print a set of classes that contains the label with this probability.",
-            rich_help_panel=opt.DECISIONS,
-        ),
-    ] = None,
-    set_score: Annotated[
-        str,
-        typer.Option(help="Score of the sets: lac, aps, raps.", rich_help_panel=opt.DECISIONS),
-    ] = "raps",
-    per_class: Annotated[
-        bool,
-        typer.Option(
-            "--per-class",
-            help="The coverage holds for each class separately.",
-            rich_help_panel=opt.DECISIONS,
-        ),
-    ] = False,
-    max_risk: Annotated[
-        float | None,
-        typer.Option(
-            help="Accept predictions so that at most this fraction of them is wrong; ask about "
-            "the others.",
-            rich_help_panel=opt.DECISIONS,
-        ),
-    ] = None,
-    risk_score: Annotated[
-        str,
-        typer.Option(
-            help="Score of accepted predictions: confidence, entropy, mutual-information.",
-            rich_help_panel=opt.DECISIONS,
-        ),
-    ] = "confidence",
+    raw: RawProbabilities = False,
+    coverage: Coverage = None,
+    set_score: SetScore = "raps",
+    per_class: PerClass = False,
+    max_risk: MaxRisk = None,
+    risk_score: RiskScore = "confidence",
     data_dir: opt.DataDir = None,
     device: opt.Device = None,
     out: Annotated[

@@ -8,7 +8,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import torch
@@ -29,20 +28,16 @@ from mixmo_fastai.data.sources import load_source
 from mixmo_fastai.data.splits import split_calibration, training_parts
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.evaluation.calibration import COVERAGE, MAX_RISK, calibrate_images
+from mixmo_fastai.evaluation.corruptions import evaluate_corruptions
 from mixmo_fastai.evaluation.logits import LabelledLogits, collect_member_logits
 from mixmo_fastai.evaluation.splits import evaluate_splits
 from mixmo_fastai.metrics.ood import detection_metrics
-from mixmo_fastai.metrics.summary import MetricInputs
-from mixmo_fastai.metrics.table import METRICS
 from mixmo_fastai.models import MixMoModel, build_model
 from mixmo_fastai.runs.calibration import Calibration, read_calibration
 from mixmo_fastai.runs.checkpoints import CheckpointStore
 from mixmo_fastai.runs.folder import RunFolder, check_same_left_out, check_several
 from mixmo_fastai.runs.weights import load_weights
 from mixmo_fastai.runtime.devices import choose_device, keep_freed_memory, move_to_device
-
-BUILT_IN_NAME = "built-in"
-OFFICIAL_SHAPE = (3, 32, 32)
 
 
 def evaluate_run(
@@ -109,49 +104,6 @@ def evaluate_finished(
     if corruptions is not None:
         metrics["corruptions"] = evaluate_corruptions(finished, corruptions)
     return metrics
-
-
-def evaluate_corruptions(finished: "FinishedRun", corruptions: str) -> dict[str, Any]:
-    """Evaluate a run on corrupted test images; see `evaluate_run`.
-
-    Raises:
-        InputError: the files are missing or damaged, or do not match the run's images or classes.
-    """
-    from mixmo_fastai.data.corruptions import make_corrupted, read_official  # torchvision: 2 s
-
-    test, shape = finished.final_images, finished.source.train.image_shape
-    if corruptions != BUILT_IN_NAME and shape != OFFICIAL_SHAPE:
-        raise InputError(
-            f"--corruptions DIR needs images of 3x32x32; this run has {shape}.\n"
-            f"Use --corruptions {BUILT_IN_NAME}."
-        )
-    corrupted_sets = (
-        make_corrupted(test.tensor(), test.labels, finished.device)
-        if corruptions == BUILT_IN_NAME
-        else read_official(Path(corruptions).expanduser())
-    )
-    computed = [metric for metric in METRICS if metric.corrupted_name]
-    by_kind: dict[str, dict[str, list[float]]] = {}
-    for corrupted in corrupted_sets:
-        labels = corrupted.labels
-        if int(labels.max()) >= len(finished.source.classes):
-            raise InputError(
-                f"{corruptions} has labels up to {int(labels.max())}; this run has "
-                f"{len(finished.source.classes)} classes."
-            )
-        logits = finished.logits([finished.loader(corrupted.pixels)])[0][0].double().mean(dim=1)
-        inputs, values = MetricInputs(logits, labels), by_kind.setdefault(corrupted.kind, {})
-        for metric in computed:
-            values.setdefault(metric.name, []).append(metric.compute(inputs))
-    types = {
-        kind: {**{name: mean(each) for name, each in by_name.items()}, "severities": by_name}
-        for kind, by_name in by_kind.items()
-    }
-    overall = {
-        metric.corrupted_name: mean(values[metric.name] for values in types.values())
-        for metric in computed
-    }
-    return {"source": corruptions, **overall, "types": types}
 
 
 def evaluate_ensemble(

@@ -1,0 +1,53 @@
+"""Flags about calibrated probabilities, prediction sets and accepted predictions."""
+
+from typing import Annotated
+
+import typer
+
+from mixmo_fastai.cli.options import DECISIONS
+
+RawProbabilities = Annotated[
+    bool, typer.Option("--raw", help="Print probabilities without calibration.")
+]
+RawLogits = Annotated[bool, typer.Option("--raw", help="Write the logits without calibration.")]
+Coverage = Annotated[
+    float | None,
+    typer.Option(
+        help="Print a set of classes that contains the label with this probability.",
+        rich_help_panel=DECISIONS,
+    ),
+]
+SetScore = Annotated[
+    str, typer.Option(help="Score of the sets: lac, aps or raps.", rich_help_panel=DECISIONS)
+]
+PerClass = Annotated[
+    bool,
+    typer.Option(
+        "--per-class",
+        help="The coverage holds for each class separately.",
+        rich_help_panel=DECISIONS,
+    ),
+]
+MaxRisk = Annotated[
+    float | None,
+    typer.Option(
+        help="Accept predictions so that at most this fraction of them is wrong; ask about the "
+        "others.",
+        rich_help_panel=DECISIONS,
+    ),
+]
+RiskScore = Annotated[
+    str,
+    typer.Option(
+        help="Score of accepted predictions: confidence, entropy or mutual-information.",
+        rich_help_panel=DECISIONS,
+    ),
+]
+EvaluatedCoverage = Annotated[
+    float,
+    typer.Option(help="Coverage of the prediction sets to evaluate.", rich_help_panel=DECISIONS),
+]
+EvaluatedRisk = Annotated[
+    float,
+    typer.Option(help="Risk of the accepted predictions to evaluate.", rich_help_panel=DECISIONS),
+]

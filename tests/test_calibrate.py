@@ -1,0 +1,249 @@
+"""Calibration on images: what is fitted and stored, and what it promises."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mixmo_fastai.config.resolve import resolve_recipe
+from mixmo_fastai.data.sources import load_source
+from mixmo_fastai.data.splits import split_calibration
+from mixmo_fastai.errors import InputError
+from mixmo_fastai.evaluation.calibration import (
+    calibrate,
+    confidences,
+    evaluate_promises,
+    summary,
+)
+from mixmo_fastai.evaluation.decisions import Request, decide
+from mixmo_fastai.export.thresholds import scale_heads
+from mixmo_fastai.metrics.calibration import nll
+from mixmo_fastai.metrics.conformal import SCORES
+from mixmo_fastai.metrics.diversity import mutual_information_per_sample
+from mixmo_fastai.metrics.scaling import Scaling, fit_scaling
+from mixmo_fastai.models import create_model
+from mixmo_fastai.runs.calibration import (
+    CALIBRATION,
+    CALIBRATION_IMAGES,
+    read_calibration,
+    write_calibration,
+)
+from mixmo_fastai.runs.folder import RunFolder
+
+
+def draw(num_images, members=2, seed=0, sharpness=3.0):
+    """Draw member logits that are overconfident, and labels."""
+    generator = torch.Generator().manual_seed(seed)
+    true = torch.randn(num_images, 1, 4, generator=generator, dtype=torch.float64)
+    labels = torch.multinomial((2 * true[:, 0]).softmax(dim=1), 1, generator=generator)[:, 0]
+    noise = torch.randn(num_images, members, 4, generator=generator, dtype=torch.float64)
+    return sharpness * (2 * true + 0.3 * noise), labels
+
+
+def fit(num_images=400, **options):
+    logits, labels = draw(num_images)
+    return calibrate(logits, labels, [f"valid/{i}" for i in range(num_images)], **options)
+
+
+class TestCalibrate:
+    def test_scaling_lowers_the_nll_of_other_images(self):
+        found = fit()
+        logits, labels = draw(4000, seed=1)
+        mean = logits.mean(dim=1)
+        assert found.reason == ""
+        assert found.scaling.temperature == pytest.approx(3, rel=0.2)
+        assert nll(found.scaling(mean), labels) < nll(mean, labels)
+        # The cross-validated NLL estimates that of new images.
+        assert found.effect["after"]["nll"] == pytest.approx(
+            float(nll(found.scaling(mean), labels)), abs=0.1
+        )
+        assert found.effect["after"]["nll"] < found.effect["before"]["nll"]
+        assert found.effect["after"]["ece"] < found.effect["before"]["ece"]
+        low, high = found.effect["after"]["intervals"]["nll"]
+        assert low < found.effect["after"]["nll"] < high
+
+    def test_scores_are_those_of_scaled_probabilities(self):
+        logits, labels = draw(400)
+        found = fit()
+        scaled = found.scaling(logits).mean(dim=1)
+        probabilities = scaled.softmax(dim=1)
+        for name, score in SCORES.items():
+            expected = score(probabilities)[torch.arange(400), labels]
+            torch.testing.assert_close(found.label_scores[name], expected)
+        assert torch.equal(found.correct, scaled.argmax(dim=1) == labels)
+        torch.testing.assert_close(found.confidences["confidence"], probabilities.amax(dim=1))
+        entropy = -(probabilities * probabilities.log()).sum(dim=1)
+        torch.testing.assert_close(found.confidences["entropy"], -entropy)
+        information = mutual_information_per_sample(found.scaling(logits))
+        torch.testing.assert_close(found.confidences["mutual-information"], -information)
+        assert "mutual-information" not in confidences(logits[:, :1], None)
+
+    def test_scaling_that_does_not_help_is_left_off(self):
+        logits, labels = draw(300, sharpness=1.0)
+        temperature = fit_scaling(logits.mean(dim=1), labels).temperature
+        calibrated = logits / temperature  # the best temperature of these images is 1
+        found = calibrate(calibrated, labels, ["x"] * 300)
+        assert found.scaling is None
+        assert "does not lower the NLL in cross-validation" in found.reason
+        assert summary(found)["method"] == "none"
+        few = calibrate(logits[:20], labels[:20], ["x"] * 20)
+        assert few.reason == "temperature scaling needs 50 calibration images; there are 20"
+        vector = calibrate(logits[:60], labels[:60], ["x"] * 60, "vector")
+        assert "20 calibration images per class; a class has" in vector.reason
+        assert calibrate(logits, labels, ["x"] * 300, "none").reason == "it was not asked for"
+        all_correct = calibrate(
+            10 * torch.eye(4)[:, None].repeat(20, 1, 1), torch.arange(4).repeat(20), ["x"] * 80
+        )
+        assert "every calibration image is classified correctly" in all_correct.reason
+        with pytest.raises(InputError, match="Did you mean 'vector'"):
+            calibrate(logits, labels, ["x"] * 300, "vecto")
+
+    def test_vector_scaling_is_an_option(self):
+        found = fit(method="vector")
+        assert (found.scaling.method, len(found.scaling.scale)) == ("vector", 4)
+        assert found.scaling.temperature is None
+
+
+class TestPromises:
+    def test_coverage_and_risk_hold_on_new_images(self):
+        """Over 100 draws of the calibration images: the mean coverage, and rare violations."""
+        new = draw(2000, seed=10_000)
+        coverages, violations = {score: [] for score in SCORES}, 0
+        for seed in range(100):
+            logits, labels = draw(300, seed=seed)
+            found = evaluate_promises(
+                calibrate(logits, labels, ["x"] * 300), new, coverage=0.8, max_risk=0.2
+            )
+            for score in SCORES:
+                coverages[score].append(found["sets"][score]["coverage"])
+            risk = found["abstention"]["confidence"]["risk"]
+            violations += risk is not None and risk > 0.2
+        for score, values in coverages.items():
+            mean = sum(values) / len(values)
+            assert mean > 0.8 - 0.025, score  # 2,000 new images: a deviation of 0.9 points
+        assert sum(coverages["lac"]) / 100 == pytest.approx(0.8, abs=0.03)
+        assert violations <= 5 + 3 * math.sqrt(100 * 0.05 * 0.95) + 1
+
+    def test_sets_and_abstention_of_one_draw(self):
+        found = evaluate_promises(fit(), draw(1000, seed=1), coverage=0.9, max_risk=0.2)
+        assert found["sets"]["asked_coverage"] == 0.9
+        assert {"lac", "lac-per-class", "raps-per-class"} <= found["sets"].keys()
+        assert len(found["sets"]["lac-per-class"]["class_coverage"]) == 4
+        accepted = found["abstention"]["confidence"]
+        assert accepted["bound"] <= 0.2
+        assert accepted["threshold"] < 1
+        json.dumps(found, allow_nan=False)
+
+    def test_too_few_images_are_explained(self):
+        logits, labels = draw(30)
+        found = evaluate_promises(
+            calibrate(logits, labels, ["x"] * 30), draw(100), coverage=0.99, max_risk=0.01
+        )
+        assert found["sets"]["lac"] == {
+            "absent": "A coverage of 0.99 needs 99 calibration images; there are 30."
+        }
+        assert found["abstention"]["confidence"]["risk"] is None
+        assert found["abstention"]["confidence"]["threshold"] is None
+        json.dumps(found, allow_nan=False)
+
+
+class TestFiles:
+    @pytest.mark.parametrize("method", ["temperature", "vector", "none"])
+    def test_stored_calibrations_are_read_back(self, tmp_path, method):
+        run, written = RunFolder(tmp_path), fit(method=method)
+        assert read_calibration(run) is None
+        write_calibration(run, written)
+        found = read_calibration(run)
+        assert (found.scaling, found.reason, found.names) == (
+            written.scaling,
+            written.reason,
+            written.names,
+        )
+        for name in SCORES:
+            assert torch.equal(found.label_scores[name], written.label_scores[name])
+        assert found.sets(0.9) == written.sets(0.9)
+        assert found.abstain(0.2, "entropy") == written.abstain(0.2, "entropy")
+        assert json.loads((tmp_path / CALIBRATION).read_text())["images"][3] == "valid/3"
+
+    def test_damage_is_explained(self, tmp_path):
+        run = RunFolder(tmp_path)
+        write_calibration(run, fit())
+        whole, tensors = (
+            (tmp_path / name).read_bytes() for name in (CALIBRATION, CALIBRATION_IMAGES)
+        )
+        for name, content in (
+            (CALIBRATION, b"{"),
+            (CALIBRATION, whole.replace(b'"scaling"', b'"scalin"')),
+            (CALIBRATION, whole.replace(b'"valid/3",', b"")),
+            (CALIBRATION, whole.replace(b'"format": 1', b'"format": 2')),
+            (CALIBRATION_IMAGES, tensors[:50]),
+            (CALIBRATION_IMAGES, None),
+        ):
+            write_calibration(run, fit())
+            if content is None:
+                (tmp_path / name).unlink()
+            else:
+                assert content != (tmp_path / name).read_bytes()
+                (tmp_path / name).write_bytes(content)
+            with pytest.raises(InputError, match="Write them again: mixmo calibrate") as error:
+                read_calibration(run)
+            assert len(str(error.value).splitlines()) == 2
+
+
+class TestDecisions:
+    def test_requests_without_calibration_are_refused_in_words(self):
+        assert decide(Request(), None, "RUN").note.startswith(
+            "The probabilities are not calibrated"
+        )
+        assert decide(Request(raw=True), None, "RUN").note == ""
+        for request in (Request(coverage=0.9), Request(max_risk=0.1)):
+            with pytest.raises(InputError, match="mixmo calibrate RUN"):
+                decide(request, None, "RUN")
+
+    def test_reason_and_missing_thresholds_are_told(self):
+        found = decide(Request(max_risk=0.001), fit(), "RUN")
+        assert "No prediction is accepted" in found.note
+        assert "Even without errors it takes" in found.note
+        assert not found.accepted(draw(20)[0]).any()
+        many = decide(
+            Request(max_risk=0.05), replace(fit(), correct=torch.zeros(400).bool()), "RUN"
+        )
+        assert "too often wrong with high confidence" in many.note
+        plain = decide(Request(), fit(method="none"), "RUN")
+        assert plain.note == "The probabilities are not calibrated: it was not asked for."
+        one = replace(fit(), confidences={})
+        with pytest.raises(InputError, match="needs several members"):
+            decide(Request(max_risk=0.1, risk_score="mutual-information"), one, "RUN")
+        with pytest.raises(InputError, match="Did you mean 'entropy'"):
+            decide(Request(max_risk=0.1, risk_score="entrop"), fit(), "RUN")
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [Scaling("temperature", (0.5,)), Scaling("vector", (0.5, 2.0, 1.0), (0.1, -0.3, 0.2))],
+)
+def test_scaled_heads_give_scaled_logits(scaling):
+    model = create_model("wrn10_1", 3, generator=torch.Generator().manual_seed(0)).eval()
+    images = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = scaling(model(images))
+        scale_heads(model, scaling)
+        torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model.fuse()(images), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_split_of_the_validation_images():
+    images = load_source("digits").train
+    for fraction in (None, 1.0):
+        assert split_calibration(images, fraction) == (images, None)
+    selection, calibration = split_calibration(images, 0.5)
+    names = [{part.name(i) for i in range(len(part))} for part in (selection, calibration)]
+    assert not names[0] & names[1]
+    assert len(names[0] | names[1]) == len(images)
+    counts = [part.labels.bincount() for part in (selection, calibration)]
+    assert bool(((counts[0] - counts[1]).abs() <= 1).all())
+    assert len(split_calibration(images, 0.0)[1]) == 0
+    with pytest.raises(InputError, match="calibration_split=1 leaves no validation images"):
+        resolve_recipe("digits", assignments=["train.select=best", "data.calibration_split=1"])
