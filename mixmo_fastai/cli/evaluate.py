@@ -8,8 +8,10 @@ import typer
 from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output
 from mixmo_fastai.cli.render import incompleteness_lines, metric_lines
+from mixmo_fastai.cli.render_votes import label_distribution_lines
 from mixmo_fastai.config.methods import method_name
 from mixmo_fastai.config.resolve import check_dataset
+from mixmo_fastai.errors import InputError
 from mixmo_fastai.runs.folder import open_run
 
 CHANGED = (
@@ -39,6 +41,15 @@ def evaluate(
             rich_help_panel=opt.DATA,
         ),
     ] = None,
+    label_distribution: Annotated[
+        Path | None,
+        typer.Option(
+            help="Votes of annotators on the test images: .npy, or .csv with a row per vote or "
+            "image.",
+            metavar="FILE",
+            rich_help_panel=opt.DATA,
+        ),
+    ] = None,
     fused: Annotated[
         bool,
         typer.Option(
@@ -56,6 +67,8 @@ def evaluate(
     recipe = folder.recipe()
     if ood is not None:
         check_dataset(ood)
+    if label_distribution is not None and not label_distribution.is_file():
+        raise InputError(f"There is no file {str(label_distribution)!r}.")
     opt.check_device(device)
 
     from mixmo_fastai.evaluation.runs import (
@@ -65,7 +78,13 @@ def evaluate(
     )
 
     finished = open_finished(folder, data_dir, device, fused=fused)
-    metrics = evaluate_finished(finished, data_dir, ood=ood, corruptions=corruptions)
+    metrics = evaluate_finished(
+        finished,
+        data_dir,
+        ood=ood,
+        corruptions=corruptions,
+        label_distribution=label_distribution,
+    )
     output = Output(as_json=as_json)
     is_changed = training_images_changed(folder, finished.source)
     notes = incompleteness_lines([*finished.source.notes, *([CHANGED] if is_changed else [])])
@@ -74,5 +93,6 @@ def evaluate(
             output.print(line)
     title = f"{folder.path}: {method_name(recipe)}, {recipe.model.arch}, {recipe.data.dataset}"
     title += ", fused" * fused
-    lines = [title, *notes, "", *metric_lines(metrics, recipe)]
+    votes = label_distribution_lines(metrics)
+    lines = [title, *notes, "", *votes, *metric_lines(metrics, recipe)]
     output.print_result(lines, {"run": str(folder.path), **metrics})
