@@ -21,6 +21,7 @@ CHANGED = (
 )
 
 
+# Long, since each flag is a parameter.
 def evaluate(
     run: Annotated[Path, typer.Argument(help="A run folder of `mixmo fit`.")],
     *,

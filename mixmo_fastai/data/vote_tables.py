@@ -102,13 +102,16 @@ def _read_rows_per_vote(
 ) -> RawVotes:
     """Count the votes in the column `label` of each image."""
     image, labels = _image_column(table), _ClassLabels(classes)
+    found_images: dict[str, int] = {}  # each name is looked up once
     annotator = table.column("annotator")
     counts: dict[int, np.ndarray] = {}
     first_lines: dict[int, str] = {}
     lines_of_annotators: dict[tuple[int, str], int] = {}
     for line, fields in table.rows:
         where = table.where(line)
-        index = images.find(_filled(fields[image], "image", where), where)
+        if (index := found_images.get(fields[image])) is None:
+            index = images.find(_filled(fields[image], "image", where), where)
+            found_images[fields[image]] = index
         if annotator is not None:
             key = index, _filled(fields[annotator], "annotator", where)
             if (earlier := lines_of_annotators.setdefault(key, line)) != line:
@@ -148,8 +151,10 @@ class _ClassLabels:
 
     def __init__(self, classes: Sequence[str]) -> None:
         self._classes = classes
-        self._by_name = {name: label for label, name in enumerate(classes)}
         self._repeated = {name for name in classes if classes.count(name) > 1}
+        self._by_name = {
+            name: label for label, name in enumerate(classes) if name not in self._repeated
+        }
         self._has_indices = not any(name.isdecimal() for name in classes)
 
     def find(self, name: str, where: str) -> int:
@@ -159,10 +164,10 @@ class _ClassLabels:
             InputError: no class or several classes have this name.
         """
         name = normalize("NFC", name)
-        if name in self._repeated:
-            raise InputError(f"{where}: several classes are called {name!r}; use class indices.")
         if (label := self._by_name.get(name)) is not None:
             return label
+        if name in self._repeated:
+            raise InputError(f"{where}: several classes are called {name!r}; use class indices.")
         is_index = self._has_indices and name.isdecimal() and len(name) < 10
         if is_index and int(name) < len(self._classes):
             return int(name)

@@ -172,8 +172,8 @@ def label_agreement(distributions: Tensor, labels: Tensor) -> tuple[float, float
     check_logits(distributions, labels, name="distributions")
     distributions = distributions.double()
     agreement = distributions.gather(1, labels.long()[:, None]).mean().item()
-    frequencies = labels.bincount(minlength=distributions.shape[1]) / len(labels)
-    return agreement, (distributions.mean(dim=0) @ frequencies.double()).item()
+    counts = labels.bincount(minlength=distributions.shape[1]).double()
+    return agreement, (distributions.mean(dim=0) @ counts).item() / len(labels)
 
 
 def check_distributions(distributions: Tensor, logits: Tensor) -> None:
