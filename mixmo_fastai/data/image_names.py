@@ -43,7 +43,7 @@ class ImageNames:
         """
         cleaned = _clean(name)
         found = self._by_path.get(cleaned, [])
-        if not found and "/" not in cleaned:
+        if not found:
             found = self._by_file_name.get(cleaned, [])
         if not found and self.has_order and re.fullmatch("[0-9]{1,9}", cleaned):
             found = [int(cleaned)][: int(cleaned) < len(self)]

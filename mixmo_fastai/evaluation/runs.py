@@ -251,7 +251,7 @@ class FinishedRun:
     def read_votes(self, path: Path) -> LabelDistributions:
         """Read the label distributions of `final_images`."""
         names = image_names(self.source, self.final_images, self.final_split)
-        return read_label_distributions(path.expanduser(), names, self.source.classes)
+        return read_label_distributions(path, names, self.source.classes)
 
     @property
     def _valid(self) -> ImageSet:
