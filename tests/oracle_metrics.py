@@ -196,3 +196,20 @@ def average_precision(scores, positive):
         total += (new_recall - recall) * positive[accepted].mean()
         recall = new_recall
     return total
+
+
+def label_distribution(logits, distributions):
+    """Terms of each sample, by loops over classes; 0 · log 0 = 0."""
+    terms = {"cross_entropy": [], "kl_divergence": [], "brier": [], "total_variation": []}
+    terms |= {"vote_agreement": [], "label_entropy": []}
+    for z, q in zip(logits, distributions, strict=True):
+        p = softmax(z)
+        voted = [k for k in range(len(q)) if q[k] > 0]
+        terms["cross_entropy"].append(-sum(q[k] * np.log(p[k]) for k in voted))
+        terms["kl_divergence"].append(sum(q[k] * np.log(q[k] / p[k]) for k in voted))
+        terms["brier"].append(sum((p[k] - q[k]) ** 2 for k in range(len(q))))
+        # max over sets of classes A of |p(A) - q(A)|
+        terms["total_variation"].append(sum(p[k] - q[k] for k in range(len(q)) if p[k] > q[k]))
+        terms["vote_agreement"].append(q[int(np.argmax(z))])
+        terms["label_entropy"].append(entropy(q))
+    return {name: np.array(values) for name, values in terms.items()}

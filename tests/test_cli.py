@@ -29,6 +29,8 @@ FILES = {
     "data.json",
     "history.csv",
     "metrics.json",
+    "calibration.json",
+    "calibration.safetensors",
     "model.safetensors",
     "checkpoint",
     "log.txt",

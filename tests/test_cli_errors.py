@@ -141,6 +141,8 @@ RUNS = [
     ("eval finished --ood cifra10", "data set 'cifra10'", "Did you mean 'cifar10'"),
     ("eval finished --ood digits", "trained on digits", "give --ood another"),
     ("eval finished --corruptions none", "images of 3x32x32", "built-in"),
+    ("eval finished --label-distribution none.csv", "no file 'none.csv'", ""),
+    ("eval finished --label-distribution image.png", "must end in", ".csv"),
     ("eval emptied", "emptied has no weights yet", "mixmo fit --resume"),
     ("eval truncated", "model.safetensors cannot be read", ""),
     ("eval other", "does not match the recipe", ""),

@@ -7,6 +7,7 @@ starts several.
 
 import dataclasses
 
+import numpy as np
 import pytest
 import wandb
 from datasets import write_cifar10, write_cifar100, write_image_folder
@@ -60,6 +61,8 @@ def work_dir(tmp_path, monkeypatch):
         write_image_folder(tmp_path / folder, num_train=40, num_test=8)
     photos = write_image_folder(tmp_path / "photos", num_train=2, num_test=2)
     next(photos.rglob("*.png")).rename(tmp_path / "cat.png")
+    np.save(tmp_path / "cifar10h-counts.npy", np.ones((20, 10)))
+    (tmp_path / "votes.csv").write_text("image,label\n12,cat\n")
     write_official(tmp_path / "path/to/CIFAR-10-C", num_images=20, num_classes=10)
     (toml,) = blocks(TEXTS["recipes.md"], "toml")
     (tmp_path / "flowers.toml").write_text(toml, encoding="utf-8")

@@ -5,6 +5,7 @@ import json
 import math
 from contextlib import redirect_stdout
 
+import numpy as np
 import pytest
 import torch
 from datasets import write_image_folder
@@ -12,6 +13,7 @@ from pages import TEXTS, names_in, prose, table
 
 from mixmo_fastai.cli.program import run
 from mixmo_fastai.data.corruptions import BUILT_IN
+from mixmo_fastai.data.sources import load_source
 from mixmo_fastai.evaluation.splits import MIN_IMAGES_FOR_TEMPERATURE
 from mixmo_fastai.metrics.summary import evaluate_logits
 
@@ -24,7 +26,9 @@ def small_run(tmp_path_factory):
     arguments = ["--arch", "wrn10_1", "--limit", "48", "--batch-size", "16", "--device", "cpu"]
     assert run(["fit", *arguments, "--epochs", "1", "--quiet", "--out", str(path)]) == 0
     write_image_folder(images, classes=("a", "b"), num_train=4, num_test=4)
+    np.save(folder / "counts.npy", np.ones((len(load_source("digits").test), 10)))
     options = ["--ood", str(images), "--corruptions", "built-in"]
+    options += ["--label-distribution", str(folder / "counts.npy")]
     return {
         "folder": path,
         "eval": as_json("eval", path, *options),
@@ -76,6 +80,7 @@ def test_tables_of_metrics_list_all_keys_of_eval(small_run):
     metrics = small_run["eval"]
     assert set(metrics["test"]) <= RANGES.keys()
     assert set(metrics["ood"]["entropy"]) <= RANGES.keys()
+    assert set(metrics["label_distribution"]["intervals"]) <= RANGES.keys()
     top_level = {
         name for row in table("evaluation.md", "key", "meaning") for name in names_in(row["key"])
     }

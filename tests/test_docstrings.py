@@ -14,6 +14,7 @@ METRICS = [
     "metrics.calibration",
     "metrics.confusion",
     "metrics.diversity",
+    "metrics.label_distribution",
     pytest.param("metrics.fastai", marks=pytest.mark.slow),
     "metrics.ood",
     "metrics.selective",

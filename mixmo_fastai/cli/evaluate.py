@@ -9,8 +9,10 @@ from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output
 from mixmo_fastai.cli.decision_options import EvaluatedCoverage, EvaluatedRisk
 from mixmo_fastai.cli.render import incompleteness_lines, metric_lines
+from mixmo_fastai.cli.render_votes import label_distribution_lines
 from mixmo_fastai.config.methods import method_name
 from mixmo_fastai.config.resolve import check_dataset
+from mixmo_fastai.errors import InputError
 from mixmo_fastai.runs.folder import open_run
 
 CHANGED = (
@@ -20,6 +22,7 @@ CHANGED = (
 )
 
 
+# Long, since each flag is a parameter.
 def evaluate(
     run: Annotated[Path, typer.Argument(help="A run folder of `mixmo fit`.")],
     *,
@@ -37,6 +40,15 @@ def evaluate(
         typer.Option(
             help="Corrupted test images: the folder of CIFAR-10-C or CIFAR-100-C, or built-in.",
             metavar="DIR|built-in",
+            rich_help_panel=opt.DATA,
+        ),
+    ] = None,
+    label_distribution: Annotated[
+        Path | None,
+        typer.Option(
+            help="Votes of annotators on the test images: .npy, or .csv with a row per vote or "
+            "image.",
+            metavar="FILE",
             rich_help_panel=opt.DATA,
         ),
     ] = None,
@@ -59,6 +71,8 @@ def evaluate(
     recipe = folder.recipe()
     if ood is not None:
         check_dataset(ood)
+    if label_distribution is not None and not label_distribution.is_file():
+        raise InputError(f"There is no file {str(label_distribution)!r}.")
     opt.check_device(device)
     opt.check_fractions(coverage=coverage, max_risk=max_risk)
 
@@ -76,6 +90,7 @@ def evaluate(
         corruptions=corruptions,
         coverage=coverage,
         max_risk=max_risk,
+        label_distribution=label_distribution,
     )
     output = Output(as_json=as_json)
     is_changed = training_images_changed(folder, finished.source)
@@ -85,5 +100,6 @@ def evaluate(
             output.print(line)
     title = f"{folder.path}: {method_name(recipe)}, {recipe.model.arch}, {recipe.data.dataset}"
     title += ", fused" * fused
-    lines = [title, *notes, "", *metric_lines(metrics, recipe)]
+    votes = label_distribution_lines(metrics)
+    lines = [title, *notes, "", *votes, *metric_lines(metrics, recipe)]
     output.print_result(lines, {"run": str(folder.path), **metrics})

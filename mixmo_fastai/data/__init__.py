@@ -14,6 +14,7 @@ loaders, cuts, augment        resident and streaming loaders that crop and flip 
 transforms                    transforms of training images by name; *_transforms, resized_crop
 repeat                        several copies of each image in a batch
 items, loose_images           single items for fastai; files to predict
+label_distributions           votes of annotators; vote_tables, image_names: read and match them
 corruptions, fingerprint      corrupted test images; checksums of a data set
 first_batch                   the first batch, without changing random states
 """

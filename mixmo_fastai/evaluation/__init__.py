@@ -1,11 +1,12 @@
 """Predictions and metrics of trained networks.
 
-logits   member logits of every image of a loader
-splits   metrics of a run's splits, calibrated
-runs     evaluation of finished runs, alone or together as a deep ensemble
-compare  comparison of runs on the same test images
-predict  predictions for image files
-results  the final metrics of a run
+logits              member logits of every image of a loader
+splits              metrics of a run's splits, calibrated
+runs                evaluation of finished runs, alone or together as a deep ensemble
+label_distribution  metrics of a run against label distributions
+compare             comparison of runs on the same test images
+predict             predictions for image files
+results             the final metrics of a run
 """
 
 from mixmo_fastai.imports import lazy_names

@@ -19,7 +19,9 @@ from mixmo_fastai.config.resolve import check_dataset
 from mixmo_fastai.data.damage import damaged_images, find_damaged
 from mixmo_fastai.data.dataloaders import make_evaluation_loaders
 from mixmo_fastai.data.fingerprint import fingerprint
+from mixmo_fastai.data.image_names import image_names
 from mixmo_fastai.data.image_sets import DataSource, ImageSet
+from mixmo_fastai.data.label_distributions import LabelDistributions, read_label_distributions
 from mixmo_fastai.data.layout import evaluation_folder
 from mixmo_fastai.data.loaders import BatchLoader
 from mixmo_fastai.data.loose_images import PixelLoader, convert_shape, decode_readable, find_images
@@ -29,6 +31,7 @@ from mixmo_fastai.data.splits import split_calibration, training_parts
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.evaluation.calibration import COVERAGE, MAX_RISK, calibrate_images
 from mixmo_fastai.evaluation.corruptions import evaluate_corruptions
+from mixmo_fastai.evaluation.label_distribution import evaluate_label_distribution
 from mixmo_fastai.evaluation.logits import LabelledLogits, collect_member_logits
 from mixmo_fastai.evaluation.splits import evaluate_splits
 from mixmo_fastai.metrics.ood import detection_metrics
@@ -47,6 +50,7 @@ def evaluate_run(
     device: str | None = None,
     ood: str | None = None,
     corruptions: str | None = None,
+    label_distribution: Path | None = None,
     fused: bool = False,
 ) -> dict[str, Any]:
     """Evaluate a trained run again; each network of a deep ensemble counts as one member.
@@ -58,18 +62,27 @@ def evaluate_run(
         ood: an out-of-distribution data set, or folder of images.
         corruptions: the folder of CIFAR-10-C or CIFAR-100-C, or "built-in" to apply
             `data.corruptions` to the run's own test images.
+        label_distribution: file of human labels of the test images; see
+            `data.label_distributions.read_label_distributions`.
         fused: evaluate the plain network that each network fuses into, which has no members.
 
     Returns:
         The metrics of `evaluation.evaluate_splits`; with `ood`, those of
         `ood.detection_metrics`; with `corruptions`, accuracy, nll and ece per type, as means
-        over the severities and per severity, and their means over the types, cA, cNLL and cECE.
+        over the severities and per severity, and their means over the types, cA, cNLL and cECE;
+        with `label_distribution`, the metrics of `evaluate_label_distribution`.
 
     Raises:
         InputError: the run is not finished or damaged, or data is missing.
     """
     finished = open_finished(run, data_dir, device, fused=fused)
-    return evaluate_finished(finished, data_dir, ood=ood, corruptions=corruptions)
+    return evaluate_finished(
+        finished,
+        data_dir,
+        ood=ood,
+        corruptions=corruptions,
+        label_distribution=label_distribution,
+    )
 
 
 def evaluate_finished(
@@ -80,6 +93,7 @@ def evaluate_finished(
     corruptions: str | None = None,
     coverage: float = COVERAGE,
     max_risk: float = MAX_RISK,
+    label_distribution: Path | None = None,
 ) -> dict[str, Any]:
     """Evaluate an opened run; see `evaluate_run`.
 
@@ -94,6 +108,7 @@ def evaluate_finished(
     Raises:
         InputError: a weights file is damaged, or data is missing.
     """
+    votes = None if label_distribution is None else finished.read_votes(label_distribution)
     ood_loaders = [] if ood is None else [finished.loader(read_ood_images(ood, finished, data_dir))]
     validation, test, *others = finished.logits([*finished.loaders(), *ood_loaders])
     calibration = finished.calibration(validation)
@@ -103,6 +118,9 @@ def evaluate_finished(
         metrics["ood"] = {"dataset": ood, "num_images": len(logits), **detected}
     if corruptions is not None:
         metrics["corruptions"] = evaluate_corruptions(finished, corruptions)
+    if votes is not None:
+        found = evaluate_label_distribution(votes, *(test or validation), metrics)
+        metrics["label_distribution"] = found
     return metrics
 
 
@@ -194,6 +212,11 @@ class FinishedRun:
     def final_split(self) -> str:
         """Split of `final_images`: "test" or "valid"."""
         return "test" if len(self.source.test) else "valid"
+
+    def read_votes(self, path: Path) -> LabelDistributions:
+        """Read the label distributions of `final_images`."""
+        names = image_names(self.source, self.final_images, self.final_split)
+        return read_label_distributions(path, names, self.source.classes)
 
     @property
     def _valid(self) -> ImageSet:

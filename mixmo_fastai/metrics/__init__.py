@@ -9,6 +9,7 @@ confusion    confusion matrix, most confused classes
 summary      all metrics: `evaluate_logits`
 ood          out-of-distribution detection: AUROC, AUPR, FPR at 95 % TPR
 bootstrap    confidence intervals
+label_distribution  cross-entropy, KL divergence, Brier, total variation against human labels
 fastai       metrics for a Learner
 table        the table of all metrics: how each is computed, displayed and compared
 """
