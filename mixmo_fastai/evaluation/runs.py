@@ -104,6 +104,7 @@ def evaluate_finished(
         corruptions: as for `evaluate_run`.
         coverage: coverage of the prediction sets.
         max_risk: risk of the accepted predictions.
+        label_distribution: as for `evaluate_run`.
 
     Raises:
         InputError: a weights file is damaged, or data is missing.
