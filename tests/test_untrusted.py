@@ -51,6 +51,7 @@ def finished(tmp_path_factory):
     """Create a run on an image folder, its exported network and a published checkpoint."""
     root = tmp_path_factory.mktemp("finished")
     write_image_folder(root / "pets", num_train=20, num_test=4, size=(8, 8))
+    write_image_folder(root / "others", num_train=1, num_test=4, size=(8, 8))
     flags = "--arch wrn10_1 --batch-size 16 --epochs 1 --device cpu --valid-split 0.1 --quiet"
     arguments = ["fit", str(root / "pets"), *flags.split(), "--data-dir", str(root / "data")]
     assert program([*arguments, "--out", str(root / "run")]) == 0
@@ -70,7 +71,7 @@ def commands(root):
     run, data = str(root / "run"), ["--data-dir", str(root / "data")]
     image = str(next((root / "pets/test").rglob("*.png")))
     yield ["eval", run, *data]
-    yield ["eval", run, *data, "--ood", str(root / "pets/test")]
+    yield ["eval", run, *data, "--ood", str(root / "others")]
     yield ["predict", run, image]
     yield ["predict", str(root / "net.safetensors"), image]
     yield ["inspect", run, "--out", str(root / "inspect.png")]
@@ -87,6 +88,7 @@ FILE_NAMES = [
     *["run/metrics.json", "run/model.safetensors", "run/log.txt", "net.safetensors", "net.ckpt"],
     *["state.json", "history.json", "model.safetensors", "optimizer.safetensors", "manifest.json"],
     *["train.npy", "test.npy", "facts.json", "pets/train/cat/000.png", "pets/test/cat/000.png"],
+    "others/test/cat/000.png",
 ]
 
 

@@ -8,8 +8,9 @@ import typer
 from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output
 from mixmo_fastai.cli.render import incompleteness_lines, metric_lines
+from mixmo_fastai.cli.shift import shift_lines
 from mixmo_fastai.config.methods import method_name
-from mixmo_fastai.config.resolve import check_dataset
+from mixmo_fastai.config.resolve import check_ood
 from mixmo_fastai.runs.folder import open_run
 
 CHANGED = (
@@ -24,9 +25,10 @@ def evaluate(
     *,
     data_dir: opt.DataDir = None,
     ood: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            help="Out-of-distribution data to detect: a data set, or a folder of images.",
+            help="Out-of-distribution data to detect: a data set, or a folder of images; may be "
+            "repeated.",
             metavar="DATASET|FOLDER",
             rich_help_panel=opt.DATA,
         ),
@@ -54,8 +56,7 @@ def evaluate(
     """Evaluate a trained run on its test set; calibrate on its validation split."""
     folder = open_run(run)
     recipe = folder.recipe()
-    if ood is not None:
-        check_dataset(ood)
+    check_ood(ood or (), recipe.data.dataset)
     opt.check_device(device)
 
     from mixmo_fastai.evaluation.runs import (
@@ -65,7 +66,8 @@ def evaluate(
     )
 
     finished = open_finished(folder, data_dir, device, fused=fused)
-    metrics = evaluate_finished(finished, data_dir, ood=ood, corruptions=corruptions)
+    requested = ood[0] if ood and len(ood) == 1 else ood
+    metrics = evaluate_finished(finished, data_dir, ood=requested, corruptions=corruptions)
     output = Output(as_json=as_json)
     is_changed = training_images_changed(folder, finished.source)
     notes = incompleteness_lines([*finished.source.notes, *([CHANGED] if is_changed else [])])
@@ -74,5 +76,5 @@ def evaluate(
             output.print(line)
     title = f"{folder.path}: {method_name(recipe)}, {recipe.model.arch}, {recipe.data.dataset}"
     title += ", fused" * fused
-    lines = [title, *notes, "", *metric_lines(metrics, recipe)]
+    lines = [title, *notes, "", *shift_lines(metrics), *metric_lines(metrics, recipe)]
     output.print_result(lines, {"run": str(folder.path), **metrics})

@@ -190,6 +190,36 @@ def check_dataset(dataset: str) -> None:
     )
 
 
+def check_ood(ood: Iterable[str], dataset: str) -> None:
+    """Check out-of-distribution data sets: each exists, is not the run's own, and is given once.
+
+    Args:
+        ood: names of data sets, or folders.
+        dataset: data set of the run.
+
+    Raises:
+        InputError: a data set is missing, is the run's own, or is given twice.
+    """
+    own, given = _location(dataset), dict[str, str]()
+    for name in ood:
+        check_dataset(name)
+        location = _location(name)
+        if location == own:
+            raise InputError(f"The run was trained on {name}; give --ood another data set.")
+        if location in given:
+            first = given[location]
+            same = f"{name} is given twice" if name == first else f"{first} and {name} are the same"
+            raise InputError(f"--ood: {same}.\nGive each data set once.")
+        given[location] = name
+
+
+def _location(dataset: str) -> str:
+    """Return the name of a named data set, or the path of a folder without links."""
+    if dataset in DATASETS:
+        return dataset
+    return os.path.realpath(os.path.expanduser(dataset))
+
+
 def _with_flags(base: Recipe, flags: Mapping[str, Any]) -> Recipe:
     values = to_mapping(base)
     for key, value in flags.items():
