@@ -79,7 +79,7 @@ def check_command_line(arguments):
         settings, assignments = opt.flags(**flags), parsed["assignments"] or ()
         resolve_recipe(parsed["dataset"], parsed["recipe"], settings, assignments)
     if parsed.get("ood"):
-        check_ood(parsed["ood"], "digits")
+        check_ood(parsed["ood"], "cifar10")
     if arguments[0] == "recipes" and parsed["name"]:
         load_recipe(parsed["name"])
 
@@ -87,7 +87,7 @@ def check_command_line(arguments):
 @pytest.fixture
 def example_files(tmp_path, monkeypatch):
     """Create the files and folders that the pages' command lines name."""
-    for folder in ("path/to/images", "cifar10-images", "data/flowers"):
+    for folder in ("path/to/images", "cifar10-images", "tiny-imagenet-200", "data/flowers"):
         (tmp_path / folder).mkdir(parents=True)
     (recipe,) = blocks(TEXTS["recipes.md"], "toml")
     (tmp_path / "flowers.toml").write_text(recipe, encoding="utf-8")
