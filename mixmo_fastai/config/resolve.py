@@ -4,7 +4,7 @@ Standard library only, so that invalid input is refused before torch is imported
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -190,22 +190,25 @@ def check_dataset(dataset: str) -> None:
     )
 
 
-def check_ood(ood: Iterable[str], dataset: str) -> None:
+def check_ood(
+    ood: Iterable[str], dataset: str, images_of: Callable[[str], str] = lambda name: name
+) -> None:
     """Check out-of-distribution data sets: each exists, is not the run's own, and is given once.
 
     Args:
         ood: names of data sets, or folders.
         dataset: data set of the run.
+        images_of: returns the folder of a data set's test images, to recognise it by them as well.
 
     Raises:
         InputError: a data set is missing, is the run's own, or is given twice.
     """
-    own, given = _location(dataset), dict[str, str]()
+    own, given = _location(images_of(dataset)), dict[str, str]()
     for name in ood:
         check_dataset(name)
-        location = _location(name)
+        location = _location(images_of(name))
         if location == own:
-            raise InputError(f"The run was trained on {name}; give --ood another data set.")
+            raise InputError(f"The run was trained on {dataset}; give --ood another data set.")
         if location in given:
             first = given[location]
             same = f"{name} is given twice" if name == first else f"{first} and {name} are the same"

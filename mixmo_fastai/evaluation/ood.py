@@ -42,10 +42,8 @@ def read_ood_images(
     """
     if not ood:
         return []
-    check_ood(ood, dataset)
-    folders = [_images_of(name) for name in ood]
-    check_ood([folder for folder in folders if folder not in DATASETS], _images_of(dataset))
-    return [_read(name, folder, shape, data_dir) for name, folder in zip(ood, folders, strict=True)]
+    check_ood(ood, dataset, _images_of)
+    return [_read(name, shape, data_dir) for name in ood]
 
 
 def ood_entries(
@@ -72,12 +70,12 @@ def _images_of(dataset: str) -> str:
     return str(evaluation_folder(folder))
 
 
-def _read(name: str, images: str, shape: Shape, data_dir: Path | None) -> Tensor:
-    """Read one data set; `images` is the folder of its images if it is not a named data set."""
+def _read(name: str, shape: Shape, data_dir: Path | None) -> Tensor:
+    """Read one data set; see `read_ood_images`."""
     if name in DATASETS:
         return convert_shape(load_source(name, data_dir).test.tensor(), shape)
     folder, unreadable = Path(name).expanduser(), dict[Path, str]()
-    paths = find_images([Path(images)])
+    paths = find_images([Path(_images_of(name))])
     decoded = [image for _, image in decode_readable(paths, shape, unreadable)]
     if unreadable:
         names = [os.path.relpath(path, folder) for path in unreadable]
