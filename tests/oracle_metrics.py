@@ -133,6 +133,12 @@ def entropy(probabilities):
     return -sum(p * np.log(p) for p in probabilities if p > 0)
 
 
+def energy(logits):
+    """-log Σ_k exp(z_k) for one sample, logits (K,)."""
+    largest = max(logits)
+    return -(largest + np.log(sum(np.exp(z - largest) for z in logits)))
+
+
 def mutual_information(member_logits):
     total = 0.0
     for row in member_logits:

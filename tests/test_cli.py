@@ -353,11 +353,15 @@ INVALID_ARGUMENTS = [
     ["compare", "damaged", "damaged/"],
     ["fit", "--resume", "damaged"],
     ["fit", "--resume", "future"],
+    ["eval", "future", "--ood", "digits"],
+    ["eval", "future", "--ood", "cifar10", "--ood", "none"],
+    ["eval", "future", "--ood", "folder", "--ood", "./folder/"],
 ]
 
 
 def test_invalid_arguments_are_refused_before_torch_is_imported(folder):
     (folder / "file").touch()
+    (folder / "folder").mkdir()
     for name in ("damaged", "future"):
         created_run = create_run(load_recipe("digits/cut-mixmo"), folder / name)
         path = CheckpointStore(created_run.checkpoint).save([("state.json", b"{}")])

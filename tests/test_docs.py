@@ -17,7 +17,7 @@ from mixmo_fastai.cli.program import run as program
 from mixmo_fastai.config.choices import COW_DEFAULTS, DATASETS, MASK_KINDS, MASK_OPTIONS
 from mixmo_fastai.config.load import load_recipe, recipe_from_mapping, recipe_names
 from mixmo_fastai.config.recipe import Recipe, default_valid_split
-from mixmo_fastai.config.resolve import check_dataset, resolve_recipe
+from mixmo_fastai.config.resolve import check_ood, resolve_recipe
 from mixmo_fastai.errors import InputError
 
 COMMANDS = typer.main.get_command(build_app()).commands
@@ -79,7 +79,7 @@ def check_command_line(arguments):
         settings, assignments = opt.flags(**flags), parsed["assignments"] or ()
         resolve_recipe(parsed["dataset"], parsed["recipe"], settings, assignments)
     if parsed.get("ood"):
-        check_dataset(parsed["ood"])
+        check_ood(parsed["ood"], "cifar10")
     if arguments[0] == "recipes" and parsed["name"]:
         load_recipe(parsed["name"])
 
@@ -87,7 +87,7 @@ def check_command_line(arguments):
 @pytest.fixture
 def example_files(tmp_path, monkeypatch):
     """Create the files and folders that the pages' command lines name."""
-    for folder in ("path/to/images", "cifar10-images", "data/flowers"):
+    for folder in ("path/to/images", "cifar10-images", "tiny-imagenet-200", "data/flowers"):
         (tmp_path / folder).mkdir(parents=True)
     (recipe,) = blocks(TEXTS["recipes.md"], "toml")
     (tmp_path / "flowers.toml").write_text(recipe, encoding="utf-8")

@@ -57,7 +57,7 @@ def work_dir(tmp_path, monkeypatch):
     for name, write in {"cifar10": write_cifar10, "cifar100": write_cifar100}.items():
         archive = write(tmp_path / "data")
         monkeypatch.setitem(SOURCES, name, dataclasses.replace(SOURCES[name], archive=archive))
-    for folder in ("path/to/images", "cifar10-images", "data/flowers"):
+    for folder in ("path/to/images", "cifar10-images", "tiny-imagenet-200", "data/flowers"):
         write_image_folder(tmp_path / folder, num_train=40, num_test=8)
     photos = write_image_folder(tmp_path / "photos", num_train=2, num_test=2)
     next(photos.rglob("*.png")).rename(tmp_path / "cat.png")

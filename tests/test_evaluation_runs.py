@@ -10,8 +10,10 @@ from mixmo_fastai.config.resolve import resolve_recipe
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.evaluation.compare import compare_runs
 from mixmo_fastai.evaluation.logits import collect_member_logits
+from mixmo_fastai.evaluation.ood import read_ood_images
 from mixmo_fastai.evaluation.runs import evaluate_ensemble, evaluate_run
 from mixmo_fastai.metrics.bootstrap import paired_intervals
+from mixmo_fastai.metrics.ood import UNCERTAINTIES
 from mixmo_fastai.metrics.summary import evaluate_logits
 from mixmo_fastai.runs.create import create_run
 from mixmo_fastai.training.prepare import prepare
@@ -121,7 +123,7 @@ def test_ood_images_are_compared_with_the_test_set(runs, tmp_path, capsys):
     assert program(["eval", path, "--ood", str(tmp_path / "ood"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["ood"]
     assert (found["dataset"], found["num_images"]) == (str(tmp_path / "ood"), 12)
-    assert set(found) == {"dataset", "num_images", "confidence", "entropy", "mutual_information"}
+    assert set(found) == {"dataset", "num_images", *UNCERTAINTIES}
     assert found["entropy"].keys() == {"auroc", "aupr", "fpr95"}
     # Images need no classes. A network with one member has no mutual information.
     loose = tmp_path / "ood/train/cat"
@@ -131,10 +133,62 @@ def test_ood_images_are_compared_with_the_test_set(runs, tmp_path, capsys):
     assert "mutual_information" in found["absent"]
     assert program(["eval", path, "--ood", str(loose)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert f"4 images of {loose}" in lines[2]  # the result of --ood comes first
-    (entropy,) = [line.split() for line in lines if line.startswith("entropy")]
+    assert lines[3] == f"4 images of {loose}"  # the result of --ood comes first
+    (entropy,) = [line.split() for line in lines if line.startswith("  entropy")]
     assert entropy[2] == entropy[4] == entropy[6] == "%"
     assert lines.index("") < next(i for i, x in enumerate(lines) if x.startswith("Test accuracy"))
+
+
+def test_several_ood_data_sets_are_a_list_of_what_each_gives_alone(runs, tmp_path, capsys):
+    paths = [
+        str(write_image_folder(tmp_path / name, num_test=count))
+        for name, count in (("long-name-" * 8, 6), ("few", 2))
+    ]
+    for run in (runs[0], runs[2]):  # two members, one member
+        alone = [evaluate_run(run, ood=path)["ood"] for path in paths]
+        arguments = ["eval", str(run.path), "--ood", paths[0], "--ood", paths[1]]
+        assert program([*arguments, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["ood"] == alone
+        assert evaluate_run(run, ood=[paths[1]])["ood"] == alone[1:]
+        assert "ood" not in evaluate_run(run, ood=[])
+
+        assert program(arguments) == 0
+        lines = capsys.readouterr().out.splitlines()
+        table = lines[2 : lines.index("", 2)]
+        assert sum("AUROC" in line for line in table) == 1
+        for entry in alone:
+            start = table.index(f"{entry['num_images']} images of {entry['dataset']}")
+            block = table[start + 1 : start + 1 + len(UNCERTAINTIES)]
+            energy = next(line for line in block if line.startswith("  energy "))
+            shown = [float(word) for word in energy.split()[1:] if word != "%"]
+            assert shown == pytest.approx([100 * x for x in entry["energy"].values()], abs=0.006)
+        undefined = [line for line in table if "mutual information: undefined: " in line]
+        assert len(undefined) == (run is runs[2])
+        assert max(len(line) for line in table if str(tmp_path) not in line) <= 100
+        assert table[-1].startswith("AUPR depends on the number of images")
+
+
+@pytest.mark.parametrize("second", ["{0}", "{0}/", "{0}/../a", "{0}/test", "link"])
+def test_ood_images_given_twice_are_refused(runs, second, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_image_folder(tmp_path / "a", num_test=2)
+    (tmp_path / "link").symlink_to("a")
+    ood = ["--ood", "a", "--ood", "cifar10", "--ood", second.format("a")]
+    assert program(["eval", str(runs[0].path), *ood]) == 2
+    err = capsys.readouterr().err
+    assert "Give each data set once" in err
+    assert len(err.splitlines()) <= 3
+
+
+def test_own_folder_of_a_run_is_refused_as_ood(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = write_image_folder(tmp_path / "own", num_test=2)
+    write_image_folder(tmp_path / "own/others", num_test=2)
+    for ood in ("own", "own/", "own/test"):
+        with pytest.raises(InputError, match=f"trained on {own}; give --ood another"):
+            read_ood_images([ood], str(own), (3, 8, 8))
+    (images,) = read_ood_images(["own/others"], str(own), (3, 8, 8))  # another folder in it
+    assert images.shape == (4, 3, 8, 8)
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,8 @@ def test_validation_folder_without_test_set_gives_the_final_metrics(tmp_path, ca
     assert "Validation accuracy" in page
     assert "Test accuracy" not in page
     assert program(["export", str(run.path), "--to", str(tmp_path / "net.safetensors")]) == 0
-    assert program(["eval", str(run.path), "--ood", str(folder)]) == 0
+    ood = write_image_folder(tmp_path / "ood", num_train=2, num_test=2)
+    assert program(["eval", str(run.path), "--ood", str(ood)]) == 0
 
     other = fit(folder, tmp_path / "other", "--seed", "1", "--logger", "csv")
     capsys.readouterr()

@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.metrics.ood import UNCERTAINTIES, detection_metrics, separation_metrics
+from mixmo_fastai.metrics.ood import (
+    UNCERTAINTIES,
+    detection_metrics,
+    energy_uncertainty,
+    max_logit_uncertainty,
+    separation_metrics,
+)
 
 
 def draw_logits(count, signal, *, num_members=2, seed=0):
@@ -32,19 +38,60 @@ def test_separation_metrics_match_their_definitions(seed):
 
 def test_uncertainties_match_their_definitions():
     logits = draw_logits(20, 1.0).double()
-    for row, (confidence, entropy, information) in zip(
-        logits.numpy(), zip(*(f(logits) for f in UNCERTAINTIES.values()), strict=True), strict=True
-    ):
-        p = oracle.softmax(row.mean(0))
-        assert confidence.item() == pytest.approx(1 - p.max())
-        assert entropy.item() == pytest.approx(oracle.entropy(p))
-        assert information.item() == pytest.approx(oracle.mutual_information(row[None]))
+    scores = {name: function(logits) for name, function in UNCERTAINTIES.items()}
+    for i, row in enumerate(logits.numpy()):
+        z = row.mean(0)
+        expected = {
+            "confidence": 1 - oracle.softmax(z).max(),
+            "max_logit": -sorted(z)[-1],
+            "entropy": oracle.entropy(oracle.softmax(z)),
+            "energy": oracle.energy(z),
+            "mutual_information": oracle.mutual_information(row[None]),
+        }
+        actual = {name: values[i].item() for name, values in scores.items()}
+        assert actual == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_energy_and_max_logit_do_not_overflow(dtype):
+    logits = torch.tensor([[[3e4, -3e4]], [[-3e4, -3e4]]], dtype=dtype)
+    exact = logits.double()[:, 0]
+    for function in (energy_uncertainty, max_logit_uncertainty):
+        assert function(logits).dtype == torch.float64
+    assert max_logit_uncertainty(logits).tolist() == (-exact.amax(dim=1)).tolist()
+    expected = [oracle.energy(row) for row in exact.numpy()]
+    assert energy_uncertainty(logits).tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_energy_and_max_logit_see_what_probabilities_hide():
+    """Adding a constant to an image's logits changes its energy, but not its probabilities."""
+    logits = draw_logits(60, 3.0).double()
+    smaller = logits - 4  # unfamiliar images: the same probabilities, less evidence for each class
+    actual = detection_metrics(logits, smaller)
+    for name in ("confidence", "entropy", "mutual_information"):
+        assert actual[name]["auroc"] == pytest.approx(0.5, abs=0.01)
+    for name in ("max_logit", "energy"):
+        assert actual[name]["auroc"] > 0.95
+
+
+@pytest.mark.parametrize("function", [energy_uncertainty, max_logit_uncertainty])
+@pytest.mark.parametrize(
+    ("logits", "message"),
+    [
+        (torch.zeros(4, 5), "must have shape"),
+        (torch.zeros(4, 2, 1), "K ≥ 2"),
+        (torch.full((1, 2, 3), torch.inf), "must be finite"),
+    ],
+)
+def test_energy_and_max_logit_check_their_argument(function, logits, message):
+    with pytest.raises(InputError, match=message):
+        function(logits)
 
 
 def test_different_images_are_separated():
     actual = detection_metrics(draw_logits(80, 9.0), draw_logits(50, 0.0, seed=1))
     assert set(actual) == set(UNCERTAINTIES)
-    for name in ("confidence", "entropy"):
+    for name in ("confidence", "max_logit", "entropy", "energy"):
         assert actual[name]["auroc"] > 0.95
         assert actual[name]["fpr95"] < 0.3
 
@@ -61,7 +108,7 @@ def test_one_member_has_no_mutual_information():
     actual = detection_metrics(
         draw_logits(20, 2.0, num_members=1), draw_logits(20, 0.0, num_members=1)
     )
-    assert set(actual) == {"confidence", "entropy", "absent"}
+    assert set(actual) == {"confidence", "max_logit", "entropy", "energy", "absent"}
     assert "at least two; got 1" in actual["absent"]["mutual_information"]
 
 

@@ -52,6 +52,7 @@ def finished(tmp_path_factory):
     root = tmp_path_factory.mktemp("finished")
     write_image_folder(root / "pets", num_train=20, num_test=4, size=(8, 8))
     (root / "votes.csv").write_text("image,label\ncat/000.png,dog\n")
+    write_image_folder(root / "others", num_train=1, num_test=4, size=(8, 8))
     flags = "--arch wrn10_1 --batch-size 16 --epochs 1 --device cpu --valid-split 0.1 --quiet"
     arguments = ["fit", str(root / "pets"), *flags.split(), "--data-dir", str(root / "data")]
     assert program([*arguments, "--out", str(root / "run")]) == 0
@@ -71,7 +72,7 @@ def commands(root):
     run, data = str(root / "run"), ["--data-dir", str(root / "data")]
     image = str(next((root / "pets/test").rglob("*.png")))
     yield ["eval", run, *data]
-    yield ["eval", run, *data, "--ood", str(root / "pets/test")]
+    yield ["eval", run, *data, "--ood", str(root / "others")]
     yield ["eval", run, *data, "--label-distribution", str(root / "votes.csv")]
     yield ["predict", run, image]
     yield ["predict", str(root / "net.safetensors"), image]
@@ -89,6 +90,7 @@ FILE_NAMES = [
     *["run/metrics.json", "run/model.safetensors", "run/log.txt", "net.safetensors", "net.ckpt"],
     *["state.json", "history.json", "model.safetensors", "optimizer.safetensors", "manifest.json"],
     *["train.npy", "test.npy", "facts.json", "pets/train/cat/000.png", "pets/test/cat/000.png"],
+    "others/test/cat/000.png",
 ]
 
 

@@ -10,8 +10,9 @@ from mixmo_fastai.cli.console import Output
 from mixmo_fastai.cli.decision_options import EvaluatedCoverage, EvaluatedRisk
 from mixmo_fastai.cli.render import incompleteness_lines, metric_lines
 from mixmo_fastai.cli.render_votes import label_distribution_lines
+from mixmo_fastai.cli.shift import shift_lines
 from mixmo_fastai.config.methods import method_name
-from mixmo_fastai.config.resolve import check_dataset
+from mixmo_fastai.config.resolve import check_ood
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.runs.folder import open_run
 
@@ -28,9 +29,10 @@ def evaluate(
     *,
     data_dir: opt.DataDir = None,
     ood: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            help="Out-of-distribution data to detect: a data set, or a folder of images.",
+            help="Out-of-distribution data to detect: a data set, or a folder of images; may be "
+            "repeated.",
             metavar="DATASET|FOLDER",
             rich_help_panel=opt.DATA,
         ),
@@ -69,10 +71,9 @@ def evaluate(
     """Evaluate a trained run on its test set; calibrate on its validation split."""
     folder = open_run(run)
     recipe = folder.recipe()
-    if ood is not None:
-        check_dataset(ood)
     if label_distribution is not None and not label_distribution.is_file():
         raise InputError(f"There is no file {str(label_distribution)!r}.")
+    check_ood(ood or (), recipe.data.dataset)
     opt.check_device(device)
     opt.check_fractions(coverage=coverage, max_risk=max_risk)
 
@@ -83,10 +84,11 @@ def evaluate(
     )
 
     finished = open_finished(folder, data_dir, device, fused=fused)
+    requested = ood[0] if ood and len(ood) == 1 else ood
     metrics = evaluate_finished(
         finished,
         data_dir,
-        ood=ood,
+        ood=requested,
         corruptions=corruptions,
         coverage=coverage,
         max_risk=max_risk,
@@ -101,5 +103,5 @@ def evaluate(
     title = f"{folder.path}: {method_name(recipe)}, {recipe.model.arch}, {recipe.data.dataset}"
     title += ", fused" * fused
     votes = label_distribution_lines(metrics)
-    lines = [title, *notes, "", *votes, *metric_lines(metrics, recipe)]
+    lines = [title, *notes, "", *votes, *shift_lines(metrics), *metric_lines(metrics, recipe)]
     output.print_result(lines, {"run": str(folder.path), **metrics})

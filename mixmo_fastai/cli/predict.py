@@ -25,6 +25,7 @@ from mixmo_fastai.runs.folder import open_run
 from mixmo_fastai.runs.output import free_file
 
 
+# Long, since each flag is a parameter.
 def predict(
     run: Annotated[
         Path,

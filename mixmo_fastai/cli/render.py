@@ -13,7 +13,6 @@ from mixmo_fastai.evaluation.results import SPLIT_NAMES, final_metrics, temperat
 from mixmo_fastai.metrics.table import (
     LISTED_METRICS,
     MAIN_METRICS,
-    METRICS,
     percent,
     round_percent,
 )
@@ -156,13 +155,10 @@ def recipe_lines(recipe: Recipe) -> list[str]:
 
 
 def metric_lines(metrics: Mapping[str, Any], recipe: Recipe) -> list[str]:
-    """Format the metrics of a run; those of `--ood` and `--corruptions` come first."""
+    """Format the metrics of a run, without those of `--ood` and `--corruptions`."""
     split, test = final_metrics(metrics)
     model, accuracy = recipe.model, f"{SPLIT_NAMES[split]} accuracy"
     num_members = len(test["member_accuracy"])  # the networks of a deep ensemble
-    requested = _ood_lines(metrics.get("ood", {})) + _corruption_lines(
-        metrics.get("corruptions"), SPLIT_NAMES[split].lower()
-    )
     rows = [(accuracy, percent(test["accuracy"]) + _ENSEMBLE * (num_members > 1))]
     if num_members > 1:
         label = "Networks" if model.num_nets > 1 else "Members"
@@ -178,7 +174,7 @@ def metric_lines(metrics: Mapping[str, Any], recipe: Recipe) -> list[str]:
         rows.append(("Kept weights", f"epoch {shown}, best on {images}"))
     rows += _expected_rows(recipe)
     rows += [*_metric_rows(metrics, num_members), *calibration_rows(metrics)]
-    return [*requested, *align(rows, METRIC_WIDTH)]
+    return align(rows, METRIC_WIDTH)
 
 
 def filter_lines(titles: list[str], uses: Sequence[Any], norms: Sequence[Any]) -> list[str]:
@@ -309,46 +305,6 @@ def _metric_rows(metrics: Mapping[str, Any], num_members: int) -> list[tuple[str
     return rows
 
 
-def _corruption_lines(corruptions: Mapping[str, Any] | None, split: str) -> list[str]:
-    """Format the metrics under corruption: the means over the types, then each type."""
-    if corruptions is None:
-        return []
-    types = corruptions["types"]
-    computed = [metric for metric in METRICS if metric.corrupted_name]
-    lines = [
-        f"Corrupted {split} images ({corruptions['source']}), mean of {len(types)} types of 5 "
-        "severities",
-        ", ".join(
-            f"{metric.corrupted_name} {metric.format.value(corruptions[metric.corrupted_name])}"
-            for metric in computed
-        ),
-        "",
-    ]
-    labels = (metric.label for metric in computed)
-    table = [("", *labels, "accuracy in %, severity 1 to 5")]
-    for kind, values in types.items():
-        by_severity = "  ".join(f"{100 * value:5.2f}" for value in values["severities"]["accuracy"])
-        texts = (metric.format.value(values[metric.name]) for metric in computed)
-        table.append((kind, *texts, by_severity))
-    return [*lines, *columns(table, left=(0, 1 + len(computed))), ""]
-
-
-def _ood_lines(ood: Mapping[str, Any]) -> list[str]:
-    """Format how well each uncertainty detects out-of-distribution images."""
-    if not ood:
-        return []
-    table = [("uncertainty", "AUROC", "AUPR", "FPR at 95 %")]
-    for name, label in _UNCERTAINTIES.items():
-        if name in ood:
-            table.append((label, *(percent(ood[name][key]) for key in ("auroc", "aupr", "fpr95"))))
-    heading = f"Out-of-distribution: {ood['num_images']:,} images of {ood['dataset']}"
-    absent = [
-        f"{_UNCERTAINTIES[name]}: undefined: {reason}"
-        for name, reason in ood.get("absent", {}).items()
-    ]
-    return [heading, *columns(table, left=(0,)), *absent, ""]
-
-
 def _interval_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Format the 95 % confidence intervals of the main metrics."""
     if "intervals" not in metrics:
@@ -377,11 +333,6 @@ def _main_values(values: Mapping[str, Any]) -> str:
 
 _INCOMPLETE = ("Missing", "Skipped", "Left out", "Changed")
 _ENSEMBLE = " (ensemble, mean of the logits)"
-_UNCERTAINTIES = {
-    "confidence": "1 - confidence",
-    "entropy": "entropy",
-    "mutual_information": "mutual information",
-}
 _CALIBRATIONS = (
     ("calibrated", "Calibrated", "fitted on the validation split"),
     ("cross_fitted", "Cross-fitted", "each fitted on the other half of these images, as published"),

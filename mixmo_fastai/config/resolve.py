@@ -4,7 +4,7 @@ Standard library only, so that invalid input is refused before torch is imported
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -188,6 +188,39 @@ def check_dataset(dataset: str) -> None:
     raise InputError(
         f"{unknown_name_error('data set', dataset, DATASETS)} Or pass the path of an image folder."
     )
+
+
+def check_ood(
+    ood: Iterable[str], dataset: str, images_of: Callable[[str], str] = lambda name: name
+) -> None:
+    """Check out-of-distribution data sets: each exists, is not the run's own, and is given once.
+
+    Args:
+        ood: names of data sets, or folders.
+        dataset: data set of the run.
+        images_of: returns the folder of a data set's test images, to recognise it by them as well.
+
+    Raises:
+        InputError: a data set is missing, is the run's own, or is given twice.
+    """
+    own, given = _location(images_of(dataset)), dict[str, str]()
+    for name in ood:
+        check_dataset(name)
+        location = _location(images_of(name))
+        if location == own:
+            raise InputError(f"The run was trained on {dataset}; give --ood another data set.")
+        if location in given:
+            first = given[location]
+            same = f"{name} is given twice" if name == first else f"{first} and {name} are the same"
+            raise InputError(f"--ood: {same}.\nGive each data set once.")
+        given[location] = name
+
+
+def _location(dataset: str) -> str:
+    """Return the name of a named data set, or the path of a folder without links."""
+    if dataset in DATASETS:
+        return dataset
+    return os.path.realpath(os.path.expanduser(dataset))
 
 
 def _with_flags(base: Recipe, flags: Mapping[str, Any]) -> Recipe:

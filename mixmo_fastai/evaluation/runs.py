@@ -4,7 +4,6 @@ Shapes: N images, M members of a run, R runs, K classes.
 """
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,28 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixmo_fastai.config.choices import DATASETS
 from mixmo_fastai.config.recipe import Recipe
-from mixmo_fastai.config.resolve import check_dataset
-from mixmo_fastai.data.damage import damaged_images, find_damaged
 from mixmo_fastai.data.dataloaders import make_evaluation_loaders
 from mixmo_fastai.data.fingerprint import fingerprint
 from mixmo_fastai.data.image_names import image_names
 from mixmo_fastai.data.image_sets import DataSource, ImageSet
 from mixmo_fastai.data.label_distributions import LabelDistributions, read_label_distributions
-from mixmo_fastai.data.layout import evaluation_folder
 from mixmo_fastai.data.loaders import BatchLoader
-from mixmo_fastai.data.loose_images import PixelLoader, convert_shape, decode_readable, find_images
+from mixmo_fastai.data.loose_images import PixelLoader
 from mixmo_fastai.data.run_data import data_parts, read_source
-from mixmo_fastai.data.sources import load_source
 from mixmo_fastai.data.splits import split_calibration, training_parts
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.evaluation.calibration import COVERAGE, MAX_RISK, calibrate_images
 from mixmo_fastai.evaluation.corruptions import evaluate_corruptions
 from mixmo_fastai.evaluation.label_distribution import evaluate_label_distribution
 from mixmo_fastai.evaluation.logits import LabelledLogits, collect_member_logits
+from mixmo_fastai.evaluation.ood import ood_entries, read_ood_images
 from mixmo_fastai.evaluation.splits import evaluate_splits
-from mixmo_fastai.metrics.ood import detection_metrics
 from mixmo_fastai.models import MixMoModel, build_model
 from mixmo_fastai.runs.calibration import Calibration, read_calibration
 from mixmo_fastai.runs.checkpoints import CheckpointStore
@@ -48,7 +42,7 @@ def evaluate_run(
     data_dir: Path | None = None,
     *,
     device: str | None = None,
-    ood: str | None = None,
+    ood: str | Sequence[str] | None = None,
     corruptions: str | None = None,
     label_distribution: Path | None = None,
     fused: bool = False,
@@ -59,7 +53,7 @@ def evaluate_run(
         run: a finished run.
         data_dir: folder of the run's data, if not the one that training used.
         device: device to evaluate on; by default, that of the recipe.
-        ood: an out-of-distribution data set, or folder of images.
+        ood: an out-of-distribution data set, or folder of images, or a sequence of them.
         corruptions: the folder of CIFAR-10-C or CIFAR-100-C, or "built-in" to apply
             `data.corruptions` to the run's own test images.
         label_distribution: file of human labels of the test images; see
@@ -71,6 +65,10 @@ def evaluate_run(
         `ood.detection_metrics`; with `corruptions`, accuracy, nll and ece per type, as means
         over the severities and per severity, and their means over the types, cA, cNLL and cECE;
         with `label_distribution`, the metrics of `evaluate_label_distribution`.
+        The metrics of `evaluation.evaluate_splits`; with `ood`, an entry with its name, number of
+        images and `metrics.ood.detection_metrics`, or a list of entries for a sequence; with
+        `corruptions`, accuracy, nll and ece per type, as means over the severities and per
+        severity, and their means over the types, cA, cNLL and cECE.
 
     Raises:
         InputError: the run is not finished or damaged, or data is missing.
@@ -89,7 +87,7 @@ def evaluate_finished(
     finished: "FinishedRun",
     data_dir: Path | None = None,
     *,
-    ood: str | None = None,
+    ood: str | Sequence[str] | None = None,
     corruptions: str | None = None,
     coverage: float = COVERAGE,
     max_risk: float = MAX_RISK,
@@ -110,13 +108,17 @@ def evaluate_finished(
         InputError: a weights file is damaged, or data is missing.
     """
     votes = None if label_distribution is None else finished.read_votes(label_distribution)
-    ood_loaders = [] if ood is None else [finished.loader(read_ood_images(ood, finished, data_dir))]
-    validation, test, *others = finished.logits([*finished.loaders(), *ood_loaders])
+    names = [ood] if isinstance(ood, str) else list(ood or ())
+    shape = finished.source.train.image_shape
+    images = read_ood_images(names, finished.recipe.data.dataset, shape, data_dir)
+    validation, test, *others = finished.logits(
+        [*finished.loaders(), *map(finished.loader, images)]
+    )
     calibration = finished.calibration(validation)
     metrics = evaluate_splits(validation, test, calibration, coverage=coverage, max_risk=max_risk)
-    for logits, _ in others:
-        detected = detection_metrics((test or validation)[0], logits)
-        metrics["ood"] = {"dataset": ood, "num_images": len(logits), **detected}
+    if names:
+        entries = ood_entries(names, (test or validation)[0], [logits for logits, _ in others])
+        metrics["ood"] = entries[0] if isinstance(ood, str) else entries
     if corruptions is not None:
         metrics["corruptions"] = evaluate_corruptions(finished, corruptions)
     if votes is not None:
@@ -318,37 +320,6 @@ def training_images_changed(run: RunFolder, source: DataSource) -> bool:
     except (InputError, OSError, ValueError, KeyError, TypeError):
         return False
     return "train" in prints and prints["train"] != fingerprint(source)["train"]
-
-
-def read_ood_images(ood: str, finished: FinishedRun, data_dir: Path | None) -> Tensor:
-    """Read out-of-distribution images, converted to the shape of a run's images.
-
-    Args:
-        ood: the name of a data set, whose test set is read, or a folder: its `test/` or `valid/` if
-            it has one, otherwise all images below it.
-        finished: the run.
-        data_dir: folder of the data sets.
-
-    Returns:
-        (O, C, H, W) uint8.
-
-    Raises:
-        InputError: `ood` is the run's own data set or is missing, or an image cannot be read.
-    """
-    shape = finished.source.train.image_shape
-    if ood in DATASETS:
-        if ood == finished.recipe.data.dataset:
-            raise InputError(f"The run was trained on {ood}; give --ood another data set.")
-        return convert_shape(load_source(ood, data_dir).test.tensor(), shape)
-    check_dataset(ood)
-    folder, unreadable = Path(ood).expanduser(), dict[Path, str]()
-    paths = find_images([evaluation_folder(folder)])
-    decoded = [image for _, image in decode_readable(paths, shape, unreadable)]
-    if unreadable:
-        names = [os.path.relpath(path, folder) for path in unreadable]
-        error = damaged_images(folder, find_damaged(folder, names), len(paths))
-        raise error.with_advice("Replace or remove them.")
-    return torch.stack(decoded)
 
 
 def _check_comparable(runs: Sequence[RunFolder]) -> None:

@@ -3,7 +3,9 @@
 Shapes: N in-distribution images, O out-of-distribution images, M members, K classes.
 Sources: Hendrycks, Gimpel, "A Baseline for Detecting Misclassified and Out-of-Distribution
 Examples", ICLR 2017 (confidence, AUROC, AUPR); Liang, Li, Srikant, "ODIN", ICLR 2018 (false
-positive rate at 95 % true positive rate).
+positive rate at 95 % true positive rate); Liu, Wang, Owens, Li, "Energy-based Out-of-distribution
+Detection", NeurIPS 2020 (energy); Hendrycks et al., "Scaling Out-of-Distribution Detection for
+Real-World Settings", ICML 2022 (maximum logit).
 """
 
 import math
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.metrics.calibration import check_logits
-from mixmo_fastai.metrics.diversity import mutual_information_per_sample
+from mixmo_fastai.metrics.diversity import AXES, mutual_information_per_sample
 
 TRUE_POSITIVE_RATE = 0.95
 """Fraction of in-distribution images accepted at the threshold of the false positive rate."""
@@ -45,9 +47,61 @@ def entropy_uncertainty(member_logits: Tensor) -> Tensor:
     return entropy
 
 
+def max_logit_uncertainty(member_logits: Tensor) -> Tensor:
+    """Compute minus the largest logit of the ensemble: (N, M, K) -> (N,) in float64.
+
+    The ensemble's logits z are the mean of the members'. Unlike its confidence, -max_k z_k changes
+    if a constant is added to all logits of an image.
+
+    Args:
+        member_logits: (N, M, K).
+
+    Returns:
+        (N,) in float64, without bounds, in the unit of logits (nats).
+
+    Raises:
+        InputError: wrong shape, or logits that are not finite.
+
+    Example:
+        >>> max_logit_uncertainty(torch.tensor([[[1.0, 4.0], [3.0, 2.0]]])).item()  # mean: 2 and 3
+        -3.0
+    """
+    return -_ensemble_logits(member_logits).amax(dim=1)
+
+
+def energy_uncertainty(member_logits: Tensor) -> Tensor:
+    """Compute the energy of the ensemble at temperature 1: (N, M, K) -> (N,) in float64.
+
+    E = -log Σ_k exp(z_k), where the ensemble's logits z are the mean of the members'. It is at most
+    `max_logit_uncertainty`, and at most log K smaller.
+
+    Args:
+        member_logits: (N, M, K).
+
+    Returns:
+        (N,) in float64, without bounds, in nats.
+
+    Raises:
+        InputError: wrong shape, or logits that are not finite.
+
+    Example:
+        >>> round(energy_uncertainty(torch.zeros(1, 2, 4)).item(), 4)  # -log 4
+        -1.3863
+    """
+    return -_ensemble_logits(member_logits).logsumexp(dim=1)
+
+
+def _ensemble_logits(member_logits: Tensor) -> Tensor:
+    """Check and average member logits: (N, M, K) -> (N, K) in float64."""
+    check_logits(member_logits, axes=AXES, name="member_logits")
+    return member_logits.double().mean(dim=1)
+
+
 UNCERTAINTIES: dict[str, Callable[[Tensor], Tensor]] = {
     "confidence": confidence_uncertainty,
+    "max_logit": max_logit_uncertainty,
     "entropy": entropy_uncertainty,
+    "energy": energy_uncertainty,
     "mutual_information": mutual_information_per_sample,
 }
 """Measures of uncertainty by name: functions (N, M, K) -> (N,), larger for more uncertain."""
@@ -76,7 +130,7 @@ def detection_metrics(in_logits: Tensor, out_logits: Tensor) -> dict[str, Any]:
         {'auroc': 1.0, 'aupr': 1.0, 'fpr95': 0.0}
     """
     for name, logits in (("in_logits", in_logits), ("out_logits", out_logits)):
-        check_logits(logits, axes="(N, M, K)", name=name)
+        check_logits(logits, axes=AXES, name=name)
     metrics: dict[str, Any] = {}
     absent: dict[str, str] = {}
     for name, uncertainty in UNCERTAINTIES.items():
