@@ -79,6 +79,22 @@ class TestCalibrate:
         information = mutual_information_per_sample(found.scaling(logits))
         torch.testing.assert_close(found.confidences["mutual-information"], -information)
         assert "mutual-information" not in confidences(logits[:, :1], None)
+        torch.testing.assert_close(found.confidences["max-logit"], scaled.amax(dim=1))
+        torch.testing.assert_close(found.confidences["energy"], scaled.logsumexp(dim=1))
+
+    def test_familiar_images_reach_the_threshold(self):
+        """Of new images of the same source the chosen fraction, within 3 deviations."""
+        found, logits = fit(), draw(4000, seed=1)[0]
+        for score, values in confidences(logits, found.scaling).items():
+            reached = (values >= found.familiar_from(0.9, score)).double().mean().item()
+            assert reached == pytest.approx(0.9, abs=3 * (0.09 / 400 + 0.09 / 4000) ** 0.5), score
+        unfamiliar = 0.05 * draw(100, seed=2)[0]  # hardly any class stands out
+        values = confidences(unfamiliar, found.scaling)["confidence"]
+        assert not (values >= found.familiar_from(0.9, "confidence")).any()
+        with pytest.raises(InputError, match="needs 99 calibration images"):
+            calibrate(*draw(50), ["x"] * 50).familiar_from(0.99)
+        with pytest.raises(InputError, match="Did you mean 'energy'"):
+            found.familiar_from(0.9, "enregy")
 
     def test_scaling_that_does_not_help_is_left_off(self):
         logits, labels = draw(300, sharpness=1.0)

@@ -106,6 +106,7 @@ class TestRun:
             ("--coverage", "0.9"),
             ("--coverage", "0.8", "--set-score", "aps", "--per-class"),
             ("--max-risk", "0.1"),
+            ("--ood-threshold", "0.9"),
             ("--raw",),
         ):
             expected, found = (predict(capsys, each, folder, *flags) for each in (run.path, path))
@@ -113,6 +114,7 @@ class TestRun:
                 assert row["probability"] == pytest.approx(other["probability"], rel=1e-3)
                 assert row.get("set") == other.get("set")
                 assert row.get("decision") == other.get("decision")
+                assert row.get("familiar") == other.get("familiar")
         for flags, message in (
             (("--coverage", "0.93"), "it has: 0.8, 0.9, 0.95, 0.99"),
             (("--max-risk", "0.1", "--risk-score", "mutual-information"), "another score"),

@@ -39,7 +39,24 @@ MaxRisk = Annotated[
 RiskScore = Annotated[
     str,
     typer.Option(
-        help="Score of accepted predictions: confidence, entropy or mutual-information.",
+        help="Score of accepted predictions: confidence, entropy, mutual-information, max-logit or "
+        "energy.",
+        rich_help_panel=DECISIONS,
+    ),
+]
+OodThreshold = Annotated[
+    float | None,
+    typer.Option(
+        help="Mark images as unfamiliar so that at least this fraction of images like those of "
+        "training is not marked.",
+        rich_help_panel=DECISIONS,
+    ),
+]
+OodScore = Annotated[
+    str,
+    typer.Option(
+        help="Score of unfamiliar images: energy, max-logit, confidence, entropy or "
+        "mutual-information.",
         rich_help_panel=DECISIONS,
     ),
 ]

@@ -14,6 +14,8 @@ from mixmo_fastai.cli.console import Output
 from mixmo_fastai.cli.decision_options import (
     Coverage,
     MaxRisk,
+    OodScore,
+    OodThreshold,
     PerClass,
     RawProbabilities,
     RiskScore,
@@ -39,6 +41,8 @@ def predict(
     per_class: PerClass = False,
     max_risk: MaxRisk = None,
     risk_score: RiskScore = "confidence",
+    ood_threshold: OodThreshold = None,
+    ood_score: OodScore = "energy",
     data_dir: opt.DataDir = None,
     device: opt.Device = None,
     out: Annotated[
@@ -55,7 +59,7 @@ def predict(
         raise InputError(f"There is no exported network or run folder {str(run)!r}.")
     folder = None if run.is_file() else open_run(run)
     opt.check_device(device)
-    opt.check_fractions(coverage=coverage, max_risk=max_risk)
+    opt.check_fractions(coverage=coverage, max_risk=max_risk, ood_threshold=ood_threshold)
     if missing := [image for image in images if not image.exists()]:
         raise InputError(f"There is no image or folder {str(missing[0])!r}.")
     if out is not None:
@@ -72,7 +76,9 @@ def predict(
 
     keep_freed_memory()
     network = load_fused(run) if folder is None else folder
-    request = Request(raw, coverage, set_score, per_class, max_risk, risk_score)
+    request = Request(
+        raw, coverage, set_score, per_class, max_risk, risk_score, ood_threshold, ood_score
+    )
     decisions = decide_for(request, network, str(run))
     if decisions.note:
         typer.echo(decisions.note, err=True)
@@ -116,17 +122,19 @@ def _describe_unreadable(unreadable: dict[Path, str]) -> str:
 def _row(prediction: Any, request: Any) -> dict[str, Any]:
     """Return the entries of a prediction; those that were not asked for are left out."""
     row = dataclasses.asdict(prediction)
-    classes, is_accepted = row.pop("classes"), row.pop("is_accepted")
+    classes, is_accepted, is_familiar = map(row.pop, ("classes", "is_accepted", "is_familiar"))
     if request.coverage is not None:
         row["set"] = classes
     if request.max_risk is not None:
         row["decision"] = "accept" if is_accepted else "ask"
+    if request.familiar is not None:
+        row["familiar"] = is_familiar
     return row
 
 
 def _csv_lines(rows: list[dict[str, Any]]) -> list[str]:
     names = ["image", "label", "probability", "votes", "agreement", "entropy", "mutual_information"]
-    names += [name for name in ("set", "decision") if rows and name in rows[0]]
+    names += [name for name in ("set", "decision", "familiar") if rows and name in rows[0]]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(names)
@@ -134,6 +142,8 @@ def _csv_lines(rows: list[dict[str, Any]]) -> list[str]:
         values = {**row, "votes": "|".join(row["votes"])}
         if "set" in row:
             values["set"] = "|".join(row["set"])
+        if "familiar" in row:
+            values["familiar"] = "yes" if row["familiar"] else "no"
         for name in ("probability", "agreement", "entropy", "mutual_information"):
             values[name] = "" if values[name] is None else f"{values[name]:.6g}"
         writer.writerow(values[name] for name in names)

@@ -9,6 +9,8 @@ CONFIDENCE_NAMES = {
     "confidence": "by confidence",
     "entropy": "by entropy",
     "mutual-information": "by mutual information",
+    "max-logit": "by maximum logit",
+    "energy": "by energy",
 }
 
 

@@ -17,6 +17,7 @@ from mixmo_fastai.metrics.bootstrap import intervals
 from mixmo_fastai.metrics.calibration import expected_calibration_error, nll
 from mixmo_fastai.metrics.conformal import SCORES, ConformalSets, set_metrics
 from mixmo_fastai.metrics.diversity import mutual_information_per_sample
+from mixmo_fastai.metrics.ood import energy_uncertainty, max_logit_uncertainty
 from mixmo_fastai.metrics.scaling import METHODS, Scaling, cross_scaled, fit_scaling
 from mixmo_fastai.runs.calibration import Calibration
 
@@ -107,6 +108,8 @@ def confidences(member_logits: Tensor, scaling: Scaling | None) -> dict[str, Ten
     found = {
         "confidence": probabilities.amax(dim=1),
         "entropy": -torch.special.entr(probabilities).sum(dim=1),
+        "max-logit": -max_logit_uncertainty(scaled),
+        "energy": -energy_uncertainty(scaled),
     }
     if member_logits.shape[1] > 1:
         found["mutual-information"] = -mutual_information_per_sample(scaled)

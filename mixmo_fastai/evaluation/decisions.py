@@ -10,7 +10,12 @@ from torch import Tensor
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.evaluation.calibration import confidences
 from mixmo_fastai.export.files import ExportedNetwork
-from mixmo_fastai.export.thresholds import exported_abstain, exported_scaling, exported_sets
+from mixmo_fastai.export.thresholds import (
+    exported_abstain,
+    exported_familiar,
+    exported_scaling,
+    exported_sets,
+)
 from mixmo_fastai.metrics.abstention import Abstain, images_needed
 from mixmo_fastai.metrics.conformal import ConformalSets
 from mixmo_fastai.metrics.scaling import Scaling
@@ -18,8 +23,8 @@ from mixmo_fastai.runs.calibration import Calibration, read_calibration
 from mixmo_fastai.runs.folder import RunFolder
 
 _NOT_CALIBRATED = "The probabilities are not calibrated: the run has no calibration images."
-SET_SCORE, RISK_SCORE = "raps", "confidence"
-"""Default scores of prediction sets and of accepted predictions."""
+SET_SCORE, RISK_SCORE, FAMILIAR_SCORE = "raps", "confidence", "energy"
+"""Default scores of prediction sets, of accepted predictions and of familiar images."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,9 @@ class Request:
         per_class: whether the coverage holds for each class separately.
         max_risk: largest fraction of errors among the accepted predictions; None to accept all.
         risk_score: name of the score of accepted predictions, see `runs.calibration.CONFIDENCES`.
+        familiar: fraction of images like those of training that count as familiar; None to check
+            none.
+        familiar_score: name of the score of familiar images, as for `risk_score`.
     """
 
     raw: bool = False
@@ -41,11 +49,13 @@ class Request:
     per_class: bool = False
     max_risk: float | None = None
     risk_score: str = RISK_SCORE
+    familiar: float | None = None
+    familiar_score: str = FAMILIAR_SCORE
 
     @property
     def needs_calibration(self) -> bool:
         """Whether the request cannot be met without calibration images."""
-        return self.coverage is not None or self.max_risk is not None
+        return any(each is not None for each in (self.coverage, self.max_risk, self.familiar))
 
 
 @dataclass(frozen=True)
@@ -57,6 +67,8 @@ class Decisions:
         sets: makes the prediction sets; None for no sets.
         abstain: decides which predictions are accepted; None to accept all.
         risk_score: the score that `abstain` compares.
+        familiar_from: confidence from which on an image is familiar; None to check none.
+        familiar_score: the score that it is compared with.
         raw: whether the probabilities are shown without `scaling`.
         unscaling: undoes the scaling that the logits of an exported network contain, to show its
             probabilities without calibration; None for none.
@@ -67,6 +79,8 @@ class Decisions:
     sets: ConformalSets | None = None
     abstain: Abstain | None = None
     risk_score: str = RISK_SCORE
+    familiar_from: float | None = None
+    familiar_score: str = FAMILIAR_SCORE
     raw: bool = False
     unscaling: Scaling | None = None
     note: str = ""
@@ -90,6 +104,13 @@ class Decisions:
         if self.abstain is None:
             return None
         return self.abstain(confidences(member_logits, self.scaling)[self.risk_score])
+
+    def familiar(self, member_logits: Tensor) -> Tensor | None:
+        """Return which images are like those of training, (n,) bool; None if not asked."""
+        if self.familiar_from is None:
+            return None
+        found = confidences(member_logits, self.scaling)[self.familiar_score]
+        return found >= self.familiar_from
 
 
 def decide_for(request: Request, run: RunFolder | ExportedNetwork, name: str) -> Decisions:
@@ -115,8 +136,20 @@ def _decide_exported(request: Request, network: ExportedNetwork, name: str) -> D
     if request.max_risk is not None:
         abstain = exported_abstain(entry, request.max_risk, request.risk_score)
         note = "" if abstain.coverage else _no_threshold(abstain)
+    familiar_from = None
+    if request.familiar is not None:
+        familiar_from = exported_familiar(entry, request.familiar, request.familiar_score)
     unscaling = _inverse(baked) if request.raw and baked is not None else None
-    return Decisions(None, sets, abstain, request.risk_score, unscaling=unscaling, note=note)
+    return Decisions(
+        None,
+        sets,
+        abstain,
+        request.risk_score,
+        familiar_from,
+        request.familiar_score,
+        unscaling=unscaling,
+        note=note,
+    )
 
 
 def _inverse(scaling: Scaling) -> Scaling:
@@ -143,7 +176,8 @@ def decide(request: Request, calibration: Calibration | None, name: str) -> Deci
     if calibration is None:
         if request.needs_calibration:
             raise InputError(
-                f"{name} has no calibration, which --coverage and --max-risk need.\n"
+                f"{name} has no calibration, which --coverage, --max-risk and --ood-threshold "
+                "need.\n"
                 f"If it has validation images, write one: mixmo calibrate {name}"
             )
         return Decisions(raw=request.raw, note="" if request.raw else _NOT_CALIBRATED)
@@ -153,9 +187,21 @@ def decide(request: Request, calibration: Calibration | None, name: str) -> Deci
     if request.max_risk is not None:
         abstain = calibration.abstain(request.max_risk, request.risk_score)
         note = "" if abstain.coverage else _no_threshold(abstain)
+    familiar_from = None
+    if request.familiar is not None:
+        familiar_from = calibration.familiar_from(request.familiar, request.familiar_score)
     if calibration.scaling is None and not request.raw:
         note = note or f"The probabilities are not calibrated: {calibration.reason}."
-    return Decisions(calibration.scaling, sets, abstain, request.risk_score, request.raw, note=note)
+    return Decisions(
+        calibration.scaling,
+        sets,
+        abstain,
+        request.risk_score,
+        familiar_from,
+        request.familiar_score,
+        request.raw,
+        note=note,
+    )
 
 
 def _no_threshold(abstain: Abstain) -> str:

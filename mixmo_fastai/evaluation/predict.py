@@ -40,6 +40,7 @@ class Prediction:
         entropy: entropy of the ensemble's probabilities, in nats; 0 if one class has all of it.
         mutual_information: mutual information of the members, in nats; None for one member.
         classes: the prediction set, most likely class first; None if it was not asked for.
+        is_familiar: whether the image is like those of training; None if that was not asked.
         is_accepted: whether the prediction is accepted at the asked risk; None if not asked for.
     """
 
@@ -52,6 +53,7 @@ class Prediction:
     mutual_information: float | None
     classes: tuple[str, ...] | None = None
     is_accepted: bool | None = None
+    is_familiar: bool | None = None
 
 
 def predict_images(
@@ -121,6 +123,7 @@ def _predictions(
 ) -> list[Prediction]:
     """Build predictions from member logits (n, M, K)."""
     sets, accepted = decisions.set_members(logits), decisions.accepted(logits)
+    familiar = decisions.familiar(logits)
     logits = decisions.shown_logits(logits.double())
     probabilities = logits.double().mean(dim=1).softmax(dim=1)
     top, labels = probabilities.max(dim=1)
@@ -142,6 +145,7 @@ def _predictions(
             mutual_information=information[i],
             classes=None if sets is None else _set_names(sets[i], probabilities[i], facts),
             is_accepted=None if accepted is None else bool(accepted[i]),
+            is_familiar=None if familiar is None else bool(familiar[i]),
         )
         for i, image in enumerate(images)
     ]

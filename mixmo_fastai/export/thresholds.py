@@ -7,7 +7,8 @@ The metadata of a file hold, under "calibration" of its header:
 - "sets": by score (with "-per-class" if the coverage holds for each class), by coverage, such as
   "0.9": the thresholds, one for all classes or one per class;
 - "abstention": by score, by risk, such as "0.05": the smallest accepted confidence, or null if no
-  prediction is accepted.
+  prediction is accepted;
+- "familiar": by score, by fraction of images from the same source: the confidence they reach.
 """
 
 import dataclasses
@@ -20,15 +21,17 @@ from torch import nn
 
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.metrics.abstention import GUARANTEE, Abstain
-from mixmo_fastai.metrics.conformal import SCORES, ConformalSets
+from mixmo_fastai.metrics.conformal import SCORES, ConformalSets, num_needed
 from mixmo_fastai.metrics.scaling import Scaling
 from mixmo_fastai.models import MixMoModel
 from mixmo_fastai.runs.calibration import Calibration
 
 COVERAGES, RISKS = (0.8, 0.9, 0.95, 0.99), (0.01, 0.02, 0.05, 0.1, 0.2)
 """Coverages and risks whose thresholds exported files hold."""
-EXPORTED_CONFIDENCES = ("confidence", "entropy")
-"""Scores of accepted predictions that need no members."""
+EXPORTED_CONFIDENCES = ("confidence", "entropy", "max-logit", "energy")
+"""Scores of confidence that need no members."""
+FAMILIAR = (0.9, 0.95, 0.99)
+"""Fractions of familiar images whose thresholds exported files hold."""
 
 
 @torch.no_grad()
@@ -78,6 +81,16 @@ def exported_thresholds(calibration: Calibration, scaling: Scaling | None) -> di
         "num_images": len(calibration.labels),
         "sets": sets,
         "abstention": abstention,
+        "familiar": {score: _familiar(calibration, score) for score in EXPORTED_CONFIDENCES},
+    }
+
+
+def _familiar(calibration: Calibration, score: str) -> dict[str, float]:
+    needed = {fraction: num_needed(fraction) for fraction in FAMILIAR}
+    return {
+        str(fraction): calibration.familiar_from(fraction, score)
+        for fraction, count in needed.items()
+        if count <= len(calibration.labels)
     }
 
 
@@ -131,6 +144,15 @@ def exported_abstain(entry: Mapping[str, Any], max_risk: float, score: str) -> A
         return Abstain(math.inf, max_risk, GUARANTEE, 0.0, 0.0, num_images)
     # Bound and coverage on the calibration images are not in the file.
     return Abstain(float(threshold), max_risk, GUARANTEE, max_risk, math.nan, num_images)
+
+
+def exported_familiar(entry: Mapping[str, Any], fraction: float, score: str) -> float:
+    """Return the confidence that a fraction of familiar images reach; see `exported_sets`.
+
+    Raises:
+        InputError: the file has no threshold for it; the message lists those it has.
+    """
+    return float(_chosen(entry["familiar"], score, fraction, "fraction"))
 
 
 def _chosen(table: Mapping[str, Any], score: str, value: float, kind: str) -> Any:

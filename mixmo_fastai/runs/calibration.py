@@ -20,14 +20,19 @@ from torch import Tensor
 
 from mixmo_fastai.errors import InputError, unknown_name_error
 from mixmo_fastai.metrics.abstention import GUARANTEE, Abstain
-from mixmo_fastai.metrics.conformal import SCORES, ConformalSets, sets_from_scores
+from mixmo_fastai.metrics.conformal import (
+    SCORES,
+    ConformalSets,
+    conformal_quantile,
+    sets_from_scores,
+)
 from mixmo_fastai.metrics.scaling import Scaling
 from mixmo_fastai.runs.folder import RunFolder
 
 CALIBRATION, CALIBRATION_IMAGES = "calibration.json", "calibration.safetensors"
 FORMAT = 1
-CONFIDENCES = ("confidence", "entropy", "mutual-information")
-"""Scores by which predictions are accepted: the largest probability, or the negative of another."""
+CONFIDENCES = ("confidence", "entropy", "mutual-information", "max-logit", "energy")
+"""Scores by which predictions are accepted: larger is more confident, so some are negated."""
 
 
 @dataclass(frozen=True)
@@ -85,12 +90,30 @@ class Calibration:
         Raises:
             InputError: invalid arguments, or a score that is undefined for this network.
         """
+        confidence = self._confidence(score)
+        return Abstain.fit(confidence, self.correct, max_risk=max_risk, guarantee=guarantee)
+
+    def familiar_from(self, fraction: float, score: str = "energy") -> float:
+        """Return the confidence that at least a fraction of images like these reach.
+
+        It is a conformal threshold: an image from the same source reaches it with at least that
+        probability.
+
+        Args:
+            fraction: above 0 and below 1.
+            score: a name in `CONFIDENCES`.
+
+        Raises:
+            InputError: invalid arguments, or too few calibration images.
+        """
+        return -conformal_quantile(-self._confidence(score), fraction)
+
+    def _confidence(self, score: str) -> Tensor:
         if score not in CONFIDENCES:
-            raise unknown_name_error("score of accepted predictions", score, CONFIDENCES)
+            raise unknown_name_error("score of confidence", score, CONFIDENCES)
         if score not in self.confidences:
             raise InputError(f"The score {score!r} needs several members.")
-        confidence = self.confidences[score]
-        return Abstain.fit(confidence, self.correct, max_risk=max_risk, guarantee=guarantee)
+        return self.confidences[score]
 
 
 def write_calibration(run: RunFolder, calibration: Calibration) -> None:
