@@ -31,7 +31,7 @@ PACKAGES = {
     "callbacks": NUMERIC | FASTAI,
     "learner": NUMERIC | FASTAI | {"accelerate"},
     "export": NUMERIC | {"safetensors", "onnx", "onnxruntime"},
-    "evaluation": NUMERIC,
+    "evaluation": NUMERIC | FASTAI,
     "training": NUMERIC | FASTAI | {"safetensors"},
     "study": NUMERIC | {"safetensors", "scipy"},
     "plots": {"torch", "fastai", "matplotlib", "PIL"},

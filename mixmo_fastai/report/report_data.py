@@ -15,6 +15,7 @@ from mixmo_fastai.evaluation.runs import FinishedRun, open_finished
 from mixmo_fastai.evaluation.splits import cross_scale, evaluate_splits
 from mixmo_fastai.metrics.calibration import top_predictions
 from mixmo_fastai.models.filters import FilterUse, encoder_norms, filter_use
+from mixmo_fastai.report.decisions import DecisionData, decision_data
 from mixmo_fastai.runs.folder import RunFolder
 from mixmo_fastai.runs.weights import load_network
 from mixmo_fastai.training.prepare import images_of_warmup
@@ -67,6 +68,7 @@ class ReportData:
         uses: filter use of each network.
         norms: encoder norms (M, D) of each network.
         mistakes: the most confident mistakes, most confident first.
+        decisions: what is accepted, asked about and ambiguous; None without calibration images.
     """
 
     run: RunFolder
@@ -86,6 +88,7 @@ class ReportData:
     uses: list[FilterUse]
     norms: list[Tensor]
     mistakes: list[Mistake]
+    decisions: DecisionData | None = None
 
     @property
     def logits(self) -> Tensor:
@@ -108,7 +111,8 @@ def collect_report_data(
     """
     finished = open_finished(run, data_dir, device)
     validation, test = finished.logits(finished.loaders())
-    metrics = evaluate_splits(validation, test)
+    record = finished.calibration(validation)
+    metrics = evaluate_splits(validation, test, record)
     final = test or validation
     member_logits, labels = final[0].double(), final[1]
     networks = [load_network(network) for network in run.networks()]
@@ -132,6 +136,11 @@ def collect_report_data(
         uses=[filter_use(network) for network in networks],
         norms=[encoder_norms(network) for network in networks],
         mistakes=confident_mistakes(finished, member_logits, labels),
+        decisions=(
+            None
+            if record is None or test is None
+            else decision_data(record, finished, member_logits, labels)
+        ),
     )
 
 

@@ -10,7 +10,7 @@ from mixmo_fastai.metrics.calibration import top_predictions
 from mixmo_fastai.metrics.confusion import confusion_matrix, most_confused
 from mixmo_fastai.metrics.selective import risk_at_coverage
 from mixmo_fastai.metrics.table import COVERAGES, decimal, percent, round_percent
-from mixmo_fastai.report import charts, filters
+from mixmo_fastai.report import charts, decisions, filters
 from mixmo_fastai.report.report_data import ReportData
 from mixmo_fastai.runtime.text import duration
 
@@ -45,6 +45,7 @@ class Section(NamedTuple):
             the two-column grid is half empty.
         notes: paragraphs above the charts, such as the reason why there are none.
         details: a long table below them, collapsed.
+        examples: images below them.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Section(NamedTuple):
     tables: list[Table] = []  # noqa: RUF012
     notes: list[str] = []  # noqa: RUF012
     details: Table | None = None
+    examples: list[decisions.Example] = []  # noqa: RUF012
 
 
 def sections(data: ReportData) -> list[Section]:
@@ -61,6 +63,7 @@ def sections(data: ReportData) -> list[Section]:
         _training_section(data),
         _calibration_section(data),
         _risk_section(data),
+        _decision_section(data),
         _member_section(data),
         _confusion_section(data),
         _filter_section(data),
@@ -145,6 +148,30 @@ def _risk_section(data: ReportData) -> Section:
     table = Table("Error rate by coverage", ("Accepted", "Images", "Error rate"), rows, (1, 2))
     chart = charts.risk_against_coverage(data.logits, data.labels)
     return Section("risk", "Selective prediction", [chart], [table])
+
+
+def _decision_section(data: ReportData) -> Section:
+    title, found = "What to do with it", data.decisions
+    if found is None:
+        note = (
+            "Without validation images and labelled test images, there is no calibration. Train "
+            "with --valid-split."
+        )
+        return Section("decisions", title, [], [], [note])
+    chart, texts = (
+        decisions.threshold_chart(found),
+        decisions.notes(found, data.metrics["calibration"]),
+    )
+    if found.sets is None:
+        table = Table("Prediction sets", (), [(found.reason,)])
+        return Section("decisions", title, [chart], [table], texts, None, found.examples)
+    rows = decisions.class_rows(found)
+    head = ("Class", "Coverage", "Classes per set")
+    shown, few = rows[: decisions.MAX_CLASSES], len(rows) > decisions.MAX_CLASSES
+    name = "Prediction sets by class" + ", lowest coverage first" * few
+    details = Table("Prediction sets of all classes", head, rows, (1, 2)) if few else None
+    table = Table(name, head, shown, (1, 2))
+    return Section("decisions", title, [chart], [table], texts, details, found.examples)
 
 
 def _member_section(data: ReportData) -> Section:
