@@ -22,21 +22,35 @@ def prepare(image, facts):
     return ((pixels - np.float32(facts["mean"])) / np.float32(facts["std"])).transpose(2, 0, 1)
 
 
+def plausible_classes(probabilities, threshold):
+    """Return the prediction set by the score RAPS, most likely class first."""
+    order = (-probabilities).argsort(kind="stable")
+    scores = probabilities[order].cumsum() + 0.05 * np.arange(len(order))
+    return order[: max(1, int((scores <= threshold).sum()))]
+
+
 def main():
-    """Print the class of each image and its probability."""
+    """Print the class of each image, its probability, and the classes for a coverage of 90 %."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("network", help="file of `mixmo export`")
     parser.add_argument("images", nargs="+", help="image files")
     args = parser.parse_args()
     session = onnxruntime.InferenceSession(args.network, providers=["CPUExecutionProvider"])
-    facts = json.loads(session.get_modelmeta().custom_metadata_map["mixmo"])["data"]
+    header = json.loads(session.get_modelmeta().custom_metadata_map["mixmo"])
+    facts, calibration = header["data"], header["calibration"]  # null without validation images
+    threshold = calibration and calibration["sets"].get("raps", {}).get("0.9")
     for path in args.images:
         with Image.open(path) as image:
             batch = prepare(image, facts)[None]
         (logits,) = session.run(["logits"], {"images": batch})
-        weights = np.exp(logits[0] - logits[0].max())
-        best = int(weights.argmax())
-        print(f"{path}: {facts['classes'][best]}, probability {weights[best] / weights.sum():.4f}")
+        weights = np.exp(logits[0].astype(np.float64) - logits[0].max())
+        probabilities = weights / weights.sum()
+        best = int(probabilities.argmax())
+        text = f"{path}: {facts['classes'][best]}, probability {probabilities[best]:.4f}"
+        if threshold:
+            plausible = plausible_classes(probabilities, threshold[0])
+            text += f", 90 %: {' or '.join(facts['classes'][label] for label in plausible)}"
+        print(text)
 
 
 if __name__ == "__main__":

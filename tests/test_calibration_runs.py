@@ -3,7 +3,10 @@
 import csv
 import io
 import json
+import runpy
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -20,6 +23,8 @@ from mixmo_fastai.runs.calibration import (
 from mixmo_fastai.runs.create import create_run
 from mixmo_fastai.training.ensemble import train_run
 from mixmo_fastai.training.prepare import prepare
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +126,25 @@ class TestRun:
         ):
             assert program(["predict", str(path), str(folder), *flags]) == 2
             assert message in capsys.readouterr().err
+
+    def test_app_without_torch_gives_the_same_sets(self, run, images, tmp_path, capsys):
+        folder, _ = images
+        path = tmp_path / "net.onnx"
+        assert program(["export", str(run.path), "--to", str(path)]) == 0
+        capsys.readouterr()
+        expected = predict(capsys, run.path, folder, "--coverage", "0.9")
+        app = runpy.run_path(str(EXAMPLES / "predict_with_onnxruntime.py"))
+        arguments = ["app", str(path), *sorted(map(str, folder.iterdir()))]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", arguments)
+            app["main"]()
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == 40
+        for line, row in zip(lines, expected, strict=True):
+            assert line.endswith(f", 90 %: {' or '.join(row['set'])}")
+            label, probability = line.split(": ")[1].split(", ")[:2]
+            assert label == row["label"]
+            assert float(probability.split()[1]) == pytest.approx(row["probability"], abs=1e-3)
 
     def test_raw_exports_have_the_logits_of_the_network(self, run, images, tmp_path, capsys):
         path = tmp_path / "net.safetensors"

@@ -195,7 +195,7 @@ def test_unlabelled_test_images_can_be_predicted(tmp_path, capsys):
     shutil.copy(folder / "test" / "1.png", folder / "test" / ".ipynb_checkpoints" / "1.png")
     run = fit(folder, tmp_path / "run")
     assert f"mixmo predict RUN {folder / 'test'}" in capsys.readouterr().out.replace("\n", "")
-    assert program(["predict", str(run.path), str(folder / "test"), "--json"]) == 0
+    assert program(["predict", str(run.path), str(folder / "test"), "--raw", "--json"]) == 0
     out, err = capsys.readouterr()
     result = json.loads(out)
     assert len(result["predictions"]) == 2

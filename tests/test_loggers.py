@@ -45,7 +45,7 @@ PLOT_NAMES = {"first-batch", "loss", "validation-accuracy", "reliability", "conf
 
 
 def flatten_numbers(metrics, prefix="final"):
-    if isinstance(metrics, bool | str):
+    if metrics is None or isinstance(metrics, bool | str):
         return {}
     if isinstance(metrics, int | float):
         return {prefix: metrics}

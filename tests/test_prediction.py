@@ -105,6 +105,7 @@ def test_too_large_images_have_advice(run, images, tmp_path, monkeypatch, capsys
         Image.new("RGB", (90, 90)).save(tmp_path / f"{name}.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)
     arguments = ["predict", str(run.path), str(images / "test/dog"), str(tmp_path / "scan.png")]
+    arguments.append("--raw")
     assert program(arguments) == 1
     first, advice = capsys.readouterr().err.splitlines()
     assert "1 of 6 images" in first

@@ -33,7 +33,7 @@ StopInValidation.after_batch = slow
 """
 SLOW_TEST = """
 import time
-import mixmo_fastai.training.train as training
+import mixmo_fastai.training.final as training
 original = training.evaluate_splits
 def slow(*args, **kwargs):
     print("evaluating", flush=True)
@@ -215,6 +215,7 @@ def test_signal_in_lr_find(mixmo, tmp_path, number, group):
 
 def test_signal_before_the_first_save(mixmo, tmp_path, uninterrupted):
     slow = SLOW_TEST.replace("training.evaluate_splits", "training.CheckpointStore")
+    slow = slow.replace("training.final", "training.train")
     run = tmp_path / "run"
     command = mixmo(*FIT, run, prelude=slow)
     command.wait_until_printed("evaluating")

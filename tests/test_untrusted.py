@@ -87,6 +87,7 @@ def commands(root):
 FILE_NAMES = [
     *["run/recipe.toml", "run/environment.json", "run/data.json", "run/split.json"],
     *["run/history.csv", "votes.csv"],
+    *["run/calibration.json", "run/calibration.safetensors"],
     *["run/metrics.json", "run/model.safetensors", "run/log.txt", "net.safetensors", "net.ckpt"],
     *["state.json", "history.json", "model.safetensors", "optimizer.safetensors", "manifest.json"],
     *["train.npy", "test.npy", "facts.json", "pets/train/cat/000.png", "pets/test/cat/000.png"],

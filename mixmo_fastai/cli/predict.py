@@ -80,14 +80,14 @@ def predict(
         raw, coverage, set_score, per_class, max_risk, risk_score, ood_threshold, ood_score
     )
     decisions = decide_for(request, network, str(run))
-    if decisions.note:
-        typer.echo(decisions.note, err=True)
     skipped = Skipped()
     predictions, unreadable = predict_images(
         network, images, data_dir, device=device, skipped=skipped, decisions=decisions
     )
     if skipped_text := skipped.describe():
         typer.echo(f"Skipped: {skipped_text}", err=True)
+    if decisions.note:
+        typer.echo(decisions.note, err=True)
     rows = [_row(prediction, request) for prediction in predictions]
     reasons = {str(path): " ".join(text.splitlines()) for path, text in unreadable.items()}
     table = {"run": str(run), "predictions": rows, "unreadable": reasons, "skipped": skipped_text}

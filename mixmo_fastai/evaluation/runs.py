@@ -153,7 +153,9 @@ def evaluate_ensemble(
     opened = [open_finished(run, data_dir, device, source) for run in runs]
     per_run = [finished.logits(finished.loaders()) for finished in opened]
     validation, test = (_stack_runs(of_split) for of_split in zip(*per_run, strict=True))
-    return evaluate_splits(validation, test)
+    images, separate = opened[0].valid_parts()
+    calibration = calibrate_images(validation, images) if separate is None else None
+    return evaluate_splits(validation, test, calibration)
 
 
 def collect_logits(
@@ -223,9 +225,9 @@ class FinishedRun:
 
     @property
     def _valid(self) -> ImageSet:
-        return self._valid_parts()[0]
+        return self.valid_parts()[0]
 
-    def _valid_parts(self) -> tuple[ImageSet, ImageSet | None]:
+    def valid_parts(self) -> tuple[ImageSet, ImageSet | None]:
         """Return the validation images, and those for calibration if they are others."""
         data = self.recipe.data
         return split_calibration(
@@ -241,7 +243,7 @@ class FinishedRun:
         stored = read_calibration(self.run)
         if stored is not None:
             return stored
-        valid, images = self._valid_parts()
+        valid, images = self.valid_parts()
         return calibrate_images(validation, valid) if images is None else self.fit_calibration()
 
     def fit_calibration(self, method: str = "temperature") -> Calibration | None:
@@ -250,7 +252,7 @@ class FinishedRun:
         Args:
             method: a name in `scaling.METHODS`, or "none".
         """
-        valid, separate = self._valid_parts()
+        valid, separate = self.valid_parts()
         images = valid if separate is None else separate
         (logits,) = self.logits(self._loaders_of(images))
         return calibrate_images(logits, images, method)
