@@ -26,10 +26,10 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Predictions:
-    """Predictions for the test images, in 11 bytes per image.
+    """Predictions for the test images, in 9 bytes per image, or 11 with many classes.
 
     Attributes:
-        labels: (N,) int32.
+        labels: (N,) int16, or int32 if there are more classes.
         correct: (N,) bool, whether the predicted class is the label.
         confidence: (N,) float16, largest probability.
         nll: (N,) float32, negative log-likelihood of the label in nats.
@@ -45,7 +45,8 @@ class Predictions:
         """Return the predictions of logits (N, K) for labels (N,)."""
         confidence, classes = logits.softmax(dim=1).max(dim=1)
         nll = cross_entropy(logits, labels, reduction="none")
-        return cls(labels.int(), classes == labels, confidence.half(), nll.float())
+        kind = torch.int16 if logits.shape[1] <= 2**15 else torch.int32
+        return cls(labels.to(kind), classes == labels, confidence.half(), nll.float())
 
     def terms(self) -> dict[str, Tensor]:
         """Return the values of each image whose means are accuracy and NLL: (N,) by name."""
