@@ -25,7 +25,7 @@ def prepare(image, facts):
 def plausible_classes(probabilities, threshold):
     """Return the prediction set by the score RAPS, most likely class first."""
     order = (-probabilities).argsort(kind="stable")
-    scores = probabilities[order].cumsum() + 0.05 * np.arange(len(order))
+    scores = probabilities[order].cumsum().round(6) + 0.05 * np.arange(len(order))
     return order[: max(1, int((scores <= threshold).sum()))]
 
 
@@ -43,7 +43,11 @@ def main():
         with Image.open(path) as image:
             batch = prepare(image, facts)[None]
         (logits,) = session.run(["logits"], {"images": batch})
-        weights = np.exp(logits[0].astype(np.float64) - logits[0].max())
+        logits = logits[0].astype(np.float64)
+        if calibration and calibration["scaling"] and not calibration["in_logits"]:  # --raw
+            scaling = calibration["scaling"]
+            logits = logits * scaling["scale"] + (scaling["bias"] or 0)
+        weights = np.exp(logits - logits.max())
         probabilities = weights / weights.sum()
         best = int(probabilities.argmax())
         text = f"{path}: {facts['classes'][best]}, probability {probabilities[best]:.4f}"

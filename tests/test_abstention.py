@@ -18,7 +18,7 @@ from mixmo_fastai.metrics.abstention import (
 
 
 def draw(num_images, seed=0, levels=None):
-    """Draw confidences, and whether predictions are correct: with probability confidence²."""
+    """Draw confidences, and whether predictions are correct: with probability √confidence."""
     generator = torch.Generator().manual_seed(seed)
     confidence = torch.rand(num_images, generator=generator, dtype=torch.float64)
     if levels:
@@ -155,3 +155,15 @@ def test_invalid_arguments_are_explained(changes, message):
     with pytest.raises(InputError, match=message):
         Abstain.fit(arguments.pop("confidence"), arguments.pop("correct"), **arguments)
     assert np.isfinite(images_needed(0.5))
+
+
+def test_the_bound_is_divided_among_the_steps():
+    """With equal risks just above the limit everywhere, any accepted threshold is a failure."""
+    failures, draws = 0, 400
+    for seed in range(draws):
+        generator = torch.Generator().manual_seed(seed)
+        confidence = torch.rand(400, generator=generator)
+        correct = torch.rand(400, generator=generator) < 0.745
+        failures += Abstain.fit(confidence, correct, max_risk=0.25, guarantee=0.8).coverage > 0
+    # 20 % in all; each of the nine steps alone would allow 20 %.
+    assert failures / draws < 0.2 - 2 * math.sqrt(0.16 / draws)

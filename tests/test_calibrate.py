@@ -17,8 +17,9 @@ from mixmo_fastai.evaluation.calibration import (
     evaluate_promises,
     summary,
 )
-from mixmo_fastai.evaluation.decisions import Request, decide
-from mixmo_fastai.export.thresholds import scale_heads
+from mixmo_fastai.evaluation.decisions import Request, decide, decide_for
+from mixmo_fastai.export.files import ExportedNetwork
+from mixmo_fastai.export.thresholds import exported_thresholds, scale_heads
 from mixmo_fastai.metrics.calibration import nll
 from mixmo_fastai.metrics.conformal import SCORES
 from mixmo_fastai.metrics.diversity import mutual_information_per_sample
@@ -30,7 +31,10 @@ from mixmo_fastai.runs.calibration import (
     read_calibration,
     write_calibration,
 )
+from mixmo_fastai.runs.data_facts import DataFacts
 from mixmo_fastai.runs.folder import RunFolder
+
+FACTS = DataFacts(tuple("abcd"), (0.5,), (0.5,), (1, 8, 8))
 
 
 def draw(num_images, members=2, seed=0, sharpness=3.0):
@@ -91,7 +95,7 @@ class TestCalibrate:
         unfamiliar = 0.05 * draw(100, seed=2)[0]  # hardly any class stands out
         values = confidences(unfamiliar, found.scaling)["confidence"]
         assert not (values >= found.familiar_from(0.9, "confidence")).any()
-        with pytest.raises(InputError, match="needs 99 calibration images"):
+        with pytest.raises(InputError, match="need 99 calibration images"):
             calibrate(*draw(50), ["x"] * 50).familiar_from(0.99)
         with pytest.raises(InputError, match="Did you mean 'energy'"):
             found.familiar_from(0.9, "enregy")
@@ -107,8 +111,10 @@ class TestCalibrate:
         few = calibrate(logits[:20], labels[:20], ["x"] * 20)
         assert few.reason == "temperature scaling needs 50 calibration images; there are 20"
         vector = calibrate(logits[:60], labels[:60], ["x"] * 60, "vector")
-        assert "20 calibration images per class; a class has" in vector.reason
-        assert calibrate(logits, labels, ["x"] * 300, "none").reason == "it was not asked for"
+        assert "100 calibration images per class; a class has" in vector.reason
+        assert (
+            calibrate(logits, labels, ["x"] * 300, "none").reason == "calibration was not requested"
+        )
         all_correct = calibrate(
             10 * torch.eye(4)[:, None].repeat(20, 1, 1), torch.arange(4).repeat(20), ["x"] * 80
         )
@@ -117,7 +123,7 @@ class TestCalibrate:
             calibrate(logits, labels, ["x"] * 300, "vecto")
 
     def test_vector_scaling_is_an_option(self):
-        found = fit(method="vector")
+        found = fit(1000, method="vector")
         assert (found.scaling.method, len(found.scaling.scale)) == ("vector", 4)
         assert found.scaling.temperature is None
 
@@ -144,7 +150,7 @@ class TestPromises:
 
     def test_sets_and_abstention_of_one_draw(self):
         found = evaluate_promises(fit(), draw(1000, seed=1), coverage=0.9, max_risk=0.2)
-        assert found["sets"]["asked_coverage"] == 0.9
+        assert found["sets"]["requested_coverage"] == 0.9
         assert {"lac", "lac-per-class", "raps-per-class"} <= found["sets"].keys()
         assert len(found["sets"]["lac-per-class"]["class_coverage"]) == 4
         accepted = found["abstention"]["confidence"]
@@ -168,7 +174,7 @@ class TestPromises:
 class TestFiles:
     @pytest.mark.parametrize("method", ["temperature", "vector", "none"])
     def test_stored_calibrations_are_read_back(self, tmp_path, method):
-        run, written = RunFolder(tmp_path), fit(method=method)
+        run, written = RunFolder(tmp_path), fit(1000, method=method)
         assert read_calibration(run) is None
         write_calibration(run, written)
         found = read_calibration(run)
@@ -194,6 +200,7 @@ class TestFiles:
             (CALIBRATION, whole.replace(b'"scaling"', b'"scalin"')),
             (CALIBRATION, whole.replace(b'"valid/3",', b"")),
             (CALIBRATION, whole.replace(b'"format": 1', b'"format": 2')),
+            (CALIBRATION, whole.replace(b'"sha256": "', b'"sha256": "0')),
             (CALIBRATION_IMAGES, tensors[:50]),
             (CALIBRATION_IMAGES, None),
         ):
@@ -226,14 +233,62 @@ class TestDecisions:
         many = decide(
             Request(max_risk=0.05), replace(fit(), correct=torch.zeros(400).bool()), "RUN"
         )
-        assert "too often wrong with high confidence" in many.note
+        assert "wrong too often with high confidence" in many.note
+        both = decide(Request(max_risk=0.001), fit(method="none"), "RUN").note.splitlines()
+        assert both[0].startswith("No prediction is accepted")
+        assert both[-1].startswith("The probabilities are not calibrated")
         plain = decide(Request(), fit(method="none"), "RUN")
-        assert plain.note == "The probabilities are not calibrated: it was not asked for."
+        assert plain.note == "The probabilities are not calibrated: calibration was not requested."
         one = replace(fit(), confidences={})
         with pytest.raises(InputError, match="needs several members"):
             decide(Request(max_risk=0.1, risk_score="mutual-information"), one, "RUN")
         with pytest.raises(InputError, match="Did you mean 'entropy'"):
             decide(Request(max_risk=0.1, risk_score="entrop"), fit(), "RUN")
+
+    def test_the_requested_score_decides(self):
+        calibration, (logits, _) = fit(), draw(200, seed=3)
+        by_score = {
+            score: decide(Request(max_risk=0.3, risk_score=score), calibration, "RUN")
+            for score in ("confidence", "entropy")
+        }
+        for score, found in by_score.items():
+            values = confidences(logits, calibration.scaling)[score]
+            assert torch.equal(found.accepted(logits), values >= found.abstain.threshold)
+            assert 0 < int(found.accepted(logits).sum()) < 200
+
+
+@pytest.mark.parametrize("method", ["temperature", "vector"])
+@pytest.mark.parametrize("in_logits", [True, False])
+def test_exported_thresholds_decide_as_the_run(method, in_logits):
+    """The file of a network with or without scaled logits gives the same decisions."""
+    calibration, (logits, _) = fit(1000, method=method), draw(300, members=1, seed=4)
+    entry = json.loads(
+        json.dumps(exported_thresholds(calibration, in_logits=in_logits), allow_nan=False)
+    )
+    network = ExportedNetwork(torch.nn.Identity(), "x", FACTS, entry)
+    exported_logits = calibration.scaling(logits) if in_logits else logits
+    for request in (
+        Request(coverage=0.9),
+        Request(coverage=0.8, set_score="aps", per_class=True),
+        Request(max_risk=0.2),
+        Request(max_risk=0.2, risk_score="entropy"),
+        Request(familiar=0.9),
+        Request(raw=True),
+        Request(max_risk=0.01),
+    ):
+        expected = decide(request, calibration, "RUN")
+        found = decide_for(request, network, "net.onnx")
+        torch.testing.assert_close(
+            found.shown_logits(exported_logits).softmax(2), expected.shown_logits(logits).softmax(2)
+        )
+        for name in ("set_members", "accepted", "familiar"):
+            first, second = (
+                getattr(each, name)(values)
+                for each, values in ((expected, logits), (found, exported_logits))
+            )
+            assert first is second is None or torch.equal(first, second), (request, name)
+    with pytest.raises(InputError, match="export it again"):
+        decide_for(Request(coverage=0.9), replace(network, calibration=None), "net.onnx")
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ class TestRun:
         assert metrics["calibrated"]["temperature"] == pytest.approx(stored.scaling.temperature)
         assert program(["eval", str(run.path), "--json", "--coverage", "0.95"]) == 0
         evaluated = json.loads(capsys.readouterr().out)
-        assert evaluated["sets"]["asked_coverage"] == 0.95
+        assert evaluated["sets"]["requested_coverage"] == 0.95
         again = program(["eval", str(run.path), "--json"]) or json.loads(capsys.readouterr().out)
         for key in ("calibration", "sets", "abstention"):
             assert again[key] == metrics[key], key
@@ -122,7 +122,10 @@ class TestRun:
                 assert row.get("familiar") == other.get("familiar")
         for flags, message in (
             (("--coverage", "0.93"), "it has: 0.8, 0.9, 0.95, 0.99"),
-            (("--max-risk", "0.1", "--risk-score", "mutual-information"), "another score"),
+            (
+                ("--max-risk", "0.1", "--risk-score", "mutual-information"),
+                "no thresholds for the score",
+            ),
         ):
             assert program(["predict", str(path), str(folder), *flags]) == 2
             assert message in capsys.readouterr().err
@@ -150,13 +153,15 @@ class TestRun:
         path = tmp_path / "net.safetensors"
         assert program(["export", str(run.path), "--to", str(path), "--raw"]) == 0
         assert "no: the logits are those of the network" in capsys.readouterr().out
-        assert load_fused(path).calibration["scaling"] is None
-        raw, exported = (
-            predict(capsys, each, images[0], *flags)
-            for each, flags in ((run.path, ("--raw",)), (path, ()))
-        )
-        for row, other in zip(raw, exported, strict=True):
-            assert row["probability"] == pytest.approx(other["probability"], rel=1e-3)
+        assert load_fused(path).calibration["in_logits"] is False
+        for flags in ((), ("--raw",), ("--coverage", "0.9"), ("--ood-threshold", "0.9")):
+            expected, found = (
+                predict(capsys, each, images[0], *flags) for each in (run.path, path)
+            )
+            for row, other in zip(expected, found, strict=True):
+                assert row["probability"] == pytest.approx(other["probability"], rel=1e-3)
+                assert row.get("set") == other.get("set")
+                assert row.get("familiar") == other.get("familiar")
 
     def test_calibrate_writes_it_again(self, run, images, tmp_path, capsys):
         copy = tmp_path / "copy"
@@ -165,12 +170,19 @@ class TestRun:
         for name in before:
             (copy / name).unlink()
         assert program(["predict", str(copy), str(images[0])]) == 0
-        assert "no calibration images" in capsys.readouterr().err
+        assert "no calibration is stored" in capsys.readouterr().err
         assert program(["calibrate", str(copy), "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["method"] == "temperature"
         assert before == {name: (copy / name).read_bytes() for name in before}
-        assert program(["calibrate", str(copy), "--method", "vector"]) == 0
-        assert "vector scaling" in capsys.readouterr().out
+        assert program(["calibrate", str(copy), "--method", "vector"]) == 2
+        error = capsys.readouterr().err
+        assert "vector scaling needs 100 calibration images" in error
+        assert "was not changed" in error
+        assert before == {name: (copy / name).read_bytes() for name in before}
+        assert program(["calibrate", str(copy), "--method", "none"]) == 0
+        assert "none: calibration was not requested" in capsys.readouterr().out
+        assert program(["calibrate", str(copy), "--method", "vector"]) == 0  # keeps thresholds
+        capsys.readouterr()
         assert program(["calibrate", str(copy), "--method", "vectr"]) == 2
         assert "Did you mean 'vector'" in capsys.readouterr().err
 

@@ -33,9 +33,9 @@ def draw(num_images, num_classes=5, seed=0, scale=2.0):
 def oracle_score(name, row, label):
     """Return the score of one class of one image, from its definition."""
     if name == "lac":
-        return 1 - row[label]
+        return round(1 - row[label], 6)
     likelier = [k for k in range(len(row)) if row[k] > row[label]]
-    total = sum(row[k] for k in likelier) + row[label]
+    total = round(sum(row[k] for k in likelier) + row[label], 6)
     if name == "raps":
         total += RAPS_PENALTY * max(0, len(likelier) + 1 - RAPS_FREE_RANKS)
     return total
@@ -105,6 +105,7 @@ def mapie_sets(name, calibration, new, **options):
 
 def test_lac_equals_that_of_mapie():
     calibration, (new, _) = draw(500), draw(200, seed=1)
+    calibration, new = (calibration[0].round(decimals=6), calibration[1]), new.round(decimals=6)
     expected = mapie_sets("lac", calibration, new)
     expected[torch.arange(len(new)), new.argmax(dim=1)] |= ~expected.any(dim=1)
     assert torch.equal(ConformalSets.fit(*calibration, coverage=0.9, score="lac")(new), expected)
@@ -215,6 +216,7 @@ LABELS = torch.arange(20) % 4
         ({"coverage": 0.99}, "0.99 needs 99 calibration images; there are 20"),
         ({"coverage": 0.9, "per_class": True}, "9 calibration images per class; 4 of 4 classes"),
         ({"score": "asp"}, "Did you mean 'aps'"),
+        ({"score": "lca"}, "Did you mean 'lac'"),
         ({"probabilities": PROBABILITIES[:, 0]}, r"shape \(N, K\)"),
         ({"probabilities": 2 * PROBABILITIES}, "Apply softmax"),
         ({"probabilities": PROBABILITIES - 0.5}, "Apply softmax"),
@@ -232,3 +234,22 @@ def test_invalid_arguments_are_explained(changes, message):
     assert len(str(error.value).splitlines()) <= 3
     with pytest.raises(InputError, match="sets must be bool"):
         set_metrics(PROBABILITIES, LABELS)
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_rounding_errors_of_logits_do_not_change_sets(name):
+    """The scores of the least likely class are all 1, and often the threshold."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(600, 3, generator=generator)
+    labels = torch.randint(3, (600,), generator=generator)
+    exact, shifted = logits.double().softmax(dim=1), (logits.double() + 7.3).softmax(dim=1)
+    fitted = ConformalSets.fit(exact[:300], labels[:300], coverage=0.95, score=name)
+    assert torch.equal(fitted(exact[300:]), fitted(shifted[300:]))
+    noisy = (logits * (1 + 1e-7)).double().softmax(dim=1)
+    assert float((fitted(exact[300:]) != fitted(noisy[300:])).double().mean()) < 0.005
+
+
+def test_default_score_depends_on_the_number_of_classes():
+    for num_classes, expected in ((2, "lac"), (3, "raps")):
+        probabilities, labels = draw(100, num_classes=num_classes)
+        assert ConformalSets.fit(probabilities, labels, coverage=0.8).score == expected

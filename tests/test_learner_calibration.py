@@ -47,7 +47,7 @@ def test_plain_network_is_calibrated():
 
 
 def test_other_loaders_and_methods():
-    learn, _, _ = plain_learner()
+    learn, _, _ = plain_learner(1000)
     with learn.no_bar():
         found = calibrate_learner(learn, dl=learn.dls.train, method="vector")
         assert found.scaling.method == "vector"

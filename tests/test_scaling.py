@@ -75,15 +75,27 @@ def test_scaled_logits_are_scale_times_logits_plus_bias(method):
 def test_cross_scaling_fits_on_other_images(method):
     logits, labels = draw(203)
     scaled = cross_scaled(logits, labels, method)
-    # Changing the label of an image must not change its own scaling.
+    # Changing the label of an image, here to another wrong one, must not change its own scaling.
+    wrong = int((logits.argmax(1) != labels).nonzero()[0])
+    others = {0, 1, 2, 3} - {int(labels[wrong]), int(logits[wrong].argmax())}
     changed = labels.clone()
-    changed[7] = (labels[7] + 1) % 4
+    changed[wrong] = min(others)
     again = cross_scaled(logits, changed, method)
-    torch.testing.assert_close(again[7], scaled[7])
+    torch.testing.assert_close(again[wrong], scaled[wrong])
     different = (again - scaled).abs().amax(dim=1) > 1e-9
     assert int(different.sum()) == pytest.approx(203 * (1 - 1 / NUM_FOLDS), abs=2)
     assert nll(scaled, labels) < nll(logits, labels)
     assert nll(scaled, labels) > nll(fit_scaling(logits, labels, method)(logits), labels)
+
+
+def test_cross_validation_spreads_the_errors():
+    """With two errors, each part has at most one, so that the others have a temperature."""
+    logits, labels = 4 * torch.eye(3).repeat(100, 1).double(), torch.arange(3).repeat(100)
+    labels[[0, 7]] = (labels[[0, 7]] + 1) % 3
+    assert cross_scaled(logits, labels).isfinite().all()
+    labels[7] = (labels[7] + 2) % 3  # a single error is missing in one part
+    with pytest.raises(InputError, match="optimal in a part of the cross-validation"):
+        cross_scaled(logits, labels)
 
 
 def test_calibrated_logits_are_left_almost_unchanged():

@@ -37,7 +37,7 @@ def calibrate(
 
     from mixmo_fastai.evaluation.calibration import summary
     from mixmo_fastai.evaluation.runs import open_finished, training_images_changed
-    from mixmo_fastai.runs.calibration import write_calibration
+    from mixmo_fastai.runs.calibration import read_calibration, write_calibration
 
     finished = open_finished(folder, data_dir, device)
     if training_images_changed(folder, finished.source):
@@ -50,6 +50,12 @@ def calibrate(
         raise InputError(
             f"{folder.path} has no validation images to calibrate on.\n"
             "Train with a validation split: --valid-split 0.1."
+        )
+    stored = read_calibration(folder)
+    if calibration.scaling is None and method != "none" and stored is not None and stored.scaling:
+        raise InputError(
+            f"Calibration by {method} is not possible: {calibration.reason}.\n"
+            f"The stored calibration of {folder.path} was not changed."
         )
     write_calibration(folder, calibration)
     value = summary(calibration)

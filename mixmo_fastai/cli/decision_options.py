@@ -18,7 +18,11 @@ Coverage = Annotated[
     ),
 ]
 SetScore = Annotated[
-    str, typer.Option(help="Score of the sets: lac, aps or raps.", rich_help_panel=DECISIONS)
+    str | None,
+    typer.Option(
+        help="Score of the sets: lac, aps or raps. Default: raps, or lac for two classes.",
+        rich_help_panel=DECISIONS,
+    ),
 ]
 PerClass = Annotated[
     bool,
@@ -37,10 +41,10 @@ MaxRisk = Annotated[
     ),
 ]
 RiskScore = Annotated[
-    str,
+    str | None,
     typer.Option(
-        help="Score of accepted predictions: confidence, entropy, mutual-information, max-logit or "
-        "energy.",
+        help="Score of accepted predictions: confidence (the default), entropy, max-logit, energy "
+        "or mutual-information.",
         rich_help_panel=DECISIONS,
     ),
 ]
@@ -53,9 +57,9 @@ OodThreshold = Annotated[
     ),
 ]
 OodScore = Annotated[
-    str,
+    str | None,
     typer.Option(
-        help="Score of unfamiliar images: energy, max-logit, confidence, entropy or "
+        help="Score of unfamiliar images: energy (the default), max-logit, confidence, entropy or "
         "mutual-information.",
         rich_help_panel=DECISIONS,
     ),

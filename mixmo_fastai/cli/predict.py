@@ -37,12 +37,12 @@ def predict(
     *,
     raw: RawProbabilities = False,
     coverage: Coverage = None,
-    set_score: SetScore = "raps",
+    set_score: SetScore = None,
     per_class: PerClass = False,
     max_risk: MaxRisk = None,
-    risk_score: RiskScore = "confidence",
+    risk_score: RiskScore = None,
     ood_threshold: OodThreshold = None,
-    ood_score: OodScore = "energy",
+    ood_score: OodScore = None,
     data_dir: opt.DataDir = None,
     device: opt.Device = None,
     out: Annotated[
@@ -60,6 +60,14 @@ def predict(
     folder = None if run.is_file() else open_run(run)
     opt.check_device(device)
     opt.check_fractions(coverage=coverage, max_risk=max_risk, ood_threshold=ood_threshold)
+    for flag, value, needed, is_given in (
+        ("--set-score", set_score, "--coverage", coverage),
+        ("--per-class", per_class or None, "--coverage", coverage),
+        ("--risk-score", risk_score, "--max-risk", max_risk),
+        ("--ood-score", ood_score, "--ood-threshold", ood_threshold),
+    ):
+        if value is not None and is_given is None:
+            raise InputError(f"{flag} has no effect without {needed}.\nAdd {needed}, or remove it.")
     if missing := [image for image in images if not image.exists()]:
         raise InputError(f"There is no image or folder {str(missing[0])!r}.")
     if out is not None:
@@ -69,7 +77,12 @@ def predict(
         out = free_file(out, "predictions", suffix)
 
     from mixmo_fastai.data.listing import Skipped
-    from mixmo_fastai.evaluation.decisions import Request, decide_for
+    from mixmo_fastai.evaluation.decisions import (
+        FAMILIAR_SCORE,
+        RISK_SCORE,
+        Request,
+        decide_for,
+    )
     from mixmo_fastai.evaluation.predict import predict_images
     from mixmo_fastai.export.files import load_fused
     from mixmo_fastai.runtime.devices import keep_freed_memory
@@ -77,7 +90,14 @@ def predict(
     keep_freed_memory()
     network = load_fused(run) if folder is None else folder
     request = Request(
-        raw, coverage, set_score, per_class, max_risk, risk_score, ood_threshold, ood_score
+        raw=raw,
+        coverage=coverage,
+        set_score=set_score,
+        per_class=per_class,
+        max_risk=max_risk,
+        risk_score=risk_score or RISK_SCORE,
+        familiar=ood_threshold,
+        familiar_score=ood_score or FAMILIAR_SCORE,
     )
     decisions = decide_for(request, network, str(run))
     skipped = Skipped()

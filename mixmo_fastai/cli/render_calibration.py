@@ -47,17 +47,17 @@ def _calibration_text(calibration: Mapping[str, Any]) -> str:
 def _set_rows(sets: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = []
     for name, values in sets.items():
-        if name == "asked_coverage" or "absent" in values:
+        if name == "requested_coverage" or "absent" in values:
             continue
         low, high = map(percent, values["interval"])
         text = (
             f"{name}: coverage {percent(values['coverage'])} ({low} to {high}), "
             f"{values['mean_size']:.2f} classes on average"
         )
-        rows.append(("" if rows else f"Sets, {_share(sets['asked_coverage'])}", text))
+        rows.append(("" if rows else f"Sets, {_share(sets['requested_coverage'])}", text))
     if not rows:
         reasons = [values["absent"] for values in sets.values() if isinstance(values, Mapping)]
-        rows = [(f"Sets, {_share(sets['asked_coverage'])}", f"none: {reasons[0]}")]
+        rows = [(f"Sets, {_share(sets['requested_coverage'])}", f"none: {reasons[0]}")]
     return rows
 
 
@@ -70,6 +70,8 @@ def _abstention_rows(abstention: Mapping[str, Any]) -> list[tuple[str, str]]:
         if values["risk"] is not None:
             low, high = map(percent, values["interval"])
             text += f", of which {percent(values['risk'])} are wrong ({low} to {high})"
+        elif values["threshold"] is None:
+            text += ", since no threshold guarantees that risk on the validation images"
         rows.append(("" if rows else f"Risk, {_share(abstention['max_risk'])}", text))
     return rows
 

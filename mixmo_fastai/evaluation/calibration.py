@@ -23,8 +23,9 @@ from mixmo_fastai.runs.calibration import Calibration
 
 MIN_IMAGES = {"temperature": 50, "vector": 0}
 """Smallest number of calibration images of a method."""
-MIN_IMAGES_PER_CLASS = {"temperature": 0, "vector": 20}
-"""The same per class: vector scaling has two numbers for each class."""
+MIN_IMAGES_PER_CLASS = {"temperature": 0, "vector": 100}
+"""The same per class: vector scaling has two numbers for each class. With fewer images, sets whose
+thresholds are chosen on the same images contain the label less often than promised."""
 COVERAGE, MAX_RISK = 0.9, 0.05
 """Coverage of prediction sets and risk of accepted predictions that are evaluated by default."""
 
@@ -122,7 +123,7 @@ def _helpful_scaling(
     """Fit a scaling; return it with its effect, or None with the reason why it is left off."""
     before = _quality(logits, labels)
     if method == "none":
-        return None, "it was not asked for", {"before": before}
+        return None, "calibration was not requested", {"before": before}
     if method not in METHODS:
         raise unknown_name_error("calibration method", method, METHODS)
     try:
@@ -206,7 +207,7 @@ def evaluate_promises(
             abstain = calibration.abstain(max_risk, name)
             accepted[name] = _abstention_values(abstain, values, correct)
     return {
-        "sets": {"asked_coverage": coverage, **sets},
+        "sets": {"requested_coverage": coverage, **sets},
         "abstention": {"max_risk": max_risk, **accepted},
     }
 
@@ -220,7 +221,7 @@ def _abstention_values(abstain: Abstain, values: Tensor, correct: Tensor) -> dic
     threshold = abstain.threshold if found["coverage"] or abstain.coverage else None
     return {
         "threshold": threshold,
-        "bound": abstain.bound,
+        "bound": abstain.bound if abstain.coverage else None,
         "guarantee": abstain.guarantee,
         **found,
     }

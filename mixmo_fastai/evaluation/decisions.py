@@ -17,14 +17,14 @@ from mixmo_fastai.export.thresholds import (
     exported_sets,
 )
 from mixmo_fastai.metrics.abstention import Abstain, images_needed
-from mixmo_fastai.metrics.conformal import ConformalSets
+from mixmo_fastai.metrics.conformal import ConformalSets, check_score
 from mixmo_fastai.metrics.scaling import Scaling
 from mixmo_fastai.runs.calibration import Calibration, read_calibration
 from mixmo_fastai.runs.folder import RunFolder
 
-_NOT_CALIBRATED = "The probabilities are not calibrated: the run has no calibration images."
-SET_SCORE, RISK_SCORE, FAMILIAR_SCORE = "raps", "confidence", "energy"
-"""Default scores of prediction sets, of accepted predictions and of familiar images."""
+_NOT_CALIBRATED = "The probabilities are not calibrated: no calibration is stored."
+RISK_SCORE, FAMILIAR_SCORE = "confidence", "energy"
+"""Default scores of accepted predictions and of familiar images."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Request:
     Attributes:
         raw: whether the probabilities are those of the network, without calibration.
         coverage: probability with which the set of an image contains its label; None for no sets.
-        set_score: name of the score of the sets, see `conformal.SCORES`.
+        set_score: name of the score of the sets, see `conformal.SCORES`; None for the default.
         per_class: whether the coverage holds for each class separately.
         max_risk: largest fraction of errors among the accepted predictions; None to accept all.
         risk_score: name of the score of accepted predictions, see `runs.calibration.CONFIDENCES`.
@@ -45,7 +45,7 @@ class Request:
 
     raw: bool = False
     coverage: float | None = None
-    set_score: str = SET_SCORE
+    set_score: str | None = None
     per_class: bool = False
     max_risk: float | None = None
     risk_score: str = RISK_SCORE
@@ -127,11 +127,12 @@ def decide_for(request: Request, run: RunFolder | ExportedNetwork, name: str) ->
 def _decide_exported(request: Request, network: ExportedNetwork, name: str) -> Decisions:
     entry = network.calibration
     if entry is None:
-        return decide(request, None, name)
-    baked = exported_scaling(entry)
+        return decide(request, None, name, "Calibrate the run, then export it again.")
+    scaling, in_logits = exported_scaling(entry), bool(entry["in_logits"])
     sets, abstain, note = None, None, ""
     if request.coverage is not None:
-        score = f"{request.set_score}-per-class" if request.per_class else request.set_score
+        score = check_score(request.set_score, len(network.facts.classes))
+        score = f"{score}-per-class" if request.per_class else score
         sets = exported_sets(entry, request.coverage, score)
     if request.max_risk is not None:
         abstain = exported_abstain(entry, request.max_risk, request.risk_score)
@@ -139,14 +140,15 @@ def _decide_exported(request: Request, network: ExportedNetwork, name: str) -> D
     familiar_from = None
     if request.familiar is not None:
         familiar_from = exported_familiar(entry, request.familiar, request.familiar_score)
-    unscaling = _inverse(baked) if request.raw and baked is not None else None
+    unscaling = _inverse(scaling) if request.raw and in_logits and scaling is not None else None
     return Decisions(
-        None,
+        None if in_logits else scaling,
         sets,
         abstain,
         request.risk_score,
         familiar_from,
         request.familiar_score,
+        request.raw and not in_logits,
         unscaling=unscaling,
         note=note,
     )
@@ -162,13 +164,16 @@ def _inverse(scaling: Scaling) -> Scaling:
     return Scaling(scaling.method, wide, bias)
 
 
-def decide(request: Request, calibration: Calibration | None, name: str) -> Decisions:
+def decide(
+    request: Request, calibration: Calibration | None, name: str, advice: str = ""
+) -> Decisions:
     """Choose the thresholds for a request.
 
     Args:
         request: what is asked.
         calibration: of the run; None if it has none.
         name: name of the run, for messages.
+        advice: what to do without a calibration; by default, to calibrate the run.
 
     Raises:
         InputError: the request needs calibration images that are missing or too few.
@@ -177,8 +182,7 @@ def decide(request: Request, calibration: Calibration | None, name: str) -> Deci
         if request.needs_calibration:
             raise InputError(
                 f"{name} has no calibration, which --coverage, --max-risk and --ood-threshold "
-                "need.\n"
-                f"If it has validation images, write one: mixmo calibrate {name}"
+                f"need.\n{advice or f'If it has validation images: mixmo calibrate {name}'}"
             )
         return Decisions(raw=request.raw, note="" if request.raw else _NOT_CALIBRATED)
     sets, abstain, note = None, None, ""
@@ -191,7 +195,8 @@ def decide(request: Request, calibration: Calibration | None, name: str) -> Deci
     if request.familiar is not None:
         familiar_from = calibration.familiar_from(request.familiar, request.familiar_score)
     if calibration.scaling is None and not request.raw:
-        note = note or f"The probabilities are not calibrated: {calibration.reason}."
+        text = f"The probabilities are not calibrated: {calibration.reason}."
+        note = f"{note}\n{text}" if note else text
     return Decisions(
         calibration.scaling,
         sets,
@@ -212,4 +217,7 @@ def _no_threshold(abstain: Abstain) -> str:
     )
     if abstain.num_images < needed:
         return f"{text}\nEven without errors it takes {needed:,} images; raise --valid-split."
-    return f"{text}\nThe network is too often wrong with high confidence; raise --max-risk."
+    return (
+        f"{text}\nThe network is wrong too often with high confidence: raise --max-risk, or "
+        "calibrate on more images, which allows for more errors."
+    )

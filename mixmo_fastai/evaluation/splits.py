@@ -76,6 +76,9 @@ def evaluate_splits(
     }
     if validation is not None and test is not None:
         metrics["valid"] = evaluate_logits(*validation)
+    if validation is None:
+        reason = "there is no validation split; raise --valid-split"
+        functions |= dict.fromkeys(("calibration", "sets", "abstention"), lambda: _refuse(reason))
     if calibration is not None:
         metrics["calibration"] = summary(calibration)
         if test is not None:
@@ -203,6 +206,10 @@ def _average_probabilities(member_logits: Tensor, labels: Tensor) -> dict[str, A
         raise InputError("with one member it equals the mean of the logits")
     metrics = evaluate_logits(member_logits, labels, average="probabilities")
     return {name: value for name, value in metrics.items() if name not in MEMBER_METRICS}
+
+
+def _refuse(reason: str) -> NoReturn:
+    raise InputError(reason)
 
 
 def _refuse_empty() -> NoReturn:

@@ -139,7 +139,7 @@ def export_run(
     scaling = None if raw or calibration is None else calibration.scaling
     if scaling is not None:
         scale_heads(model, scaling)
-    entry = None if calibration is None else exported_thresholds(calibration, scaling)
+    entry = None if calibration is None else exported_thresholds(calibration, in_logits=not raw)
     images = source.test if len(source.test) else source.train
     x = standardized(images, evenly_spaced(images, NUM_CHECKED), facts)
     fused = model.fuse()
@@ -249,6 +249,7 @@ def _parts_of_header(
         calibration = header.get("calibration")
         if calibration is not None:
             exported_scaling(calibration)  # raises if it is damaged
+            bool(calibration["in_logits"])
         return str(header["arch"]), DataFacts.from_mapping(header["data"]), calibration
 
 

@@ -2,7 +2,10 @@
 
 The metadata of a file hold, under "calibration" of its header:
 
-- "scaling": the method, scale and bias that the logits of the network already contain, or null;
+- "scaling": method, scale and bias of the calibration, or null; all thresholds are those of scaled
+  logits;
+- "in_logits": whether the logits of the network are scaled already; if not, scale them first:
+  scale · logits + bias;
 - "num_images": number of calibration images;
 - "sets": by score (with "-per-class" if the coverage holds for each class), by coverage, such as
   "0.9": the thresholds, one for all classes or one per class;
@@ -55,13 +58,14 @@ def scale_heads(model: MixMoModel, scaling: Scaling) -> None:
                 head.bias.add_(head.bias.new_tensor(scaling.bias))
 
 
-def exported_thresholds(calibration: Calibration, scaling: Scaling | None) -> dict[str, Any]:
+def exported_thresholds(calibration: Calibration, *, in_logits: bool) -> dict[str, Any]:
     """Return the entry of a file's header.
 
     Args:
         calibration: of the run.
-        scaling: what the heads contain; None for none.
+        in_logits: whether the heads contain the scaling.
     """
+    scaling = calibration.scaling
     sets: dict[str, dict[str, list[float]]] = {}
     for score in SCORES:
         for per_class in (False, True):
@@ -78,6 +82,7 @@ def exported_thresholds(calibration: Calibration, scaling: Scaling | None) -> di
     }
     return {
         "scaling": None if scaling is None else dataclasses.asdict(scaling),
+        "in_logits": in_logits,
         "num_images": len(calibration.labels),
         "sets": sets,
         "abstention": abstention,
@@ -106,7 +111,7 @@ def _thresholds(calibration: Calibration, score: str, *, per_class: bool) -> dic
 
 
 def exported_scaling(entry: Mapping[str, Any]) -> Scaling | None:
-    """Return the scaling that the logits of a file contain."""
+    """Return the scaling of a file's calibration; `entry["in_logits"]` says where it is."""
     values = entry["scaling"]
     if values is None:
         return None
@@ -159,8 +164,13 @@ def _chosen(table: Mapping[str, Any], score: str, value: float, kind: str) -> An
     of_score = table.get(score, {})
     if (key := str(value)) in of_score:
         return of_score[key]
-    known = ", ".join(of_score) or "none"
+    if score not in table:
+        raise InputError(
+            f"The file has no thresholds for the score {score!r}; it has: {', '.join(table)}.\n"
+            "Predict with the run for others."
+        )
+    known = ", ".join(of_score) or "none, from too few calibration images"
     raise InputError(
         f"The file has no threshold for a {kind} of {value:g} with the score {score!r}; it has: "
-        f"{known}.\nPredict with the run for others, or with another score: {', '.join(table)}."
+        f"{known}.\nPredict with the run for others."
     )

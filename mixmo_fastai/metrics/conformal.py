@@ -26,6 +26,8 @@ from torch import Tensor
 from mixmo_fastai.errors import InputError, unknown_name_error
 from mixmo_fastai.metrics.bootstrap import LEVEL
 
+DECIMALS = 6
+"""Scores are rounded, so that those of equal networks are equal: float32 logits differ by 1e-7."""
 RAPS_PENALTY, RAPS_FREE_RANKS = 0.05, 1
 """Penalty of RAPS for each class after the first `RAPS_FREE_RANKS` most likely ones."""
 
@@ -37,7 +39,7 @@ def lac_scores(probabilities: Tensor) -> Tensor:
         >>> lac_scores(torch.tensor([[0.5, 0.25, 0.25]]))
         tensor([[0.5000, 0.7500, 0.7500]])
     """
-    return 1 - probabilities
+    return (1 - probabilities).round(decimals=DECIMALS)
 
 
 def aps_scores(probabilities: Tensor) -> Tensor:
@@ -51,7 +53,8 @@ def aps_scores(probabilities: Tensor) -> Tensor:
         tensor([[0.5000, 1.0000, 0.8750]])
     """
     ordered, order = probabilities.sort(dim=1, descending=True, stable=True)
-    return torch.empty_like(probabilities).scatter_(1, order, ordered.cumsum(dim=1))
+    sums = ordered.cumsum(dim=1).round(decimals=DECIMALS)
+    return torch.empty_like(probabilities).scatter_(1, order, sums)
 
 
 def raps_scores(probabilities: Tensor) -> Tensor:
@@ -76,8 +79,20 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 """Scores by name: functions of probabilities (N, K) -> (N, K), larger for less plausible classes.
 
-"lac" gives the smallest sets on average; "aps" and "raps" adapt better to difficult images.
+"lac" gives small sets; "aps" and "raps" adapt better to difficult images, and need several classes.
 """
+
+
+def default_score(num_classes: int) -> str:
+    """Return the default score: "raps", or "lac" for two classes.
+
+    With two classes, the less likely one has the score 1 in "aps" and a constant in "raps".
+
+    Example:
+        >>> default_score(2), default_score(10)
+        ('lac', 'raps')
+    """
+    return "lac" if num_classes == 2 else "raps"
 
 
 @dataclass(frozen=True)
@@ -113,7 +128,7 @@ class ConformalSets:
         labels: Tensor,
         *,
         coverage: float,
-        score: str = "aps",
+        score: str | None = None,
         per_class: bool = False,
     ) -> "ConformalSets":
         """Choose the thresholds on calibration images.
@@ -122,16 +137,15 @@ class ConformalSets:
             probabilities: (N, K), of images that were neither trained on nor used for a choice.
             labels: (N,).
             coverage: probability with which a set contains the label, above 0 and below 1.
-            score: a name in `SCORES`.
+            score: a name in `SCORES`; None for `default_score`.
             per_class: whether the coverage holds for the images of each class separately; a class
                 then needs as many calibration images as otherwise all together.
 
         Raises:
             InputError: invalid arguments, or too few images.
         """
-        if score not in SCORES:
-            raise unknown_name_error("score of prediction sets", score, SCORES)
         probabilities = check_probabilities(probabilities, labels)
+        score = check_score(score, probabilities.shape[1])
         of_labels = SCORES[score](probabilities).gather(1, labels.long()[:, None])[:, 0]
         return sets_from_scores(
             of_labels,
@@ -155,6 +169,23 @@ class ConformalSets:
         sets = SCORES[self.score](probabilities) <= limits
         top = torch.nn.functional.one_hot(probabilities.argmax(dim=1), probabilities.shape[1])
         return torch.where(sets.any(dim=1, keepdim=True), sets, top.bool())
+
+
+def check_score(score: str | None, num_classes: int) -> str:
+    """Return the name of a score; `default_score` for None.
+
+    Raises:
+        InputError: the name is unknown.
+
+    Example:
+        >>> check_score(None, 10)
+        'raps'
+    """
+    if score is None:
+        return default_score(num_classes)
+    if score not in SCORES:
+        raise unknown_name_error("score of prediction sets", score, SCORES)
+    return score
 
 
 def sets_from_scores(

@@ -135,7 +135,7 @@ def cross_scaled(logits: Tensor, labels: Tensor, method: str = "temperature") ->
     """Scale each fifth of the logits by what was fitted on the other four.
 
     So the NLL of the result estimates that of new images, without further images. The fifths are
-    random, and the same for equal N.
+    random with about equal numbers of misclassified images, and the same for equal inputs.
 
     Args:
         logits: (N, K).
@@ -155,9 +155,15 @@ def cross_scaled(logits: Tensor, labels: Tensor, method: str = "temperature") ->
     """
     logits = logits.detach().double()
     order = torch.randperm(len(labels), generator=make_generator(0, "folds"))
+    is_wrong = logits.argmax(dim=1) != labels
+    order = order[is_wrong[order].long().argsort(stable=True)]
     scaled = torch.empty_like(logits)
-    folds = order.tensor_split(NUM_FOLDS)
+    folds = [order[number::NUM_FOLDS] for number in range(NUM_FOLDS)]
     for number, fold in enumerate(folds):
         others = torch.cat([*folds[:number], *folds[number + 1 :]])
-        scaled[fold] = fit_scaling(logits[others], labels[others], method)(logits[fold])
+        try:
+            scaling = fit_scaling(logits[others], labels[others], method)
+        except InputError as error:
+            raise InputError(f"{error} in a part of the cross-validation") from error
+        scaled[fold] = scaling(logits[fold])
     return scaled

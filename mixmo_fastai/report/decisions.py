@@ -20,7 +20,6 @@ from mixmo_fastai.report.charts import CURVE_POINTS, Chart, percent_axis
 from mixmo_fastai.report.drawing import ENSEMBLE, INCORRECT, Plot
 from mixmo_fastai.runs.calibration import Calibration
 
-SET_SCORE = "raps"
 MAX_CLASSES = 15
 """Number of classes in the table; with more classes, those of the lowest coverage."""
 
@@ -86,7 +85,7 @@ def decision_data(
     confidence = confidences(member_logits, calibration.scaling)["confidence"]
     abstain, sets, reason = calibration.abstain(MAX_RISK), None, ""
     try:
-        sets = calibration.sets(COVERAGE, SET_SCORE)(probabilities)
+        sets = calibration.sets(COVERAGE)(probabilities)
     except InputError as error:
         reason = str(error)
     correct = probabilities.argmax(dim=1) == labels

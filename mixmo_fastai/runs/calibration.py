@@ -8,6 +8,7 @@ Shapes: n calibration images, K classes.
 """
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,7 +24,9 @@ from mixmo_fastai.metrics.abstention import GUARANTEE, Abstain
 from mixmo_fastai.metrics.conformal import (
     SCORES,
     ConformalSets,
+    check_score,
     conformal_quantile,
+    num_needed,
     sets_from_scores,
 )
 from mixmo_fastai.metrics.scaling import Scaling
@@ -64,15 +67,14 @@ class Calibration:
     confidences: Mapping[str, Tensor] = field(default_factory=dict)
 
     def sets(
-        self, coverage: float, score: str = "aps", *, per_class: bool = False
+        self, coverage: float, score: str | None = None, *, per_class: bool = False
     ) -> ConformalSets:
         """Choose the thresholds of prediction sets; see `ConformalSets.fit`.
 
         Raises:
             InputError: invalid arguments, or too few calibration images.
         """
-        if score not in SCORES:
-            raise unknown_name_error("score of prediction sets", score, SCORES)
+        score = check_score(score, self.num_classes)
         return sets_from_scores(
             self.label_scores[score],
             self.labels,
@@ -106,7 +108,13 @@ class Calibration:
         Raises:
             InputError: invalid arguments, or too few calibration images.
         """
-        return -conformal_quantile(-self._confidence(score), fraction)
+        confidence = self._confidence(score)
+        if (needed := num_needed(fraction)) > len(confidence):
+            raise InputError(
+                f"Familiar images at {fraction:g} need {needed} calibration images; there are "
+                f"{len(confidence)}."
+            )
+        return -conformal_quantile(-confidence, fraction)
 
     def _confidence(self, score: str) -> Tensor:
         if score not in CONFIDENCES:
@@ -119,8 +127,16 @@ class Calibration:
 def write_calibration(run: RunFolder, calibration: Calibration) -> None:
     """Write the calibration of a run."""
     scaling = calibration.scaling
+    tensors = {
+        "labels": calibration.labels,
+        "correct": calibration.correct,
+        **{f"score.{name}": each for name, each in calibration.label_scores.items()},
+        **{f"confidence.{name}": each for name, each in calibration.confidences.items()},
+    }
+    content = save({name: each.contiguous() for name, each in tensors.items()})
     values = {
         "format": FORMAT,
+        "sha256": hashlib.sha256(content).hexdigest(),
         "scaling": None if scaling is None else dataclasses.asdict(scaling),
         "temperature": None if scaling is None else scaling.temperature,
         "reason": calibration.reason,
@@ -129,13 +145,7 @@ def write_calibration(run: RunFolder, calibration: Calibration) -> None:
         "num_images": len(calibration.names),
         "images": list(calibration.names),
     }
-    tensors = {
-        "labels": calibration.labels,
-        "correct": calibration.correct,
-        **{f"score.{name}": each for name, each in calibration.label_scores.items()},
-        **{f"confidence.{name}": each for name, each in calibration.confidences.items()},
-    }
-    run.write_file(CALIBRATION_IMAGES, save({k: v.contiguous() for k, v in tensors.items()}))
+    run.write_file(CALIBRATION_IMAGES, content)
     run.write_file(CALIBRATION, json.dumps(values, indent=1) + "\n")
 
 
@@ -150,8 +160,10 @@ def read_calibration(run: RunFolder) -> Calibration | None:
         return None
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        tensors = load((run.path / CALIBRATION_IMAGES).read_bytes())
-        return _from_parts(values, tensors)
+        content = (run.path / CALIBRATION_IMAGES).read_bytes()
+        if values["sha256"] != hashlib.sha256(content).hexdigest():
+            raise ValueError("the two files do not belong together")
+        return _from_parts(values, load(content))
     except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         raise InputError(
             f"{path} or {CALIBRATION_IMAGES} beside it is damaged: {type(error).__name__}: "

@@ -58,8 +58,8 @@ def legend(cells: Sequence[Cell]) -> str:
         f"Means over seeds, ± their standard deviation, on the {split} images. Calibrated: "
         f"temperatures fitted on one half of the {split} images and applied to the other. In "
         f"brackets: 95 % bootstrap interval of the difference over {split} images and seeds; then "
-        "the 95 % interval by Welch's t distribution from the seeds alone, which is the wider one "
-        "if there are few seeds."
+        "the 95 % interval by Welch's t distribution from the seeds alone, which ignores the "
+        "choice of images. Read the wider of the two."
     )
 
 
