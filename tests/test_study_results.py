@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -254,3 +255,21 @@ def test_confidences_and_nll_of_predictions():
     assert found.confidence.tolist() == [0.75, 0.5]
     assert found.correct.tolist() == [True, False]  # the first of equal classes is predicted
     assert found.nll.tolist() == pytest.approx([math.log(4 / 3), math.log(2)])
+
+
+def test_published_results_are_recomputed_from_the_repository(tmp_path):
+    """The rows of docs/results.md are those of the files in studies/."""
+    root = Path(__file__).resolve().parents[1]
+    (tmp_path / "cifar10-images").mkdir()
+    study = read_study(root / "examples" / "small_cifar10.toml", str(tmp_path / "cifar10-images"))
+    (cell,) = collect_results(study, root / "studies" / "small-cifar10")
+    text = (root / "docs" / "results.md").read_text(encoding="utf-8")
+    (row,) = [line for line in text.splitlines() if line.startswith("| Cut-MixMo | 0 |")]
+    assert (cell.method, cell.seeds) == ("cut-mixmo", (0,))
+    for part in (
+        f"{100 * cell.mean('accuracy'):.2f} %",
+        f"{cell.mean('nll'):.3f}",
+        f"{cell.mean('nll_calibrated'):.3f}",
+        f"{100 * cell.mean('ece'):.2f} %",
+    ):
+        assert part in row
