@@ -123,9 +123,9 @@ class Elements(HTMLParser):
 
 
 NUM_CHARTS = {
-    "mixmo": 11,  # 3 training, 2 calibration, risk, 2 members, confusion, 2 filters
-    "vanilla": 9,
-    "ensemble": 11,
+    "mixmo": 12,  # 3 training, 2 calibration, risk, decisions, 2 members, confusion, 2 filters
+    "vanilla": 10,
+    "ensemble": 12,
 }
 
 

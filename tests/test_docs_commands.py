@@ -6,6 +6,7 @@ starts several.
 """
 
 import dataclasses
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -43,6 +44,7 @@ def make_small(module):
 
     def resolve(*args, **kwargs):
         recipe = original(*args, **kwargs)
+        recipe = replace(recipe, train=replace(recipe.train, images_seen=None))
         changes = [*SMALL_SETTINGS]
         if "num_nets" not in str(args) and recipe.model.num_nets > 1:
             changes.append("model.num_nets=1")

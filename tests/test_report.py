@@ -238,6 +238,7 @@ def test_each_color_has_one_meaning(pages, svgs):
         "reliability-before": {"ensemble"},
         "reliability-after": {"ensemble"},
         "risk": {"ensemble"},
+        "decisions": {"ensemble"},
         "members": {"ensemble", "members"},
         "agreement": {"correct", "incorrect"},
         "confusion": {"correct", "incorrect"},
@@ -292,7 +293,7 @@ class TestInChromium:
             assert page.console() == []
             assert page.requests() == [pages["mixmo"].resolve().as_uri()]
 
-    def test_every_plot_and_image_is_visible(self, pages):
+    def test_every_plot_and_image_is_visible(self, pages, reports):
         with Page(pages["mixmo"]) as page:
             sizes = page.evaluate(
                 "[...document.querySelectorAll('svg')].map(s => [s.clientWidth, s.clientHeight,"
@@ -303,7 +304,8 @@ class TestInChromium:
             image_widths = page.evaluate(
                 "[...document.images].map(i => i.complete && i.naturalWidth)"
             )
-            assert len(image_widths) == 12
+            num_examples = len(reports["mixmo"].decisions.examples)
+            assert len(image_widths) == 12 + num_examples
             assert all(width >= 64 for width in image_widths)
 
     def test_text_is_inside_its_plot(self, pages):

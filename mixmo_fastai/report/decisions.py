@@ -17,7 +17,7 @@ from mixmo_fastai.metrics.conformal import set_metrics
 from mixmo_fastai.metrics.selective import risk_coverage
 from mixmo_fastai.metrics.table import percent, round_percent
 from mixmo_fastai.report.charts import CURVE_POINTS, Chart, percent_axis
-from mixmo_fastai.report.drawing import ENSEMBLE, INCORRECT, Plot
+from mixmo_fastai.report.drawing import ENSEMBLE, INK, Plot
 from mixmo_fastai.runs.calibration import Calibration
 
 MAX_CLASSES = 15
@@ -198,7 +198,7 @@ def threshold_chart(data: DecisionData) -> Chart:
         axes = figure.subplots()
         axes.plot(coverage[shown], risk[shown], color=ENSEMBLE)
         label = f"limit {round_percent(MAX_RISK)}"
-        axes.axhline(MAX_RISK, color=INCORRECT, linewidth=1, linestyle=(0, (4, 3)), label=label)
+        axes.axhline(MAX_RISK, color=INK, linewidth=1, linestyle=(0, (4, 3)), label=label)
         if reached["risk"] is not None:
             axes.plot(reached["coverage"], reached["risk"], "o", color=ENSEMBLE, label="threshold")
         axes.legend(loc="best")
