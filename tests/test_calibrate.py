@@ -216,7 +216,7 @@ class TestFiles:
 
 
 class TestDecisions:
-    def test_requests_without_calibration_are_refused_in_words(self):
+    def test_requests_without_calibration_are_refused(self):
         assert decide(Request(), None, "RUN").note.startswith(
             "The probabilities are not calibrated"
         )
@@ -225,7 +225,7 @@ class TestDecisions:
             with pytest.raises(InputError, match="mixmo calibrate RUN"):
                 decide(request, None, "RUN")
 
-    def test_reason_and_missing_thresholds_are_told(self):
+    def test_reasons_and_missing_thresholds_are_explained(self):
         found = decide(Request(max_risk=0.001), fit(), "RUN")
         assert "No prediction is accepted" in found.note
         assert "Even without errors it takes" in found.note

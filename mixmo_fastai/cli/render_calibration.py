@@ -54,10 +54,10 @@ def _set_rows(sets: Mapping[str, Any]) -> list[tuple[str, str]]:
             f"{name}: coverage {percent(values['coverage'])} ({low} to {high}), "
             f"{values['mean_size']:.2f} classes on average"
         )
-        rows.append(("" if rows else f"Sets, {_share(sets['requested_coverage'])}", text))
+        rows.append(("" if rows else f"Sets, {_fraction_text(sets['requested_coverage'])}", text))
     if not rows:
         reasons = [values["absent"] for values in sets.values() if isinstance(values, Mapping)]
-        rows = [(f"Sets, {_share(sets['requested_coverage'])}", f"none: {reasons[0]}")]
+        rows = [(f"Sets, {_fraction_text(sets['requested_coverage'])}", f"none: {reasons[0]}")]
     return rows
 
 
@@ -72,10 +72,10 @@ def _abstention_rows(abstention: Mapping[str, Any]) -> list[tuple[str, str]]:
             text += f", of which {percent(values['risk'])} are wrong ({low} to {high})"
         elif values["threshold"] is None:
             text += ", since no threshold guarantees that risk on the validation images"
-        rows.append(("" if rows else f"Risk, {_share(abstention['max_risk'])}", text))
+        rows.append(("" if rows else f"Risk, {_fraction_text(abstention['max_risk'])}", text))
     return rows
 
 
-def _share(value: float) -> str:
+def _fraction_text(value: float) -> str:
     text = round_percent(value)
     return text if abs(float(text.split()[0]) - 100 * value) < 1e-9 else f"{100 * value:g} %"
