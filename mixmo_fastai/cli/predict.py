@@ -140,7 +140,7 @@ def _describe_unreadable(unreadable: dict[Path, str]) -> str:
 
 
 def _row(prediction: Any, request: Any) -> dict[str, Any]:
-    """Return the entries of a prediction; those that were not asked for are left out."""
+    """Return the entries of a prediction; without those that were not requested."""
     row = dataclasses.asdict(prediction)
     classes, is_accepted, is_familiar = map(row.pop, ("classes", "is_accepted", "is_familiar"))
     if request.coverage is not None:

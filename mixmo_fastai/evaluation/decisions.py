@@ -29,7 +29,7 @@ RISK_SCORE, FAMILIAR_SCORE = "confidence", "energy"
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for each image.
+    """What is requested for each image.
 
     Attributes:
         raw: whether the probabilities are those of the network, without calibration.

@@ -39,9 +39,9 @@ class Prediction:
         agreement: fraction of the votes for the ensemble's class; None for a single vote.
         entropy: entropy of the ensemble's probabilities, in nats; 0 if one class has all of it.
         mutual_information: mutual information of the members, in nats; None for one member.
-        classes: the prediction set, most likely class first; None if it was not asked for.
-        is_familiar: whether the image is like those of training; None if that was not asked.
-        is_accepted: whether the prediction is accepted at the asked risk; None if not asked for.
+        classes: the prediction set, most likely class first; None if not requested.
+        is_familiar: whether the image is like those of training; None if not requested.
+        is_accepted: whether the prediction is accepted at the requested risk; None if not requested.
     """
 
     image: str
