@@ -100,13 +100,13 @@ class Decisions:
         return self.sets(scaled.softmax(dim=1))
 
     def accepted(self, member_logits: Tensor) -> Tensor | None:
-        """Return which predictions are accepted, (n,) bool; None if that was not asked."""
+        """Return which predictions are accepted, (n,) bool; None if not requested."""
         if self.abstain is None:
             return None
         return self.abstain(confidences(member_logits, self.scaling)[self.risk_score])
 
     def familiar(self, member_logits: Tensor) -> Tensor | None:
-        """Return which images are like those of training, (n,) bool; None if not asked."""
+        """Return which images are like those of training, (n,) bool; None if not requested."""
         if self.familiar_from is None:
             return None
         found = confidences(member_logits, self.scaling)[self.familiar_score]
@@ -170,7 +170,7 @@ def decide(
     """Choose the thresholds for a request.
 
     Args:
-        request: what is asked.
+        request: what is requested.
         calibration: of the run; None if it has none.
         name: name of the run, for messages.
         advice: what to do without a calibration; by default, to calibrate the run.

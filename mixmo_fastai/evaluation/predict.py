@@ -41,7 +41,7 @@ class Prediction:
         mutual_information: mutual information of the members, in nats; None for one member.
         classes: the prediction set, most likely class first; None if not requested.
         is_familiar: whether the image is like those of training; None if not requested.
-        is_accepted: whether the prediction is accepted at the requested risk; None if not requested.
+        is_accepted: whether the prediction is accepted at the requested risk, or None.
     """
 
     image: str
