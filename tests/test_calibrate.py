@@ -19,7 +19,7 @@ from mixmo_fastai.evaluation.calibration import (
 )
 from mixmo_fastai.evaluation.decisions import Request, decide, decide_for
 from mixmo_fastai.export.files import ExportedNetwork
-from mixmo_fastai.export.thresholds import exported_thresholds, scale_heads
+from mixmo_fastai.export.thresholds import ExportedCalibration, exported_thresholds, scale_heads
 from mixmo_fastai.metrics.calibration import nll
 from mixmo_fastai.metrics.conformal import SCORES
 from mixmo_fastai.metrics.diversity import mutual_information_per_sample
@@ -265,7 +265,7 @@ def test_exported_thresholds_decide_as_the_run(method, in_logits):
     entry = json.loads(
         json.dumps(exported_thresholds(calibration, in_logits=in_logits), allow_nan=False)
     )
-    network = ExportedNetwork(torch.nn.Identity(), "x", FACTS, entry)
+    network = ExportedNetwork(torch.nn.Identity(), "x", FACTS, ExportedCalibration(entry, 4))
     exported_logits = calibration.scaling(logits) if in_logits else logits
     for request in (
         Request(coverage=0.9),

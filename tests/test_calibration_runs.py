@@ -153,7 +153,7 @@ class TestRun:
         path = tmp_path / "net.safetensors"
         assert program(["export", str(run.path), "--to", str(path), "--raw"]) == 0
         assert "no: the logits are those of the network" in capsys.readouterr().out
-        assert load_fused(path).calibration["in_logits"] is False
+        assert load_fused(path).calibration.in_logits is False
         for flags in ((), ("--raw",), ("--coverage", "0.9"), ("--ood-threshold", "0.9")):
             expected, found = (
                 predict(capsys, each, images[0], *flags) for each in (run.path, path)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from mixmo_fastai.metrics.table import percent, round_percent
+from mixmo_fastai.metrics.table import percent
 
 CONFIDENCE_NAMES = {
     "confidence": "by confidence",
@@ -77,5 +77,4 @@ def _abstention_rows(abstention: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _fraction_text(value: float) -> str:
-    text = round_percent(value)
-    return text if abs(float(text.split()[0]) - 100 * value) < 1e-9 else f"{100 * value:g} %"
+    return f"{100 * value:g} %"

@@ -6,7 +6,6 @@ Shapes: n calibration images, N test images, M members, K classes.
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mixmo_fastai.data.image_sets import ImageSet
@@ -16,10 +15,15 @@ from mixmo_fastai.metrics.abstention import Abstain, abstention_metrics
 from mixmo_fastai.metrics.bootstrap import intervals
 from mixmo_fastai.metrics.calibration import expected_calibration_error, nll
 from mixmo_fastai.metrics.conformal import SCORES, ConformalSets, set_metrics
-from mixmo_fastai.metrics.diversity import mutual_information_per_sample
-from mixmo_fastai.metrics.ood import energy_uncertainty, max_logit_uncertainty
-from mixmo_fastai.metrics.scaling import METHODS, Scaling, cross_scaled, fit_scaling
-from mixmo_fastai.runs.calibration import Calibration
+from mixmo_fastai.metrics.ood import UNCERTAINTIES
+from mixmo_fastai.metrics.scaling import (
+    METHODS,
+    Scaling,
+    cross_scaled,
+    ensemble_logits,
+    fit_scaling,
+)
+from mixmo_fastai.runs.calibration import CONFIDENCES, Calibration
 
 MIN_IMAGES = {"temperature": 50, "vector": 0}
 """Smallest number of calibration images of a method."""
@@ -48,7 +52,7 @@ def calibrate(
     """
     logits = member_logits.double().mean(dim=1)
     scaling, reason, effect = _helpful_scaling(logits, labels, method)
-    scaled = logits if scaling is None else scaling(logits)
+    scaled = ensemble_logits(member_logits, scaling)
     probabilities = scaled.softmax(dim=1)
     label_scores = {
         name: score(probabilities).gather(1, labels.long()[:, None])[:, 0]
@@ -61,7 +65,7 @@ def calibrate(
         num_classes=logits.shape[1],
         names=tuple(names),
         labels=labels.long(),
-        correct=logits_correct(scaled, labels),
+        correct=scaled.argmax(dim=1) == labels,
         label_scores=label_scores,
         confidences=confidences(member_logits, scaling),
     )
@@ -94,27 +98,27 @@ def summary(calibration: Calibration) -> dict[str, Any]:
     }
 
 
-def logits_correct(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return whether the most likely class is the label: (N, K), (N,) -> (N,)."""
-    return logits.argmax(dim=1) == labels
+def confidence(member_logits: Tensor, scaling: Scaling | None, score: str) -> Tensor:
+    """Compute a score of `runs.calibration.CONFIDENCES`: (N, M, K) -> (N,).
+
+    Args:
+        member_logits: (N, M, K).
+        scaling: applied first; None for none.
+        score: name of the score; all but "confidence" are negated uncertainties.
+
+    Raises:
+        InputError: the score is undefined for one member.
+    """
+    scaled = member_logits.double() if scaling is None else scaling(member_logits.double())
+    if score == "confidence":
+        return scaled.mean(dim=1).softmax(dim=1).amax(dim=1)
+    return -UNCERTAINTIES[score.replace("-", "_")](scaled)
 
 
 def confidences(member_logits: Tensor, scaling: Scaling | None) -> dict[str, Tensor]:
-    """Compute the scores of `runs.calibration.CONFIDENCES` from member logits (N, M, K): (N,) each.
-
-    The mutual information of one member is undefined and missing.
-    """
-    scaled = member_logits.double() if scaling is None else scaling(member_logits.double())
-    probabilities = scaled.mean(dim=1).softmax(dim=1)
-    found = {
-        "confidence": probabilities.amax(dim=1),
-        "entropy": -torch.special.entr(probabilities).sum(dim=1),
-        "max-logit": -max_logit_uncertainty(scaled),
-        "energy": -energy_uncertainty(scaled),
-    }
-    if member_logits.shape[1] > 1:
-        found["mutual-information"] = -mutual_information_per_sample(scaled)
-    return found
+    """Compute each score of `confidence`, without those that are undefined for one member."""
+    names = [n for n in CONFIDENCES if n != "mutual-information" or member_logits.shape[1] > 1]
+    return {name: confidence(member_logits, scaling, name) for name in names}
 
 
 def _helpful_scaling(
@@ -163,7 +167,7 @@ def _quality(logits: Tensor, labels: Tensor) -> dict[str, Any]:
 
 def evaluate_promises(
     calibration: Calibration,
-    test: LabelledLogits,
+    test: tuple[Tensor, Tensor],
     *,
     coverage: float = COVERAGE,
     max_risk: float = MAX_RISK,
@@ -183,14 +187,11 @@ def evaluate_promises(
           "threshold" and the upper "bound" of the risk.
 
     Raises:
-        InputError: there are no test images, or a value is out of range.
+        InputError: a value is out of range.
     """
-    if test is None:
-        raise InputError("there are no test images")
     member_logits, labels = test
-    logits = member_logits.double().mean(dim=1)
-    scaled = logits if calibration.scaling is None else calibration.scaling(logits)
-    probabilities, correct = scaled.softmax(dim=1), logits_correct(scaled, labels)
+    scaled = ensemble_logits(member_logits, calibration.scaling)
+    probabilities, correct = scaled.softmax(dim=1), scaled.argmax(dim=1) == labels
     sets: dict[str, Any] = {}
     for score in SCORES:
         for per_class in (False, True):

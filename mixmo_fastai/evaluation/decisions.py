@@ -3,22 +3,17 @@
 Shapes: n images, M members, K classes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.evaluation.calibration import confidences
+from mixmo_fastai.evaluation.calibration import confidence
 from mixmo_fastai.export.files import ExportedNetwork
-from mixmo_fastai.export.thresholds import (
-    exported_abstain,
-    exported_familiar,
-    exported_scaling,
-    exported_sets,
-)
+from mixmo_fastai.export.thresholds import ExportedCalibration
 from mixmo_fastai.metrics.abstention import Abstain, images_needed
-from mixmo_fastai.metrics.conformal import ConformalSets, check_score
-from mixmo_fastai.metrics.scaling import Scaling
+from mixmo_fastai.metrics.conformal import ConformalSets
+from mixmo_fastai.metrics.scaling import Scaling, ensemble_logits
 from mixmo_fastai.runs.calibration import Calibration, read_calibration
 from mixmo_fastai.runs.folder import RunFolder
 
@@ -95,22 +90,19 @@ class Decisions:
         """Return which classes each set contains, (n, K) bool; None without sets."""
         if self.sets is None:
             return None
-        logits = member_logits.double().mean(dim=1)
-        scaled = logits if self.scaling is None else self.scaling(logits)
-        return self.sets(scaled.softmax(dim=1))
+        return self.sets(ensemble_logits(member_logits, self.scaling).softmax(dim=1))
 
     def accepted(self, member_logits: Tensor) -> Tensor | None:
         """Return which predictions are accepted, (n,) bool; None if not requested."""
         if self.abstain is None:
             return None
-        return self.abstain(confidences(member_logits, self.scaling)[self.risk_score])
+        return self.abstain(confidence(member_logits, self.scaling, self.risk_score))
 
     def familiar(self, member_logits: Tensor) -> Tensor | None:
         """Return which images are like those of training, (n,) bool; None if not requested."""
         if self.familiar_from is None:
             return None
-        found = confidences(member_logits, self.scaling)[self.familiar_score]
-        return found >= self.familiar_from
+        return confidence(member_logits, self.scaling, self.familiar_score) >= self.familiar_from
 
 
 def decide_for(request: Request, run: RunFolder | ExportedNetwork, name: str) -> Decisions:
@@ -119,39 +111,16 @@ def decide_for(request: Request, run: RunFolder | ExportedNetwork, name: str) ->
     Raises:
         InputError: as for `decide`, or the file of the network has no threshold for the request.
     """
-    if isinstance(run, ExportedNetwork):
-        return _decide_exported(request, run, name)
-    return decide(request, read_calibration(run), name)
-
-
-def _decide_exported(request: Request, network: ExportedNetwork, name: str) -> Decisions:
-    entry = network.calibration
-    if entry is None:
-        return decide(request, None, name, "Calibrate the run, then export it again.")
-    scaling, in_logits = exported_scaling(entry), bool(entry["in_logits"])
-    sets, abstain, note = None, None, ""
-    if request.coverage is not None:
-        score = check_score(request.set_score, len(network.facts.classes))
-        score = f"{score}-per-class" if request.per_class else score
-        sets = exported_sets(entry, request.coverage, score)
-    if request.max_risk is not None:
-        abstain = exported_abstain(entry, request.max_risk, request.risk_score)
-        note = "" if abstain.coverage else _no_threshold(abstain)
-    familiar_from = None
-    if request.familiar is not None:
-        familiar_from = exported_familiar(entry, request.familiar, request.familiar_score)
-    unscaling = _inverse(scaling) if request.raw and in_logits and scaling is not None else None
-    return Decisions(
-        None if in_logits else scaling,
-        sets,
-        abstain,
-        request.risk_score,
-        familiar_from,
-        request.familiar_score,
-        request.raw and not in_logits,
-        unscaling=unscaling,
-        note=note,
-    )
+    if isinstance(run, RunFolder):
+        return decide(request, read_calibration(run), name)
+    calibration, advice = run.calibration, "Calibrate the run, then export it again."
+    if calibration is None:
+        return decide(request, None, name, advice)
+    chosen = _choose(request, calibration)
+    if not calibration.in_logits:
+        return chosen
+    unscaling = _inverse(calibration.scaling) if request.raw and calibration.scaling else None
+    return replace(chosen, scaling=None, raw=False, unscaling=unscaling)
 
 
 def _inverse(scaling: Scaling) -> Scaling:
@@ -185,18 +154,22 @@ def decide(
                 f"need.\n{advice or f'If it has validation images: mixmo calibrate {name}'}"
             )
         return Decisions(raw=request.raw, note="" if request.raw else _NOT_CALIBRATED)
-    sets, abstain, note = None, None, ""
+    chosen = _choose(request, calibration)
+    if calibration.scaling is not None or request.raw:
+        return chosen
+    text = f"The probabilities are not calibrated: {calibration.reason}."
+    return replace(chosen, note=f"{chosen.note}\n{text}" if chosen.note else text)
+
+
+def _choose(request: Request, calibration: Calibration | ExportedCalibration) -> Decisions:
+    """Choose the thresholds that are requested."""
+    sets = abstain = familiar_from = None
     if request.coverage is not None:
         sets = calibration.sets(request.coverage, request.set_score, per_class=request.per_class)
     if request.max_risk is not None:
         abstain = calibration.abstain(request.max_risk, request.risk_score)
-        note = "" if abstain.coverage else _no_threshold(abstain)
-    familiar_from = None
     if request.familiar is not None:
         familiar_from = calibration.familiar_from(request.familiar, request.familiar_score)
-    if calibration.scaling is None and not request.raw:
-        text = f"The probabilities are not calibrated: {calibration.reason}."
-        note = f"{note}\n{text}" if note else text
     return Decisions(
         calibration.scaling,
         sets,
@@ -205,7 +178,7 @@ def decide(
         familiar_from,
         request.familiar_score,
         request.raw,
-        note=note,
+        note=_no_threshold(abstain) if abstain is not None and not abstain.coverage else "",
     )
 
 

@@ -5,14 +5,14 @@ Shapes: N images, M members, K classes.
 
 from typing import Any, NamedTuple
 
-import torch
-from fastai.callback.core import Callback
 from fastai.learner import Learner
 from torch import Tensor
 
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.evaluation.calibration import calibrate
-from mixmo_fastai.metrics.members import current_member_logits, missing_callbacks
+from mixmo_fastai.learner.member_preds import collect_preds
+from mixmo_fastai.metrics.members import current_member_logits
+from mixmo_fastai.metrics.scaling import ensemble_logits
 from mixmo_fastai.models.mixmo_model import MixMoModel, unwrap
 from mixmo_fastai.runs.calibration import Calibration
 
@@ -70,34 +70,18 @@ def calibrated_preds(
         dl: another loader, such as `learn.dls.test_dl(files)`, instead of `ds_idx`.
     """
     member_logits, targets = _member_logits(learn, ds_idx, dl)
-    logits = member_logits.double().mean(dim=1)
-    scaled = logits if calibration.scaling is None else calibration.scaling(logits)
+    scaled = ensemble_logits(member_logits, calibration.scaling)
     return CalibratedPreds(scaled.softmax(dim=1), targets)
 
 
 def _member_logits(learn: Learner, ds_idx: int, dl: Any) -> tuple[Tensor, Tensor | None]:
     """Return the logits (N, M, K) of a Learner, M = 1 for a plain network, and the targets."""
-    is_mixmo = isinstance(unwrap(learn.model), MixMoModel)
-    collect = _CollectLogits()
-    # `get_preds` sorts what `act` returns into the order of the data set.
-    logits, targets = learn.get_preds(
-        ds_idx=ds_idx,
-        dl=dl,
-        cbs=[*(missing_callbacks(learn) if is_mixmo else []), collect],
-        act=lambda _: torch.cat(collect.batches),
-    )
-    return logits.as_subclass(Tensor), None if targets is None else targets.as_subclass(Tensor)
+    logits, targets = collect_preds(learn, _logits_of_batch, ds_idx, dl)
+    return logits.as_subclass(Tensor), targets
 
 
-class _CollectLogits(Callback):
-    """Collect the members' logits of each batch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.batches: list[Tensor] = []
-
-    def after_batch(self) -> None:
-        """Copy the logits of the current batch to the CPU."""
-        is_mixmo = isinstance(unwrap(self.learn.model), MixMoModel)
-        logits = current_member_logits(self.learn) if is_mixmo else self.learn.pred[:, None]
-        self.batches.append(self.learn.to_detach(logits.as_subclass(Tensor)))
+def _logits_of_batch(learn: Learner) -> Tensor:
+    if isinstance(unwrap(learn.model), MixMoModel):
+        return current_member_logits(learn)
+    pred: Tensor = learn.pred
+    return pred[:, None]

@@ -13,7 +13,7 @@ unless the run has no calibration.
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -35,7 +35,7 @@ from mixmo_fastai.export import int8
 from mixmo_fastai.export.images import evenly_spaced, standardized
 from mixmo_fastai.export.onnx_network import OnnxNetwork
 from mixmo_fastai.export.thresholds import (
-    exported_scaling,
+    ExportedCalibration,
     exported_thresholds,
     scale_heads,
 )
@@ -64,13 +64,13 @@ class ExportedNetwork:
         model: the network, in evaluation mode, on the CPU.
         arch: name of its architecture.
         facts: facts about its data that prediction needs.
-        calibration: entry of the header, see `thresholds`; None if the file has none.
+        calibration: None if the file has none.
     """
 
     model: nn.Module
     arch: str
     facts: DataFacts
-    calibration: Mapping[str, Any] | None = None
+    calibration: ExportedCalibration | None = None
 
 
 def check_export(run: RunFolder, path: Path) -> None:
@@ -244,13 +244,11 @@ def _read_header(path: Path, metadata: Metadata) -> dict[str, Any]:
 
 def _parts_of_header(
     path: Path, header: dict[str, Any]
-) -> tuple[str, DataFacts, Mapping[str, Any] | None]:
+) -> tuple[str, DataFacts, ExportedCalibration | None]:
     with _damage_explained(path):
-        calibration = header.get("calibration")
-        if calibration is not None:
-            exported_scaling(calibration)  # raises if it is damaged
-            bool(calibration["in_logits"])
-        return str(header["arch"]), DataFacts.from_mapping(header["data"]), calibration
+        facts, entry = DataFacts.from_mapping(header["data"]), header.get("calibration")
+        calibration = None if entry is None else ExportedCalibration(entry, len(facts.classes))
+        return str(header["arch"]), facts, calibration
 
 
 def _check_facts(run: RunFolder, facts: DataFacts) -> None:

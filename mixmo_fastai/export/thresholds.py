@@ -24,7 +24,7 @@ from torch import nn
 
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.metrics.abstention import GUARANTEE, Abstain
-from mixmo_fastai.metrics.conformal import SCORES, ConformalSets, num_needed
+from mixmo_fastai.metrics.conformal import SCORES, ConformalSets, check_score, num_needed
 from mixmo_fastai.metrics.scaling import Scaling
 from mixmo_fastai.models import MixMoModel
 from mixmo_fastai.runs.calibration import Calibration
@@ -110,54 +110,66 @@ def _thresholds(calibration: Calibration, score: str, *, per_class: bool) -> dic
     return found
 
 
-def exported_scaling(entry: Mapping[str, Any]) -> Scaling | None:
-    """Return the scaling of a file's calibration; `entry["in_logits"]` says where it is."""
-    values = entry["scaling"]
-    if values is None:
-        return None
-    scale, bias = (tuple(map(float, values[key])) for key in ("scale", "bias"))
-    return Scaling(str(values["method"]), scale, bias)
-
-
-def exported_sets(entry: Mapping[str, Any], coverage: float, score: str) -> ConformalSets:
-    """Return the sets of a coverage.
+class ExportedCalibration:
+    """The calibration of an exported file, used as that of a run: `runs.calibration.Calibration`.
 
     Args:
         entry: of the header, see the module.
-        coverage: one of those in the file.
-        score: name of the score, with "-per-class" if the coverage holds for each class.
+        num_classes: K.
+
+    Attributes:
+        scaling: applied to the logits before they are compared with thresholds; None for none.
+        in_logits: whether the logits of the network are scaled already.
 
     Raises:
-        InputError: the file has no thresholds for it; the message lists those it has.
+        ValueError: a value is impossible.
+        LookupError: a value is missing.
     """
-    values = _chosen(entry["sets"], score, coverage, "coverage")
-    name = score.removesuffix("-per-class")
-    return ConformalSets(name, coverage, tuple(map(float, values)), int(entry["num_images"]))
 
+    def __init__(self, entry: Mapping[str, Any], num_classes: int) -> None:
+        values = entry["scaling"]
+        self.scaling = None if values is None else Scaling.from_mapping(values)
+        self.in_logits = bool(entry["in_logits"])
+        self._entry, self._num_images = entry, int(entry["num_images"])
+        self._num_classes = num_classes
 
-def exported_abstain(entry: Mapping[str, Any], max_risk: float, score: str) -> Abstain:
-    """Return what accepts predictions at a risk; see `exported_sets`.
+    def sets(
+        self, coverage: float, score: str | None = None, *, per_class: bool = False
+    ) -> ConformalSets:
+        """Return the sets of a coverage.
 
-    Raises:
-        InputError: the file has no threshold for it; the message lists those it has.
-    """
-    threshold, num_images = (
-        _chosen(entry["abstention"], score, max_risk, "risk"),
-        int(entry["num_images"]),
-    )
-    if threshold is None:
-        return Abstain(math.inf, max_risk, GUARANTEE, 0.0, 0.0, num_images)
-    # Bound and coverage on the calibration images are not in the file.
-    return Abstain(float(threshold), max_risk, GUARANTEE, max_risk, math.nan, num_images)
+        Args:
+            coverage: one of those in the file.
+            score: name of the score; None for the default.
+            per_class: whether the coverage holds for each class.
 
+        Raises:
+            InputError: the file has no thresholds for it; the message lists those it has.
+        """
+        score = check_score(score, self._num_classes)
+        key = f"{score}-per-class" if per_class else score
+        values = _chosen(self._entry["sets"], key, coverage, "coverage")
+        return ConformalSets(score, coverage, tuple(map(float, values)), self._num_images)
 
-def exported_familiar(entry: Mapping[str, Any], fraction: float, score: str) -> float:
-    """Return the confidence that a fraction of familiar images reach; see `exported_sets`.
+    def abstain(self, max_risk: float, score: str) -> Abstain:
+        """Return what accepts predictions at a risk; see `sets`.
 
-    Raises:
-        InputError: the file has no threshold for it; the message lists those it has.
-    """
-    return float(_chosen(entry["familiar"], score, fraction, "fraction"))
+        Raises:
+            InputError: the file has no threshold for it; the message lists those it has.
+        """
+        threshold = _chosen(self._entry["abstention"], score, max_risk, "risk")
+        if threshold is None:
+            return Abstain(math.inf, max_risk, GUARANTEE, 0.0, 0.0, self._num_images)
+        # Bound and coverage on the calibration images are not in the file.
+        return Abstain(float(threshold), max_risk, GUARANTEE, max_risk, math.nan, self._num_images)
+
+    def familiar_from(self, fraction: float, score: str) -> float:
+        """Return the confidence that a fraction of familiar images reach; see `sets`.
+
+        Raises:
+            InputError: the file has no threshold for it; the message lists those it has.
+        """
+        return float(_chosen(self._entry["familiar"], score, fraction, "fraction"))
 
 
 def _chosen(table: Mapping[str, Any], score: str, value: float, kind: str) -> Any:

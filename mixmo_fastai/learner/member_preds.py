@@ -3,6 +3,7 @@
 Shapes: N images, M members, K classes, labels or regression targets.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -58,37 +59,56 @@ def member_preds(learn: Learner, ds_idx: int = 1, dl: Any = None) -> MemberPreds
         )
     loss = learn.loss_func
     loss = loss if isinstance(loss, MixMoLoss) else MixMoLoss(loss)
-    members = _CollectMembers()
-    # fastai sorts the output of `act` into the order of the data set.
-    logits, targets = learn.get_preds(
-        ds_idx=ds_idx,
-        dl=dl,
-        cbs=[*missing_callbacks(learn), members],
-        act=lambda _: torch.cat(members.batches),
+    logits, targets = collect_preds(
+        learn, lambda learn: network.predictions(current_member_logits(learn)), ds_idx, dl
     )
     rows = loss.activation(logits.flatten(0, 1))
     probabilities = rows.reshape(logits.shape)
     votes = loss.decodes(rows)
     return MemberPreds(
         probabilities,
-        None if targets is None else targets.as_subclass(Tensor),
+        targets,
         votes.reshape(*logits.shape[:2], *votes.shape[1:]).as_subclass(Tensor),
         _mutual_information(probabilities, votes),
     )
 
 
-class _CollectMembers(Callback):
-    """Collect the members' predictions of each batch."""
+def collect_preds(
+    learn: Learner, of_batch: Callable[[Learner], Tensor], ds_idx: int = 1, dl: Any = None
+) -> tuple[Tensor, Tensor | None]:
+    """Collect what a function computes from each batch, in the order of the images.
 
-    def __init__(self) -> None:
+    Args:
+        learn: the Learner; it is not changed.
+        of_batch: called after the forward pass of each batch of B images; returns (B, …).
+        ds_idx: as for `Learner.get_preds`.
+        dl: as for `Learner.get_preds`.
+
+    Returns:
+        (N, …) on the CPU; and the targets, None for a loader without targets.
+    """
+    collected = _Collect(of_batch)
+    is_mixmo = isinstance(unwrap(learn.model), MixMoModel)
+    # fastai sorts the output of `act` into the order of the data set.
+    values, targets = learn.get_preds(
+        ds_idx=ds_idx,
+        dl=dl,
+        cbs=[*(missing_callbacks(learn) if is_mixmo else []), collected],
+        act=lambda _: torch.cat(collected.batches),
+    )
+    return values, None if targets is None else targets.as_subclass(Tensor)
+
+
+class _Collect(Callback):
+    """Collect what a function computes from each batch."""
+
+    def __init__(self, of_batch: Callable[[Learner], Tensor]) -> None:
         super().__init__()
-        self.batches: list[Tensor] = []
+        self.of_batch, self.batches = of_batch, list[Tensor]()
 
     def after_batch(self) -> None:
-        """Copy the member predictions of the current batch to the CPU."""
-        network = unwrap(self.learn.model)
-        preds = network.predictions(current_member_logits(self.learn)).as_subclass(Tensor)
-        self.batches.append(self.learn.to_detach(preds))
+        """Copy the result for the current batch to the CPU."""
+        self.batches.append(self.learn.to_detach(self.of_batch(self.learn).as_subclass(Tensor)))
 
 
 def _mutual_information(probabilities: Tensor, votes: Tensor) -> Tensor | None:

@@ -4,8 +4,10 @@ Shapes: N images, K classes. Logits are (N, K), labels (N,).
 Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, section 4.2.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,6 +41,23 @@ class Scaling:
     scale: tuple[float, ...]
     bias: tuple[float, ...] = ()
 
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> "Scaling":
+        """Build from the output of `dataclasses.asdict`, as read from JSON.
+
+        Raises:
+            ValueError: a number is not finite, or there is no scale.
+            LookupError: a value is missing.
+
+        Example:
+            >>> Scaling.from_mapping({"method": "temperature", "scale": [0.5], "bias": []})
+            Scaling(method='temperature', scale=(0.5,), bias=())
+        """
+        scale, bias = (tuple(map(float, values[key])) for key in ("scale", "bias"))
+        if not all(map(math.isfinite, (*scale, *bias))) or not scale:
+            raise ValueError("the scaling is not finite")
+        return cls(str(values["method"]), scale, bias)
+
     @property
     def temperature(self) -> float | None:
         """The temperature; None for vector scaling."""
@@ -48,6 +67,22 @@ class Scaling:
         """Scale logits (…, K)."""
         scaled = logits * logits.new_tensor(self.scale)
         return scaled + logits.new_tensor(self.bias) if self.bias else scaled
+
+
+def ensemble_logits(member_logits: Tensor, scaling: Scaling | None) -> Tensor:
+    """Return the mean of the members' logits, scaled: (N, M, K) -> (N, K) in float64.
+
+    Args:
+        member_logits: (N, M, K).
+        scaling: None for none.
+
+    Example:
+        >>> members = torch.tensor([[[2.0, 0.0], [4.0, 2.0]]])
+        >>> ensemble_logits(members, Scaling("temperature", (0.5,)))
+        tensor([[1.5000, 0.5000]], dtype=torch.float64)
+    """
+    logits = member_logits.double().mean(dim=1)
+    return logits if scaling is None else scaling(logits)
 
 
 def temperature_scaling(logits: Tensor, labels: Tensor) -> Scaling:

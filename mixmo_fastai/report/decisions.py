@@ -10,10 +10,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.evaluation.calibration import COVERAGE, MAX_RISK, confidences
+from mixmo_fastai.evaluation.calibration import COVERAGE, MAX_RISK
 from mixmo_fastai.evaluation.runs import FinishedRun
 from mixmo_fastai.metrics.abstention import Abstain, abstention_metrics
 from mixmo_fastai.metrics.conformal import set_metrics
+from mixmo_fastai.metrics.scaling import ensemble_logits
 from mixmo_fastai.metrics.selective import risk_coverage
 from mixmo_fastai.metrics.table import percent, round_percent
 from mixmo_fastai.report.charts import CURVE_POINTS, Chart, percent_axis
@@ -79,10 +80,8 @@ def decision_data(
         member_logits: (N, M, K), of `FinishedRun.final_images`.
         labels: (N,).
     """
-    logits = member_logits.double().mean(dim=1)
-    scaled = logits if calibration.scaling is None else calibration.scaling(logits)
-    probabilities = scaled.softmax(dim=1)
-    confidence = confidences(member_logits, calibration.scaling)["confidence"]
+    probabilities = ensemble_logits(member_logits, calibration.scaling).softmax(dim=1)
+    confidence = probabilities.amax(dim=1)
     abstain, sets, reason = calibration.abstain(MAX_RISK), None, ""
     try:
         sets = calibration.sets(COVERAGE)(probabilities)

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -182,7 +181,7 @@ def _from_parts(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Cal
     if not all(bool(each.isfinite().all()) for each in tensors.values()):
         raise ValueError("a score is not finite")
     return Calibration(
-        scaling=None if scaling is None else _scaling(scaling),
+        scaling=None if scaling is None else Scaling.from_mapping(scaling),
         reason=str(values["reason"]),
         effect=values["effect"],
         num_classes=int(values["num_classes"]),
@@ -196,10 +195,3 @@ def _from_parts(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Cal
             if f"confidence.{name}" in tensors
         },
     )
-
-
-def _scaling(values: Mapping[str, Any]) -> Scaling:
-    scale, bias = (tuple(map(float, values[key])) for key in ("scale", "bias"))
-    if not bool(torch.tensor([*scale, *bias]).isfinite().all()) or not scale:
-        raise ValueError("the scaling is not finite")
-    return Scaling(str(values["method"]), scale, bias)
