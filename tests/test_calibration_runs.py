@@ -174,6 +174,12 @@ class TestRun:
         assert program(["calibrate", str(copy), "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["method"] == "temperature"
         assert before == {name: (copy / name).read_bytes() for name in before}
+        (copy / CALIBRATION).write_text("{")
+        assert program(["predict", str(copy), str(images[0])]) == 2
+        assert f"mixmo calibrate {copy}" in capsys.readouterr().err
+        assert program(["calibrate", str(copy)]) == 0
+        capsys.readouterr()
+        assert before == {name: (copy / name).read_bytes() for name in before}
         assert program(["calibrate", str(copy), "--method", "vector"]) == 2
         error = capsys.readouterr().err
         assert "vector scaling needs 100 calibration images" in error

@@ -1,5 +1,6 @@
 """`mixmo calibrate`: fit the calibration of a finished run again."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -51,7 +52,9 @@ def calibrate(
             f"{folder.path} has no validation images to calibrate on.\n"
             "Train with a validation split: --valid-split 0.1."
         )
-    stored = read_calibration(folder)
+    stored = None
+    with suppress(InputError):  # damaged files are written again
+        stored = read_calibration(folder)
     if calibration.scaling is None and method != "none" and stored is not None and stored.scaling:
         raise InputError(
             f"Calibration by {method} is not possible: {calibration.reason}.\n"
