@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 from torch import Tensor
@@ -96,10 +96,14 @@ def render_template(template: str, **values: Any) -> str:
     """
     folder = files("mixmo_fastai.report")
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("mixmo_fastai", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters["data_uri"] = as_data_uri
-    page = environment.from_string((folder / template).read_text(encoding="utf-8")).render(
+    page = environment.get_template(template).render(
         style=Markup((folder / "page.css").read_text(encoding="utf-8")),
         version=__version__,
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
