@@ -14,6 +14,7 @@ from PIL import Image
 from mixmo_fastai.cli import run as program
 from mixmo_fastai.config.resolve import resolve_recipe
 from mixmo_fastai.data.sources import load_source
+from mixmo_fastai.evaluation.runs import evaluate_ensemble, evaluate_run
 from mixmo_fastai.export.files import load_fused
 from mixmo_fastai.runs.calibration import (
     CALIBRATION,
@@ -21,6 +22,7 @@ from mixmo_fastai.runs.calibration import (
     read_calibration,
 )
 from mixmo_fastai.runs.create import create_run
+from mixmo_fastai.runs.folder import RunFolder
 from mixmo_fastai.training.ensemble import train_run
 from mixmo_fastai.training.prepare import prepare
 
@@ -209,3 +211,20 @@ def test_images_that_select_the_epoch_do_not_calibrate(tmp_path):
     names = read_calibration(run).names
     assert not set(names) & {selection.name(i) for i in range(len(selection))}
     assert abs(len(names) - len(selection)) <= 10
+
+    # "calibrated" uses the same images, in fit, in eval and in an ensemble with a run that has none
+    # set aside.
+    metrics, temperature = run.metrics(), read_calibration(run).scaling.temperature
+    assert metrics["calibrated"]["temperature"] == pytest.approx(temperature)
+    assert metrics["calibrated"]["num_images"] == len(names)
+    assert metrics["valid"]["temperature"] != pytest.approx(temperature)
+    again = evaluate_run(run)
+    assert again["calibrated"] == metrics["calibrated"]
+    assert again["calibration"] == metrics["calibration"]
+    plain = shutil.copytree(run.path, tmp_path / "plain")
+    text = (plain / "recipe.toml").read_text().replace("calibration_split = 0.5\n", "")
+    (plain / "recipe.toml").write_text(text.replace('select = "best"', 'select = "last"'))
+    both = evaluate_ensemble([RunFolder(plain), run])
+    for key in ("calibrated", "calibration"):
+        assert both[key]["num_images"] == len(names), key
+    assert both["calibrated"]["temperature"] == pytest.approx(temperature)

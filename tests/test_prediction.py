@@ -36,7 +36,7 @@ def run(images, tmp_path_factory):
 def test_predictions_equal_the_evaluation(run, images):
     """Predictions per file equal those for the loaders of `mixmo eval`."""
     finished = open_finished(run)
-    _, test = finished.loaders()
+    _, test, _ = finished.loaders()
     network = load_network(run)
     logits, labels = collect_member_logits(network, test)
     predictions, unreadable = predict_images(run, [images / "test"])

@@ -46,7 +46,8 @@ def calibrate(
             f"The training images differ from those of {folder.path}, so its validation images may "
             "include images it was trained on.\nRestore the data."
         )
-    calibration = finished.fit_calibration(method)
+    valid, _, separate = finished.loaders()
+    calibration = finished.fit_calibration(*finished.logits([valid, separate]), method)
     if calibration is None:
         raise InputError(
             f"{folder.path} has no validation images to calibrate on.\n"

@@ -5,7 +5,7 @@ Shapes: N images, M members of a run, R runs, K classes.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from mixmo_fastai.config.recipe import Recipe
 from mixmo_fastai.data.dataloaders import make_evaluation_loaders
 from mixmo_fastai.data.fingerprint import fingerprint
 from mixmo_fastai.data.image_names import image_names
-from mixmo_fastai.data.image_sets import DataSource, ImageSet
+from mixmo_fastai.data.image_sets import DataSource, ImageSet, no_images
 from mixmo_fastai.data.label_distributions import LabelDistributions, read_label_distributions
 from mixmo_fastai.data.loaders import BatchLoader
 from mixmo_fastai.data.loose_images import PixelLoader
@@ -61,14 +61,11 @@ def evaluate_run(
         fused: evaluate the plain network that each network fuses into, which has no members.
 
     Returns:
-        The metrics of `evaluation.evaluate_splits`; with `ood`, those of
-        `ood.detection_metrics`; with `corruptions`, accuracy, nll and ece per type, as means
-        over the severities and per severity, and their means over the types, cA, cNLL and cECE;
-        with `label_distribution`, the metrics of `evaluate_label_distribution`.
         The metrics of `evaluation.evaluate_splits`; with `ood`, an entry with its name, number of
         images and `metrics.ood.detection_metrics`, or a list of entries for a sequence; with
         `corruptions`, accuracy, nll and ece per type, as means over the severities and per
-        severity, and their means over the types, cA, cNLL and cECE.
+        severity, and their means over the types, cA, cNLL and cECE; with `label_distribution`, the
+        metrics of `evaluate_label_distribution`.
 
     Raises:
         InputError: the run is not finished or damaged, or data is missing.
@@ -111,11 +108,17 @@ def evaluate_finished(
     names = [ood] if isinstance(ood, str) else list(ood or ())
     shape = finished.source.train.image_shape
     images = read_ood_images(names, finished.recipe.data.dataset, shape, data_dir)
-    validation, test, *others = finished.logits(
+    validation, test, separate, *others = finished.logits(
         [*finished.loaders(), *map(finished.loader, images)]
     )
-    calibration = finished.calibration(validation)
-    metrics = evaluate_splits(validation, test, calibration, coverage=coverage, max_risk=max_risk)
+    metrics = evaluate_splits(
+        validation,
+        test,
+        finished.calibration(validation, separate),
+        separate=separate,
+        coverage=coverage,
+        max_risk=max_risk,
+    )
     if names:
         entries = ood_entries(names, (test or validation)[0], [logits for logits, _ in others])
         metrics["ood"] = entries[0] if isinstance(ood, str) else entries
@@ -150,12 +153,11 @@ def evaluate_ensemble(
     for run in runs:
         run.check_trained()
     source = read_source(runs[0].recipe(), data_dir, runs[0])
-    opened = [open_finished(run, data_dir, device, source) for run in runs]
+    opened = _separated_alike([open_finished(run, data_dir, device, source) for run in runs])
     per_run = [finished.logits(finished.loaders()) for finished in opened]
-    validation, test = (_stack_runs(of_split) for of_split in zip(*per_run, strict=True))
-    images, separate = opened[0].valid_parts()
-    calibration = calibrate_images(validation, images) if separate is None else None
-    return evaluate_splits(validation, test, calibration)
+    validation, test, separate = (_stack_runs(of_part) for of_part in zip(*per_run, strict=True))
+    calibration = opened[0].fit_calibration(validation, separate)
+    return evaluate_splits(validation, test, calibration, separate=separate)
 
 
 def collect_logits(
@@ -205,13 +207,18 @@ class FinishedRun:
     fused: bool = False
 
     def loaders(self) -> tuple[BatchLoader, ...]:
-        """Build the loaders of the validation split and of the test set; either may be empty."""
-        return self._loaders_of(self._valid, self.source.test)
+        """Build the loaders of the validation split, the test set and the calibration images.
+
+        Each may be empty, the last one also if the validation images serve for calibration.
+        """
+        valid, separate = self._valid_parts()
+        others = no_images(valid) if separate is None else separate
+        return self._loaders_of(valid, self.source.test, others)
 
     @property
     def final_images(self) -> ImageSet:
         """Images of the final metrics: the test set, or the validation images if it is empty."""
-        return self.source.test if len(self.source.test) else self._valid
+        return self.source.test if len(self.source.test) else self._valid_parts()[0]
 
     @property
     def final_split(self) -> str:
@@ -223,39 +230,33 @@ class FinishedRun:
         names = image_names(self.source, self.final_images, self.final_split)
         return read_label_distributions(path, names, self.source.classes)
 
-    @property
-    def _valid(self) -> ImageSet:
-        return self.valid_parts()[0]
-
-    def valid_parts(self) -> tuple[ImageSet, ImageSet | None]:
+    def _valid_parts(self) -> tuple[ImageSet, ImageSet | None]:
         """Return the validation images, and those for calibration if they are others."""
         data = self.recipe.data
         return split_calibration(
             training_parts(self.source, data.valid_split)[1], data.calibration_split
         )
 
-    def calibration(self, validation: LabelledLogits) -> Calibration | None:
-        """Read the run's calibration, or fit one that is not stored; None without such images.
+    def calibration(
+        self, validation: LabelledLogits, separate: LabelledLogits
+    ) -> Calibration | None:
+        """Read the run's calibration, or fit one that is not stored; see `fit_calibration`."""
+        return read_calibration(self.run) or self.fit_calibration(validation, separate)
 
-        Args:
-            validation: member logits and labels of the validation images.
-        """
-        stored = read_calibration(self.run)
-        if stored is not None:
-            return stored
-        valid, images = self.valid_parts()
-        return calibrate_images(validation, valid) if images is None else self.fit_calibration()
-
-    def fit_calibration(self, method: str = "temperature") -> Calibration | None:
+    def fit_calibration(
+        self, validation: LabelledLogits, separate: LabelledLogits, method: str = "temperature"
+    ) -> Calibration | None:
         """Fit a calibration on the run's calibration images; None if it has none.
 
         Args:
+            validation: member logits and labels of the validation images.
+            separate: of the images set aside for calibration.
             method: a name in `scaling.METHODS`, or "none".
         """
-        valid, separate = self.valid_parts()
-        images = valid if separate is None else separate
-        (logits,) = self.logits(self._loaders_of(images))
-        return calibrate_images(logits, images, method)
+        valid, others = self._valid_parts()
+        if others is None:
+            return calibrate_images(validation, valid, method)
+        return calibrate_images(separate, others, method)
 
     def final_loader(self) -> BatchLoader:
         """Build the loader of `final_images`."""
@@ -339,6 +340,20 @@ def _check_comparable(runs: Sequence[RunFolder]) -> None:
                 )
         _check_same_parts(runs[0], run)
         check_same_left_out(runs[0], run)
+
+
+def _separated_alike(opened: Sequence[FinishedRun]) -> list[FinishedRun]:
+    """Give runs of one ensemble the smallest of their `calibration_split`.
+
+    No run selected its epoch by these images, since a smaller fraction is a part of a larger one.
+    """
+    fractions = [finished.recipe.data.calibration_split for finished in opened]
+    smallest = min(filter(None, fractions), default=None)
+    recipes = [
+        replace(each.recipe, data=replace(each.recipe.data, calibration_split=smallest))
+        for each in opened
+    ]
+    return [replace(each, recipe=recipe) for each, recipe in zip(opened, recipes, strict=True)]
 
 
 def _check_same_parts(first: RunFolder, other: RunFolder) -> None:

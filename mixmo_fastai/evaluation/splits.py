@@ -3,7 +3,7 @@
 Shapes: N samples, M members, K classes.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NoReturn
 
@@ -34,6 +34,7 @@ def evaluate_splits(
     test: LabelledLogits,
     calibration: Calibration | None = None,
     *,
+    separate: LabelledLogits = None,
     coverage: float = COVERAGE,
     max_risk: float = MAX_RISK,
 ) -> dict[str, Any]:
@@ -43,6 +44,8 @@ def evaluate_splits(
         validation: of the validation split.
         test: of the test set.
         calibration: fitted on validation images; None for none.
+        separate: of the images that were set aside for calibration; None if the validation split
+            serves for that.
         coverage: coverage of the prediction sets.
         max_risk: risk of the accepted predictions.
 
@@ -53,9 +56,9 @@ def evaluate_splits(
         - "test_mean_probabilities": the metrics on the test set with the members' probabilities
           averaged instead of their logits;
         - "intervals": 95 % bootstrap intervals of accuracy, nll and ece on the test set;
-        - "calibrated": nll, brier and ece on the test set at the temperature fitted on the
-          validation split, the relative standard error of this temperature, and the number of
-          images it was fitted on;
+        - "calibrated": nll, brier and ece on the test set at the temperature fitted on `separate`
+          or the validation split, the relative standard error of this temperature, and the number
+          of images it was fitted on;
         - "cross_fitted": the same for two halves of the test set, each at the temperature fitted
           on the other half, as published; the number of images is that of the smaller half;
         - "calibration", "sets" and "abstention", with a calibration: the first from
@@ -68,7 +71,7 @@ def evaluate_splits(
     mean = logits.double().mean(dim=1)  # (N, K)
     metrics: dict[str, Any] = {}
     functions: dict[str, Callable[[], Any]] = {
-        "calibrated": lambda: _calibrate(metrics.get("valid"), validation, test, mean),
+        "calibrated": lambda: _calibrate(separate or validation, test, mean),
         "cross_fitted": lambda: cross_fitted(mean, labels),
         split: lambda: evaluate_logits(logits, labels),
         f"{split}_mean_probabilities": lambda: _average_probabilities(logits, labels),
@@ -87,34 +90,31 @@ def evaluate_splits(
 
 
 def _calibrate(
-    valid: Mapping[str, Any] | None,
-    validation: LabelledLogits,
-    test: LabelledLogits,
-    logits: Tensor,
+    images: LabelledLogits, test: LabelledLogits, logits: Tensor
 ) -> dict[str, Any]:
-    """Compute the metrics of test logits (N, K) at the temperature fitted on the validation split.
+    """Compute the metrics of test logits (N, K) at the temperature fitted on other images.
 
     Args:
-        valid: metrics on the validation split, from `evaluate_logits`.
-        validation: member logits and labels of the validation split.
+        images: member logits and labels of the images to fit the temperature on.
         test: member logits and labels of the test set.
         logits: the ensemble's logits on the test set, (N, K).
     """
     if test is None:
         raise InputError("there are no labelled test images in addition to the validation images")
     labels = test[1]
-    if valid is None or validation is None:
+    if images is None:
         raise InputError("there is no validation split; raise --valid-split")
-    num_fitted, temperature = len(validation[1]), valid["temperature"]
+    fitted_on, num_fitted = images[0].double().mean(dim=1), len(images[1])
     if num_fitted < MIN_IMAGES_FOR_TEMPERATURE:
         raise InputError(
             f"there are {num_fitted} validation images; fitting a temperature needs "
             f"{MIN_IMAGES_FOR_TEMPERATURE}"
         )
+    temperature = fit_temperature(fitted_on, images[1])
     _check_temperature(temperature, "validation image", "validation split")
     return {
         "temperature": temperature,
-        "temperature_error": temperature_error(validation[0].double().mean(dim=1), temperature),
+        "temperature_error": temperature_error(fitted_on, temperature),
         "num_images": num_fitted,
         **_calibration_metrics(logits / temperature, labels),
     }

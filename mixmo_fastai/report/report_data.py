@@ -110,9 +110,9 @@ def collect_report_data(
         InputError: the run is not finished or damaged, or its data is missing.
     """
     finished = open_finished(run, data_dir, device)
-    validation, test = finished.logits(finished.loaders())
-    record = finished.calibration(validation)
-    metrics = evaluate_splits(validation, test, record)
+    validation, test, separate = finished.logits(finished.loaders())
+    record = finished.calibration(validation, separate)
+    metrics = evaluate_splits(validation, test, record, separate=separate)
     final = test or validation
     member_logits, labels = final[0].double(), final[1]
     networks = [load_network(network) for network in run.networks()]

@@ -24,15 +24,8 @@ def evaluate_and_calibrate(
     Returns:
         The metrics of `evaluate_splits`.
     """
-    valid, test = logits[:2]
-    calibration = calibrate_images(*_calibration_part(loaders, logits))
+    index = 2 if len(loaders) > 2 else 0  # all validation images, if there are no others
+    calibration = calibrate_images(logits[index], loaders[index].images)
     if calibration is not None:
         write_calibration(run, calibration)
-    return evaluate_splits(valid, test, calibration)
-
-
-def _calibration_part(
-    loaders: Sequence[BatchLoader], logits: Sequence[LabelledLogits]
-) -> tuple[LabelledLogits, Any]:
-    index = 2 if len(loaders) > 2 else 0  # all validation images, if there are no others
-    return logits[index], loaders[index].images
+    return evaluate_splits(*logits[:2], calibration, separate=logits[index])
