@@ -124,7 +124,7 @@ def test_ood_images_are_compared_with_the_test_set(runs, tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)["ood"]
     assert (found["dataset"], found["num_images"]) == (str(tmp_path / "ood"), 12)
     assert set(found) == {"dataset", "num_images", *UNCERTAINTIES}
-    assert found["entropy"].keys() == {"auroc", "aupr", "fpr95"}
+    assert found["entropy"].keys() == {"auroc", "auroc_interval", "aupr", "fpr95"}
     # Images need no classes. A network with one member has no mutual information.
     loose = tmp_path / "ood/train/cat"
     assert program(["eval", str(runs[2].path), "--ood", str(loose), "--json"]) == 0

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mixmo_fastai.errors import InputError
+from mixmo_fastai.metrics import bootstrap
 from mixmo_fastai.metrics.ood import (
     UNCERTAINTIES,
     detection_metrics,
@@ -86,6 +87,39 @@ def test_energy_and_max_logit_see_what_probabilities_hide():
 def test_energy_and_max_logit_check_their_argument(function, logits, message):
     with pytest.raises(InputError, match=message):
         function(logits)
+
+
+def test_intervals_match_resampled_aurocs(monkeypatch):
+    """The same images drawn one by one, and the AUROC of each resample counted over all pairs."""
+    random, drawn = torch.Generator().manual_seed(1), []
+    in_scores = {"a": torch.randn(30, generator=random).mul(3).round()}  # with ties
+    out_scores = {"a": torch.randn(20, generator=random).mul(3).round() + 1}
+    draw = bootstrap.draw_counts
+    monkeypatch.setattr(
+        bootstrap, "draw_counts", lambda *args, **kw: drawn.append(draw(*args, **kw)) or drawn[-1]
+    )
+    actual = bootstrap.auroc_intervals(in_scores, out_scores, num_resamples=250, level=0.9)["a"]
+    assert [len(counts) for counts in drawn] == [100, 100, 100, 100, 50, 50]
+    aurocs = []
+    for counts_in, counts_out in zip(drawn[::2], drawn[1::2], strict=True):
+        for count_in, count_out in zip(counts_in, counts_out, strict=True):
+            inside = in_scores["a"].repeat_interleave(count_in.long()).numpy()
+            outside = out_scores["a"].repeat_interleave(count_out.long()).numpy()
+            assert (len(inside), len(outside)) == (30, 20)
+            pairs = [(o > i) + 0.5 * (o == i) for o in outside for i in inside]
+            aurocs.append(np.mean(pairs))
+    assert actual == pytest.approx(np.quantile(aurocs, [0.05, 0.95]))
+
+
+def test_intervals_have_the_width_of_the_closed_form():
+    """DeLong, DeLong, Clarke-Pearson 1988: the variance of a Mann-Whitney statistic."""
+    random = torch.Generator().manual_seed(2)
+    inside, outside = torch.randn(800, generator=random), torch.randn(500, generator=random) + 1
+    low, high = bootstrap.auroc_intervals({"a": inside}, {"a": outside})["a"]
+    pairs = (outside[:, None] > inside).double()
+    variance = pairs.mean(dim=1).var() / 500 + pairs.mean(dim=0).var() / 800
+    assert high - low == pytest.approx(2 * 1.96 * variance.sqrt().item(), rel=0.1)
+    assert (low + high) / 2 == pytest.approx(pairs.mean().item(), abs=0.002)
 
 
 def test_different_images_are_separated():

@@ -21,18 +21,19 @@ def shift_lines(metrics: Mapping[str, Any]) -> list[str]:
 
 def _ood_lines(entries: Sequence[Mapping[str, Any]]) -> list[str]:
     """Format one row per data set and score, below the name of the data set."""
-    table = [("Out-of-distribution images", "AUROC", "AUPR", "FPR at 95 %")]
+    table = [("Out-of-distribution images", "AUROC", "95 % interval", "AUPR", "FPR at 95 %")]
     titles: dict[int, str] = {}  # outside of the columns, so that long paths do not widen them
     undefined: dict[str, str] = {}  # the reason is the number of members: equal for all data sets
     for entry in entries:
         count = entry["num_images"]
         undefined |= entry.get("absent", {})
         titles[len(table)] = f"{count:,} image{'s' * (count != 1)} of {entry['dataset']}"
-        table.append(("", "", "", ""))
+        table.append(("", "", "", "", ""))
         for name, values in entry.items():
             if isinstance(values, Mapping) and name != "absent":
-                percents = (percent(values[key]) for key in ("auroc", "aupr", "fpr95"))
-                table.append((f"  {_label(name)}", *percents))
+                auroc, aupr, fpr95 = (percent(values[key]) for key in ("auroc", "aupr", "fpr95"))
+                interval = " to ".join(map(percent, values["auroc_interval"]))
+                table.append((f"  {_label(name)}", auroc, interval, aupr, fpr95))
     lines = [titles.get(index, line) for index, line in enumerate(columns(table, left=(0,)))]
     lines += [f"{_label(name)}: undefined: {reason}" for name, reason in undefined.items()]
     if len({entry["num_images"] for entry in entries}) > 1:

@@ -89,9 +89,7 @@ def evaluate_splits(
     return {**metrics, **compute_defined(functions)}
 
 
-def _calibrate(
-    images: LabelledLogits, test: LabelledLogits, logits: Tensor
-) -> dict[str, Any]:
+def _calibrate(images: LabelledLogits, test: LabelledLogits, logits: Tensor) -> dict[str, Any]:
     """Compute the metrics of test logits (N, K) at the temperature fitted on other images.
 
     Args:

@@ -1,6 +1,6 @@
 """Bootstrap confidence intervals of metrics over test images.
 
-Shapes: N samples, R resamples, Q bins. Logits are (N, K), labels (N,).
+Shapes: N samples, O positives, R resamples, Q bins. Logits are (N, K), labels (N,).
 Source: Efron, Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13 (percentile
 interval); pairing as in Koehn, "Statistical Significance Tests", EMNLP 2004.
 
@@ -136,6 +136,52 @@ def resampled_means(
         (torch.Size([1000]), 0.7)
     """
     return _resample(terms, num_resamples, seed)
+
+
+def auroc_intervals(
+    in_scores: Mapping[str, Tensor],
+    out_scores: Mapping[str, Tensor],
+    *,
+    num_resamples: int = NUM_RESAMPLES,
+    level: float = LEVEL,
+    seed: int = 0,
+) -> dict[str, Interval]:
+    """Compute percentile intervals of the AUROC of each score, by the Mann-Whitney statistic.
+
+    Each resample draws N of the N samples and O of the O positives, the same for all scores.
+
+    Args:
+        in_scores: (N,) by name.
+        out_scores: (O,) by name, of the positives, which should be larger; the same names.
+        num_resamples: R.
+        level: confidence level.
+        seed: seed of the resamples.
+
+    Returns:
+        lower and upper bound by name.
+
+    Example:
+        >>> scores = torch.arange(4.0)
+        >>> auroc_intervals({"a": scores, "b": scores}, {"a": scores + 9, "b": scores - 9})
+        {'a': (1.0, 1.0), 'b': (0.0, 0.0)}
+    """
+    check_count("num_resamples", num_resamples)
+    joined = {name: torch.cat([scores, out_scores[name]]) for name, scores in in_scores.items()}
+    groups = {n: torch.searchsorted(each.sort().values, each) for n, each in joined.items()}
+    num_in, num_out = (len(next(iter(scores.values()))) for scores in (in_scores, out_scores))
+    generator = make_generator(seed, "bootstrap")
+    values: dict[str, list[Tensor]] = {name: [] for name in in_scores}
+    for start in range(0, num_resamples, _RESAMPLES_AT_ONCE):
+        size = min(_RESAMPLES_AT_ONCE, num_resamples - start)
+        counts_in = draw_counts(num_in, size, generator=generator)
+        counts_out = draw_counts(num_out, size, generator=generator)
+        for name, group in groups.items():
+            grouped = torch.zeros(size, num_in + num_out)
+            below = grouped.index_add(1, group[:num_in], counts_in)
+            below = below.cumsum(dim=1) - below / 2  # ties count as half
+            pairs = (counts_out * below[:, group[num_in:]]).double().sum(dim=1)
+            values[name].append(pairs / (num_in * num_out))
+    return {name: percentile_interval(torch.cat(each), level) for name, each in values.items()}
 
 
 def percentile_interval(values: Tensor, level: float = LEVEL) -> Interval:

@@ -18,6 +18,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 
 from mixmo_fastai.errors import InputError
+from mixmo_fastai.metrics.bootstrap import auroc_intervals
 from mixmo_fastai.metrics.calibration import check_logits
 from mixmo_fastai.metrics.diversity import AXES, mutual_information_per_sample
 
@@ -118,7 +119,8 @@ def detection_metrics(in_logits: Tensor, out_logits: Tensor) -> dict[str, Any]:
         metrics by uncertainty: "auroc", the probability that an out-of-distribution image is more
         uncertain than an in-distribution one; "aupr", the average precision with
         out-of-distribution as the positive class; "fpr95", the fraction of out-of-distribution
-        images accepted at the threshold that accepts 95 % of the in-distribution images. If some
+        images accepted at the threshold that accepts 95 % of the in-distribution images; and
+        "auroc_interval", its 95 % bootstrap interval over the images of both kinds. If some
         uncertainties cannot be computed, "absent" maps them to the reason.
 
     Raises:
@@ -127,18 +129,24 @@ def detection_metrics(in_logits: Tensor, out_logits: Tensor) -> dict[str, Any]:
     Example:
         >>> certain, uncertain = 100 * torch.eye(4)[:, None], torch.zeros(4, 1, 4)
         >>> detection_metrics(certain, uncertain)["entropy"]
-        {'auroc': 1.0, 'aupr': 1.0, 'fpr95': 0.0}
+        {'auroc': 1.0, 'aupr': 1.0, 'fpr95': 0.0, 'auroc_interval': [1.0, 1.0]}
     """
     for name, logits in (("in_logits", in_logits), ("out_logits", out_logits)):
         check_logits(logits, axes=AXES, name=name)
-    metrics: dict[str, Any] = {}
-    absent: dict[str, str] = {}
+    in_scores, out_scores, absent = {}, {}, {}
     for name, uncertainty in UNCERTAINTIES.items():
         try:
-            scores = (uncertainty(logits).numpy() for logits in (in_logits, out_logits))
-            metrics[name] = separation_metrics(*scores)
+            in_scores[name], out_scores[name] = uncertainty(in_logits), uncertainty(out_logits)
         except InputError as error:
             absent[name] = str(error)
+    ends = auroc_intervals(in_scores, out_scores)
+    metrics: dict[str, Any] = {
+        name: {
+            **separation_metrics(scores.numpy(), out_scores[name].numpy()),
+            "auroc_interval": list(ends[name]),
+        }
+        for name, scores in in_scores.items()
+    }
     return {**metrics, "absent": absent} if absent else metrics
 
 
