@@ -15,9 +15,9 @@ from mixmo_fastai.report.decisions import (
 )
 
 
-def draw(num_images, seed):
+def draw(num_images, seed, margin=3.0):
     generator = torch.Generator().manual_seed(seed)
-    true = 3 * torch.randn(num_images, 1, 4, generator=generator, dtype=torch.float64)
+    true = margin * torch.randn(num_images, 1, 4, generator=generator, dtype=torch.float64)
     labels = torch.multinomial(true[:, 0].softmax(dim=1), 1, generator=generator)[:, 0]
     return 2 * true.expand(-1, 2, -1), labels
 
@@ -37,10 +37,10 @@ FINISHED = SimpleNamespace(
 )
 
 
-def decide(num_calibration=1000):
-    logits, labels = draw(num_calibration, 0)
+def decide(num_calibration=1000, margin=3.0):
+    logits, labels = draw(num_calibration, 0, margin)
     calibration = calibrate(logits, labels, ["x"] * num_calibration)
-    new_logits, new_labels = draw(500, 1)
+    new_logits, new_labels = draw(500, 1, margin)
     return calibration, decision_data(calibration, FINISHED, new_logits, new_labels)
 
 
@@ -67,6 +67,19 @@ def test_few_calibration_images_are_explained():
     assert data.sets is None
     assert [example.title for example in data.examples] == ["ask"]
     assert "accepts 0.00 %" in threshold_chart(data).plot.alt_text
+
+
+def test_limit_that_cannot_be_met_gives_way_to_the_next():
+    calibration, data = decide(margin=1.3)
+    assert not calibration.abstain(0.1).coverage
+    assert data.abstain == calibration.abstain(0.2)
+    lines = notes(data, summary(calibration))
+    assert "that at most 5 % of the accepted" in lines[1]
+    assert lines[1].endswith("The next limit that can be met, 20 %, is shown instead.")
+    assert "at most 20 % of them are wrong" in lines[2]
+    assert "--max-risk 0.2 " in lines[4]
+    assert "limit 20 %" in str(threshold_chart(data).svg)
+    assert [example.title for example in data.examples][:2] == ["accept", "ask"]
 
 
 def test_examples_show_each_decision():

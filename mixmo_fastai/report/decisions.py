@@ -21,6 +21,8 @@ from mixmo_fastai.report.charts import CURVE_POINTS, Chart, percent_axis
 from mixmo_fastai.report.drawing import ENSEMBLE, INK, Plot
 from mixmo_fastai.runs.calibration import Calibration
 
+MAX_RISKS = (MAX_RISK, 0.1, 0.2, 0.3)
+"""Limits of the risk: the smallest with which any calibration image is accepted is shown."""
 MAX_CLASSES = 15
 """Number of classes in the table; with more classes, those of the lowest coverage."""
 
@@ -51,7 +53,7 @@ class DecisionData:
     Attributes:
         confidence: (N,), calibrated.
         correct: (N,) bool.
-        abstain: chosen for `MAX_RISK`.
+        abstain: chosen for one of `MAX_RISKS`.
         sets: (N, K) bool, prediction sets for `COVERAGE`; None if there are too few images.
         reason: why `sets` is None.
         labels: (N,).
@@ -82,7 +84,9 @@ def decision_data(
     """
     probabilities = ensemble_logits(member_logits, calibration.scaling).softmax(dim=1)
     confidence = probabilities.amax(dim=1)
-    abstain, sets, reason = calibration.abstain(MAX_RISK), None, ""
+    attempts = [calibration.abstain(limit) for limit in MAX_RISKS]
+    abstain = next((each for each in attempts if each.coverage), attempts[0])
+    sets, reason = None, ""
     try:
         sets = calibration.sets(COVERAGE)(probabilities)
     except InputError as error:
@@ -141,8 +145,15 @@ def notes(data: DecisionData, summary: dict[str, object]) -> list[str]:
     """
     lines = [_calibration_note(summary)]
     reached = abstention_metrics(data.abstain(data.confidence), data.correct)
-    limit, guarantee = round_percent(MAX_RISK), round_percent(data.abstain.guarantee)
+    limit = round_percent(data.abstain.max_risk)
+    guarantee, smallest = round_percent(data.abstain.guarantee), round_percent(MAX_RISK)
+    none = (
+        f"No threshold guarantees with a certainty of {guarantee} that at most {smallest} of the "
+        f"accepted predictions are wrong, from {data.abstain.num_images:,} calibration images."
+    )
     if data.abstain.coverage:
+        if data.abstain.max_risk > MAX_RISK:
+            lines.append(f"{none} The next limit that can be met, {limit}, is shown instead.")
         text = (
             f"Accept predictions with a probability of {percent(data.abstain.threshold)} or more: "
             f"with a certainty of {guarantee}, at most {limit} of them are wrong. On these images "
@@ -152,10 +163,7 @@ def notes(data: DecisionData, summary: dict[str, object]) -> list[str]:
             text += f", of which {percent(reached['risk'])} are wrong"
         lines.append(f"{text}.")
     else:
-        lines.append(
-            f"No threshold guarantees with a certainty of {guarantee} that at most {limit} of the "
-            f"accepted predictions are wrong, from {data.abstain.num_images:,} calibration images."
-        )
+        lines.append(none)
     if data.sets is None:
         lines.append(f"No prediction sets: {data.reason}")
     else:
@@ -166,7 +174,9 @@ def notes(data: DecisionData, summary: dict[str, object]) -> list[str]:
             f"of these images ({low} to {high}) and have {found['mean_size']:.2f} classes on "
             "average."
         )
-    command = f"mixmo predict RUN IMAGES --max-risk {MAX_RISK:g} --coverage {COVERAGE:g}"
+    command = (
+        f"mixmo predict RUN IMAGES --max-risk {data.abstain.max_risk:g} --coverage {COVERAGE:g}"
+    )
     return [*lines, f"The same for your own images: {command}"]
 
 
@@ -196,13 +206,15 @@ def threshold_chart(data: DecisionData) -> Chart:
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         axes.plot(coverage[shown], risk[shown], color=ENSEMBLE)
-        label = f"limit {round_percent(MAX_RISK)}"
-        axes.axhline(MAX_RISK, color=INK, linewidth=1, linestyle=(0, (4, 3)), label=label)
+        label = f"limit {round_percent(data.abstain.max_risk)}"
+        axes.axhline(
+            data.abstain.max_risk, color=INK, linewidth=1, linestyle=(0, (4, 3)), label=label
+        )
         if reached["risk"] is not None:
             axes.plot(reached["coverage"], reached["risk"], "o", color=ENSEMBLE, label="threshold")
         axes.legend(loc="best")
         axes.set(xlabel="images accepted, most confident first", ylabel="error rate among them")
-        top = max(float(risk.max()) * 1.08, MAX_RISK * 1.3)
+        top = max(float(risk.max()) * 1.08, data.abstain.max_risk * 1.3)
         axes.set(xlim=(0, 1.02), ylim=(0, top))
         percent_axis(axes.xaxis, axes.yaxis)
 
