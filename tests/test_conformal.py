@@ -221,7 +221,7 @@ LABELS = torch.arange(20) % 4
         ({"probabilities": 2 * PROBABILITIES}, "Apply softmax"),
         ({"probabilities": PROBABILITIES - 0.5}, "Apply softmax"),
         ({"probabilities": PROBABILITIES * math.nan}, "Apply softmax"),
-        ({"labels": LABELS[:5]}, r"integers of shape \(20,\)"),
+        ({"labels": LABELS[:5]}, r"shape \(N,\) with N = 20"),
         ({"labels": LABELS.float()}, "integers"),
         ({"labels": LABELS + 1}, r"labels must be in 0 … 3"),
     ],

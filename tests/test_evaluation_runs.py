@@ -135,7 +135,7 @@ def test_ood_images_are_compared_with_the_test_set(runs, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[3] == f"4 images of {loose}"  # the result of --ood comes first
     (entropy,) = [line.split() for line in lines if line.startswith("  entropy")]
-    assert entropy[2] == entropy[4] == entropy[6] == "%"
+    assert entropy[2] == entropy[4] == entropy[7] == entropy[9] == entropy[11] == "%"
     assert lines.index("") < next(i for i, x in enumerate(lines) if x.startswith("Test accuracy"))
 
 

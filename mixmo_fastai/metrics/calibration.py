@@ -324,7 +324,7 @@ def check_logits(
     if len(shape) != axes.count(",") + 1 or min(shape) < 1 or shape[-1] < 2:
         raise InputError(f"{name} must have shape {axes}, no axis empty and K ≥ 2; got {shape}.")
     if labels is not None:
-        _check_labels(labels, shape[0], shape[-1])
+        check_labels(labels, shape[0], shape[-1])
     finite = logits.isfinite()
     if not finite.all():
         index = tuple((~finite).nonzero()[0].tolist())
@@ -332,10 +332,21 @@ def check_logits(
         raise InputError(f"{name} must be finite; got {value} at index {index}.")
 
 
-def _check_labels(labels: Tensor, num_samples: int, num_classes: int) -> None:
+def check_labels(labels: Tensor, num_samples: int, num_classes: int, name: str = "logits") -> None:
+    """Check that labels are one class index per row of a tensor.
+
+    Args:
+        labels: should be (N,) of integers in 0 … K - 1.
+        num_samples: N.
+        num_classes: K.
+        name: name of the tensor, for the message.
+
+    Raises:
+        InputError: they are not.
+    """
     if tuple(labels.shape) != (num_samples,):
         raise InputError(
-            f"labels must have shape (N,) with N = {num_samples}, one class per row of logits; "
+            f"labels must have shape (N,) with N = {num_samples}, one class per row of {name}; "
             f"got {tuple(labels.shape)}."
         )
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
@@ -344,7 +355,7 @@ def _check_labels(labels: Tensor, num_samples: int, num_classes: int) -> None:
     if outside.any():
         index = int(outside.nonzero()[0])
         raise InputError(
-            f"labels must be in 0 … {num_classes - 1} because the logits have {num_classes} "
+            f"labels must be in 0 … {num_classes - 1} because the {name} have {num_classes} "
             f"classes; got {int(labels[index])} at index {index}."
         )
 

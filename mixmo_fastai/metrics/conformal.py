@@ -25,6 +25,7 @@ from torch import Tensor
 
 from mixmo_fastai.errors import InputError, unknown_name_error
 from mixmo_fastai.metrics.bootstrap import LEVEL
+from mixmo_fastai.metrics.calibration import check_labels
 
 DECIMALS = 6
 """Scores are rounded, so that those of equal networks are equal: float32 logits differ by 1e-7."""
@@ -351,18 +352,8 @@ def check_probabilities(probabilities: Tensor, labels: Tensor | None = None) -> 
             "Apply softmax to logits first."
         )
     if labels is not None:
-        _check_labels(labels, *values.shape)
+        check_labels(labels, len(values), values.shape[1], "probabilities")
     return values
-
-
-def _check_labels(labels: Tensor, num_images: int, num_classes: int) -> None:
-    if tuple(labels.shape) != (num_images,) or labels.is_floating_point():
-        raise InputError(
-            f"labels must be integers of shape ({num_images},); got {labels.dtype} of shape "
-            f"{tuple(labels.shape)}."
-        )
-    if not bool(((labels >= 0) & (labels < num_classes)).all()):
-        raise InputError(f"labels must be in 0 … {num_classes - 1}.")
 
 
 def _check_images_per_class(labels: Tensor, num_classes: int, coverage: float) -> None:
