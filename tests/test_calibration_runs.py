@@ -3,13 +3,16 @@
 import csv
 import io
 import json
+import os
 import runpy
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from processes import TIMEOUT
 
 from mixmo_fastai.cli import run as program
 from mixmo_fastai.config.resolve import resolve_recipe
@@ -27,6 +30,29 @@ from mixmo_fastai.training.ensemble import train_run
 from mixmo_fastai.training.prepare import prepare
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+ASK_THE_PAGE = """
+import json
+import sys
+from pathlib import Path
+import gradio
+from decide_in_the_browser import page
+from gradio_client import Client, handle_file
+
+opened = page(Path(sys.argv[1]))
+try:
+    opened.fn(None)
+except gradio.Error as error:
+    assert "Choose an image." in str(error)
+else:
+    raise AssertionError("no image is accepted")
+client = Client(opened.launch(prevent_thread_lock=True, quiet=True)[1], verbose=False)
+for path in sys.argv[2:]:
+    try:
+        print(json.dumps(client.predict(handle_file(path), api_name="/decide")))
+    except Exception:
+        print("refused")
+"""
+"""Opens the page in another process, since the library leaves event loops behind."""
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +176,32 @@ class TestRun:
             label, probability = line.split(": ")[1].split(", ")[:2]
             assert label == row["label"]
             assert float(probability.split()[1]) == pytest.approx(row["probability"], abs=1e-3)
+
+    def test_page_in_the_browser_gives_the_same_decisions(self, run, images, tmp_path, capsys):
+        folder, _ = images
+        path = tmp_path / "net.safetensors"
+        assert program(["export", str(run.path), "--to", str(path)]) == 0
+        capsys.readouterr()
+        rows = predict(capsys, path, folder, "--coverage", "0.9", "--max-risk", "0.1")[::10]
+        broken = tmp_path / "broken.png"
+        broken.write_text("no image")
+        paths = [*(row["image"] for row in rows), str(broken)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(EXAMPLES), *sys.path])}
+        asked = subprocess.run(
+            [sys.executable, "-c", ASK_THE_PAGE, str(path), *paths],
+            env=environment, check=False, capture_output=True, text=True, timeout=TIMEOUT,
+        )  # fmt: skip
+        assert asked.returncode == 0, asked.stderr
+        *answers, refused = asked.stdout.splitlines()[-len(paths) :]
+        assert len(answers) == 4
+        for row, answer in zip(rows, answers, strict=True):
+            label, decision, classes = json.loads(answer)
+            (shown,) = label["confidences"]
+            assert (label["label"], shown["label"]) == (row["label"], row["label"])
+            assert shown["confidence"] == pytest.approx(row["probability"])
+            assert decision.split()[0] == row["decision"]
+            assert classes.split(" or ") == row["set"]
+        assert "refused" in refused
 
     def test_raw_exports_have_the_logits_of_the_network(self, run, images, tmp_path, capsys):
         path = tmp_path / "net.safetensors"
