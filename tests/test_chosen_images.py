@@ -210,16 +210,15 @@ CSV = {
 
 
 @pytest.mark.parametrize("case", CSV)
-def test_labels_in_csv_files_are_refused_with_alternatives(tmp_path, case):
+def test_folder_with_a_table_names_the_command_that_reads_it(tmp_path, case):
     names, found = CSV[case]
     write(tmp_path, *names)
     with pytest.raises(InputError) as caught:
         choose_images(tmp_path)
     message = str(caught.value)
-    assert f"Labels in files such as {found} are not read: move" in message
-    assert "from_csv" in message
-    assert "to_mixmo" in message
-    assert len(message.splitlines()) == 3
+    (path,) = tmp_path.rglob(found)
+    assert message.endswith(f"pass it instead of the folder: mixmo fit {path}")
+    assert len(message.splitlines()) == 2
 
 
 def test_csv_file_next_to_class_folders_is_skipped(tmp_path):

@@ -89,6 +89,8 @@ def example_files(tmp_path, monkeypatch):
     """Create the files and folders that the pages' command lines name."""
     for folder in ("path/to/images", "cifar10-images", "tiny-imagenet-200", "data/flowers"):
         (tmp_path / folder).mkdir(parents=True)
+    for name in ("labels.csv", "lesions.csv"):
+        (tmp_path / "path/to" / name).touch()
     (recipe,) = blocks(TEXTS["recipes.md"], "toml")
     (tmp_path / "flowers.toml").write_text(recipe, encoding="utf-8")
     monkeypatch.chdir(tmp_path)

@@ -53,6 +53,16 @@ def make_small(module):
     return resolve
 
 
+def write_label_table(path, images, prefix):
+    """Write a table of the images of a folder of classes, two for each lesion."""
+    files = sorted((path.parents[2] / images).rglob("*.png"))
+    rows = [
+        f"{prefix}train/{f.parent.name}/{f.stem},{f.parent.name},{i // 2}"
+        for i, f in enumerate(files)
+    ]
+    path.write_text("\n".join(["image,label,lesion", *rows]))
+
+
 @pytest.fixture
 def work_dir(tmp_path, monkeypatch):
     """Create a working directory with the files that the lines name, and small data."""
@@ -61,6 +71,8 @@ def work_dir(tmp_path, monkeypatch):
         monkeypatch.setitem(SOURCES, name, dataclasses.replace(SOURCES[name], archive=archive))
     for folder in ("path/to/images", "cifar10-images", "tiny-imagenet-200", "data/flowers"):
         write_image_folder(tmp_path / folder, num_train=40, num_test=8)
+    for name, column in (("labels", "images/"), ("lesions", "")):
+        write_label_table(tmp_path / f"path/to/{name}.csv", "path/to/images/train", column)
     photos = write_image_folder(tmp_path / "photos", num_train=2, num_test=2)
     next(photos.rglob("*.png")).rename(tmp_path / "cat.png")
     np.save(tmp_path / "cifar10h-counts.npy", np.ones((20, 10)))

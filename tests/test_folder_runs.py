@@ -246,3 +246,43 @@ def test_lr_find_draws_the_test_split(tmp_path, capsys):
     flags += ["--test-split", "0.4", "--out", str(tmp_path / "lr.png")]
     assert program(["lr-find", str(folder), *flags]) == 0
     assert "40 % of each class" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_run_on_a_table_keeps_its_columns_and_images(tmp_path, capsys):
+    folder = write_image_folder(tmp_path / "pets", num_train=20, num_test=1, size=(16, 16))
+    paths = sorted((folder / "train").rglob("*.png"))
+    rows = [
+        f"{path.parent.name}/{path.stem},{path.parent.name},{n // 4}\n"
+        for n, path in enumerate(paths)
+    ]
+    table = tmp_path / "pets/labels.csv"
+    table.write_text("file,animal,litter\n" + "".join(rows))
+    flags = ["--set", "data.label_column=animal", "--set", "data.group_column=litter"]
+    flags += ["--set", "data.image_folder=train", "--valid-split", "0.2"]
+    run = fit(table, tmp_path / "run", *flags)
+    plan = capsys.readouterr().out
+    assert "Table       40 rows; paths in 'file', labels in 'animal', groups in 'litter'" in plan
+    assert "whole groups of 'litter'" in plan
+    split = run.split()
+    assert split["columns"]["label"] == "animal"
+    before = evaluate(run, capsys)
+    assert before["test"]["accuracy"] == run.metrics()["test"]["accuracy"]
+    # A column whose name would be guessed, and an image that the run did not see.
+    added = write_image_folder(tmp_path / "more", num_train=1, num_test=1, size=(16, 16))
+    shutil.copy(added / "train/cat/000.png", folder / "train/cat/new.png")
+    lines = [f"{row.strip()},x\n" for row in rows]
+    table.write_text("file,animal,litter,label\n" + "".join([*lines, "cat/new,cat,99,x\n"]))
+    assert evaluate(run, capsys) == before
+    assert program(["predict", str(run.path), str(folder / "test"), "--json"]) == 0
+    labels = {row["label"] for row in json.loads(capsys.readouterr().out)["predictions"]}
+    assert labels <= {"cat", "dog"}
+    assert program(["report", str(run.path)]) == 0
+    table.write_text(table.read_text().replace(rows[0].strip(), "cat/000,dog,0"))
+    assert program(["fit", "--resume", str(run.path)]) == 2  # a label has changed
+    assert "Undo the change, or start a new run." in capsys.readouterr().err
+    table.write_text("file,animal,litter\n" + "".join(rows[1:]))
+    assert program(["eval", str(run.path)]) == 2
+    error = capsys.readouterr().err
+    assert "1 of the run's 40 images is no longer in" in error
+    assert str(table) in error

@@ -203,8 +203,8 @@ TABLES = [
     ("cat,dog,eel\n1,0,0\n", "no column 'image'; rows are not matched by their order"),
     ("label\ncat\n", "no column 'image'"),
     ("image,time\n0,1\n", "columns image, time, but no label and no class"),
-    ("image,label\n", "no rows of votes"),
-    ("", "no rows of votes"),
+    ("image,label\n", "has no rows"),
+    ("", "has no rows"),
     ('image,label\n0,"cat\n', "line 2: unexpected end of data"),
     (b"image,label\n0,\xff\n", "is not text in UTF-8"),
 ]

@@ -7,8 +7,10 @@ from synthetic import source
 
 from mixmo_fastai.data.dataloaders import make_dataloaders
 from mixmo_fastai.data.image_folder import read_image_folder
-from mixmo_fastai.data.splits import limit_images, split_validation
+from mixmo_fastai.data.image_sets import ArrayImages
+from mixmo_fastai.data.splits import draw_groups, limit_images, split_validation
 from mixmo_fastai.errors import InputError
+from mixmo_fastai.rng import make_generator
 
 
 class TestSplits:
@@ -77,3 +79,77 @@ class TestSubsets:
         limited = limit_images(train, 9)
         whole = train.indices[limited.indices]
         assert torch.equal(limited.tensor(), data.train.tensor()[whole])
+
+
+class TestGroups:
+    """Drawing whole groups."""
+
+    @staticmethod
+    def draw(seed, num_groups=60, num_classes=4, mixed=True):
+        random = torch.Generator().manual_seed(seed)
+        sizes = torch.randint(1, 9, (num_groups,), generator=random)
+        groups = torch.arange(num_groups).repeat_interleave(sizes)
+        labels = torch.randint(num_classes, (len(groups),), generator=random)
+        if not mixed:  # each group has one class, as a patient has one diagnosis
+            labels = (groups * 7) % num_classes
+        order = torch.randperm(len(groups), generator=random)
+        return labels[order], groups[order] * 5 + 3
+
+    @pytest.mark.parametrize("mixed", [True, False])
+    @pytest.mark.parametrize("fraction", [0.1, 0.25, 0.5])
+    @pytest.mark.parametrize("seed", range(3))
+    def test_fractions_of_classes_are_close_and_groups_whole(self, seed, fraction, mixed):
+        labels, groups = self.draw(seed, mixed=mixed)
+        drawn = draw_groups(labels, groups, fraction, "split")
+        assert not set(groups[drawn].tolist()) & set(groups[~drawn].tolist())
+        totals = labels.bincount()
+        reached = labels[drawn].bincount(minlength=4) / totals
+        # No class is off by more than one group of eight images.
+        assert ((reached - fraction).abs() * totals).max() <= 8
+        assert (labels[~drawn].bincount(minlength=4) > 0).all()
+        assert torch.equal(drawn, draw_groups(labels, groups, fraction, "split"))
+
+    def test_choice_matches_a_slow_search(self):
+        """Each step adds the next group if this lowers the sum of squared deviations."""
+        labels, groups = self.draw(5, num_groups=20)
+        actual = draw_groups(labels, groups, 0.3, "test split")
+        names = sorted(set(groups.tolist()))
+        generator = make_generator(0, "test split")
+        order = [names[i] for i in torch.randperm(len(names), generator=generator).tolist()]
+        order.sort(key=lambda name: -(groups == name).sum().item())
+        chosen = []
+
+        def deviation(chosen):
+            total = 0.0
+            for label in range(4):
+                count = (labels == label).sum().item()
+                held = sum(((labels == label) & (groups == name)).sum().item() for name in chosen)
+                total += (held / count - 0.3) ** 2
+            return total
+
+        for name in order:
+            left = {
+                label.item()
+                for g, label in zip(groups, labels, strict=True)
+                if g not in [*chosen, name]
+            }
+            if left == {0, 1, 2, 3} and deviation([*chosen, name]) < deviation(chosen):
+                chosen.append(name)
+        assert set(groups[actual].tolist()) == set(chosen)
+
+    def test_one_group_is_drawn_at_least_if_possible(self):
+        labels = torch.tensor([0, 1] * 20)
+        groups = torch.arange(40) // 20  # two groups of ten images of each class
+        assert draw_groups(labels, groups, 0.02, "split").sum() == 20
+        everything = draw_groups(labels, torch.zeros(40, dtype=torch.int64), 0.5, "split")
+        assert not everything.any()
+
+    def test_split_that_no_group_allows_is_refused(self):
+        images = ArrayImages(
+            torch.zeros(4, 1, 2, 2, dtype=torch.uint8),
+            torch.tensor([0, 0, 1, 1]),
+            tuple("abcd"),
+            groups=torch.tensor([0, 0, 1, 1]),
+        )
+        with pytest.raises(InputError, match="selects none of the 2 groups"):
+            split_validation(images, 0.5)

@@ -46,7 +46,12 @@ class Data:
     """Data set, splits, augmentation and loader.
 
     Attributes:
-        dataset: a named data set, or the path of an image folder.
+        dataset: a named data set, or the path of an image folder or of a table of labels.
+        path_column, label_column, split_column, group_column: columns of a table of labels; "" to
+            find them by their names, "none" for no split or no group. Images of one group, such as
+            a patient's, are never in two splits.
+        image_folder: folder to which the paths in a table are relative, itself relative to that of
+            the table.
         valid_split: fraction of each class of the training set that is used for validation instead
             of training; if None, see `default_valid_split`; ignored if an image folder has a
             validation folder.
@@ -75,6 +80,11 @@ class Data:
     """
 
     dataset: str = "digits"
+    path_column: str = ""
+    label_column: str = ""
+    split_column: str = ""
+    group_column: str = ""
+    image_folder: str = ""
     valid_split: float | None = number_field(None, 0, 0.9)
     calibration_split: float | None = number_field(None, 0, 1)
     test_split: float | None = number_field(None, 0, 0.9)

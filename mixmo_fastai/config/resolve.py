@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from mixmo_fastai.config.choices import DATASETS, MASK_KINDS
+from mixmo_fastai.config.choices import DATASETS, MASK_KINDS, TABLE_SUFFIXES
 from mixmo_fastai.config.load import load_recipe, override, recipe_from_mapping, recipe_names
 from mixmo_fastai.config.recipe import Expected, Optimizer, Recipe, default_valid_split
 from mixmo_fastai.config.schema import parse_value, to_mapping
@@ -172,21 +172,28 @@ def default_recipe(dataset: str, flags: Mapping[str, Any]) -> Recipe:
 
 
 def check_dataset(dataset: str) -> None:
-    """Check that a data set is a known name or an existing folder.
+    """Check that a data set is a known name, or an existing folder or table of labels.
 
     Raises:
-        InputError: it is neither.
+        InputError: it is none of these.
     """
     # os.path accepts any string, while pathlib raises for some that are not valid paths.
-    if dataset in DATASETS or os.path.isdir(os.path.expanduser(dataset)):
+    path = os.path.expanduser(dataset)
+    is_table = path.lower().endswith(TABLE_SUFFIXES)
+    if dataset in DATASETS or os.path.isdir(path) or (is_table and os.path.isfile(path)):
         return
+    if is_table:
+        raise InputError(f"There is no table {dataset!r}.")
+    suffixes = ", ".join(TABLE_SUFFIXES)
     if os.sep in dataset or dataset.startswith((".", "~")) or os.path.exists(dataset):
         raise InputError(
             f"There is no folder {dataset!r}.\n"
-            f"Pass a folder with one subfolder per class, or one of: {', '.join(DATASETS)}."
+            f"Pass a folder with one subfolder per class, a table of labels ({suffixes}), or one "
+            f"of: {', '.join(DATASETS)}."
         )
     raise InputError(
-        f"{unknown_name_error('data set', dataset, DATASETS)} Or pass the path of an image folder."
+        f"{unknown_name_error('data set', dataset, DATASETS)} "
+        "Or pass the path of an image folder or a table of labels."
     )
 
 

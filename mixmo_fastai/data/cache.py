@@ -131,7 +131,7 @@ class CacheEntry:
             pixels = _map(path, images)
         if pixels is None:
             pixels = images.tensor()
-        return ArrayImages(pixels, images.labels, images.names, images)
+        return ArrayImages(pixels, images.labels, images.names, images, images.groups)
 
     def _facts(self) -> dict[str, Any]:
         try:

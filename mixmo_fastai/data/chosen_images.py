@@ -2,13 +2,20 @@
 
 import shlex
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import compress
+from dataclasses import dataclass, field
 from pathlib import Path
-from unicodedata import normalize
 
-import torch
-
+from mixmo_fastai.data.class_files import (
+    Note,
+    check_drawn,
+    draw_files,
+    drawn_text,
+    examples,
+    missing_classes,
+    renamed,
+    run_spelling,
+    split_files,
+)
 from mixmo_fastai.data.class_folders import (
     FilesByClass,
     ListedPart,
@@ -20,12 +27,9 @@ from mixmo_fastai.data.class_folders import (
 )
 from mixmo_fastai.data.layout import SplitFolders, find_split_folders, role_of
 from mixmo_fastai.data.listing import Skipped, count_hidden, count_images, scan
-from mixmo_fastai.data.parts import DataParts, DrawnTest
-from mixmo_fastai.data.splits import DEFAULT_TEST_SPLIT, draw_test
+from mixmo_fastai.data.parts import DataParts
+from mixmo_fastai.data.splits import DEFAULT_TEST_SPLIT
 from mixmo_fastai.errors import InputError
-
-Note = tuple[str, str]
-"""A label and a text, one line in the plan of a run."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class ChosenImages:
         test: test images; empty if there are no labelled test images.
         parts: origin of the splits, to read the same images again.
         notes: notes on how the folder was read and what was skipped.
+        groups: group of each file, for images that belong together; empty without groups.
     """
 
     train: FilesByClass
@@ -45,6 +50,7 @@ class ChosenImages:
     test: FilesByClass
     parts: DataParts
     notes: tuple[Note, ...]
+    groups: Mapping[str, str] = field(default_factory=dict)
 
 
 def choose_images(folder: Path, test_split: float | None = None) -> ChosenImages:
@@ -74,7 +80,7 @@ def choose_images(folder: Path, test_split: float | None = None) -> ChosenImages
         check_no_inner_splits(folder, part)
         if is_labelled(folder, part, listed):
             labelled[role] = labelled_files(part, list(train), skipped)
-            notes += _missing_classes(role, labelled[role])
+            notes += missing_classes(role, labelled[role])
         else:
             unlabelled[role] = _describe_unlabelled(folder, part)
     if "test" in labelled and test_split is not None:
@@ -89,9 +95,9 @@ def choose_images(folder: Path, test_split: float | None = None) -> ChosenImages
         split_folders.train,
         valid=split_folders.valid if "valid" in labelled else None,
         test=split_folders.test if "test" in labelled else None,
-        drawn=_draw(train, test_split),
+        drawn=draw_files(train, test_split),
     )
-    train, drawn = _split_files(train, parts.drawn)
+    train, drawn = split_files(train, parts.drawn)
     notes = [
         *_folder_notes(folder, split_folders, parts, unlabelled),
         *notes,
@@ -130,88 +136,23 @@ def reopen_images(
     count_hidden(folder, parts.train, skipped)
     files = training_files(folder, list_part(folder, parts.train, skipped), skipped)
     if parts.drawn is not None:
-        notes += _check_drawn(folder, parts.drawn, files, left_out)
-    train, drawn = _split_files(files, parts.drawn)
-    spelling = _run_spelling(folder, train, classes)
+        notes += check_drawn(folder, parts.drawn, files, left_out)
+    train, drawn = split_files(files, parts.drawn)
+    spelling = run_spelling(folder, train, classes)
     labelled: dict[str, FilesByClass] = {}
     for role, subfolder in (("valid", parts.valid), ("test", parts.test)):
         if subfolder is not None:
             part = list_part(folder, subfolder, skipped, train)
             labelled[role] = labelled_files(part, list(train), skipped)
-            notes += _missing_classes(role, labelled[role])
+            notes += missing_classes(role, labelled[role])
     valid = labelled.get("valid")
     return ChosenImages(
-        _renamed(train, spelling),
-        None if valid is None else _renamed(valid, spelling),
-        _renamed(labelled.get("test", drawn), spelling),
+        renamed(train, spelling),
+        None if valid is None else renamed(valid, spelling),
+        renamed(labelled.get("test", drawn), spelling),
         parts,
         (*_part_notes(parts), *notes, *_skipped_notes(skipped)),
     )
-
-
-def _draw(files: FilesByClass, fraction: float) -> DrawnTest | None:
-    """Draw a fraction of each class as test images."""
-    if fraction == 0:
-        return None
-    counts = torch.tensor([len(class_files) for class_files in files.values()])
-    is_test = draw_test(torch.arange(len(files)).repeat_interleave(counts), fraction)
-    all_files = [file for class_files in files.values() for file in class_files]
-    train, test = compress(all_files, ~is_test), compress(all_files, is_test)
-    return DrawnTest(fraction, tuple(train), tuple(test))
-
-
-def _split_files(files: FilesByClass, drawn: DrawnTest | None) -> tuple[FilesByClass, FilesByClass]:
-    """Split the images into training images and drawn test images."""
-    if drawn is None:
-        return files, {}
-    train, test = frozenset(drawn.train), frozenset(drawn.test)
-    kept = {name: [f for f in class_files if f in train] for name, class_files in files.items()}
-    kept = {name: class_files for name, class_files in kept.items() if class_files}
-    return kept, {name: [file for file in files[name] if file in test] for name in kept}
-
-
-def _check_drawn(
-    folder: Path, drawn: DrawnTest, files: FilesByClass, left_out: Collection[str]
-) -> list[Note]:
-    """Compare a drawn split with the files that exist now.
-
-    Raises:
-        InputError: a file of the split is missing.
-    """
-    present = {file for class_files in files.values() for file in class_files}
-    known = {*drawn.train, *drawn.test}
-    if missing := sorted(known - present - {*left_out}):
-        verb, them = ("is", "it") if len(missing) == 1 else ("are", "them")
-        raise InputError(
-            f"{len(missing):,} of the run's {len(known):,} images {verb} no longer in {folder}: "
-            f"{_examples(missing)}.\nRestore {them}, or start a new run."
-        )
-    if new := sorted(present - known):
-        text = f"{count_images(len(new))} added after the split was drawn: {_examples(new)}"
-        return [("Left out", text)]
-    return []
-
-
-def _run_spelling(
-    folder: Path, files: FilesByClass, classes: Sequence[str] | None
-) -> dict[str, str]:
-    """Map class names to the spelling and order of a run.
-
-    Raises:
-        InputError: a class is new or has no training images.
-    """
-    spelling = {normalize("NFC", name): name for name in (files if classes is None else classes)}
-    if changed := sorted(spelling.keys() ^ files.keys()):
-        state = "is new" if changed[0] in files else "no longer has training images"
-        raise InputError(
-            f"The classes in {folder} are not those of the run: {changed[0]!r} {state}.\n"
-            "Undo the change, or start a new run."
-        )
-    return spelling
-
-
-def _renamed(files: FilesByClass, names: dict[str, str]) -> FilesByClass:
-    return {new: files[name] for name, new in names.items() if name in files}
 
 
 def _folder_notes(
@@ -259,20 +200,10 @@ def _part_notes(parts: DataParts, unlabelled_test: str | None = None) -> list[No
             folders += f", {parts.test}/ for testing"
     notes = [("Folders", folders)]
     if parts.test is None:
-        texts = [_drawn_text(parts.drawn)]
+        texts = [drawn_text(parts.drawn)]
         texts += [] if unlabelled_test is None else [unlabelled_test]
         notes.append(("Test set", "; ".join(texts)))
     return notes
-
-
-def _drawn_text(drawn: DrawnTest | None) -> str:
-    """Describe the test set of a folder without test images."""
-    if drawn is None:
-        return "none, so validation gives the final metrics (--test-split 0.2 draws one)"
-    if not drawn.test:
-        return "none: each class has one image, so none can be held out"
-    fraction = f"{100 * drawn.test_split:g} % of each class"
-    return f"{fraction}, drawn once and stored with the run (--test-split)"
 
 
 def _describe_unlabelled(folder: Path, part: ListedPart) -> str:
@@ -283,30 +214,16 @@ def _describe_unlabelled(folder: Path, part: ListedPart) -> str:
     return f"{part.subfolder}/ has {count_images(part.num_images)} without labels: {command}"
 
 
-def _missing_classes(role: str, files: FilesByClass) -> list[Note]:
-    """List the classes without images in a validation or test folder."""
-    missing = [name for name, class_files in files.items() if not class_files]
-    if not missing:
-        return []
-    part = {"valid": "validation", "test": "test"}[role]
-    text = f"{part} images of {len(missing):,} of {len(files):,} classes: {_examples(missing)}"
-    return [("Missing", text)]
-
-
 def _others_notes(others: Sequence[str]) -> list[Note]:
     """List the folders next to the splits, with the reason why they are not read."""
     empty = [name for name in others if role_of(name.rstrip("/")) is not None]
     unknown = [name for name in others if name not in empty]
-    texts = [f"{_examples(empty)} (no images)"] if empty else []
+    texts = [f"{examples(empty)} (no images)"] if empty else []
     if unknown:
-        texts.append(f"{_examples(unknown)} (next to train/, only valid/ and test/ are read)")
+        texts.append(f"{examples(unknown)} (next to train/, only valid/ and test/ are read)")
     return [("Not read", ", ".join(texts))] if texts else []
 
 
 def _skipped_notes(skipped: Skipped) -> list[Note]:
     text = skipped.describe()
     return [("Skipped", text)] if text else []
-
-
-def _examples(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")

@@ -1,7 +1,9 @@
-"""Load image folders: one folder per class, with or without train/, valid/ and test/."""
+"""Load images from files: folders with one folder per class, and tables of labels."""
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median_low
 
@@ -9,12 +11,15 @@ import torch
 
 from mixmo_fastai.data.cache import CACHE_LIMIT, cache_entry
 from mixmo_fastai.data.chosen_images import ChosenImages, choose_images, reopen_images
+from mixmo_fastai.data.class_files import group_indices
 from mixmo_fastai.data.class_folders import FilesByClass
 from mixmo_fastai.data.damage import LeftOut, read_intact
 from mixmo_fastai.data.decoding import image_sizes
 from mixmo_fastai.data.image_sets import DataSource, FileImages, ImageSet, no_images
+from mixmo_fastai.data.label_tables import TableColumns
 from mixmo_fastai.data.parts import DataParts
 from mixmo_fastai.data.statistics import channel_statistics
+from mixmo_fastai.data.table_images import choose_table_images, reopen_table_images
 from mixmo_fastai.errors import InputError
 
 MAX_DEFAULT_SIZE = 224
@@ -62,76 +67,126 @@ def read_image_folder(
         InputError: the folder has another layout, no longer matches `parts` and `classes`, or an
             image cannot be decoded.
     """
-
-    def read(files_left_out: Collection[str]) -> DataSource:
-        return _read(
-            folder,
-            home,
-            chosen,
-            image_size,
-            files_left_out,
-            largest_side=largest_side,
-            cache_limit=cache_limit,
-        )
-
     _check_image_size(image_size)
     chosen = (
         choose_images(folder, test_split)
         if parts is None
         else reopen_images(folder, parts, classes, left_out or ())
     )
-    return read_intact(read, skip=skip_damaged, left_out=left_out)
+    files = ChosenFiles(folder.resolve().name, folder, home, chosen, largest_side, cache_limit)
+    return files.read_intact(image_size, skip_damaged=skip_damaged, left_out=left_out)
 
 
-def _read(
-    folder: Path,
+def read_image_table(
+    path: Path,
     home: Path,
-    chosen: ChosenImages,
-    image_size: int | None,
-    left_out: Collection[str],
     *,
+    columns: TableColumns | None = None,
+    image_size: int | None = None,
     largest_side: int | None = None,
-    cache_limit: int,
+    cache_limit: int = CACHE_LIMIT,
+    test_split: float | None = None,
+    parts: DataParts | None = None,
+    classes: Sequence[str] | None = None,
+    skip_damaged: bool = False,
+    left_out: LeftOut | None = None,
 ) -> DataSource:
-    files = {name: _without(part, left_out) for name, part in _parts(chosen)}
-    train = _all(files["train"])
-    name = folder.resolve().name
-    # Different splits of a folder may list the same files in the same order.
-    cache_name = name if chosen.parts.drawn is None else f"{name}-split-{len(train)}"
-    entry = cache_entry(
-        home,
-        cache_name,
-        folder,
-        [file for part in files.values() for file in _all(part)],
-        image_size,
+    """Load the images of a table of labels; otherwise like `read_image_folder`.
+
+    Args:
+        path: the table, see `label_tables`.
+        home: as for `read_image_folder`, and so are the other arguments.
+        columns: its columns, as far as they are not to be found; None to find all. Not used with
+            `parts`, which holds them.
+        image_size: see `read_image_folder`.
+        largest_side: see `read_image_folder`.
+        cache_limit: see `read_image_folder`.
+        test_split: fraction of each class to hold out as the test set of a table without one.
+        parts: the splits of an earlier run; None to find them.
+        classes: see `read_image_folder`.
+        skip_damaged: see `read_image_folder`.
+        left_out: see `read_image_folder`.
+
+    Raises:
+        InputError: as for `label_tables.read_label_table`, the table no longer matches `parts` and
+            `classes`, or an image cannot be decoded.
+    """
+    _check_image_size(image_size)
+    root, chosen = (
+        choose_table_images(path, columns or TableColumns(), test_split)
+        if parts is None
+        else reopen_table_images(path, parts, classes, left_out or ())
     )
-    if image_size is None:
-        height, width = entry.fact(
-            "size", lambda: choose_image_size(folder / file for file in train)
+    files = ChosenFiles(path.stem, root, home, chosen, largest_side, cache_limit)
+    return files.read_intact(image_size, skip_damaged=skip_damaged, left_out=left_out)
+
+
+@dataclass(frozen=True)
+class ChosenFiles:
+    """Image files with their labels, to be decoded to one size.
+
+    Attributes:
+        name: name of the data set.
+        root: the folder to which the files are relative.
+        home: the data folder, for the cache.
+        chosen: the files.
+        largest_side: see `read_image_folder`.
+        cache_limit: see `read_image_folder`.
+    """
+
+    name: str
+    root: Path
+    home: Path
+    chosen: ChosenImages
+    largest_side: int | None
+    cache_limit: int
+
+    def read_intact(
+        self, image_size: int | None, *, skip_damaged: bool, left_out: LeftOut | None
+    ) -> DataSource:
+        """Read the images, with or without damaged ones; see `read_image_folder`."""
+        return read_intact(partial(self._read, image_size), skip=skip_damaged, left_out=left_out)
+
+    def _read(self, image_size: int | None, left_out: Collection[str]) -> DataSource:
+        chosen = self.chosen
+        files = {name: _without(part, left_out) for name, part in _parts(chosen)}
+        train = _all(files["train"])
+        # Different splits of a folder may list the same files in the same order.
+        drawn = chosen.parts.drawn
+        cache_name = self.name if drawn is None else f"{self.name}-split-{len(train)}"
+        all_files = [file for part in files.values() for file in _all(part)]
+        entry = cache_entry(self.home, cache_name, self.root, all_files, image_size)
+        if image_size is None:
+            paths = (self.root / file for file in train)
+            height, width = entry.fact("size", lambda: choose_image_size(paths))
+            if self.largest_side is not None and max(height, width) > self.largest_side:
+                return self._read(self.largest_side, left_out)
+        else:
+            height = width = image_size
+        decoded = entry.decoded(
+            {name: self._images(part, (height, width)) for name, part in files.items()},
+            limit=self.cache_limit,
         )
-        if largest_side is not None and max(height, width) > largest_side:
-            return _read(folder, home, chosen, largest_side, left_out, cache_limit=cache_limit)
-    else:
-        height = width = image_size
-    decoded = entry.decoded(
-        {name: _file_images(folder, part, (height, width)) for name, part in files.items()},
-        limit=cache_limit,
-    )
-    mean, std = entry.fact("mean, std", lambda: _statistics(decoded["train"]))
-    return DataSource(
-        name=name,
-        classes=tuple(chosen.train),
-        train=decoded["train"],
-        test=decoded.get("test", no_images(decoded["train"])),
-        mean=tuple(mean),
-        std=tuple(std),
-        crop_padding=min(height, width) // 8,
-        flip=True,
-        valid=decoded.get("valid"),
-        parts=chosen.parts,
-        notes=chosen.notes,
-        scaled_to=image_size or 0,
-    )
+        mean, std = entry.fact("mean, std", lambda: _statistics(decoded["train"]))
+        return DataSource(
+            name=self.name,
+            classes=tuple(chosen.train),
+            train=decoded["train"],
+            test=decoded.get("test", no_images(decoded["train"])),
+            mean=tuple(mean),
+            std=tuple(std),
+            crop_padding=min(height, width) // 8,
+            flip=True,
+            valid=decoded.get("valid"),
+            parts=chosen.parts,
+            notes=chosen.notes,
+            scaled_to=image_size or 0,
+        )
+
+    def _images(self, part: FilesByClass, size: tuple[int, int]) -> FileImages:
+        counts = torch.tensor([len(names) for names in part.values()])
+        labels, names = torch.arange(len(part)).repeat_interleave(counts), tuple(_all(part))
+        return FileImages(self.root, names, labels, size, group_indices(names, self.chosen.groups))
 
 
 def choose_image_size(paths: Iterable[Path]) -> tuple[int, int]:
@@ -168,12 +223,6 @@ def _without(part: FilesByClass, left_out: Collection[str]) -> FilesByClass:
     return {
         label: [name for name in names if name not in left_out] for label, names in part.items()
     }
-
-
-def _file_images(folder: Path, part: FilesByClass, size: tuple[int, int]) -> FileImages:
-    counts = torch.tensor([len(names) for names in part.values()])
-    labels = torch.arange(len(part)).repeat_interleave(counts)
-    return FileImages(folder, tuple(_all(part)), labels, size)
 
 
 def _statistics(images: ImageSet) -> tuple[tuple[float, ...], tuple[float, ...]]:

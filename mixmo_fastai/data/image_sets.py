@@ -53,6 +53,7 @@ class ArrayImages:
         labels: (N,) int64.
         names: names of the images.
         files: the files the images were decoded from, if any.
+        groups: (N,) int64, for images that belong together; None if each is on its own.
 
     Raises:
         InputError: an attribute has another type or shape.
@@ -62,6 +63,7 @@ class ArrayImages:
     labels: Tensor
     names: tuple[str, ...]
     files: "FileImages | None" = None
+    groups: Tensor | None = None
 
     def __post_init__(self) -> None:
         check_array_images(self.pixels, self.labels, self.names)
@@ -100,12 +102,14 @@ class FileImages:
         names: paths relative to the root, with forward slashes.
         labels: (N,) int64.
         size: (H, W) of the decoded images.
+        groups: (N,) int64, for images that belong together; None if each is on its own.
     """
 
     root: Path
     names: tuple[str, ...]
     labels: Tensor
     size: tuple[int, int]
+    groups: Tensor | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -141,7 +145,8 @@ class FileImages:
     def chosen(self, indices: Tensor) -> "FileImages":
         """Return the set of the images at `indices`."""
         names = tuple(self.names[i] for i in indices.tolist())
-        return replace(self, names=names, labels=self.labels[indices])
+        groups = None if self.groups is None else self.groups[indices]
+        return replace(self, names=names, labels=self.labels[indices], groups=groups)
 
     def without(self, names: Collection[str]) -> "FileImages":
         """Return the set without the images of these names."""
@@ -171,7 +176,7 @@ def resize_images(images: ImageSet, size: int) -> ImageSet:
     pixels = resize(images.tensor(), [size, size], antialias=True)
     names = tuple(map(images.name, range(len(images))))
     files = images.files if isinstance(images, ArrayImages) else None
-    return ArrayImages(pixels, images.labels, names, files)
+    return ArrayImages(pixels, images.labels, names, files, groups_of(images))
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,6 +195,12 @@ class Subset:
     def labels(self) -> Tensor:
         """Class indices, (n,) int64."""
         return self.images.labels[self.indices]
+
+    @property
+    def groups(self) -> Tensor | None:
+        """Groups, (n,) int64, or None."""
+        groups = groups_of(self.images)
+        return None if groups is None else groups[self.indices]
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -214,6 +225,11 @@ class Subset:
         """Return the size of each image in bytes, as in the complete set."""
         all_sizes = self.images.sizes()
         return tuple(all_sizes[index] for index in self.indices.tolist())
+
+
+def groups_of(images: ImageSet) -> Tensor | None:
+    """Return the group of each image, (N,) int64; None if an image set has no groups."""
+    return getattr(images, "groups", None)
 
 
 def no_images(like: ImageSet) -> Subset:

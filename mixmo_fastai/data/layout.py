@@ -8,9 +8,11 @@ archive into a folder of the same name, that inner folder is read instead.
 
 import os
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from mixmo_fastai.config.choices import TABLE_SUFFIXES
 from mixmo_fastai.data.listing import Skipped, count_images, scan
 from mixmo_fastai.errors import InputError, nearest
 
@@ -24,7 +26,6 @@ _SUFFIXES = ("", "set", "data", "images")
 _ROLES = {
     word + suffix: role for role, words in WORDS.items() for word in words for suffix in _SUFFIXES
 }
-_TABLES = (".csv", ".tsv")
 LAYOUT = (
     "An image folder must hold one folder per class, or train/<class>/ and optionally "
     "valid/<class>/ and test/<class>/."
@@ -75,20 +76,18 @@ def find_split_folders(folder: Path) -> SplitFolders:
 
 
 def layout_advice(*folders: Path) -> str:
-    """Return advice for images without class folders: the layout, or a note on CSV files.
+    """Return advice for images without class folders: the layout, or how to read a table.
 
     Args:
-        folders: folders in which to look for a CSV file with labels.
+        folders: folders in which to look for a table of labels.
     """
-    names = [name for folder in folders for name in sorted(os.listdir(folder))]
-    tables = [name for name in names if name.lower().endswith(_TABLES) and name[0] != "."]
+    paths = [folder / name for folder in folders for name in sorted(os.listdir(folder))]
+    suffixes = TABLE_SUFFIXES
+    tables = [p for p in paths if p.name.lower().endswith(suffixes) and p.name[0] != "."]
     if not tables:
         return LAYOUT
-    return (
-        f"Labels in files such as {tables[0]} are not read: move the images of each class into a "
-        "folder named after the class.\n"
-        "Or train in Python with fastai's ImageDataLoaders.from_csv and to_mixmo(learn)."
-    )
+    command = shlex.join(["mixmo", "fit", str(tables[0])])
+    return f"If {tables[0].name} holds the labels, pass it instead of the folder: {command}"
 
 
 def evaluation_folder(folder: Path) -> Path:

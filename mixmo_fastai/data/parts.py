@@ -31,12 +31,15 @@ class DataParts:
         valid: folder of the validation images; None if they are drawn from the training images.
         test: folder of the labelled test images; None if there is none.
         drawn: test set drawn from `train`; None if none was drawn.
+        columns: for a table of labels, its columns, see `label_tables.TableColumns`; `valid` and
+            `test` then are the names of its splits.
     """
 
     train: str
     valid: str | None = None
     test: str | None = None
     drawn: DrawnTest | None = None
+    columns: Mapping[str, str] | None = None
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], where: Path) -> "DataParts":
@@ -55,7 +58,11 @@ class DataParts:
                 files = (tuple(map(str, drawn[part])) for part in ("train", "test"))
                 drawn = DrawnTest(float(drawn["test_split"]), *files)
             valid, test = (values[part] for part in ("valid", "test"))
-            return cls(str(values["train"]), _text(valid), _text(test), drawn)
+            columns = values.get("columns")
+            if columns is not None:
+                names = ("path", "label", "split", "group", "folder")
+                columns = {name: str(columns[name]) for name in names}
+            return cls(str(values["train"]), _text(valid), _text(test), drawn, columns)
         except (LookupError, TypeError, ValueError) as error:
             raise InputError(
                 f"{where} is damaged: {type(error).__name__}: {error}.\nRestore the original file."

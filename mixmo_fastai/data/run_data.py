@@ -5,6 +5,7 @@ from pathlib import Path
 from mixmo_fastai.config.choices import DATASETS
 from mixmo_fastai.config.recipe import Recipe
 from mixmo_fastai.data.image_sets import DataSource
+from mixmo_fastai.data.label_tables import TableColumns
 from mixmo_fastai.data.parts import DataParts, parts_before_split_json
 from mixmo_fastai.data.sources import load_source
 from mixmo_fastai.runs.data_facts import DataFacts
@@ -41,6 +42,7 @@ def read_source(
     return load_source(
         recipe.data.dataset,
         data_dir,
+        columns=_columns(recipe),
         image_size=recipe.data.image_size or None,
         largest_side=largest_side,
         test_split=recipe.data.test_split,
@@ -48,6 +50,17 @@ def read_source(
         classes=None if facts is None else facts.classes,
         skip_damaged=recipe.data.skip_damaged,
         left_out=left_out,
+    )
+
+
+def _columns(recipe: Recipe) -> TableColumns:
+    data = recipe.data
+    return TableColumns(
+        data.path_column,
+        data.label_column,
+        data.split_column,
+        data.group_column,
+        data.image_folder,
     )
 
 

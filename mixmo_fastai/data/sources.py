@@ -3,15 +3,16 @@
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from mixmo_fastai.config.choices import DATASETS
+from mixmo_fastai.config.choices import DATASETS, TABLE_SUFFIXES
 from mixmo_fastai.data.archives import Archive, Unpacked, archive_damage, fetch
 from mixmo_fastai.data.cifar import CIFAR10, CIFAR100, read_cifar10, read_cifar100
 from mixmo_fastai.data.damage import LeftOut
 from mixmo_fastai.data.digits import read_digits
-from mixmo_fastai.data.image_folder import read_image_folder
+from mixmo_fastai.data.image_folder import read_image_folder, read_image_table
 from mixmo_fastai.data.image_sets import (
     ArrayImages,
     DataSource,
@@ -19,6 +20,7 @@ from mixmo_fastai.data.image_sets import (
     ImageSet,
     resize_images,
 )
+from mixmo_fastai.data.label_tables import TableColumns, is_table
 from mixmo_fastai.data.parts import DataParts
 from mixmo_fastai.data.source_checks import check_against_facts
 from mixmo_fastai.data.tiny_imagenet import TINY_IMAGENET, read_tiny_imagenet
@@ -83,6 +85,7 @@ def load_source(
     dataset: str | Path,
     data_dir: Path | None = None,
     *,
+    columns: TableColumns | None = None,
     image_size: int | None = None,
     largest_side: int | None = None,
     download: bool = True,
@@ -95,9 +98,10 @@ def load_source(
     """Load a data set, downloading it if necessary.
 
     Args:
-        dataset: a name in `SOURCES`, or the path of an image folder; a name has priority over a
-            folder of the same name.
+        dataset: a name in `SOURCES`, or the path of an image folder or of a table of labels; a
+            name has priority over a folder of the same name.
         data_dir: the data folder; see `data_home`.
+        columns: columns of a table of labels, as far as they are not to be found.
         image_size: height and width to which images are resized; None for the original size of a
             named data set, or the size chosen for a folder by `choose_image_size`.
         largest_side: maximum for that chosen size; if a side is longer, images are resized to
@@ -117,6 +121,7 @@ def load_source(
     home = data_home(data_dir)
     if home.exists() and not home.is_dir():
         raise InputError(f"The data folder {home} is a file.\nChoose another --data-dir.")
+    _check_no_columns(dataset, columns)
     if dataset in SOURCES:
         _check_no_test_split(str(dataset), test_split)
         source = SOURCES[dataset].load(
@@ -128,9 +133,12 @@ def load_source(
     if isinstance(dataset, str) and not _is_path(dataset):
         raise InputError(
             f"{unknown_name_error('data set', dataset, SOURCES)}\n"
-            "Or give the path of a folder of images, such as ./flowers."
+            "Or give the path of a folder of images, such as ./flowers, or of a table of labels."
         )
-    return read_image_folder(
+    read = read_image_folder
+    if is_table(dataset):
+        read = partial(read_image_table, columns=columns)
+    return read(
         Path(dataset).expanduser(),
         home,
         image_size=image_size,
@@ -210,6 +218,14 @@ def _check_no_test_split(dataset: str, test_split: float | None) -> None:
         raise InputError(
             f"--test-split is for image folders without test images; {dataset!r} has a test set.\n"
             "Remove --test-split."
+        )
+
+
+def _check_no_columns(dataset: str | Path, columns: TableColumns | None) -> None:
+    if columns is not None and not columns.are_default and not is_table(dataset):
+        raise InputError(
+            f"Columns, such as data.label_column, are for tables of labels; {str(dataset)!r} is "
+            f"none.\nPass the path of a table: {', '.join(TABLE_SUFFIXES)}."
         )
 
 

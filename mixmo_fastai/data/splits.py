@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mixmo_fastai.config.recipe import default_valid_split
-from mixmo_fastai.data.image_sets import DataSource, ImageSet, Subset
+from mixmo_fastai.data.image_sets import DataSource, ImageSet, Subset, groups_of
 from mixmo_fastai.errors import InputError, check_fraction
 from mixmo_fastai.rng import make_generator
 
@@ -32,20 +32,70 @@ def training_parts(source: DataSource, valid_split: float | None) -> tuple[Image
     return split_validation(source.train, valid_split)
 
 
-def draw_test(labels: Tensor, fraction: float) -> Tensor:
+def draw_test(labels: Tensor, fraction: float, groups: Tensor | None = None) -> Tensor:
     """Draw a stratified test set, the same images for every run.
 
     Args:
         labels: (N,) int64.
         fraction: fraction of each class, in [0, 1). At least one image of a class is drawn, but
             never its only one.
+        groups: (N,) int64, to draw whole groups, as `draw_groups`; None for single images.
 
     Returns:
         whether each image is in the test set, (N,) bool.
     """
-    ranks, sizes = _ranks_within_class(labels, "test split")
-    num_test = (sizes * fraction).round().clamp(min=1).minimum(sizes - 1)
-    return ranks < num_test
+    return _draw(labels, groups, fraction, "test split")
+
+
+def _draw(labels: Tensor, groups: Tensor | None, fraction: float, stream: str) -> Tensor:
+    if groups is not None:
+        return draw_groups(labels, groups, fraction, stream)
+    ranks, sizes = _ranks_within_class(labels, stream)
+    return ranks < (sizes * fraction).round().clamp(min=1).minimum(sizes - 1)
+
+
+def draw_groups(
+    labels: Tensor, groups: Tensor, fraction: float, stream: str, *, keep_classes: bool = True
+) -> Tensor:
+    """Draw whole groups, so that about the same fraction of each class is drawn.
+
+    Groups are considered by size, the largest first, and in random order among equal sizes. One is
+    drawn if this brings the drawn fractions of the classes closer to `fraction` (sum of squares),
+    and, with `keep_classes`, if each of its classes keeps an image. If none is drawn so, the
+    smallest one for which this holds is.
+
+    Args:
+        labels: (N,) int64.
+        groups: (N,) int64.
+        fraction: in (0, 1).
+        stream: random stream of the order, see `rng.make_generator`.
+        keep_classes: whether each class must keep an image that is not drawn.
+
+    Returns:
+        whether each image is drawn, (N,) bool.
+    """
+    names, members = groups.unique(return_inverse=True)
+    counts = torch.zeros(len(names), int(labels.max()) + 1, dtype=torch.int64)
+    counts.index_put_((members, labels), torch.ones_like(labels), accumulate=True)
+    generator = make_generator(SPLIT_SEED, stream)  # type: ignore[arg-type]
+    order = torch.randperm(len(names), generator=generator)
+    order = order[counts.sum(dim=1)[order].argsort(descending=True, stable=True)]
+    totals = counts.sum(dim=0)
+    weights = 1 / totals.clamp(min=1).double()
+    drawn, missing = torch.zeros(len(names), dtype=torch.bool), totals * fraction
+    left = totals.clone()
+    for group in order.tolist():
+        size = counts[group]
+        if keep_classes and bool((left[size > 0] <= size[size > 0]).any()):
+            continue
+        after = missing - size
+        if bool((after * weights).square().sum() < (missing * weights).square().sum()):
+            drawn[group], missing, left = True, after, left - size
+    if not drawn.any() and len(names) > 1:
+        kept = (totals > counts) | (counts == 0)
+        possible = [g for g in order.tolist() if not keep_classes or bool(kept[g].all())]
+        drawn[possible[-1:]] = True
+    return drawn[members]
 
 
 def split_validation(images: ImageSet, fraction: float | None) -> tuple[ImageSet, Subset]:
@@ -54,7 +104,8 @@ def split_validation(images: ImageSet, fraction: float | None) -> tuple[ImageSet
     Args:
         images: the training set.
         fraction: in [0, 1); 0 holds out nothing, None uses `default_valid_split`. At least one
-            image of each class is kept for training.
+            image of each class is kept for training. If the images have groups, whole groups are
+            held out, as by `draw_groups`.
 
     Returns:
         the training images and the validation images.
@@ -67,9 +118,14 @@ def split_validation(images: ImageSet, fraction: float | None) -> tuple[ImageSet
     check_fraction("valid_split", fraction, below_one=True)
     if fraction == 0:
         return images, Subset(images, torch.empty(0, dtype=torch.int64))
-    ranks, sizes = _ranks_within_class(images.labels, "split")
-    num_valid = torch.minimum((sizes * fraction).round().clamp(min=1), sizes - 1)
-    valid = ranks < num_valid
+    groups = groups_of(images)
+    valid = _draw(images.labels, groups, fraction, "split")
+    if groups is not None and not valid.any():
+        raise InputError(
+            f"valid_split={fraction:g} selects none of the {len(groups.unique()):,} groups: each "
+            "holds all images of a class.\nTrain without a validation split: --valid-split 0. Or "
+            "ignore the groups."
+        )
     if not valid.any():
         raise InputError(
             f"valid_split={fraction:g} selects none of the {len(images):,} training images: "
@@ -94,8 +150,13 @@ def split_calibration(valid: ImageSet, fraction: float | None) -> tuple[ImageSet
     if fraction is None or fraction == 1 or not len(valid):
         return valid, None
     check_fraction("calibration_split", fraction)
-    ranks, sizes = _ranks_within_class(valid.labels, "calibration split")
-    chosen = ranks < (sizes * fraction).round()
+    groups = groups_of(valid)
+    if groups is None:
+        ranks, sizes = _ranks_within_class(valid.labels, "calibration split")
+        chosen = ranks < (sizes * fraction).round()
+    else:
+        stream = "calibration split"
+        chosen = draw_groups(valid.labels, groups, fraction, stream, keep_classes=False)
     return Subset(valid, (~chosen).nonzero()[:, 0]), Subset(valid, chosen.nonzero()[:, 0])
 
 

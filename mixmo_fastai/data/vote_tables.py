@@ -7,9 +7,7 @@ are in `COLUMN_NAMES`. Lines are counted from 1, the header.
 Shapes: n images with votes, K classes.
 """
 
-import csv
-import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from unicodedata import normalize
@@ -17,6 +15,7 @@ from unicodedata import normalize
 import numpy as np
 
 from mixmo_fastai.data.image_names import ImageNames
+from mixmo_fastai.data.text_tables import TextTable, filled, read_text_table
 from mixmo_fastai.errors import InputError, nearest
 
 COLUMN_NAMES = {
@@ -57,22 +56,6 @@ class RawVotes:
     layout: str
 
 
-@dataclass(frozen=True, eq=False)
-class _Table:
-    path: Path
-    header: tuple[str, ...]
-    rows: Sequence[tuple[int, Sequence[str]]]
-
-    def column(self, meaning: str, excluded: Sequence[str] = ()) -> int | None:
-        """Return the position of the column with this meaning; None if it is missing."""
-        lower = [None if name in excluded else name.lower() for name in self.header]
-        names = COLUMN_NAMES[meaning]
-        return next((lower.index(name) for name in names if name in lower), None)
-
-    def where(self, line: int) -> str:
-        return f"{self.path}, line {line}"
-
-
 def read_vote_table(path: Path, images: ImageNames, classes: Sequence[str]) -> RawVotes:
     """Read a table of votes.
 
@@ -86,9 +69,9 @@ def read_vote_table(path: Path, images: ImageNames, classes: Sequence[str]) -> R
         InputError: the file cannot be read or has another layout, or a row has an unknown class or
             image, or repeats another row.
     """
-    table = _read_table(path)
+    table = read_text_table(path, LAYOUTS)
     names = [normalize("NFC", name) for name in classes]
-    label = table.column("label")
+    label = table.find(COLUMN_NAMES["label"])
     if label is not None and not set(names) <= set(table.header):
         return _read_rows_per_vote(table, images, names, label)
     if set(names).isdisjoint(table.header):
@@ -98,42 +81,42 @@ def read_vote_table(path: Path, images: ImageNames, classes: Sequence[str]) -> R
 
 
 def _read_rows_per_vote(
-    table: _Table, images: ImageNames, classes: Sequence[str], label: int
+    table: TextTable, images: ImageNames, classes: Sequence[str], label: int
 ) -> RawVotes:
     """Count the votes in the column `label` of each image."""
     image, labels = _image_column(table), _ClassLabels(classes)
     found_images: dict[str, int] = {}  # each name is looked up once
-    annotator = table.column("annotator")
+    annotator = table.find(COLUMN_NAMES["annotator"])
     counts: dict[int, np.ndarray] = {}
     first_lines: dict[int, str] = {}
     lines_of_annotators: dict[tuple[int, str], int] = {}
     for line, fields in table.rows:
         where = table.where(line)
         if (index := found_images.get(fields[image])) is None:
-            index = images.find(_filled(fields[image], "image", where), where)
+            index = images.find(filled(fields[image], "image", where), where)
             found_images[fields[image]] = index
         if annotator is not None:
-            key = index, _filled(fields[annotator], "annotator", where)
+            key = index, filled(fields[annotator], "annotator", where)
             if (earlier := lines_of_annotators.setdefault(key, line)) != line:
                 raise InputError(
                     f"{where}: the annotator {key[1]!r} already voted on {fields[image]!r} in line "
                     f"{earlier}.\nKeep one of these rows."
                 )
         votes = counts.setdefault(index, np.zeros(len(classes)))
-        votes[labels.find(_filled(fields[label], "label", where), where)] += 1
+        votes[labels.find(filled(fields[label], "label", where), where)] += 1
         first_lines.setdefault(index, f"line {line}")
     values = np.stack([*counts.values()])
     return RawVotes([*counts], values, [*first_lines.values()], "one row per vote")
 
 
-def _read_rows_per_image(table: _Table, images: ImageNames, classes: Sequence[str]) -> RawVotes:
+def _read_rows_per_image(table: TextTable, images: ImageNames, classes: Sequence[str]) -> RawVotes:
     image = _image_column(table, excluded=classes)
     columns = _class_columns(table, image, classes)
     values = np.empty((len(table.rows), len(classes)))
     lines: dict[int, int] = {}
     for row, (line, fields) in enumerate(table.rows):
         where = table.where(line)
-        index = images.find(_filled(fields[image], "image", where), where)
+        index = images.find(filled(fields[image], "image", where), where)
         if (earlier := lines.setdefault(index, line)) != line:
             raise InputError(
                 f"{where}: the image {fields[image]!r} is already in line {earlier}.\n"
@@ -181,15 +164,15 @@ def _unknown_class(name: str, classes: Sequence[str]) -> str:
     return f"{name!r} is not a class of this run.{hint}\nClasses: {shown}."
 
 
-def _image_column(table: _Table, excluded: Sequence[str] = ()) -> int:
-    if (column := table.column("image", excluded)) is None:
+def _image_column(table: TextTable, excluded: Sequence[str] = ()) -> int:
+    if (column := table.find(COLUMN_NAMES["image"], excluded)) is None:
         raise InputError(
             f"{table.path} has no column 'image'; rows are not matched by their order.\n{LAYOUTS}"
         )
     return column
 
 
-def _class_columns(table: _Table, image: int, classes: Sequence[str]) -> list[int]:
+def _class_columns(table: TextTable, image: int, classes: Sequence[str]) -> list[int]:
     """Return the position of the column of each class.
 
     Raises:
@@ -207,54 +190,9 @@ def _class_columns(table: _Table, image: int, classes: Sequence[str]) -> list[in
     return [table.header.index(name) for name in classes]
 
 
-def _filled(text: str, column: str, where: str) -> str:
-    if not (stripped := text.strip()):
-        raise InputError(f"{where}: the {column} is empty.")
-    return stripped
-
-
 def _number(text: str, name: str, where: str) -> float:
     try:
         return float(text)
     except ValueError:
         shown = repr(text) if text.strip() else "empty; write 0 for no votes"
         raise InputError(f"{where}: the number for {name!r} is {shown}.") from None
-
-
-def _read_table(path: Path) -> _Table:
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path} is not text in UTF-8: {error.reason}.\nSave it as UTF-8."
-        ) from error
-    rows = list(_split_rows(path, text))
-    if len(rows) < 2:
-        raise InputError(f"{path} has no rows of votes.\n{LAYOUTS}")
-    (_, first), *rest = rows
-    header = tuple(normalize("NFC", name.strip()) for name in first)
-    for name in header:
-        if header.count(name) > 1:
-            raise InputError(
-                f"{path}, line 1: the column {name!r} occurs {header.count(name)} times."
-            )
-    for line, fields in rest:
-        if len(fields) != len(header):
-            raise InputError(
-                f"{path}, line {line}: {len(fields)} fields; the header has {len(header)}."
-            )
-    return _Table(path, header, rest)
-
-
-def _split_rows(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
-    """Split a table into fields; yield each row that is not blank with its line number."""
-    first_line = text.partition("\n")[0]
-    is_tsv = path.suffix.lower() == ".tsv"
-    delimiter = "\t" if is_tsv else max(",;\t", key=first_line.count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    try:
-        yield from ((reader.line_num, fields) for fields in reader if any(map(str.strip, fields)))
-    except csv.Error as error:
-        raise InputError(f"{path}, line {reader.line_num}: {error}.") from error

@@ -343,6 +343,9 @@ def check_labels(labels: Tensor, num_samples: int, num_classes: int, name: str =
 
     Raises:
         InputError: they are not.
+
+    Example:
+        >>> check_labels(torch.tensor([0, 2]), 2, 3)
     """
     if tuple(labels.shape) != (num_samples,):
         raise InputError(

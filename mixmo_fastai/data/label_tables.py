@@ -1,0 +1,362 @@
+"""Tables of labels: one row per image, with its path, its label, and optionally split and group.
+
+Columns are found by their names in `COLUMN_NAMES`, unless they are given. Paths are relative to the
+folder of the table, or to another folder; a name without folder or suffix is found if only one
+image below that folder has it. Positions of rows are those of `text_tables`.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from unicodedata import normalize
+
+from mixmo_fastai.config.choices import TABLE_SUFFIXES
+from mixmo_fastai.data.class_folders import FilesByClass
+from mixmo_fastai.data.layout import role_of
+from mixmo_fastai.data.listing import Skipped, images_below
+from mixmo_fastai.data.text_tables import TextTable, filled, read_text_table
+from mixmo_fastai.errors import InputError, nearest
+
+COLUMN_NAMES = {
+    "path": (
+        *("path", "image_path", "img_path", "file_path", "filepath", "filename", "file_name"),
+        *("fname", "image_file", "image_filename", "file", "image", "img", "image_name"),
+        *("img_name", "image_id", "img_id", "photo", "picture", "name", "id"),
+    ),
+    "label": (
+        *("label", "label_name", "class", "class_name", "category", "target", "species", "breed"),
+        *("diagnosis", "dx", "y", "tag", "label_id", "class_id", "category_id"),
+    ),
+    "split": ("split", "subset", "partition", "set", "is_valid", "is_val", "is_validation"),
+    "group": (
+        *("patient", "patient_id", "patientid", "subject", "subject_id", "group", "group_id"),
+        *("scene", "scene_id", "case_id", "lesion_id"),
+    ),
+}
+"""Names of the columns by their meaning, ignoring case; the first present one is used."""
+NONE = "none"
+"""The name of a column that is not to be used, although a guess would find one."""
+ADVICE = "Use one row per image, with a column for its path and a column for its label."
+_BOOLEANS = {"true": "valid", "1": "valid", "yes": "valid", "false": "train", "0": "train"} | {
+    "no": "train"
+}
+_NUM_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class TableColumns:
+    """Columns of a table of labels.
+
+    Attributes:
+        path, label, split, group: names of the columns; "" to find them by `COLUMN_NAMES`, and
+            "none" for no split or no group.
+        folder: folder to which paths are relative, itself relative to that of the table.
+    """
+
+    path: str = ""
+    label: str = ""
+    split: str = ""
+    group: str = ""
+    folder: str = ""
+
+    @property
+    def are_default(self) -> bool:
+        """Whether everything is to be found."""
+        return self == TableColumns()
+
+
+@dataclass(frozen=True, eq=False)
+class LabelTable:
+    """The images of a table.
+
+    Attributes:
+        root: folder to which the files are relative.
+        columns: the columns that were used.
+        parts: files by class, for each split in the table: "train", "valid" and "test"; without a
+            column for the split, all are in "train".
+        groups: group of each file; empty without groups.
+        notes: remarks, for the plan of a run: labels and texts.
+    """
+
+    root: Path
+    columns: TableColumns
+    parts: Mapping[str, FilesByClass]
+    groups: Mapping[str, str]
+    notes: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class _Row:
+    where: str
+    file: str
+    label: str
+    split: str
+    group: str
+
+
+def is_table(dataset: str | Path) -> bool:
+    """Check whether the name of a data set is that of a table."""
+    return str(dataset).lower().endswith(TABLE_SUFFIXES)
+
+
+def read_label_table(
+    path: Path, columns: TableColumns = TableColumns(), left_out: Collection[str] = ()
+) -> LabelTable:
+    """Read a table of labels.
+
+    Args:
+        path: a file that `read_text_table` reads.
+        columns: columns that are not to be guessed.
+        left_out: images that may be missing.
+
+    Raises:
+        InputError: a column is missing, a row has an empty field, no image or the image of another
+            row, a group is in two splits, or there are fewer than two classes.
+    """
+    if not path.is_file():
+        raise InputError(f"There is no table {str(path)!r}.")
+    table = read_text_table(path, ADVICE)
+    root = path.parent / columns.folder
+    if not root.is_dir():
+        raise InputError(f"data.image_folder: there is no folder {root}.")
+    finder = _FileFinder(root)
+    found = _find_columns(table, columns, finder)
+    rows = _read_rows(table, found, finder, left_out)
+    _check_groups(rows, found)
+    names = _class_order({row.label for row in rows if row.split == "train"})
+    _check_classes(rows, names, table)
+    parts = {split: {name: list[str]() for name in names} for split in ("train", "valid", "test")}
+    for row in rows:
+        parts[row.split][row.label].append(row.file)
+    used = {split: files for split, files in parts.items() if any(files.values())}
+    groups = {row.file: row.group for row in rows if row.group}
+    notes = (("Table", _describe(found, table)), *_rare_labels(rows, names))
+    return LabelTable(root, found, used, groups, notes)
+
+
+def _find_columns(table: TextTable, columns: TableColumns, finder: "_FileFinder") -> TableColumns:
+    """Fill in the columns that are to be guessed.
+
+    Raises:
+        InputError: a given column does not exist, or a required one is not found.
+    """
+    given = {name: getattr(columns, name) for name in COLUMN_NAMES}
+    for meaning, name in given.items():
+        if name and name != NONE and name not in table.header:
+            guess = nearest(name, table.header)
+            hint = f" Did you mean {guess!r}?" if guess else ""
+            raise InputError(
+                f"data.{meaning}_column: {table.path} has no column {name!r}.{hint}\n"
+                f"Columns: {_examples(table.header, 10)}."
+            )
+    used = [name for name in given.values() if name]
+    for meaning in ("split", "group", "path", "label"):
+        if not given[meaning]:
+            guess = _guess(table, meaning, used, finder)
+            given[meaning] = guess or NONE
+            used.append(given[meaning])
+    for meaning in ("path", "label"):
+        if given[meaning] == NONE:
+            raise InputError(
+                f"{table.path}: which column holds the {meaning}s? "
+                f"Columns: {_examples(table.header, 10)}.\n"
+                f"Name it: --set data.{meaning}_column=NAME"
+            )
+    return replace(columns, **given)
+
+
+def _guess(
+    table: TextTable, meaning: str, used: Sequence[str], finder: "_FileFinder"
+) -> str | None:
+    """Find a column by its name; for paths and labels otherwise by what it holds."""
+    by_lower = {name.lower(): name for name in reversed(table.header) if name not in used}
+    named = [by_lower[name] for name in COLUMN_NAMES[meaning] if name in by_lower]
+    rest = [name for name in table.header if name not in used]
+    if meaning == "path":
+        first = dict(zip(table.header, table.rows[0][1], strict=True))
+        images = [name for name in [*named, *rest] if finder.is_image(first[name])]
+        return next(iter([*images, *named]), None)
+    if meaning == "split" and named:
+        index = table.header.index(named[0])
+        values = {fields[index].strip().lower() for _, fields in table.rows} - {""}
+        named = named if all(map(_split_of, values)) else []
+    if meaning == "label" and len(rest) == 1:
+        named = rest
+    return next(iter(named), None)
+
+
+def _read_rows(
+    table: TextTable, columns: TableColumns, finder: "_FileFinder", left_out: Collection[str]
+) -> list[_Row]:
+    positions = {
+        meaning: table.header.index(name)
+        for meaning in COLUMN_NAMES
+        if (name := getattr(columns, meaning)) != NONE
+    }
+    rows: list[_Row] = []
+    first_rows: dict[str, str] = {}
+    missing: list[tuple[str, str]] = []
+    for position, fields in table.rows:
+        where = table.where(position)
+        values = {name: filled(fields[index], name, where) for name, index in positions.items()}
+        if (file := finder.find(values["path"], where)) is None:
+            if values["path"] not in left_out:
+                missing.append((where, values["path"]))
+            continue
+        if (earlier := first_rows.setdefault(file, where)) != where:
+            raise InputError(
+                f"{where}: the image {values['path']!r} is already in "
+                f"{earlier.rpartition(', ')[2]}.\nKeep one row per image."
+            )
+        split = _split_of(values.get("split", "train").lower())
+        if split is None:
+            raise InputError(
+                f"{where}: {values['split']!r} is not a split.\n"
+                "Splits are train, valid and test; data.split_column=none ignores the column."
+            )
+        label = normalize("NFC", values["label"])
+        rows.append(_Row(where, file, label, split, values.get("group", "")))
+    if missing:
+        where, name = missing[0]
+        more = f" ({len(missing):,} of {len(table.rows):,} rows have none)"
+        raise InputError(
+            f"{where}: there is no image {name!r}{more * (len(missing) > 1)}.\n"
+            f"Paths are relative to {finder.root}; another folder: --set data.image_folder=FOLDER"
+        )
+    return rows
+
+
+def _split_of(value: str) -> str | None:
+    return role_of(value) or _BOOLEANS.get(value)
+
+
+def _check_groups(rows: Sequence[_Row], columns: TableColumns) -> None:
+    """Raise InputError if the images of a group are in two splits."""
+    first: dict[str, _Row] = {}
+    for row in rows:
+        if row.group and (other := first.setdefault(row.group, row)).split != row.split:
+            raise InputError(
+                f"{row.where}: {columns.group} {row.group!r} is in {row.split}, but in "
+                f"{other.split} in {other.where.rpartition(', ')[2]}.\n"
+                "Keep each group in one split, or ignore groups: --set data.group_column=none"
+            )
+
+
+def _class_order(labels: set[str]) -> list[str]:
+    """Sort class names: numbers by value, others alphabetically."""
+    are_numbers = all(label.isdecimal() for label in labels)
+    return sorted(labels, key=(lambda label: (int(label), label)) if are_numbers else None)
+
+
+def _check_classes(rows: Sequence[_Row], names: Sequence[str], table: TextTable) -> None:
+    """Check that there are two classes, and that no other split has more.
+
+    Raises:
+        InputError: there are fewer, or another split has another class.
+    """
+    if not names:
+        raise InputError(f"{table.path} has no row of the split train.")
+    if len(names) == 1:
+        raise InputError(
+            f"{table.path}: all training images have the label {names[0]!r}; two or more classes "
+            "are needed.\nIs this the column of the labels? --set data.label_column=NAME"
+        )
+    for row in rows:
+        if row.label not in names:
+            guess = nearest(row.label, names)
+            hint = f" Did you mean {guess!r}?" if guess else ""
+            raise InputError(f"{row.where}: no training image has the label {row.label!r}.{hint}")
+
+
+def _rare_labels(rows: Sequence[_Row], names: Sequence[str]) -> list[tuple[str, str]]:
+    """Name the labels that occur once, which may be misspelled."""
+    by_label: dict[str, list[_Row]] = {}
+    for row in rows:
+        by_label.setdefault(row.label, []).append(row)
+    once = [found[0] for found in by_label.values() if len(found) == 1]
+    others = [name for name in names if len(by_label[name]) > 1]
+    texts = []
+    for row in once[:_NUM_SHOWN]:
+        guess = nearest(row.label, others)
+        hint = f" (did you mean {guess!r}?)" if guess else ""
+        texts.append(f"{row.label!r} in {row.where.rpartition(', ')[2]}{hint}")
+    more = f" and {len(once) - _NUM_SHOWN:,} more" if len(once) > _NUM_SHOWN else ""
+    return [("Seen once", f"{', '.join(texts)}{more}")] if once else []
+
+
+def _describe(columns: TableColumns, table: TextTable) -> str:
+    """Describe the columns that are used."""
+    texts = [f"{len(table.rows):,} rows; paths in {columns.path!r}, labels in {columns.label!r}"]
+    for meaning in ("split", "group"):
+        if (name := getattr(columns, meaning)) != NONE:
+            texts.append(f"{meaning}s in {name!r}")
+    return f"{', '.join(texts)}; change with --set data.label_column=NAME and others"
+
+
+def _examples(names: Sequence[str], limit: int = _NUM_SHOWN) -> str:
+    return ", ".join(names[:limit]) + (", …" if len(names) > limit else "")
+
+
+class _FileFinder:
+    """Find the image files that a table names.
+
+    Args:
+        root: folder to which names are relative.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._by_name: dict[str, list[str]] | None = None
+
+    def is_image(self, name: str) -> bool:
+        """Check whether a name is that of an image."""
+        try:
+            return bool(name.strip()) and self.find(name.strip(), "") is not None
+        except InputError:  # several
+            return True
+
+    def find(self, name: str, where: str) -> str | None:
+        """Return the path of an image relative to the root, or an absolute one; None if missing.
+
+        Args:
+            name: path relative to the root, absolute path, or the last parts of a path, also
+                without suffix.
+            where: position of the name, for messages.
+
+        Raises:
+            InputError: several images have this name.
+        """
+        path = PurePosixPath(name if "/" in name else name.replace("\\", "/"))
+        if (self.root / path).is_file():
+            return self._relative(path)
+        if path.is_absolute() or not path.name:
+            return None
+        index = self._index()
+        found = [file for file in index.get(path.name, []) if _ends_with(PurePosixPath(file), path)]
+        if len(found) > 1:
+            raise InputError(
+                f"{where}: {len(found)} images are called {name!r}, such as {found[0]} and "
+                f"{found[1]}.\nWrite their paths."
+            )
+        return found[0] if found else None
+
+    def _relative(self, path: PurePosixPath) -> str:
+        if path.is_absolute() and path.is_relative_to(self.root):
+            return str(path.relative_to(self.root))
+        return str(path)
+
+    def _index(self) -> dict[str, list[str]]:
+        """Return the images below the root by file name, with and without suffix."""
+        if self._by_name is None:
+            self._by_name = {}
+            for file in images_below(self.root, Skipped()):
+                path = PurePosixPath(file)
+                for key in {path.name, path.stem}:
+                    self._by_name.setdefault(key, []).append(file)
+        return self._by_name
+
+
+def _ends_with(file: PurePosixPath, name: PurePosixPath) -> bool:
+    """Check whether the last parts of a path are those of a name with or without suffix."""
+    size = len(name.parts)
+    return name.parts in (file.parts[-size:], file.with_suffix("").parts[-size:])

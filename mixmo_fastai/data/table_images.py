@@ -1,0 +1,127 @@
+"""Choose the training, validation and test images of a table of labels; see `label_tables`."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from mixmo_fastai.data.chosen_images import ChosenImages
+from mixmo_fastai.data.class_files import (
+    Note,
+    check_drawn,
+    draw_files,
+    drawn_text,
+    missing_classes,
+    renamed,
+    run_spelling,
+    split_files,
+)
+from mixmo_fastai.data.class_folders import FilesByClass
+from mixmo_fastai.data.label_tables import NONE, LabelTable, TableColumns, read_label_table
+from mixmo_fastai.data.parts import DataParts
+from mixmo_fastai.data.splits import DEFAULT_TEST_SPLIT
+from mixmo_fastai.errors import InputError
+
+_SPLIT_NAMES = {"valid": "validation", "test": "testing"}
+
+
+def choose_table_images(
+    path: Path, columns: TableColumns, test_split: float | None = None
+) -> tuple[Path, ChosenImages]:
+    """Read the splits of a table, and draw a test set if it has none.
+
+    Args:
+        path: the table.
+        columns: its columns, as far as they are not to be guessed.
+        test_split: fraction of each class to draw, by groups if there are any; None for
+            `DEFAULT_TEST_SPLIT` if there are neither test nor validation images, and for no test
+            set otherwise.
+
+    Returns:
+        the folder to which files are relative, and the images.
+
+    Raises:
+        InputError: as for `read_label_table`, or `test_split` was given for a table with test
+            images.
+    """
+    table = read_label_table(path, columns)
+    if "test" in table.parts and test_split is not None:
+        raise InputError(
+            f"--test-split is for data without test images, but {path} has some.\n"
+            "Remove --test-split, or ignore the column: --set data.split_column=none"
+        )
+    if test_split is None:
+        test_split = 0.0 if table.parts.keys() - {"train"} else DEFAULT_TEST_SPLIT
+    drawn = draw_files(table.parts["train"], test_split, table.groups)
+    parts = DataParts(
+        ".",
+        valid="valid" if "valid" in table.parts else None,
+        test="test" if "test" in table.parts else None,
+        drawn=drawn,
+        columns=asdict(table.columns),
+    )
+    train, test = split_files(table.parts["train"], drawn)
+    return table.root, _chosen(table, parts, train, test, [])
+
+
+def reopen_table_images(
+    path: Path,
+    parts: DataParts,
+    classes: Sequence[str] | None = None,
+    left_out: Collection[str] = (),
+) -> tuple[Path, ChosenImages]:
+    """Read the images of an earlier run.
+
+    Args:
+        path: the table.
+        parts: the splits stored with the run.
+        classes: class names of the run, in the order of its labels.
+        left_out: files skipped by the run; they may be missing.
+
+    Raises:
+        InputError: as for `read_label_table`, an image of the run is missing, or a class is new.
+    """
+    table = read_label_table(path, TableColumns(**(parts.columns or {})), left_out)
+    files, notes = table.parts["train"], list[Note]()
+    if parts.drawn is not None:
+        notes += check_drawn(path, parts.drawn, files, left_out)
+    train, test = split_files(files, parts.drawn)
+    spelling = run_spelling(path, train, classes)
+    chosen = _chosen(table, parts, renamed(train, spelling), renamed(test, spelling), notes)
+    return table.root, chosen
+
+
+def _chosen(
+    table: LabelTable, parts: DataParts, train: FilesByClass, drawn: FilesByClass, notes: list[Note]
+) -> ChosenImages:
+    """Put the splits together, each with the classes of the training images.
+
+    Raises:
+        InputError: another split has a class without training images.
+    """
+    labelled = {}
+    for role in ("valid", "test"):
+        if role in table.parts:
+            labelled[role] = {name: table.parts[role].get(name, []) for name in train}
+            notes += missing_classes(role, labelled[role])
+    return ChosenImages(
+        train,
+        labelled.get("valid"),
+        labelled.get("test", drawn),
+        parts,
+        (*table.notes, *_split_notes(table, parts), *notes),
+        table.groups,
+    )
+
+
+def _split_notes(table: LabelTable, parts: DataParts) -> list[Note]:
+    notes = []
+    found = [role for role in ("valid", "test") if role in table.parts]
+    if found:
+        names = " and ".join(_SPLIT_NAMES[role] for role in found)
+        notes.append(("Splits", f"{names} as in {table.columns.split!r}"))
+    if "test" not in found:
+        text = drawn_text(parts.drawn)
+        if parts.drawn is not None and table.columns.group != NONE:
+            text += f"; whole groups of {table.columns.group!r}"
+        notes.append(("Test set", text))
+    return notes

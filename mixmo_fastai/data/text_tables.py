@@ -1,0 +1,143 @@
+"""Tables as text: CSV and TSV files, and parquet files with pyarrow.
+
+Lines are counted from 1, the header; the rows of a parquet file from 1.
+"""
+
+import csv
+import io
+import math
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from unicodedata import normalize
+
+from mixmo_fastai.errors import InputError
+
+PARQUET = ".parquet"
+
+
+@dataclass(frozen=True, eq=False)
+class TextTable:
+    """A table.
+
+    Attributes:
+        path: its file.
+        header: names of the columns, in Unicode normal form NFC; no name occurs twice.
+        rows: position and fields of each row that is not blank.
+        unit: what a position counts: "line" or "row".
+    """
+
+    path: Path
+    header: tuple[str, ...]
+    rows: Sequence[tuple[int, Sequence[str]]]
+    unit: str = "line"
+
+    def find(self, names: Collection[str], excluded: Collection[str] = ()) -> int | None:
+        """Return the position of the first column with one of these names, ignoring case.
+
+        Args:
+            names: names in lower case; earlier ones have priority.
+            excluded: columns that are not considered.
+        """
+        lower = [None if name in excluded else name.lower() for name in self.header]
+        return next((lower.index(name) for name in names if name in lower), None)
+
+    def where(self, position: int) -> str:
+        """Return the position of a row, for messages: "labels.csv, line 3"."""
+        return f"{self.path}, {self.unit} {position}"
+
+
+def filled(text: str, column: str, where: str) -> str:
+    """Return a field without spaces around it.
+
+    Args:
+        text: the field.
+        column: what it holds, for the message.
+        where: its position, for the message.
+
+    Raises:
+        InputError: it is empty.
+    """
+    if not (stripped := text.strip()):
+        raise InputError(f"{where}: the {column} is empty.")
+    return stripped
+
+
+def read_text_table(path: Path, advice: str) -> TextTable:
+    """Read a table.
+
+    Args:
+        path: a CSV or TSV file in UTF-8, whose fields are separated by commas, semicolons or tabs;
+            or a parquet file.
+        advice: the columns that it should have, for messages.
+
+    Raises:
+        InputError: the file cannot be read, is damaged, has no rows, or has a column twice.
+    """
+    is_parquet = path.suffix.lower() == PARQUET
+    rows = list(_parquet_rows(path) if is_parquet else _split_rows(path, _read_text(path)))
+    if len(rows) < 2:
+        raise InputError(f"{path} has no rows.\n{advice}")
+    (_, first), *rest = rows
+    header = tuple(normalize("NFC", name.strip()) for name in first)
+    start = f"{path}" if is_parquet else f"{path}, line 1"
+    for name in header:
+        if header.count(name) > 1:
+            raise InputError(f"{start}: the column {name!r} occurs {header.count(name)} times.")
+    for line, fields in rest:
+        if len(fields) != len(header):
+            raise InputError(
+                f"{path}, line {line}: {len(fields)} fields; the header has {len(header)}."
+            )
+    return TextTable(path, header, rest, "row" if is_parquet else "line")
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path} is not text in UTF-8: {error.reason}.\nSave it as UTF-8."
+        ) from error
+
+
+def _split_rows(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
+    """Split a table into fields; yield each row that is not blank with its line number."""
+    first_line = text.partition("\n")[0]
+    is_tsv = path.suffix.lower() == ".tsv"
+    delimiter = "\t" if is_tsv else max(",;\t", key=first_line.count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        yield from ((reader.line_num, fields) for fields in reader if any(map(str.strip, fields)))
+    except csv.Error as error:
+        raise InputError(f"{path}, line {reader.line_num}: {error}.") from error
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield the header and the rows of a parquet file; missing values are empty."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise InputError(
+            f"Reading {path} needs pyarrow.\nInstall it: pip install pyarrow. Or save the table as "
+            "CSV."
+        ) from error
+    try:
+        table = parquet.read_table(path)
+    except (OSError, pyarrow.ArrowException) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{path} cannot be read as parquet: {reason}") from error
+    yield 0, list(table.column_names)
+    columns = [column.to_pylist() for column in table.columns]
+    for position, values in enumerate(zip(*columns, strict=True), start=1):
+        yield position, ["" if value is None else _text(value) for value in values]
+
+
+def _text(value: object) -> str:
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))  # integer columns with missing values are floats
+    is_missing = isinstance(value, float) and math.isnan(value)
+    return "" if is_missing else str(value)
