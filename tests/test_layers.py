@@ -36,7 +36,7 @@ PACKAGES = {
     "study": NUMERIC | {"safetensors", "scipy"},
     "plots": {"torch", "fastai", "matplotlib", "PIL"},
     "report": NUMERIC | {"matplotlib", "jinja2", "markupsafe", "PIL"},
-    "loggers": {"torch", "fastai", "PIL", "wandb"},
+    "loggers": {"torch", "fastai", "PIL", "wandb", "mlflow", "trackio"},
     "cli": {"torch", "fastai", "rich", "typer"},
     "__main__": set(),
 }

@@ -320,11 +320,11 @@ class TestInvalidLoggers:
         lines = capsys.readouterr().err.splitlines()
         assert lines == [
             "Error: Unknown logger 'tensorbord'. Did you mean 'tensorboard'?",
-            "Allowed: csv, tensorboard, wandb.",
+            "Allowed: csv, tensorboard, wandb, mlflow, trackio.",
         ]
         assert not [*tmp_path.iterdir()]
 
-    @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+    @pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow", "trackio"])
     def test_missing_package(self, name, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(loggers, "find_spec", lambda package: None)
         assert program(["fit", "cifar10", "--logger", f"csv,{name}"]) == 2

@@ -31,6 +31,8 @@ LOGGERS = {
     "csv": Logger("csv_:CsvTracker"),
     "tensorboard": Logger("tensorboard_:TensorBoardTracker", package="tensorboard"),
     "wandb": Logger("wandb_:WandbTracker", package="wandb"),
+    "mlflow": Logger("mlflow_:MlflowTracker", package="mlflow"),
+    "trackio": Logger("trackio_:TrackioTracker", package="trackio"),
 }
 
 

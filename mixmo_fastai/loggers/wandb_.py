@@ -6,7 +6,6 @@ prompted to log in: without a login or a connection, the run is stored in its fo
 """
 
 import io
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import wandb
 from PIL import Image
 
 from mixmo_fastai.errors import summarize_error
+from mixmo_fastai.loggers.progress import Progress
 from mixmo_fastai.loggers.tracker import Step, TrackedRun
 
 PROJECT = "mixmo"
@@ -32,7 +32,7 @@ class WandbTracker:
 
     def __init__(self, run: TrackedRun) -> None:
         (run.folder / "wandb").mkdir(exist_ok=True)
-        self.progress = _Progress(run.folder / "wandb" / "run.json")
+        self.progress = Progress(run.folder / "wandb" / "run.json")
         mode, reason = _choose_mode()
         try:
             self.wandb_run = self._start(run, mode)
@@ -106,33 +106,6 @@ class WandbTracker:
     def close(self, exit_code: int) -> None:
         """Finish the W&B run, which uploads pending data; the next signal exits immediately."""
         self.wandb_run.finish(exit_code=exit_code)
-
-
-class _Progress:
-    """The id of the W&B run of a folder, and the last logged step of each kind."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.is_active = path, True
-        try:
-            self.values = dict(json.loads(path.read_text(encoding="utf-8")))
-            self.latest = {str(k): int(v) for k, v in self.values.get("latest", {}).items()}
-        except (OSError, ValueError, TypeError, AttributeError):  # missing or damaged
-            self.values, self.latest = {}, {}
-
-    def advance(self, kind: str, step: int) -> bool:
-        """Return whether a step is later than all logged steps of its kind; if so, record it."""
-        if step <= self.latest.get(kind, -1):
-            return False
-        self.latest[kind] = step
-        return True
-
-    def save(self, **values: str) -> None:
-        """Write the progress to its file."""
-        if self.is_active:
-            self.values |= {**values, "latest": self.latest}
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(self.values) + "\n", encoding="utf-8")
-            os.replace(temporary, self.path)
 
 
 def _choose_mode() -> tuple[str, str]:
