@@ -1,5 +1,6 @@
 import gc
 import json
+import shutil
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from mixmo_fastai.errors import InputError
 from mixmo_fastai.evaluation.runs import evaluate_ensemble, evaluate_run
 from mixmo_fastai.runs.create import create_run
 from mixmo_fastai.runs.folder import open_run
-from mixmo_fastai.training.ensemble import network_recipe, train_run
+from mixmo_fastai.runs.lock import locked
+from mixmo_fastai.training.ensemble import network_recipe, train_nets, train_run
 from mixmo_fastai.training.prepare import prepare
 from mixmo_fastai.training.train import train
 
@@ -125,6 +127,81 @@ def test_ensemble_is_resumed_at_the_interrupted_network(ensemble, tmp_path, netw
     assert [path.stat().st_mtime_ns for path in finished] == times
     assert weights(run) == weights(uninterrupted)
     assert run.metrics()["test"] == uninterrupted.metrics()["test"]
+
+
+class TestSomeNetworks:
+    """Several processes train the networks of one run."""
+
+    ARGUMENTS = (
+        *("fit", "digits", "--recipe", "digits/vanilla", "--arch", "wrn10_1", "--epochs", "2"),
+        *("--limit", "64", "--batch-size", "32", "--device", "cpu", "--set", "model.num_nets=3"),
+        *("--set", "data.crop_padding=1", "--set", "data.flip=false", "--out"),
+    )
+
+    def test_networks_trained_apart_equal_those_trained_together(self, ensemble, tmp_path):
+        together = ensemble[0]
+        run = create_run(TINY, tmp_path / "run")
+        with pytest.raises(KeyboardInterrupt):
+            train_nets(prepare(TINY), run, [3], cbs=[Interrupt(1, 2)])
+        lines = []
+        assert train_nets(prepare(TINY), run, [2], say=lines.append) is None
+        assert lines[-1].startswith("1 of 3 networks are finished")
+        assert not run.is_finished
+        metrics = train_nets(prepare(TINY), run, [3, 1], say=lines.append)
+        assert "Resuming: 1 of 2 epochs are done." in lines
+        assert weights(run) == weights(together)
+        assert metrics == run.metrics()
+        for name, value in together.metrics().items():
+            assert name == "seconds" or metrics[name] == value, name
+        assert (run.path / "calibration.json").exists()
+        assert train_nets(prepare(TINY), run, [1]) == metrics  # nothing is left to do
+
+    def test_evaluation_by_another_process_is_left_to_it(self, ensemble, tmp_path):
+        run, lines = open_run(shutil.copytree(ensemble[0].path, tmp_path / "run")), []
+        (run.path / "metrics.json").unlink()
+        with locked(run.path):
+            assert train_nets(prepare(TINY), run, [1], say=lines.append) is None
+        assert lines[-1] == "All networks are finished; another process evaluates the ensemble."
+        assert not run.is_finished
+        assert train_nets(prepare(TINY), run, [1])["test"] == ensemble[0].metrics()["test"]
+
+    def test_processes_fill_one_run(self, mixmo, ensemble, tmp_path):
+        commands = [
+            mixmo(*self.ARGUMENTS, tmp_path / "run", "--nets", str(number)) for number in (1, 2, 3)
+        ]
+        for command in commands:
+            assert command.wait() == 0, command.printed
+        run = open_run(tmp_path / "run")
+        assert weights(run) == weights(ensemble[0])
+        assert run.metrics()["test"] == ensemble[0].metrics()["test"]
+        assert sum("Test accuracy" in command.printed for command in commands) >= 1
+
+    def test_wrong_use_is_explained(self, ensemble, tmp_path, capsys):
+        out = str(tmp_path / "run")
+        copy = str(shutil.copytree(ensemble[0].path, tmp_path / "copy"))
+        single = str(ensemble[0].networks()[0].path)
+        for arguments, message in (
+            ([*self.ARGUMENTS[:-1], "--nets", "1"], "--nets needs --out RUN"),
+            ([*self.ARGUMENTS, out, "--nets", "0"], "numbered from 1 to 3"),
+            ([*self.ARGUMENTS, out, "--nets", "1,4"], "There is no network 4"),
+            ([*self.ARGUMENTS, out, "--nets", "1-2"], "takes numbers of networks"),
+            (["fit", "--out", out, "--nets", "1"], "--nets is for deep ensembles"),
+            (["fit", "--resume", single, "--nets", "1"], "--nets is for deep ensembles"),
+            (["fit", "--resume", copy, "--nets", "4"], "There is no network 4"),
+            (
+                [*self.ARGUMENTS, copy, "--nets", "1", "--seed", "1"],
+                "is a run with train.seed=0, not 1.\nUse the same settings",
+            ),
+        ):
+            assert program(arguments) == 2, arguments
+            error = capsys.readouterr().err
+            assert message in error
+            assert len(error.splitlines()) <= 3
+        assert not (tmp_path / "run").exists()
+        with locked(open_run(copy).networks()[1].path):
+            (open_run(copy).networks()[1].path / "metrics.json").unlink()
+            assert program(["fit", "--resume", copy, "--nets", "2"]) == 2
+            assert "net-2 is in use" in capsys.readouterr().err
 
 
 def test_resume_after_a_kill_before_the_recipe_was_written(ensemble, tmp_path):

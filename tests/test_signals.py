@@ -14,7 +14,7 @@ from mixmo_fastai.runs.folder import open_run
 pytestmark = pytest.mark.slow
 
 __all__ = ["uninterrupted"]
-CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGUSR1: 138}
 BOTH_SIGNALS = pytest.mark.parametrize(
     "number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name
 )
@@ -117,13 +117,15 @@ def test_signal_in_a_step_with_workers(mixmo, tmp_path, uninterrupted, number):
     check_resumed(mixmo, run, uninterrupted(*STREAMED))
 
 
-def test_closing_the_terminal(mixmo, tmp_path, uninterrupted):
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1], ids=lambda n: n.name)
+def test_closing_the_terminal_and_warning_of_a_scheduler(mixmo, tmp_path, uninterrupted, number):
     run = tmp_path / "run"
-    command = mixmo(*FIT, run, prelude=SLOW_STEPS)
+    command = mixmo(*FIT, run, *STREAMED, prelude=SLOW_STEPS)
     command.wait_until_printed("1/3 ")
-    command.signal(signal.SIGHUP, group=True)
-    check_stopped(command, signal.SIGHUP, run)
-    check_resumed(mixmo, run, uninterrupted())
+    command.wait_until(command.other_processes)
+    command.signal(number, group=True)
+    assert check_stopped(command, number, run).startswith("Interrupted. The state is saved")
+    check_resumed(mixmo, run, uninterrupted(*STREAMED))
 
 
 @BOTH_SIGNALS

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +14,8 @@ from mixmo_fastai.cli.plan import print_next_steps, print_plan
 from mixmo_fastai.cli.render import METRIC_WIDTH, align, metric_lines
 from mixmo_fastai.config.recipe import Recipe
 from mixmo_fastai.config.resolve import resolve_recipe
-from mixmo_fastai.errors import InputError, RunInterruptedError
+from mixmo_fastai.config.schema import to_mapping
+from mixmo_fastai.errors import InputError, RunExistsError, RunInterruptedError
 from mixmo_fastai.loggers import parse_loggers
 from mixmo_fastai.runs.checkpoints import CheckpointStore
 from mixmo_fastai.runs.create import check_free, create_run
@@ -58,6 +59,7 @@ def fit(
         Path | None,
         typer.Option(help="Resume an interrupted run.", metavar="RUN", rich_help_panel=opt.OUTPUT),
     ] = None,
+    nets: opt.Networks = None,
     logger: opt.Loggers = None,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
@@ -75,13 +77,61 @@ def fit(
     )  # fmt: skip
     output = Output(as_json=as_json, quiet=quiet)
     loggers = () if logger is None else parse_loggers(logger)
+    numbers = None if nets is None else parse_nets(nets)
     if resume is not None:
         _check_no_settings([dataset, recipe, assignments, out, *settings.values()])
-        _resume(open_run(resume), data_dir, loggers, output)
+        _resume(open_run(resume), data_dir, loggers, output, numbers)
         return
     resolved = resolve_recipe(dataset, recipe, settings, assignments or ())
-    check_free(out)
-    _start(resolved, out, data_dir, loggers, output)
+    if numbers is not None:
+        _check_can_be_shared(resolved, numbers, out)
+    with suppress(RunExistsError) if numbers is not None else nullcontext():
+        check_free(out)
+        _start(resolved, out, data_dir, loggers, output, nets=numbers)
+        return
+    run = open_run(out or "")
+    check_same_settings(resolved, run)
+    _resume(run, data_dir, loggers, output, numbers)
+
+
+def parse_nets(text: str) -> list[int]:
+    """Parse the numbers of networks, such as "1,3".
+
+    Raises:
+        InputError: it has another form.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise InputError(f"--nets takes numbers of networks, such as 1,3; got {text!r}.")
+    return list(dict.fromkeys(map(int, parts)))
+
+
+def _check_can_be_shared(recipe: Recipe, numbers: Sequence[int], out: Path | None) -> None:
+    """Check that several processes can train networks of one run."""
+    from mixmo_fastai.training.ensemble import check_nets
+
+    check_nets(numbers, recipe.model.num_nets)
+    if out is None:
+        raise InputError("--nets needs --out RUN, the folder that all networks share.")
+
+
+def check_same_settings(recipe: Recipe, run: RunFolder) -> None:
+    """Check that the settings which a recipe does not leave open are those of a run.
+
+    Raises:
+        InputError: a setting differs.
+    """
+    wanted, actual = to_mapping(recipe), to_mapping(run.recipe())
+    for section, values in wanted.items():
+        if not isinstance(values, dict) or section == "expected":
+            continue
+        for key, value in values.items():
+            is_open = value in (None, "auto") or (section, key) == ("train", "images_seen")
+            if not is_open and (found := actual[section].get(key)) != value:
+                raise InputError(
+                    f"{run.path} is a run with {section}.{key}={found!r}, not {value!r}.\n"
+                    "Use the same settings for all of its networks, or another --out."
+                )
 
 
 def _check_no_settings(values: list[Any]) -> None:
@@ -98,6 +148,8 @@ def _start(
     data_dir: Path | None,
     loggers: Sequence[str],
     output: Output,
+    *,
+    nets: Sequence[int] | None,
 ) -> None:
     with _prepared(recipe, data_dir, output) as (prepared, is_rank0):
         from mixmo_fastai.learner.optimizers import check_optimizer_settings
@@ -108,9 +160,9 @@ def _start(
         training, times = choose_precision(prepared)
         path = run_on_rank0(lambda: _make_folder(training, out, times))
         output.run = run = RunFolder(path, is_writer=is_rank0)
-        with _errors_logged(run):
-            speed = print_plan(training, output, run)
-            _train(training, run, loggers, output, speed, resume=False)
+        with _errors_logged(run, nets):
+            speed = print_plan(training, output, run, nets=nets)
+            _train(training, run, loggers, output, speed, nets=nets, resume=False)
 
 
 def _make_folder(training: Any, out: Path | None, times: Any) -> Path:
@@ -120,19 +172,34 @@ def _make_folder(training: Any, out: Path | None, times: Any) -> Path:
     return create_run(training.recipe, out, device=device, acceleration=how, **more).path
 
 
-def _resume(run: RunFolder, data_dir: Path | None, loggers: Sequence[str], output: Output) -> None:
-    recipe = run.recipe()
+def _resume(
+    run: RunFolder,
+    data_dir: Path | None,
+    loggers: Sequence[str],
+    output: Output,
+    nets: Sequence[int] | None,
+) -> None:
+    recipe, networks = run.recipe(), run.networks()
+    folders = [run]  # those that this process trains in
+    if nets is not None:
+        from mixmo_fastai.training.ensemble import check_nets
+
+        check_nets(nets, recipe.model.num_nets)
+        networks = [networks[number - 1] for number in nets]
+        folders = [network for network in networks if network.path.is_dir()]
     run.check_resumable()
     is_rank0 = (os.environ.get("RANK") or "0") == "0"
-    with locked(run.path) if is_rank0 else nullcontext():  # no other process may write checkpoints
-        for network in run.networks():
+    with ExitStack() as stack:
+        for folder in folders if is_rank0 else ():
+            stack.enter_context(locked(folder.path))  # no other process may write checkpoints
+        for network in networks:
             CheckpointStore(network.checkpoint).newest()  # raises before any data is read
     with _prepared(recipe, data_dir, output, run) as (training, is_rank0):
         output.run = run = RunFolder(run.path, is_writer=is_rank0)
-        with _errors_logged(run):
-            speed = print_plan(training, output, run, resume=True)
+        with _errors_logged(run, nets):
+            speed = print_plan(training, output, run, resume=True, nets=nets)
             _print_networks(run, output)
-            _train(training, run, loggers, output, speed, resume=True)
+            _train(training, run, loggers, output, speed, nets=nets, resume=True)
 
 
 @contextmanager
@@ -169,14 +236,15 @@ def _describe_saved(run: RunFolder) -> str:
 
 
 @contextmanager
-def _errors_logged(run: RunFolder) -> Iterator[None]:
+def _errors_logged(run: RunFolder, nets: Sequence[int] | None) -> Iterator[None]:
     """Write the reason for an early end to the run's log, and tell the user how to resume."""
     try:
         yield
     except KeyboardInterrupt as interruption:
         message = "Interrupted."
         if run.is_writer:
-            message = f"{_describe_saved(run)}; resume with: mixmo fit --resume {run.path}"
+            flag = f" --nets {','.join(map(str, nets))}" if nets else ""
+            message = f"{_describe_saved(run)}; resume with: mixmo fit --resume {run.path}{flag}"
         run.log(message)
         raise RunInterruptedError(message, exit_code_of(interruption)) from None
     except Exception as error:
@@ -192,10 +260,11 @@ def _train(
     speed: Any,
     *,
     resume: bool,
+    nets: Sequence[int] | None,
 ) -> None:
     """Train with a progress display, and print the result."""
     from mixmo_fastai.cli.progress import TrainingDisplay
-    from mixmo_fastai.training.ensemble import train_run
+    from mixmo_fastai.training.ensemble import train_nets, train_run
 
     output.print(f"Run folder: {run.path}")
     display = TrainingDisplay(output, training.recipe.train.batch_size, speed)
@@ -206,9 +275,17 @@ def _train(
         cbs.append(LoggingCallback(loggers, output.print))
     try:
         with handling_signals(output.print) as stop:
-            metrics = train_run(training, run, cbs=cbs, resume=resume, stop=stop, say=output.print)
+            shown = {"cbs": cbs, "stop": stop, "say": output.print}
+            metrics: dict[str, Any] | None
+            if nets is None:
+                metrics = train_run(training, run, resume=resume, **shown)
+            else:
+                metrics = train_nets(training, run, nets, **shown)
     finally:
         display.close()
+    if metrics is None:
+        output.print_result([], {"run": str(run.path)})
+        return
     output.print_result(
         [
             "",

@@ -139,11 +139,21 @@ Threads = Annotated[
     int | None,
     typer.Option(help="CPU threads; 0 for torch's default.", rich_help_panel=TRAINING),
 ]
+Networks = Annotated[
+    str | None,
+    typer.Option(
+        "--nets",
+        help="Train only these networks of a deep ensemble, such as 1,3. Several processes may "
+        "fill one --out. The last one evaluates it.",
+        metavar="NUMBERS",
+        rich_help_panel=OUTPUT,
+    ),
+]
 Loggers = Annotated[
     str | None,
     typer.Option(
         "--logger",
-        help="Log to csv, tensorboard or wandb, or several: csv,wandb.",
+        help="Log to csv, tensorboard, wandb, mlflow or trackio, or several: csv,wandb.",
         metavar="NAMES",
         rich_help_panel=OUTPUT,
     ),

@@ -2,6 +2,7 @@
 
 import csv
 import shlex
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -19,7 +20,14 @@ LONG_SECONDS = 3600.0
 """Duration of a training on a CPU from which a shorter one is suggested, in seconds."""
 
 
-def print_plan(training: Any, output: Output, run: RunFolder, *, resume: bool = False) -> Any:
+def print_plan(
+    training: Any,
+    output: Output,
+    run: RunFolder,
+    *,
+    resume: bool = False,
+    nets: Sequence[int] | None = None,
+) -> Any:
     """Print what will be trained and how long it will take; log all settings.
 
     Args:
@@ -27,6 +35,7 @@ def print_plan(training: Any, output: Output, run: RunFolder, *, resume: bool = 
         output: console of the command.
         run: the run folder.
         resume: the run is resumed.
+        nets: numbers of the networks that are trained; None for all.
 
     Returns:
         The measured `speed.Speed`, or None if no steps were timed.
@@ -36,7 +45,7 @@ def print_plan(training: Any, output: Output, run: RunFolder, *, resume: bool = 
         output.print(line)
     if not resume and (line := _too_small_line(training)):
         output.print(line)
-    speed = _print_time(training, output, run, resume=resume)
+    speed = _print_time(training, output, run, nets, resume=resume)
     output.print()
     for line in [*recipe_lines(training.recipe), ""]:
         output.log(line)
@@ -98,7 +107,9 @@ def _too_small_line(training: Any) -> str | None:
     return _row("Advice", members_advice(recipe, requirement)) if requirement else None
 
 
-def _print_time(training: Any, output: Output, run: RunFolder, *, resume: bool) -> Any:
+def _print_time(
+    training: Any, output: Output, run: RunFolder, nets: Sequence[int] | None, *, resume: bool
+) -> Any:
     """Time a few steps and print how long the run will take; do nothing under --quiet."""
     if output.quiet:
         return None
@@ -107,7 +118,7 @@ def _print_time(training: Any, output: Output, run: RunFolder, *, resume: bool) 
     speed = measure_speed(training)
     if speed is None:
         return None
-    done = _epochs_done(run) if resume else 0
+    done = _epochs_done(run, training.recipe, nets) if resume or nets else 0
     seconds = seconds_left(training, speed, done)
     output.print(_row("Time", _time_text(speed, seconds, resume)))
     if training.device.type == "cpu" and seconds > LONG_SECONDS and not resume:
@@ -117,10 +128,16 @@ def _print_time(training: Any, output: Output, run: RunFolder, *, resume: bool) 
     return speed if speed.is_timed else None
 
 
-def _epochs_done(run: RunFolder) -> int:
-    """Count the epochs of all networks; a damaged history, which resuming replaces, counts 0."""
+def _epochs_done(run: RunFolder, recipe: Recipe, nets: Sequence[int] | None) -> int:
+    """Count the epochs of all networks, including those that are not to be trained here.
+
+    A damaged history, which resuming replaces, counts 0.
+    """
     done = 0
-    for network in run.networks():
+    for number, network in enumerate(run.networks(), start=1):
+        if nets is not None and number not in nets:
+            done += recipe.train.epochs or 0
+            continue
         with suppress(ValueError, csv.Error):
             done += len(network.history())
     return done

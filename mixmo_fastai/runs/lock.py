@@ -22,6 +22,10 @@ _OWNER_AT = 1  # position of the owner's name; on Windows, byte 0 is locked and 
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
+class FolderInUseError(InputError):
+    """Another process, or this one, trains in a folder."""
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Lock a folder against training by other processes.
@@ -29,7 +33,7 @@ def locked(folder: Path) -> Iterator[None]:
     On a file system without locks, other processes are not excluded.
 
     Raises:
-        InputError: another process, or this one, already holds the lock; the message names it.
+        FolderInUseError: another process, or this one, holds the lock; the message names it.
         RunFailedError: the lock file cannot be written.
     """
     import filelock  # 40 ms
@@ -73,12 +77,12 @@ def _this_process() -> str:
     return f"process {os.getpid()} on {platform.node()}"
 
 
-def _in_use(path: Path) -> InputError:
+def _in_use(path: Path) -> FolderInUseError:
     owner = ""
     with suppress(OSError):
         owner = _read_owner(path)
     name = "this process" if owner == _this_process() else owner or "another process"
-    return InputError(
+    return FolderInUseError(
         f"{path.parent} is in use: {name} is training there.\n"
         "Wait until it finishes, or choose another folder."
     )

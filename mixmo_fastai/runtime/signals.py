@@ -1,4 +1,6 @@
-"""Graceful shutdown on Ctrl-C, SIGTERM and SIGHUP.
+"""Graceful shutdown on Ctrl-C, SIGTERM, SIGHUP and SIGUSR1.
+
+SIGUSR1 is what schedulers such as SLURM send before the time limit of a job.
 
 The first signal lets the current step finish, so that its state can be saved; the second exits
 immediately. Both are noticed even while a long operation keeps the interpreter from running its
@@ -17,7 +19,9 @@ from contextlib import contextmanager
 from types import FrameType
 
 SIGNALS = tuple(
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+    if hasattr(signal, name)
 )
 _NO_SIGNAL = b"\0"
 _SHOW_CURSOR = b"\x1b[?25h"
@@ -38,7 +42,7 @@ class InterruptedBySignal(KeyboardInterrupt):
 
     @property
     def exit_code(self) -> int:
-        """Exit code by shell convention: 130 for Ctrl-C, 143 for SIGTERM."""
+        """Exit code by shell convention: 130 for Ctrl-C, 143 for SIGTERM, 138 for SIGUSR1."""
         return 128 + self.number
 
 

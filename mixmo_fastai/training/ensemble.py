@@ -13,11 +13,12 @@ from typing import Any
 from fastai.callback.core import Callback
 
 from mixmo_fastai.config.recipe import Expected, Recipe
+from mixmo_fastai.errors import InputError
 from mixmo_fastai.evaluation.runs import collect_logits
 from mixmo_fastai.rng import derive_seed
 from mixmo_fastai.runs.create import create_run
 from mixmo_fastai.runs.folder import RunFolder
-from mixmo_fastai.runs.lock import locked
+from mixmo_fastai.runs.lock import FolderInUseError, locked
 from mixmo_fastai.runtime.processes import broadcast_from_rank0, run_on_rank0
 from mixmo_fastai.runtime.signals import StopRequest
 from mixmo_fastai.training.failures import readable_errors
@@ -63,7 +64,84 @@ def train_run(
     with _locked(run):
         if recipe.model.num_nets == 1:
             return train(training, run, cbs=cbs, resume=resume, stop=stop, say=say)
-        return _train_networks(training, run, cbs=cbs, resume=resume, stop=stop, say=say)
+        describe_run(training, run)
+        numbers = range(1, recipe.model.num_nets + 1)
+        _train_networks(training, run, numbers, cbs=cbs, resume=resume, stop=stop, say=say)
+        return _evaluate_networks(training, run, cbs)
+
+
+def train_nets(
+    training: Training,
+    run: RunFolder,
+    nets: Sequence[int],
+    *,
+    cbs: Sequence[Callback] = (),
+    stop: StopRequest | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any] | None:
+    """Train some networks of a deep ensemble; other processes may train the others meanwhile.
+
+    Networks that have a state are resumed, and finished ones are not trained again. The process
+    that finishes last evaluates the ensemble.
+
+    Args:
+        training: see `train_run`.
+        run: see `train_run`.
+        nets: numbers of the networks, from 1, as in the names of their folders.
+        cbs: see `train_run`.
+        stop: see `train_run`.
+        say: see `train_run`.
+
+    Returns:
+        the final metrics, or None if networks are missing or another process evaluates them.
+
+    Raises:
+        InputError: as for `train_run`, or there is no network of a number.
+        RunFailedError: see `train`.
+        InterruptedBySignal: a signal asked to stop.
+    """
+    check_nets(nets, training.recipe.model.num_nets)
+    describe_run(training, run)
+    _train_networks(training, run, nets, cbs=cbs, resume=True, stop=stop, say=say)
+    return _evaluate_if_complete(training, run, cbs, say)
+
+
+def check_nets(nets: Sequence[int], num_nets: int) -> None:
+    """Check the numbers of networks.
+
+    Raises:
+        InputError: the run is no deep ensemble, or has no network of a number.
+    """
+    if num_nets == 1:
+        raise InputError("--nets is for deep ensembles; this run has one network.")
+    for number in nets:
+        if not 1 <= number <= num_nets:
+            raise InputError(
+                f"There is no network {number}: the networks are numbered from 1 to {num_nets}."
+            )
+
+
+def _evaluate_if_complete(
+    training: Training, run: RunFolder, cbs: Sequence[Callback], say: Callable[[str], None]
+) -> dict[str, Any] | None:
+    """Evaluate the ensemble if all networks are finished and no other process does."""
+    finished = broadcast_from_rank0(
+        run.is_writer and [folder.is_finished for folder in run.networks()]
+    )
+    if not all(finished):
+        say(
+            f"{sum(finished)} of {len(finished)} networks are finished; the last one to finish "
+            "evaluates the ensemble."
+        )
+        return None
+    try:
+        with _locked(run):
+            if broadcast_from_rank0(run.is_writer and run.is_finished):
+                return run.metrics()
+            return _evaluate_networks(training, run, cbs)
+    except FolderInUseError:
+        say("All networks are finished; another process evaluates the ensemble.")
+        return None
 
 
 @contextmanager
@@ -77,18 +155,19 @@ def _locked(run: RunFolder) -> Iterator[None]:
 def _train_networks(
     training: Training,
     run: RunFolder,
+    numbers: Sequence[int],
     *,
     cbs: Sequence[Callback],
     resume: bool,
     stop: StopRequest | None,
     say: Callable[[str], None],
-) -> dict[str, Any]:
-    recipe = training.recipe
-    describe_run(training, run)
+) -> None:
+    """Train networks, given by their numbers from 1."""
     folders = run.networks()
-    for index, folder in enumerate(folders):
-        net_recipe = network_recipe(recipe, index)
-        label = f"Network {index + 1} of {len(folders)}, seed {net_recipe.train.seed}"
+    for number in numbers:
+        index, folder = number - 1, folders[number - 1]
+        net_recipe = network_recipe(training.recipe, index)
+        label = f"Network {number} of {len(folders)}, seed {net_recipe.train.seed}"
         if resume and broadcast_from_rank0(folder.is_finished):
             say(f"{label}: finished.")
             continue
@@ -106,6 +185,13 @@ def _train_networks(
             train(net_training, folder, cbs=cbs, resume=has_started, stop=stop, say=say)
         del net_training  # free its memory before the next network is built
         gc.collect()  # a Learner and its callbacks form reference cycles
+
+
+def _evaluate_networks(
+    training: Training, run: RunFolder, cbs: Sequence[Callback]
+) -> dict[str, Any]:
+    """Evaluate the trained networks as one ensemble, and write the final metrics."""
+    recipe, folders = training.recipe, run.networks()
     loaders = training.learn.dls.loaders[1:]
     per_network = broadcast_from_rank0(run.is_writer and [folder.metrics() for folder in folders])
     selected = [each["selected_epoch"] for each in per_network if "selected_epoch" in each]
@@ -127,8 +213,11 @@ def _train_networks(
 
 
 def _network_training(training: Training, recipe: Recipe, index: int) -> Training:
-    """Prepare the training of one network; the first network is built already."""
-    if index == 0:
+    """Prepare the training of one network; the first one is built already.
+
+    It must be built again after another one, whose seed the loaders then have.
+    """
+    if index == 0 and training.learn.dls.train.seed == recipe.train.seed:
         return replace(training, recipe=recipe)
     return prepare_network(recipe, training.source, training.learn.dls)
 
