@@ -5,8 +5,10 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
+import optuna
 import pytest
 import torch
 from PIL import Image
@@ -19,6 +21,7 @@ from mixmo_fastai import MixMoLoss
 from mixmo_fastai.mixing import draw_lam, draw_masks, loss_weights
 from mixmo_fastai.mixing.pairing import draw_pairing
 from mixmo_fastai.models import create_model
+from mixmo_fastai.runs.folder import open_run
 
 pytestmark = pytest.mark.slow
 
@@ -73,6 +76,40 @@ def test_pretrained_resnet50(run, folder, tmp_path):
     assert sum(tensor.numel() for tensor in plain.values()) < sum(
         t.numel() for t in weights.values()
     )
+
+
+def test_sweep_continues_and_stops_hopeless_trials(run, tmp_path):
+    arguments = ["digits", "--epochs", 2, "--arch", "wrn10_1", "--out", "it"]
+    output = run("sweep.py", *arguments, "--trials", 2)
+    assert re.search(r"NLL \d\.\d{4} with trial [01]: \{'optimizer.lr': ", output)
+    output = run("sweep.py", *arguments, "--trials", 1)
+    study = optuna.load_study(study_name="mixmo", storage=f"sqlite:///{tmp_path / 'it/optuna.db'}")
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 3
+    for trial in study.trials:
+        folder = open_run(tmp_path / f"it/trial-{trial.number}")
+        assert trial.value == pytest.approx(folder.metrics()["valid"]["nll"])
+        assert folder.recipe().optimizer.lr == trial.params["optimizer.lr"]
+        losses = [float(row["valid_loss"]) for row in folder.history()]
+        assert [*trial.intermediate_values.values()] == pytest.approx(losses, rel=1e-4)
+
+
+def test_sweep_stops_a_trial_that_is_worse_than_the_median(monkeypatch):
+    prune = runpy.run_path(str(EXAMPLES / "sweep.py"))["Prune"]
+    study = optuna.create_study(pruner=optuna.pruners.MedianPruner(1, 0))
+    learn = SimpleNamespace(recorder=SimpleNamespace(values=[[0.1, 1.0]]), epoch=0)
+
+    def trained(loss):
+        learn.recorder.values.append([0.0, loss])
+        trial = study.ask()
+        callback = prune(trial)
+        callback.learn = learn
+        callback.after_epoch()
+        study.tell(trial, loss)
+
+    trained(1.0)
+    trained(0.5)
+    with pytest.raises(optuna.TrialPruned):
+        trained(2.0)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
