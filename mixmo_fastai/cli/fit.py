@@ -83,15 +83,31 @@ def fit(
         _resume(open_run(resume), data_dir, loggers, output, numbers)
         return
     resolved = resolve_recipe(dataset, recipe, settings, assignments or ())
-    if numbers is not None:
-        _check_can_be_shared(resolved, numbers, out)
-    with suppress(RunExistsError) if numbers is not None else nullcontext():
+    if numbers is None:
         check_free(out)
-        _start(resolved, out, data_dir, loggers, output, nets=numbers)
+        _start(resolved, out, data_dir, loggers, output, nets=None)
+    else:
+        _start_or_join(resolved, out, data_dir, loggers, output, nets=numbers)
+
+
+def _start_or_join(
+    recipe: Recipe,
+    out: Path | None,
+    data_dir: Path | None,
+    loggers: Sequence[str],
+    output: Output,
+    *,
+    nets: Sequence[int],
+) -> None:
+    """Train networks of a run that other processes may have started, or start just now."""
+    _check_can_be_shared(recipe, nets, out)
+    with suppress(RunExistsError):
+        check_free(out)
+        _start(recipe, out, data_dir, loggers, output, nets=nets)
         return
     run = open_run(out or "")
-    check_same_settings(resolved, run)
-    _resume(run, data_dir, loggers, output, numbers)
+    check_same_settings(recipe, run)
+    _resume(run, data_dir, loggers, output, nets)
 
 
 def parse_nets(text: str) -> list[int]:
