@@ -47,7 +47,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("network", type=Path, help="file of `mixmo export`, .safetensors or .onnx")
     try:
-        page(parser.parse_args().network).launch()
+        page(parser.parse_args().network).launch(show_error=True)
     except InputError as error:
         raise SystemExit(str(error)) from error
 

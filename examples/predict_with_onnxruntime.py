@@ -25,8 +25,9 @@ def prepare(image, facts):
 def plausible_classes(probabilities, threshold):
     """Return the prediction set by the score RAPS, most likely class first."""
     order = (-probabilities).argsort(kind="stable")
-    scores = probabilities[order].cumsum().round(6) + 0.05 * np.arange(len(order))
-    return order[: max(1, int((scores <= threshold).sum()))]
+    larger = probabilities[order].cumsum() - probabilities[order]
+    scores = larger.round(6) + 0.05 * np.arange(len(order))
+    return order[: int((scores <= threshold).sum())]
 
 
 def main():

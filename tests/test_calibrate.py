@@ -189,6 +189,13 @@ class TestFiles:
         assert found.abstain(0.2, "entropy") == written.abstain(0.2, "entropy")
         assert json.loads((tmp_path / CALIBRATION).read_text())["images"][3] == "valid/3"
 
+    def test_calibration_is_described_in_a_line(self):
+        found = fit()
+        assert found.temperature == found.scaling.temperature
+        text = f"temperature {found.temperature:.4f}, 400 images, 4 classes"
+        assert repr(found) == f"<Calibration: {text}>"
+        assert "no scaling" in repr(replace(found, scaling=None))
+
     def test_damage_is_explained(self, tmp_path):
         run = RunFolder(tmp_path)
         write_calibration(run, fit())
@@ -199,7 +206,7 @@ class TestFiles:
             (CALIBRATION, b"{"),
             (CALIBRATION, whole.replace(b'"scaling"', b'"scalin"')),
             (CALIBRATION, whole.replace(b'"valid/3",', b"")),
-            (CALIBRATION, whole.replace(b'"format": 1', b'"format": 2')),
+            (CALIBRATION, whole.replace(b'"format": 2', b'"format": 1')),
             (CALIBRATION, whole.replace(b'"sha256": "', b'"sha256": "0')),
             (CALIBRATION_IMAGES, tensors[:50]),
             (CALIBRATION_IMAGES, None),

@@ -44,17 +44,18 @@ def lac_scores(probabilities: Tensor) -> Tensor:
 
 
 def aps_scores(probabilities: Tensor) -> Tensor:
-    """Return the summed probability of each class and of all likelier ones: (N, K) -> (N, K).
+    """Return the summed probability of all classes likelier than each: (N, K) -> (N, K).
 
-    The published scores subtract a random fraction of the class's own probability. Without it, the
-    sets are the same each time, and the coverage holds as well.
+    The published scores add a random fraction of the class's own probability. Without it, the sets
+    are the same each time, contain the most likely class, and the coverage holds as well. With all
+    of it, images whose most likely class exceeds the threshold would have empty sets.
 
     Example:
         >>> aps_scores(torch.tensor([[0.5, 0.125, 0.375]]))
-        tensor([[0.5000, 1.0000, 0.8750]])
+        tensor([[0.0000, 0.8750, 0.5000]])
     """
     ordered, order = probabilities.sort(dim=1, descending=True, stable=True)
-    sums = ordered.cumsum(dim=1).round(decimals=DECIMALS)
+    sums = (ordered.cumsum(dim=1) - ordered).round(decimals=DECIMALS)
     return torch.empty_like(probabilities).scatter_(1, order, sums)
 
 
@@ -66,7 +67,7 @@ def raps_scores(probabilities: Tensor) -> Tensor:
 
     Example:
         >>> raps_scores(torch.tensor([[0.5, 0.125, 0.375]]))  # penalties 0, 0.1 and 0.05
-        tensor([[0.5000, 1.1000, 0.9250]])
+        tensor([[0.0000, 0.9750, 0.5500]])
     """
     order = probabilities.argsort(dim=1, descending=True, stable=True)
     ranks = order.argsort(dim=1) + 1
@@ -87,7 +88,8 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {
 def default_score(num_classes: int) -> str:
     """Return the default score: "raps", or "lac" for two classes.
 
-    With two classes, the less likely one has the score 1 in "aps" and a constant in "raps".
+    With two classes, "aps" and "raps" never have an empty set and differ from "lac" in nothing
+    else.
 
     Example:
         >>> default_score(2), default_score(10)
@@ -145,7 +147,7 @@ class ConformalSets:
         Raises:
             InputError: invalid arguments, or too few images.
         """
-        probabilities = check_probabilities(probabilities, labels)
+        probabilities, labels = check_probabilities(probabilities, labels), torch.as_tensor(labels)
         score = check_score(score, probabilities.shape[1])
         of_labels = SCORES[score](probabilities).gather(1, labels.long()[:, None])[:, 0]
         return sets_from_scores(
@@ -160,7 +162,9 @@ class ConformalSets:
     def __call__(self, probabilities: Tensor) -> Tensor:
         """Return which classes each set contains, (N, K) bool.
 
-        An empty set gets the most likely class, which only raises the coverage.
+        An empty set, which only "lac" can have, gets the most likely class; this only raises the
+        coverage. If the most likely classes are correct more often than `coverage`, the sets of
+        "aps" and "raps" are these classes.
 
         Args:
             probabilities: (N, K).
@@ -339,6 +343,7 @@ def check_probabilities(probabilities: Tensor, labels: Tensor | None = None) -> 
         >>> check_probabilities(torch.tensor([[0.5, 0.5]])).dtype
         torch.float64
     """
+    labels = None if labels is None else torch.as_tensor(labels)
     values = torch.as_tensor(probabilities).as_subclass(Tensor).detach().cpu().double()
     if values.ndim != 2 or values.shape[1] < 2 or not len(values):
         raise InputError(

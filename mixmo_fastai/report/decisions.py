@@ -156,8 +156,8 @@ def notes(data: DecisionData, summary: dict[str, object]) -> list[str]:
             lines.append(f"{none} The next limit that can be met, {limit}, is shown instead.")
         text = (
             f"Accept predictions with a probability of {percent(data.abstain.threshold)} or more: "
-            f"with a certainty of {guarantee}, at most {limit} of them are wrong. On these images "
-            f"that accepts {percent(reached['coverage'])}"
+            f"with a certainty of {guarantee}, at most {limit} of them are wrong. On the test "
+            f"images that accepts {percent(reached['coverage'])}"
         )
         if reached["risk"] is not None:
             text += f", of which {percent(reached['risk'])} are wrong"
@@ -171,8 +171,8 @@ def notes(data: DecisionData, summary: dict[str, object]) -> list[str]:
         low, high = map(percent, found["interval"])
         lines.append(
             f"Sets for {round_percent(COVERAGE)} contain the label of {percent(found['coverage'])} "
-            f"of these images ({low} to {high}) and have {found['mean_size']:.2f} classes on "
-            "average."
+            f"of the test images ({low} to {high}) and have {found['mean_size']:.2f} classes on "
+            "average. That holds for all classes together; --per-class makes it hold for each."
         )
     command = (
         f"mixmo predict RUN IMAGES --max-risk {data.abstain.max_risk:g} --coverage {COVERAGE:g}"
@@ -219,7 +219,7 @@ def threshold_chart(data: DecisionData) -> Chart:
         percent_axis(axes.xaxis, axes.yaxis)
 
     text = f"Error rate by accepted fraction; the threshold accepts {percent(reached['coverage'])}."
-    caption = "The threshold is chosen on calibration images, the curve is of these images."
+    caption = "The threshold is chosen on calibration images, the curve is of the test images."
     return Chart("Accept or ask", Plot(draw, "decisions", text), caption)
 
 

@@ -32,12 +32,12 @@ from mixmo_fastai.metrics.scaling import Scaling
 from mixmo_fastai.runs.folder import RunFolder
 
 CALIBRATION, CALIBRATION_IMAGES = "calibration.json", "calibration.safetensors"
-FORMAT = 1
+FORMAT = 2  # 1 had other scores of prediction sets
 CONFIDENCES = ("confidence", "entropy", "mutual-information", "max-logit", "energy")
 """Scores by which predictions are accepted: larger is more confident, so some are negated."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Calibration:
     """What was fitted and computed on calibration images.
 
@@ -64,6 +64,17 @@ class Calibration:
     correct: Tensor
     label_scores: Mapping[str, Tensor]
     confidences: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        method = "no scaling" if self.scaling is None else f"{self.scaling.method} scaling"
+        if self.temperature is not None:
+            method = f"temperature {self.temperature:.4f}"
+        return f"<Calibration: {method}, {len(self.labels):,} images, {self.num_classes} classes>"
+
+    @property
+    def temperature(self) -> float | None:
+        """The temperature by which logits are divided; None for vector scaling or no scaling."""
+        return None if self.scaling is None else self.scaling.temperature
 
     def sets(
         self, coverage: float, score: str | None = None, *, per_class: bool = False
