@@ -32,6 +32,7 @@ COMMANDS_BEFORE_CODE = {
     "export.md": [
         "fit digits --arch wrn10_1 --limit 64 --epochs 1 --device cpu --out RUN --quiet",
         "export RUN --to net.pt2",
+        "push RUN --to hub-folder",
     ]
 }
 

@@ -30,7 +30,7 @@ PACKAGES = {
     "data": NUMERIC | FASTAI | VISION | {"sklearn", "pyarrow"},
     "callbacks": NUMERIC | FASTAI,
     "learner": NUMERIC | FASTAI | {"accelerate"},
-    "export": NUMERIC | {"safetensors", "onnx", "onnxruntime"},
+    "export": NUMERIC | {"safetensors", "onnx", "onnxruntime", "huggingface_hub"},
     "evaluation": NUMERIC | FASTAI,
     "training": NUMERIC | FASTAI | {"safetensors"},
     "study": NUMERIC | {"safetensors", "scipy"},

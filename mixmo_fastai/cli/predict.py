@@ -31,7 +31,10 @@ from mixmo_fastai.runs.output import free_file
 def predict(
     run: Annotated[
         Path,
-        typer.Argument(help="A run folder, or a .safetensors or .onnx of `mixmo export`."),
+        typer.Argument(
+            help="A run folder, a .safetensors or .onnx of `mixmo export`, a folder of "
+            "`mixmo push`, or hf:USER/NAME."
+        ),
     ],
     images: Annotated[list[Path], typer.Argument(help="Image files, or folders of images.")],
     *,
@@ -55,9 +58,10 @@ def predict(
     debug: opt.Debug = False,
 ) -> None:
     """Predict class, probability and the members' votes of each image, as CSV or JSON."""
-    if run.suffix and not run.exists():
+    is_pushed = str(run).startswith("hf:") or (run / "config.json").is_file()
+    if run.suffix and not run.exists() and not is_pushed:
         raise InputError(f"There is no exported network or run folder {str(run)!r}.")
-    folder = None if run.is_file() else open_run(run)
+    folder = None if run.is_file() or is_pushed else open_run(run)
     opt.check_device(device)
     opt.check_fractions(coverage=coverage, max_risk=max_risk, ood_threshold=ood_threshold)
     for flag, value, needed, is_given in (

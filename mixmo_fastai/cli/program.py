@@ -18,7 +18,12 @@ from mixmo_fastai.errors import InputError, RunFailedError, RunInterruptedError
 from mixmo_fastai.runtime.signals import StopRequest, handling_signals
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
-SIGNAL_MESSAGES = {INTERRUPTED: "Interrupted.", 143: "Terminated.", 129: "Hung up."}
+SIGNAL_MESSAGES = {
+    INTERRUPTED: "Interrupted.",
+    143: "Terminated.",
+    129: "Hung up.",
+    138: "Stopped.",
+}
 
 _COMMANDS = {
     "fit": (
@@ -62,6 +67,10 @@ _COMMANDS = {
     "export": (
         "export:export",
         "Write one plain network (encoder, core, head) that computes the logits of the ensemble.",
+    ),
+    "push": (
+        "push:push",
+        "Write one plain network with a model card, in the layout of the Hugging Face Hub.",
     ),
     "import": (
         "import_:import_",

@@ -52,6 +52,9 @@ NUM_CHECKED = 256
 """Number of images on which an exported network is compared with the run."""
 TOLERANCES = {".safetensors": 1e-5, ".onnx": 1e-4, ".pt2": 1e-4}
 """Largest difference of logits relative to the largest logit; others sum in a different order."""
+HUB_PREFIX = "hf:"
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+"""Files of a folder in the layout of the Hugging Face Hub; see `hub`."""
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 Metadata = dict[str, str]
 
@@ -176,12 +179,20 @@ def load_fused(path: Path | str) -> ExportedNetwork:
     """Load a network that `mixmo export` wrote. No code in the file is executed.
 
     Args:
-        path: a .safetensors file, or an .onnx file, which onnxruntime runs on the CPU.
+        path: a .safetensors file, or an .onnx file, which onnxruntime runs on the CPU; a folder
+            that `mixmo push` wrote; or "hf:USER/NAME", a repository of the Hugging Face Hub, also
+            with @REVISION.
 
     Raises:
-        InputError: the file is missing, damaged, or not an exported network of these formats.
+        InputError: the file is missing, damaged, or not an exported network of these formats, or
+            the repository cannot be read.
     """
+    if str(path).startswith(HUB_PREFIX):
+        from mixmo_fastai.export.hub import download_weights
+
+        path = download_weights(str(path).removeprefix(HUB_PREFIX))
     path = Path(path)
+    path = path / WEIGHTS if (path / CONFIG).is_file() else path
     if path.is_dir() or not path.exists():
         raise InputError(f"There is no file {str(path)!r}.")
     if path.suffix.lower() == ".onnx":
@@ -204,14 +215,42 @@ def load_fused(path: Path | str) -> ExportedNetwork:
         published = parse_architecture(arch).depth > 0
         # A damaged file may claim a huge network: on "meta", no memory is allocated for it.
         with torch.device("meta" if published else "cpu"):
-            channels, height, width = facts.image_shape
-            parts = create_model(arch, len(facts.classes), 1, channels, image_size=(height, width))
-            model = assemble(parts.encoders[0], parts.core, parts.heads[0])
+            model = plain_network(arch, facts)
         types = {name: tensor.dtype for name, tensor in model.state_dict().items()}
         if types != {name: tensor.dtype for name, tensor in tensors.items()}:
             raise ValueError(f"its tensors are not those of {arch}")
         model.load_state_dict(tensors, assign=True)
     return ExportedNetwork(model.eval(), arch, facts, calibration)
+
+
+def plain_network(arch: str, facts: DataFacts) -> nn.Module:
+    """Create the untrained plain network into which a network of an architecture fuses.
+
+    Raises:
+        InputError: the architecture is unknown, or does not fit the images.
+    """
+    channels, height, width = facts.image_shape
+    parts = create_model(arch, len(facts.classes), 1, channels, image_size=(height, width))
+    return assemble(parts.encoders[0], parts.core, parts.heads[0])
+
+
+def write_fused(
+    model: nn.Module,
+    arch: str,
+    facts: DataFacts,
+    calibration: dict[str, Any] | None,
+    path: Path,
+) -> None:
+    """Write a plain network as a .safetensors file that `load_fused` reads.
+
+    Args:
+        model: the network.
+        arch: name of its architecture.
+        facts: facts about its data.
+        calibration: entry of the header, from `thresholds.exported_thresholds`; None for none.
+        path: the file.
+    """
+    _write_tensors(model, facts, _metadata(arch, facts, calibration), path)
 
 
 @contextmanager

@@ -120,6 +120,7 @@ class ExportedCalibration:
     Attributes:
         scaling: applied to the logits before they are compared with thresholds; None for none.
         in_logits: whether the logits of the network are scaled already.
+        entry: the entry of the header.
 
     Raises:
         ValueError: a value is impossible.
@@ -130,7 +131,7 @@ class ExportedCalibration:
         values = entry["scaling"]
         self.scaling = None if values is None else Scaling.from_mapping(values)
         self.in_logits = bool(entry["in_logits"])
-        self._entry, self._num_images = entry, int(entry["num_images"])
+        self.entry, self._num_images = entry, int(entry["num_images"])
         self._num_classes = num_classes
 
     def sets(
@@ -148,7 +149,7 @@ class ExportedCalibration:
         """
         score = check_score(score, self._num_classes)
         key = f"{score}-per-class" if per_class else score
-        values = _chosen(self._entry["sets"], key, coverage, "coverage")
+        values = _chosen(self.entry["sets"], key, coverage, "coverage")
         return ConformalSets(score, coverage, tuple(map(float, values)), self._num_images)
 
     def abstain(self, max_risk: float, score: str) -> Abstain:
@@ -157,7 +158,7 @@ class ExportedCalibration:
         Raises:
             InputError: the file has no threshold for it; the message lists those it has.
         """
-        threshold = _chosen(self._entry["abstention"], score, max_risk, "risk")
+        threshold = _chosen(self.entry["abstention"], score, max_risk, "risk")
         if threshold is None:
             return Abstain(math.inf, max_risk, GUARANTEE, 0.0, 0.0, self._num_images)
         # Bound and coverage on the calibration images are not in the file.
@@ -169,7 +170,7 @@ class ExportedCalibration:
         Raises:
             InputError: the file has no threshold for it; the message lists those it has.
         """
-        return float(_chosen(self._entry["familiar"], score, fraction, "fraction"))
+        return float(_chosen(self.entry["familiar"], score, fraction, "fraction"))
 
 
 def _chosen(table: Mapping[str, Any], score: str, value: float, kind: str) -> Any:

@@ -1,0 +1,221 @@
+"""The model card of a run: results, data, training, calibration and limits, from its own files."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from mixmo_fastai.config.choices import DATASETS
+from mixmo_fastai.config.methods import method_name
+from mixmo_fastai.config.recipe import Recipe
+from mixmo_fastai.config.schema import to_toml
+from mixmo_fastai.export.files import HUB_PREFIX
+from mixmo_fastai.metrics.table import percent
+from mixmo_fastai.runs.data_facts import DataFacts
+from mixmo_fastai.runs.folder import RunFolder
+
+HUB_DATASETS = {
+    "cifar10": "uoft-cs/cifar10",
+    "cifar100": "uoft-cs/cifar100",
+    "tinyimagenet": "zh-plus/tiny-imagenet",
+}
+"""Names of data sets on the Hub."""
+MAX_CLASSES = 20
+"""Number of class names in the card; config.json has all."""
+_SPLITS = {"test": "test", "valid": "validation"}
+
+
+def model_card(
+    run: RunFolder, address: str, facts: DataFacts, *, license_id: str, is_calibrated: bool
+) -> str:
+    """Write the card of a finished run, as Markdown with metadata.
+
+    Args:
+        run: the run.
+        address: what `load_fused` reads: a folder, or "hf:USER/NAME".
+        facts: of the fused network.
+        license_id: licence of the weights.
+        is_calibrated: whether the logits contain the calibration of the run, if it has one.
+    """
+    recipe, metrics = run.recipe(), run.metrics()
+    split = "test" if "test" in metrics else "valid"
+    dataset = recipe.data.dataset if recipe.data.dataset in DATASETS else _name(recipe)
+    name = address.removeprefix(HUB_PREFIX)
+    parts = [
+        f"---\n{_metadata(name, dataset, recipe, metrics[split], license_id)}\n---",
+        f"# {name}",
+        _summary(recipe, facts, metrics, dataset),
+        "## Results",
+        *_results(metrics, split),
+        "## Use",
+        _usage(address),
+        "## Data",
+        _data(facts, dataset),
+        "## Probabilities",
+        *_probabilities(metrics, split, is_calibrated=is_calibrated),
+        "## Limits",
+        _limits(metrics, split, recipe),
+        "## Training",
+        _training(recipe, metrics),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _name(recipe: Recipe) -> str:
+    return Path(recipe.data.dataset).name
+
+
+def _metadata(
+    name: str, dataset: str, recipe: Recipe, final: Mapping[str, Any], license_id: str
+) -> str:
+    """Return the metadata in YAML."""
+    results = [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=HUB_DATASETS.get(dataset, dataset),
+            dataset_name=dataset,
+            metric_type=metric,
+            metric_value=round(float(final[metric]), 6),
+        )
+        for metric in ("accuracy", "nll", "ece")
+        if metric in final
+    ]
+    data = ModelCardData(
+        license=license_id,
+        library_name="mixmo-fastai",
+        pipeline_tag="image-classification",
+        tags=["mixmo", "ensemble", "uncertainty"] if recipe.model.num_members > 1 else [],
+        datasets=[HUB_DATASETS[dataset]] if dataset in HUB_DATASETS else None,
+        metrics=["accuracy"],
+        model_name=name,
+        eval_results=results,
+    )
+    return str(data.to_yaml()).strip()
+
+
+def _summary(recipe: Recipe, facts: DataFacts, metrics: Mapping[str, Any], dataset: str) -> str:
+    members = recipe.model.num_members
+    network = f"{recipe.model.arch}, {method_name(recipe)}, trained on {dataset}."
+    if members == 1:
+        return f"{network} A classifier of {len(facts.classes)} classes."
+    return (
+        f"{network} A classifier of {len(facts.classes)} classes: an ensemble of {members} members "
+        "trained in one network ([MixMo](https://arxiv.org/abs/2103.06132)), fused into one plain "
+        "network with the logits of the ensemble and the cost of a single prediction."
+    )
+
+
+def _results(metrics: Mapping[str, Any], split: str) -> list[str]:
+    final, intervals = metrics[split], metrics.get("intervals", {})
+    rows = [("metric", "value", "95 % interval"), ("---", "---", "---")]
+    for key, label, text in (
+        ("accuracy", "accuracy", percent),
+        ("nll", "NLL", _number),
+        ("brier", "Brier score", _number),
+        ("ece", "ECE", percent),
+    ):
+        if key in final:
+            ends = " to ".join(map(text, intervals[key])) if key in intervals else ""
+            rows.append((label, text(final[key]), ends))
+    if len(members := final["member_accuracy"]) > 1:
+        rows.append(("accuracy of the members", ", ".join(map(percent, members)), ""))
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    source = (
+        f"On the {_SPLITS[split]} images, before calibration; intervals by bootstrap over images."
+    )
+    if split == "valid":
+        source += (
+            " There was no test set, and the validation images may have been used for choices."
+        )
+    return [source, table]
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}"
+
+
+def _usage(address: str) -> str:
+    name = address.removeprefix(HUB_PREFIX)
+    return f"""```python
+from mixmo_fastai.export.files import load_fused
+
+network = load_fused("{address}")  # network.model is a plain torch module
+```
+
+    mixmo predict {address} IMAGES --coverage 0.9 --max-risk 0.05
+
+With the library of the Hub:
+`mixmo_fastai.export.hub.FusedClassifier.from_pretrained("{name}")`. Input: images scaled to cover
+the size below, cut at the centre, `(pixels / 255 - mean) / std` with the values of
+`config.json`. Output: logits."""
+
+
+def _data(facts: DataFacts, dataset: str) -> str:
+    channels, height, width = facts.image_shape
+    shown = ", ".join(facts.classes[:MAX_CLASSES])
+    more = ", …" if len(facts.classes) > MAX_CLASSES else ""
+    return (
+        f"{dataset}: images of {height}x{width} pixels with {channels} "
+        f"channel{'s' * (channels > 1)}. Classes: {shown}{more}."
+    )
+
+
+def _probabilities(metrics: Mapping[str, Any], split: str, *, is_calibrated: bool) -> list[str]:
+    """Describe calibration, prediction sets and abstention, as far as they were measured."""
+    found = metrics.get("calibration")
+    if found is None:
+        return ["Not calibrated: the run has no calibration images."]
+    if found["method"] == "none":
+        lines = [f"Not calibrated: {found['reason']}."]
+    else:
+        where = "The logits contain" if is_calibrated else "The logits do not contain"
+        before, after = found["before"], found["after"]
+        lines = [
+            f"{where} the {found['method']} scaling fitted on {found['num_images']:,} images that "
+            f"were not trained on. In cross-validation on them, the NLL with it is "
+            f"{_number(after['nll'])} instead of {_number(before['nll'])}, the ECE "
+            f"{percent(after['ece'])} instead of {percent(before['ece'])}."
+        ]
+    if (sets := metrics.get("sets")) and "coverage" in (raps := sets.get("raps", {})):
+        low, high = map(percent, raps["interval"])
+        lines.append(
+            f"Prediction sets for {percent(sets['requested_coverage'])} contain the label of "
+            f"{percent(raps['coverage'])} of the {_SPLITS[split]} images ({low} to {high}), with "
+            f"{raps['mean_size']:.2f} classes on average."
+        )
+    if (abstention := metrics.get("abstention")) and (chosen := abstention.get("confidence")):
+        limit = percent(abstention["max_risk"])
+        if chosen["risk"] is None:
+            lines.append(f"No threshold guarantees a risk of {limit}.")
+        else:
+            lines.append(
+                f"Predictions above the threshold for a risk of {limit}: "
+                f"{percent(chosen['coverage'])} of the {_SPLITS[split]} images, of which "
+                f"{percent(chosen['risk'])} are wrong."
+            )
+    return lines
+
+
+def _limits(metrics: Mapping[str, Any], split: str, recipe: Recipe) -> str:
+    final = metrics[split]
+    lines = [
+        "The results hold for images from the same source as those it was measured on. Other "
+        "cameras, other framing and other classes were not measured.",
+        "Every image gets one of the classes, also an image of something else.",
+        f"It is wrong on {percent(1 - final['accuracy'])} of the images measured; errors are not "
+        "spread evenly over the classes.",
+    ]
+    if recipe.data.limit:
+        lines.append(f"It was trained on {recipe.data.limit:,} images only.")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _training(recipe: Recipe, metrics: Mapping[str, Any]) -> str:
+    shared = replace(recipe, data=replace(recipe.data, dataset=_name(recipe)))
+    return (
+        f"{metrics['epochs']} epochs, {metrics['images_seen']:,} images seen, "
+        f"{metrics['parameters']:,} parameters in training. The recipe:\n\n"
+        f"```toml\n{to_toml(shared).strip()}\n```"
+    )

@@ -1,0 +1,221 @@
+"""Folders in the layout of the Hugging Face Hub: a fused network, its configuration and its card.
+
+config.json         architecture, classes, normalisation and thresholds
+model.safetensors   the weights, as `mixmo export` writes them
+README.md           the card, from the files of the run
+
+Shapes: B images of C channels, H × W pixels, K classes.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from huggingface_hub import HfApi, PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import Tensor, nn
+
+from mixmo_fastai.errors import InputError, summarize_error
+from mixmo_fastai.export.card import model_card
+from mixmo_fastai.export.files import (
+    CONFIG,
+    HUB_PREFIX,
+    WEIGHTS,
+    check_export,
+    export_run,
+    load_fused,
+    plain_network,
+    write_fused,
+)
+from mixmo_fastai.runs.data_facts import DataFacts
+from mixmo_fastai.runs.folder import RunFolder
+
+LIBRARY = "mixmo-fastai"
+
+
+class FusedClassifier(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name=LIBRARY,
+    tags=["image-classification", "mixmo"],
+):
+    """A fused network as the Hub's own library loads and saves it.
+
+        FusedClassifier.from_pretrained("USER/NAME")  # or a folder
+
+    Args:
+        architecture: name of the network.
+        classes: names of the K classes, in the order of the logits.
+        mean: per channel, of pixels in [0, 1].
+        std: per channel.
+        image_shape: (C, H, W).
+        calibration: thresholds, as in the header of an exported file; None without calibration.
+
+    Attributes:
+        network: the plain network.
+
+    Raises:
+        InputError: the architecture is unknown, or an argument is impossible.
+    """
+
+    def __init__(
+        self,
+        architecture: str,
+        *,
+        classes: list[str],
+        mean: list[float],
+        std: list[float],
+        image_shape: list[int],
+        calibration: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        values = {"classes": classes, "mean": mean, "std": std, "image_shape": image_shape}
+        try:
+            self.facts = DataFacts.from_mapping(values)
+        except ValueError as error:
+            raise InputError(f"Impossible configuration: {error}.") from error
+        self.architecture, self.calibration = architecture, calibration
+        self.network = plain_network(architecture, self.facts)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Compute logits: standardised images (B, C, H, W) -> (B, K)."""
+        logits: Tensor = self.network(images)
+        return logits
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        path = save_directory / WEIGHTS
+        write_fused(self.network, self.architecture, self.facts, self.calibration, path)
+
+    @classmethod
+    def _load_as_safetensor(
+        cls, model: "FusedClassifier", model_file: str, map_location: str, strict: bool
+    ) -> "FusedClassifier":
+        loaded = load_fused(model_file)
+        if (loaded.arch, loaded.facts) != (model.architecture, model.facts):
+            raise InputError(f"{model_file} does not belong to the {CONFIG} beside it.")
+        model.network = loaded.model.to(map_location)
+        return model.eval()
+
+
+def write_hub_folder(
+    run: RunFolder,
+    folder: Path,
+    data_dir: Path | None = None,
+    *,
+    address: str,
+    license_id: str = "unknown",
+    raw: bool = False,
+) -> dict[str, Any]:
+    """Write a finished run in the layout of the Hub, fused into one plain network.
+
+    Args:
+        run: a finished run of one network.
+        folder: a folder that exists and is empty.
+        data_dir: folder of the run's data, if not the one that training used.
+        address: how `load_fused` will find it, for the card: a folder, or "hf:USER/NAME".
+        license_id: licence of the weights, by its identifier on the Hub.
+        raw: whether to write the logits without calibration.
+
+    Returns:
+        The result of `export_run`.
+
+    Raises:
+        InputError: as for `export_run`.
+    """
+    result = export_run(run, folder / WEIGHTS, data_dir, raw=raw)
+    loaded = load_fused(folder / WEIGHTS)
+    calibration = None if loaded.calibration is None else loaded.calibration.entry
+    config = _config(loaded.arch, loaded.facts, calibration)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    text = model_card(run, address, loaded.facts, license_id=license_id, is_calibrated=not raw)
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    return result
+
+
+def _config(arch: str, facts: DataFacts, calibration: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the arguments of `FusedClassifier`, and the names that the Hub's pages know."""
+    return {
+        "model_type": "mixmo",
+        "architecture": arch,
+        "classes": list(facts.classes),
+        "mean": list(facts.mean),
+        "std": list(facts.std),
+        "image_shape": list(facts.image_shape),
+        "id2label": {str(index): name for index, name in enumerate(facts.classes)},
+        "label2id": {name: index for index, name in enumerate(facts.classes)},
+        "calibration": calibration,
+    }
+
+
+def push_run(
+    run: RunFolder,
+    to: str,
+    data_dir: Path | None = None,
+    *,
+    license_id: str = "unknown",
+    private: bool = False,
+    raw: bool = False,
+) -> dict[str, Any]:
+    """Write a finished run to a folder, or to a repository of the Hub.
+
+    Args:
+        run: a finished run of one network.
+        to: a folder that does not exist yet or is empty, or "hf:USER/NAME".
+        data_dir: folder of the run's data, if not the one that training used.
+        license_id: see `write_hub_folder`.
+        private: whether a new repository is private.
+        raw: see `write_hub_folder`.
+
+    Returns:
+        The result of `export_run`, and "to", the folder or the address of the repository.
+
+    Raises:
+        InputError: as for `export_run`; or the folder is not empty, or the Hub cannot be reached or
+            refuses the upload.
+    """
+    check_export(run, Path(WEIGHTS))
+    if not to.startswith(HUB_PREFIX):
+        folder = Path(os.path.expanduser(to))
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise InputError(f"{to!r} exists and was not changed. Choose another --to.")
+        folder.mkdir(parents=True, exist_ok=True)
+        settings = {"address": folder.resolve().name, "license_id": license_id, "raw": raw}
+        return {**write_hub_folder(run, folder, data_dir, **settings), "to": str(folder)}
+    repository, api = to.removeprefix(HUB_PREFIX), HfApi(library_name=LIBRARY)
+    try:
+        url = api.create_repo(repository, private=private, exist_ok=True)
+        with TemporaryDirectory() as temporary:
+            settings = {"address": HUB_PREFIX + url.repo_id, "license_id": license_id, "raw": raw}
+            result = write_hub_folder(run, Path(temporary), data_dir, **settings)
+            api.upload_folder(
+                repo_id=url.repo_id, folder_path=temporary, commit_message="Add the network"
+            )
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise InputError(
+            f"Cannot push to {repository}: {summarize_error(error)}.\n"
+            "Log in with `hf auth login`, or write a folder: --to FOLDER."
+        ) from error
+    return {**result, "to": str(url)}
+
+
+def download_weights(name: str) -> Path:
+    """Return the weights of a repository, or of a folder in its layout.
+
+    Args:
+        name: USER/NAME, optionally with @REVISION, or a folder.
+
+    Raises:
+        InputError: there is no such repository or file, or it cannot be reached.
+    """
+    if (folder := Path(os.path.expanduser(name))).is_dir():
+        return folder / WEIGHTS
+    repository, _, revision = name.partition("@")
+    try:
+        return Path(hf_hub_download(repository, WEIGHTS, revision=revision or None))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(
+            f"Cannot load {WEIGHTS} of {repository!r}: {summarize_error(error)}."
+        ) from error
