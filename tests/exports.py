@@ -1,7 +1,7 @@
 """A finished run on three classes of images, to be exported."""
 
 import pytest
-from datasets import write_image_folder
+from small_data import write_image_folder
 
 from mixmo_fastai.config.resolve import resolve_recipe
 from mixmo_fastai.runs.create import create_run

@@ -5,8 +5,8 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
-from datasets import write_image_folder
 from markupsafe import Markup
+from small_data import write_image_folder
 
 from mixmo_fastai.config.recipe import Expected
 from mixmo_fastai.config.resolve import resolve_recipe

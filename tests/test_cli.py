@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from datasets import write_cifar100, write_image_folder
 from safetensors.torch import load_file
+from small_data import write_cifar100, write_image_folder
 
 import mixmo_fastai
 from mixmo_fastai.cli import lr_find, run

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import write_image_folder
+from small_data import write_image_folder
 
 from mixmo_fastai.cli import run
 from mixmo_fastai.config.load import load_recipe, override

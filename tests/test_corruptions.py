@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from datasets import write_image_folder
+from small_data import write_image_folder
 
 from mixmo_fastai.cli import run as program
 from mixmo_fastai.config.resolve import resolve_recipe

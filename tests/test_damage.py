@@ -3,8 +3,8 @@ import os
 
 import pytest
 import torch
-from datasets import write_image_folder, write_tiny_imagenet
 from PIL import Image
+from small_data import write_image_folder, write_tiny_imagenet
 
 from mixmo_fastai.cli import run as program
 from mixmo_fastai.data import cache

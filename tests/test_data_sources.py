@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import (
+from small_data import (
     CIFAR10_CLASSES,
     class_images,
     with_checksums,

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from datasets import write_image_folder
+from small_data import write_image_folder
 
 from mixmo_fastai.cli import run
 from mixmo_fastai.config.defaults import (

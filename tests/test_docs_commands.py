@@ -11,8 +11,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import wandb
-from datasets import write_cifar10, write_cifar100, write_image_folder
 from pages import EXTENDING, STUDY, TEXTS, blocks, command_lines
+from small_data import write_cifar10, write_cifar100, write_image_folder
 from test_corruptions import write_official
 
 from mixmo_fastai.cli import fit, lr_find, show

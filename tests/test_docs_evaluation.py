@@ -8,8 +8,8 @@ from contextlib import redirect_stdout
 import numpy as np
 import pytest
 import torch
-from datasets import write_image_folder
 from pages import TEXTS, names_in, prose, table
+from small_data import write_image_folder
 
 from mixmo_fastai.cli.program import run
 from mixmo_fastai.data.corruptions import BUILT_IN

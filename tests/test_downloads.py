@@ -10,7 +10,7 @@ import urllib.error
 import zipfile
 
 import pytest
-from datasets import write_cifar10, write_cifar100, write_tiny_imagenet
+from small_data import write_cifar10, write_cifar100, write_tiny_imagenet
 
 from mixmo_fastai.data.archives import extract, fetch
 from mixmo_fastai.data.cifar import CIFAR10, CIFAR100, read_cifar100

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import oracle_metrics as oracle
 import pytest
-from datasets import write_image_folder
+from small_data import write_image_folder
 
 from mixmo_fastai.cli import run as program
 from mixmo_fastai.evaluation.runs import evaluate_run, open_finished

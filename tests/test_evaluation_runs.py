@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from datasets import write_image_folder
+from small_data import write_image_folder
 
 from mixmo_fastai.cli import run as program
 from mixmo_fastai.config.load import override

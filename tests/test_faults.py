@@ -18,8 +18,8 @@ from commands import (
     check_resumed,
     uninterrupted,
 )
-from datasets import write_image_folder
 from short_runs import assert_same
+from small_data import write_image_folder
 
 from mixmo_fastai.errors import InputError, RunFailedError
 from mixmo_fastai.runs.checkpoints import CheckpointStore

@@ -5,7 +5,7 @@ import re
 import shutil
 
 import pytest
-from datasets import write_image_folder
+from small_data import write_image_folder
 
 from mixmo_fastai.cli import run as program
 from mixmo_fastai.config.load import load_recipe

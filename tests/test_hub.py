@@ -10,10 +10,10 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
-from datasets import write_image_folder
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from PIL import Image
+from small_data import write_image_folder
 
 from mixmo_fastai.cli import run as program
 from mixmo_fastai.config.load import recipe_from_mapping

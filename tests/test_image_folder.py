@@ -4,8 +4,8 @@ import os
 import numpy as np
 import pytest
 import torch
-from datasets import write_image_folder
 from PIL import Image
+from small_data import write_image_folder
 
 from mixmo_fastai.data import decoding, image_folder, image_sets
 from mixmo_fastai.data.image_folder import choose_image_size, read_image_folder

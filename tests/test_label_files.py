@@ -4,10 +4,10 @@ import pickle
 
 import numpy as np
 import pytest
-from datasets import write_image_folder
 from fuzzing import EDITS, FEW_EXAMPLES, check_read_or_rejected, mutated
 from hypothesis import given
 from hypothesis import strategies as st
+from small_data import write_image_folder
 
 from mixmo_fastai.data.image_folder import read_image_folder
 from mixmo_fastai.data.image_names import ImageNames, image_names

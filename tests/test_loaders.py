@@ -2,10 +2,10 @@ from multiprocessing import get_context
 
 import pytest
 import torch
-from datasets import write_image_folder
 from fastai.callback.core import Callback
 from fastai.vision.augment import RandomErasing
 from PIL import Image
+from small_data import write_image_folder
 from synthetic import fastai_dls, image_arrays, mixmo_dls, source
 
 from mixmo_fastai.config.resolve import resolve_recipe

@@ -5,8 +5,8 @@ import json
 import re
 
 import pytest
-from datasets import write_image_folder
 from rich.console import Console
+from small_data import write_image_folder
 
 from mixmo_fastai.cli import progress, run
 from mixmo_fastai.cli.console import Output

@@ -7,9 +7,9 @@ import numpy as np
 import oracle_metrics as oracle
 import pytest
 import torch
-from datasets import write_image_folder
 from exports import train_small_run
 from PIL import Image
+from small_data import write_image_folder
 
 from mixmo_fastai.cli import run as program
 from mixmo_fastai.errors import InputError

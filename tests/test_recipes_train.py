@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 import torch
-from datasets import write_cifar10, write_cifar100, write_tiny_imagenet
 from fastai.callback.core import Callback, CancelFitException
+from small_data import write_cifar10, write_cifar100, write_tiny_imagenet
 
 from mixmo_fastai.config.load import recipe_names
 from mixmo_fastai.config.resolve import resolve_recipe

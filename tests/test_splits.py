@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from datasets import write_image_folder
+from small_data import write_image_folder
 from synthetic import source
 
 from mixmo_fastai.data.dataloaders import make_dataloaders

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import write_image_folder
 from fuzzing import EDITS, FEW_EXAMPLES, JSON, check_read_or_rejected, mutated
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from safetensors import safe_open
 from safetensors.torch import load_file, save
+from small_data import write_image_folder
 from test_reference import published_names
 
 import mixmo_fastai
