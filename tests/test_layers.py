@@ -27,7 +27,7 @@ PACKAGES = {
     "runtime": NUMERIC,
     "metrics": NUMERIC | FASTAI | {"sklearn", "scipy"},
     "runs": NUMERIC | {"safetensors", "filelock"},
-    "data": NUMERIC | FASTAI | VISION | {"sklearn", "pyarrow"},
+    "data": NUMERIC | FASTAI | VISION | {"sklearn", "pyarrow", "datasets"},
     "callbacks": NUMERIC | FASTAI,
     "learner": NUMERIC | FASTAI | {"accelerate"},
     "export": NUMERIC | {"safetensors", "onnx", "onnxruntime", "huggingface_hub"},

@@ -110,6 +110,7 @@ DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "float32", "tf32", "bfloat16")
 MEMORY_FORMATS = ("auto", "channels-last", "contiguous")
 COMPILE = ("auto", "on", "off")
+HUB_PREFIX = "hf:"
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
 EXPORT_SUFFIXES = (".safetensors", ".onnx", ".pt2")
 

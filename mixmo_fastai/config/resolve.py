@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from mixmo_fastai.config.choices import DATASETS, MASK_KINDS, TABLE_SUFFIXES
+from mixmo_fastai.config.choices import DATASETS, HUB_PREFIX, MASK_KINDS, TABLE_SUFFIXES
 from mixmo_fastai.config.load import load_recipe, override, recipe_from_mapping, recipe_names
 from mixmo_fastai.config.recipe import Expected, Optimizer, Recipe, default_valid_split
 from mixmo_fastai.config.schema import parse_value, to_mapping
@@ -98,7 +98,12 @@ def _make_path_absolute(recipe: Recipe) -> Recipe:
     """Make the data folder absolute, so that a run can be evaluated from any working directory."""
     if recipe.data.dataset in DATASETS:
         return recipe
-    absolute = os.path.abspath(os.path.expanduser(recipe.data.dataset))
+    dataset, prefix = recipe.data.dataset, ""
+    if dataset.startswith(HUB_PREFIX):
+        dataset, prefix = dataset.removeprefix(HUB_PREFIX), HUB_PREFIX
+        if not os.path.exists(os.path.expanduser(dataset)):
+            return recipe  # a name
+    absolute = prefix + os.path.abspath(os.path.expanduser(dataset))
     return replace(recipe, data=replace(recipe.data, dataset=absolute))
 
 
@@ -178,6 +183,8 @@ def check_dataset(dataset: str) -> None:
         InputError: it is none of these.
     """
     # os.path accepts any string, while pathlib raises for some that are not valid paths.
+    if dataset.startswith(HUB_PREFIX):
+        return  # reading it tells
     path = os.path.expanduser(dataset)
     is_table = path.lower().endswith(TABLE_SUFFIXES)
     if dataset in DATASETS or os.path.isdir(path) or (is_table and os.path.isfile(path)):

@@ -39,12 +39,12 @@ class CacheEntry:
 
     Attributes:
         folder: folder of the entry.
-        root: the image folder.
+        root: the image folder, or a `hub_dataset.DatasetRoot`.
         files: all image files, relative to `root`.
     """
 
     folder: Path
-    root: Path
+    root: Any
     files: tuple[str, ...]
 
     def fact(self, name: str, compute: Callable[[], Any]) -> Any:
@@ -142,24 +142,27 @@ class CacheEntry:
 
 
 def cache_entry(
-    home: Path, name: str, root: Path, files: Sequence[str], image_size: int | None
+    home: Path, name: str, root: Any, files: Sequence[str], image_size: int | None
 ) -> CacheEntry:
     """Return the cache entry of a folder in its current state.
 
     Args:
         home: the data folder.
         name: name of the data set; the first part of the entry's name.
-        root: the folder to which the files are relative.
+        root: the folder to which the files are relative, or a `hub_dataset.DatasetRoot`.
         files: all files that are read, in order.
         image_size: the requested size; None for a size chosen from the images.
 
     Raises:
         DamagedImagesError: the cache lists damaged images; the error lists all of them.
     """
-    digest = hashlib.sha256(f"{_FORMAT} {image_size}\n{os.path.realpath(root)}\n".encode(*_NAMES))
+    is_folder = isinstance(root, Path)
+    name_of_root = os.path.realpath(root) if is_folder else str(root)
+    digest = hashlib.sha256(f"{_FORMAT} {image_size}\n{name_of_root}\n".encode(*_NAMES))
     real_folders: dict[str, str] = {}
     for file in files:
-        digest.update(f"{file}\0{_state(root, file, real_folders)}\n".encode(*_NAMES))
+        state = _state(root, file, real_folders) if is_folder else root.state(file)
+        digest.update(f"{file}\0{state}\n".encode(*_NAMES))
     folder = home / "mixmo-cache" / f"{name}-{digest.hexdigest()[:16]}"
     entry = CacheEntry(folder, root, tuple(files))
     entry.check()

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median_low
+from typing import Any
 
 import torch
 
+from mixmo_fastai.config.choices import HUB_PREFIX
 from mixmo_fastai.data.cache import CACHE_LIMIT, cache_entry
 from mixmo_fastai.data.chosen_images import ChosenImages, choose_images, reopen_images
 from mixmo_fastai.data.class_files import group_indices
@@ -78,7 +80,7 @@ def read_image_folder(
 
 
 def read_image_table(
-    path: Path,
+    path: Path | str,
     home: Path,
     *,
     columns: TableColumns | None = None,
@@ -94,7 +96,7 @@ def read_image_table(
     """Load the images of a table of labels; otherwise like `read_image_folder`.
 
     Args:
-        path: the table, see `label_tables`.
+        path: the table, see `label_tables`; or the name of a `hub_dataset`.
         home: as for `read_image_folder`, and so are the other arguments.
         columns: its columns, as far as they are not to be found; None to find all. Not used with
             `parts`, which holds them.
@@ -117,7 +119,8 @@ def read_image_table(
         if parts is None
         else reopen_table_images(path, parts, classes, left_out or ())
     )
-    files = ChosenFiles(path.stem, root, home, chosen, largest_side, cache_limit)
+    name = Path(str(path).removeprefix(HUB_PREFIX)).stem
+    files = ChosenFiles(name, root, home, chosen, largest_side, cache_limit)
     return files.read_intact(image_size, skip_damaged=skip_damaged, left_out=left_out)
 
 
@@ -127,7 +130,7 @@ class ChosenFiles:
 
     Attributes:
         name: name of the data set.
-        root: the folder to which the files are relative.
+        root: the folder to which the files are relative, or a `hub_dataset.DatasetRoot`.
         home: the data folder, for the cache.
         chosen: the files.
         largest_side: see `read_image_folder`.
@@ -135,7 +138,7 @@ class ChosenFiles:
     """
 
     name: str
-    root: Path
+    root: Any
     home: Path
     chosen: ChosenImages
     largest_side: int | None

@@ -6,8 +6,7 @@ Shapes: N images of C channels, H × W pixels, uint8.
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -98,14 +97,14 @@ class FileImages:
     """Image files, decoded at each access to RGB images of one size.
 
     Attributes:
-        root: the folder to which names are relative.
+        root: the folder to which names are relative, or a `hub_dataset.DatasetRoot`.
         names: paths relative to the root, with forward slashes.
         labels: (N,) int64.
         size: (H, W) of the decoded images.
         groups: (N,) int64, for images that belong together; None if each is on its own.
     """
 
-    root: Path
+    root: Any
     names: tuple[str, ...]
     labels: Tensor
     size: tuple[int, int]

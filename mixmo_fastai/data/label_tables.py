@@ -8,6 +8,7 @@ image below that folder has it. Positions of rows are those of `text_tables`.
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 from unicodedata import normalize
 
 from mixmo_fastai.config.choices import TABLE_SUFFIXES
@@ -70,7 +71,7 @@ class LabelTable:
     """The images of a table.
 
     Attributes:
-        root: folder to which the files are relative.
+        root: folder to which the files are relative, or a `hub_dataset.DatasetRoot`.
         columns: the columns that were used.
         parts: files by class, for each split in the table: "train", "valid" and "test"; without a
             column for the split, all are in "train".
@@ -78,7 +79,7 @@ class LabelTable:
         notes: remarks, for the plan of a run: labels and texts.
     """
 
-    root: Path
+    root: Any
     columns: TableColumns
     parts: Mapping[str, FilesByClass]
     groups: Mapping[str, str]
@@ -123,7 +124,7 @@ def read_label_table(
     found = _find_columns(table, columns, finder)
     rows = _read_rows(table, found, finder, left_out)
     _check_groups(rows, found)
-    names = _class_order({row.label for row in rows if row.split == "train"})
+    names = class_order({row.label for row in rows if row.split == "train"})
     _check_classes(rows, names, table)
     parts = {split: {name: list[str]() for name in names} for split in ("train", "valid", "test")}
     for row in rows:
@@ -242,7 +243,7 @@ def _check_groups(rows: Sequence[_Row], columns: TableColumns) -> None:
             )
 
 
-def _class_order(labels: set[str]) -> list[str]:
+def class_order(labels: set[str]) -> list[str]:
     """Sort class names: numbers by value, others alphabetically."""
     are_numbers = all(label.isdecimal() for label in labels)
     return sorted(labels, key=(lambda label: (int(label), label)) if are_numbers else None)

@@ -12,6 +12,7 @@ from mixmo_fastai.data.archives import Archive, Unpacked, archive_damage, fetch
 from mixmo_fastai.data.cifar import CIFAR10, CIFAR100, read_cifar10, read_cifar100
 from mixmo_fastai.data.damage import LeftOut
 from mixmo_fastai.data.digits import read_digits
+from mixmo_fastai.data.hub_dataset import is_hub_dataset
 from mixmo_fastai.data.image_folder import read_image_folder, read_image_table
 from mixmo_fastai.data.image_sets import (
     ArrayImages,
@@ -130,16 +131,20 @@ def load_source(
         facts, has_files = DATASETS[str(dataset)], SOURCES[dataset].has_files
         check_against_facts(source, facts, may_have_fewer_classes=has_files)
         return source if image_size is None else _resized(source, image_size)
-    if isinstance(dataset, str) and not _is_path(dataset):
+    if isinstance(dataset, str) and not _is_path(dataset) and not is_hub_dataset(dataset):
         raise InputError(
             f"{unknown_name_error('data set', dataset, SOURCES)}\n"
-            "Or give the path of a folder of images, such as ./flowers, or of a table of labels."
+            "Or give the path of a folder of images, such as ./flowers, of a table of labels, or "
+            "hf:NAME."
         )
     read = read_image_folder
-    if is_table(dataset):
+    path: Path | str = Path(dataset).expanduser()
+    if is_hub_dataset(dataset):
+        path = str(dataset)
+    if is_table(dataset) or is_hub_dataset(dataset):
         read = partial(read_image_table, columns=columns)
     return read(
-        Path(dataset).expanduser(),
+        path,
         home,
         image_size=image_size,
         test_split=test_split,
@@ -222,7 +227,8 @@ def _check_no_test_split(dataset: str, test_split: float | None) -> None:
 
 
 def _check_no_columns(dataset: str | Path, columns: TableColumns | None) -> None:
-    if columns is not None and not columns.are_default and not is_table(dataset):
+    has_columns = is_table(dataset) or is_hub_dataset(dataset)
+    if columns is not None and not columns.are_default and not has_columns:
         raise InputError(
             f"Columns, such as data.label_column, are for tables of labels; {str(dataset)!r} is "
             f"none.\nPass the path of a table: {', '.join(TABLE_SUFFIXES)}."

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from mixmo_fastai.data.chosen_images import ChosenImages
 from mixmo_fastai.data.class_files import (
@@ -16,6 +17,7 @@ from mixmo_fastai.data.class_files import (
     split_files,
 )
 from mixmo_fastai.data.class_folders import FilesByClass
+from mixmo_fastai.data.hub_dataset import is_hub_dataset, read_hub_dataset
 from mixmo_fastai.data.label_tables import NONE, LabelTable, TableColumns, read_label_table
 from mixmo_fastai.data.parts import DataParts
 from mixmo_fastai.data.splits import DEFAULT_TEST_SPLIT
@@ -25,12 +27,12 @@ _SPLIT_NAMES = {"valid": "validation", "test": "testing"}
 
 
 def choose_table_images(
-    path: Path, columns: TableColumns, test_split: float | None = None
-) -> tuple[Path, ChosenImages]:
+    path: Path | str, columns: TableColumns, test_split: float | None = None
+) -> tuple[Any, ChosenImages]:
     """Read the splits of a table, and draw a test set if it has none.
 
     Args:
-        path: the table.
+        path: the table, or the name of a `hub_dataset`.
         columns: its columns, as far as they are not to be guessed.
         test_split: fraction of each class to draw, by groups if there are any; None for
             `DEFAULT_TEST_SPLIT` if there are neither test nor validation images, and for no test
@@ -43,7 +45,7 @@ def choose_table_images(
         InputError: as for `read_label_table`, or `test_split` was given for a table with test
             images.
     """
-    table = read_label_table(path, columns)
+    table = _read(path, columns)
     if "test" in table.parts and test_split is not None:
         raise InputError(
             f"--test-split is for data without test images, but {path} has some.\n"
@@ -64,15 +66,15 @@ def choose_table_images(
 
 
 def reopen_table_images(
-    path: Path,
+    path: Path | str,
     parts: DataParts,
     classes: Sequence[str] | None = None,
     left_out: Collection[str] = (),
-) -> tuple[Path, ChosenImages]:
+) -> tuple[Any, ChosenImages]:
     """Read the images of an earlier run.
 
     Args:
-        path: the table.
+        path: as for `choose_table_images`.
         parts: the splits stored with the run.
         classes: class names of the run, in the order of its labels.
         left_out: files skipped by the run; they may be missing.
@@ -80,7 +82,7 @@ def reopen_table_images(
     Raises:
         InputError: as for `read_label_table`, an image of the run is missing, or a class is new.
     """
-    table = read_label_table(path, TableColumns(**(parts.columns or {})), left_out)
+    table = _read(path, TableColumns(**(parts.columns or {})), left_out)
     files, notes = table.parts["train"], list[Note]()
     if parts.drawn is not None:
         notes += check_drawn(path, parts.drawn, files, left_out)
@@ -88,6 +90,12 @@ def reopen_table_images(
     spelling = run_spelling(path, train, classes)
     chosen = _chosen(table, parts, renamed(train, spelling), renamed(test, spelling), notes)
     return table.root, chosen
+
+
+def _read(path: Path | str, columns: TableColumns, left_out: Collection[str] = ()) -> LabelTable:
+    if is_hub_dataset(path):
+        return read_hub_dataset(str(path), columns)
+    return read_label_table(Path(path), columns, left_out)
 
 
 def _chosen(
@@ -118,7 +126,8 @@ def _split_notes(table: LabelTable, parts: DataParts) -> list[Note]:
     found = [role for role in ("valid", "test") if role in table.parts]
     if found:
         names = " and ".join(_SPLIT_NAMES[role] for role in found)
-        notes.append(("Splits", f"{names} as in {table.columns.split!r}"))
+        where = f" as in {table.columns.split!r}" if table.columns.split != NONE else ""
+        notes.append(("Splits", f"{names}{where}" if where else f"{names}: those of the data set"))
     if "test" not in found:
         text = drawn_text(parts.drawn)
         if parts.drawn is not None and table.columns.group != NONE:

@@ -7,11 +7,10 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from mixmo_fastai.config.choices import DATASETS
+from mixmo_fastai.config.choices import DATASETS, HUB_PREFIX
 from mixmo_fastai.config.methods import method_name
 from mixmo_fastai.config.recipe import Recipe
 from mixmo_fastai.config.schema import to_toml
-from mixmo_fastai.export.files import HUB_PREFIX
 from mixmo_fastai.metrics.table import percent
 from mixmo_fastai.runs.data_facts import DataFacts
 from mixmo_fastai.runs.folder import RunFolder

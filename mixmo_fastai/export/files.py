@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from mixmo_fastai.config.choices import EXPORT_SUFFIXES, parse_architecture
+from mixmo_fastai.config.choices import EXPORT_SUFFIXES, HUB_PREFIX, parse_architecture
 from mixmo_fastai.config.recipe import Recipe
 from mixmo_fastai.data.image_sets import DataSource
 from mixmo_fastai.data.run_data import facts_of, read_source
@@ -52,7 +52,6 @@ NUM_CHECKED = 256
 """Number of images on which an exported network is compared with the run."""
 TOLERANCES = {".safetensors": 1e-5, ".onnx": 1e-4, ".pt2": 1e-4}
 """Largest difference of logits relative to the largest logit; others sum in a different order."""
-HUB_PREFIX = "hf:"
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 """Files of a folder in the layout of the Hugging Face Hub; see `hub`."""
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")

@@ -18,11 +18,11 @@ from huggingface_hub import HfApi, PyTorchModelHubMixin, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor, nn
 
+from mixmo_fastai.config.choices import HUB_PREFIX
 from mixmo_fastai.errors import InputError, summarize_error
 from mixmo_fastai.export.card import model_card
 from mixmo_fastai.export.files import (
     CONFIG,
-    HUB_PREFIX,
     WEIGHTS,
     check_export,
     export_run,
