@@ -4,6 +4,8 @@ files         export to safetensors, ONNX and torch.export; loading
 images        standardised images for checks and calibration
 onnx_network  an ONNX file as a module, run by onnxruntime
 int8          quantisation of an ONNX file, with a limit on the loss of accuracy
+thresholds    the calibration of a run in exported files
+hub, card     folders in the layout of the Hugging Face Hub, with a model card
 """
 
 from mixmo_fastai.imports import lazy_names
