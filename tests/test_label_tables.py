@@ -2,15 +2,18 @@
 
 import csv
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import pyarrow
 import pytest
 import torch
 from PIL import Image
+from pyarrow import parquet
 
 from mixmo_fastai.data.cache import CACHE_LIMIT
 from mixmo_fastai.data.class_files import group_indices
+from mixmo_fastai.data.fingerprint import fingerprint
 from mixmo_fastai.data.image_folder import read_image_table
 from mixmo_fastai.data.label_tables import TableColumns, is_table, read_label_table
 from mixmo_fastai.data.parts import DataParts
@@ -138,9 +141,40 @@ def test_splits_are_read(folder, column, values):
 def test_column_that_holds_no_splits_is_not_guessed(folder):
     rows = [[*row, "AB"[i % 2]] for i, row in enumerate(simple_rows())]
     path = write_table(folder / "a.csv", ["path", "label", "set"], rows)
-    assert read_label_table(path).columns.split == "none"
+    table = read_label_table(path)
+    assert table.columns.split == "none"
+    text = "column 'set', which holds no splits such as train, but 'A'"
+    assert table.notes[1] == ("Not used", text)
     with pytest.raises(InputError, match=r"line 2: 'A' is not a split\.\nSplits are train, valid"):
         read_label_table(path, TableColumns(split="set"))
+
+
+@pytest.mark.parametrize(("column", "value"), [("split", "eval"), ("set", "1"), ("is_valid", "2")])
+def test_value_that_is_no_split_is_refused_beside_splits(folder, column, value):
+    first = "0" if column == "is_valid" else "train"
+    rows = [[*row, first if i < 20 else value] for i, row in enumerate(simple_rows())]
+    path = write_table(folder / "a.csv", ["path", "label", column], rows)
+    with pytest.raises(InputError, match=f"line 22: '{value}' is not a split"):
+        read_label_table(path)
+
+
+def test_drawn_images_depend_on_no_names_of_groups_and_no_order_of_rows(folder, tmp_path):
+    rows = [[*row, f"p{index // 2}"] for index, row in enumerate(simple_rows())]
+    found = []
+    for change in (lambda each: each, lambda each: [*each[:2], f"x{99 - int(each[2][1:])}"]):
+        for order in (rows, rows[::-1]):
+            path = write_table(folder / "a.csv", ["path", "label", "patient"], map(change, order))
+            source = read_image_table(path, tmp_path / "home", test_split=0.25)
+            train, valid = split_validation(source.train, 0.25)
+            parts = (train, valid, source.test)
+            found.append([[part.name(i) for i in range(len(part))] for part in parts])
+            prints = fingerprint(source)
+    assert found[1:] == found[:3]
+    regrouped = [[*row[:2], f"p{index // 3}"] for index, row in enumerate(rows)]
+    path = write_table(folder / "b.csv", ["path", "label", "patient"], regrouped)
+    other = read_image_table(path, tmp_path / "home", test_split=0.25)
+    same_names = replace(other, train=source.train.files, test=source.test)
+    assert fingerprint(replace(same_names, train=replace(source.train, groups=None))) != prints
 
 
 def test_numbers_are_classes_in_their_order(folder):
@@ -178,6 +212,12 @@ def altered(row, **values):
             altered(5, path="./photos/02.png"),
             "line 7: the image './photos/02.png' is already in line 4.\nKeep one row per image.",
         ),
+        (
+            altered(5, path="photos/../photos/02.png"),
+            "line 7: the image 'photos/../photos/02.png' is already in line 4.",
+        ),
+        (altered(5, path="link/02.png"), "line 7: the image 'link/02.png' is already in line 4."),
+        (altered(5, path="x" * 400), "line 7: there is no image 'xxx"),
         (altered(20, label="fox"), "line 22: no training image has the label 'fox'."),
         (altered(20, label="dgo"), "line 22: no training image has the label 'dgo'. Did you mean"),
         (
@@ -192,6 +232,7 @@ def test_rows_that_cannot_be_used_are_refused(folder, change, message):
         for i, (path, label) in enumerate(simple_rows())
     ]
     change(rows)
+    (folder / "link").symlink_to("photos")
     path = write_table(folder / "a.csv", [*rows[0]], [row.values() for row in rows])
     with pytest.raises(InputError) as caught:
         read_label_table(path)
@@ -239,9 +280,6 @@ def test_several_files_of_one_name_are_refused(folder):
 
 
 def test_parquet_is_read_like_text(folder):
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
     rows = simple_rows()
     columns = {"path": [path for path, _ in rows], "label": [i % 3 for i in range(24)]}
     path = folder / "a.parquet"
@@ -256,6 +294,29 @@ def test_parquet_is_read_like_text(folder):
     path.write_bytes(b"no table")
     with pytest.raises(InputError, match="cannot be read as parquet"):
         read_label_table(path)
+
+
+def test_parquet_with_images_is_refused_with_advice(folder):
+    path = folder / "a.parquet"
+    parquet.write_table(pyarrow.table({"image": [{"bytes": b"x"}] * 2, "label": [0, 1]}), path)
+    with pytest.raises(InputError, match=f"'image' does not hold text.\nIf .*pass hf:{path}"):
+        read_label_table(path)
+
+
+def test_long_texts_beside_paths_are_no_paths(folder):
+    rows = [["long text " * 50, path, label] for path, label in simple_rows()]
+    table = read_label_table(write_table(folder / "a.csv", ["caption", "where", "label"], rows))
+    assert table.columns.path == "where"
+
+
+def test_missing_image_that_was_left_out_is_known_by_its_short_name(folder):
+    rows = [[Path(path).stem, label] for path, label in simple_rows()]
+    path = write_table(folder / "a.csv", ["id", "label"], rows)
+    (folder / "photos/03.png").unlink()
+    with pytest.raises(InputError, match="there is no image '03'"):
+        read_label_table(path)
+    table = read_label_table(path, left_out=["photos/03.png"])
+    assert sum(map(len, table.parts["train"].values())) == 23
 
 
 def test_names_of_tables():
@@ -324,8 +385,6 @@ class TestSource:
 
     def test_parts_survive_the_run_folder(self, grouped):
         _, chosen = choose_table_images(grouped, TableColumns())
-        from dataclasses import asdict
-
         assert DataParts.from_mapping(asdict(chosen.parts), grouped) == chosen.parts
 
     def test_test_split_is_refused_if_there_is_one(self, folder):
@@ -351,5 +410,5 @@ class TestSource:
 def test_groups_are_numbered():
     assert group_indices(["a", "b"], {}) is None
     groups = {"a": "y", "b": "x", "c": "y"}
-    assert group_indices(["a", "b", "c"], groups).tolist() == [1, 0, 1]
+    assert group_indices(["a", "b", "c"], groups).tolist() == [0, 1, 0]
     assert group_indices([], groups).dtype == torch.int64

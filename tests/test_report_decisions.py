@@ -75,7 +75,7 @@ def test_limit_that_cannot_be_met_gives_way_to_the_next():
     assert data.abstain == calibration.abstain(0.2)
     lines = notes(data, summary(calibration))
     assert "that at most 5 % of the accepted" in lines[1]
-    assert lines[1].endswith("The next limit that can be met, 20 %, is shown instead.")
+    assert "The next limit that can be met, 20 %, is shown instead; since it" in lines[1]
     assert "at most 20 % of them are wrong" in lines[2]
     assert "--max-risk 0.2 " in lines[4]
     assert "limit 20 %" in str(threshold_chart(data).svg)

@@ -50,8 +50,8 @@ def calibrate(
     calibration = finished.fit_calibration(*finished.logits([valid, separate]), method)
     if calibration is None:
         raise InputError(
-            f"{folder.path} has no validation images to calibrate on.\n"
-            "Train with a validation split: --valid-split 0.1."
+            f"{folder.path} has no images to calibrate on.\n"
+            "Train with a validation split, --valid-split 0.1, of several groups if there are groups."
         )
     stored = None
     with suppress(InputError):  # damaged files are written again

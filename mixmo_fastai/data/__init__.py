@@ -4,7 +4,8 @@ sources                       data sets by name or folder
 digits, cifar, tiny_imagenet  one data set each; archives: download and verify official archives
 image_sets                    images and labels of the training, validation and test set
 image_folder                  image folders; layout, class_folders, listing: find their images
-chosen_images, parts          which images of a folder are used, as stored in split.json; class_files
+chosen_images, parts          which images of a folder are used, as stored in split.json
+class_files                   files by class: draw a test set, compare with those of a run
 label_tables, table_images    tables of labels with splits and groups; text_tables: CSV and parquet
 hub_dataset                   data sets of the library Hugging Face datasets
 decoding, depth, cache        image files to uint8 tensors, once; damage: unreadable files

@@ -38,10 +38,13 @@ def draw_files(
 
 
 def group_indices(files: Sequence[str], groups: Mapping[str, str]) -> torch.Tensor | None:
-    """Number the groups of files: (N,) int64; None without groups."""
+    """Number the groups of files in the order of their first files: (N,) int64; None without.
+
+    Their names have no influence, so that a draw stays the same if they are renamed.
+    """
     if not groups:
         return None
-    numbers = {name: index for index, name in enumerate(sorted({*groups.values()}))}
+    numbers = {name: index for index, name in enumerate(dict.fromkeys(groups[f] for f in files))}
     return torch.tensor([numbers[groups[file]] for file in files], dtype=torch.int64)
 
 
@@ -105,7 +108,7 @@ def drawn_text(drawn: DrawnTest | None) -> str:
     if drawn is None:
         return "none, so validation gives the final metrics (--test-split 0.2 draws one)"
     if not drawn.test:
-        return "none: each class has one image, so none can be held out"
+        return "none: nothing can be held out that leaves each class an image"
     fraction = f"{100 * drawn.test_split:g} % of each class"
     return f"{fraction}, drawn once and stored with the run (--test-split)"
 

@@ -2,7 +2,7 @@
 
 import hashlib
 
-from mixmo_fastai.data.image_sets import DataSource, ImageSet
+from mixmo_fastai.data.image_sets import DataSource, ImageSet, groups_of
 
 
 def fingerprint(source: DataSource) -> dict[str, str]:
@@ -23,7 +23,9 @@ def _of_part(images: ImageSet) -> str:
     entries = zip(range(len(images)), images.labels.tolist(), images.sizes(), strict=True)
     lines = (f"{images.name(index)}\0{label}\0{size}" for index, label, size in entries)
     shape = "x".join(map(str, images.image_shape))
-    digest = _digest("\n".join([shape, *lines]))
+    groups = groups_of(images)
+    grouped = [] if groups is None else map(str, groups.tolist())  # they decide what is drawn
+    digest = _digest("\n".join([shape, *lines, *grouped]))
     return f"{len(images)} images of {shape}, checksum {digest}"
 
 

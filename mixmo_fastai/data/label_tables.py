@@ -5,6 +5,7 @@ folder of the table, or to another folder; a name without folder or suffix is fo
 image below that folder has it. Positions of rows are those of `text_tables`.
 """
 
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -38,9 +39,13 @@ COLUMN_NAMES = {
 NONE = "none"
 """The name of a column that is not to be used, although a guess would find one."""
 ADVICE = "Use one row per image, with a column for its path and a column for its label."
-_BOOLEANS = {"true": "valid", "1": "valid", "yes": "valid", "false": "train", "0": "train"} | {
-    "no": "train"
+_SPLIT_WORDS = {"dev": "valid", "development": "valid", "holdout": "test"}
+"""Splits by names that are used in tables, beside those of folders."""
+_BOOLEANS = {
+    **dict.fromkeys(("true", "1", "1.0", "yes"), "valid"),
+    **dict.fromkeys(("false", "0", "0.0", "no"), "train"),
 }
+"""Splits by values of a column such as is_valid."""
 _NUM_SHOWN = 3
 
 
@@ -129,9 +134,16 @@ def read_label_table(
     parts = {split: {name: list[str]() for name in names} for split in ("train", "valid", "test")}
     for row in rows:
         parts[row.split][row.label].append(row.file)
+    for files in parts.values():
+        for found_files in files.values():
+            found_files.sort()  # so that drawn images do not depend on the order of the rows
     used = {split: files for split, files in parts.items() if any(files.values())}
     groups = {row.file: row.group for row in rows if row.group}
-    notes = (("Table", _describe(found, table)), *_rare_labels(rows, names))
+    notes = (
+        ("Table", _describe(found, table)),
+        *_unused_split_column(table, found),
+        *_rare_labels(rows, names),
+    )
     return LabelTable(root, found, used, groups, notes)
 
 
@@ -179,8 +191,8 @@ def _guess(
         return next(iter([*images, *named]), None)
     if meaning == "split" and named:
         index = table.header.index(named[0])
-        values = {fields[index].strip().lower() for _, fields in table.rows} - {""}
-        named = named if all(map(_split_of, values)) else []
+        values = (fields[index] for _, fields in table.rows)
+        named = named if any(_split_of(value, named[0]) for value in values) else []
     if meaning == "label" and len(rest) == 1:
         named = rest
     return next(iter(named), None)
@@ -201,15 +213,16 @@ def _read_rows(
         where = table.where(position)
         values = {name: filled(fields[index], name, where) for name, index in positions.items()}
         if (file := finder.find(values["path"], where)) is None:
-            if values["path"] not in left_out:
+            if not _is_left_out(values["path"], left_out):
                 missing.append((where, values["path"]))
             continue
-        if (earlier := first_rows.setdefault(file, where)) != where:
+        real = os.path.normcase(os.path.realpath(finder.root / file))
+        if (earlier := first_rows.setdefault(real, where)) != where:
             raise InputError(
                 f"{where}: the image {values['path']!r} is already in "
                 f"{earlier.rpartition(', ')[2]}.\nKeep one row per image."
             )
-        split = _split_of(values.get("split", "train").lower())
+        split = _split_of(values["split"], columns.split) if "split" in values else "train"
         if split is None:
             raise InputError(
                 f"{where}: {values['split']!r} is not a split.\n"
@@ -227,8 +240,17 @@ def _read_rows(
     return rows
 
 
-def _split_of(value: str) -> str | None:
-    return role_of(value) or _BOOLEANS.get(value)
+def _split_of(value: str, column: str) -> str | None:
+    """Return the split that a value of a column stands for, or None."""
+    lower = value.strip().lower()
+    if column.lower().startswith("is_"):
+        return _BOOLEANS.get(lower)
+    return role_of(lower) or _SPLIT_WORDS.get(lower)
+
+
+def _is_left_out(name: str, left_out: Collection[str]) -> bool:
+    path = PurePosixPath(name)
+    return any(_ends_with(PurePosixPath(file), path) for file in left_out)
 
 
 def _check_groups(rows: Sequence[_Row], columns: TableColumns) -> None:
@@ -294,6 +316,16 @@ def _describe(columns: TableColumns, table: TextTable) -> str:
     return f"{', '.join(texts)}; change with --set data.label_column=NAME and others"
 
 
+def _unused_split_column(table: TextTable, columns: TableColumns) -> list[tuple[str, str]]:
+    """Name a column that is called like one of splits, but does not hold any."""
+    index = table.find(COLUMN_NAMES["split"])
+    if columns.split != NONE or index is None:
+        return []
+    value = table.rows[0][1][index].strip()
+    text = f"column {table.header[index]!r}, which holds no splits such as train, but {value!r}"
+    return [("Not used", text)]
+
+
 def _examples(names: Sequence[str], limit: int = _NUM_SHOWN) -> str:
     return ", ".join(names[:limit]) + (", …" if len(names) > limit else "")
 
@@ -328,7 +360,7 @@ class _FileFinder:
             InputError: several images have this name.
         """
         path = PurePosixPath(name if "/" in name else name.replace("\\", "/"))
-        if (self.root / path).is_file():
+        if os.path.isfile(self.root / path):  # also False for what is no path at all
             return self._relative(path)
         if path.is_absolute() or not path.name:
             return None

@@ -59,10 +59,10 @@ def draw_groups(
 ) -> Tensor:
     """Draw whole groups, so that about the same fraction of each class is drawn.
 
-    Groups are considered by size, the largest first, and in random order among equal sizes. One is
-    drawn if this brings the drawn fractions of the classes closer to `fraction` (sum of squares),
-    and, with `keep_classes`, if each of its classes keeps an image. If none is drawn so, the
-    smallest one for which this holds is.
+    Groups are considered in random order, so that large and small ones are drawn alike. One is drawn
+    if this brings the drawn fractions of the classes closer to `fraction` (sum of squares), and,
+    with `keep_classes`, if each of its classes keeps an image. If none is drawn so, the smallest
+    one for which this holds is.
 
     Args:
         labels: (N,) int64.
@@ -79,7 +79,6 @@ def draw_groups(
     counts.index_put_((members, labels), torch.ones_like(labels), accumulate=True)
     generator = make_generator(SPLIT_SEED, stream)  # type: ignore[arg-type]
     order = torch.randperm(len(names), generator=generator)
-    order = order[counts.sum(dim=1)[order].argsort(descending=True, stable=True)]
     totals = counts.sum(dim=0)
     weights = 1 / totals.clamp(min=1).double()
     drawn, missing = torch.zeros(len(names), dtype=torch.bool), totals * fraction
@@ -93,8 +92,9 @@ def draw_groups(
             drawn[group], missing, left = True, after, left - size
     if not drawn.any() and len(names) > 1:
         kept = (totals > counts) | (counts == 0)
-        possible = [g for g in order.tolist() if not keep_classes or bool(kept[g].all())]
-        drawn[possible[-1:]] = True
+        by_size = order[counts.sum(dim=1)[order].argsort(stable=True)].tolist()
+        possible = [group for group in by_size if not keep_classes or bool(kept[group].all())]
+        drawn[possible[:1]] = True
     return drawn[members]
 
 

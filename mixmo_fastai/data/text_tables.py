@@ -133,10 +133,16 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     yield 0, list(table.column_names)
     columns = [column.to_pylist() for column in table.columns]
     for position, values in enumerate(zip(*columns, strict=True), start=1):
-        yield position, ["" if value is None else _text(value) for value in values]
+        named = zip(values, table.column_names, strict=True)
+        yield position, ["" if value is None else _text(value, name, path) for value, name in named]
 
 
-def _text(value: object) -> str:
+def _text(value: object, column: str, path: Path) -> str:
+    if isinstance(value, bytes | dict | list):
+        raise InputError(
+            f"{path}: the column {column!r} does not hold text.\n"
+            f"If it holds images, pass hf:{path} instead."
+        )
     if isinstance(value, float) and value.is_integer():
         return str(int(value))  # integer columns with missing values are floats
     is_missing = isinstance(value, float) and math.isnan(value)

@@ -16,7 +16,7 @@ from mixmo_fastai.config.recipe import Recipe
 from mixmo_fastai.data.dataloaders import make_evaluation_loaders
 from mixmo_fastai.data.fingerprint import fingerprint
 from mixmo_fastai.data.image_names import image_names
-from mixmo_fastai.data.image_sets import DataSource, ImageSet, no_images
+from mixmo_fastai.data.image_sets import DataSource, ImageSet, groups_of, no_images
 from mixmo_fastai.data.label_distributions import LabelDistributions, read_label_distributions
 from mixmo_fastai.data.loaders import BatchLoader
 from mixmo_fastai.data.loose_images import PixelLoader
@@ -116,6 +116,7 @@ def evaluate_finished(
         test,
         finished.calibration(validation, separate),
         separate=separate,
+        is_separate=finished.is_separate,
         coverage=coverage,
         max_risk=max_risk,
     )
@@ -157,7 +158,9 @@ def evaluate_ensemble(
     per_run = [finished.logits(finished.loaders()) for finished in opened]
     validation, test, separate = (_stack_runs(of_part) for of_part in zip(*per_run, strict=True))
     calibration = opened[0].fit_calibration(validation, separate)
-    return evaluate_splits(validation, test, calibration, separate=separate)
+    return evaluate_splits(
+        validation, test, calibration, separate=separate, is_separate=opened[0].is_separate
+    )
 
 
 def collect_logits(
@@ -229,6 +232,11 @@ class FinishedRun:
         """Read the label distributions of `final_images`."""
         names = image_names(self.source, self.final_images, self.final_split)
         return read_label_distributions(path, names, self.source.classes)
+
+    @property
+    def is_separate(self) -> bool:
+        """Whether images were set aside for calibration, even if there are none."""
+        return self._valid_parts()[1] is not None
 
     def _valid_parts(self) -> tuple[ImageSet, ImageSet | None]:
         """Return the validation images, and those for calibration if they are others."""
@@ -343,12 +351,17 @@ def _check_comparable(runs: Sequence[RunFolder]) -> None:
 
 
 def _separated_alike(opened: Sequence[FinishedRun]) -> list[FinishedRun]:
-    """Give runs of one ensemble the smallest of their `calibration_split`.
+    """Give runs of one ensemble the same calibration images: such that selected no epoch.
 
-    No run selected its epoch by these images, since a smaller fraction is a part of a larger one.
+    A smaller fraction is a part of a larger one, unless whole groups are drawn: then runs with
+    several fractions have no images in common, and nothing is calibrated.
     """
-    fractions = [finished.recipe.data.calibration_split for finished in opened]
-    smallest = min(filter(None, fractions), default=None)
+    data = [finished.recipe.data for finished in opened]
+    choosing = [f.recipe.data.calibration_split for f in opened if f.recipe.train.select == "best"]
+    fractions = {each.calibration_split for each in data} - {None}
+    smallest = min([*fractions, *(each or 0.0 for each in choosing)], default=None)
+    if len(fractions) > 1 and groups_of(opened[0].source.train) is not None:
+        smallest = 0.0
     recipes = [
         replace(each.recipe, data=replace(each.recipe.data, calibration_split=smallest))
         for each in opened

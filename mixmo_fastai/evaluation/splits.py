@@ -35,6 +35,7 @@ def evaluate_splits(
     calibration: Calibration | None = None,
     *,
     separate: LabelledLogits = None,
+    is_separate: bool = False,
     coverage: float = COVERAGE,
     max_risk: float = MAX_RISK,
 ) -> dict[str, Any]:
@@ -44,8 +45,9 @@ def evaluate_splits(
         validation: of the validation split.
         test: of the test set.
         calibration: fitted on validation images; None for none.
-        separate: of the images that were set aside for calibration; None if the validation split
-            serves for that.
+        separate: of the images that were set aside for calibration; None if there are none.
+        is_separate: whether only images that were set aside may calibrate; otherwise the validation
+            split does.
         coverage: coverage of the prediction sets.
         max_risk: risk of the accepted predictions.
 
@@ -57,7 +59,7 @@ def evaluate_splits(
           averaged instead of their logits;
         - "intervals": 95 % bootstrap intervals of accuracy, nll and ece on the test set;
         - "calibrated": nll, brier and ece on the test set at the temperature fitted on `separate`
-          or the validation split, the relative standard error of this temperature, and the number
+          or on the validation split, the relative standard error of this temperature, and the number
           of images it was fitted on;
         - "cross_fitted": the same for two halves of the test set, each at the temperature fitted
           on the other half, as published; the number of images is that of the smaller half;
@@ -71,7 +73,7 @@ def evaluate_splits(
     mean = logits.double().mean(dim=1)  # (N, K)
     metrics: dict[str, Any] = {}
     functions: dict[str, Callable[[], Any]] = {
-        "calibrated": lambda: _calibrate(separate or validation, test, mean),
+        "calibrated": lambda: _calibrate(separate if is_separate else validation, test, mean),
         "cross_fitted": lambda: cross_fitted(mean, labels),
         split: lambda: evaluate_logits(logits, labels),
         f"{split}_mean_probabilities": lambda: _average_probabilities(logits, labels),
@@ -101,7 +103,7 @@ def _calibrate(images: LabelledLogits, test: LabelledLogits, logits: Tensor) -> 
         raise InputError("there are no labelled test images in addition to the validation images")
     labels = test[1]
     if images is None:
-        raise InputError("there is no validation split; raise --valid-split")
+        raise InputError("there are no images to calibrate on; raise --valid-split")
     fitted_on, num_fitted = images[0].double().mean(dim=1), len(images[1])
     if num_fitted < MIN_IMAGES_FOR_TEMPERATURE:
         raise InputError(

@@ -58,6 +58,10 @@ def scale_heads(model: MixMoModel, scaling: Scaling) -> None:
                 head.bias.add_(head.bias.new_tensor(scaling.bias))
 
 
+SCORES_VERSION = 2
+"""Definition of the scores; before 2, those of "aps" and "raps" contained the class's own."""
+
+
 def exported_thresholds(calibration: Calibration, *, in_logits: bool) -> dict[str, Any]:
     """Return the entry of a file's header.
 
@@ -81,6 +85,7 @@ def exported_thresholds(calibration: Calibration, *, in_logits: bool) -> dict[st
         for score in EXPORTED_CONFIDENCES
     }
     return {
+        "scores": SCORES_VERSION,
         "scaling": None if scaling is None else dataclasses.asdict(scaling),
         "in_logits": in_logits,
         "num_images": len(calibration.labels),
@@ -131,6 +136,9 @@ class ExportedCalibration:
         values = entry["scaling"]
         self.scaling = None if values is None else Scaling.from_mapping(values)
         self.in_logits = bool(entry["in_logits"])
+        if entry.get("scores") != SCORES_VERSION:
+            kept = {name: each for name, each in entry["sets"].items() if name.startswith("lac")}
+            entry = {**entry, "sets": kept}
         self.entry, self._num_images = entry, int(entry["num_images"])
         self._num_classes = num_classes
 

@@ -153,7 +153,10 @@ def notes(data: DecisionData, summary: dict[str, object]) -> list[str]:
     )
     if data.abstain.coverage:
         if data.abstain.max_risk > MAX_RISK:
-            lines.append(f"{none} The next limit that can be met, {limit}, is shown instead.")
+            lines.append(
+                f"{none} The next limit that can be met, {limit}, is shown instead; "
+                "since it was chosen so, its certainty is somewhat lower."
+            )
         text = (
             f"Accept predictions with a probability of {percent(data.abstain.threshold)} or more: "
             f"with a certainty of {guarantee}, at most {limit} of them are wrong. On the test "

@@ -112,7 +112,9 @@ def collect_report_data(
     finished = open_finished(run, data_dir, device)
     validation, test, separate = finished.logits(finished.loaders())
     record = finished.calibration(validation, separate)
-    metrics = evaluate_splits(validation, test, record, separate=separate)
+    metrics = evaluate_splits(
+        validation, test, record, separate=separate, is_separate=finished.is_separate
+    )
     final = test or validation
     member_logits, labels = final[0].double(), final[1]
     networks = [load_network(network) for network in run.networks()]

@@ -159,6 +159,10 @@ def write_calibration(run: RunFolder, calibration: Calibration) -> None:
     run.write_file(CALIBRATION, json.dumps(values, indent=1) + "\n")
 
 
+class _OtherFormatError(Exception):
+    """The file has a format that this version does not know."""
+
+
 def read_calibration(run: RunFolder) -> Calibration | None:
     """Read the calibration of a run; None if it has none.
 
@@ -171,9 +175,15 @@ def read_calibration(run: RunFolder) -> Calibration | None:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         content = (run.path / CALIBRATION_IMAGES).read_bytes()
+        if values["format"] != FORMAT:
+            raise _OtherFormatError
         if values["sha256"] != hashlib.sha256(content).hexdigest():
             raise ValueError("the two files do not belong together")
         return _from_parts(values, load(content))
+    except _OtherFormatError:
+        raise InputError(
+            f"{path} was written by another version.\nWrite it again: mixmo calibrate {run.path}"
+        ) from None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         raise InputError(
             f"{path} or {CALIBRATION_IMAGES} beside it is damaged: {type(error).__name__}: "
@@ -182,8 +192,6 @@ def read_calibration(run: RunFolder) -> Calibration | None:
 
 
 def _from_parts(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Calibration:
-    if values["format"] != FORMAT:
-        raise ValueError(f"format {values['format']!r} is not known")
     scaling = values["scaling"]
     count = len(tensors["labels"])
     names = tuple(map(str, values["images"]))

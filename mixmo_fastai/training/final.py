@@ -24,8 +24,11 @@ def evaluate_and_calibrate(
     Returns:
         The metrics of `evaluate_splits`.
     """
-    index = 2 if len(loaders) > 2 else 0  # all validation images, if there are no others
+    is_separate = len(loaders) > 2
+    index = 2 if is_separate else 0  # all validation images, if no others are set aside
     calibration = calibrate_images(logits[index], loaders[index].images)
     if calibration is not None:
         write_calibration(run, calibration)
-    return evaluate_splits(*logits[:2], calibration, separate=logits[index])
+    return evaluate_splits(
+        *logits[:2], calibration, separate=logits[index], is_separate=is_separate
+    )
