@@ -51,7 +51,8 @@ def calibrate(
     if calibration is None:
         raise InputError(
             f"{folder.path} has no images to calibrate on.\n"
-            "Train with a validation split, --valid-split 0.1, of several groups if there are groups."
+            "Train with a validation split, --valid-split 0.1, which must have several groups if "
+            "there are any."
         )
     stored = None
     with suppress(InputError):  # damaged files are written again

@@ -71,9 +71,12 @@ def evaluate_splits(
     split = "valid" if test is None else "test"
     logits, labels = test or validation or _refuse_empty()
     mean = logits.double().mean(dim=1)  # (N, K)
+    missing = "there is no validation split; raise --valid-split"
+    if is_separate and validation is not None:
+        missing = "no validation image is set aside for calibration; see data.calibration_split"
     metrics: dict[str, Any] = {}
     functions: dict[str, Callable[[], Any]] = {
-        "calibrated": lambda: _calibrate(separate if is_separate else validation, test, mean),
+        "calibrated": lambda: _calibrate(separate if is_separate else validation, test, mean, missing),
         "cross_fitted": lambda: cross_fitted(mean, labels),
         split: lambda: evaluate_logits(logits, labels),
         f"{split}_mean_probabilities": lambda: _average_probabilities(logits, labels),
@@ -91,19 +94,22 @@ def evaluate_splits(
     return {**metrics, **compute_defined(functions)}
 
 
-def _calibrate(images: LabelledLogits, test: LabelledLogits, logits: Tensor) -> dict[str, Any]:
+def _calibrate(
+    images: LabelledLogits, test: LabelledLogits, logits: Tensor, missing: str
+) -> dict[str, Any]:
     """Compute the metrics of test logits (N, K) at the temperature fitted on other images.
 
     Args:
         images: member logits and labels of the images to fit the temperature on.
         test: member logits and labels of the test set.
         logits: the ensemble's logits on the test set, (N, K).
+        missing: the reason if there are no such images.
     """
     if test is None:
         raise InputError("there are no labelled test images in addition to the validation images")
     labels = test[1]
     if images is None:
-        raise InputError("there are no images to calibrate on; raise --valid-split")
+        raise InputError(missing)
     fitted_on, num_fitted = images[0].double().mean(dim=1), len(images[1])
     if num_fitted < MIN_IMAGES_FOR_TEMPERATURE:
         raise InputError(
