@@ -189,6 +189,15 @@ class TestFiles:
         assert found.abstain(0.2, "entropy") == written.abstain(0.2, "entropy")
         assert json.loads((tmp_path / CALIBRATION).read_text())["images"][3] == "valid/3"
 
+    def test_file_of_earlier_scores_has_no_sets_by_them(self):
+        entry = exported_thresholds(fit(), in_logits=True)
+        assert ExportedCalibration(entry, 4).sets(0.9, "raps").thresholds
+        old = {name: value for name, value in entry.items() if name != "scores"}
+        assert ExportedCalibration(old, 4).sets(0.9, "lac").thresholds
+        for name in ("aps", "raps"):
+            with pytest.raises(InputError, match=f"no thresholds for the score '{name}'"):
+                ExportedCalibration(old, 4).sets(0.9, name)
+
     def test_calibration_is_described_in_a_line(self):
         found = fit()
         assert found.temperature == found.scaling.temperature
@@ -217,7 +226,9 @@ class TestFiles:
             else:
                 assert content != (tmp_path / name).read_bytes()
                 (tmp_path / name).write_bytes(content)
-            with pytest.raises(InputError, match=r"Write (them|it) again: mixmo calibrate") as error:
+            with pytest.raises(
+                InputError, match=r"Write (them|it) again: mixmo calibrate"
+            ) as error:
                 read_calibration(run)
             assert len(str(error.value).splitlines()) == 2
 

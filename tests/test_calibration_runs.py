@@ -8,6 +8,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ from processes import TIMEOUT
 from mixmo_fastai.cli import run as program
 from mixmo_fastai.config.resolve import resolve_recipe
 from mixmo_fastai.data.sources import load_source
-from mixmo_fastai.evaluation.runs import evaluate_ensemble, evaluate_run
+from mixmo_fastai.evaluation.runs import evaluate_ensemble, evaluate_run, open_finished
+from mixmo_fastai.evaluation.splits import evaluate_splits
 from mixmo_fastai.export.files import load_fused
 from mixmo_fastai.runs.calibration import (
     CALIBRATION,
@@ -276,6 +278,17 @@ def test_images_that_select_the_epoch_do_not_calibrate(tmp_path):
     plain = shutil.copytree(run.path, tmp_path / "plain")
     text = (plain / "recipe.toml").read_text().replace("calibration_split = 0.5\n", "")
     (plain / "recipe.toml").write_text(text.replace('select = "best"', 'select = "last"'))
+    empty = open_finished(run)
+    empty = replace(
+        empty, recipe=replace(empty.recipe, data=replace(empty.recipe.data, calibration_split=0.0))
+    )
+    assert empty.is_separate
+    validation, test, separate = empty.logits(empty.loaders())
+    assert separate is None
+    assert empty.fit_calibration(validation, separate) is None
+    found = evaluate_splits(validation, test, separate=separate, is_separate=True)
+    assert "calibrated" not in found  # and not by the images that selected the epoch
+    assert "see data.calibration_split" in found["absent"]["calibrated"]
     both = evaluate_ensemble([RunFolder(plain), run])
     for key in ("calibrated", "calibration"):
         assert both[key]["num_images"] == len(names), key

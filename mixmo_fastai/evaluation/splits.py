@@ -76,7 +76,9 @@ def evaluate_splits(
         missing = "no validation image is set aside for calibration; see data.calibration_split"
     metrics: dict[str, Any] = {}
     functions: dict[str, Callable[[], Any]] = {
-        "calibrated": lambda: _calibrate(separate if is_separate else validation, test, mean, missing),
+        "calibrated": lambda: _calibrate(
+            separate if is_separate else validation, test, mean, missing
+        ),
         "cross_fitted": lambda: cross_fitted(mean, labels),
         split: lambda: evaluate_logits(logits, labels),
         f"{split}_mean_probabilities": lambda: _average_probabilities(logits, labels),
