@@ -14,6 +14,7 @@ import optuna
 from fastai.callback.core import Callback
 
 from mixmo_fastai.config.resolve import resolve_recipe
+from mixmo_fastai.errors import RunFailedError
 from mixmo_fastai.runs.create import create_run
 from mixmo_fastai.training.ensemble import train_run
 from mixmo_fastai.training.prepare import prepare
@@ -64,7 +65,7 @@ def main():
     study = optuna.create_study(
         storage=f"sqlite:///{args.out / 'optuna.db'}", study_name="mixmo", load_if_exists=True
     )
-    study.optimize(objective, n_trials=args.trials)
+    study.optimize(objective, n_trials=args.trials, catch=(RunFailedError,))  # such as divergence
     print(f"NLL {study.best_value:.4f} with trial {study.best_trial.number}: {study.best_params}")
 
 

@@ -26,10 +26,6 @@ class RunFailedError(RuntimeError):
     """
 
 
-class RunExistsError(InputError):
-    """A folder is already a run."""
-
-
 class RunInterruptedError(Exception):
     """Training was interrupted by the user or a signal; the message says how to resume it.
 

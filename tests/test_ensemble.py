@@ -176,6 +176,20 @@ class TestSomeNetworks:
         assert run.metrics()["test"] == ensemble[0].metrics()["test"]
         assert sum("Test accuracy" in command.printed for command in commands) >= 1
 
+    def test_launcher_of_several_processes_is_refused(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        assert program([*self.ARGUMENTS, str(tmp_path / "run"), "--nets", "1"]) == 2
+        assert "Start one command per network" in capsys.readouterr().err
+
+    def test_run_is_not_resumed_beside_a_process_that_trains_in_it(
+        self, ensemble, tmp_path, capsys
+    ):
+        run = open_run(shutil.copytree(ensemble[0].path, tmp_path / "run"))
+        (run.path / "metrics.json").unlink()
+        with locked(run.networks()[2].path):
+            assert program(["fit", "--resume", str(run.path)]) == 2
+        assert "net-3 is in use" in capsys.readouterr().err
+
     def test_wrong_use_is_explained(self, ensemble, tmp_path, capsys):
         out = str(tmp_path / "run")
         copy = str(shutil.copytree(ensemble[0].path, tmp_path / "copy"))

@@ -79,6 +79,7 @@ class Cluster:
             "SLURM_NTASKS": str(self.num_tasks),
             "SLURM_JOB_ID": "77",
             "SLURM_JOB_NODELIST": "n[1-2]",
+            "SLURM_CPUS_PER_TASK": "1",
             **variables,
         }
         log = (self.folder / "log.txt").open("a")

@@ -1,8 +1,8 @@
 """`mixmo fit`: train."""
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,12 +15,13 @@ from mixmo_fastai.cli.render import METRIC_WIDTH, align, metric_lines
 from mixmo_fastai.config.recipe import Recipe
 from mixmo_fastai.config.resolve import resolve_recipe
 from mixmo_fastai.config.schema import to_mapping
-from mixmo_fastai.errors import InputError, RunExistsError, RunInterruptedError
+from mixmo_fastai.errors import InputError, RunInterruptedError
 from mixmo_fastai.loggers import parse_loggers
 from mixmo_fastai.runs.checkpoints import CheckpointStore
 from mixmo_fastai.runs.create import check_free, create_run
 from mixmo_fastai.runs.folder import RunFolder, open_run
-from mixmo_fastai.runs.lock import locked
+from mixmo_fastai.runs.lock import locked, starting
+from mixmo_fastai.runs.output import expand_user
 from mixmo_fastai.runtime.signals import exit_code_of, handling_signals
 
 
@@ -100,12 +101,13 @@ def _start_or_join(
     nets: Sequence[int],
 ) -> None:
     """Train networks of a run that other processes may have started, or start just now."""
-    _check_can_be_shared(recipe, nets, out)
-    with suppress(RunExistsError):
-        check_free(out)
-        _start(recipe, out, data_dir, loggers, output, nets=nets)
-        return
-    run = open_run(out or "")
+    path = _check_can_be_shared(recipe, nets, out)
+    with starting(path) as let_others_join:
+        if not (path / "recipe.toml").is_file():
+            check_free(path)
+            _start(recipe, path, data_dir, loggers, output, nets=nets, created=let_others_join)
+            return
+    run = open_run(path)
     check_same_settings(recipe, run)
     _resume(run, data_dir, loggers, output, nets)
 
@@ -122,13 +124,23 @@ def parse_nets(text: str) -> list[int]:
     return list(dict.fromkeys(map(int, parts)))
 
 
-def _check_can_be_shared(recipe: Recipe, numbers: Sequence[int], out: Path | None) -> None:
-    """Check that several processes can train networks of one run."""
+def _check_can_be_shared(recipe: Recipe, numbers: Sequence[int], out: Path | None) -> Path:
+    """Check that several processes can train networks of one run; return its folder.
+
+    Raises:
+        InputError: they cannot.
+    """
     from mixmo_fastai.training.ensemble import check_nets
 
     check_nets(numbers, recipe.model.num_nets)
     if out is None:
         raise InputError("--nets needs --out RUN, the folder that all networks share.")
+    if (os.environ.get("WORLD_SIZE") or "1") != "1":
+        raise InputError(
+            "--nets trains each network in one process; a launcher has started several.\n"
+            "Start one command per network."
+        )
+    return expand_user(out)
 
 
 def check_same_settings(recipe: Recipe, run: RunFolder) -> None:
@@ -166,16 +178,22 @@ def _start(
     output: Output,
     *,
     nets: Sequence[int] | None,
+    created: Callable[[], None] = lambda: None,
 ) -> None:
+    """Create a run and train; `created` is called once others can join it."""
     with _prepared(recipe, data_dir, output) as (prepared, is_rank0):
         from mixmo_fastai.learner.optimizers import check_optimizer_settings
         from mixmo_fastai.runtime.processes import run_on_rank0
         from mixmo_fastai.training.precision import choose_precision
+        from mixmo_fastai.training.train import describe_run
 
         check_optimizer_settings(prepared.learn.opt_func, prepared.recipe.lr)
         training, times = choose_precision(prepared)
         path = run_on_rank0(lambda: _make_folder(training, out, times))
         output.run = run = RunFolder(path, is_writer=is_rank0)
+        if nets is not None:
+            describe_run(training, run)
+        created()
         with _errors_logged(run, nets):
             speed = print_plan(training, output, run, nets=nets)
             _train(training, run, loggers, output, speed, nets=nets, resume=False)
@@ -196,7 +214,8 @@ def _resume(
     nets: Sequence[int] | None,
 ) -> None:
     recipe, networks = run.recipe(), run.networks()
-    folders = [run]  # those that this process trains in
+    # Those that this process trains in.
+    folders = [run, *(each for each in networks if each.path != run.path and each.path.is_dir())]
     if nets is not None:
         from mixmo_fastai.training.ensemble import check_nets
 

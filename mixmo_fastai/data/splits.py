@@ -59,10 +59,10 @@ def draw_groups(
 ) -> Tensor:
     """Draw whole groups, so that about the same fraction of each class is drawn.
 
-    Groups are considered in random order, so that large and small ones are drawn alike. One is drawn
-    if this brings the drawn fractions of the classes closer to `fraction` (sum of squares), and,
-    with `keep_classes`, if each of its classes keeps an image. If none is drawn so, the smallest
-    one for which this holds is.
+    Groups are considered in random order, so that large and small ones are drawn alike. One is
+    drawn if this brings the drawn fractions of the classes closer to `fraction` (sum of squares),
+    and, with `keep_classes`, if each of its classes keeps an image. If none is drawn so, the
+    smallest one for which this holds is.
 
     Args:
         labels: (N,) int64.

@@ -59,8 +59,8 @@ def evaluate_splits(
           averaged instead of their logits;
         - "intervals": 95 % bootstrap intervals of accuracy, nll and ece on the test set;
         - "calibrated": nll, brier and ece on the test set at the temperature fitted on `separate`
-          or on the validation split, the relative standard error of this temperature, and the number
-          of images it was fitted on;
+          or on the validation split, the relative standard error of this temperature, and the
+          number of images it was fitted on;
         - "cross_fitted": the same for two halves of the test set, each at the temperature fitted
           on the other half, as published; the number of images is that of the smaller half;
         - "calibration", "sets" and "abstention", with a calibration: the first from

@@ -6,10 +6,12 @@ user interface is that of the package mlflow; mlflow-skinny suffices for logging
 
 import logging
 import os
+import shlex
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
@@ -19,6 +21,8 @@ from mixmo_fastai.loggers.progress import Progress
 from mixmo_fastai.loggers.tracker import Step, TrackedRun
 
 EXPERIMENT = "mixmo"
+_ATTEMPTS = 4
+_KEPT = "/:\\ "
 MAX_METRICS, MAX_PARAMS, MAX_VALUE = 1000, 100, 500
 """Limits of one request, and of the length of a parameter, of the oldest supported server."""
 
@@ -34,12 +38,13 @@ class MlflowTracker:
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.WARNING)  # only the command prints
         uri = os.environ.get("MLFLOW_TRACKING_URI")
-        local = f"sqlite:///{run.folder / 'mlflow.db'}"
+        local = f"sqlite:///{quote(str(run.folder / 'mlflow.db'), safe=_KEPT)}"
         self.client = MlflowClient(tracking_uri=uri or local)
         self.progress = Progress(run.folder / "mlflow.json")
         self.run_id = self._find_run() or self._create_run(run, None if uri else run.folder)
         self.progress.save(id=self.run_id)
-        where = uri or f"stored locally; show with: mlflow ui --backend-store-uri {local}"
+        command = shlex.join(["mlflow", "ui", "--backend-store-uri", local])
+        where = uri or f"stored locally; show with: {command}"
         run.report(f"mlflow: {where}")
 
     def _find_run(self) -> str | None:
@@ -62,13 +67,8 @@ class MlflowTracker:
             folder: folder of a local database, for its files; None if a server decides.
         """
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
-        experiment = self.client.get_experiment_by_name(name)
         artifacts = None if folder is None else (folder / "mlflow-files").as_uri()
-        experiment_id = (
-            self.client.create_experiment(name, artifacts)
-            if experiment is None
-            else experiment.experiment_id
-        )
+        experiment_id = self._experiment(name, artifacts)
         tags = {} if run.group is None else {"group": run.group}
         created = self.client.create_run(experiment_id, run_name=run.name, tags=tags)
         run_id = str(created.info.run_id)
@@ -76,6 +76,19 @@ class MlflowTracker:
         for start in range(0, len(params), MAX_PARAMS):
             self.client.log_batch(run_id, params=params[start : start + MAX_PARAMS])
         return run_id
+
+    def _experiment(self, name: str, artifacts: str | None) -> str:
+        """Return the id of an experiment, creating it unless another process does so meanwhile."""
+        for attempt in range(_ATTEMPTS):
+            try:
+                if (found := self.client.get_experiment_by_name(name)) is not None:
+                    return str(found.experiment_id)
+                return str(self.client.create_experiment(name, artifacts))
+            except Exception:  # it exists now, or another process creates the tables
+                if attempt == _ATTEMPTS - 1:
+                    raise
+                time.sleep(1 + attempt)
+        raise AssertionError
 
     def log_steps(self, steps: Sequence[Step]) -> None:
         """Log loss, learning rate and momentum of each step."""

@@ -7,7 +7,7 @@ from typing import Any
 from mixmo_fastai.config.methods import run_label
 from mixmo_fastai.config.recipe import Recipe
 from mixmo_fastai.config.schema import to_toml
-from mixmo_fastai.errors import InputError, RunExistsError
+from mixmo_fastai.errors import InputError
 from mixmo_fastai.runs.environment import describe_environment
 from mixmo_fastai.runs.files import flush_folder, make_folder, write_atomically, write_new
 from mixmo_fastai.runs.folder import RunFolder
@@ -58,10 +58,8 @@ def check_free(path: Path | None) -> None:
         return
     path = expand_user(path)
     if path.is_dir() and any(path.iterdir()):
-        is_run = (path / "recipe.toml").exists()
-        kind = "already a run" if is_run else "not empty"
-        error = RunExistsError if is_run else InputError
-        raise error(
+        kind = "already a run" if (path / "recipe.toml").exists() else "not empty"
+        raise InputError(
             f"The folder {str(path)!r} is {kind}. It was not changed.\n"
             "Choose another --out DIR, or continue a run with --resume RUN."
         )
@@ -81,7 +79,7 @@ def _write_recipe(path: Path, recipe: Recipe) -> None:
     try:
         write_new(path, to_toml(recipe))
     except FileExistsError as error:
-        raise RunExistsError(
+        raise InputError(
             f"Another process has just created a run in {str(path.parent)!r}.\n"
             "Choose another --out DIR."
         ) from error

@@ -8,7 +8,7 @@ in forked processes.
 import errno
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -57,6 +57,37 @@ def locked(folder: Path) -> Iterator[None]:
     finally:
         with suppress(OSError):
             path.unlink(missing_ok=True)  # while the lock is still held
+        lock.release()
+
+
+@contextmanager
+def starting(path: Path) -> Iterator[Callable[[], None]]:
+    """Wait until no other process starts a run at a path; the caller may then start or join it.
+
+    The lock file is beside the run folder. On a file system without locks, others are not excluded.
+
+    Args:
+        path: the run folder, which may not exist.
+
+    Yields:
+        A function that lets the others go on, before the end of the with block.
+
+    Raises:
+        InputError: the lock file cannot be written.
+    """
+    import filelock  # 40 ms
+
+    beside = path.with_name(f".{path.name}.starting")
+    lock = filelock.FileLock(beside, fallback_to_soft=False)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise InputError(f"Cannot write {beside}: {error.strerror}.") from error
+    try:
+        yield lock.release
+    finally:
         lock.release()
 
 

@@ -101,7 +101,8 @@ def train_nets(
         InterruptedBySignal: a signal asked to stop.
     """
     check_nets(nets, training.recipe.model.num_nets)
-    describe_run(training, run)
+    if run.data_facts() is None:  # no process has described it before
+        describe_run(training, run)
     _train_networks(training, run, nets, cbs=cbs, resume=True, stop=stop, say=say)
     return _evaluate_if_complete(training, run, cbs, say)
 
