@@ -10,8 +10,13 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
+from httpx import ConnectError
 from huggingface_hub import ModelCard
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from PIL import Image
 from small_data import write_image_folder
 
@@ -134,6 +139,31 @@ def test_card_of_a_folder_names_no_path_and_no_members(tmp_path, monkeypatch):
     assert "accuracy of the members" not in card.text
 
 
+def test_card_of_a_table_names_no_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("MIXMO_DATA_DIR", str(tmp_path / "data"))
+    folder = write_image_folder(tmp_path / "secret/pets", num_train=20, size=(16, 16))
+    rows = [f"{p.parent.name}/{p.name},{p.parent.name}" for p in (folder / "train").rglob("*.png")]
+    (tmp_path / "table.csv").write_text("\n".join(["path,label", *rows]))
+    arguments = ["--arch", "wrn10_1", "--epochs", "1", "--batch-size", "8", "--device", "cpu"]
+    arguments += ["--set", f"data.image_folder={folder / 'train'}", "--out", str(tmp_path / "run")]
+    assert program(["fit", str(tmp_path / "table.csv"), *arguments]) == 0
+    assert program(["push", str(tmp_path / "run"), "--to", str(tmp_path / "hub")]) == 0
+    text = (tmp_path / "hub/README.md").read_text()
+    assert "secret" not in text
+    assert str(tmp_path) not in text
+    assert 'image_folder = "train"' in text
+    assert "1 epoch, " in text
+
+
+def test_card_leaves_out_what_was_measured_with_another_calibration(run, tmp_path, capsys):
+    copy = shutil.copytree(run.path, tmp_path / "run")
+    assert program(["calibrate", str(copy), "--method", "none"]) == 0
+    assert program(["push", str(copy), "--to", str(tmp_path / "hub")]) == 0
+    text = (tmp_path / "hub/README.md").read_text()
+    assert "Not calibrated: calibration was not requested." in text
+    assert "Prediction sets for" not in text
+
+
 def test_predictions_are_those_of_the_run(run, pushed, images, capsys):
     expected = predictions(capsys, run.path, images)
     for name in (pushed, f"hf:{pushed}"):
@@ -163,6 +193,16 @@ class TestRepository:
             def __init__(self, **settings):
                 calls.append(settings)
 
+            def repo_info(self, repo_id):
+                if repo_id == "me/offline":
+                    raise ConnectError("no connection")
+                if repo_id not in ("me/full", "me/empty"):
+                    response = SimpleNamespace(headers={}, request=None, status_code=404)
+                    raise RepositoryNotFoundError("404", response=response)
+                names = [".gitattributes", *(["README.md"] if repo_id == "me/full" else [])]
+                siblings = [SimpleNamespace(rfilename=name) for name in names]
+                return SimpleNamespace(private=False, siblings=siblings)
+
             def create_repo(self, repo_id, **settings):
                 calls.append((repo_id, settings))
                 if repo_id == "me/forbidden":
@@ -188,6 +228,35 @@ class TestRepository:
         assert 'load_fused("hf:me/digits")' in text
         assert 'from_pretrained("me/digits")' in text
 
+    @pytest.mark.parametrize(
+        ("repository", "flags", "message"),
+        [
+            ("me/full", [], "has README.md. It was not changed."),
+            ("me/full", ["--private"], "exists and is public"),
+            ("me/empty", ["--private"], "exists and is public"),
+            ("me/offline", [], "Cannot push to me/offline: ConnectError: no connection"),
+        ],
+    )
+    def test_repository_is_checked_before_anything_is_sent(
+        self, run, api, repository, flags, message, capsys
+    ):
+        assert program(["push", str(run.path), "--to", f"hf:{repository}", *flags]) == 2
+        assert message in capsys.readouterr().err
+        assert all(isinstance(call, dict) for call in api)
+
+    @pytest.mark.parametrize(
+        ("repository", "flags"), [("me/full", ["--overwrite"]), ("me/empty", [])]
+    )
+    def test_existing_repository_is_filled(self, run, api, repository, flags):
+        assert program(["push", str(run.path), "--to", f"hf:{repository}", *flags]) == 0
+        assert api[-1] == repository
+
+    def test_nothing_is_created_if_the_export_fails(self, run, api, tmp_path, capsys):
+        copy = shutil.copytree(run.path, tmp_path / "run")
+        (copy / "model.safetensors").write_bytes(b"")
+        assert program(["push", str(copy), "--to", "hf:me/digits"]) == 2
+        assert all(isinstance(call, dict) for call in api)
+
     def test_refusal_is_explained(self, run, api, capsys):
         assert program(["push", str(run.path), "--to", "hf:me/forbidden"]) == 2
         error = capsys.readouterr().err
@@ -210,7 +279,7 @@ class TestRepository:
         assert program(["predict", "hf:me/missing", str(images)]) == 2
         error = capsys.readouterr().err
         assert "Cannot load model.safetensors of 'me/missing'" in error
-        assert len(error.splitlines()) == 1
+        assert len(error.splitlines()) == 2
 
 
 class TestWrongUse:

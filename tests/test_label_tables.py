@@ -1,52 +1,17 @@
 """Tables of labels: which image has which label, split and group, and what is refused."""
 
-import csv
 import re
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import pyarrow
 import pytest
-import torch
-from PIL import Image
+from label_tables import LABELS, folder, simple_rows, write_images, write_table
 from pyarrow import parquet
 
-from mixmo_fastai.data.cache import CACHE_LIMIT
-from mixmo_fastai.data.class_files import group_indices
-from mixmo_fastai.data.fingerprint import fingerprint
-from mixmo_fastai.data.image_folder import read_image_table
 from mixmo_fastai.data.label_tables import TableColumns, is_table, read_label_table
-from mixmo_fastai.data.parts import DataParts
-from mixmo_fastai.data.sources import load_source
-from mixmo_fastai.data.splits import split_calibration, split_validation
-from mixmo_fastai.data.table_images import choose_table_images, reopen_table_images
 from mixmo_fastai.errors import InputError
 
-LABELS = ("cat", "dog", "eel")
-
-
-def write_images(folder, names):
-    for index, name in enumerate(names):
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (8, 8), (index % 256, index // 256, 0)).save(path)
-
-
-def write_table(path, header, rows, delimiter=","):
-    with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file, delimiter=delimiter).writerows([header, *rows])
-    return path
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """Images photos/00.png … photos/23.png, whose first channel is their number."""
-    write_images(tmp_path, [f"photos/{index:02d}.png" for index in range(24)])
-    return tmp_path
-
-
-def simple_rows(count=24):
-    return [[f"photos/{index:02d}.png", LABELS[index % 3]] for index in range(count)]
+__all__ = ["folder"]  # fixtures
 
 
 def files_of(table, split="train"):
@@ -156,25 +121,6 @@ def test_value_that_is_no_split_is_refused_beside_splits(folder, column, value):
     path = write_table(folder / "a.csv", ["path", "label", column], rows)
     with pytest.raises(InputError, match=f"line 22: '{value}' is not a split"):
         read_label_table(path)
-
-
-def test_drawn_images_depend_on_no_names_of_groups_and_no_order_of_rows(folder, tmp_path):
-    rows = [[*row, f"p{index // 2}"] for index, row in enumerate(simple_rows())]
-    found = []
-    for change in (lambda each: each, lambda each: [*each[:2], f"x{99 - int(each[2][1:])}"]):
-        for order in (rows, rows[::-1]):
-            path = write_table(folder / "a.csv", ["path", "label", "patient"], map(change, order))
-            source = read_image_table(path, tmp_path / "home", test_split=0.25)
-            train, valid = split_validation(source.train, 0.25)
-            parts = (train, valid, source.test)
-            found.append([[part.name(i) for i in range(len(part))] for part in parts])
-            prints = fingerprint(source)
-    assert found[1:] == found[:3]
-    regrouped = [[*row[:2], f"p{index // 3}"] for index, row in enumerate(rows)]
-    path = write_table(folder / "b.csv", ["path", "label", "patient"], regrouped)
-    other = read_image_table(path, tmp_path / "home", test_split=0.25)
-    same_names = replace(other, train=source.train.files, test=source.test)
-    assert fingerprint(replace(same_names, train=replace(source.train, groups=None))) != prints
 
 
 def test_numbers_are_classes_in_their_order(folder):
@@ -322,93 +268,3 @@ def test_missing_image_that_was_left_out_is_known_by_its_short_name(folder):
 def test_names_of_tables():
     assert all(map(is_table, ("a.csv", "b/A.CSV", Path("c.tsv"), "x.parquet")))
     assert not any(map(is_table, ("digits", "csv", "a.csv/images", "a.xlsx")))
-
-
-class TestSource:
-    """The data source of a table."""
-
-    @pytest.fixture
-    def grouped(self, folder):
-        rows = [[*row, f"p{index // 2}"] for index, row in enumerate(simple_rows())]
-        return write_table(folder / "a.csv", ["path", "label", "patient"], rows)
-
-    @pytest.mark.parametrize("limit", [0, CACHE_LIMIT])
-    def test_images_have_their_labels(self, folder, grouped, tmp_path, limit):
-        source = read_image_table(grouped, tmp_path / "home", cache_limit=limit)
-        assert source.name == "a"
-        assert source.classes == LABELS
-        numbers = {}
-        for name in ("train", "test"):
-            images = getattr(source, name)
-            numbers[name] = images.tensor()[:, 0, 0, 0].tolist()
-            assert images.labels.tolist() == [number % 3 for number in numbers[name]]
-            assert [images.name(i) for i in range(len(images))] == [
-                f"photos/{number:02d}.png" for number in numbers[name]
-            ]
-        assert sorted(numbers["train"] + numbers["test"]) == [*range(24)]
-        assert not {n // 2 for n in numbers["train"]} & {n // 2 for n in numbers["test"]}
-
-    def test_groups_stay_together_in_every_split(self, grouped, tmp_path):
-        source = read_image_table(grouped, tmp_path / "home", test_split=0.25)
-        train, valid = split_validation(source.train, 0.25)
-        valid, calibration = split_calibration(valid, 0.5)
-        parts = [train, valid, calibration, source.test]
-        groups = [{int(part.name(i)[7:9]) // 2 for i in range(len(part))} for part in parts]
-        assert sum(map(len, groups)) == len(set().union(*groups)) == 12
-        assert sum(map(len, parts)) == 24
-        assert all(groups)
-
-    def test_earlier_split_is_read_again(self, folder, grouped):
-        root, chosen = choose_table_images(grouped, TableColumns(), 0.25)
-        assert root == folder
-        stored = replace(chosen.parts)
-        assert stored.columns["group"] == "patient"
-        rows = [*csv.reader(grouped.read_text().splitlines())]
-        write_images(folder, ["photos/new.png"])
-        write_table(grouped, [*rows[0], "label_name"], [
-            *([*row, "x"] for row in reversed(rows[1:])), ["photos/new.png", "cat", "p0", "x"],
-        ])  # fmt: skip
-        _, again = reopen_table_images(grouped, stored, LABELS)
-        assert {k: {*v} for k, v in again.train.items()} == {
-            k: {*v} for k, v in chosen.train.items()
-        }
-        assert {k: {*v} for k, v in again.test.items()} == {k: {*v} for k, v in chosen.test.items()}
-        assert (
-            "Left out",
-            "1 image added after the split was drawn: photos/new.png",
-        ) in again.notes
-        write_table(grouped, rows[0], rows[2:])
-        with pytest.raises(InputError, match=r"1 of the run's 24 images is no longer in .*a.csv"):
-            reopen_table_images(grouped, stored, LABELS)
-        _, again = reopen_table_images(grouped, stored, LABELS, left_out=["photos/00.png"])
-        assert sum(map(len, again.train.values())) + sum(map(len, again.test.values())) == 23
-
-    def test_parts_survive_the_run_folder(self, grouped):
-        _, chosen = choose_table_images(grouped, TableColumns())
-        assert DataParts.from_mapping(asdict(chosen.parts), grouped) == chosen.parts
-
-    def test_test_split_is_refused_if_there_is_one(self, folder):
-        rows = [[*row, "test" if i > 17 else "train"] for i, row in enumerate(simple_rows())]
-        path = write_table(folder / "a.csv", ["path", "label", "split"], rows)
-        with pytest.raises(InputError, match="--test-split is for data without test images"):
-            choose_table_images(path, TableColumns(), 0.2)
-        _, chosen = choose_table_images(path, TableColumns())
-        assert chosen.parts.drawn is None
-        assert ("Splits", "testing as in 'split'") in chosen.notes
-        _, chosen = choose_table_images(path, TableColumns(split="none"), 0.5)
-        assert len(chosen.parts.drawn.test) == 12
-
-    def test_columns_are_for_tables_only(self):
-        with pytest.raises(InputError, match=r"are for tables of labels; 'digits' is none"):
-            load_source("digits", columns=TableColumns(label="x"))
-
-    def test_missing_table_is_reported(self, tmp_path):
-        with pytest.raises(InputError, match="There is no table"):
-            load_source(str(tmp_path / "a.csv"))
-
-
-def test_groups_are_numbered():
-    assert group_indices(["a", "b"], {}) is None
-    groups = {"a": "y", "b": "x", "c": "y"}
-    assert group_indices(["a", "b", "c"], groups).tolist() == [0, 1, 0]
-    assert group_indices([], groups).dtype == torch.int64

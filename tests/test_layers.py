@@ -30,7 +30,7 @@ PACKAGES = {
     "data": NUMERIC | FASTAI | VISION | {"sklearn", "pyarrow", "datasets"},
     "callbacks": NUMERIC | FASTAI,
     "learner": NUMERIC | FASTAI | {"accelerate"},
-    "export": NUMERIC | {"safetensors", "onnx", "onnxruntime", "huggingface_hub"},
+    "export": NUMERIC | {"safetensors", "onnx", "onnxruntime", "huggingface_hub", "httpx"},
     "evaluation": NUMERIC | FASTAI,
     "training": NUMERIC | FASTAI | {"safetensors"},
     "study": NUMERIC | {"safetensors", "scipy"},

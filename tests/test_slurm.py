@@ -72,7 +72,8 @@ class Cluster:
         """Start a script as a job."""
         script = self.folder / name
         port = 20000 + os.getpid() % 10000
-        script.write_text(SCRIPTS[name].replace("29500", str(port)))
+        if not script.exists():  # bash reads a script while it runs
+            script.write_text(SCRIPTS[name].replace("29500", str(port)))
         environment = {
             **os.environ,
             "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",

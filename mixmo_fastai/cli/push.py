@@ -37,6 +37,14 @@ def push(
             "--private", help="Make a new repository private.", rich_help_panel=opt.OUTPUT
         ),
     ] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Replace the network of an existing repository.",
+            rich_help_panel=opt.OUTPUT,
+        ),
+    ] = False,
     raw: RawLogits = False,
     data_dir: opt.DataDir = None,
     as_json: opt.Json = False,
@@ -51,12 +59,14 @@ def push(
         raise InputError(
             "`mixmo push` needs huggingface_hub.\nInstall: pip install 'mixmo-fastai[hub]'"
         )
-    if private and not to.startswith("hf:"):
-        raise InputError(f"--private is for a repository, such as hf:USER/NAME; got {to!r}.")
+    for flag, is_given in (("--private", private), ("--overwrite", overwrite)):
+        if is_given and not to.startswith("hf:"):
+            raise InputError(f"{flag} is for a repository, such as hf:USER/NAME; got {to!r}.")
 
     from mixmo_fastai.export.hub import push_run
 
-    result = push_run(folder, to, data_dir, license_id=license_id, private=private, raw=raw)
+    settings = {"private": private, "overwrite": overwrite, "raw": raw}
+    result = push_run(folder, to, data_dir, license_id=license_id, **settings)
     rows = [
         ("Network", f"{result['arch']}, {result['parameters']:,} parameters"),
         ("Written", f"{result['to']}: config.json, model.safetensors, README.md"),

@@ -11,7 +11,9 @@ from mixmo_fastai.config.choices import DATASETS, HUB_PREFIX
 from mixmo_fastai.config.methods import method_name
 from mixmo_fastai.config.recipe import Recipe
 from mixmo_fastai.config.schema import to_toml
+from mixmo_fastai.metrics.conformal import default_score
 from mixmo_fastai.metrics.table import percent
+from mixmo_fastai.runs.calibration import read_calibration
 from mixmo_fastai.runs.data_facts import DataFacts
 from mixmo_fastai.runs.folder import RunFolder
 
@@ -53,7 +55,7 @@ def model_card(
         "## Data",
         _data(facts, dataset),
         "## Probabilities",
-        *_probabilities(metrics, split, is_calibrated=is_calibrated),
+        *_probabilities(run, metrics, split, is_calibrated=is_calibrated),
         "## Limits",
         _limits(metrics, split, recipe),
         "## Training",
@@ -161,40 +163,47 @@ def _data(facts: DataFacts, dataset: str) -> str:
     )
 
 
-def _probabilities(metrics: Mapping[str, Any], split: str, *, is_calibrated: bool) -> list[str]:
-    """Describe calibration, prediction sets and abstention, as far as they were measured."""
-    found = metrics.get("calibration")
-    if found is None:
+def _probabilities(
+    run: RunFolder, metrics: Mapping[str, Any], split: str, *, is_calibrated: bool
+) -> list[str]:
+    """Describe calibration, prediction sets and abstention, as far as they were measured.
+
+    The figures are those of metrics.json, and are left out if the run was calibrated again since.
+    """
+    calibration = read_calibration(run)
+    if calibration is None:
         return ["Not calibrated: the run has no calibration images."]
-    if found["method"] == "none":
-        lines = [f"Not calibrated: {found['reason']}."]
+    sets, abstention = metrics.get("sets", {}), metrics.get("abstention", {})
+    score = default_score(calibration.num_classes)
+    coverage, found = sets.get("requested_coverage"), sets.get(score, {})
+    if calibration.scaling is None:
+        lines = [f"Not calibrated: {calibration.reason}."]
     else:
         where = "The logits contain" if is_calibrated else "The logits do not contain"
-        before, after = found["before"], found["after"]
+        before, after = (calibration.effect[name] for name in ("before", "after"))
         lines = [
-            f"{where} the {found['method']} scaling fitted on {found['num_images']:,} images that "
-            f"were not trained on. In cross-validation on them, the NLL with it is "
-            f"{_number(after['nll'])} instead of {_number(before['nll'])}, the ECE "
-            f"{percent(after['ece'])} instead of {percent(before['ece'])}."
+            f"{where} the {calibration.scaling.method} scaling fitted on "
+            f"{len(calibration.labels):,} images that were not trained on. In cross-validation on "
+            f"them, the NLL with it is {_number(after['nll'])} instead of "
+            f"{_number(before['nll'])}, the ECE {percent(after['ece'])} instead of "
+            f"{percent(before['ece'])}."
         ]
-    if (sets := metrics.get("sets")) and "coverage" in (raps := sets.get("raps", {})):
-        low, high = map(percent, raps["interval"])
-        lines.append(
-            f"Prediction sets for {percent(sets['requested_coverage'])} contain the label of "
-            f"{percent(raps['coverage'])} of the {_SPLITS[split]} images ({low} to {high}), with "
-            f"{raps['mean_size']:.2f} classes on average."
-        )
-    if (abstention := metrics.get("abstention")) and (chosen := abstention.get("confidence")):
-        limit = percent(abstention["max_risk"])
-        if chosen["risk"] is None:
-            lines.append(f"No threshold guarantees a risk of {limit}.")
-        else:
-            lines.append(
-                f"Predictions above the threshold for a risk of {limit}: "
-                f"{percent(chosen['coverage'])} of the {_SPLITS[split]} images, of which "
-                f"{percent(chosen['risk'])} are wrong."
-            )
-    return lines
+    if "coverage" not in found or [*calibration.sets(coverage).thresholds] != found["thresholds"]:
+        return lines  # not measured, or with other thresholds
+    low, high = map(percent, found["interval"])
+    lines.append(
+        f"Prediction sets for {percent(coverage)} contain the label of "
+        f"{percent(found['coverage'])} of the {_SPLITS[split]} images ({low} to {high}), with "
+        f"{found['mean_size']:.2f} classes on average."
+    )
+    limit, chosen = percent(abstention["max_risk"]), abstention["confidence"]
+    if chosen["risk"] is None:
+        return [*lines, f"No threshold guarantees a risk of {limit}."]
+    accepted = (
+        f"Predictions above the threshold for a risk of {limit}: {percent(chosen['coverage'])} of "
+        f"the {_SPLITS[split]} images, of which {percent(chosen['risk'])} are wrong."
+    )
+    return [*lines, accepted]
 
 
 def _limits(metrics: Mapping[str, Any], split: str, recipe: Recipe) -> str:
@@ -203,8 +212,7 @@ def _limits(metrics: Mapping[str, Any], split: str, recipe: Recipe) -> str:
         "The results hold for images from the same source as those it was measured on. Other "
         "cameras, other framing and other classes were not measured.",
         "Every image gets one of the classes, also an image of something else.",
-        f"It is wrong on {percent(1 - final['accuracy'])} of the images measured; errors are not "
-        "spread evenly over the classes.",
+        f"It is wrong on {percent(1 - final['accuracy'])} of the images measured.",
     ]
     if recipe.data.limit:
         lines.append(f"It was trained on {recipe.data.limit:,} images only.")
@@ -212,9 +220,11 @@ def _limits(metrics: Mapping[str, Any], split: str, recipe: Recipe) -> str:
 
 
 def _training(recipe: Recipe, metrics: Mapping[str, Any]) -> str:
-    shared = replace(recipe, data=replace(recipe.data, dataset=_name(recipe)))
+    folder = Path(recipe.data.image_folder).name  # a path may name people or machines
+    data = replace(recipe.data, dataset=_name(recipe), image_folder=folder)
+    shared, epochs = replace(recipe, data=data), metrics["epochs"]
     return (
-        f"{metrics['epochs']} epochs, {metrics['images_seen']:,} images seen, "
+        f"{epochs} epoch{'s' * (epochs != 1)}, {metrics['images_seen']:,} images seen, "
         f"{metrics['parameters']:,} parameters in training. The recipe:\n\n"
         f"```toml\n{to_toml(shared).strip()}\n```"
     )

@@ -9,13 +9,20 @@ Shapes: B images of C channels, H × W pixels, K classes.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from httpx import HTTPError
 from huggingface_hub import HfApi, PyTorchModelHubMixin, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from torch import Tensor, nn
 
 from mixmo_fastai.config.choices import HUB_PREFIX
@@ -157,6 +164,7 @@ def push_run(
     *,
     license_id: str = "unknown",
     private: bool = False,
+    overwrite: bool = False,
     raw: bool = False,
 ) -> dict[str, Any]:
     """Write a finished run to a folder, or to a repository of the Hub.
@@ -166,15 +174,16 @@ def push_run(
         to: a folder that does not exist yet or is empty, or "hf:USER/NAME".
         data_dir: folder of the run's data, if not the one that training used.
         license_id: see `write_hub_folder`.
-        private: whether a new repository is private.
+        private: whether the repository is private; an existing one must be.
+        overwrite: whether to replace the network of an existing repository.
         raw: see `write_hub_folder`.
 
     Returns:
         The result of `export_run`, and "to", the folder or the address of the repository.
 
     Raises:
-        InputError: as for `export_run`; or the folder is not empty, or the Hub cannot be reached or
-            refuses the upload.
+        InputError: as for `export_run`; or the folder is not empty, or the repository has a network
+            or is public, or the Hub cannot be reached or refuses the upload.
     """
     check_export(run, Path(WEIGHTS))
     if not to.startswith(HUB_PREFIX):
@@ -184,21 +193,51 @@ def push_run(
         folder.mkdir(parents=True, exist_ok=True)
         settings = {"address": folder.resolve().name, "license_id": license_id, "raw": raw}
         return {**write_hub_folder(run, folder, data_dir, **settings), "to": str(folder)}
-    repository, api = to.removeprefix(HUB_PREFIX), HfApi(library_name=LIBRARY)
-    try:
-        url = api.create_repo(repository, private=private, exist_ok=True)
-        with TemporaryDirectory() as temporary:
-            settings = {"address": HUB_PREFIX + url.repo_id, "license_id": license_id, "raw": raw}
-            result = write_hub_folder(run, Path(temporary), data_dir, **settings)
+    repository = to.removeprefix(HUB_PREFIX)
+    api = HfApi(library_name=LIBRARY)
+    with _reported(f"push to {repository}"):
+        _check_repository(api, repository, private=private, overwrite=overwrite)
+    with TemporaryDirectory() as temporary:
+        settings = {"address": to, "license_id": license_id, "raw": raw}
+        result = write_hub_folder(run, Path(temporary), data_dir, **settings)
+        with _reported(f"push to {repository}"):
+            url = api.create_repo(repository, private=private, exist_ok=True)
             api.upload_folder(
-                repo_id=url.repo_id, folder_path=temporary, commit_message="Add the network"
+                repo_id=repository, folder_path=temporary, commit_message="Add the network"
             )
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise InputError(
-            f"Cannot push to {repository}: {summarize_error(error)}.\n"
-            "Log in with `hf auth login`, or write a folder: --to FOLDER."
-        ) from error
     return {**result, "to": str(url)}
+
+
+def _check_repository(api: HfApi, repository: str, *, private: bool, overwrite: bool) -> None:
+    """Check that a repository does not exist, or may be written to.
+
+    Raises:
+        InputError: it is public, but is to be private; or it has files that are not to be replaced.
+    """
+    try:
+        found = api.repo_info(repository)
+    except RepositoryNotFoundError:
+        return
+    if private and not found.private:
+        raise InputError(f"The repository {repository} exists and is public. Choose another name.")
+    names = {each.rfilename for each in found.siblings or ()} & {WEIGHTS, CONFIG, "README.md"}
+    if names and not overwrite:
+        raise InputError(
+            f"The repository {repository} has {', '.join(sorted(names))}. It was not changed.\n"
+            "Choose another name, or replace them: --overwrite"
+        )
+
+
+@contextmanager
+def _reported(action: str) -> Iterator[None]:
+    """Turn errors of the Hub and of the connection into an `InputError`."""
+    try:
+        yield
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, HTTPError) as error:
+        advice = "Log in with `hf auth login`, or write a folder: --to FOLDER."
+        if action.startswith("load"):
+            advice = "Check the name and the connection, or log in with `hf auth login`."
+        raise InputError(f"Cannot {action}: {summarize_error(error)}.\n{advice}") from error
 
 
 def download_weights(name: str) -> Path:
@@ -213,9 +252,5 @@ def download_weights(name: str) -> Path:
     if (folder := Path(os.path.expanduser(name))).is_dir():
         return folder / WEIGHTS
     repository, _, revision = name.partition("@")
-    try:
+    with _reported(f"load {WEIGHTS} of {repository!r}"):
         return Path(hf_hub_download(repository, WEIGHTS, revision=revision or None))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise InputError(
-            f"Cannot load {WEIGHTS} of {repository!r}: {summarize_error(error)}."
-        ) from error
