@@ -1,5 +1,6 @@
 import gc
 import os
+import tempfile
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ pytest.register_assert_rewrite("commands", "fuzzing", "launches", "short_runs")
 torch.set_num_threads(1)
 keep_freed_memory()  # a sixth of the time of the suite is spent in the kernel otherwise
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
+TRACKIO = tempfile.TemporaryDirectory(prefix="trackio-", ignore_cleanup_errors=True)
+os.environ["TRACKIO_DIR"] = TRACKIO.name  # Trackio reads it when it is imported
 MANY_TESTS = 20  # from which on caching the digits takes less time than it saves
 
 

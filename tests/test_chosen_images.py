@@ -291,7 +291,7 @@ def test_links_to_the_data_set_are_not_followed(tmp_path):
 def test_no_test_set_is_drawn_from_single_images(tmp_path):
     write(tmp_path, *images("", cat=1, dog=1))
     assert find_note(choose_images(tmp_path), "Test set").startswith(
-        "none: each class has one image"
+        "none: nothing can be held out that leaves each class an image"
     )
 
 

@@ -8,6 +8,7 @@ starts several.
 import dataclasses
 from dataclasses import replace
 
+import datasets
 import numpy as np
 import pytest
 import wandb
@@ -34,6 +35,10 @@ SETUP_COMMANDS = {  # commands whose results the lines of a page require
         "fit cifar10 --out RUN",
     ],
     "export.md": ["fit cifar10 --out RUN"],
+    "results.md": [
+        "fit cifar10 --recipe cifar10/vanilla --out runs/vanilla",
+        "fit cifar10 --recipe cifar10/cut-mixmo --out runs/cut-mixmo",
+    ],
     "recipes.md": ["fit digits --out runs/digits-cut-mixmo-1"],
 }
 
@@ -63,6 +68,20 @@ def write_label_table(path, images, prefix):
     path.write_text("\n".join(["image,label,lesion", *rows]))
 
 
+def hugging_face_dataset(folder):
+    """Return a data set with the images of a folder of classes."""
+    files = sorted(folder.rglob("*.png"))
+    names = sorted({path.parent.name for path in files})
+    columns = {
+        "image": [{"bytes": path.read_bytes(), "path": None} for path in files],
+        "label": [path.parent.name for path in files],
+    }
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=names)}
+    )
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
 @pytest.fixture
 def work_dir(tmp_path, monkeypatch):
     """Create a working directory with the files that the lines name, and small data."""
@@ -73,6 +92,9 @@ def work_dir(tmp_path, monkeypatch):
         write_image_folder(tmp_path / folder, num_train=40, num_test=8)
     for name, column in (("labels", "images/"), ("lesions", "")):
         write_label_table(tmp_path / f"path/to/{name}.csv", "path/to/images/train", column)
+    pets = hugging_face_dataset(tmp_path / "path/to/images/train")
+    pets.save_to_disk(str(tmp_path / "path/to/saved-pets"))
+    pets.to_parquet(str(tmp_path / "path/to/pets.parquet"))
     photos = write_image_folder(tmp_path / "photos", num_train=2, num_test=2)
     next(photos.rglob("*.png")).rename(tmp_path / "cat.png")
     np.save(tmp_path / "cifar10h-counts.npy", np.ones((20, 10)))

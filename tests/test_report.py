@@ -121,7 +121,7 @@ def test_report_of_a_perfect_network_without_history(tmp_path, images, monkeypat
     def perfect_logits(self, loaders):
         labels = self.source.test.labels
         logits = 50.0 * torch.nn.functional.one_hot(labels, 3).float()
-        return None, (logits[:, None].expand(-1, 2, -1), labels)
+        return None, (logits[:, None].expand(-1, 2, -1), labels), None
 
     monkeypatch.setattr("mixmo_fastai.evaluation.runs.FinishedRun.logits", perfect_logits)
     text = Elements(render(collect_report_data(run))).text

@@ -1,7 +1,6 @@
 """MLflow and Trackio logs are read back with each package's own reader."""
 
 import math
-import sys
 
 import pytest
 from logs import logged_fit, read_csv
@@ -29,16 +28,13 @@ PICTURES = {"first-batch", "loss", "validation-accuracy", "reliability", "confus
 
 
 @pytest.fixture(autouse=True, scope="module")
-def trackio_folder(tmp_path_factory):
-    """Set Trackio's folder, which it reads when it is imported, and hide the user's settings."""
-    assert "trackio" not in sys.modules
-    folder = tmp_path_factory.mktemp("trackio")
+def own_settings():
+    """Hide the user's settings; the folder of Trackio is set in conftest.py."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRACKIO_DIR", str(folder))
         for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "TRACKIO_SPACE_ID"):
             patch.delenv(name, raising=False)
         patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
-        yield folder
+        yield
 
 
 def read_mlflow(uri, name="run", experiment="mixmo"):

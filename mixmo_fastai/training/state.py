@@ -351,6 +351,8 @@ def _with_defaults(values: Mapping[str, Any]) -> Any:
 
 
 _ADDED = (
+    *(("data", f"{name}_column", "") for name in ("path", "label", "split", "group")),
+    ("data", "image_folder", ""),
     ("model", "pretrained", False),
     ("data", "skip_damaged", False),
     ("model", "readout", "core"),
