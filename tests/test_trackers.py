@@ -92,7 +92,7 @@ def check_metrics(run, metrics):
 
 @pytest.mark.parametrize("stop_at", [None, (0, 4), (1, 1), (2, STEPS)], ids=str)
 def test_resumed_and_uninterrupted_runs_are_logged_once(tmp_path, stop_at, capsys):
-    name = f"run-{stop_at}".replace(" ", "")
+    name = "-".join(map(str, ["run", *(stop_at or ())]))
     run = create_run(TINY, tmp_path / name)
     lines = logged_fit(run, NAMES, stop_at=stop_at)
     if stop_at is not None:
