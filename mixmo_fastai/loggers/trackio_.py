@@ -6,7 +6,7 @@ TRACKIO_PROJECT or "mixmo".
 
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import redirect_stdout
 from typing import Any
 
@@ -14,12 +14,13 @@ import trackio
 from PIL import Image
 
 from mixmo_fastai.loggers.progress import Progress
-from mixmo_fastai.loggers.tracker import Step, TrackedRun
+from mixmo_fastai.loggers.rows import RowTracker
+from mixmo_fastai.loggers.tracker import TrackedRun
 
 PROJECT = "mixmo"
 
 
-class TrackioTracker:
+class TrackioTracker(RowTracker):
     """Log to one Trackio run, including all resumed parts of the training.
 
     Steps that are repeated after a crash are not logged again.
@@ -45,30 +46,13 @@ class TrackioTracker:
         self.progress.save(id=name)
         run.report(f"trackio: run {name}; show with: trackio show --project {project}")
 
-    def log_steps(self, steps: Sequence[Step]) -> None:
-        """Log loss, learning rate and momentum of each step."""
-        for step in steps:
-            values = {f"train/{name}": getattr(step, name) for name in ("loss", "lr", "momentum")}
-            self._log("train", step.step, values)
-        self.progress.save()
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Log one row."""
+        self.run.log(dict(values), step=step)
 
-    def log_metrics(self, kind: str, step: int, metrics: Mapping[str, float]) -> None:
-        """Log metrics."""
-        self._log(kind, step, {f"{kind}/{name}": value for name, value in metrics.items()})
-        self.progress.save()
-
-    def log_images(self, step: int, images: Mapping[str, bytes]) -> None:
-        """Log plots."""
-        values = {
-            f"pictures/{name}": trackio.Image(Image.open(io.BytesIO(png)))
-            for name, png in images.items()
-        }
-        self._log("pictures", step, values)
-        self.progress.save()
-
-    def _log(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        if self.progress.advance(kind, step):
-            self.run.log(values, step=step)
+    def picture(self, image: Image.Image) -> Any:
+        """Return an image for a row."""
+        return trackio.Image(image)
 
     def close(self, exit_code: int) -> None:
         """Finish the run, which writes pending data."""

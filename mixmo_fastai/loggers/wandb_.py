@@ -5,9 +5,8 @@ prompted to log in: without a login or a connection, the run is stored in its fo
 `wandb sync` uploads it.
 """
 
-import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,14 @@ from PIL import Image
 
 from mixmo_fastai.errors import summarize_error
 from mixmo_fastai.loggers.progress import Progress
-from mixmo_fastai.loggers.tracker import Step, TrackedRun
+from mixmo_fastai.loggers.rows import RowTracker
+from mixmo_fastai.loggers.tracker import TrackedRun
 
 PROJECT = "mixmo"
 OFFLINE_MODES = ("offline", "disabled", "dryrun")
 
 
-class WandbTracker:
+class WandbTracker(RowTracker):
     """Log to one W&B run, including all resumed parts of the training.
 
     Entries of W&B runs cannot be deleted. The run folder therefore records the last logged step of
@@ -78,30 +78,13 @@ class WandbTracker:
         """The folder of the W&B run."""
         return Path(self.wandb_run.dir).parent
 
-    def log_steps(self, steps: Sequence[Step]) -> None:
-        """Log loss, learning rate and momentum of each step."""
-        for step in steps:
-            values = {f"train/{name}": getattr(step, name) for name in ("loss", "lr", "momentum")}
-            self._log("train", step.step, values)
-        self.progress.save()
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Log one row, with the step as a value."""
+        self.wandb_run.log({"step": step, **values})
 
-    def log_metrics(self, kind: str, step: int, metrics: Mapping[str, float]) -> None:
-        """Log metrics; the summary of the W&B run shows the latest of each."""
-        self._log(kind, step, {f"{kind}/{name}": value for name, value in metrics.items()})
-        self.progress.save()
-
-    def log_images(self, step: int, images: Mapping[str, bytes]) -> None:
-        """Log plots."""
-        values = {
-            f"pictures/{name}": wandb.Image(Image.open(io.BytesIO(png)))
-            for name, png in images.items()
-        }
-        self._log("pictures", step, values)
-        self.progress.save()
-
-    def _log(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        if self.progress.advance(kind, step):
-            self.wandb_run.log({"step": step, **values})
+    def picture(self, image: Image.Image) -> Any:
+        """Return an image for a row."""
+        return wandb.Image(image)
 
     def close(self, exit_code: int) -> None:
         """Finish the W&B run, which uploads pending data; the next signal exits immediately."""
