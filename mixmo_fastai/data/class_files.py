@@ -123,6 +123,6 @@ def missing_classes(role: str, files: FilesByClass) -> list[Note]:
     return [("Missing", text)]
 
 
-def examples(names: Sequence[str]) -> str:
-    """Return the first three names."""
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+def examples(names: Sequence[str], limit: int = 3) -> str:
+    """Return the first names."""
+    return ", ".join(names[:limit]) + (", …" if len(names) > limit else "")

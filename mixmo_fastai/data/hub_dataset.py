@@ -18,9 +18,17 @@ from unicodedata import normalize
 from mixmo_fastai.config.choices import HUB_PREFIX
 from mixmo_fastai.data.class_files import Note
 from mixmo_fastai.data.class_folders import FilesByClass
-from mixmo_fastai.data.label_tables import COLUMN_NAMES, NONE, LabelTable, TableColumns, class_order
+from mixmo_fastai.data.label_tables import (
+    COLUMN_NAMES,
+    NONE,
+    LabelTable,
+    TableColumns,
+    check_columns,
+    class_order,
+    missing_column,
+)
 from mixmo_fastai.data.layout import role_of
-from mixmo_fastai.errors import InputError, nearest, summarize_error
+from mixmo_fastai.errors import InputError, summarize_error
 
 UNLABELLED = -1
 """The label that the library gives to images of test sets without labels."""
@@ -213,14 +221,7 @@ def _find_columns(features: Mapping[str, Any], columns: TableColumns, dataset: s
     import datasets
 
     given = {"path": columns.path, "label": columns.label, "group": columns.group}
-    for meaning, name in given.items():
-        if name and name != NONE and name not in features:
-            guess = nearest(name, features)
-            hint = f" Did you mean {guess!r}?" if guess else ""
-            raise InputError(
-                f"data.{meaning}_column: {dataset} has no column {name!r}.{hint}\n"
-                f"Columns: {', '.join(features)}."
-            )
+    check_columns(given, features, dataset)
     images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
     image = given["path"] or next(iter(images), "")
     if image not in images:
@@ -232,10 +233,7 @@ def _find_columns(features: Mapping[str, Any], columns: TableColumns, dataset: s
     label = given["label"] or _first_named(classes, "label") or _first_named(features, "label")
     label = label or next(iter(classes), "")
     if not label:
-        raise InputError(
-            f"{dataset}: which column holds the labels? Columns: {', '.join(features)}.\n"
-            "Name it: --set data.label_column=NAME"
-        )
+        raise missing_column("label", features, dataset)
     if not isinstance(features[label], datasets.ClassLabel | datasets.Value):
         raise InputError(
             f"{dataset}: the column {label!r} holds {type(features[label]).__name__}, not one "

@@ -8,14 +8,15 @@ image below that folder has it. Positions of rows are those of `text_tables`.
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 from unicodedata import normalize
 
 from mixmo_fastai.config.choices import TABLE_SUFFIXES
+from mixmo_fastai.data.class_files import Note, examples
 from mixmo_fastai.data.class_folders import FilesByClass
+from mixmo_fastai.data.file_finder import FileFinder, is_named
 from mixmo_fastai.data.layout import role_of
-from mixmo_fastai.data.listing import Skipped, images_below
 from mixmo_fastai.data.text_tables import TextTable, filled, read_text_table
 from mixmo_fastai.errors import InputError, nearest
 
@@ -46,7 +47,7 @@ _BOOLEANS = {
     **dict.fromkeys(("false", "0", "0.0", "no"), "train"),
 }
 """Splits by values of a column such as is_valid."""
-_NUM_SHOWN = 3
+_NUM_SHOWN, _MAX_COLUMNS = 3, 10
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class LabelTable:
     columns: TableColumns
     parts: Mapping[str, FilesByClass]
     groups: Mapping[str, str]
-    notes: tuple[tuple[str, str], ...]
+    notes: tuple[Note, ...]
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def read_label_table(
     root = path.parent / columns.folder
     if not root.is_dir():
         raise InputError(f"data.image_folder: there is no folder {root}.")
-    finder = _FileFinder(root)
+    finder = FileFinder(root)
     found = _find_columns(table, columns, finder)
     rows = _read_rows(table, found, finder, left_out)
     _check_groups(rows, found)
@@ -147,21 +148,14 @@ def read_label_table(
     return LabelTable(root, found, used, groups, notes)
 
 
-def _find_columns(table: TextTable, columns: TableColumns, finder: "_FileFinder") -> TableColumns:
+def _find_columns(table: TextTable, columns: TableColumns, finder: FileFinder) -> TableColumns:
     """Fill in the columns that are to be guessed.
 
     Raises:
         InputError: a given column does not exist, or a required one is not found.
     """
     given = {name: getattr(columns, name) for name in COLUMN_NAMES}
-    for meaning, name in given.items():
-        if name and name != NONE and name not in table.header:
-            guess = nearest(name, table.header)
-            hint = f" Did you mean {guess!r}?" if guess else ""
-            raise InputError(
-                f"data.{meaning}_column: {table.path} has no column {name!r}.{hint}\n"
-                f"Columns: {_examples(table.header, 10)}."
-            )
+    check_columns(given, table.header, str(table.path))
     used = [name for name in given.values() if name]
     for meaning in ("split", "group", "path", "label"):
         if not given[meaning]:
@@ -170,17 +164,41 @@ def _find_columns(table: TextTable, columns: TableColumns, finder: "_FileFinder"
             used.append(given[meaning])
     for meaning in ("path", "label"):
         if given[meaning] == NONE:
-            raise InputError(
-                f"{table.path}: which column holds the {meaning}s? "
-                f"Columns: {_examples(table.header, 10)}.\n"
-                f"Name it: --set data.{meaning}_column=NAME"
-            )
+            raise missing_column(meaning, table.header, str(table.path))
     return replace(columns, **given)
 
 
-def _guess(
-    table: TextTable, meaning: str, used: Sequence[str], finder: "_FileFinder"
-) -> str | None:
+def check_columns(given: Mapping[str, str], columns: Collection[str], where: str) -> None:
+    """Check that the columns which were given exist.
+
+    Args:
+        given: names by meaning, some of them "" or "none".
+        columns: the columns that exist.
+        where: the data, for messages.
+
+    Raises:
+        InputError: one does not.
+    """
+    for meaning, name in given.items():
+        if name and name != NONE and name not in columns:
+            guess = nearest(name, columns)
+            hint = f" Did you mean {guess!r}?" if guess else ""
+            raise InputError(
+                f"data.{meaning}_column: {where} has no column {name!r}.{hint}\n"
+                f"Columns: {examples([*columns], _MAX_COLUMNS)}."
+            )
+
+
+def missing_column(meaning: str, columns: Collection[str], where: str) -> InputError:
+    """Build the error for a required column that is not found."""
+    return InputError(
+        f"{where}: which column holds the {meaning}s? "
+        f"Columns: {examples([*columns], _MAX_COLUMNS)}.\n"
+        f"Name it: --set data.{meaning}_column=NAME"
+    )
+
+
+def _guess(table: TextTable, meaning: str, used: Sequence[str], finder: FileFinder) -> str | None:
     """Find a column by its name; for paths and labels otherwise by what it holds."""
     by_lower = {name.lower(): name for name in reversed(table.header) if name not in used}
     named = [by_lower[name] for name in COLUMN_NAMES[meaning] if name in by_lower]
@@ -199,7 +217,7 @@ def _guess(
 
 
 def _read_rows(
-    table: TextTable, columns: TableColumns, finder: "_FileFinder", left_out: Collection[str]
+    table: TextTable, columns: TableColumns, finder: FileFinder, left_out: Collection[str]
 ) -> list[_Row]:
     positions = {
         meaning: table.header.index(name)
@@ -213,7 +231,7 @@ def _read_rows(
         where = table.where(position)
         values = {name: filled(fields[index], name, where) for name, index in positions.items()}
         if (file := finder.find(values["path"], where)) is None:
-            if not _is_left_out(values["path"], left_out):
+            if not is_named(values["path"], left_out):
                 missing.append((where, values["path"]))
             continue
         real = os.path.normcase(os.path.realpath(finder.root / file))
@@ -246,11 +264,6 @@ def _split_of(value: str, column: str) -> str | None:
     if column.lower().startswith("is_"):
         return _BOOLEANS.get(lower)
     return role_of(lower) or _SPLIT_WORDS.get(lower)
-
-
-def _is_left_out(name: str, left_out: Collection[str]) -> bool:
-    path = PurePosixPath(name)
-    return any(_ends_with(PurePosixPath(file), path) for file in left_out)
 
 
 def _check_groups(rows: Sequence[_Row], columns: TableColumns) -> None:
@@ -291,7 +304,7 @@ def _check_classes(rows: Sequence[_Row], names: Sequence[str], table: TextTable)
             raise InputError(f"{row.where}: no training image has the label {row.label!r}.{hint}")
 
 
-def _rare_labels(rows: Sequence[_Row], names: Sequence[str]) -> list[tuple[str, str]]:
+def _rare_labels(rows: Sequence[_Row], names: Sequence[str]) -> list[Note]:
     """Name the labels that occur once, which may be misspelled."""
     by_label: dict[str, list[_Row]] = {}
     for row in rows:
@@ -316,7 +329,7 @@ def _describe(columns: TableColumns, table: TextTable) -> str:
     return f"{', '.join(texts)}; change with --set data.label_column=NAME and others"
 
 
-def _unused_split_column(table: TextTable, columns: TableColumns) -> list[tuple[str, str]]:
+def _unused_split_column(table: TextTable, columns: TableColumns) -> list[Note]:
     """Name a column that is called like one of splits, but does not hold any."""
     index = table.find(COLUMN_NAMES["split"])
     if columns.split != NONE or index is None:
@@ -324,72 +337,3 @@ def _unused_split_column(table: TextTable, columns: TableColumns) -> list[tuple[
     value = table.rows[0][1][index].strip()
     text = f"column {table.header[index]!r}, which holds no splits such as train, but {value!r}"
     return [("Not used", text)]
-
-
-def _examples(names: Sequence[str], limit: int = _NUM_SHOWN) -> str:
-    return ", ".join(names[:limit]) + (", …" if len(names) > limit else "")
-
-
-class _FileFinder:
-    """Find the image files that a table names.
-
-    Args:
-        root: folder to which names are relative.
-    """
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self._by_name: dict[str, list[str]] | None = None
-
-    def is_image(self, name: str) -> bool:
-        """Check whether a name is that of an image."""
-        try:
-            return bool(name.strip()) and self.find(name.strip(), "") is not None
-        except InputError:  # several
-            return True
-
-    def find(self, name: str, where: str) -> str | None:
-        """Return the path of an image relative to the root, or an absolute one; None if missing.
-
-        Args:
-            name: path relative to the root, absolute path, or the last parts of a path, also
-                without suffix.
-            where: position of the name, for messages.
-
-        Raises:
-            InputError: several images have this name.
-        """
-        path = PurePosixPath(name if "/" in name else name.replace("\\", "/"))
-        if os.path.isfile(self.root / path):  # also False for what is no path at all
-            return self._relative(path)
-        if path.is_absolute() or not path.name:
-            return None
-        index = self._index()
-        found = [file for file in index.get(path.name, []) if _ends_with(PurePosixPath(file), path)]
-        if len(found) > 1:
-            raise InputError(
-                f"{where}: {len(found)} images are called {name!r}, such as {found[0]} and "
-                f"{found[1]}.\nWrite their paths."
-            )
-        return found[0] if found else None
-
-    def _relative(self, path: PurePosixPath) -> str:
-        if path.is_absolute() and path.is_relative_to(self.root):
-            return str(path.relative_to(self.root))
-        return str(path)
-
-    def _index(self) -> dict[str, list[str]]:
-        """Return the images below the root by file name, with and without suffix."""
-        if self._by_name is None:
-            self._by_name = {}
-            for file in images_below(self.root, Skipped()):
-                path = PurePosixPath(file)
-                for key in {path.name, path.stem}:
-                    self._by_name.setdefault(key, []).append(file)
-        return self._by_name
-
-
-def _ends_with(file: PurePosixPath, name: PurePosixPath) -> bool:
-    """Check whether the last parts of a path are those of a name with or without suffix."""
-    size = len(name.parts)
-    return name.parts in (file.parts[-size:], file.with_suffix("").parts[-size:])
