@@ -4,10 +4,15 @@ import json
 import signal
 
 from fastai.callback.core import Callback
+from PIL import Image
 
 from mixmo_fastai.config.load import recipe_from_mapping
+from mixmo_fastai.config.resolve import resolve_recipe
+from mixmo_fastai.data.sources import load_source
 from mixmo_fastai.runs.checkpoints import CheckpointStore
+from mixmo_fastai.runs.create import create_run
 from mixmo_fastai.runtime.signals import InterruptedBySignal, StopRequest
+from mixmo_fastai.training.ensemble import train_run
 from mixmo_fastai.training.prepare import prepare
 from mixmo_fastai.training.train import train
 
@@ -25,6 +30,28 @@ TINY = recipe_from_mapping(
 STEPS = 6  # per epoch
 EVERYTHING = ("train.ema_decay=0.9", "train.select=best")
 TIMING_COLUMNS = ("seconds", "images_per_second")
+
+
+def train_for_calibration(folder, *assignments):
+    """Train three epochs on the digits into a folder, with a calibration, and return the run."""
+    recipe = resolve_recipe(
+        "digits",
+        "digits/cut-mixmo",
+        {"model.arch": "wrn10_1", "train.epochs": 3, "train.device": "cpu"},
+        assignments=[*assignments, "train.precision=float32"],
+    )
+    training = prepare(recipe)
+    run = create_run(training.recipe, folder)
+    train_run(training, run)
+    return run
+
+
+def write_digits(folder, count):
+    """Write the first test images of the digits as 00.png, 01.png and so on."""
+    test = load_source("digits").test
+    for index in range(count):
+        Image.fromarray(test[index][0].numpy()).save(folder / f"{index:02d}.png")
+    return test
 
 
 class Watch(Callback):

@@ -12,12 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from PIL import Image
 from processes import TIMEOUT
+from short_runs import train_for_calibration, write_digits
 
 from mixmo_fastai.cli import run as program
 from mixmo_fastai.config.resolve import resolve_recipe
-from mixmo_fastai.data.sources import load_source
 from mixmo_fastai.evaluation.runs import evaluate_ensemble, evaluate_run, open_finished
 from mixmo_fastai.evaluation.splits import evaluate_splits
 from mixmo_fastai.export.files import load_fused
@@ -60,24 +59,14 @@ for path in sys.argv[2:]:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run whose validation images are calibration images, and whose network is overconfident."""
-    recipe = resolve_recipe(
-        "digits",
-        "digits/cut-mixmo",
-        {"model.arch": "wrn10_1", "train.epochs": 3, "train.device": "cpu"},
-        assignments=["data.valid_split=0.4", "data.limit=400", "train.precision=float32"],
-    )
-    training = prepare(recipe)
-    folder = create_run(training.recipe, tmp_path_factory.mktemp("runs") / "run")
-    train_run(training, folder)
-    return folder
+    settings = ("data.valid_split=0.4", "data.limit=400")
+    return train_for_calibration(tmp_path_factory.mktemp("runs") / "run", *settings)
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     folder = tmp_path_factory.mktemp("images")
-    test = load_source("digits").test
-    for index in range(40):
-        Image.fromarray(test[index][0].numpy()).save(folder / f"{index:02d}.png")
+    test = write_digits(folder, 40)
     return folder, test.labels[:40]
 
 

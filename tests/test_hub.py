@@ -17,36 +17,23 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
-from PIL import Image
+from short_runs import train_for_calibration, write_digits
 from small_data import write_image_folder
 
 from mixmo_fastai.cli import run as program
 from mixmo_fastai.config.load import recipe_from_mapping
-from mixmo_fastai.config.resolve import resolve_recipe
-from mixmo_fastai.data.sources import load_source
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.export import hub
 from mixmo_fastai.export.files import load_fused
 from mixmo_fastai.export.hub import FusedClassifier
-from mixmo_fastai.runs.create import create_run
-from mixmo_fastai.training.ensemble import train_run
-from mixmo_fastai.training.prepare import prepare
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    recipe = resolve_recipe(
-        "digits",
-        "digits/cut-mixmo",
-        {"model.arch": "wrn10_1", "train.epochs": 3, "train.device": "cpu"},
-        assignments=["data.valid_split=0.3", "data.limit=300", "train.precision=float32"],
-    )
-    training = prepare(recipe)
-    folder = create_run(training.recipe, tmp_path_factory.mktemp("runs") / "run")
-    train_run(training, folder)
-    return folder
+    settings = ("data.valid_split=0.3", "data.limit=300")
+    return train_for_calibration(tmp_path_factory.mktemp("runs") / "run", *settings)
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +45,8 @@ def pushed(run, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    folder, test = tmp_path_factory.mktemp("images"), load_source("digits").test
-    for index in range(12):
-        Image.fromarray(test[index][0].numpy()).save(folder / f"{index:02d}.png")
+    folder = tmp_path_factory.mktemp("images")
+    write_digits(folder, 12)
     return folder
 
 
