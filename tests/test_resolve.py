@@ -187,6 +187,16 @@ def test_another_optimizer_needs_its_own_learning_rate(name):
     assert resolve_recipe("digits", None, {}, ["optimizer.name=sgd"]).lr == 0.1
 
 
+@pytest.mark.parametrize("name", ["adamw", "torch/RAdam"])
+def test_another_optimizer_of_a_recipe_without_a_learning_rate(name):
+    """The recipes of CIFAR derive the learning rate of SGD from the batch size."""
+    assignments = ["optimizer.lr=0.003", f"optimizer.name={name}"]
+    assert load_recipe("cifar10/cut-mixmo").optimizer.lr is None
+    assert resolve_recipe("cifar10", None, {}, assignments).lr == 0.003
+    with pytest.raises(InputError, match=rf"optimizer\.name='{name}' needs optimizer\.lr"):
+        resolve_recipe("cifar10", None, {}, assignments[1:])
+
+
 def recipe_file(tmp_path, text):
     path = tmp_path / "mine.toml"
     path.write_text(text)

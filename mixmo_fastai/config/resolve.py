@@ -65,7 +65,8 @@ def _without_stale_options(recipe: Recipe, assignments: Iterable[str]) -> Recipe
     optimizer = replace(
         recipe.optimizer,
         name=name,
-        lr=recipe.optimizer.lr if "optimizer.lr" in values else None,
+        # With an assigned rate, any valid one until it is applied; else None, which is refused.
+        lr=recipe.lr if "optimizer.lr" in values else None,
         options={},
         momentum=default.momentum,
         nesterov=default.nesterov,
