@@ -41,6 +41,7 @@ OPTIONS = [
     ["--mix", "channel", "--set", "mix.input_repetition=0.5", "--set", "mix.early_repetition=1"],
     ["--set", "train.ema_decay=0.9", "--set", "train.select=best", "--repeat", "2"],
     ["--set", "data.loader=streaming", "--set", "data.num_workers=1"],
+    ["--set", "schedule.kind=fine-tune", "--set", "schedule.frozen_share=0.5"],
 ]
 
 

@@ -92,6 +92,9 @@ def example_files(tmp_path, monkeypatch):
         (tmp_path / folder).mkdir(parents=True)
     for name in ("labels.csv", "lesions.csv"):
         (tmp_path / "path/to" / name).touch()
+    for weights in ("convnext.safetensors", "runs/other/model.safetensors"):
+        (tmp_path / weights).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / weights).touch()
     (recipe,) = blocks(TEXTS["recipes.md"], "toml")
     (tmp_path / "flowers.toml").write_text(recipe, encoding="utf-8")
     monkeypatch.chdir(tmp_path)

@@ -24,7 +24,8 @@ from mixmo_fastai.data.sources import SOURCES
 pytestmark = pytest.mark.slow
 
 SMALL_SETTINGS = [
-    *("model.arch=wrn10_1", "model.pretrained=false", "train.epochs=1", "train.batch_size=8"),
+    *("model.arch=wrn10_1", "model.pretrained=false", "model.weights=''"),
+    *("train.epochs=1", "train.batch_size=8"),
     *("data.limit=20", "data.loader=resident", "train.device=cpu", "train.threads=1"),
 ]
 PAGES = [name for name in TEXTS if name not in (EXTENDING, STUDY) and [*command_lines(TEXTS[name])]]
@@ -98,6 +99,9 @@ def work_dir(tmp_path, monkeypatch):
     photos = write_image_folder(tmp_path / "photos", num_train=2, num_test=2)
     next(photos.rglob("*.png")).rename(tmp_path / "cat.png")
     np.save(tmp_path / "cifar10h-counts.npy", np.ones((20, 10)))
+    for weights in ("convnext.safetensors", "runs/other/model.safetensors"):
+        (tmp_path / weights).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / weights).touch()
     (tmp_path / "votes.csv").write_text("image,label\n12,cat\n")
     write_official(tmp_path / "path/to/CIFAR-10-C", num_images=20, num_classes=10)
     (toml,) = blocks(TEXTS["recipes.md"], "toml")

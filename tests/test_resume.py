@@ -21,7 +21,7 @@ from mixmo_fastai.training.train import train
 
 pytestmark = pytest.mark.slow
 
-SCHEDULES = ("one-cycle", "published", "flat-cosine")
+SCHEDULES = ("one-cycle", "published", "flat-cosine", "fine-tune")
 FEW_STEPS = "data.limit=24"  # three per epoch
 
 
@@ -95,6 +95,19 @@ def test_run_stopped_after_any_step(uninterrupted, tmp_path, stop_at):
 @pytest.mark.parametrize("stop_at", [(0, 1), (2, 1)], ids=str)
 def test_run_stopped_during_validation(uninterrupted, tmp_path, stop_at):
     check_stop_and_resume(uninterrupted(*EVERYTHING), tmp_path / "run", stop_at, validating=True)
+
+
+@pytest.mark.parametrize("stop_at", [(0, 1), (0, 2), (1, 1)], ids=str)
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "fastai/Lamb"])
+def test_fine_tuning_is_resumed_around_the_end_of_its_frozen_part(
+    uninterrupted, tmp_path, optimizer, stop_at
+):
+    """Two of nine steps are frozen: stops within, at the end of and after that part."""
+    expected = uninterrupted(
+        FEW_STEPS, *EVERYTHING, "schedule.kind=fine-tune", "optimizer.lr=0.01",
+        f"optimizer.name={optimizer}",
+    )  # fmt: skip
+    check_stop_and_resume(expected, tmp_path / "run", stop_at)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

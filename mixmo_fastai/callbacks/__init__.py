@@ -4,6 +4,7 @@ mixmo       MixMoCallback: pairs the images of a batch and draws the masks that 
 draws       its random draws: pairing, masks, loss weights, MSDA
 ema         EMACallback: moving average of the weights
 best_epoch  selection of the best epoch on the validation split
+freeze      the heads alone are trained at first
 deferred    fastai's Recorder and progress bar without device synchronisation
 epoch       base class of callbacks that act once per trained epoch
 checks      checks that a Learner can train a MixMo network

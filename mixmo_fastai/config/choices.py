@@ -104,7 +104,7 @@ OPTIMIZERS = {
 """Optimizers by name. Each value is a module and a function that builds the optimizer."""
 
 SELECTIONS = ("last", "best")
-SCHEDULES = ("one-cycle", "flat-cosine", "published")
+SCHEDULES = ("one-cycle", "flat-cosine", "published", "fine-tune")
 LOADERS = ("auto", "resident", "streaming")
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "float32", "tf32", "bfloat16")

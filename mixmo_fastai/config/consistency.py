@@ -8,7 +8,7 @@ from mixmo_fastai.config.choices import (
     parse_architecture,
     parse_optimizer,
 )
-from mixmo_fastai.config.recipe import Mix, Optimizer, Recipe
+from mixmo_fastai.config.recipe import Mix, Model, Optimizer, Recipe
 from mixmo_fastai.errors import InputError, unknown_name_error
 
 
@@ -57,6 +57,7 @@ def _check_data_and_network(recipe: Recipe, source: str) -> None:
             f"{unknown_name_error('readout', recipe.model.readout, READOUTS)}"
         )
     mix, train = recipe.mix, recipe.train
+    _check_weights(recipe.model, source)
     if recipe.model.ghost_batch_size == 1:
         raise InputError(
             f"{source}: model.ghost_batch_size is 1; it must be 0, for the whole batch, or 2 or "
@@ -81,6 +82,21 @@ def _check_data_and_network(recipe: Recipe, source: str) -> None:
         raise InputError(
             f"{source}: train.batch_size={train.batch_size} is not a multiple of "
             f"mix.batch_repetitions={mix.batch_repetitions}.\nNearest: {multiple}."
+        )
+
+
+def _check_weights(model: Model, source: str) -> None:
+    if not model.weights:
+        return
+    if model.pretrained:
+        raise InputError(
+            f"{source}: model.pretrained=true and model.weights={model.weights!r} both set the "
+            "weights to start from.\nSet one of them."
+        )
+    if model.arch is None:
+        raise InputError(
+            f"{source}: model.weights={model.weights!r} needs model.arch (--arch), the network of "
+            "the weights."
         )
 
 

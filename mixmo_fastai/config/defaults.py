@@ -47,6 +47,8 @@ MAX_VIEWS = 1200
 """Largest default number of views of each image: as published, 300 epochs of 4 repetitions."""
 PUBLISHED_ARCH, PUBLISHED_EPOCHS = "wrn28_10", 300
 """Defaults for the named data sets."""
+PRETRAINED = {"cpu": "resnet18", "cuda": "resnet50"}
+"""Networks by device if `model.pretrained` is set."""
 
 MIN_IMAGES_SEEN = 1_500_000
 """Number of images seen from which two members were found more accurate than a plain network."""
@@ -61,6 +63,21 @@ def default_for(device: str, image_shape: Sequence[int]) -> Default:
     side = math.sqrt(image_shape[1] * image_shape[2])
     rows = DEFAULTS.get(device, DEFAULTS["cpu"])
     return next(row for row in rows if side <= row.side)
+
+
+def default_arch(recipe: Recipe, device: str, image_shape: Sequence[int]) -> str:
+    """Return the network for a recipe that leaves it open.
+
+    Args:
+        recipe: the recipe.
+        device: "cpu" or "cuda".
+        image_shape: (C, H, W) of the images as read.
+    """
+    if recipe.model.pretrained:
+        return PRETRAINED.get(device, PRETRAINED["cpu"])
+    if recipe.data.dataset in DATASETS:
+        return PUBLISHED_ARCH
+    return default_for(device, image_shape).arch
 
 
 def open_settings(recipe: Recipe) -> list[str]:
@@ -89,14 +106,14 @@ def fill_defaults(
     data, model, train = recipe.data, recipe.model, recipe.train
     if data.image_size is None:
         data = replace(data, image_size=scaled_to)
-    arch, epochs = PUBLISHED_ARCH, PUBLISHED_EPOCHS
+    epochs = PUBLISHED_EPOCHS
     if data.dataset not in DATASETS:
         default = default_for(device, image_shape)
         images_seen = min(default.images_seen, MAX_VIEWS * num_images)
         seen_per_epoch = recipe.mix.batch_repetitions * num_images
-        arch, epochs = default.arch, max(1, round(images_seen / seen_per_epoch))
+        epochs = max(1, round(images_seen / seen_per_epoch))
     if model.arch is None:
-        model = replace(model, arch=arch)
+        model = replace(model, arch=default_arch(recipe, device, image_shape))
     if train.images_seen is not None:
         seen_per_epoch = images_per_epoch(recipe, num_images) * model.num_nets
         epochs = max(1, round(train.images_seen / seen_per_epoch))

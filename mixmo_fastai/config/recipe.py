@@ -109,6 +109,7 @@ class Model:
             "timm/convnext_atto"; if None, chosen by `defaults.fill_defaults`.
         pretrained: whether to start a torchvision or timm network from its library's pretrained
             weights.
+        weights: file of pretrained weights to start from instead; "" for none.
         num_members: subnetworks M; 1 is the vanilla network.
         num_nets: networks of a deep ensemble, trained separately with different seeds; 1 for a
             single network.
@@ -119,6 +120,7 @@ class Model:
 
     arch: str | None = None
     pretrained: bool = False
+    weights: str = ""
     num_members: int = number_field(2, 1, 64)
     num_nets: int = number_field(1, 1, 64)
     readout: str = "core"
@@ -228,15 +230,19 @@ class Schedule:
     """Learning-rate schedule.
 
     Attributes:
-        kind: "one-cycle" (cosine up, cosine down), "flat-cosine" (constant, then cosine down) or
-            "published" (warm-up, then steps).
+        kind: "one-cycle" (cosine up, cosine down), "flat-cosine" (constant, then cosine down),
+            "published" (warm-up, then steps) or "fine-tune" (as fastai's `fine_tune`: one-cycle for
+            the heads, then one-cycle for all layers, with a lower rate for the body).
         peak: one-cycle: peak rate divided by the published rate, which is constant for the first
             third of training.
-        pct_start: one-cycle: fraction of training during which the rate rises.
-        div: one-cycle: peak rate divided by the initial rate.
-        div_final: one-cycle and flat-cosine: peak rate divided by the final rate.
+        pct_start: one-cycle and fine-tune: fraction of training, or of its second part, during
+            which the rate rises.
+        div: one-cycle and fine-tune: peak rate divided by the initial rate.
+        div_final: all but published: peak rate divided by the final rate.
+        frozen_share: fine-tune: fraction of training in which the heads alone are trained.
+        body_div: fine-tune: rate of the heads divided by that of the body.
         flat_share: flat-cosine: fraction of training with a constant rate.
-        momentums: one-cycle: momentum at start, peak and end.
+        momentums: one-cycle and fine-tune: momentum at start, peak and end.
         milestones: published: fractions of training after which the rate is multiplied by gamma.
         gamma: published: factor by which the rate is multiplied at each milestone.
         warmup_epochs: published: epochs of linear warm-up, as counted by `Recipe.warmup_steps`; the
@@ -248,6 +254,8 @@ class Schedule:
     pct_start: float = number_field(0.25, 0, 1)
     div: float = number_field(25.0, 1, 1e12)
     div_final: float = number_field(1e5, 1, 1e12)
+    frozen_share: float = number_field(0.2, 0, 0.99)
+    body_div: float = number_field(100.0, 1, 1e6)
     flat_share: float = number_field(0.75, 0, 1)
     momentums: tuple[float, ...] = number_field((0.95, 0.85, 0.95), 0, 1)
     milestones: tuple[float, ...] = number_field((101 / 300, 201 / 300, 226 / 300), 0, 1)

@@ -50,7 +50,7 @@ def resolve_recipe(
     base = _without_other_length(base, flags, assignments)
     resolved = override(_with_flags(base, flags), assignments)
     check_dataset(resolved.data.dataset)  # recipes and assignments may set it too
-    return _clear_stale_name(_make_path_absolute(resolved), base)
+    return _clear_stale_name(_make_paths_absolute(resolved), base)
 
 
 def _without_stale_options(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
@@ -95,8 +95,13 @@ def _with_transform(recipe: Recipe, values: Mapping[str, object]) -> Recipe:
     return replace(recipe, data=replace(recipe.data, transform=name, transform_options={}))
 
 
-def _make_path_absolute(recipe: Recipe) -> Recipe:
-    """Make the data folder absolute, so that a run can be evaluated from any working directory."""
+def _make_paths_absolute(recipe: Recipe) -> Recipe:
+    """Make the paths of data and weights absolute, so that a run works from any directory."""
+    if recipe.model.weights:
+        weights = os.path.abspath(os.path.expanduser(recipe.model.weights))
+        if not os.path.isfile(weights):
+            raise InputError(f"model.weights: there is no file {recipe.model.weights!r}.")
+        recipe = replace(recipe, model=replace(recipe.model, weights=weights))
     if recipe.data.dataset in DATASETS:
         return recipe
     dataset, prefix = recipe.data.dataset, ""

@@ -1,5 +1,6 @@
 """The data set of a recipe, with the split and the skipped images of its run."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from mixmo_fastai.config.choices import DATASETS
@@ -34,12 +35,12 @@ def read_source(
     """
     left_out, parts, facts = None, None, None
     if run is not None:
+        facts = run.data_facts()
         # None: the run was to skip damaged images, but has not searched for them yet.
         default = None if recipe.data.skip_damaged else {}
         left_out = default if (recorded := run.left_out()) is None else recorded
         parts = data_parts(run)
-        facts = None if parts is None else run.data_facts()
-    return load_source(
+    source = load_source(
         recipe.data.dataset,
         data_dir,
         columns=_columns(recipe),
@@ -47,10 +48,13 @@ def read_source(
         largest_side=largest_side,
         test_split=recipe.data.test_split,
         parts=parts,
-        classes=None if facts is None else facts.classes,
+        classes=None if facts is None or parts is None else facts.classes,
         skip_damaged=recipe.data.skip_damaged,
         left_out=left_out,
     )
+    if facts is None or len(facts.mean) != len(source.mean):
+        return source
+    return replace(source, mean=facts.mean, std=facts.std)  # those of pretrained weights, if any
 
 
 def _columns(recipe: Recipe) -> TableColumns:

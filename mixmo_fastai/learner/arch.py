@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from inspect import Parameter, signature
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ class NetworkSpec:
         image_shape: (C, H, W) of the data.
         num_classes: K; None to keep that of a module.
         num_members: M; None for the default.
-        pretrained, independent: see `mixmo_learner`.
+        pretrained, weights, independent: see `mixmo_learner`.
         unfreeze: unfreeze all parameters of a converted network.
         readout: readout of a new or converted network; None for the default.
 
@@ -36,6 +37,7 @@ class NetworkSpec:
     num_classes: int | None = None
     num_members: int | None = None
     pretrained: bool = False
+    weights: Path | None = None
     independent: bool | None = None
     unfreeze: bool = True
     readout: str | nn.Module | None = None
@@ -79,6 +81,7 @@ def build_mixmo_model(
             image_size=spec.image_size,
             generator=generator,
             pretrained=spec.pretrained,
+            weights=spec.weights,
             readout=spec.readout,
         ).requires_grad_()
     if isinstance(arch, Learner) or not callable(arch):
@@ -86,11 +89,12 @@ def build_mixmo_model(
             "arch must be a name, a function that builds a network, or a network; got "
             f"{type(arch).__name__}.\nFor a Learner, pass learn.model."
         )
-    if spec.pretrained:
+    if spec.pretrained or spec.weights is not None:
         given = "a network" if isinstance(arch, nn.Module) else "a function"
+        argument = "pretrained=True" if spec.weights is None else "weights"
         raise InputError(
-            f"pretrained=True needs arch to be a name; got {given}, which has its own weights.\n"
-            "Omit pretrained."
+            f"{argument} needs arch to be a name; got {given}, which has its own weights.\n"
+            f"Omit {argument.partition('=')[0]}."
         )
     second = None
     if not isinstance(arch, nn.Module):

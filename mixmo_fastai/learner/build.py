@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import fastai.callback.progress
@@ -56,6 +57,7 @@ def mixmo_learner(
     num_members: int | None = None,
     num_classes: int | None = None,
     pretrained: bool = False,
+    weights: Path | str | None = None,
     independent: bool | None = None,
     ghost_batch_size: int = 0,
     readout: str | nn.Module | None = None,
@@ -75,6 +77,8 @@ def mixmo_learner(
         num_classes: K; by default, that of the loaders.
         pretrained: start a network given by name from its library's weights. Standardise the images
             in your loaders accordingly, e.g. with `Normalize.from_stats(*imagenet_stats)`.
+        weights: file of pretrained weights to start from instead: tensors of the plain network, or
+            the model.safetensors of a run with the same network.
         independent: initialise the members independently, for untrained networks; see
             `convert_to_mixmo`. By default: true for a name unless pretrained; for a function, true
             for each of the two layers (first and last) that differs when it is called twice; false
@@ -104,7 +108,13 @@ def mixmo_learner(
     num_classes = _num_classes(dls) if num_classes is None else num_classes
     image_shape, targets = _inspect_batches(dls)
     spec = NetworkSpec(
-        image_shape, num_classes, num_members, pretrained, independent, readout=readout
+        image_shape,
+        num_classes,
+        num_members,
+        pretrained,
+        None if weights is None else Path(weights),
+        independent,
+        readout=readout,
     )
     check_kind(mix, spec.num_members_for(arch))
     callback = MixMoCallback(mix, **mixing)
@@ -244,13 +254,16 @@ def learner_from_recipe(
     mix = recipe.mix
     averaging = [EMACallback(recipe.train.ema_decay)] if recipe.train.ema_decay else []
     kwargs["cbs"] = [*averaging, *kwargs.get("cbs", ())]
-    kwargs.setdefault("splitter", trainable_params)  # one group, as checkpoints expect
+    # Checkpoints need a fixed number of groups.
+    is_fine_tuned = recipe.schedule.kind == "fine-tune"
+    kwargs.setdefault("splitter", body_and_heads if is_fine_tuned else trainable_params)
     return mixmo_learner(
         dls,
         recipe.model.arch if model is None else model,
         mix=mix.kind,
         num_members=recipe.model.num_members,
-        pretrained=recipe.model.pretrained,
+        pretrained=recipe.model.pretrained and model is None,
+        weights=Path(recipe.model.weights) if recipe.model.weights and model is None else None,
         ghost_batch_size=recipe.model.ghost_batch_size if model is None else 0,
         readout=recipe.model.readout if model is None else None,
         alpha=mix.alpha,

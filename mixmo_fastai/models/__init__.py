@@ -4,6 +4,7 @@ mixmo_model                    the multi-input multi-output network
 create                         networks from architecture names
 wide_resnet, preact_resnet     the published backbones; initialization: their initial weights
 library                        classifiers of torchvision and timm by name
+pretrained                     files of weights: of a plain network, or of a MixMo network
 convert                        any network with a first convolution and a last linear layer
 forward_record, probe          find these layers; conversion_checks: check the converted network
 backbone_core                  the part of a network between these layers

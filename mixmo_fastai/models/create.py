@@ -1,6 +1,7 @@
 """Create networks from architecture names."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from mixmo_fastai.models.convert import MemberInit, convert_at_layers, find_end_
 from mixmo_fastai.models.initialization import initialize
 from mixmo_fastai.models.library import build_backbone
 from mixmo_fastai.models.mixmo_model import MixMoModel
+from mixmo_fastai.models.pretrained import SavedWeights
 
 PREACT_HEAD_STD = 0.01
 
@@ -26,6 +28,7 @@ def create_model(
     image_size: tuple[int, int] | None = None,
     generator: torch.Generator | None = None,
     pretrained: bool = False,
+    weights: Path | None = None,
     readout: str | nn.Module | None = None,
 ) -> MixMoModel:
     """Create a network by name, with the published initialisation or that of its library.
@@ -40,11 +43,13 @@ def create_model(
             transformers; if None, the library's default.
         generator: for the initial weights.
         pretrained: whether to load the library's pretrained weights; see `convert_to_mixmo`.
+        weights: file of pretrained weights to load instead: of the plain network, or the
+            model.safetensors of a run with the same arch; see `pretrained`.
         readout: how the heads read the core's maps; see `MixMoModel`.
 
     Raises:
-        InputError: the name or a number is invalid, there are no pretrained weights, or the core
-            does not return the maps that the readout needs.
+        InputError: the name or a number is invalid, there are no pretrained weights, they belong to
+            another network, or the core does not return the maps that the readout needs.
 
     Example:
         >>> generator = torch.Generator().manual_seed(0)
@@ -63,36 +68,85 @@ def create_model(
     check_count("num_classes", num_classes)
     check_count("num_members", num_members)
     check_count("in_channels", in_channels)
+    saved = None if weights is None else SavedWeights.read(weights)
     if parsed.family in ("torchvision", "timm"):
-        backbone = build_backbone(
-            parsed, num_classes, image_size=image_size, pretrained=pretrained, generator=generator
-        )
-        names = find_end_layers(backbone, image_size=image_size)
-        independent = not pretrained
-        converted = convert_at_layers(
-            backbone,
-            names,
-            MemberInit(
-                num_members, independent_encoders=independent, independent_heads=independent
-            ),
-            num_classes=num_classes,
-            in_channels=in_channels,
+        model = _create_from_library(
+            parsed,
+            num_classes,
+            num_members,
+            in_channels,
+            image_size=image_size,
             generator=generator,
+            pretrained=pretrained and saved is None,
+            plain=None if saved is None or saved.is_mixmo else saved,
         )
-        converted.set_readout(readout)
-        return converted
-    if pretrained:
-        raise InputError(
-            f"There are no pretrained weights for {arch}.\n"
-            "Omit pretrained, or import a published checkpoint with `mixmo import`."
+        model.set_readout(readout)
+    else:
+        if pretrained or (saved is not None and not saved.is_mixmo):
+            raise InputError(
+                f"There are no pretrained weights for {arch}.\n"
+                "Omit pretrained, or pass the model.safetensors of a run that trained this network."
+            )
+        model = _create_published(
+            parsed, num_classes, num_members, in_channels, generator=generator, readout=readout
         )
+    if saved is not None and saved.is_mixmo:
+        saved.load_mixmo(model, generator)
+    return model
+
+
+def _create_from_library(
+    arch: Architecture,
+    num_classes: int,
+    num_members: int,
+    in_channels: int,
+    *,
+    image_size: tuple[int, int] | None,
+    generator: torch.Generator | None,
+    pretrained: bool,
+    plain: SavedWeights | None,
+) -> MixMoModel:
+    """Convert a classifier of torchvision or timm.
+
+    Members are independent in layers without pretrained weights.
+    """
+    backbone = build_backbone(
+        arch, num_classes, image_size=image_size, pretrained=pretrained, generator=generator
+    )
+    names = find_end_layers(backbone, image_size=image_size)
+    has_body = has_head = pretrained
+    if plain is not None:
+        has_body, has_head = True, plain.load_backbone(backbone, names.last)
+    init = MemberInit(
+        num_members, independent_encoders=not has_body, independent_heads=not has_head
+    )
+    return convert_at_layers(
+        backbone,
+        names,
+        init,
+        num_classes=num_classes,
+        in_channels=in_channels,
+        generator=generator,
+    )
+
+
+def _create_published(
+    arch: Architecture,
+    num_classes: int,
+    num_members: int,
+    in_channels: int,
+    *,
+    generator: torch.Generator | None,
+    readout: str | nn.Module | None,
+) -> MixMoModel:
+    """Create a network of the paper with its published initialisation."""
     with torch.random.fork_rng(devices=[]):  # `initialize` draws all weights again
-        stem, core, width = _build_published(parsed)
+        stem, core, width = _build_published(arch)
         encoders = [stem(in_channels) for _ in range(num_members)]
         heads = [nn.Linear(width, num_classes) for _ in range(num_members)]
     model = MixMoModel(encoders, core, heads, readout=readout)
     initialize(model, generator)
-    if parsed.family == "preact_resnet":
+    if arch.family == "preact_resnet":
         for head in heads:
             nn.init.normal_(head.weight, std=PREACT_HEAD_STD, generator=generator)
     return model

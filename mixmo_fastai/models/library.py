@@ -12,6 +12,8 @@ from mixmo_fastai.config.choices import Architecture, unknown_timm_error
 from mixmo_fastai.errors import InputError, summarize_error
 
 _WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
+IMAGENET_STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Mean and standard deviation per channel, of pixels in [0, 1]."""
 _FIXED_SIZE_PREFIXES = ("vit_", "maxvit_")
 
 
@@ -70,6 +72,40 @@ def _seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would seed GPUs too
         yield
+
+
+def pretrained_statistics(arch: Architecture) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation of the pixels for which pretrained weights were trained.
+
+    Args:
+        arch: an architecture of torchvision or timm.
+
+    Returns:
+        one value per channel, of pixels in [0, 1]; ImageNet's if the library states none.
+
+    Example:
+        >>> from mixmo_fastai.config.choices import parse_architecture
+        >>> mean, std = pretrained_statistics(parse_architecture("resnet18"))
+        >>> mean, std
+        ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    """
+    values: Any = (None, None)
+    if arch.family == "timm":
+        import timm
+
+        values = (timm.get_pretrained_cfg_value(arch.name, name) for name in ("mean", "std"))
+    else:
+        from torchvision.models import get_model_weights
+
+        weights = [*get_model_weights(arch.name)]
+        if weights:
+            transform = get_model_weights(arch.name)["DEFAULT"].transforms()
+            values = getattr(transform, "mean", None), getattr(transform, "std", None)
+    mean, std = (
+        tuple(map(float, value or default))
+        for value, default in zip(values, IMAGENET_STATISTICS, strict=True)
+    )
+    return mean, std
 
 
 def _build_torchvision(

@@ -3,7 +3,8 @@
 prepare          load the data, build the Learner, choose open settings
 train            train, evaluate, and write the run folder
 ensemble         the networks of a run, one after another
-schedule         one-cycle and published step schedules, as functions
+schedule         one-cycle, fine-tuning and published step schedules, as functions
+pretrained       pixel statistics of pretrained weights
 history          callback that records the history of a run
 checkpointing    callbacks that save checkpoints
 run_callbacks    base class of callbacks that follow a run, such as loggers

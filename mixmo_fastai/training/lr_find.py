@@ -1,5 +1,6 @@
 """Learning-rate range test: train with an increasing rate, then restore everything."""
 
+import sys
 import tempfile
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -9,6 +10,7 @@ from statistics import NormalDist, median
 import torch
 from fastai.callback.schedule import minimum, slide, steep, valley
 
+from mixmo_fastai.callbacks.freeze import FreezeCallback
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.runtime.acceleration import Acceleration
 from mixmo_fastai.training.prepare import Training
@@ -104,7 +106,9 @@ def search_lr(
 ) -> LrSearch:
     """Increase the learning rate step by step and record the loss.
 
-    Weights and optimizer are restored afterwards; later draws do not depend on earlier ones.
+    Weights and optimizer are restored afterwards; later draws do not depend on earlier ones. With
+    the schedule "fine-tune", the heads alone are trained, as in its first part, whose peak is the
+    recipe's rate.
 
     Args:
         training: from `prepare`.
@@ -120,7 +124,10 @@ def search_lr(
     with tempfile.TemporaryDirectory() as folder:  # fastai saves the weights to a file
         learn.path = Path(folder)
         try:
-            with _acceleration(training).applied(learn.model):
+            with (
+                _acceleration(training).applied(learn.model),
+                learn.added_cbs(_freezing(training)),
+            ):
                 suggestions = learn.lr_find(
                     start_lr=start,
                     end_lr=end,
@@ -142,6 +149,12 @@ def search_lr(
         losses=losses[:num_finite].tolist(),
         suggestions={name: float(rate) for name, rate in suggestions._asdict().items()},
     )
+
+
+def _freezing(training: Training) -> list[FreezeCallback]:
+    schedule = training.recipe.schedule
+    is_frozen = schedule.kind == "fine-tune" and schedule.frozen_share > 0
+    return [FreezeCallback(sys.maxsize)] if is_frozen else []
 
 
 def _acceleration(training: Training) -> Acceleration:

@@ -15,7 +15,12 @@ from fastai.learner import Learner
 from torch import nn
 
 from mixmo_fastai.config.choices import TRANSFORMS
-from mixmo_fastai.config.defaults import MAX_CPU_SIDE, fill_defaults, open_settings
+from mixmo_fastai.config.defaults import (
+    MAX_CPU_SIDE,
+    default_arch,
+    fill_defaults,
+    open_settings,
+)
 from mixmo_fastai.config.recipe import Recipe, default_valid_split
 from mixmo_fastai.config.schema import to_mapping
 from mixmo_fastai.data.cuts import Augmentation
@@ -31,6 +36,7 @@ from mixmo_fastai.runs.folder import RunFolder
 from mixmo_fastai.runtime.acceleration import Acceleration, choose_acceleration
 from mixmo_fastai.runtime.devices import choose_device, describe_device
 from mixmo_fastai.runtime.processes import process_group, rank0_first
+from mixmo_fastai.training.pretrained import with_statistics_of_weights
 
 TEST_SET = 2
 """Index of the test loader in the DataLoaders of `make_dataloaders`."""
@@ -63,6 +69,12 @@ class Training:
     def steps_per_epoch(self) -> int:
         """Batches per epoch."""
         return len(self.learn.dls.train)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the whole training of one network."""
+        assert self.recipe.train.epochs is not None
+        return self.recipe.train.epochs * self.steps_per_epoch
 
     @property
     def warmup_steps(self) -> int:
@@ -178,6 +190,9 @@ def prepare_network(
     """
     device = choose_device(recipe.train.device)
     recipe = _with_test_split(_with_data_settings(recipe, source), source)
+    image_shape, device_type = source.train.image_shape, sized_for or device.type
+    arch = recipe.model.arch or default_arch(recipe, device_type, image_shape)
+    source = with_statistics_of_weights(recipe, arch, source)
     if dls is None:
         dls = _make_dataloaders(recipe, source, device)
     else:
@@ -185,8 +200,8 @@ def prepare_network(
     open_names = tuple(open_settings(recipe))
     recipe = fill_defaults(
         recipe,
-        device=sized_for or device.type,
-        image_shape=source.train.image_shape,
+        device=device_type,
+        image_shape=image_shape,
         num_images=len(dls.train.images),
         scaled_to=source.scaled_to,
     )

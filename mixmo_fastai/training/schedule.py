@@ -6,8 +6,12 @@ published configurations of MixMo.
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 ScheduleFunction = Callable[[float], float]
+
+FROZEN_PCT_START, FROZEN_DIV = 0.99, 25.0
+"""One-cycle of the frozen part of fastai's `fine_tune`."""
 
 
 def one_cycle(start: float, peak: float, end: float, pct_start: float) -> ScheduleFunction:
@@ -43,6 +47,67 @@ def flat_cosine(lr: float, end: float, pct_flat: float) -> ScheduleFunction:
         return _cosine(lr, end, (progress - pct_flat) / (1 - pct_flat))
 
     return value
+
+
+def fine_tune(
+    lr: float,
+    *,
+    num_steps: int,
+    frozen_steps: int,
+    body_div: float,
+    pct_start: float,
+    div: float,
+    div_final: float,
+    momentums: tuple[float, ...],
+) -> dict[str, Callable[[float], Any]]:
+    """Return the schedules of fastai's `fine_tune`: one-cycle for the heads, then for all layers.
+
+    In the second part, the heads have half the rate of the first, and the body the rate of the
+    heads divided by `body_div`. In the first part, the body's rate, a tenth, is that of its
+    BatchNorm layers, which are not frozen.
+
+    Args:
+        lr: peak of the heads' rate in the first part.
+        num_steps: steps of the whole training.
+        frozen_steps: steps of the first part.
+        body_div: rate of the heads divided by that of the body.
+        pct_start: second part: fraction during which the rates rise.
+        div: second part: peak divided by the initial rate.
+        div_final: both parts: peak divided by the final rate.
+        momentums: both parts: at start, peak and end.
+
+    Returns:
+        "lr": the rates of body and heads; "mom": the momentum.
+    """
+    start, peak, end = momentums
+    first = (
+        one_cycle(1 / FROZEN_DIV, 1.0, 1 / div_final, FROZEN_PCT_START),
+        one_cycle(start, peak, end, FROZEN_PCT_START),
+        (lr / 10, lr),
+    )
+    second = (
+        one_cycle(1 / div, 1.0, 1 / div_final, pct_start),
+        one_cycle(start, peak, end, pct_start),
+        (lr / 2 / body_div, lr / 2),
+    )
+
+    def part(progress: float) -> tuple[tuple[Any, ...], float]:
+        # fastai accumulates progress in floating point, so the step is recovered by rounding.
+        step = round(progress * num_steps)
+        if step < frozen_steps:
+            return first, step / frozen_steps
+        return second, (step - frozen_steps) / (num_steps - frozen_steps)
+
+    def rates(progress: float) -> list[float]:
+        (factor, _, peaks), within = part(progress)
+        return [factor(within) * rate for rate in peaks]
+
+    def momentum(progress: float) -> float:
+        (_, values, _), within = part(progress)
+        value: float = values(within)
+        return value
+
+    return {"lr": rates, "mom": momentum}
 
 
 def published_steps(

@@ -24,8 +24,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mixmo_fastai.callbacks.ema import EMACallback
+from mixmo_fastai.callbacks.freeze import FreezeCallback
 from mixmo_fastai.config.load import with_present_names
-from mixmo_fastai.config.recipe import Mix
+from mixmo_fastai.config.recipe import Mix, Schedule
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.models.mixmo_model import unwrap
 from mixmo_fastai.runs.checkpoints import CheckpointStore, Saved
@@ -99,12 +100,14 @@ class RunState:
         parts: callbacks with their own tensors.
         identity: settings that must be equal when the run is resumed: recipe and data, nested
             dictionaries as in JSON.
+        freezing: the callback that freezes parameters; None if all are trained from the start.
     """
 
     learn: Learner
     history: History
     parts: Sequence[Stateful]
     identity: Mapping[str, Any]
+    freezing: FreezeCallback | None = None
 
     def save(self, store: CheckpointStore | None, position: Position) -> None:
         """Save the state; all processes call this at the same position.
@@ -237,7 +240,14 @@ class RunState:
                 f"this run has {len(learn.opt.hypers)}.\n{_NEW_RUN}"
             )
         parameters = self._parameters()
-        missing = set(parameters) - {name.rpartition("/")[0] or name for name in tensors}
+        frozen: set[int] = set()
+        if self.freezing is not None:
+            self.freezing.learn = learn
+            position = restored.position
+            self.freezing.freeze_before(position.epoch * restored.steps_per_epoch + position.step)
+            frozen = {id(parameter) for parameter in self.freezing.frozen}
+        trained = {name for name, parameter in parameters.items() if id(parameter) not in frozen}
+        missing = trained - {name.rpartition("/")[0] or name for name in tensors}
         has_state = restored.position != Position() and keeps_state(learn.opt, restored.hypers)
         try:
             if has_state and missing:
@@ -354,11 +364,14 @@ _ADDED = (
     *(("data", f"{name}_column", "") for name in ("path", "label", "split", "group")),
     ("data", "image_folder", ""),
     ("model", "pretrained", False),
+    ("model", "weights", ""),
     ("data", "skip_damaged", False),
     ("model", "readout", "core"),
     ("optimizer", "name", "sgd"),
     ("data", "transform", "standard"),
-    # Without an early_repetition, these two have no effect.
+    # Without fine-tune and an early_repetition, these have no effect.
+    ("schedule", "frozen_share", Schedule().frozen_share),
+    ("schedule", "body_div", Schedule().body_div),
     ("mix", "early_span", Mix().early_span),
     ("mix", "early_shape", Mix().early_shape),
 )

@@ -12,6 +12,7 @@ from fastai.learner import Learner
 
 from mixmo_fastai.callbacks.best_epoch import BestEpochCallback
 from mixmo_fastai.callbacks.ema import EMACallback
+from mixmo_fastai.callbacks.freeze import FreezeCallback, frozen_steps
 from mixmo_fastai.config.recipe import Recipe
 from mixmo_fastai.data.run_data import facts_of
 from mixmo_fastai.errors import RunFailedError
@@ -29,7 +30,7 @@ from mixmo_fastai.training.history import HistoryCallback
 from mixmo_fastai.training.prepare import Training
 from mixmo_fastai.training.resume import resume_callbacks
 from mixmo_fastai.training.run_callbacks import entered_run_callbacks
-from mixmo_fastai.training.schedule import flat_cosine, one_cycle, published_steps
+from mixmo_fastai.training.schedule import fine_tune, flat_cosine, one_cycle, published_steps
 from mixmo_fastai.training.state import Position, Restored, RunState, Stateful
 
 
@@ -70,7 +71,8 @@ def train(
     best = BestEpochCallback() if recipe.train.select == "best" else None
     parts: list[Stateful] = [part for part in (_averaging(learn), best) if part is not None]
     history = HistoryCallback(run, recipe.train.batch_size)
-    state = RunState(learn, history, parts, training.identity)
+    freezing = _freezing(training)
+    state = RunState(learn, history, parts, training.identity, freezing)
     store = CheckpointStore(run.checkpoint)
     restored = _restore(store, state, run, say) if resume else None
     if restored is None:
@@ -94,6 +96,7 @@ def train(
                 recipe.train.epochs,
                 lr=recipe.lr,
                 cbs=[
+                    *([freezing] if freezing else []),
                     scheduler,
                     history,
                     *([best] if best else []),
@@ -132,6 +135,14 @@ def _evaluate(
         **evaluated,
     }
     return metrics, test or valid
+
+
+def _freezing(training: Training) -> FreezeCallback | None:
+    """Return the callback that trains the heads alone at first, if the schedule says so."""
+    schedule = training.recipe.schedule
+    if schedule.kind != "fine-tune":
+        return None
+    return FreezeCallback(frozen_steps(schedule.frozen_share, training.num_steps))
 
 
 def _scheduler(training: Training) -> ParamScheduler:
@@ -211,6 +222,18 @@ def schedules(recipe: Recipe, steps_per_epoch: int, warmup_steps: int) -> dict[s
         return {"lr": lr}
     if schedule.kind == "flat-cosine":
         return {"lr": flat_cosine(recipe.lr, recipe.lr / schedule.div_final, schedule.flat_share)}
+    if schedule.kind == "fine-tune":
+        num_steps = (recipe.train.epochs or 1) * steps_per_epoch
+        return fine_tune(
+            recipe.lr,
+            num_steps=num_steps,
+            frozen_steps=frozen_steps(schedule.frozen_share, num_steps),
+            body_div=schedule.body_div,
+            pct_start=schedule.pct_start,
+            div=schedule.div,
+            div_final=schedule.div_final,
+            momentums=schedule.momentums,
+        )
     lr = one_cycle(
         recipe.lr / schedule.div, recipe.lr, recipe.lr / schedule.div_final, schedule.pct_start
     )
