@@ -69,6 +69,17 @@ def write_label_table(path, images, prefix):
     path.write_text("\n".join(["image,label,lesion", *rows]))
 
 
+def write_tag_table(path, images):
+    """Write a table of the images of a folder of classes, each with its class and a colour."""
+    files = sorted((path.parents[2] / images).rglob("*.png"))
+    rows = [
+        f"images/{f.relative_to(path.parent / 'images').as_posix()},"
+        f"{f.parent.name}+{'red' if i % 2 else 'blue'}"
+        for i, f in enumerate(files)
+    ]
+    path.write_text("\n".join(["image,tags", *rows]))
+
+
 def hugging_face_dataset(folder):
     """Return a data set with the images of a folder of classes."""
     files = sorted(folder.rglob("*.png"))
@@ -93,6 +104,7 @@ def work_dir(tmp_path, monkeypatch):
         write_image_folder(tmp_path / folder, num_train=40, num_test=8)
     for name, column in (("labels", "images/"), ("lesions", "")):
         write_label_table(tmp_path / f"path/to/{name}.csv", "path/to/images/train", column)
+    write_tag_table(tmp_path / "path/to/tags.csv", "path/to/images")
     pets = hugging_face_dataset(tmp_path / "path/to/images/train")
     pets.save_to_disk(str(tmp_path / "path/to/saved-pets"))
     pets.to_parquet(str(tmp_path / "path/to/pets.parquet"))

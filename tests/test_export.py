@@ -17,6 +17,7 @@ from mixmo_fastai.errors import InputError
 from mixmo_fastai.evaluation.predict import predict_images
 from mixmo_fastai.evaluation.runs import evaluate_run
 from mixmo_fastai.export import files as export
+from mixmo_fastai.export import formats
 from mixmo_fastai.export.files import FORMAT, check_export, export_run
 from mixmo_fastai.runs.folder import RunFolder
 from mixmo_fastai.runs.weights import load_network
@@ -233,7 +234,7 @@ def test_failed_write_is_reported(run, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr(export, "save", fail)
+    monkeypatch.setattr(formats, "save", fail)
     with pytest.raises(InputError, match=r"Cannot write .*: No space left"):
         export_run(run, tmp_path / "net.safetensors")
     assert list(tmp_path.iterdir()) == []

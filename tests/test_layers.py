@@ -23,7 +23,7 @@ PACKAGES = {
     "config": set(),
     "rng": NUMERIC,
     "mixing": NUMERIC,
-    "models": NUMERIC | {"torchvision", "timm"},
+    "models": NUMERIC | {"torchvision", "timm", "safetensors"},
     "runtime": NUMERIC,
     "metrics": NUMERIC | FASTAI | {"sklearn", "scipy"},
     "runs": NUMERIC | {"safetensors", "filelock"},

@@ -17,13 +17,19 @@ class BestEpochCallback(TrainedEpochCallback):
 
     The best epoch has the highest ensemble accuracy; ties are broken by the lowest validation loss,
     then by the earliest epoch. The caller decides when to `restore` the weights.
+
+    Args:
+        by_loss: the best epoch has the lowest validation loss; ties are broken by the accuracy. For
+            several labels per image, most of which are absent whatever is predicted.
     """
 
     order = 57  # after the Recorder
 
-    def __init__(self) -> None:
+    def __init__(self, *, by_loss: bool = False) -> None:
         super().__init__()
-        self.best: tuple[float, float, int] | None = None  # accuracy, -loss, epoch (from 1)
+        self.by_loss = by_loss
+        # Accuracy and -loss, by_loss in reverse, and epoch (from 1).
+        self.best: tuple[float, float, int] | None = None
         self.weights: dict[str, Tensor] = {}
 
     @property
@@ -34,7 +40,10 @@ class BestEpochCallback(TrainedEpochCallback):
     def after_trained_epoch(self) -> None:
         """Keep the weights if they are the best so far."""
         _, loss, accuracy, *_ = self.learn.final_record
-        score = (float(accuracy), -float(loss), self.learn.epoch + 1)
+        first, second = float(accuracy), -float(loss)
+        if self.by_loss:
+            first, second = second, first
+        score = (first, second, self.learn.epoch + 1)
         if self.best is None or score[:2] > self.best[:2]:
             self.best = score
             state = unwrap(self.learn.model).state_dict()
@@ -73,6 +82,6 @@ class BestEpochCallback(TrainedEpochCallback):
             raise InputError(
                 f"The weights of the best epoch belong to another network: {difference}."
             )
-        accuracy, negative_loss, epoch = state[_BEST].tolist()
-        self.best = (accuracy, negative_loss, int(epoch))
+        first, second, epoch = state[_BEST].tolist()
+        self.best = (first, second, int(epoch))
         self.weights = {name: tensor for name, tensor in state.items() if name != _BEST}

@@ -39,7 +39,9 @@ def calibrate(
     from mixmo_fastai.evaluation.calibration import summary
     from mixmo_fastai.evaluation.runs import open_finished, training_images_changed
     from mixmo_fastai.runs.calibration import read_calibration, write_calibration
+    from mixmo_fastai.runs.labels import check_one_label
 
+    check_one_label(folder, "mixmo calibrate")
     finished = open_finished(folder, data_dir, device)
     if training_images_changed(folder, finished.source):
         raise InputError(

@@ -78,8 +78,7 @@ def export(
         (
             "Checked",
             f"{'before quantisation, ' * int8}on {result['num_images']} images: logits differ by "
-            f"at most {result['relative_difference']:.1e} of the largest logit, same class for "
-            f"{percent(result['same_class'])}",
+            f"at most {result['relative_difference']:.1e} of the largest logit, {_same(result)}",
         ),
     ]
     rows.append(("Calibrated", CALIBRATIONS[result["calibration"]]))
@@ -87,6 +86,12 @@ def export(
         rows.append(("int8", _int8_text(measured)))
     output = Output(as_json=as_json)
     output.print_result(align(rows), {"run": str(folder.path), "file": str(path), **result})
+
+
+def _same(result: dict[str, Any]) -> str:
+    several = "same_labels" in result
+    same = result["same_labels" if several else "same_class"]
+    return f"same {'labels' if several else 'class'} for {percent(same)}"
 
 
 def _check_int8(to: Path, max_drop: float | None, *, int8: bool) -> None:

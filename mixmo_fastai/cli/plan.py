@@ -181,7 +181,9 @@ def print_next_steps(output: Output, run: RunFolder, recipe: Recipe, images_seen
         images_seen: number of images seen by all networks in training.
     """
     network, seen = run.networks()[0], images_seen // recipe.model.num_nets
-    if advice := advise(recipe, network.history(), seen):
+    facts = run.data_facts()
+    several = facts is not None and facts.is_multi_label
+    if advice := advise(recipe, network.history(), seen, is_multi_label=several):
         output.print(_row("Advice", advice, METRIC_WIDTH))
     path, exported = shlex.quote(str(run.path)), shlex.quote(str(network.path))
     commands = (

@@ -85,7 +85,6 @@ def predict(
         FAMILIAR_SCORE,
         RISK_SCORE,
         Request,
-        decide_for,
     )
     from mixmo_fastai.evaluation.predict import predict_images
     from mixmo_fastai.export.files import load_fused
@@ -103,10 +102,10 @@ def predict(
         familiar=ood_threshold,
         familiar_score=ood_score or FAMILIAR_SCORE,
     )
-    decisions = decide_for(request, network, str(run))
+    decisions = _decisions(network, request, str(run))
     skipped = Skipped()
     predictions, unreadable = predict_images(
-        network, images, data_dir, device=device, skipped=skipped, decisions=decisions
+        network, images, data_dir, device=device, skipped=skipped, decisions=decisions, raw=raw
     )
     if skipped_text := skipped.describe():
         typer.echo(f"Skipped: {skipped_text}", err=True)
@@ -131,6 +130,26 @@ def predict(
         )
 
 
+def _decisions(network: Any, request: Any, name: str) -> Any:
+    """Choose thresholds; with several labels per image, the run has its own.
+
+    Raises:
+        InputError: as for `decide_for`, or what is requested is for one label per image.
+    """
+    from mixmo_fastai.evaluation.decisions import Decisions, decide_for
+    from mixmo_fastai.runs.folder import RunFolder
+
+    facts = network.data_facts() if isinstance(network, RunFolder) else network.facts
+    if facts is None or not facts.is_multi_label:
+        return decide_for(request, network, name)
+    if request.needs_calibration:
+        raise InputError(
+            "--coverage, --max-risk and --ood-threshold are for one label per image; those of "
+            f"{name} may have several."
+        )
+    return Decisions()
+
+
 def _describe_unreadable(unreadable: dict[Path, str]) -> str:
     """List unreadable images; for a single one, return the reason and what to do."""
     if len(unreadable) == 1:
@@ -146,6 +165,8 @@ def _describe_unreadable(unreadable: dict[Path, str]) -> str:
 def _row(prediction: Any, request: Any) -> dict[str, Any]:
     """Return the entries of a prediction; without those that were not requested."""
     row = dataclasses.asdict(prediction)
+    if "labels" in row:
+        return row
     classes, is_accepted, is_familiar = map(row.pop, ("classes", "is_accepted", "is_familiar"))
     if request.coverage is not None:
         row["set"] = classes
@@ -157,6 +178,8 @@ def _row(prediction: Any, request: Any) -> dict[str, Any]:
 
 
 def _csv_lines(rows: list[dict[str, Any]]) -> list[str]:
+    if rows and "labels" in rows[0]:
+        return _label_csv_lines(rows)
     names = ["image", "label", "probability", "votes", "agreement", "entropy", "mutual_information"]
     names += [name for name in ("set", "decision", "familiar") if rows and name in rows[0]]
     text = io.StringIO()
@@ -171,4 +194,17 @@ def _csv_lines(rows: list[dict[str, Any]]) -> list[str]:
         for name in ("probability", "agreement", "entropy", "mutual_information"):
             values[name] = "" if values[name] is None else f"{values[name]:.6g}"
         writer.writerow(values[name] for name in names)
+    return text.getvalue().splitlines()
+
+
+def _label_csv_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """Format predictions of several labels per image: with a column of probabilities per label."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    names = [*rows[0]["probabilities"]]
+    writer.writerow(["image", "labels", "entropy", "mutual_information", *names])
+    for row in rows:
+        numbers = [row["entropy"], row["mutual_information"], *row["probabilities"].values()]
+        shown = ("" if number is None else f"{number:.6g}" for number in numbers)
+        writer.writerow([row["image"], "|".join(row["labels"]), *shown])
     return text.getvalue().splitlines()

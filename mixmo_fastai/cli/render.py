@@ -10,6 +10,13 @@ from mixmo_fastai.config.recipe import Mix, Recipe
 from mixmo_fastai.config.resolve import changed_settings
 from mixmo_fastai.config.schema import to_mapping
 from mixmo_fastai.evaluation.results import SPLIT_NAMES, final_metrics, temperature_warning
+from mixmo_fastai.metrics.label_results import (
+    LABELS,
+    NUM_SHOWN,
+    label_rows,
+    label_table,
+    label_table_note,
+)
 from mixmo_fastai.metrics.table import (
     LISTED_METRICS,
     MAIN_METRICS,
@@ -92,9 +99,10 @@ def _setup_rows(training: Any) -> list[tuple[str, str]]:
         (
             "Data",
             f"{source.name}: {counts[0]:,} training, {counts[1]:,} validation and {tested} images "
-            f"of {shape}, {len(source.classes)} classes",
+            f"of {shape}, {len(source.classes)} "
+            f"{'labels' if source.is_multi_label else 'classes'}",
         ),
-        *_validation_rows(counts[1]),
+        *(() if source.is_multi_label else _validation_rows(counts[1])),
         *source.notes,
         ("Network", f"{networks}, {members}, {training.num_parameters:,} parameters"),
         ("Method", f"{method_name(recipe)}, each image {times} per batch{mixing}"),
@@ -157,12 +165,14 @@ def recipe_lines(recipe: Recipe) -> list[str]:
 def metric_lines(metrics: Mapping[str, Any], recipe: Recipe) -> list[str]:
     """Format the metrics of a run, without those of `--ood` and `--corruptions`."""
     split, test = final_metrics(metrics)
-    model, accuracy = recipe.model, f"{SPLIT_NAMES[split]} accuracy"
+    voters = "Networks" if recipe.model.num_nets > 1 else "Members"
     num_members = len(test["member_accuracy"])  # the networks of a deep ensemble
-    rows = [(accuracy, percent(test["accuracy"]) + _ENSEMBLE * (num_members > 1))]
-    if num_members > 1:
-        label = "Networks" if model.num_nets > 1 else "Members"
-        rows.append((label, ", ".join(map(percent, test["member_accuracy"]))))
+    rows = label_rows(metrics, SPLIT_NAMES[split], voters) if LABELS in metrics else []
+    label = "Label accuracy" if rows else f"{SPLIT_NAMES[split]} accuracy"
+    has_voters = num_members > 1 and not rows
+    rows.append((label, percent(test["accuracy"]) + _ENSEMBLE * (num_members > 1)))
+    if has_voters:
+        rows.append((voters, ", ".join(map(percent, test["member_accuracy"]))))
     if "selected_epoch" in metrics:
         epochs = metrics["selected_epoch"]
         shown = ", ".join(map(str, epochs)) if isinstance(epochs, list) else epochs
@@ -174,7 +184,17 @@ def metric_lines(metrics: Mapping[str, Any], recipe: Recipe) -> list[str]:
         rows.append(("Kept weights", f"epoch {shown}, best on {images}"))
     rows += _expected_rows(recipe)
     rows += [*_metric_rows(metrics, num_members), *calibration_rows(metrics)]
-    return align(rows, METRIC_WIDTH)
+    return [*align(rows, METRIC_WIDTH), *_label_lines(metrics)]
+
+
+def _label_lines(metrics: Mapping[str, Any]) -> list[str]:
+    """Format the table of labels, if there are several per image."""
+    if LABELS not in metrics:
+        return []
+    values = metrics[LABELS]
+    note = label_table_note(values)
+    table = columns(label_table(values)[: NUM_SHOWN + 1], left=(0,))
+    return ["", *table, *([note] if note else []), ""]
 
 
 def filter_lines(titles: list[str], uses: Sequence[Any], norms: Sequence[Any]) -> list[str]:
@@ -275,8 +295,13 @@ def ensemble_lines(names: list[str], metrics: Mapping[str, Any]) -> list[str]:
     split, test = final_metrics(metrics)
     label = f"{SPLIT_NAMES[split]} accuracy"
     rows = [(label, f"{percent(test['accuracy'])} (mean of the runs' logits)")]
-    rows += list(zip(names, map(percent, test["member_accuracy"]), strict=True))
-    return align([*rows, *_metric_rows(metrics, len(names))])
+    members = test["member_accuracy"]
+    if LABELS in metrics:
+        rows = label_rows(metrics, SPLIT_NAMES[split], "Networks")
+        members = metrics[LABELS].get("member_mean_ap", ())
+        rows = [row for row in rows if row[0] != "Networks"]
+    rows += list(zip(names, map(percent, members), strict=False))
+    return [*align([*rows, *_metric_rows(metrics, len(names))]), *_label_lines(metrics)]
 
 
 def _metric_rows(metrics: Mapping[str, Any], num_members: int) -> list[tuple[str, str]]:

@@ -52,6 +52,8 @@ class Data:
             a patient's, are never in two splits.
         image_folder: folder to which the paths in a table are relative, itself relative to that of
             the table.
+        label_delimiter: what separates several labels of an image in a table; "" to find it, "none"
+            for one label per image.
         valid_split: fraction of each class of the training set that is used for validation instead
             of training; if None, see `default_valid_split`; ignored if an image folder has a
             validation folder.
@@ -85,6 +87,7 @@ class Data:
     split_column: str = ""
     group_column: str = ""
     image_folder: str = ""
+    label_delimiter: str = ""
     valid_split: float | None = number_field(None, 0, 0.9)
     calibration_split: float | None = number_field(None, 0, 1)
     test_split: float | None = number_field(None, 0, 0.9)

@@ -27,6 +27,7 @@ from mixmo_fastai.data.class_folders import (
 )
 from mixmo_fastai.data.layout import SplitFolders, find_split_folders, role_of
 from mixmo_fastai.data.listing import Skipped, count_hidden, count_images, scan
+from mixmo_fastai.data.multi_labels import MultiLabels
 from mixmo_fastai.data.parts import DataParts
 from mixmo_fastai.data.splits import DEFAULT_TEST_SPLIT
 from mixmo_fastai.errors import InputError
@@ -43,6 +44,8 @@ class ChosenImages:
         parts: origin of the splits, to read the same images again.
         notes: notes on how the folder was read and what was skipped.
         groups: group of each file, for images that belong together; empty without groups.
+        multi: the labels of images that may have several, which are all listed in the class
+            `multi_labels.ALL`; None if each has one.
     """
 
     train: FilesByClass
@@ -51,6 +54,12 @@ class ChosenImages:
     parts: DataParts
     notes: tuple[Note, ...]
     groups: Mapping[str, str] = field(default_factory=dict)
+    multi: MultiLabels | None = None
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names, in the order of the labels."""
+        return tuple(self.train) if self.multi is None else self.multi.classes
 
 
 def choose_images(folder: Path, test_split: float | None = None) -> ChosenImages:

@@ -1,6 +1,6 @@
 """Files by class: draw a test set, compare them with those of a run, and rename their classes."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import compress
 from pathlib import Path
 from unicodedata import normalize
@@ -18,7 +18,10 @@ Note = tuple[str, str]
 
 
 def draw_files(
-    files: FilesByClass, fraction: float, groups: Mapping[str, str] | None = None
+    files: FilesByClass,
+    fraction: float,
+    groups: Mapping[str, str] | None = None,
+    targets: Callable[[Sequence[str]], torch.Tensor] | None = None,
 ) -> DrawnTest | None:
     """Draw a fraction of each class as test images.
 
@@ -26,12 +29,15 @@ def draw_files(
         files: the training images.
         fraction: in [0, 1).
         groups: group of each file, to draw whole groups; None or empty without groups.
+        targets: returns the labels (N, K) of files that may have several; None for one class each.
     """
     if fraction == 0:
         return None
     counts = torch.tensor([len(class_files) for class_files in files.values()])
     labels = torch.arange(len(files)).repeat_interleave(counts)
     all_files = [file for class_files in files.values() for file in class_files]
+    if targets is not None:
+        labels = targets(all_files)
     is_test = draw_test(labels, fraction, group_indices(all_files, groups or {}))
     train, test = compress(all_files, ~is_test), compress(all_files, is_test)
     return DrawnTest(fraction, tuple(train), tuple(test))

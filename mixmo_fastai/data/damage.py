@@ -68,7 +68,8 @@ def read_intact(
         raise error.with_advice(
             "The run was trained with these images: restore intact files."
         ) from None
-    counts = source.train.labels.bincount(minlength=len(source.classes))
+    labels, num_classes = source.train.labels, len(source.classes)
+    counts = labels.sum(dim=0) if labels.ndim == 2 else labels.bincount(minlength=num_classes)
     if empty := [name for name, count in zip(source.classes, counts, strict=True) if not count]:
         raise InputError(
             f"No training image of the class {empty[0]!r} can be decoded.\n"

@@ -173,7 +173,7 @@ class ChosenFiles:
         mean, std = entry.fact("mean, std", lambda: _statistics(decoded["train"]))
         return DataSource(
             name=self.name,
-            classes=tuple(chosen.train),
+            classes=chosen.classes,
             train=decoded["train"],
             test=decoded.get("test", no_images(decoded["train"])),
             mean=tuple(mean),
@@ -189,6 +189,8 @@ class ChosenFiles:
     def _images(self, part: FilesByClass, size: tuple[int, int]) -> FileImages:
         counts = torch.tensor([len(names) for names in part.values()])
         labels, names = torch.arange(len(part)).repeat_interleave(counts), tuple(_all(part))
+        if self.chosen.multi is not None:
+            labels = self.chosen.multi.targets(names)
         return FileImages(self.root, names, labels, size, group_indices(names, self.chosen.groups))
 
 

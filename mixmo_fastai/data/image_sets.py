@@ -22,7 +22,7 @@ class ImageSet(Protocol):
 
     @property
     def labels(self) -> Tensor:
-        """Class indices, (N,) int64."""
+        """Class indices, (N,) int64; or (N, K) uint8, 1 for each of several labels of an image."""
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -49,7 +49,7 @@ class ArrayImages:
 
     Attributes:
         pixels: (N, C, H, W) uint8, contiguous.
-        labels: (N,) int64.
+        labels: (N,) int64, or (N, K) uint8.
         names: names of the images.
         files: the files the images were decoded from, if any.
         groups: (N,) int64, for images that belong together; None if each is on its own.
@@ -99,7 +99,7 @@ class FileImages:
     Attributes:
         root: the folder to which names are relative, or a `hub_dataset.DatasetRoot`.
         names: paths relative to the root, with forward slashes.
-        labels: (N,) int64.
+        labels: (N,) int64, or (N, K) uint8.
         size: (H, W) of the decoded images.
         groups: (N,) int64, for images that belong together; None if each is on its own.
     """
@@ -192,7 +192,7 @@ class Subset:
 
     @property
     def labels(self) -> Tensor:
-        """Class indices, (n,) int64."""
+        """Class indices, (n,) int64; or labels (n, K) uint8."""
         return self.images.labels[self.indices]
 
     @property
@@ -276,6 +276,11 @@ class DataSource:
 
     def __post_init__(self) -> None:
         check_source(self)
+
+    @property
+    def is_multi_label(self) -> bool:
+        """Whether an image may have several labels."""
+        return self.train.labels.ndim == 2
 
 
 def named_source(

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from fastai.data.core import Datasets
-from fastai.data.transforms import Categorize
+from fastai.data.transforms import Categorize, MultiCategorize, OneHotEncode
 from fastai.vision.core import PILImage, PILImageBW
 from fasttransform import Transform
 from PIL import Image
@@ -53,20 +53,26 @@ class OpenImage(Transform):
 
 
 class LabelOf(Transform):
-    """Convert a stored image to the name of its class."""
+    """Convert a stored image to the name of its class, or to those of its labels."""
 
     def __init__(self, classes: tuple[str, ...]) -> None:
         super().__init__()
         self.classes = classes
 
-    def encodes(self, item: StoredImage) -> str:
-        return self.classes[int(item.images.labels[item.index])]
+    def encodes(self, item: StoredImage) -> Any:
+        label = item.images.labels[item.index]
+        if label.ndim:
+            return [self.classes[index] for index in label.nonzero()[:, 0].tolist()]
+        return self.classes[int(label)]
 
 
 def as_items(images: ImageSet, classes: tuple[str, ...]) -> Datasets:
-    """Wrap an image set as fastai's `Datasets` of (image, category)."""
-    categorize = Categorize(vocab=list(classes), sort=False)
-    pipelines = [[OpenImage(images.image_shape)], [LabelOf(classes), categorize]]
+    """Wrap an image set as fastai's `Datasets` of (image, category) or (image, multi-category)."""
+    if images.labels.ndim == 2:
+        encode: list[Any] = [MultiCategorize(vocab=list(classes)), OneHotEncode(c=len(classes))]
+    else:
+        encode = [Categorize(vocab=list(classes), sort=False)]
+    pipelines = [[OpenImage(images.image_shape)], [LabelOf(classes), *encode]]
     items = [StoredImage(images, index) for index in range(len(images))]
     # Setup needs a first item; the vocabulary is already known.
     datasets = Datasets(items, pipelines, do_setup=bool(items))

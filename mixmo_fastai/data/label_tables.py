@@ -17,6 +17,13 @@ from mixmo_fastai.data.class_files import Note, examples
 from mixmo_fastai.data.class_folders import FilesByClass
 from mixmo_fastai.data.file_finder import FileFinder, is_named
 from mixmo_fastai.data.layout import role_of
+from mixmo_fastai.data.multi_labels import (
+    ALL,
+    MultiLabels,
+    describe_labels,
+    find_delimiter,
+    split_labels,
+)
 from mixmo_fastai.data.text_tables import TextTable, filled, read_text_table
 from mixmo_fastai.errors import InputError, nearest
 
@@ -29,6 +36,8 @@ COLUMN_NAMES = {
     "label": (
         *("label", "label_name", "class", "class_name", "category", "target", "species", "breed"),
         *("diagnosis", "dx", "y", "tag", "label_id", "class_id", "category_id"),
+        *("labels", "tags", "classes", "categories", "targets", "finding_labels", "findings"),
+        *("finding labels", "attributes", "keywords"),
     ),
     "split": ("split", "subset", "partition", "set", "is_valid", "is_val", "is_validation"),
     "group": (
@@ -58,6 +67,7 @@ class TableColumns:
         path, label, split, group: names of the columns; "" to find them by `COLUMN_NAMES`, and
             "none" for no split or no group.
         folder: folder to which paths are relative, itself relative to that of the table.
+        delimiter: what separates several labels of an image; "" to find it, "none" for one label.
     """
 
     path: str = ""
@@ -65,6 +75,7 @@ class TableColumns:
     split: str = ""
     group: str = ""
     folder: str = ""
+    delimiter: str = ""
 
     @property
     def are_default(self) -> bool:
@@ -80,9 +91,11 @@ class LabelTable:
         root: folder to which the files are relative, or a `hub_dataset.DatasetRoot`.
         columns: the columns that were used.
         parts: files by class, for each split in the table: "train", "valid" and "test"; without a
-            column for the split, all are in "train".
+            column for the split, all are in "train". Files with several labels are all in the
+            class `multi_labels.ALL`.
         groups: group of each file; empty without groups.
         notes: remarks, for the plan of a run: labels and texts.
+        multi: the labels of images that may have several; None if each has one.
     """
 
     root: Any
@@ -90,13 +103,14 @@ class LabelTable:
     parts: Mapping[str, FilesByClass]
     groups: Mapping[str, str]
     notes: tuple[Note, ...]
+    multi: MultiLabels | None = None
 
 
 @dataclass(frozen=True)
 class _Row:
     where: str
     file: str
-    label: str
+    labels: tuple[str, ...]
     split: str
     group: str
 
@@ -130,11 +144,15 @@ def read_label_table(
     found = _find_columns(table, columns, finder)
     rows = _read_rows(table, found, finder, left_out)
     _check_groups(rows, found)
-    names = class_order({row.label for row in rows if row.split == "train"})
+    names = class_order({name for row in rows if row.split == "train" for name in row.labels})
     _check_classes(rows, names, table)
-    parts = {split: {name: list[str]() for name in names} for split in ("train", "valid", "test")}
+    multi = None
+    if found.delimiter != NONE:
+        multi = MultiLabels(tuple(names), {row.file: row.labels for row in rows})
+    keys = names if multi is None else [ALL]
+    parts = {split: {name: list[str]() for name in keys} for split in ("train", "valid", "test")}
     for row in rows:
-        parts[row.split][row.label].append(row.file)
+        parts[row.split][row.labels[0] if multi is None else ALL].append(row.file)
     for files in parts.values():
         for found_files in files.values():
             found_files.sort()  # so that drawn images do not depend on the order of the rows
@@ -142,10 +160,11 @@ def read_label_table(
     groups = {row.file: row.group for row in rows if row.group}
     notes = (
         ("Table", _describe(found, table)),
+        *(() if multi is None else describe_labels(multi)),
         *_unused_split_column(table, found),
         *_rare_labels(rows, names),
     )
-    return LabelTable(root, found, used, groups, notes)
+    return LabelTable(root, found, used, groups, notes, multi)
 
 
 def _find_columns(table: TextTable, columns: TableColumns, finder: FileFinder) -> TableColumns:
@@ -165,7 +184,11 @@ def _find_columns(table: TextTable, columns: TableColumns, finder: FileFinder) -
     for meaning in ("path", "label"):
         if given[meaning] == NONE:
             raise missing_column(meaning, table.header, str(table.path))
-    return replace(columns, **given)
+    delimiter = columns.delimiter
+    if not delimiter:
+        index = table.header.index(given["label"])
+        delimiter = find_delimiter(given["label"], [fields[index] for _, fields in table.rows])
+    return replace(columns, **given, delimiter=delimiter)
 
 
 def check_columns(given: Mapping[str, str], columns: Collection[str], where: str) -> None:
@@ -229,7 +252,11 @@ def _read_rows(
     missing: list[tuple[str, str]] = []
     for position, fields in table.rows:
         where = table.where(position)
-        values = {name: filled(fields[index], name, where) for name, index in positions.items()}
+        may_be_empty = () if columns.delimiter == NONE else ("label",)
+        values = {
+            name: fields[index] if name in may_be_empty else filled(fields[index], name, where)
+            for name, index in positions.items()
+        }
         if (file := finder.find(values["path"], where)) is None:
             if not is_named(values["path"], left_out):
                 missing.append((where, values["path"]))
@@ -246,8 +273,10 @@ def _read_rows(
                 f"{where}: {values['split']!r} is not a split.\n"
                 "Splits are train, valid and test; data.split_column=none ignores the column."
             )
-        label = normalize("NFC", values["label"])
-        rows.append(_Row(where, file, label, split, values.get("group", "")))
+        labels: tuple[str, ...] = (normalize("NFC", values["label"]),)
+        if columns.delimiter != NONE:
+            labels = split_labels(values["label"], columns.delimiter)
+        rows.append(_Row(where, file, labels, split, values.get("group", "")))
     if missing:
         where, name = missing[0]
         more = f" ({len(missing):,} of {len(table.rows):,} rows have none)"
@@ -291,31 +320,35 @@ def _check_classes(rows: Sequence[_Row], names: Sequence[str], table: TextTable)
         InputError: there are fewer, or another split has another class.
     """
     if not names:
-        raise InputError(f"{table.path} has no row of the split train.")
+        has_rows = any(row.split == "train" for row in rows)
+        missing = "no training image has a label" if has_rows else "no row is of the split train"
+        raise InputError(f"{table.path}: {missing}.")
     if len(names) == 1:
         raise InputError(
             f"{table.path}: all training images have the label {names[0]!r}; two or more classes "
             "are needed.\nIs this the column of the labels? --set data.label_column=NAME"
         )
     for row in rows:
-        if row.label not in names:
-            guess = nearest(row.label, names)
-            hint = f" Did you mean {guess!r}?" if guess else ""
-            raise InputError(f"{row.where}: no training image has the label {row.label!r}.{hint}")
+        for label in row.labels:
+            if label not in names:
+                guess = nearest(label, names)
+                hint = f" Did you mean {guess!r}?" if guess else ""
+                raise InputError(f"{row.where}: no training image has the label {label!r}.{hint}")
 
 
 def _rare_labels(rows: Sequence[_Row], names: Sequence[str]) -> list[Note]:
     """Name the labels that occur once, which may be misspelled."""
     by_label: dict[str, list[_Row]] = {}
     for row in rows:
-        by_label.setdefault(row.label, []).append(row)
-    once = [found[0] for found in by_label.values() if len(found) == 1]
+        for label in row.labels:
+            by_label.setdefault(label, []).append(row)
+    once = [(label, found[0]) for label, found in by_label.items() if len(found) == 1]
     others = [name for name in names if len(by_label[name]) > 1]
     texts = []
-    for row in once[:_NUM_SHOWN]:
-        guess = nearest(row.label, others)
+    for label, row in once[:_NUM_SHOWN]:
+        guess = nearest(label, others)
         hint = f" (did you mean {guess!r}?)" if guess else ""
-        texts.append(f"{row.label!r} in {row.where.rpartition(', ')[2]}{hint}")
+        texts.append(f"{label!r} in {row.where.rpartition(', ')[2]}{hint}")
     more = f" and {len(once) - _NUM_SHOWN:,} more" if len(once) > _NUM_SHOWN else ""
     return [("Seen once", f"{', '.join(texts)}{more}")] if once else []
 
@@ -323,6 +356,8 @@ def _rare_labels(rows: Sequence[_Row], names: Sequence[str]) -> list[Note]:
 def _describe(columns: TableColumns, table: TextTable) -> str:
     """Describe the columns that are used."""
     texts = [f"{len(table.rows):,} rows; paths in {columns.path!r}, labels in {columns.label!r}"]
+    if columns.delimiter != NONE:
+        texts[0] += f" separated by {columns.delimiter!r}"
     for meaning in ("split", "group"):
         if (name := getattr(columns, meaning)) != NONE:
             texts.append(f"{meaning}s in {name!r}")

@@ -17,7 +17,7 @@ import torch
 from fastai.data.core import TfmdDL
 from fastai.data.load import DataLoader
 from fastai.data.transforms import IntToFloatTensor, Normalize, ToTensor
-from fastai.torch_core import TensorCategory, TensorImage, to_detach
+from fastai.torch_core import TensorCategory, TensorImage, TensorMultiCategory, to_detach
 from torch import Tensor
 
 from mixmo_fastai.data.augment import (
@@ -87,7 +87,9 @@ class BatchLoader(TfmdDL):
             after_item=[ToTensor()],
             after_batch=[IntToFloatTensor(), Normalize.from_stats(mean, std, cuda=False)],
         )
-        self._n_inp, self._types = 1, {tuple: [TensorImage, TensorCategory]}
+        self.is_multi_label = images.labels.ndim == 2
+        self.target_type = TensorMultiCategory if self.is_multi_label else TensorCategory
+        self._n_inp, self._types = 1, {tuple: [TensorImage, self.target_type]}
 
     def to(self, device: torch.device | str) -> None:
         """Move the loader to a device."""
@@ -141,7 +143,8 @@ class BatchLoader(TfmdDL):
             images: the part of the epoch's order to load; all of it by default.
 
         Yields:
-            images (any, C, H, W) float, channels last in memory, and their labels (any,) int64.
+            images (any, C, H, W) float, channels last in memory, and their labels (any,) int64, or
+            (any, K) float for several labels per image.
         """
         epoch = self.epoch
         order = self._on_device(self.order(epoch)[images])
@@ -163,7 +166,8 @@ class BatchLoader(TfmdDL):
             first_in_group = steps * number + (num_skipped if number == first else 0)
             for step, (windows, labels) in enumerate(read(kept[number], cuts), first_in_group):
                 x = self.normalizer(self._transformed(windows, epoch, step))
-                yield x.as_subclass(TensorImage), labels.as_subclass(TensorCategory)
+                targets = labels.float() if self.is_multi_label else labels
+                yield x.as_subclass(TensorImage), targets.as_subclass(self.target_type)
         self.epoch = epoch + 1
 
     def order(self, epoch: int) -> Tensor:

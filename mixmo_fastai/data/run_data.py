@@ -15,7 +15,13 @@ from mixmo_fastai.runs.folder import RunFolder
 
 def facts_of(source: DataSource) -> DataFacts:
     """Return the facts about a data set that prediction needs."""
-    return DataFacts(source.classes, source.mean, source.std, source.train.image_shape)
+    return DataFacts(
+        source.classes,
+        source.mean,
+        source.std,
+        source.train.image_shape,
+        is_multi_label=source.is_multi_label,
+    )
 
 
 def read_source(
@@ -52,9 +58,10 @@ def read_source(
         skip_damaged=recipe.data.skip_damaged,
         left_out=left_out,
     )
-    if facts is None or len(facts.mean) != len(source.mean):
+    is_pretrained = recipe.model.pretrained or recipe.model.weights
+    if facts is None or not is_pretrained or len(facts.mean) != len(source.mean):
         return source
-    return replace(source, mean=facts.mean, std=facts.std)  # those of pretrained weights, if any
+    return replace(source, mean=facts.mean, std=facts.std)  # those of the weights
 
 
 def _columns(recipe: Recipe) -> TableColumns:
@@ -65,6 +72,7 @@ def _columns(recipe: Recipe) -> TableColumns:
         data.split_column,
         data.group_column,
         data.image_folder,
+        data.label_delimiter,
     )
 
 

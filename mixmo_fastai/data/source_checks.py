@@ -16,8 +16,8 @@ def check_array_images(pixels: Any, labels: Any, names: Sequence[str]) -> None:
     """Check the attributes of an `ArrayImages`.
 
     Raises:
-        InputError: pixels are not (N, C, H, W) uint8, labels are not (N,) int64, or there are not N
-            names.
+        InputError: pixels are not (N, C, H, W) uint8, labels are not (N,) int64 or (N, K) uint8, or
+            there are not N names.
     """
     if not isinstance(pixels, Tensor) or pixels.dtype != torch.uint8 or pixels.ndim != 4:
         raise InputError(
@@ -29,10 +29,11 @@ def check_array_images(pixels: Any, labels: Any, names: Sequence[str]) -> None:
             f"pixels must be (N, C, H, W); got {tuple(pixels.shape)}, which looks like "
             "(N, H, W, C).\nMove the channels: pixels.permute(0, 3, 1, 2).contiguous()."
         )
-    if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.ndim != 1:
+    kinds = (torch.int64, 1), (torch.uint8, 2)
+    if not isinstance(labels, Tensor) or (labels.dtype, labels.ndim) not in kinds:
         raise InputError(
             f"labels must be a tensor (N,) of int64; got {_describe(labels)}.\n"
-            "Use torch.tensor(labels), or labels.long()."
+            "Use torch.tensor(labels), or labels.long(); with several per image, (N, K) of uint8."
         )
     if not len(pixels) == len(labels) == len(names):
         raise InputError(
@@ -96,6 +97,9 @@ def _check_classes(classes: Any) -> None:
 
 
 def _check_labels(name: str, labels: Tensor, num_classes: int) -> None:
+    if labels.ndim == 2:
+        _check_multi_labels(name, labels, num_classes)
+        return
     if not len(labels):
         return
     low, high = (int(bound) for bound in labels.aminmax())
@@ -103,6 +107,14 @@ def _check_labels(name: str, labels: Tensor, num_classes: int) -> None:
         raise InputError(
             f"Labels of {name} must be indices of its {num_classes} classes, from 0 to "
             f"{num_classes - 1}; got {low} to {high}."
+        )
+
+
+def _check_multi_labels(name: str, labels: Tensor, num_classes: int) -> None:
+    if labels.shape[1] != num_classes or bool((labels > 1).any()):
+        raise InputError(
+            f"Labels of {name} must be (N, {num_classes}) of 0 and 1; got {tuple(labels.shape)} "
+            f"with values up to {int(labels.max()) if labels.numel() else 0}."
         )
 
 

@@ -36,7 +36,8 @@ def draw_test(labels: Tensor, fraction: float, groups: Tensor | None = None) -> 
     """Draw a stratified test set, the same images for every run.
 
     Args:
-        labels: (N,) int64.
+        labels: (N,) int64; or (N, K) of 0 and 1 for several labels per image, with which images are
+            drawn as by `draw_groups`.
         fraction: fraction of each class, in [0, 1). At least one image of a class is drawn, but
             never its only one.
         groups: (N,) int64, to draw whole groups, as `draw_groups`; None for single images.
@@ -48,8 +49,8 @@ def draw_test(labels: Tensor, fraction: float, groups: Tensor | None = None) -> 
 
 
 def _draw(labels: Tensor, groups: Tensor | None, fraction: float, stream: str) -> Tensor:
-    if groups is not None:
-        return draw_groups(labels, groups, fraction, stream)
+    if groups is not None or labels.ndim == 2:
+        return draw_groups(labels, _or_single(groups, labels), fraction, stream)
     ranks, sizes = _ranks_within_class(labels, stream)
     return ranks < (sizes * fraction).round().clamp(min=1).minimum(sizes - 1)
 
@@ -65,7 +66,8 @@ def draw_groups(
     smallest one for which this holds is.
 
     Args:
-        labels: (N,) int64.
+        labels: (N,) int64, or (N, K) of 0 and 1; images without labels then count as one more
+            class.
         groups: (N,) int64.
         fraction: in (0, 1).
         stream: random stream of the order, see `rng.make_generator`.
@@ -75,8 +77,9 @@ def draw_groups(
         whether each image is drawn, (N,) bool.
     """
     names, members = groups.unique(return_inverse=True)
-    counts = torch.zeros(len(names), int(labels.max()) + 1, dtype=torch.int64)
-    counts.index_put_((members, labels), torch.ones_like(labels), accumulate=True)
+    classes = _class_membership(labels)
+    counts = torch.zeros(len(names), classes.shape[1], dtype=torch.int64)
+    counts.index_add_(0, members, classes)
     generator = make_generator(SPLIT_SEED, stream)  # type: ignore[arg-type]
     order = torch.randperm(len(names), generator=generator)
     totals = counts.sum(dim=0)
@@ -150,13 +153,13 @@ def split_calibration(valid: ImageSet, fraction: float | None) -> tuple[ImageSet
     if fraction is None or fraction == 1 or not len(valid):
         return valid, None
     check_fraction("calibration_split", fraction)
-    groups = groups_of(valid)
-    if groups is None:
-        ranks, sizes = _ranks_within_class(valid.labels, "calibration split")
+    groups, labels = groups_of(valid), valid.labels
+    if groups is None and labels.ndim == 1:
+        ranks, sizes = _ranks_within_class(labels, "calibration split")
         chosen = ranks < (sizes * fraction).round()
     else:
-        stream = "calibration split"
-        chosen = draw_groups(valid.labels, groups, fraction, stream, keep_classes=False)
+        stream, groups = "calibration split", _or_single(groups, labels)
+        chosen = draw_groups(labels, groups, fraction, stream, keep_classes=False)
     return Subset(valid, (~chosen).nonzero()[:, 0]), Subset(valid, chosen.nonzero()[:, 0])
 
 
@@ -169,9 +172,38 @@ def limit_images(images: ImageSet, limit: int) -> ImageSet:
     """
     if limit == 0 or limit >= len(images):
         return images
-    ranks, _ = _ranks_within_class(images.labels, "limit")
+    labels = images.labels
+    if labels.ndim == 2:
+        ranks = _lowest_ranks(_class_membership(labels), "limit")
+    else:
+        ranks, _ = _ranks_within_class(labels, "limit")
     chosen = ranks.argsort(stable=True)[:limit]  # first one image of each class, then the next
     return Subset(images, chosen.sort().values)
+
+
+def _or_single(groups: Tensor | None, labels: Tensor) -> Tensor:
+    """Return the groups, or for None one per image."""
+    return torch.arange(len(labels)) if groups is None else groups
+
+
+def _class_membership(labels: Tensor) -> Tensor:
+    """Return 1 for each class of an image, and 0 for others: (N, K) int64.
+
+    With several labels per image, (N, K + 1): the last class is that of images without labels.
+    """
+    if labels.ndim == 1:
+        return torch.nn.functional.one_hot(labels)
+    labels = labels.long()
+    return torch.cat([labels, (labels.sum(dim=1, keepdim=True) == 0).long()], dim=1)
+
+
+def _lowest_ranks(classes: Tensor, stream: str) -> Tensor:
+    """Return the lowest random rank of each image within one of its classes (N, K): (N,)."""
+    generator = make_generator(SPLIT_SEED, stream)  # type: ignore[arg-type]
+    order = torch.randperm(len(classes), generator=generator)
+    ranks = torch.empty(classes.shape, dtype=torch.int64)
+    ranks[order] = classes[order].cumsum(dim=0) - 1
+    return ranks.masked_fill(classes == 0, len(classes)).amin(dim=1)
 
 
 def _ranks_within_class(labels: Tensor, stream: str) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from mixmo_fastai.data.class_files import (
 from mixmo_fastai.data.class_folders import FilesByClass
 from mixmo_fastai.data.hub_dataset import is_hub_dataset, read_hub_dataset
 from mixmo_fastai.data.label_tables import NONE, LabelTable, TableColumns, read_label_table
+from mixmo_fastai.data.multi_labels import ALL, MultiLabels, check_names, missing_labels
 from mixmo_fastai.data.parts import DataParts
 from mixmo_fastai.data.splits import DEFAULT_TEST_SPLIT
 from mixmo_fastai.errors import InputError
@@ -53,7 +54,8 @@ def choose_table_images(
         )
     if test_split is None:
         test_split = 0.0 if table.parts.keys() - {"train"} else DEFAULT_TEST_SPLIT
-    drawn = draw_files(table.parts["train"], test_split, table.groups)
+    targets = None if table.multi is None else table.multi.targets
+    drawn = draw_files(table.parts["train"], test_split, table.groups, targets)
     parts = DataParts(
         ".",
         valid="valid" if "valid" in table.parts else None,
@@ -62,7 +64,7 @@ def choose_table_images(
         columns=asdict(table.columns),
     )
     train, test = split_files(table.parts["train"], drawn)
-    return table.root, _chosen(table, parts, train, test, [])
+    return table.root, _chosen(table, parts, train, test, [], multi=table.multi)
 
 
 def reopen_table_images(
@@ -87,9 +89,12 @@ def reopen_table_images(
     if parts.drawn is not None:
         notes += check_drawn(path, parts.drawn, files, left_out)
     train, test = split_files(files, parts.drawn)
+    if table.multi is not None:
+        multi = check_names(str(path), train[ALL], table.multi, classes)
+        return table.root, _chosen(table, parts, train, test, notes, multi=multi)
     spelling = run_spelling(path, train, classes)
-    chosen = _chosen(table, parts, renamed(train, spelling), renamed(test, spelling), notes)
-    return table.root, chosen
+    train, test = renamed(train, spelling), renamed(test, spelling)
+    return table.root, _chosen(table, parts, train, test, notes, multi=None)
 
 
 def _read(path: Path | str, columns: TableColumns, left_out: Collection[str] = ()) -> LabelTable:
@@ -99,7 +104,13 @@ def _read(path: Path | str, columns: TableColumns, left_out: Collection[str] = (
 
 
 def _chosen(
-    table: LabelTable, parts: DataParts, train: FilesByClass, drawn: FilesByClass, notes: list[Note]
+    table: LabelTable,
+    parts: DataParts,
+    train: FilesByClass,
+    drawn: FilesByClass,
+    notes: list[Note],
+    *,
+    multi: MultiLabels | None,
 ) -> ChosenImages:
     """Put the splits together, each with the classes of the training images.
 
@@ -110,7 +121,11 @@ def _chosen(
     for role in ("valid", "test"):
         if role in table.parts:
             labelled[role] = {name: table.parts[role].get(name, []) for name in train}
-            notes += missing_classes(role, labelled[role])
+            part = {"valid": "validation", "test": "test"}[role]
+            if multi is None:
+                notes += missing_classes(role, labelled[role])
+            else:
+                notes += missing_labels(part, labelled[role][ALL], multi)
     return ChosenImages(
         train,
         labelled.get("valid"),
@@ -118,6 +133,7 @@ def _chosen(
         parts,
         (*table.notes, *_split_notes(table, parts), *notes),
         table.groups,
+        multi,
     )
 
 

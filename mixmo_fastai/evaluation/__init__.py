@@ -2,6 +2,7 @@
 
 logits              member logits of every image of a loader
 splits              metrics of a run's splits, calibrated
+multi_label         metrics of images with several labels
 runs                evaluation of finished runs, alone or together as a deep ensemble
 label_distribution  metrics of a run against label distributions
 ood                 out-of-distribution images, and how well a run detects them

@@ -18,6 +18,7 @@ from mixmo_fastai.evaluation.runs import open_finished
 from mixmo_fastai.metrics.bootstrap import Interval, intervals, paired_intervals
 from mixmo_fastai.metrics.summary import evaluate_logits
 from mixmo_fastai.runs.folder import RunFolder, check_same_left_out, check_several
+from mixmo_fastai.runs.labels import check_one_label
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ def compare_runs(
     _check_same_test_set(runs)
     for run in runs:
         run.check_trained()
+        check_one_label(run, "mixmo compare")
     source = read_source(runs[0].recipe(), data_dir, runs[0])
     compared: list[ComparedRun] = []
     first_logits: Tensor | None = None

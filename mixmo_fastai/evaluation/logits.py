@@ -14,7 +14,8 @@ from mixmo_fastai.runtime.devices import float32_precision
 from mixmo_fastai.runtime.processes import all_gather, process_group
 
 LabelledLogits = tuple[Tensor, Tensor] | None
-"""Member logits (N, M, K) and labels (N,); None if there are no images."""
+"""Member logits (N, M, K) and labels (N,), or (N, K) with several labels per image; None if there
+are no images."""
 NUM_COMPARED = 8
 """Images on which the network for inference is compared with the original."""
 BATCHES_BEFORE_FOLDING = 2
@@ -75,7 +76,7 @@ def _interleave(parts: Sequence[tuple[Tensor, Tensor]]) -> LabelledLogits:
         return None
     count = sum(len(labels) for _, labels in parts)
     logits = parts[0][0].new_empty((count, *parts[0][0].shape[1:]), dtype=torch.float32)
-    labels = parts[0][1].new_empty(count)
+    labels = parts[0][1].new_empty((count, *parts[0][1].shape[1:]))
     for rank, (rank_logits, rank_labels) in enumerate(parts):
         logits[rank :: len(parts)], labels[rank :: len(parts)] = rank_logits, rank_labels
     return logits, labels

@@ -6,6 +6,7 @@ Shapes: n images of C channels, H × W pixels; M members, or networks of a deep 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +18,11 @@ from mixmo_fastai.evaluation.decisions import Decisions
 from mixmo_fastai.evaluation.logits import collect_member_logits
 from mixmo_fastai.export.files import ExportedNetwork
 from mixmo_fastai.metrics.diversity import mutual_information_per_sample
+from mixmo_fastai.metrics.multi_label import DEFAULT_THRESHOLD, LabelDecisions, as_decisions
 from mixmo_fastai.metrics.ood import entropy_uncertainty
 from mixmo_fastai.runs.data_facts import DataFacts
 from mixmo_fastai.runs.folder import RunFolder
+from mixmo_fastai.runs.labels import label_decisions
 from mixmo_fastai.runs.weights import load_network
 from mixmo_fastai.runtime.devices import choose_device, move_to_device
 
@@ -56,6 +59,26 @@ class Prediction:
     is_familiar: bool | None = None
 
 
+@dataclass(frozen=True)
+class LabelsPrediction:
+    """Prediction for one image that may have several labels.
+
+    Attributes:
+        image: path of the file.
+        labels: predicted labels: those whose probability is above their threshold.
+        probabilities: probability of each label of the data.
+        entropy: sum of the entropies of all labels, in nats.
+        mutual_information: sum of the mutual information of the members about each label, in nats;
+            None for one member.
+    """
+
+    image: str
+    labels: tuple[str, ...]
+    probabilities: dict[str, float]
+    entropy: float
+    mutual_information: float | None
+
+
 def predict_images(
     run: RunFolder | ExportedNetwork,
     paths: Sequence[Path],
@@ -64,7 +87,8 @@ def predict_images(
     device: str | None = None,
     skipped: Skipped | None = None,
     decisions: Decisions | None = None,
-) -> tuple[list[Prediction], dict[Path, str]]:
+    raw: bool = False,
+) -> tuple[list[Prediction] | list[LabelsPrediction], dict[Path, str]]:
     """Predict the classes of image files, including all images in folders.
 
     The run's data set is not needed, except for runs without data.json, such as imported ones.
@@ -77,9 +101,11 @@ def predict_images(
             an exported network.
         skipped: receives the files of folders that are not predicted, such as hidden files.
         decisions: from `decisions.decide`; None for the network's own probabilities.
+        raw: with several labels per image, whether probabilities are not calibrated.
 
     Returns:
-        The predictions; and for each unreadable file, the reason and what to do.
+        The predictions, `LabelsPrediction` with several labels per image; and for each unreadable
+        file, the reason and what to do.
 
     Raises:
         InputError: the run is not finished, its classes are not known, or no image is found.
@@ -90,10 +116,13 @@ def predict_images(
         facts = run.data_facts() or facts_of(read_source(run.recipe(), data_dir, run))
         default_device = run.recipe().train.device
         plain = [load_network(network).fuse(keep_members=True) for network in run.networks()]
+    labels = None
+    if facts.is_multi_label:
+        labels = _label_decisions(run, len(facts.classes), raw=raw)
     chosen = choose_device(device or default_device)
     networks = [move_to_device(network, chosen) for network in plain]
     image_paths, unreadable = find_images(paths, skipped), {}
-    predictions: list[Prediction] = []
+    predictions: list[Any] = []
     for start in range(0, len(image_paths), IMAGES_AT_ONCE):
         chunk = image_paths[start : start + IMAGES_AT_ONCE]
         decoded = dict(decode_readable(chunk, facts.image_shape, unreadable))  # type: ignore[arg-type]
@@ -104,7 +133,10 @@ def predict_images(
                 [_voter_logits(network, loader, networks) for network in networks], 1
             )
             names = [str(path) for path in decoded]
-            predictions += _predictions(names, logits, facts, decisions or Decisions())
+            if labels is None:
+                predictions += _predictions(names, logits, facts, decisions or Decisions())
+            else:
+                predictions += _label_predictions(names, logits, facts, labels)
     return predictions, unreadable
 
 
@@ -146,6 +178,41 @@ def _predictions(
             classes=None if sets is None else _set_names(sets[i], probabilities[i], facts),
             is_accepted=None if accepted is None else bool(accepted[i]),
             is_familiar=None if familiar is None else bool(familiar[i]),
+        )
+        for i, image in enumerate(images)
+    ]
+
+
+def _label_decisions(
+    run: RunFolder | ExportedNetwork, num_classes: int, *, raw: bool
+) -> LabelDecisions:
+    """Return which labels are predicted."""
+    if isinstance(run, RunFolder):
+        return label_decisions(run, num_classes, raw=raw)
+    found = run.labels or LabelDecisions((DEFAULT_THRESHOLD,) * num_classes)
+    return found.with_temperature(1.0) if raw else found
+
+
+def _label_predictions(
+    images: Sequence[str], logits: Tensor, facts: DataFacts, decide: LabelDecisions
+) -> list[LabelsPrediction]:
+    """Build predictions of labels from member logits (n, M, K)."""
+    ensemble = logits.double().mean(dim=1)
+    probabilities, predicted = decide.probabilities(ensemble), decide(ensemble)
+    samples, _ = as_decisions(logits.double() / decide.temperature, torch.zeros_like(ensemble))
+    per_image = (len(images), -1)
+    entropies = entropy_uncertainty(samples).view(per_image).sum(dim=1).tolist()
+    information = [None] * len(images)
+    if logits.shape[1] > 1:
+        found = mutual_information_per_sample(samples).view(per_image).sum(dim=1)
+        information = found.tolist()
+    return [
+        LabelsPrediction(
+            image=image,
+            labels=tuple(n for n, is_on in zip(facts.classes, predicted[i], strict=True) if is_on),
+            probabilities=dict(zip(facts.classes, probabilities[i].tolist(), strict=True)),
+            entropy=entropies[i],
+            mutual_information=information[i],
         )
         for i, image in enumerate(images)
     ]

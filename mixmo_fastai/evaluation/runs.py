@@ -27,12 +27,14 @@ from mixmo_fastai.evaluation.calibration import COVERAGE, MAX_RISK, calibrate_im
 from mixmo_fastai.evaluation.corruptions import evaluate_corruptions
 from mixmo_fastai.evaluation.label_distribution import evaluate_label_distribution
 from mixmo_fastai.evaluation.logits import LabelledLogits, collect_member_logits
+from mixmo_fastai.evaluation.multi_label import evaluate_multi_label
 from mixmo_fastai.evaluation.ood import ood_entries, read_ood_images
 from mixmo_fastai.evaluation.splits import evaluate_splits
 from mixmo_fastai.models import MixMoModel, build_model
 from mixmo_fastai.runs.calibration import Calibration, read_calibration
 from mixmo_fastai.runs.checkpoints import CheckpointStore
 from mixmo_fastai.runs.folder import RunFolder, check_same_left_out, check_several
+from mixmo_fastai.runs.labels import check_not_requested
 from mixmo_fastai.runs.weights import load_weights
 from mixmo_fastai.runtime.devices import choose_device, keep_freed_memory, move_to_device
 
@@ -104,6 +106,9 @@ def evaluate_finished(
     Raises:
         InputError: a weights file is damaged, or data is missing.
     """
+    if finished.source.is_multi_label:
+        check_not_requested(finished.run, ood, corruptions, label_distribution)
+        return finished.multi_label_metrics(finished.logits(finished.loaders()))
     votes = None if label_distribution is None else finished.read_votes(label_distribution)
     names = [ood] if isinstance(ood, str) else list(ood or ())
     shape = finished.source.train.image_shape
@@ -157,6 +162,8 @@ def evaluate_ensemble(
     opened = _separated_alike([open_finished(run, data_dir, device, source) for run in runs])
     per_run = [finished.logits(finished.loaders()) for finished in opened]
     validation, test, separate = (_stack_runs(of_part) for of_part in zip(*per_run, strict=True))
+    if source.is_multi_label:
+        return opened[0].multi_label_metrics((validation, test, separate))
     calibration = opened[0].fit_calibration(validation, separate)
     return evaluate_splits(
         validation, test, calibration, separate=separate, is_separate=opened[0].is_separate
@@ -244,6 +251,12 @@ class FinishedRun:
         return split_calibration(
             training_parts(self.source, data.valid_split)[1], data.calibration_split
         )
+
+    def multi_label_metrics(self, logits: Sequence[LabelledLogits]) -> dict[str, Any]:
+        """Compute the metrics of images with several labels, from the logits of `loaders`."""
+        *parts, separate = logits
+        settings = {"separate": separate, "is_separate": self.is_separate}
+        return evaluate_multi_label(*parts, self.source.classes, **settings)
 
     def calibration(
         self, validation: LabelledLogits, separate: LabelledLogits

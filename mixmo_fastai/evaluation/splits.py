@@ -38,6 +38,7 @@ def evaluate_splits(
     is_separate: bool = False,
     coverage: float = COVERAGE,
     max_risk: float = MAX_RISK,
+    with_intervals: bool = True,
 ) -> dict[str, Any]:
     """Compute all metrics from the logits on both splits.
 
@@ -50,6 +51,7 @@ def evaluate_splits(
             split does.
         coverage: coverage of the prediction sets.
         max_risk: risk of the accepted predictions.
+        with_intervals: whether to compute "intervals".
 
     Returns:
         - "test" and, if there is a validation split, "valid": from `evaluate_logits`. Without
@@ -82,8 +84,11 @@ def evaluate_splits(
         "cross_fitted": lambda: cross_fitted(mean, labels),
         split: lambda: evaluate_logits(logits, labels),
         f"{split}_mean_probabilities": lambda: _average_probabilities(logits, labels),
-        "intervals": lambda: {n: list(ends) for n, ends in intervals(mean, labels).items()},
     }
+    if with_intervals:
+        functions["intervals"] = lambda: {
+            name: list(ends) for name, ends in intervals(mean, labels).items()
+        }
     if validation is not None and test is not None:
         metrics["valid"] = evaluate_logits(*validation)
     if validation is None:

@@ -12,6 +12,13 @@ from mixmo_fastai.config.methods import method_name
 from mixmo_fastai.config.recipe import Recipe
 from mixmo_fastai.config.schema import to_toml
 from mixmo_fastai.metrics.conformal import default_score
+from mixmo_fastai.metrics.label_results import (
+    LABELS,
+    NUM_SHOWN,
+    label_table,
+    label_table_note,
+    origin,
+)
 from mixmo_fastai.metrics.table import percent
 from mixmo_fastai.runs.calibration import read_calibration
 from mixmo_fastai.runs.data_facts import DataFacts
@@ -45,13 +52,13 @@ def model_card(
     dataset = recipe.data.dataset if recipe.data.dataset in DATASETS else _name(recipe)
     name = address.removeprefix(HUB_PREFIX)
     parts = [
-        f"---\n{_metadata(name, dataset, recipe, metrics[split], license_id)}\n---",
+        f"---\n{_metadata(name, dataset, recipe, metrics, license_id)}\n---",
         f"# {name}",
         _summary(recipe, facts, metrics, dataset),
         "## Results",
         *_results(metrics, split),
         "## Use",
-        _usage(address),
+        _usage(address, is_multi_label=facts.is_multi_label),
         "## Data",
         _data(facts, dataset),
         "## Probabilities",
@@ -69,19 +76,21 @@ def _name(recipe: Recipe) -> str:
 
 
 def _metadata(
-    name: str, dataset: str, recipe: Recipe, final: Mapping[str, Any], license_id: str
+    name: str, dataset: str, recipe: Recipe, metrics: Mapping[str, Any], license_id: str
 ) -> str:
     """Return the metadata in YAML."""
+    final = metrics["test" if "test" in metrics else "valid"]
+    values = {**final, **metrics.get(LABELS, {})}
     results = [
         EvalResult(
             task_type="image-classification",
             dataset_type=HUB_DATASETS.get(dataset, dataset),
             dataset_name=dataset,
             metric_type=metric,
-            metric_value=round(float(final[metric]), 6),
+            metric_value=round(float(values[metric]), 6),
         )
-        for metric in ("accuracy", "nll", "ece")
-        if metric in final
+        for metric in ("mean_ap", "accuracy", "nll", "ece")
+        if metric in values
     ]
     data = ModelCardData(
         license=license_id,
@@ -89,7 +98,7 @@ def _metadata(
         pipeline_tag="image-classification",
         tags=["mixmo", "ensemble", "uncertainty"] if recipe.model.num_members > 1 else [],
         datasets=[HUB_DATASETS[dataset]] if dataset in HUB_DATASETS else None,
-        metrics=["accuracy"],
+        metrics=["mean_ap" if LABELS in metrics else "accuracy"],
         model_name=name,
         eval_results=results,
     )
@@ -99,10 +108,13 @@ def _metadata(
 def _summary(recipe: Recipe, facts: DataFacts, metrics: Mapping[str, Any], dataset: str) -> str:
     members = recipe.model.num_members
     network = f"{recipe.model.arch}, {method_name(recipe)}, trained on {dataset}."
+    kind = f"A classifier of {len(facts.classes)} classes"
+    if facts.is_multi_label:
+        kind = f"It predicts which of {len(facts.classes)} labels an image has"
     if members == 1:
-        return f"{network} A classifier of {len(facts.classes)} classes."
+        return f"{network} {kind}."
     return (
-        f"{network} A classifier of {len(facts.classes)} classes: an ensemble of {members} members "
+        f"{network} {kind}: an ensemble of {members} members "
         "trained in one network ([MixMo](https://arxiv.org/abs/2103.06132)), fused into one plain "
         "network with the logits of the ensemble and the cost of a single prediction."
     )
@@ -111,14 +123,20 @@ def _summary(recipe: Recipe, facts: DataFacts, metrics: Mapping[str, Any], datas
 def _results(metrics: Mapping[str, Any], split: str) -> list[str]:
     final, intervals = metrics[split], metrics.get("intervals", {})
     rows = [("metric", "value", "95 % interval"), ("---", "---", "---")]
+    if labels := metrics.get(LABELS):
+        final = {**final, **labels}
+        intervals = {**intervals, "mean_ap": labels.get("mean_ap_interval", ())}
     for key, label, text in (
-        ("accuracy", "accuracy", percent),
+        ("mean_ap", "mAP", percent),
+        ("f1_micro", "F1, micro", _number),
+        ("f1_macro", "F1, macro", _number),
+        ("accuracy", "accuracy of the labels" if labels else "accuracy", percent),
         ("nll", "NLL", _number),
         ("brier", "Brier score", _number),
         ("ece", "ECE", percent),
     ):
         if key in final:
-            ends = " to ".join(map(text, intervals[key])) if key in intervals else ""
+            ends = " to ".join(map(text, intervals.get(key, ())))
             rows.append((label, text(final[key]), ends))
     if len(members := final["member_accuracy"]) > 1:
         rows.append(("accuracy of the members", ", ".join(map(percent, members)), ""))
@@ -130,14 +148,29 @@ def _results(metrics: Mapping[str, Any], split: str) -> list[str]:
         source += (
             " There was no test set, and the validation images may have been used for choices."
         )
+    if labels:
+        source += (
+            " Each label of each image is a decision, for which NLL, Brier score and ECE hold."
+        )
+        return [source, table, *_label_table(labels)]
     return [source, table]
+
+
+def _label_table(values: Mapping[str, Any]) -> list[str]:
+    """Return the table of labels as Markdown, with at most `NUM_SHOWN` rows."""
+    head, *rows = label_table(values)
+    lines = [head, ("---",) * len(head), *rows[:NUM_SHOWN]]
+    table = "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in lines)
+    note = label_table_note(values).replace("metrics.json and the report", "the run")
+    return [table, *([note] if note else [])]
 
 
 def _number(value: float) -> str:
     return f"{value:.4f}"
 
 
-def _usage(address: str) -> str:
+def _usage(address: str, *, is_multi_label: bool) -> str:
+    flags = "" if is_multi_label else " --coverage 0.9 --max-risk 0.05"
     name = address.removeprefix(HUB_PREFIX)
     return f"""```python
 from mixmo_fastai.export.files import load_fused
@@ -145,7 +178,7 @@ from mixmo_fastai.export.files import load_fused
 network = load_fused("{address}")  # network.model is a plain torch module
 ```
 
-    mixmo predict {address} IMAGES --coverage 0.9 --max-risk 0.05
+    mixmo predict {address} IMAGES{flags}
 
 With the library of the Hub:
 `mixmo_fastai.export.hub.FusedClassifier.from_pretrained("{name}")`. Input: images scaled to cover
@@ -170,6 +203,8 @@ def _probabilities(
 
     The figures are those of metrics.json, and are left out if the run was calibrated again since.
     """
+    if LABELS in metrics:
+        return [_label_probabilities(metrics[LABELS], is_calibrated=is_calibrated)]
     calibration = read_calibration(run)
     if calibration is None:
         return ["Not calibrated: the run has no calibration images."]
@@ -206,13 +241,30 @@ def _probabilities(
     return [*lines, accepted]
 
 
+def _label_probabilities(values: Mapping[str, Any], *, is_calibrated: bool) -> str:
+    """Describe temperature and thresholds of labels."""
+    text = f"Labels are predicted {origin(values)}; `config.json` has the thresholds."
+    text = f"The probability of each label is the sigmoid of its logit. {text}"
+    if values["temperature"] == 1:
+        return f"The logits are not calibrated. {text}"
+    where = "contain" if is_calibrated else "do not contain"
+    return (
+        f"The logits {where} the temperature {values['temperature']:.3f}, fitted on images that "
+        f"were not trained on. {text}"
+    )
+
+
 def _limits(metrics: Mapping[str, Any], split: str, recipe: Recipe) -> str:
-    final = metrics[split]
+    final, several = metrics[split], LABELS in metrics
+    others = "Every image gets one of the classes, also an image of something else."
+    if several:
+        others = "Labels other than these are never predicted."
     lines = [
         "The results hold for images from the same source as those it was measured on. Other "
         "cameras, other framing and other classes were not measured.",
-        "Every image gets one of the classes, also an image of something else.",
-        f"It is wrong on {percent(1 - final['accuracy'])} of the images measured.",
+        others,
+        f"It is wrong on {percent(1 - final['accuracy'])} of the "
+        f"{'labels' if several else 'images'} measured.",
     ]
     if recipe.data.limit:
         lines.append(f"It was trained on {recipe.data.limit:,} images only.")

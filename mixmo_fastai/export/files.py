@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from mixmo_fastai.config.choices import EXPORT_SUFFIXES, HUB_PREFIX, parse_architecture
@@ -32,6 +31,13 @@ from mixmo_fastai.data.image_sets import DataSource
 from mixmo_fastai.data.run_data import facts_of, read_source
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.export import int8
+from mixmo_fastai.export.formats import (
+    Metadata,
+    read_program,
+    write_onnx,
+    write_program,
+    write_tensors,
+)
 from mixmo_fastai.export.images import evenly_spaced, standardized
 from mixmo_fastai.export.onnx_network import OnnxNetwork
 from mixmo_fastai.export.thresholds import (
@@ -39,12 +45,15 @@ from mixmo_fastai.export.thresholds import (
     exported_thresholds,
     scale_heads,
 )
+from mixmo_fastai.metrics.multi_label import LabelDecisions
+from mixmo_fastai.metrics.scaling import Scaling
 from mixmo_fastai.models import create_model
 from mixmo_fastai.models.folding import fold_batch_norm
 from mixmo_fastai.models.fused import assemble
 from mixmo_fastai.runs.calibration import read_calibration
 from mixmo_fastai.runs.data_facts import DataFacts
 from mixmo_fastai.runs.folder import RunFolder
+from mixmo_fastai.runs.labels import check_one_label, label_decisions
 from mixmo_fastai.runs.weights import load_network
 
 FORMAT = "mixmo-fused-1"
@@ -55,7 +64,6 @@ TOLERANCES = {".safetensors": 1e-5, ".onnx": 1e-4, ".pt2": 1e-4}
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 """Files of a folder in the layout of the Hugging Face Hub; see `hub`."""
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
-Metadata = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -67,12 +75,14 @@ class ExportedNetwork:
         arch: name of its architecture.
         facts: facts about its data that prediction needs.
         calibration: None if the file has none.
+        labels: which labels are predicted, with several per image; None with one.
     """
 
     model: nn.Module
     arch: str
     facts: DataFacts
     calibration: ExportedCalibration | None = None
+    labels: LabelDecisions | None = None
 
 
 def check_export(run: RunFolder, path: Path) -> None:
@@ -139,6 +149,11 @@ def export_run(
     _check_facts(run, facts)
     calibration = read_calibration(run)
     scaling = None if raw or calibration is None else calibration.scaling
+    labels = None
+    if facts.is_multi_label:
+        scaling, labels = _label_scaling(run, len(facts.classes), raw=raw)
+        if max_drop is not None:
+            check_one_label(run, "--int8")
     if scaling is not None:
         scale_heads(model, scaling)
     entry = None if calibration is None else exported_thresholds(calibration, in_logits=not raw)
@@ -151,14 +166,15 @@ def export_run(
             temporary = Path(folder) / f"network{suffix}"
             # The .safetensors of a network have the names of its architecture.
             written = fused if suffix == ".safetensors" else fold_batch_norm(fused.eval(), x[:8])
-            write(written, facts, _metadata(recipe.model.arch, facts, entry), temporary)
+            metadata = _metadata(recipe.model.arch, facts, entry, labels)
+            write(written, facts, metadata, temporary)
             with torch.inference_mode():
                 expected = model(x)
             # Two batch sizes, to check that the network does not depend on the size at export.
             predict = read(temporary)
             with torch.inference_mode():
                 logits = torch.cat([predict(x[:1]), predict(x[1:])])
-            agreement = _compare(logits, expected, TOLERANCES[suffix])
+            agreement = _compare(logits, expected, TOLERANCES[suffix], labels)
             if max_drop is not None:
                 temporary, agreement["int8"] = _quantise(source, recipe, temporary, max_drop)
             temporary.replace(path)
@@ -209,7 +225,7 @@ def load_fused(path: Path | str) -> ExportedNetwork:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} cannot be read: {error}.") from error
-    arch, facts, calibration = _parts_of_header(path, _read_header(path, metadata))
+    arch, facts, calibration, labels = _parts_of_header(path, _read_header(path, metadata))
     with _damage_explained(path):
         published = parse_architecture(arch).depth > 0
         # A damaged file may claim a huge network: on "meta", no memory is allocated for it.
@@ -219,7 +235,7 @@ def load_fused(path: Path | str) -> ExportedNetwork:
         if types != {name: tensor.dtype for name, tensor in tensors.items()}:
             raise ValueError(f"its tensors are not those of {arch}")
         model.load_state_dict(tensors, assign=True)
-    return ExportedNetwork(model.eval(), arch, facts, calibration)
+    return ExportedNetwork(model.eval(), arch, facts, calibration, labels)
 
 
 def plain_network(arch: str, facts: DataFacts) -> nn.Module:
@@ -239,6 +255,8 @@ def write_fused(
     facts: DataFacts,
     calibration: dict[str, Any] | None,
     path: Path,
+    *,
+    labels: LabelDecisions | None = None,
 ) -> None:
     """Write a plain network as a .safetensors file that `load_fused` reads.
 
@@ -248,8 +266,9 @@ def write_fused(
         facts: facts about its data.
         calibration: entry of the header, from `thresholds.exported_thresholds`; None for none.
         path: the file.
+        labels: which labels are predicted, with several per image; None with one.
     """
-    _write_tensors(model, facts, _metadata(arch, facts, calibration), path)
+    write_tensors(model, facts, _metadata(arch, facts, calibration, labels), path)
 
 
 @contextmanager
@@ -282,11 +301,14 @@ def _read_header(path: Path, metadata: Metadata) -> dict[str, Any]:
 
 def _parts_of_header(
     path: Path, header: dict[str, Any]
-) -> tuple[str, DataFacts, ExportedCalibration | None]:
+) -> tuple[str, DataFacts, ExportedCalibration | None, LabelDecisions | None]:
     with _damage_explained(path):
         facts, entry = DataFacts.from_mapping(header["data"]), header.get("calibration")
-        calibration = None if entry is None else ExportedCalibration(entry, len(facts.classes))
-        return str(header["arch"]), facts, calibration
+        num_classes, labels = len(facts.classes), None
+        calibration = None if entry is None else ExportedCalibration(entry, num_classes)
+        if facts.is_multi_label:
+            labels = LabelDecisions.from_mapping(header["labels"], num_classes)
+        return str(header["arch"]), facts, calibration, labels
 
 
 def _check_facts(run: RunFolder, facts: DataFacts) -> None:
@@ -311,71 +333,61 @@ def _quantise(
     return target, dataclasses.asdict(result)
 
 
-def _metadata(arch: str, facts: DataFacts, calibration: dict[str, Any] | None) -> Metadata:
+def _label_scaling(
+    run: RunFolder, num_classes: int, *, raw: bool
+) -> tuple[Scaling | None, LabelDecisions]:
+    """Return the scaling of the heads, and the thresholds of the scaled logits' probabilities."""
+    found = label_decisions(run, num_classes, raw=raw)
+    if found.temperature == 1.0:
+        return None, found
+    scaling = Scaling("temperature", (1 / found.temperature,))
+    return scaling, LabelDecisions(found.thresholds)
+
+
+def _metadata(
+    arch: str,
+    facts: DataFacts,
+    calibration: dict[str, Any] | None,
+    labels: LabelDecisions | None = None,
+) -> Metadata:
     header = {
         "format": FORMAT,
         "arch": arch,
         "data": dataclasses.asdict(facts),
         "calibration": calibration,
+        **({} if labels is None else {"labels": dataclasses.asdict(labels)}),
     }
     return {"mixmo": json.dumps(header)}
 
 
-def _compare(logits: Tensor, expected: Tensor, tolerance: float) -> dict[str, Any]:
+def _compare(
+    logits: Tensor, expected: Tensor, tolerance: float, labels: LabelDecisions | None = None
+) -> dict[str, Any]:
     """Compare logits (n, K); raise if they differ by more than the tolerance."""
     if not expected.isfinite().all():
         raise InputError("The logits of the run are not finite; its weights cannot be exported.")
     difference = float((logits - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
-    same = float((logits.argmax(1) == expected.argmax(1)).double().mean())
+    if labels is None:
+        is_same = logits.argmax(1) == expected.argmax(1)
+    else:
+        is_same = (labels(logits) == labels(expected)).all(dim=1)
+    same = float(is_same.double().mean())
     if not difference <= tolerance:  # also true for NaN
         raise InputError(
             f"The logits of the exported network must match the run's to {tolerance:.0e} of the "
             f"largest logit;\nthey differ by {difference:.1e} on {len(expected)} images. Nothing "
             "was written."
         )
-    return {"relative_difference": difference, "same_class": same}
-
-
-def _write_tensors(model: nn.Module, facts: DataFacts, metadata: Metadata, path: Path) -> None:
-    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    # Not `save_file`, which creates a file that only its owner may read.
-    path.write_bytes(save(tensors, metadata={"format": "pt", **metadata}))
+    key = "same_class" if labels is None else "same_labels"
+    return {"relative_difference": difference, key: same}
 
 
 def _read_fused(path: Path) -> Callable[[Tensor], Tensor]:
     return load_fused(path).model
 
 
-def _write_onnx(model: nn.Module, facts: DataFacts, metadata: Metadata, path: Path) -> None:
-    example = torch.zeros(2, *facts.image_shape)
-    program = torch.onnx.export(
-        model,
-        (example,),
-        dynamo=True,
-        dynamic_shapes={"x": {0: torch.export.Dim("batch")}},
-        input_names=["images"],
-        output_names=["logits"],
-        verbose=False,
-    )
-    assert program is not None
-    program.model.metadata_props.update(metadata)
-    program.save(path)
-
-
-def _write_program(model: nn.Module, facts: DataFacts, metadata: Metadata, path: Path) -> None:
-    example = torch.zeros(2, *facts.image_shape)
-    batches = ({0: torch.export.Dim("batch")},)
-    program = torch.export.export(model, (example,), dynamic_shapes=batches)
-    torch.export.save(program, path, extra_files=metadata)
-
-
-def _read_program(path: Path) -> Callable[[Tensor], Tensor]:
-    program: Callable[[Tensor], Tensor] = torch.export.load(path).module()
-    return program
-
-
 _FORMATS = {
-    ".safetensors": (_write_tensors, _read_fused),
-    ".onnx": (_write_onnx, _read_fused),
-    ".pt2": (_write_program, _read_program),
+    ".safetensors": (write_tensors, _read_fused),
+    ".onnx": (write_onnx, _read_fused),
+    ".pt2": (write_program, read_program),
 }

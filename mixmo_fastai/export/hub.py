@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -37,6 +38,7 @@ from mixmo_fastai.export.files import (
     plain_network,
     write_fused,
 )
+from mixmo_fastai.metrics.multi_label import LabelDecisions
 from mixmo_fastai.runs.data_facts import DataFacts
 from mixmo_fastai.runs.folder import RunFolder
 
@@ -60,6 +62,7 @@ class FusedClassifier(
         std: per channel.
         image_shape: (C, H, W).
         calibration: thresholds, as in the header of an exported file; None without calibration.
+        labels: thresholds and temperature of several labels per image, as there; None with one.
 
     Attributes:
         network: the plain network.
@@ -77,11 +80,14 @@ class FusedClassifier(
         std: list[float],
         image_shape: list[int],
         calibration: dict[str, Any] | None = None,
+        labels: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         values = {"classes": classes, "mean": mean, "std": std, "image_shape": image_shape}
+        values["is_multi_label"] = labels is not None
         try:
             self.facts = DataFacts.from_mapping(values)
+            self.labels = labels and LabelDecisions.from_mapping(labels, len(classes))
         except ValueError as error:
             raise InputError(f"Impossible configuration: {error}.") from error
         self.architecture, self.calibration = architecture, calibration
@@ -94,7 +100,8 @@ class FusedClassifier(
 
     def _save_pretrained(self, save_directory: Path) -> None:
         path = save_directory / WEIGHTS
-        write_fused(self.network, self.architecture, self.facts, self.calibration, path)
+        parts = self.architecture, self.facts, self.calibration, path
+        write_fused(self.network, *parts, labels=self.labels)
 
     @classmethod
     def _load_as_safetensor(
@@ -136,6 +143,9 @@ def write_hub_folder(
     loaded = load_fused(folder / WEIGHTS)
     calibration = None if loaded.calibration is None else loaded.calibration.entry
     config = _config(loaded.arch, loaded.facts, calibration)
+    if loaded.labels is not None:
+        config["labels"] = asdict(loaded.labels)
+        config["problem_type"] = "multi_label_classification"
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     text = model_card(run, address, loaded.facts, license_id=license_id, is_calibrated=not raw)
     (folder / "README.md").write_text(text, encoding="utf-8")

@@ -14,6 +14,7 @@ from fastai.data.load import DataLoader
 from fastai.data.transforms import get_c
 from fastai.imports import L
 from fastai.learner import Learner
+from fastai.losses import BCEWithLogitsLossFlat
 from fastai.metrics import accuracy, accuracy_multi
 from fastai.torch_core import trainable_params
 from torch import Tensor, nn
@@ -254,6 +255,8 @@ def learner_from_recipe(
     mix = recipe.mix
     averaging = [EMACallback(recipe.train.ema_decay)] if recipe.train.ema_decay else []
     kwargs["cbs"] = [*averaging, *kwargs.get("cbs", ())]
+    if getattr(dls.train, "is_multi_label", False):
+        kwargs.setdefault("loss_func", BCEWithLogitsLossFlat())
     # Checkpoints need a fixed number of groups.
     is_fine_tuned = recipe.schedule.kind == "fine-tune"
     kwargs.setdefault("splitter", body_and_heads if is_fine_tuned else trainable_params)

@@ -8,6 +8,7 @@ from mixmo_fastai.config.methods import method_name
 from mixmo_fastai.config.recipe import Recipe
 from mixmo_fastai.learner.preview import Preview
 from mixmo_fastai.metrics.confusion import confusion_matrix
+from mixmo_fastai.metrics.multi_label import DECISIONS, as_decisions
 from mixmo_fastai.plots.png import plot_preview
 from mixmo_fastai.report import charts
 from mixmo_fastai.report.report_data import read_history
@@ -35,8 +36,11 @@ def plot_results(
         classes: class names, in the order of the logits.
         member_logits: logits of the test set, or of the validation images if it is empty,
             (N, M, K).
-        labels: (N,).
+        labels: (N,), or (N, K) for several labels per image, each of which is a decision.
     """
+    if labels.ndim == 2:
+        member_logits, labels = as_decisions(member_logits, labels)
+        classes = DECISIONS
     logits = member_logits.double().mean(dim=1)  # (N, K)
     histories = [read_history(network) for network in run.networks()]
     has_members = recipe.model.num_members > 1

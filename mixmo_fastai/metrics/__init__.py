@@ -10,6 +10,7 @@ summary      all metrics: `evaluate_logits`
 ood          out-of-distribution detection: AUROC, AUPR, FPR at 95 % TPR
 bootstrap    confidence intervals
 label_distribution  cross-entropy, KL divergence, Brier, total variation against human labels
+multi_label  metrics of several labels per image; label_results: as rows of text
 fastai       metrics for a Learner
 table        the table of all metrics: how each is computed, displayed and compared
 """

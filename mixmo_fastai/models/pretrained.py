@@ -33,6 +33,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
     Raises:
         InputError: the file is missing, damaged, or holds something other than named tensors.
+
+    Example:
+        >>> read_weights(Path("nowhere.pth"))
+        Traceback (most recent call last):
+        mixmo_fastai.errors.InputError: There is no file of weights 'nowhere.pth'.
     """
     if not os.path.isfile(path):
         raise InputError(f"There is no file of weights {str(path)!r}.")
@@ -102,7 +107,13 @@ class SavedWeights:
 
     @classmethod
     def read(cls, path: Path) -> "SavedWeights":
-        """Read a file; see `read_weights`."""
+        """Read a file; see `read_weights`.
+
+        Example:
+            >>> SavedWeights.read(Path("weights.txt"))
+            Traceback (most recent call last):
+            mixmo_fastai.errors.InputError: There is no file of weights 'weights.txt'.
+        """
         return cls(read_weights(path), path)
 
     @property
@@ -161,6 +172,15 @@ class SavedWeights:
         Raises:
             InputError: the tensors belong to another network; the message names the first
                 difference.
+
+        Example:
+            >>> from mixmo_fastai.models import create_model
+            >>> trained, model = create_model("wrn10_1", 4, 2), create_model("wrn10_1", 4, 3)
+            >>> SavedWeights(trained.state_dict(), "model.safetensors").load_mixmo(model)
+            >>> images = torch.randn(2, 3, 8, 8)
+            >>> outputs = [each.eval()(images) for each in (trained, model)]
+            >>> torch.allclose(*outputs, atol=1e-5)
+            True
         """
         core = _without_ends(self.tensors)
         self._check_same(core, _without_ends(model.state_dict()))

@@ -3,8 +3,9 @@
 Shapes: N samples, M members, K classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from markupsafe import Markup
@@ -20,6 +21,7 @@ from mixmo_fastai.metrics.calibration import (
     top_predictions,
 )
 from mixmo_fastai.metrics.diversity import accuracy_by_agreement
+from mixmo_fastai.metrics.label_results import NUM_SHOWN
 from mixmo_fastai.metrics.selective import risk_at_coverage, risk_coverage
 from mixmo_fastai.metrics.table import COVERAGES, decimal, percent
 from mixmo_fastai.report.drawing import CORRECT, ENSEMBLE, INCORRECT, INK, MEMBERS, Plot
@@ -226,6 +228,35 @@ def members(accuracies: Sequence[float], ensemble: float, kind: str) -> Chart:
         f"Accuracy of the {kind}s",
         Plot(draw, "members", f"Accuracy: {listed}.", size=(4.1, height)),
         f"Accuracy of each {kind}, and of the ensemble, the mean of their logits.",
+    )
+
+
+def label_precisions(values: Mapping[str, Any]) -> Chart:
+    """Plot the average precision of the most frequent labels.
+
+    Args:
+        values: metrics of labels; see `evaluation.multi_label`.
+    """
+    rows = sorted(values["per_class"], key=lambda row: -row["positives"])[:NUM_SHOWN]
+    rows = [row for row in rows if row["average_precision"] is not None]
+    names, precisions = [row["name"] for row in rows], [row["average_precision"] for row in rows]
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        bars = axes.barh(range(len(rows)), precisions, color=ENSEMBLE, alpha=0.75, height=0.6)
+        axes.set_yticks(range(len(rows)), names)
+        axes.bar_label(bars, [percent(value) for value in precisions], padding=3, fontsize=8)
+        axes.set(xlabel="average precision", xlim=(0, 1.25), xticks=(0, 0.25, 0.5, 0.75, 1))
+        percent_axis(axes.xaxis)
+        axes.invert_yaxis()
+        axes.grid(visible=False, axis="y")
+
+    listed = ", ".join(f"{n} {percent(v)}" for n, v in zip(names, precisions, strict=True))
+    size = 4.1, 1.2 + 0.28 * max(1, len(rows))
+    return Chart(
+        "Average precision by label",
+        Plot(draw, "labels", f"Average precision: {listed}.", size=size),
+        "Average precision of each label, the area under its precision-recall curve.",
     )
 
 

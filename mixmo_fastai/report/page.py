@@ -23,6 +23,7 @@ from mixmo_fastai.evaluation.results import (
     temperature_error,
     temperature_warning,
 )
+from mixmo_fastai.metrics.label_results import LABELS
 from mixmo_fastai.metrics.table import (
     LISTED_METRICS,
     MAIN_METRICS,
@@ -137,7 +138,7 @@ def _lead(data: ReportData) -> str:
     parts = [
         f"{recipe.model.arch} on {Path(recipe.data.dataset).name}",
         f"{data.parameters:,} parameters",
-        f"{len(data.classes)} classes",
+        f"{len(data.label_names or data.classes)} {'labels' if data.label_names else 'classes'}",
         f"{num_test:,} test images" if num_test else "no labelled test images",
         f"{num_valid:,} validation images" if num_valid else "no validation split",
     ]
@@ -153,15 +154,19 @@ def _tiles(data: ReportData) -> list[tuple[str, str, str]]:
     split, test = final_metrics(data.metrics)
     ends = data.metrics.get("intervals", {})
     expected = data.recipe.expected
+    accuracy = "Label accuracy" if data.label_names else f"{SPLIT_NAMES[split]} accuracy"
     tiles = [
         (
-            f"{SPLIT_NAMES[split]} accuracy" if metric.name == "accuracy" else metric.title,
+            accuracy if metric.name == "accuracy" else metric.title,
             metric.format.value(test[metric.name]),
             _interval(ends, metric),
         )
         for metric in MAIN_METRICS
         if metric.name in test  # missing if the metric is newer than the run's evaluation
     ]
+    if "mean_ap" in (labels := data.metrics.get(LABELS, {})):
+        ends = " to ".join(map(percent, labels.get("mean_ap_interval", ())))
+        tiles.insert(0, (f"{SPLIT_NAMES[split]} mAP", percent(labels["mean_ap"]), ends))
     if expected.accuracy is not None:
         label, value = expected_label(data.recipe), percent(expected.accuracy)
         tiles.insert(1, (label, value, f"with {expected.arch}"))
@@ -212,7 +217,8 @@ def _metric_table(data: ReportData) -> list[tuple[Any, list[tuple[str, str]]]]:
                 cells.append((metric.format.value(values[metric.name]), ""))
             else:
                 cells.append(("-", values.get("absent", {}).get(metric.name, "")))
-        if not (has_one_member and metric.compares_members):
+        is_for_classes = bool(data.label_names) and metric.min_classes > 2
+        if not (has_one_member and metric.compares_members) and not is_for_classes:
             rows.append((metric, cells))
     return rows
 
@@ -221,6 +227,13 @@ def _notes(data: ReportData) -> list[str]:
     """Return the reasons for undefined metrics, each reason once."""
     split, test = final_metrics(data.metrics)
     absent: dict[str, str] = data.metrics.get("absent", {}) | test.get("absent", {})
+    notes = []
+    if data.label_names:
+        absent = {n: r for n, r in absent.items() if n not in METRIC_BY_NAME}
+        notes.append(
+            "Each label of each image is a decision, yes or no. The metrics of this table, and the "
+            "sections after Labels, are about these decisions instead of images."
+        )
     if len(test["member_accuracy"]) == 1:  # stated in the section of the members
         hidden = (*MULTI_MEMBER_METRICS, f"{split}_mean_probabilities")
         absent = {name: reason for name, reason in absent.items() if name not in hidden}
@@ -233,7 +246,10 @@ def _notes(data: ReportData) -> list[str]:
     for name, reason in absent.items():
         label = names.get(name) or (METRIC_BY_NAME[name].title if name in METRIC_BY_NAME else name)
         reasons.setdefault(reason, []).append(label)
-    return [f"{', '.join(labels)} undefined: {reason}" for reason, labels in reasons.items()]
+    return [
+        *notes,
+        *(f"{', '.join(labels)} undefined: {reason}" for reason, labels in reasons.items()),
+    ]
 
 
 def _colors(data: ReportData) -> list[tuple[str, str]]:

@@ -14,6 +14,8 @@ from mixmo_fastai.errors import InputError
 from mixmo_fastai.evaluation.runs import FinishedRun, open_finished
 from mixmo_fastai.evaluation.splits import cross_scale, evaluate_splits
 from mixmo_fastai.metrics.calibration import top_predictions
+from mixmo_fastai.metrics.label_results import LABELS
+from mixmo_fastai.metrics.multi_label import DECISIONS, as_decisions
 from mixmo_fastai.models.filters import FilterUse, encoder_norms, filter_use
 from mixmo_fastai.report.decisions import DecisionData, decision_data
 from mixmo_fastai.runs.folder import RunFolder
@@ -53,14 +55,15 @@ class ReportData:
 
     Attributes:
         run, recipe: the run and its recipe.
-        classes: class names, in the order of the logits.
+        classes: class names, in the order of the logits; with several labels per image "no" and
+            "yes", since each label is a decision: a sample of these classes.
         num_images: number of images of the validation and test splits.
         parameters: number of parameters of all networks.
         metrics: from `evaluation.evaluate_splits`.
         summary: final metrics written by training; empty if there are none.
         environment: environment of training; empty if it was not recorded.
         member_logits, labels: logits (N, M, K) and labels (N,) of the test set, or of the
-            validation images if there are no labelled test images.
+            validation images if there are no labelled test images; of decisions, see `classes`.
         calibrated: the ensemble's logits (N, K), divided by a temperature fitted on other images.
         calibration: description of these images, or the reason why `calibrated` is None.
         histories: rows of each network's history.csv.
@@ -69,6 +72,7 @@ class ReportData:
         norms: encoder norms (M, D) of each network.
         mistakes: the most confident mistakes, most confident first.
         decisions: what is accepted, asked about and ambiguous; None without calibration images.
+        label_names: names of the labels of images with several; empty with one.
     """
 
     run: RunFolder
@@ -89,6 +93,7 @@ class ReportData:
     norms: list[Tensor]
     mistakes: list[Mistake]
     decisions: DecisionData | None = None
+    label_names: tuple[str, ...] = ()
 
     @property
     def logits(self) -> Tensor:
@@ -111,19 +116,25 @@ def collect_report_data(
     """
     finished = open_finished(run, data_dir, device)
     validation, test, separate = finished.logits(finished.loaders())
-    record = finished.calibration(validation, separate)
-    metrics = evaluate_splits(
-        validation, test, record, separate=separate, is_separate=finished.is_separate
-    )
     final = test or validation
     member_logits, labels = final[0].double(), final[1]
+    classes, label_names = finished.source.classes, ()
+    if finished.source.is_multi_label:
+        record, metrics = None, finished.multi_label_metrics((validation, test, separate))
+        member_logits, labels = as_decisions(member_logits, labels)
+        classes, label_names = DECISIONS, classes
+    else:
+        record = finished.calibration(validation, separate)
+        metrics = evaluate_splits(
+            validation, test, record, separate=separate, is_separate=finished.is_separate
+        )
     networks = [load_network(network) for network in run.networks()]
     calibrated, calibration = _calibrate(metrics, member_logits.mean(dim=1), labels)
     histories = [read_history(network) for network in run.networks()]
     return ReportData(
         run=run,
         recipe=finished.recipe,
-        classes=finished.source.classes,
+        classes=classes,
         num_images=tuple(0 if split is None else len(split[1]) for split in (validation, test)),
         parameters=sum(p.numel() for network in networks for p in network.parameters()),
         metrics=metrics,
@@ -143,6 +154,7 @@ def collect_report_data(
             if record is None or test is None
             else decision_data(record, finished, member_logits, labels)
         ),
+        label_names=label_names,
     )
 
 
@@ -153,7 +165,8 @@ def confident_mistakes(
 
     Args:
         finished: the run.
-        member_logits: logits of `FinishedRun.final_images`, in their order, (N, M, K).
+        member_logits: logits of `FinishedRun.final_images`, in their order, (N, M, K); or of the
+            decisions about their labels.
         labels: (N,).
         count: largest number of mistakes.
     """
@@ -163,17 +176,24 @@ def confident_mistakes(
     chosen = incorrect[confidence[incorrect].argsort(descending=True, stable=True)][:count]
     images, classes = finished.final_images, finished.source.classes
     votes = member_logits[chosen].argmax(dim=2).tolist()
-    return [
-        Mistake(
-            pixels=images[index],
-            name=images.name(index),
-            label=classes[int(labels[index])],
-            predicted=classes[int(logits[index].argmax())],
-            confidence=float(confidence[index]),
-            votes=tuple(classes[vote] for vote in votes[rank]),
+    several = len(classes) if finished.source.is_multi_label else 0
+    mistakes = []
+    for rank, sample in enumerate(chosen.tolist()):
+        index, name_of = sample, classes
+        if several:
+            index, label = divmod(sample, several)
+            name_of = (f"no {classes[label]}", classes[label])
+        mistakes.append(
+            Mistake(
+                pixels=images[index],
+                name=images.name(index),
+                label=name_of[int(labels[sample])],
+                predicted=name_of[int(logits[sample].argmax())],
+                confidence=float(confidence[sample]),
+                votes=tuple(name_of[vote] for vote in votes[rank]),
+            )
         )
-        for rank, index in enumerate(chosen.tolist())
-    ]
+    return mistakes
 
 
 def read_history(run: RunFolder) -> list[dict[str, float]]:
@@ -217,6 +237,8 @@ def _calibrate(
     if found := metrics.get("calibrated"):
         temperature = found["temperature"]
         return logits / temperature, f"temperature {temperature:.3f}, from the validation split"
+    if LABELS in metrics:  # halves of decisions would share images
+        return None, metrics.get("absent", {}).get("calibrated", "there are no other images")
     try:
         scaled, temperatures = cross_scale(logits, labels)
     except InputError:

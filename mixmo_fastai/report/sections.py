@@ -8,6 +8,7 @@ import torch
 from mixmo_fastai.evaluation.results import final_metrics, temperature_warning
 from mixmo_fastai.metrics.calibration import top_predictions
 from mixmo_fastai.metrics.confusion import confusion_matrix, most_confused
+from mixmo_fastai.metrics.label_results import LABELS, NUM_SHOWN, label_table, origin
 from mixmo_fastai.metrics.selective import risk_at_coverage
 from mixmo_fastai.metrics.table import COVERAGES, decimal, percent, round_percent
 from mixmo_fastai.report import charts, decisions, filters
@@ -60,10 +61,11 @@ class Section(NamedTuple):
 def sections(data: ReportData) -> list[Section]:
     """Build the sections of the page between its metrics and its mistakes."""
     return [
+        *([_label_section(data)] if data.label_names else []),
         _training_section(data),
         _calibration_section(data),
         _risk_section(data),
-        _decision_section(data),
+        *([] if data.label_names else [_decision_section(data)]),
         _member_section(data),
         _confusion_section(data),
         _filter_section(data),
@@ -172,6 +174,26 @@ def _decision_section(data: ReportData) -> Section:
     details = Table("Prediction sets of all classes", head, rows, (1, 2)) if few else None
     table = Table(name, head, shown, (1, 2))
     return Section("decisions", title, [chart], [table], texts, details, found.examples)
+
+
+def _label_section(data: ReportData) -> Section:
+    values = data.metrics[LABELS]
+    head, *rows = label_table(values)
+    head = ("Label", *(name[:1].upper() + name[1:] for name in head[1:]))
+    chosen = [0, *(head.index(name) for name in ("Images", "Threshold", "F1"))]
+    short = [tuple(row[i] for i in chosen) for row in rows[:NUM_SHOWN]]
+    caption = "The most frequent labels" if len(rows) > NUM_SHOWN else "By label"
+    shown = Table(caption, tuple(head[i] for i in chosen), short, (1, 2, 3))
+    details = Table("Precision and recall of all labels", head, rows, tuple(range(1, len(head))))
+    notes = [f"Labels are predicted {origin(values)}."]
+    if "f1_micro" in values:
+        notes.append(
+            f"F1 of all decisions: {decimal(values['f1_micro'])} (micro); mean over labels: "
+            f"{decimal(values['f1_macro'])} (macro). All labels of "
+            f"{percent(values['exact_match'])} of the images are right."
+        )
+    drawn = [charts.label_precisions(values)]
+    return Section("labels", "Labels", drawn, [shown], notes, details)
 
 
 def _member_section(data: ReportData) -> Section:

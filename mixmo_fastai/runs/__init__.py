@@ -2,6 +2,7 @@
 
 folder       the run folder
 create       create run folders
+labels       what runs on several labels per image predict
 data_facts   facts about the training data
 environment  versions, device and code revision
 output       paths for output, checked before any work is done

@@ -14,12 +14,14 @@ class DataFacts:
         classes: class names, in the order of the logits.
         mean, std: per channel, of pixels in [0, 1].
         image_shape: (C, H, W).
+        is_multi_label: whether an image may have several labels.
     """
 
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     image_shape: tuple[int, ...]
+    is_multi_label: bool = False
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "DataFacts":
@@ -34,7 +36,8 @@ class DataFacts:
                 raise ValueError("classes, mean, std and image_shape must be lists")
             names, *numbers = parts
             mean, std = (tuple(float(v) for v in values) for values in numbers[:2])
-            facts = cls(tuple(map(str, names)), mean, std, tuple(int(v) for v in numbers[2]))
+            shape, is_multi_label = tuple(int(v) for v in numbers[2]), values.get("is_multi_label")
+            facts = cls(tuple(map(str, names)), mean, std, shape, is_multi_label is True)
         except (LookupError, TypeError, ArithmeticError) as error:
             raise ValueError(f"{type(error).__name__}: {error}") from error
         facts._check()

@@ -19,6 +19,7 @@ from mixmo_fastai.evaluation.results import final_metrics
 from mixmo_fastai.evaluation.runs import open_finished
 from mixmo_fastai.runs.files import write_atomically
 from mixmo_fastai.runs.folder import RunFolder
+from mixmo_fastai.runs.labels import check_one_label
 
 TOLERANCE = 1e-4
 """Largest relative difference of the accuracy and the NLL from those that the run recorded."""
@@ -72,6 +73,7 @@ def read_predictions(run: RunFolder, path: Path, data_dir: Path | None) -> Predi
     Raises:
         InputError: they are not stored, and the weights or the data are missing.
     """
+    check_one_label(run, "mixmo study")
     _, metrics = final_metrics(run.metrics())
     with suppress(OSError, SafetensorError, TypeError):
         stored = Predictions(**load_file(path))

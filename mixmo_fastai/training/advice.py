@@ -28,7 +28,13 @@ MIN_DECREASE = 0.05
 """Fraction by which the validation loss must decrease in these epochs."""
 
 
-def advise(recipe: Recipe, history: Sequence[Mapping[str, str]], images_seen: int) -> str | None:
+def advise(
+    recipe: Recipe,
+    history: Sequence[Mapping[str, str]],
+    images_seen: int,
+    *,
+    is_multi_label: bool = False,
+) -> str | None:
     """Return advice based on the curves of a finished training, or None.
 
     Checked in this order: a network or training too small for several members, overfitting, a
@@ -38,9 +44,10 @@ def advise(recipe: Recipe, history: Sequence[Mapping[str, str]], images_seen: in
         recipe: recipe of the run, without open settings.
         history: rows of history.csv; for a deep ensemble, those of one network.
         images_seen: number of images seen by one network in training.
+        is_multi_label: whether images have several labels, for which there is no advice.
     """
     rows = [row for row in history if row.get("valid_loss")]
-    if not rows:
+    if not rows or is_multi_label:  # the accuracy of labels says little
         return None
     accuracy, train_loss = float(rows[-1]["accuracy"]), float(rows[-1]["train_loss"])
     if accuracy >= GOOD_ACCURACY:

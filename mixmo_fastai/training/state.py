@@ -363,6 +363,7 @@ def _with_defaults(values: Mapping[str, Any]) -> Any:
 _ADDED = (
     *(("data", f"{name}_column", "") for name in ("path", "label", "split", "group")),
     ("data", "image_folder", ""),
+    ("data", "label_delimiter", ""),
     ("model", "pretrained", False),
     ("model", "weights", ""),
     ("data", "skip_damaged", False),

@@ -68,7 +68,7 @@ def train(
         InterruptedBySignal: a signal asked to stop.
     """
     recipe, learn, stop = training.recipe, training.learn, stop or StopRequest()
-    best = BestEpochCallback() if recipe.train.select == "best" else None
+    best = _selection(training)
     parts: list[Stateful] = [part for part in (_averaging(learn), best) if part is not None]
     history = HistoryCallback(run, recipe.train.batch_size)
     freezing = _freezing(training)
@@ -135,6 +135,12 @@ def _evaluate(
         **evaluated,
     }
     return metrics, test or valid
+
+
+def _selection(training: Training) -> BestEpochCallback | None:
+    """Return the callback that keeps the weights of the best epoch, if the recipe says so."""
+    is_selected = training.recipe.train.select == "best"
+    return BestEpochCallback(by_loss=training.source.is_multi_label) if is_selected else None
 
 
 def _freezing(training: Training) -> FreezeCallback | None:

@@ -1,0 +1,57 @@
+"""Runs on images with several labels: what they predict, and what is not defined for them."""
+
+from mixmo_fastai.errors import InputError
+from mixmo_fastai.metrics.label_results import LABELS
+from mixmo_fastai.metrics.multi_label import DEFAULT_THRESHOLD, LabelDecisions
+from mixmo_fastai.runs.folder import RunFolder
+
+
+def check_one_label(run: RunFolder, action: str) -> None:
+    """Check that the images of a run have one label each.
+
+    Args:
+        run: the run.
+        action: what is defined for these only, such as "mixmo compare".
+
+    Raises:
+        InputError: they have several.
+    """
+    facts = run.data_facts()
+    if facts is not None and facts.is_multi_label:
+        raise InputError(
+            f"{action} is for one label per image; those of {run.path} may have several.\n"
+            f"See its metrics: mixmo eval {run.path}"
+        )
+
+
+def check_not_requested(
+    run: RunFolder, ood: object, corruptions: object, label_distribution: object
+) -> None:
+    """Check that no evaluation is requested that is defined for one label per image only.
+
+    Raises:
+        InputError: one is.
+    """
+    requested = {"ood": ood, "corruptions": corruptions, "label-distribution": label_distribution}
+    for name, value in requested.items():
+        if value:
+            check_one_label(run, f"mixmo eval --{name}")
+
+
+def label_decisions(run: RunFolder, num_classes: int, *, raw: bool = False) -> LabelDecisions:
+    """Return which labels a run predicts, from its metrics.json.
+
+    Args:
+        run: a finished run.
+        num_classes: K.
+        raw: the probabilities are not calibrated; the decisions stay the same.
+
+    Raises:
+        InputError: metrics.json is damaged.
+    """
+    default = {"thresholds": [DEFAULT_THRESHOLD] * num_classes}
+    try:
+        found = LabelDecisions.from_mapping(run.metrics().get(LABELS, default), num_classes)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{run.path / 'metrics.json'} is damaged: {error}.") from error
+    return found.with_temperature(1.0) if raw else found
