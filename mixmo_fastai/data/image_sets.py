@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from mixmo_fastai.config.choices import DATASETS
-from mixmo_fastai.data.decoding import decode_batches, decode_image
+from mixmo_fastai.data.decoding import decode_batches, decode_image, image_sizes
 from mixmo_fastai.data.parts import DataParts
 from mixmo_fastai.data.source_checks import check_array_images, check_source
+
+_SIZES_AT_ONCE = 4096
 
 
 class ImageSet(Protocol):
@@ -141,6 +143,19 @@ class FileImages:
             start += len(batch)
         return pixels
 
+    def are_all_of_size(self, size: tuple[int, int]) -> bool:
+        """Check whether every file has a size (H, W), upright, without decoding them.
+
+        Raises:
+            InputError: a file is missing or not an image; the message names it.
+        """
+        paths = [self.root / name for name in self.names]
+        # In parts, since the first files of most sets of photographs already differ.
+        parts = (
+            paths[start : start + _SIZES_AT_ONCE] for start in range(0, len(paths), _SIZES_AT_ONCE)
+        )
+        return all(found == size for part in parts for found in image_sizes(part))
+
     def chosen(self, indices: Tensor) -> "FileImages":
         """Return the set of the images at `indices`."""
         names = tuple(self.names[i] for i in indices.tolist())
@@ -229,6 +244,14 @@ class Subset:
 def groups_of(images: ImageSet) -> Tensor | None:
     """Return the group of each image, (N,) int64; None if an image set has no groups."""
     return getattr(images, "groups", None)
+
+
+def files_of(images: ImageSet) -> FileImages | None:
+    """Return the files of a set of images, in the same order; None if it has none."""
+    if isinstance(images, Subset):
+        files = files_of(images.images)
+        return None if files is None else files.chosen(images.indices)
+    return images if isinstance(images, FileImages) else getattr(images, "files", None)
 
 
 def no_images(like: ImageSet) -> Subset:
