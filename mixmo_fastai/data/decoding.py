@@ -7,7 +7,7 @@ import errno
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
@@ -21,8 +21,9 @@ from torch import Tensor
 
 from mixmo_fastai.data.depth import to_eight_bits
 from mixmo_fastai.errors import InputError
+from mixmo_fastai.runtime.progress import counted
 
-BATCH = 128
+BATCH = 32
 """Images decoded by a thread per task: enough to make the cost of a task negligible."""
 
 _SHRINKS = (8, 4, 2, 1)
@@ -39,7 +40,7 @@ _DAMAGE = ("data stream", "decoder error", "decoder object", "broken")
 
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
-_Result = TypeVar("_Result")
+_Result = TypeVar("_Result", bound=Sized)
 
 
 class UndecodableError(InputError):
@@ -171,7 +172,7 @@ def decode_batches(paths: Sequence[Path], size: tuple[int, int]) -> Iterator[Ten
             row.copy_(decode_image(path, size))
         return pixels
 
-    return _in_threads(decode, paths)
+    return _in_threads(decode, paths, "Decoding images")
 
 
 def image_sizes(paths: Sequence[Path]) -> Iterator[tuple[int, int]]:
@@ -180,7 +181,9 @@ def image_sizes(paths: Sequence[Path]) -> Iterator[tuple[int, int]]:
     Raises:
         InputError: a file is missing or not an image; the message names it.
     """
-    for sizes in _in_threads(lambda chunk: [_upright_size(path) for path in chunk], paths):
+    for sizes in _in_threads(
+        lambda chunk: [*map(_upright_size, chunk)], paths, "Reading image sizes"
+    ):
         yield from sizes
 
 
@@ -194,7 +197,7 @@ def undecodable(paths: Sequence[Path]) -> Iterator[str | None]:
             return error.reason
         return None
 
-    for reasons in _in_threads(lambda chunk: [reason(path) for path in chunk], paths):
+    for reasons in _in_threads(lambda chunk: [*map(reason, chunk)], paths, "Checking images"):
         yield from reasons
 
 
@@ -210,14 +213,14 @@ def _extensions() -> frozenset[str]:
 
 
 def _in_threads(
-    function: Callable[[Sequence[Path]], _Result], paths: Sequence[Path]
+    function: Callable[[Sequence[Path]], _Result], paths: Sequence[Path], task: str
 ) -> Iterator[_Result]:
     # Pillow releases the GIL while decoding, so threads suffice.
     chunks: Iterable[Sequence[Path]] = (
         paths[start : start + BATCH] for start in range(0, len(paths), BATCH)
     )
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield from pool.map(function, chunks)
+        yield from counted(pool.map(function, chunks), task, len(paths))
 
 
 @contextmanager

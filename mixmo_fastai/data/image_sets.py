@@ -16,7 +16,7 @@ from mixmo_fastai.data.decoding import decode_batches, decode_image, image_sizes
 from mixmo_fastai.data.parts import DataParts
 from mixmo_fastai.data.source_checks import check_array_images, check_source
 
-_SIZES_AT_ONCE = 4096
+_SIZES_AT_ONCE = 256
 
 
 class ImageSet(Protocol):

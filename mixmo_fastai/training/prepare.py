@@ -222,10 +222,15 @@ def _make_dataloaders(recipe: Recipe, source: DataSource, device: torch.device) 
     try:
         image_shape = source.train.image_shape
         transform = build_transform(data.transform, data.transform_options, image_shape)
-        if isinstance(transform, ResizedCrop) and data.crop_from == "original":
-            transform = transform.from_original()
     except InputError as error:
         raise InputError(f"data.transform: {error}") from error
+    if isinstance(transform, ResizedCrop) and data.crop_from == "original":
+        if files_of(source.train) is None:
+            raise InputError(
+                f"data.crop_from='original' needs image files, and {source.name} has none.\n"
+                "Set data.crop_from=resized."
+            )
+        transform = transform.from_original()
     try:
         return make_dataloaders(
             source,
