@@ -18,12 +18,12 @@ LINE_AFTER, LINE_EVERY = 10.0, 60.0
 
 
 @contextmanager
-def reading_shown(output: Output) -> Iterator[None]:
-    """Show the progress of reading image files in a with block."""
+def reading_shown(output: Output) -> Iterator["ReadingDisplay"]:
+    """Show the progress of reading image files in a with block; yield the display."""
     display = ReadingDisplay(output)
     try:
         with reported_to(display):
-            yield
+            yield display
     finally:
         display.close()
 

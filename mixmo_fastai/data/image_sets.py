@@ -6,6 +6,7 @@ Shapes: N images of C channels, H × W pixels, uint8.
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import Any, Protocol
 
 import torch
@@ -180,17 +181,27 @@ class FileImages:
 
 
 def resize_images(images: ImageSet, size: int) -> ImageSet:
-    """Resize the images of a set to squares of `size` pixels, with antialiasing."""
+    """Resize the images of a set to squares of `size` pixels; see `cover`."""
     if images.image_shape[1:] == (size, size):
         return images
     if isinstance(images, FileImages):
         return replace(images, size=(size, size))
-    from torchvision.transforms.v2.functional import resize  # importing takes 1.5 s
-
-    pixels = resize(images.tensor(), [size, size], antialias=True)
+    pixels = cover(images.tensor(), (size, size))
     names = tuple(map(images.name, range(len(images))))
     files = images.files if isinstance(images, ArrayImages) else None
     return ArrayImages(pixels, images.labels, names, files, groups_of(images))
+
+
+def cover(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize images (N, C, H', W') with antialiasing to cover a size (H, W); crop the centre."""
+    if pixels.shape[2:] == size:
+        return pixels
+    from torchvision.transforms.v2.functional import center_crop, resize  # takes 1.5 s
+
+    scale = max(Fraction(new, old) for new, old in zip(size, pixels.shape[2:], strict=True))
+    covering = [round(scale * side) for side in pixels.shape[2:]]
+    cropped: Tensor = center_crop(resize(pixels, covering, antialias=True), list(size))
+    return cropped
 
 
 @dataclass(frozen=True, eq=False)
