@@ -65,7 +65,7 @@ def test_converted_images_are_cropped_rather_than_stretched(size):
     (down, along, _) = convert_shape(images, (3, *size))[0].float()
     assert down.shape == size
     steps = down[-2, 0] - down[1, 0], along[0, -2] - along[0, 1]
-    per_pixel = [step / (length - 3) for step, length in zip(steps, size, strict=True)]
+    per_pixel = [step.item() / (length - 3) for step, length in zip(steps, size, strict=True)]
     assert per_pixel[0] == pytest.approx(per_pixel[1], rel=0.1)
     assert down.mean() == pytest.approx(7.5 * 15, abs=15 * 16 / max(size) / 2 + 1)
 

@@ -1,5 +1,7 @@
 """Photographs of different sizes: what evaluation and training show of them."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -27,6 +29,7 @@ from mixmo_fastai.data.image_sets import ArrayImages, files_of
 from mixmo_fastai.data.items import OpenImage
 from mixmo_fastai.data.loaders import ResidentLoader, StreamingLoader
 from mixmo_fastai.data.loose_images import decode_readable
+from mixmo_fastai.data.pixel_reader import pixel_reader
 from mixmo_fastai.data.resized_crop import random_resized_crop
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.rng import make_generator
@@ -282,6 +285,14 @@ class TestStreaming:
             windows = torch.cat([x for x, _ in batches(loader)])
             by_size.append(dict(zip(order, windows, strict=False)))
         assert all(torch.equal(by_size[0][index], window) for index, window in by_size[1].items())
+
+    def test_workers_can_be_started_without_fork(self, train_loader):
+        """As on macOS and Windows, where the reader is sent to them."""
+        loader = train_loader()
+        transform = loader.augmentation.transform
+        read = pixel_reader(loader.images, transform, copies=2, seed=0, epoch=1)
+        sent = pickle.loads(pickle.dumps(read))
+        assert torch.equal(sent([3, 0]), read([3, 0]))
 
     def test_cached_pixels_do_not_matter(self, train_loader):
         assert same(batches(train_loader()), batches(train_loader(cache_limit=0)))

@@ -14,18 +14,8 @@ from mixmo_fastai.cli.reading import ReadingDisplay, reading_shown
 from mixmo_fastai.data.decoding import BATCH, decode_batches, image_sizes, undecodable
 from mixmo_fastai.runtime.progress import counted, reported_to
 
-FIT = [
-    "--arch",
-    "wrn10_1",
-    "--epochs",
-    "1",
-    "--batch-size",
-    "4",
-    "--repeat",
-    "2",
-    "--device",
-    "cpu",
-]
+FIT = ["--arch", "wrn10_1", "--epochs", "1", "--batch-size", "4", "--repeat", "2"]
+FIT += ["--device", "cpu"]
 
 
 class TestCounting:

@@ -5,6 +5,7 @@ Shapes: P positions of a batch, C channels, H W image size.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Generator, Tensor
@@ -30,12 +31,8 @@ class ResizedCrop(BatchTransform):
 
         They require the streaming loader and images that are files.
         """
-        return OriginalCrop(self.draw)
-
-    def draw(self, count: int, size: tuple[int, int], generator: Generator) -> Tensor:
-        """Draw boxes (P, 4) for images of one size (H, W); see `draw_boxes`."""
-        areas = default_scale(*size) if self.scale is None else self.scale
-        return draw_boxes(count, size, areas, self.ratio, generator)
+        # A function that can be sent to workers, unlike that of this object.
+        return OriginalCrop(partial(_draw_boxes, self.scale, self.ratio))
 
 
 def random_resized_crop(
@@ -67,10 +64,22 @@ def random_resized_crop(
 
     def crop(images: Tensor, generator: Generator) -> Tensor:
         height, width = images.shape[-2:]
-        return resize_boxes(images, transform.draw(len(images), (height, width), generator))
+        boxes = _draw_boxes(scale, ratio, len(images), (height, width), generator)
+        return resize_boxes(images, boxes)
 
-    transform = ResizedCrop(crop, scale, ratio)
-    return transform
+    return ResizedCrop(crop, scale, ratio)
+
+
+def _draw_boxes(
+    scale: Sequence[float] | None,
+    ratio: Sequence[float],
+    count: int,
+    size: tuple[int, int],
+    generator: Generator,
+) -> Tensor:
+    """Draw boxes (P, 4) for images of one size (H, W), with the default areas for None."""
+    areas = default_scale(*size) if scale is None else scale
+    return draw_boxes(count, size, areas, ratio, generator)
 
 
 def default_scale(height: int, width: int) -> tuple[float, float]:
