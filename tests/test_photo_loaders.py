@@ -13,6 +13,7 @@ from photos import (
 from short_runs import assert_same, fit
 from torchvision.transforms.v2 import functional as tv
 
+from mixmo_fastai.cli.render import setup_lines
 from mixmo_fastai.config.load import override, recipe_from_mapping
 from mixmo_fastai.config.resolve import resolve_recipe
 from mixmo_fastai.data import decoding
@@ -254,6 +255,12 @@ class TestRecipes:
         training = prepare(recipe_for(tmp_path / "small", CROP), tmp_path / "home")
         assert training.recipe.data.crop_from == "auto"
         assert isinstance(training.learn.dls.train, ResidentLoader)
+
+    @pytest.mark.parametrize("crop_from", ["original", "resized"])
+    def test_the_plan_names_the_original_files(self, photos, home, crop_from):
+        training = prepare(recipe_for(photos, CROP, f"data.crop_from={crop_from}"), home)
+        (line,) = [line for line in setup_lines(training) if line.startswith("Method")]
+        assert ("RandomResizedCrop of the original files" in line) == (crop_from == "original")
 
     def test_options_reach_the_crops(self, photos, home):
         whole = [f"data.transform_options.{text}" for text in ("scale=[1, 1]", "ratio=[0.1, 10]")]

@@ -76,7 +76,7 @@ class ReadingDisplay:
     def _show_bar(self, task: str, done: int, total: int, speed: str) -> None:
         if self.bar is None:
             self.bar = _make_bar(self.output)
-            self.row = self.bar.add_task(task, total=total, speed=speed)
+            self.row = self.bar.add_task(task, total=total, completed=done, speed=speed)
             self.bar.start()
         self.bar.update(self.row, completed=done, speed=speed)
 
