@@ -11,6 +11,8 @@ pytestmark = pytest.mark.slow
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 SMALL_ARGUMENTS = {
     "input_pipeline.py": "--batches 2 --other-batches 2 --images 2000 --repeats 1 --pause 0",
+    "photo_loader.py": "--sizes 500x375 --images 8 --side 16 --batch-size 2 --repeats 1 --pause 0 "
+    "--workers 1",
     "training_step.py": "--arch wrn10_1 --batch-size 4 --repeats 1",
     "inference.py": "--arch wrn10_1 --batch-size 4 --repeats 1",
     "memory.py": "--arch wrn10_1 --batch-size 4",

@@ -57,6 +57,19 @@ def test_images_are_converted_to_the_requested_shape():
         convert_shape(colour, (4, 16, 16))
 
 
+@pytest.mark.parametrize("size", [(4, 8), (8, 4), (12, 24), (5, 7)], ids=str)
+def test_converted_images_are_cropped_rather_than_stretched(size):
+    """Levels grow along rows as fast as along columns, and are symmetric around the centre."""
+    rows, columns = torch.meshgrid(torch.arange(16), torch.arange(16), indexing="ij")
+    images = (torch.stack([rows, columns, rows]) * 15)[None].to(torch.uint8)
+    (down, along, _) = convert_shape(images, (3, *size))[0].float()
+    assert down.shape == size
+    steps = down[-2, 0] - down[1, 0], along[0, -2] - along[0, 1]
+    per_pixel = [step.item() / (length - 3) for step, length in zip(steps, size, strict=True)]
+    assert per_pixel[0] == pytest.approx(per_pixel[1], rel=0.1)
+    assert down.mean() == pytest.approx(7.5 * 15, abs=15 * 16 / max(size) / 2 + 1)
+
+
 def test_batches_are_normalised():
     pixels = torch.arange(2 * 3 * 4).view(2, 3, 2, 2).to(torch.uint8)
     mean, std = (0.1, 0.2, 0.3), (0.5, 0.4, 0.3)

@@ -77,13 +77,16 @@ def evaluate(
     opt.check_device(device)
     opt.check_fractions(coverage=coverage, max_risk=max_risk)
 
+    from mixmo_fastai.cli.reading import reading_shown
     from mixmo_fastai.evaluation.runs import (
         evaluate_finished,
         open_finished,
         training_images_changed,
     )
 
-    finished = open_finished(folder, data_dir, device, fused=fused)
+    output = Output(as_json=as_json)
+    with reading_shown(output):
+        finished = open_finished(folder, data_dir, device, fused=fused)
     requested = ood[0] if ood and len(ood) == 1 else ood
     metrics = evaluate_finished(
         finished,
@@ -94,7 +97,6 @@ def evaluate(
         max_risk=max_risk,
         label_distribution=label_distribution,
     )
-    output = Output(as_json=as_json)
     is_changed = training_images_changed(folder, finished.source)
     notes = incompleteness_lines([*finished.source.notes, *([CHANGED] if is_changed else [])])
     if as_json:

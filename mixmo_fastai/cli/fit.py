@@ -250,10 +250,13 @@ def _prepared(
     from mixmo_fastai.runtime.processes import joined_process_group
 
     with joined_process_group(choose_device(recipe.train.device)) as processes:
+        from mixmo_fastai.cli.reading import reading_shown
         from mixmo_fastai.training.prepare import prepare
 
         output.is_silent = not processes.is_rank0
-        yield prepare(recipe, data_dir, resumed), processes.is_rank0
+        with reading_shown(output):
+            training = prepare(recipe, data_dir, resumed)
+        yield training, processes.is_rank0
 
 
 def _print_networks(run: RunFolder, output: Output) -> None:

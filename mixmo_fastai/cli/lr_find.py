@@ -106,11 +106,13 @@ def _search(
     recipe: Recipe, data_dir: Path | None, output: Output, plot_path: Path, **search_range: Any
 ) -> Any:
     """Prepare the training, run the test and plot the curve; return the `LrSearch`."""
+    from mixmo_fastai.cli.reading import reading_shown
     from mixmo_fastai.plots.png import plot_lr_search
     from mixmo_fastai.training.lr_find import search_lr
     from mixmo_fastai.training.prepare import prepare
 
-    training = prepare(recipe, data_dir)
+    with reading_shown(output):
+        training = prepare(recipe, data_dir)
     for line in setup_lines(training):
         output.print(line)
     steps, start, end = (search_range[name] for name in ("num_steps", "start", "end"))

@@ -91,6 +91,7 @@ def _setup_rows(training: Any) -> list[tuple[str, str]]:
     nets = recipe.model.num_nets
     networks = f"{nets} x {recipe.model.arch}" if nets > 1 else recipe.model.arch
     times = f"{mix.batch_repetitions} times" if mix.batch_repetitions > 1 else "once"
+    cropped = " of the original files" if recipe.data.crop_from == "original" else ""
     mixing = ""
     if mix.kind not in ("sum", "linear"):
         mixing = f", {mix.kind} masks with probability {mix.mix_prob:g}"
@@ -105,7 +106,7 @@ def _setup_rows(training: Any) -> list[tuple[str, str]]:
         *(() if source.is_multi_label else _validation_rows(counts[1])),
         *source.notes,
         ("Network", f"{networks}, {members}, {training.num_parameters:,} parameters"),
-        ("Method", f"{method_name(recipe)}, each image {times} per batch{mixing}"),
+        ("Method", f"{method_name(recipe)}{cropped}, each image {times} per batch{mixing}"),
         (
             "Device",
             f"{training.device}{training.in_processes}, {training.acceleration.describe()}, "

@@ -95,6 +95,8 @@ TRANSFORMS = {
     ),
 }
 """Transforms of training images by name."""
+CROPPING_TRANSFORM = "random-resized-crop"
+"""The transform to which `data.crop_from` applies."""
 
 OPTIMIZERS = {
     "sgd": "mixmo_fastai.learner.optimizers:sgd",
@@ -105,6 +107,7 @@ OPTIMIZERS = {
 
 SELECTIONS = ("last", "best")
 SCHEDULES = ("one-cycle", "flat-cosine", "published", "fine-tune")
+CROP_SOURCES = ("auto", "original", "resized")
 LOADERS = ("auto", "resident", "streaming")
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "float32", "tf32", "bfloat16")

@@ -2,6 +2,7 @@
 
 from mixmo_fastai.config.choices import (
     COW_DEFAULTS,
+    CROPPING_TRANSFORM,
     MASK_OPTIONS,
     READOUTS,
     TRANSFORMS,
@@ -123,6 +124,17 @@ def _check_transform(recipe: Recipe, source: str) -> None:
         raise InputError(
             f"{source}: data.transform={data.transform!r} processes single images and does not "
             "work with the resident loader.\nUse data.loader='streaming' or 'auto'."
+        )
+    if data.crop_from != "auto" and data.transform != CROPPING_TRANSFORM:
+        raise InputError(
+            f"{source}: data.crop_from={data.crop_from!r} has no effect with "
+            f"data.transform={data.transform!r}.\nRemove it, or set data.transform="
+            f"{CROPPING_TRANSFORM}."
+        )
+    if data.crop_from == "original" and data.loader == "resident":
+        raise InputError(
+            f"{source}: data.crop_from='original' reads image files and does not work with the "
+            "resident loader.\nUse data.loader='streaming' or 'auto'."
         )
     if info.target is None and data.transform_options:
         raise InputError(

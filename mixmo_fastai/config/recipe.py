@@ -10,6 +10,7 @@ from typing import Any
 
 from mixmo_fastai.config.choices import (
     COMPILE,
+    CROP_SOURCES,
     DEVICES,
     EARLY_SHAPES,
     LOADERS,
@@ -76,6 +77,10 @@ class Data:
         transform: transform of the training images, one of `choices.TRANSFORMS`; "standard" is
             crop and flip, "none" neither.
         transform_options: keyword arguments of the transform.
+        crop_from: what `random-resized-crop` crops: the "original" files at their own size, in
+            workers of the streaming loader, or images "resized" to the image size. With "auto", a
+            new run on image files of other sizes crops the originals, unless the loader is
+            "resident"; others crop resized images.
         loader: "resident" (on the device), "streaming" (from worker processes), or "auto": resident
             if the data fits.
         num_workers: worker processes of the streaming loader.
@@ -99,6 +104,7 @@ class Data:
     alternating_flip: bool = False
     transform: str = choice_field("standard", TRANSFORMS)
     transform_options: dict[str, Any] = field(default_factory=dict)
+    crop_from: str = choice_field("auto", CROP_SOURCES)
     loader: str = choice_field("auto", LOADERS)
     num_workers: int = number_field(2, 0, 256)
 

@@ -16,6 +16,7 @@ source_checks                 checks of a data source
 run_data                      the data set of a recipe, with the split of its run
 dataloaders                   DataLoaders from a data source
 loaders, cuts, augment        resident and streaming loaders that crop and flip whole batches
+pixel_reader                  pixels of a batch in a worker of the streaming loader
 transforms                    transforms of training images by name; *_transforms, resized_crop
 repeat                        several copies of each image in a batch
 items, loose_images           single items for fastai; files to predict

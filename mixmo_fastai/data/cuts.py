@@ -19,8 +19,8 @@ class Augmentation:
         flip: whether images are mirrored with probability 1/2.
         alternating_flip: whether every second copy of an image in a batch is mirrored, instead of
             each copy at random.
-        transform: further transform, from `transforms.build_transform`; an `ImageTransform` needs
-            the streaming loader.
+        transform: further transform, from `transforms.build_transform`; an `ImageTransform` and an
+            `OriginalCrop` need the streaming loader.
     """
 
     crop_padding: int = 0

@@ -11,8 +11,9 @@ from mixmo_fastai.data.cuts import Augmentation
 from mixmo_fastai.data.image_sets import DataSource, ImageSet
 from mixmo_fastai.data.loaders import BatchLoader, ResidentLoader, StreamingLoader
 from mixmo_fastai.data.loose_images import EVALUATION_BATCH
+from mixmo_fastai.data.pixel_reader import required_files
 from mixmo_fastai.data.splits import limit_images, split_calibration, training_parts
-from mixmo_fastai.data.transforms import ImageTransform
+from mixmo_fastai.data.transforms import ImageTransform, OriginalCrop
 from mixmo_fastai.errors import InputError
 
 HOST_BUDGET = 8 * 2**30
@@ -77,12 +78,14 @@ def make_dataloaders(
     augmentation = augmentation or Augmentation(source.crop_padding, source.flip)
     kind = _loader_kind(loader, (train, *evaluated), device, augmentation)
     settings = _settings(source, seed=seed, device=device, num_workers=num_workers)
-    if isinstance(augmentation.transform, ImageTransform):
+    if isinstance(augmentation.transform, ImageTransform | OriginalCrop):
         if loader == "resident":
             raise InputError(
                 "This transform processes single images, which requires the streaming loader.\n"
                 "Use loader='streaming' or 'auto'."
             )
+        if isinstance(augmentation.transform, OriginalCrop):
+            required_files(train)  # fail before training
         training_kind: type[BatchLoader] = StreamingLoader
     else:
         training_kind = kind

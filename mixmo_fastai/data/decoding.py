@@ -4,9 +4,10 @@ Shapes: n images of C channels, H × W pixels, uint8.
 """
 
 import errno
+import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
@@ -20,9 +21,16 @@ from torch import Tensor
 
 from mixmo_fastai.data.depth import to_eight_bits
 from mixmo_fastai.errors import InputError
+from mixmo_fastai.runtime.progress import counted
 
-BATCH = 128
+BATCH = 32
 """Images decoded by a thread per task: enough to make the cost of a task negligible."""
+
+_SHRINKS = (8, 4, 2, 1)
+"""Factors by which libjpeg can reduce height and width of a JPEG image while decoding it."""
+
+_MIRRORED_ROWS, _MIRRORED_COLUMNS = (3, 4, 7, 8), (2, 3, 6, 7)
+"""EXIF orientations whose first upright row or column is the last of a stored row or column."""
 
 _ROTATED = range(2, 9)
 """EXIF orientations of images that are not upright; from 5 on, height and width are swapped."""
@@ -32,7 +40,7 @@ _DAMAGE = ("data stream", "decoder error", "decoder object", "broken")
 
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
-_Result = TypeVar("_Result")
+_Result = TypeVar("_Result", bound=Sized)
 
 
 class UndecodableError(InputError):
@@ -83,6 +91,74 @@ def image_to_tensor(
     return pixels[None] if channels == 1 else pixels.permute(2, 0, 1).contiguous()
 
 
+def decode_boxes(path: Path, choose: Callable[[int, int], Tensor], size: tuple[int, int]) -> Tensor:
+    """Decode boxes of an image file, each resized with antialiasing to one size.
+
+    As in `decode_image`, the image is upright, opaque and RGB. A JPEG file is decoded at a half, a
+    quarter or an eighth of its height and width if all boxes then still are as large as the result.
+
+    Args:
+        path: the file.
+        choose: maps the upright height and width of the image to n boxes (n, 4): top, left, height,
+            width.
+        size: (H, W) of the result.
+
+    Returns:
+        (n, H, W, 3) uint8, channels last.
+
+    Raises:
+        InputError: the file is missing, truncated or not an image; the message names it.
+    """
+    with _opened(path) as image:
+        height, width = _size_of(image)
+        boxes = choose(height, width)
+        shrink = _shrink(image, boxes, size)
+        image.load()
+        orientation = _orientation(image)
+        plain = _upright(image)
+        # A reduced image ends with the stored rows and columns, and is padded if they do not fill
+        # its last pixels. In a mirrored image, this padding comes first.
+        top = shrink * plain.height - height if orientation in _MIRRORED_ROWS else 0
+        left = shrink * plain.width - width if orientation in _MIRRORED_COLUMNS else 0
+        pixels = np.empty((len(boxes), *size, 3), np.uint8)
+        for row, box in zip(pixels, boxes.tolist(), strict=True):
+            row[:] = _resized_box(plain, (box[0] + top, box[1] + left, *box[2:]), shrink, size)
+    return torch.from_numpy(pixels)
+
+
+def _shrink(image: Image.Image, boxes: Tensor, size: tuple[int, int]) -> int:
+    """Let a JPEG image be decoded at a smaller size that suffices for boxes (n, 4).
+
+    Returns:
+        the factor by which height and width are smaller; 1 for other images.
+    """
+    if image.format not in ("JPEG", "MPO"):
+        return 1
+    ratio = (boxes[:, 2:] / torch.tensor(size)).min().item()
+    shrink = next((factor for factor in _SHRINKS if factor <= ratio), 1)
+    reduced = (max(1, image.width // shrink), max(1, image.height // shrink))
+    width = image.width
+    drafted = image.draft(None, reduced)
+    return 1 if drafted is None else round(width / drafted[1][2])
+
+
+def _resized_box(
+    image: Image.Image, box: tuple[int, ...], shrink: int, size: tuple[int, int]
+) -> Image.Image:
+    """Resize a box (top, left, height, width) of an image that was reduced by a factor."""
+    top, left, height, width = (side / shrink for side in box)
+    corner = (math.floor(left), math.floor(top))
+    bottom, right = top + height, left + width
+    region = image.crop((*corner, math.ceil(right), math.ceil(bottom)))  # as torchvision crops
+    inner = (left - corner[0], top - corner[1], right - corner[0], bottom - corner[1])
+    return _rgb(region).resize(size[::-1], Image.Resampling.BILINEAR, inner)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    opaque = _opaque(image)
+    return opaque if opaque.mode == "RGB" else opaque.convert("RGB")
+
+
 def decode_batches(paths: Sequence[Path], size: tuple[int, int]) -> Iterator[Tensor]:
     """Decode files in threads to batches (n, 3, H, W), in the order of the paths.
 
@@ -96,7 +172,7 @@ def decode_batches(paths: Sequence[Path], size: tuple[int, int]) -> Iterator[Ten
             row.copy_(decode_image(path, size))
         return pixels
 
-    return _in_threads(decode, paths)
+    return _in_threads(decode, paths, "Decoding images")
 
 
 def image_sizes(paths: Sequence[Path]) -> Iterator[tuple[int, int]]:
@@ -105,7 +181,9 @@ def image_sizes(paths: Sequence[Path]) -> Iterator[tuple[int, int]]:
     Raises:
         InputError: a file is missing or not an image; the message names it.
     """
-    for sizes in _in_threads(lambda chunk: [_upright_size(path) for path in chunk], paths):
+    for sizes in _in_threads(
+        lambda chunk: [*map(_upright_size, chunk)], paths, "Reading image sizes"
+    ):
         yield from sizes
 
 
@@ -119,7 +197,7 @@ def undecodable(paths: Sequence[Path]) -> Iterator[str | None]:
             return error.reason
         return None
 
-    for reasons in _in_threads(lambda chunk: [reason(path) for path in chunk], paths):
+    for reasons in _in_threads(lambda chunk: [*map(reason, chunk)], paths, "Checking images"):
         yield from reasons
 
 
@@ -135,14 +213,14 @@ def _extensions() -> frozenset[str]:
 
 
 def _in_threads(
-    function: Callable[[Sequence[Path]], _Result], paths: Sequence[Path]
+    function: Callable[[Sequence[Path]], _Result], paths: Sequence[Path], task: str
 ) -> Iterator[_Result]:
     # Pillow releases the GIL while decoding, so threads suffice.
     chunks: Iterable[Sequence[Path]] = (
         paths[start : start + BATCH] for start in range(0, len(paths), BATCH)
     )
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield from pool.map(function, chunks)
+        yield from counted(pool.map(function, chunks), task, len(paths))
 
 
 @contextmanager
@@ -191,11 +269,16 @@ def _readable(message: str) -> str:
 
 def _upright_size(path: Path) -> tuple[int, int]:
     with _opened(path) as image:
-        orientation = _orientation(image)
-        if image.format == "TIFF" and orientation in _ROTATED:
-            image.load()  # rotates TIFF; the size before depends on the version of Pillow
-            orientation = 1
-        width, height = image.size
+        return _size_of(image)
+
+
+def _size_of(image: Image.Image) -> tuple[int, int]:
+    """Return the upright (H, W) of an open image."""
+    orientation = _orientation(image)
+    if image.format == "TIFF" and orientation in _ROTATED:
+        image.load()  # rotates TIFF; the size before depends on the version of Pillow
+        orientation = 1
+    width, height = image.size
     return (width, height) if orientation >= 5 else (height, width)
 
 

@@ -6,15 +6,18 @@ Shapes: N images of C channels, H × W pixels, uint8.
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from mixmo_fastai.config.choices import DATASETS
-from mixmo_fastai.data.decoding import decode_batches, decode_image
+from mixmo_fastai.data.decoding import decode_batches, decode_image, image_sizes
 from mixmo_fastai.data.parts import DataParts
 from mixmo_fastai.data.source_checks import check_array_images, check_source
+
+_SIZES_AT_ONCE = 256
 
 
 class ImageSet(Protocol):
@@ -141,6 +144,19 @@ class FileImages:
             start += len(batch)
         return pixels
 
+    def are_all_of_size(self, size: tuple[int, int]) -> bool:
+        """Check whether every file has a size (H, W), upright, without decoding them.
+
+        Raises:
+            InputError: a file is missing or not an image; the message names it.
+        """
+        paths = [self.root / name for name in self.names]
+        # In parts, since the first files of most sets of photographs already differ.
+        parts = (
+            paths[start : start + _SIZES_AT_ONCE] for start in range(0, len(paths), _SIZES_AT_ONCE)
+        )
+        return all(found == size for part in parts for found in image_sizes(part))
+
     def chosen(self, indices: Tensor) -> "FileImages":
         """Return the set of the images at `indices`."""
         names = tuple(self.names[i] for i in indices.tolist())
@@ -165,17 +181,27 @@ class FileImages:
 
 
 def resize_images(images: ImageSet, size: int) -> ImageSet:
-    """Resize the images of a set to squares of `size` pixels, with antialiasing."""
+    """Resize the images of a set to squares of `size` pixels; see `cover`."""
     if images.image_shape[1:] == (size, size):
         return images
     if isinstance(images, FileImages):
         return replace(images, size=(size, size))
-    from torchvision.transforms.v2.functional import resize  # importing takes 1.5 s
-
-    pixels = resize(images.tensor(), [size, size], antialias=True)
+    pixels = cover(images.tensor(), (size, size))
     names = tuple(map(images.name, range(len(images))))
     files = images.files if isinstance(images, ArrayImages) else None
     return ArrayImages(pixels, images.labels, names, files, groups_of(images))
+
+
+def cover(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize images (N, C, H', W') with antialiasing to cover a size (H, W); crop the centre."""
+    if pixels.shape[2:] == size:
+        return pixels
+    from torchvision.transforms.v2.functional import center_crop, resize  # takes 1.5 s
+
+    scale = max(Fraction(new, old) for new, old in zip(size, pixels.shape[2:], strict=True))
+    covering = [round(scale * side) for side in pixels.shape[2:]]
+    cropped: Tensor = center_crop(resize(pixels, covering, antialias=True), list(size))
+    return cropped
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,6 +255,14 @@ class Subset:
 def groups_of(images: ImageSet) -> Tensor | None:
     """Return the group of each image, (N,) int64; None if an image set has no groups."""
     return getattr(images, "groups", None)
+
+
+def files_of(images: ImageSet) -> FileImages | None:
+    """Return the files of a set of images, in the same order; None if it has none."""
+    if isinstance(images, Subset):
+        files = files_of(images.images)
+        return None if files is None else files.chosen(images.indices)
+    return images if isinstance(images, FileImages) else getattr(images, "files", None)
 
 
 def no_images(like: ImageSet) -> Subset:

@@ -30,7 +30,8 @@ from mixmo_fastai.data.augment import (
 from mixmo_fastai.data.cuts import STEPS_AT_ONCE, Arrangement, Augmentation, Cuts
 from mixmo_fastai.data.image_sets import ImageSet
 from mixmo_fastai.data.items import as_items
-from mixmo_fastai.data.transforms import BatchTransform, ImageTransform, SeededTransform
+from mixmo_fastai.data.pixel_reader import PixelReader, pixel_reader
+from mixmo_fastai.data.transforms import BatchTransform, OriginalCrop
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.rng import make_generator
 from mixmo_fastai.runtime.processes import Processes, process_group
@@ -158,7 +159,7 @@ class BatchLoader(TfmdDL):
         kept = [
             group[num_skipped if number == first else 0 :] for number, group in enumerate(groups)
         ]
-        read = self.reader(kept[first:])
+        read = self.reader(kept[first:], copies)
         for number, group in enumerate(groups[first:], first):
             cuts = self._draw(group, copies, arrange, (epoch, steps * number))
             if number == first:
@@ -181,7 +182,11 @@ class BatchLoader(TfmdDL):
         """Move the order of an epoch to the device on which `reader` needs it."""
         return order
 
-    def reader(self, groups: Sequence[Tensor]) -> Reader:
+    def windows_per_image(self, copies: int) -> int:
+        """Return how many of the `copies` of an image `reader` reads separately; 1 or all."""
+        return 1
+
+    def reader(self, groups: Sequence[Tensor], copies: int = 1) -> Reader:
         """Prepare a pass over groups of batches, each (steps, n) image indices.
 
         Returns:
@@ -204,6 +209,7 @@ class BatchLoader(TfmdDL):
             slots = arrange(start[1], count)[:steps]
         if not self.augments:
             return Cuts(slots % count)
+        images = slots % (count * self.windows_per_image(copies))
         # All processes draw the same numbers for the whole batch; each uses its own slots.
         generator = make_generator(self.seed, "augment", *start, device=device)
         drawn = {"generator": generator, "device": device}
@@ -213,13 +219,13 @@ class BatchLoader(TfmdDL):
         corners = draw_crops(math.prod(shape), augmentation.crop_padding, **drawn).view(*shape, 2)
         corners = corners[:steps].gather(1, slots[..., None].expand(-1, -1, 2))
         if not augmentation.flip:
-            return Cuts(slots % count, corners)
+            return Cuts(images, corners)
         if augmentation.alternating_flip:
             flips = draw_alternating_flips(STEPS_AT_ONCE * count, copies, **drawn)
             flips = flips.view(copies, STEPS_AT_ONCE, count).transpose(0, 1).reshape(shape)
         else:
             flips = draw_flips(math.prod(shape), **drawn).view(shape)
-        return Cuts(slots % count, corners, flips[:steps].gather(1, slots))
+        return Cuts(images, corners, flips[:steps].gather(1, slots))
 
     def _transformed(self, windows: Tensor, epoch: int, step: int) -> Tensor:
         """Apply the batch transform of the augmentation, if any, to windows (P, C, H, W) uint8."""
@@ -254,7 +260,7 @@ class ResidentLoader(BatchLoader):
     def _on_device(self, order: Tensor) -> Tensor:
         return order.to(self.device)  # one copy per epoch, so that no step waits for one
 
-    def reader(self, groups: Sequence[Tensor]) -> Reader:
+    def reader(self, groups: Sequence[Tensor], copies: int = 1) -> Reader:
         """Crop the windows of several batches at once from the resident data set."""
         return self._cut
 
@@ -274,16 +280,19 @@ class ResidentLoader(BatchLoader):
 class StreamingLoader(BatchLoader):
     """Reads images in worker processes when needed, for data that does not fit on the device."""
 
-    def reader(self, groups: Sequence[Tensor]) -> Reader:
+    def windows_per_image(self, copies: int) -> int:
+        """Return `copies` for boxes of image files, which differ between copies; otherwise 1."""
+        is_cropped = self.augments and isinstance(self.augmentation.transform, OriginalCrop)
+        return copies if is_cropped else 1
+
+    def reader(self, groups: Sequence[Tensor], copies: int = 1) -> Reader:
         """Start reading batch by batch, in worker processes if there are any."""
         pinned = self.device.type == "cuda"
         transform = self.augmentation.transform if self.augments else None
-        seeded = None
-        if isinstance(transform, ImageTransform):
-            seeded = transform.seeded(self.seed, self.epoch)
+        read = pixel_reader(self.images, transform, copies, self.seed, self.epoch)
         chunks = [chunk for group in groups for chunk in group]
         loader = DataLoader(
-            _ChunkReader(self.images, chunks, seeded),
+            _ChunkReader(read, self.images.labels, chunks),
             num_workers=self.workers,
             pin_memory=pinned,
             wif=leave_signals_to_parent,  # a signal that kills a worker would abort the step
@@ -364,10 +373,8 @@ class LoaderShard:
 class _ChunkReader:
     """A data set whose item i is the complete i-th batch, so that a worker sends one tensor."""
 
-    def __init__(
-        self, images: ImageSet, chunks: Sequence[Tensor], transform: SeededTransform | None
-    ) -> None:
-        self.images, self.chunks, self.transform = images, chunks, transform
+    def __init__(self, read: PixelReader, labels: Tensor, chunks: Sequence[Tensor]) -> None:
+        self.read, self.labels, self.chunks = read, labels, chunks
 
     def __len__(self) -> int:
         return len(self.chunks)
@@ -375,11 +382,7 @@ class _ChunkReader:
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | InputError:
         chunk = self.chunks[index]
         try:
-            pixels = torch.stack([self._image(i) for i in chunk.tolist()])
+            pixels = self.read(chunk.tolist())
         except InputError as error:
             return error  # an error raised in a worker would arrive as the text of a traceback
-        return pixels, self.images.labels[chunk]
-
-    def _image(self, index: int) -> Tensor:
-        pixels = self.images[index]
-        return pixels if self.transform is None else self.transform(pixels, index)
+        return pixels, self.labels[chunk].repeat(len(pixels) // len(chunk))

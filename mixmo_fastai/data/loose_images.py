@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mixmo_fastai.data.augment import normalize
 from mixmo_fastai.data.decoding import decode_image
+from mixmo_fastai.data.image_sets import cover
 from mixmo_fastai.data.listing import Skipped, images_below
 from mixmo_fastai.errors import InputError
 
@@ -70,6 +71,8 @@ def decode_readable(
 def convert_shape(images: Tensor, shape: Shape) -> Tensor:
     """Convert decoded images (n, C', H', W') to (n, C, H, W): greyscale or RGB, antialiased.
 
+    As in `decode_image`, images of another aspect ratio are cropped at the centre, not stretched.
+
     Raises:
         InputError: the number of channels is neither 1 nor 3.
     """
@@ -86,12 +89,7 @@ def convert_shape(images: Tensor, shape: Shape) -> Tensor:
             if channels == 1
             else (images.float() * luma).sum(1, keepdim=True).round().to(torch.uint8)
         )
-    if images.shape[2:] == shape[1:]:
-        return images
-    from torchvision.transforms.v2.functional import resize  # importing takes 1.5 s
-
-    resized: Tensor = resize(images, list(shape[1:]), antialias=True)
-    return resized
+    return cover(images, shape[1:])
 
 
 class PixelLoader:

@@ -4,21 +4,45 @@ Shapes: P positions of a batch, C channels, H W image size.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Generator, Tensor
 
-from mixmo_fastai.data.transforms import BatchTransform
+from mixmo_fastai.data.transforms import BatchTransform, OriginalCrop
 from mixmo_fastai.errors import InputError
+
+
+@dataclass(frozen=True)
+class ResizedCrop(BatchTransform):
+    """Random resized crops of images that have the size of the result.
+
+    Attributes:
+        scale: see `random_resized_crop`.
+        ratio: see `random_resized_crop`.
+    """
+
+    scale: Sequence[float] | None = None
+    ratio: Sequence[float] = (3 / 4, 4 / 3)
+
+    def from_original(self) -> OriginalCrop:
+        """Return the same crops, but of the image files at their own size.
+
+        They require the streaming loader and images that are files.
+        """
+        # A function that can be sent to workers, unlike that of this object.
+        return OriginalCrop(partial(_draw_boxes, self.scale, self.ratio))
 
 
 def random_resized_crop(
     scale: Sequence[float] | None = None, ratio: Sequence[float] = (3 / 4, 4 / 3)
-) -> BatchTransform:
+) -> ResizedCrop:
     """Return random crops that are resized to the image size, as in training on ImageNet.
 
     Boxes are drawn as by torchvision's `RandomResizedCrop`, and resized with bilinear
-    interpolation. A crop is never larger than the result, so antialiasing would have no effect.
+    interpolation. They are boxes of images that already have the size of the result, so
+    antialiasing would have no effect; `ResizedCrop.from_original` crops the files instead.
 
     Args:
         scale: smallest and largest fraction of the image's area; None for 0.08 and 1, as on
@@ -39,12 +63,23 @@ def random_resized_crop(
             )
 
     def crop(images: Tensor, generator: Generator) -> Tensor:
-        count, (height, width) = len(images), images.shape[-2:]
-        areas = default_scale(height, width) if scale is None else scale
-        boxes = draw_boxes(count, (height, width), areas, ratio, generator)
+        height, width = images.shape[-2:]
+        boxes = _draw_boxes(scale, ratio, len(images), (height, width), generator)
         return resize_boxes(images, boxes)
 
-    return BatchTransform(crop)
+    return ResizedCrop(crop, scale, ratio)
+
+
+def _draw_boxes(
+    scale: Sequence[float] | None,
+    ratio: Sequence[float],
+    count: int,
+    size: tuple[int, int],
+    generator: Generator,
+) -> Tensor:
+    """Draw boxes (P, 4) for images of one size (H, W), with the default areas for None."""
+    areas = default_scale(*size) if scale is None else scale
+    return draw_boxes(count, size, areas, ratio, generator)
 
 
 def default_scale(height: int, width: int) -> tuple[float, float]:

@@ -5,7 +5,8 @@ Shapes: P positions of a batch, C channels, H W image size.
 A transform is an `ImageTransform`, which processes one image in a worker of the streaming loader,
 before crop and flip, or a `BatchTransform`, which processes a whole batch on its device, after
 crop and flip. To add one, write a function like that of `resized_crop.py` that takes its options
-and returns one of the two, and register it in `choices.TRANSFORMS`.
+and returns one of the two, and register it in `choices.TRANSFORMS`. An `OriginalCrop` takes the
+place of decoding whole image files.
 """
 
 import inspect
@@ -110,7 +111,23 @@ class BatchTransform:
         return result
 
 
-Transform = ImageTransform | BatchTransform
+@dataclass(frozen=True)
+class OriginalCrop:
+    """Random crops of image files at their own size, resized to the image size in workers.
+
+    It requires the streaming loader and images that are files. Every copy of an image in a batch
+    has its own box; the file is decoded once for all of them.
+
+    Attributes:
+        draw: draws boxes; maps their number P, the size (H, W) of an image and a generator to
+            (P, 4) int64: top, left, height, width. The generator is a function of seed, epoch and
+            image.
+    """
+
+    draw: Callable[[int, tuple[int, int], Generator], Tensor]
+
+
+Transform = ImageTransform | BatchTransform | OriginalCrop
 
 
 def build_transform(

@@ -14,7 +14,7 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from torch import nn
 
-from mixmo_fastai.config.choices import TRANSFORMS
+from mixmo_fastai.config.choices import CROPPING_TRANSFORM, TRANSFORMS
 from mixmo_fastai.config.defaults import (
     MAX_CPU_SIDE,
     default_arch,
@@ -26,7 +26,8 @@ from mixmo_fastai.config.schema import to_mapping
 from mixmo_fastai.data.cuts import Augmentation
 from mixmo_fastai.data.dataloaders import BatchTooLargeError, make_dataloaders
 from mixmo_fastai.data.fingerprint import fingerprint
-from mixmo_fastai.data.image_sets import DataSource
+from mixmo_fastai.data.image_sets import DataSource, files_of
+from mixmo_fastai.data.resized_crop import ResizedCrop
 from mixmo_fastai.data.run_data import read_source
 from mixmo_fastai.data.splits import training_parts
 from mixmo_fastai.data.transforms import build_transform
@@ -169,6 +170,8 @@ def prepare(
         source = read_source(
             recipe, data_dir, run, largest_side=MAX_CPU_SIDE if may_scale else None
         )
+    if run is None:
+        recipe = _with_crop_source(recipe, source)
     return prepare_network(recipe, source, sized_for=sized_for)
 
 
@@ -221,6 +224,13 @@ def _make_dataloaders(recipe: Recipe, source: DataSource, device: torch.device) 
         transform = build_transform(data.transform, data.transform_options, image_shape)
     except InputError as error:
         raise InputError(f"data.transform: {error}") from error
+    if isinstance(transform, ResizedCrop) and data.crop_from == "original":
+        if files_of(source.train) is None:
+            raise InputError(
+                f"data.crop_from='original' needs image files, and {source.name} has none.\n"
+                "Set data.crop_from=resized."
+            )
+        transform = transform.from_original()
     try:
         return make_dataloaders(
             source,
@@ -272,6 +282,24 @@ def _with_test_split(recipe: Recipe, source: DataSource) -> Recipe:
         return recipe
     fraction = source.parts.drawn.test_split
     return replace(recipe, data=replace(recipe.data, test_split=fraction))
+
+
+def _with_crop_source(recipe: Recipe, source: DataSource) -> Recipe:
+    """Set `data.crop_from` to "original" for image files whose sizes are not the image size.
+
+    Runs of versions without this setting have crops of resized images, and keep them.
+    """
+    data = recipe.data
+    if (
+        data.transform != CROPPING_TRANSFORM
+        or data.crop_from != "auto"
+        or data.loader == "resident"
+    ):
+        return recipe
+    files = files_of(source.train)
+    if files is None or files.are_all_of_size(source.train.image_shape[1:]):
+        return recipe
+    return replace(recipe, data=replace(data, crop_from="original"))
 
 
 def _with_data_settings(recipe: Recipe, source: DataSource) -> Recipe:

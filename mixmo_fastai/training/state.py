@@ -370,6 +370,7 @@ _ADDED = (
     ("model", "readout", "core"),
     ("optimizer", "name", "sgd"),
     ("data", "transform", "standard"),
+    ("data", "crop_from", "auto"),
     # Without fine-tune and an early_repetition, these have no effect.
     ("schedule", "frozen_share", Schedule().frozen_share),
     ("schedule", "body_div", Schedule().body_div),
