@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mixmo_fastai.data.depth import to_eight_bits
 from mixmo_fastai.errors import InputError
+from mixmo_fastai.runtime.cpus import available_cpus
 
 BATCH = 128
 """Images decoded by a thread per task: enough to make the cost of a task negligible."""
@@ -141,7 +142,7 @@ def _in_threads(
     chunks: Iterable[Sequence[Path]] = (
         paths[start : start + BATCH] for start in range(0, len(paths), BATCH)
     )
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(available_cpus().count) as pool:
         yield from pool.map(function, chunks)
 
 
