@@ -5,8 +5,9 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import short_runs
 import torch
-from short_runs import Watch
+from short_runs import Watch, assert_same, fit
 from training_states import TINY, assert_unchanged, state_of
 
 from mixmo_fastai.cli.program import run as program
@@ -249,6 +250,13 @@ class TestResume:
     ):
         available(count)
         assert threads.reduced_threads(stored[0].recipe, stored[1]) == expected
+
+    def test_a_run_of_two_threads_is_resumed_bit_for_bit(self, tmp_path):
+        recipe = override(short_runs.TINY, ["data.limit=24", "train.threads=2"])
+        expected, run = (create_run(recipe, tmp_path / name) for name in ("whole", "resumed"))
+        steps = fit(expected)
+        assert fit(run, (1, 1)) + fit(run, resume=True) == steps
+        assert_same(expected, run)
 
     def test_another_number_of_threads_is_reported(self, tmp_path):
         run = create_run(override(TINY, ["train.threads=1"]), tmp_path / "run")
