@@ -18,6 +18,7 @@ from mixmo_fastai.models import create_model
 from mixmo_fastai.models.flops import count_flops, training_flops
 from mixmo_fastai.runtime import acceleration
 from mixmo_fastai.runtime.acceleration import Acceleration, choose_acceleration
+from mixmo_fastai.runtime.cpus import CpuLimit
 from mixmo_fastai.runtime.devices import float32_precision
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -277,6 +278,7 @@ class TestChooseAcceleration:
     @pytest.fixture(autouse=True)
     def simulated_gpu(self, monkeypatch, tmp_path):
         """Simulate a GPU, with or without bfloat16, and everything that compiling needs."""
+        monkeypatch.setattr(acceleration, "thread_limit", lambda: CpuLimit(2))
         self.has_bfloat16, self.capability = True, (9, 0)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: self.capability)
         monkeypatch.setattr(acceleration, "find_spec", lambda _: "found")
@@ -288,18 +290,18 @@ class TestChooseAcceleration:
         )
 
     def test_precision_on_a_gpu_depends_on_its_capability(self):
-        assert self.choose(CUDA).describe() == "bfloat16, channels last"
+        assert self.choose(CUDA).describe() == "bfloat16, channels last, 2 threads"
         self.has_bfloat16 = False
-        assert self.choose(CUDA).describe() == "TF32, channels last"
+        assert self.choose(CUDA).describe() == "TF32, channels last, 2 threads"
         with pytest.raises(InputError, match="--precision float32"):
             self.choose(CUDA, precision="bfloat16")
         self.capability = (7, 5)
-        assert self.choose(CUDA).describe() == "float32, channels last"
+        assert self.choose(CUDA).describe() == "float32, channels last, 2 threads"
         with pytest.raises(InputError, match="--precision float32"):
             self.choose(CUDA, precision="tf32")
 
     def test_cpu_uses_float32_by_default(self):
-        assert self.choose(CPU).describe() == "float32, channels last"
+        assert self.choose(CPU).describe() == "float32, channels last, 2 threads"
         assert self.choose(CPU, precision="bfloat16").autocast == torch.bfloat16
         with pytest.raises(InputError, match="--precision float32"):
             self.choose(CPU, precision="tf32")

@@ -1,6 +1,10 @@
 """Run each benchmark at a small size; measured speeds are not tested."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +24,7 @@ SMALL_ARGUMENTS = {
     "growth.py": "--arch wrn10_1 --batch-size 8 --repeats 1 --images 100",
     "evaluation.py": "--images 200 --classes 10 --repeats 1",
     "long_run.py": "--epochs 2 --limit 32",
+    "busy.py": "--arch wrn10_1 --epochs 1 --limit 64 --busy 1",
     "edge.py": "--archs wrn10_1 --size 8 --batch-sizes 1,2 --repeats 1",
     "masks.py": "--arch wrn10_1 --batch-size 4 --repeats 1",
 }
@@ -65,6 +70,41 @@ def test_benchmark_writes_its_results(name, benchmark, tmp_path):
     assert results["machine"]["torch"]
     assert len(results) > 1
     assert "on processor" in output
+
+
+SPIN = f"""
+import os, sys, time
+sys.path.insert(0, {str(BENCHMARKS)!r})
+from busy import spinning
+with spinning(2) as pids:
+    print(*pids, flush=True)
+    if sys.argv[1] == "error":
+        raise SystemExit(3)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("end", ["error", "SIGINT", "SIGKILL"])
+def test_spinning_processes_end_with_the_benchmark(end):
+    command = [sys.executable, "-c", SPIN, end]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        pids = [int(pid) for pid in process.stdout.readline().split()]
+        assert len(pids) == 2
+        if end != "error":
+            process.send_signal(getattr(signal, end))
+        assert process.wait(timeout=TIMEOUT) != 0
+    deadline = time.monotonic() + TIMEOUT
+    while any(map(is_running, pids)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def is_running(pid):
+    """Check whether a process runs; one that has ended may wait for its parent to notice."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
+    except OSError:
+        return False
 
 
 def test_peers_are_compared(benchmark, tmp_path):

@@ -190,7 +190,7 @@ def test_diverging_run_fails_with_advice(capsys):
 
 
 def test_debug_shows_the_traceback_of_a_failure(monkeypatch, capsys):
-    def fail(*_):
+    def fail(*_, **__):
         raise RuntimeError("the first line\nthe second\nthe third")
 
     monkeypatch.setattr("mixmo_fastai.training.prepare.prepare", fail)

@@ -296,7 +296,7 @@ def test_invalid_input_is_explained_and_changes_no_file(folder, folders, capsys,
 
 
 def test_ctrl_c_while_data_is_read_changes_no_file(folder, monkeypatch, capsys):
-    def interrupt(*_):
+    def interrupt(*_, **__):
         raise KeyboardInterrupt
 
     before = contents(folder)

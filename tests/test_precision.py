@@ -12,7 +12,7 @@ from mixmo_fastai.cli import plan
 from mixmo_fastai.cli.program import run as program
 from mixmo_fastai.config.load import override
 from mixmo_fastai.runs.folder import open_run
-from mixmo_fastai.training import precision, speed
+from mixmo_fastai.training import precision, speed, trials
 from mixmo_fastai.training.precision import PrecisionTimes, choose_precision, measure_precisions
 from mixmo_fastai.training.prepare import prepare
 
@@ -27,8 +27,8 @@ def times(ratio):
 def short_runs(monkeypatch):
     """Measure the precisions even for tiny runs."""
     monkeypatch.setattr(precision, "MIN_RUN_SECONDS", 0.0)
-    monkeypatch.setattr(precision, "MAX_FRACTION", 1e3)
-    monkeypatch.setattr(precision, "MAX_SECONDS", 0.5)
+    monkeypatch.setattr(trials, "MAX_FRACTION", 1e3)
+    monkeypatch.setattr(trials, "MAX_SECONDS", 0.5)
 
 
 @pytest.mark.parametrize(
@@ -59,12 +59,12 @@ def test_nothing_is_measured_on_a_gpu(monkeypatch):
 
 
 def test_short_runs_and_unknown_operations_are_not_measured(monkeypatch):
-    monkeypatch.setattr(precision, "copy_for_timing", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(trials, "copy_for_timing", lambda *_: pytest.fail("measured"))
     training = prepare(TINY)
     assert measure_precisions(training) is None
     assert choose_precision(training) == (training, None)
     monkeypatch.setattr(precision, "MIN_RUN_SECONDS", 0.0)
-    monkeypatch.setattr(precision, "training_operations", lambda *_: None)
+    monkeypatch.setattr(trials, "training_operations", lambda *_: None)
     assert measure_precisions(training) is None
 
 
@@ -72,7 +72,7 @@ def test_an_error_in_a_step_is_left_to_the_training(monkeypatch, short_runs):
     def fail(*_):
         raise RuntimeError("not enough memory")
 
-    monkeypatch.setattr(precision, "time_steps", fail)
+    monkeypatch.setattr(trials, "time_steps", fail)
     assert measure_precisions(prepare(TINY)) is None
 
 
@@ -87,7 +87,7 @@ def test_measuring_takes_at_most_two_percent_of_the_expected_time(monkeypatch, p
     """The simulated machine is as fast as assumed, so that times follow from the operations."""
     monkeypatch.setattr(precision, "MIN_RUN_SECONDS", 1.0)
     training = replace(prepared, recipe=override(prepared.recipe, [f"train.epochs={epochs}"]))
-    operations = precision.training_operations(training.learn.model, (1, 8, 8))
+    operations = trials.training_operations(training.learn.model, (1, 8, 8))
     rate = speed.CPU_THREAD_FLOPS * torch.get_num_threads()
     seconds, sizes = 0.0, []
 
@@ -102,12 +102,12 @@ def test_measuring_takes_at_most_two_percent_of_the_expected_time(monkeypatch, p
         seconds += (timer.warmup_steps + num_timed) * step
         return step
 
-    monkeypatch.setattr(precision, "copy_for_timing", copy)
-    monkeypatch.setattr(precision, "time_steps", time_steps)
+    monkeypatch.setattr(trials, "copy_for_timing", copy)
+    monkeypatch.setattr(trials, "time_steps", time_steps)
     run_seconds = operations * training.images_seen / rate
     measured = measure_precisions(training)
     assert (measured is None) == (not sizes)
-    assert seconds <= 1.5 * min(0.02 * run_seconds, precision.MAX_SECONDS)
+    assert seconds <= 1.5 * min(0.02 * run_seconds, trials.MAX_SECONDS)
     if run_seconds > 3600:
         assert measured.ratio == 1.0
 
@@ -115,10 +115,10 @@ def test_measuring_takes_at_most_two_percent_of_the_expected_time(monkeypatch, p
 def test_precisions_alternate(monkeypatch, short_runs):
     autocasts = []
     monkeypatch.setattr(
-        precision, "time_steps", lambda _, setting, __: autocasts.append(setting.autocast) or 1.0
+        trials, "time_steps", lambda _, setting, __: autocasts.append(setting.autocast) or 1.0
     )
     measured = measure_precisions(prepare(TINY))
-    assert autocasts == [None, torch.bfloat16] * precision.ROUNDS
+    assert autocasts == [None, torch.bfloat16] * trials.ROUNDS
     assert measured.ratio == 1.0
 
 

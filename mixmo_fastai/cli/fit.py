@@ -1,7 +1,7 @@
 """`mixmo fit`: train."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +10,7 @@ import typer
 
 from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output
-from mixmo_fastai.cli.plan import print_next_steps, print_plan
+from mixmo_fastai.cli.plan import epochs_done, print_next_steps, print_plan
 from mixmo_fastai.cli.render import METRIC_WIDTH, align, metric_lines
 from mixmo_fastai.config.recipe import Recipe
 from mixmo_fastai.config.resolve import resolve_recipe
@@ -185,24 +185,27 @@ def _start(
         from mixmo_fastai.learner.optimizers import check_optimizer_settings
         from mixmo_fastai.runtime.processes import run_on_rank0
         from mixmo_fastai.training.precision import choose_precision
+        from mixmo_fastai.training.threads import choose_threads
         from mixmo_fastai.training.train import describe_run
 
         check_optimizer_settings(prepared.learn.opt_func, prepared.recipe.lr)
-        training, times = choose_precision(prepared)
-        path = run_on_rank0(lambda: _make_folder(training, out, times))
+        threaded, threads = choose_threads(prepared)
+        training, times = choose_precision(threaded)
+        measured = {"chosen_threads": threads, "measured_precision": times}
+        path = run_on_rank0(lambda: _make_folder(training, out, measured))
         output.run = run = RunFolder(path, is_writer=is_rank0)
         if nets is not None:
             describe_run(training, run)
         created()
         with _errors_logged(run, nets):
-            speed = print_plan(training, output, run, nets=nets)
+            speed = print_plan(training, output, run, nets=nets, threads=threads)
             _train(training, run, loggers, output, speed, nets=nets, resume=False)
 
 
-def _make_folder(training: Any, out: Path | None, times: Any) -> Path:
-    """Create the run folder of a training; `times` are those of `precision.choose_precision`."""
+def _make_folder(training: Any, out: Path | None, measured: Mapping[str, Any]) -> Path:
+    """Create the run folder of a training; `measured` are choices of settings, or None, by name."""
     device, how = training.device_name, training.acceleration.describe()
-    more = {"measured_precision": times.as_dict()} if times is not None else {}
+    more = {name: each.as_dict() for name, each in measured.items() if each is not None}
     return create_run(training.recipe, out, device=device, acceleration=how, **more).path
 
 
@@ -229,10 +232,14 @@ def _resume(
             stack.enter_context(locked(folder.path))  # no other process may write checkpoints
         for network in networks:
             CheckpointStore(network.checkpoint).newest()  # raises before any data is read
-    with _prepared(recipe, data_dir, output, run) as (training, is_rank0):
+    with _prepared(recipe, data_dir, output, run) as (prepared, is_rank0):
+        from mixmo_fastai.training.threads import keep_threads
+
         output.run = run = RunFolder(run.path, is_writer=is_rank0)
         with _errors_logged(run, nets):
-            speed = print_plan(training, output, run, resume=True, nets=nets)
+            left = 1 - epochs_done(run, recipe, nets) / (recipe.train.epochs * len(run.networks()))
+            training, threads = keep_threads(prepared, run.environment(), left)
+            speed = print_plan(training, output, run, resume=True, nets=nets, threads=threads)
             _print_networks(run, output)
             _train(training, run, loggers, output, speed, nets=nets, resume=True)
 
@@ -252,10 +259,12 @@ def _prepared(
     with joined_process_group(choose_device(recipe.train.device)) as processes:
         from mixmo_fastai.cli.reading import reading_shown
         from mixmo_fastai.training.prepare import prepare
+        from mixmo_fastai.training.threads import reduced_threads
 
         output.is_silent = not processes.is_rank0
+        threads = None if resumed is None else reduced_threads(recipe, resumed.environment())
         with reading_shown(output):
-            training = prepare(recipe, data_dir, resumed)
+            training = prepare(recipe, data_dir, resumed, threads=threads)
         yield training, processes.is_rank0
 
 

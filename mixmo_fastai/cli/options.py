@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from mixmo_fastai.config.choices import DEVICES
+from mixmo_fastai.config.schema import parse_value
 from mixmo_fastai.errors import InputError
 
 DATA, NETWORK, TRAINING, OUTPUT = "Data", "Method and network", "Training", "Output"
@@ -136,8 +137,10 @@ Compile = Annotated[
     typer.Option("--compile", help="Compile training: auto, on or off.", rich_help_panel=TRAINING),
 ]
 Threads = Annotated[
-    int | None,
-    typer.Option(help="CPU threads; 0 for torch's default.", rich_help_panel=TRAINING),
+    str | None,
+    typer.Option(
+        help="CPU threads: auto or a number; 0 for torch's default.", rich_help_panel=TRAINING
+    ),
 ]
 Networks = Annotated[
     str | None,
@@ -177,6 +180,8 @@ def check_device(device: str | None) -> None:
 
 def flags(**values: Any) -> dict[str, Any]:
     """Map the values of flags to settings of the recipe."""
+    if (threads := values.get("threads")) is not None:
+        values["threads"] = parse_value(threads)
     return {_SETTINGS[name]: value for name, value in values.items()}
 
 

@@ -27,6 +27,7 @@ def print_plan(
     *,
     resume: bool = False,
     nets: Sequence[int] | None = None,
+    threads: Any = None,
 ) -> Any:
     """Print what will be trained and how long it will take; log all settings.
 
@@ -36,12 +37,14 @@ def print_plan(
         run: the run folder.
         resume: the run is resumed.
         nets: numbers of the networks that are trained; None for all.
+        threads: the `threads.ThreadChoice`; None if the number was given, or kept on resuming.
 
     Returns:
         The measured `speed.Speed`, or None if no steps were timed.
     """
-    precision = _precision_lines(training, run, resume=resume)
-    for line in [*plan_lines(training), *_defaults_lines(training), *precision]:
+    chosen = [] if threads is None else [_row("Threads", threads_text(threads))]
+    chosen += _precision_lines(training, run, resume=resume)
+    for line in [*plan_lines(training), *_defaults_lines(training), *chosen]:
         output.print(line)
     if not resume and (line := _too_small_line(training)):
         output.print(line)
@@ -97,6 +100,25 @@ def _precision_lines(training: Any, run: RunFolder, *, resume: bool) -> list[str
     return [_row("Precision", f"{text}; change with --precision")]
 
 
+def threads_text(choice: Any) -> str:
+    """Describe the number of threads that was chosen, and why."""
+    limit = "" if choice.limit in ("CPUs", "torch's default") else f" ({choice.limit})"
+    number, is_new = choice.threads, choice.before is None
+    now = "" if is_new else " now"
+    text = str(number) if is_new else f"{number} instead of {choice.before}"
+    change = "; change with --threads" if is_new else ""
+    if choice.available == 1:
+        return f"{text}, the only one available{now}{limit}"
+    is_all = number == choice.available
+    text += f", all that are available{now}{limit}" if is_all else f" of {choice.available}{limit}"
+    if choice.ratio is None:
+        return f"{text}; fewer are not tried in so short a run{change}"
+    if choice.ratio < 1:
+        other = f"{choice.compared} measured to be only {1 / choice.ratio:.2f} times as fast"
+        return f"{text}; {other}{change}"
+    return f"{text}, measured to be {choice.ratio:.2f} times as fast as {choice.compared}{change}"
+
+
 def _too_small_line(training: Any) -> str | None:
     """Return advice if network or training is too small for members; None for shipped recipes."""
     recipe = training.recipe
@@ -118,7 +140,7 @@ def _print_time(
     speed = measure_speed(training)
     if speed is None:
         return None
-    done = _epochs_done(run, training.recipe, nets) if resume or nets else 0
+    done = epochs_done(run, training.recipe, nets) if resume or nets else 0
     seconds = seconds_left(training, speed, done)
     output.print(_row("Time", _time_text(speed, seconds, resume)))
     if training.device.type == "cpu" and seconds > LONG_SECONDS and not resume:
@@ -128,7 +150,7 @@ def _print_time(
     return speed if speed.is_timed else None
 
 
-def _epochs_done(run: RunFolder, recipe: Recipe, nets: Sequence[int] | None) -> int:
+def epochs_done(run: RunFolder, recipe: Recipe, nets: Sequence[int] | None) -> int:
     """Count the epochs of all networks, including those that are not to be trained here.
 
     A damaged history, which resuming replaces, counts 0.

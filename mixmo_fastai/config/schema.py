@@ -23,6 +23,7 @@ def number_field(
     *,
     open_low: bool = False,
     finite: bool = True,
+    words: tuple[str, ...] = (),
 ) -> Any:
     """Declare a field for a number, or a tuple of numbers, in a range.
 
@@ -32,8 +33,11 @@ def number_field(
         high: upper bound, inclusive.
         open_low: whether the lower bound is exclusive.
         finite: whether infinity is refused.
+        words: strings that are accepted instead of an integer.
     """
-    limits = {"low": low, "high": high, "open_low": open_low, "finite": finite}
+    limits: dict[str, Any] = {"low": low, "high": high, "open_low": open_low, "finite": finite}
+    if words:
+        limits["words"] = words
     return field(default=default, metadata=limits)
 
 
@@ -105,6 +109,12 @@ def _unknown_key_error(root: type, key: str, source: str) -> InputError:
 
 def _check_value(value: Any, hint: Any, metadata: Mapping[str, Any], label: str) -> Any:
     """Convert a value to the type of its field, and check choices and range."""
+    if words := metadata.get("words"):
+        if value in words:
+            return value
+        if type(value) is not int:
+            allowed = " or ".join(map(repr, words))
+            raise InputError(f"{label} is {_format(value)}; it must be an integer or {allowed}.")
     value = _convert(value, hint, label)
     numbers = value if isinstance(value, tuple) else (value,)
     if "choices" in metadata and value not in metadata["choices"]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mixmo_fastai.data.depth import to_eight_bits
 from mixmo_fastai.errors import InputError
+from mixmo_fastai.runtime.cpus import available_cpus
 from mixmo_fastai.runtime.progress import counted
 
 BATCH = 32
@@ -219,7 +220,7 @@ def _in_threads(
     chunks: Iterable[Sequence[Path]] = (
         paths[start : start + BATCH] for start in range(0, len(paths), BATCH)
     )
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(available_cpus().count) as pool:
         yield from counted(pool.map(function, chunks), task, len(paths))
 
 

@@ -1,5 +1,6 @@
 """The machine: devices, processes and signals.
 
+cpus          CPUs that this process may use
 devices       choice of the device, float32 precision, memory
 acceleration  precision, memory format, compilation, threads
 processes     distributed processes and their collective operations

@@ -23,12 +23,15 @@ from mixmo_fastai.config.recipe import Recipe
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.models.flops import training_flops
 from mixmo_fastai.models.mixmo_model import unwrap
+from mixmo_fastai.runtime.cpus import CpuLimit, available_threads
 from mixmo_fastai.runtime.devices import float32_precision, keep_freed_memory, move_to_device
 
 MIN_COMPILED_SECONDS = 900.0
 """Training time in seconds from which compilation, which takes one or two minutes, pays off."""
 MAX_THREADS_PER_PROCESSOR = 8
 """Threads per processor that are accepted; more threads only slow each other down."""
+TORCH = "torch's default"
+"""Reason of `thread_limit` if torch limits the number of threads."""
 MAX_FLOPS, MAX_IMAGES_PER_SECOND = 500e12, 40_000.0
 """Upper bounds of any known GPU on these networks, per second: operations bound wide networks,
 images bound small networks, which are limited by memory and by many small kernels."""
@@ -138,7 +141,7 @@ def choose_acceleration(
 
     Args:
         recipe: `train.precision`, `train.memory_format`, `train.compile` and `train.threads` are
-            used.
+            used; threads "auto" are all that `thread_limit` allows.
         device: the device of training.
         model: the network.
         image_shape: (C, H, W).
@@ -159,7 +162,8 @@ def choose_acceleration(
         raise InputError(
             "precision 'tf32' needs a CUDA device that supports it; use --precision float32."
         )
-    _check_host(train.threads, device, must_compile=train.compile == "on")
+    threads = thread_limit().count if isinstance(train.threads, str) else train.threads
+    _check_host(threads, device, must_compile=train.compile == "on")
     bfloat16 = train.precision == "bfloat16" or (train.precision == "auto" and has_bfloat16)
     compiled = train.compile == "on"
     if train.compile == "auto" and cuda and _can_compile(device):
@@ -173,15 +177,24 @@ def choose_acceleration(
         tf32=has_tf32 and train.precision != "float32",
         channels_last=train.memory_format != "contiguous",
         compiled=compiled,
-        threads=train.threads,
+        threads=threads,
     )
+
+
+def thread_limit() -> CpuLimit:
+    """Return `available_threads`, or torch's number of threads if that is smaller.
+
+    The latter is the number of physical cores, unless a program has changed it.
+    """
+    limit, own = available_threads(), torch.get_num_threads()
+    return CpuLimit(own, TORCH) if own < limit.count else limit
 
 
 def _check_host(threads: int, device: torch.device, *, must_compile: bool) -> None:
     if threads > MAX_THREADS_PER_PROCESSOR * (os.cpu_count() or 1):
         raise InputError(
             f"{threads} threads are too many for this machine with {os.cpu_count()} processors.\n"
-            "Use --threads 0 for torch's default."
+            "Use --threads auto."
         )
     if must_compile and not _has_compiler(device):
         raise InputError(

@@ -30,11 +30,12 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def describe_device(device: torch.device) -> str:
-    """Return a readable name of a device."""
+def describe_device(device: torch.device, threads: int = 0) -> str:
+    """Return a readable name of a device, on a CPU with the number of threads; 0 for torch's."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    threads = threads or torch.get_num_threads()
+    return f"{platform.processor() or platform.machine()}, {threads} threads"
 
 
 def cpu_name() -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mixmo_fastai.errors import InputError, RunFailedError, RunInterruptedError
 from mixmo_fastai.runs.lock import locked
+from mixmo_fastai.runtime.cpus import available_cpus
 from mixmo_fastai.runtime.signals import exit_code_of
 from mixmo_fastai.study.plan import PlannedRun
 from mixmo_fastai.study.records import check_unchanged, write_record
@@ -88,7 +89,9 @@ class Executor:
             arguments += ["--data-dir", str(self.data_dir)]
         environment = {**os.environ}
         if self.jobs > 1:
-            environment.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // self.jobs)))
+            environment.setdefault(
+                "OMP_NUM_THREADS", str(max(1, available_cpus().count // self.jobs))
+            )
         with self._log(run).open("ab") as output:
             self._log_starts[run.name] = output.tell()
             return subprocess.Popen(
@@ -135,13 +138,6 @@ class Executor:
             except (subprocess.TimeoutExpired, KeyboardInterrupt):
                 process.kill()
                 process.wait()
-
-
-def num_cores() -> int:
-    """Return the number of cores on which this process may run."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def is_in_use(folder: Path) -> bool:

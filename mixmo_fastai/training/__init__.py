@@ -12,7 +12,9 @@ state            the state of a Learner in a checkpoint, restored with strict ch
 optimizer_state  the state of an optimizer as named tensors
 resume           resume within an epoch
 lr_find          learning-rate range test
+threads          choice of the number of threads on a CPU, by timing steps
 precision        choice of float32 or bfloat16 on a CPU, by timing both
+trials           comparison of such settings, by a few steps of a copy
 speed            estimate of the training time, from a few steps of a copy
 advice           one line of advice from a run's history
 failures         readable errors for out-of-memory and lost workers

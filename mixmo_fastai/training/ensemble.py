@@ -197,7 +197,8 @@ def _evaluate_networks(
     per_network = broadcast_from_rank0(run.is_writer and [folder.metrics() for folder in folders])
     selected = [each["selected_epoch"] for each in per_network if "selected_epoch" in each]
     with entered_run_callbacks(cbs, training, run, Position(recipe.train.epochs)) as run_callbacks:
-        with readable_errors(recipe, training.acceleration.describe()):
+        acceleration = training.acceleration
+        with readable_errors(recipe, acceleration.describe()), acceleration.threaded():
             logits = collect_logits(run, training.learn.model, loaders)
             evaluated = evaluate_and_calibrate(run, loaders, logits)
             valid, test = logits[:2]
@@ -220,7 +221,7 @@ def _network_training(training: Training, recipe: Recipe, index: int) -> Trainin
     """
     if index == 0 and training.learn.dls.train.seed == recipe.train.seed:
         return replace(training, recipe=recipe)
-    return prepare_network(recipe, training.source, training.learn.dls)
+    return prepare_network(recipe, training.source, training.learn.dls, threads=training.threads)
 
 
 def network_recipe(recipe: Recipe, index: int) -> Recipe:

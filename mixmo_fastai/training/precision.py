@@ -2,12 +2,10 @@
 
 CPUs with AVX512-BF16 or AMX train convolutions in bfloat16 almost twice as fast as in float32; on
 others it is slower. Which one a CPU is, and whether a network is large enough to profit, is
-measured: the steps run on a copy of the network, as those of `speed.py`, and alternate between the
-precisions, so that other work on the machine affects both.
+measured by `trials.compare_settings`.
 """
 
 from dataclasses import dataclass, replace
-from statistics import median
 from typing import Any
 
 import torch
@@ -15,22 +13,10 @@ import torch
 from mixmo_fastai.runtime.devices import cpu_name
 from mixmo_fastai.runtime.processes import run_on_rank0
 from mixmo_fastai.training.prepare import Training
-from mixmo_fastai.training.speed import (
-    StepTimer,
-    assumed_rate,
-    copy_for_timing,
-    measure_on_copy,
-    smallest_size,
-    time_steps,
-    training_operations,
-)
+from mixmo_fastai.training.trials import compare_settings
 
 MIN_RUN_SECONDS = 60.0
 """Expected duration of a run below which nothing is measured, and float32 is used."""
-MAX_FRACTION, MAX_SECONDS = 0.02, 60.0
-"""Maximum duration of the measurement: fraction of the expected run, and seconds."""
-ROUNDS, WARMUP_STEPS, MAX_STEPS = 3, 1, 4
-"""Pairs of measurements; steps before each that are not timed; maximum number of timed steps."""
 MIN_RATIO = 1.1
 """Ratio of the speeds from which bfloat16 is chosen."""
 
@@ -92,50 +78,10 @@ def choose_precision(training: Training) -> tuple[Training, PrecisionTimes | Non
 
 def measure_precisions(training: Training) -> PrecisionTimes | None:
     """Time training steps in float32 and in bfloat16; None if that is not worth it or fails."""
-    plan = _plan(training)
-    if plan is None:
+    float32 = replace(training.acceleration, compiled=False, autocast=None)
+    settings = float32, replace(float32, autocast=torch.bfloat16)
+    times = compare_settings(training, settings, min_run_seconds=MIN_RUN_SECONDS)
+    if times is None:
         return None
-    size, seconds_per_block = plan
-    rounds = measure_on_copy(training, lambda: _measure(training, size, seconds_per_block))
-    if rounds is None:
-        return None
-    return PrecisionTimes(
-        *(median(times) for times in zip(*rounds, strict=True)),
-        ratio=median(float32 / bfloat16 for float32, bfloat16 in rounds),
-        images=size * training.recipe.mix.batch_repetitions,
-        cpu=cpu_name(),
-    )
-
-
-def _plan(training: Training) -> tuple[int, float] | None:
-    """Return distinct images per step, and the seconds of one block of steps; None if too short."""
-    operations = training_operations(training.learn.model, training.source.train.image_shape)
-    if not operations:
-        return None
-    rate = assumed_rate(training)
-    run_seconds = operations * training.images_seen / rate
-    if run_seconds < MIN_RUN_SECONDS:
-        return None
-    seconds_per_block = min(MAX_FRACTION * run_seconds, MAX_SECONDS) / (2 * ROUNDS)
-    recipe = training.recipe
-    copies = recipe.mix.batch_repetitions
-    planned = int(rate * seconds_per_block / (WARMUP_STEPS + 1) / (operations * copies))
-    if planned < smallest_size(copies):
-        return None
-    return min(recipe.loader_batch_size, planned), seconds_per_block
-
-
-def _measure(training: Training, size: int, seconds_per_block: float) -> list[tuple[float, float]]:
-    """Return seconds per step in float32 and bfloat16 for each round."""
-    learn = copy_for_timing(training, size)
-    plain = replace(training.acceleration, compiled=False, autocast=None)
-    settings = plain, replace(plain, autocast=torch.bfloat16)
-    timed_seconds = seconds_per_block / (WARMUP_STEPS + 1)
-    rounds = []
-    for _ in range(ROUNDS):
-        float32, bfloat16 = (
-            time_steps(learn, setting, StepTimer(WARMUP_STEPS, timed_seconds, MAX_STEPS))
-            for setting in settings
-        )
-        rounds.append((float32, bfloat16))
-    return rounds
+    ratio = times.median_ratio(0, 1)
+    return PrecisionTimes(*times.seconds, ratio, times.images, cpu_name())

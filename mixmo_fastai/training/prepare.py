@@ -59,12 +59,14 @@ class Training:
         learn: the Learner with loaders and network; for a deep ensemble, that of the first network.
         decided: names of the settings that the recipe left open and `defaults.fill_defaults` has
             set.
+        threads: number of threads of a resumed run if it differs from that of its recipe.
     """
 
     recipe: Recipe
     source: DataSource
     learn: Learner
     decided: tuple[str, ...] = ()
+    threads: int | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -100,7 +102,16 @@ class Training:
         """Precision, memory format, compilation and threads for the device."""
         shape, images = self.source.train.image_shape, self.images_seen
         images //= self.recipe.model.num_nets
-        return choose_acceleration(self.recipe, self.device, self.learn.model, shape, images)
+        recipe = self.recipe
+        if self.threads is not None:
+            recipe = replace(recipe, train=replace(recipe.train, threads=self.threads))
+        return choose_acceleration(recipe, self.device, self.learn.model, shape, images)
+
+    @property
+    def num_threads(self) -> int | None:
+        """Number of CPU threads, on which results depend up to rounding; None on other devices."""
+        is_cpu = self.device.type == "cpu"
+        return self.acceleration.threads or torch.get_num_threads() if is_cpu else None
 
     def accelerated(self) -> AbstractContextManager[None]:
         """Apply the acceleration in a with block; see `Acceleration.applied`."""
@@ -128,7 +139,7 @@ class Training:
     @property
     def device_name(self) -> str:
         """Readable description of the device, and of the number of processes if several."""
-        return describe_device(self.device) + self.in_processes
+        return describe_device(self.device, self.acceleration.threads) + self.in_processes
 
     @property
     def in_processes(self) -> str:
@@ -143,6 +154,7 @@ def prepare(
     run: RunFolder | None = None,
     *,
     sized_for: str | None = None,
+    threads: int | None = None,
 ) -> Training:
     """Load the data and build the Learner of a recipe.
 
@@ -151,6 +163,7 @@ def prepare(
         data_dir: the data folder; see `load_source`.
         run: the run to resume, with its own data split and skipped images; None for a new run.
         sized_for: the device type for which open settings are chosen; None for the recipe's device.
+        threads: number of threads; None for the recipe's.
 
     Raises:
         InputError: the data set, a name or a value is not valid.
@@ -172,7 +185,7 @@ def prepare(
         )
     if run is None:
         recipe = _with_crop_source(recipe, source)
-    return prepare_network(recipe, source, sized_for=sized_for)
+    return prepare_network(recipe, source, sized_for=sized_for, threads=threads)
 
 
 def prepare_network(
@@ -181,6 +194,7 @@ def prepare_network(
     dls: DataLoaders | None = None,
     *,
     sized_for: str | None = None,
+    threads: int | None = None,
 ) -> Training:
     """Build the Learner of a recipe for a loaded data set; see `prepare`.
 
@@ -190,6 +204,7 @@ def prepare_network(
         dls: loaders of another network of the same deep ensemble, reused to keep only one copy of
             the data on the device; None to create them.
         sized_for: see `prepare`.
+        threads: see `prepare`.
     """
     device = choose_device(recipe.train.device)
     recipe = _with_test_split(_with_data_settings(recipe, source), source)
@@ -212,7 +227,7 @@ def prepare_network(
     _check_image_size(recipe, source, learn.model)
     _check_evaluation_images(source, dls)
     learn.remove_cbs(ProgressCallback)  # the caller provides the progress display
-    training = Training(recipe, source, learn, open_names)
+    training = Training(recipe, source, learn, open_names, threads)
     training.acceleration.move_to_device(learn.model)
     return training
 

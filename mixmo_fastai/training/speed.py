@@ -85,6 +85,7 @@ class StepTimer(Callback):
         warmup_steps: steps before the timed ones.
         timed_seconds: duration of the timed steps, of which there is at least one.
         max_steps: maximum number of timed steps.
+        long_warmup: duration in seconds from which the warm-up itself is timed.
     """
 
     order = 100  # after all other callbacks
@@ -94,10 +95,11 @@ class StepTimer(Callback):
         warmup_steps: int = WARMUP_STEPS,
         timed_seconds: float | None = None,
         max_steps: int = MAX_STEPS,
+        long_warmup: float = LONG_WARMUP_SECONDS,
     ) -> None:
         super().__init__()
         self.warmup_steps, self.steps, self.seconds = warmup_steps, -warmup_steps, 0.0
-        self.max_steps = max_steps
+        self.max_steps, self.long_warmup = max_steps, long_warmup
         self.timed_seconds = TIMED_SECONDS if timed_seconds is None else timed_seconds
 
     def before_fit(self) -> None:
@@ -110,7 +112,7 @@ class StepTimer(Callback):
         if self.steps <= 0:
             self._synchronize()
         self.seconds = time.perf_counter() - self.started_at
-        is_long = self.learn.loss.device.type == "cpu" and self.seconds >= LONG_WARMUP_SECONDS
+        is_long = self.learn.loss.device.type == "cpu" and self.seconds >= self.long_warmup
         if self.steps <= 0 and is_long:
             self.steps += self.warmup_steps
             raise CancelFitException

@@ -194,6 +194,7 @@ class RunState:
             "smooth_count": recorder.count,
             "torch": torch.__version__,
             "num_processes": process_group().count,
+            "num_threads": torch.get_num_threads(),
             **self.identity,
         }
         yield "state.json", _as_json(state)
@@ -273,6 +274,7 @@ class Restored:
         smooth_loss, smooth_count: state of fastai's recorder; the loss is a sum over members.
         torch: version of torch that trained so far.
         num_processes: number of processes that trained so far.
+        num_threads: threads of each of them; None in checkpoints of version 0.1.0.
     """
 
     position: Position
@@ -283,6 +285,7 @@ class Restored:
     smooth_count: int
     torch: str
     num_processes: int
+    num_threads: int | None = None
 
     @classmethod
     def from_mapping(cls, values: Any, path: Path) -> "Restored":
@@ -301,14 +304,17 @@ class Restored:
                 {name: float(group[name]) for name in HYPERS if name == "lr" or name in group}
                 for group in values["hypers"]
             )
-            version = str(values["torch"])
+            version, threads = str(values["torch"]), values.get("num_threads")
+            threads = None if threads is None else _check_count(threads)
         except (LookupError, TypeError, ValueError, ArithmeticError) as error:
             problem = f"{type(error).__name__}: {error}"
             raise InputError(
                 f"state.json of the checkpoint {path} is not valid ({problem}).\n{_NEW_RUN}"
             ) from error
         position = Position(epoch, step)
-        return cls(position, steps, pct_train, hypers, smooth_loss, count, version, processes)
+        return cls(
+            position, steps, pct_train, hypers, smooth_loss, count, version, processes, threads
+        )
 
 
 _MISSING = object()

@@ -74,7 +74,8 @@ def train(
     freezing = _freezing(training)
     state = RunState(learn, history, parts, training.identity, freezing)
     store = CheckpointStore(run.checkpoint)
-    restored = _restore(store, state, run, say) if resume else None
+    threads = training.num_threads
+    restored = _restore(store, state, run, say, threads) if resume else None
     if restored is None:
         run.write_history([])
     describe_run(training, run)
@@ -174,9 +175,21 @@ def describe_run(training: Training, run: RunFolder) -> None:
 
 
 def _restore(
-    store: CheckpointStore, state: RunState, run: RunFolder, say: Callable[[str], None]
+    store: CheckpointStore,
+    state: RunState,
+    run: RunFolder,
+    say: Callable[[str], None],
+    threads: int | None,
 ) -> Restored | None:
-    """Load the newest intact checkpoint into the Learner, and report its position."""
+    """Load the newest intact checkpoint into the Learner, and report its position.
+
+    Args:
+        store: the checkpoints of the run.
+        state: the state into which to load.
+        run: the run folder.
+        say: see `train`.
+        threads: number of threads if results depend on it; otherwise None.
+    """
     with rank0_first():
         saved = store.newest()
         if saved is None:
@@ -195,8 +208,9 @@ def _restore(
     for label, before, now in (
         ("torch", restored.torch, torch.__version__),
         ("processes:", restored.num_processes, process_group().count),
+        ("threads:", restored.num_threads, threads),
     ):
-        if before != now:
+        if before != now and None not in (before, now):
             say(f"Trained so far with {label} {before}, now {now}: results agree up to rounding.")
     return restored
 

@@ -1,0 +1,138 @@
+"""Compare settings of a training on a CPU by timing a few of its steps with each of them.
+
+The steps run on a copy of the network, as those of `speed.py`, and alternate between the settings,
+so that other work on the machine affects all of them.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+
+from mixmo_fastai.runtime.acceleration import Acceleration
+from mixmo_fastai.training.prepare import Training
+from mixmo_fastai.training.speed import (
+    CPU_THREAD_FLOPS,
+    LONG_WARMUP_SECONDS,
+    StepTimer,
+    assumed_rate,
+    copy_for_timing,
+    measure_on_copy,
+    smallest_size,
+    time_steps,
+    training_operations,
+)
+
+MAX_FRACTION, MAX_SECONDS = 0.02, 60.0
+"""Maximum duration of a comparison: fraction of the expected run, and seconds."""
+ROUNDS, WARMUP_STEPS, MAX_STEPS = 3, 1, 4
+"""Measurements of each setting; steps before each that are not timed; maximum number of timed
+steps."""
+LONG_WARMUP_FACTOR, LONG_WARMUP_MIN_SECONDS = 5.0, 0.5
+"""A warm-up that takes longer than this many times its planned duration, and than these seconds, is
+timed itself."""
+OVERTIME = 2.0
+"""Ratio of actual to planned duration from which no further round is started."""
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Times of training steps with several settings.
+
+    Attributes:
+        rounds: seconds per step with each setting, for each round.
+        images: inputs of the network in such a step, as in `Train.batch_size`; fewer than in
+            training if a step is slow.
+    """
+
+    rounds: tuple[tuple[float, ...], ...]
+    images: int
+
+    @property
+    def seconds(self) -> tuple[float, ...]:
+        """Median of the rounds, for each setting."""
+        return tuple(median(times) for times in zip(*self.rounds, strict=True))
+
+    @property
+    def mean_seconds(self) -> tuple[float, ...]:
+        """Mean of the rounds, for each setting: also counts what is slow only at times."""
+        return tuple(fmean(times) for times in zip(*self.rounds, strict=True))
+
+    def median_ratio(self, first: int, second: int) -> float:
+        """Return the median of `ratios`."""
+        return median(self.ratios(first, second))
+
+    def ratios(self, first: int, second: int) -> list[float]:
+        """Return the time with one setting divided by that with another, for each round."""
+        return [times[first] / times[second] for times in self.rounds]
+
+
+def compare_settings(
+    training: Training,
+    settings: Sequence[Acceleration],
+    *,
+    min_run_seconds: float,
+    fraction: float = 1.0,
+    rounds: int | None = None,
+) -> StepTimes | None:
+    """Time training steps with each setting.
+
+    Args:
+        training: the run; it is not changed.
+        settings: the settings to compare; none of them compiled.
+        min_run_seconds: expected duration of the run below which nothing is measured.
+        fraction: fraction of the run that is not trained yet.
+        rounds: number of rounds; by default `ROUNDS`, and fewer if the steps are unexpectedly slow.
+
+    Returns:
+        The times; None if the run is too short, or if the steps cannot be run.
+    """
+    rounds = ROUNDS if rounds is None else rounds
+    seconds = _planned_seconds(training, min_run_seconds, fraction) / rounds
+    size = _images_per_step(training, settings, seconds) if seconds else None
+    if size is None:
+        return None
+    times = measure_on_copy(training, lambda: _measure(training, settings, size, seconds, rounds))
+    if times is None:
+        return None
+    return StepTimes(tuple(times), size * training.recipe.mix.batch_repetitions)
+
+
+def _planned_seconds(training: Training, min_run_seconds: float, fraction: float) -> float:
+    """Return the duration of a comparison in seconds; 0 if the run is too short for one."""
+    operations = training_operations(training.learn.model, training.source.train.image_shape)
+    seconds = fraction * (operations or 0) * training.images_seen / assumed_rate(training)
+    return min(MAX_FRACTION * seconds, MAX_SECONDS) if seconds >= min_run_seconds else 0.0
+
+
+def _images_per_step(
+    training: Training, settings: Sequence[Acceleration], seconds: float
+) -> int | None:
+    """Return distinct images per step, so that a round takes `seconds`; None if none fits."""
+    operations = training_operations(training.learn.model, training.source.train.image_shape)
+    assert operations is not None
+    # Steps with fewer threads take longer; so the number of images follows from the sum.
+    seconds_per_operation = sum(1 / (CPU_THREAD_FLOPS * (each.threads or 1)) for each in settings)
+    copies = training.recipe.mix.batch_repetitions
+    planned = int(seconds / (seconds_per_operation * operations * copies * (WARMUP_STEPS + 1)))
+    if planned < smallest_size(copies):
+        return None
+    return min(training.recipe.loader_batch_size, planned)
+
+
+def _measure(
+    training: Training, settings: Sequence[Acceleration], size: int, seconds: float, rounds: int
+) -> list[tuple[float, ...]]:
+    """Return the seconds per step with each setting, for each round of `seconds`."""
+    learn = copy_for_timing(training, size)
+    step_seconds = seconds / len(settings) / (WARMUP_STEPS + 1)
+    limit = max(LONG_WARMUP_FACTOR * step_seconds, LONG_WARMUP_MIN_SECONDS)
+    limit = min(limit, LONG_WARMUP_SECONDS)
+    started, measured = time.perf_counter(), []
+    while len(measured) < rounds and time.perf_counter() - started <= OVERTIME * rounds * seconds:
+        times = (
+            time_steps(learn, setting, StepTimer(WARMUP_STEPS, step_seconds, MAX_STEPS, limit))
+            for setting in settings
+        )
+        measured.append(tuple(times))
+    return measured
