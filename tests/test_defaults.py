@@ -142,7 +142,7 @@ def test_named_data_sets_keep_the_published_settings():
     recipe = recipe_from_mapping({"data": {"dataset": "cifar10"}}, "here")
     filled = with_defaults(recipe)
     assert (filled.model.arch, filled.train.epochs, filled.data.image_size) == ("wrn28_10", 300, 0)
-    for name in recipe_names():
+    for name in (n for n in recipe_names() if not n.startswith("fine-tune")):
         shipped = load_recipe(name)
         filled = with_defaults(shipped)
         assert filled.model == shipped.model, name

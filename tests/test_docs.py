@@ -209,6 +209,7 @@ def test_tables_of_recipes_match_the_recipes():
         "`cifar100/`": "cifar100/{}",
         "`digits/`": "digits/{}",
         "`small-cifar10/`": "small-cifar10/{}",
+        "`fine-tune/`": "fine-tune/{}",
     }
     names_by_column["`tinyimagenet/`"] = "tinyimagenet/{}"
     names_by_column |= {f"its `-w{w}`": f"tinyimagenet/{{}}-w{w}" for w in (1, 2)}

@@ -177,10 +177,10 @@ CASES = {
         {},
         "which column holds the labels? Columns: when, img, foo",
     ),
-    "several labels": (
-        lambda: {"train": make(0, 9, many=(Sequence(TEXTS), lambda n: ["a"]))},
+    "lists of lists": (
+        lambda: {"train": make(0, 9, many=(Sequence(Sequence(TEXTS)), lambda n: [["a"]]))},
         {"label": "many"},
-        "the column 'many' holds List, not one class per image",
+        "the column 'many' holds List, not one class per image or a list of classes",
     ),
     "missing label": (
         lambda: {"train": make(0, 9, Value("int64")).map(without_label_4)},
@@ -251,3 +251,46 @@ def test_run_uses_the_same_images_in_all_commands(tmp_path, capsys):
     both = [open_run(tmp_path / each) for each in ("run", "other")]
     assert both[0].weights.read_bytes() == both[1].weights.read_bytes()
     assert program(["push", str(run.path), "--to", str(tmp_path / "hub")]) == 0
+
+
+def several(number):
+    return [[], [0], [0, 2], [2, 1, 2]][number % 4]
+
+
+@pytest.mark.parametrize(
+    ("inner", "convert"), [(CLASSES, int), (Value("string"), lambda label: NAMES[label])], ids=str
+)
+def test_lists_of_labels_are_several_labels_per_image(tmp_path, inner, convert):
+    more = {"tags": (Sequence(inner), lambda number: [*map(convert, several(number))])}
+    name = save(tmp_path / "saved", train=make(0, 24, **more), test=make(24, 8, **more))
+    columns = TableColumns(label="tags")
+    source = load_source(name, columns=columns)
+    assert source.is_multi_label
+    assert source.classes == ("cat", "dog", "eel")
+    for images in (source.train, source.test):
+        for image, labels in zip(images.tensor(), images.labels, strict=True):
+            expected = {*several(int(image[0, 0, 0]))}
+            assert {*labels.nonzero()[:, 0].tolist()} == expected
+    assert ("Labels", "several per image: 0 to 2, 1.25 on average; 8 images without any") in (
+        source.notes
+    )
+    again = load_source(name, parts=source.parts, classes=source.classes)
+    assert again.train.labels.equal(source.train.labels)
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        (lambda number: [None] if number == 3 else several(number), "row 3: a label is None"),
+        (lambda number: [0], "the training images have 1 label, not several"),
+        (
+            lambda number: [1 if number > 23 else number % 2 * 2],
+            "no training image has the label",
+        ),
+    ],
+)
+def test_bad_lists_of_labels_are_refused(tmp_path, label, message):
+    more = {"tags": (Sequence(CLASSES), label)}
+    name = save(tmp_path / "saved", train=make(0, 24, **more), test=make(24, 8, **more))
+    with pytest.raises(InputError, match=message):
+        load_source(name, columns=TableColumns(label="tags"))

@@ -4,6 +4,7 @@ from mixmo_fastai.config.choices import DATASETS, parse_architecture
 from mixmo_fastai.config.load import load_recipe, recipe_home, recipe_names
 from mixmo_fastai.config.resolve import resolve_recipe
 from mixmo_fastai.config.schema import to_toml
+from mixmo_fastai.errors import InputError
 
 # Top-1 accuracy in percent, from the poster's table or that of the published implementation.
 PUBLISHED = {
@@ -50,6 +51,10 @@ UNPUBLISHED = {
     *(f"tinyimagenet/{method}-w{w}" for method in ("mixup", "cutmix", "mimo") for w in (1, 2)),
     *(f"digits/{method}" for method in ("vanilla", "mimo", "linear-mixmo", "cut-mixmo")),
 }
+FINE_TUNED = {
+    f"fine-tune/{method}" for method in ("vanilla", "cutmix", "deep-ensemble-cutmix", "cut-mixmo")
+}
+OF_DATASETS = [name for name in recipe_names() if name not in FINE_TUNED]
 METHODS = {  # members, mask kind, MSDA, repetitions
     "vanilla": (1, "sum", "none", 1),
     "mixup": (1, "sum", "mixup", 1),
@@ -72,7 +77,7 @@ def split_name(name):
 
 
 def test_every_row_of_the_tables_has_a_recipe():
-    assert set(recipe_names()) == set(PUBLISHED) | UNPUBLISHED
+    assert set(recipe_names()) == set(PUBLISHED) | UNPUBLISHED | FINE_TUNED
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -101,7 +106,7 @@ def test_settings_match_the_method_name(name):
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in recipe_names() if not n.startswith(("digits", "small-cifar10"))]
+    "name", [n for n in OF_DATASETS if not n.startswith(("digits", "small-cifar10"))]
 )
 def test_published_schedule_equals_the_published_training(name):
     """Rates, warm-up and milestones equal the published configurations, for one repetition."""
@@ -120,7 +125,22 @@ def test_published_schedule_equals_the_published_training(name):
     assert drops == ([600, 900] if tiny else [101, 201, 226])
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", sorted(FINE_TUNED))
+def test_fine_tuning_takes_images_and_weights_from_the_command_line(name, tmp_path):
+    with pytest.raises(InputError, match=f"The recipe {name} is for images of your own"):
+        resolve_recipe(recipe=name)
+    (tmp_path / "weights.pth").touch()
+    weights = [f"model.weights={tmp_path / 'weights.pth'}", "model.arch=resnet18"]
+    recipe = resolve_recipe(str(tmp_path), name, assignments=weights)
+    assert recipe.data.dataset == str(tmp_path)
+    assert recipe.model.pretrained
+    assert recipe.schedule.kind == "fine-tune"
+    assert recipe.optimizer.lr is not None
+    own = load_recipe(name)
+    assert (own.data.dataset, own.model.arch, own.train.epochs) == ("", None, None)
+
+
+@pytest.mark.parametrize("name", OF_DATASETS)
 def test_resolving_does_not_change_a_recipe(name):
     recipe = resolve_recipe(recipe=name)
     assert recipe == load_recipe(name)
@@ -147,7 +167,10 @@ def test_recipe_file_begins_with_accuracy_and_command(name):
     arguments = command.lstrip("# ").split("  ")[0].split()
     assert arguments[:2] == ["mixmo", "fit"]
     dataset, recipe = (arguments[2], arguments[4]) if len(arguments) > 2 else (None, None)
-    assert resolve_recipe(dataset, recipe) == load_recipe(name)
+    if name in FINE_TUNED:
+        assert (dataset, recipe) == ("path/to/images", name)
+    else:
+        assert resolve_recipe(dataset, recipe) == load_recipe(name)
     if name in PUBLISHED:
         assert f"{PUBLISHED[name]:.2f} % top-1 published" in comment[0]
     if name in MEASURED:

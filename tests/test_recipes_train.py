@@ -48,8 +48,14 @@ class FewSteps(Callback):
 
 
 def small_recipe(name):
-    """Return a recipe with a small network and small batches, otherwise unchanged."""
+    """Return a recipe with a small network and small batches, otherwise unchanged.
+
+    Recipes for fine-tuning get data, and their networks start from random weights.
+    """
     flags = {"model.arch": "wrn10_1", "train.batch_size": 4, "train.device": "cpu"}
+    if name.startswith("fine-tune"):
+        settings = ["model.pretrained=false", "train.epochs=1"]
+        return resolve_recipe("digits", name, flags, settings)
     return resolve_recipe(recipe=name, flags=flags)
 
 

@@ -13,7 +13,7 @@ from torchvision.models import get_model
 
 from mixmo_fastai import mixmo_learner
 from mixmo_fastai.config.choices import parse_architecture
-from mixmo_fastai.config.load import load_recipe, recipe_from_mapping
+from mixmo_fastai.config.load import recipe_from_mapping
 from mixmo_fastai.config.resolve import override, resolve_recipe
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.models import create_model
@@ -255,9 +255,7 @@ def test_path_of_weights_is_checked_and_absolute(tmp_path, monkeypatch, plain):
         resolve_recipe("digits", None, {"model.arch": "resnet18"}, ["model.weights=other.pth"])
 
 
-def test_contradicting_settings_are_refused():
-    with pytest.raises(InputError, match=r"model.pretrained=true and model.weights='w.pth' both"):
-        override(load_recipe("digits/cut-mixmo"), ["model.pretrained=true", "model.weights=w.pth"])
+def test_weights_without_a_network_are_refused():
     with pytest.raises(InputError, match=r"model.weights='w.pth' needs model.arch"):
         recipe_from_mapping({"model": {"weights": "w.pth"}}, "here")
 

@@ -258,31 +258,53 @@ def test_confidences_and_nll_of_predictions():
 
 
 PUBLISHED = {
-    "vanilla": "Vanilla",
-    "mixup": "mixup",
-    "cutmix": "CutMix",
-    "ensemble-cutmix": "Two networks with CutMix",
-    "mimo": "MIMO",
-    "linear-mixmo": "Linear-MixMo",
-    "cut-mixmo": "Cut-MixMo",
-    "cut-mixmo-early": "Cut-MixMo, `early_repetition=1`",
-    "cut-mixmo-cutmix": "Cut-MixMo + CutMix",
+    "small_cifar10": {
+        "vanilla": "Vanilla",
+        "mixup": "mixup",
+        "cutmix": "CutMix",
+        "ensemble-cutmix": "Two networks with CutMix",
+        "mimo": "MIMO",
+        "linear-mixmo": "Linear-MixMo",
+        "cut-mixmo": "Cut-MixMo",
+        "cut-mixmo-early": "Cut-MixMo, `early_repetition=1`",
+        "cut-mixmo-cutmix": "Cut-MixMo + CutMix",
+    },
+    "small_cifar10_sooner": {
+        "vanilla": "Vanilla",
+        "cutmix": "CutMix",
+        "cut-mixmo": "Cut-MixMo",
+        "linear-02": "`early_repetition=1`, linear to 20 % of training",
+        "linear-04": "`early_repetition=1`, linear to 40 %",
+        "linear-06": "`early_repetition=1`, linear to 60 %",
+        "step-04": "`early_repetition=1`, step at 40 %",
+        "linear-06-lr-01": "`early_repetition=1`, linear to 60 %, peak rate 0.1",
+        "lr-01": "peak rate 0.1",
+        "b2": "`batch_repetitions=2`",
+        "muon": "Muon, peak rate 0.02",
+        "ema": "`ema_decay=0.999`",
+        "members-3": "`num_members=3`",
+        "unmixing": "unmixing",
+        "unmixing-normalized": "unmixing, normalised",
+    },
 }
-"""Names of the methods in docs/results.md."""
+"""Names of the methods in docs/results.md, by the study in examples/."""
 
 
-def test_published_results_are_recomputed_from_the_repository(tmp_path):
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_results_are_recomputed_from_the_repository(tmp_path, name):
     """The rows of docs/results.md are those of the files in studies/."""
     root = Path(__file__).resolve().parents[1]
     (tmp_path / "cifar10-images").mkdir()
-    study = read_study(root / "examples" / "small_cifar10.toml", str(tmp_path / "cifar10-images"))
-    cells = collect_results(study, root / "studies" / "small-cifar10")
+    study = read_study(root / "examples" / f"{name}.toml", str(tmp_path / "cifar10-images"))
+    cells = collect_results(study, root / "studies" / name.replace("_", "-"))
     text = (root / "docs" / "results.md").read_text(encoding="utf-8")
+    command = f"`mixmo study examples/{name}.toml"
+    section = text.partition(command)[2].partition("\n#")[0]
     assert {"cutmix", "cut-mixmo"} <= {cell.method for cell in cells}
     for cell in cells:
         seeds = ", ".join(map(str, cell.seeds))
-        start = f"| {PUBLISHED[cell.method]} | {seeds} |"
-        (row,) = [line for line in text.splitlines() if line.startswith(start)]
+        start = f"| {PUBLISHED[name][cell.method]} | {seeds} |"
+        (row,) = [line for line in section.splitlines() if line.startswith(start)]
         for part in (
             f"{100 * cell.mean('accuracy'):.2f} %",
             f"{cell.mean('nll'):.3f}",

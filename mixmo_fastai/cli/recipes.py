@@ -32,7 +32,7 @@ def recipes(
     rows += [
         (
             recipe.name,
-            recipe.model.arch,
+            recipe.model.arch or "-",
             str(recipe.model.num_nets),
             str(recipe.model.num_members),
             recipe.mix.kind,
@@ -58,7 +58,7 @@ def recipes(
 def _length(recipe: Recipe) -> str:
     """Return the length of training: epochs, or images seen by all networks."""
     if recipe.train.images_seen is None:
-        return str(recipe.train.epochs)
+        return "-" if recipe.train.epochs is None else str(recipe.train.epochs)
     return f"{recipe.train.images_seen / 1e6:g}M images"
 
 

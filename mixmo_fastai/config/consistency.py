@@ -87,14 +87,7 @@ def _check_data_and_network(recipe: Recipe, source: str) -> None:
 
 
 def _check_weights(model: Model, source: str) -> None:
-    if not model.weights:
-        return
-    if model.pretrained:
-        raise InputError(
-            f"{source}: model.pretrained=true and model.weights={model.weights!r} both set the "
-            "weights to start from.\nSet one of them."
-        )
-    if model.arch is None:
+    if model.weights and model.arch is None:
         raise InputError(
             f"{source}: model.weights={model.weights!r} needs model.arch (--arch), the network of "
             "the weights."

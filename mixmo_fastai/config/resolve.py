@@ -49,6 +49,12 @@ def resolve_recipe(
     base = _without_stale_options(base, assignments)
     base = _without_other_length(base, flags, assignments)
     resolved = override(_with_flags(base, flags), assignments)
+    if not resolved.data.dataset:
+        name = recipe or base.name
+        raise InputError(
+            f"The recipe {name} is for images of your own.\nPass a folder, a table of labels or "
+            f"hf:NAME: mixmo fit PATH --recipe {name}"
+        )
     check_dataset(resolved.data.dataset)  # recipes and assignments may set it too
     return _clear_stale_name(_make_paths_absolute(resolved), base)
 

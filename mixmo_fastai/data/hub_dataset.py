@@ -28,6 +28,7 @@ from mixmo_fastai.data.label_tables import (
     missing_column,
 )
 from mixmo_fastai.data.layout import role_of
+from mixmo_fastai.data.multi_labels import ALL, MultiLabels, describe_labels
 from mixmo_fastai.errors import InputError, summarize_error
 
 UNLABELLED = -1
@@ -135,24 +136,41 @@ def read_hub_dataset(dataset: str, columns: TableColumns) -> LabelTable:
         name, {role: split.cast_column(found.path, image) for role, split in splits.items()},
         found.path,
     )  # fmt: skip
-    feature = features[found.label]
+    inner = _element(features[found.label])
+    feature = features[found.label] if inner is None else inner
     names = feature.names if isinstance(feature, datasets.ClassLabel) else None
     parts: dict[str, FilesByClass] = {}
+    labels_of: dict[str, tuple[str, ...]] = {}
     groups: dict[str, str] = {}
     for role, split in splits.items():
         labels = split[found.label]
-        if role != "train" and set(labels) <= {UNLABELLED, None}:
+        if inner is not None:
+            labels_of |= _labels_by_file(role, labels, names, f"{dataset}, split {role}")
+            parts[role] = {ALL: [f"{role}/{row}" for row in range(len(labels))]}
+        elif role != "train" and set(labels) <= {UNLABELLED, None}:
             notes.append(("Not read", f"split {role}: its images have no labels"))
             continue
-        parts[role] = _files_by_class(role, labels, names, f"{dataset}, split {role}")
+        else:
+            parts[role] = _files_by_class(role, labels, names, f"{dataset}, split {role}")
         if found.group != NONE:
             groups |= _groups(role, split[found.group], f"{dataset}, split {role}")
-    parts = _with_all_classes(parts, names, dataset)
+    multi = None
+    if inner is None:
+        parts = _with_all_classes(parts, names, dataset)
+    else:
+        multi = _multi_labels(parts, labels_of, names, dataset)
+        notes += describe_labels(multi)
     _check_groups(parts, groups, found, dataset)
     text = f"images in {found.path!r}, labels in {found.label!r}"
     text += f", groups in {found.group!r}" * (found.group != NONE)
     notes.insert(0, ("Columns", f"{text}; change with --set data.label_column=NAME and others"))
-    return LabelTable(root, found, parts, groups, tuple(notes))
+    return LabelTable(root, found, parts, groups, tuple(notes), multi)
+
+
+def _element(feature: Any) -> Any:
+    """Return the type of the elements of a column of lists; None for another column."""
+    inner = getattr(feature, "feature", None)
+    return inner[0] if isinstance(inner, list) else inner
 
 
 def _load(name: str) -> Any:
@@ -234,10 +252,11 @@ def _find_columns(features: Mapping[str, Any], columns: TableColumns, dataset: s
     label = label or next(iter(classes), "")
     if not label:
         raise missing_column("label", features, dataset)
-    if not isinstance(features[label], datasets.ClassLabel | datasets.Value):
+    kind = features[label]
+    if not isinstance(_element(kind) or kind, datasets.ClassLabel | datasets.Value):
         raise InputError(
-            f"{dataset}: the column {label!r} holds {type(features[label]).__name__}, not one "
-            "class per image."
+            f"{dataset}: the column {label!r} holds {type(kind).__name__}, not one class per "
+            "image or a list of classes."
         )
     group = given["group"] or _first_named(features, "group") or NONE
     return TableColumns(image, label, NONE, group)
@@ -262,6 +281,46 @@ def _files_by_class(
         text = str(label) if names is None else names[label]
         files.setdefault(normalize("NFC", text), []).append(f"{role}/{row}")
     return files
+
+
+def _labels_by_file(
+    role: str, labels: Sequence[Any], names: Sequence[str] | None, where: str
+) -> dict[str, tuple[str, ...]]:
+    """Return the names of the labels of each image of a split; an image may have none.
+
+    Raises:
+        InputError: a label is missing or out of range.
+    """
+    found = {}
+    for row, values in enumerate(labels):
+        chosen = [] if values is None else values
+        for value in chosen:
+            if value is None or (names is not None and not 0 <= value < len(names)):
+                raise InputError(f"{where}, row {row}: a label is {value}.")
+        texts = (str(value) if names is None else names[value] for value in chosen)
+        found[f"{role}/{row}"] = tuple(dict.fromkeys(normalize("NFC", text) for text in texts))
+    return found
+
+
+def _multi_labels(
+    parts: Mapping[str, FilesByClass],
+    labels_of: Mapping[str, tuple[str, ...]],
+    names: Sequence[str] | None,
+    dataset: str,
+) -> MultiLabels:
+    """Put the labels of the training images into the order of the data set or `class_order`.
+
+    Raises:
+        InputError: there are fewer than two, or another split has other ones.
+    """
+    train = {label for file in parts["train"][ALL] for label in labels_of[file]}
+    ordered = class_order(train) if names is None else [name for name in names if name in train]
+    if len(ordered) < 2:
+        raise InputError(f"{dataset}: the training images have {len(ordered)} label, not several.")
+    for file, labels in labels_of.items():
+        if unknown := [label for label in labels if label not in train]:
+            raise InputError(f"{dataset}, {file}: no training image has the label {unknown[0]!r}.")
+    return MultiLabels(tuple(ordered), labels_of)
 
 
 def _groups(role: str, values: Sequence[Any], where: str) -> dict[str, str]:
