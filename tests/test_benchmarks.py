@@ -73,7 +73,8 @@ def test_benchmark_writes_its_results(name, benchmark, tmp_path):
 
 
 SPIN = f"""
-import os, sys, time
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by processes in the background
 sys.path.insert(0, {str(BENCHMARKS)!r})
 from busy import spinning
 with spinning(2) as pids:

@@ -115,7 +115,7 @@ def test_next_command_exports_one_network_of_a_deep_ensemble(capsys):
 
 
 def test_advice_from_the_curves_is_shown(capsys, monkeypatch):
-    monkeypatch.setattr("mixmo_fastai.cli.plan.advise", lambda *_: "Do this")
+    monkeypatch.setattr("mixmo_fastai.cli.plan.advise", lambda *_, **__: "Do this")
     assert run(["fit", *TINY, "--epochs", "1"]) == 0
     assert rows_by_label(capsys.readouterr().out)["Advice"].split() == ["Advice", "Do", "this"]
 

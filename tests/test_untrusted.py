@@ -208,8 +208,8 @@ def write_pickle(path, pickler, harmful):
             np.save(file, np.array([harmful], dtype=object), allow_pickle=True)
 
 
-def test_only_two_modules_unpickle_and_both_are_restricted():
-    """CIFAR files are unpickled after their checksum, published checkpoints only as tensors."""
+def test_only_three_modules_unpickle_and_all_are_restricted():
+    """CIFAR files are unpickled after their checksum, weights only as tensors."""
     calls = {}
     package = Path(mixmo_fastai.__file__).parent
     for path in package.rglob("*.py"):
@@ -223,7 +223,11 @@ def test_only_two_modules_unpickle_and_both_are_restricted():
                 assert keywords.get("allow_pickle", "False") == "False"
                 if ast.unparse(node.func) == "torch.load":
                     assert keywords["weights_only"] == "True"
-    assert calls == {"data/cifar.py": ["pickle.Unpickler"], "models/reference.py": ["torch.load"]}
+    assert calls == {
+        "data/cifar.py": ["pickle.Unpickler"],
+        "models/reference.py": ["torch.load"],
+        "models/pretrained.py": ["torch.load"],
+    }
 
 
 READERS = {
