@@ -48,6 +48,12 @@ def main():
         if calibration and calibration["scaling"] and not calibration["in_logits"]:  # --raw
             scaling = calibration["scaling"]
             logits = logits * scaling["scale"] + (scaling["bias"] or 0)
+        if labels := header.get("labels"):  # several labels per image
+            probabilities = 1 / (1 + np.exp(-logits / labels["temperature"]))
+            chosen = [f"{facts['classes'][k]} {probabilities[k]:.4f}"
+                      for k in np.flatnonzero(probabilities > labels["thresholds"])]  # fmt: skip
+            print(f"{path}: {', '.join(chosen) or 'no label'}")
+            continue
         weights = np.exp(logits - logits.max())
         probabilities = weights / weights.sum()
         best = int(probabilities.argmax())

@@ -14,7 +14,7 @@ import optuna
 from fastai.callback.core import Callback
 
 from mixmo_fastai.config.resolve import resolve_recipe
-from mixmo_fastai.errors import RunFailedError
+from mixmo_fastai.errors import InputError, RunFailedError
 from mixmo_fastai.runs.create import create_run
 from mixmo_fastai.training.ensemble import train_run
 from mixmo_fastai.training.prepare import prepare
@@ -56,14 +56,20 @@ def main():
             "model.arch": args.arch,
             "train.epochs": args.epochs,
         }
-        training = prepare(resolve_recipe(args.dataset, None, settings))
+        try:
+            training = prepare(resolve_recipe(args.dataset, None, settings))
+        except InputError as error:
+            raise SystemExit(f"Error: {error}") from None
         run = create_run(training.recipe, args.out / f"trial-{trial.number}")
         with training.learn.no_bar():
             return train_run(training, run, cbs=[Prune(trial)])["valid"]["nll"]
 
     args.out.mkdir(parents=True, exist_ok=True)
     study = optuna.create_study(
-        storage=f"sqlite:///{args.out / 'optuna.db'}", study_name="mixmo", load_if_exists=True
+        storage=f"sqlite:///{args.out / 'optuna.db'}",
+        # Trials on other data, or of other length, are not comparable.
+        study_name=f"{Path(args.dataset).resolve().name}, {args.arch}, {args.epochs} epochs",
+        load_if_exists=True,
     )
     study.optimize(objective, n_trials=args.trials, catch=(RunFailedError,))  # such as divergence
     print(f"NLL {study.best_value:.4f} with trial {study.best_trial.number}: {study.best_params}")

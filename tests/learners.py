@@ -1,5 +1,6 @@
 """Learners and networks for tests, and what their training does."""
 
+import fastai.callback.progress  # noqa: F401  # adds a progress display to each Learner
 import torch
 from fastai.callback.core import Callback, CancelBackwardException
 from fastai.learner import Learner

@@ -93,8 +93,10 @@ def test_card_states_what_was_measured(run, pushed):
     assert card.data.library_name == "mixmo-fastai"
     assert card.data.tags == ["mixmo", "ensemble", "uncertainty"]
     values = {each.metric_type: each.metric_value for each in card.data.eval_results}
-    for name in ("accuracy", "nll", "ece"):
-        assert values[name] == pytest.approx(metrics["test"][name], abs=1e-6)
+    assert values["accuracy"] == pytest.approx(metrics["test"]["accuracy"], abs=1e-6)
+    for name in ("nll", "ece"):  # of the logits that were pushed
+        assert values[name] == pytest.approx(metrics["calibrated"][name], abs=1e-6)
+        assert values[name] != pytest.approx(metrics["test"][name], abs=1e-6)
     low, high = (f"{100 * value:.2f} %" for value in metrics["intervals"]["accuracy"])
     assert (
         f"| accuracy | {100 * metrics['test']['accuracy']:.2f} % | {low} to {high} |" in card.text

@@ -258,7 +258,9 @@ def several(number):
 
 
 @pytest.mark.parametrize(
-    ("inner", "convert"), [(CLASSES, int), (Value("string"), lambda label: NAMES[label])], ids=str
+    ("inner", "convert"),
+    [(CLASSES, int), (Value("string"), lambda label: NAMES[label])],
+    ids=["numbers", "names"],
 )
 def test_lists_of_labels_are_several_labels_per_image(tmp_path, inner, convert):
     more = {"tags": (Sequence(inner), lambda number: [*map(convert, several(number))])}
@@ -271,9 +273,8 @@ def test_lists_of_labels_are_several_labels_per_image(tmp_path, inner, convert):
         for image, labels in zip(images.tensor(), images.labels, strict=True):
             expected = {*several(int(image[0, 0, 0]))}
             assert {*labels.nonzero()[:, 0].tolist()} == expected
-    assert ("Labels", "several per image: 0 to 2, 1.25 on average; 8 images without any") in (
-        source.notes
-    )
+    (text,) = [text for label, text in source.notes if label == "Labels"]
+    assert text.startswith("several per image: 0 to 2, 1.25 on average; 8 images without any")
     again = load_source(name, parts=source.parts, classes=source.classes)
     assert again.train.labels.equal(source.train.labels)
 
@@ -294,3 +295,19 @@ def test_bad_lists_of_labels_are_refused(tmp_path, label, message):
     name = save(tmp_path / "saved", train=make(0, 24, **more), test=make(24, 8, **more))
     with pytest.raises(InputError, match=message):
         load_source(name, columns=TableColumns(label="tags"))
+
+
+def test_split_with_empty_lists_is_not_read(tmp_path):
+    more = {"tags": (Sequence(CLASSES), lambda number: several(number) if number < 24 else [])}
+    name = save(tmp_path / "saved", train=make(0, 24, **more), test=make(24, 8, **more))
+    source = load_source(name, columns=TableColumns(label="tags"))
+    assert ("Not read", "split test: its images have no labels") in source.notes
+
+
+def test_missing_lists_and_delimiters_are_refused(tmp_path):
+    more = {"tags": (Sequence(CLASSES), lambda number: None if number == 4 else several(number))}
+    name = save(tmp_path / "saved", train=make(0, 24, **more))
+    with pytest.raises(InputError, match="row 4: the labels are missing; for none, use"):
+        load_source(name, columns=TableColumns(label="tags"))
+    with pytest.raises(InputError, match=r"data.label_delimiter is for tables of labels"):
+        load_source(name, columns=TableColumns(delimiter="|"))

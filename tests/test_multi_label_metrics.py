@@ -23,6 +23,7 @@ from mixmo_fastai.metrics.multi_label import (
     exact_match,
     f1_scores,
     image_intervals,
+    label_temperature,
     mean_average_precision,
 )
 from mixmo_fastai.metrics.summary import evaluate_logits
@@ -173,6 +174,7 @@ def test_thresholds_come_from_the_validation_images():
     temperature = metrics["calibrated"]["temperature"]
     assert found["temperature"] == temperature != 1
     assert metrics["calibrated"]["num_images"] == 150
+    assert "deployed" not in found
     mean = validation[0].double().mean(dim=1) / temperature
     expected = best_thresholds(mean.sigmoid(), validation[1])
     assert found["thresholds"] == expected.tolist()
@@ -190,12 +192,62 @@ def test_thresholds_come_from_the_validation_images():
 
 @pytest.mark.parametrize("parts", [(150, None), (None, 150)])
 def test_without_other_images_thresholds_are_the_default(parts):
+    """Predictions still use those of the validation images, if there are any."""
     validation, test = (None if n is None else labelled(n, 1) for n in parts)
     metrics = evaluate_multi_label(validation, test, CLASSES)
     found = metrics["multi_label"]
     assert found["thresholds"] == [0.5] * 5
     assert (found["thresholds_from"], found["temperature"]) == ("default", 1.0)
     assert "calibrated" in metrics["absent"]
+    if validation is None:
+        assert "deployed" not in found or found["deployed"]["thresholds"] == [0.5] * 5
+        return
+    logits = validation[0].double().mean(dim=1)
+    temperature, _ = label_temperature(logits, validation[1])
+    expected = best_thresholds((logits / temperature).sigmoid(), validation[1])
+    assert found["deployed"] == {
+        "thresholds": tuple(expected.tolist()), "temperature": temperature
+    }  # fmt: skip
+
+
+def test_images_set_aside_choose_the_thresholds():
+    validation, separate = labelled(150, 1), labelled(100, 2)
+    found = evaluate_multi_label(validation, None, CLASSES, separate=separate, is_separate=True)[
+        "multi_label"
+    ]
+    mean = separate[0].double().mean(dim=1) / found["temperature"]
+    assert found["thresholds"] == best_thresholds(mean.sigmoid(), separate[1]).tolist()
+    assert found["thresholds_from"] == "validation"
+    assert "deployed" not in found
+
+
+def test_few_images_give_no_temperature():
+    """The labels of 40 images are 200 decisions, but not independent ones."""
+    metrics = evaluate_multi_label(labelled(40, 1), labelled(60, 2), CLASSES)
+    assert "there are 40 validation images" in metrics["absent"]["calibrated"]
+    assert metrics["multi_label"]["temperature"] == 1.0
+
+
+def test_error_of_the_temperature_is_that_of_images():
+    """Copies of a label do not make the temperature more certain; independent ones do."""
+    logits, targets = draw(300, 1)
+    one = label_temperature(logits, targets)
+    copies = label_temperature(logits.expand(-1, 9), targets.expand(-1, 9))
+    assert copies == pytest.approx(one)
+    values = []
+    for seed in range(200):
+        logits, targets = draw(100, 4, seed=seed)
+        values.append((math.log(label_temperature(logits, targets)[0]),
+                       label_temperature(logits, targets)[1]))  # fmt: skip
+    found, errors = np.array(values).T
+    assert errors.mean() == pytest.approx(found.std(), rel=0.15)
+
+
+def test_interval_without_positives_is_left_out():
+    logits, targets = draw(40, 3)
+    targets[:] = 0
+    targets[:2, 0] = 1  # a tenth of all resamples have neither image
+    assert set(image_intervals(logits, targets)) == {"accuracy", "nll", "ece"}
 
 
 def test_images_without_labels_leave_the_map_undefined():

@@ -133,7 +133,9 @@ def test_predictions_equal_the_network(run, table, capsys):
         logits = load_network(run).eval()((pixels / 255 - mean) / std).double()
     probabilities = (logits / decisions["temperature"]).sigmoid()
     for row, values in zip(rows, probabilities.tolist(), strict=True):
-        assert [float(row[name]) for name in facts.classes] == pytest.approx(values, abs=1e-4)
+        assert [float(row[f"p:{name}"]) for name in facts.classes] == pytest.approx(
+            values, abs=1e-4
+        )
         pairs = zip(facts.classes, values, decisions["thresholds"], strict=True)
         assert row["labels"] == "|".join(name for name, p, t in pairs if p > t)
         entropy = -sum(p * np.log(p) + (1 - p) * np.log1p(-p) for p in values)
@@ -141,7 +143,7 @@ def test_predictions_equal_the_network(run, table, capsys):
         assert float(row["mutual_information"]) >= 0
     raw = read_csv(printed(capsys, "predict", run.path, table.parent / "0.png", "--raw"))[0]
     assert raw["labels"] == rows[0]["labels"]
-    assert float(raw["red"]) == pytest.approx(float(logits[0, 2].sigmoid()), abs=1e-4)
+    assert float(raw["p:red"]) == pytest.approx(float(logits[0, 2].sigmoid()), abs=1e-4)
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "onnx"])
@@ -158,7 +160,7 @@ def test_exported_network_predicts_the_same(run, table, tmp_path, capsys, suffix
     for row, other in zip(expected, found, strict=True):
         assert row["labels"] == other["labels"]
         for name in COLOURS:
-            assert float(row[name]) == pytest.approx(float(other[name]), abs=1e-4)
+            assert float(row[f"p:{name}"]) == pytest.approx(float(other[f"p:{name}"]), abs=1e-4)
         assert other["mutual_information"] == ""
 
 
@@ -247,3 +249,32 @@ def fit_steps(run, stop_at=None):
         train(prepare(run.recipe()), run)
     else:
         fit(run, stop_at)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["--set", "data.loader=streaming"],
+        ["--set", "data.loader=streaming", "--set", "data.transform=randaugment"],
+        ["--set", "data.transform=random-resized-crop", "--set", "data.crop_from=original"],
+        ["--msda", "cutmix"],
+        ["--members", "3", "--mix", "linear"],
+    ],
+    ids=" ".join,
+)
+def test_labels_are_trained_with_every_loader_and_mixing(table, tmp_path, settings):
+    flags = [*FLAGS, "--epochs", "1", "--set", "data.num_workers=0", *settings]
+    assert program(["fit", str(table), *flags, "--out", str(tmp_path / "run")]) == 0
+    assert open_run(tmp_path / "run").metrics()["multi_label"]["mean_ap"] > 0.2
+
+
+def test_study_refuses_several_labels_before_training(table, tmp_path, capsys):
+    study = tmp_path / "study.toml"
+    study.write_text(
+        'name = "labels"\ndataset = "digits"\nseeds = [0]\nimages_seen = [100]\n'
+        '[methods.a]\nrecipe = "digits/vanilla"\n[methods.b]\nrecipe = "digits/mimo"\n'
+    )
+    arguments = ["study", str(study), "--dataset", str(table), "--out", str(tmp_path / "out")]
+    assert program(arguments) != 0
+    assert "mixmo study is for one label per image" in capsys.readouterr().err
+    assert not [*tmp_path.rglob("model.safetensors")]

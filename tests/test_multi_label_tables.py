@@ -38,7 +38,8 @@ def test_delimiters_are_found(folder, column, delimiter):
     assert f"labels in {column!r} separated by {delimiter[0]!r}" in text
     assert (label, counts) == (
         "Labels",
-        "several per image: 0 to 3, 1.5 on average; 4 images without any",
+        "several per image: 0 to 3, 1.5 on average; 4 images without any; for one per image: "
+        "--set data.label_delimiter=none",
     )
 
 
@@ -204,3 +205,15 @@ def test_reopened_table_keeps_split_and_order(folder):
     write_table(folder / "a.csv", ["path", "tags"], changed)
     with pytest.raises(InputError, match=r"labels in .* are not those of the run: 'eel' no longer"):
         read_image_table(path, folder / "home", parts=first.parts, classes=first.classes)
+
+
+@pytest.mark.parametrize("part", ["valid", "test"])
+def test_split_without_labels_is_not_read(folder, part):
+    split = ["train"] * 20 + [part] * 4
+    table = [[*row, name] for row, name in zip(rows("|"), split, strict=True)]
+    for row in table[20:]:
+        row[1] = ""
+    path = write_table(folder / "a.csv", ["path", "label", "split"], table)
+    found = read_label_table(path)
+    assert part not in found.parts
+    assert ("Not read", f"split {part}: its images have no labels") in found.notes

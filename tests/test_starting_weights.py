@@ -1,11 +1,14 @@
 """Weights to start from: files of plain networks and of runs, and their pixel statistics."""
 
 import json
+import math
+import shutil
 
 import pytest
 import torch
 from networks import NUM_CLASSES, build_backbone
 from safetensors.torch import save_file
+from short_runs import fit
 from synthetic import mixmo_dls
 from test_untrusted import HarmfulPickle
 from torch import nn
@@ -16,6 +19,8 @@ from mixmo_fastai.config.choices import parse_architecture
 from mixmo_fastai.config.load import recipe_from_mapping
 from mixmo_fastai.config.resolve import override, resolve_recipe
 from mixmo_fastai.errors import InputError
+from mixmo_fastai.export.files import export_run
+from mixmo_fastai.export.header import facts_of_exported
 from mixmo_fastai.models import create_model
 from mixmo_fastai.models.library import pretrained_statistics
 from mixmo_fastai.models.pretrained import read_weights
@@ -54,9 +59,11 @@ def test_files_of_torch_are_read(tmp_path, name):
     assert all(torch.equal(found[key], tensors[key]) for key in tensors)
 
 
-def test_safetensors_are_read(tmp_path):
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module."])
+def test_safetensors_are_read(tmp_path, prefix):
     tensors = nn.Linear(3, 2).state_dict()
-    save_file(tensors, tmp_path / "weights.safetensors")
+    saved = {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
+    save_file(saved, tmp_path / "weights.safetensors")
     found = read_weights(tmp_path / "weights.safetensors")
     assert all(torch.equal(found[key], tensors[key]) for key in tensors)
 
@@ -79,6 +86,10 @@ BAD_FILES = {
     "value": (
         lambda f: save_torch({"a": torch.ones(1), "b": 2}, f / "value.pth"),
         "holds 'b', which is no tensor",
+    ),
+    "nan": (
+        lambda f: save_torch({"a.weight": torch.tensor([1.0, math.nan])}, f / "nan.pth"),
+        "the weights a.weight are not finite",
     ),
     "suffix": (lambda f: save_torch({}, f / "weights.onnx"), "Known suffixes: .safetensors"),
     "network": (lambda f: save_torch(nn.Linear(1, 1), f / "net.pth"), "holds Python objects"),
@@ -267,3 +278,35 @@ def test_statistics_of_pretrained_networks():
         ("timm/tf_efficientnet_lite0", ((0.5,) * 3, (0.5,) * 3)),
     ):
         assert pretrained_statistics(parse_architecture(arch)) == expected, arch
+
+
+def test_exported_network_and_unknown_statistics(tmp_path):
+    """Statistics come from the header of an exported file; otherwise a note says which are used."""
+    run = create_run(recipe_from_mapping({**RECIPE, "model": {"arch": "wrn10_1"}}, "here"),
+                     tmp_path / "run")  # fmt: skip
+    fit_whole(run)
+    export_run(run, tmp_path / "net.safetensors", raw=True)
+    mean = tuple(run.data_facts().mean)
+    assert facts_of_exported(tmp_path / "net.safetensors").mean == mean
+    copy = shutil.copy(run.weights, tmp_path / "copy.safetensors")
+    for weights, origin in (
+        (run.weights, f"of the run {run.path}"),
+        (copy, "of these images, since none are stored with the weights"),
+    ):
+        recipe = override(run.recipe(), [f"model.weights={weights}", "data.limit=40"])
+        notes = dict(prepare(recipe).source.notes)
+        assert notes["Normalised"].endswith(origin)
+
+
+@pytest.mark.slow
+def test_resumed_run_does_not_need_the_weights_it_started_from(tmp_path, plain):
+    path = save_torch(plain.state_dict(), tmp_path / "weights.pth")
+    recipe, assignments = with_weights(path)
+    recipe = override(recipe, [*assignments, "train.epochs=3", "model.arch=resnet18"])
+    run = create_run(recipe, tmp_path / "run")
+    fit(run, (1, 1))
+    expected = run.data_facts()
+    path.unlink()
+    fit(run, resume=True, prepare=lambda recipe: prepare(recipe, None, run))
+    assert run.is_finished
+    assert run.data_facts() == expected

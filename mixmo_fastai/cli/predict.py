@@ -202,7 +202,8 @@ def _label_csv_lines(rows: list[dict[str, Any]]) -> list[str]:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     names = [*rows[0]["probabilities"]]
-    writer.writerow(["image", "labels", "entropy", "mutual_information", *names])
+    columns = [f"p:{name}" for name in names]  # labels may be called "image"
+    writer.writerow(["image", "labels", "entropy", "mutual_information", *columns])
     for row in rows:
         numbers = [row["entropy"], row["mutual_information"], *row["probabilities"].values()]
         shown = ("" if number is None else f"{number:.6g}" for number in numbers)

@@ -148,7 +148,11 @@ def run(args: Sequence[str]) -> int:
         except Exception as error:
             if debug and not isinstance(error, ClickException):
                 traceback.print_exc()
-            return _stopped(stop) if isinstance(error, typer.Abort) else _report(error)
+            known = (RunInterruptedError, *_CODES, ClickException)
+            # A signal may break an import in ways that end in any error.
+            is_broken_off = stop.number is not None and not isinstance(error, known)
+            is_stopped = isinstance(error, typer.Abort) or is_broken_off
+            return _stopped(stop) if is_stopped else _report(error)
         except KeyboardInterrupt:
             return _stopped(stop)
 

@@ -105,7 +105,10 @@ def _setup_rows(training: Any) -> list[tuple[str, str]]:
         ),
         *(() if source.is_multi_label else _validation_rows(counts[1])),
         *source.notes,
-        ("Network", f"{networks}, {members}, {training.num_parameters:,} parameters"),
+        (
+            "Network",
+            f"{networks}, {members}, {training.num_parameters:,} parameters{_start_text(recipe)}",
+        ),
         ("Method", f"{method_name(recipe)}{cropped}, each image {times} per batch{mixing}"),
         (
             "Device",
@@ -113,6 +116,13 @@ def _setup_rows(training: Any) -> list[tuple[str, str]]:
             f"seed {recipe.train.seed}",
         ),
     ]
+
+
+def _start_text(recipe: Recipe) -> str:
+    """Describe the weights that training starts from, if they are not random."""
+    if recipe.model.weights:
+        return f", starting from {recipe.model.weights}"
+    return ", starting from its library's pretrained weights" if recipe.model.pretrained else ""
 
 
 def _repetition_text(mix: Mix) -> str:

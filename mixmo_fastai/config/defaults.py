@@ -47,6 +47,8 @@ MAX_VIEWS = 1200
 """Largest default number of views of each image: as published, 300 epochs of 4 repetitions."""
 PUBLISHED_ARCH, PUBLISHED_EPOCHS = "wrn28_10", 300
 """Defaults for the named data sets."""
+MAX_VIEWS_PRETRAINED = 20
+"""The same for pretrained weights, with which few epochs are usual."""
 PRETRAINED = {"cpu": "resnet18", "cuda": "resnet50"}
 """Networks by device if `model.pretrained` is set."""
 
@@ -109,7 +111,9 @@ def fill_defaults(
     epochs = PUBLISHED_EPOCHS
     if data.dataset not in DATASETS:
         default = default_for(device, image_shape)
-        images_seen = min(default.images_seen, MAX_VIEWS * num_images)
+        is_pretrained = model.pretrained or model.weights
+        views = MAX_VIEWS_PRETRAINED if is_pretrained else MAX_VIEWS
+        images_seen = min(default.images_seen, views * num_images)
         seen_per_epoch = recipe.mix.batch_repetitions * num_images
         epochs = max(1, round(images_seen / seen_per_epoch))
     if model.arch is None:

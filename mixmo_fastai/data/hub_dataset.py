@@ -21,6 +21,7 @@ from mixmo_fastai.data.class_folders import FilesByClass
 from mixmo_fastai.data.label_tables import (
     COLUMN_NAMES,
     NONE,
+    SPLIT_WORDS,
     LabelTable,
     TableColumns,
     check_columns,
@@ -144,6 +145,9 @@ def read_hub_dataset(dataset: str, columns: TableColumns) -> LabelTable:
     groups: dict[str, str] = {}
     for role, split in splits.items():
         labels = split[found.label]
+        if role != "train" and inner is not None and not any(labels):
+            notes.append(("Not read", f"split {role}: its images have no labels"))
+            continue
         if inner is not None:
             labels_of |= _labels_by_file(role, labels, names, f"{dataset}, split {role}")
             parts[role] = {ALL: [f"{role}/{row}" for row in range(len(labels))]}
@@ -215,7 +219,7 @@ def _by_role(loaded: Any, dataset: str) -> tuple[dict[str, Any], list[Note]]:
     found: dict[str, Any] = {}
     others = []
     for name, split in named.items():
-        role = role_of(name)
+        role = role_of(name) or SPLIT_WORDS.get(name.lower())
         if role is None or role in found or not len(split):
             others.append(name)
         else:
@@ -238,6 +242,11 @@ def _find_columns(features: Mapping[str, Any], columns: TableColumns, dataset: s
     """
     import datasets
 
+    if columns.delimiter not in ("", NONE):
+        raise InputError(
+            "data.label_delimiter is for tables of labels; for several labels per image, "
+            f"{dataset} needs a column of lists."
+        )
     given = {"path": columns.path, "label": columns.label, "group": columns.group}
     check_columns(given, features, dataset)
     images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
@@ -293,11 +302,12 @@ def _labels_by_file(
     """
     found = {}
     for row, values in enumerate(labels):
-        chosen = [] if values is None else values
-        for value in chosen:
+        if values is None:
+            raise InputError(f"{where}, row {row}: the labels are missing; for none, use [].")
+        for value in values:
             if value is None or (names is not None and not 0 <= value < len(names)):
                 raise InputError(f"{where}, row {row}: a label is {value}.")
-        texts = (str(value) if names is None else names[value] for value in chosen)
+        texts = (str(value) if names is None else names[value] for value in values)
         found[f"{role}/{row}"] = tuple(dict.fromkeys(normalize("NFC", text) for text in texts))
     return found
 

@@ -49,7 +49,7 @@ COLUMN_NAMES = {
 NONE = "none"
 """The name of a column that is not to be used, although a guess would find one."""
 ADVICE = "Use one row per image, with a column for its path and a column for its label."
-_SPLIT_WORDS = {"dev": "valid", "development": "valid", "holdout": "test"}
+SPLIT_WORDS = {"dev": "valid", "development": "valid", "holdout": "test"}
 """Splits by names that are used in tables, beside those of folders."""
 _BOOLEANS = {
     **dict.fromkeys(("true", "1", "1.0", "yes"), "valid"),
@@ -144,6 +144,7 @@ def read_label_table(
     found = _find_columns(table, columns, finder)
     rows = _read_rows(table, found, finder, left_out)
     _check_groups(rows, found)
+    rows, unlabelled = _without_unlabelled_splits(rows)
     names = class_order({name for row in rows if row.split == "train" for name in row.labels})
     _check_classes(rows, names, table)
     multi = None
@@ -161,6 +162,7 @@ def read_label_table(
     notes = (
         ("Table", _describe(found, table)),
         *(() if multi is None else describe_labels(multi)),
+        *unlabelled,
         *_unused_split_column(table, found),
         *_rare_labels(rows, names),
     )
@@ -174,6 +176,11 @@ def _find_columns(table: TextTable, columns: TableColumns, finder: FileFinder) -
         InputError: a given column does not exist, or a required one is not found.
     """
     given = {name: getattr(columns, name) for name in COLUMN_NAMES}
+    if images := [name for name in table.header if Path(name).suffix and finder.is_image(name)]:
+        raise InputError(
+            f"{table.path}, line 1 names the image {images[0]!r} instead of the columns.\n"
+            "Add a first line such as: path,label"
+        )
     check_columns(given, table.header, str(table.path))
     used = [name for name in given.values() if name]
     for meaning in ("split", "group", "path", "label"):
@@ -292,7 +299,18 @@ def _split_of(value: str, column: str) -> str | None:
     lower = value.strip().lower()
     if column.lower().startswith("is_"):
         return _BOOLEANS.get(lower)
-    return role_of(lower) or _SPLIT_WORDS.get(lower)
+    return role_of(lower) or SPLIT_WORDS.get(lower)
+
+
+def _without_unlabelled_splits(rows: list[_Row]) -> tuple[list[_Row], list[Note]]:
+    """Leave out validation or test images if none of them has a label: theirs are not known."""
+    notes = []
+    for split in ("valid", "test"):
+        of_split = [row for row in rows if row.split == split]
+        if of_split and not any(row.labels for row in of_split):
+            rows = [row for row in rows if row.split != split]
+            notes.append(("Not read", f"split {split}: its images have no labels"))
+    return rows, notes
 
 
 def _check_groups(rows: Sequence[_Row], columns: TableColumns) -> None:

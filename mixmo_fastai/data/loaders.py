@@ -385,4 +385,5 @@ class _ChunkReader:
             pixels = self.read(chunk.tolist())
         except InputError as error:
             return error  # an error raised in a worker would arrive as the text of a traceback
-        return pixels, self.labels[chunk].repeat(len(pixels) // len(chunk))
+        labels, copies = self.labels[chunk], len(pixels) // len(chunk)
+        return pixels, labels.repeat(copies, *(1 for _ in labels.shape[1:]))

@@ -102,7 +102,7 @@ def describe_labels(labels: MultiLabels) -> list[Note]:
     without = counts.count(0)
     if without:
         text += f"; {without:,} image{'s' * (without > 1)} without any"
-    return [("Labels", text)]
+    return [("Labels", f"{text}; for one per image: --set data.label_delimiter=none")]
 
 
 def missing_labels(role: str, files: Sequence[str], labels: MultiLabels) -> list[Note]:

@@ -3,6 +3,7 @@
 Shapes: N images, M members, K classes.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.evaluation.logits import LabelledLogits
-from mixmo_fastai.evaluation.splits import evaluate_splits
+from mixmo_fastai.evaluation.results import MAX_TEMPERATURE_ERROR
+from mixmo_fastai.evaluation.splits import MIN_IMAGES_FOR_TEMPERATURE, evaluate_splits
 from mixmo_fastai.metrics.label_results import LABELS
 from mixmo_fastai.metrics.multi_label import (
     DEFAULT_THRESHOLD,
@@ -24,6 +26,7 @@ from mixmo_fastai.metrics.multi_label import (
     exact_match,
     f1_scores,
     image_intervals,
+    label_temperature,
     mean_average_precision,
 )
 
@@ -61,7 +64,11 @@ def evaluate_multi_label(
         - f1_micro, f1_macro and exact_match, with the thresholds;
         - thresholds, one per class, and thresholds_from: "validation", or "default" for
           `DEFAULT_THRESHOLD` if the thresholds would be chosen on the evaluated images; they are
-          those of probabilities at the temperature, which is that of "calibrated", or else 1;
+          those of probabilities at the temperature, that of "calibrated" if its error is small, or
+          else 1;
+        - num_threshold_images, from which the thresholds were chosen;
+        - deployed, only with that default: thresholds and temperature for predictions, from the
+          evaluated images themselves;
         - per_class: a list with name, positives, average_precision, threshold, precision, recall
           and f1 of each class; None where undefined.
     """
@@ -77,28 +84,61 @@ def evaluate_multi_label(
         metrics.pop("absent", None)
     final = test or validation
     assert final is not None
-    temperature = metrics.get("calibrated", {}).get("temperature", 1.0)
-    logits, targets = final[0].double(), final[1]
     fitted_on = separate if is_separate else validation
-    if "calibrated" in metrics and fitted_on is not None:
-        metrics["calibrated"]["num_images"] = len(fitted_on[1])  # not decisions
+    fitted = _fit_temperature(fitted_on)
+    if "calibrated" in metrics:
+        _use_images(metrics, fitted_on, fitted)
+    logits, targets = final[0].double(), final[1]
     ends = {name: list(each) for name, each in image_intervals(logits.mean(1), targets).items()}
     interval = ends.pop("mean_ap", None)
     metrics["intervals"] = ends
-    others = None if test is None else fitted_on
-    decide = _choose(others, len(classes), temperature)
+    is_other = test is not None or is_separate
+    decide = _choose(fitted_on if is_other else None, len(classes), fitted)
     found = _label_metrics(logits, targets, decide, classes)
-    found["thresholds_from"] = "default" if others is None else "validation"
+    found["thresholds_from"] = "validation" if is_other and fitted_on is not None else "default"
+    found["num_threshold_images"] = len(fitted_on[1]) if is_other and fitted_on is not None else 0
+    if not is_other:
+        found["deployed"] = dataclasses.asdict(_choose(fitted_on, len(classes), fitted))
     metrics[LABELS] = {**found, **({} if interval is None else {"mean_ap_interval": interval})}
     return metrics
 
 
-def _choose(others: LabelledLogits, num_classes: int, temperature: float) -> LabelDecisions:
-    """Choose thresholds of calibrated probabilities on images, or the default without any."""
-    if others is None:
-        return LabelDecisions((DEFAULT_THRESHOLD,) * num_classes, temperature)
-    probabilities = (others[0].double().mean(dim=1) / temperature).sigmoid()
-    return LabelDecisions(tuple(best_thresholds(probabilities, others[1]).tolist()), temperature)
+def _fit_temperature(images: LabelledLogits) -> tuple[float, float] | None:
+    """Fit the temperature of images, with its error; None if there are too few."""
+    if images is None or len(images[1]) < MIN_IMAGES_FOR_TEMPERATURE:
+        return None
+    return label_temperature(images[0].double().mean(dim=1), images[1])
+
+
+def _use_images(
+    metrics: dict[str, Any], images: LabelledLogits, fitted: tuple[float, float] | None
+) -> None:
+    """Let the entry "calibrated" count images instead of decisions, or remove it for too few."""
+    assert images is not None
+    if fitted is not None:
+        metrics["calibrated"] |= {"temperature_error": fitted[1], "num_images": len(images[1])}
+        return
+    del metrics["calibrated"]
+    metrics.setdefault("absent", {})["calibrated"] = (
+        f"there are {len(images[1])} validation images; fitting a temperature needs "
+        f"{MIN_IMAGES_FOR_TEMPERATURE}"
+    )
+
+
+def _choose(
+    images: LabelledLogits, num_classes: int, fitted: tuple[float, float] | None
+) -> LabelDecisions:
+    """Choose thresholds of calibrated probabilities on images, or the default without any.
+
+    A temperature with a large error is not used.
+    """
+    if images is None:
+        return LabelDecisions((DEFAULT_THRESHOLD,) * num_classes)
+    temperature = 1.0
+    if fitted is not None and fitted[1] <= MAX_TEMPERATURE_ERROR:
+        temperature = fitted[0]
+    probabilities = (images[0].double().mean(dim=1) / temperature).sigmoid()
+    return LabelDecisions(tuple(best_thresholds(probabilities, images[1]).tolist()), temperature)
 
 
 def _label_metrics(

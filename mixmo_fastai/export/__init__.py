@@ -3,6 +3,7 @@
 files         export to safetensors, ONNX and torch.export; loading
 images        standardised images for checks and calibration
 onnx_network  an ONNX file as a module, run by onnxruntime
+header        the header of these files
 formats       writers of .safetensors, .onnx and .pt2
 int8          quantisation of an ONNX file, with a limit on the loss of accuracy
 thresholds    the calibration of a run in exported files

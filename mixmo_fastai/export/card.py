@@ -51,8 +51,10 @@ def model_card(
     split = "test" if "test" in metrics else "valid"
     dataset = recipe.data.dataset if recipe.data.dataset in DATASETS else _name(recipe)
     name = address.removeprefix(HUB_PREFIX)
+    contains = is_calibrated and has_calibration(run) and "calibrated" in metrics
+    metadata = _metadata(name, dataset, recipe, metrics, license_id, is_calibrated=contains)
     parts = [
-        f"---\n{_metadata(name, dataset, recipe, metrics, license_id)}\n---",
+        f"---\n{metadata}\n---",
         f"# {name}",
         _summary(recipe, facts, metrics, dataset),
         "## Results",
@@ -71,16 +73,33 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
+def has_calibration(run: RunFolder) -> bool:
+    """Check whether a run has a temperature that its exported logits contain."""
+    if labels := run.metrics().get(LABELS):
+        return bool(labels["temperature"] != 1)
+    calibration = read_calibration(run)
+    scaling = None if calibration is None else calibration.scaling
+    return scaling is not None and scaling.method == "temperature"
+
+
 def _name(recipe: Recipe) -> str:
     return Path(recipe.data.dataset).name
 
 
 def _metadata(
-    name: str, dataset: str, recipe: Recipe, metrics: Mapping[str, Any], license_id: str
+    name: str,
+    dataset: str,
+    recipe: Recipe,
+    metrics: Mapping[str, Any],
+    license_id: str,
+    *,
+    is_calibrated: bool,
 ) -> str:
     """Return the metadata in YAML."""
     final = metrics["test" if "test" in metrics else "valid"]
     values = {**final, **metrics.get(LABELS, {})}
+    if is_calibrated:  # accuracy and mAP do not change
+        values |= {name: metrics["calibrated"][name] for name in ("nll", "ece")}
     results = [
         EvalResult(
             task_type="image-classification",

@@ -11,10 +11,8 @@ unless the run has no calibration.
 """
 
 import dataclasses
-import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,11 +30,16 @@ from mixmo_fastai.data.run_data import facts_of, read_source
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.export import int8
 from mixmo_fastai.export.formats import (
-    Metadata,
     read_program,
     write_onnx,
     write_program,
     write_tensors,
+)
+from mixmo_fastai.export.header import (
+    damage_explained,
+    metadata_of,
+    parts_of_header,
+    read_header,
 )
 from mixmo_fastai.export.images import evenly_spaced, standardized
 from mixmo_fastai.export.onnx_network import OnnxNetwork
@@ -56,7 +59,6 @@ from mixmo_fastai.runs.folder import RunFolder
 from mixmo_fastai.runs.labels import check_one_label, label_decisions
 from mixmo_fastai.runs.weights import load_network
 
-FORMAT = "mixmo-fused-1"
 NUM_CHECKED = 256
 """Number of images on which an exported network is compared with the run."""
 TOLERANCES = {".safetensors": 1e-5, ".onnx": 1e-4, ".pt2": 1e-4}
@@ -166,7 +168,7 @@ def export_run(
             temporary = Path(folder) / f"network{suffix}"
             # The .safetensors of a network have the names of its architecture.
             written = fused if suffix == ".safetensors" else fold_batch_norm(fused.eval(), x[:8])
-            metadata = _metadata(recipe.model.arch, facts, entry, labels)
+            metadata = metadata_of(recipe.model.arch, facts, entry, labels)
             write(written, facts, metadata, temporary)
             with torch.inference_mode():
                 expected = model(x)
@@ -212,8 +214,8 @@ def load_fused(path: Path | str) -> ExportedNetwork:
         raise InputError(f"There is no file {str(path)!r}.")
     if path.suffix.lower() == ".onnx":
         network = OnnxNetwork(path)
-        header = _read_header(path, network.metadata)
-        return ExportedNetwork(network.eval(), *_parts_of_header(path, header))
+        header = read_header(path, network.metadata)
+        return ExportedNetwork(network.eval(), *parts_of_header(path, header))
     if path.suffix.lower() == ".pt2":
         raise InputError(
             f"{path} is a program of torch.export; run it with torch.export.load.\n"
@@ -225,8 +227,8 @@ def load_fused(path: Path | str) -> ExportedNetwork:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} cannot be read: {error}.") from error
-    arch, facts, calibration, labels = _parts_of_header(path, _read_header(path, metadata))
-    with _damage_explained(path):
+    arch, facts, calibration, labels = parts_of_header(path, read_header(path, metadata))
+    with damage_explained(path):
         published = parse_architecture(arch).depth > 0
         # A damaged file may claim a huge network: on "meta", no memory is allocated for it.
         with torch.device("meta" if published else "cpu"):
@@ -268,47 +270,7 @@ def write_fused(
         path: the file.
         labels: which labels are predicted, with several per image; None with one.
     """
-    write_tensors(model, facts, _metadata(arch, facts, calibration, labels), path)
-
-
-@contextmanager
-def _damage_explained(path: Path) -> Iterator[None]:
-    """Replace the errors that invalid content causes by an `InputError`."""
-    try:
-        yield
-    except InputError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path} is damaged: {reason}.") from error
-
-
-def _read_header(path: Path, metadata: Metadata) -> dict[str, Any]:
-    """Read the header from the metadata of a file."""
-    if "mixmo" not in metadata:
-        raise InputError(
-            f"{path} is not an exported network.\n"
-            f"Create one with: mixmo export RUN --to FILE{path.suffix.lower()}"
-        )
-    with _damage_explained(path):
-        header: dict[str, Any] = json.loads(metadata["mixmo"])
-        if header["format"] != FORMAT:
-            raise InputError(
-                f"{path} has format {header['format']!r}; this version reads {FORMAT}."
-            )
-    return header
-
-
-def _parts_of_header(
-    path: Path, header: dict[str, Any]
-) -> tuple[str, DataFacts, ExportedCalibration | None, LabelDecisions | None]:
-    with _damage_explained(path):
-        facts, entry = DataFacts.from_mapping(header["data"]), header.get("calibration")
-        num_classes, labels = len(facts.classes), None
-        calibration = None if entry is None else ExportedCalibration(entry, num_classes)
-        if facts.is_multi_label:
-            labels = LabelDecisions.from_mapping(header["labels"], num_classes)
-        return str(header["arch"]), facts, calibration, labels
+    write_tensors(model, facts, metadata_of(arch, facts, calibration, labels), path)
 
 
 def _check_facts(run: RunFolder, facts: DataFacts) -> None:
@@ -342,22 +304,6 @@ def _label_scaling(
         return None, found
     scaling = Scaling("temperature", (1 / found.temperature,))
     return scaling, LabelDecisions(found.thresholds)
-
-
-def _metadata(
-    arch: str,
-    facts: DataFacts,
-    calibration: dict[str, Any] | None,
-    labels: LabelDecisions | None = None,
-) -> Metadata:
-    header = {
-        "format": FORMAT,
-        "arch": arch,
-        "data": dataclasses.asdict(facts),
-        "calibration": calibration,
-        **({} if labels is None else {"labels": dataclasses.asdict(labels)}),
-    }
-    return {"mixmo": json.dumps(header)}
 
 
 def _compare(

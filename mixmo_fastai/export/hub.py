@@ -16,7 +16,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from httpx import HTTPError
 from huggingface_hub import HfApi, PyTorchModelHubMixin, hf_hub_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -43,6 +42,8 @@ from mixmo_fastai.runs.data_facts import DataFacts
 from mixmo_fastai.runs.folder import RunFolder
 
 LIBRARY = "mixmo-fastai"
+_CLIENTS = ("httpx", "httpx2", "httpcore", "requests", "urllib3")
+"""Libraries of connections whose errors the Hub's library passes on."""
 
 
 class FusedClassifier(
@@ -243,7 +244,13 @@ def _reported(action: str) -> Iterator[None]:
     """Turn errors of the Hub and of the connection into an `InputError`."""
     try:
         yield
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, HTTPError) as error:
+    except InputError:
+        raise
+    except Exception as error:
+        known = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError)
+        is_connection = type(error).__module__.partition(".")[0] in _CLIENTS
+        if not isinstance(error, known) and not is_connection:
+            raise
         advice = "Log in with `hf auth login`, or write a folder: --to FOLDER."
         if action.startswith("load"):
             advice = "Check the name and the connection, or log in with `hf auth login`."

@@ -39,8 +39,11 @@ class MlflowTracker:
             logging.getLogger(name).setLevel(logging.WARNING)  # only the command prints
         uri = os.environ.get("MLFLOW_TRACKING_URI")
         local = f"sqlite:///{quote(str(run.folder / 'mlflow.db'), safe=_KEPT)}"
-        self.client = MlflowClient(tracking_uri=uri or local)
         self.progress = Progress(run.folder / "mlflow.json")
+        if uri is None and self.progress.values.get("id") is None:
+            # A process that was stopped while it created the tables leaves them incomplete.
+            (run.folder / "mlflow.db").unlink(missing_ok=True)
+        self.client = MlflowClient(tracking_uri=uri or local)
         self.run_id = self._find_run() or self._create_run(run, None if uri else run.folder)
         self.progress.save(id=self.run_id)
         command = shlex.join(["mlflow", "ui", "--backend-store-uri", local])

@@ -7,6 +7,8 @@ from mixmo_fastai.metrics.table import decimal, percent
 
 LABELS = "multi_label"
 """Key of these metrics in those of a run; see `multi_label`. Absent with one label per image."""
+MIN_RELIABLE = 100
+"""Number of images from which on thresholds are not called unreliable."""
 NUM_SHOWN = 20
 """Largest number of labels in the table; metrics.json and the report have all."""
 LABEL_COLUMNS = (
@@ -49,7 +51,9 @@ def label_rows(metrics: Mapping[str, Any], split_name: str, voters: str) -> list
 def origin(values: Mapping[str, Any]) -> str:
     """Describe the thresholds."""
     if values["thresholds_from"] == "validation":
-        return "at the thresholds with the best F1 on the validation images"
+        count = values["num_threshold_images"]
+        few = ", too few for reliable ones" if count < MIN_RELIABLE else ""
+        return f"at the thresholds with the best F1 on {count:,} validation images{few}"
     return "at a threshold of 0.5"
 
 

@@ -27,6 +27,7 @@ from mixmo_fastai.metrics.bootstrap import (
     resampled_means,
 )
 from mixmo_fastai.metrics.calibration import ece_terms, nll_terms
+from mixmo_fastai.metrics.temperature import fit_temperature
 from mixmo_fastai.rng import make_generator
 
 DECISIONS = ("no", "yes")
@@ -153,6 +154,39 @@ def mean_average_precision(scores: Tensor, targets: Tensor) -> float:
     return float(values.nanmean())
 
 
+def label_temperature(logits: Tensor, targets: Tensor) -> tuple[float, float]:
+    """Fit the temperature of all decisions, and its relative standard error over images.
+
+    The labels of an image are not independent, so that its decisions count as one: with the score
+    u_n of image n, the derivative of its NLL with respect to log T, and the Fisher information I,
+    the standard error of log T is √(Σ_n u_n²) / I (the sandwich estimate; White, 1980).
+
+    Args:
+        logits: (N, K), of images that are not used in the reported metrics.
+        targets: (N, K).
+
+    Returns:
+        the temperature, and the error as a fraction of it; infinite if it is undefined.
+
+    Raises:
+        InputError: as for `average_precisions`.
+
+    Example:
+        >>> logits = torch.tensor([[2.0], [2.0], [2.0], [2.0]])
+        >>> targets = torch.tensor([[1], [1], [1], [0]])  # three of four right: 2 / T = log 3
+        >>> [round(value, 4) for value in label_temperature(logits, targets)]
+        [1.8205, 1.0511]
+    """
+    _check(logits, targets)
+    temperature = fit_temperature(*as_decisions(logits.double(), targets))
+    scaled = logits.double() / temperature
+    probabilities = scaled.sigmoid()
+    scores = (scaled * (probabilities - targets.double())).sum(dim=1)
+    information = float((scaled.square() * probabilities * (1 - probabilities)).sum())
+    error = float(scores.square().sum()) ** 0.5 / information if information else math.inf
+    return temperature, error
+
+
 def best_thresholds(probabilities: Tensor, targets: Tensor) -> Tensor:
     """Choose the threshold of each class with the highest F1: (K,) float64.
 
@@ -267,7 +301,8 @@ def image_intervals(
 
     Returns:
         lower and upper bound by metric: accuracy of the decisions, nll, ece and, up to
-        `MAX_RESAMPLED` decisions, mean_ap; in a resample, classes without positives do not count.
+        `MAX_RESAMPLED` decisions, mean_ap; in a resample, classes without positives do not count,
+        and mean_ap is left out if a resample has none at all.
 
     Raises:
         InputError: as for `average_precisions`.
@@ -289,7 +324,9 @@ def image_intervals(
     }
     resampled = resampled_means(terms, num_resamples=num_resamples, seed=seed)
     if targets.numel() <= MAX_RESAMPLED and targets.any():
-        resampled["mean_ap"] = _resampled_map(logits, targets, num_resamples, seed)
+        values = _resampled_map(logits, targets, num_resamples, seed)
+        if not values.isnan().any():
+            resampled["mean_ap"] = values
     return {name: percentile_interval(values, level) for name, values in resampled.items()}
 
 

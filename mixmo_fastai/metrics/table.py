@@ -276,7 +276,7 @@ METRICS = (
     ),
     MetricSpec(
         "aurc",
-        "AURC",
+        "AURC, mean of risks",
         "error rate, mean over coverages; most confident first",
         PERCENT,
         "mixmo_fastai.metrics.selective:aurc",

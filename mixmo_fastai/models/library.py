@@ -57,7 +57,8 @@ def build_backbone(
         except OSError as error:
             raise InputError(
                 f"The weights of {arch.name} cannot be downloaded: {error}.\n"
-                "Train without pretrained weights, or put the file in the library's cache folder."
+                "Put the file in the library's cache folder, or name it: model.weights=FILE.\n"
+                "Or train without pretrained weights."
             ) from error
         except (ValueError, AssertionError, RuntimeError) as error:
             size = f" for images of {image_size[0]}x{image_size[1]}" if image_size else ""

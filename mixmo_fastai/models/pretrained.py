@@ -43,7 +43,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise InputError(f"There is no file of weights {str(path)!r}.")
     try:
         if path.suffix.lower() == SAFETENSORS:
-            return load_file(path)
+            return _named_tensors(load_file(path), path)
         if path.suffix.lower() not in PICKLED:
             kinds = ", ".join((SAFETENSORS, *PICKLED))
             raise InputError(f"{path} is no file of weights.\nKnown suffixes: {kinds}.")
@@ -81,9 +81,11 @@ def _named_tensors(values: Any, path: Path) -> dict[str, Tensor]:
             f"{path} holds {other!r}, which is no tensor.\n"
             "Save only tensors: torch.save(model.state_dict(), FILE)."
         )
-    for prefix in _PREFIXES:
-        if all(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+    while prefix := next((p for p in _PREFIXES if all(n.startswith(p) for n in tensors)), ""):
+        tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise InputError(f"{path}: the weights {name} are not finite.")
     return tensors
 
 

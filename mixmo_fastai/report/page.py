@@ -5,6 +5,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,7 @@ def render(data: ReportData) -> str:
         expected_label=expected_label(recipe),
         table=_metric_table(data),
         metric_columns=_metric_columns(data),
+        definition=partial(_definition, of_labels=bool(data.label_names)),
         notes=_notes(data),
         sections=sections(data),
         colors=_colors(data),
@@ -221,6 +223,23 @@ def _metric_table(data: ReportData) -> list[tuple[Any, list[tuple[str, str]]]]:
         if not (has_one_member and metric.compares_members) and not is_for_classes:
             rows.append((metric, cells))
     return rows
+
+
+def _definition(metric: MetricSpec, *, of_labels: bool) -> str:
+    """Return the definition of a metric, of decisions instead of images with several labels."""
+    if not of_labels:
+        return metric.definition
+    changes = {
+        "images whose most likely class is the true class": "decisions that are right",
+        "images on which two members differ": "decisions on which two members differ",
+        "mean over images": "mean over decisions",
+        "true class": "true answer",
+        "summed over classes": "summed over no and yes",
+    }
+    text = metric.definition
+    for before, after in changes.items():
+        text = text.replace(before, after)
+    return text
 
 
 def _notes(data: ReportData) -> list[str]:

@@ -51,7 +51,8 @@ def label_decisions(run: RunFolder, num_classes: int, *, raw: bool = False) -> L
     """
     default = {"thresholds": [DEFAULT_THRESHOLD] * num_classes}
     try:
-        found = LabelDecisions.from_mapping(run.metrics().get(LABELS, default), num_classes)
+        entry = run.metrics().get(LABELS, default)
+        found = LabelDecisions.from_mapping(entry.get("deployed", entry), num_classes)
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{run.path / 'metrics.json'} is damaged: {error}.") from error
     return found.with_temperature(1.0) if raw else found

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mixmo_fastai.data.label_tables import is_table, read_label_table
 from mixmo_fastai.errors import InputError, RunFailedError, RunInterruptedError
 from mixmo_fastai.runs.lock import locked
 from mixmo_fastai.runtime.cpus import available_cpus
@@ -22,6 +23,19 @@ from mixmo_fastai.study.records import check_unchanged, write_record
 POLL_SECONDS = 0.2
 SECONDS_TO_STOP = 600
 """How long interrupted runs may take to save their states."""
+
+
+def check_one_label_per_image(runs: Sequence[PlannedRun]) -> None:
+    """Check that no run is on a table of several labels per image, before any is trained.
+
+    Raises:
+        InputError: one is.
+    """
+    for dataset in sorted({run.recipe.data.dataset for run in runs}):
+        if is_table(dataset) and read_label_table(Path(dataset)).multi is not None:
+            raise InputError(
+                f"mixmo study is for one label per image; those of {dataset} may have several."
+            )
 
 
 @dataclass
@@ -53,6 +67,7 @@ class Executor:
             RunInterruptedError: interrupted; the runs have saved their states.
         """
         check_unchanged(runs, self.folder)
+        check_one_label_per_image(runs)
         waiting = [run for run in runs if not run.folder(self.folder).is_finished]
         total, active = len(waiting), {}
         started = 0

@@ -173,8 +173,10 @@ def _train_networks(
             say(f"{label}: finished.")
             continue
         say(f"{label}: {folder.path}")
-        net_training = _network_training(training, net_recipe, index)
         has_started = broadcast_from_rank0(run.is_writer and resume and _has_started(folder))
+        net_training = _network_training(
+            training, net_recipe, index, folder if has_started else None
+        )
         if not has_started and run.is_writer:
             create_run(
                 net_recipe,
@@ -214,14 +216,18 @@ def _evaluate_networks(
     return metrics
 
 
-def _network_training(training: Training, recipe: Recipe, index: int) -> Training:
+def _network_training(
+    training: Training, recipe: Recipe, index: int, resumed: RunFolder | None
+) -> Training:
     """Prepare the training of one network; the first one is built already.
 
     It must be built again after another one, whose seed the loaders then have.
     """
     if index == 0 and training.learn.dls.train.seed == recipe.train.seed:
         return replace(training, recipe=recipe)
-    return prepare_network(recipe, training.source, training.learn.dls, threads=training.threads)
+    return prepare_network(
+        recipe, training.source, training.learn.dls, threads=training.threads, resumed=resumed
+    )
 
 
 def network_recipe(recipe: Recipe, index: int) -> Recipe:

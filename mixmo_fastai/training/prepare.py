@@ -33,6 +33,7 @@ from mixmo_fastai.data.splits import training_parts
 from mixmo_fastai.data.transforms import build_transform
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.learner.build import learner_from_recipe
+from mixmo_fastai.runs.checkpoints import CheckpointStore
 from mixmo_fastai.runs.folder import RunFolder
 from mixmo_fastai.runtime.acceleration import Acceleration, choose_acceleration
 from mixmo_fastai.runtime.devices import choose_device, describe_device
@@ -185,7 +186,7 @@ def prepare(
         )
     if run is None:
         recipe = _with_crop_source(recipe, source)
-    return prepare_network(recipe, source, sized_for=sized_for, threads=threads)
+    return prepare_network(recipe, source, sized_for=sized_for, threads=threads, resumed=run)
 
 
 def prepare_network(
@@ -195,6 +196,7 @@ def prepare_network(
     *,
     sized_for: str | None = None,
     threads: int | None = None,
+    resumed: RunFolder | None = None,
 ) -> Training:
     """Build the Learner of a recipe for a loaded data set; see `prepare`.
 
@@ -205,12 +207,15 @@ def prepare_network(
             the data on the device; None to create them.
         sized_for: see `prepare`.
         threads: see `prepare`.
+        resumed: the run to resume: if it has a state, the weights that it started from are not
+            needed any more.
     """
     device = choose_device(recipe.train.device)
     recipe = _with_test_split(_with_data_settings(recipe, source), source)
     image_shape, device_type = source.train.image_shape, sized_for or device.type
     arch = recipe.model.arch or default_arch(recipe, device_type, image_shape)
-    source = with_statistics_of_weights(recipe, arch, source)
+    if resumed is None or resumed.data_facts() is None:
+        source = with_statistics_of_weights(recipe, arch, source)
     if dls is None:
         dls = _make_dataloaders(recipe, source, device)
     else:
@@ -223,13 +228,20 @@ def prepare_network(
         num_images=len(dls.train.images),
         scaled_to=source.scaled_to,
     )
-    learn = learner_from_recipe(recipe, dls)
+    learn = learner_from_recipe(_without_weights(recipe, resumed), dls)
     _check_image_size(recipe, source, learn.model)
     _check_evaluation_images(source, dls)
     learn.remove_cbs(ProgressCallback)  # the caller provides the progress display
     training = Training(recipe, source, learn, open_names, threads)
     training.acceleration.move_to_device(learn.model)
     return training
+
+
+def _without_weights(recipe: Recipe, resumed: RunFolder | None) -> Recipe:
+    """Drop the weights to start from if a resumed run has a state that replaces them."""
+    if resumed is None or CheckpointStore(resumed.networks()[0].checkpoint).newest() is None:
+        return recipe
+    return replace(recipe, model=replace(recipe.model, pretrained=False, weights=""))
 
 
 def _make_dataloaders(recipe: Recipe, source: DataSource, device: torch.device) -> DataLoaders:
