@@ -66,11 +66,12 @@ def main():
 
     args.out.mkdir(parents=True, exist_ok=True)
     study = optuna.create_study(
-        storage=f"sqlite:///{args.out / 'optuna.db'}",
-        # Trials on other data, or of other length, are not comparable.
-        study_name=f"{Path(args.dataset).resolve().name}, {args.arch}, {args.epochs} epochs",
-        load_if_exists=True,
+        storage=f"sqlite:///{args.out / 'optuna.db'}", study_name="mixmo", load_if_exists=True
     )
+    fixed = {"dataset": args.dataset, "arch": args.arch, "epochs": args.epochs}
+    if study.user_attrs.get("fixed", fixed) != fixed:
+        raise SystemExit(f"Error: {args.out} has trials with {study.user_attrs['fixed']}.")
+    study.set_user_attr("fixed", fixed)
     study.optimize(objective, n_trials=args.trials, catch=(RunFailedError,))  # such as divergence
     print(f"NLL {study.best_value:.4f} with trial {study.best_trial.number}: {study.best_params}")
 

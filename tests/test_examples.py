@@ -85,6 +85,7 @@ def test_sweep_continues_and_stops_hopeless_trials(run, tmp_path):
     output = run("sweep.py", *arguments, "--trials", 1)
     study = optuna.load_study(study_name="mixmo", storage=f"sqlite:///{tmp_path / 'it/optuna.db'}")
     assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 3
+    assert study.user_attrs["fixed"] == {"dataset": "digits", "arch": "wrn10_1", "epochs": 2}
     for trial in study.trials:
         folder = open_run(tmp_path / f"it/trial-{trial.number}")
         assert trial.value == pytest.approx(folder.metrics()["valid"]["nll"])
