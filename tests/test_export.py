@@ -18,7 +18,8 @@ from mixmo_fastai.evaluation.predict import predict_images
 from mixmo_fastai.evaluation.runs import evaluate_run
 from mixmo_fastai.export import files as export
 from mixmo_fastai.export import formats
-from mixmo_fastai.export.files import FORMAT, check_export, export_run
+from mixmo_fastai.export.files import check_export, export_run
+from mixmo_fastai.export.header import FORMAT
 from mixmo_fastai.runs.folder import RunFolder
 from mixmo_fastai.runs.weights import load_network
 
