@@ -292,3 +292,15 @@ def test_image_of_masks_shows_every_mask_kind(tmp_path):
     for image in (tmp_path / "masks.png", ROOT / "docs/images/masks.png"):
         assert image.read_bytes().startswith(b"\x89PNG")
         assert 5_000 < image.stat().st_size < 60_000
+
+
+def test_image_of_measured_results_shows_the_runs_in_the_repository(tmp_path):
+    script = runpy.run_path(str(ROOT / "docs/images/when.py"))
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for method in script["METHODS"]:
+        values = script["accuracies"](script["read_runs"](method))
+        assert f"{sum(values) / len(values):.2f}" in text
+    script["main"](tmp_path / "when.png")
+    for image in (tmp_path / "when.png", ROOT / "docs/images/when.png"):
+        assert image.read_bytes().startswith(b"\x89PNG")
+        assert 5_000 < image.stat().st_size < 60_000

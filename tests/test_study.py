@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from pages import STUDY, TEXTS, blocks, command_lines
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 
 from mixmo_fastai.cli import run as program
 from mixmo_fastai.errors import InputError, RunFailedError
+from mixmo_fastai.plots import study as plots
 from mixmo_fastai.plots.png import MAX_TICKS, format_size, size_ticks
 from mixmo_fastai.runs.create import create_run
 from mixmo_fastai.runs.folder import RunFolder
@@ -375,3 +377,24 @@ def test_markdown_without_spread_and_differences(trained):
     (row,) = [line for line in markdown("x", cells, "vanilla").splitlines() if "| ensemble" in line]
     assert "±" not in row
     assert row.count("| - ") == 2
+
+
+def test_nearly_equal_sizes_look_nearly_equal(monkeypatch, tmp_path):
+    """1.500 and 1.504 million images are not drawn at opposite ends of a picture."""
+    limits = []
+    monkeypatch.setattr(plots, "_save", lambda figure, axes, path: limits.append(axes.get_xlim()))
+    cells = [
+        SimpleNamespace(
+            method=method,
+            images_trained=images,
+            split="test",
+            metrics={"accuracy": (0.5,)},
+            mean=lambda name: 0.5,
+            spread=lambda name: None,
+        )
+        for method, images in (("cutmix", 1_499_904), ("cut-mixmo", 1_504_000))
+    ]
+    plots.plot_study(cells, tmp_path / "study.png")
+    ((low, high),) = limits
+    assert 2 <= high / low < 4
+    assert low < min(cell.images_trained for cell in cells)

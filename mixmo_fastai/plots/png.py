@@ -172,7 +172,7 @@ def plot_comparison(names: list[str], compared: Sequence[ComparedRun], path: Pat
     line connects each of them with its true position on the axis, and the axis label says so.
     """
     sizes = [each.parameters for each in compared]
-    low, high = _size_limits(sizes)
+    low, high = size_limits(sizes)
     positions = _marker_positions(sizes, (low, high))
     legend_height = 0.22 * len(names) + 0.1
     figure = Figure(figsize=(11, 4.6 + legend_height), dpi=120, layout="constrained")
@@ -231,7 +231,7 @@ def marker_style(number: int) -> dict[str, str]:
     }
 
 
-def _size_limits(sizes: Sequence[int]) -> tuple[float, float]:
+def size_limits(sizes: Sequence[int]) -> tuple[float, float]:
     """Return the limits of a logarithmic axis of sizes."""
     low, high = min(sizes), max(sizes)
     middle, span = math.sqrt(low * high), max(1.5 * (high / low) ** 1.25, MIN_SPAN)

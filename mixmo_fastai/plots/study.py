@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from mixmo_fastai.plots.png import format_size, marker_style, size_ticks
+from mixmo_fastai.plots.png import format_size, marker_style, size_limits, size_ticks
 
 METRICS = {
     "accuracy": "accuracy",
@@ -52,6 +52,7 @@ def plot_study(cells: Sequence[Any], path: Path, axis: str = "images_trained") -
                 label=method,
             )
         axes.set_xscale("log")
+        axes.set_xlim(*size_limits([getattr(cell, axis) for cell in cells]))
         ticks = size_ticks(*axes.get_xlim())
         axes.set_xticks(ticks, [format_size(tick) for tick in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
