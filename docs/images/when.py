@@ -1,4 +1,4 @@
-"""Plot the measured results of small data to docs/images/when.png: `python docs/images/when.py [FILE]`.
+"""Plot the measured results of small data: `python docs/images/when.py [FILE]`, default when.png.
 
 The figures are those of studies/small-cifar10, see docs/results.md.
 """
