@@ -214,8 +214,9 @@ def test_data_sets_that_cannot_be_used_are_refused(tmp_path, case):
 
 
 def test_missing_data_sets_and_library_are_reported(tmp_path, monkeypatch):
-    with pytest.raises(InputError, match="There is no data set"):
-        load_source(f"hf:{tmp_path / 'nothing'}")
+    for path in (tmp_path / "nothing", "./nothing", "data/photos/nothing"):
+        with pytest.raises(InputError, match="There is no data set"):
+            load_source(f"hf:{path}")
     with pytest.raises(InputError, match="hf:someone/nothing cannot be loaded"):
         load_source("hf:someone/nothing")
     (tmp_path / "empty").mkdir()

@@ -197,7 +197,8 @@ def _load(name: str) -> Any:
             return datasets.load_from_disk(str(path))
         if path.is_file():
             return datasets.load_dataset("parquet", data_files=str(path))
-        if not path.is_dir() and (path.is_absolute() or name.startswith(("./", "../"))):
+        is_path = path.is_absolute() or name.startswith(("./", "../")) or name.count("/") > 1
+        if is_path and not path.is_dir():  # names on the Hub have one slash at most
             raise InputError(f"There is no data set {name!r}.")
         return datasets.load_dataset(str(path) if path.is_dir() else name)
     except InputError:
