@@ -3,6 +3,8 @@
 import itertools
 import json
 import math
+import re
+import statistics
 from pathlib import Path
 
 import numpy as np
@@ -288,6 +290,7 @@ PUBLISHED = {
     },
 }
 """Names of the methods in docs/results.md, by the study in examples/."""
+PAGES_WITH_RESULTS = ("README.md", "docs/when.md", "examples/learner_to_mixmo.ipynb")
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -312,3 +315,20 @@ def test_published_results_are_recomputed_from_the_repository(tmp_path, name):
             f"{100 * cell.mean('ece'):.2f} %",
         ):
             assert part in row, cell.method
+
+
+def test_pages_show_the_published_results():
+    """README, the page about when it pays and the notebook have the figures of docs/results.md."""
+    root = Path(__file__).resolve().parents[1]
+    texts = [(root / page).read_text(encoding="utf-8") for page in PAGES_WITH_RESULTS]
+    for method in ("vanilla", "cutmix", "ensemble-cutmix", "cut-mixmo"):
+        files = sorted(root.glob(f"studies/small-cifar10/runs/{method}-1500000-seed*/metrics.json"))
+        runs = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        accuracy = 100 * statistics.fmean(run["test"]["accuracy"] for run in runs)
+        for page, text in zip(PAGES_WITH_RESULTS, texts, strict=True):
+            # Only a plain network is missing on the page that compares with CutMix.
+            if (page, method) != ("docs/when.md", "vanilla"):
+                assert re.search(rf"{accuracy:.1f}\b|{accuracy:.2f}\b", text), (page, method)
+        nll = statistics.fmean(run["cross_fitted"]["nll"] for run in runs)
+        row = rf"\| \**{accuracy:.2f} %\** \| \**{nll:.3f}\** \| {runs[0]['parameters']:,} \|"
+        assert re.search(row, texts[-1]), method
