@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from scipy import stats
 
 from mixmo_fastai.cli import run as program
+from mixmo_fastai.config.load import load_recipe
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.metrics.bootstrap import resampled_means
 from mixmo_fastai.runs.lock import locked
@@ -329,6 +330,8 @@ def test_pages_show_the_published_results():
             # Only a plain network is missing on the page that compares with CutMix.
             if (page, method) != ("docs/when.md", "vanilla"):
                 assert re.search(rf"{accuracy:.1f}\b|{accuracy:.2f}\b", text), (page, method)
+        recipe = load_recipe(f"small-cifar10/{method.replace('ensemble', 'deep-ensemble')}")
+        assert f"{100 * recipe.expected.accuracy:.2f}" == f"{accuracy:.2f}", method
         nll = statistics.fmean(run["cross_fitted"]["nll"] for run in runs)
         row = rf"\| \**{accuracy:.2f} %\** \| \**{nll:.3f}\** \| {runs[0]['parameters']:,} \|"
         assert re.search(row, texts[-1]), method
