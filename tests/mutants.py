@@ -70,7 +70,7 @@ class MutatedModule(importlib.machinery.SourceFileLoader):
 
 
 class Selection:
-    """Pytest plugin that keeps the selected tests, in their order, and reports the first failure."""
+    """Pytest plugin that keeps the selected tests, in their order, and reports failures."""
 
     def __init__(self, selected, report):
         self.rank = {test: i for i, test in enumerate(selected)}
