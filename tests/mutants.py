@@ -10,7 +10,8 @@ A first run of these files records which tests execute which lines; a mutant is 
 tests that execute its line, or with `--survivors` by all tests of the files. A mutant that exceeds
 its time limit or ends its process counts as noticed.
 
-`mutants.toml` also lists equivalent mutants, which no test could notice, with the reason. Results
+`mutants.toml` also lists equivalent mutants, which no test could notice, with the reason; they are
+run too, and counted as equivalent if they survive. Results
 are appended to `--results`, one line of JSON each; a mutant with a result is not run again unless
 its line, function or module is renamed or edited.
 
@@ -263,8 +264,8 @@ def run_module(module, results, file, *, survivors_only):
     wanted = []
     for index, mutation in enumerate(mutations_of(module)):
         known = results.get((module, mutation.key), {}).get("outcome")
-        is_wanted = known == "survived" if survivors_only else known is None
-        if is_wanted and not is_equivalent(module, mutation):
+        is_survivor = known == "survived" and not is_equivalent(module, mutation)
+        if is_survivor if survivors_only else known is None:
             wanted.append((index, mutation))
     if not wanted:
         return
@@ -295,7 +296,8 @@ def summarize(modules, results):
         counts = Counter()
         for mutation in mutations_of(module):
             outcome = results.get((module, mutation.key), {}).get("outcome", "not run")
-            kind = "equivalent" if is_equivalent(module, mutation) else outcome.partition(":")[0]
+            is_listed = outcome == "survived" and is_equivalent(module, mutation)
+            kind = "equivalent" if is_listed else outcome.partition(":")[0]
             counts[kind] += 1
         print(_row(module, counts))
         totals += counts

@@ -336,9 +336,11 @@ class TestCustomRegions:
         with pytest.raises(InputError, match=r"must accept area .* too many positional arguments"):
             draw_masks(lambda area: area, draw_lam(2, 2, 2.0), (1, 4, 4))
 
-    def test_values_above_one_are_rejected(self):
-        with pytest.raises(InputError, match=r"in \[0, 1\]; they range from 5 to 5"):
-            draw_masks(lambda *_: torch.full((2, 1, 4, 4), 5.0), draw_lam(2, 2, 2.0), (1, 4, 4))
+    @pytest.mark.parametrize("value", [-0.25, 1.25, 5])
+    def test_values_outside_0_and_1_are_rejected(self, value):
+        region = torch.full((2, 1, 4, 4), float(value))
+        with pytest.raises(InputError, match=rf"in \[0, 1\]; they range from {value} to {value}"):
+            draw_masks(lambda *_: region, draw_lam(2, 2, 2.0), (1, 4, 4))
 
     def test_one_member_is_rejected(self):
         with pytest.raises(InputError, match="'<lambda>' needs at least two members"):

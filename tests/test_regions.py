@@ -92,6 +92,18 @@ def test_cow_regions_are_thresholded_blurred_noise():
     assert num_different <= 2  # positions at the threshold, up to rounding
 
 
+def test_cow_areas_may_reach_from_zero_to_one():
+    region = REGIONS["cow"](torch.zeros(500), (1, 16, 16), generator(), area_min=0.0, area_max=1.0)
+    assert region.mean().item() == pytest.approx(0.5, abs=0.04)
+    assert region.mean((1, 2, 3)).std().item() == pytest.approx(1 / math.sqrt(12), abs=0.03)
+
+
+def test_no_block_begins_at_probability_zero(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda size, **_: torch.zeros(size))
+    region = REGIONS["patchup"](torch.tensor([0.0, 0.1]), (1, 8, 8), None)
+    assert region.mean((1, 2, 3)).tolist() == [0.0, 1.0]
+
+
 def test_cow_areas_are_uniform_on_average():
     region = REGIONS["cow"](torch.zeros(4000), (1, 32, 32), generator())
     areas = region.mean((1, 2, 3))
@@ -171,7 +183,7 @@ def test_areas_match_the_published_implementation(kind, published, num_draws, sa
         ("cow", {"sigma_max": math.inf}, "must be numbers in ascending order, above 0 and finite"),
         ("cow", {"sigma_min": "a"}, "sigma_min='a'.*must be numbers in ascending order"),
         ("cow", {"sigma_min": 20.0}, "sigma_min=20.0 and sigma_max=16.0"),
-        ("cow", {"area_max": 1.5}, "area_min=0.2 and area_max=1.5"),
+        ("cow", {"area_max": 1.2}, "area_min=0.2 and area_max=1.2"),
         ("cow", {"block_size": 3}, "Its options: sigma_min, sigma_max, area_min, area_max"),
         ("horizontal", {"block_size": 3}, "It has no options"),
     ],
