@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import FrozenInstanceError
 
 import golden
 import numpy as np
@@ -167,6 +168,16 @@ class TestDrawMixings:
         num_values = [len(drawn.select(i, 0.5).masks[0, 0].unique()) for i in range(3)]
         assert num_values == [2, 1, 2]
         assert len(drawn.select(2, 0.3).masks[0, 0].unique()) == 1  # the probability has decreased
+
+    def test_numbers_equal_to_the_probability_use_no_regions(self):
+        drawn = self.draw(uniforms=(0.5, 0.25), mix_prob=0.5)
+        assert [mixing is None for mixing in drawn.regional] == [True, False]
+        assert drawn.select(1, 0.25) is drawn.blended[1]
+        assert drawn.select(1, 0.26) is drawn.regional[1]
+
+    def test_drawn_mixings_are_immutable(self):
+        with pytest.raises(FrozenInstanceError):
+            self.draw().uniforms = []
 
     def test_lam_does_not_depend_on_the_kind_of_mixing(self):
         drawn = self.draw(mix_prob=1.0)
