@@ -14,7 +14,12 @@ from mixmo_fastai.metrics.calibration import (
     thresholded_adaptive_calibration_error,
     top_predictions,
 )
-from mixmo_fastai.metrics.temperature import TEMPERATURE_BOUNDS, fit_temperature, temperature_error
+from mixmo_fastai.metrics.temperature import (
+    TEMPERATURE_BOUNDS,
+    _nll_derivatives,
+    fit_temperature,
+    temperature_error,
+)
 
 SWEEP = [(1, 2), (3, 2), (14, 3), (40, 5), (200, 10), (331, 7)]
 METRICS = [
@@ -227,15 +232,27 @@ def test_temperature_with_one_confident_error():
     assert fit_temperature(logits, labels) == pytest.approx(expected, rel=1e-8)
 
 
+@pytest.mark.parametrize(
+    ("optimum", "expected"),
+    [(0.0007, 0.001), (0.0013, 0.0013), (0.0025, 0.0025), (400, 400), (700, 700), (1300, 1000)],
+)
+def test_temperatures_near_the_bounds(optimum, expected):
+    """Two classes with margin m / T: the NLL is minimal if sigmoid(m / T) equals the accuracy."""
+    logits = torch.tensor([[optimum * np.log(0.999 / 0.001), 0.0]], dtype=torch.float64)
+    labels = torch.zeros(1000, dtype=torch.long)
+    labels[0] = 1
+    assert fit_temperature(logits.repeat(1000, 1), labels) == pytest.approx(expected, rel=1e-8)
+
+
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 10.0])
 def test_separable_logits_have_the_lowest_temperature(scale):
     logits, labels = scale * torch.eye(5), torch.arange(5)
-    assert fit_temperature(logits, labels) == TEMPERATURE_BOUNDS[0]
+    assert fit_temperature(logits, labels) == TEMPERATURE_BOUNDS[0] == 1e-3
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e6])
 def test_logits_worse_than_chance_have_the_highest_temperature(scale):
-    assert fit_temperature(-scale * torch.eye(5), torch.arange(5)) == TEMPERATURE_BOUNDS[1]
+    assert fit_temperature(-scale * torch.eye(5), torch.arange(5)) == TEMPERATURE_BOUNDS[1] == 1e3
 
 
 @pytest.mark.parametrize("logits", [torch.ones(3, 4), 1e6 * torch.eye(4)[:3]])
@@ -280,3 +297,20 @@ def test_invalid_logits_and_labels_are_refused(metric, logits, labels, message):
 def test_zero_bins_are_refused(metric):
     with pytest.raises(InputError, match="num_bins must be an integer, 1 or more; got 0"):
         metric(*draw_logits(5, 2), num_bins=0)
+
+
+@pytest.mark.parametrize("inverse_temperature", [0.3, 1.0, 2.0])
+def test_derivatives_of_the_nll_equal_those_of_autograd(inverse_temperature):
+    logits, labels = draw_logits(40, 4)
+    margins = logits.double() - logits.double().gather(1, labels[:, None])
+    s = torch.tensor(inverse_temperature, dtype=torch.float64, requires_grad=True)
+    slope = torch.autograd.grad(nll(s * logits.double(), labels), s, create_graph=True)[0]
+    curvature = torch.autograd.grad(slope, s)[0]
+    expected = slope.item(), curvature.item()
+    assert _nll_derivatives(margins, inverse_temperature) == pytest.approx(expected, rel=1e-10)
+
+
+def test_temperature_error_is_that_of_the_scaled_logits():
+    logits, _ = draw_logits(50, 4)
+    expected = temperature_error(logits.double() / 3, 1.0)
+    assert temperature_error(logits, 3.0) == pytest.approx(expected, rel=1e-12)
