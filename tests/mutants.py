@@ -273,11 +273,9 @@ def run_module(module, results, file, *, survivors_only):
     tests = record(module)
     for index, mutation in wanted:
         lines = set(mutation.lines)
-        selected = [
-            test
-            for test, facts in tests.items()
-            if survivors_only or not lines or lines.intersection(facts["lines"])
-        ]
+        selected = [t for t in tests if not lines or lines.intersection(tests[t]["lines"])]
+        if survivors_only:  # those that execute the line first
+            selected = [*dict.fromkeys([*selected, *tests])]
         limit = 30 + 5 * sum(tests[test]["seconds"] for test in selected)
         result = judge(module, index, selected, limit=limit)
         result = {"module": module, "key": mutation.key, "change": mutation.change, **result}

@@ -6,6 +6,7 @@ from golden import arrays, facts, needs_golden
 from sklearn.metrics import log_loss
 
 from mixmo_fastai.errors import InputError
+from mixmo_fastai.metrics import temperature
 from mixmo_fastai.metrics.calibration import (
     brier,
     expected_calibration_error,
@@ -37,6 +38,12 @@ def draw_logits(num_samples, num_classes, *, signal=1.5, scale=2.0, seed=0):
     logits = torch.randn(num_samples, num_classes, generator=random)
     logits[torch.arange(num_samples), labels] += signal
     return scale * logits, labels
+
+
+def two_classes(optimum):
+    """Return logits of two classes with the given optimum, at which sigmoid(m / T) is 0.999."""
+    logits = torch.tensor([[optimum * np.log(999), 0.0]], dtype=torch.float64)
+    return logits.repeat(1000, 1), (torch.arange(1000) == 0).long()
 
 
 @pytest.mark.parametrize("size", SWEEP)
@@ -237,11 +244,7 @@ def test_temperature_with_one_confident_error():
     [(0.0007, 0.001), (0.0013, 0.0013), (0.0025, 0.0025), (400, 400), (700, 700), (1300, 1000)],
 )
 def test_temperatures_near_the_bounds(optimum, expected):
-    """Two classes with margin m / T: the NLL is minimal if sigmoid(m / T) equals the accuracy."""
-    logits = torch.tensor([[optimum * np.log(0.999 / 0.001), 0.0]], dtype=torch.float64)
-    labels = torch.zeros(1000, dtype=torch.long)
-    labels[0] = 1
-    assert fit_temperature(logits.repeat(1000, 1), labels) == pytest.approx(expected, rel=1e-8)
+    assert fit_temperature(*two_classes(optimum)) == pytest.approx(expected, rel=1e-8)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 10.0])
@@ -314,3 +317,20 @@ def test_temperature_error_is_that_of_the_scaled_logits():
     logits, _ = draw_logits(50, 4)
     expected = temperature_error(logits.double() / 3, 1.0)
     assert temperature_error(logits, 3.0) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels"),
+    [draw_logits(200, 5, scale=scale) for scale in (0.01, 0.1, 0.5, 1, 2, 10, 50, 300)]
+    + [two_classes(optimum) for optimum in (0.0013, 0.1, 0.7, 1.5, 20, 100, 700)],
+)
+def test_temperatures_take_few_passes_over_the_logits(monkeypatch, logits, labels):
+    calls = []
+
+    def derivatives(*arguments):
+        calls.append(arguments)
+        return _nll_derivatives(*arguments)
+
+    monkeypatch.setattr(temperature, "_nll_derivatives", derivatives)
+    fit_temperature(logits, labels)
+    assert len(calls) <= 14

@@ -1,5 +1,6 @@
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -240,6 +241,15 @@ class TestSchedule:
         assert scheduled_mix_prob(1 + 1e-9, 0.5, 11 / 12) == 0
         assert scheduled_mix_prob(1.0, 0.7, 1.0) == 0.7
         assert scheduled_mix_prob(1 + 1e-9, 0.7, 1.0) == 0.7
+
+    def test_repetition_follows_the_steps_of_the_fit(self):
+        callback = MixMoCallback(early_repetition=1.0, early_span=1.0)  # from 1 to 0, linearly
+        callback.learn = SimpleNamespace(epoch=1, n_epoch=4)
+        actual = [callback._repetition_at(step, num_steps=5) for step in range(5)]
+        assert actual == pytest.approx([0.75, 0.7, 0.65, 0.6, 0.55])
+        callback.learn = SimpleNamespace(epoch=0, n_epoch=1)
+        assert [callback._repetition_at(step, num_steps=1) for step in (0, 1)] == [1.0, 0.0]
+        assert callback._repetition_at(0, num_steps=0) == 1.0
 
     def test_schedule_applies_in_training(self):
         callback = MixMoCallback(mix_prob=1.0, decay_start=0.0, seed=0)
