@@ -1,3 +1,5 @@
+from dataclasses import FrozenInstanceError
+
 import numpy as np
 import oracle_metrics as oracle
 import pytest
@@ -334,3 +336,11 @@ def test_temperatures_take_few_passes_over_the_logits(monkeypatch, logits, label
     monkeypatch.setattr(temperature, "_nll_derivatives", derivatives)
     fit_temperature(logits, labels)
     assert len(calls) <= 14
+
+
+def test_bins_are_immutable_and_equal_only_to_themselves():
+    bins = reliability_bins(*draw_logits(20, 3))
+    assert bins != reliability_bins(*draw_logits(20, 3))
+    assert len({bins, bins}) == 1
+    with pytest.raises(FrozenInstanceError):
+        bins.counts = bins.accuracy
