@@ -16,6 +16,7 @@ from mixmo_fastai.metrics.conformal import (
     RAPS_PENALTY,
     SCORES,
     ConformalSets,
+    check_probabilities,
     conformal_quantile,
     num_needed,
     proportion_interval,
@@ -305,3 +306,18 @@ def test_numbers_slightly_above_an_integer_are_rounded_up():
     assert num_needed(1e-3) == 1
     with pytest.raises(InputError, match="coverage must be above 0"):
         num_needed(0.0)
+
+
+def test_probabilities_may_be_zero_and_add_up_to_one_with_little_precision():
+    assert check_probabilities(torch.tensor([[1.0, 0.0]])).tolist() == [[1.0, 0.0]]
+    for total in (0.992, 1.008):
+        assert check_probabilities(torch.full((1, 4), total / 4)).shape == (1, 4)
+    for total in (0.985, 1.015):
+        with pytest.raises(InputError, match="must add up to 1"):
+            check_probabilities(torch.full((1, 4), total / 4))
+
+
+def test_nine_images_per_class_suffice_for_nine_tenths():
+    probabilities, labels = torch.full((18, 2), 0.5), torch.arange(18) % 2
+    sets = ConformalSets.fit(probabilities, labels, coverage=0.9, per_class=True)
+    assert sets.thresholds == (0.5, 0.5)
