@@ -249,8 +249,8 @@ def judge(module, index, tests, *, limit):
 def is_equivalent(module, mutation):
     """Whether `mutants.toml` lists a mutation as equivalent."""
     return any(
-        (entry["module"], entry["line"], entry["change"])
-        == (module, mutation.line, mutation.change)
+        (entry["module"], entry["line"]) == (module, mutation.line)
+        and mutation.change in entry["changes"]
         for entry in SETTINGS["equivalent"]
     )
 
