@@ -61,6 +61,14 @@ class TestMaskShape:
         with pytest.raises(InputError, match=r"equal shape.*\(4, 6, 6\), \(4, 4, 4\)"):
             model.mask_shape(8, 8)
 
+    def test_the_first_line_of_an_error_is_the_reason(self):
+        class Fails(nn.Conv2d):
+            def forward(self, x):
+                raise RuntimeError("first line\nsecond line")
+
+        with pytest.raises(InputError, match=r"\(3, 8, 8\): first line\nMasks need this shape"):
+            small_model([Fails(3, 4, 3) for _ in range(2)]).mask_shape(8, 8)
+
     def test_image_channels_are_those_of_the_first_layer(self):
         assert small_model([nn.Conv2d(7, 4, 3), nn.Conv2d(7, 4, 3)]).in_channels == 7
         linear = [nn.Sequential(nn.Flatten(), nn.Linear(12, 4))]
