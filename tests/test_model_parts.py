@@ -6,6 +6,8 @@ from torch import nn
 
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.models import create_model
+from mixmo_fastai.models.backbone_core import BackboneCore
+from mixmo_fastai.models.fused import fuse_parts, run_core
 from mixmo_fastai.models.mixmo_model import (
     MixMoModel,
     _in_fast_layout,
@@ -228,7 +230,76 @@ class Standardized(nn.Conv2d):
         return self._conv_forward(x, self.weight / self.weight.norm(), self.bias)
 
 
+class OneLarger(nn.Conv2d):
+    """A convolution whose output is larger by a fraction for large weights."""
+
+    fraction = 0.004
+
+    def forward(self, x):
+        is_large = self.weight.abs().mean() > 1.5
+        return super().forward(x) * (1 + self.fraction * is_large)
+
+
+class Offset(nn.Conv2d):
+    """A convolution with a slight deviation from linearity at all positions."""
+
+    def forward(self, x):
+        values = super().forward(x)
+        return values + 1e-4 * values.abs().amax()
+
+
+class ScaledLinear(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
 class TestFusing:
+    def test_cores_of_other_backbones_get_the_size_of_the_image(self):
+        class Backbone(BackboneCore):
+            def __init__(self):
+                nn.Module.__init__(self)
+
+            def forward(self, features, size):
+                return size
+
+        assert run_core(Backbone(), torch.zeros(2, 8, 1, 1), torch.zeros(2, 3, 4, 6, 5)) == (6, 5)
+
+    def test_heads_are_averaged_by_default(self):
+        encoders, heads = ([nn.Conv2d(3, 4, 4), nn.Conv2d(3, 4, 4)], two_heads(4))
+        fused = fuse_parts(encoders, nn.Flatten(), heads)
+        assert (fused.num_votes, fused.head.out_features) == (1, 5)
+
+    @pytest.mark.parametrize("num_members", [1, 2])
+    def test_subclasses_of_linear_heads_are_fused(self, num_members):
+        encoders = [Scaled(3, 4, 3) for _ in range(num_members)]
+        model = small_model(encoders, [ScaledLinear(4, 5) for _ in encoders]).eval()
+        x = torch.randn(2, 3, 8, 8)
+        torch.testing.assert_close(model.fuse()(x), model(x))
+
+    @pytest.mark.parametrize("kinds", [(Standardized, nn.Conv2d), (nn.Conv2d, Standardized)])
+    def test_every_layer_is_checked(self, kinds):
+        model = small_model([kind(3, 6, 3) for kind in kinds], two_heads())
+        with pytest.raises(InputError, match="type Standardized"):
+            model.fuse()
+
+    def test_layers_are_linear_up_to_a_thousandth(self):
+        layers = [OneLarger(3, 6, 3, bias=False) for _ in range(2)]
+        for layer in layers:
+            nn.init.ones_(layer.weight)  # their sum is large
+        model = small_model(layers, two_heads())
+        with pytest.raises(InputError, match="not linear"):
+            model.fuse()
+        for layer in layers:
+            layer.fraction = 1e-4
+        assert model.fuse().encoder.weight.unique().tolist() == [2]
+
+    @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+    def test_the_tolerance_is_relative_to_the_largest_output(self, scale):
+        layers = [Offset(3, 6, 3, bias=False) for _ in range(2)]
+        for layer in layers:
+            layer.weight.data *= scale
+        assert isinstance(small_model(layers, two_heads()).fuse().encoder, Offset)
+
     @pytest.mark.parametrize("groups", [1, 3])
     def test_subclasses_that_are_linear_in_their_weights_are_fused(self, groups):
         model = small_model([Scaled(3, 6, 3, groups=groups) for _ in range(2)], two_heads()).eval()
@@ -261,5 +332,5 @@ class TestFusing:
         assert model.train().fuse(keep_members=keep_members).training
 
 
-def two_heads():
-    return [nn.Linear(6, 5) for _ in range(2)]
+def two_heads(num_features=6):
+    return [nn.Linear(num_features, 5) for _ in range(2)]
