@@ -187,16 +187,16 @@ def test_one_image_may_be_accepted():
 
 
 def test_bounds_equal_to_the_risk_are_accepted():
-    """The first step of 20 images accepts 11 of them."""
-    confidence, correct = torch.arange(20.0), torch.ones(20, dtype=torch.bool)
-    delta = (1 - 0.95) / num_bounds(20)
-    for num_accepted in (11, 20):
+    """The first two steps of 400 images accept 201 and, if these do not suffice, 301 of them."""
+    confidence, correct = torch.arange(400.0), torch.ones(400, dtype=torch.bool)
+    delta = (1 - 0.95) / num_bounds(400)
+    for num_accepted in (201, 400):
         found = Abstain.fit(confidence, correct, max_risk=risk_bound(0, num_accepted, delta))
         assert found.coverage == 1
-    limit = risk_bound(0, 11, delta)
-    correct[19] = False
-    assert risk_bound(1, 20, delta) < limit
-    # 11 images have an error, but they are as many as the risk needs, so fewer are tried.
+    limit = risk_bound(0, 201, delta)
+    correct[399] = False
+    assert risk_bound(1, 301, delta) < limit
+    # 201 images have an error, but are as many as the risk needs without one: fewer are tried next.
     assert Abstain.fit(confidence, correct, max_risk=limit).coverage == 0
     with pytest.raises(FrozenInstanceError):
         found.threshold = 0.0
