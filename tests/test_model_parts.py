@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from learners import small_network
 from torch import nn
 
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.models import create_model
+from mixmo_fastai.models import convert_to_mixmo, create_model
 from mixmo_fastai.models.backbone_core import BackboneCore
 from mixmo_fastai.models.fused import fuse_parts, run_core
 from mixmo_fastai.models.mixmo_model import (
@@ -131,6 +132,21 @@ class TestParts:
         assert unwrap(nn.DataParallel(Compiled(model))) is model
         plain = nn.Linear(2, 2)
         assert unwrap(plain) is plain
+
+    def test_weights_of_the_unconverted_network_are_explained(self):
+        original = small_network()
+        model = convert_to_mixmo(original, num_classes=3)
+        weights, saved = original.state_dict(), model.state_dict()
+        with pytest.raises(InputError, match="saved before the network was converted"):
+            model.load_state_dict(weights)
+        for others in ({"other.weight": torch.zeros(2)}, weights | saved, {}):
+            with pytest.raises(RuntimeError, match="Error") as error:  # that of torch
+                model.load_state_dict(others)
+            assert not isinstance(error.value, InputError)
+        assert str(model.load_state_dict(saved)) == "<All keys matched successfully>"
+        plain = MixMoModel([nn.Conv2d(3, 4, 3)], Core(), [nn.Linear(4, 2)])
+        with pytest.raises(RuntimeError, match="Unexpected key"):
+            plain.load_state_dict(weights)
 
     def test_first_difference_between_weights(self):
         weights = {"a": torch.zeros(2), "b": torch.zeros(3)}
