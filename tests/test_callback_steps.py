@@ -167,6 +167,15 @@ class TestChecks:
         with pytest.raises(InputError, match="'size' of mask kind"):
             MixMoCallback(lambda area, shape, generator: area, mask_options={"size": 3})
 
+    def test_masks_of_named_kinds_are_drawn_to_check_their_options(self):
+        with pytest.raises(InputError, match="block_size must be an odd integer"):
+            MixMoCallback("patchup", mask_options={"block_size": 4})
+
+        def fails(area, shape, generator):
+            raise AssertionError("called without features")
+
+        assert MixMoCallback(fails).mix is fails  # may need features of another size
+
     def test_numbers_out_of_range_are_rejected(self):
         for name in ("mix_prob", "decay_start", "early_span", "msda_prob", "input_repetition"):
             with pytest.raises(InputError, match=name):
