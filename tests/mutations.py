@@ -75,8 +75,8 @@ def find_mutations(source):
             continue
         for target, field, value in _changes(node):
             place = node.test if field == "test" else node  # a negated condition
-            before = ast.unparse(place)
-            after = ast.unparse(_changed_copy(node, field, value, is_test=field == "test"))
+            before = ast.unparse(place).strip()
+            after = ast.unparse(_changed_copy(node, field, value, is_test=field == "test")).strip()
             line = source_lines[place.lineno - 1].strip()
             content = (scope, line, f"{before} -> {after}")
 
