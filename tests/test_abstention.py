@@ -1,6 +1,7 @@
 """Abstention: the threshold against a slow oracle, and its guarantee."""
 
 import math
+from dataclasses import FrozenInstanceError
 
 import numpy as np
 import pytest
@@ -167,3 +168,43 @@ def test_the_bound_is_divided_among_the_steps():
         failures += Abstain.fit(confidence, correct, max_risk=0.25, guarantee=0.8).coverage > 0
     # 20 % in all; each of the nine steps alone would allow 20 %.
     assert failures / draws < 0.2 - 2 * math.sqrt(0.16 / draws)
+
+
+@pytest.mark.parametrize("num_images", range(2, 12))
+def test_thresholds_of_few_images_equal_the_oracle(num_images):
+    for seed in range(20):
+        confidence, correct = draw(num_images, seed)
+        found = Abstain.fit(confidence, correct, max_risk=0.7, guarantee=0.3)
+        expected = oracle(confidence, correct, 0.7, 0.3)
+        assert int(found(confidence).sum()) == (expected or 0)
+
+
+def test_one_image_may_be_accepted():
+    confidence, correct = torch.tensor([0.5]), torch.tensor([True])
+    assert Abstain.fit(confidence, correct, max_risk=0.7, guarantee=0.5).threshold == 0.5
+    nothing = Abstain.fit(confidence, ~correct, max_risk=0.7, guarantee=0.5)
+    assert (nothing.threshold, nothing.bound, nothing.coverage) == (math.inf, 0, 0)
+
+
+def test_bounds_equal_to_the_risk_are_accepted():
+    """The first two steps of 400 images accept 201 and, if these do not suffice, 301 of them."""
+    confidence, correct = torch.arange(400.0), torch.ones(400, dtype=torch.bool)
+    delta = (1 - 0.95) / num_bounds(400)
+    for num_accepted in (201, 400):
+        found = Abstain.fit(confidence, correct, max_risk=risk_bound(0, num_accepted, delta))
+        assert found.coverage == 1
+    limit = risk_bound(0, 201, delta)
+    correct[399] = False
+    assert risk_bound(1, 301, delta) < limit
+    # 201 images have an error, but are as many as the risk needs without one: fewer are tried next.
+    assert Abstain.fit(confidence, correct, max_risk=limit).coverage == 0
+    with pytest.raises(FrozenInstanceError):
+        found.threshold = 0.0
+
+
+def test_number_of_images_is_rounded_up():
+    assert [num_bounds(n) for n in (1, 2, 3, 4, 5)] == [1, 1, 2, 2, 3]
+    assert images_needed(0.96) == 1  # one bound, 1 - 0.05
+    assert images_needed(0.5, 0.875) == 4  # two bounds, of 1 - (0.125 / 2)^(1/4) = 0.5
+    delta = 0.05 / num_bounds(11)
+    assert images_needed(1 - delta ** (1 / 10.005)) == 11

@@ -6,9 +6,11 @@ import torch
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.metrics.bootstrap import (
     accuracy_half_width,
+    auroc_intervals,
     draw_counts,
     intervals,
     paired_intervals,
+    resampled_means,
 )
 from mixmo_fastai.rng import make_generator
 
@@ -111,9 +113,26 @@ def test_intervals_do_not_depend_on_the_chunks_of_resamples(monkeypatch, at_once
     ("settings", "message"),
     [
         ({"num_resamples": 0}, "num_resamples must be an integer, 1 or more"),
+        ({"level": 0.0}, "level must be above 0 and below 1"),
         ({"level": 1.0}, "level must be above 0 and below 1"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(InputError, match=message):
         intervals(*draw_logits(), **settings)
+
+
+@pytest.mark.parametrize("num_resamples", [1, 99, 100, 250])
+def test_number_of_resamples(num_resamples):
+    found = resampled_means({"a": torch.arange(7.0)}, num_resamples=num_resamples)
+    assert found["a"].shape == (num_resamples,)
+
+
+def test_networks_are_compared_on_the_same_resamples_by_default():
+    (logits, labels), scores = draw_logits(), {"a": torch.arange(20.0)}
+    assert intervals(logits, labels) == intervals(logits, labels, seed=0)
+    pair = logits, 2 * logits, labels
+    assert paired_intervals(*pair) == paired_intervals(*pair, seed=0)
+    assert torch.equal(resampled_means(scores)["a"], resampled_means(scores, seed=0)["a"])
+    others = {"a": torch.arange(30.0) - 3}
+    assert auroc_intervals(scores, others) == auroc_intervals(scores, others, seed=0)

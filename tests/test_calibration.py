@@ -1,3 +1,5 @@
+from dataclasses import FrozenInstanceError
+
 import numpy as np
 import oracle_metrics as oracle
 import pytest
@@ -6,6 +8,7 @@ from golden import arrays, facts, needs_golden
 from sklearn.metrics import log_loss
 
 from mixmo_fastai.errors import InputError
+from mixmo_fastai.metrics import temperature
 from mixmo_fastai.metrics.calibration import (
     brier,
     expected_calibration_error,
@@ -14,7 +17,12 @@ from mixmo_fastai.metrics.calibration import (
     thresholded_adaptive_calibration_error,
     top_predictions,
 )
-from mixmo_fastai.metrics.temperature import TEMPERATURE_BOUNDS, fit_temperature, temperature_error
+from mixmo_fastai.metrics.temperature import (
+    TEMPERATURE_BOUNDS,
+    _nll_derivatives,
+    fit_temperature,
+    temperature_error,
+)
 
 SWEEP = [(1, 2), (3, 2), (14, 3), (40, 5), (200, 10), (331, 7)]
 METRICS = [
@@ -32,6 +40,26 @@ def draw_logits(num_samples, num_classes, *, signal=1.5, scale=2.0, seed=0):
     logits = torch.randn(num_samples, num_classes, generator=random)
     logits[torch.arange(num_samples), labels] += signal
     return scale * logits, labels
+
+
+def two_classes(optimum):
+    """Return logits of two classes with the given optimum, at which sigmoid(m / T) is 0.999."""
+    logits = torch.tensor([[optimum * np.log(999), 0.0]], dtype=torch.float64)
+    return logits.repeat(1000, 1), (torch.arange(1000) == 0).long()
+
+
+def count_passes(monkeypatch, logits, labels):
+    """Return how often `fit_temperature` computes probabilities of all samples."""
+    calls = []
+
+    def derivatives(*arguments):
+        calls.append(arguments)
+        return _nll_derivatives(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(temperature, "_nll_derivatives", derivatives)
+        fit_temperature(logits, labels)
+    return len(calls)
 
 
 @pytest.mark.parametrize("size", SWEEP)
@@ -202,12 +230,13 @@ def test_gradient_of_the_nll_is_zero_at_the_temperature():
 
 @pytest.mark.parametrize("margin", [0.1, 1.0, 20.0, 100.0])
 @pytest.mark.parametrize("error_margin", [1e-2, 1e-4, 1e-8])
-def test_temperature_with_vanishing_slopes(margin, error_margin):
+def test_temperature_with_vanishing_slopes(monkeypatch, margin, error_margin):
     logits = torch.zeros(100, 2, dtype=torch.float64)
     logits[:, 0] = margin
     logits[0, 0] = error_margin
     labels = torch.zeros(100, dtype=torch.long)
     labels[0] = 1
+    assert count_passes(monkeypatch, logits, labels) <= 17
     expected = oracle.temperature(logits.numpy(), labels.numpy())
     assert fit_temperature(logits, labels) == pytest.approx(expected, rel=1e-8)
 
@@ -227,15 +256,23 @@ def test_temperature_with_one_confident_error():
     assert fit_temperature(logits, labels) == pytest.approx(expected, rel=1e-8)
 
 
+@pytest.mark.parametrize(
+    ("optimum", "expected"),
+    [(0.0007, 0.001), (0.0013, 0.0013), (0.0025, 0.0025), (400, 400), (700, 700), (1300, 1000)],
+)
+def test_temperatures_near_the_bounds(optimum, expected):
+    assert fit_temperature(*two_classes(optimum)) == pytest.approx(expected, rel=1e-8)
+
+
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 10.0])
 def test_separable_logits_have_the_lowest_temperature(scale):
     logits, labels = scale * torch.eye(5), torch.arange(5)
-    assert fit_temperature(logits, labels) == TEMPERATURE_BOUNDS[0]
+    assert fit_temperature(logits, labels) == TEMPERATURE_BOUNDS[0] == 1e-3
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e6])
 def test_logits_worse_than_chance_have_the_highest_temperature(scale):
-    assert fit_temperature(-scale * torch.eye(5), torch.arange(5)) == TEMPERATURE_BOUNDS[1]
+    assert fit_temperature(-scale * torch.eye(5), torch.arange(5)) == TEMPERATURE_BOUNDS[1] == 1e3
 
 
 @pytest.mark.parametrize("logits", [torch.ones(3, 4), 1e6 * torch.eye(4)[:3]])
@@ -280,3 +317,41 @@ def test_invalid_logits_and_labels_are_refused(metric, logits, labels, message):
 def test_zero_bins_are_refused(metric):
     with pytest.raises(InputError, match="num_bins must be an integer, 1 or more; got 0"):
         metric(*draw_logits(5, 2), num_bins=0)
+
+
+@pytest.mark.parametrize("inverse_temperature", [0.3, 1.0, 2.0])
+def test_derivatives_of_the_nll_equal_those_of_autograd(inverse_temperature):
+    logits, labels = draw_logits(40, 4)
+    margins = logits.double() - logits.double().gather(1, labels[:, None])
+    s = torch.tensor(inverse_temperature, dtype=torch.float64, requires_grad=True)
+    slope = torch.autograd.grad(nll(s * logits.double(), labels), s, create_graph=True)[0]
+    curvature = torch.autograd.grad(slope, s)[0]
+    expected = slope.item(), curvature.item()
+    assert _nll_derivatives(margins, inverse_temperature) == pytest.approx(expected, rel=1e-10)
+
+
+def test_temperature_error_is_that_of_the_scaled_logits():
+    logits, _ = draw_logits(50, 4)
+    expected = temperature_error(logits.double() / 3, 1.0)
+    assert temperature_error(logits, 3.0) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels"),
+    [draw_logits(200, 5, scale=scale) for scale in (0.01, 0.1, 0.5, 1, 2, 10, 50, 300)]
+    + [two_classes(optimum) for optimum in (0.0013, 0.1, 0.7, 1.5, 20, 100, 700)],
+)
+def test_temperatures_take_few_passes_over_the_logits(monkeypatch, logits, labels):
+    assert count_passes(monkeypatch, logits, labels) <= 14
+
+
+def test_low_temperatures_take_few_passes_over_the_logits(monkeypatch):
+    assert count_passes(monkeypatch, *two_classes(0.0013)) <= 11
+
+
+def test_bins_are_immutable_and_equal_only_to_themselves():
+    bins = reliability_bins(*draw_logits(20, 3))
+    assert bins != reliability_bins(*draw_logits(20, 3))
+    assert len({bins, bins}) == 1
+    with pytest.raises(FrozenInstanceError):
+        bins.counts = bins.accuracy

@@ -1,9 +1,11 @@
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
 from fastai.callback.core import Callback, event
+from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import minimum
 from fastai.data.core import DataLoaders
 from fastai.losses import CrossEntropyLossFlat
@@ -14,7 +16,7 @@ from synthetic import fastai_dls, mixmo_dls
 
 from mixmo_fastai.callbacks.best_epoch import BestEpochCallback
 from mixmo_fastai.callbacks.ema import EMACallback
-from mixmo_fastai.callbacks.mixmo import MixMoCallback, scheduled_mix_prob
+from mixmo_fastai.callbacks.mixmo import MixMoCallback, MixMoGuard, scheduled_mix_prob
 from mixmo_fastai.data.repeat import expand
 from mixmo_fastai.learner.build import mixmo_learner
 from mixmo_fastai.training.checkpointing import CheckpointCallback, StopInValidation
@@ -240,6 +242,15 @@ class TestSchedule:
         assert scheduled_mix_prob(1.0, 0.7, 1.0) == 0.7
         assert scheduled_mix_prob(1 + 1e-9, 0.7, 1.0) == 0.7
 
+    def test_repetition_follows_the_steps_of_the_fit(self):
+        callback = MixMoCallback(early_repetition=1.0, early_span=1.0)  # from 1 to 0, linearly
+        callback.learn = SimpleNamespace(epoch=1, n_epoch=4)
+        actual = [callback._repetition_at(step, num_steps=5) for step in range(5)]
+        assert actual == pytest.approx([0.75, 0.7, 0.65, 0.6, 0.55])
+        callback.learn = SimpleNamespace(epoch=0, n_epoch=1)
+        assert [callback._repetition_at(step, num_steps=1) for step in (0, 1)] == [1.0, 0.0]
+        assert callback._repetition_at(0, num_steps=0) == 1.0
+
     def test_schedule_applies_in_training(self):
         callback = MixMoCallback(mix_prob=1.0, decay_start=0.0, seed=0)
         recorder = BatchRecorder()
@@ -248,6 +259,23 @@ class TestSchedule:
         binary = [bool(((m == 0) | (m == 1)).all()) for _, m, *_ in recorder.seen]
         third = len(binary) // 3
         assert sum(binary[:third]) > 2 * sum(binary[-third:])
+
+
+def test_defaults_are_those_of_the_paper():
+    callback = MixMoCallback()
+    assert (callback.mix, callback.alpha, callback.mix_prob) == ("cutmix", 2.0, 0.5)
+    assert callback.decay_start == 11 / 12
+    assert (callback.weight_root, callback.batch_repetitions) == (3.0, 4)
+    assert (callback.input_repetition, callback.early_repetition) == (0.0, None)
+    for owner in (callback, MixMoCallback):  # of the class: for pickled callbacks without them
+        assert (owner.early_span, owner.early_shape) == (0.4, "linear")
+    assert (callback.msda, callback.msda_alpha, callback.msda_prob) == (None, 1.0, 0.5)
+
+
+def test_callbacks_act_before_autocast_and_in_training_only():
+    assert MixMoCallback.order < MixedPrecision.order
+    assert MixMoGuard.order <= MixMoCallback.order
+    assert not MixMoCallback.run_valid
 
 
 @pytest.mark.parametrize(

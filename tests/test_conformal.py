@@ -1,6 +1,7 @@
 """Prediction sets against slow oracles, MAPIE, and their guarantee."""
 
 import math
+from dataclasses import FrozenInstanceError
 
 import numpy as np
 import pytest
@@ -15,10 +16,12 @@ from mixmo_fastai.metrics.conformal import (
     RAPS_PENALTY,
     SCORES,
     ConformalSets,
+    check_probabilities,
     conformal_quantile,
     num_needed,
     proportion_interval,
     set_metrics,
+    sets_from_scores,
 )
 
 
@@ -273,3 +276,48 @@ def test_default_score_depends_on_the_number_of_classes():
     for num_classes, expected in ((2, "lac"), (3, "raps")):
         probabilities, labels = draw(100, num_classes=num_classes)
         assert ConformalSets.fit(probabilities, labels, coverage=0.8).score == expected
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_scores_equal_to_the_threshold_are_in_the_set(name):
+    """Of the calibration images themselves, exactly those up to the threshold are covered."""
+    probabilities, labels = draw(99, scale=0.5)
+    sets = ConformalSets.fit(probabilities, labels, coverage=0.9, score=name)
+    covered = (SCORES[name](probabilities) <= sets.thresholds[0]).gather(1, labels[:, None])
+    assert int(covered.sum()) == 90
+    assert torch.equal(sets(probabilities).gather(1, labels[:, None]) & covered, covered)
+
+
+def test_sets_have_one_threshold_by_default():
+    probabilities, labels = draw(100)
+    sets = ConformalSets.fit(probabilities, labels, coverage=0.8)
+    options = {"num_classes": 5, "coverage": 0.8, "score": "lac"}
+    scores = torch.arange(100.0)
+    assert len(sets.thresholds) == len(sets_from_scores(scores, labels, **options).thresholds) == 1
+    with pytest.raises(FrozenInstanceError):
+        sets.thresholds = ()
+
+
+def test_numbers_slightly_above_an_integer_are_rounded_up():
+    scores = torch.arange(1.0, 10.0)
+    assert conformal_quantile(scores, 0.5005) == 6.0  # ⌈10 · 0.5005⌉
+    assert conformal_quantile(torch.arange(1.0, 100.0), 0.07) == 7.0  # 7.000000000000001
+    assert num_needed(9.005 / 10.005) == 10
+    assert num_needed(1e-3) == 1
+    with pytest.raises(InputError, match="coverage must be above 0"):
+        num_needed(0.0)
+
+
+def test_probabilities_may_be_zero_and_add_up_to_one_with_little_precision():
+    assert check_probabilities(torch.tensor([[1.0, 0.0]])).tolist() == [[1.0, 0.0]]
+    for total in (0.992, 1.008):
+        assert check_probabilities(torch.full((1, 4), total / 4)).shape == (1, 4)
+    for total in (0.985, 1.015):
+        with pytest.raises(InputError, match="must add up to 1"):
+            check_probabilities(torch.full((1, 4), total / 4))
+
+
+def test_nine_images_per_class_suffice_for_nine_tenths():
+    probabilities, labels = torch.full((18, 2), 0.5), torch.arange(18) % 2
+    sets = ConformalSets.fit(probabilities, labels, coverage=0.9, per_class=True)
+    assert sets.thresholds == (0.5, 0.5)

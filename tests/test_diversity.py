@@ -10,6 +10,7 @@ from mixmo_fastai.errors import InputError
 from mixmo_fastai.metrics.diversity import (
     accuracy_by_agreement,
     disagreement,
+    mean_probability_logits,
     member_accuracies,
     mutual_information,
     ratio_error,
@@ -141,3 +142,17 @@ def test_accuracy_by_agreement():
         num_correct = sum(bool(ensemble[i] == labels[i]) for i in group)
         assert accuracy[number] == pytest.approx(num_correct / max(len(group), 1))
     assert counts[0] > 0  # all members differ from the ensemble
+
+
+def test_agreement_of_one_image():
+    counts, accuracy = accuracy_by_agreement(make_logits([[0, 0, 1]], 5), torch.tensor([0]))
+    assert counts.tolist() == [0, 0, 1, 0]  # two of three members predict the ensemble's class
+    assert accuracy.tolist() == [0, 0, 1, 0]
+    counts, accuracy = accuracy_by_agreement(make_logits([[0, 0, 1]], 5), torch.tensor([1]))
+    assert (counts.tolist(), accuracy.tolist()) == ([0, 0, 1, 0], [0, 0, 0, 0])
+
+
+def test_mean_probabilities_as_logits():
+    logits, _ = draw_logits(20, 3, 5)
+    actual = mean_probability_logits(logits)
+    torch.testing.assert_close(actual.exp(), logits.double().softmax(dim=2).mean(dim=1))

@@ -9,15 +9,18 @@ import pytest
 import torch
 
 METRICS = [
+    "metrics.abstention",
     "metrics.accuracy",
     "metrics.bootstrap",
     "metrics.calibration",
+    "metrics.conformal",
     "metrics.confusion",
     "metrics.diversity",
     "metrics.label_distribution",
     pytest.param("metrics.fastai", marks=pytest.mark.slow),
     "metrics.multi_label",
     "metrics.ood",
+    "metrics.scaling",
     "metrics.selective",
     "metrics.temperature",
 ]

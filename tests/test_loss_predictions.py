@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from custom_losses import CUSTOM_LOSSES, CustomCrossEntropy, FixedReductionLoss, power
-from fastai.losses import BCEWithLogitsLossFlat, MSELossFlat
+from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
 from torch import nn
 
 from mixmo_fastai.errors import InputError
+from mixmo_fastai.mixing.base_losses import is_shift_invariant, loss_name
 from mixmo_fastai.mixing.loss import MixMoLoss
 
 
@@ -29,6 +30,19 @@ def test_torch_cross_entropy_implies_softmax_and_argmax(base):
     logits = torch.tensor([[0.0, 2.0]])
     torch.testing.assert_close(MixMoLoss(base).activation(logits), logits.softmax(1))
     assert MixMoLoss(base).decodes(logits.softmax(1)).tolist() == [1]
+
+
+def test_softmax_and_argmax_apply_to_the_last_axis():
+    logits = torch.randn(4, 2, 3, generator=torch.Generator().manual_seed(0))  # (B, M, K)
+    torch.testing.assert_close(MixMoLoss().activation(logits), logits.softmax(2))
+    assert torch.equal(MixMoLoss().decodes(logits), logits.argmax(2))
+
+
+def test_a_label_is_decided_above_one_half():
+    probabilities = torch.tensor([[0.4, 0.5, 0.51]])
+    assert MixMoLoss(nn.BCEWithLogitsLoss()).decodes(probabilities).tolist() == [
+        [False, False, True]
+    ]
 
 
 @pytest.mark.parametrize("base", [nn.BCEWithLogitsLoss(), F.binary_cross_entropy_with_logits])
@@ -82,3 +96,20 @@ def test_custom_activation_is_used():
     numbers = torch.tensor([[0.3, -0.1]])
     assert torch.equal(MixMoLoss(loss).activation(numbers), numbers.tanh())
     assert torch.equal(MixMoLoss(loss).decodes(numbers), numbers.sign())
+
+
+def test_softmax_is_recognised_by_invariance_to_a_shift():
+    device = torch.device("cpu")
+    assert is_shift_invariant(nn.CrossEntropyLoss(), 1, device)
+    assert is_shift_invariant(nn.CrossEntropyLoss(), 2, device)
+
+    def nearly(pred, targets):
+        return F.cross_entropy(pred, targets) + 1e-3 * pred.mean()
+
+    assert not is_shift_invariant(nearly, 3, device)
+
+
+def test_names_of_losses_are_those_of_torch_or_of_the_class():
+    assert loss_name(MSELossFlat()) == "MSELoss"
+    assert loss_name(CrossEntropyLossFlat()) == "CrossEntropyLossFlat"
+    assert loss_name(partial(F.l1_loss, reduction="sum")) == "l1_loss"

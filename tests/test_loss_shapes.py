@@ -66,3 +66,11 @@ def test_custom_losses_that_broadcast_are_rejected(base):
     pred, targets = torch.rand(6, 3, 1), torch.rand(6, 3, 1)
     actual = MixMoLoss(base)(pred, targets, torch.ones(6, 3))
     torch.testing.assert_close(actual, 3 * base(pred, targets))
+
+
+def test_flattening_is_suggested_for_a_last_axis_of_one_only():
+    targets = torch.rand(6, 3, 4)
+    with pytest.raises(InputError, match="or flatten both"):
+        MixMoLoss(nn.MSELoss())(torch.rand(6, 3, 4, 1), targets, torch.ones(6, 3))
+    with pytest.raises(InputError, match=r"Pass targets \(B, 1, 4\)\.$"):
+        MixMoLoss(nn.MSELoss())(torch.rand(6, 3, 1, 4), targets, torch.ones(6, 3))

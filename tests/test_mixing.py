@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import FrozenInstanceError
 
 import golden
 import numpy as np
@@ -167,6 +168,16 @@ class TestDrawMixings:
         num_values = [len(drawn.select(i, 0.5).masks[0, 0].unique()) for i in range(3)]
         assert num_values == [2, 1, 2]
         assert len(drawn.select(2, 0.3).masks[0, 0].unique()) == 1  # the probability has decreased
+
+    def test_numbers_equal_to_the_probability_use_no_regions(self):
+        drawn = self.draw(uniforms=(0.5, 0.25), mix_prob=0.5)
+        assert [mixing is None for mixing in drawn.regional] == [True, False]
+        assert drawn.select(1, 0.25) is drawn.blended[1]
+        assert drawn.select(1, 0.26) is drawn.regional[1]
+
+    def test_drawn_mixings_are_immutable(self):
+        with pytest.raises(FrozenInstanceError):
+            self.draw().uniforms = []
 
     def test_lam_does_not_depend_on_the_kind_of_mixing(self):
         drawn = self.draw(mix_prob=1.0)
@@ -336,9 +347,11 @@ class TestCustomRegions:
         with pytest.raises(InputError, match=r"must accept area .* too many positional arguments"):
             draw_masks(lambda area: area, draw_lam(2, 2, 2.0), (1, 4, 4))
 
-    def test_values_above_one_are_rejected(self):
-        with pytest.raises(InputError, match=r"in \[0, 1\]; they range from 5 to 5"):
-            draw_masks(lambda *_: torch.full((2, 1, 4, 4), 5.0), draw_lam(2, 2, 2.0), (1, 4, 4))
+    @pytest.mark.parametrize("value", [-0.25, 1.25, 5])
+    def test_values_outside_0_and_1_are_rejected(self, value):
+        region = torch.full((2, 1, 4, 4), float(value))
+        with pytest.raises(InputError, match=rf"in \[0, 1\]; they range from {value} to {value}"):
+            draw_masks(lambda *_: region, draw_lam(2, 2, 2.0), (1, 4, 4))
 
     def test_one_member_is_rejected(self):
         with pytest.raises(InputError, match="'<lambda>' needs at least two members"):

@@ -137,9 +137,29 @@ def test_partners_belong_to_the_same_member():
     [
         ({"msda": "cutmx"}, "Did you mean 'cutmix'"),
         ({"msda": "mixup", "msda_alpha": 0}, "msda_alpha"),
+        ({"msda": "mixup", "msda_alpha": float("inf")}, "msda_alpha must be positive and finite"),
         ({"msda": "mixup", "msda_prob": 2}, "msda_prob"),
     ],
 )
 def test_invalid_arguments_are_rejected(arguments, message):
     with pytest.raises(InputError, match=message):
         MixMoCallback(**arguments)
+
+
+def test_defaults_are_uniform_ratios_for_half_of_the_images():
+    first = draw_msda("mixup", 40, 2, (2, 2), generator=generator())
+    second = draw_msda("mixup", 40, 2, (2, 2), alpha=1.0, prob=0.5, generator=generator())
+    assert torch.equal(first.masks, second.masks)
+
+
+def test_no_image_is_mixed_with_probability_zero(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda size, **_: torch.zeros(size))
+    draw = draw_msda("mixup", 4, 2, (2, 2), prob=0.0, generator=generator())
+    assert bool((draw.masks == 1).all())
+
+
+def test_images_of_equal_weight_are_not_swapped():
+    draw = MsdaDraw(torch.tensor([0.25, 0.75]).view(1, 2, 1, 1, 1), torch.zeros(1, 2).long())
+    unchanged, weights = make_own_image_dominant(draw, torch.tensor([[0.5, 0.5]]))
+    assert torch.equal(unchanged.masks, draw.masks)
+    assert weights.tolist() == [[0.5, 0.5]]

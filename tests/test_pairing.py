@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.mixing.pairing import draw_pairing, num_copies
+from mixmo_fastai.mixing.pairing import draw_pairing, draw_pairings, num_copies
 
 
 @settings(deadline=None, max_examples=60)
@@ -41,6 +41,20 @@ def test_every_member_sees_every_image_equally_often(
 def test_slots_are_unique_without_input_repetition():
     slots = draw_pairing(16, 2, 4)
     assert slots.flatten().unique().numel() == 128
+
+
+def test_pairings_repeat_each_image_four_times_and_share_no_slots_by_default():
+    """The defaults of the paper: b = 4, and no input repetition."""
+    assert draw_pairing(16, 2).shape == (64, 2)
+    slots = draw_pairings(3, 16, 2)
+    assert slots.shape == (3, 64, 2)
+    assert all(batch.flatten().unique().numel() == 128 for batch in slots)
+
+
+def test_one_pairing_is_drawn_as_the_only_one_of_several():
+    one = draw_pairing(6, 3, generator=torch.Generator().manual_seed(0))
+    several = draw_pairings(1, 6, 3, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(one, several[0])
 
 
 def test_orders_are_independent_and_uniform():

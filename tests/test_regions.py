@@ -72,6 +72,18 @@ def test_blocks_are_smaller_on_small_maps():
     assert 0.1 < region.mean() < 0.9
 
 
+@pytest.mark.parametrize(("height", "width", "side"), [(5, 9, 5), (9, 6, 5), (8, 8, 7)])
+def test_blocks_are_limited_to_the_largest_odd_size_of_the_map(height, width, side):
+    area = torch.tensor([0.05, 0.1, 0.3])
+    region = REGIONS["patchup"](area, (1, height, width), generator())
+    draws = torch.rand((3, 1, height, width), generator=generator())[:, 0].numpy()
+    num_centres = (height - side + 1) * (width - side + 1)
+    for sample in range(3):
+        probability = area[sample].item() / side**2 * height * width / num_centres
+        expected = oracle.grown_blocks(draws[sample] < probability, side)
+        assert np.array_equal(region[sample, 0].numpy(), expected)
+
+
 def test_soft_blocks_have_the_value_of_the_area(area):
     hard = REGIONS["patchup"](area, SHAPE, generator())
     soft = REGIONS["patchup-soft"](area, SHAPE, generator())
@@ -90,6 +102,25 @@ def test_cow_regions_are_thresholded_blurred_noise():
         threshold = smooth.mean() + smooth.std(ddof=1) * math.sqrt(2) * erfinv(2 * fraction - 1)
         num_different += (region[sample, 0].numpy() != (smooth < threshold)).sum()
     assert num_different <= 2  # positions at the threshold, up to rounding
+
+
+def test_cow_areas_may_reach_from_zero_to_one():
+    region = REGIONS["cow"](torch.zeros(500), (1, 16, 16), generator(), area_min=0.0, area_max=1.0)
+    assert region.mean().item() == pytest.approx(0.5, abs=0.04)
+    assert region.mean((1, 2, 3)).std().item() == pytest.approx(1 / math.sqrt(12), abs=0.03)
+
+
+def test_options_of_cow_may_be_equal():
+    options = {"sigma_min": 2.0, "sigma_max": 2.0, "area_min": 0.5, "area_max": 0.5}
+    region = REGIONS["cow"](torch.zeros(300), (1, 16, 16), generator(), **options)
+    assert region.mean().item() == pytest.approx(0.5, abs=0.02)
+    assert region.mean((1, 2, 3)).std().item() < 0.1
+
+
+def test_no_block_begins_at_probability_zero(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda size, **_: torch.zeros(size))
+    region = REGIONS["patchup"](torch.tensor([0.0, 0.1]), (1, 8, 8), None)
+    assert region.mean((1, 2, 3)).tolist() == [0.0, 1.0]
 
 
 def test_cow_areas_are_uniform_on_average():
@@ -170,8 +201,10 @@ def test_areas_match_the_published_implementation(kind, published, num_draws, sa
         ("patchup-soft", {"block_size": "5"}, "odd integer, 1 or more; got '5'"),
         ("cow", {"sigma_max": math.inf}, "must be numbers in ascending order, above 0 and finite"),
         ("cow", {"sigma_min": "a"}, "sigma_min='a'.*must be numbers in ascending order"),
+        ("cow", {"sigma_min": 0}, "sigma_min=0 and .* in ascending order, above 0 and finite"),
+        ("cow", {"area_min": -0.1}, "area_min=-0.1 and .*, 0 or more and at most 1"),
         ("cow", {"sigma_min": 20.0}, "sigma_min=20.0 and sigma_max=16.0"),
-        ("cow", {"area_max": 1.5}, "area_min=0.2 and area_max=1.5"),
+        ("cow", {"area_max": 1.2}, "area_min=0.2 and area_max=1.2"),
         ("cow", {"block_size": 3}, "Its options: sigma_min, sigma_max, area_min, area_max"),
         ("horizontal", {"block_size": 3}, "It has no options"),
     ],

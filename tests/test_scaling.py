@@ -1,5 +1,7 @@
 """Temperature and vector scaling against independent optimisers."""
 
+from dataclasses import FrozenInstanceError
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from mixmo_fastai.metrics.scaling import (
     NUM_FOLDS,
     Scaling,
     cross_scaled,
+    ensemble_logits,
     fit_scaling,
     temperature_scaling,
     vector_scaling,
@@ -115,3 +118,33 @@ def test_failures_are_explained():
     with pytest.raises(InputError, match="labels"):
         fit_scaling(separated, labels[:3])
     assert Scaling("temperature", (0.5,)).temperature == 2
+
+
+def test_there_is_one_scaling_per_fifth():
+    logits, labels = draw(203)
+    factors = (cross_scaled(logits, labels) / logits)[:, 0].round(decimals=9)
+    values, counts = factors.unique(return_counts=True)
+    assert (len(values), sorted(counts.tolist())) == (5, [40, 40, 41, 41, 41])
+
+
+def test_scalings_are_built_from_numbers_only():
+    values = {"method": "vector", "scale": [1, 2.5], "bias": [0.5, -0.5]}
+    assert Scaling.from_mapping(values) == Scaling("vector", (1.0, 2.5), (0.5, -0.5))
+    for changes in ({"scale": []}, {"scale": [1, np.nan]}, {"bias": [0, np.inf]}):
+        with pytest.raises(ValueError, match="not finite"):
+            Scaling.from_mapping(values | changes)
+    with pytest.raises(FrozenInstanceError):
+        Scaling("temperature", (1.0,)).bias = (1.0,)
+
+
+def test_ensembles_are_the_scaled_mean_of_the_members():
+    members = torch.randn(6, 2, 3, generator=torch.Generator().manual_seed(0))
+    mean = members.double().mean(dim=1)
+    torch.testing.assert_close(ensemble_logits(members, None), mean)
+    scaling = Scaling("vector", (0.5, 1.0, 2.0), (1.0, 0.0, -1.0))
+    torch.testing.assert_close(ensemble_logits(members, scaling), scaling(mean))
+
+
+def test_predictions_worse_than_chance_have_no_scaling():
+    with pytest.raises(InputError, match="or none better than chance"):
+        temperature_scaling(-torch.eye(5), torch.arange(5))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from fastai.callback.schedule import combined_cos
 
-from mixmo_fastai.training.schedule import flat_cosine, one_cycle, published_steps
+from mixmo_fastai.training.schedule import fine_tune, flat_cosine, one_cycle, published_steps
 
 PUBLISHED = {"milestones": (101 / 300, 201 / 300, 226 / 300), "gamma": 0.1}
 BOUNDS = (1, 101, 201, 226, 300)  # epochs of the end of the warm-up, the drops and the end
@@ -81,7 +81,7 @@ def test_warmup_of_any_length(warmup_steps, first):
     assert schedule(0.5) == 1.0
 
 
-@pytest.mark.parametrize("flat_fraction", [0.0, 0.5, 0.75])
+@pytest.mark.parametrize("flat_fraction", [0.0, 0.3, 0.75])
 def test_flat_cosine_equals_fastai(monkeypatch, flat_fraction):
     """fit_flat_cos keeps lr constant until pct_start and then anneals it to lr / div_final."""
     monkeypatch.setattr(
@@ -99,3 +99,19 @@ def test_flat_cosine_equals_fastai(monkeypatch, flat_fraction):
 def test_flat_cosine_may_be_constant():
     assert flat_cosine(0.4, 0.0, 1.0)(1.0) == 0.4
     assert flat_cosine(0.4, 0.1, 0.5)(1.0) == pytest.approx(0.1)
+
+
+def test_both_parts_of_fine_tuning_end_at_the_peak_divided_by_div_final():
+    rates = fine_tune(
+        0.1, num_steps=3000, frozen_steps=1000, body_div=20.0, pct_start=0.3,
+        div=5.0, div_final=100.0, momentums=(0.95, 0.85, 0.95),
+    )["lr"]  # fmt: skip
+    frozen = combined_cos(0.99, 0.1 / 25, 0.1, 0.1 / 100)
+    for step in (0, 500, 990, 995, 999):
+        expected = float(frozen(step / 1000))
+        assert rates(step / 3000) == pytest.approx([expected / 10, expected], rel=1e-4), step
+    unfrozen = combined_cos(0.3, 0.05 / 5, 0.05, 0.05 / 100)
+    for step in (0, 600, 1500, 1999):
+        expected = float(unfrozen(step / 2000))
+        actual = rates((1000 + step) / 3000)
+        assert actual == pytest.approx([expected / 20, expected], rel=1e-4), step

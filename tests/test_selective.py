@@ -5,7 +5,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.metrics.selective import aurc, failure_auroc, risk_coverage
+from mixmo_fastai.metrics.selective import aurc, failure_auroc, risk_at_coverage, risk_coverage
 
 
 def draw(num_samples, num_levels, seed=0):
@@ -114,3 +114,29 @@ def test_all_correct_or_all_incorrect(num_samples, is_correct):
 def test_invalid_inputs_are_rejected(metric, confidence, correct, message):
     with pytest.raises(InputError, match=message):
         metric(confidence, correct)
+
+
+@pytest.mark.parametrize(
+    ("coverage", "accepted"),
+    [
+        (1e-12, 1),
+        (0.01, 1),
+        (0.0101, 2),
+        (0.07, 7),
+        (0.07005, 8),
+        (0.29, 29),
+        (0.991, 100),
+        (1, 100),
+    ],
+)
+def test_risk_at_coverage_accepts_the_smallest_sufficient_number(coverage, accepted):
+    """0.07 · 100 and 0.29 · 100 are above and below the integer by a rounding error."""
+    correct = torch.arange(100) == 99  # only the most confident one, so that all risks differ
+    risk = risk_at_coverage(torch.arange(100.0), correct, coverage).item()
+    assert risk == pytest.approx(1 - 1 / accepted)
+
+
+@pytest.mark.parametrize("coverage", [-0.1, 0.0, 1.01, float("nan")])
+def test_coverages_out_of_range_are_rejected(coverage):
+    with pytest.raises(InputError, match="coverage must be above 0 and at most 1"):
+        risk_at_coverage(torch.tensor([0.5]), torch.tensor([True]), coverage)

@@ -29,7 +29,7 @@ Interval = tuple[float, float]
 def accuracy_half_width(num_images: int) -> float:
     """Return the half-width of the 95 % interval of an accuracy of 50 %, where it is largest.
 
-    By the normal approximation: 1.96 · sqrt(0.25 / n), at most 1.
+    By the normal approximation: 1.96 · sqrt(0.25 / n).
 
     Args:
         num_images: n, the number of images on which the accuracy is measured.
@@ -38,7 +38,7 @@ def accuracy_half_width(num_images: int) -> float:
         >>> accuracy_half_width(10_000)
         0.0098
     """
-    half_width: float = min(1.0, 0.98 / max(1, num_images) ** 0.5)
+    half_width: float = 0.98 / max(1, num_images) ** 0.5
     return half_width
 
 

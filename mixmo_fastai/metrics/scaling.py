@@ -120,7 +120,7 @@ def vector_scaling(logits: Tensor, labels: Tensor) -> Scaling:
         >>> vector_scaling(logits, labels)(logits[[0, 4]]).softmax(dim=1)[:, 0]
         tensor([0.7500, 0.5000])
     """
-    start = 1 / (temperature_scaling(logits, labels).temperature or 1.0)
+    start = temperature_scaling(logits, labels).scale
     values, targets = logits.detach().double().numpy(), labels.numpy()
     num_images, num_classes = values.shape
     is_target = np.eye(num_classes)[targets]

@@ -4,6 +4,8 @@ Shapes: N samples, K classes. Logits are (N, K), labels (N,).
 Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
 """
 
+import math
+
 from torch import Tensor
 
 from mixmo_fastai.errors import InputError
@@ -104,7 +106,8 @@ def _find_root(margins: Tensor, low: float, high: float, tolerance: float = 1e-1
     for _ in range(200):
         slope, curvature = _nll_derivatives(margins, current)
         low, high = (low, current) if slope > 0 else (current, high)
-        proposal = current - slope / curvature if curvature > 0 else high
+        # Without curvature, as where all probabilities are 0 or 1, the interval is halved.
+        proposal = current - slope / curvature if curvature > 0 else math.inf
         # Newton's method converges slowly if the slope decays exponentially, so each step must be
         # at most half the previous one, unless it is already within the tolerance.
         size = abs(proposal - current)

@@ -137,7 +137,9 @@ class MixMoLoss(nn.Module):
             return self._sum_over_members(pred, targets, weights, is_pasted=own_weights is not None)
         # The usual case.
         member_losses = self.member_losses(pred, targets)  # (B, M)
-        if pasted_targets is not None and own_weights is not None:
+        if pasted_targets is not None:
+            if own_weights is None:
+                raise InputError("own_weights is required with pasted_targets.")
             pasted_losses = self.member_losses(pred, pasted_targets)
             member_losses = own_weights * member_losses + (1 - own_weights) * pasted_losses
         losses = (weights * member_losses).sum(dim=1)  # (B,)
@@ -293,7 +295,7 @@ class MixMoLoss(nn.Module):
         Returns:
             a scalar; None if it is the number of images.
         """
-        if targets.is_floating_point() or targets.shape == pred.shape:
+        if targets.shape == pred.shape:
             return None  # torch divides by the number of images if targets are soft
         divisor = mean_divisor(self.base, targets)
         return None if divisor is None else divisor / targets.shape[1]

@@ -152,10 +152,11 @@ def _check_same_layers(layers: Sequence[nn.Module], kind: type, part: str, layer
             f"{', '.join(map(str, layers))}."
         )
     # A subclass may change the computation, for example by normalising its weights.
-    if type(layers[0]) is not kind and not _is_linear_in_weights(layers):
-        name = type(layers[0]).__name__
+    subclasses = [type(layer).__name__ for layer in layers if type(layer) is not kind]
+    if subclasses and not _is_linear_in_weights(layers):
         raise InputError(
-            f"fuse() cannot combine {part}s of type {name}, which is not linear in its weights."
+            f"fuse() cannot combine {part}s of type {subclasses[0]}, which is not linear in its "
+            "weights."
         )
 
 
