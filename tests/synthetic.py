@@ -18,6 +18,16 @@ def image_arrays(count, size=8, seed=0):
     return pixels.to(torch.uint8), labels
 
 
+def draw_labels(probabilities, generator):
+    """Draw one class (N,) for each row of probabilities (N, K).
+
+    Unlike `torch.multinomial`, the same numbers in every version of torch.
+    """
+    uniform = torch.rand(len(probabilities), 1, generator=generator, dtype=torch.float64)
+    below = probabilities.cumsum(dim=1) < uniform
+    return below.sum(dim=1).clamp_max(probabilities.shape[1] - 1)
+
+
 def source(num_train=96, num_test=30, size=8):
     parts = []
     for part, count, seed in (("train", num_train, 0), ("test", num_test, 1)):

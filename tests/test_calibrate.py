@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from synthetic import draw_labels
 
 from mixmo_fastai.config.resolve import resolve_recipe
 from mixmo_fastai.data.sources import load_source
@@ -41,7 +42,7 @@ def draw(num_images, members=2, seed=0, sharpness=3.0):
     """Draw member logits that are overconfident, and labels."""
     generator = torch.Generator().manual_seed(seed)
     true = torch.randn(num_images, 1, 4, generator=generator, dtype=torch.float64)
-    labels = torch.multinomial((2 * true[:, 0]).softmax(dim=1), 1, generator=generator)[:, 0]
+    labels = draw_labels((2 * true[:, 0]).softmax(dim=1), generator)
     noise = torch.randn(num_images, members, 4, generator=generator, dtype=torch.float64)
     return sharpness * (2 * true + 0.3 * noise), labels
 

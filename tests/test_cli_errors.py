@@ -85,10 +85,10 @@ NUMBERS = [
     ("fit --valid-split -0.5", "--valid-split is -0.5", "at least 0"),
     ("lr-find --batch-size 30", "not a multiple", "Nearest: 32"),
     ("lr-find --steps 5", "--steps", "30"),
-    ("lr-find --start 0", "--start", "greater than or equal to"),
+    ("lr-find --start 0", "--start", HINT),
     ("lr-find --start 1 --end 0.1", "--start 1 must be below --end 0.1", HINT),
-    ("lr-find --end nan", "--end", "less than or equal to 1000000"),
-    ("lr-find --end inf", "--end", "less than or equal to 1000000"),
+    ("lr-find --end nan", "--end", HINT),
+    ("lr-find --end inf", "--end", "1000000"),
 ]
 DEVICES = [
     ("fit --device cuda", "no CUDA device", "--device cpu"),

@@ -72,7 +72,9 @@ def test_no_suggestion_for_less_than_an_hour(slow_machine, capsys, epochs, monke
     assert "20 minutes" not in capsys.readouterr().out
 
 
-def test_image_folder_shows_defaults_and_advice(working_folder, capsys):
+def test_image_folder_shows_defaults_and_advice(working_folder, capsys, monkeypatch):
+    # Whether a network reaches it on the few validation images depends on rounding.
+    monkeypatch.setattr("mixmo_fastai.training.advice.GOOD_ACCURACY", 1.1)
     write_image_folder(working_folder / "pets", num_train=8, size=(72, 72))
     arguments = ["--arch", "wrn10_1", "--epochs", "1", "--batch-size", "16", "--device", "cpu"]
     assert run(["fit", "pets", *arguments]) == 0

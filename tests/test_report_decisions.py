@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from synthetic import draw_labels
 
 from mixmo_fastai.evaluation.calibration import calibrate, summary
 from mixmo_fastai.metrics.conformal import set_metrics
@@ -18,7 +19,7 @@ from mixmo_fastai.report.decisions import (
 def draw(num_images, seed, margin=3.0):
     generator = torch.Generator().manual_seed(seed)
     true = margin * torch.randn(num_images, 1, 4, generator=generator, dtype=torch.float64)
-    labels = torch.multinomial(true[:, 0].softmax(dim=1), 1, generator=generator)[:, 0]
+    labels = draw_labels(true[:, 0].softmax(dim=1), generator)
     return 2 * true.expand(-1, 2, -1), labels
 
 
