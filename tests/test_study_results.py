@@ -283,6 +283,7 @@ PUBLISHED = {
         "linear-06-lr-01": "`early_repetition=1`, linear to 60 %, peak rate 0.1",
         "lr-01": "peak rate 0.1",
         "b2": "`batch_repetitions=2`",
+        "b2-linear-06": "both: `batch_repetitions=2`, and linear to 60 %",
         "muon": "Muon, peak rate 0.02",
         "ema": "`ema_decay=0.999`",
         "members-3": "`num_members=3`",
