@@ -79,7 +79,8 @@ def _of_fake_tensors(mode):
     to = torch.Tensor.to
 
     def move(tensor, *args, **kwargs):
-        fake = tensor if isinstance(tensor, FakeTensor) else mode.from_tensor(tensor)
+        is_real = not isinstance(tensor, FakeTensor) and not tensor.is_meta
+        fake = mode.from_tensor(tensor) if is_real else tensor
         return to(fake, *args, **kwargs)
 
     return move

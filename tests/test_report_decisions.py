@@ -39,7 +39,7 @@ FINISHED = SimpleNamespace(
 
 
 def decide(num_calibration=1000, margin=3.0):
-    logits, labels = draw(num_calibration, 0, margin)
+    logits, labels = draw(num_calibration, 10, margin)
     calibration = calibrate(logits, labels, ["x"] * num_calibration)
     new_logits, new_labels = draw(500, 1, margin)
     return calibration, decision_data(calibration, FINISHED, new_logits, new_labels)
