@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 from synthetic import mixmo_dls
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixmo_fastai.data.cuts import Augmentation
@@ -18,7 +18,6 @@ from mixmo_fastai.learner.build import mixmo_learner
 from mixmo_fastai.models import create_model
 from mixmo_fastai.rng import make_generator
 
-GPU = torch.device("cuda:0")  # torch 2.6 asks the driver for the index of "cuda"
 READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "item")
 
 
@@ -63,27 +62,14 @@ def learner_on_gpu(monkeypatch, num_steps, **settings):
     monkeypatch.setattr("mixmo_fastai.models.create.initialize", lambda *_: None)
     monkeypatch.setattr(torch.Tensor, "as_subclass", lambda self, kind: self)
     dls = mixmo_dls(batch_size=80 // num_steps, augmentation=Augmentation(1, True))
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        monkeypatch.setattr(torch.Tensor, "to", _of_fake_tensors(mode))
+    with FakeTensorMode(allow_non_fake_inputs=True):
         for loader in dls.loaders:
-            loader.to(GPU)
-        dls.device = GPU
+            loader.to("cuda")
+        dls.device = torch.device("cuda")
         monkeypatch.setattr("mixmo_fastai.learner.arch.create_model", _on_gpu(create_model))
         learn = mixmo_learner(dls, "wrn10_1", seed=1, **settings)
         learn._backward = lambda: _zero_gradients(learn.model)
         yield learn
-
-
-def _of_fake_tensors(mode):
-    """Return `Tensor.to` that makes its tensor fake first, since torch 2.6 moves real tensors."""
-    to = torch.Tensor.to
-
-    def move(tensor, *args, **kwargs):
-        is_real = not isinstance(tensor, FakeTensor) and not tensor.is_meta
-        fake = mode.from_tensor(tensor) if is_real else tensor
-        return to(fake, *args, **kwargs)
-
-    return move
 
 
 def _on_gpu(create):
@@ -112,7 +98,7 @@ def _on_gpu(create):
 
 
 def _move(tensor, memory_format):
-    moved = torch.empty(tensor.shape, dtype=tensor.dtype, device=GPU)
+    moved = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
     moved = moved.to(memory_format=memory_format) if tensor.ndim == 4 else moved
     return torch.nn.Parameter(moved) if isinstance(tensor, torch.nn.Parameter) else moved
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from fastai.callback.schedule import ParamScheduler
 from fastai.learner import Recorder
-from simulated_gpu import GPU, SyncRecorder, learner_on_gpu
+from simulated_gpu import SyncRecorder, learner_on_gpu
 
 from mixmo_fastai.callbacks.deferred import DeferredRecorder
 from mixmo_fastai.callbacks.ema import EMACallback
@@ -116,9 +116,9 @@ def test_fastai_recorder_is_detected(monkeypatch, tmp_path):
 
 def test_synchronising_operations_are_detected(monkeypatch):
     with learner_on_gpu(monkeypatch, 4), SyncRecorder() as watch:
-        x = torch.zeros(3, device=GPU)
+        x = torch.zeros(3, device="cuda:0")
         x.sum().item()
         x.cpu()
-        torch.zeros(3).to(GPU)
+        torch.zeros(3).to("cuda:0")
         assert watch.seen == ["read", "to host", "to device"]
         assert x.device.type == "cuda"
