@@ -39,7 +39,7 @@ def family(request):
 def test_converted_network_has_equal_outputs(family):
     model, before, converted, size = family
     converted.eval()
-    # With weights rounded to float32; in float32, some networks differ by more on some CPUs.
+    # The weights are rounded to float32; its outputs differ by more on some CPUs.
     model64, converted64 = (copy.deepcopy(network).double() for network in (model, converted))
     x = torch.randn(2, 3, size, size, dtype=torch.float64)
     with torch.no_grad():
