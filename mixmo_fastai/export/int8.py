@@ -94,7 +94,7 @@ def quantise(source: Any, valid_split: float | None, original: Path, target: Pat
         per_channel=True,
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
-        # CPUs without VNNI add pairs of products in 16 bits, which overflows with weights of 8 bits.
+        # CPUs without VNNI add products in 16 bits, which overflow with weights of 8 bits.
         reduce_range=True,
     )
     networks = OnnxNetwork(prepared), OnnxNetwork(target)
