@@ -88,6 +88,7 @@ class Shapes(Callback):
     def after_batch(self):
         shapes = [tuple(each.shape) for each in (self.learn.pred, *self.learn.yb)]
         self.seen.add(tuple(shapes))
+        assert self.learn.yb[0].dtype == torch.int64  # classes, not the weights of the loss
 
 
 @pytest.mark.parametrize("train_metrics", [False, True])
