@@ -180,7 +180,8 @@ CASES = {
     "lists of lists": (
         lambda: {"train": make(0, 9, many=(Sequence(Sequence(TEXTS)), lambda n: [["a"]]))},
         {"label": "many"},
-        "the column 'many' holds List, not one class per image or a list of classes",
+        # List from datasets 4 on, Sequence before
+        f"the column 'many' holds {type(Sequence(TEXTS)).__name__}, not one class per image or a",
     ),
     "missing label": (
         lambda: {"train": make(0, 9, Value("int64")).map(without_label_4)},
