@@ -26,7 +26,7 @@ def write_onnx(model: nn.Module, facts: DataFacts, metadata: Metadata, path: Pat
         model,
         (example,),
         dynamo=True,
-        dynamic_shapes={"x": {0: torch.export.Dim("batch")}},
+        dynamic_shapes=({0: torch.export.Dim("batch")},),  # by name, torch 2.6 fails
         input_names=["images"],
         output_names=["logits"],
         verbose=False,
