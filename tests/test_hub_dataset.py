@@ -181,7 +181,8 @@ CASES = {
         lambda: {"train": make(0, 9, many=(Sequence(Sequence(TEXTS)), lambda n: [["a"]]))},
         {"label": "many"},
         # List from datasets 4 on, Sequence before
-        f"the column 'many' holds {type(Sequence(TEXTS)).__name__}, not one class per image or a",
+        f"the column 'many' holds {type(Sequence(TEXTS)).__name__}, "
+        "not one class per image or a list of classes",
     ),
     "missing label": (
         lambda: {"train": make(0, 9, Value("int64")).map(without_label_4)},

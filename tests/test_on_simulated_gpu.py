@@ -116,9 +116,9 @@ def test_fastai_recorder_is_detected(monkeypatch, tmp_path):
 
 def test_synchronising_operations_are_detected(monkeypatch):
     with learner_on_gpu(monkeypatch, 4), SyncRecorder() as watch:
-        x = torch.zeros(3, device="cuda:0")
+        x = torch.zeros(3, device="cuda")
         x.sum().item()
         x.cpu()
-        torch.zeros(3).to("cuda:0")
+        torch.zeros(3).to("cuda")
         assert watch.seen == ["read", "to host", "to device"]
         assert x.device.type == "cuda"
