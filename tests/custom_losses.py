@@ -12,6 +12,8 @@ from fastai.losses import (
 )
 from torch import nn
 
+from mixmo_fastai.mixing import draw_lam, loss_weights
+
 CLASS_WEIGHTS = torch.tensor([1.0, 9.0, 4.0, 1.0, 7.0])
 FASTAI_LOSSES_WITH_CLASS_WEIGHTS = [
     LabelSmoothingCrossEntropy(weight=CLASS_WEIGHTS),
@@ -20,6 +22,14 @@ FASTAI_LOSSES_WITH_CLASS_WEIGHTS = [
     FocalLoss(weight=CLASS_WEIGHTS),
     FocalLossFlat(weight=CLASS_WEIGHTS, gamma=1.0),
 ]
+
+
+def draw_batch():
+    """Draw logits (6, 3, 5), targets (6, 3) and weights (6, 3) of three members."""
+    random = torch.Generator().manual_seed(0)
+    pred = torch.randn(6, 3, 5, generator=random)
+    targets = torch.randint(5, (6, 3), generator=random)
+    return pred, targets, loss_weights(draw_lam(6, 3, 2.0, generator=random), 3)
 
 
 class FixedReductionLoss(nn.Module):

@@ -223,14 +223,18 @@ def test_tables_of_recipes_match_the_recipes():
     assert documented == set(recipe_names())
 
 
+def value_of(cell, name):
+    """Return the value in a cell such as "4, `fine-tune` 2", where that of one name differs."""
+    usual, _, other = cell.partition(", ")
+    return other.split()[1] if other and names_in(other) == [name] else usual
+
+
 def check_recipe(name, method, accuracy):
     recipe = load_recipe(name)
     for column in method.keys() - {"recipe", "approach"}:
         section, key = column.strip("`").split(".")
-        usual, _, other = method[column].partition(", ")
-        if other and names_in(other) == [name.partition("/")[0]]:
-            usual = other.split()[1]
-        assert str(getattr(getattr(recipe, section), key)) == usual.strip("`"), name
+        documented = value_of(method[column], name.partition("/")[0])
+        assert str(getattr(getattr(recipe, section), key)) == documented.strip("`"), name
     if accuracy == "-":
         assert recipe.expected.accuracy is None, name
         return
@@ -253,9 +257,7 @@ def check_training(name, row):
     recipe, method = load_recipe(name), name.partition("/")[2]
     for column in row.keys() - {"data set"}:
         section, key = column.strip("`").split(".")
-        usual, _, other = row[column].partition(", ")
-        if other and names_in(other) == [method]:
-            usual = other.split()[1]
+        usual = value_of(row[column], method)
         actual = getattr(getattr(recipe, section), key)
         if usual == "-":
             assert actual is None, (name, column)

@@ -5,12 +5,17 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from custom_losses import CLASS_WEIGHTS, CUSTOM_LOSSES, CustomCrossEntropy, IgnoredReductionLoss
+from custom_losses import (
+    CLASS_WEIGHTS,
+    CUSTOM_LOSSES,
+    CustomCrossEntropy,
+    IgnoredReductionLoss,
+    draw_batch,
+)
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
 from torch import nn
 
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.mixing import draw_lam, loss_weights
 from mixmo_fastai.mixing.base_losses import mean_divisor
 from mixmo_fastai.mixing.loss import MixMoLoss
 from mixmo_fastai.mixing.per_sample import BatchLoss, ensure_reduction, matching_averages
@@ -18,10 +23,7 @@ from mixmo_fastai.mixing.per_sample import BatchLoss, ensure_reduction, matching
 
 @pytest.fixture
 def batch():
-    random = torch.Generator().manual_seed(0)
-    pred = torch.randn(6, 3, 5, generator=random)
-    targets = torch.randint(5, (6, 3), generator=random)
-    return pred, targets, loss_weights(draw_lam(6, 3, 2.0, generator=random), 3)
+    return draw_batch()
 
 
 def centred(pred, targets):

@@ -10,6 +10,7 @@ from custom_losses import (
     CUSTOM_LOSSES,
     FASTAI_LOSSES_WITH_CLASS_WEIGHTS,
     DataDependentLoss,
+    draw_batch,
 )
 from fastai.losses import (
     BCEWithLogitsLossFlat,
@@ -27,10 +28,7 @@ from mixmo_fastai.mixing.loss import MixMoLoss
 
 @pytest.fixture
 def batch():
-    random = torch.Generator().manual_seed(0)
-    pred = torch.randn(6, 3, 5, generator=random)
-    targets = torch.randint(5, (6, 3), generator=random)
-    return pred, targets, loss_weights(draw_lam(6, 3, 2.0, generator=random), 3)
+    return draw_batch()
 
 
 BASES = [None, nn.CrossEntropyLoss(), CrossEntropyLossFlat(), F.cross_entropy]

@@ -55,16 +55,21 @@ def test_regions_do_not_depend_on_the_number_of_channels(name, area):
     assert torch.equal(few_channels, many_channels)
 
 
+def check_blocks(region, area, side):
+    """Compare regions (N, 1, h, w) with blocks around centres of the published probability."""
+    height, width = region.shape[2:]
+    draws = torch.rand(region.shape, generator=generator())[:, 0].numpy()
+    num_centres = (height - side + 1) * (width - side + 1)
+    for sample in range(len(region)):
+        probability = area[sample].item() / side**2 * height * width / num_centres
+        expected = oracle.grown_blocks(draws[sample] < probability, side)
+        assert np.array_equal(region[sample, 0].numpy(), expected)
+
+
 @pytest.mark.parametrize("block_size", [1, 3, 7])
 def test_blocks_have_the_published_probability(area, block_size):
-    _, height, width = SHAPE
     region = REGIONS["patchup"](area, SHAPE, generator(), block_size=block_size)
-    draws = torch.rand((40, 1, height, width), generator=generator())[:, 0].numpy()
-    num_centres = (height - block_size + 1) * (width - block_size + 1)
-    for sample in range(40):
-        probability = area[sample].item() / block_size**2 * height * width / num_centres
-        expected = oracle.grown_blocks(draws[sample] < probability, block_size)
-        assert np.array_equal(region[sample, 0].numpy(), expected)
+    check_blocks(region[:40], area, block_size)
 
 
 def test_blocks_are_smaller_on_small_maps():
@@ -76,12 +81,7 @@ def test_blocks_are_smaller_on_small_maps():
 def test_blocks_are_limited_to_the_largest_odd_size_of_the_map(height, width, side):
     area = torch.tensor([0.05, 0.1, 0.3])
     region = REGIONS["patchup"](area, (1, height, width), generator())
-    draws = torch.rand((3, 1, height, width), generator=generator())[:, 0].numpy()
-    num_centres = (height - side + 1) * (width - side + 1)
-    for sample in range(3):
-        probability = area[sample].item() / side**2 * height * width / num_centres
-        expected = oracle.grown_blocks(draws[sample] < probability, side)
-        assert np.array_equal(region[sample, 0].numpy(), expected)
+    check_blocks(region, area, side)
 
 
 def test_soft_blocks_have_the_value_of_the_area(area):

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+import runpy
 import statistics
 from pathlib import Path
 
@@ -323,16 +324,16 @@ def test_pages_show_the_published_results():
     """README, the page about when it pays and the notebook have the figures of docs/results.md."""
     root = Path(__file__).resolve().parents[1]
     texts = [(root / page).read_text(encoding="utf-8") for page in PAGES_WITH_RESULTS]
-    for method in ("vanilla", "cutmix", "ensemble-cutmix", "cut-mixmo"):
-        files = sorted(root.glob(f"studies/small-cifar10/runs/{method}-1500000-seed*/metrics.json"))
-        runs = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-        accuracy = 100 * statistics.fmean(run["test"]["accuracy"] for run in runs)
+    picture = runpy.run_path(str(root / "docs/images/when.py"))
+    for method in picture["METHODS"]:
+        runs = picture["read_runs"](method)
+        accuracy = statistics.fmean(picture["accuracies"](runs))
         for page, text in zip(PAGES_WITH_RESULTS, texts, strict=True):
             # Only a plain network is missing on the page that compares with CutMix.
             if (page, method) != ("docs/when.md", "vanilla"):
                 assert re.search(rf"{accuracy:.1f}\b|{accuracy:.2f}\b", text), (page, method)
         recipe = load_recipe(f"small-cifar10/{method.replace('ensemble', 'deep-ensemble')}")
         assert f"{100 * recipe.expected.accuracy:.2f}" == f"{accuracy:.2f}", method
-        nll = statistics.fmean(run["cross_fitted"]["nll"] for run in runs)
+        nll = statistics.fmean(picture["calibrated_nlls"](runs))
         row = rf"\| \**{accuracy:.2f} %\** \| \**{nll:.3f}\** \| {runs[0]['parameters']:,} \|"
         assert re.search(row, texts[-1]), method
