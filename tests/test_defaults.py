@@ -103,6 +103,8 @@ def test_explicit_settings_are_kept():
     assert with_defaults(explicit, scaled_to=64) == explicit
     assert open_settings(FOLDER) == ["data.image_size", "model.arch", "train.epochs"]
     assert open_settings(with_defaults(FOLDER)) == []
+    length = override(FOLDER, ["train.images_seen=6000"])  # the epochs follow from it
+    assert open_settings(length) == ["data.image_size", "model.arch"]
 
 
 @pytest.mark.parametrize(

@@ -83,9 +83,10 @@ def default_arch(recipe: Recipe, device: str, image_shape: Sequence[int]) -> str
 
 
 def open_settings(recipe: Recipe) -> list[str]:
-    """List the settings that a recipe leaves open (None)."""
+    """List the settings that a recipe leaves open: None; epochs only without images_seen."""
     pairs = [(name, *name.split(".")) for name in OPTIONAL_SETTINGS]
-    return [name for name, section, key in pairs if getattr(getattr(recipe, section), key) is None]
+    names = [name for name, section, key in pairs if getattr(getattr(recipe, section), key) is None]
+    return [name for name in names if name != "train.epochs" or recipe.train.images_seen is None]
 
 
 def fill_defaults(
