@@ -14,8 +14,8 @@ from mixmo_fastai.cli import run as program
 from mixmo_fastai.config.resolve import resolve_recipe
 from mixmo_fastai.data.cache import CACHE_LIMIT
 from mixmo_fastai.data.image_folder import read_image_table
-from mixmo_fastai.data.label_tables import TableColumns
 from mixmo_fastai.data.sources import load_source
+from mixmo_fastai.data.table_columns import TableColumns
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.runs.folder import open_run
 

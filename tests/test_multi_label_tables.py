@@ -9,9 +9,10 @@ from label_tables import folder, write_table
 from mixmo_fastai.data.dataloaders import make_dataloaders
 from mixmo_fastai.data.image_folder import read_image_table
 from mixmo_fastai.data.image_sets import ArrayImages
-from mixmo_fastai.data.label_tables import TableColumns, read_label_table
+from mixmo_fastai.data.label_tables import read_label_table
 from mixmo_fastai.data.multi_labels import find_delimiter
 from mixmo_fastai.data.splits import draw_groups, draw_test, limit_images, split_calibration
+from mixmo_fastai.data.table_columns import TableColumns
 from mixmo_fastai.errors import InputError
 
 __all__ = ["folder"]  # fixtures

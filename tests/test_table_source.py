@@ -11,10 +11,10 @@ from mixmo_fastai.data.cache import CACHE_LIMIT
 from mixmo_fastai.data.class_files import group_indices
 from mixmo_fastai.data.fingerprint import fingerprint
 from mixmo_fastai.data.image_folder import read_image_table
-from mixmo_fastai.data.label_tables import TableColumns
 from mixmo_fastai.data.parts import DataParts
 from mixmo_fastai.data.sources import load_source
 from mixmo_fastai.data.splits import split_calibration, split_validation
+from mixmo_fastai.data.table_columns import TableColumns
 from mixmo_fastai.data.table_images import choose_table_images, reopen_table_images
 from mixmo_fastai.errors import InputError
 

@@ -18,18 +18,17 @@ from unicodedata import normalize
 from mixmo_fastai.config.choices import HUB_PREFIX
 from mixmo_fastai.data.class_files import Note
 from mixmo_fastai.data.class_folders import FilesByClass
-from mixmo_fastai.data.label_tables import (
+from mixmo_fastai.data.label_tables import LabelTable, class_order
+from mixmo_fastai.data.layout import role_of
+from mixmo_fastai.data.multi_labels import ALL, MultiLabels, describe_labels
+from mixmo_fastai.data.table_columns import (
     COLUMN_NAMES,
     NONE,
     SPLIT_WORDS,
-    LabelTable,
     TableColumns,
     check_columns,
-    class_order,
     missing_column,
 )
-from mixmo_fastai.data.layout import role_of
-from mixmo_fastai.data.multi_labels import ALL, MultiLabels, describe_labels
 from mixmo_fastai.errors import InputError, summarize_error
 
 UNLABELLED = -1

@@ -18,9 +18,9 @@ from mixmo_fastai.data.class_folders import FilesByClass
 from mixmo_fastai.data.damage import LeftOut, read_intact
 from mixmo_fastai.data.decoding import image_sizes
 from mixmo_fastai.data.image_sets import DataSource, FileImages, ImageSet, no_images
-from mixmo_fastai.data.label_tables import TableColumns
 from mixmo_fastai.data.parts import DataParts
 from mixmo_fastai.data.statistics import channel_statistics
+from mixmo_fastai.data.table_columns import TableColumns
 from mixmo_fastai.data.table_images import choose_table_images, reopen_table_images
 from mixmo_fastai.errors import InputError
 

@@ -31,7 +31,7 @@ class DataParts:
         valid: folder of the validation images; None if they are drawn from the training images.
         test: folder of the labelled test images; None if there is none.
         drawn: test set drawn from `train`; None if none was drawn.
-        columns: for a table of labels, its columns, see `label_tables.TableColumns`; `valid` and
+        columns: for a table of labels, its columns, see `table_columns.TableColumns`; `valid` and
             `test` then are the names of its splits.
     """
 

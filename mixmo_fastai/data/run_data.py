@@ -6,9 +6,9 @@ from pathlib import Path
 from mixmo_fastai.config.choices import DATASETS
 from mixmo_fastai.config.recipe import Recipe
 from mixmo_fastai.data.image_sets import DataSource
-from mixmo_fastai.data.label_tables import TableColumns
 from mixmo_fastai.data.parts import DataParts, parts_before_split_json
 from mixmo_fastai.data.sources import load_source
+from mixmo_fastai.data.table_columns import TableColumns
 from mixmo_fastai.runs.data_facts import DataFacts
 from mixmo_fastai.runs.folder import RunFolder
 

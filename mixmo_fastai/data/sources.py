@@ -21,9 +21,10 @@ from mixmo_fastai.data.image_sets import (
     ImageSet,
     resize_images,
 )
-from mixmo_fastai.data.label_tables import TableColumns, is_table
+from mixmo_fastai.data.label_tables import is_table
 from mixmo_fastai.data.parts import DataParts
 from mixmo_fastai.data.source_checks import check_against_facts
+from mixmo_fastai.data.table_columns import TableColumns
 from mixmo_fastai.data.tiny_imagenet import TINY_IMAGENET, read_tiny_imagenet
 from mixmo_fastai.errors import InputError, unknown_name_error
 

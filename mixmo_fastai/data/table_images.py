@@ -18,10 +18,11 @@ from mixmo_fastai.data.class_files import (
 )
 from mixmo_fastai.data.class_folders import FilesByClass
 from mixmo_fastai.data.hub_dataset import is_hub_dataset, read_hub_dataset
-from mixmo_fastai.data.label_tables import NONE, LabelTable, TableColumns, read_label_table
+from mixmo_fastai.data.label_tables import LabelTable, read_label_table
 from mixmo_fastai.data.multi_labels import ALL, MultiLabels, check_names, missing_labels
 from mixmo_fastai.data.parts import DataParts
 from mixmo_fastai.data.splits import DEFAULT_TEST_SPLIT
+from mixmo_fastai.data.table_columns import NONE, TableColumns
 from mixmo_fastai.errors import InputError
 
 _SPLIT_NAMES = {"valid": "validation", "test": "testing"}

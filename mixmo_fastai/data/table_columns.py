@@ -1,0 +1,154 @@
+"""Columns of a table of labels: given by their names, or found.
+
+Columns are found by their names in `COLUMN_NAMES`, ignoring case, and by what they hold.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mixmo_fastai.data.class_files import examples
+from mixmo_fastai.data.file_finder import FileFinder
+from mixmo_fastai.data.layout import role_of
+from mixmo_fastai.data.multi_labels import find_delimiter
+from mixmo_fastai.data.text_tables import TextTable
+from mixmo_fastai.errors import InputError, nearest
+
+COLUMN_NAMES = {
+    "path": (
+        *("path", "image_path", "img_path", "file_path", "filepath", "filename", "file_name"),
+        *("fname", "image_file", "image_filename", "file", "image", "img", "image_name"),
+        *("img_name", "image_id", "img_id", "photo", "picture", "name", "id"),
+    ),
+    "label": (
+        *("label", "label_name", "class", "class_name", "category", "target", "species", "breed"),
+        *("diagnosis", "dx", "y", "tag", "label_id", "class_id", "category_id"),
+        *("labels", "tags", "classes", "categories", "targets", "finding_labels", "findings"),
+        *("finding labels", "attributes", "keywords"),
+    ),
+    "split": ("split", "subset", "partition", "set", "is_valid", "is_val", "is_validation"),
+    "group": (
+        *("patient", "patient_id", "patientid", "subject", "subject_id", "group", "group_id"),
+        *("scene", "scene_id", "case_id", "lesion_id"),
+    ),
+}
+"""Names of the columns by their meaning, ignoring case; the first present one is used."""
+NONE = "none"
+"""The name of a column that is not to be used, although a guess would find one."""
+SPLIT_WORDS = {"dev": "valid", "development": "valid", "holdout": "test"}
+"""Splits by names that are used in tables, beside those of folders."""
+_BOOLEANS = {
+    **dict.fromkeys(("true", "1", "1.0", "yes"), "valid"),
+    **dict.fromkeys(("false", "0", "0.0", "no"), "train"),
+}
+"""Splits by values of a column such as is_valid."""
+_MAX_COLUMNS = 10
+
+
+@dataclass(frozen=True)
+class TableColumns:
+    """Columns of a table of labels.
+
+    Attributes:
+        path, label, split, group: names of the columns; "" to find them by `COLUMN_NAMES`, and
+            "none" for no split or no group.
+        folder: folder to which paths are relative, itself relative to that of the table.
+        delimiter: what separates several labels of an image; "" to find it, "none" for one label.
+    """
+
+    path: str = ""
+    label: str = ""
+    split: str = ""
+    group: str = ""
+    folder: str = ""
+    delimiter: str = ""
+
+    @property
+    def are_default(self) -> bool:
+        """Whether everything is to be found."""
+        return self == TableColumns()
+
+
+def find_columns(table: TextTable, columns: TableColumns, finder: FileFinder) -> TableColumns:
+    """Fill in the columns that are to be guessed.
+
+    Raises:
+        InputError: a given column does not exist, or a required one is not found.
+    """
+    given = {name: getattr(columns, name) for name in COLUMN_NAMES}
+    if images := [name for name in table.header if Path(name).suffix and finder.is_image(name)]:
+        raise InputError(
+            f"{table.path}, line 1 names the image {images[0]!r} instead of the columns.\n"
+            "Add a first line such as: path,label"
+        )
+    check_columns(given, table.header, str(table.path))
+    used = [name for name in given.values() if name]
+    for meaning in ("split", "group", "path", "label"):
+        if not given[meaning]:
+            guess = _guess(table, meaning, used, finder)
+            given[meaning] = guess or NONE
+            used.append(given[meaning])
+    for meaning in ("path", "label"):
+        if given[meaning] == NONE:
+            raise missing_column(meaning, table.header, str(table.path))
+    delimiter = columns.delimiter
+    if not delimiter:
+        index = table.header.index(given["label"])
+        delimiter = find_delimiter(given["label"], [fields[index] for _, fields in table.rows])
+    return replace(columns, **given, delimiter=delimiter)
+
+
+def check_columns(given: Mapping[str, str], columns: Collection[str], where: str) -> None:
+    """Check that the columns which were given exist.
+
+    Args:
+        given: names by meaning, some of them "" or "none".
+        columns: the columns that exist.
+        where: the data, for messages.
+
+    Raises:
+        InputError: one does not.
+    """
+    for meaning, name in given.items():
+        if name and name != NONE and name not in columns:
+            guess = nearest(name, columns)
+            hint = f" Did you mean {guess!r}?" if guess else ""
+            raise InputError(
+                f"data.{meaning}_column: {where} has no column {name!r}.{hint}\n"
+                f"Columns: {examples([*columns], _MAX_COLUMNS)}."
+            )
+
+
+def missing_column(meaning: str, columns: Collection[str], where: str) -> InputError:
+    """Build the error for a required column that is not found."""
+    return InputError(
+        f"{where}: which column holds the {meaning}s? "
+        f"Columns: {examples([*columns], _MAX_COLUMNS)}.\n"
+        f"Name it: --set data.{meaning}_column=NAME"
+    )
+
+
+def _guess(table: TextTable, meaning: str, used: Sequence[str], finder: FileFinder) -> str | None:
+    """Find a column by its name; for paths and labels otherwise by what it holds."""
+    by_lower = {name.lower(): name for name in reversed(table.header) if name not in used}
+    named = [by_lower[name] for name in COLUMN_NAMES[meaning] if name in by_lower]
+    rest = [name for name in table.header if name not in used]
+    if meaning == "path":
+        first = dict(zip(table.header, table.rows[0][1], strict=True))
+        images = [name for name in [*named, *rest] if finder.is_image(first[name])]
+        return next(iter([*images, *named]), None)
+    if meaning == "split" and named:
+        index = table.header.index(named[0])
+        values = (fields[index] for _, fields in table.rows)
+        named = named if any(split_of(value, named[0]) for value in values) else []
+    if meaning == "label" and len(rest) == 1:
+        named = rest
+    return next(iter(named), None)
+
+
+def split_of(value: str, column: str) -> str | None:
+    """Return the split that a value of a column stands for, or None."""
+    lower = value.strip().lower()
+    if column.lower().startswith("is_"):
+        return _BOOLEANS.get(lower)
+    return role_of(lower) or SPLIT_WORDS.get(lower)
