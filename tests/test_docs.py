@@ -90,7 +90,7 @@ def example_files(tmp_path, monkeypatch):
     """Create the files and folders that the pages' command lines name."""
     for folder in ("path/to/images", "cifar10-images", "tiny-imagenet-200", "data/flowers"):
         (tmp_path / folder).mkdir(parents=True)
-    for name in ("labels.csv", "lesions.csv", "tags.csv"):
+    for name in ("labels.csv", "lesions.csv", "tags.csv", "flags.csv"):
         (tmp_path / "path/to" / name).touch()
     for weights in ("convnext.safetensors", "runs/other/model.safetensors"):
         (tmp_path / weights).parent.mkdir(parents=True, exist_ok=True)

@@ -80,6 +80,13 @@ def write_tag_table(path, images):
     path.write_text("\n".join(["image,tags", *rows]))
 
 
+def write_flag_table(path, folder):
+    """Write a table of the images of a folder, with one column for each of three labels."""
+    names = (f.relative_to(path.parent).as_posix() for f in sorted(folder.rglob("*.png")))
+    rows = [f"{name},{i % 2},{i % 3 // 2},{i % 5 // 4}" for i, name in enumerate(names)]
+    path.write_text("\n".join(["image,cat,dog,eel", *rows]))
+
+
 def hugging_face_dataset(folder):
     """Return a data set with the images of a folder of classes."""
     files = sorted(folder.rglob("*.png"))
@@ -105,6 +112,7 @@ def work_dir(tmp_path, monkeypatch):
     for name, column in (("labels", "images/"), ("lesions", "")):
         write_label_table(tmp_path / f"path/to/{name}.csv", "path/to/images/train", column)
     write_tag_table(tmp_path / "path/to/tags.csv", "path/to/images")
+    write_flag_table(tmp_path / "path/to/flags.csv", tmp_path / "path/to/images/train")
     pets = hugging_face_dataset(tmp_path / "path/to/images/train")
     pets.save_to_disk(str(tmp_path / "path/to/saved-pets"))
     pets.to_parquet(str(tmp_path / "path/to/pets.parquet"))

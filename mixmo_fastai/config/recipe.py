@@ -49,12 +49,13 @@ class Data:
     Attributes:
         dataset: a named data set, or the path of an image folder or of a table of labels.
         path_column, label_column, split_column, group_column: columns of a table of labels; "" to
-            find them by their names, "none" for no split or no group. Images of one group, such as
-            a patient's, are never in two splits.
+            find them by their names, "none" for no split or no group. `label_column` may name one
+            column of 0 and 1 per label, separated by commas. Images of one group, such as a
+            patient's, are never in two splits.
         image_folder: folder to which the paths in a table are relative, itself relative to that of
             the table.
         label_delimiter: what separates several labels of an image in a table; "" to find it, "none"
-            for one label per image.
+            for one label per image; with one column per label, "," for several.
         valid_split: fraction of each class of the training set that is used for validation instead
             of training; if None, see `default_valid_split`; ignored if an image folder has a
             validation folder.

@@ -7,7 +7,7 @@ image_folder                  image folders; layout, class_folders, listing: fin
 chosen_images, parts          which images of a folder are used, as stored in split.json
 class_files                   files by class: draw a test set, compare with those of a run
 label_tables, table_images    tables of labels with splits and groups; table_columns: find columns
-multi_labels                  several labels per image
+multi_labels, flag_columns    several labels per image, in one field or in one column each
 text_tables, file_finder      CSV and parquet files; the images that they name
 hub_dataset                   data sets of the library Hugging Face datasets
 decoding, depth, cache        image files to uint8 tensors, once; damage: unreadable files

@@ -162,7 +162,7 @@ def read_hub_dataset(dataset: str, columns: TableColumns) -> LabelTable:
         parts = _with_all_classes(parts, names, dataset)
     else:
         multi = _multi_labels(parts, labels_of, names, dataset)
-        notes += describe_labels(multi)
+        notes.append(describe_labels(multi))
     _check_groups(parts, groups, found, dataset)
     text = f"images in {found.path!r}, labels in {found.label!r}"
     text += f", groups in {found.group!r}" * (found.group != NONE)

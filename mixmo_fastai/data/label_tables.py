@@ -6,15 +6,16 @@ is found if only one image below that folder has it. Positions of rows are those
 
 import os
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unicodedata import normalize
 
 from mixmo_fastai.config.choices import TABLE_SUFFIXES
-from mixmo_fastai.data.class_files import Note
+from mixmo_fastai.data.class_files import Note, examples
 from mixmo_fastai.data.class_folders import FilesByClass
 from mixmo_fastai.data.file_finder import FileFinder, is_named
+from mixmo_fastai.data.flag_columns import flagged_labels, split_names
 from mixmo_fastai.data.multi_labels import ALL, MultiLabels, describe_labels, split_labels
 from mixmo_fastai.data.table_columns import (
     COLUMN_NAMES,
@@ -27,7 +28,7 @@ from mixmo_fastai.data.text_tables import TextTable, filled, read_text_table
 from mixmo_fastai.errors import InputError, nearest
 
 ADVICE = "Use one row per image, with a column for its path and a column for its label."
-_NUM_SHOWN = 3
+_NUM_SHOWN, _NUM_COLUMNS = 3, 6
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +37,8 @@ class LabelTable:
 
     Attributes:
         root: folder to which the files are relative, or a `hub_dataset.DatasetRoot`.
-        columns: the columns that were used.
+        columns: the columns that were used; several columns of labels with one label per image have
+            the delimiter "none".
         parts: files by class, for each split in the table: "train", "valid" and "test"; without a
             column for the split, all are in "train". Files with several labels are all in the
             class `multi_labels.ALL`.
@@ -78,8 +80,8 @@ def read_label_table(
         left_out: images that may be missing.
 
     Raises:
-        InputError: a column is missing, a row has an empty field, no image or the image of another
-            row, a group is in two splits, or there are fewer than two classes.
+        InputError: a column is missing, a row has an empty or impossible field, no image or the
+            image of another row, a group is in two splits, or there are fewer than two classes.
     """
     if not path.is_file():
         raise InputError(f"There is no table {str(path)!r}.")
@@ -93,6 +95,7 @@ def read_label_table(
     rows = _read_rows(table, found, finder, left_out)
     _check_groups(rows, found)
     rows, unlabelled = _without_unlabelled_splits(rows)
+    found = _with_delimiter(found, rows)
     names = class_order({name for row in rows if row.split == "train" for name in row.labels})
     _check_classes(rows, names, table)
     multi = None
@@ -109,10 +112,10 @@ def read_label_table(
     groups = {row.file: row.group for row in rows if row.group}
     notes = (
         ("Table", _describe(found, table)),
-        *(() if multi is None else describe_labels(multi)),
+        *_label_notes(found, table, multi, names),
         *unlabelled,
         *_unused_split_column(table, found),
-        *_rare_labels(rows, names),
+        *_rare_labels(rows, names if len(_label_columns(found, table)) == 1 else ()),
     )
     return LabelTable(root, found, used, groups, notes, multi)
 
@@ -122,19 +125,17 @@ def _read_rows(
 ) -> list[_Row]:
     positions = {
         meaning: table.header.index(name)
-        for meaning in COLUMN_NAMES
+        for meaning in ("path", "split", "group")
         if (name := getattr(columns, meaning)) != NONE
     }
+    label_positions = {name: table.header.index(name) for name in _label_columns(columns, table)}
     rows: list[_Row] = []
     first_rows: dict[str, str] = {}
     missing: list[tuple[str, str]] = []
     for position, fields in table.rows:
         where = table.where(position)
-        may_be_empty = () if columns.delimiter == NONE else ("label",)
-        values = {
-            name: fields[index] if name in may_be_empty else filled(fields[index], name, where)
-            for name, index in positions.items()
-        }
+        values = {name: filled(fields[index], name, where) for name, index in positions.items()}
+        labels = _labels(fields, label_positions, columns.delimiter, where)
         if (file := finder.find(values["path"], where)) is None:
             if not is_named(values["path"], left_out):
                 missing.append((where, values["path"]))
@@ -151,9 +152,6 @@ def _read_rows(
                 f"{where}: {values['split']!r} is not a split.\n"
                 "Splits are train, valid and test; data.split_column=none ignores the column."
             )
-        labels: tuple[str, ...] = (normalize("NFC", values["label"]),)
-        if columns.delimiter != NONE:
-            labels = split_labels(values["label"], columns.delimiter)
         rows.append(_Row(where, file, labels, split, values.get("group", "")))
     if missing:
         where, name = missing[0]
@@ -163,6 +161,40 @@ def _read_rows(
             f"Paths are relative to {finder.root}; another folder: --set data.image_folder=FOLDER"
         )
     return rows
+
+
+def _label_columns(columns: TableColumns, table: TextTable) -> tuple[str, ...]:
+    return split_names(columns.label, table.header)
+
+
+def _labels(
+    fields: Sequence[str], positions: Mapping[str, int], delimiter: str, where: str
+) -> tuple[str, ...]:
+    """Return the labels of a row, from one column or from several of 0 and 1."""
+    if len(positions) > 1:
+        return flagged_labels(fields, positions, where)
+    (index,) = positions.values()
+    if delimiter == NONE:
+        return (normalize("NFC", filled(fields[index], "label", where)),)
+    return split_labels(fields[index], delimiter)
+
+
+def _with_delimiter(columns: TableColumns, rows: Sequence[_Row]) -> TableColumns:
+    """Decide whether several columns hold one label per image: if each image has exactly one.
+
+    Raises:
+        InputError: they have to, but an image has none or several.
+    """
+    row = next((row for row in rows if len(row.labels) != 1), None)
+    if not columns.delimiter:
+        return replace(columns, delimiter=NONE if row is None else ",")
+    if columns.delimiter == NONE and row is not None:
+        found = f"{len(row.labels)} columns of labels hold 1" if row.labels else "no column holds 1"
+        raise InputError(
+            f"{row.where}: {found}, but the table is read with one label per image "
+            "(data.label_delimiter=none)."
+        )
+    return columns
 
 
 def _without_unlabelled_splits(rows: list[_Row]) -> tuple[list[_Row], list[Note]]:
@@ -218,7 +250,7 @@ def _check_classes(rows: Sequence[_Row], names: Sequence[str], table: TextTable)
 
 
 def _rare_labels(rows: Sequence[_Row], names: Sequence[str]) -> list[Note]:
-    """Name the labels that occur once, which may be misspelled."""
+    """Name the labels that occur once, which may be misspellings of one of `names`."""
     by_label: dict[str, list[_Row]] = {}
     for row in rows:
         for label in row.labels:
@@ -236,18 +268,39 @@ def _rare_labels(rows: Sequence[_Row], names: Sequence[str]) -> list[Note]:
 
 def _describe(columns: TableColumns, table: TextTable) -> str:
     """Describe the columns that are used."""
-    texts = [f"{len(table.rows):,} rows; paths in {columns.path!r}, labels in {columns.label!r}"]
-    if columns.delimiter != NONE:
-        texts[0] += f" separated by {columns.delimiter!r}"
+    labels = repr(columns.label)
+    if len(names := _label_columns(columns, table)) > 1:
+        labels = f"{len(names)} columns of 0 and 1 ({examples(names, _NUM_COLUMNS)})"
+    elif columns.delimiter != NONE:
+        labels += f" separated by {columns.delimiter!r}"
+    texts = [f"{len(table.rows):,} rows; paths in {columns.path!r}, labels in {labels}"]
     for meaning in ("split", "group"):
         if (name := getattr(columns, meaning)) != NONE:
             texts.append(f"{meaning}s in {name!r}")
     return f"{', '.join(texts)}; change with --set data.label_column=NAME and others"
 
 
+def _label_notes(
+    columns: TableColumns, table: TextTable, multi: MultiLabels | None, names: Sequence[str]
+) -> list[Note]:
+    """Describe how many labels images have, and name the columns without images."""
+    flags = _label_columns(columns, table)
+    notes = []
+    if multi is not None:
+        label, text = describe_labels(multi)
+        hint = "; for one per image: --set data.label_delimiter=none" * (len(flags) == 1)
+        notes.append((label, f"{text}{hint}"))
+    elif len(flags) > 1:
+        text = "one per image; to predict several: --set data.label_delimiter=,"
+        notes.append(("Labels", text))
+    if len(flags) > 1 and (empty := [name for name in flags if name not in names]):
+        notes.append(("Not used", f"columns of labels without any 1: {', '.join(empty)}"))
+    return notes
+
+
 def _unused_split_column(table: TextTable, columns: TableColumns) -> list[Note]:
     """Name a column that is called like one of splits, but does not hold any."""
-    index = table.find(COLUMN_NAMES["split"])
+    index = table.find(COLUMN_NAMES["split"], excluded=_label_columns(columns, table))
     if columns.split != NONE or index is None:
         return []
     value = table.rows[0][1][index].strip()

@@ -94,7 +94,7 @@ def split_labels(field: str, delimiter: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for name in names if name))
 
 
-def describe_labels(labels: MultiLabels) -> list[Note]:
+def describe_labels(labels: MultiLabels) -> Note:
     """Describe how many labels images have."""
     counts = [len(names) for names in labels.of.values()]
     mean = sum(counts) / len(counts)
@@ -102,7 +102,7 @@ def describe_labels(labels: MultiLabels) -> list[Note]:
     without = counts.count(0)
     if without:
         text += f"; {without:,} image{'s' * (without > 1)} without any"
-    return [("Labels", f"{text}; for one per image: --set data.label_delimiter=none")]
+    return ("Labels", text)
 
 
 def missing_labels(role: str, files: Sequence[str], labels: MultiLabels) -> list[Note]:

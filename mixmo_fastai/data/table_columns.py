@@ -6,9 +6,11 @@ Columns are found by their names in `COLUMN_NAMES`, ignoring case, and by what t
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 
 from mixmo_fastai.data.class_files import examples
 from mixmo_fastai.data.file_finder import FileFinder
+from mixmo_fastai.data.flag_columns import find_flag_columns, join_names, split_names
 from mixmo_fastai.data.layout import role_of
 from mixmo_fastai.data.multi_labels import find_delimiter
 from mixmo_fastai.data.text_tables import TextTable
@@ -51,9 +53,11 @@ class TableColumns:
 
     Attributes:
         path, label, split, group: names of the columns; "" to find them by `COLUMN_NAMES`, and
-            "none" for no split or no group.
+            "none" for no split or no group. `label` may name several that hold 0 and 1, as
+            `flag_columns.split_names` reads them.
         folder: folder to which paths are relative, itself relative to that of the table.
         delimiter: what separates several labels of an image; "" to find it, "none" for one label.
+            With several columns, anything else than "none" is for several labels.
     """
 
     path: str = ""
@@ -70,7 +74,7 @@ class TableColumns:
 
 
 def find_columns(table: TextTable, columns: TableColumns, finder: FileFinder) -> TableColumns:
-    """Fill in the columns that are to be guessed.
+    """Fill in the columns that are to be guessed, and the delimiter of one column of labels.
 
     Raises:
         InputError: a given column does not exist, or a required one is not found.
@@ -82,17 +86,18 @@ def find_columns(table: TextTable, columns: TableColumns, finder: FileFinder) ->
             "Add a first line such as: path,label"
         )
     check_columns(given, table.header, str(table.path))
-    used = [name for name in given.values() if name]
+    used = [name for text in given.values() for name in split_names(text, table.header) if name]
     for meaning in ("split", "group", "path", "label"):
         if not given[meaning]:
             guess = _guess(table, meaning, used, finder)
             given[meaning] = guess or NONE
             used.append(given[meaning])
-    for meaning in ("path", "label"):
-        if given[meaning] == NONE:
-            raise missing_column(meaning, table.header, str(table.path))
+    if given["path"] == NONE:
+        raise missing_column("path", table.header, str(table.path))
+    if given["label"] == NONE:
+        given["label"] = _guess_flag_columns(table, used)
     delimiter = columns.delimiter
-    if not delimiter:
+    if not delimiter and len(split_names(given["label"], table.header)) == 1:
         index = table.header.index(given["label"])
         delimiter = find_delimiter(given["label"], [fields[index] for _, fields in table.rows])
     return replace(columns, **given, delimiter=delimiter)
@@ -102,14 +107,15 @@ def check_columns(given: Mapping[str, str], columns: Collection[str], where: str
     """Check that the columns which were given exist.
 
     Args:
-        given: names by meaning, some of them "" or "none".
+        given: names by meaning, some of them "" or "none"; several are separated by commas.
         columns: the columns that exist.
         where: the data, for messages.
 
     Raises:
         InputError: one does not.
     """
-    for meaning, name in given.items():
+    texts = ((meaning, split_names(text, columns)) for meaning, text in given.items())
+    for meaning, name in ((meaning, name) for meaning, names in texts for name in names):
         if name and name != NONE and name not in columns:
             guess = nearest(name, columns)
             hint = f" Did you mean {guess!r}?" if guess else ""
@@ -126,6 +132,23 @@ def missing_column(meaning: str, columns: Collection[str], where: str) -> InputE
         f"Columns: {examples([*columns], _MAX_COLUMNS)}.\n"
         f"Name it: --set data.{meaning}_column=NAME"
     )
+
+
+def _guess_flag_columns(table: TextTable, used: Sequence[str]) -> str:
+    """Find the labels in columns of 0 and 1, if all that are not used hold nothing else.
+
+    Raises:
+        InputError: there are fewer than two, or another column.
+    """
+    rest = [name for name in table.header if name not in used]
+    found = find_flag_columns(table, rest)
+    if len(found) == len(rest) > 1:
+        return join_names(found)
+    error = missing_column("label", table.header, str(table.path))
+    if 1 < len(found) <= _MAX_COLUMNS:
+        setting = quote(f"data.label_column={join_names(found)}")
+        raise InputError(f"{error}\nOr name all columns of 0 and 1: --set {setting}")
+    raise error
 
 
 def _guess(table: TextTable, meaning: str, used: Sequence[str], finder: FileFinder) -> str | None:
