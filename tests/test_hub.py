@@ -79,7 +79,10 @@ def test_library_of_the_hub_loads_the_same_network(pushed, tmp_path):
     again = FusedClassifier.from_pretrained(tmp_path / "again")
     assert torch.equal(again(images), expected)
     assert again.calibration == model.calibration
-    config = json.loads((pushed / "config.json").read_text())
+    assert again.labels == model.labels
+    text = (pushed / "config.json").read_text()
+    assert (tmp_path / "again/config.json").read_text() == text
+    config = json.loads(text)
     fresh = FusedClassifier(
         config["architecture"], **{k: config[k] for k in ("classes", "mean", "std", "image_shape")}
     )
@@ -288,6 +291,15 @@ class TestWrongUse:
         assert "pip install 'mixmo-fastai[hub]'" in capsys.readouterr().err
         assert not (tmp_path / "x").exists()
 
+    def test_repository_without_configuration_is_refused(self, monkeypatch):
+        def download(**settings):
+            response = SimpleNamespace(headers={}, request=None, status_code=404)
+            raise HfHubHTTPError("404 Not Found", response=response)
+
+        monkeypatch.setattr(huggingface_hub.hub_mixin, "hf_hub_download", download)
+        with pytest.raises(InputError, match=r"config\.json in 'me/pets' is missing, or has no"):
+            FusedClassifier.from_pretrained("me/pets")
+
     def test_mixed_folders_are_refused(self, pushed, tmp_path):
         folder = shutil.copytree(pushed, tmp_path / "mixed")
         config = json.loads((folder / "config.json").read_text())
@@ -296,6 +308,12 @@ class TestWrongUse:
             FusedClassifier.from_pretrained(folder)
         (folder / "config.json").write_text(json.dumps({**config, "classes": ["one"]}))
         with pytest.raises(InputError, match="Impossible configuration"):
+            FusedClassifier.from_pretrained(folder)
+        (folder / "config.json").write_text(json.dumps({"model_type": "mixmo"}))
+        with pytest.raises(InputError, match=r"mixed/config\.json has no 'architecture'"):
+            FusedClassifier.from_pretrained(folder)
+        (folder / "config.json").unlink()
+        with pytest.raises(InputError, match=r"There is no file .*mixed/config\.json\.\nGive a"):
             FusedClassifier.from_pretrained(folder)
         (folder / "model.safetensors").unlink()
         with pytest.raises(InputError, match="There is no file"):

@@ -180,6 +180,7 @@ def test_hub_folder_states_labels_and_thresholds(run, tmp_path, capsys):
     assert torch.equal(model(images), loaded.model(images))
     model.save_pretrained(tmp_path / "again")
     assert load_fused(tmp_path / "again").labels == loaded.labels
+    assert json.loads((tmp_path / "again/config.json").read_text()) == config
 
 
 def test_report_shows_labels(run, tmp_path, capsys):

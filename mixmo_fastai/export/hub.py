@@ -42,6 +42,8 @@ from mixmo_fastai.runs.data_facts import DataFacts
 from mixmo_fastai.runs.folder import RunFolder
 
 LIBRARY = "mixmo-fastai"
+_REQUIRED = ("architecture", "classes", "mean", "std", "image_shape")
+"""What config.json must have."""
 _CLIENTS = ("httpx", "httpx2", "httpcore", "requests", "urllib3")
 """Libraries of connections whose errors the Hub's library passes on."""
 
@@ -69,7 +71,8 @@ class FusedClassifier(
         network: the plain network.
 
     Raises:
-        InputError: the architecture is unknown, or an argument is impossible.
+        InputError: the architecture is unknown, or an argument is impossible; from
+            `from_pretrained`, also if config.json is missing or incomplete.
     """
 
     def __init__(
@@ -100,9 +103,23 @@ class FusedClassifier(
         return logits
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        path = save_directory / WEIGHTS
-        parts = self.architecture, self.facts, self.calibration, path
-        write_fused(self.network, *parts, labels=self.labels)
+        parts = self.architecture, self.facts, self.calibration
+        write_fused(self.network, *parts, save_directory / WEIGHTS, labels=self.labels)
+        _write_config(save_directory, *parts, self.labels)
+
+    @classmethod
+    def _from_pretrained(
+        cls, *, model_id: str, revision: str | None = None, **arguments: Any
+    ) -> "FusedClassifier":
+        missing = [name for name in _REQUIRED if name not in arguments]
+        if missing:
+            text = f"{CONFIG} in {model_id!r} is missing, or has no {missing[0]!r}"
+            if os.path.isdir(model_id):
+                path = Path(model_id, CONFIG)
+                has_file = path.is_file()
+                text = f"{path} has no {missing[0]!r}" if has_file else f"There is no file {path}"
+            raise InputError(f"{text}.\nGive a folder or a repository that mixmo push wrote.")
+        return super()._from_pretrained(model_id=model_id, revision=revision, **arguments)
 
     @classmethod
     def _load_as_safetensor(
@@ -143,19 +160,21 @@ def write_hub_folder(
     result = export_run(run, folder / WEIGHTS, data_dir, raw=raw)
     loaded = load_fused(folder / WEIGHTS)
     calibration = None if loaded.calibration is None else loaded.calibration.entry
-    config = _config(loaded.arch, loaded.facts, calibration)
-    if loaded.labels is not None:
-        config["labels"] = asdict(loaded.labels)
-        config["problem_type"] = "multi_label_classification"
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    _write_config(folder, loaded.arch, loaded.facts, calibration, loaded.labels)
     text = model_card(run, address, loaded.facts, license_id=license_id, is_calibrated=not raw)
     (folder / "README.md").write_text(text, encoding="utf-8")
     return result
 
 
-def _config(arch: str, facts: DataFacts, calibration: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the arguments of `FusedClassifier`, and the names that the Hub's pages know."""
-    return {
+def _write_config(
+    folder: Path,
+    arch: str,
+    facts: DataFacts,
+    calibration: Mapping[str, Any] | None,
+    labels: LabelDecisions | None,
+) -> None:
+    """Write the arguments of `FusedClassifier`, and the names that the Hub's pages know."""
+    config = {
         "model_type": "mixmo",
         "architecture": arch,
         "classes": list(facts.classes),
@@ -166,6 +185,10 @@ def _config(arch: str, facts: DataFacts, calibration: Mapping[str, Any] | None) 
         "label2id": {name: index for index, name in enumerate(facts.classes)},
         "calibration": calibration,
     }
+    if labels is not None:
+        config["labels"] = asdict(labels)
+        config["problem_type"] = "multi_label_classification"
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def push_run(
