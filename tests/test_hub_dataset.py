@@ -314,3 +314,16 @@ def test_missing_lists_and_delimiters_are_refused(tmp_path):
         load_source(name, columns=TableColumns(label="tags"))
     with pytest.raises(InputError, match=r"data.label_delimiter is for tables of labels"):
         load_source(name, columns=TableColumns(delimiter="|"))
+
+
+def test_class_names_are_checked(tmp_path):
+    decimals = make(0, 24, target=(Value("float32"), lambda n: 0.37 * n))
+    with pytest.raises(InputError, match="labels are 24 different decimals"):
+        read_image_table(
+            save(tmp_path / "a", train=decimals), tmp_path, columns=TableColumns(label="target")
+        )
+    spelled = make(0, 24, name=(Value("string"), lambda n: ("Cat", "cat", "dog")[n % 3]))
+    source = read_image_table(
+        save(tmp_path / "b", train=spelled), tmp_path, columns=TableColumns(label="name")
+    )
+    assert ("Warning", "classes that differ only in case: 'Cat' and 'cat'") in source.notes

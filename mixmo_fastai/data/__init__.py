@@ -5,7 +5,7 @@ digits, cifar, tiny_imagenet  one data set each; archives: download and verify o
 image_sets                    images and labels of the training, validation and test set
 image_folder                  image folders; layout, class_folders, listing: find their images
 chosen_images, parts          which images of a folder are used, as stored in split.json
-class_files                   files by class: draw a test set, compare with those of a run
+class_files, class_names      files by class: draw a test set, compare with those of a run; names
 label_tables, table_images    tables of labels with splits and groups; table_columns: find columns
 multi_labels, flag_columns    several labels per image, in one field or in one column each
 text_tables, file_finder      CSV and parquet files; the images that they name

@@ -18,7 +18,8 @@ from unicodedata import normalize
 from mixmo_fastai.config.choices import HUB_PREFIX
 from mixmo_fastai.data.class_files import Note
 from mixmo_fastai.data.class_folders import FilesByClass
-from mixmo_fastai.data.label_tables import LabelTable, class_order
+from mixmo_fastai.data.class_names import case_notes, check_no_measurements, class_order
+from mixmo_fastai.data.label_tables import LabelTable
 from mixmo_fastai.data.layout import role_of
 from mixmo_fastai.data.multi_labels import ALL, MultiLabels, describe_labels
 from mixmo_fastai.data.table_columns import (
@@ -163,6 +164,7 @@ def read_hub_dataset(dataset: str, columns: TableColumns) -> LabelTable:
     else:
         multi = _multi_labels(parts, labels_of, names, dataset)
         notes.append(describe_labels(multi))
+    notes += case_notes(parts["train"] if multi is None else multi.classes)
     _check_groups(parts, groups, found, dataset)
     text = f"images in {found.path!r}, labels in {found.label!r}"
     text += f", groups in {found.group!r}" * (found.group != NONE)
@@ -353,9 +355,11 @@ def _with_all_classes(
     """Put classes into one order, that of the data set or `class_order`.
 
     Raises:
-        InputError: there are fewer than two classes, or a class has no training images.
+        InputError: there are fewer than two classes, they are measurements, or a class has no
+            training images.
     """
     train = parts["train"]
+    check_no_measurements(train, sum(map(len, train.values())), dataset)
     ordered = class_order(set(train)) if names is None else [n for n in names if n in train]
     if len(ordered) < 2:
         raise InputError(f"{dataset}: the training images have one class only, {ordered[0]!r}.")

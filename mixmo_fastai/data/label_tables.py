@@ -14,6 +14,7 @@ from unicodedata import normalize
 from mixmo_fastai.config.choices import TABLE_SUFFIXES
 from mixmo_fastai.data.class_files import Note, examples
 from mixmo_fastai.data.class_folders import FilesByClass
+from mixmo_fastai.data.class_names import case_notes, check_no_measurements, class_order
 from mixmo_fastai.data.file_finder import FileFinder, is_named
 from mixmo_fastai.data.flag_columns import flagged_labels, split_names
 from mixmo_fastai.data.multi_labels import ALL, MultiLabels, describe_labels, split_labels
@@ -81,7 +82,8 @@ def read_label_table(
 
     Raises:
         InputError: a column is missing, a row has an empty or impossible field, no image or the
-            image of another row, a group is in two splits, or there are fewer than two classes.
+            image of another row, a group is in two splits, there are fewer than two classes, or
+            the labels are measurements.
     """
     if not path.is_file():
         raise InputError(f"There is no table {str(path)!r}.")
@@ -97,6 +99,8 @@ def read_label_table(
     rows, unlabelled = _without_unlabelled_splits(rows)
     found = _with_delimiter(found, rows)
     names = class_order({name for row in rows if row.split == "train" for name in row.labels})
+    if found.delimiter == NONE:
+        check_no_measurements({row.labels[0] for row in rows}, len(rows), str(path))
     _check_classes(rows, names, table)
     multi = None
     if found.delimiter != NONE:
@@ -115,6 +119,7 @@ def read_label_table(
         *_label_notes(found, table, multi, names),
         *unlabelled,
         *_unused_split_column(table, found),
+        *case_notes(names),
         *_rare_labels(rows, names if len(_label_columns(found, table)) == 1 else ()),
     )
     return LabelTable(root, found, used, groups, notes, multi)
@@ -220,12 +225,6 @@ def _check_groups(rows: Sequence[_Row], columns: TableColumns) -> None:
             )
 
 
-def class_order(labels: set[str]) -> list[str]:
-    """Sort class names: numbers by value, others alphabetically."""
-    are_numbers = all(label.isdecimal() for label in labels)
-    return sorted(labels, key=(lambda label: (int(label), label)) if are_numbers else None)
-
-
 def _check_classes(rows: Sequence[_Row], names: Sequence[str], table: TextTable) -> None:
     """Check that there are two classes, and that no other split has more.
 
@@ -294,7 +293,9 @@ def _label_notes(
         text = "one per image; to predict several: --set data.label_delimiter=,"
         notes.append(("Labels", text))
     if len(flags) > 1 and (empty := [name for name in flags if name not in names]):
-        notes.append(("Not used", f"columns of labels without any 1: {', '.join(empty)}"))
+        notes.append(
+            ("Not used", f"columns of labels without any 1: {examples(empty, _NUM_COLUMNS)}")
+        )
     return notes
 
 

@@ -1,0 +1,68 @@
+"""Class names of tables: their order, and checks that they are classes."""
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable
+
+from mixmo_fastai.data.class_files import Note, examples
+from mixmo_fastai.errors import InputError
+
+_MAX_DECIMALS = 20
+"""Number of different decimals that may be classes, such as sizes or ratings."""
+_NUM_SHOWN = 3
+
+
+def class_order(labels: Collection[str]) -> list[str]:
+    """Sort class names: numbers by value, others alphabetically.
+
+    Example:
+        >>> class_order({"10", "9"})
+        ['9', '10']
+    """
+    are_numbers = all(label.isdecimal() for label in labels)
+    return sorted(labels, key=(lambda label: (int(label), label)) if are_numbers else None)
+
+
+def case_notes(names: Iterable[str]) -> list[Note]:
+    """Name the classes that differ only in case.
+
+    Example:
+        >>> case_notes(["Cat", "cat", "dog"])
+        [('Warning', "classes that differ only in case: 'Cat' and 'cat'")]
+    """
+    by_lower = defaultdict(list)
+    for name in names:
+        by_lower[name.casefold()].append(repr(name))
+    found = [" and ".join(spellings) for spellings in by_lower.values() if len(spellings) > 1]
+    if not found:
+        return []
+    return [("Warning", f"classes that differ only in case: {examples(found, _NUM_SHOWN)}")]
+
+
+def check_no_measurements(labels: Collection[str], num_images: int, where: str) -> None:
+    """Check that labels are not decimals, most of which differ.
+
+    Args:
+        labels: the different labels, with a decimal point or comma if they are decimals.
+        num_images: number of images that have them.
+        where: the data, for the message.
+
+    Raises:
+        InputError: most are decimals, and there are more than 20, or more than half as many as
+            images.
+
+    Example:
+        >>> check_no_measurements({"0.5", "1", "1.5"}, 30, "labels.csv")
+    """
+    if len(labels) <= min(_MAX_DECIMALS, num_images / 2):
+        return
+    try:
+        decimals = [label for label in labels if not float(label.replace(",", ".")).is_integer()]
+    except ValueError:
+        return
+    if 2 * len(decimals) > len(labels):
+        raise InputError(
+            f"{where}: the labels are {len(labels):,} different decimals, such as "
+            f"{min(decimals)}, not classes.\nThe commands train classifiers only; for regression, "
+            "use mixmo_learner or to_mixmo in a Learner (see README).\n"
+            "Is this the column of the labels? --set data.label_column=NAME"
+        )
