@@ -317,6 +317,14 @@ def test_help_exits_without_error(arguments, capsys):
     assert err == ""
 
 
+@pytest.mark.parametrize("command", ["fit", "lr-find"])
+def test_help_names_all_kinds_of_data_sets(command, capsys):
+    assert run([command, "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for kind in (*DATASETS, "a folder of images", "a table of labels (CSV, TSV, ", "hf:NAME"):
+        assert kind in text
+
+
 def python(*arguments, cwd):
     return subprocess.run(
         [sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, check=False

@@ -17,8 +17,9 @@ DECISIONS = "Decisions"
 Dataset = Annotated[
     str | None,
     typer.Argument(
-        help="digits, cifar10, cifar100, tinyimagenet, or a folder of images with one folder per "
-        "class, with or without train/, valid/ and test/. Default: digits.",
+        help="digits, cifar10, cifar100, tinyimagenet; a folder of images with one folder per "
+        "class, with or without train/, valid/ and test/; a table of labels (CSV, TSV, parquet); "
+        "or hf:NAME, a data set of Hugging Face. Default: digits.",
         show_default=False,
     ),
 ]

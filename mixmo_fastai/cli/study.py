@@ -28,7 +28,8 @@ def study(
         ),
     ] = None,
     dataset: Annotated[
-        str | None, typer.Option(help="Data set or image folder instead of the file's.")
+        str | None,
+        typer.Option(help="Data set, image folder or table of labels instead of the file's."),
     ] = None,
     jobs: Annotated[
         int, typer.Option(min=1, max=1024, help="Number of runs to train at the same time.")
