@@ -152,6 +152,34 @@ def test_changed_method_has_no_name_and_no_expected_accuracy():
     assert same_method.expected.accuracy == 0.8540
 
 
+@pytest.mark.parametrize(
+    ("name", "flags", "assignments", "is_kept"),
+    [
+        ("small-cifar10/cut-mixmo", {"model.arch": "wrn10_2"}, [], False),
+        ("tinyimagenet/cut-mixmo", {}, ["model.arch=preact_resnet18_1"], False),
+        ("small-cifar10/cut-mixmo", {"data.limit": 500}, [], False),
+        ("small-cifar10/cut-mixmo", {"model.arch": "wrn10_4"}, ["optimizer.lr=0.1"], True),
+        ("cifar10/cut-mixmo", {"data.limit": 500}, [], True),
+    ],
+)
+def test_title_never_states_another_network(name, flags, assignments, is_kept):
+    recipe, shipped = resolve_recipe(None, name, flags, assignments), load_recipe(name)
+    assert recipe.title == (shipped.title if is_kept else "")
+    assert (recipe.name, recipe.expected) == (name, shipped.expected)
+
+
+@pytest.mark.parametrize("assignment", ["model.arch=wrn10_2", "model.num_members=3"])
+def test_assigned_title_is_kept(assignment):
+    recipe = resolve_recipe(None, "digits/cut-mixmo", {}, [assignment, "title=Mine, WRN-10-2"])
+    assert recipe.title == "Mine, WRN-10-2"
+
+
+def test_title_without_network_is_kept(tmp_path):
+    file = tmp_path / "kew.toml"
+    file.write_text('title = "Flowers of Kew"\n[model]\narch = "wrn10_2"\n')
+    assert resolve_recipe(None, str(file), {"model.arch": "wrn10_1"}).title == "Flowers of Kew"
+
+
 def test_folders_are_stored_as_absolute_paths(tmp_path, monkeypatch):
     (tmp_path / "flowers").mkdir()
     monkeypatch.chdir(tmp_path)

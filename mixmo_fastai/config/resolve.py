@@ -120,13 +120,34 @@ def _make_paths_absolute(recipe: Recipe) -> Recipe:
 
 
 def _clear_stale_name(recipe: Recipe, base: Recipe) -> Recipe:
-    """Clear name and published accuracy if flags changed the method or the data set."""
+    """Clear what is no longer true.
+
+    Name, title and published accuracy are cleared if flags changed the method or the data set; the
+    title also if it states a network or a number of images that they changed.
+    """
+    if recipe.title == base.title and _states_old_value(base, recipe):
+        recipe = replace(recipe, title="")
     methods = {
         (r.mix.kind, r.mix.msda, r.model.num_members, r.model.num_nets) for r in (recipe, base)
     }
     if len(methods) == 1 and recipe.data.dataset == base.data.dataset:
         return recipe
-    return replace(recipe, name="", title="", expected=Expected())
+    title = "" if recipe.title == base.title else recipe.title
+    return replace(recipe, name="", title=title, expected=Expected())
+
+
+def _states_old_value(base: Recipe, recipe: Recipe) -> bool:
+    """Check whether the title of `base` states a network or a limit that `recipe` does not have."""
+    arch, limit, title = base.model.arch, base.data.limit, base.title
+    return bool(
+        (arch and arch != recipe.model.arch and _plain(arch) in _plain(title))
+        or (limit and limit != recipe.data.limit and f"{limit:,} images" in title)
+    )
+
+
+def _plain(text: str) -> str:
+    """Return letters and digits in lower case: "WRN-28-10" and "wrn28_10" become equal."""
+    return "".join(filter(str.isalnum, text.lower()))
 
 
 def changed_settings(recipe: Recipe) -> list[str]:
