@@ -278,8 +278,7 @@ class TestCommand:
             (ThreadChoice(1, 1, OPENMP, {}), "1, the only one available (OMP_NUM_THREADS)"),
             (
                 ThreadChoice(2, 2, QUOTA, {}),
-                "2, all that are available (CPU quota); fewer are not tried in so short a run; "
-                "change with --threads",
+                "2, all that are available (CPU quota); fewer were not timed; change with",
             ),
             (
                 ThreadChoice(2, 2, ALL, {}, 1, 1.3),

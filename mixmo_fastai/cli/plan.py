@@ -112,7 +112,7 @@ def threads_text(choice: Any) -> str:
     is_all = number == choice.available
     text += f", all that are available{now}{limit}" if is_all else f" of {choice.available}{limit}"
     if choice.ratio is None:
-        return f"{text}; fewer are not tried in so short a run{change}"
+        return f"{text}; fewer were not timed{change}"
     if choice.ratio < 1:
         other = f"{choice.compared} measured to be only {1 / choice.ratio:.2f} times as fast"
         return f"{text}; {other}{change}"

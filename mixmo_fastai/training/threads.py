@@ -21,7 +21,8 @@ from mixmo_fastai.training.prepare import Training
 from mixmo_fastai.training.trials import StepTimes, compare_settings
 
 MIN_RUN_SECONDS = 20.0
-"""Expected duration of a run below which nothing is measured, and all threads are used."""
+"""Duration of a run below which nothing is measured, and all threads are used; it is estimated from
+the operations, so on busy cores the run may take much longer."""
 ROUNDS = 5
 """Measurements of each number."""
 MIN_RATIO = 1.1
@@ -68,8 +69,10 @@ def choose_threads(training: Training) -> tuple[Training, ThreadChoice | None]:
     """Replace threads "auto" of a training on a CPU by the fastest number.
 
     In several processes, rank 0 measures and decides; each process uses this number. The choice is
-    part of the recipe of the returned training, so that a resumed run keeps it. In runs of less
-    than `MIN_RUN_SECONDS`, and if the steps cannot be run, all available threads are chosen.
+    part of the recipe of the returned training, so that a resumed run keeps it. All available
+    threads are chosen in runs that are expected to take less than `MIN_RUN_SECONDS`, and if steps
+    cannot be timed: they are too slow for the time of a comparison, their operations cannot be
+    counted, or they fail.
 
     Returns:
         The training and the choice; the same training and None on other devices, and for a given
