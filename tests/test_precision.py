@@ -35,7 +35,7 @@ def short_runs(monkeypatch):
     ("ratio", "choice"), [(0.5, "float32"), (1.09, "float32"), (1.1, "bfloat16"), (2, "bfloat16")]
 )
 def test_the_faster_precision_becomes_part_of_the_recipe(monkeypatch, ratio, choice):
-    monkeypatch.setattr(precision, "measure_precisions", lambda _: times(ratio))
+    monkeypatch.setattr(precision, "measure_precisions", lambda *_: times(ratio))
     training = prepare(TINY)
     chosen, measured = choose_precision(training)
     assert measured.ratio == ratio
@@ -47,13 +47,13 @@ def test_the_faster_precision_becomes_part_of_the_recipe(monkeypatch, ratio, cho
 
 @pytest.mark.parametrize("setting", ["float32", "bfloat16"])
 def test_a_given_precision_is_kept(monkeypatch, setting):
-    monkeypatch.setattr(precision, "measure_precisions", lambda _: pytest.fail("measured"))
+    monkeypatch.setattr(precision, "measure_precisions", lambda *_: pytest.fail("measured"))
     training = prepare(override(TINY, [f"train.precision={setting}"]))
     assert choose_precision(training) == (training, None)
 
 
 def test_nothing_is_measured_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(precision, "measure_precisions", lambda _: pytest.fail("measured"))
+    monkeypatch.setattr(precision, "measure_precisions", lambda *_: pytest.fail("measured"))
     training = SimpleNamespace(device=torch.device("cuda"), recipe=TINY)
     assert choose_precision(training) == (training, None)
 
@@ -142,7 +142,7 @@ def test_measuring_does_not_change_the_run(short_runs):
 def test_the_plan_shows_the_choice_and_the_run_stores_it(
     monkeypatch, tmp_path, capsys, ratio, text
 ):
-    monkeypatch.setattr(precision, "measure_precisions", lambda _: times(ratio))
+    monkeypatch.setattr(precision, "measure_precisions", lambda *_: times(ratio))
     folder = tmp_path / "run"
     assert program([*FIT.split(), "--out", str(folder)]) == 0
     assert f"Precision   {text}" in capsys.readouterr().out
@@ -154,10 +154,10 @@ def test_the_plan_shows_the_choice_and_the_run_stores_it(
 
 @pytest.mark.parametrize("cpu", ["a CPU", "another CPU"])
 def test_a_resumed_run_keeps_its_precision(monkeypatch, tmp_path, capsys, cpu):
-    monkeypatch.setattr(precision, "measure_precisions", lambda _: times(2.0))
+    monkeypatch.setattr(precision, "measure_precisions", lambda *_: times(2.0))
     folder = tmp_path / "run"
     assert program([*FIT.split(), "--out", str(folder)]) == 0
-    monkeypatch.setattr(precision, "measure_precisions", lambda _: pytest.fail("measured again"))
+    monkeypatch.setattr(precision, "measure_precisions", lambda *_: pytest.fail("measured again"))
     monkeypatch.setattr("mixmo_fastai.runtime.devices.cpu_name", lambda: cpu)
     capsys.readouterr()
     assert program(["fit", "--resume", str(folder)]) == 0

@@ -1,7 +1,9 @@
 """The choice of the number of threads on a CPU."""
 
 import json
+import re
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +21,7 @@ from mixmo_fastai.runs.folder import open_run
 from mixmo_fastai.runtime import acceleration
 from mixmo_fastai.runtime.cpus import AFFINITY, ALL, OPENMP, QUOTA, CpuLimit
 from mixmo_fastai.runtime.signals import InterruptedBySignal, StopRequest
-from mixmo_fastai.training import threads, trials
+from mixmo_fastai.training import precision, threads, trials
 from mixmo_fastai.training.prepare import prepare
 from mixmo_fastai.training.threads import ThreadChoice, choose_threads, keep_threads
 from mixmo_fastai.training.train import train
@@ -52,6 +54,7 @@ def measured(monkeypatch):
             rounds = zip(*(seconds[f"t{each.threads}"] for each in settings), strict=True)
             return StepTimes(tuple(rounds), 16)
 
+        monkeypatch.setattr(threads, "expected_seconds", lambda _: 100.0)
         monkeypatch.setattr(threads, "compare_settings", compare)
         return calls
 
@@ -125,6 +128,44 @@ class TestChoice:
         assert why == ThreadChoice(6, 6, QUOTA, {})
         assert chosen.recipe.train.threads == 6
 
+    @pytest.mark.parametrize(
+        ("expected", "fraction", "step", "compared"),
+        [
+            (0.9, 1, 99.0, False),  # not even probed
+            (10.0, 1, 0.1, False),  # as fast as assumed
+            (10.0, 1, 0.21, True),  # the operations of a step were planned for 0.075 s
+            (10.0, 1, None, False),  # a step fails
+            (10.0, 0.5, 0.21, False),
+            (19.0, 1, 0.0, False),
+            (40.0, 0.5, 99.0, True),
+            (200.0, 0.05, 0.21, True),
+        ],
+    )
+    def test_a_few_steps_check_the_estimate_of_short_runs(
+        self, available, measured, monkeypatch, expected, fraction, step, compared
+    ):
+        calls = measured(t1=[1.0], t2=[2.0])
+        monkeypatch.setattr(threads, "expected_seconds", lambda _: expected)
+        monkeypatch.setattr(threads, "measure_on_copy", lambda _, measure: step and measure())
+        monkeypatch.setattr(threads, "time_steps", lambda *_: step)
+        monkeypatch.setattr(threads, "copy_for_timing", lambda _, size: sizes.append(size))
+        sizes = []
+        training = prepare(override(TINY, ["data.limit=0", "train.batch_size=512"]))
+        _, why = choose_threads(training, fraction)
+        assert why.threads == (1 if compared else 2)
+        assert [each["run_seconds"] for _, each in calls] == [20.0] * compared
+        if sizes:
+            share = sizes[0] * training.recipe.mix.batch_repetitions / training.images_seen
+            assert share * expected == pytest.approx(0.075, rel=0.3)
+
+    def test_probing_does_not_change_the_run(self, monkeypatch, available):
+        monkeypatch.setattr(threads, "MIN_PROBED_SECONDS", 0.0)
+        monkeypatch.setattr(threads, "compare_settings", never)
+        training = prepare(override(TINY, ["train.ema_decay=0.9"]))
+        before = state_of(training)
+        assert choose_threads(training)[1] == ThreadChoice(2, 2, ALL, {})
+        assert_unchanged(before, state_of(training))
+
     def test_measuring_does_not_change_the_run(self, monkeypatch, available):
         monkeypatch.setattr(threads, "MIN_RUN_SECONDS", 0.0)
         monkeypatch.setattr(trials, "MAX_FRACTION", 1e3)
@@ -152,7 +193,7 @@ class TestChoice:
 class TestTrials:
     """The simulated steps take a given time by number of threads."""
 
-    def compare(self, monkeypatch, seconds, epochs=8, **options):
+    def compare(self, monkeypatch, seconds, epochs=8):
         now, blocks = [0.0], []
         monkeypatch.setattr(trials.time, "perf_counter", lambda: now[0])
         monkeypatch.setattr(trials, "copy_for_timing", lambda *_: None)
@@ -169,8 +210,8 @@ class TestTrials:
             override(TINY, ["data.limit=0", "model.arch=wrn10_2", f"train.epochs={epochs}"])
         )
         settings = [replace(training.acceleration, threads=number) for number in seconds]
-        options = {"min_run_seconds": 1.0, "rounds": 5, **options}
-        times = trials.compare_settings(training, settings, **options)
+        run_seconds = trials.expected_seconds(training)
+        times = trials.compare_settings(training, settings, run_seconds=run_seconds, rounds=5)
         return times, blocks, now[0]
 
     def test_settings_alternate(self, monkeypatch):
@@ -185,10 +226,17 @@ class TestTrials:
         assert times.rounds == ((0.03, 1.5),)
         assert spent < 2
 
-    def test_runs_with_little_left_are_not_measured(self, monkeypatch):
-        seconds = {1: 0.03, 2: 0.02}
-        assert self.compare(monkeypatch, seconds, min_run_seconds=20.0)[0] is not None
-        assert self.compare(monkeypatch, seconds, min_run_seconds=20.0, fraction=0.1)[0] is None
+    def test_it_is_announced_only_if_a_step_fits(self, monkeypatch):
+        monkeypatch.setattr(trials, "_measure", lambda *_: [(1.0,)])
+        training, announced = prepare(TINY), []
+        for seconds in (1e-9, 1e9):
+            trials.compare_settings(
+                training,
+                [replace(training.acceleration, threads=1)],
+                run_seconds=seconds,
+                announce=partial(announced.append, seconds),
+            )
+        assert announced == [1e9]
 
     def test_statistics(self):
         times = StepTimes(((1.0, 4.0), (2.0, 4.0), (6.0, 1.0)), 16)
@@ -211,7 +259,7 @@ class TestResume:
         training, choice = keep_threads(*stored, 0.25)
         assert choice is None
         assert training.acceleration.threads == 2
-        assert calls[0][1]["fraction"] == 0.25
+        assert calls[0][1]["run_seconds"] == 25
 
     @pytest.mark.parametrize(
         ("rounds", "number"), [([2.0, 1.26, 3.0], 1), ([2.0, 1.24, 3.0], 2), ([0.9, 50, 50], 2)]
@@ -288,6 +336,7 @@ class TestCommand:
                 ThreadChoice(1, 4, AFFINITY, {}, 2, 5.0),
                 "1 of 4 (CPU affinity), measured to be 5.00 times as fast as 2; change with",
             ),
+            (ThreadChoice(1, 2, ALL, {}, 2, 52.8), "1 of 2, measured to be 53 times as fast as 2;"),
             (
                 ThreadChoice(1, 2, ALL, {}, 2, 1 / 1.05),
                 "1 of 2; 2 measured to be only 1.05 times as fast; change with --threads",
@@ -297,7 +346,7 @@ class TestCommand:
     def test_the_plan_shows_the_choice_and_the_run_stores_it(
         self, monkeypatch, available, tmp_path, capsys, choice, text
     ):
-        monkeypatch.setattr(threads, "_choose", lambda _: choice)
+        monkeypatch.setattr(threads, "_choose", lambda *_: choice)
         folder = tmp_path / "run"
         assert program([*FIT.split(), "--out", str(folder)]) == 0
         assert f"Threads     {text}" in capsys.readouterr().out
@@ -305,6 +354,33 @@ class TestCommand:
         assert environment["chosen_threads"] == choice.as_dict()
         assert environment["device"].endswith(f", {choice.threads} threads")
         assert open_run(folder).recipe().train.threads == choice.threads
+
+    def test_timing_is_announced_once_before_the_plan(
+        self, monkeypatch, available, tmp_path, capsys
+    ):
+        monkeypatch.setattr(threads, "expected_seconds", lambda _: 100.0)
+        monkeypatch.setattr(precision, "expected_seconds", lambda _: 100.0)
+        monkeypatch.setattr(trials, "_measure", lambda *_: [(1.0, 2.0)])
+        folder = tmp_path / "run"
+        assert program([*FIT.split(), "--out", str(folder)]) == 0
+        first, second, *rest = capsys.readouterr().out.splitlines()
+        assert first == "Timing training steps, to choose the fastest settings …"
+        assert second.startswith("Data ")
+        assert first not in rest
+        assert open_run(folder).recipe().train.threads == 1
+
+    def test_a_search_of_the_learning_rate_chooses_too(
+        self, monkeypatch, available, measured, tmp_path, capsys
+    ):
+        calls = measured(t1=[1.0], t2=[3.0])
+        monkeypatch.chdir(tmp_path)
+        arguments = FIT.replace("fit", "lr-find").replace("--epochs 1", "--set train.epochs=1")
+        assert program([*arguments.split(), "--steps", "30"]) == 0
+        out = capsys.readouterr().out
+        assert re.search(r"^Threads +1 of 2, measured to be 3.00 times as fast as 2;", out, re.M)
+        assert re.search(r"^Device .* 1 thread,", out, re.M)
+        steps = 48 * 4 // 16  # of the whole run, which was said to take 100 seconds
+        assert calls[0][1]["run_seconds"] == pytest.approx(100 * 30 / steps)
 
     def test_a_resumed_run_says_that_fewer_are_available(
         self, monkeypatch, available, tmp_path, capsys

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -189,8 +190,9 @@ def _start(
         from mixmo_fastai.training.train import describe_run
 
         check_optimizer_settings(prepared.learn.opt_func, prepared.recipe.lr)
-        threaded, threads = choose_threads(prepared)
-        training, times = choose_precision(threaded)
+        announce = _timing_announced(output)
+        threaded, threads = choose_threads(prepared, announce=announce)
+        training, times = choose_precision(threaded, announce)
         measured = {"chosen_threads": threads, "measured_precision": times}
         path = run_on_rank0(lambda: _make_folder(training, out, measured))
         output.run = run = RunFolder(path, is_writer=is_rank0)
@@ -200,6 +202,16 @@ def _start(
         with _errors_logged(run, nets):
             speed = print_plan(training, output, run, nets=nets, threads=threads)
             _train(training, run, loggers, output, speed, nets=nets, resume=False)
+
+
+def _timing_announced(output: Output) -> Callable[[], None]:
+    """Return a function that says once that steps are timed."""
+
+    @cache
+    def announce() -> None:
+        output.print("Timing training steps, to choose the fastest settings …")
+
+    return announce
 
 
 def _make_folder(training: Any, out: Path | None, measured: Mapping[str, Any]) -> Path:
@@ -238,7 +250,8 @@ def _resume(
         output.run = run = RunFolder(run.path, is_writer=is_rank0)
         with _errors_logged(run, nets):
             left = 1 - epochs_done(run, recipe, nets) / (recipe.train.epochs * len(run.networks()))
-            training, threads = keep_threads(prepared, run.environment(), left)
+            announce = _timing_announced(output)
+            training, threads = keep_threads(prepared, run.environment(), left, announce)
             speed = print_plan(training, output, run, resume=True, nets=nets, threads=threads)
             _print_networks(run, output)
             _train(training, run, loggers, output, speed, nets=nets, resume=True)

@@ -7,6 +7,7 @@ import typer
 
 from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output
+from mixmo_fastai.cli.plan import threads_lines
 from mixmo_fastai.cli.render import columns, setup_lines
 from mixmo_fastai.config.methods import method_name, run_label
 from mixmo_fastai.config.recipe import Recipe
@@ -110,12 +111,15 @@ def _search(
     from mixmo_fastai.plots.png import plot_lr_search
     from mixmo_fastai.training.lr_find import search_lr
     from mixmo_fastai.training.prepare import prepare
+    from mixmo_fastai.training.threads import choose_threads
 
     with reading_shown(output):
-        training = prepare(recipe, data_dir)
-    for line in setup_lines(training):
-        output.print(line)
+        prepared = prepare(recipe, data_dir)
     steps, start, end = (search_range[name] for name in ("num_steps", "start", "end"))
+    fraction = steps * prepared.recipe.train.batch_size / prepared.images_seen
+    training, threads = choose_threads(prepared, fraction)
+    for line in [*setup_lines(training), *threads_lines(threads)]:
+        output.print(line)
     output.print(f"Testing learning rates from {start:g} to {end:g} in {steps} steps …")
     search = search_lr(training, **search_range)
     title = f"{method_name(recipe)} on {training.source.name}, {training.recipe.model.arch}"

@@ -42,8 +42,7 @@ def print_plan(
     Returns:
         The measured `speed.Speed`, or None if no steps were timed.
     """
-    chosen = [] if threads is None else [_row("Threads", threads_text(threads))]
-    chosen += _precision_lines(training, run, resume=resume)
+    chosen = [*threads_lines(threads), *_precision_lines(training, run, resume=resume)]
     for line in [*plan_lines(training), *_defaults_lines(training), *chosen]:
         output.print(line)
     if not resume and (line := _too_small_line(training)):
@@ -100,6 +99,11 @@ def _precision_lines(training: Any, run: RunFolder, *, resume: bool) -> list[str
     return [_row("Precision", f"{text}; change with --precision")]
 
 
+def threads_lines(choice: Any) -> list[str]:
+    """Describe the number of threads that was chosen, unless `choice` is None."""
+    return [] if choice is None else [_row("Threads", threads_text(choice))]
+
+
 def threads_text(choice: Any) -> str:
     """Describe the number of threads that was chosen, and why."""
     limit = "" if choice.limit in ("CPUs", "torch's default") else f" ({choice.limit})"
@@ -116,7 +120,8 @@ def threads_text(choice: Any) -> str:
     if choice.ratio < 1:
         other = f"{choice.compared} measured to be only {1 / choice.ratio:.2f} times as fast"
         return f"{text}; {other}{change}"
-    return f"{text}, measured to be {choice.ratio:.2f} times as fast as {choice.compared}{change}"
+    ratio = f"{choice.ratio:.2f}" if choice.ratio < 10 else f"{choice.ratio:.0f}"
+    return f"{text}, measured to be {ratio} times as fast as {choice.compared}{change}"
 
 
 def _too_small_line(training: Any) -> str | None:

@@ -5,6 +5,7 @@ others it is slower. Which one a CPU is, and whether a network is large enough t
 measured by `trials.compare_settings`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from mixmo_fastai.runtime.devices import cpu_name
 from mixmo_fastai.runtime.processes import run_on_rank0
 from mixmo_fastai.training.prepare import Training
-from mixmo_fastai.training.trials import compare_settings
+from mixmo_fastai.training.trials import compare_settings, expected_seconds
 
 MIN_RUN_SECONDS = 60.0
 """Expected duration of a run below which nothing is measured, and float32 is used."""
@@ -56,11 +57,17 @@ class PrecisionTimes:
         }
 
 
-def choose_precision(training: Training) -> tuple[Training, PrecisionTimes | None]:
+def choose_precision(
+    training: Training, announce: Callable[[], None] = lambda: None
+) -> tuple[Training, PrecisionTimes | None]:
     """Replace the precision "auto" of a training on a CPU by the faster one, if it is measured.
 
     In several processes, rank 0 measures and decides. The choice is part of the recipe of the
     returned training, so that a resumed run keeps it.
+
+    Args:
+        training: a new run.
+        announce: called before steps are timed.
 
     Returns:
         The training and the times; the same training and None on other devices, for a given
@@ -69,18 +76,23 @@ def choose_precision(training: Training) -> tuple[Training, PrecisionTimes | Non
     recipe = training.recipe
     if training.device.type != "cpu" or recipe.train.precision != "auto":
         return training, None
-    times = run_on_rank0(lambda: measure_precisions(training))
+    times = run_on_rank0(lambda: measure_precisions(training, announce))
     if times is None:
         return training, None
     train = replace(recipe.train, precision=times.choice)
     return replace(training, recipe=replace(recipe, train=train)), times
 
 
-def measure_precisions(training: Training) -> PrecisionTimes | None:
+def measure_precisions(
+    training: Training, announce: Callable[[], None] = lambda: None
+) -> PrecisionTimes | None:
     """Time training steps in float32 and in bfloat16; None if that is not worth it or fails."""
+    run_seconds = expected_seconds(training)
+    if run_seconds < MIN_RUN_SECONDS:
+        return None
     float32 = replace(training.acceleration, compiled=False, autocast=None)
     settings = float32, replace(float32, autocast=torch.bfloat16)
-    times = compare_settings(training, settings, min_run_seconds=MIN_RUN_SECONDS)
+    times = compare_settings(training, settings, run_seconds=run_seconds, announce=announce)
     if times is None:
         return None
     ratio = times.median_ratio(0, 1)

@@ -9,20 +9,29 @@ the gradients of the weights of convolutions by thread. So a run keeps its numbe
 resumed, unless fewer CPUs are available or it has become much slower than another.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from mixmo_fastai.config.recipe import Recipe
-from mixmo_fastai.runtime.acceleration import thread_limit
+from mixmo_fastai.runtime.acceleration import Acceleration, thread_limit
 from mixmo_fastai.runtime.cpus import CpuLimit
 from mixmo_fastai.runtime.processes import run_on_rank0
 from mixmo_fastai.training.prepare import Training
-from mixmo_fastai.training.trials import StepTimes, compare_settings
+from mixmo_fastai.training.speed import (
+    StepTimer,
+    copy_for_timing,
+    measure_on_copy,
+    smallest_size,
+    time_steps,
+)
+from mixmo_fastai.training.trials import StepTimes, compare_settings, expected_seconds
 
 MIN_RUN_SECONDS = 20.0
-"""Duration of a run below which nothing is measured, and all threads are used; it is estimated from
-the operations, so on busy cores the run may take much longer."""
+"""Duration of a run below which numbers are not compared, and all threads are used."""
+MIN_PROBED_SECONDS, PROBE_SECONDS = 1.0, 0.3
+"""Duration by the operations from which a few steps check the estimate, and duration of these
+steps: on busy cores, a run may take 50 times as long."""
 ROUNDS = 5
 """Measurements of each number."""
 MIN_RATIO = 1.1
@@ -65,7 +74,9 @@ class ThreadChoice:
         }
 
 
-def choose_threads(training: Training) -> tuple[Training, ThreadChoice | None]:
+def choose_threads(
+    training: Training, fraction: float = 1.0, announce: Callable[[], None] = lambda: None
+) -> tuple[Training, ThreadChoice | None]:
     """Replace threads "auto" of a training on a CPU by the fastest number.
 
     In several processes, rank 0 measures and decides; each process uses this number. The choice is
@@ -74,6 +85,11 @@ def choose_threads(training: Training) -> tuple[Training, ThreadChoice | None]:
     cannot be timed: they are too slow for the time of a comparison, their operations cannot be
     counted, or they fail.
 
+    Args:
+        training: a new run.
+        fraction: fraction of it that will be trained, for a learning-rate search.
+        announce: called before the numbers are compared.
+
     Returns:
         The training and the choice; the same training and None on other devices, and for a given
         number.
@@ -81,7 +97,7 @@ def choose_threads(training: Training) -> tuple[Training, ThreadChoice | None]:
     recipe = training.recipe
     if training.device.type != "cpu" or recipe.train.threads != "auto":
         return training, None
-    choice = run_on_rank0(lambda: _choose(training))
+    choice = run_on_rank0(lambda: _choose(training, fraction, announce))
     train = replace(recipe.train, threads=choice.threads)
     return replace(training, recipe=replace(recipe, train=train)), choice
 
@@ -101,7 +117,10 @@ def reduced_threads(recipe: Recipe, environment: Mapping[str, Any]) -> int | Non
 
 
 def keep_threads(
-    training: Training, environment: Mapping[str, Any], fraction: float = 1.0
+    training: Training,
+    environment: Mapping[str, Any],
+    fraction: float = 1.0,
+    announce: Callable[[], None] = lambda: None,
 ) -> tuple[Training, ThreadChoice | None]:
     """Check whether a resumed run can keep the number of threads that was chosen for it.
 
@@ -111,6 +130,7 @@ def keep_threads(
         training: the resumed run.
         environment: the run's environment.json.
         fraction: fraction of the run that is not trained yet.
+        announce: called before numbers are compared.
 
     Returns:
         The training and the new choice; None instead of the choice if the run keeps its number, or
@@ -119,7 +139,7 @@ def keep_threads(
     before = _chosen_before(training.recipe, environment)
     if before is None or training.device.type != "cpu":
         return training, None
-    choice = run_on_rank0(lambda: _choose_again(training, before, fraction))
+    choice = run_on_rank0(lambda: _choose_again(training, before, fraction, announce))
     return replace(training, threads=None if choice is None else choice.threads), choice
 
 
@@ -141,10 +161,10 @@ def candidates(available: int) -> list[int]:
     return sorted({1, max(1, available // 2), available})
 
 
-def _choose(training: Training) -> ThreadChoice:
+def _choose(training: Training, fraction: float, announce: Callable[[], None]) -> ThreadChoice:
     limit = thread_limit()
     numbers = candidates(limit.count)
-    times = _compare(training, numbers)
+    times = _compare(training, numbers, fraction, announce)
     if times is None:
         return ThreadChoice(limit.count, *limit, {})
     best = 0
@@ -154,12 +174,14 @@ def _choose(training: Training) -> ThreadChoice:
     return _measured(numbers, times, best, limit)
 
 
-def _choose_again(training: Training, before: int, fraction: float) -> ThreadChoice | None:
+def _choose_again(
+    training: Training, before: int, fraction: float, announce: Callable[[], None]
+) -> ThreadChoice | None:
     """Return a new choice for a resumed run; None if it keeps its number."""
     limit = thread_limit()
     first = min(before, limit.count)
     numbers = sorted({first, *candidates(limit.count)})
-    times = _compare(training, numbers, fraction)
+    times = _compare(training, numbers, fraction, announce)
     kept = best = numbers.index(first)
     if times is not None:
         best = min(range(len(numbers)), key=times.mean_seconds.__getitem__)
@@ -173,18 +195,36 @@ def _choose_again(training: Training, before: int, fraction: float) -> ThreadCho
     return replace(_measured(numbers, times, best, limit, other), before=before)
 
 
-def _compare(training: Training, numbers: list[int], fraction: float = 1.0) -> StepTimes | None:
-    """Time training steps with each number of threads; None for a single one."""
+def _compare(
+    training: Training, numbers: list[int], fraction: float, announce: Callable[[], None]
+) -> StepTimes | None:
+    """Time training steps with each number of threads; None for a single one, and short runs."""
     if len(numbers) == 1:
         return None
     plain = replace(training.acceleration, compiled=False)
+    seconds = fraction * expected_seconds(training)
+    if seconds < MIN_RUN_SECONDS:
+        if seconds < MIN_PROBED_SECONDS or not _is_slow(training, plain, fraction):
+            return None
+        seconds = MIN_RUN_SECONDS
+    settings = [replace(plain, threads=number) for number in numbers]
     return compare_settings(
-        training,
-        [replace(plain, threads=number) for number in numbers],
-        min_run_seconds=MIN_RUN_SECONDS,
-        fraction=fraction,
-        rounds=ROUNDS,
+        training, settings, run_seconds=seconds, rounds=ROUNDS, announce=announce
     )
+
+
+def _is_slow(training: Training, settings: Acceleration, fraction: float) -> bool:
+    """Check by a few timed steps whether a run will take `MIN_RUN_SECONDS` all the same."""
+    copies = training.recipe.mix.batch_repetitions
+    share = PROBE_SECONDS / 4 / expected_seconds(training)  # of the run, in each step
+    size = max(smallest_size(copies), int(share * training.images_seen / copies))
+    size = min(training.recipe.loader_batch_size, size)
+    timer = StepTimer(1, PROBE_SECONDS, long_warmup=PROBE_SECONDS)
+    seconds = measure_on_copy(
+        training, lambda: time_steps(copy_for_timing(training, size), settings, timer)
+    )
+    steps = fraction * training.images_seen / (size * copies)
+    return seconds is not None and steps * seconds >= MIN_RUN_SECONDS
 
 
 def _measured(

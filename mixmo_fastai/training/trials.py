@@ -5,7 +5,7 @@ so that other work on the machine affects all of them.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
@@ -71,38 +71,41 @@ def compare_settings(
     training: Training,
     settings: Sequence[Acceleration],
     *,
-    min_run_seconds: float,
-    fraction: float = 1.0,
+    run_seconds: float,
     rounds: int | None = None,
+    announce: Callable[[], None] = lambda: None,
 ) -> StepTimes | None:
     """Time training steps with each setting.
 
     Args:
         training: the run; it is not changed.
         settings: the settings to compare; none of them compiled.
-        min_run_seconds: expected duration of the run below which nothing is measured.
-        fraction: fraction of the run that is not trained yet.
+        run_seconds: expected duration of the run, of which `MAX_FRACTION` may be spent.
         rounds: number of rounds; by default `ROUNDS`, and fewer if the steps are unexpectedly slow.
+        announce: called before the first step, since this may take a minute.
 
     Returns:
-        The times; None if the run is too short, or if the steps cannot be run.
+        The times; None if no step fits into that time, or if the steps cannot be run.
     """
     rounds = ROUNDS if rounds is None else rounds
-    seconds = _planned_seconds(training, min_run_seconds, fraction) / rounds
-    size = _images_per_step(training, settings, seconds) if seconds else None
+    seconds = min(MAX_FRACTION * run_seconds, MAX_SECONDS) / rounds
+    size = _images_per_step(training, settings, seconds)
     if size is None:
         return None
+    announce()
     times = measure_on_copy(training, lambda: _measure(training, settings, size, seconds, rounds))
     if times is None:
         return None
     return StepTimes(tuple(times), size * training.recipe.mix.batch_repetitions)
 
 
-def _planned_seconds(training: Training, min_run_seconds: float, fraction: float) -> float:
-    """Return the duration of a comparison in seconds; 0 if the run is too short for one."""
+def expected_seconds(training: Training) -> float:
+    """Return the duration of a run by its operations, in seconds; 0 if they cannot be counted.
+
+    On busy cores, the run may take much longer.
+    """
     operations = training_operations(training.learn.model, training.source.train.image_shape)
-    seconds = fraction * (operations or 0) * training.images_seen / assumed_rate(training)
-    return min(MAX_FRACTION * seconds, MAX_SECONDS) if seconds >= min_run_seconds else 0.0
+    return (operations or 0.0) * training.images_seen / assumed_rate(training)
 
 
 def _images_per_step(
@@ -110,7 +113,8 @@ def _images_per_step(
 ) -> int | None:
     """Return distinct images per step, so that a round takes `seconds`; None if none fits."""
     operations = training_operations(training.learn.model, training.source.train.image_shape)
-    assert operations is not None
+    if operations is None:
+        return None
     # Steps with fewer threads take longer; so the number of images follows from the sum.
     seconds_per_operation = sum(1 / (CPU_THREAD_FLOPS * (each.threads or 1)) for each in settings)
     copies = training.recipe.mix.batch_repetitions
