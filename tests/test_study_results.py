@@ -6,6 +6,7 @@ import math
 import re
 import runpy
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from mixmo_fastai.study.plan import read_study
 from mixmo_fastai.study.predictions import Predictions
 from mixmo_fastai.study.records import write_record
 from mixmo_fastai.study.results import collect_results
-from mixmo_fastai.study.tables import missing_text, table
+from mixmo_fastai.study.tables import legend, missing_text, table
 
 TEXT = """
 name = "made-up"
@@ -117,6 +118,20 @@ def test_cells_equal_an_oracle(study, written):
     assert first[titles.index("NLL, calibrated")] == "0.6000 ± 0.1000"
     assert first[titles.index("NLL - plain")] == "-"
     assert "; seeds " in second[titles.index("NLL - plain")]
+
+
+def test_the_legend_explains_what_the_table_has(study, written):
+    plain, mixed = collect_results(study, written[0])
+    assert "Read the wider of the two." in legend([plain, mixed])
+    one = {name: replace(each, seeds_interval=None) for name, each in mixed.differences.items()}
+    text = legend([plain, replace(mixed, differences=one)])
+    assert "Welch" not in text
+    assert text.endswith("one seed does not show what others would give.")
+    assert "brackets" not in legend([plain])
+    unequal = replace(mixed, images_trained=1.25 * plain.images_trained)
+    assert "Some methods saw 25 % more images" in legend([plain, unequal])
+    other_length = replace(unequal, images_seen=2 * plain.images_seen)
+    assert "more images" not in legend([plain, other_length])
 
 
 def test_bins_of_all_seeds_are_an_oracle(study, written):

@@ -162,7 +162,9 @@ def test_a_metric_with_terms_has_intervals_and_is_compared(monkeypatch):
     lines = render.comparison_lines(compared)
     assert lines[0].split()[:5] == ["run", "accuracy", "NLL", "ECE", "Brier"]
     assert lines[1].split()[6] == f"{values[0]:.4f}"
-    assert lines[-1].split() == [
+    assert differences["accuracy"] == (0, 0)  # larger logits leave the predictions as they are
+    assert lines[-1] == "    Both are right on the same images, so resampling shows no spread."
+    assert lines[-2].split() == [
         *("Brier", f"{values[1] - values[0]:+.4f}"),
         *(f"({low:+.4f}", "to", f"{high:+.4f})"),
     ]

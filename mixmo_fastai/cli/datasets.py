@@ -26,8 +26,8 @@ def datasets(
         )
     lines += [
         "",
-        "Any folder of images can also be used: one folder per class, or train/, valid/ and test/ "
-        "with one folder per class each.",
+        "Also usable: a folder of images with one folder per class, or with such folders in "
+        "train/, valid/ and test/; a table of labels (CSV, TSV, parquet); hf:NAME.",
     ]
     value = {
         s.name: {**dataclasses.asdict(s), "place": str(s.place) if s.place else None}

@@ -267,6 +267,8 @@ def comparison_lines(compared: Sequence[Any]) -> list[str]:
     lines += ["", f"Difference from {compared[0].run.path}, 95 % CI (paired bootstrap)"]
     for each in compared[1:]:
         lines += [f"  {each.run.path}", *_difference_lines(each, compared[0])]
+        if each.differences["accuracy"] == (0, 0):
+            lines.append("    Both are right on the same images, so resampling shows no spread.")
     return lines
 
 

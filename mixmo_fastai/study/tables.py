@@ -13,6 +13,8 @@ _COLUMNS = {  # metric: title and format
     "ece": ("ECE", percent),
     "ece_calibrated": ("ECE, calibrated", percent),
 }
+MAX_UNEQUAL = 1.05
+"""Ratio of the images that two methods of the same length saw from which the tables say so."""
 _DIFFERENCES = {"accuracy": ("accuracy", points), "nll": ("NLL", signed_decimal)}
 
 
@@ -54,13 +56,30 @@ def _row(texts: Sequence[str]) -> str:
 def legend(cells: Sequence[Cell]) -> str:
     """Explain the values of the tables."""
     split = SPLIT_NAMES[cells[0].split].lower()
-    return (
+    text = (
         f"Means over seeds, ± their standard deviation, on the {split} images. Calibrated: "
-        f"temperatures fitted on one half of the {split} images and applied to the other. In "
-        f"brackets: 95 % bootstrap interval of the difference over {split} images and seeds; then "
-        "the 95 % interval by Welch's t distribution from the seeds alone, which ignores the "
-        "choice of images. Read the wider of the two."
+        f"temperatures fitted on one half of the {split} images and applied to the other."
     )
+    found = [each for cell in cells for each in (cell.differences or {}).values()]
+    if any(each.seeds_interval is not None for each in found):
+        text += (
+            f" In brackets: 95 % bootstrap interval of the difference over {split} images and "
+            "seeds; then the 95 % interval by Welch's t distribution from the seeds alone, which "
+            "ignores the choice of images. Read the wider of the two."
+        )
+    elif found:
+        text += (
+            f" In brackets: 95 % bootstrap interval of the difference over {split} images; one "
+            "seed does not show what others would give."
+        )
+    trained = [[cell.images_trained for cell in group] for group in by_length(cells).values()]
+    unequal = max(max(images) / min(images) for images in trained)
+    if unequal > MAX_UNEQUAL:
+        text += (
+            f" Some methods saw {100 * (unequal - 1):.0f} % more images than others of the same "
+            "length, which is rounded to whole epochs and batches."
+        )
+    return text
 
 
 def by_length(cells: Sequence[Cell]) -> dict[int, list[Cell]]:
