@@ -46,7 +46,6 @@ def test_fastai_names_suggest_passing_the_function():
     [
         ("resnt50", "resnet50"),
         ("ResNet-50", "resnet50"),
-        ("resnet51", "resnet50"),  # timm has a resnet51q
         ("efficientnetb0", "efficientnet_b0"),
         ("vgg16bn", "vgg16_bn"),
         ("wrn28_1o", "wrn28_10"),

@@ -303,12 +303,10 @@ def _correct_spelling(name: str) -> str | None:
     """
     if match := re.fullmatch(_WIDE_RESNET_PATTERN, name, re.IGNORECASE):
         return f"wrn{match[1]}_{match[2]}"
-    known = (*_EXAMPLE_ARCHITECTURES, *TORCHVISION_NETWORKS)
-    for architectures, prefix in ((known, ""), (timm_networks(), "timm/")):
-        guess = nearest(name, architectures, cutoff=0.8)
-        if guess is not None and _is_misspelling(name, guess):
-            return f"{prefix}{guess}"
-    return None
+    architectures = {network: f"timm/{network}" for network in timm_networks()}
+    architectures |= {name: name for name in (*_EXAMPLE_ARCHITECTURES, *TORCHVISION_NETWORKS)}
+    guess = nearest(name, architectures, cutoff=0.8)
+    return architectures[guess] if guess is not None and _is_misspelling(name, guess) else None
 
 
 def _timm_variants_hint(name: str) -> str:
