@@ -1,7 +1,8 @@
 import pytest
 
+from mixmo_fastai.config.defaults import unmet_requirement
 from mixmo_fastai.config.load import override, recipe_from_mapping
-from mixmo_fastai.training.advice import advise
+from mixmo_fastai.training.advice import advise, members_advice
 
 PLAIN = recipe_from_mapping(
     {
@@ -78,6 +79,23 @@ def test_too_few_images_seen_takes_precedence():
     narrow = override(MIXMO, ["model.arch=wrn16_2"])
     assert " with --epochs 200 --arch wrn16_4 (" in advise(narrow, rows, images_seen=300_000)
     assert " with --arch wrn16_4 (" in advise(narrow, rows, images_seen=1_500_000)
+
+
+def test_settings_for_short_trainings_need_fewer_images():
+    rows = history(linear_decrease(2.0, 1.0))
+    flags = "--repeat 2 --set mix.early_repetition=1 --set mix.early_span=0.6"
+    assert f"2 members with {flags} (" in advise(MIXMO, rows, images_seen=600_000)
+    assert "mix." not in advise(MIXMO, rows, images_seen=599_000)
+    short = ["mix.batch_repetitions=2", "mix.early_repetition=1", "mix.early_span=0.6"]
+    recipe = override(MIXMO, short)
+    assert "--epochs 80 " in advise(recipe, rows, images_seen=300_000)
+    assert "still decreasing" in advise(recipe, rows, images_seen=600_000)
+    need = unmet_requirement(MIXMO, 700_000)
+    assert members_advice(MIXMO, need, 700_000) == (
+        f"2 members need about 1,500,000 images seen (here 700,000), or {flags}; "
+        "otherwise --members 1 is usually more accurate"
+    )
+    assert flags not in members_advice(MIXMO, need, 500_000)
 
 
 def test_too_few_images_lead_to_one_member():

@@ -13,8 +13,10 @@ from mixmo_fastai.config.defaults import (
     MAX_VIEWS,
     MIN_IMAGES_SEEN,
     MIN_WIDTH,
+    SHORT_SETTINGS,
     default_for,
     fill_defaults,
+    has_short_settings,
     open_settings,
     unmet_requirement,
 )
@@ -159,6 +161,9 @@ def test_default_networks_are_wide_enough():
             assert unmet_requirement(recipe, MIN_IMAGES_SEEN) is None
 
 
+SHORT = [f"mix.{name}={value}" for name, value in SHORT_SETTINGS.items()]
+
+
 @pytest.mark.parametrize(
     ("changes", "images_seen", "message_parts"),
     [
@@ -166,6 +171,10 @@ def test_default_networks_are_wide_enough():
         (["model.arch=wrn10_4"], 300_000, ["1,500,000 images seen (here 300,000)"]),
         (["model.arch=wrn10_1"], 1, ["1,500,000 images seen (here 1)", "here 1)"]),
         (["model.arch=resnet18"], 1, ["1,500,000"]),
+        ([*SHORT, "model.arch=wrn10_4"], 599_999, ["600,000 images seen (here 599,999)"]),
+        ([*SHORT, "mix.early_span=0.5"], 1, ["1,500,000"]),
+        ([*SHORT, "mix.early_repetition=0.9"], 1, ["1,500,000"]),
+        ([*SHORT, "mix.batch_repetitions=4"], 1, ["1,500,000"]),
     ],
 )
 def test_unmet_requirements_are_named(changes, images_seen, message_parts):
@@ -177,6 +186,12 @@ def test_no_requirements_for_one_member_or_the_digits():
     one_member = resolve_recipe("cifar10", flags={"model.num_members": 1})
     assert unmet_requirement(one_member, 1) is None
     assert unmet_requirement(load_recipe("digits/cut-mixmo"), 1) is None
+
+
+def test_settings_for_short_trainings_have_a_recipe():
+    assert has_short_settings(load_recipe("small-cifar10/cut-mixmo-short"))
+    recipe = override(FOLDER, [*SHORT, "model.arch=wrn10_4"])
+    assert unmet_requirement(recipe, 600_000) is None
 
 
 # Complete runs

@@ -48,7 +48,7 @@ MEASURED = {
 """Mean accuracies in percent over seeds, from docs/results.md."""
 SMALL_METHODS = (
     *("vanilla", "mixup", "cutmix", "deep-ensemble-cutmix"),
-    *("mimo", "linear-mixmo", "cut-mixmo", "cut-mixmo-cutmix"),
+    *("mimo", "linear-mixmo", "cut-mixmo", "cut-mixmo-cutmix", "cut-mixmo-short"),
 )
 UNPUBLISHED = {
     *(f"small-cifar10/{method}" for method in SMALL_METHODS),
@@ -71,6 +71,7 @@ METHODS = {  # members, mask kind, MSDA, repetitions
     "cut-mixmo": (2, "cutmix", "none", 4),
     "linear-mixmo-cutmix": (2, "linear", "cutmix", 4),
     "cut-mixmo-cutmix": (2, "cutmix", "cutmix", 4),
+    "cut-mixmo-short": (2, "cutmix", "none", 2),
 }
 
 

@@ -131,7 +131,7 @@ def _too_small_line(training: Any) -> str | None:
         return None
     seen = training.images_seen // recipe.model.num_nets
     requirement = unmet_requirement(recipe, seen)
-    return _row("Advice", members_advice(recipe, requirement)) if requirement else None
+    return _row("Advice", members_advice(recipe, requirement, seen)) if requirement else None
 
 
 def _print_time(

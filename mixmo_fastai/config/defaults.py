@@ -54,6 +54,10 @@ PRETRAINED = {"cpu": "resnet18", "cuda": "resnet50"}
 
 MIN_IMAGES_SEEN = 1_500_000
 """Number of images seen from which two members were found more accurate than a plain network."""
+MIN_IMAGES_SEEN_SHORT = 600_000
+"""The same with `SHORT_SETTINGS`."""
+SHORT_SETTINGS = {"batch_repetitions": 2, "early_repetition": 1.0, "early_span": 0.6}
+"""Settings of `mix` for short trainings, see docs/results.md."""
 MIN_WIDTH = 4
 """Smallest width of a WideResNet for which this was found."""
 OPTIONAL_SETTINGS = ("data.image_size", "model.arch", "train.epochs")
@@ -144,6 +148,21 @@ def narrow_network(recipe: Recipe) -> Architecture | None:
     return parsed if parsed.family == "wrn" and parsed.width < MIN_WIDTH else None
 
 
+def min_images_seen(recipe: Recipe) -> int:
+    """Return from how many images seen several members were found better than a plain network."""
+    return MIN_IMAGES_SEEN_SHORT if has_short_settings(recipe) else MIN_IMAGES_SEEN
+
+
+def has_short_settings(recipe: Recipe) -> bool:
+    """Check whether a recipe has `SHORT_SETTINGS`, or fewer repetitions."""
+    mix = recipe.mix
+    return (
+        mix.batch_repetitions <= SHORT_SETTINGS["batch_repetitions"]
+        and (mix.early_repetition or 0.0) >= SHORT_SETTINGS["early_repetition"]
+        and mix.early_span >= SHORT_SETTINGS["early_span"]
+    )
+
+
 def unmet_requirement(recipe: Recipe, images_seen: int) -> str | None:
     """Describe the unmet requirements for several members to outperform a plain network, or None.
 
@@ -156,8 +175,8 @@ def unmet_requirement(recipe: Recipe, images_seen: int) -> str | None:
     if recipe.model.num_members == 1 or recipe.data.dataset == "digits":
         return None
     unmet = []
-    if images_seen < MIN_IMAGES_SEEN:
-        unmet.append(f"about {MIN_IMAGES_SEEN:,} images seen (here {images_seen:,})")
+    if images_seen < (required := min_images_seen(recipe)):
+        unmet.append(f"about {required:,} images seen (here {images_seen:,})")
     if narrow := narrow_network(recipe):
         unmet.append(f"a width of {MIN_WIDTH} (here {narrow.width})")
     return " and ".join(unmet) or None

@@ -9,7 +9,11 @@ from collections.abc import Mapping, Sequence
 from mixmo_fastai.config.defaults import (
     MAX_VIEWS,
     MIN_IMAGES_SEEN,
+    MIN_IMAGES_SEEN_SHORT,
     MIN_WIDTH,
+    SHORT_SETTINGS,
+    has_short_settings,
+    min_images_seen,
     narrow_network,
     unmet_requirement,
 )
@@ -62,22 +66,27 @@ def advise(
     return None
 
 
-def members_advice(recipe: Recipe, requirement: str) -> str:
+def members_advice(recipe: Recipe, requirement: str, images_seen: int) -> str:
     """Return the advice before a training that is too small for several members.
 
     Args:
         recipe: recipe without open settings.
         requirement: from `defaults.unmet_requirement`.
+        images_seen: number of images seen by one network in training.
     """
-    members = recipe.model.num_members
-    return f"{members} members need {requirement}; otherwise --members 1 is usually more accurate"
+    text = f"{recipe.model.num_members} members need {requirement}"
+    if _short_settings_help(recipe, images_seen):
+        text += f", or {_short_flags()}"
+    return f"{text}; otherwise --members 1 is usually more accurate"
 
 
 def _size_advice(recipe: Recipe, images_seen: int) -> str:
     """Return the advice after a training that was too small for several members."""
     members, changes = recipe.model.num_members, []
-    if images_seen < MIN_IMAGES_SEEN:
-        epochs = math.ceil((recipe.train.epochs or 1) * MIN_IMAGES_SEEN / max(images_seen, 1))
+    if _short_settings_help(recipe, images_seen):
+        changes.append(_short_flags())
+    elif images_seen < (required := min_images_seen(recipe)):
+        epochs = math.ceil((recipe.train.epochs or 1) * required / max(images_seen, 1))
         if epochs * recipe.mix.batch_repetitions > MAX_VIEWS:
             return f"{members} members need more training images: use --members 1"
         changes.append(f"--epochs {epochs}")
@@ -86,6 +95,21 @@ def _size_advice(recipe: Recipe, images_seen: int) -> str:
     return (
         f"Compare with --members 1, or train {members} members with {' '.join(changes)} "
         "(docs/recipes.md)"
+    )
+
+
+def _short_settings_help(recipe: Recipe, images_seen: int) -> bool:
+    """Check whether a training is too short only with the settings of long ones."""
+    is_between = MIN_IMAGES_SEEN_SHORT <= images_seen < MIN_IMAGES_SEEN
+    return is_between and not has_short_settings(recipe)
+
+
+def _short_flags() -> str:
+    """Return the flags of `SHORT_SETTINGS`."""
+    mix = SHORT_SETTINGS
+    return (
+        f"--repeat {mix['batch_repetitions']} --set mix.early_repetition="
+        f"{mix['early_repetition']:g} --set mix.early_span={mix['early_span']:g}"
     )
 
 
