@@ -98,8 +98,9 @@ def test_shipped_recipe_shows_no_defaults_or_advice(capsys):
 
 def test_next_commands_are_shown_at_the_end(capsys):
     assert run(["fit", *TINY, "--epochs", "1", "--out", "a run"]) == 0
-    last = capsys.readouterr().out.splitlines()[-3:]
+    last = capsys.readouterr().out.splitlines()[-4:]
     assert [line[21:] for line in last] == [
+        "mixmo eval 'a run'",
         "mixmo report 'a run'",
         "mixmo predict 'a run' IMAGE…",
         "mixmo export 'a run' --to net.safetensors",

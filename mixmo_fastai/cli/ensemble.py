@@ -7,7 +7,7 @@ import typer
 
 from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output
-from mixmo_fastai.cli.render import ensemble_lines
+from mixmo_fastai.cli.render_metrics import ensemble_lines
 from mixmo_fastai.runs.folder import open_runs
 
 

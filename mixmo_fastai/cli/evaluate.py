@@ -8,7 +8,8 @@ import typer
 from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output
 from mixmo_fastai.cli.decision_options import EvaluatedCoverage, EvaluatedRisk
-from mixmo_fastai.cli.render import incompleteness_lines, metric_lines
+from mixmo_fastai.cli.render import incompleteness_lines
+from mixmo_fastai.cli.render_metrics import metric_lines
 from mixmo_fastai.cli.render_votes import label_distribution_lines
 from mixmo_fastai.cli.shift import shift_lines
 from mixmo_fastai.config.methods import method_name

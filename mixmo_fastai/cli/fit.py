@@ -12,7 +12,8 @@ import typer
 from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output
 from mixmo_fastai.cli.plan import epochs_done, print_next_steps, print_plan
-from mixmo_fastai.cli.render import METRIC_WIDTH, align, metric_lines
+from mixmo_fastai.cli.render import METRIC_WIDTH, align
+from mixmo_fastai.cli.render_metrics import metric_lines
 from mixmo_fastai.config.recipe import Recipe
 from mixmo_fastai.config.resolve import resolve_recipe
 from mixmo_fastai.config.schema import to_mapping
@@ -349,7 +350,7 @@ def _train(
     output.print_result(
         [
             "",
-            *metric_lines(metrics, training.recipe),
+            *metric_lines(metrics, training.recipe, is_brief=True),
             *align([("Run folder", str(run.path))], METRIC_WIDTH),
         ],
         {"run": str(run.path), **metrics},

@@ -214,6 +214,7 @@ def print_next_steps(output: Output, run: RunFolder, recipe: Recipe, images_seen
         output.print(_row("Advice", advice, METRIC_WIDTH))
     path, exported = shlex.quote(str(run.path)), shlex.quote(str(network.path))
     commands = (
+        f"mixmo eval {path}",
         f"mixmo report {path}",
         f"mixmo predict {path} IMAGE…",
         # For a deep ensemble, export its first network: no single network equals the ensemble.

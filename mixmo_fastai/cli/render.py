@@ -1,24 +1,14 @@
-"""Format plans and metrics as lines of text."""
+"""Format plans, filters and comparisons as lines of text."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from mixmo_fastai.cli.render_calibration import calibration_rows
 from mixmo_fastai.config.methods import expected_label, expected_result, method_name
 from mixmo_fastai.config.recipe import Mix, Recipe
 from mixmo_fastai.config.resolve import changed_settings
 from mixmo_fastai.config.schema import to_mapping
-from mixmo_fastai.evaluation.results import SPLIT_NAMES, final_metrics, temperature_warning
-from mixmo_fastai.metrics.label_results import (
-    LABELS,
-    NUM_SHOWN,
-    label_rows,
-    label_table,
-    label_table_note,
-)
 from mixmo_fastai.metrics.table import (
-    LISTED_METRICS,
     MAIN_METRICS,
     percent,
     round_percent,
@@ -53,7 +43,7 @@ def plan_lines(training: Any) -> list[str]:
             f"weight decay {recipe.optimizer.weight_decay:g}",
         ),
         *([("Weights", kept)] if (kept := _kept_weights(recipe)) else []),
-        *_expected_rows(recipe),
+        *expected_rows(recipe),
     ]
     return align(rows, PLAN_WIDTH)
 
@@ -63,7 +53,8 @@ def _optimizer_name(recipe: Recipe) -> str:
     return {"sgd": "SGD", "adamw": "AdamW", "muon": "Muon"}.get(name, name)
 
 
-def _expected_rows(recipe: Recipe) -> list[tuple[str, str]]:
+def expected_rows(recipe: Recipe) -> list[tuple[str, str]]:
+    """Describe the published or measured accuracy of a recipe, if it has one."""
     text = expected_result(recipe)
     return [(expected_label(recipe), text)] if text else []
 
@@ -173,41 +164,6 @@ def recipe_lines(recipe: Recipe) -> list[str]:
     )
 
 
-def metric_lines(metrics: Mapping[str, Any], recipe: Recipe) -> list[str]:
-    """Format the metrics of a run, without those of `--ood` and `--corruptions`."""
-    split, test = final_metrics(metrics)
-    voters = "Networks" if recipe.model.num_nets > 1 else "Members"
-    num_members = len(test["member_accuracy"])  # the networks of a deep ensemble
-    rows = label_rows(metrics, SPLIT_NAMES[split], voters) if LABELS in metrics else []
-    label = "Label accuracy" if rows else f"{SPLIT_NAMES[split]} accuracy"
-    has_voters = num_members > 1 and not rows
-    rows.append((label, percent(test["accuracy"]) + _ENSEMBLE * (num_members > 1)))
-    if has_voters:
-        rows.append((voters, ", ".join(map(percent, test["member_accuracy"]))))
-    if "selected_epoch" in metrics:
-        epochs = metrics["selected_epoch"]
-        shown = ", ".join(map(str, epochs)) if isinstance(epochs, list) else epochs
-        images = (
-            "the validation split"
-            if split == "test"
-            else "these same images, so their metrics are too optimistic"
-        )
-        rows.append(("Kept weights", f"epoch {shown}, best on {images}"))
-    rows += _expected_rows(recipe)
-    rows += [*_metric_rows(metrics, num_members), *calibration_rows(metrics)]
-    return [*align(rows, METRIC_WIDTH), *_label_lines(metrics)]
-
-
-def _label_lines(metrics: Mapping[str, Any]) -> list[str]:
-    """Format the table of labels, if there are several per image."""
-    if LABELS not in metrics:
-        return []
-    values = metrics[LABELS]
-    note = label_table_note(values)
-    table = columns(label_table(values)[: NUM_SHOWN + 1], left=(0,))
-    return ["", *table, *([note] if note else []), ""]
-
-
 def filter_lines(titles: list[str], uses: Sequence[Any], norms: Sequence[Any]) -> list[str]:
     """Format active filters per convolution and the encoders' norms, for one run or two.
 
@@ -303,78 +259,7 @@ def _difference_lines(compared: Any, first: Any) -> list[str]:
     return lines
 
 
-def ensemble_lines(names: list[str], metrics: Mapping[str, Any]) -> list[str]:
-    """Format the metrics of several runs evaluated as one ensemble."""
-    split, test = final_metrics(metrics)
-    label = f"{SPLIT_NAMES[split]} accuracy"
-    rows = [(label, f"{percent(test['accuracy'])} (mean of the runs' logits)")]
-    members = test["member_accuracy"]
-    if LABELS in metrics:
-        rows = label_rows(metrics, SPLIT_NAMES[split], "Networks")
-        members = metrics[LABELS].get("member_mean_ap", ())
-        rows = [row for row in rows if row[0] != "Networks"]
-    rows += list(zip(names, map(percent, members), strict=False))
-    return [*align([*rows, *_metric_rows(metrics, len(names))]), *_label_lines(metrics)]
-
-
-def _metric_rows(metrics: Mapping[str, Any], num_members: int) -> list[tuple[str, str]]:
-    split, test = final_metrics(metrics)
-    rows = []
-    for metric in LISTED_METRICS:
-        if metric.name == "accuracy":  # the caller adds this row
-            continue
-        is_hidden = metric.min_classes > 2 or (metric.compares_members and num_members == 1)
-        if metric.name in test:
-            rows.append((metric.title, metric.format.value(test[metric.name])))
-        elif metric.name in test.get("absent", {}) and not is_hidden:
-            rows.append((metric.title, f"undefined: {test['absent'][metric.name]}"))
-    rows += _interval_rows(metrics)
-    absent = metrics.get("absent", {})
-    if averaged := metrics.get(f"{split}_mean_probabilities"):
-        text = _main_values(averaged)
-        rows.append(("Mean probabilities", f"{text} (instead of the mean of the logits)"))
-    for name, label, origin in _CALIBRATIONS:
-        if name in absent:
-            rows.append((label, f"undefined: {absent[name]}"))
-        elif name in metrics:
-            rows.append((label, _calibrated_text(metrics[name], origin)))
-            if warning := temperature_warning(metrics[name]):
-                rows.append(("", warning))
-    return rows
-
-
-def _interval_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Format the 95 % confidence intervals of the main metrics."""
-    if "intervals" not in metrics:
-        return []
-    parts = [
-        f"{metric.label} {metric.format.value(low)} to {metric.format.value(high)}"
-        for metric in MAIN_METRICS
-        if metric.name in metrics["intervals"]
-        for low, high in [metrics["intervals"][metric.name]]
-    ]
-    return [("95 % CI", f"{', '.join(parts)} (bootstrap)")]
-
-
-def _calibrated_text(values: Mapping[str, Any], origin: str) -> str:
-    temperatures = values.get("temperatures", [values.get("temperature")])
-    shown = " and ".join(f"{t:.3f}" for t in temperatures)
-    plural = "s" * (len(temperatures) > 1)
-    return f"{_main_values(values)} at temperature{plural} {shown}, {origin}"
-
-
-def _main_values(values: Mapping[str, Any]) -> str:
-    """Format those of the main metrics that are among the values, in one line."""
-    present = [metric for metric in MAIN_METRICS if metric.name in values]
-    return ", ".join(f"{each.label} {each.format.value(values[each.name])}" for each in present)
-
-
 _INCOMPLETE = ("Missing", "Skipped", "Left out", "Changed")
-_ENSEMBLE = " (ensemble, mean of the logits)"
-_CALIBRATIONS = (
-    ("calibrated", "Calibrated", "fitted on the validation split"),
-    ("cross_fitted", "Cross-fitted", "each fitted on the other half of these images, as published"),
-)
 
 
 def _brief(value: Any) -> str:
