@@ -133,7 +133,7 @@ def test_to_fp16_and_to_bf16(make, monkeypatch, change, dtype):
     learn = change(make(cbs=[recorder]))
     core_dtypes = set()
     handle = learn.model.core.register_forward_hook(lambda *args: core_dtypes.add(args[2].dtype))
-    learn.fit_one_cycle(4, 0.05)
+    learn.fit_one_cycle(6, 0.05)
     handle.remove()
     assert core_dtypes == {dtype}
     assert recorder.dtypes == {
