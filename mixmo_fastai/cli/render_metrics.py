@@ -16,8 +16,6 @@ from mixmo_fastai.metrics.label_results import (
 )
 from mixmo_fastai.metrics.table import LISTED_METRICS, MAIN_METRICS, MetricSpec, percent
 
-_BRIEF = ("nll", "ece", "disagreement")
-"""Metrics that are shown after a training, beside the accuracy."""
 _ENSEMBLE = " (ensemble, mean of the logits)"
 _CALIBRATIONS = (
     ("calibrated", "Calibrated", "fitted on the validation split"),
@@ -77,7 +75,7 @@ def ensemble_lines(names: list[str], metrics: Mapping[str, Any]) -> list[str]:
 
 def _brief_rows(metrics: Mapping[str, Any], num_members: int) -> list[tuple[str, str]]:
     """Format the main metrics, and one line on calibration."""
-    listed = [metric for metric in LISTED_METRICS if metric.name in _BRIEF]
+    listed = [metric for metric in LISTED_METRICS if not metric.is_detail]
     rows = _value_rows(metrics, num_members, listed) + _interval_rows(metrics)
     calibration = metrics.get("calibration")
     if calibration and calibration.get("temperature") is None:

@@ -108,6 +108,7 @@ class MetricSpec:
             images themselves, as NAME_calibrated.
         corrupted_name: name of its mean over corrupted images, for which it must be defined
             whatever the logits; "" if it is not computed on them.
+        is_detail: the metric is printed by `mixmo eval`, but not at the end of a training.
 
     Raises:
         InputError: an argument is not one of `INPUTS`, or a metric that is computed from the
@@ -128,6 +129,7 @@ class MetricSpec:
     after_scaling: bool = False
     at_optimum: bool = False
     corrupted_name: str = ""
+    is_detail: bool = False
 
     def __post_init__(self) -> None:
         needs_ensemble_alone = (
@@ -228,6 +230,7 @@ METRICS = (
         PERCENT,
         "mixmo_fastai.metrics.accuracy:top5",
         min_classes=6,
+        is_detail=True,
     ),
     MetricSpec(
         "nll",
@@ -247,6 +250,7 @@ METRICS = (
         DECIMAL,
         "mixmo_fastai.metrics.calibration:brier",
         after_scaling=True,
+        is_detail=True,
     ),
     MetricSpec(
         "ece",
@@ -265,6 +269,7 @@ METRICS = (
         "the same per class, bins of equal mass, above 0.001",
         PERCENT,
         "mixmo_fastai.metrics.calibration:thresholded_adaptive_calibration_error",
+        is_detail=True,
     ),
     MetricSpec(
         "failure_auroc",
@@ -273,6 +278,7 @@ METRICS = (
         PERCENT,
         "mixmo_fastai.metrics.selective:failure_auroc",
         ("confidence", "correct"),
+        is_detail=True,
     ),
     MetricSpec(
         "aurc",
@@ -281,6 +287,7 @@ METRICS = (
         PERCENT,
         "mixmo_fastai.metrics.selective:aurc",
         ("confidence", "correct"),
+        is_detail=True,
     ),
     *(
         MetricSpec(
@@ -291,6 +298,7 @@ METRICS = (
             "mixmo_fastai.metrics.selective:risk_at_coverage",
             ("confidence", "correct"),
             {"coverage": coverage / 100},
+            is_detail=True,
         )
         for coverage in COVERAGES
     ),
@@ -311,6 +319,7 @@ METRICS = (
         "mixmo_fastai.metrics.diversity:ratio_error",
         ("member_logits", "labels"),
         compares_members=True,
+        is_detail=True,
     ),
     MetricSpec(
         "disagreement",
@@ -329,6 +338,7 @@ METRICS = (
         "mixmo_fastai.metrics.diversity:mutual_information",
         ("member_logits",),
         compares_members=True,
+        is_detail=True,
     ),
 )
 """All metrics, in the order of `evaluate_logits`."""
