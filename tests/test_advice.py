@@ -83,7 +83,7 @@ def test_too_few_images_seen_takes_precedence():
 
 def test_settings_for_short_trainings_need_fewer_images():
     rows = history(linear_decrease(2.0, 1.0))
-    flags = "--repeat 2 --set mix.early_repetition=1 --set mix.early_span=0.6"
+    flags = "--repeat 2 --epochs 80 --set mix.early_repetition=1 --set mix.early_span=0.6"
     assert f"2 members with {flags} (" in advise(MIXMO, rows, images_seen=600_000)
     assert "mix." not in advise(MIXMO, rows, images_seen=599_000)
     short = ["mix.batch_repetitions=2", "mix.early_repetition=1", "mix.early_span=0.6"]
@@ -96,6 +96,11 @@ def test_settings_for_short_trainings_need_fewer_images():
         "otherwise --members 1 is usually more accurate"
     )
     assert flags not in members_advice(MIXMO, need, 500_000)
+    narrow = override(MIXMO, ["model.arch=wrn16_2"])
+    need = unmet_requirement(narrow, 700_000)
+    assert "mix." not in members_advice(narrow, need, 700_000)  # would not be enough
+    twice = override(MIXMO, ["mix.batch_repetitions=2"])
+    assert "with --set mix.early" in advise(twice, rows, images_seen=600_000)
 
 
 def test_too_few_images_lead_to_one_member():

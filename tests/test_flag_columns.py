@@ -153,6 +153,28 @@ class TestOneLabelPerImage:
             read_label_table(path, TableColumns(delimiter="none"))
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"label": ","}, "which column holds the labels?"),
+        ({"label": "cat,owl"}, "data.label_column: .* has no column 'owl'"),
+        ({"path": "path,cat"}, "data.path_column: .* has no column 'path,cat'"),
+        ({"split": "cat,dog"}, "data.split_column: .* has no column 'cat,dog'"),
+        ({"group": "cat,note"}, "data.group_column: .* has no column 'cat,note'"),
+    ],
+)
+def test_only_labels_may_be_in_several_columns(folder, given, message):
+    with pytest.raises(InputError, match=message):
+        read_label_table(write(folder, rows()), TableColumns(**given))
+
+
+@pytest.mark.parametrize("name", ["cat,", "cat,cat", " cat ,"])
+def test_one_column_may_be_written_as_a_list(folder, name):
+    table = read_label_table(write(folder, rows()), TableColumns(label=name))
+    assert table.columns.label == "cat"
+    assert table.notes
+
+
 def test_column_without_images_is_named(folder):
     table = rows([tuple(name for name in of if name != "dog") for of in TAGS])
     found = read_label_table(write(folder, table))

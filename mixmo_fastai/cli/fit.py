@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +10,7 @@ import typer
 
 from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output
-from mixmo_fastai.cli.plan import epochs_done, print_next_steps, print_plan
+from mixmo_fastai.cli.plan import epochs_done, print_next_steps, print_plan, timing_announced
 from mixmo_fastai.cli.render import METRIC_WIDTH, align
 from mixmo_fastai.cli.render_metrics import metric_lines
 from mixmo_fastai.config.recipe import Recipe
@@ -191,7 +190,7 @@ def _start(
         from mixmo_fastai.training.train import describe_run
 
         check_optimizer_settings(prepared.learn.opt_func, prepared.recipe.lr)
-        announce = _timing_announced(output)
+        announce = timing_announced(output)
         threaded, threads = choose_threads(prepared, announce=announce)
         training, times = choose_precision(threaded, announce)
         measured = {"chosen_threads": threads, "measured_precision": times}
@@ -203,16 +202,6 @@ def _start(
         with _errors_logged(run, nets):
             speed = print_plan(training, output, run, nets=nets, threads=threads)
             _train(training, run, loggers, output, speed, nets=nets, resume=False)
-
-
-def _timing_announced(output: Output) -> Callable[[], None]:
-    """Return a function that says once that steps are timed."""
-
-    @cache
-    def announce() -> None:
-        output.print("Timing training steps, to choose the fastest settings …")
-
-    return announce
 
 
 def _make_folder(training: Any, out: Path | None, measured: Mapping[str, Any]) -> Path:
@@ -251,7 +240,7 @@ def _resume(
         output.run = run = RunFolder(run.path, is_writer=is_rank0)
         with _errors_logged(run, nets):
             left = 1 - epochs_done(run, recipe, nets) / (recipe.train.epochs * len(run.networks()))
-            announce = _timing_announced(output)
+            announce = timing_announced(output)
             training, threads = keep_threads(prepared, run.environment(), left, announce)
             speed = print_plan(training, output, run, resume=True, nets=nets, threads=threads)
             _print_networks(run, output)

@@ -7,7 +7,7 @@ import typer
 
 from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output
-from mixmo_fastai.cli.plan import threads_lines
+from mixmo_fastai.cli.plan import threads_lines, timing_announced
 from mixmo_fastai.cli.render import columns, setup_lines
 from mixmo_fastai.config.methods import method_name, run_label
 from mixmo_fastai.config.recipe import Recipe
@@ -117,7 +117,7 @@ def _search(
         prepared = prepare(recipe, data_dir)
     steps, start, end = (search_range[name] for name in ("num_steps", "start", "end"))
     fraction = steps * prepared.recipe.train.batch_size / prepared.images_seen
-    training, threads = choose_threads(prepared, fraction)
+    training, threads = choose_threads(prepared, fraction, timing_announced(output))
     for line in [*setup_lines(training), *threads_lines(threads)]:
         output.print(line)
     output.print(f"Testing learning rates from {start:g} to {end:g} in {steps} steps …")

@@ -2,8 +2,9 @@
 
 import csv
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import cache
 from typing import Any
 
 from mixmo_fastai.cli.console import Output
@@ -97,6 +98,16 @@ def _precision_lines(training: Any, run: RunFolder, *, resume: bool) -> list[str
     else:
         text = f"float32; bfloat16 was measured to be only {ratio:.2f} times as fast"
     return [_row("Precision", f"{text}; change with --precision")]
+
+
+def timing_announced(output: Output) -> Callable[[], None]:
+    """Return a function that says once that steps are timed."""
+
+    @cache
+    def announce() -> None:
+        output.print("Timing training steps, to choose the fastest settings …")
+
+    return announce
 
 
 def threads_lines(choice: Any) -> list[str]:

@@ -82,7 +82,7 @@ def _brief_rows(metrics: Mapping[str, Any], num_members: int) -> list[tuple[str,
         return rows + calibration_rows(metrics)[:1]
     name, label, origin = _CALIBRATIONS[0 if calibration else 1]
     if name in metrics:
-        rows.append((label, _calibrated_text(metrics[name], origin)))
+        rows += _calibrated_rows(metrics[name], label, origin)
     return rows
 
 
@@ -97,9 +97,7 @@ def _metric_rows(metrics: Mapping[str, Any], num_members: int) -> list[tuple[str
         if name in absent:
             rows.append((label, f"undefined: {absent[name]}"))
         elif name in metrics:
-            rows.append((label, _calibrated_text(metrics[name], origin)))
-            if warning := temperature_warning(metrics[name]):
-                rows.append(("", warning))
+            rows += _calibrated_rows(metrics[name], label, origin)
     return rows
 
 
@@ -141,6 +139,12 @@ def _label_lines(metrics: Mapping[str, Any]) -> list[str]:
     note = label_table_note(values)
     table = columns(label_table(values)[: NUM_SHOWN + 1], left=(0,))
     return ["", *table, *([note] if note else []), ""]
+
+
+def _calibrated_rows(values: Mapping[str, Any], label: str, origin: str) -> list[tuple[str, str]]:
+    """Format metrics after calibration, with a warning if the temperature is uncertain."""
+    warning = temperature_warning(values)
+    return [(label, _calibrated_text(values, origin)), *([("", warning)] if warning else [])]
 
 
 def _calibrated_text(values: Mapping[str, Any], origin: str) -> str:

@@ -250,7 +250,7 @@ def _find_columns(features: Mapping[str, Any], columns: TableColumns, dataset: s
             f"{dataset} needs a column of lists."
         )
     given = {"path": columns.path, "label": columns.label, "group": columns.group}
-    check_columns(given, features, dataset)
+    check_columns(given.items(), features, dataset)
     images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
     image = given["path"] or next(iter(images), "")
     if image not in images:

@@ -3,7 +3,7 @@
 Columns are found by their names in `COLUMN_NAMES`, ignoring case, and by what they hold.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
@@ -85,8 +85,14 @@ def find_columns(table: TextTable, columns: TableColumns, finder: FileFinder) ->
             f"{table.path}, line 1 names the image {images[0]!r} instead of the columns.\n"
             "Add a first line such as: path,label"
         )
-    check_columns(given, table.header, str(table.path))
-    used = [name for text in given.values() for name in split_names(text, table.header) if name]
+    labels = split_names(given["label"], table.header)
+    others = [(meaning, name) for meaning, name in given.items() if meaning != "label"]
+    pairs = [*others, *(("label", name) for name in labels)]
+    check_columns(pairs, table.header, str(table.path))
+    if given["label"] and not labels:
+        raise missing_column("label", table.header, str(table.path))
+    given["label"] = join_names(labels) if len(labels) > 1 else labels[0]
+    used = [name for _, name in pairs if name]
     for meaning in ("split", "group", "path", "label"):
         if not given[meaning]:
             guess = _guess(table, meaning, used, finder)
@@ -103,19 +109,18 @@ def find_columns(table: TextTable, columns: TableColumns, finder: FileFinder) ->
     return replace(columns, **given, delimiter=delimiter)
 
 
-def check_columns(given: Mapping[str, str], columns: Collection[str], where: str) -> None:
+def check_columns(given: Iterable[tuple[str, str]], columns: Collection[str], where: str) -> None:
     """Check that the columns which were given exist.
 
     Args:
-        given: names by meaning, some of them "" or "none"; several are separated by commas.
+        given: meaning and name of each column; a name may be "" or "none".
         columns: the columns that exist.
         where: the data, for messages.
 
     Raises:
         InputError: one does not.
     """
-    texts = ((meaning, split_names(text, columns)) for meaning, text in given.items())
-    for meaning, name in ((meaning, name) for meaning, names in texts for name in names):
+    for meaning, name in given:
         if name and name != NONE and name not in columns:
             guess = nearest(name, columns)
             hint = f" Did you mean {guess!r}?" if guess else ""

@@ -75,8 +75,8 @@ def members_advice(recipe: Recipe, requirement: str, images_seen: int) -> str:
         images_seen: number of images seen by one network in training.
     """
     text = f"{recipe.model.num_members} members need {requirement}"
-    if _short_settings_help(recipe, images_seen):
-        text += f", or {_short_flags()}"
+    if narrow_network(recipe) is None and _short_settings_help(recipe, images_seen):
+        text += f", or {_short_flags(recipe)}"
     return f"{text}; otherwise --members 1 is usually more accurate"
 
 
@@ -84,7 +84,7 @@ def _size_advice(recipe: Recipe, images_seen: int) -> str:
     """Return the advice after a training that was too small for several members."""
     members, changes = recipe.model.num_members, []
     if _short_settings_help(recipe, images_seen):
-        changes.append(_short_flags())
+        changes.append(_short_flags(recipe))
     elif images_seen < (required := min_images_seen(recipe)):
         epochs = math.ceil((recipe.train.epochs or 1) * required / max(images_seen, 1))
         if epochs * recipe.mix.batch_repetitions > MAX_VIEWS:
@@ -104,13 +104,17 @@ def _short_settings_help(recipe: Recipe, images_seen: int) -> bool:
     return is_between and not has_short_settings(recipe)
 
 
-def _short_flags() -> str:
-    """Return the flags of `SHORT_SETTINGS`."""
-    mix = SHORT_SETTINGS
-    return (
-        f"--repeat {mix['batch_repetitions']} --set mix.early_repetition="
-        f"{mix['early_repetition']:g} --set mix.early_span={mix['early_span']:g}"
+def _short_flags(recipe: Recipe) -> str:
+    """Return the flags of `SHORT_SETTINGS`, and the epochs that show as many images as before."""
+    short, repetitions = SHORT_SETTINGS, recipe.mix.batch_repetitions
+    flags = (
+        f"--set mix.early_repetition={short['early_repetition']:g} "
+        f"--set mix.early_span={short['early_span']:g}"
     )
+    if repetitions <= short["batch_repetitions"]:
+        return flags
+    epochs = math.ceil((recipe.train.epochs or 1) * repetitions / short["batch_repetitions"])
+    return f"--repeat {short['batch_repetitions']} --epochs {epochs} {flags}"
 
 
 def _overfitting_advice(recipe: Recipe) -> str:
