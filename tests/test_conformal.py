@@ -53,6 +53,21 @@ def test_scores_equal_the_oracle(name):
     np.testing.assert_allclose(SCORES[name](probabilities).numpy(), expected, atol=1e-12)
 
 
+@pytest.mark.parametrize("num_classes", [5, 20, 100])  # torch sorts few classes stably in any case
+def test_equal_probabilities_are_in_the_order_of_the_classes(num_classes):
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randint(1, 4, (30, num_classes), generator=generator).double()
+    probabilities = weights / weights.sum(dim=1, keepdim=True)
+    aps, raps = SCORES["aps"](probabilities), SCORES["raps"](probabilities)
+    for row, scores, penalised in zip(probabilities.tolist(), aps, raps, strict=True):
+        order = sorted(range(num_classes), key=lambda label: -row[label])  # is stable
+        for rank, label in enumerate(order):
+            total = sum(row[each] for each in order[:rank])
+            assert scores[label] == pytest.approx(total, abs=1e-5)
+            penalty = RAPS_PENALTY * max(0, rank + 1 - RAPS_FREE_RANKS)
+            assert penalised[label] == pytest.approx(total + penalty, abs=1e-5)
+
+
 @pytest.mark.parametrize("per_class", [False, True])
 @pytest.mark.parametrize("name", SCORES)
 def test_sets_equal_the_oracle(name, per_class):
