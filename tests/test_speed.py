@@ -131,11 +131,12 @@ def simulated_timer(monkeypatch):
     monkeypatch.setattr(speed_module.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: synchronised.append(device.type))
 
-    def run(seconds, device="cpu"):
+    def run(seconds, device="cpu", start=0.0):
         timer = StepTimer()
         timer.learn = SimpleNamespace(loss=SimpleNamespace(device=torch.device(device)))
-        timer.before_fit()
+        now[0] += start
         for step in range(1000):
+            timer.before_batch()
             now[0] += seconds(step)
             try:
                 timer.after_batch()
@@ -150,6 +151,12 @@ def test_warmup_steps_are_not_counted(simulated_timer):
     timer, num_steps = simulated_timer.run(lambda step: 0.9 if step < WARMUP_STEPS else 0.1)
     assert timer.seconds / timer.steps == pytest.approx(0.1)
     assert num_steps <= WARMUP_STEPS + 7
+
+
+def test_start_of_worker_processes_is_not_counted(simulated_timer):
+    timer, num_steps = simulated_timer.run(lambda step: 0.1, start=30.0)
+    assert timer.seconds / timer.steps == pytest.approx(0.1)
+    assert num_steps > WARMUP_STEPS
 
 
 def test_number_of_fast_steps_is_limited(simulated_timer):

@@ -141,14 +141,16 @@ class TestFile:
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_studies_of_docs_and_examples_are_valid(tmp_path):
+def test_studies_of_docs_and_examples_are_valid(tmp_path, monkeypatch):
     (tmp_path / "images").mkdir()
     (text,) = blocks(TEXTS[STUDY], "toml")
     examples = [
         (ROOT / "examples" / f"{name}.toml").read_text(encoding="utf-8")
-        for name in ("small_cifar10", "small_cifar10_sooner")
+        for name in ("small_cifar10", "small_cifar10_sooner", "fine_tune")
     ]
-    for content, num_runs in ((text, 18), (examples[0], 27), (examples[1], 66)):
+    (tmp_path / "lite0.safetensors").touch()
+    monkeypatch.chdir(tmp_path)
+    for content, num_runs in zip((text, *examples), (18, 27, 66, 24), strict=True):
         (tmp_path / "study.toml").write_text(content)
         study = read_study(tmp_path / "study.toml", str(tmp_path / "images"))
         assert len(study.runs) == num_runs

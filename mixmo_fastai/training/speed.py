@@ -101,10 +101,12 @@ class StepTimer(Callback):
         self.warmup_steps, self.steps, self.seconds = warmup_steps, -warmup_steps, 0.0
         self.max_steps, self.long_warmup = max_steps, long_warmup
         self.timed_seconds = TIMED_SECONDS if timed_seconds is None else timed_seconds
+        self.started_at: float | None = None
 
-    def before_fit(self) -> None:
-        """Start the clock."""
-        self.started_at = time.perf_counter()
+    def before_batch(self) -> None:
+        """Start the clock with the first batch: starting worker processes is not part of a step."""
+        if self.started_at is None:
+            self.started_at = time.perf_counter()
 
     def after_batch(self) -> None:
         """Count a step; end the fit when enough steps are timed."""
