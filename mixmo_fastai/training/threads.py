@@ -202,9 +202,9 @@ def _compare(
     if len(numbers) == 1:
         return None
     plain = replace(training.acceleration, compiled=False)
-    seconds = fraction * expected_seconds(training)
+    seconds, images = fraction * expected_seconds(training), fraction * training.images_seen
     if seconds < MIN_RUN_SECONDS:
-        if seconds < MIN_PROBED_SECONDS or not _is_slow(training, plain, fraction):
+        if seconds < MIN_PROBED_SECONDS or not _is_slow(training, plain, seconds, images):
             return None
         seconds = MIN_RUN_SECONDS
     settings = [replace(plain, threads=number) for number in numbers]
@@ -213,18 +213,24 @@ def _compare(
     )
 
 
-def _is_slow(training: Training, settings: Acceleration, fraction: float) -> bool:
-    """Check by a few timed steps whether a run will take `MIN_RUN_SECONDS` all the same."""
+def _is_slow(training: Training, settings: Acceleration, expected: float, images: float) -> bool:
+    """Check by a few timed steps whether a run will take `MIN_RUN_SECONDS` all the same.
+
+    Args:
+        training: the run.
+        settings: those of the timed steps.
+        expected: duration by the operations, in seconds.
+        images: number of images that the run will see.
+    """
     copies = training.recipe.mix.batch_repetitions
-    share = PROBE_SECONDS / 4 / expected_seconds(training)  # of the run, in each step
-    size = max(smallest_size(copies), int(share * training.images_seen / copies))
+    share = PROBE_SECONDS / 4 / expected  # of the run, in each step
+    size = max(smallest_size(copies), int(share * images / copies))
     size = min(training.recipe.loader_batch_size, size)
     timer = StepTimer(1, PROBE_SECONDS, long_warmup=PROBE_SECONDS)
     seconds = measure_on_copy(
         training, lambda: time_steps(copy_for_timing(training, size), settings, timer)
     )
-    steps = fraction * training.images_seen / (size * copies)
-    return seconds is not None and steps * seconds >= MIN_RUN_SECONDS
+    return seconds is not None and images / (size * copies) * seconds >= MIN_RUN_SECONDS
 
 
 def _measured(
