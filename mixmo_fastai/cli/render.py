@@ -8,11 +8,7 @@ from mixmo_fastai.config.methods import expected_label, expected_result, method_
 from mixmo_fastai.config.recipe import Mix, Recipe
 from mixmo_fastai.config.resolve import changed_settings
 from mixmo_fastai.config.schema import to_mapping
-from mixmo_fastai.metrics.table import (
-    MAIN_METRICS,
-    percent,
-    round_percent,
-)
+from mixmo_fastai.metrics.table import MAIN_METRICS, percent, round_percent
 from mixmo_fastai.runtime.text import duration
 
 PLAN_WIDTH, METRIC_WIDTH = len("Validation"), len("Validation accuracy")
