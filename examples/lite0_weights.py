@@ -41,4 +41,5 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", default="lite0.safetensors", help="file to write")
-    save_file(lite0_weights(), parser.parse_args().out)
+    options = parser.parse_args()
+    save_file(lite0_weights(), options.out)
