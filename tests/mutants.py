@@ -11,10 +11,15 @@ tests that execute its line, or with `--survivors` by all tests of the files. A 
 its time limit or ends its process counts as noticed.
 
 `mutants.toml` also lists equivalent mutants, which no test could notice, with the reason; they are
-run too, and counted as equivalent if they survive. Results are appended to `--results`, one line of
-JSON each. A mutant with a result is not run again unless its line, its function or its module is
-edited or renamed; to run all again, remove the file. The exit status is 1 if the mutants that were
-run and are not equivalent are noticed less often than in 95 % of cases.
+run too, and counted as equivalent if they survive. An entry that describes no mutant, or more than
+it says, is an error.
+
+Results are appended to `--results`, one line of JSON each. A mutant with a result is run again
+after an edit of its module or of the tests: of the file of the test that noticed it, or, if it
+survived, of any file that `mutants.toml` lists for the module; in both cases also of what these
+files import from `tests/`. Edits of other modules of the package do not count; to run all again,
+remove the file. The exit status is 1 if the mutants that were run and are not equivalent are
+noticed less often than in 95 % of cases.
 
 Existing tools were too slow or incomplete: mutmut skips decorated functions, default values and
 module constants, and changes strings of messages; cosmic-ray starts a process per mutant, in which
@@ -36,17 +41,23 @@ import signal
 import sys
 import tempfile
 import time
-import tomllib
 import traceback
 from collections import Counter, defaultdict
 from contextlib import suppress
 from pathlib import Path
 
+from mutant_records import (
+    PACKAGE,
+    SETTINGS,
+    TESTS,
+    check_equivalents,
+    digest,
+    equivalents_of,
+    mutations_of,
+    read_results,
+)
 from mutations import find_mutations
 
-TESTS = Path(__file__).resolve().parent
-PACKAGE = TESTS.parent / "mixmo_fastai"
-SETTINGS = tomllib.loads((TESTS / "mutants.toml").read_text(encoding="utf-8"))
 GOAL = 0.95
 NO_TESTS_RUN = (4, 5)  # exit codes of pytest: wrong usage, nothing collected
 PRELOADED = ("torch", "torchvision", "fastai.vision.all", "hypothesis", "scipy.stats", "pytest")
@@ -247,25 +258,12 @@ def judge(module, index, tests, *, limit):
     }
 
 
-def is_equivalent(module, mutation):
-    """Whether `mutants.toml` lists a mutation as equivalent."""
-    return any(
-        (entry["module"], entry["line"]) == (module, mutation.line)
-        and mutation.change in entry["changes"]
-        for entry in SETTINGS["equivalent"]
-    )
-
-
-def mutations_of(module):
-    return find_mutations((PACKAGE / module).read_text(encoding="utf-8"))[1]
-
-
 def run_module(module, results, file, *, survivors_only):
     """Judge the mutants of a module that have no result; append the results to a file."""
-    wanted = []
+    wanted, equivalents = [], equivalents_of(module)
     for index, mutation in enumerate(mutations_of(module)):
         known = results.get((module, mutation.key), {}).get("outcome")
-        is_survivor = known == "survived" and not is_equivalent(module, mutation)
+        is_survivor = known == "survived" and mutation.key not in equivalents
         if is_survivor if survivors_only else known is None:
             wanted.append((index, mutation))
     if not wanted:
@@ -279,7 +277,8 @@ def run_module(module, results, file, *, survivors_only):
             selected = [*dict.fromkeys([*selected, *tests])]
         limit = 30 + 5 * sum(tests[test]["seconds"] for test in selected)
         result = judge(module, index, selected, limit=limit)
-        result = {"module": module, "key": mutation.key, "change": mutation.change, **result}
+        names = {"module": module, "key": mutation.key, "change": mutation.change}
+        result = {**names, **result, "files": digest(module, result["by"])}
         results[module, mutation.key] = result
         file.write(json.dumps(result) + "\n")
         file.flush()
@@ -290,17 +289,19 @@ def run_module(module, results, file, *, survivors_only):
 def summarize(modules, results):
     """Print a row per module; return the fraction noticed of mutants that are not equivalent."""
     print(f"\n{'module':28} mutants noticed equivalent survived not run  score")
-    totals = Counter()
+    totals, wrong = Counter(), []
     for module in modules:
-        counts = Counter()
+        counts, equivalents = Counter(), equivalents_of(module)
         for mutation in mutations_of(module):
             outcome = results.get((module, mutation.key), {}).get("outcome", "not run")
-            is_listed = outcome == "survived" and is_equivalent(module, mutation)
-            kind = "equivalent" if is_listed else outcome.partition(":")[0]
-            counts[kind] += 1
+            kind, is_listed = outcome.partition(":")[0], mutation.key in equivalents
+            counts["equivalent" if is_listed and kind == "survived" else kind] += 1
+            wrong += [f"{module}: {mutation.key}"] if is_listed and kind == "noticed" else []
         print(_row(module, counts))
         totals += counts
     print(_row("all", totals))
+    if wrong:
+        print("Listed as equivalent, but noticed:", *wrong, sep="\n  ")
     judged = totals["noticed"] + totals["survived"]
     return totals["noticed"] / judged if judged else 1.0
 
@@ -322,11 +323,11 @@ def main():
     parser.add_argument("--results", type=Path, default=Path("mutants.jsonl"), metavar="FILE")
     options = parser.parse_args()
     modules = [m for m in SETTINGS["tests"] if re.search(options.only or "", m)]
-    results = {}
-    if options.results.exists():
-        for line in options.results.read_text().splitlines():
-            result = json.loads(line)
-            results[result["module"], result["key"]] = result
+    try:
+        check_equivalents()
+    except ValueError as error:
+        sys.exit(str(error))
+    results = read_results(options.results)
     if not options.summary:
         os.environ |= {"OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
         sys.path.insert(0, str(TESTS.parent))

@@ -1,9 +1,11 @@
 """The settings of `mutants.py`, and the mutations of a source text."""
 
 import ast
+import json
 
+import mutant_records
 import pytest
-from mutants import PACKAGE, SETTINGS, TESTS
+from mutant_records import PACKAGE, SETTINGS, TESTS
 from mutations import find_mutations
 
 
@@ -17,16 +19,90 @@ def test_modules_and_test_files_exist():
         assert all((TESTS / name).is_file() for name in files), module
 
 
-@pytest.mark.parametrize("module", sorted({e["module"] for e in SETTINGS["equivalent"]}))
-def test_each_equivalent_mutant_is_one_of_the_source(module):
-    assert module in SETTINGS["tests"]
-    mutations = find_mutations((PACKAGE / module).read_text(encoding="utf-8"))[1]
-    found = {(mutation.line, mutation.change) for mutation in mutations}
-    for entry in SETTINGS["equivalent"]:
-        if entry["module"] == module:
-            assert entry["reason"]
-            for change in entry["changes"]:
-                assert (entry["line"], change) in found
+def test_each_equivalent_mutant_is_one_of_the_source():
+    mutant_records.check_equivalents()
+    assert all(entry["reason"] for entry in SETTINGS["equivalent"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        ({}, "expected 1 got 2"),
+        ({"count": 2}, [0, 1]),
+        ({"count": 2, "occurrences": [1]}, [1]),
+        ({"scope": "g"}, [0]),
+        ({"scope": ""}, "expected 1 got 0"),
+        ({"line": "return 1"}, "expected 1 got 0"),
+        ({"changes": ["1 -> 3"], "count": 2}, "expected 2 got 0"),
+    ],
+)
+def test_an_equivalent_describes_an_exact_number_of_mutants_of_one_function(settings, found):
+    source = "def f(a):\n    if a:\n        b = 1\n    b = 1\ndef g():\n    b = 1\n"
+    mutations = find_mutations(source)[1]
+    entry = {"module": "m.py", "scope": "f", "line": "b = 1", "changes": ["1 -> 2"]} | settings
+    if isinstance(found, list):
+        keys = {f"{entry['scope']} | b = 1 | 1 -> 2 | {number}" for number in found}
+        assert mutant_records.equivalent_keys(mutations, [entry]) == keys
+    else:
+        _, expected, _, got = found.split()
+        with pytest.raises(ValueError, match=f"is {expected} mutants of m.py, but {got} match"):
+            mutant_records.equivalent_keys(mutations, [entry])
+
+
+def test_equivalents_of_a_module_without_tests_are_refused(monkeypatch):
+    monkeypatch.setitem(SETTINGS, "equivalent", [{"module": "other.py"}])
+    with pytest.raises(ValueError, match=r"equivalents of other\.py, but no tests"):
+        mutant_records.check_equivalents()
+
+
+@pytest.mark.parametrize(
+    ("edited", "kept"),
+    [
+        ("package/a.py", set()),
+        ("tests/conftest.py", set()),
+        ("tests/test_one.py", {"noticed by two"}),
+        ("tests/test_two.py", {"noticed by one"}),
+        ("tests/helper.py", {"noticed by one"}),  # imported by two
+        ("tests/inner.py", {"noticed by one"}),  # imported by the helper
+        ("tests/test_other.py", {"noticed by one", "noticed by two", "survived", "time limit"}),
+    ],
+)
+def test_results_are_kept_until_their_module_or_tests_are_edited(
+    monkeypatch, tmp_path, edited, kept
+):
+    texts = {
+        "package/a.py": "A = 1",
+        "tests/conftest.py": "",
+        "tests/test_one.py": "import a\n",
+        "tests/test_two.py": "import a\nfrom helper import b\n",
+        "tests/helper.py": "def b():\n    import inner\n",
+        "tests/inner.py": "",
+        "tests/test_other.py": "",
+    }
+    for name, text in texts.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(mutant_records, "PACKAGE", tmp_path / "package")
+    monkeypatch.setattr(mutant_records, "TESTS", tmp_path / "tests")
+    monkeypatch.setitem(SETTINGS, "tests", {"a.py": ["test_one.py", "test_two.py"]})
+    judges = {
+        "noticed by one": "tests/test_one.py::test_a",
+        "noticed by two": "tests/test_two.py::test_a[1]",
+        "survived": None,
+        "time limit": None,
+    }
+    digest = mutant_records.digest.__wrapped__
+    monkeypatch.setattr(mutant_records, "digest", digest)
+    file = tmp_path / "results"
+    lines = [
+        json.dumps({"module": "a.py", "key": key, "by": by, "files": digest("a.py", by)})
+        for key, by in judges.items()
+    ]
+    old = {"module": "a.py", "key": "of an earlier version", "by": None}
+    file.write_text("\n".join([*lines, json.dumps(old)]))
+    assert {key for _, key in mutant_records.read_results(file)} == set(judges)
+    (tmp_path / edited).write_text("edited")
+    assert {key for _, key in mutant_records.read_results(file)} == kept
 
 
 @pytest.mark.parametrize(
