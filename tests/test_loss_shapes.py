@@ -49,6 +49,17 @@ def test_flattening_losses_accept_a_column():
         MixMoLoss(MSELossFlat())(torch.rand(6, 3, 2), targets, torch.ones(6, 3))
 
 
+class SquaredError(nn.MSELoss):
+    """A custom loss with one of the two attributes of fastai's flattening losses."""
+
+    is_2d = True
+
+
+def test_a_custom_loss_that_does_not_flatten_must_not_broadcast():
+    with pytest.raises(InputError, match=r"predictions \(B, 1\) do not match targets \(B,\)"):
+        MixMoLoss(SquaredError())(torch.rand(6, 3, 1), torch.rand(6, 3), torch.ones(6, 3))
+
+
 class CustomAbsoluteError(nn.Module):
     def __init__(self, reduction="mean"):
         super().__init__()

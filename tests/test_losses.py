@@ -55,6 +55,22 @@ def test_soft_targets_equal_the_oracle(batch, base):
     assert ensemble == pytest.approx(np.mean(losses), rel=1e-5)
 
 
+class WithFlatteningAttribute(nn.CrossEntropyLoss):
+    """A custom loss with one of the two attributes of fastai's flattening losses."""
+
+    def __init__(self, attribute):
+        super().__init__()
+        setattr(self, attribute, True)
+
+
+@pytest.mark.parametrize("attribute", ["flatten", "is_2d"])
+def test_custom_losses_get_soft_targets_themselves(batch, attribute):
+    pred, _, weights = batch
+    soft = torch.rand(6, 3, 5).softmax(-1)
+    actual = MixMoLoss(WithFlatteningAttribute(attribute))(pred, soft, weights)
+    torch.testing.assert_close(actual, MixMoLoss()(pred, soft, weights))
+
+
 @pytest.mark.parametrize("base", BASES)
 def test_ensemble_loss_is_the_base_loss(batch, base):
     pred, targets, _ = batch

@@ -93,6 +93,14 @@ def test_member_with_an_empty_mask_keeps_its_label():
     assert own_weights.tolist() == [[0.0, 1.0]]
 
 
+def test_rounding_does_not_increase_label_weights_beyond_one():
+    lam = draw_lam(64, 2, 2.0, generator=generator())
+    masks, _ = draw_masks("linear", lam, (1, 8, 8), generator=generator())  # expanded
+    own_weights = own_label_weights(torch.ones(64, 2, 1, 8, 8), masks)
+    assert own_weights.max() == 1
+    assert own_weights.min() > 0.9999
+
+
 def test_loss_of_two_targets_equals_that_of_soft_targets():
     pred = torch.randn(6, 2, 5, generator=generator())
     first, second = torch.randint(5, (2, 6, 2), generator=generator())

@@ -108,7 +108,8 @@ def own_label_weights(msda_masks: Tensor, masks: Tensor) -> Tensor:
     pooled = pooled.reshape(*masks.shape[:2], 1, height, width)
     mask_means = masks.mean(dim=(2, 3, 4))
     own_weights = (pooled * masks).mean(dim=(2, 3, 4)) / mask_means
-    return torch.where(mask_means > 0, own_weights, 1.0).clamp(0, 1)
+    # Sums over an expanded mask, as of linear mixing, are rounded otherwise than over the product.
+    return torch.where(mask_means > 0, own_weights.clamp(max=1), 1.0)
 
 
 def make_own_image_dominant(draw: MsdaDraw, own_weights: Tensor) -> tuple[MsdaDraw, Tensor]:
