@@ -18,6 +18,7 @@ from mixmo_fastai.metrics.scaling import (
     temperature_scaling,
     vector_scaling,
 )
+from mixmo_fastai.rng import make_generator
 
 
 def draw(num_images, num_classes=4, seed=0):
@@ -89,6 +90,20 @@ def test_cross_scaling_fits_on_other_images(method):
     assert int(different.sum()) == pytest.approx(203 * (1 - 1 / NUM_FOLDS), abs=2)
     assert nll(scaled, labels) < nll(logits, labels)
     assert nll(scaled, labels) > nll(fit_scaling(logits, labels, method)(logits), labels)
+
+
+def test_fifths_do_not_change_between_versions():
+    """The NLL of a calibration that was stored can be computed again."""
+    logits, labels = draw(58)
+    order = torch.randperm(58, generator=make_generator(0, "folds")).tolist()
+    wrong = [i for i in order if int(logits[i].argmax()) != int(labels[i])]
+    order = [*(i for i in order if i not in wrong), *wrong]
+    scaled = cross_scaled(logits, labels)
+    for number in range(5):
+        others = [i for position, i in enumerate(order) if position % 5 != number]
+        fold = order[number::5]
+        scaling = fit_scaling(logits[others], labels[others])
+        torch.testing.assert_close(scaled[fold], scaling(logits[fold]))
 
 
 def test_cross_validation_spreads_the_errors():

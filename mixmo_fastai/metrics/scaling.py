@@ -190,8 +190,8 @@ def cross_scaled(logits: Tensor, labels: Tensor, method: str = "temperature") ->
     """
     logits = logits.detach().double()
     order = torch.randperm(len(labels), generator=make_generator(0, "folds"))
-    is_wrong = logits.argmax(dim=1) != labels
-    order = order[is_wrong[order].long().argsort(stable=True)]
+    is_correct = (logits.argmax(dim=1) == labels)[order]
+    order = torch.cat([order[is_correct], order[~is_correct]])
     scaled = torch.empty_like(logits)
     folds = [order[number::NUM_FOLDS] for number in range(NUM_FOLDS)]
     for number, fold in enumerate(folds):
