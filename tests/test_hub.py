@@ -309,6 +309,10 @@ class TestWrongUse:
         (folder / "config.json").write_text(json.dumps({**config, "classes": ["one"]}))
         with pytest.raises(InputError, match="Impossible configuration"):
             FusedClassifier.from_pretrained(folder)
+        for labels in ({}, [0.5], "all", {"thresholds": 0.5}):
+            (folder / "config.json").write_text(json.dumps({**config, "labels": labels}))
+            with pytest.raises(InputError, match="Impossible configuration"):
+                FusedClassifier.from_pretrained(folder)
         (folder / "config.json").write_text(json.dumps({"model_type": "mixmo"}))
         with pytest.raises(InputError, match=r"mixed/config\.json has no 'architecture'"):
             FusedClassifier.from_pretrained(folder)

@@ -64,7 +64,7 @@ def test_short_runs_and_unknown_operations_are_not_measured(monkeypatch):
     assert measure_precisions(training) is None
     assert choose_precision(training) == (training, None)
     monkeypatch.setattr(precision, "MIN_RUN_SECONDS", 0.0)
-    monkeypatch.setattr(trials, "training_operations", lambda *_: None)
+    monkeypatch.setattr(speed, "operations_per_image", lambda _: None)
     assert measure_precisions(training) is None
 
 
@@ -87,7 +87,7 @@ def test_measuring_takes_at_most_two_percent_of_the_expected_time(monkeypatch, p
     """The simulated machine is as fast as assumed, so that times follow from the operations."""
     monkeypatch.setattr(precision, "MIN_RUN_SECONDS", 1.0)
     training = replace(prepared, recipe=override(prepared.recipe, [f"train.epochs={epochs}"]))
-    operations = trials.training_operations(training.learn.model, (1, 8, 8))
+    operations = speed.operations_per_image(training)
     rate = speed.CPU_THREAD_FLOPS * torch.get_num_threads()
     seconds, sizes = 0.0, []
 

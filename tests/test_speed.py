@@ -22,6 +22,7 @@ from mixmo_fastai.training.speed import (
     training_operations,
 )
 from mixmo_fastai.training.train import train
+from mixmo_fastai.training.trials import expected_seconds
 
 KINDS = {
     "plain": [],
@@ -81,6 +82,20 @@ def test_long_steps_are_estimated_without_timing(monkeypatch):
     assert not speed.is_timed
     operations = training_operations(training.learn.model, (1, 8, 8))
     assert speed.images_per_second == pytest.approx(1e6 * torch.get_num_threads() / operations)
+
+
+def test_operations_are_counted_once(monkeypatch):
+    counted, count = [], speed_module.training_flops
+    monkeypatch.setattr(
+        speed_module,
+        "training_flops",
+        lambda *args, **more: counted.append(1) or count(*args, **more),
+    )
+    training = prepare(override(TINY, ["train.epochs=1000"]))
+    assert speed_module.planned_size(training, 0.0, rate=1e9) == 0
+    assert expected_seconds(training) > 0
+    measure_speed(training)
+    assert len(counted) == 1
 
 
 @pytest.mark.slow

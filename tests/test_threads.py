@@ -10,6 +10,7 @@ import torch
 from short_runs import Watch, assert_same, fit
 from training_states import TINY, assert_unchanged, state_of
 
+from mixmo_fastai.cli.plan import threads_text
 from mixmo_fastai.cli.program import run as program
 from mixmo_fastai.config.load import override, recipe_from_mapping
 from mixmo_fastai.errors import InputError
@@ -21,6 +22,7 @@ from mixmo_fastai.runtime.cpus import AFFINITY, ALL, OPENMP, QUOTA, CpuLimit
 from mixmo_fastai.runtime.signals import InterruptedBySignal, StopRequest
 from mixmo_fastai.training import precision, threads, trials
 from mixmo_fastai.training.prepare import prepare
+from mixmo_fastai.training.speed import operations_per_image
 from mixmo_fastai.training.threads import ThreadChoice, choose_threads, keep_threads
 from mixmo_fastai.training.train import train
 from mixmo_fastai.training.trials import StepTimes
@@ -149,6 +151,8 @@ class TestChoice:
         monkeypatch.setattr(threads, "copy_for_timing", lambda _, size: sizes.append(size))
         sizes = []
         training = prepare(override(TINY, ["data.limit=0", "train.batch_size=512"]))
+        rate = operations_per_image(training) * training.images_seen / expected
+        monkeypatch.setattr(threads, "assumed_rate", lambda _: rate)
         _, why = choose_threads(training, fraction)
         assert why.threads == (1 if compared else 2)
         assert [each["run_seconds"] for _, each in calls] == [20.0] * compared
@@ -296,6 +300,17 @@ class TestCommand:
         assert environment["chosen_threads"] == choice.as_dict()
         assert environment["device"].endswith(f", {choice.threads} threads")
         assert open_run(folder).recipe().train.threads == choice.threads
+
+    @pytest.mark.parametrize(
+        ("number", "text"),
+        [
+            (2, "2 instead of 8, measured to be 3.00 times as fast as 4"),
+            (4, "4 instead of 8, all that are available now (CPU quota), measured to be 3.00"),
+        ],
+    )
+    def test_the_plan_of_a_resumed_run_names_the_number_before(self, number, text):
+        choice = ThreadChoice(number, 4, QUOTA, {}, compared=6 - number, ratio=3.0, before=8)
+        assert threads_text(choice).startswith(text)
 
     def test_timing_is_announced_once_before_the_plan(
         self, monkeypatch, available, tmp_path, capsys

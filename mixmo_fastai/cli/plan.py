@@ -125,7 +125,10 @@ def threads_text(choice: Any) -> str:
     if choice.available == 1:
         return f"{text}, the only one available{now}{limit}"
     is_all = number == choice.available
-    text += f", all that are available{now}{limit}" if is_all else f" of {choice.available}{limit}"
+    if is_all:
+        text += f", all that are available{now}{limit}"
+    elif is_new:
+        text += f" of {choice.available}{limit}"
     if choice.ratio is None:
         return f"{text}; fewer were not timed{change}"
     if choice.ratio < 1:

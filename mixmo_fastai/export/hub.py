@@ -91,7 +91,9 @@ class FusedClassifier(
         values["is_multi_label"] = labels is not None
         try:
             self.facts = DataFacts.from_mapping(values)
-            self.labels = labels and LabelDecisions.from_mapping(labels, len(classes))
+            self.labels = (
+                None if labels is None else LabelDecisions.from_mapping(labels, len(classes))
+            )
         except ValueError as error:
             raise InputError(f"Impossible configuration: {error}.") from error
         self.architecture, self.calibration = architecture, calibration

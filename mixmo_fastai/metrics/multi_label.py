@@ -65,12 +65,16 @@ class LabelDecisions:
         """Build from metrics.json or the header of an exported file.
 
         Raises:
-            ValueError: a value is missing or impossible.
+            ValueError: a value is missing, impossible, or of another type.
         """
-        thresholds = tuple(map(float, values.get("thresholds", ())))
+        try:
+            thresholds = tuple(map(float, values.get("thresholds", ())))
+            temperature = float(values.get("temperature", 1.0))
+        except (AttributeError, TypeError):
+            raise ValueError("the decisions about labels are not numbers by name") from None
         if len(thresholds) != num_classes:
             raise ValueError(f"there must be {num_classes} thresholds; got {len(thresholds)}")
-        return cls(thresholds, float(values.get("temperature", 1.0)))
+        return cls(thresholds, temperature)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Compute the probabilities of the labels: logits (N, K) -> (N, K) float64."""

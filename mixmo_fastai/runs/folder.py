@@ -145,6 +145,24 @@ class RunFolder:
         exists = (self.path / "environment.json").is_file()
         return self._read_json("environment.json") if exists else {}
 
+    def record_threads(self, number: int, before: int, *, epoch: int, step: int) -> None:
+        """Append a change of the number of threads to `thread_changes` in environment.json.
+
+        Args:
+            number: the number from now on.
+            before: the number until now if no change was recorded yet.
+            epoch: number of completed epochs.
+            step: number of completed steps of the next epoch.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        environment = self.environment()
+        changes = environment.setdefault("thread_changes", [])
+        if number != (changes[-1]["threads"] if changes else before):
+            changes.append({"epoch": epoch, "step": step, "threads": number})
+            self._write("environment.json", json.dumps(environment, indent=2) + "\n")
+
     def _read_json(self, name: str) -> dict[str, Any]:
         path = self.path / name
         try:

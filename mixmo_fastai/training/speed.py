@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from fastai.callback.core import Callback, CancelFitException, CancelValidException
@@ -44,6 +45,9 @@ SHORT_RUN_SECONDS = 20 * 60.0
 """Duration of the shorter run that is suggested instead of one that takes hours."""
 NARROW_NETWORK_EFFICIENCY = 0.8
 """Relative efficiency of narrow networks: they use a processor less well than wide ones."""
+
+_operations: WeakKeyDictionary[nn.Module, float | None] = WeakKeyDictionary()
+"""Operations of training on one image, by network: they take up to half a second to count."""
 
 
 @dataclass(frozen=True)
@@ -148,15 +152,13 @@ def measure_speed(training: Training) -> Speed | None:
     Returns:
         None if the speed cannot be determined, for example if there is not enough memory.
     """
-    rate = assumed_rate(training)
-    image_shape, copies = training.source.train.image_shape, training.recipe.mix.batch_repetitions
-    operations = training_operations(training.learn.model, image_shape)
+    rate, copies = assumed_rate(training), training.recipe.mix.batch_repetitions
+    operations = operations_per_image(training)
     if operations and operations * training.images_seen < rate * MIN_RUN_SECONDS:
         return Speed(rate / operations, is_timed=False)
     size = training.recipe.loader_batch_size
     if training.device.type == "cpu" and operations:
-        planned = int(rate * TARGET_STEP_SECONDS / (operations * copies))
-        size = min(size, max(smallest_size(copies), planned))
+        size = possible_size(training, planned_size(training, TARGET_STEP_SECONDS, rate) or 0)
         size = min(training.recipe.loader_batch_size, size + -size % process_group().count)
         if size * copies * operations > rate * MAX_STEP_SECONDS:
             return Speed(rate / operations, is_timed=False)
@@ -171,9 +173,30 @@ def assumed_rate(training: Training) -> float:
     return CPU_THREAD_FLOPS * (training.acceleration.threads or torch.get_num_threads())
 
 
-def smallest_size(copies: int) -> int:
-    """Return the smallest number of distinct images of a step: BatchNorm needs two images."""
-    return max(1, 2 // copies)
+def planned_size(training: Training, seconds: float, rate: float) -> int | None:
+    """Return the number of distinct images of a step that is planned to take `seconds`.
+
+    Args:
+        training: the run.
+        seconds: duration of the step.
+        rate: assumed operations per second.
+
+    Returns:
+        The number, which may be 0; None if the operations cannot be counted.
+    """
+    operations = operations_per_image(training)
+    if operations is None:
+        return None
+    return int(rate * seconds / (operations * training.recipe.mix.batch_repetitions))
+
+
+def possible_size(training: Training, planned: int) -> int:
+    """Return the possible number of distinct images of a step that is nearest to the planned one.
+
+    BatchNorm needs two inputs, and a step has no more images than one of training.
+    """
+    smallest = max(1, 2 // training.recipe.mix.batch_repetitions)
+    return min(training.recipe.loader_batch_size, max(smallest, planned))
 
 
 def measure_on_copy(training: Training, measure: Callable[[], _Result]) -> _Result | None:
@@ -191,6 +214,14 @@ def measure_on_copy(training: Training, measure: Callable[[], _Result]) -> _Resu
         gc.collect()  # a Learner and its callbacks form reference cycles
         if training.device.type != "cpu":
             torch.cuda.empty_cache()
+
+
+def operations_per_image(training: Training) -> float | None:
+    """Return the operations of training on one image; None if they cannot be counted."""
+    model = training.learn.model
+    if model not in _operations:
+        _operations[model] = training_operations(model, training.source.train.image_shape)
+    return _operations[model]
 
 
 def training_operations(model: nn.Module, image_shape: tuple[int, ...]) -> float | None:
@@ -271,7 +302,7 @@ def shorter_training(training: Training, speed: Speed) -> ShorterRun | None:
     recipe = training.recipe
     image_shape = training.source.train.image_shape
     arch: str | None = default_for("cpu", image_shape).arch
-    current = training_operations(training.learn.model, image_shape)
+    current = operations_per_image(training)
     default = training_operations(_build_network(arch, training), image_shape)
     if current is None or default is None:
         return None

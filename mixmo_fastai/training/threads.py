@@ -20,9 +20,11 @@ from mixmo_fastai.runtime.processes import run_on_rank0
 from mixmo_fastai.training.prepare import Training
 from mixmo_fastai.training.speed import (
     StepTimer,
+    assumed_rate,
     copy_for_timing,
     measure_on_copy,
-    smallest_size,
+    planned_size,
+    possible_size,
     time_steps,
 )
 from mixmo_fastai.training.trials import StepTimes, compare_settings, expected_seconds
@@ -204,7 +206,7 @@ def _compare(
     plain = replace(training.acceleration, compiled=False)
     seconds, images = fraction * expected_seconds(training), fraction * training.images_seen
     if seconds < MIN_RUN_SECONDS:
-        if seconds < MIN_PROBED_SECONDS or not _is_slow(training, plain, seconds, images):
+        if seconds < MIN_PROBED_SECONDS or not _is_slow(training, plain, images):
             return None
         seconds = MIN_RUN_SECONDS
     settings = [replace(plain, threads=number) for number in numbers]
@@ -213,24 +215,22 @@ def _compare(
     )
 
 
-def _is_slow(training: Training, settings: Acceleration, expected: float, images: float) -> bool:
+def _is_slow(training: Training, settings: Acceleration, images: float) -> bool:
     """Check by a few timed steps whether a run will take `MIN_RUN_SECONDS` all the same.
 
     Args:
         training: the run.
         settings: those of the timed steps.
-        expected: duration by the operations, in seconds.
         images: number of images that the run will see.
     """
-    copies = training.recipe.mix.batch_repetitions
-    share = PROBE_SECONDS / 4 / expected  # of the run, in each step
-    size = max(smallest_size(copies), int(share * images / copies))
-    size = min(training.recipe.loader_batch_size, size)
+    planned = planned_size(training, PROBE_SECONDS / 4, assumed_rate(training))
+    size = possible_size(training, planned or 0)
+    inputs = size * training.recipe.mix.batch_repetitions
     timer = StepTimer(1, PROBE_SECONDS, long_warmup=PROBE_SECONDS)
     seconds = measure_on_copy(
         training, lambda: time_steps(copy_for_timing(training, size), settings, timer)
     )
-    return seconds is not None and images / (size * copies) * seconds >= MIN_RUN_SECONDS
+    return seconds is not None and images / inputs * seconds >= MIN_RUN_SECONDS
 
 
 def _measured(

@@ -74,15 +74,15 @@ def train(
     freezing = _freezing(training)
     state = RunState(learn, history, parts, training.identity, freezing)
     store = CheckpointStore(run.checkpoint)
-    threads = training.num_threads
-    restored = _restore(store, state, run, say, threads) if resume else None
+    restored = _restore(store, state, run, say, training.num_threads) if resume else None
+    done = Position() if restored is None else restored.position
+    _record_threads(training, run, restored, done)
     if restored is None:
         run.write_history([])
     describe_run(training, run)
     scheduler = _scheduler(training)
     is_single_process = process_group().count == 1
     precision = training.acceleration.describe()
-    done = Position() if restored is None else restored.position
     with entered_run_callbacks(cbs, training, run, done) as run_callbacks:
         store_or_none = store if run.is_writer else None
         checkpoints = CheckpointCallback(store_or_none, state, stop, run_callbacks)
@@ -213,6 +213,17 @@ def _restore(
         if before != now and None not in (before, now):
             say(f"Trained so far with {label} {before}, now {now}: results agree up to rounding.")
     return restored
+
+
+def _record_threads(
+    training: Training, run: RunFolder, restored: Restored | None, done: Position
+) -> None:
+    """Record that the number of threads is no longer that of the recipe, or is so again."""
+    now, before = training.num_threads, training.recipe.train.threads
+    if not before or before == "auto":  # torch's default, unless the run has been trained
+        before = None if restored is None else restored.num_threads
+    if now is not None and before is not None:
+        run.record_threads(now, before, **dataclasses.asdict(done))
 
 
 def _averaging(learn: Learner) -> EMACallback | None:

@@ -18,9 +18,10 @@ from mixmo_fastai.training.speed import (
     assumed_rate,
     copy_for_timing,
     measure_on_copy,
-    smallest_size,
+    operations_per_image,
+    planned_size,
+    possible_size,
     time_steps,
-    training_operations,
 )
 
 MAX_FRACTION, MAX_SECONDS = 0.02, 60.0
@@ -31,8 +32,9 @@ steps."""
 LONG_WARMUP_FACTOR, LONG_WARMUP_MIN_SECONDS = 5.0, 0.5
 """A warm-up that takes longer than this many times its planned duration, and than these seconds, is
 timed itself."""
-OVERTIME = 2.0
-"""Ratio of actual to planned duration from which no further round is started."""
+OVERTIME, MIN_ROUNDS = 2.0, 2
+"""Ratio of actual to planned duration from which no further round is started, and the number of
+rounds before: a single one may be a coincidence."""
 
 
 @dataclass(frozen=True)
@@ -77,11 +79,15 @@ def compare_settings(
 ) -> StepTimes | None:
     """Time training steps with each setting.
 
+    On busy cores, steps may take far longer than planned. Then a round has one step with each
+    setting, its warm-up, and after `OVERTIME` times the planned duration of all rounds, none is
+    started but the second.
+
     Args:
         training: the run; it is not changed.
         settings: the settings to compare; none of them compiled.
         run_seconds: expected duration of the run, of which `MAX_FRACTION` may be spent.
-        rounds: number of rounds; by default `ROUNDS`, and fewer if the steps are unexpectedly slow.
+        rounds: maximum number of rounds; by default `ROUNDS`.
         announce: called before the first step, since this may take a minute.
 
     Returns:
@@ -104,7 +110,7 @@ def expected_seconds(training: Training) -> float:
 
     On busy cores, the run may take much longer.
     """
-    operations = training_operations(training.learn.model, training.source.train.image_shape)
+    operations = operations_per_image(training)
     return (operations or 0.0) * training.images_seen / assumed_rate(training)
 
 
@@ -112,16 +118,12 @@ def _images_per_step(
     training: Training, settings: Sequence[Acceleration], seconds: float
 ) -> int | None:
     """Return distinct images per step, so that a round takes `seconds`; None if none fits."""
-    operations = training_operations(training.learn.model, training.source.train.image_shape)
-    if operations is None:
-        return None
     # Steps with fewer threads take longer; so the number of images follows from the sum.
     seconds_per_operation = sum(1 / (CPU_THREAD_FLOPS * (each.threads or 1)) for each in settings)
-    copies = training.recipe.mix.batch_repetitions
-    planned = int(seconds / (seconds_per_operation * operations * copies * (WARMUP_STEPS + 1)))
-    if planned < smallest_size(copies):
+    planned = planned_size(training, seconds / (WARMUP_STEPS + 1), 1 / seconds_per_operation)
+    if planned is None or (size := possible_size(training, planned)) > planned:
         return None
-    return min(training.recipe.loader_batch_size, planned)
+    return size
 
 
 def _measure(
@@ -132,8 +134,8 @@ def _measure(
     step_seconds = seconds / len(settings) / (WARMUP_STEPS + 1)
     limit = max(LONG_WARMUP_FACTOR * step_seconds, LONG_WARMUP_MIN_SECONDS)
     limit = min(limit, LONG_WARMUP_SECONDS)
-    started, measured = time.perf_counter(), []
-    while len(measured) < rounds and time.perf_counter() - started <= OVERTIME * rounds * seconds:
+    end, measured = time.perf_counter() + OVERTIME * rounds * seconds, []
+    while len(measured) < rounds and (len(measured) < MIN_ROUNDS or time.perf_counter() <= end):
         times = (
             time_steps(learn, setting, StepTimer(WARMUP_STEPS, step_seconds, MAX_STEPS, limit))
             for setting in settings
