@@ -1,4 +1,4 @@
-"""Mutation testing of the mathematics: do the tests notice each changed operator and constant?
+"""Mutation testing: do the tests notice each changed operator and constant of the mathematics?
 
     python tests/mutants.py                            # all mutants that have no result yet
     python tests/mutants.py --only mixing/pairing.py   # those of one module

@@ -2,8 +2,10 @@
 
 import ast
 import json
+import sys
 
 import mutant_records
+import mutants
 import pytest
 from mutant_records import PACKAGE, SETTINGS, TESTS
 from mutations import find_mutations
@@ -53,6 +55,24 @@ def test_equivalents_of_a_module_without_tests_are_refused(monkeypatch):
     monkeypatch.setitem(SETTINGS, "equivalent", [{"module": "other.py"}])
     with pytest.raises(ValueError, match=r"equivalents of other\.py, but no tests"):
         mutant_records.check_equivalents()
+
+
+def test_a_wrong_equivalent_ends_the_program(monkeypatch):
+    entry = SETTINGS["equivalent"][0] | {"scope": "a_removed_function"}
+    monkeypatch.setitem(SETTINGS, "equivalent", [entry])
+    monkeypatch.setattr(sys, "argv", ["mutants.py", "--summary"])
+    with pytest.raises(SystemExit, match="0 match; correct or remove it:\n  a_removed_function"):
+        mutants.main()
+
+
+def test_the_summary_names_equivalents_that_were_noticed(capsys):
+    module = SETTINGS["equivalent"][0]["module"]
+    first, *others = sorted(mutant_records.equivalents_of(module))
+    outcomes = {first: "noticed", **dict.fromkeys(others, "survived")}
+    results = {(module, key): {"outcome": outcome} for key, outcome in outcomes.items()}
+    assert mutants.summarize([module], results) == 1
+    _, _, listed = capsys.readouterr().out.partition("Listed as equivalent, but noticed:\n")
+    assert listed == f"  {module}: {first}\n"
 
 
 @pytest.mark.parametrize(
