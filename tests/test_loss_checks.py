@@ -103,6 +103,11 @@ def test_ignored_targets_are_not_in_the_divisor(base):
     assert mean_divisor(base, torch.tensor([0, 100, 1])).item() == 3
 
 
+def test_ignored_targets_need_no_class_weight():
+    base = nn.CrossEntropyLoss(weight=torch.tensor([2.0]))  # of a single class
+    assert mean_divisor(base, torch.tensor([0, -100])).item() == 2
+
+
 def test_batches_are_vectorised_if_possible():
     calls = []
 

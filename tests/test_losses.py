@@ -63,6 +63,22 @@ class WithFlatteningAttribute(nn.CrossEntropyLoss):
         setattr(self, attribute, True)
 
 
+class ScaledSoftLoss(CrossEntropyLossFlat):
+    """A custom subclass of fastai's wrapper, with code of its own for soft targets."""
+
+    def __call__(self, pred, targets):
+        return 2 * F.cross_entropy(pred, targets, reduction=self.reduction)
+
+
+def test_the_code_of_a_custom_wrapper_is_used_for_soft_targets(batch):
+    pred, _, weights = batch
+    soft = torch.rand(6, 3, 5).softmax(-1)
+    loss, plain = MixMoLoss(ScaledSoftLoss()), MixMoLoss()
+    torch.testing.assert_close(loss(pred, soft, weights), 2 * plain(pred, soft, weights))
+    ensemble = pred[:, 0], soft[:, 0]
+    torch.testing.assert_close(loss(*ensemble), 2 * plain(*ensemble))
+
+
 @pytest.mark.parametrize("attribute", ["flatten", "is_2d"])
 def test_custom_losses_get_soft_targets_themselves(batch, attribute):
     pred, _, weights = batch

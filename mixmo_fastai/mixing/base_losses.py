@@ -210,6 +210,20 @@ def check_shapes(base: Any, pred: Tensor, targets: Tensor) -> None:
     )
 
 
+def flattens_classes(base: Any) -> bool:
+    """Check whether a loss treats the classes of soft targets as samples, as fastai's wrapper does.
+
+    A subclass of the wrapper with a `__call__` of its own does not: its code decides.
+
+    Example:
+        >>> from fastai.losses import CrossEntropyLossFlat
+        >>> flattens_classes(CrossEntropyLossFlat()), flattens_classes(nn.CrossEntropyLoss())
+        (True, False)
+    """
+    is_wrapper = hasattr(base, "is_2d") and _module_of(base).startswith("fastai.")
+    return is_wrapper and bool(base.flatten and base.is_2d)
+
+
 _ELEMENTWISE: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.MSELoss: F.mse_loss,
     nn.L1Loss: F.l1_loss,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.mixing.base_losses import (
     check_shapes,
+    flattens_classes,
     is_cross_entropy,
     is_known,
     is_multi_label,
@@ -302,10 +303,9 @@ class MixMoLoss(nn.Module):
 
     def _base_for(self, pred: Tensor, targets: Tensor) -> Callable[..., Tensor]:
         """Return the base loss, without fastai's flattening if targets are soft."""
-        # fastai's flattening losses would treat the classes of soft targets as samples.
         is_soft = targets.shape == pred.shape
-        flattens_rows = getattr(self.base, "flatten", False) and getattr(self.base, "is_2d", False)
-        base: Callable[..., Tensor] = self.base.func if is_soft and flattens_rows else self.base
+        is_unwrapped = is_soft and flattens_classes(self.base)
+        base: Callable[..., Tensor] = self.base.func if is_unwrapped else self.base
         return base
 
 
