@@ -90,6 +90,17 @@ def test_image_folder_shows_defaults_and_advice(working_folder, capsys, monkeypa
     assert "use --members 1" in rows_by_label(end)["Advice"]
 
 
+@pytest.mark.parametrize(
+    ("requested", "text"),
+    [(250, "192 images seen instead of 250, since epochs are whole"), (195, "192 images seen")],
+)
+def test_the_plan_says_what_whole_epochs_change(capsys, monkeypatch, requested, text):
+    monkeypatch.setattr("mixmo_fastai.training.ensemble.train", lambda *_, **__: 1 / 0)
+    arguments = ["fit", *TINY, "--set", f"train.images_seen={requested}", "--out", "here"]
+    assert run(arguments) == 1
+    assert rows_by_label(capsys.readouterr().out)["Training"].endswith(f" images: {text}")
+
+
 def test_shipped_recipe_shows_no_defaults_or_advice(capsys):
     assert run(["fit", *TINY, "--epochs", "1"]) == 0
     plan = capsys.readouterr().out.split("\n\n")[0]

@@ -39,6 +39,8 @@ def test_default_run_folders_are_numbered(working_folder):
         ("cifar100/cut-mixmo", [], "cifar100-cut-mixmo"),
         ("cifar100/cut-mixmo", ["data.dataset=/data/flowers/"], "flowers-cut-mixmo"),
         ("cifar10/vanilla", ["name=", "data.dataset=."], "data-vanilla"),
+        ("cifar10/vanilla", ["data.dataset=pets/labels.CSV"], "labels-vanilla"),
+        ("cifar10/vanilla", ["data.dataset=hf:pets"], "pets-vanilla"),
         ("cifar10/cutmix", ["name=", "model.num_nets=3"], "cifar10-cutmix-x3"),
         ("cifar10/mimo", ["name="], "cifar10-mimo"),
         ("cifar10/cut-mixmo-cutmix", ["name="], "cifar10-cut-mixmo-cutmix"),

@@ -200,7 +200,10 @@ def _start(
             describe_run(training, run)
         created()
         with _errors_logged(run, nets):
-            speed = print_plan(training, output, run, nets=nets, threads=threads)
+            speed = print_plan(
+                training, output, run, nets=nets, threads=threads,
+                requested_images=recipe.train.images_seen,
+            )  # fmt: skip
             _train(training, run, loggers, output, speed, nets=nets, resume=False)
 
 

@@ -29,6 +29,7 @@ def print_plan(
     resume: bool = False,
     nets: Sequence[int] | None = None,
     threads: Any = None,
+    requested_images: int | None = None,
 ) -> Any:
     """Print what will be trained and how long it will take; log all settings.
 
@@ -39,12 +40,14 @@ def print_plan(
         resume: the run is resumed.
         nets: numbers of the networks that are trained; None for all.
         threads: the `threads.ThreadChoice`; None if the number was given, or kept on resuming.
+        requested_images: see `plan_lines`.
 
     Returns:
         The measured `speed.Speed`, or None if no steps were timed.
     """
     chosen = [*threads_lines(threads), *_precision_lines(training, run, resume=resume)]
-    for line in [*plan_lines(training), *_defaults_lines(training), *chosen]:
+    plan = plan_lines(training, requested_images)
+    for line in [*plan, *_defaults_lines(training), *chosen]:
         output.print(line)
     if not resume and (line := _too_small_line(training)):
         output.print(line)

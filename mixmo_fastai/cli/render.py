@@ -22,8 +22,18 @@ def align(rows: Iterable[tuple[str, str]], width: int = 0) -> list[str]:
     return [f"{label:<{width}}  {text}" for label, text in rows]
 
 
-def plan_lines(training: Any) -> list[str]:
-    """Describe a training before it starts."""
+MAX_LENGTH_ERROR = 0.02
+"""Relative difference between requested and actual length that the plan does not mention."""
+
+
+def plan_lines(training: Any, requested_images: int | None = None) -> list[str]:
+    """Describe a training before it starts.
+
+    Args:
+        training: from `prepare.prepare`.
+        requested_images: `train.images_seen` before it was rounded to whole epochs; None if the
+            recipe gives the number of epochs.
+    """
     recipe = training.recipe
     train, schedule = recipe.train, recipe.schedule
     rows = [
@@ -31,7 +41,8 @@ def plan_lines(training: Any) -> list[str]:
         (
             "Training",
             f"{train.epochs} epoch{'s' * (train.epochs > 1)} of {training.steps_per_epoch} steps "
-            f"with {train.batch_size} images: {training.images_seen:,} images seen",
+            f"with {train.batch_size} images: {training.images_seen:,} images seen"
+            + _rounding(training.images_seen, requested_images),
         ),
         (
             "Schedule",
@@ -42,6 +53,13 @@ def plan_lines(training: Any) -> list[str]:
         *expected_rows(recipe),
     ]
     return align(rows, PLAN_WIDTH)
+
+
+def _rounding(seen: int, requested: int | None) -> str:
+    """Describe how whole epochs change a requested length; empty if they hardly do."""
+    if requested is None or abs(seen / requested - 1) <= MAX_LENGTH_ERROR:
+        return ""
+    return f" instead of {requested:,}, since epochs are whole"
 
 
 def _optimizer_name(recipe: Recipe) -> str:
