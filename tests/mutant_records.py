@@ -31,8 +31,9 @@ def equivalent_keys(mutations, entries):
             found = [m.key for m in mutations if (m.scope, m.line, m.change) == (*place, change)]
             if len(found) != count:
                 raise ValueError(
-                    f"An equivalent of mutants.toml is {count} mutants of {entry['module']}, but "
-                    f"{len(found)} match; correct or remove it:\n  {' | '.join([*place, change])}"
+                    f"An equivalent of mutants.toml matches {len(found)} mutants of "
+                    f"{entry['module']} instead of {count}; correct or remove it:\n"
+                    f"  {' | '.join([*place, change])}"
                 )
             keys.update(found[i] for i in entry.get("occurrences", range(count)))
     return keys
