@@ -91,6 +91,17 @@ def test_image_folder_shows_defaults_and_advice(working_folder, capsys, monkeypa
 
 
 @pytest.mark.parametrize(
+    ("selection", "text"),
+    [("last", "721 validation and 355"), ("best", "361 validation, 360 calibration and 355")],
+)
+def test_the_plan_counts_images_that_only_calibrate(capsys, monkeypatch, selection, text):
+    monkeypatch.setattr("mixmo_fastai.training.ensemble.train", lambda *_, **__: 1 / 0)
+    settings = ["--valid-split", "0.5", "--set", f"train.select={selection}", "--epochs", "1"]
+    assert run(["fit", *TINY, *settings, "--out", "here"]) == 1
+    assert f"48 training, {text} test images" in rows_by_label(capsys.readouterr().out)["Data"]
+
+
+@pytest.mark.parametrize(
     ("requested", "text"),
     [(250, "192 images seen instead of 250, since epochs are whole"), (195, "192 images seen")],
 )

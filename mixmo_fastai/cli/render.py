@@ -90,6 +90,7 @@ def _setup_rows(training: Any) -> list[tuple[str, str]]:
     recipe, source = training.recipe, training.source
     shape = "x".join(map(str, source.train.image_shape))
     counts = [len(loader.images) for loader in training.learn.dls.loaders]
+    calibrating = f", {counts[3]:,} calibration" if len(counts) > 3 else ""
     tested = f"{counts[2]:,} test" if counts[2] else "no labelled test"
     mix = recipe.mix
     members = f"{recipe.model.num_members} member" + "s" * (recipe.model.num_members > 1)
@@ -104,8 +105,8 @@ def _setup_rows(training: Any) -> list[tuple[str, str]]:
     return [
         (
             "Data",
-            f"{source.name}: {counts[0]:,} training, {counts[1]:,} validation and {tested} images "
-            f"of {shape}, {len(source.classes)} "
+            f"{source.name}: {counts[0]:,} training, {counts[1]:,} validation{calibrating} and "
+            f"{tested} images of {shape}, {len(source.classes)} "
             f"{'labels' if source.is_multi_label else 'classes'}",
         ),
         *(() if source.is_multi_label else _validation_rows(counts[1])),
