@@ -131,7 +131,7 @@ class TestChoice:
     @pytest.mark.parametrize(
         ("expected", "fraction", "step", "compared"),
         [
-            (0.9, 1, 99.0, False),  # not even probed
+            (2.0, 1, 0.9, True),
             (10.0, 1, 0.1, False),  # as fast as assumed
             (10.0, 1, 0.21, True),  # the operations of a step were planned for 0.075 s
             (10.0, 1, None, False),  # a step fails
@@ -145,6 +145,7 @@ class TestChoice:
         self, available, measured, monkeypatch, expected, fraction, step, compared
     ):
         calls = measured(t1=[1.0], t2=[2.0])
+        monkeypatch.setattr(threads, "MIN_PROBED_STEPS", 1)
         monkeypatch.setattr(threads, "expected_seconds", lambda _: expected)
         monkeypatch.setattr(threads, "measure_on_copy", lambda _, measure: step and measure())
         monkeypatch.setattr(threads, "time_steps", lambda *_: step)
@@ -160,8 +161,17 @@ class TestChoice:
             share = sizes[0] * training.recipe.mix.batch_repetitions / training.images_seen
             assert share * expected == pytest.approx(0.075, rel=0.3)
 
+    @pytest.mark.parametrize(("fraction", "probed"), [(1, True), (0.99, False)])
+    def test_runs_of_a_few_steps_are_not_probed(self, available, monkeypatch, fraction, probed):
+        calls = []
+        monkeypatch.setattr(threads, "measure_on_copy", lambda *_: calls.append(1))
+        training = prepare(override(TINY, ["train.epochs=10"]))
+        monkeypatch.setattr(threads, "MIN_PROBED_STEPS", training.num_steps)
+        assert choose_threads(training, fraction)[1].threads == 2
+        assert len(calls) == probed
+
     def test_probing_does_not_change_the_run(self, monkeypatch, available):
-        monkeypatch.setattr(threads, "MIN_PROBED_SECONDS", 0.0)
+        monkeypatch.setattr(threads, "MIN_PROBED_STEPS", 1)
         monkeypatch.setattr(threads, "compare_settings", lambda *_, **__: None)  # if it is slow
         training = prepare(override(TINY, ["train.ema_decay=0.9"]))
         before = state_of(training)
@@ -302,14 +312,15 @@ class TestCommand:
         assert open_run(folder).recipe().train.threads == choice.threads
 
     @pytest.mark.parametrize(
-        ("number", "text"),
+        ("number", "before", "text"),
         [
-            (2, "2 instead of 8, measured to be 3.00 times as fast as 4"),
-            (4, "4 instead of 8, all that are available now (CPU quota), measured to be 3.00"),
+            (2, 8, "2 instead of 8, of 4 available now (CPU quota), measured to be 3.00 times"),
+            (2, 4, "2 instead of 4, measured to be 3.00 times as fast as 4"),
+            (4, 8, "4 instead of 8, all that are available now (CPU quota), measured to be 3.00"),
         ],
     )
-    def test_the_plan_of_a_resumed_run_names_the_number_before(self, number, text):
-        choice = ThreadChoice(number, 4, QUOTA, {}, compared=6 - number, ratio=3.0, before=8)
+    def test_the_plan_of_a_resumed_run_names_the_number_before(self, number, before, text):
+        choice = ThreadChoice(number, 4, QUOTA, {}, compared=6 - number, ratio=3.0, before=before)
         assert threads_text(choice).startswith(text)
 
     def test_timing_is_announced_once_before_the_plan(

@@ -132,6 +132,8 @@ def threads_text(choice: Any) -> str:
         text += f", all that are available{now}{limit}"
     elif is_new:
         text += f" of {choice.available}{limit}"
+    elif choice.available < choice.before:
+        text += f", of {choice.available} available now{limit}"
     if choice.ratio is None:
         return f"{text}; fewer were not timed{change}"
     if choice.ratio < 1:

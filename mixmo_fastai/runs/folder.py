@@ -146,11 +146,14 @@ class RunFolder:
         return self._read_json("environment.json") if exists else {}
 
     def record_threads(self, number: int, before: int, *, epoch: int, step: int) -> None:
-        """Append a change of the number of threads to `thread_changes` in environment.json.
+        """Keep `thread_changes` of environment.json up to date when training starts or goes on.
+
+        Changes at or after this position are removed: training goes on before them, from an
+        earlier checkpoint.
 
         Args:
-            number: the number from now on.
-            before: the number until now if no change was recorded yet.
+            number: the number from now on, which is appended if it is another one.
+            before: the number with which the run began.
             epoch: number of completed epochs.
             step: number of completed steps of the next epoch.
 
@@ -158,9 +161,19 @@ class RunFolder:
             InputError: the file is damaged.
         """
         environment = self.environment()
-        changes = environment.setdefault("thread_changes", [])
-        if number != (changes[-1]["threads"] if changes else before):
+        recorded = environment.get("thread_changes", [])
+        try:
+            changes = [each for each in recorded if (each["epoch"], each["step"]) < (epoch, step)]
+            last = changes[-1]["threads"] if changes else before
+        except (TypeError, KeyError):
+            raise InputError(
+                f"{self.path / 'environment.json'} is damaged: each of thread_changes needs epoch, "
+                "step and threads."
+            ) from None
+        if number != last:
             changes.append({"epoch": epoch, "step": step, "threads": number})
+        if changes != recorded:
+            environment["thread_changes"] = changes
             self._write("environment.json", json.dumps(environment, indent=2) + "\n")
 
     def _read_json(self, name: str) -> dict[str, Any]:

@@ -31,9 +31,9 @@ from mixmo_fastai.training.trials import StepTimes, compare_settings, expected_s
 
 MIN_RUN_SECONDS = 20.0
 """Duration of a run below which numbers are not compared, and all threads are used."""
-MIN_PROBED_SECONDS, PROBE_SECONDS = 1.0, 0.3
-"""Duration by the operations from which a few steps check the estimate, and duration of these
-steps: on busy cores, a run may take 50 times as long."""
+MIN_PROBED_STEPS, PROBE_SECONDS = 20, 0.3
+"""Length of a shorter run from which a few steps check its duration, and duration of these steps:
+on busy cores, a step of a tiny network was measured to take more than a second."""
 ROUNDS = 5
 """Measurements of each number."""
 MIN_RATIO = 1.1
@@ -206,7 +206,8 @@ def _compare(
     plain = replace(training.acceleration, compiled=False)
     seconds, images = fraction * expected_seconds(training), fraction * training.images_seen
     if seconds < MIN_RUN_SECONDS:
-        if seconds < MIN_PROBED_SECONDS or not _is_slow(training, plain, images):
+        num_steps = images / training.recipe.train.batch_size
+        if num_steps < MIN_PROBED_STEPS or not _is_slow(training, plain, images):
             return None
         seconds = MIN_RUN_SECONDS
     settings = [replace(plain, threads=number) for number in numbers]

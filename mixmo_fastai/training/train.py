@@ -222,7 +222,7 @@ def _record_threads(
     now, before = training.num_threads, training.recipe.train.threads
     if not before or before == "auto":  # torch's default, unless the run has been trained
         before = None if restored is None else restored.num_threads
-    if now is not None and before is not None:
+    if now is not None and before is not None and done.epoch < training.recipe.train.epochs:
         run.record_threads(now, before, **dataclasses.asdict(done))
 
 

@@ -79,9 +79,9 @@ def compare_settings(
 ) -> StepTimes | None:
     """Time training steps with each setting.
 
-    On busy cores, steps may take far longer than planned. Then a round has one step with each
-    setting, its warm-up, and after `OVERTIME` times the planned duration of all rounds, none is
-    started but the second.
+    At least `MIN_ROUNDS` rounds are timed, and no further one after `OVERTIME` times the planned
+    duration of all. On busy cores, steps may take far longer than planned; if a warm-up step does,
+    it is the only step of its setting in that round.
 
     Args:
         training: the run; it is not changed.
