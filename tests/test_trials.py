@@ -1,9 +1,12 @@
 """Settings are compared by timing training steps in turn."""
 
+from contextlib import suppress
 from dataclasses import FrozenInstanceError
 from types import SimpleNamespace
 
 import pytest
+import torch
+from fastai.callback.core import CancelFitException
 from training_states import TINY
 
 from mixmo_fastai.training import speed, trials
@@ -138,3 +141,24 @@ def test_each_round_has_a_time_for_each_setting():
     for statistic in ("seconds", "mean_seconds"):
         with pytest.raises(ValueError, match="shorter"):
             getattr(times, statistic)
+
+
+@pytest.mark.parametrize(("slowness", "spent"), [(1, 2 / 3), (4, 2), (50, 10)])
+def test_slow_steps_take_a_limited_time(machine, monkeypatch, slowness, spent):
+    """Of 30 s, a step is planned to take 2 s with one thread and 1 s with two, in five rounds.
+
+    A step of 2 s or more is the only one.
+    """
+
+    def time_steps(_, setting, timer):
+        timer.learn = SimpleNamespace(loss=torch.zeros(()))
+        with suppress(CancelFitException):
+            while True:
+                timer.before_batch()
+                machine.now += slowness * 2 / (setting.threads or 1)
+                timer.after_batch()
+        return timer.seconds / timer.steps
+
+    monkeypatch.setattr(trials, "time_steps", time_steps)
+    compare(machine, 1500.0, rounds=5)
+    assert machine.now - 100 == pytest.approx(30 * spent, rel=0.01)
