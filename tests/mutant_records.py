@@ -52,15 +52,20 @@ def check_equivalents():
         equivalents_of(module)
 
 
+def file_of(test):
+    """Return the name of a test's file; None for no test."""
+    return Path(test.partition("::")[0]).name if test else None
+
+
 @functools.cache
-def digest(module, by=None):
-    """Return a digest of the files from which a result follows.
+def digest(module, file=None):
+    """Return a digest of the files from which a result follows, as they are at the first call.
 
     Args:
         module: the mutated module.
-        by: the test that noticed the mutant, if known; None for all test files of the module.
+        file: the file of the test that noticed the mutant; None for all test files of the module.
     """
-    judges = [Path(by.partition("::")[0]).name] if by else SETTINGS["tests"][module]
+    judges = [file] if file else SETTINGS["tests"][module]
     waiting, texts = ["conftest.py", *judges], {}
     while waiting:
         path = TESTS / waiting.pop()
@@ -77,7 +82,9 @@ def read_results(path):
     results = {}
     for line in path.read_text().splitlines() if path.exists() else []:
         result = json.loads(line)
-        module, by = result["module"], result["by"]
-        if module in SETTINGS["tests"] and result.get("files") == digest(module, by):
+        module, file = result["module"], file_of(result["by"])
+        files = SETTINGS["tests"].get(module, [])
+        is_judge = file in files if file else bool(files)
+        if is_judge and result.get("files") == digest(module, file):
             results[module, result["key"]] = result
     return results

@@ -51,6 +51,11 @@ def test_half_width_for_few_images():
     assert [accuracy_half_width(n) for n in (1, 4, 100)] == pytest.approx([0.98, 0.49, 0.098])
 
 
+def test_one_sample_has_an_interval_of_no_width():
+    low, high = intervals(torch.tensor([[2.0, 1.0]]), torch.tensor([0]), num_resamples=10)["nll"]
+    assert low == high == pytest.approx(float(torch.tensor(-1.0).exp().log1p()))
+
+
 def test_differences_are_paired():
     first, labels = draw_logits()
     second = first + 0.3 * torch.randn(60, 5, generator=torch.Generator().manual_seed(7))

@@ -141,6 +141,8 @@ def test_a_loss_that_cannot_be_vectorised_is_tried_once():
     for number in (4, 7):  # the first time, one attempt more than there are samples
         per_sample(torch.ones(3, 2), torch.zeros(3, 2))
         assert len(attempts) == number
+    with pytest.raises(ValueError, match="shorter"):
+        per_sample(torch.ones(3, 2), torch.zeros(2, 2))
 
 
 def test_averages_match_up_to_rounding():

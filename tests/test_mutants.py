@@ -7,7 +7,7 @@ import sys
 import mutant_records
 import mutants
 import pytest
-from mutant_records import PACKAGE, SETTINGS, TESTS
+from mutant_records import PACKAGE, SETTINGS, TESTS, file_of
 from mutations import find_mutations
 
 
@@ -74,9 +74,21 @@ def test_the_summary_names_equivalents_that_were_noticed(capsys):
     first, *others = sorted(mutant_records.equivalents_of(module))
     outcomes = {first: "noticed", **dict.fromkeys(others, "survived")}
     results = {(module, key): {"outcome": outcome} for key, outcome in outcomes.items()}
-    assert mutants.summarize([module], results) == 1
+    assert not mutants.summarize([module], results)
     _, _, listed = capsys.readouterr().out.partition("Listed as equivalent, but noticed:\n")
     assert listed == f"  {module}: {first}\n"
+    results[module, first] = {"outcome": "survived"}
+    assert mutants.summarize([module], results)
+    key = next(m.key for m in mutant_records.mutations_of(module) if m.key not in {first, *others})
+    results[module, key] = {"outcome": "survived"}
+    assert not mutants.summarize([module], results)
+
+
+def test_an_unknown_module_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["mutants.py", "--only", "mixing/none"])
+    with pytest.raises(SystemExit):
+        mutants.main()
+    assert "--only mixing/none: no such module" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -89,6 +101,7 @@ def test_the_summary_names_equivalents_that_were_noticed(capsys):
         ("tests/helper.py", {"noticed by one"}),  # imported by two
         ("tests/inner.py", {"noticed by one"}),  # imported by the helper
         ("tests/test_other.py", {"noticed by one", "noticed by two", "survived", "time limit"}),
+        ("settings", {"noticed by one"}),
     ],
 )
 def test_results_are_kept_until_their_module_or_tests_are_edited(
@@ -119,13 +132,16 @@ def test_results_are_kept_until_their_module_or_tests_are_edited(
     monkeypatch.setattr(mutant_records, "digest", digest)
     file = tmp_path / "results"
     lines = [
-        json.dumps({"module": "a.py", "key": key, "by": by, "files": digest("a.py", by)})
+        json.dumps({"module": "a.py", "key": key, "by": by, "files": digest("a.py", file_of(by))})
         for key, by in judges.items()
     ]
     old = {"module": "a.py", "key": "of an earlier version", "by": None}
     file.write_text("\n".join([*lines, json.dumps(old)]))
     assert {key for _, key in mutant_records.read_results(file)} == set(judges)
-    (tmp_path / edited).write_text("edited")
+    if edited == "settings":
+        monkeypatch.setitem(SETTINGS, "tests", {"a.py": ["test_one.py"]})
+    else:
+        (tmp_path / edited).write_text("edited")
     assert {key for _, key in mutant_records.read_results(file)} == kept
 
 
