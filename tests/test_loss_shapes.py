@@ -50,9 +50,9 @@ def test_flattening_losses_accept_a_column():
 
 
 class SquaredError(nn.MSELoss):
-    """A custom loss with one of the two attributes of fastai's flattening losses."""
+    """A custom loss with the attributes of fastai's flattening losses, which flattens nothing."""
 
-    is_2d = True
+    flatten = is_2d = True
 
 
 def test_a_custom_loss_that_does_not_flatten_must_not_broadcast():

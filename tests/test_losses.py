@@ -79,6 +79,22 @@ def test_the_code_of_a_custom_wrapper_is_used_for_soft_targets(batch):
     torch.testing.assert_close(loss(*ensemble), 2 * plain(*ensemble))
 
 
+class DoubledLoss(CrossEntropyLossFlat):
+    """A custom subclass of fastai's wrapper that relies on its code."""
+
+    def __call__(self, pred, targets):
+        return 2 * super().__call__(pred, targets)
+
+
+def test_a_custom_wrapper_may_call_the_code_of_fastai(batch):
+    pred, _, weights = batch
+    soft, base = torch.rand(6, 3, 5).softmax(-1), DoubledLoss()
+    loss, plain = MixMoLoss(base), MixMoLoss()
+    torch.testing.assert_close(loss(pred, soft, weights), 2 * plain(pred, soft, weights))
+    torch.testing.assert_close(loss(pred[:, 0], soft[:, 0]), 2 * plain(pred[:, 0], soft[:, 0]))
+    assert base.flatten
+
+
 @pytest.mark.parametrize("attribute", ["flatten", "is_2d"])
 def test_custom_losses_get_soft_targets_themselves(batch, attribute):
     pred, _, weights = batch

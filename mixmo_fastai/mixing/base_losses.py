@@ -5,7 +5,8 @@ Shapes: R samples, K classes.
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -196,7 +197,7 @@ def check_shapes(base: Any, pred: Tensor, targets: Tensor) -> None:
     if kind is None:
         return
     name = kind.__name__
-    flattens = getattr(base, "flatten", False) and hasattr(base, "is_2d")
+    flattens = is_wrapper(base) and base.flatten
     if pred.numel() == targets.numel() if flattens else pred.shape == targets.shape:
         return
     advice = f"Pass targets {_format_shape(pred)}"
@@ -210,18 +211,38 @@ def check_shapes(base: Any, pred: Tensor, targets: Tensor) -> None:
     )
 
 
-def flattens_classes(base: Any) -> bool:
-    """Check whether a loss treats the classes of soft targets as samples, as fastai's wrapper does.
-
-    A subclass of the wrapper with a `__call__` of its own does not: its code decides.
+def is_wrapper(base: Any) -> bool:
+    """Check whether a loss is fastai's flattening wrapper of a torch loss, or derived from it.
 
     Example:
         >>> from fastai.losses import CrossEntropyLossFlat
-        >>> flattens_classes(CrossEntropyLossFlat()), flattens_classes(nn.CrossEntropyLoss())
+        >>> is_wrapper(CrossEntropyLossFlat()), is_wrapper(nn.CrossEntropyLoss())
         (True, False)
     """
-    is_wrapper = hasattr(base, "is_2d") and _module_of(base).startswith("fastai.")
-    return is_wrapper and bool(base.flatten and base.is_2d)
+    names = ((each.__module__, each.__name__) for each in type(base).__mro__)
+    return ("fastai.losses", "BaseLoss") in names
+
+
+@contextmanager
+def classes_kept(base: Any) -> Iterator[None]:
+    """Let fastai's flattening wrapper accept soft targets, whose classes it takes for samples.
+
+    Example:
+        >>> from fastai.losses import CrossEntropyLossFlat
+        >>> loss = CrossEntropyLossFlat()
+        >>> with classes_kept(loss):
+        ...     round(float(loss(torch.zeros(3, 2), torch.full((3, 2), 0.5))), 4)  # log 2
+        0.6931
+    """
+    wrapper = unwrap_loss(base)
+    if not (is_wrapper(wrapper) and wrapper.flatten and wrapper.is_2d):
+        yield
+        return
+    wrapper.flatten = False
+    try:
+        yield
+    finally:
+        wrapper.flatten = True
 
 
 _ELEMENTWISE: dict[type[nn.Module], Callable[..., Tensor]] = {
@@ -259,7 +280,7 @@ def _is_loss(base: Any, kind: type[nn.Module], function: Callable[..., Tensor]) 
 def _torch_loss(base: Any) -> Any:
     """Return the torch loss in fastai's flattening wrapper, or the loss itself."""
     loss = unwrap_loss(base)
-    return getattr(loss, "func", loss) if hasattr(loss, "is_2d") else loss
+    return loss.func if is_wrapper(loss) else loss
 
 
 def _unwrap_partial(loss: Any) -> Any:

@@ -5,7 +5,7 @@ Source: Ramé, Sun, Cord, "MixMo", ICCV 2021, equation 4.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, get_args
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.mixing.base_losses import (
     check_shapes,
-    flattens_classes,
+    classes_kept,
     is_cross_entropy,
     is_known,
     is_multi_label,
@@ -128,7 +128,7 @@ class MixMoLoss(nn.Module):
         """
         if weights is None:  # ensemble logits
             check_shapes(self.base, pred, targets)
-            return self._base_for(pred, targets)(pred, targets)
+            return self._base_loss(pred, targets)
         if terms := smoothing_terms(self.base):
             batch = pred, targets, weights, pasted_targets, own_weights
             return torch.stack([factor * MixMoLoss(term)(*batch) for factor, term in terms]).sum(0)
@@ -226,15 +226,14 @@ class MixMoLoss(nn.Module):
     def _unreduced_losses(self, rows: Tensor, row_targets: Tensor) -> Tensor:
         """Compute the unreduced base loss of samples (R, …): (R,) or (R, k)."""
         with self._without_reduction():
-            losses: Tensor = self._base_for(rows, row_targets)(rows, row_targets)
-        return losses
+            return self._base_loss(rows, row_targets)
 
     def _check_average(self, pred: Tensor, targets: Tensor) -> None:
         """Determine whether and how the base averages over samples."""
         rows, row_targets = pred.flatten(0, 1), targets.flatten(0, 1)
         devices = [pred.device] if pred.is_cuda else []
         with torch.no_grad(), torch.random.fork_rng(devices):
-            batch_loss = self._base_for(rows, row_targets)(rows, row_targets).as_subclass(Tensor)
+            batch_loss = self._base_loss(rows, row_targets).as_subclass(Tensor)
             if batch_loss.numel() == 1 and not batch_loss.isfinite():
                 return  # training stops at a loss that is not finite
             try:
@@ -272,7 +271,7 @@ class MixMoLoss(nn.Module):
                 f"{_COLUMN_ADVICE if is_column else _WEIGHTS_ADVICE}"
             )
         losses = [
-            weights[0, i] * self.base(pred[:, i].contiguous(), targets[:, i].contiguous())
+            weights[0, i] * self._base_loss(pred[:, i].contiguous(), targets[:, i].contiguous())
             for i in range(pred.shape[1])
         ]
         return torch.stack(losses).sum()
@@ -301,12 +300,11 @@ class MixMoLoss(nn.Module):
         divisor = mean_divisor(self.base, targets)
         return None if divisor is None else divisor / targets.shape[1]
 
-    def _base_for(self, pred: Tensor, targets: Tensor) -> Callable[..., Tensor]:
-        """Return the base loss, without fastai's flattening if targets are soft."""
-        is_soft = targets.shape == pred.shape
-        is_unwrapped = is_soft and flattens_classes(self.base)
-        base: Callable[..., Tensor] = self.base.func if is_unwrapped else self.base
-        return base
+    def _base_loss(self, pred: Tensor, targets: Tensor) -> Tensor:
+        """Compute the base loss, without fastai's flattening if targets are soft."""
+        with classes_kept(self.base) if targets.shape == pred.shape else nullcontext():
+            loss: Tensor = self.base(pred, targets)
+        return loss
 
 
 _COLUMN_ADVICE = "Predictions are (B, 1) and targets (B,): reshape one of them in the loss."
