@@ -154,7 +154,7 @@ def test_temperature_changes_thresholds_but_not_decisions():
     assert raw.with_temperature(2.5).thresholds == pytest.approx(decide.thresholds)
     extreme = LabelDecisions((0.0, 1.0), 0.5).with_temperature(1.0)
     assert extreme.thresholds == (0.0, 1.0)
-    for values in ({"thresholds": [0.5]}, {"thresholds": [0.5, 1.5]}, {},
+    for values in ({"thresholds": [0.5]}, {"thresholds": [0.5, 1.5]}, {}, 3, {"thresholds": 0.5},
                    {"thresholds": [0.5, 0.5], "temperature": 0}):  # fmt: skip
         with pytest.raises(ValueError, match="threshold"):
             LabelDecisions.from_mapping(values, 2)

@@ -71,7 +71,9 @@ class LabelDecisions:
             thresholds = tuple(map(float, values.get("thresholds", ())))
             temperature = float(values.get("temperature", 1.0))
         except (AttributeError, TypeError):
-            raise ValueError("the decisions about labels are not numbers by name") from None
+            raise ValueError(
+                "labels need thresholds, a list of numbers, and a temperature"
+            ) from None
         if len(thresholds) != num_classes:
             raise ValueError(f"there must be {num_classes} thresholds; got {len(thresholds)}")
         return cls(thresholds, temperature)
