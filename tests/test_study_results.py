@@ -309,6 +309,11 @@ PUBLISHED = {
         "unmixing": "unmixing",
         "unmixing-normalized": "unmixing, normalised",
     },
+    "small_cifar10_short": {
+        "cutmix": "CutMix",
+        "ensemble-cutmix": "Two networks with CutMix",
+        "cut-mixmo-short": "`cut-mixmo-short`",
+    },
 }
 """Names of the methods in docs/results.md, by the study in examples/."""
 PAGES_WITH_RESULTS = ("README.md", "docs/when.md", "examples/learner_to_mixmo.ipynb")
@@ -324,7 +329,7 @@ def test_published_results_are_recomputed_from_the_repository(tmp_path, name):
     text = (root / "docs" / "results.md").read_text(encoding="utf-8")
     command = f"`mixmo study examples/{name}.toml"
     section = text.partition(command)[2].partition("\n#")[0]
-    assert {"cutmix", "cut-mixmo"} <= {cell.method for cell in cells}
+    assert "cutmix" in {cell.method for cell in cells}
     for cell in cells:
         seeds = ", ".join(map(str, cell.seeds))
         start = f"| {PUBLISHED[name][cell.method]} | {seeds} |"
