@@ -136,12 +136,12 @@ class Recording:
         files = Counter()
         for test, seconds in self.seconds.items():
             files[test.partition("::")[0]] += seconds
-        file_of = {test: test.partition("::")[0] for test in self.seconds}
-        tests = sorted(file_of, key=lambda t: (files[file_of[t]], file_of[t], self.seconds[t]))
+        files_of = {test: test.partition("::")[0] for test in self.seconds}
+        tests = sorted(files_of, key=lambda t: (files[files_of[t]], files_of[t], self.seconds[t]))
         return {
             test: {
                 "seconds": self.seconds[test],
-                "lines": sorted(self.lines[test] | self.lines[file_of[test]]),
+                "lines": sorted(self.lines[test] | self.lines[files_of[test]]),
             }
             for test in tests
         }

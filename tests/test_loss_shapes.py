@@ -49,6 +49,32 @@ def test_flattening_losses_accept_a_column():
         MixMoLoss(MSELossFlat())(torch.rand(6, 3, 2), targets, torch.ones(6, 3))
 
 
+def test_a_wrapper_that_keeps_the_last_axis_must_not_broadcast():
+    pred, targets = torch.rand(6, 3, 1), torch.rand(6, 3)
+    loss = MixMoLoss(BaseLoss(nn.MSELoss, floatify=True))
+    for batch in ((pred, targets, torch.ones(6, 3)), (pred[:, 0], targets[:, 0])):
+        with pytest.raises(InputError, match=r"predictions \(B, 1\) do not match targets \(B,\)"):
+            loss(*batch)
+
+
+class MeanOfLosses(BaseLoss):
+    """A custom subclass of fastai's wrapper that always returns a mean: called by sample."""
+
+    def __call__(self, pred, targets):
+        return super().__call__(pred, targets).mean()
+
+
+def test_a_wrapper_that_is_called_by_sample_still_flattens():
+    loss, batch = (
+        MixMoLoss(MeanOfLosses(nn.MSELoss, is_2d=False)),
+        (torch.rand(6, 3, 1), torch.rand(6, 3)),
+    )
+    expected = 3 * (batch[0][..., 0] - batch[1]).square().mean()
+    for _ in range(2):
+        torch.testing.assert_close(torch.Tensor(loss(*batch, torch.ones(6, 3))), expected)
+    assert loss(batch[0][:, 0], batch[1][:, 0]).isfinite()
+
+
 class SquaredError(nn.MSELoss):
     """A custom loss with the attributes of fastai's flattening losses, which flattens nothing."""
 

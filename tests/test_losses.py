@@ -55,54 +55,6 @@ def test_soft_targets_equal_the_oracle(batch, base):
     assert ensemble == pytest.approx(np.mean(losses), rel=1e-5)
 
 
-class WithFlatteningAttribute(nn.CrossEntropyLoss):
-    """A custom loss with one of the two attributes of fastai's flattening losses."""
-
-    def __init__(self, attribute):
-        super().__init__()
-        setattr(self, attribute, True)
-
-
-class ScaledSoftLoss(CrossEntropyLossFlat):
-    """A custom subclass of fastai's wrapper, with code of its own for soft targets."""
-
-    def __call__(self, pred, targets):
-        return 2 * F.cross_entropy(pred, targets, reduction=self.reduction)
-
-
-def test_the_code_of_a_custom_wrapper_is_used_for_soft_targets(batch):
-    pred, _, weights = batch
-    soft = torch.rand(6, 3, 5).softmax(-1)
-    loss, plain = MixMoLoss(ScaledSoftLoss()), MixMoLoss()
-    torch.testing.assert_close(loss(pred, soft, weights), 2 * plain(pred, soft, weights))
-    ensemble = pred[:, 0], soft[:, 0]
-    torch.testing.assert_close(loss(*ensemble), 2 * plain(*ensemble))
-
-
-class DoubledLoss(CrossEntropyLossFlat):
-    """A custom subclass of fastai's wrapper that relies on its code."""
-
-    def __call__(self, pred, targets):
-        return 2 * super().__call__(pred, targets)
-
-
-def test_a_custom_wrapper_may_call_the_code_of_fastai(batch):
-    pred, _, weights = batch
-    soft, base = torch.rand(6, 3, 5).softmax(-1), DoubledLoss()
-    loss, plain = MixMoLoss(base), MixMoLoss()
-    torch.testing.assert_close(loss(pred, soft, weights), 2 * plain(pred, soft, weights))
-    torch.testing.assert_close(loss(pred[:, 0], soft[:, 0]), 2 * plain(pred[:, 0], soft[:, 0]))
-    assert base.flatten
-
-
-@pytest.mark.parametrize("attribute", ["flatten", "is_2d"])
-def test_custom_losses_get_soft_targets_themselves(batch, attribute):
-    pred, _, weights = batch
-    soft = torch.rand(6, 3, 5).softmax(-1)
-    actual = MixMoLoss(WithFlatteningAttribute(attribute))(pred, soft, weights)
-    torch.testing.assert_close(actual, MixMoLoss()(pred, soft, weights))
-
-
 @pytest.mark.parametrize("base", BASES)
 def test_ensemble_loss_is_the_base_loss(batch, base):
     pred, targets, _ = batch

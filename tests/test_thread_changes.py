@@ -25,6 +25,20 @@ def test_changes_are_recorded(tmp_path):
     assert run.environment()["thread_changes"] == recorded
 
 
+def test_a_stop_in_the_last_validation_leaves_no_step(tmp_path):
+    run = create_run(override(TINY, ["train.epochs=1", "train.threads=2"]), tmp_path / "run")
+    fit(run, (0, 1), validating=True)
+    fit(run, resume=True, prepare=partial(prepare, threads=1))
+    assert "thread_changes" not in run.environment()
+
+
+def test_a_training_from_scratch_forgets_changes(tmp_path):
+    run = create_run(override(TINY, ["train.epochs=1", "train.threads=0"]), tmp_path / "run")
+    run.record_threads(1, 2, epoch=0, step=4)
+    fit(run, resume=True)
+    assert run.environment()["thread_changes"] == []
+
+
 @pytest.mark.parametrize(
     ("position", "number", "expected"),
     [

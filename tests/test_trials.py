@@ -147,7 +147,7 @@ def test_each_round_has_a_time_for_each_setting():
 def test_slow_steps_take_a_limited_time(machine, monkeypatch, slowness, spent):
     """Of 30 s, a step is planned to take 2 s with one thread and 1 s with two, in five rounds.
 
-    The only step with a number of threads is one of 2 s or more.
+    A warm-up of 2 s or more is timed itself, and is the only step.
     """
 
     def time_steps(_, setting, timer):

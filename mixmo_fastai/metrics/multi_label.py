@@ -72,7 +72,7 @@ class LabelDecisions:
             temperature = float(values.get("temperature", 1.0))
         except (AttributeError, TypeError):
             raise ValueError(
-                "labels need thresholds, a list of numbers, and a temperature"
+                "thresholds must be a list of numbers, and temperature a number"
             ) from None
         if len(thresholds) != num_classes:
             raise ValueError(f"there must be {num_classes} thresholds; got {len(thresholds)}")

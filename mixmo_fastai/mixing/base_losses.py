@@ -134,7 +134,7 @@ def smoothing_terms(base: Any) -> list[tuple[float, nn.Module]]:
         _module_of(loss).startswith("fastai.")
         and type(loss).__name__ == "LabelSmoothingCrossEntropy"
     )
-    if not is_smoothing or loss.weight is None:
+    if not is_smoothing or loss.weight is None or not is_known(base):
         return []
     uniform = nn.CrossEntropyLoss(label_smoothing=1.0, reduction=base.reduction)
     target = nn.CrossEntropyLoss(weight=loss.weight, reduction=base.reduction)
@@ -197,7 +197,8 @@ def check_shapes(base: Any, pred: Tensor, targets: Tensor) -> None:
     if kind is None:
         return
     name = kind.__name__
-    flattens = is_wrapper(base) and base.flatten
+    wrapper = unwrap_loss(base)
+    flattens = is_wrapper(wrapper) and wrapper.flatten and not wrapper.is_2d
     if pred.numel() == targets.numel() if flattens else pred.shape == targets.shape:
         return
     advice = f"Pass targets {_format_shape(pred)}"
@@ -220,7 +221,9 @@ def is_wrapper(base: Any) -> bool:
         (True, False)
     """
     names = ((each.__module__, each.__name__) for each in type(base).__mro__)
-    return ("fastai.losses", "BaseLoss") in names
+    # A derived class may have an `__init__` that leaves these out.
+    has_attributes = all(hasattr(base, name) for name in ("func", "flatten", "is_2d"))
+    return has_attributes and ("fastai.losses", "BaseLoss") in names
 
 
 @contextmanager
@@ -238,11 +241,11 @@ def classes_kept(base: Any) -> Iterator[None]:
     if not (is_wrapper(wrapper) and wrapper.flatten and wrapper.is_2d):
         yield
         return
-    wrapper.flatten = False
+    before, wrapper.flatten = wrapper.flatten, False
     try:
         yield
     finally:
-        wrapper.flatten = True
+        wrapper.flatten = before
 
 
 _ELEMENTWISE: dict[type[nn.Module], Callable[..., Tensor]] = {

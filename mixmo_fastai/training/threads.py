@@ -206,8 +206,8 @@ def _compare(
     plain = replace(training.acceleration, compiled=False)
     seconds, images = fraction * expected_seconds(training), fraction * training.images_seen
     if seconds < MIN_RUN_SECONDS:
-        num_steps = images / training.recipe.train.batch_size
-        if num_steps < MIN_PROBED_STEPS or not _is_slow(training, plain, images):
+        num_steps = round(images / training.recipe.train.batch_size)
+        if not seconds or num_steps < MIN_PROBED_STEPS or not _is_slow(training, plain, images):
             return None
         seconds = MIN_RUN_SECONDS
     settings = [replace(plain, threads=number) for number in numbers]

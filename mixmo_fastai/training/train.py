@@ -221,8 +221,9 @@ def _record_threads(
     """Record that the number of threads is no longer that of the recipe, or is so again."""
     now, before = training.num_threads, training.recipe.train.threads
     if not before or before == "auto":  # torch's default, unless the run has been trained
-        before = None if restored is None else restored.num_threads
-    if now is not None and before is not None and done.epoch < training.recipe.train.epochs:
+        before = now if restored is None else restored.num_threads
+    is_left = done.epoch * training.steps_per_epoch + done.step < training.num_steps
+    if now is not None and before is not None and is_left:
         run.record_threads(now, before, **dataclasses.asdict(done))
 
 
