@@ -32,7 +32,8 @@ def write_record(run: PlannedRun, folder: Path) -> Path:
 def check_unchanged(runs: Sequence[PlannedRun], folder: Path) -> None:
     """Check that the runs which were started have the settings of the study.
 
-    The folder of the data set may be another one of the same name, as on another machine.
+    The folder of the data set and the file of weights may be others of the same name, as on another
+    machine.
 
     Raises:
         InputError: a setting differs; the message names it.
@@ -52,6 +53,8 @@ def check_unchanged(runs: Sequence[PlannedRun], folder: Path) -> None:
 
 
 def _comparable(recipe: Recipe) -> dict[str, dict[str, object]]:
-    name = Path(recipe.data.dataset).name
-    values = to_mapping(replace(recipe, data=replace(recipe.data, dataset=name)))
+    """Return the settings of a recipe by section, with the names of data and weights alone."""
+    data = replace(recipe.data, dataset=Path(recipe.data.dataset).name)
+    model = replace(recipe.model, weights=Path(recipe.model.weights).name)
+    values = to_mapping(replace(recipe, data=data, model=model))
     return {section: entries for section, entries in values.items() if isinstance(entries, dict)}
