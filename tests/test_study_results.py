@@ -314,25 +314,35 @@ PUBLISHED = {
         "ensemble-cutmix": "Two networks with CutMix",
         "cut-mixmo-short": "`cut-mixmo-short`",
     },
+    "fine_tune": {
+        "vanilla": "Vanilla",
+        "cutmix": "CutMix",
+        "ensemble-cutmix": "Two networks with CutMix",
+        "cut-mixmo": "Cut-MixMo",
+    },
 }
 """Names of the methods in docs/results.md, by the study in examples/."""
 PAGES_WITH_RESULTS = ("README.md", "docs/when.md", "examples/learner_to_mixmo.ipynb")
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_results_are_recomputed_from_the_repository(tmp_path, name):
+def test_published_results_are_recomputed_from_the_repository(tmp_path, monkeypatch, name):
     """The rows of docs/results.md are those of the files in studies/."""
     root = Path(__file__).resolve().parents[1]
     (tmp_path / "cifar10-images").mkdir()
+    (tmp_path / "lite0.safetensors").touch()
+    monkeypatch.chdir(tmp_path)
     study = read_study(root / "examples" / f"{name}.toml", str(tmp_path / "cifar10-images"))
     cells = collect_results(study, root / "studies" / name.replace("_", "-"))
     text = (root / "docs" / "results.md").read_text(encoding="utf-8")
     command = f"`mixmo study examples/{name}.toml"
     section = text.partition(command)[2].partition("\n#")[0]
     assert "cutmix" in {cell.method for cell in cells}
+    with_length = len({cell.images_seen for cell in cells}) > 1
     for cell in cells:
         seeds = ", ".join(map(str, cell.seeds))
-        start = f"| {PUBLISHED[name][cell.method]} | {seeds} |"
+        length = f"{cell.images_seen:,} | " * with_length
+        start = f"| {length}{PUBLISHED[name][cell.method]} | {seeds} |"
         (row,) = [line for line in section.splitlines() if line.startswith(start)]
         for part in (
             f"{100 * cell.mean('accuracy'):.2f} %",
