@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from custom_losses import draw_batch
 from fastai.losses import BaseLoss, CrossEntropyLossFlat, LabelSmoothingCrossEntropyFlat
 from torch import nn
 
@@ -11,9 +12,7 @@ from mixmo_fastai.mixing.loss import MixMoLoss
 
 @pytest.fixture
 def batch():
-    random = torch.Generator().manual_seed(0)
-    pred = torch.randn(6, 3, 5, generator=random)
-    return pred, torch.randint(5, (6, 3), generator=random), torch.rand(6, 3, generator=random)
+    return draw_batch()
 
 
 class WithFlatteningAttribute(nn.CrossEntropyLoss):
