@@ -130,11 +130,8 @@ def smoothing_terms(base: Any) -> list[tuple[float, nn.Module]]:
         []
     """
     loss = _torch_loss(base)
-    is_smoothing = (
-        _module_of(loss).startswith("fastai.")
-        and type(loss).__name__ == "LabelSmoothingCrossEntropy"
-    )
-    if not is_smoothing or loss.weight is None or not is_known(base):
+    is_smoothing = type(loss).__name__ == "LabelSmoothingCrossEntropy" and is_known(base)
+    if not is_smoothing or loss.weight is None:
         return []
     uniform = nn.CrossEntropyLoss(label_smoothing=1.0, reduction=base.reduction)
     target = nn.CrossEntropyLoss(weight=loss.weight, reduction=base.reduction)
