@@ -30,7 +30,8 @@ from mixmo_fastai.training.speed import (
 from mixmo_fastai.training.trials import StepTimes, compare_settings, expected_seconds
 
 MIN_RUN_SECONDS = 20.0
-"""Duration of a run below which numbers are not compared, and all threads are used."""
+"""Duration of a run below which numbers are not compared, and all threads are used: by its
+operations and, from `MIN_PROBED_STEPS` on, by a few timed steps too."""
 MIN_PROBED_STEPS, PROBE_SECONDS = 20, 0.3
 """Length of a shorter run from which a few steps check its duration, and duration of these steps:
 on busy cores, a step of a tiny network was measured to take more than a second."""
