@@ -103,6 +103,19 @@ def test_settings_for_short_trainings_need_fewer_images():
     assert "with --set mix.early" in advise(twice, rows, images_seen=600_000)
 
 
+def test_advice_for_fine_tuning():
+    rows = history(linear_decrease(2.0, 1.0))
+    tuned = override(
+        MIXMO, ["model.pretrained=true", "model.arch=resnet18", "mix.batch_repetitions=2"]
+    )
+    early = "--set mix.early_repetition=1 --set mix.early_span=0.6"  # 80 views of 1,000 images
+    assert f"2 members with {early} (" in advise(tuned, rows, images_seen=80_000)
+    assert "--epochs 1500 " not in advise(tuned, rows, images_seen=40_000)
+    short = override(tuned, ["mix.early_repetition=1", "mix.early_span=0.6"])
+    assert "--epochs 60 (" in advise(short, rows, images_seen=40_000)
+    assert "still decreasing" in advise(short, rows, images_seen=80_000)
+
+
 def test_too_few_images_lead_to_one_member():
     rows = history(linear_decrease(2.0, 1.0))
     assert "--epochs 300 " in advise(MIXMO, rows, images_seen=200_000)  # 1,200 views per image

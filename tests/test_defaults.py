@@ -99,6 +99,24 @@ def test_default_epochs_depend_on_the_images_seen(num_images, copies, epochs):
     assert with_defaults(recipe, num_images=num_images).train.epochs == epochs
 
 
+@pytest.mark.parametrize(
+    ("name", "num_images", "epochs"),
+    [
+        ("cutmix", 3000, 20),
+        ("cut-mixmo", 3000, 15),  # 30 views
+        ("cut-mixmo", 1000, 30),  # 60,000 images seen
+        ("cut-mixmo", 40, 600),  # 1,200 views
+        ("cut-mixmo", 50_000, 2),  # as from random weights: 250,000 images seen
+    ],
+)
+def test_default_length_of_fine_tuning(name, num_images, epochs):
+    recipe = override(load_recipe(f"fine-tune/{name}"), ["data.dataset=/a/folder"])
+    filled = with_defaults(recipe, num_images=num_images, side=64)
+    assert filled.train.epochs == epochs
+    if num_images in (1000, 3000):
+        assert unmet_requirement(filled, 2 * epochs * num_images) is None
+
+
 def test_explicit_settings_are_kept():
     explicit = override(FOLDER, ["model.arch=wrn28_10", "train.epochs=7", "data.image_size=0"])
     assert open_settings(explicit) == []
@@ -180,6 +198,26 @@ SHORT = [f"mix.{name}={value}" for name, value in SHORT_SETTINGS.items()]
 def test_unmet_requirements_are_named(changes, images_seen, message_parts):
     message = unmet_requirement(override(FOLDER, changes), images_seen)
     assert all(part in message for part in message_parts)
+
+
+FINE_TUNED = [*SHORT, "model.weights=net.safetensors", "model.arch=resnet18"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "epochs", "images_seen", "required"),
+    [
+        (FINE_TUNED, 30, 59_999, "60,000"),
+        (FINE_TUNED, 15, 60_000, None),
+        (FINE_TUNED, 14, 112_000, "120,000"),  # 28 views of 4,000 images
+        (FINE_TUNED, 15, 120_000, None),
+        (FINE_TUNED, 1, 200_000, "1,500,000"),
+        ([*FINE_TUNED, "mix.batch_repetitions=4"], 15, 240_000, "1,500,000"),
+    ],
+)
+def test_requirement_of_fine_tuning(changes, epochs, images_seen, required):
+    recipe = override(FOLDER, [*changes, f"train.epochs={epochs}"])
+    message = unmet_requirement(recipe, images_seen)
+    assert message == (required and f"about {required} images seen (here {images_seen:,})")
 
 
 def test_no_requirements_for_one_member_or_the_digits():

@@ -48,7 +48,7 @@ MAX_VIEWS = 1200
 PUBLISHED_ARCH, PUBLISHED_EPOCHS = "wrn28_10", 300
 """Defaults for the named data sets."""
 MAX_VIEWS_PRETRAINED = 20
-"""The same for pretrained weights, with which few epochs are usual."""
+"""The same for pretrained weights and one member, with which few epochs are usual."""
 PRETRAINED = {"cpu": "resnet18", "cuda": "resnet50"}
 """Networks by device if `model.pretrained` is set."""
 
@@ -57,6 +57,8 @@ MIN_IMAGES_SEEN = 1_500_000
 MIN_IMAGES_SEEN_SHORT = 600_000
 """With `SHORT_SETTINGS`, from how many two members were as accurate as a plain network with CutMix,
 with a lower NLL."""
+MIN_IMAGES_SEEN_PRETRAINED, MIN_VIEWS_PRETRAINED = 60_000, 30
+"""The same for pretrained weights: how many images seen, and how many views of each image."""
 SHORT_SETTINGS = {"batch_repetitions": 2, "early_repetition": 1.0, "early_span": 0.6}
 """Settings of `mix` for short trainings, see docs/results.md."""
 MIN_WIDTH = 4
@@ -116,10 +118,10 @@ def fill_defaults(
         data = replace(data, image_size=scaled_to)
     epochs = PUBLISHED_EPOCHS
     if data.dataset not in DATASETS:
-        default = default_for(device, image_shape)
-        is_pretrained = model.pretrained or model.weights
-        views = MAX_VIEWS_PRETRAINED if is_pretrained else MAX_VIEWS
-        images_seen = min(default.images_seen, views * num_images)
+        limit = default_for(device, image_shape).images_seen
+        images_seen = min(limit, MAX_VIEWS * num_images)
+        if is_pretrained(recipe):
+            images_seen = min(images_seen, _images_seen_pretrained(recipe, num_images))
         seen_per_epoch = recipe.mix.batch_repetitions * num_images
         epochs = max(1, round(images_seen / seen_per_epoch))
     if model.arch is None:
@@ -130,6 +132,18 @@ def fill_defaults(
     if train.epochs is None:
         train = replace(train, epochs=epochs, images_seen=None)
     return replace(recipe, data=data, model=model, train=train)
+
+
+def is_pretrained(recipe: Recipe) -> bool:
+    """Check whether training starts from weights instead of random numbers."""
+    return bool(recipe.model.pretrained or recipe.model.weights)
+
+
+def _images_seen_pretrained(recipe: Recipe, num_images: int) -> int:
+    """Return a length of fine-tuning: several members need longer than one network."""
+    if recipe.model.num_members == 1:
+        return MAX_VIEWS_PRETRAINED * num_images
+    return max(MIN_VIEWS_PRETRAINED * num_images, MIN_IMAGES_SEEN_PRETRAINED)
 
 
 def images_per_epoch(recipe: Recipe, num_images: int) -> int:
@@ -149,9 +163,25 @@ def narrow_network(recipe: Recipe) -> Architecture | None:
     return parsed if parsed.family == "wrn" and parsed.width < MIN_WIDTH else None
 
 
-def min_images_seen(recipe: Recipe) -> int:
-    """Return from how many images seen several members were found as good as a plain network."""
-    return MIN_IMAGES_SEEN_SHORT if has_short_settings(recipe) else MIN_IMAGES_SEEN
+def min_images_seen(recipe: Recipe, images_seen: int) -> int:
+    """Return from how many images seen several members were found as good as a plain network.
+
+    Args:
+        recipe: recipe without open settings.
+        images_seen: number of images seen by one network in training.
+    """
+    if not has_short_settings(recipe):
+        return MIN_IMAGES_SEEN
+    return min_images_seen_short(recipe, images_seen)
+
+
+def min_images_seen_short(recipe: Recipe, images_seen: int) -> int:
+    """Return the same as `min_images_seen`, for training with `SHORT_SETTINGS`."""
+    if not is_pretrained(recipe):
+        return MIN_IMAGES_SEEN_SHORT
+    views = (recipe.train.epochs or 1) * recipe.mix.batch_repetitions
+    required = math.ceil(MIN_VIEWS_PRETRAINED * images_seen / views)
+    return min(MIN_IMAGES_SEEN, max(MIN_IMAGES_SEEN_PRETRAINED, required))
 
 
 def has_short_settings(recipe: Recipe) -> bool:
@@ -176,7 +206,7 @@ def unmet_requirement(recipe: Recipe, images_seen: int) -> str | None:
     if recipe.model.num_members == 1 or recipe.data.dataset == "digits":
         return None
     unmet = []
-    if images_seen < (required := min_images_seen(recipe)):
+    if images_seen < (required := min_images_seen(recipe, images_seen)):
         unmet.append(f"about {required:,} images seen (here {images_seen:,})")
     if narrow := narrow_network(recipe):
         unmet.append(f"a width of {MIN_WIDTH} (here {narrow.width})")

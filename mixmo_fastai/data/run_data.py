@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mixmo_fastai.config.choices import DATASETS
+from mixmo_fastai.config.defaults import is_pretrained
 from mixmo_fastai.config.recipe import Recipe
 from mixmo_fastai.data.image_sets import DataSource
 from mixmo_fastai.data.parts import DataParts, parts_before_split_json
@@ -58,8 +59,7 @@ def read_source(
         skip_damaged=recipe.data.skip_damaged,
         left_out=left_out,
     )
-    is_pretrained = recipe.model.pretrained or recipe.model.weights
-    if facts is None or not is_pretrained or len(facts.mean) != len(source.mean):
+    if facts is None or not is_pretrained(recipe) or len(facts.mean) != len(source.mean):
         return source
     return replace(source, mean=facts.mean, std=facts.std)  # those of the weights
 

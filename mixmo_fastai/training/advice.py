@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from mixmo_fastai.config.defaults import (
     MAX_VIEWS,
     MIN_IMAGES_SEEN,
-    MIN_IMAGES_SEEN_SHORT,
     MIN_WIDTH,
     SHORT_SETTINGS,
     has_short_settings,
     min_images_seen,
+    min_images_seen_short,
     narrow_network,
     unmet_requirement,
 )
@@ -85,7 +85,7 @@ def _size_advice(recipe: Recipe, images_seen: int) -> str:
     members, changes = recipe.model.num_members, []
     if _short_settings_help(recipe, images_seen):
         changes.append(_short_flags(recipe))
-    elif images_seen < (required := min_images_seen(recipe)):
+    elif images_seen < (required := min_images_seen(recipe, images_seen)):
         epochs = math.ceil((recipe.train.epochs or 1) * required / max(images_seen, 1))
         if epochs * recipe.mix.batch_repetitions > MAX_VIEWS:
             return f"{members} members need more training images: use --members 1"
@@ -100,7 +100,7 @@ def _size_advice(recipe: Recipe, images_seen: int) -> str:
 
 def _short_settings_help(recipe: Recipe, images_seen: int) -> bool:
     """Check whether a training is too short only with the settings of long ones."""
-    is_between = MIN_IMAGES_SEEN_SHORT <= images_seen < MIN_IMAGES_SEEN
+    is_between = min_images_seen_short(recipe, images_seen) <= images_seen < MIN_IMAGES_SEEN
     return is_between and not has_short_settings(recipe)
 
 

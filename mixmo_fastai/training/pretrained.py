@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mixmo_fastai.config.choices import parse_architecture
+from mixmo_fastai.config.defaults import is_pretrained
 from mixmo_fastai.config.recipe import Recipe
 from mixmo_fastai.data.image_sets import DataSource
 from mixmo_fastai.export.header import facts_of_exported
@@ -24,7 +25,7 @@ def with_statistics_of_weights(recipe: Recipe, arch: str, source: DataSource) ->
         arch: its network, also if the recipe leaves it open.
         source: the data set; greyscale images get the mean over the channels of the weights.
     """
-    if not (recipe.model.pretrained or recipe.model.weights):
+    if not is_pretrained(recipe):
         return source
     (origin, found) = _statistics(recipe, arch)
     note = "Normalised", f"with mean and standard deviation of {origin}"
