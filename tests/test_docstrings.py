@@ -55,7 +55,6 @@ MIXING_AND_MODELS = [
     "models.readout",
     "models.reference",
     "models.synced_norm",
-    "models.unmixing",
     "models.wide_resnet",
 ]
 WITHOUT_EXAMPLE = {

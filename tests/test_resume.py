@@ -7,7 +7,9 @@ import pytest
 from fastai.callback.core import Callback
 from safetensors.torch import load_file
 from short_runs import EVERYTHING, STEPS, TINY, Watch, assert_same, fit
+from unmixing_example import TARGETS
 
+from mixmo_fastai.config.choices import READOUTS
 from mixmo_fastai.config.load import override
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.mixing import MASK_KINDS
@@ -163,7 +165,6 @@ def test_every_mask_kind_is_resumed(uninterrupted, tmp_path, kind):
         ("model.num_members=1", "mix.kind=sum", "mix.batch_repetitions=1", "train.batch_size=8"),
         ("model.num_members=3", "mix.msda=cutmix", "mix.input_repetition=0.5"),
         ("mix.early_repetition=1", "mix.early_span=0.7", "mix.early_shape=cosine"),
-        ("model.readout=unmixing", "mix.mix_prob=1"),
         ("data.loader=streaming", "data.num_workers=0", "data.augmix=true"),
         ("data.transform=randaugment", "data.num_workers=0"),
         ("data.transform=random-resized-crop", "data.transform_options.scale=[0.5, 1]"),
@@ -177,6 +178,12 @@ def test_every_mask_kind_is_resumed(uninterrupted, tmp_path, kind):
 )
 def test_other_settings_are_resumed(uninterrupted, tmp_path, assignments):
     check_stop_and_resume(uninterrupted(FEW_STEPS, *assignments), tmp_path / "run", (1, 2))
+
+
+def test_readout_that_changes_during_training_is_resumed(uninterrupted, tmp_path, monkeypatch):
+    monkeypatch.setitem(READOUTS, "unmixing", TARGETS["unmixing"])
+    expected = uninterrupted(FEW_STEPS, "model.readout=unmixing", "mix.mix_prob=1")
+    check_stop_and_resume(expected, tmp_path / "run", (1, 2))
 
 
 def test_resuming_near_the_ends_of_groups_of_draws(uninterrupted, tmp_path):

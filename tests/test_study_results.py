@@ -306,8 +306,7 @@ PUBLISHED = {
         "muon": "Muon, peak rate 0.02",
         "ema": "`ema_decay=0.999`",
         "members-3": "`num_members=3`",
-        "unmixing": "unmixing",
-        "unmixing-normalized": "unmixing, normalised",
+        "always-mixed": "`mix_prob=1`",
     },
     "small_cifar10_short": {
         "cutmix": "CutMix",

@@ -1,17 +1,25 @@
-"""The readout "unmixing": its weights, its fadeout, and its training."""
+"""The readout of `examples/unmixing.py`: its weights, its fadeout, its training, the command."""
 
 import numpy as np
 import pytest
 import torch
+from commands import FIT
 from fastai.callback.core import Callback
 from learners import make_learner
 from synthetic import mixmo_dls
+from unmixing_example import SCRIPT, TARGETS, NormalizedUnmixing, Unmixing
 
 from mixmo_fastai import MixMoCallback, create_model, mixmo_learner
+from mixmo_fastai.config.choices import READOUTS
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.mixing import draw_lam, draw_masks
-from mixmo_fastai.models.readout import average
-from mixmo_fastai.models.unmixing import NormalizedUnmixing, Unmixing, set_readout_progress
+from mixmo_fastai.models.readout import average, set_readout_progress
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    for name, target in TARGETS.items():
+        monkeypatch.setitem(READOUTS, name, target)
 
 
 def oracle(maps, masks, kept, *, normalized):
@@ -81,7 +89,7 @@ class Watch(Callback):
         self.seen.append((self.learn.pct_train, float(self.learn.model.readout.fadeout)))
 
 
-def test_training_fades_out():
+def test_training_fades_out(registered):
     watch = Watch()
     learn = mixmo_learner(mixmo_dls(), "wrn10_1", seed=0, readout="unmixing", cbs=[watch])
     with learn.no_bar(), learn.no_logging():
@@ -109,7 +117,7 @@ def test_heads_get_gradients_from_their_own_regions_only():
 @pytest.mark.parametrize(
     "arch", ["wrn10_1", pytest.param("preact_resnet18_1", marks=pytest.mark.slow)]
 )
-def test_fused_networks_are_exact(name, arch):
+def test_fused_networks_are_exact(registered, name, arch):
     model = create_model(arch, 4, readout=name, generator=torch.Generator().manual_seed(0)).eval()
     images = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
@@ -125,3 +133,14 @@ def test_networks_with_another_readout_train_as_before():
     learn = make_learner(callback=MixMoCallback(seed=0))
     learn.fit(1, 0.0)
     assert learn.recorder.values[-1][0] > 0
+
+
+@pytest.mark.slow
+def test_the_example_adds_the_readout_to_every_command(mixmo, tmp_path):
+    command = mixmo(*FIT, "run", "--set", "model.readout=unmixing", script=SCRIPT)
+    assert command.wait() == 0, command.printed
+    command = mixmo("eval", "run", script=SCRIPT)
+    assert command.wait() == 0, command.printed
+    command = mixmo("eval", "run")
+    assert command.wait() == 1
+    assert "Unknown readout 'unmixing'" in command.printed

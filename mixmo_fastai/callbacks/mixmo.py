@@ -33,7 +33,7 @@ from mixmo_fastai.mixing.loss import MixMoLoss
 from mixmo_fastai.mixing.msda import check_msda, gather_partners, mix_images
 from mixmo_fastai.mixing.pairing import check_pairing, num_copies, scheduled_repetition
 from mixmo_fastai.models.mixmo_model import MixMoModel, unwrap
-from mixmo_fastai.models.unmixing import set_readout_progress
+from mixmo_fastai.models.readout import set_readout_progress
 from mixmo_fastai.rng import fresh_seed
 from mixmo_fastai.runtime.processes import broadcast_from_rank0, process_group
 

@@ -50,8 +50,6 @@ training; computed by `mixing.pairing.scheduled_repetition`."""
 
 READOUTS: dict[str, str | None] = {
     "core": None,
-    "unmixing": "mixmo_fastai.models.unmixing:Unmixing",
-    "unmixing-normalized": "mixmo_fastai.models.unmixing:NormalizedUnmixing",
 }
 """Readouts by name: how the heads read the core's maps. Each value is a module and a class; None
 means the core's own pooling."""

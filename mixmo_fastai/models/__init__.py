@@ -8,7 +8,7 @@ pretrained                     files of weights: of a plain network, or of a Mix
 convert                        any network with a first convolution and a last linear layer
 forward_record, probe          find these layers; conversion_checks: check the converted network
 backbone_core                  the part of a network between these layers
-readout, unmixing              how the heads read the feature maps of the core
+readout                        how the heads read the feature maps of the core
 fused                          fuse into a plain network for inference
 folding                        fold BatchNorm into convolutions, for inference
 ghost_norm, synced_norm        BatchNorm over groups of a batch, and over processes; norms

@@ -44,6 +44,10 @@ class Readout(nn.Module):
     It returns one embedding for all heads (B, F), or one per head (B, M, F). Without masks, it must
     return one for all heads.
 
+    A readout that changes during training also has `set_progress(progress)`: `MixMoCallback` calls
+    it before every training step with the completed fraction of training, in [0, 1), and in
+    `lr_find` with 1.
+
     Attributes:
         is_fusable: whether the readout without masks equals the core's own pooling, so that `fuse`
             remains exact.
@@ -115,6 +119,21 @@ def build_readout(readout: str | nn.Module | None) -> nn.Module | None:
         return None
     built: nn.Module = resolve_registered("readout", readout, target)()
     return built
+
+
+def set_readout_progress(network: nn.Module, progress: float) -> None:
+    """Pass the completed fraction of training to a network's readout, if it has `set_progress`.
+
+    Example:
+        >>> network, readout = nn.Module(), Readout()
+        >>> readout.set_progress = print
+        >>> network.readout = readout
+        >>> set_readout_progress(network, 0.5)
+        0.5
+    """
+    set_progress = getattr(getattr(network, "readout", None), "set_progress", None)
+    if set_progress is not None:
+        set_progress(progress)
 
 
 def check_readout(readout: nn.Module, core: nn.Module) -> None:
