@@ -142,5 +142,5 @@ def test_the_example_adds_the_readout_to_every_command(mixmo, tmp_path):
     command = mixmo("eval", "run", script=SCRIPT)
     assert command.wait() == 0, command.printed
     command = mixmo("eval", "run")
-    assert command.wait() == 1
+    assert command.wait() == 2
     assert "Unknown readout 'unmixing'" in command.printed
