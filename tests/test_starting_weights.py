@@ -5,6 +5,7 @@ import math
 import shutil
 
 import pytest
+import timm
 import torch
 from networks import NUM_CLASSES, build_backbone
 from safetensors.torch import save_file
@@ -126,6 +127,18 @@ def test_head_for_other_classes_is_new(tmp_path, plain, has_head):
     first, second = (head.weight for head in model.heads)
     assert first.shape == (7, 512)
     assert not torch.allclose(first, second, atol=1e-3)  # independent, as of a new network
+
+
+@pytest.mark.parametrize("is_mixmo", [False, True])
+def test_new_heads_are_those_of_torch(tmp_path, is_mixmo):
+    """timm's would have weights of up to 0.38 for 7 classes, and a first loss far above log 7."""
+    arch = "timm/test_efficientnet"
+    build = create_model if is_mixmo else lambda name, k: timm.create_model(name[5:], num_classes=k)
+    path = save_torch(build(arch, 5).state_dict(), tmp_path / "weights.pth")
+    model = create_model(arch, 7, weights=path, generator=torch.Generator().manual_seed(0))
+    for head in model.heads:
+        assert 0.9 * 256**-0.5 < head.weight.abs().max() <= 256**-0.5
+    assert not torch.allclose(model.heads[0].weight, model.heads[1].weight, atol=1e-3)
 
 
 def test_grey_images_get_the_sum_over_colours(tmp_path, plain):

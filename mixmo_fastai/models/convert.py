@@ -125,6 +125,8 @@ class MemberInit:
         num_members: M.
         perturbation: see `convert_to_mixmo`.
         independent_encoders, independent_heads: whether these are initialised independently.
+        new_heads: whether heads are initialised as torch initialises a linear layer, whatever the
+            original's weights and number of classes.
 
     Example:
         >>> MemberInit(num_members=3).perturbation
@@ -135,6 +137,7 @@ class MemberInit:
     perturbation: float = 0.1
     independent_encoders: bool = False
     independent_heads: bool = False
+    new_heads: bool = False
 
     def __post_init__(self) -> None:
         check_count("num_members", self.num_members)
@@ -267,7 +270,8 @@ def convert_at_layers(
     last = as_linear(linear)
     encoders = init.make_encoders(convolution, generator)
     heads = init.make_heads(last, generator)
-    if num_classes is not None and num_classes != last.out_features:
+    num_classes = last.out_features if num_classes is None else num_classes
+    if init.new_heads or num_classes != last.out_features:
         heads = [_new_head(last, num_classes, generator) for _ in range(init.num_members)]
     converted = MixMoModel(encoders, core, heads, output)
     converted.training = model.training
@@ -384,7 +388,11 @@ def _permuted_copies(
 
 @torch.no_grad()
 def _new_head(last: nn.Linear, num_classes: int, generator: torch.Generator | None) -> nn.Module:
-    """Create a head for another number of classes, with torch's default initialisation."""
+    """Create a head for other classes, with torch's default initialisation.
+
+    That of some libraries depends on the number of classes instead of the features: with it,
+    timm's EfficientNets begin with a loss of 6 for ten classes.
+    """
     head, bound = empty_linear(last.in_features, num_classes, like=last), last.in_features**-0.5
     for parameter in head.parameters():
         values = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)

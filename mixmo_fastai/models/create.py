@@ -78,7 +78,7 @@ def create_model(
             image_size=image_size,
             generator=generator,
             pretrained=pretrained and saved is None,
-            plain=None if saved is None or saved.is_mixmo else saved,
+            saved=saved,
         )
         model.set_readout(readout)
     else:
@@ -104,9 +104,9 @@ def _create_from_library(
     image_size: tuple[int, int] | None,
     generator: torch.Generator | None,
     pretrained: bool,
-    plain: SavedWeights | None,
+    saved: SavedWeights | None,
 ) -> MixMoModel:
-    """Convert a classifier of torchvision or timm.
+    """Convert a classifier of torchvision or timm, with saved weights if those are of a plain one.
 
     Members are independent in layers without pretrained weights.
     """
@@ -115,10 +115,13 @@ def _create_from_library(
     )
     names = find_end_layers(backbone, image_size=image_size)
     has_body = has_head = pretrained
-    if plain is not None:
-        has_body, has_head = True, plain.load_backbone(backbone, names.last)
+    if saved is not None and not saved.is_mixmo:
+        has_body, has_head = True, saved.load_backbone(backbone, names.last)
     init = MemberInit(
-        num_members, independent_encoders=not has_body, independent_heads=not has_head
+        num_members,
+        independent_encoders=not has_body,
+        independent_heads=not has_head,
+        new_heads=saved is not None and not has_head,
     )
     return convert_at_layers(
         backbone,
