@@ -216,11 +216,15 @@ def test_data_sets_that_cannot_be_used_are_refused(tmp_path, case):
 
 
 def test_missing_data_sets_and_library_are_reported(tmp_path, monkeypatch):
-    for path in (tmp_path / "nothing", "./nothing", "data/photos/nothing"):
-        with pytest.raises(InputError, match="There is no data set"):
+    paths = (tmp_path / "nothing", "./nothing", "data/photos/nothing", "no.parquet", "~/no.csv")
+    for path in paths:
+        with pytest.raises(InputError, match="There is no file or folder"):
             load_source(f"hf:{path}")
-    with pytest.raises(InputError, match="hf:someone/nothing cannot be loaded"):
+    message = "hf:someone/nothing cannot be loaded.*\nThere is no local folder 'someone/nothing' "
+    with pytest.raises(InputError, match=message):
         load_source("hf:someone/nothing")
+    with pytest.raises(InputError, match="'hf:' needs a name or a path"):
+        load_source("hf:")
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="cannot be loaded"):
         load_source(f"hf:{tmp_path / 'empty'}")

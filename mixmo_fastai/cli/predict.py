@@ -184,9 +184,7 @@ def _row(prediction: Any, request: Any) -> dict[str, Any]:
     return row
 
 
-def _csv_lines(
-    rows: list[dict[str, Any]], request: Any, labels: Sequence[str] | None
-) -> list[str]:
+def _csv_lines(rows: list[dict[str, Any]], request: Any, labels: Sequence[str] | None) -> list[str]:
     """Format predictions; without any, the header.
 
     Args:
