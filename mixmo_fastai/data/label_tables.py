@@ -290,6 +290,8 @@ def _describe(columns: TableColumns, table: TextTable) -> str:
     labels = repr(columns.label)
     if len(names := _label_columns(columns, table)) > 1:
         labels = f"{len(names)} columns of 0 and 1 ({examples(names, _NUM_COLUMNS)})"
+    elif columns.label in table.lists:
+        labels = f"the lists of {labels}"
     elif columns.delimiter != NONE:
         labels += f" separated by {columns.delimiter!r}"
     texts = [f"{len(table.rows):,} rows; paths in {columns.path!r}, labels in {labels}"]
@@ -307,7 +309,8 @@ def _label_notes(
     notes = []
     if multi is not None:
         label, text = describe_labels(multi)
-        hint = "; for one per image: --set data.label_delimiter=none" * (len(flags) == 1)
+        hint = "; for one per image: --set data.label_delimiter=none"
+        hint *= len(flags) == 1 and columns.label not in table.lists
         notes.append((label, f"{text}{hint}"))
     elif len(flags) > 1:
         text = "one per image; to predict several: --set data.label_delimiter=,"

@@ -108,7 +108,9 @@ def find_columns(table: TextTable, columns: TableColumns, finder: FileFinder) ->
     if given["label"] == NONE:
         given["label"] = _guess_flag_columns(table, used)
     delimiter = columns.delimiter
-    if not delimiter and len(split_names(given["label"], table.header)) == 1:
+    if given["label"] in table.lists and delimiter != NONE:
+        delimiter = table.lists[given["label"]]
+    elif not delimiter and len(split_names(given["label"], table.header)) == 1:
         index = table.header.index(given["label"])
         delimiter = find_delimiter(given["label"], [fields[index] for _, fields in table.rows])
     return replace(columns, **given, delimiter=delimiter)
