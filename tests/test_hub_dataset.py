@@ -233,6 +233,13 @@ def test_missing_data_sets_and_library_are_reported(tmp_path, monkeypatch):
         load_source("hf:someone/nothing")
 
 
+def test_saved_folder_without_the_prefix_has_a_hint(tmp_path):
+    for name, saved in (("splits", DatasetDict(train=make(0, 9))), ("one", make(0, 9))):
+        saved.save_to_disk(str(tmp_path / name))
+        with pytest.raises(InputError, match=rf"by save_to_disk.*\n.*pass hf:{tmp_path / name}"):
+            load_source(tmp_path / name)
+
+
 def test_names_and_paths_in_recipes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()

@@ -20,7 +20,7 @@ from mixmo_fastai.data.class_files import Note
 from mixmo_fastai.data.class_folders import FilesByClass
 from mixmo_fastai.data.class_names import case_notes, check_no_measurements, class_order
 from mixmo_fastai.data.label_tables import LabelTable
-from mixmo_fastai.data.layout import role_of
+from mixmo_fastai.data.layout import is_saved_dataset, role_of
 from mixmo_fastai.data.multi_labels import ALL, MultiLabels, describe_labels
 from mixmo_fastai.data.table_columns import (
     COLUMN_NAMES,
@@ -32,8 +32,6 @@ from mixmo_fastai.data.table_columns import (
 )
 from mixmo_fastai.errors import InputError, summarize_error
 
-SAVED_FILES = ("dataset_dict.json", "state.json")
-"""Files of which one is in each folder that `save_to_disk` wrote."""
 UNLABELLED = -1
 """The label that the library gives to images of test sets without labels."""
 
@@ -200,8 +198,8 @@ def _load(name: str) -> Any:
             return datasets.load_dataset(name)
         if path.is_file():
             return datasets.load_dataset("parquet", data_files=str(path))
-        is_saved = any((path / file).is_file() for file in SAVED_FILES)
-        return (datasets.load_from_disk if is_saved else datasets.load_dataset)(str(path))
+        load = datasets.load_from_disk if is_saved_dataset(path) else datasets.load_dataset
+        return load(str(path))
     except Exception as error:  # the library raises many types, also those of other libraries
         advice = f"There is no local folder {name!r} either.\n" if path is None else ""
         raise InputError(
