@@ -78,7 +78,23 @@ def write_code(folder):
     return save_torch({"a": HarmfulPickle(folder / "created")}, folder / "code.pth")
 
 
+def write_text(folder, text):
+    path = folder / "text.pth"
+    path.write_text(text)
+    return path
+
+
+def write_half(folder):
+    path = save_torch({"a": torch.ones(99)}, folder / "half.pth")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return path
+
+
+NOT_WRITTEN = r"cannot be read: it is damaged, incomplete, or was not written by torch.save\.$"
 BAD_FILES = {
+    "text": (lambda folder: write_text(folder, "hello"), NOT_WRITTEN),
+    "page": (lambda folder: write_text(folder, "<!DOCTYPE html>"), NOT_WRITTEN),
+    "half": (write_half, NOT_WRITTEN),
     "missing": (lambda folder: folder / "weights.pth", "There is no file of weights"),
     "damaged": (write_damaged, "cannot be read"),
     "code": (write_code, "holds Python objects, which are not loaded"),
@@ -279,8 +295,16 @@ def test_path_of_weights_is_checked_and_absolute(tmp_path, monkeypatch, plain):
         "digits", None, {"model.arch": "resnet18"}, ["model.weights=weights.pth"]
     )
     assert recipe.model.weights == str(tmp_path / "weights.pth")
-    with pytest.raises(InputError, match=r"model.weights: there is no file 'other.pth'"):
-        resolve_recipe("digits", None, {"model.arch": "resnet18"}, ["model.weights=other.pth"])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/model.safetensors").touch()
+    (tmp_path / "empty").mkdir()
+    for name, message in (
+        ("other.pth", "there is no file 'other.pth'"),
+        ("run", r"'run' is a folder.*\n.*--set model.weights=run/model.safetensors"),
+        ("empty", "'empty' is a folder, not a file of weights.$"),
+    ):
+        with pytest.raises(InputError, match=f"model.weights: {message}"):
+            resolve_recipe("digits", None, {"model.arch": "resnet18"}, [f"model.weights={name}"])
 
 
 def test_weights_without_a_network_are_refused():

@@ -54,11 +54,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except InputError:
         raise
     except Exception as error:  # damaged files raise errors of many types
-        reason = summarize_error(error, max_length=200)
-        hint = ""
-        if not isinstance(error, SafetensorError | OSError) and "weights_only" in str(error):
-            reason = "it holds Python objects, which are not loaded"
-            hint = "\nSave only tensors: torch.save(model.state_dict(), FILE)."
+        reason, hint = summarize_error(error, max_length=200), ""
+        if not isinstance(error, SafetensorError | OSError | MemoryError):
+            reason = "it is damaged, incomplete, or was not written by torch.save"
+            if "weights_only" in str(error) and "Unsupported operand" not in str(error):
+                reason = "it holds Python objects, which are not loaded"
+                hint = "\nSave only tensors: torch.save(model.state_dict(), FILE)."
         raise InputError(f"The weights {path} cannot be read: {reason}.{hint}") from error
     return _named_tensors(values, path)
 
