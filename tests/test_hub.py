@@ -336,3 +336,6 @@ class TestWrongUse:
         (folder / "model.safetensors").unlink()
         with pytest.raises(InputError, match="There is no file"):
             load_fused(folder)
+        (folder / "config.json").unlink()
+        with pytest.raises(InputError, match=r"mixed' has no config\.json: it is not one that"):
+            load_fused(folder)

@@ -222,7 +222,7 @@ def push_run(
         InputError: as for `export_run`; or the folder is not empty, or the repository has a network
             or is public, or the Hub cannot be reached or refuses the upload.
     """
-    check_export(run, Path(WEIGHTS))
+    check_export(run, Path(WEIGHTS), push_to=to)
     if not to.startswith(HUB_PREFIX):
         folder = Path(os.path.expanduser(to))
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
