@@ -120,10 +120,19 @@ def _split_rows(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
     is_tsv = path.suffix.lower() == ".tsv"
     delimiter = "\t" if is_tsv else max(",;\t", key=first_line.count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    start = 1  # line in which the row starts
     try:
-        yield from ((reader.line_num, fields) for fields in reader if any(map(str.strip, fields)))
+        for fields in reader:
+            if any(map(str.strip, fields)):
+                yield reader.line_num, fields
+            start = reader.line_num + 1
     except csv.Error as error:
-        raise InputError(f"{path}, line {reader.line_num}: {error}.") from error
+        line, reason = reader.line_num, str(error)
+        if reason == "unexpected end of data":
+            line, reason = start, "a quote opens here and is not closed"
+        elif line > start:
+            reason += f"; a quote opens in line {start}"
+        raise InputError(f"{path}, line {line}: {reason}.") from error
 
 
 def _read_parquet(path: Path) -> tuple[list[tuple[int, list[str]]], dict[str, str]]:
