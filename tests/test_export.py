@@ -169,8 +169,13 @@ def test_fused_deep_ensemble_has_one_member_per_network(images, tmp_path, capsys
     unfused, fused = evaluate_run(run), evaluate_run(run, fused=True)
     assert fused["test"]["nll"] == pytest.approx(unfused["test"]["nll"], abs=1e-5)
     assert len(fused["test"]["member_accuracy"]) == 2
-    with pytest.raises(InputError, match="deep ensemble"):
-        check_export(run, tmp_path / "net.onnx")
+    for push_to, command in (
+        (None, "export RUN/net-1 --to net.onnx"),
+        ("hf:me/x", "push RUN/net-1 --to hf:me/x"),
+    ):
+        message = f"deep ensemble.*\n.*mixmo {command.replace('RUN', str(run.path))}"
+        with pytest.raises(InputError, match=message):
+            check_export(run, tmp_path / "net.onnx", push_to)
     assert program(["export", f"{run.path}/net-1", "--to", str(tmp_path / "one.safetensors")]) == 0
     assert "same class for 100.00 %" in capsys.readouterr().out
 

@@ -119,6 +119,18 @@ def test_other_values_are_refused_with_row_and_column(folder, value, message):
         read_label_table(path, GIVEN)
 
 
+@pytest.mark.parametrize("more", [[], ["note"]])
+def test_column_with_a_typo_is_named_instead_of_left_out(folder, more):
+    table = rows(more=[["a note"] * 24 for _ in more])
+    table[11][2] = "2"
+    message = (
+        "line 13: the column 'dog' holds '2', but 0 or 1 in most lines.\nCorrect the field. If "
+        "this is no label, name the columns: --set data.label_column=cat,eel"
+    )
+    with pytest.raises(InputError, match=re.escape(message)):
+        read_label_table(write(folder, table, *more))
+
+
 class TestOneLabelPerImage:
     """Tables in which every image has exactly one label."""
 

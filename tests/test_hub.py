@@ -270,7 +270,21 @@ class TestRepository:
         assert program(["predict", "hf:me/missing", str(images)]) == 2
         error = capsys.readouterr().err
         assert "Cannot load model.safetensors of 'me/missing'" in error
-        assert len(error.splitlines()) == 2
+        assert "no local folder of this name either" in error
+        assert len(error.splitlines()) == 3
+
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            ("", "'hf:' needs a name or a path"),
+            ("./nothing", "There is no file or folder './nothing'"),
+            ("net.safetensors", "There is no file or folder"),
+        ],
+    )
+    def test_local_names_are_not_looked_up(self, monkeypatch, name, message):
+        monkeypatch.setattr(hub, "hf_hub_download", None)
+        with pytest.raises(InputError, match=message):
+            load_fused(f"hf:{name}")
 
 
 class TestWrongUse:
@@ -321,4 +335,7 @@ class TestWrongUse:
             FusedClassifier.from_pretrained(folder)
         (folder / "model.safetensors").unlink()
         with pytest.raises(InputError, match="There is no file"):
+            load_fused(folder)
+        (folder / "config.json").unlink()
+        with pytest.raises(InputError, match=r"mixed' has no config\.json: it is not one that"):
             load_fused(folder)

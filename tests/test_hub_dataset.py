@@ -216,17 +216,28 @@ def test_data_sets_that_cannot_be_used_are_refused(tmp_path, case):
 
 
 def test_missing_data_sets_and_library_are_reported(tmp_path, monkeypatch):
-    for path in (tmp_path / "nothing", "./nothing", "data/photos/nothing"):
-        with pytest.raises(InputError, match="There is no data set"):
+    paths = (tmp_path / "nothing", "./nothing", "data/photos/nothing", "no.parquet", "~/no.csv")
+    for path in paths:
+        with pytest.raises(InputError, match="There is no file or folder"):
             load_source(f"hf:{path}")
-    with pytest.raises(InputError, match="hf:someone/nothing cannot be loaded"):
+    message = "hf:someone/nothing cannot be loaded.*\nThere is no local folder 'someone/nothing' "
+    with pytest.raises(InputError, match=message):
         load_source("hf:someone/nothing")
+    with pytest.raises(InputError, match="'hf:' needs a name or a path"):
+        load_source("hf:")
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="cannot be loaded"):
         load_source(f"hf:{tmp_path / 'empty'}")
     monkeypatch.setattr("mixmo_fastai.data.hub_dataset.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'mixmo-fastai\[datasets\]'"):
         load_source("hf:someone/nothing")
+
+
+def test_saved_folder_without_the_prefix_has_a_hint(tmp_path):
+    for name, saved in (("splits", DatasetDict(train=make(0, 9))), ("one", make(0, 9))):
+        saved.save_to_disk(str(tmp_path / name))
+        with pytest.raises(InputError, match=rf"by save_to_disk.*\n.*pass hf:{tmp_path / name}"):
+            load_source(tmp_path / name)
 
 
 def test_names_and_paths_in_recipes(tmp_path, monkeypatch):

@@ -205,7 +205,8 @@ TABLES = [
     ("image,time\n0,1\n", "columns image, time, but no label and no class"),
     ("image,label\n", "has no rows"),
     ("", "has no rows"),
-    ('image,label\n0,"cat\n', "line 2: unexpected end of data"),
+    ('image,label\n0,"cat\n1,dog\n2,eel\n', "line 2: a quote opens here and is not closed"),
+    ('image,label\n0,"cat\n1,"dog\n', "line 3: ',' expected after.*a quote opens in line 2"),
     (b"image,label\n0,\xff\n", "is not text in UTF-8"),
 ]
 

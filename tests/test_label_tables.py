@@ -133,6 +133,21 @@ def test_numbers_are_classes_in_their_order(folder):
     assert [*table.parts["train"]] == ["1", "2", "10"]
 
 
+def test_whole_numbers_with_decimals_are_whole_numbers(folder):
+    """As pandas writes them."""
+    labels = ("2.0", "10.0", "1")
+    rows = [[path, labels[index % 3]] for index, (path, _) in enumerate(simple_rows())]
+    table = read_label_table(write_table(folder / "a.csv", ["path", "label"], rows))
+    assert [*table.parts["train"]] == ["1", "2", "10"]
+    assert ("Numbers", "labels such as 10.0 are read as 10") in table.notes
+    several = [[path, f"{label}|3.0"] for path, label in rows]
+    table = read_label_table(write_table(folder / "a.csv", ["path", "label"], several))
+    assert table.multi.classes == ("1", "2", "3", "10")
+    rows[0][1] = "0.5"
+    table = read_label_table(write_table(folder / "a.csv", ["path", "label"], rows))
+    assert [*table.parts["train"]] == ["0.5", "1", "10.0", "2.0"]
+
+
 def test_labels_seen_once_are_named(folder):
     rows = simple_rows()
     rows[4][1] = "dgo"

@@ -146,6 +146,14 @@ def test_predictions_equal_the_network(run, table, capsys):
     assert float(raw["p:red"]) == pytest.approx(float(logits[0, 2].sigmoid()), abs=1e-4)
 
 
+def test_header_has_the_labels_without_a_readable_image(run, tmp_path, capsys):
+    (tmp_path / "bad.png").write_bytes(b"not an image")
+    assert program(["predict", str(run.path), str(tmp_path / "bad.png")]) == 1
+    columns = [f"p:{name}" for name in run.data_facts().classes]
+    expected = ["image", "labels", "entropy", "mutual_information", *columns]
+    assert capsys.readouterr().out.splitlines() == [",".join(expected)]
+
+
 @pytest.mark.parametrize("suffix", ["safetensors", "onnx"])
 @pytest.mark.parametrize("flags", [[], ["--raw"]])
 def test_exported_network_predicts_the_same(run, table, tmp_path, capsys, suffix, flags):

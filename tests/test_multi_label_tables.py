@@ -2,9 +2,11 @@
 
 import re
 
+import pyarrow
 import pytest
 import torch
 from label_tables import folder, write_table
+from pyarrow import parquet
 
 from mixmo_fastai.data.dataloaders import make_dataloaders
 from mixmo_fastai.data.image_folder import read_image_table
@@ -42,6 +44,33 @@ def test_delimiters_are_found(folder, column, delimiter):
         "several per image: 0 to 3, 1.5 on average; 4 images without any; for one per image: "
         "--set data.label_delimiter=none",
     )
+
+
+@pytest.mark.parametrize("delimiter", ["", ","])
+@pytest.mark.parametrize("names", [{}, {"cat": "cat|tom", "dog": "dog; hound"}])
+def test_lists_of_parquet_are_several_labels(folder, delimiter, names):
+    """As `hf:` reads them; no character of a label divides it."""
+    tags = [[names.get(name, name) for name in each] for each in TAGS]
+    columns = {"path": [path for path, _ in rows("")], "labels": tags, "box": [[1.0, 2.0]] * 24}
+    parquet.write_table(pyarrow.table(columns), folder / "a.parquet")
+    table = read_label_table(folder / "a.parquet", TableColumns(delimiter=delimiter))
+    assert [[*table.multi.of[f"photos/{i:02d}.png"]] for i in range(24)] == tags
+    (_, text), (_, counts) = table.notes
+    assert "labels in the lists of 'labels'" in text
+    assert "label_delimiter" not in counts
+    columns["labels"] = [each[:1] for each in tags]  # one or none in each list
+    parquet.write_table(pyarrow.table(columns), folder / "a.parquet")
+    assert len(read_label_table(folder / "a.parquet").multi.classes) == 3
+
+
+def test_lists_that_cannot_be_joined_are_refused(folder):
+    columns = {"path": ["photos/00.png"], "labels": [["a|b", "c;d", "e,f"]]}
+    parquet.write_table(pyarrow.table(columns), folder / "a.parquet")
+    with pytest.raises(InputError, match=r"lists of 'labels' hold text with each of \| ; ,"):
+        read_label_table(folder / "a.parquet")
+    parquet.write_table(pyarrow.table(columns | {"labels": [[["a"]]]}), folder / "a.parquet")
+    with pytest.raises(InputError, match="'labels' does not hold text"):
+        read_label_table(folder / "a.parquet")
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,15 @@ def test_the_plan_counts_images_that_only_calibrate(capsys, monkeypatch, selecti
     assert f"48 training, {text} test images" in rows_by_label(capsys.readouterr().out)["Data"]
 
 
+@pytest.mark.parametrize(("size", "steps"), [("24", "2 steps"), ("48", "1 step")])
+def test_the_plan_counts_steps(capsys, monkeypatch, size, steps):
+    monkeypatch.setattr("mixmo_fastai.training.ensemble.train", lambda *_, **__: 1 / 0)
+    settings = ["--epochs", "1", "--batch-size", size, "--set", "mix.batch_repetitions=1"]
+    assert run(["fit", *TINY, *settings, "--out", "here"]) == 1
+    training = rows_by_label(capsys.readouterr().out)["Training"]
+    assert f" 1 epoch of {steps} with {size} images" in training
+
+
 @pytest.mark.parametrize(
     ("requested", "text"),
     [(250, "192 images seen instead of 250, since epochs are whole"), (195, "192 images seen")],

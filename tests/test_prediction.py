@@ -2,6 +2,8 @@ import csv
 import io
 import json
 import re
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import oracle_metrics as oracle
@@ -16,6 +18,7 @@ from mixmo_fastai.errors import InputError
 from mixmo_fastai.evaluation.logits import collect_member_logits
 from mixmo_fastai.evaluation.predict import predict_images
 from mixmo_fastai.evaluation.runs import open_finished
+from mixmo_fastai.runs.folder import RunFolder
 from mixmo_fastai.runs.weights import load_network
 
 CLASSES = ("cat", "dog", "fish")
@@ -79,6 +82,18 @@ def test_votes_of_a_deep_ensemble_and_of_one_member(images, tmp_path):
         assert prediction.mutual_information is not None
         assert first.mutual_information is None
         assert (first.votes, first.agreement) == ((first.label,), None)
+
+
+def test_unfinished_deep_ensemble_says_how_to_continue(run, images, tmp_path):
+    """As `mixmo fit --nets 2` leaves it, without a folder for the first network."""
+    ensemble = RunFolder(tmp_path / "two")
+    shutil.copytree(run.path, ensemble.path / "net-2")
+    shutil.copy(run.path / "data.json", ensemble.path)
+    recipe = run.recipe()
+    ensemble.write_recipe(replace(recipe, model=replace(recipe.model, num_nets=2)))
+    message = "two has no weights yet: 1 of 2 networks are finished.\nContinue it: .*--resume"
+    with pytest.raises(InputError, match=message):
+        predict_images(ensemble, [images / "test/cat"])
 
 
 def test_command_reports_unreadable_images_and_predicts_the_others(run, images, tmp_path, capsys):

@@ -79,7 +79,23 @@ def write_code(folder):
     return save_torch({"a": HarmfulPickle(folder / "created")}, folder / "code.pth")
 
 
+def write_text(folder, text):
+    path = folder / "text.pth"
+    path.write_text(text)
+    return path
+
+
+def write_half(folder):
+    path = save_torch({"a": torch.ones(99)}, folder / "half.pth")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return path
+
+
+NOT_WRITTEN = r"cannot be read: it is damaged, incomplete, or was not written by torch.save\.$"
 BAD_FILES = {
+    "text": (lambda folder: write_text(folder, "hello"), NOT_WRITTEN),
+    "page": (lambda folder: write_text(folder, "<!DOCTYPE html>"), NOT_WRITTEN),
+    "half": (write_half, NOT_WRITTEN),
     "missing": (lambda folder: folder / "weights.pth", "There is no file of weights"),
     "damaged": (write_damaged, "cannot be read"),
     "code": (write_code, "holds Python objects, which are not loaded"),
@@ -202,8 +218,25 @@ def test_run_of_other_classes_keeps_its_body(tmp_path):
 
 def test_plain_weights_do_not_fit_published_networks(tmp_path, plain):
     path = save_torch(plain.state_dict(), tmp_path / "weights.pth")
-    with pytest.raises(InputError, match=r"no pretrained weights for wrn10_1.*\n.*of a run"):
+    with pytest.raises(InputError, match=r"weights.pth do not belong to wrn10_1.*\n.*of a run"):
         create_model("wrn10_1", 4, weights=path)
+
+
+@pytest.mark.parametrize("arch", ["wrn10_1", "preact_resnet18_1"])
+def test_fused_published_networks_are_loaded(tmp_path, arch):
+    """As `mixmo export` writes them: the outputs stay, and heads of other classes are new."""
+    trained = create_model(arch, 4, 2, generator=torch.Generator().manual_seed(1)).eval()
+    fused, images = trained.fuse(), torch.randn(3, 3, 16, 16)
+    save_file(fused.state_dict(), tmp_path / "w.safetensors")
+    for members in (1, 2, 3):
+        model = create_model(arch, 4, members, weights=tmp_path / "w.safetensors").eval()
+        with torch.no_grad():
+            torch.testing.assert_close(model(images), trained(images), rtol=1e-4, atol=1e-5)
+    model = create_model(arch, 6, 2, weights=tmp_path / "w.safetensors")
+    assert [head.out_features for head in model.heads] == [6, 6]
+    torch.testing.assert_close(sum(e.weight for e in model.encoders), fused.encoder.weight)
+    with pytest.raises(InputError, match=r"another network: it has no core"):
+        create_model("wrn16_1", 4, weights=tmp_path / "w.safetensors")
 
 
 def test_learner_starts_from_weights(tmp_path, plain):
@@ -275,8 +308,16 @@ def test_path_of_weights_is_checked_and_absolute(tmp_path, monkeypatch, plain):
         "digits", None, {"model.arch": "resnet18"}, ["model.weights=weights.pth"]
     )
     assert recipe.model.weights == str(tmp_path / "weights.pth")
-    with pytest.raises(InputError, match=r"model.weights: there is no file 'other.pth'"):
-        resolve_recipe("digits", None, {"model.arch": "resnet18"}, ["model.weights=other.pth"])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/model.safetensors").touch()
+    (tmp_path / "empty").mkdir()
+    for name, message in (
+        ("other.pth", "there is no file 'other.pth'"),
+        ("run", r"'run' is a folder.*\n.*--set model.weights=run/model.safetensors"),
+        ("empty", "'empty' is a folder, not a file of weights.$"),
+    ):
+        with pytest.raises(InputError, match=f"model.weights: {message}"):
+            resolve_recipe("digits", None, {"model.arch": "resnet18"}, [f"model.weights={name}"])
 
 
 def test_weights_without_a_network_are_refused():
@@ -303,6 +344,7 @@ def test_exported_network_and_unknown_statistics(tmp_path):
     assert facts_of_exported(tmp_path / "net.safetensors").mean == mean
     copy = shutil.copy(run.weights, tmp_path / "copy.safetensors")
     for weights, origin in (
+        (tmp_path / "net.safetensors", "of the exported network net.safetensors"),
         (run.weights, f"of the run {run.path}"),
         (copy, "of these images, since none are stored with the weights"),
     ):

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -114,12 +115,12 @@ def predict(
     rows = [_row(prediction, request) for prediction in predictions]
     reasons = {str(path): " ".join(text.splitlines()) for path, text in unreadable.items()}
     table = {"run": str(run), "predictions": rows, "unreadable": reasons, "skipped": skipped_text}
-    output = Output(as_json=as_json)
+    output, lines = Output(as_json=as_json), _csv_lines(rows, request, _label_names(network))
     if out is None:
-        output.print_result(_csv_lines(rows), table)
+        output.print_result(lines, table)
     else:
         is_json = out.suffix.lower() == ".json"
-        text = json.dumps(table, indent=2) if is_json else "\n".join(_csv_lines(rows))
+        text = json.dumps(table, indent=2) if is_json else "\n".join(lines)
         write_atomically(out, text + "\n")
         summary = {"run": str(run), "predictions": str(out), "unreadable": reasons}
         output.print_result([f"Predictions: {out}, {len(rows):,} images"], summary)
@@ -137,10 +138,8 @@ def _decisions(network: Any, request: Any, name: str) -> Any:
         InputError: as for `decide_for`, or what is requested is for one label per image.
     """
     from mixmo_fastai.evaluation.decisions import Decisions, decide_for
-    from mixmo_fastai.runs.folder import RunFolder
 
-    facts = network.data_facts() if isinstance(network, RunFolder) else network.facts
-    if facts is None or not facts.is_multi_label:
+    if _label_names(network) is None:
         return decide_for(request, network, name)
     if request.needs_calibration:
         raise InputError(
@@ -148,6 +147,14 @@ def _decisions(network: Any, request: Any, name: str) -> Any:
             f"{name} may have several."
         )
     return Decisions()
+
+
+def _label_names(network: Any) -> tuple[str, ...] | None:
+    """Return the names of the labels if an image may have several, otherwise None."""
+    from mixmo_fastai.runs.folder import RunFolder
+
+    facts = network.data_facts() if isinstance(network, RunFolder) else network.facts
+    return facts.classes if facts is not None and facts.is_multi_label else None
 
 
 def _describe_unreadable(unreadable: dict[Path, str]) -> str:
@@ -177,11 +184,23 @@ def _row(prediction: Any, request: Any) -> dict[str, Any]:
     return row
 
 
-def _csv_lines(rows: list[dict[str, Any]]) -> list[str]:
-    if rows and "labels" in rows[0]:
-        return _label_csv_lines(rows)
+def _csv_lines(rows: list[dict[str, Any]], request: Any, labels: Sequence[str] | None) -> list[str]:
+    """Format predictions; without any, the header.
+
+    Args:
+        rows: from `_row`.
+        request: the request of `evaluation.decisions`, which decides the columns.
+        labels: names of the labels if an image may have several; otherwise None.
+    """
+    if labels is not None:
+        return _label_csv_lines(rows, labels)
     names = ["image", "label", "probability", "votes", "agreement", "entropy", "mutual_information"]
-    names += [name for name in ("set", "decision", "familiar") if rows and name in rows[0]]
+    requested = {
+        "set": request.coverage,
+        "decision": request.max_risk,
+        "familiar": request.familiar,
+    }
+    names += [name for name, value in requested.items() if value is not None]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(names)
@@ -197,11 +216,10 @@ def _csv_lines(rows: list[dict[str, Any]]) -> list[str]:
     return text.getvalue().splitlines()
 
 
-def _label_csv_lines(rows: list[dict[str, Any]]) -> list[str]:
+def _label_csv_lines(rows: list[dict[str, Any]], names: Sequence[str]) -> list[str]:
     """Format predictions of several labels per image: with a column of probabilities per label."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    names = [*rows[0]["probabilities"]]
     columns = [f"p:{name}" for name in names]  # labels may be called "image"
     writer.writerow(["image", "labels", "entropy", "mutual_information", *columns])
     for row in rows:

@@ -15,6 +15,7 @@ from mixmo_fastai import __version__
 from mixmo_fastai.cli.options import use_flag_names
 from mixmo_fastai.config.registered import resolve_registered
 from mixmo_fastai.errors import InputError, RunFailedError, RunInterruptedError
+from mixmo_fastai.runtime.hub_access import avoid_retries
 from mixmo_fastai.runtime.signals import StopRequest, handling_signals
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -137,6 +138,7 @@ def run(args: Sequence[str]) -> int:
             warnings.filterwarnings("ignore", category=category)
         # Pillow warns about large images, which are supported here.
         warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
+        avoid_retries(args)
     with handling_signals() as stop:
         try:
             _check_processes(args)

@@ -35,12 +35,12 @@ def plan_lines(training: Any, requested_images: int | None = None) -> list[str]:
             recipe gives the number of epochs.
     """
     recipe = training.recipe
-    train, schedule = recipe.train, recipe.schedule
+    train, schedule, steps = recipe.train, recipe.schedule, training.steps_per_epoch
     rows = [
         *_setup_rows(training),
         (
             "Training",
-            f"{train.epochs} epoch{'s' * (train.epochs > 1)} of {training.steps_per_epoch} steps "
+            f"{train.epochs} epoch{'s' * (train.epochs > 1)} of {steps} step{'s' * (steps > 1)} "
             f"with {train.batch_size} images: {training.images_seen:,} images seen"
             + _rounding(training.images_seen, requested_images),
         ),

@@ -6,6 +6,7 @@ Standard library only, so that invalid input is refused before torch is imported
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from shlex import quote
 from typing import Any
 
 from mixmo_fastai.config.choices import DATASETS, HUB_PREFIX, MASK_KINDS, TABLE_SUFFIXES
@@ -106,7 +107,7 @@ def _make_paths_absolute(recipe: Recipe) -> Recipe:
     if recipe.model.weights:
         weights = os.path.abspath(os.path.expanduser(recipe.model.weights))
         if not os.path.isfile(weights):
-            raise InputError(f"model.weights: there is no file {recipe.model.weights!r}.")
+            raise _no_weights(recipe.model.weights)
         recipe = replace(recipe, model=replace(recipe.model, weights=weights))
     if recipe.data.dataset in DATASETS:
         return recipe
@@ -117,6 +118,16 @@ def _make_paths_absolute(recipe: Recipe) -> Recipe:
             return recipe  # a name
     absolute = prefix + os.path.abspath(os.path.expanduser(dataset))
     return replace(recipe, data=replace(recipe.data, dataset=absolute))
+
+
+def _no_weights(name: str) -> InputError:
+    """Build the error for weights that are no file; in a run folder, name its file."""
+    if not os.path.isdir(os.path.expanduser(name)):
+        return InputError(f"model.weights: there is no file {name!r}.")
+    file = os.path.join(name, "model.safetensors")
+    found = os.path.isfile(os.path.expanduser(file))
+    advice = f"\nName its file: --set {quote(f'model.weights={file}')}" if found else ""
+    return InputError(f"model.weights: {name!r} is a folder, not a file of weights.{advice}")
 
 
 def _clear_stale_name(recipe: Recipe, base: Recipe) -> Recipe:

@@ -1,5 +1,6 @@
 """Class names of tables: their order, and checks that they are classes."""
 
+import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable
 
@@ -9,6 +10,7 @@ from mixmo_fastai.errors import InputError
 _MAX_DECIMALS = 20
 """Number of different decimals that may be classes, such as sizes or ratings."""
 _NUM_SHOWN = 3
+_WHOLE = re.compile(r"(\d+)(?:\.0+)?")
 
 
 def class_order(labels: Collection[str]) -> list[str]:
@@ -20,6 +22,22 @@ def class_order(labels: Collection[str]) -> list[str]:
     """
     are_numbers = all(label.isdecimal() for label in labels)
     return sorted(labels, key=(lambda label: (int(label), label)) if are_numbers else None)
+
+
+def whole_numbers(labels: Collection[str]) -> dict[str, str]:
+    """Return labels such as "10.0" without decimals; empty if there are none, or others.
+
+    Tables are written so if a column of whole numbers once had an empty field.
+
+    Example:
+        >>> whole_numbers(["0.0", "10.0"])
+        {'0.0': '0', '10.0': '10'}
+        >>> whole_numbers(["0.0", "0.5"])
+        {}
+    """
+    found = {label: match[1] for label in labels if (match := _WHOLE.fullmatch(label))}
+    has_decimals = any(label != whole for label, whole in found.items())
+    return found if has_decimals and len(found) == len(labels) else {}
 
 
 def case_notes(names: Iterable[str]) -> list[Note]:

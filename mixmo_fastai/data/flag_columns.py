@@ -56,6 +56,29 @@ def find_flag_columns(table: TextTable, names: Sequence[str]) -> list[str]:
     ]
 
 
+def find_nearly_flags(table: TextTable, names: Sequence[str]) -> tuple[str, int, str] | None:
+    """Find a column of 0 and 1 with few other fields, such as misspellings.
+
+    Args:
+        table: the table.
+        names: columns to look at.
+
+    Returns:
+        the first column in which one field or at most a tenth of them are others, with position and
+        value of the first; None if there is no such column.
+    """
+    for name in names:
+        index = table.header.index(name)
+        others = [
+            (position, fields[index].strip())
+            for position, fields in table.rows
+            if fields[index].strip().lower() not in _FLAGS
+        ]
+        if len(others) < len(table.rows) and len(others) <= max(1, len(table.rows) // 10):
+            return name, *others[0]
+    return None
+
+
 def flagged_labels(
     fields: Sequence[str], positions: Mapping[str, int], where: str
 ) -> tuple[str, ...]:

@@ -6,7 +6,6 @@ split and its row, such as "train/12".
 
 import errno
 import io
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -16,11 +15,12 @@ from typing import IO, Any
 from unicodedata import normalize
 
 from mixmo_fastai.config.choices import HUB_PREFIX
+from mixmo_fastai.config.hub_names import local_path
 from mixmo_fastai.data.class_files import Note
 from mixmo_fastai.data.class_folders import FilesByClass
 from mixmo_fastai.data.class_names import case_notes, check_no_measurements, class_order
 from mixmo_fastai.data.label_tables import LabelTable
-from mixmo_fastai.data.layout import role_of
+from mixmo_fastai.data.layout import is_saved_dataset, role_of
 from mixmo_fastai.data.multi_labels import ALL, MultiLabels, describe_labels
 from mixmo_fastai.data.table_columns import (
     COLUMN_NAMES,
@@ -192,21 +192,18 @@ def _load(name: str) -> Any:
     import datasets
 
     datasets.disable_progress_bars()  # only the command prints
-    path = Path(os.path.expanduser(name))
+    path = local_path(name)
     try:
-        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            return datasets.load_from_disk(str(path))
+        if path is None:
+            return datasets.load_dataset(name)
         if path.is_file():
             return datasets.load_dataset("parquet", data_files=str(path))
-        is_path = path.is_absolute() or name.startswith(("./", "../")) or name.count("/") > 1
-        if is_path and not path.is_dir():  # names on the Hub have one slash at most
-            raise InputError(f"There is no data set {name!r}.")
-        return datasets.load_dataset(str(path) if path.is_dir() else name)
-    except InputError:
-        raise
+        load = datasets.load_from_disk if is_saved_dataset(path) else datasets.load_dataset
+        return load(str(path))
     except Exception as error:  # the library raises many types, also those of other libraries
+        advice = f"There is no local folder {name!r} either.\n" if path is None else ""
         raise InputError(
-            f"{HUB_PREFIX}{name} cannot be loaded: {summarize_error(error, 300)}.\n"
+            f"{HUB_PREFIX}{name} cannot be loaded: {summarize_error(error, 300)}.\n{advice}"
             "Give a folder written by save_to_disk, parquet files, or the name of a data set."
         ) from error
 

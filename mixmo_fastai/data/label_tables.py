@@ -14,7 +14,12 @@ from unicodedata import normalize
 from mixmo_fastai.config.choices import TABLE_SUFFIXES
 from mixmo_fastai.data.class_files import Note, examples
 from mixmo_fastai.data.class_folders import FilesByClass
-from mixmo_fastai.data.class_names import case_notes, check_no_measurements, class_order
+from mixmo_fastai.data.class_names import (
+    case_notes,
+    check_no_measurements,
+    class_order,
+    whole_numbers,
+)
 from mixmo_fastai.data.file_finder import FileFinder, is_named
 from mixmo_fastai.data.flag_columns import flagged_labels, split_names
 from mixmo_fastai.data.multi_labels import ALL, MultiLabels, describe_labels, split_labels
@@ -96,6 +101,7 @@ def read_label_table(
     found = find_columns(table, columns, finder)
     rows = _read_rows(table, found, finder, left_out)
     _check_groups(rows, found)
+    rows, numbers = _with_whole_numbers(rows, found, table)
     rows, unlabelled = _without_unlabelled_splits(rows)
     found = _with_delimiter(found, rows)
     names = class_order({name for row in rows if row.split == "train" for name in row.labels})
@@ -117,6 +123,7 @@ def read_label_table(
     notes = (
         ("Table", _describe(found, table)),
         *_label_notes(found, table, multi, names),
+        *numbers,
         *unlabelled,
         *_unused_split_column(table, found),
         *case_notes(names),
@@ -202,6 +209,19 @@ def _with_delimiter(columns: TableColumns, rows: Sequence[_Row]) -> TableColumns
     return columns
 
 
+def _with_whole_numbers(
+    rows: list[_Row], columns: TableColumns, table: TextTable
+) -> tuple[list[_Row], list[Note]]:
+    """Write the labels of a column without decimals if all of them are whole numbers."""
+    spelling = whole_numbers({label for row in rows for label in row.labels})
+    if not spelling or len(_label_columns(columns, table)) > 1:
+        return rows, []
+    first = next(label for label, whole in sorted(spelling.items()) if label != whole)
+    labels = (dict.fromkeys(spelling[label] for label in row.labels) for row in rows)
+    rows = [replace(row, labels=tuple(each)) for row, each in zip(rows, labels, strict=True)]
+    return rows, [("Numbers", f"labels such as {first} are read as {spelling[first]}")]
+
+
 def _without_unlabelled_splits(rows: list[_Row]) -> tuple[list[_Row], list[Note]]:
     """Leave out validation or test images if none of them has a label: theirs are not known."""
     notes = []
@@ -270,6 +290,8 @@ def _describe(columns: TableColumns, table: TextTable) -> str:
     labels = repr(columns.label)
     if len(names := _label_columns(columns, table)) > 1:
         labels = f"{len(names)} columns of 0 and 1 ({examples(names, _NUM_COLUMNS)})"
+    elif columns.label in table.lists:
+        labels = f"the lists of {labels}"
     elif columns.delimiter != NONE:
         labels += f" separated by {columns.delimiter!r}"
     texts = [f"{len(table.rows):,} rows; paths in {columns.path!r}, labels in {labels}"]
@@ -287,7 +309,8 @@ def _label_notes(
     notes = []
     if multi is not None:
         label, text = describe_labels(multi)
-        hint = "; for one per image: --set data.label_delimiter=none" * (len(flags) == 1)
+        hint = "; for one per image: --set data.label_delimiter=none"
+        hint *= len(flags) == 1 and columns.label not in table.lists
         notes.append((label, f"{text}{hint}"))
     elif len(flags) > 1:
         text = "one per image; to predict several: --set data.label_delimiter=,"

@@ -12,7 +12,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixmo_fastai.config.choices import TABLE_SUFFIXES
+from mixmo_fastai.config.choices import HUB_PREFIX, TABLE_SUFFIXES
 from mixmo_fastai.data.listing import Skipped, count_images, scan
 from mixmo_fastai.errors import InputError, nearest
 
@@ -57,6 +57,11 @@ def find_split_folders(folder: Path) -> SplitFolders:
     if not folder.is_dir():
         problem = "is not a folder" if folder.exists() else "does not exist"
         raise InputError(f"Image folder {folder} {problem}.\n{LAYOUT}")
+    if is_saved_dataset(folder):
+        raise InputError(
+            f"{folder} was written by save_to_disk of the library datasets.\n"
+            f"To read it so, pass {HUB_PREFIX}{folder}"
+        )
     inner, folders, images = _descend(folder)
     root = folder / inner
     roles = _by_role(root, folders)
@@ -95,6 +100,11 @@ def evaluation_folder(folder: Path) -> Path:
     roles = _by_role(folder, scan(folder, Skipped())[0])
     name = roles.get("test") or roles.get("valid")
     return folder / name if name else folder
+
+
+def is_saved_dataset(folder: Path) -> bool:
+    """Check whether `save_to_disk` of the library datasets wrote a folder."""
+    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
 def role_of(name: str) -> str | None:

@@ -10,7 +10,12 @@ from shlex import quote
 
 from mixmo_fastai.data.class_files import examples
 from mixmo_fastai.data.file_finder import FileFinder
-from mixmo_fastai.data.flag_columns import find_flag_columns, join_names, split_names
+from mixmo_fastai.data.flag_columns import (
+    find_flag_columns,
+    find_nearly_flags,
+    join_names,
+    split_names,
+)
 from mixmo_fastai.data.layout import role_of
 from mixmo_fastai.data.multi_labels import find_delimiter
 from mixmo_fastai.data.text_tables import TextTable
@@ -103,7 +108,9 @@ def find_columns(table: TextTable, columns: TableColumns, finder: FileFinder) ->
     if given["label"] == NONE:
         given["label"] = _guess_flag_columns(table, used)
     delimiter = columns.delimiter
-    if not delimiter and len(split_names(given["label"], table.header)) == 1:
+    if given["label"] in table.lists and delimiter != NONE:
+        delimiter = table.lists[given["label"]]
+    elif not delimiter and len(split_names(given["label"], table.header)) == 1:
         index = table.header.index(given["label"])
         delimiter = find_delimiter(given["label"], [fields[index] for _, fields in table.rows])
     return replace(columns, **given, delimiter=delimiter)
@@ -149,10 +156,16 @@ def _guess_flag_columns(table: TextTable, used: Sequence[str]) -> str:
     found = find_flag_columns(table, rest)
     if len(found) == len(rest) > 1:
         return join_names(found)
+    setting = f"--set {quote(f'data.label_column={join_names(found)}')}"
+    if (near := find_nearly_flags(table, [n for n in rest if n not in found])) and found:
+        name, position, value = near
+        raise InputError(
+            f"{table.where(position)}: the column {name!r} holds {value!r}, but 0 or 1 in most "
+            f"{table.unit}s.\nCorrect the field. If this is no label, name the columns: {setting}"
+        )
     error = missing_column("label", table.header, str(table.path))
     if 1 < len(found) <= _MAX_COLUMNS:
-        setting = quote(f"data.label_column={join_names(found)}")
-        raise InputError(f"{error}\nOr name all columns of 0 and 1: --set {setting}")
+        raise InputError(f"{error}\nOr name all columns of 0 and 1: {setting}")
     raise error
 
 

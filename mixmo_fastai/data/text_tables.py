@@ -6,14 +6,16 @@ Lines are counted from 1, the header; the rows of a parquet file from 1.
 import csv
 import io
 import math
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from unicodedata import normalize
 
 from mixmo_fastai.errors import InputError
 
 PARQUET = ".parquet"
+_DELIMITERS = ("|", ";", ",")
+"""What may join the texts of a list."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,12 +27,14 @@ class TextTable:
         header: names of the columns, in Unicode normal form NFC; no name occurs twice.
         rows: position and fields of each row that is not blank.
         unit: what a position counts: "line" or "row".
+        lists: the columns whose fields are lists, each with the delimiter that joins its lists.
     """
 
     path: Path
     header: tuple[str, ...]
     rows: Sequence[tuple[int, Sequence[str]]]
     unit: str = "line"
+    lists: Mapping[str, str] = field(default_factory=dict)
 
     def find(self, names: Collection[str], excluded: Collection[str] = ()) -> int | None:
         """Return the position of the first column with one of these names, ignoring case.
@@ -74,12 +78,15 @@ def read_text_table(path: Path, advice: str) -> TextTable:
     Raises:
         InputError: the file cannot be read, is damaged, has no rows, or has a column twice.
     """
-    is_parquet = path.suffix.lower() == PARQUET
-    rows = list(_parquet_rows(path) if is_parquet else _split_rows(path, _read_text(path)))
+    is_parquet, lists = path.suffix.lower() == PARQUET, dict[str, str]()
+    if is_parquet:
+        rows, lists = _read_parquet(path)
+    else:
+        rows = list(_split_rows(path, _read_text(path)))
     if len(rows) < 2:
         raise InputError(f"{path} has no rows.\n{advice}")
     (_, first), *rest = rows
-    header = tuple(normalize("NFC", name.strip()) for name in first)
+    header = tuple(map(_column_name, first))
     start = f"{path}" if is_parquet else f"{path}, line 1"
     for name in header:
         if header.count(name) > 1:
@@ -89,7 +96,11 @@ def read_text_table(path: Path, advice: str) -> TextTable:
             raise InputError(
                 f"{path}, line {line}: {len(fields)} fields; the header has {len(header)}."
             )
-    return TextTable(path, header, rest, "row" if is_parquet else "line")
+    return TextTable(path, header, rest, "row" if is_parquet else "line", lists)
+
+
+def _column_name(text: str) -> str:
+    return normalize("NFC", text.strip())
 
 
 def _read_text(path: Path) -> str:
@@ -109,14 +120,26 @@ def _split_rows(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
     is_tsv = path.suffix.lower() == ".tsv"
     delimiter = "\t" if is_tsv else max(",;\t", key=first_line.count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    start = 1  # line in which the row starts
     try:
-        yield from ((reader.line_num, fields) for fields in reader if any(map(str.strip, fields)))
+        for fields in reader:
+            if any(map(str.strip, fields)):
+                yield reader.line_num, fields
+            start = reader.line_num + 1
     except csv.Error as error:
-        raise InputError(f"{path}, line {reader.line_num}: {error}.") from error
+        line, reason = reader.line_num, str(error)
+        if reason == "unexpected end of data":
+            line, reason = start, "a quote opens here and is not closed"
+        elif line > start:
+            reason += f"; a quote opens in line {start}"
+        raise InputError(f"{path}, line {line}: {reason}.") from error
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yield the header and the rows of a parquet file; missing values are empty."""
+def _read_parquet(path: Path) -> tuple[list[tuple[int, list[str]]], dict[str, str]]:
+    """Return the header and the rows of a parquet file, and its columns of lists.
+
+    Missing values are empty.
+    """
     try:
         import pyarrow
         from pyarrow import parquet
@@ -130,14 +153,35 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     except (OSError, pyarrow.ArrowException) as error:
         reason = str(error).partition("\n")[0]
         raise InputError(f"{path} cannot be read as parquet: {reason}") from error
-    yield 0, list(table.column_names)
-    columns = [column.to_pylist() for column in table.columns]
-    for position, values in enumerate(zip(*columns, strict=True), start=1):
-        named = zip(values, table.column_names, strict=True)
-        yield position, ["" if value is None else _text(value, name, path) for value, name in named]
+    columns, lists = [], {}
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        values = column.to_pylist()
+        if any(isinstance(value, list) for value in values):
+            values, lists[_column_name(name)] = _joined(values, name, path)
+        columns.append([_text(value, name, path) for value in values])
+    rows = [list(fields) for fields in zip(*columns, strict=True)]
+    return [(0, list(table.column_names)), *enumerate(rows, start=1)], lists
+
+
+def _joined(
+    values: Sequence[list[object] | None], column: str, path: Path
+) -> tuple[list[str], str]:
+    """Join each list of a column to a text; return the texts and the delimiter."""
+    lists = [[_text(value, column, path) for value in each or ()] for each in values]
+    used = {text for texts in lists for text in texts}
+    free = (mark for mark in _DELIMITERS if not any(mark in text for text in used))
+    delimiter = next(free, None)
+    if delimiter is None:
+        raise InputError(
+            f"{path}: the lists of {column!r} hold text with each of {' '.join(_DELIMITERS)}.\n"
+            "Remove one of these characters from all labels."
+        )
+    return [delimiter.join(texts) for texts in lists], delimiter
 
 
 def _text(value: object, column: str, path: Path) -> str:
+    if value is None:
+        return ""
     if isinstance(value, bytes | dict | list):
         raise InputError(
             f"{path}: the column {column!r} does not hold text.\n"

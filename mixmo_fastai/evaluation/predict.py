@@ -113,6 +113,7 @@ def predict_images(
     if isinstance(run, ExportedNetwork):
         facts, default_device, plain = run.facts, "auto", [run.model]
     else:
+        run.check_trained()
         facts = run.data_facts() or facts_of(read_source(run.recipe(), data_dir, run))
         default_device = run.recipe().train.device
         plain = [load_network(network).fuse(keep_members=True) for network in run.networks()]

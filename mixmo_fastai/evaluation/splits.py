@@ -200,8 +200,8 @@ def cross_scale(logits: Tensor, labels: Tensor) -> tuple[Tensor, list[float]]:
 def _check_temperature(temperature: float, image: str, split: str) -> None:
     if not TEMPERATURE_BOUNDS[0] < temperature < TEMPERATURE_BOUNDS[1]:
         raise InputError(
-            f"every {image} is classified correctly, or none better than chance, so no temperature "
-            f"is optimal; use a larger {split}"
+            f"no temperature is optimal, since every {image} is classified correctly, or the "
+            f"network is no better than chance; use a larger {split}"
         )
 
 

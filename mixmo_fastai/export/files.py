@@ -87,8 +87,13 @@ class ExportedNetwork:
     labels: LabelDecisions | None = None
 
 
-def check_export(run: RunFolder, path: Path) -> None:
+def check_export(run: RunFolder, path: Path, push_to: str | None = None) -> None:
     """Check that a run can be exported to a file, without loading anything.
+
+    Args:
+        run: the run.
+        path: the file.
+        push_to: for `mixmo push`, where to, for the message about deep ensembles.
 
     Raises:
         InputError: the run is a deep ensemble or not finished, the suffix of the file is unknown,
@@ -102,9 +107,12 @@ def check_export(run: RunFolder, path: Path) -> None:
             f"ONNX files need {', '.join(missing)}.\nInstall: pip install 'mixmo-fastai[export]'"
         )
     if run.recipe().model.num_nets > 1:
+        network = f"{run.path}/net-1"
+        command = f"Export one of its networks: mixmo export {network} --to {path.name}"
+        if push_to is not None:
+            command = f"Push one of its networks: mixmo push {network} --to {push_to}"
         raise InputError(
-            f"{run.path} is a deep ensemble, which cannot be fused into one network.\n"
-            f"Export one of its networks: mixmo export {run.path}/net-1 --to {path.name}"
+            f"{run.path} is a deep ensemble, which cannot be fused into one network.\n{command}"
         )
     run.check_trained()
 
@@ -210,7 +218,11 @@ def load_fused(path: Path | str) -> ExportedNetwork:
         path = download_weights(str(path).removeprefix(HUB_PREFIX))
     path = Path(path)
     path = path / WEIGHTS if (path / CONFIG).is_file() else path
-    if path.is_dir() or not path.exists():
+    if path.is_dir():
+        raise InputError(
+            f"The folder {str(path)!r} has no {CONFIG}: it is not one that `mixmo push` wrote."
+        )
+    if not path.exists():
         raise InputError(f"There is no file {str(path)!r}.")
     if path.suffix.lower() == ".onnx":
         network = OnnxNetwork(path)

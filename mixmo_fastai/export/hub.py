@@ -26,6 +26,7 @@ from huggingface_hub.errors import (
 from torch import Tensor, nn
 
 from mixmo_fastai.config.choices import HUB_PREFIX
+from mixmo_fastai.config.hub_names import local_path
 from mixmo_fastai.errors import InputError, summarize_error
 from mixmo_fastai.export.card import model_card
 from mixmo_fastai.export.files import (
@@ -221,7 +222,7 @@ def push_run(
         InputError: as for `export_run`; or the folder is not empty, or the repository has a network
             or is public, or the Hub cannot be reached or refuses the upload.
     """
-    check_export(run, Path(WEIGHTS))
+    check_export(run, Path(WEIGHTS), push_to=to)
     if not to.startswith(HUB_PREFIX):
         folder = Path(os.path.expanduser(to))
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -278,7 +279,10 @@ def _reported(action: str) -> Iterator[None]:
             raise
         advice = "Log in with `hf auth login`, or write a folder: --to FOLDER."
         if action.startswith("load"):
-            advice = "Check the name and the connection, or log in with `hf auth login`."
+            advice = (
+                "There is no local folder of this name either.\n"
+                "Check the name and the connection, or log in with `hf auth login`."
+            )
         raise InputError(f"Cannot {action}: {summarize_error(error)}.\n{advice}") from error
 
 
@@ -291,8 +295,8 @@ def download_weights(name: str) -> Path:
     Raises:
         InputError: there is no such repository or file, or it cannot be reached.
     """
-    if (folder := Path(os.path.expanduser(name))).is_dir():
-        return folder / WEIGHTS
+    if (path := local_path(name)) is not None:
+        return path / WEIGHTS if path.is_dir() else path
     repository, _, revision = name.partition("@")
     with _reported(f"load {WEIGHTS} of {repository!r}"):
         return Path(hf_hub_download(repository, WEIGHTS, revision=revision or None))

@@ -79,7 +79,7 @@ def mixmo_learner(
         pretrained: start a network given by name from its library's weights. Standardise the images
             in your loaders accordingly, e.g. with `Normalize.from_stats(*imagenet_stats)`.
         weights: file of pretrained weights to start from instead: tensors of the plain network, or
-            the model.safetensors of a run with the same network.
+            the model.safetensors of a run with the same network or of its export.
         independent: initialise the members independently, for untrained networks; see
             `convert_to_mixmo`. By default: true for a name unless pretrained; for a function, true
             for each of the two layers (first and last) that differs when it is called twice; false

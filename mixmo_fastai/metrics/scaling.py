@@ -99,8 +99,8 @@ def temperature_scaling(logits: Tensor, labels: Tensor) -> Scaling:
     temperature = fit_temperature(logits, labels)
     if not TEMPERATURE_BOUNDS[0] < temperature < TEMPERATURE_BOUNDS[1]:
         raise InputError(
-            "every calibration image is classified correctly, or none better than chance, so no "
-            "temperature is optimal"
+            "no temperature is optimal, since all calibration images are classified correctly, or "
+            "the network is no better than chance"
         )
     return Scaling("temperature", (1 / temperature,))
 
@@ -199,6 +199,6 @@ def cross_scaled(logits: Tensor, labels: Tensor, method: str = "temperature") ->
         try:
             scaling = fit_scaling(logits[others], labels[others], method)
         except InputError as error:
-            raise InputError(f"{error} in a part of the cross-validation") from error
+            raise InputError(f"{error} (in a part of the cross-validation)") from error
         scaled[fold] = scaling(logits[fold])
     return scaled

@@ -44,7 +44,7 @@ def create_model(
         generator: for the initial weights.
         pretrained: whether to load the library's pretrained weights; see `convert_to_mixmo`.
         weights: file of pretrained weights to load instead: of the plain network, or the
-            model.safetensors of a run with the same arch; see `pretrained`.
+            model.safetensors of a run with the same arch or its export; see `pretrained`.
         readout: how the heads read the core's maps; see `MixMoModel`.
 
     Raises:
@@ -82,7 +82,9 @@ def create_model(
         )
         model.set_readout(readout)
     else:
-        if pretrained or (saved is not None and not saved.is_mixmo):
+        if saved is not None:
+            saved.check_mixmo(arch)
+        elif pretrained:
             raise InputError(
                 f"There are no pretrained weights for {arch}.\n"
                 "Omit pretrained, or pass the model.safetensors of a run that trained this network."

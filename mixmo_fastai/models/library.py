@@ -55,8 +55,9 @@ def build_backbone(
         except InputError:
             raise
         except OSError as error:
+            reason = str(error).partition("\n")[0].rstrip(".")
             raise InputError(
-                f"The weights of {arch.name} cannot be downloaded: {error}.\n"
+                f"The weights of {arch.name} cannot be downloaded: {reason}.\n"
                 "Put the file in the library's cache folder, or name it: model.weights=FILE.\n"
                 "Or train without pretrained weights."
             ) from error

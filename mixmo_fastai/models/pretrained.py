@@ -23,6 +23,8 @@ SAFETENSORS, PICKLED = ".safetensors", (".pth", ".pt", ".bin", ".ckpt")
 _CONTAINERS = ("state_dict", "model", "model_state_dict")  # names under which files nest tensors
 _PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and of compiled networks
 
+_FUSED_PARTS = {"encoder.": "encoders.0.", "core.": "core.", "head.": "heads.0."}
+
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Read the tensors of a file by name; no code of the file is run.
@@ -52,11 +54,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except InputError:
         raise
     except Exception as error:  # damaged files raise errors of many types
-        reason = summarize_error(error, max_length=200)
-        hint = ""
-        if not isinstance(error, SafetensorError | OSError) and "weights_only" in str(error):
-            reason = "it holds Python objects, which are not loaded"
-            hint = "\nSave only tensors: torch.save(model.state_dict(), FILE)."
+        reason, hint = summarize_error(error, max_length=200), ""
+        if not isinstance(error, SafetensorError | OSError | MemoryError):
+            reason = "it is damaged, incomplete, or was not written by torch.save"
+            if "weights_only" in str(error) and "Unsupported operand" not in str(error):
+                reason = "it holds Python objects, which are not loaded"
+                hint = "\nSave only tensors: torch.save(model.state_dict(), FILE)."
         raise InputError(f"The weights {path} cannot be read: {reason}.{hint}") from error
     return _named_tensors(values, path)
 
@@ -111,12 +114,15 @@ class SavedWeights:
     def read(cls, path: Path) -> "SavedWeights":
         """Read a file; see `read_weights`.
 
+        The tensors of an exported network of `FusedNetwork`'s parts get the names of a `MixMoModel`
+        with one member.
+
         Example:
             >>> SavedWeights.read(Path("weights.txt"))
             Traceback (most recent call last):
             mixmo_fastai.errors.InputError: There is no file of weights 'weights.txt'.
         """
-        return cls(read_weights(path), path)
+        return cls(_with_member_names(read_weights(path)), path)
 
     @property
     def is_mixmo(self) -> bool:
@@ -220,8 +226,34 @@ class SavedWeights:
                 shapes = [tuple(part[name].shape) for part in (tensors, expected)]
                 raise self._refuse(f"{name} has shape {shapes[0]}, not {shapes[1]}")
 
+    def check_mixmo(self, arch: str) -> None:
+        """Check that the tensors have the names of a `MixMoModel`.
+
+        Raises:
+            InputError: they are those of a plain network, which `arch` does not have.
+
+        Example:
+            >>> SavedWeights({"fc.weight": torch.zeros(1)}, "other.pth").check_mixmo("wrn10_1")
+            Traceback (most recent call last):
+            mixmo_fastai.errors.InputError: The weights other.pth do not belong to wrn10_1.
+            Pass the model.safetensors of a run that trained this network, or its export.
+        """
+        if not self.is_mixmo:
+            raise InputError(
+                f"The weights {self.path} do not belong to {arch}.\n"
+                "Pass the model.safetensors of a run that trained this network, or its export."
+            )
+
     def _refuse(self, difference: str) -> InputError:
         return InputError(f"The weights {self.path} belong to another network: {difference}.")
+
+
+def _with_member_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the tensors of a `FusedNetwork` to those of a `MixMoModel` with one member."""
+    if not all(name.startswith(tuple(_FUSED_PARTS)) for name in tensors):
+        return tensors
+    parts = ((name.partition("."), tensor) for name, tensor in tensors.items())
+    return {_FUSED_PARTS[f"{part}."] + rest: tensor for (part, _, rest), tensor in parts}
 
 
 def _without_ends(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
