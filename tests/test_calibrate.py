@@ -119,7 +119,7 @@ class TestCalibrate:
         all_correct = calibrate(
             10 * torch.eye(4)[:, None].repeat(20, 1, 1), torch.arange(4).repeat(20), ["x"] * 80
         )
-        assert "every calibration image is classified correctly" in all_correct.reason
+        assert "all calibration images are classified correctly" in all_correct.reason
         with pytest.raises(InputError, match="Did you mean 'vector'"):
             calibrate(logits, labels, ["x"] * 300, "vecto")
 

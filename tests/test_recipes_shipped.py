@@ -106,7 +106,7 @@ def test_settings_match_the_method_name(name):
     mix = recipe.mix
     members, kind, msda, repetitions = METHODS[method]
     if name == "fine-tune/cut-mixmo":
-        repetitions = 1
+        repetitions = 2
     assert (
         recipe.model.num_members,
         mix.kind,

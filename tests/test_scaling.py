@@ -127,7 +127,7 @@ def test_calibrated_logits_are_left_almost_unchanged():
 def test_failures_are_explained():
     separated, labels = 10 * torch.eye(3).repeat(5, 1), torch.arange(3).repeat(5)
     for method in METHODS:
-        with pytest.raises(InputError, match="every calibration image is classified correctly"):
+        with pytest.raises(InputError, match="all calibration images are classified correctly"):
             fit_scaling(separated, labels, method)
     with pytest.raises(InputError, match="Did you mean 'vector'"):
         fit_scaling(separated, labels, "vektor")
@@ -163,6 +163,6 @@ def test_ensembles_are_the_scaled_mean_of_the_members():
 
 def test_predictions_worse_than_chance_have_no_scaling():
     with pytest.raises(
-        InputError, match=r"no temperature is optimal, since .* no better than chance"
+        InputError, match="no temperature is optimal, since .* no better than chance"
     ):
         temperature_scaling(-torch.eye(5), torch.arange(5))

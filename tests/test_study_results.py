@@ -318,6 +318,8 @@ PUBLISHED = {
         "cutmix": "CutMix",
         "ensemble-cutmix": "Two networks with CutMix",
         "cut-mixmo": "Cut-MixMo",
+        "cut-mixmo-once": "Cut-MixMo, `batch_repetitions=1`",
+        "cut-mixmo-late": "Cut-MixMo, `batch_repetitions=1`, `early_span=0.9`",
     },
 }
 """Names of the methods in docs/results.md, by the study in examples/."""
