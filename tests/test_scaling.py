@@ -163,6 +163,6 @@ def test_ensembles_are_the_scaled_mean_of_the_members():
 
 def test_predictions_worse_than_chance_have_no_scaling():
     with pytest.raises(
-        InputError, match="no temperature is optimal, since .* no better than chance"
+        InputError, match=r"no temperature is optimal, since .* no better than chance"
     ):
         temperature_scaling(-torch.eye(5), torch.arange(5))
