@@ -17,6 +17,7 @@ from mixmo_fastai.config.defaults import (
     default_for,
     fill_defaults,
     has_short_settings,
+    images_per_epoch,
     open_settings,
     unmet_requirement,
 )
@@ -103,9 +104,11 @@ def test_default_epochs_depend_on_the_images_seen(num_images, copies, epochs):
     ("name", "num_images", "epochs"),
     [
         ("cutmix", 3000, 20),
-        ("cut-mixmo", 3000, 15),  # 30 views
-        ("cut-mixmo", 1000, 30),  # 60,000 images seen
-        ("cut-mixmo", 40, 600),  # 1,200 views
+        ("cut-mixmo", 500, 62),
+        ("cut-mixmo", 1000, 30),  # 59,500 images seen, without incomplete batches
+        ("cut-mixmo", 2000, 16),
+        ("cut-mixmo", 3000, 16),  # 30 views
+        ("cut-mixmo", 40, 750),  # 48,000 images seen: 1,200 views, 32 of 40 images in an epoch
         ("cut-mixmo", 50_000, 2),  # as from random weights: 250,000 images seen
     ],
 )
@@ -113,8 +116,8 @@ def test_default_length_of_fine_tuning(name, num_images, epochs):
     recipe = override(load_recipe(f"fine-tune/{name}"), ["data.dataset=/a/folder"])
     filled = with_defaults(recipe, num_images=num_images, side=64)
     assert filled.train.epochs == epochs
-    if num_images in (1000, 3000):
-        assert unmet_requirement(filled, 2 * epochs * num_images) is None
+    if 500 <= num_images <= 3000:
+        assert unmet_requirement(filled, images_per_epoch(filled, num_images) * epochs) is None
 
 
 def test_explicit_settings_are_kept():
@@ -206,7 +209,7 @@ FINE_TUNED = [*SHORT, "model.weights=net.safetensors", "model.arch=resnet18"]
 @pytest.mark.parametrize(
     ("changes", "epochs", "images_seen", "required"),
     [
-        (FINE_TUNED, 30, 59_999, "60,000"),
+        (FINE_TUNED, 30, 59_499, "59,500"),
         (FINE_TUNED, 15, 60_000, None),
         (FINE_TUNED, 14, 112_000, "120,000"),  # 28 views of 4,000 images
         (FINE_TUNED, 15, 120_000, None),

@@ -8,6 +8,7 @@ import urllib.request
 
 import pytest
 
+from mixmo_fastai.config.hub_names import local_path
 from mixmo_fastai.runtime.hub_access import avoid_retries
 
 
@@ -49,6 +50,19 @@ def test_networks_proxies_and_settings_are_respected(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [])
     avoid_retries(["fit", "hf:me/pets"])
     assert "HF_HUB_OFFLINE" not in os.environ
+
+
+@pytest.mark.parametrize("endpoint", ["http://[bad", "hf-mirror.com"])
+def test_malformed_endpoints_are_left_to_the_library(monkeypatch, endpoint):
+    monkeypatch.setattr(urllib.request, "getproxies", dict)
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    avoid_retries(["fit", "hf:me/pets"])
+    assert "HF_HUB_OFFLINE" not in os.environ
+
+
+def test_revisions_may_have_slashes():
+    assert local_path("me/net@refs/pr/1") is None
+    assert local_path("x" * 300) is None
 
 
 def test_lines_about_retries_are_hidden(monkeypatch, caplog):

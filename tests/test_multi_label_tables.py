@@ -63,6 +63,16 @@ def test_lists_of_parquet_are_several_labels(folder, delimiter, names):
     assert len(read_label_table(folder / "a.parquet").multi.classes) == 3
 
 
+def test_lists_of_0_and_1_are_refused(folder):
+    columns = {"path": [path for path, _ in rows("")], "labels": [[0, 1, 1], [1, 0, 0]] * 12}
+    parquet.write_table(pyarrow.table(columns), folder / "a.parquet")
+    with pytest.raises(InputError, match="the lists of 'labels' hold only 0 and 1"):
+        read_label_table(folder / "a.parquet")
+    columns["names"], columns["codes"] = TAGS, columns.pop("labels")
+    parquet.write_table(pyarrow.table(columns), folder / "a.parquet")
+    assert read_label_table(folder / "a.parquet", TableColumns(label="names")).multi is not None
+
+
 def test_lists_that_cannot_be_joined_are_refused(folder):
     columns = {"path": ["photos/00.png"], "labels": [["a|b", "c;d", "e,f"]]}
     parquet.write_table(pyarrow.table(columns), folder / "a.parquet")

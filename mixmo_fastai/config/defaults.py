@@ -57,7 +57,7 @@ MIN_IMAGES_SEEN = 1_500_000
 MIN_IMAGES_SEEN_SHORT = 600_000
 """With `SHORT_SETTINGS`, from how many two members were as accurate as a plain network with CutMix,
 with a lower NLL."""
-MIN_IMAGES_SEEN_PRETRAINED, MIN_VIEWS_PRETRAINED = 60_000, 30
+MIN_IMAGES_SEEN_PRETRAINED, MIN_VIEWS_PRETRAINED = 59_500, 30
 """The same for pretrained weights: how many images seen, and how many views of each image."""
 SHORT_SETTINGS = {"batch_repetitions": 2, "early_repetition": 1.0, "early_span": 0.6}
 """Settings of `mix` for short trainings, see docs/results.md."""
@@ -124,6 +124,8 @@ def fill_defaults(
             images_seen = min(images_seen, _images_seen_pretrained(recipe, num_images))
         seen_per_epoch = recipe.mix.batch_repetitions * num_images
         epochs = max(1, round(images_seen / seen_per_epoch))
+        if is_pretrained(recipe) and model.num_members > 1 and images_seen < limit:
+            epochs = math.ceil(images_seen / images_per_epoch(recipe, num_images))
     if model.arch is None:
         model = replace(model, arch=default_arch(recipe, device, image_shape))
     if train.images_seen is not None:

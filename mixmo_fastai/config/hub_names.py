@@ -28,9 +28,10 @@ def local_path(name: str) -> Path | None:
     if not name.strip():
         raise InputError(f"{HUB_PREFIX!r} needs a name or a path: hf:USER/NAME, or hf:./FOLDER.")
     path = Path(os.path.expanduser(name))
-    if path.exists():
+    if os.path.exists(path):  # unlike Path.exists, also of a text that is too long for a path
         return path
-    is_path = name.startswith((".", "~")) or path.is_absolute() or name.count("/") > 1
-    if is_path or name.lower().endswith(_FILE_SUFFIXES):
+    repository = name.partition("@")[0]  # a revision behind it may have slashes
+    is_path = name.startswith((".", "~")) or path.is_absolute() or repository.count("/") > 1
+    if is_path or repository.lower().endswith(_FILE_SUFFIXES):
         raise InputError(f"There is no file or folder {name!r} ({HUB_PREFIX}{name}).")
     return None

@@ -64,7 +64,7 @@ def find_nearly_flags(table: TextTable, names: Sequence[str]) -> tuple[str, int,
         names: columns to look at.
 
     Returns:
-        the first column in which one field or at most a tenth of them are others, with position and
+        the first column in which at most a tenth of the fields are others, with position and
         value of the first; None if there is no such column.
     """
     for name in names:
@@ -74,7 +74,7 @@ def find_nearly_flags(table: TextTable, names: Sequence[str]) -> tuple[str, int,
             for position, fields in table.rows
             if fields[index].strip().lower() not in _FLAGS
         ]
-        if len(others) < len(table.rows) and len(others) <= max(1, len(table.rows) // 10):
+        if others and len(others) <= len(table.rows) // 10:
             return name, *others[0]
     return None
 

@@ -101,6 +101,7 @@ def read_label_table(
     found = find_columns(table, columns, finder)
     rows = _read_rows(table, found, finder, left_out)
     _check_groups(rows, found)
+    _check_no_flags(rows, found, table)
     rows, numbers = _with_whole_numbers(rows, found, table)
     rows, unlabelled = _without_unlabelled_splits(rows)
     found = _with_delimiter(found, rows)
@@ -207,6 +208,17 @@ def _with_delimiter(columns: TableColumns, rows: Sequence[_Row]) -> TableColumns
             "(data.label_delimiter=none)."
         )
     return columns
+
+
+def _check_no_flags(rows: Sequence[_Row], columns: TableColumns, table: TextTable) -> None:
+    """Refuse lists such as [0, 1, 1], which mark labels instead of naming them."""
+    labels = {label for row in rows for label in row.labels}
+    has_several = any(len(row.labels) > 1 for row in rows)
+    if columns.label in table.lists and has_several and labels <= {"0", "1", "True", "False"}:
+        raise InputError(
+            f"{table.path}: the lists of {columns.label!r} hold only 0 and 1, not names.\n"
+            "Write one column of 0 and 1 per label, or lists of names."
+        )
 
 
 def _with_whole_numbers(

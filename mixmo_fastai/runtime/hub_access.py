@@ -32,7 +32,11 @@ def _has_address() -> bool:
         return True
     endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     try:
-        socket.getaddrinfo(urlsplit(endpoint).hostname, None)
+        host = urlsplit(endpoint).hostname
+        if host is not None:
+            socket.getaddrinfo(host, None)
     except OSError:
         return False
+    except ValueError:  # no address at all, which the library reports
+        return True
     return True

@@ -12,6 +12,7 @@ from mixmo_fastai.config.defaults import (
     MIN_WIDTH,
     SHORT_SETTINGS,
     has_short_settings,
+    is_pretrained,
     min_images_seen,
     min_images_seen_short,
     narrow_network,
@@ -76,7 +77,7 @@ def members_advice(recipe: Recipe, requirement: str, images_seen: int) -> str:
     """
     text = f"{recipe.model.num_members} members need {requirement}"
     if narrow_network(recipe) is None and _short_settings_help(recipe, images_seen):
-        text += f", or {_short_flags(recipe)}"
+        text += f", or {_short_flags(recipe, images_seen)}"
     return f"{text}; otherwise --members 1 is usually more accurate"
 
 
@@ -84,7 +85,7 @@ def _size_advice(recipe: Recipe, images_seen: int) -> str:
     """Return the advice after a training that was too small for several members."""
     members, changes = recipe.model.num_members, []
     if _short_settings_help(recipe, images_seen):
-        changes.append(_short_flags(recipe))
+        changes.append(_short_flags(recipe, images_seen))
     elif images_seen < (required := min_images_seen(recipe, images_seen)):
         epochs = math.ceil((recipe.train.epochs or 1) * required / max(images_seen, 1))
         if epochs * recipe.mix.batch_repetitions > MAX_VIEWS:
@@ -100,21 +101,27 @@ def _size_advice(recipe: Recipe, images_seen: int) -> str:
 
 def _short_settings_help(recipe: Recipe, images_seen: int) -> bool:
     """Check whether a training is too short only with the settings of long ones."""
-    is_between = min_images_seen_short(recipe, images_seen) <= images_seen < MIN_IMAGES_SEEN
-    return is_between and not has_short_settings(recipe)
+    lowest = 0 if is_pretrained(recipe) else min_images_seen_short(recipe, images_seen)
+    return lowest <= images_seen < MIN_IMAGES_SEEN and not has_short_settings(recipe)
 
 
-def _short_flags(recipe: Recipe) -> str:
-    """Return the flags of `SHORT_SETTINGS`, and the epochs that show as many images as before."""
+def _short_flags(recipe: Recipe, images_seen: int) -> str:
+    """Return the flags of `SHORT_SETTINGS`, and the epochs that show as many images as before.
+
+    In fine-tuning, the epochs show as many images as these settings need.
+    """
     short, repetitions = SHORT_SETTINGS, recipe.mix.batch_repetitions
     flags = (
         f"--set mix.early_repetition={short['early_repetition']:g} "
         f"--set mix.early_span={short['early_span']:g}"
     )
-    if repetitions <= short["batch_repetitions"]:
+    longer = max(1.0, min_images_seen_short(recipe, images_seen) / max(images_seen, 1))
+    fewer = min(int(short["batch_repetitions"]), repetitions)
+    if fewer == repetitions and longer == 1:
         return flags
-    epochs = math.ceil((recipe.train.epochs or 1) * repetitions / short["batch_repetitions"])
-    return f"--repeat {short['batch_repetitions']} --epochs {epochs} {flags}"
+    epochs = math.ceil((recipe.train.epochs or 1) * longer * repetitions / fewer)
+    repeat = f"--repeat {fewer} " if fewer < repetitions else ""
+    return f"{repeat}--epochs {epochs} {flags}"
 
 
 def _overfitting_advice(recipe: Recipe) -> str:
