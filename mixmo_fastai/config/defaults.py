@@ -119,13 +119,7 @@ def fill_defaults(
     epochs = PUBLISHED_EPOCHS
     if data.dataset not in DATASETS:
         limit = default_for(device, image_shape).images_seen
-        images_seen = min(limit, MAX_VIEWS * num_images)
-        if is_pretrained(recipe):
-            images_seen = min(images_seen, _images_seen_pretrained(recipe, num_images))
-        seen_per_epoch = recipe.mix.batch_repetitions * num_images
-        epochs = max(1, round(images_seen / seen_per_epoch))
-        if is_pretrained(recipe) and model.num_members > 1 and images_seen < limit:
-            epochs = math.ceil(images_seen / images_per_epoch(recipe, num_images))
+        epochs = _default_epochs(recipe, limit, num_images)
     if model.arch is None:
         model = replace(model, arch=default_arch(recipe, device, image_shape))
     if train.images_seen is not None:
@@ -141,11 +135,16 @@ def is_pretrained(recipe: Recipe) -> bool:
     return bool(recipe.model.pretrained or recipe.model.weights)
 
 
-def _images_seen_pretrained(recipe: Recipe, num_images: int) -> int:
-    """Return a length of fine-tuning: several members need longer than one network."""
-    if recipe.model.num_members == 1:
-        return MAX_VIEWS_PRETRAINED * num_images
-    return max(MIN_VIEWS_PRETRAINED * num_images, MIN_IMAGES_SEEN_PRETRAINED)
+def _default_epochs(recipe: Recipe, limit: int, num_images: int) -> int:
+    """Return the default number of epochs of a recipe for at most `limit` images seen."""
+    images_seen = min(limit, MAX_VIEWS * num_images)
+    if is_pretrained(recipe) and recipe.model.num_members == 1:
+        images_seen = min(images_seen, MAX_VIEWS_PRETRAINED * num_images)
+    elif is_pretrained(recipe):  # several members need longer than one
+        required = max(MIN_VIEWS_PRETRAINED * num_images, MIN_IMAGES_SEEN_PRETRAINED)
+        if (images_seen := min(images_seen, required)) < limit:
+            return math.ceil(images_seen / images_per_epoch(recipe, num_images))
+    return max(1, round(images_seen / (recipe.mix.batch_repetitions * num_images)))
 
 
 def images_per_epoch(recipe: Recipe, num_images: int) -> int:

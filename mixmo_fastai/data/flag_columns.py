@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from unicodedata import normalize
 
 from mixmo_fastai.data.text_tables import TextTable
@@ -47,12 +47,17 @@ def join_names(names: Sequence[str]) -> str:
     return text.getvalue()
 
 
+def are_flags(fields: Iterable[str]) -> bool:
+    """Check whether all fields are 0 and 1, or true and false."""
+    return {field.strip().lower() for field in fields} <= _FLAGS.keys()
+
+
 def find_flag_columns(table: TextTable, names: Sequence[str]) -> list[str]:
     """Return the columns that hold only 0 and 1, or true and false, among those named."""
     return [
         name
         for name, index in ((name, table.header.index(name)) for name in names)
-        if {fields[index].strip().lower() for _, fields in table.rows} <= _FLAGS.keys()
+        if are_flags(fields[index] for _, fields in table.rows)
     ]
 
 

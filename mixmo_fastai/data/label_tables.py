@@ -21,7 +21,7 @@ from mixmo_fastai.data.class_names import (
     whole_numbers,
 )
 from mixmo_fastai.data.file_finder import FileFinder, is_named
-from mixmo_fastai.data.flag_columns import flagged_labels, split_names
+from mixmo_fastai.data.flag_columns import are_flags, flagged_labels, split_names
 from mixmo_fastai.data.multi_labels import ALL, MultiLabels, describe_labels, split_labels
 from mixmo_fastai.data.table_columns import (
     COLUMN_NAMES,
@@ -212,9 +212,9 @@ def _with_delimiter(columns: TableColumns, rows: Sequence[_Row]) -> TableColumns
 
 def _check_no_flags(rows: Sequence[_Row], columns: TableColumns, table: TextTable) -> None:
     """Refuse lists such as [0, 1, 1], which mark labels instead of naming them."""
-    labels = {label for row in rows for label in row.labels}
-    has_several = any(len(row.labels) > 1 for row in rows)
-    if columns.label in table.lists and has_several and labels <= {"0", "1", "True", "False"}:
+    if columns.label not in table.lists or all(len(row.labels) < 2 for row in rows):
+        return
+    if are_flags(label for row in rows for label in row.labels):
         raise InputError(
             f"{table.path}: the lists of {columns.label!r} hold only 0 and 1, not names.\n"
             "Write one column of 0 and 1 per label, or lists of names."

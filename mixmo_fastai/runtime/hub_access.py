@@ -37,6 +37,6 @@ def _has_address() -> bool:
             socket.getaddrinfo(host, None)
     except OSError:
         return False
-    except ValueError:  # no address at all, which the library reports
-        return True
+    except ValueError:
+        pass  # no address at all, which the library reports
     return True
