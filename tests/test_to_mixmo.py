@@ -12,8 +12,15 @@ from synthetic import fastai_dls
 from torch import nn
 from torchvision.models import resnet18
 
-from mixmo_fastai import MixMoCallback, create_model, to_mixmo
+from mixmo_fastai import MixMoCallback, create_model, mixmo_learner, to_mixmo
+from mixmo_fastai.config.load import load_recipe
 from mixmo_fastai.errors import InputError
+
+SCHEDULE = ("batch_repetitions", "early_repetition", "early_span")
+
+
+def schedule_of(learn):
+    return tuple(getattr(learn.mix_mo, name) for name in SCHEDULE)
 
 
 class TestToMixmo:
@@ -78,3 +85,41 @@ class TestToMixmo:
         to_mixmo(learn)
         with pytest.raises(InputError, match="already has a MixMoCallback"):
             to_mixmo(learn)
+
+
+class TestDefaultMixing:
+    """Trained networks are fine-tuned with other settings than those of new networks."""
+
+    @property
+    def of_fine_tuning(self):
+        recipe = load_recipe("fine-tune/cut-mixmo")
+        return tuple(getattr(recipe.mix, name) for name in SCHEDULE)
+
+    published = (4, None, 0.4)
+
+    def learner(self):
+        return Learner(fastai_dls(), small_network(), loss_func=CrossEntropyLossFlat())
+
+    def test_to_mixmo_has_those_of_the_recipe(self):
+        assert schedule_of(to_mixmo(self.learner())) == self.of_fine_tuning
+        learn = to_mixmo(self.learner(), batch_repetitions=4, early_repetition=None, early_span=0.4)
+        assert schedule_of(learn) == self.published
+        learn = to_mixmo(self.learner(), early_span=0.8)
+        assert schedule_of(learn) == (*self.of_fine_tuning[:2], 0.8)
+
+    def test_mixmo_learner_has_them_for_trained_networks(self, tmp_path):
+        assert schedule_of(mixmo_learner(fastai_dls(), small_network())) == self.of_fine_tuning
+        learn = mixmo_learner(fastai_dls(), small_network(), batch_repetitions=1)
+        assert schedule_of(learn) == (1, *self.of_fine_tuning[1:])
+        weights = tmp_path / "weights.pt"
+        torch.save(resnet18().state_dict(), weights)
+        learn = mixmo_learner(fastai_dls(), "resnet18", weights=weights)
+        assert schedule_of(learn) == self.of_fine_tuning
+
+    def test_mixmo_learner_has_the_published_ones_for_new_networks(self):
+        assert schedule_of(mixmo_learner(fastai_dls(), "wrn10_1")) == self.published
+        assert (
+            schedule_of(mixmo_learner(fastai_dls(), create_model("wrn10_1", 3))) == self.published
+        )
+        learn = mixmo_learner(fastai_dls(), small_network(), independent=True)
+        assert schedule_of(learn) == self.published

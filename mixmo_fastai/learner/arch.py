@@ -57,6 +57,12 @@ class NetworkSpec:
             return self.num_members
         return arch.num_members if isinstance(arch, MixMoModel) else 2
 
+    def is_trained(self, arch: Any) -> bool:
+        """Return whether members start as copies of a network, which is usually trained."""
+        is_converted = isinstance(arch, nn.Module) and not isinstance(arch, MixMoModel)
+        has_weights = self.pretrained or self.weights is not None
+        return has_weights or (is_converted and not self.independent)
+
 
 def build_mixmo_model(
     arch: str | nn.Module | Callable[..., nn.Module], spec: NetworkSpec, generator: torch.Generator

@@ -83,13 +83,16 @@ def mixmo_learner(
         independent: initialise the members independently, for untrained networks; see
             `convert_to_mixmo`. By default: true for a name unless pretrained; for a function, true
             for each of the two layers (first and last) that differs when it is called twice; false
-            for a network.
+            for a network. True also means that the mixing is not that of fine-tuning, see below.
         ghost_batch_size: number of images over which BatchNorm computes its statistics in training;
             0 for the whole batch.
         readout: how the heads read the core's feature maps; see `MixMoModel`.
         kwargs: arguments of `MixMoCallback` (alpha, mix_prob, batch_repetitions, seed, …) and of
-            fastai's `Learner` (loss_func, opt_func, metrics, cbs, …). The default opt_func is SGD,
-            as published, whose learning rates are about a hundred times those of Adam; see `sgd`.
+            fastai's `Learner` (loss_func, opt_func, metrics, cbs, …). Where a trained network is
+            given (`pretrained`, `weights`, or a network that is converted and not `independent`),
+            the defaults for batch_repetitions, early_repetition and early_span are those of
+            `to_mixmo`. The default opt_func is SGD, as published, whose learning rates are about a
+            hundred times those of Adam; see `sgd`.
             A seed also fixes the initial weights; without one they differ from Learner to Learner
             and depend on `set_seed`.
 
@@ -118,6 +121,8 @@ def mixmo_learner(
         readout=readout,
     )
     check_kind(mix, spec.num_members_for(arch))
+    if spec.is_trained(arch):
+        mixing = FINE_TUNING | mixing
     callback = MixMoCallback(mix, **mixing)
     _check_classes(targets, num_classes, _known_classes(dls))
     loss_func = kwargs.pop("loss_func", getattr(_dataset(dls), "loss_func", None))
@@ -140,6 +145,9 @@ def to_mixmo(
     *,
     num_members: int | None = None,
     independent: bool = False,
+    batch_repetitions: int = 2,
+    early_repetition: float | None = 1.0,
+    early_span: float = 0.6,
     **kwargs: Any,
 ) -> Learner:
     """Convert a Learner in place so that it trains a MixMo network.
@@ -158,7 +166,11 @@ def to_mixmo(
         mix: how features are mixed, see `MixMoCallback`.
         num_members: M; by default 2, or that of a `MixMoModel`.
         independent: initialise the members independently, for an untrained network.
-        kwargs: arguments of `MixMoCallback` (alpha, mix_prob, batch_repetitions, seed, …).
+        batch_repetitions: b. The published value is 4, for long trainings of new networks.
+        early_repetition: 1 for members that see the same image at first, which suits trained
+            networks and short trainings; None for different images from the start, as published.
+        early_span: fraction of each fit after which the members see different images.
+        kwargs: further arguments of `MixMoCallback` (alpha, mix_prob, seed, …).
 
     Returns:
         The same Learner.
@@ -181,7 +193,13 @@ def to_mixmo(
     check_callbacks(learn.cbs)
     if not isinstance(learn.model, MixMoModel):
         check_opt_func(learn.opt_func)
-    callback = MixMoCallback(mix, **kwargs)
+    callback = MixMoCallback(
+        mix,
+        batch_repetitions=batch_repetitions,
+        early_repetition=early_repetition,
+        early_span=early_span,
+        **kwargs,
+    )
     loss = _as_mixmo_loss(learn.loss_func)
     image_shape, _ = _inspect_batches(learn.dls)
     spec = NetworkSpec(
@@ -200,6 +218,12 @@ def to_mixmo(
     learn.add_cb(callback)
     add_companions(learn)
     return learn
+
+
+FINE_TUNING = {  # docs/results.md compares these settings with others, under "Fine-tuning"
+    name: signature(to_mixmo).parameters[name].default
+    for name in ("batch_repetitions", "early_repetition", "early_span")
+}
 
 
 @contextmanager
