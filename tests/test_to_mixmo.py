@@ -1,5 +1,7 @@
 """`to_mixmo` converts a Learner, or leaves it unchanged."""
 
+import copy
+
 import pytest
 import torch
 from fastai.learner import Learner
@@ -106,11 +108,18 @@ class TestDefaultMixing:
         assert schedule_of(learn) == self.published
         learn = to_mixmo(self.learner(), early_span=0.8)
         assert schedule_of(learn) == (*self.of_fine_tuning[:2], 0.8)
+        assert schedule_of(to_mixmo(self.learner(), independent=True)) == self.published
+        model = create_model("wrn10_1", 3)
+        learn = Learner(fastai_dls(), model, loss_func=CrossEntropyLossFlat())
+        assert schedule_of(to_mixmo(learn)) == self.published
 
     def test_mixmo_learner_has_them_for_trained_networks(self, tmp_path):
         assert schedule_of(mixmo_learner(fastai_dls(), small_network())) == self.of_fine_tuning
         learn = mixmo_learner(fastai_dls(), small_network(), batch_repetitions=1)
         assert schedule_of(learn) == (1, *self.of_fine_tuning[1:])
+        trained = small_network()
+        learn = mixmo_learner(fastai_dls(), lambda: copy.deepcopy(trained))
+        assert schedule_of(learn) == self.of_fine_tuning
         weights = tmp_path / "weights.pt"
         torch.save(resnet18().state_dict(), weights)
         learn = mixmo_learner(fastai_dls(), "resnet18", weights=weights)
@@ -121,5 +130,6 @@ class TestDefaultMixing:
         assert (
             schedule_of(mixmo_learner(fastai_dls(), create_model("wrn10_1", 3))) == self.published
         )
+        assert schedule_of(mixmo_learner(fastai_dls(), small_network)) == self.published
         learn = mixmo_learner(fastai_dls(), small_network(), independent=True)
         assert schedule_of(learn) == self.published

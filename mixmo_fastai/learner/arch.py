@@ -57,16 +57,10 @@ class NetworkSpec:
             return self.num_members
         return arch.num_members if isinstance(arch, MixMoModel) else 2
 
-    def is_trained(self, arch: Any) -> bool:
-        """Return whether members start as copies of a network, which is usually trained."""
-        is_converted = isinstance(arch, nn.Module) and not isinstance(arch, MixMoModel)
-        has_weights = self.pretrained or self.weights is not None
-        return has_weights or (is_converted and not self.independent)
-
 
 def build_mixmo_model(
     arch: str | nn.Module | Callable[..., nn.Module], spec: NetworkSpec, generator: torch.Generator
-) -> MixMoModel:
+) -> tuple[MixMoModel, bool]:
     """Build a `MixMoModel` from the name of a network, a function that builds one, or a module.
 
     Args:
@@ -74,12 +68,15 @@ def build_mixmo_model(
         spec: the specification; `num_classes` is required unless arch is a module.
         generator: generator for all random initial weights.
 
+    Returns:
+        The network, and whether its members start alike, from weights that are usually trained.
+
     Raises:
         InputError: the network cannot be built, or does not fit the data.
     """
     if (name := _network_name(arch)) is not None:
         assert spec.num_classes is not None
-        return create_model(
+        model = create_model(
             name,
             spec.num_classes,
             spec.num_members_for(arch),
@@ -89,7 +86,8 @@ def build_mixmo_model(
             pretrained=spec.pretrained,
             weights=spec.weights,
             readout=spec.readout,
-        ).requires_grad_()
+        )
+        return model.requires_grad_(), spec.pretrained or spec.weights is not None
     if isinstance(arch, Learner) or not callable(arch):
         raise InputError(
             "arch must be a name, a function that builds a network, or a network; got "
@@ -110,7 +108,7 @@ def build_mixmo_model(
         _check_fits(arch, spec)
         if spec.readout is not None:
             arch.set_readout(spec.readout)
-        return arch
+        return arch, False
     names = find_end_layers(arch, image_size=spec.image_size, in_channels=spec.image_shape[0])
     independent = [_weights_differ(arch, second, name) for name in (names.first, names.last)]
     if spec.independent is not None:
@@ -129,7 +127,7 @@ def build_mixmo_model(
         generator=generator,
     )
     converted.set_readout(spec.readout)
-    return converted.requires_grad_() if spec.unfreeze else converted
+    return converted.requires_grad_() if spec.unfreeze else converted, not independent[0]
 
 
 def _network_name(arch: Any) -> str | None:

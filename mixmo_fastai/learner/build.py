@@ -28,6 +28,7 @@ from mixmo_fastai.callbacks.checks import (
 from mixmo_fastai.callbacks.deferred import defer_readbacks
 from mixmo_fastai.callbacks.ema import EMACallback
 from mixmo_fastai.callbacks.mixmo import MixMoCallback, add_companions
+from mixmo_fastai.config.defaults import SHORT_SETTINGS
 from mixmo_fastai.config.recipe import Recipe
 from mixmo_fastai.data.first_batch import first_batch, preserved_random_states
 from mixmo_fastai.data.loaders import BatchLoader
@@ -83,16 +84,15 @@ def mixmo_learner(
         independent: initialise the members independently, for untrained networks; see
             `convert_to_mixmo`. By default: true for a name unless pretrained; for a function, true
             for each of the two layers (first and last) that differs when it is called twice; false
-            for a network. True also means that the mixing is not that of fine-tuning, see below.
+            for a network.
         ghost_batch_size: number of images over which BatchNorm computes its statistics in training;
             0 for the whole batch.
         readout: how the heads read the core's feature maps; see `MixMoModel`.
         kwargs: arguments of `MixMoCallback` (alpha, mix_prob, batch_repetitions, seed, …) and of
-            fastai's `Learner` (loss_func, opt_func, metrics, cbs, …). Where a trained network is
-            given (`pretrained`, `weights`, or a network that is converted and not `independent`),
-            the defaults for batch_repetitions, early_repetition and early_span are those of
-            `to_mixmo`. The default opt_func is SGD, as published, whose learning rates are about a
-            hundred times those of Adam; see `sgd`.
+            fastai's `Learner` (loss_func, opt_func, metrics, cbs, …). With trained weights, that
+            is, if the members do not start as independent ones, the defaults of batch_repetitions,
+            early_repetition and early_span are those of `to_mixmo`. The default opt_func is SGD, as
+            published, whose learning rates are about a hundred times those of Adam; see `sgd`.
             A seed also fixes the initial weights; without one they differ from Learner to Learner
             and depend on `set_seed`.
 
@@ -121,13 +121,13 @@ def mixmo_learner(
         readout=readout,
     )
     check_kind(mix, spec.num_members_for(arch))
-    if spec.is_trained(arch):
-        mixing = FINE_TUNING | mixing
     callback = MixMoCallback(mix, **mixing)
     _check_classes(targets, num_classes, _known_classes(dls))
     loss_func = kwargs.pop("loss_func", getattr(_dataset(dls), "loss_func", None))
     loss = _as_mixmo_loss(loss_func, targets)
-    model = build_mixmo_model(arch, spec, _weight_generator(callback))
+    model, is_trained = build_mixmo_model(arch, spec, _weight_generator(callback))
+    if is_trained:
+        callback = MixMoCallback(mix, **(SHORT_SETTINGS | mixing))
     kwargs.setdefault("splitter", body_and_heads)  # for `freeze` and `fine_tune`
     use_ghost_batches(model, ghost_batch_size)
     if device := getattr(dls, "device", None):  # the optimizer depends on the parameters' device
@@ -145,9 +145,6 @@ def to_mixmo(
     *,
     num_members: int | None = None,
     independent: bool = False,
-    batch_repetitions: int = 2,
-    early_repetition: float | None = 1.0,
-    early_span: float = 0.6,
     **kwargs: Any,
 ) -> Learner:
     """Convert a Learner in place so that it trains a MixMo network.
@@ -166,11 +163,10 @@ def to_mixmo(
         mix: how features are mixed, see `MixMoCallback`.
         num_members: M; by default 2, or that of a `MixMoModel`.
         independent: initialise the members independently, for an untrained network.
-        batch_repetitions: b. The published value is 4, for long trainings of new networks.
-        early_repetition: 1 for members that see the same image at first, which suits trained
-            networks and short trainings; None for different images from the start, as published.
-        early_span: fraction of each fit after which the members see different images.
-        kwargs: further arguments of `MixMoCallback` (alpha, mix_prob, seed, …).
+        kwargs: arguments of `MixMoCallback` (alpha, mix_prob, batch_repetitions, seed, …). The
+            defaults of three differ, since short trainings of trained networks need others than
+            those published: batch_repetitions=2, early_repetition=1.0 and early_span=0.6. With
+            `independent`, or for a `MixMoModel`, they are those published.
 
     Returns:
         The same Learner.
@@ -193,13 +189,7 @@ def to_mixmo(
     check_callbacks(learn.cbs)
     if not isinstance(learn.model, MixMoModel):
         check_opt_func(learn.opt_func)
-    callback = MixMoCallback(
-        mix,
-        batch_repetitions=batch_repetitions,
-        early_repetition=early_repetition,
-        early_span=early_span,
-        **kwargs,
-    )
+    callback = MixMoCallback(mix, **kwargs)
     loss = _as_mixmo_loss(learn.loss_func)
     image_shape, _ = _inspect_batches(learn.dls)
     spec = NetworkSpec(
@@ -207,7 +197,9 @@ def to_mixmo(
     )
     check_kind(mix, spec.num_members_for(learn.model))
     original = learn.model
-    model = build_mixmo_model(original, spec, _weight_generator(callback))
+    model, is_trained = build_mixmo_model(original, spec, _weight_generator(callback))
+    if is_trained:
+        callback = MixMoCallback(mix, **(SHORT_SETTINGS | kwargs))
     if model is not original:
         splitter = converted_splitter(learn.splitter, model)
         with _restored_on_error(learn, "model", "splitter", "opt", "lr"):
@@ -218,12 +210,6 @@ def to_mixmo(
     learn.add_cb(callback)
     add_companions(learn)
     return learn
-
-
-FINE_TUNING = {  # docs/results.md compares these settings with others, under "Fine-tuning"
-    name: signature(to_mixmo).parameters[name].default
-    for name in ("batch_repetitions", "early_repetition", "early_span")
-}
 
 
 @contextmanager
