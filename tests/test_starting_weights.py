@@ -159,7 +159,7 @@ def test_new_heads_are_those_of_torch(tmp_path, is_mixmo):
 
 def test_grey_images_get_the_sum_over_colours(tmp_path, plain):
     path = save_torch(plain.state_dict(), tmp_path / "weights.pth")
-    model = create_model("resnet18", NUM_CLASSES, 2, 1, weights=path).eval()
+    model = create_model("resnet18", NUM_CLASSES, 2, 1, weights=str(path)).eval()
     grey = torch.randn(4, 1, 32, 32)
     with torch.no_grad():
         expected = plain(grey.expand(-1, 3, -1, -1))

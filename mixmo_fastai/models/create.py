@@ -28,7 +28,7 @@ def create_model(
     image_size: tuple[int, int] | None = None,
     generator: torch.Generator | None = None,
     pretrained: bool = False,
-    weights: Path | None = None,
+    weights: Path | str | None = None,
     readout: str | nn.Module | None = None,
 ) -> MixMoModel:
     """Create a network by name, with the published initialisation or that of its library.
@@ -68,7 +68,7 @@ def create_model(
     check_count("num_classes", num_classes)
     check_count("num_members", num_members)
     check_count("in_channels", in_channels)
-    saved = None if weights is None else SavedWeights.read(weights)
+    saved = None if weights is None else SavedWeights.read(Path(weights))
     if parsed.family in ("torchvision", "timm"):
         model = _create_from_library(
             parsed,
