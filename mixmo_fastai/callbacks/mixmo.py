@@ -80,14 +80,14 @@ class MixMoCallback(_PlainErrorCallback):
         alpha: concentration of the mixing ratios, lam ~ Dirichlet(alpha).
         mix_prob: probability that a batch is mixed by the regions of `mix`, such as boxes; other
             batches are mixed linearly. The kinds "sum" and "linear" have no regions and ignore it.
-        decay_start: fraction of training after which mix_prob decays linearly, to 0 at the end.
+        decay_start: fraction of each fit after which mix_prob decays linearly, to 0 at the end.
         weight_root: r of the loss weights; 1 weights members by the means of their masks, infinity
             weights them equally.
         batch_repetitions: b.
         input_repetition: fraction of positions at which all members see the same image.
-        early_repetition: this fraction at the start of training, from which it changes to
-            `input_repetition`; None for no change.
-        early_span: fraction of training after which it is `input_repetition`.
+        early_repetition: this fraction at the start of each fit, from which it changes to
+            `input_repetition`; None for no change. fastai's `fine_tune` is two fits.
+        early_span: fraction of the fit after which it is `input_repetition`.
         early_shape: "step", "linear" or "cosine", the shape of the change.
         msda: "cutmix" or "mixup" to mix each member's image and label with those of another image
             of the same member; None for no MSDA.
