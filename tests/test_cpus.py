@@ -5,8 +5,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from mixmo_fastai.runtime import cpus
+from mixmo_fastai.evaluation.logits import collect_member_logits
+from mixmo_fastai.runtime import cpus, devices
 from mixmo_fastai.runtime.cpus import CpuLimit, available_cpus, available_threads, cpu_quota
 
 V2 = "29 23 0:26 {mounted} /sys/fs/cgroup rw,relatime shared:4 - cgroup2 cgroup2 rw,nsdelegate"
@@ -153,3 +155,22 @@ def test_another_system_has_no_limits_but_its_cpus(machine, monkeypatch, tmp_pat
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: None)
     assert available_cpus(tmp_path) == CpuLimit(1, cpus.ALL)
+
+
+@pytest.mark.parametrize(("own", "allowed", "used"), [(64, 2, 2), (1, 8, 1)])
+def test_evaluation_uses_no_more_threads_than_cpus(monkeypatch, own, allowed, used):
+    counts = [own]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: counts[-1])
+    monkeypatch.setattr(torch, "set_num_threads", counts.append)
+    monkeypatch.setattr(devices, "available_threads", lambda: CpuLimit(allowed, cpus.QUOTA))
+    seen = []
+
+    def network(images):
+        seen.append(torch.get_num_threads())
+        return images.mean(dim=(2, 3))
+
+    model = torch.nn.Identity()
+    monkeypatch.setattr(model, "forward", network)
+    collect_member_logits(model, [(torch.zeros(2, 3, 4, 4), torch.zeros(2, dtype=torch.long))])
+    assert seen == [used]
+    assert counts[-1] == own

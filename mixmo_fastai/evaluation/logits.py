@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mixmo_fastai.models.folding import fold_batch_norm
-from mixmo_fastai.runtime.devices import float32_precision
+from mixmo_fastai.runtime.devices import float32_precision, limited_threads
 from mixmo_fastai.runtime.processes import all_gather, process_group
 
 LabelledLogits = tuple[Tensor, Tensor] | None
@@ -25,7 +25,8 @@ BATCHES_BEFORE_FOLDING = 2
 def collect_member_logits(model: Any, loader: Any) -> LabelledLogits:
     """Compute the member logits of every image of a loader, in full float32 without TF32.
 
-    On a CPU, BatchNorm is folded into convolutions where that is exact up to rounding.
+    On a CPU, BatchNorm is folded into convolutions where that is exact up to rounding, and no more
+    threads run than CPUs may be used.
     In a distributed run each process evaluates part of the images and receives all logits.
 
     Args:
@@ -40,7 +41,7 @@ def collect_member_logits(model: Any, loader: Any) -> LabelledLogits:
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode(), float32_precision(tf32=False):
+        with torch.inference_mode(), float32_precision(tf32=False), limited_threads():
             # Copied to the CPU after the loop, so that the GPU never waits inside it.
             batches_of_rank = loader.shard(process_group()) if process_group().count > 1 else loader
             batches, inference_model = [], model

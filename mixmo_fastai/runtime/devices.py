@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from mixmo_fastai.errors import InputError
+from mixmo_fastai.runtime.cpus import available_threads
 
 
 def choose_device(name: str) -> torch.device:
@@ -52,6 +53,20 @@ def cpu_name() -> str:
     name = first.get("model name") or platform.processor() or platform.machine()
     generation = [first.get(key, "") for key in ("cpu family", "model")]
     return f"{name}, family {generation[0]} model {generation[1]}" if all(generation) else name
+
+
+@contextmanager
+def limited_threads() -> Iterator[None]:
+    """Use no more threads than CPUs may be used, as in a container with a quota.
+
+    By default, torch starts a thread per core of the machine.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(before, available_threads().count))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def move_to_device(
