@@ -307,7 +307,7 @@ def test_unsupported_networks_are_explained(case):
         ({"encoder": "last"}, "encoder must name a convolution of SmallNetwork; got 'last'"),
         ({"head": "first"}, "does not end with 'first'"),
         ({"num_members": 0}, "num_members must be an integer, 1 or more"),
-        ({"perturbation": 1.0}, "perturbation must be"),
+        ({"perturbation": 1.1}, "perturbation must be from 0 to 1"),
         ({"num_members": 2.5}, "num_members must be an integer"),
         ({"num_classes": 0}, "num_classes must be an integer"),
         ({"image_size": "64"}, "image_size must be a number of pixels or"),

@@ -47,6 +47,7 @@ MIXING_AND_MODELS = [
     "models.ghost_norm",
     "models.norms",
     "models.initialization",
+    "models.member_init",
     "models.library",
     "models.mixmo_model",
     "models.preact_resnet",

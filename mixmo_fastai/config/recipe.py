@@ -121,6 +121,8 @@ class Model:
             weights.
         weights: file of pretrained weights to start from instead; "" for none.
         num_members: subnetworks M; 1 is the vanilla network.
+        perturbation: how much the encoders of members differ that start from pretrained weights, as
+            a fraction of the standard deviation of the weights.
         num_nets: networks of a deep ensemble, trained separately with different seeds; 1 for a
             single network.
         readout: how the heads read the core's feature maps; "core" is the core's own pooling.
@@ -132,6 +134,7 @@ class Model:
     pretrained: bool = False
     weights: str = ""
     num_members: int = number_field(2, 1, 64)
+    perturbation: float = number_field(0.1, 0, 1)
     num_nets: int = number_field(1, 1, 64)
     readout: str = "core"
     ghost_batch_size: int = number_field(0, 0, 65_536)

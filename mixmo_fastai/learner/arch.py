@@ -14,7 +14,8 @@ from torch import nn
 from mixmo_fastai.config.choices import TORCHVISION_NETWORKS
 from mixmo_fastai.errors import InputError, check_count
 from mixmo_fastai.models import MixMoModel, create_model
-from mixmo_fastai.models.convert import MemberInit, convert_at_layers, find_end_layers
+from mixmo_fastai.models.convert import convert_at_layers, find_end_layers
+from mixmo_fastai.models.member_init import PERTURBATION, MemberInit
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class NetworkSpec:
         image_shape: (C, H, W) of the data.
         num_classes: K; None to keep that of a module.
         num_members: M; None for the default.
-        pretrained, weights, independent: see `mixmo_learner`.
+        pretrained, weights, independent, perturbation: see `mixmo_learner`.
         unfreeze: unfreeze all parameters of a converted network.
         readout: readout of a new or converted network; None for the default.
 
@@ -39,6 +40,7 @@ class NetworkSpec:
     pretrained: bool = False
     weights: Path | None = None
     independent: bool | None = None
+    perturbation: float = PERTURBATION
     unfreeze: bool = True
     readout: str | nn.Module | None = None
 
@@ -85,6 +87,7 @@ def build_mixmo_model(
             generator=generator,
             pretrained=spec.pretrained,
             weights=spec.weights,
+            perturbation=spec.perturbation,
             readout=spec.readout,
         )
         return model.requires_grad_(), spec.pretrained or spec.weights is not None
@@ -118,6 +121,7 @@ def build_mixmo_model(
         names,
         MemberInit(
             spec.num_members_for(arch),
+            spec.perturbation,
             independent_encoders=independent[0],
             independent_heads=independent[1],
         ),

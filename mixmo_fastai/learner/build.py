@@ -45,6 +45,7 @@ from mixmo_fastai.mixing import Region, check_kind
 from mixmo_fastai.mixing.loss import MixMoLoss, is_multi_label
 from mixmo_fastai.models import MixMoModel
 from mixmo_fastai.models.ghost_norm import use_ghost_batches
+from mixmo_fastai.models.member_init import PERTURBATION
 from mixmo_fastai.rng import fresh_seed, make_generator
 from mixmo_fastai.runtime.devices import move_to_device
 
@@ -61,6 +62,7 @@ def mixmo_learner(
     pretrained: bool = False,
     weights: Path | str | None = None,
     independent: bool | None = None,
+    perturbation: float = PERTURBATION,
     ghost_batch_size: int = 0,
     readout: str | nn.Module | None = None,
     **kwargs: Any,
@@ -85,6 +87,8 @@ def mixmo_learner(
             `convert_to_mixmo`. By default: true for a name unless pretrained; for a function, true
             for each of the two layers (first and last) that differs when it is called twice; false
             for a network.
+        perturbation: how much members differ that start from trained weights; see
+            `convert_to_mixmo`.
         ghost_batch_size: number of images over which BatchNorm computes its statistics in training;
             0 for the whole batch.
         readout: how the heads read the core's feature maps; see `MixMoModel`.
@@ -118,6 +122,7 @@ def mixmo_learner(
         pretrained,
         None if weights is None else Path(weights),
         independent,
+        perturbation,
         readout=readout,
     )
     check_kind(mix, spec.num_members_for(arch))
@@ -145,6 +150,7 @@ def to_mixmo(
     *,
     num_members: int | None = None,
     independent: bool = False,
+    perturbation: float = PERTURBATION,
     **kwargs: Any,
 ) -> Learner:
     """Convert a Learner in place so that it trains a MixMo network.
@@ -163,6 +169,7 @@ def to_mixmo(
         mix: how features are mixed, see `MixMoCallback`.
         num_members: M; by default 2, or that of a `MixMoModel`.
         independent: initialise the members independently, for an untrained network.
+        perturbation: how much the members differ otherwise; see `convert_to_mixmo`.
         kwargs: arguments of `MixMoCallback` (alpha, mix_prob, batch_repetitions, seed, …). The
             defaults of three differ, since short trainings of trained networks need others than
             those published: batch_repetitions=2, early_repetition=1.0 and early_span=0.6. With
@@ -193,7 +200,11 @@ def to_mixmo(
     loss = _as_mixmo_loss(learn.loss_func)
     image_shape, _ = _inspect_batches(learn.dls)
     spec = NetworkSpec(
-        image_shape, num_members=num_members, independent=independent, unfreeze=False
+        image_shape,
+        num_members=num_members,
+        independent=independent,
+        perturbation=perturbation,
+        unfreeze=False,
     )
     check_kind(mix, spec.num_members_for(learn.model))
     original = learn.model
@@ -277,6 +288,7 @@ def learner_from_recipe(
         num_members=recipe.model.num_members,
         pretrained=recipe.model.pretrained and model is None,
         weights=Path(recipe.model.weights) if recipe.model.weights and model is None else None,
+        perturbation=recipe.model.perturbation,
         ghost_batch_size=recipe.model.ghost_batch_size if model is None else 0,
         readout=recipe.model.readout if model is None else None,
         alpha=mix.alpha,

@@ -5,7 +5,8 @@ create                         networks from architecture names
 wide_resnet, preact_resnet     the published backbones; initialization: their initial weights
 library                        classifiers of torchvision and timm by name
 pretrained                     files of weights: of a plain network, or of a MixMo network
-convert                        any network with a first convolution and a last linear layer
+convert                        any network with a first convolution and a last linear layer;
+                               member_init: initial weights of its encoders and heads
 forward_record, probe          find these layers; conversion_checks: check the converted network
 backbone_core                  the part of a network between these layers
 readout                        how the heads read the feature maps of the core

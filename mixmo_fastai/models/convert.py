@@ -10,13 +10,12 @@ Shapes: B batch, M members, C image channels, H W image size, K classes.
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from mixmo_fastai.errors import InputError, check_count, check_fraction, summarize_error
+from mixmo_fastai.errors import InputError, check_count, summarize_error
 from mixmo_fastai.models.backbone_core import (
     BackboneCore,
     as_linear,
@@ -31,6 +30,7 @@ from mixmo_fastai.models.forward_record import (
     example_parameter,
     record_forward,
 )
+from mixmo_fastai.models.member_init import PERTURBATION, MemberInit, perturbed_copies
 from mixmo_fastai.models.mixmo_model import MixMoModel
 from mixmo_fastai.models.probe import (
     OTHER_SIZES,
@@ -48,7 +48,7 @@ def convert_to_mixmo(
     encoder: str | None = None,
     head: str | None = None,
     image_size: Size | None = None,
-    perturbation: float = 0.1,
+    perturbation: float = PERTURBATION,
     independent: bool = False,
     num_classes: int | None = None,
     in_channels: int | None = None,
@@ -77,7 +77,9 @@ def convert_to_mixmo(
             way.
         image_size: the only image size at which to run the model; if None, the size that the model
             declares or the first that works, and a few others.
-        perturbation: standard deviation of the perturbations, as a fraction of that of the weights.
+        perturbation: standard deviation of the encoders' perturbations, as a fraction of that of
+            the weights, from 0 to 1; heads have the same, but at most 0.1. Members that differ
+            more part sooner in training, and are less accurate at first.
         independent: whether to initialise encoders and heads independently, each as a random
             permutation of the original layer's weights; for untrained models.
         num_classes: K; if it differs from the model's, heads are initialised randomly.
@@ -115,60 +117,6 @@ def convert_to_mixmo(
         in_channels=in_channels,
         generator=generator,
     )
-
-
-@dataclass(frozen=True)
-class MemberInit:
-    """How the encoders and heads of a converted network are initialised.
-
-    Attributes:
-        num_members: M.
-        perturbation: see `convert_to_mixmo`.
-        independent_encoders, independent_heads: whether these are initialised independently.
-        new_heads: whether heads are initialised as torch initialises a linear layer, whatever the
-            original's weights and number of classes.
-
-    Example:
-        >>> MemberInit(num_members=3).perturbation
-        0.1
-    """
-
-    num_members: int = 2
-    perturbation: float = 0.1
-    independent_encoders: bool = False
-    independent_heads: bool = False
-    new_heads: bool = False
-
-    def __post_init__(self) -> None:
-        check_count("num_members", self.num_members)
-        check_fraction("perturbation", self.perturbation, below_one=True)
-
-    def make_encoders(self, layer: nn.Module, generator: torch.Generator | None) -> list[nn.Module]:
-        """Create M encoders from a convolution.
-
-        Example:
-            >>> layer, generator = nn.Conv2d(3, 8, 3), torch.Generator().manual_seed(0)
-            >>> first, second = MemberInit(num_members=2).make_encoders(layer, generator)
-            >>> torch.allclose(first.weight + second.weight, layer.weight, atol=1e-6)
-            True
-        """
-        if self.independent_encoders:
-            return _permuted_copies(layer, self.num_members, generator)
-        scale = 1 / self.num_members
-        return _perturbed_copies(layer, self.num_members, scale, self.perturbation, generator)
-
-    def make_heads(self, layer: nn.Module, generator: torch.Generator | None) -> list[nn.Module]:
-        """Create M heads from a linear layer.
-
-        Example:
-            >>> layer, generator = nn.Linear(8, 10), torch.Generator().manual_seed(0)
-            >>> first, second = MemberInit(num_members=2).make_heads(layer, generator)
-            >>> torch.allclose((first.weight + second.weight) / 2, layer.weight, atol=1e-6)
-            True
-        """
-        if self.independent_heads:
-            return _permuted_copies(layer, self.num_members, generator)
-        return _perturbed_copies(layer, self.num_members, 1.0, self.perturbation, generator)
 
 
 class EndLayers(NamedTuple):
@@ -227,9 +175,9 @@ def find_end_layers(
         convolution, linear = network.get_submodule(first.name), network.get_submodule(last.name)
         core = BackboneCore(network, first.name, last.name)
         check_core(core, record, first, last)
-        encoders = _perturbed_copies(convolution, 2, 0.5, 0.0, None)
+        encoders = perturbed_copies(convolution, 2, 0.5, 0.0, None)
         check_combined_output(encoders, first, record.name, torch.sum)
-        heads = _perturbed_copies(as_linear(linear), 2, 1.0, 0.0, None)
+        heads = perturbed_copies(as_linear(linear), 2, 1.0, 0.0, None)
         check_combined_output(heads, last, record.name, torch.mean)
     return EndLayers(first.name, last.name, output)
 
@@ -350,40 +298,6 @@ def _isolated_from_caller() -> Iterator[None]:
     """Disable the caller's autocast, and restore the global RNG state afterwards."""
     with torch.autocast("cpu", enabled=False), torch.random.fork_rng(devices=[]):
         yield
-
-
-@torch.no_grad()
-def _perturbed_copies(
-    layer: nn.Module,
-    count: int,
-    scale: float,
-    perturbation: float,
-    generator: torch.Generator | None,
-) -> list[nn.Module]:
-    """Copy and scale a layer, with weight perturbations that sum to zero over the copies."""
-    copies = [copy.deepcopy(layer) for _ in range(count)]
-    for name, parameter in layer.named_parameters():
-        noise = parameter.new_zeros(count, *parameter.shape)
-        if parameter.ndim > 1 and count > 1 and perturbation:  # not biases
-            noise = torch.randn(noise.shape, generator=generator).to(parameter)
-            std = float(parameter.float().std(correction=0))
-            noise = (noise - noise.mean(dim=0)) * (perturbation * std)
-        for i, layer_copy in enumerate(copies):
-            layer_copy.get_parameter(name).copy_(scale * (parameter + noise[i]))
-    return copies
-
-
-@torch.no_grad()
-def _permuted_copies(
-    layer: nn.Module, count: int, generator: torch.Generator | None
-) -> list[nn.Module]:
-    """Copy a layer, and permute the values of each parameter independently for each copy."""
-    copies = [copy.deepcopy(layer) for _ in range(count)]
-    for layer_copy in copies:
-        for parameter in layer_copy.parameters():
-            order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
-            parameter.copy_(parameter.flatten()[order].view_as(parameter))
-    return copies
 
 
 @torch.no_grad()

@@ -8,11 +8,12 @@ from torch import nn
 
 from mixmo_fastai.config.choices import Architecture, parse_architecture
 from mixmo_fastai.config.recipe import Model
-from mixmo_fastai.errors import InputError, check_count
+from mixmo_fastai.errors import InputError, check_count, check_fraction
 from mixmo_fastai.models import preact_resnet, wide_resnet
-from mixmo_fastai.models.convert import MemberInit, convert_at_layers, find_end_layers
+from mixmo_fastai.models.convert import convert_at_layers, find_end_layers
 from mixmo_fastai.models.initialization import initialize
 from mixmo_fastai.models.library import build_backbone
+from mixmo_fastai.models.member_init import PERTURBATION, MemberInit
 from mixmo_fastai.models.mixmo_model import MixMoModel
 from mixmo_fastai.models.pretrained import SavedWeights
 
@@ -29,6 +30,7 @@ def create_model(
     generator: torch.Generator | None = None,
     pretrained: bool = False,
     weights: Path | str | None = None,
+    perturbation: float = PERTURBATION,
     readout: str | nn.Module | None = None,
 ) -> MixMoModel:
     """Create a network by name, with the published initialisation or that of its library.
@@ -45,6 +47,7 @@ def create_model(
         pretrained: whether to load the library's pretrained weights; see `convert_to_mixmo`.
         weights: file of pretrained weights to load instead: of the plain network, or the
             model.safetensors of a run with the same arch or its export; see `pretrained`.
+        perturbation: how much members differ that start from such weights; see `convert_to_mixmo`.
         readout: how the heads read the core's maps; see `MixMoModel`.
 
     Raises:
@@ -68,6 +71,7 @@ def create_model(
     check_count("num_classes", num_classes)
     check_count("num_members", num_members)
     check_count("in_channels", in_channels)
+    check_fraction("perturbation", perturbation)
     saved = None if weights is None else SavedWeights.read(Path(weights))
     if parsed.family in ("torchvision", "timm"):
         model = _create_from_library(
@@ -79,6 +83,7 @@ def create_model(
             generator=generator,
             pretrained=pretrained and saved is None,
             saved=saved,
+            perturbation=perturbation,
         )
         model.set_readout(readout)
     else:
@@ -93,7 +98,7 @@ def create_model(
             parsed, num_classes, num_members, in_channels, generator=generator, readout=readout
         )
     if saved is not None and saved.is_mixmo:
-        saved.load_mixmo(model, generator)
+        saved.load_mixmo(model, generator, perturbation)
     return model
 
 
@@ -107,6 +112,7 @@ def _create_from_library(
     generator: torch.Generator | None,
     pretrained: bool,
     saved: SavedWeights | None,
+    perturbation: float,
 ) -> MixMoModel:
     """Convert a classifier of torchvision or timm, with saved weights if those are of a plain one.
 
@@ -121,6 +127,7 @@ def _create_from_library(
         has_body, has_head = True, saved.load_backbone(backbone, names.last)
     init = MemberInit(
         num_members,
+        perturbation,
         independent_encoders=not has_body,
         independent_heads=not has_head,
         new_heads=saved is not None and not has_head,

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mixmo_fastai.errors import InputError, summarize_error
-from mixmo_fastai.models.convert import MemberInit
+from mixmo_fastai.models.member_init import PERTURBATION, MemberInit
 from mixmo_fastai.models.mixmo_model import MixMoModel
 
 SAFETENSORS, PICKLED = ".safetensors", (".pth", ".pt", ".bin", ".ckpt")
@@ -165,7 +165,12 @@ class SavedWeights:
         return fits
 
     @torch.no_grad()
-    def load_mixmo(self, model: MixMoModel, generator: torch.Generator | None = None) -> None:
+    def load_mixmo(
+        self,
+        model: MixMoModel,
+        generator: torch.Generator | None = None,
+        perturbation: float = PERTURBATION,
+    ) -> None:
         """Load the weights of another `MixMoModel` with the same core.
 
         With the same number of members, encoders and heads are loaded unchanged. Otherwise the
@@ -176,6 +181,7 @@ class SavedWeights:
         Args:
             model: the network, changed in place.
             generator: for the perturbations of `convert_to_mixmo`.
+            perturbation: their size, if the number of members differs.
 
         Raises:
             InputError: the tensors belong to another network; the message names the first
@@ -199,7 +205,7 @@ class SavedWeights:
         for kind, found, needed in zip(("encoders", "heads"), shapes, expected, strict=True):
             if found != needed and not (kind == "heads" and has_other_classes):
                 raise self._refuse(f"its {kind} have shape {found}, not {needed}")
-        init = MemberInit(model.num_members)
+        init = MemberInit(model.num_members, perturbation)
         model.load_state_dict(core, strict=False)
         if len(encoders) != model.num_members:
             whole = _merged(model.encoders[0], encoders, torch.sum)
