@@ -320,6 +320,9 @@ PUBLISHED = {
         "cut-mixmo": "Cut-MixMo",
         "cut-mixmo-once": "Cut-MixMo, `batch_repetitions=1`",
         "cut-mixmo-late": "Cut-MixMo, `batch_repetitions=1`, `early_span=0.9`",
+        "cut-mixmo-perturbed": "Cut-MixMo, `perturbation=1`",
+        "cut-mixmo-published": "Cut-MixMo, `batch_repetitions=4`, no early repetition",
+        "cut-mixmo-apart": "Cut-MixMo, no early repetition",
     },
 }
 """Names of the methods in docs/results.md, by the study in examples/."""

@@ -368,12 +368,12 @@ def _with_defaults(values: Mapping[str, Any]) -> Any:
 
 _ADDED = (
     *(("data", f"{name}_column", "") for name in ("path", "label", "split", "group")),
-    ("data", "image_folder", ""),
-    ("data", "label_delimiter", ""),
+    *(("data", name, "") for name in ("image_folder", "label_delimiter")),
     ("model", "pretrained", False),
     ("model", "weights", ""),
     ("data", "skip_damaged", False),
     ("model", "readout", "core"),
+    ("model", "perturbation", 0.1),
     ("optimizer", "name", "sgd"),
     ("data", "transform", "standard"),
     ("data", "crop_from", "auto"),
