@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mixmo_fastai.evaluation.logits import collect_member_logits
-from mixmo_fastai.runtime import cpus, devices
+from mixmo_fastai.runtime import acceleration, cpus
 from mixmo_fastai.runtime.cpus import CpuLimit, available_cpus, available_threads, cpu_quota
 
 V2 = "29 23 0:26 {mounted} /sys/fs/cgroup rw,relatime shared:4 - cgroup2 cgroup2 rw,nsdelegate"
@@ -162,7 +162,7 @@ def test_evaluation_uses_no_more_threads_than_cpus(monkeypatch, own, allowed, us
     counts = [own]
     monkeypatch.setattr(torch, "get_num_threads", lambda: counts[-1])
     monkeypatch.setattr(torch, "set_num_threads", counts.append)
-    monkeypatch.setattr(devices, "available_threads", lambda: CpuLimit(allowed, cpus.QUOTA))
+    monkeypatch.setattr(acceleration, "available_threads", lambda: CpuLimit(allowed, cpus.QUOTA))
     seen = []
 
     def network(images):

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from mixmo_fastai.models.folding import fold_batch_norm
-from mixmo_fastai.runtime.devices import float32_precision, limited_threads
+from mixmo_fastai.runtime.acceleration import thread_limit
+from mixmo_fastai.runtime.devices import float32_precision, use_threads
 from mixmo_fastai.runtime.processes import all_gather, process_group
 
 LabelledLogits = tuple[Tensor, Tensor] | None
@@ -41,7 +42,8 @@ def collect_member_logits(model: Any, loader: Any) -> LabelledLogits:
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode(), float32_precision(tf32=False), limited_threads():
+        threads = use_threads(thread_limit().count)
+        with torch.inference_mode(), float32_precision(tf32=False), threads:
             # Copied to the CPU after the loop, so that the GPU never waits inside it.
             batches_of_rank = loader.shard(process_group()) if process_group().count > 1 else loader
             batches, inference_model = [], model

@@ -9,7 +9,7 @@ import os
 import shutil
 import sysconfig
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,7 +24,12 @@ from mixmo_fastai.errors import InputError
 from mixmo_fastai.models.flops import training_flops
 from mixmo_fastai.models.mixmo_model import unwrap
 from mixmo_fastai.runtime.cpus import CpuLimit, available_threads
-from mixmo_fastai.runtime.devices import float32_precision, keep_freed_memory, move_to_device
+from mixmo_fastai.runtime.devices import (
+    float32_precision,
+    keep_freed_memory,
+    move_to_device,
+    use_threads,
+)
 
 MIN_COMPILED_SECONDS = 900.0
 """Training time in seconds from which compilation, which takes one or two minutes, pays off."""
@@ -78,15 +83,9 @@ class Acceleration:
                 stack.enter_context(_replaced_forward(unwrap(model), self._accelerate))
             yield
 
-    @contextmanager
-    def threaded(self) -> Iterator[None]:
+    def threaded(self) -> AbstractContextManager[None]:
         """Apply the number of threads only, as for evaluation, which runs in full precision."""
-        before = torch.get_num_threads()
-        torch.set_num_threads(self.threads or before)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
+        return use_threads(self.threads)
 
     def describe(self) -> str:
         """Return a readable description."""

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.runtime.cpus import available_threads
 
 
 def choose_device(name: str) -> torch.device:
@@ -56,13 +55,10 @@ def cpu_name() -> str:
 
 
 @contextmanager
-def limited_threads() -> Iterator[None]:
-    """Use no more threads than CPUs may be used, as in a container with a quota.
-
-    By default, torch starts a thread per core of the machine.
-    """
+def use_threads(count: int) -> Iterator[None]:
+    """Use a number of CPU threads in a with block; 0 for the present one."""
     before = torch.get_num_threads()
-    torch.set_num_threads(min(before, available_threads().count))
+    torch.set_num_threads(count or before)
     try:
         yield
     finally:
