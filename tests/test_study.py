@@ -1,12 +1,7 @@
 """Studies: their files, the training of their runs, and their results."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,13 +12,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from mixmo_fastai.cli import run as program
-from mixmo_fastai.errors import InputError, RunFailedError
+from mixmo_fastai.errors import InputError
 from mixmo_fastai.plots import study as plots
 from mixmo_fastai.plots.png import MAX_TICKS, format_size, size_ticks
 from mixmo_fastai.runs.create import create_run
 from mixmo_fastai.runs.folder import RunFolder
-from mixmo_fastai.runs.lock import locked
-from mixmo_fastai.study.execute import Executor, is_in_use
 from mixmo_fastai.study.plan import read_study
 from mixmo_fastai.study.results import collect_results
 from mixmo_fastai.study.tables import markdown
@@ -293,68 +286,6 @@ class TestResults:
         assert program(["study", str(file), "--out", str(out)]) == 0
         assert "training" not in capsys.readouterr().out.partition("# tiny")[0]
         assert recorded.stat().st_mtime_ns == before
-
-
-@pytest.mark.slow
-def test_runs_of_other_processes_and_failures_do_not_stop_a_study(file, tmp_path):
-    study = read_study(file)
-    first, second, third = study.runs[:3]
-    broken = replace(second.recipe, data=replace(second.recipe.data, limit=3))
-    lines = []
-    executor = Executor(tmp_path / "out", print_line=lines.append)
-    in_use = first.folder(executor.folder).path
-    in_use.mkdir(parents=True)
-    with locked(in_use):  # as another process does
-        assert is_in_use(in_use)
-        with pytest.raises(
-            RunFailedError, match=r"1 of 3 runs failed\.\nvanilla-400-seed1: Error: "
-        ):
-            executor.train([first, replace(second, recipe=broken), third])
-    assert f"{first.name}: another process trains it" in lines
-    assert not is_in_use(in_use)
-    assert third.folder(executor.folder).is_finished
-    assert not first.folder(executor.folder).is_finished
-    assert "Run folder" in (tmp_path / "out" / "logs" / f"{third.name}.txt").read_text()
-
-
-@pytest.mark.slow
-def test_interrupted_studies_are_continued(file, tmp_path):
-    file.write_text(
-        SMALL.replace("images_seen = [400, 800]", "images_seen = [200_000]")
-        .replace("images_seen = [800]", "images_seen = [200_000]")
-        .replace("seeds = [0, 1]", "seeds = [0]")
-    )
-    out = tmp_path / "out"
-    command = [sys.executable, "-m", "mixmo_fastai", "study", str(file), "--out", str(out)]
-    with subprocess.Popen([*command, "--jobs", "2"], stdout=subprocess.PIPE, text=True) as process:
-        runs = [out / "runs" / f"{name}-200000-seed0" for name in ("vanilla", "cut-mixmo")]
-        deadline = time.monotonic() + 120
-        while not all((run / "history.csv").exists() for run in runs):
-            assert time.monotonic() < deadline
-            assert process.poll() is None
-            time.sleep(0.1)
-        os.kill(process.pid, signal.SIGTERM)
-        output, _ = process.communicate(timeout=120)
-    assert process.returncode == 143
-    assert "they save their states" in output
-    for run in runs:
-        folder = RunFolder(run)
-        assert folder.has_state
-        assert not folder.is_finished
-        assert not is_in_use(run)
-    study = read_study(file)
-    rows = [RunFolder(run).history() for run in runs]
-    executor = Executor(out)
-    resumed = executor._start(study.runs[0])
-    try:
-        deadline = time.monotonic() + 120
-        while len(RunFolder(runs[0]).history()) <= len(rows[0]):
-            assert time.monotonic() < deadline
-            assert resumed.poll() is None
-            time.sleep(0.1)
-    finally:
-        executor._stop([resumed])
-    assert RunFolder(runs[0]).history()[: len(rows[0])] == rows[0]
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,12 @@
 """`mixmo study`: train and compare methods over seeds and training lengths."""
 
 import dataclasses
+import io
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, BinaryIO
 
 import typer
 
@@ -11,10 +14,10 @@ from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output
 from mixmo_fastai.errors import InputError, RunFailedError
 from mixmo_fastai.runs.files import write_atomically
-from mixmo_fastai.runs.folder import writing
 from mixmo_fastai.runs.output import check_writable
 from mixmo_fastai.study.execute import Executor
 from mixmo_fastai.study.plan import Study, read_study
+from mixmo_fastai.study.records import writing_study
 
 
 def study(
@@ -57,7 +60,7 @@ def study(
     check_writable(folder)
     output = Output(as_json=as_json, quiet=quiet)
     if not summary:
-        with writing(folder):
+        with writing_study(folder):
             folder.mkdir(parents=True, exist_ok=True)
         output.print(f"{planned.name}: {len(planned.runs)} runs in {folder}")
         executor = Executor(folder, jobs, data_dir, output.print)
@@ -101,13 +104,27 @@ def _write_results(
         "unfinished": missing,
         "cells": [dataclasses.asdict(cell) for cell in cells],
     }
-    with writing(folder):
-        write_atomically(folder / "study.md", text)
-        write_atomically(folder / "study.json", json.dumps(value, indent=2) + "\n")
-        for axis in AXES:
-            plot_study(cells, folder / f"{axis.replace('_', '-')}.png", axis)
-        longest = [*by_length(cells).values()][-1]
-        plot_calibration(longest, folder / "calibration.png")
-        page = render(planned, cells, reference, folder, missing)
-        write_atomically(folder / "study.html", page)
+    longest = [*by_length(cells).values()][-1]
+    files: dict[str, str | bytes] = {
+        "study.md": text,
+        "study.json": json.dumps(value, indent=2) + "\n",
+        "calibration.png": _png(partial(plot_calibration, longest)),
+    }
+    for axis in AXES:
+        files[f"{axis.replace('_', '-')}.png"] = _png(partial(plot_study, cells, axis=axis))
+    for name, content in files.items():
+        _write(folder / name, content)
+    _write(folder / "study.html", render(planned, cells, reference, folder, missing))
     return [text.rstrip(), "", f"Results: {folder / 'study.html'}"], value
+
+
+def _write(path: Path, content: str | bytes) -> None:
+    with writing_study(path):
+        write_atomically(path, content, is_shared=True)
+
+
+def _png(plot: Callable[[BinaryIO], None]) -> bytes:
+    """Return the PNG that a function writes to a file."""
+    buffer = io.BytesIO()
+    plot(buffer)
+    return buffer.getvalue()

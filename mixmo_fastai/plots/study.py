@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -25,12 +25,12 @@ MIN_BIN_IMAGES = 50
 """Number of images from which on the accuracy in a bin of confidence is drawn."""
 
 
-def plot_study(cells: Sequence[Any], path: Path, axis: str = "images_trained") -> None:
+def plot_study(cells: Sequence[Any], file: Path | BinaryIO, axis: str = "images_trained") -> None:
     """Plot the means over seeds with their standard deviations, a line for each method.
 
     Args:
         cells: from `study.results.collect_results`.
-        path: PNG to write.
+        file: PNG to write.
         axis: "images_trained" or "parameters".
     """
     metrics = {
@@ -60,15 +60,15 @@ def plot_study(cells: Sequence[Any], path: Path, axis: str = "images_trained") -
         axes.grid(alpha=0.3)
         if name == "accuracy":
             axes.yaxis.set_major_formatter(_percent)
-    _save(figure, panels[0], path)
+    _save(figure, panels[0], file)
 
 
-def plot_calibration(cells: Sequence[Any], path: Path) -> None:
+def plot_calibration(cells: Sequence[Any], file: Path | BinaryIO) -> None:
     """Plot accuracy minus confidence in bins of confidence, over all seeds of each method.
 
     Args:
         cells: of one training length, from `study.results.collect_results`.
-        path: PNG to write.
+        file: PNG to write.
     """
     figure = _new_figure(7.5)
     axes = figure.subplots()
@@ -92,7 +92,7 @@ def plot_calibration(cells: Sequence[Any], path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.xaxis.set_major_formatter(_percent)
     axes.yaxis.set_major_formatter(lambda fraction, _: f"{100 * fraction:.4g}")
-    _save(figure, axes, path)
+    _save(figure, axes, file)
 
 
 def _new_figure(width: float) -> Figure:
@@ -101,11 +101,11 @@ def _new_figure(width: float) -> Figure:
     return figure
 
 
-def _save(figure: Figure, axes: Axes, path: Path) -> None:
+def _save(figure: Figure, axes: Axes, file: Path | BinaryIO) -> None:
     """Add a legend of the methods and write the PNG."""
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower left", ncols=4, fontsize=8, frameon=False)
-    figure.savefig(path)
+    figure.savefig(file, format="png")
 
 
 def _split_name(cells: Sequence[Any]) -> str:

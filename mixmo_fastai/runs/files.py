@@ -6,6 +6,7 @@ them.
 
 import errno
 import os
+import secrets
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,13 +16,21 @@ _BINARY = getattr(os, "O_BINARY", 0)  # otherwise Windows would convert line end
 _CHUNK_BYTES = 8 * 2**20
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
+def write_atomically(path: Path, content: str | bytes, *, is_shared: bool = False) -> None:
     """Write a file atomically: a reader sees the old content or the new content, never a mixture.
+
+    Args:
+        path: the file.
+        content: its new content.
+        is_shared: whether other processes, also on other machines, may write the file at the same
+            time; the last one replaces the content of the others. A crash then leaves a temporary
+            file, which otherwise the next call replaces.
 
     Raises:
         OSError: the file cannot be written; the old content is kept.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    unique = f".{secrets.token_hex(8)}" if is_shared else ""
+    temporary = path.with_name(f".{path.name}{unique}.tmp")
     try:
         write_durably(temporary, content)
         os.replace(temporary, path)
@@ -38,7 +47,7 @@ def write_new(path: Path, content: str | bytes) -> None:
         FileExistsError: the file exists.
         OSError: the file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         write_durably(temporary, content)
         try:

@@ -1,7 +1,8 @@
 """Train the runs of a study: one process of `mixmo fit` each, several at a time.
 
 Every run is an ordinary run folder, `FOLDER/runs/NAME`. Finished runs are skipped, interrupted ones
-are resumed, and runs that another process trains, also on another machine, are left to it.
+are resumed, and runs that another process trains, also on another machine, are left to it: a
+process claims a run before it starts it.
 """
 
 import os
@@ -14,11 +15,11 @@ from pathlib import Path
 
 from mixmo_fastai.data.label_tables import is_table, read_label_table
 from mixmo_fastai.errors import InputError, RunFailedError, RunInterruptedError
-from mixmo_fastai.runs.lock import locked
+from mixmo_fastai.runs.lock import claim, locked
 from mixmo_fastai.runtime.cpus import available_cpus
 from mixmo_fastai.runtime.signals import exit_code_of
 from mixmo_fastai.study.plan import PlannedRun
-from mixmo_fastai.study.records import check_unchanged, write_record
+from mixmo_fastai.study.records import check_unchanged, write_record, writing_study
 
 POLL_SECONDS = 0.2
 SECONDS_TO_STOP = 600
@@ -36,6 +37,15 @@ def check_one_label_per_image(runs: Sequence[PlannedRun]) -> None:
             raise InputError(
                 f"mixmo study is for one label per image; those of {dataset} may have several."
             )
+
+
+@dataclass(frozen=True)
+class _ActiveRun:
+    """A run in training: its process, and the function that ends the claim on it."""
+
+    run: PlannedRun
+    process: "subprocess.Popen[bytes]"
+    end_claim: Callable[[], None]
 
 
 @dataclass
@@ -62,37 +72,60 @@ class Executor:
         """Train the runs that are not finished and that no other process trains.
 
         Raises:
-            InputError: a run was started with other settings; see `check_unchanged`.
-            RunFailedError: some runs failed; the others were trained.
+            InputError: a run was started with other settings, see `check_unchanged`, or its images
+                may have several labels.
+            RunFailedError: some runs failed, and the others were trained; or a file cannot be
+                written, and the runs have saved their states.
             RunInterruptedError: interrupted; the runs have saved their states.
         """
         check_unchanged(runs, self.folder)
         check_one_label_per_image(runs)
         waiting = [run for run in runs if not run.folder(self.folder).is_finished]
-        total, active = len(waiting), {}
-        started = 0
+        total = len(waiting)
+        active: list[_ActiveRun] = []
         try:
             while waiting or active:
                 while waiting and len(active) < self.jobs:
-                    run = waiting.pop(0)
-                    started += 1
-                    if is_in_use(run.folder(self.folder).path):
-                        self.print_line(f"{run.name}: another process trains it")
-                        continue
-                    self.print_line(f"{run.name}: training, {started} of {total}")
-                    active[self._start(run)] = run
+                    number, run = total - len(waiting) + 1, waiting.pop(0)
+                    active += self._start_if_free(run, f"{number} of {total}")
                 time.sleep(POLL_SECONDS)
-                for process in [each for each in active if each.poll() is not None]:
-                    self._finish(active.pop(process), process.returncode)
-        except KeyboardInterrupt as interruption:
-            self._stop(list(active))
+                for ended in [each for each in active if each.process.poll() is not None]:
+                    active.remove(ended)
+                    self._finish(ended.run, ended.process.returncode)
+                    ended.end_claim()
+        except BaseException as error:
+            self._stop(active)
+            if not isinstance(error, KeyboardInterrupt):
+                raise
             raise RunInterruptedError(
                 "Interrupted. The states are saved; continue with the same command.",
-                exit_code_of(interruption),
+                exit_code_of(error),
             ) from None
         if self.failed:
             reasons = "".join(f"\n{name}: {reason}" for name, reason in [*self.failed.items()][:2])
             raise RunFailedError(f"{len(self.failed)} of {total} runs failed.{reasons}")
+
+    def _start_if_free(self, run: PlannedRun, position: str) -> list[_ActiveRun]:
+        """Start a run, unless it is finished meanwhile or another process trains it."""
+        folder = run.folder(self.folder)
+        with writing_study(folder.path):
+            end_claim = claim(folder.path)
+        if end_claim is None:
+            self.print_line(f"{run.name}: another process trains it")
+            return []
+        try:
+            if folder.is_finished:
+                self.print_line(f"{run.name}: another process has trained it")
+            elif is_in_use(folder.path):  # by `mixmo fit`
+                self.print_line(f"{run.name}: another process trains it")
+            else:
+                self.print_line(f"{run.name}: training, {position}")
+                return [_ActiveRun(run, self._start(run), end_claim)]
+        except BaseException:
+            end_claim()
+            raise
+        end_claim()
+        return []
 
     def _start(self, run: PlannedRun) -> "subprocess.Popen[bytes]":
         path = run.folder(self.folder).path
@@ -107,7 +140,10 @@ class Executor:
             environment.setdefault(
                 "OMP_NUM_THREADS", str(max(1, available_cpus().count // self.jobs))
             )
-        with self._log(run).open("ab") as output:
+        with writing_study(self._log(run)):
+            self._log(run).parent.mkdir(parents=True, exist_ok=True)
+            output = self._log(run).open("ab")
+        with output:
             self._log_starts[run.name] = output.tell()
             return subprocess.Popen(
                 [sys.executable, "-m", "mixmo_fastai", "fit", "--quiet", *arguments],
@@ -120,9 +156,7 @@ class Executor:
             )
 
     def _log(self, run: PlannedRun) -> Path:
-        path = self.folder / "logs" / f"{run.name}.txt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path
+        return self.folder / "logs" / f"{run.name}.txt"
 
     def _finish(self, run: PlannedRun, code: int) -> None:
         folder = run.folder(self.folder)
@@ -130,7 +164,7 @@ class Executor:
             self.print_line(
                 f"{run.name}: finished in {folder.metrics()['seconds'] / 60:.1f} minutes"
             )
-        elif is_in_use(folder.path):  # another process was faster
+        elif is_in_use(folder.path):  # without locks of claims, another process was faster
             self.print_line(f"{run.name}: another process trains it")
         else:
             output = self._log(run).read_bytes()[self._log_starts[run.name] :]
@@ -139,7 +173,8 @@ class Executor:
             self.failed[run.name] = (errors or [f"exit code {code}; see {self._log(run)}"])[-1]
             self.print_line(f"{run.name}: failed. {self.failed[run.name]}")
 
-    def _stop(self, processes: Sequence["subprocess.Popen[bytes]"]) -> None:
+    def _stop(self, active: Sequence[_ActiveRun]) -> None:
+        processes = [each.process for each in active]
         if processes:
             self.print_line("Stopping the runs; they save their states.")
         for process in processes:
@@ -153,6 +188,8 @@ class Executor:
             except (subprocess.TimeoutExpired, KeyboardInterrupt):
                 process.kill()
                 process.wait()
+        for each in active:
+            each.end_claim()
 
 
 def is_in_use(folder: Path) -> bool:

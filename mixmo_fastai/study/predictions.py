@@ -83,7 +83,7 @@ def read_predictions(run: RunFolder, path: Path, data_dir: Path | None) -> Predi
     ((logits, labels),) = finished.logits([finished.final_loader()])
     predictions = Predictions.of(logits.double().mean(dim=1), labels)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, save(vars(predictions)))
+    write_atomically(path, save(vars(predictions)), is_shared=True)
     return predictions
 
 

@@ -4,14 +4,15 @@ A run is found by its name, METHOD-IMAGES-seedS. If settings of the study change
 former settings keep their names; they must not be taken for runs with the present ones.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from mixmo_fastai.config.load import load_recipe
 from mixmo_fastai.config.recipe import Recipe
 from mixmo_fastai.config.schema import to_mapping, to_toml
-from mixmo_fastai.errors import InputError
+from mixmo_fastai.errors import InputError, RunFailedError
 from mixmo_fastai.runs.files import write_atomically
 from mixmo_fastai.study.plan import PlannedRun
 
@@ -22,11 +23,32 @@ def record_path(run: PlannedRun, folder: Path) -> Path:
 
 
 def write_record(run: PlannedRun, folder: Path) -> Path:
-    """Write the recipe of a run; return the file."""
+    """Write the recipe of a run; return the file.
+
+    Raises:
+        RunFailedError: it cannot be written.
+    """
     path = record_path(run, folder)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, to_toml(run.recipe))
+    with writing_study(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, to_toml(run.recipe), is_shared=True)
     return path
+
+
+@contextmanager
+def writing_study(path: Path) -> Iterator[None]:
+    """Convert an OSError while writing a file of a study into a RunFailedError.
+
+    Raises:
+        RunFailedError: the file cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RunFailedError(
+            f"Cannot write {path}: {error.strerror or error}.\n"
+            "States and results of the runs are kept. Fix the cause, then repeat the command."
+        ) from error
 
 
 def check_unchanged(runs: Sequence[PlannedRun], folder: Path) -> None:

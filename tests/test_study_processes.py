@@ -1,0 +1,200 @@
+"""Studies in several processes: claims, interruption, failures, and files that all may write."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+from test_study import SMALL
+
+from mixmo_fastai.errors import RunFailedError
+from mixmo_fastai.runs.files import write_atomically
+from mixmo_fastai.runs.folder import RunFolder
+from mixmo_fastai.runs.lock import claim, locked
+from mixmo_fastai.study import execute
+from mixmo_fastai.study.execute import Executor, is_in_use
+from mixmo_fastai.study.plan import read_study
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "study.toml"
+    path.write_text(SMALL)
+    return path
+
+
+@pytest.mark.slow
+def test_runs_of_other_processes_and_failures_do_not_stop_a_study(file, tmp_path):
+    study = read_study(file)
+    first, second, third = study.runs[:3]
+    broken = replace(second.recipe, data=replace(second.recipe.data, limit=3))
+    lines = []
+    executor = Executor(tmp_path / "out", print_line=lines.append)
+    in_use = first.folder(executor.folder).path
+    in_use.mkdir(parents=True)
+    with locked(in_use):  # as another process does
+        assert is_in_use(in_use)
+        with pytest.raises(
+            RunFailedError, match=r"1 of 3 runs failed\.\nvanilla-400-seed1: Error: "
+        ):
+            executor.train([first, replace(second, recipe=broken), third])
+    assert f"{first.name}: another process trains it" in lines
+    assert not is_in_use(in_use)
+    assert third.folder(executor.folder).is_finished
+    assert not first.folder(executor.folder).is_finished
+    assert "Run folder" in (tmp_path / "out" / "logs" / f"{third.name}.txt").read_text()
+
+
+@pytest.mark.slow
+def test_interrupted_studies_are_continued(file, tmp_path):
+    file.write_text(
+        SMALL.replace("images_seen = [400, 800]", "images_seen = [200_000]")
+        .replace("images_seen = [800]", "images_seen = [200_000]")
+        .replace("seeds = [0, 1]", "seeds = [0]")
+    )
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "mixmo_fastai", "study", str(file), "--out", str(out)]
+    with subprocess.Popen([*command, "--jobs", "2"], stdout=subprocess.PIPE, text=True) as process:
+        runs = [out / "runs" / f"{name}-200000-seed0" for name in ("vanilla", "cut-mixmo")]
+        deadline = time.monotonic() + 120
+        while not all((run / "history.csv").exists() for run in runs):
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.1)
+        os.kill(process.pid, signal.SIGTERM)
+        output, _ = process.communicate(timeout=120)
+    assert process.returncode == 143
+    assert "they save their states" in output
+    for run in runs:
+        folder = RunFolder(run)
+        assert folder.has_state
+        assert not folder.is_finished
+        assert not is_in_use(run)
+    study = read_study(file)
+    rows = [RunFolder(run).history() for run in runs]
+    executor = Executor(out)
+    resumed = executor._start_if_free(study.runs[0], "1 of 2")
+    try:
+        deadline = time.monotonic() + 120
+        while len(RunFolder(runs[0]).history()) <= len(rows[0]):
+            assert time.monotonic() < deadline
+            assert resumed[0].process.poll() is None
+            time.sleep(0.1)
+    finally:
+        executor._stop(resumed)
+    assert RunFolder(runs[0]).history()[: len(rows[0])] == rows[0]
+
+
+@pytest.mark.slow
+def test_processes_that_start_together_share_the_runs(file, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "mixmo_fastai", "study", str(file), "--out", str(out)]
+    processes = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for _ in range(2)
+    ]
+    outputs = [process.communicate(timeout=600)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    names = [run.name for run in read_study(file).runs]
+    lines = "\n".join(outputs).splitlines()
+    for name in names:  # each was trained once
+        assert sum(line.startswith(f"{name}: training, ") for line in lines) == 1, lines
+        assert sum(line.startswith(f"{name}: finished in ") for line in lines) == 1, lines
+        assert (out / "logs" / f"{name}.txt").read_text().count("Run folder") == 1
+    for output in outputs:
+        assert "training, " in output
+    assert json.loads((out / "study.json").read_text())["unfinished"] == 0
+    assert not [path for path in out.rglob(".*") if path.is_file()]
+
+
+def test_claims_exclude_each_other(tmp_path):
+    run = tmp_path / "runs" / "vanilla"
+    end = claim(run)
+    assert end is not None
+    assert claim(run) is None
+    end()
+    assert not any(run.parent.iterdir())
+    again = claim(run)
+    assert again is not None
+    again()
+
+
+def test_a_run_that_is_claimed_or_was_finished_meanwhile_is_not_started(
+    file, tmp_path, monkeypatch
+):
+    first, second, third = read_study(file).runs[:3]
+    lines = []
+    executor = Executor(tmp_path, print_line=lines.append)
+    monkeypatch.setattr(executor, "_start", pytest.fail)
+    end = claim(first.folder(tmp_path).path)
+
+    def claim_late(path):
+        claimed = claim(path)
+        if path == second.folder(tmp_path).path:  # another process ended between both checks
+            path.mkdir()
+            (path / "metrics.json").write_text("{}")
+        return claimed
+
+    monkeypatch.setattr(execute, "claim", claim_late)
+    third.folder(tmp_path).path.mkdir(parents=True)
+    with locked(third.folder(tmp_path).path):
+        executor.train([first, second, third])
+    end()
+    assert lines == [
+        f"{first.name}: another process trains it",
+        f"{second.name}: another process has trained it",
+        f"{third.name}: another process trains it",
+    ]
+    again = claim(second.folder(tmp_path).path)  # its claim was ended
+    assert again is not None
+    again()
+
+
+def test_an_error_stops_the_other_runs(file, tmp_path, monkeypatch):
+    sleeper = [sys.executable, "-c", "import time; time.sleep(600)"]
+    started = []
+
+    def start(run):
+        if started:
+            with execute.writing_study(tmp_path / "x"):
+                raise OSError(28, "No space left on device")
+        started.append(subprocess.Popen(sleeper, start_new_session=True))
+        return started[0]
+
+    executor = Executor(tmp_path, jobs=2, print_line=lambda line: None)
+    monkeypatch.setattr(executor, "_start", start)
+    runs = read_study(file).runs[:2]
+    with pytest.raises(RunFailedError, match=r"Cannot write .*x: No space left on device\.\n"):
+        executor.train(runs)
+    assert started[0].poll() == -signal.SIGTERM
+    for run in runs:
+        end = claim(run.folder(tmp_path).path)
+        assert end is not None
+        end()
+
+
+def test_files_of_several_writers_are_always_complete(tmp_path):
+    path, errors = tmp_path / "study.md", []
+    contents = [letter * 10_000 for letter in "ab"]
+    write_atomically(path, contents[0], is_shared=True)
+
+    def write(content):
+        try:
+            for _ in range(50):
+                write_atomically(path, content, is_shared=True)
+                assert path.read_text() in contents
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=write, args=[content]) for content in contents]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert [each.name for each in tmp_path.iterdir()] == ["study.md"]
