@@ -85,7 +85,7 @@ def test_settings_for_short_trainings_need_fewer_images():
     rows = history(linear_decrease(2.0, 1.0))
     flags = "--repeat 2 --epochs 80 --set mix.early_repetition=1 --set mix.early_span=0.6"
     assert f"2 members with {flags} (" in advise(MIXMO, rows, images_seen=600_000)
-    assert "mix." not in advise(MIXMO, rows, images_seen=599_000)
+    assert "mix." not in advise(MIXMO, rows, images_seen=580_000)
     short = ["mix.batch_repetitions=2", "mix.early_repetition=1", "mix.early_span=0.6"]
     recipe = override(MIXMO, short)
     assert "--epochs 80 " in advise(recipe, rows, images_seen=300_000)

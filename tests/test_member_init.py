@@ -88,3 +88,21 @@ def test_other_values_are_refused(value):
             Learner(fastai_dls(), small_network(), loss_func=CrossEntropyLossFlat()),
             perturbation=value,
         )
+
+
+@pytest.mark.parametrize(
+    ("changes", "cause"),
+    [
+        ([], "without pretrained weights"),
+        (
+            ["model.pretrained=true", "model.num_members=1", "mix.kind=sum"],
+            "with one member",
+        ),
+    ],
+)
+def test_recipes_refuse_a_perturbation_without_effect(changes, cause):
+    recipe = override(load_recipe("cifar10/cut-mixmo"), ["model.arch=resnet18", *changes])
+    with pytest.raises(InputError, match=rf"model\.perturbation=0\.5 has no effect {cause}\.\n"):
+        override(recipe, ["model.perturbation=0.5"])
+    members = ["model.pretrained=true", "model.num_members=2", "model.perturbation=0.5"]
+    assert override(recipe, members).model.perturbation == 0.5

@@ -93,6 +93,8 @@ def test_interrupted_studies_are_continued(file, tmp_path):
 @pytest.mark.slow
 def test_processes_that_start_together_share_the_runs(file, tmp_path):
     out = tmp_path / "out"
+    vanilla = SMALL.partition("[methods.cut-mixmo]")[0].replace("[400, 800]", "[400]")
+    file.write_text(vanilla.replace("seeds = [0, 1]", "seeds = [0, 1, 2]"))
     command = [sys.executable, "-m", "mixmo_fastai", "study", str(file), "--out", str(out)]
     processes = [
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -54,7 +54,7 @@ def study(
     Finished runs are skipped and interrupted ones resumed, so the same command continues a study.
     Several processes, also on several machines, may share a folder.
     """
-    planned = read_study(file, dataset)
+    planned = read_study(file, dataset, must_exist=not summary)
     chosen = planned.check_method(reference)
     folder = out or Path("studies") / planned.name
     check_writable(folder)

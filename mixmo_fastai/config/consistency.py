@@ -92,6 +92,15 @@ def _check_weights(model: Model, source: str) -> None:
             f"{source}: model.weights={model.weights!r} needs model.arch (--arch), the network of "
             "the weights."
         )
+    if model.perturbation != Model.perturbation:
+        has_weights = bool(model.pretrained or model.weights)
+        if not has_weights or model.num_members == 1:
+            cause = "with one member" if has_weights else "without pretrained weights"
+            remedy = "model.num_members" if has_weights else "model.pretrained or model.weights"
+            raise InputError(
+                f"{source}: model.perturbation={model.perturbation:g} has no effect {cause}.\n"
+                f"Remove it, or set {remedy}."
+            )
 
 
 def _check_repetition(recipe: Recipe, source: str) -> None:

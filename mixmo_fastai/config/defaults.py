@@ -61,6 +61,8 @@ MIN_IMAGES_SEEN_PRETRAINED, MIN_VIEWS_PRETRAINED = 59_500, 30
 """The same for pretrained weights: how many images seen, and how many views of each image."""
 SHORT_SETTINGS = {"batch_repetitions": 2, "early_repetition": 1.0, "early_span": 0.6}
 """Settings of `mix` for short trainings, see docs/results.md."""
+LENGTH_TOLERANCE = 0.03
+"""Fraction by which a training may be shorter, since lengths are rounded to epochs and batches."""
 MIN_WIDTH = 4
 """Smallest width of a WideResNet for which this was found."""
 OPTIONAL_SETTINGS = ("data.image_size", "model.arch", "train.epochs")
@@ -136,7 +138,10 @@ def is_pretrained(recipe: Recipe) -> bool:
 
 
 def _default_epochs(recipe: Recipe, limit: int, num_images: int) -> int:
-    """Return the default number of epochs of a recipe for at most `limit` images seen."""
+    """Return the default number of epochs of a recipe for about `limit` images seen or fewer.
+
+    It is rounded up where several members need that many.
+    """
     images_seen = min(limit, MAX_VIEWS * num_images)
     if is_pretrained(recipe) and recipe.model.num_members == 1:
         images_seen = min(images_seen, MAX_VIEWS_PRETRAINED * num_images)
@@ -144,6 +149,8 @@ def _default_epochs(recipe: Recipe, limit: int, num_images: int) -> int:
         required = max(MIN_VIEWS_PRETRAINED * num_images, MIN_IMAGES_SEEN_PRETRAINED)
         if (images_seen := min(images_seen, required)) < limit:
             return math.ceil(images_seen / images_per_epoch(recipe, num_images))
+    if recipe.model.num_members > 1 and images_seen >= MIN_IMAGES_SEEN:
+        return math.ceil(images_seen / images_per_epoch(recipe, num_images))
     return max(1, round(images_seen / (recipe.mix.batch_repetitions * num_images)))
 
 
@@ -185,6 +192,15 @@ def min_images_seen_short(recipe: Recipe, images_seen: int) -> int:
     return min(MIN_IMAGES_SEEN, max(MIN_IMAGES_SEEN_PRETRAINED, required))
 
 
+def is_enough(images_seen: int, required: int) -> bool:
+    """Check whether a training has the required number of images seen, or nearly so."""
+    return images_seen >= (1 - LENGTH_TOLERANCE) * required
+
+
+def _two_digits(number: int) -> int:
+    return round(number, 2 - len(str(number)))
+
+
 def has_short_settings(recipe: Recipe) -> bool:
     """Check whether a recipe has `SHORT_SETTINGS`, or fewer repetitions."""
     mix = recipe.mix
@@ -207,8 +223,8 @@ def unmet_requirement(recipe: Recipe, images_seen: int) -> str | None:
     if recipe.model.num_members == 1 or recipe.data.dataset == "digits":
         return None
     unmet = []
-    if images_seen < (required := min_images_seen(recipe, images_seen)):
-        unmet.append(f"about {required:,} images seen (here {images_seen:,})")
+    if not is_enough(images_seen, required := min_images_seen(recipe, images_seen)):
+        unmet.append(f"about {_two_digits(required):,} images seen (here {images_seen:,})")
     if narrow := narrow_network(recipe):
         unmet.append(f"a width of {MIN_WIDTH} (here {narrow.width})")
     return " and ".join(unmet) or None

@@ -26,6 +26,9 @@ def resolve_recipe(
     recipe: str | None = None,
     flags: Mapping[str, Any] | None = None,
     assignments: Iterable[str] = (),
+    *,
+    source: str = "--set",
+    must_exist: bool = True,
 ) -> Recipe:
     """Resolve the recipe of a run.
 
@@ -36,12 +39,14 @@ def resolve_recipe(
             if there is one, otherwise the default settings.
         flags: settings such as {"model.arch": "wrn28_10"}; None keeps the value of the recipe.
         assignments: assignments such as "optimizer.lr=0.05".
+        source: what messages name as the source of the assignments.
+        must_exist: whether the data set and a file of weights must exist.
 
     Raises:
         InputError: a name is unknown or a value invalid.
     """
     flags = {key: value for key, value in (flags or {}).items() if value is not None}
-    if dataset is not None:
+    if dataset is not None and must_exist:
         check_dataset(dataset)
     base = load_recipe(recipe) if recipe else default_recipe(dataset or "digits", flags)
     if dataset is not None:
@@ -49,15 +54,17 @@ def resolve_recipe(
     assignments = list(assignments)
     base = _without_stale_options(base, assignments)
     base = _without_other_length(base, flags, assignments)
-    resolved = override(_with_flags(base, flags), assignments)
+    resolved = override(_with_flags(base, flags), assignments, source)
     if not resolved.data.dataset:
         name = recipe or base.name
         raise InputError(
             f"The recipe {name} is for images of your own.\nPass a folder, a table of labels or "
             f"hf:NAME: mixmo fit PATH --recipe {name}"
         )
-    check_dataset(resolved.data.dataset)  # recipes and assignments may set it too
-    return _clear_stale_name(_make_paths_absolute(resolved), base)
+    if must_exist:
+        check_dataset(resolved.data.dataset)  # recipes and assignments may set it too
+    absolute = _make_paths_absolute(resolved, must_exist=must_exist)
+    return _clear_stale_name(absolute, base)
 
 
 def _without_stale_options(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
@@ -102,11 +109,11 @@ def _with_transform(recipe: Recipe, values: Mapping[str, object]) -> Recipe:
     return replace(recipe, data=replace(recipe.data, transform=name, transform_options={}))
 
 
-def _make_paths_absolute(recipe: Recipe) -> Recipe:
+def _make_paths_absolute(recipe: Recipe, *, must_exist: bool) -> Recipe:
     """Make the paths of data and weights absolute, so that a run works from any directory."""
     if recipe.model.weights:
         weights = os.path.abspath(os.path.expanduser(recipe.model.weights))
-        if not os.path.isfile(weights):
+        if must_exist and not os.path.isfile(weights):
             raise _no_weights(recipe.model.weights)
         recipe = replace(recipe, model=replace(recipe.model, weights=weights))
     if recipe.data.dataset in DATASETS:

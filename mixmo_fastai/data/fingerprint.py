@@ -15,11 +15,12 @@ def fingerprint(source: DataSource) -> dict[str, str]:
     parts = {"train": source.train, "valid": source.valid, "test": source.test}
     return {
         "classes": f"{len(source.classes)} classes, checksum {classes}",
-        **{name: _of_part(images) for name, images in parts.items() if images is not None},
+        **{name: fingerprint_of(images) for name, images in parts.items() if images is not None},
     }
 
 
-def _of_part(images: ImageSet) -> str:
+def fingerprint_of(images: ImageSet) -> str:
+    """Return the number of images, their shape and the checksum of an image set."""
     entries = zip(range(len(images)), images.labels.tolist(), images.sizes(), strict=True)
     lines = (f"{images.name(index)}\0{label}\0{size}" for index, label, size in entries)
     shape = "x".join(map(str, images.image_shape))

@@ -26,7 +26,7 @@ class Difference:
         interval: 95 % bootstrap interval, which resamples test images and seeds.
         standard_error: standard error from the spread over seeds alone; None with a single seed.
         seeds_interval: 95 % interval from the seeds alone, by Welch's t distribution; None with a
-            single seed.
+            single seed, or if no method varies over its seeds.
     """
 
     value: float
@@ -47,7 +47,7 @@ def difference(
     """
     value = statistics.fmean(second) - statistics.fmean(first)
     error = standard_error(first, second)
-    seeds = None if error is None else _seeds_interval(value, error, first, second)
+    seeds = _seeds_interval(value, error, first, second) if error else None
     return Difference(value, bootstrap_interval(*samples), error, seeds)
 
 
@@ -79,8 +79,6 @@ def standard_error(first: Sequence[float], second: Sequence[float]) -> float | N
 def _seeds_interval(
     value: float, error: float, first: Sequence[float], second: Sequence[float]
 ) -> Interval:
-    if error == 0:
-        return value, value
     parts = _variances_of_means(first, second)
     sizes = (len(first), len(second))
     freedom = sum(parts) ** 2 / sum(

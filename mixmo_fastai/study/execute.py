@@ -19,7 +19,12 @@ from mixmo_fastai.runs.lock import claim, locked
 from mixmo_fastai.runtime.cpus import available_cpus
 from mixmo_fastai.runtime.signals import exit_code_of
 from mixmo_fastai.study.plan import PlannedRun
-from mixmo_fastai.study.records import check_unchanged, write_record, writing_study
+from mixmo_fastai.study.records import (
+    check_not_moved,
+    check_unchanged,
+    write_record,
+    writing_study,
+)
 
 POLL_SECONDS = 0.2
 SECONDS_TO_STOP = 600
@@ -72,13 +77,14 @@ class Executor:
         """Train the runs that are not finished and that no other process trains.
 
         Raises:
-            InputError: a run was started with other settings, see `check_unchanged`, or its images
-                may have several labels.
+            InputError: a run was started with other settings, see `check_unchanged`, its data was
+                moved, or its images may have several labels.
             RunFailedError: some runs failed, and the others were trained; or a file cannot be
                 written, and the runs have saved their states.
             RunInterruptedError: interrupted; the runs have saved their states.
         """
         check_unchanged(runs, self.folder)
+        check_not_moved(runs, self.folder)
         check_one_label_per_image(runs)
         waiting = [run for run in runs if not run.folder(self.folder).is_finished]
         total = len(waiting)

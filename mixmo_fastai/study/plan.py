@@ -33,6 +33,7 @@ from mixmo_fastai.errors import InputError, nearest
 from mixmo_fastai.runs.folder import RunFolder
 
 BUDGETS = ("in all", "each")
+MAX_SEED, MAX_IMAGES = 2**63 - 1, 10**15
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _OWN_KEYS = {
     "train.seed": "seeds",
@@ -97,12 +98,13 @@ class Study:
         return name or self.methods[0]
 
 
-def read_study(path: Path, dataset: str | None = None) -> Study:
+def read_study(path: Path, dataset: str | None = None, *, must_exist: bool = True) -> Study:
     """Read a study and resolve the recipes of all runs.
 
     Args:
         path: a TOML file.
         dataset: data set or image folder instead of that of the file.
+        must_exist: whether the data set and files of weights must exist.
 
     Raises:
         InputError: the file is missing or invalid, or a recipe is.
@@ -129,14 +131,16 @@ def read_study(path: Path, dataset: str | None = None) -> Study:
     runs = [
         run
         for name, method in methods.items()
-        for run in _runs_of(name, method, values, f"{source}: methods.{name}")
+        for run in _runs_of(name, method, values, f"{source}: methods.{name}", must_exist)
     ]
     _check_equal_data(runs, source)
     order = sorted(runs, key=lambda run: (run.images_seen, run.seed))
     return Study(str(values["name"]), tuple(methods), tuple(order))
 
 
-def _runs_of(name: str, method: Any, study: Mapping[str, Any], source: str) -> list[PlannedRun]:
+def _runs_of(
+    name: str, method: Any, study: Mapping[str, Any], source: str, must_exist: bool
+) -> list[PlannedRun]:
     if not _NAME.fullmatch(name):
         raise InputError(f"{source}: names consist of lower-case {_CHARACTERS}.")
     _check(isinstance(method, Mapping), source, method, "a section")
@@ -152,21 +156,38 @@ def _runs_of(name: str, method: Any, study: Mapping[str, Any], source: str) -> l
         *_assignments(method.get("set", []), f"{source}.set"),
     ]
     seeds, lengths = (
-        _numbers(method[key], f"{source}.{key}", minimum)
+        _numbers(method[key], f"{source}.{key}", *limits)
         if key in method
-        else _numbers(study[key], f"{file}: {key}", minimum)
-        for key, minimum in (("seeds", 0), ("images_seen", 1))
+        else _numbers(study[key], f"{file}: {key}", *limits)
+        for key, limits in (("seeds", (0, MAX_SEED)), ("images_seen", (1, MAX_IMAGES)))
     )
     runs = []
     for length in lengths:
-        resolved = resolve_recipe(
-            study["dataset"], recipe, {}, [*assignments, f"train.images_seen={length}"]
+        resolved = _resolve(
+            study["dataset"],
+            recipe,
+            [*assignments, f"train.images_seen={length}"],
+            source,
+            must_exist=must_exist,
         )
         total = length * (resolved.model.num_nets if budget == "each" else 1)
         for seed in seeds:
             train = replace(resolved.train, seed=seed, images_seen=total)
             runs.append(PlannedRun(name, length, seed, replace(resolved, train=train)))
     return runs
+
+
+def _resolve(
+    dataset: str, recipe: str, assignments: Sequence[str], source: str, *, must_exist: bool
+) -> Recipe:
+    try:
+        return resolve_recipe(
+            dataset, recipe, {}, assignments, source=source, must_exist=must_exist
+        )
+    except InputError as error:
+        if str(error).startswith(source):
+            raise
+        raise InputError(f"{source}: {error}") from error
 
 
 def _check_equal_data(runs: Sequence[PlannedRun], source: str) -> None:
@@ -203,10 +224,12 @@ def _assignments(value: Any, label: str) -> list[str]:
     return list(value)
 
 
-def _numbers(value: Any, label: str, minimum: int) -> list[int]:
+def _numbers(value: Any, label: str, minimum: int, maximum: int) -> list[int]:
     is_valid = isinstance(value, list) and all(
-        isinstance(each, int) and not isinstance(each, bool) and each >= minimum for each in value
+        isinstance(each, int) and not isinstance(each, bool) and minimum <= each <= maximum
+        for each in value
     )
-    _check(is_valid and bool(value), label, value, f"a list of integers of {minimum} or more")
+    expected = f"a list of integers from {minimum} to {maximum}"
+    _check(is_valid and bool(value), label, value, expected)
     _check(len(set(value)) == len(value), label, value, "a list without repetitions")
     return list(value)

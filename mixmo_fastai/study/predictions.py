@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from mixmo_fastai.data.fingerprint import fingerprint_of
 from mixmo_fastai.evaluation.results import final_metrics
 from mixmo_fastai.evaluation.runs import open_finished
 from mixmo_fastai.runs.files import write_atomically
@@ -23,6 +24,7 @@ from mixmo_fastai.runs.labels import check_one_label
 
 TOLERANCE = 1e-4
 """Largest relative difference of the accuracy and the NLL from those that the run recorded."""
+_IMAGES = "images"  # key of the fingerprint in the file
 
 
 @dataclass(frozen=True)
@@ -34,20 +36,41 @@ class Predictions:
         correct: (N,) bool, whether the predicted class is the label.
         confidence: (N,) float16, largest probability.
         nll: (N,) float32, negative log-likelihood of the label in nats.
+        images: fingerprint of the images; "" if unknown, as in files of former versions.
     """
 
     labels: Tensor
     correct: Tensor
     confidence: Tensor
     nll: Tensor
+    images: str = ""
 
     @classmethod
-    def of(cls, logits: Tensor, labels: Tensor) -> "Predictions":
+    def of(cls, logits: Tensor, labels: Tensor, images: str = "") -> "Predictions":
         """Return the predictions of logits (N, K) for labels (N,)."""
         confidence, classes = logits.softmax(dim=1).max(dim=1)
         nll = cross_entropy(logits, labels, reduction="none")
         kind = torch.int16 if logits.shape[1] <= 2**15 else torch.int32
-        return cls(labels.to(kind), classes == labels, confidence.half(), nll.float())
+        return cls(labels.to(kind), classes == labels, confidence.half(), nll.float(), images)
+
+    @classmethod
+    def read(cls, path: Path) -> "Predictions":
+        """Read the file of `to_bytes`.
+
+        Raises:
+            OSError: it cannot be read.
+            SafetensorError: it is damaged.
+            TypeError: it contains other tensors.
+        """
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return cls(**tensors, images=(file.metadata() or {}).get(_IMAGES, ""))
+
+    def to_bytes(self) -> bytes:
+        """Return the content of a safetensors file."""
+        tensors = {name: each for name, each in vars(self).items() if isinstance(each, Tensor)}
+        content: bytes = save(tensors, {_IMAGES: self.images})
+        return content
 
     def terms(self) -> dict[str, Tensor]:
         """Return the values of each image whose means are accuracy and NLL: (N,) by name."""
@@ -76,17 +99,23 @@ def read_predictions(run: RunFolder, path: Path, data_dir: Path | None) -> Predi
     check_one_label(run, "mixmo study")
     _, metrics = final_metrics(run.metrics())
     with suppress(OSError, SafetensorError, TypeError):
-        stored = Predictions(**load_file(path))
+        stored = Predictions.read(path)
         if stored.agree_with(metrics):
             return stored
     finished = open_finished(run, data_dir)
     ((logits, labels),) = finished.logits([finished.final_loader()])
-    predictions = Predictions.of(logits.double().mean(dim=1), labels)
+    images = fingerprint_of(finished.final_images)
+    predictions = Predictions.of(logits.double().mean(dim=1), labels, images)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, save(vars(predictions)), is_shared=True)
+    write_atomically(path, predictions.to_bytes(), is_shared=True)
     return predictions
 
 
-def have_equal_labels(first: Predictions, second: Predictions) -> bool:
-    """Check that two runs were evaluated on the same labels in the same order."""
-    return torch.equal(first.labels, second.labels)
+def have_equal_images(first: Predictions, second: Predictions) -> bool:
+    """Check that two runs were evaluated on the same images in the same order.
+
+    Images are compared by names, sizes and labels, or by labels alone if more is not known.
+    """
+    are_known = first.images and second.images
+    same = first.images == second.images if are_known else True
+    return same and torch.equal(first.labels, second.labels)

@@ -64,7 +64,7 @@ def check_unchanged(runs: Sequence[PlannedRun], folder: Path) -> None:
         path = record_path(run, folder)
         if not path.exists() or not run.folder(folder).path.exists():
             continue
-        before, now = (_comparable(recipe) for recipe in (load_recipe(path), run.recipe))
+        before, now = map(_comparable, (load_recipe(path), run.recipe))
         for section, values in now.items():
             for key, value in values.items():
                 if (old := before[section].get(key)) != value:
@@ -72,6 +72,29 @@ def check_unchanged(runs: Sequence[PlannedRun], folder: Path) -> None:
                         f"{run.name} was started with {section}.{key}={old!r}; the study now has "
                         f"{value!r}.\nName the changed method differently, or use another --out."
                     )
+
+
+def check_not_moved(runs: Sequence[PlannedRun], folder: Path) -> None:
+    """Check that the data set and weights of interrupted runs are where they were.
+
+    Raises:
+        InputError: they are not; the message names both places.
+    """
+    for run in runs:
+        run_folder, path = run.folder(folder), record_path(run, folder)
+        if run_folder.is_finished or not path.exists() or not run_folder.path.exists():
+            continue
+        recorded = load_recipe(path)
+        for old, new in (
+            (recorded.data.dataset, run.recipe.data.dataset),
+            (recorded.model.weights, run.recipe.model.weights),
+        ):
+            if old != new and Path(old).is_absolute() and not Path(old).exists():
+                raise InputError(
+                    f"{run.name} was started with {old}, which no longer exists.\n"
+                    f"Restore it there, or delete {run_folder.path} to train the run again with "
+                    f"{new}."
+                )
 
 
 def _comparable(recipe: Recipe) -> dict[str, dict[str, object]]:

@@ -18,7 +18,7 @@ from mixmo_fastai.metrics.bootstrap import resampled_means
 from mixmo_fastai.metrics.calibration import bins_of_predictions
 from mixmo_fastai.study.differences import Difference, difference
 from mixmo_fastai.study.plan import PlannedRun, Study
-from mixmo_fastai.study.predictions import Predictions, have_equal_labels, read_predictions
+from mixmo_fastai.study.predictions import Predictions, have_equal_images, read_predictions
 from mixmo_fastai.study.records import check_unchanged
 
 COMPARED = ("accuracy", "nll")
@@ -52,6 +52,8 @@ class Cell:
         parameters: number of parameters of all networks.
         hours: duration of training, over the seeds.
         images_trained: images that all networks saw, mean over the seeds.
+        images_planned: images that they were to see, before rounding to epochs; with the budget
+            "each", more than `images_seen`.
         split: "test", or "valid" if there are no labelled test images.
         reliability: predictions of all seeds in bins of confidence; empty bins are left out.
         differences: from the reference at this length, by metric; None for the reference itself or
@@ -65,6 +67,7 @@ class Cell:
     parameters: int
     hours: tuple[float, ...]
     images_trained: float
+    images_planned: int
     split: str
     reliability: tuple[Bin, ...]
     differences: Mapping[str, Difference] | None
@@ -104,7 +107,8 @@ def collect_results(
         for run in study.runs
         if run.folder(folder).is_finished
     ]
-    _check_equal_images(finished)
+    if finished:
+        _check_equal_images(finished)
     cells = []
     for images_seen in sorted({each.run.images_seen for each in finished}):
         first = _runs_of(finished, reference, images_seen)
@@ -163,6 +167,7 @@ def _cell(runs: Sequence[_FinishedRun], differences: Mapping[str, Difference] | 
         parameters=first.recorded["parameters"],
         hours=tuple(each.recorded["seconds"] / 3600 for each in runs),
         images_trained=statistics.fmean(each.recorded["images_seen"] for each in runs),
+        images_planned=first.run.recipe.train.images_seen or first.run.images_seen,
         split=final_metrics(first.recorded)[0],
         reliability=_reliability([each.predictions for each in runs]),
         differences=differences,
@@ -206,9 +211,11 @@ def _stacked(runs: Sequence[_FinishedRun], name: str) -> Tensor:
 
 
 def _check_equal_images(finished: Sequence[_FinishedRun]) -> None:
-    for each in finished[1:]:
-        if not have_equal_labels(finished[0].predictions, each.predictions):
+    known = (each for each in finished if each.predictions.images)
+    first = next(known, None) or finished[0]
+    for each in finished:
+        if not have_equal_images(first.predictions, each.predictions):
             raise InputError(
-                f"{each.run.name} was evaluated on other images than {finished[0].run.name}, so "
+                f"{each.run.name} was evaluated on other images than {first.run.name}, so "
                 "their results are not comparable.\nTrain both with the same data and splits."
             )

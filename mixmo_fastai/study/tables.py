@@ -14,7 +14,8 @@ _COLUMNS = {  # metric: title and format
     "ece_calibrated": ("ECE, calibrated", percent),
 }
 MAX_UNEQUAL = 1.05
-"""Ratio of the images that two methods of the same length saw from which the tables say so."""
+"""Ratio of the images seen, relative to the planned ones, of two methods of the same length from
+which the tables say so."""
 _DIFFERENCES = {"accuracy": ("accuracy", points), "nll": ("NLL", signed_decimal)}
 
 
@@ -56,28 +57,53 @@ def _row(texts: Sequence[str]) -> str:
 def legend(cells: Sequence[Cell]) -> str:
     """Explain the values of the tables."""
     split = SPLIT_NAMES[cells[0].split].lower()
-    text = (
-        f"Means over seeds, ± their standard deviation, on the {split} images. Calibrated: "
-        f"temperatures fitted on one half of the {split} images and applied to the other."
-    )
+    text = f"Means over seeds, ± their standard deviation, on the {split} images."
+    if any(name.endswith("_calibrated") for cell in cells for name in cell.metrics):
+        text += (
+            f" Calibrated: temperatures fitted on one half of the {split} images and applied to "
+            "the other."
+        )
+    return text + _intervals_text(cells, split) + _lengths_text(cells)
+
+
+def _intervals_text(cells: Sequence[Cell], split: str) -> str:
     found = [each for cell in cells for each in (cell.differences or {}).values()]
-    if any(each.seeds_interval is not None for each in found):
+    several = [each for each in found if each.seeds_interval is not None]
+    text = ""
+    if several:
         text += (
             f" In brackets: 95 % bootstrap interval of the difference over {split} images and "
             "seeds; then the 95 % interval by Welch's t distribution from the seeds alone, which "
             "ignores the choice of images. Read the wider of the two."
         )
-    elif found:
-        text += (
-            f" In brackets: 95 % bootstrap interval of the difference over {split} images; one "
-            "seed does not show what others would give."
+    if len(several) < len(found):
+        subject = (
+            "A single interval is"
+            if several
+            else "In brackets: 95 % bootstrap interval of the difference"
         )
-    trained = [[cell.images_trained for cell in group] for group in by_length(cells).values()]
-    unequal = max(max(images) / min(images) for images in trained)
+        text += (
+            f" {subject} over {split} images alone: one seed, or seeds without spread, do not show "
+            "what others would give."
+        )
+    return text
+
+
+def _lengths_text(cells: Sequence[Cell]) -> str:
+    text = ""
+    longer = [cell.method for cell in cells if cell.images_planned > cell.images_seen]
+    if longer:
+        names = ", ".join(dict.fromkeys(longer))
+        text += f' Each network of {names} sees as many images as the title says (budget "each").'
+    ratios = [
+        [cell.images_trained / cell.images_planned for cell in group]
+        for group in by_length(cells).values()
+    ]
+    unequal = max(max(each) / min(each) for each in ratios)
     if unequal > MAX_UNEQUAL:
         text += (
-            f" Some methods saw {100 * (unequal - 1):.0f} % more images than others of the same "
-            "length, which is rounded to whole epochs and batches."
+            f" Some methods saw {100 * (unequal - 1):.0f} % more of their images than others of "
+            "the same length, which is rounded to whole epochs and batches."
         )
     return text
 

@@ -12,6 +12,7 @@ from mixmo_fastai.config.defaults import (
     MIN_WIDTH,
     SHORT_SETTINGS,
     has_short_settings,
+    is_enough,
     is_pretrained,
     min_images_seen,
     min_images_seen_short,
@@ -86,7 +87,7 @@ def _size_advice(recipe: Recipe, images_seen: int) -> str:
     members, changes = recipe.model.num_members, []
     if _short_settings_help(recipe, images_seen):
         changes.append(_short_flags(recipe, images_seen))
-    elif images_seen < (required := min_images_seen(recipe, images_seen)):
+    elif not is_enough(images_seen, required := min_images_seen(recipe, images_seen)):
         epochs = math.ceil((recipe.train.epochs or 1) * required / max(images_seen, 1))
         if epochs * recipe.mix.batch_repetitions > MAX_VIEWS:
             return f"{members} members need more training images: use --members 1"
@@ -102,7 +103,8 @@ def _size_advice(recipe: Recipe, images_seen: int) -> str:
 def _short_settings_help(recipe: Recipe, images_seen: int) -> bool:
     """Check whether a training is too short only with the settings of long ones."""
     lowest = 0 if is_pretrained(recipe) else min_images_seen_short(recipe, images_seen)
-    return lowest <= images_seen < MIN_IMAGES_SEEN and not has_short_settings(recipe)
+    is_between = is_enough(images_seen, lowest) and not is_enough(images_seen, MIN_IMAGES_SEEN)
+    return is_between and not has_short_settings(recipe)
 
 
 def _short_flags(recipe: Recipe, images_seen: int) -> str:
@@ -115,7 +117,8 @@ def _short_flags(recipe: Recipe, images_seen: int) -> str:
         f"--set mix.early_repetition={short['early_repetition']:g} "
         f"--set mix.early_span={short['early_span']:g}"
     )
-    longer = max(1.0, min_images_seen_short(recipe, images_seen) / max(images_seen, 1))
+    required = min_images_seen_short(recipe, images_seen)
+    longer = 1.0 if is_enough(images_seen, required) else required / max(images_seen, 1)
     fewer = min(int(short["batch_repetitions"]), repetitions)
     if fewer == repetitions and longer == 1:
         return flags

@@ -1,0 +1,117 @@
+"""Data of studies: equal test images, moved folders, and results without the data."""
+
+from dataclasses import replace
+
+import pytest
+from test_study_results import TEXT, random_predictions, write_run
+
+from mixmo_fastai.cli import run as program
+from mixmo_fastai.data.fingerprint import fingerprint_of
+from mixmo_fastai.data.sources import load_source
+from mixmo_fastai.errors import InputError
+from mixmo_fastai.study.execute import Executor
+from mixmo_fastai.study.plan import read_study
+from mixmo_fastai.study.predictions import Predictions
+from mixmo_fastai.study.records import check_not_moved
+from mixmo_fastai.study.results import collect_results
+
+WEIGHTS = """
+[methods.plain]
+recipe = "fine-tune/vanilla"
+set = ["model.arch=resnet18", "model.weights=net.safetensors"]
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "study.toml"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture
+def study(file):
+    return read_study(file)
+
+
+@pytest.fixture
+def out(study, tmp_path):
+    """The folder of a finished study."""
+    for number, run in enumerate(study.runs):
+        write_run(tmp_path / "out", run, random_predictions(10 * number))
+    return tmp_path / "out"
+
+
+def test_runs_on_other_images_are_not_compared(study, out):
+    last = random_predictions(1)
+    rolled = Predictions(last.labels.roll(1), last.correct, last.confidence, last.nll)
+    message = "mixed-1000-seed2 was evaluated on other images than"
+    write_run(out, study.runs[-1], rolled)
+    with pytest.raises(InputError, match=message):
+        collect_results(study, out)
+    known = replace(last, images="10 images, checksum a")  # those of the others are not known
+    write_run(out, study.runs[-1], known)
+    collect_results(study, out)
+    write_run(out, study.runs[-2], replace(random_predictions(2), images="checksum b"))
+    with pytest.raises(InputError, match="was evaluated on other images than"):
+        collect_results(study, out)
+
+
+def test_data_set_may_be_in_another_folder(file, tmp_path):
+    out, images = tmp_path / "results", tmp_path / "images"
+    images.mkdir()
+    moved = tmp_path / "elsewhere" / "images"
+    moved.mkdir(parents=True)
+    for run in read_study(file, str(images)).runs:
+        write_run(out, run, random_predictions(run.seed))
+    assert len(collect_results(read_study(file, str(moved)), out)) == 2
+    other = tmp_path / "others"
+    other.mkdir()
+    with pytest.raises(InputError, match=r"data\.dataset='images'; the study now has 'others'"):
+        collect_results(read_study(file, str(other)), out)
+
+
+def test_fingerprints_are_kept_in_the_files(tmp_path):
+    images = load_source("digits").test
+    known = replace(random_predictions(1), images=fingerprint_of(images))
+    path = tmp_path / "one.safetensors"
+    path.write_bytes(known.to_bytes())
+    assert Predictions.read(path).images == fingerprint_of(images)
+    path.write_bytes(random_predictions(1).to_bytes())
+    assert Predictions.read(path).images == ""
+
+
+def test_results_need_neither_data_nor_weights(file, tmp_path, capsys):
+    images, weights = tmp_path / "images", tmp_path / "net.safetensors"
+    images.mkdir()
+    weights.touch()
+    file.write_text(
+        TEXT.partition("[methods.plain]")[0] + WEIGHTS.replace("net.safetensors", str(weights))
+    )
+    arguments = ["study", str(file), "--out", str(tmp_path / "out"), "--dataset", str(images)]
+    for run in read_study(file, str(images)).runs:
+        write_run(tmp_path / "out", run, random_predictions(run.seed))
+    images.rmdir()
+    weights.unlink()
+    assert program([*arguments, "--summary"]) == 0
+    assert "| plain | 0, 1, 2 |" in capsys.readouterr().out
+    assert program(arguments) == 2
+    assert "There is no folder" in capsys.readouterr().err
+
+
+def test_interrupted_runs_need_their_data_where_it_was(file, tmp_path):
+    former, present = tmp_path / "former" / "images", tmp_path / "present" / "images"
+    for folder in (former, present):
+        folder.mkdir(parents=True)
+    out = tmp_path / "results"
+    runs = read_study(file, str(former)).runs
+    for run in runs:
+        write_run(out, run, random_predictions(run.seed))
+    (runs[0].folder(out).path / "metrics.json").unlink()
+    check_not_moved(read_study(file, str(present)).runs, out)  # still there
+    former.rmdir()
+    assert len(collect_results(read_study(file, str(present)), out)) == 2
+    with pytest.raises(InputError) as error:
+        Executor(out).train(read_study(file, str(present)).runs)
+    assert f"{runs[0].name} was started with {former}, which no longer exists" in str(error.value)
+    assert len(str(error.value).splitlines()) == 2
