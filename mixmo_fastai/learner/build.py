@@ -93,9 +93,10 @@ def mixmo_learner(
             0 for the whole batch.
         readout: how the heads read the core's feature maps; see `MixMoModel`.
         kwargs: arguments of `MixMoCallback` (alpha, mix_prob, batch_repetitions, seed, …) and of
-            fastai's `Learner` (loss_func, opt_func, metrics, cbs, …). With trained weights, that
-            is, if the members do not start as independent ones, the defaults of batch_repetitions,
-            early_repetition and early_span are those of `to_mixmo`. The default opt_func is SGD, as
+            fastai's `Learner` (loss_func, opt_func, metrics, cbs, …). If the members do not start
+            as independent ones, as with pretrained weights and for your own network, the defaults
+            of batch_repetitions, early_repetition and early_span are those of `to_mixmo`; for a
+            `MixMoModel`, they are those published. The default opt_func is SGD, as
             published, whose learning rates are about a hundred times those of Adam; see `sgd`.
             A seed also fixes the initial weights; without one they differ from Learner to Learner
             and depend on `set_seed`.

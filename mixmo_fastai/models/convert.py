@@ -77,9 +77,10 @@ def convert_to_mixmo(
             way.
         image_size: the only image size at which to run the model; if None, the size that the model
             declares or the first that works, and a few others.
-        perturbation: standard deviation of the encoders' perturbations, as a fraction of that of
-            the weights, from 0 to 1; heads have the same, but at most 0.1. Members that differ
-            more part sooner in training, and are less accurate at first.
+        perturbation: standard deviation of the random numbers added to encoders, as a fraction of
+            that of the weights, from 0 to 1, before their mean over the members is subtracted,
+            which reduces it by a factor of sqrt(1 - 1 / M); heads have the same, but at most 0.1.
+            Members that differ more diverge sooner in training, and are less accurate at first.
         independent: whether to initialise encoders and heads independently, each as a random
             permutation of the original layer's weights; for untrained models.
         num_classes: K; if it differs from the model's, heads are initialised randomly.

@@ -81,7 +81,8 @@ def perturbed_copies(
         layer: its biases are copied without perturbation.
         count: number of copies.
         scale: factor of weights and biases.
-        perturbation: standard deviation, as a fraction of that of the weights.
+        perturbation: standard deviation, as a fraction of that of the weights, before the mean over
+            the copies is subtracted.
         generator: on the CPU.
 
     Example:
