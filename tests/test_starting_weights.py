@@ -102,7 +102,7 @@ BAD_FILES = {
     "list": (lambda f: save_torch([1, 2], f / "list.pth"), "holds list, not tensors by name"),
     "value": (
         lambda f: save_torch({"a": torch.ones(1), "b": 2}, f / "value.pth"),
-        "holds 'b', which is no tensor",
+        "holds 'b', which is not a tensor",
     ),
     "nan": (
         lambda f: save_torch({"a.weight": torch.tensor([1.0, math.nan])}, f / "nan.pth"),

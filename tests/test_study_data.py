@@ -12,7 +12,7 @@ from mixmo_fastai.errors import InputError
 from mixmo_fastai.study.execute import Executor
 from mixmo_fastai.study.plan import read_study
 from mixmo_fastai.study.predictions import Predictions
-from mixmo_fastai.study.records import check_not_moved
+from mixmo_fastai.study.records import check_not_moved, check_unchanged, write_record
 from mixmo_fastai.study.results import collect_results
 
 WEIGHTS = """
@@ -67,7 +67,7 @@ def test_data_set_may_be_in_another_folder(file, tmp_path):
     assert len(collect_results(read_study(file, str(moved)), out)) == 2
     other = tmp_path / "others"
     other.mkdir()
-    with pytest.raises(InputError, match=r"data\.dataset='images'; the study now has 'others'"):
+    with pytest.raises(InputError, match=r"data\.dataset='images'; the study now has data"):
         collect_results(read_study(file, str(other)), out)
 
 
@@ -115,3 +115,25 @@ def test_interrupted_runs_need_their_data_where_it_was(file, tmp_path):
         Executor(out).train(read_study(file, str(present)).runs)
     assert f"{runs[0].name} was started with {former}, which no longer exists" in str(error.value)
     assert len(str(error.value).splitlines()) == 2
+
+
+def test_removed_settings_are_noticed(file, tmp_path):
+    file.write_text(TEXT + 'set = ["mix.early_repetition=1"]\n')
+    for run in read_study(file).runs:
+        write_run(tmp_path, run, random_predictions(run.seed))
+    file.write_text(TEXT)
+    with pytest.raises(InputError) as error:
+        collect_results(read_study(file), tmp_path)
+    assert str(error.value).startswith(
+        "mixed-1000-seed0 was started with mix.early_repetition=1.0; the study now has no "
+        "mix.early_repetition.\n"
+    )
+
+
+def test_other_expected_figures_are_no_other_settings(study, out):
+    run = study.runs[0]
+    expected = replace(run.recipe.expected, accuracy=0.9)
+    changed = replace(run, recipe=replace(run.recipe, expected=expected))
+    assert run.recipe != changed.recipe
+    write_record(changed, out)
+    check_unchanged([run], out)

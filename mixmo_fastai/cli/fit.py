@@ -15,7 +15,7 @@ from mixmo_fastai.cli.render import METRIC_WIDTH, align
 from mixmo_fastai.cli.render_metrics import metric_lines
 from mixmo_fastai.config.recipe import Recipe
 from mixmo_fastai.config.resolve import resolve_recipe
-from mixmo_fastai.config.schema import to_mapping
+from mixmo_fastai.config.schema import differing_settings
 from mixmo_fastai.errors import InputError, RunInterruptedError
 from mixmo_fastai.loggers import parse_loggers
 from mixmo_fastai.runs.checkpoints import CheckpointStore
@@ -150,17 +150,13 @@ def check_same_settings(recipe: Recipe, run: RunFolder) -> None:
     Raises:
         InputError: a setting differs.
     """
-    wanted, actual = to_mapping(recipe), to_mapping(run.recipe())
-    for section, values in wanted.items():
-        if not isinstance(values, dict) or section == "expected":
-            continue
-        for key, value in values.items():
-            is_open = value in (None, "auto") or (section, key) == ("train", "images_seen")
-            if not is_open and (found := actual[section].get(key)) != value:
-                raise InputError(
-                    f"{run.path} is a run with {section}.{key}={found!r}, not {value!r}.\n"
-                    "Use the same settings for all of its networks, or another --out."
-                )
+    for section, key, wanted, found in differing_settings(recipe, run.recipe()):
+        is_open = wanted in (None, "auto") or (section, key) == ("train", "images_seen")
+        if not is_open:
+            raise InputError(
+                f"{run.path} is a run with {section}.{key}={found!r}, not {wanted!r}.\n"
+                "Use the same settings for all of its networks, or another --out."
+            )
 
 
 def _check_no_settings(values: list[Any]) -> None:

@@ -9,7 +9,7 @@ import tomllib
 import types
 import typing
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import field, fields
 from typing import Any
 
@@ -215,6 +215,22 @@ def to_mapping(settings: Any) -> dict[str, Any]:
 
     mapping: dict[str, Any] = drop_none(dataclasses.asdict(settings))
     return mapping
+
+
+def differing_settings(first: Any, second: Any) -> Iterator[tuple[str, str, Any, Any]]:
+    """Yield each setting that differs between two recipes; the section "expected" is left out.
+
+    Yields:
+        its section, its key, and both values; None for a setting that is open.
+    """
+    values, others = to_mapping(first), to_mapping(second)
+    for section in [name for name, each in values.items() if isinstance(each, dict)]:
+        if section == "expected":
+            continue
+        here, there = values[section], others.get(section, {})
+        for key in dict.fromkeys([*here, *there]):
+            if (old := here.get(key)) != (new := there.get(key)):
+                yield section, key, old, new
 
 
 def to_toml(settings: Any) -> str:

@@ -48,7 +48,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             return _named_tensors(load_file(path), path)
         if path.suffix.lower() not in PICKLED:
             kinds = ", ".join((SAFETENSORS, *PICKLED))
-            raise InputError(f"{path} is no file of weights.\nKnown suffixes: {kinds}.")
+            raise InputError(f"{path} is not a file of weights.\nKnown suffixes: {kinds}.")
         # weights_only refuses everything but tensors and plain values.
         values = torch.load(path, map_location="cpu", weights_only=True)
     except InputError:
@@ -81,7 +81,7 @@ def _named_tensors(values: Any, path: Path) -> dict[str, Tensor]:
     if len(tensors) < len(values):
         other = next(str(name) for name in values if str(name) not in tensors)
         raise InputError(
-            f"{path} holds {other!r}, which is no tensor.\n"
+            f"{path} holds {other!r}, which is not a tensor.\n"
             "Save only tensors: torch.save(model.state_dict(), FILE)."
         )
     while prefix := next((p for p in _PREFIXES if all(n.startswith(p) for n in tensors)), ""):

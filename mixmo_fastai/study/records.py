@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mixmo_fastai.config.load import load_recipe
 from mixmo_fastai.config.recipe import Recipe
-from mixmo_fastai.config.schema import to_mapping, to_toml
+from mixmo_fastai.config.schema import differing_settings, to_toml
 from mixmo_fastai.errors import InputError, RunFailedError
 from mixmo_fastai.runs.files import write_atomically
 from mixmo_fastai.study.plan import PlannedRun
@@ -64,14 +64,17 @@ def check_unchanged(runs: Sequence[PlannedRun], folder: Path) -> None:
         path = record_path(run, folder)
         if not path.exists() or not run.folder(folder).path.exists():
             continue
-        before, now = map(_comparable, (load_recipe(path), run.recipe))
-        for section, values in now.items():
-            for key, value in values.items():
-                if (old := before[section].get(key)) != value:
-                    raise InputError(
-                        f"{run.name} was started with {section}.{key}={old!r}; the study now has "
-                        f"{value!r}.\nName the changed method differently, or use another --out."
-                    )
+        before, now = map(_without_folders, (load_recipe(path), run.recipe))
+        for section, key, old, new in differing_settings(before, now):
+            raise InputError(
+                f"{run.name} was started with {_assignment(section, key, old)}; the study now has "
+                f"{_assignment(section, key, new)}.\n"
+                "Name the changed method differently, or use another --out."
+            )
+
+
+def _assignment(section: str, key: str, value: object) -> str:
+    return f"no {section}.{key}" if value is None else f"{section}.{key}={value!r}"
 
 
 def check_not_moved(runs: Sequence[PlannedRun], folder: Path) -> None:
@@ -97,9 +100,8 @@ def check_not_moved(runs: Sequence[PlannedRun], folder: Path) -> None:
                 )
 
 
-def _comparable(recipe: Recipe) -> dict[str, dict[str, object]]:
-    """Return the settings of a recipe by section, with the names of data and weights alone."""
+def _without_folders(recipe: Recipe) -> Recipe:
+    """Return a recipe with the names of data and weights instead of their paths."""
     data = replace(recipe.data, dataset=Path(recipe.data.dataset).name)
     model = replace(recipe.model, weights=Path(recipe.model.weights).name)
-    values = to_mapping(replace(recipe, data=data, model=model))
-    return {section: entries for section, entries in values.items() if isinstance(entries, dict)}
+    return replace(recipe, data=data, model=model)
