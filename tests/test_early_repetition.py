@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 from fastai.callback.core import Callback
-from learners import make_learner
+from learners import make_learner, small_network
 from short_runs import TINY
 from synthetic import fastai_dls, mixmo_dls
 
-from mixmo_fastai import MixMoCallback, show_pairs
+from mixmo_fastai import MixMoCallback, mixmo_learner, show_pairs
 from mixmo_fastai.cli.render import setup_lines
 from mixmo_fastai.config.load import recipe_from_mapping
 from mixmo_fastai.config.resolve import override
@@ -230,3 +230,15 @@ def test_recipes_check_the_settings():
     ):
         with pytest.raises(InputError, match=message):
             recipe_from_mapping({"name": "tiny", "mix": mix}, "here")
+
+
+def test_the_callback_refuses_settings_without_effect():
+    for arguments in ({"early_span": 0.6}, {"early_shape": "step"}):
+        with pytest.raises(InputError, match="no effect without early_repetition"):
+            MixMoCallback(**arguments)
+    with pytest.raises(InputError, match="early_span is 0"):
+        MixMoCallback(early_repetition=1, early_span=0)
+    learn = mixmo_learner(mixmo_dls(), small_network(), early_repetition=None)
+    assert (learn.mix_mo.early_repetition, learn.mix_mo.early_span) == (None, 0.4)
+    with pytest.raises(InputError, match="no effect without early_repetition"):
+        mixmo_learner(mixmo_dls(), "wrn10_1", early_span=0.6)

@@ -5,10 +5,10 @@ import torch
 from networks import NUM_CLASSES, build_backbone
 from torchvision.models import get_model, list_models
 
-from mixmo_fastai.config.choices import TORCHVISION_NETWORKS
+from mixmo_fastai.config.choices import TORCHVISION_NETWORKS, parse_architecture
 from mixmo_fastai.config.load import load_recipe, override
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.models import create_model
+from mixmo_fastai.models import create_model, library
 from mixmo_fastai.runs.create import create_run
 from mixmo_fastai.runs.weights import load_network, save_weights
 
@@ -120,3 +120,14 @@ def test_saved_torchvision_network_is_loaded(tmp_path):
     save_weights(model, run)
     x = torch.randn(2, 1, 32, 32)
     torch.testing.assert_close(load_network(run)(x), model.eval()(x))
+
+
+def test_a_missing_timm_is_explained(monkeypatch):
+    monkeypatch.setattr("mixmo_fastai.models.library.find_spec", lambda name: None)
+    arch = parse_architecture("timm/convnext_atto")
+    for use in (
+        lambda: library.build_backbone(arch, 10),
+        lambda: library.pretrained_statistics(arch),
+    ):
+        with pytest.raises(InputError, match=r"requires timm\.\nInstall it: pip install 'mixmo"):
+            use()

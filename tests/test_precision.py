@@ -170,7 +170,23 @@ def test_a_resumed_run_keeps_its_precision(monkeypatch, tmp_path, capsys, cpu):
 
 def test_a_changed_environment_file_is_ignored():
     run = SimpleNamespace(environment=lambda: {"measured_precision": {"precision": "bfloat16"}})
-    training = SimpleNamespace(recipe=override(TINY, ["train.precision=bfloat16"]))
+    recipe = override(TINY, ["train.precision=bfloat16"])
+    training = SimpleNamespace(recipe=recipe, device=torch.device("cuda"))
     assert plan._precision_lines(training, run, resume=False) == []
     run.environment = lambda: {"measured_precision": 3}
     assert plan._precision_lines(training, run, resume=True) == []
+
+
+@pytest.mark.parametrize(
+    ("chosen", "capability", "is_slow"),
+    [("bfloat16", "AVX2", True), ("bfloat16", "AVX512", False), ("float32", "AVX2", False)],
+)
+def test_the_plan_warns_of_emulated_bfloat16(monkeypatch, chosen, capability, is_slow):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    run = SimpleNamespace(environment=dict)
+    training = SimpleNamespace(
+        recipe=override(TINY, [f"train.precision={chosen}"]), device=torch.device("cpu")
+    )
+    lines = plan._precision_lines(training, run, resume=False)
+    assert len(lines) == is_slow
+    assert not lines or "slower than float32 on this CPU" in lines[0]

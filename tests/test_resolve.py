@@ -264,3 +264,24 @@ def test_another_transform_drops_the_options_of_the_recipes_transform(tmp_path, 
 def test_augmix_of_version_0_1_0_beside_another_transform_is_refused():
     with pytest.raises(InputError, match=r"another data\.transform is set"):
         resolve_recipe("digits", None, {}, ["data.transform=randaugment", "data.augmix=true"])
+
+
+@pytest.mark.parametrize("assignments", [[], ["model.num_members=1"]])
+@pytest.mark.parametrize("family", ["cifar10", "fine-tune"])
+def test_one_member_with_a_recipe_for_several_names_the_right_recipes(
+    family, assignments, tmp_path
+):
+    flags = {} if assignments else {"model.num_members": 1}
+    with pytest.raises(InputError) as error:
+        resolve_recipe(str(tmp_path), f"{family}/cut-mixmo", flags, assignments)
+    message = str(error.value)
+    assert message.startswith(f"The recipe {family}/cut-mixmo is for several members.\n")
+    for name in (f"{family}/vanilla", f"{family}/cutmix"):
+        assert f"--recipe {name}" in message
+        assert load_recipe(name).model.num_members == 1
+
+
+def test_one_member_may_be_chosen_with_its_mixing():
+    assignments = ["model.num_members=1", "mix.kind=sum", "mix.batch_repetitions=1"]
+    recipe = resolve_recipe("cifar10", "cifar10/cut-mixmo", assignments=assignments)
+    assert (recipe.model.num_members, recipe.mix.kind) == (1, "sum")

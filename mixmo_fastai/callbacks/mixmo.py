@@ -145,6 +145,10 @@ class MixMoCallback(_PlainErrorCallback):
         check_pairing(1, batch_repetitions, input_repetition)
         check_fraction("early_repetition", early_repetition or 0.0)
         check_fraction("early_span", early_span)
+        if early_repetition is None and (early_span, early_shape) != (0.4, "linear"):
+            raise InputError("early_span and early_shape have no effect without early_repetition.")
+        if early_repetition is not None and early_span == 0:
+            raise InputError("early_span is 0, so that early_repetition has no effect.")
         scheduled_repetition(0.0, input_repetition, early_repetition, early_span, early_shape)
         check_fraction("mix_prob", mix_prob)
         check_fraction("decay_start", decay_start)

@@ -84,7 +84,7 @@ def _precision_lines(training: Any, run: RunFolder, *, resume: bool) -> list[str
     """Describe the precision if it was chosen by measurement, and whether the CPU is another."""
     measured = run.environment().get("measured_precision")
     if not isinstance(measured, dict):
-        return []
+        return _slow_precision_lines(training)
     precision, ratio = measured.get("precision"), measured.get("ratio")
     if precision != training.recipe.train.precision or not isinstance(ratio, float):
         return []  # the user has changed the recipe or the file
@@ -101,6 +101,17 @@ def _precision_lines(training: Any, run: RunFolder, *, resume: bool) -> list[str
     else:
         text = f"float32; bfloat16 was measured to be only {ratio:.2f} times as fast"
     return [_row("Precision", f"{text}; change with --precision")]
+
+
+def _slow_precision_lines(training: Any) -> list[str]:
+    """Warn of bfloat16 on a CPU that only emulates it."""
+    import torch
+
+    is_slow = training.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    if training.recipe.train.precision != "bfloat16" or not is_slow:
+        return []
+    text = "bfloat16 is several times slower than float32 on this CPU, which lacks AVX512-BF16"
+    return [_row("Precision", f"{text}; --precision auto measures both")]
 
 
 def timing_announced(output: Output) -> Callable[[], None]:

@@ -111,7 +111,8 @@ def _write_results(
         "calibration.png": _png(partial(plot_calibration, longest)),
     }
     for axis in AXES:
-        files[f"{axis.replace('_', '-')}.png"] = _png(partial(plot_study, cells, axis=axis))
+        shown = longest if axis == "parameters" else cells
+        files[f"{axis.replace('_', '-')}.png"] = _png(partial(plot_study, shown, axis=axis))
     for name, content in files.items():
         _write(folder / name, content)
     _write(folder / "study.html", render(planned, cells, reference, folder, missing))

@@ -52,6 +52,7 @@ def resolve_recipe(
     if dataset is not None:
         flags["data.dataset"] = dataset
     assignments = list(assignments)
+    _check_members(recipe, base, flags, assignments)
     base = _without_stale_options(base, assignments)
     base = _without_other_length(base, flags, assignments)
     resolved = override(_with_flags(base, flags), assignments, source)
@@ -67,10 +68,30 @@ def resolve_recipe(
     return _clear_stale_name(absolute, base)
 
 
+def _check_members(
+    recipe: str | None, base: Recipe, flags: Mapping[str, Any], assignments: Iterable[str]
+) -> None:
+    """Check that one member was not chosen with a shipped recipe that mixes several."""
+    values = {**flags, **_assigned(assignments)}
+    if not recipe or values.get("model.num_members") != 1 or "mix.kind" in values:
+        return
+    family, known = base.name.rpartition("/")[0], recipe_names()
+    plain = [name for name in (f"{family}/vanilla", f"{family}/cutmix") if name in known]
+    if base.model.num_members > 1 and base.mix.kind != "sum" and plain:
+        raise InputError(
+            f"The recipe {recipe} is for several members.\n"
+            f"For one member: --recipe {' or --recipe '.join(plain)}"
+        )
+
+
+def _assigned(assignments: Iterable[str]) -> dict[str, Any]:
+    pairs = (assignment.partition("=") for assignment in assignments)
+    return {key.strip(): parse_value(text.strip()) for key, _, text in pairs}
+
+
 def _without_stale_options(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
     """Drop settings of the recipe's optimizer and transform if another one is assigned."""
-    pairs = (assignment.partition("=") for assignment in assignments)
-    values = {key.strip(): parse_value(text.strip()) for key, _, text in pairs}
+    values = _assigned(assignments)
     recipe = _with_transform(recipe, values)
     name = values.get("optimizer.name", recipe.optimizer.name)
     if name == recipe.optimizer.name or not isinstance(name, str):

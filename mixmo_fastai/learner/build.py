@@ -1,6 +1,6 @@
 """Build fastai Learners that train MixMo networks, from an architecture or a recipe."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
@@ -127,13 +127,13 @@ def mixmo_learner(
         readout=readout,
     )
     check_kind(mix, spec.num_members_for(arch))
-    callback = MixMoCallback(mix, **mixing)
+    callback = MixMoCallback(mix, **_short_settings(mixing))  # checked before the network is built
     _check_classes(targets, num_classes, _known_classes(dls))
     loss_func = kwargs.pop("loss_func", getattr(_dataset(dls), "loss_func", None))
     loss = _as_mixmo_loss(loss_func, targets)
     model, is_trained = build_mixmo_model(arch, spec, _weight_generator(callback))
-    if is_trained:
-        callback = MixMoCallback(mix, **(SHORT_SETTINGS | mixing))
+    if not is_trained:
+        callback = MixMoCallback(mix, **mixing)
     kwargs.setdefault("splitter", body_and_heads)  # for `freeze` and `fine_tune`
     use_ghost_batches(model, ghost_batch_size)
     if device := getattr(dls, "device", None):  # the optimizer depends on the parameters' device
@@ -197,7 +197,7 @@ def to_mixmo(
     check_callbacks(learn.cbs)
     if not isinstance(learn.model, MixMoModel):
         check_opt_func(learn.opt_func)
-    callback = MixMoCallback(mix, **kwargs)
+    callback = MixMoCallback(mix, **_short_settings(kwargs))
     loss = _as_mixmo_loss(learn.loss_func)
     image_shape, _ = _inspect_batches(learn.dls)
     spec = NetworkSpec(
@@ -210,8 +210,8 @@ def to_mixmo(
     check_kind(mix, spec.num_members_for(learn.model))
     original = learn.model
     model, is_trained = build_mixmo_model(original, spec, _weight_generator(callback))
-    if is_trained:
-        callback = MixMoCallback(mix, **(SHORT_SETTINGS | kwargs))
+    if not is_trained:
+        callback = MixMoCallback(mix, **kwargs)
     if model is not original:
         splitter = converted_splitter(learn.splitter, model)
         with _restored_on_error(learn, "model", "splitter", "opt", "lr"):
@@ -222,6 +222,14 @@ def to_mixmo(
     learn.add_cb(callback)
     add_companions(learn)
     return learn
+
+
+def _short_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `MixMoCallback` for trained networks; given ones have priority."""
+    settings = SHORT_SETTINGS | dict(given)
+    if settings["early_repetition"] is None and "early_span" not in given:
+        del settings["early_span"]
+    return settings
 
 
 @contextmanager

@@ -93,6 +93,7 @@ def pretrained_statistics(arch: Architecture) -> tuple[tuple[float, ...], tuple[
     """
     values: Any = (None, None)
     if arch.family == "timm":
+        _check_timm(arch.name)
         import timm
 
         values = (timm.get_pretrained_cfg_value(arch.name, name) for name in ("mean", "std"))
@@ -148,13 +149,17 @@ def _image_size_settings(name: str, image_size: tuple[int, int] | None) -> dict[
     return {"image_size": height}
 
 
-def _build_timm(
-    name: str, num_classes: int, image_size: tuple[int, int] | None, pretrained: bool
-) -> nn.Module:
+def _check_timm(name: str) -> None:
     if find_spec("timm") is None:
         raise InputError(
             f"timm/{name} requires timm.\nInstall it: pip install 'mixmo-fastai[timm]'"
         )
+
+
+def _build_timm(
+    name: str, num_classes: int, image_size: tuple[int, int] | None, pretrained: bool
+) -> nn.Module:
+    _check_timm(name)
     import timm
 
     if name.partition(".")[0] not in (known := timm.list_models()):

@@ -23,6 +23,7 @@ from mixmo_fastai.runtime.text import truncate
 from mixmo_fastai.training.lr_find import LrSearch
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # distinguishable by colour-blind readers
+MANY_COLORS = (*COLORS, "#e69f00", "#56b4e9", "#000000", "#8c510a")
 MARKERS = ("o", "s", "^", "D")
 MAX_NAME_LENGTH = 22
 """Largest number of characters of a class name above an image."""
@@ -224,10 +225,10 @@ LEADER_HEIGHT = 0.07
 
 
 def marker_style(number: int) -> dict[str, str]:
-    """Return marker and colour of a run or method, different for the first sixteen."""
+    """Return marker and colour of a run or method; the first eight differ in colour."""
     return {
-        "marker": MARKERS[(number + number // len(COLORS)) % len(MARKERS)],
-        "color": COLORS[number % len(COLORS)],
+        "marker": MARKERS[(number + number // len(MANY_COLORS)) % len(MARKERS)],
+        "color": MANY_COLORS[number % len(MANY_COLORS)],
     }
 
 

@@ -29,7 +29,7 @@ def plot_study(cells: Sequence[Any], file: Path | BinaryIO, axis: str = "images_
     """Plot the means over seeds with their standard deviations, a line for each method.
 
     Args:
-        cells: from `study.results.collect_results`.
+        cells: from `study.results.collect_results`; for the parameters, of one training length.
         file: PNG to write.
         axis: "images_trained" or "parameters".
     """
@@ -60,6 +60,8 @@ def plot_study(cells: Sequence[Any], file: Path | BinaryIO, axis: str = "images_
         axes.grid(alpha=0.3)
         if name == "accuracy":
             axes.yaxis.set_major_formatter(_percent)
+    if axis == "parameters":
+        figure.suptitle(f"{cells[0].images_seen:,} images seen", fontsize=10)
     _save(figure, panels[0], file)
 
 

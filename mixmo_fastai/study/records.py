@@ -69,7 +69,7 @@ def check_unchanged(runs: Sequence[PlannedRun], folder: Path) -> None:
             raise InputError(
                 f"{run.name} was started with {_assignment(section, key, old)}; the study now has "
                 f"{_assignment(section, key, new)}.\n"
-                "Name the changed method differently, or use another --out."
+                "Name a changed method differently, or use another --out."
             )
 
 
