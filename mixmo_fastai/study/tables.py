@@ -77,15 +77,12 @@ def _intervals_text(cells: Sequence[Cell], split: str) -> str:
             "ignores the choice of images. Read the wider of the two."
         )
     if len(several) < len(found):
-        subject = (
-            "A single interval is"
-            if several
-            else "In brackets: 95 % bootstrap interval of the difference"
-        )
         text += (
-            f" {subject} over {split} images alone: one seed, or seeds without spread, do not show "
-            "what others would give."
+            " A single interval is for a method with one seed, or for seeds without spread;"
+            if several
+            else f" In brackets: 95 % bootstrap interval of the difference over {split} images;"
         )
+        text += " it does not show what other seeds would give."
     return text
 
 
