@@ -145,7 +145,8 @@ class MixMoCallback(_PlainErrorCallback):
         check_pairing(1, batch_repetitions, input_repetition)
         check_fraction("early_repetition", early_repetition or 0.0)
         check_fraction("early_span", early_span)
-        if early_repetition is None and (early_span, early_shape) != (0.4, "linear"):
+        unchanged = MixMoCallback.early_span, MixMoCallback.early_shape
+        if early_repetition is None and (early_span, early_shape) != unchanged:
             raise InputError("early_span and early_shape have no effect without early_repetition.")
         if early_repetition is not None and early_span == 0:
             raise InputError("early_span is 0, so that early_repetition has no effect.")

@@ -121,8 +121,8 @@ class Model:
             weights.
         weights: file of pretrained weights to start from instead; "" for none.
         num_members: subnetworks M; 1 is the vanilla network.
-        perturbation: how much the encoders of members differ that start from pretrained weights, as
-            a fraction of the standard deviation of the weights.
+        perturbation: how much the encoders of members differ that start from pretrained weights;
+            see `convert_to_mixmo`.
         num_nets: networks of a deep ensemble, trained separately with different seeds; 1 for a
             single network.
         readout: how the heads read the core's feature maps; "core" is the core's own pooling.

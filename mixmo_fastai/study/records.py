@@ -60,17 +60,22 @@ def check_unchanged(runs: Sequence[PlannedRun], folder: Path) -> None:
     Raises:
         InputError: a setting differs; the message names it.
     """
-    for run in runs:
-        path = record_path(run, folder)
-        if not path.exists() or not run.folder(folder).path.exists():
-            continue
-        before, now = map(_without_folders, (load_recipe(path), run.recipe))
+    for run, recorded in _started(runs, folder):
+        before, now = map(_without_folders, (recorded, run.recipe))
         for section, key, old, new in differing_settings(before, now):
             raise InputError(
                 f"{run.name} was started with {_assignment(section, key, old)}; the study now has "
                 f"{_assignment(section, key, new)}.\n"
                 "Name a changed method differently, or use another --out."
             )
+
+
+def _started(runs: Sequence[PlannedRun], folder: Path) -> Iterator[tuple[PlannedRun, Recipe]]:
+    """Yield the runs that were started, with their recorded recipes."""
+    for run in runs:
+        path = record_path(run, folder)
+        if path.exists() and run.folder(folder).path.exists():
+            yield run, load_recipe(path)
 
 
 def _assignment(section: str, key: str, value: object) -> str:
@@ -83,11 +88,8 @@ def check_not_moved(runs: Sequence[PlannedRun], folder: Path) -> None:
     Raises:
         InputError: they are not; the message names both places.
     """
-    for run in runs:
-        run_folder, path = run.folder(folder), record_path(run, folder)
-        if run_folder.is_finished or not path.exists() or not run_folder.path.exists():
-            continue
-        recorded = load_recipe(path)
+    unfinished = [run for run in runs if not run.folder(folder).is_finished]
+    for run, recorded in _started(unfinished, folder):
         for old, new in (
             (recorded.data.dataset, run.recipe.data.dataset),
             (recorded.model.weights, run.recipe.model.weights),
@@ -95,8 +97,8 @@ def check_not_moved(runs: Sequence[PlannedRun], folder: Path) -> None:
             if old != new and Path(old).is_absolute() and not Path(old).exists():
                 raise InputError(
                     f"{run.name} was started with {old}, which no longer exists.\n"
-                    f"Restore it there, or delete {run_folder.path} to train the run again with "
-                    f"{new}."
+                    f"Restore it there, or delete {run.folder(folder).path} to train the run again "
+                    f"with {new}."
                 )
 
 
