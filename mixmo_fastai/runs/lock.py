@@ -11,9 +11,13 @@ import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.runs.folder import writing
+
+if TYPE_CHECKING:
+    import filelock
 
 LOCK = ".lock"
 _TIMEOUT = 0.1  # seconds, for another attempt if the holder has just removed the file
@@ -75,16 +79,11 @@ def starting(path: Path) -> Iterator[Callable[[], None]]:
     Raises:
         InputError: the lock file cannot be written.
     """
-    import filelock  # 40 ms
-
     beside = path.with_name(f".{path.name}.starting")
-    lock = filelock.FileLock(beside, fallback_to_soft=False)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        lock = _lock_beside(beside)
     except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise InputError(f"Cannot write {beside}: {error.strerror}.") from error
+        raise InputError(f"Cannot write {beside}: {error.strerror}.") from error
     try:
         yield lock.release
     finally:
@@ -105,18 +104,11 @@ def claim(path: Path) -> Callable[[], None] | None:
     Raises:
         OSError: the lock file cannot be written.
     """
-    import filelock  # 40 ms
-
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.claimed")
-    lock = filelock.FileLock(beside, fallback_to_soft=False)
     try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
+        lock = _lock_beside(beside, timeout=0)
+    except TimeoutError:
         return None
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
 
     def end() -> None:
         with suppress(OSError):
@@ -124,6 +116,19 @@ def claim(path: Path) -> Callable[[], None] | None:
         lock.release()
 
     return end
+
+
+def _lock_beside(beside: Path, timeout: float = -1) -> "filelock.BaseFileLock":
+    import filelock  # 40 ms
+
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(beside, fallback_to_soft=False)
+    try:
+        lock.acquire(timeout=timeout)
+    except OSError as error:  # or a TimeoutError, without a number
+        if error.errno not in _NO_LOCKS:
+            raise
+    return lock
 
 
 def _write_owner(path: Path) -> None:
