@@ -76,9 +76,9 @@ def test_too_few_images_seen_takes_precedence():
     rows = history(linear_decrease(2.0, 1.0))
     advice = advise(MIXMO, rows, images_seen=300_000)
     assert advice.startswith("Compare with --members 1, or train 2 members with --epochs 200 (")
-    narrow = override(MIXMO, ["model.arch=wrn16_2"])
-    assert " with --epochs 200 --arch wrn16_4 (" in advise(narrow, rows, images_seen=300_000)
-    assert " with --arch wrn16_4 (" in advise(narrow, rows, images_seen=1_500_000)
+    narrow = override(MIXMO, ["model.arch=wrn16_1"])
+    assert " with --epochs 200 --arch wrn16_2 (" in advise(narrow, rows, images_seen=300_000)
+    assert " with --arch wrn16_2 (" in advise(narrow, rows, images_seen=1_500_000)
 
 
 def test_settings_for_short_trainings_need_fewer_images():
@@ -93,10 +93,10 @@ def test_settings_for_short_trainings_need_fewer_images():
     need = unmet_requirement(MIXMO, 700_000)
     assert members_advice(MIXMO, need, 700_000) == (
         f"2 members need about 1,500,000 images seen (here 700,000), or {flags}; "
-        "otherwise --members 1 is usually more accurate"
+        "otherwise --members 1 is often more accurate"
     )
     assert flags not in members_advice(MIXMO, need, 500_000)
-    narrow = override(MIXMO, ["model.arch=wrn16_2"])
+    narrow = override(MIXMO, ["model.arch=wrn16_1"])
     need = unmet_requirement(narrow, 700_000)
     assert "mix." not in members_advice(narrow, need, 700_000)  # would not be enough
     twice = override(MIXMO, ["mix.batch_repetitions=2"])

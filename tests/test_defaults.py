@@ -176,13 +176,16 @@ def test_named_data_sets_keep_the_published_settings():
 
 
 @pytest.mark.parametrize(
-    "num_images", [1251, 1300, 1613, 1777, 1800, 2500, 4321, 9000, 12_345, 45_000, 200_000]
+    "num_images",
+    [1251, 1300, 1613, 1777, 1800, 2500, 4321, 9000, 12_345, 45_000, 187_000, 200_000, 371_000],
 )
 def test_default_length_is_enough_in_small_images(num_images):
     recipe = override(FOLDER, ["model.num_members=2", "mix.kind=cutmix"])
     filled = with_defaults(recipe, num_images=num_images, side=16)
     images_seen = images_per_epoch(filled, num_images) * filled.train.epochs
     assert unmet_requirement(filled, images_seen) is None
+    one_epoch_less = images_seen * (filled.train.epochs - 1) / filled.train.epochs
+    assert one_epoch_less < MIN_IMAGES_SEEN
     too_short = images_per_epoch(filled, num_images) * (filled.train.epochs * 9 // 10)
     assert "1,500,000 images seen" in unmet_requirement(filled, too_short)
 
@@ -200,7 +203,7 @@ SHORT = [f"mix.{name}={value}" for name, value in SHORT_SETTINGS.items()]
 @pytest.mark.parametrize(
     ("changes", "images_seen", "message_parts"),
     [
-        (["model.arch=wrn10_2"], 2_000_000, ["a width of 4 (here 2)"]),
+        (["model.arch=wrn10_1"], 2_000_000, ["a width of 2 (here 1)"]),
         (["model.arch=wrn10_4"], 300_000, ["1,500,000 images seen (here 300,000)"]),
         (["model.arch=wrn10_1"], 1, ["1,500,000 images seen (here 1)", "here 1)"]),
         (["model.arch=resnet18"], 1, ["1,500,000"]),

@@ -84,7 +84,7 @@ def test_image_folder_shows_defaults_and_advice(working_folder, capsys, monkeypa
         "images scaled to 64x64, chosen for a CPU; change with --set data.image_size=N"
     )
     assert (
-        "1,500,000 images seen (here 48) and a width of 4 (here 1)" in rows_by_label(plan)["Advice"]
+        "1,500,000 images seen (here 48) and a width of 2 (here 1)" in rows_by_label(plan)["Advice"]
     )
     assert "--members 1" in rows_by_label(plan)["Advice"]
     assert "use --members 1" in rows_by_label(end)["Advice"]

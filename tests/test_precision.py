@@ -178,11 +178,20 @@ def test_a_changed_environment_file_is_ignored():
 
 
 @pytest.mark.parametrize(
-    ("chosen", "capability", "is_slow"),
-    [("bfloat16", "AVX2", True), ("bfloat16", "AVX512", False), ("float32", "AVX2", False)],
+    ("chosen", "capability", "has_bfloat16", "is_slow"),
+    [
+        ("bfloat16", "AVX2", False, True),
+        ("bfloat16", "AVX512", False, True),
+        ("bfloat16", "AVX512", True, False),
+        ("bfloat16", "SVE256", False, False),
+        ("float32", "AVX2", False, False),
+    ],
 )
-def test_the_plan_warns_of_emulated_bfloat16(monkeypatch, chosen, capability, is_slow):
+def test_the_plan_warns_of_emulated_bfloat16(
+    monkeypatch, chosen, capability, has_bfloat16, is_slow
+):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bfloat16)
     run = SimpleNamespace(environment=dict)
     training = SimpleNamespace(
         recipe=override(TINY, [f"train.precision={chosen}"]), device=torch.device("cpu")

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from matplotlib.lines import Line2D
 from pages import STUDY, TEXTS, blocks, command_lines
 from PIL import Image
 from safetensors.torch import load_file
@@ -335,3 +336,35 @@ def test_nearly_equal_sizes_look_nearly_equal(monkeypatch, tmp_path):
     ((low, high),) = limits
     assert 2 <= high / low < 4
     assert low < min(cell.images_trained for cell in cells)
+
+
+def test_a_method_has_one_colour_in_all_plots(monkeypatch, tmp_path):
+    """Also where it has no run of the longest training, or is not the first to have one."""
+    colours = []
+
+    def collect(figure, axes, path):
+        handles, labels = axes.get_legend_handles_labels()
+        lines = [handle if isinstance(handle, Line2D) else handle.lines[0] for handle in handles]
+        colours.append({name: line.get_color() for name, line in zip(labels, lines, strict=True)})
+
+    monkeypatch.setattr(plots, "_save", collect)
+    cells = [
+        SimpleNamespace(
+            method=method,
+            images_seen=images,
+            images_trained=images,
+            split="test",
+            metrics={"accuracy": (0.5,)},
+            mean=lambda name: 0.5,
+            spread=lambda name: None,
+            reliability=(),
+        )
+        for method, images in (("b", 400), ("a", 400), ("b", 800))
+    ]
+    methods = ("z", "a", "b")
+    plots.plot_study(cells, tmp_path / "all.png", methods=methods)
+    plots.plot_study(cells[2:], tmp_path / "longest.png", methods=methods)
+    plots.plot_calibration(cells[2:], tmp_path / "calibration.png", methods=methods)
+    assert list(colours[0]) == ["a", "b"]
+    assert colours[0]["a"] != colours[0]["b"]
+    assert colours[1] == colours[2] == {"b": colours[0]["b"]}

@@ -8,7 +8,8 @@ from test_study_results import TEXT, random_predictions, write_run
 from mixmo_fastai.cli import run as program
 from mixmo_fastai.data.fingerprint import fingerprint_of
 from mixmo_fastai.data.sources import load_source
-from mixmo_fastai.errors import InputError
+from mixmo_fastai.errors import InputError, RunFailedError
+from mixmo_fastai.runs.lock import locked
 from mixmo_fastai.study.execute import Executor
 from mixmo_fastai.study.plan import read_study
 from mixmo_fastai.study.predictions import Predictions
@@ -108,13 +109,34 @@ def test_interrupted_runs_need_their_data_where_it_was(file, tmp_path):
     for run in runs:
         write_run(out, run, random_predictions(run.seed))
     (runs[0].folder(out).path / "metrics.json").unlink()
-    check_not_moved(read_study(file, str(present)).runs, out)  # still there
+    moved = read_study(file, str(present))
+    check_not_moved(moved.runs[0], out)  # still there
     former.rmdir()
-    assert len(collect_results(read_study(file, str(present)), out)) == 2
-    with pytest.raises(InputError) as error:
-        Executor(out).train(read_study(file, str(present)).runs)
-    assert f"{runs[0].name} was started with {former}, which no longer exists" in str(error.value)
-    assert len(str(error.value).splitlines()) == 2
+    assert len(collect_results(moved, out)) == 2
+    lines = []
+    with locked(runs[0].folder(out).path):  # another process has the data where it was
+        Executor(out, print_line=lines.append).train(moved.runs)
+    assert lines == [f"{runs[0].name}: another process trains it"]
+    with pytest.raises(RunFailedError) as error:
+        Executor(out, print_line=lines.append).train(moved.runs)
+    assert f"{runs[0].name}: was started with {former}, which no" in str(error.value)
+    assert len(str(error.value).splitlines()) == 3
+    assert lines[-1].startswith(f"{runs[0].name}: failed. ")
+
+
+def test_runs_with_a_state_do_not_need_their_weights(file, tmp_path):
+    weights = tmp_path / "former.pth"
+    weights.write_bytes(b"")
+    file.write_text(TEXT + f'set = ["model.weights={weights}"]\n')
+    run = next(run for run in read_study(file).runs if run.recipe.model.weights)
+    write_record(run, tmp_path)
+    run.folder(tmp_path).path.mkdir(parents=True)
+    other = replace(run, recipe=replace(run.recipe, model=replace(run.recipe.model, weights="x")))
+    weights.unlink()
+    with pytest.raises(InputError, match=r"former\.pth, which no longer exists"):
+        check_not_moved(other, tmp_path)
+    (run.folder(tmp_path).checkpoint / "save-1").mkdir(parents=True)
+    check_not_moved(other, tmp_path)
 
 
 def test_removed_settings_are_noticed(file, tmp_path):

@@ -19,6 +19,7 @@ from mixmo_fastai.runs.lock import claim, locked
 from mixmo_fastai.study import execute
 from mixmo_fastai.study.execute import Executor, is_in_use
 from mixmo_fastai.study.plan import read_study
+from mixmo_fastai.study.records import write_record
 
 
 @pytest.fixture
@@ -83,10 +84,10 @@ def test_interrupted_studies_are_continued(file, tmp_path):
         deadline = time.monotonic() + 120
         while len(RunFolder(runs[0]).history()) <= len(rows[0]):
             assert time.monotonic() < deadline
-            assert resumed[0].process.poll() is None
+            assert resumed.process.poll() is None
             time.sleep(0.1)
     finally:
-        executor._stop(resumed)
+        executor._stop([resumed])
     assert RunFolder(runs[0]).history()[: len(rows[0])] == rows[0]
 
 
@@ -159,19 +160,22 @@ def test_a_run_that_is_claimed_or_was_finished_meanwhile_is_not_started(
 
 def test_an_error_stops_the_other_runs(file, tmp_path, monkeypatch):
     sleeper = [sys.executable, "-c", "import time; time.sleep(600)"]
-    started = []
+    started, popen = [], subprocess.Popen
 
-    def start(run):
-        if started:
-            with execute.writing_study(tmp_path / "x"):
-                raise OSError(28, "No space left on device")
-        started.append(subprocess.Popen(sleeper, start_new_session=True))
+    def start(command, **kwargs):
+        started.append(popen(sleeper, start_new_session=True))
+        (tmp_path / "logs").rename(tmp_path / "old-logs")
+        (tmp_path / "logs").touch()  # the next log cannot be written
         return started[0]
 
-    executor = Executor(tmp_path, jobs=2, print_line=lambda line: None)
-    monkeypatch.setattr(executor, "_start", start)
+    def print_line(line):
+        if "Stopping" in line:
+            raise BrokenPipeError  # a closed terminal keeps no process running
+
+    executor = Executor(tmp_path, jobs=2, print_line=print_line)
+    monkeypatch.setattr(subprocess, "Popen", start)
     runs = read_study(file).runs[:2]
-    with pytest.raises(RunFailedError, match=r"Cannot write .*x: No space left on device\.\n"):
+    with pytest.raises(RunFailedError, match=r"Cannot write .*logs.*: File exists\.\n"):
         executor.train(runs)
     assert started[0].poll() == -signal.SIGTERM
     for run in runs:
@@ -200,3 +204,25 @@ def test_files_of_several_writers_are_always_complete(tmp_path):
         thread.join()
     assert errors == []
     assert [each.name for each in tmp_path.iterdir()] == ["study.md"]
+
+
+def test_a_run_changed_meanwhile_is_not_resumed(file, tmp_path, monkeypatch):
+    """The study of this process is older than the one with which another started the run."""
+    run = read_study(file).runs[0]
+    changed = replace(
+        run, recipe=replace(run.recipe, model=replace(run.recipe.model, arch="wrn10_3"))
+    )
+    lines = []
+    executor = Executor(tmp_path, print_line=lines.append)
+    monkeypatch.setattr(executor, "_start", pytest.fail)
+
+    def claim_late(path):
+        claimed = claim(path)  # the other process starts the run, and is interrupted
+        path.mkdir()
+        write_record(changed, tmp_path)
+        return claimed
+
+    monkeypatch.setattr(execute, "claim", claim_late)
+    with pytest.raises(RunFailedError, match=r"1 of 1 runs failed\.\n.*: was started with model"):
+        executor.train([run])
+    assert "the study now has" in lines[-1]

@@ -104,13 +104,15 @@ def _precision_lines(training: Any, run: RunFolder, *, resume: bool) -> list[str
 
 
 def _slow_precision_lines(training: Any) -> list[str]:
-    """Warn of bfloat16 on a CPU that only emulates it."""
+    """Warn of bfloat16 on an x86 CPU that only emulates it."""
     import torch
 
-    is_slow = training.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
-    if training.recipe.train.precision != "bfloat16" or not is_slow:
+    if training.recipe.train.precision != "bfloat16" or training.device.type != "cpu":
         return []
-    text = "bfloat16 is several times slower than float32 on this CPU, which lacks AVX512-BF16"
+    is_x86 = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    if not is_x86 or torch.cpu._is_avx512_bf16_supported():
+        return []
+    text = "bfloat16 is slower than float32 on this CPU, which lacks AVX512-BF16"
     return [_row("Precision", f"{text}; --precision auto measures both")]
 
 

@@ -14,6 +14,7 @@ from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output
 from mixmo_fastai.errors import InputError, RunFailedError
 from mixmo_fastai.runs.files import write_atomically
+from mixmo_fastai.runs.lock import starting
 from mixmo_fastai.runs.output import check_writable
 from mixmo_fastai.study.execute import Executor
 from mixmo_fastai.study.plan import Study, read_study
@@ -73,7 +74,12 @@ def study(
         if not _has_results(planned, folder):
             output.print_result(
                 ["No run is finished yet: other processes train them."],
-                {"name": planned.name, "unfinished": len(planned.runs), "cells": []},
+                {
+                    "name": planned.name,
+                    "reference": chosen,
+                    "unfinished": len(planned.runs),
+                    "cells": [],
+                },
             )
             return
     lines, value = _write_results(planned, folder, data_dir, chosen)
@@ -87,7 +93,17 @@ def _has_results(planned: Study, folder: Path) -> bool:
 def _write_results(
     planned: Study, folder: Path, data_dir: Path | None, reference: str
 ) -> tuple[list[str], dict[str, Any]]:
-    """Write the files of the results; return what is printed."""
+    """Write the files of the results; return what is printed.
+
+    Processes that share the folder do so one after another, so that the last one has all runs.
+    """
+    with starting(folder / "results"):
+        return _write_results_alone(planned, folder, data_dir, reference)
+
+
+def _write_results_alone(
+    planned: Study, folder: Path, data_dir: Path | None, reference: str
+) -> tuple[list[str], dict[str, Any]]:
     from mixmo_fastai.plots.study import AXES, plot_calibration, plot_study
     from mixmo_fastai.report.study import render
     from mixmo_fastai.study.results import collect_results
@@ -96,7 +112,7 @@ def _write_results(
     cells = collect_results(planned, folder, data_dir, reference=reference)
     if not cells:
         raise InputError(f"No run in {folder} is finished yet.\nTrain them without --summary.")
-    missing = sum(not run.folder(folder).is_finished for run in planned.runs)
+    missing = len(planned.runs) - sum(len(cell.seeds) for cell in cells)
     text = markdown(planned.name, cells, reference, missing)
     value = {
         "name": planned.name,
@@ -105,23 +121,22 @@ def _write_results(
         "cells": [dataclasses.asdict(cell) for cell in cells],
     }
     longest = [*by_length(cells).values()][-1]
+    methods = planned.methods
+    plots = {"calibration.png": _png(partial(plot_calibration, longest, methods=methods))}
+    for axis in AXES:
+        shown = longest if axis == "parameters" else cells
+        plot = partial(plot_study, shown, axis=axis, methods=methods)
+        plots[f"{axis.replace('_', '-')}.png"] = _png(plot)
     files: dict[str, str | bytes] = {
         "study.md": text,
         "study.json": json.dumps(value, indent=2) + "\n",
-        "calibration.png": _png(partial(plot_calibration, longest)),
+        **plots,
+        "study.html": render(planned, cells, reference, plots, missing),
     }
-    for axis in AXES:
-        shown = longest if axis == "parameters" else cells
-        files[f"{axis.replace('_', '-')}.png"] = _png(partial(plot_study, shown, axis=axis))
     for name, content in files.items():
-        _write(folder / name, content)
-    _write(folder / "study.html", render(planned, cells, reference, folder, missing))
+        with writing_study(folder / name):
+            write_atomically(folder / name, content, is_shared=True)
     return [text.rstrip(), "", f"Results: {folder / 'study.html'}"], value
-
-
-def _write(path: Path, content: str | bytes) -> None:
-    with writing_study(path):
-        write_atomically(path, content, is_shared=True)
 
 
 def _png(plot: Callable[[BinaryIO], None]) -> bytes:

@@ -63,8 +63,8 @@ SHORT_SETTINGS = {"batch_repetitions": 2, "early_repetition": 1.0, "early_span":
 """Settings of `mix` for short trainings, see docs/results.md."""
 LENGTH_TOLERANCE = 0.03
 """Fraction by which a training may be shorter, since lengths are rounded to epochs and batches."""
-MIN_WIDTH = 4
-"""Smallest width of a WideResNet for which this was found."""
+MIN_WIDTH = 2
+"""Smallest width of a WideResNet for which this was found. Ahead of two networks, 4."""
 OPTIONAL_SETTINGS = ("data.image_size", "model.arch", "train.epochs")
 """Settings that a recipe may leave open (None)."""
 
@@ -140,7 +140,7 @@ def is_pretrained(recipe: Recipe) -> bool:
 def _default_epochs(recipe: Recipe, limit: int, num_images: int) -> int:
     """Return the default number of epochs of a recipe for about `limit` images seen or fewer.
 
-    It is rounded up where several members need that many.
+    It is rounded up where several members need that many and would get too few.
     """
     images_seen = min(limit, MAX_VIEWS * num_images)
     if is_pretrained(recipe) and recipe.model.num_members == 1:
@@ -149,9 +149,12 @@ def _default_epochs(recipe: Recipe, limit: int, num_images: int) -> int:
         required = max(MIN_VIEWS_PRETRAINED * num_images, MIN_IMAGES_SEEN_PRETRAINED)
         if (images_seen := min(images_seen, required)) < limit:
             return math.ceil(images_seen / images_per_epoch(recipe, num_images))
+    epochs = max(1, round(images_seen / (recipe.mix.batch_repetitions * num_images)))
     if recipe.model.num_members > 1 and images_seen >= MIN_IMAGES_SEEN:
-        return math.ceil(images_seen / images_per_epoch(recipe, num_images))
-    return max(1, round(images_seen / (recipe.mix.batch_repetitions * num_images)))
+        epoch = images_per_epoch(recipe, num_images)
+        if not is_enough(epochs * epoch, MIN_IMAGES_SEEN):
+            return math.ceil(MIN_IMAGES_SEEN / epoch)
+    return epochs
 
 
 def images_per_epoch(recipe: Recipe, num_images: int) -> int:
@@ -197,8 +200,10 @@ def is_enough(images_seen: int, required: int) -> bool:
     return images_seen >= (1 - LENGTH_TOLERANCE) * required
 
 
-def _two_digits(number: int) -> int:
-    return round(number, 2 - len(str(number)))
+def _rounded_up(number: int) -> int:
+    """Round up to two digits."""
+    unit: int = 10 ** max(0, len(str(number)) - 2)
+    return math.ceil(number / unit) * unit
 
 
 def has_short_settings(recipe: Recipe) -> bool:
@@ -224,7 +229,7 @@ def unmet_requirement(recipe: Recipe, images_seen: int) -> str | None:
         return None
     unmet = []
     if not is_enough(images_seen, required := min_images_seen(recipe, images_seen)):
-        unmet.append(f"about {_two_digits(required):,} images seen (here {images_seen:,})")
+        unmet.append(f"about {_rounded_up(required):,} images seen (here {images_seen:,})")
     if narrow := narrow_network(recipe):
         unmet.append(f"a width of {MIN_WIDTH} (here {narrow.width})")
     return " and ".join(unmet) or None

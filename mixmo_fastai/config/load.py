@@ -82,7 +82,7 @@ def override(recipe: Recipe, assignments: Iterable[str], source: str = "--set") 
             example = f"{key}.name={text.strip()}" if "name" in section[last] else "train.epochs=5"
             raise InputError(
                 f"{source} {assignment!r}: {last!r} is a section.\n"
-                f"Set its keys separately, such as {source} {example}."
+                f"Set its keys separately, such as {example}."
             )
         section[last] = value
     return recipe_from_mapping(

@@ -55,7 +55,8 @@ def resolve_recipe(
     _check_members(recipe, base, flags, assignments)
     base = _without_stale_options(base, assignments)
     base = _without_other_length(base, flags, assignments)
-    resolved = override(_with_flags(base, flags), assignments, source)
+    flags_source = "Command line" if source == "--set" else source
+    resolved = override(_with_flags(base, flags, flags_source), assignments, source)
     if not resolved.data.dataset:
         name = recipe or base.name
         raise InputError(
@@ -80,7 +81,7 @@ def _check_members(
     if base.model.num_members > 1 and base.mix.kind != "sum" and plain:
         raise InputError(
             f"The recipe {recipe} is for several members.\n"
-            f"For one member: --recipe {' or --recipe '.join(plain)}"
+            f"For one member, use the recipe {' or '.join(plain)}."
         )
 
 
@@ -113,7 +114,7 @@ def _without_other_length(
     recipe: Recipe, flags: Mapping[str, Any], assignments: Iterable[str]
 ) -> Recipe:
     """Drop the recipe's epochs if its images seen are assigned, and the other way round."""
-    assigned = {*flags, *(assignment.partition("=")[0].strip() for assignment in assignments)}
+    assigned = {*flags, *_assigned(assignments)}
     train = recipe.train
     if "train.images_seen" in assigned and "train.epochs" not in assigned:
         train = replace(train, epochs=None)
@@ -309,9 +310,9 @@ def _location(dataset: str) -> str:
     return os.path.realpath(os.path.expanduser(dataset))
 
 
-def _with_flags(base: Recipe, flags: Mapping[str, Any]) -> Recipe:
+def _with_flags(base: Recipe, flags: Mapping[str, Any], source: str) -> Recipe:
     values = to_mapping(base)
     for key, value in flags.items():
         section, name = key.split(".")
         values[section][name] = value
-    return recipe_from_mapping(values, "Command line")
+    return recipe_from_mapping(values, source)

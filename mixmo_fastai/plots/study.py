@@ -25,23 +25,33 @@ MIN_BIN_IMAGES = 50
 """Number of images from which on the accuracy in a bin of confidence is drawn."""
 
 
-def plot_study(cells: Sequence[Any], file: Path | BinaryIO, axis: str = "images_trained") -> None:
+def plot_study(
+    cells: Sequence[Any],
+    file: Path | BinaryIO,
+    axis: str = "images_trained",
+    *,
+    methods: Sequence[str] | None = None,
+) -> None:
     """Plot the means over seeds with their standard deviations, a line for each method.
 
     Args:
         cells: from `study.results.collect_results`; for the parameters, of one training length.
         file: PNG to write.
         axis: "images_trained" or "parameters".
+        methods: all methods of the study in their order, which gives each its colour and marker in
+            all plots; by default those of the cells.
     """
     metrics = {
         name: label for name, label in METRICS.items() if all(name in c.metrics for c in cells)
     }
     figure = _new_figure(4.2 * len(metrics) + 1)
-    methods = list(dict.fromkeys(cell.method for cell in cells))
+    numbers = _numbers(cells, methods)
     panels = figure.subplots(1, len(metrics), squeeze=False)[0]
     for axes, (name, label) in zip(panels, metrics.items(), strict=True):
-        for number, method in enumerate(methods):
+        for method, number in numbers.items():
             points = [cell for cell in cells if cell.method == method]
+            if not points:
+                continue
             axes.errorbar(
                 [getattr(cell, axis) for cell in points],
                 [cell.mean(name) for cell in points],
@@ -65,22 +75,26 @@ def plot_study(cells: Sequence[Any], file: Path | BinaryIO, axis: str = "images_
     _save(figure, panels[0], file)
 
 
-def plot_calibration(cells: Sequence[Any], file: Path | BinaryIO) -> None:
+def plot_calibration(
+    cells: Sequence[Any], file: Path | BinaryIO, *, methods: Sequence[str] | None = None
+) -> None:
     """Plot accuracy minus confidence in bins of confidence, over all seeds of each method.
 
     Args:
         cells: of one training length, from `study.results.collect_results`.
         file: PNG to write.
+        methods: see `plot_study`.
     """
+    numbers = _numbers(cells, methods)
     figure = _new_figure(7.5)
     axes = figure.subplots()
     axes.axhline(0, color="black", linewidth=1, linestyle=(0, (4, 3)))
-    for number, cell in enumerate(cells):
+    for cell in cells:
         bins = [each for each in cell.reliability if each.images >= MIN_BIN_IMAGES]
         axes.plot(
             [each.confidence for each in bins],
             [each.accuracy - each.confidence for each in bins],
-            **marker_style(number),
+            **marker_style(numbers[cell.method]),
             markersize=4,
             label=cell.method,
         )
@@ -95,6 +109,12 @@ def plot_calibration(cells: Sequence[Any], file: Path | BinaryIO) -> None:
     axes.xaxis.set_major_formatter(_percent)
     axes.yaxis.set_major_formatter(lambda fraction, _: f"{100 * fraction:.4g}")
     _save(figure, axes, file)
+
+
+def _numbers(cells: Sequence[Any], methods: Sequence[str] | None) -> dict[str, int]:
+    """Return the number of the colour and marker of each method."""
+    names = dict.fromkeys(methods or (cell.method for cell in cells))
+    return {name: number for number, name in enumerate(names)}
 
 
 def _new_figure(width: float) -> Figure:

@@ -1,6 +1,6 @@
 """The results of a study as one self-contained HTML page."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mixmo_fastai.config.schema import to_toml
@@ -18,7 +18,11 @@ PLOTS = {
 
 
 def render(
-    study: Study, cells: Sequence[Cell], reference: str, folder: Path, num_missing: int = 0
+    study: Study,
+    cells: Sequence[Cell],
+    reference: str,
+    plots: Mapping[str, bytes],
+    num_missing: int = 0,
 ) -> str:
     """Render the results as HTML, with the plots.
 
@@ -26,7 +30,7 @@ def render(
         study: the study.
         cells: from `results.collect_results`.
         reference: the method from which differences are taken.
-        folder: folder of the study, with its plots.
+        plots: PNGs by the names of `PLOTS`.
         num_missing: number of runs that are not finished.
     """
     first = study.runs[0].recipe
@@ -48,8 +52,8 @@ def render(
         ],
         legend=legend(cells),
         plots=[
-            (title, f"{title}; the tables above give the values.", png_uri(file.read_bytes()))
-            for file, title in ((folder / file, title) for file, title in PLOTS.items())
+            (title, f"{title}; the tables above give the values.", png_uri(plots[name]))
+            for name, title in PLOTS.items()
         ],
         recipes=[(method, recipes[method]) for method in study.methods],
     )

@@ -11,13 +11,9 @@ import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.runs.folder import writing
-
-if TYPE_CHECKING:
-    import filelock
 
 LOCK = ".lock"
 _TIMEOUT = 0.1  # seconds, for another attempt if the holder has just removed the file
@@ -81,13 +77,13 @@ def starting(path: Path) -> Iterator[Callable[[], None]]:
     """
     beside = path.with_name(f".{path.name}.starting")
     try:
-        lock = _lock_beside(beside)
+        end = _lock_beside(beside)
     except OSError as error:
         raise InputError(f"Cannot write {beside}: {error.strerror}.") from error
     try:
-        yield lock.release
+        yield end
     finally:
-        lock.release()
+        end()
 
 
 def claim(path: Path) -> Callable[[], None] | None:
@@ -104,31 +100,33 @@ def claim(path: Path) -> Callable[[], None] | None:
     Raises:
         OSError: the lock file cannot be written.
     """
-    beside = path.with_name(f".{path.name}.claimed")
     try:
-        lock = _lock_beside(beside, timeout=0)
-    except TimeoutError:
+        return _lock_beside(path.with_name(f".{path.name}.claimed"), _TIMEOUT)
+    except FolderInUseError:
         return None
 
-    def end() -> None:
-        with suppress(OSError):
-            beside.unlink(missing_ok=True)  # while the lock is still held
-        lock.release()
 
-    return end
-
-
-def _lock_beside(beside: Path, timeout: float = -1) -> "filelock.BaseFileLock":
+def _lock_beside(beside: Path, timeout: float = -1) -> Callable[[], None]:
+    """Lock a file; return a function that removes and unlocks it, and may be called again."""
     import filelock  # 40 ms
 
     beside.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(beside, fallback_to_soft=False)
     try:
         lock.acquire(timeout=timeout)
-    except OSError as error:  # or a TimeoutError, without a number
+    except filelock.Timeout:
+        raise FolderInUseError(f"{beside} is locked.") from None
+    except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-    return lock
+
+    def end() -> None:
+        if lock.is_locked:
+            with suppress(OSError):
+                beside.unlink(missing_ok=True)  # while the lock is still held
+        lock.release()
+
+    return end
 
 
 def _write_owner(path: Path) -> None:

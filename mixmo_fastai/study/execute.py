@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -77,14 +78,13 @@ class Executor:
         """Train the runs that are not finished and that no other process trains.
 
         Raises:
-            InputError: a run was started with other settings, see `check_unchanged`, its data was
-                moved, or its images may have several labels.
-            RunFailedError: some runs failed, and the others were trained; or a file cannot be
-                written, and the runs have saved their states.
+            InputError: a run was started with other settings, see `check_unchanged`, or its images
+                may have several labels.
+            RunFailedError: some runs failed or their data was moved, and the others were trained;
+                or a file cannot be written, and the runs have saved their states.
             RunInterruptedError: interrupted; the runs have saved their states.
         """
         check_unchanged(runs, self.folder)
-        check_not_moved(runs, self.folder)
         check_one_label_per_image(runs)
         waiting = [run for run in runs if not run.folder(self.folder).is_finished]
         total = len(waiting)
@@ -93,12 +93,15 @@ class Executor:
             while waiting or active:
                 while waiting and len(active) < self.jobs:
                     number, run = total - len(waiting) + 1, waiting.pop(0)
-                    active += self._start_if_free(run, f"{number} of {total}")
+                    started = self._start_if_free(run, f"{number} of {total}")
+                    active += [started] if started else []
                 time.sleep(POLL_SECONDS)
                 for ended in [each for each in active if each.process.poll() is not None]:
                     active.remove(ended)
-                    self._finish(ended.run, ended.process.returncode)
-                    ended.end_claim()
+                    try:
+                        self._finish(ended.run, ended.process.returncode)
+                    finally:
+                        ended.end_claim()
         except BaseException as error:
             self._stop(active)
             if not isinstance(error, KeyboardInterrupt):
@@ -111,27 +114,41 @@ class Executor:
             reasons = "".join(f"\n{name}: {reason}" for name, reason in [*self.failed.items()][:2])
             raise RunFailedError(f"{len(self.failed)} of {total} runs failed.{reasons}")
 
-    def _start_if_free(self, run: PlannedRun, position: str) -> list[_ActiveRun]:
-        """Start a run, unless it is finished meanwhile or another process trains it."""
+    def _start_if_free(self, run: PlannedRun, position: str) -> _ActiveRun | None:
+        """Start a run, unless it is finished meanwhile or another process trains it.
+
+        One that was started with other settings, or whose data was moved, fails.
+        """
         folder = run.folder(self.folder)
         with writing_study(folder.path):
             end_claim = claim(folder.path)
         if end_claim is None:
             self.print_line(f"{run.name}: another process trains it")
-            return []
+            return None
         try:
             if folder.is_finished:
                 self.print_line(f"{run.name}: another process has trained it")
             elif is_in_use(folder.path):  # by `mixmo fit`
                 self.print_line(f"{run.name}: another process trains it")
+            elif problem := self._problem(run):
+                self._fail(run, problem)
             else:
                 self.print_line(f"{run.name}: training, {position}")
-                return [_ActiveRun(run, self._start(run), end_claim)]
+                return _ActiveRun(run, self._start(run), end_claim)
         except BaseException:
             end_claim()
             raise
         end_claim()
-        return []
+        return None
+
+    def _problem(self, run: PlannedRun) -> str | None:
+        """Return why a run cannot go on that this or another process started, or None."""
+        try:
+            check_unchanged([run], self.folder)  # once more: the study may have changed meanwhile
+            check_not_moved(run, self.folder)
+        except InputError as error:
+            return str(error).removeprefix(f"{run.name} ")
+        return None
 
     def _start(self, run: PlannedRun) -> "subprocess.Popen[bytes]":
         path = run.folder(self.folder).path
@@ -170,23 +187,29 @@ class Executor:
             self.print_line(
                 f"{run.name}: finished in {folder.metrics()['seconds'] / 60:.1f} minutes"
             )
-        elif is_in_use(folder.path):  # without locks of claims, another process was faster
+        elif is_in_use(folder.path):  # started by `mixmo fit` after the check
             self.print_line(f"{run.name}: another process trains it")
         else:
-            output = self._log(run).read_bytes()[self._log_starts[run.name] :]
+            output = b""
+            with suppress(OSError):
+                output = self._log(run).read_bytes()[self._log_starts[run.name] :]
             lines = output.decode("utf-8", errors="replace").split("\n")
             errors = [line for line in lines if line.startswith("Error:")]
-            self.failed[run.name] = (errors or [f"exit code {code}; see {self._log(run)}"])[-1]
-            self.print_line(f"{run.name}: failed. {self.failed[run.name]}")
+            self._fail(run, (errors or [f"exit code {code}; see {self._log(run)}"])[-1])
+
+    def _fail(self, run: PlannedRun, reason: str) -> None:
+        self.failed[run.name] = reason
+        self.print_line(f"{run.name}: failed. {reason}")
 
     def _stop(self, active: Sequence[_ActiveRun]) -> None:
         processes = [each.process for each in active]
-        if processes:
-            self.print_line("Stopping the runs; they save their states.")
         for process in processes:
             if process.poll() is None:
                 # Not SIGINT, which a shell lets processes in its background ignore.
                 process.terminate()
+        if processes:
+            with suppress(OSError):  # a terminal or pipe that was closed
+                self.print_line("Stopping the runs; they save their states.")
         deadline = time.monotonic() + SECONDS_TO_STOP
         for process in processes:
             try:

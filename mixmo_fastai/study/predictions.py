@@ -21,6 +21,7 @@ from mixmo_fastai.evaluation.runs import open_finished
 from mixmo_fastai.runs.files import write_atomically
 from mixmo_fastai.runs.folder import RunFolder
 from mixmo_fastai.runs.labels import check_one_label
+from mixmo_fastai.study.records import writing_study
 
 TOLERANCE = 1e-4
 """Largest relative difference of the accuracy and the NLL from those that the run recorded."""
@@ -95,6 +96,7 @@ def read_predictions(run: RunFolder, path: Path, data_dir: Path | None) -> Predi
 
     Raises:
         InputError: they are not stored, and the weights or the data are missing.
+        RunFailedError: they cannot be written.
     """
     check_one_label(run, "mixmo study")
     _, metrics = final_metrics(run.metrics())
@@ -106,8 +108,9 @@ def read_predictions(run: RunFolder, path: Path, data_dir: Path | None) -> Predi
     ((logits, labels),) = finished.logits([finished.final_loader()])
     images = fingerprint_of(finished.final_images)
     predictions = Predictions.of(logits.double().mean(dim=1), labels, images)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, predictions.to_bytes(), is_shared=True)
+    with writing_study(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, predictions.to_bytes(), is_shared=True)
     return predictions
 
 

@@ -82,18 +82,22 @@ def _assignment(section: str, key: str, value: object) -> str:
     return f"no {section}.{key}" if value is None else f"{section}.{key}={value!r}"
 
 
-def check_not_moved(runs: Sequence[PlannedRun], folder: Path) -> None:
-    """Check that the data set and weights of interrupted runs are where they were.
+def check_not_moved(run: PlannedRun, folder: Path) -> None:
+    """Check that the data set of an interrupted run, and weights it needs, are where they were.
+
+    Args:
+        run: a run that no process trains.
+        folder: folder of the study.
 
     Raises:
         InputError: they are not; the message names both places.
     """
-    unfinished = [run for run in runs if not run.folder(folder).is_finished]
-    for run, recorded in _started(unfinished, folder):
-        for old, new in (
-            (recorded.data.dataset, run.recipe.data.dataset),
-            (recorded.model.weights, run.recipe.model.weights),
-        ):
+    for _, recorded in _started([run], folder):
+        paths = [(recorded.data.dataset, run.recipe.data.dataset)]
+        # A state replaces the weights, except those of a deep ensemble's later networks.
+        if recorded.model.num_nets > 1 or not run.folder(folder).has_state:
+            paths.append((recorded.model.weights, run.recipe.model.weights))
+        for old, new in paths:
             if old != new and Path(old).is_absolute() and not Path(old).exists():
                 raise InputError(
                     f"{run.name} was started with {old}, which no longer exists.\n"

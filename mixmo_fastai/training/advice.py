@@ -79,7 +79,7 @@ def members_advice(recipe: Recipe, requirement: str, images_seen: int) -> str:
     text = f"{recipe.model.num_members} members need {requirement}"
     if narrow_network(recipe) is None and _short_settings_help(recipe, images_seen):
         text += f", or {_short_flags(recipe, images_seen)}"
-    return f"{text}; otherwise --members 1 is usually more accurate"
+    return f"{text}; otherwise --members 1 is often more accurate"
 
 
 def _size_advice(recipe: Recipe, images_seen: int) -> str:
