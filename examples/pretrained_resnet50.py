@@ -5,6 +5,9 @@ kept, and before training the converted network returns the same outputs.
 
     python examples/pretrained_resnet50.py path/to/images
     python examples/pretrained_resnet50.py path/to/images --weights resnet50.pth
+
+Two members need to see every image about 30 times, twice in an epoch; with fewer views, one network
+is usually better (docs/when.md).
 """
 
 import argparse
@@ -29,7 +32,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="folder with one folder per class")
     parser.add_argument("--weights", type=Path, help="file of ResNet-50 weights; default: download")
     parser.add_argument("--size", type=int, default=224, help="height and width in pixels")
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=14)
     parser.add_argument("--batch-size", type=int, default=16, help="images per batch of the loader")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--out", type=Path, default=Path("resnet50-mixmo.pth"))

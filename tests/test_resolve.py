@@ -277,7 +277,7 @@ def test_one_member_with_a_recipe_for_several_names_the_right_recipes(
     message = str(error.value)
     assert message.startswith(f"The recipe {family}/cut-mixmo is for several members.\n")
     for name in (f"{family}/vanilla", f"{family}/cutmix"):
-        assert f"--recipe {name}" in message
+        assert name in message
         assert load_recipe(name).model.num_members == 1
 
 

@@ -80,6 +80,7 @@ def override(recipe: Recipe, assignments: Iterable[str], source: str = "--set") 
         ):  # assignment would reset its other keys
             key = key.strip()
             example = f"{key}.name={text.strip()}" if "name" in section[last] else "train.epochs=5"
+            example = f"{source} {example}" if source.startswith("--") else example
             raise InputError(
                 f"{source} {assignment!r}: {last!r} is a section.\n"
                 f"Set its keys separately, such as {example}."

@@ -2,6 +2,7 @@
 
 build             `mixmo_learner`, `to_mixmo`, and the Learner of a recipe
 arch              networks from a name, a function or a module
+loaders           what the loaders tell about images, targets and classes
 optimizers, muon  optimizers by name
 parameter_groups  parameter groups, including those of a converted Learner
 member_preds      predictions of each member

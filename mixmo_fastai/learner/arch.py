@@ -76,7 +76,7 @@ def build_mixmo_model(
     Raises:
         InputError: the network cannot be built, or does not fit the data.
     """
-    if (name := _network_name(arch)) is not None:
+    if (name := network_name(arch)) is not None:
         assert spec.num_classes is not None
         model = create_model(
             name,
@@ -134,7 +134,7 @@ def build_mixmo_model(
     return converted.requires_grad_() if spec.unfreeze else converted, not independent[0]
 
 
-def _network_name(arch: Any) -> str | None:
+def network_name(arch: Any) -> str | None:
     """Return the name of a network, given by name or as torchvision's function; otherwise None."""
     if isinstance(arch, str):
         return arch

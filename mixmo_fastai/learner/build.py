@@ -10,8 +10,6 @@ import fastai.callback.progress
 import fastai.callback.schedule  # noqa: F401  # adds fit_one_cycle and lr_find to Learner
 import torch
 from fastai.data.core import DataLoaders
-from fastai.data.load import DataLoader
-from fastai.data.transforms import get_c
 from fastai.imports import L
 from fastai.learner import Learner
 from fastai.losses import BCEWithLogitsLossFlat
@@ -19,21 +17,22 @@ from fastai.metrics import accuracy, accuracy_multi
 from fastai.torch_core import trainable_params
 from torch import Tensor, nn
 
-from mixmo_fastai.callbacks.checks import (
-    check_batch,
-    check_callbacks,
-    check_opt_func,
-    count_inputs_and_targets,
-)
+from mixmo_fastai.callbacks.checks import check_callbacks, check_opt_func
 from mixmo_fastai.callbacks.deferred import defer_readbacks
 from mixmo_fastai.callbacks.ema import EMACallback
 from mixmo_fastai.callbacks.mixmo import MixMoCallback, add_companions
+from mixmo_fastai.config.choices import parse_architecture
 from mixmo_fastai.config.defaults import SHORT_SETTINGS
 from mixmo_fastai.config.recipe import Recipe
-from mixmo_fastai.data.first_batch import first_batch, preserved_random_states
-from mixmo_fastai.data.loaders import BatchLoader
 from mixmo_fastai.errors import InputError, nearest, unknown_name_error
-from mixmo_fastai.learner.arch import NetworkSpec, build_mixmo_model
+from mixmo_fastai.learner.arch import NetworkSpec, build_mixmo_model, network_name
+from mixmo_fastai.learner.loaders import (
+    check_classes,
+    count_classes,
+    inspect_batches,
+    known_classes,
+    normalize_for_weights,
+)
 from mixmo_fastai.learner.optimizers import optimizer_from_recipe, sgd
 from mixmo_fastai.learner.parameter_groups import (
     body_and_heads,
@@ -45,6 +44,7 @@ from mixmo_fastai.mixing import Region, check_kind
 from mixmo_fastai.mixing.loss import MixMoLoss, is_multi_label
 from mixmo_fastai.models import MixMoModel
 from mixmo_fastai.models.ghost_norm import use_ghost_batches
+from mixmo_fastai.models.library import pretrained_statistics
 from mixmo_fastai.models.member_init import PERTURBATION
 from mixmo_fastai.rng import fresh_seed, make_generator
 from mixmo_fastai.runtime.devices import move_to_device
@@ -79,10 +79,12 @@ def mixmo_learner(
         mix: how features are mixed, see `MixMoCallback`; must be "sum" for one member.
         num_members: M; by default 2, or that of a `MixMoModel`.
         num_classes: K; by default, that of the loaders.
-        pretrained: start a network given by name from its library's weights. Standardise the images
-            in your loaders accordingly, e.g. with `Normalize.from_stats(*imagenet_stats)`.
+        pretrained: start a network given by name from its library's weights. If the images are
+            pixels in [0, 1] and the loaders have no `Normalize`, one with the statistics of the
+            weights is added to them, as by fastai's `vision_learner`.
         weights: file of pretrained weights to start from instead: tensors of the plain network, or
-            the model.safetensors of a run with the same network or of its export.
+            the model.safetensors of a run with the same network or of its export. Standardise the
+            images in your loaders accordingly, e.g. with `Normalize.from_stats(*imagenet_stats)`.
         independent: initialise the members independently, for untrained networks; see
             `convert_to_mixmo`. By default: true for a name unless pretrained; for a function, true
             for each of the two layers (first and last) that differs when it is called twice; false
@@ -114,8 +116,9 @@ def mixmo_learner(
     _check_user_callbacks(L(kwargs.get("cbs")))
     if not isinstance(dls, DataLoaders):
         raise InputError(f"dls must be fastai DataLoaders; got {type(dls).__name__}.")
-    num_classes = _num_classes(dls) if num_classes is None else num_classes
-    image_shape, targets = _inspect_batches(dls)
+    num_classes = count_classes(dls) if num_classes is None else num_classes
+    batch = inspect_batches(dls)
+    image_shape, targets = batch.image_shape, batch.targets
     spec = NetworkSpec(
         image_shape,
         num_classes,
@@ -128,7 +131,7 @@ def mixmo_learner(
     )
     check_kind(mix, spec.num_members_for(arch))
     callback = MixMoCallback(mix, **_short_settings(mixing))  # checked before the network is built
-    _check_classes(targets, num_classes, _known_classes(dls))
+    check_classes(targets, num_classes, known_classes(dls))
     loss_func = kwargs.pop("loss_func", getattr(_dataset(dls), "loss_func", None))
     loss = _as_mixmo_loss(loss_func, targets)
     model, is_trained = build_mixmo_model(arch, spec, _weight_generator(callback))
@@ -142,6 +145,8 @@ def mixmo_learner(
     kwargs.setdefault("metrics", _default_metrics(targets, loss))
     learn = Learner(dls, model, loss, cbs=[callback, *L(kwargs.pop("cbs", None))], **kwargs)
     add_companions(learn)
+    if pretrained and (name := network_name(arch)):
+        normalize_for_weights(dls, batch, *pretrained_statistics(parse_architecture(name)))
     return defer_readbacks(learn)
 
 
@@ -199,7 +204,7 @@ def to_mixmo(
         check_opt_func(learn.opt_func)
     callback = MixMoCallback(mix, **_short_settings(kwargs))
     loss = _as_mixmo_loss(learn.loss_func)
-    image_shape, _ = _inspect_batches(learn.dls)
+    image_shape = inspect_batches(learn.dls).image_shape
     spec = NetworkSpec(
         image_shape,
         num_members=num_members,
@@ -338,55 +343,6 @@ def _as_mixmo_loss(loss: Any, targets: Tensor | None = None) -> MixMoLoss:
             "soft labels, MSELossFlat() for regression."
         )
     return loss if isinstance(loss, MixMoLoss) else MixMoLoss(loss)
-
-
-def _inspect_batches(dls: DataLoaders) -> tuple[tuple[int, int, int], Tensor | None]:
-    """Return (C, H, W) and the targets of the first batch; None for the project's own loaders."""
-    if isinstance(dls.train, BatchLoader):
-        return dls.train.images.image_shape, None
-    with preserved_random_states(dls.train):
-        batch = first_batch(dls.train)
-        counts = count_inputs_and_targets(dls, batch)  # may run a sample through the transforms
-    check_batch(*counts)
-    images, *targets = batch
-    if getattr(images, "ndim", 0) != 4:
-        raise InputError(
-            "Batches must be images (n, C, H, W); the loader's first input is "
-            f"{getattr(images, 'shape', type(images).__name__)}."
-        )
-    channels, height, width = images.shape[1:]
-    first_targets = targets[0] if targets and isinstance(targets[0], Tensor) else None
-    return (int(channels), int(height), int(width)), first_targets
-
-
-def _check_classes(targets: Tensor | None, num_classes: int, num_data_classes: int) -> None:
-    """Check that the shape of the targets is supported and the network has enough classes."""
-    if targets is None:
-        return
-    if targets.ndim > 2:
-        raise InputError(
-            f"The targets have shape {tuple(targets.shape)}; they must be (n,) or (n, K): one "
-            "class, several labels or regression targets per image."
-        )
-    if targets.ndim == 1 and not targets.is_floating_point() and num_classes < num_data_classes:
-        raise InputError(
-            f"num_classes must be at least {num_data_classes}, the number of classes of the data; "
-            f"got {num_classes}.\nOmit num_classes."
-        )
-
-
-def _known_classes(dls: DataLoaders) -> int:
-    """Return K if the loaders know it, otherwise 0."""
-    return int(get_c(dls) or 0) if isinstance(dls.train, DataLoader) else 0
-
-
-def _num_classes(dls: DataLoaders) -> int:
-    number = _known_classes(dls)
-    if not number:
-        raise InputError(
-            "The loaders do not report the number of classes. Pass it, e.g. num_classes=10."
-        )
-    return number
 
 
 def _dataset(dls: DataLoaders) -> Any:

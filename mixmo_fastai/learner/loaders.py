@@ -1,0 +1,121 @@
+"""What a Learner's network must know of its loaders: shape of the images, targets, classes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import torch
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
+from fastai.data.transforms import Normalize, get_c
+from torch import Tensor
+
+from mixmo_fastai.callbacks.checks import check_batch, count_inputs_and_targets
+from mixmo_fastai.data.first_batch import first_batch, preserved_random_states
+from mixmo_fastai.data.loaders import BatchLoader
+from mixmo_fastai.errors import InputError
+
+
+@dataclass(frozen=True)
+class FirstBatch:
+    """What the first training batch shows.
+
+    Attributes:
+        image_shape: (C, H, W).
+        targets: of the batch; None if they are no tensor, and for the project's own loaders.
+        limits: smallest and largest value of the images; None for the project's own loaders.
+    """
+
+    image_shape: tuple[int, int, int]
+    targets: Tensor | None = None
+    limits: tuple[float, float] | None = None
+
+
+def inspect_batches(dls: DataLoaders) -> FirstBatch:
+    """Inspect the first training batch; the random states stay as they are.
+
+    Raises:
+        InputError: batches do not have one input and one target, or the input is no image.
+    """
+    if isinstance(dls.train, BatchLoader):
+        return FirstBatch(dls.train.images.image_shape)
+    with preserved_random_states(dls.train):
+        batch = first_batch(dls.train)
+        counts = count_inputs_and_targets(dls, batch)  # may run a sample through the transforms
+    check_batch(*counts)
+    images, *targets = batch
+    if getattr(images, "ndim", 0) != 4:
+        raise InputError(
+            "Batches must be images (n, C, H, W); the loader's first input is "
+            f"{getattr(images, 'shape', type(images).__name__)}."
+        )
+    channels, height, width = images.shape[1:]
+    first_targets = targets[0] if targets and isinstance(targets[0], Tensor) else None
+    limits = float(images.min()), float(images.max())
+    return FirstBatch((int(channels), int(height), int(width)), first_targets, limits)
+
+
+def normalize_for_weights(
+    dls: DataLoaders, batch: FirstBatch, mean: Sequence[float], std: Sequence[float]
+) -> None:
+    """Add fastai's `Normalize` with the statistics of pretrained weights, as `vision_learner` does.
+
+    Loaders stay as they are if they have a `Normalize`, or if their images are no pixels in [0, 1],
+    for example because the data set has standardised them.
+
+    Args:
+        dls: loaders.
+        batch: their first batch.
+        mean: one value per channel of the weights; other numbers of channels get the mean of them.
+        std: the same for the standard deviation.
+    """
+    if batch.limits is None or not 0 <= batch.limits[0] <= batch.limits[1] <= 1:
+        return
+    if not isinstance(dls.train, DataLoader):
+        return
+    if any(isinstance(transform, Normalize) for transform in dls.train.after_batch.fs):
+        return
+    channels = batch.image_shape[0]
+    per_channel = [
+        torch.tensor(values if len(values) == channels else [fmean(values)] * channels)
+        for values in (mean, std)
+    ]
+    transform = Normalize.from_stats(*per_channel, cuda=False)
+    device = dls.device or torch.device("cpu")
+    transform.mean, transform.std = transform.mean.to(device), transform.std.to(device)
+    dls.add_tfms([transform], "after_batch")
+
+
+def check_classes(targets: Tensor | None, num_classes: int, num_data_classes: int) -> None:
+    """Check that the shape of the targets is supported and the network has enough classes."""
+    if targets is None:
+        return
+    if targets.ndim > 2:
+        raise InputError(
+            f"The targets have shape {tuple(targets.shape)}; they must be (n,) or (n, K): one "
+            "class, several labels or regression targets per image."
+        )
+    if targets.ndim == 1 and not targets.is_floating_point() and num_classes < num_data_classes:
+        raise InputError(
+            f"num_classes must be at least {num_data_classes}, the number of classes of the data; "
+            f"got {num_classes}.\nOmit num_classes."
+        )
+
+
+def known_classes(dls: DataLoaders) -> int:
+    """Return K if the loaders know it, otherwise 0."""
+    return int(get_c(dls) or 0) if isinstance(dls.train, DataLoader) else 0
+
+
+def count_classes(dls: DataLoaders) -> int:
+    """Return K.
+
+    Raises:
+        InputError: the loaders do not know it.
+    """
+    number = known_classes(dls)
+    if not number:
+        raise InputError(
+            "The loaders do not report the number of classes. Pass it, e.g. num_classes=10."
+        )
+    return number
