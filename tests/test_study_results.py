@@ -309,11 +309,11 @@ PUBLISHED = {
         "cutmix": "CutMix",
         "ensemble-cutmix": "Two networks with CutMix",
         "cut-mixmo": "Cut-MixMo",
-        "cut-mixmo-once": "Cut-MixMo, `batch_repetitions=1`",
-        "cut-mixmo-late": "Cut-MixMo, `batch_repetitions=1`, `early_span=0.9`",
-        "cut-mixmo-perturbed": "Cut-MixMo, `perturbation=1`",
-        "cut-mixmo-published": "Cut-MixMo, `batch_repetitions=4`, no early repetition",
-        "cut-mixmo-apart": "Cut-MixMo, no early repetition",
+        "cut-mixmo-similar": "`perturbation=0.1`",
+        "cut-mixmo-once": "`perturbation=0.1`, `batch_repetitions=1`",
+        "cut-mixmo-late": "`perturbation=0.1`, `batch_repetitions=1`, `early_span=0.9`",
+        "cut-mixmo-published": "`perturbation=0.1`, `batch_repetitions=4`, no early repetition",
+        "cut-mixmo-apart": "`perturbation=0.1`, no early repetition",
     },
 }
 """Names of the methods in docs/results.md, by the study in examples/."""
