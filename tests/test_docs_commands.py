@@ -24,7 +24,7 @@ from mixmo_fastai.data.sources import SOURCES
 pytestmark = pytest.mark.slow
 
 SMALL_SETTINGS = [
-    *("model.arch=wrn10_1", "model.pretrained=false", "model.weights=''"),
+    *("model.arch=wrn10_1", "model.pretrained=false", "model.weights=''", "model.perturbation=0.1"),
     *("train.epochs=1", "train.batch_size=8"),
     *("data.limit=20", "data.loader=resident", "train.device=cpu", "train.threads=1"),
 ]

@@ -285,3 +285,23 @@ def test_one_member_may_be_chosen_with_its_mixing():
     assignments = ["model.num_members=1", "mix.kind=sum", "mix.batch_repetitions=1"]
     recipe = resolve_recipe("cifar10", "cifar10/cut-mixmo", assignments=assignments)
     assert (recipe.model.num_members, recipe.mix.kind) == (1, "sum")
+
+
+@pytest.mark.parametrize(
+    ("assignments", "perturbation"),
+    [
+        ([], 1.0),
+        (["model.pretrained=false"], 0.1),
+        (["model.pretrained=false", "model.arch=resnet18", "model.weights=net.pth"], 1.0),
+        (["model.perturbation=0.5"], 0.5),
+    ],
+)
+def test_perturbation_of_a_recipe_is_for_pretrained_weights(assignments, perturbation):
+    recipe = resolve_recipe("digits", "fine-tune/cut-mixmo", {}, assignments, must_exist=False)
+    assert recipe.model.perturbation == perturbation
+
+
+def test_an_assigned_perturbation_without_weights_is_refused():
+    assignments = ["model.pretrained=false", "model.perturbation=0.5"]
+    with pytest.raises(InputError, match=r"model\.perturbation=0\.5 has no effect without"):
+        resolve_recipe("digits", "fine-tune/cut-mixmo", {}, assignments)

@@ -11,7 +11,13 @@ from typing import Any
 
 from mixmo_fastai.config.choices import DATASETS, HUB_PREFIX, MASK_KINDS, TABLE_SUFFIXES
 from mixmo_fastai.config.load import load_recipe, override, recipe_from_mapping, recipe_names
-from mixmo_fastai.config.recipe import Expected, Optimizer, Recipe, default_valid_split
+from mixmo_fastai.config.recipe import (
+    Expected,
+    Model,
+    Optimizer,
+    Recipe,
+    default_valid_split,
+)
 from mixmo_fastai.config.schema import parse_value, to_mapping
 from mixmo_fastai.errors import InputError, unknown_name_error
 
@@ -53,7 +59,7 @@ def resolve_recipe(
         flags["data.dataset"] = dataset
     assignments = list(assignments)
     _check_members(recipe, base, flags, assignments)
-    base = _without_stale_options(base, assignments)
+    base = _without_stale_options(base, flags, assignments)
     base = _without_other_length(base, flags, assignments)
     flags_source = "Command line" if source == "--set" else source
     resolved = override(_with_flags(base, flags, flags_source), assignments, source)
@@ -90,10 +96,12 @@ def _assigned(assignments: Iterable[str]) -> dict[str, Any]:
     return {key.strip(): parse_value(text.strip()) for key, _, text in pairs}
 
 
-def _without_stale_options(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
-    """Drop settings of the recipe's optimizer and transform if another one is assigned."""
-    values = _assigned(assignments)
-    recipe = _with_transform(recipe, values)
+def _without_stale_options(
+    recipe: Recipe, flags: Mapping[str, Any], assignments: Iterable[str]
+) -> Recipe:
+    """Drop settings of the recipe's optimizer, transform and weights if others are assigned."""
+    values = {**flags, **_assigned(assignments)}
+    recipe = _with_weights(_with_transform(recipe, values), values)
     name = values.get("optimizer.name", recipe.optimizer.name)
     if name == recipe.optimizer.name or not isinstance(name, str):
         return recipe
@@ -129,6 +137,17 @@ def _with_transform(recipe: Recipe, values: Mapping[str, object]) -> Recipe:
     if name == recipe.data.transform or not isinstance(name, str):
         return recipe
     return replace(recipe, data=replace(recipe.data, transform=name, transform_options={}))
+
+
+def _with_weights(recipe: Recipe, values: Mapping[str, object]) -> Recipe:
+    """Drop the recipe's perturbation if no pretrained weights are to be perturbed."""
+    model = recipe.model
+    has_weights = any(
+        values.get(f"model.{key}", getattr(model, key)) for key in ("pretrained", "weights")
+    )
+    if has_weights:
+        return recipe
+    return replace(recipe, model=replace(model, perturbation=Model.perturbation))
 
 
 def _make_paths_absolute(recipe: Recipe, *, must_exist: bool) -> Recipe:
