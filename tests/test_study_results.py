@@ -273,11 +273,13 @@ PUBLISHED = {
         "mixup": "mixup",
         "cutmix": "CutMix",
         "ensemble-cutmix": "Two networks with CutMix",
+        "ensemble-mixup": "Two networks with mixup",
         "mimo": "MIMO",
         "linear-mixmo": "Linear-MixMo",
         "cut-mixmo": "Cut-MixMo",
         "cut-mixmo-early": "Cut-MixMo, `early_repetition=1`",
         "cut-mixmo-cutmix": "Cut-MixMo + CutMix",
+        "cut-mixmo-mixup": "Cut-MixMo + mixup",
     },
     "small_cifar10_sooner": {
         "vanilla": "Vanilla",
@@ -302,7 +304,9 @@ PUBLISHED = {
     "small_cifar10_short": {
         "cutmix": "CutMix",
         "ensemble-cutmix": "Two networks with CutMix",
+        "mixup": "mixup",
         "cut-mixmo-short": "`cut-mixmo-short`",
+        "cut-mixmo-short-mixup": "`cut-mixmo-short` + mixup",
     },
     "fine_tune": {
         "vanilla": "Vanilla",
