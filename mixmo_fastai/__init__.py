@@ -1,4 +1,4 @@
-"""MixMo training for fastai: an ensemble's accuracy and calibration at the cost of one network.
+"""MixMo training for fastai: an ensemble's prediction at the cost of one network.
 
 The public names are imported on first use, so that `import mixmo_fastai` imports neither torch nor
 fastai.

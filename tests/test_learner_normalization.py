@@ -4,11 +4,13 @@ import pytest
 import torch
 from fastai.data.block import CategoryBlock, DataBlock
 from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
 from fastai.data.transforms import IndexSplitter, Normalize
 from fastai.learner import Learner
 from fastai.vision.core import PILImage, PILImageBW
 from fastai.vision.data import ImageBlock
 from synthetic import image_arrays
+from torch.utils.data import DataLoader as TorchDataLoader
 from torch.utils.data import TensorDataset
 from torchvision.models import get_model
 
@@ -92,3 +94,22 @@ def test_images_that_are_no_pixels_from_0_to_1_stay_as_they_are(shift, factor):
     dls = DataLoaders.from_dsets(data, data, bs=8, num_workers=0, device="cpu")
     mixmo_learner(dls, "resnet18", pretrained=True, num_classes=3)
     assert normalizers(dls) == [[], []]
+
+
+def test_pixels_slightly_above_1_from_interpolation_are_pixels():
+    images = torch.rand(24, 3, 32, 32)
+    images[:, :, 0] = 1.0000001
+    data = TensorDataset(images, torch.arange(24) % 3)
+    dls = DataLoaders.from_dsets(data, data, bs=8, num_workers=0, device="cpu")
+    assert dls.train.one_batch()[0].max() > 1
+    mixmo_learner(dls, "resnet18", pretrained=True, num_classes=3)
+    assert [len(found) for found in normalizers(dls)] == [1, 1]
+
+
+@pytest.mark.parametrize("validation", [DataLoader, TorchDataLoader])
+def test_loaders_without_batch_transforms_stay_as_they_are(validation):
+    data = TensorDataset(torch.rand(24, 3, 32, 32), torch.arange(24) % 3)
+    train = DataLoaders.from_dsets(data, data, bs=8, num_workers=0, device="cpu").train
+    dls = DataLoaders(train, validation(data, 8))
+    mixmo_learner(dls, "resnet18", pretrained=True, num_classes=3)
+    assert not any(isinstance(each, Normalize) for each in train.after_batch.fs)

@@ -1,5 +1,6 @@
 """What a Learner's network must know of its loaders: shape of the images, targets, classes."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -8,12 +9,16 @@ import torch
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.data.transforms import Normalize, get_c
+from fasttransform import Pipeline
 from torch import Tensor
 
 from mixmo_fastai.callbacks.checks import check_batch, count_inputs_and_targets
 from mixmo_fastai.data.first_batch import first_batch, preserved_random_states
 from mixmo_fastai.data.loaders import BatchLoader
 from mixmo_fastai.errors import InputError
+
+PIXEL_TOLERANCE = 1e-3
+"""How far interpolation may take pixels out of [0, 1]."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +65,8 @@ def normalize_for_weights(
 ) -> None:
     """Add fastai's `Normalize` with the statistics of pretrained weights, as `vision_learner` does.
 
-    Loaders stay as they are if they have a `Normalize`, or if their images are no pixels in [0, 1],
-    for example because the data set has standardised them.
+    Loaders stay as they are if they have a `Normalize` or no batch transforms, or if their images
+    are no pixels in [0, 1], for example because the data set has standardised them.
 
     Args:
         dls: loaders.
@@ -69,11 +74,13 @@ def normalize_for_weights(
         mean: one value per channel of the weights; other numbers of channels get the mean of them.
         std: the same for the standard deviation.
     """
-    if batch.limits is None or not 0 <= batch.limits[0] <= batch.limits[1] <= 1:
+    low, high = batch.limits or (-math.inf, math.inf)
+    if low < -PIXEL_TOLERANCE or high > 1 + PIXEL_TOLERANCE:
         return
-    if not isinstance(dls.train, DataLoader):
+    pipelines = [getattr(loader, "after_batch", None) for loader in dls.loaders]
+    if not all(isinstance(pipeline, Pipeline) for pipeline in pipelines):
         return
-    if any(isinstance(transform, Normalize) for transform in dls.train.after_batch.fs):
+    if any(isinstance(transform, Normalize) for pipeline in pipelines for transform in pipeline.fs):
         return
     channels = batch.image_shape[0]
     per_channel = [

@@ -64,7 +64,7 @@ class Executor:
             OMP_NUM_THREADS is set.
         data_dir: as for `mixmo fit`.
         print_line: prints a line.
-        failed: names of the runs that failed, with the last line of their output.
+        failed: names of the runs that failed, with the reason.
     """
 
     folder: Path
