@@ -21,6 +21,7 @@ LENGTH = "1500000"
 METHODS = {
     "vanilla": "Vanilla",
     "cutmix": "CutMix",
+    "mixup": "mixup",
     "ensemble-cutmix": "two networks\nwith CutMix",
     "cut-mixmo": "Cut-MixMo",
 }
@@ -72,7 +73,7 @@ def plot_panel(axes: Axes, values: Mapping[str, Sequence[float]], title: str, te
 def main(path: Path) -> None:
     """Plot both panels."""
     runs = {method: read_runs(method) for method in METHODS}
-    figure = Figure(figsize=(8.6, 2.9), dpi=110, layout="constrained")
+    figure = Figure(figsize=(8.6, 3.4), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)
     accuracy = {method: accuracies(found) for method, found in runs.items()}
