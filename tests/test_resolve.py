@@ -276,8 +276,9 @@ def test_one_member_with_a_recipe_for_several_names_the_right_recipes(
         resolve_recipe(str(tmp_path), f"{family}/cut-mixmo", flags, assignments)
     message = str(error.value)
     assert message.startswith(f"The recipe {family}/cut-mixmo is for several members.\n")
-    for name in (f"{family}/vanilla", f"{family}/cutmix"):
-        assert name in message
+    names = f"{family}/vanilla", f"{family}/cutmix"
+    assert message.endswith(f"\nFor one member, use the recipe {' or '.join(names)}.")
+    for name in names:
         assert load_recipe(name).model.num_members == 1
 
 

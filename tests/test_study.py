@@ -317,21 +317,28 @@ def test_markdown_without_spread_and_differences(trained):
     assert row.count("| - ") == 2
 
 
-def test_nearly_equal_sizes_look_nearly_equal(monkeypatch, tmp_path):
-    """1.500 and 1.504 million images are not drawn at opposite ends of a picture."""
-    limits = []
-    monkeypatch.setattr(plots, "_save", lambda figure, axes, path: limits.append(axes.get_xlim()))
-    cells = [
+def made_up_cells(*methods_and_images):
+    """Return what plots need of the cells of a study, one for each method and number of images."""
+    return [
         SimpleNamespace(
             method=method,
+            images_seen=images,
             images_trained=images,
             split="test",
             metrics={"accuracy": (0.5,)},
             mean=lambda name: 0.5,
             spread=lambda name: None,
+            reliability=(),
         )
-        for method, images in (("cutmix", 1_499_904), ("cut-mixmo", 1_504_000))
+        for method, images in methods_and_images
     ]
+
+
+def test_nearly_equal_sizes_look_nearly_equal(monkeypatch, tmp_path):
+    """1.500 and 1.504 million images are not drawn at opposite ends of a picture."""
+    limits = []
+    monkeypatch.setattr(plots, "_save", lambda figure, axes, path: limits.append(axes.get_xlim()))
+    cells = made_up_cells(("cutmix", 1_499_904), ("cut-mixmo", 1_504_000))
     plots.plot_study(cells, tmp_path / "study.png")
     ((low, high),) = limits
     assert 2 <= high / low < 4
@@ -348,19 +355,7 @@ def test_a_method_has_one_colour_in_all_plots(monkeypatch, tmp_path):
         colours.append({name: line.get_color() for name, line in zip(labels, lines, strict=True)})
 
     monkeypatch.setattr(plots, "_save", collect)
-    cells = [
-        SimpleNamespace(
-            method=method,
-            images_seen=images,
-            images_trained=images,
-            split="test",
-            metrics={"accuracy": (0.5,)},
-            mean=lambda name: 0.5,
-            spread=lambda name: None,
-            reliability=(),
-        )
-        for method, images in (("b", 400), ("a", 400), ("b", 800))
-    ]
+    cells = made_up_cells(("b", 400), ("a", 400), ("b", 800))
     methods = ("z", "a", "b")
     plots.plot_study(cells, tmp_path / "all.png", methods=methods)
     plots.plot_study(cells[2:], tmp_path / "longest.png", methods=methods)

@@ -58,9 +58,10 @@ def resolve_recipe(
     if dataset is not None:
         flags["data.dataset"] = dataset
     assignments = list(assignments)
-    _check_members(recipe, base, flags, assignments)
-    base = _without_stale_options(base, flags, assignments)
-    base = _without_other_length(base, flags, assignments)
+    values = {**flags, **_assigned(assignments)}
+    _check_members(recipe, base, values)
+    base = _without_stale_options(base, values)
+    base = _without_other_length(base, values)
     flags_source = "Command line" if source == "--set" else source
     resolved = override(_with_flags(base, flags, flags_source), assignments, source)
     if not resolved.data.dataset:
@@ -75,11 +76,8 @@ def resolve_recipe(
     return _clear_stale_name(absolute, base)
 
 
-def _check_members(
-    recipe: str | None, base: Recipe, flags: Mapping[str, Any], assignments: Iterable[str]
-) -> None:
+def _check_members(recipe: str | None, base: Recipe, values: Mapping[str, Any]) -> None:
     """Check that one member was not chosen with a shipped recipe that mixes several."""
-    values = {**flags, **_assigned(assignments)}
     if not recipe or values.get("model.num_members") != 1 or "mix.kind" in values:
         return
     family, known = base.name.rpartition("/")[0], recipe_names()
@@ -96,11 +94,8 @@ def _assigned(assignments: Iterable[str]) -> dict[str, Any]:
     return {key.strip(): parse_value(text.strip()) for key, _, text in pairs}
 
 
-def _without_stale_options(
-    recipe: Recipe, flags: Mapping[str, Any], assignments: Iterable[str]
-) -> Recipe:
+def _without_stale_options(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
     """Drop settings of the recipe's optimizer, transform and weights if others are assigned."""
-    values = {**flags, **_assigned(assignments)}
     recipe = _with_weights(_with_transform(recipe, values), values)
     name = values.get("optimizer.name", recipe.optimizer.name)
     if name == recipe.optimizer.name or not isinstance(name, str):
@@ -118,15 +113,12 @@ def _without_stale_options(
     return replace(recipe, optimizer=optimizer)
 
 
-def _without_other_length(
-    recipe: Recipe, flags: Mapping[str, Any], assignments: Iterable[str]
-) -> Recipe:
+def _without_other_length(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
     """Drop the recipe's epochs if its images seen are assigned, and the other way round."""
-    assigned = {*flags, *_assigned(assignments)}
     train = recipe.train
-    if "train.images_seen" in assigned and "train.epochs" not in assigned:
+    if "train.images_seen" in values and "train.epochs" not in values:
         train = replace(train, epochs=None)
-    elif "train.epochs" in assigned and "train.images_seen" not in assigned:
+    elif "train.epochs" in values and "train.images_seen" not in values:
         train = replace(train, images_seen=None)
     return replace(recipe, train=train)
 

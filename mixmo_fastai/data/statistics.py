@@ -1,5 +1,7 @@
 """Mean and standard deviation of pixels, per channel."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,18 @@ def channel_statistics(pixels: Tensor) -> tuple[tuple[float, ...], tuple[float, 
     mean = fractions @ levels  # (C,)
     variance = (fractions * (levels - mean[:, None]) ** 2).sum(1)
     return tuple(mean.tolist()), tuple(variance.sqrt().clamp(min=1 / 255).tolist())
+
+
+def for_channels(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """Return one value per channel: the given ones or, if their number differs, their mean.
+
+    Args:
+        values: means or standard deviations, one per channel of other images.
+        channels: C.
+    """
+    if len(values) == channels:
+        return tuple(values)
+    return (sum(values) / len(values),) * channels
 
 
 def _level_counts(pixels: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean
 
 import torch
 from fastai.data.core import DataLoaders
@@ -15,6 +14,7 @@ from torch import Tensor
 from mixmo_fastai.callbacks.checks import check_batch, count_inputs_and_targets
 from mixmo_fastai.data.first_batch import first_batch, preserved_random_states
 from mixmo_fastai.data.loaders import BatchLoader
+from mixmo_fastai.data.statistics import for_channels
 from mixmo_fastai.errors import InputError
 
 PIXEL_TOLERANCE = 1e-3
@@ -83,11 +83,8 @@ def normalize_for_weights(
     if any(isinstance(transform, Normalize) for pipeline in pipelines for transform in pipeline.fs):
         return
     channels = batch.image_shape[0]
-    per_channel = [
-        torch.tensor(values if len(values) == channels else [fmean(values)] * channels)
-        for values in (mean, std)
-    ]
-    transform = Normalize.from_stats(*per_channel, cuda=False)
+    statistics = (torch.tensor(for_channels(values, channels)) for values in (mean, std))
+    transform = Normalize.from_stats(*statistics, cuda=False)
     device = dls.device or torch.device("cpu")
     transform.mean, transform.std = transform.mean.to(device), transform.std.to(device)
     dls.add_tfms([transform], "after_batch")

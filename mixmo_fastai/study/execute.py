@@ -93,8 +93,8 @@ class Executor:
             while waiting or active:
                 while waiting and len(active) < self.jobs:
                     number, run = total - len(waiting) + 1, waiting.pop(0)
-                    started = self._start_if_free(run, f"{number} of {total}")
-                    active += [started] if started else []
+                    if started := self._start_if_free(run, f"{number} of {total}"):
+                        active.append(started)
                 time.sleep(POLL_SECONDS)
                 for ended in [each for each in active if each.process.poll() is not None]:
                     active.remove(ended)

@@ -7,6 +7,7 @@ from mixmo_fastai.config.choices import parse_architecture
 from mixmo_fastai.config.defaults import is_pretrained
 from mixmo_fastai.config.recipe import Recipe
 from mixmo_fastai.data.image_sets import DataSource
+from mixmo_fastai.data.statistics import for_channels
 from mixmo_fastai.export.header import facts_of_exported
 from mixmo_fastai.runs.folder import RunFolder
 
@@ -33,10 +34,7 @@ def with_statistics_of_weights(recipe: Recipe, arch: str, source: DataSource) ->
     if found is None:
         return source
     channels = source.train.image_shape[0]
-    mean, std = (
-        values if len(values) == channels else (sum(values) / len(values),) * channels
-        for values in found
-    )
+    mean, std = (for_channels(values, channels) for values in found)
     return replace(source, mean=mean, std=std)
 
 
