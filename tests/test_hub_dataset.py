@@ -18,6 +18,8 @@ from mixmo_fastai.data.sources import load_source
 from mixmo_fastai.data.table_columns import TableColumns
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.runs.folder import open_run
+from mixmo_fastai.study.execute import check_one_label_per_image
+from mixmo_fastai.study.plan import read_study
 
 NAMES = ["cat", "dog", "eel"]
 
@@ -309,6 +311,22 @@ def test_bad_lists_of_labels_are_refused(tmp_path, label, message):
     name = save(tmp_path / "saved", train=make(0, 24, **more), test=make(24, 8, **more))
     with pytest.raises(InputError, match=message):
         load_source(name, columns=TableColumns(label="tags"))
+
+
+def test_studies_refuse_lists_of_labels_before_training(tmp_path):
+    name = save(tmp_path / "pets", train=make(0, 30, tags=(Sequence(CLASSES), several)))
+    file = tmp_path / "study.toml"
+    for column in ("label", "tags"):
+        file.write_text(
+            f'images_seen = [8]\nset = ["data.label_column={column}"]\n'
+            '[methods.plain]\nrecipe = "small-cifar10/vanilla"\n'
+        )
+        runs = read_study(file, name).runs
+        if column == "tags":
+            with pytest.raises(InputError, match=r"is for one label per image"):
+                check_one_label_per_image(runs, tmp_path / "out")
+        else:
+            check_one_label_per_image(runs, tmp_path / "out")
 
 
 def test_split_with_empty_lists_is_not_read(tmp_path):

@@ -3,14 +3,18 @@
 from dataclasses import replace
 
 import pytest
+from label_tables import simple_rows, write_images, write_table
 from test_study_results import TEXT, random_predictions, write_run
 
 from mixmo_fastai.cli import run as program
 from mixmo_fastai.data.fingerprint import fingerprint_of
+from mixmo_fastai.data.run_data import read_source
 from mixmo_fastai.data.sources import load_source
 from mixmo_fastai.errors import InputError, RunFailedError
+from mixmo_fastai.runs.create import create_run
+from mixmo_fastai.runs.data_facts import DataFacts
 from mixmo_fastai.runs.lock import locked
-from mixmo_fastai.study.execute import Executor
+from mixmo_fastai.study.execute import Executor, check_one_label_per_image
 from mixmo_fastai.study.plan import read_study
 from mixmo_fastai.study.predictions import Predictions
 from mixmo_fastai.study.records import check_not_moved, check_unchanged, write_record
@@ -159,3 +163,51 @@ def test_other_expected_figures_are_no_other_settings(study, out):
     assert run.recipe != changed.recipe
     write_record(changed, out)
     check_unchanged([run], out)
+
+
+@pytest.mark.parametrize(
+    ("setting", "is_refused"),
+    [
+        ("data.label_column=kind", False),
+        ("data.label_column=tags", True),
+        ("data.label_column=colour", False),
+        ("data.label_delimiter=+", True),
+    ],
+)
+def test_tables_are_read_with_the_settings_of_the_runs(tmp_path, setting, is_refused):
+    write_images(tmp_path, [f"photos/{index:02d}.png" for index in range(24)])
+    colours = ("red+blue", "red", "blue")
+    rows = [
+        [path, kind, "a|b" if index % 2 else "a", colours[index % 3]]
+        for index, (path, kind) in enumerate(simple_rows())
+    ]
+    header = ["path", "kind", "tags", "colour"]
+    if "delimiter" in setting:  # the column is guessed
+        header[3] = "label"
+    table = write_table(tmp_path / "labels.csv", header, rows)
+    file = tmp_path / "study.toml"
+    text = 'images_seen = [8]\nset = ["{}"]\n[methods.plain]\nrecipe = "small-cifar10/vanilla"\n'
+    file.write_text(text.format(setting))
+    runs = read_study(file, str(table)).runs
+    assert read_source(runs[0].recipe, None).is_multi_label == is_refused
+    if is_refused:
+        with pytest.raises(InputError, match=r"one label per image; those of .*labels\.csv may"):
+            check_one_label_per_image(runs, tmp_path / "out")
+    else:
+        check_one_label_per_image(runs, tmp_path / "out")
+
+
+@pytest.mark.parametrize("is_multi_label", [False, True])
+def test_tables_of_started_runs_are_not_read_again(tmp_path, study, is_multi_label):
+    run = study.runs[0]
+    run = replace(run, recipe=replace(run.recipe, data=replace(run.recipe.data, dataset="no.csv")))
+    classes = ("cat", "dog")
+    folder = create_run(run.recipe, run.folder(tmp_path).path)
+    folder.write_data_facts(
+        DataFacts(classes, (0.5,), (0.2,), (1, 8, 8), is_multi_label=is_multi_label)
+    )
+    if is_multi_label:
+        with pytest.raises(InputError, match=r"one label per image"):
+            check_one_label_per_image([run], tmp_path)
+    else:
+        check_one_label_per_image([run], tmp_path)

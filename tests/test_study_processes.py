@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 from test_study import SMALL
 
-from mixmo_fastai.errors import RunFailedError
+from mixmo_fastai.errors import RunFailedError, RunInterruptedError
 from mixmo_fastai.runs.files import write_atomically
 from mixmo_fastai.runs.folder import RunFolder
 from mixmo_fastai.runs.lock import claim, locked
@@ -182,6 +182,80 @@ def test_an_error_stops_the_other_runs(file, tmp_path, monkeypatch):
         end = claim(run.folder(tmp_path).path)
         assert end is not None
         end()
+
+
+SAVES_SLOWLY = """
+import signal, sys, time
+from pathlib import Path
+
+def save(*_):
+    time.sleep(1)
+    Path(sys.argv[1]).touch()
+    sys.exit()
+
+signal.signal(signal.SIGTERM, save)
+Path(sys.argv[2]).touch()
+time.sleep(600)
+"""
+
+
+def test_a_signal_that_arrives_twice_lets_the_runs_save_their_states(file, tmp_path, monkeypatch):
+    saved, ready, popen = tmp_path / "saved", tmp_path / "ready", subprocess.Popen
+    started = []
+
+    def start(command, **kwargs):
+        command = [sys.executable, "-c", SAVES_SLOWLY, str(saved), str(ready)]
+        started.append(popen(command, start_new_session=True))
+        return started[0]
+
+    def interrupt():
+        while not ready.exists():
+            time.sleep(0.01)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(RunInterruptedError, match="The states are saved") as caught:
+        Executor(tmp_path).train(read_study(file).runs)
+    thread.join()
+    assert caught.value.exit_code == 130
+    assert saved.exists()
+    assert [process.poll() for process in started] == [0]
+
+
+def test_a_run_that_is_started_during_a_signal_is_stopped(file, tmp_path, monkeypatch):
+    started, popen = [], subprocess.Popen
+
+    def start(command, **kwargs):
+        sleeper = [sys.executable, "-c", "import time; time.sleep(600)"]
+        started.append(popen(sleeper, start_new_session=True))
+        os.kill(os.getpid(), signal.SIGTERM)
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    with pytest.raises(RunInterruptedError) as caught:
+        Executor(tmp_path, jobs=2).train(read_study(file).runs)
+    assert caught.value.exit_code == 143
+    assert [process.poll() for process in started] == [-signal.SIGTERM]
+
+
+def test_runs_that_do_not_stop_are_killed_and_named(file, tmp_path, monkeypatch):
+    popen = subprocess.Popen
+    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+
+    def start(command, **kwargs):
+        process = popen([sys.executable, "-c", code], start_new_session=True)
+        time.sleep(1)  # until it ignores the signal
+        os.kill(os.getpid(), signal.SIGINT)
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    monkeypatch.setattr(execute, "SECONDS_TO_STOP", 0)
+    with pytest.raises(RunInterruptedError, match=r"^Interrupted\. 1 of the runs did not stop "):
+        Executor(tmp_path).train(read_study(file).runs)
 
 
 def test_files_of_several_writers_are_always_complete(tmp_path):

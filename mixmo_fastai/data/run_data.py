@@ -9,7 +9,7 @@ from mixmo_fastai.config.recipe import Recipe
 from mixmo_fastai.data.image_sets import DataSource
 from mixmo_fastai.data.parts import DataParts, parts_before_split_json
 from mixmo_fastai.data.sources import load_source
-from mixmo_fastai.data.table_columns import TableColumns
+from mixmo_fastai.data.table_columns import columns_of
 from mixmo_fastai.runs.data_facts import DataFacts
 from mixmo_fastai.runs.folder import RunFolder
 
@@ -50,7 +50,7 @@ def read_source(
     source = load_source(
         recipe.data.dataset,
         data_dir,
-        columns=_columns(recipe),
+        columns=columns_of(recipe.data),
         image_size=recipe.data.image_size or None,
         largest_side=largest_side,
         test_split=recipe.data.test_split,
@@ -62,18 +62,6 @@ def read_source(
     if facts is None or not is_pretrained(recipe) or len(facts.mean) != len(source.mean):
         return source
     return replace(source, mean=facts.mean, std=facts.std)  # those of the weights
-
-
-def _columns(recipe: Recipe) -> TableColumns:
-    data = recipe.data
-    return TableColumns(
-        data.path_column,
-        data.label_column,
-        data.split_column,
-        data.group_column,
-        data.image_folder,
-        data.label_delimiter,
-    )
 
 
 def data_parts(run: RunFolder) -> DataParts | None:

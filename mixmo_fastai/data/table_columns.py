@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
 
+from mixmo_fastai.config.recipe import Data
 from mixmo_fastai.data.class_files import examples
 from mixmo_fastai.data.file_finder import FileFinder
 from mixmo_fastai.data.flag_columns import (
@@ -76,6 +77,18 @@ class TableColumns:
     def are_default(self) -> bool:
         """Whether everything is to be found."""
         return self == TableColumns()
+
+
+def columns_of(data: Data) -> TableColumns:
+    """Return the columns that the settings of a recipe name."""
+    return TableColumns(
+        data.path_column,
+        data.label_column,
+        data.split_column,
+        data.group_column,
+        data.image_folder,
+        data.label_delimiter,
+    )
 
 
 def find_columns(table: TextTable, columns: TableColumns, finder: FileFinder) -> TableColumns:

@@ -47,7 +47,7 @@ def choose_table_images(
         InputError: as for `read_label_table`, or `test_split` was given for a table with test
             images.
     """
-    table = _read(path, columns)
+    table = read_table(path, columns)
     if "test" in table.parts and test_split is not None:
         raise InputError(
             f"--test-split is for data without test images, but {path} has some.\n"
@@ -85,7 +85,7 @@ def reopen_table_images(
     Raises:
         InputError: as for `read_label_table`, an image of the run is missing, or a class is new.
     """
-    table = _read(path, TableColumns(**(parts.columns or {})), left_out)
+    table = read_table(path, TableColumns(**(parts.columns or {})), left_out)
     files, notes = table.parts["train"], list[Note]()
     if parts.drawn is not None:
         notes += check_drawn(path, parts.drawn, files, left_out)
@@ -98,7 +98,10 @@ def reopen_table_images(
     return table.root, _chosen(table, parts, train, test, notes, multi=None)
 
 
-def _read(path: Path | str, columns: TableColumns, left_out: Collection[str] = ()) -> LabelTable:
+def read_table(
+    path: Path | str, columns: TableColumns, left_out: Collection[str] = ()
+) -> LabelTable:
+    """Read a table of labels or a `hub_dataset`; see `label_tables.read_label_table`."""
     if is_hub_dataset(path):
         return read_hub_dataset(str(path), columns)
     return read_label_table(Path(path), columns, left_out)

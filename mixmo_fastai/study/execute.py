@@ -14,11 +14,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mixmo_fastai.data.label_tables import is_table, read_label_table
+from mixmo_fastai.data.hub_dataset import is_hub_dataset
+from mixmo_fastai.data.label_tables import is_table
+from mixmo_fastai.data.table_columns import TableColumns, columns_of
+from mixmo_fastai.data.table_images import read_table
 from mixmo_fastai.errors import InputError, RunFailedError, RunInterruptedError
 from mixmo_fastai.runs.lock import claim, locked
 from mixmo_fastai.runtime.cpus import available_cpus
-from mixmo_fastai.runtime.signals import exit_code_of
+from mixmo_fastai.runtime.signals import StopRequest, exit_code_of, handling_signals
 from mixmo_fastai.study.plan import PlannedRun
 from mixmo_fastai.study.records import (
     check_not_moved,
@@ -32,16 +35,31 @@ SECONDS_TO_STOP = 600
 """How long interrupted runs may take to save their states."""
 
 
-def check_one_label_per_image(runs: Sequence[PlannedRun]) -> None:
-    """Check that no run is on a table of several labels per image, before any is trained.
+def check_one_label_per_image(runs: Sequence[PlannedRun], folder: Path) -> None:
+    """Check that no run is on images with several labels, before any is trained.
+
+    Args:
+        runs: the runs; the tables of those that were not started are read with their settings.
+        folder: folder of the study.
 
     Raises:
-        InputError: one is.
+        InputError: one is, or its table cannot be read.
     """
-    for dataset in sorted({run.recipe.data.dataset for run in runs}):
-        if is_table(dataset) and read_label_table(Path(dataset)).multi is not None:
+    tables: dict[tuple[str, TableColumns], bool] = {}
+    for run in runs:
+        data, facts = run.recipe.data, run.folder(folder).data_facts()
+        if facts is not None:
+            is_multi_label = facts.is_multi_label
+        elif is_table(data.dataset) or is_hub_dataset(data.dataset):
+            key = data.dataset, columns_of(data)
+            if key not in tables:
+                tables[key] = read_table(*key).multi is not None
+            is_multi_label = tables[key]
+        else:
+            continue
+        if is_multi_label:
             raise InputError(
-                f"mixmo study is for one label per image; those of {dataset} may have several."
+                f"mixmo study is for one label per image; those of {data.dataset} may have several."
             )
 
 
@@ -72,6 +90,7 @@ class Executor:
     data_dir: Path | None = None
     print_line: Callable[[str], None] = print
     failed: dict[str, str] = field(default_factory=dict)
+    _num_killed: int = 0
     _log_starts: dict[str, int] = field(default_factory=dict)
 
     def train(self, runs: Sequence[PlannedRun]) -> None:
@@ -85,13 +104,37 @@ class Executor:
             RunInterruptedError: interrupted; the runs have saved their states.
         """
         check_unchanged(runs, self.folder)
-        check_one_label_per_image(runs)
         waiting = [run for run in runs if not run.folder(self.folder).is_finished]
+        check_one_label_per_image(waiting, self.folder)
+        total = len(waiting)
+        try:
+            # A signal raised at once could come between the start of a run and its registration,
+            # and a second one, which a terminal or a parent may send too, while runs are stopped.
+            with handling_signals() as stop, stop.deferred():
+                self._train(waiting, stop)
+        except KeyboardInterrupt as error:
+            raise RunInterruptedError(self._interrupted(), exit_code_of(error)) from None
+        if self.failed:
+            reasons = "".join(f"\n{name}: {reason}" for name, reason in [*self.failed.items()][:2])
+            raise RunFailedError(f"{len(self.failed)} of {total} runs failed.{reasons}")
+
+    def _interrupted(self) -> str:
+        """Return the message of an interrupted study."""
+        state = "The states are saved"
+        if self._num_killed:
+            state = (
+                f"{self._num_killed} of the runs did not stop within {SECONDS_TO_STOP} s and were "
+                "killed; their last states are kept"
+            )
+        return f"Interrupted. {state}; continue with the same command."
+
+    def _train(self, waiting: list[PlannedRun], stop: StopRequest) -> None:
+        """Train runs until none is left or a signal was received; then stop those in training."""
         total = len(waiting)
         active: list[_ActiveRun] = []
         try:
-            while waiting or active:
-                while waiting and len(active) < self.jobs:
+            while (waiting or active) and stop.number is None:
+                while waiting and len(active) < self.jobs and stop.number is None:
                     number, run = total - len(waiting) + 1, waiting.pop(0)
                     if started := self._start_if_free(run, f"{number} of {total}"):
                         active.append(started)
@@ -102,17 +145,8 @@ class Executor:
                         self._finish(ended.run, ended.process.returncode)
                     finally:
                         ended.end_claim()
-        except BaseException as error:
+        finally:
             self._stop(active)
-            if not isinstance(error, KeyboardInterrupt):
-                raise
-            raise RunInterruptedError(
-                "Interrupted. The states are saved; continue with the same command.",
-                exit_code_of(error),
-            ) from None
-        if self.failed:
-            reasons = "".join(f"\n{name}: {reason}" for name, reason in [*self.failed.items()][:2])
-            raise RunFailedError(f"{len(self.failed)} of {total} runs failed.{reasons}")
 
     def _start_if_free(self, run: PlannedRun, position: str) -> _ActiveRun | None:
         """Start a run, unless it is finished meanwhile or another process trains it.
@@ -214,9 +248,10 @@ class Executor:
         for process in processes:
             try:
                 process.wait(max(1, deadline - time.monotonic()))
-            except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+                self._num_killed += 1
         for each in active:
             each.end_claim()
 
