@@ -1,11 +1,14 @@
 import pytest
 import torch
 from fastai.callback.core import Callback
+from label_tables import write_images
 from synthetic import mixmo_dls
 
 from mixmo_fastai import EMACallback, mixmo_learner
 from mixmo_fastai.callbacks.best_epoch import BestEpochCallback
+from mixmo_fastai.config.resolve import resolve_recipe
 from mixmo_fastai.errors import InputError
+from mixmo_fastai.training.prepare import prepare
 
 
 class SimulatedValidation(Callback):
@@ -71,3 +74,16 @@ def test_incomplete_state_is_rejected():
     state = {"weight": torch.zeros(2)}
     with pytest.raises(InputError, match="another network: selection"):
         BestEpochCallback().load_state_tensors(state, state)
+
+
+def test_images_of_a_validation_folder_select_although_none_are_split_off(tmp_path):
+    for split, count in (("train", 8), ("valid", 4), ("test", 2)):
+        names = [f"{split}/{name}/{i}.png" for name in ("cat", "dog") for i in range(count)]
+        write_images(tmp_path / "data", names)
+    recipe = resolve_recipe(
+        str(tmp_path / "data"),
+        "small-cifar10/vanilla",
+        {"train.epochs": 1, "train.batch_size": 4, "model.arch": "wrn10_1"},
+        ["data.limit=0", "data.valid_split=0", "data.image_size=8", "train.select=best"],
+    )
+    assert len(prepare(recipe).learn.dls.valid.images) == 4  # the others calibrate

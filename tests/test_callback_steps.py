@@ -102,6 +102,32 @@ def test_training_metrics_get_one_row_per_image_and_member(train_metrics):
     assert shapes.seen == {((24, 3), (24,)) if train_metrics else as_seen_by_the_network}
 
 
+class SkipSecondBatch(Callback):
+    order, run_valid = 20, False
+
+    def before_batch(self):
+        if self.learn.iter == 1:
+            raise CancelBatchException
+
+
+def test_training_metrics_with_a_skipped_batch_count_the_batch_before_again():
+    """As in any Learner of fastai."""
+    seen = []
+
+    def rows(preds, targets):
+        seen.append((preds.clone(), targets.clone()))
+        return preds.sum()
+
+    learn = make_learner(cbs=[SkipSecondBatch(), SkipBackward()])
+    learn.metrics = learn.metrics + [AvgMetric(rows)]
+    learn.recorder.train_metrics = True
+    learn.fit(1, 0.0)
+    (first, targets), (again, same) = seen[:2]
+    assert len(first) == len(targets) == 96
+    assert torch.equal(first, again)
+    assert torch.equal(targets, same)
+
+
 def test_a_recorder_is_not_required():
     shapes = Shapes()
     learn = make_learner(cbs=[shapes, SkipBackward()])

@@ -133,6 +133,17 @@ FOLDERS = [
         "neither labelled test images nor validation images",
         "Hold some",
     ),
+    (
+        "fit {folders}/bare --valid-split 0 --set train.select=best",
+        "needs validation images, and none are left",
+        "Increase data.valid_split",
+    ),
+    (
+        "fit digits --limit 64 --valid-split 0.01 --set train.select=best "
+        "--set data.calibration_split=0.9",
+        "needs validation images, and none are left",
+        "reduce data.calibration_split",
+    ),
     ("fit {folders}/undecodable --batch-size 8", "002.png", "Replace it"),
     ("lr-find {folders}/undecodable --batch-size 8", "002.png", "Replace it"),
 ]

@@ -153,6 +153,25 @@ def test_weights_loaded_after_an_interruption_are_kept(training):
     assert all(bool((tensor == 0.5).all()) for tensor in recorder.steps[0].values())
 
 
+@pytest.mark.parametrize("predict", [False, True])
+def test_a_fit_after_an_interruption_starts_from_the_training_weights(predict):
+    interrupt, recorder = Interrupt(KeyboardInterrupt, True), WeightRecorder()
+    interrupt.order = 90  # the step is complete
+    learn = make_learner(EMACallback(DECAY), interrupt, recorder)
+    with pytest.raises(KeyboardInterrupt):
+        fit(learn, 1)
+    learn.remove_cbs([interrupt, recorder])
+    last = float_tensors(learn.model)
+    with learn.no_bar(), learn.no_logging():
+        learn.get_preds() if predict else learn.validate()
+    assert not all_equal(float_tensors(learn.model), last)  # the averages
+    again = WeightRecorder()
+    again.order = 90  # after EMACallback
+    learn.add_cb(again)
+    fit(learn, 1)
+    assert all_equal(again.steps[0], last)
+
+
 def test_training_cancelled_in_validation_leaves_the_averages():
     recorder = WeightRecorder()
     interrupt = Interrupt(CancelFitException, False)

@@ -119,6 +119,27 @@ def test_frozen_weights_do_not_change():
     assert {name for name in before if name.startswith("heads")} <= changed
 
 
+class ValidateAgain(Callback):
+    """Validate once more after the first epoch."""
+
+    order, num_done = 90, 0
+
+    def after_epoch(self):
+        if not self.num_done:
+            self.num_done = 1
+            with self.learn.no_bar():
+                self.learn.validate()
+
+
+def test_a_validation_within_the_fit_does_not_unfreeze():
+    learn, record = learner(), Record()
+    frozen = BATCHES + 1
+    learn.fit(2, LR, cbs=[FreezeCallback(frozen), ValidateAgain(), record])
+    is_frozen = ["encoders.0.weight" not in names for names in record.trained]
+    assert is_frozen == [True] * frozen + [False] * (2 * BATCHES - frozen)
+    assert all(parameter.requires_grad for parameter in learn.model.parameters())
+
+
 def test_share_of_frozen_steps():
     assert [frozen_steps(share, 10) for share in (0, 0.04, 0.2, 0.95)] == [0, 0, 2, 9]
 

@@ -129,6 +129,7 @@ OPTIMIZERS = {
     "torch/NAdam": ["lr=0.002", "options.momentum_decay=0.004"],
     "fastai/Adam": ["lr=0.002"],
     "fastai/SGD": ["lr=0.05", "options.mom=0.8"],
+    "fastai/RMSProp": ["lr=0.002"],
     "fastai/Lamb": ["lr=0.002"],
     "torch/Rprop": ["lr=0.001", "weight_decay=0"],
     "fastai/ranger": ["lr=0.002", "options.k=3"],
@@ -141,6 +142,30 @@ def test_every_optimizer_is_resumed(uninterrupted, tmp_path, name, schedule):
     settings = [f"optimizer.{setting}" for setting in (f"name={name}", *OPTIMIZERS[name])]
     expected = uninterrupted(FEW_STEPS, *settings, f"schedule.kind={schedule}")
     check_stop_and_resume(expected, tmp_path / "run", (1, 2))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["name=fastai/SGD", "lr=0.05"],
+        ["name=fastai/SGD", "lr=0.05", "options.decouple_wd=false"],
+        ["name=fastai/RMSProp", "lr=0.002", "options.mom=0"],
+    ],
+    ids=" ".join,
+)
+def test_optimizers_of_fastai_without_momentum_are_resumed(uninterrupted, tmp_path, settings):
+    expected = uninterrupted(FEW_STEPS, *(f"optimizer.{setting}" for setting in settings))
+    check_stop_and_resume(expected, tmp_path / "run", (1, 2))
+
+
+@pytest.mark.parametrize("stop_at", [(1, 1), (1, 2)], ids=str)
+def test_momentum_that_becomes_zero_is_resumed(uninterrupted, tmp_path, stop_at):
+    """Its buffers are kept: after the second of three steps of all six, the momentum is 0."""
+    expected = uninterrupted(
+        FEW_STEPS, "schedule.momentums=[0.9, 0, 0.9]", "schedule.pct_start=0.5",
+        "optimizer.nesterov=false",
+    )  # fmt: skip
+    check_stop_and_resume(expected, tmp_path / "run", stop_at)
 
 
 def test_changing_the_optimizer_is_rejected(tmp_path):

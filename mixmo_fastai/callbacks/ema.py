@@ -59,6 +59,8 @@ class EMACallback(Callback):
         if self._finding_lr:
             return
         if not self.fit_trained[-1] and not self.restored:
+            if self.version == self._version():  # no other weights were loaded since
+                self._restore_training_weights()
             self._reset()
         self.fit_trained[-1], self.restored = True, False
         self._restore_training_weights()

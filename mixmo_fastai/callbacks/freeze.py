@@ -21,6 +21,9 @@ class FreezeCallback(Callback):
     def __init__(self, num_steps: int) -> None:
         self.num_steps = num_steps
         self.is_frozen: bool | None = None
+        # A stack, since `Learner.validate` also triggers before_fit and after_fit, even during a
+        # fit.
+        self.fit_trained: list[bool] = []
         self.frozen: list[nn.Parameter] = []
 
     def freeze_before(self, step: int) -> None:
@@ -32,8 +35,13 @@ class FreezeCallback(Callback):
         self._set(0 < step <= self.num_steps)
 
     def before_fit(self) -> None:
-        """Decide anew in the first step."""
-        self.is_frozen = None
+        """Record the start of a fit or of a validation."""
+        self.fit_trained.append(False)
+
+    def before_train(self) -> None:
+        """Let the first step of a fit freeze or unfreeze."""
+        if not self.fit_trained[-1]:
+            self.fit_trained[-1], self.is_frozen = True, None
 
     def before_batch(self) -> None:
         """Freeze or unfreeze before a step."""
@@ -54,8 +62,9 @@ class FreezeCallback(Callback):
                 parameter.grad = None
 
     def after_fit(self) -> None:
-        """Leave all parameters trainable."""
-        self._set(False)
+        """Leave all parameters trainable if this was a fit, not a validation."""
+        if self.fit_trained.pop():
+            self._set(False)
 
     def _set(self, is_frozen: bool) -> None:
         self.is_frozen = is_frozen

@@ -108,6 +108,8 @@ class MixMoCallback(_PlainErrorCallback):
     # masks and loss weights are drawn in float32.
     order, run_valid = 9, False
     draws: EpochDraws | None = None  # those of the current epoch
+    # Predictions and targets of the last step, if fastai's training metrics are enabled.
+    _flat: tuple[Tensor | None, Tensor | None] = (None, None)
     # Callbacks in Learners exported by version 0.1.0 do not have these attributes.
     early_repetition: float | None = None
     early_span, early_shape = 0.4, "linear"
@@ -277,13 +279,16 @@ class MixMoCallback(_PlainErrorCallback):
     def after_batch(self) -> None:
         """Flatten the members into the batch axis if fastai's training metrics are enabled."""
         recorder = getattr(self.learn, "recorder", None)
-        if recorder is not None and recorder.train_metrics:
-            self.learn.pred = self.learn.pred.flatten(0, 1)  # (B · M, K)
-            self.learn.yb = (self.learn.yb[0].flatten(0, 1),)
+        if recorder is None or not recorder.train_metrics:
+            return
+        # For a batch that a callback skipped, fastai counts the last predictions again.
+        if self.learn.pred is not self._flat[0]:
+            self._flat = self.learn.pred.flatten(0, 1), self.learn.yb[0].flatten(0, 1)  # (B · M, …)
+        self.learn.pred, self.learn.yb = self._flat[0], (self._flat[1],)
 
     def after_train(self) -> None:
         """Count trained epochs."""
-        self.draws = None
+        self.draws, self._flat = None, (None, None)
         if not self._is_search:
             self.epochs_trained += 1
 

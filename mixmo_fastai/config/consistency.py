@@ -3,6 +3,7 @@
 from mixmo_fastai.config.choices import (
     COW_DEFAULTS,
     CROPPING_TRANSFORM,
+    DATASETS,
     MASK_OPTIONS,
     READOUTS,
     TRANSFORMS,
@@ -66,7 +67,8 @@ def _check_data_and_network(recipe: Recipe, source: str) -> None:
         )
     _check_transform(recipe, source)
     _check_repetition(recipe, source)
-    if train.select == "best" and recipe.data.valid_split == 0:
+    is_named = recipe.data.dataset in DATASETS  # others may have a validation folder
+    if is_named and train.select == "best" and recipe.data.valid_split == 0:
         raise InputError(
             f"{source}: train.select='best' selects the epoch on the validation split, but "
             "data.valid_split=0 leaves no validation images.\n"

@@ -5,11 +5,11 @@ stored as `parameter/key`; the name of a Python number ends with its type. Momen
 stored under the name of the parameter alone, as in version 0.1.0.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
-from fastai.optimizer import Lookahead
+from fastai.optimizer import Lookahead, Optimizer, average_grad, average_sqr_grad, step_stat
 from torch import Tensor, nn
 
 from mixmo_fastai.errors import InputError
@@ -96,15 +96,53 @@ def restore_optimizer(
             slow.copy_(saved_slow[name])
 
 
-def keeps_state(optimizer: Any, hypers: Iterable[Mapping[str, float]]) -> bool:
-    """Check whether an optimizer has state after a step; SGD without momentum has none.
+def check_complete(
+    optimizer: Any,
+    trained: Collection[str],
+    tensors: Mapping[str, Tensor],
+    hypers: Collection[Mapping[str, float]],
+) -> None:
+    """Check that the state of an optimizer covers either all trained parameters or none.
 
     Args:
         optimizer: fastai optimizer, or fastai's wrapper of a torch optimizer.
-        hypers: hyperparameters of each parameter group at that step.
+        trained: names of the parameters that are trained.
+        tensors: the output of `optimizer_tensors`.
+        hypers: hyperparameters of each parameter group at the last step; empty before the first.
+
+    Raises:
+        ValueError: a parameter is missing or has a state before the first step; the message names
+            it.
     """
-    is_sgd = isinstance(getattr(optimizer, "opt", None), torch.optim.SGD)
-    return not is_sgd or any(group.get("mom") for group in hypers)
+    split = (name.rpartition("/") for name in tensors)
+    kept = {parameter or key for parameter, _, key in split if key not in _FASTAI_FLAGS}
+    if kept and not hypers:
+        raise ValueError(min(kept))
+    missing = {*trained} - kept
+    if missing and (kept or (hypers and _must_keep_state(optimizer, hypers))):
+        raise ValueError(min(missing))
+
+
+def _must_keep_state(optimizer: Any, hypers: Iterable[Mapping[str, float]]) -> bool:
+    """Check whether an optimizer certainly has state after a step.
+
+    SGD without momentum has none; torch's SGD may have some if the momentum was not 0 before.
+    Optimizers of other packages are not known.
+    """
+    if isinstance(optimizer, Lookahead):
+        return True
+    if isinstance(optimizer, Optimizer):
+        return any(step in _STATEFUL_STEPS for step in optimizer.cbs)
+    inner = getattr(optimizer, "opt", None)
+    if isinstance(inner, torch.optim.SGD):
+        return any(group.get("mom") for group in hypers)
+    return type(inner).__module__.startswith(_KNOWN_PACKAGES)
+
+
+_FASTAI_FLAGS = ("do_wd:bool", "force_train:bool")
+"""Kept for biases and the parameters of BatchNorm, by optimizers without state too."""
+_STATEFUL_STEPS = (average_grad, average_sqr_grad, step_stat)
+_KNOWN_PACKAGES = ("torch.optim", "mixmo_fastai")
 
 
 def _state_of(optimizer: Any) -> Any:

@@ -230,7 +230,7 @@ def prepare_network(
     )
     learn = learner_from_recipe(_without_weights(recipe, resumed), dls)
     _check_image_size(recipe, source, learn.model)
-    _check_evaluation_images(source, dls)
+    _check_evaluation_images(recipe, source, dls)
     learn.remove_cbs(ProgressCallback)  # the caller provides the progress display
     training = Training(recipe, source, learn, open_names, threads)
     training.acceleration.move_to_device(learn.model)
@@ -375,8 +375,13 @@ def _check_image_size(recipe: Recipe, source: DataSource, model: nn.Module) -> N
         ) from error
 
 
-def _check_evaluation_images(source: DataSource, dls: DataLoaders) -> None:
-    """Check that there are images to evaluate on."""
+def _check_evaluation_images(recipe: Recipe, source: DataSource, dls: DataLoaders) -> None:
+    """Check that there are images to evaluate on, and to select the best epoch."""
+    if recipe.train.select == "best" and not len(dls.valid.images):
+        raise InputError(
+            "train.select='best' needs validation images, and none are left.\n"
+            "Increase data.valid_split, reduce data.calibration_split, or use train.select='last'."
+        )
     if not any(len(loader.images) for loader in (dls.valid, dls[TEST_SET])):
         raise InputError(
             f"{source.name} has neither labelled test images nor validation images to evaluate on."

@@ -33,7 +33,7 @@ from mixmo_fastai.runs.checkpoints import CheckpointStore, Saved
 from mixmo_fastai.runs.weights import load_tensors, to_bytes
 from mixmo_fastai.runtime.processes import process_group
 from mixmo_fastai.training.optimizer_state import (
-    keeps_state,
+    check_complete,
     optimizer_tensors,
     restore_optimizer,
 )
@@ -248,13 +248,9 @@ class RunState:
             self.freezing.freeze_before(position.epoch * restored.steps_per_epoch + position.step)
             frozen = {id(parameter) for parameter in self.freezing.frozen}
         trained = {name for name, parameter in parameters.items() if id(parameter) not in frozen}
-        missing = trained - {name.rpartition("/")[0] or name for name in tensors}
-        has_state = restored.position != Position() and keeps_state(learn.opt, restored.hypers)
+        hypers = () if restored.position == Position() else restored.hypers
         try:
-            if has_state and missing:
-                raise ValueError(min(missing))
-            if tensors and not has_state:
-                raise ValueError(next(iter(tensors)))
+            check_complete(learn.opt, trained, tensors, hypers)
             restore_optimizer(learn.opt, parameters, tensors)
         except ValueError as error:
             raise InputError(
