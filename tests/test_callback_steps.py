@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fastai.callback import schedule  # noqa: F401  # adds lr_find to each Learner
-from fastai.callback.core import Callback
-from fastai.learner import Learner, Recorder
+from fastai.callback.core import Callback, CancelBatchException
+from fastai.learner import AvgMetric, Learner, Recorder
 from fastai.losses import CrossEntropyLossFlat
 from fasttransform import Transform
 from learners import BatchRecorder, SkipBackward, make_learner, small_network

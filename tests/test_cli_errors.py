@@ -114,6 +114,7 @@ PLACES = [
     ("fit --resume none", "no run folder 'none'", "runs/"),
     ("fit --resume notes", "no recipe.toml", "mixmo fit"),
     ("fit --resume trained --epochs 3", "--resume uses the settings", "omit all other"),
+    ("fit --resume trained --seed 1", "--resume uses the settings", "--data-dir, --nets, --logger"),
     ("fit digits --resume trained", "--resume uses the settings", "omit all other"),
     ("fit --resume trained --set train.epochs=3", "--resume uses the settings", "omit all other"),
     ("fit --resume trained --out other", "--resume uses the settings", "omit all other"),

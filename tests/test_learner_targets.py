@@ -32,6 +32,17 @@ def test_multi_label_targets_of_plain_loaders(dtype):
     assert ((probabilities > 0.5) == targets).float().mean() == pytest.approx(metric)
 
 
+class WithLoss(TensorDataset):
+    loss_func = BCEWithLogitsLossFlat()
+
+
+def test_no_loss_means_that_of_the_data_as_in_a_learner():
+    data = WithLoss(torch.rand(16, 3, 8, 8), torch.randint(2, (16, 4)).float())
+    dls = DataLoaders.from_dsets(data, data, bs=8, device="cpu", num_workers=0)
+    learn = mixmo_learner(dls, small_network(), num_classes=4, loss_func=None)
+    assert learn.loss_func.base is Learner(dls, small_network()).loss_func
+
+
 def test_metrics_of_integer_multi_labels():
     data = TensorDataset(torch.rand(32, 3, 8, 8), torch.randint(2, (32, 4)))
     dls = DataLoaders.from_dsets(data, data, bs=8, device="cpu", num_workers=0)

@@ -13,8 +13,9 @@ from synthetic import fastai_dls, mixmo_dls
 from torch import nn
 
 from mixmo_fastai.callbacks.mixmo import MixMoCallback
+from mixmo_fastai.config.recipe import Recipe
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.learner.build import mixmo_learner
+from mixmo_fastai.learner.build import learner_from_recipe, mixmo_learner
 from mixmo_fastai.metrics import fastai as metrics
 from mixmo_fastai.mixing.loss import MixMoLoss
 from mixmo_fastai.models import create_model
@@ -144,3 +145,12 @@ class TestMemberAccuracy:
             num_correct += (logits.argmax(2) == y[:, None]).float().mean(1).sum().item()
             num_seen += len(y)
         assert value == pytest.approx(num_correct / num_seen)
+
+
+@pytest.mark.parametrize("convert", [lambda callback: callback, lambda callback: [callback]])
+def test_learner_from_recipe_takes_one_callback_or_a_list(convert):
+    callback = ActivationStats()
+    learn = learner_from_recipe(
+        Recipe(), mixmo_dls(), create_model("wrn10_1", 3), cbs=convert(callback)
+    )
+    assert callback in learn.cbs

@@ -1,6 +1,7 @@
 """The view of a user's loader whose batches have several copies of each image."""
 
 import pickle
+from typing import NamedTuple
 
 import torch
 from fastai.callback.core import Callback
@@ -10,7 +11,7 @@ from synthetic import fastai_dls
 from torch import nn
 
 from mixmo_fastai import mixmo_learner
-from mixmo_fastai.data.repeat import expand
+from mixmo_fastai.data.repeat import expand, repeat_batch
 
 COPIES = 3
 
@@ -70,6 +71,18 @@ def test_its_order_is_that_of_the_loader():
     found = labels([expand(other, COPIES).loader, other, expand(other, 2).loader])
     assert found == labels([plain, plain, plain])
     assert found[:3] != found[3:6]
+
+
+class Sample(NamedTuple):
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+def test_named_tuples_are_repeated():
+    batch = repeat_batch(Sample(torch.arange(2.0)[:, None], torch.arange(2)), 3)
+    assert isinstance(batch, Sample)
+    assert batch.x[:, 0].tolist() == [0, 1] * 3
+    assert batch.y.tolist() == [0, 1] * 3
 
 
 def test_it_can_be_pickled():

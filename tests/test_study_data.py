@@ -143,6 +143,17 @@ def test_runs_with_a_state_do_not_need_their_weights(file, tmp_path):
     check_not_moved(other, tmp_path)
 
 
+def test_other_data_sets_of_the_hub_are_noticed(tmp_path):
+    file = tmp_path / "study.toml"
+    file.write_text('images_seen = [8]\n[methods.plain]\nrecipe = "small-cifar10/vanilla"\n')
+    (run,) = read_study(file, "hf:alice/pets").runs
+    run.folder(tmp_path).path.mkdir(parents=True)
+    write_record(run, tmp_path)
+    check_unchanged([run], tmp_path)
+    with pytest.raises(InputError, match=r"data\.dataset='hf:alice/pets'.*'hf:bob/pets'"):
+        check_unchanged(read_study(file, "hf:bob/pets").runs, tmp_path)
+
+
 def test_removed_settings_are_noticed(file, tmp_path):
     file.write_text(TEXT + 'set = ["mix.early_repetition=1"]\n')
     for run in read_study(file).runs:

@@ -12,7 +12,9 @@ from dataclasses import replace
 import pytest
 from test_study import SMALL
 
-from mixmo_fastai.errors import RunFailedError, RunInterruptedError
+from mixmo_fastai.cli import run as program
+from mixmo_fastai.cli import study as cli_study
+from mixmo_fastai.errors import InputError, RunFailedError, RunInterruptedError
 from mixmo_fastai.runs.files import write_atomically
 from mixmo_fastai.runs.folder import RunFolder
 from mixmo_fastai.runs.lock import claim, locked
@@ -256,6 +258,22 @@ def test_runs_that_do_not_stop_are_killed_and_named(file, tmp_path, monkeypatch)
     monkeypatch.setattr(execute, "SECONDS_TO_STOP", 0)
     with pytest.raises(RunInterruptedError, match=r"^Interrupted\. 1 of the runs did not stop "):
         Executor(tmp_path).train(read_study(file).runs)
+
+
+def test_results_that_fail_too_do_not_hide_why_runs_failed(file, tmp_path, monkeypatch, capsys):
+    def train(self, runs):
+        raise RunFailedError("1 of 2 runs failed.\nplain: Error: out of memory")
+
+    def write(*_):
+        raise InputError("vanilla-400-seed0 was evaluated on other images.")
+
+    monkeypatch.setattr(Executor, "train", train)
+    monkeypatch.setattr(cli_study, "_has_results", lambda *_: True)
+    monkeypatch.setattr(cli_study, "_write_results", write)
+    assert program(["study", str(file), "--out", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert "out of memory" in error
+    assert "No results: vanilla-400-seed0 was evaluated on other images." in error
 
 
 def test_files_of_several_writers_are_always_complete(tmp_path):

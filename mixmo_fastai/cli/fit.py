@@ -163,7 +163,8 @@ def _check_no_settings(values: list[Any]) -> None:
     if any(value is not None for value in values):
         raise InputError(
             "--resume uses the settings of the run's recipe; omit all other arguments.\n"
-            "Only --data-dir, --logger, --json, --quiet and --debug can be combined with it."
+            "Only --data-dir, --nets, --logger, --json, --quiet and --debug can be combined with "
+            "it."
         )
 
 

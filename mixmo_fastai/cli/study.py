@@ -67,9 +67,12 @@ def study(
         executor = Executor(folder, jobs, data_dir, output.print)
         try:
             executor.train(planned.runs)
-        except RunFailedError:
+        except RunFailedError as failed:
             if _has_results(planned, folder):
-                _write_results(planned, folder, data_dir, chosen)
+                try:
+                    _write_results(planned, folder, data_dir, chosen)
+                except InputError as error:  # must not hide why runs failed
+                    raise RunFailedError(f"{failed}\nNo results: {error}") from error
             raise
         if not _has_results(planned, folder):
             output.print_result(

@@ -123,11 +123,12 @@ def _replaced_transforms(loader: Any, pipeline: Pipeline) -> Iterator[None]:
 
 
 def repeat_batch(batch: Any, copies: int) -> Any:
-    """Repeat every tensor of a batch along its first axis, keeping container types."""
+    """Repeat every tensor of a batch along its first axis, keeping the types of containers."""
     if isinstance(batch, Tensor):
         return batch.repeat(copies, *(1 for _ in batch.shape[1:]))
     if isinstance(batch, list | tuple):
-        return type(batch)(repeat_batch(part, copies) for part in batch)
+        parts = [repeat_batch(part, copies) for part in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
     if isinstance(batch, dict):
         return {key: repeat_batch(part, copies) for key, part in batch.items()}
     return batch

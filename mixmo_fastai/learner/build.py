@@ -132,7 +132,9 @@ def mixmo_learner(
     check_kind(mix, spec.num_members_for(arch))
     callback = MixMoCallback(mix, **_short_settings(mixing))  # checked before the network is built
     check_classes(targets, num_classes, known_classes(dls))
-    loss_func = kwargs.pop("loss_func", getattr(_dataset(dls), "loss_func", None))
+    loss_func = kwargs.pop("loss_func", None)
+    if loss_func is None:
+        loss_func = getattr(_dataset(dls), "loss_func", None)
     loss = _as_mixmo_loss(loss_func, targets)
     model, is_trained = build_mixmo_model(arch, spec, _weight_generator(callback))
     if not is_trained:
@@ -289,7 +291,7 @@ def learner_from_recipe(
     """
     mix = recipe.mix
     averaging = [EMACallback(recipe.train.ema_decay)] if recipe.train.ema_decay else []
-    kwargs["cbs"] = [*averaging, *kwargs.get("cbs", ())]
+    kwargs["cbs"] = [*averaging, *L(kwargs.get("cbs"))]
     if getattr(dls.train, "is_multi_label", False):
         kwargs.setdefault("loss_func", BCEWithLogitsLossFlat())
     # Checkpoints need a fixed number of groups.

@@ -1,8 +1,9 @@
 """Distributed training: each process trains on its shard of every batch.
 
 The result does not depend on the number of processes: all processes make the same random draws for
-the whole batch, and each takes its own positions of that batch. MSDA, transforms of whole batches
-and ghost batches are the exceptions; see docs/distributed.md.
+the whole batch, and each takes its own positions of that batch. MSDA, transforms of whole batches,
+ghost batches, and losses with class weights or ignored targets are the exceptions; see
+docs/distributed.md.
 """
 
 from collections.abc import Iterator

@@ -57,10 +57,10 @@ class MixMoLoss(nn.Module):
     Args:
         base: loss of one member: a loss of torch or fastai, or any function or module of
             predictions and targets; cross-entropy by default. Its `activation` and `decodes`, which
-            fastai needs at inference, are used if it has them. Otherwise, cross-entropy and any
-            classification loss that is invariant to a shift of a sample's logits use softmax and
-            argmax; binary cross-entropy of logits uses the sigmoid and a threshold of 0.5; other
-            losses return predictions unchanged.
+            fastai needs at inference, are used if it has them. Otherwise, cross-entropy, and any
+            classification loss of yours that is invariant to a shift of a sample's logits, use
+            softmax and argmax; binary cross-entropy of logits uses the sigmoid and a threshold of
+            0.5; other losses return predictions unchanged.
 
     Raises:
         InputError: `base` is not callable; its samples cannot be weighted in training; predictions

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from mixmo_fastai.config.choices import HUB_PREFIX
 from mixmo_fastai.config.load import load_recipe
 from mixmo_fastai.config.recipe import Recipe
 from mixmo_fastai.config.schema import differing_settings, to_toml
@@ -108,6 +109,9 @@ def check_not_moved(run: PlannedRun, folder: Path) -> None:
 
 def _without_folders(recipe: Recipe) -> Recipe:
     """Return a recipe with the names of data and weights instead of their paths."""
-    data = replace(recipe.data, dataset=Path(recipe.data.dataset).name)
+    dataset = recipe.data.dataset
+    if Path(dataset.removeprefix(HUB_PREFIX)).is_absolute():  # not a name of the Hub
+        dataset = Path(dataset).name
+    data = replace(recipe.data, dataset=dataset)
     model = replace(recipe.model, weights=Path(recipe.model.weights).name)
     return replace(recipe, data=data, model=model)
