@@ -247,6 +247,7 @@ def test_no_requirements_for_one_member_or_the_digits():
 
 def test_settings_for_short_trainings_have_a_recipe():
     assert has_short_settings(load_recipe("small-cifar10/cut-mixmo-short"))
+    assert has_short_settings(load_recipe("small-cifar10/cut-mixmo-short-mixup"))
     recipe = override(FOLDER, [*SHORT, "model.arch=wrn10_4"])
     assert unmet_requirement(recipe, 600_000) is None
 

@@ -45,14 +45,17 @@ MEASURED = {
     "small-cifar10/cutmix": 61.20,
     "small-cifar10/deep-ensemble-cutmix": 63.59,
     "small-cifar10/cut-mixmo": 64.81,
+    "small-cifar10/cut-mixmo-mixup": 65.30,
     "small-cifar10/cut-mixmo-short": 63.49,
+    "small-cifar10/cut-mixmo-short-mixup": 63.85,
     "small-cifar10/mimo": 64.40,
     "small-cifar10/linear-mixmo": 64.96,
 }
 """Mean accuracies in percent over seeds, from docs/results.md."""
 SMALL_METHODS = (
     *("vanilla", "mixup", "cutmix", "deep-ensemble-cutmix"),
-    *("mimo", "linear-mixmo", "cut-mixmo", "cut-mixmo-cutmix", "cut-mixmo-short"),
+    *("mimo", "linear-mixmo", "cut-mixmo", "cut-mixmo-cutmix", "cut-mixmo-mixup"),
+    *("cut-mixmo-short", "cut-mixmo-short-mixup"),
 )
 UNPUBLISHED = {
     *(f"small-cifar10/{method}" for method in SMALL_METHODS),
@@ -75,7 +78,9 @@ METHODS = {  # members, mask kind, MSDA, repetitions
     "cut-mixmo": (2, "cutmix", "none", 4),
     "linear-mixmo-cutmix": (2, "linear", "cutmix", 4),
     "cut-mixmo-cutmix": (2, "cutmix", "cutmix", 4),
+    "cut-mixmo-mixup": (2, "cutmix", "mixup", 4),
     "cut-mixmo-short": (2, "cutmix", "none", 2),
+    "cut-mixmo-short-mixup": (2, "cutmix", "mixup", 2),
 }
 
 

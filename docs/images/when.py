@@ -24,6 +24,7 @@ METHODS = {
     "mixup": "mixup",
     "ensemble-cutmix": "two networks\nwith CutMix",
     "cut-mixmo": "Cut-MixMo",
+    "cut-mixmo-mixup": "Cut-MixMo\n+ mixup",
 }
 """Label of each method, by the first part of the names of its runs."""
 
@@ -39,6 +40,11 @@ def accuracies(runs: Sequence[Mapping[str, Any]]) -> list[float]:
     return [100 * run["test"]["accuracy"] for run in runs]
 
 
+def nlls(runs: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Return the test NLL of each run in nats."""
+    return [run["test"]["nll"] for run in runs]
+
+
 def calibrated_nlls(runs: Sequence[Mapping[str, Any]]) -> list[float]:
     """Return the cross-fitted NLL of each run in nats."""
     return [run["cross_fitted"]["nll"] for run in runs]
@@ -47,7 +53,8 @@ def calibrated_nlls(runs: Sequence[Mapping[str, Any]]) -> list[float]:
 def plot_panel(axes: Axes, values: Mapping[str, Sequence[float]], title: str, text: str) -> None:
     """Plot a row for each method: its seeds, their mean, and the mean as text."""
     for row, (method, found) in enumerate(reversed(values.items())):
-        color = COLORS[1] if method == "cut-mixmo" else "0.45"
+        is_mixmo = method.startswith("cut-mixmo")
+        color = COLORS[1] if is_mixmo else "0.45"
         mean = statistics.fmean(found)
         axes.scatter(found, [row] * len(found), s=18, color=color, alpha=0.45, linewidths=0)
         axes.scatter([mean], [row], s=70, marker="|", color=color, linewidths=2.5)
@@ -58,7 +65,7 @@ def plot_panel(axes: Axes, values: Mapping[str, Sequence[float]], title: str, te
             textcoords="offset points",
             ha="center",
             color=color,
-            fontweight="bold" if method == "cut-mixmo" else "normal",
+            fontweight="bold" if is_mixmo else "normal",
         )
     axes.set_title(title, fontsize=10.5, loc="left")
     axes.set_ylim(-0.5, len(values) - 0.3)
@@ -71,15 +78,20 @@ def plot_panel(axes: Axes, values: Mapping[str, Sequence[float]], title: str, te
 
 
 def main(path: Path) -> None:
-    """Plot both panels."""
+    """Plot the three panels."""
     runs = {method: read_runs(method) for method in METHODS}
-    figure = Figure(figsize=(8.6, 3.4), dpi=110, layout="constrained")
+    figure = Figure(figsize=(9.6, 3.8), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, sharey=True)
-    accuracy = {method: accuracies(found) for method, found in runs.items()}
-    nll = {method: calibrated_nlls(found) for method, found in runs.items()}
-    plot_panel(left, accuracy, "test accuracy in % (more is better)", "{:.1f}")
-    plot_panel(right, nll, "NLL in nats, calibrated (less is better)", "{:.2f}")
+    panels = (
+        (accuracies, "test accuracy in %\n(more is better)", "{:.1f}"),
+        (nlls, "NLL in nats\n(less is better)", "{:.2f}"),
+        (calibrated_nlls, "NLL in nats, calibrated\n(less is better)", "{:.2f}"),
+    )
+    for axes, (values_of, title, text) in zip(
+        figure.subplots(1, 3, sharey=True), panels, strict=True
+    ):
+        values = {method: values_of(found) for method, found in runs.items()}
+        plot_panel(axes, values, title, text)
     figure.savefig(path)
 
 
