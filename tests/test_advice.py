@@ -1,7 +1,9 @@
+from dataclasses import replace
+
 import pytest
 
 from mixmo_fastai.config.defaults import unmet_requirement
-from mixmo_fastai.config.load import override, recipe_from_mapping
+from mixmo_fastai.config.load import load_recipe, override, recipe_from_mapping
 from mixmo_fastai.training.advice import advise, members_advice
 
 PLAIN = recipe_from_mapping(
@@ -120,8 +122,33 @@ def test_advice_for_fine_tuning():
 def test_too_few_images_lead_to_one_member():
     rows = history(linear_decrease(2.0, 1.0))
     assert "--epochs 300 " in advise(MIXMO, rows, images_seen=200_000)  # 1,200 views per image
-    advice = advise(MIXMO, rows, images_seen=199_000)
-    assert advice == "2 members need more training images: use --members 1"
+    # 1,243 images would be seen more often, but not with the settings for short trainings
+    flags = "--repeat 2 --epochs 242 --set mix.early_repetition=1 --set mix.early_span=0.6"
+    assert f"2 members with {flags} (" in advise(MIXMO, rows, images_seen=199_000)
+    assert f" {flags.replace('242', '600')} (" in advise(MIXMO, rows, images_seen=80_000)
+    for settings, images_seen in (
+        ([], 79_000),
+        (["mix.early_repetition=1", "mix.early_span=0.6", "mix.batch_repetitions=2"], 39_000),
+    ):
+        advice = advise(override(MIXMO, settings), rows, images_seen=images_seen)
+        assert advice == "2 members need more training images: use --members 1"
+
+
+def test_advice_names_the_recipe_for_one_member():
+    rows = history(linear_decrease(2.0, 1.0))
+    for name, other in (
+        ("small-cifar10/cut-mixmo", "small-cifar10/mixup"),
+        ("fine-tune/cut-mixmo", "fine-tune/vanilla"),
+    ):
+        recipe = replace(MIXMO, name=name)
+        assert f"Compare with --members 1 (or --recipe {other}), or" in advise(
+            recipe, rows, 700_000
+        )
+        advice = members_advice(recipe, unmet_requirement(recipe, 700_000), 700_000)
+        assert advice.endswith(
+            f"otherwise --members 1 (or --recipe {other}) is often more accurate"
+        )
+        assert load_recipe(other).model.num_members == 1
 
 
 def test_no_advice_about_members_after_enough_images_seen():

@@ -161,6 +161,13 @@ def test_epochs_and_images_seen_replace_each_other():
         resolve_recipe(
             "cifar10", None, {"train.epochs": 3}, assignments=["train.images_seen=90000"]
         )
+    with pytest.raises(InputError, match=r"^train\.epochs=3 and train\.images_seen=90000 both set"):
+        resolve_recipe(
+            "cifar10",
+            "small-cifar10/cut-mixmo",
+            {"train.epochs": 3},
+            assignments=["train.images_seen=90000"],
+        )
 
 
 def test_named_data_sets_keep_the_published_settings():

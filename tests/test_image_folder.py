@@ -4,6 +4,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from label_tables import write_images
 from PIL import Image
 from small_data import write_image_folder
 
@@ -92,6 +93,19 @@ def test_std_of_uniform_images_is_not_zero():
     mean, std = channel_statistics(torch.full((3, 1, 4, 4), 255, dtype=torch.uint8))
     assert mean == pytest.approx((1.0,))
     assert std == pytest.approx((1 / 255,))
+
+
+def test_classes_without_a_drawn_test_image_are_noted(tmp_path, data_dir):
+    names = [f"{name}/{i}.png" for name, count in (("cat", 9), ("dog", 9), ("eel", 1))
+             for i in range(count)]  # fmt: skip
+    write_images(tmp_path / "pets", names)
+    note = "Missing", "test images of 1 of 3 classes: eel"
+    source = load_source(str(tmp_path / "pets"))
+    again = load_source(str(tmp_path / "pets"), parts=source.parts, classes=source.classes)
+    for found in (source, again):
+        assert note in found.notes
+    none = load_source(str(tmp_path / "pets"), test_split=0)
+    assert not [text for label, text in none.notes if label == "Missing"]
 
 
 def test_hidden_and_other_files_are_ignored(folder, data_dir):

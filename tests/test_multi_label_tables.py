@@ -12,9 +12,10 @@ from mixmo_fastai.data.dataloaders import make_dataloaders
 from mixmo_fastai.data.image_folder import read_image_table
 from mixmo_fastai.data.image_sets import ArrayImages
 from mixmo_fastai.data.label_tables import read_label_table
-from mixmo_fastai.data.multi_labels import find_delimiter
+from mixmo_fastai.data.multi_labels import ALL, find_delimiter
 from mixmo_fastai.data.splits import draw_groups, draw_test, limit_images, split_calibration
 from mixmo_fastai.data.table_columns import TableColumns
+from mixmo_fastai.data.table_images import choose_table_images
 from mixmo_fastai.errors import InputError
 
 __all__ = ["folder"]  # fixtures
@@ -230,6 +231,18 @@ def test_labels_that_a_split_lacks_are_noted(folder):
     path = write_table(folder / "a.csv", ["path", "label", "split"], table)
     source = read_image_table(path, folder / "home")
     assert ("Missing", "no test image has 2 of 3 labels: dog, eel") in source.notes
+
+
+def test_labels_that_a_drawn_test_set_lacks_are_noted(folder):
+    note = "Missing", "no test image has 1 of 3 labels: eel"
+    once = [[path, "cat|dog"] for path, _ in rows("|")]
+    once[0][1] = "cat|eel"
+    for table, is_missing in ((once, True), (rows("|"), False)):
+        path = write_table(folder / "a.csv", ["path", "label"], table)
+        _, chosen = choose_table_images(path, TableColumns())
+        eels = {path for path, tags in table if "eel" in tags}
+        assert eels.isdisjoint(chosen.test[ALL]) == is_missing
+        assert (note in chosen.notes) == is_missing
 
 
 def test_reopened_table_keeps_split_and_order(folder):

@@ -7,6 +7,7 @@ import pytest
 
 from mixmo_fastai.cli.render_metrics import metric_lines
 from mixmo_fastai.config.load import load_recipe
+from mixmo_fastai.evaluation.results import temperature_warning
 
 STUDY = Path(__file__).resolve().parents[1] / "studies" / "small-cifar10"
 
@@ -46,3 +47,18 @@ def test_evaluation_shows_all(metrics):
     shown = labels(metrics)
     assert {*labels(metrics, is_brief=True)} < {*shown}
     assert {"Brier", "TACE", "Failure AUROC", "Ratio of errors", "Mean probabilities"} < {*shown}
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (0.1, ""),
+        (0.1004, "a standard error of 10.1 % (at most 10 %)."),
+        (0.104, "a standard error of 10.4 % (at most 10 %)."),
+        (0.3, "a standard error of 30 % (at most 10 %)."),
+    ],
+)
+def test_an_uncertain_temperature_does_not_look_certain(error, expected):
+    warning = temperature_warning({"num_images": 143, "temperature_error": error})
+    assert warning.endswith(expected)
+    assert bool(warning) == bool(expected)

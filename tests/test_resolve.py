@@ -1,7 +1,7 @@
 import pytest
 
 from mixmo_fastai.config.choices import DATASETS
-from mixmo_fastai.config.load import load_recipe, recipe_from_mapping
+from mixmo_fastai.config.load import load_recipe, override, recipe_from_mapping
 from mixmo_fastai.config.recipe import Recipe
 from mixmo_fastai.config.resolve import changed_settings, check_dataset, resolve_recipe
 from mixmo_fastai.errors import InputError
@@ -276,10 +276,19 @@ def test_one_member_with_a_recipe_for_several_names_the_right_recipes(
         resolve_recipe(str(tmp_path), f"{family}/cut-mixmo", flags, assignments)
     message = str(error.value)
     assert message.startswith(f"The recipe {family}/cut-mixmo is for several members.\n")
-    names = f"{family}/vanilla", f"{family}/cutmix"
-    assert message.endswith(f"\nFor one member, use the recipe {' or '.join(names)}.")
-    for name in names:
+    text = {
+        "cifar10": "cifar10/mixup, cifar10/vanilla or cifar10/cutmix",
+        "fine-tune": "fine-tune/vanilla or fine-tune/cutmix",
+    }[family]
+    assert message.endswith(f"\nFor one member, use the recipe {text}.")
+    for name in text.replace(" or", ",").split(", "):
         assert load_recipe(name).model.num_members == 1
+
+
+@pytest.mark.parametrize("assignment", ["data.label_delimiter= ", 'data.label_delimiter=" "'])
+def test_a_space_is_a_delimiter(assignment):
+    assert resolve_recipe("digits", assignments=[assignment]).data.label_delimiter == " "
+    assert override(load_recipe("digits/mimo"), [assignment]).data.label_delimiter == " "
 
 
 def test_one_member_may_be_chosen_with_its_mixing():

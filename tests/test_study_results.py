@@ -125,9 +125,18 @@ def test_the_legend_explains_what_the_table_has(study, written):
     one = {name: replace(each, seeds_interval=None) for name, each in mixed.differences.items()}
     text = legend([plain, replace(mixed, differences=one)])
     assert "Welch" not in text
+    assert (
+        "95 % bootstrap interval of the difference over test images, and over the seeds of methods "
+        "with several; it does not show"
+    ) in text
+    single = [replace(plain, seeds=(0,)), replace(mixed, seeds=(0,), differences=one)]
+    text = legend(single)
     assert "95 % bootstrap interval of the difference over test images; it does not show" in text
     both = legend([plain, mixed, replace(mixed, differences=one)])
-    assert "Read the wider of the two. A single interval is for a method with one seed" in both
+    assert (
+        "Read the wider of the two. A single interval is for a method with one seed, or compared"
+        in both
+    )
     assert "brackets" not in legend([plain])
     assert "Calibrated" in legend([plain])
     values = {name: each for name, each in plain.metrics.items() if "calibrated" not in name}

@@ -80,18 +80,24 @@ def _check_members(recipe: str | None, base: Recipe, values: Mapping[str, Any]) 
     """Check that one member was not chosen with a shipped recipe that mixes several."""
     if not recipe or values.get("model.num_members") != 1 or "mix.kind" in values:
         return
-    family, known = base.name.rpartition("/")[0], recipe_names()
-    plain = [name for name in (f"{family}/vanilla", f"{family}/cutmix") if name in known]
+    plain = recipes_for_one_member(base)
     if base.model.num_members > 1 and base.mix.kind != "sum" and plain:
+        names = " or ".join(filter(None, (", ".join(plain[:-1]), plain[-1])))
         raise InputError(
-            f"The recipe {recipe} is for several members.\n"
-            f"For one member, use the recipe {' or '.join(plain)}."
+            f"The recipe {recipe} is for several members.\nFor one member, use the recipe {names}."
         )
+
+
+def recipes_for_one_member(recipe: Recipe) -> list[str]:
+    """Return the shipped recipes of one member for the same data set, the most accurate first."""
+    family, known = recipe.name.rpartition("/")[0], recipe_names()
+    names = (f"{family}/{method}" for method in ("mixup", "vanilla", "cutmix"))
+    return [name for name in names if name in known]
 
 
 def _assigned(assignments: Iterable[str]) -> dict[str, Any]:
     pairs = (assignment.partition("=") for assignment in assignments)
-    return {key.strip(): parse_value(text.strip()) for key, _, text in pairs}
+    return {key.strip(): parse_value(text.strip() or text) for key, _, text in pairs}
 
 
 def _without_stale_options(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
@@ -114,8 +120,15 @@ def _without_stale_options(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
 
 
 def _without_other_length(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
-    """Drop the recipe's epochs if its images seen are assigned, and the other way round."""
+    """Drop the recipe's epochs if its images seen are assigned, and the other way round.
+
+    Raises:
+        InputError: both are assigned.
+    """
     train = recipe.train
+    if "train.images_seen" in values and "train.epochs" in values:
+        both = (f"{key}={values[key]}" for key in ("train.epochs", "train.images_seen"))
+        raise InputError(f"{' and '.join(both)} both set the length of training.\nOmit one.")
     if "train.images_seen" in values and "train.epochs" not in values:
         train = replace(train, epochs=None)
     elif "train.epochs" in values and "train.images_seen" not in values:

@@ -107,6 +107,7 @@ def choose_images(folder: Path, test_split: float | None = None) -> ChosenImages
         drawn=draw_files(train, test_split),
     )
     train, drawn = split_files(train, parts.drawn)
+    notes += _missing_drawn(drawn)
     notes = [
         *_folder_notes(folder, split_folders, parts, unlabelled),
         *notes,
@@ -114,6 +115,11 @@ def choose_images(folder: Path, test_split: float | None = None) -> ChosenImages
         *_others_notes(split_folders.others),
     ]
     return ChosenImages(train, valid, labelled.get("test", drawn), parts, tuple(notes))
+
+
+def _missing_drawn(drawn: FilesByClass) -> list[Note]:
+    """List the classes without images in a drawn test set, if there is one."""
+    return missing_classes("test", drawn) if any(drawn.values()) else []
 
 
 def reopen_images(
@@ -154,6 +160,7 @@ def reopen_images(
             part = list_part(folder, subfolder, skipped, train)
             labelled[role] = labelled_files(part, list(train), skipped)
             notes += missing_classes(role, labelled[role])
+    notes += _missing_drawn(drawn)
     valid = labelled.get("valid")
     return ChosenImages(
         renamed(train, spelling),

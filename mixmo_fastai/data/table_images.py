@@ -130,6 +130,11 @@ def _chosen(
                 notes += missing_classes(role, labelled[role])
             else:
                 notes += missing_labels(part, labelled[role][ALL], multi)
+    if "test" not in table.parts and any(drawn.values()):
+        if multi is None:
+            notes += missing_classes("test", drawn)
+        else:
+            notes += missing_labels("test", drawn[ALL], multi)
     return ChosenImages(
         train,
         labelled.get("valid"),

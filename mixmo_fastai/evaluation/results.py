@@ -1,5 +1,6 @@
 """Read the metrics of a run: the final split, and the reliability of a temperature."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,9 +37,13 @@ def temperature_warning(metrics: Mapping[str, Any]) -> str:
         return ""
     several = len(metrics.get("temperature_errors", ())) > 1
     subject = "Each temperature" if several else "The temperature"
+    limit = round_percent(MAX_TEMPERATURE_ERROR)
+    shown = round_percent(error)
+    if shown == limit:
+        shown = f"{math.ceil(1000 * error) / 10} %"
     return (
         f"{subject} is fitted on too few images: {metrics['num_images']:,}, a standard error "
-        f"of {round_percent(error)} (at most {round_percent(MAX_TEMPERATURE_ERROR)})."
+        f"of {shown} (at most {limit})."
     )
 
 

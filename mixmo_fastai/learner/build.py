@@ -265,6 +265,8 @@ def _check_argument_names(names: Iterable[str]) -> None:
         if name not in of_learner:
             guess = "num_classes" if name == "n_out" else nearest(name, known)
             hint = f"Did you mean {guess!r}?" if guess else "See the docstring for its arguments."
+            if name == "y_range":
+                hint = "Pass it to vision_learner, and convert that Learner with to_mixmo."
             raise InputError(f"mixmo_learner has no argument {name!r}.\n{hint}")
 
 

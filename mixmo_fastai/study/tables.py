@@ -77,11 +77,15 @@ def _intervals_text(cells: Sequence[Cell], split: str) -> str:
             "ignores the choice of images. Read the wider of the two."
         )
     if len(several) < len(found):
-        text += (
-            " A single interval is for a method with one seed, or for seeds without spread;"
-            if several
-            else f" In brackets: 95 % bootstrap interval of the difference over {split} images;"
-        )
+        if several:
+            text += (
+                " A single interval is for a method with one seed, or compared with one, or for "
+                "seeds without spread;"
+            )
+        else:
+            text += f" In brackets: 95 % bootstrap interval of the difference over {split} images"
+            has_seeds = any(len(cell.seeds) > 1 for cell in cells)
+            text += ", and over the seeds of methods with several;" if has_seeds else ";"
         text += " it does not show what other seeds would give."
     return text
 

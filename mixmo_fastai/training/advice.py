@@ -20,6 +20,7 @@ from mixmo_fastai.config.defaults import (
     unmet_requirement,
 )
 from mixmo_fastai.config.recipe import Recipe
+from mixmo_fastai.config.resolve import recipes_for_one_member
 
 GOOD_ACCURACY = 0.95
 """Validation accuracy from which no advice is given."""
@@ -79,7 +80,13 @@ def members_advice(recipe: Recipe, requirement: str, images_seen: int) -> str:
     text = f"{recipe.model.num_members} members need {requirement}"
     if narrow_network(recipe) is None and _short_settings_help(recipe, images_seen):
         text += f", or {_short_flags(recipe, images_seen)}"
-    return f"{text}; otherwise --members 1 is often more accurate"
+    return f"{text}; otherwise {_one_member(recipe)} is often more accurate"
+
+
+def _one_member(recipe: Recipe) -> str:
+    """Return the flag for one member, and the recipe that replaces it together with --recipe."""
+    names = recipes_for_one_member(recipe)
+    return f"--members 1 (or --recipe {names[0]})" if names else "--members 1"
 
 
 def _size_advice(recipe: Recipe, images_seen: int) -> str:
@@ -88,16 +95,27 @@ def _size_advice(recipe: Recipe, images_seen: int) -> str:
     if _short_settings_help(recipe, images_seen):
         changes.append(_short_flags(recipe, images_seen))
     elif not is_enough(images_seen, required := min_images_seen(recipe, images_seen)):
-        epochs = math.ceil((recipe.train.epochs or 1) * required / max(images_seen, 1))
-        if epochs * recipe.mix.batch_repetitions > MAX_VIEWS:
-            return f"{members} members need more training images: use --members 1"
-        changes.append(f"--epochs {epochs}")
+        if _num_views(recipe, images_seen, required) <= MAX_VIEWS:
+            epochs = (recipe.train.epochs or 1) * required / max(images_seen, 1)
+            changes.append(f"--epochs {math.ceil(epochs)}")
+        else:
+            required = min_images_seen_short(recipe, images_seen)
+            views = _num_views(recipe, images_seen, required)
+            if is_pretrained(recipe) or has_short_settings(recipe) or views > MAX_VIEWS:
+                return f"{members} members need more training images: use {_one_member(recipe)}"
+            changes.append(_short_flags(recipe, images_seen))
     if narrow := narrow_network(recipe):
         changes.append(f"--arch wrn{narrow.depth}_{MIN_WIDTH}")
     return (
-        f"Compare with --members 1, or train {members} members with {' '.join(changes)} "
+        f"Compare with {_one_member(recipe)}, or train {members} members with {' '.join(changes)} "
         "(docs/recipes.md)"
     )
+
+
+def _num_views(recipe: Recipe, images_seen: int, required: float) -> float:
+    """Return how often each image is seen in a training of the required length."""
+    views = (recipe.train.epochs or 1) * recipe.mix.batch_repetitions
+    return views * required / max(images_seen, 1)
 
 
 def _short_settings_help(recipe: Recipe, images_seen: int) -> bool:
