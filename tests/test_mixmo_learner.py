@@ -157,5 +157,7 @@ def test_learner_from_recipe_takes_one_callback_or_a_list(convert):
 
 
 def test_a_range_of_predictions_is_for_vision_learner():
-    with pytest.raises(InputError, match=r"no argument 'y_range'\.\nPass it to vision_learner, and"):
+    with pytest.raises(
+        InputError, match=r"no argument 'y_range'\.\nPass it to vision_learner, and"
+    ):
         mixmo_learner(mixmo_dls(), "wrn10_1", y_range=(0, 1))
