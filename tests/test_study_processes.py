@@ -256,7 +256,9 @@ def test_runs_that_do_not_stop_are_killed_and_named(file, tmp_path, monkeypatch)
 
     monkeypatch.setattr(subprocess, "Popen", start)
     monkeypatch.setattr(execute, "SECONDS_TO_STOP", 0)
-    with pytest.raises(RunInterruptedError, match=r"^Interrupted\. 1 of the runs did not stop "):
+    with pytest.raises(
+        RunInterruptedError, match=r"^Interrupted\. Runs killed, .* 0 s: 1; the last"
+    ):
         Executor(tmp_path).train(read_study(file).runs)
 
 

@@ -121,20 +121,17 @@ def _chosen(
     Raises:
         InputError: another split has a class without training images.
     """
-    labelled = {}
-    for role in ("valid", "test"):
-        if role in table.parts:
-            labelled[role] = {name: table.parts[role].get(name, []) for name in train}
-            part = {"valid": "validation", "test": "test"}[role]
-            if multi is None:
-                notes += missing_classes(role, labelled[role])
-            else:
-                notes += missing_labels(part, labelled[role][ALL], multi)
-    if "test" not in table.parts and any(drawn.values()):
-        if multi is None:
-            notes += missing_classes("test", drawn)
-        else:
-            notes += missing_labels("test", drawn[ALL], multi)
+    labelled = {
+        role: {name: table.parts[role].get(name, []) for name in train}
+        for role in ("valid", "test")
+        if role in table.parts
+    }
+    checked = {"test": drawn, **labelled} if any(drawn.values()) else labelled
+    for role, part in (("valid", "validation"), ("test", "test")):
+        if role in checked and multi is None:
+            notes += missing_classes(role, checked[role])
+        elif role in checked and multi is not None:
+            notes += missing_labels(part, checked[role][ALL], multi)
     return ChosenImages(
         train,
         labelled.get("valid"),

@@ -123,8 +123,8 @@ class Executor:
         state = "The states are saved"
         if self._num_killed:
             state = (
-                f"{self._num_killed} of the runs did not stop within {SECONDS_TO_STOP} s and were "
-                "killed; their last states are kept"
+                f"Runs killed, since they did not stop within {SECONDS_TO_STOP} s: "
+                f"{self._num_killed}; the last states are kept"
             )
         return f"Interrupted. {state}; continue with the same command."
 
