@@ -214,7 +214,7 @@ def test_a_signal_that_arrives_twice_lets_the_runs_save_their_states(file, tmp_p
         while not ready.exists():
             time.sleep(0.01)
         for _ in range(2):
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)  # SIGINT is ignored in a shell's background
             time.sleep(0.1)
 
     monkeypatch.setattr(subprocess, "Popen", start)
@@ -223,7 +223,7 @@ def test_a_signal_that_arrives_twice_lets_the_runs_save_their_states(file, tmp_p
     with pytest.raises(RunInterruptedError, match="The states are saved") as caught:
         Executor(tmp_path).train(read_study(file).runs)
     thread.join()
-    assert caught.value.exit_code == 130
+    assert caught.value.exit_code == 143
     assert saved.exists()
     assert [process.poll() for process in started] == [0]
 
@@ -251,7 +251,7 @@ def test_runs_that_do_not_stop_are_killed_and_named(file, tmp_path, monkeypatch)
     def start(command, **kwargs):
         process = popen([sys.executable, "-c", code], start_new_session=True)
         time.sleep(1)  # until it ignores the signal
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
         return process
 
     monkeypatch.setattr(subprocess, "Popen", start)
