@@ -64,15 +64,10 @@ def study(
         with writing_study(folder):
             folder.mkdir(parents=True, exist_ok=True)
         output.print(f"{planned.name}: {len(planned.runs)} runs in {folder}")
-        executor = Executor(folder, jobs, data_dir, output.print)
         try:
-            executor.train(planned.runs)
+            Executor(folder, jobs, data_dir, output.print).train(planned.runs)
         except RunFailedError as failed:
-            if _has_results(planned, folder):
-                try:
-                    _write_results(planned, folder, data_dir, chosen)
-                except InputError as error:  # must not hide why runs failed
-                    raise RunFailedError(f"{failed}\nNo results: {error}") from error
+            _write_results_after(failed, planned, folder, data_dir, chosen)
             raise
         if not _has_results(planned, folder):
             output.print_result(
@@ -91,6 +86,22 @@ def study(
 
 def _has_results(planned: Study, folder: Path) -> bool:
     return any(run.folder(folder).is_finished for run in planned.runs)
+
+
+def _write_results_after(
+    failed: RunFailedError, planned: Study, folder: Path, data_dir: Path | None, reference: str
+) -> None:
+    """Write the results without the runs that failed, if there are any.
+
+    Raises:
+        RunFailedError: they cannot be computed; the message also says why runs failed.
+    """
+    if not _has_results(planned, folder):
+        return
+    try:
+        _write_results(planned, folder, data_dir, reference)
+    except InputError as error:
+        raise RunFailedError(f"{failed}\nNo results: {error}") from error
 
 
 def _write_results(
