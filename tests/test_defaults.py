@@ -161,7 +161,9 @@ def test_epochs_and_images_seen_replace_each_other():
         resolve_recipe(
             "cifar10", None, {"train.epochs": 3}, assignments=["train.images_seen=90000"]
         )
-    with pytest.raises(InputError, match=r"^train\.epochs=3 and train\.images_seen=90000 both set"):
+    with pytest.raises(
+        InputError, match=r"^--set: train\.epochs=3 and train\.images_seen=90000 both set"
+    ):
         resolve_recipe(
             "cifar10",
             "small-cifar10/cut-mixmo",

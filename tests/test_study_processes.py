@@ -215,7 +215,7 @@ def test_a_signal_that_arrives_twice_lets_the_runs_save_their_states(file, tmp_p
             time.sleep(0.01)
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGTERM)  # SIGINT is ignored in a shell's background
-            time.sleep(0.1)
+            time.sleep(0.02)  # well below the time from which a second one exits at once
 
     monkeypatch.setattr(subprocess, "Popen", start)
     thread = threading.Thread(target=interrupt)
@@ -245,12 +245,16 @@ def test_a_run_that_is_started_during_a_signal_is_stopped(file, tmp_path, monkey
 
 
 def test_runs_that_do_not_stop_are_killed_and_named(file, tmp_path, monkeypatch):
-    popen = subprocess.Popen
-    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+    popen, ready = subprocess.Popen, tmp_path / "ready"
+    code = (
+        "import pathlib, signal, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+        "pathlib.Path(sys.argv[1]).touch(); time.sleep(600)"
+    )
 
     def start(command, **kwargs):
-        process = popen([sys.executable, "-c", code], start_new_session=True)
-        time.sleep(1)  # until it ignores the signal
+        process = popen([sys.executable, "-c", code, str(ready)], start_new_session=True)
+        while not ready.exists():
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
         return process
 

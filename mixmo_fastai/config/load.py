@@ -74,7 +74,7 @@ def override(recipe: Recipe, assignments: Iterable[str], source: str = "--set") 
                     f"{source} {assignment!r}: {name!r} is not a section.\n"
                     "Write section.key=value, such as train.epochs=5."
                 )
-        value = parse_value(text.strip() or text)  # a space is a delimiter
+        value = parse_value(text)
         if (
             isinstance(section.get(last), dict) and value != {}
         ):  # assignment would reset its other keys

@@ -100,7 +100,7 @@ def recipes_for_one_member(recipe: Recipe) -> list[str]:
 
 def _assigned(assignments: Iterable[str]) -> dict[str, Any]:
     pairs = (assignment.partition("=") for assignment in assignments)
-    return {key.strip(): parse_value(text.strip() or text) for key, _, text in pairs}
+    return {key.strip(): parse_value(text) for key, _, text in pairs}
 
 
 def _without_stale_options(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
@@ -123,20 +123,10 @@ def _without_stale_options(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
 
 
 def _without_other_length(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
-    """Drop the recipe's epochs if its images seen are assigned, and the other way round.
-
-    Raises:
-        InputError: both are assigned.
-    """
-    train = recipe.train
-    if "train.images_seen" in values and "train.epochs" in values:
-        both = (f"{key}={values[key]}" for key in ("train.epochs", "train.images_seen"))
-        raise InputError(f"{' and '.join(both)} both set the length of training.\nOmit one.")
-    if "train.images_seen" in values and "train.epochs" not in values:
-        train = replace(train, epochs=None)
-    elif "train.epochs" in values and "train.images_seen" not in values:
-        train = replace(train, images_seen=None)
-    return replace(recipe, train=train)
+    """Drop the recipe's length of training if another is assigned, in epochs or images seen."""
+    if values.keys().isdisjoint({"train.epochs", "train.images_seen"}):
+        return recipe
+    return replace(recipe, train=replace(recipe.train, epochs=None, images_seen=None))
 
 
 def _with_transform(recipe: Recipe, values: Mapping[str, object]) -> Recipe:

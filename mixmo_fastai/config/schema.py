@@ -245,7 +245,11 @@ def to_toml(settings: Any) -> str:
 
 
 def parse_value(text: str) -> Any:
-    """Parse a TOML value; text that is not valid TOML is returned as a string."""
+    """Parse a TOML value; text that is not valid TOML is returned as a string.
+
+    Surrounding spaces are removed, except if there is nothing else: a space is a delimiter.
+    """
+    text = text.strip() or text
     try:
         parsed = tomllib.loads(f"value = {text}")
     except TOML_ERRORS:

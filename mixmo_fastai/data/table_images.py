@@ -128,9 +128,11 @@ def _chosen(
     }
     checked = {"test": drawn, **labelled} if any(drawn.values()) else labelled
     for role, part in (("valid", "validation"), ("test", "test")):
-        if role in checked and multi is None:
+        if role not in checked:
+            continue
+        if multi is None:
             notes += missing_classes(role, checked[role])
-        elif role in checked and multi is not None:
+        else:
             notes += missing_labels(part, checked[role][ALL], multi)
     return ChosenImages(
         train,
