@@ -5,15 +5,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from fastai.callback.core import Callback
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from mixmo_fastai.callbacks.epoch import TrainedFitCallback
 from mixmo_fastai.errors import InputError, check_fraction
 from mixmo_fastai.models.mixmo_model import find_first_difference, unwrap
 
 
-class EMACallback(TrainedFitCallback):
+class EMACallback(Callback):
     """Keep an exponential moving average of the weights, and use it for validation.
 
     After step t, counted from 0, average ← d · average + (1 - d) · weights with
@@ -39,6 +39,9 @@ class EMACallback(TrainedFitCallback):
         super().__init__()
         check_fraction("decay", decay, below_one=True)
         self.decay = decay
+        # A stack, since `Learner.validate` also triggers before_fit and after_fit, even during a
+        # fit.
+        self.fit_trained: list[bool] = []
         self.step_skipped = self.restored = False
         self._reset()
 
@@ -46,6 +49,10 @@ class EMACallback(TrainedFitCallback):
         """Restore a pickled callback, also one of version 0.1.0 with its attribute names."""
         renamed = {"skipped": "step_skipped", "trained": "training_tensors"}
         self.__dict__.update({renamed.get(name, name): value for name, value in state.items()})
+
+    def before_fit(self) -> None:
+        """Record the start of a fit or of a validation."""
+        self.fit_trained.append(False)
 
     def before_train(self) -> None:
         """Restore the training weights; in a new fit, start the average from them."""
@@ -97,9 +104,9 @@ class EMACallback(TrainedFitCallback):
         _copy_into(self.tensors, self.averages)
         self.version = self._version()
 
-    def after_trained_fit(self) -> None:
-        """Keep the averages in the network."""
-        if not self._finding_lr:
+    def after_fit(self) -> None:
+        """Keep the averages in the network if this was a fit, not a validation."""
+        if self.fit_trained.pop() and not self._finding_lr:
             self.finish()
 
     def finish(self) -> None:

@@ -1,4 +1,4 @@
-"""Base classes of callbacks that act once per trained epoch or fit."""
+"""Base class of callbacks that act once per trained epoch."""
 
 from fastai.callback.core import Callback
 
@@ -32,29 +32,4 @@ class TrainedEpochCallback(Callback):
 
     def after_trained_epoch(self) -> None:
         """Act at the end of a trained epoch; to be overridden."""
-        raise NotImplementedError
-
-
-class TrainedFitCallback(Callback):
-    """Call `after_trained_fit` at the end of each fit, not of a validation.
-
-    `Learner.validate` also triggers `before_fit` and `after_fit`, even during a fit.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        # For each open fit or validation, whether it has trained; set by `before_train`.
-        self.fit_trained: list[bool] = []
-
-    def before_fit(self) -> None:
-        """Record the start of a fit or of a validation."""
-        self.fit_trained.append(False)
-
-    def after_fit(self) -> None:
-        """Call `after_trained_fit` if this was a fit."""
-        if self.fit_trained.pop():
-            self.after_trained_fit()
-
-    def after_trained_fit(self) -> None:
-        """Act at the end of a fit; to be overridden."""
         raise NotImplementedError

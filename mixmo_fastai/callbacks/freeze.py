@@ -1,12 +1,12 @@
 """Train the heads alone at first, as fastai's `fine_tune` does."""
 
+from fastai.callback.core import Callback
 from torch import nn
 
-from mixmo_fastai.callbacks.epoch import TrainedFitCallback
 from mixmo_fastai.runtime.processes import process_group
 
 
-class FreezeCallback(TrainedFitCallback):
+class FreezeCallback(Callback):
     """Freeze all parameter groups but the last for the first steps of training.
 
     BatchNorm layers of frozen groups keep training, as in `Learner.freeze`. When the groups are
@@ -19,9 +19,11 @@ class FreezeCallback(TrainedFitCallback):
     order = 55  # before the schedule sets the rates
 
     def __init__(self, num_steps: int) -> None:
-        super().__init__()
         self.num_steps = num_steps
         self.is_frozen: bool | None = None
+        # A stack, since `Learner.validate` also triggers before_fit and after_fit, even during a
+        # fit.
+        self.fit_trained: list[bool] = []
         self.frozen: list[nn.Parameter] = []
 
     def freeze_before(self, step: int) -> None:
@@ -31,6 +33,10 @@ class FreezeCallback(TrainedFitCallback):
             step: number of completed steps.
         """
         self._set(0 < step <= self.num_steps)
+
+    def before_fit(self) -> None:
+        """Record the start of a fit or of a validation."""
+        self.fit_trained.append(False)
 
     def before_train(self) -> None:
         """Let the first step of a fit freeze or unfreeze."""
@@ -55,9 +61,10 @@ class FreezeCallback(TrainedFitCallback):
             for parameter in self.frozen:
                 parameter.grad = None
 
-    def after_trained_fit(self) -> None:
-        """Leave all parameters trainable."""
-        self._set(False)
+    def after_fit(self) -> None:
+        """Leave all parameters trainable if this was a fit, not a validation."""
+        if self.fit_trained.pop():
+            self._set(False)
 
     def _set(self, is_frozen: bool) -> None:
         self.is_frozen = is_frozen
