@@ -1,7 +1,9 @@
 """Run the examples: the notebook in a kernel, the scripts as programs."""
 
+import json
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +12,12 @@ from types import SimpleNamespace
 import nbformat
 import optuna
 import pytest
+import timm
 import torch
 from PIL import Image
 from processes import TIMEOUT
 from run_notebook import NOTEBOOK, is_shown, run_notebook
+from safetensors.torch import save_file
 from synthetic import CLASSES, image_arrays
 from torchvision.models import resnet50
 
@@ -76,6 +80,64 @@ def test_pretrained_resnet50(run, folder, tmp_path):
     assert sum(tensor.numel() for tensor in plain.values()) < sum(
         t.numel() for t in weights.values()
     )
+
+
+@pytest.fixture
+def split_folder(folder, tmp_path):
+    """A folder with the images of each class in train/ and test/."""
+    for kind in ("train", "test"):
+        shutil.copytree(folder, tmp_path / "split" / kind)
+    return tmp_path / "split"
+
+
+@pytest.mark.parametrize("head", ["linear", "fastai"])
+@pytest.mark.parametrize(("method", "epochs"), [("plain", 3), ("cutmix", 3), ("mixmo", 1)])
+def test_fine_tune_learner(run, split_folder, tmp_path, head, method, epochs):
+    weights = timm.create_model("test_efficientnet").state_dict()
+    save_file(weights, tmp_path / "weights.safetensors")
+    output = run(
+        "fine_tune_learner.py", split_folder, "--method", method, "--head", head,
+        "--arch", "test_efficientnet", "--weights", "weights.safetensors", "--size", 32,
+        "--limit", 15, "--views", 4, "--batch-size", 6, "--lr-mult", 2, "--out", "results.json",
+    )  # fmt: skip
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert json.loads(re.search(r"{.*}", output)[0]) == results
+    assert results["fine_tune"] == [epochs, 8e-3, 2]
+    assert 0 <= results["accuracy"] <= 1
+    assert results["nll"] > 0
+    assert results["nll_calibrated"] is None  # 24 test images are too few
+    assert "No calibration: only 24 images" in output
+
+
+def test_fine_tune_learner_starts_from_the_weights(split_folder, tmp_path, monkeypatch):
+    page = runpy.run_path(str(EXAMPLES / "fine_tune_learner.py"))
+    weights = timm.create_model("test_efficientnet").state_dict()
+    save_file(weights, tmp_path / "weights.safetensors")
+    for head in ("linear", "fastai"):
+        monkeypatch.setattr(
+            sys, "argv",
+            ["", str(split_folder), "--arch", "test_efficientnet", "--head", head, "--weights",
+             str(tmp_path / "weights.safetensors"), "--limit", "12", "--size", "32"],
+        )  # fmt: skip
+        args = page["parse_arguments"]()
+        dls, test = page["make_dataloaders"](args)
+        learn = page["make_learner"](dls, args)
+        assert (len(dls.train_ds), len(test)) == (12, 24)
+        assert not {*dls.train_ds.items} & {*dls.valid_ds.items}
+        names = {name.rpartition("model.")[2].removeprefix("0."): value
+                 for name, value in learn.model[0].state_dict().items()}  # fmt: skip
+        torch.testing.assert_close(names["conv_stem.weight"], weights["conv_stem.weight"])
+
+
+def test_fine_tune_learner_reports_invalid_arguments(run, split_folder, tmp_path):
+    assert "contains no images in train/CLASS/" in run("fine_tune_learner.py", "nowhere", code=2)
+    save_file({"other": torch.zeros(1)}, tmp_path / "weights.safetensors")
+    output = run(
+        "fine_tune_learner.py", split_folder, "--arch", "test_efficientnet",
+        "--weights", "weights.safetensors", code=1,
+    )  # fmt: skip
+    assert "weights.safetensors has no conv_stem.weight" in output
+    assert "Traceback" not in output
 
 
 def test_sweep_continues_and_stops_hopeless_trials(run, tmp_path):
