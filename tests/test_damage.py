@@ -112,6 +112,13 @@ def test_damaged_images_are_skipped_and_others_unchanged(tmp_path, folder, data_
             assert torch.equal(remaining.tensor(), all_images.tensor()[rows])
 
 
+def test_damage_of_all_training_images_is_refused(folder, data_dir):
+    for path in (folder / "train").glob("*/*.png"):
+        path.write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(InputError, match=r"no training image can be decoded\.\nRestore .*git lfs"):
+        load_source(folder, data_dir, skip_damaged=True)
+
+
 def test_single_skipped_image_is_named_with_its_reason(folder, data_dir, monkeypatch):
     Image.new("RGB", (60, 60)).save(folder / "train" / "cat" / "001.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1100)

@@ -5,10 +5,12 @@ import re
 import shutil
 
 import pytest
+from PIL import Image
 from small_data import write_image_folder
 
 from mixmo_fastai.cli import run as program
 from mixmo_fastai.config.load import load_recipe
+from mixmo_fastai.evaluation.compare import compare_runs
 from mixmo_fastai.runs.folder import open_run
 
 TINY = (
@@ -119,6 +121,34 @@ def test_eval_reports_added_training_images(tmp_path, capsys):
     shutil.copy(folder / "train" / "cat" / "000.png", folder / "train" / "cat" / "zzz.png")
     assert program(["eval", str(run.path)]) == 0
     assert "differ from those of the run" in capsys.readouterr().out
+
+
+@pytest.fixture
+def changed_run(tmp_path):
+    """A run, its metrics, and a folder whose training images are darker and larger since."""
+    folder = write_image_folder(tmp_path / "pets", num_train=10, num_test=4, size=(16, 16))
+    run = fit(folder, tmp_path / "run", "--valid-split", "0.25")
+    for index in range(40):
+        Image.new("RGB", (20, 20), (9, 9, 9)).save(folder / "train" / "cat" / f"z{index}.png")
+    return run
+
+
+def test_metrics_of_test_images_do_not_depend_on_images_added_for_training(changed_run, capsys):
+    assert evaluate(changed_run, capsys)["test"] == changed_run.metrics()["test"]
+    out = changed_run.path / "net.safetensors"
+    assert program(["export", str(changed_run.path), "--to", str(out)]) == 0
+
+
+def test_each_compared_run_has_its_own_statistics(changed_run, tmp_path, capsys):
+    for path in (tmp_path / "pets/train/cat").glob("z*.png"):
+        Image.new("RGB", (16, 16), (9, 9, 9)).save(path)
+    other = fit(tmp_path / "pets", tmp_path / "other", "--valid-split", "0.25")
+    assert other.data_facts().mean != changed_run.data_facts().mean
+    runs = [changed_run, other]
+    for order in (runs, runs[::-1]):
+        compared = compare_runs(order)
+        for run, found in zip(order, compared, strict=True):
+            assert found.metrics["nll"] == pytest.approx(run.metrics()["test"]["nll"])
 
 
 def test_run_on_a_drawn_split_resumes_after_images_were_added(tmp_path, capsys):

@@ -198,6 +198,14 @@ def test_changed_image_is_decoded_again(tmp_path, data_dir):
     assert load_source(folder, data_dir).train[0].flatten(1)[:, 0].tolist() == [255, 0, 0]
 
 
+def test_recorded_size_is_used_instead_of_a_choice(folder, data_dir):
+    assert read_image_folder(folder, data_dir).train.image_shape != (3, 5, 7)
+    source = read_image_folder(folder, data_dir, chosen_size=(5, 7), largest_side=4)
+    assert source.train.image_shape == source.test.image_shape == (3, 5, 7)
+    again = read_image_folder(folder, data_dir, chosen_size=(5, 7), image_size=6)
+    assert again.train.image_shape == (3, 6, 6)
+
+
 def test_each_image_size_has_its_own_cache(folder, data_dir):
     assert load_source(folder, data_dir, image_size=8).train.image_shape == (3, 8, 8)
     assert load_source(folder, data_dir, image_size=9).train.image_shape == (3, 9, 9)
@@ -258,7 +266,8 @@ def test_failed_decoding_leaves_no_partial_file(folder, data_dir):
 def test_cached_facts_are_plain_json(folder, data_dir):
     source = load_source(folder, data_dir)
     facts = json.loads((find_cache_entry(data_dir) / "facts.json").read_text())
-    assert facts == {"size": [32, 32], "mean, std": [list(source.mean), list(source.std)]}
+    number, statistics = len(source.train), [list(source.mean), list(source.std)]
+    assert facts == {f"size of {number}": [32, 32], f"mean, std of {number}": statistics}
 
 
 def test_images_above_the_cache_limit_are_decoded_at_each_access(folder, data_dir):

@@ -41,6 +41,25 @@ def test_drawn_images_depend_on_no_names_of_groups_and_no_order_of_rows(folder, 
     assert fingerprint(replace(same_names, train=replace(source.train, groups=None))) != prints
 
 
+def test_cached_statistics_are_those_of_the_split(folder, tmp_path):
+    """The same files in the same order, but fewer of them for training."""
+    means = []
+    for number in (8, 20):
+        split = ["train"] * number + ["test"] * (24 - number)
+        rows = [
+            [path, f"{label},x", part]
+            for (path, label), part in zip(simple_rows(), split, strict=True)
+        ]
+        path = write_table(folder / "a.csv", ["path", "labels", "split"], rows)
+        cached, empty = (
+            read_image_table(path, tmp_path / home, columns=TableColumns(delimiter=","))
+            for home in ("home", f"other{number}")
+        )
+        assert (cached.mean, cached.std) == (empty.mean, empty.std)
+        means.append(cached.mean)
+    assert means[0] != means[1]
+
+
 class TestSource:
     """The data source of a table."""
 

@@ -35,6 +35,7 @@ def read_image_folder(
     home: Path,
     *,
     image_size: int | None = None,
+    chosen_size: tuple[int, ...] | None = None,
     largest_side: int | None = None,
     cache_limit: int = CACHE_LIMIT,
     test_split: float | None = None,
@@ -54,6 +55,7 @@ def read_image_folder(
         home: the data folder, for the cache.
         image_size: height and width of all images, whatever their aspect ratio; None for the size
             chosen by `choose_image_size`.
+        chosen_size: the height and width that were chosen in an earlier run; None to choose them.
         largest_side: if `image_size` is None and a side of the chosen size is longer than this, it
             becomes the image size.
         cache_limit: bytes of decoded images above which they are decoded at each access instead.
@@ -75,7 +77,8 @@ def read_image_folder(
         if parts is None
         else reopen_images(folder, parts, classes, left_out or ())
     )
-    files = ChosenFiles(folder.resolve().name, folder, home, chosen, largest_side, cache_limit)
+    name, limits = folder.resolve().name, (largest_side, cache_limit)
+    files = ChosenFiles(name, folder, home, chosen, chosen_size, *limits)
     return files.read_intact(image_size, skip_damaged=skip_damaged, left_out=left_out)
 
 
@@ -85,6 +88,7 @@ def read_image_table(
     *,
     columns: TableColumns | None = None,
     image_size: int | None = None,
+    chosen_size: tuple[int, ...] | None = None,
     largest_side: int | None = None,
     cache_limit: int = CACHE_LIMIT,
     test_split: float | None = None,
@@ -101,6 +105,7 @@ def read_image_table(
         columns: its columns, as far as they are not to be found; None to find all. Not used with
             `parts`, which holds them.
         image_size: see `read_image_folder`.
+        chosen_size: see `read_image_folder`.
         largest_side: see `read_image_folder`.
         cache_limit: see `read_image_folder`.
         test_split: fraction of each class to hold out as the test set of a table without one.
@@ -120,7 +125,7 @@ def read_image_table(
         else reopen_table_images(path, parts, classes, left_out or ())
     )
     name = Path(str(path).removeprefix(HUB_PREFIX)).stem
-    files = ChosenFiles(name, root, home, chosen, largest_side, cache_limit)
+    files = ChosenFiles(name, root, home, chosen, chosen_size, largest_side, cache_limit)
     return files.read_intact(image_size, skip_damaged=skip_damaged, left_out=left_out)
 
 
@@ -133,6 +138,7 @@ class ChosenFiles:
         root: the folder to which the files are relative, or a `hub_dataset.DatasetRoot`.
         home: the data folder, for the cache.
         chosen: the files.
+        chosen_size: see `read_image_folder`.
         largest_side: see `read_image_folder`.
         cache_limit: see `read_image_folder`.
     """
@@ -141,6 +147,7 @@ class ChosenFiles:
     root: Any
     home: Path
     chosen: ChosenImages
+    chosen_size: tuple[int, ...] | None
     largest_side: int | None
     cache_limit: int
 
@@ -154,23 +161,31 @@ class ChosenFiles:
         chosen = self.chosen
         files = {name: _without(part, left_out) for name, part in _parts(chosen)}
         train = _all(files["train"])
-        # Different splits of a folder may list the same files in the same order.
+        if not (num := len(train)):
+            raise InputError(
+                f"{self.root}: no training image can be decoded.\n"
+                "Restore the images, such as by `git lfs pull` if these are pointers of Git LFS."
+            )
+        # Different splits of a folder may list the same files in the same order, so the number of
+        # the first ones, for training, is part of the names.
         drawn = chosen.parts.drawn
-        cache_name = self.name if drawn is None else f"{self.name}-split-{len(train)}"
+        cache_name = self.name if drawn is None else f"{self.name}-split-{num}"
         all_files = [file for part in files.values() for file in _all(part)]
         entry = cache_entry(self.home, cache_name, self.root, all_files, image_size)
-        if image_size is None:
+        if image_size is not None:
+            height = width = image_size
+        elif self.chosen_size is not None:
+            height, width = self.chosen_size
+        else:
             paths = (self.root / file for file in train)
-            height, width = entry.fact("size", lambda: choose_image_size(paths))
+            height, width = entry.fact(f"size of {num}", lambda: choose_image_size(paths))
             if self.largest_side is not None and max(height, width) > self.largest_side:
                 return self._read(self.largest_side, left_out)
-        else:
-            height = width = image_size
         decoded = entry.decoded(
             {name: self._images(part, (height, width)) for name, part in files.items()},
             limit=self.cache_limit,
         )
-        mean, std = entry.fact("mean, std", lambda: _statistics(decoded["train"]))
+        mean, std = entry.fact(f"mean, std of {num}", lambda: _statistics(decoded["train"]))
         return DataSource(
             name=self.name,
             classes=chosen.classes,

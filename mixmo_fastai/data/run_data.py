@@ -37,7 +37,8 @@ def read_source(
     Args:
         recipe: the recipe.
         data_dir: see `load_source`.
-        run: the run whose images are loaded again; None for a new run.
+        run: the run whose images are loaded again, at the size and with the mean and standard
+            deviation that it recorded; None for a new run.
         largest_side: see `load_source`.
     """
     left_out, parts, facts = None, None, None
@@ -47,11 +48,13 @@ def read_source(
         default = None if recipe.data.skip_damaged else {}
         left_out = default if (recorded := run.left_out()) is None else recorded
         parts = data_parts(run)
+    is_named = recipe.data.dataset in DATASETS
     source = load_source(
         recipe.data.dataset,
         data_dir,
         columns=columns_of(recipe.data),
         image_size=recipe.data.image_size or None,
+        chosen_size=None if facts is None or is_named else facts.image_shape[1:],
         largest_side=largest_side,
         test_split=recipe.data.test_split,
         parts=parts,
@@ -59,9 +62,21 @@ def read_source(
         skip_damaged=recipe.data.skip_damaged,
         left_out=left_out,
     )
-    if facts is None or not is_pretrained(recipe) or len(facts.mean) != len(source.mean):
+    return source if run is None else with_recorded_statistics(source, run)
+
+
+def with_recorded_statistics(source: DataSource, run: RunFolder) -> DataSource:
+    """Return a data set with the mean and standard deviation that a run was trained with.
+
+    Those of a pretrained network belong to its weights, and a folder may have other training
+    images by now. Named data sets do not change.
+    """
+    facts, recipe = run.data_facts(), run.recipe()
+    if facts is None or len(facts.mean) != len(source.mean):
         return source
-    return replace(source, mean=facts.mean, std=facts.std)  # those of the weights
+    if recipe.data.dataset in DATASETS and not is_pretrained(recipe):
+        return source
+    return replace(source, mean=facts.mean, std=facts.std)
 
 
 def data_parts(run: RunFolder) -> DataParts | None:

@@ -89,6 +89,7 @@ def load_source(
     *,
     columns: TableColumns | None = None,
     image_size: int | None = None,
+    chosen_size: tuple[int, ...] | None = None,
     largest_side: int | None = None,
     download: bool = True,
     test_split: float | None = None,
@@ -106,8 +107,9 @@ def load_source(
         columns: columns of a table of labels, as far as they are not to be found.
         image_size: height and width to which images are resized; None for the original size of a
             named data set, or the size chosen for a folder by `choose_image_size`.
-        largest_side: maximum for that chosen size; if a side is longer, images are resized to
-            squares of this size.
+        chosen_size: the height and width that were chosen in an earlier run.
+        largest_side: maximum for the size that is chosen; if a side is longer, images are resized
+            to squares of this size.
         download: whether an archive may be downloaded.
         test_split: fraction of each class to hold out as the test set of an image folder without
             one; see `read_image_folder`.
@@ -148,6 +150,7 @@ def load_source(
         path,
         home,
         image_size=image_size,
+        chosen_size=chosen_size,
         test_split=test_split,
         parts=parts,
         classes=classes,

@@ -20,7 +20,7 @@ from mixmo_fastai.data.image_sets import DataSource, ImageSet, groups_of, no_ima
 from mixmo_fastai.data.label_distributions import LabelDistributions, read_label_distributions
 from mixmo_fastai.data.loaders import BatchLoader
 from mixmo_fastai.data.loose_images import PixelLoader
-from mixmo_fastai.data.run_data import data_parts, read_source
+from mixmo_fastai.data.run_data import data_parts, read_source, with_recorded_statistics
 from mixmo_fastai.data.splits import split_calibration, training_parts
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.evaluation.calibration import COVERAGE, MAX_RISK, calibrate_images
@@ -316,7 +316,8 @@ def open_finished(
         run: a finished run.
         data_dir: folder of the run's data, if not the one that training used.
         device: device to evaluate on; by default, that of the recipe.
-        source: data of the run, if it was read before.
+        source: data of the run, if it was read before, also for another run; the mean and standard
+            deviation are always this run's.
         fused: see `FinishedRun`.
 
     Raises:
@@ -326,7 +327,10 @@ def open_finished(
     run.check_trained()
     keep_freed_memory()  # halves the time of the metrics of a large test set
     chosen = choose_device(device or recipe.train.device)
-    source = source or read_source(recipe, data_dir, run)
+    if source is None:
+        source = read_source(recipe, data_dir, run)
+    else:
+        source = with_recorded_statistics(source, run)
     channels, height, width = source.train.image_shape
     network = build_model(recipe.model, len(source.classes), channels, image_size=(height, width))
     move_to_device(network, chosen)
