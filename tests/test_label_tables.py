@@ -104,6 +104,31 @@ def test_splits_are_read(folder, column, values):
     assert table.columns.split == column
 
 
+@pytest.mark.parametrize(
+    ("column", "of_0", "of_1"),
+    [
+        ("is_train", "valid", "train"),
+        ("Is_Training", "valid", "train"),
+        ("is_test", "train", "test"),
+    ],
+)
+def test_named_column_of_booleans_means_what_it_says(folder, column, of_0, of_1):
+    split = ["0"] * 12 + ["1"] * 12
+    rows = [[*row, value] for row, value in zip(simple_rows(), split, strict=True)]
+    path = write_table(folder / "a.csv", ["path", "label", column], rows)
+    parts = read_label_table(path, TableColumns(split=column)).parts
+    for part, number in ((of_0, 0), (of_1, 12)):
+        files = sorted(file for files in parts[part].values() for file in files)
+        assert files == sorted(row[0] for row in rows[number : number + 12])
+
+
+def test_other_column_of_booleans_is_no_split(folder):
+    rows = [[*row, "01"[i % 2]] for i, row in enumerate(simple_rows())]
+    path = write_table(folder / "a.csv", ["path", "label", "is_old"], rows)
+    with pytest.raises(InputError, match="line 2: '0' is not a split"):
+        read_label_table(path, TableColumns(split="is_old"))
+
+
 def test_column_that_holds_no_splits_is_not_guessed(folder):
     rows = [[*row, "AB"[i % 2]] for i, row in enumerate(simple_rows())]
     path = write_table(folder / "a.csv", ["path", "label", "set"], rows)

@@ -46,10 +46,15 @@ NONE = "none"
 SPLIT_WORDS = {"dev": "valid", "development": "valid", "holdout": "test"}
 """Splits by names that are used in tables, beside those of folders."""
 _BOOLEANS = {
-    **dict.fromkeys(("true", "1", "1.0", "yes"), "valid"),
-    **dict.fromkeys(("false", "0", "0.0", "no"), "train"),
+    **dict.fromkeys(("true", "1", "1.0", "yes"), True),
+    **dict.fromkeys(("false", "0", "0.0", "no"), False),
 }
-"""Splits by values of a column such as is_valid."""
+_BOOLEAN_SPLITS = {
+    **dict.fromkeys(("is_valid", "is_val", "is_validation"), ("train", "valid")),
+    **dict.fromkeys(("is_train", "is_training"), ("valid", "train")),
+    **dict.fromkeys(("is_test", "is_testing"), ("train", "test")),
+}
+"""Splits of false and of true, by the name of the column."""
 _MAX_COLUMNS = 10
 
 
@@ -203,6 +208,7 @@ def _guess(table: TextTable, meaning: str, used: Sequence[str], finder: FileFind
 def split_of(value: str, column: str) -> str | None:
     """Return the split that a value of a column stands for, or None."""
     lower = value.strip().lower()
-    if column.lower().startswith("is_"):
-        return _BOOLEANS.get(lower)
+    if (splits := _BOOLEAN_SPLITS.get(column.lower())) is not None:
+        answer = _BOOLEANS.get(lower)
+        return None if answer is None else splits[answer]
     return role_of(lower) or SPLIT_WORDS.get(lower)
