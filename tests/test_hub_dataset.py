@@ -345,6 +345,14 @@ def test_missing_lists_and_delimiters_are_refused(tmp_path):
         load_source(name, columns=TableColumns(delimiter="|"))
 
 
+@pytest.mark.parametrize("name", ["split", "folder"])
+def test_settings_of_tables_are_refused(tmp_path, name):
+    dataset = save(tmp_path / "saved", train=make(0, 24))
+    setting = {"split": "split_column", "folder": "image_folder"}[name]
+    with pytest.raises(InputError, match=rf"data\.{setting} is for tables of labels"):
+        load_source(dataset, columns=TableColumns(**{name: "other"}))
+
+
 def test_class_names_are_checked(tmp_path):
     decimals = make(0, 24, target=(Value("float32"), lambda n: 0.37 * n))
     with pytest.raises(InputError, match="labels are 24 different decimals"):

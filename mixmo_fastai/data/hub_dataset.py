@@ -246,6 +246,12 @@ def _find_columns(features: Mapping[str, Any], columns: TableColumns, dataset: s
             "data.label_delimiter is for tables of labels; for several labels per image, "
             f"{dataset} needs a column of lists."
         )
+    for name, value in (("split_column", columns.split), ("image_folder", columns.folder)):
+        if value not in ("", NONE):
+            raise InputError(
+                f"data.{name} is for tables of labels; {dataset} holds its splits and images "
+                f"itself.\nRemove {name}, or save the data set with other splits."
+            )
     given = {"path": columns.path, "label": columns.label, "group": columns.group}
     check_columns(given.items(), features, dataset)
     images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
