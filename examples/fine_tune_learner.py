@@ -46,6 +46,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("folder", type=Path, help="folder with train/CLASS/ and test/CLASS/")
     parser.add_argument("--method", choices=("plain", "cutmix", "mixmo"), default="mixmo")
     parser.add_argument("--head", choices=("fastai", "linear"), default="linear")
+    parser.add_argument(
+        "--perturbation", type=float, default=1.0, help="how much MixMo's members differ at first"
+    )
     parser.add_argument("--arch", default="tf_efficientnet_lite0", help="name of a timm network")
     parser.add_argument("--weights", type=Path, help="safetensors file; default: download")
     parser.add_argument("--size", type=int, default=64, help="height and width in pixels")
@@ -148,7 +151,11 @@ def main() -> None:
     learn = make_learner(dls, args)
     if args.method == "mixmo":
         to_mixmo(
-            learn, mix="cutmix", batch_repetitions=REPETITIONS, perturbation=1.0, seed=args.seed
+            learn,
+            mix="cutmix",
+            batch_repetitions=REPETITIONS,
+            perturbation=args.perturbation,
+            seed=args.seed,
         )
     # One epoch with only the head, then all layers.
     epochs = args.views // repetitions(args.method) - 1
@@ -161,6 +168,7 @@ def main() -> None:
         "method": args.method,
         "head": args.head,
         "fine_tune": [epochs, args.lr, args.lr_mult],
+        "perturbation": args.perturbation if args.method == "mixmo" else None,
         "seed": args.seed,
         "accuracy": (logits.argmax(1) == labels).double().mean().item(),
         "nll": nll(logits, labels).item(),
