@@ -8,8 +8,10 @@ import tarfile
 import threading
 import urllib.error
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torchvision.datasets.utils
 from small_data import write_cifar10, write_cifar100, write_tiny_imagenet
 
 from mixmo_fastai.data.archives import extract, fetch
@@ -108,6 +110,39 @@ def test_archive_is_downloaded(tmp_path, server):
     data_dir = tmp_path / "data_dir"
     source = read_cifar100(fetch(archive, data_dir))
     assert len(source.train) == 200
+    assert {path.name for path in data_dir.iterdir()} == {archive.file_name, archive.folder}
+
+
+def test_two_processes_download_once(tmp_path, server, monkeypatch):
+    """The second one waits for the first, in a thread with the lock of another process."""
+    folder, address = server
+    archive = write_cifar100(folder, packed=True)
+    archive = dataclasses.replace(archive, url=f"{address}/{archive.file_name}")
+    data_dir, begun, may_end, calls = (
+        tmp_path / "data_dir",
+        threading.Event(),
+        threading.Event(),
+        [],
+    )
+    download = torchvision.datasets.utils.download_url
+
+    def slow(*arguments, **settings):
+        calls.append(arguments)
+        begun.set()
+        assert may_end.wait(60)
+        download(*arguments, **settings)
+
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", slow)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(fetch, archive, data_dir)
+        assert begun.wait(60)
+        second = pool.submit(fetch, archive, data_dir)
+        with pytest.raises(TimeoutError):
+            second.result(timeout=0.5)
+        may_end.set()
+        folders = {each.result(timeout=60).folder for each in (first, second)}
+    assert folders == {data_dir / archive.folder}
+    assert len(calls) == 1
     assert {path.name for path in data_dir.iterdir()} == {archive.file_name, archive.folder}
 
 

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from mixmo_fastai.errors import InputError
+from mixmo_fastai.runs.lock import starting
 
 _TIMEOUT = 10.0  # seconds without a response after which a server counts as unreachable
 
@@ -125,7 +126,7 @@ def fetch(archive: Archive, home: Path, *, download: bool = True) -> Unpacked:
     unpacked = Unpacked(archive, home)
     if not unpacked.folder.is_dir():
         if not (home / archive.file_name).is_file():
-            _download(archive, home, download)
+            _download(unpacked, download)
         _unpack(unpacked)
     unpacked.require_members()
     return unpacked
@@ -149,16 +150,24 @@ def _md5(content: bytes) -> str:
     return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
-def _download(archive: Archive, home: Path, is_allowed: bool) -> None:
+def _download(unpacked: Unpacked, is_allowed: bool) -> None:
+    archive, home = unpacked.archive, unpacked.home
     if not is_allowed:
         raise _absent(archive, home, "and downloading is disabled")
+    target = home / archive.file_name
+    with starting(target):  # another process may download it
+        if not target.is_file():
+            _download_to(target, archive)
+
+
+def _download_to(target: Path, archive: Archive) -> None:
     from torchvision.datasets.utils import download_url
 
-    partial = home / f"{archive.file_name}.part"
+    home, partial = target.parent, target.with_name(f"{target.name}.part")
     try:
         with _socket_timeout(_TIMEOUT):
             download_url(archive.url, home, filename=partial.name, md5=archive.md5)
-        partial.replace(home / archive.file_name)
+        partial.replace(target)
     except (OSError, HTTPException, RuntimeError) as error:
         with suppress(OSError):
             partial.unlink()
