@@ -69,6 +69,20 @@ def test_two_checkpoints_are_kept(tmp_path):
     assert sorted(p.name for p in store.folder.iterdir()) == ["save-000004", "save-000005"]
 
 
+def test_hidden_files_of_file_managers_are_ignored(tmp_path):
+    store = CheckpointStore(tmp_path / "checkpoint")
+    for number in range(2):
+        store.save([("state.json", b"%d" % number)])
+    for folder in store.folder.iterdir():
+        (folder / ".DS_Store").write_bytes(b"icons")
+        (folder / ".ipynb_checkpoints").mkdir()
+        (folder / ".ipynb_checkpoints" / "state-checkpoint.json").touch()
+    assert read(store.newest()) == {"state.json": b"1"}
+    store.save([("state.json", b"2")])
+    assert read(store.newest()) == {"state.json": b"2"}
+    assert sorted(p.name for p in store.folder.iterdir()) == ["save-000002", "save-000003"]
+
+
 @pytest.mark.parametrize("half", [False, True])
 def test_process_may_be_killed_at_any_operation_of_a_save(
     uninterrupted_run, stopped_run, tmp_path, half

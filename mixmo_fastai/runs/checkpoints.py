@@ -168,7 +168,9 @@ def verify(path: Path) -> tuple[str, ...]:
 
 def _verified_files(path: Path) -> dict[str, Any]:
     listed = _read_manifest(path)
-    present = {file.name for file in path.iterdir()} - {MANIFEST}
+    # File managers leave hidden files, such as .DS_Store.
+    names = (file.name for file in path.iterdir() if not file.name.startswith("."))
+    present = {*names} - {MANIFEST}
     if present != listed.keys():
         name = sorted(present ^ listed.keys())[0]
         raise DamagedError(f"{name} is {'not in its manifest' if name in present else 'missing'}")

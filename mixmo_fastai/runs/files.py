@@ -7,6 +7,7 @@ them.
 import errno
 import os
 import secrets
+import shutil
 from contextlib import suppress
 from pathlib import Path
 
@@ -105,9 +106,12 @@ def remove_file(path: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder of files (no subfolders) if it exists."""
+    """Remove a folder if it exists."""
     if not path.is_dir():
         return
     for file in sorted(path.iterdir()):
-        os.unlink(file)
+        if file.is_dir() and not file.is_symlink():
+            shutil.rmtree(file)
+        else:
+            os.unlink(file)
     os.rmdir(path)
