@@ -1,7 +1,10 @@
+from dataclasses import replace
+
 import pytest
 
 from mixmo_fastai.config.choices import DATASETS
-from mixmo_fastai.config.load import load_recipe, override, recipe_from_mapping
+from mixmo_fastai.config.defaults import fill_defaults
+from mixmo_fastai.config.load import load_recipe, override, recipe_from_mapping, recipe_names
 from mixmo_fastai.config.recipe import Recipe
 from mixmo_fastai.config.resolve import changed_settings, check_dataset, resolve_recipe
 from mixmo_fastai.errors import InputError
@@ -78,6 +81,21 @@ def test_changed_settings_of_a_shipped_recipe_are_listed():
     assert changed_settings(resolve_recipe("cifar10", "cifar10/mimo", filled_in)) == []
     allowed = {"schedule.kind": "published", "data.valid_split": 0.0, "train.threads": 2}
     assert changed_settings(resolve_recipe("cifar10", "cifar10/mimo", allowed)) == []
+
+
+@pytest.mark.parametrize("name", [n for n in recipe_names() if n.startswith("small-cifar10/")])
+def test_run_of_a_shipped_length_in_images_is_unchanged(name):
+    recipe = resolve_recipe("cifar10", name)
+    assert changed_settings(recipe) == []
+    resolved = fill_defaults(recipe, device="cpu", image_shape=(3, 16, 16), num_images=2000)
+    data = replace(resolved.data, crop_padding=2, flip=True)
+    resolved = replace(resolved, data=data)
+    assert resolved.train.images_seen is None
+    assert changed_settings(resolved) == []
+    longer = replace(resolved.train, epochs=resolved.train.epochs + 1)
+    assert changed_settings(replace(resolved, train=longer)) == ["train.epochs"]
+    padded = replace(resolved, data=replace(data, crop_padding=4))
+    assert changed_settings(padded) == ["data.crop_padding"]
 
 
 def test_assignments_override_flags_and_flags_override_the_recipe(tmp_path):

@@ -10,6 +10,7 @@ from shlex import quote
 from typing import Any
 
 from mixmo_fastai.config.choices import DATASETS, HUB_PREFIX, MASK_KINDS, TABLE_SUFFIXES
+from mixmo_fastai.config.defaults import fill_defaults
 from mixmo_fastai.config.load import load_recipe, override, recipe_from_mapping, recipe_names
 from mixmo_fastai.config.recipe import (
     Expected,
@@ -216,7 +217,8 @@ def changed_settings(recipe: Recipe) -> list[str]:
     """
     if recipe.name not in recipe_names():
         return []
-    values, shipped = (_fill_dataset_defaults(r) for r in (recipe, load_recipe(recipe.name)))
+    recipes = (recipe, _with_epochs_of(load_recipe(recipe.name), recipe))
+    values, shipped = map(_fill_dataset_defaults, recipes)
     return [
         f"{section}.{key}"
         for section in ("data", "model", "mix", "train", "optimizer", "schedule")
@@ -227,12 +229,30 @@ def changed_settings(recipe: Recipe) -> list[str]:
     ]
 
 
+def _with_epochs_of(shipped: Recipe, recipe: Recipe) -> Recipe:
+    """Convert the images seen of a shipped recipe to epochs, as for a run of a recipe."""
+    info, images_seen = DATASETS.get(recipe.data.dataset), shipped.train.images_seen
+    if recipe.train.epochs is None or images_seen is None or info is None:
+        return shipped
+    total = info.num_images[0]
+    num_images = min(recipe.data.limit or total, total) * (1 - (recipe.data.valid_split or 0))
+    filled = fill_defaults(
+        replace(recipe, train=replace(recipe.train, epochs=None, images_seen=images_seen)),
+        device="cpu",
+        image_shape=info.image_shape,
+        num_images=round(num_images),
+    )
+    epochs = filled.train.epochs
+    return replace(shipped, train=replace(shipped.train, epochs=epochs, images_seen=None))
+
+
 def _fill_dataset_defaults(recipe: Recipe) -> dict[str, Any]:
     """Convert a recipe to a mapping, with defaults of its data set instead of missing values."""
     values, info = to_mapping(recipe), DATASETS.get(recipe.data.dataset)
     if info:
+        side = info.image_shape[-1]
         defaults = {
-            "crop_padding": info.crop_padding,
+            "crop_padding": info.crop_padding * (recipe.data.image_size or side) // side,
             "flip": info.flip,
             "image_size": 0,
             "valid_split": default_valid_split(info.num_images[0]),
