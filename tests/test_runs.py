@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -211,6 +212,19 @@ def test_log_appends_lines(working_folder):
     run.log("one")
     run.log("two")
     assert (working_folder / "log.txt").read_text() == "one\ntwo\n"
+
+
+def test_log_accepts_file_names_of_any_bytes(working_folder):
+    RunFolder(working_folder).log(f"Skipped {os.fsdecode(b'r' + bytes([252]) + b'.txt')}")
+    assert (working_folder / "log.txt").read_text(encoding="utf-8") == "Skipped r\\udcfc.txt\n"
+
+
+def test_paths_in_commands_are_quoted(working_folder):
+    folder = working_folder / "my run"
+    run = create_run(load_recipe("digits/cut-mixmo"), folder)
+    for call in (run.metrics, run.check_trained, lambda: open_run(folder / "checkpoint")):
+        with pytest.raises(InputError, match=re.escape(f"mixmo fit --resume '{folder}'")):
+            call()
 
 
 def test_write_is_atomic(working_folder, monkeypatch):

@@ -294,7 +294,8 @@ def _errors_logged(run: RunFolder, nets: Sequence[int] | None) -> Iterator[None]
         message = "Interrupted."
         if run.is_writer:
             flag = f" --nets {','.join(map(str, nets))}" if nets else ""
-            message = f"{_describe_saved(run)}; resume with: mixmo fit --resume {run.path}{flag}"
+            command = f"mixmo fit --resume {run.argument}{flag}"
+            message = f"{_describe_saved(run)}; resume with: {command}"
         run.log(message)
         raise RunInterruptedError(message, exit_code_of(interruption)) from None
     except Exception as error:

@@ -49,7 +49,7 @@ def import_(
         [
             f"{checkpoint.name}: {arch}, members: {model.num_members}, classes: {info.num_classes}",
             f"Run folder: {run.path}",
-            f"Evaluate it with: mixmo eval {run.path}",
+            f"Evaluate it with: mixmo eval {run.argument}",
         ],
         {"run": str(run.path), "num_members": model.num_members},
     )

@@ -35,7 +35,7 @@ def inspect(
         if folder.recipe().model.num_nets > 1:
             raise InputError(
                 f"{folder.path} is a deep ensemble.\nInspect one of its networks: "
-                f"mixmo inspect {folder.path}/net-1"
+                f"mixmo inspect {folder.networks()[0].argument}"
             )
     names = [folder.path.resolve().name for folder in folders]
     plot_path = free_file(out, f"inspect-{'-'.join(names)}", ".png")

@@ -1,7 +1,6 @@
 """Output of `mixmo fit` before training (the plan) and after it (the next steps)."""
 
 import csv
-import shlex
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
@@ -244,13 +243,12 @@ def print_next_steps(output: Output, run: RunFolder, recipe: Recipe, images_seen
     several = facts is not None and facts.is_multi_label
     if advice := advise(recipe, network.history(), seen, is_multi_label=several):
         output.print(_row("Advice", advice, METRIC_WIDTH))
-    path, exported = shlex.quote(str(run.path)), shlex.quote(str(network.path))
     commands = (
-        f"mixmo eval {path}",
-        f"mixmo report {path}",
-        f"mixmo predict {path} IMAGE…",
+        f"mixmo eval {run.argument}",
+        f"mixmo report {run.argument}",
+        f"mixmo predict {run.argument} IMAGE…",
         # For a deep ensemble, export its first network: no single network equals the ensemble.
-        f"mixmo export {exported} --to net.safetensors",
+        f"mixmo export {network.argument} --to net.safetensors",
     )
     for number, command in enumerate(commands):
         output.print_command(_row("" if number else "Next", command, METRIC_WIDTH))

@@ -4,6 +4,7 @@ Shapes: n images, M members, K classes.
 """
 
 from dataclasses import dataclass, replace
+from shlex import quote
 
 from torch import Tensor
 
@@ -151,7 +152,7 @@ def decide(
         if request.needs_calibration:
             raise InputError(
                 f"{name} has no calibration, which --coverage, --max-risk and --ood-threshold "
-                f"need.\n{advice or f'If it has validation images: mixmo calibrate {name}'}"
+                f"need.\n{advice or f'If it has validation images: mixmo calibrate {quote(name)}'}"
             )
         return Decisions(raw=request.raw, note="" if request.raw else _NOT_CALIBRATED)
     chosen = _choose(request, calibration)

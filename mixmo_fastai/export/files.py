@@ -107,7 +107,7 @@ def check_export(run: RunFolder, path: Path, push_to: str | None = None) -> None
             f"ONNX files need {', '.join(missing)}.\nInstall: pip install 'mixmo-fastai[export]'"
         )
     if run.recipe().model.num_nets > 1:
-        network = f"{run.path}/net-1"
+        network = run.networks()[0].argument
         command = f"Export one of its networks: mixmo export {network} --to {path.name}"
         if push_to is not None:
             command = f"Push one of its networks: mixmo push {network} --to {push_to}"

@@ -182,12 +182,13 @@ def read_calibration(run: RunFolder) -> Calibration | None:
         return _from_parts(values, load(content))
     except _OtherFormatError:
         raise InputError(
-            f"{path} was written by another version.\nWrite it again: mixmo calibrate {run.path}"
+            f"{path} was written by another version.\n"
+            f"Write it again: mixmo calibrate {run.argument}"
         ) from None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         raise InputError(
             f"{path} or {CALIBRATION_IMAGES} beside it is damaged: {type(error).__name__}: "
-            f"{str(error)[:80]}.\nWrite them again: mixmo calibrate {run.path}"
+            f"{str(error)[:80]}.\nWrite them again: mixmo calibrate {run.argument}"
         ) from error
 
 

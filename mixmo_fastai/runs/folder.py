@@ -24,6 +24,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from mixmo_fastai.config.load import load_recipe
@@ -46,6 +47,11 @@ class RunFolder:
 
     def __init__(self, path: Path, *, is_writer: bool = True) -> None:
         self.path, self.is_writer = path, is_writer
+
+    @property
+    def argument(self) -> str:
+        """Path as an argument of a command in messages, quoted if necessary."""
+        return quote(str(self.path))
 
     @property
     def weights(self) -> Path:
@@ -90,7 +96,8 @@ class RunFolder:
         progress = f"{done} of {len(networks)} networks are finished"
         state = progress if len(networks) > 1 else "the run is not finished"
         raise InputError(
-            f"{self.path} has no weights yet: {state}.\nContinue it: mixmo fit --resume {self.path}"
+            f"{self.path} has no weights yet: {state}.\n"
+            f"Continue it: mixmo fit --resume {self.argument}"
         )
 
     def check_resumable(self) -> None:
@@ -132,7 +139,7 @@ class RunFolder:
         if not self.is_finished:
             raise InputError(
                 f"{self.path} has no final metrics: the run is not finished.\n"
-                f"Continue it: mixmo fit --resume {self.path}"
+                f"Continue it: mixmo fit --resume {self.argument}"
             )
         return self._read_json("metrics.json")
 
@@ -267,7 +274,9 @@ class RunFolder:
         """Append a line to log.txt. Errors are ignored: a log line must not end a run."""
         if not self.is_writer:
             return
-        with suppress(OSError), (self.path / "log.txt").open("a", encoding="utf-8") as file:
+        path = self.path / "log.txt"
+        # Names of files may be any bytes.
+        with suppress(OSError), path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(line + "\n")
 
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
@@ -317,7 +326,8 @@ def open_run(path: Path | str) -> RunFolder:
     if not os.path.isdir(folder) and (folder.parent / "recipe.toml").is_file():
         raise InputError(
             f"The run {str(folder.parent)!r} has no {folder.name!r}.\n"
-            f"If the run is not finished, continue it: mixmo fit --resume {folder.parent}"
+            "If the run is not finished, continue it: "
+            f"mixmo fit --resume {RunFolder(folder.parent).argument}"
         )
     if not os.path.isdir(folder):
         raise InputError(

@@ -20,7 +20,7 @@ def check_one_label(run: RunFolder, action: str) -> None:
     if facts is not None and facts.is_multi_label:
         raise InputError(
             f"{action} is for one label per image; those of {run.path} may have several.\n"
-            f"See its metrics: mixmo eval {run.path}"
+            f"See its metrics: mixmo eval {run.argument}"
         )
 
 
