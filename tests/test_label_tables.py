@@ -122,6 +122,28 @@ def test_named_column_of_booleans_means_what_it_says(folder, column, of_0, of_1)
         assert files == sorted(row[0] for row in rows[number : number + 12])
 
 
+@pytest.mark.parametrize("name", ["filename", "Image"])
+def test_named_column_of_paths_may_lack_the_first_image(folder, name):
+    """The labels are names of images without suffix, by chance."""
+    rows = [[f"{index + 1:02d}.png", f"{index % 3 + 1:02d}"] for index in range(24)]
+    path = write_table(folder / "a.csv", [name, "label"], rows[::-1])  # 24.png is missing
+    columns = TableColumns(folder="photos")
+    with pytest.raises(InputError, match=r"line 2: there is no image '24\.png'"):
+        read_label_table(path, columns)
+    table = read_label_table(write_table(folder / "a.csv", [name, "label"], rows[:23]), columns)
+    assert (table.columns.path, table.columns.label) == (name, "label")
+
+
+def test_home_folder_of_images_is_expanded(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.setenv("USERPROFILE", str(folder))
+    (folder / "tables").mkdir()
+    rows = [[path.removeprefix("photos/"), label] for path, label in simple_rows()]
+    path = write_table(folder / "tables" / "a.csv", ["path", "label"], rows)
+    table = read_label_table(path, TableColumns(folder="~/photos"))
+    assert sum(map(len, table.parts["train"].values())) == 24
+
+
 def test_other_column_of_booleans_is_no_split(folder):
     rows = [[*row, "01"[i % 2]] for i, row in enumerate(simple_rows())]
     path = write_table(folder / "a.csv", ["path", "label", "is_old"], rows)

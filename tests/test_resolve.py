@@ -7,6 +7,7 @@ from mixmo_fastai.config.defaults import fill_defaults
 from mixmo_fastai.config.load import load_recipe, override, recipe_from_mapping, recipe_names
 from mixmo_fastai.config.recipe import Recipe
 from mixmo_fastai.config.resolve import changed_settings, check_dataset, resolve_recipe
+from mixmo_fastai.config.schema import to_toml
 from mixmo_fastai.errors import InputError
 
 
@@ -96,6 +97,18 @@ def test_run_of_a_shipped_length_in_images_is_unchanged(name):
     assert changed_settings(replace(resolved, train=longer)) == ["train.epochs"]
     padded = replace(resolved, data=replace(data, crop_padding=4))
     assert changed_settings(padded) == ["data.crop_padding"]
+
+
+def test_settings_of_image_files_do_not_apply_to_a_named_data_set(tmp_path):
+    settings = ["data.test_split=0.25", "data.label_column=kind"]
+    recipe = override(recipe_from_mapping({"data": {"dataset": str(tmp_path)}}, "it"), settings)
+    (tmp_path / "recipe.toml").write_text(to_toml(recipe))
+    found = resolve_recipe("digits", str(tmp_path / "recipe.toml")).data
+    assert (found.test_split, found.label_column) == (None, "")
+    kept = resolve_recipe(str(tmp_path), str(tmp_path / "recipe.toml")).data
+    assert (kept.test_split, kept.label_column) == (0.25, "kind")
+    assigned = resolve_recipe("digits", str(tmp_path / "recipe.toml"), {}, settings[:1])
+    assert assigned.data.test_split == 0.25  # refused when the data is read
 
 
 def test_assignments_override_flags_and_flags_override_the_recipe(tmp_path):

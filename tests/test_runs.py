@@ -12,6 +12,7 @@ from mixmo_fastai.config.recipe import Recipe
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.runs.create import check_free, create_run
 from mixmo_fastai.runs.folder import RunFolder, open_run, write_atomically
+from mixmo_fastai.runs.lock import starting
 from mixmo_fastai.runs.output import free_file
 
 RECIPE = override(Recipe(), ["train.seed=5"])
@@ -217,6 +218,14 @@ def test_log_appends_lines(working_folder):
 def test_log_accepts_file_names_of_any_bytes(working_folder):
     RunFolder(working_folder).log(f"Skipped {os.fsdecode(b'r' + bytes([252]) + b'.txt')}")
     assert (working_folder / "log.txt").read_text(encoding="utf-8") == "Skipped r\\udcfc.txt\n"
+
+
+@pytest.mark.parametrize("path", [".", "it/..", "it"])
+def test_lock_of_a_start_is_beside_the_folder(working_folder, path):
+    (working_folder / "it").mkdir()
+    expected = (working_folder / path).resolve()
+    with starting(Path(path)):
+        assert (expected.parent / f".{expected.name}.starting").is_file()
 
 
 def test_paths_in_commands_are_quoted(working_folder):

@@ -22,7 +22,9 @@ def recipes(
     """List the recipes with their expected accuracy, or show all settings of one."""
     output = Output(as_json=as_json)
     if name is not None:
-        recipe = resolve_recipe(None, name, {}, assignments) if assignments else load_recipe(name)
+        recipe = load_recipe(name)
+        if assignments:
+            recipe = resolve_recipe(None, name, {}, assignments, must_exist=False)
         output.print_result([to_toml(recipe).rstrip()], to_mapping(recipe))
         return
     if assignments:

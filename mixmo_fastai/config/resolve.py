@@ -13,6 +13,7 @@ from mixmo_fastai.config.choices import DATASETS, HUB_PREFIX, MASK_KINDS, TABLE_
 from mixmo_fastai.config.defaults import fill_defaults
 from mixmo_fastai.config.load import load_recipe, override, recipe_from_mapping, recipe_names
 from mixmo_fastai.config.recipe import (
+    Data,
     Expected,
     Model,
     Optimizer,
@@ -26,6 +27,11 @@ METHODS = {"cutmix": "cut-mixmo", "linear": "linear-mixmo", "sum": "mimo"}
 """Recipe of each mask kind, for several members."""
 SINGLE_METHODS = {None: "vanilla", "none": "vanilla", "cutmix": "cutmix", "mixup": "mixup"}
 """Recipe of each MSDA kind, for a network of one member."""
+_SETTINGS_OF_FILES = (
+    *("path_column", "label_column", "split_column", "group_column"),
+    *("image_folder", "label_delimiter", "test_split"),
+)
+"""Settings of `data` that are for folders and tables of images only."""
 
 
 def resolve_recipe(
@@ -47,7 +53,8 @@ def resolve_recipe(
         flags: settings such as {"model.arch": "wrn28_10"}; None keeps the value of the recipe.
         assignments: assignments such as "optimizer.lr=0.05".
         source: what messages name as the source of the assignments.
-        must_exist: whether the data set and a file of weights must exist.
+        must_exist: whether the data set and a file of weights must exist; otherwise a recipe for
+            images of one's own needs no data set.
 
     Raises:
         InputError: a name is unknown or a value invalid.
@@ -63,9 +70,10 @@ def resolve_recipe(
     _check_members(recipe, base, values)
     base = _without_stale_options(base, values)
     base = _without_other_length(base, values)
+    base = _without_settings_of_files(base, dataset)
     flags_source = "Command line" if source == "--set" else source
     resolved = override(_with_flags(base, flags, flags_source), assignments, source)
-    if not resolved.data.dataset:
+    if not resolved.data.dataset and must_exist:
         name = recipe or base.name
         raise InputError(
             f"The recipe {name} is for images of your own.\nPass a folder, a table of labels or "
@@ -130,6 +138,14 @@ def _without_other_length(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
     return replace(recipe, train=replace(recipe.train, epochs=None, images_seen=None))
 
 
+def _without_settings_of_files(recipe: Recipe, dataset: str | None) -> Recipe:
+    """Drop the recipe's columns and test split if a named data set replaces its image files."""
+    if dataset not in DATASETS or recipe.data.dataset in DATASETS:
+        return recipe
+    default = {name: getattr(Data, name) for name in _SETTINGS_OF_FILES}
+    return replace(recipe, data=replace(recipe.data, **default))
+
+
 def _with_transform(recipe: Recipe, values: Mapping[str, object]) -> Recipe:
     """Drop the options of the recipe's transform if another transform is assigned."""
     name = values.get("data.transform", recipe.data.transform)
@@ -156,7 +172,7 @@ def _make_paths_absolute(recipe: Recipe, *, must_exist: bool) -> Recipe:
         if must_exist and not os.path.isfile(weights):
             raise _no_weights(recipe.model.weights)
         recipe = replace(recipe, model=replace(recipe.model, weights=weights))
-    if recipe.data.dataset in DATASETS:
+    if not recipe.data.dataset or recipe.data.dataset in DATASETS:
         return recipe
     dataset, prefix = recipe.data.dataset, ""
     if dataset.startswith(HUB_PREFIX):

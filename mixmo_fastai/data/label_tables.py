@@ -94,7 +94,7 @@ def read_label_table(
         raise InputError(f"There is no table {str(path)!r}.")
     columns = columns or TableColumns()
     table = read_text_table(path, ADVICE)
-    root = path.parent / columns.folder
+    root = path.parent / os.path.expanduser(columns.folder)
     if not root.is_dir():
         raise InputError(f"data.image_folder: there is no folder {root}.")
     finder = FileFinder(root)

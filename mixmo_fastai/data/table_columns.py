@@ -56,6 +56,7 @@ _BOOLEAN_SPLITS = {
 }
 """Splits of false and of true, by the name of the column."""
 _MAX_COLUMNS = 10
+_MAX_ROWS = 20  # in which an image is looked for
 
 
 @dataclass(frozen=True)
@@ -193,9 +194,11 @@ def _guess(table: TextTable, meaning: str, used: Sequence[str], finder: FileFind
     named = [by_lower[name] for name in COLUMN_NAMES[meaning] if name in by_lower]
     rest = [name for name in table.header if name not in used]
     if meaning == "path":
-        first = dict(zip(table.header, table.rows[0][1], strict=True))
-        images = [name for name in [*named, *rest] if finder.is_image(first[name])]
-        return next(iter([*images, *named]), None)
+        first = [dict(zip(table.header, row, strict=True)) for _, row in table.rows[:_MAX_ROWS]]
+        images = [name for name in named if any(finder.is_image(row[name]) for row in first)]
+        # Labels may be names of images by chance, and so may numbers.
+        others = [name for name in rest if finder.is_image(first[0][name])]
+        return next(iter([*images, *others, *named]), None)
     if meaning == "split" and named:
         index = table.header.index(named[0])
         values = (fields[index] for _, fields in table.rows)

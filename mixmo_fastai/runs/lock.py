@@ -75,7 +75,7 @@ def starting(path: Path) -> Iterator[Callable[[], None]]:
     Raises:
         InputError: the lock file cannot be written.
     """
-    beside = path.with_name(f".{path.name}.starting")
+    beside = _beside(path, "starting")
     try:
         end = _lock_beside(beside)
     except OSError as error:
@@ -101,9 +101,14 @@ def claim(path: Path) -> Callable[[], None] | None:
         OSError: the lock file cannot be written.
     """
     try:
-        return _lock_beside(path.with_name(f".{path.name}.claimed"), _TIMEOUT)
+        return _lock_beside(_beside(path, "claimed"), _TIMEOUT)
     except FolderInUseError:
         return None
+
+
+def _beside(path: Path, purpose: str) -> Path:
+    path = Path(os.path.abspath(path))  # "." has no name
+    return path.with_name(f".{path.name}.{purpose}")
 
 
 def _lock_beside(beside: Path, timeout: float = -1) -> Callable[[], None]:
