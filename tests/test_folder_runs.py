@@ -120,7 +120,15 @@ def test_eval_reports_added_training_images(tmp_path, capsys):
     assert "Changed" not in capsys.readouterr().out
     shutil.copy(folder / "train" / "cat" / "000.png", folder / "train" / "cat" / "zzz.png")
     assert program(["eval", str(run.path)]) == 0
-    assert "differ from those of the run" in capsys.readouterr().out
+    (line,) = [each for each in capsys.readouterr().out.splitlines() if "Changed" in each]
+    assert "the training images differ from those of the run" in line
+    (folder / "test" / "dog" / "000.png").unlink()
+    assert program(["eval", str(run.path)]) == 0
+    lines = [each for each in capsys.readouterr().out.splitlines() if "Changed" in each]
+    assert "the test images differ from those of the run" in lines[1]
+    shutil.rmtree(run.checkpoint)  # holds what the images were
+    assert program(["eval", str(run.path)]) == 0
+    assert "Changed" not in capsys.readouterr().out
 
 
 @pytest.fixture

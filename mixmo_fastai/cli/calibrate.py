@@ -37,13 +37,13 @@ def calibrate(
     opt.check_device(device)
 
     from mixmo_fastai.evaluation.calibration import summary
-    from mixmo_fastai.evaluation.runs import open_finished, training_images_changed
+    from mixmo_fastai.evaluation.runs import changed_images, open_finished
     from mixmo_fastai.runs.calibration import read_calibration, write_calibration
     from mixmo_fastai.runs.labels import check_one_label
 
     check_one_label(folder, "mixmo calibrate")
     finished = open_finished(folder, data_dir, device)
-    if training_images_changed(folder, finished.source):
+    if "train" in changed_images(folder, finished.source):
         raise InputError(
             f"The training images differ from those of {folder.path}, so its validation images may "
             "include images it was trained on.\nRestore the data."

@@ -17,11 +17,12 @@ from mixmo_fastai.config.resolve import check_ood
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.runs.folder import open_run
 
-CHANGED = (
-    "Changed",
-    "the training images differ from those of the run, so its validation split, and temperatures "
-    "fitted on it, may include images it was trained on",
-)
+CHANGED = {
+    "train": "the training images differ from those of the run, so its validation split, and "
+    "temperatures fitted on it, may include images it was trained on",
+    "test": "the test images differ from those of the run, so these metrics are not comparable "
+    "with its own",
+}
 
 
 # Long, since each flag is a parameter.
@@ -80,9 +81,9 @@ def evaluate(
 
     from mixmo_fastai.cli.reading import reading_shown
     from mixmo_fastai.evaluation.runs import (
+        changed_images,
         evaluate_finished,
         open_finished,
-        training_images_changed,
     )
 
     output = Output(as_json=as_json)
@@ -98,8 +99,9 @@ def evaluate(
         max_risk=max_risk,
         label_distribution=label_distribution,
     )
-    is_changed = training_images_changed(folder, finished.source)
-    notes = incompleteness_lines([*finished.source.notes, *([CHANGED] if is_changed else [])])
+    changed = changed_images(folder, finished.source)
+    remarks = [("Changed", text) for name, text in CHANGED.items() if name in changed]
+    notes = incompleteness_lines([*finished.source.notes, *remarks])
     if as_json:
         for line in notes:
             output.print(line)

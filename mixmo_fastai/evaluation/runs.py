@@ -337,17 +337,19 @@ def open_finished(
     return FinishedRun(run, recipe, source, chosen, network, fused)
 
 
-def training_images_changed(run: RunFolder, source: DataSource) -> bool:
-    """Check whether the training images differ from those that the run was trained on.
+def changed_images(run: RunFolder, source: DataSource) -> set[str]:
+    """Return which images differ from those of the run: of "train", "valid" and "test".
 
-    Returns False if the run has no checkpoint, since only the checkpoint holds their fingerprint.
+    None if the run has no checkpoint, since only the checkpoint holds their fingerprints.
     """
     try:
         saved = CheckpointStore(run.networks()[0].checkpoint).newest()
         prints = json.loads((saved.path / "state.json").read_bytes())["data"] if saved else {}
     except (InputError, OSError, ValueError, KeyError, TypeError):
-        return False
-    return "train" in prints and prints["train"] != fingerprint(source)["train"]
+        return set()
+    found = fingerprint(source)
+    names = {"train", "valid", "test"} & prints.keys()
+    return {name for name in names if prints[name] != found.get(name)}
 
 
 def _check_comparable(runs: Sequence[RunFolder]) -> None:
