@@ -1,8 +1,10 @@
 import csv
 import io
 import json
+import os
 import re
 import shutil
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -160,6 +162,21 @@ def test_predictions_are_written_to_a_file(run, images, tmp_path, capsys):
     assert "exists and was not changed" in capsys.readouterr().err
     assert program([*arguments, "--out", str(tmp_path / "all.txt")]) == 2
     assert "must end in .csv or .json" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="names of files are texts there")
+def test_file_names_of_any_bytes_are_written(run, images, tmp_path, capfdbinary):
+    image, folder = next((images / "test/dog").iterdir()), tmp_path / "odd"
+    names = [b"caf\xe9.png", "line\u2028separator.png".encode(), b'line\nfeed".png']
+    folder.mkdir()
+    for name in names:
+        shutil.copy(image, os.path.join(os.fsencode(folder), name))
+    assert program(["predict", str(run.path), str(folder), "--out", str(tmp_path / "a.csv")]) == 0
+    text = (tmp_path / "a.csv").read_bytes().decode(errors="surrogateescape")
+    rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    found = sorted(os.fsencode(row["image"]).rpartition(b"/")[2] for row in rows)
+    assert found == sorted(names)
+    assert len({row["label"] for row in rows}) == 1
 
 
 def test_images_are_predicted_in_several_batches(run, images, monkeypatch):

@@ -121,7 +121,8 @@ def predict(
     else:
         is_json = out.suffix.lower() == ".json"
         text = json.dumps(table, indent=2) if is_json else "\n".join(lines)
-        write_atomically(out, text + "\n")
+        # Names of files may be any bytes.
+        write_atomically(out, (text + "\n").encode(errors="surrogateescape"))
         summary = {"run": str(run), "predictions": str(out), "unreadable": reasons}
         output.print_result([f"Predictions: {out}, {len(rows):,} images"], summary)
     if unreadable:
@@ -213,7 +214,7 @@ def _csv_lines(rows: list[dict[str, Any]], request: Any, labels: Sequence[str] |
         for name in ("probability", "agreement", "entropy", "mutual_information"):
             values[name] = "" if values[name] is None else f"{values[name]:.6g}"
         writer.writerow(values[name] for name in names)
-    return text.getvalue().splitlines()
+    return _lines(text)
 
 
 def _label_csv_lines(rows: list[dict[str, Any]], names: Sequence[str]) -> list[str]:
@@ -226,4 +227,9 @@ def _label_csv_lines(rows: list[dict[str, Any]], names: Sequence[str]) -> list[s
         numbers = [row["entropy"], row["mutual_information"], *row["probabilities"].values()]
         shown = ("" if number is None else f"{number:.6g}" for number in numbers)
         writer.writerow([row["image"], "|".join(row["labels"]), *shown])
-    return text.getvalue().splitlines()
+    return _lines(text)
+
+
+def _lines(text: io.StringIO) -> list[str]:
+    """Split at line feeds only; names of files may contain other separators of lines."""
+    return text.getvalue().removesuffix("\n").split("\n")
