@@ -164,6 +164,26 @@ def test_predictions_are_those_of_the_run(run, pushed, images, capsys):
             assert float(row["probability"]) == pytest.approx(float(other["probability"]), rel=1e-4)
 
 
+def test_folder_of_a_failed_push_can_be_used_again(run, tmp_path, capsys):
+    copy, to = shutil.copytree(run.path, tmp_path / "run"), tmp_path / "pushed"
+    arguments = ["push", str(copy), "--to", str(to)]
+    (copy / "metrics.json").rename(tmp_path / "metrics.json")
+    assert program(arguments) == 2
+    assert "mixmo fit --resume" in capsys.readouterr().err
+    shutil.rmtree(copy / "checkpoint")  # as after `mixmo import`
+    assert program(arguments) == 2
+    assert "it was imported, or its checkpoint was removed" in capsys.readouterr().err
+    assert not to.exists()
+    (tmp_path / "metrics.json").rename(copy / "metrics.json")
+    weights = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(b"")
+    assert program(arguments) == 2
+    assert [*to.iterdir()] == []
+    (copy / "model.safetensors").write_bytes(weights)
+    assert program(arguments) == 0
+    assert len([*to.iterdir()]) == 3
+
+
 def test_raw_logits_are_not_scaled(run, tmp_path):
     assert program(["push", str(run.path), "--to", str(tmp_path / "raw"), "--raw"]) == 0
     assert not json.loads((tmp_path / "raw/config.json").read_text())["calibration"]["in_logits"]

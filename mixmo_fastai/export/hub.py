@@ -223,13 +223,18 @@ def push_run(
             or is public, or the Hub cannot be reached or refuses the upload.
     """
     check_export(run, Path(WEIGHTS), push_to=to)
+    run.metrics()  # the card states them
     if not to.startswith(HUB_PREFIX):
         folder = Path(os.path.expanduser(to))
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise InputError(f"{to!r} exists and was not changed. Choose another --to.")
         folder.mkdir(parents=True, exist_ok=True)
         settings = {"address": folder.resolve().name, "license_id": license_id, "raw": raw}
-        return {**write_hub_folder(run, folder, data_dir, **settings), "to": str(folder)}
+        with TemporaryDirectory(prefix=".unfinished-", dir=folder) as temporary:
+            result = write_hub_folder(run, Path(temporary), data_dir, **settings)
+            for path in Path(temporary).iterdir():
+                path.rename(folder / path.name)
+        return {**result, "to": str(folder)}
     repository = to.removeprefix(HUB_PREFIX)
     api = HfApi(library_name=LIBRARY)
     with _reported(f"push to {repository}"):

@@ -136,6 +136,11 @@ class RunFolder:
         Raises:
             InputError: the run is not finished, or the file is damaged.
         """
+        if not self.is_finished and self.weights.is_file() and not self.has_state:
+            raise InputError(
+                f"{self.path} has no final metrics: it was imported, or its checkpoint was removed."
+                f"\nEvaluate it: mixmo eval {self.argument}"
+            )
         if not self.is_finished:
             raise InputError(
                 f"{self.path} has no final metrics: the run is not finished.\n"
