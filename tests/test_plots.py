@@ -120,10 +120,15 @@ def test_markers_of_runs_are_inside_the_plot_and_do_not_overlap(monkeypatch, tmp
         assert axes is not other or next_x - x > 15  # markers are 8 points wide, at 120 dpi
 
 
+def leader_lines(axes):
+    """Return the lines of a panel that belong to no marker."""
+    marked = [line for container in axes.containers for line in container.get_children()]
+    return [line for line in axes.get_lines() if line not in marked]
+
+
 def leaders_of(axes):
     """Return the points of each leader line of a panel, starting at the axis."""
-    marked = [line for container in axes.containers for line in container.get_children()]
-    return [line.get_xydata() for line in axes.get_lines() if line not in marked]
+    return [line.get_xydata() for line in leader_lines(axes)]
 
 
 @pytest.mark.parametrize(
@@ -165,6 +170,16 @@ def test_shifted_markers_have_leader_lines(monkeypatch, tmp_path, sizes, num_shi
     names = [f"run {number}" for number in range(len(sizes))]
     plot_comparison(names, [ComparedRun(size) for size in sizes], tmp_path / "it.png")
     assert len(panels) == 2
+
+
+def test_leader_lines_have_the_colours_of_their_markers(monkeypatch, tmp_path):
+    panels = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: panels.extend(figure.axes))
+    plot_comparison(list("abcdef"), [ComparedRun(300_000)] * 6, tmp_path / "it.png")
+    for axes in panels:
+        colors = [container[0].get_color() for container in axes.containers]
+        assert len({*colors}) == 6
+        assert [line.get_color() for line in leader_lines(axes)] == colors
 
 
 def test_shifted_markers_keep_their_distance_from_neighbours(monkeypatch, tmp_path):

@@ -38,6 +38,8 @@ def compare(
 
     compared = compare_runs(folders, data_dir, device=device)
     names = [folder.path.resolve().name for folder in folders]
+    if len({*names}) < len(names):
+        names = [str(folder.path) for folder in folders]
     plot_comparison(names, compared, plot_path)
     value = [
         {

@@ -110,8 +110,9 @@ def _check_same_test_set(runs: Sequence[RunFolder]) -> None:
                 )
         if _final_images(run) != _final_images(runs[0]):
             raise InputError(
-                f"{run.path} and {runs[0].path} have different test images of {first.dataset}; see "
-                "split.json in both.\nOnly runs with the same test images can be compared."
+                f"{run.path} and {runs[0].path} have different test images of {first.dataset}, or "
+                "validation images if there are none; see split.json and data.calibration_split "
+                "in both.\nOnly runs with the same test images can be compared."
             )
         check_same_left_out(runs[0], run)
 
@@ -124,4 +125,6 @@ def _final_images(run: RunFolder) -> tuple[object, ...]:
     drawn = None if parts.drawn is None else parts.drawn.test
     if parts.test or drawn:
         return parts.test, drawn
-    return (parts.valid,) if parts.valid else (run.recipe().data.valid_split,)
+    data = run.recipe().data
+    drawn_from = parts.valid or data.valid_split
+    return drawn_from, data.calibration_split or None  # the images that calibrate are left out

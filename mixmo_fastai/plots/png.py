@@ -311,7 +311,7 @@ def _draw_leader_lines(
     bottom = low - LEADER_HEIGHT * (high - low)
     for number, (size, position, end) in enumerate(zip(sizes, positions, lowest, strict=True)):
         if position != size:
-            color = COLORS[number % len(COLORS)]
+            color = marker_style(number)["color"]
             axes.plot([size, position, position], [bottom, low, end], color=color, linewidth=0.7)
     axes.set_ylim(bottom, high)
 
