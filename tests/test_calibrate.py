@@ -276,6 +276,16 @@ class TestDecisions:
             assert 0 < int(found.accepted(logits).sum()) < 200
 
 
+@pytest.mark.parametrize("in_logits", [True, False])
+def test_exported_network_without_scaling_says_so(in_logits):
+    entry = exported_thresholds(fit(1000, method="none"), in_logits=in_logits)
+    network = ExportedNetwork(torch.nn.Identity(), "x", FACTS, ExportedCalibration(entry, 4))
+    text = "The probabilities are not calibrated."
+    assert decide_for(Request(), network, "net.onnx").note == text
+    assert decide_for(Request(max_risk=0.01), network, "net.onnx").note.endswith(f"\n{text}")
+    assert decide_for(Request(raw=True), network, "net.onnx").note == ""
+
+
 @pytest.mark.parametrize("method", ["temperature", "vector"])
 @pytest.mark.parametrize("in_logits", [True, False])
 def test_exported_thresholds_decide_as_the_run(method, in_logits):
@@ -306,6 +316,13 @@ def test_exported_thresholds_decide_as_the_run(method, in_logits):
                 for each, values in ((expected, logits), (found, exported_logits))
             )
             assert first is second is None or torch.equal(first, second), (request, name)
+    mixed = Request(coverage=0.9, raw=True)
+    for call in (lambda: decide(mixed, calibration, "RUN"), lambda: decide_for(mixed, network, "")):
+        if method == "temperature":
+            assert call().sets is not None
+        else:
+            with pytest.raises(InputError, match="--raw shows other classes than"):
+                call()
     with pytest.raises(InputError, match="export it again"):
         decide_for(Request(coverage=0.9), replace(network, calibration=None), "net.onnx")
 

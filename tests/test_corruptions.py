@@ -160,6 +160,7 @@ def test_corruptions_option_of_eval(run, tmp_path, capsys):
     assert "jpeg_compression" in out
     assert program(["eval", path, "--corruptions", str(tmp_path / "none")]) == 2
     assert "labels.npy is missing" in capsys.readouterr().err
-    many = write_official(tmp_path / "many", num_classes=6)
-    assert program(["eval", path, "--corruptions", str(many)]) == 2
-    assert "this run has 2 classes" in capsys.readouterr().err
+    for count in (6, 1):
+        other = write_official(tmp_path / f"of {count}", num_classes=count)
+        assert program(["eval", path, "--corruptions", str(other)]) == 2
+        assert f"has {count} classes; this run has 2." in capsys.readouterr().err

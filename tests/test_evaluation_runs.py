@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from mixmo_fastai.evaluation.runs import evaluate_ensemble, evaluate_run
 from mixmo_fastai.metrics.bootstrap import paired_intervals
 from mixmo_fastai.metrics.ood import UNCERTAINTIES
 from mixmo_fastai.metrics.summary import evaluate_logits
+from mixmo_fastai.plots import png
 from mixmo_fastai.runs.create import create_run
 from mixmo_fastai.training.prepare import prepare
 from mixmo_fastai.training.train import train
@@ -115,6 +117,35 @@ def test_default_validation_split_is_stored_and_compared(tmp_path, monkeypatch):
     assert [run.recipe().data.valid_split for run in created] == [0.2, 0.4]
     with pytest.raises(InputError, match=r"data\.valid_split=0\.4; .* has 0\.2"):
         evaluate_ensemble(created)
+
+
+def test_runs_that_calibrate_on_other_images_are_not_compared(tmp_path, capsys):
+    """Without test images, those that calibrate are not among the compared ones."""
+    folder = write_image_folder(tmp_path / "pets", num_train=20, num_test=20)
+    (folder / "test").rename(folder / "valid")
+    paths = [str(tmp_path / select) for select in ("last", "best")]
+    for path in paths:
+        select = f"train.select={path.rpartition('/')[2]}"
+        flags = ["--arch", "wrn10_1", "--epochs", "1", "--batch-size", "16", "--set", select]
+        assert program(["fit", str(folder), *flags, "--device", "cpu", "--out", path]) == 0
+    assert program(["compare", *paths]) == 2
+    assert "see split.json and data.calibration_split in both" in capsys.readouterr().err
+    # What is not evaluated has a reason.
+    assert program(["eval", paths[0], "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    for name in ("calibrated", "sets", "abstention"):
+        assert found["absent"][name].startswith("there are no labelled test images"), name
+        assert name not in found
+
+
+def test_runs_of_one_name_are_plotted_with_their_paths(runs, tmp_path, monkeypatch, capsys):
+    names = []
+    monkeypatch.setattr(png, "plot_comparison", lambda given, *_: names.append(given))
+    other = shutil.copytree(runs[0].path, tmp_path / runs[0].path.name)
+    monkeypatch.chdir(tmp_path)  # where the picture is written
+    assert program(["compare", str(runs[0].path), str(other)]) == 0
+    assert program(["compare", str(runs[0].path), str(runs[1].path)]) == 0
+    assert names == [[str(runs[0].path), str(other)], [each.path.name for each in runs[:2]]]
 
 
 def test_ood_images_are_compared_with_the_test_set(runs, tmp_path, capsys):

@@ -39,10 +39,9 @@ def evaluate_corruptions(finished: Any, corruptions: str) -> dict[str, Any]:
     by_kind: dict[str, dict[str, list[float]]] = {}
     for corrupted in corrupted_sets:
         labels = corrupted.labels
-        if int(labels.max()) >= len(finished.source.classes):
+        if (count := int(labels.max()) + 1) != len(finished.source.classes):
             raise InputError(
-                f"{corruptions} has labels up to {int(labels.max())}; this run has "
-                f"{len(finished.source.classes)} classes."
+                f"{corruptions} has {count} classes; this run has {len(finished.source.classes)}."
             )
         logits = finished.logits([finished.loader(corrupted.pixels)])[0][0].double().mean(dim=1)
         inputs, values = MetricInputs(logits, labels), by_kind.setdefault(corrupted.kind, {})

@@ -118,6 +118,9 @@ def decide_for(request: Request, run: RunFolder | ExportedNetwork, name: str) ->
     if calibration is None:
         return decide(request, None, name, advice)
     chosen = _choose(request, calibration)
+    if calibration.scaling is None and not request.raw:
+        text = "The probabilities are not calibrated."
+        chosen = replace(chosen, note=f"{chosen.note}\n{text}" if chosen.note else text)
     if not calibration.in_logits:
         return chosen
     unscaling = _inverse(calibration.scaling) if request.raw and calibration.scaling else None
@@ -164,6 +167,13 @@ def decide(
 
 def _choose(request: Request, calibration: Calibration | ExportedCalibration) -> Decisions:
     """Choose the thresholds that are requested."""
+    scaling = calibration.scaling
+    if request.raw and request.needs_calibration and scaling is not None and scaling.bias:
+        raise InputError(
+            "Vector scaling changes which class is predicted, so --raw shows other classes than "
+            "--coverage, --max-risk and --ood-threshold decide about.\nRemove --raw, or calibrate "
+            "with --method temperature."
+        )
     sets = abstain = familiar_from = None
     if request.coverage is not None:
         sets = calibration.sets(request.coverage, request.set_score, per_class=request.per_class)

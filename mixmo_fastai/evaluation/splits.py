@@ -27,6 +27,7 @@ from mixmo_fastai.runs.calibration import Calibration
 
 MIN_IMAGES_FOR_TEMPERATURE = 50
 """Smallest number of images on which a temperature is fitted."""
+_NO_TEST = "there are no labelled test images in addition to the validation images"
 
 
 def evaluate_splits(
@@ -91,9 +92,11 @@ def evaluate_splits(
         }
     if validation is not None and test is not None:
         metrics["valid"] = evaluate_logits(*validation)
-    if validation is None:
-        reason = "there is no validation split; raise --valid-split"
-        functions |= dict.fromkeys(("calibration", "sets", "abstention"), lambda: _refuse(reason))
+    if calibration is None and (validation is None or is_separate):
+        names = ("calibration", "sets", "abstention")
+        functions |= dict.fromkeys(names, lambda: _refuse(missing))
+    elif calibration is not None and test is None:
+        functions |= dict.fromkeys(("sets", "abstention"), lambda: _refuse(_NO_TEST))
     if calibration is not None:
         metrics["calibration"] = summary(calibration)
         if test is not None:
@@ -113,7 +116,7 @@ def _calibrate(
         missing: the reason if there are no such images.
     """
     if test is None:
-        raise InputError("there are no labelled test images in addition to the validation images")
+        raise InputError(_NO_TEST)
     labels = test[1]
     if images is None:
         raise InputError(missing)
