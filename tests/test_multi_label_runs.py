@@ -18,6 +18,7 @@ from mixmo_fastai.evaluation.runs import evaluate_ensemble, evaluate_run
 from mixmo_fastai.export.files import load_fused
 from mixmo_fastai.export.hub import FusedClassifier
 from mixmo_fastai.metrics.fastai import MemberAccuracy
+from mixmo_fastai.metrics.label_results import origin, origin_in_use
 from mixmo_fastai.runs.create import create_run
 from mixmo_fastai.runs.folder import open_run
 from mixmo_fastai.runs.weights import load_network
@@ -170,6 +171,13 @@ def test_exported_network_predicts_the_same(run, table, tmp_path, capsys, suffix
         for name in COLOURS:
             assert float(row[f"p:{name}"]) == pytest.approx(float(other[f"p:{name}"]), abs=1e-4)
         assert other["mutual_information"] == ""
+    expected, found = (
+        read_csv(printed(capsys, "predict", name, *images, "--raw")) for name in (run.path, file)
+    )
+    for row, other in zip(expected, found, strict=True):
+        assert row["labels"] == other["labels"]
+        for name in COLOURS:
+            assert float(row[f"p:{name}"]) == pytest.approx(float(other[f"p:{name}"]), abs=1e-4)
 
 
 def test_hub_folder_states_labels_and_thresholds(run, tmp_path, capsys):
@@ -191,6 +199,25 @@ def test_hub_folder_states_labels_and_thresholds(run, tmp_path, capsys):
     assert json.loads((tmp_path / "again/config.json").read_text()) == config
 
 
+def test_card_and_report_describe_the_thresholds_of_predictions(run, tmp_path, capsys):
+    """Without test images, the metrics are those at 0.5, but predictions use other thresholds."""
+    copy = open_run(shutil.copytree(run.path, tmp_path / "run"))
+    metrics = copy.metrics()
+    chosen = {"thresholds": [0.4, 0.5, 0.6], "temperature": 0.647}
+    changes = {"thresholds_from": "default", "temperature": 1.0, "deployed": chosen}
+    metrics["multi_label"] |= changes
+    copy.write_metrics(metrics)
+    printed(capsys, "push", copy.path, "--to", tmp_path / "pushed")
+    text = "at the thresholds with the best F1 on the evaluated images themselves"
+    card = (tmp_path / "pushed/README.md").read_text()
+    assert f"Labels are predicted {text}" in card
+    assert "The logits contain the temperature 0.647" in card
+    config = json.loads((tmp_path / "pushed/config.json").read_text())
+    assert config["labels"]["thresholds"] == chosen["thresholds"]
+    assert origin_in_use(metrics["multi_label"]).startswith(text)
+    assert origin_in_use(run.metrics()["multi_label"]) == origin(run.metrics()["multi_label"])
+
+
 def test_report_shows_labels(run, tmp_path, capsys):
     printed(capsys, "report", run.path, "--out", tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
@@ -206,6 +233,8 @@ def test_report_shows_labels(run, tmp_path, capsys):
         (["predict", "RUN", "IMAGE", "--coverage", "0.9"], "are for one label per image"),
         (["eval", "RUN", "--ood", "digits"], "mixmo eval --ood is for one label per image"),
         (["eval", "RUN", "--corruptions", "built-in"], "mixmo eval --corruptions is for one"),
+        (["eval", "RUN", "--coverage", "0.8"], "mixmo eval --coverage is for one label"),
+        (["eval", "RUN", "--max-risk", "0.1"], "mixmo eval --max-risk is for one label"),
         (["calibrate", "RUN"], "mixmo calibrate is for one label per image"),
         (["compare", "RUN", "OTHER"], "mixmo compare is for one label per image"),
         (["export", "RUN", "--to", "NEW.onnx", "--int8"], "--int8 is for one label per image"),

@@ -3,7 +3,6 @@
 Shapes: N images, M members, K classes.
 """
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -98,7 +97,8 @@ def evaluate_multi_label(
     found["thresholds_from"] = "validation" if is_other and fitted_on is not None else "default"
     found["num_threshold_images"] = len(fitted_on[1]) if is_other and fitted_on is not None else 0
     if not is_other:
-        found["deployed"] = dataclasses.asdict(_choose(fitted_on, len(classes), fitted))
+        chosen = _choose(fitted_on, len(classes), fitted)
+        found["deployed"] = {"thresholds": chosen.thresholds, "temperature": chosen.temperature}
     metrics[LABELS] = {**found, **({} if interval is None else {"mean_ap_interval": interval})}
     return metrics
 

@@ -107,7 +107,14 @@ def evaluate_finished(
         InputError: a weights file is damaged, or data is missing.
     """
     if finished.source.is_multi_label:
-        check_not_requested(finished.run, ood, corruptions, label_distribution)
+        requested = {
+            "ood": bool(ood),
+            "corruptions": corruptions is not None,
+            "label-distribution": label_distribution is not None,
+            "coverage": coverage != COVERAGE,
+            "max-risk": max_risk != MAX_RISK,
+        }
+        check_not_requested(finished.run, requested)
         return finished.multi_label_metrics(finished.logits(finished.loaders()))
     votes = None if label_distribution is None else finished.read_votes(label_distribution)
     names = [ood] if isinstance(ood, str) else list(ood or ())

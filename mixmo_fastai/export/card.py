@@ -17,7 +17,7 @@ from mixmo_fastai.metrics.label_results import (
     NUM_SHOWN,
     label_table,
     label_table_note,
-    origin,
+    origin_in_use,
 )
 from mixmo_fastai.metrics.table import percent
 from mixmo_fastai.runs.calibration import read_calibration
@@ -76,7 +76,7 @@ def model_card(
 def has_calibration(run: RunFolder) -> bool:
     """Check whether a run has a temperature that its exported logits contain."""
     if labels := run.metrics().get(LABELS):
-        return bool(labels["temperature"] != 1)
+        return bool(labels.get("deployed", labels)["temperature"] != 1)
     calibration = read_calibration(run)
     scaling = None if calibration is None else calibration.scaling
     return scaling is not None and scaling.method == "temperature"
@@ -262,14 +262,15 @@ def _probabilities(
 
 def _label_probabilities(values: Mapping[str, Any], *, is_calibrated: bool) -> str:
     """Describe temperature and thresholds of labels."""
-    text = f"Labels are predicted {origin(values)}; `config.json` has the thresholds."
+    text = f"Labels are predicted {origin_in_use(values)}; `config.json` has the thresholds."
     text = f"The probability of each label is the sigmoid of its logit. {text}"
-    if values["temperature"] == 1:
+    temperature = values.get("deployed", values)["temperature"]
+    if temperature == 1:
         return f"The logits are not calibrated. {text}"
     where = "contain" if is_calibrated else "do not contain"
     return (
-        f"The logits {where} the temperature {values['temperature']:.3f}, fitted on images that "
-        f"were not trained on. {text}"
+        f"The logits {where} the temperature {temperature:.3f}, fitted on images that were not "
+        f"trained on. {text}"
     )
 
 

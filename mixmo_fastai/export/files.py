@@ -315,7 +315,7 @@ def _label_scaling(
     if found.temperature == 1.0:
         return None, found
     scaling = Scaling("temperature", (1 / found.temperature,))
-    return scaling, LabelDecisions(found.thresholds)
+    return scaling, LabelDecisions(found.thresholds, contained=found.temperature)
 
 
 def _compare(

@@ -57,6 +57,16 @@ def origin(values: Mapping[str, Any]) -> str:
     return "at a threshold of 0.5"
 
 
+def origin_in_use(values: Mapping[str, Any]) -> str:
+    """Describe the thresholds of predictions, which may differ from those of the metrics."""
+    if "deployed" not in values:
+        return origin(values)
+    return (
+        "at the thresholds with the best F1 on the evaluated images themselves; the metrics are "
+        f"those {origin(values)}"
+    )
+
+
 def label_table(values: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Build the table of labels, the most frequent first: the heading and a row per label."""
     rows = sorted(values["per_class"], key=lambda row: -int(row["positives"]))

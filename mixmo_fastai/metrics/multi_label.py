@@ -45,6 +45,7 @@ class LabelDecisions:
     Attributes:
         thresholds: one per class, in [0, 1].
         temperature: by which the ensemble's logits are divided.
+        contained: temperature by which the logits of an exported network are divided already.
 
     Example:
         >>> decide = LabelDecisions((0.5, 0.9))
@@ -54,10 +55,12 @@ class LabelDecisions:
 
     thresholds: tuple[float, ...]
     temperature: float = 1.0
+    contained: float = 1.0
 
     def __post_init__(self) -> None:
         are_valid = all(0 <= value <= 1 for value in self.thresholds)
-        if not are_valid or not 0 < self.temperature < math.inf:
+        temperatures = (self.temperature, self.contained)
+        if not are_valid or not all(0 < value < math.inf for value in temperatures):
             raise ValueError("thresholds must be in [0, 1] and the temperature positive")
 
     @classmethod
@@ -69,14 +72,15 @@ class LabelDecisions:
         """
         try:
             thresholds = tuple(map(float, values.get("thresholds", ())))
-            temperature = float(values.get("temperature", 1.0))
+            names = ("temperature", "contained")
+            temperature, contained = (float(values.get(name, 1.0)) for name in names)
         except (AttributeError, TypeError):
             raise ValueError(
                 "thresholds must be a list of numbers, and temperature a number"
             ) from None
         if len(thresholds) != num_classes:
             raise ValueError(f"there must be {num_classes} thresholds; got {len(thresholds)}")
-        return cls(thresholds, temperature)
+        return cls(thresholds, temperature, contained)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Compute the probabilities of the labels: logits (N, K) -> (N, K) float64."""
@@ -96,7 +100,12 @@ class LabelDecisions:
             0.9412
         """
         bounds = torch.tensor(self.thresholds, dtype=torch.float64).logit() * self.temperature
-        return LabelDecisions(tuple((bounds / temperature).sigmoid().tolist()), temperature)
+        thresholds = tuple((bounds / temperature).sigmoid().tolist())
+        return LabelDecisions(thresholds, temperature, self.contained)
+
+    def raw(self) -> "LabelDecisions":
+        """Return the same decisions for probabilities without temperature."""
+        return self.with_temperature(1 / self.contained)
 
 
 def as_decisions(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

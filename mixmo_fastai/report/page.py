@@ -84,7 +84,7 @@ def render(data: ReportData) -> str:
         sections=sections(data),
         colors=_colors(data),
         mistakes=data.mistakes,
-        mistake_text=_mistake_text,
+        mistake_text=partial(_mistake_text, SPLIT_NAMES[final_metrics(data.metrics)[0]]),
         percent=percent,
         recipe=to_toml(recipe),
         environment=_environment_rows(data.environment),
@@ -285,10 +285,10 @@ def _colors(data: ReportData) -> list[tuple[str, str]]:
     ]
 
 
-def _mistake_text(mistake: Mistake) -> str:
+def _mistake_text(split: str, mistake: Mistake) -> str:
     """Return the alternative text of a misclassified image."""
     return (
-        f"Test image {mistake.name}: {mistake.label}, predicted as {mistake.predicted} with "
+        f"{split} image {mistake.name}: {mistake.label}, predicted as {mistake.predicted} with "
         f"probability {percent(mistake.confidence)}"
     )
 

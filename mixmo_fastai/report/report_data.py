@@ -3,6 +3,7 @@
 Shapes: N test images, M members (or networks of a deep ensemble), K classes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from mixmo_fastai.metrics.calibration import top_predictions
 from mixmo_fastai.metrics.label_results import LABELS
 from mixmo_fastai.metrics.multi_label import DECISIONS, as_decisions
 from mixmo_fastai.models.filters import FilterUse, encoder_norms, filter_use
+from mixmo_fastai.models.mixmo_model import MixMoModel
 from mixmo_fastai.report.decisions import DecisionData, decision_data
 from mixmo_fastai.runs.folder import RunFolder
 from mixmo_fastai.runs.weights import load_network
@@ -68,11 +70,14 @@ class ReportData:
         calibration: description of these images, or the reason why `calibrated` is None.
         histories: rows of each network's history.csv.
         rates: pairs of (fractional) epoch and learning rate; empty without a history.
-        uses: filter use of each network.
-        norms: encoder norms (M, D) of each network.
+        uses: filter use of each network; empty without convolutions.
+        norms: encoder norms (M, D) of each network; as many as `uses`.
         mistakes: the most confident mistakes, most confident first.
-        decisions: what is accepted, asked about and ambiguous; None without calibration images.
+        decisions: what is accepted, asked about and ambiguous; None without calibration images, or
+            without test images.
         label_names: names of the labels of images with several; empty with one.
+        without_filters: why `uses` is empty.
+        is_calibrated: whether the run has a calibration.
     """
 
     run: RunFolder
@@ -94,6 +99,8 @@ class ReportData:
     mistakes: list[Mistake]
     decisions: DecisionData | None = None
     label_names: tuple[str, ...] = ()
+    without_filters: str = ""
+    is_calibrated: bool = False
 
     @property
     def logits(self) -> Tensor:
@@ -129,6 +136,7 @@ def collect_report_data(
             validation, test, record, separate=separate, is_separate=finished.is_separate
         )
     networks = [load_network(network) for network in run.networks()]
+    uses, norms, without_filters = _filters(networks)
     calibrated, calibration = _calibrate(metrics, member_logits.mean(dim=1), labels)
     histories = [read_history(network) for network in run.networks()]
     return ReportData(
@@ -146,8 +154,10 @@ def collect_report_data(
         calibration=calibration,
         histories=histories,
         rates=_rates(finished, histories[0]),
-        uses=[filter_use(network) for network in networks],
-        norms=[encoder_norms(network) for network in networks],
+        uses=uses,
+        norms=norms,
+        without_filters=without_filters,
+        is_calibrated=record is not None,
         mistakes=confident_mistakes(finished, member_logits, labels),
         decisions=(
             None
@@ -156,6 +166,15 @@ def collect_report_data(
         ),
         label_names=label_names,
     )
+
+
+def _filters(networks: Sequence[MixMoModel]) -> tuple[list[FilterUse], list[Tensor], str]:
+    """Measure the filters of each network; without convolutions, return the reason instead."""
+    try:
+        uses = [filter_use(network) for network in networks]
+        return uses, [encoder_norms(network) for network in networks], ""
+    except InputError as error:
+        return [], [], str(error)
 
 
 def confident_mistakes(

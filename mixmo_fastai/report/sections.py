@@ -8,7 +8,7 @@ import torch
 from mixmo_fastai.evaluation.results import final_metrics, temperature_warning
 from mixmo_fastai.metrics.calibration import top_predictions
 from mixmo_fastai.metrics.confusion import confusion_matrix, most_confused
-from mixmo_fastai.metrics.label_results import LABELS, NUM_SHOWN, label_table, origin
+from mixmo_fastai.metrics.label_results import LABELS, NUM_SHOWN, label_table, origin_in_use
 from mixmo_fastai.metrics.selective import risk_at_coverage
 from mixmo_fastai.metrics.table import COVERAGES, decimal, percent, round_percent
 from mixmo_fastai.report import charts, decisions, filters
@@ -156,8 +156,10 @@ def _decision_section(data: ReportData) -> Section:
     title, found = "What to do with it", data.decisions
     if found is None:
         note = (
-            "Without validation images and labelled test images, there is no calibration. Train "
-            "with --valid-split."
+            "Without validation images, there is no calibration. Train with --valid-split."
+            if not data.is_calibrated
+            else "The calibration was fitted on the images that this page evaluates. Without "
+            "labelled test images, what its sets and decisions promise cannot be measured."
         )
         return Section("decisions", title, [], [], [note])
     chart, texts = (
@@ -185,7 +187,7 @@ def _label_section(data: ReportData) -> Section:
     caption = "The most frequent labels" if len(rows) > NUM_SHOWN else "By label"
     shown = Table(caption, tuple(head[i] for i in chosen), short, (1, 2, 3))
     details = Table("Precision and recall of all labels", head, rows, tuple(range(1, len(head))))
-    notes = [f"Labels are predicted {origin(values)}."]
+    notes = [f"Labels are predicted {origin_in_use(values)}."]
     if "f1_micro" in values:
         notes.append(
             f"F1 of all decisions: {decimal(values['f1_micro'])} (micro); mean over labels: "
@@ -241,6 +243,8 @@ def _confusion_section(data: ReportData) -> Section:
 
 
 def _filter_section(data: ReportData) -> Section:
+    if not data.uses:
+        return Section("filters", "Filter use", [], [], [data.without_filters])
     use = data.uses[0]
     fractions = torch.stack([each.fractions for each in data.uses]).mean(dim=0)
     details = Table(

@@ -1,5 +1,7 @@
 """Runs on images with several labels: what they predict, and what is not defined for them."""
 
+from collections.abc import Mapping
+
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.metrics.label_results import LABELS
 from mixmo_fastai.metrics.multi_label import DEFAULT_THRESHOLD, LabelDecisions
@@ -24,17 +26,18 @@ def check_one_label(run: RunFolder, action: str) -> None:
         )
 
 
-def check_not_requested(
-    run: RunFolder, ood: object, corruptions: object, label_distribution: object
-) -> None:
+def check_not_requested(run: RunFolder, requested: Mapping[str, object]) -> None:
     """Check that no evaluation is requested that is defined for one label per image only.
+
+    Args:
+        run: a run on images with several labels.
+        requested: whether each option of `mixmo eval` is, by its name.
 
     Raises:
         InputError: one is.
     """
-    requested = {"ood": ood, "corruptions": corruptions, "label-distribution": label_distribution}
-    for name, value in requested.items():
-        if value:
+    for name, is_requested in requested.items():
+        if is_requested:
             check_one_label(run, f"mixmo eval --{name}")
 
 
@@ -55,4 +58,4 @@ def label_decisions(run: RunFolder, num_classes: int, *, raw: bool = False) -> L
         found = LabelDecisions.from_mapping(entry.get("deployed", entry), num_classes)
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{run.path / 'metrics.json'} is damaged: {error}.") from error
-    return found.with_temperature(1.0) if raw else found
+    return found.raw() if raw else found
