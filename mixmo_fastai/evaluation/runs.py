@@ -345,9 +345,9 @@ def open_finished(
 
 
 def changed_images(run: RunFolder, source: DataSource) -> set[str]:
-    """Return which images differ from those of the run: of "train", "valid" and "test".
+    """Return which images differ from those of the run: names of "train", "valid" and "test".
 
-    None if the run has no checkpoint, since only the checkpoint holds their fingerprints.
+    Without a checkpoint, which alone holds their fingerprints, the set is empty.
     """
     try:
         saved = CheckpointStore(run.networks()[0].checkpoint).newest()

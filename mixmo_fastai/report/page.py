@@ -259,6 +259,9 @@ def _notes(data: ReportData) -> list[str]:
     names = {
         "calibrated": "Calibration on the validation split",
         "cross_fitted": "Calibration on halves of the images",
+        "calibration": "Calibration",
+        "sets": "Prediction sets",
+        "abstention": "Abstention",
         f"{split}_mean_probabilities": "Mean of the probabilities",
     }
     reasons: dict[str, list[str]] = {}
