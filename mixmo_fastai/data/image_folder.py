@@ -77,8 +77,9 @@ def read_image_folder(
         if parts is None
         else reopen_images(folder, parts, classes, left_out or ())
     )
-    name, limits = folder.resolve().name, (largest_side, cache_limit)
-    files = ChosenFiles(name, folder, home, chosen, chosen_size, *limits)
+    files = ChosenFiles(
+        folder.resolve().name, folder, home, chosen, chosen_size, largest_side, cache_limit
+    )
     return files.read_intact(image_size, skip_damaged=skip_damaged, left_out=left_out)
 
 
