@@ -290,13 +290,10 @@ def test_recipes_are_listed_with_their_accuracies(capsys):
 
 
 def test_recipe_for_images_of_ones_own_is_shown_with_changes(folder, capsys):
-    arguments = ["recipes", "fine-tune/cut-mixmo", "--set", "train.epochs=5", "--json"]
-    assert run(arguments) == 0
-    shown = json.loads(capsys.readouterr().out)
-    assert (shown["data"]["dataset"], shown["train"]["epochs"]) == ("", 5)
     (folder / "mine.toml").write_text('[data]\ndataset = "nowhere/flowers"\n')
-    assert run(["recipes", "mine.toml", "--set", "train.epochs=5"]) == 0
-    assert "epochs = 5" in capsys.readouterr().out
+    for name in ("fine-tune/cut-mixmo", "mine.toml"):
+        assert run(["recipes", name, "--set", "train.epochs=5"]) == 0
+        assert "epochs = 5" in capsys.readouterr().out
 
 
 def test_printed_recipe_can_be_loaded(folder, capsys):

@@ -17,7 +17,6 @@ from report_pages import (
     reports,
     runs,
     tiled_pages,
-    validation_only,
     with_tiles,
 )
 
@@ -29,8 +28,6 @@ from mixmo_fastai.report.report_data import collect_report_data
 from mixmo_fastai.report.sections import sections
 from mixmo_fastai.runs.create import create_run
 from mixmo_fastai.runs.weights import save_weights
-from mixmo_fastai.training.ensemble import train_run
-from mixmo_fastai.training.prepare import prepare
 
 pytestmark = pytest.mark.slow
 
@@ -150,32 +147,6 @@ def test_report_without_validation_split(runs, reports):
     elements = Elements(render(without_validation))
     assert "There is no validation accuracy" in elements.text
     assert len(elements.attributes_of("svg")) == NUM_CHARTS["mixmo"] - 1
-
-
-def test_report_on_validation_images_names_them_and_their_calibration(reports):
-    report = validation_only(reports["mixmo"])
-    text = Elements(render(replace(report, decisions=None))).text
-    assert "Without labelled test images, what its sets and decisions promise" in text
-    page = render(replace(report, decisions=None, is_calibrated=False))
-    assert "Without validation images, there is no calibration" in Elements(page).text
-    alternatives = [image["alt"] for image in Elements(page).attributes_of("img")]
-    assert all(each.startswith("Validation image ") for each in alternatives)
-
-
-def test_report_of_a_network_without_convolutions(tmp_path, images, monkeypatch):
-    """As a vision transformer, whose only convolution is the encoder."""
-    recipe = resolve_recipe(
-        str(images),
-        None,
-        {"model.arch": "timm/test_vit", "train.epochs": 1, "train.batch_size": 64},
-        ["data.image_size=160", "data.limit=64", "train.device=cpu", "data.valid_split=0.3"],
-    )
-    run = create_run(recipe, tmp_path / "run")
-    train_run(prepare(recipe), run)
-    report = collect_report_data(run)
-    assert (report.uses, report.norms) == ([], [])
-    text = Elements(render(report)).text
-    assert "The core has no convolution (nn.Conv2d); cannot compute filter use." in text
 
 
 @pytest.mark.parametrize("text", ["epoch,images_seen\n1,many\n", "epoch,lr\n1,0.1\n"])

@@ -36,8 +36,9 @@ def calibrate(
         raise unknown_name_error("calibration method", method, METHODS)
     opt.check_device(device)
 
+    from mixmo_fastai.data.run_data import changed_images
     from mixmo_fastai.evaluation.calibration import summary
-    from mixmo_fastai.evaluation.runs import changed_images, open_finished
+    from mixmo_fastai.evaluation.runs import open_finished
     from mixmo_fastai.runs.calibration import read_calibration, write_calibration
     from mixmo_fastai.runs.labels import check_one_label
 

@@ -80,11 +80,8 @@ def evaluate(
     opt.check_fractions(coverage=coverage, max_risk=max_risk)
 
     from mixmo_fastai.cli.reading import reading_shown
-    from mixmo_fastai.evaluation.runs import (
-        changed_images,
-        evaluate_finished,
-        open_finished,
-    )
+    from mixmo_fastai.data.run_data import changed_images
+    from mixmo_fastai.evaluation.runs import evaluate_finished, open_finished
 
     output = Output(as_json=as_json)
     with reading_shown(output):

@@ -1,15 +1,19 @@
 """The data set of a recipe, with the split and the skipped images of its run."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 from mixmo_fastai.config.choices import DATASETS
 from mixmo_fastai.config.defaults import is_pretrained
 from mixmo_fastai.config.recipe import Recipe
+from mixmo_fastai.data.fingerprint import fingerprint
 from mixmo_fastai.data.image_sets import DataSource
 from mixmo_fastai.data.parts import DataParts, parts_before_split_json
 from mixmo_fastai.data.sources import load_source
 from mixmo_fastai.data.table_columns import columns_of
+from mixmo_fastai.errors import InputError
+from mixmo_fastai.runs.checkpoints import CheckpointStore
 from mixmo_fastai.runs.data_facts import DataFacts
 from mixmo_fastai.runs.folder import RunFolder
 
@@ -92,3 +96,18 @@ def data_parts(run: RunFolder) -> DataParts | None:
         return DataParts.from_mapping(split, run.path / "split.json")
     has_begun = run.data_facts() is not None
     return parts_before_split_json(Path(dataset)) if has_begun else None
+
+
+def changed_images(run: RunFolder, source: DataSource) -> set[str]:
+    """Return which images differ from those of the run: names of "train", "valid" and "test".
+
+    Without a checkpoint, which alone holds their fingerprints, the set is empty.
+    """
+    try:
+        saved = CheckpointStore(run.networks()[0].checkpoint).newest()
+        prints = json.loads((saved.path / "state.json").read_bytes())["data"] if saved else {}
+    except (InputError, OSError, ValueError, KeyError, TypeError):
+        return set()
+    found = fingerprint(source)
+    names = {"train", "valid", "test"} & prints.keys()
+    return {name for name in names if prints[name] != found.get(name)}

@@ -191,7 +191,7 @@ def _label_decisions(
     if isinstance(run, RunFolder):
         return label_decisions(run, num_classes, raw=raw)
     found = run.labels or LabelDecisions((DEFAULT_THRESHOLD,) * num_classes)
-    return found.raw() if raw else found
+    return found.with_temperature(1 / found.contained) if raw else found
 
 
 def _label_predictions(

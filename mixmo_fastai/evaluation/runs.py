@@ -3,7 +3,6 @@
 Shapes: N images, M members of a run, R runs, K classes.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,6 @@ from torch import Tensor
 
 from mixmo_fastai.config.recipe import Recipe
 from mixmo_fastai.data.dataloaders import make_evaluation_loaders
-from mixmo_fastai.data.fingerprint import fingerprint
 from mixmo_fastai.data.image_names import image_names
 from mixmo_fastai.data.image_sets import DataSource, ImageSet, groups_of, no_images
 from mixmo_fastai.data.label_distributions import LabelDistributions, read_label_distributions
@@ -32,7 +30,6 @@ from mixmo_fastai.evaluation.ood import ood_entries, read_ood_images
 from mixmo_fastai.evaluation.splits import evaluate_splits
 from mixmo_fastai.models import MixMoModel, build_model
 from mixmo_fastai.runs.calibration import Calibration, read_calibration
-from mixmo_fastai.runs.checkpoints import CheckpointStore
 from mixmo_fastai.runs.folder import RunFolder, check_same_left_out, check_several
 from mixmo_fastai.runs.labels import check_not_requested
 from mixmo_fastai.runs.weights import load_weights
@@ -342,21 +339,6 @@ def open_finished(
     network = build_model(recipe.model, len(source.classes), channels, image_size=(height, width))
     move_to_device(network, chosen)
     return FinishedRun(run, recipe, source, chosen, network, fused)
-
-
-def changed_images(run: RunFolder, source: DataSource) -> set[str]:
-    """Return which images differ from those of the run: names of "train", "valid" and "test".
-
-    Without a checkpoint, which alone holds their fingerprints, the set is empty.
-    """
-    try:
-        saved = CheckpointStore(run.networks()[0].checkpoint).newest()
-        prints = json.loads((saved.path / "state.json").read_bytes())["data"] if saved else {}
-    except (InputError, OSError, ValueError, KeyError, TypeError):
-        return set()
-    found = fingerprint(source)
-    names = {"train", "valid", "test"} & prints.keys()
-    return {name for name in names if prints[name] != found.get(name)}
 
 
 def _check_comparable(runs: Sequence[RunFolder]) -> None:

@@ -59,8 +59,7 @@ class LabelDecisions:
 
     def __post_init__(self) -> None:
         are_valid = all(0 <= value <= 1 for value in self.thresholds)
-        temperatures = (self.temperature, self.contained)
-        if not are_valid or not all(0 < value < math.inf for value in temperatures):
+        if not are_valid or not all(0 < t < math.inf for t in (self.temperature, self.contained)):
             raise ValueError("thresholds must be in [0, 1] and the temperature positive")
 
     @classmethod
@@ -72,8 +71,8 @@ class LabelDecisions:
         """
         try:
             thresholds = tuple(map(float, values.get("thresholds", ())))
-            names = ("temperature", "contained")
-            temperature, contained = (float(values.get(name, 1.0)) for name in names)
+            temperature = float(values.get("temperature", 1.0))
+            contained = float(values.get("contained", 1.0))
         except (AttributeError, TypeError):
             raise ValueError(
                 "thresholds must be a list of numbers, and temperature a number"
@@ -102,10 +101,6 @@ class LabelDecisions:
         bounds = torch.tensor(self.thresholds, dtype=torch.float64).logit() * self.temperature
         thresholds = tuple((bounds / temperature).sigmoid().tolist())
         return LabelDecisions(thresholds, temperature, self.contained)
-
-    def raw(self) -> "LabelDecisions":
-        """Return the same decisions for probabilities without temperature."""
-        return self.with_temperature(1 / self.contained)
 
 
 def as_decisions(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -58,4 +58,4 @@ def label_decisions(run: RunFolder, num_classes: int, *, raw: bool = False) -> L
         found = LabelDecisions.from_mapping(entry.get("deployed", entry), num_classes)
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{run.path / 'metrics.json'} is damaged: {error}.") from error
-    return found.raw() if raw else found
+    return found.with_temperature(1.0) if raw else found
