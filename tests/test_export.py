@@ -10,9 +10,11 @@ import torch
 from exports import images, run, train_small_run
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from short_runs import TINY, fit
 
 from mixmo_fastai import load_fused
 from mixmo_fastai.cli import run as program
+from mixmo_fastai.config.load import override
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.evaluation.predict import predict_images
 from mixmo_fastai.evaluation.runs import evaluate_run
@@ -20,6 +22,7 @@ from mixmo_fastai.export import files as export
 from mixmo_fastai.export import formats
 from mixmo_fastai.export.files import check_export, export_run
 from mixmo_fastai.export.header import FORMAT
+from mixmo_fastai.runs.create import create_run
 from mixmo_fastai.runs.folder import RunFolder
 from mixmo_fastai.runs.weights import load_network
 
@@ -98,11 +101,18 @@ def test_exported_files_follow_the_umask(run, tmp_path):
     assert (tmp_path / "other.safetensors").stat().st_mode & 0o044
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("mean", [0.9, 0.5, 0.5]), ("image_shape", [3, 16, 16])]
-)
-def test_run_with_changed_data_facts_is_refused(run, tmp_path, name, value):
-    run_copy = RunFolder(shutil.copytree(run.path, tmp_path / "run"))
+@pytest.fixture(scope="module")
+def digits_run(tmp_path_factory):
+    recipe = override(TINY, ["train.epochs=1", "data.limit=32"])
+    created = create_run(recipe, tmp_path_factory.mktemp("digits") / "run")
+    fit(created)
+    return created
+
+
+@pytest.mark.parametrize(("name", "value"), [("mean", [0.9]), ("image_shape", [1, 16, 16])])
+def test_run_with_changed_data_facts_is_refused(digits_run, tmp_path, name, value):
+    """A named data set does not change, so data.json did."""
+    run_copy = RunFolder(shutil.copytree(digits_run.path, tmp_path / "run"))
     path = run_copy.path / "data.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
     with pytest.raises(InputError, match=rf"{name} is .* in .*data\.json"):
