@@ -6,7 +6,12 @@ from mixmo_fastai.config.choices import DATASETS
 from mixmo_fastai.config.defaults import fill_defaults
 from mixmo_fastai.config.load import load_recipe, override, recipe_from_mapping, recipe_names
 from mixmo_fastai.config.recipe import Recipe
-from mixmo_fastai.config.resolve import changed_settings, check_dataset, resolve_recipe
+from mixmo_fastai.config.resolve import (
+    changed_settings,
+    check_dataset,
+    check_ood,
+    resolve_recipe,
+)
 from mixmo_fastai.config.schema import to_toml
 from mixmo_fastai.errors import InputError
 
@@ -109,6 +114,16 @@ def test_settings_of_image_files_do_not_apply_to_a_named_data_set(tmp_path):
     assert (kept.test_split, kept.label_column) == (0.25, "kind")
     assigned = resolve_recipe("digits", str(tmp_path / "recipe.toml"), {}, settings[:1])
     assert assigned.data.test_split == 0.25  # refused when the data is read
+
+
+@pytest.mark.parametrize("name", ["it.csv", "hf:someone/birds", "hf:it.parquet"])
+def test_out_of_distribution_images_are_a_name_or_a_folder(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "it.csv").touch()
+    with pytest.raises(InputError, match="tables of labels and hf: data sets are not supported"):
+        check_ood([name], "digits")
+    (tmp_path / "birds").mkdir()
+    assert check_ood(["birds", "cifar10"], "digits") is None
 
 
 def test_assignments_override_flags_and_flags_override_the_recipe(tmp_path):

@@ -346,6 +346,11 @@ def check_ood(
     own, given = _location(images_of(dataset)), dict[str, str]()
     for name in ood:
         check_dataset(name)
+        if name not in DATASETS and not os.path.isdir(os.path.expanduser(name)):
+            raise InputError(
+                f"--ood {name}: tables of labels and hf: data sets are not supported.\n"
+                f"Give a folder of images, or one of: {', '.join(DATASETS)}."
+            )
         location = _location(images_of(name))
         if location == own:
             raise InputError(f"The run was trained on {dataset}; give --ood another data set.")
