@@ -11,6 +11,7 @@ from small_data import write_image_folder
 from mixmo_fastai.cli import run as program
 from mixmo_fastai.config.load import load_recipe
 from mixmo_fastai.evaluation.compare import compare_runs
+from mixmo_fastai.evaluation.runs import evaluate_ensemble
 from mixmo_fastai.runs.folder import open_run
 
 TINY = (
@@ -131,6 +132,18 @@ def test_eval_reports_added_training_images(tmp_path, capsys):
     assert "Changed" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_eval_reports_changed_validation_images(tmp_path, capsys):
+    folder = write_image_folder(tmp_path / "pets", num_train=10, num_test=4)
+    (folder / "test").rename(folder / "valid")
+    run = fit(folder, tmp_path / "run")
+    shutil.copy(folder / "train" / "cat" / "000.png", folder / "valid" / "cat" / "zzz.png")
+    capsys.readouterr()
+    assert program(["eval", str(run.path)]) == 0
+    (line,) = [each for each in capsys.readouterr().out.splitlines() if "Changed" in each]
+    assert "the validation images differ from those of the run" in line
+
+
 @pytest.fixture
 def changed_run(tmp_path):
     """A run, its metrics, and a folder whose training images are darker and larger since."""
@@ -148,15 +161,18 @@ def test_metrics_of_test_images_do_not_depend_on_images_added_for_training(chang
 
 
 def test_each_compared_run_has_its_own_statistics(changed_run, tmp_path, capsys):
-    for path in (tmp_path / "pets/train/cat").glob("z*.png"):
-        Image.new("RGB", (16, 16), (9, 9, 9)).save(path)
     other = fit(tmp_path / "pets", tmp_path / "other", "--valid-split", "0.25")
-    assert other.data_facts().mean != changed_run.data_facts().mean
+    facts = [run.data_facts() for run in (changed_run, other)]
+    assert [each.image_shape for each in facts] == [(3, 16, 16), (3, 20, 20)]
+    assert facts[0].mean != facts[1].mean
     runs = [changed_run, other]
+    found = []
     for order in (runs, runs[::-1]):
         compared = compare_runs(order)
-        for run, found in zip(order, compared, strict=True):
-            assert found.metrics["nll"] == pytest.approx(run.metrics()["test"]["nll"])
+        for run, each in zip(order, compared, strict=True):
+            assert each.metrics["nll"] == pytest.approx(run.metrics()["test"]["nll"])
+        found.append(evaluate_ensemble(order)["test"]["nll"])
+    assert found[0] == pytest.approx(found[1])
 
 
 def test_run_on_a_drawn_split_resumes_after_images_were_added(tmp_path, capsys):

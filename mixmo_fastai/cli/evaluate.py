@@ -20,6 +20,8 @@ from mixmo_fastai.runs.folder import open_run
 CHANGED = {
     "train": "the training images differ from those of the run, so its validation split, and "
     "temperatures fitted on it, may include images it was trained on",
+    "valid": "the validation images differ from those of the run, so metrics on them are not "
+    "comparable with its own",
     "test": "the test images differ from those of the run, so these metrics are not comparable "
     "with its own",
 }

@@ -320,8 +320,8 @@ def open_finished(
         run: a finished run.
         data_dir: folder of the run's data, if not the one that training used.
         device: device to evaluate on; by default, that of the recipe.
-        source: data of the run, if it was read before, also for another run; the mean and standard
-            deviation are always this run's.
+        source: data of the run, if it was read before, also for another run; the size of images,
+            mean and standard deviation are always this run's.
         fused: see `FinishedRun`.
 
     Raises:
@@ -331,7 +331,8 @@ def open_finished(
     run.check_trained()
     keep_freed_memory()  # halves the time of the metrics of a large test set
     chosen = choose_device(device or recipe.train.device)
-    if source is None:
+    facts = run.data_facts()
+    if source is None or (facts is not None and facts.image_shape != source.train.image_shape):
         source = read_source(recipe, data_dir, run)
     else:
         source = with_recorded_statistics(source, run)
