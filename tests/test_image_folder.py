@@ -204,6 +204,13 @@ def test_recorded_size_is_used_instead_of_a_choice(folder, data_dir):
     assert source.train.image_shape == source.test.image_shape == (3, 5, 7)
     again = read_image_folder(folder, data_dir, chosen_size=(5, 7), image_size=6)
     assert again.train.image_shape == (3, 6, 6)
+    # The cache of each size is its own.
+    expected = read_image_folder(folder, data_dir / "other")
+    found = read_image_folder(folder, data_dir)
+    assert (found.mean, found.std) == (expected.mean, expected.std) != (source.mean, source.std)
+    known = read_image_folder(folder, data_dir, chosen_size=found.train.image_shape[1:])
+    assert torch.equal(known.train.tensor(), found.train.tensor())
+    assert len([*(data_dir / "mixmo-cache").iterdir()]) == 3
 
 
 def test_each_image_size_has_its_own_cache(folder, data_dir):

@@ -142,7 +142,7 @@ class CacheEntry:
 
 
 def cache_entry(
-    home: Path, name: str, root: Any, files: Sequence[str], image_size: int | None
+    home: Path, name: str, root: Any, files: Sequence[str], image_size: int | tuple[int, ...] | None
 ) -> CacheEntry:
     """Return the cache entry of a folder in its current state.
 
@@ -151,7 +151,8 @@ def cache_entry(
         name: name of the data set; the first part of the entry's name.
         root: the folder to which the files are relative, or a `hub_dataset.DatasetRoot`.
         files: all files that are read, in order.
-        image_size: the requested size; None for a size chosen from the images.
+        image_size: the requested size, or a height and width that were chosen for other images;
+            None for a size chosen from these.
 
     Raises:
         DamagedImagesError: the cache lists damaged images; the error lists all of them.

@@ -172,16 +172,19 @@ class ChosenFiles:
         drawn = chosen.parts.drawn
         cache_name = self.name if drawn is None else f"{self.name}-split-{num}"
         all_files = [file for part in files.values() for file in _all(part)]
-        entry = cache_entry(self.home, cache_name, self.root, all_files, image_size)
+        entry_for = partial(cache_entry, self.home, cache_name, self.root, all_files)
+        entry = entry_for(image_size)
         if image_size is not None:
             height = width = image_size
-        elif self.chosen_size is not None:
-            height, width = self.chosen_size
         else:
             paths = (self.root / file for file in train)
-            height, width = entry.fact(f"size of {num}", lambda: choose_image_size(paths))
-            if self.largest_side is not None and max(height, width) > self.largest_side:
+            size = tuple(entry.fact(f"size of {num}", lambda: choose_image_size(paths)))
+            if self.chosen_size not in (None, size):
+                size = self.chosen_size
+                entry = entry_for(size)
+            elif self.chosen_size is None and self._is_too_large(size):
                 return self._read(self.largest_side, left_out)
+            height, width = size
         decoded = entry.decoded(
             {name: self._images(part, (height, width)) for name, part in files.items()},
             limit=self.cache_limit,
@@ -201,6 +204,9 @@ class ChosenFiles:
             notes=chosen.notes,
             scaled_to=image_size or 0,
         )
+
+    def _is_too_large(self, size: tuple[int, ...]) -> bool:
+        return self.largest_side is not None and max(size) > self.largest_side
 
     def _images(self, part: FilesByClass, size: tuple[int, int]) -> FileImages:
         counts = torch.tensor([len(names) for names in part.values()])
