@@ -146,6 +146,21 @@ def test_two_processes_download_once(tmp_path, server, monkeypatch):
     assert {path.name for path in data_dir.iterdir()} == {archive.file_name, archive.folder}
 
 
+def test_data_folder_that_is_not_writable_is_named_with_the_file(tmp_path, monkeypatch):
+    """As root, no folder is read-only."""
+
+    def refuse(*_):
+        raise InputError("Cannot write it: Permission denied.")
+
+    monkeypatch.setattr("mixmo_fastai.data.archives.starting", refuse)
+    with pytest.raises(
+        InputError, match=r"downloading it failed \(Cannot write it: Perm"
+    ) as caught:
+        fetch(CIFAR10, tmp_path)
+    for part in (CIFAR10.file_name, CIFAR10.url, str(tmp_path)):
+        assert part in str(caught.value)
+
+
 def test_download_with_wrong_checksum_is_removed(tmp_path, server):
     folder, address = server
     archive = write_cifar100(folder, packed=True)

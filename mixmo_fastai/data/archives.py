@@ -7,7 +7,7 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
@@ -155,7 +155,12 @@ def _download(unpacked: Unpacked, is_allowed: bool) -> None:
     if not is_allowed:
         raise _absent(archive, home, "and downloading is disabled")
     target = home / archive.file_name
-    with starting(target):  # another process may download it
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(starting(target))  # another process may download it
+        except InputError as error:
+            reason = str(error).removesuffix(".")
+            raise _absent(archive, home, f"and downloading it failed ({reason})") from error
         if not target.is_file():
             _download_to(target, archive)
 
