@@ -6,6 +6,7 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 from safetensors.torch import load_file
+from small_data import write_image_folder
 
 from mixmo_fastai.cli import run as program
 from mixmo_fastai.config.load import override
@@ -265,6 +266,21 @@ def test_each_mixmo_network_is_one_member(tmp_path):
     assert [len(n.metrics()["test"]["member_accuracy"]) for n in run.networks()] == [2, 2]
     first = load_file(run.networks()[0].weights)
     assert not torch.equal(first["encoders.0.weight"], first["encoders.1.weight"])
+
+
+def test_later_networks_are_not_trained_on_other_images(tmp_path, capsys):
+    folder = write_image_folder(tmp_path / "pets", num_train=10, num_test=4, size=(16, 16))
+    flags = ["--arch", "wrn10_1", "--epochs", "1", "--batch-size", "8", "--device", "cpu"]
+    flags += ["--members", "1", "--set", "model.num_nets=2", "--out", str(tmp_path / "run")]
+    assert program(["fit", str(folder), *flags, "--nets", "1"]) == 0
+    image = folder / "train" / "cat" / "000.png"
+    shutil.copy(image, folder / "train" / "cat" / "zzz.png")
+    capsys.readouterr()
+    resume = ["fit", "--resume", str(tmp_path / "run")]
+    assert program(resume) == 2
+    assert "The images (train) differ from those of" in capsys.readouterr().err
+    (folder / "train" / "cat" / "zzz.png").unlink()
+    assert program(resume) == 0
 
 
 def test_commands_train_evaluate_and_resume_an_ensemble(tmp_path, monkeypatch, capsys):

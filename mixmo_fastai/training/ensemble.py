@@ -13,6 +13,7 @@ from typing import Any
 from fastai.callback.core import Callback
 
 from mixmo_fastai.config.recipe import Expected, Recipe
+from mixmo_fastai.data.run_data import changed_images
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.evaluation.runs import collect_logits
 from mixmo_fastai.rng import derive_seed
@@ -165,6 +166,8 @@ def _train_networks(
 ) -> None:
     """Train networks, given by their numbers from 1."""
     folders = run.networks()
+    if resume:
+        _check_same_images(training, run)
     for number in numbers:
         index, folder = number - 1, folders[number - 1]
         net_recipe = network_recipe(training.recipe, index)
@@ -188,6 +191,23 @@ def _train_networks(
             train(net_training, folder, cbs=cbs, resume=has_started, stop=stop, say=say)
         del net_training  # free its memory before the next network is built
         gc.collect()  # a Learner and its callbacks form reference cycles
+
+
+def _check_same_images(training: Training, run: RunFolder) -> None:
+    """Check that the images are those of the first network, if it is finished.
+
+    Raises:
+        InputError: they are not.
+    """
+    first = run.networks()[0]
+    changed = broadcast_from_rank0(
+        run.is_writer and first.is_finished and changed_images(run, training.source)
+    )
+    if changed:
+        raise InputError(
+            f"The images ({', '.join(sorted(changed))}) differ from those of {first.path}.\n"
+            "Restore the data, or start a new run."
+        )
 
 
 def _evaluate_networks(
