@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from mixmo_fastai.data.corruptions import (
     make_corrupted,
     read_official,
 )
+from mixmo_fastai.data.image_sets import Subset
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.evaluation.corruptions import evaluate_corruptions
 from mixmo_fastai.evaluation.runs import open_finished
@@ -149,6 +151,15 @@ def test_metrics_are_means_over_severities_and_types(run, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_test_images_may_lack_a_class(run):
+    finished = open_finished(run)
+    rows = (finished.source.test.labels == 0).nonzero().flatten()
+    source = replace(finished.source, test=Subset(finished.source.test, rows))
+    found = evaluate_corruptions(replace(finished, source=source), "built-in")
+    assert list(found["types"]) == list(BUILT_IN)
+
+
+@pytest.mark.slow
 def test_corruptions_option_of_eval(run, tmp_path, capsys):
     path = str(run.path)
     assert program(["eval", path, "--corruptions", "built-in", "--json"]) == 0
@@ -163,4 +174,5 @@ def test_corruptions_option_of_eval(run, tmp_path, capsys):
     for count in (6, 1):
         other = write_official(tmp_path / f"of {count}", num_classes=count)
         assert program(["eval", path, "--corruptions", str(other)]) == 2
-        assert f"has {count} classes; this run has 2." in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert f"has {count} classes; the images of this run have 2." in error

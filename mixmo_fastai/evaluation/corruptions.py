@@ -39,9 +39,10 @@ def evaluate_corruptions(finished: Any, corruptions: str) -> dict[str, Any]:
     by_kind: dict[str, dict[str, list[float]]] = {}
     for corrupted in corrupted_sets:
         labels = corrupted.labels
-        if (count := int(labels.max()) + 1) != len(finished.source.classes):
+        counts = [int(each.max()) + 1 for each in (labels, test.labels)]
+        if counts[0] != counts[1]:  # CIFAR-10-C for a run on CIFAR-100, for example
             raise InputError(
-                f"{corruptions} has {count} classes; this run has {len(finished.source.classes)}."
+                f"{corruptions} has {counts[0]} classes; the images of this run have {counts[1]}."
             )
         logits = finished.logits([finished.loader(corrupted.pixels)])[0][0].double().mean(dim=1)
         inputs, values = MetricInputs(logits, labels), by_kind.setdefault(corrupted.kind, {})
