@@ -102,14 +102,23 @@ def test_run_of_a_shipped_length_in_images_is_unchanged(name):
     assert changed_settings(replace(resolved, train=longer)) == ["train.epochs"]
     padded = replace(resolved, data=replace(data, crop_padding=4))
     assert changed_settings(padded) == ["data.crop_padding"]
+    # The limit applies to the images that the validation split leaves.
+    part = replace(resolved, data=replace(data, valid_split=0.1))
+    assert changed_settings(part) == ["data.valid_split"]
 
 
 def test_settings_of_image_files_do_not_apply_to_a_named_data_set(tmp_path):
     settings = ["data.test_split=0.25", "data.label_column=kind"]
+    settings += ["data.crop_from=original", "data.transform=random-resized-crop"]
     recipe = override(recipe_from_mapping({"data": {"dataset": str(tmp_path)}}, "it"), settings)
     (tmp_path / "recipe.toml").write_text(to_toml(recipe))
-    found = resolve_recipe("digits", str(tmp_path / "recipe.toml")).data
-    assert (found.test_split, found.label_column) == (None, "")
+    file = str(tmp_path / "recipe.toml")
+    for recipe in (
+        resolve_recipe("digits", file),
+        resolve_recipe(None, file, {}, ["data.dataset=digits"]),
+    ):
+        found = recipe.data
+        assert (found.test_split, found.label_column, found.crop_from) == (None, "", "auto")
     kept = resolve_recipe(str(tmp_path), str(tmp_path / "recipe.toml")).data
     assert (kept.test_split, kept.label_column) == (0.25, "kind")
     assigned = resolve_recipe("digits", str(tmp_path / "recipe.toml"), {}, settings[:1])

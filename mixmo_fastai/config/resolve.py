@@ -29,7 +29,7 @@ SINGLE_METHODS = {None: "vanilla", "none": "vanilla", "cutmix": "cutmix", "mixup
 """Recipe of each MSDA kind, for a network of one member."""
 _SETTINGS_OF_FILES = (
     *("path_column", "label_column", "split_column", "group_column"),
-    *("image_folder", "label_delimiter", "test_split"),
+    *("image_folder", "label_delimiter", "test_split", "crop_from"),
 )
 """Settings of `data` that are for folders and tables of images only."""
 
@@ -70,7 +70,7 @@ def resolve_recipe(
     _check_members(recipe, base, values)
     base = _without_stale_options(base, values)
     base = _without_other_length(base, values)
-    base = _without_settings_of_files(base, dataset)
+    base = _without_settings_of_files(base, values.get("data.dataset"))
     flags_source = "Command line" if source == "--set" else source
     resolved = override(_with_flags(base, flags, flags_source), assignments, source)
     if not resolved.data.dataset and must_exist:
@@ -138,7 +138,7 @@ def _without_other_length(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
     return replace(recipe, train=replace(recipe.train, epochs=None, images_seen=None))
 
 
-def _without_settings_of_files(recipe: Recipe, dataset: str | None) -> Recipe:
+def _without_settings_of_files(recipe: Recipe, dataset: object) -> Recipe:
     """Drop the recipe's columns and test split if a named data set replaces its image files."""
     if dataset not in DATASETS or recipe.data.dataset in DATASETS:
         return recipe
@@ -251,12 +251,12 @@ def _with_epochs_of(shipped: Recipe, recipe: Recipe) -> Recipe:
     if recipe.train.epochs is None or images_seen is None or info is None:
         return shipped
     total = info.num_images[0]
-    num_images = min(recipe.data.limit or total, total) * (1 - (recipe.data.valid_split or 0))
+    num_images = total * (1 - (recipe.data.valid_split or 0))
     filled = fill_defaults(
         replace(recipe, train=replace(recipe.train, epochs=None, images_seen=images_seen)),
         device="cpu",
         image_shape=info.image_shape,
-        num_images=round(num_images),
+        num_images=round(min(recipe.data.limit or total, num_images)),
     )
     epochs = filled.train.epochs
     return replace(shipped, train=replace(shipped.train, epochs=epochs, images_seen=None))
