@@ -77,12 +77,15 @@ def make_dataloaders(args: argparse.Namespace):
     rng = np.random.default_rng(0)  # the same images for every seed and method
     train, valid = [], []
     folders = sorted(path for path in (args.folder / "train").iterdir() if path.is_dir())
-    per_class = args.limit // len(folders)
+    per_class, num_valid = args.limit // len(folders), max(1, NUM_VALID // len(folders))
+    if per_class < 1:
+        raise InputError(f"--limit must be {len(folders)} or more, one image per class")
     for folder in folders:
         files = get_image_files(folder).sorted()
         files = [files[index] for index in rng.permutation(len(files))]
-        train += files[:per_class]
-        valid += files[per_class : per_class + NUM_VALID // len(folders)]
+        num = min(per_class, max(1, len(files) - 1))  # leave one for validation
+        train += files[:num]
+        valid += files[num : num + num_valid]
     chosen = set(valid)
     block = DataBlock(
         blocks=(ImageBlock, CategoryBlock),

@@ -122,7 +122,7 @@ def test_fine_tune_learner_starts_from_the_weights(split_folder, tmp_path, monke
         args = page["parse_arguments"]()
         dls, test = page["make_dataloaders"](args)
         learn = page["make_learner"](dls, args)
-        assert (len(dls.train_ds), len(test)) == (12, 24)
+        assert (len(dls.train_ds), len(dls.valid_ds), len(test)) == (12, 12, 24)
         assert not {*dls.train_ds.items} & {*dls.valid_ds.items}
         names = {name.rpartition("model.")[2].removeprefix("0."): value
                  for name, value in learn.model[0].state_dict().items()}  # fmt: skip
@@ -132,12 +132,18 @@ def test_fine_tune_learner_starts_from_the_weights(split_folder, tmp_path, monke
 def test_fine_tune_learner_reports_invalid_arguments(run, split_folder, tmp_path):
     assert "contains no images in train/CLASS/" in run("fine_tune_learner.py", "nowhere", code=2)
     save_file({"other": torch.zeros(1)}, tmp_path / "weights.safetensors")
-    output = run(
+    arguments = [
         "fine_tune_learner.py", split_folder, "--arch", "test_efficientnet",
-        "--weights", "weights.safetensors", code=1,
-    )  # fmt: skip
-    assert "weights.safetensors has no conv_stem.weight" in output
-    assert "Traceback" not in output
+        "--weights", "weights.safetensors", "--limit", 12,
+    ]  # fmt: skip
+    for flags, message in (
+        ([], "weights.safetensors has no conv_stem.weight"),
+        (["--limit", 2], "--limit must be 3 or more"),
+        (["--views", 3], "--views must leave one epoch frozen"),
+    ):
+        output = run(*arguments, *flags, code=2 if "--views" in flags else 1)
+        assert message in output
+        assert "Traceback" not in output
 
 
 def test_sweep_continues_and_stops_hopeless_trials(run, tmp_path):
