@@ -71,6 +71,10 @@ def test_two_checkpoints_are_kept(tmp_path):
 
 def test_hidden_files_of_file_managers_are_ignored(tmp_path):
     store = CheckpointStore(tmp_path / "checkpoint")
+    store.folder.mkdir()
+    (store.folder / ".DS_Store").write_bytes(b"icons")
+    assert store.newest() is None
+    (store.folder / ".DS_Store").unlink()
     for number in range(2):
         store.save([("state.json", b"%d" % number)])
     for folder in store.folder.iterdir():

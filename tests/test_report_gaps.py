@@ -20,7 +20,7 @@ __all__ = ["images", "reports", "runs"]  # fixtures
 def test_report_on_validation_images_names_them_and_their_calibration(reports):
     report = validation_only(reports["mixmo"])
     text = Elements(render(replace(report, decisions=None))).text
-    assert "Without labelled test images, what its sets and decisions promise" in text
+    assert "There are no labelled test images, on which what the calibration's sets" in text
     page = render(replace(report, decisions=None, is_calibrated=False))
     assert "Without validation images, there is no calibration" in Elements(page).text
     alternatives = [image["alt"] for image in Elements(page).attributes_of("img")]

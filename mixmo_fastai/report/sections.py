@@ -158,8 +158,8 @@ def _decision_section(data: ReportData) -> Section:
         note = (
             "Without validation images, there is no calibration. Train with --valid-split."
             if not data.is_calibrated
-            else "The calibration was fitted on the images that this page evaluates. Without "
-            "labelled test images, what its sets and decisions promise cannot be measured."
+            else "There are no labelled test images, on which what the calibration's sets and "
+            "decisions promise could be measured."
         )
         return Section("decisions", title, [], [], [note])
     chart, texts = (

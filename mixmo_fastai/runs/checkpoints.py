@@ -135,7 +135,7 @@ class CheckpointStore:
     def _unknown_entry(self) -> str | None:
         """Return the name of a file or folder that `save` does not create, if there is one."""
         names = sorted(p.name for p in self.folder.iterdir()) if self.folder.is_dir() else []
-        known = (".unfinished", "damaged-")
+        known = (".", "damaged-")  # hidden ones are unfinished, or of a file manager
         return next((name for name in names if not name.startswith(known)), None)
 
     def _path(self, number: int) -> Path:

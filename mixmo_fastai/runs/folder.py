@@ -139,7 +139,7 @@ class RunFolder:
         if not self.is_finished and self.weights.is_file() and not self.has_state:
             raise InputError(
                 f"{self.path} has no final metrics: it was imported, or its checkpoint was removed."
-                f"\nEvaluate it: mixmo eval {self.argument}"
+                "\n`mixmo eval` and `mixmo export` do not need them."
             )
         if not self.is_finished:
             raise InputError(
