@@ -45,7 +45,7 @@ MEASURED = {
     "small-cifar10/cutmix": 61.20,
     "small-cifar10/deep-ensemble-cutmix": 63.59,
     "small-cifar10/cut-mixmo": 64.81,
-    "small-cifar10/cut-mixmo-mixup": 65.30,
+    "small-cifar10/cut-mixmo-mixup": 64.75,
     "small-cifar10/cut-mixmo-short": 63.49,
     "small-cifar10/cut-mixmo-short-mixup": 63.85,
     "small-cifar10/mimo": 64.40,
