@@ -359,6 +359,25 @@ def test_published_results_are_recomputed_from_the_repository(name):
             assert part in row, cell.method
 
 
+def test_published_results_of_a_learner_are_those_of_the_files():
+    root = Path(__file__).resolve().parents[1]
+    text = (root / "docs" / "results.md").read_text(encoding="utf-8")
+    section = text.partition("### The rates of a Learner\n")[2].partition("\n#")[0]
+    found = []
+    for file in (root / "studies" / "learner").glob("*.json"):
+        run = json.loads(file.read_text(encoding="utf-8"))
+        size = run["perturbation"]
+        method = run["method"] + ("" if size is None else f", `perturbation={size:g}`")
+        epochs, rate, divisor = run["fine_tune"]
+        training = f"`fine_tune({epochs}, {rate:g}, lr_mult={divisor:g})`"
+        nlls = (f"{run[name]:.3f}" for name in ("nll", "nll_calibrated"))
+        results = f"{100 * run['accuracy']:.2f} %", *nlls
+        found.append(f"| {' | '.join([method, run['head'], training, *results])} |")
+    rows = [line for line in section.splitlines() if "`fine_tune(" in line and line[0] == "|"]
+    assert sorted(found) == sorted(row.replace("**", "") for row in rows)
+    assert len(found) >= 4
+
+
 def test_pages_show_the_published_results():
     """README, the page about when it pays and the notebook have the figures of docs/results.md."""
     root = Path(__file__).resolve().parents[1]
