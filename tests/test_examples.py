@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from processes import TIMEOUT
 from run_notebook import NOTEBOOK, is_shown, run_notebook
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from synthetic import CLASSES, image_arrays
 from torchvision.models import resnet50
 
@@ -90,16 +90,37 @@ def split_folder(folder, tmp_path):
     return tmp_path / "split"
 
 
+@pytest.fixture
+def fine_tune(split_folder, tmp_path, monkeypatch):
+    """Return a function that calls a function of `fine_tune_learner.py` with arguments."""
+    save_file(timm.create_model("test_efficientnet").state_dict(), tmp_path / "weights.safetensors")
+    page = runpy.run_path(str(EXAMPLES / "fine_tune_learner.py"))
+    monkeypatch.chdir(tmp_path)
+
+    def call(name, *arguments):
+        common = [
+            "split",
+            "--arch",
+            "test_efficientnet",
+            "--weights",
+            "weights.safetensors",
+            "--size",
+            "32",
+        ]
+        monkeypatch.setattr(sys, "argv", ["", *common, "--limit", "15", *map(str, arguments)])
+        return page[name]() if name in ("main", "parse_arguments") else page[name]
+
+    return call
+
+
 @pytest.mark.parametrize("head", ["linear", "fastai"])
 @pytest.mark.parametrize(("method", "epochs"), [("plain", 3), ("cutmix", 3), ("mixmo", 1)])
-def test_fine_tune_learner(run, split_folder, tmp_path, head, method, epochs):
-    weights = timm.create_model("test_efficientnet").state_dict()
-    save_file(weights, tmp_path / "weights.safetensors")
-    output = run(
-        "fine_tune_learner.py", split_folder, "--method", method, "--head", head,
-        "--arch", "test_efficientnet", "--weights", "weights.safetensors", "--size", 32,
-        "--limit", 15, "--views", 4, "--batch-size", 6, "--lr-mult", 2, "--out", "results.json",
+def test_fine_tune_learner(fine_tune, tmp_path, capsys, head, method, epochs):
+    fine_tune(
+        "main", "--method", method, "--head", head, "--views", 4, "--batch-size", 6,
+        "--lr-mult", 2, "--out", "results.json",
     )  # fmt: skip
+    output = capsys.readouterr().out
     results = json.loads((tmp_path / "results.json").read_text())
     assert json.loads(re.search(r"{.*}", output)[0]) == results
     assert results["fine_tune"] == [epochs, 8e-3, 2]
@@ -109,41 +130,39 @@ def test_fine_tune_learner(run, split_folder, tmp_path, head, method, epochs):
     assert "No calibration: only 24 images" in output
 
 
-def test_fine_tune_learner_starts_from_the_weights(split_folder, tmp_path, monkeypatch):
-    page = runpy.run_path(str(EXAMPLES / "fine_tune_learner.py"))
-    weights = timm.create_model("test_efficientnet").state_dict()
-    save_file(weights, tmp_path / "weights.safetensors")
-    for head in ("linear", "fastai"):
-        monkeypatch.setattr(
-            sys, "argv",
-            ["", str(split_folder), "--arch", "test_efficientnet", "--head", head, "--weights",
-             str(tmp_path / "weights.safetensors"), "--limit", "12", "--size", "32"],
-        )  # fmt: skip
-        args = page["parse_arguments"]()
-        dls, test = page["make_dataloaders"](args)
-        learn = page["make_learner"](dls, args)
-        assert (len(dls.train_ds), len(dls.valid_ds), len(test)) == (12, 12, 24)
-        assert not {*dls.train_ds.items} & {*dls.valid_ds.items}
-        names = {name.rpartition("model.")[2].removeprefix("0."): value
-                 for name, value in learn.model[0].state_dict().items()}  # fmt: skip
-        torch.testing.assert_close(names["conv_stem.weight"], weights["conv_stem.weight"])
+@pytest.mark.parametrize("head", ["linear", "fastai"])
+def test_fine_tune_learner_starts_from_the_weights(fine_tune, tmp_path, head):
+    args = fine_tune("parse_arguments", "--head", head)
+    dls, test = fine_tune("make_dataloaders")(args)
+    assert (len(dls.train_ds), len(dls.valid_ds), len(test)) == (15, 9, 24)
+    assert not {*dls.train_ds.items} & {*dls.valid_ds.items}
+    body = fine_tune("make_learner")(dls, args).model[0]
+    weights = load_file(tmp_path / "weights.safetensors")
+    found = (body.model if head == "fastai" else body).conv_stem.weight
+    torch.testing.assert_close(found, weights["conv_stem.weight"])
 
 
-def test_fine_tune_learner_reports_invalid_arguments(run, split_folder, tmp_path):
-    assert "contains no images in train/CLASS/" in run("fine_tune_learner.py", "nowhere", code=2)
+def test_fine_tune_learner_reports_invalid_arguments(run, fine_tune, tmp_path, capsys):
+    output = run("fine_tune_learner.py", "split", "--limit", 2, code=1)
+    assert "Error: --limit must be 3 or more" in output
+    assert "Traceback" not in output
     save_file({"other": torch.zeros(1)}, tmp_path / "weights.safetensors")
-    arguments = [
-        "fine_tune_learner.py", split_folder, "--arch", "test_efficientnet",
-        "--weights", "weights.safetensors", "--limit", 12,
-    ]  # fmt: skip
+    with pytest.raises(SystemExit, match=r"Error: .*weights.safetensors has no conv_stem.weight"):
+        fine_tune("main")
+    shutil.rmtree("split/test")
     for flags, message in (
-        ([], "weights.safetensors has no conv_stem.weight"),
-        (["--limit", 2], "--limit must be 3 or more"),
-        (["--views", 3], "--views must leave one epoch frozen"),
+        ([], "split contains no images in train/CLASS/ and test/CLASS/"),
+        (["--method", "other"], "invalid choice"),
     ):
-        output = run(*arguments, *flags, code=2 if "--views" in flags else 1)
-        assert message in output
-        assert "Traceback" not in output
+        with pytest.raises(SystemExit):
+            fine_tune("parse_arguments", *flags)
+        assert message in capsys.readouterr().err
+
+
+def test_fine_tune_learner_needs_two_epochs(fine_tune, capsys):
+    with pytest.raises(SystemExit):
+        fine_tune("parse_arguments", "--views", 3)
+    assert "--views must leave one epoch frozen" in capsys.readouterr().err
 
 
 def test_sweep_continues_and_stops_hopeless_trials(run, tmp_path):
