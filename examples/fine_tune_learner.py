@@ -46,6 +46,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("folder", type=Path, help="folder with train/CLASS/ and test/CLASS/")
     parser.add_argument("--method", choices=("plain", "cutmix", "mixmo"), default="mixmo")
     parser.add_argument("--head", choices=("fastai", "linear"), default="linear")
+    parser.add_argument("--ps", type=float, default=0.5, help="dropout of fastai's head")
     parser.add_argument(
         "--perturbation", type=float, default=1.0, help="how much MixMo's members differ at first"
     )
@@ -116,7 +117,8 @@ def make_learner(dls, args: argparse.Namespace) -> Learner:
     }
     download = args.weights is None
     if args.head == "fastai":
-        learn = vision_learner(dls, args.arch, pretrained=download, normalize=False, **settings)
+        settings |= {"pretrained": download, "normalize": False, "ps": args.ps}
+        learn = vision_learner(dls, args.arch, **settings)
         body = learn.model[0].model
     else:
         body = timm.create_model(args.arch, pretrained=download)
@@ -169,7 +171,7 @@ def main() -> None:
     labels = torch.as_tensor(labels)
     results = {
         "method": args.method,
-        "head": args.head,
+        "head": args.head + f", ps={args.ps:g}" * (args.head == "fastai" and args.ps != 0.5),
         "fine_tune": [epochs, args.lr, args.lr_mult],
         "perturbation": args.perturbation if args.method == "mixmo" else None,
         "seed": args.seed,
