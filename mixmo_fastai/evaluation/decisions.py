@@ -118,9 +118,6 @@ def decide_for(request: Request, run: RunFolder | ExportedNetwork, name: str) ->
     if calibration is None:
         return decide(request, None, name, advice)
     chosen = _choose(request, calibration)
-    if calibration.scaling is None and not request.raw:
-        text = "The probabilities are not calibrated."
-        chosen = replace(chosen, note=f"{chosen.note}\n{text}" if chosen.note else text)
     if not calibration.in_logits:
         return chosen
     unscaling = _inverse(calibration.scaling) if request.raw and calibration.scaling else None
@@ -158,15 +155,11 @@ def decide(
                 f"need.\n{advice or f'If it has validation images: mixmo calibrate {quote(name)}'}"
             )
         return Decisions(raw=request.raw, note="" if request.raw else _NOT_CALIBRATED)
-    chosen = _choose(request, calibration)
-    if calibration.scaling is not None or request.raw:
-        return chosen
-    text = f"The probabilities are not calibrated: {calibration.reason}."
-    return replace(chosen, note=f"{chosen.note}\n{text}" if chosen.note else text)
+    return _choose(request, calibration)
 
 
 def _choose(request: Request, calibration: Calibration | ExportedCalibration) -> Decisions:
-    """Choose the thresholds that are requested."""
+    """Choose the thresholds that are requested, and note what does not hold."""
     scaling = calibration.scaling
     if request.raw and request.needs_calibration and scaling is not None and scaling.bias:
         raise InputError(
@@ -181,15 +174,21 @@ def _choose(request: Request, calibration: Calibration | ExportedCalibration) ->
         abstain = calibration.abstain(request.max_risk, request.risk_score)
     if request.familiar is not None:
         familiar_from = calibration.familiar_from(request.familiar, request.familiar_score)
+    notes = []
+    if abstain is not None and not abstain.coverage:
+        notes.append(_no_threshold(abstain))
+    if scaling is None and not request.raw:
+        reason = f": {calibration.reason}" if calibration.reason else ""
+        notes.append(f"The probabilities are not calibrated{reason}.")
     return Decisions(
-        calibration.scaling,
+        scaling,
         sets,
         abstain,
         request.risk_score,
         familiar_from,
         request.familiar_score,
         request.raw,
-        note=_no_threshold(abstain) if abstain is not None and not abstain.coverage else "",
+        note="\n".join(notes),
     )
 
 

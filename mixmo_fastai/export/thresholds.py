@@ -126,11 +126,14 @@ class ExportedCalibration:
         scaling: applied to the logits before they are compared with thresholds; None for none.
         in_logits: whether the logits of the network are scaled already.
         entry: the entry of the header.
+        reason: why there is no scaling; "", since files do not state it.
 
     Raises:
         ValueError: a value is impossible.
         LookupError: a value is missing.
     """
+
+    reason = ""
 
     def __init__(self, entry: Mapping[str, Any], num_classes: int) -> None:
         values = entry["scaling"]
