@@ -15,6 +15,7 @@ from mixmo_fastai.metrics.conformal import default_score
 from mixmo_fastai.metrics.label_results import (
     LABELS,
     NUM_SHOWN,
+    in_use,
     label_table,
     label_table_note,
     origin_in_use,
@@ -76,7 +77,7 @@ def model_card(
 def has_calibration(run: RunFolder) -> bool:
     """Check whether a run has a temperature that its exported logits contain."""
     if labels := run.metrics().get(LABELS):
-        return bool(labels.get("deployed", labels)["temperature"] != 1)
+        return bool(in_use(labels)["temperature"] != 1)
     calibration = read_calibration(run)
     scaling = None if calibration is None else calibration.scaling
     return scaling is not None and scaling.method == "temperature"
@@ -264,7 +265,7 @@ def _label_probabilities(values: Mapping[str, Any], *, is_calibrated: bool) -> s
     """Describe temperature and thresholds of labels."""
     text = f"Labels are predicted {origin_in_use(values)}; `config.json` has the thresholds."
     text = f"The probability of each label is the sigmoid of its logit. {text}"
-    temperature = values.get("deployed", values)["temperature"]
+    temperature = in_use(values)["temperature"]
     if temperature == 1:
         return f"The logits are not calibrated. {text}"
     where = "contain" if is_calibrated else "do not contain"

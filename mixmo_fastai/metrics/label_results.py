@@ -57,9 +57,15 @@ def origin(values: Mapping[str, Any]) -> str:
     return "at a threshold of 0.5"
 
 
+def in_use(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return thresholds and temperature of predictions, which may not be those of the metrics."""
+    found: Mapping[str, Any] = values.get("deployed", values)
+    return found
+
+
 def origin_in_use(values: Mapping[str, Any]) -> str:
-    """Describe the thresholds of predictions, which may differ from those of the metrics."""
-    if "deployed" not in values:
+    """Describe the thresholds of predictions; see `in_use`."""
+    if in_use(values) is values:
         return origin(values)
     return (
         "at the thresholds with the best F1 on the evaluated images themselves; the metrics are "

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.metrics.label_results import LABELS
+from mixmo_fastai.metrics.label_results import LABELS, in_use
 from mixmo_fastai.metrics.multi_label import DEFAULT_THRESHOLD, LabelDecisions
 from mixmo_fastai.runs.folder import RunFolder
 
@@ -55,7 +55,7 @@ def label_decisions(run: RunFolder, num_classes: int, *, raw: bool = False) -> L
     default = {"thresholds": [DEFAULT_THRESHOLD] * num_classes}
     try:
         entry = run.metrics().get(LABELS, default)
-        found = LabelDecisions.from_mapping(entry.get("deployed", entry), num_classes)
+        found = LabelDecisions.from_mapping(in_use(entry), num_classes)
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{run.path / 'metrics.json'} is damaged: {error}.") from error
     return found.with_temperature(1.0) if raw else found
