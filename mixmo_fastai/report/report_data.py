@@ -77,7 +77,6 @@ class ReportData:
             without test images.
         label_names: names of the labels of images with several; empty with one.
         without_filters: why `uses` is empty.
-        is_calibrated: whether the run has a calibration.
     """
 
     run: RunFolder
@@ -100,7 +99,6 @@ class ReportData:
     decisions: DecisionData | None = None
     label_names: tuple[str, ...] = ()
     without_filters: str = ""
-    is_calibrated: bool = False
 
     @property
     def logits(self) -> Tensor:
@@ -157,7 +155,6 @@ def collect_report_data(
         uses=uses,
         norms=norms,
         without_filters=without_filters,
-        is_calibrated=record is not None,
         mistakes=confident_mistakes(finished, member_logits, labels),
         decisions=(
             None

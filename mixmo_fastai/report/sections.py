@@ -157,7 +157,7 @@ def _decision_section(data: ReportData) -> Section:
     if found is None:
         note = (
             "Without validation images, there is no calibration. Train with --valid-split."
-            if not data.is_calibrated
+            if "calibration" not in data.metrics
             else "There are no labelled test images, on which what the calibration's sets and "
             "decisions promise could be measured."
         )
