@@ -123,11 +123,10 @@ def make_learner(dls, args: argparse.Namespace) -> Learner:
     else:
         body = timm.create_model(args.arch, pretrained=download)
         body.reset_classifier(0)
-        body = nn.Sequential(body, nn.Linear(body.num_features, dls.c))
+        network = nn.Sequential(body, nn.Linear(body.num_features, dls.c))
         learn = Learner(
-            dls, body, splitter=lambda model: [params(model[0]), params(model[1])], **settings
+            dls, network, splitter=lambda model: [params(model[0]), params(model[1])], **settings
         )
-        body = body[0]
     if args.weights is not None:
         wanted = body.state_dict()
         state = {k: v for k, v in load_file(args.weights).items() if k in wanted}

@@ -22,9 +22,10 @@ def recipes(
     """List the recipes with their expected accuracy, or show all settings of one."""
     output = Output(as_json=as_json)
     if name is not None:
-        recipe = load_recipe(name)
         if assignments:
             recipe = resolve_recipe(None, name, {}, assignments, must_exist=False)
+        else:
+            recipe = load_recipe(name)
         output.print_result([to_toml(recipe).rstrip()], to_mapping(recipe))
         return
     if assignments:

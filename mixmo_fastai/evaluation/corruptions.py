@@ -35,14 +35,14 @@ def evaluate_corruptions(finished: Any, corruptions: str) -> dict[str, Any]:
         if corruptions == BUILT_IN_NAME
         else read_official(Path(corruptions).expanduser())
     )
+    expected = int(test.labels.max()) + 1
     computed = [metric for metric in METRICS if metric.corrupted_name]
     by_kind: dict[str, dict[str, list[float]]] = {}
     for corrupted in corrupted_sets:
         labels = corrupted.labels
-        counts = [int(each.max()) + 1 for each in (labels, test.labels)]
-        if counts[0] != counts[1]:  # CIFAR-10-C for a run on CIFAR-100, for example
+        if (count := int(labels.max()) + 1) != expected:  # CIFAR-10-C for CIFAR-100, for example
             raise InputError(
-                f"{corruptions} has {counts[0]} classes; the images of this run have {counts[1]}."
+                f"{corruptions} has {count} classes; the images of this run have {expected}."
             )
         logits = finished.logits([finished.loader(corrupted.pixels)])[0][0].double().mean(dim=1)
         inputs, values = MetricInputs(logits, labels), by_kind.setdefault(corrupted.kind, {})
