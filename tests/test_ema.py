@@ -6,6 +6,7 @@ import pytest
 import torch
 from fastai.callback.core import Callback, CancelFitException, CancelStepException
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
+from fastai.optimizer import Adam
 from oracle import exponential_average
 from synthetic import mixmo_dls
 
@@ -170,6 +171,62 @@ def test_a_fit_after_an_interruption_starts_from_the_training_weights(predict):
     learn.add_cb(again)
     fit(learn, 1)
     assert all_equal(again.steps[0], last)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("again", ["validate", "fit"])
+def test_weights_trained_after_an_interruption_without_the_callback_are_kept(training, again):
+    ema, interrupt = EMACallback(DECAY), Interrupt(KeyboardInterrupt, training)
+    # fastai's optimizers write to the parameters' .data, which autograd does not count.
+    learn = mixmo_learner(mixmo_dls(), "wrn10_1", seed=0, opt_func=Adam)
+    learn.remove_cb(learn.progress)
+    with pytest.raises(KeyboardInterrupt), learn.added_cbs([ema, interrupt]):
+        learn.fit(1, 0.01)
+    learn.remove_cbs([ema, interrupt])
+    fit(learn, 1)
+    trained, recorder = float_tensors(learn.model), WeightRecorder()
+    recorder.order = 90  # after EMACallback
+    with learn.no_logging(), learn.added_cbs([ema, recorder]):
+        learn.validate() if again == "validate" else learn.fit(1, 0.01)
+    seen = recorder.validated if again == "validate" else recorder.steps
+    assert all_equal(seen[0], trained)
+
+
+def test_the_averages_are_validated_although_a_later_callback_writes_to_the_weights():
+    class Clip(Callback):
+        order, run_valid = 60, False
+
+        @torch.no_grad()
+        def after_batch(self):
+            for parameter in self.learn.model.parameters():
+                parameter.clamp_(-100, 100)  # changes no value
+
+    plain, clipped = WeightRecorder(), WeightRecorder()
+    fit(make_learner(EMACallback(DECAY), plain), 2)
+    fit(make_learner(EMACallback(DECAY), clipped, Clip()), 2)
+    assert all_equal(clipped.validated[-1], plain.validated[-1])
+
+
+def test_weights_loaded_between_two_epochs_are_kept():
+    class Load(Callback):
+        order = 61
+
+        def after_epoch(self):
+            if self.learn.epoch == 0:
+                state = self.learn.model.state_dict()
+                self.learn.model.load_state_dict(
+                    {n: torch.full_like(t, 2) for n, t in state.items()}
+                )
+
+    class RecordStart(Callback):
+        order = 90
+
+        def before_train(self):
+            starts.append(float_tensors(self.learn.model))
+
+    starts: list = []
+    fit(make_learner(EMACallback(DECAY), Load(), RecordStart()), 2)
+    assert all(bool((tensor == 2).all()) for tensor in starts[1].values())
 
 
 def test_training_cancelled_in_validation_leaves_the_averages():

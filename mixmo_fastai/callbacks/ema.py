@@ -23,7 +23,9 @@ class EMACallback(Callback):
     From each validation until training resumes, the network holds the averages, so that callbacks
     such as `SaveModelCallback` save the validated weights; after the fit it keeps them. An
     interrupted fit leaves the network in its current state: a validation then still uses the
-    averages, and the next fit starts a new average. The learning-rate finder changes nothing.
+    averages, and the next fit starts a new average. Weights that were loaded or trained elsewhere
+    in the meantime are never replaced, and a new average starts from them. The learning-rate finder
+    changes nothing.
 
     Args:
         decay: in [0, 1); 0 disables averaging.
@@ -34,6 +36,7 @@ class EMACallback(Callback):
 
     # Runs before the callbacks that save or restore weights.
     order, run_valid = 45, False
+    _recorded: tuple[int, dict[str, Tensor]] | None = None  # see `_record`
 
     def __init__(self, decay: float = 0.999) -> None:
         super().__init__()
@@ -58,22 +61,23 @@ class EMACallback(Callback):
         """Restore the training weights; in a new fit, start the average from them."""
         if self._finding_lr:
             return
-        if not self.fit_trained[-1] and not self.restored:
-            if self.version == self._version():  # no other weights were loaded since
-                self._restore_training_weights()
+        is_continued = self.fit_trained[-1] or self.restored
+        if self.training_tensors:
+            is_continued &= self._restore_training_weights()
+        if not is_continued:
             self._reset()
         self.fit_trained[-1], self.restored = True, False
-        self._restore_training_weights()
         self.tensors = self._tensors()
         if not self.averages:
             self.averages = _copied(self.tensors)
         # A resumed average was loaded before the network was moved to its device.
         self.averages = {n: a.to(self.tensors[n].device) for n, a in self.averages.items()}
-        self.version = self._version()  # a resumed epoch may have no batches left
+        self._record()  # a resumed epoch may have no batches left
 
     def before_batch(self) -> None:
         """Restore the training weights after a validation in the middle of an epoch."""
-        self._restore_training_weights()
+        if self.training_tensors and not self._restore_training_weights():
+            self.averages, self.num_steps = _copied(self.tensors), 0
 
     def after_cancel_step(self) -> None:
         """Record that the optimizer skipped its step, as after an overflow in half precision."""
@@ -92,17 +96,21 @@ class EMACallback(Callback):
         get_ema_multi_avg_fn(decay)(averages, current, self.num_steps)
 
     def after_batch(self) -> None:
-        """Record the version of the weights."""
-        self.version = self._version()
+        """Record the weights; the fit may be interrupted before the next batch."""
+        self._record()
+
+    def after_train(self) -> None:
+        """Record the weights again, since later callbacks may have changed them in the batch."""
+        self._record()
 
     def before_validate(self) -> None:
         """Put the averages into the network."""
-        if not self.averages or self._finding_lr or self.version != self._version():
+        if not self.averages or self._finding_lr or not self._is_unchanged():
             return  # nothing was trained, or other weights were loaded since
         if not self.training_tensors:  # otherwise the network holds the averages already
             self.training_tensors = _copied(self.tensors)
         _copy_into(self.tensors, self.averages)
-        self.version = self._version()
+        self._record()
 
     def after_fit(self) -> None:
         """Keep the averages in the network if this was a fit, not a validation."""
@@ -152,28 +160,61 @@ class EMACallback(Callback):
         return hasattr(self.learn, "lr_finder")
 
     def _reset(self) -> None:
-        self.num_steps, self.version = 0, -1
+        self.num_steps, self._recorded = 0, None
         self.averages: dict[str, Tensor] = {}
         # The training weights, while the network holds the averages.
         self.training_tensors: dict[str, Tensor] = {}
         self.tensors: dict[str, Tensor] = {}  # of the network, looked up once per epoch
 
-    def _restore_training_weights(self) -> None:
-        if self.training_tensors:
+    def _restore_training_weights(self) -> bool:
+        """Replace the averages by the training weights, unless other weights were loaded since.
+
+        Returns:
+            Whether the network holds the training weights.
+        """
+        is_unchanged = self._is_unchanged()
+        if self.training_tensors and is_unchanged:
             _copy_into(self.tensors, self.training_tensors)
-            self.training_tensors, self.version = {}, self._version()
+            self._record()
+        self.training_tensors = {}
+        return is_unchanged
 
     def _tensors(self) -> dict[str, Tensor]:
         """Return the floating-point parameters and buffers; a batch counter has no average."""
         state: dict[str, Any] = unwrap(self.learn.model).state_dict()
         return {name: tensor for name, tensor in state.items() if _has_average(tensor)}
 
+    def _record(self) -> None:
+        """Record the weights, for `_is_unchanged`."""
+        self._recorded = self._version(), {n: t.clone() for n, t in _probes(self.tensors).items()}
+
+    def _is_unchanged(self) -> bool:
+        """Whether the network still has the weights that `_record` recorded."""
+        if self._recorded is None or self._recorded[0] != self._version():
+            return False
+        probes, current = self._recorded[1], self._tensors()
+        return all(n in current and _is_equal(current[n], probe) for n, probe in probes.items())
+
     def _version(self) -> int:
-        """Return the number of in-place writes to the parameters, as counted by autograd."""
+        """Return the number of in-place writes to the parameters, as counted by autograd.
+
+        It does not count writes to `.data`, as by fastai's optimizers; see `_probes`.
+        """
         return sum(p._version for p in self.learn.model.parameters())
 
 
 _NUM_STEPS = "ema.num_steps"
+
+
+def _probes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Choose a few small tensors that every training changes: of the last layer and a BatchNorm."""
+    names = [*tensors]
+    statistics = [name for name in names if name.endswith("running_mean")]
+    return {name: tensors[name].detach() for name in {*names[-2:], *statistics[-1:]}}
+
+
+def _is_equal(tensor: Tensor, probe: Tensor) -> bool:
+    return tensor.shape == probe.shape and torch.equal(tensor, probe.to(tensor.device))
 
 
 def _has_average(tensor: Tensor) -> bool:
