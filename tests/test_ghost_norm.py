@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,13 @@ from torch import nn
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.learner.build import mixmo_learner
 from mixmo_fastai.models import create_model
-from mixmo_fastai.models.ghost_norm import GhostBatchNorm2d, use_ghost_batches
+from mixmo_fastai.models.ghost_norm import (
+    GhostBatchNorm2d,
+    use_full_batches,
+    use_ghost_batches,
+)
+from mixmo_fastai.models.norms import timm_norm
+from mixmo_fastai.models.synced_norm import sync_batch_norm, sync_on_gpu
 
 
 def oracle(x, weight, bias, mean, var, *, sizes, eps=1e-5, momentum=0.1):
@@ -81,6 +89,54 @@ def test_parameters_are_the_same_objects():
     assert norms
     assert all(type(m) is GhostBatchNorm2d and m.group_size == 8 for m in norms)
     assert "group_size=8" in repr(norms[0])
+
+
+def test_every_norm_of_timm_and_of_a_head_is_replaced_and_restored():
+    """timm's BatchNormAct2d contains the activation."""
+    generator = torch.Generator().manual_seed(0)
+    model = create_model("timm/test_efficientnet", 3, generator=generator)
+    model.core = nn.Sequential(model.core, nn.BatchNorm1d(model.heads[0].in_features))
+    plain = copy.deepcopy(model)
+    images = torch.randn(8, 3, 32, 32, generator=generator)
+    plain(images[:4])
+    expected = plain(images[:4]), plain(images[4:])
+    model(images[:4])
+    use_ghost_batches(model, 4)
+    kinds = {
+        type(m).__name__ for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
+    }
+    assert kinds == {"GhostBatchNormAct2d", "GhostBatchNorm1d"}
+    torch.testing.assert_close(model(images), torch.cat(expected))
+    restored = use_full_batches(copy.deepcopy(model)).eval()
+    assert [type(m) for m in restored.modules()] == [type(m) for m in plain.modules()]
+    torch.testing.assert_close(restored(images), model.eval()(images))
+
+
+@pytest.mark.parametrize(
+    "replace", [lambda n: use_ghost_batches(n, 2), sync_batch_norm, sync_on_gpu]
+)
+def test_layers_derived_from_batch_norm_are_refused(replace):
+    class Shifted(nn.BatchNorm2d):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    with pytest.raises(InputError, match=r"layers of class Shifted, derived from BatchNorm; .*can"):
+        replace(nn.Sequential(nn.Conv2d(3, 2, 1), Shifted(2)))
+
+
+@pytest.mark.parametrize("replace", [sync_batch_norm, sync_on_gpu])
+def test_synchronised_norms_keep_the_activations(replace):
+    generator = torch.Generator().manual_seed(0)
+    network = create_model("timm/test_efficientnet", 3, generator=generator)
+    network.core = nn.Sequential(network.core, nn.BatchNorm1d(network.heads[0].in_features))
+    images = torch.randn(4, 3, 32, 32, generator=generator)
+    network(images)
+    expected, before = network.eval()(images), [*network.parameters()]
+    synced = replace(network)
+    torch.testing.assert_close(synced(images), expected)
+    assert all(a is b for a, b in zip(before, synced.parameters(), strict=True))
+    plain = (nn.BatchNorm1d, nn.BatchNorm2d, timm_norm())
+    assert not any(type(module) in plain for module in synced.modules())
 
 
 def test_group_size_zero_changes_nothing_and_one_is_refused():

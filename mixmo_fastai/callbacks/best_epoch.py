@@ -1,5 +1,6 @@
 """Selection of the best epoch on the validation split, never on the test set."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -43,6 +44,8 @@ class BestEpochCallback(TrainedEpochCallback):
         first, second = float(accuracy), -float(loss)
         if self.by_loss:
             first, second = second, first
+        # Nothing is greater than NaN, so that a first epoch with it would remain the best.
+        first, second = (value if math.isfinite(value) else -math.inf for value in (first, second))
         score = (first, second, self.learn.epoch + 1)
         if self.best is None or score[:2] > self.best[:2]:
             self.best = score

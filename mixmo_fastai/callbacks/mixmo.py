@@ -166,7 +166,7 @@ class MixMoCallback(_PlainErrorCallback):
         self.input_repetition, self.early_repetition = input_repetition, early_repetition
         self.early_span, self.early_shape, self.seed = early_span, early_shape, seed
         self.msda, self.msda_alpha, self.msda_prob = msda, msda_alpha, msda_prob
-        self.epochs_trained = 0  # in all fits, not counting lr_find
+        self.epochs_trained = 0  # in all fits, with those skipped by start_epoch, without lr_find
         self.fit_seed = seed
         self.copies_in_batch, self.is_paired_by_loader = 1, False
 
@@ -269,13 +269,6 @@ class MixMoCallback(_PlainErrorCallback):
             self.learn.iter, len(inputs), feature_shape, mix_prob, inputs.device
         )
 
-    def after_loss(self) -> None:
-        """Divide the recorded loss by M, so that it is comparable with a validation loss.
-
-        fastai records `learn.loss` and differentiates `learn.loss_grad`, which remains the sum.
-        """
-        self.learn.loss = self.learn.loss / self._num_members
-
     def after_batch(self) -> None:
         """Flatten the members into the batch axis if fastai's training metrics are enabled."""
         recorder = getattr(self.learn, "recorder", None)
@@ -288,9 +281,17 @@ class MixMoCallback(_PlainErrorCallback):
 
     def after_train(self) -> None:
         """Count trained epochs."""
-        self.draws, self._flat = None, (None, None)
         if not self._is_search:
-            self.epochs_trained += 1
+            self.epochs_trained = self._epoch + 1
+        self.after_cancel_fit()
+
+    def after_cancel_fit(self) -> None:
+        """Drop the draws and predictions of the last step; a finished lr_find is cancelled, too."""
+        self.draws, self._flat = None, (None, None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state to pickle, without draws that an interrupted fit left."""
+        return {**vars(self), "draws": None, "_flat": (None, None)}
 
     def _check_divisible(self, num_images: int, num_processes: int) -> None:
         if (batch := num_images * self.batch_repetitions) % num_processes:
@@ -325,9 +326,13 @@ class MixMoCallback(_PlainErrorCallback):
 
     @property
     def _epoch(self) -> int:
-        """Number of epochs trained before this one, including those of a current `lr_find`."""
-        lr_find_epochs = self.learn.epoch if self._is_search else 0
-        return self.epochs_trained + lr_find_epochs
+        """Number of epochs before this one, including those of a current `lr_find`.
+
+        A fit that continues another one, `fit(…, start_epoch=k)`, has skipped k epochs.
+        """
+        if self._is_search:
+            return self.epochs_trained + int(self.learn.epoch)
+        return max(self.epochs_trained, int(self.learn.epoch))
 
     @property
     def _epoch_draws(self) -> EpochDraws:
@@ -353,14 +358,32 @@ class MixMoGuard(_PlainErrorCallback):
             raise InputError(
                 f"The network has {network.num_members} members, but the Learner has no "
                 "MixMoCallback that pairs their images.\nAdd one: learn.add_cb(MixMoCallback()).\n"
-                "For a plain network: learn.model = learn.model.fuse(), then learn.create_opt()."
+                "For a plain network: learn.model = learn.model.fuse(), learn.create_opt(), and "
+                "learn.metrics\nwithout those of members."
             )
 
 
+class MeanLoss(Callback):
+    """Divide the training loss by M, so that it is comparable with a validation loss.
+
+    Before all other callbacks, so that none of them reads or skips a loss that is the sum over
+    members. fastai records `learn.loss` and differentiates `learn.loss_grad`, which remains the
+    sum. `to_mixmo`, `mixmo_learner` and `MixMoCallback` add it.
+    """
+
+    order, run_valid = -100, False
+
+    def after_loss(self) -> None:
+        """Divide the recorded loss."""
+        if any(isinstance(other, MixMoCallback) for other in self.learn.cbs):
+            self.learn.loss = self.learn.loss / unwrap(self.learn.model).num_members
+
+
 def add_companions(learn: Any) -> None:
-    """Add a `MixMoGuard` and the callbacks of `metrics.members` to a Learner without them."""
-    if not any(isinstance(other, MixMoGuard) for other in learn.cbs):
-        learn.add_cb(MixMoGuard())
+    """Add `MixMoGuard`, `MeanLoss` and those of `metrics.members` to a Learner without them."""
+    for kind in (MixMoGuard, MeanLoss):
+        if not any(isinstance(other, kind) for other in learn.cbs):
+            learn.add_cb(kind())
     add_member_logits(learn)
 
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.metrics.fastai import StreamingMetric
-from mixmo_fastai.models.ghost_norm import GhostBatchNorm2d
-from mixmo_fastai.models.synced_norm import sync_batch_norm
+from mixmo_fastai.models.ghost_norm import GhostBatchNorm1d, GhostBatchNorm2d
+from mixmo_fastai.models.synced_norm import sync_batch_norm, sync_on_gpu
 from mixmo_fastai.runtime.processes import all_gather, process_group
 
 
@@ -96,14 +96,14 @@ def _make_trainer(learn: Learner) -> Callback:
             self.learn.dl = self.learn.dl.shard(process_group())
 
     on_gpu = torch.device(learn.dls.device).type == "cuda"
-    has_ghosts = any(isinstance(m, GhostBatchNorm2d) for m in learn.model.modules())
-    if not on_gpu and not has_ghosts:
-        sync_batch_norm(learn.model)
+    ghosts = (GhostBatchNorm1d, GhostBatchNorm2d)
+    if not any(isinstance(module, ghosts) for module in learn.model.modules()):
+        learn.model = sync_on_gpu(learn.model) if on_gpu else sync_batch_norm(learn.model)
     # The recipe sets the precision, so a launcher's setting is overridden. Without buffer
     # broadcasts, no forward pass waits for a process that has no validation images.
     ddp_kwargs = DistributedDataParallelKwargs(broadcast_buffers=False)
     return ShardedTrainer(
-        sync_bn=on_gpu and not has_ghosts,
+        sync_bn=False,  # fastai's would drop the activations in layers such as timm's
         cpu=not on_gpu,
         mixed_precision="no",
         kwargs_handlers=[ddp_kwargs],

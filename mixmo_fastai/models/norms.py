@@ -1,19 +1,50 @@
-"""Replace the BatchNorm layers of a network by those of another class."""
+"""Replace the BatchNorm layers of a network by those of other classes."""
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mixmo_fastai.errors import InputError
+
+
+class Activated:
+    """Mixin of a BatchNorm with the `drop` and `act` of timm's BatchNormAct2d, applied after it."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise, then apply both layers."""
+        out: Tensor = self.act(self.drop(super().forward(x)))  # type: ignore[misc]
+        return out
+
+
+def timm_norm() -> type[nn.BatchNorm2d] | None:
+    """Return timm's BatchNormAct2d, a BatchNorm with an activation; None before timm is imported.
+
+    Example:
+        >>> import timm.layers
+        >>> timm_norm().__name__
+        'BatchNormAct2d'
+    """
+    kind: type[nn.BatchNorm2d] | None = getattr(
+        sys.modules.get("timm.layers"), "BatchNormAct2d", None
+    )
+    return kind
 
 
 def replace_norms(
-    network: nn.Module, kind: type[nn.BatchNorm2d], make: Callable[..., nn.BatchNorm2d]
+    network: nn.Module, kinds: Mapping[type[nn.Module] | None, Callable[..., Any]]
 ) -> nn.Module:
-    """Replace every layer of a class in a network, in place; parameters and buffers are kept.
+    """Replace the layers of some classes in a network, in place; parameters and buffers are kept.
 
     Args:
-        network: any module; it is not a layer of this class itself.
-        kind: class of the layers to replace; its subclasses are not replaced.
-        make: class or function with the arguments of `nn.BatchNorm2d`.
+        network: any module; it is not a layer of these classes itself.
+        kinds: for each class of layers to replace, a class or function with the arguments of
+            `nn.BatchNorm2d`; subclasses are not replaced. None stands for no layer.
 
     Returns:
         The network.
@@ -21,21 +52,46 @@ def replace_norms(
     Example:
         >>> network = nn.Sequential(nn.BatchNorm2d(2))
         >>> weight = network[0].weight
-        >>> replace_norms(network, nn.BatchNorm2d, nn.BatchNorm2d)[0].weight is weight
+        >>> replace_norms(network, {nn.BatchNorm2d: nn.BatchNorm2d})[0].weight is weight
         True
     """
     converted: dict[nn.Module, nn.Module] = {}  # a layer may be used in several places
     for module in [*network.modules()]:
         for name, child in module.named_children():
-            if type(child) is kind:
+            if type(child) in kinds:
                 if child not in converted:
-                    converted[child] = _convert_norm(child, make)
+                    converted[child] = _convert_norm(child, kinds[type(child)])
                 setattr(module, name, converted[child])
     return network
 
 
-def _convert_norm(norm: nn.BatchNorm2d, make: Callable[..., nn.BatchNorm2d]) -> nn.BatchNorm2d:
-    converted = make(
+def check_norms(network: nn.Module, purpose: str) -> None:
+    """Check that a network has no layers derived from BatchNorm other than those of torch and timm.
+
+    Args:
+        network: any module.
+        purpose: what needs to replace them, for the message.
+
+    Raises:
+        InputError: it has one; what it computes besides BatchNorm would be lost.
+
+    Example:
+        >>> check_norms(nn.Sequential(nn.BatchNorm2d(2)), "ghost batches")
+    """
+    for module in network.modules():
+        origin = type(module).__module__
+        if isinstance(module, _BatchNorm) and not origin.startswith(_KNOWN_ORIGINS):
+            raise InputError(
+                f"The network has layers of class {type(module).__name__}, derived from BatchNorm; "
+                f"{purpose} can\nreplace only those of torch and timm's BatchNormAct2d."
+            )
+
+
+_KNOWN_ORIGINS = ("torch.nn.", "timm.layers.", "mixmo_fastai.")
+
+
+def _convert_norm(norm: Any, make: Callable[..., Any]) -> nn.Module:
+    converted: nn.Module = make(
         norm.num_features,
         eps=norm.eps,
         momentum=norm.momentum,
@@ -46,4 +102,6 @@ def _convert_norm(norm: nn.BatchNorm2d, make: Callable[..., nn.BatchNorm2d]) -> 
     # The same Parameter objects, because an optimizer may already hold them.
     converted._parameters.update(norm._parameters)
     converted._buffers.update(norm._buffers)
+    if hasattr(norm, "act"):  # timm's, or one that has replaced it
+        converted.drop, converted.act = norm.drop, norm.act
     return converted
