@@ -27,10 +27,10 @@ class SimulatedValidation(Callback):
         self.weights.append({name: tensor.clone() for name, tensor in state.items()})
 
 
-def fit(records, *cbs):
+def fit(records, *cbs, by_loss=False):
     learn = mixmo_learner(mixmo_dls(), "wrn10_1", seed=0)
     learn.remove_cb(learn.progress)
-    best, simulated = BestEpochCallback(), SimulatedValidation(records)
+    best, simulated = BestEpochCallback(by_loss=by_loss), SimulatedValidation(records)
     with learn.no_logging():
         learn.fit(len(records), 0.05, cbs=[best, simulated, *cbs])
     return learn, best, simulated
@@ -87,3 +87,8 @@ def test_images_of_a_validation_folder_select_although_none_are_split_off(tmp_pa
         ["data.limit=0", "data.valid_split=0", "data.image_size=8", "train.select=best"],
     )
     assert len(prepare(recipe).learn.dls.valid.images) == 4  # the others calibrate
+
+
+def test_a_first_epoch_without_a_finite_loss_is_replaced():
+    _, best, _ = fit([(float("nan"), 0.5), (1.0, 0.5), (0.5, 0.4)], by_loss=True)
+    assert best.number == 3

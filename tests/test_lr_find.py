@@ -2,6 +2,7 @@ import random
 
 import pytest
 
+from mixmo_fastai.cli import lr_find, run
 from mixmo_fastai.training.lr_find import LrSearch
 
 RATES = [10.0 ** (power / 4 - 5) for power in range(24)]
@@ -69,3 +70,13 @@ def test_curve_within_the_noise_is_flat():
     steep = noisy_search(1.5, 0.1)
     assert not steep.is_flat
     assert steep.recommended == 0.1
+
+
+def test_the_printed_command_has_the_advised_rate_only(monkeypatch, tmp_path, capsys):
+    losses = [2.3] * 8 + [2.3 - 0.1 * step for step in range(16)]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(lr_find, "_search", lambda *_, **__: search(losses, 0.0123))
+    assert run(["lr-find", "digits", "--set", "optimizer.lr = 0.3", "--quiet"]) == 0
+    command = capsys.readouterr().out.splitlines()[-1]
+    assert command.endswith("--lr 0.012")
+    assert "optimizer" not in command

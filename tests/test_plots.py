@@ -172,6 +172,17 @@ def test_shifted_markers_have_leader_lines(monkeypatch, tmp_path, sizes, num_shi
     assert len(panels) == 2
 
 
+def test_runs_whose_names_begin_with_an_underscore_are_in_the_legend(monkeypatch, tmp_path):
+    texts = []
+
+    def inspect_figure(figure, *_, **__):
+        texts.extend(text.get_text() for text in figure.legends[0].get_texts())
+
+    monkeypatch.setattr(Figure, "savefig", inspect_figure)
+    plot_comparison(["_first", "second"], [ComparedRun(300_000)] * 2, tmp_path / "it.png")
+    assert [text.partition(" ")[0].rstrip(":,") for text in texts] == ["_first", "second"]
+
+
 def test_leader_lines_have_the_colours_of_their_markers(monkeypatch, tmp_path):
     panels = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: panels.extend(figure.axes))

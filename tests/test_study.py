@@ -284,7 +284,22 @@ class TestResults:
         assert "4 runs are not finished" in (copied / "study.md").read_text()
         empty = tmp_path / "empty"
         assert program(["study", str(file), "--out", str(empty), "--summary"]) == 2
-        assert "is finished yet" in capsys.readouterr().err
+        assert "There is no folder" in (message := capsys.readouterr().err)
+        assert "is finished yet" in message
+        assert not empty.exists()
+
+    def test_a_tilde_in_paths_is_the_home_folder(self, trained, tmp_path, monkeypatch, capsys):
+        _, out, file = trained
+        (tmp_path / "home").mkdir()
+        (tmp_path / "home" / "study.toml").symlink_to(file)
+        (tmp_path / "home" / "out").symlink_to(out)
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+        monkeypatch.chdir(tmp_path)
+        assert program(["study", "~/study.toml", "--out=~/out", "--summary"]) == 0
+        assert str(tmp_path / "home" / "out" / "study.html") in capsys.readouterr().out.replace(
+            "\n", ""
+        )
+        assert not (tmp_path / "~").exists()
 
     def test_a_finished_study_is_not_trained_again(self, trained, capsys):
         _, out, file = trained

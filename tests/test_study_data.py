@@ -222,3 +222,37 @@ def test_tables_of_started_runs_are_not_read_again(tmp_path, study, is_multi_lab
             check_one_label_per_image([run], tmp_path)
     else:
         check_one_label_per_image([run], tmp_path)
+
+
+def test_a_file_whose_name_cannot_be_that_of_the_study(tmp_path):
+    path = tmp_path / "my study.toml"
+    path.write_text(TEXT.replace('name = "made-up"', ""))
+    with pytest.raises(InputError, match=r"letters.*\nThe file has no name, so that of the"):
+        read_study(path)
+
+
+@pytest.mark.parametrize("with_test_images", [False, True])
+def test_methods_have_equal_validation_images_if_they_are_evaluated_on_them(
+    tmp_path, with_test_images
+):
+    for name in ("a/1.png", "b/1.png", *["test/a/1.png"] * with_test_images):
+        path = tmp_path / "images" / ("train" * with_test_images * ("test" not in name)) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    text = f'''
+dataset = "{tmp_path / "images"}"
+images_seen = [1000]
+set = ["data.test_split=0"]
+[methods.a]
+recipe = "digits/vanilla"
+set = ["data.valid_split=0.2"]
+[methods.b]
+recipe = "digits/vanilla"
+set = ["data.valid_split=0.3"]
+'''
+    (tmp_path / "study.toml").write_text(text)
+    if with_test_images:
+        assert len(read_study(tmp_path / "study.toml").runs) == 2
+        return
+    with pytest.raises(InputError, match=r"data\.valid_split differs between methods: 0.2, 0.3"):
+        read_study(tmp_path / "study.toml")

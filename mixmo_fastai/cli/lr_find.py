@@ -82,7 +82,9 @@ def lr_find(
     output = Output(as_json=as_json, quiet=quiet)
     search = _search(resolved, data_dir, output, plot_path, num_steps=steps, start=start, end=end)
     rate = resolved.lr if search.recommended is None else search.recommended
-    other_assignments = [text for text in assignments or () if not text.startswith("optimizer.lr=")]
+    other_assignments = [
+        text for text in assignments or () if text.partition("=")[0].strip() != "optimizer.lr"
+    ]
     flags = {"recipe": recipe, **fit_flags, "data_dir": data_dir, "lr": rate}
     command = opt.fit_command(dataset, flags, other_assignments)
     advice = _advice(search, resolved.lr, steps)

@@ -15,7 +15,7 @@ from mixmo_fastai.cli.console import Output
 from mixmo_fastai.errors import InputError, RunFailedError
 from mixmo_fastai.runs.files import write_atomically
 from mixmo_fastai.runs.lock import starting
-from mixmo_fastai.runs.output import check_writable
+from mixmo_fastai.runs.output import check_writable, expand_user
 from mixmo_fastai.study.execute import Executor
 from mixmo_fastai.study.plan import Study, read_study
 from mixmo_fastai.study.records import writing_study
@@ -55,10 +55,12 @@ def study(
     Finished runs are skipped and interrupted ones resumed, so the same command continues a study.
     Several processes, also on several machines, may share a folder.
     """
-    planned = read_study(file, dataset, must_exist=not summary)
+    planned = read_study(expand_user(file), dataset, must_exist=not summary)
     chosen = planned.check_method(reference)
-    folder = out or Path("studies") / planned.name
+    folder = expand_user(out or Path("studies") / planned.name)
     check_writable(folder)
+    if summary and not _has_results(planned, folder):
+        raise _no_results(folder)
     output = Output(as_json=as_json, quiet=quiet)
     if not summary:
         with writing_study(folder):
@@ -86,6 +88,13 @@ def study(
 
 def _has_results(planned: Study, folder: Path) -> bool:
     return any(run.folder(folder).is_finished for run in planned.runs)
+
+
+def _no_results(folder: Path) -> InputError:
+    problem = f"No run in {folder} is finished yet."
+    if not folder.is_dir():
+        problem = f"There is no folder {str(folder)!r}, so no run of the study is finished yet."
+    return InputError(f"{problem}\nTrain them without --summary.")
 
 
 def _write_results_after(
@@ -125,7 +134,7 @@ def _write_results_alone(
 
     cells = collect_results(planned, folder, data_dir, reference=reference)
     if not cells:
-        raise InputError(f"No run in {folder} is finished yet.\nTrain them without --summary.")
+        raise _no_results(folder)
     missing = len(planned.runs) - sum(len(cell.seeds) for cell in cells)
     text = markdown(planned.name, cells, reference, missing)
     value = {

@@ -1,6 +1,6 @@
 """Build a `MixMoModel` from the name of a network, a function that builds one, or a module."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from inspect import Parameter, signature
@@ -183,27 +183,36 @@ def _class_arguments(
     pretrained = bound.get("weights") is not None or bound.get("pretrained")
     if pretrained or any(name in bound for name in _CLASS_PARAMETERS):
         return (), {}
-    parameter = next((name for name in _CLASS_PARAMETERS if name in parameters), None)
+    parameter = next((name for name in _CLASS_PARAMETERS if _is_number(parameters, name)), None)
     if parameter is None and any(p.kind is Parameter.VAR_KEYWORD for p in parameters.values()):
         is_fastai = str(getattr(inner, "__module__", "")).startswith("fastai.")
         parameter = "n_out" if is_fastai else "num_classes"
-    if parameter is not None:
-        return (), {parameter: num_classes}
     variadic = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
     required = [
         p.name
         for p in parameters.values()
-        if p.default is Parameter.empty and p.kind not in variadic
+        if p.default is Parameter.empty and p.kind not in variadic and p.name != parameter
     ]
     if required:
         raise InputError(
             f"{name!r} requires {', '.join(required)}; only the number of classes can be passed to "
-            f"it, as {_CLASS_PARAMETERS[0]}.\nBind the rest: functools.partial(…, {required[0]}=…)."
+            f"it, as {parameter or _CLASS_PARAMETERS[0]}.\n"
+            f"Bind the rest: functools.partial(…, {required[0]}=…)."
         )
-    return (), {}
+    return (), {} if parameter is None else {parameter: num_classes}
 
 
 _CLASS_PARAMETERS = ("num_classes", "n_out", "n_classes", "classes", "num_labels", "c", "k", "n")
+
+
+def _is_number(parameters: Mapping[str, Parameter], name: str) -> bool:
+    """Whether a parameter of this name is the number of classes.
+
+    A single letter with a default, such as k=4, is likelier a width or a depth.
+    """
+    if name not in parameters:
+        return False
+    return len(name) > 1 or parameters[name].default is Parameter.empty
 
 
 def _weights_differ(first: nn.Module, second: nn.Module | None, layer: str) -> bool:

@@ -38,6 +38,7 @@ from mixmo_fastai.learner.parameter_groups import (
     body_and_heads,
     convert_optimizer,
     converted_splitter,
+    usable_splitter,
 )
 from mixmo_fastai.metrics.fastai import MemberAccuracy
 from mixmo_fastai.mixing import Region, check_kind
@@ -139,7 +140,8 @@ def mixmo_learner(
     model, is_trained = build_mixmo_model(arch, spec, _weight_generator(callback))
     if not is_trained:
         callback = MixMoCallback(mix, **mixing)
-    kwargs.setdefault("splitter", body_and_heads)  # for `freeze` and `fine_tune`
+    splitter = kwargs.pop("splitter", body_and_heads)  # for `freeze` and `fine_tune`
+    kwargs["splitter"] = usable_splitter(splitter, model)
     use_ghost_batches(model, ghost_batch_size)
     if device := getattr(dls, "device", None):  # the optimizer depends on the parameters' device
         move_to_device(model, torch.device(device))

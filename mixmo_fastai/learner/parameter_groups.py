@@ -17,13 +17,15 @@ from mixmo_fastai.models.backbone_core import BackboneCore
 Splitter = Callable[[Any], Any]
 
 
-def body_and_heads(model: MixMoModel) -> list[list[nn.Parameter]]:
+def body_and_heads(model: nn.Module) -> list[list[nn.Parameter]]:
     """Split a network's parameters for fastai's `freeze` and for discriminative learning rates.
 
     The first group holds the encoders and the core, the second the readout and the heads, together
     with the module that contained the network's last layer, such as the head of fastai's
-    `vision_learner`.
+    `vision_learner`. Another network, such as the result of `fuse`, is one group.
     """
+    if not isinstance(model, MixMoModel):
+        return [params(model)]
     core = model.core
     head_module = core.head_block() if isinstance(core, BackboneCore) else None
     head_parameters = [] if head_module is None else params(head_module)
@@ -87,6 +89,23 @@ def converted_splitter(splitter: Splitter, model: MixMoModel) -> Splitter:
             "Set another splitter; learn.splitter = trainable_params puts all in one group."
         ) from error
     return converted
+
+
+def usable_splitter(splitter: Splitter, model: MixMoModel) -> Splitter:
+    """Return a splitter that may be one for the MixMo network or for the network it came from.
+
+    Args:
+        splitter: splitter of either network.
+        model: the MixMo network.
+
+    Raises:
+        InputError: the splitter fails on both.
+    """
+    try:
+        splitter(model)
+    except Exception:  # a user's function may raise any error
+        return converted_splitter(splitter, model)
+    return splitter
 
 
 _GENERIC_SPLITTERS = (trainable_params, params, body_and_heads)

@@ -20,6 +20,8 @@ from torch import Tensor
 from mixmo_fastai.callbacks.mixmo import MixMoCallback
 from mixmo_fastai.data.first_batch import first_batch, preserved_random_states
 from mixmo_fastai.errors import InputError
+from mixmo_fastai.mixing.base_losses import is_multi_label
+from mixmo_fastai.models.mixmo_model import unwrap
 from mixmo_fastai.rng import fresh_seed
 
 
@@ -99,6 +101,8 @@ def _simulated_first_step(learn: Learner, callback: MixMoCallback) -> Iterator[N
     names = ("epoch", "n_epoch", "iter", "pct_train", "dl", "xb", "yb")
     original = {name: vars(learn)[name] for name in names if name in vars(learn)}
     changed = {name: getattr(callback, name) for name in _CHANGED}
+    network = unwrap(learn.model)
+    readout = getattr(network, "readout", None)
     try:
         with preserved_random_states(learn.dls.train):
             callback.mix_prob, callback.early_repetition = 1.0, None
@@ -108,8 +112,11 @@ def _simulated_first_step(learn: Learner, callback: MixMoCallback) -> Iterator[N
             learn.dl = learn.dls.train
             callback.before_fit()
             callback.before_train()
+            network.readout = None  # whose state may depend on the progress of training
             yield
     finally:
+        if readout is not None:
+            network.readout = readout
         vars(callback).update(changed)
         callback.draws = None
         for name in names:
@@ -153,6 +160,9 @@ def _rescale(pixels: Tensor) -> Tensor:
 def _class_names(learn: Learner, position: int) -> list[str]:
     """Return the class name of each member's image; both class names if its pixels were mixed."""
     vocab = getattr(learn.dls, "vocab", None)
+    is_label = not learn.yb[0].is_floating_point() or is_multi_label(learn.loss_func.base)
+    if vocab is None and not is_label:
+        vocab = ()  # numbers, as for regression
     names = [_target_name(target, vocab) for target in learn.yb[0][position]]
     if len(learn.yb) == 2:
         return names
@@ -171,7 +181,12 @@ def _mixed_name(name: str, other: str, fraction: float) -> str:
 
 
 def _target_name(target: Tensor, vocab: Sequence[Any] | None) -> str:
-    """Return the name of a class, or the joined names of the labels of a multi-label (K,)."""
+    """Return the name of a class, or the joined names of the labels of a multi-label (K,).
+
+    Numbers are printed if the vocabulary is empty.
+    """
+    if vocab is not None and len(vocab) == 0:
+        return ", ".join(f"{value:g}" for value in target.flatten().tolist())
     if target.numel() == 1:
         has_name = vocab is not None and not target.is_floating_point()
         return str(vocab[int(target)]) if has_name else f"{target.item():g}"

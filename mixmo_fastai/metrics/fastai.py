@@ -40,7 +40,7 @@ from mixmo_fastai.metrics.calibration import (
 )
 from mixmo_fastai.metrics.diversity import disagreement_terms
 from mixmo_fastai.metrics.members import current_member_logits
-from mixmo_fastai.mixing.base_losses import is_known, loss_name
+from mixmo_fastai.mixing.base_losses import is_known, is_multi_label, loss_name
 from mixmo_fastai.mixing.loss import MixMoLoss
 from mixmo_fastai.models.mixmo_model import MixMoModel, unwrap
 
@@ -262,7 +262,10 @@ class MemberAccuracy(StreamingMetric):
             pred = network.predictions(current_member_logits(learn))  # (B, M, K)
         has_output_layer = getattr(network, "output", None) is not None
         threshold = 0.5 if has_output_layer else 0.0
-        correct = _correct(pred.as_subclass(Tensor), learn.y.as_subclass(Tensor), threshold)
+        targets = learn.y.as_subclass(Tensor)
+        if targets.ndim == 1 and is_multi_label(_as_mixmo_loss(learn).base):
+            targets = targets[:, None]  # one label per image
+        correct = _correct(pred.as_subclass(Tensor), targets, threshold)
         return _in_float64(correct).flatten(1).mean(dim=1)
 
 
@@ -360,9 +363,11 @@ def _correct(pred: Tensor, targets: Tensor, threshold: float) -> Tensor:
 
     Args:
         pred: member logits or probabilities (B, M, K).
-        targets: (B,) class indices, or (B, K) multi-label.
+        targets: (B,) or (B, 1) class indices, or (B, K) multi-label.
         threshold: decision threshold for multi-label targets, 0 for logits, 0.5 for probabilities.
     """
+    if targets.ndim == 2 and targets.shape[1] == 1 != pred.shape[2]:
+        targets = targets[:, 0]
     if targets.ndim == 1:
         if targets.is_floating_point():
             raise InputError(

@@ -105,9 +105,11 @@ class MixMoModel(nn.Module):
     def in_channels(self) -> int:
         """Number of image channels, C, read from the first convolution or linear layer."""
         for module in self.encoders.modules():
-            has_weight = isinstance(module, nn.Conv2d | nn.Linear) and not is_lazy(module.weight)
-            if has_weight:
-                return int(module.weight.shape[1])  # type: ignore[index]
+            if not isinstance(module, nn.Conv2d | nn.Linear) or is_lazy(module.weight):
+                continue
+            if isinstance(module, nn.Linear):
+                return module.in_features
+            return module.in_channels  # the weights of a grouped convolution have fewer
         raise InputError(
             "Cannot infer the number of image channels: the encoders have no initialised "
             "convolution.\nGive each encoder a convolution; run lazy layers on one batch first."
@@ -185,7 +187,9 @@ class MixMoModel(nn.Module):
             (16, 32, 32)
         """
         if (height, width) not in self._mask_shapes:
-            image = torch.empty(1, self.in_channels, height, width, device="meta")
+            dtypes = [p.dtype for p in self.encoders.parameters() if p.is_floating_point()]
+            dtype = dtypes[0] if dtypes else None
+            image = torch.empty(1, self.in_channels, height, width, device="meta", dtype=dtype)
             shapes = [_output_shape(encoder, image) for encoder in self.encoders]
             if len(set(shapes)) > 1:
                 raise InputError(
@@ -387,7 +391,7 @@ def _output_shape(encoder: nn.Module, image: Tensor) -> tuple[int, int, int]:
 def _dry_run(encoder: nn.Module, image: Tensor) -> Tensor:
     """Run an encoder on the meta device without its hooks, since these may read values."""
     if type(encoder) is nn.Conv2d:  # not for subclasses, which may pad differently
-        out: Tensor = encoder._conv_forward(image, encoder.weight.to("meta"), None)
+        out: Tensor = encoder._conv_forward(image, encoder.weight.to("meta", image.dtype), None)
     else:
         out = copy.deepcopy(encoder).to("meta").forward(image)
     return out

@@ -180,6 +180,7 @@ def plot_comparison(names: list[str], compared: Sequence[ComparedRun], path: Pat
     FigureCanvasAgg(figure)
     split = SPLIT_NAMES[compared[0].split].lower()
     panels = (("accuracy", f"{split} accuracy"), ("nll", f"{split} NLL in nats"))
+    handles, labels = [], []
     for axes, (metric, label) in zip(figure.subplots(1, 2), panels, strict=True):
         axes.set_xscale("log")
         axes.set_xlim(low, high)
@@ -188,7 +189,7 @@ def plot_comparison(names: list[str], compared: Sequence[ComparedRun], path: Pat
         for number, (name, each, position) in enumerate(runs):
             value, ends = each.metrics[metric], each.intervals[metric]
             lowest.append(min(ends[0], value))
-            axes.errorbar(
+            drawn = axes.errorbar(
                 position,
                 value,
                 [[value - lowest[-1]], [max(ends[1], value) - value]],
@@ -196,8 +197,11 @@ def plot_comparison(names: list[str], compared: Sequence[ComparedRun], path: Pat
                 linestyle="none",
                 markersize=MARKER_SIZE,
                 capsize=4,
-                label=name + _legend_text(each),
             )
+            # Not by `label`: matplotlib omits those that begin with "_".
+            if metric == "accuracy":
+                handles.append(drawn)
+                labels.append(name + _legend_text(each))
         ticks = size_ticks(low, high)
         axes.set_xticks(ticks, [format_size(tick) for tick in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
@@ -207,7 +211,6 @@ def plot_comparison(names: list[str], compared: Sequence[ComparedRun], path: Pat
         axes.grid(alpha=0.3)
         if metric == "accuracy":
             axes.yaxis.set_major_formatter(lambda fraction, _: f"{100 * fraction:.4g} %")
-    handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower left", fontsize=8, frameon=False)
     figure.savefig(path)
 

@@ -19,6 +19,7 @@ method may have its own `seeds` and `images_seen`. The networks of a deep ensemb
 seen, unless `budget` is "each": then each network sees as many.
 """
 
+import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mixmo_fastai.config.recipe import Recipe
+from mixmo_fastai.config.recipe import Data, Recipe
 from mixmo_fastai.config.resolve import resolve_recipe
 from mixmo_fastai.config.schema import TOML_ERRORS
 from mixmo_fastai.errors import InputError, nearest
@@ -118,13 +119,16 @@ def read_study(path: Path, dataset: str | None = None, *, must_exist: bool = Tru
     source = str(path)
     defaults = {"name": path.stem, "dataset": "digits", "seeds": [0], "images_seen": [], "set": []}
     _check_keys(values, {**defaults, "methods": {}}, source)
-    values = {**defaults, **values}
+    given, values = values, {**defaults, **values}
     if dataset is not None:
         values["dataset"] = dataset
     for key in ("name", "dataset"):
         _check(isinstance(values[key], str), f"{source}: {key}", values[key], "a string")
     if not _NAME.fullmatch(values["name"].lower()):
-        raise InputError(f"{source}: name is {values['name']!r}; it may contain {_CHARACTERS}.")
+        hint = "" if "name" in given else "\nThe file has no name, so that of the file is used."
+        raise InputError(
+            f"{source}: name is {values['name']!r}; it may contain {_CHARACTERS}.{hint}"
+        )
     methods = values.get("methods")
     if not isinstance(methods, Mapping) or not methods:
         raise InputError(f"{source} has no methods.\nAdd a section such as [methods.vanilla].")
@@ -192,7 +196,10 @@ def _resolve(
 
 def _check_equal_data(runs: Sequence[PlannedRun], source: str) -> None:
     """Check that all runs have the same data, and thus the same test images."""
-    for key in ("dataset", "image_size", "test_split"):
+    keys = [*_EQUAL_KEYS]
+    if all(_is_evaluated_on_validation(run.recipe.data) for run in runs):
+        keys.append("valid_split")
+    for key in keys:
         found = {getattr(run.recipe.data, key) for run in runs}
         if len(found) > 1:
             names = ", ".join(sorted(map(repr, found)))
@@ -200,6 +207,21 @@ def _check_equal_data(runs: Sequence[PlannedRun], source: str) -> None:
                 f"{source}: data.{key} differs between methods: {names}.\n"
                 f"Set it for all methods: set = ['data.{key}=…']."
             )
+
+
+_EQUAL_KEYS = (
+    *("dataset", "image_size", "test_split"),
+    *("path_column", "label_column", "split_column", "group_column", "image_folder"),
+)
+"""Settings of the data that decide which images are the test images."""
+
+
+def _is_evaluated_on_validation(data: Data) -> bool:
+    """Whether there are surely no test images, as far as the data set's name tells."""
+    path = Path(os.path.expanduser(data.dataset))
+    is_folder = path.is_dir() and not (path / "test").is_dir()
+    is_own_table = path.is_file() and not data.split_column
+    return data.test_split == 0 and (is_folder or is_own_table)
 
 
 def _check_keys(values: Mapping[str, Any], known: Mapping[str, Any], source: str) -> None:
