@@ -325,6 +325,17 @@ class TestChooseAcceleration:
         assert not self.choose(CUDA, int(min_images) + 1, compile="off").compiled
         assert not self.choose(CPU, int(min_images) + 1).compiled
 
+    def test_a_network_whose_operations_cannot_be_counted_is_compiled_by_its_images(
+        self, monkeypatch
+    ):
+        def refuse(*_):
+            raise NotImplementedError("no meta kernel")
+
+        monkeypatch.setattr(acceleration, "training_flops", refuse)
+        num_images = acceleration.MIN_COMPILED_SECONDS * acceleration.MAX_IMAGES_PER_SECOND
+        assert self.choose(CUDA, int(num_images) + 1).compiled
+        assert not self.choose(CUDA, int(num_images) - 1).compiled
+
     @pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
     def test_compile_on_requires_a_compiler(self, monkeypatch, device):
         assert self.choose(device, compile="on").compiled

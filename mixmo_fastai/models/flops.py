@@ -32,6 +32,10 @@ def count_flops(model: nn.Module, image_shape: tuple[int, ...]) -> int:
     return int(counter.get_total_flops())
 
 
+UNCOUNTABLE = (RuntimeError, NotImplementedError, TypeError)
+"""What layers without support for the meta device may raise."""
+
+
 def training_flops(model: nn.Module, image_shape: tuple[int, ...], num_images: int) -> float:
     """Count the FLOPs of training on `num_images` images: forward and backward passes.
 

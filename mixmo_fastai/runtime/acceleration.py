@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mixmo_fastai.config.recipe import Recipe
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.models.flops import training_flops
+from mixmo_fastai.models.flops import UNCOUNTABLE, training_flops
 from mixmo_fastai.models.mixmo_model import unwrap
 from mixmo_fastai.runtime.cpus import CpuLimit, available_threads
 from mixmo_fastai.runtime.devices import (
@@ -166,7 +166,10 @@ def choose_acceleration(
     bfloat16 = train.precision == "bfloat16" or (train.precision == "auto" and has_bfloat16)
     compiled = train.compile == "on"
     if train.compile == "auto" and cuda and _can_compile(device):
-        flops = training_flops(model, image_shape, num_images)
+        try:
+            flops = training_flops(model, image_shape, num_images)
+        except UNCOUNTABLE:  # then only the number of images decides
+            flops = 0.0
         compiled = (
             max(flops / MAX_FLOPS, num_images / MAX_IMAGES_PER_SECOND) >= MIN_COMPILED_SECONDS
         )

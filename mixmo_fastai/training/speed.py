@@ -24,7 +24,7 @@ from mixmo_fastai.data.first_batch import preserved_random_states
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.learner.build import learner_from_recipe
 from mixmo_fastai.models.create import create_model
-from mixmo_fastai.models.flops import BACKWARD_COST, training_flops
+from mixmo_fastai.models.flops import BACKWARD_COST, UNCOUNTABLE, training_flops
 from mixmo_fastai.models.mixmo_model import unwrap
 from mixmo_fastai.runtime.acceleration import Acceleration
 from mixmo_fastai.runtime.processes import process_group
@@ -228,7 +228,7 @@ def training_operations(model: nn.Module, image_shape: tuple[int, ...]) -> float
     """Count the operations of one image (C, H, W) in training; None if they cannot be counted."""
     try:
         return training_flops(model, image_shape, num_images=1) or None
-    except (RuntimeError, NotImplementedError, TypeError):  # layers without meta-device support
+    except UNCOUNTABLE:
         return None
 
 
