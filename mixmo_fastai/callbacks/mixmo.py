@@ -358,8 +358,7 @@ class MixMoGuard(_PlainErrorCallback):
             raise InputError(
                 f"The network has {network.num_members} members, but the Learner has no "
                 "MixMoCallback that pairs their images.\nAdd one: learn.add_cb(MixMoCallback()).\n"
-                "For a plain network: learn.model = learn.model.fuse(), learn.create_opt(), and "
-                "learn.metrics\nwithout those of members."
+                "For a plain network: learn.model = learn.model.fuse(), then learn.create_opt()."
             )
 
 

@@ -263,8 +263,9 @@ class MemberAccuracy(StreamingMetric):
         has_output_layer = getattr(network, "output", None) is not None
         threshold = 0.5 if has_output_layer else 0.0
         targets = learn.y.as_subclass(Tensor)
-        if targets.ndim == 1 and is_multi_label(_as_mixmo_loss(learn).base):
-            targets = targets[:, None]  # one label per image
+        is_number = targets.ndim == 1 and targets.is_floating_point()
+        if is_number and is_multi_label(_as_mixmo_loss(learn).base):
+            targets = targets[:, None]  # one label, which an image has or not
         correct = _correct(pred.as_subclass(Tensor), targets, threshold)
         return _in_float64(correct).flatten(1).mean(dim=1)
 

@@ -11,13 +11,20 @@ from mixmo_fastai.errors import InputError
 
 
 class Activated:
-    """Mixin of a BatchNorm with the `drop` and `act` of timm's BatchNormAct2d, applied after it."""
+    """Mixin of a BatchNorm with the `drop` and `act` of timm's BatchNormAct2d, applied after it.
+
+    Example:
+        >>> import torch
+        >>> class Norm(Activated, nn.BatchNorm2d):
+        ...     drop, act = nn.Identity(), nn.ReLU()
+        >>> Norm(2).eval()(torch.tensor([-1.0, 1.0]).view(1, 2, 1, 1)).flatten() > 0
+        tensor([False,  True])
+    """
 
     drop: nn.Module
     act: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise, then apply both layers."""
         out: Tensor = self.act(self.drop(super().forward(x)))  # type: ignore[misc]
         return out
 
