@@ -192,6 +192,67 @@ def test_weights_trained_after_an_interruption_without_the_callback_are_kept(tra
     assert all_equal(seen[0], trained)
 
 
+@pytest.mark.parametrize("event", ["after_pred", "before_backward", "after_step", "after_batch"])
+@pytest.mark.parametrize("opt_func", [Adam, None])
+def test_a_validation_after_an_interruption_uses_the_averages(event, opt_func):
+    class InterruptAt(Callback):
+        order, run_valid = 90, False
+
+        def __call__(self, name):
+            if name == event and self.learn.training and self.learn.iter == 2:
+                raise KeyboardInterrupt
+
+    ema, interrupt, recorder = EMACallback(DECAY), InterruptAt(), WeightRecorder()
+    given = {} if opt_func is None else {"opt_func": opt_func}
+    learn = mixmo_learner(mixmo_dls(), "wrn10_1", seed=0, cbs=ema, **given)
+    learn.remove_cb(learn.progress)
+    with pytest.raises(KeyboardInterrupt), learn.added_cbs([interrupt]):
+        learn.fit(1, 0.01)
+    learn.remove_cb(interrupt)
+    averages = {name: tensor.clone() for name, tensor in ema.averages.items()}
+    with learn.no_logging(), learn.added_cbs([recorder]):
+        learn.validate()
+    assert all_equal(averages, recorder.validated[0])
+
+
+def test_a_forward_pass_after_validation_does_not_end_the_average():
+    class Recalibrate(Callback):
+        order = 60
+
+        def after_validate(self):
+            self.learn.model.train()(torch.randn(4, 3, 8, 8))  # changes running statistics
+
+    plain, other = WeightRecorder(), WeightRecorder()
+    fit(make_learner(EMACallback(DECAY), plain), 2)
+    fit(make_learner(EMACallback(DECAY), other, Recalibrate()), 2)
+    assert all_equal(plain.validated[-1], other.validated[-1])
+
+
+@pytest.mark.parametrize("order", [0, 60])
+def test_a_validation_within_an_epoch_uses_the_averages(order):
+    class ValidateWithinEpoch(Callback):
+        run_valid = False
+
+        def after_batch(self):
+            if self.learn.iter == 2:
+                names = ("dl", "iter", "n_iter", "pct_train", "xb", "yb", "pred", "loss")
+                before = {name: getattr(self.learn, name) for name in names}
+                self.averages = {name: value.clone() for name, value in ema.averages.items()}
+                self.learn.get_preds(inner=True)
+                for name, value in before.items():
+                    setattr(self.learn, name, value)
+                self.learn.training = self.learn.model.train().training
+
+    within, recorder, ema = ValidateWithinEpoch(), WeightRecorder(), EMACallback(DECAY)
+    within.order = order
+    learn = mixmo_learner(
+        mixmo_dls(), "wrn10_1", seed=0, opt_func=Adam, cbs=[ema, within, recorder]
+    )
+    learn.remove_cb(learn.progress)
+    fit(learn, 1)
+    assert all_equal(within.averages, recorder.validated[0])
+
+
 def test_the_averages_are_validated_although_a_later_callback_writes_to_the_weights():
     class Clip(Callback):
         order, run_valid = 60, False

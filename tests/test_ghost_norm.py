@@ -9,6 +9,7 @@ from torch import nn
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.learner.build import mixmo_learner
 from mixmo_fastai.models import create_model
+from mixmo_fastai.models.folding import fold_batch_norm
 from mixmo_fastai.models.ghost_norm import (
     GhostBatchNorm2d,
     use_full_batches,
@@ -91,11 +92,10 @@ def test_parameters_are_the_same_objects():
     assert "group_size=8" in repr(norms[0])
 
 
-def test_every_norm_of_timm_and_of_a_head_is_replaced_and_restored():
+def test_every_norm_of_timm_is_replaced_and_restored():
     """timm's BatchNormAct2d contains the activation."""
     generator = torch.Generator().manual_seed(0)
     model = create_model("timm/test_efficientnet", 3, generator=generator)
-    model.core = nn.Sequential(model.core, nn.BatchNorm1d(model.heads[0].in_features))
     plain = copy.deepcopy(model)
     images = torch.randn(8, 3, 32, 32, generator=generator)
     plain(images[:4])
@@ -105,11 +105,15 @@ def test_every_norm_of_timm_and_of_a_head_is_replaced_and_restored():
     kinds = {
         type(m).__name__ for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
     }
-    assert kinds == {"GhostBatchNormAct2d", "GhostBatchNorm1d"}
+    assert kinds == {"GhostBatchNormAct2d"}
     torch.testing.assert_close(model(images), torch.cat(expected))
     restored = use_full_batches(copy.deepcopy(model)).eval()
     assert [type(m) for m in restored.modules()] == [type(m) for m in plain.modules()]
     torch.testing.assert_close(restored(images), model.eval()(images))
+    folded = fold_batch_norm(model, images)
+    torch.testing.assert_close(folded(images), model(images), rtol=1e-4, atol=1e-4)
+    remaining = sum(isinstance(m, GhostBatchNorm2d) for m in folded.modules())
+    assert remaining <= 1  # that after the encoders
 
 
 @pytest.mark.parametrize(
@@ -132,7 +136,7 @@ def test_synchronised_norms_keep_the_activations(replace):
     images = torch.randn(4, 3, 32, 32, generator=generator)
     network(images)
     expected, before = network.eval()(images), [*network.parameters()]
-    synced = replace(network)
+    synced = replace(replace(network))  # as in two trainings of one Learner
     torch.testing.assert_close(synced(images), expected)
     assert all(a is b for a, b in zip(before, synced.parameters(), strict=True))
     plain = (nn.BatchNorm1d, nn.BatchNorm2d, timm_norm())

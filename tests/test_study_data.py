@@ -231,14 +231,12 @@ def test_a_file_whose_name_cannot_be_that_of_the_study(tmp_path):
         read_study(path)
 
 
-@pytest.mark.parametrize("with_test_images", [False, True])
-def test_methods_have_equal_validation_images_if_they_are_evaluated_on_them(
-    tmp_path, with_test_images
-):
-    for name in ("a/1.png", "b/1.png", *["test/a/1.png"] * with_test_images):
-        path = tmp_path / "images" / ("train" * with_test_images * ("test" not in name)) / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
+@pytest.mark.parametrize("fixed", [None, "validation", "test"])
+def test_methods_have_equal_validation_images_if_they_are_evaluated_on_them(tmp_path, fixed):
+    parts = [""] if fixed is None else ["train", fixed]
+    write_images(
+        tmp_path / "images", [f"{part}/{c}/1.png".lstrip("/") for part in parts for c in "ab"]
+    )
     text = f'''
 dataset = "{tmp_path / "images"}"
 images_seen = [1000]
@@ -251,7 +249,7 @@ recipe = "digits/vanilla"
 set = ["data.valid_split=0.3"]
 '''
     (tmp_path / "study.toml").write_text(text)
-    if with_test_images:
+    if fixed is not None:
         assert len(read_study(tmp_path / "study.toml").runs) == 2
         return
     with pytest.raises(InputError, match=r"data\.valid_split differs between methods: 0.2, 0.3"):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -23,9 +24,9 @@ class EMACallback(Callback):
     From each validation until training resumes, the network holds the averages, so that callbacks
     such as `SaveModelCallback` save the validated weights; after the fit it keeps them. An
     interrupted fit leaves the network in its current state: a validation then still uses the
-    averages, and the next fit starts a new average. Weights that were loaded or trained elsewhere
-    in the meantime are never replaced, and a new average starts from them. The learning-rate finder
-    changes nothing.
+    averages, and the next fit starts a new average. Weights that were loaded or trained without
+    this callback since then, or loaded after an epoch, are not replaced: a new average starts from
+    them. The learning-rate finder changes nothing.
 
     Args:
         decay: in [0, 1); 0 disables averaging.
@@ -36,7 +37,7 @@ class EMACallback(Callback):
 
     # Runs before the callbacks that save or restore weights.
     order, run_valid = 45, False
-    _recorded: tuple[int, dict[str, Tensor]] | None = None  # see `_record`
+    _recorded: tuple[int, list[Tensor]] | None = None  # see `_record`
 
     def __init__(self, decay: float = 0.999) -> None:
         super().__init__()
@@ -94,9 +95,10 @@ class EMACallback(Callback):
         pairs = zip(self.tensors.values(), averages, strict=True)
         current = [tensor.detach().to(average.dtype) for tensor, average in pairs]
         get_ema_multi_avg_fn(decay)(averages, current, self.num_steps)
+        self._record()  # the fit may be interrupted, or validated by a callback
 
     def after_batch(self) -> None:
-        """Record the weights; the fit may be interrupted before the next batch."""
+        """Record the weights, also if the step was skipped."""
         self._record()
 
     def after_train(self) -> None:
@@ -186,14 +188,22 @@ class EMACallback(Callback):
 
     def _record(self) -> None:
         """Record the weights, for `_is_unchanged`."""
-        self._recorded = self._version(), {n: t.clone() for n, t in _probes(self.tensors).items()}
+        self._recorded = self._version(), [probe.clone() for probe in self._probes()]
 
     def _is_unchanged(self) -> bool:
         """Whether the network still has the weights that `_record` recorded."""
         if self._recorded is None or self._recorded[0] != self._version():
             return False
-        probes, current = self._recorded[1], self._tensors()
-        return all(n in current and _is_equal(current[n], probe) for n, probe in probes.items())
+        pairs = zip_longest(self._recorded[1], self._probes(), fillvalue=torch.empty(0))
+        return all(torch.equal(then.to(now.device), now) for then, now in pairs)
+
+    def _probes(self) -> list[Tensor]:
+        """Return parts of parameters that every training changes: the last ones that are trained.
+
+        Not of buffers, which forward passes and other processes change, too.
+        """
+        trained = [p for p in unwrap(self.learn.model).parameters() if p.requires_grad]
+        return [parameter.detach().flatten()[:_PROBE_SIZE] for parameter in trained[-2:]]
 
     def _version(self) -> int:
         """Return the number of in-place writes to the parameters, as counted by autograd.
@@ -204,17 +214,7 @@ class EMACallback(Callback):
 
 
 _NUM_STEPS = "ema.num_steps"
-
-
-def _probes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Choose a few small tensors that every training changes: of the last layer and a BatchNorm."""
-    names = [*tensors]
-    statistics = [name for name in names if name.endswith("running_mean")]
-    return {name: tensors[name].detach() for name in {*names[-2:], *statistics[-1:]}}
-
-
-def _is_equal(tensor: Tensor, probe: Tensor) -> bool:
-    return tensor.shape == probe.shape and torch.equal(tensor, probe.to(tensor.device))
+_PROBE_SIZE = 1024
 
 
 def _has_average(tensor: Tensor) -> bool:

@@ -67,8 +67,7 @@ class MixMoCallback(_PlainErrorCallback):
     callbacks of `metrics/members.py`, which this one adds, then provide the logits of the members.
 
     The Learner's loss is wrapped in `MixMoLoss` when the first fit begins and stays wrapped.
-    Gradients are those of the sum over members; `learn.loss`, and thus every training loss that
-    fastai records, shows or monitors, is divided by M.
+    Gradients are those of the sum over members; `MeanLoss` divides the recorded loss by M.
 
     The network sees B = batch_repetitions · n inputs per step: a loader with batch size 16 yields
     the published batch size of 64. Batch transforms are applied to each copy of an image
@@ -166,7 +165,7 @@ class MixMoCallback(_PlainErrorCallback):
         self.input_repetition, self.early_repetition = input_repetition, early_repetition
         self.early_span, self.early_shape, self.seed = early_span, early_shape, seed
         self.msda, self.msda_alpha, self.msda_prob = msda, msda_alpha, msda_prob
-        self.epochs_trained = 0  # in all fits, with those skipped by start_epoch, without lr_find
+        self.epochs_trained = 0  # of all fits, with those skipped by start_epoch; not of lr_find
         self.fit_seed = seed
         self.copies_in_batch, self.is_paired_by_loader = 1, False
 
@@ -283,14 +282,17 @@ class MixMoCallback(_PlainErrorCallback):
         """Count trained epochs."""
         if not self._is_search:
             self.epochs_trained = self._epoch + 1
-        self.after_cancel_fit()
+        self._drop_draws()
 
     def after_cancel_fit(self) -> None:
-        """Drop the draws and predictions of the last step; a finished lr_find is cancelled, too."""
+        """Drop the draws; a finished lr_find is cancelled, too."""
+        self._drop_draws()
+
+    def _drop_draws(self) -> None:
         self.draws, self._flat = None, (None, None)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state to pickle, without draws that an interrupted fit left."""
+        """Return the state, without draws that an interrupted fit left."""
         return {**vars(self), "draws": None, "_flat": (None, None)}
 
     def _check_divisible(self, num_images: int, num_processes: int) -> None:
@@ -365,9 +367,8 @@ class MixMoGuard(_PlainErrorCallback):
 class MeanLoss(Callback):
     """Divide the training loss by M, so that it is comparable with a validation loss.
 
-    Before all other callbacks, so that none of them reads or skips a loss that is the sum over
-    members. fastai records `learn.loss` and differentiates `learn.loss_grad`, which remains the
-    sum. `to_mixmo`, `mixmo_learner` and `MixMoCallback` add it.
+    Before all other callbacks, so that none reads or skips the sum over members. fastai records
+    `learn.loss`; its gradient is that of `learn.loss_grad`, which remains the sum.
     """
 
     order, run_valid = -100, False

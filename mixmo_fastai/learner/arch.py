@@ -181,7 +181,8 @@ def _class_arguments(
     bound = function.keywords if isinstance(function, partial) else {}
     # Pretrained weights need their own last layer, which the new heads replace.
     pretrained = bound.get("weights") is not None or bound.get("pretrained")
-    if pretrained or any(name in bound for name in _CLASS_PARAMETERS):
+    own = signature(inner).parameters  # a bound parameter has a default in `parameters`
+    if pretrained or any(name in bound and _is_number(own, name) for name in _CLASS_PARAMETERS):
         return (), {}
     parameter = next((name for name in _CLASS_PARAMETERS if _is_number(parameters, name)), None)
     if parameter is None and any(p.kind is Parameter.VAR_KEYWORD for p in parameters.values()):

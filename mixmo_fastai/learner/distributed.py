@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.metrics.fastai import StreamingMetric
-from mixmo_fastai.models.ghost_norm import GhostBatchNorm1d, GhostBatchNorm2d
+from mixmo_fastai.models.ghost_norm import GhostBatchNorm2d
 from mixmo_fastai.models.synced_norm import sync_batch_norm, sync_on_gpu
 from mixmo_fastai.runtime.processes import all_gather, process_group
 
@@ -96,8 +96,7 @@ def _make_trainer(learn: Learner) -> Callback:
             self.learn.dl = self.learn.dl.shard(process_group())
 
     on_gpu = torch.device(learn.dls.device).type == "cuda"
-    ghosts = (GhostBatchNorm1d, GhostBatchNorm2d)
-    if not any(isinstance(module, ghosts) for module in learn.model.modules()):
+    if not any(isinstance(module, GhostBatchNorm2d) for module in learn.model.modules()):
         learn.model = sync_on_gpu(learn.model) if on_gpu else sync_batch_norm(learn.model)
     # The recipe sets the precision, so a launcher's setting is overridden. Without buffer
     # broadcasts, no forward pass waits for a process that has no validation images.

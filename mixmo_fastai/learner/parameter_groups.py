@@ -102,7 +102,7 @@ def usable_splitter(splitter: Splitter, model: MixMoModel) -> Splitter:
         InputError: the splitter fails on both.
     """
     try:
-        splitter(model)
+        [*splitter(model)]  # also consumes a generator
     except Exception:  # a user's function may raise any error
         return converted_splitter(splitter, model)
     return splitter

@@ -112,7 +112,8 @@ def _simulated_first_step(learn: Learner, callback: MixMoCallback) -> Iterator[N
             learn.dl = learn.dls.train
             callback.before_fit()
             callback.before_train()
-            network.readout = None  # whose state may depend on the progress of training
+            if readout is not None:
+                network.readout = None  # so that it is not told the progress of this step
             yield
     finally:
         if readout is not None:

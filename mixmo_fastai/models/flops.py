@@ -10,6 +10,8 @@ from mixmo_fastai.models.mixmo_model import unwrap
 
 BACKWARD_COST = 2
 """Cost of a backward pass, in forward passes: one for input gradients, one for weight gradients."""
+UNCOUNTABLE = (RuntimeError, NotImplementedError, TypeError)
+"""What layers without support for the meta device may raise."""
 
 
 def count_flops(model: nn.Module, image_shape: tuple[int, ...]) -> int:
@@ -30,10 +32,6 @@ def count_flops(model: nn.Module, image_shape: tuple[int, ...]) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(torch.empty(1, *image_shape, device="meta"))
     return int(counter.get_total_flops())
-
-
-UNCOUNTABLE = (RuntimeError, NotImplementedError, TypeError)
-"""What layers without support for the meta device may raise."""
 
 
 def training_flops(model: nn.Module, image_shape: tuple[int, ...], num_images: int) -> float:

@@ -73,16 +73,6 @@ class GhostBatchNorm2d(_Ghost, nn.BatchNorm2d):
     """
 
 
-class GhostBatchNorm1d(_Ghost, nn.BatchNorm1d):
-    """The same for features (B, C), as in the head of fastai's `vision_learner`.
-
-    Example:
-        >>> y = GhostBatchNorm1d(1, group_size=2)(torch.tensor([[1.0], [3.0], [10.0], [14.0]]))
-        >>> [round(value, 2) for value in y.flatten().tolist()]
-        [-1.0, 1.0, -1.0, 1.0]
-    """
-
-
 class GhostBatchNormAct2d(Activated, GhostBatchNorm2d):
     """The same in place of timm's BatchNormAct2d.
 
@@ -96,7 +86,10 @@ class GhostBatchNormAct2d(Activated, GhostBatchNorm2d):
 
 
 def use_ghost_batches(network: nn.Module, group_size: int) -> nn.Module:
-    """Replace every BatchNorm in a network by one over groups, in place, with its state.
+    """Replace every BatchNorm of maps in a network by one over groups, in place, with its state.
+
+    `nn.BatchNorm1d`, as in the head of fastai's `vision_learner`, stays: its rows may be parts of
+    images.
 
     Args:
         network: any module.
@@ -118,7 +111,6 @@ def use_ghost_batches(network: nn.Module, group_size: int) -> nn.Module:
         return network
     check_norms(network, "ghost batches")
     kinds = {
-        nn.BatchNorm1d: GhostBatchNorm1d,
         nn.BatchNorm2d: GhostBatchNorm2d,
         timm_norm(): GhostBatchNormAct2d,
     }
@@ -141,7 +133,6 @@ def use_full_batches(network: nn.Module) -> nn.Module:
     return replace_norms(
         network,
         {
-            GhostBatchNorm1d: nn.BatchNorm1d,
             GhostBatchNorm2d: nn.BatchNorm2d,
             GhostBatchNormAct2d: _new_timm_norm,
         },

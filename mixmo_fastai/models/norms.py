@@ -77,7 +77,7 @@ def check_norms(network: nn.Module, purpose: str) -> None:
 
     Args:
         network: any module.
-        purpose: what needs to replace them, for the message.
+        purpose: why they are replaced, for the message.
 
     Raises:
         InputError: it has one; what it computes besides BatchNorm would be lost.
@@ -86,15 +86,18 @@ def check_norms(network: nn.Module, purpose: str) -> None:
         >>> check_norms(nn.Sequential(nn.BatchNorm2d(2)), "ghost batches")
     """
     for module in network.modules():
-        origin = type(module).__module__
-        if isinstance(module, _BatchNorm) and not origin.startswith(_KNOWN_ORIGINS):
+        kind = type(module)
+        is_known = kind.__module__.startswith(("torch.nn.", "mixmo_fastai.")) or (
+            kind.__module__.startswith("timm.") and kind.__name__ in _NORMS_OF_TIMM
+        )
+        if isinstance(module, _BatchNorm) and not is_known:
             raise InputError(
                 f"The network has layers of class {type(module).__name__}, derived from BatchNorm; "
                 f"{purpose} can\nreplace only those of torch and timm's BatchNormAct2d."
             )
 
 
-_KNOWN_ORIGINS = ("torch.nn.", "timm.layers.", "mixmo_fastai.")
+_NORMS_OF_TIMM = ("BatchNormAct2d", "SyncBatchNormAct")
 
 
 def _convert_norm(norm: Any, make: Callable[..., Any]) -> nn.Module:

@@ -127,11 +127,14 @@ def sync_on_gpu(network: nn.Module) -> nn.Module:
         'SyncBatchNorm'
     """
     check_norms(network, "the synchronisation over processes")
-    convert: Any = nn.SyncBatchNorm.convert_sync_batchnorm
-    if timm_norm() is not None:
-        convert = import_module("timm.layers").convert_sync_batchnorm
-    converted: nn.Module = convert(network)
-    return converted
+    kinds: dict[type[nn.Module] | None, Any] = {
+        nn.BatchNorm1d: nn.SyncBatchNorm,
+        nn.BatchNorm2d: nn.SyncBatchNorm,
+        nn.BatchNorm3d: nn.SyncBatchNorm,
+    }
+    if (norm := timm_norm()) is not None:
+        kinds[norm] = import_module("timm.layers").SyncBatchNormAct
+    return replace_norms(network, kinds)
 
 
 def _mean_over_processes(local: Tensor) -> Tensor:

@@ -217,11 +217,19 @@ _EQUAL_KEYS = (
 
 
 def _is_evaluated_on_validation(data: Data) -> bool:
-    """Whether there are surely no test images, as far as the data set's name tells."""
+    """Whether `valid_split` surely decides on which images runs are evaluated."""
+    if data.test_split != 0:
+        return False
     path = Path(os.path.expanduser(data.dataset))
-    is_folder = path.is_dir() and not (path / "test").is_dir()
-    is_own_table = path.is_file() and not data.split_column
-    return data.test_split == 0 and (is_folder or is_own_table)
+    if path.is_dir():
+        from mixmo_fastai.data.layout import find_split_folders  # imports torch
+
+        try:
+            folders = find_split_folders(path)
+        except InputError:  # each run tells
+            return False
+        return folders.valid is None and folders.test is None
+    return path.is_file() and not data.split_column
 
 
 def _check_keys(values: Mapping[str, Any], known: Mapping[str, Any], source: str) -> None:
