@@ -218,3 +218,50 @@ sys.exit("no error was raised")
     commands = start_processes(prelude=program)
     wait_for_all(commands)
     assert all("Use `shared(learn)`" in command.printed for command in commands)
+
+
+AVERAGED = """
+import sys
+
+import torch
+import torch.distributed as dist
+from fastai.callback.core import Callback
+from fastai.distributed import *
+from fastai.optimizer import Adam
+from synthetic import mixmo_dls
+from mixmo_fastai import EMACallback, mixmo_learner
+from mixmo_fastai.learner.distributed import shared
+from mixmo_fastai.models.mixmo_model import unwrap
+
+dist.init_process_group("gloo")
+
+
+class Compare(Callback):
+    order = 90
+
+    def before_validate(self):
+        state = unwrap(self.learn.model).state_dict()
+        averages = self.learn.ema.averages
+        names = [name for name, _ in unwrap(self.learn.model).named_parameters()]
+        self.learn.compared.append(all(torch.equal(state[n], averages[n]) for n in names))
+
+
+learn = mixmo_learner(
+    mixmo_dls(), "wrn10_1", seed=0, opt_func=Adam, ghost_batch_size=4, metrics=[],
+    cbs=[EMACallback(0.8), Compare()],
+)
+learn.compared = []
+with shared(learn), learn.no_bar(), learn.no_logging():
+    learn.fit(3, 0.01)
+weights = {name: tensor for name, tensor in unwrap(learn.model).named_parameters()}
+torch.save((learn.compared, weights), f"{dist.get_rank()}.pt")
+dist.barrier()
+sys.exit(0)
+"""
+
+
+def test_averages_are_validated_in_all_processes_with_ghost_batches(start_processes, tmp_path):
+    wait_for_all(start_processes(prelude=AVERAGED, count=2))
+    (first, weights), (second, others) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert first == second == [True] * 3
+    assert all(torch.equal(weights[name], others[name]) for name in weights)

@@ -13,11 +13,16 @@ __all__ = ["start_processes"]  # fixtures
 NORM_PROGRAM = """
 import torch
 import torch.distributed as dist
-from mixmo_fastai.models.synced_norm import SyncedBatchNorm2d
+from torch import nn
+from mixmo_fastai.models.synced_norm import (
+    SyncedBatchNorm1d, SyncedBatchNorm2d, SyncedBatchNormAct2d
+)
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 given = torch.load("given.pt")
-norm = SyncedBatchNorm2d(5, momentum=MOMENTUM)
+norm = KIND(5, momentum=MOMENTUM)
+if isinstance(norm, SyncedBatchNormAct2d):
+    norm.drop, norm.act = nn.Identity(), nn.ReLU()
 norm.load_state_dict(given["state"])
 x = given["x"].chunk(2)[rank].clone().requires_grad_()
 out = norm(x)
@@ -28,22 +33,28 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("momentum", [0.1, None])
-def test_synced_statistics_equal_those_of_the_whole_batch(start_processes, tmp_path, momentum):
+@pytest.mark.parametrize(
+    ("kind", "momentum"),
+    [("2d", 0.1), ("2d", None), ("1d", 0.1), ("Act2d", 0.1)],
+)
+def test_synced_statistics_equal_those_of_the_whole_batch(
+    start_processes, tmp_path, kind, momentum
+):
     random = torch.Generator().manual_seed(0)
-    x, weights = (torch.randn(8, 5, 3, 4, generator=random) for _ in range(2))
+    size = (8, 5) if kind == "1d" else (8, 5, 3, 4)
+    x, weights = (torch.randn(size, generator=random) for _ in range(2))
     x = x * 3 + 7
-    norm = torch.nn.BatchNorm2d(5, momentum=momentum)
+    norm = (torch.nn.BatchNorm1d if kind == "1d" else torch.nn.BatchNorm2d)(5, momentum=momentum)
     with torch.no_grad():
         norm.weight.copy_(torch.rand(5, generator=random) + 0.5)
         norm.bias.copy_(torch.randn(5, generator=random))
     torch.save({"state": norm.state_dict(), "x": x, "weights": weights}, tmp_path / "given.pt")
-    wait_for_all(
-        start_processes("fit", "--help", prelude=NORM_PROGRAM.replace("MOMENTUM", str(momentum)))
-    )
+    program = NORM_PROGRAM.replace("MOMENTUM", str(momentum))
+    program = program.replace("KIND", f"SyncedBatchNorm{kind}")
+    wait_for_all(start_processes("fit", "--help", prelude=program))
     found = [torch.load(tmp_path / f"found-{rank}.pt") for rank in range(2)]
     x.requires_grad_()
-    out = norm(x)
+    out = norm(x).relu() if kind == "Act2d" else norm(x)
     (out * weights).sum().backward()
     torch.testing.assert_close(torch.cat([part[0] for part in found]), out.detach())
     torch.testing.assert_close(torch.cat([part[1] for part in found]), x.grad)
