@@ -62,10 +62,8 @@ class EMACallback(Callback):
         """Restore the training weights; in a new fit, start the average from them."""
         if self._finding_lr:
             return
-        is_continued = self.fit_trained[-1] or self.restored
-        if self.training_tensors:
-            is_continued &= self._restore_training_weights()
-        if not is_continued:
+        is_restored = self._restore_training_weights()
+        if not (is_restored and (self.fit_trained[-1] or self.restored)):
             self._reset()
         self.fit_trained[-1], self.restored = True, False
         self.tensors = self._tensors()
@@ -77,7 +75,7 @@ class EMACallback(Callback):
 
     def before_batch(self) -> None:
         """Restore the training weights after a validation in the middle of an epoch."""
-        if self.training_tensors and not self._restore_training_weights():
+        if not self._restore_training_weights():
             self.averages, self.num_steps = _copied(self.tensors), 0
 
     def after_cancel_step(self) -> None:
@@ -172,10 +170,11 @@ class EMACallback(Callback):
         """Replace the averages by the training weights, unless other weights were loaded since.
 
         Returns:
-            Whether the network holds the training weights.
+            False if other weights were loaded.
         """
-        is_unchanged = self._is_unchanged()
-        if self.training_tensors and is_unchanged:
+        if not self.training_tensors:
+            return True  # the network holds them
+        if is_unchanged := self._is_unchanged():
             _copy_into(self.tensors, self.training_tensors)
             self._record()
         self.training_tensors = {}
@@ -188,29 +187,31 @@ class EMACallback(Callback):
 
     def _record(self) -> None:
         """Record the weights, for `_is_unchanged`."""
-        self._recorded = self._version(), [probe.clone() for probe in self._probes()]
+        version, probes = self._fingerprint()
+        self._recorded = version, [probe.clone() for probe in probes]
 
     def _is_unchanged(self) -> bool:
         """Whether the network still has the weights that `_record` recorded."""
-        if self._recorded is None or self._recorded[0] != self._version():
+        if self._recorded is None:
             return False
-        pairs = zip_longest(self._recorded[1], self._probes(), fillvalue=torch.empty(0))
-        return all(torch.equal(then.to(now.device), now) for then, now in pairs)
+        (version, probes), (version_now, probes_now) = self._recorded, self._fingerprint()
+        pairs = zip_longest(probes, probes_now, fillvalue=torch.empty(0))
+        return version == version_now and all(
+            torch.equal(then.to(now.device), now) for then, now in pairs
+        )
 
-    def _probes(self) -> list[Tensor]:
-        """Return parts of parameters that every training changes: the last ones that are trained.
+    def _fingerprint(self) -> tuple[int, list[Tensor]]:
+        """Return values that change with the weights, at a small cost.
 
-        Not of buffers, which forward passes and other processes change, too.
+        The first is the number of in-place writes to the parameters, as counted by autograd. It
+        does not count writes to `.data`, as by fastai's optimizers, so the others are parts of the
+        last trained parameters, which every training changes. Buffers are no part of them, since
+        forward passes and other processes change these, too.
         """
-        trained = [p for p in unwrap(self.learn.model).parameters() if p.requires_grad]
-        return [parameter.detach().flatten()[:_PROBE_SIZE] for parameter in trained[-2:]]
-
-    def _version(self) -> int:
-        """Return the number of in-place writes to the parameters, as counted by autograd.
-
-        It does not count writes to `.data`, as by fastai's optimizers; see `_probes`.
-        """
-        return sum(p._version for p in self.learn.model.parameters())
+        parameters = [*unwrap(self.learn.model).parameters()]
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        probes = [parameter.detach().flatten()[:_PROBE_SIZE] for parameter in trained[-2:]]
+        return sum(parameter._version for parameter in parameters), probes
 
 
 _NUM_STEPS = "ema.num_steps"
