@@ -196,17 +196,20 @@ def _resolve(
 
 def _check_equal_data(runs: Sequence[PlannedRun], source: str) -> None:
     """Check that all runs have the same data, and thus the same test images."""
-    keys = [*_EQUAL_KEYS]
-    if all(_is_evaluated_on_validation(run.recipe.data) for run in runs):
-        keys.append("valid_split")
-    for key in keys:
-        found = {getattr(run.recipe.data, key) for run in runs}
-        if len(found) > 1:
-            names = ", ".join(sorted(map(repr, found)))
-            raise InputError(
-                f"{source}: data.{key} differs between methods: {names}.\n"
-                f"Set it for all methods: set = ['data.{key}=…']."
-            )
+    for key in _EQUAL_KEYS:
+        _check_equal(key, runs, source)
+    if _is_evaluated_on_validation(runs[0].recipe.data):
+        _check_equal("valid_split", runs, source)
+
+
+def _check_equal(key: str, runs: Sequence[PlannedRun], source: str) -> None:
+    found = {getattr(run.recipe.data, key) for run in runs}
+    if len(found) > 1:
+        names = ", ".join(sorted(map(repr, found)))
+        raise InputError(
+            f"{source}: data.{key} differs between methods: {names}.\n"
+            f"Set it for all methods: set = ['data.{key}=…']."
+        )
 
 
 _EQUAL_KEYS = (
