@@ -20,6 +20,7 @@ from torch.nn.utils import fuse_conv_bn_weights, parametrize
 from torch.overrides import TorchFunctionMode
 
 from mixmo_fastai.models.ghost_norm import GhostBatchNorm2d, GhostBatchNormAct2d
+from mixmo_fastai.models.norms import timm_norm
 
 TOLERANCE = 1e-4
 """Largest difference of an output, such as the logits of a class, relative to its scale."""
@@ -158,10 +159,7 @@ def _is_norm(layer: nn.Module) -> bool:
 
 def _is_timm_norm(layer: nn.Module) -> bool:
     """Check for timm's BatchNorm with activation, which ends with its layers `drop` and `act`."""
-    kind = type(layer)
-    if kind is GhostBatchNormAct2d:  # in its place
-        return True
-    return kind.__module__.startswith("timm.") and kind.__name__ == "BatchNormAct2d"
+    return type(layer) in (GhostBatchNormAct2d, timm_norm())  # the first in place of the second
 
 
 def _fold(convolution: nn.Conv2d, norm: Any) -> None:

@@ -180,16 +180,15 @@ def plot_comparison(names: list[str], compared: Sequence[ComparedRun], path: Pat
     FigureCanvasAgg(figure)
     split = SPLIT_NAMES[compared[0].split].lower()
     panels = (("accuracy", f"{split} accuracy"), ("nll", f"{split} NLL in nats"))
-    handles, labels = [], []
     for axes, (metric, label) in zip(figure.subplots(1, 2), panels, strict=True):
         axes.set_xscale("log")
         axes.set_xlim(low, high)
-        runs = zip(names, compared, positions, strict=True)
+        runs = zip(compared, positions, strict=True)
         lowest = []
-        for number, (name, each, position) in enumerate(runs):
+        for number, (each, position) in enumerate(runs):
             value, ends = each.metrics[metric], each.intervals[metric]
             lowest.append(min(ends[0], value))
-            drawn = axes.errorbar(
+            axes.errorbar(
                 position,
                 value,
                 [[value - lowest[-1]], [max(ends[1], value) - value]],
@@ -198,10 +197,6 @@ def plot_comparison(names: list[str], compared: Sequence[ComparedRun], path: Pat
                 markersize=MARKER_SIZE,
                 capsize=4,
             )
-            # Not by `label`: matplotlib omits those that begin with "_".
-            if metric == "accuracy":
-                handles.append(drawn)
-                labels.append(name + _legend_text(each))
         ticks = size_ticks(low, high)
         axes.set_xticks(ticks, [format_size(tick) for tick in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
@@ -211,7 +206,9 @@ def plot_comparison(names: list[str], compared: Sequence[ComparedRun], path: Pat
         axes.grid(alpha=0.3)
         if metric == "accuracy":
             axes.yaxis.set_major_formatter(lambda fraction, _: f"{100 * fraction:.4g} %")
-    figure.legend(handles, labels, loc="outside lower left", fontsize=8, frameon=False)
+    # Not by `label` of each marker: matplotlib omits those that begin with "_".
+    labels = [name + _legend_text(each) for name, each in zip(names, compared, strict=True)]
+    figure.legend(axes.containers, labels, loc="outside lower left", fontsize=8, frameon=False)
     figure.savefig(path)
 
 
