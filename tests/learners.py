@@ -33,7 +33,11 @@ def make_learner(dls=None, *, cbs=(), callback=None, num_members=2, seed=0, **kw
     model = create_model("wrn10_1", dls.c, num_members, generator=random)
     callback = callback or MixMoCallback(seed=seed)
     kwargs.setdefault("loss_func", CrossEntropyLossFlat())
-    learn = Learner(dls, model, cbs=[callback, *cbs], metrics=[accuracy], **kwargs)
+    return quiet(Learner(dls, model, cbs=[callback, *cbs], metrics=[accuracy], **kwargs))
+
+
+def quiet(learn):
+    """Make a Learner print nothing."""
     learn.remove_cb(learn.progress)
     learn.logger = lambda *_: None
     return learn

@@ -12,7 +12,7 @@ from fastai.learner import Learner
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
 from fastai.metrics import accuracy, accuracy_multi
 from fastai.torch_core import params
-from learners import BatchRecorder, SkipBackward, make_learner, small_network, state
+from learners import BatchRecorder, SkipBackward, make_learner, quiet, small_network, state
 from synthetic import fastai_dls, mixmo_dls
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -24,12 +24,6 @@ from mixmo_fastai.learner.preview import preview_batch
 from mixmo_fastai.metrics.fastai import MemberAccuracy
 from mixmo_fastai.models.convert import convert_to_mixmo
 from mixmo_fastai.models.readout import Readout
-
-
-def quiet(learn):
-    learn.remove_cb(learn.progress)
-    learn.logger = lambda *_: None
-    return learn
 
 
 def loaders(targets):
