@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -37,7 +36,7 @@ class EMACallback(Callback):
 
     # Runs before the callbacks that save or restore weights.
     order, run_valid = 45, False
-    _recorded: tuple[int, list[Tensor]] | None = None  # see `_record`
+    _recorded: tuple[int, Tensor] | None = None  # see `_record`
 
     def __init__(self, decay: float = 0.999) -> None:
         super().__init__()
@@ -187,35 +186,32 @@ class EMACallback(Callback):
 
     def _record(self) -> None:
         """Record the weights, for `_is_unchanged`."""
-        version, probes = self._fingerprint()
-        self._recorded = version, [probe.clone() for probe in probes]
+        self._recorded = self._fingerprint()
 
     def _is_unchanged(self) -> bool:
         """Whether the network still has the weights that `_record` recorded."""
         if self._recorded is None:
             return False
-        (version, probes), (version_now, probes_now) = self._recorded, self._fingerprint()
-        pairs = zip_longest(probes, probes_now, fillvalue=torch.empty(0))
-        return version == version_now and all(
-            torch.equal(then.to(now.device), now) for then, now in pairs
-        )
+        (version, values), (version_now, values_now) = self._recorded, self._fingerprint()
+        return version == version_now and torch.equal(values.to(values_now.device), values_now)
 
-    def _fingerprint(self) -> tuple[int, list[Tensor]]:
+    def _fingerprint(self) -> tuple[int, Tensor]:
         """Return values that change with the weights, at a small cost.
 
         The first is the number of in-place writes to the parameters, as counted by autograd. It
-        does not count writes to `.data`, as by fastai's optimizers, so the others are parts of the
-        last trained parameters, which every training changes. Buffers are no part of them, since
-        forward passes and other processes change these, too.
+        does not count writes to `.data`, as by fastai's optimizers, so the second is a copy of
+        parts of the last trained parameters, which every training changes. Buffers are no part of
+        them, since forward passes and other processes change these, too.
         """
         parameters = [*unwrap(self.learn.model).parameters()]
-        trained = [parameter for parameter in parameters if parameter.requires_grad]
-        probes = [parameter.detach().flatten()[:_PROBE_SIZE] for parameter in trained[-2:]]
-        return sum(parameter._version for parameter in parameters), probes
+        trained = [parameter for parameter in parameters if parameter.requires_grad][-2:]
+        parts = [p.detach().flatten()[:_NUM_COMPARED].to(trained[-1].device) for p in trained]
+        values = torch.cat(parts) if parts else torch.empty(0)
+        return sum(parameter._version for parameter in parameters), values
 
 
 _NUM_STEPS = "ema.num_steps"
-_PROBE_SIZE = 1024
+_NUM_COMPARED = 1024
 
 
 def _has_average(tensor: Tensor) -> bool:
