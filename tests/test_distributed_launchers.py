@@ -8,6 +8,7 @@ import pytest
 from launches import FIT, SHORT, assert_close, train_alone
 from processes import TIMEOUT
 
+from mixmo_fastai.errors import InputError
 from mixmo_fastai.runs.checkpoints import CheckpointStore
 from mixmo_fastai.runs.folder import open_run
 from mixmo_fastai.runtime.processes import launched_processes
@@ -68,3 +69,6 @@ def test_without_a_launcher_there_is_one_process(monkeypatch):
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert launched_processes() == (2, 4)
+    monkeypatch.setenv("RANK", "first")
+    with pytest.raises(InputError, match="RANK must be a number; it is 'first'"):
+        launched_processes()

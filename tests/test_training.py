@@ -260,6 +260,14 @@ def test_lr_search_without_finite_losses_suggests_a_lower_start(run):
         search_lr(prepare(run.recipe()), num_steps=30, start=1e6, end=1e7)
 
 
+@pytest.mark.parametrize(
+    "setting", [{"num_steps": 29}, {"start": 0.0}, {"start": -1.0}, {"start": 1.0, "end": 1.0}]
+)
+def test_wrong_range_of_an_lr_search_is_refused(setting):
+    with pytest.raises(InputError, match=r"num_steps must be|first learning rate must be above 0"):
+        search_lr(None, **setting)
+
+
 def test_no_validation_metrics_without_validation_split(tmp_path):
     run, _ = fit(override(TINY, ["train.epochs=1", "data.valid_split=0"]), tmp_path / "run")
     assert [run.history()[0][name] for name in ("valid_loss", "accuracy")] == ["", ""]

@@ -36,9 +36,23 @@ class Processes(NamedTuple):
 
 
 def launched_processes() -> Processes:
-    """Return rank and world size as set by a launcher such as torchrun; (0, 1) without one."""
-    rank, count = (int(os.environ.get(name) or "0") for name in ("RANK", "WORLD_SIZE"))
-    return Processes(rank, max(1, count))
+    """Return rank and world size as set by a launcher such as torchrun; (0, 1) without one.
+
+    Raises:
+        InputError: one of them is no number.
+    """
+    return Processes(_launcher_number("RANK"), max(1, _launcher_number("WORLD_SIZE")))
+
+
+def _launcher_number(name: str) -> int:
+    """Return the number in an environment variable of the launcher; 0 if it is not set."""
+    text = os.environ.get(name) or "0"
+    if not text.isdecimal():
+        raise InputError(
+            f"The environment variable {name} must be a number; it is {text!r}.\n"
+            "Start the processes with torchrun or accelerate launch, or unset it."
+        )
+    return int(text)
 
 
 @contextmanager
@@ -49,7 +63,8 @@ def joined_process_group(device: torch.device) -> Iterator[Processes]:
         device: the kind of device that each process uses.
 
     Raises:
-        InputError: a package is missing, there are too few GPUs, or LOCAL_RANK is not set.
+        InputError: a package is missing, there are too few GPUs, or a variable of the launcher is
+            missing or no number.
         RunFailedError: another process was lost.
     """
     processes = launched_processes()
@@ -68,7 +83,7 @@ def joined_process_group(device: torch.device) -> Iterator[Processes]:
         )
     on_gpu = device.type == "cuda"
     if on_gpu:
-        local_rank = int(os.environ["LOCAL_RANK"])
+        local_rank = _launcher_number("LOCAL_RANK")
         if local_rank >= torch.cuda.device_count():
             raise InputError(
                 f"Process {local_rank} of this machine has no GPU: it has "
