@@ -28,6 +28,14 @@ def test_report_on_validation_images_names_them_and_their_calibration(reports):
     assert all(each.startswith("Validation image ") for each in alternatives)
 
 
+def test_class_names_in_another_encoding_are_shown(reports):
+    """As of folders that are not named in UTF-8."""
+    data = replace(reports["mixmo"], classes=("caf\udce9", "cat", "dog"))
+    page = render(data)
+    page.encode()  # a name that is no text would raise
+    assert page.count(">caf?<") >= 3  # twice on the axes of the confusion matrix
+
+
 def test_report_of_a_network_without_convolutions(tmp_path, images):
     """As a vision transformer, whose only convolution is the encoder."""
     recipe = resolve_recipe(

@@ -38,7 +38,7 @@ from mixmo_fastai.report.report_data import Mistake, ReportData, collect_report_
 from mixmo_fastai.report.sections import calibration_name, sections, voter_name
 from mixmo_fastai.runs.files import write_atomically
 from mixmo_fastai.runs.folder import RunFolder
-from mixmo_fastai.runtime.text import duration
+from mixmo_fastai.runtime.text import duration, printable
 
 SMALLEST_THUMBNAIL = 64
 _UNIT = re.compile(r"(?<=\d) (?=(?:%|points|nats|min|h|s)(?!\w))")
@@ -112,7 +112,7 @@ def render_template(template: str, **values: Any) -> str:
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         **values,
     )
-    return _UNIT.sub("\u00a0", page)  # no line break between a number and its unit
+    return printable(_UNIT.sub("\u00a0", page))  # no line break between a number and its unit
 
 
 def as_data_uri(pixels: Tensor) -> str:

@@ -23,8 +23,14 @@ _DURATIONS = (
 """Upper limit of each row in seconds; seconds per unit, number of decimals and name of the unit."""
 
 
+def printable(text: str) -> str:
+    """Replace the bytes of file names that are not UTF-8 by "?", for pages and plots."""
+    return text.encode(errors="replace").decode()
+
+
 def truncate(name: str, length: int) -> str:
-    """Truncate a name to at most `length` characters, the last of them "…"."""
+    """Make a name `printable`, with at most `length` characters, the last of them "…"."""
+    name = printable(name)
     return name if len(name) <= length else f"{name[: length - 1]}…"
 
 
