@@ -199,7 +199,10 @@ def _no_threshold(abstain: Abstain) -> str:
         f"a guarantee of {abstain.guarantee:g} on the {abstain.num_images:,} calibration images."
     )
     if abstain.num_images < needed:
-        return f"{text}\nEven without errors it takes {needed:,} images; raise --valid-split."
+        return (
+            f"{text}\nEven without errors it takes {needed:,} images: raise --valid-split in "
+            "training, or add images to valid/."
+        )
     return (
         f"{text}\nThe network is wrong too often with high confidence: raise --max-risk, or "
         "calibrate on more images, which allows for more errors."
