@@ -10,6 +10,7 @@ from mixmo_fastai.config.resolve import (
     changed_settings,
     check_dataset,
     check_ood,
+    recipes_for_one_member,
     resolve_recipe,
 )
 from mixmo_fastai.config.schema import to_toml
@@ -105,6 +106,13 @@ def test_run_of_a_shipped_length_in_images_is_unchanged(name):
     # The limit applies to the images that the validation split leaves.
     part = replace(resolved, data=replace(data, valid_split=0.1))
     assert changed_settings(part) == ["data.valid_split"]
+
+
+def test_recipe_for_own_images_keeps_its_name(tmp_path):
+    recipe = resolve_recipe(str(tmp_path), "fine-tune/cut-mixmo")
+    assert (recipe.name, changed_settings(recipe)) == ("fine-tune/cut-mixmo", ["data.dataset"])
+    assert recipes_for_one_member(recipe) == ["fine-tune/vanilla", "fine-tune/cutmix"]
+    assert resolve_recipe(str(tmp_path), "small-cifar10/cut-mixmo").name == ""
 
 
 def test_settings_of_image_files_do_not_apply_to_a_named_data_set(tmp_path):

@@ -196,15 +196,15 @@ def _no_weights(name: str) -> InputError:
 def _clear_stale_name(recipe: Recipe, base: Recipe) -> Recipe:
     """Clear what is no longer true.
 
-    Name, title and published accuracy are cleared if flags changed the method or the data set; the
-    title also if it states a network or a number of images that they changed.
+    Name, title and published accuracy are cleared if flags changed the method or the data set of
+    the recipe; the title also if it states a network or a number of images that they changed.
     """
     if recipe.title == base.title and _states_old_value(base, recipe):
         recipe = replace(recipe, title="")
     methods = {
         (r.mix.kind, r.mix.msda, r.model.num_members, r.model.num_nets) for r in (recipe, base)
     }
-    if len(methods) == 1 and recipe.data.dataset == base.data.dataset:
+    if len(methods) == 1 and base.data.dataset in ("", recipe.data.dataset):
         return recipe
     title = "" if recipe.title == base.title else recipe.title
     return replace(recipe, name="", title=title, expected=Expected())
