@@ -95,14 +95,17 @@ def test_app_without_torch_predicts_as_the_package(onnx_file, images, tmp_path, 
     exif = Image.Exif()
     exif[0x0112] = 6
     rotated.save(tmp_path / "rotated.jpg", exif=exif)
-    paths += [tmp_path / "wide.jpg", tmp_path / "rotated.jpg"]
+    transparent = Image.open(paths[2]).convert("RGBA")
+    transparent.putalpha(transparent.getchannel("R"))
+    transparent.save(tmp_path / "transparent.png")
+    paths += [tmp_path / name for name in ("wide.jpg", "rotated.jpg", "transparent.png")]
     app = runpy.run_path(str(EXAMPLES / "predict_with_onnxruntime.py"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["app", str(onnx_file), *map(str, paths)])
         app["main"]()
     lines = capsys.readouterr().out.splitlines()
     predictions, _ = predict_images(load_fused(onnx_file), paths)
-    assert len(lines) == len(predictions) == 8
+    assert len(lines) == len(predictions) == 9
     for line, expected in zip(lines, predictions, strict=True):
         pattern = r"(.+): (.+), probability ([\d.]+)(?:, 90 %: .+)?"
         path, label, probability = re.fullmatch(pattern, line).groups()
