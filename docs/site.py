@@ -25,7 +25,7 @@ PAGES = {
 NOTEBOOK = "examples/learner_to_mixmo.ipynb"
 PACKAGES = (
     *("mixing", "models", "callbacks", "learner", "data", "metrics", "evaluation", "export"),
-    *("training", "runs", "study", "config"),
+    *("training", "runs", "study", "config", "runtime", "loggers", "plots"),
 )
 """Packages in the reference."""
 DISPLAYED = re.compile(r"^```math\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -222,7 +222,7 @@ class Optimizer:
         base_lr: published learning rate of SGD, for a batch of 64 without repetition.
         lr: learning rate, instead of the rate derived from base_lr; required for optimizers other
             than SGD; for one-cycle, the peak rate.
-        momentum: momentum of SGD in all schedules except one-cycle, which uses
+        momentum: momentum of SGD in all schedules except one-cycle and fine-tune, which use
             `schedule.momentums`.
         nesterov: whether SGD uses Nesterov momentum.
         weight_decay: weight decay of all parameters, including those of BatchNorm, as published:
