@@ -297,6 +297,19 @@ def test_run_starts_from_another_run(tmp_path):
     assert json.loads((second.path / "data.json").read_text())["mean"] == [0.25]
 
 
+def test_fine_tuning_starts_from_a_published_network(tmp_path):
+    """As from a run; no library has pretrained weights or statistics of it."""
+    trained = create_model("wrn10_1", 10, in_channels=1)
+    path = tmp_path / "model.safetensors"
+    save_file(trained.state_dict(), path)
+    recipe = resolve_recipe(
+        "digits", "fine-tune/cut-mixmo", {"model.arch": "wrn10_1"}, [f"model.weights={path}"]
+    )
+    assert recipe.model.pretrained
+    model = prepare(recipe).learn.model
+    assert torch.equal(model.heads[0].weight, trained.heads[0].weight)
+
+
 def fit_whole(run):
     train_run(prepare(run.recipe()), run)
 

@@ -149,7 +149,7 @@ def mixmo_learner(
     kwargs.setdefault("metrics", _default_metrics(targets, loss))
     learn = Learner(dls, model, loss, cbs=[callback, *L(kwargs.pop("cbs", None))], **kwargs)
     add_companions(learn)
-    if pretrained and (name := network_name(arch)):
+    if pretrained and weights is None and (name := network_name(arch)):
         normalize_for_weights(dls, batch, *pretrained_statistics(parse_architecture(name)))
     return defer_readbacks(learn)
 
