@@ -61,6 +61,9 @@ def test_show_command_writes_an_image(flags, tmp_path, monkeypatch, capsys):
     assert run(["show", "digits", "--count", "2", "--out", "preview.png", *flags]) == 0
     assert (tmp_path / "preview.png").read_bytes().startswith(b"\x89PNG")
     assert "preview.png" in capsys.readouterr().out
+    early = ["--set", "mix.early_repetition=0.5"] * (flags == [])
+    assert run(["show", "digits", "--out", "early.png", *flags, *early]) == 0
+    assert ("(mix.early_repetition=0.5)" in capsys.readouterr().out) == bool(early)
     assert run(["show", "digits", "--out", "preview.png"]) == 2
     assert "exists and was not changed" in capsys.readouterr().err
 

@@ -53,4 +53,10 @@ def show(
     training = prepare(resolved, data_dir, sized_for=choose_device("auto").type)
     title = f"{method_name(resolved)}: {resolved.mix.kind} masks on {training.source.name}"
     plot_preview(preview_batch(training.learn, count), plot_path, title)
-    Output(as_json=as_json).print_result([f"Plot: {plot_path}"], {"picture": str(plot_path)})
+    lines = [f"Plot: {plot_path}"]
+    if early := resolved.mix.early_repetition:
+        lines.append(
+            "Members are shown with different images; training begins with equal ones "
+            f"(mix.early_repetition={early:g})."
+        )
+    Output(as_json=as_json).print_result(lines, {"picture": str(plot_path)})

@@ -117,7 +117,8 @@ def show_pairs(learn: Learner, max_n: int = 4, title: str = "") -> None:
     """Plot the first training batch, as fastai's `show_batch` does for plain batches.
 
     One row per sample: the image of each member and its mask, then the mixture, shown in pixel
-    space although the network mixes features.
+    space although the network mixes features. Pairs are mixed by masks, and different, also if
+    `mix_prob` and `early_repetition` would change that in the first batch.
 
     Args:
         learn: a Learner with a `MixMoCallback`; it is not changed.
