@@ -77,7 +77,7 @@ def check_fraction(name: str, value: object, *, below_one: bool = False) -> None
 
 
 def nearest(name: str, choices: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """Return the choice closest to a misspelt name, or None if no choice is close.
+    """Return the choice closest to a misspelt or shortened name, or None if no choice is close.
 
     Args:
         name: the received name.
@@ -85,8 +85,16 @@ def nearest(name: str, choices: Iterable[str], cutoff: float = 0.6) -> str | Non
         cutoff: minimum similarity, from 0 to 1 for equal names.
     """
     by_normalized = {_normalized(choice): choice for choice in choices}
-    matches = get_close_matches(_normalized(name), by_normalized, n=1, cutoff=cutoff)
+    given = _normalized(name)
+    if (synonym := _SYNONYMS.get(given)) in by_normalized:
+        return by_normalized[synonym]
+    longer = [each for each in by_normalized if len(given) > 2 and each.startswith(given)]
+    matches = longer if len(longer) == 1 else get_close_matches(given, by_normalized, 1, cutoff)
     return by_normalized[matches[0]] if matches else None
+
+
+_SYNONYMS = {"gpu": "cuda"}
+"""Names that people use for others."""
 
 
 def unknown_name_error(kind: str, name: str, choices: Iterable[str]) -> InputError:

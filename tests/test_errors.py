@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mixmo_fastai.errors import InputError, check_count, check_fraction
+from mixmo_fastai.errors import InputError, check_count, check_fraction, nearest
 
 
 @pytest.mark.parametrize("value", [1, 7, np.int64(2)])
@@ -32,6 +32,14 @@ def test_fractions_are_accepted(value):
 def test_other_values_are_no_fractions(value):
     with pytest.raises(InputError, match="mix_prob must be from 0 to 1; got"):
         check_fraction("mix_prob", value)
+
+
+@pytest.mark.parametrize(
+    ("name", "choice"),
+    [("early_rep", "early_repetition"), ("early", "early_span"), ("spann", None), ("gpu", None)],
+)
+def test_shortened_names_stand_for_the_only_choice_that_begins_so(name, choice):
+    assert nearest(name, ["early_span", "early_repetition", "mix_prob"]) == choice
 
 
 def test_one_can_be_excluded():

@@ -226,6 +226,10 @@ def test_changed_settings_are_noticed(study, written, tmp_path, capsys):
     file.write_text(TEXT.replace('"model.arch=wrn10_1"', '"model.arch=wrn10_2"'))
     with pytest.raises(InputError, match=r"model\.arch='wrn10_1'; the study now has model"):
         collect_results(read_study(file), out)
+    with pytest.raises(
+        InputError, match=r"with the data set 'digits'; .* 'photos'\.\nAdd --dataset"
+    ):
+        collect_results(read_study(file, "photos", must_exist=False), out)
     for arguments in ([], ["--summary"]):
         assert program(["study", str(file), "--out", str(out), *arguments]) == 2
         assert "plain-1000-seed0 was started with model.arch=" in capsys.readouterr().err

@@ -159,6 +159,11 @@ def _runs_of(
         *_assignments(study["set"], f"{file}: set"),
         *_assignments(method.get("set", []), f"{source}.set"),
     ]
+    if not method.get("images_seen", study["images_seen"]):
+        raise InputError(
+            f"{file}: images_seen is missing.\nSet the number of images that a training shows, "
+            "such as images_seen = [60_000]."
+        )
     seeds, lengths = (
         _numbers(method[key], f"{source}.{key}", *limits)
         if key in method

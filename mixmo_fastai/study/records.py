@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 
 from mixmo_fastai.config.choices import HUB_PREFIX
 from mixmo_fastai.config.load import load_recipe
@@ -64,6 +65,11 @@ def check_unchanged(runs: Sequence[PlannedRun], folder: Path) -> None:
     for run, recorded in _started(runs, folder):
         before, now = map(_without_folders, (recorded, run.recipe))
         for section, key, old, new in differing_settings(before, now):
+            if (section, key) == ("data", "dataset"):
+                raise InputError(
+                    f"{run.name} was started with the data set {old!r}; the study now has "
+                    f"{new!r}.\nAdd --dataset {quote(recorded.data.dataset)}, or use another --out."
+                )
             raise InputError(
                 f"{run.name} was started with {_assignment(section, key, old)}; the study now has "
                 f"{_assignment(section, key, new)}.\n"
