@@ -72,6 +72,16 @@ class TestToMixmo:
         assert isinstance(learn.loss_func, CrossEntropyLossFlat)
         assert not learn.cbs.filter(lambda cb: isinstance(cb, MixMoCallback))
 
+    def test_network_with_too_few_outputs_is_rejected_before_any_change(self):
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        model.append(nn.Linear(4, 2))
+        learn = Learner(fastai_dls(), model, loss_func=CrossEntropyLossFlat())
+        with pytest.raises(InputError, match="The network has 2 outputs, the data 3 classes"):
+            to_mixmo(learn)
+        assert learn.model is model
+        model[-1] = nn.Linear(4, 4)  # more outputs than classes are possible, as in any Learner
+        assert to_mixmo(learn).model.num_members == 2
+
     def test_one_member_is_rejected_before_any_change(self):
         model = small_network()
         learn = Learner(fastai_dls(), model, loss_func=CrossEntropyLossFlat())

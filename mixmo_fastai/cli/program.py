@@ -136,8 +136,10 @@ def run(args: Sequence[str]) -> int:
         # Warnings of libraries that address developers, not users.
         for category in (FutureWarning, DeprecationWarning):
             warnings.filterwarnings("ignore", category=category)
-        # Pillow warns about large images, which are supported here.
-        warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
+        # Pillow warns about large images, which are supported here; matplotlib about class names
+        # for which it has no font, as Chinese ones: a report contains them as text.
+        for message in ("Image size .* exceeds limit", r"Glyph .* missing from"):
+            warnings.filterwarnings("ignore", message=message)
         avoid_retries(args)
     with handling_signals() as stop:
         try:

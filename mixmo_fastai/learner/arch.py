@@ -143,6 +143,12 @@ def network_name(arch: Any) -> str | None:
     return name if is_torchvision and name in TORCHVISION_NETWORKS else None
 
 
+def count_outputs(model: MixMoModel) -> int:
+    """Return the number of outputs of each head; 0 for heads that are no linear layer."""
+    head = model.heads[0]
+    return head.out_features if isinstance(head, nn.Linear) else 0
+
+
 def _call_twice(
     function: Callable[..., nn.Module], num_classes: int, generator: torch.Generator
 ) -> list[nn.Module]:
@@ -226,11 +232,11 @@ def _weights_differ(first: nn.Module, second: nn.Module | None, layer: str) -> b
 
 def _check_fits(model: MixMoModel, spec: NetworkSpec) -> None:
     """Check that an existing `MixMoModel` fits the data and the arguments."""
-    num_outputs = {head.out_features for head in model.heads if isinstance(head, nn.Linear)}
-    if spec.num_classes is not None and num_outputs - {spec.num_classes}:
+    num_outputs = count_outputs(model)
+    if spec.num_classes is not None and num_outputs not in (0, spec.num_classes):
         raise InputError(
-            f"The network has {', '.join(map(str, num_outputs))} classes, the data "
-            f"{spec.num_classes}.\nBuild the network for the data, or pass num_classes."
+            f"The network has {num_outputs} classes, the data {spec.num_classes}.\n"
+            "Build the network for the data, or pass num_classes."
         )
     if spec.num_members not in (None, model.num_members):
         raise InputError(

@@ -25,9 +25,10 @@ from mixmo_fastai.config.choices import parse_architecture
 from mixmo_fastai.config.defaults import SHORT_SETTINGS
 from mixmo_fastai.config.recipe import Recipe
 from mixmo_fastai.errors import InputError, nearest, unknown_name_error
-from mixmo_fastai.learner.arch import NetworkSpec, build_mixmo_model, network_name
+from mixmo_fastai.learner.arch import NetworkSpec, build_mixmo_model, count_outputs, network_name
 from mixmo_fastai.learner.loaders import (
     check_classes,
+    check_outputs,
     count_classes,
     inspect_batches,
     known_classes,
@@ -208,9 +209,9 @@ def to_mixmo(
         check_opt_func(learn.opt_func)
     callback = MixMoCallback(mix, **_short_settings(kwargs))
     loss = _as_mixmo_loss(learn.loss_func)
-    image_shape = inspect_batches(learn.dls).image_shape
+    batch = inspect_batches(learn.dls)
     spec = NetworkSpec(
-        image_shape,
+        batch.image_shape,
         num_members=num_members,
         independent=independent,
         perturbation=perturbation,
@@ -219,6 +220,7 @@ def to_mixmo(
     check_kind(mix, spec.num_members_for(learn.model))
     original = learn.model
     model, is_trained = build_mixmo_model(original, spec, _weight_generator(callback))
+    check_outputs(batch.targets, count_outputs(model), known_classes(learn.dls))
     if not is_trained:
         callback = MixMoCallback(mix, **kwargs)
     if model is not original:

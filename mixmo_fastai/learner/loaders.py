@@ -106,6 +106,19 @@ def check_classes(targets: Tensor | None, num_classes: int, num_data_classes: in
         )
 
 
+def check_outputs(targets: Tensor | None, num_outputs: int, num_data_classes: int) -> None:
+    """Check that a network for class indices has an output for each class of the data.
+
+    One output, for a binary decision, may do for two classes.
+    """
+    are_classes = targets is None or (targets.ndim == 1 and not targets.is_floating_point())
+    if are_classes and 1 < num_outputs < num_data_classes:
+        raise InputError(
+            f"The network has {num_outputs} outputs, the data {num_data_classes} classes.\n"
+            "Build the network for the data."
+        )
+
+
 def known_classes(dls: DataLoaders) -> int:
     """Return K if the loaders know it, otherwise 0."""
     return int(get_c(dls) or 0) if isinstance(dls.train, DataLoader) else 0
