@@ -81,6 +81,10 @@ def test_too_few_images_seen_takes_precedence():
     narrow = override(MIXMO, ["model.arch=wrn16_1"])
     assert " with --epochs 200 --arch wrn16_2 (" in advise(narrow, rows, images_seen=300_000)
     assert " with --arch wrn16_2 (" in advise(narrow, rows, images_seen=1_500_000)
+    started = override(narrow, ["model.weights=run/model.safetensors"])  # of that width
+    assert advise(started, rows, images_seen=300_000).endswith("early_span=0.6 (docs/recipes.md)")
+    expected = "2 members need a width of 2: compare with --members 1"
+    assert advise(started, rows, images_seen=1_500_000) == expected
 
 
 def test_settings_for_short_trainings_need_fewer_images():

@@ -104,8 +104,11 @@ def _size_advice(recipe: Recipe, images_seen: int) -> str:
             if is_pretrained(recipe) or has_short_settings(recipe) or views > MAX_VIEWS:
                 return f"{members} members need more training images: use {_one_member(recipe)}"
             changes.append(_short_flags(recipe, images_seen))
-    if narrow := narrow_network(recipe):
+    narrow = narrow_network(recipe)
+    if narrow and not recipe.model.weights:  # they fit no other width
         changes.append(f"--arch wrn{narrow.depth}_{MIN_WIDTH}")
+    if not changes:
+        return f"{members} members need a width of {MIN_WIDTH}: compare with {_one_member(recipe)}"
     return (
         f"Compare with {_one_member(recipe)}, or train {members} members with {' '.join(changes)} "
         "(docs/recipes.md)"
