@@ -144,7 +144,7 @@ def test_the_legend_explains_unequal_lengths(study, written):
     assert planned == plain.images_seen
     plain = replace(plain, images_trained=planned)
     unequal = replace(mixed, images_trained=1.25 * planned)
-    assert "Some methods saw 25 % more of their images" in legend([plain, unequal])
+    assert "a method saw 25 % more images than another" in legend([plain, unequal])
     other_length = replace(unequal, images_seen=2 * planned)
     assert "Some methods" not in legend([plain, other_length])
     each = replace(mixed, images_trained=2 * planned, images_planned=2 * planned)

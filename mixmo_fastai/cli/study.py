@@ -65,7 +65,8 @@ def study(
     if not summary:
         with writing_study(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        output.print(f"{planned.name}: {len(planned.runs)} runs in {folder}")
+        number = len(planned.runs)
+        output.print(f"{planned.name}: {number} {'run' if number == 1 else 'runs'} in {folder}")
         try:
             Executor(folder, jobs, data_dir, output.print).train(planned.runs)
         except RunFailedError as failed:

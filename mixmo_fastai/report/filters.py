@@ -33,13 +33,16 @@ def filters(uses: Sequence[FilterUse]) -> Chart:
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        _draw_use(axes, FilterUse(first.layers, active, first.thresholds))
+        _draw_use(axes, FilterUse(first.layers, active, first.thresholds), legend_columns=1)
         axes.set_xlabel("convolution of the core (names below)")
 
     return Chart(
         "Active filters",
         Plot(
-            draw, "filters", f"Active filters, average over {len(first.layers)} layers: {averages}."
+            draw,
+            "filters",
+            f"Active filters, average over {len(first.layers)} layers: {averages}.",
+            size=(4.1, 3.3),
         ),
         f"Filters whose L1 norm exceeds a fraction of the layer's largest.{networks}",
     )
@@ -87,7 +90,7 @@ def side_by_side(titles: Sequence[str], uses: Sequence[FilterUse], norms: Sequen
         top = upper.subplots(1, len(uses), squeeze=False, sharey="row")[0]
         columns = lower.add_gridspec(1, len(uses))
         for column, (title, use, norm) in enumerate(zip(titles, uses, norms, strict=True)):
-            _draw_use(top[column], use, averages=len(uses) == 1)
+            _draw_use(top[column], use, legend_columns=2 if len(uses) == 1 else 0)
             _name_convolutions(top[column], use.layers)
             top[column].label_outer()
             top[column].set_title(title)
@@ -104,13 +107,14 @@ def side_by_side(titles: Sequence[str], uses: Sequence[FilterUse], norms: Sequen
     return Plot(draw, "filter-use", text, size=(width * len(uses), sum(heights)))
 
 
-def _draw_use(axes: Axes, use: FilterUse, *, averages: bool = True) -> None:
+def _draw_use(axes: Axes, use: FilterUse, *, legend_columns: int) -> None:
     """Draw a line per threshold.
 
     Args:
         axes: where to draw.
         use: filter use of one network.
-        averages: show a legend with the averages over the convolutions.
+        legend_columns: columns of a legend above the plot, with the averages over the convolutions;
+            0 for none.
     """
     numbers = range(1, len(use.layers) + 1)
     average = use.average.tolist()
@@ -122,13 +126,13 @@ def _draw_use(axes: Axes, use: FilterUse, *, averages: bool = True) -> None:
             color=INK,
             alpha=OPACITIES[column % len(OPACITIES)],
             label=f"above {round_percent(threshold)}"
-            + f": {percent(average[column])} on average" * averages,
+            + f": {percent(average[column])} on average" * (legend_columns > 0),
         )
     axes.set(ylabel="active filters", ylim=(0, 1.05), xlim=(0.5, len(use.layers) + 0.5))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     percent_axis(axes.yaxis)
-    if averages:
-        axes.legend()
+    if legend_columns:
+        axes.figure.legend(loc="outside upper center", ncols=legend_columns)
 
 
 def _name_convolutions(axes: Axes, layers: Sequence[str]) -> None:

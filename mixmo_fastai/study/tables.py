@@ -1,6 +1,7 @@
 """The results of a study as Markdown."""
 
 from collections.abc import Callable, Sequence
+from statistics import fmean
 
 from mixmo_fastai.evaluation.results import SPLIT_NAMES
 from mixmo_fastai.metrics.table import decimal, percent, points, signed_decimal
@@ -103,8 +104,8 @@ def _lengths_text(cells: Sequence[Cell]) -> str:
     unequal = max(max(each) / min(each) for each in ratios)
     if unequal > MAX_UNEQUAL:
         text += (
-            f" Some methods saw {100 * (unequal - 1):.0f} % more of their images than others of "
-            "the same length, which is rounded to whole epochs and batches."
+            " Lengths are rounded to whole epochs and batches: compared with the title, a method "
+            f"saw {100 * (unequal - 1):.0f} % more images than another."
         )
     return text
 
@@ -142,7 +143,7 @@ def table(cells: Sequence[Cell], reference: str) -> list[list[str]]:
             *(_value(cell, name) for name in columns),
             *(_difference(cell, name) for name in _DIFFERENCES),
             f"{cell.parameters:,}",
-            f"{sum(cell.hours) / len(cell.hours):.2f}",
+            f"{hours:.2f}" if (hours := fmean(cell.hours)) >= 0.1 else f"{hours:.1g}",
         ]
         for cell in cells
     ]
