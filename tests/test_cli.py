@@ -316,22 +316,6 @@ def test_datasets_are_listed_with_their_status(tmp_path, capsys):
     assert list(json.loads(capsys.readouterr().out)) == list(DATASETS)
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["fit", "--help"]])
-def test_help_exits_without_error(arguments, capsys):
-    assert run(arguments) == 0
-    out, err = capsys.readouterr()
-    assert "Usage: mixmo" in out
-    assert err == ""
-
-
-@pytest.mark.parametrize("command", ["fit", "lr-find"])
-def test_help_names_all_kinds_of_data_sets(command, capsys):
-    assert run([command, "--help"]) == 0
-    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    for kind in (*DATASETS, "a folder of images", "a table of labels (CSV, TSV, ", "hf:NAME"):
-        assert kind in text
-
-
 def python(*arguments, cwd):
     return subprocess.run(
         [sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, check=False

@@ -3,6 +3,7 @@
 To add a command, write a module in this package and add a line to `_COMMANDS`.
 """
 
+import inspect
 import os
 import sys
 import traceback
@@ -118,10 +119,15 @@ def build_app(commands: Container[str] = frozenset(_COMMANDS)) -> typer.Typer:
     for name, (target, first_line) in _COMMANDS.items():
         if name in commands:
             function = resolve_registered("command", name, f"mixmo_fastai.cli.{target}")
-            app.command(name)(function)
+            app.command(name, help=_joined_lines(inspect.getdoc(function) or first_line))(function)
         else:
             app.command(name, help=first_line)(lambda: None)
     return app
+
+
+def _joined_lines(text: str) -> str:
+    """Join the lines of each paragraph, which rich would otherwise break where the source does."""
+    return "\n\n".join(" ".join(part.split("\n")) for part in text.split("\n\n"))
 
 
 def run(args: Sequence[str]) -> int:
