@@ -17,7 +17,7 @@ def prepare(image, facts):
     """Resize and standardise an image: (C, H, W) float32."""
     channels, height, width = facts["image_shape"]
     image = ImageOps.exif_transpose(image)
-    if image.has_transparency_data:
+    if "A" in image.getbands() or "transparency" in image.info:
         layer = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
     image = image.convert("L" if channels == 1 else "RGB")

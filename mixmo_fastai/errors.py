@@ -76,20 +76,26 @@ def check_fraction(name: str, value: object, *, below_one: bool = False) -> None
         raise InputError(f"{name} must be {allowed}; got {value!r}.")
 
 
-def nearest(name: str, choices: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """Return the choice closest to a misspelt or shortened name, or None if no choice is close.
+def nearest(
+    name: str, choices: Iterable[str], cutoff: float = 0.6, *, shortened: bool = False
+) -> str | None:
+    """Return the choice closest to a misspelt name, or None if no choice is close.
 
     Args:
         name: the received name.
         choices: the allowed names.
         cutoff: minimum similarity, from 0 to 1 for equal names.
+        shortened: also accept the beginning of the only choice that begins so, and other names that
+            people use for a choice.
     """
     by_normalized = {_normalized(choice): choice for choice in choices}
     given = _normalized(name)
-    if (synonym := _SYNONYMS.get(given)) in by_normalized:
-        return by_normalized[synonym]
-    longer = [each for each in by_normalized if len(given) > 2 and each.startswith(given)]
-    matches = longer if len(longer) == 1 else get_close_matches(given, by_normalized, 1, cutoff)
+    matches = []
+    if shortened and len(given) > 2:
+        start = _SYNONYMS.get(given, given)
+        matches = [each for each in by_normalized if each.startswith(start)]
+    if len(matches) != 1:
+        matches = get_close_matches(given, by_normalized, n=1, cutoff=cutoff)
     return by_normalized[matches[0]] if matches else None
 
 
@@ -106,7 +112,7 @@ def unknown_name_error(kind: str, name: str, choices: Iterable[str]) -> InputErr
         choices: the allowed names, in the order in which to list them.
     """
     choices = list(choices)
-    guess = nearest(name, choices)
+    guess = nearest(name, choices, shortened=True)
     hint = f" Did you mean {guess!r}?" if guess else ""
     return InputError(f"Unknown {kind} {name!r}.{hint}\nAllowed: {', '.join(choices)}.")
 
@@ -123,7 +129,7 @@ def unknown_option_error(
         cutoff: see `nearest`.
     """
     allowed = list(allowed)
-    guess = nearest(option, allowed, cutoff)
+    guess = nearest(option, allowed, cutoff, shortened=True)
     hint = f" Did you mean {guess!r}?" if guess else ""
     return InputError(
         f"{owner} has no option {option!r}.{hint}\nAllowed: {', '.join(allowed) or 'none'}."

@@ -8,6 +8,7 @@ import pytest
 from launches import FIT, SHORT, assert_close, train_alone
 from processes import TIMEOUT
 
+from mixmo_fastai.cli import run
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.runs.checkpoints import CheckpointStore
 from mixmo_fastai.runs.folder import open_run
@@ -72,3 +73,10 @@ def test_without_a_launcher_there_is_one_process(monkeypatch):
     monkeypatch.setenv("RANK", "first")
     with pytest.raises(InputError, match="RANK must be a number; it is 'first'"):
         launched_processes()
+
+
+@pytest.mark.parametrize("command", ["recipes", "fit"])
+def test_wrong_number_of_a_launcher_is_refused(monkeypatch, capsys, command):
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    assert run([command]) == 2
+    assert "WORLD_SIZE must be a number; it is 'two'" in capsys.readouterr().err

@@ -36,10 +36,19 @@ def test_other_values_are_no_fractions(value):
 
 @pytest.mark.parametrize(
     ("name", "choice"),
-    [("early_rep", "early_repetition"), ("early", "early_span"), ("spann", None), ("gpu", None)],
+    [
+        ("early_rep", "early_repetition"),
+        ("early", "early_span"),
+        ("mix", "mix_prob"),
+        ("spann", None),
+        ("gpu", None),
+    ],
 )
 def test_shortened_names_stand_for_the_only_choice_that_begins_so(name, choice):
-    assert nearest(name, ["early_span", "early_repetition", "mix_prob"]) == choice
+    names = ["early_span", "early_repetition", "mix_prob"]
+    assert nearest(name, names, shortened=True) == choice
+    assert nearest("gpu", ["auto", "cpu", "cuda"], shortened=True) == "cuda"
+    assert nearest("new", ["newfoundland"]) is None  # which nobody misspelt
 
 
 def test_one_can_be_excluded():

@@ -79,6 +79,8 @@ class TestToMixmo:
         with pytest.raises(InputError, match="The network has 2 outputs, the data 3 classes"):
             to_mixmo(learn)
         assert learn.model is model
+        own = Learner(fastai_dls(), model, loss_func=lambda pred, _: pred.square().mean())
+        assert to_mixmo(own).model.num_members == 2  # as for an ordinal loss
         model[-1] = nn.Linear(4, 4)  # more outputs than classes are possible, as in any Learner
         assert to_mixmo(learn).model.num_members == 2
 

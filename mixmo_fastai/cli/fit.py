@@ -1,6 +1,5 @@
 """`mixmo fit`: train."""
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -23,6 +22,7 @@ from mixmo_fastai.runs.create import check_free, create_run
 from mixmo_fastai.runs.folder import RunFolder, open_run
 from mixmo_fastai.runs.lock import locked, starting
 from mixmo_fastai.runs.output import expand_user
+from mixmo_fastai.runtime.launcher import launcher_number
 from mixmo_fastai.runtime.signals import exit_code_of, handling_signals
 
 
@@ -136,7 +136,7 @@ def _check_can_be_shared(recipe: Recipe, numbers: Sequence[int], out: Path | Non
     check_nets(numbers, recipe.model.num_nets)
     if out is None:
         raise InputError("--nets needs --out RUN, the folder that all networks share.")
-    if (os.environ.get("WORLD_SIZE") or "1") != "1":
+    if launcher_number("WORLD_SIZE") > 1:
         raise InputError(
             "--nets trains each network in one process; a launcher has started several.\n"
             "Start one command per network."
@@ -228,7 +228,7 @@ def _resume(
         networks = [networks[number - 1] for number in nets]
         folders = [network for network in networks if network.path.is_dir()]
     run.check_resumable()
-    is_rank0 = (os.environ.get("RANK") or "0") == "0"
+    is_rank0 = launcher_number("RANK") == 0
     with ExitStack() as stack:
         for folder in folders if is_rank0 else ():
             stack.enter_context(locked(folder.path))  # no other process may write checkpoints

@@ -17,6 +17,7 @@ from mixmo_fastai.cli.options import use_flag_names
 from mixmo_fastai.config.registered import resolve_registered
 from mixmo_fastai.errors import InputError, RunFailedError, RunInterruptedError
 from mixmo_fastai.runtime.hub_access import avoid_retries
+from mixmo_fastai.runtime.launcher import launcher_number
 from mixmo_fastai.runtime.signals import StopRequest, handling_signals
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -142,10 +143,8 @@ def run(args: Sequence[str]) -> int:
         # Warnings of libraries that address developers, not users.
         for category in (FutureWarning, DeprecationWarning):
             warnings.filterwarnings("ignore", category=category)
-        # Pillow warns about large images, which are supported here; matplotlib about class names
-        # for which it has no font, as Chinese ones: a report contains them as text.
-        for message in ("Image size .* exceeds limit", r"Glyph .* missing from"):
-            warnings.filterwarnings("ignore", message=message)
+        # Pillow warns about large images, which are supported here.
+        warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
         avoid_retries(args)
     with handling_signals() as stop:
         try:
@@ -176,8 +175,7 @@ def _commands_to_import(args: Sequence[str]) -> Container[str]:
 
 def _check_processes(args: Sequence[str]) -> None:
     """Check that of all commands only `fit` is started in several processes."""
-    is_distributed = int(os.environ.get("WORLD_SIZE") or "1") > 1
-    if is_distributed and (not args or args[0] != "fit"):
+    if launcher_number("WORLD_SIZE") > 1 and (not args or args[0] != "fit"):
         raise InputError("Only `mixmo fit` runs in several processes. Run this without torchrun.")
 
 

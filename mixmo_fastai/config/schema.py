@@ -118,7 +118,7 @@ def _check_value(value: Any, hint: Any, metadata: Mapping[str, Any], label: str)
     value = _convert(value, hint, label)
     numbers = value if isinstance(value, tuple) else (value,)
     if "choices" in metadata and value not in metadata["choices"]:
-        guess = nearest(str(value), metadata["choices"])
+        guess = nearest(str(value), metadata["choices"], shortened=True)
         suggestion = f" Did you mean {guess!r}?" if guess else ""
         allowed = ", ".join(metadata["choices"])
         raise InputError(f"{label} is {_format(value)}.{suggestion}\nAllowed: {allowed}.")

@@ -109,7 +109,8 @@ def check_classes(targets: Tensor | None, num_classes: int, num_data_classes: in
 def check_outputs(targets: Tensor | None, num_outputs: int, num_data_classes: int) -> None:
     """Check that a network for class indices has an output for each class of the data.
 
-    One output, for a binary decision, may do for two classes.
+    One output, for a binary decision, may do for two classes. The losses of torch and fastai need
+    this; others may not.
     """
     are_classes = targets is None or (targets.ndim == 1 and not targets.is_floating_point())
     if are_classes and 1 < num_outputs < num_data_classes:

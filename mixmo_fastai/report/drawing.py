@@ -7,6 +7,7 @@ opacity. A PNG uses the colours of the light theme.
 
 import io
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -72,7 +73,9 @@ class Plot:
         """Render as an <svg> element for a page, without external references."""
         file = io.BytesIO()
         style = _style(tuple(PLACEHOLDER_COLORS), background="none")
-        with rc_context({**style, "svg.hashsalt": self.name}):
+        with rc_context({**style, "svg.hashsalt": self.name}), warnings.catch_warnings():
+            # Text stays text, so fonts without its letters, as Chinese ones, do not matter.
+            warnings.filterwarnings("ignore", message="Glyph .* missing from")
             FigureCanvasSVG(self._figure()).print_svg(file, metadata={"Date": None})
         root = ET.fromstring(file.getvalue())
         for element in root.iter():

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mixmo_fastai.errors import InputError, RunFailedError
+from mixmo_fastai.runtime.launcher import launcher_number
 
 TIMEOUT = timedelta(minutes=30)
 """How long to wait for another process before it counts as lost."""
@@ -41,18 +42,7 @@ def launched_processes() -> Processes:
     Raises:
         InputError: one of them is no number.
     """
-    return Processes(_launcher_number("RANK"), max(1, _launcher_number("WORLD_SIZE")))
-
-
-def _launcher_number(name: str) -> int:
-    """Return the number in an environment variable of the launcher; 0 if it is not set."""
-    text = os.environ.get(name) or "0"
-    if not text.isdecimal():
-        raise InputError(
-            f"The environment variable {name} must be a number; it is {text!r}.\n"
-            "Start the processes with torchrun or accelerate launch, or unset it."
-        )
-    return int(text)
+    return Processes(launcher_number("RANK"), max(1, launcher_number("WORLD_SIZE")))
 
 
 @contextmanager
@@ -83,7 +73,7 @@ def joined_process_group(device: torch.device) -> Iterator[Processes]:
         )
     on_gpu = device.type == "cuda"
     if on_gpu:
-        local_rank = _launcher_number("LOCAL_RANK")
+        local_rank = launcher_number("LOCAL_RANK")
         if local_rank >= torch.cuda.device_count():
             raise InputError(
                 f"Process {local_rank} of this machine has no GPU: it has "

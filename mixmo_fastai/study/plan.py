@@ -159,7 +159,7 @@ def _runs_of(
         *_assignments(study["set"], f"{file}: set"),
         *_assignments(method.get("set", []), f"{source}.set"),
     ]
-    if not method.get("images_seen", study["images_seen"]):
+    if "images_seen" not in method and study["images_seen"] == []:
         raise InputError(
             f"{file}: images_seen is missing.\nSet the number of images that a training shows, "
             "such as images_seen = [60_000]."

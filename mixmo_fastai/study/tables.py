@@ -143,7 +143,7 @@ def table(cells: Sequence[Cell], reference: str) -> list[list[str]]:
             *(_value(cell, name) for name in columns),
             *(_difference(cell, name) for name in _DIFFERENCES),
             f"{cell.parameters:,}",
-            f"{hours:.2f}" if (hours := fmean(cell.hours)) >= 0.1 else f"{hours:.1g}",
+            f"{hours:.2f}" if (hours := fmean(cell.hours)) >= 0.1 else f"{max(hours, 1e-3):.1g}",
         ]
         for cell in cells
     ]
