@@ -31,6 +31,7 @@ from three_learners import (
     without_norms,
 )
 
+from mixmo_fastai import EMACallback
 from mixmo_fastai.learner.build import body_and_heads
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -175,6 +176,32 @@ def test_gradient_clip(make):
     make(cbs=[clipped, GradientClip(0.1)]).fit(1, 1e-3)
     assert min(plain.norms) > 0.1
     assert max(clipped.norms) == pytest.approx(0.1, rel=1e-3)
+
+
+class WeightRecorder(Callback):
+    """Record a parameter at the start of a fit and after each step."""
+
+    order = EMACallback.order - 1
+
+    def before_train(self):
+        if self.epoch == 0:
+            self.weights = [next(self.model.parameters()).detach().clone()]
+
+    def after_step(self):
+        self.weights.append(next(self.model.parameters()).detach().clone())
+
+
+def test_ema_callback(make):
+    recorder = WeightRecorder()
+    learn = make(cbs=[recorder, EMACallback(0.9)])
+    learn.fit_one_cycle(2, 0.05)
+    average, *steps = recorder.weights
+    for number, weight in enumerate(steps):
+        decay = min(0.9, (1 + number) / (10 + number))
+        average = decay * average + (1 - decay) * weight
+    torch.testing.assert_close(next(learn.model.parameters()).detach(), average)
+    valid_loss = learn.recorder.values[-1][1]
+    assert learn.validate()[0] == pytest.approx(valid_loss, rel=1e-4)
 
 
 def test_early_stopping_callback(make):

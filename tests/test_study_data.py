@@ -72,7 +72,7 @@ def test_data_set_may_be_in_another_folder(file, tmp_path):
     assert len(collect_results(read_study(file, str(moved)), out)) == 2
     other = tmp_path / "others"
     other.mkdir()
-    with pytest.raises(InputError, match=r"data\.dataset='images'; the study now has data"):
+    with pytest.raises(InputError, match=r"with the data set 'images'; the study now has 'others'"):
         collect_results(read_study(file, str(other)), out)
 
 
@@ -150,7 +150,9 @@ def test_other_data_sets_of_the_hub_are_noticed(tmp_path):
     run.folder(tmp_path).path.mkdir(parents=True)
     write_record(run, tmp_path)
     check_unchanged([run], tmp_path)
-    with pytest.raises(InputError, match=r"data\.dataset='hf:alice/pets'.*'hf:bob/pets'"):
+    with pytest.raises(
+        InputError, match=r"'hf:alice/pets'; .*'hf:bob/pets'.\n.*--dataset hf:alice"
+    ):
         check_unchanged(read_study(file, "hf:bob/pets").runs, tmp_path)
 
 
