@@ -83,6 +83,8 @@ def joined_process_group(device: torch.device) -> Iterator[Processes]:
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     dist.init_process_group(backend, timeout=TIMEOUT)
     try:
+        # Each returns when it is connected itself; if one then ended, others could still fail to.
+        dist.all_reduce(torch.zeros(1))
         yield processes
     except RuntimeError as error:
         if isinstance(error, RunFailedError) or not (lost := _CONNECTION_LOST.search(str(error))):
