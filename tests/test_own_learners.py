@@ -111,7 +111,9 @@ class TestNetworks:
             learn.create_opt()
             learn.metrics = [accuracy]
             learn.fit(1, 0.01)
-            assert len(learn.recorder.values) == 1
+            ((_, *validated),) = learn.recorder.values
+            assert validated == pytest.approx([*learn.validate()], rel=1e-5)
+            assert validated[1] > 0.2
 
     @pytest.mark.parametrize("convert", [mixmo_learner, to_mixmo])
     def test_the_splitter_of_ones_own_network_is_converted(self, convert):

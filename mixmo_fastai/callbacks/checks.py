@@ -8,6 +8,7 @@ import torch
 from fastai.optimizer import OptimWrapper
 
 from mixmo_fastai.errors import InputError
+from mixmo_fastai.runtime.text import counted
 
 
 def check_batch(num_inputs: int, num_targets: int) -> None:
@@ -29,7 +30,7 @@ def check_batch(num_inputs: int, num_targets: int) -> None:
         advice = "Pass loaders of pairs, such as (image, label)"
     raise InputError(
         "Batches must have one input and one target; the loader yields "
-        f"{_counted(num_inputs, 'input')} and {_counted(num_targets, 'target')}.\n{advice}."
+        f"{counted(num_inputs, 'input')} and {counted(num_targets, 'target')}.\n{advice}."
     )
 
 
@@ -100,10 +101,6 @@ def check_optimizer(learn: Any) -> None:
             "The Learner's optimizer holds no parameter of its model: it was created for another.\n"
             "Call learn.create_opt() to create a new one, or convert with to_mixmo(learn)."
         )
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _is_fastai_mix(callback_class: type) -> bool:

@@ -9,6 +9,7 @@ from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.console import Output
 from mixmo_fastai.cli.plan import threads_lines, timing_announced
 from mixmo_fastai.cli.render import columns, setup_lines
+from mixmo_fastai.config.defaults import MIN_LR_FIND_STEPS
 from mixmo_fastai.config.methods import method_name, run_label
 from mixmo_fastai.config.recipe import Recipe
 from mixmo_fastai.config.resolve import resolve_recipe
@@ -43,7 +44,10 @@ def lr_find(
     steps: Annotated[
         int,
         typer.Option(
-            help="Steps of the test.", min=30, max=MAX_STEPS, rich_help_panel=opt.TRAINING
+            help="Steps of the test.",
+            min=MIN_LR_FIND_STEPS,
+            max=MAX_STEPS,
+            rich_help_panel=opt.TRAINING,
         ),
     ] = 100,
     start: Annotated[

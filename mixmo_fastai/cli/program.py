@@ -128,7 +128,7 @@ def build_app(commands: Container[str] = frozenset(_COMMANDS)) -> typer.Typer:
 
 def _joined_lines(text: str) -> str:
     """Join the lines of each paragraph, which rich would otherwise break where the source does."""
-    return "\n\n".join(" ".join(part.split("\n")) for part in text.split("\n\n"))
+    return "\n\n".join(part.replace("\n", " ") for part in text.split("\n\n"))
 
 
 def run(args: Sequence[str]) -> int:

@@ -16,6 +16,7 @@ from mixmo_fastai.errors import InputError, RunFailedError
 from mixmo_fastai.runs.files import write_atomically
 from mixmo_fastai.runs.lock import starting
 from mixmo_fastai.runs.output import check_writable, expand_user
+from mixmo_fastai.runtime.text import counted
 from mixmo_fastai.study.execute import Executor
 from mixmo_fastai.study.plan import Study, read_study
 from mixmo_fastai.study.records import writing_study
@@ -65,8 +66,7 @@ def study(
     if not summary:
         with writing_study(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        number = len(planned.runs)
-        output.print(f"{planned.name}: {number} {'run' if number == 1 else 'runs'} in {folder}")
+        output.print(f"{planned.name}: {counted(len(planned.runs), 'run')} in {folder}")
         try:
             Executor(folder, jobs, data_dir, output.print).train(planned.runs)
         except RunFailedError as failed:

@@ -67,6 +67,8 @@ MIN_WIDTH = 2
 """Smallest width of a WideResNet for which this was found. Ahead of two networks, 4."""
 OPTIONAL_SETTINGS = ("data.image_size", "model.arch", "train.epochs")
 """Settings that a recipe may leave open (None)."""
+MIN_LR_FIND_STEPS = 30
+"""Number of steps of the shortest learning-rate range test that shows anything."""
 
 
 def default_for(device: str, image_shape: Sequence[int]) -> Default:

@@ -311,9 +311,8 @@ def percent_axis(*each: Axis) -> None:
 
 def _fraction_ticks(edge: float) -> list[float]:
     """Return ticks from 0 to the upper limit of an axis, none of them above 1."""
-    if edge >= 1:
-        return [0, 0.25, 0.5, 0.75, 1]
-    return [tick for tick in MaxNLocator(nbins=5).tick_values(0, edge) if tick <= min(edge, 1)]
+    highest = min(edge, 1)
+    return [tick for tick in MaxNLocator(nbins=5).tick_values(0, highest) if tick <= highest]
 
 
 def _curves(

@@ -41,7 +41,8 @@ from mixmo_fastai.runs.folder import RunFolder
 from mixmo_fastai.runtime.text import duration, printable
 
 SMALLEST_THUMBNAIL = 64
-_UNIT = re.compile(r"(?<=\d) (?=(?:%|points|nats|min|h|s)(?!\w))")
+# Between a number and its unit, and between a mean and its spread.
+_UNBROKEN_SPACE = re.compile(r"(?<=\d) (?=(?:%|points|nats|min|h|s)(?!\w))|(?<=±) ")
 
 
 def write_report(
@@ -112,7 +113,7 @@ def render_template(template: str, **values: Any) -> str:
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         **values,
     )
-    return printable(_UNIT.sub("\u00a0", page))  # no line break between a number and its unit
+    return printable(_UNBROKEN_SPACE.sub("\u00a0", page))
 
 
 def as_data_uri(pixels: Tensor) -> str:

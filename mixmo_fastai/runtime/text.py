@@ -34,6 +34,11 @@ def truncate(name: str, length: int) -> str:
     return name if len(name) <= length else f"{name[: length - 1]}…"
 
 
+def counted(number: int, noun: str) -> str:
+    """Format a number of things: 2 and "run" are "2 runs"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def duration(seconds: float) -> str:
     """Format a time: 192 is "3.2 min"."""
     for unit, length in (("h", 3600), ("min", 60)):

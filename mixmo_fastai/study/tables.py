@@ -143,7 +143,7 @@ def table(cells: Sequence[Cell], reference: str) -> list[list[str]]:
             *(_value(cell, name) for name in columns),
             *(_difference(cell, name) for name in _DIFFERENCES),
             f"{cell.parameters:,}",
-            f"{hours:.2f}" if (hours := fmean(cell.hours)) >= 0.1 else f"{max(hours, 1e-3):.1g}",
+            _hours(cell),
         ]
         for cell in cells
     ]
@@ -156,6 +156,11 @@ def _value(cell: Cell, name: str) -> str:
     form = _COLUMNS[name][1]
     spread = cell.spread(name)
     return form(cell.mean(name)) + ("" if spread is None else f" ± {form(spread)}")
+
+
+def _hours(cell: Cell) -> str:
+    mean = fmean(cell.hours)
+    return f"{mean:.2f}" if mean >= 0.1 else f"{max(mean, 1e-3):.1g}"
 
 
 def _difference(cell: Cell, name: str) -> str:

@@ -11,12 +11,11 @@ import torch
 from fastai.callback.schedule import minimum, slide, steep, valley
 
 from mixmo_fastai.callbacks.freeze import FreezeCallback
+from mixmo_fastai.config.defaults import MIN_LR_FIND_STEPS
 from mixmo_fastai.errors import InputError, check_count
 from mixmo_fastai.runtime.acceleration import Acceleration
 from mixmo_fastai.training.prepare import Training
 
-MIN_STEPS = 30
-"""Number of steps of the shortest test that shows anything."""
 SUGGESTIONS = (valley, slide, steep, minimum)
 MIN_DECREASE = 0.01
 """Fraction of the loss by which it must decrease for the test to recommend a rate."""
@@ -114,14 +113,15 @@ def search_lr(
 
     Args:
         training: from `prepare`.
-        num_steps: steps of the test, `MIN_STEPS` or more; it stops early if the loss diverges.
+        num_steps: steps of the test, `MIN_LR_FIND_STEPS` or more; it stops early if the loss
+            diverges.
         start: first learning rate, above 0.
         end: last learning rate, above `start`.
 
     Raises:
         InputError: an argument is out of range, or the loss diverged within the first steps.
     """
-    check_count("num_steps", num_steps, MIN_STEPS)
+    check_count("num_steps", num_steps, MIN_LR_FIND_STEPS)
     if not 0 < start < end:
         raise InputError(
             f"The first learning rate must be above 0 and below the last; got {start} and {end}."
