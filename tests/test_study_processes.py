@@ -282,6 +282,36 @@ def test_results_that_fail_too_do_not_hide_why_runs_failed(file, tmp_path, monke
     assert "No results: vanilla-400-seed0 was evaluated on other images." in error
 
 
+def test_runs_are_chosen_by_method_seed_and_length(file, tmp_path, monkeypatch, capsys):
+    planned = read_study(file)
+    assert planned.choose() == planned.runs
+    trained = []
+    monkeypatch.setattr(Executor, "train", lambda self, runs: trained.extend(runs))
+    command = ["study", str(file), "--out", str(tmp_path / "out")]
+    chosen = ["--method", "vanilla", "--method", "ensemble", "--seed", "0", "--images-seen", "800"]
+    assert program([*command, *chosen]) == 0
+    assert [run.name for run in trained] == ["vanilla-800-seed0", "ensemble-800-seed0"]
+    assert "tiny: 2 runs in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--method", "vanila"], "has method vanila.\nAvailable: vanilla, cut-mixmo, ensemble."),
+        (["--seed", "7"], "has seed 7.\nAvailable: 0, 1."),
+        (["--images-seen", "500"], "has images seen 500.\nAvailable: 400, 800."),
+        (["--method", "cut-mixmo", "--images-seen", "400"], "this combination of method, seed"),
+        (["--summary", "--seed", "0"], "choose what is trained; --summary trains nothing"),
+    ],
+)
+def test_wrong_choices_of_runs_are_explained(file, tmp_path, capsys, options, message):
+    assert program(["study", str(file), "--out", str(tmp_path / "out"), *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) <= 3
+    assert not (tmp_path / "out").exists()
+
+
 def test_files_of_several_writers_are_always_complete(tmp_path):
     path, errors = tmp_path / "study.md", []
     contents = [letter * 10_000 for letter in "ab"]

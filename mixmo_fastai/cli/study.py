@@ -22,6 +22,7 @@ from mixmo_fastai.study.plan import Study, read_study
 from mixmo_fastai.study.records import writing_study
 
 
+# Long, since each flag is a parameter.
 def study(
     file: Annotated[Path, typer.Argument(help="A TOML file; docs/study.md describes it.")],
     *,
@@ -39,6 +40,21 @@ def study(
     jobs: Annotated[
         int, typer.Option(min=1, max=1024, help="Number of runs to train at the same time.")
     ] = 1,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--method",
+            help="Train only this method; may be repeated. Results show all finished runs.",
+        ),
+    ] = None,
+    seeds: Annotated[
+        list[int] | None,
+        typer.Option("--seed", help="Train only this seed; may be repeated."),
+    ] = None,
+    images_seen: Annotated[
+        list[int] | None,
+        typer.Option("--images-seen", help="Train only this length; may be repeated."),
+    ] = None,
     reference: Annotated[
         str | None,
         typer.Option(help="Method from which differences are taken. Default: the first."),
@@ -56,8 +72,14 @@ def study(
     Finished runs are skipped and interrupted ones resumed, so the same command continues a study.
     Several processes, also on several machines, may share a folder.
     """
+    chosen = methods or [], seeds or [], images_seen or []
+    if summary and any(chosen):
+        raise InputError(
+            "--method, --seed and --images-seen choose what is trained; --summary trains nothing."
+        )
     planned = read_study(expand_user(file), dataset, must_exist=not summary)
-    chosen = planned.check_method(reference)
+    runs = planned.choose(*chosen)
+    reference = planned.check_method(reference)
     folder = expand_user(out or Path("studies") / planned.name)
     check_writable(folder)
     if summary and not _has_results(planned, folder):
@@ -66,29 +88,36 @@ def study(
     if not summary:
         with writing_study(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        output.print(f"{planned.name}: {counted(len(planned.runs), 'run')} in {folder}")
+        output.print(f"{planned.name}: {counted(len(runs), 'run')} in {folder}")
         try:
-            Executor(folder, jobs, data_dir, output.print).train(planned.runs)
+            Executor(folder, jobs, data_dir, output.print).train(runs)
         except RunFailedError as failed:
-            _write_results_after(failed, planned, folder, data_dir, chosen)
+            _write_results_after(failed, planned, folder, data_dir, reference)
             raise
         if not _has_results(planned, folder):
             output.print_result(
                 ["No run is finished yet: other processes train them."],
-                {
-                    "name": planned.name,
-                    "reference": chosen,
-                    "unfinished": len(planned.runs),
-                    "cells": [],
-                },
+                _result(planned, reference, len(planned.runs), []),
             )
             return
-    lines, value = _write_results(planned, folder, data_dir, chosen)
+    lines, value = _write_results(planned, folder, data_dir, reference)
     output.print_result(lines, value)
 
 
 def _has_results(planned: Study, folder: Path) -> bool:
     return any(run.folder(folder).is_finished for run in planned.runs)
+
+
+def _result(
+    planned: Study, reference: str, unfinished: int, cells: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Return the result as JSON has it."""
+    return {
+        "name": planned.name,
+        "reference": reference,
+        "unfinished": unfinished,
+        "cells": cells,
+    }
 
 
 def _no_results(folder: Path) -> InputError:
@@ -136,12 +165,7 @@ def _write_results_alone(
     cells = collect_results(planned, folder, data_dir, reference=reference)
     missing = len(planned.runs) - sum(len(cell.seeds) for cell in cells)
     text = markdown(planned.name, cells, reference, missing)
-    value = {
-        "name": planned.name,
-        "reference": reference,
-        "unfinished": missing,
-        "cells": [dataclasses.asdict(cell) for cell in cells],
-    }
+    value = _result(planned, reference, missing, [dataclasses.asdict(cell) for cell in cells])
     longest = [*by_length(cells).values()][-1]
     methods = planned.methods
     plots = {"calibration.png": _png(partial(plot_calibration, longest, methods=methods))}

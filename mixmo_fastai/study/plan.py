@@ -98,6 +98,37 @@ class Study:
             raise InputError(f"There is no method {name!r}.\nMethods: {', '.join(self.methods)}.")
         return name or self.methods[0]
 
+    def choose(
+        self,
+        methods: Sequence[str] = (),
+        seeds: Sequence[int] = (),
+        images_seen: Sequence[int] = (),
+    ) -> tuple[PlannedRun, ...]:
+        """Return the runs of some methods, seeds and training lengths; empty ones mean all.
+
+        Raises:
+            InputError: one of them does not occur in the study, or no run has all three.
+        """
+        chosen = self.runs
+        wanted = {"method": methods, "seed": seeds, "images_seen": images_seen}
+        for key, values in wanted.items():
+            known = {getattr(run, key): None for run in self.runs}
+            for value in values:
+                if value not in known:
+                    label = key.replace("_", " ")
+                    raise InputError(
+                        f"No run of the study has {label} {value}.\n"
+                        f"Available: {', '.join(map(str, known))}."
+                    )
+            if values:
+                chosen = tuple(run for run in chosen if getattr(run, key) in values)
+        if not chosen:
+            raise InputError(
+                "No run of the study has this combination of method, seed and length.\n"
+                "A method may have its own seeds and images_seen in the file."
+            )
+        return chosen
+
 
 def read_study(path: Path, dataset: str | None = None, *, must_exist: bool = True) -> Study:
     """Read a study and resolve the recipes of all runs.
