@@ -20,6 +20,7 @@ from mixmo_fastai.mixing import (
     loss_weights,
     mix_features,
 )
+from mixmo_fastai.mixing import masks as masks_module
 
 
 def generator(seed=0):
@@ -333,6 +334,13 @@ class TestCustomRegions:
             InputError, match=r"'<lambda>' must return torch.float32 of shape \(2, "
         ):
             draw_masks(lambda *_: region, draw_lam(2, 2, 2.0), (3, 4, 4))
+
+    def test_registered_functions_of_other_modules_are_checked(self, monkeypatch):
+        monkeypatch.setitem(
+            masks_module.REGIONS, "cutmix", lambda *_: torch.full((2, 1, 4, 4), 1.5)
+        )
+        with pytest.raises(InputError, match=r"'cutmix' must return values in \[0, 1\]"):
+            draw_masks("cutmix", draw_lam(2, 2, 2.0), (1, 4, 4))
 
     def test_function_with_any_option_and_a_fixed_map_size(self):
         def fixed_size_region(area, shape, generator, **options):

@@ -20,6 +20,8 @@ BLEND_KINDS = ("sum", "linear")
 """Kinds that blend the members with the same ratio at all positions."""
 BINARY_KINDS = tuple(kind for kind in REGIONS if kind not in SOFT_REGIONS)
 """Kinds whose region is 0 or 1 at each position."""
+_SHIPPED = f"{__package__}.regions"
+"""Module whose functions are not checked at every draw, as those of other modules are."""
 
 
 def draw_masks(
@@ -89,11 +91,11 @@ def draw_masks(
             )
         inside, outside = _member_fractions(lam, members_in_role_0)
         area = (lam * inside).sum(dim=1)
-        if isinstance(kind, str):
-            region = REGIONS[kind](area, shape, generator, **options)
-        else:
-            _check_arguments(kind, (area, shape, generator), options)
-            region = kind(area, shape, generator, **options)
+        draw = REGIONS[kind] if isinstance(kind, str) else kind
+        if is_own := getattr(draw, "__module__", None) != _SHIPPED:
+            _check_arguments(draw, (area, shape, generator), options)
+        region = draw(area, shape, generator, **options)
+        if is_own:
             _check_region(region, lam, shape, kind_name(kind))
         # The mean is computed before broadcasting, on the smallest tensor.
         means = torch.lerp(outside, inside, region.mean(dim=(1, 2, 3))[:, None])
