@@ -11,7 +11,7 @@ from test_summary import draw_logits
 
 from mixmo_fastai.cli import render
 from mixmo_fastai.config.recipe import Recipe
-from mixmo_fastai.errors import InputError
+from mixmo_fastai.errors import InputError, RunFailedError
 from mixmo_fastai.metrics import bootstrap, summary
 from mixmo_fastai.metrics.summary import MetricInputs, evaluate_logits
 from mixmo_fastai.metrics.table import (
@@ -208,6 +208,19 @@ def test_terms_that_fail_do_not_cost_the_other_intervals(monkeypatch, function, 
     assert bootstrap.intervals(logits, labels, num_resamples=50) == expected
 
 
+def test_a_metric_that_changes_its_arguments_is_named(monkeypatch):
+    def failing(logits, labels):
+        logits -= logits.amax(dim=1, keepdim=True)
+        raise ValueError
+
+    monkeypatch.setattr(sys.modules[__name__], "failing_metric", failing)
+    target = f"{__name__}:failing_metric"
+    mine = MetricSpec("mine", "mine", "changes the logits", PERCENT, target)
+    monkeypatch.setattr(summary, "METRICS", (mine, *METRICS))
+    with pytest.raises(RunFailedError, match=rf"{target} changed its argument logits in place"):
+        evaluate_logits(*draw_logits(200, 2, 10))
+
+
 @pytest.mark.parametrize(
     ("function", "is_per_member", "expected"),
     [
@@ -215,6 +228,7 @@ def test_terms_that_fail_do_not_cost_the_other_intervals(monkeypatch, function, 
         (vector_metric, False, "must return one number; got ["),
         (lambda logits, labels: None, False, "must return one number; got None"),
         (lambda logits, labels: logits.mean() * torch.nan, False, "returned nan"),
+        (lambda logits, labels: logits.mean().abs() / 0, False, "returned inf"),
         (lambda logits, labels: logits.mean(), True, "must return one value per member (M,)"),
     ],
 )
