@@ -16,11 +16,15 @@ class SimulatedFit:
     def __init__(self, monkeypatch, *, step, save):
         self.now, self.step, self.cost, self.saves = 0.0, step, save, []
         monkeypatch.setattr(checkpointing, "time", SimpleNamespace(perf_counter=lambda: self.now))
-        state = SimpleNamespace(save=self.save, history=SimpleNamespace(is_diverged=False))
+        history, self.checks = SimpleNamespace(is_diverged=False), []
+        state = SimpleNamespace(save=self.save, history=history, check_storable=self.check)
         self.callback = CheckpointCallback(None, state, StopRequest())
         self.learn = self.callback.learn = SimpleNamespace(
             training=True, epoch=0, iter=0, n_epoch=0, dl=None
         )
+
+    def check(self):
+        self.checks.append((self.learn.epoch, self.learn.iter))
 
     def save(self, store, position):
         self.now += self.cost
@@ -57,6 +61,7 @@ def test_fast_saves_are_made_at_every_epoch(monkeypatch):
     fit = SimulatedFit(monkeypatch, step=0.1, save=0.9)
     fit.run(20, 50)
     assert [position.epoch for _, position in fit.saves] == [*range(1, 21)]
+    assert fit.checks == [(0, 0)]
 
 
 def test_long_epochs_are_saved_every_five_minutes(monkeypatch):

@@ -314,6 +314,43 @@ def test_settings_of_an_optimizer_are_refused_before_a_run_is_created(tmp_path, 
     assert not folder.exists()
 
 
+class Listing(torch.optim.SGD):
+    """An optimizer whose state no checkpoint can hold."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["sizes"] = [1, 2]
+
+
+def listing(weight_decay=0.0):
+    return from_torch(Listing, weight_decay=weight_decay)
+
+
+def without_decay():
+    return from_torch(Listing)
+
+
+def test_a_state_that_cannot_be_saved_is_refused_after_one_step(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(choices.OPTIMIZERS, "listing", f"{__name__}:listing")
+    steps = []
+    monkeypatch.setattr(Listing, "zero_grad", lambda self, *_: steps.append(len(self.state)))
+    settings = "--set optimizer.name=listing --lr 0.001 --epochs 2 --limit 64 --device cpu"
+    arguments = ["fit", "digits", "--arch", "wrn10_1", *settings.split()]
+    assert program([*arguments, "--out", str(tmp_path / "run"), "--quiet"]) == 2
+    error = capsys.readouterr().err
+    assert "keeps 'sizes' of type list, which checkpoints cannot hold.\n" in error
+    assert len(error.splitlines()) <= 3
+    assert len(steps) <= 1
+
+
+def test_an_optimizer_without_weight_decay_is_explained(monkeypatch):
+    monkeypatch.setitem(choices.OPTIMIZERS, "without", f"{__name__}:without_decay")
+    with pytest.raises(InputError, match=r"test_extension_errors:without_decay must accept weight"):
+        build_optimizer_factory("without", 1e-4)
+
+
 class Terms(StreamingMetric):
     def __init__(self, function):
         self.function = function

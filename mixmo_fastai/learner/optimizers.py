@@ -45,6 +45,11 @@ def build_optimizer_factory(name: str, weight_decay: float, **options: Any) -> O
         return partial(build, wd=weight_decay, **options)
     build = resolve_registered("optimizer", library_name, OPTIMIZERS[library_name])
     _check_options(name, build, options)
+    parameters = inspect.signature(build).parameters
+    if "weight_decay" not in parameters and not _takes_any_option(build):
+        raise InputError(
+            f"{OPTIMIZERS[library_name]} must accept weight_decay, which every recipe passes."
+        )
     factory: OptimizerFactory = build(weight_decay=weight_decay, **options)
     return factory
 
@@ -190,13 +195,18 @@ def _match_name(name: str, known: Iterable[str], library: str) -> str:
 
 
 def _check_options(name: str, build: Callable[..., Any], options: Iterable[str]) -> None:
-    parameters = inspect.signature(build).parameters
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+    if _takes_any_option(build):
         return
+    parameters = inspect.signature(build).parameters
     allowed = [parameter for parameter in parameters if parameter not in _NOT_OPTIONS]
     for option in options:
         if option not in parameters:
             raise unknown_option_error(f"The optimizer {name}", option, allowed, cutoff=0.5)
+
+
+def _takes_any_option(build: Callable[..., Any]) -> bool:
+    parameters = inspect.signature(build).parameters.values()
+    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
 
 
 _NOT_OPTIONS = ("self", "params", "lr", "wd", "weight_decay")

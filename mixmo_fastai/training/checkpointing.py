@@ -48,7 +48,7 @@ class CheckpointCallback(TrainedEpochCallback):
 
     def before_fit(self) -> None:
         """Start the clock."""
-        self.saved_at = time.perf_counter()
+        self.saved_at, self.is_checked = time.perf_counter(), False
 
     def before_train(self) -> None:
         """Record the position at which the epoch starts or continues."""
@@ -56,6 +56,9 @@ class CheckpointCallback(TrainedEpochCallback):
 
     def after_batch(self) -> None:
         """Save if a save is due; stop if a signal asked to."""
+        if not self.is_checked:  # before more is trained that could not be saved
+            self.state.check_storable()
+            self.is_checked = True
         self.position = Position(self.learn.epoch, self.learn.iter + 1)
         is_due = self.seconds_since >= max(
             self.EVERY_SECONDS, self.save_seconds / self.MAX_TIME_FRACTION

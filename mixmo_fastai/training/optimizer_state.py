@@ -43,7 +43,7 @@ def optimizer_tensors(optimizer: Any, parameters: Mapping[str, nn.Parameter]) ->
                 if kind not in _NUMBERS:
                     raise InputError(
                         f"The optimizer keeps {key!r} of type {kind}, which checkpoints cannot "
-                        "hold.\nUse another optimizer."
+                        "hold.\nUse another optimizer, or one whose state is tensors and numbers."
                     )
                 tensors[f"{name}/{key}:{kind}"] = torch.tensor(value, dtype=_NUMBERS[kind][1])
     if isinstance(optimizer, Lookahead) and optimizer.slow_weights is not None:

@@ -130,6 +130,10 @@ class RunState:
             if store is not None:
                 store.save(self._files(tensors, history, position))
 
+    def check_storable(self) -> None:
+        """Raise an InputError if a checkpoint cannot hold the optimizer's state, after a step."""
+        optimizer_tensors(self.learn.opt, self._parameters())
+
     def restore(self, saved: Saved) -> "Restored":
         """Load the state of a checkpoint into the Learner.
 
