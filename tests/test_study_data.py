@@ -169,6 +169,23 @@ def test_removed_settings_are_noticed(file, tmp_path):
     )
 
 
+def test_settings_of_the_machine_may_change(file, study, out):
+    settings = [
+        "train.device=cpu",
+        "train.threads=1",
+        "data.num_workers=0",
+        "data.loader=streaming",
+    ]
+    text = TEXT.replace("set = [", f"set = [{', '.join(map(repr, settings))}, ", 1)
+    assert text != TEXT
+    file.write_text(text)
+    check_unchanged(read_study(file).runs, out)
+    (out / "runs" / study.runs[0].name / "metrics.json").unlink()
+    file.write_text(TEXT.replace('"model.arch=wrn10_1"', '"model.arch=wrn10_2"'))
+    with pytest.raises(InputError, match=rf"delete .*{study.runs[0].name} to train the run again"):
+        check_unchanged(read_study(file).runs, out)
+
+
 def test_other_expected_figures_are_no_other_settings(study, out):
     run = study.runs[0]
     expected = replace(run.recipe.expected, accuracy=0.9)

@@ -160,6 +160,31 @@ def test_a_run_that_is_claimed_or_was_finished_meanwhile_is_not_started(
     again()
 
 
+def test_a_run_whose_process_was_stopped_meanwhile_is_trained_at_the_end(
+    file, tmp_path, monkeypatch
+):
+    first, second = read_study(file).runs[:2]
+    lines, others = [], [claim(first.folder(tmp_path).path)]
+    executor = Executor(tmp_path, print_line=lines.append)
+
+    def start(run):
+        while others:  # the other process is stopped
+            others.pop()()
+        run.folder(tmp_path).path.mkdir(parents=True)
+        (run.folder(tmp_path).path / "metrics.json").write_text('{"seconds": 60}')
+        return subprocess.Popen([sys.executable, "-c", ""])
+
+    monkeypatch.setattr(executor, "_start", start)
+    executor.train([first, second])
+    assert lines == [
+        f"{first.name}: another process trains it",
+        f"{second.name}: training, 2 of 2",
+        f"{second.name}: finished in 1.0 minutes",
+        f"{first.name}: training, 2 of 2",
+        f"{first.name}: finished in 1.0 minutes",
+    ]
+
+
 def test_an_error_stops_the_other_runs(file, tmp_path, monkeypatch):
     sleeper = [sys.executable, "-c", "import time; time.sleep(600)"]
     started, popen = [], subprocess.Popen

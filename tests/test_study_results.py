@@ -249,6 +249,8 @@ def test_files_are_written_from_stored_results(study, written, tmp_path, capsys)
     assert "2 methods, seeds 0, 1, 2" in page
     assert 'arch = "wrn10_1"' in page.replace("&#34;", '"')
     assert "not finished" not in page
+    assert "bars are their standard deviations" in page
+    assert "seed = " not in page
 
 
 def test_runs_of_other_processes_are_left_to_them(study, tmp_path, capsys):
@@ -263,8 +265,10 @@ def test_runs_of_other_processes_are_left_to_them(study, tmp_path, capsys):
 
 
 def test_number_of_missing_runs():
-    assert missing_text(1).startswith("1 run is not finished")
-    assert missing_text(2).startswith("2 runs are not finished")
+    names = [f"plain-400-seed{seed}" for seed in range(9)]
+    assert missing_text(names[:1]) == "1 run is not finished and missing below: plain-400-seed0."
+    assert missing_text(names[:2]).startswith("2 runs are not finished and missing below: plain")
+    assert missing_text(names).endswith("plain-400-seed5 and 3 more.")
 
 
 def test_confidences_and_nll_of_predictions():

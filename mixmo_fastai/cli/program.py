@@ -131,8 +131,13 @@ def _joined_lines(text: str) -> str:
     return "\n\n".join(part.replace("\n", " ") for part in text.split("\n\n"))
 
 
-def run(args: Sequence[str]) -> int:
+def run(args: Sequence[str], own_program: Sequence[str] | None = None) -> int:
     """Run one command line.
+
+    Args:
+        args: the command and its arguments.
+        own_program: arguments of Python for a program that registers components and calls `main`;
+            None for `mixmo` itself.
 
     Returns:
         The exit code: 0 for success, 2 for invalid input, 128 + n after signal n (130 for Ctrl-C),
@@ -151,7 +156,8 @@ def run(args: Sequence[str]) -> int:
             _check_processes(args)
             arguments = list(args) or ["--help"]
             command = typer.main.get_command(build_app(_commands_to_import(args)))
-            code = command.main(args=arguments, prog_name="mixmo", standalone_mode=False) or DONE
+            settings = {"prog_name": "mixmo", "standalone_mode": False, "obj": own_program}
+            code = command.main(args=arguments, **settings) or DONE
             # Typer converts KeyboardInterrupt to this code without a message.
             return _stopped(stop) if code == INTERRUPTED else int(code)
         except Exception as error:

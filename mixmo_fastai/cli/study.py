@@ -24,6 +24,7 @@ from mixmo_fastai.study.records import writing_study
 
 # Long, since each flag is a parameter.
 def study(
+    context: typer.Context,
     file: Annotated[Path, typer.Argument(help="A TOML file; docs/study.md describes it.")],
     *,
     out: Annotated[
@@ -90,7 +91,7 @@ def study(
             folder.mkdir(parents=True, exist_ok=True)
         output.print(f"{planned.name}: {counted(len(runs), 'run')} in {folder}")
         try:
-            Executor(folder, jobs, data_dir, output.print).train(runs)
+            Executor(folder, jobs, data_dir, output.print, context.obj).train(runs)
         except RunFailedError as failed:
             _write_results_after(failed, planned, folder, data_dir, reference)
             raise
@@ -163,9 +164,12 @@ def _write_results_alone(
     from mixmo_fastai.study.tables import by_length, markdown
 
     cells = collect_results(planned, folder, data_dir, reference=reference)
-    missing = len(planned.runs) - sum(len(cell.seeds) for cell in cells)
+    finished = {(cell.method, cell.images_seen, seed) for cell in cells for seed in cell.seeds}
+    missing = [
+        run.name for run in planned.runs if (run.method, run.images_seen, run.seed) not in finished
+    ]
     text = markdown(planned.name, cells, reference, missing)
-    value = _result(planned, reference, missing, [dataclasses.asdict(cell) for cell in cells])
+    value = _result(planned, reference, len(missing), [dataclasses.asdict(cell) for cell in cells])
     longest = [*by_length(cells).values()][-1]
     methods = planned.methods
     plots = {"calibration.png": _png(partial(plot_calibration, longest, methods=methods))}

@@ -82,6 +82,8 @@ class Executor:
             OMP_NUM_THREADS is set.
         data_dir: as for `mixmo fit`.
         print_line: prints a line.
+        own_program: arguments of Python for the program whose command `fit` trains; None for
+            `mixmo`.
         failed: names of the runs that failed, with the reason.
     """
 
@@ -89,6 +91,7 @@ class Executor:
     jobs: int = 1
     data_dir: Path | None = None
     print_line: Callable[[str], None] = print
+    own_program: Sequence[str] | None = None
     failed: dict[str, str] = field(default_factory=dict)
     _num_killed: int = 0
     _log_starts: dict[str, int] = field(default_factory=dict)
@@ -132,12 +135,17 @@ class Executor:
         """Train runs until none is left or a signal was received; then stop those in training."""
         total = len(waiting)
         active: list[_ActiveRun] = []
+        left: list[PlannedRun] = []  # to other processes, which may be stopped meanwhile
         try:
             while (waiting or active) and stop.number is None:
                 while waiting and len(active) < self.jobs and stop.number is None:
                     number, run = total - len(waiting) + 1, waiting.pop(0)
                     if started := self._start_if_free(run, f"{number} of {total}"):
                         active.append(started)
+                    elif run.name not in self.failed:
+                        left.append(run)
+                if not active:
+                    break
                 time.sleep(POLL_SECONDS)
                 for ended in [each for each in active if each.process.poll() is not None]:
                     active.remove(ended)
@@ -145,6 +153,8 @@ class Executor:
                         self._finish(ended.run, ended.process.returncode)
                     finally:
                         ended.end_claim()
+                if not waiting and not active:  # after time has passed, so look again
+                    waiting, left = [r for r in left if not r.folder(self.folder).is_finished], []
         finally:
             self._stop(active)
 
@@ -192,6 +202,7 @@ class Executor:
             arguments = ["--recipe", str(write_record(run, self.folder)), "--out", str(path)]
         if self.data_dir is not None:
             arguments += ["--data-dir", str(self.data_dir)]
+        program = self.own_program or ("-m", "mixmo_fastai")
         environment = {**os.environ}
         if self.jobs > 1:
             environment.setdefault(
@@ -203,7 +214,7 @@ class Executor:
         with output:
             self._log_starts[run.name] = output.tell()
             return subprocess.Popen(
-                [sys.executable, "-m", "mixmo_fastai", "fit", "--quiet", *arguments],
+                [sys.executable, *program, "fit", "--quiet", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -18,6 +18,12 @@ from mixmo_fastai.errors import InputError, RunFailedError
 from mixmo_fastai.runs.files import write_atomically
 from mixmo_fastai.study.plan import PlannedRun
 
+_OF_THE_MACHINE = {
+    *(("data", "loader"), ("data", "num_workers")),
+    *(("train", key) for key in ("device", "memory_format", "compile", "threads")),
+}
+"""Settings that do not change what is trained, apart from rounding."""
+
 
 def record_path(run: PlannedRun, folder: Path) -> Path:
     """Return the file with the recipe of a run, in the folder of its study."""
@@ -57,7 +63,7 @@ def check_unchanged(runs: Sequence[PlannedRun], folder: Path) -> None:
     """Check that the runs which were started have the settings of the study.
 
     The folder of the data set and the file of weights may be others of the same name, as on another
-    machine.
+    machine, and settings of the machine may differ: runs that were started keep theirs.
 
     Raises:
         InputError: a setting differs; the message names it.
@@ -65,6 +71,8 @@ def check_unchanged(runs: Sequence[PlannedRun], folder: Path) -> None:
     for run, recorded in _started(runs, folder):
         before, now = map(_without_folders, (recorded, run.recipe))
         for section, key, old, new in differing_settings(before, now):
+            if (section, key) in _OF_THE_MACHINE:
+                continue
             if (section, key) == ("data", "dataset"):
                 raise InputError(
                     f"{run.name} was started with the data set {old!r}; the study now has "
@@ -72,9 +80,16 @@ def check_unchanged(runs: Sequence[PlannedRun], folder: Path) -> None:
                 )
             raise InputError(
                 f"{run.name} was started with {_assignment(section, key, old)}; the study now has "
-                f"{_assignment(section, key, new)}.\n"
-                "Name a changed method differently, or use another --out."
+                f"{_assignment(section, key, new)}.\n{_way_out(run, folder)}"
             )
+
+
+def _way_out(run: PlannedRun, folder: Path) -> str:
+    run_folder = run.folder(folder)
+    other = "use another --out"
+    if not run_folder.is_finished:
+        other = f"delete {run_folder.path} to train the run again"
+    return f"Name a changed method differently, or {other}."
 
 
 def _started(runs: Sequence[PlannedRun], folder: Path) -> Iterator[tuple[PlannedRun, Recipe]]:

@@ -5,6 +5,7 @@ from statistics import fmean
 
 from mixmo_fastai.evaluation.results import SPLIT_NAMES
 from mixmo_fastai.metrics.table import decimal, percent, points, signed_decimal
+from mixmo_fastai.runtime.text import counted
 from mixmo_fastai.study.results import Cell
 
 _COLUMNS = {  # metric: title and format
@@ -17,21 +18,23 @@ _COLUMNS = {  # metric: title and format
 MAX_UNEQUAL = 1.05
 """Ratio of the images seen, relative to the planned ones, of two methods of the same length from
 which the tables say so."""
+MAX_NAMED = 6
+"""Number of missing runs that are named."""
 _DIFFERENCES = {"accuracy": ("accuracy", points), "nll": ("NLL", signed_decimal)}
 
 
-def markdown(name: str, cells: Sequence[Cell], reference: str, num_missing: int = 0) -> str:
+def markdown(name: str, cells: Sequence[Cell], reference: str, missing: Sequence[str] = ()) -> str:
     """Format the results: a table for each training length.
 
     Args:
         name: name of the study.
         cells: from `results.collect_results`.
         reference: the method from which differences are taken.
-        num_missing: number of runs that are not finished.
+        missing: names of the runs that are not finished.
     """
     lines = [f"# {name}", ""]
-    if num_missing:
-        lines += [missing_text(num_missing), ""]
+    if missing:
+        lines += [missing_text(missing), ""]
     for images_seen, group in by_length(cells).items():
         titles, *rows = table(group, reference)
         lines += [
@@ -45,10 +48,13 @@ def markdown(name: str, cells: Sequence[Cell], reference: str, num_missing: int 
     return "\n".join([*lines, legend(cells), ""])
 
 
-def missing_text(num_missing: int) -> str:
-    """Return the sentence on runs that are not finished."""
-    runs = "run is" if num_missing == 1 else "runs are"
-    return f"{num_missing} {runs} not finished; such seeds are missing below."
+def missing_text(missing: Sequence[str]) -> str:
+    """Return the sentence on runs that are not finished, with the names of the first."""
+    verb = "is" if len(missing) == 1 else "are"
+    named, others = ", ".join(missing[:MAX_NAMED]), len(missing) - MAX_NAMED
+    if others > 0:
+        named += f" and {others} more"
+    return f"{counted(len(missing), 'run')} {verb} not finished and missing below: {named}."
 
 
 def _row(texts: Sequence[str]) -> str:
