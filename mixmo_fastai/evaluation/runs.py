@@ -209,7 +209,8 @@ class FinishedRun:
         recipe: recipe of the run.
         source: data of the run.
         device: device of the evaluation.
-        model: a network built from the recipe, on the device; `logits` loads the weights into it.
+        model: the trained network, in evaluation mode; of a deep ensemble the first one, until `logits`
+            loads the weights of the others into it.
         fused: evaluate the plain network that each network fuses into.
     """
 
@@ -338,6 +339,7 @@ def open_finished(
         source = with_recorded_statistics(source, run)
     channels, height, width = source.train.image_shape
     network = build_model(recipe.model, len(source.classes), channels, image_size=(height, width))
+    load_weights(network.eval(), run.networks()[0].weights)
     move_to_device(network, chosen)
     return FinishedRun(run, recipe, source, chosen, network, fused)
 
