@@ -43,8 +43,12 @@ def render(
     seeds = sorted({seed for cell in cells for seed in cell.seeds})
     lead = (
         f"{Path(first.data.dataset).name}, {len(study.methods)} methods, seeds "
-        f"{', '.join(map(str, seeds))}. Differences are from {reference}."
+        f"{', '.join(map(str, seeds))}. "
     )
+    if any(cell.method == reference for cell in cells):
+        lead += f"Differences are from {reference}."
+    else:
+        lead += f"There are no differences: no run of {reference} is finished."
     recipes = {run.method: _settings(run.recipe) for run in study.runs}
     return render_template(
         "study.html",
