@@ -209,8 +209,8 @@ class FinishedRun:
         recipe: recipe of the run.
         source: data of the run.
         device: device of the evaluation.
-        model: the trained network, in evaluation mode; of a deep ensemble the first one, until `logits`
-            loads the weights of the others into it.
+        model: the trained network, in evaluation mode; of a deep ensemble the first one, until
+            `logits` loads the weights of the others into it.
         fused: evaluate the plain network that each network fuses into.
     """
 
