@@ -11,7 +11,7 @@ from test_summary import draw_logits
 
 from mixmo_fastai.cli import render
 from mixmo_fastai.config.recipe import Recipe
-from mixmo_fastai.errors import InputError, RunFailedError
+from mixmo_fastai.errors import InputError
 from mixmo_fastai.metrics import bootstrap, summary
 from mixmo_fastai.metrics.summary import MetricInputs, evaluate_logits
 from mixmo_fastai.metrics.table import (
@@ -26,6 +26,7 @@ from mixmo_fastai.metrics.table import (
     NATS,
     PERCENT,
     MetricSpec,
+    by_name,
 )
 
 
@@ -208,17 +209,32 @@ def test_terms_that_fail_do_not_cost_the_other_intervals(monkeypatch, function, 
     assert bootstrap.intervals(logits, labels, num_resamples=50) == expected
 
 
-def test_a_metric_that_changes_its_arguments_is_named(monkeypatch):
-    def failing(logits, labels):
-        logits -= logits.amax(dim=1, keepdim=True)
-        raise ValueError
+def changing_metric(logits, labels):
+    logits -= 5 * logits.amax(dim=1, keepdim=True)
+    logits.numpy()[:] *= 3
+    return logits.mean()
 
-    monkeypatch.setattr(sys.modules[__name__], "failing_metric", failing)
-    target = f"{__name__}:failing_metric"
-    mine = MetricSpec("mine", "mine", "changes the logits", PERCENT, target)
+
+def test_a_metric_that_changes_its_arguments_does_not_change_the_others(monkeypatch):
+    target = f"{__name__}:changing_metric"
+    mine = MetricSpec("mine", "mine", "changes the logits", PERCENT, target, terms=target)
+    inputs = draw_logits(200, 2, 10)
+    expected = evaluate_logits(*inputs)
     monkeypatch.setattr(summary, "METRICS", (mine, *METRICS))
-    with pytest.raises(RunFailedError, match=rf"{target} changed its argument logits in place"):
-        evaluate_logits(*draw_logits(200, 2, 10))
+    found = evaluate_logits(*inputs)
+    assert found.pop("mine") != 0
+    assert found == expected
+    logits = inputs[0].mean(dim=1).double()
+    before = logits.clone()
+    with pytest.raises(InputError):  # a mean, not terms
+        mine.compute_terms(logits, inputs[1])
+    assert torch.equal(logits, before)
+
+
+def test_two_metrics_need_two_names():
+    assert by_name(METRICS) == {metric.name: metric for metric in METRICS}
+    with pytest.raises(InputError, match="two metrics named 'accuracy'"):
+        by_name([*METRICS, METRICS[0]])
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,14 @@ Shapes: N samples, M members, K classes, Q bins.
 
 import math
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mixmo_fastai.config.registered import resolve_registered
-from mixmo_fastai.errors import InputError, RunFailedError, summarize_error
+from mixmo_fastai.errors import InputError, summarize_error
 
 
 def percent(value: float) -> str:
@@ -160,21 +160,16 @@ class MetricSpec:
         Raises:
             InputError: the metric is undefined, or its function fails or returns something else;
                 an error in one metric must not cost the others.
-            RunFailedError: the function changed an argument, which is that of the others too.
         """
         if self.compares_members and (num_members := inputs.member_logits.shape[1]) < 2:
             raise InputError(
                 f"{self.name} compares members and needs at least two; got {num_members}."
             )
         arguments = [getattr(inputs, name) for name in self.arguments]
-        versions = [_version_of(argument) for argument in arguments]
         function = resolve_registered("metric", self.name, self.function)
-        try:
-            with _failure_explained(self.function):
-                value = function(*arguments, **self.options)
-                value = value.tolist() if hasattr(value, "tolist") else value
-        finally:
-            self._check_arguments_kept(arguments, versions)
+        with _failure_explained(self.function):
+            value = function(*_protected(self.function, arguments), **self.options)
+            value = value.tolist() if hasattr(value, "tolist") else value
         if not isinstance(value, list if self.is_per_member else int | float):
             expected = "one value per member (M,)" if self.is_per_member else "one number"
             raise InputError(f"{self.function} must return {expected}; got {value!r:.60}")
@@ -182,14 +177,6 @@ class MetricSpec:
             if not math.isfinite(number):
                 raise InputError(f"{self.function} returned {number}")
         return value
-
-    def _check_arguments_kept(self, arguments: Sequence[Any], versions: Sequence[int]) -> None:
-        for name, argument, version in zip(self.arguments, arguments, versions, strict=True):
-            if _version_of(argument) != version:
-                raise RunFailedError(
-                    f"The metric {self.function} changed its argument {name} in place, so that "
-                    "other metrics would be wrong.\nLet it compute on a copy."
-                )
 
     def compute_terms(self, logits: Any, labels: Any) -> Any:
         """Compute the terms of samples for the bootstrap; see `terms`.
@@ -199,7 +186,7 @@ class MetricSpec:
         """
         function = resolve_registered("metric", self.name, self.terms)
         with _failure_explained(self.terms):
-            terms = function(logits, labels)
+            terms = function(*_protected(self.terms, [logits, labels]))
             if len(terms) != len(labels) or terms.ndim > 2:
                 raise InputError(
                     f"{self.terms} must return one row per sample, ({len(labels)},) or "
@@ -208,9 +195,10 @@ class MetricSpec:
         return terms
 
 
-def _version_of(tensor: Any) -> int:
-    """Return the number of changes of a tensor in place; 0 where torch does not count them."""
-    return 0 if tensor.is_inference() else tensor._version
+def _protected(function: str, arguments: Sequence[Any]) -> Sequence[Any]:
+    """Return copies for functions of others, which could change what other metrics use."""
+    is_own = function.startswith("mixmo_fastai.")
+    return arguments if is_own else [argument.clone() for argument in arguments]
 
 
 @contextmanager
@@ -230,6 +218,20 @@ def _position(error: Exception) -> str:
     """Return the file and line at which an error was raised."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{Path(frame.filename).name}, line {frame.lineno}"
+
+
+def by_name(metrics: Iterable[MetricSpec]) -> dict[str, MetricSpec]:
+    """Return metrics by their names.
+
+    Raises:
+        InputError: two have the same name.
+    """
+    found: dict[str, MetricSpec] = {}
+    for metric in metrics:
+        if metric.name in found:
+            raise InputError(f"METRICS has two metrics named {metric.name!r}; rename one of them.")
+        found[metric.name] = metric
+    return found
 
 
 METRICS = (
@@ -361,9 +363,7 @@ METRICS = (
     ),
 )
 """All metrics, in the order of `evaluate_logits`."""
-METRIC_BY_NAME = {metric.name: metric for metric in METRICS}
-if len(METRIC_BY_NAME) < len(METRICS):
-    raise InputError("Two metrics of METRICS have the same name.")
+METRIC_BY_NAME = by_name(METRICS)
 MAIN_METRICS = tuple(metric for metric in METRICS if metric.terms)
 """Metrics with bootstrap intervals: displayed first, and compared between runs."""
 LISTED_METRICS = tuple(metric for metric in METRICS if not metric.is_per_member)
