@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from mixmo_fastai.config.choices import MASK_KINDS, MASK_OPTIONS
+from mixmo_fastai.config.choices import MASK_KINDS, MASK_OPTIONS, MASK_REGIONS
 from mixmo_fastai.errors import InputError, unknown_name_error
 from mixmo_fastai.mixing.regions import REGIONS, SOFT_REGIONS, Region, Shape
 
@@ -20,8 +20,12 @@ BLEND_KINDS = ("sum", "linear")
 """Kinds that blend the members with the same ratio at all positions."""
 BINARY_KINDS = tuple(kind for kind in REGIONS if kind not in SOFT_REGIONS)
 """Kinds whose region is 0 or 1 at each position."""
-_SHIPPED = f"{__package__}.regions"
-"""Module whose functions are not checked at every draw, as those of other modules are."""
+_SHIPPED = tuple(
+    REGIONS[kind]
+    for kind, target in MASK_REGIONS.items()
+    if target is not None and target.startswith(f"{__package__}.regions:")
+)
+"""Functions whose regions need no checks."""
 
 
 def draw_masks(
@@ -92,7 +96,7 @@ def draw_masks(
         inside, outside = _member_fractions(lam, members_in_role_0)
         area = (lam * inside).sum(dim=1)
         draw = REGIONS[kind] if isinstance(kind, str) else kind
-        if is_own := getattr(draw, "__module__", None) != _SHIPPED:
+        if is_own := draw not in _SHIPPED:
             _check_arguments(draw, (area, shape, generator), options)
         region = draw(area, shape, generator, **options)
         if is_own:
