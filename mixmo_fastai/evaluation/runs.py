@@ -191,10 +191,10 @@ def collect_logits(
         networks of a deep ensemble.
     """
     per_network = []
-    for network in run.networks():
+    for network in reversed(run.networks()):  # the first one last, whose weights the model keeps
         load_weights(model, network.weights)
         evaluated = model.fuse() if fused else model
-        per_network.append([collect_member_logits(evaluated, loader) for loader in loaders])
+        per_network.insert(0, [collect_member_logits(evaluated, loader) for loader in loaders])
     if len(per_network) == 1:
         return tuple(per_network[0])
     return tuple(_stack_runs(of_loader) for of_loader in zip(*per_network, strict=True))
@@ -209,8 +209,7 @@ class FinishedRun:
         recipe: recipe of the run.
         source: data of the run.
         device: device of the evaluation.
-        model: the trained network, in evaluation mode; of a deep ensemble the first one, until
-            `logits` loads the weights of the others into it.
+        model: the trained network, in evaluation mode; of a deep ensemble the first one.
         fused: evaluate the plain network that each network fuses into.
     """
 
@@ -326,7 +325,7 @@ def open_finished(
         fused: see `FinishedRun`.
 
     Raises:
-        InputError: the run is not finished, or its data is missing.
+        InputError: the run is not finished or damaged, or its data is missing.
     """
     recipe = run.recipe()
     run.check_trained()
