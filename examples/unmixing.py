@@ -69,4 +69,4 @@ READOUTS["unmixing"] = f"{__name__}:Unmixing"
 READOUTS["unmixing-normalized"] = f"{__name__}:NormalizedUnmixing"
 
 if __name__ == "__main__":
-    main()
+    main(__file__)

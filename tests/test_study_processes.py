@@ -178,7 +178,7 @@ def test_a_run_whose_process_was_stopped_meanwhile_is_trained_at_the_end(
     executor.train([first, second])
     assert lines == [
         f"{first.name}: another process trains it",
-        f"{second.name}: training, 2 of 2",
+        f"{second.name}: training, 1 of 2",
         f"{second.name}: finished in 1.0 minutes",
         f"{first.name}: training, 2 of 2",
         f"{first.name}: finished in 1.0 minutes",
@@ -322,9 +322,9 @@ def test_runs_are_chosen_by_method_seed_and_length(file, tmp_path, monkeypatch, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--method", "vanila"], "has method vanila.\nAvailable: vanilla, cut-mixmo, ensemble."),
-        (["--seed", "7"], "has seed 7.\nAvailable: 0, 1."),
-        (["--images-seen", "500"], "has images seen 500.\nAvailable: 400, 800."),
+        (["--method", "vanila"], "There is no method 'vanila'. Did you mean 'vanilla'?"),
+        (["--seed", "7"], "has seed=7.\nAvailable: 0, 1."),
+        (["--images-seen", "500"], "has images_seen=500.\nAvailable: 400, 800."),
         (["--method", "cut-mixmo", "--images-seen", "400"], "this combination of method, seed"),
         (["--summary", "--seed", "0"], "choose what is trained; --summary trains nothing"),
     ],

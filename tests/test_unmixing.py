@@ -1,8 +1,5 @@
 """The readout of `examples/unmixing.py`: its weights, its fadeout, its training, the command."""
 
-import sys
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -12,7 +9,7 @@ from learners import make_learner
 from synthetic import mixmo_dls
 from unmixing_example import SCRIPT, TARGETS, NormalizedUnmixing, Unmixing
 
-from mixmo_fastai import MixMoCallback, cli, create_model, mixmo_learner
+from mixmo_fastai import MixMoCallback, create_model, mixmo_learner
 from mixmo_fastai.config.choices import READOUTS
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.mixing import draw_lam, draw_masks
@@ -159,25 +156,3 @@ def test_a_study_trains_with_the_program_that_runs_it(mixmo, tmp_path):
     command = mixmo("study", "study.toml", "--out", "out", script=SCRIPT)
     assert command.wait() == 0, command.printed
     assert (tmp_path / "out" / "runs" / "unmixing-400-seed0" / "metrics.json").exists()
-
-
-@pytest.mark.parametrize(
-    ("spec", "file", "expected"),
-    [
-        ("mixmo_fastai.__main__", "mixmo_fastai/__main__.py", None),
-        (None, "/venv/bin/mixmo", None),
-        ("__main__", "mixmo.exe/__main__.py", None),
-        (None, None, None),
-        (None, "/home/me/mine.py", ["/home/me/mine.py"]),
-        ("mine.__main__", "mine/__main__.py", ["-m", "mine"]),
-    ],
-)
-def test_the_program_is_found(monkeypatch, spec, file, expected):
-    module = SimpleNamespace(__spec__=spec and SimpleNamespace(name=spec), __file__=file)
-    monkeypatch.setitem(sys.modules, "__main__", module)
-    monkeypatch.setattr(sys, "argv", ["mixmo"])
-    found = []
-    monkeypatch.setattr(cli, "run", lambda args, own_program: found.append(own_program) or 0)
-    with pytest.raises(SystemExit):
-        cli.main()
-    assert found == [expected]

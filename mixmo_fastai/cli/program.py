@@ -131,13 +131,12 @@ def _joined_lines(text: str) -> str:
     return "\n\n".join(part.replace("\n", " ") for part in text.split("\n\n"))
 
 
-def run(args: Sequence[str], own_program: Sequence[str] | None = None) -> int:
+def run(args: Sequence[str], program: str | None = None) -> int:
     """Run one command line.
 
     Args:
         args: the command and its arguments.
-        own_program: arguments of Python for a program that registers components and calls `main`;
-            None for `mixmo` itself.
+        program: file of the program that `mixmo study` starts for each run; None for `mixmo`.
 
     Returns:
         The exit code: 0 for success, 2 for invalid input, 128 + n after signal n (130 for Ctrl-C),
@@ -156,7 +155,7 @@ def run(args: Sequence[str], own_program: Sequence[str] | None = None) -> int:
             _check_processes(args)
             arguments = list(args) or ["--help"]
             command = typer.main.get_command(build_app(_commands_to_import(args)))
-            settings = {"prog_name": "mixmo", "standalone_mode": False, "obj": own_program}
+            settings = {"prog_name": "mixmo", "standalone_mode": False, "obj": program}
             code = command.main(args=arguments, **settings) or DONE
             # Typer converts KeyboardInterrupt to this code without a message.
             return _stopped(stop) if code == INTERRUPTED else int(code)

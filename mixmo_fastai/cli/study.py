@@ -19,7 +19,7 @@ from mixmo_fastai.runs.output import check_writable, expand_user
 from mixmo_fastai.runtime.text import counted
 from mixmo_fastai.study.execute import Executor
 from mixmo_fastai.study.plan import Study, read_study
-from mixmo_fastai.study.records import writing_study
+from mixmo_fastai.study.records import check_unchanged, writing_study
 
 
 # Long, since each flag is a parameter.
@@ -87,6 +87,7 @@ def study(
         raise _no_results(folder)
     output = Output(as_json=as_json, quiet=quiet)
     if not summary:
+        check_unchanged(planned.runs, folder)  # also those that are not chosen
         with writing_study(folder):
             folder.mkdir(parents=True, exist_ok=True)
         output.print(f"{planned.name}: {counted(len(runs), 'run')} in {folder}")

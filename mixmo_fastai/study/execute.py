@@ -82,8 +82,7 @@ class Executor:
             OMP_NUM_THREADS is set.
         data_dir: as for `mixmo fit`.
         print_line: prints a line.
-        own_program: arguments of Python for the program whose command `fit` trains; None for
-            `mixmo`.
+        program: file of the program whose command `fit` trains; None for `mixmo`.
         failed: names of the runs that failed, with the reason.
     """
 
@@ -91,7 +90,7 @@ class Executor:
     jobs: int = 1
     data_dir: Path | None = None
     print_line: Callable[[str], None] = print
-    own_program: Sequence[str] | None = None
+    program: str | None = None
     failed: dict[str, str] = field(default_factory=dict)
     _num_killed: int = 0
     _log_starts: dict[str, int] = field(default_factory=dict)
@@ -139,7 +138,8 @@ class Executor:
         try:
             while (waiting or active) and stop.number is None:
                 while waiting and len(active) < self.jobs and stop.number is None:
-                    number, run = total - len(waiting) + 1, waiting.pop(0)
+                    run = waiting.pop(0)
+                    number = total - len(waiting) - len(left)
                     if started := self._start_if_free(run, f"{number} of {total}"):
                         active.append(started)
                     elif run.name not in self.failed:
@@ -153,7 +153,7 @@ class Executor:
                         self._finish(ended.run, ended.process.returncode)
                     finally:
                         ended.end_claim()
-                if not waiting and not active:  # after time has passed, so look again
+                if not waiting and not active:  # time has passed, so look again
                     waiting, left = [r for r in left if not r.folder(self.folder).is_finished], []
         finally:
             self._stop(active)
@@ -202,7 +202,7 @@ class Executor:
             arguments = ["--recipe", str(write_record(run, self.folder)), "--out", str(path)]
         if self.data_dir is not None:
             arguments += ["--data-dir", str(self.data_dir)]
-        program = self.own_program or ("-m", "mixmo_fastai")
+        program = [self.program] if self.program else ["-m", "mixmo_fastai"]
         environment = {**os.environ}
         if self.jobs > 1:
             environment.setdefault(

@@ -95,7 +95,11 @@ class Study:
             InputError: there is no such method.
         """
         if name is not None and name not in self.methods:
-            raise InputError(f"There is no method {name!r}.\nMethods: {', '.join(self.methods)}.")
+            guess = nearest(name, self.methods, shortened=True)
+            hint = f" Did you mean {guess!r}?" if guess else ""
+            raise InputError(
+                f"There is no method {name!r}.{hint}\nMethods: {', '.join(self.methods)}."
+            )
         return name or self.methods[0]
 
     def choose(
@@ -109,15 +113,15 @@ class Study:
         Raises:
             InputError: one of them does not occur in the study, or no run has all three.
         """
-        chosen = self.runs
-        wanted = {"method": methods, "seed": seeds, "images_seen": images_seen}
-        for key, values in wanted.items():
-            known = {getattr(run, key): None for run in self.runs}
+        for name in methods:
+            self.check_method(name)
+        chosen = tuple(run for run in self.runs if not methods or run.method in methods)
+        for key, values in {"seed": seeds, "images_seen": images_seen}.items():
+            known = sorted({getattr(run, key) for run in self.runs})
             for value in values:
                 if value not in known:
-                    label = key.replace("_", " ")
                     raise InputError(
-                        f"No run of the study has {label} {value}.\n"
+                        f"No run of the study has {key}={value}.\n"
                         f"Available: {', '.join(map(str, known))}."
                     )
             if values:
