@@ -169,21 +169,31 @@ def test_removed_settings_are_noticed(file, tmp_path):
     )
 
 
-def test_settings_of_the_machine_may_change(file, study, out):
-    settings = [
-        "train.device=cpu",
-        "train.threads=1",
-        "data.num_workers=0",
-        "data.loader=streaming",
-    ]
-    text = TEXT.replace("set = [", f"set = [{', '.join(map(repr, settings))}, ", 1)
-    assert text != TEXT
-    file.write_text(text)
-    check_unchanged(read_study(file).runs, out)
-    (out / "runs" / study.runs[0].name / "metrics.json").unlink()
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("data", "num_workers", 1),
+        ("train", "threads", 1),
+        ("train", "compile", "off"),
+        ("train", "memory_format", "channels-first"),
+    ],
+)
+def test_settings_of_the_machine_may_change(study, out, section, key, value):
+    recipe = study.runs[0].recipe
+    part = replace(getattr(recipe, section), **{key: value})
+    changed = replace(recipe, **{section: part})
+    assert changed != recipe
+    check_unchanged([replace(study.runs[0], recipe=changed)], out)
+
+
+def test_the_message_about_changed_settings_says_what_to_do(file, study, out):
     file.write_text(TEXT.replace('"model.arch=wrn10_1"', '"model.arch=wrn10_2"'))
+    changed = read_study(file).runs
+    with pytest.raises(InputError, match=r"use another --out, or undo the change"):
+        check_unchanged(changed, out)
+    (out / "runs" / study.runs[0].name / "metrics.json").unlink()
     with pytest.raises(InputError, match=rf"delete .*{study.runs[0].name} to train the run again"):
-        check_unchanged(read_study(file).runs, out)
+        check_unchanged(changed, out)
 
 
 def test_other_expected_figures_are_no_other_settings(study, out):

@@ -19,7 +19,7 @@ from mixmo_fastai.study.plan import read_study
 from mixmo_fastai.study.predictions import Predictions
 from mixmo_fastai.study.records import write_record
 from mixmo_fastai.study.results import collect_results
-from mixmo_fastai.study.tables import legend, missing_text, table
+from mixmo_fastai.study.tables import legend, markdown, missing_text, table
 
 TEXT = """
 name = "made-up"
@@ -264,11 +264,20 @@ def test_runs_of_other_processes_are_left_to_them(study, tmp_path, capsys):
     assert "No run is finished yet: other processes train them." in capsys.readouterr().out
 
 
-def test_number_of_missing_runs():
+def test_missing_runs_are_named():
     names = [f"plain-400-seed{seed}" for seed in range(9)]
-    assert missing_text(names[:1]) == "1 run is not finished and missing below: plain-400-seed0."
-    assert missing_text(names[:2]).startswith("2 runs are not finished and missing below: plain")
+    assert missing_text(names[:1]).startswith("1 run is not finished and")
+    assert missing_text(names[:2]).startswith("2 runs are not finished and")
+    assert missing_text(names[:2]).endswith("missing below: plain-400-seed0, plain-400-seed1.")
     assert missing_text(names).endswith("plain-400-seed5 and 3 more.")
+
+
+def test_a_reference_without_runs_is_named(study, written):
+    cells = collect_results(study, written[0])
+    assert "There are no differences" not in markdown("x", cells, "plain")
+    others = [replace(cell, differences=None) for cell in cells if cell.method != "plain"]
+    text = markdown("x", others, "plain")
+    assert "There are no differences: no run of plain is finished." in text
 
 
 def test_confidences_and_nll_of_predictions():

@@ -8,7 +8,7 @@ from mixmo_fastai.config.schema import to_toml
 from mixmo_fastai.report.page import png_uri, render_template
 from mixmo_fastai.study.plan import Study
 from mixmo_fastai.study.results import Cell
-from mixmo_fastai.study.tables import by_length, legend, missing_text, table
+from mixmo_fastai.study.tables import by_length, legend, missing_text, reference_text, table
 
 _BARS = "Means over seeds; bars are their standard deviations."
 PLOTS = {
@@ -43,12 +43,8 @@ def render(
     seeds = sorted({seed for cell in cells for seed in cell.seeds})
     lead = (
         f"{Path(first.data.dataset).name}, {len(study.methods)} methods, seeds "
-        f"{', '.join(map(str, seeds))}. "
+        f"{', '.join(map(str, seeds))}. {reference_text(cells, reference)}"
     )
-    if any(cell.method == reference for cell in cells):
-        lead += f"Differences are from {reference}."
-    else:
-        lead += f"There are no differences: no run of {reference} is finished."
     recipes = {run.method: _settings(run.recipe) for run in study.runs}
     return render_template(
         "study.html",

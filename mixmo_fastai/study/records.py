@@ -19,8 +19,8 @@ from mixmo_fastai.runs.files import write_atomically
 from mixmo_fastai.study.plan import PlannedRun
 
 _OF_THE_MACHINE = {
-    *(("data", "loader"), ("data", "num_workers")),
-    *(("train", key) for key in ("device", "memory_format", "compile", "threads")),
+    ("data", "num_workers"),
+    *(("train", key) for key in ("memory_format", "compile", "threads")),
 }
 """Settings that do not change what is trained, apart from rounding."""
 
@@ -86,10 +86,10 @@ def check_unchanged(runs: Sequence[PlannedRun], folder: Path) -> None:
 
 def _way_out(run: PlannedRun, folder: Path) -> str:
     run_folder = run.folder(folder)
-    other = "use another --out"
-    if not run_folder.is_finished:
-        other = f"delete {run_folder.path} to train the run again"
-    return f"Name a changed method differently, or {other}."
+    ways = "Name a changed method differently, use another --out"
+    if run_folder.is_finished:
+        return f"{ways}, or undo the change."
+    return f"{ways}, or delete {run_folder.path} to train the run again."
 
 
 def _started(runs: Sequence[PlannedRun], folder: Path) -> Iterator[tuple[PlannedRun, Recipe]]:

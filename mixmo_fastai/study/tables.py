@@ -5,7 +5,6 @@ from statistics import fmean
 
 from mixmo_fastai.evaluation.results import SPLIT_NAMES
 from mixmo_fastai.metrics.table import decimal, percent, points, signed_decimal
-from mixmo_fastai.runtime.text import counted
 from mixmo_fastai.study.results import Cell
 
 _COLUMNS = {  # metric: title and format
@@ -35,6 +34,8 @@ def markdown(name: str, cells: Sequence[Cell], reference: str, missing: Sequence
     lines = [f"# {name}", ""]
     if missing:
         lines += [missing_text(missing), ""]
+    if all(cell.method != reference for cell in cells):
+        lines += [reference_text(cells, reference), ""]
     for images_seen, group in by_length(cells).items():
         titles, *rows = table(group, reference)
         lines += [
@@ -50,11 +51,19 @@ def markdown(name: str, cells: Sequence[Cell], reference: str, missing: Sequence
 
 def missing_text(missing: Sequence[str]) -> str:
     """Return the sentence on runs that are not finished, with the names of the first."""
-    verb = "is" if len(missing) == 1 else "are"
     named, others = ", ".join(missing[:MAX_NAMED]), len(missing) - MAX_NAMED
-    if others > 0:
-        named += f" and {others} more"
-    return f"{counted(len(missing), 'run')} {verb} not finished and missing below: {named}."
+    more = f" and {others} more" if others > 0 else ""
+    are_not_finished = f"{len(missing)} runs are not finished"
+    if len(missing) == 1:
+        are_not_finished = "1 run is not finished"
+    return f"{are_not_finished} and therefore missing below: {named}{more}."
+
+
+def reference_text(cells: Sequence[Cell], reference: str) -> str:
+    """Return the sentence on the method from which differences are taken."""
+    if any(cell.method == reference for cell in cells):
+        return f"Differences are from {reference}."
+    return f"There are no differences: no run of {reference} is finished."
 
 
 def _row(texts: Sequence[str]) -> str:

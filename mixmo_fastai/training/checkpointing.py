@@ -47,7 +47,7 @@ class CheckpointCallback(TrainedEpochCallback):
         self.save_seconds = 0.0  # duration of the last save
 
     def before_fit(self) -> None:
-        """Start the clock."""
+        """Start the clock, and let the first step check the optimizer's state."""
         self.saved_at, self.is_checked = time.perf_counter(), False
 
     def before_train(self) -> None:
