@@ -54,6 +54,23 @@ PUBLISHED = {
         "cut-mixmo-short": "`cut-mixmo-short`",
         "cut-mixmo-short-mixup": "`cut-mixmo-short` + mixup",
     },
+    "small_cifar10_sizes": {
+        f"{size}-{method}": f"{size:,} | {shown}"
+        for size in (1000, 5000)
+        for method, shown in {
+            "cutmix": "CutMix",
+            "mixup": "mixup",
+            "cut-mixmo-short": "`cut-mixmo-short`",
+            "cut-mixmo-short-mixup": "`cut-mixmo-short` + mixup",
+        }.items()
+    },
+    "cifar10_10000": {
+        "cutmix": "CutMix",
+        "mixup": "mixup",
+        "cut-mixmo": "Cut-MixMo",
+        "cut-mixmo-short": "`cut-mixmo-short`",
+        "cut-mixmo-short-mixup": "`cut-mixmo-short` + mixup",
+    },
     "fine_tune": {
         "vanilla": "Vanilla",
         "cutmix": "CutMix",
@@ -67,6 +84,15 @@ PUBLISHED = {
     },
 }
 """Names of the methods in docs/results.md, by the study in examples/."""
+COMPARED = {
+    "small_cifar10_short": {"cutmix", "cut-mixmo-short"},
+    "small_cifar10_sizes": {
+        *("1000-mixup", "1000-cut-mixmo-short-mixup"),
+        *("5000-cutmix", "5000-mixup", "5000-cut-mixmo-short"),
+    },
+    "cifar10_10000": {"cutmix", "mixup", "cut-mixmo-short"},
+}
+"""Methods that a study must have; CutMix and Cut-MixMo unless it is named here."""
 PAGES_WITH_RESULTS = ("README.md", "docs/when.md", "examples/learner_to_mixmo.ipynb")
 
 
@@ -78,8 +104,8 @@ def test_published_results_are_recomputed_from_the_repository(name):
     text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     command = f"`mixmo study examples/{name}.toml"
     section = text.partition(command)[2].partition("\n#")[0]
-    short = "-short" if name == "small_cifar10_short" else ""
-    assert {"cutmix", f"cut-mixmo{short}"} <= {cell.method for cell in cells}
+    compared = COMPARED.get(name, {"cutmix", "cut-mixmo"})
+    assert compared <= {cell.method for cell in cells}
     with_length = len({cell.images_seen for cell in cells}) > 1
     for cell in cells:
         seeds = ", ".join(map(str, cell.seeds))
