@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -320,6 +321,14 @@ def test_ticks_are_round_and_few(limits):
     assert all(limits[0] * 0.99 <= tick <= limits[1] * 1.01 for tick in ticks)
     assert all(float(f"{tick:.3g}") == tick for tick in ticks)
     assert format_size(1_500_000.0) == "1.5 M"
+
+
+def test_ticks_do_not_overlap():
+    assert size_ticks(0.84e6, 1.7e6) == [0.9e6, 1e6, 1.5e6]
+    for ratio in (1.2, 1.5, 2, 5, 30, 1000):
+        ticks = size_ticks(1.1e6, ratio * 1.1e6)
+        assert len(ticks) >= 2
+        assert all(after / before >= ratio ** (1 / 8) for before, after in pairwise(ticks))
 
 
 @pytest.mark.slow

@@ -263,7 +263,17 @@ def size_ticks(low: float, high: float) -> list[float]:
             break
     if len(ticks) < 2:  # a narrow range
         return sorted({float(f"{end:.3g}") for end in (low, high)})
-    return ticks[:: -(-len(ticks) // MAX_TICKS)]
+    distance = math.log(high / low) / MAX_TICKS
+    kept: list[float] = []
+    for tick in sorted(ticks, key=_num_digits):  # the roundest first, if they are too close
+        if all(abs(math.log(tick / other)) >= distance for other in kept):
+            kept.append(tick)
+    return sorted(kept)
+
+
+def _num_digits(number: float) -> int:
+    """Return the number of significant digits, of at most three: 1 for 1,000, 2 for 1,500."""
+    return len(f"{number:.2e}".partition("e")[0].replace(".", "").rstrip("0"))
 
 
 def format_size(size: float) -> str:
