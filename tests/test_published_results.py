@@ -88,7 +88,7 @@ COMPARED = {
     "small_cifar10_short": {"cutmix", "cut-mixmo-short"},
     "small_cifar10_sizes": {
         *("1000-mixup", "1000-cut-mixmo-short-mixup"),
-        *("5000-cutmix", "5000-mixup", "5000-cut-mixmo-short"),
+        *("5000-cutmix", "5000-mixup", "5000-cut-mixmo-short", "5000-cut-mixmo-short-mixup"),
     },
     "cifar10_10000": {"cutmix", "mixup", "cut-mixmo-short"},
 }
