@@ -77,7 +77,7 @@ def compare_runs(
         differences = None if first_logits is None else paired_intervals(first_logits, mean, labels)
         first_logits = mean if first_logits is None else first_logits
         recorded = run.metrics() if run.is_finished else {}
-        num_parameters = sum(parameter.numel() for parameter in finished.model.parameters())
+        num_parameters = sum(parameter.numel() for parameter in finished.network.parameters())
         compared.append(
             ComparedRun(
                 run=run,

@@ -71,11 +71,7 @@ def evaluate_run(
     """
     finished = open_finished(run, data_dir, device, fused=fused)
     return evaluate_finished(
-        finished,
-        data_dir,
-        ood=ood,
-        corruptions=corruptions,
-        label_distribution=label_distribution,
+        finished, data_dir, ood=ood, corruptions=corruptions, label_distribution=label_distribution
     )
 
 
@@ -191,10 +187,10 @@ def collect_logits(
         networks of a deep ensemble.
     """
     per_network = []
-    for network in reversed(run.networks()):  # the first one last, whose weights the model keeps
+    for network in run.networks():
         load_weights(model, network.weights)
         evaluated = model.fuse() if fused else model
-        per_network.insert(0, [collect_member_logits(evaluated, loader) for loader in loaders])
+        per_network.append([collect_member_logits(evaluated, loader) for loader in loaders])
     if len(per_network) == 1:
         return tuple(per_network[0])
     return tuple(_stack_runs(of_loader) for of_loader in zip(*per_network, strict=True))
@@ -209,7 +205,7 @@ class FinishedRun:
         recipe: recipe of the run.
         source: data of the run.
         device: device of the evaluation.
-        model: the trained network, in evaluation mode; of a deep ensemble the first one.
+        network: built from the recipe, on the device; `model` and `logits` load weights into it.
         fused: evaluate the plain network that each network fuses into.
     """
 
@@ -217,8 +213,14 @@ class FinishedRun:
     recipe: Recipe
     source: DataSource
     device: torch.device
-    model: MixMoModel
+    network: MixMoModel
     fused: bool = False
+
+    @property
+    def model(self) -> MixMoModel:
+        """Trained network, in evaluation mode; of a deep ensemble the first one."""
+        load_weights(self.network, self.run.networks()[0].weights)
+        return self.network.eval()
 
     def loaders(self) -> tuple[BatchLoader, ...]:
         """Build the loaders of the validation split, the test set and the calibration images.
@@ -252,9 +254,8 @@ class FinishedRun:
     def _valid_parts(self) -> tuple[ImageSet, ImageSet | None]:
         """Return the validation images, and those for calibration if they are others."""
         data = self.recipe.data
-        return split_calibration(
-            training_parts(self.source, data.valid_split)[1], data.calibration_split
-        )
+        _, valid = training_parts(self.source, data.valid_split)
+        return split_calibration(valid, data.calibration_split)
 
     def multi_label_metrics(self, logits: Sequence[LabelledLogits]) -> dict[str, Any]:
         """Compute the metrics of images with several labels, from the logits of `loaders`."""
@@ -303,7 +304,7 @@ class FinishedRun:
 
     def logits(self, loaders: Sequence[Any]) -> tuple[Any, ...]:
         """Compute the run's logits of every image of each loader; see `collect_logits`."""
-        return collect_logits(self.run, self.model, loaders, fused=self.fused)
+        return collect_logits(self.run, self.network, loaders, fused=self.fused)
 
 
 def open_finished(
@@ -325,7 +326,7 @@ def open_finished(
         fused: see `FinishedRun`.
 
     Raises:
-        InputError: the run is not finished or damaged, or its data is missing.
+        InputError: the run is not finished, or its data is missing.
     """
     recipe = run.recipe()
     run.check_trained()
@@ -338,7 +339,6 @@ def open_finished(
         source = with_recorded_statistics(source, run)
     channels, height, width = source.train.image_shape
     network = build_model(recipe.model, len(source.classes), channels, image_size=(height, width))
-    load_weights(network.eval(), run.networks()[0].weights)
     move_to_device(network, chosen)
     return FinishedRun(run, recipe, source, chosen, network, fused)
 

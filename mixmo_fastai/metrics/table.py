@@ -9,7 +9,7 @@ Shapes: N samples, M members, K classes, Q bins.
 
 import math
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -165,7 +165,7 @@ class MetricSpec:
             raise InputError(
                 f"{self.name} compares members and needs at least two; got {num_members}."
             )
-        arguments = [getattr(inputs, name) for name in self.arguments]
+        arguments = (getattr(inputs, name) for name in self.arguments)
         function = resolve_registered("metric", self.name, self.function)
         with _failure_explained(self.function):
             value = function(*_protected(self.function, arguments), **self.options)
@@ -195,7 +195,7 @@ class MetricSpec:
         return terms
 
 
-def _protected(function: str, arguments: Sequence[Any]) -> Sequence[Any]:
+def _protected(function: str, arguments: Iterable[Any]) -> Iterable[Any]:
     """Return copies for functions of others, which could change what other metrics use."""
     is_own = function.startswith("mixmo_fastai.")
     return arguments if is_own else [argument.clone() for argument in arguments]

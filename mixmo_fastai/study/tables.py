@@ -5,6 +5,7 @@ from statistics import fmean
 
 from mixmo_fastai.evaluation.results import SPLIT_NAMES
 from mixmo_fastai.metrics.table import decimal, percent, points, signed_decimal
+from mixmo_fastai.runtime.text import counted
 from mixmo_fastai.study.results import Cell
 
 _COLUMNS = {  # metric: title and format
@@ -53,10 +54,8 @@ def missing_text(missing: Sequence[str]) -> str:
     """Return the sentence on runs that are not finished, with the names of the first."""
     named, others = ", ".join(missing[:MAX_NAMED]), len(missing) - MAX_NAMED
     more = f" and {others} more" if others > 0 else ""
-    are_not_finished = f"{len(missing)} runs are not finished"
-    if len(missing) == 1:
-        are_not_finished = "1 run is not finished"
-    return f"{are_not_finished} and therefore missing below: {named}{more}."
+    runs = f"{counted(len(missing), 'run')} {'is' if len(missing) == 1 else 'are'}"
+    return f"{runs} not finished and therefore missing below: {named}{more}."
 
 
 def reference_text(cells: Sequence[Cell], reference: str) -> str:
