@@ -6,7 +6,8 @@ The folder contains one folder per class. A fifth of the images is used for vali
     python examples/own_images.py path/to/images --arch convnext_tiny --size 224 --epochs 40
 
 Training starts from random weights. Two members need about 1.5 million images seen, that is
-epochs · 4 · number of images; with fewer, a plain network is usually better (docs/when.md).
+epochs · 4 · number of images, and at least 75 epochs; with fewer, a plain network is usually better
+(docs/when.md).
 """
 
 import argparse

@@ -17,8 +17,13 @@ PLAIN = recipe_from_mapping(
 )
 MIXMO = override(
     PLAIN,
-    ["model.num_members=2", "mix.kind=cutmix", "mix.batch_repetitions=4", "model.arch=wrn10_4"],
+    [
+        *("model.num_members=2", "mix.kind=cutmix", "mix.batch_repetitions=4"),
+        *("model.arch=wrn10_4", "train.epochs=80"),
+    ],
 )
+
+SHORT = ["mix.batch_repetitions=2", "mix.early_repetition=1", "mix.early_span=0.6"]
 
 
 def history(valid_losses, accuracy=0.7, train_loss=0.8):
@@ -76,10 +81,10 @@ def test_overfitting_leads_to_msda_then_weight_decay():
 
 def test_too_few_images_seen_takes_precedence():
     rows = history(linear_decrease(2.0, 1.0))
-    advice = advise(MIXMO, rows, images_seen=300_000)
-    assert advice.startswith("Compare with --members 1, or train 2 members with --epochs 200 (")
+    advice = advise(MIXMO, rows, images_seen=500_000)
+    assert advice.startswith("Compare with --members 1, or train 2 members with --epochs 240 (")
     narrow = override(MIXMO, ["model.arch=wrn16_1"])
-    assert " with --epochs 200 --arch wrn16_2 (" in advise(narrow, rows, images_seen=300_000)
+    assert " with --epochs 240 --arch wrn16_2 (" in advise(narrow, rows, images_seen=500_000)
     assert " with --arch wrn16_2 (" in advise(narrow, rows, images_seen=1_500_000)
     started = override(narrow, ["model.weights=run/model.safetensors"])  # of that width
     assert advise(started, rows, images_seen=300_000).endswith("early_span=0.6 (docs/recipes.md)")
@@ -89,12 +94,12 @@ def test_too_few_images_seen_takes_precedence():
 
 def test_settings_for_short_trainings_need_fewer_images():
     rows = history(linear_decrease(2.0, 1.0))
-    flags = "--repeat 2 --epochs 80 --set mix.early_repetition=1 --set mix.early_span=0.6"
+    flags = "--repeat 2 --epochs 160 --set mix.early_repetition=1 --set mix.early_span=0.6"
     assert f"2 members with {flags} (" in advise(MIXMO, rows, images_seen=600_000)
     assert "mix." not in advise(MIXMO, rows, images_seen=580_000)
-    short = ["mix.batch_repetitions=2", "mix.early_repetition=1", "mix.early_span=0.6"]
-    recipe = override(MIXMO, short)
-    assert "--epochs 80 " in advise(recipe, rows, images_seen=300_000)
+    recipe = override(MIXMO, SHORT)
+    assert "--epochs 160 " in advise(recipe, rows, images_seen=300_000)
+    recipe = override(recipe, ["train.epochs=150"])
     assert "still decreasing" in advise(recipe, rows, images_seen=600_000)
     need = unmet_requirement(MIXMO, 700_000)
     assert members_advice(MIXMO, need, 700_000) == (
@@ -105,14 +110,39 @@ def test_settings_for_short_trainings_need_fewer_images():
     narrow = override(MIXMO, ["model.arch=wrn16_1"])
     need = unmet_requirement(narrow, 700_000)
     assert "mix." not in members_advice(narrow, need, 700_000)  # would not be enough
-    twice = override(MIXMO, ["mix.batch_repetitions=2"])
+    twice = override(MIXMO, ["mix.batch_repetitions=2", "train.epochs=160"])
     assert "with --set mix.early" in advise(twice, rows, images_seen=600_000)
+
+
+def test_too_few_views_lead_to_more_epochs():
+    rows = history(linear_decrease(2.0, 1.0))
+    seldom = override(MIXMO, ["train.epochs=40"])  # 160 views
+    expected = "Compare with --members 1, or train 2 members with --epochs 75 (docs/recipes.md)"
+    assert advise(seldom, rows, images_seen=2_000_000) == expected
+    # with 700,000, the settings for short trainings would see each of 4,375 images too seldom
+    assert "with --epochs 86 (" in advise(seldom, rows, images_seen=700_000)
+    need = unmet_requirement(seldom, 700_000)
+    assert members_advice(seldom, need, 700_000) == (
+        "2 members need about 1,500,000 images seen (here 700,000); "
+        "otherwise --members 1 is often more accurate"
+    )
+    short = override(seldom, SHORT)
+    need = unmet_requirement(short, 700_000)
+    assert members_advice(short, need, 700_000) == (
+        "2 members need about 300 views of each image (here 80); "
+        "otherwise --members 1 is often more accurate"
+    )
+    assert "with --epochs 150 (" in advise(short, rows, images_seen=700_000)
 
 
 def test_advice_for_fine_tuning():
     rows = history(linear_decrease(2.0, 1.0))
     tuned = override(
-        MIXMO, ["model.pretrained=true", "model.arch=resnet18", "mix.batch_repetitions=2"]
+        MIXMO,
+        [
+            *("model.pretrained=true", "model.arch=resnet18"),
+            *("mix.batch_repetitions=2", "train.epochs=40"),
+        ],
     )
     early = "--set mix.early_repetition=1 --set mix.early_span=0.6"  # 80 views of 1,000 images
     assert f"2 members with {early} (" in advise(tuned, rows, images_seen=80_000)
@@ -125,16 +155,17 @@ def test_advice_for_fine_tuning():
 
 def test_too_few_images_lead_to_one_member():
     rows = history(linear_decrease(2.0, 1.0))
-    assert "--epochs 300 " in advise(MIXMO, rows, images_seen=200_000)  # 1,200 views per image
+    seldom = override(MIXMO, ["train.epochs=40"])
+    assert "--epochs 300 " in advise(seldom, rows, images_seen=200_000)  # 1,200 views per image
     # 1,243 images would be seen more often, but not with the settings for short trainings
     flags = "--repeat 2 --epochs 242 --set mix.early_repetition=1 --set mix.early_span=0.6"
-    assert f"2 members with {flags} (" in advise(MIXMO, rows, images_seen=199_000)
-    assert f" {flags.replace('242', '600')} (" in advise(MIXMO, rows, images_seen=80_000)
+    assert f"2 members with {flags} (" in advise(seldom, rows, images_seen=199_000)
+    assert f" {flags.replace('242', '600')} (" in advise(seldom, rows, images_seen=80_000)
     for settings, images_seen in (
         ([], 79_000),
-        (["mix.early_repetition=1", "mix.early_span=0.6", "mix.batch_repetitions=2"], 39_000),
+        (SHORT, 39_000),
     ):
-        advice = advise(override(MIXMO, settings), rows, images_seen=images_seen)
+        advice = advise(override(seldom, settings), rows, images_seen=images_seen)
         assert advice == "2 members need more training images: use --members 1"
 
 
@@ -157,7 +188,8 @@ def test_advice_names_the_recipe_for_one_member():
 
 def test_no_advice_about_members_after_enough_images_seen():
     rows = history(linear_decrease(2.0, 1.0))
-    assert "--epochs 80" in advise(MIXMO, rows, images_seen=1_500_000)
+    advice = advise(MIXMO, rows, images_seen=1_500_000)
+    assert "train longer, e.g. --epochs 160" in advice
 
 
 def test_advice_is_one_line():

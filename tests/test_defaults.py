@@ -12,6 +12,7 @@ from mixmo_fastai.config.defaults import (
     MAX_CPU_SIDE,
     MAX_VIEWS,
     MIN_IMAGES_SEEN,
+    MIN_VIEWS,
     MIN_WIDTH,
     SHORT_SETTINGS,
     default_for,
@@ -63,7 +64,10 @@ def test_table_in_the_docs_matches_the_code():
     assert limits <= sides  # each row of the code has a row in the docs
 
 
-@pytest.mark.parametrize("text", [f"{MIN_IMAGES_SEEN:,} images seen", f"width of {MIN_WIDTH}"])
+@pytest.mark.parametrize(
+    "text",
+    [f"{MIN_IMAGES_SEEN:,} images seen", f"{MIN_VIEWS} views of each", f"width of {MIN_WIDTH}"],
+)
 def test_limits_in_the_docs_match_the_code(text):
     assert text in PAGE
     assert f"{MAX_VIEWS:,} times" in PAGE
@@ -192,17 +196,49 @@ def test_default_length_is_enough_in_small_images(num_images):
     recipe = override(FOLDER, ["model.num_members=2", "mix.kind=cutmix"])
     filled = with_defaults(recipe, num_images=num_images, side=16)
     images_seen = images_per_epoch(filled, num_images) * filled.train.epochs
-    assert unmet_requirement(filled, images_seen) is None
+    views = 4 * filled.train.epochs
+    too_few_views = f"about 300 views of each image (here {views})"
+    expected = None if num_images <= 5000 else too_few_views
+    assert unmet_requirement(filled, images_seen) == expected
     one_epoch_less = images_seen * (filled.train.epochs - 1) / filled.train.epochs
     assert one_epoch_less < MIN_IMAGES_SEEN
-    too_short = images_per_epoch(filled, num_images) * (filled.train.epochs * 9 // 10)
-    assert "1,500,000 images seen" in unmet_requirement(filled, too_short)
+    epochs = max(1, filled.train.epochs * 9 // 10)
+    too_short = images_per_epoch(filled, num_images) * epochs
+    shorter = override(filled, [f"train.epochs={epochs}"])
+    too_few = "1,500,000 images seen" if num_images <= 5000 else "300 views of each image"
+    assert too_few in unmet_requirement(shorter, too_short)
+
+
+@pytest.mark.parametrize(
+    ("settings", "epochs", "num_images", "message"),
+    [
+        ([], 75, 10_000, None),
+        ([], 74, 10_000, None),  # nearly: 296 views
+        ([], 72, 10_000, "about 300 views of each image (here 288)"),
+        ([], 10, 10_000, "about 300 views of each image (here 40)"),
+        ([], 300, 1200, "about 1,500,000 images seen (here 1,440,000)"),
+        (["mix.batch_repetitions=1"], 300, 10_000, None),
+        ("short", 150, 10_000, None),
+        ("short", 60, 5000, "about 300 views of each image (here 120)"),  # as measured
+        ("short", 75, 10_000, "about 300 views of each image (here 150)"),
+        ("short", 290, 1000, "about 600,000 images seen (here 580,000)"),
+    ],
+)
+def test_requirement_of_views(settings, epochs, num_images, message):
+    settings = SHORT if settings == "short" else settings
+    recipe = override(FOLDER, [*settings, "model.arch=wrn10_4", f"train.epochs={epochs}"])
+    images_seen = epochs * recipe.mix.batch_repetitions * num_images
+    assert unmet_requirement(recipe, images_seen) == message
+    if message and "views" in message:  # narrow networks have a second requirement
+        narrow = override(recipe, ["model.arch=wrn10_1"])
+        expected = f"{message} and a width of 2 (here 1)"
+        assert unmet_requirement(narrow, images_seen) == expected
 
 
 def test_default_networks_are_wide_enough():
     for table in DEFAULTS.values():
         for row in table:
-            recipe = override(FOLDER, [f"model.arch={row.arch}"])
+            recipe = override(FOLDER, [f"model.arch={row.arch}", "train.epochs=300"])
             assert unmet_requirement(recipe, MIN_IMAGES_SEEN) is None
 
 
@@ -223,7 +259,8 @@ SHORT = [f"mix.{name}={value}" for name, value in SHORT_SETTINGS.items()]
     ],
 )
 def test_unmet_requirements_are_named(changes, images_seen, message_parts):
-    message = unmet_requirement(override(FOLDER, changes), images_seen)
+    recipe = override(FOLDER, ["train.epochs=300", *changes])
+    message = unmet_requirement(recipe, images_seen)
     assert all(part in message for part in message_parts)
 
 
@@ -233,19 +270,24 @@ FINE_TUNED = [*SHORT, "model.weights=net.safetensors", "model.arch=resnet18"]
 @pytest.mark.parametrize(
     ("changes", "epochs", "images_seen", "required"),
     [
-        (FINE_TUNED, 30, 57_000, "60,000"),
+        (FINE_TUNED, 30, 57_000, "60,000 images seen (here 57,000)"),
         (FINE_TUNED, 30, 59_000, None),  # nearly
         (FINE_TUNED, 15, 60_000, None),
-        (FINE_TUNED, 14, 112_000, "120,000"),  # 28 views of 4,000 images
+        (FINE_TUNED, 14, 112_000, "30 views of each image (here 28)"),
         (FINE_TUNED, 15, 120_000, None),
-        (FINE_TUNED, 1, 200_000, "1,500,000"),
-        ([*FINE_TUNED, "mix.batch_repetitions=4"], 15, 240_000, "1,500,000"),
+        (FINE_TUNED, 1, 200_000, "1,500,000 images seen (here 200,000)"),
+        (
+            [*FINE_TUNED, "mix.batch_repetitions=4"],
+            15,
+            240_000,
+            "1,500,000 images seen (here 240,000)",
+        ),
     ],
 )
 def test_requirement_of_fine_tuning(changes, epochs, images_seen, required):
     recipe = override(FOLDER, [*changes, f"train.epochs={epochs}"])
     message = unmet_requirement(recipe, images_seen)
-    assert message == (required and f"about {required} images seen (here {images_seen:,})")
+    assert message == (required and f"about {required}")
 
 
 def test_no_requirements_for_one_member_or_the_digits():
@@ -257,7 +299,7 @@ def test_no_requirements_for_one_member_or_the_digits():
 def test_settings_for_short_trainings_have_a_recipe():
     assert has_short_settings(load_recipe("small-cifar10/cut-mixmo-short"))
     assert has_short_settings(load_recipe("small-cifar10/cut-mixmo-short-mixup"))
-    recipe = override(FOLDER, [*SHORT, "model.arch=wrn10_4"])
+    recipe = override(FOLDER, [*SHORT, "model.arch=wrn10_4", "train.epochs=150"])
     assert unmet_requirement(recipe, 600_000) is None
 
 

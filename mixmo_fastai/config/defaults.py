@@ -58,6 +58,8 @@ MIN_IMAGES_SEEN = 1_500_000
 MIN_IMAGES_SEEN_SHORT = 600_000
 """With `SHORT_SETTINGS` and 2,000 training images, from how many two members were as accurate as a
 plain network with CutMix, with a lower NLL."""
+MIN_VIEWS = 300
+"""From how many views of each image this was found; with 150, one network was better."""
 MIN_IMAGES_SEEN_PRETRAINED, MIN_VIEWS_PRETRAINED = 59_500, 30
 """The same for pretrained weights: how many images seen, and how many views of each image."""
 SHORT_SETTINGS = {"batch_repetitions": 2, "early_repetition": 1.0, "early_span": 0.6}
@@ -184,18 +186,29 @@ def min_images_seen(recipe: Recipe, images_seen: int) -> int:
         recipe: recipe without open settings.
         images_seen: number of images seen by one network in training.
     """
-    if not has_short_settings(recipe):
+    if has_short_settings(recipe):
+        return min_images_seen_short(recipe, images_seen)
+    if is_pretrained(recipe):
         return MIN_IMAGES_SEEN
-    return min_images_seen_short(recipe, images_seen)
+    return max(MIN_IMAGES_SEEN, _images_for_views(MIN_VIEWS, recipe, images_seen))
 
 
 def min_images_seen_short(recipe: Recipe, images_seen: int) -> int:
     """Return the same as `min_images_seen`, for training with `SHORT_SETTINGS`."""
     if not is_pretrained(recipe):
-        return MIN_IMAGES_SEEN_SHORT
-    views = (recipe.train.epochs or 1) * recipe.mix.batch_repetitions
-    required = math.ceil(MIN_VIEWS_PRETRAINED * images_seen / views)
+        return max(MIN_IMAGES_SEEN_SHORT, _images_for_views(MIN_VIEWS, recipe, images_seen))
+    required = _images_for_views(MIN_VIEWS_PRETRAINED, recipe, images_seen)
     return min(MIN_IMAGES_SEEN, max(MIN_IMAGES_SEEN_PRETRAINED, required))
+
+
+def num_views(recipe: Recipe) -> int:
+    """Return how often one network sees each image in training: epochs times repetitions."""
+    return (recipe.train.epochs or 1) * recipe.mix.batch_repetitions
+
+
+def _images_for_views(views: int, recipe: Recipe, images_seen: int) -> int:
+    """Return how many images are seen in a training with `views` views of each image."""
+    return math.ceil(views * images_seen / num_views(recipe))
 
 
 def is_enough(images_seen: int, required: int) -> bool:
@@ -232,7 +245,15 @@ def unmet_requirement(recipe: Recipe, images_seen: int) -> str | None:
         return None
     unmet = []
     if not is_enough(images_seen, required := min_images_seen(recipe, images_seen)):
-        unmet.append(f"about {_rounded_up(required):,} images seen (here {images_seen:,})")
+        unmet.append(_images_text(recipe, required, images_seen))
     if narrow := narrow_network(recipe):
         unmet.append(f"a width of {MIN_WIDTH} (here {narrow.width})")
     return " and ".join(unmet) or None
+
+
+def _images_text(recipe: Recipe, required: int, images_seen: int) -> str:
+    """Describe the required number of images seen, as views of each image if these decide."""
+    views = MIN_VIEWS_PRETRAINED if is_pretrained(recipe) else MIN_VIEWS
+    if required == _images_for_views(views, recipe, images_seen):
+        return f"about {views} views of each image (here {num_views(recipe)})"
+    return f"about {_rounded_up(required):,} images seen (here {images_seen:,})"

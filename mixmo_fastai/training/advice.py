@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 
 from mixmo_fastai.config.defaults import (
     MAX_VIEWS,
-    MIN_IMAGES_SEEN,
     MIN_WIDTH,
     SHORT_SETTINGS,
     has_short_settings,
@@ -17,6 +16,7 @@ from mixmo_fastai.config.defaults import (
     min_images_seen,
     min_images_seen_short,
     narrow_network,
+    num_views,
     unmet_requirement,
 )
 from mixmo_fastai.config.recipe import Recipe
@@ -117,14 +117,14 @@ def _size_advice(recipe: Recipe, images_seen: int) -> str:
 
 def _num_views(recipe: Recipe, images_seen: int, required: float) -> float:
     """Return how often each image is seen in a training of the required length."""
-    views = (recipe.train.epochs or 1) * recipe.mix.batch_repetitions
-    return views * required / max(images_seen, 1)
+    return num_views(recipe) * required / max(images_seen, 1)
 
 
 def _short_settings_help(recipe: Recipe, images_seen: int) -> bool:
     """Check whether a training is too short only with the settings of long ones."""
     lowest = 0 if is_pretrained(recipe) else min_images_seen_short(recipe, images_seen)
-    is_between = is_enough(images_seen, lowest) and not is_enough(images_seen, MIN_IMAGES_SEEN)
+    required = min_images_seen(recipe, images_seen)
+    is_between = is_enough(images_seen, lowest) and not is_enough(images_seen, required)
     return is_between and not has_short_settings(recipe)
 
 
