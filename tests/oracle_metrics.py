@@ -30,6 +30,16 @@ def top(logits, labels):
     return confidence, correct
 
 
+def balanced_accuracy(logits, labels):
+    shares = []
+    for label in sorted(set(labels.tolist())):
+        hits = [
+            int(np.argmax(z)) == label for z, y in zip(logits, labels, strict=True) if y == label
+        ]
+        shares.append(sum(hits) / len(hits))
+    return sum(shares) / len(shares)
+
+
 def top5(logits, labels):
     """Accuracy of the five most likely classes; of tied classes, the first ranks higher."""
     hits = 0

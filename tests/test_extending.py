@@ -65,8 +65,8 @@ assert mixmo_fastai.__file__.startswith({str(extended_package)!r})
     files = [*tmp_path.glob("runs/*/metrics.json")]
     assert len(files) == command.startswith("fit")
     for file in files:
-        value = json.loads(file.read_text())["test"]["balanced_accuracy"]
-        assert f"Balanced accuracy    {100 * value:.2f} %" in done.printed
+        value = json.loads(file.read_text())["test"]["worst_class_accuracy"]
+        assert f"Worst class          {100 * value:.2f} %" in done.printed
 
 
 def test_commands_fail_without_the_changes(mixmo):

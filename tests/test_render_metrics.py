@@ -49,6 +49,16 @@ def test_evaluation_shows_all(metrics):
     assert {"Brier", "TACE", "Failure AUROC", "Ratio of errors", "Mean probabilities"} < {*shown}
 
 
+@pytest.mark.parametrize("is_brief", [True, False])
+def test_balanced_accuracy_is_shown_where_it_differs_from_accuracy(metrics, is_brief):
+    accuracy = metrics["test"]["accuracy"]
+    for same in (accuracy, accuracy + 1e-9):  # summed in another order
+        metrics["test"]["balanced_accuracy"] = same
+        assert "Balanced accuracy" not in labels(metrics, is_brief=is_brief)
+    metrics["test"]["balanced_accuracy"] = accuracy - 0.01
+    assert labels(metrics, is_brief=is_brief)[3] == "Balanced accuracy"
+
+
 @pytest.mark.parametrize(
     ("error", "expected"),
     [

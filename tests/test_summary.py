@@ -6,7 +6,7 @@ import oracle_metrics as oracle
 import pytest
 import torch
 from golden import arrays, facts, needs_golden
-from sklearn.metrics import top_k_accuracy_score
+from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.evaluation.logits import collect_member_logits
@@ -16,6 +16,7 @@ from mixmo_fastai.rng import make_generator
 
 METRICS = [
     "accuracy",
+    "balanced_accuracy",
     "top5",
     "nll",
     "brier",
@@ -54,6 +55,7 @@ def oracle_metrics(member_logits, labels, average="logits"):
     temperature = oracle.temperature(logits, labels)
     return {
         "accuracy": correct.mean(),
+        "balanced_accuracy": oracle.balanced_accuracy(logits, labels),
         "top5": oracle.top5(logits, labels),
         "nll": oracle.nll(logits, labels),
         "brier": oracle.brier(logits, labels),
@@ -123,6 +125,24 @@ def test_top5_matches_scikit_learn():
     tied = evaluate_logits(torch.zeros(8, 1, 8), torch.arange(8))
     assert tied["top5"] == 5 / 8
     assert tied["accuracy"] == 1 / 8
+
+
+def test_balanced_accuracy_matches_scikit_learn():
+    member_logits, labels = draw_logits(400, 2, 12, signal=0.5)
+    labels[labels > 8] = 3  # 3 is four times as frequent, and three classes do not occur
+    member_logits[..., 9:] = -100.0
+    predicted = member_logits.mean(dim=1).argmax(dim=1)
+    expected = balanced_accuracy_score(labels.numpy(), predicted.numpy())
+    actual = evaluate_logits(member_logits, labels)
+    assert actual["balanced_accuracy"] == pytest.approx(expected)
+    assert abs(actual["balanced_accuracy"] - actual["accuracy"]) > 0.01
+    constant = torch.zeros(60, 1, 12)  # always the first class
+    few = torch.tensor([0] * 50 + [1] * 10)
+    assert evaluate_logits(constant, few)["accuracy"] == pytest.approx(50 / 60)
+    assert evaluate_logits(constant, few)["balanced_accuracy"] == 0.5
+    for part in (few[:50], few[50:]):
+        values = evaluate_logits(constant[: len(part)], part)
+        assert values["balanced_accuracy"] == values["accuracy"]
 
 
 def test_metrics_that_need_members_are_absent_for_one_member():

@@ -111,7 +111,7 @@ def _value_rows(
         if metric.name == "accuracy":  # the caller adds this row
             continue
         is_hidden = metric.min_classes > 2 or (metric.compares_members and num_members == 1)
-        if metric.name in test:
+        if metric.name in test and not metric.is_redundant(test):
             rows.append((metric.title, metric.format.value(test[metric.name])))
         elif metric.name in test.get("absent", {}) and not is_hidden:
             rows.append((metric.title, f"undefined: {test['absent'][metric.name]}"))

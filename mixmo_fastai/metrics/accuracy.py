@@ -1,5 +1,8 @@
 """Accuracy: how often the true class is the most likely one, or among the five most likely.
 
+Balanced accuracy: Brodersen et al., "The Balanced Accuracy and Its Posterior Distribution", ICPR
+2010, as the mean over any number of classes.
+
 Shapes: N samples, K classes. Logits are (N, K), labels (N,) integers in [0, K).
 """
 
@@ -45,6 +48,31 @@ def accuracy_terms(logits: Tensor, labels: Tensor) -> Tensor:
         [1.0, 0.0]
     """
     return (logits.argmax(dim=1) == labels).double()
+
+
+def balanced_accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Compute the accuracy on the samples of each class, and its mean over the classes present.
+
+    Args:
+        logits: (N, K).
+        labels: (N,).
+
+    Returns:
+        A scalar in [0, 1], in float64.
+
+    Raises:
+        InputError: as for `accuracy`.
+
+    Example:
+        >>> always_first = torch.tensor([[1.0, 0.0]]).expand(4, 2)
+        >>> balanced_accuracy(always_first, torch.tensor([0, 0, 0, 1])).item()
+        0.5
+    """
+    check_logits(logits, labels)
+    sizes = labels.bincount()  # (K,), or fewer if the last classes are absent
+    num_correct = labels[logits.argmax(dim=1) == labels].bincount(minlength=len(sizes))
+    is_present = sizes > 0
+    return (num_correct[is_present].double() / sizes[is_present]).mean()
 
 
 def top5(logits: Tensor, labels: Tensor) -> Tensor:

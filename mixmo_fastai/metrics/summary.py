@@ -42,11 +42,11 @@ def evaluate_logits(
             "probabilities".
 
     Returns:
-        Floats named accuracy, top5, nll, brier (summed over classes), ece, tace, failure_auroc,
-        aurc, risk_at_80, risk_at_90 and risk_at_95 (error rate among the most confident 80, 90,
-        95 %), ratio_error, disagreement, mutual_information (nats), temperature, nll_calibrated
-        and ece_calibrated, and the list member_accuracy. Fractions are in [0, 1]. Undefined metrics
-        are omitted; "absent", present only then, maps their names to the reasons.
+        Floats named accuracy, balanced_accuracy, top5, nll, brier (summed over classes), ece, tace,
+        failure_auroc, aurc, risk_at_80, risk_at_90 and risk_at_95 (error rate among the most
+        confident 80, 90, 95 %), ratio_error, disagreement, mutual_information (nats), temperature,
+        nll_calibrated and ece_calibrated, and the list member_accuracy. Fractions are in [0, 1].
+        Undefined metrics are omitted; "absent", present only then, maps their names to the reasons.
 
     Raises:
         InputError: shapes are wrong, labels are out of range, logits are not finite, or `average`

@@ -109,6 +109,7 @@ class MetricSpec:
         corrupted_name: name of its mean over corrupted images, for which it must be defined
             whatever the logits; "" if it is not computed on them.
         is_detail: the metric is printed by `mixmo eval`, but not at the end of a training.
+        unless_equal: name of another metric; tables list this one only where it is not the same.
 
     Raises:
         InputError: an argument is not one of `INPUTS`, or a metric that is computed from the
@@ -130,6 +131,7 @@ class MetricSpec:
     at_optimum: bool = False
     corrupted_name: str = ""
     is_detail: bool = False
+    unless_equal: str = ""
 
     def __post_init__(self) -> None:
         needs_ensemble_alone = (
@@ -147,6 +149,11 @@ class MetricSpec:
     def title(self) -> str:
         """Display name at the start of a line."""
         return self.label[:1].upper() + self.label[1:]
+
+    def is_redundant(self, values: Mapping[str, Any]) -> bool:
+        """Check whether the value among `values` is displayed like that of `unless_equal`."""
+        pair = [values.get(self.name), values.get(self.unless_equal)]
+        return None not in pair and len({*map(self.format.value, pair)}) == 1
 
     def compute(self, inputs: Any) -> Any:
         """Compute the metric.
@@ -243,6 +250,14 @@ METRICS = (
         "mixmo_fastai.metrics.accuracy:accuracy",
         terms="mixmo_fastai.metrics.accuracy:accuracy_terms",
         corrupted_name="cA",
+    ),
+    MetricSpec(
+        "balanced_accuracy",
+        "balanced accuracy",
+        "accuracy on the images of each class, mean over classes",
+        PERCENT,
+        "mixmo_fastai.metrics.accuracy:balanced_accuracy",
+        unless_equal="accuracy",
     ),
     MetricSpec(
         "top5",

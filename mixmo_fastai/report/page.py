@@ -220,8 +220,12 @@ def _metric_table(data: ReportData) -> list[tuple[Any, list[tuple[str, str]]]]:
                 cells.append((metric.format.value(values[metric.name]), ""))
             else:
                 cells.append(("-", values.get("absent", {}).get(metric.name, "")))
-        is_for_classes = bool(data.label_names) and metric.min_classes > 2
-        if not (has_one_member and metric.compares_members) and not is_for_classes:
+        is_hidden = (
+            (has_one_member and metric.compares_members)
+            or (bool(data.label_names) and metric.min_classes > 2)
+            or all(metric.is_redundant(values) for _, _, values in columns)
+        )
+        if not is_hidden:
             rows.append((metric, cells))
     return rows
 
@@ -232,6 +236,9 @@ def _definition(metric: MetricSpec, *, of_labels: bool) -> str:
         return metric.definition
     changes = {
         "images whose most likely class is the true class": "decisions that are right",
+        "accuracy on the images of each class, mean over classes": (
+            "right decisions among those of each true answer, mean of no and yes"
+        ),
         "images on which two members differ": "decisions on which two members differ",
         "mean over images": "mean over decisions",
         "true class": "true answer",
