@@ -11,6 +11,9 @@ from small_data import write_image_folder
 from mixmo_fastai.cli import progress, run
 from mixmo_fastai.cli.console import Output
 from mixmo_fastai.cli.progress import TrainingDisplay, format_clock
+from mixmo_fastai.cli.render import setup_lines
+from mixmo_fastai.config.load import override
+from mixmo_fastai.config.resolve import resolve_recipe
 from mixmo_fastai.runs.folder import open_run
 from mixmo_fastai.runtime.text import estimated_duration
 from mixmo_fastai.training import speed
@@ -269,3 +272,42 @@ def test_plan_names_the_optimizer(tmp_path, monkeypatch, capsys):
     arguments = ["fit", *TINY, "--epochs", "1", "--set", "optimizer.name=adamw", "--lr", "0.002"]
     assert run([*arguments, "--out", "here"]) == 0
     assert "learning rate 0.002; AdamW, weight decay 0.0006" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("num_dogs", "expected"),
+    [
+        (10, None),
+        (6, None),
+        (5, "from 4 training images of 'dog' to 8 of 'cat'; so watch the balanced accuracy"),
+        (2, "from 1 training image of 'dog' to 8 of 'cat'; so watch the balanced accuracy"),
+    ],
+)
+def test_sizes_of_very_different_classes_are_shown(working_folder, num_dogs, expected):
+    folder = write_image_folder(working_folder / "pets", num_train=10, size=(16, 16))
+    for path in sorted((folder / "train" / "dog").iterdir())[num_dogs:]:
+        path.unlink()
+    changes = ["data.valid_split=0.2", "train.device=cpu", "train.batch_size=8"]
+    recipe = override(resolve_recipe(str(folder)), [*changes, "model.arch=wrn10_1"])
+    rows = dict(re.split(" {2,}", line, maxsplit=1) for line in setup_lines(prepare(recipe)))
+    assert rows.get("Classes") == expected
+    assert "Missing" not in rows
+
+
+def test_classes_without_validation_images_are_named(working_folder):
+    folder = write_image_folder(working_folder / "pets", num_train=10, size=(16, 16))
+    for path in sorted((folder / "train" / "dog").iterdir())[1:]:
+        path.unlink()
+    changes = ["data.valid_split=0.2", "train.device=cpu", "train.batch_size=8"]
+    recipe = override(resolve_recipe(str(folder)), [*changes, "model.arch=wrn10_1"])
+    rows = dict(re.split(" {2,}", line, maxsplit=1) for line in setup_lines(prepare(recipe)))
+    assert rows["Missing"] == "validation images of 1 of 2 classes: dog"
+    without = override(recipe, ["data.valid_split=0"])
+    assert not any(line.startswith("Missing") for line in setup_lines(prepare(without)))
+    for part in ("train", "valid"):  # named once if the folder has a validation split
+        (folder / part / "dog").mkdir(parents=True, exist_ok=True)
+        (folder / part / "cat").mkdir(parents=True, exist_ok=True)
+    path = folder / "train" / "cat" / "000.png"
+    path.rename(folder / "valid" / "cat" / "000.png")
+    lines = setup_lines(prepare(recipe))
+    assert sum(line.startswith("Missing") for line in lines) == 1

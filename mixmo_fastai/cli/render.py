@@ -9,7 +9,7 @@ from mixmo_fastai.config.recipe import Mix, Recipe
 from mixmo_fastai.config.resolve import changed_settings
 from mixmo_fastai.config.schema import to_mapping
 from mixmo_fastai.metrics.table import MAIN_METRICS, percent, round_percent
-from mixmo_fastai.runtime.text import duration
+from mixmo_fastai.runtime.text import counted, duration
 
 PLAN_WIDTH, METRIC_WIDTH = len("Validation"), len("Validation accuracy")
 """Lengths of the longest label in a plan and among metrics, so that later rows are aligned."""
@@ -22,6 +22,9 @@ def align(rows: Iterable[tuple[str, str]], width: int = 0) -> list[str]:
     return [f"{label:<{width}}  {text}" for label, text in rows]
 
 
+MIN_IMBALANCE = 2
+"""How many times as many training images as the smallest class the largest one must have for the
+plan to give the sizes of classes."""
 MAX_LENGTH_ERROR = 0.02
 """Relative difference between requested and actual length that the plan does not mention."""
 
@@ -109,6 +112,7 @@ def _setup_rows(training: Any) -> list[tuple[str, str]]:
             f"{tested} images of {shape}, {len(source.classes)} "
             f"{'labels' if source.is_multi_label else 'classes'}",
         ),
+        *(() if source.is_multi_label else _class_rows(training)),
         *(() if source.is_multi_label else _validation_rows(counts[1])),
         *source.notes,
         (
@@ -122,6 +126,27 @@ def _setup_rows(training: Any) -> list[tuple[str, str]]:
             f"seed {recipe.train.seed}",
         ),
     ]
+
+
+def _class_rows(training: Any) -> list[tuple[str, str]]:
+    """Describe classes of very different size, and those without a validation image."""
+    from mixmo_fastai.data.class_files import missing_classes
+
+    source = training.source
+    names = source.classes
+    images = [loader.images for loader in training.learn.dls.loaders]
+    sizes, validation = (each.labels.bincount(minlength=len(names)) for each in images[:2])
+    most, fewest = int(sizes.argmax()), int(sizes.argmin())
+    rows = []
+    if sizes[most] >= MIN_IMBALANCE * sizes[fewest]:
+        text = (
+            f"from {counted(int(sizes[fewest]), 'training image')} of {names[fewest]!r} to "
+            f"{int(sizes[most]):,} of {names[most]!r}; so watch the balanced accuracy"
+        )
+        rows.append(("Classes", text))
+    by_class = {name: ["an image"] * bool(n) for name, n in zip(names, validation, strict=True)}
+    missing = missing_classes("valid", by_class) if len(images[1]) else []
+    return rows + [note for note in missing if note not in source.notes]
 
 
 def _start_text(recipe: Recipe) -> str:

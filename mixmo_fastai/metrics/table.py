@@ -152,8 +152,10 @@ class MetricSpec:
 
     def is_redundant(self, values: Mapping[str, Any]) -> bool:
         """Check whether the value among `values` is displayed like that of `unless_equal`."""
-        pair = [values.get(self.name), values.get(self.unless_equal)]
-        return None not in pair and len({*map(self.format.value, pair)}) == 1
+        value, other = values.get(self.name), values.get(self.unless_equal)
+        if value is None or other is None:
+            return False
+        return self.format.value(value) == self.format.value(other)
 
     def compute(self, inputs: Any) -> Any:
         """Compute the metric.
