@@ -36,6 +36,13 @@ def test_classes_that_differ_in_case_are_named_once(folder):
     assert ("Warning", "classes that differ only in case: 'Cat' and 'cat'") in several
 
 
+def test_classes_that_are_the_same_number_are_named(folder):
+    notes = read(folder, ["0010", "10", "7", "007", "x", "y"] * 4).notes
+    expected = "classes that are the same number: '0010' and '10', '007' and '7'"
+    assert [text for name, text in notes if name == "Warning"] == [expected]
+    assert not any(name == "Warning" for name, _ in read(folder, ["0", "1", "01x", "1x"] * 6).notes)
+
+
 @pytest.mark.parametrize("comma", [".", ","])
 def test_decimals_are_refused_as_regression(folder, comma):
     values = [f"{0.37 * i:.3f}".replace(".", comma) for i in range(24)]

@@ -98,6 +98,26 @@ def test_one_label_per_image_is_recognised(column, fields):
     assert find_delimiter(column, fields) == "none"
 
 
+@pytest.mark.parametrize("delimiter", [" ", ","])
+def test_several_labels_in_a_singular_column_are_suspected(folder, delimiter):
+    tags = ["a", "b", "c", "a b", "a c", "b c", "a b c", "c a"] * 3
+    fields = [tag.replace(" ", delimiter) for tag in tags]
+    names = [[f"photos/{i:02d}.png", field] for i, field in enumerate(fields)]
+    path = write_table(folder / "a.csv", ["path", "target"], names)
+    table = read_label_table(path)
+    assert table.multi is None
+    option = f"'data.label_delimiter={delimiter}'" if delimiter == " " else "data.label_delimiter=,"
+    assert ("Labels", f"one per image, 8 combinations of 3 words; if they are several labels: "
+            f"--set {option}") in table.notes  # fmt: skip
+    given = read_label_table(path, TableColumns(delimiter="none"))
+    assert not any(name == "Labels" for name, _ in given.notes)
+    assert read_label_table(path, TableColumns(delimiter=delimiter)).multi.classes == (*"abc",)
+    words = ["polar bear", "brown bear", "red fox", "grey fox", "dog", "cat"] * 4
+    names = [[file, word] for (file, _), word in zip(names, words, strict=True)]
+    table = read_label_table(write_table(folder / "a.csv", ["path", "target"], names))
+    assert not any(name == "Labels" for name, _ in table.notes)
+
+
 def test_delimiter_may_be_given(folder):
     path = write_table(folder / "a.csv", ["path", "labels"], rows("+"))
     with pytest.raises(InputError, match="the label is empty"):

@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 
 from mixmo_fastai.data.class_files import Note, examples
 from mixmo_fastai.errors import InputError
@@ -40,20 +40,32 @@ def whole_numbers(labels: Collection[str]) -> dict[str, str]:
     return found if has_decimals and len(found) == len(labels) else {}
 
 
-def case_notes(names: Iterable[str]) -> list[Note]:
-    """Name the classes that differ only in case.
+def is_nan(label: str) -> bool:
+    """Check whether a label is empty or "nan", as which pandas turns an empty field into text."""
+    return label.lower() in ("", "nan", "<na>")
+
+
+def similar_names(names: Collection[str]) -> list[Note]:
+    """Name the classes that differ only in case, or are the same number.
 
     Example:
-        >>> case_notes(["Cat", "cat", "dog"])
+        >>> similar_names(["Cat", "cat", "dog"])
         [('Warning', "classes that differ only in case: 'Cat' and 'cat'")]
+        >>> similar_names(["10", "9", "0010"])
+        [('Warning', "classes that are the same number: '10' and '0010'")]
     """
-    by_lower = defaultdict(list)
-    for name in names:
-        by_lower[name.casefold()].append(repr(name))
-    found = [" and ".join(spellings) for spellings in by_lower.values() if len(spellings) > 1]
-    if not found:
-        return []
-    return [("Warning", f"classes that differ only in case: {examples(found, _NUM_SHOWN)}")]
+    notes = []
+    for text, key in (
+        ("differ only in case", str.casefold),
+        ("are the same number", lambda name: name.lstrip("0") if name.isdecimal() else name),
+    ):
+        by_key = defaultdict(list)
+        for name in names:
+            by_key[key(name)].append(repr(name))
+        found = [" and ".join(spellings) for spellings in by_key.values() if len(spellings) > 1]
+        if found:
+            notes.append(("Warning", f"classes that {text}: {examples(found, _NUM_SHOWN)}"))
+    return notes
 
 
 def check_no_measurements(labels: Collection[str], num_images: int, where: str) -> None:

@@ -18,7 +18,7 @@ from mixmo_fastai.config.choices import HUB_PREFIX
 from mixmo_fastai.config.hub_names import local_path
 from mixmo_fastai.data.class_files import Note
 from mixmo_fastai.data.class_folders import FilesByClass
-from mixmo_fastai.data.class_names import case_notes, check_no_measurements, class_order
+from mixmo_fastai.data.class_names import check_no_measurements, class_order, similar_names
 from mixmo_fastai.data.label_tables import LabelTable
 from mixmo_fastai.data.layout import is_saved_dataset, role_of
 from mixmo_fastai.data.multi_labels import ALL, MultiLabels, describe_labels
@@ -164,7 +164,7 @@ def read_hub_dataset(dataset: str, columns: TableColumns) -> LabelTable:
     else:
         multi = _multi_labels(parts, labels_of, names, dataset)
         notes.append(describe_labels(multi))
-    notes += case_notes(parts["train"] if multi is None else multi.classes)
+    notes += similar_names(parts["train"] if multi is None else multi.classes)
     _check_groups(parts, groups, found, dataset)
     text = f"images in {found.path!r}, labels in {found.label!r}"
     text += f", groups in {found.group!r}" * (found.group != NONE)

@@ -8,6 +8,7 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 from unicodedata import normalize
 
@@ -15,14 +16,20 @@ from mixmo_fastai.config.choices import TABLE_SUFFIXES
 from mixmo_fastai.data.class_files import Note, examples
 from mixmo_fastai.data.class_folders import FilesByClass
 from mixmo_fastai.data.class_names import (
-    case_notes,
     check_no_measurements,
     class_order,
+    similar_names,
     whole_numbers,
 )
 from mixmo_fastai.data.file_finder import FileFinder, is_named
 from mixmo_fastai.data.flag_columns import are_flags, flagged_labels, split_names
-from mixmo_fastai.data.multi_labels import ALL, MultiLabels, describe_labels, split_labels
+from mixmo_fastai.data.multi_labels import (
+    ALL,
+    MultiLabels,
+    describe_labels,
+    possible_delimiter,
+    split_labels,
+)
 from mixmo_fastai.data.table_columns import (
     COLUMN_NAMES,
     NONE,
@@ -30,11 +37,19 @@ from mixmo_fastai.data.table_columns import (
     find_columns,
     split_of,
 )
+from mixmo_fastai.data.table_rows import (
+    TableRow,
+    check_classes,
+    check_groups,
+    rare_labels,
+    without_nan,
+    without_unlabelled_splits,
+)
 from mixmo_fastai.data.text_tables import TextTable, filled, read_text_table
-from mixmo_fastai.errors import InputError, nearest
+from mixmo_fastai.errors import InputError
 
 ADVICE = "Use one row per image, with a column for its path and a column for its label."
-_NUM_SHOWN, _NUM_COLUMNS = 3, 6
+_NUM_COLUMNS, _NUM_LABELS = 6, 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,15 +74,6 @@ class LabelTable:
     groups: Mapping[str, str]
     notes: tuple[Note, ...]
     multi: MultiLabels | None = None
-
-
-@dataclass(frozen=True)
-class _Row:
-    where: str
-    file: str
-    labels: tuple[str, ...]
-    split: str
-    group: str
 
 
 def is_table(dataset: str | Path) -> bool:
@@ -100,15 +106,17 @@ def read_label_table(
     finder = FileFinder(root)
     found = find_columns(table, columns, finder)
     rows = _read_rows(table, found, finder, left_out)
-    _check_groups(rows, found)
+    if found.delimiter == NONE and len(_label_columns(found, table)) == 1:
+        rows = without_nan(rows)
+    check_groups(rows, found)
     _check_no_flags(rows, found, table)
     rows, numbers = _with_whole_numbers(rows, found, table)
-    rows, unlabelled = _without_unlabelled_splits(rows)
+    rows, unlabelled = without_unlabelled_splits(rows)
     found = _with_delimiter(found, rows)
     names = class_order({name for row in rows if row.split == "train" for name in row.labels})
     if found.delimiter == NONE:
         check_no_measurements({row.labels[0] for row in rows}, len(rows), str(path))
-    _check_classes(rows, names, table)
+    check_classes(rows, names, table)
     multi = None
     if found.delimiter != NONE:
         multi = MultiLabels(tuple(names), {row.file: row.labels for row in rows})
@@ -123,31 +131,31 @@ def read_label_table(
     groups = {row.file: row.group for row in rows if row.group}
     notes = (
         ("Table", _describe(found, table)),
-        *_label_notes(found, table, multi, names),
+        *_label_notes(found, table, multi, names, is_given=bool(columns.delimiter)),
         *numbers,
         *unlabelled,
         *_unused_split_column(table, found),
-        *case_notes(names),
-        *_rare_labels(rows, names if len(_label_columns(found, table)) == 1 else ()),
+        *similar_names(names),
+        *rare_labels(rows, names if len(_label_columns(found, table)) == 1 else ()),
     )
     return LabelTable(root, found, used, groups, notes, multi)
 
 
 def _read_rows(
     table: TextTable, columns: TableColumns, finder: FileFinder, left_out: Collection[str]
-) -> list[_Row]:
+) -> list[TableRow]:
     positions = {
         meaning: table.header.index(name)
         for meaning in ("path", "split", "group")
         if (name := getattr(columns, meaning)) != NONE
     }
     label_positions = {name: table.header.index(name) for name in _label_columns(columns, table)}
-    rows: list[_Row] = []
+    rows: list[TableRow] = []
     first_rows: dict[str, str] = {}
     missing: list[tuple[str, str]] = []
     for position, fields in table.rows:
         where = table.where(position)
-        values = {name: filled(fields[index], name, where) for name, index in positions.items()}
+        values = {name: _filled(fields[index], name, where) for name, index in positions.items()}
         labels = _labels(fields, label_positions, columns.delimiter, where)
         if (file := finder.find(values["path"], where)) is None:
             if not is_named(values["path"], left_out):
@@ -157,7 +165,8 @@ def _read_rows(
         if (earlier := first_rows.setdefault(real, where)) != where:
             raise InputError(
                 f"{where}: the image {values['path']!r} is already in "
-                f"{earlier.rpartition(', ')[2]}.\nKeep one row per image."
+                f"{earlier.rpartition(', ')[2]}.\nKeep one row per image. Several labels of one "
+                "are in one field, such as cat|dog, or in one column each."
             )
         split = split_of(values["split"], columns.split) if "split" in values else "train"
         if split is None:
@@ -165,7 +174,7 @@ def _read_rows(
                 f"{where}: {values['split']!r} is not a split.\n"
                 "Splits are train, valid and test; data.split_column=none ignores the column."
             )
-        rows.append(_Row(where, file, labels, split, values.get("group", "")))
+        rows.append(TableRow(where, file, labels, split, values.get("group", "")))
     if missing:
         where, name = missing[0]
         more = f" ({len(missing):,} of {len(table.rows):,} rows have none)"
@@ -174,6 +183,16 @@ def _read_rows(
             f"Paths are relative to {finder.root}; another folder: --set data.image_folder=FOLDER"
         )
     return rows
+
+
+def _filled(text: str, meaning: str, where: str) -> str:
+    """Return a field without spaces around it; without a group, say how to ignore them."""
+    if meaning == "group" and not text.strip():
+        raise InputError(
+            f"{where}: the group is empty.\nFill it in, or ignore groups: --set "
+            "data.group_column=none"
+        )
+    return filled(text, meaning, where)
 
 
 def _label_columns(columns: TableColumns, table: TextTable) -> tuple[str, ...]:
@@ -188,11 +207,11 @@ def _labels(
         return flagged_labels(fields, positions, where)
     (index,) = positions.values()
     if delimiter == NONE:
-        return (normalize("NFC", filled(fields[index], "label", where)),)
+        return (normalize("NFC", fields[index].strip()),)
     return split_labels(fields[index], delimiter)
 
 
-def _with_delimiter(columns: TableColumns, rows: Sequence[_Row]) -> TableColumns:
+def _with_delimiter(columns: TableColumns, rows: Sequence[TableRow]) -> TableColumns:
     """Decide whether several columns hold one label per image: if each image has exactly one.
 
     Raises:
@@ -210,7 +229,7 @@ def _with_delimiter(columns: TableColumns, rows: Sequence[_Row]) -> TableColumns
     return columns
 
 
-def _check_no_flags(rows: Sequence[_Row], columns: TableColumns, table: TextTable) -> None:
+def _check_no_flags(rows: Sequence[TableRow], columns: TableColumns, table: TextTable) -> None:
     """Refuse lists such as [0, 1, 1], which mark labels instead of naming them."""
     if columns.label not in table.lists or all(len(row.labels) < 2 for row in rows):
         return
@@ -222,8 +241,8 @@ def _check_no_flags(rows: Sequence[_Row], columns: TableColumns, table: TextTabl
 
 
 def _with_whole_numbers(
-    rows: list[_Row], columns: TableColumns, table: TextTable
-) -> tuple[list[_Row], list[Note]]:
+    rows: list[TableRow], columns: TableColumns, table: TextTable
+) -> tuple[list[TableRow], list[Note]]:
     """Write the labels of a column without decimals if all of them are whole numbers."""
     spelling = whole_numbers({label for row in rows for label in row.labels})
     if not spelling or len(_label_columns(columns, table)) > 1:
@@ -234,74 +253,11 @@ def _with_whole_numbers(
     return rows, [("Numbers", f"labels such as {first} are read as {spelling[first]}")]
 
 
-def _without_unlabelled_splits(rows: list[_Row]) -> tuple[list[_Row], list[Note]]:
-    """Leave out validation or test images if none of them has a label: theirs are not known."""
-    notes = []
-    for split in ("valid", "test"):
-        of_split = [row for row in rows if row.split == split]
-        if of_split and not any(row.labels for row in of_split):
-            rows = [row for row in rows if row.split != split]
-            notes.append(("Not read", f"split {split}: its images have no labels"))
-    return rows, notes
-
-
-def _check_groups(rows: Sequence[_Row], columns: TableColumns) -> None:
-    """Raise InputError if the images of a group are in two splits."""
-    first: dict[str, _Row] = {}
-    for row in rows:
-        if row.group and (other := first.setdefault(row.group, row)).split != row.split:
-            raise InputError(
-                f"{row.where}: {columns.group} {row.group!r} is in {row.split}, but in "
-                f"{other.split} in {other.where.rpartition(', ')[2]}.\n"
-                "Keep each group in one split, or ignore groups: --set data.group_column=none"
-            )
-
-
-def _check_classes(rows: Sequence[_Row], names: Sequence[str], table: TextTable) -> None:
-    """Check that there are two classes, and that no other split has more.
-
-    Raises:
-        InputError: there are fewer, or another split has another class.
-    """
-    if not names:
-        has_rows = any(row.split == "train" for row in rows)
-        missing = "no training image has a label" if has_rows else "no row is of the split train"
-        raise InputError(f"{table.path}: {missing}.")
-    if len(names) == 1:
-        raise InputError(
-            f"{table.path}: all training images have the label {names[0]!r}; two or more classes "
-            "are needed.\nIs this the column of the labels? --set data.label_column=NAME"
-        )
-    for row in rows:
-        for label in row.labels:
-            if label not in names:
-                guess = nearest(label, names)
-                hint = f" Did you mean {guess!r}?" if guess else ""
-                raise InputError(f"{row.where}: no training image has the label {label!r}.{hint}")
-
-
-def _rare_labels(rows: Sequence[_Row], names: Sequence[str]) -> list[Note]:
-    """Name the labels that occur once, which may be misspellings of one of `names`."""
-    by_label: dict[str, list[_Row]] = {}
-    for row in rows:
-        for label in row.labels:
-            by_label.setdefault(label, []).append(row)
-    once = [(label, found[0]) for label, found in by_label.items() if len(found) == 1]
-    others = [name for name in names if len(by_label[name]) > 1]
-    texts = []
-    for label, row in once[:_NUM_SHOWN]:
-        guess = nearest(label, others)
-        hint = f" (did you mean {guess!r}?)" if guess else ""
-        texts.append(f"{label!r} in {row.where.rpartition(', ')[2]}{hint}")
-    more = f" and {len(once) - _NUM_SHOWN:,} more" if len(once) > _NUM_SHOWN else ""
-    return [("Seen once", f"{', '.join(texts)}{more}")] if once else []
-
-
 def _describe(columns: TableColumns, table: TextTable) -> str:
     """Describe the columns that are used."""
     labels = repr(columns.label)
     if len(names := _label_columns(columns, table)) > 1:
-        labels = f"{len(names)} columns of 0 and 1 ({examples(names, _NUM_COLUMNS)})"
+        labels = f"{len(names)} columns of 0 and 1 ({examples(names, _NUM_LABELS)})"
     elif columns.label in table.lists:
         labels = f"the lists of {labels}"
     elif columns.delimiter != NONE:
@@ -314,11 +270,25 @@ def _describe(columns: TableColumns, table: TextTable) -> str:
 
 
 def _label_notes(
-    columns: TableColumns, table: TextTable, multi: MultiLabels | None, names: Sequence[str]
+    columns: TableColumns,
+    table: TextTable,
+    multi: MultiLabels | None,
+    names: Sequence[str],
+    *,
+    is_given: bool,
 ) -> list[Note]:
-    """Describe how many labels images have, and name the columns without images."""
+    """Describe how many labels images have, and name the columns without images.
+
+    `is_given` says whether the delimiter was given, not found.
+    """
     flags = _label_columns(columns, table)
     notes = []
+    if multi is None and len(flags) == 1 and not is_given:
+        delimiter, parts = possible_delimiter(names)
+        if delimiter:
+            text = f"one per image, {len(names):,} combinations of {parts:,} words; if they are"
+            hint = f"several labels: --set {quote(f'data.label_delimiter={delimiter}')}"
+            notes.append(("Labels", f"{text} {hint}"))
     if multi is not None:
         label, text = describe_labels(multi)
         hint = "; for one per image: --set data.label_delimiter=none"

@@ -4,7 +4,7 @@ Shapes: N images, K classes.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from unicodedata import normalize
 
@@ -81,6 +81,25 @@ def find_delimiter(column: str, fields: Sequence[str]) -> str:
             if any(delimiter in field for field in values) and len(names) < len(values):
                 return delimiter
     return NONE
+
+
+def possible_delimiter(names: Collection[str]) -> tuple[str, int]:
+    """Return what may separate several labels in the names of classes, and their number of parts.
+
+    It is in at least half of the names, and they have at most half as many different parts as
+    there are names. Without one, "" and 0 are returned.
+
+    Example:
+        >>> possible_delimiter(["a b", "a c", "b c", "a", "b", "c"])
+        (' ', 3)
+        >>> possible_delimiter(["brown bear", "polar bear", "red fox"])
+        ('', 0)
+    """
+    for delimiter in POSSIBLE:
+        parts = {part for name in names for part in split_labels(name, delimiter)}
+        if 2 * sum(delimiter in name for name in names) >= len(names) >= 2 * len(parts):
+            return delimiter, len(parts)
+    return "", 0
 
 
 def split_labels(field: str, delimiter: str) -> tuple[str, ...]:
