@@ -37,8 +37,15 @@ def predict(
             "`mixmo push`, or hf:USER/NAME."
         ),
     ],
-    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of images.")],
+    images: Annotated[
+        list[Path],
+        typer.Argument(help="Image files, folders of images, or tables with a column of paths."),
+    ],
     *,
+    probabilities: Annotated[
+        bool,
+        typer.Option("--probabilities", help="Add the probability of each class, as p:CLASS."),
+    ] = False,
     raw: RawProbabilities = False,
     coverage: Coverage = None,
     set_score: SetScore = None,
@@ -47,6 +54,10 @@ def predict(
     risk_score: RiskScore = None,
     ood_threshold: OodThreshold = None,
     ood_score: OodScore = None,
+    image_folder: Annotated[
+        Path | None,
+        typer.Option(help="Folder to which the paths in tables are relative, if not their own."),
+    ] = None,
     data_dir: opt.DataDir = None,
     device: opt.Device = None,
     out: Annotated[
@@ -73,8 +84,7 @@ def predict(
     ):
         if value is not None and is_given is None:
             raise InputError(f"{flag} has no effect without {needed}.\nAdd {needed}, or remove it.")
-    if missing := [image for image in images if not image.exists()]:
-        raise InputError(f"There is no image or folder {str(missing[0])!r}.")
+    _check_images(images)
     if out is not None:
         suffix = out.suffix.lower()
         if suffix not in (".csv", ".json"):
@@ -106,7 +116,15 @@ def predict(
     decisions = _decisions(network, request, str(run))
     skipped = Skipped()
     predictions, unreadable = predict_images(
-        network, images, data_dir, device=device, skipped=skipped, decisions=decisions, raw=raw
+        network,
+        images,
+        data_dir,
+        device=device,
+        skipped=skipped,
+        decisions=decisions,
+        raw=raw,
+        image_folder=image_folder,
+        all_probabilities=probabilities,
     )
     if skipped_text := skipped.describe():
         typer.echo(f"Skipped: {skipped_text}", err=True)
@@ -118,7 +136,7 @@ def predict(
     output, lines = Output(as_json=as_json), _csv_lines(rows, request, _label_names(network))
     if out is None:
         output.print_result(lines, table)
-    else:
+    elif rows:
         is_json = out.suffix.lower() == ".json"
         text = json.dumps(table, indent=2) if is_json else "\n".join(lines)
         # Names of files may be any bytes.
@@ -130,6 +148,18 @@ def predict(
             f"{len(unreadable)} of {len(unreadable) + len(rows)} images could not be read: "
             f"{_describe_unreadable(unreadable)}"
         )
+
+
+def _check_images(images: Sequence[Path]) -> None:
+    """Raise InputError if a path does not exist, or is a run, as for `mixmo ensemble`."""
+    for image in images:
+        if not image.exists():
+            raise InputError(f"There is no image or folder {str(image)!r}.")
+        if (image / "recipe.toml").is_file():
+            raise InputError(
+                f"{image} is a run, not a folder of images; mixmo predict takes one run.\n"
+                "To average several, write the probabilities of each with --probabilities."
+            )
 
 
 def _decisions(network: Any, request: Any, name: str) -> Any:
@@ -182,6 +212,8 @@ def _row(prediction: Any, request: Any) -> dict[str, Any]:
         row["decision"] = "accept" if is_accepted else "ask"
     if request.familiar is not None:
         row["familiar"] = is_familiar
+    if row["probabilities"] is None:
+        del row["probabilities"]
     return row
 
 
@@ -202,9 +234,10 @@ def _csv_lines(rows: list[dict[str, Any]], request: Any, labels: Sequence[str] |
         "familiar": request.familiar,
     }
     names += [name for name, value in requested.items() if value is not None]
+    classes = rows[0].get("probabilities", {}) if rows else {}
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(names)
+    writer.writerow([*names, *(f"p:{name}" for name in classes)])
     for row in rows:
         values = {**row, "votes": "|".join(row["votes"])}
         if "set" in row:
@@ -213,7 +246,8 @@ def _csv_lines(rows: list[dict[str, Any]], request: Any, labels: Sequence[str] |
             values["familiar"] = "yes" if row["familiar"] else "no"
         for name in ("probability", "agreement", "entropy", "mutual_information"):
             values[name] = "" if values[name] is None else f"{values[name]:.6g}"
-        writer.writerow(values[name] for name in names)
+        shown = (f"{value:.6g}" for value in row.get("probabilities", {}).values())
+        writer.writerow([*(values[name] for name in names), *shown])
     return _lines(text)
 
 

@@ -135,6 +135,21 @@ def find_columns(table: TextTable, columns: TableColumns, finder: FileFinder) ->
     return replace(columns, **given, delimiter=delimiter)
 
 
+def find_path_column(table: TextTable, finder: FileFinder) -> str:
+    """Return the column that holds the paths of images.
+
+    Raises:
+        InputError: no column is called like one of paths, or names an image.
+    """
+    found = _guess(table, "path", (), finder)
+    if found is None:
+        raise InputError(
+            f"{table.path}: which column holds the paths? "
+            f"Columns: {examples(table.header, _MAX_COLUMNS)}.\nCall it path."
+        )
+    return found
+
+
 def check_columns(given: Iterable[tuple[str, str]], columns: Collection[str], where: str) -> None:
     """Check that the columns which were given exist.
 

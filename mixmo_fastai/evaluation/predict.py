@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from mixmo_fastai.data.listing import Skipped
-from mixmo_fastai.data.loose_images import PixelLoader, decode_readable, find_images
+from mixmo_fastai.data.loose_images import PixelLoader, decode_readable
+from mixmo_fastai.data.named_images import NamedImage, find_named_images
 from mixmo_fastai.data.run_data import facts_of, read_source
 from mixmo_fastai.evaluation.decisions import Decisions
 from mixmo_fastai.evaluation.logits import collect_member_logits
@@ -35,7 +36,7 @@ class Prediction:
     """Prediction for one image.
 
     Attributes:
-        image: path of the file.
+        image: path of the file, or what a table calls it.
         label: class predicted by the ensemble, from the mean of the members' logits.
         probability: probability of that class.
         votes: class predicted by each member; for an exported network, only the ensemble's class.
@@ -45,6 +46,7 @@ class Prediction:
         classes: the prediction set, most likely class first; None if not requested.
         is_familiar: whether the image is like those of training; None if not requested.
         is_accepted: whether the prediction is accepted at the requested risk, or None.
+        probabilities: probability of each class; None if not requested.
     """
 
     image: str
@@ -57,6 +59,7 @@ class Prediction:
     classes: tuple[str, ...] | None = None
     is_accepted: bool | None = None
     is_familiar: bool | None = None
+    probabilities: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class LabelsPrediction:
     """Prediction for one image that may have several labels.
 
     Attributes:
-        image: path of the file.
+        image: path of the file, or what a table calls it.
         labels: predicted labels: those whose probability is above their threshold.
         probabilities: probability of each label of the data.
         entropy: sum of the entropies of all labels, in nats.
@@ -88,57 +91,80 @@ def predict_images(
     skipped: Skipped | None = None,
     decisions: Decisions | None = None,
     raw: bool = False,
+    image_folder: Path | None = None,
+    all_probabilities: bool = False,
 ) -> tuple[list[Prediction] | list[LabelsPrediction], dict[Path, str]]:
-    """Predict the classes of image files, including all images in folders.
+    """Predict the classes of images: files, all images in folders, and those that tables name.
 
-    The run's data set is not needed, except for runs without data.json, such as imported ones.
+    The run's data set is not needed, except for runs without data.json, such as imported ones. An
+    image that is given several times is predicted as often.
 
     Args:
         run: a finished run, or an exported network.
-        paths: files and folders.
+        paths: files, folders, and tables as for `find_named_images`.
         data_dir: folder of the data sets.
         device: device to predict on; by default, that of the recipe, or the best one available for
             an exported network.
         skipped: receives the files of folders that are not predicted, such as hidden files.
         decisions: from `decisions.decide`; None for the network's own probabilities.
         raw: with several labels per image, whether probabilities are not calibrated.
+        image_folder: folder to which paths in tables are relative; by default, that of the table.
+        all_probabilities: whether the predictions have the probability of each class; with several
+            labels per image, they always do.
 
     Returns:
         The predictions, `LabelsPrediction` with several labels per image; and for each unreadable
         file, the reason and what to do.
 
     Raises:
-        InputError: the run is not finished, its classes are not known, or no image is found.
+        InputError: the run is not finished, its classes are not known, no image is found, or a
+            table cannot be read.
     """
+    path_column = ""
     if isinstance(run, ExportedNetwork):
         facts, default_device, plain = run.facts, "auto", [run.model]
     else:
         run.check_trained()
         facts = run.data_facts() or facts_of(read_source(run.recipe(), data_dir, run))
-        default_device = run.recipe().train.device
+        default_device, path_column = run.recipe().train.device, run.recipe().data.path_column
         plain = [load_network(network).fuse(keep_members=True) for network in run.networks()]
     labels = None
     if facts.is_multi_label:
         labels = _label_decisions(run, len(facts.classes), raw=raw)
     chosen = choose_device(device or default_device)
     networks = [move_to_device(network, chosen) for network in plain]
-    image_paths, unreadable = find_images(paths, skipped), {}
+    images = find_named_images(paths, skipped, image_folder=image_folder, path_column=path_column)
+    unreadable: dict[Path, str] = {}
     predictions: list[Any] = []
-    for start in range(0, len(image_paths), IMAGES_AT_ONCE):
-        chunk = image_paths[start : start + IMAGES_AT_ONCE]
-        decoded = dict(decode_readable(chunk, facts.image_shape, unreadable))  # type: ignore[arg-type]
-        if decoded:
-            pixels = torch.stack(list(decoded.values()))
-            loader = PixelLoader(pixels, facts.mean, facts.std, chosen)
+    for start in range(0, len(images), IMAGES_AT_ONCE):
+        names, pixels = _decode(images[start : start + IMAGES_AT_ONCE], facts, unreadable)
+        if names:
+            loader = PixelLoader(torch.stack(pixels), facts.mean, facts.std, chosen)
             logits = torch.cat(
                 [_voter_logits(network, loader, networks) for network in networks], 1
             )
-            names = [str(path) for path in decoded]
             if labels is None:
-                predictions += _predictions(names, logits, facts, decisions or Decisions())
+                predictions += _predictions(
+                    names, logits, facts, decisions or Decisions(), with_all=all_probabilities
+                )
             else:
                 predictions += _label_predictions(names, logits, facts, labels)
     return predictions, unreadable
+
+
+def _decode(
+    images: Sequence[NamedImage], facts: DataFacts, unreadable: dict[Path, str]
+) -> tuple[list[str], list[Tensor]]:
+    """Decode images; return the names and pixels of those that can be read."""
+    names, decoded = [], []
+    for name, path in images:
+        if path is None:
+            unreadable[Path(name)] = f"There is no image {name!r}."
+            continue
+        for _, pixels in decode_readable([path], facts.image_shape, unreadable):  # type: ignore[arg-type]
+            names.append(name)
+            decoded.append(pixels)
+    return names, decoded
 
 
 def _voter_logits(
@@ -152,9 +178,14 @@ def _voter_logits(
 
 
 def _predictions(
-    images: Sequence[str], logits: Tensor, facts: DataFacts, decisions: Decisions
+    images: Sequence[str],
+    logits: Tensor,
+    facts: DataFacts,
+    decisions: Decisions,
+    *,
+    with_all: bool,
 ) -> list[Prediction]:
-    """Build predictions from member logits (n, M, K)."""
+    """Build predictions from member logits (n, M, K), with the probability of each class or not."""
     sets, accepted = decisions.set_members(logits), decisions.accepted(logits)
     familiar = decisions.familiar(logits)
     logits = decisions.shown_logits(logits.double())
@@ -179,6 +210,7 @@ def _predictions(
             classes=None if sets is None else _set_names(sets[i], probabilities[i], facts),
             is_accepted=None if accepted is None else bool(accepted[i]),
             is_familiar=None if familiar is None else bool(familiar[i]),
+            probabilities=_by_class(probabilities[i], facts) if with_all else None,
         )
         for i, image in enumerate(images)
     ]
@@ -211,12 +243,17 @@ def _label_predictions(
         LabelsPrediction(
             image=image,
             labels=tuple(n for n, is_on in zip(facts.classes, predicted[i], strict=True) if is_on),
-            probabilities=dict(zip(facts.classes, probabilities[i].tolist(), strict=True)),
+            probabilities=_by_class(probabilities[i], facts),
             entropy=entropies[i],
             mutual_information=information[i],
         )
         for i, image in enumerate(images)
     ]
+
+
+def _by_class(probabilities: Tensor, facts: DataFacts) -> dict[str, float]:
+    """Return the probabilities (K,) by the names of the classes."""
+    return dict(zip(facts.classes, probabilities.tolist(), strict=True))
 
 
 def _set_names(members: Tensor, probabilities: Tensor, facts: DataFacts) -> tuple[str, ...]:

@@ -1,0 +1,74 @@
+"""Images for prediction: files, folders, and tables whose rows name images, without labels."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from mixmo_fastai.data.file_finder import FileFinder
+from mixmo_fastai.data.label_tables import is_table
+from mixmo_fastai.data.listing import Skipped
+from mixmo_fastai.data.loose_images import find_images
+from mixmo_fastai.data.table_columns import check_columns, find_path_column
+from mixmo_fastai.data.text_tables import filled, read_text_table
+from mixmo_fastai.errors import InputError
+
+ADVICE = "Use one row per image, with a column for its path."
+
+
+class NamedImage(NamedTuple):
+    """An image to predict.
+
+    Attributes:
+        name: the path of the file, or what a table calls it.
+        path: the file; None if there is no such image.
+    """
+
+    name: str
+    path: Path | None
+
+
+def find_named_images(
+    paths: Iterable[Path],
+    skipped: Skipped | None = None,
+    *,
+    image_folder: Path | None = None,
+    path_column: str = "",
+) -> list[NamedImage]:
+    """List images: the given files, those in folders, and those that tables name.
+
+    The images of a table are in the order of its rows, also those that occur in several; other
+    images are as in `find_images`. Missing images of a table have no path.
+
+    Args:
+        paths: files, folders and tables that `read_text_table` reads.
+        skipped: collects the skipped files of folders.
+        image_folder: folder to which the paths in tables are relative; by default, that of each.
+        path_column: column of tables that holds the paths, where it exists; others are found as in
+            a table of labels.
+
+    Raises:
+        InputError: a path does not exist, no image is found, or a table cannot be read, has no
+            column of paths, an empty path, or a name that several images have.
+    """
+    found: list[NamedImage] = []
+    for path in paths:
+        if path.is_file() and is_table(path):
+            found += _read_table(path, image_folder or path.parent, path_column)
+        else:
+            found += [NamedImage(str(each), each) for each in find_images([path], skipped)]
+    return found
+
+
+def _read_table(path: Path, root: Path, column: str) -> Iterator[NamedImage]:
+    if not root.is_dir():
+        raise InputError(f"There is no folder {str(root)!r}.")
+    table, finder = read_text_table(path, ADVICE), FileFinder(root)
+    if column not in table.header:
+        column = find_path_column(table, finder)
+    check_columns([("path", column)], table.header, str(path))
+    index = table.header.index(column)
+    for position, fields in table.rows:
+        where = table.where(position)
+        name = filled(fields[index], "path", where)
+        file = finder.find(name, where)
+        yield NamedImage(name, None if file is None else root / file)
