@@ -20,7 +20,7 @@ from mixmo_fastai.runs.checkpoints import CheckpointStore
 from mixmo_fastai.runs.create import create_run
 from mixmo_fastai.runs.folder import open_run
 from mixmo_fastai.training.prepare import prepare
-from mixmo_fastai.training.state import _with_defaults
+from mixmo_fastai.training.state import _comparable
 from mixmo_fastai.training.train import train
 
 pytestmark = pytest.mark.slow
@@ -362,6 +362,6 @@ def test_momentum_is_restored_in_the_layout_of_its_parameter(stopped_run, tmp_pa
 def test_only_settings_of_later_versions_get_defaults():
     recipe = to_mapping(load_recipe("digits/cut-mixmo"))
     del recipe["model"]["pretrained"], recipe["train"]["epochs"]
-    filled = _with_defaults({"recipe": recipe, "data": {}})
+    filled = _comparable({"recipe": recipe, "data": {}})
     assert filled["recipe"]["model"]["pretrained"] is False
     assert "epochs" not in filled["recipe"]["train"]

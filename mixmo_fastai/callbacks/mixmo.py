@@ -175,7 +175,7 @@ class MixMoCallback(_PlainErrorCallback):
         if not isinstance(network, MixMoModel):
             raise InputError(
                 f"MixMoCallback needs a MixMoModel; the Learner has a {type(network).__name__}.\n"
-                "Build it with mixmo_learner(dls, arch) or create_model(arch, num_classes)."
+                "Convert the Learner: to_mixmo(learn). Or build one: mixmo_learner(dls, arch)."
             )
         check_kind(self.mix, network.num_members)
         if sum(isinstance(other, MixMoCallback) for other in self.learn.cbs) > 1:

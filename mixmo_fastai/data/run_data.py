@@ -1,14 +1,17 @@
 """The data set of a recipe, with the split and the skipped images of its run."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
-from mixmo_fastai.config.choices import DATASETS
+from mixmo_fastai.config.choices import DATASETS, HUB_PREFIX
 from mixmo_fastai.config.defaults import is_pretrained
 from mixmo_fastai.config.recipe import Recipe
+from mixmo_fastai.data.chosen_images import MOVED
 from mixmo_fastai.data.fingerprint import fingerprint
 from mixmo_fastai.data.image_sets import DataSource
+from mixmo_fastai.data.label_tables import is_table
 from mixmo_fastai.data.parts import DataParts, parts_before_split_json
 from mixmo_fastai.data.sources import load_source
 from mixmo_fastai.data.table_columns import columns_of
@@ -47,6 +50,7 @@ def read_source(
     """
     left_out, parts, facts = None, None, None
     if run is not None:
+        _check_table(recipe.data.dataset)
         facts = run.data_facts()
         # None: the run was to skip damaged images, but has not searched for them yet.
         default = None if recipe.data.skip_damaged else {}
@@ -67,6 +71,13 @@ def read_source(
         left_out=left_out,
     )
     return source if run is None else with_recorded_statistics(source, run)
+
+
+def _check_table(dataset: str) -> None:
+    """Raise InputError if the table of a run is missing."""
+    is_local = is_table(dataset) and not dataset.startswith(HUB_PREFIX)
+    if is_local and not os.path.isfile(os.path.expanduser(dataset)):
+        raise InputError(f"There is no table {dataset!r}.\n{MOVED}")
 
 
 def with_recorded_statistics(source: DataSource, run: RunFolder) -> DataSource:

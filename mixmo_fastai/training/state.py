@@ -209,7 +209,7 @@ class RunState:
     def _check_identity(self, state: Mapping[str, Any], path: Path) -> None:
         current, saved = (
             dict(_flattened({name: values.get(name) for name in self.identity}))
-            for values in map(_with_defaults, (self.identity, state))
+            for values in map(_comparable, (self.identity, state))
         )
         different = [
             key for key in current | saved if current.get(key, _MISSING) != saved.get(key, _MISSING)
@@ -354,15 +354,15 @@ def _as_json(values: Mapping[str, Any]) -> bytes:
     return (json.dumps(values, indent=1) + "\n").encode()
 
 
-def _with_defaults(values: Mapping[str, Any]) -> Any:
-    """Add the settings that did not exist when a recipe was saved, with their defaults."""
+def _comparable(values: Mapping[str, Any]) -> Any:
+    """Add settings that did not exist when a recipe was saved; leave out the place of the data."""
     plain = json.loads(json.dumps(dict(values)))
-    recipe = plain.get("recipe")
-    if isinstance(recipe, dict):
+    if isinstance(recipe := plain.get("recipe"), dict):
         recipe = plain["recipe"] = with_present_names(recipe)
     for section, name, default in _ADDED:
         if isinstance(recipe, dict) and isinstance(part := recipe.get(section), dict):
             part.setdefault(name, default)
+            part.pop("dataset", None)  # it may be moved; the fingerprints compare the images
     return plain
 
 
