@@ -9,7 +9,7 @@ import tomllib
 import types
 import typing
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import field, fields
 from typing import Any
 
@@ -96,15 +96,20 @@ def _unknown_key_error(root: type, key: str, source: str) -> InputError:
         for f in fields(root)
         for g in (fields(f.default) if dataclasses.is_dataclass(f.default) else [f])
     ]
-    guess = nearest(key, names) or nearest(
-        key.rpartition(".")[2], [n.split(".")[-1] for n in names]
-    )
-    full_name = next((n for n in names if n == guess or n.endswith(f".{guess}")), None)
-    hint = f" Did you mean {full_name!r}?" if full_name else ""
-    section = key.rpartition(".")[0]
+    section, _, last = key.rpartition(".")
     allowed = [n for n in names if n.rpartition(".")[0] == section] if section else []
+    # Within a section, a long common prefix says nothing.
+    guess = _nearest_key(last, allowed) if allowed else nearest(key, names)
+    full_name = guess or _nearest_key(last, names)
+    hint = f" Did you mean {full_name!r}?" if full_name else ""
     choices = allowed or sorted({n.partition(".")[0] for n in names})
     return InputError(f"{source}: unknown key {key!r}.{hint}\nAllowed: {', '.join(choices)}.")
+
+
+def _nearest_key(last: str, names: Sequence[str]) -> str | None:
+    """Return the full name whose last part is nearest, if one is near."""
+    guess = nearest(last, [name.rpartition(".")[2] for name in names])
+    return next((name for name in names if guess == name.rpartition(".")[2]), None)
 
 
 def _check_value(value: Any, hint: Any, metadata: Mapping[str, Any], label: str) -> Any:

@@ -80,6 +80,10 @@ def find_split_folders(folder: Path) -> SplitFolders:
     return SplitFolders(inner)
 
 
+_LABELLED = ("train", "label", "truth", "annotation")
+"""Parts of the names of tables that probably hold labels."""
+
+
 def layout_advice(*folders: Path) -> str:
     """Return advice for images without class folders: the layout, or how to read a table.
 
@@ -89,6 +93,7 @@ def layout_advice(*folders: Path) -> str:
     paths = [folder / name for folder in folders for name in sorted(os.listdir(folder))]
     suffixes = TABLE_SUFFIXES
     tables = [p for p in paths if p.name.lower().endswith(suffixes) and p.name[0] != "."]
+    tables.sort(key=lambda path: not any(word in path.name.lower() for word in _LABELLED))
     if not tables:
         return LAYOUT
     command = shlex.join(["mixmo", "fit", str(tables[0])])
