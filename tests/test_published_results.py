@@ -64,6 +64,13 @@ PUBLISHED = {
             "cut-mixmo-short-mixup": "`cut-mixmo-short` + mixup",
         }.items()
     },
+    "small_cifar10_5000": {
+        "cutmix": "CutMix",
+        "mixup": "mixup",
+        "cut-mixmo": "Cut-MixMo",
+        "cut-mixmo-short": "`cut-mixmo-short`",
+        "cut-mixmo-short-mixup": "`cut-mixmo-short` + mixup",
+    },
     "cifar10_10000": {
         "cutmix": "CutMix",
         "mixup": "mixup",
@@ -90,6 +97,7 @@ COMPARED = {
         *("1000-mixup", "1000-cut-mixmo-short-mixup"),
         *("5000-cutmix", "5000-mixup", "5000-cut-mixmo-short", "5000-cut-mixmo-short-mixup"),
     },
+    "small_cifar10_5000": {"cutmix", "cut-mixmo-short"},
     "cifar10_10000": {"cutmix", "mixup", "cut-mixmo-short"},
 }
 """Methods that a study must have; CutMix and Cut-MixMo unless it is named here."""
