@@ -245,6 +245,21 @@ def test_test_images_may_be_without_labels(folder, text):
         read_label_table(write_table(folder / "b.csv", ["path", "label", "split"], rows))
 
 
+@pytest.mark.parametrize(
+    ("name", "guess"),
+    [("photos/04.PNG", "photos/04.png"), ("04.jpg", "photos/04.png"), ("a\\b.png", "deep/B.jpeg")],
+)
+def test_similar_image_is_named_for_a_missing_one(folder, name, guess):
+    (folder / "deep").mkdir()
+    (folder / "photos/09.png").rename(folder / "deep/B.jpeg")
+    rows = [row for row in simple_rows() if "09" not in row[0]]
+    rows[4][0] = name
+    path = write_table(folder / "a.csv", ["path", "label"], rows)
+    expected = f"line 6: there is no image {name!r}. Did you mean {guess!r}?\nPaths are"
+    with pytest.raises(InputError, match=re.escape(expected)):
+        read_label_table(path)
+
+
 def altered(row, **values):
     return lambda rows: rows[row].update(values)
 

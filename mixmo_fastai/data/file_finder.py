@@ -57,6 +57,14 @@ class FileFinder:
             )
         return found[0] if found else None
 
+    def similar(self, name: str) -> str | None:
+        """Return an image whose name differs only in case or suffix; None if there is none."""
+        stem = PurePosixPath(name.replace("\\", "/")).stem.lower()
+        found = (
+            file for key, files in self._index().items() for file in files if _stem(key) == stem
+        )
+        return min(found, default=None)
+
     def _relative(self, path: PurePosixPath) -> str:
         if path.is_absolute() and path.is_relative_to(self.root):
             return str(path.relative_to(self.root))
@@ -71,6 +79,10 @@ class FileFinder:
                 for key in {path.name, path.stem}:
                     self._by_name.setdefault(key, []).append(file)
         return self._by_name
+
+
+def _stem(key: str) -> str:
+    return PurePosixPath(key).stem.lower()
 
 
 def _ends_with(file: PurePosixPath, name: PurePosixPath) -> bool:

@@ -178,8 +178,10 @@ def _read_rows(
     if missing:
         where, name = missing[0]
         more = f" ({len(missing):,} of {len(table.rows):,} rows have none)"
+        guess = finder.similar(name)
+        hint = f" Did you mean {guess!r}?" if guess else ""
         raise InputError(
-            f"{where}: there is no image {name!r}{more * (len(missing) > 1)}.\n"
+            f"{where}: there is no image {name!r}{more * (len(missing) > 1)}.{hint}\n"
             f"Paths are relative to {finder.root}; another folder: --set data.image_folder=FOLDER"
         )
     return rows
