@@ -240,6 +240,11 @@ def test_test_images_may_be_without_labels(folder, text):
     assert {part: sum(map(len, files.values())) for part, files in table.parts.items()} == {
         "train": 18
     }
+    rows[19][0] = "missing.png"  # nothing else of these rows is read
+    read_label_table(write_table(folder / "a.csv", ["path", "label", "split"], rows))
+    grouped = [[*row, "p1"] for row in rows]
+    header = ["path", "label", "split", "patient"]
+    read_label_table(write_table(folder / "a.csv", header, grouped))
     rows[20][1] = "cat"
     with pytest.raises(InputError, match=r"line 20: the label is .* \(5 of 24 rows have none\)"):
         read_label_table(write_table(folder / "b.csv", ["path", "label", "split"], rows))

@@ -118,6 +118,14 @@ def test_several_labels_in_a_singular_column_are_suspected(folder, delimiter):
     assert not any(name == "Labels" for name, _ in table.notes)
 
 
+def test_nan_is_no_label(folder):
+    fields = [field or "nan" for _, field in rows("|")]
+    names = [[f"photos/{i:02d}.png", field] for i, field in enumerate(fields)]
+    table = read_label_table(write_table(folder / "a.csv", ["path", "labels"], names))
+    assert table.multi.classes == ("cat", "dog", "eel")
+    assert [tuple(table.multi.of[f"photos/{i:02d}.png"]) for i in range(24)] == TAGS
+
+
 def test_delimiter_may_be_given(folder):
     path = write_table(folder / "a.csv", ["path", "labels"], rows("+"))
     with pytest.raises(InputError, match="the label is empty"):

@@ -6,8 +6,10 @@ import shutil
 
 import numpy as np
 import oracle_metrics as oracle
+import pyarrow
 import pytest
 from exports import train_small_run
+from pyarrow import parquet
 from small_data import write_image_folder
 
 from mixmo_fastai.cli import run as program
@@ -71,7 +73,15 @@ def test_table_is_predicted_in_the_order_of_its_rows(run, competition, tmp_path,
     for row, prediction in zip(rows, alone, strict=True):
         assert float(row["probability"]) == pytest.approx(prediction.probability, rel=1e-5)
     monkeypatch.setattr(module, "IMAGES_AT_ONCE", 2)  # the result does not depend on the chunks
-    assert [each.image for each in predict_images(run, [table])[0]] == ids
+    (competition / "pictures/00013.png").write_bytes(b"damaged")
+    table = write_ids(table, ["00007", "nothing", "00013", "00002", "00011", "00007", "00000"])
+    in_chunks, unreadable = predict_images(run, [table])
+    assert [each.image for each in in_chunks] == ids
+    assert [str(name) for name in unreadable] == ["nothing", "00013"]  # as the table calls them
+    for first, second in zip(in_chunks, alone, strict=True):
+        assert (first.label, first.votes) == (second.label, second.votes)
+        assert first.probability == pytest.approx(second.probability, abs=1e-6)
+        assert first.entropy == pytest.approx(second.entropy, abs=1e-6)
 
 
 def test_images_that_are_given_twice_are_predicted_twice(run, competition):
@@ -93,7 +103,7 @@ def test_missing_images_of_a_table_are_reported_and_others_predicted(
     assert predict(run, table, "--json") == 1
     reasons = json.loads(capsys.readouterr().out)["unreadable"]
     assert reasons["nothing"] == "There is no image 'nothing'."
-    assert len(reasons) == 2
+    assert [*reasons] == ["nothing", "00004"]
 
 
 def test_nothing_is_written_if_no_image_can_be_read(run, competition, tmp_path, capsys):
@@ -103,6 +113,14 @@ def test_nothing_is_written_if_no_image_can_be_read(run, competition, tmp_path, 
         assert predict(run, table, "--out", out) == 1
         assert not out.exists()
         assert "There is no image 'nothing'" in capsys.readouterr().err
+        assert predict(run, table, "--out", out, "--json") == 1
+        assert not out.exists()
+        shown = json.loads(capsys.readouterr().out)
+        assert shown["predictions"] is None
+        assert shown["unreadable"] == {"nothing": "There is no image 'nothing'."}
+    assert predict(run, table, "--probabilities") == 1
+    header = next(csv.reader(capsys.readouterr().out.splitlines()))
+    assert header[-3:] == [f"p:{name}" for name in CLASSES]
 
 
 def test_images_may_be_in_another_folder(run, competition, tmp_path, capsys):
@@ -116,6 +134,8 @@ def test_images_may_be_in_another_folder(run, competition, tmp_path, capsys):
     assert [row["image"] for row in read_csv(out)] == ["00003", "00004"]
     assert predict(run, table, "--image-folder", competition / "none") == 2
     assert "There is no folder" in capsys.readouterr().err
+    assert predict(run, folder, "--image-folder", folder) == 2
+    assert "--image-folder has no effect without a table" in capsys.readouterr().err
 
 
 def test_column_of_paths_is_that_of_the_run_or_found(run, competition, tmp_path, capsys):
@@ -139,6 +159,31 @@ def test_column_of_paths_is_that_of_the_run_or_found(run, competition, tmp_path,
     empty = write_ids(competition / "empty.csv", ["00001", " "])
     with pytest.raises(InputError, match="line 3: the path is empty"):
         predict_images(run, [empty])
+
+
+def test_a_list_of_files_needs_a_first_line(run, competition):
+    table = competition / "test.csv"
+    table.write_text("00000.png\n00001.png\n00002.png\n")
+    with pytest.raises(InputError, match=r"names the image '00000.png' instead of the columns"):
+        predict_images(run, [table])
+    table.write_text("path\n00000.png\n00001.png\n")
+    assert len(predict_images(run, [table])[0]) == 2
+
+
+def test_an_empty_folder_beside_images_is_no_error(run, competition):
+    (competition / "empty").mkdir()
+    folders = [competition / "empty", competition / "pictures"]
+    assert len(predict_images(run, folders)[0]) == 15
+    for paths in ([competition / "empty"], []):
+        with pytest.raises(InputError, match="No image was found"):
+            predict_images(run, paths)
+
+
+def test_images_within_a_parquet_table_are_explained(run, tmp_path):
+    images = pyarrow.array([{"bytes": b"x", "path": "a.png"}] * 2)
+    parquet.write_table(pyarrow.table({"image": images}), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match="If it holds images, save them as files"):
+        predict_images(run, [tmp_path / "a.parquet"])
 
 
 def test_a_second_run_is_not_a_folder_of_images(run, images, capsys):

@@ -22,6 +22,7 @@ from mixmo_fastai.cli.decision_options import (
     RiskScore,
     SetScore,
 )
+from mixmo_fastai.config.choices import TABLE_SUFFIXES
 from mixmo_fastai.errors import InputError, RunFailedError
 from mixmo_fastai.runs.files import write_atomically
 from mixmo_fastai.runs.folder import open_run
@@ -84,7 +85,7 @@ def predict(
     ):
         if value is not None and is_given is None:
             raise InputError(f"{flag} has no effect without {needed}.\nAdd {needed}, or remove it.")
-    _check_images(images)
+    _check_images(images, image_folder)
     if out is not None:
         suffix = out.suffix.lower()
         if suffix not in (".csv", ".json"):
@@ -133,10 +134,14 @@ def predict(
     rows = [_row(prediction, request) for prediction in predictions]
     reasons = {str(path): " ".join(text.splitlines()) for path, text in unreadable.items()}
     table = {"run": str(run), "predictions": rows, "unreadable": reasons, "skipped": skipped_text}
-    output, lines = Output(as_json=as_json), _csv_lines(rows, request, _label_names(network))
+    classes = _classes(network) if probabilities else ()
+    output = Output(as_json=as_json)
+    lines = _csv_lines(rows, request, _label_names(network), classes)
     if out is None:
         output.print_result(lines, table)
-    elif rows:
+    elif not rows:
+        output.print_result([], {"run": str(run), "predictions": None, "unreadable": reasons})
+    else:
         is_json = out.suffix.lower() == ".json"
         text = json.dumps(table, indent=2) if is_json else "\n".join(lines)
         # Names of files may be any bytes.
@@ -150,8 +155,16 @@ def predict(
         )
 
 
-def _check_images(images: Sequence[Path]) -> None:
-    """Raise InputError if a path does not exist, or is a run, as for `mixmo ensemble`."""
+def _check_images(images: Sequence[Path], image_folder: Path | None) -> None:
+    """Check what is to be predicted.
+
+    Raises:
+        InputError: a path does not exist, or is a run, as for `mixmo ensemble`; or there is a
+            folder for tables, but no table.
+    """
+    are_tables = (str(image).lower().endswith(TABLE_SUFFIXES) for image in images)
+    if image_folder is not None and not any(are_tables):
+        raise InputError("--image-folder has no effect without a table.\nAdd one, or remove it.")
     for image in images:
         if not image.exists():
             raise InputError(f"There is no image or folder {str(image)!r}.")
@@ -182,10 +195,21 @@ def _decisions(network: Any, request: Any, name: str) -> Any:
 
 def _label_names(network: Any) -> tuple[str, ...] | None:
     """Return the names of the labels if an image may have several, otherwise None."""
+    facts = _facts(network)
+    return facts.classes if facts is not None and facts.is_multi_label else None
+
+
+def _classes(network: Any) -> tuple[str, ...]:
+    """Return the names of the classes, as far as they are known without the data set."""
+    facts = _facts(network)
+    return () if facts is None else facts.classes
+
+
+def _facts(network: Any) -> Any:
+    """Return the facts about the data of a run or an exported network; None if not recorded."""
     from mixmo_fastai.runs.folder import RunFolder
 
-    facts = network.data_facts() if isinstance(network, RunFolder) else network.facts
-    return facts.classes if facts is not None and facts.is_multi_label else None
+    return network.data_facts() if isinstance(network, RunFolder) else network.facts
 
 
 def _describe_unreadable(unreadable: dict[Path, str]) -> str:
@@ -217,13 +241,19 @@ def _row(prediction: Any, request: Any) -> dict[str, Any]:
     return row
 
 
-def _csv_lines(rows: list[dict[str, Any]], request: Any, labels: Sequence[str] | None) -> list[str]:
+def _csv_lines(
+    rows: list[dict[str, Any]],
+    request: Any,
+    labels: Sequence[str] | None,
+    classes: Sequence[str],
+) -> list[str]:
     """Format predictions; without any, the header.
 
     Args:
         rows: from `_row`.
         request: the request of `evaluation.decisions`, which decides the columns.
         labels: names of the labels if an image may have several; otherwise None.
+        classes: the classes whose probabilities are requested; those of the rows if not known.
     """
     if labels is not None:
         return _label_csv_lines(rows, labels)
@@ -234,7 +264,7 @@ def _csv_lines(rows: list[dict[str, Any]], request: Any, labels: Sequence[str] |
         "familiar": request.familiar,
     }
     names += [name for name, value in requested.items() if value is not None]
-    classes = rows[0].get("probabilities", {}) if rows else {}
+    classes = [*rows[0].get("probabilities", {})] if rows else classes
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*names, *(f"p:{name}" for name in classes)])
@@ -246,7 +276,7 @@ def _csv_lines(rows: list[dict[str, Any]], request: Any, labels: Sequence[str] |
             values["familiar"] = "yes" if row["familiar"] else "no"
         for name in ("probability", "agreement", "entropy", "mutual_information"):
             values[name] = "" if values[name] is None else f"{values[name]:.6g}"
-        shown = (f"{value:.6g}" for value in row.get("probabilities", {}).values())
+        shown = (f"{row['probabilities'][name]:.6g}" for name in classes)
         writer.writerow([*(values[name] for name in names), *shown])
     return _lines(text)
 

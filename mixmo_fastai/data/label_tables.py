@@ -18,6 +18,7 @@ from mixmo_fastai.data.class_folders import FilesByClass
 from mixmo_fastai.data.class_names import (
     check_no_measurements,
     class_order,
+    is_nan,
     similar_names,
     whole_numbers,
 )
@@ -105,13 +106,14 @@ def read_label_table(
         raise InputError(f"data.image_folder: there is no folder {root}.")
     finder = FileFinder(root)
     found = find_columns(table, columns, finder)
-    rows = _read_rows(table, found, finder, left_out)
+    rows = _read_rows(table, found)
     if found.delimiter == NONE and len(_label_columns(found, table)) == 1:
         rows = without_nan(rows)
+    rows, unlabelled = without_unlabelled_splits(rows)
+    rows = _find_files(rows, found, finder, left_out)
     check_groups(rows, found)
     _check_no_flags(rows, found, table)
     rows, numbers = _with_whole_numbers(rows, found, table)
-    rows, unlabelled = without_unlabelled_splits(rows)
     found = _with_delimiter(found, rows)
     names = class_order({name for row in rows if row.split == "train" for name in row.labels})
     if found.delimiter == NONE:
@@ -131,7 +133,7 @@ def read_label_table(
     groups = {row.file: row.group for row in rows if row.group}
     notes = (
         ("Table", _describe(found, table)),
-        *_label_notes(found, table, multi, names, is_given=bool(columns.delimiter)),
+        *_label_notes(found, table, multi, names, delimiter_is_given=bool(columns.delimiter)),
         *numbers,
         *unlabelled,
         *_unused_split_column(table, found),
@@ -141,9 +143,8 @@ def read_label_table(
     return LabelTable(root, found, used, groups, notes, multi)
 
 
-def _read_rows(
-    table: TextTable, columns: TableColumns, finder: FileFinder, left_out: Collection[str]
-) -> list[TableRow]:
+def _read_rows(table: TextTable, columns: TableColumns) -> list[TableRow]:
+    """Read labels and splits; paths and groups are still the fields of the table."""
     positions = {
         meaning: table.header.index(name)
         for meaning in ("path", "split", "group")
@@ -151,50 +152,59 @@ def _read_rows(
     }
     label_positions = {name: table.header.index(name) for name in _label_columns(columns, table)}
     rows: list[TableRow] = []
-    first_rows: dict[str, str] = {}
-    missing: list[tuple[str, str]] = []
     for position, fields in table.rows:
-        where = table.where(position)
-        values = {name: _filled(fields[index], name, where) for name, index in positions.items()}
+        where, split = table.where(position), "train"
+        if "split" in positions:
+            text = filled(fields[positions["split"]], "split", where)
+            found = split_of(text, columns.split)
+            if found is None:
+                raise InputError(
+                    f"{where}: {text!r} is not a split.\n"
+                    "Splits are train, valid and test; data.split_column=none ignores the column."
+                )
+            split = found
         labels = _labels(fields, label_positions, columns.delimiter, where)
-        if (file := finder.find(values["path"], where)) is None:
-            if not is_named(values["path"], left_out):
-                missing.append((where, values["path"]))
-            continue
-        real = os.path.normcase(os.path.realpath(finder.root / file))
-        if (earlier := first_rows.setdefault(real, where)) != where:
-            raise InputError(
-                f"{where}: the image {values['path']!r} is already in "
-                f"{earlier.rpartition(', ')[2]}.\nKeep one row per image. Several labels of one "
-                "are in one field, such as cat|dog, or in one column each."
-            )
-        split = split_of(values["split"], columns.split) if "split" in values else "train"
-        if split is None:
-            raise InputError(
-                f"{where}: {values['split']!r} is not a split.\n"
-                "Splits are train, valid and test; data.split_column=none ignores the column."
-            )
-        rows.append(TableRow(where, file, labels, split, values.get("group", "")))
-    if missing:
-        where, name = missing[0]
-        more = f" ({len(missing):,} of {len(table.rows):,} rows have none)"
-        guess = finder.similar(name)
-        hint = f" Did you mean {guess!r}?" if guess else ""
-        raise InputError(
-            f"{where}: there is no image {name!r}{more * (len(missing) > 1)}.{hint}\n"
-            f"Paths are relative to {finder.root}; another folder: --set data.image_folder=FOLDER"
-        )
+        group = fields[positions["group"]].strip() if "group" in positions else ""
+        rows.append(TableRow(where, fields[positions["path"]].strip(), labels, split, group))
     return rows
 
 
-def _filled(text: str, meaning: str, where: str) -> str:
-    """Return a field without spaces around it; without a group, say how to ignore them."""
-    if meaning == "group" and not text.strip():
+def _find_files(
+    rows: Sequence[TableRow],
+    columns: TableColumns,
+    finder: FileFinder,
+    left_out: Collection[str],
+) -> list[TableRow]:
+    """Replace the paths of a table by files; leave out those that may be missing."""
+    found: list[TableRow] = []
+    first_rows: dict[str, str] = {}
+    missing: list[TableRow] = []
+    for row in rows:
+        filled(row.file, "path", row.where)
+        if columns.group != NONE:
+            advice = "Fill it in, or ignore groups: --set data.group_column=none"
+            filled(row.group, "group", row.where, advice)
+        if (file := finder.find(row.file, row.where)) is None:
+            if not is_named(row.file, left_out):
+                missing.append(row)
+            continue
+        real = os.path.normcase(os.path.realpath(finder.root / file))
+        if (earlier := first_rows.setdefault(real, row.where)) != row.where:
+            raise InputError(
+                f"{row.where}: the image {row.file!r} is already in "
+                f"{earlier.rpartition(', ')[2]}.\nKeep one row per image. Several labels of one "
+                "are in one field, such as cat|dog, or in one column each."
+            )
+        found.append(replace(row, file=file))
+    if missing:
+        more = f" ({len(missing):,} of {len(rows):,} rows have none)" * (len(missing) > 1)
+        guess = finder.similar(missing[0].file)
+        hint = f" Did you mean {guess!r}?" if guess else ""
         raise InputError(
-            f"{where}: the group is empty.\nFill it in, or ignore groups: --set "
-            "data.group_column=none"
+            f"{missing[0].where}: there is no image {missing[0].file!r}{more}.{hint}\n"
+            f"Paths are relative to {finder.root}; another folder: --set data.image_folder=FOLDER"
         )
-    return filled(text, meaning, where)
+    return found
 
 
 def _label_columns(columns: TableColumns, table: TextTable) -> tuple[str, ...]:
@@ -210,7 +220,7 @@ def _labels(
     (index,) = positions.values()
     if delimiter == NONE:
         return (normalize("NFC", fields[index].strip()),)
-    return split_labels(fields[index], delimiter)
+    return () if is_nan(fields[index].strip()) else split_labels(fields[index], delimiter)
 
 
 def _with_delimiter(columns: TableColumns, rows: Sequence[TableRow]) -> TableColumns:
@@ -277,15 +287,12 @@ def _label_notes(
     multi: MultiLabels | None,
     names: Sequence[str],
     *,
-    is_given: bool,
+    delimiter_is_given: bool,
 ) -> list[Note]:
-    """Describe how many labels images have, and name the columns without images.
-
-    `is_given` says whether the delimiter was given, not found.
-    """
+    """Describe how many labels images have, and name the columns without images."""
     flags = _label_columns(columns, table)
     notes = []
-    if multi is None and len(flags) == 1 and not is_given:
+    if multi is None and len(flags) == 1 and not delimiter_is_given:
         delimiter, parts = possible_delimiter(names)
         if delimiter:
             text = f"one per image, {len(names):,} combinations of {parts:,} words; if they are"

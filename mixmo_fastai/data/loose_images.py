@@ -33,21 +33,32 @@ def find_images(paths: Iterable[Path], skipped: Skipped | None = None) -> list[P
     Raises:
         InputError: a path does not exist, or no image is found.
     """
-    found: list[Path] = []
     skipped = Skipped() if skipped is None else skipped
-    for path in paths:
-        if os.path.isdir(path):
-            found += sorted(path / name for name in images_below(path, skipped))
-        elif os.path.lexists(path):
-            found.append(path)
-        else:
-            raise InputError(f"There is no image or folder {str(path)!r}.")
+    found = [file for path in paths for file in files_of(path, skipped)]
     if not found:
-        details = f" Skipped: {skipped.describe()}." if skipped.names else ""
-        raise InputError(
-            f"No image was found.{details}\nGive image files, or folders that contain images."
-        )
+        raise no_images_error(skipped)
     return found
+
+
+def files_of(path: Path, skipped: Skipped) -> list[Path]:
+    """List a given file, or the images in a folder; see `find_images`.
+
+    Raises:
+        InputError: the path does not exist.
+    """
+    if os.path.isdir(path):
+        return sorted(path / name for name in images_below(path, skipped))
+    if os.path.lexists(path):
+        return [path]
+    raise InputError(f"There is no image or folder {str(path)!r}.")
+
+
+def no_images_error(skipped: Skipped) -> InputError:
+    """Build the error for files and folders without any image, with what was skipped."""
+    details = f" Skipped: {skipped.describe()}." if skipped.names else ""
+    return InputError(
+        f"No image was found.{details}\nGive image files, or folders that contain images."
+    )
 
 
 def decode_readable(

@@ -7,12 +7,13 @@ from typing import NamedTuple
 from mixmo_fastai.data.file_finder import FileFinder
 from mixmo_fastai.data.label_tables import is_table
 from mixmo_fastai.data.listing import Skipped
-from mixmo_fastai.data.loose_images import find_images
-from mixmo_fastai.data.table_columns import check_columns, find_path_column
+from mixmo_fastai.data.loose_images import files_of, no_images_error
+from mixmo_fastai.data.table_columns import find_path_column
 from mixmo_fastai.data.text_tables import filled, read_text_table
 from mixmo_fastai.errors import InputError
 
 ADVICE = "Use one row per image, with a column for its path."
+SAVE_IMAGES = "If it holds images, save them as files."
 
 
 class NamedImage(NamedTuple):
@@ -51,22 +52,23 @@ def find_named_images(
             column of paths, an empty path, or a name that several images have.
     """
     found: list[NamedImage] = []
+    skipped = Skipped() if skipped is None else skipped
     for path in paths:
         if path.is_file() and is_table(path):
             found += _read_table(path, image_folder or path.parent, path_column)
         else:
-            found += [NamedImage(str(each), each) for each in find_images([path], skipped)]
+            found += [NamedImage(str(file), file) for file in files_of(path, skipped)]
+    if not found:
+        raise no_images_error(skipped)
     return found
 
 
 def _read_table(path: Path, root: Path, column: str) -> Iterator[NamedImage]:
     if not root.is_dir():
         raise InputError(f"There is no folder {str(root)!r}.")
-    table, finder = read_text_table(path, ADVICE), FileFinder(root)
-    if column not in table.header:
-        column = find_path_column(table, finder)
-    check_columns([("path", column)], table.header, str(path))
-    index = table.header.index(column)
+    table, finder = read_text_table(path, ADVICE, holds_images=SAVE_IMAGES), FileFinder(root)
+    found = find_path_column(table, finder)
+    index = table.header.index(column if column in table.header else found)
     for position, fields in table.rows:
         where = table.where(position)
         name = filled(fields[index], "path", where)

@@ -104,11 +104,7 @@ def find_columns(table: TextTable, columns: TableColumns, finder: FileFinder) ->
         InputError: a given column does not exist, or a required one is not found.
     """
     given = {name: getattr(columns, name) for name in COLUMN_NAMES}
-    if images := [name for name in table.header if Path(name).suffix and finder.is_image(name)]:
-        raise InputError(
-            f"{table.path}, line 1 names the image {images[0]!r} instead of the columns.\n"
-            "Add a first line such as: path,label"
-        )
+    _check_header(table, finder, "path,label")
     labels = split_names(given["label"], table.header)
     others = [(meaning, name) for meaning, name in given.items() if meaning != "label"]
     pairs = [*others, *(("label", name) for name in labels)]
@@ -139,15 +135,28 @@ def find_path_column(table: TextTable, finder: FileFinder) -> str:
     """Return the column that holds the paths of images.
 
     Raises:
-        InputError: no column is called like one of paths, or names an image.
+        InputError: no column is called like one of paths, or names an image; or the first line
+            names an image.
     """
+    _check_header(table, finder, "path")
     found = _guess(table, "path", (), finder)
     if found is None:
         raise InputError(
             f"{table.path}: which column holds the paths? "
-            f"Columns: {examples(table.header, _MAX_COLUMNS)}.\nCall it path."
+            f"Columns: {examples(table.header, _MAX_COLUMNS)}.\n"
+            "Call it path, or name the folder of the images: --image-folder FOLDER"
         )
     return found
+
+
+def _check_header(table: TextTable, finder: FileFinder, example: str) -> None:
+    """Check that the first line names the columns, not an image."""
+    images = [name for name in table.header if Path(name).suffix and finder.is_image(name)]
+    if images:
+        raise InputError(
+            f"{table.path}, line 1 names the image {images[0]!r} instead of the columns.\n"
+            f"Add a first line such as: {example}"
+        )
 
 
 def check_columns(given: Iterable[tuple[str, str]], columns: Collection[str], where: str) -> None:

@@ -121,10 +121,11 @@ def _chosen(
     Raises:
         InputError: another split has a class without training images.
     """
+    # A split whose images were labelled after the run began is not used.
     labelled = {
         role: {name: table.parts[role].get(name, []) for name in train}
         for role in ("valid", "test")
-        if role in table.parts
+        if role in table.parts and getattr(parts, role) is not None
     }
     checked = {"test": drawn, **labelled} if any(drawn.values()) else labelled
     for role, part in (("valid", "validation"), ("test", "test")):
@@ -147,7 +148,7 @@ def _chosen(
 
 def _split_notes(table: LabelTable, parts: DataParts) -> list[Note]:
     notes = []
-    found = [role for role in ("valid", "test") if role in table.parts]
+    found = [role for role in ("valid", "test") if getattr(parts, role) is not None]
     if found:
         names = " and ".join(_SPLIT_NAMES[role] for role in found)
         where = f" as in {table.columns.split!r}" if table.columns.split != NONE else ""

@@ -19,7 +19,7 @@ class TableRow:
     Attributes:
         where: position of the row, for messages.
         file: the image, relative to the folder of the images.
-        labels: its labels; none if it has several or no label.
+        labels: its labels; empty if it has none.
         split: "train", "valid" or "test".
         group: its group; "" without groups.
     """
@@ -49,6 +49,7 @@ def without_nan(rows: Sequence[TableRow]) -> list[TableRow]:
             f"{refused[0].where}: the label is {repr(text) if text else 'empty'}"
             f"{more * (len(refused) > 1)}.\n"
             "Remove rows without a label; mixmo predict predicts their images."
+            f"{' If it is a class, give it another name.' if text else ''}"
         )
     return [replace(row, labels=()) if is_nan(row.labels[0]) else row for row in rows]
 

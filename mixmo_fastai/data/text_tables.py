@@ -51,36 +51,40 @@ class TextTable:
         return f"{self.path}, {self.unit} {position}"
 
 
-def filled(text: str, column: str, where: str) -> str:
+def filled(text: str, column: str, where: str, advice: str = "") -> str:
     """Return a field without spaces around it.
 
     Args:
         text: the field.
         column: what it holds, for the message.
         where: its position, for the message.
+        advice: a second line of the message.
 
     Raises:
         InputError: it is empty.
     """
     if not (stripped := text.strip()):
-        raise InputError(f"{where}: the {column} is empty.")
+        more = f"\n{advice}" if advice else ""
+        raise InputError(f"{where}: the {column} is empty.{more}")
     return stripped
 
 
-def read_text_table(path: Path, advice: str) -> TextTable:
+def read_text_table(path: Path, advice: str, *, holds_images: str = "") -> TextTable:
     """Read a table.
 
     Args:
         path: a CSV or TSV file in UTF-8, whose fields are separated by commas, semicolons or tabs;
             or a parquet file.
         advice: the columns that it should have, for messages.
+        holds_images: what to do with a parquet file of images; by default, to pass it as hf:FILE.
 
     Raises:
         InputError: the file cannot be read, is damaged, has no rows, or has a column twice.
     """
     is_parquet, lists = path.suffix.lower() == PARQUET, dict[str, str]()
     if is_parquet:
-        rows, lists = _read_parquet(path)
+        holds_images = holds_images or f"If it holds images, pass hf:{path} instead."
+        rows, lists = _read_parquet(path, holds_images)
     else:
         rows = list(_split_rows(path, _read_text(path)))
     if len(rows) < 2:
@@ -135,7 +139,9 @@ def _split_rows(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
         raise InputError(f"{path}, line {line}: {reason}.") from error
 
 
-def _read_parquet(path: Path) -> tuple[list[tuple[int, list[str]]], dict[str, str]]:
+def _read_parquet(
+    path: Path, holds_images: str
+) -> tuple[list[tuple[int, list[str]]], dict[str, str]]:
     """Return the header and the rows of a parquet file, and its columns of lists.
 
     Missing values are empty.
@@ -157,17 +163,17 @@ def _read_parquet(path: Path) -> tuple[list[tuple[int, list[str]]], dict[str, st
     for name, column in zip(table.column_names, table.columns, strict=True):
         values = column.to_pylist()
         if any(isinstance(value, list) for value in values):
-            values, lists[_column_name(name)] = _joined(values, name, path)
-        columns.append([_text(value, name, path) for value in values])
+            values, lists[_column_name(name)] = _joined(values, name, path, holds_images)
+        columns.append([_text(value, name, path, holds_images) for value in values])
     rows = [list(fields) for fields in zip(*columns, strict=True)]
     return [(0, list(table.column_names)), *enumerate(rows, start=1)], lists
 
 
 def _joined(
-    values: Sequence[list[object] | None], column: str, path: Path
+    values: Sequence[list[object] | None], column: str, path: Path, holds_images: str
 ) -> tuple[list[str], str]:
     """Join each list of a column to a text; return the texts and the delimiter."""
-    lists = [[_text(value, column, path) for value in each or ()] for each in values]
+    lists = [[_text(value, column, path, holds_images) for value in each or ()] for each in values]
     used = {text for texts in lists for text in texts}
     free = (mark for mark in _DELIMITERS if not any(mark in text for text in used))
     delimiter = next(free, None)
@@ -179,14 +185,11 @@ def _joined(
     return [delimiter.join(texts) for texts in lists], delimiter
 
 
-def _text(value: object, column: str, path: Path) -> str:
+def _text(value: object, column: str, path: Path, holds_images: str) -> str:
     if value is None:
         return ""
     if isinstance(value, bytes | dict | list):
-        raise InputError(
-            f"{path}: the column {column!r} does not hold text.\n"
-            f"If it holds images, pass hf:{path} instead."
-        )
+        raise InputError(f"{path}: the column {column!r} does not hold text.\n{holds_images}")
     if isinstance(value, float) and value.is_integer():
         return str(int(value))  # integer columns with missing values are floats
     is_missing = isinstance(value, float) and math.isnan(value)

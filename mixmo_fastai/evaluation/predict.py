@@ -114,7 +114,7 @@ def predict_images(
 
     Returns:
         The predictions, `LabelsPrediction` with several labels per image; and for each unreadable
-        file, the reason and what to do.
+        image, named like a predicted one, the reason and what to do.
 
     Raises:
         InputError: the run is not finished, its classes are not known, no image is found, or a
@@ -161,9 +161,11 @@ def _decode(
         if path is None:
             unreadable[Path(name)] = f"There is no image {name!r}."
             continue
-        for _, pixels in decode_readable([path], facts.image_shape, unreadable):  # type: ignore[arg-type]
+        reasons: dict[Path, str] = {}
+        for _, pixels in decode_readable([path], facts.image_shape, reasons):  # type: ignore[arg-type]
             names.append(name)
             decoded.append(pixels)
+        unreadable.update((Path(name), reason) for reason in reasons.values())
     return names, decoded
 
 
