@@ -19,8 +19,8 @@ from mixmo_fastai.runs import checkpoints as store_module
 from mixmo_fastai.runs.checkpoints import CheckpointStore
 from mixmo_fastai.runs.create import create_run
 from mixmo_fastai.runs.folder import open_run
+from mixmo_fastai.training.identity import comparable
 from mixmo_fastai.training.prepare import prepare
-from mixmo_fastai.training.state import _comparable
 from mixmo_fastai.training.train import train
 
 pytestmark = pytest.mark.slow
@@ -362,6 +362,16 @@ def test_momentum_is_restored_in_the_layout_of_its_parameter(stopped_run, tmp_pa
 def test_only_settings_of_later_versions_get_defaults():
     recipe = to_mapping(load_recipe("digits/cut-mixmo"))
     del recipe["model"]["pretrained"], recipe["train"]["epochs"]
-    filled = _comparable({"recipe": recipe, "data": {}})
+    filled = comparable({"recipe": recipe, "data": {}})
     assert filled["recipe"]["model"]["pretrained"] is False
     assert "epochs" not in filled["recipe"]["train"]
+
+
+def test_only_the_place_of_the_data_is_not_compared():
+    recipe = to_mapping(load_recipe("digits/cut-mixmo"))
+    compared = comparable({"recipe": recipe, "data": {"train": "3 images"}})
+    assert compared["data"] == {"train": "3 images"}
+    for section, values in recipe.items():
+        if section != "data":
+            assert compared["recipe"][section] == values
+    assert recipe["data"].keys() - compared["recipe"]["data"].keys() == {"dataset", "image_folder"}

@@ -7,6 +7,7 @@ image_folder                  image folders; layout, class_folders, listing: fin
 chosen_images, parts          which images of a folder are used, as stored in split.json
 class_files, class_names      files by class: draw a test set, compare with those of a run; names
 label_tables, table_images    tables of labels with splits and groups; table_columns: find columns
+table_rows                    the rows of a table of labels, and checks of them
 multi_labels, flag_columns    several labels per image, in one field or in one column each
 text_tables, file_finder      CSV and parquet files; the images that they name
 hub_dataset                   data sets of the library Hugging Face datasets
@@ -19,7 +20,7 @@ loaders, cuts, augment        resident and streaming loaders that crop and flip 
 pixel_reader                  pixels of a batch in a worker of the streaming loader
 transforms                    transforms of training images by name; *_transforms, resized_crop
 repeat                        several copies of each image in a batch
-items, loose_images           single items for fastai; files to predict
+items, loose_images           single items for fastai; files to predict; named_images: of tables
 label_distributions           votes of annotators; vote_tables, image_names: read and match them
 corruptions, fingerprint      corrupted test images; checksums of a data set
 first_batch                   the first batch, without changing random states

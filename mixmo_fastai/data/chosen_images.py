@@ -32,8 +32,8 @@ from mixmo_fastai.data.parts import DataParts
 from mixmo_fastai.data.splits import DEFAULT_TEST_SPLIT
 from mixmo_fastai.errors import InputError
 
-MOVED = "Restore it, or write its new path into recipe.toml of the run, as data.dataset."
-"""What to do if the images of a run are missing."""
+MOVED = "Restore it, or write its new path into recipe.toml of the run, as data."
+"""What to do if the images of a run are missing; the name of the setting follows."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def reopen_images(
         InputError: a part, a class or a file of a drawn split is missing, or a class is new.
     """
     if not folder.is_dir():
-        raise InputError(f"Image folder {folder} does not exist.\n{MOVED}")
+        raise InputError(f"Image folder {folder} does not exist.\n{MOVED}dataset.")
     for subfolder in (parts.train, parts.valid, parts.test):
         if subfolder is not None and not (folder / subfolder).is_dir():
             raise InputError(

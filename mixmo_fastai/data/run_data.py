@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mixmo_fastai.config.choices import DATASETS, HUB_PREFIX
 from mixmo_fastai.config.defaults import is_pretrained
-from mixmo_fastai.config.recipe import Recipe
+from mixmo_fastai.config.recipe import Data, Recipe
 from mixmo_fastai.data.chosen_images import MOVED
 from mixmo_fastai.data.fingerprint import fingerprint
 from mixmo_fastai.data.image_sets import DataSource
@@ -50,7 +50,7 @@ def read_source(
     """
     left_out, parts, facts = None, None, None
     if run is not None:
-        _check_table(recipe.data.dataset)
+        _check_table(recipe.data)
         facts = run.data_facts()
         # None: the run was to skip damaged images, but has not searched for them yet.
         default = None if recipe.data.skip_damaged else {}
@@ -73,11 +73,16 @@ def read_source(
     return source if run is None else with_recorded_statistics(source, run)
 
 
-def _check_table(dataset: str) -> None:
-    """Raise InputError if the table of a run is missing."""
-    is_local = is_table(dataset) and not dataset.startswith(HUB_PREFIX)
-    if is_local and not os.path.isfile(os.path.expanduser(dataset)):
-        raise InputError(f"There is no table {dataset!r}.\n{MOVED}")
+def _check_table(data: Data) -> None:
+    """Raise InputError if the table of a run, or the folder of its images, is missing."""
+    if not is_table(data.dataset) or data.dataset.startswith(HUB_PREFIX):
+        return
+    path = Path(os.path.expanduser(data.dataset))
+    if not path.is_file():
+        raise InputError(f"There is no table {data.dataset!r}.\n{MOVED}dataset.")
+    folder = path.parent / os.path.expanduser(data.image_folder)
+    if not folder.is_dir():
+        raise InputError(f"There is no folder {str(folder)!r}.\n{MOVED}image_folder.")
 
 
 def with_recorded_statistics(source: DataSource, run: RunFolder) -> DataSource:

@@ -9,6 +9,7 @@ history          callback that records the history of a run
 checkpointing    callbacks that save checkpoints
 run_callbacks    base class of callbacks that follow a run, such as loggers
 state            the state of a Learner in a checkpoint, restored with strict checks
+identity         check that a checkpoint belongs to a run
 optimizer_state  the state of an optimizer as named tensors
 resume           resume within an epoch
 lr_find          learning-rate range test

@@ -25,13 +25,12 @@ from torch import Tensor, nn
 
 from mixmo_fastai.callbacks.ema import EMACallback
 from mixmo_fastai.callbacks.freeze import FreezeCallback
-from mixmo_fastai.config.load import with_present_names
-from mixmo_fastai.config.recipe import Mix, Schedule
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.models.mixmo_model import unwrap
 from mixmo_fastai.runs.checkpoints import CheckpointStore, Saved
 from mixmo_fastai.runs.weights import load_tensors, to_bytes
 from mixmo_fastai.runtime.processes import process_group
+from mixmo_fastai.training.identity import check_identity
 from mixmo_fastai.training.optimizer_state import (
     check_complete,
     optimizer_tensors,
@@ -157,7 +156,7 @@ class RunState:
         except (OSError, ValueError, RecursionError, SafetensorError) as error:
             raise InputError(f"The checkpoint {saved.path} cannot be read: {error}.") from error
         restored = Restored.from_mapping(state, saved.path)
-        self._check_identity(state, saved.path)
+        check_identity(self.identity, state, saved.path)
         self._check_position(restored, saved.path)
         load_tensors(self.learn.model, tensors["model"], saved.path / "model.safetensors")
         self._restore_optimizer(tensors["optimizer"], restored, saved.path)
@@ -205,21 +204,6 @@ class RunState:
         yield "history.json", _as_json(history)
         for name, part in tensors.items():
             yield f"{name}.safetensors", to_bytes(part)
-
-    def _check_identity(self, state: Mapping[str, Any], path: Path) -> None:
-        current, saved = (
-            dict(_flattened({name: values.get(name) for name in self.identity}))
-            for values in map(_comparable, (self.identity, state))
-        )
-        different = [
-            key for key in current | saved if current.get(key, _MISSING) != saved.get(key, _MISSING)
-        ]
-        if different:
-            key = different[0]
-            raise InputError(
-                f"{key} is {_shown(current, key)} now and {_shown(saved, key)} in the checkpoint "
-                f"{path}.\nUndo the change, or start a new run."
-            )
 
     def _check_position(self, restored: "Restored", path: Path) -> None:
         steps, position = len(self.learn.dls.train), restored.position
@@ -317,7 +301,6 @@ class Restored:
         )
 
 
-_MISSING = object()
 _NEW_RUN = (
     "Nothing was changed. Resume with the files the run was started with, or start a new run."
 )
@@ -352,49 +335,3 @@ def _check_finite(tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
 
 def _as_json(values: Mapping[str, Any]) -> bytes:
     return (json.dumps(values, indent=1) + "\n").encode()
-
-
-def _comparable(values: Mapping[str, Any]) -> Any:
-    """Add settings that did not exist when a recipe was saved; leave out the place of the data."""
-    plain = json.loads(json.dumps(dict(values)))
-    if isinstance(recipe := plain.get("recipe"), dict):
-        recipe = plain["recipe"] = with_present_names(recipe)
-    for section, name, default in _ADDED:
-        if isinstance(recipe, dict) and isinstance(part := recipe.get(section), dict):
-            part.setdefault(name, default)
-            part.pop("dataset", None)  # it may be moved; the fingerprints compare the images
-    return plain
-
-
-_ADDED = (
-    *(("data", f"{name}_column", "") for name in ("path", "label", "split", "group")),
-    *(("data", name, "") for name in ("image_folder", "label_delimiter")),
-    ("model", "pretrained", False),
-    ("model", "weights", ""),
-    ("data", "skip_damaged", False),
-    ("model", "readout", "core"),
-    ("model", "perturbation", 0.1),
-    ("optimizer", "name", "sgd"),
-    ("data", "transform", "standard"),
-    ("data", "crop_from", "auto"),
-    # Without fine-tune and an early_repetition, these have no effect.
-    ("schedule", "frozen_share", Schedule().frozen_share),
-    ("schedule", "body_div", Schedule().body_div),
-    ("mix", "early_span", Mix().early_span),
-    ("mix", "early_shape", Mix().early_shape),
-)
-"""Settings that recipes of older checkpoints lack, with the values used at that time."""
-
-
-def _flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Iterate over settings with dotted names, as typed by users: optimizer.lr."""
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            yield from _flattened(value, "" if name == "recipe" else f"{name}.")
-        else:
-            yield name, value
-
-
-def _shown(values: Mapping[str, Any], key: str) -> str:
-    return repr(values[key]) if key in values else "missing"
