@@ -103,13 +103,15 @@ def test_settings_for_short_trainings_need_fewer_images():
     assert "still decreasing" in advise(recipe, rows, images_seen=600_000)
     need = unmet_requirement(MIXMO, 700_000)
     assert members_advice(MIXMO, need, 700_000) == (
-        f"2 members need about 1,500,000 images seen (here 700,000), or {flags}; "
+        "2 members need about 1,500,000 images seen (here 700,000): --epochs 172, or "
+        f"{flags}; "
         "otherwise --members 1 is often more accurate"
     )
     assert flags not in members_advice(MIXMO, need, 500_000)
     narrow = override(MIXMO, ["model.arch=wrn16_1"])
     need = unmet_requirement(narrow, 700_000)
     assert "mix." not in members_advice(narrow, need, 700_000)  # would not be enough
+    assert "--epochs" not in members_advice(narrow, need, 700_000)
     twice = override(MIXMO, ["mix.batch_repetitions=2", "train.epochs=160"])
     assert "with --set mix.early" in advise(twice, rows, images_seen=600_000)
 
@@ -123,13 +125,13 @@ def test_too_few_views_lead_to_more_epochs():
     assert "with --epochs 86 (" in advise(seldom, rows, images_seen=700_000)
     need = unmet_requirement(seldom, 700_000)
     assert members_advice(seldom, need, 700_000) == (
-        "2 members need about 1,500,000 images seen (here 700,000); "
+        "2 members need about 1,500,000 images seen (here 700,000): --epochs 86; "
         "otherwise --members 1 is often more accurate"
     )
     short = override(seldom, SHORT)
     need = unmet_requirement(short, 700_000)
     assert members_advice(short, need, 700_000) == (
-        "2 members need about 300 views of each image (here 80); "
+        "2 members need about 300 views of each image (here 80): --epochs 150; "
         "otherwise --members 1 is often more accurate"
     )
     assert "with --epochs 150 (" in advise(short, rows, images_seen=700_000)
@@ -156,6 +158,8 @@ def test_advice_for_fine_tuning():
 def test_too_few_images_lead_to_one_member():
     rows = history(linear_decrease(2.0, 1.0))
     seldom = override(MIXMO, ["train.epochs=40"])
+    need = unmet_requirement(seldom, 199_000)  # 1,206 views
+    assert "--epochs" not in members_advice(seldom, need, 199_000)
     assert "--epochs 300 " in advise(seldom, rows, images_seen=200_000)  # 1,200 views per image
     # 1,243 images would be seen more often, but not with the settings for short trainings
     flags = "--repeat 2 --epochs 242 --set mix.early_repetition=1 --set mix.early_span=0.6"

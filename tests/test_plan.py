@@ -279,8 +279,8 @@ def test_plan_names_the_optimizer(tmp_path, monkeypatch, capsys):
     [
         (10, None),
         (6, None),
-        (5, "from 4 training images of 'dog' to 8 of 'cat'; so watch the balanced accuracy"),
-        (2, "from 1 training image of 'dog' to 8 of 'cat'; so watch the balanced accuracy"),
+        (5, "from 4 training images of 'dog' to 8 of 'cat'; compare by balanced accuracy"),
+        (2, "from 1 training image of 'dog' to 8 of 'cat'; compare by balanced accuracy"),
     ],
 )
 def test_sizes_of_very_different_classes_are_shown(working_folder, num_dogs, expected):

@@ -1,5 +1,6 @@
 import dataclasses
 import math
+import re
 import tomllib
 
 import pytest
@@ -354,3 +355,22 @@ class TestOptimizers:
     def test_invalid_settings_are_rejected(self, assignments, message):
         with pytest.raises(InputError, match=message):
             self.recipe_with(*assignments)
+
+
+def test_settings_in_a_wrong_section_suggest_the_right_one():
+    sections = {
+        field.name: {inner.name for inner in dataclasses.fields(field.default)}
+        for field in dataclasses.fields(Recipe)
+        if dataclasses.is_dataclass(field.default)
+    }
+    pairs = [
+        (section, name)
+        for section, own in sections.items()
+        for names in sections.values()
+        for name in names - own
+    ]
+    assert len(pairs) > 300
+    for section, name in pairs:
+        with pytest.raises(InputError, match="unknown key") as caught:
+            override(DEFAULTS, [f"{section}.{name}=1"])
+        assert re.search(rf"Did you mean '(\w+\.)?{name}'\?\n", str(caught.value))

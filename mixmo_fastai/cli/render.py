@@ -141,11 +141,11 @@ def _class_rows(training: Any) -> list[tuple[str, str]]:
     if sizes[most] >= MIN_IMBALANCE * sizes[fewest]:
         text = (
             f"from {counted(int(sizes[fewest]), 'training image')} of {names[fewest]!r} to "
-            f"{int(sizes[most]):,} of {names[most]!r}; so watch the balanced accuracy"
+            f"{int(sizes[most]):,} of {names[most]!r}; compare by balanced accuracy"
         )
         rows.append(("Classes", text))
-    by_class = {name: ["an image"] * bool(n) for name, n in zip(names, validation, strict=True)}
-    missing = missing_classes("valid", by_class) if len(images[1]) else []
+    counts = dict(zip(names, validation.tolist(), strict=True))
+    missing = missing_classes("valid", counts) if len(images[1]) else []
     return rows + [note for note in missing if note not in source.notes]
 
 

@@ -59,7 +59,9 @@ MIN_IMAGES_SEEN_SHORT = 600_000
 """With `SHORT_SETTINGS` and 2,000 training images, from how many two members were as accurate as a
 plain network with CutMix, with a lower NLL."""
 MIN_VIEWS = 300
-"""From how many views of each image this was found; with 150, one network was better."""
+"""With `SHORT_SETTINGS`, from how many views of each image this was found; with 150, one network
+was better. With the published settings it was found with 750; fewer were not tried with enough
+images seen."""
 MIN_IMAGES_SEEN_PRETRAINED, MIN_VIEWS_PRETRAINED = 59_500, 30
 """The same for pretrained weights: how many images seen, and how many views of each image."""
 SHORT_SETTINGS = {"batch_repetitions": 2, "early_repetition": 1.0, "early_span": 0.6}

@@ -98,9 +98,10 @@ def _unknown_key_error(root: type, key: str, source: str) -> InputError:
     ]
     section, _, last = key.rpartition(".")
     allowed = [n for n in names if n.rpartition(".")[0] == section] if section else []
+    same = [n for n in names if n.rpartition(".")[2] == last]  # of another section
     # Within a section, a long common prefix says nothing.
     guess = _nearest_key(last, allowed) if allowed else nearest(key, names)
-    full_name = guess or _nearest_key(last, names)
+    full_name = next(iter(same), guess) or _nearest_key(last, names)
     hint = f" Did you mean {full_name!r}?" if full_name else ""
     choices = allowed or sorted({n.partition(".")[0] for n in names})
     return InputError(f"{source}: unknown key {key!r}.{hint}\nAllowed: {', '.join(choices)}.")

@@ -119,13 +119,18 @@ def drawn_text(drawn: DrawnTest | None) -> str:
     return f"{fraction}, drawn once and stored with the run (--test-split)"
 
 
-def missing_classes(role: str, files: FilesByClass) -> list[Note]:
-    """List the classes without images in a validation or test folder."""
-    missing = [name for name, class_files in files.items() if not class_files]
+def missing_classes(role: str, images: Mapping[str, Sequence[str] | int]) -> list[Note]:
+    """List the classes without images in the validation split or the test set.
+
+    Args:
+        role: "valid" or "test".
+        images: the images of each class, or their number.
+    """
+    missing = [name for name, of_class in images.items() if not of_class]
     if not missing:
         return []
     part = {"valid": "validation", "test": "test"}[role]
-    text = f"{part} images of {len(missing):,} of {len(files):,} classes: {examples(missing)}"
+    text = f"{part} images of {len(missing):,} of {len(images):,} classes: {examples(missing)}"
     return [("Missing", text)]
 
 

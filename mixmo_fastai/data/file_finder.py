@@ -58,12 +58,15 @@ class FileFinder:
         return found[0] if found else None
 
     def similar(self, name: str) -> str | None:
-        """Return an image whose name differs only in case or suffix; None if there is none."""
-        stem = PurePosixPath(name.replace("\\", "/")).stem.lower()
-        found = (
-            file for key, files in self._index().items() for file in files if _stem(key) == stem
-        )
-        return min(found, default=None)
+        """Return the image whose name differs only in case or suffix; None without or with several.
+
+        One in the same folder is preferred.
+        """
+        parts = _spelling(name)
+        files = {file for files in self._index().values() for file in files}
+        found = [file for file in files if _spelling(file)[-1:] == parts[-1:]]
+        near = [file for file in found if _spelling(file)[-len(parts) :] == parts] or found
+        return near[0] if len(near) == 1 else None
 
     def _relative(self, path: PurePosixPath) -> str:
         if path.is_absolute() and path.is_relative_to(self.root):
@@ -81,8 +84,10 @@ class FileFinder:
         return self._by_name
 
 
-def _stem(key: str) -> str:
-    return PurePosixPath(key).stem.lower()
+def _spelling(name: str) -> tuple[str, ...]:
+    """Return the parts of a path without suffix, in lower case."""
+    path = PurePosixPath(name.replace("\\", "/").lower())
+    return (*path.parts[:-1], path.stem)
 
 
 def _ends_with(file: PurePosixPath, name: PurePosixPath) -> bool:

@@ -367,7 +367,7 @@ def _check_images_per_class(labels: Tensor, num_classes: int, coverage: float) -
     if short:
         raise InputError(
             f"A coverage of {coverage:g} for each class needs {needed} calibration images per "
-            f"class; {len(short)} of {num_classes} classes have fewer, one of them "
+            f"class; {len(short)} of {num_classes} classes have fewer; the smallest has "
             f"{int(counts.min())}."
         )
 

@@ -78,9 +78,26 @@ def members_advice(recipe: Recipe, requirement: str, images_seen: int) -> str:
         images_seen: number of images seen by one network in training.
     """
     text = f"{recipe.model.num_members} members need {requirement}"
-    if narrow_network(recipe) is None and _short_settings_help(recipe, images_seen):
-        text += f", or {_short_flags(recipe, images_seen)}"
+    flags = []
+    if narrow_network(recipe) is None:
+        flags += _longer_flags(recipe, images_seen)
+        if _short_settings_help(recipe, images_seen):
+            flags.append(_short_flags(recipe, images_seen))
+    text += f": {', or '.join(flags)}" if flags else ""
     return f"{text}; otherwise {_one_member(recipe)} is often more accurate"
+
+
+def _longer_flags(recipe: Recipe, images_seen: int) -> list[str]:
+    """Return the flag for a training of the required length.
+
+    The list is empty if the length is enough, or images would be seen more than `MAX_VIEWS` times.
+    """
+    required = min_images_seen(recipe, images_seen)
+    is_long = is_enough(images_seen, required)
+    if is_long or _num_views(recipe, images_seen, required) > MAX_VIEWS:
+        return []
+    epochs = (recipe.train.epochs or 1) * required / max(images_seen, 1)
+    return [f"--epochs {math.ceil(epochs)}"]
 
 
 def _one_member(recipe: Recipe) -> str:
@@ -94,10 +111,9 @@ def _size_advice(recipe: Recipe, images_seen: int) -> str:
     members, changes = recipe.model.num_members, []
     if _short_settings_help(recipe, images_seen):
         changes.append(_short_flags(recipe, images_seen))
-    elif not is_enough(images_seen, required := min_images_seen(recipe, images_seen)):
-        if _num_views(recipe, images_seen, required) <= MAX_VIEWS:
-            epochs = (recipe.train.epochs or 1) * required / max(images_seen, 1)
-            changes.append(f"--epochs {math.ceil(epochs)}")
+    elif not is_enough(images_seen, min_images_seen(recipe, images_seen)):
+        if longer := _longer_flags(recipe, images_seen):
+            changes += longer
         else:
             required = min_images_seen_short(recipe, images_seen)
             views = _num_views(recipe, images_seen, required)
