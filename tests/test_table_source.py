@@ -41,6 +41,29 @@ def test_drawn_images_depend_on_no_names_of_groups_and_no_order_of_rows(folder, 
     assert fingerprint(replace(same_names, train=replace(source.train, groups=None))) != prints
 
 
+@pytest.mark.parametrize("split", ["valid", "test"])
+@pytest.mark.parametrize("label", ["", "nan"])
+def test_split_that_is_labelled_later_does_not_change_a_run(folder, split, label):
+    rows = [[*row, split if i >= 18 else "train"] for i, row in enumerate(simple_rows())]
+    later = [[*row] for row in rows]
+    for row in rows[18:]:
+        row[1] = label
+    header = ["path", "label", "split"]
+    _, chosen = choose_table_images(
+        write_table(folder / "a.csv", header, rows), TableColumns(), 0.25
+    )
+    assert (chosen.parts.valid, chosen.parts.test) == (None, None)
+    drawn = [file for files in chosen.test.values() for file in files]
+    assert len(drawn) == 6
+    assert max(drawn) < "photos/18.png"  # of the images with a label
+    path = write_table(folder / "a.csv", header, later)
+    _, again = reopen_table_images(path, chosen.parts, LABELS)
+    assert (again.train, again.test) == (chosen.train, chosen.test)
+    assert again.valid is None
+    assert any(name == "Test set" for name, _ in again.notes)
+    assert not any(name == "Splits" for name, _ in again.notes)
+
+
 def test_cached_statistics_are_those_of_the_split(folder, tmp_path):
     """The same files in the same order, but fewer of them for training."""
     means = []
