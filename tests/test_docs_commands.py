@@ -6,6 +6,7 @@ starts several.
 """
 
 import dataclasses
+import shutil
 from dataclasses import replace
 
 import datasets
@@ -117,6 +118,10 @@ def work_dir(tmp_path, monkeypatch):
     pets.save_to_disk(str(tmp_path / "path/to/saved-pets"))
     pets.to_parquet(str(tmp_path / "path/to/pets.parquet"))
     photos = write_image_folder(tmp_path / "photos", num_train=2, num_test=2)
+    (tmp_path / "competition").mkdir()
+    for number, path in enumerate(sorted(photos.rglob("*.png"))):
+        shutil.copy(path, tmp_path / f"competition/{number}.png")
+    (tmp_path / "competition/test.csv").write_text("id\n0\n1\n2\n")
     next(photos.rglob("*.png")).rename(tmp_path / "cat.png")
     np.save(tmp_path / "cifar10h-counts.npy", np.ones((20, 10)))
     for weights in ("convnext.safetensors", "runs/other/model.safetensors"):
