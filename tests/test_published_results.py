@@ -94,8 +94,9 @@ PUBLISHED = {
 COMPARED = {
     "small_cifar10_short": {"cutmix", "cut-mixmo-short"},
     "small_cifar10_sizes": {
-        *("1000-mixup", "1000-cut-mixmo-short-mixup"),
-        *("5000-cutmix", "5000-mixup", "5000-cut-mixmo-short", "5000-cut-mixmo-short-mixup"),
+        f"{size}-{method}"
+        for size in (1000, 5000)
+        for method in ("cutmix", "mixup", "cut-mixmo-short", "cut-mixmo-short-mixup")
     },
     "small_cifar10_5000": {"cutmix", "cut-mixmo-short"},
     "cifar10_10000": {"cutmix", "mixup", "cut-mixmo-short"},
