@@ -153,6 +153,11 @@ def test_column_of_paths_is_that_of_the_run_or_found(run, competition, tmp_path,
     )
     assert other.recipe().data.path_column == "scan"
     assert [each.image for each in predict_images(other, [both])[0]] == ["00002", "00003"]
+    missing = competition / "missing.csv"
+    missing.write_text("scan,sex\nnothing,m\n00002,f\n")  # the first row names no image
+    predictions, unreadable = predict_images(other, [missing])
+    assert [each.image for each in predictions] == ["00002"]
+    assert [str(name) for name in unreadable] == ["nothing"]
     unknown = write_ids(competition / "unknown.csv", ["x", "y"], header="number")
     with pytest.raises(InputError, match="which column holds the paths"):
         predict_images(run, [unknown])

@@ -6,6 +6,7 @@ The command line and recipes check names here, before torch or fastai is importe
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from mixmo_fastai.config.library_names import fastai_networks, timm_networks
@@ -189,6 +190,11 @@ class Architecture:
     depth: int = 0
     width: int = 0
     name: str = ""
+
+
+def is_table(dataset: str | Path) -> bool:
+    """Check whether the name of a data set is that of a table."""
+    return str(dataset).lower().endswith(TABLE_SUFFIXES)
 
 
 def parse_optimizer(name: str) -> tuple[str, str]:

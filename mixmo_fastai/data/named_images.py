@@ -4,8 +4,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from mixmo_fastai.config.choices import is_table
 from mixmo_fastai.data.file_finder import FileFinder
-from mixmo_fastai.data.label_tables import is_table
 from mixmo_fastai.data.listing import Skipped
 from mixmo_fastai.data.loose_images import files_of, no_images_error
 from mixmo_fastai.data.table_columns import find_path_column
@@ -67,8 +67,7 @@ def _read_table(path: Path, root: Path, column: str) -> Iterator[NamedImage]:
     if not root.is_dir():
         raise InputError(f"There is no folder {str(root)!r}.")
     table, finder = read_text_table(path, ADVICE, holds_images=SAVE_IMAGES), FileFinder(root)
-    found = find_path_column(table, finder)
-    index = table.header.index(column if column in table.header else found)
+    index = table.header.index(find_path_column(table, finder, column))
     for position, fields in table.rows:
         where = table.where(position)
         name = filled(fields[index], "path", where)

@@ -131,15 +131,15 @@ def find_columns(table: TextTable, columns: TableColumns, finder: FileFinder) ->
     return replace(columns, **given, delimiter=delimiter)
 
 
-def find_path_column(table: TextTable, finder: FileFinder) -> str:
-    """Return the column that holds the paths of images.
+def find_path_column(table: TextTable, finder: FileFinder, given: str = "") -> str:
+    """Return the column that holds the paths of images: the given one if the table has it.
 
     Raises:
         InputError: no column is called like one of paths, or names an image; or the first line
             names an image.
     """
     _check_header(table, finder, "path")
-    found = _guess(table, "path", (), finder)
+    found = given if given in table.header else _guess(table, "path", (), finder)
     if found is None:
         raise InputError(
             f"{table.path}: which column holds the paths? "
