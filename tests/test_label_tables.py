@@ -8,7 +8,8 @@ import pytest
 from label_tables import LABELS, folder, simple_rows, write_images, write_table
 from pyarrow import parquet
 
-from mixmo_fastai.data.label_tables import is_table, read_label_table
+from mixmo_fastai.config.choices import is_table
+from mixmo_fastai.data.label_tables import read_label_table
 from mixmo_fastai.data.table_columns import TableColumns
 from mixmo_fastai.errors import InputError
 

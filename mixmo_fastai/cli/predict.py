@@ -22,7 +22,7 @@ from mixmo_fastai.cli.decision_options import (
     RiskScore,
     SetScore,
 )
-from mixmo_fastai.config.choices import TABLE_SUFFIXES
+from mixmo_fastai.config.choices import is_table
 from mixmo_fastai.errors import InputError, RunFailedError
 from mixmo_fastai.runs.files import write_atomically
 from mixmo_fastai.runs.folder import open_run
@@ -162,8 +162,7 @@ def _check_images(images: Sequence[Path], image_folder: Path | None) -> None:
         InputError: a path does not exist, or is a run, as for `mixmo ensemble`; or there is a
             folder for tables, but no table.
     """
-    are_tables = (str(image).lower().endswith(TABLE_SUFFIXES) for image in images)
-    if image_folder is not None and not any(are_tables):
+    if image_folder is not None and not any(map(is_table, images)):
         raise InputError("--image-folder has no effect without a table.\nAdd one, or remove it.")
     for image in images:
         if not image.exists():

@@ -112,8 +112,7 @@ def _setup_rows(training: Any) -> list[tuple[str, str]]:
             f"{tested} images of {shape}, {len(source.classes)} "
             f"{'labels' if source.is_multi_label else 'classes'}",
         ),
-        *(() if source.is_multi_label else _class_rows(training)),
-        *(() if source.is_multi_label else _validation_rows(counts[1])),
+        *(() if source.is_multi_label else [*_class_rows(training), *_validation_rows(counts[1])]),
         *source.notes,
         (
             "Network",

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mixmo_fastai.config.choices import HUB_PREFIX, TABLE_SUFFIXES, TRANSFORMS
+from mixmo_fastai.config.choices import HUB_PREFIX, TRANSFORMS, is_table
 from mixmo_fastai.config.recipe import Recipe
 from mixmo_fastai.config.resolve import changed_settings
 
@@ -43,7 +43,7 @@ def expected_result(recipe: Recipe) -> str:
 def run_label(recipe: Recipe) -> str:
     """Return the name of a run: its data set and its recipe or method."""
     dataset = Path(recipe.data.dataset.removeprefix(HUB_PREFIX)).name or "data"
-    if dataset.lower().endswith(TABLE_SUFFIXES):
+    if is_table(dataset):
         dataset = Path(dataset).stem
     return f"{dataset}-{recipe.name.rpartition('/')[2] or _method_label(recipe)}"
 

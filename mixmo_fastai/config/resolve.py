@@ -9,7 +9,7 @@ from dataclasses import replace
 from shlex import quote
 from typing import Any
 
-from mixmo_fastai.config.choices import DATASETS, HUB_PREFIX, MASK_KINDS, TABLE_SUFFIXES
+from mixmo_fastai.config.choices import DATASETS, HUB_PREFIX, MASK_KINDS, TABLE_SUFFIXES, is_table
 from mixmo_fastai.config.defaults import fill_defaults
 from mixmo_fastai.config.load import load_recipe, override, recipe_from_mapping, recipe_names
 from mixmo_fastai.config.recipe import (
@@ -312,10 +312,9 @@ def check_dataset(dataset: str) -> None:
     if dataset.startswith(HUB_PREFIX):
         return  # reading it tells
     path = os.path.expanduser(dataset)
-    is_table = path.lower().endswith(TABLE_SUFFIXES)
-    if dataset in DATASETS or os.path.isdir(path) or (is_table and os.path.isfile(path)):
+    if dataset in DATASETS or os.path.isdir(path) or (is_table(path) and os.path.isfile(path)):
         return
-    if is_table:
+    if is_table(path):
         raise InputError(f"There is no table {dataset!r}.")
     suffixes = ", ".join(TABLE_SUFFIXES)
     if os.sep in dataset or dataset.startswith((".", "~")) or os.path.exists(dataset):

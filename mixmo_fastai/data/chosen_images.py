@@ -32,8 +32,10 @@ from mixmo_fastai.data.parts import DataParts
 from mixmo_fastai.data.splits import DEFAULT_TEST_SPLIT
 from mixmo_fastai.errors import InputError
 
-MOVED = "Restore it, or write its new path into recipe.toml of the run, as data."
-"""What to do if the images of a run are missing; the name of the setting follows."""
+
+def moved_advice(setting: str) -> str:
+    """Return what to do if images of a run are not where a setting of it says."""
+    return f"Restore it, or write its new path into recipe.toml of the run, as {setting}."
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ def reopen_images(
         InputError: a part, a class or a file of a drawn split is missing, or a class is new.
     """
     if not folder.is_dir():
-        raise InputError(f"Image folder {folder} does not exist.\n{MOVED}dataset.")
+        raise InputError(f"Image folder {folder} does not exist.\n{moved_advice('data.dataset')}")
     for subfolder in (parts.train, parts.valid, parts.test):
         if subfolder is not None and not (folder / subfolder).is_dir():
             raise InputError(

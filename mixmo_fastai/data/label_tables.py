@@ -12,7 +12,6 @@ from shlex import quote
 from typing import Any
 from unicodedata import normalize
 
-from mixmo_fastai.config.choices import TABLE_SUFFIXES
 from mixmo_fastai.data.class_files import Note, examples
 from mixmo_fastai.data.class_folders import FilesByClass
 from mixmo_fastai.data.class_names import (
@@ -75,11 +74,6 @@ class LabelTable:
     groups: Mapping[str, str]
     notes: tuple[Note, ...]
     multi: MultiLabels | None = None
-
-
-def is_table(dataset: str | Path) -> bool:
-    """Check whether the name of a data set is that of a table."""
-    return str(dataset).lower().endswith(TABLE_SUFFIXES)
 
 
 def read_label_table(

@@ -12,7 +12,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixmo_fastai.config.choices import HUB_PREFIX, TABLE_SUFFIXES
+from mixmo_fastai.config.choices import HUB_PREFIX, is_table
 from mixmo_fastai.data.listing import Skipped, count_images, scan
 from mixmo_fastai.errors import InputError, nearest
 
@@ -91,8 +91,7 @@ def layout_advice(*folders: Path) -> str:
         folders: folders in which to look for a table of labels.
     """
     paths = [folder / name for folder in folders for name in sorted(os.listdir(folder))]
-    suffixes = TABLE_SUFFIXES
-    tables = [p for p in paths if p.name.lower().endswith(suffixes) and p.name[0] != "."]
+    tables = [path for path in paths if is_table(path.name) and path.name[0] != "."]
     tables.sort(key=lambda path: not any(word in path.name.lower() for word in _LABELLED))
     if not tables:
         return LAYOUT

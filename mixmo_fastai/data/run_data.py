@@ -5,13 +5,12 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from mixmo_fastai.config.choices import DATASETS, HUB_PREFIX
+from mixmo_fastai.config.choices import DATASETS, HUB_PREFIX, is_table
 from mixmo_fastai.config.defaults import is_pretrained
 from mixmo_fastai.config.recipe import Data, Recipe
-from mixmo_fastai.data.chosen_images import MOVED
+from mixmo_fastai.data.chosen_images import moved_advice
 from mixmo_fastai.data.fingerprint import fingerprint
 from mixmo_fastai.data.image_sets import DataSource
-from mixmo_fastai.data.label_tables import is_table
 from mixmo_fastai.data.parts import DataParts, parts_before_split_json
 from mixmo_fastai.data.sources import load_source
 from mixmo_fastai.data.table_columns import columns_of
@@ -79,10 +78,12 @@ def _check_table(data: Data) -> None:
         return
     path = Path(os.path.expanduser(data.dataset))
     if not path.is_file():
-        raise InputError(f"There is no table {data.dataset!r}.\n{MOVED}dataset.")
+        advice = moved_advice("data.dataset")
+        raise InputError(f"There is no table {data.dataset!r}.\n{advice}")
     folder = path.parent / os.path.expanduser(data.image_folder)
     if not folder.is_dir():
-        raise InputError(f"There is no folder {str(folder)!r}.\n{MOVED}image_folder.")
+        advice = moved_advice("data.image_folder")
+        raise InputError(f"There is no folder {str(folder)!r}.\n{advice}")
 
 
 def with_recorded_statistics(source: DataSource, run: RunFolder) -> DataSource:

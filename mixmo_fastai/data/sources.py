@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from mixmo_fastai.config.choices import DATASETS, TABLE_SUFFIXES
+from mixmo_fastai.config.choices import DATASETS, TABLE_SUFFIXES, is_table
 from mixmo_fastai.data.archives import Archive, Unpacked, archive_damage, fetch
 from mixmo_fastai.data.cifar import CIFAR10, CIFAR100, read_cifar10, read_cifar100
 from mixmo_fastai.data.damage import LeftOut
@@ -21,7 +21,6 @@ from mixmo_fastai.data.image_sets import (
     ImageSet,
     resize_images,
 )
-from mixmo_fastai.data.label_tables import is_table
 from mixmo_fastai.data.parts import DataParts
 from mixmo_fastai.data.source_checks import check_against_facts
 from mixmo_fastai.data.table_columns import TableColumns

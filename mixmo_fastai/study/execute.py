@@ -14,8 +14,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mixmo_fastai.config.choices import is_table
 from mixmo_fastai.data.hub_dataset import is_hub_dataset
-from mixmo_fastai.data.label_tables import is_table
 from mixmo_fastai.data.table_columns import TableColumns, columns_of
 from mixmo_fastai.data.table_images import read_table
 from mixmo_fastai.errors import InputError, RunFailedError, RunInterruptedError
