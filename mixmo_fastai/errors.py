@@ -103,6 +103,11 @@ _SYNONYMS = {"gpu": "cuda"}
 """Names that people use for others."""
 
 
+def did_you_mean(guess: str | None) -> str:
+    """Return a question that follows a sentence, such as " Did you mean 'cutmix'?"; or ""."""
+    return f" Did you mean {guess!r}?" if guess else ""
+
+
 def unknown_name_error(kind: str, name: str, choices: Iterable[str]) -> InputError:
     """Build the error for an unknown name.
 
@@ -113,7 +118,7 @@ def unknown_name_error(kind: str, name: str, choices: Iterable[str]) -> InputErr
     """
     choices = list(choices)
     guess = nearest(name, choices, shortened=True)
-    hint = f" Did you mean {guess!r}?" if guess else ""
+    hint = did_you_mean(guess)
     return InputError(f"Unknown {kind} {name!r}.{hint}\nAllowed: {', '.join(choices)}.")
 
 
@@ -130,7 +135,7 @@ def unknown_option_error(
     """
     allowed = list(allowed)
     guess = nearest(option, allowed, cutoff, shortened=True)
-    hint = f" Did you mean {guess!r}?" if guess else ""
+    hint = did_you_mean(guess)
     return InputError(
         f"{owner} has no option {option!r}.{hint}\nAllowed: {', '.join(allowed) or 'none'}."
     )

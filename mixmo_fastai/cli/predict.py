@@ -114,7 +114,9 @@ def predict(
         familiar=ood_threshold,
         familiar_score=ood_score or FAMILIAR_SCORE,
     )
-    decisions = _decisions(network, request, str(run))
+    facts = _facts(network)
+    labels = facts.classes if facts is not None and facts.is_multi_label else None
+    decisions = _decisions(network, request, str(run), labels)
     skipped = Skipped()
     predictions, unreadable = predict_images(
         network,
@@ -134,9 +136,8 @@ def predict(
     rows = [_row(prediction, request) for prediction in predictions]
     reasons = {str(path): " ".join(text.splitlines()) for path, text in unreadable.items()}
     table = {"run": str(run), "predictions": rows, "unreadable": reasons, "skipped": skipped_text}
-    classes = _classes(network) if probabilities else ()
-    output = Output(as_json=as_json)
-    lines = _csv_lines(rows, request, _label_names(network), classes)
+    classes = facts.classes if probabilities and facts is not None else ()
+    output, lines = Output(as_json=as_json), _csv_lines(rows, request, labels, classes)
     if out is None:
         output.print_result(lines, table)
     elif not rows:
@@ -174,7 +175,7 @@ def _check_images(images: Sequence[Path], image_folder: Path | None) -> None:
             )
 
 
-def _decisions(network: Any, request: Any, name: str) -> Any:
+def _decisions(network: Any, request: Any, name: str, labels: Sequence[str] | None) -> Any:
     """Choose thresholds; with several labels per image, the run has its own.
 
     Raises:
@@ -182,7 +183,7 @@ def _decisions(network: Any, request: Any, name: str) -> Any:
     """
     from mixmo_fastai.evaluation.decisions import Decisions, decide_for
 
-    if _label_names(network) is None:
+    if labels is None:
         return decide_for(request, network, name)
     if request.needs_calibration:
         raise InputError(
@@ -190,18 +191,6 @@ def _decisions(network: Any, request: Any, name: str) -> Any:
             f"{name} may have several."
         )
     return Decisions()
-
-
-def _label_names(network: Any) -> tuple[str, ...] | None:
-    """Return the names of the labels if an image may have several, otherwise None."""
-    facts = _facts(network)
-    return facts.classes if facts is not None and facts.is_multi_label else None
-
-
-def _classes(network: Any) -> tuple[str, ...]:
-    """Return the names of the classes, as far as they are known without the data set."""
-    facts = _facts(network)
-    return () if facts is None else facts.classes
 
 
 def _facts(network: Any) -> Any:

@@ -15,7 +15,7 @@ from mixmo_fastai.config.schema import (
     drop_none,
     parse_value,
 )
-from mixmo_fastai.errors import InputError, nearest
+from mixmo_fastai.errors import InputError, did_you_mean, nearest
 
 
 def recipe_from_mapping(values: Mapping[str, Any], source: str) -> Recipe:
@@ -129,7 +129,7 @@ def find_recipe(name_or_file: str | Path) -> Path:
     if os.path.isfile(path):  # unlike Path.is_file, accepts any string
         return Path(path)
     guess = nearest(text, recipe_names())
-    hint = f" Did you mean {guess!r}?" if guess else ""
+    hint = did_you_mean(guess)
     raise InputError(
         f"There is no recipe {text!r}.{hint}\n"
         "Pass a name that `mixmo recipes` lists, or the path of a TOML file."

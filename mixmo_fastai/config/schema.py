@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import field, fields
 from typing import Any
 
-from mixmo_fastai.errors import InputError, nearest
+from mixmo_fastai.errors import InputError, did_you_mean, nearest
 
 
 def number_field(
@@ -102,7 +102,7 @@ def _unknown_key_error(root: type, key: str, source: str) -> InputError:
     # Within a section, a long common prefix says nothing.
     guess = _nearest_key(last, allowed) if allowed else nearest(key, names)
     full_name = next(iter(same), guess) or _nearest_key(last, names)
-    hint = f" Did you mean {full_name!r}?" if full_name else ""
+    hint = did_you_mean(full_name)
     choices = allowed or sorted({n.partition(".")[0] for n in names})
     return InputError(f"{source}: unknown key {key!r}.{hint}\nAllowed: {', '.join(choices)}.")
 
@@ -125,7 +125,7 @@ def _check_value(value: Any, hint: Any, metadata: Mapping[str, Any], label: str)
     numbers = value if isinstance(value, tuple) else (value,)
     if "choices" in metadata and value not in metadata["choices"]:
         guess = nearest(str(value), metadata["choices"], shortened=True)
-        suggestion = f" Did you mean {guess!r}?" if guess else ""
+        suggestion = did_you_mean(guess)
         allowed = ", ".join(metadata["choices"])
         raise InputError(f"{label} is {_format(value)}.{suggestion}\nAllowed: {allowed}.")
     if "low" in metadata and value is not None:

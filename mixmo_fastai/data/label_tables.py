@@ -46,7 +46,7 @@ from mixmo_fastai.data.table_rows import (
     without_unlabelled_splits,
 )
 from mixmo_fastai.data.text_tables import TextTable, filled, read_text_table
-from mixmo_fastai.errors import InputError
+from mixmo_fastai.errors import InputError, did_you_mean
 
 ADVICE = "Use one row per image, with a column for its path and a column for its label."
 _NUM_COLUMNS, _NUM_LABELS = 6, 20
@@ -193,7 +193,7 @@ def _find_files(
     if missing:
         more = f" ({len(missing):,} of {len(rows):,} rows have none)" * (len(missing) > 1)
         guess = finder.similar(missing[0].file)
-        hint = f" Did you mean {guess!r}?" if guess else ""
+        hint = did_you_mean(guess)
         raise InputError(
             f"{missing[0].where}: there is no image {missing[0].file!r}{more}.{hint}\n"
             f"Paths are relative to {finder.root}; another folder: --set data.image_folder=FOLDER"

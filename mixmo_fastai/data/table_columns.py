@@ -20,7 +20,7 @@ from mixmo_fastai.data.flag_columns import (
 from mixmo_fastai.data.layout import role_of
 from mixmo_fastai.data.multi_labels import find_delimiter
 from mixmo_fastai.data.text_tables import TextTable
-from mixmo_fastai.errors import InputError, nearest
+from mixmo_fastai.errors import InputError, did_you_mean, nearest
 
 COLUMN_NAMES = {
     "path": (
@@ -173,7 +173,7 @@ def check_columns(given: Iterable[tuple[str, str]], columns: Collection[str], wh
     for meaning, name in given:
         if name and name != NONE and name not in columns:
             guess = nearest(name, columns)
-            hint = f" Did you mean {guess!r}?" if guess else ""
+            hint = did_you_mean(guess)
             raise InputError(
                 f"data.{meaning}_column: {where} has no column {name!r}.{hint}\n"
                 f"Columns: {examples([*columns], _MAX_COLUMNS)}."

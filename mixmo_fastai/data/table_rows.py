@@ -7,7 +7,7 @@ from mixmo_fastai.data.class_files import Note
 from mixmo_fastai.data.class_names import is_nan
 from mixmo_fastai.data.table_columns import TableColumns
 from mixmo_fastai.data.text_tables import TextTable
-from mixmo_fastai.errors import InputError, nearest
+from mixmo_fastai.errors import InputError, did_you_mean, nearest
 
 _NUM_SHOWN = 3
 
@@ -96,7 +96,7 @@ def check_classes(rows: Sequence[TableRow], names: Sequence[str], table: TextTab
         for label in row.labels:
             if label not in names:
                 guess = _likely_spelling(label, names)
-                hint = f" Did you mean {guess!r}?" if guess else ""
+                hint = did_you_mean(guess)
                 raise InputError(f"{row.where}: no training image has the label {label!r}.{hint}")
 
 

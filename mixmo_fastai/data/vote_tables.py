@@ -16,7 +16,7 @@ import numpy as np
 
 from mixmo_fastai.data.image_names import ImageNames
 from mixmo_fastai.data.text_tables import TextTable, filled, read_text_table
-from mixmo_fastai.errors import InputError, nearest
+from mixmo_fastai.errors import InputError, did_you_mean, nearest
 
 COLUMN_NAMES = {
     "image": (
@@ -159,7 +159,7 @@ class _ClassLabels:
 
 def _unknown_class(name: str, classes: Sequence[str]) -> str:
     guess = nearest(name, classes)
-    hint = f" Did you mean {guess!r}?" if guess else ""
+    hint = did_you_mean(guess)
     shown = ", ".join(classes[:10]) + ", …" * (len(classes) > 10)
     return f"{name!r} is not a class of this run.{hint}\nClasses: {shown}."
 

@@ -30,7 +30,7 @@ from typing import Any
 from mixmo_fastai.config.recipe import Data, Recipe
 from mixmo_fastai.config.resolve import resolve_recipe
 from mixmo_fastai.config.schema import TOML_ERRORS
-from mixmo_fastai.errors import InputError, nearest
+from mixmo_fastai.errors import InputError, did_you_mean, nearest
 from mixmo_fastai.runs.folder import RunFolder
 
 BUDGETS = ("in all", "each")
@@ -96,7 +96,7 @@ class Study:
         """
         if name is not None and name not in self.methods:
             guess = nearest(name, self.methods, shortened=True)
-            hint = f" Did you mean {guess!r}?" if guess else ""
+            hint = did_you_mean(guess)
             raise InputError(
                 f"There is no method {name!r}.{hint}\nMethods: {', '.join(self.methods)}."
             )
@@ -279,7 +279,7 @@ def _check_keys(values: Mapping[str, Any], known: Mapping[str, Any], source: str
     for key in values:
         if key not in known:
             guess = nearest(key, known)
-            hint = f" Did you mean {guess!r}?" if guess else ""
+            hint = did_you_mean(guess)
             raise InputError(f"{source}: unknown key {key!r}.{hint}\nAllowed: {', '.join(known)}.")
 
 

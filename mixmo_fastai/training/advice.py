@@ -94,7 +94,7 @@ def _longer_flags(recipe: Recipe, images_seen: int) -> list[str]:
     """
     required = min_images_seen(recipe, images_seen)
     is_long = is_enough(images_seen, required)
-    if is_long or _num_views(recipe, images_seen, required) > MAX_VIEWS:
+    if is_long or _views_needed(recipe, images_seen, required) > MAX_VIEWS:
         return []
     epochs = (recipe.train.epochs or 1) * required / max(images_seen, 1)
     return [f"--epochs {math.ceil(epochs)}"]
@@ -116,7 +116,7 @@ def _size_advice(recipe: Recipe, images_seen: int) -> str:
             changes += longer
         else:
             required = min_images_seen_short(recipe, images_seen)
-            views = _num_views(recipe, images_seen, required)
+            views = _views_needed(recipe, images_seen, required)
             if is_pretrained(recipe) or has_short_settings(recipe) or views > MAX_VIEWS:
                 return f"{members} members need more training images: use {_one_member(recipe)}"
             changes.append(_short_flags(recipe, images_seen))
@@ -131,7 +131,7 @@ def _size_advice(recipe: Recipe, images_seen: int) -> str:
     )
 
 
-def _num_views(recipe: Recipe, images_seen: int, required: float) -> float:
+def _views_needed(recipe: Recipe, images_seen: int, required: float) -> float:
     """Return how often each image is seen in a training of the required length."""
     return num_views(recipe) * required / max(images_seen, 1)
 
