@@ -27,6 +27,7 @@ from mixmo_fastai.config.schema import (
     choice_field,
     drop_none,
     number_field,
+    text_field,
 )
 
 
@@ -52,6 +53,8 @@ class Data:
             find them by their names, "none" for no split or no group. `label_column` may name one
             column of 0 and 1 per label, separated by commas. Images of one group, such as a
             patient's, are never in two splits.
+        fold: with a column of folds instead of splits, the fold that is used for validation; the
+            others are trained on. "" without folds.
         image_folder: folder to which the paths in a table are relative, itself relative to that of
             the table.
         label_delimiter: what separates several labels of an image in a table; "" to find it, "none"
@@ -88,10 +91,11 @@ class Data:
     """
 
     dataset: str = "digits"
-    path_column: str = ""
-    label_column: str = ""
-    split_column: str = ""
-    group_column: str = ""
+    path_column: str = text_field()
+    label_column: str = text_field()
+    split_column: str = text_field()
+    group_column: str = text_field()
+    fold: str = text_field()
     image_folder: str = ""
     label_delimiter: str = ""
     valid_split: float | None = number_field(None, 0, 0.9)

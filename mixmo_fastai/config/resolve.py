@@ -29,7 +29,7 @@ SINGLE_METHODS = {None: "vanilla", "none": "vanilla", "cutmix": "cutmix", "mixup
 """Recipe of each MSDA kind, for a network of one member."""
 _SETTINGS_OF_FILES = (
     *("path_column", "label_column", "split_column", "group_column"),
-    *("image_folder", "label_delimiter", "test_split", "crop_from"),
+    *("fold", "image_folder", "label_delimiter", "test_split", "crop_from"),
 )
 """Settings of `data` that are for folders and tables of images only."""
 

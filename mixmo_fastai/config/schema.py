@@ -41,6 +41,11 @@ def number_field(
     return field(default=default, metadata=limits)
 
 
+def text_field(default: str = "") -> Any:
+    """Declare a field for a string that may be written as a whole number, such as a name 3."""
+    return field(default=default, metadata={"numbers": True})
+
+
 def choice_field(default: str, choices: Iterable[str]) -> Any:
     """Declare a field for a string that must be one of `choices`."""
     return field(default=default, metadata={"choices": tuple(choices)})
@@ -121,6 +126,8 @@ def _check_value(value: Any, hint: Any, metadata: Mapping[str, Any], label: str)
         if type(value) is not int:
             allowed = " or ".join(map(repr, words))
             raise InputError(f"{label} is {_format(value)}; it must be an integer or {allowed}.")
+    if metadata.get("numbers") and type(value) is int:
+        value = str(value)
     value = _convert(value, hint, label)
     numbers = value if isinstance(value, tuple) else (value,)
     if "choices" in metadata and value not in metadata["choices"]:

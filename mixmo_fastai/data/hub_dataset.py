@@ -246,7 +246,8 @@ def _find_columns(features: Mapping[str, Any], columns: TableColumns, dataset: s
             "data.label_delimiter is for tables of labels; for several labels per image, "
             f"{dataset} needs a column of lists."
         )
-    for name, value in (("split_column", columns.split), ("image_folder", columns.folder)):
+    settings = {"split_column": columns.split, "fold": columns.fold, "image_folder": columns.folder}
+    for name, value in settings.items():
         if value not in ("", NONE):
             raise InputError(
                 f"data.{name} is for tables of labels; {dataset} holds its splits and images "

@@ -32,9 +32,11 @@ from mixmo_fastai.data.multi_labels import (
 )
 from mixmo_fastai.data.table_columns import (
     COLUMN_NAMES,
+    FOLD_NAMES,
     NONE,
     TableColumns,
     find_columns,
+    fold_name,
     split_of,
 )
 from mixmo_fastai.data.table_rows import (
@@ -101,6 +103,7 @@ def read_label_table(
     finder = FileFinder(root)
     found = find_columns(table, columns, finder)
     rows = _read_rows(table, found)
+    _check_fold(rows, found, table)
     if found.delimiter == NONE and len(_label_columns(found, table)) == 1:
         rows = without_nan(rows)
     rows, unlabelled = without_unlabelled_splits(rows)
@@ -150,7 +153,7 @@ def _read_rows(table: TextTable, columns: TableColumns) -> list[TableRow]:
         where, split = table.where(position), "train"
         if "split" in positions:
             text = filled(fields[positions["split"]], "split", where)
-            found = split_of(text, columns.split)
+            found = split_of(text, columns.split, columns.fold)
             if found is None:
                 raise InputError(
                     f"{where}: {text!r} is not a split.\n"
@@ -161,6 +164,19 @@ def _read_rows(table: TextTable, columns: TableColumns) -> list[TableRow]:
         group = fields[positions["group"]].strip() if "group" in positions else ""
         rows.append(TableRow(where, fields[positions["path"]].strip(), labels, split, group))
     return rows
+
+
+def _check_fold(rows: Sequence[TableRow], columns: TableColumns, table: TextTable) -> None:
+    """Raise InputError if no image, or each, is of the fold that is used for validation."""
+    splits = {row.split for row in rows}
+    if columns.fold and not {"train", "valid"} <= splits:
+        index = table.header.index(columns.split)
+        folds = class_order({fold_name(fields[index]) for _, fields in table.rows})
+        raise InputError(
+            f"{table.path}: {'no' if 'train' in splits else 'each'} row of the column "
+            f"{columns.split!r} holds data.fold={columns.fold}.\n"
+            f"It holds {examples(folds, _NUM_COLUMNS)}."
+        )
 
 
 def _find_files(
@@ -271,7 +287,8 @@ def _describe(columns: TableColumns, table: TextTable) -> str:
     texts = [f"{len(table.rows):,} rows; paths in {columns.path!r}, labels in {labels}"]
     for meaning in ("split", "group"):
         if (name := getattr(columns, meaning)) != NONE:
-            texts.append(f"{meaning}s in {name!r}")
+            is_fold = meaning == "split" and columns.fold
+            texts.append(f"{'folds' if is_fold else f'{meaning}s'} in {name!r}")
     return f"{', '.join(texts)}; change with --set data.label_column=NAME and others"
 
 
@@ -308,8 +325,13 @@ def _label_notes(
 
 
 def _unused_split_column(table: TextTable, columns: TableColumns) -> list[Note]:
-    """Name a column that is called like one of splits, but does not hold any."""
-    index = table.find(COLUMN_NAMES["split"], excluded=_label_columns(columns, table))
+    """Name a column of folds, or one that is called like one of splits but does not hold any."""
+    labels = _label_columns(columns, table)
+    if columns.split == NONE and (fold := table.find(FOLD_NAMES, labels)) is not None:
+        value = fold_name(table.rows[0][1][fold])
+        text = f"column {table.header[fold]!r}; to validate on one fold: --set data.fold={value}"
+        return [("Not used", text)]
+    index = table.find(COLUMN_NAMES["split"], excluded=labels)
     if columns.split != NONE or index is None:
         return []
     value = table.rows[0][1][index].strip()

@@ -61,8 +61,11 @@ class DataParts:
             columns = values.get("columns")
             if columns is not None:
                 names = ("path", "label", "split", "group", "folder")
-                delimiter = str(columns.get("delimiter", "none"))  # not in runs of version 0.1.0
-                columns = {**{name: str(columns[name]) for name in names}, "delimiter": delimiter}
+                columns = {
+                    **{name: str(columns[name]) for name in names},
+                    "delimiter": str(columns.get("delimiter", "none")),  # not in version 0.1.0
+                    "fold": str(columns.get("fold", "")),  # not in version 0.1.0
+                }
             return cls(str(values["train"]), _text(valid), _text(test), drawn, columns)
         except (LookupError, TypeError, ValueError) as error:
             raise InputError(

@@ -41,6 +41,8 @@ COLUMN_NAMES = {
     ),
 }
 """Names of the columns by their meaning, ignoring case; the first present one is used."""
+FOLD_NAMES = ("fold", "folds", "kfold", "k_fold", "fold_id", "fold_index", "cv_fold")
+"""Names of columns of the folds of a cross-validation, which replace the splits."""
 NONE = "none"
 """The name of a column that is not to be used, although a guess would find one."""
 SPLIT_WORDS = {"dev": "valid", "development": "valid", "holdout": "test"}
@@ -70,6 +72,8 @@ class TableColumns:
         folder: folder to which paths are relative, itself relative to that of the table.
         delimiter: what separates several labels of an image; "" to find it, "none" for one label.
             With several columns, anything else than "none" is for several labels.
+        fold: the fold that is used for validation, a value of the column `split`; "" if that column
+            holds splits. The column is found by `FOLD_NAMES`.
     """
 
     path: str = ""
@@ -78,6 +82,7 @@ class TableColumns:
     group: str = ""
     folder: str = ""
     delimiter: str = ""
+    fold: str = ""
 
     @property
     def are_default(self) -> bool:
@@ -94,6 +99,7 @@ def columns_of(data: Data) -> TableColumns:
         data.group_column,
         data.image_folder,
         data.label_delimiter,
+        data.fold,
     )
 
 
@@ -112,7 +118,9 @@ def find_columns(table: TextTable, columns: TableColumns, finder: FileFinder) ->
     if given["label"] and not labels:
         raise missing_column("label", table.header, str(table.path))
     given["label"] = join_names(labels) if len(labels) > 1 else labels[0]
-    used = [name for _, name in pairs if name]
+    if columns.fold and given["split"] in ("", NONE):
+        given["split"] = _fold_column(table)
+    used = [name for name in (*given.values(), *labels) if name]
     for meaning in ("split", "group", "path", "label"):
         if not given[meaning]:
             guess = _guess(table, meaning, used, finder)
@@ -129,6 +137,17 @@ def find_columns(table: TextTable, columns: TableColumns, finder: FileFinder) ->
         index = table.header.index(given["label"])
         delimiter = find_delimiter(given["label"], [fields[index] for _, fields in table.rows])
     return replace(columns, **given, delimiter=delimiter)
+
+
+def _fold_column(table: TextTable) -> str:
+    """Return the column of the folds, found by its name."""
+    if (index := table.find(FOLD_NAMES)) is not None:
+        return table.header[index]
+    raise InputError(
+        f"data.fold: which column of {table.path} holds the folds? "
+        f"Columns: {examples(table.header, _MAX_COLUMNS)}.\n"
+        "Name it: --set data.split_column=NAME"
+    )
 
 
 def find_path_column(table: TextTable, finder: FileFinder, given: str = "") -> str:
@@ -232,10 +251,26 @@ def _guess(table: TextTable, meaning: str, used: Sequence[str], finder: FileFind
     return next(iter(named), None)
 
 
-def split_of(value: str, column: str) -> str | None:
-    """Return the split that a value of a column stands for, or None."""
+def split_of(value: str, column: str, fold: str = "") -> str | None:
+    """Return the split that a value of a column stands for, or None.
+
+    Args:
+        value: a field of the column.
+        column: its name.
+        fold: the fold that is used for validation, if the column holds folds; the others are for
+            training, except one that is called like a test set.
+    """
     lower = value.strip().lower()
+    if fold:
+        if fold_name(lower) == fold_name(fold.lower()):
+            return "valid"
+        return "test" if role_of(lower) == "test" else "train"
     if (splits := _BOOLEAN_SPLITS.get(column.lower())) is not None:
         answer = _BOOLEANS.get(lower)
         return None if answer is None else splits[answer]
     return role_of(lower) or SPLIT_WORDS.get(lower)
+
+
+def fold_name(value: str) -> str:
+    """Return the name of a fold without the decimals that pandas writes: 3 for 3.0."""
+    return value.strip().removesuffix(".0")

@@ -150,7 +150,9 @@ def _split_notes(table: LabelTable, parts: DataParts) -> list[Note]:
     notes = []
     found = [role for role in ("valid", "test") if getattr(parts, role) is not None]
     if found:
-        names = " and ".join(_SPLIT_NAMES[role] for role in found)
+        fold = table.columns.fold and f" (fold {table.columns.fold})"
+        spelled = {**_SPLIT_NAMES, "valid": f"{_SPLIT_NAMES['valid']}{fold}"}
+        names = " and ".join(spelled[role] for role in found)
         where = f" as in {table.columns.split!r}" if table.columns.split != NONE else ""
         notes.append(("Splits", f"{names}{where}" if where else f"{names}: those of the data set"))
     if "test" not in found:

@@ -253,7 +253,7 @@ def _check_equal(key: str, runs: Sequence[PlannedRun], source: str) -> None:
 
 
 _EQUAL_KEYS = (
-    *("dataset", "image_size", "test_split"),
+    *("dataset", "image_size", "test_split", "fold"),
     *("path_column", "label_column", "split_column", "group_column", "image_folder"),
 )
 """Settings of the data that decide which images are the test images."""
@@ -272,7 +272,7 @@ def _is_evaluated_on_validation(data: Data) -> bool:
         except InputError:  # each run tells
             return False
         return folders.valid is None and folders.test is None
-    return path.is_file() and not data.split_column
+    return path.is_file() and not data.split_column and not data.fold
 
 
 def _check_keys(values: Mapping[str, Any], known: Mapping[str, Any], source: str) -> None:

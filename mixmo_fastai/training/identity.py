@@ -59,6 +59,7 @@ def comparable(values: Mapping[str, Any]) -> Any:
 
 _ADDED = (
     *(("data", f"{name}_column", "") for name in ("path", "label", "split", "group")),
+    ("data", "fold", ""),
     ("data", "label_delimiter", ""),
     ("model", "pretrained", False),
     ("model", "weights", ""),
