@@ -11,10 +11,11 @@ import torch
 from scipy import stats
 
 from mixmo_fastai.cli import run as program
-from mixmo_fastai.errors import InputError
+from mixmo_fastai.errors import InputError, RunFailedError
 from mixmo_fastai.metrics.bootstrap import resampled_means
 from mixmo_fastai.runs.lock import locked
 from mixmo_fastai.study.differences import bootstrap_interval, difference, standard_error
+from mixmo_fastai.study.execute import Executor
 from mixmo_fastai.study.plan import read_study
 from mixmo_fastai.study.predictions import Predictions
 from mixmo_fastai.study.records import write_record
@@ -270,6 +271,34 @@ def test_missing_runs_are_named():
     assert missing_text(names[:2]).startswith("2 runs are not finished and")
     assert missing_text(names[:2]).endswith("missing below: plain-400-seed0, plain-400-seed1.")
     assert missing_text(names).endswith("plain-400-seed5 and 3 more.")
+
+
+def test_finished_runs_of_a_former_method_are_named(study, written, tmp_path, capsys):
+    out, _ = written
+    file = tmp_path / "study.toml"
+    command = ["study", str(file), "--out", str(out), "--summary"]
+    assert program(command) == 0
+    assert "not in the study" not in capsys.readouterr().out
+    file.write_text(TEXT.replace("[methods.mixed]", "[methods.renamed]"))
+    (out / "runs" / "begun").mkdir()  # not finished
+    assert program(command) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    names = ", ".join(f"mixed-1000-seed{seed}" for seed in range(3))
+    assert f"3 finished runs of the folder are not in the study: {names}. After" in printed
+    assert "also rename its files in runs/, predictions/ and recipes/" in printed
+
+
+def test_the_table_is_printed_although_a_run_failed(written, tmp_path, monkeypatch, capsys):
+    def train(self, runs):
+        raise RunFailedError("1 of 6 runs failed.\nplain: Error: out of memory")
+
+    monkeypatch.setattr(Executor, "train", train)
+    out, _ = written
+    assert program(["study", str(tmp_path / "study.toml"), "--out", str(out)]) == 1
+    printed = capsys.readouterr()
+    assert "| mixed |" in printed.out
+    assert "study.html" in printed.out
+    assert "out of memory" in printed.err
 
 
 def test_a_reference_without_runs_is_named(study, written):

@@ -19,7 +19,7 @@ from mixmo_fastai.runs.output import check_writable, expand_user
 from mixmo_fastai.runtime.text import counted
 from mixmo_fastai.study.execute import Executor
 from mixmo_fastai.study.plan import Study, read_study
-from mixmo_fastai.study.records import check_unchanged, writing_study
+from mixmo_fastai.study.records import check_unchanged, other_runs, writing_study
 
 
 # Long, since each flag is a parameter.
@@ -86,6 +86,7 @@ def study(
     if summary and not _has_results(planned, folder):
         raise _no_results(folder)
     output = Output(as_json=as_json, quiet=quiet)
+    _print_other_runs(other_runs(planned.runs, folder), output)
     if not summary:
         check_unchanged(planned.runs, folder)  # also those that are not chosen
         with writing_study(folder):
@@ -94,7 +95,8 @@ def study(
         try:
             Executor(folder, jobs, data_dir, output.print, context.obj).train(runs)
         except RunFailedError as failed:
-            _write_results_after(failed, planned, folder, data_dir, reference)
+            for line in _write_results_after(failed, planned, folder, data_dir, reference):
+                output.print(line)
             raise
         if not _has_results(planned, folder):
             output.print_result(
@@ -104,6 +106,14 @@ def study(
             return
     lines, value = _write_results(planned, folder, data_dir, reference)
     output.print_result(lines, value)
+
+
+def _print_other_runs(names: list[str], output: Output) -> None:
+    """Name the finished runs in the folder that the study does not plan."""
+    if names:
+        from mixmo_fastai.study.tables import others_text
+
+        output.print(others_text(names))
 
 
 def _has_results(planned: Study, folder: Path) -> bool:
@@ -131,16 +141,16 @@ def _no_results(folder: Path) -> InputError:
 
 def _write_results_after(
     failed: RunFailedError, planned: Study, folder: Path, data_dir: Path | None, reference: str
-) -> None:
-    """Write the results without the runs that failed, if there are any.
+) -> list[str]:
+    """Write the results without the runs that failed, if there are any; return what is printed.
 
     Raises:
         RunFailedError: they cannot be computed; the message also says why runs failed.
     """
     if not _has_results(planned, folder):
-        return
+        return []
     try:
-        _write_results(planned, folder, data_dir, reference)
+        return _write_results(planned, folder, data_dir, reference)[0]
     except InputError as error:
         raise RunFailedError(f"{failed}\nNo results: {error}") from error
 

@@ -16,6 +16,7 @@ from mixmo_fastai.config.recipe import Recipe
 from mixmo_fastai.config.schema import differing_settings, to_toml
 from mixmo_fastai.errors import InputError, RunFailedError
 from mixmo_fastai.runs.files import write_atomically
+from mixmo_fastai.runs.folder import RunFolder
 from mixmo_fastai.study.plan import PlannedRun
 
 _OF_THE_MACHINE = {
@@ -82,6 +83,17 @@ def check_unchanged(runs: Sequence[PlannedRun], folder: Path) -> None:
                 f"{run.name} was started with {_assignment(section, key, old)}; the study now has "
                 f"{_assignment(section, key, new)}.\n{_way_out(run, folder)}"
             )
+
+
+def other_runs(runs: Sequence[PlannedRun], folder: Path) -> list[str]:
+    """Return the names of the finished runs in the folder of a study that it does not plan."""
+    planned = {run.name for run in runs}
+    found = sorted(path.name for path in (folder / "runs").glob("*") if path.is_dir())
+    return [
+        name
+        for name in found
+        if name not in planned and RunFolder(folder / "runs" / name).is_finished
+    ]
 
 
 def _way_out(run: PlannedRun, folder: Path) -> str:

@@ -19,7 +19,7 @@ MAX_UNEQUAL = 1.05
 """Ratio of the images seen, relative to the planned ones, of two methods of the same length from
 which the tables say so."""
 MAX_NAMED = 6
-"""Number of missing runs that are named."""
+"""Number of missing or other runs that are named."""
 _DIFFERENCES = {"accuracy": ("accuracy", points), "nll": ("NLL", signed_decimal)}
 
 
@@ -52,10 +52,24 @@ def markdown(name: str, cells: Sequence[Cell], reference: str, missing: Sequence
 
 def missing_text(missing: Sequence[str]) -> str:
     """Return the sentence on runs that are not finished, with the names of the first."""
-    named, others = ", ".join(missing[:MAX_NAMED]), len(missing) - MAX_NAMED
-    more = f" and {others} more" if others > 0 else ""
     runs = f"{counted(len(missing), 'run')} {'is' if len(missing) == 1 else 'are'}"
-    return f"{runs} not finished and therefore missing below: {named}{more}."
+    return f"{runs} not finished and therefore missing below: {_named(missing)}."
+
+
+def others_text(others: Sequence[str]) -> str:
+    """Return the sentence on finished runs in the folder that the study does not plan."""
+    verb = "is" if len(others) == 1 else "are"
+    return (
+        f"{counted(len(others), 'finished run')} of the folder {verb} not in the study: "
+        f"{_named(others)}.\nAfter renaming a method, also rename its files in runs/, "
+        "predictions/ and recipes/."
+    )
+
+
+def _named(runs: Sequence[str]) -> str:
+    """Return the first names, and the number of others."""
+    others = len(runs) - MAX_NAMED
+    return f"{', '.join(runs[:MAX_NAMED])}{f' and {others} more' if others > 0 else ''}"
 
 
 def reference_text(cells: Sequence[Cell], reference: str) -> str:
