@@ -187,8 +187,10 @@ def test_unknown_data_sets_are_rejected(name, message):
 
 def test_file_is_not_a_data_set(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="There is no folder"):
+    with pytest.raises(InputError, match=r"file' is a file, not a folder\.\nPass a folder"):
         check_dataset(str(tmp_path / "file"))
+    with pytest.raises(InputError, match="There is no folder"):
+        check_dataset(str(tmp_path / "none"))
 
 
 def test_data_set_is_checked_in_assignments_and_files(tmp_path):

@@ -317,6 +317,13 @@ def check_dataset(dataset: str) -> None:
     if is_table(path):
         raise InputError(f"There is no table {dataset!r}.")
     suffixes = ", ".join(TABLE_SUFFIXES)
+    if os.path.isfile(path):
+        is_archive = path.lower().endswith((".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z"))
+        problem = "is an archive; unpack it" if is_archive else "is a file, not a folder"
+        raise InputError(
+            f"{dataset!r} {problem}.\nPass a folder with one subfolder per class, or a table of "
+            f"labels ({suffixes})."
+        )
     if os.sep in dataset or dataset.startswith((".", "~")) or os.path.exists(dataset):
         raise InputError(
             f"There is no folder {dataset!r}.\n"

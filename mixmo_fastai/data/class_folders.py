@@ -12,6 +12,7 @@ from mixmo_fastai.data.layout import LAYOUT, WORDS, join_path, layout_advice, ro
 from mixmo_fastai.data.listing import (
     EMPTY_CLASS,
     OUTSIDE,
+    UNSUPPORTED_FILE,
     Skipped,
     count_images,
     images_below,
@@ -111,6 +112,11 @@ def training_files(folder: Path, part: ListedPart, skipped: Skipped) -> FilesByC
     files = {name: class_files for name, class_files in part.files.items() if class_files}
     if not files:
         loose = f"{count_images(len(part.loose))}, but no class folders"
+        if not part.loose and (names := skipped.names.get(UNSUPPORTED_FILE)):
+            raise InputError(
+                f"{root} has no images that can be read, but {len(names):,} in other formats, such "
+                f"as {names[0]}.\nConvert them to JPEG or PNG."
+            )
         holds = loose if part.loose else "no images"
         raise InputError(f"{root} has {holds}.\n{layout_advice(root, folder)}")
     if len(files) == 1:

@@ -121,6 +121,11 @@ def make_evaluation_loaders(
 def _training_parts(
     source: DataSource, batch_size: int, valid_split: float | None, limit: int
 ) -> tuple[ImageSet, ImageSet]:
+    if not isinstance(source, DataSource):
+        raise InputError(
+            f"source must be a DataSource; got {type(source).__name__}.\n"
+            "Load one: make_dataloaders(load_source(FOLDER_OR_NAME), …)."
+        )
     if len(source.classes) < 2:
         raise InputError(
             f"{source.name} has {len(source.classes)} class; a classifier needs two or more."

@@ -202,6 +202,18 @@ def undecodable(paths: Sequence[Path]) -> Iterator[str | None]:
         yield from reasons
 
 
+UNSUPPORTED = frozenset(
+    (".heic", ".heif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf")
+)
+"""Suffixes of photographs that Pillow reads only with a plugin: those of phones and cameras."""
+
+
+def is_unsupported(name: str) -> bool:
+    """Check by name whether a file is a photograph in a format that cannot be read."""
+    suffix = os.path.splitext(name)[1].lower()
+    return suffix in UNSUPPORTED and suffix not in _extensions() and not name.startswith(".")
+
+
 def is_image(name: str) -> bool:
     """Check by name whether a file is an image that Pillow can read, and is not hidden."""
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in _extensions()
@@ -251,6 +263,8 @@ def _explain(path: Path, error: Exception) -> tuple[str, str]:
         return str(error), "Save it with 8 or 16 bits per pixel."
     replace = "Replace it with an intact image, or remove it."
     if isinstance(error, UnidentifiedImageError):
+        if is_unsupported(path.name):
+            return f"the format {path.suffix} is not supported", "Convert it to JPEG or PNG."
         is_empty = path.stat().st_size == 0
         unidentified = "it is damaged, or not in a known image format"
         return ("the file is empty" if is_empty else unidentified), replace

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mixmo_fastai.data.decoding import is_image
+from mixmo_fastai.data.decoding import is_image, is_unsupported
 from mixmo_fastai.errors import InputError
 
 SYSTEM_FOLDERS = frozenset(
@@ -19,10 +19,14 @@ SYSTEM_FOLDERS = frozenset(
 
 HIDDEN_FILE = ("hidden file", "hidden files")
 HIDDEN_FOLDER = ("hidden or system folder", "hidden or system folders")
+UNSUPPORTED_FILE = (
+    "photograph in a format that cannot be read; convert it to JPEG",
+    "photographs in a format that cannot be read; convert them to JPEG",
+)
 OTHER_FILE = ("file that is not an image", "files that are not images")
 OUTSIDE = ("image outside of class folders", "images outside of class folders")
 EMPTY_CLASS = ("empty class folder", "empty class folders")
-KINDS = (HIDDEN_FOLDER, HIDDEN_FILE, OTHER_FILE, OUTSIDE, EMPTY_CLASS)
+KINDS = (UNSUPPORTED_FILE, HIDDEN_FOLDER, HIDDEN_FILE, OTHER_FILE, OUTSIDE, EMPTY_CLASS)
 NUM_EXAMPLES = 3
 
 
@@ -93,7 +97,7 @@ def scan(folder: Path, skipped: Skipped) -> tuple[list[str], list[str]]:
         elif is_image(name) and (entry.is_file() or entry.is_symlink()):
             images.append(name)
         else:
-            skipped.add(OTHER_FILE, name)
+            skipped.add(UNSUPPORTED_FILE if is_unsupported(name) else OTHER_FILE, name)
     return folders, images
 
 

@@ -6,6 +6,7 @@ They read labels and metadata only; pixels may be mapped from a file larger than
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,9 +21,13 @@ def check_array_images(pixels: Any, labels: Any, names: Sequence[str]) -> None:
             there are not N names.
     """
     if not isinstance(pixels, Tensor) or pixels.dtype != torch.uint8 or pixels.ndim != 4:
+        advice = "Scale floats to 0…255 and round them, then call .to(torch.uint8)."
+        if isinstance(pixels, np.ndarray):
+            advice = "Convert the array: torch.from_numpy(pixels)."
+        elif isinstance(pixels, Tensor) and pixels.ndim == 3:
+            advice = "Add the axis of the channels: pixels[:, None] for images of one channel."
         raise InputError(
-            f"pixels must be a tensor (N, C, H, W) of uint8; got {_describe(pixels)}.\n"
-            "Scale floats to 0…255 and round them, then call .to(torch.uint8)."
+            f"pixels must be a tensor (N, C, H, W) of uint8; got {_describe(pixels)}.\n{advice}"
         )
     if pixels.shape[1] > 4 and pixels.shape[3] <= 4:
         raise InputError(

@@ -237,7 +237,12 @@ def load_fused(path: Path | str) -> ExportedNetwork:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
+        raise InputError(
+            f"{path} cannot be read: it is damaged, or not an exported network ({error}).\n"
+            "Export the network of a run: mixmo export RUN --to net.safetensors."
+        ) from error
+    except OSError as error:
         raise InputError(f"{path} cannot be read: {error}.") from error
     arch, facts, calibration, labels = parts_of_header(path, read_header(path, metadata))
     with damage_explained(path):

@@ -59,7 +59,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             reason = "it is damaged, incomplete, or was not written by torch.save"
             if "weights_only" in str(error) and "Unsupported operand" not in str(error):
                 reason = "it holds Python objects, which are not loaded"
-                hint = "\nSave only tensors: torch.save(model.state_dict(), FILE)."
+                hint = (
+                    "\nSave only tensors: torch.save(model.state_dict(), FILE), or "
+                    "learn.save(NAME, with_opt=False)."
+                )
         raise InputError(f"The weights {path} cannot be read: {reason}.{hint}") from error
     return _named_tensors(values, path)
 
