@@ -57,7 +57,7 @@ def assert_rejected(learn, call, message):
 
 BATCH_ERRORS = {
     (1, 2): r"yields 1 input and 2 targets.\nTrain a Learner for each target",
-    (2, 1): r"yields 2 inputs and 1 target.\nJoin the inputs",
+    (2, 1): r"yields 2 inputs and 1 target.\nNetworks of several inputs are not",
     (1, 0): r"yields 1 input and 0 targets.\nPass loaders of pairs",
 }
 

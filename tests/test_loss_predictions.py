@@ -1,12 +1,21 @@
 """`MixMoLoss` turns outputs into predictions as the loss it wraps does."""
 
+import copy
+import math
+import pickle
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from custom_losses import CUSTOM_LOSSES, CustomCrossEntropy, FixedReductionLoss, power
-from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
+from fastai.losses import (
+    BCEWithLogitsLossFlat,
+    CrossEntropyLossFlat,
+    FocalLoss,
+    FocalLossFlat,
+    MSELossFlat,
+)
 from torch import nn
 
 from mixmo_fastai.errors import InputError
@@ -30,6 +39,45 @@ def test_torch_cross_entropy_implies_softmax_and_argmax(base):
     logits = torch.tensor([[0.0, 2.0]])
     torch.testing.assert_close(MixMoLoss(base).activation(logits), logits.softmax(1))
     assert MixMoLoss(base).decodes(logits.softmax(1)).tolist() == [1]
+
+
+def test_focal_loss_of_fastai_implies_softmax_and_argmax():
+    logits = torch.tensor([[0.0, 2.0], [1.0, -1.0]])
+    for base in (FocalLoss(), FocalLoss(gamma=1.0, weight=torch.ones(2)), FocalLossFlat()):
+        loss = MixMoLoss(base)
+        torch.testing.assert_close(loss.activation(logits), logits.softmax(1))
+        assert loss.decodes(logits.softmax(1)).tolist() == [1, 0]
+
+
+def test_attributes_are_those_of_the_base():
+    loss = MixMoLoss(BCEWithLogitsLossFlat(thresh=0.9))
+    probabilities = torch.tensor([[0.4, 0.8]])
+    assert loss.thresh == 0.9
+    loss.thresh = 0.3
+    assert loss.base.thresh == 0.3
+    assert "thresh" not in vars(loss)
+    assert loss.decodes(probabilities).tolist() == [[True, True]]
+
+    weighted = MixMoLoss(nn.CrossEntropyLoss(weight=torch.ones(2)))
+    weighted.weight = torch.tensor([1.0, 0.0])
+    assert weighted(torch.zeros(2, 2), torch.tensor([0, 1])).item() == pytest.approx(math.log(2))
+    assert weighted.base.weight.tolist() == [1.0, 0.0]
+    weighted.label_smoothing = 0.5
+    assert weighted.base.label_smoothing == 0.5
+
+
+def test_attributes_of_the_loss_itself_stay_there():
+    loss = MixMoLoss(nn.CrossEntropyLoss())
+    loss.reduction, loss.note, loss.training = "sum", "mine", False
+    assert (loss.base.reduction, loss.note) == ("sum", "mine")
+    assert loss.base.training
+    assert not hasattr(loss.base, "note")
+    base = loss.base = nn.MSELoss()
+    assert loss.base is base
+    with pytest.raises(AttributeError, match="unknown"):
+        loss.unknown  # noqa: B018
+    for copied in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+        assert (copied.note, type(copied.base)) == ("mine", nn.MSELoss)
 
 
 def test_softmax_and_argmax_apply_to_the_last_axis():

@@ -28,6 +28,11 @@ def test_too_small_rates_are_not_recommended():
     assert LrSearch(RATES, losses, too_small).recommended is None
 
 
+def test_slide_below_the_cautious_valley_is_not_recommended():
+    losses = [2.3] * 8 + [2.3 - 0.1 * step for step in range(16)]
+    assert search(losses, RATES[7]).recommended == 1e-3
+
+
 def test_easy_first_batch_is_ignored():
     losses = [1.0, 2.0] + [2.3] * 6 + [2.3 - 0.1 * step for step in range(16)]
     assert search(losses, 0.01).recommended == 0.01

@@ -20,7 +20,10 @@ def check_batch(num_inputs: int, num_targets: int) -> None:
     if num_inputs == num_targets == 1:
         return
     if num_inputs > 1:
-        advice = "Join the inputs in one tensor (n, C, H, W), such as images as additional channels"
+        advice = (
+            "Networks of several inputs are not supported. Join images of one size in one tensor "
+            "(n, C, H, W), as additional channels"
+        )
     elif num_targets > 1:
         advice = (
             "Train a Learner for each target, or join the targets in one tensor, as "

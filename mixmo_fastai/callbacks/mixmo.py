@@ -15,9 +15,10 @@ from torch import Tensor
 
 from mixmo_fastai.callbacks.checks import check_batch, check_callbacks, check_optimizer
 from mixmo_fastai.callbacks.draws import EpochDraws
+from mixmo_fastai.callbacks.plain_errors import PlainErrorCallback
 from mixmo_fastai.data.loaders import BatchLoader
 from mixmo_fastai.data.repeat import expand
-from mixmo_fastai.errors import InputError, check_fraction, remove_fastai_prefix
+from mixmo_fastai.errors import InputError, check_fraction
 from mixmo_fastai.metrics.fastai import StreamingMetric
 from mixmo_fastai.metrics.members import add_member_logits
 from mixmo_fastai.mixing import (
@@ -38,18 +39,7 @@ from mixmo_fastai.rng import fresh_seed
 from mixmo_fastai.runtime.processes import broadcast_from_rank0, process_group
 
 
-class _PlainErrorCallback(Callback):
-    """A callback whose `InputError`s do not have the prefix that fastai adds."""
-
-    def __call__(self, event_name: str) -> Any:
-        """Run an event; remove fastai's prefix from an `InputError`."""
-        try:
-            return super().__call__(event_name)
-        except InputError as error:
-            raise remove_fastai_prefix(error) from None
-
-
-class MixMoCallback(_PlainErrorCallback):
+class MixMoCallback(PlainErrorCallback):
     """Pair and mix the training batches of a Learner whose model is a `MixMoModel`.
 
     Each training batch becomes inputs (B, M, C, H, W) with masks (B, M, 1 or D, h, w), and targets
@@ -175,7 +165,8 @@ class MixMoCallback(_PlainErrorCallback):
         if not isinstance(network, MixMoModel):
             raise InputError(
                 f"MixMoCallback needs a MixMoModel; the Learner has a {type(network).__name__}.\n"
-                "Convert the Learner: to_mixmo(learn). Or build one: mixmo_learner(dls, arch)."
+                "Remove it: learn.remove_cb(MixMoCallback). A plain or fused network needs none.\n"
+                "Then convert the Learner: to_mixmo(learn). Or build one: mixmo_learner(dls, arch)."
             )
         check_kind(self.mix, network.num_members)
         if sum(isinstance(other, MixMoCallback) for other in self.learn.cbs) > 1:
@@ -342,7 +333,7 @@ class MixMoCallback(_PlainErrorCallback):
         return self.draws
 
 
-class MixMoGuard(_PlainErrorCallback):
+class MixMoGuard(PlainErrorCallback):
     """Raise an error if a MixMo network is trained after its `MixMoCallback` was removed.
 
     Without the callback, all members would be trained on the same images. `to_mixmo`,

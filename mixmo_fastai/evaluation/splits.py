@@ -74,7 +74,7 @@ def evaluate_splits(
     split = "valid" if test is None else "test"
     logits, labels = test or validation or _refuse_empty()
     mean = logits.double().mean(dim=1)  # (N, K)
-    missing = "there is no validation split; raise --valid-split"
+    missing = "the run has no validation split; train one with --valid-split"
     if is_separate and validation is not None:
         missing = "no validation image is set aside for calibration; see data.calibration_split"
     metrics: dict[str, Any] = {}

@@ -28,6 +28,7 @@ from mixmo_fastai.errors import InputError, nearest, unknown_name_error
 from mixmo_fastai.learner.arch import NetworkSpec, build_mixmo_model, count_outputs, network_name
 from mixmo_fastai.learner.loaders import (
     check_classes,
+    check_labels,
     check_outputs,
     count_classes,
     inspect_batches,
@@ -43,7 +44,7 @@ from mixmo_fastai.learner.parameter_groups import (
 )
 from mixmo_fastai.metrics.fastai import MemberAccuracy
 from mixmo_fastai.mixing import Region, check_kind
-from mixmo_fastai.mixing.base_losses import is_known
+from mixmo_fastai.mixing.base_losses import ignored_target, is_known, uses_softmax
 from mixmo_fastai.mixing.loss import MixMoLoss, is_multi_label
 from mixmo_fastai.models import MixMoModel
 from mixmo_fastai.models.ghost_norm import use_ghost_batches
@@ -81,7 +82,7 @@ def mixmo_learner(
             unfreezes all parameters; use `Learner.freeze` to freeze some.
         mix: how features are mixed, see `MixMoCallback`; must be "sum" for one member.
         num_members: M; by default 2, or that of a `MixMoModel`.
-        num_classes: K; by default, that of the loaders.
+        num_classes: K; by default, that of the loaders, or else that of a given network.
         pretrained: start a network given by name from its library's weights. If the images are
             pixels in [0, 1] and the loaders have no `Normalize`, one with the statistics of the
             weights is added to them, as by fastai's `vision_learner`.
@@ -119,7 +120,8 @@ def mixmo_learner(
     _check_user_callbacks(L(kwargs.get("cbs")))
     if not isinstance(dls, DataLoaders):
         raise InputError(f"dls must be fastai DataLoaders; got {type(dls).__name__}.")
-    num_classes = count_classes(dls) if num_classes is None else num_classes
+    if num_classes is None and (known_classes(dls) or not isinstance(arch, nn.Module)):
+        num_classes = count_classes(dls)  # otherwise, that of the network
     batch = inspect_batches(dls)
     image_shape, targets = batch.image_shape, batch.targets
     spec = NetworkSpec(
@@ -140,6 +142,7 @@ def mixmo_learner(
         loss_func = getattr(_dataset(dls), "loss_func", None)
     loss = _as_mixmo_loss(loss_func, targets)
     model, is_trained = build_mixmo_model(arch, spec, _weight_generator(callback))
+    _check_labels(targets, model, loss)
     if not is_trained:
         callback = MixMoCallback(mix, **mixing)
     splitter = kwargs.pop("splitter", body_and_heads)  # for `freeze` and `fine_tune`
@@ -204,7 +207,10 @@ def to_mixmo(
     if unknown_names:
         raise unknown_name_error("argument of to_mixmo", unknown_names[0], CALLBACK_ARGUMENTS)
     if any(isinstance(each, MixMoCallback) for each in learn.cbs):
-        raise InputError("The Learner already has a MixMoCallback; do not call to_mixmo again.")
+        advice = "do not call to_mixmo again"
+        if not isinstance(learn.model, MixMoModel):
+            advice = "first remove it: learn.remove_cb(MixMoCallback)"
+        raise InputError(f"The Learner already has a MixMoCallback; {advice}.")
     check_callbacks(learn.cbs)
     if not isinstance(learn.model, MixMoModel):
         check_opt_func(learn.opt_func)
@@ -223,6 +229,7 @@ def to_mixmo(
     model, is_trained = build_mixmo_model(original, spec, _weight_generator(callback))
     if is_known(loss.base):  # another loss may need other outputs
         check_outputs(batch.targets, count_outputs(model), known_classes(learn.dls))
+        _check_labels(batch.targets, model, loss)
     if not is_trained:
         callback = MixMoCallback(mix, **kwargs)
     if model is not original:
@@ -235,6 +242,12 @@ def to_mixmo(
     learn.add_cb(callback)
     add_companions(learn)
     return learn
+
+
+def _check_labels(targets: Tensor | None, model: MixMoModel, loss: MixMoLoss) -> None:
+    """Check the labels of the first batch for a loss of class indices."""
+    if is_known(loss.base) and uses_softmax(loss.base):
+        check_labels(targets, count_outputs(model), ignored_target(loss.base))
 
 
 def _short_settings(given: Mapping[str, Any]) -> dict[str, Any]:

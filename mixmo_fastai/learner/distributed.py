@@ -16,6 +16,7 @@ from fastai.callback.core import Callback
 from fastai.learner import AvgLoss, AvgMetric, Learner
 from torch import Tensor
 
+from mixmo_fastai.data.loaders import BatchLoader
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.metrics.fastai import StreamingMetric
 from mixmo_fastai.models.ghost_norm import GhostBatchNorm2d
@@ -65,7 +66,16 @@ def shared(learn: Learner) -> Iterator[Learner]:
 
     Like fastai's `distrib_ctx`, for loaders that shard their batches themselves, on GPUs and CPUs.
     BatchNorm statistics are synchronised over all processes, unless the network uses ghost batches.
+
+    Raises:
+        InputError: the loaders are not those of this package.
     """
+    other = next((dl for dl in learn.dls.loaders if not isinstance(dl, BatchLoader)), None)
+    if other is not None:
+        raise InputError(
+            f"shared needs the loaders of make_dataloaders; the Learner has {type(other).__name__}."
+            "\nFor fastai's loaders, use learn.distrib_ctx(), which needs GPUs."
+        )
     if process_group().count == 1:
         yield learn
         return

@@ -16,6 +16,7 @@ from mixmo_fastai.data.first_batch import first_batch, preserved_random_states
 from mixmo_fastai.data.loaders import BatchLoader
 from mixmo_fastai.data.statistics import for_channels
 from mixmo_fastai.errors import InputError
+from mixmo_fastai.mixing.base_losses import label_range_error
 
 PIXEL_TOLERANCE = 1e-3
 """How far interpolation may take pixels out of [0, 1]."""
@@ -54,6 +55,11 @@ def inspect_batches(dls: DataLoaders) -> FirstBatch:
             "Batches must be images (n, C, H, W); the loader's first input is "
             f"{getattr(images, 'shape', type(images).__name__)}."
         )
+    if not images.is_floating_point():
+        raise InputError(
+            f"Images must be floating-point numbers; the loader's first batch holds {images.dtype}."
+            "\nConvert them in the data set, such as image.float() / 255."
+        )
     channels, height, width = images.shape[1:]
     first_targets = targets[0] if targets and isinstance(targets[0], Tensor) else None
     limits = float(images.min()), float(images.max())
@@ -90,8 +96,14 @@ def normalize_for_weights(
     dls.add_tfms([transform], "after_batch")
 
 
-def check_classes(targets: Tensor | None, num_classes: int, num_data_classes: int) -> None:
-    """Check that the shape of the targets is supported and the network has enough classes."""
+def check_classes(targets: Tensor | None, num_classes: int | None, num_data_classes: int) -> None:
+    """Check that the shape of the targets is supported and the network has enough classes.
+
+    Args:
+        targets: of the first batch; None if they are not known.
+        num_classes: K; None for that of a given network.
+        num_data_classes: number of classes of the data; 0 if it is not known.
+    """
     if targets is None:
         return
     if targets.ndim > 2:
@@ -99,11 +111,31 @@ def check_classes(targets: Tensor | None, num_classes: int, num_data_classes: in
             f"The targets have shape {tuple(targets.shape)}; they must be (n,) or (n, K): one "
             "class, several labels or regression targets per image."
         )
-    if targets.ndim == 1 and not targets.is_floating_point() and num_classes < num_data_classes:
+    are_classes = targets.ndim == 1 and not targets.is_floating_point()
+    if are_classes and num_classes is not None and num_classes < num_data_classes:
         raise InputError(
             f"num_classes must be at least {num_data_classes}, the number of classes of the data; "
             f"got {num_classes}.\nOmit num_classes."
         )
+
+
+def check_labels(targets: Tensor | None, num_classes: int, ignored: int) -> None:
+    """Check that class indices of the first batch are indices of the network's outputs.
+
+    Args:
+        targets: of the batch; only class indices (n,) are checked.
+        num_classes: number of outputs; 0 if it is not known.
+        ignored: target that the loss ignores.
+
+    Raises:
+        InputError: a label is out of range.
+    """
+    if targets is None or targets.ndim != 1 or targets.is_floating_point() or num_classes < 2:
+        return
+    labels = targets[targets != ignored]
+    wrong = labels[(labels < 0) | (labels >= num_classes)]
+    if len(wrong):
+        raise label_range_error(int(wrong[0]), num_classes)
 
 
 def check_outputs(targets: Tensor | None, num_outputs: int, num_data_classes: int) -> None:

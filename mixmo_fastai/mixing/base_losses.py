@@ -28,6 +28,21 @@ def is_cross_entropy(base: Any) -> bool:
     return _is_loss(base, nn.CrossEntropyLoss, F.cross_entropy)
 
 
+def uses_softmax(base: Any) -> bool:
+    """Check whether a loss of torch or fastai is one of the softmax of logits.
+
+    Example:
+        >>> from fastai.losses import FocalLoss
+        >>> uses_softmax(FocalLoss()), uses_softmax(nn.NLLLoss())
+        (True, False)
+    """
+    loss = type(_torch_loss(base))
+    return is_cross_entropy(base) or (loss.__module__, loss.__name__) == _FOCAL_LOSS
+
+
+_FOCAL_LOSS = ("fastai.losses", "FocalLoss")
+
+
 def is_multi_label(base: Any) -> bool:
     """Check whether a loss is binary cross-entropy of logits: several labels per image.
 
@@ -79,6 +94,30 @@ def loss_name(base: Any) -> str:
     if type(loss).__name__ == "BaseLoss":  # what fastai's MSELossFlat() and others return
         loss = _unwrap_partial(_torch_loss(loss))
     return str(getattr(loss, "__name__", type(loss).__name__))
+
+
+def ignored_target(base: Any) -> int:
+    """Return the class index that a loss ignores, -100 unless it is set.
+
+    Example:
+        >>> ignored_target(nn.CrossEntropyLoss(ignore_index=255)), ignored_target(nn.MSELoss())
+        (255, -100)
+    """
+    value = _loss_arguments(_torch_loss(base)).get("ignore_index")
+    return -100 if value is None else int(value)
+
+
+def label_range_error(label: int, num_classes: int) -> InputError:
+    """Build the error for a class index that no output of the network stands for.
+
+    Example:
+        >>> str(label_range_error(4, num_classes=4)).splitlines()[0]
+        'Labels must be from 0 to 3, as the network has 4 outputs; got 4.'
+    """
+    return InputError(
+        f"Labels must be from 0 to {num_classes - 1}, as the network has {num_classes} outputs; "
+        f"got {label}.\nNumber the classes from 0, or build the network for more classes."
+    )
 
 
 def mean_divisor(base: Any, targets: Tensor) -> Tensor | None:

@@ -4,6 +4,7 @@ Shapes: B batch, M members, K classes.
 Source: Ramé, Sun, Cord, "MixMo", ICCV 2021, equation 4.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, get_args
@@ -15,14 +16,15 @@ from mixmo_fastai.errors import InputError
 from mixmo_fastai.mixing.base_losses import (
     check_shapes,
     classes_kept,
-    is_cross_entropy,
     is_known,
     is_multi_label,
     is_shift_invariant,
+    label_range_error,
     loss_name,
     mean_divisor,
     smoothing_terms,
     unwrap_loss,
+    uses_softmax,
 )
 from mixmo_fastai.mixing.per_sample import (
     Average,
@@ -82,6 +84,29 @@ class MixMoLoss(nn.Module):
         super().__init__()
         self.base = ensure_reduction(nn.CrossEntropyLoss() if base is None else base)
         self.checks_left = 0 if is_known(self.base) else CHECKED_BATCHES
+
+    def __getattr__(self, name: str) -> Any:
+        """Return an attribute of the base loss that this loss does not have, such as `thresh`."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base = self._parts().get("base")
+            if name.startswith("__") or base is None or not hasattr(unwrap_loss(base), name):
+                raise
+            return getattr(unwrap_loss(base), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute of the base loss if only the base has it."""
+        base = self._parts().get("base")
+        is_own = name in self._parts() or hasattr(type(self), name)
+        if base is not None and not is_own and hasattr(unwrap_loss(base), name):
+            setattr(unwrap_loss(base), name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def _parts(self) -> dict[str, Any]:
+        """Return the attributes of this loss itself."""
+        return {**vars(self), **vars(self).get("_modules", {})}
 
     @property
     def average(self) -> Average | None:
@@ -278,7 +303,7 @@ class MixMoLoss(nn.Module):
 
     def _uses_softmax(self, pred: Tensor) -> bool:
         if is_known(self.base):
-            return is_cross_entropy(self.base)
+            return uses_softmax(self.base)
         return pred.ndim == 2 and is_shift_invariant(self.base, pred.shape[1], pred.device)
 
     @contextmanager
@@ -302,8 +327,13 @@ class MixMoLoss(nn.Module):
 
     def _base_loss(self, pred: Tensor, targets: Tensor) -> Tensor:
         """Compute the base loss, without fastai's flattening if targets are soft."""
-        with classes_kept(self.base) if targets.shape == pred.shape else nullcontext():
-            loss: Tensor = self.base(pred, targets)
+        try:
+            with classes_kept(self.base) if targets.shape == pred.shape else nullcontext():
+                loss: Tensor = self.base(pred, targets)
+        except IndexError as error:  # on a CPU; a GPU stops the process
+            if found := re.fullmatch(r"Target (-?\d+) is out of bounds\.", str(error)):
+                raise label_range_error(int(found[1]), pred.shape[-1]) from error
+            raise
         return loss
 
 

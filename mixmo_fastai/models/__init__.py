@@ -1,6 +1,6 @@
 """Networks: MixMoModel, which combines encoders, core and heads, and the published backbones.
 
-mixmo_model                    the multi-input multi-output network
+mixmo_model                    the multi-input multi-output network; part_checks: check its parts
 create                         networks from architecture names
 wide_resnet, preact_resnet     the published backbones; initialization: their initial weights
 library                        classifiers of torchvision and timm by name

@@ -16,6 +16,11 @@ from torch.nn.parameter import is_lazy
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.models.backbone_core import BackboneCore
 from mixmo_fastai.models.fused import fuse_parts, run_core
+from mixmo_fastai.models.part_checks import (
+    check_core_output,
+    check_num_members,
+    separate_modules,
+)
 from mixmo_fastai.models.readout import build_readout, check_readout, embed
 
 
@@ -62,9 +67,9 @@ class MixMoModel(nn.Module):
         readout: str | nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.encoders = nn.ModuleList(_separate_modules("encoders", encoders))
+        self.encoders = nn.ModuleList(separate_modules("encoders", encoders))
         self.core = core
-        self.heads = nn.ModuleList(_separate_modules("heads", heads))
+        self.heads = nn.ModuleList(separate_modules("heads", heads))
         self.output = output
         if not len(self.encoders) == len(self.heads) >= 1:
             raise InputError(
@@ -95,6 +100,18 @@ class MixMoModel(nn.Module):
         self.readout = build_readout(readout)
         if self.readout is not None:
             check_readout(self.readout, self.core)
+
+    def __getitem__(self, index: Any) -> nn.Module:
+        """Refuse access by position, as to the body and head of fastai's vision networks.
+
+        Raises:
+            InputError: always; it names the parts.
+        """
+        raise InputError(
+            "A MixMoModel has no parts by position; its parts are encoders, core and heads. The "
+            "body of a\nconverted vision_learner is model.core.body[0]. For splitters of such "
+            "networks, call to_mixmo(learn)."
+        )
 
     @property
     def num_members(self) -> int:
@@ -241,7 +258,8 @@ class MixMoModel(nn.Module):
         """Load a state dict, as `nn.Module.load_state_dict` does.
 
         Raises:
-            InputError: the state dict was saved before the network was converted.
+            InputError: the state dict was saved before the network was converted, or is that of a
+                network with another number of members.
 
         Example:
             >>> from mixmo_fastai.models.create import create_model
@@ -250,6 +268,8 @@ class MixMoModel(nn.Module):
             <All keys matched successfully>
         """
         loaded_names, model_names = state_dict.keys(), self.state_dict().keys()
+        if args[0] if args else kwargs.get("strict", True):
+            check_num_members(loaded_names, self.num_members)
         if (
             isinstance(self.core, BackboneCore)
             and not loaded_names & model_names
@@ -286,7 +306,7 @@ class MixMoModel(nn.Module):
             num_features = getattr(self.heads[0], "in_features", None)
             embedding = embed(readout, self.core, features, masks, num_features)
         if embedding.ndim == 2 or readout is None:
-            _check_core_output(embedding, self.heads[0])
+            check_core_output(embedding, self.heads[0])
             logits = torch.stack([head(embedding) for head in self.heads], dim=1)
         else:  # (B, M, F), one embedding per head
             pairs = zip(self.heads, embedding.unbind(dim=1), strict=True)
@@ -304,34 +324,6 @@ def _in_fast_layout(mask: Tensor, features: Tensor) -> Tensor:
     if features.device.type == "cpu" and features.dtype == torch.bfloat16:
         return torch.empty_like(features, requires_grad=False).copy_(mask)
     return mask.to(features.dtype)
-
-
-def _check_core_output(embedding: Tensor, head: nn.Module) -> None:
-    """Check that the heads can read the output of the core."""
-    width = getattr(head, "in_features", None)
-    if embedding.ndim != 2 or (isinstance(width, int) and embedding.shape[1] != width):
-        raise InputError(
-            f"The core returned {tuple(embedding.shape)}; the heads need (B, "
-            f"{'features' if width is None else width}).\n"
-            "End the core with pooling and nn.Flatten(), and give the heads its number of features."
-        )
-
-
-def _separate_modules(name: str, modules: Any) -> list[nn.Module]:
-    """Check that members do not share a module."""
-    if isinstance(modules, nn.Module) and not isinstance(modules, nn.ModuleList | nn.Sequential):
-        raise InputError(f"{name} must be a list of modules, one per member; got one module.")
-    separate = [*modules]
-    for module in separate:
-        if not isinstance(module, nn.Module):
-            raise InputError(f"{name} must be modules; got {module!r}.")
-    if len({id(module) for module in separate}) < len(separate):
-        raise InputError(
-            f"{name} must be separate modules; the same module is given more than once, so that "
-            "members would share its weights.\n"
-            "Build each one: [make() for _ in range(2)] instead of [make()] * 2."
-        )
-    return separate
 
 
 def find_first_difference(

@@ -84,18 +84,18 @@ class LrSearch:
         """The rate to train with, two digits; None if the curve is flat or no rate stands out.
 
         It is fastai's `slide`, the end of the steepest stretch before the loss rises, and at most
-        the rate with the lowest loss; `valley` if `slide` is among the rates too small to train. As
-        the peak of one-cycle, larger rates work better than the cautious `valley`.
+        the rate with the lowest loss; `valley` if `slide` is below it. As the peak of one-cycle,
+        larger rates work better than the cautious `valley`.
         """
         if self.is_flat:
             return None
         # `slide` compares points that are 15 steps apart; with few steps it ends too early.
         too_small = self.lrs[self._quarter - 1]
-        rates = [r for n in ("slide", "valley") if (r := self.suggestions[n]) > too_small]
-        if not rates:
+        rate = max(self.suggestions["slide"], self.suggestions["valley"])
+        if rate <= too_small:
             return None
         rate_of_lowest = self.lrs[self.losses.index(self.lowest, self._quarter)]
-        return float(f"{min(rates[0], rate_of_lowest):.1e}")
+        return float(f"{min(rate, rate_of_lowest):.1e}")
 
     @property
     def _quarter(self) -> int:
