@@ -7,8 +7,9 @@ from fastai.callback.mixup import MixUp
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
-from fastai.losses import CrossEntropyLossFlat
+from fastai.losses import CrossEntropyLossFlat, FocalLoss
 from fastai.vision.learner import vision_learner
+from fastcore.basics import noop
 from learners import make_learner, quiet, small_network
 from synthetic import fastai_dls, mixmo_dls
 from torch import nn
@@ -18,6 +19,7 @@ from mixmo_fastai import MixMoCallback, mixmo_learner, to_mixmo
 from mixmo_fastai.data.dataloaders import make_dataloaders
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.learner.distributed import shared
+from mixmo_fastai.learner.member_preds import member_preds
 from mixmo_fastai.models import convert_to_mixmo, create_model
 
 
@@ -165,3 +167,22 @@ def test_loaders_of_others_are_not_shared():
 def test_a_folder_is_no_source():
     with pytest.raises(InputError, match=r"must be a DataSource; got str\.\nLoad one"):
         make_dataloaders("flowers", batch_size=4)
+
+
+@pytest.mark.parametrize(
+    ("loss", "activation"),
+    [
+        (CrossEntropyLossFlat(), lambda predictions: predictions),
+        (nn.CrossEntropyLoss(), lambda logits: logits.softmax(dim=1)),
+        (FocalLoss(), lambda logits: logits.softmax(dim=1)),
+    ],
+)
+def test_predictions_before_and_after_a_conversion(loss, activation):
+    learn = quiet(Learner(mixmo_dls(), small_network().eval(), loss))
+    before, _ = learn.get_preds()
+    logits, _ = learn.get_preds(act=noop)
+    to_mixmo(learn)
+    torch.testing.assert_close(learn.get_preds()[0], activation(before), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(learn.get_preds(act=noop)[0], logits, atol=1e-5, rtol=1e-4)
+    members = member_preds(learn).probabilities
+    assert torch.allclose(members.sum(dim=2), torch.ones(()))

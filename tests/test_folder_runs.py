@@ -175,6 +175,31 @@ def test_each_compared_run_has_its_own_statistics(changed_run, tmp_path, capsys)
     assert found[0] == pytest.approx(found[1])
 
 
+def test_runs_on_two_folders_with_equal_test_images_are_compared(tmp_path, capsys):
+    folder = write_image_folder(tmp_path / "pets", num_train=10, num_test=4, size=(16, 16))
+    smaller = shutil.copytree(folder, tmp_path / "smaller")
+    for path in sorted((smaller / "train" / "cat").iterdir())[:6]:
+        path.unlink()
+    runs = [
+        fit(each, tmp_path / f"run-{each.name}", "--valid-split", "0.25")
+        for each in (folder, smaller)
+    ]
+    compared = compare_runs(runs)
+    for run, each in zip(runs, compared, strict=True):
+        assert each.metrics["nll"] == pytest.approx(run.metrics()["test"]["nll"])
+    assert compared[1].differences["nll"] != (0, 0)
+
+    for spoil in (
+        lambda path: path.rename(path.with_name("other.png")),
+        lambda path: Image.new("RGB", (16, 16)).save(path),
+    ):
+        other = shutil.copytree(folder, tmp_path / f"spoilt-{len(runs)}")
+        spoil(min((other / "test" / "dog").iterdir()))
+        runs.append(fit(other, tmp_path / f"run-{other.name}", "--valid-split", "0.25"))
+        assert program(["compare", str(runs[0].path), str(runs[-1].path)]) == 2
+        assert "have different test images of" in " ".join(capsys.readouterr().err.split())
+
+
 def test_run_on_a_drawn_split_resumes_after_images_were_added(tmp_path, capsys):
     folder = write_class_folders(tmp_path)
     run = fit(folder, tmp_path / "run", "--test-split", "0.3")

@@ -7,7 +7,8 @@ best_epoch  selection of the best epoch on the validation split
 freeze      the heads alone are trained at first
 deferred    fastai's Recorder and progress bar without device synchronisation
 epoch       base class of callbacks that act once per trained epoch
-checks      checks that a Learner can train a MixMo network; plain_errors: how their errors are raised
+checks      checks that a Learner can train a MixMo network
+plain_errors  how errors of callbacks are raised
 """
 
 from mixmo_fastai.imports import lazy_names

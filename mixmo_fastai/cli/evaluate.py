@@ -16,6 +16,7 @@ from mixmo_fastai.config.methods import method_name
 from mixmo_fastai.config.resolve import check_ood
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.runs.folder import open_run
+from mixmo_fastai.runs.output import free_file
 
 CHANGED = {
     "train": "the training images differ from those of the run, so its validation split, and "
@@ -66,6 +67,15 @@ def evaluate(
             rich_help_panel=opt.NETWORK,
         ),
     ] = False,
+    save_logits: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also write names, labels and each member's logits of the images to this .npz "
+            "file.",
+            metavar="FILE",
+            rich_help_panel=opt.OUTPUT,
+        ),
+    ] = None,
     coverage: EvaluatedCoverage = 0.9,
     max_risk: EvaluatedRisk = 0.05,
     device: opt.Device = None,
@@ -80,14 +90,19 @@ def evaluate(
     check_ood(ood or (), recipe.data.dataset)
     opt.check_device(device)
     opt.check_fractions(coverage=coverage, max_risk=max_risk)
+    if save_logits is not None:
+        save_logits = free_file(save_logits, "", ".npz", "--save-logits")
 
     from mixmo_fastai.cli.reading import reading_shown
     from mixmo_fastai.data.run_data import changed_images
+    from mixmo_fastai.evaluation.logit_files import write_logits
+    from mixmo_fastai.evaluation.logits import LabelledLogits
     from mixmo_fastai.evaluation.runs import evaluate_finished, open_finished
 
     output = Output(as_json=as_json)
     with reading_shown(output):
         finished = open_finished(folder, data_dir, device, fused=fused)
+    recorded: list[LabelledLogits] = []
     requested = ood[0] if ood and len(ood) == 1 else ood
     metrics = evaluate_finished(
         finished,
@@ -97,7 +112,10 @@ def evaluate(
         coverage=coverage,
         max_risk=max_risk,
         label_distribution=label_distribution,
+        record=recorded.append,
     )
+    if save_logits is not None:
+        write_logits(save_logits, finished, recorded[0])
     changed = changed_images(folder, finished.source)
     remarks = [("Changed", text) for name, text in CHANGED.items() if name in changed]
     notes = incompleteness_lines([*finished.source.notes, *remarks])
@@ -108,4 +126,6 @@ def evaluate(
     title += ", fused" * fused
     votes = label_distribution_lines(metrics)
     lines = [title, *notes, "", *votes, *shift_lines(metrics), *metric_lines(metrics, recipe)]
+    if save_logits is not None:
+        lines += ["", f"Logits: {save_logits}"]
     output.print_result(lines, {"run": str(folder.path), **metrics})

@@ -4,6 +4,7 @@ logits              member logits of every image of a loader
 splits              metrics of a run's splits, calibrated
 multi_label         metrics of images with several labels
 runs                evaluation of finished runs, alone or together as a deep ensemble
+logit_files         logits of every member and image, as a file
 label_distribution  metrics of a run against label distributions
 ood                 out-of-distribution images, and how well a run detects them
 compare             comparison of runs on the same test images

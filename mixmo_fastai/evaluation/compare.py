@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mixmo_fastai.config.choices import DATASETS
 from mixmo_fastai.config.recipe import Recipe
+from mixmo_fastai.data.image_sets import ImageSet
 from mixmo_fastai.data.run_data import data_parts, read_source
 from mixmo_fastai.errors import InputError
 from mixmo_fastai.evaluation.runs import open_finished
@@ -56,7 +58,8 @@ def compare_runs(
     """Evaluate runs on the same test set and compare each with the first.
 
     Args:
-        runs: two or more finished runs on the same data set.
+        runs: two or more finished runs with the same test images: their names, sizes and labels
+            must be equal, in folders or tables that may differ otherwise.
         data_dir: folder of the data, if not the one that training used.
         device: device to evaluate on; by default, that of each recipe.
 
@@ -67,11 +70,18 @@ def compare_runs(
     for run in runs:
         run.check_trained()
         check_one_label(run, "mixmo compare")
+    dataset = runs[0].recipe().data.dataset
     source = read_source(runs[0].recipe(), data_dir, runs[0])
     compared: list[ComparedRun] = []
     first_logits: Tensor | None = None
+    first_images: tuple[ImageSet, Sequence[str]] | None = None
     for run in runs:
-        finished = open_finished(run, data_dir, device, source)
+        has_same_data = run.recipe().data.dataset == dataset
+        finished = open_finished(run, data_dir, device, source if has_same_data else None)
+        images = finished.final_images, finished.source.classes
+        first_images = first_images or images
+        if not has_same_data and not _are_equal(images, first_images):
+            raise _other_images(run, runs[0])
         ((logits, labels),) = finished.logits([finished.final_loader()])
         mean = logits.double().mean(dim=1)  # (N, K)
         differences = None if first_logits is None else paired_intervals(first_logits, mean, labels)
@@ -101,20 +111,40 @@ def _check_same_test_set(runs: Sequence[RunFolder]) -> None:
     first = runs[0].recipe().data
     for run in runs[1:]:
         data = run.recipe().data
-        for setting in ("dataset", "image_size"):
+        # Another folder may hold the same test images, which are compared after reading.
+        is_named = not {data.dataset, first.dataset}.isdisjoint(DATASETS)
+        for setting in ("dataset", "image_size") if is_named else ("image_size",):
             value, expected = getattr(data, setting), getattr(first, setting)
             if value != expected:
                 raise InputError(
                     f"{run.path} has data.{setting}={value!r}; {runs[0].path} has {expected!r}.\n"
                     "Only runs with the same test images can be compared."
                 )
-        if _final_images(run) != _final_images(runs[0]):
-            raise InputError(
-                f"{run.path} and {runs[0].path} have different test images of {first.dataset}, or "
-                "validation images if there are none; see split.json and data.calibration_split "
-                "in both.\nOnly runs with the same test images can be compared."
-            )
+        if data.dataset == first.dataset and _final_images(run) != _final_images(runs[0]):
+            raise _other_images(run, runs[0])
         check_same_left_out(runs[0], run)
+
+
+def _are_equal(
+    first: tuple[ImageSet, Sequence[str]], other: tuple[ImageSet, Sequence[str]]
+) -> bool:
+    """Check whether images and their classes are equal: names, labels, and sizes of the files."""
+    (images, classes), (other_images, other_classes) = first, other
+    return (
+        len(images) == len(other_images)
+        and [*classes] == [*other_classes]
+        and torch.equal(images.labels, other_images.labels)
+        and all(images.name(i) == other_images.name(i) for i in range(len(images)))
+        and [*images.sizes()] == [*other_images.sizes()]
+    )
+
+
+def _other_images(run: RunFolder, first: RunFolder) -> InputError:
+    return InputError(
+        f"{run.path} and {first.path} have different test images of {first.recipe().data.dataset}, "
+        "or validation images if there are none; see split.json and data.calibration_split in both."
+        "\nOnly runs with the same test images can be compared."
+    )
 
 
 def _final_images(run: RunFolder) -> tuple[object, ...]:

@@ -1,6 +1,6 @@
-"""Member logits of every image of a loader.
+"""Member logits of every image of a loader, and of all networks of a run.
 
-Shapes: N samples, M members, K classes.
+Shapes: N samples, M members, R runs, K classes.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixmo_fastai.models import MixMoModel
 from mixmo_fastai.models.folding import fold_batch_norm
+from mixmo_fastai.runs.folder import RunFolder
+from mixmo_fastai.runs.weights import load_weights
 from mixmo_fastai.runtime.acceleration import thread_limit
 from mixmo_fastai.runtime.devices import float32_precision, use_threads
 from mixmo_fastai.runtime.processes import all_gather, process_group
@@ -83,3 +86,37 @@ def _interleave(parts: Sequence[tuple[Tensor, Tensor]]) -> LabelledLogits:
     for rank, (rank_logits, rank_labels) in enumerate(parts):
         logits[rank :: len(parts)], labels[rank :: len(parts)] = rank_logits, rank_labels
     return logits, labels
+
+
+def collect_logits(
+    run: RunFolder, model: MixMoModel, loaders: Sequence[Any], *, fused: bool = False
+) -> tuple[LabelledLogits, ...]:
+    """Compute a run's logits of every image of each loader.
+
+    Args:
+        run: a run whose networks are all trained.
+        model: a network built from the run's recipe; the weights of each network are loaded into it
+            in turn.
+        loaders: loaders on the model's device.
+        fused: evaluate the plain network that each network fuses into.
+
+    Returns:
+        Member logits and labels for each loader. The members are those of the network, or the
+        networks of a deep ensemble.
+    """
+    per_network = []
+    for network in run.networks():
+        load_weights(model, network.weights)
+        evaluated = model.fuse() if fused else model
+        per_network.append([collect_member_logits(evaluated, loader) for loader in loaders])
+    if len(per_network) == 1:
+        return tuple(per_network[0])
+    return tuple(stack_runs(of_loader) for of_loader in zip(*per_network, strict=True))
+
+
+def stack_runs(per_run: Sequence[LabelledLogits]) -> LabelledLogits:
+    """Make each run one member: R times (N, M, K) -> (N, R, K); None if a run has no images."""
+    present = [labelled for labelled in per_run if labelled is not None]
+    if len(present) < len(per_run):  # a run without validation split has trained on these images
+        return None
+    return torch.stack([logits.mean(dim=1) for logits, _ in present], dim=1), present[0][1]

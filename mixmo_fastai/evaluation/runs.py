@@ -3,7 +3,7 @@
 Shapes: N images, M members of a run, R runs, K classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from mixmo_fastai.errors import InputError
 from mixmo_fastai.evaluation.calibration import COVERAGE, MAX_RISK, calibrate_images
 from mixmo_fastai.evaluation.corruptions import evaluate_corruptions
 from mixmo_fastai.evaluation.label_distribution import evaluate_label_distribution
-from mixmo_fastai.evaluation.logits import LabelledLogits, collect_member_logits
+from mixmo_fastai.evaluation.logits import LabelledLogits, collect_logits, stack_runs
 from mixmo_fastai.evaluation.multi_label import evaluate_multi_label
 from mixmo_fastai.evaluation.ood import ood_entries, read_ood_images
 from mixmo_fastai.evaluation.splits import evaluate_splits
@@ -84,6 +84,7 @@ def evaluate_finished(
     coverage: float = COVERAGE,
     max_risk: float = MAX_RISK,
     label_distribution: Path | None = None,
+    record: Callable[[LabelledLogits], None] = lambda labelled: None,
 ) -> dict[str, Any]:
     """Evaluate an opened run; see `evaluate_run`.
 
@@ -95,6 +96,7 @@ def evaluate_finished(
         coverage: coverage of the prediction sets.
         max_risk: risk of the accepted predictions.
         label_distribution: as for `evaluate_run`.
+        record: gets the logits and labels of `finished.final_images`.
 
     Raises:
         InputError: a weights file is damaged, or data is missing.
@@ -108,7 +110,9 @@ def evaluate_finished(
             "max-risk": max_risk != MAX_RISK,
         }
         check_not_requested(finished.run, requested)
-        return finished.multi_label_metrics(finished.logits(finished.loaders()))
+        validation, test, separate = finished.logits(finished.loaders())
+        record(test or validation)
+        return finished.multi_label_metrics((validation, test, separate))
     votes = None if label_distribution is None else finished.read_votes(label_distribution)
     names = [ood] if isinstance(ood, str) else list(ood or ())
     shape = finished.source.train.image_shape
@@ -116,6 +120,7 @@ def evaluate_finished(
     validation, test, separate, *others = finished.logits(
         [*finished.loaders(), *map(finished.loader, images)]
     )
+    record(final := test or validation)
     metrics = evaluate_splits(
         validation,
         test,
@@ -126,13 +131,12 @@ def evaluate_finished(
         max_risk=max_risk,
     )
     if names:
-        entries = ood_entries(names, (test or validation)[0], [logits for logits, _ in others])
+        entries = ood_entries(names, final[0], [logits for logits, _ in others])
         metrics["ood"] = entries[0] if isinstance(ood, str) else entries
     if corruptions is not None:
         metrics["corruptions"] = evaluate_corruptions(finished, corruptions)
     if votes is not None:
-        found = evaluate_label_distribution(votes, *(test or validation), metrics)
-        metrics["label_distribution"] = found
+        metrics["label_distribution"] = evaluate_label_distribution(votes, *final, metrics)
     return metrics
 
 
@@ -161,39 +165,13 @@ def evaluate_ensemble(
     source = read_source(runs[0].recipe(), data_dir, runs[0])
     opened = _separated_alike([open_finished(run, data_dir, device, source) for run in runs])
     per_run = [finished.logits(finished.loaders()) for finished in opened]
-    validation, test, separate = (_stack_runs(of_part) for of_part in zip(*per_run, strict=True))
+    validation, test, separate = (stack_runs(of_part) for of_part in zip(*per_run, strict=True))
     if source.is_multi_label:
         return opened[0].multi_label_metrics((validation, test, separate))
     calibration = opened[0].fit_calibration(validation, separate)
     return evaluate_splits(
         validation, test, calibration, separate=separate, is_separate=opened[0].is_separate
     )
-
-
-def collect_logits(
-    run: RunFolder, model: MixMoModel, loaders: Sequence[Any], *, fused: bool = False
-) -> tuple[LabelledLogits, ...]:
-    """Compute a run's logits of every image of each loader.
-
-    Args:
-        run: a run whose networks are all trained.
-        model: a network built from the run's recipe; the weights of each network are loaded into it
-            in turn.
-        loaders: loaders on the model's device.
-        fused: evaluate the plain network that each network fuses into.
-
-    Returns:
-        Member logits and labels for each loader. The members are those of the network, or the
-        networks of a deep ensemble.
-    """
-    per_network = []
-    for network in run.networks():
-        load_weights(model, network.weights)
-        evaluated = model.fuse() if fused else model
-        per_network.append([collect_member_logits(evaluated, loader) for loader in loaders])
-    if len(per_network) == 1:
-        return tuple(per_network[0])
-    return tuple(_stack_runs(of_loader) for of_loader in zip(*per_network, strict=True))
 
 
 @dataclass(frozen=True)
@@ -387,11 +365,3 @@ def _check_same_parts(first: RunFolder, other: RunFolder) -> None:
             "Runs of one ensemble must share training, validation and test images; see split.json "
             "in each run."
         )
-
-
-def _stack_runs(per_run: Sequence[LabelledLogits]) -> LabelledLogits:
-    """Make each run one member: R times (N, M, K) -> (N, R, K); None if a run has no images."""
-    present = [labelled for labelled in per_run if labelled is not None]
-    if len(present) < len(per_run):  # a run without validation split has trained on these images
-        return None
-    return torch.stack([logits.mean(dim=1) for logits, _ in present], dim=1), present[0][1]

@@ -174,6 +174,9 @@ def to_mixmo(
     `MixMoCallback` is added. Data, metrics and other callbacks are kept. The network sees a batch
     of n images as batch_repetitions · n.
 
+    With a loss that has no `activation`, such as torch's, `get_preds` and `predict` return
+    probabilities and classes afterwards, see `MixMoLoss`, where they returned logits before.
+
     Frozen parameters stay frozen, and the splitter's parameter groups are kept: the encoders
     replace the first convolution, the heads the last layer. An existing optimizer is rebuilt for
     them by the same function, with its settings but without its state (such as Adam's moments),

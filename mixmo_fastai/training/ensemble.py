@@ -15,7 +15,7 @@ from fastai.callback.core import Callback
 from mixmo_fastai.config.recipe import Expected, Recipe
 from mixmo_fastai.data.run_data import changed_images
 from mixmo_fastai.errors import InputError
-from mixmo_fastai.evaluation.runs import collect_logits
+from mixmo_fastai.evaluation.logits import collect_logits
 from mixmo_fastai.rng import derive_seed
 from mixmo_fastai.runs.create import create_run
 from mixmo_fastai.runs.folder import RunFolder
