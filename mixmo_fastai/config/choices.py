@@ -174,6 +174,9 @@ _TORCHVISION = """
 """
 TORCHVISION_NETWORKS = tuple(_TORCHVISION.split())
 """Classifiers of torchvision that can be converted to MixMo: all but SqueezeNet."""
+NETWORKS: dict[str, str] = {}
+"""Networks of one's own by name. Each value is a module and a function, of the number of classes,
+that builds a plain classifier, which is converted."""
 
 
 @dataclass(frozen=True)
@@ -183,10 +186,10 @@ class Architecture:
     Attributes:
         family: family of the architecture.
         depth, width: for the published families.
-        name: name in torchvision or timm.
+        name: name in torchvision, timm or `NETWORKS`.
     """
 
-    family: Literal["wrn", "preact_resnet", "torchvision", "timm"]
+    family: Literal["wrn", "preact_resnet", "torchvision", "timm", "registered"]
     depth: int = 0
     width: int = 0
     name: str = ""
@@ -245,6 +248,8 @@ def parse_architecture(name: str) -> Architecture:
                 "such as preact_resnet18_3."
             )
         return Architecture("preact_resnet", depth, width)
+    if name in NETWORKS:
+        return Architecture("registered", name=name)
     if name in TORCHVISION_NETWORKS:
         return Architecture("torchvision", name=name)
     if match := re.fullmatch(r"timm/([\w.-]+)", name):

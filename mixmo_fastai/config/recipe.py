@@ -14,8 +14,8 @@ from mixmo_fastai.config.choices import (
     DEVICES,
     EARLY_SHAPES,
     LOADERS,
-    MASK_KINDS,
     MASK_OPTIONS,
+    MASK_REGIONS,
     MEMORY_FORMATS,
     MSDA_KINDS,
     PRECISIONS,
@@ -152,7 +152,7 @@ class Mix:
     area_min and area_max of "cow") are None, the defaults in `mixing/regions.py` apply.
     """
 
-    kind: str = choice_field("cutmix", MASK_KINDS)
+    kind: str = choice_field("cutmix", MASK_REGIONS)
     alpha: float = number_field(2.0, 1e-3, 1e6)
     mix_prob: float = number_field(0.5, 0, 1)
     decay_start: float = number_field(11 / 12, 0, 1)

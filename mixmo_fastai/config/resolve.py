@@ -9,7 +9,7 @@ from dataclasses import replace
 from shlex import quote
 from typing import Any
 
-from mixmo_fastai.config.choices import DATASETS, HUB_PREFIX, MASK_KINDS, TABLE_SUFFIXES, is_table
+from mixmo_fastai.config.choices import DATASETS, HUB_PREFIX, MASK_REGIONS, TABLE_SUFFIXES, is_table
 from mixmo_fastai.config.defaults import fill_defaults
 from mixmo_fastai.config.load import load_recipe, override, recipe_from_mapping, recipe_names
 from mixmo_fastai.config.recipe import (
@@ -287,8 +287,8 @@ _PUBLISHED_SETTINGS = (("kind", "published"), ("valid_split", 0.0))
 def default_recipe(dataset: str, flags: Mapping[str, Any]) -> Recipe:
     """Load the shipped recipe that best matches data set and flags, or the default settings."""
     kind, msda = flags.get("mix.kind"), flags.get("mix.msda")
-    if kind is not None and kind not in MASK_KINDS:
-        raise unknown_name_error("mask kind", str(kind), MASK_KINDS)
+    if kind is not None and kind not in MASK_REGIONS:
+        raise unknown_name_error("mask kind", str(kind), MASK_REGIONS)
     if flags.get("model.num_members") == 1 and kind in (None, "sum"):
         candidates = [SINGLE_METHODS.get(msda), "vanilla"]
         fallback = {"mix": {"kind": "sum", "batch_repetitions": 1}, "model": {"num_members": 1}}

@@ -47,8 +47,14 @@ def text_field(default: str = "") -> Any:
 
 
 def choice_field(default: str, choices: Iterable[str]) -> Any:
-    """Declare a field for a string that must be one of `choices`."""
-    return field(default=default, metadata={"choices": tuple(choices)})
+    """Declare a field for a string that must be one of `choices`.
+
+    Args:
+        default: default value.
+        choices: the allowed strings; of a table, also those added later.
+    """
+    allowed = choices if isinstance(choices, Mapping) else tuple(choices)
+    return field(default=default, metadata={"choices": allowed})
 
 
 def build_settings(kind: type, values: Mapping[str, Any], source: str) -> Any:

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from mixmo_fastai.config.choices import MASK_KINDS, MASK_OPTIONS, MASK_REGIONS
+from mixmo_fastai.config.choices import MASK_OPTIONS, MASK_REGIONS
+from mixmo_fastai.config.registered import resolve_registered
 from mixmo_fastai.errors import InputError, unknown_name_error
 from mixmo_fastai.mixing.regions import REGIONS, SOFT_REGIONS, Region, Shape
 
@@ -55,7 +56,8 @@ def draw_masks(
     functions in `regions.py` document each kind and its options.
 
     Args:
-        kind: one of `MASK_KINDS`, or a function with the signature of those in `regions.py`.
+        kind: one of `choices.MASK_REGIONS`, or a function with the signature of those in
+            `regions.py`.
         lam: (B, M) from `draw_lam`; the masks have its device and dtype.
         shape: shape (D, h, w) of the features to be mixed.
         generator: generator on the device of lam.
@@ -95,7 +97,7 @@ def draw_masks(
             )
         inside, outside = _member_fractions(lam, members_in_role_0)
         area = (lam * inside).sum(dim=1)
-        draw = REGIONS[kind] if isinstance(kind, str) else kind
+        draw = _region_of(kind) if isinstance(kind, str) else kind
         if is_own := draw not in _SHIPPED:
             _check_arguments(draw, (area, shape, generator), options)
         region = draw(area, shape, generator, **options)
@@ -107,6 +109,14 @@ def draw_masks(
         # On a CPU, addcmul takes twice as long for these shapes as a product and an in-place sum.
         masks = (region[:, None] * (inside - outside)).add_(outside)
     return masks.expand(-1, -1, -1, *shape[1:]), means
+
+
+def _region_of(kind: str) -> Region:
+    """Return the function of a mask kind, also of one that a program registered later."""
+    region: Region = REGIONS.get(kind) or resolve_registered(
+        "mask kind", kind, str(MASK_REGIONS[kind])
+    )
+    return region
 
 
 def kind_name(kind: str | Region) -> str:
@@ -131,8 +141,8 @@ def check_kind(kind: str | Region, num_members: int) -> None:
         Traceback (most recent call last):
         mixmo_fastai.errors.InputError: mix='cutmix' needs at least two members; got ...
     """
-    if kind not in MASK_KINDS and not callable(kind):
-        raise unknown_name_error("mask kind", str(kind), MASK_KINDS)
+    if kind not in MASK_REGIONS and not callable(kind):
+        raise unknown_name_error("mask kind", str(kind), MASK_REGIONS)
     if kind != "sum" and num_members < 2:
         raise InputError(
             f"mix={kind_name(kind)!r} needs at least two members; got num_members={num_members}.\n"

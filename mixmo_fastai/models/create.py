@@ -37,7 +37,8 @@ def create_model(
 
     Args:
         arch: "wrn<depth>_<width>" such as "wrn28_10", "preact_resnet18_<width>", a torchvision
-            classifier such as "resnet50", or a timm one such as "timm/convnext_atto".
+            classifier such as "resnet50", a timm one such as "timm/convnext_atto", or one of
+            `choices.NETWORKS`.
         num_classes: K; 1 to regress one value.
         num_members: M; 1 is the vanilla network on the same code path.
         in_channels: C.
@@ -73,7 +74,7 @@ def create_model(
     check_count("in_channels", in_channels)
     check_fraction("perturbation", perturbation)
     saved = None if weights is None else SavedWeights.read(Path(weights))
-    if parsed.family in ("torchvision", "timm"):
+    if parsed.family in ("torchvision", "timm", "registered"):
         model = _create_from_library(
             parsed,
             num_classes,

@@ -1,4 +1,4 @@
-"""Build classifiers of torchvision and timm by name."""
+"""Build classifiers of torchvision, timm and one's own by name."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from mixmo_fastai.config.choices import Architecture, unknown_timm_error
+from mixmo_fastai.config.choices import NETWORKS, Architecture, unknown_timm_error
+from mixmo_fastai.config.registered import resolve_registered
 from mixmo_fastai.errors import InputError, summarize_error
 
 _WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
@@ -28,7 +29,7 @@ def build_backbone(
     """Build a plain classifier.
 
     Args:
-        arch: an architecture of torchvision or timm.
+        arch: an architecture of torchvision, timm or `choices.NETWORKS`.
         num_classes: K; ignored if the pretrained weights include a classifier.
         image_size: height and width, for networks with a fixed input size; if None, the library's
             default.
@@ -47,6 +48,9 @@ def build_backbone(
         torch.Size([2, 10])
     """
     seed = int(torch.randint(2**63 - 1, (), generator=generator))
+    if arch.family == "registered":
+        with _seeded(seed):
+            return _build_registered(arch.name, num_classes, pretrained=pretrained)
     with _seeded(seed):
         try:
             if arch.family == "torchvision":
@@ -109,6 +113,29 @@ def pretrained_statistics(arch: Architecture) -> tuple[tuple[float, ...], tuple[
         for value, default in zip(values, IMAGENET_STATISTICS, strict=True)
     )
     return mean, std
+
+
+def _build_registered(name: str, num_classes: int, *, pretrained: bool) -> nn.Module:
+    """Build a network of `choices.NETWORKS`."""
+    if pretrained:
+        raise InputError(
+            f"There are no pretrained weights for {name}.\nName a file of weights: "
+            "model.weights=FILE, or weights=FILE in Python."
+        )
+    build = resolve_registered("network", name, NETWORKS[name])
+    try:
+        network = build(num_classes)
+    except Exception as error:
+        raise InputError(
+            f"The network {name!r} cannot be built: {summarize_error(error, max_length=200)}.\n"
+            "Its function is called with the number of classes."
+        ) from error
+    if not isinstance(network, nn.Module):
+        raise InputError(
+            f"The function of the network {name!r} must return a module; it returned "
+            f"{type(network).__name__}."
+        )
+    return network
 
 
 def _build_torchvision(
