@@ -50,6 +50,7 @@ MIXING_AND_MODELS = [
     "models.member_init",
     "models.library",
     "models.mixmo_model",
+    "models.part_checks",
     "models.preact_resnet",
     "models.pretrained",
     "models.probe",

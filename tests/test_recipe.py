@@ -78,7 +78,7 @@ UNKNOWN_KEYS = [
     ("lr", "Did you mean 'optimizer.lr'"),
     ("mix.kinds", "Did you mean 'mix.kind'"),
     ("train.zzzzzz", "Allowed: train.epochs, train.images_seen"),
-    ("a.b.c", "Allowed: data, expected, mix"),
+    ("a.b.c", "Allowed: data, expected, loss, mix"),
     ("train.", "unknown key 'train.'"),
     (".", "unknown key"),
 ]

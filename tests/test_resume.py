@@ -197,6 +197,8 @@ def test_every_mask_kind_is_resumed(uninterrupted, tmp_path, kind):
         ("data.transform=aug-transforms",),
         ("data.loader=streaming", "data.num_workers=1"),
         ("model.ghost_batch_size=16", "data.flip=true", "data.alternating_flip=true"),
+        ("loss.label_smoothing=0.1", "loss.class_weights=balanced"),
+        ("loss.name=focal", "mix.msda=cutmix"),
         ("train.precision=bfloat16", "train.ema_decay=0.9"),
         ("train.precision=bfloat16", "optimizer.name=adamw", "optimizer.lr=0.001"),
     ],

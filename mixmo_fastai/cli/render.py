@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from mixmo_fastai.config.methods import expected_label, expected_result, method_name
-from mixmo_fastai.config.recipe import Mix, Recipe
+from mixmo_fastai.config.recipe import Loss, Mix, Recipe
 from mixmo_fastai.config.resolve import changed_settings
 from mixmo_fastai.config.schema import to_mapping
 from mixmo_fastai.metrics.table import MAIN_METRICS, percent, round_percent
@@ -52,6 +52,7 @@ def plan_lines(training: Any, requested_images: int | None = None) -> list[str]:
             f"{schedule.kind}, learning rate {recipe.lr:.4g}; {_optimizer_name(recipe)}, "
             f"weight decay {recipe.optimizer.weight_decay:g}",
         ),
+        *([("Loss", _loss_text(recipe.loss))] if recipe.loss != Loss() else []),
         *([("Weights", kept)] if (kept := _kept_weights(recipe)) else []),
         *expected_rows(recipe),
     ]
@@ -63,6 +64,14 @@ def _rounding(seen: int, requested: int | None) -> str:
     if requested is None or abs(seen / requested - 1) <= MAX_LENGTH_ERROR:
         return ""
     return f" instead of {requested:,}, since epochs are whole"
+
+
+def _loss_text(loss: Loss) -> str:
+    """Describe a loss."""
+    smoothing = f"label smoothing {loss.label_smoothing:g}" if loss.label_smoothing else ""
+    options = [f"{name} {value}" for name, value in loss.options.items()]
+    weights = "classes weighted equally" if loss.class_weights == "balanced" else ""
+    return ", ".join(filter(None, (loss.name, smoothing, *options, weights)))
 
 
 def _optimizer_name(recipe: Recipe) -> str:

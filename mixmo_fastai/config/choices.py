@@ -104,6 +104,13 @@ OPTIMIZERS = {
 }
 """Optimizers by name. Each value is a module and a function that builds the optimizer."""
 
+LOSSES = {
+    "cross-entropy": "mixmo_fastai.learner.losses:cross_entropy",
+    "focal": "mixmo_fastai.learner.losses:focal",
+}
+"""Losses of one class per image by name. Each value is a module and a function that builds it."""
+CLASS_WEIGHTS = ("none", "balanced")
+
 SELECTIONS = ("last", "best")
 SCHEDULES = ("one-cycle", "flat-cosine", "published", "fine-tune")
 CROP_SOURCES = ("auto", "original", "resized")

@@ -10,7 +10,7 @@ from mixmo_fastai.config.choices import (
     parse_architecture,
     parse_optimizer,
 )
-from mixmo_fastai.config.recipe import Mix, Model, Optimizer, Recipe
+from mixmo_fastai.config.recipe import Loss, Mix, Model, Optimizer, Recipe
 from mixmo_fastai.errors import InputError, unknown_name_error
 
 
@@ -19,6 +19,7 @@ def check_consistency(recipe: Recipe, source: str) -> None:
     _check_mixing(recipe, source)
     _check_data_and_network(recipe, source)
     _check_schedule(recipe, source)
+    _check_loss(recipe.loss, source)
     _check_optimizer(recipe.optimizer, source)
 
 
@@ -173,6 +174,20 @@ def _check_schedule(recipe: Recipe, source: str) -> None:
         raise InputError(
             f"{source}: schedule.milestones is {recipe.schedule.milestones}; it must be sorted in "
             "ascending order."
+        )
+
+
+def _check_loss(loss: Loss, source: str) -> None:
+    if loss.name == "cross-entropy":
+        if loss.options:
+            raise InputError(
+                f"{source}: loss.options is for losses other than cross-entropy.\n"
+                "Use loss.label_smoothing and loss.class_weights."
+            )
+    elif loss.label_smoothing:
+        raise InputError(
+            f"{source}: loss.label_smoothing is a setting of cross-entropy; got "
+            f"loss.name={loss.name!r}.\nRemove one of them."
         )
 
 

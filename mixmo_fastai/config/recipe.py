@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mixmo_fastai.config.choices import (
+    CLASS_WEIGHTS,
     COMPILE,
     CROP_SOURCES,
     DEVICES,
     EARLY_SHAPES,
     LOADERS,
+    LOSSES,
     MASK_OPTIONS,
     MASK_REGIONS,
     MEMORY_FORMATS,
@@ -217,6 +219,24 @@ class Train:
 
 
 @dataclass(frozen=True)
+class Loss:
+    """The loss of each member, for data with one class per image.
+
+    Attributes:
+        name: one of `choices.LOSSES`.
+        label_smoothing: cross-entropy: fraction of each label that is spread over all classes.
+        class_weights: "balanced" to weight each image inversely to the number of training images of
+            its class, so that all classes count equally.
+        options: further keyword arguments of a loss other than cross-entropy, such as gamma.
+    """
+
+    name: str = choice_field("cross-entropy", LOSSES)
+    label_smoothing: float = number_field(0.0, 0, 0.99)
+    class_weights: str = choice_field("none", CLASS_WEIGHTS)
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Optimizer:
     """The optimizer.
 
@@ -306,6 +326,7 @@ class Recipe:
     model: Model = Model()
     mix: Mix = Mix()
     train: Train = Train()
+    loss: Loss = Loss()
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     expected: Expected = Expected()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mixmo_fastai.config.load import with_present_names
-from mixmo_fastai.config.recipe import Mix, Schedule
+from mixmo_fastai.config.recipe import Loss, Mix, Schedule
 from mixmo_fastai.errors import InputError
 
 PLACES = (("data", "dataset"), ("data", "image_folder"))
@@ -48,6 +48,7 @@ def comparable(values: Mapping[str, Any]) -> Any:
     if not isinstance(recipe, dict):
         return plain
     recipe = plain["recipe"] = with_present_names(recipe)
+    recipe.setdefault("loss", {})  # a section that older recipes lack
     for section, name, default in _ADDED:
         if isinstance(part := recipe.get(section), dict):
             part.setdefault(name, default)
@@ -66,6 +67,7 @@ _ADDED = (
     ("data", "skip_damaged", False),
     ("model", "readout", "core"),
     ("model", "perturbation", 0.1),
+    *(("loss", name, value) for name, value in vars(Loss()).items()),
     ("optimizer", "name", "sgd"),
     ("data", "transform", "standard"),
     ("data", "crop_from", "auto"),
