@@ -127,6 +127,8 @@ def test_the_legend_explains_what_the_table_has(study, written):
     ) in text
     single = [replace(plain, seeds=(0,)), replace(mixed, seeds=(0,), differences=one)]
     text = legend(single)
+    assert text.startswith("One seed, on the test images.")
+    assert legend([plain, mixed]).startswith("Means over seeds, ± their standard deviation, on the")
     assert "95 % bootstrap interval of the difference over test images; it does not show" in text
     both = legend([plain, mixed, replace(mixed, differences=one)])
     assert (

@@ -86,7 +86,9 @@ def _row(texts: Sequence[str]) -> str:
 def legend(cells: Sequence[Cell]) -> str:
     """Explain the values of the tables."""
     split = SPLIT_NAMES[cells[0].split].lower()
-    text = f"Means over seeds, ± their standard deviation, on the {split} images."
+    has_spread = any(len(cell.seeds) > 1 for cell in cells)
+    averaged = "Means over seeds, ± their standard deviation, on" if has_spread else "One seed, on"
+    text = f"{averaged} the {split} images."
     if any(name.endswith("_calibrated") for cell in cells for name in cell.metrics):
         text += (
             f" Calibrated: temperatures fitted on one half of the {split} images and applied to "
