@@ -52,6 +52,37 @@ def test_an_error_in_evaluation_leaves_the_learner_usable(spoil, call):
     torch.testing.assert_close([float(v) for v in learn.validate()], expected)
 
 
+def test_an_error_that_was_mended_is_not_raised_again():
+    learn = make_learner()
+    second = MixMoCallback()
+    learn.add_cb(second)
+    with pytest.raises(InputError, match="more than one MixMoCallback"):
+        learn.validate()
+    learn.remove_cb(second)
+    learn.validate()
+    learn.fit(1)
+
+
+class FailBeforeFit(Callback):
+    def before_fit(self):
+        raise RuntimeError("of another callback")
+
+
+def test_errors_are_raised_before_training_although_another_callback_left_the_lock():
+    learn = make_learner()
+    learn.add_cb(FailBeforeFit())
+    with pytest.raises(RuntimeError):
+        learn.validate()
+    assert learn.lock.locked()  # fastai's
+    learn.remove_cb(FailBeforeFit)
+    learn.add_cb(MixUp())
+    before = [parameter.clone() for parameter in learn.model.parameters()]
+    with pytest.raises(InputError, match="MixUp"):
+        learn.fit(1, 0.1)
+    for parameter, old in zip(learn.model.parameters(), before, strict=True):
+        assert torch.equal(parameter, old)
+
+
 def test_an_error_of_a_fit_is_raised_before_its_first_batch():
     learn = make_learner()
     seen = []

@@ -1,10 +1,12 @@
 """A column of folds: which images are trained on, and what is refused."""
 
+import json
 from dataclasses import asdict
 
 import pytest
 from label_tables import folder, simple_rows, write_table
 
+from mixmo_fastai.cli import run as program
 from mixmo_fastai.config.load import load_recipe
 from mixmo_fastai.config.resolve import resolve_recipe
 from mixmo_fastai.data.label_tables import read_label_table
@@ -13,6 +15,7 @@ from mixmo_fastai.data.sources import load_source
 from mixmo_fastai.data.table_columns import TableColumns
 from mixmo_fastai.data.table_images import choose_table_images, reopen_table_images
 from mixmo_fastai.errors import InputError
+from mixmo_fastai.runs.folder import open_run
 
 __all__ = ["folder"]  # fixtures
 
@@ -93,16 +96,44 @@ def test_an_unused_column_of_folds_is_named(folder):
         (
             ("0", "1"),
             {"fold": "2"},
-            r"no row of the column 'fold' holds data\.fold=2\.\nIt holds 0",
+            r"has no row of data\.fold=2\.\nIt holds 0, 1",
         ),
-        (("0", "0"), {"fold": "0"}, "each row of the column 'fold' holds"),
+        (("0", "0"), {"fold": "0"}, "no fold to train on besides data"),
         (("0", "1"), {"fold": "0", "split": "folds"}, "no column 'folds'. Did you mean 'fold'"),
         (("0", ""), {"fold": "0"}, "the split is empty"),
+        (("0", "holdout"), {"fold": "0"}, "no fold to train on besides data"),
     ],
 )
 def test_wrong_folds_are_refused(folder, folds, columns, message):
     with pytest.raises(InputError, match=message):
         read_label_table(rows_of(folder, folds=folds), TableColumns(**columns))
+
+
+def test_another_column_must_not_mark_test_images(folder):
+    for split, is_refused in (("test", True), ("train", False)):
+        rows = [[*row, str(i // 3 % 2), split] for i, row in enumerate(simple_rows())]
+        path = write_table(folder / "a.csv", ["path", "label", "fold", "split"], rows)
+        if is_refused:
+            with pytest.raises(InputError, match=r"'split' marks test images.*\n.*in 'fold'"):
+                read_label_table(path, TableColumns(fold="1"))
+        else:
+            assert splits_of(read_label_table(path, TableColumns(fold="1"))) == expected(1, 2)
+
+
+@pytest.mark.slow
+def test_runs_of_different_folds_are_not_compared(folder, tmp_path, capsys):
+    flags = ["--arch", "wrn10_1", "--batch-size", "4", "--epochs", "1", "--device", "cpu"]
+    path = rows_of(folder)
+    runs = []
+    for fold in (0, 1, 1):
+        runs.append(str(tmp_path / f"run-{len(runs)}"))
+        setting = ["--set", f"data.fold={fold}", "--seed", str(len(runs)), "--out", runs[-1]]
+        assert program(["fit", str(path), *flags, *setting]) == 0
+    assert program(["compare", *runs[:2]]) == 2
+    assert "have different test images, or validation" in " ".join(capsys.readouterr().err.split())
+    assert program(["compare", *runs[1:], "--json"]) == 0
+    for run, compared in zip(runs[1:], json.loads(capsys.readouterr().out)["runs"], strict=True):
+        assert compared["valid"]["nll"] == pytest.approx(open_run(run).metrics()["valid"]["nll"])
 
 
 def test_a_missing_column_of_folds_is_asked_for(folder):
@@ -125,10 +156,11 @@ def test_folds_and_columns_may_be_written_as_numbers(tmp_path):
     assert (recipe.data.fold, recipe.data.label_column) == ("3", "12")
     (tmp_path / "recipe.toml").write_text("[data]\nfold = 0\n")
     assert load_recipe(tmp_path / "recipe.toml").data.fold == "0"
+    assert resolve_recipe(table, assignments=["data.fold=2.0"]).data.fold == "2"
     with pytest.raises(InputError, match=r"data\.fold is 1\.5; it must be a string"):
         resolve_recipe(table, assignments=["data.fold=1.5"])
 
 
 def test_folds_are_for_tables(folder):
-    with pytest.raises(InputError, match="are for tables of labels"):
+    with pytest.raises(InputError, match=r"data\.fold are for tables of labels"):
         load_source(folder / "photos", columns=TableColumns(fold="1"))

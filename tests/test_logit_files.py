@@ -27,6 +27,7 @@ def saved(run, tmp_path, capsys, *flags):
     capsys.readouterr()
     assert program(["eval", str(run), "--save-logits", str(file), "--json", *flags]) == 0
     metrics = json.loads(capsys.readouterr().out)
+    assert metrics["logits"] == str(file)
     with np.load(file) as content:  # without pickled objects
         return metrics, dict(content)
 

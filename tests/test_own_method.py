@@ -89,6 +89,14 @@ def test_network_is_converted_with_reproducible_weights(registered):
         create_model("tiny", 4, pretrained=True)
 
 
+def test_own_networks_have_priority(registered, monkeypatch):
+    for name in ("wrn10_1", "resnet18"):
+        assert parse_architecture(name).family != "registered"
+        monkeypatch.setitem(NETWORKS, name, NETWORKS["tiny"])
+        assert parse_architecture(name).family == "registered"
+    monkeypatch.undo()
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -130,6 +138,7 @@ def test_the_program_trains_resumes_evaluates_and_exports(mixmo, tmp_path):
     command = mixmo("eval", "run")
     assert command.wait() == 2
     assert "data.transform is 'invert'" in command.printed
+    assert "If a program of yours registers it, run that program." in command.printed
 
 
 @pytest.mark.slow

@@ -102,7 +102,11 @@ def evaluate(
     output = Output(as_json=as_json)
     with reading_shown(output):
         finished = open_finished(folder, data_dir, device, fused=fused)
-    recorded: list[LabelledLogits] = []
+
+    def record(labelled: LabelledLogits) -> None:
+        if save_logits is not None and labelled is not None:
+            write_logits(save_logits, finished, labelled)
+
     requested = ood[0] if ood and len(ood) == 1 else ood
     metrics = evaluate_finished(
         finished,
@@ -112,10 +116,8 @@ def evaluate(
         coverage=coverage,
         max_risk=max_risk,
         label_distribution=label_distribution,
-        record=recorded.append,
+        record=record,
     )
-    if save_logits is not None:
-        write_logits(save_logits, finished, recorded[0])
     changed = changed_images(folder, finished.source)
     remarks = [("Changed", text) for name, text in CHANGED.items() if name in changed]
     notes = incompleteness_lines([*finished.source.notes, *remarks])
@@ -128,4 +130,5 @@ def evaluate(
     lines = [title, *notes, "", *votes, *shift_lines(metrics), *metric_lines(metrics, recipe)]
     if save_logits is not None:
         lines += ["", f"Logits: {save_logits}"]
-    output.print_result(lines, {"run": str(folder.path), **metrics})
+    file = {} if save_logits is None else {"logits": str(save_logits)}
+    output.print_result(lines, {"run": str(folder.path), **file, **metrics})

@@ -236,6 +236,8 @@ def parse_architecture(name: str) -> Architecture:
     Raises:
         InputError: the name does not match any family, or its depth or width is invalid.
     """
+    if name in NETWORKS:
+        return Architecture("registered", name=name)
     if match := re.fullmatch(r"wrn(\d{1,4})_(\d{1,3})", name):
         depth, width = int(match[1]), int(match[2])
         if depth < 10 or (depth - 4) % 6:
@@ -255,8 +257,6 @@ def parse_architecture(name: str) -> Architecture:
                 "such as preact_resnet18_3."
             )
         return Architecture("preact_resnet", depth, width)
-    if name in NETWORKS:
-        return Architecture("registered", name=name)
     if name in TORCHVISION_NETWORKS:
         return Architecture("torchvision", name=name)
     if match := re.fullmatch(r"timm/([\w.-]+)", name):

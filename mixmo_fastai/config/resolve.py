@@ -237,7 +237,7 @@ def changed_settings(recipe: Recipe) -> list[str]:
     values, shipped = map(_fill_dataset_defaults, recipes)
     return [
         f"{section}.{key}"
-        for section in ("data", "model", "mix", "train", "optimizer", "schedule")
+        for section in ("data", "model", "mix", "train", "loss", "optimizer", "schedule")
         for key in sorted(values[section].keys() | shipped[section].keys())
         if values[section].get(key) != shipped[section].get(key)
         if key not in _KEYS_WITHOUT_EFFECT_ON_ACCURACY

@@ -132,15 +132,17 @@ def _check_value(value: Any, hint: Any, metadata: Mapping[str, Any], label: str)
         if type(value) is not int:
             allowed = " or ".join(map(repr, words))
             raise InputError(f"{label} is {_format(value)}; it must be an integer or {allowed}.")
-    if metadata.get("numbers") and type(value) is int:
-        value = str(value)
+    if metadata.get("numbers") and _is_number(value) and value == value // 1:
+        value = str(int(value))
     value = _convert(value, hint, label)
     numbers = value if isinstance(value, tuple) else (value,)
     if "choices" in metadata and value not in metadata["choices"]:
         guess = nearest(str(value), metadata["choices"], shortened=True)
         suggestion = did_you_mean(guess)
         allowed = ", ".join(metadata["choices"])
-        raise InputError(f"{label} is {_format(value)}.{suggestion}\nAllowed: {allowed}.")
+        is_table = isinstance(metadata["choices"], Mapping)
+        program = "\nIf a program of yours registers it, run that program." if is_table else ""
+        raise InputError(f"{label} is {_format(value)}.{suggestion}\nAllowed: {allowed}.{program}")
     if "low" in metadata and value is not None:
         for number in numbers:
             _check_range(number, metadata, label)

@@ -167,14 +167,14 @@ def _read_rows(table: TextTable, columns: TableColumns) -> list[TableRow]:
 
 
 def _check_fold(rows: Sequence[TableRow], columns: TableColumns, table: TextTable) -> None:
-    """Raise InputError if no image, or each, is of the fold that is used for validation."""
+    """Raise InputError if there are no images to validate or to train on."""
     splits = {row.split for row in rows}
     if columns.fold and not {"train", "valid"} <= splits:
         index = table.header.index(columns.split)
         folds = class_order({fold_name(fields[index]) for _, fields in table.rows})
+        problem = "has no row of" if "train" in splits else "has no fold to train on besides"
         raise InputError(
-            f"{table.path}: {'no' if 'train' in splits else 'each'} row of the column "
-            f"{columns.split!r} holds data.fold={columns.fold}.\n"
+            f"{table.path}: the column {columns.split!r} {problem} data.fold={columns.fold}.\n"
             f"It holds {examples(folds, _NUM_COLUMNS)}."
         )
 

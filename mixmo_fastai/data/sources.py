@@ -232,8 +232,11 @@ def _check_no_test_split(dataset: str, test_split: float | None) -> None:
 def _check_no_columns(dataset: str | Path, columns: TableColumns | None) -> None:
     has_columns = is_table(dataset) or is_hub_dataset(dataset)
     if columns is not None and not columns.are_default and not has_columns:
+        given = [name for name, value in vars(columns).items() if value]
+        setting = {"folder": "image_folder", "delimiter": "label_delimiter", "fold": "fold"}
+        name = setting.get(given[0], f"{given[0]}_column")
         raise InputError(
-            f"Columns, such as data.label_column, are for tables of labels; {str(dataset)!r} is "
+            f"Columns and data.{name} are for tables of labels; {str(dataset)!r} is "
             f"none.\nPass the path of a table: {', '.join(TABLE_SUFFIXES)}."
         )
 

@@ -120,6 +120,8 @@ def find_columns(table: TextTable, columns: TableColumns, finder: FileFinder) ->
     given["label"] = join_names(labels) if len(labels) > 1 else labels[0]
     if columns.fold and given["split"] in ("", NONE):
         given["split"] = _fold_column(table)
+    if columns.fold:
+        _check_no_test_rows(table, given["split"])
     used = [name for name in (*given.values(), *labels) if name]
     for meaning in ("split", "group", "path", "label"):
         if not given[meaning]:
@@ -148,6 +150,19 @@ def _fold_column(table: TextTable) -> str:
         f"Columns: {examples(table.header, _MAX_COLUMNS)}.\n"
         "Name it: --set data.split_column=NAME"
     )
+
+
+def _check_no_test_rows(table: TextTable, fold_column: str) -> None:
+    """Refuse folds if another column marks test images, which would be trained on."""
+    index = table.find(COLUMN_NAMES["split"], excluded=(fold_column,))
+    if index is None:
+        return
+    name = table.header[index]
+    if any(split_of(fields[index], name) == "test" for _, fields in table.rows):
+        raise InputError(
+            f"{table.path}: {name!r} marks test images, but data.fold uses the column "
+            f"{fold_column!r} alone.\nWrite test for them in {fold_column!r}, and rename {name!r}."
+        )
 
 
 def find_path_column(table: TextTable, finder: FileFinder, given: str = "") -> str:
@@ -264,7 +279,8 @@ def split_of(value: str, column: str, fold: str = "") -> str | None:
     if fold:
         if fold_name(lower) == fold_name(fold.lower()):
             return "valid"
-        return "test" if role_of(lower) == "test" else "train"
+        role = role_of(lower) or SPLIT_WORDS.get(lower)
+        return "test" if role == "test" else "train"
     if (splits := _BOOLEAN_SPLITS.get(column.lower())) is not None:
         answer = _BOOLEANS.get(lower)
         return None if answer is None else splits[answer]

@@ -70,17 +70,17 @@ def compare_runs(
     for run in runs:
         run.check_trained()
         check_one_label(run, "mixmo compare")
-    dataset = runs[0].recipe().data.dataset
+    origin = _origin(runs[0])
     source = read_source(runs[0].recipe(), data_dir, runs[0])
     compared: list[ComparedRun] = []
     first_logits: Tensor | None = None
     first_images: tuple[ImageSet, Sequence[str]] | None = None
     for run in runs:
-        has_same_data = run.recipe().data.dataset == dataset
-        finished = open_finished(run, data_dir, device, source if has_same_data else None)
+        of_first = source if _origin(run) == origin else None
+        finished = open_finished(run, data_dir, device, of_first)
         images = finished.final_images, finished.source.classes
         first_images = first_images or images
-        if not has_same_data and not _are_equal(images, first_images):
+        if not _are_equal(images, first_images):
             raise _other_images(run, runs[0])
         ((logits, labels),) = finished.logits([finished.final_loader()])
         mean = logits.double().mean(dim=1)  # (N, K)
@@ -125,6 +125,11 @@ def _check_same_test_set(runs: Sequence[RunFolder]) -> None:
         check_same_left_out(runs[0], run)
 
 
+def _origin(run: RunFolder) -> tuple[str, object]:
+    """Return what decides the images of a run: its data set, and the split of a folder or table."""
+    return run.recipe().data.dataset, data_parts(run)
+
+
 def _are_equal(
     first: tuple[ImageSet, Sequence[str]], other: tuple[ImageSet, Sequence[str]]
 ) -> bool:
@@ -141,9 +146,9 @@ def _are_equal(
 
 def _other_images(run: RunFolder, first: RunFolder) -> InputError:
     return InputError(
-        f"{run.path} and {first.path} have different test images of {first.recipe().data.dataset}, "
-        "or validation images if there are none; see split.json and data.calibration_split in both."
-        "\nOnly runs with the same test images can be compared."
+        f"{run.path} and {first.path} have different test images, or validation images if there "
+        "are none: other names, labels, classes or sizes of files; see split.json and "
+        "data.calibration_split in both.\nOnly runs with the same test images can be compared."
     )
 
 

@@ -12,7 +12,6 @@ import torch
 from fastai.data.core import DataLoaders
 from fastai.imports import L
 from fastai.learner import Learner
-from fastai.losses import BCEWithLogitsLossFlat
 from fastai.metrics import accuracy, accuracy_multi
 from fastai.torch_core import trainable_params
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from mixmo_fastai.callbacks.ema import EMACallback
 from mixmo_fastai.callbacks.mixmo import MixMoCallback, add_companions
 from mixmo_fastai.config.choices import parse_architecture
 from mixmo_fastai.config.defaults import SHORT_SETTINGS
-from mixmo_fastai.config.recipe import Loss, Recipe
+from mixmo_fastai.config.recipe import Recipe
 from mixmo_fastai.errors import InputError, nearest, unknown_name_error
 from mixmo_fastai.learner.arch import NetworkSpec, build_mixmo_model, count_outputs, network_name
 from mixmo_fastai.learner.loaders import (
@@ -35,7 +34,7 @@ from mixmo_fastai.learner.loaders import (
     known_classes,
     normalize_for_weights,
 )
-from mixmo_fastai.learner.losses import loss_from_recipe
+from mixmo_fastai.learner.losses import recipe_loss
 from mixmo_fastai.learner.optimizers import optimizer_from_recipe, sgd
 from mixmo_fastai.learner.parameter_groups import (
     body_and_heads,
@@ -317,8 +316,8 @@ def learner_from_recipe(
     mix = recipe.mix
     averaging = [EMACallback(recipe.train.ema_decay)] if recipe.train.ema_decay else []
     kwargs["cbs"] = [*averaging, *L(kwargs.get("cbs"))]
-    if "loss_func" not in kwargs:
-        kwargs["loss_func"] = _recipe_loss(recipe.loss, dls)
+    if "loss_func" not in kwargs and (loss := recipe_loss(recipe.loss, dls)) is not None:
+        kwargs["loss_func"] = loss
     # Checkpoints need a fixed number of groups.
     is_fine_tuned = recipe.schedule.kind == "fine-tune"
     kwargs.setdefault("splitter", body_and_heads if is_fine_tuned else trainable_params)
@@ -350,19 +349,6 @@ def learner_from_recipe(
         opt_func=optimizer_from_recipe(recipe.optimizer),
         **kwargs,
     )
-
-
-def _recipe_loss(settings: Loss, dls: DataLoaders) -> Any:
-    """Build the loss of a recipe, for one label per image or several."""
-    if getattr(dls.train, "is_multi_label", False):
-        if settings != Loss():
-            raise InputError(
-                "The settings of [loss] are for one class per image; images with several labels "
-                "are trained with binary cross-entropy.\nRemove them."
-            )
-        return BCEWithLogitsLossFlat()
-    loss = MixMoLoss(loss_from_recipe(settings, dls.train.images.labels, dls.c))
-    return loss.to(dls.device)
 
 
 def _default_metrics(targets: Tensor | None, loss: MixMoLoss) -> list[Any]:

@@ -133,15 +133,36 @@ def mean_divisor(base: Any, targets: Tensor) -> Tensor | None:
         >>> mean_divisor(nn.MSELoss(), targets) is None
         True
     """
+    weights = target_weights(base, targets)
+    return None if weights is None else weights.sum()
+
+
+def target_weights(base: Any, targets: Tensor) -> Tensor | None:
+    """Compute the weights whose sum is the divisor of the mean of a torch loss.
+
+    Args:
+        base: the loss.
+        targets: class indices of any shape.
+
+    Returns:
+        the weight of each target, or whether it counts without weights of classes; None for a
+        loss that is averaged over all targets.
+
+    Example:
+        >>> targets = torch.tensor([0, 1, 1])
+        >>> target_weights(nn.CrossEntropyLoss(weight=torch.tensor([1.0, 3.0])), targets)
+        tensor([1., 3., 3.])
+        >>> target_weights(nn.MSELoss(), targets) is None
+        True
+    """
     if not is_cross_entropy(base) and not _is_loss(base, nn.NLLLoss, F.nll_loss):
         return None
     arguments = _loss_arguments(_torch_loss(base))
     class_weights, ignored = arguments.get("weight"), arguments.get("ignore_index", -100)
-    weights = targets != ignored
+    weights: Tensor = targets != ignored
     if class_weights is not None:
         weights = weights * class_weights[targets.where(weights, 0).long()]
-    divisor: Tensor = weights.sum()
-    return divisor
+    return weights
 
 
 def _loss_arguments(loss: Any) -> dict[str, Any]:

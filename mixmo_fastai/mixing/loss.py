@@ -23,6 +23,7 @@ from mixmo_fastai.mixing.base_losses import (
     loss_name,
     mean_divisor,
     smoothing_terms,
+    target_weights,
     unwrap_loss,
     uses_softmax,
 )
@@ -163,13 +164,15 @@ class MixMoLoss(nn.Module):
             return self._sum_over_members(pred, targets, weights, is_pasted=own_weights is not None)
         # The usual case.
         member_losses = self.member_losses(pred, targets)  # (B, M)
+        divisor = self._divisor(targets, pred)
         if pasted_targets is not None:
             if own_weights is None:
                 raise InputError("own_weights is required with pasted_targets.")
             pasted_losses = self.member_losses(pred, pasted_targets)
             member_losses = own_weights * member_losses + (1 - own_weights) * pasted_losses
+            divisor = self._mixed_divisor(targets, pasted_targets, own_weights, divisor)
         losses = (weights * member_losses).sum(dim=1)  # (B,)
-        return self._reduced(losses, targets, pred)
+        return self._reduced(losses, divisor)
 
     def member_losses(self, pred: Tensor, targets: Tensor) -> Tensor:
         """Compute the loss of each sample and member: (B, M, K) and targets -> (B, M).
@@ -239,13 +242,12 @@ class MixMoLoss(nn.Module):
             loss.to(*args, **kwargs)
         return self
 
-    def _reduced(self, losses: Tensor, targets: Tensor, pred: Tensor) -> Tensor:
-        """Reduce losses (B,) over the batch as the base does."""
+    def _reduced(self, losses: Tensor, divisor: Tensor | None) -> Tensor:
+        """Reduce losses (B,) over the batch as the base does, by its divisor from `_divisor`."""
         if self.reduction == "none":
             return losses
         if self.reduction == "sum" or self.average == "nothing":
             return losses.sum()
-        divisor = self._divisor(targets, pred)
         return losses.mean() if divisor is None else losses.sum() / divisor
 
     def _unreduced_losses(self, rows: Tensor, row_targets: Tensor) -> Tensor:
@@ -324,6 +326,20 @@ class MixMoLoss(nn.Module):
             return None  # torch divides by the number of images if targets are soft
         divisor = mean_divisor(self.base, targets)
         return None if divisor is None else divisor / targets.shape[1]
+
+    def _mixed_divisor(
+        self, targets: Tensor, pasted_targets: Tensor, own_weights: Tensor, divisor: Tensor | None
+    ) -> Tensor | None:
+        """Return the divisor with the weights of both targets of each image, if classes have any.
+
+        The arguments are those of `forward`, and the divisor of `targets` alone.
+        """
+        if divisor is None:
+            return None
+        own, pasted = (target_weights(self.base, each) for each in (targets, pasted_targets))
+        if own is None or pasted is None or not own.is_floating_point():
+            return divisor
+        return (own_weights * own + (1 - own_weights) * pasted).sum() / targets.shape[1]
 
     def _base_loss(self, pred: Tensor, targets: Tensor) -> Tensor:
         """Compute the base loss, without fastai's flattening if targets are soft."""
