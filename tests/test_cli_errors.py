@@ -21,7 +21,7 @@ AT_MOST = "less than or equal to 1000000"
 NAMES = [
     ("fit cifra10", "data set 'cifra10'", "Did you mean 'cifar10'"),
     ("fit ./none", "no folder './none'", "one subfolder per class"),
-    ("fit file", "no folder 'file'", "or one of: digits"),
+    ("fit file", "'file' is a file, not a folder", "or one of: digits"),
     ("fit --device gpu", "device", "Did you mean 'cuda'"),
     ("fit --arch wrn28_1o", "architecture 'wrn28_1o'", "Did you mean 'wrn28_10'"),
     ("fit --arch wrn29_10", "6n+4", "Nearest: wrn28_10 or wrn34_10"),

@@ -14,6 +14,7 @@ from mixmo_fastai.cli import fit
 from mixmo_fastai.cli import options as opt
 from mixmo_fastai.cli.program import build_app
 from mixmo_fastai.cli.program import run as program
+from mixmo_fastai.config import choices
 from mixmo_fastai.config.choices import COW_DEFAULTS, DATASETS, MASK_KINDS, MASK_OPTIONS
 from mixmo_fastai.config.load import load_recipe, recipe_from_mapping, recipe_names
 from mixmo_fastai.config.recipe import Recipe, default_valid_split
@@ -37,9 +38,21 @@ COMMANDS_BEFORE_CODE = {
 }
 
 
+@pytest.fixture
+def restored_tables():
+    """Remove the names that the code of a page registers."""
+    names = ("MASK_REGIONS", "NETWORKS", "READOUTS", "TRANSFORMS", "LOSSES", "OPTIMIZERS")
+    tables = [getattr(choices, name) for name in names]
+    before = [dict(table) for table in tables]
+    yield
+    for table, entries in zip(tables, before, strict=True):
+        table.clear()
+        table.update(entries)
+
+
 @pytest.mark.slow
 @by_page
-def test_code_runs(page, tmp_path, monkeypatch):
+def test_code_runs(page, tmp_path, monkeypatch, restored_tables):
     monkeypatch.chdir(tmp_path)
     for line in COMMANDS_BEFORE_CODE.get(page.name, ()):
         assert program(line.split()) == 0

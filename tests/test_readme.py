@@ -58,7 +58,7 @@ def test_callbacks_are_listed_with_their_orders():
         for kind in subclasses(Callback)
         if kind.__module__.startswith("mixmo_fastai.") and not kind.__name__.startswith("_")
     }
-    bases = {"TrainedEpochCallback", "RunCallback"}
+    bases = {"TrainedEpochCallback", "RunCallback", "PlainErrorCallback"}
     assert listed == {name: order for name, order in expected.items() if name not in bases}
     assert list(listed.values()) == sorted(listed.values())
 

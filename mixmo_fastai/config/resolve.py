@@ -317,19 +317,16 @@ def check_dataset(dataset: str) -> None:
     if is_table(path):
         raise InputError(f"There is no table {dataset!r}.")
     suffixes = ", ".join(TABLE_SUFFIXES)
+    allowed = (
+        f"Pass a folder with one subfolder per class, a table of labels ({suffixes}), or one of: "
+        f"{', '.join(DATASETS)}."
+    )
     if os.path.isfile(path):
         is_archive = path.lower().endswith((".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z"))
         problem = "is an archive; unpack it" if is_archive else "is a file, not a folder"
-        raise InputError(
-            f"{dataset!r} {problem}.\nPass a folder with one subfolder per class, or a table of "
-            f"labels ({suffixes})."
-        )
+        raise InputError(f"{dataset!r} {problem}.\n{allowed}")
     if os.sep in dataset or dataset.startswith((".", "~")) or os.path.exists(dataset):
-        raise InputError(
-            f"There is no folder {dataset!r}.\n"
-            f"Pass a folder with one subfolder per class, a table of labels ({suffixes}), or one "
-            f"of: {', '.join(DATASETS)}."
-        )
+        raise InputError(f"There is no folder {dataset!r}.\n{allowed}")
     raise InputError(
         f"{unknown_name_error('data set', dataset, DATASETS)} "
         "Or pass the path of an image folder or a table of labels."

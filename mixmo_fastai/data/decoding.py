@@ -263,8 +263,9 @@ def _explain(path: Path, error: Exception) -> tuple[str, str]:
         return str(error), "Save it with 8 or 16 bits per pixel."
     replace = "Replace it with an intact image, or remove it."
     if isinstance(error, UnidentifiedImageError):
-        if is_unsupported(path.name):
-            return f"the format {path.suffix} is not supported", "Convert it to JPEG or PNG."
+        if is_unsupported(name := str(path)):  # of a path, or of an image in a data set
+            suffix = os.path.splitext(name)[1]
+            return f"the format {suffix} is not supported", "Convert it to JPEG or PNG."
         is_empty = path.stat().st_size == 0
         unidentified = "it is damaged, or not in a known image format"
         return ("the file is empty" if is_empty else unidentified), replace
