@@ -43,11 +43,11 @@ def restored_tables():
     """Remove the names that the code of a page registers."""
     names = ("MASK_REGIONS", "NETWORKS", "READOUTS", "TRANSFORMS", "LOSSES", "OPTIMIZERS")
     tables = [getattr(choices, name) for name in names]
-    before = [dict(table) for table in tables]
+    before = [dict(each) for each in tables]
     yield
-    for table, entries in zip(tables, before, strict=True):
-        table.clear()
-        table.update(entries)
+    for each, entries in zip(tables, before, strict=True):
+        each.clear()
+        each.update(entries)
 
 
 @pytest.mark.slow
