@@ -47,6 +47,10 @@ PUBLISHED = {
         "members-3": "`num_members=3`",
         "always-mixed": "`mix_prob=1`",
     },
+    "small_cifar10_wider": {
+        "mixup": "mixup",
+        "cut-mixmo-short-mixup": "`cut-mixmo-short` + mixup",
+    },
     "small_cifar10_short": {
         "cutmix": "CutMix",
         "ensemble-cutmix": "Two networks with CutMix",
@@ -99,6 +103,7 @@ COMPARED = {
         for method in ("cutmix", "mixup", "cut-mixmo-short", "cut-mixmo-short-mixup")
     },
     "small_cifar10_5000": {"cutmix", "cut-mixmo-short"},
+    "small_cifar10_wider": {"mixup", "cut-mixmo-short-mixup"},
     "cifar10_10000": {"cutmix", "mixup", "cut-mixmo-short"},
 }
 """Methods that a study must have; CutMix and Cut-MixMo unless it is named here."""
