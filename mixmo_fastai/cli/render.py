@@ -151,6 +151,8 @@ def _class_rows(training: Any) -> list[tuple[str, str]]:
             f"from {counted(int(sizes[fewest]), 'training image')} of {names[fewest]!r} to "
             f"{int(sizes[most]):,} of {names[most]!r}; compare by balanced accuracy"
         )
+        if training.recipe.loss.class_weights == "none":
+            text += "; to weight them equally: --set loss.class_weights=balanced"
         rows.append(("Classes", text))
     counts = dict(zip(names, validation.tolist(), strict=True))
     missing = missing_classes("valid", counts) if len(images[1]) else []
