@@ -140,8 +140,8 @@ def _check_value(value: Any, hint: Any, metadata: Mapping[str, Any], label: str)
         guess = nearest(str(value), metadata["choices"], shortened=True)
         suggestion = did_you_mean(guess)
         allowed = ", ".join(metadata["choices"])
-        is_table = isinstance(metadata["choices"], Mapping)
-        program = "\nIf a program of yours registers it, run that program." if is_table else ""
+        may_be_registered = guess is None and isinstance(metadata["choices"], Mapping)
+        program = "\nIf a program of yours registers it, run that program." * may_be_registered
         raise InputError(f"{label} is {_format(value)}.{suggestion}\nAllowed: {allowed}.{program}")
     if "low" in metadata and value is not None:
         for number in numbers:
