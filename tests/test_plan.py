@@ -290,8 +290,12 @@ def test_sizes_of_very_different_classes_are_shown(working_folder, num_dogs, exp
     changes = ["data.valid_split=0.2", "train.device=cpu", "train.batch_size=8"]
     recipe = override(resolve_recipe(str(folder)), [*changes, "model.arch=wrn10_1"])
     rows = dict(re.split(" {2,}", line, maxsplit=1) for line in setup_lines(prepare(recipe)))
-    assert rows.get("Classes") == expected
+    weights = "; to weight them equally: --set loss.class_weights=balanced"
+    assert rows.get("Classes") == (expected and f"{expected}{weights}")
     assert "Missing" not in rows
+    weighted = override(recipe, ["loss.class_weights=balanced"])
+    rows = dict(re.split(" {2,}", line, maxsplit=1) for line in setup_lines(prepare(weighted)))
+    assert rows.get("Classes") == expected
 
 
 def test_classes_without_validation_images_are_named(working_folder):
