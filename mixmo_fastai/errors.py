@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
-from inspect import signature
+from inspect import Parameter, signature
 from numbers import Integral, Real
 from typing import TypeVar
 
@@ -139,6 +139,13 @@ def unknown_option_error(
     return InputError(
         f"{owner} has no option {option!r}.{hint}\nAllowed: {', '.join(allowed) or 'none'}."
     )
+
+
+def parameter_names(function: Callable[..., object]) -> list[str] | None:
+    """Return the names of a function's parameters; None if it takes any keyword argument."""
+    parameters = signature(function).parameters
+    takes_any = any(each.kind is Parameter.VAR_KEYWORD for each in parameters.values())
+    return None if takes_any else [*parameters]
 
 
 def signature_mismatch(function: Callable[..., object], *arguments: object) -> str | None:

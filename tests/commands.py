@@ -57,3 +57,17 @@ def check_failed(command, code, *parts):
     for part in parts:
         assert part in message
     return message
+
+
+def train_small_study(mixmo, folder, arch, methods, script):
+    """Train a study of `digits/cut-mixmo` into out/, each method with a setting of its own."""
+    sections = (
+        f'[methods.{name}]\nrecipe = "digits/cut-mixmo"\nset = ["{setting}"]\n'
+        for name, setting in methods.items()
+    )
+    (folder / "study.toml").write_text(
+        f'images_seen = [400]\nset = ["model.arch={arch}", "data.limit=40", '
+        f'"train.batch_size=8"]\n{"".join(sections)}'
+    )
+    command = mixmo("study", "study.toml", "--out", "out", script=script)
+    assert command.wait() == 0, command.printed

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import FIT
+from commands import FIT, train_small_study
 from torch import nn
 
 from mixmo_fastai import MixMoCallback, create_model
@@ -143,13 +143,7 @@ def test_the_program_trains_resumes_evaluates_and_exports(mixmo, tmp_path):
 
 @pytest.mark.slow
 def test_a_study_compares_the_own_method(mixmo, tmp_path):
-    (tmp_path / "study.toml").write_text(
-        "images_seen = [400]\n"
-        'set = ["model.arch=tiny", "data.limit=40", "train.batch_size=8"]\n'
-        '[methods.cutmix]\nrecipe = "digits/cut-mixmo"\n'
-        '[methods.own]\nrecipe = "digits/cut-mixmo"\nset = ["mix.kind=diagonal"]\n'
-    )
-    command = mixmo("study", "study.toml", "--out", "out", script=SCRIPT)
-    assert command.wait() == 0, command.printed
+    methods = {"cutmix": "model.arch=tiny", "own": "mix.kind=diagonal"}
+    train_small_study(mixmo, tmp_path, "tiny", methods, SCRIPT)
     study = json.loads((tmp_path / "out" / "study.json").read_text())
     assert [cell["method"] for cell in study["cells"]] == ["cutmix", "own"]

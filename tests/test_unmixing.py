@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from commands import FIT
+from commands import FIT, train_small_study
 from fastai.callback.core import Callback
 from learners import make_learner
 from synthetic import mixmo_dls
@@ -148,11 +148,6 @@ def test_the_example_adds_the_readout_to_every_command(mixmo, tmp_path):
 
 @pytest.mark.slow
 def test_a_study_trains_with_the_program_that_runs_it(mixmo, tmp_path):
-    (tmp_path / "study.toml").write_text(
-        "images_seen = [400]\n"
-        'set = ["model.arch=wrn10_1", "data.limit=40", "train.batch_size=8"]\n'
-        '[methods.unmixing]\nrecipe = "digits/cut-mixmo"\nset = ["model.readout=unmixing"]\n'
-    )
-    command = mixmo("study", "study.toml", "--out", "out", script=SCRIPT)
-    assert command.wait() == 0, command.printed
+    methods = {"unmixing": "model.readout=unmixing"}
+    train_small_study(mixmo, tmp_path, "wrn10_1", methods, SCRIPT)
     assert (tmp_path / "out" / "runs" / "unmixing-400-seed0" / "metrics.json").exists()

@@ -276,15 +276,15 @@ def split_of(value: str, column: str, fold: str = "") -> str | None:
             training, except one that is called like a test set.
     """
     lower = value.strip().lower()
+    role = role_of(lower) or SPLIT_WORDS.get(lower)
     if fold:
         if fold_name(lower) == fold_name(fold.lower()):
             return "valid"
-        role = role_of(lower) or SPLIT_WORDS.get(lower)
         return "test" if role == "test" else "train"
     if (splits := _BOOLEAN_SPLITS.get(column.lower())) is not None:
         answer = _BOOLEANS.get(lower)
         return None if answer is None else splits[answer]
-    return role_of(lower) or SPLIT_WORDS.get(lower)
+    return role
 
 
 def fold_name(value: str) -> str:

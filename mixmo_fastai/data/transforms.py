@@ -9,7 +9,6 @@ and returns one of the two, and register it in `choices.TRANSFORMS`. An `Origina
 place of decoding whole image files.
 """
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from mixmo_fastai.config.choices import TRANSFORMS
 from mixmo_fastai.config.registered import resolve_registered
 from mixmo_fastai.errors import (
     InputError,
+    parameter_names,
     signature_mismatch,
     summarize_error,
     unknown_name_error,
@@ -170,11 +170,10 @@ def build_transform(
 
 
 def _check_options(name: str, build: Callable[..., Any], options: Mapping[str, Any]) -> None:
-    parameters = inspect.signature(build).parameters
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+    if (allowed := parameter_names(build)) is None:
         return
-    if unknown := next((option for option in options if option not in parameters), None):
-        raise unknown_option_error(f"The transform {name!r}", unknown, parameters)
+    if unknown := next((option for option in options if option not in allowed), None):
+        raise unknown_option_error(f"The transform {name!r}", unknown, allowed)
 
 
 def _try_transform(transform: Transform | None, image_shape: Sequence[int]) -> None:

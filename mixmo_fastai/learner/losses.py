@@ -20,7 +20,12 @@ from mixmo_fastai.config.choices import LOSSES
 from mixmo_fastai.config.recipe import Loss
 from mixmo_fastai.config.registered import resolve_registered
 from mixmo_fastai.data.loaders import BatchLoader
-from mixmo_fastai.errors import InputError, summarize_error, unknown_option_error
+from mixmo_fastai.errors import (
+    InputError,
+    parameter_names,
+    summarize_error,
+    unknown_option_error,
+)
 from mixmo_fastai.mixing.loss import MixMoLoss
 
 
@@ -126,7 +131,7 @@ def loss_from_recipe(
         options["label_smoothing"] = settings.label_smoothing
     _check_options(settings.name, build, options)
     if settings.class_weights == "balanced":
-        if "weight" not in _parameters(build):
+        if "weight" not in inspect.signature(build).parameters:
             raise InputError(
                 f"The loss {settings.name!r} has no weights of classes: its function lacks an "
                 "argument weight.\nRemove loss.class_weights."
@@ -169,14 +174,9 @@ def balanced_weights(labels: Tensor, num_classes: int) -> Tensor:
 
 
 def _check_options(name: str, build: Callable[..., Any], options: dict[str, Any]) -> None:
-    parameters = _parameters(build)
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+    if (parameters := parameter_names(build)) is None:
         return
     allowed = [each for each in parameters if each != "weight"]
     for option in options:
         if option not in allowed:
             raise unknown_option_error(f"The loss {name}", option, allowed)
-
-
-def _parameters(build: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    return dict(inspect.signature(build).parameters)

@@ -17,7 +17,7 @@ from fastai.optimizer import OptimWrapper
 from mixmo_fastai.config.choices import OPTIMIZERS, parse_optimizer
 from mixmo_fastai.config.recipe import Optimizer
 from mixmo_fastai.config.registered import resolve_registered
-from mixmo_fastai.errors import InputError, nearest, unknown_option_error
+from mixmo_fastai.errors import InputError, nearest, parameter_names, unknown_option_error
 from mixmo_fastai.learner.muon import Muon
 
 OptimizerFactory = Callable[..., Any]
@@ -45,8 +45,8 @@ def build_optimizer_factory(name: str, weight_decay: float, **options: Any) -> O
         return partial(build, wd=weight_decay, **options)
     build = resolve_registered("optimizer", library_name, OPTIMIZERS[library_name])
     _check_options(name, build, options)
-    parameters = inspect.signature(build).parameters
-    if "weight_decay" not in parameters and not _takes_any_option(build):
+    parameters = parameter_names(build)
+    if parameters is not None and "weight_decay" not in parameters:
         raise InputError(
             f"{OPTIMIZERS[library_name]} must accept weight_decay, which every recipe passes."
         )
@@ -195,18 +195,12 @@ def _match_name(name: str, known: Iterable[str], library: str) -> str:
 
 
 def _check_options(name: str, build: Callable[..., Any], options: Iterable[str]) -> None:
-    if _takes_any_option(build):
+    if (parameters := parameter_names(build)) is None:
         return
-    parameters = inspect.signature(build).parameters
     allowed = [parameter for parameter in parameters if parameter not in _NOT_OPTIONS]
     for option in options:
         if option not in parameters:
             raise unknown_option_error(f"The optimizer {name}", option, allowed, cutoff=0.5)
-
-
-def _takes_any_option(build: Callable[..., Any]) -> bool:
-    parameters = inspect.signature(build).parameters.values()
-    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
 
 
 _NOT_OPTIONS = ("self", "params", "lr", "wd", "weight_decay")

@@ -98,9 +98,9 @@ class MixMoLoss(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute of the base loss if only the base has it."""
-        base = self._parts().get("base")
-        is_own = name in self._parts() or hasattr(type(self), name)
-        if base is not None and not is_own and hasattr(unwrap_loss(base), name):
+        is_own = hasattr(type(self), name) or name in (parts := self._parts())
+        base = None if is_own else parts.get("base")
+        if base is not None and hasattr(unwrap_loss(base), name):
             setattr(unwrap_loss(base), name, value)
         else:
             super().__setattr__(name, value)
